@@ -1,0 +1,113 @@
+"""The facts a run collects: plain dataclasses, filled by the stages, shown by the command line, dumped by ``--json``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class LayerFacts:
+    """One contraction before and after the cut. MACs are multiply-accumulates at the probe shape; parameters are elements."""
+
+    name: str
+    op: str
+    channels_before: int
+    channels_after: int
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    reason: str = ""
+    """Why the layer was not touched; empty when it was."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """Whole-model sums before and after: parameters (elements), MACs, file size (bytes)."""
+
+    params_before: int = 0
+    params_after: int = 0
+    macs_before: int = 0
+    macs_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+@dataclass(slots=True)
+class Exactness:
+    """Cut model against the masked original.
+
+    ``passed`` is None when the question was not asked (``note`` says why). ``error`` is the largest absolute difference
+    over all outputs divided by the largest absolute reference value of that output; ``tolerance`` what was allowed.
+    """
+
+    passed: bool | None = None
+    error: float = 0.0
+    tolerance: float = 0.0
+    batches: list[int] = field(default_factory=list)
+    worst_output: str = ""
+    note: str = ""
+
+
+@dataclass(slots=True)
+class OutputFidelity:
+    """Final model against the original for one output: cosine, signal-to-noise in dB, top-1 agreement (None: not logits)."""
+
+    output: str
+    cosine: float
+    snr_db: float
+    top1: float | None = None
+
+
+@dataclass(slots=True)
+class Fidelity:
+    """Fidelity of every output; ``source`` says what inputs were used (``synthetic`` or the data's path)."""
+
+    outputs: list[OutputFidelity] = field(default_factory=list)
+    samples: int = 0
+    source: str = "synthetic"
+    note: str = ""
+
+    @property
+    def worst_cosine(self) -> float:
+        """The smallest cosine over the outputs, 1.0 when there are none: the figure ``--min-fidelity`` gates on."""
+        return min((o.cosine for o in self.outputs), default=1.0)
+
+
+@dataclass(slots=True)
+class Latency:
+    """Milliseconds per run, original and final model run in turn; ``*_spread`` is the interquartile range in milliseconds."""
+
+    before_ms: float
+    after_ms: float
+    before_spread_ms: float
+    after_spread_ms: float
+    runs: int
+    threads: int
+
+    @property
+    def speedup(self) -> float:
+        """Median before divided by median after."""
+        return self.before_ms / self.after_ms if self.after_ms else float("nan")
+
+
+@dataclass(slots=True)
+class Report:
+    """Everything a run found out. ``to_dict`` gives the machine-readable object of ``--json``."""
+
+    model: str = ""
+    output: str = ""
+    layers: list[LayerFacts] = field(default_factory=list)
+    totals: Totals = field(default_factory=Totals)
+    exactness: Exactness = field(default_factory=Exactness)
+    fidelity: Fidelity | None = None
+    latency: Latency | None = None
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    barriers: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready plain data."""
+        return asdict(self)
