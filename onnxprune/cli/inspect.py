@@ -1,0 +1,76 @@
+"""``onnxprune inspect MODEL.onnx``: groups, layers, barriers, and what would unlock most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import RenderableType
+from rich.text import Text
+
+from onnxprune.cli import options
+from onnxprune.cli.layout import HeadedCommand, option
+from onnxprune.report import tables, units
+from onnxprune.report.console import Screen, plain
+
+MOST_GROUPS = 20
+
+
+@click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.onnx")
+@option(
+    "--input-shape",
+    "shapes",
+    heading="Input",
+    type=options.ShapeType(),
+    multiple=True,
+    help="Shape of an input, for every size.",
+)
+@option(
+    "--approximate",
+    heading="Input",
+    is_flag=True,
+    help="Count channels behind LayerNorm, RMSNorm and the like as removable.",
+)
+@option("--json", "as_json", heading="Output", is_flag=True, help="One JSON object on stdout, all else on stderr.")
+@option("-q", "--quiet", heading="Output", is_flag=True, help="Say nothing but errors.")
+@option(
+    "-v", "--verbose", heading="Output", count=True, help="List every layer, group and barrier; -vv shows tracebacks."
+)
+@click.pass_obj
+def inspect(
+    screen: Screen, /, model: Path, shapes: tuple[tuple[str, tuple[int, ...]], ...], approximate: bool, **_shown: Any
+) -> None:
+    """Show what can be cut from a model, and what cannot and why."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    options.existing(model, "model")
+    input_shapes = options.unique("--input-shape", shapes)
+    with screen.progress() as progress:
+        progress("analyse", 0.0)
+        analysis = op.analyze(model, input_shapes=input_shapes or None, approximate=approximate)
+        progress("analyse", 1.0)
+    facts = {name: plain(getattr(analysis, name)) for name in ("groups", "barriers", "layers", "unlocks")}
+    if screen.as_json:
+        screen.emit({"model": str(model), "bytes": model.stat().st_size, **facts})
+    screen.show(*_parts(screen, model, facts, analysis.layers))
+
+
+def _parts(screen: Screen, model: Path, facts: Mapping[str, Any], layers: Any) -> list[RenderableType]:
+    width, every = screen.name_width, screen.verbosity > 0
+    free = [group for group in facts["groups"] if group.get("prunable", True)]
+    held = sum(int(barrier.get("channels", 0)) for barrier in facts["barriers"])
+    params, macs = sum(layer.params_before for layer in layers), sum(layer.macs_before for layer in layers)
+    sums = f"{len(layers)} layers, {units.count(params)} parameters, {units.count(macs)} MACs"
+    title = Text.assemble((str(model), "bold"), f"  {units.size(model.stat().st_size)}, {sums}")
+    parts: list[RenderableType] = [title]
+    parts += [tables.heading(f"Groups that can be cut ({len(free)})")]
+    parts += tables.groups(facts["groups"], name_width=width, most=None if every else MOST_GROUPS)
+    parts += [tables.heading("Layers"), *tables.inspected(layers, name_width=width, every=every)]
+    parts += [tables.heading(f"Barriers ({len(facts['barriers'])}, holding {held} channels)")]
+    parts += tables.barriers(facts["barriers"], name_width=width, every=every)
+    if facts["unlocks"]:
+        parts += [tables.heading("Operators that would unlock most channels"), tables.unlocks(facts["unlocks"])]
+    return parts

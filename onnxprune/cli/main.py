@@ -1,0 +1,102 @@
+"""The command group: a first argument that is no subcommand is a model to prune."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxprune.cli import failure
+from onnxprune.cli.inspect import inspect
+from onnxprune.cli.prune import prune
+from onnxprune.errors import UsageError
+from onnxprune.report.console import Screen
+
+DEFAULT = "prune"
+_OWN_FLAGS = ("-h", "--help", "--version")
+
+
+class DefaultGroup(click.Group):
+    """A group that runs ``prune`` when no subcommand is named, and turns every failure into an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default subcommand in front of a model or an option; keep what looks like a mistyped subcommand."""
+        ctx.obj = _screen(args)
+        if args and args[0] not in self.commands and args[0] not in _OWN_FLAGS and not self._mistyped(args):
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+    def _mistyped(self, args: list[str]) -> bool:
+        """True for ``inspekt model.onnx``: a bare word, no such file, and more words behind it."""
+        word = args[0]
+        return word.isalpha() and not Path(word).exists() and any(not other.startswith("-") for other in args[1:2])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; any failure ends here."""
+        try:
+            if not ctx._protected_args and not ctx.args:
+                raise UsageError(
+                    "no model given", hint="For example: onnxprune model.onnx --ratio 0.3, or onnxprune --help."
+                )
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, SystemExit):
+            raise
+        except BaseException as error:
+            ctx.exit(failure.show(error, ctx.obj, ctx.command_path))
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The help of the whole program: both ways to call it, then the options of a cut."""
+        formatter.write_usage(ctx.command_path, "MODEL.onnx [-o OUT.onnx] [options]")
+        formatter.write_usage(ctx.command_path, "inspect MODEL.onnx [options]", prefix="       ")
+        command = self.commands[DEFAULT]
+        command.format_help_text(ctx, formatter)
+        with click.Context(command, info_name=DEFAULT, parent=ctx) as inner:
+            command.format_options(inner, formatter)
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.get_short_help_str(90)) for name, entry in self.commands.items()])
+        with formatter.section("Exit codes"):
+            formatter.write_text(
+                "0 done, 2 usage or bad input, 3 model not processable, 4 validation failed, 5 gate not met. "
+                "On anything but 0 nothing is written."
+            )
+
+
+def _screen(args: list[str]) -> Screen:
+    """The streams as the arguments ask for them, read before parsing so that a parsing error obeys ``--json``."""
+    flags = args[: args.index("--")] if "--" in args else args
+    loud = sum(len(flag) - 1 for flag in flags if re.fullmatch(r"-v+", flag)) + flags.count("--verbose")
+    quiet = "-q" in flags or "--quiet" in flags
+    return Screen.open(as_json="--json" in flags, verbosity=-1 if quiet else min(loud, 2))
+
+
+def _version() -> str:
+    try:
+        return metadata.version("onnxprune")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"onnxprune {_version()}")
+        ctx.exit()
+
+
+@click.group(
+    cls=DefaultGroup,
+    no_args_is_help=False,
+    invoke_without_command=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
+)
+def main() -> None:
+    """Cut channels out of an ONNX model, exactly, and verify the result in onnxruntime."""
+
+
+main.add_command(prune)
+main.add_command(inspect)

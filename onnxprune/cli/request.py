@@ -1,0 +1,90 @@
+"""What one cut was asked for: every option together, checked against each other before the work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from onnxprune.cli import options
+from onnxprune.errors import UsageError
+
+# What a plan already decides: giving one of these beside it would be silently ignored otherwise.
+_DECIDED_BY_PLAN = {
+    "criterion": "--criterion",
+    "ratio": "--ratio",
+    "layers": "--layer",
+    "include": "--include",
+    "exclude": "--exclude",
+    "round_to": "--round-to",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The options of one cut, checked one by one but not yet against each other."""
+
+    model: Path
+    output: Path | None
+    criterion: str
+    ratio: float
+    layers: tuple[tuple[str, float], ...]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    round_to: int
+    plan: Path | None
+    apply_plan: Path | None
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    data: Path | None
+    seed: int
+    approximate: bool
+    explain: bool
+    no_validate: bool
+    min_fidelity: float | None
+
+    @property
+    def target(self) -> Path:
+        """Where the cut model goes."""
+        return self.output or options.default_output(self.model)
+
+    def asked(self, layer: str) -> float:
+        """The ratio asked for at one layer, by the last ``--layer`` that matches its name; 0 when a plan decides."""
+        if self.apply_plan is not None:
+            return 0.0
+        matching = [share for pattern, share in self.layers if fnmatchcase(layer, pattern)]
+        return matching[-1] if matching else self.ratio
+
+
+def check(ctx: click.Context, request: Request) -> None:
+    """Everything that can be found wrong before the work starts; raises UsageError."""
+    from onnxprune.model.save import check_output
+
+    from onnxprune.criteria import registry
+
+    options.existing(request.model, "model")
+    options.criterion(request.criterion, registry.names())
+    sources = [path for path in (request.apply_plan, request.data) if path is not None]
+    if request.apply_plan is not None:
+        options.existing(request.apply_plan, "plan")
+        for name, flag in _DECIDED_BY_PLAN.items():
+            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise UsageError(
+                    f"{flag} has no meaning with --apply-plan",
+                    hint="The plan already says what is removed: drop one of the two.",
+                )
+    if request.data is not None:
+        options.existing(request.data, "data", folder_allowed=True)
+    if request.min_fidelity is not None and request.no_validate:
+        raise UsageError(
+            "--min-fidelity needs the models to run, and --no-validate forbids it", hint="Drop one of the two."
+        )
+    check_output(request.target, request.model, sources)
+    if request.plan is not None:
+        if request.plan.resolve() == request.target.resolve():
+            raise UsageError(
+                f"--plan and --output are the same file {str(request.plan)!r}", hint="Give two different paths."
+            )
+        check_output(request.plan, request.model, sources)

@@ -1,0 +1,75 @@
+"""Numbers as people read them: 1.23 M parameters, 4.56 MB, 12.3 % less, 0.87 ms."""
+
+from __future__ import annotations
+
+import math
+
+ARROW = "\N{RIGHTWARDS ARROW}"
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+DASH = "\N{EN DASH}"
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    """Three significant figures with the largest unit that keeps the number at 1 or more (steps of 1000)."""
+    power = 0
+    # 999.5 would print as 1000 at three figures: it belongs to the next unit.
+    while abs(value) >= 999.5 and power < len(units) - 1:
+        value /= 1000
+        power += 1
+    digits = 0 if power == 0 or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f} {units[power]}".rstrip()
+
+
+def count(value: int) -> str:
+    """Elements or operations: ``999``, ``1.23 K``, ``45.6 M``, ``7.89 G``, ``1.20 T``."""
+    return _scaled(value, ("", "K", "M", "G", "T"))
+
+
+def size(value: int) -> str:
+    """Bytes, decimal units as disks and file managers count them: ``1.09 MB``."""
+    return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
+
+
+def removed(before: float, after: float) -> str:
+    """Share removed in percent: ``43.8 %``, with a sign when it grew: ``+2.0 %``; a dash when there was nothing."""
+    if before <= 0:
+        return DASH
+    share = 100 * (before - after) / before
+    if before == after:
+        return "0 %"
+    return f"{share:.1f} %" if share > 0 else f"+{-share:.1f} %"
+
+
+def change(before: str, after: str) -> str:
+    """``before → after``, or the one value when they are the same text."""
+    return before if before == after else f"{before} {ARROW} {after}"
+
+
+def milliseconds(median: float, spread: float) -> str:
+    """Milliseconds, the median to three significant figures and the spread alike: ``1.52 ± 0.03 ms``."""
+    if not math.isfinite(median) or median <= 0:
+        return DASH
+    digits = max(0, 2 - math.floor(math.log10(median)))
+    return f"{median:.{digits}f} {PLUS_MINUS} {spread:.{digits}f} ms"
+
+
+def decibels(value: float) -> str:
+    """Signal-to-noise in dB; an infinite one means the outputs are the same."""
+    if math.isinf(value) and value > 0:
+        return "no difference"
+    return f"{value:.1f} dB" if math.isfinite(value) else DASH
+
+
+def seconds(value: float) -> str:
+    """A duration: ``0.42 s``, ``12.3 s``, ``3 min 20 s``."""
+    if value >= 60:
+        minutes, rest = divmod(round(value), 60)
+        return f"{minutes} min {rest} s"
+    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s"
+
+
+def shorten(name: str, width: int) -> str:
+    """A name cut to ``width`` in front, where exporters put the scope that names share: ``…/layer4/conv2/Conv``."""
+    return name if len(name) <= width else ELLIPSIS + name[len(name) - width + 1 :]

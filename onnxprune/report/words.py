@@ -1,0 +1,139 @@
+"""Plain words for every barrier code: what it means for the layer, and what the user can do about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """One barrier code in words: ``short`` fits a table cell, ``why`` a sentence, ``advice`` the next step."""
+
+    short: str
+    why: str
+    advice: str = ""
+
+
+BARRIERS: dict[str, Words] = {
+    "graph-input": Words(
+        "is a model input",
+        "These channels come straight from a model input, and whoever feeds the model counts on its shape.",
+    ),
+    "graph-output": Words(
+        "is a model output",
+        "These channels are a model output, and whoever reads the model counts on its shape.",
+    ),
+    "captured-by-subgraph": Words(
+        "used inside If/Loop/Scan",
+        "The body of an If, Loop or Scan reads these channels from outside, and bodies are left as they are.",
+    ),
+    "no-rule": Words(
+        "operator without a rule",
+        "The channels pass through an operator that has no rule, so nothing is known about what it does with them.",
+        "A rule can be registered from outside the package, see CONTRIBUTING.",
+    ),
+    "dynamic-shape": Words(
+        "shape not known",
+        "The shape here depends on the data or on an input dimension that is not known.",
+        "Give the shape with --input-shape NAME=2,3,224,224.",
+    ),
+    "missing-constant": Words(
+        "value computed at run time",
+        "The operator takes a shape, an axis or an index that is computed at run time, so it cannot be followed.",
+        "Give the input shapes with --input-shape, or fold constants before pruning.",
+    ),
+    "normalised": Words(
+        "normalised over these channels",
+        "A LayerNorm, Softmax, mean or the like is taken over these channels: with fewer of them every other value "
+        "changes, so the cut would not be exact.",
+        "--approximate allows it where it can be defined (LayerNorm, RMSNorm, GroupNorm, channel means).",
+    ),
+    "fixed-size": Words(
+        "axis must keep its size",
+        "An operator needs this axis at exactly this size.",
+    ),
+    "unlabelled-operand": Words(
+        "meets a tensor that cannot shrink",
+        "The channels are combined with a tensor that has no removable channels of its own (an input, or a constant of "
+        "the full size).",
+    ),
+    "grid-unbalanced": Words(
+        "groups would become unequal",
+        "The channels are arranged in equal rows (heads, convolution groups), and no cut keeps the rows equal here.",
+    ),
+    "spatial": Words(
+        "used as positions, not channels",
+        "A later operator treats this axis as positions (height, width, time), so its entries cannot be taken out one "
+        "by one.",
+    ),
+    "shape-value": Words(
+        "its size is used as a number",
+        "The model reads the size of this axis at run time and computes with it, so the size cannot change.",
+    ),
+    "excluded": Words(
+        "excluded by option",
+        "The layer was left out by --exclude, or is not among those of --include.",
+        "Change --exclude or --include to cut it.",
+    ),
+    "recurrent-state": Words(
+        "recurrent state",
+        "The channels are the state of a recurrent layer that is also given from, or handed to, the outside.",
+    ),
+    "quantization-block": Words(
+        "quantized in blocks",
+        "The weights are quantized in blocks along this axis, and single channels cannot leave a block.",
+        "Prune first and quantize afterwards, or use --round-to with the block size.",
+    ),
+    "unsupported-form": Words(
+        "form of operator not supported",
+        "The operator has a rule, but not for the form in which it is used here.",
+    ),
+    "duplicate-write": Words(
+        "written more than once",
+        "Two places would have to cut the same tensor in different ways.",
+    ),
+}
+
+
+def split(reason: str) -> tuple[str, str]:
+    """A reason ``code`` or ``code: detail`` as (code, detail); free text has an empty code and is all detail."""
+    code, _, detail = reason.partition(":")
+    code = code.strip()
+    if code in BARRIERS or (code and " " not in code):
+        return code, detail.strip()
+    return "", reason.strip()
+
+
+def short(reason: str) -> str:
+    """A few words for a table cell; an unknown code stands for itself, with its detail."""
+    code, detail = split(reason)
+    words = BARRIERS.get(code)
+    if words is not None:
+        return words.short
+    return f"{code} ({detail})" if code and detail else code or detail
+
+
+def sentence(reason: str) -> str:
+    """A full sentence on why channels stay, with the detail behind it; an unknown code stands for itself."""
+    code, detail = split(reason)
+    words = BARRIERS.get(code)
+    if words is None:
+        return f"{code}: {detail}" if code and detail else code or detail
+    return f"{words.why} ({detail})" if detail else words.why
+
+
+def advice(reason: str) -> str:
+    """What the user can do about it, or an empty string."""
+    words = BARRIERS.get(split(reason)[0])
+    return words.advice if words is not None else ""
+
+
+def tally(reasons: Iterable[str], most: int = 4) -> str:
+    """Reasons counted by their short words, most frequent first: ``is a model output (3), recurrent state (1)``."""
+    counted = Counter(short(reason) or "no reason given" for reason in reasons).most_common()
+    shown = [f"{text} ({count})" for text, count in counted[:most]]
+    if len(counted) > most:
+        shown.append(f"other ({sum(count for _, count in counted[most:])})")
+    return ", ".join(shown)
