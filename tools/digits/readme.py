@@ -51,7 +51,7 @@ Another processor or another version of torch may round differently, and the acc
 
 The images are the digits that ship with scikit-learn: the test part of
 [Optical Recognition of Handwritten Digits][uci], E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998,
-CC BY 4.0. Here the pixels are divided by 16 and the images split into {train} for training, {calibration} for calibration
+CC BY 4.0. Pixels are divided by 16, and the images are split into {train} for training, {calibration} for calibration
 and {test} for the test.
 
 [uci]: https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits
