@@ -1,0 +1,238 @@
+"""Reading a model: a skeleton without bulk data, and weights that are read when they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import GraphProto, ModelProto, TensorProto, inliner
+
+from onnxprune.errors import ModelError, OnnxpruneError, UsageError, nearest
+from onnxprune.model.external import attribute_tensors, bring_inline, external_weight, is_external
+from onnxprune.model.skeleton import without_data, without_graph, without_initializers
+from onnxprune.model.sniff import guess_format
+from onnxprune.model.structure import check_structure
+from onnxprune.model.weights import ArrayWeight, BufferWeight, FileWeight, TensorWeight, Weight
+from onnxprune.model.wire import TENSOR_DOUBLE_DATA, TENSOR_FLOAT_DATA, TENSOR_RAW_DATA, Buffer, Span, strip
+
+INLINE_LIMIT = 1024
+"""Data of at most so many bytes stay in the skeleton (shapes, axes, scalars), so that shape inference finds them."""
+
+_WHOLE_FILE_LIMIT = 512 << 20  # up to here a file is read once into memory, beyond each weight is read by itself
+
+_TYPED = {
+    (TensorProto.FLOAT, TENSOR_FLOAT_DATA),
+    (TensorProto.COMPLEX64, TENSOR_FLOAT_DATA),
+    (TensorProto.DOUBLE, TENSOR_DOUBLE_DATA),
+    (TensorProto.COMPLEX128, TENSOR_DOUBLE_DATA),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model as it was read; nothing in it has been changed but local functions, which are inlined.
+
+    Attributes:
+        proto: the skeleton: everything but the bulk data of the main graph's initializers.
+        weights: every initializer of the main graph by name.
+        path: the model file; None for bytes and a ModelProto.
+        sha256: of the model file's bytes; for a ModelProto, of its skeleton and its weights.
+        size: bytes of the model file and of the files with its external data.
+        external: the files with its external data.
+    """
+
+    proto: ModelProto
+    weights: dict[str, Weight]
+    path: Path | None
+    sha256: str
+    size: int
+    external: tuple[Path, ...] = ()
+
+
+def load(source: str | Path | bytes | ModelProto) -> Loaded:
+    """Reads a model from a path, from the bytes of a file, or from a ModelProto (which is not changed).
+
+    Raises:
+        UsageError: no such file, or a folder.
+        ModelError: not ONNX, damaged, newer than the installed onnx, or with data missing.
+    """
+    label = repr(str(source)) if isinstance(source, (str, Path)) else "the model"
+    try:
+        return _load(source)
+    except OnnxpruneError as error:
+        if isinstance(error, UsageError) or label in error.message:
+            raise
+        raise type(error)(f"{label}: {error.message}", hint=error.hint) from error
+    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{label} cannot be read: {error}", hint="The file is damaged; export it again.") from error
+
+
+def _load(source: str | Path | bytes | ModelProto) -> Loaded:
+    if isinstance(source, ModelProto):
+        return _from_proto(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _from_bytes(bytes(source), None)
+    if not isinstance(source, (str, Path)):
+        raise UsageError(f"a model is a path, bytes or an onnx.ModelProto, not {type(source).__name__}")
+    path = _existing(Path(source))
+    if path.stat().st_size <= _WHOLE_FILE_LIMIT:
+        return _from_bytes(path.read_bytes(), path)
+    return _from_large_file(path)
+
+
+def _existing(path: Path) -> Path:
+    try:
+        if path.is_file():
+            return path
+        folder = path.is_dir()
+        beside = path if folder else path.parent
+        names = [other.name for other in beside.glob("*.onnx")] if beside.is_dir() else []
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(path)!r} is not a usable path: {error}") from error
+    if folder:
+        hint = f"It contains {', '.join(sorted(names)[:5])}." if names else "Name the .onnx file itself."
+        raise UsageError(f"{str(path)!r} is a folder, a model file is needed", hint=hint)
+    if not beside.is_dir():
+        raise UsageError(f"no file {str(path)!r}: its folder does not exist", hint="Check the path.")
+    raise UsageError(f"no file {str(path)!r}", hint=nearest(path.name, names) or "Its folder has no .onnx file.")
+
+
+def _from_bytes(data: bytes, path: Path | None) -> Loaded:
+    proto, spans = _skeleton(data)
+    view = memoryview(data)
+    held: dict[int, Weight] = {}
+    for index, span in spans.items():
+        tensor = _stub(proto.graph, index, span)
+        held[index] = BufferWeight(tensor.name, tensor.data_type, tensor.dims, view[span.start : span.end])
+    return _finish(proto, held, path, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _from_large_file(path: Path) -> Loaded:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            proto, spans = _skeleton(data)
+            size = len(data)
+    held: dict[int, Weight] = {}
+    for index, span in spans.items():
+        tensor = _stub(proto.graph, index, span)
+        length = span.end - span.start
+        held[index] = FileWeight(tensor.name, tensor.data_type, tensor.dims, path, span.start, length)
+    return _finish(proto, held, path, digest, size)
+
+
+def _skeleton(data: Buffer) -> tuple[ModelProto, dict[int, Span]]:
+    if len(data) == 0:
+        raise ModelError("the file is empty", hint="Export or download the model again.")
+    known = guess_format(data[:4096])
+    if known:
+        raise ModelError(f"not an ONNX model: it looks like {known.name}", hint=known.hint)
+    stripped, spans = strip(data, INLINE_LIMIT)
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(stripped)
+    except Exception as error:  # protobuf's DecodeError has no common base with anything
+        raise ModelError(f"not an ONNX model: {error}", hint="The file is truncated or of another format.") from error
+    _check_kind(proto)
+    return proto, spans
+
+
+def _stub(graph: GraphProto, index: int, span: Span) -> TensorProto:
+    tensor: TensorProto = graph.initializer[index]
+    if span.field != TENSOR_RAW_DATA and (tensor.data_type, span.field) not in _TYPED:
+        raise ModelError(f"the data of tensor {tensor.name!r} do not belong to its type {tensor.data_type}")
+    return tensor
+
+
+def _from_proto(source: ModelProto) -> Loaded:
+    _check_kind(source)
+    proto = without_graph(source)
+    proto.graph.MergeFrom(without_initializers(source.graph))
+    held: dict[int, Weight] = {}
+    for index, tensor in enumerate(source.graph.initializer):
+        target = proto.graph.initializer.add()
+        if is_external(tensor) or tensor.data_type == TensorProto.STRING or _small(tensor):
+            target.CopyFrom(tensor)
+        else:
+            target.CopyFrom(without_data(tensor))
+            held[index] = TensorWeight(tensor)
+    digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
+    size = proto.ByteSize()
+    for weight in held.values():
+        data = weight.stored()
+        digest.update(data)
+        size += len(data)
+    return _finish(proto, held, None, digest.hexdigest(), size)
+
+
+def _small(tensor: TensorProto) -> bool:
+    # Counted in elements first: nothing is allocated for dims that a damaged file made absurd.
+    count = 1
+    for size in tensor.dims:
+        count *= max(size, 0)
+    return count * 4 <= INLINE_LIMIT
+
+
+def _check_kind(proto: ModelProto) -> None:
+    if not proto.graph.output:
+        what = "its graph has no outputs" if proto.HasField("graph") else "it has no graph"
+        raise ModelError(f"not an ONNX model: {what}", hint="Pass the .onnx file an exporter wrote.")
+    if proto.ir_version > onnx.IR_VERSION:
+        raise _too_new("IR version", proto.ir_version, onnx.IR_VERSION)
+    if not proto.opset_import and proto.ir_version >= 3:
+        raise ModelError("the model names no operator set (opset_import is empty)", hint="Export the model again.")
+    for opset in proto.opset_import:
+        known = onnx.defs.onnx_opset_version()
+        if opset.domain in ("", "ai.onnx") and opset.version > known:
+            raise _too_new("opset", opset.version, known)
+
+
+def _too_new(what: str, needed: int, known: int) -> ModelError:
+    return ModelError(
+        f"the model needs {what} {needed}, the installed onnx {onnx.__version__} knows up to {known}",
+        hint="pip install -U onnx onnxruntime",
+    )
+
+
+def _finish(proto: ModelProto, held: dict[int, Weight], path: Path | None, sha256: str, size: int) -> Loaded:
+    folder = path.parent if path else None
+    weights: dict[str, Weight] = {}
+    files: dict[Path, None] = {}
+    for index, tensor in enumerate(proto.graph.initializer):
+        if is_external(tensor):
+            outside = external_weight(tensor, folder)
+            files[outside.path] = None
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            if outside.nbytes <= INLINE_LIMIT:
+                tensor.raw_data = bytes(outside.stored())
+            held[index] = outside
+        weight = held.get(index) or _take_data(tensor)
+        if weight.name in weights:
+            raise ModelError(f"two initializers have the name {weight.name!r}", hint="Export the model again.")
+        weights[weight.name] = weight
+    for tensor in attribute_tensors(proto):
+        if is_external(tensor):
+            files[bring_inline(tensor, folder)] = None
+        TensorWeight(tensor)  # raises when the data do not fit the shape
+    if proto.functions:
+        proto = inliner.inline_local_functions(proto)
+    check_structure(proto)
+    size += sum(file.stat().st_size for file in files)
+    return Loaded(proto, weights, path, sha256, size, tuple(files))
+
+
+def _take_data(tensor: TensorProto) -> Weight:
+    """The weight of an initializer that still has its data; bulk data leave the skeleton."""
+    whole = TensorProto()
+    whole.CopyFrom(tensor)
+    weight = TensorWeight(whole)
+    if tensor.data_type == TensorProto.STRING:
+        return weight
+    if weight.nbytes <= INLINE_LIMIT:
+        return ArrayWeight(weight.name, weight.read())
+    tensor.CopyFrom(without_data(whole))
+    return weight

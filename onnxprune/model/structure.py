@@ -1,0 +1,113 @@
+"""Whether a model's names fit together: every output is unique, every input is defined before it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+
+from onnxprune.errors import ModelError
+
+_Scope = tuple[set[str], ...]
+
+
+def check_structure(proto: ModelProto) -> None:
+    """Checks names and order of a model's graphs; needs no weights, takes time linear in the nodes.
+
+    Raises:
+        ModelError: a name that is not text, a tensor defined twice, read before it is made, or never made.
+    """
+    _check_graph(proto.graph, ())
+
+
+def _check_graph(graph: GraphProto, outer: _Scope) -> None:
+    inputs = [value.name for value in graph.input]
+    initializers = [tensor.name for tensor in graph.initializer]
+    initializers += [sparse.values.name for sparse in graph.sparse_initializer]
+    _check_text("the graph", [*inputs, *initializers, *(value.name for value in graph.value_info)])
+    _check_once("graph input", inputs)
+    _check_once("initializer", initializers)
+    # An initializer may bear an input's name: it is that input's default value.
+    known = {*inputs, *initializers}
+    scope = (*outer, known)
+    for node in graph.node:
+        _check_node(node, graph, scope)
+        for output in node.output:
+            if output and output in known:
+                raise _twice(f"{_label(node)} gives", output)
+            known.add(output)
+    outputs = [value.name for value in graph.output]
+    _check_text("the graph", outputs)
+    for output in outputs:
+        if not _defined(output, scope):
+            raise ModelError(
+                f"the graph output {output!r} is made by no node of graph {graph.name!r}",
+                hint="Export the model again.",
+            )
+
+
+def _check_node(node: NodeProto, graph: GraphProto, scope: _Scope) -> None:
+    inputs, outputs = node.input, node.output
+    _check_text(_label(node), [node.name, node.op_type, node.domain, *inputs, *outputs])
+    if not node.op_type:
+        raise ModelError(f"{_label(node)} has no operator type", hint="The file is damaged, or was written by hand.")
+    for name in inputs:
+        if name and not _defined(name, scope):
+            raise _undefined(node, name, graph)
+    for attribute in node.attribute:
+        if not isinstance(attribute.name, str):
+            raise _not_text(_label(node), attribute.name)
+        if attribute.type == AttributeProto.GRAPH:
+            _check_graph(attribute.g, scope)
+        elif attribute.type == AttributeProto.GRAPHS:
+            for body in attribute.graphs:
+                _check_graph(body, scope)
+
+
+def _defined(name: str, scope: _Scope) -> bool:
+    return any(name in names for names in scope)
+
+
+def _check_once(kind: str, names: list[str]) -> None:
+    if len(set(names)) == len(names):
+        return
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise _twice(f"an {kind}" if kind[0] == "i" else f"a {kind}", name)
+        seen.add(name)
+
+
+def _check_text(where: str, names: Iterable[object]) -> None:
+    # protobuf hands out bytes for a name that is not UTF-8, whatever its type says.
+    for name in names:
+        if not isinstance(name, str):
+            raise _not_text(where, name)
+
+
+def _not_text(where: str, name: object) -> ModelError:
+    return ModelError(f"{where} has a name that is not UTF-8 text: {name!r}", hint="The file is damaged.")
+
+
+def _twice(what: str, name: str) -> ModelError:
+    return ModelError(
+        f"{what} {name!r}, a name that is in use already; every tensor of a graph needs one definition",
+        hint="Rename one of the two, or export the model again.",
+    )
+
+
+def _undefined(node: NodeProto, name: str, graph: GraphProto) -> ModelError:
+    maker = next((other for other in graph.node if name in other.output), None)
+    if maker is None:
+        return ModelError(
+            f"{_label(node)} reads {name!r}, which no input, initializer or node defines",
+            hint="The file is damaged, or a tool that edited it left a name behind.",
+        )
+    return ModelError(
+        f"{_label(node)} reads {name!r} before {_label(maker)} makes it; nodes must be in topological order",
+        hint="Sort the graph first, for example with onnx_graphsurgeon: import_onnx(model).toposort().",
+    )
+
+
+def _label(node: NodeProto) -> str:
+    return f"node {node.name or next(iter(node.output), '')!r} ({node.op_type})"

@@ -1,0 +1,154 @@
+"""The protobuf wire format of a model file, as far as bulk weights can be left where they are.
+
+Parsing a whole model copies every weight once and protobuf never gives that memory back. Walking over the length
+prefixes instead yields a small model without bulk data, and the byte ranges in which the data lie.
+Source: https://protobuf.dev/programming-guides/encoding/ and the field numbers of onnx.proto.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from onnxprune.errors import ModelError
+
+Buffer = bytes | mmap.mmap
+
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+MODEL_GRAPH = 7
+GRAPH_INITIALIZER = 5
+TENSOR_FLOAT_DATA = 4
+TENSOR_RAW_DATA = 9
+TENSOR_DOUBLE_DATA = 10
+# Packed float and double fields hold the same little-endian bytes as raw_data; the other typed fields are varints.
+_DATA_FIELDS = frozenset({TENSOR_FLOAT_DATA, TENSOR_RAW_DATA, TENSOR_DOUBLE_DATA})
+
+
+class Field(NamedTuple):
+    """One field of a message: its number, wire type, the offset of its tag, and the bytes [start, end) of its value."""
+
+    number: int
+    wire: int
+    at: int
+    start: int
+    end: int
+
+
+class Span(NamedTuple):
+    """The bytes [start, end) of one initializer's data, and the TensorProto field that held them."""
+
+    field: int
+    start: int
+    end: int
+
+
+def encode_varint(value: int) -> bytes:
+    """A non-negative integer as a protobuf varint."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def prefix(number: int, length: int) -> bytes:
+    """Tag and length that precede a length-delimited field of ``length`` bytes."""
+    return encode_varint(number << 3 | _LENGTH) + encode_varint(length)
+
+
+def _decode_varint(buffer: Buffer, at: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < end and shift < 64:
+        byte = buffer[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise _broken(at)
+
+
+def _broken(at: int) -> ModelError:
+    return ModelError(
+        f"not a complete protobuf message: it breaks off or is damaged at byte {at}",
+        hint="The file is truncated or is not an ONNX model; download or export it again.",
+    )
+
+
+def fields(buffer: Buffer, start: int, end: int) -> Iterator[Field]:
+    """The fields of the message in buffer[start:end], in order. Raises ModelError where the bytes are no message."""
+    at = start
+    while at < end:
+        tag, value = _decode_varint(buffer, at, end)
+        wire = tag & 7
+        if wire == _LENGTH:
+            length, value = _decode_varint(buffer, value, end)
+            after = value + length
+        elif wire == _VARINT:
+            after = _decode_varint(buffer, value, end)[1]
+        elif wire == _FIXED32:
+            after = value + 4
+        elif wire == _FIXED64:
+            after = value + 8
+        else:
+            raise _broken(at)
+        if after > end or tag < 8:
+            raise _broken(at)
+        yield Field(tag >> 3, wire, at, value, after)
+        at = after
+
+
+def strip(buffer: Buffer, limit: int) -> tuple[bytes, dict[int, Span]]:
+    """The serialized ModelProto without the bulk data of its main graph's initializers, and where those data lie.
+
+    Args:
+        buffer: a serialized ModelProto.
+        limit: data of at most so many bytes stay inline.
+
+    Returns:
+        The bytes of the smaller model, and a map from an initializer's index in the graph to its data's span.
+
+    Raises:
+        ModelError: when the bytes are not a complete protobuf message.
+    """
+    parts: list[bytes] = []
+    spans: dict[int, Span] = {}
+    count = 0
+    for field in fields(buffer, 0, len(buffer)):
+        if field.number == MODEL_GRAPH and field.wire == _LENGTH:
+            # The field may occur more than once: protobuf merges the occurrences, so the index runs on.
+            graph, count = _strip_graph(buffer, field, count, limit, spans)
+            parts += (prefix(MODEL_GRAPH, len(graph)), graph)
+        else:
+            parts.append(buffer[field.at : field.end])
+    return b"".join(parts), spans
+
+
+def _strip_graph(buffer: Buffer, graph: Field, count: int, limit: int, spans: dict[int, Span]) -> tuple[bytes, int]:
+    parts: list[bytes] = []
+    kept = graph.start  # everything before it has been copied to parts
+    for field in fields(buffer, graph.start, graph.end):
+        if field.number != GRAPH_INITIALIZER or field.wire != _LENGTH:
+            continue
+        if field.end - field.start > limit:
+            tensor, span = _strip_tensor(buffer, field, limit)
+            if span is not None:
+                spans[count] = span
+                parts += (buffer[kept : field.at], prefix(GRAPH_INITIALIZER, len(tensor)), tensor)
+                kept = field.end
+        count += 1
+    parts.append(buffer[kept : graph.end])
+    return b"".join(parts), count
+
+
+def _strip_tensor(buffer: Buffer, tensor: Field, limit: int) -> tuple[bytes, Span | None]:
+    held = list(fields(buffer, tensor.start, tensor.end))
+    data = [field for field in held if field.number in _DATA_FIELDS]
+    # Data in several pieces are legal and very rare: the parser may join them.
+    if len(data) != 1 or data[0].wire != _LENGTH or data[0].end - data[0].start <= limit:
+        return b"", None
+    rest = b"".join(buffer[field.at : field.end] for field in held if field is not data[0])
+    return rest, Span(data[0].number, data[0].start, data[0].end)
