@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 from dataclasses import dataclass
 
@@ -63,9 +62,6 @@ def _click_hint(error: click.ClickException, command_path: str) -> str:
 
 def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") -> int:
     """Tell the user about ``error`` (stderr, with ``--json`` an object on stdout too); returns the exit code."""
-    if isinstance(error, BrokenPipeError):
-        _silence(screen)
-        return 0
     failure = describe(error, command_path)
     label = "internal error: " if failure.kind == "InternalError" else "error: "
     if screen.verbosity >= 2:
@@ -80,19 +76,5 @@ def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") 
             "hint": failure.hint,
             "exit_code": failure.exit_code,
         }
-        try:
-            screen.emit({"error": record})
-        except BrokenPipeError:
-            _silence(screen)
+        screen.emit({"error": record})
     return failure.exit_code
-
-
-def _silence(screen: Screen) -> None:
-    """Point a closed stdout at nothing, so that the interpreter's last flush does not complain."""
-    try:
-        descriptor = screen.out.file.fileno()
-    except (OSError, ValueError):
-        return
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, descriptor)
-    os.close(nothing)

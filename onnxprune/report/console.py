@@ -6,6 +6,7 @@ import codecs
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,10 +43,22 @@ codecs.register_error("onnxprune.ascii", _plain_characters)
 
 
 class _Console(Console):
-    """A console that lets a closed pipe surface as BrokenPipeError, for the caller to end quietly."""
+    """A console that lets a closed pipe surface as BrokenPipeError; rich would end the program with code 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+
+@contextmanager
+def _until_closed(console: Console) -> Iterator[None]:
+    """Writing to a pipe whose reader left (``| head``) is no failure: what is left to say goes nowhere."""
+    try:
+        yield
+        console.file.flush()
+    except BrokenPipeError:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, console.file.fileno())
+        os.close(nothing)
 
 
 def _console(stream: TextIO) -> Console:
@@ -86,21 +99,20 @@ class Screen:
         if self.verbosity < 0 or (self.as_json and self.verbosity < 1):
             return
         console = self.err if self.as_json else self.out
-        for part in parts:
-            if console.is_terminal:
-                console.print(part)
-                continue
-            # Cells are padded to their column; in a file that is only trailing space.
-            with console.capture() as captured:
-                console.print(part)
-            console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+        with _until_closed(console):
+            for part in parts:
+                if console.is_terminal:
+                    console.print(part)
+                    continue
+                # Cells are padded to their column; in a file that is only trailing space.
+                with console.capture() as captured:
+                    console.print(part)
+                console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def emit(self, record: Mapping[str, Any]) -> None:
         """Write the one JSON object of ``--json`` to stdout; NaN and infinity become null."""
-        stream = self.out.file
-        json.dump(plain(record), stream, indent=2, allow_nan=False)
-        stream.write("\n")
-        stream.flush()
+        with _until_closed(self.out):
+            self.out.file.write(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
 
     def warn(self, message: str) -> None:
         """A warning line on stderr, unless quiet."""

@@ -1,0 +1,232 @@
+"""How the command is called: the default subcommand, help, version, and where output goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from onnxprune.report.facts import LayerFacts, OutputFidelity
+
+
+def test_model_without_subcommand_prunes(api, run, model) -> None:
+    first, second, third = run(model), run("prune", model), run("--ratio", "0.2", model)
+    assert [first.exit_code, second.exit_code, third.exit_code] == [0, 0, 0]
+    assert first.stdout == second.stdout
+    assert [call["ratio"] for call in api.calls] == [0.3, 0.3, 0.2]
+
+
+def test_a_model_may_have_the_name_of_a_subcommand(api, run, model, monkeypatch) -> None:
+    monkeypatch.chdir(model.parent)
+    model.rename("inspect")
+    assert run("./inspect").exit_code == 0
+    assert (model.parent / "inspect.pruned.onnx").exists()
+
+
+def test_mistyped_subcommand_is_named(api, run, model) -> None:
+    result = run("inspekt", model)
+    assert result.exit_code == 2
+    assert result.stderr == "error: no such command 'inspekt'\nhint: Did you mean inspect?\n"
+
+
+def test_no_arguments_says_how_to_start(run) -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert "no model given" in result.stderr and "onnxprune --help" in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_shows_both_ways_to_call_and_every_option(run, flag) -> None:
+    result = run(flag)
+    assert result.exit_code == 0
+    text = result.stdout
+    for part in ("onnxprune MODEL.onnx", "onnxprune inspect MODEL.onnx", "--ratio R", "--apply-plan", "Exit codes"):
+        assert part in text
+    assert "--approximate" in run("inspect", flag).stdout
+    assert "--min-fidelity" in run("prune", flag).stdout
+
+
+def test_version(run) -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("onnxprune ")
+
+
+def test_report_of_a_cut(api, run, model) -> None:
+    result = run(model)
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines == [
+        "layer op channels params MACs removed",
+        "/conv1/Conv Conv 64 → 45 9.22 K → 6.48 K 590 K → 415 K 29.7 %",
+        "/head/Conv Conv 10 1.44 K 92.2 K is a model output",
+        "",
+        "before after removed",
+        "parameters 10.7 K 7.92 K 25.7 %",
+        "MACs 682 K 507 K 25.7 %",
+        "file size 43.0 kB 32.1 kB 25.3 %",
+        "latency 1.52 ± 0.03 ms 0.910 ± 0.020 ms 1.67\N{MULTIPLICATION SIGN} speed",
+        "latency: median ± interquartile range, 50 runs in turn, onnxruntime, 1 thread",
+        "",
+        "exact yes: largest relative difference 3.1e-07 (allowed 1e-05, batch 1 and 3)",
+        "fidelity cosine 0.9312, signal-to-noise 8.4 dB, top-1 agreement 91.2 % (64 samples, seeded synthetic inputs)",
+        f"wrote {model.with_name('m.pruned.onnx')}",
+    ]
+    assert result.stderr == ""
+
+
+def test_nothing_is_cut_short_or_wrapped_in_a_pipe(api, run, model) -> None:
+    name = "/" + "/".join(f"block{index}" for index in range(60)) + "/Conv"
+    api.report.layers.append(LayerFacts(name, "Conv", 8, 4, 64, 32, 64, 32, ""))
+    row = next(line for line in run(model).stdout.splitlines() if name in line)
+    assert row.endswith("50.0 %")
+
+
+def test_long_models_fold_untouched_layers_unless_verbose(api, run, model) -> None:
+    api.report.layers += [LayerFacts(f"/n{i}", "MatMul", 8, 8, 64, 64, 64, 64, "normalised: /ln") for i in range(40)]
+    folded, full = run(model).stdout, run(model, "-v").stdout
+    assert "/n7" not in folded
+    assert "41 of 42 layers untouched: normalised over these channels (40), is a model output (1)" in folded
+    assert "/n7 " in full and "untouched" not in full
+
+
+def test_layer_names_are_not_markup(api, run, model) -> None:
+    api.report.layers[0].name = "/a[bold]/:smile:/b[/red]"
+    assert "/a[bold]/:smile:/b[/red]" in run(model).stdout
+
+
+def test_quiet_says_nothing(api, run, model) -> None:
+    api.report.warnings = ["odd"]
+    result = run(model, "-q")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    assert api.calls[0]["latency"] is False
+    assert model.with_name("m.pruned.onnx").exists()
+
+
+def test_warnings_go_to_stderr(api, run, model) -> None:
+    api.report.warnings = ["NaN in weight 'w'"]
+    result = run(model)
+    assert result.stderr == "warning: NaN in weight 'w'\n"
+    assert "NaN" not in result.stdout
+
+
+def test_json_is_one_object_and_holds_no_number_that_json_has_not(api, run, model) -> None:
+    api.report.fidelity.outputs.append(OutputFidelity("same", 1.0, float("inf")))
+    result = run(model, "--json", "--plan", model.with_name("p.json"))
+    record = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert record["output"] == str(model.with_name("m.pruned.onnx"))
+    assert record["plan"] == str(model.with_name("p.json"))
+    assert record["totals"]["params_after"] == 7920
+    assert record["layers"][0]["channels_after"] == 45
+    assert record["fidelity"]["outputs"][1]["snr_db"] is None
+    assert record["exactness"]["passed"] is True
+    assert result.stderr == ""
+
+
+def test_json_with_verbose_keeps_stdout_clean(api, run, model) -> None:
+    result = run(model, "--json", "-v")
+    assert json.loads(result.stdout)["totals"]["params_before"] == 10656
+    assert "parameters" in result.stderr and "analyse ..." in result.stderr
+
+
+def test_several_outputs_make_a_table_with_the_worst_first(api, run, model) -> None:
+    api.report.fidelity.outputs += [OutputFidelity(f"o{i}", 0.99 + i / 1000, float("inf")) for i in range(9)]
+    text = run(model).stdout
+    assert "worst cosine 0.9312 over 10 outputs" in text
+    assert text.index("logits") < text.index("o0") and "o8" not in text
+    assert "and 2 outputs with a larger cosine" in text
+
+
+def test_unasked_checks_are_said_to_be_unasked(api, run, model) -> None:
+    api.report.exactness.passed, api.report.exactness.note = None, "--no-validate"
+    api.report.fidelity = api.report.latency = None
+    text = run(model, "--no-validate").stdout
+    assert "not checked: --no-validate" in text and "not measured" in text
+    assert "latency" not in text
+
+
+def test_plan_is_written_with_the_rights_of_a_new_file(api, run, model) -> None:
+    plan, other = model.with_name("p.json"), model.with_name("other")
+    other.write_text("")
+    result = run(model, "--plan", plan)
+    assert json.loads(plan.read_text()) == {"version": 1}
+    assert stat.S_IMODE(plan.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+    assert f"plan      {plan}" in result.stdout
+
+
+def test_explain_tells_why_in_plain_words(api, run, model) -> None:
+    text = run(model, "--explain", "--layer", "/conv1/*=0.5").stdout
+    assert "These channels are a model output, and whoever reads the model counts on its shape." in text
+    assert "/head/Conv: 0 of 10 channels removed, 3 asked" in text
+    assert "/conv1/Conv: 19 of 64 channels removed, 32 asked" in text
+    assert "vendor.Odd" in text and "no-rule: " in text
+    assert "64 → 45" in text.split("Layers that were not cut")[0]
+
+
+def test_explain_says_so_when_every_layer_lost_what_was_asked(api, run, model) -> None:
+    del api.report.layers[1]
+    assert "every layer lost what was asked" in run(model, "--explain").stdout
+
+
+def test_explain_names_steps_and_rounding(api, run, model) -> None:
+    api.report.groups[0]["steps"] = 4
+    assert "4 equal steps only" in run(model, "--explain", "--ratio", "0.4").stdout
+    assert "keeps a multiple of 16" in run(model, "--explain", "--ratio", "0.4", "--round-to", "16").stdout
+
+
+def test_inspect_shows_groups_barriers_and_unlocks(api, run, model) -> None:
+    result = run("inspect", model)
+    assert result.exit_code == 0
+    for part in (
+        "Groups that can be cut (1)",
+        "1 group cannot be cut: is a model output (1)",
+        "Barriers (2, holding 138",
+    ):
+        assert part in result.stdout
+    unlock = result.stdout.split("Operators that would unlock most channels")[1]
+    assert unlock.split() == ["channels", "operator", "128", "vendor.Odd"]
+    assert "logits" in run("inspect", model, "-v").stdout
+
+
+def test_inspect_json(api, run, model) -> None:
+    record = json.loads(run("inspect", model, "--json").stdout)
+    assert record["unlocks"] == [["vendor.Odd", 128]]
+    assert [barrier["code"] for barrier in record["barriers"]] == ["graph-output", "no-rule"]
+    assert record["groups"][0]["size"] == 64 and record["layers"][0]["macs_before"] == 589824
+
+
+def test_inspect_passes_its_options_on(api, run, model) -> None:
+    run("inspect", model, "--approximate", "--input-shape", "x=1,2")
+    assert api.calls == [{"model": model, "input_shapes": {"x": (1, 2)}, "approximate": True}]
+
+
+def test_help_needs_no_heavy_import() -> None:
+    heavy = "import sys, onnxprune.cli; assert not {'onnx', 'onnxruntime', 'scipy'} & set(sys.modules), 'slow start'"
+    assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    code = (
+        "import sys; from onnxprune.report.console import Screen; sys.stdin.readline(); screen = Screen.open(); "
+        "screen.show('x' * 100_000); screen.emit({'a': 1}); screen.show('more'); screen.warn('still here')"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stderr.read() == "warning: still here\n"
+    assert process.returncode == 0
+
+
+def test_a_stream_that_knows_only_ascii_gets_ascii(tmp_path) -> None:
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code = (
+        "from onnxprune.report.console import Screen; from onnxprune.report import units; "
+        "Screen.open().show(units.change('1', '2'), 'a \\u00b1 b \\u00d7 c \\u2026 \\u4e2d')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 -> 2\na +/- b x c ... ?\n"
