@@ -60,9 +60,8 @@ class Request:
 
 def check(ctx: click.Context, request: Request) -> None:
     """Everything that can be found wrong before the work starts; raises UsageError."""
-    from onnxprune.model.save import check_output
-
     from onnxprune.criteria import registry
+    from onnxprune.model.save import check_output
 
     options.existing(request.model, "model")
     options.criterion(request.criterion, registry.names())
@@ -87,4 +86,8 @@ def check(ctx: click.Context, request: Request) -> None:
             raise UsageError(
                 f"--plan and --output are the same file {str(request.plan)!r}", hint="Give two different paths."
             )
-        check_output(request.plan, request.model, sources)
+        try:
+            check_output(request.plan, request.model, sources)
+        except UsageError as error:
+            what = error.message.removeprefix("the output ")
+            raise UsageError(f"--plan: {what}", hint="Choose another path for the plan.") from None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import click
 import pytest
@@ -61,6 +64,25 @@ def test_interrupt_ends_with_130_and_writes_nothing(api, run, model) -> None:
     result = run(model, "--plan", model.with_name("p.json"))
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted\n"
+    assert [path.name for path in model.parent.iterdir()] == ["m.onnx"]
+
+
+def test_interrupt_from_the_keyboard_in_a_process_of_its_own(model) -> None:
+    code = (
+        "import sys, time, onnxprune\n"
+        "def prune(*args, **options):\n"
+        "    print('ready', file=sys.stderr, flush=True)\n"
+        "    time.sleep(60)\n"
+        "onnxprune.prune = prune\n"
+        "from onnxprune.cli import main\n"
+        "main(prog_name='onnxprune')\n"
+    )
+    command = [sys.executable, "-c", code, str(model), "--plan", str(model.with_name("p.json"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
     assert [path.name for path in model.parent.iterdir()] == ["m.onnx"]
 
 
