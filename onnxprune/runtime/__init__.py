@@ -1,0 +1,1 @@
+"""Everything that runs a model: sessions, inputs, comparison, latency. The only package that imports onnxruntime."""

@@ -1,0 +1,265 @@
+"""Comparing two models by what they compute: exactness of a cut here, fidelity of the final model in ``fidelity``."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from onnxprune.errors import ModelError
+from onnxprune.report.facts import Exactness
+from onnxprune.runtime.fidelity import fidelity
+from onnxprune.runtime.floats import eps, largest
+from onnxprune.runtime.sessions import Array, Feed, Progress, open_session, run
+
+__all__ = ["exactness", "fidelity", "noise_floor"]
+
+_TOLERANCE = 1e-4  # float32: rounding of sums taken in another order, a few hundred layers deep
+_CAP = 1e-2  # what a model's own sensitivity may raise the tolerance to
+_QUANTIZED_CAP = 5e-2  # one rounding flip of an 8-bit activation is already a step of 1/255
+_FLOOR_FACTOR = 10.0
+_INTEGER_SHARE = 0.005  # of argmax-like outputs, where two floats tie
+_SMALLEST_PEAK = 1e-6
+
+
+def exactness(
+    reference: Path | bytes,
+    cut: Path | bytes,
+    feeds: Sequence[Feed],
+    *,
+    tolerance: float | None = None,
+    quantized: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Exactness:
+    """Whether the cut model computes what the reference (the original with masks) does, on every batch of ``feeds``.
+
+    Both run with graph optimisations off, one after the other, so that only one model is in memory. Per output and
+    batch the error is ``max|a - b| / max(1e-6, max|a|)`` over the finite positions. NaN and infinities (values at the
+    end of the type's range count as such) must sit at the same places; shapes and names must agree. Integers, booleans
+    and strings must be equal but for a share of 0.005 of an output's elements; 8-bit ones of a ``quantized`` model
+    (one with QuantizeLinear or the like) may differ by one step anywhere.
+
+    Without ``tolerance``, 1e-4 is allowed, or four times the epsilon of the coarsest float type of inputs and output.
+    Where that is exceeded, ten times the reference's ``noise_floor`` is, up to 1e-2 (quantized 5e-2) or 16 epsilons.
+
+    Returns:
+        ``passed`` is False too when the cut model does not load or run (``note`` says why, the error is infinite), None
+        when nothing could be compared. ``note`` names outputs on which equality proves nothing (constant, zero, NaN).
+
+    Raises:
+        ModelError: the reference does not load or run.
+    """
+    batches = list(dict.fromkeys(_batch(feed) for feed in feeds))
+    outputs: dict[str, _Output] = {}
+    expected = list(_outputs(reference, feeds, threads=threads, progress=_part(progress, 0.0)))
+    try:
+        actual = _outputs(cut, feeds, threads=threads, progress=_part(progress, 0.5))
+        for index, (want, have) in enumerate(zip(expected, actual, strict=True)):
+            _compare(want, have, quantized, outputs)
+            expected[index] = {}  # compared: let it go
+    except ModelError as error:
+        note = f"the reference runs, the cut model does not: {error.message}"
+        return Exactness(False, math.inf, tolerance or _TOLERANCE, batches, note=note)
+    if not outputs:
+        note = "nothing to compare: no inputs to run on, or no output is an array"
+        return Exactness(None, batches=batches, note=note)
+    coarse = max((eps(array.dtype) for feed in feeds for array in feed.values()), default=0.0)
+    for output in outputs.values():
+        output.eps_model = max(coarse, output.eps)
+        output.tolerance = max(_TOLERANCE, 4 * output.eps_model) if tolerance is None else tolerance
+    over = any(o.error > o.tolerance for o in outputs.values()) and not any(o.broken for o in outputs.values())
+    if over and tolerance is None:
+        floor = _FLOOR_FACTOR * noise_floor(reference, feeds[:2], threads=threads)
+        for output in outputs.values():
+            cap = max(_QUANTIZED_CAP if quantized else _CAP, 16 * output.eps_model)
+            output.tolerance = max(output.tolerance, min(floor, cap))
+    return _verdict(outputs, batches)
+
+
+@dataclass(slots=True)
+class _Output:
+    """What was seen of one output over all batches."""
+
+    name: str
+    eps: float = 0.0
+    eps_model: float = 0.0
+    error: float = 0.0
+    differing: int = 0
+    elements: int = 0
+    broken: str = ""
+    low: float = math.inf
+    high: float = -math.inf
+    tolerance: float = 0.0
+    values: set[object] = field(default_factory=set)
+
+    @property
+    def excess(self) -> float:
+        """Error over tolerance; above 1 is a failure."""
+        if self.broken:
+            return math.inf
+        share = self.differing / self.elements / _INTEGER_SHARE if self.elements else 0.0
+        return max(self.error / self.tolerance, share)
+
+    @property
+    def vacuous(self) -> str:
+        """Why equality of this output proves nothing, empty when it does."""
+        if not self.elements:
+            return "is empty"
+        if self.low > self.high:
+            return "has no finite value"
+        peak = max(abs(self.low), abs(self.high))
+        if self.eps and peak <= _SMALLEST_PEAK:
+            return "is zero"
+        if self.high - self.low <= self.tolerance * peak * bool(self.eps):
+            return "is constant"
+        return ""
+
+
+def _compare(want: Feed, have: Feed, quantized: bool, outputs: dict[str, _Output]) -> None:
+    """Add one batch's outputs to what was seen."""
+    for name in [*want, *(n for n in have if n not in want)]:
+        output = outputs.setdefault(name, _Output(name))
+        if name not in want or name not in have:
+            output.broken = f"only the {'reference' if name in want else 'cut model'} has it"
+            continue
+        a, b = want[name], have[name]
+        if a.shape != b.shape or a.dtype.kind != b.dtype.kind:
+            output.broken = f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}"
+            continue
+        output.elements += a.size
+        output.eps = eps(a.dtype)
+        if not a.size:
+            continue
+        if output.eps:
+            _compare_floats(output, a, b)
+        else:
+            _compare_integers(output, a, b, quantized)
+
+
+def _compare_floats(output: _Output, a: Array, b: Array) -> None:
+    """Add the float difference of one array pair."""
+    edge = largest(a.dtype)
+    a, b = _real(a), _real(b)
+    if not np.array_equal(np.isnan(a), np.isnan(b)):
+        output.broken = "NaN at other places"
+        return
+    # masks are often the lowest finite value in place of -inf
+    with np.errstate(invalid="ignore"):
+        ends = (np.abs(a) >= 0.99 * edge) | (np.abs(b) >= 0.99 * edge)
+        same = (np.sign(a) == np.sign(b)) & (np.minimum(np.abs(a), np.abs(b)) >= 0.9 * edge)
+    if not same[ends].all():
+        output.broken = "infinite or at the end of its range at other places"
+        return
+    finite = ~ends & ~np.isnan(a)
+    if finite.any():
+        a, b = a[finite], b[finite]
+        peak = float(np.abs(a).max())
+        output.error = max(output.error, float(np.abs(a - b).max()) / max(_SMALLEST_PEAK, peak))
+        output.low, output.high = min(output.low, float(a.min())), max(output.high, float(a.max()))
+
+
+def _compare_integers(output: _Output, a: Array, b: Array, quantized: bool) -> None:
+    """Add the number of unequal elements of one pair of integer, boolean or string arrays."""
+    if quantized and a.dtype.kind in "iu" and a.dtype.itemsize == 1:
+        output.differing += int((np.abs(a.astype(np.int16) - b.astype(np.int16)) > 1).sum())
+    else:
+        output.differing += int((a != b).sum())
+    if a.dtype.kind in "iub":
+        output.low, output.high = min(output.low, float(a.min())), max(output.high, float(a.max()))
+    else:
+        output.values |= {str(value) for value in a.ravel()[:1000]}
+        output.low, output.high = 0.0, float(len(output.values) - 1)
+
+
+def _verdict(outputs: dict[str, _Output], batches: list[int]) -> Exactness:
+    """The facts: the output with the largest error over tolerance decides."""
+    worst = max(outputs.values(), key=lambda o: o.excess)
+    notes = [f"{o.name}: {o.broken}" for o in outputs.values() if o.broken]
+    notes += [f"{o.name}: {o.differing} of {o.elements} integers differ" for o in outputs.values() if o.differing]
+    empty = [f"{o.name} {o.vacuous}" for o in outputs.values() if not o.broken and o.vacuous]
+    if empty:
+        every = len(empty) == len(outputs)
+        shown = ", ".join(empty[:4]) + (f" and {len(empty) - 4} more" if len(empty) > 4 else "")
+        notes.append(f"equality proves {'nothing' if every else 'little'} where an output does not vary: {shown}")
+    error = math.inf if worst.broken else worst.error
+    return Exactness(worst.excess <= 1, error, worst.tolerance, batches, worst.name, "; ".join(notes))
+
+
+def noise_floor(reference: Path | bytes, feeds: Sequence[Feed], *, threads: int | None = None) -> float:
+    """How far rounding alone moves a model's outputs: the largest relative error of ``exactness`` in two disturbances.
+
+    One run has all graph optimisations (other kernels, other orders of summation), one has its float inputs moved by
+    at most two units of their rounding, seeded. Both are compared with the plain run. Integer outputs do not count.
+
+    Raises:
+        ModelError: the model does not load or run with optimisations off.
+    """
+    plain = list(_outputs(reference, feeds, threads=threads))
+    disturbed = [_disturb(feed) for feed in feeds]
+    floor = 0.0
+    for optimize, inputs in ((True, feeds), (False, disturbed)):
+        outputs: dict[str, _Output] = {}
+        try:
+            for want, have in zip(plain, _outputs(reference, inputs, threads=threads, optimize=optimize), strict=True):
+                _compare(want, have, False, outputs)
+        except ModelError:
+            if not optimize:
+                raise
+            continue  # some models only load with optimisations off: the other disturbance remains
+        floor = max([floor, *(o.error for o in outputs.values() if not o.broken)])
+    return floor
+
+
+def _disturb(feed: Feed) -> Feed:
+    """The inputs with every float moved by a seeded random share, at most twice its type's epsilon."""
+    rng = np.random.default_rng(0)
+    moved: Feed = {}
+    for name, array in feed.items():
+        unit = eps(array.dtype)
+        if unit and array.dtype.kind != "c":
+            wide = array.astype(np.float64)
+            array = np.asarray(wide * (1 + rng.uniform(-2 * unit, 2 * unit, array.shape))).astype(array.dtype)
+        moved[name] = array
+    return moved
+
+
+def _outputs(
+    model: Path | bytes,
+    feeds: Sequence[Feed],
+    *,
+    threads: int | None = None,
+    optimize: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Feed]:
+    """The model's outputs on every batch; the session is freed with the last one."""
+    session = open_session(model, optimize=optimize, threads=threads)
+    try:
+        for index, feed in enumerate(feeds):
+            yield run(session, feed)
+            if progress:
+                progress("", (index + 1) / len(feeds))
+    finally:
+        del session
+        gc.collect()
+
+
+def _part(progress: Progress | None, start: float) -> Progress | None:
+    """A progress callback for the half of the stage that begins at ``start``."""
+    if progress is None:
+        return None
+    return lambda _, share: progress("exactness", start + share / 2)
+
+
+def _batch(feed: Feed) -> int:
+    """The leading size of the first input that has one."""
+    return next((int(array.shape[0]) for array in feed.values() if array.ndim), 1)
+
+
+def _real(array: Array) -> Array:
+    """The array in float64, complex numbers as pairs."""
+    return array.view(array.real.dtype).astype(np.float64) if array.dtype.kind == "c" else array.astype(np.float64)

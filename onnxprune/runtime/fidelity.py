@@ -1,0 +1,124 @@
+"""Fidelity: how close the final model's outputs are to the original's, batch by batch, without keeping any output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnxprune.report.facts import Fidelity, OutputFidelity
+from onnxprune.runtime.floats import eps
+from onnxprune.runtime.sessions import Array, Feed, Progress, open_session, run
+
+_SNR_LIMIT = 300.0  # dB; equal outputs would be infinite, which JSON cannot hold
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Running sums of one output: products of original a, final b and their difference d; elements; rows of logits."""
+
+    numeric: bool
+    aa: float = 0.0
+    bb: float = 0.0
+    ab: float = 0.0
+    dd: float = 0.0
+    equal: int = 0
+    elements: int = 0
+    agree: int = 0
+    rows: int = 0
+    broken: str = ""
+
+
+def fidelity(
+    original: Path | bytes,
+    final: Path | bytes,
+    feeds: Sequence[Feed],
+    source: str = "synthetic",
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Fidelity:
+    """Compare the final model with the original on ``feeds``, output by output, over all batches together.
+
+    Cosine is ``a·b / (|a| |b|)`` and signal-to-noise ``10 log10(|a|² / |a - b|²)`` in dB (within ±300), in float64.
+    Top-1 is the share of rows with the same argmax over the last axis, for float outputs of rank 2 or 3 whose last axis
+    has 2 or more entries. Positions where the original is not finite are left out; where only the final model is not,
+    its value counts as 0. For integers wider than 8 bits, booleans and strings (classes, indices) cosine and top-1 are
+    the share of equal elements. An output whose shape or presence differs counts as cosine 0 (``note`` says so).
+
+    Raises:
+        ModelError: one of the models does not load or run.
+    """
+    before, after = open_session(original, threads=threads), open_session(final, threads=threads)
+    sums: dict[str, _Sums] = {}
+    for index, feed in enumerate(feeds):
+        _add(run(before, feed), run(after, feed), sums)
+        if progress:
+            progress("fidelity", (index + 1) / len(feeds))
+    samples = sum(next((int(array.shape[0]) for array in feed.values() if array.ndim), 1) for feed in feeds)
+    notes = [f"{name}: {s.broken}" for name, s in sums.items() if s.broken]
+    silent = [name for name, s in sums.items() if not s.elements and not s.broken]
+    if silent:
+        notes.append(f"left out, the original has no finite value there: {', '.join(silent[:6])}")
+    outputs = [_finish(name, s) for name, s in sums.items() if name not in silent]
+    if not outputs:
+        notes.append("no output could be compared")
+    return Fidelity(outputs, samples, source, "; ".join(notes))
+
+
+def _add(want: Feed, have: Feed, sums: dict[str, _Sums]) -> None:
+    """Add one batch to the running sums."""
+    for name in [*want, *(n for n in have if n not in want)]:
+        array = want[name] if name in want else have[name]
+        small = array.dtype.kind in "iu" and array.dtype.itemsize == 1
+        s = sums.setdefault(name, _Sums(numeric=small or eps(array.dtype) > 0))
+        if name not in want or name not in have:
+            s.broken = f"only the {'original' if name in want else 'final model'} has it"
+            continue
+        a, b = want[name], have[name]
+        if a.shape != b.shape:
+            s.broken = f"shape {list(a.shape)} became {list(b.shape)}"
+        elif s.numeric:
+            _add_numbers(s, a, b)
+        else:
+            s.equal += int((a == b).sum())
+            s.elements += a.size
+
+
+def _add_numbers(s: _Sums, a: Array, b: Array) -> None:
+    """Add the products of one pair of numeric arrays, and its rows' argmax when they look like logits."""
+    logits = eps(a.dtype) > 0 and a.dtype.kind != "c" and a.ndim in (2, 3) and a.shape[-1] >= 2
+    if a.dtype.kind == "c":
+        a, b = a.view(a.real.dtype), b.view(b.real.dtype)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    if logits and a.size:
+        order_a, order_b = (np.where(np.isnan(x), -np.inf, x).argmax(-1) for x in (a, b))
+        s.agree += int((order_a == order_b).sum())
+        s.rows += order_a.size
+    known = np.isfinite(a)
+    a, b = a[known], b[known]
+    b = np.where(np.isfinite(b), b, 0.0)
+    s.elements += a.size
+    s.aa += float(a @ a)
+    s.bb += float(b @ b)
+    s.ab += float(a @ b)
+    s.dd += float((a - b) @ (a - b))
+
+
+def _finish(name: str, s: _Sums) -> OutputFidelity:
+    """The figures of one output from its sums."""
+    if s.broken:
+        return OutputFidelity(name, 0.0, -_SNR_LIMIT)
+    if not s.numeric:
+        share = s.equal / s.elements
+        snr = _SNR_LIMIT if share == 1 else -10 * math.log10(1 - share)
+        return OutputFidelity(name, share, snr, share)
+    top1 = s.agree / s.rows if s.rows else None
+    if not s.dd:
+        return OutputFidelity(name, 1.0, _SNR_LIMIT, top1)
+    cosine = s.ab / math.sqrt(s.aa) / math.sqrt(s.bb) if s.aa and s.bb else 0.0
+    snr = 10 * (math.log10(s.aa) - math.log10(s.dd)) if s.aa else -_SNR_LIMIT
+    return OutputFidelity(name, min(1.0, max(-1.0, cosine)), min(_SNR_LIMIT, max(-_SNR_LIMIT, snr)), top1)

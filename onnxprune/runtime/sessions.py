@@ -1,0 +1,229 @@
+"""Sessions of onnxruntime on the CPU: opening, inputs, running, with every failure turned into a typed error."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from onnxprune.errors import ModelError
+
+Array = NDArray[Any]
+Feed = dict[str, Array]
+"""One call of a model: input name -> array."""
+
+Progress = Callable[[str, float], None]
+"""Called with the stage's name and the share done, 0..1."""
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float": np.dtype(np.float32),
+    "double": np.dtype(np.float64),
+    "float16": np.dtype(np.float16),
+    "string": np.dtype(object),
+    **{n: np.dtype(n) for n in ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
+    "complex64": np.dtype(np.complex64),
+    "complex128": np.dtype(np.complex128),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "float8e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "float8e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
+
+# onnxruntime's numpy interface refuses these; they travel as raw bytes: (carrier, element type number of ONNX).
+_CARRIERS: dict[str, tuple[Any, int]] = {
+    "bfloat16": (np.uint16, 16),
+    "float8e4m3fn": (np.uint8, 17),
+    "float8e4m3fnuz": (np.uint8, 18),
+    "float8e5m2": (np.uint8, 19),
+    "float8e5m2fnuz": (np.uint8, 20),
+}
+_PACKED = ("int4", "uint4")
+
+_NO_KERNEL = (
+    re.compile(r"Could not find an implementation for (?P<op>[\w.:]+)\((?P<version>-?\d+)\)"),
+    re.compile(r"Failed to find kernel for (?P<op>[\w.:]+)\((?P<version>-?\d+)\)"),
+    re.compile(r"(?P<op>[\w.]+:[\w.]+)\((?P<version>-?\d+)\) is not a registered function/op"),
+    re.compile(r"No Op registered for (?P<op>[\w.:]+) with domain_version of (?P<version>-?\d+)"),
+)
+_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*? was false\. ?")
+_CUT_ANYWAY = "Use --no-validate to cut it all the same, with a structural check in place of a run."
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One input of a model: its name, numpy dtype (strings: object) and shape.
+
+    A dimension is a size, the name of a dynamic dimension, or None for an unnamed one. onnxruntime reports an input of
+    unknown rank like a scalar, as the empty shape.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+
+def open_session(model: Path | bytes, *, optimize: bool = True, threads: int | None = None) -> ort.InferenceSession:
+    """Open a model on onnxruntime's CPU provider.
+
+    Args:
+        model: a path (external data is found beside it) or the serialised model.
+        optimize: False turns every graph optimisation off; fusions change rounding, so exactness runs go without.
+        threads: threads inside an operator; None leaves the choice to onnxruntime.
+
+    Raises:
+        ModelError: the file does not load, or holds an operator that onnxruntime has no kernel for (named).
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    try:
+        source = model if isinstance(model, bytes) else str(model)
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except MemoryError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise _load_error(str(error), "the model" if isinstance(model, bytes) else str(model)) from error
+
+
+def _load_error(message: str, model: str) -> ModelError:
+    """The typed error for onnxruntime's load message."""
+    for pattern in _NO_KERNEL:
+        if found := pattern.search(message):
+            version = "" if found["version"].startswith("-") else f" version {found['version']}"
+            return ModelError(
+                f"onnxruntime has no kernel for operator {found['op']!r}{version}, so {model} cannot be run here: "
+                f"{shorten(message)}",
+                hint=_CUT_ANYWAY,
+            )
+    return ModelError(f"onnxruntime cannot load {model}: {shorten(message)}", hint=_CUT_ANYWAY)
+
+
+def shorten(message: str, limit: int = 300) -> str:
+    """The first line of an onnxruntime message without status prefix and source places, cut to ``limit`` characters."""
+    lines = [line for line in _PREFIX.sub("", message.strip()).splitlines() if line.strip()]
+    line = _SOURCE_PLACE.sub("", lines[0]).strip() if lines else "no message"
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def input_specs(session: ort.InferenceSession) -> list[InputSpec]:
+    """The inputs that a call must give, in order; initializers listed as inputs are not among them.
+
+    Raises:
+        ModelError: an input is a sequence, a map, or of an element type that numpy cannot hold.
+    """
+    specs = []
+    for value in session.get_inputs():
+        element = _element(value.type)
+        if element not in _DTYPES:
+            raise ModelError(
+                f"input {value.name!r} has type {value.type}; only tensors of {', '.join(_DTYPES)} can be fed",
+                hint=_CUT_ANYWAY,
+            )
+        specs.append(InputSpec(value.name, _DTYPES[element], tuple(value.shape)))
+    return specs
+
+
+def _element(kind: str) -> str:
+    """The element type inside ``tensor(...)`` or ``optional(tensor(...))``; empty for sequences and maps."""
+    found = re.fullmatch(r"(?:optional\()?tensor\((\w+)\)+", kind)
+    return found[1] if found else ""
+
+
+def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Feed:
+    """Run a model once and return its outputs by name.
+
+    The i-th element of a list (a sequence output) is returned as ``name#i``, a map as the array of its values in the
+    order of its keys; absent optional outputs are left out, and so are sequences of models with narrow float types.
+    int4 comes back in int8, other element types in their own.
+
+    Raises:
+        ModelError: the run failed (onnxruntime's message, shortened), or a value cannot be exchanged with onnxruntime.
+    """
+    outputs = session.get_outputs()
+    try:
+        values = prepare(session, feeds)()
+    except (MemoryError, ModelError):
+        raise
+    except Exception as error:
+        raise ModelError(f"onnxruntime cannot run the model: {shorten(str(error))}") from error
+    results: Feed = {}
+    for info, value in zip(outputs, values, strict=True):
+        _flatten(info.name, value, results)
+    return results
+
+
+def prepare(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Callable[[], list[Any]]:
+    """A call that runs the model on ``feeds`` and nothing else: conversions are done here, once.
+
+    Raises:
+        ModelError: an input's element type cannot be handed to onnxruntime.
+    """
+    options = ort.RunOptions()
+    options.log_severity_level = 4  # a failed run raises; the log line would only repeat it on stderr
+    infos = {info.name: info.type for info in session.get_inputs()}
+    elements = [_element(kind) for kind in infos.values()] + [_element(o.type) for o in session.get_outputs()]
+    if not any(element in _CARRIERS or element in _PACKED for element in elements):
+        arrays = {name: np.asarray(array) for name, array in feeds.items()}
+        return lambda: list(session.run(None, arrays, options))
+    values = {name: _ort_value(name, np.asarray(array), infos.get(name, "")) for name, array in feeds.items()}
+    return lambda: list(session.run_with_ort_values(None, values, options))
+
+
+def _ort_value(name: str, array: Array, kind: str) -> Any:
+    """An array as onnxruntime's own value, raw bytes for element types that its numpy interface refuses."""
+    element = _element(kind)
+    array = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar rank 1
+    if element in _CARRIERS:
+        carrier, number = _CARRIERS[element]
+        if array.dtype != _DTYPES[element]:
+            raise ModelError(f"input {name!r} has element type {array.dtype}, the model wants {element}")
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(carrier), number)
+    try:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    except RuntimeError as error:
+        raise ModelError(
+            f"input {name!r} ({kind}) cannot be fed to a model with narrow types: {shorten(str(error))}",
+            hint=_CUT_ANYWAY,
+        ) from error
+
+
+def _flatten(name: str, value: Any, into: Feed) -> None:
+    """Put an output value into ``into`` as arrays: lists item by item, maps as their values, absent ones not at all."""
+    if isinstance(value, ort.OrtValue):
+        if value.has_value() and value.is_tensor():
+            into[name] = _tensor(value)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _flatten(f"{name}#{index}", item, into)
+    elif isinstance(value, dict):
+        into[name] = np.asarray([value[key] for key in sorted(value)])
+    elif isinstance(value, (np.ndarray, np.generic)):
+        into[name] = np.asarray(value)
+
+
+def _tensor(value: Any) -> Array:
+    """The array in an onnxruntime tensor, read as raw bytes where its numpy interface refuses the element type."""
+    element, shape = _element(value.data_type()), tuple(value.shape())
+    if element not in _CARRIERS and element not in _PACKED:
+        return np.asarray(value.numpy())
+    count = int(np.prod(shape, dtype=np.int64))
+    size = (count + 1) // 2 if element in _PACKED else count * np.dtype(_CARRIERS[element][0]).itemsize
+    raw = np.frombuffer(ctypes.string_at(value.data_ptr(), size) if size else b"", np.uint8)
+    if element in _CARRIERS:
+        return raw.view(_DTYPES[element]).reshape(shape)
+    nibbles = np.stack([raw & 15, raw >> 4], axis=-1).ravel()[:count].astype(np.int8)
+    return (nibbles if element == "uint4" else (nibbles ^ 8) - 8).reshape(shape)

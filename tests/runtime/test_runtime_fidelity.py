@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from runtime_models import mlp, model
+
+from onnxprune.errors import ModelError
+from onnxprune.runtime.fidelity import fidelity
+
+
+def through(text: str, kind: str = "float[N,3]", out: str = "float[N,3]") -> bytes:
+    return model(f"agraph ({kind} x) => ({out} y) {{ {text} }}", two=np.float32(2), nil=np.float32(0))
+
+
+IDENTITY = through("y = Identity(x)")
+RNG = np.random.default_rng(0)
+FEEDS = [{"x": RNG.standard_normal((n, 3)).astype(np.float32)} for n in (4, 5)]
+
+
+def test_equal_models_are_faithful_in_json_ready_numbers() -> None:
+    seen: list[float] = []
+    facts = fidelity(IDENTITY, IDENTITY, FEEDS, "synthetic", progress=lambda _, share: seen.append(share))
+    (output,) = facts.outputs
+    assert (output.output, output.cosine, output.snr_db, output.top1) == ("y", 1.0, 300.0, 1.0)
+    assert (facts.samples, facts.source, facts.note, facts.worst_cosine) == (9, "synthetic", "", 1.0)
+    assert seen == [0.5, 1.0]
+    json.dumps(asdict(facts), allow_nan=False)
+
+
+def test_figures_are_those_of_all_batches_together() -> None:
+    rng = np.random.default_rng(1)
+    original, final = mlp(rng), mlp(rng)
+    feeds = [{"x": rng.standard_normal((n, 4)).astype(np.float32)} for n in (3, 6)]
+    (output,) = fidelity(original, final, feeds, "d.npz").outputs
+    from onnxprune.runtime.sessions import open_session, run
+
+    both = [
+        np.concatenate([run(open_session(m), feed)["y"] for feed in feeds]).astype(float) for m in (original, final)
+    ]
+    a, b = both
+    assert output.cosine == pytest.approx(float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)), abs=1e-6)
+    assert output.snr_db == pytest.approx(10 * math.log10((a**2).sum() / ((a - b) ** 2).sum()), abs=1e-4)
+    assert output.top1 == pytest.approx((a.argmax(-1) == b.argmax(-1)).mean())
+    assert output.cosine < 0.99
+
+
+@pytest.mark.parametrize(
+    ("final", "cosine", "snr", "top1"),
+    [("y = Mul(x, two)", 1.0, 0.0, 1.0), ("y = Neg(x)", -1.0, -6.0206, 0.0), ("y = Mul(x, nil)", 0.0, 0.0, None)],
+)
+def test_known_changes_have_known_figures(final: str, cosine: float, snr: float, top1: float | None) -> None:
+    (output,) = fidelity(IDENTITY, through(final), FEEDS, "s").outputs
+    assert output.cosine == pytest.approx(cosine, abs=1e-6)
+    assert output.snr_db == pytest.approx(snr, abs=1e-3)
+    if top1 is not None:
+        assert output.top1 == top1
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "logits"),
+    [
+        ("float[N]", (4,), False),
+        ("float[N,1]", (4, 1), False),
+        ("float[N,2,3]", (4, 2, 3), True),
+        ("float[N,2,3,3]", (4, 2, 3, 3), False),
+    ],
+)
+def test_top1_only_where_outputs_look_like_logits(kind: str, shape: tuple[int, ...], logits: bool) -> None:
+    same = through("y = Identity(x)", kind, kind)
+    (output,) = fidelity(same, same, [{"x": RNG.standard_normal(shape).astype(np.float32)}], "s").outputs
+    assert output.top1 == (1.0 if logits else None)
+
+
+def test_positions_not_finite_in_the_original_are_left_out() -> None:
+    feed = {"x": np.array([[1, np.nan, 3], [np.inf, 5, 6]], np.float32)}
+    (output,) = fidelity(IDENTITY, through("y = Mul(x, two)"), [feed], "s").outputs
+    assert output.cosine == pytest.approx(1.0) and output.snr_db == pytest.approx(0.0, abs=1e-6)
+
+
+def test_positions_not_finite_in_the_final_model_count_as_lost() -> None:
+    (output,) = fidelity(IDENTITY, through("z = Mul(x, nil) y = Div(z, z)"), FEEDS, "s").outputs
+    assert output.cosine == 0.0 and output.snr_db == pytest.approx(0.0)
+
+
+def test_outputs_without_a_finite_value_are_left_out_and_named() -> None:
+    facts = fidelity(IDENTITY, IDENTITY, [{"x": np.full((2, 3), np.nan, np.float32)}], "s")
+    assert facts.outputs == [] and "no finite value there: y" in facts.note
+
+
+def test_indices_are_judged_by_their_share_of_equal_elements() -> None:
+    argmax = "y = ArgMax<axis=1>(x)"
+    original = through(argmax, out="int64[N,1]")
+    final = through(f"n = Neg(x) {argmax.replace('(x)', '(n)')}", out="int64[N,1]")
+    (output,) = fidelity(original, original, FEEDS, "s").outputs
+    assert output.cosine == output.top1 == 1.0
+    (output,) = fidelity(original, final, FEEDS, "s").outputs
+    assert output.cosine == output.top1 == 0.0
+
+
+def test_other_shapes_and_missing_outputs_count_as_zero() -> None:
+    wide = through("y = Concat<axis=1>(x, x)", out="float[N,6]")
+    facts = fidelity(IDENTITY, wide, FEEDS, "s")
+    assert facts.worst_cosine == 0.0 and "became" in facts.note
+    renamed = model("agraph (float[N,3] x) => (float[N,3] z) { z = Identity(x) }")
+    facts = fidelity(IDENTITY, renamed, FEEDS, "s")
+    assert facts.worst_cosine == 0.0 and {o.output for o in facts.outputs} == {"y", "z"}
+
+
+def test_no_feeds_and_broken_models_are_said() -> None:
+    assert "no output" in fidelity(IDENTITY, IDENTITY, [], "s").note
+    with pytest.raises(ModelError):
+        fidelity(IDENTITY, b"broken", FEEDS, "s")
