@@ -72,12 +72,8 @@ def exactness(
     for output in outputs.values():
         output.eps_model = max(coarse, output.eps)
         output.tolerance = max(_TOLERANCE, 4 * output.eps_model) if tolerance is None else tolerance
-    over = any(o.error > o.tolerance for o in outputs.values()) and not any(o.broken for o in outputs.values())
-    if over and tolerance is None:
-        floor = _FLOOR_FACTOR * noise_floor(reference, feeds[:2], threads=threads)
-        for output in outputs.values():
-            cap = max(_QUANTIZED_CAP if quantized else _CAP, 16 * output.eps_model)
-            output.tolerance = max(output.tolerance, min(floor, cap))
+    if tolerance is None and _only_errors(outputs):
+        _widen(outputs, noise_floor(reference, feeds[:2], threads=threads), quantized)
     return _verdict(outputs, batches)
 
 
@@ -118,6 +114,19 @@ class _Output:
         if self.high - self.low <= self.tolerance * peak * bool(self.eps):
             return "is constant"
         return ""
+
+
+def _only_errors(outputs: dict[str, _Output]) -> bool:
+    """Whether some float error is over its tolerance and nothing is wrong that no tolerance mends."""
+    broken = any(output.broken for output in outputs.values())
+    return not broken and any(output.error > output.tolerance for output in outputs.values())
+
+
+def _widen(outputs: dict[str, _Output], floor: float, quantized: bool) -> None:
+    """Raise tolerances to what the reference's own sensitivity to rounding explains, within the cap."""
+    for output in outputs.values():
+        cap = max(_QUANTIZED_CAP if quantized else _CAP, 16 * output.eps_model)
+        output.tolerance = max(output.tolerance, min(_FLOOR_FACTOR * floor, cap))
 
 
 def _compare(want: Feed, have: Feed, quantized: bool, outputs: dict[str, _Output]) -> None:

@@ -25,8 +25,8 @@ def probe_feeds(
 ) -> tuple[list[Feed], str]:
     """Seeded inputs for every (batch, sequence) of ``sizes`` that the model runs on, and a note on the others.
 
-    Sizes that lead to the same shapes (a fully fixed model) give one feed. Where the model runs on none of them, batch 1
-    and longer sequences are tried, one by one, until one runs.
+    Sizes that lead to the same shapes (a fully fixed model) give one feed. Where the model runs on none of them,
+    batch 1 and longer sequences are tried, one by one, until one runs.
 
     Raises:
         ModelError: the model does not load, or runs on no size tried (the first failure's message).
