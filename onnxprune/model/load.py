@@ -219,10 +219,17 @@ def _finish(proto: ModelProto, held: dict[int, Weight], path: Path | None, sha25
             files[bring_inline(tensor, folder)] = None
         TensorWeight(tensor)  # raises when the data do not fit the shape
     if proto.functions:
-        proto = inliner.inline_local_functions(proto)
+        proto = _inlined(proto)
     check_structure(proto)
     size += sum(file.stat().st_size for file in files)
     return Loaded(proto, weights, path, sha256, size, tuple(files))
+
+
+def _inlined(proto: ModelProto) -> ModelProto:
+    try:
+        return inliner.inline_local_functions(proto)
+    except Exception as error:  # onnx's own errors have no common base either
+        raise ModelError(f"its local functions cannot be inlined: {error}", hint="Export the model again.") from error
 
 
 def _take_data(tensor: TensorProto) -> Weight:

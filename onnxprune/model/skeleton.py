@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from onnx import GraphProto, ModelProto, TensorProto
+
+from onnxprune.model.wire import prefix
+
+_DESCRIPTION = frozenset({"name", "data_type", "dims", "doc_string", "metadata_props"})
 
 
 def without_graph(model: ModelProto) -> ModelProto:
@@ -19,21 +25,27 @@ def without_initializers(graph: GraphProto) -> GraphProto:
     return copy
 
 
-def _copy_fields(source: ModelProto | GraphProto, target: ModelProto | GraphProto, left_out: str) -> None:
-    for field, value in source.ListFields():
-        if field.name == left_out:
-            continue
-        held = getattr(target, field.name)
-        if hasattr(held, "MergeFrom"):
-            held.MergeFrom(value)
-        else:
-            setattr(target, field.name, value)
-
-
 def without_data(tensor: TensorProto) -> TensorProto:
     """A copy of a tensor's name, type, dims and documentation."""
-    copy = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-    if tensor.doc_string:
-        copy.doc_string = tensor.doc_string
-    copy.metadata_props.extend(tensor.metadata_props)
+    copy = TensorProto()
+    for field, value in tensor.ListFields():
+        if field.name in _DESCRIPTION:
+            _copy_field(copy, field, value)
     return copy
+
+
+def _copy_fields(source: ModelProto | GraphProto, target: ModelProto | GraphProto, left_out: str) -> None:
+    for field, value in source.ListFields():
+        if field.name != left_out:
+            _copy_field(target, field, value)
+
+
+def _copy_field(target: ModelProto | GraphProto | TensorProto, field: Any, value: Any) -> None:
+    held = getattr(target, field.name)
+    if hasattr(held, "MergeFrom"):
+        held.MergeFrom(value)
+    elif isinstance(value, bytes):
+        # Text that is not UTF-8, as some tools write into doc_string: protobuf reads it but lets nobody assign it.
+        target.MergeFromString(prefix(field.number, len(value)) + value)
+    else:
+        setattr(target, field.name, value)

@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from onnxprune.errors import ModelError, OnnxpruneError, UsageError
 from onnxprune.model import load as load_module
 from onnxprune.model.load import Loaded, load
+from onnxprune.model.save import assemble
 from onnxprune.model.structure import check_structure
 from onnxprune.model.weights import FileWeight
 from onnxprune.model.wire import encode_varint, fields, strip
@@ -179,6 +180,20 @@ def test_functions_are_inlined_without_the_data() -> None:
     assert loaded.weights["w"].read().sum() == 512 and model.SerializeToString() == before
 
 
+@pytest.mark.parametrize("kind", ["recursive", "twice"])
+def test_functions_that_cannot_be_inlined(kind: str) -> None:
+    model = parser.parse_model("""<ir_version: 9, opset_import: ["": 17, "own": 1]>
+        g (float[2] x) => (float[2] y) { y = own.f(x) }
+        <domain: "own", opset_import: ["": 17, "own": 1]> f (a) => (c) { c = own.h(a) }
+        <domain: "own", opset_import: ["": 17, "own": 1]> h (a) => (c) { c = Relu(a) }""")
+    if kind == "recursive":
+        model.functions[1].node[0].CopyFrom(helper.make_node("f", ["a"], ["c"], domain="own"))
+    else:
+        model.functions[1].name = "f"
+    with pytest.raises(ModelError, match="local functions cannot be inlined"):
+        load(model)
+
+
 def test_sparse_and_text_initializers_stay() -> None:
     model = mlp()
     values = numpy_helper.from_array(np.ones(2, np.float32), "sparse")
@@ -189,6 +204,18 @@ def test_sparse_and_text_initializers_stay() -> None:
     assert loaded.proto.graph.sparse_initializer == model.graph.sparse_initializer
     assert loaded.proto.graph.initializer[-1] == model.graph.initializer[-1]
     assert loaded.weights["text"].read()[0].startswith("long text") and "sparse" not in loaded.weights
+
+
+def test_documentation_in_another_encoding_is_kept() -> None:
+    model = mlp()
+    model.doc_string = model.graph.doc_string = model.graph.initializer[1].doc_string = "caf\u00e9"
+    data = model.SerializeToString().replace(b"caf\xc3\xa9", b"caf\xe9?")
+    loaded = load(ModelProto.FromString(data))
+    built = assemble(loaded.proto, loaded.weights).SerializeToString()
+    assert built.count(b"caf\xe9?") == 3
+    assert ModelProto.FromString(built).graph.node == model.graph.node
+    with pytest.raises(ModelError, match=r"not UTF-8.*caf"):
+        load(data.replace(b"\x0a\x01h", b"\x0a\x01\xe9").replace(b"unused", b"caf\xe9su"))
 
 
 def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
@@ -361,6 +388,7 @@ def test_flipped_bytes_never_give_a_traceback(typed: bool, tmp_path: Path) -> No
             loaded = load(bytes(damaged[: rng.choice([len(data)] * 9 + [rng.randrange(len(data))])]))
             for weight in loaded.weights.values():
                 assert weight.read().shape == weight.shape
+            assemble(loaded.proto, loaded.weights)
             outcomes["read"] += 1
         except OnnxpruneError as error:
             assert error.message
