@@ -32,6 +32,9 @@ Accuracy is the share of the {test} held-out images that onnxruntime names right
 - `digits_calibration.npz`: {calibration} images `input` without labels. No model was trained on them and none is in the
   test set.
 
+`residual.onnx` was trained to be cut: a penalty on the BatchNorm scales and a strong weight decay empty the channels it
+does not need (network slimming, Liu et al. 2017). The other four were trained plainly and lose more by a cut.
+
 Measure them, or a model cut from one of them (needs numpy and onnxruntime only):
 
 ```

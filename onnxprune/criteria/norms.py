@@ -1,0 +1,50 @@
+"""Criteria that read weights alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.criteria.registry import register
+from onnxprune.criteria.slot import Slot
+
+
+@register("l1")
+def l1(slot: Slot) -> NDArray[Any]:
+    """Sum of absolute weights, sum_f |W_cf| (Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017). Shape [channels]."""
+    return np.asarray(np.abs(slot.blocks).sum(axis=(0, 2)))
+
+
+@register("l2")
+def l2(slot: Slot) -> NDArray[Any]:
+    """Euclidean norm, sqrt(sum_f W_cf^2). Shape [channels]."""
+    return np.sqrt(np.einsum("pcf,pcf->c", slot.blocks, slot.blocks))
+
+
+@register("gm")
+def gm(slot: Slot) -> NDArray[Any]:
+    """Distance to all other channels, sum_j ||W_c - W_j||: near the geometric median means replaceable.
+
+    He et al., Filter Pruning via Geometric Median, CVPR 2019, section 3.2. Distances come from one matrix product:
+    ||a - b||^2 = ||a||^2 + ||b||^2 - 2ab. Shape [channels].
+    """
+    matrix = np.asarray(slot.matrix, dtype=np.float64)
+    matrix = matrix - matrix.mean(axis=0)
+    square = np.einsum("cf,cf->c", matrix, matrix)
+    distance = square[:, None] + square[None, :] - 2.0 * (matrix @ matrix.T)
+    np.fill_diagonal(distance, 0.0)
+    return np.asarray(np.sqrt(np.maximum(distance, 0.0)).sum(axis=1))
+
+
+@register("bn")
+def bn(slot: Slot) -> NDArray[Any] | None:
+    """Absolute BatchNorm scale |gamma_c| (Liu et al., Network Slimming, ICCV 2017). Shape [channels]; other slots: None."""
+    return np.abs(slot.blocks).sum(axis=(0, 2)) if slot.reads("BatchNormalization", 1) else None
+
+
+@register("random")
+def random(slot: Slot) -> NDArray[Any]:
+    """A seeded uniform number per unit: the baseline that every other criterion must beat. Shape [channels]."""
+    return slot.rng.random(slot.size)[slot.units]

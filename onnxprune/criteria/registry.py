@@ -1,0 +1,58 @@
+"""Criteria by name: built in, registered by a program, or announced by another package's entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from numpy.typing import NDArray
+
+from onnxprune.criteria.slot import Slot
+from onnxprune.errors import UsageError, nearest
+
+Criterion = Callable[[Slot], "NDArray[Any] | None"]
+"""Scores [channels] of one slot, higher matters more; None where the criterion has nothing to say about the slot."""
+
+ENTRY_POINT = "onnxprune.criteria"
+_table: dict[str, Criterion] = {}
+_loaded = False
+
+
+def register(name: str) -> Callable[[Criterion], Criterion]:
+    """Register a criterion under a name, as a decorator.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorate(criterion: Criterion) -> Criterion:
+        if name in _table:
+            raise ValueError(f"a criterion named {name!r} is already registered")
+        _table[name] = criterion
+        return criterion
+
+    return decorate
+
+
+def get(name: str) -> Criterion:
+    """The criterion of that name.
+
+    Raises:
+        UsageError: there is none; the nearest name is suggested.
+    """
+    known = names()
+    if name not in _table:
+        raise UsageError(f"Unknown criterion {name!r}.", hint=nearest(name, known))
+    return _table[name]
+
+
+def names() -> list[str]:
+    """All criteria, sorted."""
+    global _loaded
+    if not _loaded:
+        _loaded = True
+        for point in entry_points(group=ENTRY_POINT):
+            if point.name not in _table:
+                _table[point.name] = point.load()
+    return sorted(_table)

@@ -1,0 +1,1 @@
+"""Groups of units that go together, their constraints and their barriers."""

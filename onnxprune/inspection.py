@@ -1,0 +1,212 @@
+"""The analysis of one model: what may be cut, in which groups, and why the rest may not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxprune.analysis import push_labels
+from onnxprune.groups.units import Group, Units, resolve
+from onnxprune.labels.atoms import Barrier
+from onnxprune.labels.label import Ids, Label
+from onnxprune.model import cost
+from onnxprune.model.facts import Facts, study
+from onnxprune.model.graph import Graph
+from onnxprune.model.load import Loaded, load
+from onnxprune.model.probes import probe_shapes
+from onnxprune.report.facts import LayerFacts
+from onnxprune.rules.context import Table
+
+
+@dataclass(frozen=True, slots=True)
+class SlotView:
+    """One axis of one tensor where units of a group appear; ``size`` is the axis' length."""
+
+    tensor: str
+    axis: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """One group as users see it. ``steps``: in how many equal steps it can be cut; ``reason``: why it cannot, if so."""
+
+    id: int
+    kind: str
+    size: int
+    steps: int
+    prunable: bool
+    reason: str
+    name: str
+    layers: list[str]
+    slots: list[SlotView] = field(default_factory=list)
+
+
+class Analysis:
+    """A model with its labels, units and groups. Reading it changes nothing.
+
+    Args:
+        source: path, bytes or ModelProto. input_shapes: sizes for dynamic inputs, {name: shape}.
+        approximate: let groups run through normalisations that stay defined over fewer channels.
+
+    Raises:
+        OnnxpruneError: the model cannot be read, or an input shape does not fit.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | bytes | onnx.ModelProto,
+        *,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        approximate: bool = False,
+    ) -> None:
+        self.loaded: Loaded = load(source)
+        self.graph: Graph = Graph.of(self.loaded.proto, self.loaded.weights)
+        self.facts: Facts = study(self.graph, probe_shapes(self.graph, input_shapes))
+        self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
+        self.units: Units = resolve(self.table.atoms)
+
+    def resolve_again(self) -> None:
+        """Take new freezes into account."""
+        self.units = resolve(self.table.atoms)
+        for name in ("groups", "barriers", "layers", "unlocks"):
+            self.__dict__.pop(name, None)
+
+    # -- for users -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def groups(self) -> list[GroupView]:
+        """Every group that could be cut, or whose constraints forbid it, with its slots."""
+        slots = self.slots()
+        return [self._view(g, slots.get(g.id, [])) for g in self.units.groups]
+
+    @cached_property
+    def barriers(self) -> list[Barrier]:
+        """Every reason that holds channels, with how many, most first."""
+        held = Counter(self.units.barrier_of[self._weight_components()].tolist())
+        found = [replace(self.table.atoms.barriers[i], channels=n) for i, n in held.items() if i >= 0]
+        return sorted(found, key=lambda b: (-b.channels, b.node, b.code))
+
+    @cached_property
+    def unlocks(self) -> list[tuple[str, int]]:
+        """(operator, channels) that would become removable if that operator were not in the way, most first."""
+        held: Counter[str] = Counter()
+        for barrier in self.barriers:
+            if barrier.code not in ("graph-output", "graph-input", "captured-by-subgraph", "spatial"):
+                held[barrier.op or barrier.code] += barrier.channels
+        return held.most_common()
+
+    @cached_property
+    def layers(self) -> list[LayerFacts]:
+        """Channels, parameters and MACs of every layer, before equal to after."""
+        return self.layer_facts(self.facts.shape, self._weight_size)
+
+    def layer_facts(self, shape_after: Any, weight_after: Any) -> list[LayerFacts]:
+        """Layers with the sizes they have after a cut.
+
+        Args:
+            shape_after: name -> new shape. weight_after: weight name -> new number of elements.
+        """
+        result = []
+        for node in self.graph.nodes:
+            if not cost.is_layer(node, self.graph):
+                continue
+            weights = cost.layer_weights(node, self.graph)
+            result.append(
+                LayerFacts(
+                    name=node.label,
+                    op=node.op,
+                    channels_before=cost.out_channels(node, self.facts.shape),
+                    channels_after=cost.out_channels(node, shape_after),
+                    params_before=sum(self._weight_size(w) for w in weights),
+                    params_after=sum(weight_after(w) for w in weights),
+                    macs_before=cost.macs(node, self.facts.shape),
+                    macs_after=cost.macs(node, shape_after),
+                    reason=self._reason(node.outputs[0]),
+                )
+            )
+        return result
+
+    # -- for the stages --------------------------------------------------------------------------------------------
+
+    def names_of(self, group: Group) -> tuple[list[str], list[str]]:
+        """(weights, layers) of a group: what patterns are matched against. The first layer is the first producer."""
+        births = self.table.atoms.births
+        weights = list(dict.fromkeys(births[int(b)].tensor for b in group.births if births[int(b)].tensor))
+        for child in group.children:
+            for b in self.units.groups[child].births:
+                if births[int(b)].tensor and births[int(b)].tensor not in weights:
+                    weights.append(births[int(b)].tensor)
+        layers = {node.index: node.label for w in weights for node in self._readers(w)}
+        return weights, [layers[i] for i in sorted(layers)]
+
+    def slots(self) -> dict[int, list[SlotView]]:
+        """Slots of every group: one per labelled axis, grids aside."""
+        result: dict[int, list[SlotView]] = {}
+        known: dict[int, tuple[Label, Ids]] = {}
+        for name, labels in self.table.items().items():
+            for label in labels:
+                if label.is_grid:
+                    continue
+                cached = known.get(id(label))
+                if cached is None:
+                    numbers = np.unique(self.units.group_of[self.units.component[label.ids]])
+                    known[id(label)] = cached = (label, numbers[numbers >= 0])
+                for number in cached[1]:
+                    result.setdefault(int(number), []).append(SlotView(name, label.pack, label.ids.size))
+        return result
+
+    def _view(self, group: Group, slots: list[SlotView]) -> GroupView:
+        weights, layers = self.names_of(group)
+        name = layers[0] if layers else (weights[0] if weights else (slots[0].tensor if slots else ""))
+        return GroupView(group.id, group.kind, group.size, group.steps, group.prunable, self._why(group), name, layers, slots)
+
+    def _why(self, group: Group) -> str:
+        if group.prunable:
+            return ""
+        if group.children and group.kind == "heads":
+            return "covered: the channels within are cut instead"
+        if any(group.id in other.children and other.prunable for other in self.units.groups):
+            return "covered: whole heads or groups are cut instead"
+        if group.size < 2:
+            return "fixed-size: a single unit"
+        return "grid-unbalanced: no equal share can be taken from every row"
+
+    def _reason(self, output: str) -> str:
+        for label in self.table.get(output):
+            if label.axes and (label.axes == (1,) or label.axes[-1] == label.ids.ndim - 1):
+                held = self.units.barrier_of[self.units.component[label.ids]].ravel()
+                held = held[held >= 0]
+                if held.size:
+                    barrier = self.table.atoms.barriers[int(held[0])]
+                    return f"{barrier.code}: {barrier.detail} ({barrier.op} {barrier.node})".replace("( ", "(")
+        return ""
+
+    def _readers(self, weight: str) -> list[Any]:
+        nodes, queue = [], [weight]
+        for _ in range(64):
+            if not queue:
+                break
+            for node, _i in self.graph.consumers.get(queue.pop(), ()):
+                if node.op in cost.LAYERS:
+                    nodes.append(node)
+                elif all(n in self.graph.weights or not n for n in node.inputs[1:]) and node.outputs and len(node.inputs) < 4:
+                    if self.graph.weights.get(node.inputs[0]) is not None:
+                        queue.append(node.outputs[0])
+        return nodes
+
+    def _weight_size(self, name: str) -> int:
+        return int(np.prod(self.graph.weights[name].shape, dtype=np.int64))
+
+    def _weight_components(self) -> Ids:
+        """Components of atoms born on weights, once each per component."""
+        births = self.table.atoms.births
+        marks = np.repeat([bool(b.tensor) for b in births], [b.stop - b.start for b in births])
+        return np.unique(self.units.component[marks]) if len(births) else np.zeros(0, np.int64)

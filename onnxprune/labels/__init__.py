@@ -1,0 +1,1 @@
+"""Labels: integer arrays that say which removable channel stands where."""

@@ -1,0 +1,168 @@
+"""The ledger of atoms: births, unions, freezes, and the rows of grids, kept as arrays and resolved once at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.labels.label import Ids, Label
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """Why atoms may not be removed.
+
+    ``code`` is a stable short word, ``node``/``op`` where it arose ("" for graph inputs and outputs), ``detail`` a
+    sentence, ``channels`` how many atoms it holds (filled when groups are built).
+    """
+
+    code: str
+    node: str
+    op: str
+    detail: str
+    channels: int = 0
+
+
+@dataclass(slots=True)
+class Birth:
+    """A run of atoms born together: on an axis of a constant, or as the rows of a grid."""
+
+    start: int
+    stop: int
+    tensor: str
+    axis: int
+
+
+@dataclass(slots=True)
+class Rows:
+    """Row atoms of a grid and the cells beneath each: ``rows`` [n], ``cells`` [n, width]."""
+
+    rows: Ids
+    cells: Ids
+
+
+@dataclass(slots=True)
+class Atoms:
+    """Everything the rules say about atoms, appended as arrays; nothing is resolved here."""
+
+    count: int = 0
+    births: list[Birth] = field(default_factory=list)
+    edges: list[tuple[Ids, Ids]] = field(default_factory=list)
+    frozen: list[tuple[Ids, int]] = field(default_factory=list)
+    whole: list[tuple[Ids, int]] = field(default_factory=list)
+    """Cells that only go with their whole row, and the index of the reason."""
+    approximate: list[tuple[Ids, int]] = field(default_factory=list)
+    """Atoms that a normalisation runs over which was opted into."""
+    barriers: list[Barrier] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)
+    views: dict[bytes, Label] = field(default_factory=dict)
+    _row_of: dict[int, int] = field(default_factory=dict)
+    _barrier_index: dict[Barrier, int] = field(default_factory=dict)
+
+    def new(self, n: int, tensor: str, axis: int) -> Ids:
+        """``n`` fresh atoms born on ``axis`` of ``tensor``."""
+        start, self.count = self.count, self.count + n
+        self.births.append(Birth(start, self.count, tensor, axis))
+        return np.arange(start, self.count, dtype=np.int64)
+
+    def unite(self, a: Ids, b: Ids) -> None:
+        """Atoms at the same position of the (broadcast) arrays must go together."""
+        if a.shape != b.shape:
+            a, b = np.broadcast_arrays(a, b)
+        self.edges.append((a.ravel(), b.ravel()))
+
+    def barrier(self, code: str, node: str, op: str, detail: str) -> int:
+        """Index of the barrier with these fields, new or known."""
+        barrier = Barrier(code, node, op, detail)
+        index = self._barrier_index.setdefault(barrier, len(self.barriers))
+        if index == len(self.barriers):
+            self.barriers.append(barrier)
+        return index
+
+    def freeze(self, ids: Ids, barrier: int) -> None:
+        """These atoms may not be removed, for the reason at index ``barrier``."""
+        if ids.size:
+            self.frozen.append((ids.ravel(), barrier))
+
+    def view(self, label: Label) -> None:
+        """Remember that a tensor has this grid, so that what is removed must leave it a grid."""
+        if label.is_grid:
+            key = label.ids.shape, label.pack, label.ids.tobytes()
+            self.views.setdefault(repr(key[:2]).encode() + key[2], label)
+
+    def rows_of(self, label: Label) -> Label:
+        """The grid's rows as atoms of their own: a row atom goes exactly when all cells of its row go.
+
+        Rows with the same cells, in whatever order and tensor, share one row atom; a row that is one atom repeated is
+        that atom. Shape: the label's with size 1 on its pack axis.
+        """
+        ids, pack = label.ids, label.pack
+        first = ids.take([0], axis=pack)
+        rest = [a for a in label.axes if a != pack]
+        outer_pack = rest[-1] if rest else pack
+        if (ids == first).all():
+            return Label(first, outer_pack)
+        keys = np.add.reduce(_mix(ids), axis=pack, keepdims=True)
+        unique, where, inverse = np.unique(keys.ravel(), return_index=True, return_inverse=True)
+        cells = np.moveaxis(ids, pack, -1).reshape(-1, ids.shape[pack])
+        known = [self._row_of.get(k, -1) for k in unique.tolist()]
+        numbers = np.array(known, dtype=np.int64)
+        missing = np.flatnonzero(numbers < 0)
+        if missing.size:
+            fresh = self.new(missing.size, "", label.pack)
+            numbers[missing] = fresh
+            self._row_of.update(zip(unique[missing].tolist(), fresh.tolist(), strict=True))
+            self.rows.append(Rows(fresh, cells[where[missing]]))
+        result = Label(numbers[inverse].reshape(first.shape), outer_pack)
+        self.view(result)
+        return result
+
+    def project(self, label: Label, axes: tuple[int, ...]) -> Ids:
+        """The label reduced to some of its axes: cells tie across rows, or rows stand for their cells.
+
+        Dropping outer axes while the pack axis stays ties the cells of a column together; dropping the pack axis
+        replaces rows by their row atoms.
+        """
+        while label.axes != axes:
+            dropped = [a for a in label.axes if a not in axes]
+            if label.pack in axes:
+                reduced = label.ids
+                for axis in dropped:
+                    reduced = reduced.take([0], axis=axis)
+                self.unite(label.ids, np.broadcast_to(reduced, label.ids.shape))
+                return reduced
+            if label.axes == (label.pack,):
+                return label.ids.take([0], axis=label.pack)
+            label = self.rows_of(label)
+        return label.ids
+
+    def couple(self, label: Label) -> None:
+        """Every row of the grid loses the same positions: tie the columns."""
+        if label.is_grid:
+            self.project(label, (label.pack,))
+
+    def fix_axis(self, label: Label, axis: int, barrier: int) -> None:
+        """``axis`` keeps its size and the meaning of its positions.
+
+        On a single axis this freezes the atoms. On a grid's pack axis cells only go with their whole row; on an outer
+        axis the rows stay, cells may still go.
+        """
+        if label.axes == (axis,):
+            self.freeze(label.ids, barrier)
+        elif axis == label.pack:
+            rows = self.rows_of(label)
+            self.unite(label.ids, np.broadcast_to(rows.ids, label.ids.shape))
+            self.whole.append((label.ids.ravel(), barrier))
+        elif axis in label.axes:
+            self.fix_axis(self.rows_of(label), axis, barrier)
+
+
+def _mix(ids: Ids) -> NDArray[np.uint64]:
+    """A well-spread 64-bit hash per atom (splitmix64's finaliser), summed to name a set of atoms."""
+    with np.errstate(over="ignore"):
+        x = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(x ^ (x >> np.uint64(31)))

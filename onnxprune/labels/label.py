@@ -1,0 +1,86 @@
+"""A label: one integer array that says which atom stands at each position of some axes of a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Label:
+    """Atoms over one or more axes of a tensor.
+
+    ``ids`` has the tensor's own rank and size 1 on axes it does not depend on. A label over several axes is a grid;
+    ``pack`` is then the axis along which survivors close up: every row along it keeps the same number of atoms, each
+    row its own ones, unless the row goes as a whole.
+    """
+
+    ids: Ids
+    pack: int
+
+    @cached_property
+    def axes(self) -> tuple[int, ...]:
+        """The axes the label depends on."""
+        return tuple(a for a, n in enumerate(self.ids.shape) if n > 1)
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether the label spans more than one axis."""
+        return len(self.axes) > 1
+
+    def outer(self) -> tuple[int, ...]:
+        """The axes other than the pack axis."""
+        return tuple(a for a in self.axes if a != self.pack)
+
+
+Labels = tuple[Label, ...]
+NONE: Labels = ()
+
+
+def along(ids: Ids, axis: int, rank: int) -> Label:
+    """A label of a tensor of ``rank`` from a one-dimensional array of atoms along ``axis``."""
+    shape = [1] * rank
+    shape[axis] = ids.size
+    return Label(ids.reshape(shape), axis)
+
+
+def covering(labels: Labels, axis: int) -> Label | None:
+    """The label that depends on ``axis``, if any."""
+    for label in labels:
+        if label.ids.shape[axis] > 1:
+            return label
+    return None
+
+
+def drop(labels: Labels, label: Label) -> Labels:
+    """``labels`` without ``label``."""
+    return tuple(x for x in labels if x is not label)
+
+
+def kept_sizes(keep: NDArray[np.bool_], pack: int) -> dict[int, int] | None:
+    """Sizes of the axes of a label after packing, from the mask of surviving positions; None where it is ragged.
+
+    Args:
+        keep: mask of the label's shape.
+        pack: the label's pack axis.
+    """
+    sizes: dict[int, int] = {}
+    while True:
+        counts = keep.sum(axis=pack, keepdims=True)
+        alive = counts > 0
+        if not alive.any():
+            return None
+        width = int(counts.max())
+        if (counts[alive] != width).any():
+            return None
+        sizes[pack] = width
+        keep = alive
+        rest = [a for a, n in enumerate(keep.shape) if n > 1]
+        if not rest:
+            return sizes
+        pack = rest[-1]

@@ -1,0 +1,166 @@
+"""Movement operators run themselves on the labels: permuting, picking, reshaping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxprune.labels.atoms import Atoms
+from onnxprune.labels.combine import Reason
+from onnxprune.labels.label import Ids, Label, Labels, covering, drop
+
+# A merged grid that would need more entries than this is fixed instead: it only arises where spatial axes mix in.
+LARGEST = 1 << 23
+
+
+def transpose(labels: Labels, perm: Sequence[int]) -> Labels:
+    """Labels after a permutation of the axes."""
+    where = {int(p): i for i, p in enumerate(perm)}
+    return tuple(Label(np.transpose(x.ids, perm), where[x.pack]) for x in labels)
+
+
+def remove_axis(labels: Labels, axis: int) -> Labels:
+    """Labels after an axis that none of them depends on was dropped."""
+    return tuple(Label(x.ids.reshape(_without(x.ids.shape, axis)), x.pack - (x.pack > axis)) for x in labels)
+
+
+def insert_axis(labels: Labels, axis: int) -> Labels:
+    """Labels after an axis of size 1 was put in at ``axis``."""
+    return tuple(Label(np.expand_dims(x.ids, axis), x.pack + (x.pack >= axis)) for x in labels)
+
+
+def take(atoms: Atoms, labels: Labels, axis: int, index: Ids, reason: Reason) -> Labels:
+    """Labels of the positions ``index`` (1-D) along ``axis``; the axis stays, with size 1 for a single position."""
+    label = covering(labels, axis)
+    if label is None:
+        return labels
+    rest = drop(labels, label)
+    part = label.ids.take(index, axis=axis)
+    if index.size == 1:
+        return (*rest, *_pick_one(atoms, label, axis, part, reason))
+    if label.is_grid and axis == label.pack:
+        if (np.diff(index) != 1).any():
+            atoms.couple(label)
+        else:
+            _view_parts(atoms, label, axis, int(index[0]), int(index[-1]) + 1)
+    return (*rest, Label(part, label.pack))
+
+
+def _pick_one(atoms: Atoms, label: Label, axis: int, part: Ids, reason: Reason) -> Labels:
+    if not label.is_grid:
+        atoms.freeze(part, reason("fixed-size", "a single channel is picked out by its position"))
+        return ()
+    if axis != label.pack:
+        rest = [a for a in label.axes if a not in (axis, label.pack)]
+        del rest
+        return (Label(part, label.pack),)
+    rows = atoms.rows_of(label)
+    atoms.unite(part, rows.ids)
+    return (rows,)
+
+
+def _view_parts(atoms: Atoms, label: Label, axis: int, start: int, stop: int) -> None:
+    """A range cut out of a grid's pack axis has the same bounds in every row: what lies before must balance too."""
+    size = label.ids.shape[axis]
+    for low, high in ((0, start), (start, stop), (stop, size)):
+        if high - low > 1:
+            atoms.view(Label(label.ids.take(np.arange(low, high), axis=axis), label.pack))
+        elif high - low == 1 and (low, high) != (start, stop):
+            rows = atoms.rows_of(label)
+            atoms.unite(label.ids.take([low], axis=axis), rows.ids)
+
+
+def runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Split a reshape into runs of equal product: pairs of (axes before, axes after), leading and inner 1s included."""
+    result: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        ins, outs, p, q = [], [], 1, 1
+        if i < len(before):
+            ins, p, i = [i], before[i], i + 1
+        if j < len(after):
+            outs, q, j = [j], after[j], j + 1
+        while p != q:
+            if p < q and i < len(before):
+                p, ins, i = p * before[i], [*ins, i], i + 1
+            elif j < len(after):
+                q, outs, j = q * after[j], [*outs, j], j + 1
+            else:
+                break
+        if result and p == 1 and (not ins or not outs):
+            result[-1][0].extend(ins)
+            result[-1][1].extend(outs)
+        else:
+            result.append((ins, outs))
+    return result
+
+
+def reshape(atoms: Atoms, labels: Labels, before: Sequence[int], after: Sequence[int], reason: Reason) -> Labels:
+    """Labels after a reshape between known sizes. Only runs that a label depends on are materialised."""
+    if not labels:
+        return labels
+    parts = runs(before, after)
+    result: Labels = ()
+    for label in _one_per_run(atoms, labels, parts, reason):
+        moved = _reshape_one(atoms, label, parts, before, after, reason)
+        if moved is not None:
+            result = (*result, moved)
+    return result
+
+
+def _one_per_run(atoms: Atoms, labels: Labels, parts: list[tuple[list[int], list[int]]], reason: Reason) -> Labels:
+    """Two labels that a reshape would multiply into one axis cannot both stay: the smaller keeps its size."""
+    kept: Labels = labels
+    for ins, outs in parts:
+        if len(ins) < 2 and len(outs) < 2:
+            continue
+        touching = [x for x in kept if any(x.ids.shape[a] > 1 for a in ins)]
+        for label in sorted(touching, key=lambda x: x.ids.size)[:-1]:
+            why = reason("unsupported-form", "two independently removable axes are merged into one")
+            atoms.freeze(label.ids, why)
+            kept = drop(kept, label)
+    return kept
+
+
+def _reshape_one(
+    atoms: Atoms,
+    label: Label,
+    parts: list[tuple[list[int], list[int]]],
+    before: Sequence[int],
+    after: Sequence[int],
+    reason: Reason,
+) -> Label | None:
+    source, target, pack = list(label.ids.shape), [1] * len(after), label.pack
+    new_pack = -1
+    for ins, outs in parts:
+        touched = [a for a in ins if label.ids.shape[a] > 1]
+        if not touched:
+            continue
+        for a in ins:
+            source[a] = before[a]
+        for b in outs:
+            target[b] = after[b]
+        if pack in touched:
+            # Rows survive a merge in row-major order only where the pack axis is the innermost labelled one.
+            merged = len([b for b in outs if after[b] > 1]) < len([a for a in ins if before[a] > 1])
+            if merged and pack != touched[-1]:
+                atoms.couple(label)
+            new_pack = -2 - parts.index((ins, outs))
+    if int(np.prod(source, dtype=np.int64)) > LARGEST:
+        atoms.freeze(label.ids, reason("spatial", "channels are merged with many spatial positions"))
+        return None
+    ids = np.broadcast_to(label.ids, source).reshape(target)
+    for axis in range(ids.ndim):
+        if ids.shape[axis] > 1 and (ids == ids.take([0], axis=axis)).all():
+            ids = ids.take([0], axis=axis)
+    outs = parts[-2 - new_pack][1]
+    inner = [b for b in outs if ids.shape[b] > 1] or [b for b in range(ids.ndim) if ids.shape[b] > 1]
+    if not inner:
+        atoms.freeze(ids, reason("unsupported-form", "a reshape leaves no axis to cut"))
+        return None
+    return Label(ids, inner[-1])
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]

@@ -1,0 +1,73 @@
+"""Ranges of integer inputs: an input that indexes a table must stay inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from onnxprune.model.facts import Facts
+from onnxprune.model.graph import Graph, Node
+
+_MOVES = {
+    *("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Transpose", "Expand", "Flatten", "Concat", "Split", "Tile"),
+    *("Gather", "Clip", "Max", "Min", "Where", "Pad"),
+}
+_TABLES = {("Gather", 1), ("GatherElements", 1), ("GatherND", 1), ("OneHot", 0)}
+
+
+def integer_bounds(graph: Graph, facts: Facts) -> dict[str, tuple[int, int]]:
+    """{input: (lowest, highest)} for graph inputs that reach the index of a table by moves and constant offsets."""
+    result: dict[str, tuple[int, int]] = {}
+    for name in graph.inputs:
+        high = _highest(graph, facts, name)
+        if high is not None:
+            result[name] = (0, max(high, 0))
+    return result
+
+
+def _highest(graph: Graph, facts: Facts, name: str) -> int | None:
+    best: int | None = None
+    queue, seen = [(name, 0)], {name}
+    while queue:
+        tensor, offset = queue.pop()
+        for node, i in graph.consumers.get(tensor, ()):
+            limit = _limit(node, i, facts)
+            if limit is not None:
+                best = limit - offset if best is None else min(best, limit - offset)
+            step = _offset(node, i, facts)
+            if step is None:
+                continue
+            for out in node.outputs:
+                if out and out not in seen:
+                    seen.add(out)
+                    queue.append((out, offset + step))
+    return best
+
+
+def _limit(node: Node, i: int, facts: Facts) -> int | None:
+    if (node.op, i) not in _TABLES:
+        return None
+    if node.op == "OneHot":
+        depth = facts.value(node.inputs[1])
+        return None if depth is None else int(depth.ravel()[0]) - 1
+    shape = facts.shape(node.inputs[0])
+    if shape is None:
+        return None
+    size = shape[0] if node.op == "GatherND" else shape[node.attrs.get("axis", 0)]
+    return None if size is None else int(size) - 1
+
+
+def _offset(node: Node, i: int, facts: Facts) -> int | None:
+    if node.op in _MOVES:
+        return None if node.op == "Gather" and i == 1 else 0
+    if node.op in ("Add", "Sub"):
+        other = facts.value(node.inputs[1 - i])
+        if other is not None and other.size:
+            return int(np.max(other)) if node.op == "Add" else 0
+    return None
+
+
+def within(bounds: Mapping[str, tuple[int, int]], name: str) -> tuple[int, int] | None:
+    """The range of one input, if it has one."""
+    return bounds.get(name)

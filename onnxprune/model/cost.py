@@ -1,0 +1,119 @@
+"""What a layer costs: parameters (elements of its weights) and multiply-accumulates at the probe shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from onnxprune.model.graph import Graph, Node
+
+ShapeOf = Callable[[str], Any]
+# Operators with weights of their own: (position of the data, position of the weight).
+LAYERS: dict[str, tuple[int, int]] = {
+    "Conv": (0, 1),
+    "ConvTranspose": (0, 1),
+    "FusedConv": (0, 1),
+    "ConvInteger": (0, 1),
+    "QLinearConv": (0, 3),
+    "Gemm": (0, 1),
+    "FusedGemm": (0, 1),
+    "MatMul": (0, 1),
+    "FusedMatMul": (0, 1),
+    "MatMulInteger": (0, 1),
+    "QLinearMatMul": (0, 3),
+    "QGemm": (0, 3),
+    "Einsum": (0, 1),
+    "LSTM": (0, 1),
+    "GRU": (0, 1),
+    "RNN": (0, 1),
+    "Attention": (0, 1),
+}
+_CONVOLUTIONS = {"Conv", "FusedConv", "ConvInteger", "QLinearConv"}
+_RECURRENT = {"LSTM", "GRU", "RNN"}
+
+
+def macs(node: Node, shape: ShapeOf) -> int:
+    """Multiply-accumulates of one node; 0 for operators that do not contract or whose shapes are not known."""
+    positions = LAYERS.get(node.op)
+    if positions is None or len(node.inputs) <= positions[1] or not node.outputs[0]:
+        return _recurrent_without_output(node, shape)
+    data, weight, out = (shape(n) for n in (node.inputs[positions[0]], node.inputs[positions[1]], node.outputs[0]))
+    if data is None or weight is None or out is None or None in (*data, *weight, *out):
+        return 0
+    if node.op in _CONVOLUTIONS:
+        return int(np.prod(out)) * int(np.prod(weight[1:]))
+    if node.op == "ConvTranspose":
+        return int(np.prod(data)) * int(np.prod(weight[1:]))
+    if node.op in _RECURRENT:
+        return _recurrent(node, data, shape)
+    if node.op == "Einsum":
+        return _einsum(node, [shape(n) for n in node.inputs])
+    if node.op == "Attention":
+        return int(np.prod(data[:-1])) * int(np.prod(weight))
+    if node.op in ("Gemm", "FusedGemm") and node.attrs.get("transA", 0):
+        return int(np.prod(out)) * int(data[0])
+    return int(np.prod(out)) * int(data[-1])
+
+
+def _recurrent_without_output(node: Node, shape: ShapeOf) -> int:
+    if node.op in _RECURRENT:
+        data = shape(node.inputs[0])
+        return 0 if data is None or None in data else _recurrent(node, data, shape)
+    return 0
+
+
+def _recurrent(node: Node, data: tuple[int, ...], shape: ShapeOf) -> int:
+    steps = int(np.prod(data[:2]))
+    sizes = [shape(name) for name in node.inputs[1:3]]
+    return steps * sum(int(np.prod(s)) for s in sizes if s is not None and None not in s)
+
+
+def _einsum(node: Node, shapes: list[Any]) -> int:
+    terms = node.attrs.get("equation", "").replace(" ", "").split("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=False):
+        if "." in term or shape is None or None in shape:
+            return 0
+        sizes.update(zip(term, shape, strict=False))
+    return int(np.prod(list(sizes.values()))) if len(terms) > 1 else 0
+
+
+def is_layer(node: Node, graph: Graph) -> bool:
+    """Whether a node contracts with a weight of the model (directly, or through a short chain such as a dequantisation)."""
+    positions = LAYERS.get(node.op)
+    return positions is not None and any(constant_source(graph, n) is not None for n in node.inputs[:4] if n)
+
+
+def constant_source(graph: Graph, name: str, depth: int = 6) -> str | None:
+    """The weight that a tensor is made of by single-input operators, or None where it is an activation."""
+    for _ in range(depth):
+        if name in graph.weights:
+            return name if graph.weights[name].shape else None
+        producer = graph.producer.get(name)
+        if producer is None or not producer.inputs:
+            return None
+        if any(n and n not in graph.weights for n in producer.inputs[1:]):
+            return None
+        name = producer.inputs[0]
+    return None
+
+
+def layer_weights(node: Node, graph: Graph) -> list[str]:
+    """Names of the weights that a layer reads."""
+    found = [constant_source(graph, name) for name in node.inputs if name]
+    return list(dict.fromkeys(name for name in found if name is not None))
+
+
+def out_channels(node: Node, shape: ShapeOf) -> int:
+    """Channels of a layer's output: axis 1 of a convolution, hidden size of a recurrent layer, else the last axis."""
+    if node.op in _RECURRENT:
+        weight = shape(node.inputs[2])
+        return int(weight[-1]) if weight else 0
+    out = shape(node.outputs[0])
+    if not out:
+        return 0
+    axis = 1 if node.op in _CONVOLUTIONS or node.op == "ConvTranspose" else -1
+    size = out[axis] if len(out) > 1 or axis == -1 else out[0]
+    return int(size or 0)

@@ -1,0 +1,186 @@
+"""Evaluate one node on known small values: shape arithmetic, index tables, scalars.
+
+The frequent operators are a table of numpy functions; the others go through onnx's reference evaluator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from onnxprune.model.graph import Node
+
+Values = list["np.ndarray | None"]
+Function = Callable[[Node, Values], Any]
+
+# Nodes that must not be folded although all their inputs are known: their result is not a function of their inputs.
+RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
+
+
+def _axes(node: Node, values: Values, position: int = 1) -> tuple[int, ...] | None:
+    if len(values) > position and values[position] is not None:
+        return tuple(int(a) for a in np.atleast_1d(values[position]))
+    axes = node.attrs.get("axes")
+    return None if axes is None else tuple(axes)
+
+
+def _unsqueeze(node: Node, values: Values) -> np.ndarray:
+    axes = _axes(node, values) or ()
+    data = values[0]
+    assert data is not None
+    rank = data.ndim + len(axes)
+    new = {a % rank for a in axes}
+    sizes = iter(data.shape)
+    return data.reshape([1 if i in new else next(sizes) for i in range(rank)])
+
+
+def _reshape(node: Node, values: Values) -> np.ndarray:
+    data, target = values[0], values[1]
+    assert data is not None and target is not None
+    zero = not node.attrs.get("allowzero", 0)
+    return data.reshape([data.shape[i] if (d == 0 and zero) else int(d) for i, d in enumerate(target)])
+
+
+def _slice(node: Node, values: Values) -> np.ndarray:
+    data = values[0]
+    assert data is not None
+    if node.version < 10:
+        starts, ends = node.attrs["starts"], node.attrs["ends"]
+        axes, steps = node.attrs.get("axes", range(len(starts))), [1] * len(starts)
+    else:
+        padded = [*values, None, None, None, None][:5]
+        starts, ends = np.atleast_1d(padded[1]), np.atleast_1d(padded[2])  # type: ignore[arg-type]
+        axes = range(len(starts)) if padded[3] is None else np.atleast_1d(padded[3])
+        steps = [1] * len(starts) if padded[4] is None else np.atleast_1d(padded[4])
+    index = [slice(None)] * data.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        index[int(axis)] = slice_of(int(start), int(end), int(step), data.shape[int(axis)])
+    return data[tuple(index)]
+
+
+def slice_of(start: int, end: int, step: int, size: int) -> slice:
+    """ONNX's clamped slice along an axis of ``size`` as a Python slice."""
+    if step > 0:
+        return slice(*slice(start, end, step).indices(size))
+    start = min(start + size if start < 0 else start, size - 1)
+    end = max(end + size if -size <= end < 0 else end, -1) if end >= -size else -1
+    return slice(start, None if end < 0 else end, step)
+
+
+def _gather(node: Node, values: Values) -> np.ndarray:
+    data, indices = values[0], values[1]
+    assert data is not None and indices is not None
+    return np.take(data, indices.astype(np.int64), axis=node.attrs.get("axis", 0))
+
+
+def _divide(node: Node, values: Values) -> np.ndarray:
+    a, b = values[0], values[1]
+    assert a is not None and b is not None
+    if a.dtype.kind in "iu":
+        return np.asarray(np.trunc(a / b) if a.dtype.kind == "i" else a // b).astype(a.dtype)
+    return np.asarray(a / b)
+
+
+def _cast(node: Node, values: Values) -> np.ndarray:
+    assert values[0] is not None
+    return values[0].astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+
+
+def _constant_of_shape(node: Node, values: Values) -> np.ndarray:
+    fill = node.attrs.get("value", np.zeros(1, np.float32))
+    assert values[0] is not None
+    return np.full([int(d) for d in values[0]], np.ravel(fill)[0], dtype=fill.dtype)
+
+
+def _reduce(function: Callable[..., Any]) -> Function:
+    def run(node: Node, values: Values) -> np.ndarray:
+        axes = _axes(node, values)
+        if axes is None and node.attrs.get("noop_with_empty_axes", 0):
+            return values[0]  # type: ignore[return-value]
+        return np.asarray(function(values[0], axis=axes, keepdims=bool(node.attrs.get("keepdims", 1))))
+
+    return run
+
+
+def _plain(function: Callable[..., Any]) -> Function:
+    return lambda node, values: function(*values)
+
+
+def _split(node: Node, values: Values) -> list[np.ndarray]:
+    data = values[0]
+    assert data is not None
+    axis = node.attrs.get("axis", 0)
+    sizes = np.asarray(values[1]) if len(values) > 1 and values[1] is not None else node.attrs.get("split")
+    if sizes is None:
+        count = len(node.outputs)
+        chunk = -(-data.shape[axis] // count)
+        sizes = [chunk] * (count - 1) + [data.shape[axis] - chunk * (count - 1)]
+    return list(np.split(data, np.cumsum(sizes)[:-1], axis=axis))
+
+
+FUNCTIONS: dict[str, Function] = {
+    "Identity": _plain(lambda x: x),
+    "Cast": _cast,
+    "Gather": _gather,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": lambda n, v: np.squeeze(v[0], axis=_axes(n, v)),  # type: ignore[arg-type]
+    "Concat": lambda n, v: np.concatenate(v, axis=n.attrs["axis"]),  # type: ignore[arg-type]
+    "Slice": _slice,
+    "Reshape": _reshape,
+    "Transpose": lambda n, v: np.transpose(v[0], n.attrs.get("perm")),  # type: ignore[arg-type]
+    "Add": _plain(np.add),
+    "Sub": _plain(np.subtract),
+    "Mul": _plain(np.multiply),
+    "Div": _divide,
+    "Neg": _plain(np.negative),
+    "Sqrt": _plain(np.sqrt),
+    "Floor": _plain(np.floor),
+    "Ceil": _plain(np.ceil),
+    "Reciprocal": _plain(lambda x: np.asarray(1 / x, dtype=x.dtype)),
+    "Equal": _plain(np.equal),
+    "Less": _plain(np.less),
+    "Greater": _plain(np.greater),
+    "GreaterOrEqual": _plain(np.greater_equal),
+    "LessOrEqual": _plain(np.less_equal),
+    "And": _plain(np.logical_and),
+    "Or": _plain(np.logical_or),
+    "Not": _plain(np.logical_not),
+    "Where": _plain(np.where),
+    "Range": _plain(lambda a, b, c: np.arange(a.item(), b.item(), c.item(), dtype=a.dtype)),
+    "ConstantOfShape": _constant_of_shape,
+    "Expand": _plain(lambda x, s: np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(d) for d in s)))),
+    "Tile": _plain(lambda x, r: np.tile(x, [int(d) for d in r])),
+    "ReduceProd": _reduce(np.prod),
+    "ReduceSum": _reduce(np.sum),
+    "ReduceMax": _reduce(np.max),
+    "ReduceMin": _reduce(np.min),
+    "Split": _split,
+}
+
+
+def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
+    """Outputs of ``node`` on known inputs (None stands for an absent optional one); None where it cannot be evaluated."""
+    if node.op in RANDOM or any(a.type in (a.GRAPH, a.GRAPHS) for a in node.proto.attribute):
+        return None
+    function = FUNCTIONS.get(node.op) if node.domain == "" else None
+    try:
+        with np.errstate(all="ignore"):
+            if function is not None:
+                result = function(node, values)
+                return result if isinstance(result, list) else [np.asarray(result)]
+            return _reference(node, values)
+    except Exception:  # any failure only means that the value stays unknown, which costs compression at most
+        return None
+
+
+def _reference(node: Node, values: Sequence[np.ndarray | None]) -> list[np.ndarray] | None:
+    if node.domain != "":
+        return None
+    session = ReferenceEvaluator(node.proto, opsets={"": node.version})
+    feeds = {name: value for name, value in zip(node.inputs, values, strict=True) if name and value is not None}
+    results = session.run(None, feeds)
+    return [np.asarray(r) for r in results] if isinstance(results, list) else None

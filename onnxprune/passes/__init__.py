@@ -1,0 +1,8 @@
+"""Passes: the stages of a pipeline. A pass is a callable over :class:`State`; write your own as a function or a class."""
+
+from onnxprune.passes.pipeline import Pipeline
+from onnxprune.passes.prune import Prune
+from onnxprune.passes.state import Pass, Result, State
+from onnxprune.passes.validate import Validate
+
+__all__ = ["Pass", "Pipeline", "Prune", "Result", "State", "Validate"]

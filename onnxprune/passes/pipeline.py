@@ -1,0 +1,48 @@
+"""A pipeline runs passes over one model, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from onnxprune.passes.state import Pass, Progress, Result, State
+
+
+class Pipeline:
+    """Passes in order; ``run`` gives the result, the input is never changed.
+
+    Args:
+        passes: callables over :class:`State`, such as ``passes.Prune(...)``, ``passes.Validate()`` or your own.
+    """
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        self.passes = list(passes)
+
+    def run(
+        self,
+        model: str | Path | bytes | onnx.ModelProto,
+        *,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        data: Any = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Run every pass on ``model``.
+
+        Args:
+            model: path, bytes or ModelProto. input_shapes: {input: shape} for dynamic inputs.
+            data: validation inputs, see ``onnxprune.prune``. seed: of everything random.
+            progress: called with (stage, fraction).
+
+        Raises:
+            OnnxpruneError: bad input, a model that cannot be processed, or a check that failed.
+        """
+        state = State(model, input_shapes, data, seed, progress)
+        for stage in self.passes:
+            stage(state)
+        if state.analysis is None:
+            state.analyzed()
+        return Result(state)

@@ -1,0 +1,147 @@
+"""Prune: score, choose, cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.criteria import Criterion, get
+from onnxprune.errors import BudgetError
+from onnxprune.inspection import Analysis
+from onnxprune.model.weights import Weight
+from onnxprune.passes.state import State
+from onnxprune.plan import Plan
+from onnxprune.planning import atoms_removed, make_plan, read_plan
+from onnxprune.rewrite.after import After
+from onnxprune.rewrite.cut import CannotRewrite, cut
+from onnxprune.selection.allocate import Request, check_patterns, ratio_of, removable_steps, weakest
+from onnxprune.selection.scores import score
+
+
+class Prune:
+    """Remove the units that matter least.
+
+    Args:
+        criterion: a name, or a function from a slot to scores [channels].
+        ratio: share of every group's units to remove, 0 <= ratio < 1.
+        layers: {glob over node or weight names: ratio}. include, exclude: such globs.
+        round_to: keep a multiple of this many units where it can be had.
+        plan: a plan or its file, replayed instead of scoring.
+        approximate: also cut through normalisations, which is not exact.
+
+    Raises:
+        UsageError: a value out of range, a pattern that matches nothing, a plan that does not fit.
+        BudgetError: nothing could be cut.
+    """
+
+    def __init__(
+        self,
+        criterion: str | Criterion = "l2",
+        ratio: float = 0.3,
+        *,
+        layers: Mapping[str, float] | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        round_to: int = 1,
+        plan: Plan | str | Path | None = None,
+        approximate: bool = False,
+    ) -> None:
+        self.request = Request(ratio, dict(layers or {}), tuple(include), tuple(exclude), round_to)
+        self.criterion = get(criterion) if isinstance(criterion, str) else criterion
+        self.name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom")
+        self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+        self.approximate = approximate
+
+    def __call__(self, state: State) -> None:
+        """Choose units, cut the model, fill plan and report."""
+        analysis = state.analyzed(self.approximate)
+        check_patterns(self.request, (*analysis.graph.weights, *(n.label for n in analysis.graph.nodes)))
+        with state.stage("cut"):
+            removed, proto, weights = self._cut(analysis, state)
+        state.removed, state.proto, state.weights = removed, proto, weights
+        with state.stage("plan"):
+            state.plan = make_plan(analysis, removed, self.name if self.plan is None else self.plan.criterion)
+            _fill_report(analysis, removed, state)
+
+    def _cut(self, analysis: Analysis, state: State) -> tuple[NDArray[np.bool_], onnx.ModelProto, dict[str, Weight]]:
+        """Cut; a node that has no form with the new sizes is frozen, and the choice is made again without it."""
+        for _ in range(len(analysis.graph.nodes) + 1):
+            components = self._choose(analysis, state.seed)
+            removed = atoms_removed(analysis.units, components)
+            try:
+                proto, weights = cut(analysis.table, removed)
+                return removed, proto, weights
+            except CannotRewrite as stop:
+                _freeze(analysis, stop, removed)
+        raise AssertionError("every node was frozen")  # pragma: no cover
+
+    def _choose(self, analysis: Analysis, seed: int) -> NDArray[np.bool_]:
+        """Mask over components of what goes."""
+        units = analysis.units
+        chosen = np.zeros(units.frozen.size, dtype=bool)
+        if self.plan is not None:
+            return read_plan(analysis, self.plan)
+        steps = {}
+        for group in units.groups:
+            if group.prunable:
+                weights, layers = analysis.names_of(group)
+                ratio = ratio_of([*weights, *layers], self.request)
+                steps[group.id] = removable_steps(group, ratio, self.request.round_to) if ratio is not None else 0
+        if not steps:
+            raise BudgetError("No channel of this model can be removed.", hint=_reasons(analysis))
+        groups = [units.groups[i] for i, n in steps.items() if n]
+        scores = score(analysis.table, units, groups, self.criterion, seed)
+        for group in groups:
+            if group.id in scores:
+                chosen[group.units[weakest(group, scores[group.id], steps[group.id])]] = True
+        return chosen
+
+
+def _reasons(analysis: Analysis) -> str:
+    top = analysis.barriers[:3]
+    said = "; ".join(f"{b.channels} channels: {b.code}, {b.detail}" for b in top)
+    return f"Reasons: {said}. 'onnxprune inspect' lists them all." if said else "The model has no weights to cut."
+
+
+def _freeze(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> None:
+    atoms = analysis.table.atoms
+    why = atoms.barrier("unsupported-form", stop.node.label, stop.node.op, stop.detail)
+    frozen = False
+    for name in (*stop.node.inputs, *stop.node.outputs):
+        for label in analysis.table.get(name) if name else ():
+            gone = label.ids[removed[label.ids]]
+            if gone.size:
+                component = analysis.units.component
+                ids = np.flatnonzero(np.isin(component, np.unique(component[label.ids])))
+                atoms.freeze(ids, why)
+                frozen = True
+    if not frozen:  # the node only sees sizes: whatever shrinks upstream has to stay
+        raise stop
+    analysis.resolve_again()
+
+
+def _fill_report(analysis: Analysis, removed: NDArray[np.bool_], state: State) -> None:
+    from dataclasses import asdict
+
+    after = After(analysis.table, removed)
+    report = state.report
+
+    def size(name: str) -> int:
+        return int(np.prod(after.shape(name) or (), dtype=np.int64))
+
+    report.layers = analysis.layer_facts(after.shape, size)
+    report.barriers = [asdict(b) for b in analysis.barriers]
+    taken = {g.id: len(g.removed or ()) for g in state.plan.groups}
+    report.groups = [{**asdict(g), "removed": taken.get(g.id, 0)} for g in analysis.groups]
+    totals = report.totals
+    totals.params_before = sum(int(np.prod(w.shape)) for w in analysis.loaded.weights.values())
+    totals.params_after = sum(int(np.prod(w.shape)) for w in state.weights.values())
+    totals.macs_before = sum(x.macs_before for x in report.layers)
+    totals.macs_after = sum(x.macs_after for x in report.layers)
+    approximate = sum(1 for g in analysis.units.groups if not g.exact and taken.get(g.id))
+    if approximate:
+        report.warnings.append(f"{approximate} groups were cut through a normalisation (--approximate): not exact there.")

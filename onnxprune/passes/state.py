@@ -1,0 +1,120 @@
+"""What flows through a pipeline: the analysis of the original, the current model, the plan and the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.inspection import Analysis
+from onnxprune.model.save import assemble, save
+from onnxprune.model.weights import Weight
+from onnxprune.plan import Plan
+from onnxprune.report.facts import Report
+
+Progress = Callable[[str, float], None]
+Source = "str | Path | bytes | onnx.ModelProto"
+
+
+@dataclass(slots=True)
+class State:
+    """The run so far. Passes read it, change it and return nothing."""
+
+    source: str | Path | bytes | onnx.ModelProto
+    input_shapes: Mapping[str, Sequence[int]] | None = None
+    data: Any = None
+    seed: int = 0
+    progress: Progress | None = None
+    analysis: Analysis | None = None
+    proto: onnx.ModelProto | None = None
+    weights: dict[str, Weight] = field(default_factory=dict)
+    removed: NDArray[np.bool_] | None = None
+    plan: Plan = field(default_factory=Plan)
+    report: Report = field(default_factory=Report)
+
+    def analyzed(self, approximate: bool = False) -> Analysis:
+        """The analysis of the original, made when first asked for."""
+        if self.analysis is None:
+            with self.stage("analyze"):
+                self.analysis = Analysis(self.source, input_shapes=self.input_shapes, approximate=approximate)
+            loaded = self.analysis.loaded
+            self.report.model = str(loaded.path or "")
+            self.report.totals.bytes_before = loaded.size
+            self.proto, self.weights = loaded.proto, dict(loaded.weights)
+            self.plan.model_sha256 = loaded.sha256
+        return self.analysis
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and tell the progress bar."""
+        self.tell(name, 0.0)
+        start = time.perf_counter()
+        yield
+        self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.tell(name, 1.0)
+
+    def tell(self, name: str, fraction: float) -> None:
+        """Report progress, if anyone listens."""
+        if self.progress is not None:
+            self.progress(name, fraction)
+
+
+class Pass(Protocol):
+    """A stage of a pipeline: a callable over the state."""
+
+    def __call__(self, state: State) -> None:
+        """Do the stage's work on the state, or raise an OnnxpruneError."""
+        ...
+
+
+class Result:
+    """What a run gives back: ``model``, ``plan``, ``report``, and ``save``."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._model: onnx.ModelProto | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What was removed from where."""
+        return self._state.plan
+
+    @property
+    def report(self) -> Report:
+        """Sizes, exactness, fidelity, speed, groups and barriers."""
+        return self._state.report
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The final model in memory, put together when first asked for. For large models prefer ``save``."""
+        if self._model is None:
+            assert self._state.proto is not None
+            self._model = assemble(self._state.proto, self._state.weights)
+        return self._model
+
+    def save(self, path: str | Path) -> int:
+        """Write the final model; weights are streamed, an existing file is replaced at once or not at all.
+
+        Returns:
+            bytes written, external data included.
+
+        Raises:
+            UsageError: the target is the input, or cannot be written.
+        """
+        from onnxprune.model.save import check_output
+
+        state = self._state
+        assert state.proto is not None and state.analysis is not None
+        loaded = state.analysis.loaded
+        check_output(path, loaded.path, loaded.external)
+        size = save(state.proto, state.weights, path, prefer_external=bool(loaded.external))
+        state.report.totals.bytes_after = size
+        state.report.output = str(path)
+        return size

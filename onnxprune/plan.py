@@ -1,0 +1,135 @@
+"""The plan: what is removed from where, as data that can be saved, edited and replayed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnxprune.errors import UsageError
+
+VERSION = 1
+
+
+@dataclass(slots=True)
+class PlanSlot:
+    """Positions removed along one axis of one tensor of the input model."""
+
+    tensor: str
+    axis: int
+    size: int
+    removed: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PlanGroup:
+    """Units removed from one group, and where each stands. ``removed`` None means: go by the slots."""
+
+    id: int
+    units: int
+    removed: list[int] | None
+    slots: list[PlanSlot] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Plan:
+    """A frozen decision for one model, named by the SHA-256 of its file."""
+
+    model_sha256: str = ""
+    criterion: str = ""
+    groups: list[PlanGroup] = field(default_factory=list)
+    barriers: list[dict[str, Any]] = field(default_factory=list)
+    version: int = VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready plain data, in the file's key order."""
+        data = asdict(self)
+        return {k: data[k] for k in ("version", "model_sha256", "criterion", "groups", "barriers")}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        target = Path(path)
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UsageError(f"Cannot write the plan to {str(path)!r}: {error.strerror}.") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            UsageError: missing, not JSON, or not a plan of this version.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"No such plan file: {str(path)!r}.") from None
+        except OSError as error:
+            raise UsageError(f"Cannot read the plan {str(path)!r}: {error.strerror}.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{str(path)!r} is not JSON: {error}.", hint="Write a plan with --plan to see the form.") from None
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """A plan from plain data; keys that a person may leave out have defaults.
+
+        Raises:
+            UsageError: the data does not have a plan's form.
+        """
+        if not isinstance(data, Mapping) or not isinstance(data.get("groups"), list):
+            raise UsageError("This is not a plan: it has no list 'groups'.", hint="Write one with --plan to see the form.")
+        if data.get("version", VERSION) != VERSION:
+            raise UsageError(f"Plan version {data.get('version')!r} is not known.", hint=f"This onnxprune reads version {VERSION}.")
+        groups = [_group(g, i) for i, g in enumerate(data["groups"])]
+        return cls(str(data.get("model_sha256", "")), str(data.get("criterion", "")), groups, list(data.get("barriers", [])))
+
+
+def _group(data: Any, index: int) -> PlanGroup:
+    if not isinstance(data, Mapping):
+        raise UsageError(f"Group {index} of the plan is not an object.")
+    slots = data.get("slots", [])
+    if not isinstance(slots, list) or not all(isinstance(s, Mapping) for s in slots):
+        raise UsageError(f"'slots' of group {index} is not a list of objects.")
+    removed = data.get("removed")
+    return PlanGroup(
+        id=_whole(data.get("id", index), f"'id' of group {index}"),
+        units=_whole(data.get("units", 0), f"'units' of group {index}"),
+        removed=None if removed is None else _positions(removed, f"'removed' of group {index}"),
+        slots=[_slot(s, index) for s in slots],
+    )
+
+
+def _slot(data: Mapping[str, Any], index: int) -> PlanSlot:
+    if not isinstance(data.get("tensor"), str):
+        raise UsageError(f"A slot of group {index} names no tensor.")
+    where = f"slot {data['tensor']!r} of group {index}"
+    return PlanSlot(
+        tensor=data["tensor"],
+        axis=_whole(data.get("axis", 0), f"'axis' of {where}"),
+        size=_whole(data.get("size", 0), f"'size' of {where}"),
+        removed=_positions(data.get("removed", []), f"'removed' of {where}"),
+    )
+
+
+def _whole(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{what} is {value!r}, a whole number was expected.")
+    return value
+
+
+def _positions(value: Any, what: str) -> list[int]:
+    if not isinstance(value, list):
+        raise UsageError(f"{what} is {value!r}, a list of positions was expected.")
+    return [_whole(v, what) for v in value]

@@ -1,0 +1,143 @@
+"""Between units and the plan file: positions per tensor, and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.errors import UsageError, nearest
+from onnxprune.groups.units import Group, Units
+from onnxprune.inspection import Analysis
+from onnxprune.labels.label import covering
+from onnxprune.plan import Plan, PlanGroup, PlanSlot
+
+Mask = NDArray[np.bool_]
+
+
+def atoms_removed(units: Units, components: Mask) -> Mask:
+    """Mask over atoms of what goes with the chosen components."""
+    return np.asarray(units.close(components)[units.component])
+
+
+def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
+    """The plan of a removal: every group that loses units, with one slot per labelled axis."""
+    units = analysis.units
+    gone = np.zeros(units.frozen.size, dtype=bool)
+    gone[units.component[removed]] = True
+    by_group = analysis.slots()
+    groups = []
+    for group in units.groups:
+        mine = np.flatnonzero(gone[group.units])
+        if not mine.size or not group.prunable:
+            continue
+        families = [group.id, *group.children]
+        slots = {(s.tensor, s.axis): s for f in families for s in by_group.get(f, ())}
+        groups.append(
+            PlanGroup(group.id, group.size, mine.tolist(), [_slot(analysis, s.tensor, s.axis, removed) for s in slots.values()])
+        )
+    return Plan(analysis.loaded.sha256, criterion, groups, [asdict(b) for b in analysis.barriers])
+
+
+def _slot(analysis: Analysis, tensor: str, axis: int, removed: Mask) -> PlanSlot:
+    label = covering(analysis.table.get(tensor), axis)
+    assert label is not None
+    gone = removed[label.ids].ravel()
+    return PlanSlot(tensor, axis, gone.size, np.flatnonzero(gone).tolist())
+
+
+def read_plan(analysis: Analysis, plan: Plan) -> Mask:
+    """Mask over components that a plan asks for. ``removed`` of a group decides where given, else its slots.
+
+    Raises:
+        UsageError: another model's plan, an unknown group or tensor, a position out of range or not removable, a share
+            that the group's constraints do not allow.
+    """
+    if plan.model_sha256 and plan.model_sha256 != analysis.loaded.sha256:
+        raise UsageError(
+            f"The plan belongs to another model (SHA-256 {plan.model_sha256[:12]}..., this one is {analysis.loaded.sha256[:12]}...).",
+            hint="Plans name positions, which mean something else in another model. Delete 'model_sha256' to try anyway.",
+        )
+    units = analysis.units
+    chosen = np.zeros(units.frozen.size, dtype=bool)
+    for item in plan.groups:
+        by_slots = _from_slots(analysis, item)
+        if item.removed is None:
+            chosen |= by_slots
+            continue
+        mine = _from_units(units, item)
+        own = np.zeros_like(chosen)
+        own[mine] = True
+        closed = units.close(own)
+        if item.slots and (by_slots & ~closed).any():
+            raise UsageError(
+                f"Group {item.id} of the plan contradicts itself: its slots remove more than its 'removed'.",
+                hint="Edit 'removed', or delete it to go by the slots.",
+            )
+        chosen |= own
+    _check_balance(units, chosen)
+    return chosen
+
+
+def _from_units(units: Units, item: PlanGroup) -> NDArray[np.int64]:
+    if not 0 <= item.id < len(units.groups) or not units.groups[item.id].prunable:
+        raise UsageError(f"The plan names group {item.id}, which this model does not have or cannot cut.")
+    group = units.groups[item.id]
+    if item.units and item.units != group.size:
+        raise UsageError(f"Group {item.id} of the plan has {item.units} units, the model's has {group.size}.")
+    bad = [r for r in item.removed or () if not 0 <= r < group.size]
+    if bad:
+        raise UsageError(f"Group {item.id} of the plan removes unit {bad[0]}.", hint=f"Allowed: 0 to {group.size - 1}.")
+    return group.units[np.asarray(item.removed, dtype=np.int64)]
+
+
+def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
+    units = analysis.units
+    chosen = np.zeros(units.frozen.size, dtype=bool)
+    for slot in item.slots:
+        labels = analysis.table.items().get(slot.tensor)
+        if labels is None:
+            raise UsageError(
+                f"The plan names tensor {slot.tensor!r}, which has no removable channels in this model.",
+                hint=nearest(slot.tensor, analysis.table.items()),
+            )
+        label = covering(labels, slot.axis)
+        if label is None:
+            raise UsageError(f"Axis {slot.axis} of {slot.tensor!r} has no removable channels.")
+        size = label.ids.shape[slot.axis]
+        bad = [p for p in slot.removed if not 0 <= p < size]
+        if bad:
+            raise UsageError(f"The plan removes position {bad[0]} of axis {slot.axis} of {slot.tensor!r}.", hint=f"Allowed: 0 to {size - 1}.")
+        ids = label.ids.take(np.asarray(slot.removed, dtype=np.int64), axis=slot.axis)
+        found = np.unique(units.component[ids])
+        stuck = found[units.frozen[found]]
+        if stuck.size:
+            barrier = analysis.table.atoms.barriers[int(units.barrier_of[stuck[0]])]
+            raise UsageError(
+                f"The plan removes channels of {slot.tensor!r} that must stay: {barrier.code}, {barrier.detail}.",
+                hint="'onnxprune inspect' lists every such reason.",
+            )
+        chosen[found] = True
+    return chosen
+
+
+def _check_balance(units: Units, chosen: Mask) -> None:
+    """Every class of a group loses the same share, and something stays."""
+    for group in units.groups:
+        mine = chosen[group.units]
+        if not mine.any():
+            continue
+        counts = np.bincount(group.classes, weights=mine)
+        sizes = np.bincount(group.classes)
+        if (counts == sizes).any() or mine.all():
+            raise UsageError(f"The plan removes every unit of group {group.id} (or of one of its rows): one must stay.")
+        if group.kind == "channels" and _uneven(group, counts, sizes):
+            raise UsageError(
+                f"The plan takes unequal shares from the rows of group {group.id}: {counts.astype(int).tolist()}.",
+                hint=f"Take the same number from each of its {len(sizes)} rows.",
+            )
+
+
+def _uneven(group: Group, counts: NDArray[np.float64], sizes: NDArray[np.int64]) -> bool:
+    return bool((counts * sizes[0] != counts[0] * sizes).any())

@@ -1,0 +1,1 @@
+"""Rewriting: the only stage that changes weights and shapes."""

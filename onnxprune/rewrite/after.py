@@ -1,0 +1,103 @@
+"""Sizes and positions after a cut, as they follow from the labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.labels.label import Ids, Label, covering, kept_sizes
+from onnxprune.rules.context import Table
+
+Mask = NDArray[np.bool_]
+
+
+class Ragged(Exception):
+    """A grid would not stay a grid; carries the tensor."""
+
+
+class After:
+    """What survives where. ``removed`` is a mask over atoms."""
+
+    def __init__(self, table: Table, removed: Mask) -> None:
+        self._table, self.removed = table, removed
+        self._masks: dict[int, tuple[Label, Mask | None]] = {}
+
+    def mask(self, label: Label) -> Mask | None:
+        """Surviving positions in the label's shape; None where all survive."""
+        known = self._masks.get(id(label))
+        if known is None:
+            gone = self.removed[label.ids]
+            known = (label, ~gone if gone.any() else None)
+            self._masks[id(label)] = known
+        return known[1]
+
+    def touched(self, name: str) -> bool:
+        """Whether the tensor loses positions."""
+        return any(self.mask(x) is not None for x in self._table.get(name))
+
+    def sizes(self, name: str) -> dict[int, int]:
+        """New size of every axis that shrinks."""
+        result: dict[int, int] = {}
+        for label in self._table.get(name):
+            keep = self.mask(label)
+            if keep is not None:
+                sizes = kept_sizes(keep, label.pack)
+                if sizes is None:
+                    raise Ragged(name)
+                result.update(sizes)
+        return result
+
+    def shape(self, name: str) -> tuple[Any, ...] | None:
+        """New shape at the first probe; None where the rank is unknown."""
+        shape = self._table.facts.shape(name)
+        if shape is None:
+            return None
+        sizes = self.sizes(name)
+        return tuple(sizes.get(a, n) for a, n in enumerate(shape)) if sizes else tuple(shape)
+
+    def keep(self, name: str, axis: int) -> Mask | None:
+        """Surviving positions along one axis (of any row that survives); None where all do."""
+        label = covering(self._table.get(name), axis)
+        keep = None if label is None else self.mask(label)
+        if label is None or keep is None:
+            return None
+        others = tuple(a for a in range(keep.ndim) if a != axis)
+        if axis != label.pack:
+            return np.asarray(keep.any(axis=others))
+        rows = np.moveaxis(keep, axis, -1).reshape(-1, keep.shape[axis])
+        alive = rows[rows.any(axis=1)]
+        return np.asarray(alive[0])
+
+    def kept_between(self, name: str, axis: int, start: int, stop: int) -> int:
+        """Surviving positions of ``start:stop`` along an axis, per surviving row."""
+        keep = self.keep(name, axis)
+        return stop - start if keep is None else int(keep[start:stop].sum())
+
+    def steps(self, name: str) -> list[tuple[int, Ids]]:
+        """Gather steps (axis, index) that cut a weight; a grid's pack axis has an index per row."""
+        steps: list[tuple[int, Ids]] = []
+        for label in self._table.get(name):
+            keep = self.mask(label)
+            if keep is None:
+                continue
+            for axis in label.outer():
+                alive = keep.any(axis=tuple(a for a in range(keep.ndim) if a != axis))
+                if not alive.all():
+                    index = np.flatnonzero(alive)
+                    steps.append((axis, index))
+                    keep = keep.take(index, axis=axis)
+            width = int(keep.sum(axis=label.pack).max())
+            if width == keep.shape[label.pack]:
+                continue
+            if label.is_grid:
+                # A stable sort of "removed" puts the survivors of every row first, in their order.
+                order = np.argsort(~keep, axis=label.pack, kind="stable")
+                index = order.take(np.arange(width), axis=label.pack)
+                rows = np.moveaxis(index, label.pack, -1).reshape(-1, width)
+                same = (rows == rows[0]).all()
+                steps.append((label.pack, rows[0] if same else index))
+            else:
+                steps.append((label.pack, np.flatnonzero(keep.ravel())))
+        return steps

@@ -1,0 +1,217 @@
+"""Carry out a removal: gather every weight, adapt every node, keep every value that was not meant to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.model.facts import Values
+from onnxprune.model.graph import Graph, Node
+from onnxprune.model.weights import GatheredWeight, Weight
+from onnxprune.rewrite.after import After, Mask, Ragged
+from onnxprune.rewrite.edits import Edits, write
+from onnxprune.rules.context import Cut, Step, Table
+from onnxprune.rules.registry import lookup
+
+
+class CannotRewrite(Exception):
+    """A node stands in the way of a cut: carries the node and the reason, for the caller to freeze what touches it."""
+
+    def __init__(self, node: Node, detail: str) -> None:
+        super().__init__(f"{node.op} {node.label}: {detail}")
+        self.node, self.detail = node, detail
+
+
+def cut(table: Table, removed: Mask) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+    """The cut model as a skeleton with its weights; nothing bulky is read before the weights are.
+
+    Args:
+        table: the labels. removed: mask over atoms.
+
+    Raises:
+        CannotRewrite: a node has no form with the new sizes.
+    """
+    state = _State(table, After(table, removed))
+    for node in table.graph.nodes:
+        state.visit(node)
+    return write(table.graph, state.edits)
+
+
+class _State:
+    """The walk over the graph: edits so far and the values that small tensors take in the cut model."""
+
+    def __init__(self, table: Table, after: After) -> None:
+        self.table, self.after, self.edits = table, after, Edits()
+        self.graph: Graph = table.graph
+        self.values = [Values(self.graph) for _ in table.facts.probes]
+        self._shapes = [_Shapes(table, after, k) for k in range(len(self.values))]
+        for name in table.items():
+            if after.touched(name):
+                self._resize(name)
+
+    def _resize(self, name: str) -> None:
+        try:
+            self.edits.sizes[name] = self.after.sizes(name)
+        except Ragged:
+            node = self.graph.producer.get(name) or self.graph.consumers[name][0][0]
+            raise CannotRewrite(node, f"{name!r} would no longer be rectangular") from None
+        weight = self.graph.weights.get(name)
+        if weight is not None:
+            gathered = GatheredWeight(weight, self.after.steps(name))
+            self.edits.weights[name] = gathered
+            for values in self.values:
+                if values.get(name) is not None:
+                    values.set(name, gathered.read())
+
+    def visit(self, node: Node) -> None:
+        """Rewrite one node, then learn the values of its outputs."""
+        touched = any(n in self.edits.sizes for n in (*node.inputs, *node.outputs))
+        rule = lookup(node.domain, node.op, node.version)
+        if touched or self._operands_changed(node):
+            rule.rewrite(Cut(node, Step(node, self.table), self))
+            self._pin(node, rule.operands)
+        for values, shapes in zip(self.values, self._shapes, strict=True):
+            values.step(node, shapes)
+
+    def _changed(self, name: str) -> bool:
+        """Whether a known value differs from the original's although nothing was cut from the tensor itself."""
+        if name in self.edits.sizes:
+            return False
+        for values, probe in zip(self.values, self.table.facts.probes, strict=True):
+            new, old = values.get(name), probe.values.get(name)
+            if (new is None) != (old is None):
+                return True
+            if new is not old and new is not None and old is not None and not np.array_equal(new, old, equal_nan=new.dtype.kind == "f"):
+                return True
+        return False
+
+    def _operands_changed(self, node: Node) -> bool:
+        return any(name and name not in self.graph.weights and self._changed(name) for name in node.inputs)
+
+    def _pin(self, node: Node, operands: tuple[int, ...]) -> None:
+        """A size that flows into data (an attention scale, a position) keeps the value it had."""
+        if all(self.table.facts.value(o) is not None for o in node.outputs if o):
+            return
+        for i, name in enumerate(node.inputs):
+            if not name or i in operands or self.edits.operand(node, i) is not None or name in self.graph.weights:
+                continue
+            if self._changed(name):
+                old = self.table.facts.static_value(name)
+                if old is None:
+                    raise CannotRewrite(node, f"the size {name!r} is used as data and depends on the batch")
+                self.set_input(node, i, old)
+
+    # -- what Cut asks for -----------------------------------------------------------------------------------------
+
+    def shape(self, name: str) -> Any:
+        return self.after.shape(name)
+
+    def touched(self, name: str) -> bool:
+        return name in self.edits.sizes
+
+    def keep(self, name: str, axis: int) -> Mask | None:
+        return self.after.keep(name, axis)
+
+    def kept_between(self, name: str, axis: int, start: int, stop: int) -> int:
+        return self.after.kept_between(name, axis, start, stop)
+
+    def value(self, name: str) -> NDArray[Any] | None:
+        return self.values[0].get(name)
+
+    def set_attr(self, node: Node, name: str, value: Any) -> None:
+        self.edits.attributes.setdefault(node.index, {})[name] = value
+
+    def set_input(self, node: Node, i: int, value: NDArray[Any]) -> None:
+        stem = node.inputs[i] if i < len(node.inputs) and node.inputs[i] else f"{node.outputs[0]}_operand{i}"
+        self.edits.set_operand(node, i, self.edits.constant(stem, value, self.table.facts.probes[0].shapes))
+
+    def fail(self, node: Node, detail: str) -> None:
+        raise CannotRewrite(node, detail)
+
+    def set_target(self, node: Node, i: int, target: tuple[int, ...]) -> None:
+        name = node.inputs[i] if i < len(node.inputs) else ""
+        if not name:
+            self.set_input(node, i, np.asarray(target, dtype=np.int64))
+            return
+        old = [probe.values.get(name) for probe in self.table.facts.probes]
+        now = self.values[0].get(name)
+        static = all(v is not None and v.shape == (len(target),) and np.array_equal(v, old[0]) for v in old)
+        kind = np.int64 if old[0] is None else old[0].dtype
+        if static and old[0] is not None:
+            self.set_input(node, i, np.asarray(_keep_special(node, i, old[0].tolist(), target, self), dtype=kind))
+        elif node.op == "Reshape":
+            self._mixed_target(node, i, target, old, now)
+        else:
+            self._blend(node, i, target, old, now)
+
+    def _dynamic(self, old: list[Any], target: tuple[int, ...]) -> NDArray[np.bool_] | None:
+        """Which entries of a computed operand differ between the probes; None where it is not known at all."""
+        if any(v is None or v.shape != (len(target),) for v in old):
+            return None
+        return np.asarray(old[0] != old[-1])
+
+    def _mixed_target(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], now: Any) -> None:
+        """A Reshape target with dynamic entries: at most one of them changes, and becomes -1."""
+        axes = np.array([self.table.facts.varies(node.outputs[0], a) for a in range(len(target))])
+        same = np.zeros(len(target), bool) if now is None or now.shape != axes.shape else np.asarray(now) == np.asarray(target)
+        change = axes & ~same
+        if now is None and axes.sum() <= 1:
+            self.set_input(node, i, np.where(axes, -1, target).astype(np.int64))
+        elif change.sum() <= 1 and now is not None:
+            self._where(node, i, np.where(change, -1, target), axes & same)
+        else:
+            raise CannotRewrite(node, "the target of this reshape is computed from more than one dynamic size")
+
+    def _blend(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], now: Any) -> None:
+        """A computed operand: new constants where it is static, the computed entries where it is dynamic."""
+        dynamic = self._dynamic(old, target)
+        if dynamic is None or now is None or now.shape != dynamic.shape or (np.asarray(now) != np.asarray(target))[dynamic].any():
+            raise CannotRewrite(node, f"operand {i} is computed in a way that cannot follow the new sizes")
+        self._where(node, i, np.asarray(target), dynamic)
+
+    def _where(self, node: Node, i: int, constants: NDArray[Any], dynamic: NDArray[np.bool_]) -> None:
+        if not dynamic.any():
+            self.set_input(node, i, constants.astype(np.int64))
+            return
+        if self.graph.opsets.get("", 1) < 9:
+            raise CannotRewrite(node, "a computed operand needs Where, which this opset lacks")
+        taken = self.table.facts.probes[0].shapes
+        stem = node.inputs[i]
+        mask = self.edits.constant(f"{stem}_dynamic", dynamic, taken)
+        fixed = self.edits.constant(f"{stem}_sizes", constants.astype(np.int64), taken)
+        result = f"{stem}_for_{node.index}"
+        self.edits.before.setdefault(node.index, []).append(
+            onnx.helper.make_node("Where", [mask, stem, fixed], [result], name=f"{node.label}_target")
+        )
+        self.edits.set_operand(node, i, result)
+
+
+def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], state: _State) -> list[int]:
+    """A Reshape or Expand target keeps its 0, -1 and 1 where they still come out right; slice ends keep "to the end"."""
+    if node.op == "Reshape":
+        from onnxprune.rules.movement import resolve_target
+
+        kept = [o if o in (0, -1) else t for o, t in zip(old, target, strict=True)]
+        source = state.shape(node.inputs[0])
+        if resolve_target(kept, source, node.attrs.get("allowzero", 0)) == tuple(target):
+            return kept
+    if node.op == "Expand":
+        return [o if o == 1 else t for o, t in zip(old, target, strict=True)]
+    return list(target)
+
+
+class _Shapes:
+    """Shapes of the cut model at one probe, computed when asked for."""
+
+    def __init__(self, table: Table, after: After, probe: int) -> None:
+        self._shapes, self._after = table.facts.probes[probe].shapes, after
+
+    def get(self, name: str, default: Any = None) -> Any:
+        shape = self._shapes.get(name, default)
+        if shape is None:
+            return None
+        sizes = self._after.sizes(name)
+        return tuple(sizes.get(a, n) for a, n in enumerate(shape)) if sizes else shape

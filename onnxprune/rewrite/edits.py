@@ -1,0 +1,133 @@
+"""Changes to nodes that a cut asks for, collected first and written into a new proto afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.model.graph import Graph, Node
+from onnxprune.model.weights import ArrayWeight, Weight
+
+
+@dataclass(slots=True)
+class Edits:
+    """Attributes by (node, name), operands by (node, input), and nodes to put in front of others."""
+
+    attributes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    operands: dict[int, dict[int, str]] = field(default_factory=dict)
+    before: dict[int, list[onnx.NodeProto]] = field(default_factory=dict)
+    constants: dict[str, NDArray[Any]] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    sizes: dict[str, dict[int, int]] = field(default_factory=dict)
+    _count: int = 0
+
+    def constant(self, stem: str, value: NDArray[Any], taken: Mapping[str, Any]) -> str:
+        """A new constant with a name that tells where it came from."""
+        while True:
+            name = f"{stem}_cut" if self._count == 0 else f"{stem}_cut{self._count}"
+            if name not in taken and name not in self.constants:
+                break
+            self._count += 1
+        self.constants[name] = np.ascontiguousarray(value)
+        return name
+
+    def set_operand(self, node: Node, i: int, name: str) -> None:
+        """Point input ``i`` of a node at another tensor."""
+        self.operands.setdefault(node.index, {})[i] = name
+
+    def operand(self, node: Node, i: int) -> str | None:
+        """What input ``i`` was pointed at, if it was."""
+        return self.operands.get(node.index, {}).get(i)
+
+
+def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+    """A new skeleton and its weights. Everything that no edit names is copied as it is."""
+    source = graph.proto
+    model = onnx.ModelProto()
+    model.CopyFrom(source)
+    del model.graph.node[:]
+    initializers = {t.name for t in source.graph.initializer}
+    needs_inputs = source.ir_version < 4
+    for name, value in edits.constants.items():
+        tensor = onnx.numpy_helper.from_array(value, name)
+        if needs_inputs:
+            model.graph.node.append(onnx.helper.make_node("Constant", [], [name], value=tensor))
+        else:
+            model.graph.initializer.append(tensor)
+    for node in graph.nodes:
+        model.graph.node.extend(edits.before.get(node.index, ()))
+        _write_node(model.graph.node.add(), node, edits)
+    weights = {name: w for name, w in graph.weights.items() if name in initializers}
+    for name, weight in edits.weights.items():
+        if name in initializers:
+            weights[name] = weight
+    if not needs_inputs:
+        weights.update({name: ArrayWeight(name, value) for name, value in edits.constants.items()})
+    _resize(model, edits, weights)
+    _drop_dead(model, graph, weights)
+    return model, weights
+
+
+def _write_node(target: onnx.NodeProto, node: Node, edits: Edits) -> None:
+    target.CopyFrom(node.proto)
+    for i, name in edits.operands.get(node.index, {}).items():
+        while len(target.input) <= i:
+            target.input.append("")
+        target.input[i] = name
+    for name, value in edits.attributes.get(node.index, {}).items():
+        for k, attribute in enumerate(target.attribute):
+            if attribute.name == name:
+                del target.attribute[k]
+                break
+        if value is not None:
+            target.attribute.append(onnx.helper.make_attribute(name, value))
+    if node.op == "Constant" and node.outputs[0] in edits.weights:
+        weight = edits.weights[node.outputs[0]]
+        del target.attribute[:]
+        target.attribute.append(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(weight.read())))
+
+
+def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight]) -> None:
+    """Declared shapes follow: placeholders of initializers, value_info, and inputs that stand for initializers."""
+    for tensor in model.graph.initializer:
+        weight = weights.get(tensor.name)
+        if tensor.name in edits.weights and weight is not None:
+            tensor.ClearField("raw_data")
+            for typed in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+                tensor.ClearField(typed)  # type: ignore[arg-type]
+            del tensor.dims[:]
+            tensor.dims.extend(weight.shape)
+    for info in [*model.graph.value_info, *model.graph.input]:
+        sizes = edits.sizes.get(info.name)
+        if not sizes:
+            continue
+        dims = info.type.tensor_type.shape.dim
+        for axis, size in sizes.items():
+            if axis < len(dims) and dims[axis].HasField("dim_value"):
+                dims[axis].dim_value = size
+
+
+def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight]) -> None:
+    """Remove nodes and initializers that were used before and no longer are: shape arithmetic that a constant replaced."""
+    while True:
+        used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
+        used |= graph.captured
+
+        def alive(node: onnx.NodeProto, used: set[str] = used) -> bool:
+            return any(o in used or not (o in graph.consumers) for o in node.output if o) or not node.output
+
+        dead = [i for i, node in enumerate(model.graph.node) if not alive(node)]
+        if not dead:
+            break
+        for i in reversed(dead):
+            del model.graph.node[i]
+    for i in reversed(range(len(model.graph.initializer))):
+        name = model.graph.initializer[i].name
+        if name not in used and name in graph.consumers:
+            del model.graph.initializer[i]
+            weights.pop(name, None)

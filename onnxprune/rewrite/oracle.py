@@ -1,0 +1,96 @@
+"""The masked original: the uncut graph with removed channels multiplied by 0 in front of every operator that sums over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.labels.label import Label
+from onnxprune.model.graph import Graph, Node
+from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.rewrite.after import After
+from onnxprune.rules.context import Step, Table
+from onnxprune.rules.registry import lookup
+
+
+def masked_original(table: Table, removed: NDArray[np.bool_], probe: int = 0) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+    """The original with masks, for inputs of the given probe's sizes. Weights are shared with the original, not copied.
+
+    It is built from labels and ``Rule.reads`` alone and shares nothing with the rewriting of nodes and weights, so that
+    a mistake in either shows as a difference.
+    """
+    graph: Graph = table.graph
+    builder = _Masks(table, After(table, removed), probe)
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.proto)
+    del model.graph.node[:]
+    for node in graph.nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node.proto)
+        rule = lookup(node.domain, node.op, node.version)
+        step = Step(node, table)
+        if any(table.get(n) for n in node.inputs if n):
+            for i, axes in rule.reads(step):
+                name = node.inputs[i]
+                neutral = rule.neutral(step, i)
+                for extra in builder.mask(node, name, axes, neutral):
+                    model.graph.node.append(extra)
+                    copy.input[i] = extra.output[0]
+        model.graph.node.append(copy)
+    weights = {t.name: graph.weights[t.name] for t in graph.proto.graph.initializer if t.name in graph.weights}
+    for name, value in builder.constants.items():
+        tensor = onnx.numpy_helper.from_array(value, name)
+        if graph.proto.ir_version < 4:
+            model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value=tensor))
+        else:
+            model.graph.initializer.append(tensor)
+            weights[name] = ArrayWeight(name, value)
+    return model, weights
+
+
+class _Masks:
+    """Masks made so far, shared between the operators that read the same tensor along the same axes."""
+
+    def __init__(self, table: Table, after: After, probe: int) -> None:
+        self.table, self.after, self.probe = table, after, probe
+        self.constants: dict[str, NDArray[Any]] = {}
+
+    def mask(self, node: Node, name: str, axes: tuple[int, ...], neutral: str | None) -> list[onnx.NodeProto]:
+        """Nodes that multiply a tensor by its masks along ``axes``; none where nothing was removed there."""
+        nodes: list[onnx.NodeProto] = []
+        current = name
+        for k, label in enumerate(self.table.get(name)):
+            keep = self.after.mask(label)
+            if keep is None or not set(label.axes) & set(axes):
+                continue
+            keep = self._at_probe(name, label, keep)
+            stem = f"{name}__mask_{node.index}_{k}"
+            if neutral is None:
+                self.constants[stem] = keep.astype(self._dtype(name))
+                made = onnx.helper.make_node("Mul", [current, stem], [f"{stem}_out"], name=stem)
+            else:
+                self.constants[stem] = keep
+                made = onnx.helper.make_node("Where", [stem, current, neutral], [f"{stem}_out"], name=stem)
+            nodes.append(made)
+            current = made.output[0]
+        return nodes
+
+    def _at_probe(self, name: str, label: Label, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The mask at another probe's sizes: what was merged with a dynamic axis repeats."""
+        shape = self.table.facts.probes[self.probe].shapes.get(name)
+        for axis in label.axes:
+            size = shape[axis] if shape is not None else keep.shape[axis]
+            if size != keep.shape[axis]:
+                period = int(np.gcd(size, keep.shape[axis]))
+                keep = np.concatenate([keep.take(np.arange(period), axis=axis)] * (size // period), axis=axis)
+        return keep
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        weight = self.table.graph.weights.get(name)
+        if weight is not None:
+            return weight.dtype
+        kind = self.table.facts.probes[0].dtypes.get(name) or onnx.TensorProto.FLOAT
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))

@@ -1,0 +1,221 @@
+"""What a rule sees: ``Step`` while labels are pushed through, ``Cut`` while nodes are rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.labels import movement
+from onnxprune.labels.atoms import Atoms
+from onnxprune.labels.combine import broadcast, merge
+from onnxprune.labels.label import NONE, Ids, Label, Labels, covering
+from onnxprune.model.facts import Facts
+from onnxprune.model.graph import Graph, Node
+
+# Element types whose constants are weights: floats, and the integers that quantised weights are stored in.
+_WEIGHT_KINDS = "fV"
+_QUANTISED = {"int8", "uint8", "int4", "uint4", "int32", "int2", "uint2"}
+
+
+class Table:
+    """Labels of every tensor so far; constants get theirs when first asked for."""
+
+    def __init__(self, graph: Graph, facts: Facts, atoms: Atoms, approximate: bool = False) -> None:
+        self.graph, self.facts, self.atoms, self.approximate = graph, facts, atoms, approximate
+        self._labels: dict[str, Labels] = {}
+
+    def get(self, name: str) -> Labels:
+        """Labels of a tensor; every axis of a weight is born with atoms of its own."""
+        known = self._labels.get(name)
+        if known is not None:
+            return known
+        weight = self.graph.weights.get(name)
+        labels: Labels = NONE
+        if weight is not None and (weight.dtype.kind in _WEIGHT_KINDS or weight.dtype.name in _QUANTISED):
+            shape = weight.shape
+            labels = tuple(self._born(n, name, axis, len(shape)) for axis, n in enumerate(shape) if n > 1)
+        self._labels[name] = labels
+        return labels
+
+    def _born(self, n: int, name: str, axis: int, rank: int) -> Label:
+        ids = self.atoms.new(n, name, axis)
+        return Label(ids.reshape((1,) * axis + (n,) + (1,) * (rank - axis - 1)), axis)
+
+    def set(self, name: str, labels: Labels) -> None:
+        """State the labels of a tensor and remember its grids."""
+        labels = tuple(x for x in labels if x.axes)
+        for label in labels:
+            if label.is_grid:
+                self.atoms.view(label)
+        self._labels[name] = labels
+
+    def items(self) -> Mapping[str, Labels]:
+        """All labels stated or born so far."""
+        return self._labels
+
+
+class Step:
+    """One node while labels are pushed through it."""
+
+    def __init__(self, node: Node, table: Table) -> None:
+        self.node, self.table, self.atoms = node, table, table.atoms
+        self._read: set[int] = set()
+
+    # -- what is known ---------------------------------------------------------------------------------------------
+
+    def has(self, i: int) -> bool:
+        """Whether optional input ``i`` is present."""
+        return i < len(self.node.inputs) and bool(self.node.inputs[i])
+
+    def labels(self, i: int) -> Labels:
+        """Labels of input ``i``; reading them makes the rule responsible for them."""
+        self._read.add(i)
+        return self.table.get(self.node.inputs[i]) if self.has(i) else NONE
+
+    def shape(self, i: int) -> tuple[int, ...]:
+        """Shape of input ``i`` at the probe; () where unknown (the engine does not call rules then)."""
+        return tuple(self.table.facts.shape(self.node.inputs[i]) or ())
+
+    def out_shape(self, o: int = 0) -> tuple[int, ...]:
+        """Shape of output ``o`` at the probe."""
+        return tuple(self.table.facts.shape(self.node.outputs[o]) or ())
+
+    def value(self, i: int) -> NDArray[Any] | None:
+        """Known value of input ``i`` at the probe, or None."""
+        return self.table.facts.value(self.node.inputs[i]) if self.has(i) else None
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """An attribute or its default."""
+        return self.node.attrs.get(name, default)
+
+    # -- what a rule says ------------------------------------------------------------------------------------------
+
+    def set(self, o: int, labels: Labels) -> None:
+        """State the labels of output ``o``."""
+        if o < len(self.node.outputs) and self.node.outputs[o]:
+            self.table.set(self.node.outputs[o], labels)
+
+    def reason(self, code: str, detail: str) -> int:
+        """Index of a barrier at this node."""
+        return self.atoms.barrier(code, self.node.label, self.node.op, detail)
+
+    def freeze(self, labels: Labels, code: str, detail: str) -> None:
+        """None of these channels may be removed."""
+        for label in labels:
+            self.atoms.freeze(label.ids, self.reason(code, detail))
+
+    def fix(self, labels: Labels, axis: int, code: str, detail: str) -> None:
+        """``axis`` keeps its size and order."""
+        label = covering(labels, axis)
+        if label is not None:
+            self.atoms.fix_axis(label, axis, self.reason(code, detail))
+
+    def fix_all_but(self, labels: Labels, keep: Sequence[int], code: str, detail: str) -> None:
+        """Every labelled axis outside ``keep`` keeps its size."""
+        for axis in sorted({a for x in labels for a in x.axes} - set(keep)):
+            self.fix(labels, axis, code, detail)
+
+    def approximate(self, labels: Labels, axis: int) -> bool:
+        """Whether normalising over a cut ``axis`` is opted into; what it touches is then marked as not exact."""
+        label = covering(labels, axis)
+        if self.table.approximate and label is not None:
+            self.atoms.approximate.append((label.ids.ravel(), self.reason("normalised", "cut through a normalisation")))
+        return self.table.approximate
+
+    def unite(self, a: Ids | None, b: Ids | None, what: str = "this axis") -> None:
+        """Atoms at equal positions go together; where only one side is labelled it keeps its size."""
+        if a is not None and b is not None:
+            self.atoms.unite(a, b)
+        for ids, other in ((a, b), (b, a)):
+            if ids is not None and other is None:
+                self.atoms.freeze(ids, self.reason("unlabelled-operand", f"{what} meets a tensor without removable channels"))
+
+    # -- shorthands ------------------------------------------------------------------------------------------------
+
+    def axis_ids(self, labels: Labels, axis: int) -> Ids | None:
+        """One-dimensional atoms of an axis: a grid's other axes are tied or stand aside, see ``Atoms.project``."""
+        label = covering(labels, axis)
+        return None if label is None else self.atoms.project(label, (axis,)).ravel()
+
+    def broadcast(self, inputs: Sequence[int]) -> Labels:
+        """Labels of inputs that broadcast against each other into output 0."""
+        return broadcast(self.atoms, [(self.labels(i), self.shape(i)) for i in inputs], len(self.out_shape()), self.reason)
+
+    def merge(self, labels: Labels, label: Label) -> Labels:
+        """``labels`` joined by one more label of the same tensor."""
+        return merge(self.atoms, labels, label, self.reason)
+
+    def take(self, labels: Labels, axis: int, index: Ids) -> Labels:
+        """Labels of picked positions along an axis, which stays."""
+        return movement.take(self.atoms, labels, axis, index, self.reason)
+
+    def axis(self, default: int = 0, rank: int | None = None) -> int:
+        """The node's ``axis`` attribute as a non-negative number."""
+        return int(self.attr("axis", default)) % (len(self.shape(0)) if rank is None else rank)
+
+    def finish(self) -> None:
+        """Freeze the labels of inputs that the rule never looked at."""
+        for i, name in enumerate(self.node.inputs):
+            if name and i not in self._read:
+                labels = self.table.get(name) if self._matters(name) else NONE
+                self.freeze(labels, "unsupported-form", f"input {i} of {self.node.op} must keep its size")
+
+    def _matters(self, name: str) -> bool:
+        weight = self.table.graph.weights.get(name)
+        return weight is None or bool(weight.shape)
+
+
+class Cut:
+    """One node while it is rewritten. Sizes and values before are the analysis', those after follow from the labels."""
+
+    def __init__(self, node: Node, step: Step, state: Any) -> None:
+        self.node, self.before, self._state = node, step, state
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """An attribute or its default."""
+        return self.node.attrs.get(name, default)
+
+    def shape(self, i: int) -> tuple[int, ...]:
+        """New shape of input ``i``."""
+        return tuple(self._state.shape(self.node.inputs[i]) or ())
+
+    def out_shape(self, o: int = 0) -> tuple[int, ...]:
+        """New shape of output ``o``."""
+        return tuple(self._state.shape(self.node.outputs[o]) or ())
+
+    def touched(self, *names: str) -> bool:
+        """Whether a tensor loses channels; without names, whether any tensor of this node does."""
+        return any(self._state.touched(n) for n in (names or (*self.node.inputs, *self.node.outputs)) if n)
+
+    def keep(self, name: str, axis: int) -> NDArray[np.bool_] | None:
+        """Mask of surviving positions along one axis, the same in every row; None where the axis is whole."""
+        result: NDArray[np.bool_] | None = self._state.keep(name, axis)
+        return result
+
+    def kept_between(self, name: str, axis: int, start: int, stop: int) -> int:
+        """How many positions of ``start:stop`` survive along an axis (per row, on a grid)."""
+        return int(self._state.kept_between(name, axis, start, stop))
+
+    def value(self, i: int) -> NDArray[Any] | None:
+        """Value that operand ``i`` takes in the cut model if left alone."""
+        result: NDArray[Any] | None = self._state.value(self.node.inputs[i]) if self.before.has(i) else None
+        return result
+
+    def set_attr(self, name: str, value: Any) -> None:
+        """Change an attribute of the node."""
+        self._state.set_attr(self.node, name, value)
+
+    def set_input(self, i: int, value: NDArray[Any]) -> None:
+        """Give operand ``i`` a constant of its own; a shared one is left alone."""
+        self._state.set_input(self.node, i, value)
+
+    def set_target(self, i: int, target: Sequence[int]) -> None:
+        """Make shape operand ``i`` come out as ``target``, keeping dynamic dimensions, 0 and -1 where they were meant."""
+        self._state.set_target(self.node, i, tuple(int(t) for t in target))
+
+    def fail(self, detail: str) -> None:
+        """This node cannot be rewritten: the groups that touch it stay whole, with this reason."""
+        self._state.fail(self.node, detail)

@@ -1,0 +1,151 @@
+"""Operators that sum over an axis: MatMul, Gemm, Einsum. All are an elementwise product in a space of letters, then a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxprune.labels.combine import Shape, broadcast
+from onnxprune.labels.label import Label, Labels
+from onnxprune.rules.context import Step
+from onnxprune.rules.registry import Rule, register
+
+
+def into_letters(labels: Labels, term: str, letters: str) -> Labels:
+    """Labels of an operand with subscripts ``term`` as labels of a tensor that has every letter as an axis."""
+    where = [letters.index(c) for c in term]
+    if len(set(term)) != len(term):
+        raise ValueError(f"repeated subscript in {term!r}")
+    order = sorted(range(len(term)), key=lambda i: where[i])
+    result = []
+    for label in labels:
+        shape = [1] * len(letters)
+        for i, axis in enumerate(where):
+            shape[axis] = label.ids.shape[i]
+        result.append(Label(label.ids.transpose(order).reshape(shape), where[label.pack]))
+    return tuple(result)
+
+
+def contract(step: Step, operands: Sequence[tuple[Labels, Shape, str]], output: str) -> Labels:
+    """Labels of ``einsum(operands -> output)``: unite in letter space, then reduce every label to the output's letters."""
+    letters = "".join(dict.fromkeys("".join(term for _, _, term in operands) + output))
+    rank = len(letters)
+    spread: list[tuple[Labels, Shape]] = []
+    for labels, shape, term in operands:
+        sizes: list[int | None] = [1] * rank
+        for c, n in zip(term, shape, strict=True):
+            sizes[letters.index(c)] = n
+        spread.append((into_letters(labels, term, letters), tuple(sizes)))
+    joint = broadcast(step.atoms, spread, rank, step.reason)
+    order = [letters.index(c) for c in output]
+    result: Labels = ()
+    for label in joint:
+        stay = tuple(a for a in label.axes if letters[a] in output)
+        if not stay:
+            continue
+        ids = label.ids if stay == label.axes else step.atoms.project(label, stay)
+        pack = label.pack if label.pack in stay else stay[-1]
+        ids = ids.transpose(order + [a for a in range(rank) if a not in order]).reshape([ids.shape[a] for a in order])
+        result = (*result, Label(ids, order.index(pack)))
+    return result
+
+
+def matmul_terms(a: int, b: int) -> tuple[str, str, str]:
+    """Subscripts of ``numpy.matmul`` for operands of rank ``a`` and ``b``."""
+    batch = "abcdefghij"[: max(a, b, 2) - 2]
+    left = "k" if a == 1 else batch[len(batch) - (a - 2) :] + "mk"
+    right = "k" if b == 1 else batch[len(batch) - (b - 2) :] + "kn"
+    out = batch + ("m" if a > 1 else "") + ("n" if b > 1 else "")
+    return left, right, out
+
+
+class MatMul(Rule):
+    """Batched matrix product; the summed axis unites, heads on batch axes line up."""
+
+    def terms(self, step: Step) -> tuple[str, str, str]:
+        """Subscripts of the two operands and the output."""
+        return matmul_terms(len(step.shape(0)), len(step.shape(1)))
+
+    def propagate(self, step: Step) -> None:
+        """Contract over ``k``."""
+        left, right, out = self.terms(step)
+        operands = [(step.labels(0), step.shape(0), left), (step.labels(1), step.shape(1), right)]
+        step.set(0, contract(step, operands, out))
+
+    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """Both operands are summed over ``k``."""
+        left, right, _ = self.terms(step)
+        return [(0, (left.index("k"),)), (1, (right.index("k"),))]
+
+
+class Gemm(Rule):
+    """alpha * A' B' + beta * C with optional transposes."""
+
+    def terms(self, step: Step) -> tuple[str, str]:
+        """Subscripts of A and B."""
+        return ("km" if step.attr("transA", 0) else "mk"), ("nk" if step.attr("transB", 0) else "kn")
+
+    def propagate(self, step: Step) -> None:
+        """Contract, then add C with broadcasting."""
+        a, b = self.terms(step)
+        product = contract(step, [(step.labels(0), step.shape(0), a), (step.labels(1), step.shape(1), b)], "mn")
+        if step.has(2):
+            operands: list[tuple[Labels, Shape]] = [(product, step.out_shape()), (step.labels(2), step.shape(2))]
+            product = broadcast(step.atoms, operands, 2, step.reason)
+        step.set(0, product)
+
+    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """Both matrices are summed over ``k``."""
+        a, b = self.terms(step)
+        return [(0, (a.index("k"),)), (1, (b.index("k"),))]
+
+
+class Einsum(Rule):
+    """Any einsum without repeated subscripts inside one operand."""
+
+    def terms(self, step: Step) -> tuple[list[str], str]:
+        """Subscripts of every operand and of the output, ellipses spelled out in upper-case letters."""
+        equation = step.attr("equation", "").replace(" ", "")
+        left, arrow, out = equation.partition("->")
+        terms = left.split(",")
+        ranks = [len(step.shape(i)) for i in range(len(terms))]
+        extra = max((r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0)
+        dots = "ABCDEFGHIJ"[:extra]
+        if not arrow:
+            plain = left.replace("...", "").replace(",", "")
+            out = ("..." if dots else "") + "".join(sorted(c for c in set(plain) if plain.count(c) == 1))
+        spelled = []
+        for term, rank in zip(terms, ranks, strict=True):
+            own = rank - len(term.replace("...", ""))
+            spelled.append(term.replace("...", dots[extra - own :] if own else ""))
+        return spelled, out.replace("...", dots)
+
+    def propagate(self, step: Step) -> None:
+        """Contract over the letters that the output lacks."""
+        terms, out = self.terms(step)
+        if any(len(set(t)) != len(t) for t in terms):
+            return
+        step.set(0, contract(step, [(step.labels(i), step.shape(i), t) for i, t in enumerate(terms)], out))
+
+    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """Every operand, over the letters that the output lacks."""
+        terms, out = self.terms(step)
+        return [(i, tuple(a for a, c in enumerate(t) if c not in out)) for i, t in enumerate(terms)]
+
+
+class FusedMatMul(MatMul):
+    """onnxruntime's MatMul with transposes folded in."""
+
+    def terms(self, step: Step) -> tuple[str, str, str]:
+        """Subscripts with the last two axes of either operand swapped on demand."""
+        left, right, out = matmul_terms(len(step.shape(0)), len(step.shape(1)))
+        if step.attr("transA", 0):
+            left = left[:-2] + left[-1] + left[-2]
+        if step.attr("transB", 0):
+            right = right[:-2] + right[-1] + right[-2]
+        return left, right, out
+
+
+register("", "MatMul", rule=MatMul())
+register("", "Gemm", rule=Gemm())
+register("", "Einsum", rule=Einsum())
+register("com.microsoft", "FusedMatMul", rule=FusedMatMul())

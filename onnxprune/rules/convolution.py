@@ -1,0 +1,163 @@
+"""Conv and ConvTranspose of any rank: plain, grouped, depthwise with multipliers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxprune.labels.label import Ids, Label, Labels, along, covering
+from onnxprune.rules.context import Cut, Step
+from onnxprune.rules.registry import Rule, register
+
+# Operators through which a grouped weight may pass position by position on its way from the initializer.
+_PASSING = {"Identity", "Cast", "DequantizeLinear"}
+
+
+class Conv(Rule):
+    """Data [N, C, ...] with weight [O, C/group, ...]; a grouped convolution is a grid of (group, channels per group).
+
+    Args:
+        data, weight, bias: positions of these inputs.
+        per_output: further inputs with one value per output channel (scales and zero points of quantised forms).
+        addend: position of an input that is added to the result (FusedConv), or None.
+    """
+
+    def __init__(
+        self, data: int = 0, weight: int = 1, bias: int | None = 2, per_output: tuple[int, ...] = (), addend: int | None = None
+    ) -> None:
+        self.data, self.weight, self.bias, self.per_output, self.addend = data, weight, bias, per_output, addend
+
+    def groups(self, step: Step) -> int:
+        """Number of groups."""
+        return int(step.attr("group", 1))
+
+    def propagate(self, step: Step) -> None:
+        """Unite the data's channels with the weight's; the output takes the weight's other axis."""
+        x, w = step.labels(self.data), step.labels(self.weight)
+        step.fix_all_but(x, (0, 1), "spatial", "a convolution slides over this axis")
+        step.fix_all_but(w, (0, 1), "spatial", "the kernel keeps its size")
+        if self.groups(step) == 1:
+            step.unite(step.axis_ids(x, 1), step.axis_ids(w, 1), "the convolution's input")
+            out = step.axis_ids(w, 0)
+        else:
+            out = self._grouped(step, x, w)
+        self._finish(step, x, out)
+
+    def _finish(self, step: Step, x: Labels, out: Ids | None) -> None:
+        for i in (*((self.bias,) if self.bias is not None else ()), *self.per_output):
+            if step.has(i) and len(step.shape(i)) == 1 and step.shape(i)[0] > 1:
+                step.unite(out, step.axis_ids(step.labels(i), 0), "a per-channel operand")
+        labels: Labels = () if out is None else (along(out, 1, len(step.out_shape())),)
+        batch = covering(x, 0)
+        if batch is not None:
+            step.fix(x, 0, "unsupported-form", "the batch axis of a convolution is labelled")
+        if self.addend is not None and step.has(self.addend):
+            for label in step.labels(self.addend):
+                labels = step.merge(labels, label)
+        step.set(0, labels)
+
+    def _grouped(self, step: Step, x: Labels, w: Labels) -> Ids | None:
+        group = self.groups(step)
+        ins, outs = step.axis_ids(x, 1), step.axis_ids(w, 0)
+        per_in = step.shape(self.weight)[1]
+        if ins is None or outs is None:
+            step.freeze((*x, *w), "unlabelled-operand", "a grouped convolution reads a tensor without removable channels")
+            return None
+        grid_in, grid_out = ins.reshape(group, -1), outs.reshape(group, -1)
+        if per_in == 1:
+            step.atoms.unite(grid_in, grid_out)
+            return outs
+        self._tie_rows(step, grid_in, grid_out)
+        self._spread(step, w, grid_in, outs.size)
+        return outs
+
+    @staticmethod
+    def _tie_rows(step: Step, grid_in: Ids, grid_out: Ids) -> None:
+        """A whole group may go at once, its inputs with its outputs; else every group keeps the same number of each."""
+        left, right = Label(grid_in, 1), Label(grid_out, 1)
+        step.atoms.view(left)
+        step.atoms.view(right)
+        step.atoms.unite(step.atoms.rows_of(left).ids, step.atoms.rows_of(right).ids)
+
+    def _spread(self, step: Step, w: Labels, grid_in: Ids, outputs: int) -> None:
+        """Input channel j of the weight is another atom in every group: the weight gets a grid over (output, input)."""
+        name: str | None = step.node.inputs[self.weight]
+        chain = []
+        while name is not None and len(step.table.graph.consumers.get(name, ())) == 1:
+            chain.append(name)
+            if name in step.table.graph.weights:
+                break
+            producer = step.table.graph.producer.get(name)
+            name = producer.inputs[0] if producer is not None and producer.op in _PASSING else None
+        if not chain or chain[-1] not in step.table.graph.weights:
+            step.atoms.unite(np.broadcast_to(step.axis_ids(w, 1), grid_in.shape), grid_in)
+            return
+        per_group = outputs // len(grid_in)
+        ids = np.repeat(grid_in, per_group, axis=0)
+        rank = len(step.shape(self.weight))
+        grid = Label(ids.reshape(*ids.shape, *(1,) * (rank - 2)), 1)
+        for link in chain:
+            labels = step.table.get(link)
+            old = covering(labels, 1)
+            step.table.set(link, (*(x for x in labels if x is not old), grid))
+
+    def rewrite(self, cut: Cut) -> None:
+        """``group`` becomes the number of groups that are left."""
+        group = int(cut.attr("group", 1))
+        if group > 1 and cut.touched():
+            channels, per_group = cut.shape(self.data)[1], cut.shape(self.weight)[1]
+            if channels % per_group:
+                cut.fail(f"{channels} channels do not divide into groups of {per_group}")
+            cut.set_attr("group", channels // per_group)
+
+    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """The data is summed over its channels."""
+        return [(self.data, (1,))]
+
+
+class ConvTranspose(Conv):
+    """Data [N, C, ...] with weight [C, O/group, ...]."""
+
+    def propagate(self, step: Step) -> None:
+        """Unite the data's channels with the weight's first axis; the output takes the second, per group."""
+        x, w = step.labels(self.data), step.labels(self.weight)
+        step.fix_all_but(x, (0, 1), "spatial", "a convolution slides over this axis")
+        step.fix_all_but(w, (0, 1), "spatial", "the kernel keeps its size")
+        ins, group = step.axis_ids(x, 1), self.groups(step)
+        step.unite(ins, step.axis_ids(w, 0), "the convolution's input")
+        if group == 1:
+            self._finish(step, x, step.axis_ids(w, 1))
+            return
+        self._finish(step, x, self._outputs(step, w, ins, group))
+
+    def _outputs(self, step: Step, w: Labels, ins: Ids | None, group: int) -> Ids | None:
+        shape = step.shape(self.weight)
+        name = step.node.inputs[self.weight]
+        if ins is None:
+            step.freeze(w, "unlabelled-operand", "a grouped convolution reads a tensor without removable channels")
+            return None
+        if shape[0] == group:
+            # Depthwise: all outputs of an input channel go with it.
+            step.fix(w, 1, "fixed-size", "the channel multiplier keeps its size")
+            return np.repeat(ins, shape[1])
+        if name not in step.table.graph.weights or len(step.table.graph.consumers[name]) > 1:
+            step.freeze((*step.labels(self.data), *w), "unsupported-form", "a grouped ConvTranspose with a computed weight")
+            return None
+        out = step.atoms.new(group * shape[1], name, 1)
+        grid_out = out.reshape(group, shape[1])
+        self._tie_rows(step, ins.reshape(group, -1), grid_out)
+        ids = np.repeat(grid_out, shape[0] // group, axis=0)
+        grid = Label(ids.reshape(*ids.shape, *(1,) * (len(shape) - 2)), 1)
+        step.table.set(name, (*(x for x in w if x is not covering(w, 1)), grid))
+        return out
+
+    def rewrite(self, cut: Cut) -> None:
+        """``group`` follows from the output's channels and the weight's second axis."""
+        if int(cut.attr("group", 1)) > 1 and cut.touched():
+            cut.set_attr("group", cut.out_shape()[1] // cut.shape(self.weight)[1])
+
+
+register("", "Conv", rule=Conv())
+register("", "ConvTranspose", rule=ConvTranspose())
+register("", "QLinearConv", rule=Conv(0, 3, 8, per_output=(4, 5)))
+register("", "ConvInteger", rule=Conv(0, 1, None, per_output=(3,)))
+register("com.microsoft", "FusedConv", rule=Conv(addend=3))

@@ -1,0 +1,42 @@
+"""Operators that work position by position, with broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxprune.rules.context import Step
+from onnxprune.rules.registry import Rule, register
+
+
+class Elementwise(Rule):
+    """Every output has the broadcast labels of the inputs.
+
+    Args:
+        inputs: positions of the operands that broadcast; None for all. The others must be scalars or lists of settings
+            (Clip's bounds) and are frozen by the engine when they have channels.
+    """
+
+    def __init__(self, inputs: Sequence[int] | None = None) -> None:
+        self._inputs = inputs
+
+    def propagate(self, step: Step) -> None:
+        """Unite what meets, keep what broadcasts."""
+        present = [i for i in (self._inputs or range(len(step.node.inputs))) if step.has(i)]
+        labels = step.broadcast(present)
+        for o in range(len(step.node.outputs)):
+            step.set(o, labels)
+
+
+UNARY = (
+    "Relu Sigmoid Tanh Erf Sqrt Exp Log Abs Neg Floor Ceil Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh "
+    "LeakyRelu Elu Selu Celu Gelu HardSwish HardSigmoid Mish Softplus Softsign ThresholdedRelu Shrink Swish Identity Cast Not "
+    "IsNaN IsInf Reciprocal BitwiseNot BitCast"
+).split()
+BINARY = (
+    "Add Sub Mul Div Pow Mod Min Max Sum Mean And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual Where PRelu BitShift "
+    "BitwiseAnd BitwiseOr BitwiseXor"
+).split()
+
+register("", *UNARY, rule=Elementwise([0]))
+register("", "Clip", "Dropout", "CastLike", rule=Elementwise([0]))
+register("", *BINARY, rule=Elementwise())

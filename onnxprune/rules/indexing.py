@@ -1,0 +1,180 @@
+"""Gather, scatter and shape operators."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxprune.labels import movement
+from onnxprune.labels.label import Label, Labels, along, covering, drop
+from onnxprune.rules.context import Cut, Step
+from onnxprune.rules.registry import Rule, register
+
+
+class Gather(Rule):
+    """Positions picked by an index tensor, which may be known."""
+
+    operands = ()
+
+    def propagate(self, step: Step) -> None:
+        """A known scalar or list takes positions; an unknown index fixes its axis."""
+        labels, axis = step.labels(0), step.axis()
+        step.labels(1)
+        rank = len(step.shape(1))
+        index = step.table.facts.static_value(step.node.inputs[1])
+        if covering(labels, axis) is not None and (index is None or rank > 1):
+            step.fix(labels, axis, "fixed-size", "positions of this axis are looked up by index")
+            label = covering(labels, axis)
+            if label is not None:
+                if label.is_grid:
+                    # The lookup may repeat or reorder positions: what is left of the grid is its other axes.
+                    stay = tuple(a for a in label.axes if a != axis)
+                    ids = step.atoms.project(label, stay)
+                    labels = (*drop(labels, label), Label(ids, stay[-1]))
+                else:
+                    labels = drop(labels, label)
+        elif index is not None and covering(labels, axis) is not None:
+            labels = step.take(labels, axis, np.atleast_1d(index).astype(np.int64) % step.shape(0)[axis])
+        step.set(0, self._place(labels, axis, rank))
+
+    @staticmethod
+    def _place(labels: Labels, axis: int, rank: int) -> Labels:
+        """The axis is replaced by the index's own axes."""
+        if rank == 0:
+            return movement.remove_axis(labels, axis)
+        for _ in range(rank - 1):
+            labels = movement.insert_axis(labels, axis + 1)
+        return labels
+
+    def rewrite(self, cut: Cut) -> None:
+        """Indices move with the positions before them; those of removed channels go."""
+        axis = cut.before.axis()
+        keep = cut.keep(cut.node.inputs[0], axis)
+        index = cut.before.value(1)
+        if keep is None or index is None:
+            return
+        flat = index.astype(np.int64) % keep.size
+        if index.ndim:
+            flat = flat[keep[flat]]
+        new = (np.cumsum(keep) - 1)[flat]
+        if not np.array_equal(new, index):
+            cut.set_input(1, np.asarray(new, dtype=index.dtype))
+
+
+class GatherAlong(Rule):
+    """GatherElements, GatherND, Compress: indexed axes keep their size."""
+
+    def propagate(self, step: Step) -> None:
+        """Everything is fixed but, for GatherND, the axes behind the indexed ones."""
+        labels = step.labels(0)
+        if step.node.op != "GatherND":
+            step.freeze(labels, "fixed-size", f"{step.node.op} looks up single elements")
+            return
+        step.labels(1)
+        batch, depth = int(step.attr("batch_dims", 0)), step.shape(1)[-1]
+        first = batch + depth
+        for axis in range(first):
+            step.fix(labels, axis, "fixed-size", "positions of this axis are looked up by index")
+        shift = len(step.shape(1)) - 1 - first
+        rank = len(step.out_shape())
+        result: Labels = ()
+        for label in labels:
+            if min(label.axes) >= first:
+                ids = label.ids.reshape((1,) * (first + shift) + label.ids.shape[first:])
+                assert ids.ndim == rank
+                result = (*result, Label(ids, label.pack + shift))
+            elif max(label.axes) >= first:
+                step.freeze((label,), "unsupported-form", "a grid is looked up by index")
+        step.set(0, result)
+
+
+class ScatterND(Rule):
+    """Slices written into a tensor: the axes behind the indexed ones are united with the updates'."""
+
+    def propagate(self, step: Step) -> None:
+        """Fix the indexed axes, unite the rest."""
+        data, updates = step.labels(0), step.labels(2)
+        step.labels(1)
+        depth = step.shape(1)[-1]
+        shift = len(step.shape(2)) - (len(step.shape(0)) - depth)
+        step.fix_all_but(data, range(depth, len(step.shape(0))), "fixed-size", "positions of this axis are written by index")
+        step.fix_all_but(updates, range(shift, len(step.shape(2))), "fixed-size", "positions of this axis are written by index")
+        if any(x.is_grid for x in (*data, *updates)):
+            step.freeze((*data, *updates), "unsupported-form", "a grid is written by index")
+            return
+        result: Labels = ()
+        for axis in range(depth, len(step.shape(0))):
+            left, right = step.axis_ids(data, axis), step.axis_ids(updates, axis - depth + shift)
+            step.unite(left, right, "what is written by index")
+            if left is not None and right is not None:
+                result = (*result, along(left, axis, len(step.shape(0))))
+        step.set(0, result)
+
+
+class ScatterElements(Rule):
+    """Single elements written by index: all operands keep their size."""
+
+    def propagate(self, step: Step) -> None:
+        """Freeze data and updates."""
+        for i in (0, 2):
+            step.freeze(step.labels(i), "fixed-size", f"{step.node.op} writes single elements")
+
+
+class Shape(Rule):
+    """Sizes are plain numbers: the engine watches what they are used for."""
+
+    def propagate(self, step: Step) -> None:
+        """Nothing to say about labels."""
+        step.labels(0)
+
+
+class Fill(Rule):
+    """A tensor of one repeated value can take any size: its axes are born with atoms, like a constant's."""
+
+    operands = (0,)
+
+    def propagate(self, step: Step) -> None:
+        """One birth per static axis."""
+        step.labels(0)
+        shape, name = step.out_shape(), step.node.outputs[0]
+        result: Labels = ()
+        for axis, n in enumerate(shape):
+            if n is not None and n > 1 and not step.table.facts.varies(name, axis):
+                result = (*result, along(step.atoms.new(n, name, axis), axis, len(shape)))
+        step.set(0, result)
+
+    def rewrite(self, cut: Cut) -> None:
+        """The shape operand names the new sizes."""
+        if cut.touched(cut.node.outputs[0]):
+            target, new = cut.value(0), cut.out_shape()
+            if target is None or tuple(target.tolist()) != new:
+                cut.set_target(0, new)
+
+
+class Unlabelled(Rule):
+    """Produces indices or numbers from tensors that have no channels."""
+
+    def propagate(self, step: Step) -> None:
+        """Every input with channels keeps them."""
+        for i in range(len(step.node.inputs)):
+            step.freeze(step.labels(i), "fixed-size", f"{step.node.op} depends on the size of its input")
+
+
+class Trilu(Rule):
+    """Upper or lower triangle of the last two axes."""
+
+    def propagate(self, step: Step) -> None:
+        """Batch axes pass."""
+        labels, rank = step.labels(0), len(step.shape(0))
+        for axis in (rank - 2, rank - 1):
+            step.fix(labels, axis, "fixed-size", "a triangle of this axis is taken")
+        step.set(0, tuple(x for x in labels if max(x.axes) < rank - 2))
+
+
+register("", "Gather", rule=Gather())
+register("", "GatherElements", "GatherND", "Compress", rule=GatherAlong())
+register("", "ScatterND", rule=ScatterND())
+register("", "ScatterElements", "Scatter", rule=ScatterElements())
+register("", "Shape", "Size", rule=Shape())
+register("", "ConstantOfShape", rule=Fill())
+register("", "Range", "NonZero", "NonMaxSuppression", "OneHot", "EyeLike", "Unique", rule=Unlabelled())
+register("", "Trilu", rule=Trilu())

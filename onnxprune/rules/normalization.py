@@ -1,0 +1,226 @@
+"""Operators that normalise or reduce: over a labelled axis they are a barrier, beside it they let labels through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxprune.labels.label import Labels, covering
+from onnxprune.labels.movement import remove_axis
+from onnxprune.rules.context import Cut, Step
+from onnxprune.rules.registry import Rule, register
+
+NORMALISED = "normalised"
+
+
+class OverAxes(Rule):
+    """Normalises over some axes of input 0, with optional operands that broadcast against it.
+
+    Args:
+        approximate: whether the normalisation still makes sense over fewer channels (``--approximate``).
+        exact: whether it is unchanged by channels that are 0, such as a norm.
+        operands: positions that broadcast with input 0.
+    """
+
+    def __init__(self, *, approximate: bool = False, exact: bool = False, operands: Sequence[int] = (0,)) -> None:
+        self.approximate, self.exact, self.operands = approximate, exact, operands
+
+    def axes(self, step: Step) -> list[int]:
+        """The axes normalised over."""
+        return [step.axis(-1)]
+
+    def propagate(self, step: Step) -> None:
+        """Labels pass; the normalised axes keep their size unless that is exact or opted into."""
+        labels = step.broadcast([i for i in self.operands if step.has(i)])
+        if not self.exact:
+            for axis in self.axes(step):
+                if self.approximate and step.approximate(labels, axis):
+                    continue
+                step.fix(labels, axis, NORMALISED, f"{step.node.op} normalises over these channels")
+        step.set(0, labels)
+
+    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """A norm sums over its axes."""
+        return [(0, tuple(self.axes(step)))] if self.exact else []
+
+
+class Softmax(OverAxes):
+    """Before opset 13 everything from ``axis`` on is one axis."""
+
+    def axes(self, step: Step) -> list[int]:
+        """One axis, or all from it on."""
+        if step.node.version >= 13:
+            return [step.axis(-1)]
+        return list(range(step.axis(1), len(step.shape(0))))
+
+
+class LayerNorm(OverAxes):
+    """Normalises over all axes from ``axis`` on, then scales and shifts."""
+
+    def axes(self, step: Step) -> list[int]:
+        """All axes from ``axis`` on."""
+        return list(range(step.axis(-1), len(step.shape(0))))
+
+    def propagate(self, step: Step) -> None:
+        """As any normalisation; the statistics outputs, when asked for, fix everything."""
+        super().propagate(step)
+        if any(step.node.outputs[1:]):
+            step.freeze(step.labels(0), "unsupported-form", "the normalisation's statistics are used")
+
+
+class InstanceNorm(Rule):
+    """Normalises every channel over its own positions."""
+
+    def propagate(self, step: Step) -> None:
+        """Channels pass, their positions keep their size."""
+        labels = step.labels(0)
+        step.fix_all_but(labels, (0, 1), NORMALISED, f"{step.node.op} normalises over these positions")
+        for i in range(1, len(step.node.inputs)):
+            if step.has(i):
+                step.unite(step.axis_ids(labels, 1), step.axis_ids(step.labels(i), 0), "a per-channel operand")
+        step.set(0, labels)
+
+
+class GroupNorm(Rule):
+    """Normalises within groups of channels: whole groups may go."""
+
+    def group_attribute(self) -> str:
+        """Name of the attribute that counts groups."""
+        return "num_groups"
+
+    def channel_axis(self, step: Step) -> int:
+        """The channel axis of the data."""
+        return 1
+
+    def propagate(self, step: Step) -> None:
+        """Channels of one group are tied; scale and bias have one value per channel or per group."""
+        labels, axis = step.labels(0), self.channel_axis(step)
+        step.fix_all_but(labels, (0, axis), NORMALISED, f"{step.node.op} normalises over these positions")
+        ids, group = step.axis_ids(labels, axis), int(step.attr(self.group_attribute()))
+        if ids is not None and not step.approximate(labels, axis):
+            grid = ids.reshape(group, -1)
+            step.atoms.unite(grid, np.broadcast_to(grid[:, :1], grid.shape))
+        for i in (1, 2):
+            own = step.axis_ids(step.labels(i), 0)
+            if ids is not None and own is not None and own.size == group and own.size != ids.size:
+                own = np.repeat(own, ids.size // group)
+            step.unite(ids, own, "a per-channel operand")
+        step.set(0, labels)
+
+    def rewrite(self, cut: Cut) -> None:
+        """The size of a group stays, their number shrinks."""
+        if cut.touched(cut.node.inputs[0]):
+            axis, name = self.channel_axis(cut.before), self.group_attribute()
+            groups, before = int(cut.attr(name)), cut.before.shape(0)[axis]
+            after = cut.shape(0)[axis] * groups // before
+            cut.set_attr(name, max(after, 1) if cut.shape(0)[axis] % max(after, 1) == 0 else groups)
+
+
+class BatchNorm(Rule):
+    """One scale, shift, mean and variance per channel."""
+
+    def propagate(self, step: Step) -> None:
+        """The channel axis is united with all four vectors."""
+        labels = step.labels(0)
+        vectors = [step.labels(i) for i in range(1, 5)]
+        if step.attr("training_mode", 0) or any(step.node.outputs[1:]):
+            for x in (labels, *vectors):
+                step.freeze(x, "unsupported-form", "BatchNormalization in training mode")
+            return
+        if len(step.shape(0)) > 1:
+            ids = step.axis_ids(labels, 1)
+            for vector in vectors:
+                step.unite(ids, step.axis_ids(vector, 0), "a per-channel operand")
+        step.set(0, labels)
+
+
+class Reduce(Rule):
+    """Reductions over axes. A sum, or a norm, is a contraction: a channel that is 0 adds nothing.
+
+    Args:
+        contraction: whether channels multiplied by 0 leave the result unchanged.
+        approximate: whether a mean over fewer channels may stand for the whole (``--approximate``).
+    """
+
+    def __init__(self, *, contraction: bool = False, approximate: bool = False) -> None:
+        self.contraction, self.approximate = contraction, approximate
+
+    def axes(self, step: Step) -> list[int] | None:
+        """The reduced axes; None where they are not known."""
+        rank = len(step.shape(0))
+        axes = step.attr("axes")
+        if step.has(1):
+            value = step.value(1)
+            if value is None:
+                return None
+            axes = value.tolist() if value.size else None
+        if axes is None:
+            return [] if step.attr("noop_with_empty_axes", 0) else list(range(rank))
+        return [int(a) % rank for a in np.atleast_1d(axes)]
+
+    def propagate(self, step: Step) -> None:
+        """Reduced axes leave the labels; whatever is not a contraction fixes them first."""
+        axes, labels = self.axes(step), step.labels(0)
+        step.labels(1)
+        if axes is None:
+            step.freeze(labels, "missing-constant", "the reduced axes are not known")
+            return
+        for axis in axes:
+            if self.contraction or (self.approximate and step.approximate(labels, axis)):
+                continue
+            step.fix(labels, axis, NORMALISED, f"{step.node.op} mixes these channels")
+        result: Labels = ()
+        for label in labels:
+            stay = tuple(a for a in label.axes if a not in axes)
+            if stay:
+                pack = label.pack if label.pack in stay else stay[-1]
+                ids = label.ids if stay == label.axes else step.atoms.project(label, stay)
+                result = (*result, type(label)(ids, pack))
+        if not step.attr("keepdims", 1):
+            for axis in sorted(axes, reverse=True):
+                result = remove_axis(result, axis)
+        step.set(0, result)
+
+    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """A sum reads its axes."""
+        return [(0, tuple(self.axes(step) or ()))] if self.contraction else []
+
+
+class Pick(Rule):
+    """ArgMax, ArgMin, TopK, CumSum, Hardmax: positions along one axis matter, the others pass."""
+
+    def propagate(self, step: Step) -> None:
+        """Fix the axis, let the rest through."""
+        labels = step.labels(0)
+        rank = len(step.shape(0))
+        axis = int(step.attr("axis", -1 if step.node.op == "TopK" else 0))
+        if step.node.op == "CumSum":
+            value = step.value(1)
+            if value is None:
+                step.freeze(labels, "missing-constant", "the axis is not known")
+                return
+            axis = int(value.ravel()[0])
+        axis %= rank
+        step.fix(labels, axis, NORMALISED, f"{step.node.op} depends on the position of these channels")
+        label = covering(labels, axis)
+        if label is not None:
+            labels = tuple(x for x in labels if x is not label)
+            step.freeze((label,), NORMALISED, f"{step.node.op} depends on the position of these channels")
+        if step.node.op in ("ArgMax", "ArgMin") and not step.attr("keepdims", 1):
+            labels = remove_axis(labels, axis)
+        for o in range(len(step.node.outputs)):
+            step.set(o, labels)
+
+
+register("", "Softmax", "LogSoftmax", "Hardmax", rule=Softmax())
+register("", "LayerNormalization", rule=LayerNorm(approximate=True, operands=(0, 1, 2)))
+register("", "RMSNormalization", "SimplifiedLayerNormalization", rule=LayerNorm(approximate=True, operands=(0, 1)))
+register("", "LpNormalization", rule=OverAxes(exact=True))
+register("", "InstanceNormalization", rule=InstanceNorm())
+register("", "GroupNormalization", rule=GroupNorm())
+register("", "BatchNormalization", rule=BatchNorm())
+register("", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", rule=Reduce(contraction=True))
+register("", "ReduceMean", rule=Reduce(approximate=True))
+register("", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", rule=Reduce())
+register("", "ArgMax", "ArgMin", "TopK", "CumSum", rule=Pick())

@@ -1,0 +1,1 @@
+"""From scores and ratios to the units that go."""
