@@ -61,7 +61,6 @@ def inspect(
 def _parts(screen: Screen, model: Path, facts: Mapping[str, Any], layers: Any) -> list[RenderableType]:
     width, every = screen.name_width, screen.verbosity > 0
     free = [group for group in facts["groups"] if group.get("prunable", True)]
-    held = sum(int(barrier.get("channels", 0)) for barrier in facts["barriers"])
     params, macs = sum(layer.params_before for layer in layers), sum(layer.macs_before for layer in layers)
     sums = f"{len(layers)} layers, {units.count(params)} parameters, {units.count(macs)} MACs"
     title = Text.assemble((str(model), "bold"), f"  {units.size(model.stat().st_size)}, {sums}")
@@ -69,7 +68,7 @@ def _parts(screen: Screen, model: Path, facts: Mapping[str, Any], layers: Any) -
     parts += [tables.heading(f"Groups that can be cut ({len(free)})")]
     parts += tables.groups(facts["groups"], name_width=width, most=None if every else MOST_GROUPS)
     parts += [tables.heading("Layers"), *tables.inspected(layers, name_width=width, every=every)]
-    parts += [tables.heading(f"Barriers ({len(facts['barriers'])}, holding {held} channels)")]
+    parts += [tables.heading(f"Barriers ({tables.held(facts['barriers'])} channels have to stay)")]
     parts += tables.barriers(facts["barriers"], name_width=width, every=every)
     if facts["unlocks"]:
         parts += [tables.heading("Operators that would unlock most channels"), tables.unlocks(facts["unlocks"])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -50,12 +51,21 @@ class Request:
         """Where the cut model goes."""
         return self.output or options.default_output(self.model)
 
-    def asked(self, layer: str) -> float:
-        """The ratio asked for at one layer, by the last ``--layer`` that matches its name; 0 when a plan decides."""
+    def asked(self, names: Sequence[str]) -> float | None:
+        """The ratio asked for a group with these names: the last ``--layer`` that matches, 0 when a plan decides.
+
+        None when the group is excluded.
+        """
         if self.apply_plan is not None:
             return 0.0
-        matching = [share for pattern, share in self.layers if fnmatchcase(layer, pattern)]
+        if _match(names, self.exclude) or (self.include and not _match(names, self.include)):
+            return None
+        matching = [share for pattern, share in self.layers if _match(names, [pattern])]
         return matching[-1] if matching else self.ratio
+
+
+def _match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def check(ctx: click.Context, request: Request) -> None:

@@ -16,37 +16,60 @@ from onnxprune.report.facts import LayerFacts
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """One layer that lost fewer channels than asked: ``lost`` of ``channels`` went, ``asked`` were to go."""
+    """One layer that lost fewer channels than asked: ``lost`` of ``channels`` went, ``asked`` were to go.
+
+    ``why`` is a sentence that many layers may share, ``detail`` what it means for this one.
+    """
 
     layer: str
     channels: int
     lost: int
     asked: int
     why: str
+    detail: str = ""
     advice: str = ""
 
 
 def shortfalls(
     facts: Sequence[LayerFacts],
     groups: Sequence[Mapping[str, Any]],
-    asked: Callable[[str], float],
+    asked: Callable[[Sequence[str]], float | None],
     round_to: int = 1,
 ) -> list[Shortfall]:
-    """Layers whose loss is below the nearest count to ``asked(layer name)`` times their channels, with the reason."""
-    home = {str(name): group for group in groups for name in (*group.get("layers", ()), group.get("name", ""))}
+    """Layers that lost less than asked, with the reason.
+
+    Args:
+        facts: the layers after the cut. groups: the groups with ``removed`` units each.
+        asked: from the node and tensor names of a group to the ratio asked for it; None where it is excluded.
+        round_to: the multiple that was to be kept.
+    """
     found = []
     for layer in facts:
         lost = layer.channels_before - layer.channels_after
+        group = _home(layer, groups)
+        names = [layer.name, *group.get("layers", ()), *(slot["tensor"] for slot in group.get("slots", ()))]
+        share = asked(names)
         # Halves may be rounded either way, so the smaller of the two counts is what was asked at least.
-        want = math.ceil(asked(layer.name) * layer.channels_before - 0.5)
+        want = math.ceil((share or 0.0) * layer.channels_before - 0.5)
+        reason = layer.reason or ("excluded" if share is None else "")
         # A reason on a layer that lost nothing is told even where no ratio was asked for (a plan applied by index).
-        if lost >= want and (lost or not layer.reason):
+        if lost >= want and (lost or not reason):
             continue
-        group = home.get(layer.name, {})
-        reason = layer.reason or ("" if group.get("prunable", True) else str(group.get("reason", "")))
-        why = words.sentence(reason) if reason else _constraint(layer, group, round_to)
-        found.append(Shortfall(layer.name, layer.channels_before, lost, want, why, words.advice(reason)))
+        why = words.reason(reason) if reason else _constraint(layer, group, round_to)
+        detail = words.split(reason)[1]
+        found.append(Shortfall(layer.name, layer.channels_before, lost, want, why, detail, words.advice(reason)))
     return found
+
+
+def _home(layer: LayerFacts, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The group of a layer's outputs, empty when there is none. Groups list their readers too: size and loss must fit."""
+    for group in groups:
+        removed = group.get("removed", 0)
+        lost = removed if isinstance(removed, int) else len(removed)
+        fits = group.get("size") == layer.channels_before and lost == layer.channels_before - layer.channels_after
+        if fits and layer.name in group.get("layers", ()):
+            return group
+    return {}
 
 
 def _constraint(layer: LayerFacts, group: Mapping[str, Any], round_to: int) -> str:
@@ -75,5 +98,6 @@ def render(found: Sequence[Shortfall], *, name_width: int) -> list[RenderableTyp
         for item in items:
             name = units.shorten(item.layer, name_width)
             asked = f", {item.asked} asked" if item.asked else ""
-            parts.append(Text(f"  {name}: {item.lost} of {item.channels} channels removed{asked}"))
+            detail = f" ({item.detail})" if item.detail else ""
+            parts.append(Text(f"  {name}: {item.lost} of {item.channels} channels removed{asked}{detail}"))
     return parts

@@ -12,6 +12,7 @@ from rich.text import Text
 from onnxprune.report import units, words
 from onnxprune.report.facts import Exactness, Fidelity, Latency, LayerFacts, Report, Totals
 
+SPATIAL = "spatial"
 LONG = 30
 """Up to this many layers every one is listed; in a longer model the untouched ones are folded into a count."""
 
@@ -169,7 +170,8 @@ def groups(records: Iterable[Mapping[str, Any]], *, name_width: int, most: int |
     """The groups that can be cut, most units first; those that cannot are counted with their reasons."""
     found = list(records)
     free = sorted((group for group in found if group.get("prunable", True)), key=lambda group: -_units(group))
-    fixed = [group for group in found if not group.get("prunable", True)]
+    # What is covered is cut all the same, as the group that covers it.
+    fixed = [group for group in found if not group.get("prunable", True) and _cause(group) != "covered"]
     cut = any(group.get("removed") for group in free)
     table = _table(
         ("group", "right"),
@@ -200,6 +202,10 @@ def groups(records: Iterable[Mapping[str, Any]], *, name_width: int, most: int |
     return parts
 
 
+def _cause(group: Mapping[str, Any]) -> str:
+    return words.split(str(group.get("reason", "")))[0]
+
+
 def _units(group: Mapping[str, Any]) -> int:
     return int(group.get("size", group.get("units", 0)))
 
@@ -211,9 +217,23 @@ def _removed(group: Mapping[str, Any]) -> int:
 
 def barriers(records: Iterable[Mapping[str, Any]], *, name_width: int, every: bool) -> list[RenderableType]:
     """Barriers, those that hold most channels first: one row per code and operator, or with ``every`` one per node."""
-    found = sorted(records, key=lambda barrier: -int(barrier.get("channels", 0)))
+    every_record = sorted(records, key=lambda barrier: -int(barrier.get("channels", 0)))
+    found = [barrier for barrier in every_record if _code(barrier) != SPATIAL]
+    aside: list[RenderableType] = []
+    if len(found) < len(every_record):
+        count = len(every_record) - len(found)
+        aside = [Text(f"{count} axes are positions (kernels, height, width, time), not channels", style="dim")]
     if not found:
-        return [Text("none: every channel can be removed", style="green")]
+        return [Text("none: every channel can be removed", style="green"), *aside]
+    return [_barrier_table(found, name_width=name_width, every=every), *aside, *_legend(found)]
+
+
+def held(records: Iterable[Mapping[str, Any]]) -> int:
+    """Channels that barriers hold; positions are none."""
+    return _channels(barrier for barrier in records if _code(barrier) != SPATIAL)
+
+
+def _barrier_table(found: Sequence[Mapping[str, Any]], *, name_width: int, every: bool) -> Table:
     if every:
         table = _table(
             ("channels", "right"), ("code", "left"), ("operator", "left"), ("node", "left"), ("detail", "left")
@@ -223,7 +243,7 @@ def barriers(records: Iterable[Mapping[str, Any]], *, name_width: int, every: bo
             table.add_row(
                 str(barrier.get("channels", 0)), _code(barrier), _op(barrier), name, str(barrier.get("detail", ""))
             )
-        return [table, *_legend(found)]
+        return table
     merged: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for barrier in found:
         merged.setdefault((_code(barrier), _op(barrier)), []).append(barrier)
@@ -234,7 +254,7 @@ def barriers(records: Iterable[Mapping[str, Any]], *, name_width: int, every: bo
     for (code, op), places in rows:
         example = units.shorten(str(places[0].get("node", "")), name_width)
         table.add_row(str(_channels(places)), str(len(places)), code, op, example)
-    return [table, *_legend(found)]
+    return table
 
 
 def _code(barrier: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@ ARROW = "\N{RIGHTWARDS ARROW}"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+# No two float32 outputs differ by so little: a figure this large stands for equal outputs.
+NO_DIFFERENCE_DB = 300.0
 DASH = "\N{EN DASH}"
 
 
@@ -56,8 +58,8 @@ def milliseconds(median: float, spread: float) -> str:
 
 
 def decibels(value: float) -> str:
-    """Signal-to-noise in dB; an infinite one means the outputs are the same."""
-    if math.isinf(value) and value > 0:
+    """Signal-to-noise in dB, or that there is none to measure."""
+    if value >= NO_DIFFERENCE_DB:
         return "no difference"
     return f"{value:.1f} dB" if math.isfinite(value) else DASH
 

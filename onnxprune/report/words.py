@@ -90,6 +90,10 @@ BARRIERS: dict[str, Words] = {
         "form of operator not supported",
         "The operator has a rule, but not for the form in which it is used here.",
     ),
+    "covered": Words(
+        "cut as another group",
+        "The same channels are cut as another group: whole heads or rows instead of single channels, or the other way.",
+    ),
     "duplicate-write": Words(
         "written more than once",
         "Two places would have to cut the same tensor in different ways.",
@@ -115,13 +119,11 @@ def short(reason: str) -> str:
     return f"{code} ({detail})" if code and detail else code or detail
 
 
-def sentence(reason: str) -> str:
-    """A full sentence on why channels stay, with the detail behind it; an unknown code stands for itself."""
-    code, detail = split(reason)
+def reason(text: str) -> str:
+    """A full sentence on why channels stay, without the detail; an unknown code stands for itself."""
+    code, detail = split(text)
     words = BARRIERS.get(code)
-    if words is None:
-        return f"{code}: {detail}" if code and detail else code or detail
-    return f"{words.why} ({detail})" if detail else words.why
+    return words.why if words is not None else code or detail
 
 
 def advice(reason: str) -> str:

@@ -183,7 +183,7 @@ def test_inspect_shows_groups_barriers_and_unlocks(api, run, model) -> None:
     for part in (
         "Groups that can be cut (1)",
         "1 group cannot be cut: is a model output (1)",
-        "Barriers (2, holding 138",
+        "Barriers (138 channels have to stay)",
     ):
         assert part in result.stdout
     unlock = result.stdout.split("Operators that would unlock most channels")[1]
@@ -201,11 +201,6 @@ def test_inspect_json(api, run, model) -> None:
 def test_inspect_passes_its_options_on(api, run, model) -> None:
     run("inspect", model, "--approximate", "--input-shape", "x=1,2")
     assert api.calls == [{"model": model, "input_shapes": {"x": (1, 2)}, "approximate": True}]
-
-
-def test_help_needs_no_heavy_import() -> None:
-    heavy = "import sys, onnxprune.cli; assert not {'onnx', 'onnxruntime', 'scipy'} & set(sys.modules), 'slow start'"
-    assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
 
 
 def test_a_closed_pipe_ends_quietly() -> None:

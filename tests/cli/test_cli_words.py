@@ -56,12 +56,12 @@ def test_every_code_has_words(code) -> None:
     assert 0 < len(entry.short) <= 36
     assert (entry.why.endswith(".") and not entry.advice) or entry.advice.endswith(".")
     assert words.short(f"{code}: detail") == entry.short
-    assert words.sentence(f"{code}: detail") == f"{entry.why} (detail)"
+    assert words.reason(f"{code}: detail") == entry.why
 
 
 def test_unknown_codes_speak_for_themselves() -> None:
-    assert words.short("new-code") == words.sentence("new-code") == "new-code"
-    assert words.sentence("new-code: what it met") == "new-code: what it met"
+    assert words.short("new-code") == words.reason("new-code") == "new-code"
+    assert words.short("new-code: what it met") == "new-code (what it met)"
     assert words.short("some free text: with a colon") == "some free text: with a colon"
     assert words.advice("new-code") == ""
 

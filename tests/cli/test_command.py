@@ -112,7 +112,7 @@ def test_plan_can_be_written_edited_and_applied(path: Path, run: Run) -> None:
 
 
 def test_layer_ratios_and_exclusions(path: Path, run: Run) -> None:
-    assert run(path, "--layer", "first=0.5", "--exclude", "second").exit_code == 0
+    assert run(path, "--layer", "b1=0.5", "--exclude", "b2").exit_code == 0
     found = shapes(path.with_name("net.pruned.onnx"))
     assert (found["w1"], found["w2"]) == ((8, 3, 3, 3), (32, 8, 3, 3))
 
@@ -275,7 +275,7 @@ def test_plan_that_does_not_fit(path: Path, run: Run, kind: str) -> None:
 
 
 DATA = {
-    "name": {"z": np.zeros((2, 3, 8, 8), np.float32)},
+    "name": {"z": np.zeros((2, 3, 8, 8), np.float32), "labels": np.zeros(2, np.int64)},
     "shape": {"x": np.zeros((2, 4, 8, 8), np.float32)},
     "rank": {"x": np.zeros((2, 3), np.float32)},
     "type": {"x": np.array(["a", "b"])},
@@ -347,7 +347,8 @@ def test_flipped_bytes_never_crash_and_never_cut_wrong(path: Path, run: Run, see
         content[spot] ^= 1 << int(draw.integers(8))
     path.write_bytes(bytes(content))
     result = run(path)
-    assert result.exit_code in (0, 2, 3, 5), result.stderr
+    assert result.exit_code in (0, 2, 3, 4, 5), result.stderr
+    assert "not exact" not in result.stderr
     assert "internal error" not in result.stderr and "Traceback" not in result.stderr
     assert path.with_name("net.pruned.onnx").exists() == (result.exit_code == 0)
 
