@@ -49,9 +49,9 @@ def inspect(
     options.existing(model, "model")
     input_shapes = options.unique("--input-shape", shapes)
     with screen.progress() as progress:
-        progress("analyse", 0.0)
+        progress("analyze", 0.0)
         analysis = op.analyze(model, input_shapes=input_shapes or None, approximate=approximate)
-        progress("analyse", 1.0)
+        progress("analyze", 1.0)
     facts = {name: plain(getattr(analysis, name)) for name in ("groups", "barriers", "layers", "unlocks")}
     if screen.as_json:
         screen.emit({"model": str(model), "bytes": model.stat().st_size, **facts})

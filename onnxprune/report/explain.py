@@ -62,7 +62,7 @@ def shortfalls(
 
 
 def _home(layer: LayerFacts, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The group of a layer's outputs, empty when there is none. Groups list their readers too: size and loss must fit."""
+    """The group of a layer's outputs, empty when there is none. Groups list readers too: size and loss must fit."""
     for group in groups:
         removed = group.get("removed", 0)
         lost = removed if isinstance(removed, int) else len(removed)

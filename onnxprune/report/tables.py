@@ -37,6 +37,11 @@ def untouched(layer: LayerFacts) -> bool:
     return layer.channels_before == layer.channels_after and layer.params_before == layer.params_after
 
 
+def reason(layer: LayerFacts) -> str:
+    """Why the layer was not touched, with the reason that its own size is."""
+    return layer.reason or ("single" if layer.channels_before <= 1 and untouched(layer) else "")
+
+
 def layers(facts: Sequence[LayerFacts], *, name_width: int, fold: bool) -> list[RenderableType]:
     """The table per layer, before → after; with ``fold`` the untouched layers become one line with their reasons."""
     hidden = [layer for layer in facts if fold and untouched(layer)]
@@ -56,17 +61,18 @@ def layers(facts: Sequence[LayerFacts], *, name_width: int, fold: bool) -> list[
         )
     parts: list[RenderableType] = [table] if shown else []
     if hidden:
-        why = words.tally(layer.reason for layer in hidden)
+        why = words.tally(reason(layer) for layer in hidden)
         parts.append(Text(f"{len(hidden)} of {len(facts)} layers untouched: {why} (-v lists them)", style="dim"))
     return parts
 
 
 def _removed_or_why(layer: LayerFacts) -> str:
     """The share of parameters removed, and where there is a reason for no more, the reason in a few words."""
-    if not layer.reason:
+    why = reason(layer)
+    if not why:
         return units.removed(layer.params_before, layer.params_after)
     share = "" if untouched(layer) else f"{units.removed(layer.params_before, layer.params_after)}, "
-    return f"{share}{words.short(layer.reason)}"
+    return f"{share}{words.short(why)}"
 
 
 def inspected(facts: Sequence[LayerFacts], *, name_width: int, every: bool) -> list[RenderableType]:
@@ -133,7 +139,8 @@ def exactness(facts: Exactness) -> Text:
     batches = f", batch {' and '.join(str(size) for size in facts.batches)}" if facts.batches else ""
     where = f" at output {facts.worst_output!r}" if facts.worst_output and not facts.passed else ""
     note = f"; {facts.note}" if facts.note else ""
-    measured = f": largest relative difference {facts.error:.1e} (allowed {facts.tolerance:.0e}{batches}){where}{note}"
+    error = f"{facts.error:.1e}" if facts.error else "0"
+    measured = f": largest relative difference {error} (allowed {facts.tolerance:.0e}{batches}){where}{note}"
     return Text.assemble(("exact     ", "bold"), verdict, measured)
 
 

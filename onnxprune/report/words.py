@@ -94,6 +94,7 @@ BARRIERS: dict[str, Words] = {
         "cut as another group",
         "The same channels are cut as another group: whole heads or rows instead of single channels, or the other way.",
     ),
+    "single": Words("has one channel", "The layer has a single channel, and the last one always stays."),
     "duplicate-write": Words(
         "written more than once",
         "Two places would have to cut the same tensor in different ways.",
@@ -134,7 +135,7 @@ def advice(reason: str) -> str:
 
 def tally(reasons: Iterable[str], most: int = 4) -> str:
     """Reasons counted by their short words, most frequent first: ``is a model output (3), recurrent state (1)``."""
-    counted = Counter(short(reason) or "no reason given" for reason in reasons).most_common()
+    counted = Counter(short(reason) or "not asked, or less than one unit" for reason in reasons).most_common()
     shown = [f"{text} ({count})" for text, count in counted[:most]]
     if len(counted) > most:
         shown.append(f"other ({sum(count for _, count in counted[most:])})")

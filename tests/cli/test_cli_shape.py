@@ -93,6 +93,11 @@ def test_long_models_fold_untouched_layers_unless_verbose(api, run, model) -> No
     assert "/n7 " in full and "untouched" not in full
 
 
+def test_a_layer_of_one_channel_says_so(api, run, model) -> None:
+    api.report.layers.append(LayerFacts("/one/Conv", "Conv", 1, 1, 9, 9, 9, 9))
+    assert "has one channel" in run(model).stdout
+
+
 def test_layer_names_are_not_markup(api, run, model) -> None:
     api.report.layers[0].name = "/a[bold]/:smile:/b[/red]"
     assert "/a[bold]/:smile:/b[/red]" in run(model).stdout

@@ -69,4 +69,4 @@ def test_unknown_codes_speak_for_themselves() -> None:
 def test_tally_counts_and_folds() -> None:
     reasons = ["graph-output"] * 3 + ["normalised: /a", "normalised: /b", "c1", "c2", "c3"]
     assert words.tally(reasons, most=2) == "is a model output (3), normalised over these channels (2), other (3)"
-    assert words.tally([""]) == "no reason given (1)"
+    assert words.tally([""]) == "not asked, or less than one unit (1)"
