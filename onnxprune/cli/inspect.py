@@ -12,7 +12,7 @@ from rich.text import Text
 
 from onnxprune.cli import options
 from onnxprune.cli.layout import HeadedCommand, option
-from onnxprune.report import tables, units
+from onnxprune.report import structure, tables, units
 from onnxprune.report.console import Screen, plain
 
 MOST_GROUPS = 20
@@ -66,10 +66,10 @@ def _parts(screen: Screen, model: Path, facts: Mapping[str, Any], layers: Any) -
     title = Text.assemble((str(model), "bold"), f"  {units.size(model.stat().st_size)}, {sums}")
     parts: list[RenderableType] = [title]
     parts += [tables.heading(f"Groups that can be cut ({len(free)})")]
-    parts += tables.groups(facts["groups"], name_width=width, most=None if every else MOST_GROUPS)
+    parts += structure.groups(facts["groups"], name_width=width, most=None if every else MOST_GROUPS)
     parts += [tables.heading("Layers"), *tables.inspected(layers, name_width=width, every=every)]
-    parts += [tables.heading(f"Barriers ({tables.held(facts['barriers'])} channels have to stay)")]
-    parts += tables.barriers(facts["barriers"], name_width=width, every=every)
+    parts += [tables.heading(f"Barriers ({structure.held(facts['barriers'])} channels have to stay)")]
+    parts += structure.barriers(facts["barriers"], name_width=width, every=every)
     if facts["unlocks"]:
-        parts += [tables.heading("Operators that would unlock most channels"), tables.unlocks(facts["unlocks"])]
+        parts += [tables.heading("Operators that would unlock most channels"), structure.unlocks(facts["unlocks"])]
     return parts

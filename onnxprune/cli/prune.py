@@ -17,7 +17,7 @@ from onnxprune.cli import options
 from onnxprune.cli.layout import HeadedCommand, option
 from onnxprune.cli.request import Request, check
 from onnxprune.errors import BudgetError, ValidationError
-from onnxprune.report import explain, tables
+from onnxprune.report import explain, structure, tables
 from onnxprune.report.console import Screen, plain
 from onnxprune.report.facts import Report
 
@@ -215,14 +215,14 @@ def _parts(request: Request, report: Report, screen: Screen) -> list[RenderableT
     if request.explain:
         groups = [plain(group) for group in report.groups]
         short = explain.shortfalls(report.layers, groups, request.asked, request.round_to)
-        parts += [tables.heading("Groups"), *tables.groups(groups, name_width=width)]
+        parts += [tables.heading("Groups"), *structure.groups(groups, name_width=width)]
         parts += [
             tables.heading("Layers that were not cut, or less than asked"),
             *explain.render(short, name_width=width),
         ]
         if report.barriers:
             parts += [tables.heading("Barriers")]
-            parts += tables.barriers(plain(report.barriers), name_width=width, every=verbose)
+            parts += structure.barriers(plain(report.barriers), name_width=width, every=verbose)
         parts += [tables.heading("Cut")]
     return parts + tables.cut(report, name_width=width, verbose=verbose)
 

@@ -73,5 +73,11 @@ def seconds(value: float) -> str:
 
 
 def shorten(name: str, width: int) -> str:
-    """A name cut to ``width`` in front, where exporters put the scope that names share: ``…/layer4/conv2/Conv``."""
+    """A name cut to ``width`` in front, where exporters put the scope that names share: ``…/layer4/conv2/Conv``.
+
+    Of the names that a fused node carries (``a/MatMul;a/BiasAdd;a/bias``) only the first is kept, at any width.
+    """
+    first, joined, _ = name.partition(";")
+    if joined:
+        name = f"{first};{ELLIPSIS}"
     return name if len(name) <= width else ELLIPSIS + name[len(name) - width + 1 :]

@@ -196,6 +196,20 @@ def test_inspect_shows_groups_barriers_and_unlocks(api, run, model) -> None:
     assert "logits" in run("inspect", model, "-v").stdout
 
 
+def test_kernels_are_not_counted_as_channels(api, run, model) -> None:
+    kernel = {
+        "code": "spatial",
+        "node": "/conv1/Conv",
+        "op": "Conv",
+        "detail": "the kernel keeps its size",
+        "channels": 6,
+    }
+    api.report.barriers += [kernel, {**kernel, "node": "/reduce", "detail": "mean over time", "channels": 5}]
+    text = run("inspect", model).stdout
+    assert "Barriers (143 channels have to stay)" in text
+    assert "1 kernel keeps its size" in text and "/reduce" in text
+
+
 def test_inspect_json(api, run, model) -> None:
     record = json.loads(run("inspect", model, "--json").stdout)
     assert record["unlocks"] == [["vendor.Odd", 128]]

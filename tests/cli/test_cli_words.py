@@ -48,6 +48,7 @@ def test_milliseconds(median, spread, text) -> None:
 def test_names_keep_their_end() -> None:
     assert units.shorten("/layer4/conv2/Conv", 12) == "…/conv2/Conv"
     assert units.shorten("short", 12) == "short"
+    assert units.shorten("a/MatMul;a/BiasAdd;a/bias", 50) == "a/MatMul;…"
 
 
 @pytest.mark.parametrize("code", sorted(words.BARRIERS))
