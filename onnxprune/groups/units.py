@@ -183,6 +183,8 @@ def _groups(
 ) -> list[Group]:
     count = group_of.size
     alive = np.flatnonzero(group_of >= 0)
+    if not alive.size:
+        return []
     order = alive[np.argsort(group_of[alive], kind="stable")]
     first_atom = np.full(count, np.iinfo(np.int64).max)
     np.minimum.at(first_atom, component, np.arange(component.size))

@@ -46,7 +46,9 @@ class After:
                 sizes = kept_sizes(keep, label.pack)
                 if sizes is None:
                     raise Ragged(name)
-                result.update(sizes)
+                # A weight's grid may share an axis with a label of its own: the smaller size is what stays.
+                for axis, size in sizes.items():
+                    result[axis] = min(size, result.get(axis, size))
         return result
 
     def shape(self, name: str) -> tuple[Any, ...] | None:
@@ -77,27 +79,24 @@ class After:
 
     def steps(self, name: str) -> list[tuple[int, Ids]]:
         """Gather steps (axis, index) that cut a weight; a grid's pack axis has an index per row."""
-        steps: list[tuple[int, Ids]] = []
-        for label in self._table.get(name):
-            keep = self.mask(label)
-            if keep is None:
+        labels = [(x, k) for x in self._table.get(name) if (k := self.mask(x)) is not None]
+        whole: dict[int, Mask] = {}
+        for label, keep in labels:
+            for axis in label.outer() if label.is_grid else label.axes:
+                alive = keep.any(axis=tuple(a for a in range(keep.ndim) if a != axis))
+                whole[axis] = whole[axis] & alive if axis in whole else alive
+        steps = [(axis, np.flatnonzero(alive)) for axis, alive in whole.items() if not alive.all()]
+        for label, keep in labels:
+            if not label.is_grid:
                 continue
             for axis in label.outer():
-                alive = keep.any(axis=tuple(a for a in range(keep.ndim) if a != axis))
-                if not alive.all():
-                    index = np.flatnonzero(alive)
-                    steps.append((axis, index))
-                    keep = keep.take(index, axis=axis)
+                keep = keep.take(np.flatnonzero(whole[axis]), axis=axis)
             width = int(keep.sum(axis=label.pack).max())
             if width == keep.shape[label.pack]:
                 continue
-            if label.is_grid:
-                # A stable sort of "removed" puts the survivors of every row first, in their order.
-                order = np.argsort(~keep, axis=label.pack, kind="stable")
-                index = order.take(np.arange(width), axis=label.pack)
-                rows = np.moveaxis(index, label.pack, -1).reshape(-1, width)
-                same = (rows == rows[0]).all()
-                steps.append((label.pack, rows[0] if same else index))
-            else:
-                steps.append((label.pack, np.flatnonzero(keep.ravel())))
+            # A stable sort of "removed" puts the survivors of every row first, in their order.
+            order = np.argsort(~keep, axis=label.pack, kind="stable")
+            index = order.take(np.arange(width), axis=label.pack)
+            rows = np.moveaxis(index, label.pack, -1).reshape(-1, width)
+            steps.append((label.pack, rows[0] if (rows == rows[0]).all() else index))
         return steps
