@@ -59,7 +59,7 @@ def _push(node: Node, table: Table) -> None:
         for name in node.outputs:
             if name:
                 table.set(name, ())
-    step.finish()
+    step.finish(rule.operands)
 
 
 def _freeze_inputs(step: Step, code: str, detail: str) -> None:

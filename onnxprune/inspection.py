@@ -25,6 +25,10 @@ from onnxprune.report.facts import LayerFacts
 from onnxprune.rules.context import Table
 
 
+# Kernels and the settings of operators are no channels: that they stay is not worth a user's time.
+_NOT_CHANNELS = {"kernel", "operand"}
+
+
 @dataclass(frozen=True, slots=True)
 class SlotView:
     """One axis of one tensor where units of a group appear; ``size`` is the axis' length."""
@@ -92,6 +96,7 @@ class Analysis:
         """Every reason that holds channels, with how many, most first."""
         held = Counter(self.units.barrier_of[self._weight_components()].tolist())
         found = [replace(self.table.atoms.barriers[i], channels=n) for i, n in held.items() if i >= 0]
+        found = [b for b in found if b.code not in _NOT_CHANNELS]
         return sorted(found, key=lambda b: (-b.channels, b.node, b.code))
 
     @cached_property

@@ -81,7 +81,8 @@ def resolve(atoms: Atoms) -> Units:
     index = np.full(int(group_of.max(initial=-1)) + 1, -1)
     for group in groups:
         index[group_of[group.units[0]]] = group.id
-    group_of = np.where(group_of >= 0, index[group_of], -1)
+    if groups:
+        group_of = np.where(group_of >= 0, index[group_of], -1)
     units = Units(component, frozen, barrier_of, group_of, groups, atoms)
     _mark_approximate(units)
     _choose_rows(units)

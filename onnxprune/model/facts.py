@@ -13,6 +13,8 @@ from onnxprune.model.evaluate import evaluate
 from onnxprune.model.graph import Graph, Node
 
 Shape = "tuple[int | None, ...] | None"
+# Operands that say what shape a result has, not what it holds.
+_TARGETS = {("Reshape", 1), ("Expand", 1), ("Tile", 1), ("ConstantOfShape", 0), ("Resize", 3), ("Split", 1)}
 INT_LIMIT, FLOAT_LIMIT = 1 << 20, 1 << 12
 
 
@@ -86,6 +88,8 @@ class Probe:
     shapes: dict[str, Any] = field(default_factory=dict)
     dtypes: dict[str, int] = field(default_factory=dict)
     values: Values = None  # type: ignore[assignment]
+    sizes: set[str] = field(default_factory=set)
+    """Known tensors that were computed from the sizes of others, directly or not."""
 
 
 @dataclass(slots=True)
@@ -131,6 +135,10 @@ def _probe(graph: Graph, inputs: dict[str, tuple[int, ...]]) -> Probe:
     probe.shapes.update(inputs)
     for node in graph.nodes:
         probe.values.step(node, probe.shapes)
+        if node.op in ("Shape", "Size") or any(
+            name in probe.sizes and (node.op, i) not in _TARGETS for i, name in enumerate(node.inputs)
+        ):
+            probe.sizes.update(o for o in node.outputs if o and probe.values.get(o) is not None)
         for name in node.outputs:
             if not name:
                 continue

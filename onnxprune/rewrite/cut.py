@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,12 +74,15 @@ class _State:
         if touched or self._operands_changed(node):
             rule.rewrite(Cut(node, Step(node, self.table), self))
             self._pin(node, rule.operands)
+        inputs = self.edits.operands.get(node.index)
+        if inputs:
+            node = replace(node, inputs=[inputs.get(i, n) for i, n in enumerate(node.inputs)])
         for values, shapes in zip(self.values, self._shapes, strict=True):
             values.step(node, shapes)
 
     def _changed(self, name: str) -> bool:
-        """Whether a known value differs from the original's although nothing was cut from the tensor itself."""
-        if name in self.edits.sizes:
+        """Whether a value that was computed from sizes differs from the original's."""
+        if name in self.edits.sizes or name not in self.table.facts.probes[0].sizes:
             return False
         for values, probe in zip(self.values, self.table.facts.probes, strict=True):
             new, old = values.get(name), probe.values.get(name)
@@ -93,7 +97,8 @@ class _State:
 
     def _pin(self, node: Node, operands: tuple[int, ...]) -> None:
         """A size that flows into data (an attention scale, a position) keeps the value it had."""
-        if all(self.table.facts.value(o) is not None for o in node.outputs if o):
+        known = all(self.table.facts.value(o) is not None for o in node.outputs if o)
+        if known and not any(self.table.get(n) for n in node.inputs if n):
             return
         for i, name in enumerate(node.inputs):
             if not name or i in operands or self.edits.operand(node, i) is not None or name in self.graph.weights:
@@ -126,7 +131,10 @@ class _State:
 
     def set_input(self, node: Node, i: int, value: NDArray[Any]) -> None:
         stem = node.inputs[i] if i < len(node.inputs) and node.inputs[i] else f"{node.outputs[0]}_operand{i}"
-        self.edits.set_operand(node, i, self.edits.constant(stem, value, self.table.facts.probes[0].shapes))
+        name = self.edits.constant(stem, value, self.table.facts.probes[0].shapes)
+        for values in self.values:
+            values.set(name, value)
+        self.edits.set_operand(node, i, name)
 
     def fail(self, node: Node, detail: str) -> None:
         raise CannotRewrite(node, detail)
@@ -187,6 +195,9 @@ class _State:
             onnx.helper.make_node("Where", [mask, stem, fixed], [result], name=f"{node.label}_target")
         )
         self.edits.set_operand(node, i, result)
+        for values in self.values:
+            now = values.get(stem)
+            values.set(result, None if now is None else np.where(dynamic, now, constants))
 
 
 def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], state: _State) -> list[int]:

@@ -126,8 +126,13 @@ def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight])
             break
         for i in reversed(dead):
             del model.graph.node[i]
+    dropped: set[str] = set()
     for i in reversed(range(len(model.graph.initializer))):
         name = model.graph.initializer[i].name
         if name not in used and name in graph.consumers:
             del model.graph.initializer[i]
             weights.pop(name, None)
+            dropped.add(name)
+    for i in reversed(range(len(model.graph.input))):
+        if model.graph.input[i].name in dropped:  # before IR 4 every initializer is an input too
+            del model.graph.input[i]

@@ -17,7 +17,7 @@ from onnxprune.model.graph import Graph, Node
 
 # Element types whose constants are weights: floats, and the integers that quantised weights are stored in.
 _WEIGHT_KINDS = "fV"
-_QUANTISED = {"int8", "uint8", "int4", "uint4", "int32", "int2", "uint2"}
+_QUANTISED = {"int8", "uint8", "int4", "uint4", "int2", "uint2"}
 
 
 class Table:
@@ -34,11 +34,18 @@ class Table:
             return known
         weight = self.graph.weights.get(name)
         labels: Labels = NONE
-        if weight is not None and (weight.dtype.kind in _WEIGHT_KINDS or weight.dtype.name in _QUANTISED):
+        if weight is not None and self._is_weight(name, weight.dtype):
             shape = weight.shape
             labels = tuple(self._born(n, name, axis, len(shape)) for axis, n in enumerate(shape) if n > 1)
         self._labels[name] = labels
         return labels
+
+    def _is_weight(self, name: str, dtype: np.dtype[Any]) -> bool:
+        """Floats and codes are weights; 32-bit integers are where a quantised operator reads them as its bias."""
+        if dtype.kind in _WEIGHT_KINDS or dtype.name in _QUANTISED:
+            return True
+        readers = self.graph.consumers.get(name, ())
+        return dtype == np.int32 and any(n.op.startswith(("QLinear", "Dequantize", "QGemm")) for n, _ in readers)
 
     def _born(self, n: int, name: str, axis: int, rank: int) -> Label:
         ids = self.atoms.new(n, name, axis)
@@ -47,7 +54,10 @@ class Table:
     def set(self, name: str, labels: Labels) -> None:
         """State the labels of a tensor and remember its grids."""
         labels = tuple(x for x in labels if x.axes)
+        shape = self.facts.shape(name)
         for label in labels:
+            if any(n not in (1, m) for n, m in zip(label.ids.shape, shape, strict=True)):
+                raise ValueError(f"label of shape {label.ids.shape} on {name!r} of shape {shape}")
             if label.is_grid:
                 self.atoms.view(label)
         self._labels[name] = labels
@@ -113,6 +123,19 @@ class Step:
         if label is not None:
             self.atoms.fix_axis(label, axis, self.reason(code, detail))
 
+    def drop_axis(self, labels: Labels, axis: int, code: str, detail: str) -> Labels:
+        """``labels`` without ``axis``, which keeps its size: for operators after which its positions mean something else."""
+        label = covering(labels, axis)
+        if label is None:
+            return labels
+        self.fix(labels, axis, code, detail)
+        rest = tuple(x for x in labels if x is not label)
+        stay = tuple(a for a in label.axes if a != axis)
+        if not stay:
+            return rest
+        pack = label.pack if label.pack in stay else stay[-1]
+        return (*rest, Label(self.atoms.project(label, stay), pack))
+
     def fix_all_but(self, labels: Labels, keep: Sequence[int], code: str, detail: str) -> None:
         """Every labelled axis outside ``keep`` keeps its size."""
         for axis in sorted({a for x in labels for a in x.axes} - set(keep)):
@@ -156,12 +179,13 @@ class Step:
         """The node's ``axis`` attribute as a non-negative number."""
         return int(self.attr("axis", default)) % (len(self.shape(0)) if rank is None else rank)
 
-    def finish(self) -> None:
-        """Freeze the labels of inputs that the rule never looked at."""
+    def finish(self, operands: Sequence[int] = ()) -> None:
+        """Freeze the labels of inputs that the rule never looked at, and of operands that carry sizes or settings."""
         for i, name in enumerate(self.node.inputs):
-            if name and i not in self._read:
-                labels = self.table.get(name) if self._matters(name) else NONE
-                self.freeze(labels, "unsupported-form", f"input {i} of {self.node.op} must keep its size")
+            if not name or (i in self._read and i not in operands) or not self._matters(name):
+                continue
+            code = "operand" if i in operands else "unsupported-form"
+            self.freeze(self.table.get(name), code, f"input {i} of {self.node.op} must keep its size")
 
     def _matters(self, name: str) -> bool:
         weight = self.table.graph.weights.get(name)

@@ -34,7 +34,7 @@ class Conv(Rule):
         """Unite the data's channels with the weight's; the output takes the weight's other axis."""
         x, w = step.labels(self.data), step.labels(self.weight)
         step.fix_all_but(x, (0, 1), "spatial", "a convolution slides over this axis")
-        step.fix_all_but(w, (0, 1), "spatial", "the kernel keeps its size")
+        step.fix_all_but(w, (0, 1), "kernel", "the kernel keeps its size")
         if self.groups(step) == 1:
             step.unite(step.axis_ids(x, 1), step.axis_ids(w, 1), "the convolution's input")
             out = step.axis_ids(w, 0)
@@ -121,7 +121,7 @@ class ConvTranspose(Conv):
         """Unite the data's channels with the weight's first axis; the output takes the second, per group."""
         x, w = step.labels(self.data), step.labels(self.weight)
         step.fix_all_but(x, (0, 1), "spatial", "a convolution slides over this axis")
-        step.fix_all_but(w, (0, 1), "spatial", "the kernel keeps its size")
+        step.fix_all_but(w, (0, 1), "kernel", "the kernel keeps its size")
         ins, group = step.axis_ids(x, 1), self.groups(step)
         step.unite(ins, step.axis_ids(w, 0), "the convolution's input")
         if group == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxprune.labels import movement
-from onnxprune.labels.label import Label, Labels, along, covering, drop
+from onnxprune.labels.label import Label, Labels, along, covering
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
 
@@ -18,20 +18,10 @@ class Gather(Rule):
     def propagate(self, step: Step) -> None:
         """A known scalar or list takes positions; an unknown index fixes its axis."""
         labels, axis = step.labels(0), step.axis()
-        step.labels(1)
         rank = len(step.shape(1))
         index = step.table.facts.static_value(step.node.inputs[1])
         if covering(labels, axis) is not None and (index is None or rank > 1):
-            step.fix(labels, axis, "fixed-size", "positions of this axis are looked up by index")
-            label = covering(labels, axis)
-            if label is not None:
-                if label.is_grid:
-                    # The lookup may repeat or reorder positions: what is left of the grid is its other axes.
-                    stay = tuple(a for a in label.axes if a != axis)
-                    ids = step.atoms.project(label, stay)
-                    labels = (*drop(labels, label), Label(ids, stay[-1]))
-                else:
-                    labels = drop(labels, label)
+            labels = step.drop_axis(labels, axis, "fixed-size", "positions of this axis are looked up by index")
         elif index is not None and covering(labels, axis) is not None:
             labels = step.take(labels, axis, np.atleast_1d(index).astype(np.int64) % step.shape(0)[axis])
         step.set(0, self._place(labels, axis, rank))
@@ -69,7 +59,6 @@ class GatherAlong(Rule):
         if step.node.op != "GatherND":
             step.freeze(labels, "fixed-size", f"{step.node.op} looks up single elements")
             return
-        step.labels(1)
         batch, depth = int(step.attr("batch_dims", 0)), step.shape(1)[-1]
         first = batch + depth
         for axis in range(first):
@@ -93,7 +82,6 @@ class ScatterND(Rule):
     def propagate(self, step: Step) -> None:
         """Fix the indexed axes, unite the rest."""
         data, updates = step.labels(0), step.labels(2)
-        step.labels(1)
         depth = step.shape(1)[-1]
         shift = len(step.shape(2)) - (len(step.shape(0)) - depth)
         step.fix_all_but(data, range(depth, len(step.shape(0))), "fixed-size", "positions of this axis are written by index")
@@ -166,8 +154,8 @@ class Trilu(Rule):
         """Batch axes pass."""
         labels, rank = step.labels(0), len(step.shape(0))
         for axis in (rank - 2, rank - 1):
-            step.fix(labels, axis, "fixed-size", "a triangle of this axis is taken")
-        step.set(0, tuple(x for x in labels if max(x.axes) < rank - 2))
+            labels = step.drop_axis(labels, axis, "fixed-size", "a triangle of this axis is taken")
+        step.set(0, labels)
 
 
 register("", "Gather", rule=Gather())

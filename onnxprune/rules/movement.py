@@ -30,7 +30,6 @@ class Reshape(Rule):
     def propagate(self, step: Step) -> None:
         """Reshape the labels run by run."""
         labels = step.labels(0)
-        step.labels(1)
         before, after = step.shape(0), step.out_shape()
         if labels and (None in before or None in after):
             step.freeze(labels, "dynamic-shape", "the sizes around this reshape depend on the data")
@@ -64,7 +63,6 @@ class Expand(Rule):
 
     def propagate(self, step: Step) -> None:
         """Shift to the output's rank."""
-        step.labels(1)
         labels, shape = step.labels(0), step.shape(0)
         step.set(0, broadcast(step.atoms, [(labels, shape)], len(step.out_shape()), step.reason))
 
@@ -90,7 +88,6 @@ class Tile(Rule):
 
     def propagate(self, step: Step) -> None:
         """Tile the labels along the axes they depend on."""
-        step.labels(1)
         labels, before, after = step.labels(0), step.shape(0), step.out_shape()
         if labels and (None in before or None in after):
             step.freeze(labels, "dynamic-shape", "the number of repeats depends on the data")
@@ -122,11 +119,10 @@ class Split(Rule):
 
     def propagate(self, step: Step) -> None:
         """Take each part's range."""
-        step.labels(1)
         axis, labels = step.axis(), step.labels(0)
         sizes = [step.table.facts.shape(o)[axis] for o in step.node.outputs if o]
         if len(sizes) != len(step.node.outputs) or None in sizes:
-            step.fix(labels, axis, "dynamic-shape", "the sizes of the parts are not known")
+            step.freeze(labels, "dynamic-shape", "the sizes of the parts are not known")
             return
         for o, (start, stop) in enumerate(split_points(sizes)):
             step.set(o, step.take(labels, axis, np.arange(start, stop)))
@@ -174,18 +170,12 @@ class Slice(Rule):
     def propagate(self, step: Step) -> None:
         """Take the positions; an axis sliced at unknown bounds keeps its size."""
         labels, shape = step.labels(0), step.shape(0)
-        for i in range(1, len(step.node.inputs)):
-            step.labels(i)
         bounds = self._bounds(step)
         if bounds is None:
             known = step.value(3) if step.has(3) else None
             axes = range(len(shape)) if known is None else [int(a) % len(shape) for a in known.ravel()]
             for axis in axes:
-                step.fix(labels, axis, "missing-constant", "this axis is sliced at computed bounds")
-                label = covering(labels, axis)
-                if label is not None:
-                    step.freeze((label,), "missing-constant", "this axis is sliced at computed bounds")
-                    labels = drop(labels, label)
+                labels = step.drop_axis(labels, axis, "missing-constant", "this axis is sliced at computed bounds")
             step.set(0, labels)
             return
         for axis, start, end, stride in bounds:
@@ -262,8 +252,6 @@ class Pad(Rule):
     def propagate(self, step: Step) -> None:
         """Born atoms stand for constant fill; any other padding of a labelled axis fixes it."""
         labels = step.labels(0)
-        for i in range(1, len(step.node.inputs)):
-            step.labels(i)
         pads = self.pads(step)
         if pads is None:
             step.freeze(labels, "missing-constant", "the padding is not known")
@@ -273,9 +261,7 @@ class Pad(Rule):
             if label is None or (low, high) == (0, 0):
                 continue
             if label.is_grid or step.attr("mode", "constant") != "constant" or low < 0 or high < 0:
-                step.fix(labels, axis, "fixed-size", "this axis is padded")
-                step.freeze((label,), "fixed-size", "this axis is padded")
-                labels = drop(labels, label)
+                labels = step.drop_axis(labels, axis, "fixed-size", "this axis is padded")
                 continue
             born = step.atoms.new(low + high, step.node.outputs[0], axis)
             ids = np.concatenate([born[:low], label.ids.ravel(), born[low:]])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxprune.labels.label import Labels, covering
+from onnxprune.labels.label import Labels
 from onnxprune.labels.movement import remove_axis
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
@@ -162,7 +162,6 @@ class Reduce(Rule):
     def propagate(self, step: Step) -> None:
         """Reduced axes leave the labels; whatever is not a contraction fixes them first."""
         axes, labels = self.axes(step), step.labels(0)
-        step.labels(1)
         if axes is None:
             step.freeze(labels, "missing-constant", "the reduced axes are not known")
             return
@@ -202,11 +201,7 @@ class Pick(Rule):
                 return
             axis = int(value.ravel()[0])
         axis %= rank
-        step.fix(labels, axis, NORMALISED, f"{step.node.op} depends on the position of these channels")
-        label = covering(labels, axis)
-        if label is not None:
-            labels = tuple(x for x in labels if x is not label)
-            step.freeze((label,), NORMALISED, f"{step.node.op} depends on the position of these channels")
+        labels = step.drop_axis(labels, axis, NORMALISED, f"{step.node.op} depends on the position of these channels")
         if step.node.op in ("ArgMax", "ArgMin") and not step.attr("keepdims", 1):
             labels = remove_axis(labels, axis)
         for o in range(len(step.node.outputs)):

@@ -15,7 +15,10 @@ class Local(Rule):
     def propagate(self, step: Step) -> None:
         """Fix what is spatial."""
         labels = step.labels(0)
-        step.fix_all_but(labels, (0, 1), "spatial", f"{step.node.op} works along this axis")
+        whole = step.node.op.startswith("Global")
+        for axis in range(2, len(step.shape(0))):
+            code = "normalised" if whole else "spatial"
+            labels = step.drop_axis(labels, axis, code, f"{step.node.op} works along this axis")
         if any(o and step.table.graph.consumers.get(o) for o in step.node.outputs[1:]):
             step.freeze(labels, "unsupported-form", f"the positions that {step.node.op} reports depend on all channels")
         step.set(0, labels)
@@ -43,13 +46,11 @@ class Resize(Rule):
     def propagate(self, step: Step) -> None:
         """Fix scaled axes; a region of interest is only followed where it is not used."""
         labels: Labels = step.labels(0)
-        for i in range(1, len(step.node.inputs)):
-            step.labels(i)
         if step.attr("coordinate_transformation_mode") == "tf_crop_and_resize":
             step.freeze(labels, "unsupported-form", "cropping and resizing at once")
             return
         for axis in self._scaled(step):
-            step.fix(labels, axis, "spatial", f"{step.node.op} changes this axis")
+            labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} changes this axis")
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
@@ -70,7 +71,8 @@ class GridSample(Rule):
     def propagate(self, step: Step) -> None:
         """Channels of input 0 pass."""
         labels = step.labels(0)
-        step.fix_all_but(labels, (1,), "spatial", f"{step.node.op} samples this axis")
+        for axis in (0, *range(2, len(step.shape(0)))):
+            labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} samples this axis")
         step.set(0, labels)
 
 
@@ -80,8 +82,9 @@ class RoiAlign(Rule):
     def propagate(self, step: Step) -> None:
         """Only channels pass."""
         labels = step.labels(0)
-        step.fix_all_but(labels, (1,), "spatial", f"{step.node.op} samples this axis")
-        step.set(0, tuple(x for x in labels if x.axes == (1,)))
+        for axis in (0, *range(2, len(step.shape(0)))):
+            labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} samples this axis")
+        step.set(0, labels)
 
 
 class DepthToSpace(Rule):
