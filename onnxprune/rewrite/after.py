@@ -48,7 +48,8 @@ class After:
                     raise Ragged(name)
                 # A weight's grid may share an axis with a label of its own: the smaller size is what stays.
                 for axis, size in sizes.items():
-                    result[axis] = min(size, result.get(axis, size))
+                    if size < keep.shape[axis]:
+                        result[axis] = min(size, result.get(axis, size))
         return result
 
     def shape(self, name: str) -> tuple[Any, ...] | None:

@@ -219,10 +219,15 @@ class _Shapes:
 
     def __init__(self, table: Table, after: After, probe: int) -> None:
         self._shapes, self._after = table.facts.probes[probe].shapes, after
+        self._first = table.facts.probes[0].shapes
 
     def get(self, name: str, default: Any = None) -> Any:
         shape = self._shapes.get(name, default)
         if shape is None:
             return None
         sizes = self._after.sizes(name)
-        return tuple(sizes.get(a, n) for a, n in enumerate(shape)) if sizes else shape
+        if not sizes:
+            return shape
+        # Heads merged with a dynamic batch shrink by the same share at every batch size.
+        first = self._first[name]
+        return tuple(sizes[a] * n // first[a] if a in sizes else n for a, n in enumerate(shape))
