@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from onnxprune.labels.atoms import Atoms
 from onnxprune.model.facts import Facts
@@ -34,6 +35,16 @@ def push_labels(graph: Graph, facts: Facts, *, approximate: bool = False) -> Tab
         if name in graph.producer or name in graph.weights:
             _freeze(table, name, "captured-by-subgraph", f"the body of a control-flow node reads {name!r}")
     return table
+
+
+def infer_by_rule(node: Node, shapes: list[Any], values: list[Any]) -> list[Any] | None:
+    """Shapes of a node's outputs as its rule states them: a callback for :func:`onnxprune.model.facts.study`."""
+    try:
+        return lookup(node.domain, node.op, node.version).infer(node, shapes, values)
+    except Exception:
+        if STRICT:
+            raise
+        return None
 
 
 def _push(node: Node, table: Table) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune.analysis import push_labels
+from onnxprune.analysis import infer_by_rule, push_labels
 from onnxprune.groups.units import Group, Units, resolve
 from onnxprune.labels.atoms import Barrier
 from onnxprune.labels.label import Ids, Label
@@ -73,7 +73,7 @@ class Analysis:
     ) -> None:
         self.loaded: Loaded = load(source)
         self.graph: Graph = Graph.of(self.loaded.proto, self.loaded.weights)
-        self.facts: Facts = study(self.graph, probe_shapes(self.graph, input_shapes))
+        self.facts: Facts = study(self.graph, probe_shapes(self.graph, input_shapes), infer_by_rule)
         self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
         self.units: Units = resolve(self.table.atoms)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ Shape = "tuple[int | None, ...] | None"
 # Operands that say what shape a result has, not what it holds.
 _TARGETS = {("Reshape", 1), ("Expand", 1), ("Tile", 1), ("ConstantOfShape", 0), ("Resize", 3), ("Split", 1)}
 INT_LIMIT, FLOAT_LIMIT = 1 << 20, 1 << 12
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+Infer = Callable[[Node, list[Any], list[Any]], "list[Any] | None"]
+"""(node, shapes of its inputs, values of its inputs) -> shapes of its outputs: for operators that onnx does not know."""
 
 
 class Values:
@@ -122,13 +125,13 @@ class Facts:
         return first is None or second is None or len(first) != len(second) or first[axis] != second[axis]
 
 
-def study(graph: Graph, bindings: Sequence[Mapping[str, tuple[int, ...]]]) -> Facts:
-    """Shapes and values at every distinct binding of ``bindings``."""
+def study(graph: Graph, bindings: Sequence[Mapping[str, tuple[int, ...]]], infer: Infer | None = None) -> Facts:
+    """Shapes and values at every distinct binding of ``bindings``; ``infer`` is asked where onnx has no schema."""
     distinct = [dict(bindings[0])] + [dict(b) for b in bindings[1:] if b != bindings[0]]
-    return Facts(tuple(_probe(graph, binding) for binding in distinct))
+    return Facts(tuple(_probe(graph, binding, infer) for binding in distinct))
 
 
-def _probe(graph: Graph, inputs: dict[str, tuple[int, ...]]) -> Probe:
+def _probe(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None) -> Probe:
     probe = Probe(inputs=inputs, values=Values(graph))
     probe.shapes.update({name: weight.shape for name, weight in graph.weights.items()})
     _infer_whole(graph, probe)
@@ -146,7 +149,7 @@ def _probe(graph: Graph, inputs: dict[str, tuple[int, ...]]) -> Probe:
             if value is not None:
                 probe.shapes[name] = value.shape
             elif probe.shapes.get(name) is None or None in probe.shapes[name]:
-                _infer_node(graph, node, probe)
+                _infer_node(graph, node, probe, infer)
                 break
     return probe
 
@@ -185,11 +188,26 @@ def _note(name: str, kind: onnx.TypeProto, probe: Probe) -> None:
         probe.shapes[name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
 
 
-def _infer_node(graph: Graph, node: Node, probe: Probe) -> None:
+def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None:
+    """Shapes of an operator that onnx does not know; its results have the type of its first input of floats."""
+    shapes = [probe.shapes.get(name) if name else None for name in node.inputs]
+    results = infer(node, shapes, [probe.values.get(name) if name else None for name in node.inputs])
+    kinds = [probe.dtypes.get(name) or _dtype_of(graph, name) for name in node.inputs if name]
+    kind = next((k for k in kinds if k in _FLOATS), kinds[0] if kinds else onnx.TensorProto.FLOAT)
+    for name, shape in zip(node.outputs, results or (), strict=False):
+        if name:
+            probe.dtypes.setdefault(name, kind)
+            if shape is not None:
+                probe.shapes[name] = tuple(shape)
+
+
+def _infer_node(graph: Graph, node: Node, probe: Probe, infer: Infer | None) -> None:
     """Inference of a single node from what is known by now: computed targets of Reshape, Expand, Slice and so on."""
     try:
         schema = onnx.defs.get_schema(node.op, node.version, node.domain)
     except onnx.defs.SchemaError:
+        if infer is not None:
+            _infer_foreign(graph, node, probe, infer)
         return
     types, data = {}, {}
     for name in node.inputs:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from onnxprune.labels.combine import Shape
+    from onnxprune.model.graph import Node
     from onnxprune.rules.context import Cut, Step
 
 FOREVER = 1 << 30
@@ -35,6 +39,14 @@ class Rule:
         """(input, axes) pairs that this operator sums over: where the oracle multiplies removed channels by 0."""
         return []
 
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[NDArray[Any] | None]) -> list[Shape | None] | None:
+        """Shapes of the outputs, for operators that onnx has no shape inference for; None where they cannot be told.
+
+        Args:
+            node: the node. shapes: of its inputs, None where unknown or absent, None within one for a size that depends on
+            data. values: of its inputs, where known.
+        """
+        return None
 
     def neutral(self, step: Step, i: int) -> str | None:
         """Name of the tensor that stands for 0 in input ``i`` (a zero point), where 0 itself does not."""
