@@ -24,7 +24,6 @@ from onnxprune.model.probes import probe_shapes
 from onnxprune.report.facts import LayerFacts
 from onnxprune.rules.context import Table
 
-
 # Kernels and the settings of operators are no channels: that they stay is not worth a user's time.
 _NOT_CHANNELS = {"kernel", "operand"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,12 +75,12 @@ class Values:
 
 def small(shape: Sequence[int], dtype: np.dtype[Any]) -> bool:
     """Whether a tensor is small enough to be treated as a known value: integers up to 2^20 elements, floats up to 2^12."""
-    size = int(np.prod(shape, dtype=np.int64))
+    size = _size(shape)
     return size <= (INT_LIMIT if dtype.kind in "iub" else FLOAT_LIMIT)
 
 
 def _fits(shape: Any) -> bool:
-    return shape is None or None in shape or int(np.prod(shape, dtype=np.int64)) <= INT_LIMIT
+    return shape is None or None in shape or _size(shape) <= INT_LIMIT
 
 
 @dataclass(slots=True)
@@ -125,10 +125,42 @@ class Facts:
         return first is None or second is None or len(first) != len(second) or first[axis] != second[axis]
 
 
-def study(graph: Graph, bindings: Sequence[Mapping[str, tuple[int, ...]]], infer: Infer | None = None) -> Facts:
-    """Shapes and values at every distinct binding of ``bindings``; ``infer`` is asked where onnx has no schema."""
-    distinct = [dict(bindings[0])] + [dict(b) for b in bindings[1:] if b != bindings[0]]
-    return Facts(tuple(_probe(graph, binding, infer) for binding in distinct))
+def study(
+    graph: Graph, candidates: Iterable[Sequence[Mapping[str, tuple[int, ...]]]], infer: Infer | None = None
+) -> Facts:
+    """Shapes and values at the first candidate bindings that make sense for the graph (else at the very first).
+
+    Args:
+        candidates: one or two bindings {input: shape} each. A second one that makes no sense is left out.
+        infer: asked where onnx has no schema.
+    """
+    first: Facts | None = None
+    for bindings in candidates:
+        probes = [_probe(graph, dict(binding), infer) for binding in bindings]
+        if _plausible(graph, probes[0]):
+            return Facts(tuple(p for p in probes if _plausible(graph, p)))
+        first = first or Facts(tuple(probes))
+    assert first is not None
+    return first
+
+
+def _plausible(graph: Graph, probe: Probe) -> bool:
+    """Whether no reshape contradicts its input's size and no size is negative: else the graph cannot run like this."""
+    for node in graph.nodes:
+        shape = probe.shapes.get(node.outputs[0]) if node.outputs else None
+        if shape is None or None in shape:
+            continue
+        if any(n < 0 for n in shape):
+            return False
+        if node.op == "Reshape" and node.domain == "":
+            source = probe.shapes.get(node.inputs[0])
+            if source is not None and None not in source and _size(source) != _size(shape):
+                return False
+    return True
+
+
+def _size(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
 
 
 def _probe(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None) -> Probe:

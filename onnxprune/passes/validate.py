@@ -9,14 +9,15 @@ from typing import Any
 
 import onnx
 
-from onnxprune.inspection import Analysis
 from onnxprune.errors import ValidationError
+from onnxprune.inspection import Analysis
 from onnxprune.model.bounds import integer_bounds
+from onnxprune.model.probes import input_specs
 from onnxprune.model.save import save
 from onnxprune.passes.state import State
 from onnxprune.report.facts import Exactness
 from onnxprune.rewrite.oracle import masked_original
-from onnxprune.runtime import compare, fidelity, inputs, latency, sessions
+from onnxprune.runtime import compare, fidelity, inputs, latency
 from onnxprune.runtime.data import load_data
 
 
@@ -47,10 +48,10 @@ class Validate:
             state.report.totals.bytes_after = save(state.proto, state.weights, final, prefer_external=external)
             check_structure(final)
         with state.stage("inputs"):
-            feeds, source = _feeds(state, analysis, original)
+            feeds, source = _feeds(state, analysis)
         if self.exact and state.removed is not None:
             with state.stage("exactness"):
-                self._exactness(state, analysis, folder, final, _synthetic(state, analysis, original))
+                self._exactness(state, analysis, folder, final, _synthetic(state, analysis))
         if self.faithful:
             with state.stage("fidelity"):
                 state.report.fidelity = fidelity.fidelity(original, final, feeds, source)
@@ -111,18 +112,18 @@ def _original(analysis: Analysis, folder: Path) -> Path:
     return path
 
 
-def _synthetic(state: State, analysis: Analysis, original: Path) -> list[Any]:
+def _synthetic(state: State, analysis: Analysis) -> list[Any]:
     """One seeded feed per probe."""
-    specs = sessions.input_specs(sessions.open_session(original, optimize=False))
+    specs = input_specs(analysis.graph)
     bounds = integer_bounds(analysis.graph, analysis.facts)
     return [
         inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=state.seed) for probe in analysis.facts.probes
     ]
 
 
-def _feeds(state: State, analysis: Analysis, original: Path) -> tuple[list[Any], str]:
+def _feeds(state: State, analysis: Analysis) -> tuple[list[Any], str]:
     if state.data is None:
-        return _synthetic(state, analysis, original), "synthetic"
-    specs = sessions.input_specs(sessions.open_session(original, optimize=False))
+        return _synthetic(state, analysis), "synthetic"
+    specs = input_specs(analysis.graph)
     source = str(state.data) if isinstance(state.data, (str, Path)) else "data"
     return list(load_data(state.data, specs)), source

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Label, Labels
+from onnxprune.model.graph import Node
 from onnxprune.rules.context import Step
 from onnxprune.rules.registry import Rule, register
+from onnxprune.rules.sizes import product
 
 
 def into_letters(labels: Labels, term: str, letters: str) -> Labels:
@@ -93,6 +96,13 @@ class Gemm(Rule):
             product = broadcast(step.atoms, operands, 2, step.reason)
         step.set(0, product)
 
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """[m, n], for forms of other domains."""
+        a, b = shapes[0], shapes[1]
+        if a is None or b is None:
+            return [None]
+        return [(a[1 if node.attrs.get("transA", 0) else 0], b[0 if node.attrs.get("transB", 0) else 1])]
+
     def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Both matrices are summed over ``k``."""
         a, b = self.terms(step)
@@ -137,15 +147,29 @@ class FusedMatMul(MatMul):
 
     def terms(self, step: Step) -> tuple[str, str, str]:
         """Subscripts with the last two axes of either operand swapped on demand."""
-        left, right, out = matmul_terms(len(step.shape(0)), len(step.shape(1)))
-        if step.attr("transA", 0):
+        return self._terms(step.node, len(step.shape(0)), len(step.shape(1)))
+
+    def _terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
+        left, right, out = matmul_terms(a, b)
+        if node.attrs.get("transA", 0):
             left = left[:-2] + left[-1] + left[-2]
-        if step.attr("transB", 0):
+        if node.attrs.get("transB", 0):
             right = right[:-2] + right[-1] + right[-2]
+        # A batch transpose moves the first axis behind the other batch axes, after the swap of the last two.
+        if node.attrs.get("transBatchA", 0):
+            left = left[-2] + left[:-2] + left[-1]
+        if node.attrs.get("transBatchB", 0):
+            right = right[-2] + right[:-2] + right[-1]
         return left, right, out
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """The product's shape."""
+        a, b = shapes[0], shapes[1]
+        return [None if a is None or b is None else product(a, b, self._terms(node, len(a), len(b)))]
 
 
 register("", "MatMul", rule=MatMul())
 register("", "Gemm", rule=Gemm())
 register("", "Einsum", rule=Einsum())
-register("com.microsoft", "FusedMatMul", rule=FusedMatMul())
+register("com.microsoft", "FusedMatMul", "FusedMatMulActivation", "TransposeMatMul", rule=FusedMatMul())
+register("com.microsoft", "FusedGemm", rule=Gemm())

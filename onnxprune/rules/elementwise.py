@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from onnxprune.labels.combine import Shape
+from onnxprune.model.graph import Node
 from onnxprune.rules.context import Step
 from onnxprune.rules.registry import Rule, register
+from onnxprune.rules.sizes import broadcast_shapes
 
 
 class Elementwise(Rule):
@@ -25,6 +29,11 @@ class Elementwise(Rule):
         labels = step.broadcast(present)
         for o in range(len(step.node.outputs)):
             step.set(o, labels)
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """Every output has the broadcast shape."""
+        chosen = [shapes[i] for i in self._inputs or range(len(node.inputs)) if i < len(node.inputs) and node.inputs[i]]
+        return [broadcast_shapes(chosen)] * len(node.outputs)
 
 
 UNARY = (

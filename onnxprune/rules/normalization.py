@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Labels
 from onnxprune.labels.movement import remove_axis
+from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
 
@@ -43,6 +46,14 @@ class OverAxes(Rule):
     def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """A norm sums over its axes."""
         return [(0, tuple(self.axes(step)))] if self.exact else []
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """The data's shape; statistics have size 1 on the normalised axes (the last, or all from ``axis`` on)."""
+        x = shapes[0]
+        if x is None:
+            return [None]
+        first = int(node.attrs.get("axis", -1)) % len(x)
+        return [x, *[(*x[:first], *(1,) * (len(x) - first))] * (len(node.outputs) - 1)]
 
 
 class Softmax(OverAxes):

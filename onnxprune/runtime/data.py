@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import UsageError, nearest
+from onnxprune.model.binding import InputSpec
 from onnxprune.runtime.floats import eps
-from onnxprune.runtime.sessions import Array, Feed, InputSpec
+from onnxprune.runtime.sessions import Array, Feed
 from onnxprune.runtime.stored import HINT, Rows, by_stem, joined, read_parts
 
 _BATCH = 16

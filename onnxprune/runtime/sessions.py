@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxprune.errors import ModelError
+from onnxprune.model.binding import InputSpec
 
 Array = NDArray[Any]
 Feed = dict[str, Array]
@@ -57,19 +57,6 @@ _NO_KERNEL = (
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*? was false\. ?")
 _CUT_ANYWAY = "Use --no-validate to cut it all the same, with a structural check in place of a run."
-
-
-@dataclass(frozen=True, slots=True)
-class InputSpec:
-    """One input of a model: its name, numpy dtype (strings: object) and shape.
-
-    A dimension is a size, the name of a dynamic dimension, or None for an unnamed one. onnxruntime reports an input of
-    unknown rank like a scalar, as the empty shape.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str | None, ...]
 
 
 def open_session(model: Path | bytes, *, optimize: bool = True, threads: int | None = None) -> ort.InferenceSession:

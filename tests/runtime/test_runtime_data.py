@@ -10,7 +10,8 @@ import pytest
 
 from onnxprune.errors import UsageError
 from onnxprune.runtime.inputs import load_data
-from onnxprune.runtime.sessions import InputSpec, open_session, run
+from onnxprune.model.binding import InputSpec
+from onnxprune.runtime.sessions import open_session, run
 from onnxprune.runtime.stored import read_parts
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from onnxprune.errors import UsageError
 from onnxprune.runtime.inputs import bind_shapes, synthetic
-from onnxprune.runtime.sessions import InputSpec
+from onnxprune.model.binding import InputSpec
 
 
 def spec(name: str, *shape: int | str | None, dtype: Any = np.float32) -> InputSpec:

@@ -1,0 +1,124 @@
+"""LSTM, GRU and RNN: a hidden unit is a row of every gate, a column of the recurrence, a channel of states and outputs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxprune.labels.label import Ids, Label, Labels, covering
+from onnxprune.rules.context import Cut, Step
+from onnxprune.rules.ownership import override, owned
+from onnxprune.rules.registry import Rule, register
+
+X, W, R, B, INITIAL_H, INITIAL_C, PEEPHOLES = 0, 1, 2, 3, 5, 6, 7
+_HIDDEN = "the hidden size"
+
+
+class Recurrent(Rule):
+    """X [T, N, I], W [dirs, gates*H, I], R [dirs, gates*H, H], B [dirs, 2*gates*H], P [dirs, 3*H], states [dirs, N, H].
+
+    With ``layout`` 1 the batch comes first. Hidden unit j is tied through all gates; the two directions of a
+    bidirectional layer lose different units unless something else ties them.
+
+    Args:
+        gates: rows of W per hidden unit (LSTM 4, GRU 3, RNN 1).
+    """
+
+    def __init__(self, gates: int) -> None:
+        self.gates = gates
+
+    def propagate(self, step: Step) -> None:
+        """Unite X's last axis with W's; one atom per direction and hidden unit runs through everything else."""
+        x, w = step.labels(X), step.labels(W)
+        step.fix_all_but(x, (2,), "spatial", f"{step.node.op} runs along this axis")
+        step.unite(step.axis_ids(x, 2), step.axis_ids(w, 2), "the layer's input")
+        directions, _, size = step.shape(R)
+        if size == 1:
+            for i in range(1, len(step.node.inputs)):
+                step.freeze(tuple(y for y in step.labels(i) if i != W or y.axes != (2,)), "fixed-size", "a single hidden unit")
+            return
+        hidden = step.atoms.new(directions * size, step.node.inputs[W], 1).reshape(directions, size)
+        for i, grids in self._operands(step, hidden).items():
+            self._tie(step, i, grids)
+        self._outputs(step, hidden)
+
+    def _operands(self, step: Step, hidden: Ids) -> dict[int, Labels]:
+        """The labels of every present operand, by position."""
+        gates = np.tile(hidden, (1, self.gates))
+        state = self._at(step, hidden, (0, 2) if not step.attr("layout", 0) else (1, 2), 3)
+        every: dict[int, Labels] = {
+            W: (self._at(step, gates, (0, 1), 3),),
+            R: (self._at(step, gates, (0, 1), 3), self._at(step, hidden, (0, 2), 3)),
+            B: (self._at(step, np.tile(gates, (1, 2)), (0, 1), 2),),
+            INITIAL_H: (state,),
+            INITIAL_C: (state,),
+            PEEPHOLES: (self._at(step, np.tile(hidden, (1, 3)), (0, 1), 2),),
+        }
+        return {i: labels for i, labels in every.items() if step.has(i)}
+
+    @staticmethod
+    def _at(step: Step, ids: Ids, axes: tuple[int, int], rank: int) -> Label:
+        """A label from [directions, n] with these two axes of a tensor of ``rank``."""
+        shape = [1] * rank
+        shape[axes[0]], shape[axes[1]] = ids.shape
+        return Label(ids.reshape(shape), axes[1])
+
+    def _tie(self, step: Step, i: int, grids: Labels) -> None:
+        """Unite operand ``i`` with the hidden units; where it is this layer's own weight it takes them over as they are."""
+        labels, axes = step.labels(i), tuple(sorted({a for g in grids for a in g.axes}))
+        if all(any(x is g for x in labels) for g in grids):
+            return  # both initial states are one tensor
+        packs = [g.pack for g in grids]
+        step.fix_all_but(labels, [*packs, 2] if i == W else packs, "spatial", f"{step.node.op} runs along this axis")
+        chain = owned(step, i, axes) if any(g.is_grid for g in grids) else None
+        for grid in grids:
+            direction = next((a for a in grid.axes if a != grid.pack), None)
+            if direction is not None:
+                step.fix((grid,), direction, "fixed-size", "both directions stay")
+            mine = covering(labels, grid.pack)
+            if mine is None:
+                step.fix((grid,), grid.pack, "unlabelled-operand", f"{_HIDDEN} meets a tensor without removable channels")
+            elif chain is None:
+                step.merge(labels, grid)
+            else:
+                # The weight's own atoms of that axis have no position of their own any more.
+                step.atoms.unite(mine.ids.ravel(), grid.ids.take([0], axis=direction).ravel())
+        if chain is not None:
+            override(step, chain, grids, axes)
+
+    def _outputs(self, step: Step, hidden: Ids) -> None:
+        """Y [T, dirs, N, H] or [N, T, dirs, H]; Y_h and Y_c [dirs, N, H] or [N, dirs, H]."""
+        batch_first = bool(step.attr("layout", 0))
+        step.set(0, (self._at(step, hidden, (2, 3) if batch_first else (1, 3), 4),))
+        for o in (1, 2):
+            step.set(o, (self._at(step, hidden, (1, 2) if batch_first else (0, 2), 3),))
+
+    def rewrite(self, cut: Cut) -> None:
+        """``hidden_size`` follows the recurrence's last axis."""
+        size = cut.shape(R)[2]
+        if "hidden_size" in cut.node.attrs and size != cut.attr("hidden_size"):
+            cut.set_attr("hidden_size", size)
+
+    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """X is summed over its features, the hidden state over its units: R carries the mask of the state it multiplies."""
+        return [(X, (2,)), (R, (2,))]
+
+
+class DynamicQuantizeLSTM(Rule):
+    """onnxruntime's LSTM over integer weights W [dirs, I, 4*H]: its input may be cut, its hidden state is quantised as a whole."""
+
+    def propagate(self, step: Step) -> None:
+        """Unite the features of X and W; everything else stays."""
+        x, w = step.labels(0), step.labels(1)
+        step.fix_all_but(x, (2,), "spatial", f"{step.node.op} runs along this axis")
+        step.fix_all_but(w, (1,), "normalised", "the hidden state is quantised over all its units at once")
+        step.unite(step.axis_ids(x, 2), step.axis_ids(w, 1), "the layer's input")
+
+    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """X is summed over its features; a feature that is 0 does not widen the range it is quantised in."""
+        return [(0, (2,))]
+
+
+register("", "LSTM", rule=Recurrent(4))
+register("", "GRU", rule=Recurrent(3))
+register("", "RNN", rule=Recurrent(1))
+register("com.microsoft", "DynamicQuantizeLSTM", rule=DynamicQuantizeLSTM())

@@ -1,0 +1,52 @@
+"""Shapes of outputs for operators that onnx has no inference for: broadcasting, products, sliding windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onnxprune.labels.combine import Shape
+
+
+def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:
+    """numpy's broadcasting; a size that depends on data gives way to a known one other than 1. None where unknown."""
+    if not shapes or any(s is None for s in shapes):
+        return None
+    known = [s for s in shapes if s is not None]
+    rank = max(len(s) for s in known)
+    result: list[int | None] = []
+    for axis in range(rank):
+        sizes = [s[axis - rank + len(s)] for s in known if axis - rank + len(s) >= 0]
+        fixed = [n for n in sizes if n is not None and n != 1]
+        result.append(fixed[0] if fixed else (None if None in sizes else 1))
+    return tuple(result)
+
+
+def window_sizes(sizes: Shape, kernel: Shape, attrs: Mapping[str, Any]) -> Shape:
+    """Spatial sizes after a convolution or pooling window slid over ``sizes``, by ONNX's attributes."""
+    rank = len(sizes)
+    strides, dilations = attrs.get("strides") or [1] * rank, attrs.get("dilations") or [1] * rank
+    pads, mode = attrs.get("pads") or [0] * (2 * rank), attrs.get("auto_pad", "NOTSET")
+    result: list[int | None] = []
+    for i, (n, k, stride) in enumerate(zip(sizes, kernel, strides, strict=True)):
+        if n is None or k is None:
+            result.append(None)
+        elif mode.startswith("SAME"):
+            result.append(-(-n // stride))
+        else:
+            around = pads[i] + pads[i + rank] if mode == "NOTSET" else 0
+            room = n + around - dilations[i] * (k - 1) - 1
+            result.append((-(-room // stride) if attrs.get("ceil_mode", 0) else room // stride) + 1)
+    return tuple(result)
+
+
+def product(a: Shape | None, b: Shape | None, terms: tuple[str, str, str]) -> Shape | None:
+    """Shape of ``einsum`` over two operands with subscripts (left, right, output); batch letters broadcast."""
+    if a is None or b is None:
+        return None
+    sizes: dict[str, int | None] = {}
+    for letters, shape in zip(terms, (a, b), strict=False):
+        for letter, n in zip(letters, shape, strict=True):
+            if sizes.get(letter, 1) == 1:
+                sizes[letter] = n
+    return tuple(sizes[c] for c in terms[2])

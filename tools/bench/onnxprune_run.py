@@ -1,0 +1,110 @@
+"""One model through onnxprune, with everything that can go wrong turned into a record."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from bench.files import parameters
+from bench.peers import CLOSE, run
+from bench.survivors import Unclear, masked, worst_difference
+from onnxprune import Pipeline, errors
+from onnxprune.model.bounds import integer_bounds
+from onnxprune.passes import Prune, State, Validate
+from onnxprune.runtime import inputs, sessions
+
+REALLY = 0.05  # a model counts as cut when more than this share of its parameters went
+_BUG = re.compile(r"^\w*(Error|Exception|Iteration): ")
+
+
+def cut(path: Path, model: onnx.ModelProto, ratio: float, approximate: bool) -> dict[str, Any]:
+    """Prune and validate.
+
+    Returns:
+        ``status``: cut, small (exact, but at most 5 % of the parameters gone), left (nothing removable), wrong (validation
+        failed), error (an error of onnxprune's own), crash (any other exception).
+    """
+    states: list[State] = []
+    start = time.perf_counter()
+    try:
+        passes = [Prune(ratio=ratio, approximate=approximate), states.append, Validate(faithful=False, timed=False)]
+        result = Pipeline(passes).run(path)
+    except errors.BudgetError as error:
+        record = {"status": "left", "removed": 0.0, "message": str(error)}
+    except errors.OnnxpruneError as error:
+        record = {
+            "status": "wrong" if error.exit_code == 4 else "error",
+            "message": str(error),
+            "type": type(error).__name__,
+        }
+    except Exception as error:
+        where = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+        record = {"status": "crash", "message": str(error), "type": type(error).__name__, "where": where[-4:]}
+        record |= _node_of(error)
+    else:
+        report = result.report
+        removed = 1 - parameters(result.model) / max(1, parameters(model))
+        record = {
+            "status": "cut" if removed > REALLY else "small",
+            "removed": round(removed, 4),
+            "macs_removed": round(1 - report.totals.macs_after / max(1, report.totals.macs_before), 4),
+            "exact": report.exactness.passed,
+            "error": report.exactness.error,
+            "note": report.exactness.note,
+            "seconds": {k: round(v, 3) for k, v in report.seconds.items()},
+        }
+        if not approximate:
+            record |= _checked_again(path, states[0], model, result.model)
+    if states:
+        record |= _barriers(states[0])
+    return record | {"total_seconds": round(time.perf_counter() - start, 3)}
+
+
+def feed_for(path: Path, state: State) -> dict[str, Any]:
+    """A seeded feed with the first probe's shapes."""
+    analysis = state.analyzed()
+    specs = sessions.input_specs(sessions.open_session(path, optimize=False, threads=1))
+    bounds = integer_bounds(analysis.graph, analysis.facts)
+    return inputs.synthetic(specs, analysis.facts.probes[0].inputs, bounds=bounds)
+
+
+def _checked_again(path: Path, state: State, original: onnx.ModelProto, result: onnx.ModelProto) -> dict[str, Any]:
+    """The check that knows the two files only."""
+    try:
+        feed = feed_for(path, state)
+        error = worst_difference(run(masked(original, result), feed), run(result, feed))
+    except Unclear as why:
+        return {"independent": None, "independent_note": str(why)}
+    except Exception as problem:  # the check is a second opinion; that it could not be had is worth a line, no more
+        return {"independent": None, "independent_note": f"{type(problem).__name__}: {problem}"[:300]}
+    return {"independent": error <= CLOSE, "independent_error": error}
+
+
+def _barriers(state: State) -> dict[str, Any]:
+    """The reasons that hold most channels, and the rules that raised (a bug in a rule costs a cut, never an exception)."""
+    found = []
+    with contextlib.suppress(Exception):
+        found = state.analyzed().barriers
+    channels = sum(b.channels for b in found)
+    top = [
+        {"code": b.code, "op": b.op, "detail": b.detail[:160], "share": round(b.channels / max(1, channels), 3)}
+        for b in found[:4]
+    ]
+    bugs = [f"{b.op}: {b.detail[:160]}" for b in found if b.code == "unsupported-form" and _BUG.match(b.detail)]
+    return {"barriers": top, "held_channels": channels, "rule_bugs": bugs[:5]}
+
+
+def _node_of(error: BaseException) -> dict[str, Any]:
+    """The operator an exception passed on its way, where a frame of the stack has a ``node``."""
+    op = ""
+    frame = error.__traceback__
+    while frame is not None:
+        op = getattr(frame.tb_frame.f_locals.get("node"), "op", op) or op
+        frame = frame.tb_next
+    return {"op": op}
