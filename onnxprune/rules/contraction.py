@@ -151,14 +151,15 @@ class FusedMatMul(MatMul):
 
     def _terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
         left, right, out = matmul_terms(a, b)
-        if node.attrs.get("transA", 0):
+        # Neither transpose applies to a vector.
+        if node.attrs.get("transA", 0) and a > 1:
             left = left[:-2] + left[-1] + left[-2]
-        if node.attrs.get("transB", 0):
+        if node.attrs.get("transB", 0) and b > 1:
             right = right[:-2] + right[-1] + right[-2]
         # A batch transpose moves the first axis behind the other batch axes, after the swap of the last two.
-        if node.attrs.get("transBatchA", 0):
+        if node.attrs.get("transBatchA", 0) and a > 2:
             left = left[-2] + left[:-2] + left[-1]
-        if node.attrs.get("transBatchB", 0):
+        if node.attrs.get("transBatchB", 0) and b > 2:
             right = right[-2] + right[:-2] + right[-1]
         return left, right, out
 

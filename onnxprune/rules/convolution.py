@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
+from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
+from onnxprune.rules.sizes import window_sizes
 
 # Operators through which a grouped weight may pass position by position on its way from the initializer.
 _PASSING = {"Identity", "Cast", "DequantizeLinear"}
@@ -30,13 +35,17 @@ class Conv(Rule):
         """Number of groups."""
         return int(step.attr("group", 1))
 
+    def axis(self, step: Step) -> int:
+        """The channel axis of the data and the output."""
+        return 1
+
     def propagate(self, step: Step) -> None:
         """Unite the data's channels with the weight's; the output takes the weight's other axis."""
-        x, w = step.labels(self.data), step.labels(self.weight)
-        step.fix_all_but(x, (0, 1), "spatial", "a convolution slides over this axis")
+        x, w, axis = step.labels(self.data), step.labels(self.weight), self.axis(step)
+        step.fix_all_but(x, (0, axis), "spatial", "a convolution slides over this axis")
         step.fix_all_but(w, (0, 1), "kernel", "the kernel keeps its size")
         if self.groups(step) == 1:
-            step.unite(step.axis_ids(x, 1), step.axis_ids(w, 1), "the convolution's input")
+            step.unite(step.axis_ids(x, axis), step.axis_ids(w, 1), "the convolution's input")
             out = step.axis_ids(w, 0)
         else:
             out = self._grouped(step, x, w)
@@ -46,7 +55,7 @@ class Conv(Rule):
         for i in (*((self.bias,) if self.bias is not None else ()), *self.per_output):
             if step.has(i) and len(step.shape(i)) == 1 and step.shape(i)[0] > 1:
                 step.unite(out, step.axis_ids(step.labels(i), 0), "a per-channel operand")
-        labels: Labels = () if out is None else (along(out, 1, len(step.out_shape())),)
+        labels: Labels = () if out is None else (along(out, self.axis(step), len(step.out_shape())),)
         batch = covering(x, 0)
         if batch is not None:
             step.fix(x, 0, "unsupported-form", "the batch axis of a convolution is labelled")
@@ -57,7 +66,7 @@ class Conv(Rule):
 
     def _grouped(self, step: Step, x: Labels, w: Labels) -> Ids | None:
         group = self.groups(step)
-        ins, outs = step.axis_ids(x, 1), step.axis_ids(w, 0)
+        ins, outs = step.axis_ids(x, self.axis(step)), step.axis_ids(w, 0)
         per_in = step.shape(self.weight)[1]
         if ins is None or outs is None:
             step.freeze((*x, *w), "unlabelled-operand", "a grouped convolution reads a tensor without removable channels")
@@ -104,14 +113,19 @@ class Conv(Rule):
         """``group`` becomes the number of groups that are left."""
         group = int(cut.attr("group", 1))
         if group > 1 and cut.touched():
-            channels, per_group = cut.shape(self.data)[1], cut.shape(self.weight)[1]
+            channels, per_group = cut.shape(self.data)[self.axis(cut.before)], cut.shape(self.weight)[1]
             if channels % per_group:
                 cut.fail(f"{channels} channels do not divide into groups of {per_group}")
             cut.set_attr("group", channels // per_group)
 
     def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """The data is summed over its channels."""
-        return [(self.data, (1,))]
+        return [(self.data, (self.axis(step),))]
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """[N, O, ...], for forms of other domains."""
+        x, w = shapes[self.data], shapes[self.weight]
+        return [None if x is None or w is None else (x[0], w[0], *window_sizes(x[2:], w[2:], node.attrs))]
 
 
 class ConvTranspose(Conv):
