@@ -1,7 +1,7 @@
-"""Cut every model of a folder and count: really cut and exact, left with reasons, failed. Peers run where they are installed.
+"""Cut every model of a folder and count: cut and exact, left with reasons, failed. Peers run where they are installed.
 
 python tools/bench_zoo.py ZOO                                     a folder of *.onnx.gz with its zoo.py, or of *.onnx
-python tools/bench_zoo.py ZOO --only tv_ --out zoo.jsonl          models whose name contains tv_ (or matches it as a glob)
+python tools/bench_zoo.py ZOO --only tv_ --out zoo.jsonl          models whose name contains tv_ (or glob)
 python tools/bench_zoo.py ZOO --torch-pruning-csv ZOO/torch_pruning_1.6.1.csv    compare with recorded results
 python tools/bench_zoo.py --summary zoo.jsonl                     the tables of an earlier run
 """
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
-
 from bench import files, peers, zoo_tables
 from bench.workers import each
 
@@ -36,6 +35,7 @@ class Task(NamedTuple):
 def run_task(task: Task) -> dict[str, Any]:
     """One record; runs in a worker process."""
     from bench.onnxprune_run import cut, feed_for
+
     from onnxprune.passes import State
 
     model = files.read(task.path)

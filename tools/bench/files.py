@@ -18,7 +18,7 @@ COUNTED = FLOATS | {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
 
 
 def find(folders: Sequence[Path], patterns: Sequence[str]) -> list[Path]:
-    """Models in the folders (``*.onnx``, ``*.onnx.gz``) whose name contains, or as a glob matches, one of the patterns."""
+    """Models in the folders (``*.onnx``, ``*.onnx.gz``) whose name contains or, as a glob, matches a pattern."""
     files = sorted(f for folder in folders for end in ("*.onnx", "*.onnx.gz") for f in folder.glob(end))
     return [f for f in files if not patterns or any(p in name(f) or fnmatch.fnmatch(name(f), p) for p in patterns)]
 

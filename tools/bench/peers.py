@@ -34,8 +34,8 @@ def onnxsim_version() -> str:
 def onnxsim_cut(model: onnx.ModelProto, ratio: float, feed: dict[str, Any]) -> dict[str, Any]:
     """Simplify, then prune channels and attention heads; shares are of the simplified model's parameters.
 
-    ``exact`` is True or False where the survivors can be told from their values, else None with a ``note``; ``runs`` says
-    that outputs have the original's shapes.
+    ``exact`` is True or False where the survivors can be told from their values, else None with a ``note``; ``runs``
+    says that outputs have the original's shapes.
     """
     import onnxsim
     from onnxsim import pruning
@@ -72,7 +72,11 @@ def run(model: onnx.ModelProto, feed: dict[str, Any]) -> list[Any]:
 
 
 def torch_pruning_results(path: Path) -> dict[str, dict[str, Any]]:
-    """{model without its exporter's suffix: status, share removed} from a csv with ``model,status,share_of_parameters_removed``."""
+    """Results by model, without the exporter's suffix.
+
+    Args:
+        path: a csv with the columns model, status (ok, or what went wrong) and share_of_parameters_removed.
+    """
     with path.open(newline="") as file:
         return {
             row["model"]: {

@@ -1,8 +1,8 @@
 """An independent check of a cut: the original with the removed slices of its weights set to zero must compute the same.
 
 It knows the two files only: no plan, no labels. For every weight that shrank it finds which slices are left by
-looking the values up (trained and random weights hardly repeat), zeroes the others in the original, producers, biases and
-consumers alike, and compares both models in onnxruntime. Consumers that ignore a channel are what "removed exactly" means.
+looking the values up (trained and random weights hardly repeat), zeroes the others in the original, producers, biases
+and consumers alike, and compares both models in onnxruntime: a channel that no consumer reads is exactly removed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _zero(name: str, tensor: onnx.TensorProto, kept: NDArray[Any]) -> None:
 
 
 def worst_difference(first: list[Any], second: list[Any]) -> float:
-    """Largest absolute difference over all outputs, each divided by its largest absolute value. Infinite for other shapes."""
+    """Largest absolute difference over all outputs, each relative to its largest value; infinite for other shapes."""
     worst = 0.0
     for a, b in zip(first, second, strict=True):
         if isinstance(a, list):

@@ -20,6 +20,8 @@ DONE = ("cut", "small", "left")
 def show(records: list[Record]) -> int:
     """Print every table. Returns 1 where a model failed, else 0."""
     console = Console()
+    if not console.is_terminal:
+        console.width = 160
     ours = [r for r in records if r["tool"] == "onnxprune"]
     console.print(_families(ours))
     _causes(console, "Failed", [r for r in ours if r["status"] not in DONE], _cause)
@@ -138,10 +140,11 @@ def _peer(console: Console, peer: str, records: Iterable[Record]) -> None:
     wrong = [m for m, r in theirs.items() if r["status"] in ("wrong", "differs")]
     unchecked = sum(theirs[m].get("exact") is None for m in cut)
     console.print(
-        f"\n[bold]{peer}[/bold]: {len(theirs)} models, really cut and correct {len(cut)} ({len(cut) / max(1, len(theirs)):.1%}; "
-        f"{unchecked} of them only run, exactness could not be told), wrong {len(wrong)}, cut nothing or failed the rest."
+        f"\n[bold]{peer}[/bold]: {len(theirs)} models, really cut and correct {len(cut)} "
+        f"({len(cut) / max(1, len(theirs)):.1%}; {unchecked} of them only run, exactness could not be told), "
+        f"wrong {len(wrong)}, the rest failed or lost at most 5 %."
     )
-    table = Table("model", peer, "ours", "ours --approximate", "top reason", title=f"Cut less than {peer}")
+    table = Table("model", peer, "ours", "approximate", "top reason", title=f"Cut less than {peer}")
     behind = by_approximate = 0
     for model in sorted(cut):
         mine, best = _removed(ours[model]), _removed(wider.get(model))
