@@ -3,16 +3,38 @@
 >>> import onnxprune as op
 >>> result = op.prune("model.onnx", criterion="gm", ratio=0.3)  # doctest: +SKIP
 >>> result.save("small.onnx")  # doctest: +SKIP
+
+Names are loaded when first used, so that the command line answers at once.
 """
 
-from onnxprune import criteria, passes, rules
-from onnxprune.api import analyze, prune
-from onnxprune.errors import BudgetError, ModelError, OnnxpruneError, UsageError, ValidationError
-from onnxprune.inspection import Analysis
-from onnxprune.passes import Pipeline, Result
-from onnxprune.plan import Plan
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxprune import criteria, passes, rules
+    from onnxprune.api import analyze, prune
+    from onnxprune.errors import BudgetError, ModelError, OnnxpruneError, UsageError, ValidationError
+    from onnxprune.inspection import Analysis
+    from onnxprune.passes import Pipeline, Result
+    from onnxprune.plan import Plan
 
 __version__ = "0.1.0"
+_HOME = {
+    "Analysis": "onnxprune.inspection",
+    "BudgetError": "onnxprune.errors",
+    "ModelError": "onnxprune.errors",
+    "OnnxpruneError": "onnxprune.errors",
+    "Pipeline": "onnxprune.passes",
+    "Plan": "onnxprune.plan",
+    "Result": "onnxprune.passes",
+    "UsageError": "onnxprune.errors",
+    "ValidationError": "onnxprune.errors",
+    "analyze": "onnxprune.api",
+    "prune": "onnxprune.api",
+}
+_PACKAGES = ("criteria", "passes", "rules")
 __all__ = [
     "Analysis",
     "BudgetError",
@@ -29,3 +51,11 @@ __all__ = [
     "prune",
     "rules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"onnxprune.{name}")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'onnxprune' has no attribute {name!r}")

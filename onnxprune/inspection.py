@@ -18,7 +18,7 @@ from onnxprune.labels.atoms import Barrier
 from onnxprune.labels.label import Ids, Label
 from onnxprune.model import cost
 from onnxprune.model.facts import Facts, study
-from onnxprune.model.graph import Graph
+from onnxprune.model.graph import Graph, Node
 from onnxprune.model.load import Loaded, load
 from onnxprune.model.probes import probe_shapes
 from onnxprune.report.facts import LayerFacts
@@ -79,7 +79,7 @@ class Analysis:
     def resolve_again(self) -> None:
         """Take new freezes into account."""
         self.units = resolve(self.table.atoms)
-        for name in ("groups", "barriers", "layers", "unlocks"):
+        for name in ("groups", "barriers", "layers", "unlocks", "producers"):
             self.__dict__.pop(name, None)
 
     # -- for users -------------------------------------------------------------------------------------------------
@@ -140,16 +140,41 @@ class Analysis:
 
     # -- for the stages --------------------------------------------------------------------------------------------
 
-    def names_of(self, group: Group) -> tuple[list[str], list[str]]:
-        """(weights, layers) of a group: what patterns are matched against. The first layer is the first producer."""
+    @cached_property
+    def producers(self) -> dict[int, list[Node]]:
+        """Layers whose output carries units of a group, {group: nodes}; rows also count the producers of their cells."""
+        result: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            if cost.is_layer(node, self.graph):
+                for number in self._groups_on(node.outputs):
+                    result.setdefault(number, []).append(node)
+        for group in self.units.groups:
+            for child in group.children:
+                own = result.setdefault(group.id, [])
+                own.extend(n for n in result.get(child, ()) if n not in own)
+        return result
+
+    def _groups_on(self, names: Sequence[str]) -> set[int]:
+        found: set[int] = set()
+        for name in names:
+            for label in self.table.get(name) if name else ():
+                found.update(np.unique(self.units.group_of[self.units.component[label.ids]]).tolist())
+        return found - {-1}
+
+    def names_of(self, group: Group) -> list[str]:
+        """Names that patterns are matched against: the layers that produce a group's channels, and their weights."""
+        layers = self.producers.get(group.id, [])
+        weights = [w for node in layers for w in cost.layer_weights(node, self.graph)]
+        return list(dict.fromkeys([node.label for node in layers] + weights))
+
+    def _layers_of(self, group: Group) -> list[str]:
+        """Every layer that a group runs through, producers first."""
         births = self.table.atoms.births
-        weights = list(dict.fromkeys(births[int(b)].tensor for b in group.births if births[int(b)].tensor))
-        for child in group.children:
-            for b in self.units.groups[child].births:
-                if births[int(b)].tensor and births[int(b)].tensor not in weights:
-                    weights.append(births[int(b)].tensor)
-        layers = {node.index: node.label for w in weights for node in self._readers(w)}
-        return weights, [layers[i] for i in sorted(layers)]
+        numbers = [group.id, *group.children]
+        weights = {births[int(b)].tensor: None for g in numbers for b in self.units.groups[g].births}
+        readers = {n.index: n for w in weights if w for n in self._readers(w)}
+        nodes = [*self.producers.get(group.id, ()), *(readers[i] for i in sorted(readers))]
+        return list(dict.fromkeys(node.label for node in nodes))
 
     def slots(self) -> dict[int, list[SlotView]]:
         """Slots of every group: one per labelled axis, grids aside."""
@@ -168,8 +193,8 @@ class Analysis:
         return result
 
     def _view(self, group: Group, slots: list[SlotView]) -> GroupView:
-        weights, layers = self.names_of(group)
-        name = layers[0] if layers else (weights[0] if weights else (slots[0].tensor if slots else ""))
+        layers = self._layers_of(group)
+        name = layers[0] if layers else (slots[0].tensor if slots else "")
         return GroupView(group.id, group.kind, group.size, group.steps, group.prunable, self._why(group), name, layers, slots)
 
     def _why(self, group: Group) -> str:
@@ -193,8 +218,9 @@ class Analysis:
                     return f"{barrier.code}: {barrier.detail} ({barrier.op} {barrier.node})".replace("( ", "(")
         return ""
 
-    def _readers(self, weight: str) -> list[Any]:
-        nodes, queue = [], [weight]
+    def _readers(self, weight: str) -> list[Node]:
+        nodes: list[Node] = []
+        queue = [weight]
         for _ in range(64):
             if not queue:
                 break

@@ -37,6 +37,9 @@ def take(atoms: Atoms, labels: Labels, axis: int, index: Ids, reason: Reason) ->
         return labels
     rest = drop(labels, label)
     part = label.ids.take(index, axis=axis)
+    if index.size == 0:
+        atoms.freeze(label.ids, reason("fixed-size", "an empty range is taken"))
+        return rest
     if index.size == 1:
         return (*rest, *_pick_one(atoms, label, axis, part, reason))
     if label.is_grid and axis == label.pack:
@@ -52,8 +55,6 @@ def _pick_one(atoms: Atoms, label: Label, axis: int, part: Ids, reason: Reason) 
         atoms.freeze(part, reason("fixed-size", "a single channel is picked out by its position"))
         return ()
     if axis != label.pack:
-        rest = [a for a in label.axes if a not in (axis, label.pack)]
-        del rest
         return (Label(part, label.pack),)
     rows = atoms.rows_of(label)
     atoms.unite(part, rows.ids)

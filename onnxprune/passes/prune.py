@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ class Prune:
         self.name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom")
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         self.approximate = approximate
+        self.asked: dict[int, float | None] = {}
 
     def __call__(self, state: State) -> None:
         """Choose units, cut the model, fill plan and report."""
@@ -65,7 +67,7 @@ class Prune:
         state.removed, state.proto, state.weights = removed, proto, weights
         with state.stage("plan"):
             state.plan = make_plan(analysis, removed, self.name if self.plan is None else self.plan.criterion)
-            _fill_report(analysis, removed, state)
+            _fill_report(analysis, removed, state, self.asked)
 
     def _cut(self, analysis: Analysis, state: State) -> tuple[NDArray[np.bool_], onnx.ModelProto, dict[str, Weight]]:
         """Cut; a node that has no form with the new sizes is frozen, and the choice is made again without it."""
@@ -82,14 +84,14 @@ class Prune:
     def _choose(self, analysis: Analysis, seed: int) -> NDArray[np.bool_]:
         """Mask over components of what goes."""
         units = analysis.units
+        self.asked = {}
         chosen = np.zeros(units.frozen.size, dtype=bool)
         if self.plan is not None:
             return read_plan(analysis, self.plan)
         steps = {}
         for group in units.groups:
             if group.prunable:
-                weights, layers = analysis.names_of(group)
-                ratio = ratio_of([*weights, *layers], self.request)
+                ratio = self.asked[group.id] = ratio_of(analysis.names_of(group), self.request)
                 steps[group.id] = removable_steps(group, ratio, self.request.round_to) if ratio is not None else 0
         if not steps:
             raise BudgetError("No channel of this model can be removed.", hint=_reasons(analysis))
@@ -124,9 +126,9 @@ def _freeze(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_])
     analysis.resolve_again()
 
 
-def _fill_report(analysis: Analysis, removed: NDArray[np.bool_], state: State) -> None:
-    from dataclasses import asdict
-
+def _fill_report(
+    analysis: Analysis, removed: NDArray[np.bool_], state: State, asked: Mapping[int, float | None]
+) -> None:
     after = After(analysis.table, removed)
     report = state.report
 
@@ -136,7 +138,11 @@ def _fill_report(analysis: Analysis, removed: NDArray[np.bool_], state: State) -
     report.layers = analysis.layer_facts(after.shape, size)
     report.barriers = [asdict(b) for b in analysis.barriers]
     taken = {g.id: len(g.removed or ()) for g in state.plan.groups}
-    report.groups = [{**asdict(g), "removed": taken.get(g.id, 0)} for g in analysis.groups]
+    report.groups = [{**asdict(g), "removed": taken.get(g.id, 0), "asked": asked.get(g.id)} for g in analysis.groups]
+    excluded = {n.label for i, ratio in asked.items() if ratio is None for n in analysis.producers.get(i, ())}
+    for layer in report.layers:
+        if layer.name in excluded and layer.channels_after == layer.channels_before:
+            layer.reason = "excluded: by --exclude, or not among --include"
     totals = report.totals
     totals.params_before = sum(int(np.prod(w.shape)) for w in analysis.loaded.weights.values())
     totals.params_after = sum(int(np.prod(w.shape)) for w in state.weights.values())

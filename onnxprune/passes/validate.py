@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from onnxprune.errors import ValidationError
+from onnxprune.errors import ModelError, ValidationError
 from onnxprune.inspection import Analysis
 from onnxprune.model.bounds import integer_bounds
 from onnxprune.model.probes import input_specs
@@ -46,7 +46,7 @@ class Validate:
         with state.stage("write"):
             external = bool(analysis.loaded.external)
             state.report.totals.bytes_after = save(state.proto, state.weights, final, prefer_external=external)
-            check_structure(final)
+            check_structure(final, original)
         with state.stage("inputs"):
             feeds, source = _feeds(state, analysis)
         if self.exact and state.removed is not None:
@@ -90,17 +90,28 @@ class Validate:
             )
 
 
-def check_structure(path: Path) -> None:
+def check_structure(path: Path, original: Path) -> None:
     """onnx's checker on a written model.
 
     Raises:
-        ValidationError: it objects.
+        ModelError: it objects to the original already. ValidationError: it objects to the result alone.
     """
+    complaint = _complaint(path)
+    if complaint is None:
+        return
+    before = _complaint(original)
+    if before is not None:
+        raise ModelError(f"The model is not valid ONNX: {before}", hint="Export it again, or mend it.")
+    raise ValidationError(f"The result is not a valid model: {complaint}", hint="This is a bug in onnxprune; please report it.")
+
+
+def _complaint(path: Path) -> str | None:
+    """The first line of what onnx's checker says against a model, or None."""
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValidationError(f"The result is not a valid model: {first}") from None
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def _original(analysis: Analysis, folder: Path) -> Path:

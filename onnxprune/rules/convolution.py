@@ -107,6 +107,8 @@ class Conv(Rule):
         for link in chain:
             labels = step.table.get(link)
             old = covering(labels, 1)
+            if old is not None:
+                step.atoms.freeze(old.ids, step.reason("operand", "replaced by the grid over groups"))
             step.table.set(link, (*(x for x in labels if x is not old), grid))
 
     def rewrite(self, cut: Cut) -> None:
@@ -161,7 +163,10 @@ class ConvTranspose(Conv):
         self._tie_rows(step, ins.reshape(group, -1), grid_out)
         ids = np.repeat(grid_out, shape[0] // group, axis=0)
         grid = Label(ids.reshape(*ids.shape, *(1,) * (len(shape) - 2)), 1)
-        step.table.set(name, (*(x for x in w if x is not covering(w, 1)), grid))
+        old = covering(w, 1)
+        if old is not None:
+            step.atoms.freeze(old.ids, step.reason("operand", "replaced by the grid over groups"))
+        step.table.set(name, (*(x for x in w if x is not old), grid))
         return out
 
     def rewrite(self, cut: Cut) -> None:

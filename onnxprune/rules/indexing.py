@@ -122,9 +122,10 @@ class Fill(Rule):
 
     def propagate(self, step: Step) -> None:
         """One birth per static axis."""
-        step.labels(0)
         shape, name = step.out_shape(), step.node.outputs[0]
         result: Labels = ()
+        if np.asarray(step.attr("value", np.zeros(1, np.float32))).dtype.kind in "iub":
+            return  # sizes and masks
         for axis, n in enumerate(shape):
             if n is not None and n > 1 and not step.table.facts.varies(name, axis):
                 result = (*result, along(step.atoms.new(n, name, axis), axis, len(shape)))

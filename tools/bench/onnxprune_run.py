@@ -25,8 +25,10 @@ _PLAIN = ("fixed-size", "graph-output", "graph-input", "spatial")
 _BUG = re.compile(r"^\w*(Error|Exception|Iteration): ")
 
 
-def cut(path: Path, model: onnx.ModelProto, ratio: float, approximate: bool) -> dict[str, Any]:
-    """Prune and validate.
+def cut(
+    path: Path, model: onnx.ModelProto, ratio: float, approximate: bool, save: Path | None = None
+) -> dict[str, Any]:
+    """Prune and validate; ``save`` is where the result is written, if it passes.
 
     Returns:
         ``status``: cut, small (exact, but at most 5 % of the parameters gone), left (nothing removable), wrong
@@ -61,6 +63,8 @@ def cut(path: Path, model: onnx.ModelProto, ratio: float, approximate: bool) -> 
             "note": report.exactness.note,
             "seconds": {k: round(v, 3) for k, v in report.seconds.items()},
         }
+        if save is not None:
+            result.save(save)
         if not approximate:
             record |= _checked_again(path, states[0], model, result.model)
     if states:

@@ -1,0 +1,206 @@
+"""Models run at a feed, and the same with removed channels multiplied by 0: the plan's slots pushed as plain arrays.
+
+A movement operator runs itself on the mask, a product of masks says what is left of a MatMul, and what meets position by
+position keeps what every operand keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives numpy the arithmetic of bfloat16)
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+Array = NDArray[Any]
+SUMS = {
+    "Conv": (0,), "ConvTranspose": (0,), "ConvInteger": (0,), "Gemm": (0, 1), "MatMul": (0, 1), "Einsum": (0, 1, 2, 3),
+    "ReduceSum": (0,), "ReduceSumSquare": (0,), "ReduceL1": (0,), "ReduceL2": (0,), "LpNormalization": (0,),
+}  # fmt: skip
+"""Operators that sum over channels, and the inputs they sum."""
+MOVES = {
+    "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Gather", "Expand", "Tile",
+    "DepthToSpace", "SpaceToDepth", "Identity",
+}  # fmt: skip
+LISTS = {"Concat"}
+"""Movement operators all of whose inputs are data; of the others only the first is."""
+FILLED = ("Pad", "Resize", "ScatterND", "GatherND", "GatherElements")
+
+
+def run(model: onnx.ModelProto, feed: dict[str, Array]) -> dict[str, Array]:
+    """Outputs by name: in onnxruntime without optimisations, where it lacks a kernel in onnx's reference evaluator."""
+    names = [o.name for o in model.graph.output]
+    try:
+        return dict(zip(names, session(model).run(names, feed), strict=True))
+    except Exception:  # no kernel, or no numpy type: the reference decides
+        return reference(model, feed)
+
+
+def session(model: onnx.ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def reference(model: onnx.ModelProto, feed: dict[str, Array]) -> dict[str, Array]:
+    """Outputs by name in onnx's reference evaluator."""
+    names = [o.name for o in model.graph.output]
+    with np.errstate(all="ignore"):
+        return dict(zip(names, ReferenceEvaluator(model).run(names, feed), strict=True))
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Masks:
+    """What is left of every tensor at one feed: boolean arrays of the tensors' own shapes, absent where all is left."""
+
+    values: dict[str, Array]
+    slots: dict[str, list[dict[str, Any]]]
+    opset: int
+    known: dict[str, Array] = field(default_factory=dict)
+
+    def of_slots(self, name: str) -> Array | None:
+        """The mask that the plan states for a tensor."""
+        if name not in self.slots or name not in self.values:
+            return None
+        shape = self.values[name].shape
+        mask = np.ones(shape, bool)
+        for slot in self.slots[name]:
+            axis, size = slot["axis"], slot["size"]
+            own = np.ones(size, bool)
+            own[slot["removed"]] = False
+            # An axis that carries the batch too repeats its positions at another batch size.
+            own = np.resize(own, shape[axis])
+            mask &= own.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        return mask
+
+    def get(self, name: str) -> Array | None:
+        """The mask of a tensor, None where nothing is removed."""
+        if name not in self.known:
+            stated = self.of_slots(name)
+            if stated is not None:
+                self.known[name] = stated
+        return self.known.get(name)
+
+    def full(self, name: str) -> Array:
+        """The mask of a tensor, all True where nothing is removed."""
+        mask = self.get(name)
+        return np.ones(self.values[name].shape, bool) if mask is None else mask
+
+    def push(self, node: onnx.NodeProto) -> None:
+        """Masks of a node's outputs that the plan does not state, from those of its inputs."""
+        if all(self.get(name) is None for name in node.input if name):
+            return
+        missing = [o for o in node.output if o and o in self.values and self.get(o) is None]
+        if not missing:
+            return
+        for name, mask in zip(node.output, self.derive(node), strict=False):
+            if name in missing and mask is not None and mask.shape == self.values[name].shape:
+                self.known[name] = mask
+
+    def derive(self, node: onnx.NodeProto) -> list[Array | None]:
+        """One mask per output, by the kind of operator."""
+        if node.op_type in MOVES or node.op_type in FILLED:
+            return self._moved(node)
+        if node.op_type in ("MatMul", "Gemm", "Einsum"):
+            return [self._product(node)]
+        if node.op_type.startswith("Reduce"):
+            return self._moved(node, reduce=True)
+        return [self._met(node, o) for o in node.output]
+
+    def _moved(self, node: onnx.NodeProto, reduce: bool = False) -> list[Array | None]:
+        """The operator itself, run on the mask."""
+        feed, inputs = {}, []
+        for i, name in enumerate(node.input):
+            inputs.append(f"i{i}" if name else "")
+            if not name:
+                continue
+            data = i == 0 or node.op_type in LISTS or (node.op_type == "ScatterND" and i == 2)
+            feed[f"i{i}"] = self.full(name).astype(np.float32) if data else self.values[name]
+        if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
+            feed["i2"] = np.ones_like(self.values[node.input[2]])
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = inputs
+        if reduce:
+            copy.op_type = "ReduceMax"
+        evaluator = ReferenceEvaluator(copy, opsets={"": self.opset})
+        return [np.asarray(x) > 0.5 for x in evaluator.run(None, feed)]
+
+    def _product(self, node: onnx.NodeProto) -> Array:
+        """A result is left where some term of its sum is."""
+        attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        operands = [self.full(n).astype(np.float32) for n in node.input]
+        if node.op_type == "Einsum":
+            return np.asarray(np.einsum(attrs["equation"].decode(), *operands) > 0)
+        if node.op_type == "Gemm":
+            a = operands[0].T if attrs.get("transA") else operands[0]
+            b = operands[1].T if attrs.get("transB") else operands[1]
+            return np.asarray(a @ b > 0)
+        return np.asarray(operands[0] @ operands[1] > 0)
+
+    def _met(self, node: onnx.NodeProto, output: str) -> Array | None:
+        """Where tensors meet position by position, what is removed from one is removed from the result."""
+        shape = self.values[output].shape
+        result = np.ones(shape, bool)
+        for name in node.input:
+            mask = self.get(name) if name else None
+            if mask is not None and _broadcasts(mask.shape, shape):
+                result &= mask
+        return result
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
+
+
+def all_values(model: onnx.ModelProto, feed: dict[str, Array]) -> dict[str, Array]:
+    """Every tensor of the main graph at a feed."""
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(model)
+    del exposed.graph.output[:]
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=o) for n in model.graph.node for o in n.output if o)
+    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    return {**values, **feed, **run(exposed, feed)}
+
+
+def masked(model: onnx.ModelProto, slots: Iterable[dict[str, Any]], feed: dict[str, Array]) -> onnx.ModelProto:
+    """``model`` with removed channels multiplied by 0 in front of every operator that sums, for this very feed."""
+    by_tensor: dict[str, list[dict[str, Any]]] = {}
+    for slot in slots:
+        by_tensor.setdefault(slot["tensor"], []).append(slot)
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    masks = Masks(all_values(model, feed), by_tensor, opset)
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    del result.graph.node[:]
+    for node in model.graph.node:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        for i in SUMS.get(node.op_type, ()):
+            mask = masks.get(node.input[i]) if i < len(node.input) and node.input[i] else None
+            if mask is None or mask.all():
+                continue
+            stem = f"{copy.output[0]}__oracle{i}"
+            array = mask.astype(masks.values[node.input[i]].dtype)
+            constant = helper.make_node("Constant", [], [f"{stem}_mask"], value=numpy_helper.from_array(array))
+            result.graph.node.extend([constant, helper.make_node("Mul", [node.input[i], f"{stem}_mask"], [stem])])
+            copy.input[i] = stem
+        result.graph.node.append(copy)
+        masks.push(node)
+    return result
+
+
