@@ -3,11 +3,28 @@
 Importing this package registers the built-in rules. Add your own with :func:`register`, see CONTRIBUTING.
 """
 
-from onnxprune.rules import attention, contraction, convolution, elementwise, indexing, microsoft, movement, normalization, recurrent, spatial
+from onnxprune.rules import (
+    attention,
+    contraction,
+    convolution,
+    elementwise,
+    grouped,
+    indexing,
+    microsoft,
+    movement,
+    normalization,
+    quantization,
+    quantized,
+    recurrent,
+    spatial,
+)
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.elementwise import Elementwise
 from onnxprune.rules.registry import Rule, known, lookup, register, unregister
 
-BUILT_IN = (attention, contraction, convolution, elementwise, indexing, microsoft, movement, normalization, recurrent, spatial)
+BUILT_IN = (
+    *(attention, contraction, convolution, elementwise, grouped, indexing, microsoft, movement, normalization),
+    *(quantization, quantized, recurrent, spatial),
+)
 
 __all__ = ["BUILT_IN", "Cut", "Elementwise", "Rule", "Step", "known", "lookup", "register", "unregister"]

@@ -2,119 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from onnxprune.labels import movement
 from onnxprune.labels.combine import Shape, broadcast
-from onnxprune.labels.label import Label, Labels, covering
+from onnxprune.labels.label import Labels
 from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.contraction import contract
+from onnxprune.rules.heads import Part, as_rank_4, attend, by_head, flattened, heads_left, repeated, to_heads, with_past
 from onnxprune.rules.registry import Rule, register
 
 MS = "com.microsoft"
-Part = tuple[Labels, Shape]
-"""Labels and shape of queries, keys or values, laid out [batch, sequence, heads, head size]."""
-
-
-def to_heads(step: Step, labels: Labels, shape: Shape, heads: int) -> Part:
-    """[..., heads * size] as [..., heads, size]; [batch, heads, sequence, size] with the middle axes swapped."""
-    if len(shape) == 4:
-        return movement.transpose(labels, (0, 2, 1, 3)), (shape[0], shape[2], shape[1], shape[3])
-    wide = int(shape[-1] or 0)
-    if wide % heads:
-        raise ValueError(f"{wide} channels do not divide into {heads} heads")
-    # What is left of a grid must be one: every head keeps the same number of its own channels.
-    return _viewed(step, labels, (*shape[:-1], wide), (*shape[:-1], heads, wide // heads))
-
-
-def _viewed(step: Step, labels: Labels, before: Shape, after: Shape) -> Part:
-    """A reshape of the last axes alone; the leading ones may depend on the data."""
-    ahead = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
-    for axis in range(ahead):
-        step.fix(labels, axis, "fixed-size", "attention runs along this axis")
-    labels = tuple(x for x in labels if max(x.axes) >= ahead)
-    stand_in = [n if i >= ahead else 1 for i, n in enumerate(before)], [n if i >= ahead else 1 for i, n in enumerate(after)]
-    moved = movement.reshape(step.atoms, labels, *stand_in, step.reason)  # type: ignore[arg-type]
-    for label in moved:
-        step.atoms.view(label)
-    return moved, after
-
-
-def repeated(step: Step, part: Part, times: int) -> Part:
-    """Keys or values of fewer heads than the queries: each serves ``times`` of them in a row."""
-    labels, shape = part
-    heads = covering(labels, 2)
-    if times == 1:
-        return part
-    if heads is not None:
-        step.atoms.view(heads)
-    grown = tuple(Label(np.repeat(x.ids, times, axis=2), x.pack) if x is heads else x for x in labels)
-    return grown, (*shape[:2], int(shape[2] or 0) * times, shape[3])
-
-
-def attend(step: Step, q: Part, k: Part, v: Part, bias: Part | None = None) -> tuple[Labels, Labels]:
-    """Labels of the scores [batch, heads, query, key] and of the result [batch, query, heads, size].
-
-    Head sizes of queries and keys unite and leave; a head goes with its query, key, value and bias.
-    """
-    parts = []
-    for labels, shape in (q, k, v):
-        for axis in (0, 1):
-            step.fix(labels, axis, "fixed-size", "attention runs along this axis")
-        kept = tuple(x for x in labels if not {0, 1} & set(x.axes))
-        parts.append((kept, (1, 1, *shape[2:])))
-    (ql, qs), (kl, ks), (vl, vs) = parts
-    scores = contract(step, [(ql, qs, "bshd"), (kl, ks, "blhd")], "bhsl")
-    if bias is not None:
-        heads = (1, int(qs[2] or 0), 1, 1)
-        own = bias[0]
-        for axis in (0, 2, 3):
-            own = step.drop_axis(own, axis, "fixed-size", "attention runs along this axis")
-        shape = tuple(n if a == 1 else 1 for a, n in enumerate(bias[1]))
-        scores = broadcast(step.atoms, [(scores, heads), (own, shape)], 4, step.reason)
-    return scores, contract(step, [(scores, (1, qs[2], 1, 1), "bhsl"), (vl, vs, "blhv")], "bshv")
-
-
-def as_rank_4(labels: Labels, shape: Shape) -> Part:
-    """A bias or mask that broadcasts against the scores, with all four axes."""
-    shift = 4 - len(shape)
-    return tuple(Label(x.ids.reshape((1,) * shift + x.ids.shape), x.pack + shift) for x in labels), (*(1,) * shift, *shape)
-
-
-def flattened(step: Step, labels: Labels, heads: int, size: int) -> Labels:
-    """[1, 1, heads, size] as [1, 1, heads * size]."""
-    return movement.reshape(step.atoms, labels, (1, 1, heads, size), (1, 1, heads * size), step.reason)
-
-
-def by_head(labels: Labels) -> Labels:
-    """[batch, sequence, heads, size] as [batch, heads, sequence, size]."""
-    return movement.transpose(labels, (0, 2, 1, 3))
-
-
-def with_past(step: Step, part: Part, past: int) -> Part:
-    """Keys or values behind cached ones [batch, heads, past, size]: where the cache has no channels to remove, all stay."""
-    if not step.has(past):
-        return part
-    labels, shape = to_heads(step, step.labels(past), step.shape(past), 1)
-    one: Shape = (1, 1, *shape[2:])
-    return broadcast(step.atoms, [(part[0], one), (labels, one)], 4, step.reason), part[1]
-
-
-def heads_left(cut: Cut, i: int, heads: int, start: int = 0, stop: int | None = None) -> tuple[int, int]:
-    """(heads, their size) of ``start:stop`` of the last axis of input ``i`` after the cut."""
-    name, shape = cut.node.inputs[i], cut.before.shape(i)
-    if len(shape) == 4:
-        return cut.shape(i)[1], cut.shape(i)[3]
-    stop = shape[-1] if stop is None else stop
-    keep = cut.keep(name, len(shape) - 1)
-    if keep is None:
-        return heads, (stop - start) // heads
-    grid = keep[start:stop].reshape(heads, -1)
-    left = int(grid.any(axis=1).sum())
-    return left, int(grid.sum()) // max(left, 1)
 
 
 class Heads(Rule):
@@ -127,7 +29,8 @@ class Heads(Rule):
 
     def results(self, step: Step, out: Labels, shape: Shape, k: Part, v: Part, scores: Labels) -> None:
         """State the output and, where asked for, the caches (1, 2) and the scores (3)."""
-        step.set(0, flattened(step, out, int(shape[0] or 0), int(shape[1] or 0)) if len(step.out_shape()) == 3 else by_head(out))
+        flat = len(step.out_shape()) == 3
+        step.set(0, flattened(step, out, int(shape[0] or 0), int(shape[1] or 0)) if flat else by_head(out))
         step.set(1, by_head(k[0]))
         step.set(2, by_head(v[0]))
         step.set(3, scores)
@@ -139,7 +42,7 @@ class Attention(Heads):
     def _parts(self, step: Step) -> list[tuple[int, int]]:
         sizes = step.attr("qkv_hidden_sizes") or [step.shape(1)[1] // 3] * 3
         ends = np.cumsum([0, *sizes]).tolist()
-        return list(zip(ends[:-1], ends[1:], strict=True))
+        return list(pairwise(ends))
 
     def propagate(self, step: Step) -> None:
         """One product, split into queries, keys and values."""
@@ -202,7 +105,10 @@ class MultiHeadAttention(Heads):
         packed = any(len(step.shape(i)) == 5 for i in (0, 1) if step.has(i))
         if step.has(3) and (packed or len(step.shape(1)) == 4):
             return  # which part of the bias applies differs between kernels
-        q, k, v = self._packed(step) if packed else tuple(to_heads(step, step.labels(i), step.shape(i), heads) for i in range(3))
+        if packed:
+            q, k, v = self._packed(step)
+        else:
+            q, k, v = (to_heads(step, step.labels(i), step.shape(i), heads) for i in range(3))
         if step.has(3):
             q, k, v = self._biased(step, heads, q, k, v)
         k, v = with_past(step, k, 6), with_past(step, v, 7)
@@ -307,155 +213,6 @@ class OnnxAttention(Heads):
         return [(0, axes), (1, axes), *([(4, (1, 3))] if step.has(4) else [])]
 
 
-class GroupQueryAttention(Rule):
-    """com.microsoft.GroupQueryAttention: kernels want one head size for all, so queries or whole groups of heads go."""
-
-    def propagate(self, step: Step) -> None:
-        """A group of queries goes with its key and value; within groups all lose equally many queries."""
-        heads, kv = int(step.attr("num_heads")), int(step.attr("kv_num_heads"))
-        if step.has(12) or step.has(13):
-            return  # a quantised cache
-        size = self._size(step, heads, kv)
-        q, k, v = self._parts(step, heads, kv, size)
-        for past, part in ((3, k), (4, v)):
-            if step.has(past):
-                cache = by_head(step.labels(past))
-                part = (broadcast(step.atoms, [(part[0], (1, 1, kv, size)), (cache, (1, 1, kv, size))], 4, step.reason), part[1])
-        rows = [self._rows(step, labels) for labels, _ in (q, k, v)]
-        groups = self._tie(step, rows, heads, kv)
-        for i, axis in ((10, 1), (11, 0)):
-            if step.has(i):
-                self._beside(step, i, axis, groups, heads)
-        if groups is not None:
-            wide = Label(groups.reshape(1, 1, heads, 1), 2)
-            step.set(0, flattened(step, (wide,), heads, size))
-        step.set(1, by_head(k[0]))
-        step.set(2, by_head(v[0]))
-
-    @staticmethod
-    def _size(step: Step, heads: int, kv: int) -> int:
-        return step.shape(0)[2] // (heads if step.has(1) else heads + 2 * kv)
-
-    @staticmethod
-    def _parts(step: Step, heads: int, kv: int, size: int) -> list[Part]:
-        result, start = [], 0
-        for i, n in enumerate((heads, kv, kv)):
-            packed = not step.has(1)
-            labels = step.labels(0 if packed else i)
-            for axis in (0, 1):
-                labels = step.drop_axis(labels, axis, "fixed-size", "attention runs along this axis")
-            if packed:
-                labels = step.take(labels, 2, np.arange(start, start + n * size))
-                start += n * size
-            part = to_heads(step, labels, (1, 1, n * size), n)
-            step.fix(part[0], 3, "head-size", "this kernel wants one head size for queries, keys and values")
-            result.append(part)
-        return result
-
-    @staticmethod
-    def _rows(step: Step, labels: Labels) -> np.ndarray | None:
-        """One atom per head."""
-        label = covering(labels, 2)
-        return None if label is None else step.atoms.project(label, (2,)).ravel()
-
-    @staticmethod
-    def _tie(step: Step, rows: list[np.ndarray | None], heads: int, kv: int) -> np.ndarray | None:
-        """Atoms of the query heads, as [kv, heads per kv] a grid whose rows go with keys and values."""
-        q, k, v = rows
-        if q is None:
-            for other in (k, v):
-                step.unite(other, None, "a head")
-            return None
-        grid = Label(q.reshape(kv, heads // kv), 1)
-        step.atoms.view(grid)
-        if kv == 1:
-            return q
-        group = step.atoms.rows_of(grid).ids.ravel() if heads > kv else q
-        for other in (k, v):
-            step.unite(group, other, "a head")
-        return q
-
-    @staticmethod
-    def _beside(step: Step, i: int, axis: int, rows: np.ndarray | None, heads: int) -> None:
-        """An operand with one entry per query head."""
-        labels = step.labels(i)
-        for other in range(len(step.shape(i))):
-            if other != axis:
-                labels = step.drop_axis(labels, other, "fixed-size", "attention runs along this axis")
-        if step.shape(i)[axis] == heads > 1:
-            step.unite(rows, step.axis_ids(labels, axis), "a head")
-
-    def rewrite(self, cut: Cut) -> None:
-        """Numbers of heads; their size stays."""
-        if not cut.touched():
-            return
-        heads, kv = int(cut.attr("num_heads")), int(cut.attr("kv_num_heads"))
-        size = self._size(cut.before, heads, kv)
-        packed = not cut.before.has(1)
-        first = cut.before.shape(0)[2] - (2 * kv * size if packed else 0)
-        left = heads_left(cut, 0, heads, 0, first)
-        other = heads_left(cut, 0, kv, first, first + kv * size) if packed else heads_left(cut, 1, kv)
-        if left[1] != size or other[1] != size:
-            cut.fail("a head would lose a part of its channels")
-        cut.set_attr("num_heads", left[0])
-        cut.set_attr("kv_num_heads", other[0])
-
-    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[B, S, heads * size] and the caches [B, kv heads, total, size]."""
-        q, past = shapes[0], shapes[3] if len(shapes) > 3 else None
-        if q is None or q[2] is None:
-            return [None]
-        heads, kv = int(node.attrs["num_heads"]), int(node.attrs["kv_num_heads"])
-        size = q[2] // (heads if node.inputs[1] else heads + 2 * kv)
-        total = values[6] if len(values) > 6 else None
-        length = None if total is None else int(np.ravel(total)[0])
-        if past is not None and past[2] is not None and length is not None:
-            length = max(length, past[2])
-        cache: Shape = (q[0], kv, length, size)
-        return [(q[0], q[1], heads * size), cache, cache]
-
-
-class RotaryEmbedding(Rule):
-    """Rotates pairs of channels within a head by the position: whole heads may go."""
-
-    def propagate(self, step: Step) -> None:
-        """Fix the head size, pass everything else."""
-        labels, shape = step.labels(0), step.shape(0)
-        if len(shape) == 3:
-            heads = self._heads(step)
-            if not heads:
-                return
-            grid, _ = to_heads(step, labels, shape, heads)
-        else:
-            grid = by_head(labels)
-        step.fix(grid, 3, "rotary", "rotary positions pair these channels")
-        step.set(0, labels)
-
-    @staticmethod
-    def _heads(step: Step) -> int:
-        """As stated; com.microsoft's form may leave it to the width of its cosines, input 2."""
-        stated = int(step.attr("num_heads", 0))
-        if stated or step.node.domain == "":
-            return stated
-        return step.shape(0)[2] // (2 * step.shape(2)[1]) if not step.attr("rotary_embedding_dim", 0) else 0
-
-    def rewrite(self, cut: Cut) -> None:
-        """The number of heads, where it is stated."""
-        heads = int(cut.attr("num_heads", 0))
-        if heads and cut.touched():
-            left, size = heads_left(cut, 0, heads)
-            if len(cut.before.shape(0)) == 3 and size != cut.before.shape(0)[2] // heads:
-                cut.fail("a head would lose a part of its channels")
-            cut.set_attr("num_heads", left)
-
-    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data's shape."""
-        return [shapes[0]]
-
-
 register(MS, "Attention", rule=Attention())
 register(MS, "MultiHeadAttention", rule=MultiHeadAttention())
-register(MS, "GroupQueryAttention", rule=GroupQueryAttention())
-register(MS, "RotaryEmbedding", rule=RotaryEmbedding())
 register("", "Attention", rule=OnnxAttention())
-register("", "RotaryEmbedding", rule=RotaryEmbedding())

@@ -1,4 +1,4 @@
-"""onnxruntime's own operators (domain com.microsoft) that its optimisers write: fused activations, norms, NHWC forms."""
+"""onnxruntime's own operators (domain com.microsoft) that its optimisers write: activations, norms, NHWC forms."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Label, Labels, along
 from onnxprune.model.graph import Node
 from onnxprune.rules import indexing, movement, spatial
+from onnxprune.rules.context import Step
 from onnxprune.rules.contraction import MatMul, contract, matmul_terms
 from onnxprune.rules.convolution import Conv
-from onnxprune.rules.context import Step
 from onnxprune.rules.elementwise import Elementwise
 from onnxprune.rules.normalization import NORMALISED, GroupNorm, LayerNorm, OverAxes
 from onnxprune.rules.registry import Rule, register
@@ -183,7 +183,8 @@ class CDist(Rule):
 
     def propagate(self, step: Step) -> None:
         """Contract over ``k``."""
-        step.set(0, contract(step, [(step.labels(0), step.shape(0), "mk"), (step.labels(1), step.shape(1), "nk")], "mn"))
+        operands = [(step.labels(0), step.shape(0), "mk"), (step.labels(1), step.shape(1), "nk")]
+        step.set(0, contract(step, operands, "mn"))
 
     def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Both operands are summed over ``k``."""
