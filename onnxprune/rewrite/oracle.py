@@ -68,14 +68,29 @@ class _Masks:
                 continue
             keep = self._at_probe(name, label, keep)
             stem = f"{name}__mask_{node.index}_{k}"
-            if neutral is None:
-                self.constants[stem] = keep.astype(self._dtype(name))
-                made = onnx.helper.make_node("Mul", [current, stem], [f"{stem}_out"], name=stem)
+            dtype = self._dtype(neutral or name)
+            if dtype.kind in "iu":
+                nodes += self._mask_codes(current, stem, keep, neutral, dtype)
             else:
-                self.constants[stem] = keep
-                made = onnx.helper.make_node("Where", [stem, current, neutral], [f"{stem}_out"], name=stem)
-            nodes.append(made)
-            current = made.output[0]
+                self.constants[stem] = keep.astype(dtype)
+                nodes.append(onnx.helper.make_node("Mul", [current, stem], [f"{stem}_out"], name=stem))
+            current = f"{stem}_out"
+        return nodes
+
+    def _mask_codes(
+        self, current: str, stem: str, keep: NDArray[np.bool_], neutral: str | None, dtype: np.dtype[Any]
+    ) -> list[onnx.NodeProto]:
+        """Removed codes become the zero point; by way of int32, since neither Mul nor Where takes every 8-bit type."""
+        self.constants[stem] = keep
+        wide, back, zero = f"{stem}_wide", f"{stem}_masked", f"{stem}_zero"
+        nodes = [onnx.helper.make_node("Cast", [current], [wide], to=onnx.TensorProto.INT32)]
+        if neutral is None:
+            self.constants[zero] = np.zeros((), np.int32)
+        else:
+            nodes.append(onnx.helper.make_node("Cast", [neutral], [zero], to=onnx.TensorProto.INT32))
+        nodes.append(onnx.helper.make_node("Where", [stem, wide, zero], [back], name=stem))
+        kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        nodes.append(onnx.helper.make_node("Cast", [back], [f"{stem}_out"], to=kind))
         return nodes
 
     def _at_probe(self, name: str, label: Label, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:

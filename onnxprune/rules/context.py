@@ -17,7 +17,7 @@ from onnxprune.model.graph import Graph, Node
 
 # Element types whose constants are weights: floats, and the integers that quantised weights are stored in.
 _WEIGHT_KINDS = "fV"
-_QUANTISED = {"int8", "uint8", "int4", "uint4", "int2", "uint2"}
+_QUANTISED = {"int8", "uint8", "int16", "uint16", "int32", "int4", "uint4", "int2", "uint2"}
 
 
 class Table:

@@ -10,11 +10,9 @@ from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
+from onnxprune.rules.ownership import override, owned
 from onnxprune.rules.registry import Rule, register
 from onnxprune.rules.sizes import window_sizes
-
-# Operators through which a grouped weight may pass position by position on its way from the initializer.
-_PASSING = {"Identity", "Cast", "DequantizeLinear"}
 
 
 class Conv(Rule):
@@ -89,15 +87,8 @@ class Conv(Rule):
 
     def _spread(self, step: Step, w: Labels, grid_in: Ids, outputs: int) -> None:
         """Input channel j of the weight is another atom in every group: the weight gets a grid over (output, input)."""
-        name: str | None = step.node.inputs[self.weight]
-        chain = []
-        while name is not None and len(step.table.graph.consumers.get(name, ())) == 1:
-            chain.append(name)
-            if name in step.table.graph.weights:
-                break
-            producer = step.table.graph.producer.get(name)
-            name = producer.inputs[0] if producer is not None and producer.op in _PASSING else None
-        if not chain or chain[-1] not in step.table.graph.weights:
+        chain = owned(step, self.weight, (1,))
+        if chain is None:
             step.atoms.unite(np.broadcast_to(step.axis_ids(w, 1), grid_in.shape), grid_in)
             return
         per_group = outputs // len(grid_in)
@@ -105,11 +96,10 @@ class Conv(Rule):
         rank = len(step.shape(self.weight))
         grid = Label(ids.reshape(*ids.shape, *(1,) * (rank - 2)), 1)
         for link in chain:
-            labels = step.table.get(link)
-            old = covering(labels, 1)
+            old = covering(step.table.get(link), 1)
             if old is not None:
                 step.atoms.freeze(old.ids, step.reason("operand", "replaced by the grid over groups"))
-            step.table.set(link, (*(x for x in labels if x is not old), grid))
+        override(step, chain, (grid,), (1,))
 
     def rewrite(self, cut: Cut) -> None:
         """``group`` becomes the number of groups that are left."""
@@ -177,6 +167,4 @@ class ConvTranspose(Conv):
 
 register("", "Conv", rule=Conv())
 register("", "ConvTranspose", rule=ConvTranspose())
-register("", "QLinearConv", rule=Conv(0, 3, 8, per_output=(4, 5)))
-register("", "ConvInteger", rule=Conv(0, 1, None, per_output=(3,)))
 register("com.microsoft", "FusedConv", rule=Conv(addend=3))

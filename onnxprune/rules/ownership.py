@@ -11,8 +11,7 @@ _PASSING = {"Identity", "Cast", "DequantizeLinear"}
 
 
 def owned(step: Step, i: int, axes: tuple[int, ...]) -> list[str] | None:
-    """Names from input ``i`` back to its initializer (or constant fill), all read by this node alone; None where there is
-    no such chain.
+    """Names from input ``i`` back to its initializer or constant fill, all read by this node alone, else None.
 
     A dequantisation whose scales vary along one of ``axes`` ties positions of its own and ends the search.
     """

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN: a hidden unit is a row of every gate, a column of the recurrence, a channel of states and outputs."""
+"""LSTM, GRU and RNN: a hidden unit is a row of every gate, a column of the recurrence, a channel of the output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnxprune.rules.ownership import override, owned
 from onnxprune.rules.registry import Rule, register
 
 X, W, R, B, INITIAL_H, INITIAL_C, PEEPHOLES = 0, 1, 2, 3, 5, 6, 7
-_HIDDEN = "the hidden size"
+_UNLABELLED = "the hidden size meets a tensor without removable channels"
 
 
 class Recurrent(Rule):
@@ -34,7 +34,8 @@ class Recurrent(Rule):
         directions, _, size = step.shape(R)
         if size == 1:
             for i in range(1, len(step.node.inputs)):
-                step.freeze(tuple(y for y in step.labels(i) if i != W or y.axes != (2,)), "fixed-size", "a single hidden unit")
+                rest = tuple(label for label in step.labels(i) if i != W or label.axes != (2,))
+                step.freeze(rest, "fixed-size", "a single hidden unit")
             return
         hidden = step.atoms.new(directions * size, step.node.inputs[W], 1).reshape(directions, size)
         for i, grids in self._operands(step, hidden).items():
@@ -63,7 +64,7 @@ class Recurrent(Rule):
         return Label(ids.reshape(shape), axes[1])
 
     def _tie(self, step: Step, i: int, grids: Labels) -> None:
-        """Unite operand ``i`` with the hidden units; where it is this layer's own weight it takes them over as they are."""
+        """Unite operand ``i`` with the hidden units; a weight of this layer alone takes them over as they are."""
         labels, axes = step.labels(i), tuple(sorted({a for g in grids for a in g.axes}))
         if all(any(x is g for x in labels) for g in grids):
             return  # both initial states are one tensor
@@ -76,7 +77,7 @@ class Recurrent(Rule):
                 step.fix((grid,), direction, "fixed-size", "both directions stay")
             mine = covering(labels, grid.pack)
             if mine is None:
-                step.fix((grid,), grid.pack, "unlabelled-operand", f"{_HIDDEN} meets a tensor without removable channels")
+                step.fix((grid,), grid.pack, "unlabelled-operand", _UNLABELLED)
             elif chain is None:
                 step.merge(labels, grid)
             else:
@@ -99,12 +100,12 @@ class Recurrent(Rule):
             cut.set_attr("hidden_size", size)
 
     def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """X is summed over its features, the hidden state over its units: R carries the mask of the state it multiplies."""
+        """X is summed over its features, the state over its units: R carries the mask of the state it multiplies."""
         return [(X, (2,)), (R, (2,))]
 
 
 class DynamicQuantizeLSTM(Rule):
-    """onnxruntime's LSTM over integer weights W [dirs, I, 4*H]: its input may be cut, its hidden state is quantised as a whole."""
+    """onnxruntime's LSTM over integer weights W [dirs, I, 4*H]: only its input may be cut, its state is quantised."""
 
     def propagate(self, step: Step) -> None:
         """Unite the features of X and W; everything else stays."""

@@ -1,0 +1,66 @@
+"""QuantizeLinear, DequantizeLinear and DynamicQuantizeLinear: codes, scales and zero points are cut in step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from onnxprune.labels.combine import Shape
+from onnxprune.labels.label import Labels
+from onnxprune.model.graph import Node
+from onnxprune.rules.context import Step
+from onnxprune.rules.registry import Rule, register
+
+_PER_CHANNEL = "a scale or zero point"
+
+
+class Quantize(Rule):
+    """Codes and numbers have the same labels. Scale and zero point: one for all, per position of an axis, or per block.
+
+    Blocks of ``block_size`` positions share a scale, so they only go as a whole.
+    """
+
+    def propagate(self, step: Step) -> None:
+        """Unite the scale's and the zero point's axes with the data's."""
+        labels, shape = step.labels(0), step.shape(0)
+        for i in (1, 2):
+            own = step.labels(i)
+            if own and len(step.shape(i)) == 1:
+                axis = step.axis(1)
+                step.unite(step.axis_ids(labels, axis), step.axis_ids(own, 0), _PER_CHANNEL)
+            elif own:
+                self._blocked(step, labels, shape, own, step.shape(i))
+        step.set(0, labels)
+
+    @staticmethod
+    def _blocked(step: Step, labels: Labels, shape: tuple[int, ...], own: Labels, blocks: tuple[int, ...]) -> None:
+        axis = step.axis(1)
+        for a, (n, m) in enumerate(zip(shape, blocks, strict=True)):
+            if m == 1:
+                continue
+            ids = step.axis_ids(own, a)
+            if a == axis and n != m and ids is not None:
+                ids = ids[np.arange(n) // int(step.attr("block_size"))]
+            step.unite(step.axis_ids(labels, a), ids, _PER_CHANNEL)
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """The shape stays."""
+        return [shapes[0]]
+
+
+class DynamicQuantize(Rule):
+    """Quantises in the range from the smallest to the largest number, 0 included: a channel of 0 does not widen it."""
+
+    def propagate(self, step: Step) -> None:
+        """Labels pass to the codes; scale and zero point are single numbers."""
+        step.set(0, step.labels(0))
+
+    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """The range is taken over every axis, so this is where removed channels become 0."""
+        return [(0, tuple(range(len(step.shape(0)))))]
+
+
+register("", "QuantizeLinear", "DequantizeLinear", rule=Quantize())
+register("com.microsoft", "QuantizeLinear", "DequantizeLinear", rule=Quantize())
+register("", "DynamicQuantizeLinear", rule=DynamicQuantize())
