@@ -65,7 +65,9 @@ class Net:
         if dtype is None:
             dtype = np.int64 if array.dtype.kind in "iu" else (bool if array.dtype.kind == "b" else self.dtype)
         name = name or self.name("const")
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array.astype(dtype)).reshape(array.shape), name))
+        self.initializers.append(
+            numpy_helper.from_array(np.ascontiguousarray(array.astype(dtype)).reshape(array.shape), name)
+        )
         return name
 
     def weight(self, *shape: int, name: str = "", scale: float | None = None, low: float | None = None) -> str:
@@ -82,7 +84,9 @@ class Net:
         """One node; ``n`` outputs."""
         outputs = [self.name(kind.lower()) for _ in range(n)]
         kept = {k: v for k, v in attrs.items() if v is not None}
-        self.nodes.append(helper.make_node(kind, list(inputs), outputs, name=self.name(f"/{kind}"), domain=domain, **kept))
+        self.nodes.append(
+            helper.make_node(kind, list(inputs), outputs, name=self.name(f"/{kind}"), domain=domain, **kept)
+        )
         if domain:
             self.domains.setdefault(domain, 1)
         return outputs[0] if n == 1 else outputs

@@ -202,5 +202,3 @@ def masked(model: onnx.ModelProto, slots: Iterable[dict[str, Any]], feed: dict[s
         result.graph.node.append(copy)
         masks.push(node)
     return result
-
-

@@ -89,7 +89,9 @@ def count_parameters(model: onnx.ModelProto) -> int:
     """Elements of all initializers and constants."""
     graph = model.graph
     sizes = [int(np.prod(t.dims)) for t in graph.initializer]
-    sizes += [int(np.prod(a.t.dims)) for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.HasField("t")]
+    sizes += [
+        int(np.prod(a.t.dims)) for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.HasField("t")
+    ]
     return sum(sizes)
 
 

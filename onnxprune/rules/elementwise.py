@@ -36,6 +36,15 @@ class Elementwise(Rule):
         return [broadcast_shapes(chosen)] * len(node.outputs)
 
 
+class CastLike(Elementwise):
+    """A cast to the type of another tensor, whose channels do not matter."""
+
+    def propagate(self, step: Step) -> None:
+        """The labels of input 0."""
+        step.labels(1)
+        super().propagate(step)
+
+
 UNARY = (
     "Relu Sigmoid Tanh Erf Sqrt Exp Log Abs Neg Floor Ceil Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh "
     "LeakyRelu Elu Selu Celu Gelu HardSwish HardSigmoid Mish Softplus Softsign ThresholdedRelu Shrink Swish Identity Cast Not "
@@ -47,5 +56,6 @@ BINARY = (
 ).split()
 
 register("", *UNARY, rule=Elementwise([0]))
-register("", "Clip", "Dropout", "CastLike", rule=Elementwise([0]))
+register("", "Clip", "Dropout", rule=Elementwise([0]))
+register("", "CastLike", rule=CastLike([0]))
 register("", *BINARY, rule=Elementwise())

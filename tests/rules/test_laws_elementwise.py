@@ -159,14 +159,20 @@ def test_dropout_at_inference(opset: int, layout: str) -> None:
 def test_cast_there_and_back(kind: np.dtype) -> None:
     net = Net(17)
     x = produce(net, "nchw")
-    there = net.op("Cast", net.op("Mul", x, net.const(4.0, net.dtype)), to=int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))))
+    there = net.op(
+        "Cast",
+        net.op("Mul", x, net.const(4.0, net.dtype)),
+        to=int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))),
+    )
     check(net, net.op("CastLike", there, x), tolerance=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["Mod", "BitwiseAnd", "BitwiseXor", "BitShift"])
 def test_integer_arithmetic(kind: str) -> None:
     net = Net(18)
-    x = net.op("Cast", net.op("Abs", net.op("Mul", produce(net, "nchw"), net.const(9.0, net.dtype))), to=onnx.TensorProto.UINT8)
+    x = net.op(
+        "Cast", net.op("Abs", net.op("Mul", produce(net, "nchw"), net.const(9.0, net.dtype))), to=onnx.TensorProto.UINT8
+    )
     attrs = {"direction": "RIGHT"} if kind == "BitShift" else {}
     check(net, net.op("Cast", net.op(kind, x, net.const(3, np.uint8), **attrs), to=1))
 
