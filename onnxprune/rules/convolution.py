@@ -89,7 +89,8 @@ class Conv(Rule):
         """Input channel j of the weight is another atom in every group: the weight gets a grid over (output, input)."""
         chain = owned(step, self.weight, (1,))
         if chain is None:
-            step.atoms.unite(np.broadcast_to(step.axis_ids(w, 1), grid_in.shape), grid_in)
+            columns = step.axis_ids(w, 1)
+            step.unite(None if columns is None else np.broadcast_to(columns, grid_in.shape), grid_in)
             return
         per_group = outputs // len(grid_in)
         ids = np.repeat(grid_in, per_group, axis=0)

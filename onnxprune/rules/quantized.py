@@ -17,7 +17,7 @@ from onnxprune.rules.convolution import Conv
 from onnxprune.rules.elementwise import Elementwise
 from onnxprune.rules.normalization import OverAxes
 from onnxprune.rules.registry import Rule, register
-from onnxprune.rules.sizes import broadcast_shapes, product, window_sizes
+from onnxprune.rules.sizes import product, window_sizes
 
 
 class IntegerConv(Conv):
@@ -134,22 +134,6 @@ class PackedMatMul(Rule):
         return None if shapes[0] is None else [(*shapes[0][:-1], int(node.attrs["N"]))]
 
 
-class Pointwise(Elementwise):
-    """Position by position on codes with a scale and a zero point for the whole tensor.
-
-    Args:
-        data: positions of the tensors of codes, which broadcast.
-    """
-
-    def __init__(self, data: Sequence[int]) -> None:
-        super().__init__(data)
-        self.data = data
-
-    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
-        """As numpy broadcasts."""
-        return [broadcast_shapes([shapes[i] for i in self.data])]
-
-
 class QuantizedConcat(Rule):
     """Parts one after the other, each with its scale and zero point: y_scale, y_zero, then (data, scale, zero)..."""
 
@@ -161,12 +145,12 @@ class QuantizedConcat(Rule):
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
         """Sizes add up along the axis."""
-        parts = shapes[2::3]
-        if any(p is None for p in parts):
+        parts = [shape for shape in shapes[2::3] if shape is not None]
+        if len(parts) < len(shapes[2::3]):
             return None
         axis, result = int(node.attrs["axis"]) % len(parts[0]), list(parts[0])
         sizes = [p[axis] for p in parts]
-        result[axis] = None if None in sizes else sum(sizes)
+        result[axis] = None if None in sizes else sum(n or 0 for n in sizes)
         return [tuple(result)]
 
 
@@ -218,9 +202,9 @@ register("com.microsoft", "QGemm", rule=IntegerMatMul(0, 3, (2, 5), columns=(4, 
 register("com.microsoft", "DynamicQuantizeMatMul", rule=IntegerMatMul(0, 1, (None, 3), columns=(2, 3, 4)))
 register("com.microsoft", "MatMulIntegerToFloat", rule=IntegerMatMul(0, 1, (4, 5), rows=(2, 4), columns=(3, 5, 6)))
 register("com.microsoft", "MatMulNBits", rule=PackedMatMul())
-register("com.microsoft", "QLinearAdd", "QLinearMul", rule=Pointwise([0, 3]))
-register("com.microsoft", "QLinearSigmoid", "QLinearLeakyRelu", rule=Pointwise([0]))
-register("com.microsoft", "QLinearWhere", rule=Pointwise([0, 1, 4]))
+register("com.microsoft", "QLinearAdd", "QLinearMul", rule=Elementwise([0, 3]))
+register("com.microsoft", "QLinearSigmoid", "QLinearLeakyRelu", rule=Elementwise([0]))
+register("com.microsoft", "QLinearWhere", rule=Elementwise([0, 1, 4]))
 register("com.microsoft", "QLinearConcat", rule=QuantizedConcat())
 register("com.microsoft", "QLinearGlobalAveragePool", "QLinearAveragePool", rule=QuantizedPool())
 register("com.microsoft", "QLinearSoftmax", rule=QuantizedSoftmax())
