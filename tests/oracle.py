@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+from masks import Array, masked, reference, run, session
 from onnx import helper, inliner, numpy_helper
 
 import onnxprune as op
-from masks import Array, masked, reference, run, session
 from onnxprune import Result
 
 BATCHES, SEQUENCES = (1, 5), (7, 10)

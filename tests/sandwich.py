@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from hypothesis import strategies as st
-
 from build import Net, newest
+from hypothesis import strategies as st
 from oracle import assert_exact_cut
 
 OPSETS = (7, 9, 11, 13, 17, 21, newest())

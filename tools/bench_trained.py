@@ -1,4 +1,4 @@
-"""Trained models: at ratio 0 each must still give its baseline metric; at ratio 0.3 be cut exactly, or left with reasons.
+"""Trained models: at ratio 0 each must give its baseline metric; at ratio 0.3 be cut exactly, or left with reasons.
 
 python tools/bench_trained.py TRAINED                       a folder with models/*.onnx and evaluate.py
 python tools/bench_trained.py TRAINED --only cifar10 --out trained.jsonl
@@ -17,11 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
 from bench import files
 from bench.workers import each
+from rich.console import Console
+from rich.table import Table
 
 SAME = 1e-6  # a metric at ratio 0 against the baseline: nothing was computed differently
 
@@ -52,6 +51,7 @@ def evaluate(home: Path, name: str, model: Path | None) -> dict[str, float]:
 def run_task(task: Task) -> dict[str, Any]:
     """Baseline, the metric at ratio 0, the cut at the ratio and the metric after it; runs in a worker process."""
     from bench.onnxprune_run import cut
+
     from onnxprune import errors, prune
 
     name = files.name(task.path)

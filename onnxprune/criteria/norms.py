@@ -11,19 +11,19 @@ from onnxprune.criteria.registry import register
 from onnxprune.criteria.slot import Slot
 
 
-@register("l1")
+@register("l1", reads_all=True)
 def l1(slot: Slot) -> NDArray[Any]:
     """Sum of absolute weights, sum_f |W_cf| (Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017). Shape [channels]."""
     return np.asarray(np.abs(slot.blocks).sum(axis=(0, 2)))
 
 
-@register("l2")
+@register("l2", reads_all=True)
 def l2(slot: Slot) -> NDArray[Any]:
     """Euclidean norm, sqrt(sum_f W_cf^2). Shape [channels]."""
     return np.sqrt(np.einsum("pcf,pcf->c", slot.blocks, slot.blocks))
 
 
-@register("gm")
+@register("gm", reads_all=True)
 def gm(slot: Slot) -> NDArray[Any]:
     """Distance to all other channels, sum_j ||W_c - W_j||: near the geometric median means replaceable.
 

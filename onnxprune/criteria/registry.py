@@ -19,8 +19,12 @@ _table: dict[str, Criterion] = {}
 _loaded = False
 
 
-def register(name: str) -> Callable[[Criterion], Criterion]:
+def register(name: str, *, reads_all: bool = False) -> Callable[[Criterion], Criterion]:
     """Register a criterion under a name, as a decorator.
+
+    Args:
+        name: what ``--criterion`` takes.
+        reads_all: the scores depend on every weight, so that NaN in a weight shows in them.
 
     Raises:
         ValueError: the name is taken.
@@ -30,6 +34,7 @@ def register(name: str) -> Callable[[Criterion], Criterion]:
         if name in _table:
             raise ValueError(f"a criterion named {name!r} is already registered")
         _table[name] = criterion
+        criterion.reads_all = reads_all  # type: ignore[attr-defined]
         return criterion
 
     return decorate

@@ -189,8 +189,7 @@ def _groups(
     order = alive[np.argsort(group_of[alive], kind="stable")]
     first_atom = np.full(count, np.iinfo(np.int64).max)
     np.minimum.at(first_atom, component, np.arange(component.size))
-    pairs = np.unique(np.stack([group_of[component], birth]), axis=1)
-    births_of = {int(g): pairs[1, pairs[0] == g] for g in np.unique(pairs[0])} if pairs.shape[1] < 4096 else _by_key(pairs)
+    births_of = _births_of(group_of[component], birth)
     touched: dict[int, list[Ids]] = defaultdict(list)
     for view in views:
         for g in np.unique(group_of[view]):
@@ -210,9 +209,15 @@ def _groups(
     return groups
 
 
-def _by_key(pairs: NDArray[np.int64]) -> dict[int, Ids]:
-    cuts = np.flatnonzero(np.diff(pairs[0])) + 1
-    return {int(k): v for k, v in zip(pairs[0][np.r_[0, cuts]], np.split(pairs[1], cuts), strict=True)}
+def _births_of(group: Ids, birth: Ids) -> dict[int, Ids]:
+    """Births that the atoms of every group come from."""
+    count = int(birth.max(initial=0)) + 1
+    # Atoms of one birth lie together and mostly belong to one group: only where something changes is worth sorting.
+    change = np.flatnonzero(np.diff(group, prepend=-2) | np.diff(birth, prepend=-1))
+    keys = np.unique(group[change] * count + birth[change])
+    groups, births = np.divmod(keys, count)
+    cuts = np.flatnonzero(np.diff(groups)) + 1
+    return {int(g[0]): b for g, b in zip(np.split(groups, cuts), np.split(births, cuts), strict=True) if g.size}
 
 
 def _mark_approximate(units: Units) -> None:

@@ -70,6 +70,9 @@ def kept_sizes(keep: NDArray[np.bool_], pack: int) -> dict[int, int] | None:
         pack: the label's pack axis.
     """
     sizes: dict[int, int] = {}
+    if keep.size == keep.shape[pack]:
+        count = int(np.count_nonzero(keep))
+        return {pack: count} if count else None
     while True:
         counts = keep.sum(axis=pack, keepdims=True)
         alive = counts > 0

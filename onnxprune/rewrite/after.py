@@ -23,6 +23,7 @@ class After:
     def __init__(self, table: Table, removed: Mask) -> None:
         self._table, self.removed = table, removed
         self._masks: dict[int, tuple[Label, Mask | None]] = {}
+        self._sizes: dict[str, dict[int, int]] = {}
 
     def mask(self, label: Label) -> Mask | None:
         """Surviving positions in the label's shape; None where all survive."""
@@ -39,6 +40,9 @@ class After:
 
     def sizes(self, name: str) -> dict[int, int]:
         """New size of every axis that shrinks."""
+        known = self._sizes.get(name)
+        if known is not None:
+            return known
         result: dict[int, int] = {}
         for label in self._table.get(name):
             keep = self.mask(label)
@@ -50,6 +54,7 @@ class After:
                 for axis, size in sizes.items():
                     if size < keep.shape[axis]:
                         result[axis] = min(size, result.get(axis, size))
+        self._sizes[name] = result
         return result
 
     def shape(self, name: str) -> tuple[Any, ...] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from onnxprune.errors import ModelError, UsageError
 from onnxprune.groups.units import Group, Units
 from onnxprune.labels.label import Ids, Label
 from onnxprune.rules.context import Table
+from onnxprune.selection.dequantize import is_setting, numbers
 
 Scores = dict[int, NDArray[np.float64]]
 
@@ -31,27 +31,45 @@ def score(table: Table, units: Units, groups: Iterable[Group], criterion: Criter
         UsageError: the criterion applies to none of the groups.
     """
     wanted = {g.id: g for g in groups}
+    targets = _Targets(units, wanted.values())
     totals = {i: np.zeros(g.size) for i, g in wanted.items()}
     ranks: dict[int, int] = {}
-    seen: set[int] = set()
-    for name, label, array in _weights(table, units, wanted):
-        for number, slot in _slots(table, units, wanted, name, label, array, seed):
+    for name, label, array in _weights(table, units, targets):
+        for number, slot in _slots(table, units, wanted, targets, name, label, array, seed):
             scores = criterion(slot)
             if scores is None:
                 continue
+            _refuse_nan(criterion, slot, scores)
             rank = 2 if array.ndim > 1 else 1
             if rank < ranks.get(number, 0):
                 continue
             if rank > ranks.get(number, 0):
                 ranks[number] = rank
                 totals[number][:] = 0.0
-            seen.add(number)
             _add(totals[number], slot, np.asarray(scores, dtype=np.float64))
-    if wanted and not seen:
+    if wanted and not ranks:
         raise UsageError(
             "This criterion applies to no layer of the model.", hint="'bn' needs BatchNormalization nodes; try 'l2' or 'gm'."
         )
-    return {i: s for i, s in totals.items() if i in seen}
+    return {i: s for i, s in totals.items() if i in ranks}
+
+
+class _Targets:
+    """The wanted group and the unit that every component counts for, -1 where none: its own, or the row it lies in."""
+
+    def __init__(self, units: Units, groups: Iterable[Group]) -> None:
+        self.group = np.full(units.frozen.size, -1, dtype=np.int64)
+        self.unit = np.full(units.frozen.size, -1, dtype=np.int64)
+        for group in groups:
+            self.group[group.units] = group.id
+            self.unit[group.units] = np.arange(group.size)
+        for rows in reversed(units.atoms.rows):
+            above = units.component[rows.rows]
+            mine = self.group[above] >= 0
+            cells = units.component[rows.cells[mine]]
+            fresh = self.group[cells] < 0
+            for values in (self.group, self.unit):
+                values[cells[fresh]] = np.broadcast_to(values[above[mine]][:, None], cells.shape)[fresh]
 
 
 def _add(total: NDArray[np.float64], slot: Slot, scores: NDArray[np.float64]) -> None:
@@ -64,68 +82,56 @@ def _add(total: NDArray[np.float64], slot: Slot, scores: NDArray[np.float64]) ->
     np.add.at(total, slot.units, scores / mean if mean > 0 else scores)
 
 
-def _weights(table: Table, units: Units, wanted: dict[int, Group]) -> Iterator[tuple[str, Label, NDArray[Any]]]:
-    chosen = np.zeros(units.frozen.size + 1, dtype=bool)
-    for group in wanted.values():
-        chosen[group.units] = True
-        chosen[_beneath(units, group)] = True
+def _weights(table: Table, units: Units, targets: _Targets) -> Iterator[tuple[str, Label, NDArray[Any]]]:
     for name, labels in list(table.items().items()):
         weight = table.graph.weights.get(name)
         if weight is None:
             continue
         array: NDArray[Any] | None = None
         for label in labels:
-            if not chosen[units.component[label.ids]].any():
+            if (targets.group[units.component[label.ids]] < 0).all():
                 continue
             if array is None:
-                array = _readable(name, weight.read())
+                array = _readable(weight.read())
             yield name, label, array
 
 
-def _readable(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Arrays that numpy multiplies quickly and without overflow; NaN and infinity are refused."""
-    if array.dtype not in (np.float32, np.float64):
-        array = array.astype(np.float32)
-    # The sum of a finite array is finite unless it overflows, and then the slow check decides.
-    with np.errstate(over="ignore", invalid="ignore"):
-        finite = np.isfinite(np.add.reduce(array, axis=None)) or bool(np.isfinite(array).all())
+def _readable(array: NDArray[Any]) -> NDArray[Any]:
+    """Arrays in a type that numpy multiplies quickly and without overflow."""
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+
+
+def _refuse_nan(criterion: Criterion, slot: Slot, scores: NDArray[Any]) -> None:
+    """NaN or infinity in a weight shows in its scores, unless the criterion does not read it all."""
+    finite = bool(np.isfinite(scores).all())
+    if finite and not getattr(criterion, "reads_all", False):
+        finite = bool(np.isfinite(slot.blocks).all())
+    if not finite and not np.isfinite(slot.blocks).all():
+        raise ModelError(f"Weight {slot.tensor!r} holds NaN or infinity.", hint="Scores would be meaningless; export the model again.")
     if not finite:
-        raise ModelError(f"Weight {name!r} holds NaN or infinity.", hint="Scores would be meaningless; export the model again.")
-    return array
-
-
-def _beneath(units: Units, group: Group) -> Ids:
-    mask = np.zeros(units.frozen.size, dtype=bool)
-    mask[group.units] = True
-    return np.flatnonzero(units.close(mask))
-
-
-def _owner(units: Units, group: Group) -> Ids:
-    """Unit number of every component that goes with a unit of the group, -1 elsewhere."""
-    owner = np.full(units.frozen.size, -1, dtype=np.int64)
-    owner[group.units] = np.arange(group.size)
-    if group.kind == "heads":
-        for rows in reversed(units.atoms.rows):
-            parent = owner[units.component[rows.rows]]
-            mine = parent >= 0
-            cells = units.component[rows.cells[mine]]
-            fresh = owner[cells] < 0
-            owner[cells[fresh]] = np.broadcast_to(parent[mine][:, None], cells.shape)[fresh]
-    return owner
+        raise UsageError(f"The criterion gave NaN or infinity for {slot.tensor!r}.", hint="Scores must be finite.")
 
 
 def _slots(
-    table: Table, units: Units, wanted: dict[int, Group], name: str, label: Label, array: NDArray[Any], seed: int
+    table: Table,
+    units: Units,
+    wanted: dict[int, Group],
+    targets: _Targets,
+    name: str,
+    label: Label,
+    array: NDArray[Any],
+    seed: int,
 ) -> Iterator[tuple[int, Slot]]:
     """One slot per wanted group that has units on this label; positions of one unit are laid side by side."""
     component = units.component[label.ids]
     role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
-    numbers = np.unique(units.group_of[component])
-    direct = [wanted[int(n)] for n in numbers if int(n) in wanted]
-    parents = [g for g in wanted.values() if g.kind == "heads" and g not in direct and set(g.children) & set(numbers.tolist())]
-    for group in (*direct, *parents):
-        owner = _owner(units, group)[component]
-        rng = np.random.default_rng([seed, zlib.crc32(str(group.id).encode())])
+    numbers, unit = targets.group[component], targets.unit[component]
+    for number in np.flatnonzero(np.bincount(numbers.ravel() + 1)):
+        if number == 0:  # what no wanted group claims
+            continue
+        group = wanted[int(number) - 1]
+        owner = np.where(numbers == group.id, unit, -1)
+        rng = np.random.default_rng([seed, group.id])
         slot = _slot(name, label, array, owner, group.size, role, rng)
         if slot is not None:
             yield group.id, slot

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from onnxprune.errors import UsageError
-from onnxprune.runtime.inputs import load_data
 from onnxprune.model.binding import InputSpec
+from onnxprune.runtime.inputs import load_data
 from onnxprune.runtime.sessions import open_session, run
 from onnxprune.runtime.stored import read_parts
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from onnxprune.errors import UsageError
-from onnxprune.runtime.inputs import bind_shapes, synthetic
 from onnxprune.model.binding import InputSpec
+from onnxprune.runtime.inputs import bind_shapes, synthetic
 
 
 def spec(name: str, *shape: int | str | None, dtype: Any = np.float32) -> InputSpec:
