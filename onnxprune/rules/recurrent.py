@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Ids, Label, Labels, covering
+from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.ownership import override, owned
 from onnxprune.rules.registry import Rule, register
@@ -113,6 +117,13 @@ class DynamicQuantizeLSTM(Rule):
         step.fix_all_but(x, (2,), "spatial", f"{step.node.op} runs along this axis")
         step.fix_all_but(w, (1,), "normalised", "the hidden state is quantised over all its units at once")
         step.unite(step.axis_ids(x, 2), step.axis_ids(w, 1), "the layer's input")
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
+        """Y [T, dirs, N, H], Y_h and Y_c [dirs, N, H], from R [dirs, H, 4*H]."""
+        x, r = shapes[X], shapes[R]
+        if x is None or r is None:
+            return None
+        return [(x[0], r[0], x[1], r[1]), (r[0], x[1], r[1]), (r[0], x[1], r[1])]
 
     def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """X is summed over its features; a feature that is 0 does not widen the range it is quantised in."""
