@@ -23,11 +23,11 @@ class OverAxes(Rule):
     Args:
         approximate: whether the normalisation still makes sense over fewer channels (``--approximate``).
         exact: whether it is unchanged by channels that are 0, such as a norm.
-        operands: positions that broadcast with input 0.
+        inputs: positions that broadcast with input 0.
     """
 
-    def __init__(self, *, approximate: bool = False, exact: bool = False, operands: Sequence[int] = (0,)) -> None:
-        self.approximate, self.exact, self.operands = approximate, exact, operands
+    def __init__(self, *, approximate: bool = False, exact: bool = False, inputs: Sequence[int] = (0,)) -> None:
+        self.approximate, self.exact, self.inputs = approximate, exact, inputs
 
     def axes(self, step: Step) -> list[int]:
         """The axes normalised over."""
@@ -35,7 +35,7 @@ class OverAxes(Rule):
 
     def propagate(self, step: Step) -> None:
         """Labels pass; the normalised axes keep their size unless that is exact or opted into."""
-        labels = step.broadcast([i for i in self.operands if step.has(i)])
+        labels = step.broadcast([i for i in self.inputs if step.has(i)])
         if not self.exact:
             for axis in self.axes(step):
                 if self.approximate and step.approximate(labels, axis):
@@ -220,8 +220,8 @@ class Pick(Rule):
 
 
 register("", "Softmax", "LogSoftmax", "Hardmax", rule=Softmax())
-register("", "LayerNormalization", rule=LayerNorm(approximate=True, operands=(0, 1, 2)))
-register("", "RMSNormalization", "SimplifiedLayerNormalization", rule=LayerNorm(approximate=True, operands=(0, 1)))
+register("", "LayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1, 2)))
+register("", "RMSNormalization", "SimplifiedLayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1)))
 register("", "LpNormalization", rule=OverAxes(exact=True))
 register("", "InstanceNormalization", rule=InstanceNorm())
 register("", "GroupNormalization", rule=GroupNorm())

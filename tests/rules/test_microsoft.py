@@ -12,7 +12,9 @@ from fused import MS, attributes, cut, finish, shapes
 import onnxprune as op
 
 
-def between(middle: Callable[[Net, str], str], *, wide: int = 12, after: int | None = None, dtype: type = np.float32) -> op.Result:
+def between(
+    middle: Callable[[Net, str], str], *, wide: int = 12, after: int | None = None, dtype: type = np.float32
+) -> op.Result:
     """Linear, the operator, linear: the cut and the shapes of both matrices."""
     net = Net(17, dtype=dtype)
     x = net.op("MatMul", net.input("x", ["N", 4, 6]), net.weight(6, wide, name="first"))
@@ -57,7 +59,9 @@ def test_fused_gemm(trans: tuple[int, int]) -> None:
     if a:
         x = net.transpose(x, 1, 0)
     w = net.weight(*((8, 12) if b else (12, 8)))
-    x = net.op("FusedGemm", x, w, net.weight(8), domain=MS, transA=a, transB=b, activation="LeakyRelu", activation_alpha=0.1)
+    x = net.op(
+        "FusedGemm", x, w, net.weight(8), domain=MS, transA=a, transB=b, activation="LeakyRelu", activation_alpha=0.1
+    )
     result = cut(finish(net, net.op("MatMul", x, net.weight(8, 5)), rank=2))
     assert shapes(result.model) == [(6, 6), (4, 6) if b else (6, 4), (4, 5)]
 
@@ -79,7 +83,9 @@ def test_fused_matmul_with_batch_transposes(trans: tuple[int, int], batch: tuple
         x = net.input(side, [sizes[c] if c != "k" else 6 for c in plain])
         x = net.op("MatMul", x, net.weight(6, 8, name=f"w{side}"))
         terms.append(net.transpose(x, *[plain.index(c) for c in axes]))
-    y = net.op("FusedMatMul", *terms, domain=MS, transA=trans[0], transB=trans[1], transBatchA=batch[0], transBatchB=batch[1])
+    y = net.op(
+        "FusedMatMul", *terms, domain=MS, transA=trans[0], transB=trans[1], transBatchA=batch[0], transBatchB=batch[1]
+    )
     result = cut(finish(net, y, rank=4))
     assert shapes(result.model) == [(6, 4), (6, 4)]
 
@@ -104,7 +110,9 @@ NORMS = {
 def block(net: Net, kind: str, *, opset_domain: str = MS) -> str:
     """Two feed-forward layers around a stream that is normalised, and whose sum goes on."""
     x = net.op("MatMul", net.input("x", ["N", 4, 6]), net.weight(6, 12, name="into"))
-    f = net.op("MatMul", net.op("Relu", net.op("MatMul", x, net.weight(12, 8, name="up"))), net.weight(8, 12, name="down"))
+    f = net.op(
+        "MatMul", net.op("Relu", net.op("MatMul", x, net.weight(12, 8, name="up"))), net.weight(8, 12, name="down")
+    )
     outputs = net.op(kind, x, f, *NORMS[kind][1](net), n=4, domain=opset_domain, epsilon=1e-5)
     g = net.op("MatMul", net.op("Add", outputs[0], outputs[3]), net.weight(12, 5, name="out"))
     last = net.nodes[[n.op_type for n in net.nodes].index(kind)]
@@ -127,7 +135,9 @@ def test_skip_norms_are_cut_through_on_demand(kind: str) -> None:
     assert shapes(result.model) == [(6, 6), (6, 4), (4, 6), (6, 5)]
 
 
-@pytest.mark.parametrize(("domain", "kind", "operands"), [("", "LayerNormalization", 2), ("", "SimplifiedLayerNormalization", 1)])
+@pytest.mark.parametrize(
+    ("domain", "kind", "operands"), [("", "LayerNormalization", 2), ("", "SimplifiedLayerNormalization", 1)]
+)
 def test_norms_that_onnx_does_not_know_at_this_opset(domain: str, kind: str, operands: int) -> None:
     net = Net(13)
     x = net.op("MatMul", net.input("x", ["N", 4, 6]), net.weight(6, 12))
@@ -195,7 +205,9 @@ def test_nhwc_convolutions_and_pools(group: int) -> None:
     x = net.input("x", ["N", 9, 9, 3])
     x = net.op("NhwcConv", x, net.weight(8, 3, 3, 3), net.weight(8), domain=MS, pads=[1, 1, 1, 1])
     x = net.op("NhwcMaxPool", x, domain=MS, kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
-    x = net.op("NhwcFusedConv", x, net.weight(8, 8 // group, 3, 3), net.weight(8), domain=MS, group=group, activation="Relu")
+    x = net.op(
+        "NhwcFusedConv", x, net.weight(8, 8 // group, 3, 3), net.weight(8), domain=MS, group=group, activation="Relu"
+    )
     x = net.op("NhwcConv", x, net.weight(2, 8, 1, 1), domain=MS)
     x = net.op("GlobalAveragePool", net.transpose(x, 0, 3, 1, 2))
     result = structural(net, net.op("Flatten", x), rank=2)
