@@ -32,7 +32,7 @@ def is_setting(graph: Graph, name: str) -> bool:
     return bool(readers) and all((node.op, i) in _SETTINGS for node, i in readers)
 
 
-def numbers(graph: Graph, name: str, codes: NDArray[Any]) -> NDArray[Any]:
+def real_values(graph: Graph, name: str, codes: NDArray[Any]) -> NDArray[Any]:
     """The weight ``name`` as numbers, float32: (codes - zero point) * scale, by the first node that reads it.
 
     Codes whose scale or zero point is not a constant, and weights that no such node reads, are returned as they are.

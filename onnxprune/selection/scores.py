@@ -14,7 +14,7 @@ from onnxprune.errors import ModelError, UsageError
 from onnxprune.groups.units import Group, Units
 from onnxprune.labels.label import Ids, Label
 from onnxprune.rules.context import Table
-from onnxprune.selection.dequantize import is_setting, numbers
+from onnxprune.selection.dequantize import is_setting, real_values
 
 Scores = dict[int, NDArray[np.float64]]
 
@@ -85,14 +85,14 @@ def _add(total: NDArray[np.float64], slot: Slot, scores: NDArray[np.float64]) ->
 def _weights(table: Table, units: Units, targets: _Targets) -> Iterator[tuple[str, Label, NDArray[Any]]]:
     for name, labels in list(table.items().items()):
         weight = table.graph.weights.get(name)
-        if weight is None:
+        if weight is None or is_setting(table.graph, name):
             continue
         array: NDArray[Any] | None = None
         for label in labels:
             if (targets.group[units.component[label.ids]] < 0).all():
                 continue
             if array is None:
-                array = _readable(weight.read())
+                array = _readable(real_values(table.graph, name, weight.read()))
             yield name, label, array
 
 

@@ -335,8 +335,8 @@ def test_dynamically_quantised_lstm_loses_inputs_only() -> None:
     net = Net()
     codes = [net.const(net.rng.integers(-100, 100, s), np.int8) for s in ((1, INPUTS, 16), (1, 4, 16))]
     scale, zero = net.const(np.full(1, 0.01)), net.const([0], np.int8)
-    y = net.op("DynamicQuantizeLSTM", sequence(net), *codes, net.weight(1, 32), "", "", "", "", scale, zero, scale, zero,
-               n=3, domain="com.microsoft", hidden_size=4)[0]  # fmt: skip
+    operands = [*codes, net.weight(1, 32), "", "", "", "", scale, zero, scale, zero]
+    y = net.op("DynamicQuantizeLSTM", sequence(net), *operands, n=3, domain="com.microsoft", hidden_size=4)[0]
     read = net.linear(net.op("Reshape", net.transpose(y, 2, 0, 1, 3), net.const([0, 12])), 12, 4)
     result = op.prune(net.model(read, check=False, shapes={read: [BATCH, 4]}), ratio=0.5, latency=False)
     assert result.report.exactness.passed
