@@ -1,6 +1,6 @@
-"""How long analysis and cut take, without validation and files: beside torch-pruning, by number of nodes, and their memory.
+"""How long analysis and cut take without validation and files: beside torch-pruning, by number of nodes; and memory.
 
-python tools/bench_speed.py                        six architectures and the generated depths (torch, torchvision needed)
+python tools/bench_speed.py                        six architectures of torchvision, and generated depths
 python tools/bench_speed.py --only resnet50 --profile
 python tools/bench_speed.py --no-architectures     the generated graphs only; needs nothing beyond onnxprune
 python tools/bench_speed.py --memory               peak resident memory on a generated model of 4 GB (disk: about 7 GB)
@@ -23,9 +23,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
-
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1"
 
 from bench.workers import each
 from rich.console import Console
@@ -197,6 +194,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where the generated model is written (default: temporary files)")
     parser.add_argument("--out", type=Path, help="JSON lines, one per measurement")
     given = parser.parse_args()
+    os.environ.update({f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")})  # for the workers
     console = Console()
     if not console.is_terminal:
         console.width = 150
