@@ -133,10 +133,9 @@ class Fill(Rule):
 
     def rewrite(self, cut: Cut) -> None:
         """The shape operand names the new sizes."""
-        if cut.touched(cut.node.outputs[0]):
-            target, new = cut.value(0), cut.out_shape()
-            if target is None or tuple(target.tolist()) != new:
-                cut.set_target(0, new)
+        target, new = cut.value(0), cut.out_shape()
+        if None not in new and (target is None or tuple(target.tolist()) != new):
+            cut.set_target(0, new)
 
 
 class Unlabelled(Rule):

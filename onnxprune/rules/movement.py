@@ -38,7 +38,7 @@ class Reshape(Rule):
 
     def rewrite(self, cut: Cut) -> None:
         """Only Reshape itself carries a target."""
-        if cut.node.op != "Reshape" or not cut.touched():
+        if cut.node.op != "Reshape" or None in cut.out_shape():
             return
         target, source, new = cut.value(1), cut.shape(0), cut.out_shape()
         if target is None or resolve_target(target.tolist(), source, cut.attr("allowzero", 0)) != new:
@@ -70,7 +70,7 @@ class Expand(Rule):
         """The target names the new sizes."""
         target = cut.value(1)
         new = cut.out_shape()
-        if cut.touched() and (target is None or _broadcast_to(cut.shape(0), target) != new):
+        if None not in new and (target is None or _broadcast_to(cut.shape(0), target) != new):
             cut.set_target(1, new)
 
 
@@ -99,6 +99,16 @@ class Tile(Rule):
                 step.atoms.couple(x)
             result = (*result, Label(np.tile(x.ids, times), x.pack))
         step.set(0, result)
+
+    def rewrite(self, cut: Cut) -> None:
+        """Repeats computed from sizes stay what they were."""
+        before, after = cut.before.shape(0), cut.before.out_shape()
+        if None in before or None in after or cut.node.version < 6:
+            return
+        times = [m // n if n else 1 for n, m in zip(before, after, strict=True)]
+        value = cut.value(1)
+        if value is None or value.ravel().tolist() != times:
+            cut.set_target(1, times)
 
 
 class Concat(Rule):
@@ -190,7 +200,7 @@ class Slice(Rule):
         """Bounds move with the positions before them; a strided slice of cut channels becomes impossible as a range."""
         bounds = self._bounds(cut.before)
         source = cut.node.inputs[0]
-        if bounds is None or not cut.touched():
+        if bounds is None:
             return
         before = cut.before.shape(0)
         changed = False
@@ -273,21 +283,23 @@ class Pad(Rule):
     def rewrite(self, cut: Cut) -> None:
         """Padding shrinks by the filled channels that were removed."""
         pads = self.pads(cut.before)
-        if pads is None or not cut.touched(cut.node.outputs[0]):
+        if pads is None:
             return
         new = []
         for axis, (low, high) in enumerate(pads):
             size = cut.before.out_shape()[axis]
             keep = cut.keep(cut.node.outputs[0], axis) if low or high else None
             new.append((low, high) if keep is None else (int(keep[:low].sum()), int(keep[size - high :].sum())))
-        if new == pads:
-            return
         if cut.node.version < 11:
-            cut.set_attr("pads", [p[0] for p in new] + [p[1] for p in new])
+            if new != pads:
+                cut.set_attr("pads", [p[0] for p in new] + [p[1] for p in new])
         else:
             axes = cut.before.value(3)
             order = range(len(new)) if axes is None else [int(a) % len(new) for a in axes.ravel()]
-            cut.set_target(1, [new[a][0] for a in order] + [new[a][1] for a in order])
+            wanted = [new[a][0] for a in order] + [new[a][1] for a in order]
+            value = cut.value(1)
+            if value is None or value.ravel().tolist() != wanted:
+                cut.set_target(1, wanted)
 
 
 register("", "Transpose", rule=Transpose())

@@ -1,0 +1,165 @@
+"""Shape inference: onnx's own over the whole graph first, then node by node where computed operands or branches need it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxprune.model.graph import Graph, Node
+from onnxprune.model.values import Probe, Values, small
+from onnxprune.model.weights import TensorWeight
+
+# Operands that say what shape a result has, not what it holds.
+_TARGETS = {("Reshape", 1), ("Expand", 1), ("Tile", 1), ("ConstantOfShape", 0), ("Resize", 3), ("Split", 1)}
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+Infer = Callable[[Node, list[Any], list[Any]], "list[Any] | None"]
+"""(node, shapes of its inputs, values of its inputs) -> shapes of its outputs: for operators that onnx does not know."""
+
+
+def probe_at(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None) -> Probe:
+    """Shapes and values at one binding of the inputs; ``infer`` is asked where onnx has no schema."""
+    probe = Probe(inputs=inputs, values=Values(graph))
+    probe.shapes.update({name: weight.shape for name, weight in graph.weights.items()})
+    _infer_whole(graph, probe)
+    probe.shapes.update(inputs)
+    _walk(graph, graph.nodes, probe, infer)
+    return probe
+
+
+def _walk(graph: Graph, nodes: Sequence[Node], probe: Probe, infer: Infer | None) -> None:
+    """Values and missing shapes of nodes in order."""
+    for node in nodes:
+        probe.values.step(node, probe.shapes)
+        if node.op in ("Shape", "Size") or any(
+            name in probe.sizes and (node.op, i) not in _TARGETS for i, name in enumerate(node.inputs)
+        ):
+            probe.sizes.update(o for o in node.outputs if o and probe.values.get(o) is not None)
+        for name in node.outputs:
+            if not name:
+                continue
+            value = probe.values.get(name)
+            if value is not None:
+                probe.shapes[name] = value.shape
+            elif probe.shapes.get(name) is None or None in probe.shapes[name]:
+                _infer_node(graph, node, probe, infer)
+                break
+
+
+def _infer_whole(graph: Graph, probe: Probe) -> None:
+    """onnx's shape inference over the skeleton with the dynamic input dimensions bound."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.proto)
+    for declared in model.graph.input:
+        if declared.name in probe.inputs:
+            shape = declared.type.tensor_type.shape
+            del shape.dim[:]
+            for size in probe.inputs[declared.name]:
+                shape.dim.add().dim_value = size
+    stated = {i.name: i.type for i in [*model.graph.value_info, *model.graph.output]}
+    del model.graph.value_info[:]
+    for output in model.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    try:
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # inference errors on odd graphs leave the node-by-node way
+        return
+    for info in [*model.graph.value_info, *model.graph.output]:
+        _note(info.name, info.type, probe)
+    for name, kind in stated.items():
+        if probe.shapes.get(name) is None:
+            _note(name, kind, probe)
+
+
+def _note(name: str, kind: onnx.TypeProto, probe: Probe) -> None:
+    tensor = kind.tensor_type
+    if kind.WhichOneof("value") != "tensor_type":
+        return
+    probe.dtypes[name] = tensor.elem_type
+    if tensor.HasField("shape"):
+        probe.shapes[name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+
+
+def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None:
+    """Shapes of an operator that onnx does not know; its results have the type of its first input of floats."""
+    shapes = [probe.shapes.get(name) if name else None for name in node.inputs]
+    results = infer(node, shapes, [probe.values.get(name) if name else None for name in node.inputs])
+    kinds = [probe.dtypes.get(name) or _dtype_of(graph, name) for name in node.inputs if name]
+    kind = next((k for k in kinds if k in _FLOATS), kinds[0] if kinds else onnx.TensorProto.FLOAT)
+    for name, shape in zip(node.outputs, results or (), strict=False):
+        if name:
+            probe.dtypes.setdefault(name, kind)
+            if shape is not None:
+                probe.shapes[name] = tuple(shape)
+
+
+def _infer_node(graph: Graph, node: Node, probe: Probe, infer: Infer | None) -> None:
+    """Inference of a single node from what is known by now: computed targets of Reshape, Expand, Slice and so on."""
+    if node.op == "If" and node.domain == "":
+        _infer_branch(graph, node, probe, infer)
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op, node.version, node.domain)
+    except onnx.defs.SchemaError:
+        if infer is not None:
+            _infer_foreign(graph, node, probe, infer)
+        return
+    types, data = {}, {}
+    for name in node.inputs:
+        if not name:
+            continue
+        kind = onnx.TypeProto()
+        kind.tensor_type.elem_type = probe.dtypes.get(name) or _dtype_of(graph, name)
+        shape = probe.shapes.get(name)
+        if shape is not None:
+            kind.tensor_type.shape.SetInParent()
+            for size in shape:
+                dim = kind.tensor_type.shape.dim.add()
+                if size is not None:
+                    dim.dim_value = size
+        types[name] = kind
+        value = probe.values.get(name)
+        if value is not None:
+            kind.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+            data[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+    try:
+        results = onnx.shape_inference.infer_node_outputs(
+            schema,
+            node.proto,
+            types,
+            data,
+            opset_imports=list(graph.proto.opset_import),
+            ir_version=graph.proto.ir_version,
+        )
+    except Exception:  # a node that inference refuses keeps an unknown shape, and is frozen later with that reason
+        return
+    for name, kind in results.items():
+        _note(name, kind, probe)
+
+
+def _dtype_of(graph: Graph, name: str) -> int:
+    weight = graph.weights.get(name)
+    if weight is not None:
+        return weight.onnx_type
+    declared = next((i for i in graph.proto.graph.input if i.name == name), None)
+    return declared.type.tensor_type.elem_type if declared is not None else onnx.TensorProto.FLOAT
+
+
+def _infer_branch(graph: Graph, node: Node, probe: Probe, infer: Infer | None) -> None:
+    """An If whose condition is known: what the chosen branch gives. Names are unique across a graph and its bodies."""
+    condition = probe.values.get(node.inputs[0])
+    if condition is None:
+        return
+    body = node.attrs["then_branch" if condition.ravel()[0] else "else_branch"]
+    model = onnx.ModelProto(ir_version=graph.proto.ir_version, opset_import=graph.proto.opset_import, graph=body)
+    inner = Graph.of(model, {t.name: TensorWeight(t) for t in body.initializer})
+    for name, weight in inner.weights.items():
+        probe.shapes[name] = weight.shape
+        if small(weight.shape, weight.dtype):
+            probe.values.set(name, weight.read())
+    _walk(inner, inner.nodes, probe, infer)
+    for outer, name in zip(node.outputs, inner.outputs, strict=False):
+        probe.shapes[outer] = probe.shapes.get(name)
+        probe.values.set(outer, probe.values.get(name))
