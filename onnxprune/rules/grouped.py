@@ -10,7 +10,7 @@ from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Ids, Label, Labels, covering
 from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.heads import Part, by_head, flattened, heads_left, to_heads
+from onnxprune.rules.heads import Part, along_heads, by_head, flattened, heads_left, to_heads
 from onnxprune.rules.registry import Rule, register
 
 MS = "com.microsoft"
@@ -29,7 +29,8 @@ class GroupQueryAttention(Rule):
         for past, part in ((3, k), (4, v)):
             if step.has(past):
                 shape = (1, 1, kv, size)
-                broadcast(step.atoms, [(part[0], shape), (by_head(step.labels(past)), shape)], 4, step.reason)
+                cache = along_heads(step, by_head(step.labels(past)))
+                broadcast(step.atoms, [(part[0], shape), (cache, shape)], 4, step.reason)
         rows = [self._rows(step, labels) for labels, _ in (q, k, v)]
         groups = self._tie(step, rows, heads, kv)
         for i, axis in ((10, 1), (11, 0)):
@@ -51,8 +52,7 @@ class GroupQueryAttention(Rule):
         for i, n in enumerate((heads, kv, kv)):
             packed = not step.has(1)
             labels = step.labels(0 if packed else i)
-            for axis in (0, 1):
-                labels = step.drop_axis(labels, axis, "fixed-size", "attention runs along this axis")
+            labels = along_heads(step, labels)
             if packed:
                 labels = step.take(labels, 2, np.arange(start, start + n * size))
                 start += n * size

@@ -58,10 +58,7 @@ def attend(step: Step, q: Part, k: Part, v: Part, bias: Part | None = None) -> t
     """
     parts = []
     for labels, shape in (q, k, v):
-        for axis in (0, 1):
-            step.fix(labels, axis, "fixed-size", "attention runs along this axis")
-        kept = tuple(x for x in labels if not {0, 1} & set(x.axes))
-        parts.append((kept, (1, 1, *shape[2:])))
+        parts.append((along_heads(step, labels), (1, 1, *shape[2:])))
     (ql, qs), (kl, ks), (vl, vs) = parts
     scores = contract(step, [(ql, qs, "bshd"), (kl, ks, "blhd")], "bhsl")
     if bias is not None:
@@ -94,9 +91,17 @@ def with_past(step: Step, part: Part, past: int) -> Part:
     """Keys or values behind cached ones [batch, heads, past, size], which share their channels."""
     if not step.has(past):
         return part
-    labels, shape = to_heads(step, step.labels(past), step.shape(past), 1)
+    cached, shape = to_heads(step, step.labels(past), step.shape(past), 1)
     one: Shape = (1, 1, *shape[2:])
-    return broadcast(step.atoms, [(part[0], one), (labels, one)], 4, step.reason), part[1]
+    operands = [(along_heads(step, labels), one) for labels in (part[0], cached)]
+    return broadcast(step.atoms, operands, 4, step.reason), part[1]
+
+
+def along_heads(step: Step, labels: Labels) -> Labels:
+    """Labels [batch, sequence, heads, size] of heads and size alone; the other axes keep their sizes."""
+    for axis in (0, 1):
+        labels = step.drop_axis(labels, axis, "fixed-size", "attention runs along this axis")
+    return labels
 
 
 def heads_left(cut: Cut, i: int, heads: int, start: int = 0, stop: int | None = None) -> tuple[int, int]:

@@ -27,8 +27,9 @@ def cut(model: onnx.ModelProto, ratio: float = 0.5, **options: Any) -> op.passes
 
 
 def shapes(model: onnx.ModelProto) -> list[tuple[int, ...]]:
-    """Shapes of all initializers with more than one axis, in order."""
-    return [tuple(t.dims) for t in model.graph.initializer if len(t.dims) > 1]
+    """Shapes of all weights with more than one axis, in order."""
+    whole = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+    return [tuple(t.dims) for t in model.graph.initializer if len(t.dims) > 1 and t.data_type not in whole]
 
 
 def attributes(model: onnx.ModelProto, kind: str) -> dict[str, Any]:
