@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from onnxprune.labels import movement
 from onnxprune.labels.combine import broadcast, concatenate, split_points
-from onnxprune.labels.label import Label, Labels, covering, drop
+from onnxprune.labels.label import Label, Labels, along, covering, drop
 from onnxprune.model.evaluate import slice_of
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
@@ -57,14 +57,20 @@ def resolve_target(target: list[int], source: tuple[int, ...], allowzero: int) -
 
 
 class Expand(Rule):
-    """Broadcast to a target: labels pass, repeated axes have none."""
+    """Broadcast to a target: labels pass; a repeated axis may take any size, so it is born with atoms of its own."""
 
     operands = (1,)
 
     def propagate(self, step: Step) -> None:
-        """Shift to the output's rank."""
-        labels, shape = step.labels(0), step.shape(0)
-        step.set(0, broadcast(step.atoms, [(labels, shape)], len(step.out_shape()), step.reason))
+        """Shift to the output's rank; one birth per repeated axis of static size."""
+        labels, shape, out = step.labels(0), step.shape(0), step.out_shape()
+        result = broadcast(step.atoms, [(labels, shape)], len(out), step.reason)
+        before = (1,) * (len(out) - len(shape)) + shape
+        name = step.node.outputs[0]
+        for axis, (n, m) in enumerate(zip(before, out, strict=True)):
+            if n == 1 and m is not None and m > 1 and axis and not step.table.facts.varies(name, axis):
+                result = (*result, along(step.atoms.new(m, name, axis), axis, len(out)))
+        step.set(0, result)
 
     def rewrite(self, cut: Cut) -> None:
         """The target names the new sizes."""
