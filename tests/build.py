@@ -47,7 +47,13 @@ class Net:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.functions: list[onnx.FunctionProto] = []
         self.domains: dict[str, int] = {}
+        self.hints: list[onnx.ValueInfoProto] = []
         self._count = 0
+
+    def hint(self, name: str, shape: Sequence[int | str | None], dtype: Any = None) -> str:
+        """Tell the shape of a tensor that inference cannot; the model itself does not."""
+        self.hints.append(helper.make_tensor_value_info(name, element(dtype or self.dtype), shape))
+        return name
 
     def name(self, stem: str) -> str:
         self._count += 1
@@ -156,7 +162,7 @@ class Net:
     # -- the model -------------------------------------------------------------------------------------------------
 
     def model(self, *outputs: str, check: bool = True, external_inputs: bool = False,
-              shapes: dict[str, Sequence[int | str | None]] | None = None) -> onnx.ModelProto:  # fmt: skip
+              shapes: dict[str, Sequence[int | str | None] | None] | None = None) -> onnx.ModelProto:  # fmt: skip
         """The finished model.
 
         ``external_inputs``: initializers are graph inputs too, as IR 3 wants. ``shapes``: of outputs that inference
@@ -171,7 +177,9 @@ class Net:
             info.type.tensor_type.ClearField("elem_type")
         graph = helper.make_graph(self.nodes, "net", inputs, blank, self.initializers)
         model = helper.make_model(graph, opset_imports=imports, ir_version=self.ir, functions=self.functions)
+        model.graph.value_info.extend(self.hints)
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=check, data_prop=True)
+        del model.graph.value_info[:]
         for mine, found in zip(model.graph.output, inferred.graph.output, strict=True):
             mine.CopyFrom(found)
             if not mine.type.tensor_type.elem_type or not mine.type.tensor_type.HasField("shape"):

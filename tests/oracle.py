@@ -77,12 +77,20 @@ def runnable(model: onnx.ModelProto) -> bool:
 
 
 def plan_slots(result: Result) -> list[dict[str, Any]]:
-    """The slots of the plan, read back from the file that a user would get."""
+    """The slots of the plan, read back from the file that a user would get; one per tensor and axis.
+
+    An axis that holds units of several groups has a slot in each of them, with all of the axis' removed positions.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
         result.plan.save(path)
         plan = json.loads(path.read_text())
-    return [slot for group in plan["groups"] for slot in group["slots"]]
+    merged: dict[tuple[str, int], dict[str, Any]] = {}
+    for slot in (slot for group in plan["groups"] for slot in group["slots"]):
+        known = merged.setdefault((slot["tensor"], slot["axis"]), {**slot, "removed": []})
+        assert known["size"] == slot["size"], f"{slot['tensor']!r} has two sizes along axis {slot['axis']}"
+        known["removed"] = sorted({*known["removed"], *slot["removed"]})
+    return list(merged.values())
 
 
 def count_parameters(model: onnx.ModelProto) -> int:

@@ -33,8 +33,10 @@ def produce(net: Net, layout: str, channels: int = 6, extent: int = 4, name: str
 
 
 def shape_of(net: Net, name: str) -> list[int | None]:
-    """The shape of a tensor, None for the batch."""
-    info = net.model(name, check=False, shapes={name: None}).graph.output[0]  # type: ignore[dict-item]
+    """The shape of a tensor, hinted or inferred, None for the batch."""
+    hinted = [h for h in net.hints if h.name == name]
+    info = hinted[0] if hinted else net.model(name, check=False, shapes={name: None}).graph.output[0]
+    assert info.type.tensor_type.HasField("shape"), f"give a hint of the shape of {name}"
     return [d.dim_value or None for d in info.type.tensor_type.shape.dim]
 
 

@@ -79,6 +79,7 @@ def concatenate(
 ) -> Labels:
     """Labels of operands joined along ``axis``."""
     rank = len(operands[0][1])
+    operands = [x for x in operands if x[1][axis] != 0] or operands
     others: list[tuple[Labels, Shape]] = []
     for labels, shape in operands:
         rest = tuple(x for x in labels if x.ids.shape[axis] == 1)

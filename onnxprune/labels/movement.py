@@ -38,7 +38,6 @@ def take(atoms: Atoms, labels: Labels, axis: int, index: Ids, reason: Reason) ->
     rest = drop(labels, label)
     part = label.ids.take(index, axis=axis)
     if index.size == 0:
-        atoms.freeze(label.ids, reason("fixed-size", "an empty range is taken"))
         return rest
     if index.size == 1:
         return (*rest, *_pick_one(atoms, label, axis, part, reason))
