@@ -1,0 +1,135 @@
+"""Is a cut model as much faster as it is smaller? Measured speed-up against the reduction in MACs, trained models.
+
+python tools/bench_latency.py TRAINED/models                      convolutional models, ratio 0.5, channels kept in eights
+python tools/bench_latency.py TRAINED/models --only cifar10 --threads 1 --out latency.jsonl
+
+A model counts as convolutional when convolutions do most of its MACs. Original and cut model run in turn in onnxruntime
+with its default optimisations, on inputs of the sizes that the analysis chose for dynamic dimensions; the figure of a
+model is (median before / median after) / (MACs before / MACs after).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from bench import files
+from bench.workers import each
+from rich.console import Console
+from rich.table import Table
+
+CONVOLUTIONS = ("Conv", "ConvTranspose", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger")
+
+
+class Task(NamedTuple):
+    """One model."""
+
+    path: Path
+    ratio: float
+    round_to: int
+    threads: int
+    seconds: float
+
+
+def run_task(task: Task) -> dict[str, Any]:
+    """Cut, then time both models; runs in a worker process, one at a time."""
+    from bench.onnxprune_run import feed_for
+
+    from onnxprune import Pipeline, errors
+    from onnxprune.passes import Prune, State
+    from onnxprune.runtime.latency import latency
+
+    states: list[State] = []
+    try:
+        passes = [Prune(ratio=task.ratio, round_to=task.round_to), states.append]
+        result = Pipeline(passes).run(task.path)
+    except errors.OnnxpruneError as error:
+        return {"status": "left" if error.exit_code == 5 else "failed", "message": str(error).split("\n")[0]}
+    except Exception as error:
+        return {"status": "failed", "message": f"{type(error).__name__}: {error}"[:200]}
+    layers, totals = result.report.layers, result.report.totals
+    share = sum(x.macs_before for x in layers if x.op in CONVOLUTIONS) / max(1, totals.macs_before)
+    record: dict[str, Any] = {"conv_share": round(share, 3), "macs": totals.macs_before, "removed": 0.0}
+    if share < 0.5:
+        return record | {"status": "not convolutional"}
+    if totals.macs_after >= 0.95 * totals.macs_before:
+        return record | {"status": "hardly cut"}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        small = Path(folder) / "small.onnx"
+        result.save(small)
+        try:
+            feed = feed_for(task.path, states[0])
+            times = asdict(latency(task.path, small, [feed], runs=5000, threads=task.threads, budget_s=task.seconds))
+        except Exception as error:
+            return record | {"status": "failed", "message": f"{type(error).__name__}: {error}"[:200]}
+    reduction = totals.macs_before / max(1, totals.macs_after)
+    speedup = times["before_ms"] / times["after_ms"]
+    removed = 1 - totals.params_after / max(1, totals.params_before)
+    figures = {"reduction": reduction, "speedup": speedup, "figure": speedup / reduction, "removed": removed}
+    return record | {"status": "ok", **figures, **times}
+
+
+def show(records: list[dict[str, Any]]) -> int:
+    """The table and the median. Returns 1 where a model failed or none was measured."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    table = Table(title="Measured speed-up and reduction in MACs")
+    for column in ("model", "MACs (M)", "before ms", "after ms", "spread", "speed-up", "MACs before/after", "figure"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    measured = sorted((r for r in records if r["status"] == "ok"), key=lambda r: float(r["figure"]))
+    for r in measured:
+        spread = f"{r['before_spread_ms'] / r['before_ms']:.0%} {r['after_spread_ms'] / r['after_ms']:.0%}"
+        times = [f"{r['before_ms']:.3f}", f"{r['after_ms']:.3f}", spread]
+        table.add_row(
+            r["model"],
+            f"{r['macs'] / 1e6:.1f}",
+            *times,
+            f"{r['speedup']:.2f}",
+            f"{r['reduction']:.2f}",
+            f"{r['figure']:.2f}",
+        )
+    console.print(table)
+    for r in records:
+        if r["status"] not in ("ok", "not convolutional"):
+            console.print(f"{r['model']}: {r['status']} {r.get('message', '')}"[:200])
+    if measured:
+        console.print(
+            f"{len(measured)} convolutional models, median figure {median(r['figure'] for r in measured):.2f}"
+        )
+    return int(not measured or any(r["status"] in ("failed", "crash", "timeout") for r in records))
+
+
+def main() -> int:
+    """Exit code 1 where a model failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of *.onnx")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="part of a name, or glob")
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--round-to", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring per model")
+    parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--out", type=Path, help="JSON lines, one per model")
+    given = parser.parse_args()
+    paths = files.find([given.folder], given.only)
+    if not paths:
+        parser.error(f"{given.folder}: no *.onnx whose name matches {given.only or 'anything'}")
+    settings = (given.ratio, given.round_to, given.threads, given.seconds)
+    records = []
+    for task, found in each(run_task, [Task(p.resolve(), *settings) for p in paths], 1, given.timeout):
+        records.append({"model": files.name(task.path), **found})
+        print(f"{records[-1]['model']:<34} {found['status']:<18} {found.get('figure', float('nan')):.2f}", flush=True)
+    if given.out:
+        given.out.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return show(records)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
