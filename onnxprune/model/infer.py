@@ -15,6 +15,7 @@ from onnxprune.model.weights import TensorWeight
 # Operands that say what shape a result has, not what it holds.
 _TARGETS = {("Reshape", 1), ("Expand", 1), ("Tile", 1), ("ConstantOfShape", 0), ("Resize", 3), ("Split", 1)}
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+_CODES = tuple(onnx.TensorProto.DataType.Value(name) for name in ("UINT8", "INT8", "UINT16", "INT16"))
 Infer = Callable[[Node, list[Any], list[Any]], "list[Any] | None"]
 """(node, shapes of its inputs, values of its inputs) -> shapes of its outputs: for operators that onnx does not know."""
 
@@ -82,12 +83,20 @@ def _note(name: str, kind: onnx.TypeProto, probe: Probe) -> None:
         probe.shapes[name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
 
 
+def _gives_codes(node: Node) -> bool:
+    """Whether the results are codes: a product of matrices gives them only where it has an output scale."""
+    if node.op == "QGemm":
+        return len(node.inputs) > 7 and bool(node.inputs[7])
+    return node.op.startswith("QLinear") or node.op == "QuantizeLinear"
+
+
 def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None:
-    """Shapes of an operator that onnx does not know; its results have the type of its first input of floats."""
+    """Shapes of an operator that onnx does not know; its results have the type of its first input of floats (or codes)."""
     shapes = [probe.shapes.get(name) if name else None for name in node.inputs]
     results = infer(node, shapes, [probe.values.get(name) if name else None for name in node.inputs])
     kinds = [probe.dtypes.get(name) or _dtype_of(graph, name) for name in node.inputs if name]
-    kind = next((k for k in kinds if k in _FLOATS), kinds[0] if kinds else onnx.TensorProto.FLOAT)
+    wanted = _CODES if _gives_codes(node) else _FLOATS
+    kind = next((k for k in kinds if k in wanted), kinds[0] if kinds else onnx.TensorProto.FLOAT)
     for name, shape in zip(node.outputs, results or (), strict=False):
         if name:
             probe.dtypes.setdefault(name, kind)

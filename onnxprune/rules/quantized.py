@@ -75,7 +75,7 @@ class IntegerMatMul(Rule):
         x, y, out = self.terms(step.node, len(left), len(right))
         result = contract(step, [(step.labels(self.a), left, x), (step.labels(self.b), right, y)], out)
         operands: list[tuple[Labels, Shape]] = [(result, step.out_shape())]
-        for i in (*self.rows, *self.columns):
+        for i in (i for i in (*self.rows, *self.columns) if step.has(i)):
             labels, shape = step.labels(i), step.shape(i)
             if i in self.rows and len(shape) == 1 and shape[0] > 1:
                 labels, shape = insert_axis(labels, 1), (*shape, 1)
@@ -114,7 +114,7 @@ class PackedMatMul(Rule):
         a, b = step.labels(0), step.labels(1)
         step.fix_all_but(b, (0,), "fixed-size", "codes are packed along this axis")
         columns, size = step.axis_ids(b, 0), step.shape(1)[0]
-        for i in (2, 3, 5):
+        for i in (i for i in (2, 3, 5) if step.has(i)):
             own, shape = step.labels(i), step.shape(i)
             step.fix_all_but(own, (0,), "fixed-size", "one value per block of codes")
             if own:
