@@ -78,7 +78,9 @@ class Plan:
         except OSError as error:
             raise UsageError(f"Cannot read the plan {str(path)!r}: {error.strerror}.") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{str(path)!r} is not JSON: {error}.", hint="Write a plan with --plan to see the form.") from None
+            raise UsageError(
+                f"{str(path)!r} is not JSON: {error}.", hint="Write a plan with --plan to see the form."
+            ) from None
         return cls.from_dict(data)
 
     @classmethod
@@ -89,11 +91,17 @@ class Plan:
             UsageError: the data does not have a plan's form.
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("groups"), list):
-            raise UsageError("This is not a plan: it has no list 'groups'.", hint="Write one with --plan to see the form.")
+            raise UsageError(
+                "This is not a plan: it has no list 'groups'.", hint="Write one with --plan to see the form."
+            )
         if data.get("version", VERSION) != VERSION:
-            raise UsageError(f"Plan version {data.get('version')!r} is not known.", hint=f"This onnxprune reads version {VERSION}.")
+            raise UsageError(
+                f"Plan version {data.get('version')!r} is not known.", hint=f"This onnxprune reads version {VERSION}."
+            )
         groups = [_group(g, i) for i, g in enumerate(data["groups"])]
-        return cls(str(data.get("model_sha256", "")), str(data.get("criterion", "")), groups, list(data.get("barriers", [])))
+        return cls(
+            str(data.get("model_sha256", "")), str(data.get("criterion", "")), groups, list(data.get("barriers", []))
+        )
 
 
 def _group(data: Any, index: int) -> PlanGroup:

@@ -35,7 +35,12 @@ def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
         families = [group.id, *group.children]
         slots = {(s.tensor, s.axis): s for f in families for s in by_group.get(f, ())}
         groups.append(
-            PlanGroup(group.id, group.size, mine.tolist(), [_slot(analysis, s.tensor, s.axis, removed) for s in slots.values()])
+            PlanGroup(
+                group.id,
+                group.size,
+                mine.tolist(),
+                [_slot(analysis, s.tensor, s.axis, removed) for s in slots.values()],
+            )
         )
     return Plan(analysis.loaded.sha256, criterion, groups, [asdict(b) for b in analysis.barriers])
 
@@ -108,7 +113,10 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
         size = label.ids.shape[slot.axis]
         bad = [p for p in slot.removed if not 0 <= p < size]
         if bad:
-            raise UsageError(f"The plan removes position {bad[0]} of axis {slot.axis} of {slot.tensor!r}.", hint=f"Allowed: 0 to {size - 1}.")
+            raise UsageError(
+                f"The plan removes position {bad[0]} of axis {slot.axis} of {slot.tensor!r}.",
+                hint=f"Allowed: 0 to {size - 1}.",
+            )
         ids = label.ids.take(np.asarray(slot.removed, dtype=np.int64), axis=slot.axis)
         found = np.unique(units.component[ids])
         stuck = found[units.frozen[found]]

@@ -245,7 +245,9 @@ def _choose_rows(units: Units) -> None:
         real = {c for c in children_ if c >= 0}
         units.groups[parent].children = sorted(real)
         group = units.groups[parent]
-        cells_work = parent not in stuck and real and all(units.groups[c].prunable for c in real) and -1 not in children_
+        cells_work = (
+            parent not in stuck and real and all(units.groups[c].prunable for c in real) and -1 not in children_
+        )
         if cells_work or not group.prunable:
             group.prunable = False
         else:

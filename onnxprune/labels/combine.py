@@ -32,7 +32,9 @@ def broadcast(
     """
     if not any(labels for labels, _ in operands):
         return NONE
-    aligned = [(align(labels, rank - len(shape)), (1,) * (rank - len(shape)) + tuple(shape)) for labels, shape in operands]
+    aligned = [
+        (align(labels, rank - len(shape)), (1,) * (rank - len(shape)) + tuple(shape)) for labels, shape in operands
+    ]
     result: Labels = NONE
     for labels, _ in aligned:
         for label in labels:
@@ -44,7 +46,9 @@ def broadcast(
             if shape[axis] != 1 and covering(labels, axis) is None:
                 label = covering(result, axis)
                 if label is not None:
-                    atoms.fix_axis(label, axis, reason("unlabelled-operand", f"axis {axis} meets a tensor without labels"))
+                    atoms.fix_axis(
+                        label, axis, reason("unlabelled-operand", f"axis {axis} meets a tensor without labels")
+                    )
     return result
 
 

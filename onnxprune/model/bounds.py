@@ -10,7 +10,20 @@ from onnxprune.model.facts import Facts
 from onnxprune.model.graph import Graph, Node
 
 _MOVES = {
-    *("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Transpose", "Expand", "Flatten", "Concat", "Split", "Tile"),
+    *(
+        "Identity",
+        "Cast",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Transpose",
+        "Expand",
+        "Flatten",
+        "Concat",
+        "Split",
+        "Tile",
+    ),
     *("Gather", "Clip", "Max", "Min", "Where", "Pad"),
 }
 _TABLES = {("Gather", 1), ("GatherElements", 1), ("GatherND", 1), ("OneHot", 0)}

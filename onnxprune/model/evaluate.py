@@ -18,7 +18,15 @@ Values = list["np.ndarray | None"]
 Function = Callable[[Node, Values], Any]
 
 # Nodes that must not be folded although all their inputs are known: their result is not a function of their inputs.
-RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
+RANDOM = {
+    "RandomNormal",
+    "RandomUniform",
+    "RandomNormalLike",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+    "Dropout",
+}
 
 
 def _axes(node: Node, values: Values, position: int = 1) -> tuple[int, ...] | None:

@@ -105,7 +105,7 @@ class Graph:
             if name:
                 self.consumers.setdefault(name, []).append((node, position))
         for attribute in proto.attribute:
-            for body in ([attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs):
+            for body in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
                 self.captured.update(_reads(body))
         if node.op == "Constant" and node.domain == "":
             weight = weight_from_constant(proto)
@@ -118,6 +118,6 @@ def _reads(body: onnx.GraphProto) -> Iterator[str]:
     for node in body.node:
         yield from (name for name in node.input if name)
         for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs):
+            for inner in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
                 yield from _reads(inner)
     yield from (output.name for output in body.output)

@@ -20,7 +20,6 @@ from onnxprune.rewrite.oracle import masked_original
 from onnxprune.runtime import compare, fidelity, inputs, latency
 from onnxprune.runtime.data import load_data
 
-
 _UNKNOWN = "No Op registered for"
 
 
@@ -67,7 +66,9 @@ class Validate:
         assert state.removed is not None
         approximate = any(not g.exact for g in analysis.units.groups)
         worst = Exactness(passed=True)
-        quantized = any(n.op in ("QuantizeLinear", "QLinearConv", "DynamicQuantizeLinear") for n in analysis.graph.nodes)
+        quantized = any(
+            n.op in ("QuantizeLinear", "QLinearConv", "DynamicQuantizeLinear") for n in analysis.graph.nodes
+        )
         for probe, feed in enumerate(feeds):
             proto, weights = masked_original(analysis.table, state.removed, probe)
             reference = folder / f"masked{probe}.onnx"
@@ -83,7 +84,10 @@ class Validate:
             if not facts.passed:
                 break
         if approximate and not worst.passed:
-            worst.passed, worst.note = None, f"not asked: cut through a normalisation (relative difference {worst.error:.2g})"
+            worst.passed, worst.note = (
+                None,
+                f"not asked: cut through a normalisation (relative difference {worst.error:.2g})",
+            )
         state.report.exactness = worst
         if worst.passed is False:
             raise ValidationError(
@@ -107,7 +111,9 @@ def check_structure(path: Path, original: Path) -> None:
         return  # an operator that only onnxruntime knows: it says more than the checker when it loads the model
     if before is not None:
         raise ModelError(f"The model is not valid ONNX: {before}", hint="Export it again, or mend it.")
-    raise ValidationError(f"The result is not a valid model: {complaint}", hint="This is a bug in onnxprune; please report it.")
+    raise ValidationError(
+        f"The result is not a valid model: {complaint}", hint="This is a bug in onnxprune; please report it."
+    )
 
 
 def _complaint(path: Path) -> str | None:
@@ -132,9 +138,7 @@ def _synthetic(state: State, analysis: Analysis) -> list[Any]:
     """One seeded feed per probe."""
     specs = input_specs(analysis.graph)
     bounds = integer_bounds(analysis.graph, analysis.facts)
-    return [
-        inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=state.seed) for probe in analysis.facts.probes
-    ]
+    return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=state.seed) for probe in analysis.facts.probes]
 
 
 def _feeds(state: State, analysis: Analysis) -> tuple[list[Any], str]:

@@ -88,7 +88,12 @@ class _State:
             new, old = values.get(name), probe.values.get(name)
             if (new is None) != (old is None):
                 return True
-            if new is not old and new is not None and old is not None and not np.array_equal(new, old, equal_nan=new.dtype.kind == "f"):
+            if (
+                new is not old
+                and new is not None
+                and old is not None
+                and not np.array_equal(new, old, equal_nan=new.dtype.kind == "f")
+            ):
                 return True
         return False
 
@@ -164,7 +169,11 @@ class _State:
     def _mixed_target(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], now: Any) -> None:
         """A Reshape target with dynamic entries: at most one of them changes, and becomes -1."""
         axes = np.array([self.table.facts.varies(node.outputs[0], a) for a in range(len(target))])
-        same = np.zeros(len(target), bool) if now is None or now.shape != axes.shape else np.asarray(now) == np.asarray(target)
+        same = (
+            np.zeros(len(target), bool)
+            if now is None or now.shape != axes.shape
+            else np.asarray(now) == np.asarray(target)
+        )
         change = axes & ~same
         if now is None and axes.sum() <= 1:
             self.set_input(node, i, np.where(axes, -1, target).astype(np.int64))
@@ -176,7 +185,12 @@ class _State:
     def _blend(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], now: Any) -> None:
         """A computed operand: new constants where it is static, the computed entries where it is dynamic."""
         dynamic = self._dynamic(old, target)
-        if dynamic is None or now is None or now.shape != dynamic.shape or (np.asarray(now) != np.asarray(target))[dynamic].any():
+        if (
+            dynamic is None
+            or now is None
+            or now.shape != dynamic.shape
+            or (np.asarray(now) != np.asarray(target))[dynamic].any()
+        ):
             raise CannotRewrite(node, f"operand {i} is computed in a way that cannot follow the new sizes")
         self._where(node, i, np.asarray(target), dynamic)
 

@@ -119,7 +119,7 @@ def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight])
         used |= graph.captured
 
         def alive(node: onnx.NodeProto, used: set[str] = used) -> bool:
-            return any(o in used or not (o in graph.consumers) for o in node.output if o) or not node.output
+            return any(o in used or o not in graph.consumers for o in node.output if o) or not node.output
 
         dead = [i for i, node in enumerate(model.graph.node) if not alive(node)]
         if not dead:

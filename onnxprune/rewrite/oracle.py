@@ -16,7 +16,9 @@ from onnxprune.rules.context import Step, Table
 from onnxprune.rules.registry import lookup
 
 
-def masked_original(table: Table, removed: NDArray[np.bool_], probe: int = 0) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+def masked_original(
+    table: Table, removed: NDArray[np.bool_], probe: int = 0
+) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     """The original with masks, for inputs of the given probe's sizes. Weights are shared with the original, not copied.
 
     It is built from labels and ``Rule.reads`` alone and shares nothing with the rewriting of nodes and weights, so that

@@ -154,7 +154,9 @@ class Step:
             self.atoms.unite(a, b)
         for ids, other in ((a, b), (b, a)):
             if ids is not None and other is None:
-                self.atoms.freeze(ids, self.reason("unlabelled-operand", f"{what} meets a tensor without removable channels"))
+                self.atoms.freeze(
+                    ids, self.reason("unlabelled-operand", f"{what} meets a tensor without removable channels")
+                )
 
     # -- shorthands ------------------------------------------------------------------------------------------------
 
@@ -165,7 +167,9 @@ class Step:
 
     def broadcast(self, inputs: Sequence[int]) -> Labels:
         """Labels of inputs that broadcast against each other into output 0."""
-        return broadcast(self.atoms, [(self.labels(i), self.shape(i)) for i in inputs], len(self.out_shape()), self.reason)
+        return broadcast(
+            self.atoms, [(self.labels(i), self.shape(i)) for i in inputs], len(self.out_shape()), self.reason
+        )
 
     def merge(self, labels: Labels, label: Label) -> Labels:
         """``labels`` joined by one more label of the same tensor."""

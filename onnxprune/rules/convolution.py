@@ -25,7 +25,12 @@ class Conv(Rule):
     """
 
     def __init__(
-        self, data: int = 0, weight: int = 1, bias: int | None = 2, per_output: tuple[int, ...] = (), addend: int | None = None
+        self,
+        data: int = 0,
+        weight: int = 1,
+        bias: int | None = 2,
+        per_output: tuple[int, ...] = (),
+        addend: int | None = None,
     ) -> None:
         self.data, self.weight, self.bias, self.per_output, self.addend = data, weight, bias, per_output, addend
 
@@ -67,7 +72,9 @@ class Conv(Rule):
         ins, outs = step.axis_ids(x, self.axis(step)), step.axis_ids(w, 0)
         per_in = step.shape(self.weight)[1]
         if ins is None or outs is None:
-            step.freeze((*x, *w), "unlabelled-operand", "a grouped convolution reads a tensor without removable channels")
+            step.freeze(
+                (*x, *w), "unlabelled-operand", "a grouped convolution reads a tensor without removable channels"
+            )
             return None
         grid_in, grid_out = ins.reshape(group, -1), outs.reshape(group, -1)
         if per_in == 1:
@@ -147,7 +154,9 @@ class ConvTranspose(Conv):
             step.fix(w, 1, "fixed-size", "the channel multiplier keeps its size")
             return np.repeat(ins, shape[1])
         if name not in step.table.graph.weights or len(step.table.graph.consumers[name]) > 1:
-            step.freeze((*step.labels(self.data), *w), "unsupported-form", "a grouped ConvTranspose with a computed weight")
+            step.freeze(
+                (*step.labels(self.data), *w), "unsupported-form", "a grouped ConvTranspose with a computed weight"
+            )
             return None
         out = step.atoms.new(group * shape[1], name, 1)
         grid_out = out.reshape(group, shape[1])

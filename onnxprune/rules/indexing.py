@@ -84,8 +84,12 @@ class ScatterND(Rule):
         data, updates = step.labels(0), step.labels(2)
         depth = step.shape(1)[-1]
         shift = len(step.shape(2)) - (len(step.shape(0)) - depth)
-        step.fix_all_but(data, range(depth, len(step.shape(0))), "fixed-size", "positions of this axis are written by index")
-        step.fix_all_but(updates, range(shift, len(step.shape(2))), "fixed-size", "positions of this axis are written by index")
+        step.fix_all_but(
+            data, range(depth, len(step.shape(0))), "fixed-size", "positions of this axis are written by index"
+        )
+        step.fix_all_but(
+            updates, range(shift, len(step.shape(2))), "fixed-size", "positions of this axis are written by index"
+        )
         if any(x.is_grid for x in (*data, *updates)):
             step.freeze((*data, *updates), "unsupported-form", "a grid is written by index")
             return

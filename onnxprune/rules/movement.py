@@ -177,7 +177,11 @@ class Slice(Rule):
             axes, steps = step.attr("axes", list(range(len(starts)))), [1] * len(starts)
         else:
             values = [step.value(i) for i in range(1, 5)]
-            if any(step.has(i + 1) and v is None for i, v in enumerate(values)) or values[0] is None or values[1] is None:
+            if (
+                any(step.has(i + 1) and v is None for i, v in enumerate(values))
+                or values[0] is None
+                or values[1] is None
+            ):
                 return None
             starts, ends = values[0].ravel(), values[1].ravel()
             axes = list(range(len(starts))) if values[2] is None else values[2].ravel()
@@ -230,7 +234,9 @@ class Slice(Rule):
         self._state(cut, starts, ends, values, changed)
 
     @staticmethod
-    def _state(cut: Cut, starts: list[int], ends: list[int], values: list[NDArray[np.int64] | None], changed: bool) -> None:
+    def _state(
+        cut: Cut, starts: list[int], ends: list[int], values: list[NDArray[np.int64] | None], changed: bool
+    ) -> None:
         if cut.node.version < 10:
             if changed:
                 cut.set_attr("starts", starts)

@@ -39,7 +39,9 @@ class Rule:
         """(input, axes) pairs that this operator sums over: where the oracle multiplies removed channels by 0."""
         return []
 
-    def infer(self, node: Node, shapes: list[Shape | None], values: list[NDArray[Any] | None]) -> list[Shape | None] | None:
+    def infer(
+        self, node: Node, shapes: list[Shape | None], values: list[NDArray[Any] | None]
+    ) -> list[Shape | None] | None:
         """Shapes of the outputs, for operators that onnx has no shape inference for; None where they cannot be told.
 
         Args:
@@ -63,7 +65,9 @@ _loaded = False
 T = TypeVar("T", bound=type[Rule])
 
 
-def register(domain: str, *ops: str, since: int = 1, until: int = FOREVER, rule: Rule | None = None) -> Callable[[T], T]:
+def register(
+    domain: str, *ops: str, since: int = 1, until: int = FOREVER, rule: Rule | None = None
+) -> Callable[[T], T]:
     """Register a rule for operators of ``domain`` ("" is ONNX's own) from opset ``since`` up to, not including, ``until``.
 
     Use it as a class decorator, or pass ``rule=`` an instance.

@@ -42,7 +42,11 @@ def check_patterns(request: Request, names: Iterable[str]) -> None:
         UsageError: one does not; the nearest name is suggested.
     """
     known = sorted({n for n in names if n})
-    for option, patterns in (("--layer", request.layers), ("--include", request.include), ("--exclude", request.exclude)):
+    for option, patterns in (
+        ("--layer", request.layers),
+        ("--include", request.include),
+        ("--exclude", request.exclude),
+    ):
         for pattern in patterns:
             if not any(matches(name, pattern) for name in known):
                 raise UsageError(f"{option} {pattern!r} matches no node or weight.", hint=nearest(pattern, known))
