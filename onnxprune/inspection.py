@@ -18,7 +18,9 @@ from onnxprune.labels.atoms import Barrier
 from onnxprune.labels.label import Ids, Label
 from onnxprune.model import cost
 from onnxprune.model.facts import Facts, study
+from onnxprune.model.fold import fold
 from onnxprune.model.graph import Graph, Node
+from onnxprune.model.hoist import hoist
 from onnxprune.model.load import Loaded, load
 from onnxprune.model.probes import probe_shapes
 from onnxprune.report.facts import LayerFacts
@@ -71,8 +73,10 @@ class Analysis:
         approximate: bool = False,
     ) -> None:
         self.loaded: Loaded = load(source)
-        self.graph: Graph = Graph.of(self.loaded.proto, self.loaded.weights)
-        self.facts: Facts = study(self.graph, probe_shapes(self.graph, input_shapes), infer_by_rule)
+        self.original: Graph = Graph.of(self.loaded.proto, self.loaded.weights)
+        folded, self.folds = fold(self.original)
+        self.facts: Facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
+        self.graph, self.hoists = hoist(folded, self.facts)
         self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
         self.units: Units = resolve(self.table.atoms)
 
@@ -154,6 +158,11 @@ class Analysis:
                 own.extend(n for n in result.get(child, ()) if n not in own)
         return result
 
+    @cached_property
+    def _sources(self) -> dict[str, tuple[str, ...]]:
+        """The weights that a folded one was computed from, by its name."""
+        return {name: item.sources for item in self.folds for name in item.folded}
+
     def _groups_on(self, names: Sequence[str]) -> set[int]:
         found: set[int] = set()
         for name in names:
@@ -165,7 +174,8 @@ class Analysis:
         """Names that patterns are matched against: the layers that produce a group's channels, and their weights."""
         layers = self.producers.get(group.id, [])
         weights = [w for node in layers for w in cost.layer_weights(node, self.graph)]
-        return list(dict.fromkeys([node.label for node in layers] + weights))
+        sources = [s for w in weights for s in self._sources.get(w, ())]
+        return list(dict.fromkeys([node.label for node in layers] + weights + sources))
 
     def _layers_of(self, group: Group) -> list[str]:
         """Every layer that a group runs through, producers first."""
@@ -177,12 +187,13 @@ class Analysis:
         return list(dict.fromkeys(node.label for node in nodes))
 
     def slots(self) -> dict[int, list[SlotView]]:
-        """Slots of every group: one per labelled axis, grids aside."""
+        """Slots of every group in the input model's own tensors: one per labelled axis, grids aside."""
         result: dict[int, list[SlotView]] = {}
+        made = {name for item in self.hoists for name in item.made}
         known: dict[int, tuple[Label, Ids]] = {}
         for name, labels in self.table.items().items():
             for label in labels:
-                if label.is_grid:
+                if label.is_grid or name in made:
                     continue
                 cached = known.get(id(label))
                 if cached is None:

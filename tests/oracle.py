@@ -76,6 +76,15 @@ def runnable(model: onnx.ModelProto) -> bool:
     return True
 
 
+def is_valid(model: onnx.ModelProto) -> bool:
+    """Whether onnx's checker accepts a model; it does not know every operator, nor one it calls deprecated."""
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError:
+        return False
+    return True
+
+
 def plan_slots(result: Result) -> list[dict[str, Any]]:
     """The slots of the plan, read back from the file that a user would get; one per tensor and axis.
 
@@ -112,7 +121,8 @@ def assert_same_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> No
     assert list(before.opset_import) == list(after.opset_import)
     assert list(before.metadata_props) == list(after.metadata_props)
     assert before.ir_version == after.ir_version
-    onnx.checker.check_model(after)
+    if is_valid(before):
+        onnx.checker.check_model(after)
     onnx.shape_inference.infer_shapes(inliner.inline_local_functions(after), strict_mode=True)
 
 

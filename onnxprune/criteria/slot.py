@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ class Slot:
         role: (operator, input position) pairs of the nodes that read the weight.
         units: unit of every channel, [channels], numbers from 0.
         size: number of units in the group.
-        rng: the run's seeded generator, for criteria that draw.
+        seed: the run's seed and the group's number, for criteria that draw; see ``rng``.
     """
 
     tensor: str
@@ -30,7 +30,12 @@ class Slot:
     role: Sequence[tuple[str, int]]
     units: NDArray[np.int64]
     size: int
-    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    seed: Sequence[int] = (0,)
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A generator that is the same for every slot of a group, so that a unit draws the same number everywhere."""
+        return np.random.default_rng(list(self.seed))
 
     @property
     def matrix(self) -> NDArray[Any]:

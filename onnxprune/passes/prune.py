@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnxprune.criteria import Criterion, get
 from onnxprune.errors import BudgetError
 from onnxprune.inspection import Analysis
+from onnxprune.model.restore import restore
 from onnxprune.model.weights import Weight
 from onnxprune.passes.state import State
 from onnxprune.plan import Plan
@@ -61,9 +62,11 @@ class Prune:
     def __call__(self, state: State) -> None:
         """Choose units, cut the model, fill plan and report."""
         analysis = state.analyzed(self.approximate)
-        check_patterns(self.request, (*analysis.graph.weights, *(n.label for n in analysis.graph.nodes)))
+        names = dict.fromkeys((*analysis.loaded.weights, *analysis.graph.weights, *(n.label for n in analysis.graph.nodes)))
+        check_patterns(self.request, tuple(names))
         with state.stage("cut"):
             removed, proto, weights = self._cut(analysis, state)
+            restore(proto, weights, analysis.original, analysis.folds, analysis.hoists)
         state.removed, state.proto, state.weights = removed, proto, weights
         with state.stage("plan"):
             state.plan = make_plan(analysis, removed, self.name if self.plan is None else self.plan.criterion)

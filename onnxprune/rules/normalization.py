@@ -104,6 +104,10 @@ class GroupNorm(Rule):
         """The channel axis of the data."""
         return 1
 
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """The shape of the data."""
+        return [shapes[0]]
+
     def propagate(self, step: Step) -> None:
         """Channels of one group are tied; scale and bias have one value per channel or per group."""
         labels, axis = step.labels(0), self.channel_axis(step)

@@ -131,8 +131,7 @@ def _slots(
             continue
         group = wanted[int(number) - 1]
         owner = np.where(numbers == group.id, unit, -1)
-        rng = np.random.default_rng([seed, group.id])
-        slot = _slot(name, label, array, owner, group.size, role, rng)
+        slot = _slot(name, label, array, owner, group.size, role, (seed, group.id))
         if slot is not None:
             yield group.id, slot
 
@@ -144,13 +143,13 @@ def _slot(
     owner: Ids,
     size: int,
     role: list[tuple[str, int]],
-    rng: np.random.Generator,
+    seed: tuple[int, int],
 ) -> Slot | None:
     flat = owner.ravel()
     if not label.is_grid and flat.size == size and np.array_equal(flat, np.arange(size)):
         axis = label.pack
         blocks = array.reshape(int(np.prod(array.shape[:axis])), array.shape[axis], -1)
-        return Slot(name, axis, blocks, role, flat, size, rng)
+        return Slot(name, axis, blocks, role, flat, size, seed)
     chosen = np.flatnonzero(flat >= 0)
     if not chosen.size:
         return None
@@ -163,5 +162,5 @@ def _slot(
     if (counts[present] == counts[present[0]]).all():
         # Equally many positions per unit: all of a unit's positions are one row of features.
         matrix = rows[order].reshape(present.size, -1)
-        return Slot(name, label.pack, matrix[None], role, present, size, rng)
-    return Slot(name, label.pack, rows[order][None], role, who, size, rng)
+        return Slot(name, label.pack, matrix[None], role, present, size, seed)
+    return Slot(name, label.pack, rows[order][None], role, who, size, seed)
