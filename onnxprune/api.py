@@ -42,12 +42,14 @@ def prune(
         layers: {glob over node or weight names: ratio}. include, exclude: such globs.
         round_to: keep a multiple of this many units per group where it can be had.
         plan: a plan or its file, replayed instead of scoring.
-        input_shapes: {input: shape} for dynamic inputs. data: validation inputs (.npz, .npy, folder, mapping, iterable).
+        input_shapes: {input: shape} for dynamic inputs.
+        data: validation inputs (.npz, .npy, folder, mapping, iterable).
         seed: of everything random. approximate: also cut through normalisations, which is not exact.
         validate, latency: run the checks; measure speed. progress: called with (stage, fraction).
 
     Raises:
-        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed, 5 nothing to cut.
+        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
+            5 nothing to cut.
     """
     passes: list[Pass] = [
         Prune(
@@ -61,8 +63,7 @@ def prune(
             approximate=approximate,
         )
     ]
-    if validate:
-        passes.append(Validate(timed=latency))
+    passes.append(Validate(exact=validate, faithful=validate, timed=validate and latency))
     return Pipeline(passes).run(model, input_shapes=input_shapes, data=data, seed=seed, progress=progress)
 
 

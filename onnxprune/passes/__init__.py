@@ -1,4 +1,4 @@
-"""Passes: the stages of a pipeline. A pass is a callable over :class:`State`; write your own as a function or a class."""
+"""Passes: the stages of a pipeline. A pass is a callable over :class:`State`; write your own, see CONTRIBUTING."""
 
 from onnxprune.passes.pipeline import Pipeline
 from onnxprune.passes.prune import Prune

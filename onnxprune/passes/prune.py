@@ -62,8 +62,8 @@ class Prune:
     def __call__(self, state: State) -> None:
         """Choose units, cut the model, fill plan and report."""
         analysis = state.analyzed(self.approximate)
-        names = dict.fromkeys((*analysis.loaded.weights, *analysis.graph.weights, *(n.label for n in analysis.graph.nodes)))
-        check_patterns(self.request, tuple(names))
+        labels = (n.label for n in analysis.graph.nodes)
+        check_patterns(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
         with state.stage("cut"):
             removed, proto, weights = self._cut(analysis, state)
             restore(proto, weights, analysis.original, analysis.folds, analysis.hoists)
@@ -153,4 +153,5 @@ def _fill_report(
     totals.macs_after = sum(x.macs_after for x in report.layers)
     approximate = sum(1 for g in analysis.units.groups if not g.exact and taken.get(g.id))
     if approximate:
-        report.warnings.append(f"{approximate} groups were cut through a normalisation (--approximate): not exact there.")
+        what = "1 group was" if approximate == 1 else f"{approximate} groups were"
+        report.warnings.append(f"{what} cut through a normalisation (--approximate): not exact there.")

@@ -1,0 +1,58 @@
+"""Is the result a valid model: onnx's checker on the file, and strict shape inference without any weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from onnxprune.errors import ModelError, ValidationError
+
+_UNKNOWN = "No Op registered"
+_REPORT = "This is a bug in onnxprune; please report it."
+
+
+def check_file(path: Path, original: Path) -> None:
+    """onnx's checker on a written model.
+
+    Raises:
+        ModelError: it objects to the original already. ValidationError: it objects to the result alone.
+    """
+    complaint = _complaint(path)
+    if complaint is None:
+        return
+    before = _complaint(original)
+    if before == complaint and _UNKNOWN in complaint:
+        return  # an operator that only onnxruntime knows: it says more than the checker when it loads the model
+    if before is not None:
+        raise ModelError(f"The model is not valid ONNX: {before}", hint="Export it again, or mend it.")
+    raise ValidationError(f"The result is not a valid model: {complaint}", hint=_REPORT)
+
+
+def check_sizes(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """Strict shape inference on two skeletons: what fits together before must fit together after.
+
+    Raises:
+        ValidationError: sizes contradict each other in the result alone.
+    """
+    complaint = _contradiction(after)
+    if complaint is not None and _contradiction(before) is None:
+        raise ValidationError(f"Sizes in the result contradict each other: {complaint}", hint=_REPORT)
+
+
+def _complaint(path: Path) -> str | None:
+    """The first line of what onnx's checker says against a model, or None."""
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def _contradiction(proto: onnx.ModelProto) -> str | None:
+    """The last line of what strict inference says against a skeleton, or None."""
+    try:
+        onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+    except Exception as error:  # inference raises several types; each means that it objects
+        return str(error).strip().splitlines()[-1]
+    return None
