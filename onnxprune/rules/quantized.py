@@ -53,15 +53,13 @@ class IntegerMatMul(Rule):
 
     Args:
         a, b: positions of the matrices.
-        zeros: positions of their zero points; None where a matrix is given as numbers.
+        zero: position of the zero point of ``a``; None where it is given as numbers.
         rows: positions of operands with one value for all or one per row of ``a``.
         columns: positions of operands that broadcast against the result: one per column of ``b``, or an addend.
     """
 
-    def __init__(
-        self, a: int, b: int, zeros: tuple[int | None, int], rows: Sequence[int] = (), columns: Sequence[int] = ()
-    ) -> None:
-        self.a, self.b, self.zeros, self.rows, self.columns = a, b, zeros, rows, columns
+    def __init__(self, a: int, b: int, zero: int | None, rows: Sequence[int] = (), columns: Sequence[int] = ()) -> None:
+        self.a, self.b, self.zero, self.rows, self.columns = a, b, zero, rows, columns
 
     def terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
         """Subscripts of operands of rank ``a`` and ``b`` and of the result."""
@@ -73,6 +71,8 @@ class IntegerMatMul(Rule):
         """Contract over ``k``, then meet what belongs to rows and columns."""
         left, right = step.shape(self.a), step.shape(self.b)
         x, y, out = self.terms(step.node, len(left), len(right))
+        if self.zero is not None and step.has(self.zero) and int(np.prod(step.shape(self.zero))) > 1:
+            step.fix(step.labels(self.a), x.index("k"), "unsupported-form", "every row has a zero point of its own")
         result = contract(step, [(step.labels(self.a), left, x), (step.labels(self.b), right, y)], out)
         operands: list[tuple[Labels, Shape]] = [(result, step.out_shape())]
         for i in (i for i in (*self.rows, *self.columns) if step.has(i)):
@@ -83,22 +83,14 @@ class IntegerMatMul(Rule):
                 operands.append((labels, shape))
         step.set(0, broadcast(step.atoms, operands, len(out), step.reason))
 
-    def _masked(self, step: Step) -> int:
-        """The matrix to mask: ``a``, unless it has a zero point for every row, which would not line up with it."""
-        zero = self.zeros[0]
-        per_row = zero is not None and step.has(zero) and int(np.prod(step.shape(zero))) > 1
-        return self.b if per_row else self.a
-
     def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """One matrix over ``k``: zeros in one factor are enough."""
-        x, y, _ = self.terms(step.node, len(step.shape(self.a)), len(step.shape(self.b)))
-        masked = self._masked(step)
-        return [(masked, ((x if masked == self.a else y).index("k"),))]
+        """``a`` over ``k``: zeros in one factor are enough."""
+        x, _, _ = self.terms(step.node, len(step.shape(self.a)), len(step.shape(self.b)))
+        return [(self.a, (x.index("k"),))]
 
     def neutral(self, step: Step, i: int) -> str | None:
-        """The zero point of the masked matrix."""
-        zero = self.zeros[0] if i == self.a else self.zeros[1]
-        return step.node.inputs[zero] if zero is not None and step.has(zero) else None
+        """The zero point of ``a``."""
+        return step.node.inputs[self.zero] if self.zero is not None and step.has(self.zero) else None
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
         """As numpy's matmul."""
@@ -196,11 +188,11 @@ class QuantizedSoftmax(OverAxes):
 register("", "QLinearConv", rule=IntegerConv(0, 3, 8, (4, 5), zero=2))
 register("com.microsoft", "QLinearConv", rule=IntegerConv(0, 3, 8, (4, 5), zero=2))
 register("", "ConvInteger", rule=IntegerConv(0, 1, None, (3,), zero=2))
-register("", "QLinearMatMul", rule=IntegerMatMul(0, 3, (2, 5), rows=(1, 2, 6, 7), columns=(4, 5)))
-register("", "MatMulInteger", rule=IntegerMatMul(0, 1, (2, 3), rows=(2,), columns=(3,)))
-register("com.microsoft", "QGemm", rule=IntegerMatMul(0, 3, (2, 5), columns=(4, 5, 6)))
-register("com.microsoft", "DynamicQuantizeMatMul", rule=IntegerMatMul(0, 1, (None, 3), columns=(2, 3, 4)))
-register("com.microsoft", "MatMulIntegerToFloat", rule=IntegerMatMul(0, 1, (4, 5), rows=(2, 4), columns=(3, 5, 6)))
+register("", "QLinearMatMul", rule=IntegerMatMul(0, 3, 2, rows=(1, 2, 6, 7), columns=(4, 5)))
+register("", "MatMulInteger", rule=IntegerMatMul(0, 1, 2, rows=(2,), columns=(3,)))
+register("com.microsoft", "QGemm", rule=IntegerMatMul(0, 3, 2, columns=(4, 5, 6)))
+register("com.microsoft", "DynamicQuantizeMatMul", rule=IntegerMatMul(0, 1, None, columns=(2, 3, 4)))
+register("com.microsoft", "MatMulIntegerToFloat", rule=IntegerMatMul(0, 1, 4, rows=(2, 4), columns=(3, 5, 6)))
 register("com.microsoft", "MatMulNBits", rule=PackedMatMul())
 register("com.microsoft", "QLinearAdd", "QLinearMul", rule=Elementwise([0, 3]))
 register("com.microsoft", "QLinearSigmoid", "QLinearLeakyRelu", rule=Elementwise([0]))

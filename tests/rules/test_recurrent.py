@@ -77,9 +77,13 @@ def assert_hidden(model: onnx.ModelProto, hidden: int, ins: int | None = None, w
         assert i not in given or given[i][-1] == size
 
 
-def prune(model: onnx.ModelProto, **options: Any) -> op.Result:
+def prune(model: onnx.ModelProto, seed: int = 0, **options: Any) -> op.Result:
     """Cut; onnxprune itself raises where the result is not exact against the masked original."""
-    result = op.prune(model, **{"criterion": "random", "ratio": 0.5, "latency": False, **options})
+    stages = [
+        op.passes.Prune(**{"criterion": "random", "ratio": 0.5, **options}),
+        op.passes.Validate(faithful=False, timed=False),
+    ]
+    result = op.Pipeline(stages).run(model, seed=seed)
     assert result.report.exactness.passed
     assert result.report.exactness.error < 1e-5
     return result
@@ -93,7 +97,7 @@ def prune(model: onnx.ModelProto, **options: Any) -> op.Result:
     opset=st.sampled_from([7, 9, 14, 17, newest()]),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=30)
+@settings(max_examples=16)
 def test_cut_is_exact(kind: str, direction: str, optional: set[str], outputs: set[int], opset: int, seed: int) -> None:
     net = Net(opset, seed=seed)
     made = batch_first(net, layer(net, kind, sequence(net), INPUTS, 4, direction=direction, optional="".join(optional)))
