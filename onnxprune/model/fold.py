@@ -1,0 +1,198 @@
+"""Fold what is computed from weights alone into one: weight standardisation, weight norm, a scale on a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx
+
+from onnxprune.model.cost import LAYERS
+from onnxprune.model.elements import Array
+from onnxprune.model.evaluate import evaluate
+from onnxprune.model.graph import Graph, Node
+from onnxprune.model.load import INLINE_LIMIT
+from onnxprune.model.weights import ArrayWeight, Weight, to_proto
+
+# What may stand between a folded weight and the operator that contracts with it.
+PASSING = {"Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten"}
+# Labels are pushed through these as they are; dequantised weights above all must stay in their codes.
+_MOVED = PASSING | {"Concat", "Split", "Slice", "Gather", "QuantizeLinear"}
+_CODES = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+_RECURRENT = {"LSTM", "GRU", "RNN"}
+# Bytes that a folded weight may be larger than what it was computed from: a blur kernel repeated for every channel.
+FREE = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A node whose outputs became weights.
+
+    ``nodes``: it and all that it was computed by; ``folded``: its outputs, as weights; ``sources``: the weights of the
+    original that went into it.
+    """
+
+    nodes: tuple[Node, ...]
+    folded: dict[str, Weight]
+    sources: tuple[str, ...]
+
+
+def fold(graph: Graph) -> tuple[Graph, list[Fold]]:
+    """The graph with computed weights in place of their computations, and what was done; the same graph if nothing was.
+
+    Only floating weights of contractions are folded, only where computing takes part, and only where the model does
+    not grow by it. What a body reads, what is an output and what a caller may override stays.
+    """
+    if graph.proto.ir_version < 4:  # every initializer would have to be an input too
+        return graph, []
+    folds: dict[int, Fold] = {}
+    refused: set[int] = set()
+    constant = _constant(graph)
+    ends = {n.index: n for n in _ends(graph, constant)}
+    while True:
+        for index in sorted(ends.keys() - folds.keys() - refused):
+            found = _fold(graph, ends[index])
+            if found is None:
+                refused.add(index)
+            else:
+                folds[index] = found
+        gone = _gone(graph, folds)
+        growing = _growing(graph, folds, gone)
+        if not growing:
+            break
+        refused |= growing
+        folds = {i: f for i, f in folds.items() if i not in growing}
+    return (_write(graph, folds, gone), list(folds.values())) if folds else (graph, [])
+
+
+def _constant(graph: Graph) -> set[str]:
+    """Tensors that are computed from weights alone."""
+    known: set[str] = set()
+    for node in graph.nodes:
+        plain = (
+            node.domain == "" and node.inputs and not any(a.type in (a.GRAPH, a.GRAPHS) for a in node.proto.attribute)
+        )
+        if plain and all(not n or n in known or n in graph.weights for n in node.inputs):
+            known.update(o for o in node.outputs if o)
+    return known
+
+
+def _ends(graph: Graph, constant: set[str]) -> Iterator[Node]:
+    """The last node before a contraction that does more than move its weight."""
+    for node in graph.nodes:
+        positions = LAYERS.get(node.op)
+        if positions is None:
+            continue
+        for i in {*positions, 2} if node.op in _RECURRENT else positions:
+            name = node.inputs[i] if i < len(node.inputs) else ""
+            while name in constant and graph.producer[name].op in PASSING:
+                name = graph.producer[name].inputs[0]
+            if name in constant and graph.producer[name].op not in _CODES:
+                yield graph.producer[name]
+
+
+def _region(graph: Graph, end: Node) -> tuple[Node, ...]:
+    """``end`` and everything that it is computed by, in graph order; Constant nodes count as weights."""
+    found = {end.index: end}
+    queue = [end]
+    while queue:
+        for name in queue.pop().inputs:
+            node = graph.producer.get(name)
+            if node is not None and name not in graph.weights and node.index not in found:
+                found[node.index] = node
+                queue.append(node)
+    return tuple(found[i] for i in sorted(found))
+
+
+def _fold(graph: Graph, end: Node) -> Fold | None:
+    nodes = _region(graph, end)
+    if all(n.op in _MOVED for n in nodes) or any(n.op in _CODES for n in nodes):
+        return None
+    read = {name for node in nodes for name in node.inputs if name in graph.weights}
+    if read & {i.name for i in graph.proto.graph.input}:
+        return None
+    held = graph.captured.union(graph.outputs)
+    wanted = [o for o in end.outputs if o in graph.consumers]
+    if any(o in held for o in end.outputs):
+        return None
+    values = _evaluate(graph, nodes)
+    if values is None or any(values[o].dtype.kind not in "fV" for o in wanted):
+        return None
+    return Fold(nodes, {o: ArrayWeight(o, values[o]) for o in wanted}, tuple(sorted(read)))
+
+
+def _evaluate(graph: Graph, nodes: tuple[Node, ...]) -> dict[str, Array] | None:
+    """Values of every tensor of a region, or None where a node cannot be evaluated."""
+    values: dict[str, Array] = {}
+    for node in nodes:
+        for name in node.inputs:
+            if name and name not in values:
+                values[name] = graph.weights[name].read()
+        results = evaluate(node, [values[n] if n else None for n in node.inputs])
+        if results is None:
+            return None
+        kinds = {values[n].dtype for n in node.inputs if n and values[n].dtype.kind in "fV"}
+        for name, result in zip(node.outputs, results, strict=False):
+            # Arithmetic stays in the type of its operands, whatever the evaluator computed in.
+            if len(kinds) == 1 and result.dtype.kind in "fV" and node.op not in ("Cast", "CastLike"):
+                result = result.astype(next(iter(kinds)), copy=False)
+            values[name] = result
+        if any(o and o not in values for o in node.outputs):
+            return None
+    return values
+
+
+def _gone(graph: Graph, folds: dict[int, Fold]) -> set[int]:
+    """Indices of nodes that nothing needs once the folded outputs are weights; Constant nodes included."""
+    held = graph.captured.union(graph.outputs)
+    gone = set(folds)
+    region = {n.index: n for f in folds.values() for n in f.nodes}
+    for source in {s for f in folds.values() for s in f.sources}:
+        if source in graph.producer:
+            region[graph.producer[source].index] = graph.producer[source]
+    # Constant nodes may stand anywhere, so they come last.
+    for index in sorted(region, key=lambda i: (region[i].op == "Constant", -i)):
+        if all(_unread(graph, o, held, gone) for o in region[index].outputs):
+            gone.add(index)
+    return gone
+
+
+def _unread(graph: Graph, name: str, held: set[str], gone: set[int]) -> bool:
+    return name not in held and all(n.index in gone for n, _ in graph.consumers.get(name, ()))
+
+
+def _growing(graph: Graph, folds: dict[int, Fold], gone: set[int]) -> set[int]:
+    """Folds whose weights need more room than what goes with them."""
+    held = graph.captured.union(graph.outputs)
+    claimed: set[str] = set()
+    growing = set()
+    for index, item in folds.items():
+        freed = {s for s in item.sources if s not in claimed and _unread(graph, s, held, gone)}
+        claimed |= freed
+        needed = sum(w.nbytes for w in item.folded.values())
+        if needed > FREE + sum(graph.weights[s].nbytes for s in freed):
+            growing.add(index)
+    return growing
+
+
+def _write(graph: Graph, folds: dict[int, Fold], gone: set[int]) -> Graph:
+    held = graph.captured.union(graph.outputs)
+    dead = {s for f in folds.values() for s in f.sources if _unread(graph, s, held, gone)}
+    folded = {name: weight for f in folds.values() for name, weight in f.folded.items()}
+    lost = {o for i in gone for o in graph.nodes[i].outputs}
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.proto)
+    del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
+    model.graph.node.extend(n.proto for n in graph.nodes if n.index not in gone)
+    model.graph.initializer.extend(t for t in graph.proto.graph.initializer if t.name not in dead)
+    model.graph.initializer.extend(placeholder(w) for w in folded.values())
+    model.graph.value_info.extend(v for v in graph.proto.graph.value_info if v.name not in lost)
+    kept = {t.name for t in model.graph.initializer}
+    return Graph.of(model, {n: w for n, w in {**graph.weights, **folded}.items() if n in kept})
+
+
+def placeholder(weight: Weight) -> onnx.TensorProto:
+    """The skeleton's entry for a weight: with its data where they are few."""
+    if weight.nbytes <= INLINE_LIMIT:
+        return to_proto(weight)
+    return onnx.TensorProto(name=weight.name, data_type=weight.onnx_type, dims=weight.shape)

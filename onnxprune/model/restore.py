@@ -1,0 +1,229 @@
+"""Undo preparations where a cut did not need them: the saved model keeps every node that did not need to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.model.fold import Fold, placeholder
+from onnxprune.model.graph import Graph
+from onnxprune.model.hoist import Hoist
+from onnxprune.model.weights import ArrayWeight, Weight, weight_from_constant
+
+Target = tuple[NDArray[np.bool_], NDArray[np.int64]]
+"""A reshape target: which entries are those of the original one, and the values of the others."""
+
+
+def restore(
+    proto: onnx.ModelProto,
+    weights: dict[str, Weight],
+    original: Graph,
+    folds: Sequence[Fold] = (),
+    hoists: Sequence[Hoist] = (),
+) -> None:
+    """Put original nodes back, in place, where the cut can be said with them.
+
+    Args:
+        proto, weights: the cut model. original: the graph before it was prepared.
+        folds: undone where the folded weights are as they were. hoists: undone where every part lost the same share.
+    """
+    if not folds and not hoists:
+        return
+    model = _Model(proto, weights, original)
+    for hoisted in hoists:
+        model.suspects.update(name for node in hoisted.nodes for name in node.inputs)
+        _unhoist(model, hoisted)
+    for folded in folds:
+        _unfold(model, folded)
+    model.finish()
+
+
+class _Model:
+    """A cut model under restoration; nodes by their first output."""
+
+    def __init__(self, proto: onnx.ModelProto, weights: dict[str, Weight], original: Graph) -> None:
+        self.proto, self.weights, self.original = proto, weights, original
+        self.nodes = {_key(node): node for node in proto.graph.node}
+        self.producer = {o: node for node in proto.graph.node for o in node.output}
+        self.initializers = {t.name: t for t in proto.graph.initializer}
+        self.suspects = {name for node in proto.graph.node for name in node.input}
+        """What was read and may no longer be."""
+
+    def value(self, name: str) -> NDArray[Any] | None:
+        """The value of a constant, None for other tensors."""
+        weight = self.weights.get(name)
+        if weight is None and name in self.producer:
+            weight = weight_from_constant(self.producer[name])
+        return None if weight is None else weight.read()
+
+    def add(self, node: onnx.NodeProto) -> None:
+        """Add a node behind the others, or in the place of one with the same output."""
+        self.nodes[_key(node)] = node
+        self.producer.update(dict.fromkeys(node.output, node))
+
+    def constant(self, stem: str, value: NDArray[Any]) -> str:
+        """A new constant."""
+        name = self.free(stem)
+        weight = ArrayWeight(name, value)
+        if self.proto.ir_version < 4:  # an initializer would have to be an input too
+            self.add(onnx.helper.make_node("Constant", [], [name], value=placeholder(weight)))
+        else:
+            self.initializers[name], self.weights[name] = placeholder(weight), weight
+        return name
+
+    def free(self, stem: str) -> str:
+        """A name that neither the model nor the original has."""
+        name, k = stem, 1
+        taken = (self.producer, self.initializers, self.original.producer, self.original.weights)
+        while any(name in names for names in taken):
+            name, k = f"{stem}{k}", k + 1
+        return name
+
+    def describe(self, names: Iterable[str]) -> None:
+        """The original's declared shapes of tensors that are back as they were."""
+        wanted = set(names) - {i.name for i in self.proto.graph.value_info}
+        self.proto.graph.value_info.extend(i for i in self.original.proto.graph.value_info if i.name in wanted)
+
+    def finish(self) -> None:
+        """Nodes in their original order, without what is no longer read."""
+        order, place = [], len(self.original.nodes)
+        for node in reversed(self.nodes.values()):
+            known = next((self.original.producer[o] for o in node.output if o in self.original.producer), None)
+            place = place if known is None else known.index  # new nodes stand in front of the one they serve
+            order.append((place, node))
+        order.reverse()
+        order.sort(key=lambda item: item[0])
+        nodes = [node for _, node in order]
+        held = {o.name for o in self.proto.graph.output} | self.original.captured
+        while True:
+            used = held.union(*(n.input for n in nodes))
+            dead = [n for n in nodes if not used.intersection(n.output) and self.suspects.intersection(n.output)]
+            if not dead:
+                break
+            nodes = [n for n in nodes if not any(n is d for d in dead)]
+        dropped = {name for name in self.initializers if name not in used and name in self.suspects}
+        graph = onnx.GraphProto()
+        graph.node.extend(nodes)
+        graph.initializer.extend(t for name, t in self.initializers.items() if name not in dropped)
+        graph.input.extend(i for i in self.proto.graph.input if i.name not in dropped)
+        for name in dropped:
+            self.weights.pop(name, None)
+        for field in ("node", "initializer", "input"):
+            self.proto.graph.ClearField(field)
+        self.proto.graph.MergeFrom(graph)
+
+
+def _key(node: onnx.NodeProto) -> str:
+    return next((o for o in node.output if o), "")
+
+
+def _unfold(model: _Model, item: Fold) -> None:
+    """The computation instead of its result, where the result is the one that was computed."""
+    if any(model.weights.get(name) is not weight for name, weight in item.folded.items()):
+        return
+    others = model.initializers.keys() - item.folded.keys()
+    if any(o in others for node in item.nodes for o in node.outputs):
+        return  # it goes through another folded weight, which was cut
+    for name in item.folded:
+        del model.initializers[name], model.weights[name]
+    graph = model.original
+    for source in item.sources:
+        if source in graph.producer:
+            model.add(graph.producer[source].proto)
+    for tensor in graph.proto.graph.initializer:
+        if tensor.name in item.sources and tensor.name not in model.initializers:
+            model.initializers[tensor.name] = tensor
+            model.weights[tensor.name] = graph.weights[tensor.name]
+    for node in item.nodes:
+        model.add(node.proto)
+    model.describe(o for node in item.nodes for o in node.outputs)
+
+
+def _unhoist(model: _Model, item: Hoist) -> None:
+    """The reshape and its selections instead of the parts, where all parts have the same share of their sizes."""
+    sizes = _split_sizes(model, item)
+    targets = [_target(model, item, part.view) for part in item.parts]
+    first = targets[0]
+    if (
+        sizes is None
+        or first is None
+        or any(s * item.sizes[0] != sizes[0] * n for s, n in zip(sizes, item.sizes, strict=True))
+    ):
+        return
+    rest = np.arange(first[0].size) != item.axis
+    if not all(t is not None and _same(t, first, rest) for t in targets):
+        return
+    lost = item.made.union(o for node in item.nodes for o in node.outputs)
+    for key in [k for k in model.nodes if k in lost]:
+        del model.nodes[key]
+    reshape = onnx.NodeProto()
+    reshape.CopyFrom(item.reshape.proto)
+    whole = sizes == [s * item.stride for s in item.sizes]
+    reshape.input[1] = _whole_target(model, item, first, rest, whole)
+    model.add(reshape)
+    for node in item.nodes[1:]:
+        model.add(node.proto)
+    if whole and reshape.input[1] == item.reshape.inputs[1]:
+        model.describe(o for node in item.nodes for o in node.outputs)
+
+
+def _split_sizes(model: _Model, item: Hoist) -> list[int] | None:
+    """Sizes of the parts after the cut."""
+    node = model.producer.get(item.split)
+    if node is None:
+        return None
+    for attribute in node.attribute:
+        if attribute.name == "split":
+            return list(attribute.ints)
+    value = model.value(node.input[1]) if len(node.input) > 1 else None
+    return None if value is None else [int(v) for v in value]
+
+
+def _target(model: _Model, item: Hoist, view: str) -> Target | None:
+    """The target of a part's reshape in terms of the original one."""
+    node = model.producer.get(view)
+    return None if node is None else _resolve(model, item, node.input[1])
+
+
+def _resolve(model: _Model, item: Hoist, name: str) -> Target | None:
+    """A target in terms of the original one, through the Where nodes that hoisting and cutting put in."""
+    value = model.value(name)
+    if value is not None:
+        return np.zeros(value.shape, bool), value
+    if name == item.reshape.inputs[1]:
+        return np.ones(item.rank, bool), np.zeros(item.rank, np.int64)
+    node = model.producer.get(name)
+    if node is None or node.op_type != "Where":
+        return None
+    keep, base, fixed = model.value(node.input[0]), _resolve(model, item, node.input[1]), model.value(node.input[2])
+    if keep is None or fixed is None or base is None:
+        return None
+    return keep & base[0], np.where(keep, base[1], fixed)
+
+
+def _same(one: Target, other: Target, rest: NDArray[np.bool_]) -> bool:
+    fixed = rest & ~one[0]
+    return bool((one[0] == other[0])[rest].all() and (one[1] == other[1])[fixed].all())
+
+
+def _whole_target(model: _Model, item: Hoist, target: Target, rest: NDArray[np.bool_], whole: bool) -> str:
+    """The name of a target like a part's but for the entry of the parts' axis, which is the original's."""
+    keep, fixed = target
+    name = item.reshape.inputs[1]
+    weight = model.original.weights.get(name)
+    if weight is not None:
+        value = np.where(rest, fixed, weight.read())
+        return name if np.array_equal(value, weight.read()) else model.constant(f"{name}_cut", value)
+    if keep[rest].all() and (item.literal or whole):
+        return name
+    value = np.where(rest, fixed, sum(item.sizes))
+    if not keep[rest].any():
+        return model.constant(f"{name}_cut", value)
+    mask, sizes = model.constant(f"{name}_dynamic", keep & rest), model.constant(f"{name}_sizes", value)
+    result = model.free(f"{name}_for_{item.reshape.outputs[0]}")
+    model.add(onnx.helper.make_node("Where", [mask, name, sizes], [result], name=f"{item.reshape.label}_target"))
+    return result
