@@ -1,4 +1,4 @@
-"""Errors a user can act on: each carries the offending value, what was allowed and the next step, and owns its exit code."""
+"""Errors a user can act on: the offending value, what was allowed, the next step; each owns its exit code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OnnxpruneError(Exception):
 
 
 class UsageError(OnnxpruneError):
-    """A bad option or argument value, a missing or unwritable path, a plan or data file that does not fit (exit code 2)."""
+    """A bad option value, a missing or unwritable path, a plan or data file that does not fit (exit code 2)."""
 
     exit_code = 2
 

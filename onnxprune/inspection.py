@@ -23,6 +23,7 @@ from onnxprune.model.graph import Graph, Node
 from onnxprune.model.hoist import hoist
 from onnxprune.model.load import Loaded, load
 from onnxprune.model.probes import probe_shapes
+from onnxprune.model.unshare import unshare
 from onnxprune.report.facts import LayerFacts
 from onnxprune.rules.context import Table
 
@@ -74,7 +75,8 @@ class Analysis:
     ) -> None:
         self.loaded: Loaded = load(source)
         self.original: Graph = Graph.of(self.loaded.proto, self.loaded.weights)
-        folded, self.folds = fold(self.original)
+        unshared, self.copies = unshare(self.original)
+        folded, self.folds = fold(unshared)
         self.facts: Facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
         self.graph, self.hoists = hoist(folded, self.facts)
         self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
@@ -146,7 +148,7 @@ class Analysis:
 
     @cached_property
     def producers(self) -> dict[int, list[Node]]:
-        """Layers whose output carries units of a group, {group: nodes}; rows also count the producers of their cells."""
+        """Layers whose output carries units of a group, {group: nodes}; rows count the producers of their cells too."""
         result: dict[int, list[Node]] = {}
         for node in self.graph.nodes:
             if cost.is_layer(node, self.graph):
@@ -206,7 +208,8 @@ class Analysis:
     def _view(self, group: Group, slots: list[SlotView]) -> GroupView:
         layers = self._layers_of(group)
         name = layers[0] if layers else (slots[0].tensor if slots else "")
-        return GroupView(group.id, group.kind, group.size, group.steps, group.prunable, self._why(group), name, layers, slots)
+        facts = (group.id, group.kind, group.size, group.steps, group.prunable)
+        return GroupView(*facts, self._why(group), name, layers, slots)
 
     def _why(self, group: Group) -> str:
         if group.prunable:
@@ -238,10 +241,15 @@ class Analysis:
             for node, _i in self.graph.consumers.get(queue.pop(), ()):
                 if node.op in cost.LAYERS:
                     nodes.append(node)
-                elif all(n in self.graph.weights or not n for n in node.inputs[1:]) and node.outputs and len(node.inputs) < 4:
-                    if self.graph.weights.get(node.inputs[0]) is not None:
-                        queue.append(node.outputs[0])
+                elif self._passes_weight_on(node):
+                    queue.append(node.outputs[0])
         return nodes
+
+    def _passes_weight_on(self, node: Node) -> bool:
+        """A small operator on constants alone, such as a Transpose or DequantizeLinear of a weight."""
+        known = self.graph.weights
+        constant = node.inputs[0] in known and all(not n or n in known for n in node.inputs[1:])
+        return constant and bool(node.outputs) and len(node.inputs) < 4
 
     def _weight_size(self, name: str) -> int:
         return int(np.prod(self.graph.weights[name].shape, dtype=np.int64))

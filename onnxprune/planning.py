@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,8 +62,10 @@ def read_plan(analysis: Analysis, plan: Plan) -> Mask:
     """
     if plan.model_sha256 and plan.model_sha256 != analysis.loaded.sha256:
         raise UsageError(
-            f"The plan belongs to another model (SHA-256 {plan.model_sha256[:12]}..., this one is {analysis.loaded.sha256[:12]}...).",
-            hint="Plans name positions, which mean something else in another model. Delete 'model_sha256' to try anyway.",
+            f"The plan belongs to another model (SHA-256 {plan.model_sha256[:12]}..., "
+            f"this one is {analysis.loaded.sha256[:12]}...).",
+            hint="Plans name positions, which mean something else in another model. "
+            "Delete 'model_sha256' to try anyway.",
         )
     units = analysis.units
     chosen = np.zeros(units.frozen.size, dtype=bool)
@@ -147,5 +150,5 @@ def _check_balance(units: Units, chosen: Mask) -> None:
             )
 
 
-def _uneven(group: Group, counts: NDArray[np.float64], sizes: NDArray[np.int64]) -> bool:
+def _uneven(group: Group, counts: NDArray[Any], sizes: NDArray[np.int64]) -> bool:
     return bool((counts * sizes[0] != counts[0] * sizes).any())

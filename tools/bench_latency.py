@@ -1,6 +1,6 @@
 """Is a cut model as much faster as it is smaller? Measured speed-up against the reduction in MACs, trained models.
 
-python tools/bench_latency.py TRAINED/models                      convolutional models, ratio 0.5, channels kept in eights
+python tools/bench_latency.py TRAINED/models                      convolutional models, ratio 0.5, kept in eights
 python tools/bench_latency.py TRAINED/models --only cifar10 --threads 1 --out latency.jsonl
 
 A model counts as convolutional when convolutions do most of its MACs. Original and cut model run in turn in onnxruntime

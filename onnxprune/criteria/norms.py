@@ -13,14 +13,17 @@ from onnxprune.criteria.slot import Slot
 
 @register("l1", reads_all=True)
 def l1(slot: Slot) -> NDArray[Any]:
-    """Sum of absolute weights, sum_f |W_cf| (Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017). Shape [channels]."""
+    """Sum of absolute weights, sum_f |W_cf|. Shape [channels].
+
+    Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017.
+    """
     return np.asarray(np.abs(slot.blocks).sum(axis=(0, 2)))
 
 
 @register("l2", reads_all=True)
 def l2(slot: Slot) -> NDArray[Any]:
     """Euclidean norm, sqrt(sum_f W_cf^2). Shape [channels]."""
-    return np.sqrt(np.einsum("pcf,pcf->c", slot.blocks, slot.blocks))
+    return np.asarray(np.sqrt(np.einsum("pcf,pcf->c", slot.blocks, slot.blocks)))
 
 
 @register("gm", reads_all=True)
@@ -40,7 +43,10 @@ def gm(slot: Slot) -> NDArray[Any]:
 
 @register("bn")
 def bn(slot: Slot) -> NDArray[Any] | None:
-    """Absolute BatchNorm scale |gamma_c| (Liu et al., Network Slimming, ICCV 2017). Shape [channels]; other slots: None."""
+    """Absolute BatchNorm scale |gamma_c|. Shape [channels]; other slots: None.
+
+    Liu et al., Network Slimming, ICCV 2017.
+    """
     return np.abs(slot.blocks).sum(axis=(0, 2)) if slot.reads("BatchNormalization", 1) else None
 
 

@@ -1,4 +1,4 @@
-"""Labels of tensors that meet position by position: elementwise operators with broadcasting, and everything built on them."""
+"""Labels of tensors that meet position by position: elementwise operators with broadcasting, and all built on them."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def broadcast(
             continue
         for labels, shape in aligned:
             if shape[axis] != 1 and covering(labels, axis) is None:
-                label = covering(result, axis)
-                if label is not None:
+                met = covering(result, axis)
+                if met is not None:
                     atoms.fix_axis(
-                        label, axis, reason("unlabelled-operand", f"axis {axis} meets a tensor without labels")
+                        met, axis, reason("unlabelled-operand", f"axis {axis} meets a tensor without labels")
                     )
     return result
 
@@ -103,19 +103,19 @@ def concatenate(
         return NONE
     outer = np.broadcast_shapes(*(tuple(1 if a == axis else n for a, n in enumerate(x.ids.shape)) for x in joined if x))
     parts = []
-    for label, (_, shape) in zip(joined, operands, strict=True):
+    for found, (_, shape) in zip(joined, operands, strict=True):
         full = tuple(int(shape[axis] or 0) if a == axis else n for a, n in enumerate(outer))
-        if label is None:
+        if found is None:
             filler = atoms.new(int(np.prod(full)), tensor, axis)
             atoms.freeze(filler, reason("unlabelled-operand", "a concatenated part has no removable channels"))
             parts.append(filler.reshape(full))
         else:
-            parts.append(np.broadcast_to(label.ids, full))
+            parts.append(np.broadcast_to(found.ids, full))
     packs = {x.pack for x in joined if x is not None and x.is_grid} or {axis}
     if len(packs) > 1:
-        for x in joined:
-            if x is not None:
-                atoms.couple(x)
+        for present in joined:
+            if present is not None:
+                atoms.couple(present)
     return (*result, Label(np.concatenate(parts, axis=axis), max(packs)))
 
 

@@ -81,7 +81,7 @@ def _einsum(node: Node, shapes: list[Any]) -> int:
 
 
 def is_layer(node: Node, graph: Graph) -> bool:
-    """Whether a node contracts with a weight of the model (directly, or through a short chain such as a dequantisation)."""
+    """Whether a node contracts with a weight of the model, directly or through a short chain (dequantisation)."""
     positions = LAYERS.get(node.op)
     return positions is not None and any(constant_source(graph, n) is not None for n in node.inputs[:4] if n)
 

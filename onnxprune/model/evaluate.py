@@ -30,8 +30,9 @@ RANDOM = {
 
 
 def _axes(node: Node, values: Values, position: int = 1) -> tuple[int, ...] | None:
-    if len(values) > position and values[position] is not None:
-        return tuple(int(a) for a in np.atleast_1d(values[position]))
+    given = values[position] if len(values) > position else None
+    if given is not None:
+        return tuple(int(a) for a in np.atleast_1d(given))
     axes = node.attrs.get("axes")
     return None if axes is None else tuple(axes)
 
@@ -58,12 +59,12 @@ def _slice(node: Node, values: Values) -> np.ndarray:
     assert data is not None
     if node.version < 10:
         starts, ends = node.attrs["starts"], node.attrs["ends"]
-        axes, steps = node.attrs.get("axes", range(len(starts))), [1] * len(starts)
+        axes, steps = node.attrs.get("axes", range(len(starts))), np.ones(len(starts), np.int64)
     else:
         padded = [*values, None, None, None, None][:5]
         starts, ends = np.atleast_1d(padded[1]), np.atleast_1d(padded[2])  # type: ignore[arg-type]
         axes = range(len(starts)) if padded[3] is None else np.atleast_1d(padded[3])
-        steps = [1] * len(starts) if padded[4] is None else np.atleast_1d(padded[4])
+        steps = np.ones(len(starts), np.int64) if padded[4] is None else np.atleast_1d(padded[4])
     index = [slice(None)] * data.ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         index[int(axis)] = slice_of(int(start), int(end), int(step), data.shape[int(axis)])
@@ -171,7 +172,7 @@ FUNCTIONS: dict[str, Function] = {
 
 
 def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
-    """Outputs of ``node`` on known inputs (None stands for an absent optional one); None where it cannot be evaluated."""
+    """Outputs of ``node`` on known inputs, None for an absent optional one; None where it cannot be evaluated."""
     if node.op in RANDOM or any(a.type in (a.GRAPH, a.GRAPHS) for a in node.proto.attribute):
         return None
     function = FUNCTIONS.get(node.op) if node.domain == "" else None

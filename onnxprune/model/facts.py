@@ -1,4 +1,4 @@
-"""What is known before anything is cut: the shape of every tensor and the value of every small one, at the probe sizes."""
+"""What is known before a cut: the shape of every tensor and the value of every small one, at the probe sizes."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class Graph:
 
 
 def _reads(body: onnx.GraphProto) -> Iterator[str]:
-    """Names a body reads; its own are included, which costs compression at worst since bodies rarely reuse outer names."""
+    """Names a body reads, its own included: that costs compression at worst, since bodies rarely reuse outer names."""
     for node in body.node:
         yield from (name for name in node.input if name)
         for attribute in node.attribute:

@@ -1,4 +1,4 @@
-"""Shape inference: onnx's own over the whole graph first, then node by node where computed operands or branches need it."""
+"""Shape inference: onnx's own over the whole graph, then node by node where computed operands or branches need it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TARGETS = {("Reshape", 1), ("Expand", 1), ("Tile", 1), ("ConstantOfShape", 0), 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 _CODES = tuple(onnx.TensorProto.DataType.Value(name) for name in ("UINT8", "INT8", "UINT16", "INT16"))
 Infer = Callable[[Node, list[Any], list[Any]], "list[Any] | None"]
-"""(node, shapes of its inputs, values of its inputs) -> shapes of its outputs: for operators that onnx does not know."""
+"""(node, shapes and values of its inputs) -> shapes of its outputs: for operators that onnx does not know."""
 
 
 def probe_at(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None) -> Probe:
@@ -91,7 +91,7 @@ def _gives_codes(node: Node) -> bool:
 
 
 def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None:
-    """Shapes of an operator that onnx does not know; its results have the type of its first input of floats (or codes)."""
+    """Shapes of an operator that onnx does not know; results have the type of its first input of floats (or codes)."""
     shapes = [probe.shapes.get(name) if name else None for name in node.inputs]
     results = infer(node, shapes, [probe.values.get(name) if name else None for name in node.inputs])
     kinds = [probe.dtypes.get(name) or _dtype_of(graph, name) for name in node.inputs if name]

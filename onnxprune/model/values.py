@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,13 @@ INT_LIMIT, FLOAT_LIMIT = 1 << 20, 1 << 12
 def size_of(shape: Sequence[int]) -> int:
     """Number of elements of a shape."""
     return int(np.prod(shape, dtype=np.int64))
+
+
+class Shapes(Protocol):
+    """Shapes by tensor name, computed when asked for or held in a mapping."""
+
+    def get(self, name: str, /) -> Any:
+        """The shape of a tensor, None where it is not known."""
 
 
 class Values:
@@ -39,7 +46,7 @@ class Values:
         """State (or forget, with None) the value of a tensor."""
         self._known[name] = value
 
-    def step(self, node: Node, shapes: Mapping[str, Any]) -> None:
+    def step(self, node: Node, shapes: Shapes) -> None:
         """Evaluate ``node`` where its inputs are known; ``shapes`` serves Shape and Size."""
         if node.op in ("Shape", "Size") and node.domain == "":
             self._shape(node, shapes.get(node.inputs[0]))
@@ -72,7 +79,7 @@ class Values:
 
 
 def small(shape: Sequence[int], dtype: np.dtype[Any]) -> bool:
-    """Whether a tensor is small enough to be treated as a known value: integers up to 2^20 elements, floats up to 2^12."""
+    """Whether a tensor is small enough to be a known value: integers up to 2^20 elements, floats up to 2^12."""
     size = size_of(shape)
     return size <= (INT_LIMIT if dtype.kind in "iub" else FLOAT_LIMIT)
 

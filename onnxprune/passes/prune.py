@@ -14,6 +14,7 @@ from onnxprune.criteria import Criterion, get
 from onnxprune.errors import BudgetError
 from onnxprune.inspection import Analysis
 from onnxprune.model.restore import restore
+from onnxprune.model.unshare import rejoin
 from onnxprune.model.weights import Weight
 from onnxprune.passes.state import State
 from onnxprune.plan import Plan
@@ -67,6 +68,7 @@ class Prune:
         with state.stage("cut"):
             removed, proto, weights = self._cut(analysis, state)
             restore(proto, weights, analysis.original, analysis.folds, analysis.hoists)
+            rejoin(proto, weights, analysis.copies)
         state.removed, state.proto, state.weights = removed, proto, weights
         with state.stage("plan"):
             state.plan = make_plan(analysis, removed, self.name if self.plan is None else self.plan.criterion)

@@ -1,4 +1,4 @@
-"""The facts a run collects: plain dataclasses, filled by the stages, shown by the command line, dumped by ``--json``."""
+"""The facts a run collects: plain dataclasses, filled by the stages, shown on screen, dumped by ``--json``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(slots=True)
 class LayerFacts:
-    """One contraction before and after the cut. MACs are multiply-accumulates at the probe shape; parameters are elements."""
+    """One contraction before and after the cut: MACs (multiply-accumulates) at the probe shape, parameters."""
 
     name: str
     op: str
@@ -52,7 +52,7 @@ class Exactness:
 
 @dataclass(slots=True)
 class OutputFidelity:
-    """Final model against the original for one output: cosine, signal-to-noise in dB, top-1 agreement (None: not logits)."""
+    """Final model against the original for one output: cosine, signal-to-noise in dB, top-1 agreement or None."""
 
     output: str
     cosine: float
@@ -77,7 +77,7 @@ class Fidelity:
 
 @dataclass(slots=True)
 class Latency:
-    """Milliseconds per run, original and final model run in turn; ``*_spread`` is the interquartile range in milliseconds."""
+    """Milliseconds per run, original and final model run in turn; ``*_spread`` is the interquartile range."""
 
     before_ms: float
     after_ms: float

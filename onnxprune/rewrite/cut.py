@@ -151,10 +151,11 @@ class _State:
             return
         old = [probe.values.get(name) for probe in self.table.facts.probes]
         now = self.values[0].get(name)
-        static = all(v is not None and v.shape == (len(target),) and np.array_equal(v, old[0]) for v in old)
-        kind = np.int64 if old[0] is None else old[0].dtype
-        if static and old[0] is not None:
-            self.set_input(node, i, np.asarray(_keep_special(node, i, old[0].tolist(), target, self), dtype=kind))
+        first = old[0]
+        kind = np.int64 if first is None else first.dtype
+        same = first is not None and all(v is not None and np.array_equal(v, first) for v in old)
+        if first is not None and same and first.shape == (len(target),):
+            self.set_input(node, i, np.asarray(_keep_special(node, i, first.tolist(), target, self), dtype=kind))
         elif node.op == "Reshape":
             self._mixed_target(node, i, target, old, now)
         else:
@@ -215,7 +216,7 @@ class _State:
 
 
 def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], state: _State) -> list[int]:
-    """A Reshape or Expand target keeps its 0, -1 and 1 where they still come out right; slice ends keep "to the end"."""
+    """A Reshape or Expand target keeps 0, -1 and 1 where they still come out right; slice ends keep "to the end"."""
     if node.op == "Reshape":
         from onnxprune.rules.movement import resolve_target
 

@@ -63,9 +63,7 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
         model.graph.node.extend(edits.before.get(node.index, ()))
         _write_node(model.graph.node.add(), node, edits)
     weights = {name: w for name, w in graph.weights.items() if name in initializers}
-    for name, weight in edits.weights.items():
-        if name in initializers:
-            weights[name] = weight
+    weights.update({name: w for name, w in edits.weights.items() if name in initializers})
     if not needs_inputs:
         weights.update({name: ArrayWeight(name, value) for name, value in edits.constants.items()})
     _resize(model, edits, weights)
@@ -99,7 +97,7 @@ def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight])
         if tensor.name in edits.weights and weight is not None:
             tensor.ClearField("raw_data")
             for typed in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
-                tensor.ClearField(typed)  # type: ignore[arg-type]
+                tensor.ClearField(typed)
             del tensor.dims[:]
             tensor.dims.extend(weight.shape)
     for info in [*model.graph.value_info, *model.graph.input]:
@@ -113,7 +111,7 @@ def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight])
 
 
 def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight]) -> None:
-    """Remove nodes and initializers that were used before and no longer are: shape arithmetic that a constant replaced."""
+    """Remove nodes and initializers that were used and no longer are: shape arithmetic that a constant replaced."""
     while True:
         used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
         used |= graph.captured

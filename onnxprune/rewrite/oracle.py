@@ -1,4 +1,4 @@
-"""The masked original: the uncut graph with removed channels multiplied by 0 in front of every operator that sums over them."""
+"""The masked original: the uncut graph with removed channels times 0 in front of every operator that sums over them."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class Step:
             self.atoms.fix_axis(label, axis, self.reason(code, detail))
 
     def drop_axis(self, labels: Labels, axis: int, code: str, detail: str) -> Labels:
-        """``labels`` without ``axis``, which keeps its size: for operators after which its positions mean something else."""
+        """``labels`` without ``axis``, which keeps its size: after the operator its positions mean something else."""
         label = covering(labels, axis)
         if label is None:
             return labels
@@ -241,7 +241,7 @@ class Cut:
         self._state.set_input(self.node, i, value)
 
     def set_target(self, i: int, target: Sequence[int]) -> None:
-        """Make shape operand ``i`` come out as ``target``, keeping dynamic dimensions, 0 and -1 where they were meant."""
+        """Make shape operand ``i`` come out as ``target``; dynamic dimensions, 0 and -1 stay where they were meant."""
         self._state.set_target(self.node, i, tuple(int(t) for t in target))
 
     def fail(self, detail: str) -> None:

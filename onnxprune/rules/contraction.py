@@ -1,4 +1,4 @@
-"""Operators that sum over an axis: MatMul, Gemm, Einsum. All are an elementwise product in a space of letters, then a sum."""
+"""Operators that sum over an axis: MatMul, Gemm, Einsum. All are a product in a space of letters, then a sum."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def into_letters(labels: Labels, term: str, letters: str) -> Labels:
 
 
 def contract(step: Step, operands: Sequence[tuple[Labels, Shape, str]], output: str) -> Labels:
-    """Labels of ``einsum(operands -> output)``: unite in letter space, then reduce every label to the output's letters."""
+    """Labels of ``einsum(operands -> output)``: unite in letter space, then reduce labels to the output's letters."""
     letters = "".join(dict.fromkeys("".join(term for _, _, term in operands) + output))
     rank = len(letters)
     spread: list[tuple[Labels, Shape]] = []

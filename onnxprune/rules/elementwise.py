@@ -45,8 +45,15 @@ class CastLike(Elementwise):
         super().propagate(step)
 
 
-UNARY = ["Relu", "Sigmoid", "Tanh", "Erf", "Sqrt", "Exp", "Log", "Abs", "Neg", "Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh", "LeakyRelu", "Elu", "Selu", "Celu", "Gelu", "HardSwish", "HardSigmoid", "Mish", "Softplus", "Softsign", "ThresholdedRelu", "Shrink", "Swish", "Identity", "Cast", "Not", "IsNaN", "IsInf", "Reciprocal", "BitwiseNot", "BitCast"]
-BINARY = ["Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Sum", "Mean", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where", "PRelu", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"]
+UNARY = (
+    "Relu Sigmoid Tanh Erf Sqrt Exp Log Abs Neg Floor Ceil Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh "
+    "Atanh LeakyRelu Elu Selu Celu Gelu HardSwish HardSigmoid Mish Softplus Softsign ThresholdedRelu Shrink Swish "
+    "Identity Cast Not IsNaN IsInf Reciprocal BitwiseNot BitCast"
+).split()
+BINARY = (
+    "Add Sub Mul Div Pow Mod Min Max Sum Mean And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual Where PRelu "
+    "BitShift BitwiseAnd BitwiseOr BitwiseXor"
+).split()
 
 register("", *UNARY, rule=Elementwise([0]))
 register("", "Clip", "Dropout", rule=Elementwise([0]))

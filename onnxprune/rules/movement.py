@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -184,8 +187,8 @@ class Slice(Rule):
             ):
                 return None
             starts, ends = values[0].ravel(), values[1].ravel()
-            axes = list(range(len(starts))) if values[2] is None else values[2].ravel()
-            steps = [1] * len(starts) if values[3] is None else values[3].ravel()
+            axes = list(range(len(starts))) if values[2] is None else values[2].ravel().tolist()
+            steps = [1] * len(starts) if values[3] is None else values[3].ravel().tolist()
         return [(int(a) % rank, int(s), int(e), int(t)) for a, s, e, t in zip(axes, starts, ends, steps, strict=True)]
 
     def propagate(self, step: Step) -> None:
@@ -235,7 +238,7 @@ class Slice(Rule):
 
     @staticmethod
     def _state(
-        cut: Cut, starts: list[int], ends: list[int], values: list[NDArray[np.int64] | None], changed: bool
+        cut: Cut, starts: list[int], ends: list[int], values: Sequence[NDArray[Any] | None], changed: bool
     ) -> None:
         if cut.node.version < 10:
             if changed:

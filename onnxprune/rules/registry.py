@@ -24,7 +24,7 @@ class Rule:
     """
 
     operands: tuple[int, ...] = ()
-    """Inputs that carry sizes, bounds or indices and that ``rewrite`` checks; other sizes used as data keep their value."""
+    """Inputs that carry sizes, bounds or indices, checked by ``rewrite``; other sizes used as data keep their value."""
 
     def propagate(self, step: Step) -> None:
         """Read ``step.labels(i)``, unite and freeze, and state the outputs with ``step.set(o, labels)``.
@@ -45,8 +45,8 @@ class Rule:
         """Shapes of the outputs, for operators that onnx has no shape inference for; None where they cannot be told.
 
         Args:
-            node: the node. shapes: of its inputs, None where unknown or absent, None within one for a size that depends on
-            data. values: of its inputs, where known.
+            node: the node. values: of its inputs, where known.
+            shapes: of its inputs, None where unknown or absent; None within one is a size that depends on data.
         """
         return None
 
@@ -68,7 +68,7 @@ T = TypeVar("T", bound=type[Rule])
 def register(
     domain: str, *ops: str, since: int = 1, until: int = FOREVER, rule: Rule | None = None
 ) -> Callable[[T], T]:
-    """Register a rule for operators of ``domain`` ("" is ONNX's own) from opset ``since`` up to, not including, ``until``.
+    """Register a rule for operators of ``domain`` ("" is ONNX's own) from opset ``since`` to ``until``, exclusive.
 
     Use it as a class decorator, or pass ``rule=`` an instance.
 
@@ -82,7 +82,8 @@ def register(
             for low, high, other in ranges:
                 if since < high and low < until:
                     raise ValueError(
-                        f"{domain or 'ai.onnx'}.{op}: opsets {since}..{until} overlap those of {type(other).__name__} ({low}..{high})"
+                        f"{domain or 'ai.onnx'}.{op}: opsets {since}..{until} overlap those of "
+                        f"{type(other).__name__} ({low}..{high})"
                     )
             ranges.append((since, until, instance))
 

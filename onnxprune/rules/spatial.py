@@ -122,7 +122,7 @@ class SpaceToDepth(Rule):
             step.set(0, (type(labels[0])(out.reshape((1, -1) + (1,) * (len(step.out_shape()) - 2)), 1),))
 
 
-_POOLS = ["MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"]
+_POOLS = "MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool".split()
 register("", *_POOLS, rule=Local())
 register("", "LRN", "MeanVarianceNormalization", rule=AcrossChannels())
 register("", "Resize", "Upsample", rule=Resize())

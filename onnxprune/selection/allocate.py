@@ -71,7 +71,7 @@ def ratio_of(names: Sequence[str], request: Request) -> float | None:
 
 
 def removable_steps(group: Group, ratio: float, round_to: int = 1) -> int:
-    """Equal steps to cut from a group: nearest to the ratio, at least one step stays, kept units a multiple if possible."""
+    """Equal steps to cut from a group: nearest to the ratio, one stays, kept units a multiple where possible."""
     if not group.prunable:
         return 0
     per_step = group.size // group.steps

@@ -49,7 +49,8 @@ def score(table: Table, units: Units, groups: Iterable[Group], criterion: Criter
             _add(totals[number], slot, np.asarray(scores, dtype=np.float64))
     if wanted and not ranks:
         raise UsageError(
-            "This criterion applies to no layer of the model.", hint="'bn' needs BatchNormalization nodes; try 'l2' or 'gm'."
+            "This criterion applies to no layer of the model.",
+            hint="'bn' needs BatchNormalization nodes; try 'l2' or 'gm'.",
         )
     return {i: s for i, s in totals.items() if i in ranks}
 
@@ -107,7 +108,10 @@ def _refuse_nan(criterion: Criterion, slot: Slot, scores: NDArray[Any]) -> None:
     if finite and not getattr(criterion, "reads_all", False):
         finite = bool(np.isfinite(slot.blocks).all())
     if not finite and not np.isfinite(slot.blocks).all():
-        raise ModelError(f"Weight {slot.tensor!r} holds NaN or infinity.", hint="Scores would be meaningless; export the model again.")
+        raise ModelError(
+            f"Weight {slot.tensor!r} holds NaN or infinity.",
+            hint="Scores would be meaningless; export the model again.",
+        )
     if not finite:
         raise UsageError(f"The criterion gave NaN or infinity for {slot.tensor!r}.", hint="Scores must be finite.")
 
