@@ -174,6 +174,10 @@ def all_values(model: onnx.ModelProto, feed: dict[str, Array]) -> dict[str, Arra
     del exposed.graph.output[:]
     exposed.graph.output.extend(onnx.ValueInfoProto(name=o) for n in model.graph.node for o in n.output if o)
     values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    for sparse in model.graph.sparse_initializer:
+        dense = np.zeros(list(sparse.dims), np.float32)
+        dense.flat[numpy_helper.to_array(sparse.indices)] = numpy_helper.to_array(sparse.values)
+        values[sparse.values.name] = dense
     return {**values, **feed, **run(exposed, feed)}
 
 

@@ -21,7 +21,8 @@ import onnx
 from bench import files, peers, zoo_tables
 from bench.workers import each
 
-OURS, APPROXIMATE, ONNXSIM, TORCH = "onnxprune", "onnxprune --approximate", "onnxsim", "torch-pruning"
+OURS, APPROXIMATE, ROUNDED = zoo_tables.OURS, zoo_tables.APPROXIMATE, zoo_tables.ROUNDED
+ONNXSIM, TORCH = "onnxsim", "torch-pruning"
 
 
 class Task(NamedTuple):
@@ -44,7 +45,7 @@ def run_task(task: Task) -> dict[str, Any]:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
         if task.tool != ONNXSIM:
-            return record | cut(path, model, task.ratio, task.tool == APPROXIMATE)
+            return record | cut(path, model, task.ratio, task.tool != OURS, round_up=task.tool == ROUNDED)
         try:
             found = peers.onnxsim_cut(model, task.ratio, feed_for(path, State(path)))
         except Exception as error:  # a peer's failure is a result
@@ -55,7 +56,10 @@ def run_task(task: Task) -> dict[str, Any]:
 
 
 def measure(given: argparse.Namespace, paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """Records as they come: every model with every tool, then again with --approximate where a peer took more."""
+    """Records as they come: every model with every tool.
+
+    Where a peer took more, once more with --approximate, and where it still did, with the peer's rounding as well.
+    """
     tools = [OURS, *([ONNXSIM] if given.onnxsim and peers.have_onnxsim() else [])]
     recorded = peers.torch_pruning_results(given.torch_pruning_csv) if given.torch_pruning_csv else {}
     ours: dict[str, float] = {}
@@ -73,10 +77,13 @@ def measure(given: argparse.Namespace, paths: list[Path]) -> Iterator[dict[str, 
         elif record["status"] in ("cut", "small"):
             theirs[name] = max(theirs.get(name, 0.0), record["removed"])
         yield {"model": name, "family": files.family(task.path), "tool": task.tool, **record}
-    behind = {n for n, share in theirs.items() if share > ours.get(n, 0.0) + zoo_tables.SLACK}
-    again = [Task(APPROXIMATE, p, given.ratio) for p in paths if files.name(p) in behind]
-    for task, record in each(run_task, again, given.jobs, given.timeout):
-        yield {"model": files.name(task.path), "family": files.family(task.path), "tool": task.tool, **record}
+    for tool in (APPROXIMATE, ROUNDED):
+        behind = {n for n, share in theirs.items() if share > ours.get(n, 0.0) + zoo_tables.SLACK}
+        again = [Task(tool, p, given.ratio) for p in paths if files.name(p) in behind]
+        for task, record in each(run_task, again, given.jobs, given.timeout):
+            name = files.name(task.path)
+            ours[name] = max(ours.get(name, 0.0), record.get("removed", 0.0))
+            yield {"model": name, "family": files.family(task.path), "tool": tool, **record}
 
 
 def show_progress(record: dict[str, Any]) -> None:

@@ -42,13 +42,18 @@ class Conv(Rule):
         """The channel axis of the data and the output."""
         return 1
 
+    def weight_axis(self, step: Step) -> int:
+        """The weight's axis of input channels per group; its output channels come first."""
+        return 1
+
     def propagate(self, step: Step) -> None:
         """Unite the data's channels with the weight's; the output takes the weight's other axis."""
-        x, w, axis = step.labels(self.data), step.labels(self.weight), self.axis(step)
+        x, w = step.labels(self.data), step.labels(self.weight)
+        axis, inner = self.axis(step), self.weight_axis(step)
         step.fix_all_but(x, (0, axis), "spatial", "a convolution slides over this axis")
-        step.fix_all_but(w, (0, 1), "kernel", "the kernel keeps its size")
+        step.fix_all_but(w, (0, inner), "kernel", "the kernel keeps its size")
         if self.groups(step) == 1:
-            step.unite(step.axis_ids(x, axis), step.axis_ids(w, 1), "the convolution's input")
+            step.unite(step.axis_ids(x, axis), step.axis_ids(w, inner), "the convolution's input")
             out = step.axis_ids(w, 0)
         else:
             out = self._grouped(step, x, w)
@@ -70,7 +75,7 @@ class Conv(Rule):
     def _grouped(self, step: Step, x: Labels, w: Labels) -> Ids | None:
         group = self.groups(step)
         ins, outs = step.axis_ids(x, self.axis(step)), step.axis_ids(w, 0)
-        per_in = step.shape(self.weight)[1]
+        per_in = step.shape(self.weight)[self.weight_axis(step)]
         if ins is None or outs is None:
             step.freeze(
                 (*x, *w), "unlabelled-operand", "a grouped convolution reads a tensor without removable channels"
@@ -94,26 +99,29 @@ class Conv(Rule):
 
     def _spread(self, step: Step, w: Labels, grid_in: Ids, outputs: int) -> None:
         """Input channel j of the weight is another atom in every group: the weight gets a grid over (output, input)."""
-        chain = owned(step, self.weight, (1,))
+        axis = self.weight_axis(step)
+        chain = owned(step, self.weight, (axis,))
         if chain is None:
-            columns = step.axis_ids(w, 1)
+            columns = step.axis_ids(w, axis)
             step.unite(None if columns is None else np.broadcast_to(columns, grid_in.shape), grid_in)
             return
         per_group = outputs // len(grid_in)
         ids = np.repeat(grid_in, per_group, axis=0)
-        rank = len(step.shape(self.weight))
-        grid = Label(ids.reshape(*ids.shape, *(1,) * (rank - 2)), 1)
+        shape = [1] * len(step.shape(self.weight))
+        shape[0], shape[axis] = ids.shape
+        grid = Label(ids.reshape(shape), axis)
         for link in chain:
-            old = covering(step.table.get(link), 1)
+            old = covering(step.table.get(link), axis)
             if old is not None:
                 step.atoms.freeze(old.ids, step.reason("operand", "replaced by the grid over groups"))
-        override(step, chain, (grid,), (1,))
+        override(step, chain, (grid,), (axis,))
 
     def rewrite(self, cut: Cut) -> None:
         """``group`` becomes the number of groups that are left."""
         group = int(cut.attr("group", 1))
         if group > 1 and cut.touched():
-            channels, per_group = cut.shape(self.data)[self.axis(cut.before)], cut.shape(self.weight)[1]
+            channels = cut.shape(self.data)[self.axis(cut.before)]
+            per_group = cut.shape(self.weight)[self.weight_axis(cut.before)]
             if channels % per_group:
                 cut.fail(f"{channels} channels do not divide into groups of {per_group}")
             cut.set_attr("group", channels // per_group)

@@ -70,8 +70,8 @@ class EmbedLayerNorm(Rule):
         return [(*ids, table[1]), ids[:1], (*ids, table[1])]
 
 
-class NhwcConv(Conv):
-    """Convolution of [N, ..., C] with a weight [O, C/group, ...]."""
+class NhwcFusedConv(Conv):
+    """Convolution of [N, ..., C] with a weight [O, C/group, ...], an activation and an addend."""
 
     def axis(self, step: Step) -> int:
         """Channels come last."""
@@ -81,6 +81,19 @@ class NhwcConv(Conv):
         """[N, ..., O]."""
         x, w = shapes[self.data], shapes[self.weight]
         return [None if x is None or w is None else (x[0], *window_sizes(x[1:-1], w[2:], node.attrs), w[0])]
+
+
+class NhwcConv(NhwcFusedConv):
+    """Convolution of [N, ..., C] with a weight [O, ..., C/group], as onnxruntime's optimiser for diffusion models writes it."""
+
+    def weight_axis(self, step: Step) -> int:
+        """Channels come last here too."""
+        return len(step.shape(self.weight)) - 1
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """[N, ..., O]."""
+        x, w = shapes[self.data], shapes[self.weight]
+        return [None if x is None or w is None else (x[0], *window_sizes(x[1:-1], w[1:-1], node.attrs), w[0])]
 
 
 class NhwcPool(Rule):
@@ -268,7 +281,7 @@ register(DOMAIN, "LayerNormalization", rule=LayerNorm(approximate=True, inputs=(
 register(DOMAIN, "SimplifiedLayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1)))
 register(DOMAIN, "EmbedLayerNormalization", rule=EmbedLayerNorm())
 register(DOMAIN, "NhwcConv", rule=NhwcConv())
-register(DOMAIN, "NhwcFusedConv", rule=NhwcConv(addend=3))
+register(DOMAIN, "NhwcFusedConv", rule=NhwcFusedConv(addend=3))
 register(DOMAIN, "NhwcMaxPool", rule=NhwcPool())
 register(DOMAIN, "GroupNorm", "SkipGroupNorm", rule=GroupNormFused())
 register(DOMAIN, "BiasSplitGelu", rule=BiasSplitGelu())

@@ -84,9 +84,11 @@ class InstanceNorm(Rule):
     """Normalises every channel over its own positions."""
 
     def propagate(self, step: Step) -> None:
-        """Channels pass, their positions keep their size."""
+        """Channels pass, their positions keep their size (a spelled-out GroupNorm has channels among them)."""
         labels = step.labels(0)
-        step.fix_all_but(labels, (0, 1), NORMALISED, f"{step.node.op} normalises over these positions")
+        for axis in sorted({a for x in labels for a in x.axes} - {0, 1}):
+            if not step.approximate(labels, axis):
+                step.fix(labels, axis, NORMALISED, f"{step.node.op} normalises over these positions")
         for i in range(1, len(step.node.inputs)):
             if step.has(i):
                 step.unite(step.axis_ids(labels, 1), step.axis_ids(step.labels(i), 0), "a per-channel operand")

@@ -246,10 +246,7 @@ def test_negative_pads_crop() -> None:
     check(net, net.pad(produce(net, "nchw"), (0, -1, 0, 0, 0, -1, 0, 0)), cut=None)
 
 
-SHORT = pytest.param((6, 4, 5), marks=pytest.mark.xfail(strict=True, reason="a target shorter than the rank"))
-
-
-@pytest.mark.parametrize("target", [(1, 6, 4, 5), (1, 1, 4, 5), SHORT, (4, 5), (1, 2, 1, 6, 4, 5)], ids=str)
+@pytest.mark.parametrize("target", [(1, 6, 4, 5), (1, 1, 4, 5), (6, 4, 5), (4, 5), (1, 2, 1, 6, 4, 5)], ids=str)
 @given(opset=opsets(8))
 @settings(max_examples=2)
 def test_expand(target: tuple[int, ...], opset: int) -> None:
@@ -264,10 +261,10 @@ def test_expand(target: tuple[int, ...], opset: int) -> None:
 
 
 def test_expand_of_one_channel_to_many() -> None:
-    """The copies are one channel, which stays."""
+    """There may be fewer copies."""
     net = Net(13)
     one = produce(net, "nchw", channels=1)
-    check(net, net.op("Expand", one, net.const([1, 6, 4, 5])), cut=False)
+    check(net, net.op("Expand", one, net.const([1, 6, 4, 5])))
 
 
 @pytest.mark.parametrize("repeats", [(1, 1, 2, 3), (1, 2, 1, 1), (1, 1, 1, 1), (1, 3, 2, 1)], ids=str)

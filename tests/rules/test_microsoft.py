@@ -208,11 +208,11 @@ def test_nhwc_convolutions_and_pools(group: int) -> None:
     x = net.op(
         "NhwcFusedConv", x, net.weight(8, 8 // group, 3, 3), net.weight(8), domain=MS, group=group, activation="Relu"
     )
-    x = net.op("NhwcConv", x, net.weight(2, 8, 1, 1), domain=MS)
+    x = net.op("NhwcConv", x, net.weight(2, 1, 1, 8), domain=MS)
     x = net.op("GlobalAveragePool", net.transpose(x, 0, 3, 1, 2))
     result = structural(net, net.op("Flatten", x), rank=2)
     middle = {1: (4, 4, 3, 3), 2: (4, 2, 3, 3), 8: (4, 1, 3, 3)}[group]
-    assert shapes(result.model) == [(4, 3, 3, 3), middle, (2, 4, 1, 1)]
+    assert shapes(result.model) == [(4, 3, 3, 3), middle, (2, 1, 1, 4)]
     assert attributes(result.model, "NhwcFusedConv")["group"] == {1: 1, 2: 2, 8: 4}[group]
 
 

@@ -13,7 +13,10 @@ from rich.table import Table
 
 Record = dict[str, Any]
 
-SLACK = 0.005  # of the parameters: what rounding a ratio to whole channels makes
+OURS, APPROXIMATE = "onnxprune", "onnxprune --approximate"
+ROUNDED = "onnxprune --approximate, rounded up"  # with torch-pruning's rounding, see onnxprune_run.rounded_up
+SLACK = 0.005  # of the parameters: bookkeeping, such as BatchNormalization folded into convolutions
+REALLY = 0.05  # a model counts as cut when more than this share of its parameters went
 DONE = ("cut", "small", "left")
 
 
@@ -22,7 +25,7 @@ def show(records: list[Record]) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 160
-    ours = [r for r in records if r["tool"] == "onnxprune"]
+    ours = [r for r in records if r["tool"] == OURS]
     console.print(_families(ours))
     _causes(console, "Failed", [r for r in ours if r["status"] not in DONE], _cause)
     _causes(console, "Cut little or not at all", [r for r in ours if r["status"] in ("small", "left")], _reason)
@@ -126,43 +129,39 @@ def _second_opinion(console: Console, ours: list[Record]) -> None:
 
 
 def _peer(console: Console, peer: str, records: Iterable[Record]) -> None:
-    """How the peer did, and every model that it cut correctly and we cut less, with or without --approximate."""
+    """How the peer did, and every model that it cut correctly and we cut less."""
     by_tool: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
         by_tool[record["tool"]][record["model"]] = record
-    ours, wider, theirs = by_tool["onnxprune"], by_tool["onnxprune --approximate"], by_tool[peer]
-    right = {
-        m: r
-        for m, r in theirs.items()
-        if m in ours and (r.get("exact") is True or (r.get("runs") and r.get("exact") is not False))
-    }
-    cut = [m for m, r in right.items() if r["removed"] > 0.05]
-    wrong = [m for m, r in theirs.items() if r["status"] in ("wrong", "differs")]
-    unchecked = sum(theirs[m].get("exact") is None for m in cut)
+    ours, theirs = by_tool[OURS], by_tool[peer]
+    cut = {m: r for m, r in sorted(theirs.items()) if m in ours and _works(r) and r["removed"] > REALLY}
+    wrong = sum(r["status"] in ("wrong", "differs") for r in theirs.values())
+    unchecked = sum(r.get("exact") is None for r in cut.values())
     console.print(
         f"\n[bold]{peer}[/bold]: {len(theirs)} models, really cut and correct {len(cut)} "
         f"({len(cut) / max(1, len(theirs)):.1%}; {unchecked} of them only run, exactness could not be told), "
-        f"wrong {len(wrong)}, the rest failed or lost at most 5 %."
+        f"wrong {wrong}, the rest failed or lost at most 5 %."
     )
-    table = Table("model", peer, "ours", "approximate", "top reason", title=f"Cut less than {peer}")
-    behind = by_approximate = 0
-    for model in sorted(cut):
-        mine, best = _removed(ours[model]), _removed(wider.get(model))
-        if mine >= right[model]["removed"] - SLACK:
-            continue
-        if best >= right[model]["removed"] - SLACK:
-            by_approximate += 1
-            continue
-        behind += 1
-        table.add_row(
-            model, f"{right[model]['removed']:.1%}", f"{mine:.1%}", f"{best:.1%}", _why(ours[model], wider.get(model))
-        )
+    table = Table("model", peer, "ours", "approximate", "rounded up", "top reason", title=f"Cut less than {peer}")
+    enough: Counter[str] = Counter()
+    for model, record in cut.items():
+        shares = [_removed(by_tool[tool].get(model)) for tool in (OURS, APPROXIMATE, ROUNDED)]
+        first = next((i for i, share in enumerate(shares) if share >= record["removed"] - SLACK), None)
+        enough[("ours", "approximate", "rounded", "less")[3 if first is None else first]] += 1
+        if first is None:
+            shown = [f"{share:.1%}" for share in (record["removed"], *shares)]
+            table.add_row(model, *shown, _why(ours[model], by_tool[APPROXIMATE].get(model)))
     console.print(
-        f"Of these {len(cut)}, onnxprune removes at least as much on {len(cut) - behind - by_approximate}, "
-        f"with --approximate on {by_approximate} more, less on {behind}."
+        f"Of these {len(cut)}, onnxprune removes at least as much on {enough['ours']}, with --approximate on "
+        f"{enough['approximate']} more, with the peer's rounding too on {enough['rounded']} more, less on {enough['less']}."
     )
-    if behind:
+    if enough["less"]:
         console.print(table)
+
+
+def _works(record: Record) -> bool:
+    """Whether a peer's cut is right as far as anyone could tell."""
+    return bool(record.get("exact") or (record.get("runs") and record.get("exact") is None))
 
 
 def _removed(record: Record | None) -> float:

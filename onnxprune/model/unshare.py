@@ -1,0 +1,68 @@
+"""Exporters merge equal constants: a vector of ones then serves layers that have nothing else to do with each other.
+
+A constant that holds one value everywhere may take any size, so every reader gets a copy of its own before labels are
+pushed; copies that a cut leaves alone are joined again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from onnxprune.model.graph import Graph
+from onnxprune.model.weights import ArrayWeight, Weight
+
+_LIMIT = 1 << 16
+
+
+def unshare(graph: Graph) -> tuple[Graph, dict[str, str]]:
+    """The graph with uniform constants unshared, and {copy: constant it was copied from}.
+
+    Only floating-point initializers with more than one reader and at most 65,536 elements are looked at.
+    """
+    initializers = {t.name for t in graph.proto.graph.initializer}
+    shared = [name for name in graph.weights if name in initializers and _is_shared(graph, name)]
+    uniform = {name: graph.weights[name].read() for name in shared}
+    uniform = {name: value for name, value in uniform.items() if (value == value.flat[0]).all()}
+    if not uniform:
+        return graph, {}
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.proto)
+    weights, copies = dict(graph.weights), dict[str, str]()
+    for name, value in uniform.items():
+        for number, (node, i) in enumerate(graph.consumers[name][1:], start=2):
+            copy = f"{name}_use{number}"
+            if copy in graph.weights or copy in graph.producer:
+                continue
+            proto.graph.node[node.index].input[i] = copy
+            weights[copy] = ArrayWeight(copy, value)
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(value, copy))
+            copies[copy] = name
+    return Graph.of(proto, weights), copies
+
+
+def _is_shared(graph: Graph, name: str) -> bool:
+    weight = graph.weights[name]
+    if weight.dtype.kind not in "fV" or not 1 < int(np.prod(weight.shape)) <= _LIMIT or name in graph.captured:
+        return False
+    return len(graph.consumers.get(name, ())) > 1 and name not in graph.outputs and graph.proto.ir_version >= 4
+
+
+def rejoin(proto: onnx.ModelProto, weights: dict[str, Weight], copies: dict[str, str]) -> None:
+    """Join what has the same size again after a cut; ``proto`` and ``weights`` change."""
+    first: dict[tuple[str, tuple[int, ...]], str] = {}
+    back: dict[str, str] = {}
+    for name in (*dict.fromkeys(copies.values()), *copies):
+        if name in weights:
+            kept = first.setdefault((copies.get(name, name), weights[name].shape), name)
+            if kept != name:
+                back[name] = kept
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            if name in back:
+                node.input[i] = back[name]
+    for k in reversed(range(len(proto.graph.initializer))):
+        if proto.graph.initializer[k].name in back:
+            del proto.graph.initializer[k]
+    for copy in back:
+        weights.pop(copy)

@@ -1,0 +1,184 @@
+"""Laws of operators that normalise or reduce: over channels they are a barrier, beside these they let labels through."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from build import Net, newest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_exact_cut
+from sandwich import check, consume, opsets, produce
+
+SUMS = ["ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2"]
+MIXES = ["ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp"]
+
+
+@given(layout=st.sampled_from(["nc", "ncl", "nchw", "ncdhw"]), opset=opsets())
+@settings(max_examples=6)
+def test_batch_normalization(layout: str, opset: int) -> None:
+    net = Net(opset)
+    check(net, net.op("Relu", net.norm(produce(net, layout), 6)))
+
+
+def test_batch_normalization_in_training_mode_keeps_channels() -> None:
+    net = Net(15)
+    vectors = [net.weight(6, low=0.5) for _ in range(4)]
+    y, *_ = net.op("BatchNormalization", produce(net, "nchw"), *vectors, n=3, training_mode=1)
+    check(net, y, cut=False)
+
+
+@given(layout=st.sampled_from(["ncl", "nchw", "ncdhw"]), opset=opsets())
+@settings(max_examples=5)
+def test_instance_normalization(layout: str, opset: int) -> None:
+    net = Net(opset)
+    check(net, net.op("InstanceNormalization", produce(net, layout), net.weight(6, low=0.5), net.weight(6)))
+
+
+UNKNOWN = pytest.mark.xfail(strict=True, reason="onnx infers no shape behind GroupNormalization")
+
+
+@pytest.mark.parametrize("groups", [1, *(pytest.param(g, marks=UNKNOWN) for g in (2, 3, 6))])
+@pytest.mark.parametrize("opset", [18, 21])
+def test_group_normalization(groups: int, opset: int) -> None:
+    """Whole groups go; scale and bias are per group before opset 21, per channel since."""
+    net = Net(opset)
+    n = groups if opset < 21 else 6
+    operands = [net.weight(n, low=0.5), net.weight(n)]
+    y = net.op("GroupNormalization", produce(net, "nchw"), *operands, num_groups=groups)
+    net.hint(y, ["N", 6, 4, 5])
+    # The checker calls the form of opset 18 deprecated.
+    model = net.model(consume(net, y), check=opset > 20)
+    assert_exact_cut(model, expect_cut=groups > 1, validate=opset > 20)
+
+
+def test_group_normalization_spelled_out() -> None:
+    """Reshape to [N, G, -1], InstanceNormalization, Reshape back, scale: what exporters write."""
+    net = Net(13)
+    x = produce(net, "nchw", channels=8)
+    rows = net.reshape(x, 0, 4, -1)
+    y = net.op("InstanceNormalization", rows, net.const(np.ones(4), net.dtype), net.const(np.zeros(4), net.dtype))
+    y = net.hint(net.op("Reshape", y, net.op("Shape", x)), ["N", 8, 4, 5])
+    y = net.op("Add", net.op("Mul", y, net.weight(8, 1, 1)), net.weight(8, 1, 1))
+    check(net, y)
+
+
+@pytest.mark.parametrize("kind", ["LayerNormalization", "RMSNormalization"])
+@pytest.mark.parametrize("axis", [-1, 1, 2])
+def test_layer_normalization_is_a_barrier(kind: str, axis: int) -> None:
+    net = Net(max(17, 23 if kind.startswith("RMS") else 17))
+    shape = (4, 6) if axis == 1 else (6,)
+    operands = [net.weight(*shape, low=0.5), *([net.weight(*shape)] if kind.startswith("Layer") else [])]
+    check(net, net.op(kind, produce(net, "nlc"), *operands, axis=axis), cut=False)
+
+
+def test_layer_normalization_over_positions_lets_channels_pass() -> None:
+    net = Net(17)
+    check(net, net.op("LayerNormalization", produce(net, "ncl"), net.weight(4, low=0.5), net.weight(4)))
+
+
+def test_layer_normalization_is_cut_when_asked_for() -> None:
+    """--approximate: not exact, but the result runs and is smaller."""
+    net = Net(17)
+    y = net.op("LayerNormalization", produce(net, "nlc"), net.weight(6, low=0.5), net.weight(6))
+    model = net.model(consume(net, y))
+    import onnxprune as op
+
+    result = op.prune(model, ratio=0.5, approximate=True, latency=False)
+    assert result.report.totals.params_after < result.report.totals.params_before
+    assert result.report.exactness is not None
+    assert result.report.exactness.passed is None or result.report.warnings
+
+
+def test_layer_normalization_spelled_out_is_a_barrier() -> None:
+    net = Net(17)
+    x = produce(net, "nlc")
+    centred = net.op("Sub", x, net.reduce("ReduceMean", x, [-1]))
+    spread = net.reduce("ReduceMean", net.op("Mul", centred, centred), [-1])
+    y = net.op("Div", centred, net.op("Sqrt", net.op("Add", spread, net.const(1e-5, net.dtype))))
+    check(net, net.op("Mul", y, net.weight(6)), cut=False)
+
+
+@pytest.mark.parametrize("kind", ["Softmax", "LogSoftmax", "Hardmax"])
+@given(opset=opsets(), layout=st.sampled_from(["ncl", "nchw", "nlc"]), data=st.data())
+@settings(max_examples=6)
+def test_softmax_over_any_axis(kind: str, opset: int, layout: str, data: st.DataObject) -> None:
+    """Before opset 13 everything from ``axis`` on is normalised at once."""
+    net = Net(opset)
+    rank = len(layout)
+    axis = data.draw(st.sampled_from([1, 2, rank - 1, *([-1, -2] if opset >= 11 else [])]))
+    channel = 1 if layout != "nlc" else 2
+    over = range(axis % rank, rank) if opset < 13 else [axis % rank]
+    x = produce(net, layout)
+    if kind == "Hardmax" and opset < 13:
+        x = net.op("Relu", x)
+    check(net, net.op(kind, x, axis=axis), cut=channel not in over)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("layout", ["nc", "nlc", "nchw"])
+def test_lp_normalization_is_a_sum(p: int, layout: str) -> None:
+    """A channel that is 0 adds nothing to a norm: cut through, exactly."""
+    net = Net(13)
+    check(net, net.op("LpNormalization", produce(net, layout), axis=1 if layout == "nchw" else -1, p=p))
+
+
+@pytest.mark.parametrize("kind", [*SUMS, *MIXES])
+@given(data=st.data(), opset=opsets())
+@settings(max_examples=6)
+def test_reductions(kind: str, data: st.DataObject, opset: int) -> None:
+    """Sums and norms over channels are contractions, the others a barrier; over positions channels pass."""
+    net = Net(opset)
+    x = produce(net, "nchw")
+    if kind == "ReduceLogSum":
+        x = net.op("Add", net.op("Abs", x), net.const(0.5, net.dtype))
+    axes = data.draw(st.sampled_from([[1], [2], [2, 3], [1, 2], [1, 3], [3]]))
+    keepdims = data.draw(st.sampled_from([0, 1]))
+    if opset >= 11 and data.draw(st.booleans()):
+        axes = [a - 4 for a in axes]
+    over_channels = 1 in axes or -3 in axes
+    check(net, net.reduce(kind, x, axes, keepdims), cut=kind in SUMS or not over_channels)
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+@pytest.mark.parametrize("opset", [11, 18])
+def test_reduction_of_everything(keepdims: int, opset: int) -> None:
+    """Without axes even the batch is summed."""
+    net = Net(opset)
+    total = net.op("ReduceL2", produce(net, "nchw"), keepdims=keepdims)
+    model = net.model(net.op("Reshape", total, net.const([1, 1])), shapes={})
+    assert_exact_cut(model)
+
+
+def test_reduction_of_nothing() -> None:
+    """noop_with_empty_axes: the tensor itself."""
+    net = Net(18)
+    check(net, net.op("ReduceSum", produce(net, "nchw"), noop_with_empty_axes=1))
+
+
+@pytest.mark.parametrize("kind", ["ArgMax", "ArgMin", "TopK", "CumSum"])
+@pytest.mark.parametrize("axis", [1, 2, -1])
+@given(opset=opsets(11), keepdims=st.sampled_from([0, 1]))
+@settings(max_examples=2)
+def test_operators_that_depend_on_positions(kind: str, axis: int, opset: int, keepdims: int) -> None:
+    net = Net(opset)
+    x = produce(net, "nchw")
+    if kind == "TopK":
+        values, where = net.op(kind, x, net.const([2]), axis=axis, n=2)
+        read = [values, net.op("Cast", where, to=1)]
+    elif kind == "CumSum":
+        read = [net.op(kind, x, net.const(axis), reverse=keepdims)]
+    else:
+        read = [net.op("Cast", net.op(kind, x, axis=axis, keepdims=keepdims), to=1)]
+    check(net, *read, cut=axis != 1)
+
+
+def test_mean_variance_normalization() -> None:
+    net = Net(13)
+    check(net, net.op("MeanVarianceNormalization", produce(net, "nchw"), axes=[0, 1, 2, 3]), cut=False)
+
+
+@pytest.mark.skipif(newest() < 23, reason="newer than onnxruntime")
+def test_rms_normalization_over_positions_lets_channels_pass() -> None:
+    net = Net(23)
+    check(net, net.op("RMSNormalization", produce(net, "ncl"), net.weight(4, low=0.5)))

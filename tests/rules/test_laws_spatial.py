@@ -1,0 +1,132 @@
+"""Laws of operators that work along positions: channels pass, positions keep their size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from build import Net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sandwich import check, opsets, produce
+
+MAPS = ("ncl", "nchw", "ncdhw")
+
+
+@pytest.mark.parametrize("kind", ["MaxPool", "AveragePool", "LpPool"])
+@pytest.mark.parametrize("layout", MAPS)
+@given(data=st.data(), opset=opsets(10))
+@settings(max_examples=3)
+def test_pools_of_every_rank(kind: str, layout: str, data: st.DataObject, opset: int) -> None:
+    net = Net(opset)
+    dims = len(layout) - 2
+    attrs = {"kernel_shape": [data.draw(st.sampled_from([2, 3])) for _ in range(dims)]}
+    attrs["strides"] = [data.draw(st.sampled_from([1, 2])) for _ in range(dims)]
+    if data.draw(st.booleans()):
+        attrs["pads"] = [1] * (2 * dims)
+    elif kind != "LpPool" and data.draw(st.booleans()):
+        attrs["ceil_mode"] = 1
+    if kind == "AveragePool":
+        attrs["count_include_pad"] = data.draw(st.sampled_from([0, 1]))
+    check(net, net.op(kind, produce(net, layout), **attrs))
+
+
+@pytest.mark.parametrize("kind", ["GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"])
+@given(layout=st.sampled_from(MAPS), opset=opsets())
+@settings(max_examples=3)
+def test_global_pools(kind: str, layout: str, opset: int) -> None:
+    net = Net(opset)
+    check(net, net.op(kind, produce(net, layout)))
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+def test_pools_that_pad_by_themselves(mode: str) -> None:
+    net = Net(13)
+    check(net, net.op("MaxPool", produce(net, "nchw", extent=5), kernel_shape=[2, 3], strides=[2, 2], auto_pad=mode))
+
+
+def test_dilated_pool() -> None:
+    net = Net(13)
+    check(net, net.op("MaxPool", produce(net, "nchw", extent=6), kernel_shape=[2, 2], dilations=[2, 2]))
+
+
+def test_pool_over_channels_keeps_them() -> None:
+    """A map transposed so that channels are positions."""
+    net = Net(13)
+    x = net.transpose(produce(net, "ncl"), 0, 2, 1)
+    check(net, net.op("MaxPool", x, kernel_shape=[2], strides=[2]), cut=False)
+
+
+def test_positions_of_a_pool_depend_on_all_channels() -> None:
+    net = Net(13)
+    pooled, where = net.op("MaxPool", produce(net, "nchw"), kernel_shape=[2, 2], strides=[2, 2], n=2)
+    check(net, pooled, net.op("Cast", where, to=1), cut=False)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+@given(data=st.data(), opset=opsets(11))
+@settings(max_examples=4)
+def test_resize(mode: str, data: st.DataObject, opset: int) -> None:
+    """By scales and by sizes; positions may grow or shrink."""
+    net = Net(opset)
+    x = produce(net, "nchw", extent=6)
+    factors = data.draw(st.sampled_from([(2.0, 2.0), (0.5, 2.0), (1.0, 3.0)]))
+    # Before opset 13 the region of interest may not be left out.
+    region = "" if opset >= 13 else net.const(np.zeros(0), np.float32)
+    attrs = {"mode": mode, "coordinate_transformation_mode": data.draw(st.sampled_from(["half_pixel", "asymmetric"]))}
+    if data.draw(st.booleans()):
+        operands = [region, net.const([1.0, 1.0, *factors], np.float32)]
+    else:
+        scales = "" if opset >= 13 else net.const(np.zeros(0), np.float32)
+        space = net.const([int(6 * factors[0]), int(7 * factors[1])])
+        operands = [region, scales, net.op("Concat", net.slice(net.op("Shape", x), 0, 2, 0), space, axis=0)]
+    y = net.op("Resize", x, *operands, **attrs)
+    check(net, net.hint(y, ["N", 6, int(6 * factors[0]), int(7 * factors[1])]))
+
+
+def test_resize_to_constant_sizes() -> None:
+    """The operand names the channels too, and follows them."""
+    net = Net(13)
+    check(net, net.op("Resize", produce(net, "nchw", batch=2), "", "", net.const([2, 6, 8, 9]), mode="linear"))
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_resize_of_chosen_axes(scales: bool) -> None:
+    net = Net(18)
+    x = produce(net, "nchw")
+    operands = ["", net.const([2.0, 3.0], np.float32)] if scales else ["", "", net.const([7, 9])]
+    check(net, net.op("Resize", x, *operands, axes=[2, -1], antialias=0))
+
+
+def test_resize_of_channels_keeps_them() -> None:
+    net = Net(13)
+    check(net, net.op("Resize", produce(net, "nchw"), "", net.const([1, 2, 1, 1], np.float32)), cut=False)
+
+
+@pytest.mark.parametrize("opset", [7, 9])
+def test_upsample(opset: int) -> None:
+    net = Net(opset)
+    x = produce(net, "nchw")
+    scales = [1.0, 1.0, 2.0, 3.0]
+    y = net.op("Upsample", x, scales=scales) if opset < 9 else net.op("Upsample", x, net.const(scales, np.float32))
+    check(net, y)
+
+
+@given(opset=opsets())
+@settings(max_examples=2)
+def test_local_response_normalization_mixes_neighbours(opset: int) -> None:
+    net = Net(opset)
+    check(net, net.op("LRN", produce(net, "nchw"), size=3), cut=False)
+
+
+def test_grid_sample() -> None:
+    net = Net(16)
+    grid = net.op("Tanh", net.input("grid", ["N", 3, 3, 2]))
+    check(net, net.op("GridSample", produce(net, "nchw"), grid))
+
+
+def test_regions_of_interest() -> None:
+    """Regions replace the batch: their number is that of the boxes."""
+    net = Net(16)
+    x = produce(net, "nchw", batch=1, extent=8)
+    boxes = net.const([[0, 0, 4, 4], [1, 2, 6, 7]], np.float32)
+    check(net, net.op("RoiAlign", x, boxes, net.const([0, 0]), output_height=2, output_width=2))
