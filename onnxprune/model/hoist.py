@@ -75,6 +75,7 @@ class _Build:
         self._graph, self._facts = graph, facts
         self._taken = {*graph.producer, *graph.weights, *graph.inputs}
         self._constants: dict[str, np.ndarray] = {}
+        self._targets: dict[str, str] = {}
         self._nodes: dict[int, list[onnx.NodeProto]] = {}
 
     def replace(self, found: Selections) -> Hoist | None:
@@ -149,8 +150,11 @@ class _Build:
         entry = np.full(len(keep), size, np.int64)
         mask = self._constant(f"{name}_kept_for_{reshape.outputs[0]}", keep)
         fixed = self._constant(f"{name}_{size}_of_{reshape.outputs[0]}", entry)
-        result = self._name(f"{name}_for_{reshape.outputs[0]}")
-        nodes.append(onnx.helper.make_node("Where", [mask, name, fixed], [result], name=f"{reshape.label}_target"))
+        known = self._targets.get(fixed)
+        if known is not None:
+            return known
+        result = self._targets[fixed] = self._name(f"{fixed}_target")
+        nodes.append(onnx.helper.make_node("Where", [mask, name, fixed], [result], name=result))
         made.add(result)
         for probe in self._facts.probes:
             value = probe.values.get(name)
