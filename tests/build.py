@@ -77,7 +77,7 @@ class Net:
         return name
 
     def weight(self, *shape: int, name: str = "", scale: float | None = None, low: float | None = None) -> str:
-        """A random weight, scaled so that a sum over all but its first axis keeps its size; ``low`` for positive ones."""
+        """A random weight, scaled so that sums keep their size; ``low``: the least of a positive one."""
         fan = int(np.prod(shape[1:])) or 1
         array = self.rng.standard_normal(shape) * (scale if scale is not None else 1 / np.sqrt(fan))
         if low is not None:

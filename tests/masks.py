@@ -1,7 +1,7 @@
 """Models run at a feed, and the same with removed channels multiplied by 0: the plan's slots pushed as plain arrays.
 
-A movement operator runs itself on the mask, a product of masks says what is left of a MatMul, and what meets position by
-position keeps what every operand keeps.
+A movement operator runs itself on the mask, a product of masks says what is left of a MatMul, and what meets position
+by position keeps what every operand keeps.
 """
 
 from __future__ import annotations

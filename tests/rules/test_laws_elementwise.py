@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from sandwich import check, opsets, produce
 
 LAYOUTS = st.sampled_from(["nc", "ncl", "nchw", "nlc", "nhwc"])
-ANY = ["Relu", "Sigmoid", "Tanh", "Erf", "Exp", "Abs", "Neg", "Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Atan", "Sinh", "Cosh", "Asinh", "LeakyRelu", "Elu", "Selu", "Celu", "HardSwish", "HardSigmoid", "Mish", "Softplus", "Softsign", "ThresholdedRelu", "Shrink", "Identity", "Gelu", "Swish"]  # fmt: skip
+ANY = [
+    "Relu", "Sigmoid", "Tanh", "Erf", "Exp", "Abs", "Neg", "Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Atan",
+    "Sinh", "Cosh", "Asinh", "LeakyRelu", "Elu", "Selu", "Celu", "HardSwish", "HardSigmoid", "Mish", "Softplus",
+    "Softsign", "ThresholdedRelu", "Shrink", "Identity", "Gelu", "Swish",
+]  # fmt: skip
 DOMAIN = {"Sqrt": (0.5, None), "Log": (0.5, None), "Reciprocal": (0.5, None), "Acosh": (1.5, None),
           "Asin": (None, 0.9), "Acos": (None, 0.9), "Atanh": (None, 0.9), "Tan": (None, 0.9)}  # fmt: skip
 

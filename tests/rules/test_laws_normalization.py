@@ -1,4 +1,4 @@
-"""Laws of operators that normalise or reduce: over channels they are a barrier, beside these they let labels through."""
+"""Laws of operators that normalise or reduce: a barrier over channels, open beside them."""
 
 from __future__ import annotations
 
