@@ -19,6 +19,7 @@ from bench.zoo_tables import REALLY
 from onnxprune import Pipeline, Plan, errors, prune
 from onnxprune.model.bounds import integer_bounds
 from onnxprune.passes import Prune, State, Validate
+from onnxprune.plan import PlanGroup
 from onnxprune.runtime import inputs, sessions
 
 # Reasons that belong to what a model is for (a vocabulary, its outputs) come after those that a better rule may lift.
@@ -29,8 +30,8 @@ _BUG = re.compile(r"^\w*(Error|Exception|Iteration): ")
 def rounded_up(path: Path, ratio: float, approximate: bool) -> Plan:
     """A plan that takes from every group what torch-pruning takes: n - floor(n * (1 - ratio)) of n equal steps.
 
-    onnxprune rounds to the nearest count; on narrow layers the difference is several percent. A group's order of removal
-    does not depend on the ratio, so the plan is put together from one run for every number of steps that occurs.
+    onnxprune rounds to the nearest count; on narrow layers the difference is several percent. The order in which a
+    group loses units does not depend on the ratio: the plan is put together from one run per number of steps.
     """
 
     def plan_at(share: float) -> tuple[Plan, dict[int, int]]:
@@ -41,7 +42,9 @@ def rounded_up(path: Path, ratio: float, approximate: bool) -> Plan:
     groups = []
     for count in sorted(set(steps.values())):
         share = (count - math.floor(count * (1 - ratio) + 1e-9)) / count
-        groups += [g for g in plan_at(share)[0].groups if steps.get(g.id) == count]
+        # Without their slots, which on a concatenated axis tell of other groups too.
+        mine = [g for g in plan_at(share)[0].groups if steps.get(g.id) == count]
+        groups += [PlanGroup(g.id, g.units, g.removed) for g in mine]
     return Plan(whole.model_sha256, whole.criterion, sorted(groups, key=lambda g: g.id))
 
 

@@ -46,15 +46,20 @@ def _serve(run: Callable[[Any], Record], pipe: Connection) -> None:
             task = pipe.recv()
         except EOFError:
             return
-        pipe.send(run(task))
+        try:
+            record = run(task)
+        except Exception as error:  # what a task does not foresee costs that task
+            record = {"status": "crash", "type": type(error).__name__, "message": str(error)[:400]}
+        pipe.send(record)
 
 
 def each(run: Callable[[Any], Record], tasks: Iterable[Any], jobs: int, timeout: float) -> Iterator[tuple[Any, Record]]:
     """(task, record) as they finish.
 
     Args:
-        run: task -> record, importable; it is expected to catch what may go wrong with its model.
-        timeout: seconds for one task. A task over it, or whose process dies, gives ``{"status": "timeout" | "crash"}``.
+        run: task -> record, importable.
+        timeout: seconds for one task. A task over it gives ``{"status": "timeout"}``; one that raises, or whose process
+            dies, ``{"status": "crash"}``.
     """
     queue, workers = iter(tasks), set[Worker]()
     idle: list[Worker] = []

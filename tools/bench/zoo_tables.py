@@ -153,7 +153,8 @@ def _peer(console: Console, peer: str, records: Iterable[Record]) -> None:
             table.add_row(model, *shown, _why(ours[model], by_tool[APPROXIMATE].get(model)))
     console.print(
         f"Of these {len(cut)}, onnxprune removes at least as much on {enough['ours']}, with --approximate on "
-        f"{enough['approximate']} more, with the peer's rounding too on {enough['rounded']} more, less on {enough['less']}."
+        f"{enough['approximate']} more, with the peer's rounding too on {enough['rounded']} more, "
+        f"less on {enough['less']}."
     )
     if enough["less"]:
         console.print(table)
