@@ -78,10 +78,10 @@ def _constant(graph: Graph) -> set[str]:
 
 
 def _ends(graph: Graph, constant: set[str]) -> Iterator[Node]:
-    """The last node before a contraction that does more than move its weight."""
+    """The last node before a contraction that does more than move its weight; its data must be no constant too."""
     for node in graph.nodes:
         positions = LAYERS.get(node.op)
-        if positions is None:
+        if positions is None or node.outputs[0] in constant:
             continue
         for i in {*positions, 2} if node.op in _RECURRENT else positions:
             name = node.inputs[i] if i < len(node.inputs) else ""

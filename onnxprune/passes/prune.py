@@ -111,7 +111,11 @@ class Prune:
 def _reasons(analysis: Analysis) -> str:
     top = analysis.barriers[:3]
     said = "; ".join(f"{b.channels} channels: {b.code}, {b.detail}" for b in top)
-    return f"Reasons: {said}. 'onnxprune inspect' lists them all." if said else "The model has no weights to cut."
+    if said:
+        return f"Reasons: {said}. 'onnxprune inspect' lists them all."
+    if any(node.op in ("If", "Loop", "Scan") for node in analysis.graph.nodes):
+        return "Its weights lie inside the bodies of If, Loop or Scan nodes, which are left as they are."
+    return "The model has no weights to cut."
 
 
 def _freeze(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> None:
