@@ -74,9 +74,9 @@ class Analysis:
         approximate: bool = False,
     ) -> None:
         self.loaded: Loaded = load(source)
-        self.original: Graph = Graph.of(self.loaded.proto, self.loaded.weights)
-        unshared, self.copies = unshare(self.original)
-        folded, self.folds = fold(unshared)
+        # Preparations, each undone after a cut where it was not needed: see restore and rejoin.
+        self.unshared, self.copies = unshare(Graph.of(self.loaded.proto, self.loaded.weights))
+        folded, self.folds = fold(self.unshared)
         self.facts: Facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
         self.graph, self.hoists = hoist(folded, self.facts)
         self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
@@ -191,7 +191,7 @@ class Analysis:
     def slots(self) -> dict[int, list[SlotView]]:
         """Slots of every group in the input model's own tensors: one per labelled axis, grids aside."""
         result: dict[int, list[SlotView]] = {}
-        made = {name for item in self.hoists for name in item.made}
+        made = self.copies.keys() | {name for item in self.hoists for name in item.made}
         known: dict[int, tuple[Label, Ids]] = {}
         for name, labels in self.table.items().items():
             for label in labels:

@@ -67,7 +67,7 @@ class Prune:
         check_patterns(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
         with state.stage("cut"):
             removed, proto, weights = self._cut(analysis, state)
-            restore(proto, weights, analysis.original, analysis.folds, analysis.hoists)
+            restore(proto, weights, analysis.unshared, analysis.folds, analysis.hoists)
             rejoin(proto, weights, analysis.copies)
         state.removed, state.proto, state.weights = removed, proto, weights
         with state.stage("plan"):
