@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -14,6 +14,7 @@ from onnxprune.model.graph import Graph
 from onnxprune.model.hoist import Hoist
 from onnxprune.model.weights import ArrayWeight, Weight, weight_from_constant
 
+T = TypeVar("T")
 Target = tuple[NDArray[np.bool_], NDArray[np.int64]]
 """A reshape target: which entries are those of the original one, and the values of the others."""
 
@@ -50,6 +51,7 @@ class _Model:
         self.nodes = {_key(node): node for node in proto.graph.node}
         self.producer = {o: node for node in proto.graph.node for o in node.output}
         self.initializers = {t.name: t for t in proto.graph.initializer}
+        self.infos = {i.name: i for i in proto.graph.value_info}
         self.suspects = {name for node in proto.graph.node for name in node.input}
         """What was read and may no longer be."""
 
@@ -84,9 +86,9 @@ class _Model:
         return name
 
     def describe(self, names: Iterable[str]) -> None:
-        """The original's declared shapes of tensors that are back as they were."""
-        wanted = set(names) - {i.name for i in self.proto.graph.value_info}
-        self.proto.graph.value_info.extend(i for i in self.original.proto.graph.value_info if i.name in wanted)
+        """Bring back the original's declared shapes of tensors that are back as they were."""
+        back = set(names) - self.infos.keys()
+        self.infos.update({i.name: i for i in self.original.proto.graph.value_info if i.name in back})
 
     def finish(self) -> None:
         """Nodes in their original order, without what is no longer read."""
@@ -101,20 +103,29 @@ class _Model:
         held = {o.name for o in self.proto.graph.output} | self.original.captured
         while True:
             used = held.union(*(n.input for n in nodes))
-            dead = [n for n in nodes if not used.intersection(n.output) and self.suspects.intersection(n.output)]
-            if not dead:
+            alive = [n for n in nodes if used.intersection(n.output) or not self.suspects.intersection(n.output)]
+            if len(alive) == len(nodes):
                 break
-            nodes = [n for n in nodes if not any(n is d for d in dead)]
+            nodes = alive
         dropped = {name for name in self.initializers if name not in used and name in self.suspects}
-        graph = onnx.GraphProto()
-        graph.node.extend(nodes)
-        graph.initializer.extend(t for name, t in self.initializers.items() if name not in dropped)
-        graph.input.extend(i for i in self.proto.graph.input if i.name not in dropped)
         for name in dropped:
             self.weights.pop(name, None)
-        for field in ("node", "initializer", "input"):
+        graph = onnx.GraphProto()
+        graph.node.extend(nodes)
+        tensors = (t.name for t in self.original.proto.graph.initializer)
+        graph.initializer.extend(t for name, t in _in_order(self.initializers, tensors) if name not in dropped)
+        graph.input.extend(i for i in self.proto.graph.input if i.name not in dropped)
+        infos = (i.name for i in self.original.proto.graph.value_info)
+        graph.value_info.extend(info for _, info in _in_order(self.infos, infos))
+        for field in ("node", "initializer", "input", "value_info"):
             self.proto.graph.ClearField(field)
         self.proto.graph.MergeFrom(graph)
+
+
+def _in_order(items: dict[str, T], order: Iterable[str]) -> list[tuple[str, T]]:
+    """Items in the order of their names, those without a place last."""
+    place = {name: k for k, name in enumerate(order)}
+    return sorted(items.items(), key=lambda item: place.get(item[0], len(place)))
 
 
 def _key(node: onnx.NodeProto) -> str:
