@@ -104,11 +104,11 @@ class PackedMatMul(Rule):
     def propagate(self, step: Step) -> None:
         """Unite N through all operands; the scales may be flat, N times the blocks."""
         a, b = step.labels(0), step.labels(1)
-        step.fix_all_but(b, (0,), "fixed-size", "codes are packed along this axis")
+        step.fix_all_but(b, (0,), "operand", "codes are packed along this axis")
         columns, size = step.axis_ids(b, 0), step.shape(1)[0]
         for i in (i for i in (2, 3, 5) if step.has(i)):
             own, shape = step.labels(i), step.shape(i)
-            step.fix_all_but(own, (0,), "fixed-size", "one value per block of codes")
+            step.fix_all_but(own, (0,), "operand", "one value per block of codes")
             if own:
                 every = None if columns is None else np.repeat(columns, shape[0] // size)
                 step.unite(every, step.axis_ids(own, 0), "a scale or zero point")

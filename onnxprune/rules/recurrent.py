@@ -73,12 +73,12 @@ class Recurrent(Rule):
         if all(any(x is g for x in labels) for g in grids):
             return  # both initial states are one tensor
         packs = [g.pack for g in grids]
-        step.fix_all_but(labels, [*packs, 2] if i == W else packs, "spatial", f"{step.node.op} runs along this axis")
+        step.fix_all_but(labels, [*packs, 2] if i == W else packs, "operand", "directions and batch keep their size")
         chain = owned(step, i, axes) if any(g.is_grid for g in grids) else None
         for grid in grids:
             direction = next((a for a in grid.axes if a != grid.pack), None)
             if direction is not None:
-                step.fix((grid,), direction, "fixed-size", "both directions stay")
+                step.fix((grid,), direction, "operand", "both directions stay")
             mine = covering(labels, grid.pack)
             if mine is None:
                 step.fix((grid,), grid.pack, "unlabelled-operand", _UNLABELLED)
