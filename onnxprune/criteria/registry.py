@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any
 
 from numpy.typing import NDArray
 
 from onnxprune.criteria.slot import Slot
 from onnxprune.errors import UsageError, nearest
+from onnxprune.plugins import announced
 
 Criterion = Callable[[Slot], "NDArray[Any] | None"]
 """Scores [channels] of one slot, higher matters more; None where the criterion has nothing to say about the slot."""
@@ -40,6 +40,11 @@ def register(name: str, *, reads_all: bool = False) -> Callable[[Criterion], Cri
     return decorate
 
 
+def unregister(name: str) -> None:
+    """Forget a criterion, so that another can take its name."""
+    _table.pop(name, None)
+
+
 def get(name: str) -> Criterion:
     """The criterion of that name.
 
@@ -56,8 +61,7 @@ def names() -> list[str]:
     """All criteria, sorted."""
     global _loaded
     if not _loaded:
+        for name, criterion in announced(ENTRY_POINT).items():
+            _table.setdefault(name, criterion)
         _loaded = True
-        for point in entry_points(group=ENTRY_POINT):
-            if point.name not in _table:
-                _table[point.name] = point.load()
     return sorted(_table)

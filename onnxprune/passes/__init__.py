@@ -2,7 +2,8 @@
 
 from onnxprune.passes.pipeline import Pipeline
 from onnxprune.passes.prune import Prune
+from onnxprune.passes.registry import get, names, register, unregister
 from onnxprune.passes.state import Pass, Result, State
 from onnxprune.passes.validate import Validate
 
-__all__ = ["Pass", "Pipeline", "Prune", "Result", "State", "Validate"]
+__all__ = ["Pass", "Pipeline", "Prune", "Result", "State", "Validate", "get", "names", "register", "unregister"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 
+from onnxprune.passes.registry import get
 from onnxprune.passes.state import Pass, Progress, Result, State
 
 
@@ -15,11 +16,15 @@ class Pipeline:
     """Passes in order; ``run`` gives the result, the input is never changed.
 
     Args:
-        passes: callables over :class:`State`, such as ``passes.Prune(...)``, ``passes.Validate()`` or your own.
+        passes: callables over :class:`State`, such as ``passes.Prune(...)``, ``passes.Validate()`` or your own, or the
+            names of registered ones.
+
+    Raises:
+        UsageError: no pass has such a name.
     """
 
-    def __init__(self, passes: Sequence[Pass]) -> None:
-        self.passes = list(passes)
+    def __init__(self, passes: Sequence[Pass | str]) -> None:
+        self.passes = [get(stage) if isinstance(stage, str) else stage for stage in passes]
 
     def run(
         self,

@@ -84,7 +84,7 @@ class NhwcFusedConv(Conv):
 
 
 class NhwcConv(NhwcFusedConv):
-    """Convolution of [N, ..., C] with a weight [O, ..., C/group], as onnxruntime's optimiser for diffusion models writes it."""
+    """Convolution of [N, ..., C] with a weight [O, ..., C/group], as optimised diffusion models have it."""
 
     def weight_axis(self, step: Step) -> int:
         """Channels come last here too."""

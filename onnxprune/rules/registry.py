@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from onnxprune.plugins import announced
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -120,6 +121,5 @@ def known() -> list[tuple[str, str]]:
 def _load_plugins() -> None:
     """Import rules that other packages announce under the entry point group ``onnxprune.rules``."""
     global _loaded
+    announced(ENTRY_POINT)
     _loaded = True
-    for point in entry_points(group=ENTRY_POINT):
-        point.load()
