@@ -23,34 +23,32 @@ def atoms_removed(units: Units, components: Mask) -> Mask:
 
 
 def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
-    """The plan of a removal: every group that loses units, with one slot per labelled axis."""
+    """The plan of a removal: every group that loses units, with one slot per labelled axis.
+
+    Where several groups share an axis (a concatenation), each lists its own positions there.
+    """
     units = analysis.units
     gone = np.zeros(units.frozen.size, dtype=bool)
     gone[units.component[removed]] = True
-    by_group = analysis.slots()
+    cut = [g for g in units.groups if g.prunable and gone[g.units].any()]
+    owner = np.full(len(units.groups) + 1, -1, dtype=np.int64)
+    for group in cut:
+        owner[[group.id, *group.children]] = group.id
+    by_atom = np.where(removed, owner[units.group_of[units.component]], -1)
+    slots = analysis.slots()
     groups = []
-    for group in units.groups:
-        mine = np.flatnonzero(gone[group.units])
-        if not mine.size or not group.prunable:
-            continue
-        families = [group.id, *group.children]
-        slots = {(s.tensor, s.axis): s for f in families for s in by_group.get(f, ())}
-        groups.append(
-            PlanGroup(
-                group.id,
-                group.size,
-                mine.tolist(),
-                [_slot(analysis, s.tensor, s.axis, removed) for s in slots.values()],
-            )
-        )
+    for group in cut:
+        mine = {(s.tensor, s.axis): s for g in (group.id, *group.children) for s in slots.get(g, ())}
+        found = [_slot(analysis, tensor, axis, by_atom, group.id) for tensor, axis in mine]
+        groups.append(PlanGroup(group.id, group.size, np.flatnonzero(gone[group.units]).tolist(), found))
     return Plan(analysis.loaded.sha256, criterion, groups, [asdict(b) for b in analysis.barriers])
 
 
-def _slot(analysis: Analysis, tensor: str, axis: int, removed: Mask) -> PlanSlot:
+def _slot(analysis: Analysis, tensor: str, axis: int, by_atom: NDArray[np.int64], group: int) -> PlanSlot:
     label = covering(analysis.table.get(tensor), axis)
     assert label is not None
-    gone = removed[label.ids].ravel()
-    return PlanSlot(tensor, axis, gone.size, np.flatnonzero(gone).tolist())
+    ids = label.ids.ravel()
+    return PlanSlot(tensor, axis, ids.size, np.flatnonzero(by_atom[ids] == group).tolist())
 
 
 def read_plan(analysis: Analysis, plan: Plan) -> Mask:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import onnx
@@ -31,7 +33,7 @@ _TYPED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loaded:
     """A model as it was read; nothing in it has been changed but local functions, which are inlined.
 
@@ -39,7 +41,7 @@ class Loaded:
         proto: the skeleton: everything but the bulk data of the main graph's initializers.
         weights: every initializer of the main graph by name.
         path: the model file; None for bytes and a ModelProto.
-        sha256: of the model file's bytes; for a ModelProto, of its skeleton and its weights.
+        digest: the SHA-256 of the model file's bytes, or of a ModelProto's skeleton and weights; computed when asked.
         size: bytes of the model file and of the files with its external data.
         external: the files with its external data.
     """
@@ -47,9 +49,14 @@ class Loaded:
     proto: ModelProto
     weights: dict[str, Weight]
     path: Path | None
-    sha256: str
+    digest: Callable[[], str]
     size: int
     external: tuple[Path, ...] = ()
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hexadecimal digest that names the model in plans."""
+        return self.digest()
 
 
 def load(source: str | Path | bytes | ModelProto) -> Loaded:
@@ -107,12 +114,11 @@ def _from_bytes(data: bytes, path: Path | None) -> Loaded:
     for index, span in spans.items():
         tensor = _stub(proto.graph, index, span)
         held[index] = BufferWeight(tensor.name, tensor.data_type, tensor.dims, view[span.start : span.end])
-    return _finish(proto, held, path, hashlib.sha256(data).hexdigest(), len(data))
+    return _finish(proto, held, path, lambda: hashlib.sha256(data).hexdigest(), len(data))
 
 
 def _from_large_file(path: Path) -> Loaded:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             proto, spans = _skeleton(data)
             size = len(data)
@@ -121,7 +127,7 @@ def _from_large_file(path: Path) -> Loaded:
         tensor = _stub(proto.graph, index, span)
         length = span.end - span.start
         held[index] = FileWeight(tensor.name, tensor.data_type, tensor.dims, path, span.start, length)
-    return _finish(proto, held, path, digest, size)
+    return _finish(proto, held, path, lambda: _digest_of(path), size)
 
 
 def _skeleton(data: Buffer) -> tuple[ModelProto, dict[int, Span]]:
@@ -159,13 +165,20 @@ def _from_proto(source: ModelProto) -> Loaded:
         else:
             target.CopyFrom(without_data(tensor))
             held[index] = TensorWeight(tensor)
+    size = proto.ByteSize() + sum(weight.nbytes for weight in held.values())
+    return _finish(proto, held, None, lambda: _digest_in_memory(proto, held.values()), size)
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_in_memory(proto: ModelProto, weights: Iterable[Weight]) -> str:
     digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
-    size = proto.ByteSize()
-    for weight in held.values():
-        data = weight.stored()
-        digest.update(data)
-        size += len(data)
-    return _finish(proto, held, None, digest.hexdigest(), size)
+    for weight in weights:
+        digest.update(weight.stored())
+    return digest.hexdigest()
 
 
 def _small(tensor: TensorProto) -> bool:
@@ -197,7 +210,7 @@ def _too_new(what: str, needed: int, known: int) -> ModelError:
     )
 
 
-def _finish(proto: ModelProto, held: dict[int, Weight], path: Path | None, sha256: str, size: int) -> Loaded:
+def _finish(proto: ModelProto, held: dict[int, Weight], path: Path | None, digest: Callable[[], str], size: int) -> Loaded:
     folder = path.parent if path else None
     weights: dict[str, Weight] = {}
     files: dict[Path, None] = {}
@@ -222,7 +235,7 @@ def _finish(proto: ModelProto, held: dict[int, Weight], path: Path | None, sha25
         proto = _inlined(proto)
     check_structure(proto)
     size += sum(file.stat().st_size for file in files)
-    return Loaded(proto, weights, path, sha256, size, tuple(files))
+    return Loaded(proto, weights, path, digest, size, tuple(files))
 
 
 def _inlined(proto: ModelProto) -> ModelProto:

@@ -130,9 +130,27 @@ def _freeze(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_])
                 ids = np.flatnonzero(np.isin(component, np.unique(component[label.ids])))
                 atoms.freeze(ids, why)
                 frozen = True
-    if not frozen:  # the node only sees sizes: whatever shrinks upstream has to stay
-        raise stop
+    if not frozen:  # the node only sees sizes: whatever they were taken from has to stay
+        ids = _sized(analysis, stop, removed)
+        atoms.freeze(ids if ids.size else np.flatnonzero(removed), why)
     analysis.resolve_again()
+
+
+def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Removed atoms on tensors whose size reaches the node by computation."""
+    queue, seen, found = list(stop.node.inputs), set(stop.node.inputs), [np.zeros(0, np.int64)]
+    while queue:
+        producer = analysis.graph.producer.get(queue.pop())
+        if producer is None:
+            continue
+        if producer.op == "Shape":
+            labels = analysis.table.get(producer.inputs[0])
+            found.extend(x.ids[removed[x.ids]] for x in labels)
+            continue
+        fresh = [n for n in producer.inputs if n and n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return np.unique(np.concatenate([f.ravel() for f in found]))
 
 
 def _fill_report(

@@ -48,7 +48,6 @@ class State:
             self.report.model = str(loaded.path or "")
             self.report.totals.bytes_before = loaded.size
             self.proto, self.weights = loaded.proto, dict(loaded.weights)
-            self.plan.model_sha256 = loaded.sha256
         return self.analysis
 
     @contextmanager

@@ -16,6 +16,9 @@ from onnxprune.passes.structure import check_file, check_sizes
 from onnxprune.runtime import fidelity, inputs, latency
 from onnxprune.runtime.data import load_data
 
+# From this size on, the original and the result are never in memory together.
+_LARGE = 1 << 30
+
 
 class Validate:
     """Check the structure; compare with the masked original and with the original; time both.
@@ -54,10 +57,13 @@ class Validate:
         if self.exact and state.removed is not None:
             with state.stage("exactness"):
                 state.report.exactness = check_exactness(state, analysis, folder, final, _synthetic(state, analysis))
+        large = analysis.loaded.size > _LARGE
         if self.faithful:
             with state.stage("fidelity"):
-                state.report.fidelity = fidelity.fidelity(original, final, feeds, source)
-        if self.timed:
+                state.report.fidelity = fidelity.fidelity(original, final, feeds, source, together=not large)
+        if self.timed and large:
+            state.report.warnings.append("Latency was not measured: original and result would be in memory at once.")
+        elif self.timed:
             with state.stage("latency"):
                 state.report.latency = latency.latency(original, final, feeds[:1])
 

@@ -3,6 +3,7 @@
 Importing this package registers the built-in rules. Add your own with :func:`register`, see CONTRIBUTING.
 """
 
+from onnxprune.labels.label import Label, along
 from onnxprune.rules import (
     attention,
     contraction,
@@ -27,4 +28,16 @@ BUILT_IN = (
     *(quantization, quantized, recurrent, spatial),
 )
 
-__all__ = ["BUILT_IN", "Cut", "Elementwise", "Rule", "Step", "known", "lookup", "register", "unregister"]
+__all__ = [
+    "BUILT_IN",
+    "Cut",
+    "Elementwise",
+    "Label",
+    "Rule",
+    "Step",
+    "along",
+    "known",
+    "lookup",
+    "register",
+    "unregister",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ def fidelity(
     feeds: Sequence[Feed],
     source: str = "synthetic",
     *,
+    together: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Fidelity:
@@ -48,14 +49,21 @@ def fidelity(
     has 2 or more entries. Positions where the original is not finite are left out; where only the final model is not,
     its value counts as 0. For integers wider than 8 bits, booleans and strings (classes, indices) cosine and top-1 are
     the share of equal elements. An output whose shape or presence differs counts as cosine 0 (``note`` says so).
+    With ``together`` both models are open at once and outputs are compared batch by batch; without, the original's
+    outputs are kept and only one model is in memory at a time.
 
     Raises:
         ModelError: one of the models does not load or run.
     """
-    before, after = open_session(original, threads=threads), open_session(final, threads=threads)
     sums: dict[str, _Sums] = {}
-    for index, feed in enumerate(feeds):
-        _add(run(before, feed), run(after, feed), sums)
+    before = open_session(original, threads=threads)
+    wanted: Iterable[Feed] = (run(before, feed) for feed in feeds)
+    if not together:
+        wanted = list(wanted)
+        del before
+    after = open_session(final, threads=threads)
+    for index, (want, feed) in enumerate(zip(wanted, feeds, strict=True)):
+        _add(want, run(after, feed), sums)
         if progress:
             progress("fidelity", (index + 1) / len(feeds))
     samples = sum(next((int(array.shape[0]) for array in feed.values() if array.ndim), 1) for feed in feeds)
