@@ -85,7 +85,7 @@ class Analysis:
     def resolve_again(self) -> None:
         """Take new freezes into account."""
         self.units = resolve(self.table.atoms)
-        for name in ("groups", "barriers", "layers", "unlocks", "producers"):
+        for name in ("groups", "barriers", "layers", "unlocks", "producers", "slots"):
             self.__dict__.pop(name, None)
 
     # -- for users -------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ class Analysis:
     @cached_property
     def groups(self) -> list[GroupView]:
         """Every group that could be cut, or whose constraints forbid it, with its slots."""
-        slots = self.slots()
+        slots = self.slots
         return [self._view(g, slots.get(g.id, [])) for g in self.units.groups]
 
     @cached_property
@@ -188,6 +188,7 @@ class Analysis:
         nodes = [*self.producers.get(group.id, ()), *(readers[i] for i in sorted(readers))]
         return list(dict.fromkeys(node.label for node in nodes))
 
+    @cached_property
     def slots(self) -> dict[int, list[SlotView]]:
         """Slots of every group in the input model's own tensors: one per labelled axis, grids aside."""
         result: dict[int, list[SlotView]] = {}

@@ -35,7 +35,7 @@ def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
     for group in cut:
         owner[[group.id, *group.children]] = group.id
     by_atom = np.where(removed, owner[units.group_of[units.component]], -1)
-    slots = analysis.slots()
+    slots = analysis.slots
     groups = []
     for group in cut:
         mine = {(s.tensor, s.axis): s for g in (group.id, *group.children) for s in slots.get(g, ())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -109,12 +110,14 @@ def _infer_node(graph: Graph, node: Node, probe: Probe, infer: Infer | None) -> 
     if node.op == "If" and node.domain == "":
         _infer_branch(graph, node, probe, infer)
         return
-    try:
-        schema = onnx.defs.get_schema(node.op, node.version, node.domain)
-    except onnx.defs.SchemaError:
-        if infer is not None:
-            _infer_foreign(graph, node, probe, infer)
-        return
+    with suppress(onnx.defs.SchemaError):
+        _infer_known(graph, node, probe, onnx.defs.get_schema(node.op, node.version, node.domain))
+    if infer is not None and any(probe.shapes.get(o) is None for o in node.outputs if o):
+        _infer_foreign(graph, node, probe, infer)
+
+
+def _infer_known(graph: Graph, node: Node, probe: Probe, schema: onnx.defs.OpSchema) -> None:
+    """onnx's own inference of one node."""
     types, data = {}, {}
     for name in node.inputs:
         if not name:

@@ -118,10 +118,9 @@ def _from_bytes(data: bytes, path: Path | None) -> Loaded:
 
 
 def _from_large_file(path: Path) -> Loaded:
-    with path.open("rb") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            proto, spans = _skeleton(data)
-            size = len(data)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        proto, spans = _skeleton(data)
+        size = len(data)
     held: dict[int, Weight] = {}
     for index, span in spans.items():
         tensor = _stub(proto.graph, index, span)
@@ -210,7 +209,9 @@ def _too_new(what: str, needed: int, known: int) -> ModelError:
     )
 
 
-def _finish(proto: ModelProto, held: dict[int, Weight], path: Path | None, digest: Callable[[], str], size: int) -> Loaded:
+def _finish(
+    proto: ModelProto, held: dict[int, Weight], path: Path | None, digest: Callable[[], str], size: int
+) -> Loaded:
     folder = path.parent if path else None
     weights: dict[str, Weight] = {}
     files: dict[Path, None] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ INT_LIMIT, FLOAT_LIMIT = 1 << 20, 1 << 12
 
 def size_of(shape: Sequence[int]) -> int:
     """Number of elements of a shape."""
-    return int(np.prod(shape, dtype=np.int64))
+    return math.prod(shape)
 
 
 class Shapes(Protocol):
@@ -39,6 +40,8 @@ class Values:
             return self._known[name]
         weight = self._graph.weights.get(name)
         if weight is None or not small(weight.shape, weight.dtype):
+            if weight is not None:
+                self._known[name] = None
             return None
         return self._known.setdefault(name, weight.read())
 

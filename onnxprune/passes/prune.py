@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from onnxprune.criteria import Criterion, get
 from onnxprune.errors import BudgetError
-from onnxprune.inspection import Analysis
+from onnxprune.inspection import Analysis, GroupView
 from onnxprune.model.restore import restore
 from onnxprune.model.unshare import rejoin
 from onnxprune.model.weights import Weight
@@ -136,6 +137,13 @@ def _freeze(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_])
     analysis.resolve_again()
 
 
+def _group_facts(group: GroupView, removed: int, asked: float | None) -> dict[str, Any]:
+    """One group as plain data. Spelled out, since dataclasses.asdict copies deeply and groups have many slots."""
+    slots = [{"tensor": s.tensor, "axis": s.axis, "size": s.size} for s in group.slots]
+    facts = {f.name: getattr(group, f.name) for f in fields(group)}
+    return {**facts, "slots": slots, "removed": removed, "asked": asked}
+
+
 def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Removed atoms on tensors whose size reaches the node by computation."""
     queue, seen, found = list(stop.node.inputs), set(stop.node.inputs), [np.zeros(0, np.int64)]
@@ -165,7 +173,7 @@ def _fill_report(
     report.layers = analysis.layer_facts(after.shape, size)
     report.barriers = [asdict(b) for b in analysis.barriers]
     taken = {g.id: len(g.removed or ()) for g in state.plan.groups}
-    report.groups = [{**asdict(g), "removed": taken.get(g.id, 0), "asked": asked.get(g.id)} for g in analysis.groups]
+    report.groups = [_group_facts(g, taken.get(g.id, 0), asked.get(g.id)) for g in analysis.groups]
     excluded = {n.label for i, ratio in asked.items() if ratio is None for n in analysis.producers.get(i, ())}
     for layer in report.layers:
         if layer.name in excluded and layer.channels_after == layer.channels_before:
