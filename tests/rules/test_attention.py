@@ -98,8 +98,18 @@ def test_packed_attention_with_a_cache_keeps_its_sizes() -> None:
     assert shapes(cut(model).model) == [(6, 10), (10, 48), (16, 4), (4, 5)]
 
 
-def separate(kind: str, *, domain: str = MS, sizes: tuple[int, int, int] = (16, 16, 16), bias: bool = False,
-             extra: Any = None, four: bool = False, outputs: int = 1, shown: bool = True, **attrs: Any) -> Any:  # fmt: skip
+def separate(
+    kind: str,
+    *,
+    domain: str = MS,
+    sizes: tuple[int, int, int] = (16, 16, 16),
+    bias: bool = False,
+    extra: Any = None,
+    four: bool = False,
+    outputs: int = 1,
+    shown: bool = True,
+    **attrs: Any,
+) -> Any:
     """Queries, keys and values from products of their own."""
     net = Net(24 if domain == "" else 17, ir=10)
     x = net.input("x", [2, 5, IN])
