@@ -116,6 +116,8 @@ class Masks:
             return [self._product(node)]
         if node.op_type.startswith("Reduce"):
             return self._moved(node, reduce=True)
+        if node.op_type in SUMS or node.op_type in ("LSTM", "GRU", "RNN"):
+            return [None for _ in node.output]
         return [self._met(node, o) for o in node.output]
 
     def _moved(self, node: onnx.NodeProto, reduce: bool = False) -> list[Array | None]:
