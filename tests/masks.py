@@ -101,7 +101,7 @@ class Masks:
         """Masks of a node's outputs that the plan does not state, from those of its inputs."""
         if all(self.get(name) is None for name in node.input if name):
             return
-        missing = [o for o in node.output if o and o in self.values and self.get(o) is None]
+        missing = [o for o in node.output if isinstance(self.values.get(o), np.ndarray) and self.get(o) is None]
         if not missing:
             return
         for name, mask in zip(node.output, self.derive(node), strict=False):
@@ -118,7 +118,7 @@ class Masks:
             return self._moved(node, reduce=True)
         if node.op_type in SUMS or node.op_type in ("LSTM", "GRU", "RNN"):
             return [None for _ in node.output]
-        return [self._met(node, o) for o in node.output]
+        return [self._met(node, o) if isinstance(self.values.get(o), np.ndarray) else None for o in node.output]
 
     def _moved(self, node: onnx.NodeProto, reduce: bool = False) -> list[Array | None]:
         """The operator itself, run on the mask."""

@@ -93,11 +93,33 @@ def _components(atoms: Atoms) -> tuple[Ids, int]:
     n = atoms.count
     if not atoms.edges or n == 0:
         return np.arange(n), n
-    a = np.concatenate([e[0] for e in atoms.edges])
-    b = np.concatenate([e[1] for e in atoms.edges])
-    matrix = coo_matrix((np.ones(a.size, np.int8), (a, b)), shape=(n, n))
-    count, component = connected_components(matrix, directed=False)
-    return component.astype(np.int64), int(count)
+    # What is united goes both ways; a row takes its cells with it, but not the other way round.
+    a = np.concatenate([x for e in atoms.edges for x in e])
+    b = np.concatenate([x for e in atoms.edges for x in reversed(e)])
+    a = np.concatenate([a, *(np.repeat(r.rows, r.cells.shape[1]) for r in atoms.rows)])
+    b = np.concatenate([b, *(r.cells.ravel() for r in atoms.rows)])
+    while True:
+        matrix = coo_matrix((np.ones(a.size, np.int8), (a, b)), shape=(n, n))
+        count, component = connected_components(matrix, directed=True, connection="strong")
+        left, right = _same_rows(atoms, component)
+        if not left.size:
+            return component.astype(np.int64), int(count)
+        a, b = np.concatenate([a, left, right]), np.concatenate([b, right, left])
+
+
+def _same_rows(atoms: Atoms, component: Ids) -> tuple[Ids, Ids]:
+    """Pairs that say the same but are not yet one: a row and its only component, two rows over the same components."""
+    if not atoms.rows:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    rows = np.concatenate([r.rows for r in atoms.rows])
+    keys = np.concatenate([_mix(component[r.cells]).sum(axis=1) for r in atoms.rows])
+    first = np.concatenate([r.cells[:, 0] for r in atoms.rows])
+    alone = np.concatenate([(component[r.cells] == component[r.cells[:, :1]]).all(axis=1) for r in atoms.rows])
+    _, where, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    left = np.concatenate([rows, rows[alone]])
+    right = np.concatenate([rows[where[inverse]], first[alone]])
+    new = component[left] != component[right]
+    return left[new], right[new]
 
 
 def _frozen(atoms: Atoms, component: Ids, count: int) -> Ids:

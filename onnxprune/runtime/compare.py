@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -254,7 +253,6 @@ def _outputs(
                 progress("", (index + 1) / len(feeds))
     finally:
         del session
-        gc.collect()
 
 
 def _part(progress: Progress | None, start: float) -> Progress | None:
