@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def open_session(model: Path | bytes, *, optimize: bool = True, threads: int | N
     Args:
         model: a path (external data is found beside it) or the serialised model.
         optimize: False turns every graph optimisation off; fusions change rounding, so exactness runs go without.
+            A model that only loads without them is opened without them.
         threads: threads inside an operator; None leaves the choice to onnxruntime.
 
     Raises:
@@ -83,6 +85,10 @@ def open_session(model: Path | bytes, *, optimize: bool = True, threads: int | N
     except MemoryError:
         raise
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        if optimize:
+            # Some graphs break onnxruntime's own fusions (fully quantised convolutions) and run well without.
+            with suppress(ModelError):
+                return open_session(model, optimize=False, threads=threads)
         raise _load_error(str(error), "the model" if isinstance(model, bytes) else str(model)) from error
 
 
