@@ -14,6 +14,9 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxprune.model.graph import Node
 
+# Before opset 13 these ran over all axes from theirs on, which the evaluator does not know.
+_COERCING = {"Softmax", "LogSoftmax", "Hardmax"}
+
 Values = list["np.ndarray | None"]
 Function = Callable[[Node, Values], Any]
 
@@ -187,7 +190,7 @@ def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
 
 
 def _reference(node: Node, values: Sequence[np.ndarray | None]) -> list[np.ndarray] | None:
-    if node.domain != "":
+    if node.domain != "" or (node.op in _COERCING and node.version < 13):
         return None
     # A model around the node: for a lone node the evaluator takes the newest form, whatever opset it is told.
     feeds = {name: value for name, value in zip(node.inputs, values, strict=True) if name and value is not None}
