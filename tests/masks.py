@@ -115,12 +115,22 @@ class Masks:
         if node.op_type in ("MatMul", "Gemm", "Einsum"):
             return [self._product(node)]
         if node.op_type.startswith("Reduce"):
-            return self._moved(node, reduce=True)
+            return [self._reduced(node)]
         if node.op_type in SUMS or node.op_type in ("LSTM", "GRU", "RNN"):
             return [None for _ in node.output]
         return [self._met(node, o) if isinstance(self.values.get(o), np.ndarray) else None for o in node.output]
 
-    def _moved(self, node: onnx.NodeProto, reduce: bool = False) -> list[Array | None]:
+    def _reduced(self, node: onnx.NodeProto) -> Array:
+        """A result is left where anything that went into it is."""
+        attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        mask, axes = self.full(node.input[0]), attrs.get("axes")
+        if len(node.input) > 1 and node.input[1]:
+            axes = self.values[node.input[1]].tolist()
+        if not axes and attrs.get("noop_with_empty_axes"):
+            return mask
+        return np.asarray(mask.any(axis=tuple(axes) if axes else None, keepdims=bool(attrs.get("keepdims", 1))))
+
+    def _moved(self, node: onnx.NodeProto) -> list[Array | None]:
         """The operator itself, run on the mask."""
         feed, inputs = {}, []
         for i, name in enumerate(node.input):
@@ -134,10 +144,11 @@ class Masks:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.input[:] = inputs
-        if reduce:
-            copy.op_type = "ReduceMax"
-        evaluator = ReferenceEvaluator(copy, opsets={"": self.opset})
-        return [np.asarray(x) > 0.5 for x in evaluator.run(None, feed)]
+        # A model around the node: a lone one is taken for its newest form, whatever the opset.
+        sides = ([onnx.ValueInfoProto(name=n) for n in names] for names in (feed, copy.output))
+        opset = helper.make_opsetid("", self.opset)
+        model = helper.make_model(helper.make_graph([copy], "moved", *sides), opset_imports=[opset])
+        return [np.asarray(x) > 0.5 for x in ReferenceEvaluator(model).run(None, feed)]
 
     def _product(self, node: onnx.NodeProto) -> Array:
         """A result is left where some term of its sum is."""

@@ -15,6 +15,9 @@ from onnxprune.rewrite.after import After
 from onnxprune.rules.context import Step, Table
 from onnxprune.rules.registry import lookup
 
+# Types that onnxruntime has a Where kernel for.
+_CHOOSES = (np.dtype(np.float32), np.dtype(np.float64))
+
 
 def masked_original(
     table: Table, removed: NDArray[np.bool_], probe: int = 0
@@ -73,6 +76,11 @@ class _Masks:
             dtype = self._dtype(neutral or name)
             if dtype.kind in "iu":
                 nodes += self._mask_codes(current, stem, keep, neutral, dtype)
+            elif dtype in _CHOOSES and self.table.graph.opsets.get("", 1) >= 9:
+                # A masked channel may have become infinite or NaN (0 / 0 in a normalisation): 0 times that is not 0.
+                self.constants[stem], self.constants[f"{stem}_zero"] = keep, np.zeros((), dtype)
+                inputs = [stem, current, f"{stem}_zero"]
+                nodes.append(onnx.helper.make_node("Where", inputs, [f"{stem}_out"], name=stem))
             else:
                 self.constants[stem] = keep.astype(dtype)
                 nodes.append(onnx.helper.make_node("Mul", [current, stem], [f"{stem}_out"], name=stem))
