@@ -139,10 +139,15 @@ class Analysis:
                     params_after=sum(weight_after(w) for w in weights),
                     macs_before=cost.macs(node, self.facts.shape),
                     macs_after=cost.macs(node, shape_after),
-                    reason=self._reason(node.outputs[0]),
+                    reason=self._reason(node),
                 )
             )
         return result
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all weights."""
+        return sum(int(np.prod(weight.shape, dtype=np.int64)) for weight in self.loaded.weights.values())
 
     # -- for the stages --------------------------------------------------------------------------------------------
 
@@ -223,9 +228,10 @@ class Analysis:
             return "fixed-size: a single unit"
         return "grid-unbalanced: no equal share can be taken from every row"
 
-    def _reason(self, output: str) -> str:
-        for label in self.table.get(output):
-            if label.axes and (label.axes == (1,) or label.axes[-1] == label.ids.ndim - 1):
+    def _reason(self, node: Node) -> str:
+        """Why channels of a layer's output have to stay; empty when none has to."""
+        for label in self.table.get(node.outputs[0]):
+            if cost.channel_axis(node, label.ids.ndim) in label.axes:
                 held = self.units.barrier_of[self.units.component[label.ids]].ravel()
                 held = held[held >= 0]
                 if held.size:

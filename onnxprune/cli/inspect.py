@@ -54,18 +54,23 @@ def inspect(
         progress("analyze", 1.0)
     facts = {name: plain(getattr(analysis, name)) for name in ("groups", "barriers", "layers", "unlocks")}
     if screen.as_json:
-        screen.emit({"model": str(model), "bytes": model.stat().st_size, **facts})
-    screen.show(*_parts(screen, model, facts, analysis.layers))
+        sums = {"bytes": model.stat().st_size, "parameters": analysis.parameters}
+        screen.emit({"model": str(model), **sums, **facts})
+    screen.show(_title(model, analysis), *_parts(screen, facts, analysis.layers))
 
 
-def _parts(screen: Screen, model: Path, facts: Mapping[str, Any], layers: Any) -> list[RenderableType]:
+def _title(model: Path, analysis: Any) -> Text:
+    """One line: the file, and the sums over it."""
+    layers, macs = len(analysis.layers), sum(layer.macs_before for layer in analysis.layers)
+    counted = "1 layer" if layers == 1 else f"{layers} layers"
+    sums = f"{counted}, {units.count(analysis.parameters)} parameters, {units.count(macs)} MACs"
+    return Text.assemble((str(model), "bold"), f"  {units.size(model.stat().st_size)}, {sums}")
+
+
+def _parts(screen: Screen, facts: Mapping[str, Any], layers: Any) -> list[RenderableType]:
     width, every = screen.name_width, screen.verbosity > 0
     free = [group for group in facts["groups"] if group.get("prunable", True)]
-    params, macs = sum(layer.params_before for layer in layers), sum(layer.macs_before for layer in layers)
-    sums = f"{len(layers)} layers, {units.count(params)} parameters, {units.count(macs)} MACs"
-    title = Text.assemble((str(model), "bold"), f"  {units.size(model.stat().st_size)}, {sums}")
-    parts: list[RenderableType] = [title]
-    parts += [tables.heading(f"Groups that can be cut ({len(free)})")]
+    parts: list[RenderableType] = [tables.heading(f"Groups that can be cut ({len(free)})")]
     parts += structure.groups(facts["groups"], name_width=width, most=None if every else MOST_GROUPS)
     parts += [tables.heading("Layers"), *tables.inspected(layers, name_width=width, every=every)]
     parts += [tables.heading(f"Barriers ({structure.held(facts['barriers'])} channels have to stay)")]

@@ -124,6 +124,7 @@ def prune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: int, **val
     check(ctx, request)
     result = _cut(request, screen)
     report: Report = result.report
+    _advise(request, report)
     _gate(request, report, screen)
     with _plan_file(request, result):
         result.save(request.target)
@@ -158,6 +159,13 @@ def _cut(request: Request, screen: Screen) -> Any:
             latency=not request.no_validate and (screen.verbosity >= 0 or screen.as_json),
             progress=progress,
         )
+
+
+def _advise(request: Request, report: Report) -> None:
+    """Warn where a cut was asked for and nothing was cut: a run that changes nothing must not look like a success."""
+    asked = request.apply_plan is None and (request.ratio > 0 or any(share > 0 for _, share in request.layers))
+    if asked and report.totals.params_before == report.totals.params_after:
+        report.warnings.append("no channel was removed, the model keeps its size; --explain says why")
 
 
 def _gate(request: Request, report: Report, screen: Screen) -> None:

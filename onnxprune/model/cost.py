@@ -114,6 +114,9 @@ def out_channels(node: Node, shape: ShapeOf) -> int:
     out = shape(node.outputs[0])
     if not out:
         return 0
-    axis = 1 if node.op in _CONVOLUTIONS or node.op == "ConvTranspose" else -1
-    size = out[axis] if len(out) > 1 or axis == -1 else out[0]
-    return int(size or 0)
+    return int(out[channel_axis(node, len(out))] or 0)
+
+
+def channel_axis(node: Node, rank: int) -> int:
+    """Axis of a layer's output along which its channels lie: 1 after a convolution, else the last."""
+    return 1 if rank > 1 and (node.op in _CONVOLUTIONS or node.op == "ConvTranspose") else rank - 1

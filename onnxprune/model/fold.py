@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
 from onnxprune.model.cost import LAYERS
@@ -85,10 +86,23 @@ def _ends(graph: Graph, constant: set[str]) -> Iterator[Node]:
             continue
         for i in {*positions, 2} if node.op in _RECURRENT else positions:
             name = node.inputs[i] if i < len(node.inputs) else ""
-            while name in constant and graph.producer[name].op in PASSING:
+            while name in constant and graph.producer[name].op in PASSING and not _mixes(graph, graph.producer[name]):
                 name = graph.producer[name].inputs[0]
             if name in constant and graph.producer[name].op not in _CODES:
                 yield graph.producer[name]
+
+
+def _mixes(graph: Graph, node: Node) -> bool:
+    """Whether a reshape of a stored weight merges axes or splits one: labels of single axes do not survive that."""
+    if node.op not in ("Reshape", "Flatten") or node.inputs[0] not in graph.weights:
+        return False
+    operands = [graph.weights[n].read() for n in node.inputs[1:] if n in graph.weights]
+    if len(operands) != len(node.inputs) - 1:
+        return False
+    before = graph.weights[node.inputs[0]].shape
+    # Only the sizes matter: a broadcast scalar stands for the data, however large.
+    shaped = evaluate(node, [np.broadcast_to(np.zeros((), np.int8), before), *operands])
+    return shaped is not None and [n for n in before if n > 1] != [n for n in shaped[0].shape if n > 1]
 
 
 def _region(graph: Graph, end: Node) -> tuple[Node, ...]:
@@ -106,7 +120,8 @@ def _region(graph: Graph, end: Node) -> tuple[Node, ...]:
 
 def _fold(graph: Graph, end: Node) -> Fold | None:
     nodes = _region(graph, end)
-    if all(n.op in _MOVED for n in nodes) or any(n.op in _CODES for n in nodes):
+    moved = all(n.op in _MOVED and not _mixes(graph, n) for n in nodes)
+    if moved or any(n.op in _CODES for n in nodes):
         return None
     read = {name for node in nodes for name in node.inputs if name in graph.weights}
     if read & {i.name for i in graph.proto.graph.input}:

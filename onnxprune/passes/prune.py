@@ -179,7 +179,7 @@ def _fill_report(
         if layer.name in excluded and layer.channels_after == layer.channels_before:
             layer.reason = "excluded: by --exclude, or not among --include"
     totals = report.totals
-    totals.params_before = sum(int(np.prod(w.shape)) for w in analysis.loaded.weights.values())
+    totals.params_before = analysis.parameters
     totals.params_after = sum(int(np.prod(w.shape)) for w in state.weights.values())
     totals.macs_before = sum(x.macs_before for x in report.layers)
     totals.macs_after = sum(x.macs_after for x in report.layers)

@@ -14,6 +14,10 @@ from onnxprune.report.facts import Exactness, Fidelity, Latency, LayerFacts, Rep
 
 LONG = 30
 """Up to this many layers every one is listed; in a longer model the untouched ones are folded into a count."""
+SLOWER = 0.95
+"""Speed-ups below this are worth a hint; closer to 1 they are noise."""
+BLOCK = 8
+"""Channels that a vectorised kernel takes at once."""
 
 
 def table_of(*columns: tuple[str, str]) -> Table:
@@ -130,6 +134,19 @@ def latency_note(latency: Latency | None) -> Text | None:
     )
 
 
+def speed_note(report: Report) -> Text | None:
+    """What to try where fewer channels take longer: onnxruntime's kernels work on blocks of channels."""
+    timed, sums = report.latency, report.totals
+    if timed is None or timed.speedup > SLOWER or sums.macs_after >= sums.macs_before:
+        return None
+    cut_layers = [layer for layer in report.layers if layer.channels_after < layer.channels_before]
+    if all(layer.channels_after % BLOCK == 0 for layer in cut_layers):
+        return None
+    return Text(
+        f"less work but slower: kernels take channels in blocks; --round-to {BLOCK} often helps", style="yellow"
+    )
+
+
 def exactness(facts: Exactness) -> Text:
     """One line: is the cut model the original with the removed channels held at 0?"""
     if facts.passed is None:
@@ -182,5 +199,8 @@ def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableTyp
     note = latency_note(report.latency)
     if note is not None:
         parts.append(note)
+    slower = speed_note(report)
+    if slower is not None:
+        parts.append(slower)
     parts += [Text(""), exactness(report.exactness)]
     return [*parts, *fidelity(report.fidelity, name_width=name_width)]

@@ -12,7 +12,7 @@ from onnxprune.errors import UsageError, nearest
 from onnxprune.model.binding import InputSpec
 from onnxprune.runtime.floats import eps
 from onnxprune.runtime.sessions import Array, Feed
-from onnxprune.runtime.stored import HINT, Rows, by_stem, joined, read_parts
+from onnxprune.runtime.stored import HINT, UNNAMED, Rows, by_stem, joined, read_parts
 
 _BATCH = 16
 _CASTS = (
@@ -31,8 +31,8 @@ def load_data(
 
     ``source`` is a .npz file (arrays by input name), a .npy file, a folder of such files (or of one .npy per input
     name), an array, a mapping of input names to arrays or an iterable of them. Axis 0 of every array is the samples;
-    an array that lacks it is one sample. A model with one input takes any single array; arrays that are no input are
-    ignored (labels). Batches have the input's fixed leading size, else ``batch_size`` (16). Scalars, and arrays that
+    an array that lacks it is one sample. A model with one input takes a single array without a name; arrays that are no input
+    are ignored beside those that are (labels). Batches have the input's fixed leading size, else ``batch_size`` (16). Scalars, and arrays that
     fill a fully fixed input while other inputs hold more, go into every batch. Floats are cast to the model's float
     type, integers to its integer type where every value fits; nothing else is cast.
 
@@ -76,8 +76,8 @@ def _parts(source: Any, specs: Sequence[InputSpec]) -> Iterator[dict[str, Rows]]
 
 def _match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> dict[str, Rows]:
     """The array of every input, its shape and dtype checked."""
-    if len(specs) == 1 and len(part) == 1:
-        part = {specs[0].name: next(iter(part.values()))}
+    if len(specs) == 1 and len(part) == 1 and UNNAMED in part:
+        part = {specs[0].name: part[UNNAMED]}
     names = [spec.name for spec in specs]
     missing = [name for name in names if name not in part]
     if missing:

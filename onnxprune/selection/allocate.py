@@ -49,7 +49,15 @@ def check_patterns(request: Request, names: Iterable[str]) -> None:
     ):
         for pattern in patterns:
             if not any(matches(name, pattern) for name in known):
-                raise UsageError(f"{option} {pattern!r} matches no node or weight.", hint=nearest(pattern, known))
+                raise UsageError(f"{option} {pattern!r} matches no node or weight.", hint=_wider(pattern, known))
+
+
+def _wider(pattern: str, known: Sequence[str]) -> str:
+    """A hint for a pattern without a match: the same with stars around it where that matches, else the nearest name."""
+    wide = f"*{pattern.strip('*')}*"
+    if wide != "**" and any(matches(name, wide) for name in known):
+        return f"A pattern matches whole names. Did you mean {wide!r}?"
+    return nearest(pattern, known)
 
 
 def matches(name: str, pattern: str) -> bool:

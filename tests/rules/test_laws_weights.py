@@ -75,8 +75,7 @@ PASSAGES: list[Passage] = [
     through_dequantize, through_dequantize_per_channel,
 ]  # fmt: skip
 RESHAPED: list[Passage] = [through_reshape, through_flat_reshape]
-MIXED = pytest.mark.xfail(strict=True, reason="a reshape that merges two removable axes of a weight")
-EVERY = [*PASSAGES, *(pytest.param(p, marks=MIXED) for p in RESHAPED)]
+EVERY = [*PASSAGES, *RESHAPED]
 
 
 def label(passage: object) -> str:
