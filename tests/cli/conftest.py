@@ -76,7 +76,11 @@ class FakeApi:
             raise self.error
         facts = self.report
         return SimpleNamespace(
-            groups=facts.groups, barriers=facts.barriers, layers=facts.layers, unlocks=[("vendor.Odd", 128)]
+            groups=facts.groups,
+            barriers=facts.barriers,
+            layers=facts.layers,
+            unlocks=[("vendor.Odd", 128)],
+            parameters=facts.totals.params_before,
         )
 
     def _save(self, path: Path) -> None:

@@ -244,3 +244,21 @@ def test_a_stream_that_knows_only_ascii_gets_ascii(tmp_path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "1 -> 2\na +/- b x c ... ?\n"
+
+
+def test_a_cut_that_is_slower_says_what_to_try(api, run, model) -> None:
+    assert "--round-to" not in run(model).stdout
+    api.report.latency.after_ms = 3.0
+    assert "less work but slower: kernels take channels in blocks; --round-to 8 often helps" in run(model).stdout
+    api.report.layers[0].channels_after = 48
+    assert "--round-to" not in run(model).stdout
+
+
+def test_a_cut_that_removes_nothing_is_no_silent_success(api, run, model) -> None:
+    sums = api.report.totals
+    sums.params_after = sums.params_before
+    assert "no channel was removed" not in run(model, "--ratio", "0").stderr
+    result = run(model, "--json", "--ratio", "0.001")
+    assert result.exit_code == 0
+    assert "warning: no channel was removed" in result.stderr
+    assert "no channel was removed" in json.loads(result.stdout)["warnings"][0]
