@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import UsageError, nearest
-from onnxprune.model.binding import InputSpec
+from onnxprune.graph.binding import InputSpec
 from onnxprune.runtime.floats import eps
 from onnxprune.runtime.sessions import Array, Feed
 from onnxprune.runtime.stored import HINT, UNNAMED, Rows, by_stem, joined, read_parts
@@ -31,10 +31,11 @@ def load_data(
 
     ``source`` is a .npz file (arrays by input name), a .npy file, a folder of such files (or of one .npy per input
     name), an array, a mapping of input names to arrays or an iterable of them. Axis 0 of every array is the samples;
-    an array that lacks it is one sample. A model with one input takes a single array without a name; arrays that are no input
-    are ignored beside those that are (labels). Batches have the input's fixed leading size, else ``batch_size`` (16). Scalars, and arrays that
-    fill a fully fixed input while other inputs hold more, go into every batch. Floats are cast to the model's float
-    type, integers to its integer type where every value fits; nothing else is cast.
+    an array that lacks it is one sample. A model with one input takes a single array without a name; arrays that are
+    no input are ignored beside those that are (labels). Batches have the input's fixed leading size, else
+    ``batch_size`` (16). Scalars, and arrays that fill a fully fixed input while other inputs hold more, go into every
+    batch. Floats are cast to the model's float type, integers to its integer type where every value fits; nothing else
+    is cast.
 
     Raises:
         UsageError: missing, empty or damaged file, pickled objects, no samples, an input without an array (with the
@@ -86,7 +87,7 @@ def _match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> dict[str, Ro
             raise UsageError(f"data has no array for input {missing[0]!r}", hint=HINT)
         raise UsageError(
             f"data has array {strangers[0]!r}, which is no input, and none for input {missing[0]!r}",
-            hint=f"{nearest(strangers[0], missing)} The model's inputs: {', '.join(names[:12])}.",
+            hint=nearest(strangers[0], names),
         )
     matched = {spec.name: _with_samples(part[spec.name], spec) for spec in specs}
     for spec in specs:

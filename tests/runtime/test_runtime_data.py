@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onnxprune.errors import UsageError
-from onnxprune.model.binding import InputSpec
+from onnxprune.graph.binding import InputSpec
 from onnxprune.runtime.inputs import load_data
 from onnxprune.runtime.sessions import open_session, run
 from onnxprune.runtime.stored import read_parts
@@ -39,12 +39,19 @@ def test_npz_by_name_in_batches_with_a_short_last_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_single_array_of_any_name_fits_a_single_input(tmp_path: Path, save: Any) -> None:
+def test_single_array_without_a_name_fits_a_single_input(tmp_path: Path, save: Any) -> None:
     save(tmp_path / "d.npz", ROWS)
     np.save(tmp_path / "d.npy", ROWS)
-    for source in (tmp_path / "d.npz", str(tmp_path / "d.npy"), ROWS, {"anything": ROWS}, [ROWS], [{"x": ROWS}]):
+    for source in (tmp_path / "d.npz", str(tmp_path / "d.npy"), ROWS, [ROWS], [{"x": ROWS}]):
         (feed,) = load_data(source, [X])
         assert np.array_equal(feed["x"], ROWS)
+
+
+def test_a_wrong_name_is_refused_for_a_single_input_too(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", anything=ROWS)
+    for source in (tmp_path / "d.npz", {"anything": ROWS}):
+        with pytest.raises(UsageError, match="array 'anything', which is no input, and none for input 'x'"):
+            load_data(source, [X])
 
 
 def test_batches_have_the_fixed_leading_size_and_drop_the_rest() -> None:
