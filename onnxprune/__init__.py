@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxprune import criteria, passes, rules
+    from onnxprune.analysis import Analysis
     from onnxprune.api import analyze, prune
     from onnxprune.errors import BudgetError, ModelError, OnnxpruneError, UsageError, ValidationError
-    from onnxprune.inspection import Analysis
     from onnxprune.passes import Pipeline, Result
     from onnxprune.plan import Plan
 
 __version__ = "0.1.0"
 _HOME = {
-    "Analysis": "onnxprune.inspection",
+    "Analysis": "onnxprune.analysis",
     "BudgetError": "onnxprune.errors",
     "ModelError": "onnxprune.errors",
     "OnnxpruneError": "onnxprune.errors",

@@ -1,86 +1,268 @@
-"""Push labels through a graph, node by node, with one rule per operator."""
+"""The analysis of one model: what may be cut, in which groups, and why the rest may not."""
 
 from __future__ import annotations
 
-import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from onnxprune.labels.atoms import Atoms
-from onnxprune.model.facts import Facts
-from onnxprune.model.graph import Graph, Node
-from onnxprune.rules import BUILT_IN
-from onnxprune.rules.context import Step, Table
-from onnxprune.rules.registry import NO_RULE, lookup
+import numpy as np
+import onnx
 
-# Operators that make labels out of nothing; every other one without labelled inputs is passed over.
-_MAKERS = {"ConstantOfShape", "Expand"}
-# A rule that raises is a bug; users still get a right answer because the node is frozen. Tests set this to see the bug.
-STRICT = bool(os.environ.get("ONNXPRUNE_STRICT"))
+from onnxprune.graph import cost
+from onnxprune.graph.facts import Facts, study
+from onnxprune.graph.fold import fold
+from onnxprune.graph.hoist import hoist
+from onnxprune.graph.probes import probe_shapes
+from onnxprune.graph.unshare import unshare
+from onnxprune.graph.view import Graph, Node
+from onnxprune.groups.units import Group, Units, resolve
+from onnxprune.labels.atoms import Barrier
+from onnxprune.labels.label import Ids, Label
+from onnxprune.model.load import Loaded, load
+from onnxprune.propagate import infer_by_rule, push_labels
+from onnxprune.report.facts import LayerFacts
+from onnxprune.rules.context import Table
+
+# Kernels and the settings of operators are no channels: that they stay is not worth a user's time.
+_NOT_CHANNELS = {"kernel", "operand"}
 
 
-def push_labels(graph: Graph, facts: Facts, *, approximate: bool = False) -> Table:
-    """Labels of every tensor and the ledger of what was united and frozen.
+@dataclass(frozen=True, slots=True)
+class SlotView:
+    """One axis of one tensor where units of a group appear; ``size`` is the axis' length."""
+
+    tensor: str
+    axis: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """One group as users see it. ``steps``: in how many equal steps it can be cut; ``reason``: why it cannot, if so."""
+
+    id: int
+    kind: str
+    size: int
+    steps: int
+    prunable: bool
+    reason: str
+    name: str
+    layers: list[str]
+    slots: list[SlotView] = field(default_factory=list)
+
+
+class Analysis:
+    """A model with its labels, units and groups. Reading it changes nothing.
 
     Args:
-        graph: the model's view; facts: shapes and values at the probe sizes.
-        approximate: let labels through normalisations that stay defined over fewer channels.
+        source: path, bytes or ModelProto. input_shapes: sizes for dynamic inputs, {name: shape}.
+        approximate: let groups run through normalisations that stay defined over fewer channels.
+
+    Raises:
+        OnnxpruneError: the model cannot be read, or an input shape does not fit.
     """
-    assert BUILT_IN
-    table = Table(graph, facts, Atoms(), approximate)
-    for node in graph.nodes:
-        _push(node, table)
-    for name in graph.outputs:
-        _freeze(table, name, "graph-output", "a graph output keeps its shape")
-    for name in sorted(graph.captured):
-        if name in graph.producer or name in graph.weights:
-            _freeze(table, name, "captured-by-subgraph", f"the body of a control-flow node reads {name!r}")
-    return table
 
+    def __init__(
+        self,
+        source: str | Path | bytes | onnx.ModelProto,
+        *,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        approximate: bool = False,
+    ) -> None:
+        self.loaded: Loaded = load(source)
+        # Preparations, each undone after a cut where it was not needed: see restore and rejoin.
+        self.unshared, self.copies = unshare(Graph.of(self.loaded.proto, self.loaded.weights))
+        folded, self.folds = fold(self.unshared)
+        self.facts: Facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
+        self.graph, self.hoists = hoist(folded, self.facts)
+        self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
+        self.units: Units = resolve(self.table.atoms)
 
-def infer_by_rule(node: Node, shapes: list[Any], values: list[Any]) -> list[Any] | None:
-    """Shapes of a node's outputs as its rule states them: a callback for :func:`onnxprune.model.facts.study`."""
-    try:
-        return lookup(node.domain, node.op, node.version).infer(node, shapes, values)
-    except Exception:
-        if STRICT:
-            raise
-        return None
+    def resolve_again(self) -> None:
+        """Take new freezes into account."""
+        self.units = resolve(self.table.atoms)
+        for name in ("groups", "barriers", "layers", "unlocks", "producers", "slots"):
+            self.__dict__.pop(name, None)
 
+    # -- for users -------------------------------------------------------------------------------------------------
 
-def _push(node: Node, table: Table) -> None:
-    if not any(table.get(name) for name in node.inputs if name) and node.op not in _MAKERS:
-        return
-    if node.op == "Constant" and node.domain == "":
-        return
-    step = Step(node, table)
-    rule = lookup(node.domain, node.op, node.version)
-    if rule is NO_RULE:
-        domain = node.domain or "ai.onnx"
-        _freeze_inputs(step, "no-rule", f"no rule for {domain}.{node.op} (opset {node.version})")
-        return
-    if any(name and table.facts.shape(name) is None for name in (*node.inputs, *node.outputs)):
-        _freeze_inputs(step, "dynamic-shape", f"the shape of a tensor at {node.op} is not known")
-        return
-    try:
-        rule.propagate(step)
-    except Exception as error:
-        if STRICT:
-            raise
-        _freeze_inputs(step, "unsupported-form", f"{type(error).__name__}: {error}")
-        for name in node.outputs:
-            if name:
-                table.set(name, ())
-    step.finish(rule.operands)
+    @cached_property
+    def groups(self) -> list[GroupView]:
+        """Every group that could be cut, or whose constraints forbid it, with its slots."""
+        slots = self.slots
+        return [self._view(g, slots.get(g.id, [])) for g in self.units.groups]
 
+    @cached_property
+    def barriers(self) -> list[Barrier]:
+        """Every reason that holds channels, with how many, most first."""
+        held = Counter(self.units.barrier_of[self._weight_components()].tolist())
+        found = [replace(self.table.atoms.barriers[i], channels=n) for i, n in held.items() if i >= 0]
+        found = [b for b in found if b.code not in _NOT_CHANNELS]
+        return sorted(found, key=lambda b: (-b.channels, b.node, b.code))
 
-def _freeze_inputs(step: Step, code: str, detail: str) -> None:
-    for i in range(len(step.node.inputs)):
-        step.freeze(step.labels(i), code, detail)
+    @cached_property
+    def unlocks(self) -> list[tuple[str, int]]:
+        """(operator, channels) that would become removable if that operator were not in the way, most first."""
+        held: Counter[str] = Counter()
+        for barrier in self.barriers:
+            if barrier.code not in ("graph-output", "graph-input", "captured-by-subgraph", "spatial"):
+                held[barrier.op or barrier.code] += barrier.channels
+        return held.most_common()
 
+    @cached_property
+    def layers(self) -> list[LayerFacts]:
+        """Channels, parameters and MACs of every layer, before equal to after."""
+        return self.layer_facts(self.facts.shape, self._weight_size)
 
-def _freeze(table: Table, name: str, code: str, detail: str) -> None:
-    producer = table.graph.producer.get(name)
-    op = producer.op if producer is not None else ""
-    why = table.atoms.barrier(code, name, op, detail)
-    for label in table.get(name):
-        table.atoms.freeze(label.ids, why)
+    def layer_facts(self, shape_after: Any, weight_after: Any) -> list[LayerFacts]:
+        """Layers with the sizes they have after a cut.
+
+        Args:
+            shape_after: name -> new shape. weight_after: weight name -> new number of elements.
+        """
+        result = []
+        for node in self.graph.nodes:
+            if not cost.is_layer(node, self.graph):
+                continue
+            weights = cost.layer_weights(node, self.graph)
+            result.append(
+                LayerFacts(
+                    name=node.label,
+                    op=node.op,
+                    channels_before=cost.out_channels(node, self.facts.shape),
+                    channels_after=cost.out_channels(node, shape_after),
+                    params_before=sum(self._weight_size(w) for w in weights),
+                    params_after=sum(weight_after(w) for w in weights),
+                    macs_before=cost.macs(node, self.facts.shape),
+                    macs_after=cost.macs(node, shape_after),
+                    reason=self._reason(node),
+                )
+            )
+        return result
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all weights."""
+        return sum(int(np.prod(weight.shape, dtype=np.int64)) for weight in self.loaded.weights.values())
+
+    # -- for the stages --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def producers(self) -> dict[int, list[Node]]:
+        """Layers whose output carries units of a group, {group: nodes}; rows count the producers of their cells too."""
+        result: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            if cost.is_layer(node, self.graph):
+                for number in self._groups_on(node.outputs):
+                    result.setdefault(number, []).append(node)
+        for group in self.units.groups:
+            for child in group.children:
+                own = result.setdefault(group.id, [])
+                own.extend(n for n in result.get(child, ()) if n not in own)
+        return result
+
+    @cached_property
+    def _sources(self) -> dict[str, tuple[str, ...]]:
+        """The weights that a folded one was computed from, by its name."""
+        return {name: item.sources for item in self.folds for name in item.folded}
+
+    def _groups_on(self, names: Sequence[str]) -> set[int]:
+        found: set[int] = set()
+        for name in names:
+            for label in self.table.get(name) if name else ():
+                found.update(np.unique(self.units.group_of[self.units.component[label.ids]]).tolist())
+        return found - {-1}
+
+    def names_of(self, group: Group) -> list[str]:
+        """Names that patterns are matched against: the layers that produce a group's channels, and their weights."""
+        layers = self.producers.get(group.id, [])
+        weights = [w for node in layers for w in cost.layer_weights(node, self.graph)]
+        sources = [s for w in weights for s in self._sources.get(w, ())]
+        return list(dict.fromkeys([node.label for node in layers] + weights + sources))
+
+    def _layers_of(self, group: Group) -> list[str]:
+        """Every layer that a group runs through, producers first."""
+        births = self.table.atoms.births
+        numbers = [group.id, *group.children]
+        weights = {births[int(b)].tensor: None for g in numbers for b in self.units.groups[g].births}
+        readers = {n.index: n for w in weights if w for n in self._readers(w)}
+        nodes = [*self.producers.get(group.id, ()), *(readers[i] for i in sorted(readers))]
+        return list(dict.fromkeys(node.label for node in nodes))
+
+    @cached_property
+    def slots(self) -> dict[int, list[SlotView]]:
+        """Slots of every group in the input model's own tensors: one per labelled axis, grids aside."""
+        result: dict[int, list[SlotView]] = {}
+        made = self.copies.keys() | {name for item in self.hoists for name in item.made}
+        known: dict[int, tuple[Label, Ids]] = {}
+        for name, labels in self.table.items().items():
+            for label in labels:
+                if label.is_grid or name in made:
+                    continue
+                cached = known.get(id(label))
+                if cached is None:
+                    numbers = np.unique(self.units.group_of[self.units.component[label.ids]])
+                    known[id(label)] = cached = (label, numbers[numbers >= 0])
+                for number in cached[1]:
+                    result.setdefault(int(number), []).append(SlotView(name, label.pack, label.ids.size))
+        return result
+
+    def _view(self, group: Group, slots: list[SlotView]) -> GroupView:
+        layers = self._layers_of(group)
+        name = layers[0] if layers else (slots[0].tensor if slots else "")
+        facts = (group.id, group.kind, group.size, group.steps, group.prunable)
+        return GroupView(*facts, self._why(group), name, layers, slots)
+
+    def _why(self, group: Group) -> str:
+        if group.prunable:
+            return ""
+        if group.children and group.kind == "heads":
+            return "covered: the channels within are cut instead"
+        if any(group.id in other.children and other.prunable for other in self.units.groups):
+            return "covered: whole heads or groups are cut instead"
+        if group.size < 2:
+            return "fixed-size: a single unit"
+        return "grid-unbalanced: no equal share can be taken from every row"
+
+    def _reason(self, node: Node) -> str:
+        """Why channels of a layer's output have to stay; empty when none has to."""
+        for label in self.table.get(node.outputs[0]):
+            if cost.channel_axis(node, label.ids.ndim) in label.axes:
+                held = self.units.barrier_of[self.units.component[label.ids]].ravel()
+                held = held[held >= 0]
+                if held.size:
+                    barrier = self.table.atoms.barriers[int(held[0])]
+                    return f"{barrier.code}: {barrier.detail} ({barrier.op} {barrier.node})".replace("( ", "(")
+        return ""
+
+    def _readers(self, weight: str) -> list[Node]:
+        nodes: list[Node] = []
+        queue = [weight]
+        for _ in range(64):
+            if not queue:
+                break
+            for node, _i in self.graph.consumers.get(queue.pop(), ()):
+                if node.op in cost.LAYERS:
+                    nodes.append(node)
+                elif self._passes_weight_on(node):
+                    queue.append(node.outputs[0])
+        return nodes
+
+    def _passes_weight_on(self, node: Node) -> bool:
+        """A small operator on constants alone, such as a Transpose or DequantizeLinear of a weight."""
+        known = self.graph.weights
+        constant = node.inputs[0] in known and all(not n or n in known for n in node.inputs[1:])
+        return constant and bool(node.outputs) and len(node.inputs) < 4
+
+    def _weight_size(self, name: str) -> int:
+        return int(np.prod(self.graph.weights[name].shape, dtype=np.int64))
+
+    def _weight_components(self) -> Ids:
+        """Components of atoms born on weights, once each per component."""
+        births = self.table.atoms.births
+        marks = np.repeat([bool(b.tensor) for b in births], [b.stop - b.start for b in births])
+        return np.unique(self.units.component[marks]) if len(births) else np.zeros(0, np.int64)

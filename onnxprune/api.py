@@ -8,8 +8,8 @@ from typing import Any
 
 import onnx
 
+from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion
-from onnxprune.inspection import Analysis
 from onnxprune.passes import Pass, Pipeline, Prune, Result, Validate
 from onnxprune.passes.state import Progress
 from onnxprune.plan import Plan

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
 from onnxprune.groups.units import Group, Units
-from onnxprune.inspection import Analysis
 from onnxprune.labels.label import covering
 from onnxprune.plan import Plan, PlanGroup, PlanSlot
 

@@ -185,7 +185,7 @@ def assert_exact(
         expected = run(masked(plain, slots, feed), feed)
         assert_close(expected, run(cut, feed), tolerance, "onnxruntime")
     try:
-        trusted = _agree(reference(model, feeds[0]), run(model, feeds[0]), 1e-3)
+        trusted = _agree(reference(model, feeds[0]), run(model, feeds[0]), tolerance)
     except Exception:  # the evaluator lacks an operator, or gets one wrong
         trusted = False
     if trusted:
@@ -193,8 +193,13 @@ def assert_exact(
         assert_close(expected, reference(cut, feeds[0]), tolerance, "the reference evaluator")
 
 
-def _agree(left: dict[str, Array], right: dict[str, Array], tolerance: float) -> bool:
-    return all(_error(left[k], right[k]) <= tolerance for k in left)
+def _allowed(array: Array, tolerance: float | None) -> float:
+    return tolerance if tolerance is not None else TOLERANCE.get(array.dtype.name, 0.0)
+
+
+def _agree(left: dict[str, Array], right: dict[str, Array], tolerance: float | None) -> bool:
+    """Whether the evaluator is much nearer to onnxruntime than what is tested for: it approximates some operators."""
+    return all(_error(left[k], right[k]) <= _allowed(left[k], tolerance) / 4 for k in left)
 
 
 def assert_close(expected: dict[str, Array], actual: dict[str, Array], tolerance: float | None, where: str) -> None:
@@ -204,9 +209,8 @@ def assert_close(expected: dict[str, Array], actual: dict[str, Array], tolerance
         have = actual[name]
         assert want.shape == have.shape, f"{name} in {where}: {have.shape}, expected {want.shape}"
         assert want.dtype == have.dtype
-        allowed = tolerance if tolerance is not None else TOLERANCE.get(want.dtype.name, 0.0)
         error = _error(want, have)
-        assert error <= allowed, f"{name} in {where} differs by {error:.3g} of its largest value"
+        assert error <= _allowed(want, tolerance), f"{name} in {where} differs by {error:.3g} of its largest value"
 
 
 def _error(want: Array, have: Array) -> float:

@@ -211,3 +211,16 @@ def test_normalisation_in_groups_between_convolutions() -> None:
     result = assert_exact_cut(net.model(head(net, net.op("Relu", y), 12)))
     assert result is not None
     assert {6, 12} >= {t.dims[0] for t in result.model.graph.initializer if len(t.dims) == 4}
+
+
+ROWS = pytest.mark.xfail(strict=True, reason="a row loses all its cells but not itself")
+
+
+@pytest.mark.parametrize("groups", [(2, 6), pytest.param((2, 5), marks=ROWS), (3, 6), (2, 3), (5, 10)], ids=str)
+def test_two_groupings_of_one_trunk(groups: tuple[int, int]) -> None:
+    """Grouped convolutions whose groups cross: what is taken must leave both of them whole."""
+    net = Net(13)
+    width = int(np.lcm(*groups)) * (2 if np.lcm(*groups) < 8 else 1)
+    x = net.conv(net.input("x", ["N", 3, 6, 6]), 3, width)
+    read = [net.conv(net.conv(x, width, 2 * g, group=g), 2 * g, 2) for g in groups]
+    assert_exact_cut(net.model(*read), expect_cut=None)

@@ -1,1 +1,1 @@
-"""Model files: reading, graph view, shapes and known values, hoisting, writing. The only package that imports onnx."""
+"""Model files: reading them without their bulk data, weights that are read when needed, writing."""

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnxprune.analysis import Analysis
 from onnxprune.errors import ValidationError
-from onnxprune.inspection import Analysis
 from onnxprune.model.save import save
 from onnxprune.model.weights import Weight
 from onnxprune.passes.state import State

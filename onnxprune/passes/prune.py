@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnxprune.analysis import Analysis, GroupView
 from onnxprune.criteria import Criterion, get
 from onnxprune.errors import BudgetError
-from onnxprune.inspection import Analysis, GroupView
-from onnxprune.model.restore import restore
-from onnxprune.model.unshare import rejoin
+from onnxprune.graph.restore import restore
+from onnxprune.graph.unshare import rejoin
 from onnxprune.model.weights import Weight
 from onnxprune.passes.state import State
 from onnxprune.plan import Plan

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.inspection import Analysis
+from onnxprune.analysis import Analysis
 from onnxprune.model.save import assemble, save
 from onnxprune.model.weights import Weight
 from onnxprune.plan import Plan

@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from onnxprune.inspection import Analysis
-from onnxprune.model.bounds import integer_bounds
-from onnxprune.model.probes import input_specs
+from onnxprune.analysis import Analysis
+from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.probes import input_specs
 from onnxprune.model.save import save
 from onnxprune.passes.exactness import check_exactness
 from onnxprune.passes.state import State

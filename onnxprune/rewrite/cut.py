@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.model.facts import Values
-from onnxprune.model.graph import Graph, Node
+from onnxprune.graph.facts import Values
+from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import GatheredWeight, Weight
 from onnxprune.rewrite.after import After, Mask, Ragged
 from onnxprune.rewrite.edits import Edits, write

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.model.graph import Graph, Node
+from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import ArrayWeight, Weight
 
 

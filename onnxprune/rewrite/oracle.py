@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnxprune.graph.view import Graph, Node
 from onnxprune.labels.label import Label
-from onnxprune.model.graph import Graph, Node
 from onnxprune.model.weights import ArrayWeight, Weight
 from onnxprune.rewrite.after import After
 from onnxprune.rules.context import Step, Table

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.graph.view import Node
 from onnxprune.labels import movement
 from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Labels
-from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.contraction import contract
 from onnxprune.rules.heads import Part, as_rank_4, attend, by_head, flattened, heads_left, repeated, to_heads, with_past

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.graph.facts import Facts
+from onnxprune.graph.view import Graph, Node
 from onnxprune.labels import movement
 from onnxprune.labels.atoms import Atoms
 from onnxprune.labels.combine import broadcast, merge
 from onnxprune.labels.label import NONE, Ids, Label, Labels, covering
-from onnxprune.model.facts import Facts
-from onnxprune.model.graph import Graph, Node
 
 # Element types whose constants are weights: floats, and the integers that quantised weights are stored in.
 _WEIGHT_KINDS = "fV"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
-from onnxprune.model.graph import Node
 from onnxprune.rules.context import Step
 from onnxprune.rules.registry import Rule, register
 from onnxprune.rules.sizes import broadcast_shapes

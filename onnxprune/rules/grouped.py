@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Ids, Label, Labels, covering
-from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.heads import Part, along_heads, by_head, flattened, heads_left, to_heads
 from onnxprune.rules.registry import Rule, register

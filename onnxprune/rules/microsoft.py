@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Label, Labels, along
-from onnxprune.model.graph import Node
 from onnxprune.rules import indexing, movement, spatial
 from onnxprune.rules.context import Step
 from onnxprune.rules.contraction import MatMul, contract, matmul_terms

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.graph.evaluate import slice_of
 from onnxprune.labels import movement
 from onnxprune.labels.combine import broadcast, concatenate, split_points
 from onnxprune.labels.label import Label, Labels, along, covering, drop
-from onnxprune.model.evaluate import slice_of
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Labels
 from onnxprune.labels.movement import remove_axis
-from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
 

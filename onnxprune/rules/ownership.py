@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from onnxprune.graph.view import Node
 from onnxprune.labels.label import Label
-from onnxprune.model.graph import Node
 from onnxprune.rules.context import Step
 
 # Operators through which a weight may pass position by position on its way from the initializer.

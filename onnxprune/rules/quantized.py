@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, broadcast, concatenate
 from onnxprune.labels.label import Labels, along
 from onnxprune.labels.movement import insert_axis
-from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.contraction import contract, matmul_terms
 from onnxprune.rules.convolution import Conv

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Ids, Label, Labels, covering
-from onnxprune.model.graph import Node
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.ownership import override, owned
 from onnxprune.rules.registry import Rule, register

@@ -10,8 +10,8 @@ from onnxprune.plugins import announced
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from onnxprune.graph.view import Node
     from onnxprune.labels.combine import Shape
-    from onnxprune.model.graph import Node
     from onnxprune.rules.context import Cut, Step
 
 FOREVER = 1 << 30

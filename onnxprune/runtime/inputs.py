@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import UsageError, nearest
-from onnxprune.model.binding import InputSpec, bind_shapes, show
+from onnxprune.graph.binding import InputSpec, bind_shapes, show
 from onnxprune.runtime.data import load_data
 from onnxprune.runtime.sessions import Array, Feed
 

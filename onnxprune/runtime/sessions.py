@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxprune.errors import ModelError
-from onnxprune.model.binding import InputSpec
+from onnxprune.graph.binding import InputSpec
 
 Array = NDArray[Any]
 Feed = dict[str, Array]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.model.graph import Graph, Node
+from onnxprune.graph.view import Graph, Node
 
 # (operator, position of the codes): positions of scale (None: it has none) and zero point, and their axis.
 _READERS: dict[tuple[str, int], tuple[int | None, int, int | None]] = {

@@ -17,7 +17,7 @@ from bench.peers import CLOSE, run
 from bench.survivors import Unclear, masked, worst_difference
 from bench.zoo_tables import REALLY
 from onnxprune import Pipeline, Plan, errors, prune
-from onnxprune.model.bounds import integer_bounds
+from onnxprune.graph.bounds import integer_bounds
 from onnxprune.passes import Prune, State, Validate
 from onnxprune.plan import PlanGroup
 from onnxprune.runtime import inputs, sessions

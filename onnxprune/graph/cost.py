@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.model.graph import Graph, Node
+from onnxprune.graph.view import Graph, Node
 
 ShapeOf = Callable[[str], Any]
 # Operators with weights of their own: (position of the data, position of the weight).

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from onnxprune.model.cost import LAYERS
+from onnxprune.graph.cost import LAYERS
+from onnxprune.graph.evaluate import evaluate
+from onnxprune.graph.view import Graph, Node
 from onnxprune.model.elements import Array
-from onnxprune.model.evaluate import evaluate
-from onnxprune.model.graph import Graph, Node
 from onnxprune.model.load import INLINE_LIMIT
 from onnxprune.model.weights import ArrayWeight, Weight, to_proto
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from onnxprune.model.graph import Graph
+from onnxprune.graph.view import Graph
 from onnxprune.model.weights import ArrayWeight, Weight
 
 _LIMIT = 1 << 16

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnxprune.model.facts import Facts
-from onnxprune.model.graph import Graph, Node
+from onnxprune.graph.facts import Facts
+from onnxprune.graph.view import Graph, Node
 
 _MOVES = {
     *(

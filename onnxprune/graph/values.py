@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from onnxprune.model.evaluate import evaluate
-from onnxprune.model.graph import Graph, Node
+from onnxprune.graph.evaluate import evaluate
+from onnxprune.graph.view import Graph, Node
 
 INT_LIMIT, FLOAT_LIMIT = 1 << 20, 1 << 12
 

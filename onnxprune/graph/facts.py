@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.model.graph import Graph
-from onnxprune.model.infer import Infer, probe_at
-from onnxprune.model.values import Probe, Values, size_of, small
+from onnxprune.graph.infer import Infer, probe_at
+from onnxprune.graph.values import Probe, Values, size_of, small
+from onnxprune.graph.view import Graph
 
 __all__ = ["Facts", "Infer", "Probe", "Values", "small", "study"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.model.evaluate import slice_of
-from onnxprune.model.facts import Facts
-from onnxprune.model.graph import Graph, Node
+from onnxprune.graph.evaluate import slice_of
+from onnxprune.graph.facts import Facts
+from onnxprune.graph.view import Graph, Node
 
 _MOVES = {"Transpose", "Unsqueeze", "Squeeze", "Identity"}
 

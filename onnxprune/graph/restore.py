@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.model.fold import Fold, placeholder
-from onnxprune.model.graph import Graph
-from onnxprune.model.hoist import Hoist
+from onnxprune.graph.fold import Fold, placeholder
+from onnxprune.graph.hoist import Hoist
+from onnxprune.graph.view import Graph
 from onnxprune.model.weights import ArrayWeight, Weight, weight_from_constant
 
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune.model.graph import Graph, Node
-from onnxprune.model.values import Probe, Values, small
+from onnxprune.graph.values import Probe, Values, small
+from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import TensorWeight
 
 # Operands that say what shape a result has, not what it holds.

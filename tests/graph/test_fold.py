@@ -15,8 +15,8 @@ from onnx import helper
 from oracle import assert_exact_cut
 
 import onnxprune as op
-from onnxprune.model.fold import fold
-from onnxprune.model.graph import Graph
+from onnxprune.graph.fold import fold
+from onnxprune.graph.view import Graph
 from onnxprune.model.load import load
 from onnxprune.model.save import assemble
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from onnxprune.model.graph import Node
+from onnxprune.graph.view import Node
 
 # Before opset 13 these ran over all axes from theirs on, which the evaluator does not know.
 _COERCING = {"Softmax", "LogSoftmax", "Hardmax"}

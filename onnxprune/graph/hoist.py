@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 
-from onnxprune.model.facts import Facts
-from onnxprune.model.fold import placeholder
-from onnxprune.model.graph import Graph, Node
-from onnxprune.model.selections import Pick, Selections, selections
+from onnxprune.graph.facts import Facts
+from onnxprune.graph.fold import placeholder
+from onnxprune.graph.selections import Pick, Selections, selections
+from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import ArrayWeight, Weight
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx
 
-from onnxprune.model.binding import InputSpec, bind_shapes
-from onnxprune.model.graph import Graph
+from onnxprune.graph.binding import InputSpec, bind_shapes
+from onnxprune.graph.view import Graph
 
 Binding = dict[str, tuple[int, ...]]
 # (batch, sequence) of the two probes: what differs between them is dynamic, and a baked-in size is caught.

@@ -1,0 +1,86 @@
+"""Push labels through a graph, node by node, with one rule per operator."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from onnxprune.graph.facts import Facts
+from onnxprune.graph.view import Graph, Node
+from onnxprune.labels.atoms import Atoms
+from onnxprune.rules import BUILT_IN
+from onnxprune.rules.context import Step, Table
+from onnxprune.rules.registry import NO_RULE, lookup
+
+# Operators that make labels out of nothing; every other one without labelled inputs is passed over.
+_MAKERS = {"ConstantOfShape", "Expand"}
+# A rule that raises is a bug; users still get a right answer because the node is frozen. Tests set this to see the bug.
+STRICT = bool(os.environ.get("ONNXPRUNE_STRICT"))
+
+
+def push_labels(graph: Graph, facts: Facts, *, approximate: bool = False) -> Table:
+    """Labels of every tensor and the ledger of what was united and frozen.
+
+    Args:
+        graph: the model's view; facts: shapes and values at the probe sizes.
+        approximate: let labels through normalisations that stay defined over fewer channels.
+    """
+    assert BUILT_IN
+    table = Table(graph, facts, Atoms(), approximate)
+    for node in graph.nodes:
+        _push(node, table)
+    for name in graph.outputs:
+        _freeze(table, name, "graph-output", "a graph output keeps its shape")
+    for name in sorted(graph.captured):
+        if name in graph.producer or name in graph.weights:
+            _freeze(table, name, "captured-by-subgraph", f"the body of a control-flow node reads {name!r}")
+    return table
+
+
+def infer_by_rule(node: Node, shapes: list[Any], values: list[Any]) -> list[Any] | None:
+    """Shapes of a node's outputs as its rule states them: a callback for :func:`onnxprune.graph.facts.study`."""
+    try:
+        return lookup(node.domain, node.op, node.version).infer(node, shapes, values)
+    except Exception:
+        if STRICT:
+            raise
+        return None
+
+
+def _push(node: Node, table: Table) -> None:
+    if not any(table.get(name) for name in node.inputs if name) and node.op not in _MAKERS:
+        return
+    if node.op == "Constant" and node.domain == "":
+        return
+    step = Step(node, table)
+    rule = lookup(node.domain, node.op, node.version)
+    if rule is NO_RULE:
+        domain = node.domain or "ai.onnx"
+        _freeze_inputs(step, "no-rule", f"no rule for {domain}.{node.op} (opset {node.version})")
+        return
+    if any(name and table.facts.shape(name) is None for name in (*node.inputs, *node.outputs)):
+        _freeze_inputs(step, "dynamic-shape", f"the shape of a tensor at {node.op} is not known")
+        return
+    try:
+        rule.propagate(step)
+    except Exception as error:
+        if STRICT:
+            raise
+        _freeze_inputs(step, "unsupported-form", f"{type(error).__name__}: {error}")
+        for name in node.outputs:
+            if name:
+                table.set(name, ())
+    step.finish(rule.operands)
+
+
+def _freeze_inputs(step: Step, code: str, detail: str) -> None:
+    for i in range(len(step.node.inputs)):
+        step.freeze(step.labels(i), code, detail)
+
+
+def _freeze(table: Table, name: str, code: str, detail: str) -> None:
+    producer = table.graph.producer.get(name)
+    op = producer.op if producer is not None else ""
+    why = table.atoms.barrier(code, name, op, detail)
+    for label in table.get(name):
+        table.atoms.freeze(label.ids, why)
