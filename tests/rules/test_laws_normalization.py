@@ -35,10 +35,8 @@ def test_instance_normalization(layout: str, opset: int) -> None:
     check(net, net.op("InstanceNormalization", produce(net, layout), net.weight(6, low=0.5), net.weight(6)))
 
 
-UNKNOWN = pytest.mark.xfail(strict=True, reason="onnx infers no shape behind GroupNormalization")
 
-
-@pytest.mark.parametrize("groups", [1, *(pytest.param(g, marks=UNKNOWN) for g in (2, 3, 6))])
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
 @pytest.mark.parametrize("opset", [18, 21])
 def test_group_normalization(groups: int, opset: int) -> None:
     """Whole groups go; scale and bias are per group before opset 21, per channel since."""
