@@ -54,7 +54,7 @@ class Plan:
         Raises:
             UsageError: the file cannot be written.
         """
-        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        text = _lines(self.to_dict())
         target = Path(path)
         temporary = target.with_name(target.name + ".tmp")
         try:
@@ -102,6 +102,22 @@ class Plan:
         return cls(
             str(data.get("model_sha256", "")), str(data.get("criterion", "")), groups, list(data.get("barriers", []))
         )
+
+
+def _lines(data: Mapping[str, Any]) -> str:
+    """JSON with one line per group, slot and barrier: people read plans and edit them."""
+
+    def block(items: list[str], close: str) -> str:
+        return "[" + ",".join("\n  " + item for item in items) + close
+
+    groups = []
+    for group in data["groups"]:
+        slots = block(["  " + json.dumps(slot) for slot in group["slots"]], "]")
+        groups.append(f"{json.dumps({**group, 'slots': None})[: -len('null}')]}{slots}}}")
+    parts = {**data, "groups": None, "barriers": None}
+    text = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items() if v is not None)
+    barriers = block([json.dumps(barrier) for barrier in data["barriers"]], "\n ]")
+    return f'{{{text},\n "groups": {block(groups, chr(10) + " ]")},\n "barriers": {barriers}}}\n'
 
 
 def _group(data: Any, index: int) -> PlanGroup:
