@@ -80,11 +80,20 @@ class Analysis:
         self.facts: Facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
         self.graph, self.hoists = hoist(folded, self.facts)
         self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
-        self.units: Units = resolve(self.table.atoms)
+        self.units: Units = self._resolve()
+
+    def _resolve(self) -> Units:
+        """Units and groups; a group that no weight belongs to (an axis that was only ever repeated) is left alone."""
+        units = resolve(self.table.atoms)
+        births = self.table.atoms.births
+        for group in units.groups:
+            numbers = [b for g in (group.id, *group.children) for b in units.groups[g].births]
+            group.prunable &= any(births[int(b)].tensor in self.graph.weights for b in numbers)
+        return units
 
     def resolve_again(self) -> None:
         """Take new freezes into account."""
-        self.units = resolve(self.table.atoms)
+        self.units = self._resolve()
         for name in ("groups", "barriers", "layers", "unlocks", "producers", "slots"):
             self.__dict__.pop(name, None)
 
@@ -220,10 +229,10 @@ class Analysis:
     def _why(self, group: Group) -> str:
         if group.prunable:
             return ""
-        if group.children and group.kind == "heads":
-            return "covered: the channels within are cut instead"
-        if any(group.id in other.children and other.prunable for other in self.units.groups):
+        if group.covered:
             return "covered: whole heads or groups are cut instead"
+        if any(self.units.groups[c].prunable for c in group.children):
+            return "covered: the channels within are cut instead"
         if group.size < 2:
             return "fixed-size: a single unit"
         return "grid-unbalanced: no equal share can be taken from every row"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from onnxprune.labels.atoms import Atoms, _mix
+from onnxprune.groups.grids import choose_rows, classes_of, link, views_of
+from onnxprune.labels.atoms import Atoms, mix
 from onnxprune.labels.label import Ids
 
 
@@ -20,7 +22,8 @@ class Group:
 
     ``units`` are component numbers in the order of their first channel. ``classes`` [units] says which units may stand
     in for each other: a cut takes the same share from every class, so a group can be cut in ``steps`` equal steps.
-    ``kind`` is "heads" when a unit stands for whole rows of a grid (heads, convolution groups), else "channels".
+    ``kind`` is "heads" when a unit stands for whole rows of a grid (heads, convolution groups), else "channels";
+    a group is ``covered`` where such rows are cut in its place.
     """
 
     id: int
@@ -29,6 +32,7 @@ class Group:
     steps: int
     kind: str = "channels"
     prunable: bool = True
+    covered: bool = False
     barriers: list[int] = field(default_factory=list)
     births: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
     children: list[int] = field(default_factory=list)
@@ -55,12 +59,14 @@ class Units:
     atoms: Atoms
 
     def close(self, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Components that go when ``removed`` [components] go: the cells of removed rows too."""
+        """Components that go when ``removed`` [components] go: cells of removed rows, and rows left without cells."""
         removed = removed.copy()
-        for rows in reversed(self.atoms.rows):
-            gone = removed[self.component[rows.rows]]
-            if gone.any():
-                removed[self.component[rows.cells[gone]].ravel()] = True
+        before = -1
+        while before != (before := int(removed.sum())):
+            for rows in reversed(self.atoms.rows):
+                above, cells = self.component[rows.rows], self.component[rows.cells]
+                removed[cells[removed[above]].ravel()] = True
+                removed[above[removed[cells].all(axis=1)]] = True
         return removed
 
 
@@ -75,17 +81,22 @@ def resolve(atoms: Atoms) -> Units:
     for rows in atoms.rows:
         is_row[component[rows.rows]] = True
     group_of[frozen] = -1
-    views = _views(atoms, component)
-    group_of, blocked = _link(group_of, views, frozen)
-    groups = _groups(component, birth, group_of, is_row, views, blocked)
+    views = views_of(atoms, component)
+    group_of, blocked = link(group_of, views, frozen)
+    touched: dict[int, list[Ids]] = defaultdict(list)
+    for view in views:
+        for g in np.unique(group_of[view]):
+            touched[int(g)].append(view)
+    groups = _groups(component, birth, group_of, is_row, touched, blocked)
     index = np.full(int(group_of.max(initial=-1)) + 1, -1)
     for group in groups:
         index[group_of[group.units[0]]] = group.id
+    by_group = {int(index[g]): v for g, v in touched.items() if g >= 0}
     if groups:
         group_of = np.where(group_of >= 0, index[group_of], -1)
     units = Units(component, frozen, barrier_of, group_of, groups, atoms)
     _mark_approximate(units)
-    _choose_rows(units)
+    choose_rows(units, by_group)
     return units
 
 
@@ -101,7 +112,7 @@ def _components(atoms: Atoms) -> tuple[Ids, int]:
     while True:
         matrix = coo_matrix((np.ones(a.size, np.int8), (a, b)), shape=(n, n))
         count, component = connected_components(matrix, directed=True, connection="strong")
-        left, right = _same_rows(atoms, component)
+        left, right = _same_rows(atoms, component.astype(np.int64))
         if not left.size:
             return component.astype(np.int64), int(count)
         a, b = np.concatenate([a, left, right]), np.concatenate([b, right, left])
@@ -112,7 +123,7 @@ def _same_rows(atoms: Atoms, component: Ids) -> tuple[Ids, Ids]:
     if not atoms.rows:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     rows = np.concatenate([r.rows for r in atoms.rows])
-    keys = np.concatenate([_mix(component[r.cells]).sum(axis=1) for r in atoms.rows])
+    keys = np.concatenate([mix(component[r.cells]).sum(axis=1) for r in atoms.rows])
     first = np.concatenate([r.cells[:, 0] for r in atoms.rows])
     alone = np.concatenate([(component[r.cells] == component[r.cells[:, :1]]).all(axis=1) for r in atoms.rows])
     _, where, inverse = np.unique(keys, return_index=True, return_inverse=True)
@@ -143,66 +154,20 @@ def _frozen(atoms: Atoms, component: Ids, count: int) -> Ids:
 def _group(component: Ids, birth: Ids, count: int) -> Ids:
     """Group number of every component: those born of the same axes, equally often, compete."""
     keys = np.zeros(count, dtype=np.uint64)
-    np.add.at(keys, component, _mix(birth))
+    np.add.at(keys, component, mix(birth))
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     rank = np.empty(first.size, dtype=np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(first.size)
     return rank[inverse]
 
 
-def _views(atoms: Atoms, component: Ids) -> list[Ids]:
-    """Every grid as rows of components; rows that go as a whole stand for themselves, so their own axis counts."""
-    result = []
-    for label in atoms.views.values():
-        ids, axes, pack = component[label.ids], list(label.axes), label.pack
-        while len(axes) > 1 and (ids == ids.take([0], axis=pack)).all():
-            ids = ids.take([0], axis=pack)
-            axes.remove(pack)
-            pack = axes[-1]
-        if len(axes) > 1:
-            result.append(np.moveaxis(ids, pack, -1).reshape(-1, ids.shape[pack]))
-    return result
-
-
-def _counts(rows: Ids, values: Ids) -> dict[int, Ids]:
-    """How often each value of ``values`` (same shape as ``rows``) occurs per row: {value: [rows]}."""
-    return {int(v): (values == v).sum(axis=1) for v in np.unique(values)}
-
-
-def _link(group_of: Ids, views: list[Ids], frozen: NDArray[np.bool_]) -> tuple[Ids, set[int]]:
-    """Groups that fill the rows of a grid unequally must be cut together; with something frozen, not at all."""
-    group_of = group_of.copy()
-    blocked: set[int] = set()
-    for view in views:
-        uneven = [g for g, c in _counts(view, group_of[view]).items() if (c != c[0]).any()]
-        if not uneven:
-            continue
-        real = [g for g in uneven if g >= 0]
-        for other in real[1:]:
-            group_of[group_of == other] = real[0]
-            if other in blocked:
-                blocked.add(real[0])
-        if real and -1 in uneven:
-            blocked.add(real[0])
-    return group_of, blocked
-
-
-def _classes(units: Ids, views: list[Ids], count: int) -> Ids:
-    """Class of every unit: units that appear in the same rows of every grid may stand in for each other."""
-    place = np.full(count, -1, dtype=np.int64)
-    place[units] = np.arange(units.size)
-    keys = np.zeros(units.size, dtype=np.uint64)
-    for number, view in enumerate(views):
-        where = place[view]
-        inside = where >= 0
-        if inside.any():
-            rows = np.broadcast_to(np.arange(len(view))[:, None] + (number + 1) * 1_000_003, view.shape)
-            np.add.at(keys, where[inside], _mix(rows[inside]))
-    return np.unique(keys, return_inverse=True)[1].astype(np.int64)
-
-
 def _groups(
-    component: Ids, birth: Ids, group_of: Ids, is_row: NDArray[np.bool_], views: list[Ids], blocked: set[int]
+    component: Ids,
+    birth: Ids,
+    group_of: Ids,
+    is_row: NDArray[np.bool_],
+    touched: Mapping[int, list[Ids]],
+    blocked: set[int],
 ) -> list[Group]:
     count = group_of.size
     alive = np.flatnonzero(group_of >= 0)
@@ -212,17 +177,14 @@ def _groups(
     first_atom = np.full(count, np.iinfo(np.int64).max)
     np.minimum.at(first_atom, component, np.arange(component.size))
     births_of = _births_of(group_of[component], birth)
-    touched: dict[int, list[Ids]] = defaultdict(list)
-    for view in views:
-        for g in np.unique(group_of[view]):
-            touched[int(g)].append(view)
     groups: list[Group] = []
     bounds = np.flatnonzero(np.diff(group_of[order], prepend=-2))
     for start, stop in zip(bounds, [*bounds[1:], order.size], strict=True):
         units = order[start:stop]
         units = units[np.argsort(first_atom[units], kind="stable")]
         number = int(group_of[units[0]])
-        classes = _classes(units, touched[number], count) if touched[number] else np.zeros(units.size, np.int64)
+        views = touched.get(number)
+        classes = classes_of(units, views) if views else np.zeros(units.size, np.int64)
         sizes = np.bincount(classes)
         steps = int(np.gcd.reduce(sizes))
         kind = "heads" if is_row[units].any() else "channels"
@@ -248,30 +210,3 @@ def _mark_approximate(units: Units) -> None:
             if number >= 0:
                 units.groups[number].exact = False
                 units.groups[number].barriers.append(why)
-
-
-def _choose_rows(units: Units) -> None:
-    """Cells or rows: rows (heads) are cut where the cells beneath them cannot be, never both at once."""
-    beneath: dict[int, set[int]] = defaultdict(set)
-    stuck: set[int] = set()
-    for rows in units.atoms.rows:
-        parents = units.group_of[units.component[rows.rows]]
-        cells = units.component[rows.cells]
-        children = units.group_of[cells]
-        for parent in np.unique(parents[parents >= 0]):
-            own = children[parents == parent]
-            beneath[int(parent)].update(int(c) for c in np.unique(own) if c != parent)
-            if (own == parent).any():
-                stuck.add(int(parent))
-    for parent, children_ in beneath.items():
-        real = {c for c in children_ if c >= 0}
-        units.groups[parent].children = sorted(real)
-        group = units.groups[parent]
-        cells_work = (
-            parent not in stuck and real and all(units.groups[c].prunable for c in real) and -1 not in children_
-        )
-        if cells_work or not group.prunable:
-            group.prunable = False
-        else:
-            for c in real:
-                units.groups[c].prunable = False

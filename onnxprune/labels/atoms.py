@@ -104,7 +104,7 @@ class Atoms:
         outer_pack = rest[-1] if rest else pack
         if (ids == first).all():
             return Label(first, outer_pack)
-        keys = np.add.reduce(_mix(ids), axis=pack, keepdims=True)
+        keys = np.add.reduce(mix(ids), axis=pack, keepdims=True)
         unique, where, inverse = np.unique(keys.ravel(), return_index=True, return_inverse=True)
         cells = np.moveaxis(ids, pack, -1).reshape(-1, ids.shape[pack])
         known = [self._row_of.get(k, -1) for k in unique.tolist()]
@@ -159,7 +159,7 @@ class Atoms:
             self.fix_axis(self.rows_of(label), axis, barrier)
 
 
-def _mix(ids: Ids) -> NDArray[np.uint64]:
+def mix(ids: Ids) -> NDArray[np.uint64]:
     """A well-spread 64-bit hash per atom (splitmix64's finaliser), summed to name a set of atoms."""
     with np.errstate(over="ignore"):
         x = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
