@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ def check_exactness(state: State, analysis: Analysis, folder: Path, final: Path,
         ValidationError: they differ.
     """
     assert state.removed is not None
+    quantized = any(n.op in _QUANTISED for n in analysis.graph.nodes)
+    if analysis.folds or analysis.hoists or analysis.copies:
+        _check_preparation(analysis, folder, feeds, quantized)
     removed, skipped = _exact_part(analysis, state.removed)
     if skipped:
         final = folder / "exact_part.onnx"
@@ -42,7 +45,6 @@ def check_exactness(state: State, analysis: Analysis, folder: Path, final: Path,
     for probe, feed in enumerate(feeds):
         reference = folder / f"masked{probe}.onnx"
         _save(analysis, masked_original(analysis.table, removed, probe), reference)
-        quantized = any(n.op in _QUANTISED for n in analysis.graph.nodes)
         facts = compare.exactness(reference, final, [feed], quantized=quantized)
         batches = [*worst.batches, *facts.batches]
         if not facts.passed or facts.error >= worst.error:
@@ -64,6 +66,26 @@ def check_exactness(state: State, analysis: Analysis, folder: Path, final: Path,
     return worst
 
 
+def _check_preparation(analysis: Analysis, folder: Path, feeds: Sequence[Any], quantized: bool) -> None:
+    """The masked original is made of the prepared graph (folded, hoisted): that must equal the model as it came.
+
+    Raises:
+        ValidationError: it does not.
+    """
+    original, prepared = folder / "unprepared.onnx", folder / "prepared.onnx"
+    _save(analysis, (analysis.loaded.proto, analysis.loaded.weights), original)
+    _save(analysis, (analysis.graph.proto, analysis.graph.weights), prepared)
+    facts = compare.exactness(original, prepared, feeds[:1], quantized=quantized)
+    for file in folder.glob("*prepared.onnx*"):
+        file.unlink()
+    if facts.passed is False:
+        raise ValidationError(
+            f"Preparing the graph changed output {facts.worst_output!r} by {facts.error:.3g} "
+            f"(allowed {facts.tolerance:.3g}). {facts.note}",
+            hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
+        )
+
+
 def _exact_part(analysis: Analysis, removed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], int]:
     """The removal without groups that run through a normalisation, and how many of these were cut."""
     units = analysis.units
@@ -79,5 +101,5 @@ def _exact_part(analysis: Analysis, removed: NDArray[np.bool_]) -> tuple[NDArray
     return (atoms_removed(units, chosen), skipped) if skipped else (removed, 0)
 
 
-def _save(analysis: Analysis, model: tuple[onnx.ModelProto, dict[str, Weight]], path: Path) -> None:
+def _save(analysis: Analysis, model: tuple[onnx.ModelProto, Mapping[str, Weight]], path: Path) -> None:
     save(*model, path, prefer_external=bool(analysis.loaded.external))
