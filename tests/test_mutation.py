@@ -21,7 +21,8 @@ from onnxprune.labels.label import Label
 from onnxprune.rewrite import after, oracle
 from onnxprune.rules import contraction, convolution, elementwise, indexing, normalization
 from onnxprune.rules.context import Cut, Step, Table
-from onnxprune.rules.movement import Concat, Pad, Reshape, Slice, Split
+from onnxprune.rules.movement import Concat, Reshape
+from onnxprune.rules.ranges import Pad, Slice, Split
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]

@@ -16,6 +16,7 @@ from onnxprune.rules import (
     normalization,
     quantization,
     quantized,
+    ranges,
     recurrent,
     spatial,
 )
@@ -25,7 +26,7 @@ from onnxprune.rules.registry import Rule, known, lookup, register, unregister
 
 BUILT_IN = (
     *(attention, contraction, convolution, elementwise, grouped, indexing, microsoft, movement, normalization),
-    *(quantization, quantized, recurrent, spatial),
+    *(quantization, quantized, ranges, recurrent, spatial),
 )
 
 __all__ = [
