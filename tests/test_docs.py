@@ -1,0 +1,120 @@
+"""README and CONTRIBUTING: every Python block runs, every command exists, every room of the house is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+
+from onnxprune.cli import main
+from onnxprune.cli.inspect import inspect
+from onnxprune.cli.prune import prune
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md")
+
+
+def sections(page: str) -> dict[str, str]:
+    """{heading of the second level: text below it}."""
+    parts = re.split(r"^## (.+)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+PYTHON = [(page, title) for page in PAGES for title, text in sections(page).items() if blocks(text, "python")]
+
+
+def python(folder: Path, *arguments: str, path: tuple[Path, ...] = (ROOT / "tests",)) -> str:
+    """What a fresh interpreter prints, with the models at hand; it must not fail or warn."""
+    if not (folder / "models").exists():
+        shutil.copytree(ROOT / "models", folder / "models")
+    paths = [*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("page", "title"), PYTHON, ids=[f"{page}: {title}" for page, title in PYTHON])
+def test_python_blocks_run(page: str, title: str, tmp_path: Path) -> None:
+    """The blocks of a section run one after the other, as a reader would type them."""
+    python(tmp_path, "-c", "\n".join(blocks(sections(page)[title], "python")))
+
+
+def test_the_package_that_contributing_describes_is_found(tmp_path: Path) -> None:
+    """Its files and its entry points, put where a wheel would put them."""
+    page = sections("CONTRIBUTING.md")
+    site = tmp_path / "site"
+    info = site / "acme-1.0.dist-info"
+    info.mkdir(parents=True)
+    named = [block for text in page.values() for block in blocks(text, "python") if block.startswith("# acme_")]
+    for block in named:
+        (site / block.split()[1]).write_text(block)
+    assert len(named) == 3
+    (announced,) = blocks(page["Announce them"], "toml")
+    points = tomllib.loads(announced)["project"]["entry-points"]
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in named.items()) for group, named in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    show = "print(op.rules.lookup('com.acme', 'BiasSwish', 1), *op.criteria.names(), *op.passes.names())"
+    printed = python(tmp_path, "-c", f"import onnxprune as op; {show}", path=(site,))
+    assert "acme_rules.BiasSwish" in printed and "spread" in printed and "zero-small" in printed
+    arguments = ["-m", "onnxprune.cli", "models/residual.onnx", "--criterion", "spread", "--no-validate"]
+    python(tmp_path, *arguments, path=(site,))
+    assert (tmp_path / "models/residual.pruned.onnx").exists()
+
+
+def _options(*commands: click.Command) -> set[str]:
+    return {name for command in commands for param in command.params for name in (*param.opts, *param.secondary_opts)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_that_the_pages_name_exist(page: str) -> None:
+    known = _options(prune, inspect, main) | {"--help", "--version"}
+    text = (ROOT / page).read_text()
+    lines = [line for block in blocks(text, "sh") + blocks(text, "text") for line in block.splitlines()]
+    commands = [line for line in lines if "onnxprune " in line]
+    spans = re.findall(r"`(--[a-z-]+)", text)
+    named = {
+        word.split("=")[0] for line in commands for word in line.split("onnxprune ", 1)[1].split() if word[:2] == "--"
+    }
+    assert named | set(spans) <= known | {"--record"}, (named | set(spans)) - known
+
+
+def test_every_option_is_explained_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    missing = [name for name in sorted(_options(prune, inspect)) if name.startswith("--") and f"`{name}" not in text]
+    assert not missing
+
+
+def test_every_room_is_named() -> None:
+    table = sections("CONTRIBUTING.md")["The house"]
+    rooms = {path.name for path in (ROOT / "onnxprune").iterdir() if (path / "__init__.py").exists()}
+    files = {path.name for path in (ROOT / "onnxprune").glob("*.py")} - {"__init__.py"}
+    named = set(re.findall(r"`([a-z_]+)/`", table)), set(re.findall(r"`([a-z_]+\.py)`", table))
+    assert (rooms, files) == named
+
+
+def test_links_between_files_lead_somewhere() -> None:
+    for page in (*PAGES, "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+            assert (ROOT / target).exists(), f"{page}: {target}"
+    for page in PAGES:
+        for target in re.findall(r"`((?:tests|tools|onnxprune|models|\.ci)/[\w./*-]*)`", (ROOT / page).read_text()):
+            assert list(ROOT.glob(target.rstrip("/"))), f"{page}: {target}"
