@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
-from onnxprune.model.save import assemble, save
+from onnxprune.model.save import assemble, check_output, save
 from onnxprune.model.weights import Weight
 from onnxprune.plan import Plan
 from onnxprune.report.facts import Report
@@ -107,8 +107,6 @@ class Result:
         Raises:
             UsageError: the target is the input, or cannot be written.
         """
-        from onnxprune.model.save import check_output
-
         state = self._state
         assert state.proto is not None and state.analysis is not None
         loaded = state.analysis.loaded

@@ -15,6 +15,7 @@ from onnxprune.model.weights import GatheredWeight, Weight
 from onnxprune.rewrite.after import After, Mask, Ragged
 from onnxprune.rewrite.edits import Edits, write
 from onnxprune.rules.context import Cut, Step, Table
+from onnxprune.rules.movement import resolve_target
 from onnxprune.rules.registry import lookup
 
 
@@ -218,8 +219,6 @@ class _State:
 def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], state: _State) -> list[int]:
     """A Reshape or Expand target keeps 0, -1 and 1 where they still come out right; slice ends keep "to the end"."""
     if node.op == "Reshape":
-        from onnxprune.rules.movement import resolve_target
-
         kept = [o if o in (0, -1) else t for o, t in zip(old, target, strict=True)]
         source = state.shape(node.inputs[0])
         if resolve_target(kept, source, node.attrs.get("allowzero", 0)) == tuple(target):
