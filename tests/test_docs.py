@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
+import onnxprune as op
 from onnxprune.cli import main
 from onnxprune.cli.inspect import inspect
 from onnxprune.cli.prune import prune
@@ -118,3 +120,29 @@ def test_links_between_files_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"`((?:tests|tools|onnxprune|models|\.ci)/[\w./*-]*)`", (ROOT / page).read_text()):
             assert list(ROOT.glob(target.rstrip("/"))), f"{page}: {target}"
+
+
+def test_sizes_in_the_readme_are_those_of_today() -> None:
+    """Where this fails for a good reason: python tools/measure_cuts.py prints the new table."""
+    rows = re.findall(
+        r"^\| `(\w+\.onnx)` \| (.+?) \| (.+?) \| (.+?) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert {name for name, *_ in rows} == {
+        f"{name}.onnx" for name in json.loads((ROOT / "models/accuracy.json").read_text())
+    }
+    for name, params, macs, _ in rows:
+        sums = op.prune(ROOT / "models" / name, validate=False).report.totals
+        wanted = [units(sums.params_before, sums.params_after), units(sums.macs_before, sums.macs_after)]
+        assert [params, macs] == wanted, name
+
+
+def units(before: int, after: int) -> str:
+    shown = [f"{n / 1e6:.2f} M" if n >= 999_500 else f"{n / 1e3:.1f} K" for n in (before, after)]
+    return " → ".join(shown)
+
+
+def test_plans_on_the_pages_are_plans() -> None:
+    plans = [
+        op.Plan.from_dict(json.loads(block)) for page in PAGES for block in blocks((ROOT / page).read_text(), "json")
+    ]
+    assert [slot.removed for slot in plans[0].groups[0].slots] == [[3, 17], [3, 17]]
