@@ -101,6 +101,18 @@ def test_fixed_batch() -> None:
     assert_exact_cut(net.model(y))
 
 
+@pytest.mark.xfail(strict=True, reason="a size that changes leaves by a graph output")
+@pytest.mark.parametrize("how", ["Shape", "Size", "arithmetic"])
+def test_sizes_as_outputs(how: str) -> None:
+    """A size that a user reads stays what it was."""
+    net = Net(17)
+    h = net.op("Relu", net.linear(net.input("x", ["N", 4]), 4, 8))
+    size = net.op("Size" if how == "Size" else "Shape", h)
+    if how == "arithmetic":
+        size = net.op("Mul", net.gather(size, 1, 0), net.const(2))
+    assert_exact_cut(net.model(net.linear(h, 8, 3), net.op("Identity", size)), expect_cut=None)
+
+
 # -- embeddings --------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,159 @@
+"""The house rules, held by looking at the source: which way imports go, who may import what, how long files may be."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import onnxprune
+
+ROOT = Path(onnxprune.__file__).parent
+LONGEST_FILE, LONGEST_FUNCTION = 320, 60
+
+STAGES = [
+    {"errors", "report.facts", "plugins"},
+    {"graph", "model"},
+    {"labels"},
+    {"rules"},
+    {"propagate"},
+    {"groups"},
+    {"criteria"},
+    {"analysis", "plan"},
+    {"selection", "planning"},
+    {"rewrite"},
+    {"runtime"},
+    {"passes"},
+    {"api"},
+    {"report"},
+    {"cli"},
+]
+"""From low to high; a module imports its own stage and lower ones."""
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names inside the package and their files."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = list(path.relative_to(ROOT).with_suffix("").parts)
+        if parts[-1] == "__init__":
+            parts.pop()
+        found[".".join(parts)] = path
+    return found
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """Dotted names that code imports when it runs, those inside functions too."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert not child.level, "imports name the whole path"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        yield from imports(child)
+
+
+def outside(name: str) -> set[str]:
+    """Top-level packages that a module imports."""
+    return {i.split(".")[0] for i in imports(tree(modules()[name]))}
+
+
+def inside(name: str) -> set[str]:
+    """Modules of the package that a module imports."""
+    known = modules()
+    result = set()
+    for target in imports(tree(known[name])):
+        parts = target.split(".")
+        if parts[0] != "onnxprune":
+            continue
+        # The longest prefix that is a module: the rest are names within it.
+        while len(parts) > 1 and ".".join(parts[1:]) not in known:
+            parts.pop()
+        result.add(".".join(parts[1:]))
+    return result - {""}
+
+
+def stage(name: str) -> int | None:
+    """The stage of a module; None for the package itself."""
+    found = [i for i, stems in enumerate(STAGES) for s in stems if name == s or name.startswith(s + ".")]
+    if name == "report.facts":
+        return 0
+    return found[-1] if found else None
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if n])
+def test_lower_stages_never_import_higher_ones(name: str) -> None:
+    mine = stage(name)
+    assert mine is not None, f"say in STAGES where {name} stands"
+    higher = {other for other in inside(name) if (stage(other) or 0) > mine}
+    assert not higher
+
+
+def test_imports_have_no_cycles() -> None:
+    edges = {name: inside(name) for name in modules() if name}
+    # Importing a submodule runs its package first; a package that gathers its own modules is no cycle.
+    edges = {n: {t for t in targets if not n.startswith(t + ".")} for n, targets in edges.items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for target in sorted(edges.get(name, ())):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
+
+
+@pytest.mark.parametrize(
+    ("package", "owners"),
+    [
+        ("onnxruntime", ("runtime",)),
+        ("onnx", ("graph", "model", "rewrite", "passes", "analysis", "api")),
+        ("rich", ("report", "cli")),
+        ("click", ("cli",)),
+        ("scipy", ("groups", "criteria", "selection")),
+    ],
+)
+def test_packages_have_owners(package: str, owners: tuple[str, ...]) -> None:
+    offenders = [n for n in modules() if package in outside(n) and n.split(".")[0] not in owners]
+    assert not offenders
+
+
+def test_criteria_know_arrays_only() -> None:
+    """A score is a function of numbers: no graph, no labels."""
+    for name in modules():
+        if name.startswith("criteria"):
+            assert not outside(name) & {"onnx", "onnxruntime"}
+            allowed = ("criteria", "errors", "plugins")
+            assert all(t.startswith(allowed) for t in inside(name)), (name, inside(name))
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if n])
+def test_files_and_functions_stay_short(name: str) -> None:
+    path = modules()[name]
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
+
+
+def test_there_is_no_drawer_for_everything() -> None:
+    """No module is called utils, helpers, common or misc."""
+    assert not {n for n in modules() if n.split(".")[-1] in ("utils", "helpers", "common", "misc")}
