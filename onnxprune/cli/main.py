@@ -16,6 +16,7 @@ from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
 
 DEFAULT = "prune"
+_NOTHING = "onnxprune.cli.nothing_given"
 _OWN_FLAGS = ("-h", "--help", "--version")
 
 
@@ -25,6 +26,7 @@ class DefaultGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default subcommand in front of a model or an option; keep what looks like a mistyped subcommand."""
         ctx.obj = _screen(args)
+        ctx.meta[_NOTHING] = not args
         if args and args[0] not in self.commands and args[0] not in _OWN_FLAGS and not self._mistyped(args):
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
@@ -37,7 +39,7 @@ class DefaultGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; any failure ends here."""
         try:
-            if not ctx._protected_args and not ctx.args:
+            if ctx.meta[_NOTHING]:
                 raise UsageError(
                     "no model given", hint="For example: onnxprune model.onnx --ratio 0.3, or onnxprune --help."
                 )
