@@ -35,7 +35,6 @@ def test_instance_normalization(layout: str, opset: int) -> None:
     check(net, net.op("InstanceNormalization", produce(net, layout), net.weight(6, low=0.5), net.weight(6)))
 
 
-
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 @pytest.mark.parametrize("opset", [18, 21])
 def test_group_normalization(groups: int, opset: int) -> None:
