@@ -56,7 +56,8 @@ def study(
     """
     first: Facts | None = None
     for bindings in candidates:
-        probes = [probe_at(graph, dict(binding), infer) for binding in bindings]
+        probes = [probe_at(graph, dict(bindings[0]), infer)]
+        probes += [probe_at(graph, dict(binding), infer, probes[0]) for binding in bindings[1:]]
         if _plausible(graph, probes[0]):
             return Facts(tuple(p for p in probes if _plausible(graph, p)))
         first = first or Facts(tuple(probes))

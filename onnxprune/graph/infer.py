@@ -21,9 +21,16 @@ Infer = Callable[[Node, list[Any], list[Any]], "list[Any] | None"]
 """(node, shapes and values of its inputs) -> shapes of its outputs: for operators that onnx does not know."""
 
 
-def probe_at(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None) -> Probe:
-    """Shapes and values at one binding of the inputs; ``infer`` is asked where onnx has no schema."""
-    probe = Probe(inputs=inputs, values=Values(graph))
+def probe_at(
+    graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None, first: Probe | None = None
+) -> Probe:
+    """Shapes and values at one binding of the inputs; ``infer`` is asked where onnx has no schema.
+
+    ``first`` is another binding's probe, whose values serve wherever they are the same.
+    """
+    probe = Probe(inputs=inputs, values=Values(graph, None if first is None else first.values))
+    if first is not None:
+        probe.sizes = first.sizes
     probe.shapes.update({name: weight.shape for name, weight in graph.weights.items()})
     _infer_whole(graph, probe)
     probe.shapes.update(inputs)

@@ -28,57 +28,80 @@ class Shapes(Protocol):
 
 
 class Values:
-    """Values of small tensors, filled node by node in graph order; weights are read when first asked for."""
+    """Values of small tensors, filled node by node in graph order; weights are read when first asked for.
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+    With ``base``, the values of another walk over the same graph, only what differs from there is held and computed:
+    a second binding of the dynamic sizes, or the cut model, shares most values with the first.
+    """
+
+    def __init__(self, graph: Graph, base: Values | None = None) -> None:
+        self._graph, self._base = graph, base
         self._known: dict[str, np.ndarray | None] = {}
 
     def get(self, name: str) -> np.ndarray | None:
         """The value of a tensor where it is known and small, else None."""
         if name in self._known:
             return self._known[name]
+        if self._base is not None:
+            return self._base.get(name)
         weight = self._graph.weights.get(name)
-        if weight is None or not small(weight.shape, weight.dtype):
-            if weight is not None:
-                self._known[name] = None
+        if weight is None:
             return None
-        return self._known.setdefault(name, weight.read())
+        value = weight.read() if small(weight.shape, weight.dtype) else None
+        self._known[name] = value
+        return value
 
     def set(self, name: str, value: np.ndarray | None) -> None:
         """State (or forget, with None) the value of a tensor."""
         self._known[name] = value
 
+    def differs(self, name: str) -> bool:
+        """Whether the value of a tensor is another than in the base."""
+        return name in self._known
+
     def step(self, node: Node, shapes: Shapes) -> None:
         """Evaluate ``node`` where its inputs are known; ``shapes`` serves Shape and Size."""
         if node.op in ("Shape", "Size") and node.domain == "":
-            self._shape(node, shapes.get(node.inputs[0]))
-            return
-        if node.op == "Constant" and node.domain == "":
-            return
+            self._learn(node, [_size_value(node, shapes.get(node.inputs[0]))])
+        elif node.op != "Constant" and (self._base is None or any(n in self._known for n in node.inputs)):
+            self._learn(node, self._evaluate(node, shapes))
+
+    def _evaluate(self, node: Node, shapes: Shapes) -> Sequence[np.ndarray | None]:
         values = []
         for name in node.inputs:
             value = self.get(name) if name else None
             if name and value is None:
-                return
+                return ()
             values.append(value)
         if any(not _fits(shapes.get(o)) for o in node.outputs if o):
-            return
-        results = evaluate(node, values)
-        for name, value in zip(node.outputs, results or (), strict=False):
-            if name and isinstance(value, np.ndarray) and small(value.shape, value.dtype):
+            return ()
+        return evaluate(node, values) or ()
+
+    def _learn(self, node: Node, results: Sequence[np.ndarray | None]) -> None:
+        for i, name in enumerate(node.outputs):
+            value = results[i] if i < len(results) else None
+            if not isinstance(value, np.ndarray) or not small(value.shape, value.dtype):
+                value = None
+            if not name or (self._base is None and value is None):
+                continue
+            if self._base is None or not _equal(value, self._base.get(name)):
                 self._known[name] = value
 
-    def _shape(self, node: Node, shape: Any) -> None:
-        if shape is None:
-            return
-        if node.op == "Size":
-            if None not in shape:
-                self._known[node.outputs[0]] = np.asarray(int(np.prod(shape)), dtype=np.int64)
-            return
-        part = shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
-        if None not in part:
-            self._known[node.outputs[0]] = np.asarray(part, dtype=np.int64)
+
+def _size_value(node: Node, shape: Any) -> np.ndarray | None:
+    """What Shape or Size gives for a tensor of this shape."""
+    if shape is None:
+        return None
+    part = shape if node.op == "Size" else shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
+    if None in part:
+        return None
+    return np.asarray(size_of(part) if node.op == "Size" else part, dtype=np.int64)
+
+
+def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a is b or (a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
 
 
 def small(shape: Sequence[int], dtype: np.dtype[Any]) -> bool:

@@ -39,6 +39,10 @@ class Node:
         return self.name or next((o for o in self.outputs if o), f"#{self.index}")
 
 
+# Operators of ONNX's own domain that hold bodies; in other domains every node is searched.
+_WITH_BODIES = {"If", "Loop", "Scan", "SequenceMap"}
+
+
 def _decode(attribute: onnx.AttributeProto) -> Any:
     kind = attribute.type
     if kind == AttributeProto.INT:
@@ -104,7 +108,7 @@ class Graph:
         for position, name in enumerate(node.inputs):
             if name:
                 self.consumers.setdefault(name, []).append((node, position))
-        for attribute in proto.attribute:
+        for attribute in () if domain == "" and node.op not in _WITH_BODIES else proto.attribute:
             for body in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
                 self.captured.update(_reads(body))
         if node.op == "Constant" and node.domain == "":

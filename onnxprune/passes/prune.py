@@ -71,9 +71,14 @@ class Prune:
             restore(proto, weights, analysis.unshared, analysis.folds, analysis.hoists)
             rejoin(proto, weights, analysis.copies)
         state.removed, state.proto, state.weights = removed, proto, weights
-        with state.stage("plan"):
-            state.plan = make_plan(analysis, removed, self.name if self.plan is None else self.plan.criterion)
-            _fill_report(analysis, removed, state, self.asked)
+        criterion = self.name if self.plan is None else self.plan.criterion
+        asked = dict(self.asked)
+
+        def describe() -> None:
+            state.plan = make_plan(analysis, removed, criterion)
+            _fill_report(analysis, removed, weights, state, asked)
+
+        state.later.append(describe)
 
     def _cut(self, analysis: Analysis, state: State) -> tuple[NDArray[np.bool_], onnx.ModelProto, dict[str, Weight]]:
         """Cut; a node that has no form with the new sizes is frozen, and the choice is made again without it."""
@@ -162,7 +167,11 @@ def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) 
 
 
 def _fill_report(
-    analysis: Analysis, removed: NDArray[np.bool_], state: State, asked: Mapping[int, float | None]
+    analysis: Analysis,
+    removed: NDArray[np.bool_],
+    weights: Mapping[str, Weight],
+    state: State,
+    asked: Mapping[int, float | None],
 ) -> None:
     after = After(analysis.table, removed)
     report = state.report
@@ -180,7 +189,7 @@ def _fill_report(
             layer.reason = "excluded: by --exclude, or not among --include"
     totals = report.totals
     totals.params_before = analysis.parameters
-    totals.params_after = sum(int(np.prod(w.shape)) for w in state.weights.values())
+    totals.params_after = sum(int(np.prod(w.shape)) for w in weights.values())
     totals.macs_before = sum(x.macs_before for x in report.layers)
     totals.macs_after = sum(x.macs_after for x in report.layers)
     approximate = sum(1 for g in analysis.units.groups if not g.exact and taken.get(g.id))

@@ -25,7 +25,10 @@ Source = "str | Path | bytes | onnx.ModelProto"
 
 @dataclass(slots=True)
 class State:
-    """The run so far. Passes read it, change it and return nothing."""
+    """The run so far. Passes read it, change it and return nothing.
+
+    ``later`` holds what describes the run (plan, report): it is done when ``plan`` or ``report`` is first read.
+    """
 
     source: str | Path | bytes | onnx.ModelProto
     input_shapes: Mapping[str, Sequence[int]] | None = None
@@ -36,8 +39,30 @@ class State:
     proto: onnx.ModelProto | None = None
     weights: dict[str, Weight] = field(default_factory=dict)
     removed: NDArray[np.bool_] | None = None
-    plan: Plan = field(default_factory=Plan)
-    report: Report = field(default_factory=Report)
+    later: list[Callable[[], None]] = field(default_factory=list)
+    _plan: Plan = field(default_factory=Plan)
+    _report: Report = field(default_factory=Report)
+
+    @property
+    def plan(self) -> Plan:
+        """What was removed from where."""
+        self._describe()
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self._plan = plan
+
+    @property
+    def report(self) -> Report:
+        """What was found out so far."""
+        self._describe()
+        return self._report
+
+    def _describe(self) -> None:
+        waiting, self.later = self.later, []
+        for describe in waiting:
+            describe()
 
     def analyzed(self, approximate: bool = False) -> Analysis:
         """The analysis of the original, made when first asked for."""
@@ -45,8 +70,8 @@ class State:
             with self.stage("analyze"):
                 self.analysis = Analysis(self.source, input_shapes=self.input_shapes, approximate=approximate)
             loaded = self.analysis.loaded
-            self.report.model = str(loaded.path or "")
-            self.report.totals.bytes_before = loaded.size
+            self._report.model = str(loaded.path or "")
+            self._report.totals.bytes_before = loaded.size
             self.proto, self.weights = loaded.proto, dict(loaded.weights)
         return self.analysis
 
@@ -56,7 +81,7 @@ class State:
         self.tell(name, 0.0)
         start = time.perf_counter()
         yield
-        self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
+        self._report.seconds[name] = self._report.seconds.get(name, 0.0) + time.perf_counter() - start
         self.tell(name, 1.0)
 
     def tell(self, name: str, fraction: float) -> None:

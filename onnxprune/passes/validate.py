@@ -40,7 +40,7 @@ class Validate:
         with state.stage("structure"):
             check_sizes(analysis.graph.proto, state.proto)
         if not (self.exact or self.faithful or self.timed):
-            state.report.exactness.note = "not asked: models were not run"
+            state.later.append(lambda: _note(state))
             return
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
             self._run(state, analysis, Path(folder))
@@ -66,6 +66,10 @@ class Validate:
         elif self.timed:
             with state.stage("latency"):
                 state.report.latency = latency.latency(original, final, feeds[:1])
+
+
+def _note(state: State) -> None:
+    state.report.exactness.note = "not asked: models were not run"
 
 
 def _original(analysis: Analysis, folder: Path) -> Path:

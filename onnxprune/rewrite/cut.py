@@ -48,7 +48,7 @@ class _State:
     def __init__(self, table: Table, after: After) -> None:
         self.table, self.after, self.edits = table, after, Edits()
         self.graph: Graph = table.graph
-        self.values = [Values(self.graph) for _ in table.facts.probes]
+        self.values = [Values(self.graph, probe.values) for probe in table.facts.probes]
         self._shapes = [_Shapes(table, after, k) for k in range(len(self.values))]
         for name in table.items():
             if after.touched(name):
@@ -85,18 +85,7 @@ class _State:
         """Whether a value that was computed from sizes differs from the original's."""
         if name in self.edits.sizes or name not in self.table.facts.probes[0].sizes:
             return False
-        for values, probe in zip(self.values, self.table.facts.probes, strict=True):
-            new, old = values.get(name), probe.values.get(name)
-            if (new is None) != (old is None):
-                return True
-            if (
-                new is not old
-                and new is not None
-                and old is not None
-                and not np.array_equal(new, old, equal_nan=new.dtype.kind == "f")
-            ):
-                return True
-        return False
+        return any(values.differs(name) for values in self.values)
 
     def _operands_changed(self, node: Node) -> bool:
         return any(name and name not in self.graph.weights and self._changed(name) for name in node.inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,22 +113,24 @@ def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight])
 
 def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight]) -> None:
     """Remove nodes and initializers that were used and no longer are: shape arithmetic that a constant replaced."""
-    while True:
-        used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
-        used |= graph.captured
-
-        def alive(node: onnx.NodeProto, used: set[str] = used) -> bool:
-            return any(o in used or o not in graph.consumers for o in node.output if o) or not node.output
-
-        dead = [i for i, node in enumerate(model.graph.node) if not alive(node)]
-        if not dead:
-            break
-        for i in reversed(dead):
-            del model.graph.node[i]
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    uses.update(o.name for o in model.graph.output)
+    uses.update(graph.captured)
+    nodes, dead = list(model.graph.node), set[int]()
+    # Backwards: what a dead node read may be dead too, and comes before it.
+    for i in reversed(range(len(nodes))):
+        outputs = [o for o in nodes[i].output if o]
+        if outputs and all(not uses[o] and o in graph.consumers for o in outputs):
+            dead.add(i)
+            uses.subtract(nodes[i].input)
+    if dead:
+        kept = [node for i, node in enumerate(nodes) if i not in dead]
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
     dropped: set[str] = set()
     for i in reversed(range(len(model.graph.initializer))):
         name = model.graph.initializer[i].name
-        if name not in used and name in graph.consumers:
+        if not uses[name] and name in graph.consumers:
             del model.graph.initializer[i]
             weights.pop(name, None)
             dropped.add(name)
