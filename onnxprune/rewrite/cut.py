@@ -39,6 +39,7 @@ def cut(table: Table, removed: Mask) -> tuple[onnx.ModelProto, dict[str, Weight]
     state = _State(table, After(table, removed))
     for node in table.graph.nodes:
         state.visit(node)
+    state.check_outputs()
     return write(table.graph, state.edits)
 
 
@@ -80,6 +81,12 @@ class _State:
             node = replace(node, inputs=[inputs.get(i, n) for i, n in enumerate(node.inputs)])
         for values, shapes in zip(self.values, self._shapes, strict=True):
             values.step(node, shapes)
+
+    def check_outputs(self) -> None:
+        """Sizes that leave the graph, as outputs or into bodies, stay what they were."""
+        for name in (*self.graph.outputs, *sorted(self.graph.captured)):
+            if name in self.graph.producer and self._changed(name):
+                raise CannotRewrite(self.graph.producer[name], f"the size {name!r} leaves the graph")
 
     def _changed(self, name: str) -> bool:
         """Whether a value that was computed from sizes differs from the original's."""
