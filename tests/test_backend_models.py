@@ -16,8 +16,6 @@ import onnxprune as op
 pytestmark = pytest.mark.lenient
 EVERY = int(os.environ.get("ONNXPRUNE_BACKEND_EVERY", "7"))
 """One model of so many is tried; set it to 1 for all of them."""
-SIZES = ("test_shape", "test_size")
-"""See test_structures_graph.py::test_sizes_as_outputs."""
 
 
 def node_models() -> list[tuple[str, onnx.ModelProto]]:
@@ -86,7 +84,7 @@ def test_node_models_are_pruned_or_refused() -> None:
         models = node_models()
         assert len(models) > 100
         failures = [prune_or_refuse(n, m) for n, m in models]
-        layered = [(n, between_layers(m)) for n, m in models if not n.startswith(SIZES)]
+        layered = [(n, between_layers(m)) for n, m in models]
         failures += [prune_or_refuse(f"{n} between layers", m, validate=True) for n, m in layered]
     assert not [f for f in failures if f]
 

@@ -101,7 +101,6 @@ def test_fixed_batch() -> None:
     assert_exact_cut(net.model(y))
 
 
-@pytest.mark.xfail(strict=True, reason="a size that changes leaves by a graph output")
 @pytest.mark.parametrize("how", ["Shape", "Size", "arithmetic"])
 def test_sizes_as_outputs(how: str) -> None:
     """A size that a user reads stays what it was."""
