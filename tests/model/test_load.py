@@ -343,9 +343,12 @@ def test_structure_is_checked_in_linear_time() -> None:
     nodes = [helper.make_node("Relu", [f"t{i}"], [f"t{i + 1}"]) for i in range(20_000)]
     ends = [helper.make_tensor_value_info(name, 1, [2]) for name in ("t0", "t20000")]
     model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:]))
-    start = time.perf_counter()
-    check_structure(model)
-    assert time.perf_counter() - start < 20_000 * 25e-6  # 5 ms for 200 nodes
+    seconds = []
+    for _ in range(3):  # the processor's time and the best of three: a busy machine must not decide
+        start = time.process_time()
+        check_structure(model)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 20_000 * 50e-6  # a quadratic walk takes a hundred times as long
 
 
 def test_data_in_two_pieces_and_a_graph_in_two() -> None:
