@@ -139,16 +139,29 @@ class Masks:
                 continue
             data = i == 0 or node.op_type in LISTS or (node.op_type == "ScatterND" and i == 2)
             feed[f"i{i}"] = self.full(name).astype(np.float32) if data else self.values[name]
-        if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
-            feed["i2"] = np.ones_like(self.values[node.input[2]])
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.input[:] = inputs
+        if node.op_type == "Pad":
+            self._fill_with_ones(copy, feed)
         # A model around the node: a lone one is taken for its newest form, whatever the opset.
         sides = ([onnx.ValueInfoProto(name=n) for n in names] for names in (feed, copy.output))
         opset = helper.make_opsetid("", self.opset)
         model = helper.make_model(helper.make_graph([copy], "moved", *sides), opset_imports=[opset])
         return [np.asarray(x) > 0.5 for x in ReferenceEvaluator(model).run(None, feed)]
+
+    def _fill_with_ones(self, pad: onnx.NodeProto, feed: dict[str, Array]) -> None:
+        """What a Pad adds is left; the fill is an attribute before opset 11."""
+        kept = [a for a in pad.attribute if a.name != "value"]
+        del pad.attribute[:]
+        pad.attribute.extend(kept)
+        if self.opset < 11:
+            pad.attribute.append(helper.make_attribute("value", 1.0))
+            return
+        rest = list(pad.input[3:])
+        pad.input[:] = [pad.input[0], pad.input[1], "fill", *rest]
+        feed.pop("i2", None)
+        feed["fill"] = np.ones((), np.float32)
 
     def _product(self, node: onnx.NodeProto) -> Array:
         """A result is left where some term of its sum is."""
