@@ -162,6 +162,80 @@ class Generator:
         y = net.op("Add", rows, net.linear(h, inner, x.channels))
         self.add(net.transpose(y, 0, 3, 1, 2), x.channels)
 
+    # -- rarer ones ------------------------------------------------------------------------------------------------
+
+    def transposed(self) -> None:
+        """ConvTranspose, grouped where it fits."""
+        x = self.pick()
+        group = int(self.rng.choice([g for g in range(1, x.channels + 1) if x.channels % g == 0]))
+        per = int(self.rng.integers(1, 4))
+        weight = self.net.weight(x.channels, per, 3, 3, scale=0.3)
+        self.add(self.net.op("ConvTranspose", x.name, weight, group=group, pads=[1, 1, 1, 1]), per * group)
+
+    def tie(self) -> None:
+        """One square weight used twice, the second time transposed or not."""
+        x = self.pick()
+        weight = self.net.weight(x.channels, x.channels, scale=x.channels**-0.5)
+        rows = self.net.transpose(x.name, 0, 2, 3, 1)
+        y = self.net.op("Relu", self.net.op("MatMul", rows, weight))
+        other = self.net.transpose(weight, 1, 0) if self.rng.integers(2) else weight
+        self.add(self.net.transpose(self.net.op("MatMul", y, other), 0, 3, 1, 2), x.channels)
+
+    def shuffled_groups(self) -> None:
+        """Grouped convolution, shuffle, grouped convolution, with a residual at times."""
+        net, x, g = self.net, self.pick(), int(self.rng.integers(2, 5))
+        width = g * int(self.rng.integers(1, 5))
+        wide = net.conv(x.name, x.channels, width, 1)
+        y = net.op("Relu", net.conv(wide, width, width, 1, group=g))
+        y = net.transpose(net.reshape(y, 0, g, width // g, EXTENT, EXTENT), 0, 2, 1, 3, 4)
+        y = net.reshape(y, 0, width, EXTENT, EXTENT)
+        y = net.conv(y, width, width, 3, group=int(self.rng.choice([g, width, 1])))
+        self.add(net.op("Add", wide, y) if self.rng.integers(2) else y, width)
+
+    def blocks(self) -> None:
+        """Blocks of channels to pixels and back."""
+        net, x = self.net, self.pick()
+        wide = net.conv(x.name, x.channels, 8, 1)
+        y = net.op("Tanh", net.op("DepthToSpace", wide, blocksize=2))
+        self.add(net.op("SpaceToDepth", y, blocksize=2), 8)
+
+    def stack(self) -> None:
+        """Two tensors on a new axis, weighted and summed, or one of them picked."""
+        net, x = self.net, self.pick()
+        other = net.conv(x.name, x.channels, x.channels, 1)
+        both = net.op("Concat", net.unsqueeze(x.name, [1]), net.unsqueeze(other, [1]), axis=1)
+        if self.rng.integers(2):
+            self.add(net.gather(both, int(self.rng.integers(2)), 1), x.channels)
+        else:
+            weighed = net.op("Mul", both, net.weight(1, 2, 1, 1, 1, scale=1.0))
+            self.add(net.reduce("ReduceSum", weighed, [1], 0), x.channels)
+
+    def choose(self) -> None:
+        """Where: of two tensors of one width, or a tensor and a constant."""
+        net, x = self.net, self.pick()
+        flag = net.op("Greater", x.name, net.const(0.1, net.dtype))
+        other = net.conv(x.name, x.channels, x.channels, 1) if self.rng.integers(2) else net.const(-0.5, net.dtype)
+        self.add(net.op("Where", flag, x.name, other), x.channels)
+
+    def few_keys(self) -> None:
+        """Attention whose key and value heads serve several query heads."""
+        net, x = self.net, self.pick()
+        shared, times, width = (int(self.rng.integers(1, 4)) for _ in range(3))
+        heads, positions = shared * times, EXTENT * EXTENT
+        rows = net.transpose(net.reshape(x.name, 0, x.channels, positions), 0, 2, 1)
+        q = net.linear(rows, x.channels, heads * width)
+        q = net.transpose(net.reshape(q, 0, positions, heads, width), 0, 2, 1, 3)
+        pair = []
+        for _ in range(2):
+            y = net.linear(rows, x.channels, shared * width)
+            y = net.unsqueeze(net.transpose(net.reshape(y, 0, positions, shared, width), 0, 2, 1, 3), [2])
+            y = net.op("Expand", y, net.const([1, 1, times, 1, 1]))
+            pair.append(net.reshape(y, 0, heads, positions, width))
+        scores = net.op("Softmax", net.op("MatMul", q, net.transpose(pair[0], 0, 1, 3, 2)), axis=3)
+        y = net.reshape(net.transpose(net.op("MatMul", scores, pair[1]), 0, 2, 1, 3), 0, positions, heads * width)
+        y = net.linear(y, heads * width, x.channels)
+        self.add(net.reshape(net.transpose(y, 0, 2, 1), 0, x.channels, EXTENT, EXTENT), x.channels)
+
     # -- the whole -------------------------------------------------------------------------------------------------
 
     def finish(self) -> onnx.ModelProto:
@@ -182,8 +256,8 @@ class Generator:
         return self.net.model(*outputs)
 
 
-def generate(seed: int) -> onnx.ModelProto:
-    """A random model of 10 to 60 nodes."""
+def generate(seed: int, *, rare: bool = False) -> onnx.ModelProto:
+    """A random model of 10 to 100 nodes; ``rare``: of the rarer blocks too."""
     made = Generator(seed)
     x = made.net.input("x", ["N", 3, EXTENT, EXTENT])
     made.pool.append(Map(made.net.conv(x, 3, made.width(2)), 0))
@@ -192,6 +266,11 @@ def generate(seed: int) -> onnx.ModelProto:
         made.convolve, made.convolve, made.group, made.meet, made.meet, made.join, made.part, made.gate, made.shuffle,
         made.scale, made.pool_positions, made.normalise, made.permute, made.attend, made.feed_forward,
     ]  # fmt: skip
+    if rare:
+        blocks += [
+            made.transposed, made.tie, made.shuffled_groups, made.shuffled_groups, made.blocks, made.stack, made.choose,
+            made.few_keys,
+        ]  # fmt: skip
     for _ in range(int(made.rng.integers(4, 11))):
         blocks[int(made.rng.integers(len(blocks)))]()
     return made.finish()

@@ -18,6 +18,12 @@ def test_random_graphs_are_cut_exactly_or_refused(seed: int) -> None:
     assert_exact_cut(model, ratio=ratio, criterion=criterion, seed=seed, expect_cut=None, tolerance=5e-5)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_random_graphs_of_rarer_blocks(seed: int) -> None:
+    model = generate(seed, rare=True)
+    assert_exact_cut(model, criterion="random", seed=seed, expect_cut=None, tolerance=5e-5)
+
+
 def test_random_graphs_differ_and_are_mostly_cut() -> None:
     """The generator does not only make what the tool refuses, nor the same thing again."""
     import onnxprune as op

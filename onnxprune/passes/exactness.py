@@ -61,7 +61,8 @@ def check_exactness(state: State, analysis: Analysis, folder: Path, final: Path,
             hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
         )
     if skipped:
-        note = f"without {skipped} groups that were cut through a normalisation, where only fidelity can be asked"
+        what = "1 group that was" if skipped == 1 else f"{skipped} groups that were"
+        note = f"without {what} cut through a normalisation, where only fidelity can be asked"
         worst.note = f"{worst.note}; {note}" if worst.note else note
     return worst
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from onnxprune.analysis import Analysis
+from onnxprune.errors import ModelError
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.model.save import save
 from onnxprune.passes.exactness import check_exactness
 from onnxprune.passes.state import State
 from onnxprune.passes.structure import check_file, check_sizes
-from onnxprune.runtime import fidelity, inputs, latency
+from onnxprune.runtime import fidelity, inputs, latency, sessions
 from onnxprune.runtime.data import load_data
 
 # From this size on, the original and the result are never in memory together.
@@ -55,7 +58,7 @@ class Validate:
         with state.stage("inputs"):
             feeds, source = _feeds(state, analysis)
         if self.exact and state.removed is not None:
-            with state.stage("exactness"):
+            with state.stage("exactness"), _blaming(original):
                 state.report.exactness = check_exactness(state, analysis, folder, final, _synthetic(state, analysis))
         large = analysis.loaded.size > _LARGE
         if self.faithful:
@@ -66,6 +69,16 @@ class Validate:
         elif self.timed:
             with state.stage("latency"):
                 state.report.latency = latency.latency(original, final, feeds[:1])
+
+
+@contextmanager
+def _blaming(original: Path) -> Iterator[None]:
+    """Where a model does not run, say so of the user's own file, unless that one does."""
+    try:
+        yield
+    except ModelError:
+        sessions.open_session(original, optimize=False)
+        raise
 
 
 def _note(state: State) -> None:

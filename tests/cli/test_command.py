@@ -331,6 +331,7 @@ def test_operator_without_kernel_needs_no_validate(path: Path, run: Run) -> None
     onnx.save(model, path)
     strict = run(path)
     assert strict.exit_code in (3, 4) and "--no-validate" in strict.stderr
+    assert path.name in strict.stderr  # the user's file is named, not one of ours
     assert not path.with_name("net.pruned.onnx").exists()
     free = run(path, "--no-validate")
     assert free.exit_code == 0, free.stderr
@@ -366,3 +367,10 @@ def test_trained_models(tmp_path: Path, run: Run, name: str) -> None:
     assert result.exit_code == 0, result.stderr
     assert "exact     yes" in result.stdout
     assert re.search(r"parameters +\S+ \S +\S+ \S +\d+\.\d %", result.stdout)
+
+
+def test_a_pattern_that_is_part_of_a_name_is_told_how_to_match(path: Path, run: Run) -> None:
+    result = run(path, "--exclude", "ea")
+    assert result.exit_code == 2
+    assert "--exclude 'ea' matches no node or weight" in result.stderr
+    assert "A pattern matches whole names. Did you mean '*ea*'?" in result.stderr
