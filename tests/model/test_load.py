@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -343,12 +342,10 @@ def test_structure_of_a_very_deep_graph_is_checked() -> None:
     nodes = [helper.make_node("Relu", [f"t{i}"], [f"t{i + 1}"]) for i in range(20_000)]
     ends = [helper.make_tensor_value_info(name, 1, [2]) for name in ("t0", "t20000")]
     model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:]))
-    seconds = []
-    for _ in range(3):  # the processor's time and the best of three: a busy machine must not decide
-        start = time.process_time()
+    check_structure(model)
+    model.graph.node[-1].input[0] = "nowhere"
+    with pytest.raises(ModelError, match="nowhere"):
         check_structure(model)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 20_000 * 50e-6  # a quadratic walk takes a hundred times as long
 
 
 def test_data_in_two_pieces_and_a_graph_in_two() -> None:
