@@ -56,7 +56,7 @@ class Table:
         labels = tuple(x for x in labels if x.axes)
         shape = self.facts.shape(name)
         for label in labels:
-            if any(n not in (1, m) for n, m in zip(label.ids.shape, shape, strict=True)):
+            if any(n not in (1, m) and m is not None for n, m in zip(label.ids.shape, shape, strict=True)):
                 raise ValueError(f"label of shape {label.ids.shape} on {name!r} of shape {shape}")
             if label.is_grid:
                 self.atoms.view(label)
