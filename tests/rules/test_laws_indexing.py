@@ -1,0 +1,176 @@
+"""Laws of operators that pick, cut out, pad or write positions: what is known moves with the channels before it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from build import Net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from sandwich import check, opsets, produce, shape_of
+
+INT_MAX = np.iinfo(np.int64).max
+
+
+@given(sizes=st.sampled_from([[3, 3], [2, 2, 2], [1, 5], [2, 4], [1, 2, 3], [6]]), opset=opsets(), unused=st.booleans())
+@settings(max_examples=10)
+def test_split_of_channels(sizes: list[int], opset: int, unused: bool) -> None:
+    """Equal and unequal parts; one that nobody reads; parts that meet go together."""
+    net = Net(opset)
+    parts = net.split(produce(net, "nchw"), sizes, 1)
+    parts = [parts] if isinstance(parts, str) else parts
+    read = [net.op("Relu", p) for p in parts[: len(parts) - (unused and len(parts) > 1)]]
+    if len(set(sizes)) == 1 and len(read) > 1:
+        read = [net.op("Mul", read[0], read[1]), *read[2:]]
+    # Parts of one channel stay; so does a part nobody reads, where that is all there is besides.
+    check(net, *read, cut=None if sizes == [1, 5] and unused else True)
+
+
+@pytest.mark.parametrize(("axis", "outputs"), [(1, 2), (1, 3), (1, 4), (2, 2), (-1, 2)])
+def test_split_by_number_of_outputs(axis: int, outputs: int) -> None:
+    """Since opset 18; the last part may be smaller."""
+    net = Net(18)
+    parts = net.op("Split", produce(net, "nchw", channels=7), axis=axis, n=outputs, num_outputs=outputs)
+    check(net, *parts)
+
+
+@pytest.mark.parametrize("opset", [9, 13])
+def test_split_without_sizes(opset: int) -> None:
+    net = Net(opset)
+    check(net, *net.op("Split", produce(net, "nchw"), axis=1, n=3))
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_split_of_positions(axis: int) -> None:
+    net = Net(13)
+    check(net, *net.split(produce(net, "nchw"), [1, 3 + (axis == 3)], axis))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "step"),
+    [(0, 4, 1), (2, 6, 1), (1, -1, 1), (-4, INT_MAX, 1), (0, INT_MAX, 1), (3, 4, 1), (0, 6, 2), (1, INT_MAX, 3),
+     (-1, -INT_MAX, -1), (4, 0, -1), (4, 1, -2), (0, 99, 1)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("axis", [1, -2])
+def test_slice_of_a_map(axis: int, start: int, end: int, step: int) -> None:
+    """Ranges along channels and along positions; a range over cut channels has new bounds, or the channels stay."""
+    net = Net((10, 13, 21)[start % 3])
+    x = produce(net, "nchw", extent=6)
+    check(net, net.slice(net.op("Relu", x), start, end, axis, step), cut=None if axis == 1 and step != 1 else True)
+
+
+@pytest.mark.parametrize("opset", [7, 9])
+def test_slice_by_attributes(opset: int) -> None:
+    net = Net(opset)
+    x = produce(net, "nchw")
+    both = net.op("Slice", x, starts=[1, 0], ends=[5, 3], axes=[1, 2])
+    check(net, both, net.op("Slice", x, starts=[0, 2], ends=[INT_MAX, INT_MAX]))
+
+
+def test_slice_with_int32_bounds_over_several_axes() -> None:
+    net = Net(13)
+    operands = [net.const(v, np.int32) for v in ([1, 0], [-1, 3], [1, -1], [1, 1])]
+    check(net, net.op("Slice", produce(net, "nchw"), *operands))
+
+
+@pytest.mark.parametrize(
+    "index", [0, -1, [0], [1, 3], [3, 1, 0], [-1, -2, 2], [2, 2, 4], [0, 1, 2, 3, 4, 5], [[0, 1], [2, 5]]], ids=str
+)
+@pytest.mark.parametrize("axis", [1, -2])
+@given(opset=opsets())
+@settings(max_examples=2)
+def test_gather(axis: int, index: list[int], opset: int) -> None:
+    """Positions picked by number, from either end, repeated or permuted; a table of them keeps the axis."""
+    net = Net(max(opset, 11) if np.min(index) < 0 else opset)
+    x = produce(net, "nchw", extent=6)
+    check(net, net.gather(x, index, axis), cut=np.ndim(index) < 2 or axis != 1)
+
+
+def test_gather_of_a_batch_of_one_keeps_channels() -> None:
+    net = Net(17)
+    first = net.gather(produce(net, "nlc"), 0, 1)
+    check(net, net.op("Relu", first))
+
+
+@pytest.mark.parametrize(
+    "pads", [(0, 2, 0, 0, 0, 3, 0, 0), (0, 0, 1, 2, 0, 0, 2, 1), (0, 1, 1, 0, 0, 0, 0, 1)], ids=str
+)
+@given(opset=opsets(), value=st.sampled_from([0.0, 1.5]))
+@settings(max_examples=3)
+def test_pad_with_a_constant(pads: tuple[int, ...], opset: int, value: float) -> None:
+    net = Net(opset)
+    check(net, net.op("Relu", net.pad(produce(net, "nchw"), pads, value=value)))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "edge", "wrap"])
+def test_pad_with_what_is_there(mode: str) -> None:
+    """Positions may be reflected; channels then are read by their neighbours and stay."""
+    net = Net(19)
+    check(net, net.pad(produce(net, "nchw"), (0, 0, 1, 2, 0, 0, 2, 1), mode))
+    net = Net(19)
+    check(net, net.pad(produce(net, "nchw"), (0, 1, 0, 0, 0, 2, 0, 0), mode), cut=False)
+
+
+def test_pad_by_axes() -> None:
+    net = Net(18)
+    x = produce(net, "nchw")
+    operands = [net.const([1, 2, 3, 0]), net.const(0.5, net.dtype), net.const([1, -1])]
+    check(net, net.op("Pad", x, *operands))
+
+
+def test_negative_pads_crop() -> None:
+    net = Net(17)
+    check(net, net.pad(produce(net, "nchw"), (0, 0, -1, 0, 0, 0, -1, -2)))
+    net = Net(17)
+    check(net, net.pad(produce(net, "nchw"), (0, -1, 0, 0, 0, -1, 0, 0)), cut=None)
+
+
+def test_scatter_nd_of_rows() -> None:
+    """Rows [N, L, C] overwritten at given positions: the channels of data and updates go together."""
+    net = Net(13)
+    data, updates = produce(net, "nlc", batch=2), produce(net, "nlc", batch=2, extent=1, name="u")
+    index = net.const([[[0, 2]], [[1, 3]]])
+    check(net, net.op("ScatterND", data, index, updates))
+
+
+@pytest.mark.parametrize("kind", ["ScatterElements", "GatherElements", "GatherND"])
+def test_looking_up_single_elements_is_exact_or_refused(kind: str) -> None:
+    net = Net(13)
+    x = produce(net, "nlc", batch=2)
+    if kind == "ScatterElements":
+        y = net.op(kind, x, net.const(np.zeros((2, 1, 6))), net.weight(2, 1, 6), axis=1)
+    elif kind == "GatherElements":
+        y = net.op(kind, x, net.const(np.ones((2, 2, 6))), axis=1)
+    else:
+        y = net.op(kind, x, net.const([[[1]], [[3]]]), batch_dims=1)
+    check(net, y, cut=None if kind != "GatherND" else True)
+
+
+def test_filled_tensors_follow_what_they_meet() -> None:
+    net = Net(13)
+    x = produce(net, "nchw")
+    ones = net.op("ConstantOfShape", net.const([1, 6, 1, 1]), value=_scalar(0.5))
+    check(net, net.op("Mul", x, ones))
+
+
+def test_filled_tensors_of_the_shape_of_another() -> None:
+    net = Net(13)
+    x = produce(net, "nchw")
+    zeros = net.op("ConstantOfShape", net.op("Shape", x), value=_scalar(-1.0))
+    check(net, net.op("Max", x, zeros), net.op("Concat", zeros, x, axis=1))
+
+
+def _scalar(value: float) -> object:
+    return numpy_helper.from_array(np.asarray([value], np.float32))
+
+
+@pytest.mark.parametrize("upper", [0, 1])
+def test_triangles_of_positions_and_of_channels(upper: int) -> None:
+    net = Net(14)
+    check(net, net.op("Trilu", produce(net, "nchw"), upper=upper))
+    net = Net(14)
+    x = produce(net, "nlc")
+    assert shape_of(net, x)[1:] == [4, 6]
+    check(net, net.op("Trilu", x, upper=upper), cut=False)
