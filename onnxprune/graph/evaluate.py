@@ -32,6 +32,13 @@ RANDOM = {
 }
 
 
+def _given(values: Values, i: int) -> np.ndarray:
+    """An input that the operator always has."""
+    value = values[i]
+    assert value is not None
+    return value
+
+
 def _axes(node: Node, values: Values, position: int = 1) -> tuple[int, ...] | None:
     given = values[position] if len(values) > position else None
     if given is not None:
@@ -65,7 +72,7 @@ def _slice(node: Node, values: Values) -> np.ndarray:
         axes, steps = node.attrs.get("axes", range(len(starts))), np.ones(len(starts), np.int64)
     else:
         padded = [*values, None, None, None, None][:5]
-        starts, ends = np.atleast_1d(padded[1]), np.atleast_1d(padded[2])  # type: ignore[arg-type]
+        starts, ends = np.atleast_1d(_given(values, 1)), np.atleast_1d(_given(values, 2))
         axes = range(len(starts)) if padded[3] is None else np.atleast_1d(padded[3])
         steps = np.ones(len(starts), np.int64) if padded[4] is None else np.atleast_1d(padded[4])
     index = [slice(None)] * data.ndim
@@ -139,11 +146,11 @@ FUNCTIONS: dict[str, Function] = {
     "Cast": _cast,
     "Gather": _gather,
     "Unsqueeze": _unsqueeze,
-    "Squeeze": lambda n, v: np.squeeze(v[0], axis=_axes(n, v)),  # type: ignore[arg-type]
-    "Concat": lambda n, v: np.concatenate(v, axis=n.attrs["axis"]),  # type: ignore[arg-type]
+    "Squeeze": lambda n, v: np.squeeze(_given(v, 0), axis=_axes(n, v)),
+    "Concat": lambda n, v: np.concatenate([_given(v, i) for i in range(len(v))], axis=n.attrs["axis"]),
     "Slice": _slice,
     "Reshape": _reshape,
-    "Transpose": lambda n, v: np.transpose(v[0], n.attrs.get("perm")),  # type: ignore[arg-type]
+    "Transpose": lambda n, v: np.transpose(_given(v, 0), n.attrs.get("perm")),
     "Add": _plain(np.add),
     "Sub": _plain(np.subtract),
     "Mul": _plain(np.multiply),
