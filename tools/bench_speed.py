@@ -7,7 +7,7 @@ python tools/bench_speed.py --memory               peak resident memory on a gen
 
 Everything runs on one thread. Seconds are of processor time, which other programs disturb least (single stages: of the
 clock); a time is the best of ``--repeats`` runs. torch-pruning's is its graph build plus its prune step on the torch
-module, onnxprune's the analysis of the file's bytes, scoring, cut, plan, report and reading every weight of the result.
+module, onnxprune's the analysis of the file's bytes, scoring, cut and reading every weight of the result.
 """
 
 from __future__ import annotations
