@@ -18,10 +18,14 @@ def test_random_graphs_are_cut_exactly_or_refused(seed: int) -> None:
     assert_exact_cut(model, ratio=ratio, criterion=criterion, seed=seed, expect_cut=None, tolerance=5e-5)
 
 
-@pytest.mark.parametrize("seed", range(30))
+ONE = pytest.mark.xfail(strict=True, reason="a transposed convolution with one output per group")
+
+
+@pytest.mark.parametrize("seed", [*range(28), pytest.param(598, marks=ONE), pytest.param(938, marks=ONE)])
 def test_random_graphs_of_rarer_blocks(seed: int) -> None:
     model = generate(seed, rare=True)
-    assert_exact_cut(model, criterion="random", seed=seed, expect_cut=None, tolerance=5e-5)
+    ratio = (0.3, 0.5, 0.7)[seed % 3]
+    assert_exact_cut(model, ratio=ratio, criterion="random", seed=seed, expect_cut=None, tolerance=5e-5)
 
 
 def test_random_graphs_differ_and_are_mostly_cut() -> None:

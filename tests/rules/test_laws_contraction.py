@@ -90,6 +90,16 @@ def test_transposed_convolutions(ins: int, outs: int, group: int, layout: str, o
     check(net, net.op("Tanh", y))
 
 
+@pytest.mark.xfail(strict=True, reason="a transposed convolution with one output per group")
+def test_transposed_convolutions_in_a_row() -> None:
+    """Two outputs per group, then one."""
+    net = Net(13)
+    x = produce(net, "nchw", channels=4)
+    y = net.op("ConvTranspose", x, net.weight(4, 2, 3, 3), group=4)
+    y = net.op("ConvTranspose", y, net.weight(8, 1, 3, 3), group=4)
+    check(net, y)
+
+
 @given(a=st.booleans(), b=st.booleans(), alpha=st.sampled_from([1.0, 0.5]), beta=st.sampled_from([1.0, 2.0]),
        bias=st.sampled_from([(), (6,), (1, 6), (1, 1), None]), opset=opsets(7))  # fmt: skip
 @settings(max_examples=12)
