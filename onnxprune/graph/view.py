@@ -111,7 +111,7 @@ class Graph:
         for attribute in () if domain == "" and node.op not in _WITH_BODIES else proto.attribute:
             for body in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
                 self.captured.update(_reads(body))
-        if node.op == "Constant" and node.domain == "":
+        if node.op == "Constant" and domain == "" and node.outputs[0] not in self.weights:
             weight = weight_from_constant(proto)
             if weight is not None:
                 self.weights[node.outputs[0]] = weight
