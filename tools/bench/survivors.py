@@ -16,6 +16,8 @@ from onnx import numpy_helper
 
 from bench.files import FLOATS, constants
 
+SHORTEST = 8  # values that tell one row from another
+
 
 class Unclear(Exception):
     """The values do not tell which slices are left."""
@@ -81,7 +83,7 @@ def _by_slices(array: NDArray[Any], kept: NDArray[Any]) -> NDArray[Any] | None:
 def _by_rows(array: NDArray[Any], kept: NDArray[Any]) -> NDArray[Any] | None:
     """The same for grids, whose rows lose different positions: row by row along the first axis that has any length."""
     axis = next((a for a, n in enumerate(array.shape) if n > 1), 0)
-    if array.ndim < 2 or kept.shape[axis] == 0:
+    if array.ndim < 2 or kept.shape[axis] == 0 or array.size < SHORTEST * array.shape[axis]:
         return None
     rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
     left = np.moveaxis(kept, axis, 0).reshape(kept.shape[axis], -1)
