@@ -169,6 +169,8 @@ class ConvTranspose(Conv):
         out = step.atoms.new(group * shape[1], name, 1)
         grid_out = out.reshape(group, shape[1])
         self._tie_rows(step, ins.reshape(group, -1), grid_out)
+        if shape[1] == 1:
+            return out  # one output per group: its rows are the output's channels themselves
         ids = np.repeat(grid_out, shape[0] // group, axis=0)
         grid = Label(ids.reshape(*ids.shape, *(1,) * (len(shape) - 2)), 1)
         old = covering(w, 1)

@@ -90,7 +90,6 @@ def test_transposed_convolutions(ins: int, outs: int, group: int, layout: str, o
     check(net, net.op("Tanh", y))
 
 
-@pytest.mark.xfail(strict=True, reason="a transposed convolution with one output per group")
 def test_transposed_convolutions_in_a_row() -> None:
     """Two outputs per group, then one."""
     net = Net(13)
