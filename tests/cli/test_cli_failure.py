@@ -69,7 +69,9 @@ def test_interrupt_ends_with_130_and_writes_nothing(api, run, model) -> None:
 
 def test_interrupt_from_the_keyboard_in_a_process_of_its_own(model) -> None:
     code = (
-        "import sys, time, onnxprune\n"
+        "import signal, sys, time, onnxprune\n"
+        # a job in the background of a shell is started with interrupts ignored, as a user's command is not
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def prune(*args, **options):\n"
         "    print('ready', file=sys.stderr, flush=True)\n"
         "    time.sleep(60)\n"
