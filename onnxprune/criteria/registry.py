@@ -8,15 +8,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnxprune.criteria.slot import Slot
-from onnxprune.errors import UsageError, nearest
-from onnxprune.plugins import announced
+from onnxprune.plugins import Named
 
 Criterion = Callable[[Slot], "NDArray[Any] | None"]
 """Scores [channels] of one slot, higher matters more; None where the criterion has nothing to say about the slot."""
 
 ENTRY_POINT = "onnxprune.criteria"
-_table: dict[str, Criterion] = {}
-_loaded = False
+_named: Named[Criterion] = Named("criterion", ENTRY_POINT)
 
 
 def register(name: str, *, reads_all: bool = False) -> Callable[[Criterion], Criterion]:
@@ -31,9 +29,7 @@ def register(name: str, *, reads_all: bool = False) -> Callable[[Criterion], Cri
     """
 
     def decorate(criterion: Criterion) -> Criterion:
-        if name in _table:
-            raise ValueError(f"a criterion named {name!r} is already registered")
-        _table[name] = criterion
+        _named.add(name, criterion)
         criterion.reads_all = reads_all  # type: ignore[attr-defined]
         return criterion
 
@@ -42,7 +38,7 @@ def register(name: str, *, reads_all: bool = False) -> Callable[[Criterion], Cri
 
 def unregister(name: str) -> None:
     """Forget a criterion, so that another can take its name."""
-    _table.pop(name, None)
+    _named.remove(name)
 
 
 def get(name: str) -> Criterion:
@@ -51,17 +47,9 @@ def get(name: str) -> Criterion:
     Raises:
         UsageError: there is none; the nearest name is suggested.
     """
-    known = names()
-    if name not in _table:
-        raise UsageError(f"Unknown criterion {name!r}.", hint=nearest(name, known))
-    return _table[name]
+    return _named.get(name)
 
 
 def names() -> list[str]:
     """All criteria, sorted."""
-    global _loaded
-    if not _loaded:
-        for name, criterion in announced(ENTRY_POINT).items():
-            _table.setdefault(name, criterion)
-        _loaded = True
-    return sorted(_table)
+    return _named.names()

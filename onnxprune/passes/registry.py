@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from onnxprune.errors import UsageError, nearest
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.state import Pass
 from onnxprune.passes.validate import Validate
-from onnxprune.plugins import announced
+from onnxprune.plugins import Named
 
 ENTRY_POINT = "onnxprune.passes"
 T = TypeVar("T", bound="Pass | type[Pass]")
-_table: dict[str, Pass | type[Pass]] = {"prune": Prune, "validate": Validate}
-_loaded = False
+_named: Named[Pass | type[Pass]] = Named("pass", ENTRY_POINT, {"prune": Prune, "validate": Validate})
 
 
 def register(name: str) -> Callable[[T], T]:
@@ -25,9 +23,7 @@ def register(name: str) -> Callable[[T], T]:
     """
 
     def decorate(stage: T) -> T:
-        if name in _table:
-            raise ValueError(f"a pass named {name!r} is already registered")
-        _table[name] = stage
+        _named.add(name, stage)
         return stage
 
     return decorate
@@ -35,7 +31,7 @@ def register(name: str) -> Callable[[T], T]:
 
 def unregister(name: str) -> None:
     """Forget a pass, so that another can take its name."""
-    _table.pop(name, None)
+    _named.remove(name)
 
 
 def get(name: str) -> Pass:
@@ -44,18 +40,10 @@ def get(name: str) -> Pass:
     Raises:
         UsageError: there is none; the nearest name is suggested.
     """
-    known = names()
-    if name not in _table:
-        raise UsageError(f"Unknown pass {name!r}.", hint=nearest(name, known))
-    stage = _table[name]
+    stage = _named.get(name)
     return stage() if isinstance(stage, type) else stage
 
 
 def names() -> list[str]:
     """All passes, sorted."""
-    global _loaded
-    if not _loaded:
-        for name, stage in announced(ENTRY_POINT).items():
-            _table.setdefault(name, stage)
-        _loaded = True
-    return sorted(_table)
+    return _named.names()
