@@ -24,7 +24,9 @@ from onnxprune.runtime import compare
 _QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear"}
 
 
-def check_exactness(state: State, analysis: Analysis, folder: Path, final: Path, feeds: Sequence[Any]) -> Exactness:
+def check_exactness(
+    state: State, analysis: Analysis, folder: Path, original: Path, final: Path, feeds: Sequence[Any]
+) -> Exactness:
     """Compare the cut with the masked original on one feed per probe.
 
     Groups that were cut through a normalisation have no exact counterpart: the comparison is then made on a cut of all
@@ -36,7 +38,7 @@ def check_exactness(state: State, analysis: Analysis, folder: Path, final: Path,
     assert state.removed is not None
     quantized = any(n.op in _QUANTISED for n in analysis.graph.nodes)
     if analysis.folds or analysis.hoists or analysis.copies:
-        _check_preparation(analysis, folder, feeds, quantized)
+        _check_preparation(analysis, folder, original, feeds, quantized)
     removed, skipped = _exact_part(analysis, state.removed)
     if skipped:
         final = folder / "exact_part.onnx"
@@ -67,17 +69,16 @@ def check_exactness(state: State, analysis: Analysis, folder: Path, final: Path,
     return worst
 
 
-def _check_preparation(analysis: Analysis, folder: Path, feeds: Sequence[Any], quantized: bool) -> None:
+def _check_preparation(analysis: Analysis, folder: Path, original: Path, feeds: Sequence[Any], quantized: bool) -> None:
     """The masked original is made of the prepared graph (folded, hoisted): that must equal the model as it came.
 
     Raises:
         ValidationError: it does not.
     """
-    original, prepared = folder / "unprepared.onnx", folder / "prepared.onnx"
-    _save(analysis, (analysis.loaded.proto, analysis.loaded.weights), original)
+    prepared = folder / "prepared.onnx"
     _save(analysis, (analysis.graph.proto, analysis.graph.weights), prepared)
     facts = compare.exactness(original, prepared, feeds[:1], quantized=quantized)
-    for file in folder.glob("*prepared.onnx*"):
+    for file in folder.glob("prepared.onnx*"):
         file.unlink()
     if facts.passed is False:
         raise ValidationError(

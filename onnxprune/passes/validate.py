@@ -56,10 +56,11 @@ class Validate:
             state.report.totals.bytes_after = save(state.proto, state.weights, final, prefer_external=external)
             check_file(final, original)
         with state.stage("inputs"):
-            feeds, source = _feeds(state, analysis)
+            synthetic = _synthetic(state, analysis)
+            feeds, source = (synthetic, "synthetic") if state.data is None else _given(state, analysis)
         if self.exact and state.removed is not None:
             with state.stage("exactness"), _blaming(original):
-                state.report.exactness = check_exactness(state, analysis, folder, final, _synthetic(state, analysis))
+                state.report.exactness = check_exactness(state, analysis, folder, original, final, synthetic)
         large = analysis.loaded.size > _LARGE
         if self.faithful:
             with state.stage("fidelity"):
@@ -101,9 +102,8 @@ def _synthetic(state: State, analysis: Analysis) -> list[Any]:
     return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=state.seed) for probe in analysis.facts.probes]
 
 
-def _feeds(state: State, analysis: Analysis) -> tuple[list[Any], str]:
-    if state.data is None:
-        return _synthetic(state, analysis), "synthetic"
+def _given(state: State, analysis: Analysis) -> tuple[list[Any], str]:
+    """The user's inputs, and what to call them."""
     specs = input_specs(analysis.graph)
     source = str(state.data) if isinstance(state.data, (str, Path)) else "data"
     return list(load_data(state.data, specs)), source
