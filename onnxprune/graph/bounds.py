@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from onnxprune.graph.facts import Facts
@@ -79,8 +77,3 @@ def _offset(node: Node, i: int, facts: Facts) -> int | None:
         if other is not None and other.size:
             return int(np.max(other)) if node.op == "Add" else 0
     return None
-
-
-def within(bounds: Mapping[str, tuple[int, int]], name: str) -> tuple[int, int] | None:
-    """The range of one input, if it has one."""
-    return bounds.get(name)

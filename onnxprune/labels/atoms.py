@@ -51,8 +51,6 @@ class Atoms:
     births: list[Birth] = field(default_factory=list)
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
     frozen: list[tuple[Ids, int]] = field(default_factory=list)
-    whole: list[tuple[Ids, int]] = field(default_factory=list)
-    """Cells that only go with their whole row, and the index of the reason."""
     approximate: list[tuple[Ids, int]] = field(default_factory=list)
     """Atoms that a normalisation runs over which was opted into."""
     barriers: list[Barrier] = field(default_factory=list)
@@ -154,7 +152,6 @@ class Atoms:
         elif axis == label.pack:
             rows = self.rows_of(label)
             self.unite(label.ids, np.broadcast_to(rows.ids, label.ids.shape))
-            self.whole.append((label.ids.ravel(), barrier))
         elif axis in label.axes:
             self.fix_axis(self.rows_of(label), axis, barrier)
 

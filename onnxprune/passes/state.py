@@ -20,7 +20,6 @@ from onnxprune.plan import Plan
 from onnxprune.report.facts import Report
 
 Progress = Callable[[str, float], None]
-Source = "str | Path | bytes | onnx.ModelProto"
 
 
 @dataclass(slots=True)

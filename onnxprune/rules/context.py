@@ -34,18 +34,11 @@ class Table:
             return known
         weight = self.graph.weights.get(name)
         labels: Labels = NONE
-        if weight is not None and self._is_weight(name, weight.dtype):
+        if weight is not None and (weight.dtype.kind in _WEIGHT_KINDS or weight.dtype.name in _QUANTISED):
             shape = weight.shape
             labels = tuple(self._born(n, name, axis, len(shape)) for axis, n in enumerate(shape) if n > 1)
         self._labels[name] = labels
         return labels
-
-    def _is_weight(self, name: str, dtype: np.dtype[Any]) -> bool:
-        """Floats and codes are weights; 32-bit integers are where a quantised operator reads them as its bias."""
-        if dtype.kind in _WEIGHT_KINDS or dtype.name in _QUANTISED:
-            return True
-        readers = self.graph.consumers.get(name, ())
-        return dtype == np.int32 and any(n.op.startswith(("QLinear", "Dequantize", "QGemm")) for n, _ in readers)
 
     def _born(self, n: int, name: str, axis: int, rank: int) -> Label:
         ids = self.atoms.new(n, name, axis)
