@@ -21,6 +21,7 @@ STAGES = [
     {"rules"},
     {"propagate"},
     {"groups"},
+    {"statistics"},
     {"criteria"},
     {"analysis", "plan"},
     {"selection", "planning"},

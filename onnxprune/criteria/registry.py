@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -10,19 +10,22 @@ from numpy.typing import NDArray
 from onnxprune.criteria.slot import Slot
 from onnxprune.plugins import Named
 
-Criterion = Callable[[Slot], "NDArray[Any] | None"]
-"""Scores [channels] of one slot, higher matters more; None where the criterion has nothing to say about the slot."""
+Criterion = Callable[..., "NDArray[Any] | None"]
+"""``f(slot)``, or ``f(slot, maps)`` where it needs feature maps: scores [channels] of one slot, higher matters more; None
+where the criterion has nothing to say about the slot."""
 
 ENTRY_POINT = "onnxprune.criteria"
 _named: Named[Criterion] = Named("criterion", ENTRY_POINT)
 
 
-def register(name: str, *, reads_all: bool = False) -> Callable[[Criterion], Criterion]:
+def register(name: str, *, reads_all: bool = False, needs: Sequence[str] = ()) -> Callable[[Criterion], Criterion]:
     """Register a criterion under a name, as a decorator.
 
     Args:
         name: what ``--criterion`` takes.
         reads_all: the scores depend on every weight, so that NaN in a weight shows in them.
+        needs: statistics of feature maps (see :class:`Maps`) that the criterion reads; with any, it takes two arguments
+            and is asked about contractions only.
 
     Raises:
         ValueError: the name is taken.
@@ -31,6 +34,7 @@ def register(name: str, *, reads_all: bool = False) -> Callable[[Criterion], Cri
     def decorate(criterion: Criterion) -> Criterion:
         _named.add(name, criterion)
         criterion.reads_all = reads_all  # type: ignore[attr-defined]
+        criterion.needs = tuple(needs)  # type: ignore[attr-defined]
         return criterion
 
     return decorate

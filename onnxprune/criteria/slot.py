@@ -1,4 +1,4 @@
-"""The arrays a criterion sees: one tensor axis where the units of one group appear."""
+"""The arrays a criterion sees: one weight, from the channels of one group, and the feature maps in front of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from onnxprune.statistics.maps import Maps
 
 
 @dataclass(slots=True)
@@ -22,6 +24,14 @@ class Slot:
         units: unit of every channel, [channels], numbers from 0.
         size: number of units in the group.
         seed: the run's seed and the group's number, for criteria that draw; see ``rng``.
+        maps: statistics of the feature maps that the weight is multiplied with, for criteria that need them; else None.
+            ``blocks`` is then the weight of one contraction as [1, channels, taps * outputs], taps (the positions of a
+            kernel) outermost, and ``maps["gram"]`` has ``parts`` (convolution groups) blocks of ``channels / parts *
+            taps`` columns, taps innermost; or, where that would be too large, of ``channels / parts`` columns.
+        taps: positions of the contraction's kernel, 1 for a matrix product.
+        classes: units that may stand in for each other (a head, a convolution group) have the same class, [channels].
+        pairs: the other operand is no weight but an activation (queries with keys): ``blocks`` [1, channels, 1] then
+            holds the root mean square of its channels.
     """
 
     tensor: str
@@ -31,6 +41,10 @@ class Slot:
     units: NDArray[np.int64]
     size: int
     seed: Sequence[int] = (0,)
+    maps: Maps | None = None
+    taps: int = 1
+    classes: NDArray[np.int64] | None = None
+    pairs: bool = False
 
     @property
     def rng(self) -> np.random.Generator:
