@@ -7,12 +7,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from onnxprune.criteria.slot import Slot
 from onnxprune.plugins import Named
 
 Criterion = Callable[..., "NDArray[Any] | None"]
-"""``f(slot)``, or ``f(slot, maps)`` where it needs feature maps: scores [channels] of one slot, higher matters more; None
-where the criterion has nothing to say about the slot."""
+"""``f(slot)``, or ``f(slot, maps)`` where it needs feature maps: scores [channels] of one slot, higher matters more;
+None where the criterion has nothing to say about the slot."""
 
 ENTRY_POINT = "onnxprune.criteria"
 _named: Named[Criterion] = Named("criterion", ENTRY_POINT)
