@@ -15,6 +15,12 @@ Reason = Callable[[str, str], int]
 """(code, detail) -> index of the barrier, for the node at hand."""
 
 
+def known(shape: Shape | None) -> tuple[int, ...] | None:
+    """The shape where every size is known, else None."""
+    sizes = tuple(n for n in shape or () if n is not None)
+    return sizes if shape is not None and len(sizes) == len(shape) else None
+
+
 def align(labels: Labels, shift: int) -> Labels:
     """The labels after ``shift`` axes of size 1 were put in front."""
     if shift == 0:

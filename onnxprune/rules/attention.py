@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.contractions import Form, Pairwise
 from onnxprune.graph.view import Node
 from onnxprune.labels import movement
-from onnxprune.labels.combine import Shape, broadcast
+from onnxprune.labels.combine import Shape, broadcast, known
 from onnxprune.labels.label import Labels
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.contraction import contract
@@ -80,6 +81,11 @@ class Attention(Heads):
         if "qkv_hidden_sizes" in cut.node.attrs or len(set(sizes)) > 1:
             cut.set_attr("qkv_hidden_sizes", sizes)
         self.set_scale(cut, (parts[0][1] - parts[0][0]) // heads, left[0][1])
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """The input times the packed weight, ahead of the heads."""
+        w = known(shapes[1])
+        return None if data != 0 or w is None else Pairwise(("bsi", "io", "bso"), w, plain=False)
 
     def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """The input's channels, and queries and keys as they come out of weights and bias."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from onnxprune.contractions import Form, Pairwise
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape, broadcast
+from onnxprune.labels.combine import Shape, broadcast, known
 from onnxprune.labels.label import Label, Labels
 from onnxprune.rules.context import Step
 from onnxprune.rules.registry import Rule, register
@@ -66,7 +67,11 @@ class MatMul(Rule):
 
     def terms(self, step: Step) -> tuple[str, str, str]:
         """Subscripts of the two operands and the output."""
-        return matmul_terms(len(step.shape(0)), len(step.shape(1)))
+        return self.node_terms(step.node, len(step.shape(0)), len(step.shape(1)))
+
+    def node_terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
+        """The same for operands of rank ``a`` and ``b``."""
+        return matmul_terms(a, b)
 
     def propagate(self, step: Step) -> None:
         """Contract over ``k``."""
@@ -78,6 +83,32 @@ class MatMul(Rule):
         """Both operands are summed over ``k``."""
         left, right, _ = self.terms(step)
         return [(0, (left.index("k"),)), (1, (right.index("k"),))]
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """Either operand may be the weight."""
+        a, b = shapes[0], shapes[1]
+        if a is None or b is None:
+            return None
+        plain = node.op in ("MatMul", "FusedMatMul", "TransposeMatMul")
+        scale = float(node.attrs.get("alpha", 1.0))
+        return product_form(self.node_terms(node, len(a), len(b)), shapes, data, plain=plain, scale=scale)
+
+
+def product_form(
+    terms: tuple[str, str, str], shapes: Sequence[Shape | None], data: int, **settings: Any
+) -> Form | None:
+    """A product of two operands as a form; None where the weight's shape or its letters do not allow one."""
+    weight = known(shapes[1 - data]) if data < 2 else None
+    if weight is None:
+        return None
+    ordered = (terms[data], terms[1 - data], terms[2])
+    # A batch axis of size 1 broadcasts: the data may have another size there.
+    if any(n == 1 and c in terms[data] and c != "k" for c, n in zip(terms[1 - data], weight, strict=True)):
+        return None
+    try:
+        return Pairwise(ordered, weight, data=data, weight=1 - data, **settings)
+    except ValueError:
+        return None
 
 
 class Gemm(Rule):
@@ -107,6 +138,14 @@ class Gemm(Rule):
         """Both matrices are summed over ``k``."""
         a, b = self.terms(step)
         return [(0, (a.index("k"),)), (1, (b.index("k"),))]
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """Either matrix may be the weight; C is the bias."""
+        attrs = node.attrs
+        left, right = ("km" if attrs.get("transA", 0) else "mk"), ("nk" if attrs.get("transB", 0) else "kn")
+        scales = {"scale": float(attrs.get("alpha", 1.0)), "bias_scale": float(attrs.get("beta", 1.0))}
+        plain = "activation" not in attrs
+        return product_form((left, right, "mn"), shapes, data, bias=2, plain=plain, **scales)
 
 
 class Einsum(Rule):
@@ -141,15 +180,20 @@ class Einsum(Rule):
         terms, out = self.terms(step)
         return [(i, tuple(a for a, c in enumerate(t) if c not in out)) for i, t in enumerate(terms)]
 
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """Two operands without an ellipsis."""
+        left, arrow, out = node.attrs.get("equation", "").replace(" ", "").partition("->")
+        terms = left.split(",")
+        if len(terms) != 2 or not arrow or "." in left + out:
+            return None
+        return product_form((terms[0], terms[1], out), shapes, data)
+
 
 class FusedMatMul(MatMul):
     """onnxruntime's MatMul with transposes folded in."""
 
-    def terms(self, step: Step) -> tuple[str, str, str]:
+    def node_terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
         """Subscripts with the last two axes of either operand swapped on demand."""
-        return self._terms(step.node, len(step.shape(0)), len(step.shape(1)))
-
-    def _terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
         left, right, out = matmul_terms(a, b)
         # Neither transpose applies to a vector.
         if node.attrs.get("transA", 0) and a > 1:
@@ -166,7 +210,7 @@ class FusedMatMul(MatMul):
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """The product's shape."""
         a, b = shapes[0], shapes[1]
-        return [None if a is None or b is None else product(a, b, self._terms(node, len(a), len(b)))]
+        return [None if a is None or b is None else product(a, b, self.node_terms(node, len(a), len(b)))]
 
 
 register("", "MatMul", rule=MatMul())

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.contractions import Form, Transposed, Windows
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape
+from onnxprune.labels.combine import Shape, known
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.ownership import override, owned
@@ -135,6 +136,23 @@ class Conv(Rule):
         x, w = shapes[self.data], shapes[self.weight]
         return [None if x is None or w is None else (x[0], w[0], *window_sizes(x[2:], w[2:], node.attrs))]
 
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """Windows of the data times the kernel."""
+        w = known(shapes[self.weight])
+        if data != self.data or w is None or self.per_output:
+            return None
+        plain = "activation" not in node.attrs and self.addend not in range(len(node.inputs))
+        return Windows(w[2:], **window_settings(node), data=data, weight=self.weight, bias=self.bias, plain=plain)
+
+
+def window_settings(node: Node) -> dict[str, Any]:
+    """Strides, dilations, pads and groups of a convolution as its form takes them."""
+    attrs = node.attrs
+    auto = attrs.get("auto_pad", "NOTSET")
+    pads = attrs.get("pads") if auto in ("NOTSET", "") else auto
+    group = int(attrs.get("group", 1))
+    return {"strides": attrs.get("strides"), "dilations": attrs.get("dilations"), "pads": pads, "group": group}
+
 
 class ConvTranspose(Conv):
     """Data [N, C, ...] with weight [C, O/group, ...]."""
@@ -183,6 +201,13 @@ class ConvTranspose(Conv):
         """``group`` follows from the output's channels and the weight's second axis."""
         if int(cut.attr("group", 1)) > 1 and cut.touched():
             cut.set_attr("group", cut.out_shape()[1] // cut.shape(self.weight)[1])
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """Windows of the spread-out data times the flipped kernel; where pads follow from a wanted shape: None."""
+        w, settings = known(shapes[1]), window_settings(node)
+        if data != 0 or w is None or "output_shape" in node.attrs or isinstance(settings["pads"], str):
+            return None
+        return Transposed(w[2:], output_padding=node.attrs.get("output_padding"), **settings)
 
 
 register("", "Conv", rule=Conv())

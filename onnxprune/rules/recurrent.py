@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.contractions import Form, Pairwise
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape
+from onnxprune.labels.combine import Shape, known
 from onnxprune.labels.label import Ids, Label, Labels, covering
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.ownership import override, owned
@@ -102,6 +103,13 @@ class Recurrent(Rule):
         size = cut.shape(R)[2]
         if "hidden_size" in cut.node.attrs and size != cut.attr("hidden_size"):
             cut.set_attr("hidden_size", size)
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """The input times W, ahead of the gates."""
+        w = known(shapes[W])
+        if data != X or w is None:
+            return None
+        return Pairwise(("sbi", "dgi", "sbdg"), w, plain=False)
 
     def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """X is summed over its features, the state over its units: R carries the mask of the state it multiplies."""

@@ -10,6 +10,7 @@ from onnxprune.plugins import announced
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from onnxprune.contractions import Form
     from onnxprune.graph.view import Node
     from onnxprune.labels.combine import Shape
     from onnxprune.rules.context import Cut, Step
@@ -48,6 +49,14 @@ class Rule:
         Args:
             node: the node. values: of its inputs, where known.
             shapes: of its inputs, None where unknown or absent; None within one is a size that depends on data.
+        """
+        return None
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """The operator as a product of its input ``data`` with one constant weight; None where it is none.
+
+        Args:
+            node: the node. shapes: of its inputs. data: position of the operand that is not constant.
         """
         return None
 

@@ -1,0 +1,7 @@
+"""Contractions as matrix products: columns of the data times a matrix of the weight. Arrays only, no onnx here."""
+
+from onnxprune.contractions.form import Form
+from onnxprune.contractions.pairwise import Pairwise
+from onnxprune.contractions.windows import Transposed, Windows
+
+__all__ = ["Form", "Pairwise", "Transposed", "Windows"]
