@@ -20,7 +20,8 @@ class Maps:
             squares), ``magnitude`` (mean of absolute values) and ``active`` (share that is not 0), each [channels];
             ``nuclear`` and ``rank`` give themselves, [channels]; ``similarity`` gives ``similarity`` [channels,
             channels], the mean of products of two channels; ``gram`` gives ``gram`` [parts, n, n], the mean of products
-            of two columns of the contraction's input, see ``Slot.taps``.
+            of two columns of the contraction's input, see ``Slot.taps``, and ``column_mean`` [parts, n]. A statistic
+            that could not be computed is not there.
     """
 
     samples: int = 0
@@ -28,6 +29,10 @@ class Maps:
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         return self.arrays[name]
+
+    def get(self, name: str) -> NDArray[np.float64] | None:
+        """The statistic of that name, None where there is none."""
+        return self.arrays.get(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.arrays

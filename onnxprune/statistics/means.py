@@ -1,0 +1,74 @@
+"""What the statistics share: weighted means over batches, and the refusal of NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.errors import ModelError
+from onnxprune.statistics.registry import Statistic
+
+
+class NotFinite(ModelError):
+    """NaN or infinity in a feature map. Whoever knows which tensor it is catches this and names it."""
+
+    def __init__(self, message: str = "A feature map holds NaN or infinity.") -> None:
+        super().__init__(message, hint="The model overflows on this data: check its scale, or use other data.")
+
+
+class Means(Statistic):
+    """A statistic that is a mean over batches, result = sum over batches / sum of their weights.
+
+    Subclasses say what one batch adds to the sums; the sums are kept in float64.
+    """
+
+    def __init__(self) -> None:
+        self.state: dict[str, NDArray[Any]] = {}
+
+    def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
+        """The weight of one batch and its sums by name, in arrays of their own; 0 and none to leave the batch out.
+
+        Maps are finite, not empty, float16, float32 or float64.
+        """
+        raise NotImplementedError
+
+    def update(self, maps: NDArray[Any]) -> None:
+        """Add one batch.
+
+        Raises:
+            NotFinite: there is NaN or infinity in it.
+        """
+        maps = finite(maps)
+        if not maps.size:
+            return
+        weight, sums = self.measure(maps)
+        if not weight:
+            return
+        # Into the new arrays, never into the old ones, so that a state that someone holds does not change.
+        for name, value in sums.items():
+            if name in self.state:
+                value += self.state[name]
+        self.state = {**sums, "weight": np.asarray(weight + int(self.state.get("weight", 0)))}
+
+    def result(self) -> dict[str, NDArray[np.float64]]:
+        """The means by name; empty before the first batch."""
+        return {name: value / self.state["weight"] for name, value in self.state.items() if name != "weight"}
+
+
+def finite(maps: NDArray[Any]) -> NDArray[Any]:
+    """Maps as float16, float32 or float64.
+
+    Raises:
+        NotFinite: there is NaN or infinity in them.
+    """
+    if maps.dtype not in (np.float16, np.float32, np.float64):
+        # Integers other than the narrow ones would lose digits in float32.
+        maps = maps.astype(np.float64 if maps.dtype.kind in "iu" and maps.dtype.itemsize > 2 else np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = maps.sum(dtype=np.float32 if maps.dtype == np.float16 else maps.dtype)
+    # A sum may also overflow over finite values: only then is it worth to look at every one of them.
+    if not np.isfinite(total) and not np.isfinite(maps).all():
+        raise NotFinite
+    return maps

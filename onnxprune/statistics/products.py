@@ -1,0 +1,57 @@
+"""Mean products of two channels, or of two columns of a contraction's input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.statistics.means import Means
+from onnxprune.statistics.registry import register
+
+ROWS = 1024
+"""Rows multiplied in float32 at a time; longer sums would cost digits, shorter ones time."""
+
+
+@register("similarity")
+class Similarity(Means):
+    """``similarity`` [channels, channels]: E[x_i x_j] over samples and positions."""
+
+    def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
+        """Products summed over all positions of all samples; weighs as many."""
+        flat = np.moveaxis(maps, 1, 0).reshape(maps.shape[1], -1)
+        return flat.shape[1], {"similarity": products(flat.T)}
+
+
+@register("gram", columns=True)
+class Gram(Means):
+    """``gram`` [parts, n, n]: mean over rows of products of two columns; ``column_mean`` [parts, n].
+
+    ``update`` takes the contraction's input as columns [parts, rows, n]: gram = X^T X / rows.
+    """
+
+    def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
+        """Products and columns summed over rows; weighs the rows."""
+        return maps.shape[1], {"gram": products(maps), "column_mean": maps.sum(axis=1, dtype=np.float64)}
+
+
+def products(matrices: NDArray[Any]) -> NDArray[np.float64]:
+    """X^T X of matrices [..., rows, n], in float64, [..., n, n]: float32 within short runs of rows.
+
+    Every entry is right to about 3e-7 of the root of its diagonal entries' product.
+    """
+    rows, n = matrices.shape[-2:]
+    total = np.zeros((*matrices.shape[:-2], n, n))
+    for start in range(0, rows, ROWS):
+        some = matrices[..., start : start + ROWS, :]
+        if some.dtype == np.float16:
+            some = some.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = some.swapaxes(-1, -2) @ some
+        # No product of two columns is larger than those of each with itself.
+        if not np.isfinite(np.einsum("...ii->...i", product)).all():
+            some = some.astype(np.float64)
+            product = some.swapaxes(-1, -2) @ some
+        total += product
+    return total
