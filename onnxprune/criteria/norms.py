@@ -41,6 +41,24 @@ def gm(slot: Slot) -> NDArray[Any]:
     return np.asarray(np.sqrt(np.maximum(distance, 0.0)).sum(axis=1))
 
 
+@register("lamp", reads_all=True)
+def lamp(slot: Slot) -> NDArray[Any]:
+    """Squared weights over all that are not smaller, sum_f W_cf^2 / sum_{|v| >= |W_cf|} v^2. Shape [channels].
+
+    The largest weight of a tensor gets 1, so scores compare between layers.
+    Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021.
+    """
+    square = np.square(slot.blocks, dtype=np.float64).ravel()
+    order = np.argsort(square)
+    ascending = square[order]
+    # Summed from the largest down; of equal weights the first has them all in its sum.
+    above = np.cumsum(ascending[::-1])[::-1]
+    starts = np.flatnonzero(np.diff(ascending, prepend=-1.0))
+    above = np.repeat(above[starts], np.diff(starts, append=ascending.size))
+    square[order] = np.divide(ascending, above, out=np.zeros_like(above), where=above != 0)
+    return np.asarray(square.reshape(slot.blocks.shape).sum(axis=(0, 2)))
+
+
 @register("bn")
 def bn(slot: Slot) -> NDArray[Any] | None:
     """Absolute BatchNorm scale |gamma_c|. Shape [channels]; other slots: None.

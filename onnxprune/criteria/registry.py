@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def register(name: str, *, reads_all: bool = False, needs: Sequence[str] = ()) -
         name: what ``--criterion`` takes.
         reads_all: the scores depend on every weight, so that NaN in a weight shows in them.
         needs: statistics of feature maps (see :class:`Maps`) that the criterion reads; with any, it takes two arguments
-            and is asked about contractions only.
+            and is asked about contractions only. Without, what :func:`needs_of` finds.
 
     Raises:
         ValueError: the name is taken.
@@ -33,10 +34,37 @@ def register(name: str, *, reads_all: bool = False, needs: Sequence[str] = ()) -
     def decorate(criterion: Criterion) -> Criterion:
         _named.add(name, criterion)
         criterion.reads_all = reads_all  # type: ignore[attr-defined]
-        criterion.needs = tuple(needs)  # type: ignore[attr-defined]
+        criterion.needs = tuple(needs) or needs_of(criterion)  # type: ignore[attr-defined]
         return criterion
 
     return decorate
+
+
+def needs(*statistics: str) -> Callable[[Criterion], Criterion]:
+    """Say what statistics of feature maps a function reads, without registering it, as a decorator."""
+
+    def decorate(criterion: Criterion) -> Criterion:
+        criterion.needs = statistics  # type: ignore[attr-defined]
+        return criterion
+
+    return decorate
+
+
+def needs_of(criterion: Criterion) -> tuple[str, ...]:
+    """Names of the statistics that a criterion reads; empty for one that sees weights alone.
+
+    A function that nobody registered or marked needs ``moments`` if it takes two arguments, nothing if it takes one.
+    """
+    said = getattr(criterion, "needs", None)
+    if said is not None:
+        return tuple(said)
+    try:
+        parameters = inspect.signature(criterion).parameters.values()
+    except (TypeError, ValueError):  # builtins and compiled functions may not tell
+        return ()
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in parameters if p.kind in by_position and p.default is p.empty]
+    return ("moments",) if len(required) > 1 else ()
 
 
 def unregister(name: str) -> None:
