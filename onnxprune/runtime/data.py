@@ -1,222 +1,195 @@
-"""The user's own inputs: arrays from files and mappings (see ``stored``), matched to a model, in batches."""
+"""The user's own inputs as a stream of calls of the model, in bounded memory, as often as there are passes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnxprune.errors import UsageError, nearest
+from onnxprune.errors import UsageError
 from onnxprune.graph.binding import InputSpec
-from onnxprune.runtime.floats import eps
+from onnxprune.runtime.batches import Cutter, Totals, too_few
+from onnxprune.runtime.images import ImageOptions
+from onnxprune.runtime.matching import match
 from onnxprune.runtime.sessions import Array, Feed
-from onnxprune.runtime.stored import HINT, UNNAMED, Rows, by_stem, joined, read_parts
+from onnxprune.runtime.sources import Source, open_source
+from onnxprune.runtime.stored import HINT, Part
 
 _BATCH = 16
-_CASTS = (
-    "Floats are cast to floats and integers to integers; anything else (scaling pixels, say) has to be done before."
-)
+
+
+class Samples:
+    """Data for a model: iterating gives its calls, one batch after the other, and every pass gives the same.
+
+    Inputs whose leading size the model fixes get batches of that size, and samples that fill none are dropped; all
+    others get ``batch_size`` (16) samples at a time, any number will do for them, and the last batch may be short.
+    About one batch is in memory, besides what the source itself holds.
+
+    Attributes:
+        count: samples of one pass, None where the source does not tell before it was read.
+        name: the data as messages and reports call it.
+    """
+
+    def __init__(
+        self, source: Source, specs: Sequence[InputSpec], samples: int | None, batch_size: int | None, name: str
+    ) -> None:
+        self.specs, self.batch_size, self.name = tuple(specs), batch_size, name
+        self._source, self._limit, self._needed = source, samples, samples
+        self._totals: Totals | None = None
+        if source.known and specs:
+            cutter = Cutter(self.specs, batch_size or _BATCH)
+            self._totals = cutter.totals(self._parts())
+            self._enough(self._totals.rows, self._totals.usable, cutter)
+
+    @property
+    def count(self) -> int | None:
+        """Samples of one pass, None where they are not known before."""
+        if not self.specs:
+            return 1
+        if self._totals is None:
+            return None
+        usable = self._totals.usable
+        if self._limit is not None:
+            usable = min(usable, _ceil(self._limit * self._source.unit, self._totals.step))
+        return usable // self._source.unit
+
+    def first(self, samples: int) -> Samples:
+        """The same data, but no more than this many samples of it (rounded up to a batch of a fixed size)."""
+        if samples < 1:
+            raise UsageError(f"number of samples {samples} must be 1 or more")
+        part = copy.copy(self)
+        part._limit = samples if self._limit is None else min(samples, self._limit)
+        part._needed = None if self._needed is None else min(samples, self._needed)
+        return part
+
+    def __iter__(self) -> Iterator[Feed]:
+        """One pass in batches of ``batch_size``."""
+        return self.batches()
+
+    def batches(self, batch_size: int | None = None) -> Iterator[Feed]:
+        """One pass, with another number of samples per batch where the model takes any number.
+
+        Raises:
+            UsageError: a damaged file, an array or its values that do not fit the model, too few samples.
+        """
+        size = _positive(batch_size, "batch size") or self.batch_size or _BATCH
+        if not self.specs:
+            yield {}
+            return
+        unit = self._source.unit
+        limit = None if self._limit is None else self._limit * unit
+        cutter = Cutter(self.specs, size if limit is None else min(size, limit))
+        used = 0
+        for batch in cutter.batches(self._parts()):
+            short = batch if limit is None else batch.first(limit - used)
+            used += short.rows
+            yield short.feed
+            if limit is not None and used >= limit:
+                return
+        self._enough(used + cutter.dropped, used, cutter)
+
+    def fingerprint(self, batch_size: int | None = None) -> str | None:
+        """SHA-256 of the content: names, shapes, dtypes, values, batch size, image options; reads the data once.
+
+        Of images the files are read, not the pixels. None for sources that can be read only once.
+        """
+        if not self._source.again:
+            return None
+        size = batch_size or self.batch_size or _BATCH
+        digest = hashlib.sha256(repr((size, self.specs)).encode())
+        if self._source.stamp is not None:
+            for block in self._source.stamp(self.count or 0):
+                digest.update(block)
+            return digest.hexdigest()
+        for feed in self.batches(size):
+            for name, array in feed.items():
+                digest.update(repr((name, array.shape, array.dtype.name)).encode())
+                digest.update(_content(array))
+        return digest.hexdigest()
+
+    def _parts(self) -> Iterator[Part]:
+        return (match(part, self.specs) for part in self._source.parts())
+
+    def _enough(self, rows: int, usable: int, cutter: Cutter) -> None:
+        """Raise where there is nothing to feed, or less than was asked for."""
+        if not rows:
+            raise UsageError("the data holds no arrays", hint=HINT)
+        if not usable:
+            name = next(spec.name for spec in self.specs if spec.shape and spec.shape[0] == cutter.fixed)
+            raise too_few(cutter.place, rows, name, cutter.fixed)
+        have = rows // self._source.unit
+        if self._needed is not None and have < self._needed:
+            raise UsageError(
+                f"the data holds {have} samples, {self._needed} were asked for",
+                hint="Give more data, or ask for fewer samples (--samples).",
+            )
+
+
+def open_data(
+    source: Any,
+    specs: Sequence[InputSpec],
+    *,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    images: ImageOptions | None = None,
+) -> Samples:
+    """The user's data as a stream of calls of a model with the inputs ``specs``.
+
+    Args:
+        source: a .npz file (arrays by input name), a .npy file, a folder of such files (or of one .npy per input name),
+            a folder of images (or one image), an array, a mapping of input names to arrays, an iterable of arrays or
+            mappings, or a reader like onnxruntime's ``CalibrationDataReader`` (``get_next``, and ``rewind`` where it
+            has one). Axis 0 of every array is the samples; an array that lacks it is one sample. A model with one
+            input takes arrays without a name; arrays that are no input are ignored beside those that are (labels).
+            An iterable that gives a fresh iterator each time is iterated in every pass; of an iterator, and of a
+            reader without ``rewind``, the first pass keeps what it reads, beyond 64 MiB in a temporary file.
+        samples: use this many, no more and no less; None: all. Give it for a source without an end.
+        batch_size: samples per call where the model leaves that open; 16.
+        images: how images become arrays.
+
+    Floats are cast to the model's float type, integers to its integer type where every value fits; nothing else is
+    cast. Files, arrays and lists are checked at once as far as shapes go, other sources while they are read.
+
+    Raises:
+        UsageError: missing, empty or damaged file, pickled objects, no samples or too few, an input without an array
+            (with the nearest name), a shape, dtype or number of samples that does not fit, images for a model that
+            takes none.
+    """
+    _positive(samples, "number of samples")
+    _positive(batch_size, "batch size")
+    name = str(source) if isinstance(source, (str, Path)) else "data"
+    opened = open_source(source, specs, images) if specs else Source(lambda: iter(()))
+    return Samples(opened, specs, samples, batch_size, name)
 
 
 def load_data(
-    source: str | Path | Array | Mapping[str, Array] | Iterable[Mapping[str, Array]],
-    specs: Sequence[InputSpec],
-    *,
-    limit: int = 256,
-    batch_size: int | None = None,
+    source: Any, specs: Sequence[InputSpec], *, limit: int = 256, batch_size: int | None = None
 ) -> list[Feed]:
-    """The user's data as calls of the model; no more than ``limit`` samples (at least one batch) are read into memory.
-
-    ``source`` is a .npz file (arrays by input name), a .npy file, a folder of such files (or of one .npy per input
-    name), an array, a mapping of input names to arrays or an iterable of them. Axis 0 of every array is the samples;
-    an array that lacks it is one sample. A model with one input takes a single array without a name; arrays that are
-    no input are ignored beside those that are (labels). Batches have the input's fixed leading size, else
-    ``batch_size`` (16). Scalars, and arrays that fill a fully fixed input while other inputs hold more, go into every
-    batch. Floats are cast to the model's float type, integers to its integer type where every value fits; nothing else
-    is cast.
+    """The first ``limit`` samples of the data (at least one batch) in memory, see :func:`open_data`.
 
     Raises:
-        UsageError: missing, empty or damaged file, pickled objects, no samples, an input without an array (with the
-            nearest name), a shape, dtype or number of samples that does not fit.
+        UsageError: as :func:`open_data`, and values that do not fit.
     """
-    if limit < 1 or (batch_size is not None and batch_size < 1):
-        raise UsageError(f"data limit {limit} and batch size {batch_size} must be 1 or more")
-    if not specs:
-        return [{}]
-    batches: list[Feed] = []
-    left = limit
-    for part in _parts(source, specs):
-        feeds, used = _split(part, specs, left, batch_size)
-        batches += feeds
-        left -= used
-        if left <= 0:
-            break
-    if not batches:
-        raise UsageError("the data holds no arrays", hint=HINT)
-    return batches
+    return list(open_data(source, specs, batch_size=batch_size).first(limit))
 
 
-def _parts(source: Any, specs: Sequence[InputSpec]) -> Iterator[dict[str, Rows]]:
-    """Sets of arrays by input name; the files of a folder as one set where they fit together."""
-    named = by_stem(source, [spec.name for spec in specs])
-    if named is not None:
-        yield _match(named, specs)
-        return
-    if not isinstance(source, (str, Path)):
-        yield from (_match(part, specs) for part in read_parts(source))
-        return
-    parts = [_match(part, specs) for part in read_parts(source)]
-    tails = {tuple((rows.shape[1:], rows.dtype) for rows in part.values()) for part in parts}
-    if len(parts) > 1 and len(tails) == 1 and all(rows.shape for rows in parts[0].values()):
-        yield {name: joined([part[name] for part in parts]) for name in parts[0]}
-    else:
-        yield from parts
+def _positive(number: int | None, what: str) -> int | None:
+    if number is not None and number < 1:
+        raise UsageError(f"{what} {number} must be 1 or more")
+    return number
 
 
-def _match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> dict[str, Rows]:
-    """The array of every input, its shape and dtype checked."""
-    if len(specs) == 1 and len(part) == 1 and UNNAMED in part:
-        part = {specs[0].name: part[UNNAMED]}
-    names = [spec.name for spec in specs]
-    missing = [name for name in names if name not in part]
-    if missing:
-        strangers = [name for name in part if name not in names]
-        if not strangers:
-            raise UsageError(f"data has no array for input {missing[0]!r}", hint=HINT)
-        raise UsageError(
-            f"data has array {strangers[0]!r}, which is no input, and none for input {missing[0]!r}",
-            hint=nearest(strangers[0], names),
-        )
-    matched = {spec.name: _with_samples(part[spec.name], spec) for spec in specs}
-    for spec in specs:
-        _check(matched[spec.name], spec)
-    return matched
+def _ceil(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
-def _with_samples(rows: Rows, spec: InputSpec) -> Rows:
-    """The array with axis 0 as samples: an array one rank short of its input is one sample."""
-    if len(rows.shape) != len(spec.shape) - 1:
-        return rows
-    return Rows((1, *rows.shape), rows.dtype, lambda _: rows.read(max(rows.shape, default=1))[None], rows.place)
-
-
-def _check(rows: Rows, spec: InputSpec) -> None:
-    """Shape (but for the number of samples) and kind of dtype fit the input."""
-    # the empty shape of a spec may be an unknown rank
-    fits = not spec.shape or len(rows.shape) == len(spec.shape)
-    pairs = list(zip(rows.shape, spec.shape, strict=False))[1:]
-    if not fits or any(isinstance(want, int) and want != have for have, want in pairs):
-        wanted = ", ".join("?" if dim is None else str(dim) for dim in ("samples", *spec.shape[1:]))
-        raise UsageError(f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} needs [{wanted}]")
-    if 0 in rows.shape:
-        raise UsageError(f"{rows.place} holds no samples: its shape is {list(rows.shape)}")
-    if not _castable(rows.dtype, spec.dtype):
-        wanted = "strings" if spec.dtype.kind == "O" else str(spec.dtype)
-        raise UsageError(f"{rows.place} has dtype {rows.dtype}; input {spec.name!r} needs {wanted}", hint=_CASTS)
-
-
-def _kind(dtype: np.dtype[Any]) -> str:
-    """``f`` for every float type, narrow ones included, ``i`` for integers, ``s`` for text, else numpy's own letter."""
-    if dtype.kind in "iu":
-        return "i"
-    if dtype.kind in "OUS":
-        return "s"
-    return "f" if dtype.kind != "c" and eps(dtype) else dtype.kind
-
-
-def _raw(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
-    """Whether these are the bytes of a bfloat16 or float8 array: numpy's files forget the type and keep the width."""
-    return _kind(have) == "V" and have.names is None and want.kind == "V" and have.itemsize == want.itemsize
-
-
-def _castable(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
-    return _raw(have, want) or _kind(have) == _kind(want)
-
-
-def _cast(array: Array, spec: InputSpec, place: str) -> Array:
-    """The array in the input's dtype; numbers that do not fit are an error."""
-    if _raw(array.dtype, spec.dtype):
-        array = np.ascontiguousarray(array).view(spec.dtype)
-    if array.dtype == spec.dtype:
-        return np.ascontiguousarray(array).reshape(array.shape)
-    if array.dtype.kind == "S":
-        array = np.char.decode(array, "utf-8", errors="replace")
-    takes = f"input {spec.name!r} ({spec.dtype})"
-    if spec.dtype.kind in "iu":
-        info = np.iinfo(spec.dtype)
-        low, high = int(array.min()), int(array.max())
-        if low < info.min or high > info.max:
-            raise UsageError(f"{place} holds values {low}..{high}; {takes} takes {info.min}..{info.max}")
-    with np.errstate(over="ignore"):
-        cast: Array = np.ascontiguousarray(array.astype(spec.dtype)).reshape(array.shape)
-    if _kind(spec.dtype) == "f" and not np.array_equal(np.isfinite(cast), np.isfinite(array)):
-        largest = float(np.abs(array[np.isfinite(array)]).max())
-        raise UsageError(f"{place} holds values up to {largest:g}, too large for {takes}")
-    return cast
-
-
-def _split(
-    part: Mapping[str, Rows], specs: Sequence[InputSpec], limit: int, batch_size: int | None
-) -> tuple[list[Feed], int]:
-    """One set of arrays as batches of no more than ``limit`` samples together, and the number of samples used."""
-    steps, count = _steps(part, specs, batch_size)
-    count = min(count, -(-limit // max(steps.values(), default=limit)))
-    # only where every leading size is free can the last batch be cut short
-    free = not any(spec.shape and isinstance(spec.shape[0], int) for spec in specs if spec.name in steps)
-    feeds: list[Feed] = [{} for _ in range(count)]
-    used = 1
-    for spec in specs:
-        rows, step = part[spec.name], steps.get(spec.name)
-        if step is None:
-            whole = _cast(rows.read(max(rows.shape, default=1)), spec, rows.place)
-            for feed in feeds:
-                feed[spec.name] = whole
-            continue
-        array = _cast(rows.read(min(count * step, limit) if free else count * step), spec, rows.place)
-        used = max(used, len(array))
-        for index, feed in enumerate(feeds):
-            feed[spec.name] = array[index * step : (index + 1) * step]
-    return feeds, used
-
-
-def _steps(part: Mapping[str, Rows], specs: Sequence[InputSpec], batch_size: int | None) -> tuple[dict[str, int], int]:
-    """Rows per batch for every input that is split, and the number of batches."""
-    split = [spec for spec in specs if part[spec.name].shape and (spec.shape or len(specs) == 1)]
-    samples = {spec.name: part[spec.name].shape[0] for spec in split}
-    fixed = {spec.name: spec.shape[0] for spec in split if spec.shape and isinstance(spec.shape[0], int)}
-    for name, size in fixed.items():
-        if samples[name] < size:
-            raise UsageError(f"{part[name].place} has {samples[name]} samples; input {name!r} takes {size} at a time")
-    whole = {spec.name for spec in split if part[spec.name].shape == spec.shape}
-    if any(name not in whole and n > fixed.get(name, 1) for name, n in samples.items()):
-        samples = {name: n for name, n in samples.items() if name not in whole}
-        fixed = {name: size for name, size in fixed.items() if name not in whole}
-    if not samples:
-        return {}, 1
-    if not fixed:
-        _same(samples, "samples")
-        step = min(batch_size or _BATCH, *samples.values())
-        return dict.fromkeys(samples, step), -(-next(iter(samples.values())) // step)
-    calls = {name: samples[name] // size for name, size in fixed.items()}
-    _same(calls, "batches of samples")
-    count = next(iter(calls.values()))
-    return {name: fixed.get(name) or _step_beside(name, samples, fixed, count) for name in samples}, count
-
-
-def _step_beside(name: str, samples: Mapping[str, int], fixed: Mapping[str, int], count: int) -> int:
-    """Rows per batch of an input with a free leading size; inputs with fixed ones give ``count`` batches."""
-    for other, size in fixed.items():
-        if samples[other] == samples[name]:
-            return size
-    if samples[name] % count:
-        _same({name: samples[name], **{other: samples[other] for other in fixed}}, "samples")
-    return samples[name] // count
-
-
-def _same(counts: Mapping[str, int], what: str) -> None:
-    """Every input holds the same number."""
-    if len(set(counts.values())) > 1:
-        shown = ", ".join(f"{name!r}: {n}" for name, n in sorted(counts.items())[:6])
-        raise UsageError(f"data holds different numbers of {what} per input: {shown}")
+def _content(array: Array) -> bytes:
+    """An array's values as bytes; strings with their lengths in front."""
+    if array.dtype.kind != "O":
+        return array.tobytes()
+    texts = [text if isinstance(text, bytes) else str(text).encode() for text in np.ravel(array)]
+    return b"".join(len(text).to_bytes(8, "little") + text for text in texts)

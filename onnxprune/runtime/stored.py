@@ -1,11 +1,13 @@
-"""Arrays on disk or in memory, opened as far as shape and dtype; rows are read when asked for, and no more of them."""
+"""Arrays on disk or in memory, opened as far as shape and dtype; rows are read chunk by chunk when asked for."""
 
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,11 @@ from onnxprune.runtime.sessions import Array
 UNNAMED = "arr_0"
 """The name of an array that has none (numpy's own choice in a .npz file)."""
 
-HINT = "Data is a .npz file with one array per input name, a .npy file, or a folder of such; axis 0 is the samples."
+HINT = (
+    "Data is a .npz file with one array per input name, a .npy file, or a folder of such or of images; "
+    "axis 0 of an array is the samples."
+)
+SUFFIXES = (".npz", ".npy")
 
 _READ_ERRORS = (
     OSError,
@@ -35,83 +41,56 @@ _READ_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """An array of known shape and dtype; ``read(n)`` gives its first n rows (a scalar whole). ``place`` names it."""
+    """An array of known shape and dtype. ``place`` names it in messages.
+
+    ``chunks(n)`` reads it from the start, n rows at a time (the last chunk may be shorter), and holds one chunk at a
+    time; a scalar comes whole.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    read: Callable[[int], Array]
+    chunks: Callable[[int], Iterator[Array]]
     place: str
+
+    def read(self, rows: int | None = None) -> Array:
+        """The first rows, all of them without a number."""
+        return next(self.chunks(max(self.shape[:1], default=1) if rows is None else rows))
+
+
+Part = dict[str, Rows]
+"""Arrays by name whose rows belong together."""
 
 
 def held(array: Array, place: str) -> Rows:
     """An array already in memory."""
-    return Rows(array.shape, array.dtype, lambda rows: array[:rows] if array.ndim else array, place)
+    return Rows(array.shape, array.dtype, lambda rows: _slices(array, rows), place)
 
 
-def joined(pieces: Sequence[Rows]) -> Rows:
-    """The rows of several arrays, equal in dtype and in every axis but the first, one after the other."""
-
-    def read(rows: int) -> Array:
-        arrays: list[Array] = []
-        for piece in pieces:
-            if rows <= 0:
-                break
-            arrays.append(piece.read(rows))
-            rows -= len(arrays[-1])
-        return np.concatenate(arrays)
-
-    first = pieces[0]
-    place = f"{first.place} and {len(pieces) - 1} more" if len(pieces) > 1 else first.place
-    return Rows((sum(piece.shape[0] for piece in pieces), *first.shape[1:]), first.dtype, read, place)
+def _slices(array: Array, rows: int) -> Iterator[Array]:
+    if not array.ndim:
+        yield array
+        return
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows]
 
 
-def read_parts(source: Any) -> Iterator[dict[str, Rows]]:
-    """A source as sets of arrays by name: one set per file of a folder or item of an iterable, else a single one.
-
-    Raises:
-        UsageError: missing, empty or damaged file, pickled objects, an item that is no mapping.
-    """
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if not path.exists():
-            raise UsageError(f"data {str(path)!r} does not exist", hint=HINT)
-        yield from map(_file, _files(path) if path.is_dir() else [path])
-    elif isinstance(source, np.ndarray):
-        yield {UNNAMED: held(source, "the array")}
-    elif isinstance(source, Mapping):
-        yield {str(name): held(np.asarray(array), f"array {name!r}") for name, array in source.items()}
-    elif hasattr(source, "__iter__"):
-        for index, item in enumerate(source):
-            if not isinstance(item, (Mapping, np.ndarray)):
-                raise UsageError(f"data item {index} is a {type(item).__name__}, not a mapping of arrays")
-            yield from read_parts(item)
-    else:
-        raise UsageError(f"data is a {type(source).__name__}: no path, mapping or iterable of mappings", hint=HINT)
-
-
-def _files(folder: Path) -> list[Path]:
+def array_files(folder: Path) -> list[Path]:
     """The array files of a folder in the order of their names."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".npz", ".npy"))
-    if not files:
-        raise UsageError(f"data folder {str(folder)!r} holds no .npz or .npy file", hint=HINT)
-    return files
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
 
 
-def by_stem(source: Any, names: Sequence[str]) -> dict[str, Rows] | None:
-    """A folder that holds one .npy file per name, as one set of arrays; None for any other source."""
-    if not isinstance(source, (str, Path)) or not Path(source).is_dir():
-        return None
-    files = _files(Path(source))
+def by_stem(files: Sequence[Path], names: Sequence[str]) -> Part | None:
+    """One .npy file per name as one set of arrays; None where the files are not that."""
     stems = {path.stem: path for path in files}
     if not names or any(path.suffix != ".npy" for path in files) or not set(names) <= stems.keys():
         return None
-    return {name: _file(stems[name])[UNNAMED] for name in names}
+    return {name: array_file(stems[name])[UNNAMED] for name in names}
 
 
-def _file(path: Path) -> dict[str, Rows]:
+def array_file(path: Path) -> Part:
     """The arrays of one file, opened as far as their headers."""
-    if path.suffix not in (".npz", ".npy"):
-        raise UsageError(f"data file {str(path)!r} is neither .npz nor .npy", hint=HINT)
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"data file {str(path)!r} is neither .npz nor .npy nor an image", hint=HINT)
     with _readable(path):
         if path.stat().st_size == 0:
             raise UsageError(f"data file {str(path)!r} is empty")
@@ -148,11 +127,14 @@ def _opened(path: Path, member: str) -> Iterator[IO[bytes]]:
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether columns come first, and dtype, from the head of a stream in numpy's format."""
     try:
-        if np.lib.format.read_magic(stream) == (1, 0):
-            return np.lib.format.read_array_header_1_0(stream)
-        return np.lib.format.read_array_header_2_0(stream)
+        old = np.lib.format.read_magic(stream) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, columns_first, dtype = read(stream)
     except Exception as error:  # numpy parses the header as Python source; a damaged one raises what a parser can
         raise ValueError("it has no valid header of numpy's array format") from error
+    if any(size < 0 for size in shape):
+        raise ValueError(f"its header says shape {list(shape)}")
+    return tuple(shape), columns_first, dtype
 
 
 def _stored(path: Path, member: str) -> Rows:
@@ -162,17 +144,31 @@ def _stored(path: Path, member: str) -> Rows:
         shape, columns_first, dtype = _header(stream)
     if dtype.hasobject:
         raise UsageError(f"{place} holds pickled objects, which are not loaded", hint="Save plain numbers.")
+    size = math.prod(shape) * dtype.itemsize
 
-    def read(rows: int) -> Array:
-        # columns-first order spreads a row over the whole file
-        wanted = shape if columns_first or not shape else (min(rows, shape[0]), *shape[1:])
-        size = math.prod(wanted) * dtype.itemsize
+    def chunks(rows: int) -> Iterator[Array]:
         with _opened(path, member) as stream:
             _header(stream)
-            raw = stream.read(size)
-            if len(raw) < size:
-                raise UsageError(f"{place} is truncated: {len(raw)} of {size} bytes are there")
-            array = np.frombuffer(raw, dtype).reshape(wanted, order="F" if columns_first else "C")
-        return array[:rows] if shape else array
+            if columns_first and len(shape) > 1:
+                with _mapped(stream, shape, dtype) as array:
+                    yield from _slices(array, rows)
+                return
+            done = 0
+            for start in range(0, shape[0], rows) if shape else (0,):
+                wanted = (min(rows, shape[0] - start), *shape[1:]) if shape else ()
+                raw = stream.read(math.prod(wanted) * dtype.itemsize)
+                done += len(raw)
+                if len(raw) < math.prod(wanted) * dtype.itemsize:
+                    raise UsageError(f"{place} is truncated: {done} of {size} bytes are there")
+                yield np.frombuffer(raw, dtype).reshape(wanted)
 
-    return Rows(tuple(shape), dtype, read, place)
+    return Rows(shape, dtype, chunks, place)
+
+
+@contextmanager
+def _mapped(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Array]:
+    """A columns-first array behind its header: a row is spread over the whole of it, so it is unpacked and mapped."""
+    with tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(stream, file)
+        file.flush()
+        yield np.memmap(file, dtype, "r", shape=shape, order="F")

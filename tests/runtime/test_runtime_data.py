@@ -12,7 +12,7 @@ from onnxprune.errors import UsageError
 from onnxprune.graph.binding import InputSpec
 from onnxprune.runtime.inputs import load_data
 from onnxprune.runtime.sessions import open_session, run
-from onnxprune.runtime.stored import read_parts
+from onnxprune.runtime.sources import open_source
 
 
 def spec(name: str, *shape: int | str | None, dtype: Any = np.float32) -> InputSpec:
@@ -64,7 +64,7 @@ def test_limit_bounds_what_is_read(tmp_path: Path) -> None:
     feeds = load_data(tmp_path / "d.npy", [X], limit=5, batch_size=3)
     assert [len(feed["x"]) for feed in feeds] == [3, 2]
     assert len(load_data(tmp_path / "d.npy", [spec("x", 4, 3)], limit=1)) == 1
-    (rows,) = next(read_parts(tmp_path / "d.npy")).values()
+    (rows,) = next(open_source(tmp_path / "d.npy", [X]).parts()).values()
     asked = rows.read(2)
     assert asked.shape == (2, 3) and asked.base is not None and asked.nbytes == 24
     feeds = load_data([ROWS, ROWS, ROWS], [X], limit=12)

@@ -1,0 +1,108 @@
+"""The user's arrays against the inputs of a model: names, shapes, dtypes, values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from onnxprune.errors import UsageError, nearest
+from onnxprune.graph.binding import InputSpec
+from onnxprune.runtime.floats import eps
+from onnxprune.runtime.sessions import Array
+from onnxprune.runtime.stored import HINT, UNNAMED, Part, Rows
+
+_CASTS = (
+    "Floats are cast to floats and integers to integers; anything else (scaling pixels, say) has to be done before."
+)
+
+
+def match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> Part:
+    """The array of every input, its shape and dtype checked; arrays beside those are left out.
+
+    Raises:
+        UsageError: an input without an array (with the nearest name), a shape or dtype that does not fit.
+    """
+    if len(specs) == 1 and len(part) == 1 and UNNAMED in part:
+        part = {specs[0].name: part[UNNAMED]}
+    names = [spec.name for spec in specs]
+    missing = [name for name in names if name not in part]
+    if missing:
+        strangers = [name for name in part if name not in names]
+        if not strangers:
+            raise UsageError(f"data has no array for input {missing[0]!r}", hint=HINT)
+        raise UsageError(
+            f"data has array {strangers[0]!r}, which is no input, and none for input {missing[0]!r}",
+            hint=nearest(strangers[0], names),
+        )
+    matched = {spec.name: _with_samples(part[spec.name], spec) for spec in specs}
+    for spec in specs:
+        _check(matched[spec.name], spec)
+    return matched
+
+
+def _with_samples(rows: Rows, spec: InputSpec) -> Rows:
+    """The array with axis 0 as samples: an array one rank short of its input is one sample."""
+    if len(rows.shape) != len(spec.shape) - 1:
+        return rows
+    return Rows((1, *rows.shape), rows.dtype, lambda _: iter([rows.read()[None]]), rows.place)
+
+
+def _check(rows: Rows, spec: InputSpec) -> None:
+    """Shape (but for the number of samples) and kind of dtype fit the input."""
+    # the empty shape of a spec may be an unknown rank
+    fits = not spec.shape or len(rows.shape) == len(spec.shape)
+    pairs = list(zip(rows.shape, spec.shape, strict=False))[1:]
+    if not fits or any(isinstance(want, int) and want != have for have, want in pairs):
+        wanted = ", ".join("?" if dim is None else str(dim) for dim in ("samples", *spec.shape[1:]))
+        raise UsageError(f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} needs [{wanted}]")
+    if 0 in rows.shape:
+        raise UsageError(f"{rows.place} holds no samples: its shape is {list(rows.shape)}")
+    if not _castable(rows.dtype, spec.dtype):
+        wanted = "strings" if spec.dtype.kind == "O" else str(spec.dtype)
+        raise UsageError(f"{rows.place} has dtype {rows.dtype}; input {spec.name!r} needs {wanted}", hint=_CASTS)
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    """``f`` for every float type, narrow ones included, ``i`` for integers, ``s`` for text, else numpy's own letter."""
+    if dtype.kind in "iu":
+        return "i"
+    if dtype.kind in "OUS":
+        return "s"
+    return "f" if dtype.kind != "c" and eps(dtype) else dtype.kind
+
+
+def _raw(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
+    """Whether these are the bytes of a bfloat16 or float8 array: numpy's files forget the type and keep the width."""
+    return _kind(have) == "V" and have.names is None and want.kind == "V" and have.itemsize == want.itemsize
+
+
+def _castable(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
+    return _raw(have, want) or _kind(have) == _kind(want)
+
+
+def cast(array: Array, spec: InputSpec, place: str) -> Array:
+    """The array in the input's dtype.
+
+    Raises:
+        UsageError: numbers that do not fit.
+    """
+    if _raw(array.dtype, spec.dtype):
+        array = np.ascontiguousarray(array).view(spec.dtype)
+    if array.dtype == spec.dtype:
+        return np.ascontiguousarray(array).reshape(array.shape)
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8", errors="replace")
+    takes = f"input {spec.name!r} ({spec.dtype})"
+    if spec.dtype.kind in "iu":
+        info = np.iinfo(spec.dtype)
+        low, high = int(array.min()), int(array.max())
+        if low < info.min or high > info.max:
+            raise UsageError(f"{place} holds values {low}..{high}; {takes} takes {info.min}..{info.max}")
+    with np.errstate(over="ignore"):
+        result: Array = np.ascontiguousarray(array.astype(spec.dtype)).reshape(array.shape)
+    if _kind(spec.dtype) == "f" and not np.array_equal(np.isfinite(result), np.isfinite(array)):
+        largest = float(np.abs(array[np.isfinite(array)]).max())
+        raise UsageError(f"{place} holds values up to {largest:g}, too large for {takes}")
+    return result
