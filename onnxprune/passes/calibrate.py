@@ -1,0 +1,140 @@
+"""Capture the feature maps that a criterion asks for, of the original or of what is left of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune import statistics
+from onnxprune.analysis import Analysis
+from onnxprune.groups.units import Group
+from onnxprune.passes.state import State
+from onnxprune.rewrite.cut import cut
+from onnxprune.runtime.capture import Request, capture, to_maps
+from onnxprune.runtime.checkpoint import Checkpoint
+from onnxprune.selection.map_slots import CapturedMaps
+from onnxprune.selection.sites import Site, sites
+from onnxprune.selection.targets import Targets
+
+# Bytes of one Gram matrix beyond which the positions of a kernel share a Gram of the channels.
+_LARGEST_GRAM = 256 << 20
+
+
+def captured_maps(
+    state: State,
+    analysis: Analysis,
+    groups: Sequence[Group],
+    needs: Sequence[str],
+    removed: NDArray[np.bool_] | None = None,
+) -> CapturedMaps:
+    """Statistics in front of every contraction that reads the groups' channels.
+
+    Args:
+        needs: names of statistics. removed: mask over atoms of what is gone already; the cut model is then run.
+
+    Raises:
+        UsageError: there is no data, or it does not fit. ModelError: the model does not run, or maps are not finite.
+    """
+    source = state.calibration()
+    targets = Targets(analysis.units, groups)
+    component = analysis.units.component
+    found = [s for s in sites(analysis.table, component) if (targets.group[component[s.label.ids]] >= 0).any()]
+    captured = CapturedMaps(found)
+    whole = removed is None or not removed.any()
+    graph = analysis.graph
+    model = (graph.proto, graph.weights) if whole or removed is None else cut(analysis.table, removed)
+    requests = _Requests(analysis, needs)
+    for site in found:
+        requests.add(site, captured)
+    checkpoint = None
+    if state.cache is not None and (print_ := source.fingerprint()) is not None:
+        gone = b"" if whole or removed is None else np.packbits(removed).tobytes()
+        key = ":".join([analysis.loaded.sha256, print_, hashlib.sha256(gone).hexdigest()])
+        checkpoint = Checkpoint(state.cache, key)
+    with state.stage("capture"):
+        captured.samples = capture(
+            model,
+            requests.made,
+            source,
+            sizes=_bytes_per_sample(analysis, requests.made),
+            checkpoint=checkpoint,
+            tell=lambda share: state.tell("capture", share),
+        )
+    for finish in requests.finish:
+        finish()
+    return captured
+
+
+class _Requests:
+    """Requests so far, each statistic of a place once, and what takes their results to where they belong."""
+
+    def __init__(self, analysis: Analysis, needs: Sequence[str]) -> None:
+        self._analysis, self._needs = analysis, needs
+        self.made: list[Request] = []
+        self.finish: list[Callable[[], None]] = []
+        self._known: set[tuple[Hashable, str]] = set()
+
+    def add(self, site: Site, captured: CapturedMaps) -> None:
+        """Whatever of the needs this site can have."""
+        for need in self._needs:
+            if statistics.get(need).columns:
+                self._add_columns(need, site, captured)
+            else:
+                self._add(need, site.maps_key, site.tensor, to_maps(site.axes), captured.maps)
+        if site.partner is not None:
+            self._add("moments", site.maps_key, site.tensor, to_maps(site.axes), captured.maps)
+            self._add("moments", site.partner, site.partner[0], to_maps(site.partner[1]), captured.maps)
+
+    def _add_columns(self, need: str, site: Site, captured: CapturedMaps) -> None:
+        form, channels = site.form, int(site.label.ids.size)
+        if form is None:
+            return
+        if _gram_bytes(channels * form.taps, form.parts) <= _LARGEST_GRAM:
+            self._add(need, site.columns_key, site.tensor, form.columns, captured.columns, form.taps)
+        elif _gram_bytes(channels, form.parts) <= _LARGEST_GRAM:
+            arrange = _shared_columns(site.axes, form.parts)
+            self._add(need, site.columns_key, site.tensor, arrange, captured.columns)
+
+    def _add(
+        self,
+        need: str,
+        key: Any,
+        tensor: str,
+        arrange: Callable[[Any], Any],
+        into: dict[Hashable, dict[str, NDArray[np.float64]]],
+        growth: int = 1,
+    ) -> None:
+        if (key, need) in self._known:
+            return
+        self._known.add((key, need))
+        statistic = statistics.get(need)()
+        self.made.append(Request(f"{need} {key!r}", tensor, arrange, statistic, growth))
+        self.finish.append(lambda: into.setdefault(key, {}).update(statistic.result()))
+
+
+def _gram_bytes(columns: int, parts: int) -> int:
+    return 8 * columns * columns // parts
+
+
+def _shared_columns(axes: Sequence[int], parts: int) -> Callable[[Any], Any]:
+    """Channels as columns, one row per position: the positions of a kernel share their Gram."""
+    maps = to_maps(axes)
+
+    def arrange(value: Any) -> Any:
+        spread = maps(value)
+        spread = spread.reshape(len(spread), parts, spread.shape[1] // parts, -1)
+        return spread.transpose(1, 0, 3, 2).reshape(parts, -1, spread.shape[2])
+
+    return arrange
+
+
+def _bytes_per_sample(analysis: Analysis, requests: Sequence[Request]) -> dict[str, int]:
+    """Bytes of a tensor per sample, from the first probe's shapes."""
+    probe = analysis.facts.probes[0]
+    batch = max(1, min((s[0] for s in probe.inputs.values() if s), default=1))
+    shapes = {r.tensor: probe.shapes.get(r.tensor) for r in requests}
+    return {n: 4 * int(np.prod([d or 1 for d in s])) // batch for n, s in shapes.items() if s is not None}

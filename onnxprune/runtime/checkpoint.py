@@ -1,0 +1,72 @@
+"""What a long run has accumulated so far, on disk: a run that was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxprune.errors import UsageError
+from onnxprune.statistics import Statistic
+
+
+class Checkpoint:
+    """One file per set of statistics, named by a hash of the model, the data and what is asked of them.
+
+    Args:
+        folder: made where it does not exist. key: everything that the result depends on.
+
+    Raises:
+        UsageError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"--cache {str(folder)!r} cannot be made: {error.strerror}", hint="Give a folder that can be written."
+            ) from error
+        self._folder, self._key = folder, key
+
+    def _path(self, statistics: Mapping[str, Statistic]) -> Path:
+        text = "\n".join([self._key, *sorted(statistics)])
+        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+
+    def load(self, statistics: Mapping[str, Statistic]) -> tuple[int, int]:
+        """Fill the statistics from the file. Returns (batches, samples) they hold; (0, 0) without a usable file."""
+        path = self._path(statistics)
+        if not path.exists():
+            return 0, 0
+        with suppress(OSError, ValueError, KeyError, EOFError), np.load(path, allow_pickle=False) as file:
+            states: dict[str, dict[str, Any]] = {name: {} for name in statistics}
+            for entry in file.files:
+                if "|" in entry:
+                    name, _, part = entry.rpartition("|")
+                    states[name][part] = file[entry]
+            done = int(file["batches"]), int(file["samples"])
+            for name, statistic in statistics.items():
+                statistic.state = states[name]
+            return done
+        return 0, 0
+
+    def save(self, statistics: Mapping[str, Statistic], batches: int, samples: int) -> None:
+        """Write the file, replacing the one before at once."""
+        path = self._path(statistics)
+        arrays = {f"{name}|{part}": a for name, s in statistics.items() for part, a in s.state.items()}
+        waiting = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
+        try:
+            np.savez(waiting, batches=np.int64(batches), samples=np.int64(samples), **arrays)  # type: ignore[arg-type]
+            waiting.replace(path)
+        except OSError as error:
+            raise UsageError(
+                f"--cache {str(self._folder)!r} cannot be written: {error.strerror}",
+                hint="Free space, or drop --cache.",
+            ) from error
+        finally:
+            waiting.unlink(missing_ok=True)
