@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from onnxprune.errors import BudgetError, ModelError, OnnxpruneError, UsageError, ValidationError
     from onnxprune.passes import Pipeline, Result
     from onnxprune.plan import Plan
+    from onnxprune.runtime.images import ImageOptions
 
 __version__ = "0.1.0"
 _HOME = {
     "Analysis": "onnxprune.analysis",
     "BudgetError": "onnxprune.errors",
+    "ImageOptions": "onnxprune.runtime.images",
     "ModelError": "onnxprune.errors",
     "OnnxpruneError": "onnxprune.errors",
     "Pipeline": "onnxprune.passes",
@@ -38,6 +40,7 @@ _PACKAGES = ("criteria", "passes", "rules")
 __all__ = [
     "Analysis",
     "BudgetError",
+    "ImageOptions",
     "ModelError",
     "OnnxpruneError",
     "Pipeline",

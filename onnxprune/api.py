@@ -10,9 +10,10 @@ import onnx
 
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion
-from onnxprune.passes import Pass, Pipeline, Prune, Result, Validate
+from onnxprune.passes import Pipeline, Prune, Result, Validate
 from onnxprune.passes.state import Progress
 from onnxprune.plan import Plan
+from onnxprune.runtime.images import ImageOptions
 
 
 def prune(
@@ -27,6 +28,9 @@ def prune(
     plan: Plan | str | Path | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     data: Any = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    images: ImageOptions | None = None,
     seed: int = 0,
     approximate: bool = False,
     validate: bool = True,
@@ -43,7 +47,11 @@ def prune(
         round_to: keep a multiple of this many units per group where it can be had.
         plan: a plan or its file, replayed instead of scoring.
         input_shapes: {input: shape} for dynamic inputs.
-        data: validation inputs (.npz, .npy, folder, mapping, iterable).
+        data: inputs to validate with, and for what asks for calibration data: a .npz or .npy file, a folder of such or
+            of images, an array, a mapping of input names to arrays, an iterable of these, or a reader with
+            onnxruntime's ``CalibrationDataReader`` interface.
+        samples: use this many of them; else validation takes up to 256, calibration all.
+        batch_size: samples per call where the model leaves that open (16). images: how images become arrays.
         seed: of everything random. approximate: also cut through normalisations, which is not exact.
         validate, latency: run the checks; measure speed. progress: called with (stage, fraction).
 
@@ -51,20 +59,21 @@ def prune(
         OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
             5 nothing to cut.
     """
-    passes: list[Pass] = [
-        Prune(
-            criterion,
-            ratio,
-            layers=layers,
-            include=include,
-            exclude=exclude,
-            round_to=round_to,
-            plan=plan,
-            approximate=approximate,
-        )
-    ]
-    passes.append(Validate(exact=validate, faithful=validate, timed=validate and latency))
-    return Pipeline(passes).run(model, input_shapes=input_shapes, data=data, seed=seed, progress=progress)
+    cut = Prune(
+        criterion,
+        ratio,
+        layers=layers,
+        include=include,
+        exclude=exclude,
+        round_to=round_to,
+        plan=plan,
+        approximate=approximate,
+    )
+    check = Validate(exact=validate, faithful=validate, timed=validate and latency)
+    reading: dict[str, Any] = {"samples": samples, "batch_size": batch_size, "images": images}
+    return Pipeline([cut, check]).run(
+        model, input_shapes=input_shapes, data=data, seed=seed, progress=progress, **reading
+    )
 
 
 def analyze(

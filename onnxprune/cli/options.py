@@ -49,7 +49,7 @@ class RatioType(_ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The ratio as float; raises UsageError."""
-        return ratio(str(value), _option(param))
+        return ratio(str(value), flag(param))
 
 
 class LayerRatioType(_ParamType):
@@ -64,9 +64,9 @@ class LayerRatioType(_ParamType):
         pattern, sign, share = str(value).rpartition("=")
         if not sign or not pattern:
             raise UsageError(
-                f"{_option(param)}: {value!r} is not PATTERN=R", hint="For example --layer '*/conv1/*=0.5'."
+                f"{flag(param)}: {value!r} is not PATTERN=R", hint="For example --layer '*/conv1/*=0.5'."
             )
-        return pattern, ratio(share, f"{_option(param)} {pattern}")
+        return pattern, ratio(share, f"{flag(param)} {pattern}")
 
 
 class ShapeType(_ParamType):
@@ -80,16 +80,16 @@ class ShapeType(_ParamType):
         """(input name, sizes); raises UsageError."""
         if isinstance(value, tuple):
             return value
-        hint = f"Give the input's name and every size, for example {_option(param)} images=2,3,224,224."
+        hint = f"Give the input's name and every size, for example {flag(param)} images=2,3,224,224."
         name, sign, sizes = str(value).rpartition("=")
         if not sign or not name:
-            raise UsageError(f"{_option(param)}: {value!r} is not NAME=SIZES", hint=hint)
+            raise UsageError(f"{flag(param)}: {value!r} is not NAME=SIZES", hint=hint)
         shape = []
         for part in sizes.split(","):
             text = part.strip()
             if not text.isdecimal() or int(text) < 1:
                 raise UsageError(
-                    f"{_option(param)} {name}: {text!r} is not a size; sizes are whole numbers from 1", hint=hint
+                    f"{flag(param)} {name}: {text!r} is not a size; sizes are whole numbers from 1", hint=hint
                 )
             shape.append(int(text))
         return name, tuple(shape)
@@ -112,7 +112,7 @@ class NumberType(_ParamType):
             number = self.least - 1
         if number < self.least:
             raise UsageError(
-                f"{_option(param)}: {value} is not allowed",
+                f"{flag(param)}: {value} is not allowed",
                 hint=f"Give {self.meaning}: a whole number from {self.least}.",
             )
         return number
@@ -131,13 +131,13 @@ class CosineType(_ParamType):
             cosine = math.nan
         if not 0 < cosine <= 1:
             raise UsageError(
-                f"{_option(param)}: {value} is not allowed",
+                f"{flag(param)}: {value} is not allowed",
                 hint="Give the smallest cosine to accept, 0 < X <= 1, for example 0.95.",
             )
         return cosine
 
 
-def _option(param: click.Parameter | None) -> str:
+def flag(param: click.Parameter | None) -> str:
     """The option as the user types it."""
     return max(param.opts, key=len) if param is not None else "value"
 

@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from onnxprune.cli import options
+from onnxprune.cli.data_options import data_options
 from onnxprune.cli.layout import HeadedCommand, option
 from onnxprune.cli.request import Request, check
 from onnxprune.errors import BudgetError, ValidationError
@@ -84,13 +85,7 @@ _PATH = click.Path(path_type=Path)
     multiple=True,
     help="Shape of an input whose sizes are not in the model; repeatable.",
 )
-@option(
-    "--data",
-    heading=INPUT,
-    type=_PATH,
-    metavar="FILE.npz|DIR",
-    help="Inputs to validate with; default seeded synthetic ones.",
-)
+@data_options(INPUT, "to validate with (default: seeded synthetic ones).")
 @option("--seed", heading=INPUT, type=options.NumberType(0, "a seed"), default=0, help="Seed of everything random.")
 @option("--no-validate", heading=CHECKS, is_flag=True, help="Do not run the models: structural checks only.")
 @option(
@@ -151,7 +146,7 @@ def _cut(request: Request, screen: Screen) -> Any:
             round_to=request.round_to,
             plan=request.apply_plan,
             input_shapes=options.unique("--input-shape", request.shapes) or None,
-            data=request.data,
+            **request.data.arguments(),
             seed=request.seed,
             approximate=request.approximate,
             validate=not request.no_validate,

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from onnxprune.cli import options
+from onnxprune.cli.data_options import DataOptions
 from onnxprune.errors import UsageError
 
 # What a plan already decides: giving one of these beside it would be silently ignored otherwise.
@@ -39,7 +40,7 @@ class Request:
     plan: Path | None
     apply_plan: Path | None
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    data: Path | None
+    data: DataOptions
     seed: int
     approximate: bool
     explain: bool
@@ -75,7 +76,7 @@ def check(ctx: click.Context, request: Request) -> None:
 
     options.existing(request.model, "model")
     options.criterion(request.criterion, registry.names())
-    sources = [path for path in (request.apply_plan, request.data) if path is not None]
+    sources = [path for path in (request.apply_plan, request.data.data) if path is not None]
     if request.apply_plan is not None:
         options.existing(request.apply_plan, "plan")
         for name, flag in _DECIDED_BY_PLAN.items():
@@ -84,8 +85,7 @@ def check(ctx: click.Context, request: Request) -> None:
                     f"{flag} has no meaning with --apply-plan",
                     hint="The plan already says what is removed: drop one of the two.",
                 )
-    if request.data is not None:
-        options.existing(request.data, "data", folder_allowed=True)
+    request.data.check()
     if request.min_fidelity is not None and request.no_validate:
         raise UsageError(
             "--min-fidelity needs the models to run, and --no-validate forbids it", hint="Drop one of the two."

@@ -10,6 +10,7 @@ import onnx
 
 from onnxprune.passes.registry import get
 from onnxprune.passes.state import Pass, Progress, Result, State
+from onnxprune.runtime.images import ImageOptions
 
 
 class Pipeline:
@@ -32,6 +33,9 @@ class Pipeline:
         *,
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         data: Any = None,
+        samples: int | None = None,
+        batch_size: int | None = None,
+        images: ImageOptions | None = None,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Result:
@@ -39,13 +43,15 @@ class Pipeline:
 
         Args:
             model: path, bytes or ModelProto. input_shapes: {input: shape} for dynamic inputs.
-            data: validation inputs, see ``onnxprune.prune``. seed: of everything random.
+            data, samples, batch_size, images: the user's inputs, see ``onnxprune.prune``. seed: of everything random.
             progress: called with (stage, fraction).
 
         Raises:
             OnnxpruneError: bad input, a model that cannot be processed, or a check that failed.
         """
-        state = State(model, input_shapes, data, seed, progress)
+        state = State(
+            model, input_shapes, data, seed, progress, samples=samples, batch_size=batch_size, images=images
+        )
         for stage in self.passes:
             stage(state)
         if state.analysis is None:

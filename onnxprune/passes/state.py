@@ -14,10 +14,14 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
+from onnxprune.errors import UsageError
+from onnxprune.graph.probes import input_specs
 from onnxprune.model.save import assemble, check_output, save
 from onnxprune.model.weights import Weight
 from onnxprune.plan import Plan
 from onnxprune.report.facts import Report
+from onnxprune.runtime.data import Samples, open_data
+from onnxprune.runtime.images import ImageOptions
 
 Progress = Callable[[str, float], None]
 
@@ -34,6 +38,9 @@ class State:
     data: Any = None
     seed: int = 0
     progress: Progress | None = None
+    samples: int | None = None
+    batch_size: int | None = None
+    images: ImageOptions | None = None
     analysis: Analysis | None = None
     proto: onnx.ModelProto | None = None
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -41,6 +48,13 @@ class State:
     later: list[Callable[[], None]] = field(default_factory=list)
     _plan: Plan = field(default_factory=Plan)
     _report: Report = field(default_factory=Report)
+    _samples: Samples | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what only data give a meaning."""
+        given = [name for name in ("samples", "batch_size", "images") if getattr(self, name) is not None]
+        if given and self.data is None:
+            raise UsageError(f"{given[0]} says how to read data, and there is no data", hint="Give data, or drop it.")
 
     @property
     def plan(self) -> Plan:
@@ -73,6 +87,24 @@ class State:
             self._report.totals.bytes_before = loaded.size
             self.proto, self.weights = loaded.proto, dict(loaded.weights)
         return self.analysis
+
+    def calibration(self) -> Samples:
+        """The user's data for the inputs of the original, opened once: passes share what is kept of an iterator.
+
+        Raises:
+            UsageError: there is no data, or it does not fit.
+        """
+        if self.data is None:
+            raise UsageError(
+                "this needs calibration data, and there is none",
+                hint="Give it with --data (Python: data=...): arrays, images or anything that yields inputs.",
+            )
+        if self._samples is None:
+            specs = input_specs(self.analyzed().graph)
+            self._samples = open_data(
+                self.data, specs, samples=self.samples, batch_size=self.batch_size, images=self.images
+            )
+        return self._samples
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

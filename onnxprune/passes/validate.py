@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from onnxprune.passes.exactness import check_exactness
 from onnxprune.passes.state import State
 from onnxprune.passes.structure import check_file, check_sizes
 from onnxprune.runtime import fidelity, inputs, latency, sessions
-from onnxprune.runtime.data import load_data
 
 # From this size on, the original and the result are never in memory together.
 _LARGE = 1 << 30
+# Inputs of the user that tell enough, where nobody says how many to take.
+_SAMPLES = 256
 
 
 class Validate:
@@ -57,7 +59,7 @@ class Validate:
             check_file(final, original)
         with state.stage("inputs"):
             synthetic = _synthetic(state, analysis)
-            feeds, source = (synthetic, "synthetic") if state.data is None else _given(state, analysis)
+            feeds, source = (synthetic, "synthetic") if state.data is None else _given(state)
         if self.exact and state.removed is not None:
             with state.stage("exactness"), _blaming(original):
                 state.report.exactness = check_exactness(state, analysis, folder, original, final, synthetic)
@@ -69,7 +71,7 @@ class Validate:
             state.report.warnings.append("Latency was not measured: original and result would be in memory at once.")
         elif self.timed:
             with state.stage("latency"):
-                state.report.latency = latency.latency(original, final, feeds[:1])
+                state.report.latency = latency.latency(original, final, list(islice(feeds, 1)))
 
 
 @contextmanager
@@ -102,8 +104,7 @@ def _synthetic(state: State, analysis: Analysis) -> list[Any]:
     return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=state.seed) for probe in analysis.facts.probes]
 
 
-def _given(state: State, analysis: Analysis) -> tuple[list[Any], str]:
+def _given(state: State) -> tuple[Iterable[Any], str]:
     """The user's inputs, and what to call them."""
-    specs = input_specs(analysis.graph)
-    source = str(state.data) if isinstance(state.data, (str, Path)) else "data"
-    return list(load_data(state.data, specs)), source
+    samples = state.calibration()
+    return (samples if state.samples is not None else samples.first(_SAMPLES)), samples.name

@@ -30,7 +30,7 @@ class Samples:
     About one batch is in memory, besides what the source itself holds.
 
     Attributes:
-        count: samples of one pass, None where the source does not tell before it was read.
+        samples: how many one pass gives, None where the source does not tell before it was read.
         name: the data as messages and reports call it.
     """
 
@@ -46,7 +46,7 @@ class Samples:
             self._enough(self._totals.rows, self._totals.usable, cutter)
 
     @property
-    def count(self) -> int | None:
+    def samples(self) -> int | None:
         """Samples of one pass, None where they are not known before."""
         if not self.specs:
             return 1
@@ -102,7 +102,7 @@ class Samples:
         size = batch_size or self.batch_size or _BATCH
         digest = hashlib.sha256(repr((size, self.specs)).encode())
         if self._source.stamp is not None:
-            for block in self._source.stamp(self.count or 0):
+            for block in self._source.stamp(self.samples or 0):
                 digest.update(block)
             return digest.hexdigest()
         for feed in self.batches(size):

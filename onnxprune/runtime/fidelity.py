@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +37,7 @@ class _Sums:
 def fidelity(
     original: Path | bytes,
     final: Path | bytes,
-    feeds: Sequence[Feed],
+    feeds: Iterable[Feed],
     source: str = "synthetic",
     *,
     together: bool = True,
@@ -50,23 +52,24 @@ def fidelity(
     its value counts as 0. For integers wider than 8 bits, booleans and strings (classes, indices) cosine and top-1 are
     the share of equal elements. An output whose shape or presence differs counts as cosine 0 (``note`` says so).
     With ``together`` both models are open at once and outputs are compared batch by batch; without, the original's
-    outputs are kept and only one model is in memory at a time.
+    outputs are kept and only one model is in memory at a time, for which ``feeds`` is iterated twice.
 
     Raises:
         ModelError: one of the models does not load or run.
     """
     sums: dict[str, _Sums] = {}
-    before = open_session(original, threads=threads)
-    wanted: Iterable[Feed] = (run(before, feed) for feed in feeds)
+    total, samples = len(feeds) if isinstance(feeds, Sized) else 0, 0
+    before: Any = open_session(original, threads=threads)
+    kept: Iterable[Feed | None] = repeat(None)
     if not together:
-        wanted = list(wanted)
-        del before
+        kept = [run(before, feed) for feed in feeds]
+        before = None
     after = open_session(final, threads=threads)
-    for index, (want, feed) in enumerate(zip(wanted, feeds, strict=True)):
-        _add(want, run(after, feed), sums)
-        if progress:
-            progress("fidelity", (index + 1) / len(feeds))
-    samples = sum(next((int(array.shape[0]) for array in feed.values() if array.ndim), 1) for feed in feeds)
+    for index, (feed, want) in enumerate(zip(feeds, kept, strict=False)):
+        _add(run(before, feed) if want is None else want, run(after, feed), sums)
+        samples += next((int(array.shape[0]) for array in feed.values() if array.ndim), 1)
+        if progress and total:
+            progress("fidelity", (index + 1) / total)
     notes = [f"{name}: {s.broken}" for name, s in sums.items() if s.broken]
     silent = [name for name, s in sums.items() if not s.elements and not s.broken]
     if silent:

@@ -77,7 +77,8 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
     data.write_bytes(b"")
     args = ["--criterion", "gm", "--ratio", "0.25", "--layer", "*conv=0.5", "--layer", "a=b=0", "--include", "i*"]
     args += ["--exclude", "e1", "--exclude", "e2", "--round-to", "8", "--input-shape", "x=2,3", "--seed", "7"]
-    assert run(model, *args, "--approximate", "--data", data).exit_code == 0
+    args += ["--data", data, "--samples", "9", "--batch-size", "4"]
+    assert run(model, *args, "--approximate").exit_code == 0
     (call,) = api.calls
     call.pop("progress")
     assert call == {
@@ -91,6 +92,9 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "plan": None,
         "input_shapes": {"x": (2, 3)},
         "data": data,
+        "samples": 9,
+        "batch_size": 4,
+        "images": None,
         "seed": 7,
         "approximate": True,
         "validate": True,
