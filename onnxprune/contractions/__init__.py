@@ -2,6 +2,7 @@
 
 from onnxprune.contractions.form import Form
 from onnxprune.contractions.pairwise import Pairwise
+from onnxprune.contractions.sampling import pick, rows_per_sample
 from onnxprune.contractions.windows import Transposed, Windows
 
-__all__ = ["Form", "Pairwise", "Transposed", "Windows"]
+__all__ = ["Form", "Pairwise", "Transposed", "Windows", "pick", "rows_per_sample"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Picked = NDArray[np.int64] | None
 
 
 class Form(ABC):
@@ -40,12 +42,16 @@ class Form(ABC):
         """Operators with equal keys cut the same data into the same columns."""
 
     @abstractmethod
-    def columns(self, data: Array) -> Array:
-        """The data as [parts, rows, channels / parts * taps]."""
+    def columns(self, data: Array, pick: Picked = None) -> Array:
+        """The data as [parts, rows, channels / parts * taps]; of the rows only those in ``pick``, where given."""
 
     @abstractmethod
-    def rows(self, output: Array) -> Array:
+    def rows(self, output: Array, pick: Picked = None) -> Array:
         """The output as [parts, rows, outputs / parts], rows in the order of ``columns``."""
+
+    @abstractmethod
+    def count(self, data: Sequence[int]) -> int:
+        """How many rows data of this shape has."""
 
     @abstractmethod
     def matrix(self, weight: Array) -> Array:

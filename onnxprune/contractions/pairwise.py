@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from onnxprune.contractions.form import Array, Form
+from onnxprune.contractions.form import Array, Form, Picked
 
 
 class Pairwise(Form):
@@ -59,13 +59,19 @@ class Pairwise(Form):
         sizes = dict(zip("".join(groups), moved.shape, strict=True))
         return moved.reshape([prod(sizes[c] for c in group) for group in groups])
 
-    def columns(self, data: Array) -> Array:
+    def columns(self, data: Array, pick: Picked = None) -> Array:
         """Letters that only the data has are the rows."""
-        return self._arrange(data, self.terms[0], (self.part_letters, self.free, self.summed))
+        every = self._arrange(data, self.terms[0], (self.part_letters, self.free, self.summed))
+        return every if pick is None else every[:, pick]
 
-    def rows(self, output: Array) -> Array:
-        """Letters that the output shares with the data alone are the rows; summed ones among them do not occur."""
-        return self._arrange(output, self.terms[2], (self.part_letters, self.free, self.made))
+    def rows(self, output: Array, pick: Picked = None) -> Array:
+        """Letters that the output shares with the data alone are the rows."""
+        every = self._arrange(output, self.terms[2], (self.part_letters, self.free, self.made))
+        return every if pick is None else every[:, pick]
+
+    def count(self, data: Sequence[int]) -> int:
+        """Product of the sizes of the free letters."""
+        return prod(data[self.terms[0].index(c)] for c in self.free)
 
     def matrix(self, weight: Array) -> Array:
         """[parts, summed, made]."""

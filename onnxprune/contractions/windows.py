@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from onnxprune.contractions.form import Array, Form
+from onnxprune.contractions.form import Array, Form, Picked
 
 
 class Windows(Form):
@@ -60,7 +60,7 @@ class Windows(Form):
             pairs.append((small, total - small) if self.pads == "SAME_UPPER" else (total - small, small))
         return pairs
 
-    def _slide(self, data: Array, pairs: Sequence[tuple[int, int]], strides: Sequence[int]) -> Array:
+    def _slide(self, data: Array, pairs: Sequence[tuple[int, int]], strides: Sequence[int], pick: Picked) -> Array:
         """[parts, N * positions, C / parts * taps] of data with these paddings; negative ones crop."""
         crop = tuple(slice(max(-a, 0), n - max(-b, 0)) for (a, b), n in zip(pairs, data.shape[2:], strict=True))
         border = [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in pairs)]
@@ -69,22 +69,46 @@ class Windows(Form):
         reach = tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
         windows = sliding_window_view(data, reach, axis=tuple(range(2, 2 + rank)))
         index = (slice(None), slice(None), *(slice(None, None, s) for s in strides))
-        windows = windows[(*index, *(slice(None, None, d) for d in self.dilations))]
+        index = (*index, *(slice(None, None, d) for d in self.dilations))
+        windows = windows[index]
         n, channels = windows.shape[:2]
         space = windows.shape[2 : 2 + rank]
-        windows = windows.reshape(n, self.parts, channels // self.parts, *space, *self.kernel)
-        order = (1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
-        return windows.transpose(order).reshape(self.parts, n * prod(space), channels // self.parts * self.taps)
+        if pick is None:
+            rows = np.moveaxis(windows, 1, 1 + rank).reshape(n * prod(space), channels, self.taps)
+        else:
+            where = np.unravel_index(pick, (n, *space))
+            # The slice between the indices sends what they pick to the front: [picked, channels, *kernel].
+            chosen: Any = (where[0], slice(None), *where[1:])
+            rows = windows[chosen].reshape(pick.size, channels, self.taps)
+        rows = rows.reshape(len(rows), self.parts, -1)
+        return rows.transpose(1, 0, 2)
 
-    def columns(self, data: Array) -> Array:
+    def columns(self, data: Array, pick: Picked = None) -> Array:
         """One row per position of the output."""
-        return self._slide(data, self._pairs(data.shape[2:]), self.strides)
+        return self._slide(data, self._pairs(data.shape[2:]), self.strides, pick)
 
-    def rows(self, output: Array) -> Array:
+    def rows(self, output: Array, pick: Picked = None) -> Array:
         """[parts, N * positions, O / parts]."""
         n, made = output.shape[:2]
-        spread = output.reshape(n, self.parts, made // self.parts, -1)
-        return spread.transpose(1, 0, 3, 2).reshape(self.parts, -1, made // self.parts)
+        if pick is None:
+            rows = np.moveaxis(output.reshape(n, made, -1), 1, 2).reshape(-1, self.parts, made // self.parts)
+        else:
+            where = np.unravel_index(pick, (n, prod(output.shape[2:])))
+            rows = output.reshape(n, made, -1)[where[0], :, where[1]].reshape(-1, self.parts, made // self.parts)
+        return rows.transpose(1, 0, 2)
+
+    def count(self, data: Sequence[int]) -> int:
+        """Samples times positions of the output."""
+        return int(data[0]) * prod(self._positions(data[2:]))
+
+    def _positions(self, sizes: Sequence[int]) -> list[int]:
+        """Positions of the output along every spatial axis."""
+        return [
+            (n + a + b - (k - 1) * d - 1) // s + 1
+            for n, (a, b), k, s, d in zip(
+                sizes, self._pairs(sizes), self.kernel, self.strides, self.dilations, strict=True
+            )
+        ]
 
     def matrix(self, weight: Array) -> Array:
         """[parts, C / parts * taps, O / parts]."""
@@ -116,18 +140,28 @@ class Transposed(Windows):
         """How windows lie."""
         return "transposed", super().key, self.output_padding
 
-    def columns(self, data: Array) -> Array:
+    def columns(self, data: Array, pick: Picked = None) -> Array:
         """One row per position of the output."""
-        rank = len(self.kernel)
         sizes = [(n - 1) * s + 1 for n, s in zip(data.shape[2:], self.strides, strict=True)]
         spread = np.zeros((*data.shape[:2], *sizes), data.dtype)
         spread[(slice(None), slice(None), *(slice(None, None, s) for s in self.strides))] = data
+        return self._slide(spread, self._border(), (1,) * len(self.kernel), pick)
+
+    def _border(self) -> list[tuple[int, int]]:
+        """Padding around the spread-out data."""
         assert not isinstance(self.pads, str)
-        pairs = []
+        rank, pairs = len(self.kernel), []
         for i, (k, d, extra) in enumerate(zip(self.kernel, self.dilations, self.output_padding, strict=True)):
             reach = (k - 1) * d
             pairs.append((reach - self.pads[i], reach - self.pads[i + rank] + extra))
-        return self._slide(spread, pairs, (1,) * rank)
+        return pairs
+
+    def _positions(self, sizes: Sequence[int]) -> list[int]:
+        """Positions of the output along every spatial axis."""
+        return [
+            (n - 1) * s + 1 + a + b - (k - 1) * d
+            for n, (a, b), k, s, d in zip(sizes, self._border(), self.kernel, self.strides, self.dilations, strict=True)
+        ]
 
     def matrix(self, weight: Array) -> Array:
         """[parts, C / parts * taps, O / parts], taps flipped."""

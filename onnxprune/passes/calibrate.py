@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from onnxprune import statistics
 from onnxprune.analysis import Analysis
+from onnxprune.contractions import Form, pick, rows_per_sample
 from onnxprune.groups.units import Group
 from onnxprune.passes.state import State
 from onnxprune.rewrite.cut import cut
@@ -47,7 +48,7 @@ def captured_maps(
     whole = removed is None or not removed.any()
     graph = analysis.graph
     model = (graph.proto, graph.weights) if whole or removed is None else cut(analysis.table, removed)
-    requests = _Requests(analysis, needs)
+    requests = _Requests(needs, source.samples)
     for site in found:
         requests.add(site, captured)
     checkpoint = None
@@ -72,8 +73,8 @@ def captured_maps(
 class _Requests:
     """Requests so far, each statistic of a place once, and what takes their results to where they belong."""
 
-    def __init__(self, analysis: Analysis, needs: Sequence[str]) -> None:
-        self._analysis, self._needs = analysis, needs
+    def __init__(self, needs: Sequence[str], samples: int | None) -> None:
+        self._needs, self._samples = needs, samples
         self.made: list[Request] = []
         self.finish: list[Callable[[], None]] = []
         self._known: set[tuple[Hashable, str]] = set()
@@ -91,10 +92,13 @@ class _Requests:
 
     def _add_columns(self, need: str, site: Site, captured: CapturedMaps) -> None:
         form, channels = site.form, int(site.label.ids.size)
+        arrange: Callable[[Any], Any]
         if form is None:
             return
         if _gram_bytes(channels * form.taps, form.parts) <= _LARGEST_GRAM:
-            self._add(need, site.columns_key, site.tensor, form.columns, captured.columns, form.taps)
+            per_sample = rows_per_sample(form, channels, self._samples)
+            arrange = _columns(form, per_sample)
+            self._add(need, site.columns_key, site.tensor, arrange, captured.columns, form.taps)
         elif _gram_bytes(channels, form.parts) <= _LARGEST_GRAM:
             arrange = _shared_columns(site.axes, form.parts)
             self._add(need, site.columns_key, site.tensor, arrange, captured.columns)
@@ -118,6 +122,11 @@ class _Requests:
 
 def _gram_bytes(columns: int, parts: int) -> int:
     return 8 * columns * columns // parts
+
+
+def _columns(form: Form, per_sample: int) -> Callable[[Any], Any]:
+    """Columns of the contraction's input, of enough rows."""
+    return lambda value: form.columns(value, pick(form, value, per_sample))
 
 
 def _shared_columns(axes: Sequence[int], parts: int) -> Callable[[Any], Any]:
