@@ -44,7 +44,7 @@ def snp(slot: Slot, maps: Maps) -> NDArray[Any] | None:
         return np.asarray(np.sqrt(maps["square"]) * partner)
     if slot.classes is None or np.unique(slot.classes).size < 2 or "similarity" not in maps:
         return None
-    return _novelty(maps["similarity"], _apart(slot.classes) & _apart(slot.units))
+    return _novelty(maps["similarity"], _apart(slot.classes))
 
 
 def _apart(owner: NDArray[Any]) -> NDArray[np.bool_]:

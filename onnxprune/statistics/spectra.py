@@ -68,7 +68,7 @@ def nuclear_norms(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
     values = np.sqrt(squares)
     norms: NDArray[np.float64] = values.sum(axis=1)
     # A root magnifies what rounding left of the small eigenvalues; only matrices of very low rank suffer from it.
-    noise = 16 * np.finfo(np.float64).eps * squares[:, -1:]
+    noise = np.finfo(np.float64).eps * squares[:, -1:]
     error = (noise / np.maximum(np.maximum(values, np.sqrt(noise)), np.finfo(np.float64).tiny)).sum(axis=1)
     doubtful = error > CLOSE * norms
     if doubtful.any():
