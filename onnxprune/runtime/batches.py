@@ -122,10 +122,9 @@ class Cutter:
                 feed = {n: np.concatenate([rest[n], chunk[n]]) for n in names} if rest else chunk
                 if len(feed[names[0]]) >= step:
                     yield Batch({n: a[:step] for n, a in feed.items()}, names, not self.fixed)
+                    feed = {n: a[step:] for n, a in feed.items()}
                 # a copy: a view would keep the whole set in memory, and some iterators fill one array again and again
-                rest = {n: a[step:].copy() for n, a in feed.items()} if len(feed[names[0]]) > step else {}
-                if len(feed[names[0]]) < step:
-                    rest = {n: a.copy() for n, a in feed.items()}
+                rest = {n: a.copy() for n, a in feed.items()} if len(feed[names[0]]) else {}
         if rest and not self.fixed:
             yield Batch(rest, names, True)
         elif rest:

@@ -239,7 +239,10 @@ def _form(spec: InputSpec, options: ImageOptions) -> Form:
 def _channel_axis(shown: str, dims: Sequence[int | str | None], layout: str | None) -> int:
     """Where the channels stand in an image's shape."""
     if layout is not None:
-        return 0 if layout == "nchw" else 2
+        axis, other = (0, 2) if layout == "nchw" else (2, 0)
+        if dims[axis] not in (1, 3) and dims[other] in (1, 3):
+            raise UsageError(f"{shown} has its channels where layout {layout!r} has none", hint="Drop the layout.")
+        return axis
     likely = [axis for axis in (0, 2) if dims[axis] in (1, 3)]
     if len(likely) == 1:
         return likely[0]
