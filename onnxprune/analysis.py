@@ -80,19 +80,21 @@ class Analysis:
         self.facts: Facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
         self.graph, self.hoists = hoist(folded, self.facts)
         self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
+        self.reshape_axis = "head_dim"
         self.units: Units = self._resolve()
 
     def _resolve(self) -> Units:
         """Units and groups; a group that no weight belongs to (an axis that was only ever repeated) is left alone."""
-        units = resolve(self.table.atoms)
+        units = resolve(self.table.atoms, self.reshape_axis)
         births = self.table.atoms.births
         for group in units.groups:
             numbers = [b for g in (group.id, *group.children) for b in units.groups[g].births]
             group.prunable &= any(births[int(b)].tensor in self.graph.weights for b in numbers)
         return units
 
-    def resolve_again(self) -> None:
-        """Take new freezes into account."""
+    def resolve_again(self, reshape_axis: str | None = None) -> None:
+        """Take new freezes into account, or another choice between the rows and the cells of grids."""
+        self.reshape_axis = reshape_axis or self.reshape_axis
         self.units = self._resolve()
         for name in ("groups", "barriers", "layers", "unlocks", "producers", "slots"):
             self.__dict__.pop(name, None)

@@ -73,12 +73,14 @@ def _place(values: Ids, order: Ids, wanted: Ids) -> Ids:
     return np.where(values[place] == wanted, place, -1)
 
 
-def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]]) -> None:
-    """Cells or rows: rows (heads) are cut where the cells beneath them cannot be, never both at once.
+def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "head_dim") -> None:
+    """Cells or rows: which of the two is cut where both could be.
 
     Args:
         units: their groups' ``prunable`` and ``children`` are filled in.
         views: the grids that each group's units appear in.
+        axis: ``head_dim``: rows (heads) are cut only where the cells beneath them cannot be; ``heads``: wherever they
+            can be, in place of the cells; ``both``: rows, and cells of the rows that stay.
     """
     beneath, stuck = _children(units)
     touching = defaultdict[int, list[int]](list)
@@ -90,9 +92,9 @@ def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]]) -> None:
         group.children = sorted(real)
         cells_work = parent not in stuck and real and all(units.groups[c].prunable for c in real) and -1 not in children
         taken = any(units.groups[c].covered for c in real)
-        if cells_work or taken or (group.prunable and not _go_whole(units, group, views, touching)):
-            group.prunable = False
-        elif group.prunable:
+        group.prunable &= not (taken or (cells_work and axis == "head_dim"))
+        group.prunable = group.prunable and _go_whole(units, group, views, touching)
+        if group.prunable and not (cells_work and axis == "both"):
             for c in real:
                 units.groups[c].prunable, units.groups[c].covered = False, True
 

@@ -70,8 +70,8 @@ class Units:
         return removed
 
 
-def resolve(atoms: Atoms) -> Units:
-    """Units and groups of a ledger, all of it vectorised over atoms."""
+def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
+    """Units and groups of a ledger, all of it vectorised over atoms; ``axis``: see ``choose_rows``."""
     component, count = _components(atoms)
     barrier_of = _frozen(atoms, component, count)
     frozen = barrier_of >= 0
@@ -96,7 +96,7 @@ def resolve(atoms: Atoms) -> Units:
         group_of = np.where(group_of >= 0, index[group_of], -1)
     units = Units(component, frozen, barrier_of, group_of, groups, atoms)
     _mark_approximate(units)
-    choose_rows(units, by_group)
+    choose_rows(units, by_group, axis)
     return units
 
 
