@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import onnx
 
@@ -14,6 +14,7 @@ from onnxprune.passes import Pipeline, Prune, Result, Validate
 from onnxprune.passes.state import Progress
 from onnxprune.plan import Plan
 from onnxprune.runtime.images import ImageOptions
+from onnxprune.selection.request import Options
 
 
 def prune(
@@ -21,10 +22,6 @@ def prune(
     *,
     criterion: str | Criterion = "l2",
     ratio: float = 0.3,
-    layers: Mapping[str, float] | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    round_to: int = 1,
     plan: Plan | str | Path | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     data: Any = None,
@@ -36,15 +33,15 @@ def prune(
     validate: bool = True,
     latency: bool = True,
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Result:
     """Cut a model and prove that the cut is exact.
 
     Args:
         model: path, bytes or ModelProto; never changed.
-        criterion: a name (``l1 l2 gm bn random``) or a function from a slot to scores [channels].
-        ratio: share of every group's units to remove, 0 <= ratio < 1, rounded to what the group's constraints allow.
-        layers: {glob over node or weight names: ratio}. include, exclude: such globs.
-        round_to: keep a multiple of this many units per group where it can be had.
+        criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
+            [channels]; criteria that look at feature maps need ``data``.
+        ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow.
         plan: a plan or its file, replayed instead of scoring.
         input_shapes: {input: shape} for dynamic inputs.
         data: inputs to validate with, and for what asks for calibration data: a .npz or .npy file, a folder of such or
@@ -54,21 +51,16 @@ def prune(
         batch_size: samples per call where the model leaves that open (16). images: how images become arrays.
         seed: of everything random. approximate: also cut through normalisations, which is not exact.
         validate, latency: run the checks; measure speed. progress: called with (stage, fraction).
+        options: how units are chosen: ``layers`` ({glob over node or weight names: ratio}), ``include``, ``exclude``
+            (such globs), ``scope``, ``policy``, ``normalize``, ``group_policy``, ``reshape_axis``, ``max_ratio``,
+            ``round_to``, ``step``, ``rounding``, ``cost``, ``steps`` and ``schedule``, each explained at
+            :class:`onnxprune.selection.request.Request`.
 
     Raises:
         OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
             5 nothing to cut.
     """
-    cut = Prune(
-        criterion,
-        ratio,
-        layers=layers,
-        include=include,
-        exclude=exclude,
-        round_to=round_to,
-        plan=plan,
-        approximate=approximate,
-    )
+    cut = Prune(criterion, ratio, plan=plan, approximate=approximate, **options)
     check = Validate(exact=validate, faithful=validate, timed=validate and latency)
     reading: dict[str, Any] = {"samples": samples, "batch_size": batch_size, "images": images}
     return Pipeline([cut, check]).run(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
-from onnxprune.groups.units import Group, Units
+from onnxprune.groups.units import Units
 from onnxprune.labels.label import covering
 from onnxprune.plan import Plan, PlanGroup, PlanSlot
 
@@ -33,12 +33,14 @@ def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
     cut = [g for g in units.groups if g.prunable and gone[g.units].any()]
     owner = np.full(len(units.groups) + 1, -1, dtype=np.int64)
     for group in cut:
-        owner[[group.id, *group.children]] = group.id
+        owner[group.children] = group.id
+    for group in cut:  # rows and the cells beneath them may both be cut: each then lists its own
+        owner[group.id] = group.id
     by_atom = np.where(removed, owner[units.group_of[units.component]], -1)
     slots = analysis.slots
     groups = []
     for group in cut:
-        mine = {(s.tensor, s.axis): s for g in (group.id, *group.children) for s in slots.get(g, ())}
+        mine = {(s.tensor, s.axis): s for g in np.flatnonzero(owner == group.id) for s in slots.get(int(g), ())}
         found = [_slot(analysis, tensor, axis, by_atom, group.id) for tensor, axis in mine]
         groups.append(PlanGroup(group.id, group.size, np.flatnonzero(gone[group.units]).tolist(), found))
     return Plan(analysis.loaded.sha256, criterion, groups, [asdict(b) for b in analysis.barriers])
@@ -65,6 +67,10 @@ def read_plan(analysis: Analysis, plan: Plan) -> Mask:
             hint="Plans name positions, which mean something else in another model. "
             "Delete 'model_sha256' to try anyway.",
         )
+    known = analysis.units.groups
+    rows = [known[i.id] for i in plan.groups if 0 <= i.id < len(known) and known[i.id].kind == "heads"]
+    if any(not g.prunable for g in rows):  # made where whole rows of grids were cut
+        analysis.resolve_again("both")
     units = analysis.units
     chosen = np.zeros(units.frozen.size, dtype=bool)
     for item in plan.groups:
@@ -132,21 +138,32 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
 
 
 def _check_balance(units: Units, chosen: Mask) -> None:
-    """Every class of a group loses the same share, and something stays."""
+    """Every class of a group loses the same share, and something stays; classes that go with a row aside."""
+    whole = _with_rows(units, chosen)
     for group in units.groups:
         mine = chosen[group.units]
         if not mine.any():
             continue
         counts = np.bincount(group.classes, weights=mine)
         sizes = np.bincount(group.classes)
-        if (counts == sizes).any() or mine.all():
+        stays = np.bincount(group.classes, weights=whole[group.units]) < sizes
+        if (counts == sizes)[stays].any() or mine.all():
             raise UsageError(f"The plan removes every unit of group {group.id} (or of one of its rows): one must stay.")
-        if group.kind == "channels" and _uneven(group, counts, sizes):
+        if group.kind == "channels" and _uneven(counts[stays], sizes[stays]):
             raise UsageError(
                 f"The plan takes unequal shares from the rows of group {group.id}: {counts.astype(int).tolist()}.",
                 hint=f"Take the same number from each of its {len(sizes)} rows.",
             )
 
 
-def _uneven(group: Group, counts: NDArray[Any], sizes: NDArray[np.int64]) -> bool:
-    return bool((counts * sizes[0] != counts[0] * sizes).any())
+def _with_rows(units: Units, chosen: Mask) -> Mask:
+    """Mask over components of what goes because its row does, where rows may be cut."""
+    closed, rows = units.close(chosen), np.zeros_like(chosen)
+    for group in units.groups:
+        if group.prunable and group.kind == "heads":
+            rows[group.units] = closed[group.units]
+    return units.close(rows)
+
+
+def _uneven(counts: NDArray[Any], sizes: NDArray[np.int64]) -> bool:
+    return bool((counts * sizes[:1] != counts[:1] * sizes).any())

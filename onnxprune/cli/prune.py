@@ -17,12 +17,14 @@ from onnxprune.cli import options
 from onnxprune.cli.data_options import data_options
 from onnxprune.cli.layout import HeadedCommand, option
 from onnxprune.cli.request import Request, check
+from onnxprune.cli.selection_options import selection_options
 from onnxprune.errors import BudgetError, ValidationError
 from onnxprune.report import explain, structure, tables
 from onnxprune.report.console import Screen, plain
 from onnxprune.report.facts import Report
 
 WHAT = "What to cut"
+HOW = "How to choose"
 INPUT = "Input"
 CHECKS = "Checks"
 OUTPUT = "Output"
@@ -37,7 +39,7 @@ _PATH = click.Path(path_type=Path)
     type=options.RatioType(),
     default=0.3,
     show_default=True,
-    help="Share of the units of every group to remove.",
+    help="Share of units to remove: of every group, or of all together, see --scope.",
 )
 @option(
     "--criterion",
@@ -45,7 +47,8 @@ _PATH = click.Path(path_type=Path)
     default="l2",
     show_default=True,
     metavar="NAME",
-    help="What matters least: l1, l2, gm, bn, random, or a registered name.",
+    help="What matters least, by weights: l1, l2, gm, lamp, bn, random; by feature maps of --data: wanda, obs, "
+    "variance, activation, apoz, nuclear, hrank, cosine, snp; or a registered name.",
 )
 @option(
     "--layer",
@@ -62,13 +65,6 @@ _PATH = click.Path(path_type=Path)
     "--include", heading=WHAT, multiple=True, metavar="PATTERN", help="Cut only these layers or weights; repeatable."
 )
 @option(
-    "--round-to",
-    heading=WHAT,
-    type=options.NumberType(1, "what to keep a multiple of"),
-    default=1,
-    help="Keep a multiple of N per group where it can be had.",
-)
-@option(
     "--approximate",
     heading=WHAT,
     is_flag=True,
@@ -77,6 +73,7 @@ _PATH = click.Path(path_type=Path)
 @option(
     "--apply-plan", heading=WHAT, type=_PATH, metavar="FILE.json", help="Remove what this plan says (prune by index)."
 )
+@selection_options(HOW)
 @option(
     "--input-shape",
     "shapes",
@@ -143,7 +140,7 @@ def _cut(request: Request, screen: Screen) -> Any:
             layers=options.unique("--layer", request.layers) or None,
             include=request.include,
             exclude=request.exclude,
-            round_to=request.round_to,
+            **request.selection.arguments(),
             plan=request.apply_plan,
             input_shapes=options.unique("--input-shape", request.shapes) or None,
             **request.data.arguments(),
@@ -217,7 +214,7 @@ def _parts(request: Request, report: Report, screen: Screen) -> list[RenderableT
     parts: list[RenderableType] = []
     if request.explain:
         groups = [plain(group) for group in report.groups]
-        short = explain.shortfalls(report.layers, groups, request.asked, request.round_to)
+        short = explain.shortfalls(report.layers, groups, request.asked, request.selection.round_to)
         parts += [tables.heading("Groups"), *structure.groups(groups, name_width=width)]
         parts += [
             tables.heading("Layers that were not cut, or less than asked"),

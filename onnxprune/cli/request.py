@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from onnxprune.cli import options
 from onnxprune.cli.data_options import DataOptions
+from onnxprune.cli.selection_options import SelectionOptions
 from onnxprune.errors import UsageError
 
 # What a plan already decides: giving one of these beside it would be silently ignored otherwise.
@@ -21,7 +22,7 @@ _DECIDED_BY_PLAN = {
     "layers": "--layer",
     "include": "--include",
     "exclude": "--exclude",
-    "round_to": "--round-to",
+    **{entry.name: f"--{entry.name.replace('_', '-')}" for entry in fields(SelectionOptions)},
 }
 
 
@@ -36,7 +37,7 @@ class Request:
     layers: tuple[tuple[str, float], ...]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
-    round_to: int
+    selection: SelectionOptions
     plan: Path | None
     apply_plan: Path | None
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
@@ -53,16 +54,18 @@ class Request:
         return self.output or options.default_output(self.model)
 
     def asked(self, names: Sequence[str]) -> float | None:
-        """The ratio asked for a group with these names: the last ``--layer`` that matches, 0 when a plan decides.
+        """The least that was asked of a group with these names: the last ``--layer`` that matches, else ``--ratio``.
 
-        None when the group is excluded.
+        0 where a plan or a threshold over several groups decides; None when the group is excluded.
         """
         if self.apply_plan is not None:
             return 0.0
         if _match(names, self.exclude) or (self.include and not _match(names, self.include)):
             return None
         matching = [share for pattern, share in self.layers if _match(names, [pattern])]
-        return matching[-1] if matching else self.ratio
+        if not matching and self.selection.scope != "local":
+            return 0.0
+        return min(matching[-1] if matching else self.ratio, self.selection.max_ratio or 1.0)
 
 
 def _match(names: Sequence[str], patterns: Sequence[str]) -> bool:
@@ -73,6 +76,7 @@ def check(ctx: click.Context, request: Request) -> None:
     """Everything that can be found wrong before the work starts; raises UsageError."""
     from onnxprune.criteria import registry
     from onnxprune.model.save import check_output
+    from onnxprune.selection.scores import needs_data
 
     options.existing(request.model, "model")
     options.criterion(request.criterion, registry.names())
@@ -86,6 +90,9 @@ def check(ctx: click.Context, request: Request) -> None:
                     hint="The plan already says what is removed: drop one of the two.",
                 )
     request.data.check()
+    blind = request.apply_plan is None and request.data.data is None
+    if blind and registry.needs_of(registry.get(request.criterion)):
+        raise needs_data(request.criterion)
     if request.min_fidelity is not None and request.no_validate:
         raise UsageError(
             "--min-fidelity needs the models to run, and --no-validate forbids it", hint="Drop one of the two."

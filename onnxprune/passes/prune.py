@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import onnx
@@ -17,28 +17,31 @@ from onnxprune.errors import BudgetError
 from onnxprune.graph.restore import restore
 from onnxprune.graph.unshare import rejoin
 from onnxprune.model.weights import Weight
+from onnxprune.passes.select import Selector
 from onnxprune.passes.state import State
 from onnxprune.plan import Plan
 from onnxprune.planning import atoms_removed, make_plan, read_plan
 from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import CannotRewrite, cut
-from onnxprune.selection.allocate import Request, check_patterns, ratio_of, removable_steps, weakest
-from onnxprune.selection.scores import score
+from onnxprune.selection.request import Options, check_patterns, request_of
+
+Mask = NDArray[np.bool_]
 
 
 class Prune:
     """Remove the units that matter least.
 
     Args:
-        criterion: a name, or a function from a slot to scores [channels].
-        ratio: share of every group's units to remove, 0 <= ratio < 1.
-        layers: {glob over node or weight names: ratio}. include, exclude: such globs.
-        round_to: keep a multiple of this many units where it can be had.
+        criterion: a name, or a function from a slot (and its maps) to scores [channels].
+        ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all together, see ``scope``.
         plan: a plan or its file, replayed instead of scoring.
         approximate: also cut through normalisations, which is not exact.
+        options: fields of :class:`onnxprune.selection.request.Request`, such as ``layers``, ``scope`` or ``policy``;
+            ``onnxprune.prune`` explains them.
 
     Raises:
-        UsageError: a value out of range, a pattern that matches nothing, a plan that does not fit.
+        UsageError: a value out of range, a pattern that matches nothing, a plan that does not fit, data that a
+            criterion needs and that are not there.
         BudgetError: nothing could be cut.
     """
 
@@ -47,71 +50,68 @@ class Prune:
         criterion: str | Criterion = "l2",
         ratio: float = 0.3,
         *,
-        layers: Mapping[str, float] | None = None,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        round_to: int = 1,
         plan: Plan | str | Path | None = None,
         approximate: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        self.request = Request(ratio, dict(layers or {}), tuple(include), tuple(exclude), round_to)
+        self.request = request_of(ratio, options)
         self.criterion = get(criterion) if isinstance(criterion, str) else criterion
         self.name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom")
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         self.approximate = approximate
-        self.asked: dict[int, float | None] = {}
 
     def __call__(self, state: State) -> None:
         """Choose units, cut the model, fill plan and report."""
-        analysis = state.analyzed(self.approximate)
-        labels = (n.label for n in analysis.graph.nodes)
-        check_patterns(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
+        analysis = self._prepared(state)
         with state.stage("cut"):
-            removed, proto, weights = self._cut(analysis, state)
+            removed, proto, weights, selector = self._cut(analysis, state)
             restore(proto, weights, analysis.unshared, analysis.folds, analysis.hoists)
             rejoin(proto, weights, analysis.copies)
         state.removed, state.proto, state.weights = removed, proto, weights
         criterion = self.name if self.plan is None else self.plan.criterion
-        asked = dict(self.asked)
+        settings = {"criterion": criterion, **(self.request.settings if self.plan is None else {})}
 
         def describe() -> None:
             state.plan = make_plan(analysis, removed, criterion)
-            _fill_report(analysis, removed, weights, state, asked)
+            state.report.settings = settings
+            _fill_report(analysis, removed, weights, state, selector)
 
         state.later.append(describe)
 
-    def _cut(self, analysis: Analysis, state: State) -> tuple[NDArray[np.bool_], onnx.ModelProto, dict[str, Weight]]:
-        """Cut; a node that has no form with the new sizes is frozen, and the choice is made again without it."""
-        for _ in range(len(analysis.graph.nodes) + 1):
-            components = self._choose(analysis, state.seed)
-            removed = atoms_removed(analysis.units, components)
-            try:
-                proto, weights = cut(analysis.table, removed)
-                return removed, proto, weights
-            except CannotRewrite as stop:
-                _freeze(analysis, stop, removed)
-        raise AssertionError("every node was frozen")  # pragma: no cover
+    def selector(self, state: State) -> Selector:
+        """What chooses the units, for those who want to know before they cut: ``selector(state).at(ratio)``."""
+        return Selector(state, self._prepared(state), self.request, self.criterion, self.name)
 
-    def _choose(self, analysis: Analysis, seed: int) -> NDArray[np.bool_]:
-        """Mask over components of what goes."""
-        units = analysis.units
-        self.asked = {}
-        chosen = np.zeros(units.frozen.size, dtype=bool)
-        if self.plan is not None:
-            return read_plan(analysis, self.plan)
-        steps = {}
-        for group in units.groups:
-            if group.prunable:
-                ratio = self.asked[group.id] = ratio_of(analysis.names_of(group), self.request)
-                steps[group.id] = removable_steps(group, ratio, self.request.round_to) if ratio is not None else 0
-        if not steps:
-            raise BudgetError("No channel of this model can be removed.", hint=_reasons(analysis))
-        groups = [units.groups[i] for i, n in steps.items() if n]
-        scores = score(analysis.table, units, groups, self.criterion, seed)
-        for group in groups:
-            if group.id in scores:
-                chosen[group.units[weakest(group, scores[group.id], steps[group.id])]] = True
-        return chosen
+    def _prepared(self, state: State) -> Analysis:
+        analysis = state.analyzed(self.approximate)
+        labels = (n.label for n in analysis.graph.nodes)
+        check_patterns(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
+        return analysis
+
+    def _cut(
+        self, analysis: Analysis, state: State
+    ) -> tuple[Mask, onnx.ModelProto, dict[str, Weight], Selector | None]:
+        """Cut; a node that has no form with the new sizes is frozen, and the choice is made again without it."""
+        seconds: dict[str, float] = {}
+        for _ in range(len(analysis.graph.nodes) + 1):
+            selector = None
+            if self.plan is not None:
+                chosen = read_plan(analysis, self.plan)
+            else:
+                selector = Selector(state, analysis, self.request, self.criterion, self.name, seconds)
+                if not selector.asked:
+                    raise BudgetError("No channel of this model can be removed.", hint=_reasons(analysis))
+            removed = np.zeros(analysis.units.component.size, dtype=bool)
+            try:
+                if selector is not None:
+                    chosen = selector()
+                removed = atoms_removed(analysis.units, chosen)
+                proto, weights = cut(analysis.table, removed)
+                return removed, proto, weights, selector
+            except CannotRewrite as stop:
+                # Feature maps of a model that is cut in several steps are taken from the cut model.
+                _freeze(analysis, stop, removed if removed.any() or selector is None else selector.removed)
+        raise AssertionError("every node was frozen")  # pragma: no cover
 
 
 def _reasons(analysis: Analysis) -> str:
@@ -171,10 +171,12 @@ def _fill_report(
     removed: NDArray[np.bool_],
     weights: Mapping[str, Weight],
     state: State,
-    asked: Mapping[int, float | None],
+    selector: Selector | None,
 ) -> None:
     after = After(analysis.table, removed)
     report = state.report
+    asked = {} if selector is None else selector.asked
+    kept = {} if selector is None else selector.kept
 
     def size(name: str) -> int:
         return int(np.prod(after.shape(name) or (), dtype=np.int64))
@@ -183,10 +185,16 @@ def _fill_report(
     report.barriers = [asdict(b) for b in analysis.barriers]
     taken = {g.id: len(g.removed or ()) for g in state.plan.groups}
     report.groups = [_group_facts(g, taken.get(g.id, 0), asked.get(g.id)) for g in analysis.groups]
+    for facts in report.groups:
+        facts["reason"] = facts["reason"] or kept.get(facts["id"], "")
     excluded = {n.label for i, ratio in asked.items() if ratio is None for n in analysis.producers.get(i, ())}
+    reasons = dict.fromkeys(excluded, "excluded: by --exclude, or not among --include")
+    reasons |= {n.label: why for i, why in kept.items() for n in analysis.producers.get(i, ())}
     for layer in report.layers:
-        if layer.name in excluded and layer.channels_after == layer.channels_before:
-            layer.reason = "excluded: by --exclude, or not among --include"
+        if layer.name in reasons and layer.channels_after == layer.channels_before:
+            layer.reason = reasons[layer.name]
+    if selector is not None:
+        report.warnings += selector.warnings
     totals = report.totals
     totals.params_before = analysis.parameters
     totals.params_after = sum(int(np.prod(w.shape)) for w in weights.values())

@@ -98,6 +98,8 @@ class Report:
 
     model: str = ""
     output: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How units were chosen: criterion, scope, policy, normalisation and the rest; only the criterion for a plan."""
     layers: list[LayerFacts] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
     exactness: Exactness = field(default_factory=Exactness)

@@ -77,6 +77,16 @@ BARRIERS: dict[str, Words] = {
         "The layer was left out by --exclude, or is not among those of --include.",
         "Change --exclude or --include to cut it.",
     ),
+    "no-score": Words(
+        "not scored by the criterion",
+        "The criterion has nothing to say about these channels, so there was nothing to choose by.",
+        "Another --criterion may have: l2 and gm score every weight.",
+    ),
+    "kept-whole": Words(
+        "kept whole by option",
+        "The channels lie in several rows (heads, convolution groups), and --group-policy none leaves such alone.",
+        "Choose another --group-policy to cut them.",
+    ),
     "recurrent-state": Words(
         "recurrent state",
         "The channels are the state of a recurrent layer that is also given from, or handed to, the outside.",

@@ -1,108 +1,122 @@
-"""Scores of units: run a criterion over every slot of every group, one weight in memory at a time."""
+"""Scores: run a criterion over slots, then make the scores of each slot comparable and add them up to units."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (gives numpy the arithmetic of bfloat16 and int4)
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.criteria import Criterion, Slot
 from onnxprune.errors import ModelError, UsageError
-from onnxprune.groups.units import Group, Units
-from onnxprune.labels.label import Ids, Label
-from onnxprune.rules.context import Table
-from onnxprune.selection.dequantize import is_setting, real_values
+from onnxprune.labels.label import Ids
+from onnxprune.selection.normalize import normalize
+from onnxprune.selection.policy import Part, combine
+from onnxprune.selection.slots import Placed
 
-Scores = dict[int, NDArray[np.float64]]
+Array = NDArray[np.float64]
+
+NEEDS: dict[str, str] = {
+    "bn": "'bn' needs BatchNormalization nodes behind the channels; try 'l2' or 'gm'.",
+    "hrank": "'hrank' needs feature maps with two spatial axes, as convolutions have; try 'l2' or 'wanda'.",
+    "nuclear": "'nuclear' needs feature maps with more than one value per channel; try 'l2' or 'wanda'.",
+    "snp": "'snp' needs attention heads, queries that are multiplied with keys; try 'l2' or 'wanda'.",
+}
+"""What the criteria that are picky about layers look for."""
 
 
-def score(table: Table, units: Units, groups: Iterable[Group], criterion: Criterion, seed: int = 0) -> Scores:
-    """Scores [units] of every group in ``groups``, by group id.
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a criterion said about one slot: raw scores [channels] of group ``group``."""
 
-    A unit's score is the sum over its slots of the slot's scores divided by their mean, so that slots of different size
-    weigh the same. Matrices decide where there are any; vectors (biases, BatchNorm) only where there are none, unless
-    the criterion itself picks its slots.
+    group: int
+    tensor: str
+    units: Ids
+    scores: Array
+    rank: int = 0
+    place: tuple[int, ...] = (0,)
+
+
+def scored(slots: Iterable[Placed], criterion: Callable[[Slot], NDArray[Any] | None]) -> list[Scored]:
+    """Raw scores of every slot that the criterion has something to say about.
+
+    Matrices decide where there are any; vectors (biases, BatchNorm) only where there are none, unless the criterion
+    itself picks its slots.
 
     Raises:
         ModelError: a weight holds NaN or infinity.
-        UsageError: the criterion applies to none of the groups.
+        UsageError: the criterion gives scores of another shape, or that are not finite.
     """
-    wanted = {g.id: g for g in groups}
-    targets = _Targets(units, wanted.values())
-    totals = {i: np.zeros(g.size) for i, g in wanted.items()}
+    found: list[Scored] = []
     ranks: dict[int, int] = {}
-    for name, label, array in _weights(table, units, targets):
-        for number, slot in _slots(table, units, wanted, targets, name, label, array, seed):
-            scores = criterion(slot)
-            if scores is None:
-                continue
-            _refuse_nan(criterion, slot, scores)
-            rank = 2 if array.ndim > 1 else 1
-            if rank < ranks.get(number, 0):
-                continue
-            if rank > ranks.get(number, 0):
-                ranks[number] = rank
-                totals[number][:] = 0.0
-            _add(totals[number], slot, np.asarray(scores, dtype=np.float64))
-    if wanted and not ranks:
-        raise UsageError(
-            "This criterion applies to no layer of the model.",
-            hint="'bn' needs BatchNormalization nodes; try 'l2' or 'gm'.",
-        )
-    return {i: s for i, s in totals.items() if i in ranks}
-
-
-class _Targets:
-    """The wanted group and the unit that every component counts for, -1 where none: its own, or the row it lies in."""
-
-    def __init__(self, units: Units, groups: Iterable[Group]) -> None:
-        self.group = np.full(units.frozen.size, -1, dtype=np.int64)
-        self.unit = np.full(units.frozen.size, -1, dtype=np.int64)
-        for group in groups:
-            self.group[group.units] = group.id
-            self.unit[group.units] = np.arange(group.size)
-        for rows in reversed(units.atoms.rows):
-            above = units.component[rows.rows]
-            mine = self.group[above] >= 0
-            cells = units.component[rows.cells[mine]]
-            fresh = self.group[cells] < 0
-            for values in (self.group, self.unit):
-                values[cells[fresh]] = np.broadcast_to(values[above[mine]][:, None], cells.shape)[fresh]
-
-
-def _add(total: NDArray[np.float64], slot: Slot, scores: NDArray[np.float64]) -> None:
-    if scores.shape != slot.units.shape:
-        raise UsageError(
-            f"The criterion returned shape {scores.shape} for {slot.tensor!r}, {slot.units.shape} was expected.",
-            hint="A criterion returns one score per channel of the slot.",
-        )
-    mean = float(np.abs(scores).mean())
-    np.add.at(total, slot.units, scores / mean if mean > 0 else scores)
-
-
-def _weights(table: Table, units: Units, targets: _Targets) -> Iterator[tuple[str, Label, NDArray[Any]]]:
-    for name, labels in list(table.items().items()):
-        weight = table.graph.weights.get(name)
-        if weight is None or is_setting(table.graph, name):
+    for placed in slots:
+        slot = placed.slot
+        raw = criterion(slot)
+        if raw is None:
             continue
-        array: NDArray[Any] | None = None
-        for label in labels:
-            if (targets.group[units.component[label.ids]] < 0).all():
-                continue
-            if array is None:
-                array = _readable(real_values(table.graph, name, weight.read()))
-            yield name, label, array
+        if np.shape(raw) != slot.units.shape:
+            raise UsageError(
+                f"The criterion returned shape {np.shape(raw)} for {slot.tensor!r}, {slot.units.shape} was expected.",
+                hint="A criterion returns one score per channel of the slot.",
+            )
+        _refuse_nan(criterion, slot, raw)
+        ranks[placed.group] = max(ranks.get(placed.group, 0), placed.rank)
+        if placed.rank == ranks[placed.group]:
+            scores = np.asarray(raw, dtype=np.float64)
+            found.append(Scored(placed.group, slot.tensor, slot.units, scores, placed.rank, placed.place))
+    return [item for item in found if item.rank == ranks[item.group]]
 
 
-def _readable(array: NDArray[Any]) -> NDArray[Any]:
-    """Arrays in a type that numpy multiplies quickly and without overflow."""
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+def without(items: Iterable[Scored], gone: Mapping[int, NDArray[np.bool_]]) -> list[Scored]:
+    """The scores less those of units that are gone, {group: mask over its units}."""
+    kept = []
+    for item in items:
+        mask = gone.get(item.group)
+        if mask is not None and mask[item.units].any():
+            alive = ~mask[item.units]
+            item = Scored(item.group, item.tensor, item.units[alive], item.scores[alive], item.rank, item.place)
+        if item.units.size:
+            kept.append(item)
+    return kept
 
 
-def _refuse_nan(criterion: Criterion, slot: Slot, scores: NDArray[Any]) -> None:
+def unit_scores(items: Sequence[Scored], sizes: Mapping[int, int], method: str, policy: str) -> dict[int, Array]:
+    """Scores [units] of every group that some slot says something about, by group id.
+
+    Args:
+        items: raw scores. sizes: units of each group. method: see ``normalize``. policy: see ``combine``.
+    """
+    parts: dict[int, list[Part]] = {}
+    for item in items:
+        parts.setdefault(item.group, []).append(Part(item.units, normalize(item.scores, method), item.place))
+    return {number: combine(found, sizes[number], policy) for number, found in parts.items()}
+
+
+def all_constant(items: Sequence[Scored]) -> bool:
+    """Whether no slot tells its channels apart."""
+    telling = [x for x in items if x.scores.size > 1]
+    return bool(telling) and all(np.ptp(x.scores) == 0 for x in telling)
+
+
+def nothing_to_say(name: str) -> UsageError:
+    """The error for a criterion that applies to none of the groups."""
+    return UsageError(
+        f"The criterion {name!r} applies to no layer of the model.",
+        hint=NEEDS.get(name, "Another criterion may: 'l2' and 'gm' have a score for every weight."),
+    )
+
+
+def needs_data(name: str) -> UsageError:
+    """The error for a criterion that looks at feature maps where there is nothing to run the model on."""
+    return UsageError(
+        f"--criterion {name} needs data: it scores channels by what flows through them.",
+        hint="Give inputs with --data (Python: data=...), or take a criterion that reads weights, such as l2.",
+    )
+
+
+def _refuse_nan(criterion: Callable[[Slot], Any], slot: Slot, scores: NDArray[Any]) -> None:
     """NaN or infinity in a weight shows in its scores, unless the criterion does not read it all."""
     finite = bool(np.isfinite(scores).all())
     if finite and not getattr(criterion, "reads_all", False):
@@ -116,55 +130,11 @@ def _refuse_nan(criterion: Criterion, slot: Slot, scores: NDArray[Any]) -> None:
         raise UsageError(f"The criterion gave NaN or infinity for {slot.tensor!r}.", hint="Scores must be finite.")
 
 
-def _slots(
-    table: Table,
-    units: Units,
-    wanted: dict[int, Group],
-    targets: _Targets,
-    name: str,
-    label: Label,
-    array: NDArray[Any],
-    seed: int,
-) -> Iterator[tuple[int, Slot]]:
-    """One slot per wanted group that has units on this label; positions of one unit are laid side by side."""
-    component = units.component[label.ids]
-    role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
-    numbers, unit = targets.group[component], targets.unit[component]
-    for number in np.flatnonzero(np.bincount(numbers.ravel() + 1)):
-        if number == 0:  # what no wanted group claims
-            continue
-        group = wanted[int(number) - 1]
-        owner = np.where(numbers == group.id, unit, -1)
-        slot = _slot(name, label, array, owner, group.size, role, (seed, group.id))
-        if slot is not None:
-            yield group.id, slot
+def by_maps(criterion: Criterion) -> Callable[[Slot], NDArray[Any] | None]:
+    """A criterion of two arguments as a function of a slot that carries its maps."""
 
+    def of_slot(slot: Slot) -> NDArray[Any] | None:
+        return criterion(slot, slot.maps)
 
-def _slot(
-    name: str,
-    label: Label,
-    array: NDArray[Any],
-    owner: Ids,
-    size: int,
-    role: list[tuple[str, int]],
-    seed: tuple[int, int],
-) -> Slot | None:
-    flat = owner.ravel()
-    if not label.is_grid and flat.size == size and np.array_equal(flat, np.arange(size)):
-        axis = label.pack
-        blocks = array.reshape(int(np.prod(array.shape[:axis])), array.shape[axis], -1)
-        return Slot(name, axis, blocks, role, flat, size, seed)
-    chosen = np.flatnonzero(flat >= 0)
-    if not chosen.size:
-        return None
-    axes = label.axes
-    rows = np.moveaxis(array, axes, range(len(axes))).reshape(flat.size, -1)
-    order = chosen[np.argsort(flat[chosen], kind="stable")]
-    who = flat[order]
-    counts = np.bincount(who, minlength=size)
-    present = np.flatnonzero(counts)
-    if (counts[present] == counts[present[0]]).all():
-        # Equally many positions per unit: all of a unit's positions are one row of features.
-        matrix = rows[order].reshape(present.size, -1)
-        return Slot(name, label.pack, matrix[None], role, present, size, seed)
-    return Slot(name, label.pack, rows[order][None], role, who, size, seed)
+    of_slot.reads_all = getattr(criterion, "reads_all", False)  # type: ignore[attr-defined]
+    return of_slot

@@ -26,6 +26,18 @@ BAD = [
     (["--min-fidelity", "2"], "--min-fidelity: 2 is not allowed", "0 < X <= 1"),
     (["--min-fidelity", "high"], "--min-fidelity: high is not allowed", "0 < X <= 1"),
     (["--min-fidelity", "0.9", "--no-validate"], "--no-validate forbids it", "drop one of the two"),
+    (["--scope", "globl"], "--scope: unknown value 'globl'", "did you mean 'global'? allowed: local, global"),
+    (["--policy", "mean"], "--policy: unknown value 'mean'", "allowed: sum, average, max, backward"),
+    (["--normalize", "lineal"], "--normalize: unknown value 'lineal'", "did you mean 'linear'?"),
+    (["--group-policy", "counts"], "--group-policy: unknown value 'counts'", "did you mean 'count'?"),
+    (["--reshape-axis", "head"], "--reshape-axis: unknown value 'head'", "did you mean 'heads'?"),
+    (["--rounding", "downwards"], "--rounding: unknown value 'downwards'", "did you mean 'down'?"),
+    (["--cost", "flops"], "--cost: unknown value 'flops'", "allowed: none, macs, params, latency"),
+    (["--schedule", "cosine"], "--schedule: unknown value 'cosine'", "did you mean 'cos'?"),
+    (["--max-ratio", "0"], "--max-ratio: 0 is out of range", "0 < R <= 1"),
+    (["--step", "0"], "--step: 0 is not allowed", "whole number from 1"),
+    (["--steps", "two"], "--steps: two is not allowed", "whole number from 1"),
+    (["--criterion", "wanda"], "--criterion wanda needs data", "--data"),
     (["--criterion", "l3"], "unknown criterion 'l3'", "did you mean 'l"),
     (["--apply-plan", "none.json"], "plan 'none.json' not found", "check the path"),
     (["--data", "none.npz"], "data 'none.npz' not found", "check the path"),
@@ -76,6 +88,9 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
     data = model.with_name("d.npz")
     data.write_bytes(b"")
     args = ["--criterion", "gm", "--ratio", "0.25", "--layer", "*conv=0.5", "--layer", "a=b=0", "--include", "i*"]
+    args += ["--scope", "slamp", "--policy", "max", "--normalize", "tss", "--group-policy", "sum", "--step", "4"]
+    args += ["--reshape-axis", "both", "--max-ratio", "0.8", "--rounding", "down", "--cost", "macs"]
+    args += ["--steps", "3", "--schedule", "cube"]
     args += ["--exclude", "e1", "--exclude", "e2", "--round-to", "8", "--input-shape", "x=2,3", "--seed", "7"]
     args += ["--data", data, "--samples", "9", "--batch-size", "4"]
     assert run(model, *args, "--approximate").exit_code == 0
@@ -88,7 +103,18 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "layers": {"*conv": 0.5, "a=b": 0.0},
         "include": ("i*",),
         "exclude": ("e1", "e2"),
+        "scope": "slamp",
+        "policy": "max",
+        "normalize": "tss",
+        "group_policy": "sum",
+        "reshape_axis": "both",
+        "max_ratio": 0.8,
         "round_to": 8,
+        "step": 4,
+        "rounding": "down",
+        "cost": "macs",
+        "steps": 3,
+        "schedule": "cube",
         "plan": None,
         "input_shapes": {"x": (2, 3)},
         "data": data,

@@ -1,0 +1,208 @@
+"""Score and choose: which units go, in one step or several, without cutting anything yet."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.analysis import Analysis
+from onnxprune.criteria import Criterion, needs_of
+from onnxprune.errors import UsageError
+from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.probes import input_specs
+from onnxprune.groups.units import Group
+from onnxprune.model.save import save
+from onnxprune.passes.calibrate import captured_maps
+from onnxprune.passes.state import State
+from onnxprune.planning import atoms_removed
+from onnxprune.runtime.inputs import synthetic
+from onnxprune.runtime.profile import profile
+from onnxprune.runtime.sessions import Feed
+from onnxprune.selection.choose import Array, batches, candidates, choose, contests, split_rows
+from onnxprune.selection.costs import savings, spread
+from onnxprune.selection.map_slots import map_slots
+from onnxprune.selection.request import Request
+from onnxprune.selection.scopes import Contest, nearest_count
+from onnxprune.selection.scores import (
+    Scored,
+    all_constant,
+    by_maps,
+    needs_data,
+    nothing_to_say,
+    scored,
+    unit_scores,
+    without,
+)
+from onnxprune.selection.slots import Placed, weight_slots
+
+Mask = NDArray[np.bool_]
+
+
+class Selector:
+    """Chooses units of one analysed model.
+
+    Args:
+        state: the run. analysis: of the original; its grids are taken as ``request`` wants them.
+        request: what was asked for. criterion, name: what scores, and what it is called.
+        seconds: kept from one choice to the next: time of every node, filled where ``cost`` asks for it.
+
+    Attributes:
+        asked: the ratio asked for each group, None where it is excluded.
+        kept: groups that were left whole although they may be cut, with the reason.
+        warnings: what the user should know about the choice.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        analysis: Analysis,
+        request: Request,
+        criterion: Criterion,
+        name: str,
+        seconds: dict[str, float] | None = None,
+    ) -> None:
+        if analysis.reshape_axis != request.reshape_axis:
+            analysis.resolve_again(request.reshape_axis)
+        self.state, self.analysis, self.request = state, analysis, request
+        self.criterion, self.name = criterion, name
+        self.needs = needs_of(criterion)
+        if self.needs and state.data is None:
+            raise needs_data(name)
+        self.found = candidates(analysis, request)
+        split = split_rows(analysis, self.found)
+        if split:
+            raise UsageError(
+                f"--reshape-axis both cannot cut group {split[0]}: its rows do not hold whole rows of every grid.",
+                hint="Take --reshape-axis heads or head_dim.",
+            )
+        self.asked, self.kept = self.found.asked, dict(self.found.kept)
+        self.warnings: list[str] = []
+        self.removed = np.zeros(analysis.units.component.size, dtype=bool)
+        self._seconds = {} if seconds is None else seconds
+        self._every = False
+        self._last: dict[int, Contest] = {}
+
+    def __call__(self) -> Mask:
+        """Mask over components of what goes, after all steps."""
+        steps, chosen = self.request.steps, np.zeros(self.analysis.units.frozen.size, dtype=bool)
+        weighed = self._savings()
+        for i in range(1, steps + 1):
+            if steps > 1:
+                self.state.tell("score", (i - 1) / steps)
+            gone = self.analysis.units.close(chosen) if chosen.any() else None
+            if gone is not None:
+                self.removed = np.asarray(gone[self.analysis.units.component])
+            self._last = self._contests(gone, i / steps, weighed)
+            chosen = choose(self.analysis, self.request, self._last)
+        self._warn(chosen)
+        return chosen
+
+    def at(self, ratio: float) -> Mask:
+        """Mask over atoms of what would go at another ratio; where there is one step, scores are made only once."""
+        request = replace(self.request, ratio=ratio)
+        if self.request.steps > 1:
+            other = Selector(self.state, self.analysis, request, self.criterion, self.name, self._seconds)
+            return atoms_removed(self.analysis.units, other())
+        if not self._every:
+            self._every = True
+            self._last = self._contests(None, 1.0, self._savings())
+        asked = candidates(self.analysis, request).asked
+        again = {n: replace(c, ratio=self._share(asked[n] or 0.0, n)) for n, c in self._last.items()}
+        return atoms_removed(self.analysis.units, choose(self.analysis, request, again))
+
+    def _share(self, ratio: float, number: int) -> float:
+        return 1.0 - (1.0 - ratio) ** 0.5 if number in self.found.halved else ratio
+
+    def _contests(self, gone: Mask | None, done: float, weighed: dict[int, Array] | None) -> dict[int, Contest]:
+        """Score what is left, and put the groups against each other."""
+        groups = [g for g in self.found.groups if self._takes_part(g)]
+        if not groups:
+            return {}
+        items = self._scored(groups, gone)
+        if not items and gone is None:
+            raise nothing_to_say(self.name)
+        if self.needs and gone is None and all_constant(items):
+            self.warnings.append(f"{self.name} gives all channels the same score: are the data constant?")
+        sizes = {g.id: g.size for g in groups}
+        scores = unit_scores(items, sizes, self.request.normalize, self.request.policy)
+        if gone is not None:  # what was chosen before stays chosen, whether or not there is something left to score
+            scores = {n: scores.get(n, np.zeros(sizes[n])) for n in self._last}
+        for group in groups:
+            if group.id not in scores:
+                self.kept[group.id] = f"no-score: criterion {self.name} has no score for these channels"
+        return contests(self.analysis, self.request, self.found, scores, savings=weighed, gone=gone, done=done)
+
+    def _takes_part(self, group: Group) -> bool:
+        """Whether the group can lose anything at all, so that its scores matter."""
+        ratio = self.asked[group.id] or 0.0
+        if self._every:
+            return True
+        if self.request.scope != "local" and group.id not in self.found.alone:
+            return ratio > 0
+        steps = np.arange(group.steps)
+        return ratio > 0 and (self.request.round_to > 1 or nearest_count(steps, ratio * group.steps, "up") > 0)
+
+    def _scored(self, groups: Sequence[Group], gone: Mask | None) -> list[Scored]:
+        """Raw scores of every slot, less what is gone."""
+        units = self.analysis.units
+        removed = None if gone is None else np.asarray(gone[units.component])
+        slots = self._by_maps(groups, removed) if self.needs else self._by_weights(groups, removed)
+        items = scored(slots, by_maps(self.criterion) if self.needs else self.criterion)
+        return items if gone is None else without(items, {g.id: gone[g.units] for g in groups})
+
+    def _by_weights(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed]:
+        placed = self.request.policy == "backward"
+        for lot in batches(groups):
+            yield from weight_slots(self.analysis.table, self.analysis.units, lot, self.state.seed, removed, placed)
+
+    def _by_maps(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed]:
+        captured = captured_maps(self.state, self.analysis, groups, self.needs, removed)
+        for lot in batches(groups):
+            for number, (group, slot) in enumerate(map_slots(self.analysis, lot, captured, removed, self.state.seed)):
+                yield Placed(group, slot, 0, (number,))
+
+    def _savings(self) -> dict[int, Array] | None:
+        what = self.request.cost
+        if what == "none":
+            return None
+        seconds = self._measured() if what == "latency" else None
+        return savings(self.analysis, self.found.groups, what, seconds)
+
+    def _measured(self) -> dict[str, float]:
+        """Time of every node of the original, measured once per run."""
+        analysis, state = self.analysis, self.state
+        if not self._seconds:
+            with state.stage("profile"), tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+                path = analysis.loaded.path
+                if path is None:
+                    path = Path(folder) / "original.onnx"
+                    save(analysis.loaded.proto, analysis.loaded.weights, path)
+                times = profile(path, [_feed(state, analysis)])
+            self._seconds.update(spread(analysis, [(t.name, t.op, t.seconds) for t in times]))
+        return self._seconds
+
+    def _warn(self, chosen: Mask) -> None:
+        """Say so where one threshold cannot reach what was asked."""
+        pool = {n: c for n, c in self._last.items() if self.request.scope != "local" and not c.alone}
+        groups = self.analysis.units.groups
+        target = sum(c.ratio * c.values.size for c in pool.values())
+        taken = sum(int(chosen[groups[n].units].sum()) for n in pool)
+        widest = max((int(np.diff(c.counts).max(initial=1)) * c.per_step for c in pool.values()), default=0)
+        if taken + widest * len({c.cohort for c in pool.values()}) < target:
+            self.warnings.append(
+                f"{taken} of {target:.0f} units asked for were removed: no group may lose more than "
+                f"{self.request.widest:g} of its units (--max-ratio)"
+            )
+
+
+def _feed(state: State, analysis: Analysis) -> Feed:
+    """One call of the model: the user's inputs, else synthetic ones."""
+    if state.data is not None:
+        return next(iter(state.calibration().first(1)))
+    bounds = integer_bounds(analysis.graph, analysis.facts)
+    return synthetic(input_specs(analysis.graph), analysis.facts.probes[0].inputs, bounds=bounds, seed=state.seed)

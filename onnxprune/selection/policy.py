@@ -1,0 +1,76 @@
+"""From the scores of channels in several weights to one score per unit, and from units to the columns of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.labels.label import Ids
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Scores [channels] of one weight, the unit of every channel, and where the weight stands: larger is later."""
+
+    units: Ids
+    scores: Array
+    place: tuple[int, ...] = (0,)
+
+
+def combine(parts: Sequence[Part], size: int, policy: str) -> Array:
+    """One score per unit, [size]; 0 for units that no part says anything about.
+
+    Args:
+        parts: at least one. size: units of the group.
+        policy: ``sum``, ``average`` or ``max`` of all scores that a unit has; ``backward``: the sum of those it has in
+            the last part that knows the unit.
+    """
+    result = np.zeros(size)
+    if policy == "backward":
+        for part in sorted(parts, key=lambda p: p.place):
+            own = np.bincount(part.units, weights=part.scores, minlength=size)
+            present = np.unique(part.units)
+            result[present] = own[present]
+        return result
+    units = np.concatenate([p.units for p in parts])
+    scores = np.concatenate([p.scores for p in parts])
+    if policy == "max":
+        result[:] = -np.inf
+        np.maximum.at(result, units, scores)
+        return np.where(np.isneginf(result), 0.0, result)
+    np.add.at(result, units, scores)
+    if policy == "average":
+        result /= np.maximum(np.bincount(units, minlength=size), 1)
+    return result
+
+
+def columns(classes: Ids, steps: int) -> Ids:
+    """The column of every unit: its index among the units of its row, [units], in ``steps`` columns.
+
+    Where rows differ in length, a longer one gives several neighbouring units to a column.
+    """
+    order = np.argsort(classes, kind="stable")
+    sizes = np.bincount(classes)
+    rank = np.empty(classes.size, dtype=np.int64)
+    rank[order] = np.arange(classes.size) - (np.cumsum(sizes) - sizes)[classes[order]]
+    return np.asarray(rank // (sizes // steps)[classes])
+
+
+def over_columns(scores: Array, classes: Ids, steps: int, policy: str) -> Array:
+    """Scores [units] of a group with several rows under a grid's policy: units of a column get the same score.
+
+    Args:
+        policy: ``sum`` or ``average`` over the column; ``count``: every row for itself, the scores as they are.
+    """
+    if policy not in ("sum", "average") or not (classes != classes[0]).any():
+        return scores
+    column = columns(classes, steps)
+    total = np.bincount(column, weights=scores).astype(np.float64)
+    if policy == "average":
+        total /= np.bincount(column)
+    return np.asarray(total[column])

@@ -1,0 +1,196 @@
+"""What was asked for: how scores become units, how many go and from where. Every field is checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypedDict
+
+from onnxprune.errors import UsageError, nearest
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "policy": ("sum", "average", "max", "backward"),
+    "normalize": ("mean", "none", "standard", "tss", "linear", "softmax"),
+    "group_policy": ("count", "sum", "average", "none"),
+    "reshape_axis": ("head_dim", "heads", "both"),
+    "scope": ("local", "global", "isomorphic", "slamp"),
+    "rounding": ("nearest", "up", "down"),
+    "cost": ("none", "macs", "params", "latency"),
+    "schedule": ("linear", "exp", "cos", "cube"),
+}
+"""What each option may be; the first is the default."""
+
+WIDEST = 0.9
+"""The largest share that a group loses where groups compete with each other, unless ``max_ratio`` says otherwise."""
+
+
+def flag(name: str) -> str:
+    """An argument's name as the command line spells it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def choice(name: str, value: Any) -> str:
+    """``value`` when it is one of what the option ``name`` may be.
+
+    Raises:
+        UsageError: it is not; the nearest is suggested, all are listed.
+    """
+    allowed = CHOICES[name]
+    if value not in allowed:
+        listed = f"Allowed: {', '.join(allowed)}."
+        hint = nearest(str(value), allowed)
+        hint = f"{hint} {listed}" if hint.startswith("Did") else listed
+        raise UsageError(f"{flag(name)}: unknown value {value!r}", hint=hint)
+    return str(value)
+
+
+class Options(TypedDict, total=False):
+    """What calls take by name beside criterion and ratio; :class:`Request` explains the fields."""
+
+    layers: Mapping[str, float] | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    round_to: int
+    policy: str
+    normalize: str
+    group_policy: str
+    reshape_axis: str
+    scope: str
+    max_ratio: float | None
+    step: int
+    rounding: str
+    cost: str
+    steps: int
+    schedule: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all groups together, see ``scope``.
+        layers: {glob over node or weight names: ratio}. include, exclude: such globs.
+        round_to: keep a multiple of this many units per group where it can be had.
+        policy: how the scores that a unit has in several weights become one.
+        normalize: what the scores of one weight are divided by, so that weights compare.
+        group_policy: what cuts of a grid with several rows have in common.
+        reshape_axis: what goes of a grid: cells of every row, whole rows, or both.
+        scope: which units compete with each other.
+        max_ratio: the largest share that one group loses; None: all but one unit, or 0.9 where groups compete.
+        step: units leave a group in multiples of this many. rounding: of the counts that follow from ratios.
+        cost: what removing a unit saves, which its score is divided by.
+        steps: how often to score and cut; schedule: how the removed share grows from one to the next.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+
+    ratio: float = 0.3
+    layers: Mapping[str, float] = field(default_factory=dict)
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    round_to: int = 1
+    policy: str = "sum"
+    normalize: str = "mean"
+    group_policy: str = "count"
+    reshape_axis: str = "head_dim"
+    scope: str = "local"
+    max_ratio: float | None = None
+    step: int = 1
+    rounding: str = "nearest"
+    cost: str = "none"
+    steps: int = 1
+    schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        for what, ratio in (("ratio", self.ratio), *((f"--layer {p}", r) for p, r in self.layers.items())):
+            if not _is_number(ratio) or not 0 <= ratio < 1:
+                raise UsageError(f"{what} {ratio} is out of range.", hint="Allowed: 0 <= ratio < 1, such as 0.3.")
+        if self.max_ratio is not None and not (_is_number(self.max_ratio) and 0 < self.max_ratio <= 1):
+            raise UsageError(
+                f"--max-ratio {self.max_ratio} is out of range.", hint="Allowed: 0 < ratio <= 1, such as 0.8."
+            )
+        for name in ("round_to", "step", "steps"):
+            number = getattr(self, name)
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise UsageError(f"{flag(name)} {number} is out of range.", hint="Allowed: whole numbers from 1.")
+        for name in CHOICES:
+            choice(name, getattr(self, name))
+
+    @property
+    def widest(self) -> float:
+        """The largest share that one group loses; something always stays besides."""
+        if self.max_ratio is not None:
+            return self.max_ratio
+        return 1.0 if self.scope == "local" else WIDEST
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The choices by name, for the report."""
+        return {
+            **{name: getattr(self, name) for name in CHOICES},
+            **{name: getattr(self, name) for name in ("ratio", "max_ratio", "round_to", "step", "steps")},
+        }
+
+
+def request_of(ratio: float, options: Options) -> Request:
+    """The request of a call.
+
+    Raises:
+        UsageError: a value is not allowed. TypeError: an option that there is not; the nearest is suggested.
+    """
+    for name in options:
+        if name not in Options.__annotations__:
+            raise TypeError(f"there is no argument {name!r}. {nearest(name, Options.__annotations__)}")
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given |= {name: tuple(given[name]) for name in ("include", "exclude") if name in given}
+    return Request(ratio, **given)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_patterns(request: Request, names: Iterable[str]) -> None:
+    """Every pattern must match some node or weight of the model.
+
+    Raises:
+        UsageError: one does not; the nearest name is suggested.
+    """
+    known = sorted({n for n in names if n})
+    for option, patterns in (
+        ("--layer", request.layers),
+        ("--include", request.include),
+        ("--exclude", request.exclude),
+    ):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in known):
+                raise UsageError(f"{option} {pattern!r} matches no node or weight.", hint=_wider(pattern, known))
+
+
+def _wider(pattern: str, known: Sequence[str]) -> str:
+    """A hint for a pattern without a match: the same with stars around it where that matches, else the nearest name."""
+    wide = f"*{pattern.strip('*')}*"
+    if wide != "**" and any(matches(name, wide) for name in known):
+        return f"A pattern matches whole names. Did you mean {wide!r}?"
+    return nearest(pattern, known)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob matches a name, case-sensitively."""
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def is_excluded(names: Sequence[str], request: Request) -> bool:
+    """Whether a group that has these node and weight names is left out by ``exclude`` or ``include``."""
+    if any(matches(n, p) for n in names for p in request.exclude):
+        return True
+    return bool(request.include) and not any(matches(n, p) for n in names for p in request.include)
+
+
+def own_ratio(names: Sequence[str], request: Request) -> float | None:
+    """The ratio that ``layers`` gives to a group that has these names, later patterns first; None where none does."""
+    found = [ratio for pattern, ratio in request.layers.items() if any(matches(n, pattern) for n in names)]
+    return found[-1] if found else None

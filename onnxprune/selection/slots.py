@@ -1,0 +1,143 @@
+"""Weights as criteria see them: one slot per weight and group, one weight in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives numpy the arithmetic of bfloat16 and int4)
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.criteria import Slot
+from onnxprune.graph.cost import LAYERS, constant_source
+from onnxprune.groups.units import Group, Units
+from onnxprune.labels.label import Ids, Label
+from onnxprune.rules.context import Table
+from onnxprune.selection.dequantize import is_setting, real_values
+from onnxprune.selection.targets import Targets
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A slot of group ``group``. ``rank``: 2 for matrices, 1 for vectors, 0 for maps; ``place``: larger is later."""
+
+    group: int
+    slot: Slot
+    rank: int = 0
+    place: tuple[int, ...] = (0,)
+
+
+def weight_slots(
+    table: Table,
+    units: Units,
+    groups: Iterable[Group],
+    seed: int = 0,
+    removed: Mask | None = None,
+    placed: bool = False,
+) -> Iterator[Placed]:
+    """Every weight from the channels of every group in ``groups``; positions of one unit are laid side by side.
+
+    Args:
+        seed: of criteria that draw.
+        removed: mask over atoms of what is gone already: it is 0 in the weights, and its units are in no slot.
+        placed: find out where in the graph each slot's units are produced (``Placed.place``).
+    """
+    wanted = {g.id: g for g in groups}
+    targets = Targets(units, wanted.values())
+    for name, label, array in _weights(table, units, targets, removed):
+        component = units.component[label.ids]
+        role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
+        numbers, unit = targets.group[component], targets.unit[component]
+        if removed is not None:
+            numbers = np.where(removed[label.ids], -1, numbers)
+        place = _place(table, name, label) if placed else (0,)
+        for number in np.flatnonzero(np.bincount(numbers.ravel() + 1)):
+            if number == 0:  # what no wanted group claims
+                continue
+            group = wanted[int(number) - 1]
+            owner = np.where(numbers == group.id, unit, -1)
+            slot = _slot(name, label, array, owner, group.size, role, (seed, group.id))
+            if slot is not None:
+                yield Placed(group.id, slot, 2 if array.ndim > 1 else 1, place)
+
+
+def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
+    """Where a weight stands, to be compared: in front of all others stand those whose channels leave no layer here."""
+    graph, own = table.graph, np.unique(label.ids)
+    queue, produced, read = [name], -1, -1
+    while queue:
+        for node, _ in graph.consumers.get(queue.pop(), ()):
+            read = max(read, node.index)
+            for out in node.outputs:
+                if out and any(np.isin(x.ids, own).any() for x in table.get(out)):
+                    if node.op not in LAYERS and constant_source(graph, out) is not None:
+                        queue.append(out)
+                    else:
+                        produced = max(produced, node.index)
+    return (1, produced) if produced >= 0 else (0, read)
+
+
+def _weights(
+    table: Table, units: Units, targets: Targets, removed: Mask | None
+) -> Iterator[tuple[str, Label, NDArray[Any]]]:
+    for name, labels in list(table.items().items()):
+        weight = table.graph.weights.get(name)
+        if weight is None or is_setting(table.graph, name):
+            continue
+        array: NDArray[Any] | None = None
+        for label in labels:
+            if (targets.group[units.component[label.ids]] < 0).all():
+                continue
+            if array is None:
+                array = _readable(real_values(table.graph, name, weight.read()))
+                if removed is not None:
+                    array = _zeroed(array, labels, removed)
+            yield name, label, array
+
+
+def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDArray[Any]:
+    """A weight with 0 at every position that is gone, along each of its labelled axes."""
+    for label in labels:
+        gone = removed[label.ids]
+        if gone.any():
+            array = np.where(gone, array.dtype.type(0), array)
+    return array
+
+
+def _readable(array: NDArray[Any]) -> NDArray[Any]:
+    """Arrays in a type that numpy multiplies quickly and without overflow."""
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+
+
+def _slot(
+    name: str,
+    label: Label,
+    array: NDArray[Any],
+    owner: Ids,
+    size: int,
+    role: list[tuple[str, int]],
+    seed: tuple[int, int],
+) -> Slot | None:
+    flat = owner.ravel()
+    if not label.is_grid and flat.size == size and np.array_equal(flat, np.arange(size)):
+        axis = label.pack
+        blocks = array.reshape(int(np.prod(array.shape[:axis])), array.shape[axis], -1)
+        return Slot(name, axis, blocks, role, flat, size, seed)
+    chosen = np.flatnonzero(flat >= 0)
+    if not chosen.size:
+        return None
+    axes = label.axes
+    rows = np.moveaxis(array, axes, range(len(axes))).reshape(flat.size, -1)
+    order = chosen[np.argsort(flat[chosen], kind="stable")]
+    who = flat[order]
+    counts = np.bincount(who, minlength=size)
+    present = np.flatnonzero(counts)
+    if (counts[present] == counts[present[0]]).all():
+        # Equally many positions per unit: all of a unit's positions are one row of features.
+        matrix = rows[order].reshape(present.size, -1)
+        return Slot(name, label.pack, matrix[None], role, present, size, seed)
+    return Slot(name, label.pack, rows[order][None], role, who, size, seed)
