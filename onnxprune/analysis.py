@@ -136,7 +136,7 @@ class Analysis:
             shape_after: name -> new shape. weight_after: weight name -> new number of elements.
         """
         result = []
-        for node in self.graph.nodes:
+        for node in self.graph.steps:
             if not cost.is_layer(node, self.graph):
                 continue
             weights = cost.layer_weights(node, self.graph)
@@ -166,7 +166,7 @@ class Analysis:
     def producers(self) -> dict[int, list[Node]]:
         """Layers whose output carries units of a group, {group: nodes}; rows count the producers of their cells too."""
         result: dict[int, list[Node]] = {}
-        for node in self.graph.nodes:
+        for node in self.graph.steps:
             if cost.is_layer(node, self.graph):
                 for number in self._groups_on(node.outputs):
                     result.setdefault(number, []).append(node)

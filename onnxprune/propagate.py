@@ -27,7 +27,7 @@ def push_labels(graph: Graph, facts: Facts, *, approximate: bool = False) -> Tab
     """
     assert BUILT_IN
     table = Table(graph, facts, Atoms(), approximate)
-    for node in graph.nodes:
+    for node in graph.steps:
         _push(node, table)
     for name in graph.outputs:
         _freeze(table, name, "graph-output", "a graph output keeps its shape")
@@ -48,10 +48,12 @@ def infer_by_rule(node: Node, shapes: list[Any], values: list[Any]) -> list[Any]
 
 
 def _push(node: Node, table: Table) -> None:
-    if not any(table.get(name) for name in node.inputs if name) and node.op not in _MAKERS:
-        return
-    if node.op == "Constant" and node.domain == "":
-        return
+    for name in node.inputs:
+        if name and table.get(name):
+            break
+    else:
+        if node.op not in _MAKERS:
+            return
     step = Step(node, table)
     rule = lookup(node.domain, node.op, node.version)
     if rule is NO_RULE:

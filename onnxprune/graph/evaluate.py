@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from onnxprune.graph.view import Node
+from onnxprune.graph.view import CONTROL, Node
 
 # Before opset 13 these ran over all axes from theirs on, which the evaluator does not know.
 _COERCING = {"Softmax", "LogSoftmax", "Hardmax"}
@@ -85,7 +85,7 @@ def slice_of(start: int, end: int, step: int, size: int) -> slice:
     """ONNX's clamped slice along an axis of ``size`` as a Python slice."""
     if step > 0:
         return slice(*slice(start, end, step).indices(size))
-    start = min(start + size if start < 0 else start, size - 1)
+    start = max(0, min(start + size if start < 0 else start, size - 1))
     end = max(end + size if -size <= end < 0 else end, -1) if end >= -size else -1
     return slice(start, None if end < 0 else end, step)
 
@@ -183,7 +183,7 @@ FUNCTIONS: dict[str, Function] = {
 
 def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
     """Outputs of ``node`` on known inputs, None for an absent optional one; None where it cannot be evaluated."""
-    if node.op in RANDOM or any(a.type in (a.GRAPH, a.GRAPHS) for a in node.proto.attribute):
+    if node.op in RANDOM or node.op in CONTROL:
         return None
     function = FUNCTIONS.get(node.op) if node.domain == "" else None
     try:

@@ -59,7 +59,7 @@ def study(
         probes = [probe_at(graph, dict(bindings[0]), infer)]
         probes += [probe_at(graph, dict(binding), infer, probes[0]) for binding in bindings[1:]]
         if _plausible(graph, probes[0]):
-            return Facts(tuple(p for p in probes if _plausible(graph, p)))
+            return Facts((probes[0], *(p for p in probes[1:] if _plausible(graph, p))))
         first = first or Facts(tuple(probes))
     assert first is not None
     return first
@@ -67,7 +67,7 @@ def study(
 
 def _plausible(graph: Graph, probe: Probe) -> bool:
     """Whether no reshape contradicts its input's size and no size is negative: else the graph cannot run like this."""
-    for node in graph.nodes:
+    for node in graph.steps:
         shape = probe.shapes.get(node.outputs[0]) if node.outputs else None
         if shape is None or None in shape:
             continue

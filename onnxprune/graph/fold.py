@@ -69,18 +69,17 @@ def fold(graph: Graph) -> tuple[Graph, list[Fold]]:
 def _constant(graph: Graph) -> set[str]:
     """Tensors that are computed from weights alone."""
     known: set[str] = set()
-    for node in graph.nodes:
-        plain = (
-            node.domain == "" and node.inputs and not any(a.type in (a.GRAPH, a.GRAPHS) for a in node.proto.attribute)
-        )
-        if plain and all(not n or n in known or n in graph.weights for n in node.inputs):
+    for node in graph.steps:
+        if node.domain or not node.inputs or not all(not n or n in known or n in graph.weights for n in node.inputs):
+            continue
+        if not any(a.type in (a.GRAPH, a.GRAPHS) for a in node.proto.attribute):
             known.update(o for o in node.outputs if o)
     return known
 
 
 def _ends(graph: Graph, constant: set[str]) -> Iterator[Node]:
     """The last node before a contraction that does more than move its weight; its data must be no constant too."""
-    for node in graph.nodes:
+    for node in graph.steps:
         positions = LAYERS.get(node.op)
         if positions is None or node.outputs[0] in constant:
             continue
@@ -202,8 +201,8 @@ def _write(graph: Graph, folds: dict[int, Fold], gone: set[int]) -> Graph:
     model.graph.initializer.extend(t for t in graph.proto.graph.initializer if t.name not in dead)
     model.graph.initializer.extend(placeholder(w) for w in folded.values())
     model.graph.value_info.extend(v for v in graph.proto.graph.value_info if v.name not in lost)
-    kept = {t.name for t in model.graph.initializer}
-    return Graph.of(model, {n: w for n, w in {**graph.weights, **folded}.items() if n in kept})
+    weights = {n: w for n, w in graph.weights.items() if n not in dead and n not in lost}
+    return Graph.of(model, {**weights, **folded}, [n for n in graph.nodes if n.index not in gone])
 
 
 def placeholder(weight: Weight) -> onnx.TensorProto:

@@ -224,9 +224,7 @@ class _Build:
         model = onnx.ModelProto()
         model.CopyFrom(graph.proto)
         del model.graph.node[:]
-        weights: dict[str, Weight] = {
-            t.name: graph.weights[t.name] for t in model.graph.initializer if t.name in graph.weights
-        }
+        weights: dict[str, Weight] = dict(graph.weights)
         for name, value in self._constants.items():
             weight = ArrayWeight(name, value)
             if model.ir_version < 4:  # an initializer would have to be an input too
@@ -243,4 +241,4 @@ class _Build:
         for k in reversed(range(len(model.graph.value_info))):
             if model.graph.value_info[k].name in lost:
                 del model.graph.value_info[k]
-        return Graph.of(model, weights)
+        return Graph.of(model, weights, [n for n in graph.nodes if n.index not in gone])

@@ -1,4 +1,7 @@
-"""Shape inference: onnx's own over the whole graph, then node by node where computed operands or branches need it."""
+"""Shape inference: onnx's own over the whole graph, then node by node where computed operands or branches need it.
+
+A second binding of the dynamic sizes follows the first node by node, where sizes or values differ.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnxprune.graph.shapes import output_shapes
 from onnxprune.graph.values import Probe, Values, small
-from onnxprune.graph.view import Graph, Node
+from onnxprune.graph.view import CONTROL, Graph, Node
 from onnxprune.model.weights import TensorWeight
 
 # Operands that say what shape a result has, not what it holds.
@@ -28,13 +32,41 @@ def probe_at(
 
     ``first`` is another binding's probe, whose values serve wherever they are the same.
     """
+    if first is not None:
+        probe = _follow(graph, inputs, infer, first)
+        if probe is not None:
+            return probe
     probe = Probe(inputs=inputs, values=Values(graph, None if first is None else first.values))
     if first is not None:
         probe.sizes = first.sizes
     probe.shapes.update({name: weight.shape for name, weight in graph.weights.items()})
     _infer_whole(graph, probe)
     probe.shapes.update(inputs)
-    _walk(graph, graph.nodes, probe, infer)
+    _walk(graph, graph.steps, probe, infer)
+    return probe
+
+
+def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None, first: Probe) -> Probe | None:
+    """The first probe with what other inputs change; None where less can be told of a node than at the first."""
+    probe = Probe(inputs, {**first.shapes, **inputs}, first.dtypes, Values(graph, first.values), first.sizes)
+    changed = {name for name, shape in inputs.items() if shape != first.inputs[name]}
+    if graph.captured or any(node.op in CONTROL for node in graph.steps):
+        return None  # what bodies read is no input of their node
+    for node in graph.steps:
+        if changed.isdisjoint(node.inputs):
+            continue
+        for name in node.outputs:
+            probe.shapes.pop(name, None)
+        _walk(graph, [node], probe, infer)
+        for name in node.outputs:
+            before, after = first.shapes.get(name), probe.shapes.get(name)
+            if before == after:
+                if probe.values.differs(name):
+                    changed.add(name)
+                continue
+            if before is None or after is None or [n is None for n in before] != [n is None for n in after]:
+                return None
+            changed.add(name)
     return probe
 
 
@@ -117,10 +149,28 @@ def _infer_node(graph: Graph, node: Node, probe: Probe, infer: Infer | None) -> 
     if node.op == "If" and node.domain == "":
         _infer_branch(graph, node, probe, infer)
         return
+    if _infer_quickly(node, probe):
+        return
     with suppress(onnx.defs.SchemaError):
         _infer_known(graph, node, probe, onnx.defs.get_schema(node.op, node.version, node.domain))
     if infer is not None and any(probe.shapes.get(o) is None for o in node.outputs if o):
         _infer_foreign(graph, node, probe, infer)
+
+
+def _infer_quickly(node: Node, probe: Probe) -> bool:
+    """Whether the types are known and the shapes follow without onnx."""
+    if not all(o in probe.dtypes for o in node.outputs if o):
+        return False
+    values = probe.values
+
+    def known(i: int) -> np.ndarray | None:
+        return values.get(node.inputs[i]) if node.inputs[i] else None
+
+    shapes = output_shapes(node, [probe.shapes.get(n) if n else None for n in node.inputs], known)
+    if shapes is None:
+        return False
+    probe.shapes.update({name: shape for name, shape in zip(node.outputs, shapes, strict=True) if name})
+    return True
 
 
 def _infer_known(graph: Graph, node: Node, probe: Probe, schema: onnx.defs.OpSchema) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.fold import Fold, placeholder
 from onnxprune.graph.hoist import Hoist
-from onnxprune.graph.view import Graph
+from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import ArrayWeight, Weight, weight_from_constant
 
 T = TypeVar("T")
@@ -90,28 +91,41 @@ class _Model:
         back = set(names) - self.infos.keys()
         self.infos.update({i.name: i for i in self.original.proto.graph.value_info if i.name in back})
 
+    def _known(self, node: onnx.NodeProto) -> Node | None:
+        """The original's node that makes the same."""
+        for name in node.output:
+            if name in self.original.producer:
+                return self.original.producer[name]
+        return None
+
     def finish(self) -> None:
         """Nodes in their original order, without what is no longer read."""
         order, place = [], len(self.original.nodes)
         for node in reversed(self.nodes.values()):
-            known = next((self.original.producer[o] for o in node.output if o in self.original.producer), None)
+            known = self._known(node)
             place = place if known is None else known.index  # new nodes stand in front of the one they serve
             order.append((place, node))
         order.reverse()
         order.sort(key=lambda item: item[0])
         nodes = [node for _, node in order]
-        held = {o.name for o in self.proto.graph.output} | self.original.captured
-        while True:
-            used = held.union(*(n.input for n in nodes))
-            alive = [n for n in nodes if used.intersection(n.output) or not self.suspects.intersection(n.output)]
-            if len(alive) == len(nodes):
-                break
-            nodes = alive
-        dropped = {name for name in self.initializers if name not in used and name in self.suspects}
+        uses = Counter(self.original.captured)
+        uses.update([o.name for o in self.proto.graph.output])
+        reads = [list(node.input) for node in nodes]
+        for names in reads:
+            uses.update(names)
+        alive = []
+        # Backwards: what a node without readers read may have none either, and comes before it.
+        for node, names in zip(reversed(nodes), reversed(reads), strict=True):
+            made = [o for o in node.output if o]
+            if self.suspects.isdisjoint(made) or any(uses[o] for o in made):
+                alive.append(node)
+            else:
+                uses.subtract(names)
+        dropped = {name for name in self.initializers if not uses[name] and name in self.suspects}
         for name in dropped:
             self.weights.pop(name, None)
         graph = onnx.GraphProto()
-        graph.node.extend(nodes)
+        graph.node.extend(reversed(alive))
         tensors = (t.name for t in self.original.proto.graph.initializer)
         graph.initializer.extend(t for name, t in _in_order(self.initializers, tensors) if name not in dropped)
         graph.input.extend(i for i in self.proto.graph.input if i.name not in dropped)

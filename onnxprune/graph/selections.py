@@ -49,7 +49,7 @@ def selections(graph: Graph, facts: Facts) -> Iterator[Selections]:
     Interleaved forms, where the selected factor is not the outermost one of its axis, do not commute and are left out.
     """
     held = graph.captured.union(graph.outputs)
-    for node in graph.nodes:
+    for node in graph.steps:
         source = node.inputs[0] if node.op == "Reshape" and not node.domain else ""
         if source in graph.producer and source not in graph.weights:
             found = _find(graph, facts, node, held)

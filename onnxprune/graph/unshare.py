@@ -29,16 +29,18 @@ def unshare(graph: Graph) -> tuple[Graph, dict[str, str]]:
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.proto)
     weights, copies = dict(graph.weights), dict[str, str]()
+    changed = set[int]()
     for name, value in uniform.items():
         for number, (node, i) in enumerate(graph.consumers[name][1:], start=2):
             copy = f"{name}_use{number}"
             if copy in graph.weights or copy in graph.producer:
                 continue
             proto.graph.node[node.index].input[i] = copy
+            changed.add(node.index)
             weights[copy] = ArrayWeight(copy, value)
             proto.graph.initializer.append(onnx.numpy_helper.from_array(value, copy))
             copies[copy] = name
-    return Graph.of(proto, weights), copies
+    return Graph.of(proto, weights, [n for n in graph.nodes if n.index not in changed]), copies
 
 
 def _is_shared(graph: Graph, name: str) -> bool:

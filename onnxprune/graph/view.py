@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,11 @@ class Node:
             self._attrs = {a.name: _decode(a) for a in self.proto.attribute}
         return self._attrs
 
+    def at(self, index: int, proto: onnx.NodeProto) -> Node:
+        """The same node at another place, where ``proto`` is its copy."""
+        args = (self.op, self.domain, self.version, self.name, self.inputs, self.outputs)
+        return Node(index, *args, proto, self._attrs)
+
     @property
     def label(self) -> str:
         """The name a person would look for: the node's own, else that of its first output."""
@@ -40,7 +45,7 @@ class Node:
 
 
 # Operators of ONNX's own domain that hold bodies; in other domains every node is searched.
-_WITH_BODIES = {"If", "Loop", "Scan", "SequenceMap"}
+CONTROL = {"If", "Loop", "Scan", "SequenceMap"}
 
 
 def _decode(attribute: onnx.AttributeProto) -> Any:
@@ -77,42 +82,52 @@ class Graph:
     captured: set[str] = field(default_factory=set)
     opsets: dict[str, int] = field(default_factory=dict)
 
+    steps: list[Node] = field(default_factory=list)
+    """The nodes that compute something: all but Constant nodes, whose values are weights."""
+
     @classmethod
-    def of(cls, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> Graph:
-        """The view of ``proto``; Constant nodes join the weights."""
+    def of(cls, proto: onnx.ModelProto, weights: Mapping[str, Weight], known: Iterable[Node] = ()) -> Graph:
+        """The view of ``proto``; Constant nodes join the weights.
+
+        ``known`` are nodes of another view of which ``proto`` may hold copies, in the same order: they are recognised
+        by their outputs and not decoded again, so none of them may have been changed.
+        """
         graph = cls(proto=proto, weights=dict(weights))
         graph.opsets = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in proto.opset_import}
         initializers = graph.weights.keys() | {s.values.name for s in proto.graph.sparse_initializer}
         graph.inputs = [i.name for i in proto.graph.input if i.name not in initializers]
         graph.outputs = [o.name for o in proto.graph.output]
+        decoded = {node.outputs[0]: node for node in known if node.outputs}
         for index, node in enumerate(proto.graph.node):
-            graph._add(index, node)
+            outputs = node.output
+            old = decoded.get(outputs[0]) if decoded and outputs else None
+            graph._add(graph._decode(index, node, list(outputs)) if old is None else old.at(index, node))
         return graph
 
-    def _add(self, index: int, proto: onnx.NodeProto) -> None:
+    def _decode(self, index: int, proto: onnx.NodeProto, outputs: list[str]) -> Node:
         domain = "" if proto.domain == "ai.onnx" else proto.domain
-        node = Node(
-            index=index,
-            op=proto.op_type,
-            domain=domain,
-            version=self.opsets.get(domain, 1),
-            name=proto.name,
-            inputs=list(proto.input),
-            outputs=list(proto.output),
-            proto=proto,
-        )
+        version = self.opsets.get(domain, 1)
+        return Node(index, proto.op_type, domain, version, proto.name, list(proto.input), outputs, proto)
+
+    def _add(self, node: Node) -> None:
         self.nodes.append(node)
+        constant = node.op == "Constant" and node.domain == ""
+        if not constant:
+            self.steps.append(node)
         for output in node.outputs:
             if output:
                 self.producer[output] = node
-        for position, name in enumerate(node.inputs):
-            if name:
-                self.consumers.setdefault(name, []).append((node, position))
-        for attribute in () if domain == "" and node.op not in _WITH_BODIES else proto.attribute:
-            for body in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
-                self.captured.update(_reads(body))
-        if node.op == "Constant" and domain == "" and node.outputs[0] not in self.weights:
-            weight = weight_from_constant(proto)
+        if node.inputs:
+            consumers = self.consumers
+            for position, name in enumerate(node.inputs):
+                if name:
+                    consumers.setdefault(name, []).append((node, position))
+        if node.domain or node.op in CONTROL:
+            for attribute in node.proto.attribute:
+                for body in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
+                    self.captured.update(_reads(body))
+        if constant and node.outputs[0] not in self.weights:
+            weight = weight_from_constant(node.proto)
             if weight is not None:
                 self.weights[node.outputs[0]] = weight
 

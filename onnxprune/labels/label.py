@@ -26,7 +26,7 @@ class Label:
     @cached_property
     def axes(self) -> tuple[int, ...]:
         """The axes the label depends on."""
-        return tuple(a for a, n in enumerate(self.ids.shape) if n > 1)
+        return tuple([a for a, n in enumerate(self.ids.shape) if n > 1])
 
     @property
     def is_grid(self) -> bool:

@@ -65,7 +65,9 @@ PACKED_BITS = {number: _NAMED_BITS[name] for name, number in TensorProto.DataTyp
 
 def stored_bytes(onnx_type: int, shape: Sequence[int]) -> int:
     """How many bytes ONNX needs to store a tensor of a fixed-size type; types under 8 bits are packed."""
-    bits = PACKED_BITS.get(onnx_type) or DTYPES[onnx_type].itemsize * 8
+    bits = PACKED_BITS.get(onnx_type)
+    if bits is None:
+        return math.prod(shape) * DTYPES[onnx_type].itemsize
     return (math.prod(shape) * bits + 7) // 8
 
 

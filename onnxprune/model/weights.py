@@ -31,16 +31,18 @@ class Weight(ABC):
 
     def __init__(self, name: str, onnx_type: int, shape: Sequence[int]) -> None:
         """Raises ModelError for a type or a shape that no array can have."""
-        if onnx_type not in DTYPES:
+        dtype = DTYPES.get(onnx_type)
+        if dtype is None:
             raise ModelError(
                 f"tensor {name!r} has the unknown element type {onnx_type}",
                 hint="The file is damaged, or newer than the installed onnx: pip install -U onnx ml_dtypes",
             )
         self.name = name
         self.onnx_type = onnx_type
-        self.dtype = DTYPES[onnx_type]
-        self.shape = tuple(int(size) for size in shape)
-        if any(size < 0 for size in self.shape) or math.prod(max(s, 1) for s in self.shape) * 16 >= 2**63:
+        self.dtype = dtype
+        self.shape = tuple(map(int, shape))
+        # A model has thousands of these, most of them scalars and short vectors.
+        if self.shape and (min(self.shape) < 0 or math.prod([s or 1 for s in self.shape]) * 16 >= 2**63):
             raise ModelError(
                 f"tensor {name!r} has the impossible shape {list(self.shape)}", hint="The file is damaged."
             )
@@ -108,7 +110,7 @@ class TensorWeight(Weight):
             raise ModelError(f"tensor {self.name!r} is stored in segments, which no current tool reads or writes")
         if proto.data_location == TensorProto.EXTERNAL:
             raise ModelError(f"the data of tensor {self.name!r} are outside the model", hint="Pass a path.")
-        if proto.HasField("raw_data") and self.onnx_type != TensorProto.STRING:
+        if self.onnx_type != TensorProto.STRING and proto.HasField("raw_data"):
             self._require(len(proto.raw_data))
         else:
             self._require_typed()

@@ -37,7 +37,7 @@ def cut(table: Table, removed: Mask) -> tuple[onnx.ModelProto, dict[str, Weight]
         CannotRewrite: a node has no form with the new sizes.
     """
     state = _State(table, After(table, removed))
-    for node in table.graph.nodes:
+    for node in table.graph.steps:
         state.visit(node)
     state.check_outputs()
     return write(table.graph, state.edits)

@@ -60,15 +60,17 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
             model.graph.node.append(onnx.helper.make_node("Constant", [], [name], value=tensor))
         else:
             model.graph.initializer.append(tensor)
+    uses, dead = _uses(graph, edits)
     for node in graph.nodes:
         model.graph.node.extend(edits.before.get(node.index, ()))
-        _write_node(model.graph.node.add(), node, edits)
+        if node.index not in dead:
+            _write_node(model.graph.node.add(), node, edits)
     weights = {name: w for name, w in graph.weights.items() if name in initializers}
     weights.update({name: w for name, w in edits.weights.items() if name in initializers})
     if not needs_inputs:
         weights.update({name: ArrayWeight(name, value) for name, value in edits.constants.items()})
     _resize(model, edits, weights)
-    _drop_dead(model, graph, weights)
+    _drop_dead(model, graph, weights, uses)
     return model, weights
 
 
@@ -111,22 +113,37 @@ def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight])
                 dims[axis].dim_value = size
 
 
-def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight]) -> None:
-    """Remove nodes and initializers that were used and no longer are: shape arithmetic that a constant replaced."""
-    uses = Counter(name for node in model.graph.node for name in node.input)
-    uses.update(o.name for o in model.graph.output)
-    uses.update(graph.captured)
-    nodes, dead = list(model.graph.node), set[int]()
+def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
+    """How often every tensor is read, and the nodes that were needed and no longer are.
+
+    That is shape arithmetic that a constant replaced.
+    """
+    uses = Counter(graph.captured)
+    uses.update(graph.outputs)
+    for added in edits.before.values():
+        for proto in added:
+            uses.update(proto.input)
+    reads = []
+    for node in graph.nodes:
+        given = edits.operands.get(node.index)
+        names = node.inputs
+        if given is not None:
+            width = max(len(names), *(i + 1 for i in given))
+            names = [given.get(i, names[i] if i < len(names) else "") for i in range(width)]
+        reads.append(names)
+        uses.update(names)
+    dead = set[int]()
     # Backwards: what a dead node read may be dead too, and comes before it.
-    for i in reversed(range(len(nodes))):
-        outputs = [o for o in nodes[i].output if o]
-        if outputs and all(not uses[o] and o in graph.consumers for o in outputs):
-            dead.add(i)
-            uses.subtract(nodes[i].input)
-    if dead:
-        kept = [node for i, node in enumerate(nodes) if i not in dead]
-        del model.graph.node[:]
-        model.graph.node.extend(kept)
+    for node, names in zip(reversed(graph.nodes), reversed(reads), strict=True):
+        made = [o for o in node.outputs if o]
+        if made and not any(uses[o] for o in made) and all(o in graph.consumers for o in made):
+            dead.add(node.index)
+            uses.subtract(names)
+    return uses, dead
+
+
+def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight], uses: Counter[str]) -> None:
+    """Remove initializers that were used and no longer are."""
     dropped: set[str] = set()
     for i in reversed(range(len(model.graph.initializer))):
         name = model.graph.initializer[i].name

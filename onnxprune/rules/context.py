@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,11 @@ _WEIGHT_KINDS = "fV"
 _QUANTISED = {"int8", "uint8", "int16", "uint16", "int32", "int4", "uint4", "int2", "uint2"}
 
 
+@cache
+def _holds_weights(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in _WEIGHT_KINDS or dtype.name in _QUANTISED
+
+
 class Table:
     """Labels of every tensor so far; constants get theirs when first asked for."""
 
@@ -34,7 +40,7 @@ class Table:
             return known
         weight = self.graph.weights.get(name)
         labels: Labels = NONE
-        if weight is not None and (weight.dtype.kind in _WEIGHT_KINDS or weight.dtype.name in _QUANTISED):
+        if weight is not None and _holds_weights(weight.dtype):
             shape = weight.shape
             labels = tuple(self._born(n, name, axis, len(shape)) for axis, n in enumerate(shape) if n > 1)
         self._labels[name] = labels
@@ -46,10 +52,11 @@ class Table:
 
     def set(self, name: str, labels: Labels) -> None:
         """State the labels of a tensor and remember its grids."""
-        labels = tuple(x for x in labels if x.axes)
+        labels = tuple([x for x in labels if x.axes])
         shape = self.facts.shape(name)
         for label in labels:
-            if any(n not in (1, m) and m is not None for n, m in zip(label.ids.shape, shape, strict=True)):
+            ids = label.ids.shape
+            if ids != shape and any(n not in (1, m) and m is not None for n, m in zip(ids, shape, strict=True)):
                 raise ValueError(f"label of shape {label.ids.shape} on {name!r} of shape {shape}")
             if label.is_grid:
                 self.atoms.view(label)
