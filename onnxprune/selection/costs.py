@@ -37,7 +37,7 @@ def macs_after(analysis: Analysis, removed: Mask) -> int:
 
 
 def params_after(analysis: Analysis, removed: Mask) -> int:
-    """Elements of all weights without what ``removed`` (mask over atoms) takes."""
+    """Elements of all weights without what ``removed`` (mask over atoms) takes; constants that a cut may add aside."""
     after, graph = After(analysis.table, removed), analysis.graph
     lost = {n: _size(graph.weights[n].shape) - _size(after.shape(n)) for n in graph.weights if after.touched(n)}
     return analysis.parameters - sum(lost.values())

@@ -23,29 +23,30 @@ class Part:
 
 
 def combine(parts: Sequence[Part], size: int, policy: str) -> Array:
-    """One score per unit, [size]; 0 for units that no part says anything about.
+    """One score per unit, [size]; units that no part says anything about get the mean of the others.
 
     Args:
         parts: at least one. size: units of the group.
         policy: ``sum``, ``average`` or ``max`` of all scores that a unit has; ``backward``: the sum of those it has in
             the last part that knows the unit.
     """
-    result = np.zeros(size)
+    units = np.concatenate([p.units for p in parts])
+    scores = np.concatenate([p.scores for p in parts])
+    count = np.bincount(units, minlength=size)
+    result = np.full(size, -np.inf if policy == "max" else 0.0)
     if policy == "backward":
         for part in sorted(parts, key=lambda p: p.place):
             own = np.bincount(part.units, weights=part.scores, minlength=size)
             present = np.unique(part.units)
             result[present] = own[present]
-        return result
-    units = np.concatenate([p.units for p in parts])
-    scores = np.concatenate([p.scores for p in parts])
-    if policy == "max":
-        result[:] = -np.inf
+    elif policy == "max":
         np.maximum.at(result, units, scores)
-        return np.where(np.isneginf(result), 0.0, result)
-    np.add.at(result, units, scores)
-    if policy == "average":
-        result /= np.maximum(np.bincount(units, minlength=size), 1)
+    else:
+        np.add.at(result, units, scores)
+        if policy == "average":
+            result /= np.maximum(count, 1)
+    if units.size and not count.all():
+        result[count == 0] = result[count > 0].mean()
     return result
 
 
