@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import ValidationError
+from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.probes import input_specs
 from onnxprune.model.save import save
-from onnxprune.model.weights import Weight
 from onnxprune.passes.state import State
 from onnxprune.planning import atoms_removed
 from onnxprune.report.facts import Exactness
 from onnxprune.rewrite.cut import cut
 from onnxprune.rewrite.oracle import masked_original
-from onnxprune.runtime import compare
+from onnxprune.rewrite.witness import Model, Witnesses
+from onnxprune.runtime import compare, idle
+from onnxprune.runtime.inputs import variations
+from onnxprune.runtime.sessions import Feed
 
 _QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear"}
 
@@ -29,31 +34,33 @@ def check_exactness(
 ) -> Exactness:
     """Compare the cut with the masked original on one feed per probe.
 
+    Where an output is the same whatever goes in, more feeds are tried; where that does not help, the last tensors in
+    front of it that vary are compared too, and the note says which.
+
     Groups that were cut through a normalisation have no exact counterpart: the comparison is then made on a cut of all
     the others, and the note says so.
 
     Raises:
         ValidationError: they differ.
     """
-    assert state.removed is not None
+    assert state.removed is not None and state.proto is not None
     quantized = any(n.op in _QUANTISED for n in analysis.graph.nodes)
     if analysis.folds or analysis.hoists or analysis.copies:
         _check_preparation(analysis, folder, original, feeds, quantized)
     removed, skipped = _exact_part(analysis, state.removed)
+    model: Model = state.proto, state.weights
     if skipped:
-        final = folder / "exact_part.onnx"
-        _save(analysis, cut(analysis.table, removed), final)
+        final, model = folder / "exact_part.onnx", cut(analysis.table, removed)
+        _save(analysis, model, final)
+    check = _Check(analysis, folder, removed, final, model, quantized, state.seed)
     worst = Exactness(passed=True)
     for probe, feed in enumerate(feeds):
-        reference = folder / f"masked{probe}.onnx"
-        _save(analysis, masked_original(analysis.table, removed, probe), reference)
-        facts = compare.exactness(reference, final, [feed], quantized=quantized)
+        facts = check.at(probe, feed)
         batches = [*worst.batches, *facts.batches]
+        notes = [*filter(None, dict.fromkeys((worst.note, facts.note)))]
         if not facts.passed or facts.error >= worst.error:
             worst = facts
-        worst.batches = batches
-        for file in folder.glob(f"{reference.name}*"):
-            file.unlink()
+        worst.batches, worst.note = batches, "; ".join(notes)
         if not facts.passed:
             break
     if worst.passed is False:
@@ -67,6 +74,69 @@ def check_exactness(
         note = f"without {what} cut through a normalisation, where only fidelity can be asked"
         worst.note = f"{worst.note}; {note}" if worst.note else note
     return worst
+
+
+@dataclass(slots=True)
+class _Check:
+    """The comparison of one cut with the masked original, at one probe after the other."""
+
+    analysis: Analysis
+    folder: Path
+    removed: NDArray[np.bool_]
+    final: Path
+    model: Model
+    quantized: bool
+    seed: int
+
+    def at(self, probe: int, feed: Feed) -> Exactness:
+        """The facts at the sizes of one probe."""
+        masked = masked_original(self.analysis.table, self.removed, probe)
+        with self._file("masked", masked) as reference:
+            found = compare.compared(reference, self.final, [feed], quantized=self.quantized)
+            if not found.facts.passed or not found.idle:
+                return found.said()
+            more = idle.waking(reference, found.idle, [feed], self._others(probe))
+            feeds = [feed, *more]
+            if more:
+                found = compare.compared(reference, self.final, feeds, quantized=self.quantized)
+        if not found.facts.passed or not found.idle:
+            return found.said()
+        return self._inside(probe, masked, feeds, found)
+
+    def _others(self, probe: int) -> Iterator[Feed]:
+        graph, facts = self.analysis.graph, self.analysis.facts
+        bounds = integer_bounds(graph, facts)
+        return variations(input_specs(graph), facts.probes[probe].inputs, bounds=bounds, seed=self.seed)
+
+    def _inside(self, probe: int, masked: Model, feeds: Sequence[Feed], found: compare.Comparison) -> Exactness:
+        """Compare tensors in front of the outputs that never vary; what was found already where there are none."""
+        witnesses = Witnesses(self.analysis.table, self.removed, probe, masked, self.model)
+        names = witnesses.upstream(found.idle)
+        if names:
+            with self._file("tapped", witnesses.tapped(names)) as path:
+                names = witnesses.last(found.idle, idle.varying(path, feeds) & set(names))
+        if not names:
+            return found.said()
+        reference, shrunk, new = witnesses.pair(names)
+        with self._file("masked", reference) as a, self._file("witnesses", shrunk) as b:
+            facts = compare.compared(a, b, feeds, quantized=self.quantized).facts
+        facts.worst_output = new.get(facts.worst_output, facts.worst_output)
+        said = f"{_some([*found.idle])} did not vary on any synthetic input: compared in front of that: {_some(names)}"
+        facts.note = f"{facts.note}; {said}" if facts.note else said
+        return facts
+
+    @contextmanager
+    def _file(self, stem: str, model: Model) -> Iterator[Path]:
+        """A model as a file, for a while."""
+        path = self.folder / f"{stem}.onnx"
+        _save(self.analysis, model, path)
+        yield path
+        for file in self.folder.glob(f"{path.name}*"):
+            file.unlink()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _check_preparation(analysis: Analysis, folder: Path, original: Path, feeds: Sequence[Any], quantized: bool) -> None:
@@ -103,5 +173,5 @@ def _exact_part(analysis: Analysis, removed: NDArray[np.bool_]) -> tuple[NDArray
     return (atoms_removed(units, chosen), skipped) if skipped else (removed, 0)
 
 
-def _save(analysis: Analysis, model: tuple[onnx.ModelProto, Mapping[str, Weight]], path: Path) -> None:
+def _save(analysis: Analysis, model: Model, path: Path) -> None:
     save(*model, path, prefer_external=bool(analysis.loaded.external))

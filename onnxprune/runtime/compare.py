@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from onnxprune.errors import ModelError
 from onnxprune.report.facts import Exactness
+from onnxprune.runtime.differences import TOLERANCE, Output, add
 from onnxprune.runtime.fidelity import fidelity
-from onnxprune.runtime.floats import eps, largest
-from onnxprune.runtime.sessions import Array, Feed, Progress, open_session, run
+from onnxprune.runtime.floats import eps
+from onnxprune.runtime.sessions import Feed, Progress, open_session, run
 
-__all__ = ["exactness", "fidelity", "noise_floor"]
+__all__ = ["Comparison", "compared", "exactness", "fidelity", "noise_floor"]
 
-_TOLERANCE = 1e-4  # float32: rounding of sums taken in another order, a few hundred layers deep
 _CAP = 1e-2  # what a model's own sensitivity may raise the tolerance to
 _QUANTIZED_CAP = 5e-2  # one rounding flip of an 8-bit activation is already a step of 1/255
 _FLOOR_FACTOR = 10.0
-_INTEGER_SHARE = 0.005  # of argmax-like outputs, where two floats tie
-_SMALLEST_PEAK = 1e-6
+
+
+class Comparison(NamedTuple):
+    """What two models gave: the facts, and why equality proves nothing of some of the ``outputs`` they share."""
+
+    facts: Exactness
+    idle: dict[str, str]
+    outputs: int
+
+    def said(self) -> Exactness:
+        """The facts with a note that names the outputs on which equality proves nothing."""
+        if not self.idle:
+            return self.facts
+        names = [f"{name} {why}" for name, why in self.idle.items()]
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        proves = "nothing" if len(names) == self.outputs else "little"
+        note = f"equality proves {proves} where an output does not vary: {shown}"
+        return replace(self.facts, note=f"{self.facts.note}; {note}" if self.facts.note else note)
 
 
 def exactness(
@@ -53,149 +70,66 @@ def exactness(
     Raises:
         ModelError: the reference does not load or run.
     """
+    options = {"tolerance": tolerance, "quantized": quantized, "threads": threads, "progress": progress}
+    return compared(reference, cut, feeds, **options).said()  # type: ignore[arg-type]
+
+
+def compared(
+    reference: Path | bytes,
+    cut: Path | bytes,
+    feeds: Sequence[Feed],
+    *,
+    tolerance: float | None = None,
+    quantized: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """``exactness`` with the outputs that do not vary told apart, for callers that can do something about them."""
     batches = list(dict.fromkeys(_batch(feed) for feed in feeds))
-    outputs: dict[str, _Output] = {}
+    outputs: dict[str, Output] = {}
     expected = list(_outputs(reference, feeds, threads=threads, progress=_part(progress, 0.0)))
     try:
         actual = _outputs(cut, feeds, threads=threads, progress=_part(progress, 0.5))
         for index, (want, have) in enumerate(zip(expected, actual, strict=True)):
-            _compare(want, have, quantized, outputs)
+            add(want, have, quantized, outputs)
             expected[index] = {}  # compared: let it go
     except ModelError as error:
         note = f"the reference runs, the cut model does not: {error.message}"
-        return Exactness(False, math.inf, tolerance or _TOLERANCE, batches, note=note)
+        return Comparison(Exactness(False, math.inf, tolerance or TOLERANCE, batches, note=note), {}, 0)
     if not outputs:
         note = "nothing to compare: no inputs to run on, or no output is an array"
-        return Exactness(None, batches=batches, note=note)
+        return Comparison(Exactness(None, batches=batches, note=note), {}, 0)
     coarse = max((eps(array.dtype) for feed in feeds for array in feed.values()), default=0.0)
     for output in outputs.values():
         output.eps_model = max(coarse, output.eps)
-        output.tolerance = max(_TOLERANCE, 4 * output.eps_model) if tolerance is None else tolerance
+        output.tolerance = max(TOLERANCE, 4 * output.eps_model) if tolerance is None else tolerance
     if tolerance is None and _only_errors(outputs):
         _widen(outputs, noise_floor(reference, feeds[:2], threads=threads), quantized)
     return _verdict(outputs, batches)
 
 
-@dataclass(slots=True)
-class _Output:
-    """What was seen of one output over all batches."""
-
-    name: str
-    eps: float = 0.0
-    eps_model: float = 0.0
-    error: float = 0.0
-    differing: int = 0
-    elements: int = 0
-    broken: str = ""
-    low: float = math.inf
-    high: float = -math.inf
-    tolerance: float = 0.0
-    values: set[object] = field(default_factory=set)
-
-    @property
-    def excess(self) -> float:
-        """Error over tolerance; above 1 is a failure."""
-        if self.broken:
-            return math.inf
-        share = self.differing / self.elements / _INTEGER_SHARE if self.elements else 0.0
-        return max(self.error / self.tolerance, share)
-
-    @property
-    def vacuous(self) -> str:
-        """Why equality of this output proves nothing, empty when it does."""
-        if not self.elements:
-            return "is empty"
-        if self.low > self.high:
-            return "has no finite value"
-        peak = max(abs(self.low), abs(self.high))
-        if self.eps and peak <= _SMALLEST_PEAK:
-            return "is zero"
-        if self.high - self.low <= self.tolerance * peak * bool(self.eps):
-            return "is constant"
-        return ""
-
-
-def _only_errors(outputs: dict[str, _Output]) -> bool:
+def _only_errors(outputs: dict[str, Output]) -> bool:
     """Whether some float error is over its tolerance and nothing is wrong that no tolerance mends."""
     broken = any(output.broken for output in outputs.values())
     return not broken and any(output.error > output.tolerance for output in outputs.values())
 
 
-def _widen(outputs: dict[str, _Output], floor: float, quantized: bool) -> None:
+def _widen(outputs: dict[str, Output], floor: float, quantized: bool) -> None:
     """Raise tolerances to what the reference's own sensitivity to rounding explains, within the cap."""
     for output in outputs.values():
         cap = max(_QUANTIZED_CAP if quantized else _CAP, 16 * output.eps_model)
         output.tolerance = max(output.tolerance, min(_FLOOR_FACTOR * floor, cap))
 
 
-def _compare(want: Feed, have: Feed, quantized: bool, outputs: dict[str, _Output]) -> None:
-    """Add one batch's outputs to what was seen."""
-    for name in [*want, *(n for n in have if n not in want)]:
-        output = outputs.setdefault(name, _Output(name))
-        if name not in want or name not in have:
-            output.broken = f"only the {'reference' if name in want else 'cut model'} has it"
-            continue
-        a, b = want[name], have[name]
-        if a.shape != b.shape or a.dtype.kind != b.dtype.kind:
-            output.broken = f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}"
-            continue
-        output.elements += a.size
-        output.eps = eps(a.dtype)
-        if not a.size:
-            continue
-        if output.eps:
-            _compare_floats(output, a, b)
-        else:
-            _compare_integers(output, a, b, quantized)
-
-
-def _compare_floats(output: _Output, a: Array, b: Array) -> None:
-    """Add the float difference of one array pair."""
-    edge = largest(a.dtype)
-    a, b = _real(a), _real(b)
-    if not np.array_equal(np.isnan(a), np.isnan(b)):
-        output.broken = "NaN at other places"
-        return
-    # masks are often the lowest finite value in place of -inf
-    with np.errstate(invalid="ignore"):
-        ends = (np.abs(a) >= 0.99 * edge) | (np.abs(b) >= 0.99 * edge)
-        same = (np.sign(a) == np.sign(b)) & (np.minimum(np.abs(a), np.abs(b)) >= 0.9 * edge)
-    if not same[ends].all():
-        output.broken = "infinite or at the end of its range at other places"
-        return
-    finite = ~ends & ~np.isnan(a)
-    if finite.any():
-        a, b = a[finite], b[finite]
-        peak = float(np.abs(a).max())
-        output.error = max(output.error, float(np.abs(a - b).max()) / max(_SMALLEST_PEAK, peak))
-        output.low, output.high = min(output.low, float(a.min())), max(output.high, float(a.max()))
-
-
-def _compare_integers(output: _Output, a: Array, b: Array, quantized: bool) -> None:
-    """Add the number of unequal elements of one pair of integer, boolean or string arrays."""
-    if quantized and a.dtype.kind in "iu" and a.dtype.itemsize == 1:
-        output.differing += int((np.abs(a.astype(np.int16) - b.astype(np.int16)) > 1).sum())
-    else:
-        output.differing += int((a != b).sum())
-    if a.dtype.kind in "iub":
-        output.low, output.high = min(output.low, float(a.min())), max(output.high, float(a.max()))
-    else:
-        output.values |= {str(value) for value in a.ravel()[:1000]}
-        output.low, output.high = 0.0, float(len(output.values) - 1)
-
-
-def _verdict(outputs: dict[str, _Output], batches: list[int]) -> Exactness:
+def _verdict(outputs: dict[str, Output], batches: list[int]) -> Comparison:
     """The facts: the output with the largest error over tolerance decides."""
     worst = max(outputs.values(), key=lambda o: o.excess)
     notes = [f"{o.name}: {o.broken}" for o in outputs.values() if o.broken]
     notes += [f"{o.name}: {o.differing} of {o.elements} integers differ" for o in outputs.values() if o.differing]
-    empty = [f"{o.name} {o.vacuous}" for o in outputs.values() if not o.broken and o.vacuous]
-    if empty:
-        every = len(empty) == len(outputs)
-        shown = ", ".join(empty[:4]) + (f" and {len(empty) - 4} more" if len(empty) > 4 else "")
-        notes.append(f"equality proves {'nothing' if every else 'little'} where an output does not vary: {shown}")
+    idle = {o.name: o.vacuous for o in outputs.values() if not o.broken and o.vacuous}
     error = math.inf if worst.broken else worst.error
-    return Exactness(worst.excess <= 1, error, worst.tolerance, batches, worst.name, "; ".join(notes))
+    facts = Exactness(worst.excess <= 1, error, worst.tolerance, batches, worst.name, "; ".join(notes))
+    return Comparison(facts, idle, len(outputs))
 
 
 def noise_floor(reference: Path | bytes, feeds: Sequence[Feed], *, threads: int | None = None) -> float:
@@ -211,10 +145,10 @@ def noise_floor(reference: Path | bytes, feeds: Sequence[Feed], *, threads: int 
     disturbed = [_disturb(feed) for feed in feeds]
     floor = 0.0
     for optimize, inputs in ((True, feeds), (False, disturbed)):
-        outputs: dict[str, _Output] = {}
+        outputs: dict[str, Output] = {}
         try:
             for want, have in zip(plain, _outputs(reference, inputs, threads=threads, optimize=optimize), strict=True):
-                _compare(want, have, False, outputs)
+                add(want, have, False, outputs)
         except ModelError:
             if not optimize:
                 raise
@@ -265,8 +199,3 @@ def _part(progress: Progress | None, start: float) -> Progress | None:
 def _batch(feed: Feed) -> int:
     """The leading size of the first input that has one."""
     return next((int(array.shape[0]) for array in feed.values() if array.ndim), 1)
-
-
-def _real(array: Array) -> Array:
-    """The array in float64, complex numbers as pairs."""
-    return array.view(array.real.dtype).astype(np.float64) if array.dtype.kind == "c" else array.astype(np.float64)

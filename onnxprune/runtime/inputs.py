@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,18 @@ from onnxprune.graph.binding import InputSpec, bind_shapes, show
 from onnxprune.runtime.data import load_data
 from onnxprune.runtime.sessions import Array, Feed
 
-__all__ = ["bind_shapes", "load_data", "show", "synthetic"]
+__all__ = ["bind_shapes", "load_data", "show", "synthetic", "variations"]
+
+# Other values of float inputs, made from standard normal ones: another draw, what photographs hold, other scales, and
+# neighbours that are alike. Detectors, counters and saturated networks answer the same to most noise.
+_CHANGES: tuple[Callable[[Array], Array], ...] = (
+    lambda x: x,
+    lambda x: np.clip(0.5 + x / 4, 0, 1),
+    lambda x: np.clip(127.5 + x * 64, 0, 255),
+    lambda x: x * 0.1,
+    lambda x: x * 10,
+    lambda x: np.cumsum(x, axis=-1) if x.ndim else x,
+)
 
 _WORDS = ("the", "small", "graph", "keeps", "its", "words", "in", "order")
 
@@ -43,6 +54,26 @@ def synthetic(
         rng = np.random.default_rng([seed & 0xFFFFFFFF, zlib.crc32(spec.name.encode())])
         feed[spec.name] = _draw(spec, tuple(shapes[spec.name]), limits.get(spec.name), rng)
     return feed
+
+
+def variations(
+    specs: Sequence[InputSpec],
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    bounds: Mapping[str, tuple[int, int]] | None = None,
+    seed: int = 0,
+) -> Iterator[Feed]:
+    """Other seeded inputs than those of ``synthetic``, for models whose outputs do not vary on these.
+
+    Integers, booleans and strings are drawn anew as there; floats also from other ranges. Masks stay ones.
+    """
+    for number, change in enumerate(_CHANGES, start=1):
+        feed = synthetic(specs, shapes, bounds=bounds, seed=seed + number)
+        for spec in specs:
+            if spec.dtype.kind in "fV" and "mask" not in spec.name.lower():
+                with np.errstate(over="ignore"):
+                    feed[spec.name] = change(feed[spec.name].astype(np.float64)).astype(spec.dtype)
+        yield feed
 
 
 def _draw(spec: InputSpec, shape: tuple[int, ...], limit: tuple[int, int] | None, rng: np.random.Generator) -> Array:

@@ -9,7 +9,7 @@ import pytest
 
 from onnxprune.errors import UsageError
 from onnxprune.graph.binding import InputSpec
-from onnxprune.runtime.inputs import bind_shapes, synthetic
+from onnxprune.runtime.inputs import bind_shapes, synthetic, variations
 
 
 def spec(name: str, *shape: int | str | None, dtype: Any = np.float32) -> InputSpec:
@@ -140,3 +140,22 @@ def test_bad_bounds_are_usage_errors(bounds: dict[str, tuple[int, int]], word: s
     with pytest.raises(UsageError) as caught:
         synthetic([spec("ids", 2, dtype=np.uint8)], {"ids": (2,)}, bounds=bounds)
     assert word in str(caught.value)
+
+
+def test_variations_are_seeded_differ_and_keep_types_bounds_and_masks() -> None:
+    specs = [spec("x", 2, 50), spec("h", 2, 5, dtype=np.float16), spec("ids", 9, dtype=np.int64), spec("attn_mask", 4)]
+    shapes = {"x": (2, 50), "h": (2, 5), "ids": (9,), "attn_mask": (4,)}
+    feeds = list(variations(specs, shapes, bounds={"ids": (2, 5)}))
+    again = list(variations(specs, shapes, bounds={"ids": (2, 5)}))
+    feeds.append(synthetic(specs, shapes, bounds={"ids": (2, 5)}))
+    for k, feed in enumerate(feeds):
+        assert {name: (a.shape, a.dtype) for name, a in feed.items()} == {
+            s.name: (shapes[s.name], s.dtype) for s in specs
+        }
+        assert feed["ids"].min() >= 2 and feed["ids"].max() <= 5
+        assert (feed["attn_mask"] == 1).all()
+        assert all(np.isfinite(feed[n]).all() for n in ("x", "h"))
+        assert not any(np.array_equal(feed["x"], other["x"]) for other in feeds[:k])
+    assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(feeds, again, strict=False))
+    assert any(f["x"].min() >= 0 and f["x"].max() > 100 for f in feeds)  # pixels
+    assert any(f["x"].min() >= 0 and f["x"].max() <= 1 for f in feeds)

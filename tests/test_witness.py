@@ -1,0 +1,93 @@
+"""Where a model's outputs do not vary, tensors inside it do: the cut is compared there, and a wrong one is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from build import Net
+
+import onnxprune as op
+from onnxprune.errors import ValidationError
+from onnxprune.model.weights import ArrayWeight
+from onnxprune.passes import Prune, State, Validate
+
+EXACT = Validate(faithful=False, timed=False)
+
+
+def silent(last: Callable[[Net, str], str]) -> onnx.ModelProto:
+    """Two convolutions whose result ``last`` makes the same for every input."""
+    net = Net(17)
+    x = net.op("Relu", net.conv(net.input("x", ["N", 3, 6, 6]), 3, 8))
+    y = net.op("Tanh", net.conv(x, 8, 6))
+    return net.model(last(net, net.conv(y, 6, 4)))
+
+
+def zero(net: Net, y: str) -> str:
+    return net.op("Relu", net.op("Sub", y, net.const(1e6)))
+
+
+def multiplied(net: Net, y: str) -> str:
+    return net.op("Mul", y, net.const(0.0))
+
+
+def heads(net: Net, y: str) -> str:
+    """Channels as a grid of heads on the way."""
+    split = net.op("Reshape", y, net.const([0, 2, 2, -1]))
+    return zero(net, net.op("Softmax", net.op("Transpose", split, perm=[0, 1, 3, 2]), axis=-1))
+
+
+@pytest.mark.parametrize("last", [zero, multiplied, heads])
+def test_an_idle_output_is_replaced_by_what_varies_in_front_of_it(last: Callable[[Net, str], str]) -> None:
+    report = op.Pipeline([Prune(ratio=0.5), EXACT]).run(silent(last)).report
+    assert report.exactness.passed
+    assert "did not vary on any synthetic input: compared in front of that" in report.exactness.note
+    assert "proves nothing" not in report.exactness.note
+    assert report.exactness.batches == [2, 3]
+
+
+@pytest.mark.parametrize("last", [zero, multiplied, heads])
+def test_a_wrong_cut_of_an_idle_model_is_found(last: Callable[[Net, str], str]) -> None:
+    def spoil(state: State) -> None:
+        name, weight = next((n, w) for n, w in state.weights.items() if len(w.shape) == 4)
+        state.weights[name] = ArrayWeight(name, weight.read()[::-1].copy())
+
+    with pytest.raises(ValidationError, match="not exact"):
+        op.Pipeline([Prune(ratio=0.5), spoil, EXACT]).run(silent(last))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 8.0])
+def test_other_inputs_are_tried_first(threshold: float) -> None:
+    """An output of one element, and one that only loud inputs change: both are woken, nothing else is needed."""
+    net = Net(17)
+    x = net.op("Relu", net.conv(net.input("x", [1, 3, 6, 6]), 3, 8))
+    y = net.op("ReduceMax", net.conv(x, 8, 4), axes=[0, 1, 2, 3], keepdims=0)
+    model = net.model(net.op("Relu", net.op("Sub", y, net.const(threshold))))
+    report = op.Pipeline([Prune(ratio=0.5), EXACT]).run(model).report
+    assert report.exactness.passed and not report.exactness.note
+
+
+def test_a_lively_model_is_run_once_per_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxprune.runtime import idle
+
+    monkeypatch.setattr(idle, "waking", None)
+    monkeypatch.setattr(idle, "varying", None)
+    report = op.Pipeline([Prune(ratio=0.5), EXACT]).run(silent(lambda net, y: y)).report
+    assert report.exactness.passed and not report.exactness.note
+
+
+def test_a_grid_loses_other_positions_in_every_row() -> None:
+    """Survivors of heads are gathered row by row."""
+    rng = np.random.default_rng(0)
+    net = Net(17)
+    x = net.input("x", ["N", 5, 16])
+    q, k, v = (net.op("MatMul", x, net.const(rng.standard_normal((16, 16)))) for _ in range(3))
+    rows = [net.op("Reshape", t, net.const([0, 0, 4, 4])) for t in (q, k, v)]
+    q, k, v = (net.op("Transpose", t, perm=[0, 2, 1, 3]) for t in rows)
+    scores = net.op("Softmax", net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
+    joined = net.op("Transpose", net.op("MatMul", scores, v), perm=[0, 2, 1, 3])
+    y = net.op("MatMul", net.op("Reshape", joined, net.const([0, 0, 16])), net.const(rng.standard_normal((16, 8))))
+    report = op.Pipeline([Prune(ratio=0.5), EXACT]).run(net.model(zero(net, y))).report
+    assert report.exactness.passed and "compared in front of that" in report.exactness.note
