@@ -36,6 +36,10 @@ def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
         owner[group.children] = group.id
     for group in cut:  # rows and the cells beneath them may both be cut: each then lists its own
         owner[group.id] = group.id
+    for group in units.groups:  # rows that are left without cells go with whoever took those
+        if owner[group.id] < 0 and gone[group.units].any():
+            near = [c.id for c in cut if c.id in group.children or set(c.children) & set(group.children)]
+            owner[group.id] = min(near, key=lambda c: c not in group.children, default=-1)
     by_atom = np.where(removed, owner[units.group_of[units.component]], -1)
     slots = analysis.slots
     groups = []

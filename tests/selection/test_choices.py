@@ -158,6 +158,17 @@ def test_whole_heads_are_exact(packed: bool, ratio: float, axis: str, options: d
 
 
 @pytest.mark.parametrize("axis", ["heads", "both"])
+def test_rows_of_another_grid_that_are_left_empty_go_along(axis: str) -> None:
+    """Two groupings of one trunk: half of the 2 groups takes 3 of the 6, and the plan says so."""
+    net = Net(17)
+    x = net.conv(net.input("x", ["N", 3, 6, 6]), 3, 12)
+    read = [net.conv(net.conv(x, 12, o, group=g), o, 2) for g, o in ((2, 4), (6, 6))]
+    result = assert_exact_cut(net.model(*read), reshape_axis=axis)
+    assert result is not None
+    assert any(len(s.removed) == 3 and s.size == 6 for g in result.plan.groups for s in g.slots)
+
+
+@pytest.mark.parametrize("axis", ["heads", "both"])
 def test_plans_of_whole_heads_come_back(axis: str, tmp_path: Path) -> None:
     first = cut("attention", reshape_axis=axis)
     first.plan.save(tmp_path / "plan.json")
