@@ -54,6 +54,10 @@ class Form(ABC):
         """How many rows data of this shape has."""
 
     @abstractmethod
+    def output_shape(self, data: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the output for data and weight of these shapes."""
+
+    @abstractmethod
     def matrix(self, weight: Array) -> Array:
         """The weight as [parts, channels / parts * taps, outputs / parts]."""
 

@@ -73,6 +73,11 @@ class Pairwise(Form):
         """Product of the sizes of the free letters."""
         return prod(data[self.terms[0].index(c)] for c in self.free)
 
+    def output_shape(self, data: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of the output's letters."""
+        sizes = dict(zip(self.terms[0] + self.terms[1], (*data, *weight), strict=True))
+        return tuple(sizes[c] for c in self.terms[2])
+
     def matrix(self, weight: Array) -> Array:
         """[parts, summed, made]."""
         return self._arrange(weight, self.terms[1], (self.part_letters, self.summed, self.made))

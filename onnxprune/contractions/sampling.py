@@ -8,15 +8,17 @@ import numpy as np
 
 from onnxprune.contractions.form import Array, Form, Picked
 
-# Rows per column that a Gram matrix is estimated from: its relative error is about 1 / sqrt(rows per column).
-_PER_COLUMN = 30
 _AT_LEAST = 1 << 14
 
 
-def rows_per_sample(form: Form, channels: int, samples: int | None) -> int:
-    """Rows to take of every sample, so that all ``samples`` (512 where unknown) give enough of them together."""
+def rows_per_sample(form: Form, channels: int, samples: int | None, per_column: int = 30) -> int:
+    """Rows to take of every sample, so that all ``samples`` (512 where unknown) give enough of them together.
+
+    Args:
+        per_column: how many; what is estimated from them errs by about 1 / sqrt(per_column).
+    """
     columns = channels // form.parts * form.taps
-    return -(-max(_PER_COLUMN * columns, _AT_LEAST) // (samples or 512))
+    return -(-max(per_column * columns, _AT_LEAST) // (samples or 512))
 
 
 def pick(form: Form, data: Array, per_sample: int) -> Picked:

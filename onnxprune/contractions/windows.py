@@ -101,6 +101,14 @@ class Windows(Form):
         """Samples times positions of the output."""
         return int(data[0]) * prod(self._positions(data[2:]))
 
+    def output_shape(self, data: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """[N, O, *positions]."""
+        return (int(data[0]), self._made(weight), *self._positions(data[2:]))
+
+    def _made(self, weight: Sequence[int]) -> int:
+        """Channels of the output."""
+        return int(weight[0])
+
     def _positions(self, sizes: Sequence[int]) -> list[int]:
         """Positions of the output along every spatial axis."""
         return [
@@ -146,6 +154,10 @@ class Transposed(Windows):
         spread = np.zeros((*data.shape[:2], *sizes), data.dtype)
         spread[(slice(None), slice(None), *(slice(None, None, s) for s in self.strides))] = data
         return self._slide(spread, self._border(), (1,) * len(self.kernel), pick)
+
+    def _made(self, weight: Sequence[int]) -> int:
+        """Channels of the output."""
+        return int(weight[1]) * self.parts
 
     def _border(self) -> list[tuple[int, int]]:
         """Padding around the spread-out data."""

@@ -61,6 +61,7 @@ def captured_maps(
             model,
             requests.made,
             source,
+            most=fixed_batch(analysis) or 16,
             sizes=_bytes_per_sample(analysis, requests.made),
             checkpoint=checkpoint,
             tell=lambda share: state.tell("capture", share),
@@ -68,6 +69,15 @@ def captured_maps(
     for finish in requests.finish:
         finish()
     return captured
+
+
+def fixed_batch(analysis: Analysis) -> int | None:
+    """The number of samples that every call has to have, where the graph works for one number only.
+
+    Some exports declare a free batch and reshape to a fixed one: analysis then has found one size that makes sense.
+    """
+    probes = analysis.facts.probes
+    return next((s[0] for s in probes[0].inputs.values() if s), None) if len(probes) == 1 else None
 
 
 class _Requests:

@@ -93,6 +93,19 @@ class Latency:
 
 
 @dataclass(slots=True)
+class Repair:
+    """What became of one layer that was repaired: held-out errors as shares of its target's variance.
+
+    ``how`` says what was fitted, ``kept`` that nothing was better than the weights there were.
+    """
+
+    layer: str
+    how: str
+    before: float
+    after: float
+
+
+@dataclass(slots=True)
 class Report:
     """Everything a run found out. ``to_dict`` gives the machine-readable object of ``--json``."""
 
@@ -105,6 +118,7 @@ class Report:
     exactness: Exactness = field(default_factory=Exactness)
     fidelity: Fidelity | None = None
     latency: Latency | None = None
+    repairs: list[Repair] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

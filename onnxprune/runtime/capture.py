@@ -62,6 +62,7 @@ def capture(
     source: Source,
     *,
     sizes: Mapping[str, int],
+    most: int = 16,
     memory: int = MEMORY,
     checkpoint: Checkpoint | None = None,
     tell: Told | None = None,
@@ -70,7 +71,8 @@ def capture(
 
     Args:
         model: the graph and its weights. requests: what to accumulate.
-        source: the data. sizes: {tensor: bytes per sample}. memory: bytes of inner tensors to hold at a time.
+        source: the data. sizes: {tensor: bytes per sample}. most: samples per call at most.
+        memory: bytes of inner tensors to hold at a time.
         checkpoint: where to keep what was accumulated, so that a run can be resumed. tell: called with the share done.
 
     Returns:
@@ -84,7 +86,8 @@ def capture(
     with TemporaryDirectory(prefix="onnxprune-") as folder:
         for number, part in enumerate(passes):
             share = Share(tell, number, len(passes))
-            samples = _one_pass(model, part, source, Path(folder), _batch_size(part, sizes, memory), checkpoint, share)
+            batch = _batch_size(part, sizes, memory, most)
+            samples = _one_pass(model, part, source, Path(folder), batch, checkpoint, share)
     if requests and not samples:
         raise UsageError("The calibration data holds no samples.", hint="Give at least one batch of inputs.")
     return samples
@@ -122,7 +125,7 @@ def _passes(requests: Sequence[Request], sizes: Mapping[str, int], memory: int) 
     return passes
 
 
-def _batch_size(requests: Sequence[Request], sizes: Mapping[str, int], memory: int, most: int = 16) -> int:
+def _batch_size(requests: Sequence[Request], sizes: Mapping[str, int], memory: int, most: int) -> int:
     per_sample = sum(sizes.get(name, 0) for name in {r.tensor for r in requests})
     return max(1, min(most, memory // max(per_sample, 1)))
 

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Slot
+from onnxprune.graph.weights_of import weight_of
 from onnxprune.groups.units import Group
 from onnxprune.labels.label import Ids
 from onnxprune.rewrite.after import After
 from onnxprune.rules.context import Table
-from onnxprune.selection.sites import Site, surviving, weight_of
+from onnxprune.selection.sites import Site, surviving
 from onnxprune.selection.targets import Targets
 from onnxprune.statistics import Maps
 

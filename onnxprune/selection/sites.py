@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnxprune.contractions import Form
 from onnxprune.graph.cost import constant_source
-from onnxprune.graph.evaluate import evaluate
-from onnxprune.graph.view import Graph, Node
+from onnxprune.graph.view import Node
 from onnxprune.labels.label import Ids, Label
 from onnxprune.rewrite.after import After
 from onnxprune.rules.context import Step, Table
@@ -103,20 +100,6 @@ def _pair(table: Table, component: Ids, node: Node, position: int, label: Label)
 def _in_order(array: Ids, axes: tuple[int, ...]) -> Ids:
     """An array of size 1 outside ``axes`` as a flat one, in their order."""
     return np.transpose(array, [*axes, *(a for a in range(array.ndim) if a not in axes)]).reshape(-1)
-
-
-def weight_of(graph: Graph, name: str) -> NDArray[Any] | None:
-    """The value of a weight that comes through a chain of small operators (Transpose, DequantizeLinear); else None."""
-    if name in graph.weights:
-        return graph.weights[name].read()
-    node = graph.producer.get(name)
-    if node is None:
-        return None
-    values = [weight_of(graph, n) if n else None for n in node.inputs]
-    if any(v is None for v, n in zip(values, node.inputs, strict=True) if n):
-        return None
-    results = evaluate(node, values)
-    return np.asarray(results[node.outputs.index(name)]) if results else None
 
 
 def surviving(after: After, label: Label) -> Ids:

@@ -1,0 +1,1 @@
+"""Recover accuracy in closed form: weights that make the cut model's layers say what the original's said."""

@@ -1,0 +1,88 @@
+"""Everything that a least-squares problem needs to know of its data: sums of products, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Real = NDArray[np.float64]
+# Multiply-adds up to which products are made in float64; beyond, in float32 over short runs of rows.
+_DOUBLE = 10**10
+_RUN = 2048
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over rows of data X [parts, rows, n] and targets Y [parts, rows, o].
+
+    Attributes:
+        rows: how many. x: sum of X, [parts, n]. y: sum of Y, [parts, o].
+        xx: X^T X, [parts, n, n]. xy: X^T Y, [parts, n, o]. yy: sum of squares of Y, [parts, o].
+    """
+
+    rows: int
+    x: Real
+    y: Real
+    xx: Real
+    xy: Real
+    yy: Real
+
+    @classmethod
+    def of(cls, data: NDArray[Any], target: NDArray[Any]) -> Sums:
+        """The sums of one batch."""
+        parts, rows, n = data.shape
+        double = parts * rows * n * (n + target.shape[-1]) <= _DOUBLE
+        xx, xy = _products(data, target, double)
+        y = target.astype(np.float64)
+        return cls(rows, data.sum(axis=1, dtype=np.float64), y.sum(axis=1), xx, xy, np.square(y).sum(axis=1))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.rows + other.rows,
+            self.x + other.x,
+            self.y + other.y,
+            self.xx + other.xx,
+            self.xy + other.xy,
+            self.yy + other.yy,
+        )
+
+    def add(self, other: Sums) -> None:
+        """Take in another batch, in place."""
+        self.rows += other.rows
+        for mine, theirs in ((self.x, other.x), (self.y, other.y), (self.yy, other.yy)):
+            mine += theirs
+        self.xx += other.xx
+        self.xy += other.xy
+
+    def error(self, matrix: Real, bias: Real) -> Real:
+        """Sum of squares of X W + b - Y per output, [parts, o]; never negative.
+
+        Args:
+            matrix: W [parts, n, o]. bias: b [parts, o].
+        """
+        fitted = np.einsum("pno,pno->po", matrix, self.xx @ matrix - 2.0 * self.xy)
+        mean = np.einsum("pn,pno->po", self.x, matrix)
+        total = self.yy + fitted + 2.0 * bias * (mean - self.y) + self.rows * np.square(bias)
+        return np.maximum(total, 0.0)
+
+
+def _products(data: NDArray[Any], target: NDArray[Any], double: bool) -> tuple[Real, Real]:
+    if double:
+        wide = data.astype(np.float64)
+        return _turned(wide, wide), _turned(wide, target.astype(np.float64))
+    parts, rows, n = data.shape
+    xx, xy = np.zeros((parts, n, n)), np.zeros((parts, n, target.shape[-1]))
+    for start in range(0, rows, _RUN):
+        x = np.ascontiguousarray(data[:, start : start + _RUN], np.float32)
+        xx += _turned(x, x)
+        xy += _turned(x, target[:, start : start + _RUN].astype(np.float32))
+    return xx, xy
+
+
+def _turned(left: NDArray[Any], right: NDArray[Any]) -> Real:
+    """X^T Y for every part."""
+    product: NDArray[Any] = np.matmul(left.transpose(0, 2, 1), right)
+    return product.astype(np.float64, copy=False)

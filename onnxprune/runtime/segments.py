@@ -1,0 +1,159 @@
+"""Run a model piece by piece over a whole data set: every node once, activations carried forward."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnxprune.graph.view import Graph, Node
+from onnxprune.model.save import assemble
+from onnxprune.model.weights import Weight
+from onnxprune.runtime.sessions import Array, Feed, open_session, run
+
+
+class Store:
+    """Values of tensors for every batch, in memory up to a limit, beyond it in temporary files.
+
+    Args:
+        limit: bytes to hold in memory. folder: where files go.
+    """
+
+    def __init__(self, limit: int, folder: Path) -> None:
+        self._limit, self._folder, self._held = limit, folder, 0
+        self._values: dict[str, list[Array]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def add(self, name: str, value: Array) -> None:
+        """The value of ``name`` for the next batch."""
+        if self._held + value.nbytes > self._limit and value.nbytes > 1 << 16 and value.dtype != object:
+            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+                np.ascontiguousarray(value).tofile(file)
+            value = np.memmap(file.name, value.dtype, "r", shape=value.shape)
+        else:
+            self._held += value.nbytes
+        self._values.setdefault(name, []).append(value)
+
+    def get(self, name: str, batch: int) -> Array:
+        """The value for one batch."""
+        return self._values[name][batch]
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget tensors and their files."""
+        for name in names:
+            for value in self._values.pop(name, ()):
+                if isinstance(value, np.memmap):
+                    Path(str(value.filename)).unlink(missing_ok=True)
+                else:
+                    self._held -= value.nbytes
+
+
+class Segments:
+    """A graph in pieces: after piece ``k`` the tensors ``wanted[k]`` are known, and no node has run twice.
+
+    Args:
+        graph: the whole graph. wanted: names of activations, piece by piece. weights: read anew for every piece.
+    """
+
+    def __init__(
+        self, graph: Graph, weights: Mapping[str, Weight], wanted: Sequence[Iterable[str]], store: Store
+    ) -> None:
+        self._graph, self._weights, self._store = graph, weights, store
+        self._wanted = [set(names) for names in wanted]
+        self._nodes = self._assign()
+        self._last = self._lifetimes()
+        self.batches = 0
+
+    def feed(self, feeds: Iterable[Feed]) -> None:
+        """Take in the inputs of every batch."""
+        for values in feeds:
+            for name in self._graph.inputs:
+                if name in values:
+                    self._store.add(name, values[name])
+            self.batches += 1
+
+    def run(self, piece: int) -> Iterator[int]:
+        """Compute a piece, batch by batch; gives the number of every finished batch."""
+        nodes = self._nodes[piece]
+        made = {o for node in nodes for o in node.outputs if o}
+        keep = [n for n in sorted(made) if self._last.get(n, -1) >= piece]
+        inputs = sorted(
+            n for n in {n for node in nodes for n in _reads(node) if n not in made} if n not in self._weights and n
+        )
+        if keep:
+            values = {n: self._store.get(n, 0) for n in inputs}
+            session = open_session(_part(self._graph, self._weights, nodes, values, keep))
+            for batch in range(self.batches):
+                results = run(session, {n: np.asarray(self._store.get(n, batch)) for n in inputs})
+                for name in keep:
+                    self._store.add(name, results[name])
+                yield batch
+
+    def done(self, piece: int) -> None:
+        """Let go of what no later piece needs."""
+        self._store.drop([n for n, last in self._last.items() if last <= piece])
+
+    def _assign(self) -> list[list[Node]]:
+        """Nodes of every piece: what its wanted tensors need and no piece before has computed."""
+        taken: set[int] = set()
+        result = []
+        for names in self._wanted:
+            queue, mine = list(names), set()
+            while queue:
+                node = self._graph.producer.get(queue.pop())
+                if node is not None and node.index not in taken and node.outputs[0] not in self._weights:
+                    taken.add(node.index)
+                    mine.add(node.index)
+                    queue.extend(n for n in _reads(node) if n)
+            result.append([self._graph.nodes[i] for i in sorted(mine)])
+        return result
+
+    def _lifetimes(self) -> dict[str, int]:
+        """The last piece that needs every tensor which outlives the piece that makes it."""
+        last: dict[str, int] = {}
+        for piece, (nodes, names) in enumerate(zip(self._nodes, self._wanted, strict=True)):
+            made = {o for node in nodes for o in node.outputs}
+            for name in {n for node in nodes for n in _reads(node)} - made:
+                last[name] = piece
+            for name in names:
+                last[name] = piece
+        return last
+
+
+def _reads(node: Node) -> list[str]:
+    """Names a node reads, those that its bodies take from outside included."""
+    names = list(node.inputs)
+    for attribute in node.proto.attribute if node.op in ("If", "Loop", "Scan", "SequenceMap") else ():
+        for body in [attribute.g, *attribute.graphs]:
+            names.extend(n for inner in body.node for n in inner.input)
+    return names
+
+
+def _part(
+    graph: Graph,
+    weights: Mapping[str, Weight],
+    nodes: Sequence[Node],
+    inputs: Mapping[str, Array],
+    outputs: Sequence[str],
+) -> bytes:
+    """A model of some nodes of a graph."""
+    model = onnx.ModelProto()
+    model.ir_version = max(graph.proto.ir_version, 4)
+    model.opset_import.extend(graph.proto.opset_import)
+    names = {n for node in nodes for n in _reads(node)}
+    for node in nodes:
+        model.graph.node.add().CopyFrom(node.proto)
+    model.graph.name = "part"
+    for name, value in inputs.items():
+        kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * value.ndim))
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    used = {n: w for n, w in weights.items() if n in names}
+    for name, weight in used.items():
+        model.graph.initializer.append(onnx.TensorProto(name=name, data_type=weight.onnx_type, dims=weight.shape))
+    return bytes(assemble(model, used).SerializeToString())
