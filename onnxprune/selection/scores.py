@@ -23,6 +23,11 @@ NEEDS: dict[str, str] = {
     "hrank": "'hrank' needs feature maps with two spatial axes, as convolutions have; try 'l2' or 'wanda'.",
     "nuclear": "'nuclear' needs feature maps with more than one value per channel; try 'l2' or 'wanda'.",
     "snp": "'snp' needs attention heads, queries that are multiplied with keys; try 'l2' or 'wanda'.",
+    "cosine": "'cosine' needs feature maps of at least two channels in front of a contraction; try 'l2' or 'gm'.",
+    **{
+        name: f"{name!r} needs channels that a floating-point weight multiplies; try 'l2', 'gm' or 'activation'."
+        for name in ("wanda", "obs", "variance")
+    },
 }
 """What the criteria that are picky about layers look for."""
 
