@@ -36,6 +36,7 @@ class Pipeline:
         samples: int | None = None,
         batch_size: int | None = None,
         images: ImageOptions | None = None,
+        cache: str | Path | None = None,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Result:
@@ -44,6 +45,7 @@ class Pipeline:
         Args:
             model: path, bytes or ModelProto. input_shapes: {input: shape} for dynamic inputs.
             data, samples, batch_size, images: the user's inputs, see ``onnxprune.prune``. seed: of everything random.
+            cache: folder that keeps captured statistics, so that an interrupted or repeated run need not start anew.
             progress: called with (stage, fraction).
 
         Raises:
@@ -52,6 +54,7 @@ class Pipeline:
         state = State(
             model, input_shapes, data, seed, progress, samples=samples, batch_size=batch_size, images=images
         )
+        state.cache = Path(cache) if cache is not None else None
         for stage in self.passes:
             stage(state)
         if state.analysis is None:

@@ -41,6 +41,7 @@ class State:
     samples: int | None = None
     batch_size: int | None = None
     images: ImageOptions | None = None
+    cache: Path | None = None
     analysis: Analysis | None = None
     proto: onnx.ModelProto | None = None
     weights: dict[str, Weight] = field(default_factory=dict)

@@ -36,8 +36,9 @@ class Sums:
         parts, rows, n = data.shape
         double = parts * rows * n * (n + target.shape[-1]) <= _DOUBLE
         xx, xy = _products(data, target, double)
-        y = target.astype(np.float64)
-        return cls(rows, data.sum(axis=1, dtype=np.float64), y.sum(axis=1), xx, xy, np.square(y).sum(axis=1))
+        y: Real = target.astype(np.float64)
+        x: Real = np.sum(data, axis=1, dtype=np.float64)
+        return cls(rows, x, y.sum(axis=1), xx, xy, np.square(y).sum(axis=1))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
@@ -66,7 +67,7 @@ class Sums:
         fitted = np.einsum("pno,pno->po", matrix, self.xx @ matrix - 2.0 * self.xy)
         mean = np.einsum("pn,pno->po", self.x, matrix)
         total = self.yy + fitted + 2.0 * bias * (mean - self.y) + self.rows * np.square(bias)
-        return np.maximum(total, 0.0)
+        return np.asarray(np.maximum(total, 0.0))
 
 
 def _products(data: NDArray[Any], target: NDArray[Any], double: bool) -> tuple[Real, Real]:
