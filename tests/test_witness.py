@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,8 +12,17 @@ from build import Net
 
 import onnxprune as op
 from onnxprune.errors import ValidationError
+from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.probes import input_specs
+from onnxprune.model.save import save
 from onnxprune.model.weights import ArrayWeight
 from onnxprune.passes import Prune, State, Validate
+from onnxprune.rewrite.oracle import masked_original
+from onnxprune.rewrite.witness import Witnesses
+from onnxprune.runtime.compare import exactness
+from onnxprune.runtime.inputs import synthetic
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
 
 EXACT = Validate(faithful=False, timed=False)
 
@@ -91,3 +101,25 @@ def test_a_grid_loses_other_positions_in_every_row() -> None:
     y = net.op("MatMul", net.op("Reshape", joined, net.const([0, 0, 16])), net.const(rng.standard_normal((16, 8))))
     report = op.Pipeline([Prune(ratio=0.5), EXACT]).run(net.model(zero(net, y))).report
     assert report.exactness.passed and "compared in front of that" in report.exactness.note
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*.onnx")), ids=lambda p: p.stem)
+def test_every_tensor_in_common_agrees_where_it_survives(path: Path, tmp_path: Path) -> None:
+    """A stricter law than the one for outputs: no mistake can hide behind later layers."""
+    state = State(path)
+    Prune(ratio=0.5)(state)
+    analysis = state.analyzed()
+    assert state.proto is not None and state.removed is not None
+    for probe, known in enumerate(analysis.facts.probes):
+        masked = masked_original(analysis.table, state.removed, probe)
+        witnesses = Witnesses(analysis.table, state.removed, probe, masked, (state.proto, state.weights))
+        names = witnesses.upstream(analysis.graph.outputs)
+        assert len(names) > 5
+        reference, shrunk, _ = witnesses.pair(names)
+        for model, file in ((reference, "masked.onnx"), (shrunk, "cut.onnx")):
+            save(*model, tmp_path / file)
+        feed = synthetic(
+            input_specs(analysis.graph), known.inputs, bounds=integer_bounds(analysis.graph, analysis.facts)
+        )
+        facts = exactness(tmp_path / "masked.onnx", tmp_path / "cut.onnx", [feed])
+        assert facts.passed, facts

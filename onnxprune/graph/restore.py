@@ -53,7 +53,8 @@ class _Model:
         self.producer = {o: node for node in proto.graph.node for o in node.output}
         self.initializers = {t.name: t for t in proto.graph.initializer}
         self.infos = {i.name: i for i in proto.graph.value_info}
-        self.suspects = {name for node in proto.graph.node for name in node.input}
+        self._reads = {_key(node): list(node.input) for node in proto.graph.node}
+        self.suspects = {name for names in self._reads.values() for name in names}
         """What was read and may no longer be."""
 
     def value(self, name: str) -> NDArray[Any] | None:
@@ -66,6 +67,7 @@ class _Model:
     def add(self, node: onnx.NodeProto) -> None:
         """Add a node behind the others, or in the place of one with the same output."""
         self.nodes[_key(node)] = node
+        self._reads[_key(node)] = list(node.input)
         self.producer.update(dict.fromkeys(node.output, node))
 
     def constant(self, stem: str, value: NDArray[Any]) -> str:
@@ -110,7 +112,7 @@ class _Model:
         nodes = [node for _, node in order]
         uses = Counter(self.original.captured)
         uses.update([o.name for o in self.proto.graph.output])
-        reads = [list(node.input) for node in nodes]
+        reads = [self._reads[_key(node)] for node in nodes]
         for names in reads:
             uses.update(names)
         alive = []
@@ -143,7 +145,10 @@ def _in_order(items: dict[str, T], order: Iterable[str]) -> list[tuple[str, T]]:
 
 
 def _key(node: onnx.NodeProto) -> str:
-    return next((o for o in node.output if o), "")
+    for name in node.output:
+        if name:
+            return name
+    return ""
 
 
 def _unfold(model: _Model, item: Fold) -> None:
