@@ -145,10 +145,8 @@ def _in_order(items: dict[str, T], order: Iterable[str]) -> list[tuple[str, T]]:
 
 
 def _key(node: onnx.NodeProto) -> str:
-    for name in node.output:
-        if name:
-            return name
-    return ""
+    outputs: list[str] = list(node.output)
+    return outputs[0] if outputs and outputs[0] else next(filter(None, outputs), "")
 
 
 def _unfold(model: _Model, item: Fold) -> None:
