@@ -7,14 +7,18 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from onnxprune import statistics
 from onnxprune.analysis import Analysis
 from onnxprune.contractions import Form, pick, rows_per_sample
+from onnxprune.graph.view import Graph
 from onnxprune.groups.units import Group
 from onnxprune.passes.state import State
+from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import cut
+from onnxprune.rules.registry import lookup
 from onnxprune.runtime.capture import Request, capture, to_maps
 from onnxprune.runtime.checkpoint import Checkpoint
 from onnxprune.selection.map_slots import CapturedMaps
@@ -49,8 +53,9 @@ def captured_maps(
     graph = analysis.graph
     model = (graph.proto, graph.weights) if whole or removed is None else cut(analysis.table, removed)
     requests = _Requests(needs, source.samples)
+    forms = {} if whole or removed is None else _forms_after(analysis, found, model[0], removed)
     for site in found:
-        requests.add(site, captured)
+        requests.add(site, captured, forms.get((site.node.index, site.position), site.form))
     checkpoint = None
     if state.cache is not None and (print_ := source.fingerprint()) is not None:
         gone = b"" if whole or removed is None else np.packbits(removed).tobytes()
@@ -80,6 +85,22 @@ def fixed_batch(analysis: Analysis) -> int | None:
     return next((s[0] for s in probes[0].inputs.values() if s), None) if len(probes) == 1 else None
 
 
+def _forms_after(
+    analysis: Analysis, found: Sequence[Site], proto: onnx.ModelProto, removed: NDArray[np.bool_]
+) -> dict[tuple[int, int], Form | None]:
+    """The contractions' forms in the cut model, which may have fewer convolution groups."""
+    after = After(analysis.table, removed)
+    by_output = {node.outputs[0]: node for node in Graph.of(proto, {}).nodes if node.outputs}
+    result: dict[tuple[int, int], Form | None] = {}
+    for site in found:
+        node = by_output.get(site.node.outputs[0])
+        if node is not None and site.form is not None:
+            shapes = [after.shape(n) if n else None for n in site.node.inputs]
+            rule = lookup(node.domain, node.op, node.version)
+            result[site.node.index, site.position] = rule.form(node, shapes, site.position)
+    return result
+
+
 class _Requests:
     """Requests so far, each statistic of a place once, and what takes their results to where they belong."""
 
@@ -89,19 +110,19 @@ class _Requests:
         self.finish: list[Callable[[], None]] = []
         self._known: set[tuple[Hashable, str]] = set()
 
-    def add(self, site: Site, captured: CapturedMaps) -> None:
-        """Whatever of the needs this site can have."""
+    def add(self, site: Site, captured: CapturedMaps, form: Form | None) -> None:
+        """Whatever of the needs this site can have; ``form`` is the contraction's in the model that is run."""
         for need in self._needs:
             if statistics.get(need).columns:
-                self._add_columns(need, site, captured)
+                self._add_columns(need, site, form, captured)
             else:
                 self._add(need, site.maps_key, site.tensor, to_maps(site.axes), captured.maps)
         if site.partner is not None:
             self._add("moments", site.maps_key, site.tensor, to_maps(site.axes), captured.maps)
             self._add("moments", site.partner, site.partner[0], to_maps(site.partner[1]), captured.maps)
 
-    def _add_columns(self, need: str, site: Site, captured: CapturedMaps) -> None:
-        form, channels = site.form, int(site.label.ids.size)
+    def _add_columns(self, need: str, site: Site, form: Form | None, captured: CapturedMaps) -> None:
+        channels = int(site.label.ids.size)
         arrange: Callable[[Any], Any]
         if form is None:
             return
