@@ -63,9 +63,7 @@ class LayerRatioType(_ParamType):
             return value
         pattern, sign, share = str(value).rpartition("=")
         if not sign or not pattern:
-            raise UsageError(
-                f"{flag(param)}: {value!r} is not PATTERN=R", hint="For example --layer '*/conv1/*=0.5'."
-            )
+            raise UsageError(f"{flag(param)}: {value!r} is not PATTERN=R", hint="For example --layer '*/conv1/*=0.5'.")
         return pattern, ratio(share, f"{flag(param)} {pattern}")
 
 

@@ -51,9 +51,7 @@ class Pipeline:
         Raises:
             OnnxpruneError: bad input, a model that cannot be processed, or a check that failed.
         """
-        state = State(
-            model, input_shapes, data, seed, progress, samples=samples, batch_size=batch_size, images=images
-        )
+        state = State(model, input_shapes, data, seed, progress, samples=samples, batch_size=batch_size, images=images)
         state.cache = Path(cache) if cache is not None else None
         for stage in self.passes:
             stage(state)
