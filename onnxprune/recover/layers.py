@@ -86,6 +86,7 @@ class Layer:
         proto = self.node.proto
         proto.input.extend([""] * (position + 1 - len(proto.input)))
         proto.input[position] = name
+        self.node.inputs[:] = proto.input
         self._weights[name] = ArrayWeight(name, bias.astype(dtype))
         self._graph.proto.graph.initializer.append(
             onnx.TensorProto(name=name, data_type=self._weights[name].onnx_type, dims=[bias.size])
