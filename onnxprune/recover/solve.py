@@ -28,7 +28,7 @@ class Solution:
     Attributes:
         matrix: W [parts, n, o]. bias: b [parts, o].
         before, after: held-out error as a share of the target's variance. how: what was chosen, ``kept`` where nothing
-            was better than the weights there are.
+            was better than the weights there are. ridge: of a least-squares fit.
     """
 
     matrix: Real
@@ -36,6 +36,7 @@ class Solution:
     before: float
     after: float
     how: str
+    ridge: float | None = None
 
 
 def solve(
@@ -67,7 +68,7 @@ def solve(
     if chosen is None:
         return Solution(matrix, bias, before, before, "kept")
     fitted, shifted = chosen(train + held, matrix, bias)
-    return Solution(fitted, shifted, before, best, how)
+    return Solution(fitted, shifted, before, best, how, float(how.split()[1]) if how.startswith("lstsq") else None)
 
 
 def candidates(mode: str, fixed_bias: bool = False) -> Iterator[tuple[str, Fit]]:

@@ -31,6 +31,7 @@ class Tail:
     Attributes:
         aim: the tensor that is aimed at. undo: what takes its value back to the contraction's output, last first.
         addends: activations that are added on the way, in the cut model. through: the operators.
+        flats: edges of the flat parts of the activation that reads the aim, (level, whether it is flat below).
         moved: whether one of them moves values about.
     """
 
@@ -38,12 +39,20 @@ class Tail:
     undo: list[tuple[Undo, int]] = field(default_factory=list)
     addends: list[str] = field(default_factory=list)
     through: list[Node] = field(default_factory=list)
+    flats: list[tuple[float, bool]] = field(default_factory=list)
     moved: bool = False
+    moves: list[Undo] = field(default_factory=list)
 
     def back(self, value: Array, addends: Sequence[Array], shape: Sequence[int]) -> Array:
         """The value that the contraction's output has to have for the aim to have ``value``."""
         for undo, number in reversed(self.undo):
             value = undo(value, addends[number : number + 1], shape)
+        return value
+
+    def moved_back(self, value: Array, shape: Sequence[int]) -> Array:
+        """A value that lies as the aim does, laid out as the contraction's output; nothing is computed."""
+        for move in reversed(self.moves):
+            value = move(value, (), shape)
         return value
 
 
@@ -55,20 +64,60 @@ def tail_of(graph: Graph, start: str, ready: Callable[[str], bool], shape: Calla
         shape: shapes of tensors.
     """
     tail = Tail(start)
-    while True:
-        readers = graph.consumers.get(tail.aim, ())
-        if len(readers) != 1 or tail.aim in graph.outputs or tail.aim in graph.captured:
-            return tail
-        node, position = readers[0]
-        before = len(tail.addends)
-        undo = _undo(graph, node, position, ready, tail)
-        # An operand must not widen the value: there would be no one value in front of it.
-        if undo is None or (node.op in _ELEMENTWISE and shape(tail.aim) != shape(node.outputs[0])):
-            del tail.addends[before:]
-            return tail
-        tail.undo.append((undo, before))
-        tail.through.append(node)
-        tail.aim = node.outputs[0]
+    while _extend(graph, tail, ready, shape):
+        pass
+    tail.flats = _flats(graph, tail.aim)
+    return tail
+
+
+def _extend(graph: Graph, tail: Tail, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> bool:
+    """Go one operator further; whether that was possible."""
+    readers = graph.consumers.get(tail.aim, ())
+    if len(readers) != 1 or tail.aim in graph.outputs or tail.aim in graph.captured:
+        return False
+    node, position = readers[0]
+    before = len(tail.addends)
+    undo = _undo(graph, node, position, ready, tail)
+    # An operand must not widen the value: there would be no one value in front of it.
+    if undo is None or (node.op in _ELEMENTWISE and shape(tail.aim) != shape(node.outputs[0])):
+        del tail.addends[before:]
+        return False
+    tail.undo.append((undo, before))
+    if node.op in _RESHAPES or node.op == "Transpose":
+        tail.moves.append(undo)
+    tail.through.append(node)
+    tail.aim = node.outputs[0]
+    return True
+
+
+def _flats(graph: Graph, aim: str) -> list[tuple[float, bool]]:
+    """Edges of the flat parts of the activation that alone reads the aim."""
+    readers = graph.consumers.get(aim, ())
+    if len(readers) != 1 or aim in graph.outputs or aim in graph.captured or readers[0][1] != 0:
+        return []
+    node = readers[0][0]
+    if node.op == "Relu":
+        return [(0.0, True)]
+    if node.op == "HardSwish":
+        return [(-3.0, True)]
+    if node.op == "HardSigmoid":
+        slope, shift = float(node.attrs.get("alpha", 0.2)), float(node.attrs.get("beta", 0.5))
+        return [(-shift / slope, True), ((1.0 - shift) / slope, False)] if slope > 0 else []
+    return _clip_flats(graph, node) if node.op == "Clip" else []
+
+
+def _clip_flats(graph: Graph, node: Node) -> list[tuple[float, bool]]:
+    bounds = []
+    for position, name in enumerate(("min", "max"), start=1):
+        value = node.attrs.get(name)
+        if value is None and position < len(node.inputs) and node.inputs[position]:
+            given = weight_of(graph, node.inputs[position])
+            if given is None or given.size != 1:
+                return []
+            value = given.reshape(())
+        if value is not None and np.isfinite(float(value)) and abs(float(value)) < 1e30:
+            bounds.append((float(value), position == 1))
+    return bounds
 
 
 def _undo(graph: Graph, node: Node, position: int, ready: Callable[[str], bool], tail: Tail) -> Undo | None:
