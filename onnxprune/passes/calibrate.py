@@ -19,7 +19,7 @@ from onnxprune.passes.state import State
 from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import cut
 from onnxprune.rules.registry import lookup
-from onnxprune.runtime.capture import Request, capture, to_maps
+from onnxprune.runtime.capture import MEMORY, Request, capture, to_maps
 from onnxprune.runtime.checkpoint import Checkpoint
 from onnxprune.selection.map_slots import CapturedMaps
 from onnxprune.selection.sites import Site, sites
@@ -68,6 +68,7 @@ def captured_maps(
             source,
             most=fixed_batch(analysis) or 16,
             sizes=_bytes_per_sample(analysis, requests.made),
+            memory=min(MEMORY, state.memory_limit or MEMORY),
             checkpoint=checkpoint,
             tell=lambda share: state.tell("capture", share),
         )

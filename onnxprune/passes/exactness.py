@@ -30,9 +30,9 @@ _QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantize
 
 
 def check_exactness(
-    state: State, analysis: Analysis, folder: Path, original: Path, final: Path, feeds: Sequence[Any]
+    state: State, analysis: Analysis, folder: Path, original: Path, final: Path, model: Model, feeds: Sequence[Any]
 ) -> Exactness:
-    """Compare the cut with the masked original on one feed per probe.
+    """Compare the cut, ``model`` and as a file ``final``, with the masked original on one feed per probe.
 
     Where an output is the same whatever goes in, more feeds are tried; where that does not help, the last tensors in
     front of it that vary are compared too, and the note says which.
@@ -43,12 +43,11 @@ def check_exactness(
     Raises:
         ValidationError: they differ.
     """
-    assert state.removed is not None and state.proto is not None
+    assert state.removed is not None
     quantized = any(n.op in _QUANTISED for n in analysis.graph.nodes)
     if analysis.folds or analysis.hoists or analysis.copies:
         _check_preparation(analysis, folder, original, feeds, quantized)
     removed, skipped = _exact_part(analysis, state.removed)
-    model: Model = state.proto, state.weights
     if skipped:
         final, model = folder / "exact_part.onnx", cut(analysis.table, removed)
         _save(analysis, model, final)

@@ -8,9 +8,13 @@ from typing import Any
 
 import onnx
 
+from onnxprune.errors import UsageError
 from onnxprune.passes.registry import get
 from onnxprune.passes.state import Pass, Progress, Result, State
 from onnxprune.runtime.images import ImageOptions
+
+# Bytes of activations below which nothing works well.
+LEAST_MEMORY = 1_000_000
 
 
 class Pipeline:
@@ -37,6 +41,7 @@ class Pipeline:
         batch_size: int | None = None,
         images: ImageOptions | None = None,
         cache: str | Path | None = None,
+        memory_limit: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Result:
@@ -46,6 +51,7 @@ class Pipeline:
             model: path, bytes or ModelProto. input_shapes: {input: shape} for dynamic inputs.
             data, samples, batch_size, images: the user's inputs, see ``onnxprune.prune``. seed: of everything random.
             cache: folder that keeps captured statistics, so that an interrupted or repeated run need not start anew.
+            memory_limit: bytes of activations that passes may hold in memory at a time, 1,000,000 or more.
             progress: called with (stage, fraction).
 
         Raises:
@@ -53,6 +59,11 @@ class Pipeline:
         """
         state = State(model, input_shapes, data, seed, progress, samples=samples, batch_size=batch_size, images=images)
         state.cache = Path(cache) if cache is not None else None
+        if memory_limit is not None and memory_limit < LEAST_MEMORY:
+            raise UsageError(
+                f"memory_limit {memory_limit} is too small", hint=f"Allowed: {LEAST_MEMORY} bytes or more."
+            )
+        state.memory_limit = memory_limit
         for stage in self.passes:
             stage(state)
         if state.analysis is None:

@@ -10,21 +10,25 @@ from pathlib import Path
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
-from onnxprune.graph.restore import restore
-from onnxprune.graph.unshare import rejoin
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
 from onnxprune.passes.calibrate import fixed_batch
+from onnxprune.passes.outcome import doubts, is_worse, judge, remarks, set_aside
+from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.state import State
+from onnxprune.recover import MODES
 from onnxprune.recover.aims import Aim, find_aims
 from onnxprune.recover.layers import Layer
 from onnxprune.recover.problem import HELD, Problem
 from onnxprune.recover.repair import repair
-from onnxprune.recover.solve import modes
-from onnxprune.report.facts import Repair
+from onnxprune.report.facts import Recovery, Repair
 from onnxprune.rewrite.after import After
-from onnxprune.rewrite.cut import cut
+from onnxprune.runtime.capture import count
 from onnxprune.runtime.segments import Segments, Store
+from onnxprune.runtime.sessions import Feed
+
+# Bytes of activations to hold in memory where nobody says how many.
+_MEMORY = 2 << 30
 
 
 class Recover:
@@ -36,49 +40,69 @@ class Recover:
     Args:
         mode: ``none``, ``bias`` (means), ``bn`` (a scale and shift per output), ``lstsq`` (weights, every layer aimed
             at its own output) or ``full`` (whichever errs least on held-out data, aimed at sums).
-        memory_limit: bytes of activations to hold in memory; more go to temporary files.
+        memory_limit: bytes of activations to hold in memory, else the run's, else 2 GiB; more go to temporary files.
+        why: who chose the mode, for the report.
+
+    Every eighth batch of the data is kept from the fit, to compare the result with the original on. A repair that
+    takes the outputs further from it there is undone.
 
     Raises:
         UsageError: an unknown mode, no data, or data that does not fit.
     """
 
-    def __init__(self, mode: str = "full", *, memory_limit: int = 2 << 30) -> None:
-        allowed = ("none", *modes())
-        if mode not in allowed:
-            raise UsageError(f"Unknown way to recover {mode!r}.", hint=nearest(mode, allowed))
-        self.mode, self.memory_limit = mode, memory_limit
+    def __init__(self, mode: str = "full", *, memory_limit: int | None = None, why: str = "asked for") -> None:
+        self.mode, self.memory_limit, self.why = check_mode(mode), memory_limit, why
 
     def __call__(self, state: State) -> None:
         """Replace the cut model's weights."""
         analysis = state.analyzed()
-        if self.mode == "none" or state.removed is None or not state.removed.any():
-            return
-        proto, weights = cut(analysis.table, state.removed)
-        with state.stage("recover"), tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            repairs, left = self._repair(state, analysis, Graph.of(proto, weights), weights, Path(folder))
-        restore(proto, weights, analysis.unshared, analysis.folds, analysis.hoists)
-        rejoin(proto, weights, analysis.copies)
-        state.proto, state.weights = proto, weights
-        state.later.append(lambda: _report(state, repairs, left))
+        facts = Recovery(self.mode, self.why)
+        repairs: list[Repair] = []
+        left: Mapping[str, str] = {}
+        warnings: list[str] = []
+        if self.mode != "none" and state.removed is not None and state.removed.any():
+            if state.data is None:
+                raise no_data(self.mode)
+            assert state.proto is not None
+            before = state.proto, state.weights
+            with state.stage("recover"), tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+                feeds, (judges, name) = set_aside(_feeds(state, analysis), state.calibration().name)
+                warnings += doubts(feeds)
+                model = Prepared(*before)
+                repairs, left = self._repair(state, analysis, model.graph, model.weights, feeds, Path(folder))
+                repaired = model.model() if any(r.done for r in repairs) else before
+                facts.before, facts.after = judge(analysis, [before, repaired], judges, name)
+            facts.samples, facts.aside = sum(map(count, feeds)), 0 if judges is feeds else sum(map(count, judges))
+            facts.undone = is_worse(facts.after, facts.before)
+            warnings += remarks(facts, repairs, left)
+            state.judged_on = judges, name
+            if not facts.undone and repaired is not before:
+                state.unrepaired = state.unrepaired or before
+                state.proto, state.weights = repaired
+        state.later.append(lambda: _report(state, facts, repairs, left, warnings))
 
     def _repair(
-        self, state: State, analysis: Analysis, graph: Graph, weights: dict[str, Weight], folder: Path
+        self,
+        state: State,
+        analysis: Analysis,
+        graph: Graph,
+        weights: dict[str, Weight],
+        feeds: Sequence[Feed],
+        folder: Path,
     ) -> tuple[list[Repair], Mapping[str, str]]:
         assert state.removed is not None
         after = After(analysis.table, state.removed)
         known = {o for node in analysis.graph.nodes for o in node.outputs if o}
         aims = find_aims(graph, dict.fromkeys(known), after.shape, joint=self.mode == "full")
-        source = state.calibration()
-        batch = fixed_batch(analysis) or (max(1, min(32, source.samples // (2 * HELD))) if source.samples else 16)
-        store = Store(self.memory_limit, folder), Store(self.memory_limit, folder)
+        # Both models' activations are held, so that each may have half.
+        memory = (self.memory_limit or state.memory_limit or _MEMORY) // 2
+        store = Store(memory, folder), Store(memory, folder)
         cut_run = Segments(graph, weights, [[n for a in level for n in a.needs] for level in aims.levels], store[0])
         full = analysis.graph
         full_run = Segments(full, full.weights, [[a.tail.aim for a in level] for level in aims.levels], store[1])
-        feeds = list(source.batches(batch))
         for run in (cut_run, full_run):
             run.feed(feeds)
-        samples = sum(len(next(iter(f.values()))) for f in feeds if f)
-        del feeds
+        samples = sum(map(count, feeds))
         repairs: list[Repair] = []
         for number, level in enumerate(aims.levels):
             for run in (cut_run, full_run):
@@ -106,5 +130,32 @@ class Recover:
         return repairs, aims.left
 
 
-def _report(state: State, repairs: Sequence[Repair], left: Mapping[str, str]) -> None:
-    state.report.repairs = [*repairs, *(Repair(name, f"left: {why}", 0.0, 0.0) for name, why in left.items())]
+def check_mode(mode: str) -> str:
+    """The mode, if there is such a one; raises UsageError with the nearest."""
+    if mode not in MODES:
+        raise UsageError(f"Unknown way to recover {mode!r}.", hint=nearest(mode, MODES))
+    return mode
+
+
+def no_data(mode: str) -> UsageError:
+    """What is said where there is nothing to repair from."""
+    return UsageError(
+        f"recover {mode!r} needs calibration data, and there is none",
+        hint="Give inputs with --data (Python: data=...); a few hundred without labels are enough.",
+    )
+
+
+def _feeds(state: State, analysis: Analysis) -> list[Feed]:
+    """The data in batches that leave enough of them to hold some out."""
+    source = state.calibration()
+    batch = fixed_batch(analysis) or (max(1, min(32, source.samples // (2 * HELD))) if source.samples else 16)
+    return list(source.batches(batch))
+
+
+def _report(
+    state: State, facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str], warnings: Sequence[str]
+) -> None:
+    report = state.report
+    report.recovery = facts
+    report.repairs = [*repairs, *(Repair(name, f"left: {why}", 0.0, 0.0) for name, why in left.items())]
+    report.warnings += warnings

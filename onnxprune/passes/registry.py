@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from onnxprune.passes.exact import Exact
 from onnxprune.passes.prune import Prune
+from onnxprune.passes.recover import Recover
 from onnxprune.passes.state import Pass
 from onnxprune.passes.validate import Validate
 from onnxprune.plugins import Named
 
 ENTRY_POINT = "onnxprune.passes"
 T = TypeVar("T", bound="Pass | type[Pass]")
-_named: Named[Pass | type[Pass]] = Named("pass", ENTRY_POINT, {"prune": Prune, "validate": Validate})
+_BUILT_IN: dict[str, Pass | type[Pass]] = {"prune": Prune, "exact": Exact, "recover": Recover, "validate": Validate}
+_named: Named[Pass | type[Pass]] = Named("pass", ENTRY_POINT, _BUILT_IN)
 
 
 def register(name: str) -> Callable[[T], T]:

@@ -22,6 +22,7 @@ from onnxprune.plan import Plan
 from onnxprune.report.facts import Report
 from onnxprune.runtime.data import Samples, open_data
 from onnxprune.runtime.images import ImageOptions
+from onnxprune.runtime.sessions import Feed
 
 Progress = Callable[[str, float], None]
 
@@ -31,6 +32,9 @@ class State:
     """The run so far. Passes read it, change it and return nothing.
 
     ``later`` holds what describes the run (plan, report): it is done when ``plan`` or ``report`` is first read.
+    ``proved`` is the removal that exactness was asked of; ``unrepaired`` the model before a repair changed its weights;
+    ``judged_on`` the inputs to compare the result on, with a name for them, where a repair has used the others;
+    ``read_from`` the files that weights are read from besides the original's. ``memory_limit``: bytes of activations.
     """
 
     source: str | Path | bytes | onnx.ModelProto
@@ -42,10 +46,15 @@ class State:
     batch_size: int | None = None
     images: ImageOptions | None = None
     cache: Path | None = None
+    memory_limit: int | None = None
     analysis: Analysis | None = None
     proto: onnx.ModelProto | None = None
     weights: dict[str, Weight] = field(default_factory=dict)
     removed: NDArray[np.bool_] | None = None
+    proved: NDArray[np.bool_] | None = None
+    unrepaired: tuple[onnx.ModelProto, dict[str, Weight]] | None = None
+    judged_on: tuple[Sequence[Feed], str] | None = None
+    read_from: list[Path] = field(default_factory=list)
     later: list[Callable[[], None]] = field(default_factory=list)
     _plan: Plan = field(default_factory=Plan)
     _report: Report = field(default_factory=Report)
@@ -167,7 +176,7 @@ class Result:
         state = self._state
         assert state.proto is not None and state.analysis is not None
         loaded = state.analysis.loaded
-        check_output(path, loaded.path, loaded.external)
+        check_output(path, loaded.path, [*loaded.external, *state.read_from])
         size = save(state.proto, state.weights, path, prefer_external=bool(loaded.external))
         state.report.totals.bytes_after = size
         state.report.output = str(path)

@@ -1,32 +1,27 @@
-"""Validate: is the result a model, is the cut exact, how faithful is it, how fast is it."""
+"""Validate: is the result a model, is the cut exact, how faithful is the result, how fast is it."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from onnxprune.analysis import Analysis
-from onnxprune.errors import ModelError
-from onnxprune.graph.bounds import integer_bounds
-from onnxprune.graph.probes import input_specs
-from onnxprune.model.save import save
-from onnxprune.passes.exactness import check_exactness
+from onnxprune.passes.exact import prove, unproved
 from onnxprune.passes.state import State
 from onnxprune.passes.structure import check_file, check_sizes
-from onnxprune.runtime import fidelity, inputs, latency, sessions
+from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.runtime import fidelity, latency
 
-# From this size on, the original and the result are never in memory together.
-_LARGE = 1 << 30
 # Inputs of the user that tell enough, where nobody says how many to take.
-_SAMPLES = 256
+ENOUGH = 256
 
 
 class Validate:
     """Check the structure; compare with the masked original and with the original; time both.
+
+    Exactness is asked of the cut, before any repair, and only if no pass in front has asked; fidelity and latency are
+    those of the model as it is now. Behind a repair, fidelity is measured on what the repair set aside.
 
     Args:
         exact, faithful, timed: which questions to ask. With none, nothing is run: sizes alone are checked.
@@ -45,66 +40,41 @@ class Validate:
         with state.stage("structure"):
             check_sizes(analysis.graph.proto, state.proto)
         if not (self.exact or self.faithful or self.timed):
-            state.later.append(lambda: _note(state))
+            if unproved(state):
+                state.later.append(lambda: _note(state))
             return
-        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            self._run(state, analysis, Path(folder))
+        with Trial.of(analysis) as trial:
+            self._run(state, analysis, trial)
 
-    def _run(self, state: State, analysis: Analysis, folder: Path) -> None:
+    def _run(self, state: State, analysis: Analysis, trial: Trial) -> None:
         assert state.proto is not None
-        final, original = folder / "final.onnx", _original(analysis, folder)
         with state.stage("write"):
-            external = bool(analysis.loaded.external)
-            state.report.totals.bytes_after = save(state.proto, state.weights, final, prefer_external=external)
-            check_file(final, original)
+            final, state.report.totals.bytes_after = trial.write(state.proto, state.weights, "final")
+            check_file(final, trial.original)
         with state.stage("inputs"):
-            synthetic = _synthetic(state, analysis)
-            feeds, source = (synthetic, "synthetic") if state.data is None else _given(state)
-        if self.exact and state.removed is not None:
-            with state.stage("exactness"), _blaming(original):
-                state.report.exactness = check_exactness(state, analysis, folder, original, final, synthetic)
-        large = analysis.loaded.size > _LARGE
+            feeds, source = _inputs(state, analysis)
+        if self.exact and unproved(state):
+            prove(state, analysis, trial, final)
         if self.faithful:
             with state.stage("fidelity"):
-                state.report.fidelity = fidelity.fidelity(original, final, feeds, source, together=not large)
-        if self.timed and large:
+                together = not trial.large
+                state.report.fidelity = fidelity.fidelity(trial.original, final, feeds, source, together=together)
+        if self.timed and trial.large:
             state.report.warnings.append("Latency was not measured: original and result would be in memory at once.")
         elif self.timed:
             with state.stage("latency"):
-                state.report.latency = latency.latency(original, final, list(islice(feeds, 1)))
-
-
-@contextmanager
-def _blaming(original: Path) -> Iterator[None]:
-    """Where a model does not run, say so of the user's own file, unless that one does."""
-    try:
-        yield
-    except ModelError:
-        sessions.open_session(original, optimize=False)
-        raise
+                state.report.latency = latency.latency(trial.original, final, list(islice(feeds, 1)))
 
 
 def _note(state: State) -> None:
     state.report.exactness.note = "not asked: models were not run"
 
 
-def _original(analysis: Analysis, folder: Path) -> Path:
-    """The original as a file: its own, or a copy of what is only in memory."""
-    if analysis.loaded.path is not None:
-        return analysis.loaded.path
-    path = folder / "original.onnx"
-    save(analysis.loaded.proto, analysis.loaded.weights, path)
-    return path
-
-
-def _synthetic(state: State, analysis: Analysis) -> list[Any]:
-    """One seeded feed per probe."""
-    specs = input_specs(analysis.graph)
-    bounds = integer_bounds(analysis.graph, analysis.facts)
-    return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=state.seed) for probe in analysis.facts.probes]
-
-
-def _given(state: State) -> tuple[Iterable[Any], str]:
-    """The user's inputs, and what to call them."""
+def _inputs(state: State, analysis: Analysis) -> tuple[Iterable[Any], str]:
+    """What to measure on, and what to call it."""
+    if state.judged_on is not None:
+        return state.judged_on
+    if state.data is None:
+        return synthetic_feeds(state, analysis), "synthetic"
     samples = state.calibration()
-    return (samples if state.samples is not None else samples.first(_SAMPLES)), samples.name
+    return (samples if state.samples is not None else samples.first(ENOUGH)), samples.name

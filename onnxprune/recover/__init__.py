@@ -1,1 +1,4 @@
 """Recover accuracy in closed form: weights that make the cut model's layers say what the original's said."""
+
+MODES = ("none", "bias", "bn", "lstsq", "full")
+"""What may be asked for, from nothing to all; :class:`onnxprune.passes.Recover` says what each does."""

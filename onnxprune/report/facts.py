@@ -96,13 +96,37 @@ class Latency:
 class Repair:
     """What became of one layer that was repaired: held-out errors as shares of its target's variance.
 
-    ``how`` says what was fitted, ``kept`` that nothing was better than the weights there were.
+    ``how`` says what was fitted, ``kept`` that nothing was better than the weights there were, ``left: why`` that the
+    layer was not tried.
     """
 
     layer: str
     how: str
     before: float
     after: float
+
+    @property
+    def done(self) -> bool:
+        """Whether the layer has new weights."""
+        return self.how != "kept" and not self.how.startswith("left")
+
+
+@dataclass(slots=True)
+class Recovery:
+    """What was asked of a repair and what it did to the whole model.
+
+    ``why`` says who chose the mode; ``samples`` were fitted to and ``aside`` kept from the fit; ``before`` is the
+    fidelity of the cut before the repair and ``after`` behind it, on the same inputs (those set aside, where there
+    are); ``undone`` says that the repair made outputs worse and the cut was left as it was.
+    """
+
+    mode: str = "none"
+    why: str = ""
+    samples: int = 0
+    aside: int = 0
+    before: Fidelity | None = None
+    after: Fidelity | None = None
+    undone: bool = False
 
 
 @dataclass(slots=True)
@@ -118,6 +142,7 @@ class Report:
     exactness: Exactness = field(default_factory=Exactness)
     fidelity: Fidelity | None = None
     latency: Latency | None = None
+    recovery: Recovery = field(default_factory=Recovery)
     repairs: list[Repair] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)

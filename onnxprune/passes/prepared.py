@@ -1,0 +1,63 @@
+"""A model laid open so that its weights can be changed, and put together again as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+from onnxprune.graph.fold import fold
+from onnxprune.graph.restore import restore
+from onnxprune.graph.unshare import rejoin, unshare
+from onnxprune.graph.view import Graph
+from onnxprune.model.weights import Weight
+
+Model = tuple[onnx.ModelProto, dict[str, Weight]]
+
+
+class Prepared:
+    """A copy of a model in which equal constants are apart and computed weights are weights.
+
+    Attributes:
+        graph: the copy. weights: all of its constants, those of Constant nodes too; to be changed.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> None:
+        own = onnx.ModelProto()
+        own.CopyFrom(proto)
+        self._unshared, self._copies = unshare(Graph.of(own, weights))
+        self.graph, self._folds = fold(self._unshared)
+        self.weights = dict(self.graph.weights)
+        self._before = dict(self.weights)
+        self._stored = {t.name for t in self.graph.proto.graph.initializer}
+
+    def model(self) -> Model:
+        """The model with the weights there are now; what did not change is as it was written."""
+        proto = self.graph.proto
+        for node in proto.graph.node:
+            if node.op_type == "Constant" and self._changed(node.output[0]):
+                value = onnx.numpy_helper.from_array(self.weights[node.output[0]].read())
+                del node.attribute[:]
+                node.attribute.append(onnx.helper.make_attribute("value", value))
+        if proto.ir_version < 4:
+            self._hide_new()
+        weights = {t.name: self.weights[t.name] for t in proto.graph.initializer if t.name in self.weights}
+        restore(proto, weights, self._unshared, self._folds)
+        # A copy that took other values is no copy any more, nor are those of a constant that did.
+        same = {c: n for c, n in self._copies.items() if not self._changed(c) and not self._changed(n)}
+        rejoin(proto, weights, same)
+        return proto, weights
+
+    def _changed(self, name: str) -> bool:
+        return name in self.weights and self.weights[name] is not self._before.get(name)
+
+    def _hide_new(self) -> None:
+        """Before IR 4 every initializer is an input of the model as well: new ones become Constant nodes."""
+        graph = self.graph.proto.graph
+        added = [t.name for t in graph.initializer if t.name not in self._stored]
+        kept = [t for t in graph.initializer if t.name in self._stored]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        for name in added:
+            value = onnx.numpy_helper.from_array(self.weights[name].read())
+            graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value=value))

@@ -1,0 +1,75 @@
+"""What every check needs: a folder for a while, models in it as files, and inputs to run them on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from onnxprune.analysis import Analysis
+from onnxprune.errors import ModelError
+from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.probes import input_specs
+from onnxprune.model.save import save
+from onnxprune.model.weights import Weight
+from onnxprune.passes.state import State
+from onnxprune.runtime import inputs, sessions
+
+# From this size on, the original and the result are never in memory together.
+_LARGE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A folder with models as files.
+
+    Attributes:
+        original: the original's file: its own, or a copy of what is only in memory.
+    """
+
+    analysis: Analysis
+    folder: Path
+    original: Path
+
+    @classmethod
+    @contextmanager
+    def of(cls, analysis: Analysis) -> Iterator[Trial]:
+        """A trial of the model that was analysed; its files go when it is over."""
+        with tempfile.TemporaryDirectory(prefix="onnxprune-") as name:
+            folder, loaded = Path(name), analysis.loaded
+            path = loaded.path
+            if path is None:
+                path = folder / "original.onnx"
+                save(loaded.proto, loaded.weights, path)
+            yield cls(analysis, folder, path)
+
+    @property
+    def large(self) -> bool:
+        """Whether two such models had better not be in memory at once."""
+        return self.analysis.loaded.size > _LARGE
+
+    def write(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], stem: str) -> tuple[Path, int]:
+        """A model as a file, and its bytes."""
+        path = self.folder / f"{stem}.onnx"
+        return path, save(proto, weights, path, prefer_external=bool(self.analysis.loaded.external))
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """Where a model does not run, say so of the user's own file, unless that one does."""
+        try:
+            yield
+        except ModelError:
+            sessions.open_session(self.original, optimize=False)
+            raise
+
+
+def synthetic_feeds(state: State, analysis: Analysis) -> list[Any]:
+    """One seeded feed per probe."""
+    specs = input_specs(analysis.graph)
+    bounds = integer_bounds(analysis.graph, analysis.facts)
+    return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=state.seed) for probe in analysis.facts.probes]
