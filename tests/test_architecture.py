@@ -146,6 +146,14 @@ def test_criteria_know_arrays_only() -> None:
             assert all(t.startswith(allowed) for t in inside(name)), (name, inside(name))
 
 
+def test_contractions_know_arrays_only() -> None:
+    """A product of matrices does not know which operator it came from."""
+    for name in modules():
+        if name.startswith("contractions"):
+            assert not outside(name) & {"onnx", "onnxruntime", "scipy"}
+            assert all(t.startswith("contractions") for t in inside(name)), (name, inside(name))
+
+
 @pytest.mark.parametrize("name", [n for n in modules() if n])
 def test_files_and_functions_stay_short(name: str) -> None:
     path = modules()[name]
