@@ -59,7 +59,7 @@ def _add_part(
     """Add the errors of the units of one part, gram [n, n], weights [n, outputs], owner [n]."""
     inverse = _inverse(gram, damping)
     used = np.diagonal(gram) > 0
-    for units, columns in _units(owner):
+    for units, columns in units_by_columns(owner):
         for some in _runs(units.size, columns.shape[1] * max(columns.shape[1], weights.shape[1])):
             at = columns[some]
             # Of the inverse only the lower triangle is there, and columns ascend.
@@ -81,7 +81,7 @@ def _inverse(gram: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
     return np.asarray(factor)
 
 
-def _units(owner: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def units_by_columns(owner: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """(units, their columns [units, count]) for every number of columns that units have."""
     order = np.argsort(owner, kind="stable")
     present, first, counts = np.unique(owner[order], return_index=True, return_counts=True)

@@ -28,11 +28,12 @@ POWERS = {
     "variance": (2, 2),
     "wanda": (1, 1),
     "obs": (2, 2),
+    "ziplm": (1, 1),
     "cosine": (0, 0),
     "snp": (0, 0),
 }
-NOTHING_WITHOUT_WEIGHTS = ("l1", "l2", "bn", "lamp", "variance", "wanda", "obs")
-NOTHING_WITHOUT_MAPS = ("nuclear", "hrank", "apoz", "activation", "variance", "wanda", "obs", "cosine", "snp")
+NOTHING_WITHOUT_WEIGHTS = ("l1", "l2", "bn", "lamp", "variance", "wanda", "obs", "ziplm")
+NOTHING_WITHOUT_MAPS = ("nuclear", "hrank", "apoz", "activation", "variance", "wanda", "obs", "ziplm", "cosine", "snp")
 
 
 def silent(name: str, layout: str) -> bool:

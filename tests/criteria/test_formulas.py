@@ -87,6 +87,36 @@ def obs(case: Case, c: int) -> float:
     return total / len(members)
 
 
+def ziplm(case: Case, c: int) -> float:
+    """Remove the unit that raises the error of the best correction least, again and again, from scratch every time."""
+    members = np.flatnonzero(case.units == case.units[c])
+    if case.pairs:
+        return obs(case, c) / math.sqrt(math.fsum(obs(case, i) for i in range(case.units.size)))
+    covariances = [np.cov(columns.T, bias=True).reshape(columns.shape[1], -1) for columns in case.columns]
+    damping = 1e-3 * mean([float(np.diag(covariance).mean()) for covariance in covariances])
+    per_part, taps = case.units.size // case.parts, case.weights.shape[1]
+    total = energy = 0.0
+    for part, covariance in enumerate(covariances):
+        flat = case.weights[part * per_part : (part + 1) * per_part].reshape(per_part * taps, -1).astype(np.float64)
+        energy += float(np.trace(flat.T @ covariance @ flat))
+        inverse = np.linalg.inv(covariance + damping * np.eye(len(covariance)))
+        owner = np.repeat(case.units[part * per_part : (part + 1) * per_part], taps)
+        gone: list[int] = []
+        before = highest = 0.0
+        while case.units[c] in set(owner) - set(gone):
+            errors = {}
+            for unit in set(owner) - set(gone):
+                at = np.flatnonzero(np.isin(owner, [*gone, unit]))
+                left = flat[at]
+                errors[unit] = float(np.trace(left.T @ np.linalg.inv(inverse[np.ix_(at, at)]) @ left))
+            weakest = min(errors, key=errors.__getitem__)
+            highest = max(highest, errors[weakest] - before)
+            gone, before = [*gone, weakest], errors[weakest]
+            if weakest == case.units[c]:
+                total += highest
+    return total / math.sqrt(energy) / len(members)
+
+
 def cosine_of(case: Case, i: int, j: int) -> float:
     a, b = values_of(case, i), values_of(case, j)
     dot = math.fsum(x * y for x, y in zip(a, b, strict=True))
@@ -118,6 +148,7 @@ FORMULAS: dict[str, Callable[[Case, int], float]] = {
     "variance": variance,
     "wanda": wanda,
     "obs": obs,
+    "ziplm": ziplm,
     "cosine": cosine,
     "snp": snp,
 }
