@@ -55,7 +55,7 @@ def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: i
         damping: added to the diagonal.
     """
     scores, left = np.zeros(size), list(units_by_columns(owner))
-    inverse: Real = np.linalg.inv(covariance + damping * np.eye(len(covariance)))
+    inverse = np.asarray(np.linalg.inv(covariance + damping * np.eye(len(covariance))), np.float64)
     weights, highest = weights.copy(), 0.0
     while left:
         errors = [_errors(inverse, weights, columns) for _, columns in left]
