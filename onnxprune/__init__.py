@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxprune import criteria, passes, rules
     from onnxprune.analysis import Analysis
-    from onnxprune.api import analyze, prune
+    from onnxprune.api import analyze, prune, repair
     from onnxprune.errors import BudgetError, ModelError, OnnxpruneError, UsageError, ValidationError
     from onnxprune.passes import Pipeline, Result
     from onnxprune.plan import Plan
@@ -35,6 +35,7 @@ _HOME = {
     "ValidationError": "onnxprune.errors",
     "analyze": "onnxprune.api",
     "prune": "onnxprune.api",
+    "repair": "onnxprune.api",
 }
 _PACKAGES = ("criteria", "passes", "rules")
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "criteria",
     "passes",
     "prune",
+    "repair",
     "rules",
 ]
 

@@ -1,4 +1,4 @@
-"""The two calls most users need: :func:`prune` and :func:`analyze`."""
+"""The calls most users need: :func:`prune`, :func:`repair` and :func:`analyze`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import onnx
 
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion
-from onnxprune.passes import Pipeline, Prune, Result, Validate
+from onnxprune.passes import Adopt, Exact, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.passes.recover import check_mode, no_data
 from onnxprune.passes.state import Progress
 from onnxprune.plan import Plan
 from onnxprune.runtime.images import ImageOptions
@@ -28,6 +29,9 @@ def prune(
     samples: int | None = None,
     batch_size: int | None = None,
     images: ImageOptions | None = None,
+    recover: str | None = None,
+    memory_limit: int | None = None,
+    cache: str | Path | None = None,
     seed: int = 0,
     approximate: bool = False,
     validate: bool = True,
@@ -35,7 +39,7 @@ def prune(
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Result:
-    """Cut a model and prove that the cut is exact.
+    """Cut a model, prove that the cut is exact, and with ``data`` repair it.
 
     Args:
         model: path, bytes or ModelProto; never changed.
@@ -44,11 +48,16 @@ def prune(
         ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow.
         plan: a plan or its file, replayed instead of scoring.
         input_shapes: {input: shape} for dynamic inputs.
-        data: inputs to validate with, and for what asks for calibration data: a .npz or .npy file, a folder of such or
-            of images, an array, a mapping of input names to arrays, an iterable of these, or a reader with
-            onnxruntime's ``CalibrationDataReader`` interface.
-        samples: use this many of them; else validation takes up to 256, calibration all.
+        data: inputs without labels, to repair and validate with and for criteria that look at feature maps: a .npz or
+            .npy file, a folder of such or of images, an array, a mapping of input names to arrays, an iterable of
+            these, or a reader with onnxruntime's ``CalibrationDataReader`` interface.
+        samples: use this many of them; else validation takes up to 256, repair and criteria all.
         batch_size: samples per call where the model leaves that open (16). images: how images become arrays.
+        recover: how to repair the cut from ``data``, in closed form: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``,
+            see :class:`onnxprune.passes.Recover`. None: ``full`` where there is data and ``validate``, else ``none``.
+            Every eighth batch is not repaired from: the report's fidelity is measured on these.
+        memory_limit: bytes of activations to hold in memory at a time. cache: folder that keeps captured statistics, so
+            that an interrupted or repeated run need not start anew.
         seed: of everything random. approximate: also cut through normalisations, which is not exact.
         validate, latency: run the checks; measure speed. progress: called with (stage, fraction).
         options: how units are chosen: ``layers`` ({glob over node or weight names: ratio}), ``include``, ``exclude``
@@ -60,12 +69,61 @@ def prune(
         OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
             5 nothing to cut.
     """
+    mode, why = _way(recover, data is not None, validate)
     cut = Prune(criterion, ratio, plan=plan, approximate=approximate, **options)
+    prove = [Exact()] if validate and mode != "none" else []  # before the effort of a repair
     check = Validate(exact=validate, faithful=validate, timed=validate and latency)
-    reading: dict[str, Any] = {"samples": samples, "batch_size": batch_size, "images": images}
-    return Pipeline([cut, check]).run(
-        model, input_shapes=input_shapes, data=data, seed=seed, progress=progress, **reading
-    )
+    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
+    stages: list[Any] = [cut, *prove, Recover(mode, why=why), check]
+    return Pipeline(stages).run(model, input_shapes=input_shapes, **reading, **running)
+
+
+def _way(recover: str | None, data: bool, validate: bool) -> tuple[str, str]:
+    """How to repair, and who says so."""
+    if recover is not None:
+        if check_mode(recover) != "none" and not data:
+            raise no_data(recover)
+        return recover, "asked for"
+    if not data:
+        return "none", "no data was given"
+    return ("full", "data was given") if validate else ("none", "models are not run")
+
+
+def repair(
+    original: str | Path | bytes | onnx.ModelProto,
+    cut: str | Path | bytes | onnx.ModelProto,
+    *,
+    plan: Plan | str | Path,
+    data: Any,
+    recover: str = "full",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    images: ImageOptions | None = None,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    approximate: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Repair a model that was cut before, so that it says what the original says.
+
+    Args:
+        original: the model before the cut. cut: the model to repair, as it was cut or trained further; neither is
+            changed. plan: what was removed from where, as it was saved with the cut.
+        data: inputs without labels, see :func:`prune`, as are the other arguments.
+        recover: ``full``, ``lstsq``, ``bn`` or ``bias``. approximate: the cut was made with it.
+
+    Raises:
+        OnnxpruneError: with an ``exit_code``: 2 bad input or a plan that does not lead from one model to the other,
+            3 model not processable, 4 the result is not a valid model.
+    """
+    if data is None:
+        raise no_data(recover)
+    take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
+    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
+    return Pipeline([take, Recover(recover), check]).run(original, input_shapes=input_shapes, **reading, **running)
 
 
 def analyze(

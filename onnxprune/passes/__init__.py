@@ -1,5 +1,6 @@
 """Passes: the stages of a pipeline. A pass is a callable over :class:`State`; write your own, see CONTRIBUTING."""
 
+from onnxprune.passes.adopt import Adopt
 from onnxprune.passes.exact import Exact
 from onnxprune.passes.pipeline import Pipeline
 from onnxprune.passes.prune import Prune
@@ -9,6 +10,7 @@ from onnxprune.passes.state import Pass, Result, State
 from onnxprune.passes.validate import Validate
 
 __all__ = [
+    "Adopt",
     "Exact",
     "Pass",
     "Pipeline",

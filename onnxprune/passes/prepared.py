@@ -6,13 +6,28 @@ from collections.abc import Mapping
 
 import onnx
 
+from onnxprune.analysis import Analysis
 from onnxprune.graph.fold import fold
 from onnxprune.graph.restore import restore
 from onnxprune.graph.unshare import rejoin, unshare
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
+from onnxprune.rewrite.after import Mask
+from onnxprune.rewrite.cut import cut
 
 Model = tuple[onnx.ModelProto, dict[str, Weight]]
+
+
+def cut_model(analysis: Analysis, removed: Mask) -> Model:
+    """The model without ``removed`` (a mask over atoms), as it is saved.
+
+    Raises:
+        CannotRewrite: a node has no form with the new sizes.
+    """
+    proto, weights = cut(analysis.table, removed)
+    restore(proto, weights, analysis.unshared, analysis.folds, analysis.hoists)
+    rejoin(proto, weights, analysis.copies)
+    return proto, weights
 
 
 class Prepared:

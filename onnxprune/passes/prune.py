@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis, GroupView
+from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion, get
 from onnxprune.errors import BudgetError
-from onnxprune.graph.restore import restore
-from onnxprune.graph.unshare import rejoin
 from onnxprune.model.weights import Weight
+from onnxprune.passes.describe import fill_report
+from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
 from onnxprune.passes.state import State
 from onnxprune.plan import Plan
 from onnxprune.planning import atoms_removed, make_plan, read_plan
-from onnxprune.rewrite.after import After
-from onnxprune.rewrite.cut import CannotRewrite, cut
+from onnxprune.rewrite.cut import CannotRewrite
 from onnxprune.selection.request import Options, check_patterns, request_of
 
 Mask = NDArray[np.bool_]
@@ -65,8 +62,6 @@ class Prune:
         analysis = self._prepared(state)
         with state.stage("cut"):
             removed, proto, weights, selector = self._cut(analysis, state)
-            restore(proto, weights, analysis.unshared, analysis.folds, analysis.hoists)
-            rejoin(proto, weights, analysis.copies)
         state.removed, state.proto, state.weights = removed, proto, weights
         criterion = self.name if self.plan is None else self.plan.criterion
         settings = {"criterion": criterion, **(self.request.settings if self.plan is None else {})}
@@ -74,7 +69,7 @@ class Prune:
         def describe() -> None:
             state.plan = make_plan(analysis, removed, criterion)
             state.report.settings = settings
-            _fill_report(analysis, removed, weights, state, selector)
+            fill_report(analysis, removed, weights, state, selector)
 
         state.later.append(describe)
 
@@ -106,7 +101,7 @@ class Prune:
                 if selector is not None:
                     chosen = selector()
                 removed = atoms_removed(analysis.units, chosen)
-                proto, weights = cut(analysis.table, removed)
+                proto, weights = cut_model(analysis, removed)
                 return removed, proto, weights, selector
             except CannotRewrite as stop:
                 # Feature maps of a model that is cut in several steps are taken from the cut model.
@@ -142,13 +137,6 @@ def _freeze(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_])
     analysis.resolve_again()
 
 
-def _group_facts(group: GroupView, removed: int, asked: float | None) -> dict[str, Any]:
-    """One group as plain data. Spelled out, since dataclasses.asdict copies deeply and groups have many slots."""
-    slots = [{"tensor": s.tensor, "axis": s.axis, "size": s.size} for s in group.slots]
-    facts = {f.name: getattr(group, f.name) for f in fields(group)}
-    return {**facts, "slots": slots, "removed": removed, "asked": asked}
-
-
 def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Removed atoms on tensors whose size reaches the node by computation."""
     queue, seen, found = list(stop.node.inputs), set(stop.node.inputs), [np.zeros(0, np.int64)]
@@ -164,43 +152,3 @@ def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) 
         seen.update(fresh)
         queue.extend(fresh)
     return np.unique(np.concatenate([f.ravel() for f in found]))
-
-
-def _fill_report(
-    analysis: Analysis,
-    removed: NDArray[np.bool_],
-    weights: Mapping[str, Weight],
-    state: State,
-    selector: Selector | None,
-) -> None:
-    after = After(analysis.table, removed)
-    report = state.report
-    asked = {} if selector is None else selector.asked
-    kept = {} if selector is None else selector.kept
-
-    def size(name: str) -> int:
-        return int(np.prod(after.shape(name) or (), dtype=np.int64))
-
-    report.layers = analysis.layer_facts(after.shape, size)
-    report.barriers = [asdict(b) for b in analysis.barriers]
-    taken = {g.id: len(g.removed or ()) for g in state.plan.groups}
-    report.groups = [_group_facts(g, taken.get(g.id, 0), asked.get(g.id)) for g in analysis.groups]
-    for facts in report.groups:
-        facts["reason"] = facts["reason"] or kept.get(facts["id"], "")
-    excluded = {n.label for i, ratio in asked.items() if ratio is None for n in analysis.producers.get(i, ())}
-    reasons = dict.fromkeys(excluded, "excluded: by --exclude, or not among --include")
-    reasons |= {n.label: why for i, why in kept.items() for n in analysis.producers.get(i, ())}
-    for layer in report.layers:
-        if layer.name in reasons and layer.channels_after == layer.channels_before:
-            layer.reason = reasons[layer.name]
-    if selector is not None:
-        report.warnings += selector.warnings
-    totals = report.totals
-    totals.params_before = analysis.parameters
-    totals.params_after = sum(int(np.prod(w.shape)) for w in weights.values())
-    totals.macs_before = sum(x.macs_before for x in report.layers)
-    totals.macs_after = sum(x.macs_after for x in report.layers)
-    approximate = sum(1 for g in analysis.units.groups if not g.exact and taken.get(g.id))
-    if approximate:
-        what = "1 group was" if approximate == 1 else f"{approximate} groups were"
-        report.warnings.append(f"{what} cut through a normalisation (--approximate): not exact there.")
