@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import files
+from bench.labelled import evaluate
 from bench.workers import each
 from rich.console import Console
 from rich.table import Table
@@ -31,21 +31,6 @@ class Task(NamedTuple):
     home: Path
     path: Path
     ratio: float
-
-
-def evaluate(home: Path, name: str, model: Path | None) -> dict[str, float]:
-    """The metrics that evaluate.py prints.
-
-    Raises:
-        RuntimeError: it fails, or prints no JSON object.
-    """
-    command = [sys.executable, str(home / "evaluate.py"), name, *(["--model", str(model)] if model else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    line = next((x for x in reversed(done.stdout.splitlines()) if "{" in x), "")
-    if done.returncode or not line:
-        raise RuntimeError(f"evaluate.py {name}: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
-    found: dict[str, float] = json.loads(line[line.index("{") :])
-    return found
 
 
 def run_task(task: Task) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""Folders of trained models with labelled data: ``models/*.onnx`` and an ``evaluate.py`` that measures them.
+
+``evaluate.py NAME [--model FILE]`` prints one JSON object of metrics, the most important first, alone or after the
+name; ``evaluate.py NAME --record OUT.npz --samples N`` writes inputs that are not among those measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+UNLABELLED = "rel_err"  # metrics that start with it compare with the original: there are no labels
+
+
+def evaluate(home: Path, name: str, model: Path | None) -> dict[str, float]:
+    """The metrics that evaluate.py prints.
+
+    Raises:
+        RuntimeError: it fails, or prints no JSON object.
+    """
+    done = _call(home, name, *(["--model", str(model)] if model else []))
+    line = next((x for x in reversed(done.stdout.splitlines()) if "{" in x), "")
+    if done.returncode or not line:
+        raise RuntimeError(f"evaluate.py {name}: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
+    found: dict[str, float] = json.loads(line[line.index("{") :])
+    return found
+
+
+def record(home: Path, name: str, target: Path, samples: int) -> None:
+    """Write calibration inputs to ``target`` (.npz).
+
+    Raises:
+        RuntimeError: it fails, or writes nothing.
+    """
+    done = _call(home, name, "--record", str(target), "--samples", str(samples))
+    if done.returncode or not target.is_file():
+        raise RuntimeError(f"evaluate.py {name} --record: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
+
+
+def _call(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(home / "evaluate.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
