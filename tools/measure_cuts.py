@@ -1,7 +1,8 @@
-"""What a cut costs: size and accuracy of the models under models/ before and after, as the table in README.md.
+"""What a cut costs: size and accuracy of the models under models/ before and after, as the tables in README.md.
 
 python tools/measure_cuts.py                    ratio 0.3, criteria l2 and gm, no training
 python tools/measure_cuts.py --ratio 0.1 --criteria l1 random --round-to 8
+python tools/measure_cuts.py --recover          ratio 0.5, l2: what a repair from calibration data wins back
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from measure_models import FOLDER, load_test_set, measure
 
 import onnxprune as op
 
+CALIBRATION = FOLDER / "digits_calibration.npz"
 NAMES = ("residual", "depthwise", "concat", "attention", "recurrent")
 
 
@@ -46,18 +48,39 @@ def row(name: str, criteria: Sequence[str], ratio: float, round_to: int) -> str:
     return f"| `{path.name}` | {' | '.join(cells)} |"
 
 
+def shares(name: str, criterion: str, ratio: float, mode: str) -> list[float]:
+    """Accuracy of the original, of the cut, and of the cut after a repair from the calibration digits."""
+    path, (images, labels) = FOLDER / f"{name}.onnx", load_test_set()
+    cut = op.prune(path, criterion=criterion, ratio=ratio, latency=False)
+    mended = op.prune(path, criterion=criterion, ratio=ratio, data=CALIBRATION, recover=mode, latency=False)
+    models = [path, cut.model.SerializeToString(), mended.model.SerializeToString()]
+    return [measure(model, images, labels).share for model in models]
+
+
+def recovered(criterion: str, ratio: float, mode: str) -> None:
+    """Prints the table of repairs."""
+    print("| model | accuracy | cut | cut and repaired |\n|---|--:|--:|--:|")
+    for name in NAMES:
+        print(f"| `{name}.onnx` | {' | '.join(map(percent, shares(name, criterion, ratio, mode)))} |", flush=True)
+
+
 def main() -> int:
     """Prints the table; every cut is checked for exactness on the way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ratio", type=float, default=0.3, help="share of the units of every group to remove")
+    parser.add_argument("--ratio", type=float, help="share of units to remove; 0.3, with --recover 0.5")
     parser.add_argument("--round-to", type=int, default=1, metavar="N", help="keep a multiple of N per group")
     parser.add_argument("--criteria", nargs="+", default=["l2", "gm"], metavar="NAME", help="default: l2 gm")
+    parser.add_argument("--recover", nargs="?", const="full", metavar="MODE", help="show what a repair wins back")
     given = parser.parse_args()
+    if given.recover:
+        recovered(given.criteria[0], 0.5 if given.ratio is None else given.ratio, given.recover)
+        return 0
+    ratio = 0.3 if given.ratio is None else given.ratio
     heads = ["model", "parameters", "MACs", "file size", "accuracy", *(f"`{c}`" for c in given.criteria)]
     print(f"| {' | '.join(heads)} |\n|---|{'--:|' * (len(heads) - 1)}")
     try:
         for name in NAMES:
-            print(row(name, given.criteria, given.ratio, given.round_to))
+            print(row(name, given.criteria, ratio, given.round_to))
     except op.OnnxpruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

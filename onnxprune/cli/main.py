@@ -12,6 +12,7 @@ import click
 from onnxprune.cli import failure
 from onnxprune.cli.inspect import inspect
 from onnxprune.cli.prune import prune
+from onnxprune.cli.recover import recover
 from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
 
@@ -50,8 +51,10 @@ class DefaultGroup(click.Group):
             ctx.exit(failure.show(error, ctx.obj, ctx.command_path))
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The help of the whole program: both ways to call it, then the options of a cut."""
+        """The help of the whole program: the ways to call it, then the options of a cut."""
         formatter.write_usage(ctx.command_path, "MODEL.onnx [-o OUT.onnx] [options]")
+        pair = "recover ORIGINAL.onnx CUT.onnx --plan FILE --data FILE [options]"
+        formatter.write_usage(ctx.command_path, pair, prefix="       ")
         formatter.write_usage(ctx.command_path, "inspect MODEL.onnx [options]", prefix="       ")
         command = self.commands[DEFAULT]
         command.format_help_text(ctx, formatter)
@@ -101,4 +104,5 @@ def main() -> None:
 
 
 main.add_command(prune)
+main.add_command(recover)
 main.add_command(inspect)

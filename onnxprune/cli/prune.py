@@ -13,19 +13,20 @@ import click
 from rich.console import RenderableType
 from rich.text import Text
 
-from onnxprune.cli import options
+from onnxprune.cli import gate, options
 from onnxprune.cli.data_options import data_options
 from onnxprune.cli.layout import HeadedCommand, option
+from onnxprune.cli.recovery_options import recovery_options
 from onnxprune.cli.request import Request, check
 from onnxprune.cli.selection_options import selection_options
-from onnxprune.errors import BudgetError, ValidationError
-from onnxprune.report import explain, structure, tables
+from onnxprune.report import explain, repairs, structure, tables, whole
 from onnxprune.report.console import Screen, plain
 from onnxprune.report.facts import Report
 
 WHAT = "What to cut"
 HOW = "How to choose"
 INPUT = "Input"
+RECOVERY = "Recover accuracy"
 CHECKS = "Checks"
 OUTPUT = "Output"
 _PATH = click.Path(path_type=Path)
@@ -82,8 +83,16 @@ _PATH = click.Path(path_type=Path)
     multiple=True,
     help="Shape of an input whose sizes are not in the model; repeatable.",
 )
-@data_options(INPUT, "to validate with (default: seeded synthetic ones).")
+@data_options(INPUT, "to repair and validate with (default: no repair, seeded synthetic ones).")
+@option(
+    "--cache",
+    heading=INPUT,
+    type=_PATH,
+    metavar="DIR",
+    help="Keep statistics of --data here: a repeated or interrupted run goes on from them.",
+)
 @option("--seed", heading=INPUT, type=options.NumberType(0, "a seed"), default=0, help="Seed of everything random.")
+@recovery_options(RECOVERY)
 @option("--no-validate", heading=CHECKS, is_flag=True, help="Do not run the models: structural checks only.")
 @option(
     "--min-fidelity",
@@ -117,7 +126,8 @@ def prune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: int, **val
     result = _cut(request, screen)
     report: Report = result.report
     _advise(request, report)
-    _gate(request, report, screen)
+    hint = "Take a smaller --ratio, another --criterion, or --exclude the sensitive layers."
+    gate.check(report, request.min_fidelity, lambda: screen.show(*_parts(request, report, screen), Text("")), hint)
     with _plan_file(request, result):
         result.save(request.target)
     report.output = str(request.target)
@@ -144,6 +154,9 @@ def _cut(request: Request, screen: Screen) -> Any:
             plan=request.apply_plan,
             input_shapes=options.unique("--input-shape", request.shapes) or None,
             **request.data.arguments(),
+            recover=request.recovery.recover,
+            memory_limit=request.recovery.memory_limit,
+            cache=request.cache,
             seed=request.seed,
             approximate=request.approximate,
             validate=not request.no_validate,
@@ -158,33 +171,6 @@ def _advise(request: Request, report: Report) -> None:
     asked = request.apply_plan is None and (request.ratio > 0 or any(share > 0 for _, share in request.layers))
     if asked and report.totals.params_before == report.totals.params_after:
         report.warnings.append("no channel was removed, the model keeps its size; --explain says why")
-
-
-def _gate(request: Request, report: Report, screen: Screen) -> None:
-    """Stop before anything is written when the cut is wrong (ValidationError) or not faithful enough (BudgetError)."""
-    if report.exactness.passed is False:
-        facts = report.exactness
-        raise ValidationError(
-            f"the cut model differs from the masked original by {facts.error:.1e} at output {facts.worst_output!r}, "
-            f"allowed {facts.tolerance:.0e}",
-            hint="This is a bug in onnxprune and nothing was written: please report it with the model.",
-        )
-    if request.min_fidelity is None:
-        return
-    if report.fidelity is None or not report.fidelity.outputs:
-        note = report.fidelity.note if report.fidelity is not None else ""
-        raise BudgetError(
-            f"--min-fidelity {request.min_fidelity:g}: fidelity could not be measured{': ' + note if note else ''}",
-            hint="Nothing was written. Give inputs with --data, or drop --min-fidelity.",
-        )
-    worst = report.fidelity.worst_cosine
-    # Asked of every output, not of the worst: a cosine that is not a number has to fail the gate too.
-    if not all(output.cosine >= request.min_fidelity for output in report.fidelity.outputs):
-        screen.show(*_parts(request, report, screen), Text(""))
-        raise BudgetError(
-            f"worst cosine {worst:.4f} is below --min-fidelity {request.min_fidelity:g}",
-            hint="Nothing was written. Take a smaller --ratio, another --criterion, or --exclude the sensitive layers.",
-        )
 
 
 @contextmanager
@@ -223,8 +209,11 @@ def _parts(request: Request, report: Report, screen: Screen) -> list[RenderableT
         if report.barriers:
             parts += [tables.heading("Barriers")]
             parts += structure.barriers(plain(report.barriers), name_width=width, every=verbose)
+        if report.repairs:
+            parts += [tables.heading("Layers that were not repaired")]
+            parts += repairs.left(report.repairs, name_width=width)
         parts += [tables.heading("Cut")]
-    return parts + tables.cut(report, name_width=width, verbose=verbose)
+    return parts + whole.cut(report, name_width=width, verbose=verbose)
 
 
 def _written(request: Request) -> list[RenderableType]:

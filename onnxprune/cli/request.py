@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from onnxprune.cli import options
 from onnxprune.cli.data_options import DataOptions
+from onnxprune.cli.recovery_options import RecoveryOptions
 from onnxprune.cli.selection_options import SelectionOptions
 from onnxprune.errors import UsageError
 
@@ -42,6 +43,8 @@ class Request:
     apply_plan: Path | None
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     data: DataOptions
+    cache: Path | None
+    recovery: RecoveryOptions
     seed: int
     approximate: bool
     explain: bool
@@ -90,6 +93,8 @@ def check(ctx: click.Context, request: Request) -> None:
                     hint="The plan already says what is removed: drop one of the two.",
                 )
     request.data.check()
+    request.recovery.check(data=request.data.data is not None)
+    _check_cache(request)
     blind = request.apply_plan is None and request.data.data is None
     if blind and registry.needs_of(registry.get(request.criterion)):
         raise needs_data(request.criterion)
@@ -108,3 +113,12 @@ def check(ctx: click.Context, request: Request) -> None:
         except UsageError as error:
             what = error.message.removeprefix("the output ")
             raise UsageError(f"--plan: {what}", hint="Choose another path for the plan.") from None
+
+
+def _check_cache(request: Request) -> None:
+    if request.cache is None:
+        return
+    if request.data.data is None:
+        raise UsageError("--cache keeps statistics of data, and there is no --data", hint="Give --data, or drop it.")
+    if request.cache.exists() and not request.cache.is_dir():
+        raise UsageError(f"--cache {str(request.cache)!r} is not a folder", hint="Give a folder; a new one is made.")

@@ -56,7 +56,7 @@ class Adopt:
             state.report.settings = {"criterion": self.plan.criterion}
             fill_report(analysis, removed, state.weights, state)
             same = "its weights are the original's" if not changed else f"{changed} of its {of} weights were changed"
-            state.report.exactness.note = f"the cut came as a file; {same}"
+            state.report.exactness.note = f"came as a file, {same}"
 
         state.later.append(describe)
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
 from onnxprune.graph.view import Graph
@@ -148,7 +150,10 @@ def no_data(mode: str) -> UsageError:
 def _feeds(state: State, analysis: Analysis) -> list[Feed]:
     """The data in batches that leave enough of them to hold some out."""
     source = state.calibration()
-    batch = fixed_batch(analysis) or (max(1, min(32, source.samples // (2 * HELD))) if source.samples else 16)
+    many = min(32, state.batch_size or 32)
+    if source.samples is not None:
+        many = max(1, min(many, source.samples // (2 * HELD)))
+    batch = fixed_batch(analysis) or many
     return list(source.batches(batch))
 
 
@@ -159,3 +164,5 @@ def _report(
     report.recovery = facts
     report.repairs = [*repairs, *(Repair(name, f"left: {why}", 0.0, 0.0) for name, why in left.items())]
     report.warnings += warnings
+    if facts.samples:  # a repair may add biases
+        report.totals.params_after = sum(int(np.prod(w.shape)) for w in state.weights.values())

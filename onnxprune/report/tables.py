@@ -187,37 +187,3 @@ def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[
     if len(worst) > most:
         parts.append(Text(f"  and {len(worst) - most} outputs with a larger cosine", style="dim"))
     return parts
-
-
-def settings(report: Report) -> Text | None:
-    """One line: how the units were chosen."""
-    said = report.settings
-    if not said:
-        return None
-    how = [str(said["criterion"])]
-    if "scope" not in said:
-        return Text.assemble(("chosen    ", "bold"), f"by a plan (criterion {how[0]})")
-    how += [f"{name.replace('_', ' ')} {said[name]}" for name in ("scope", "policy", "normalize")]
-    usual = {"group_policy": "count", "reshape_axis": "head_dim", "cost": "none"}
-    how += [f"{name.replace('_', ' ')} {said[name]}" for name, value in usual.items() if said[name] != value]
-    if said["steps"] > 1:
-        how.append(f"{said['steps']} steps, {said['schedule']}")
-    return Text.assemble(("chosen    ", "bold"), "by ", ", ".join(how))
-
-
-def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
-    """The whole report after a cut: layers, totals, exactness, fidelity."""
-    fold = not verbose and len(report.layers) > LONG
-    parts: list[RenderableType] = []
-    if report.layers:
-        parts += [*layers(report.layers, name_width=name_width, fold=fold), Text("")]
-    parts += [totals(report.totals, report.latency)]
-    note = latency_note(report.latency)
-    if note is not None:
-        parts.append(note)
-    slower = speed_note(report)
-    if slower is not None:
-        parts.append(slower)
-    chosen = settings(report)
-    parts += [Text(""), *([chosen] if chosen is not None else []), exactness(report.exactness)]
-    return [*parts, *fidelity(report.fidelity, name_width=name_width)]

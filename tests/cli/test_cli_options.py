@@ -93,6 +93,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
     args += ["--steps", "3", "--schedule", "cube"]
     args += ["--exclude", "e1", "--exclude", "e2", "--round-to", "8", "--input-shape", "x=2,3", "--seed", "7"]
     args += ["--data", data, "--samples", "9", "--batch-size", "4"]
+    args += ["--recover", "bn", "--memory-limit", "2GB", "--cache", model.parent / "kept"]
     assert run(model, *args, "--approximate").exit_code == 0
     (call,) = api.calls
     call.pop("progress")
@@ -121,6 +122,9 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "samples": 9,
         "batch_size": 4,
         "images": None,
+        "recover": "bn",
+        "memory_limit": 2_000_000_000,
+        "cache": model.parent / "kept",
         "seed": 7,
         "approximate": True,
         "validate": True,
@@ -133,6 +137,7 @@ def test_defaults(api, run, model) -> None:
     (call,) = api.calls
     assert (call["criterion"], call["ratio"], call["round_to"], call["seed"]) == ("l2", 0.3, 1, 0)
     assert (call["layers"], call["input_shapes"], call["plan"], call["data"]) == (None, None, None, None)
+    assert (call["recover"], call["memory_limit"], call["cache"]) == (None, None, None)
     assert model.with_name("m.pruned.onnx").read_bytes() == b"cut model"
 
 

@@ -101,7 +101,7 @@ def fidelity(result: Any) -> dict[str, Any]:
 
 
 def test_a_model_is_validated_on_a_folder_of_images(net: Path, pictures: Path, run) -> None:
-    args = [net, "--data", pictures, "--image-size", "12x10", "--json"]
+    args = [net, "--data", pictures, "--image-size", "12x10", "--recover", "none", "--json"]
     facts = fidelity(run(*args))
     assert facts["samples"] == 5 and facts["source"] == str(pictures)
     shifted = fidelity(run(*args, "--samples", "3", "--batch-size", "2", "--mean", "0.5", "--std", "0.25"))
@@ -139,14 +139,14 @@ def test_python_takes_iterators_and_readers_and_counts_them(net: Path) -> None:
             return next(self.left, None)
 
     for data in (iter(items), Reader()):
-        report = op.prune(net, data=data, samples=6, batch_size=3, latency=False).report
+        report = op.prune(net, data=data, samples=6, batch_size=3, recover="none", latency=False).report
         assert report.fidelity is not None and report.fidelity.samples == 6
     with pytest.raises(op.UsageError, match="holds 8 samples, 9 were asked for"):
         op.prune(net, data=iter(items), samples=9, latency=False)
 
 
 def test_without_a_number_validation_takes_no_more_than_it_needs(net: Path) -> None:
-    report = op.prune(net, data=np.ones((300, 3, 4, 4), np.float32), latency=False).report
+    report = op.prune(net, data=np.ones((300, 3, 4, 4), np.float32), recover="none", latency=False).report
     assert report.fidelity is not None and report.fidelity.samples == 256
 
 

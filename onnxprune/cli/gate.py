@@ -1,0 +1,39 @@
+"""Gates: what a result has to be so that it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from onnxprune.errors import BudgetError, ValidationError
+from onnxprune.report.facts import Report
+
+
+def check(report: Report, least: float | None, show: Callable[[], None], hint: str) -> None:
+    """Stop before anything is written when the cut is wrong (ValidationError) or not faithful enough (BudgetError).
+
+    Args:
+        least: what ``--min-fidelity`` asks for. show: shows the report of a result that is not faithful enough.
+        hint: what to do about that.
+    """
+    if report.exactness.passed is False:
+        facts = report.exactness
+        raise ValidationError(
+            f"the cut model differs from the masked original by {facts.error:.1e} at output {facts.worst_output!r}, "
+            f"allowed {facts.tolerance:.0e}",
+            hint="This is a bug in onnxprune and nothing was written: please report it with the model.",
+        )
+    if least is None:
+        return
+    if report.fidelity is None or not report.fidelity.outputs:
+        note = report.fidelity.note if report.fidelity is not None else ""
+        raise BudgetError(
+            f"--min-fidelity {least:g}: fidelity could not be measured{': ' + note if note else ''}",
+            hint="Nothing was written. Give inputs with --data, or drop --min-fidelity.",
+        )
+    # Asked of every output, not of the worst: a cosine that is not a number has to fail the gate too.
+    if not all(output.cosine >= least for output in report.fidelity.outputs):
+        show()
+        raise BudgetError(
+            f"worst cosine {report.fidelity.worst_cosine:.4f} is below --min-fidelity {least:g}",
+            hint=f"Nothing was written. {hint}",
+        )
