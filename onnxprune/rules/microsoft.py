@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.contractions import Form
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Label, Labels, along
@@ -81,6 +82,10 @@ class NhwcFusedConv(Conv):
         """[N, ..., O]."""
         x, w = shapes[self.data], shapes[self.weight]
         return [None if x is None or w is None else (x[0], *window_sizes(x[1:-1], w[2:], node.attrs), w[0])]
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """None: windows are cut out of data with channels on axis 1."""
+        return None
 
 
 class NhwcConv(NhwcFusedConv):
