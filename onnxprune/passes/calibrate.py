@@ -15,6 +15,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.contractions import Form, pick, rows_per_sample
 from onnxprune.graph.view import Graph
 from onnxprune.groups.units import Group
+from onnxprune.passes.calls import Calls
 from onnxprune.passes.state import State
 from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import cut
@@ -44,7 +45,7 @@ def captured_maps(
     Raises:
         UsageError: there is no data, or it does not fit. ModelError: the model does not run, or maps are not finite.
     """
-    source = state.calibration()
+    source = Calls(state, analysis)
     targets = Targets(analysis.units, groups)
     component = analysis.units.component
     found = [s for s in sites(analysis.table, component) if (targets.group[component[s.label.ids]] >= 0).any()]
@@ -66,7 +67,8 @@ def captured_maps(
             model,
             requests.made,
             source,
-            most=fixed_batch(analysis) or 16,
+            least=source.fixed or 1,
+            most=source.fixed or source.most,
             sizes=_bytes_per_sample(analysis, requests.made),
             memory=min(MEMORY, state.memory_limit or MEMORY),
             checkpoint=checkpoint,
@@ -75,15 +77,6 @@ def captured_maps(
     for finish in requests.finish:
         finish()
     return captured
-
-
-def fixed_batch(analysis: Analysis) -> int | None:
-    """The number of samples that every call has to have, where the graph works for one number only.
-
-    Some exports declare a free batch and reshape to a fixed one: analysis then has found one size that makes sense.
-    """
-    probes = analysis.facts.probes
-    return next((s[0] for s in probes[0].inputs.values() if s), None) if len(probes) == 1 else None
 
 
 def _forms_after(

@@ -14,7 +14,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
-from onnxprune.passes.calibrate import fixed_batch
+from onnxprune.passes.calls import Calls
 from onnxprune.passes.outcome import doubts, is_worse, judge, remarks, set_aside
 from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.state import State
@@ -149,12 +149,14 @@ def no_data(mode: str) -> UsageError:
 
 def _feeds(state: State, analysis: Analysis) -> list[Feed]:
     """The data in batches that leave enough of them to hold some out."""
-    source = state.calibration()
+    source = Calls(state, analysis)
     many = min(32, state.batch_size or 32)
     if source.samples is not None:
         many = max(1, min(many, source.samples // (2 * HELD)))
-    batch = fixed_batch(analysis) or many
-    return list(source.batches(batch))
+    feeds = list(source.batches(many))
+    if not feeds:
+        raise UsageError("The data fill no call of the model.", hint=f"It takes {source.fixed or 1} samples at a time.")
+    return feeds
 
 
 def _report(

@@ -62,6 +62,7 @@ def capture(
     source: Source,
     *,
     sizes: Mapping[str, int],
+    least: int = 1,
     most: int = 16,
     memory: int = MEMORY,
     checkpoint: Checkpoint | None = None,
@@ -71,7 +72,7 @@ def capture(
 
     Args:
         model: the graph and its weights. requests: what to accumulate.
-        source: the data. sizes: {tensor: bytes per sample}. most: samples per call at most.
+        source: the data. sizes: {tensor: bytes per sample}. least, most: samples per call.
         memory: bytes of inner tensors to hold at a time.
         checkpoint: where to keep what was accumulated, so that a run can be resumed. tell: called with the share done.
 
@@ -86,7 +87,7 @@ def capture(
     with TemporaryDirectory(prefix="onnxprune-") as folder:
         for number, part in enumerate(passes):
             share = Share(tell, number, len(passes))
-            batch = _batch_size(part, sizes, memory, most)
+            batch = max(least, _batch_size(part, sizes, memory, most))
             samples = _one_pass(model, part, source, Path(folder), batch, checkpoint, share)
     if requests and not samples:
         raise UsageError("The calibration data holds no samples.", hint="Give at least one batch of inputs.")
@@ -144,6 +145,7 @@ def _one_pass(
     save(with_outputs(model[0], names), model[1], path)
     session = open_session(path)
     states = {r.name: r.statistic for r in requests}
+    checkpoint = None if checkpoint is None else checkpoint.at(batch_size)
     skip, samples = checkpoint.load(states) if checkpoint is not None else (0, 0)
     saved = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

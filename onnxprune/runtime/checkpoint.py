@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -34,6 +35,10 @@ class Checkpoint:
             ) from error
         self._folder, self._key = folder, key
 
+    def at(self, batch_size: int) -> Checkpoint:
+        """The same for calls of this many samples: only whole calls are counted, so others cannot go on from there."""
+        return Checkpoint(self._folder, f"{self._key}:{batch_size}")
+
     def _path(self, statistics: Mapping[str, Statistic]) -> Path:
         text = "\n".join([self._key, *sorted(statistics)])
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
@@ -43,7 +48,7 @@ class Checkpoint:
         path = self._path(statistics)
         if not path.exists():
             return 0, 0
-        with suppress(OSError, ValueError, KeyError, EOFError), np.load(path, allow_pickle=False) as file:
+        with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(path, allow_pickle=False) as file:
             states: dict[str, dict[str, Any]] = {name: {} for name in statistics}
             for entry in file.files:
                 if "|" in entry:

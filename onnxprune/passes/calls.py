@@ -1,0 +1,44 @@
+"""The user's data in calls that the model can take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnxprune.analysis import Analysis
+from onnxprune.passes.state import State
+from onnxprune.runtime.sessions import Feed
+
+
+class Calls:
+    """The calibration data of a run.
+
+    Some exports declare a free batch and reshape to a fixed one: analysis then has found one size that makes sense,
+    every call has that size, and samples that fill no call are left out.
+
+    Attributes:
+        fixed: the number of samples that every call has to have, None where any number will do.
+        most: samples per call that the user wants at most, where any number will do.
+    """
+
+    def __init__(self, state: State, analysis: Analysis) -> None:
+        self._data = state.calibration()
+        probes = analysis.facts.probes
+        self._sizes = {name: s[0] for name, s in probes[0].inputs.items() if s} if len(probes) == 1 else {}
+        self.fixed = next(iter(self._sizes.values()), None)
+        self.most = state.batch_size or 16
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of one pass, None where they are not known before."""
+        known = self._data.samples
+        return known // self.fixed * self.fixed if known and self.fixed else known
+
+    def batches(self, batch_size: int | None = None) -> Iterator[Feed]:
+        """One pass over the data."""
+        for feed in self._data.batches(self.fixed or batch_size):
+            if all(len(feed[name]) >= size for name, size in self._sizes.items() if name in feed):
+                yield feed
+
+    def fingerprint(self) -> str | None:
+        """What stands for the data's content, None where it can be read only once."""
+        return self._data.fingerprint()
