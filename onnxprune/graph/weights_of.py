@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.graph.evaluate import evaluate
-from onnxprune.graph.view import Graph
+from onnxprune.graph.view import Graph, Node
 
 # Weights pass through few operators before use; a longer way leads to an activation.
 _DEEPEST = 12
@@ -27,5 +27,25 @@ def weight_of(graph: Graph, name: str, depth: int = _DEEPEST) -> NDArray[Any] | 
         if source and value is None:
             return None
         values.append(value)
+    if node.op == "DequantizeLinear":
+        return _dequantized(node, values)
     results = evaluate(node, values)
     return np.asarray(results[node.outputs.index(name)]) if results else None
+
+
+def _dequantized(node: Node, values: list[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """(codes - zero point) * scale; onnx's evaluator does not know the operator before opset 19."""
+    codes, scale, zero = (*values, None)[:3]
+    if codes is None or scale is None or codes.dtype.kind not in "iu":
+        return None
+    axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
+
+    def spread(setting: NDArray[Any]) -> NDArray[Any]:
+        if setting.size == 1:
+            return setting.reshape(())
+        if block:
+            return np.repeat(setting, block, axis=axis).take(np.arange(codes.shape[axis]), axis=axis)
+        return setting.reshape([-1 if a == axis % codes.ndim else 1 for a in range(codes.ndim)])
+
+    numbers = codes.astype(np.float32) - (0.0 if zero is None else spread(zero).astype(np.float32))
+    return (numbers * spread(scale).astype(np.float32)).astype(scale.dtype)
