@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxprune import criteria, passes, rules
+    from onnxprune import criteria, passes, rules, statistics
     from onnxprune.analysis import Analysis
     from onnxprune.api import analyze, prune, repair
     from onnxprune.errors import BudgetError, ModelError, OnnxpruneError, UsageError, ValidationError
@@ -37,7 +37,7 @@ _HOME = {
     "prune": "onnxprune.api",
     "repair": "onnxprune.api",
 }
-_PACKAGES = ("criteria", "passes", "rules")
+_PACKAGES = ("criteria", "passes", "rules", "statistics")
 __all__ = [
     "Analysis",
     "BudgetError",
@@ -55,6 +55,7 @@ __all__ = [
     "prune",
     "repair",
     "rules",
+    "statistics",
 ]
 
 

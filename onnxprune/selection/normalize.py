@@ -16,7 +16,8 @@ def normalize(scores: NDArray[Any], method: str) -> Array:
 
     Args:
         scores: higher matters more.
-        method: ``none``; ``mean``: divided by the mean absolute score; ``standard``: less the mean, divided by the
+        method: ``none``; ``mean``: divided by the mean absolute score; ``root``: divided by the square root of the sum
+            of absolute scores, half-way between ``none`` and ``tss``; ``standard``: less the mean, divided by the
             standard deviation; ``tss``: divided by the sum of absolute scores (total-sum scaling); ``linear``: from 0
             to 1 between the least and the largest; ``softmax``: exponentials that sum to 1.
     """
@@ -36,6 +37,7 @@ def _softmax(values: Array) -> Array:
 _METHODS: dict[str, Callable[[Array], Array]] = {
     "none": lambda v: v,
     "mean": lambda v: _ratio(v, float(np.abs(v).mean())),
+    "root": lambda v: _ratio(v, float(np.sqrt(np.abs(v).sum()))),
     "standard": lambda v: _ratio(v - v.mean(), float(v.std())),
     "tss": lambda v: _ratio(v, float(np.abs(v).sum())),
     "linear": lambda v: _ratio(v - v.min(), float(np.ptp(v))),

@@ -11,7 +11,7 @@ from onnxprune.errors import UsageError, nearest
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "policy": ("sum", "average", "max", "backward"),
-    "normalize": ("mean", "none", "standard", "tss", "linear", "softmax"),
+    "normalize": ("mean", "none", "root", "standard", "tss", "linear", "softmax"),
     "group_policy": ("count", "sum", "average", "none"),
     "reshape_axis": ("head_dim", "heads", "both"),
     "scope": ("local", "global", "isomorphic", "slamp"),

@@ -26,6 +26,7 @@ def test_normalisations_are_their_formulas() -> None:
     wanted = {
         "none": list(RAW),
         "mean": [x / (sum(abs(y) for y in RAW) / size) for x in RAW],
+        "root": [x / math.sqrt(sum(abs(y) for y in RAW)) for x in RAW],
         "standard": [(x - mean) / spread for x in RAW],
         "tss": [x / sum(abs(y) for y in RAW) for x in RAW],
         "linear": [(x + 1.0) / 8.0 for x in RAW],
