@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,57 +64,70 @@ class Adopt:
 def check_pair(wanted: Graph, given: Graph) -> tuple[int, int]:
     """Hold a cut model against what the plan makes of the original; how many floating weights differ, of how many.
 
-    Weights may have other values, and nodes an optional input more (a bias that an earlier repair added).
+    Weights may have other values. What an earlier repair did is no difference either: a bias where there was none, and
+    constants of their own for nodes that shared one.
 
     Raises:
         UsageError: another tensor, shape or operator; names the first.
     """
-    added = _check_nodes(wanted, given)
-    for name, weight in wanted.weights.items():
-        have = given.weights.get(name)
+    pairs, added = _check_nodes(wanted, given)
+    for name in wanted.weights:
+        if all(name != own for own, _ in pairs):  # read by the body of an If, Loop or Scan, or by nobody
+            pairs.append((name, name))
+    for name, other in pairs:
+        weight, have = wanted.weights[name], given.weights.get(other)
         if have is None:
             raise _stranger(f"the cut model has no tensor {name!r}")
         if have.shape != weight.shape:
             raise _stranger(f"tensor {name!r} is {list(have.shape)}, the plan makes it {list(weight.shape)}")
         if have.dtype != weight.dtype:
             raise _stranger(f"tensor {name!r} holds {have.dtype}, the original's {weight.dtype}")
+    known = added.union(other for _, other in pairs)
     for name in given.weights:
-        if name not in wanted.weights and name not in added:
+        if name not in known:
             raise _stranger(f"the cut model has a tensor {name!r} more")
-    return _compare_values(wanted, given)
+    return _compare_values(wanted, given, pairs)
 
 
-def _check_nodes(wanted: Graph, given: Graph) -> set[str]:
-    """Same operators, reading the same; gives names of optional inputs that came on top."""
+def _check_nodes(wanted: Graph, given: Graph) -> tuple[list[tuple[str, str]], set[str]]:
+    """Same operators, reading the same; gives pairs of weights, and weights that came on top."""
+    pairs: dict[tuple[str, str], None] = {}
     added: set[str] = set()
-    made: Mapping[str, object] = given.producer
     for node in wanted.steps:
         name = next((o for o in node.outputs if o), "")
-        if name not in made:
+        other = given.producer.get(name)
+        if other is None:
             raise _stranger(f"the cut model has no tensor {name!r}")
-        other = given.producer[name]
-        own = [n for n in node.inputs if n]
-        if (other.op, other.domain) != (node.op, node.domain) or own != [n for n in other.inputs if n][: len(own)]:
-            raise _stranger(f"tensor {name!r} is made by another {other.op} than the original's {node.op}")
-        added.update(n for n in other.inputs if n and n not in own)
+        same = (other.op, other.domain) == (node.op, node.domain) and len(other.inputs) >= len(node.inputs)
+        for own, theirs in zip(node.inputs, other.inputs, strict=False):
+            apart = own in wanted.weights and theirs in given.weights and theirs not in wanted.weights
+            same &= own == theirs or apart or not own
+            if own in wanted.weights:
+                pairs[own, theirs] = None
+        if not same:
+            raise _stranger(f"tensor {name!r} is made by another {other.op} than the plan makes it by ({node.op})")
+        own_names = dict(enumerate(node.inputs))
+        added.update(n for i, n in enumerate(other.inputs) if n and not own_names.get(i))
     known = {o for node in wanted.steps for o in node.outputs}
     for node in given.steps:
         for name in node.outputs:
             if name and name not in known:
                 raise _stranger(f"the cut model has a tensor {name!r} more")
-    return added
+    return list(pairs), added & given.weights.keys()
 
 
-def _compare_values(wanted: Graph, given: Graph) -> tuple[int, int]:
-    changed = total = 0
-    for name, weight in wanted.weights.items():
-        kind = weight.dtype.kind
-        if kind in "fV" or weight.dtype.itemsize == 1:
-            total += 1
-            changed += not np.array_equal(weight.read(), given.weights[name].read())
-        elif kind in "iub" and not np.array_equal(weight.read(), given.weights[name].read()):
+def _compare_values(wanted: Graph, given: Graph, pairs: Sequence[tuple[str, str]]) -> tuple[int, int]:
+    changed: set[str] = set()
+    names: set[str] = set()
+    for name, other in pairs:
+        weight = wanted.weights[name]
+        same = np.array_equal(weight.read(), given.weights[other].read())
+        if weight.dtype.kind in "fV" or weight.dtype.itemsize == 1:
+            names.add(name)
+            changed.update(() if same else (name,))
+        elif not same:
             raise _stranger(f"tensor {name!r} (sizes or indices) has other values than the plan gives it")
-    return changed, total
+    return len(changed), len(names)
 
 
 def _stranger(what: str) -> UsageError:
