@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.contractions import pick, rows_per_sample
+from onnxprune.contractions import Picked, pick, rows_per_sample
 from onnxprune.recover.aims import Aim
 from onnxprune.recover.sums import Real, Sums
 
@@ -18,11 +18,12 @@ Get = Callable[[str, int], Array]
 """(tensor, number of the batch) -> value."""
 
 # Rows per unknown that a layer is fitted to, where there are so many.
-_ROWS = 100
+_ROWS = 50
 # One batch in so many is held out to judge a repair by.
 HELD = 5
-# Bytes of rows to keep between passes over them.
+# Bytes of rows to keep between passes over them, and to lay side by side.
 _KEPT = 256 << 20
+_BLOCK = 16 << 20
 
 
 @dataclass(slots=True)
@@ -31,7 +32,8 @@ class Flat:
 
     Attributes:
         there: whether the wanted output lies on the flat side, [parts, rows, o].
-        edge: the output at the edge, of the same shape. rises: whether the output grows away from the flat side.
+        edge: the output at the edge, and rises: whether the output grows away from the flat side; [parts, rows, o], or
+            [parts, 1, o] where all rows have the same.
     """
 
     there: Array
@@ -50,6 +52,28 @@ class Rows:
     data: Array
     target: Array
     flats: list[Flat]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        flats = sum(f.there.nbytes + f.edge.nbytes + f.rises.nbytes for f in self.flats)
+        return self.data.nbytes + self.target.nbytes + flats
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Rows]) -> Rows:
+        """Blocks one after the other."""
+        if len(blocks) == 1:
+            return blocks[0]
+        flats = []
+        for pieces in zip(*(b.flats for b in blocks), strict=True):
+            one = pieces[0].edge.shape[1] == 1 and pieces[0].there.shape[1] != 1
+            edge, rises = (
+                getattr(pieces[0], name) if one else np.concatenate([getattr(f, name) for f in pieces], axis=1)
+                for name in ("edge", "rises")
+            )
+            flats.append(Flat(np.concatenate([f.there for f in pieces], axis=1), edge, rises))
+        data, target = (np.concatenate([getattr(b, name) for b in blocks], axis=1) for name in ("data", "target"))
+        return cls(data, target, flats)
 
     def wanted(self, fitted: Array) -> Array:
         """The target, where both it and the fitted output lie on one flat side the fitted output, else the edge."""
@@ -77,24 +101,41 @@ class Problem:
     steps: Sequence[tuple[int, NDArray[np.int64]]]
     batches: int
     samples: int
-    _kept: dict[int, Rows] | None = None
-    _bytes: int = 0
+    _kept: dict[bool, list[Rows]] = field(default_factory=dict)
 
     def rows(self, held: bool | None = None) -> Iterator[Rows]:
-        """Batch by batch; held out ones, the others, or (None) all."""
-        if self._kept is None:
-            self._kept = {}
-        few = self.batches < HELD
+        """Blocks of rows: of held out batches, of the others, or (None) of all; kept between calls where few."""
+        if held is None:
+            yield from self.rows(False)
+            if self.batches >= HELD:
+                yield from self.rows(True)
+            return
+        kept = self._kept.get(held)
+        if kept is not None:
+            yield from kept
+            return
+        blocks: list[Rows] | None = []
+        size = sum(b.nbytes for known in self._kept.values() for b in known)
+        for block in self._blocks(held):
+            yield block
+            size += block.nbytes
+            if blocks is not None:
+                blocks.append(block)
+                blocks = blocks if size <= _KEPT else None
+        if blocks is not None:
+            self._kept[held] = blocks
+
+    def _blocks(self, held: bool) -> Iterator[Rows]:
+        """Batches joined: products of few rows take long for what they are."""
+        waiting: list[Rows] = []
         for batch in range(self.batches):
-            if held is not None and not few and held != (batch % HELD == HELD - 1):
-                continue
-            rows = self._kept.get(batch)
-            if rows is None:
-                rows = self._read(batch)
-                size = rows.data.nbytes + rows.target.nbytes * (1 + 2 * len(rows.flats))
-                if self._bytes + size <= _KEPT:
-                    self._kept[batch], self._bytes = rows, self._bytes + size
-            yield rows
+            if self.batches < HELD or held == (batch % HELD == HELD - 1):
+                waiting.append(self._read(batch))
+                if sum(rows.nbytes for rows in waiting) > _BLOCK:
+                    yield Rows.joined(waiting)
+                    waiting = []
+        if waiting:
+            yield Rows.joined(waiting)
 
     def sums(self, held: bool | None = None) -> Sums:
         """Sums over batches of data and target as they are."""
@@ -118,18 +159,21 @@ class Problem:
         shape = form.output_shape(data.shape, self.weight)
         chosen = pick(form, data, rows_per_sample(form, self.channels, self.samples, _ROWS))
 
-        def output(value: Array) -> Array:
-            return form.rows(tail.back(value, addends, shape), chosen)
+        kind = data.dtype
+
+        def output(value: Array, rows: Picked = chosen) -> Array:
+            return form.rows(tail.back(value, addends, shape), rows).astype(kind, copy=False)
 
         flats = []
         for level, below in tail.flats:
-            edge = output(np.full_like(wanted, level))
-            beyond = output(np.full_like(wanted, level + (1.0 if below else -1.0)))
-            there = wanted <= level if below else wanted >= level
             # Laid out as the output is, without its arithmetic.
-            mask = form.rows(tail.moved_back(there, shape), chosen)
-            flats.append(Flat(mask, edge, beyond > edge))
-        return Rows(form.columns(data, chosen), output(wanted), flats)
+            there = form.rows(tail.moved_back(wanted <= level if below else wanted >= level, shape), chosen)
+            # Without other activations on the way the edge is the same everywhere.
+            rows = chosen if addends else np.zeros(1, np.int64)
+            edge = output(np.full_like(wanted, level), rows)
+            beyond = output(np.full_like(wanted, level + (1.0 if below else -1.0)), rows)
+            flats.append(Flat(there, edge, beyond > edge))
+        return Rows(np.ascontiguousarray(form.columns(data, chosen)), output(wanted), flats)
 
 
 def loss(rows: Iterator[Rows], matrix: Real, bias: Real) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from onnxprune.recover.solve import Solution, least_squares, solve
 from onnxprune.recover.sums import Real, Sums
 
 # Rounds of refitting where an activation is flat; each lowers the error, the first most.
-_ROUNDS = 4
+_ROUNDS = 3
 _WORTH = 1e-3
 
 
@@ -30,43 +31,40 @@ def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fi
     if mode != "full" or not problem.aim.tail.flats or linear.ridge is None:
         return linear
     scale = max(float((held.yy - np.square(held.y) / max(held.rows, 1)).sum()), 1e-30)
-    rounds, before, after = _rounds(problem, train, matrix, bias, linear.ridge, fixed_bias)
-    if not rounds:
+    found = _rounds(problem, train, matrix, bias, linear.ridge, fixed_bias)
+    if not found.number:
         return linear
-    fitted, shifted = _refit(problem, None, train + held, matrix, bias, linear.ridge, fixed_bias, rounds)
-    return Solution(fitted, shifted, before / scale, after / scale, f"{linear.how}, {rounds} rounds", linear.ridge)
+    # The held-out rows join for a last round, from where the others led.
+    fitted, shifted = _round(
+        problem.rows(), train + held, found.matrix, found.bias, matrix, bias, linear.ridge, fixed_bias
+    )
+    how = f"{linear.how}, {found.number} rounds"
+    return Solution(fitted, shifted, found.before / scale, found.after / scale, how, linear.ridge)
 
 
-def _rounds(
-    problem: Problem, train: Sums, matrix: Real, bias: Real, ridge: float, fixed_bias: bool
-) -> tuple[int, float, float]:
-    """How many rounds err least on held-out data; the errors without any repair and with these."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Weights of the round that errs least, its number, and the held-out errors without any repair and with it."""
+
+    matrix: Real
+    bias: Real
+    number: int
+    before: float
+    after: float
+
+
+def _rounds(problem: Problem, train: Sums, matrix: Real, bias: Real, ridge: float, fixed_bias: bool) -> _Found:
+    """Round after round on the rows that are not held out, as long as the error on those that are falls."""
     before = loss(problem.rows(True), matrix, bias)
     w, b = least_squares(train, matrix, bias, ridge, fixed_bias)
-    best, rounds = min(before, loss(problem.rows(True), w, b)) * (1.0 - _WORTH), 0
+    found = _Found(w, b, 0, before, min(before, loss(problem.rows(True), w, b)) * (1.0 - _WORTH))
     for number in range(1, _ROUNDS + 1):
         w, b = _round(problem.rows(False), train, w, b, matrix, bias, ridge, fixed_bias)
         error = loss(problem.rows(True), w, b)
-        if error >= best:
+        if error >= found.after:
             break
-        best, rounds = error, number
-    return rounds, before, best
-
-
-def _refit(
-    problem: Problem,
-    held: bool | None,
-    sums: Sums,
-    matrix: Real,
-    bias: Real,
-    ridge: float,
-    fixed_bias: bool,
-    rounds: int,
-) -> tuple[Real, Real]:
-    w, b = least_squares(sums, matrix, bias, ridge, fixed_bias)
-    for _ in range(rounds):
-        w, b = _round(problem.rows(held), sums, w, b, matrix, bias, ridge, fixed_bias)
-    return w, b
+        found = _Found(w, b, number, before, error)
+    return found
 
 
 def _round(
