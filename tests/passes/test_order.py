@@ -161,6 +161,8 @@ def test_weights_wherever_they_lie(form: dict[str, Any], tmp_path: Path) -> None
     facts = result.report.recovery
     assert facts.before is not None and facts.after is not None
     assert facts.after.outputs[0].snr_db > facts.before.outputs[0].snr_db + 3
+    plain = op.prune(chain(), ratio=0.5, data=data, latency=False).report.recovery.after
+    assert plain is not None and facts.after.outputs[0].snr_db == pytest.approx(plain.outputs[0].snr_db, abs=0.01)
     result.save(tmp_path / "o.onnx")
     onnx.checker.check_model(str(tmp_path / "o.onnx"))
     # A second go at the pair finds its way through the added biases.
