@@ -59,6 +59,14 @@ class Rows:
         flats = sum(f.there.nbytes + f.edge.nbytes + f.rises.nbytes for f in self.flats)
         return self.data.nbytes + self.target.nbytes + flats
 
+    def part(self, rows: slice) -> Rows:
+        """Some of the rows."""
+        flats = [
+            Flat(f.there[:, rows], *(a if a.shape[1] == 1 else a[:, rows] for a in (f.edge, f.rises)))
+            for f in self.flats
+        ]
+        return Rows(self.data[:, rows], self.target[:, rows], flats)
+
     @classmethod
     def joined(cls, blocks: Sequence[Rows]) -> Rows:
         """Blocks one after the other."""
@@ -102,13 +110,13 @@ class Problem:
     batches: int
     samples: int
     _kept: dict[bool, list[Rows]] = field(default_factory=dict)
+    _even: bool = False
 
     def rows(self, held: bool | None = None) -> Iterator[Rows]:
         """Blocks of rows: of held out batches, of the others, or (None) of all; kept between calls where few."""
         if held is None:
             yield from self.rows(False)
-            if self.batches >= HELD:
-                yield from self.rows(True)
+            yield from self.rows(True)
             return
         kept = self._kept.get(held)
         if kept is not None:
@@ -126,10 +134,17 @@ class Problem:
             self._kept[held] = blocks
 
     def _blocks(self, held: bool) -> Iterator[Rows]:
-        """Batches joined: products of few rows take long for what they are."""
+        """Batches joined: products of few rows take long for what they are. Of few batches the last is held out."""
         waiting: list[Rows] = []
+        every = min(HELD, self.batches)
+        if every == 1:
+            whole = self._read(0)
+            count = whole.data.shape[1]
+            edge = max(1, count - max(1, count // HELD))
+            yield whole.part(slice(edge, None) if held else slice(0, edge))
+            return
         for batch in range(self.batches):
-            if self.batches < HELD or held == (batch % HELD == HELD - 1):
+            if held == (batch % every == every - 1):
                 waiting.append(self._read(batch))
                 if sum(rows.nbytes for rows in waiting) > _BLOCK:
                     yield Rows.joined(waiting)
@@ -151,11 +166,11 @@ class Problem:
 
     def _read(self, batch: int) -> Rows:
         form, tail = self.aim.form, self.aim.tail
-        data = np.asarray(self.cut(self.aim.data, batch))
-        wanted = np.asarray(self.full(tail.aim, batch))
+        data = _wide(self.cut(self.aim.data, batch))
+        wanted = _wide(self.full(tail.aim, batch))
         for axis, index in self.steps:
             wanted = wanted.take(index, axis=axis) if index.ndim == 1 else np.take_along_axis(wanted, index, axis=axis)
-        addends = [np.asarray(self.cut(n, batch)) for n in tail.addends]
+        addends = [_wide(self.cut(n, batch)) for n in tail.addends]
         shape = form.output_shape(data.shape, self.weight)
         chosen = pick(form, data, rows_per_sample(form, self.channels, self.samples, _ROWS))
 
@@ -168,12 +183,21 @@ class Problem:
         for level, below in tail.flats:
             # Laid out as the output is, without its arithmetic.
             there = form.rows(tail.moved_back(wanted <= level if below else wanted >= level, shape), chosen)
-            # Without other activations on the way the edge is the same everywhere.
-            rows = chosen if addends else np.zeros(1, np.int64)
+            # Unless there are other activations or constants per position on the way, all rows have the same edge.
+            rows = np.zeros(1, np.int64) if self._even else chosen
             edge = output(np.full_like(wanted, level), rows)
             beyond = output(np.full_like(wanted, level + (1.0 if below else -1.0)), rows)
             flats.append(Flat(there, edge, beyond > edge))
+        if flats and not self._even and not addends:
+            self._even = all(bool((a == a[:, :1]).all()) for f in flats for a in (f.edge, f.rises))
+            flats = [Flat(f.there, f.edge[:, :1], f.rises[:, :1]) for f in flats] if self._even else flats
         return Rows(np.ascontiguousarray(form.columns(data, chosen)), output(wanted), flats)
+
+
+def _wide(value: Array) -> Array:
+    """In float32 at least: sums of products of narrower numbers overflow."""
+    value = np.asarray(value)
+    return value.astype(np.float32) if value.dtype.itemsize < 4 else value
 
 
 def loss(rows: Iterator[Rows], matrix: Real, bias: Real) -> float:
