@@ -41,13 +41,20 @@ def run_job(job: Job) -> dict[str, Any]:
     }
 
 
+def _limit(job: Job) -> int | None:
+    """The number of samples to read; None, which is all, where there are no more than that."""
+    with np.load(job.data) as file:
+        held = max((file[name].shape[0] for name in file.files if file[name].ndim), default=1)
+    return job.samples if job.samples < held else None
+
+
 def _choose(job: Job) -> tuple[Any, float, float]:
     from onnxprune.passes import Prune, State
     from onnxprune.planning import make_plan
     from onnxprune.selection.costs import macs_after
 
     start = time.perf_counter()
-    state = State(job.path, data=job.data, samples=job.samples, cache=job.cache)
+    state = State(job.path, data=job.data, samples=_limit(job), cache=job.cache)
     options: dict[str, Any] = {"scope": job.combination.scope, "cost": job.combination.cost}
     if job.combination.normalize != "default":
         options["normalize"] = job.combination.normalize
@@ -63,7 +70,7 @@ def _repaired(job: Job, plan: Any, mode: str) -> dict[str, Any]:
     from onnxprune.passes import Pipeline, Prune, Recover
 
     start, processor = time.perf_counter(), time.process_time()
-    result = Pipeline([Prune(plan=plan), Recover(mode)]).run(job.path, data=job.data, samples=job.samples)
+    result = Pipeline([Prune(plan=plan), Recover(mode)]).run(job.path, data=job.data, samples=_limit(job))
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         target = Path(folder) / "repaired.onnx"
