@@ -94,7 +94,8 @@ class Recover:
     ) -> tuple[list[Repair], Mapping[str, str]]:
         assert state.removed is not None
         after = After(analysis.table, state.removed)
-        known = {o for node in analysis.graph.nodes for o in node.outputs if o}
+        made = (o for node in analysis.graph.nodes for o in node.outputs if o)
+        known = [name for name in made if _can_follow(analysis, after, name)]
         aims = find_aims(graph, dict.fromkeys(known), after.shape, joint=self.mode == "full")
         # Both models' activations are held, so that each may have half.
         memory = (self.memory_limit or state.memory_limit or _MEMORY) // 2
@@ -145,6 +146,15 @@ def no_data(mode: str) -> UsageError:
         f"recover {mode!r} needs calibration data, and there is none",
         hint="Give inputs with --data (Python: data=...); a few hundred without labels are enough.",
     )
+
+
+def _can_follow(analysis: Analysis, after: After, name: str) -> bool:
+    """Whether survivors stand at the same positions at any batch size: not where heads and samples share an axis."""
+    for axis, index in after.steps(name):
+        axes = {axis} if index.ndim == 1 else {axis, *(a for a, n in enumerate(index.shape) if n > 1)}
+        if any(analysis.facts.varies(name, a) for a in axes):
+            return False
+    return True
 
 
 def _feeds(state: State, analysis: Analysis) -> list[Feed]:

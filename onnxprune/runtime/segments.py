@@ -82,9 +82,9 @@ class Segments:
         nodes = self._nodes[piece]
         made = {o for node in nodes for o in node.outputs if o}
         keep = [n for n in sorted(made) if self._last.get(n, -1) >= piece]
-        inputs = sorted(
-            n for n in {n for node in nodes for n in _reads(node) if n not in made} if n not in self._weights and n
-        )
+        read = {n for node in nodes for n in _reads(node)} - made
+        # Bodies also read tensors of their own.
+        inputs = sorted(n for n in read if n not in self._weights and self._is_outer(n))
         if keep:
             values = {n: self._store.get(n, 0) for n in inputs}
             session = open_session(_part(self._graph, self._weights, nodes, values, keep))
@@ -97,6 +97,9 @@ class Segments:
     def done(self, piece: int) -> None:
         """Let go of what no later piece needs."""
         self._store.drop([n for n, last in self._last.items() if last <= piece])
+
+    def _is_outer(self, name: str) -> bool:
+        return name in self._graph.producer or name in self._graph.inputs
 
     def _assign(self) -> list[list[Node]]:
         """Nodes of every piece: what its wanted tensors need and no piece before has computed."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.labelled import limit
+
 WIDE = 2048
 SAMPLES, BATCH = 512, 16
 REPEATS = 3
@@ -23,7 +25,7 @@ def capture_overhead(path: Path, data: Path, samples: int) -> dict[str, float]:
     from onnxprune.passes.calibrate import captured_maps, fixed_batch
     from onnxprune.runtime.sessions import open_session, run
 
-    state = State(path, data=data, samples=samples)
+    state = State(path, data=data, samples=limit(data, samples))
     analysis = state.analyzed()
     groups = [g for g in analysis.units.groups if g.prunable]
     source = state.calibration()

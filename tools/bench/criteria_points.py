@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench import files
-from bench.labelled import evaluate
+from bench.labelled import evaluate, limit
 
 CLOSE = 0.002  # of the MACs: near enough to stop looking for the ratio
 OFF = 0.04  # of the MACs: too far away to stand under the share that was asked for
@@ -109,4 +109,4 @@ def _state(path: Path, data: Path | None, samples: int, cache: Path) -> Any:
     """One analysis per model and worker; captured statistics are kept in ``cache``."""
     from onnxprune.passes import State
 
-    return State(path, data=data, samples=samples if data else None, cache=cache)
+    return State(path, data=data, samples=limit(data, samples) if data else None, cache=cache)

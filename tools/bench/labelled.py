@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 UNLABELLED = "rel_err"  # metrics that start with it compare with the original: there are no labels
 
 
@@ -37,6 +39,13 @@ def record(home: Path, name: str, target: Path, samples: int) -> None:
     done = _call(home, name, "--record", str(target), "--samples", str(samples))
     if done.returncode or not target.is_file():
         raise RuntimeError(f"evaluate.py {name} --record: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
+
+
+def limit(data: Path, samples: int) -> int | None:
+    """The number of samples to read; None, which is all, where there are no more than that."""
+    with np.load(data) as file:
+        held = max((file[name].shape[0] for name in file.files if file[name].ndim), default=1)
+    return samples if samples < held else None
 
 
 def _call(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

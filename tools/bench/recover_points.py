@@ -1,0 +1,79 @@
+"""Points of the recovery tables: one cut, repaired in several ways, and the metric of each."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench import files
+from bench.criteria_points import OFF, Combination, nearest_cut
+from bench.labelled import evaluate
+
+
+class Job(NamedTuple):
+    """One model cut to one share of its MACs, repaired in every mode from the first ``samples`` of the data."""
+
+    home: Path
+    path: Path
+    data: Path
+    combination: Combination
+    share: float
+    samples: int
+    modes: tuple[str, ...]
+    cache: Path
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """``{"points": [...]}``; runs in a worker process. The choice of channels sees as many samples as the repair."""
+    own = {"model": files.name(job.path), "share": job.share, "samples": job.samples, **job.combination._asdict()}
+    try:
+        plan, kept, seconds = _choose(job)
+    except Exception as error:  # a model without such cuts is a result
+        return {"points": [{**own, "mode": m, "error": " ".join(str(error).split())[:200]} for m in job.modes]}
+    if abs(kept - job.share) > OFF:
+        return {"points": [{**own, "mode": m, "error": f"nearest share: {kept:.3f}"} for m in job.modes]}
+    return {
+        "points": [{**own, "macs": round(kept, 4), "choose_s": seconds, **_repaired(job, plan, m)} for m in job.modes]
+    }
+
+
+def _limit(job: Job) -> int | None:
+    """The number of samples to read; None, which is all, where there are no more than that."""
+    with np.load(job.data) as file:
+        held = max((file[name].shape[0] for name in file.files if file[name].ndim), default=1)
+    return job.samples if job.samples < held else None
+
+
+def _choose(job: Job) -> tuple[Any, float, float]:
+    from onnxprune.passes import Prune, State
+    from onnxprune.planning import make_plan
+    from onnxprune.selection.costs import macs_after
+
+    start = time.perf_counter()
+    state = State(job.path, data=job.data, samples=_limit(job), cache=job.cache)
+    options: dict[str, Any] = {"scope": job.combination.scope, "cost": job.combination.cost}
+    if job.combination.normalize != "default":
+        options["normalize"] = job.combination.normalize
+    selector = Prune(job.combination.criterion, **options).selector(state)
+    analysis = state.analyzed()
+    whole = macs_after(analysis, np.zeros(analysis.units.component.size, dtype=bool))
+    _, kept, mask = nearest_cut(lambda r: selector.at(r), lambda m: macs_after(analysis, m) / whole, job.share)
+    seconds = time.perf_counter() - start
+    return make_plan(analysis, mask, job.combination.criterion), kept, round(seconds, 1)
+
+
+def _repaired(job: Job, plan: Any, mode: str) -> dict[str, Any]:
+    from onnxprune.passes import Pipeline, Prune, Recover
+
+    start, processor = time.perf_counter(), time.process_time()
+    result = Pipeline([Prune(plan=plan), Recover(mode)]).run(job.path, data=job.data, samples=_limit(job))
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        target = Path(folder) / "repaired.onnx"
+        result.save(target)
+        metrics = evaluate(job.home, files.name(job.path), target)
+    return {"mode": mode, "metrics": metrics, "recover_s": round(seconds, 1), "processor_s": round(processor, 1)}

@@ -1,0 +1,138 @@
+"""Recovery on trained models: the metric after a cut, repaired in every way, without any training.
+
+python tools/bench_recover.py TRAINED                                     every labelled model at MACs 0.7, 0.5, 0.3
+python tools/bench_recover.py TRAINED --models '*resnet56' --modes none,bias,bn,lstsq,full    the ablation
+python tools/bench_recover.py TRAINED --models '*resnet56' --macs 0.5 --samples 64,128,256,512      more data
+
+TRAINED holds models/*.onnx and evaluate.py, see tools/bench/labelled.py; inputs to repair from are those that
+``evaluate.py --record`` gives, never the ones measured on. Channels are chosen by --combine. Everything goes into
+--out: points.jsonl (points that are there are not measured again: delete it after a change of the package),
+calibration data and captured statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import files
+from bench.criteria_points import Combination
+from bench.labelled import UNLABELLED, evaluate, record
+from bench.recover_points import Job, run_job
+from bench.workers import each
+from rich.console import Console
+from rich.table import Table
+
+Record = dict[str, Any]
+_KEY = ("model", "share", "samples", *Combination._fields, "mode")
+
+
+def measure(given: argparse.Namespace, paths: Sequence[Path], points: dict[tuple[Any, ...], Record]) -> None:
+    """Whatever is missing, one job per model, share and number of samples."""
+    jobs = []
+    for path in paths:
+        data = calibration(given, files.name(path))
+        for samples in given.samples:
+            for share in given.macs:
+                own = (files.name(path), share, samples, *given.combine)
+                missing = tuple(m for m in given.modes if (*own, m) not in points)
+                if missing and data is not None:
+                    cache = given.out / "cache"
+                    jobs.append(Job(given.folder, path, data, given.combine, share, samples, missing, cache))
+    with (given.out / "points.jsonl").open("a") as file:
+        for job, found in each(run_job, jobs, given.jobs, given.timeout):
+            for point in found.get("points") or [{"error": found.get("message"), "model": files.name(job.path)}]:
+                print(json.dumps(point), file=file, flush=True)
+                points[tuple(point.get(k) for k in _KEY)] = point
+                print(point["model"], point.get("share"), point.get("mode"), point.get("error") or value(point))
+            sys.stdout.flush()
+
+
+def calibration(given: argparse.Namespace, name: str) -> Path | None:
+    """Recorded inputs, recorded now where they are not there yet; None where that fails."""
+    for folder in filter(None, (given.calibration, given.out / "calibration")):
+        if (folder / f"{name}.npz").is_file():
+            return Path(folder / f"{name}.npz")
+    target = given.out / "calibration" / f"{name}.npz"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        record(given.folder, name, target, max(given.samples))
+    except (RuntimeError, OSError) as error:
+        print(f"{name}: no calibration data: {error}", file=sys.stderr)
+        return None
+    return target
+
+
+def value(point: Record) -> float:
+    """The first metric."""
+    return round(float(next(iter(point["metrics"].values()))), 4)
+
+
+def show(given: argparse.Namespace, points: Sequence[Record], baselines: dict[str, float], console: Console) -> None:
+    """One row per model, share and number of samples; a column per mode."""
+    table = Table(title=f"metric after a cut by {given.combine}, by way of recovery")
+    for name in ("model", "before", "MACs", "samples", *given.modes, "seconds"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    rows: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for point in points:
+        rows.setdefault((point["model"], point["share"], point["samples"]), {})[point["mode"]] = point
+    for (model, share, samples), found in sorted(rows.items(), key=lambda r: (r[0][0], -r[0][1], r[0][2])):
+        cells = [f"{value(p):.4f}" if (p := found.get(m)) and "metrics" in p else "-" for m in given.modes]
+        kept = next((f"{p['macs']:.3f}" for p in found.values() if "macs" in p), f"{share:g} not reached")
+        seconds = next((f"{p['recover_s']:.0f}" for m, p in found.items() if m == "full" and "recover_s" in p), "")
+        table.add_row(model, f"{baselines[model]:.4f}", kept, str(samples), *cells, seconds)
+    console.print(table)
+
+
+def parsed() -> tuple[argparse.Namespace, list[Path]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words, numbers = (lambda text: tuple(text.split(","))), (lambda text: [float(x) for x in text.split(",")])
+    parser.add_argument("folder", type=Path, help="folder with models/*.onnx and evaluate.py")
+    parser.add_argument("--models", action="append", default=[], metavar="PATTERN", help="part of a name, or glob")
+    parser.add_argument("--modes", type=words, default=("none", "full"))
+    parser.add_argument("--macs", type=numbers, default=[0.7, 0.5, 0.3], help="shares to keep")
+    parser.add_argument("--samples", type=lambda text: [int(x) for x in text.split(",")], default=[512])
+    parser.add_argument(
+        "--combine", type=words, default=("ziplm", "global", "none", "macs"), metavar="C,SCOPE,NORM,COST"
+    )
+    parser.add_argument("--calibration", type=Path, help="folder with NAME.npz recorded before")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds per job")
+    parser.add_argument("--out", type=Path, default=Path("bench_recover"), help="folder for what is written")
+    parser.add_argument("--threads", type=int, default=0, help="of numpy (OMP_NUM_THREADS)")
+    given = parser.parse_args()
+    given.folder, given.combine = given.folder.resolve(), Combination(*given.combine)
+    paths = files.find([given.folder / "models"], given.models)
+    if not (given.folder / "evaluate.py").is_file() or not paths:
+        parser.error(f"{given.folder}: needs evaluate.py and models/*.onnx that match {given.models or 'anything'}")
+    return given, paths
+
+
+def main() -> int:
+    """Exit code 1 where nothing could be measured."""
+    given, paths = parsed()
+    if given.threads:
+        os.environ.update({f"{x}_NUM_THREADS": str(given.threads) for x in ("OMP", "OPENBLAS", "MKL")})
+    given.out.mkdir(parents=True, exist_ok=True)
+    log = given.out / "points.jsonl"
+    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+    points = {tuple(p.get(k) for k in _KEY): p for p in lines}
+    first = {files.name(p): evaluate(given.folder, files.name(p), None) for p in paths}
+    labelled = [p for p in paths if next(iter(first[files.name(p)])) != UNLABELLED]
+    measure(given, labelled, points)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 150
+    asked = [p for p in points.values() if p.get("samples") in given.samples and p.get("share") in given.macs]
+    asked = [p for p in asked if p["model"] in first and tuple(p[k] for k in Combination._fields) == given.combine]
+    show(given, asked, {n: float(next(iter(m.values()))) for n, m in first.items()}, console)
+    return int(not any("metrics" in p for p in asked))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
