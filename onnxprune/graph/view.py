@@ -125,18 +125,18 @@ class Graph:
         if node.domain or node.op in CONTROL:
             for attribute in node.proto.attribute:
                 for body in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
-                    self.captured.update(_reads(body))
+                    self.captured.update(body_reads(body))
         if constant and node.outputs[0] not in self.weights:
             weight = weight_from_constant(node.proto)
             if weight is not None:
                 self.weights[node.outputs[0]] = weight
 
 
-def _reads(body: onnx.GraphProto) -> Iterator[str]:
+def body_reads(body: onnx.GraphProto) -> Iterator[str]:
     """Names a body reads, its own included: that costs compression at worst, since bodies rarely reuse outer names."""
     for node in body.node:
         yield from (name for name in node.input if name)
         for attribute in node.attribute:
             for inner in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
-                yield from _reads(inner)
+                yield from body_reads(inner)
     yield from (output.name for output in body.output)

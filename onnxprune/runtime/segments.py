@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from onnxprune.graph.view import Graph, Node
+from onnxprune.graph.view import CONTROL, Graph, Node, body_reads
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
@@ -131,9 +131,9 @@ class Segments:
 def _reads(node: Node) -> list[str]:
     """Names a node reads, those that its bodies take from outside included."""
     names = list(node.inputs)
-    for attribute in node.proto.attribute if node.op in ("If", "Loop", "Scan", "SequenceMap") else ():
+    for attribute in node.proto.attribute if node.domain or node.op in CONTROL else ():
         for body in [attribute.g, *attribute.graphs]:
-            names.extend(n for inner in body.node for n in inner.input)
+            names.extend(body_reads(body))
     return names
 
 
