@@ -23,9 +23,10 @@ def ziplm(slot: Slot, maps: Maps) -> NDArray[Any] | None:
     """Error that each unit adds when units go weakest first, all other weights corrected in between. [channels].
 
     tr(W_S^T ([H^-1]_SS)^-1 W_S) of the next unit S, then W -= H^-1_:S ([H^-1]_SS)^-1 W_S and likewise H^-1, H the
-    covariance of the columns (biases are corrected too) plus 1e-3 of its mean diagonal; a unit never counts less than
-    one removed before it. Two units that say the same do not both go, as they do under ``obs``. Relative to the square
-    root of the contraction's output energy, so that layers compare. Kurtic et al., ZipLM, NeurIPS 2023, section 3.1.
+    covariance of the columns (biases are corrected too) plus 1e-3 of its mean diagonal, products of different columns
+    shrunk by rows / (rows + columns), since what few rows show need not hold. A unit never counts less than one removed
+    before it. Two units that say the same do not both go, as they do under ``obs``. Relative to the square root of the
+    contraction's output energy, so that layers compare. Kurtic et al., ZipLM, NeurIPS 2023, section 3.1.
     """
     if slot.pairs:
         product = obs(slot, maps)
@@ -37,6 +38,9 @@ def ziplm(slot: Slot, maps: Maps) -> NDArray[Any] | None:
     weights = slot.blocks.reshape(parts, n, -1).astype(np.float64)
     owner = np.repeat(slot.units.reshape(parts, -1), parts * n // slot.units.size, axis=1)
     covariance = gram - mean[:, :, None] * mean[:, None, :]
+    # Seen few times, columns seem to make up for each other: what they have in common is believed less.
+    believed = _belief(maps, n)
+    covariance = believed * covariance + (1.0 - believed) * covariance * np.eye(n)
     energy = float(np.einsum("pno,pno->", weights, covariance @ weights))
     power = np.einsum("pii->pi", covariance)
     weights[power <= 1e-12 * power.max(initial=0.0)] = 0.0  # columns that never change are the bias' to correct
@@ -45,6 +49,18 @@ def ziplm(slot: Slot, maps: Maps) -> NDArray[Any] | None:
         total += eliminate(covariance[part], weights[part], owner[part], slot.size, damping)
     total /= np.sqrt(energy) if energy > 0 else 1.0
     return np.asarray((total / np.maximum(np.bincount(slot.units, minlength=slot.size), 1))[slot.units])
+
+
+def _belief(maps: Maps, columns: int) -> float:
+    """Share of the products of different columns that is kept: rows / (rows + columns).
+
+    Rows of a sample lie side by side and say much the same: of so many rows of one, their root counts.
+    """
+    rows = float(maps["rows"]) if "rows" in maps else 0.0
+    if not rows:
+        return 1.0
+    counted = np.sqrt(rows * min(max(maps.samples, 1), rows))
+    return float(counted / (counted + columns))
 
 
 def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: int, damping: float) -> Real:

@@ -104,7 +104,7 @@ def _arrays(site: Site, captured: CapturedMaps, chosen: Ids, channels: int) -> d
     for name, value in captured.maps.get(site.maps_key, {}).items():
         arrays[name] = value if every else (value[np.ix_(chosen, chosen)] if value.ndim == 2 else value[chosen])
     for name, value in captured.columns.get(site.columns_key, {}).items():
-        if every:
+        if every or not value.ndim:
             arrays[name] = value
         elif len(value) == 1:  # one part: the chosen channels' columns are a matrix of their own
             taps = value.shape[-1] // channels

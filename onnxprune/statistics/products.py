@@ -26,7 +26,7 @@ class Similarity(Means):
 
 @register("gram", columns=True)
 class Gram(Means):
-    """``gram`` [parts, n, n]: mean over rows of products of two columns; ``column_mean`` [parts, n].
+    """``gram`` [parts, n, n]: mean over rows of products of two columns; ``column_mean`` [parts, n]; ``rows`` [].
 
     ``update`` takes the contraction's input as columns [parts, rows, n]: gram = X^T X / rows.
     """
@@ -34,6 +34,11 @@ class Gram(Means):
     def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
         """Products and columns summed over rows; weighs the rows."""
         return maps.shape[1], {"gram": products(maps), "column_mean": maps.sum(axis=1, dtype=np.float64)}
+
+    def result(self) -> dict[str, NDArray[np.float64]]:
+        """The means, and from how many ``rows`` they are: with few, the Gram matrix promises more than holds."""
+        means = super().result()
+        return {**means, "rows": np.asarray(float(self.state["weight"]))} if means else means
 
 
 def products(matrices: NDArray[Any]) -> NDArray[np.float64]:

@@ -94,6 +94,11 @@ def ziplm(case: Case, c: int) -> float:
         return obs(case, c) / math.sqrt(math.fsum(obs(case, i) for i in range(case.units.size)))
     covariances = [np.cov(columns.T, bias=True).reshape(columns.shape[1], -1) for columns in case.columns]
     damping = 1e-3 * mean([float(np.diag(covariance).mean()) for covariance in covariances])
+    rows = len(case.columns[0])
+    counted = math.sqrt(rows * min(rows, len(case.maps)))
+    for covariance in covariances:
+        for i, j in np.ndindex(covariance.shape):
+            covariance[i, j] *= 1.0 if i == j else counted / (counted + len(covariance))
     per_part, taps = case.units.size // case.parts, case.weights.shape[1]
     total = energy = 0.0
     for part, covariance in enumerate(covariances):

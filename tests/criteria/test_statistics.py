@@ -213,7 +213,7 @@ def test_values_that_are_not_finite_are_refused(name: str, dtype: type, bad: tup
 def test_large_float32_values_are_no_infinity(name: str) -> None:
     """Squares of these, and their sum, do not fit into float32."""
     scale = np.float32(2.0**120)
-    power = {"square": 2, "similarity": 2, "gram": 2, "active": 0, "rank": 0}
+    power = {"square": 2, "similarity": 2, "gram": 2, "active": 0, "rank": 0, "rows": 0}
     batch = batch_of(name, 0)
     plain, large = result_of(name, batch), result_of(name, batch * scale)
     for key, value in plain.items():
