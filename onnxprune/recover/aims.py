@@ -125,4 +125,6 @@ def _why_not(graph: Graph, node: Node, form: Form) -> str:
             return f"its weight is stored as {weight.dtype}"
         if len(graph.consumers.get(name, ())) != 1 or name in graph.captured:
             return "its weight is shared with another node"
+        if name in graph.outputs:
+            return "its weight is an output of the model"
     return ""

@@ -122,7 +122,8 @@ class Layer:
         reader: Node = readers[0][0]
         name = reader.inputs[1 - readers[0][1]]
         weight = self._weights.get(name)
-        alone = len(self._graph.consumers.get(name, ())) == 1 and name not in self._graph.captured
+        alone = len(self._graph.consumers.get(name, ())) == 1
+        alone = alone and name not in self._graph.captured and name not in self._graph.outputs
         # A bias per output lies along the last axis, as the output of a product does.
         flat = weight is not None and alone and weight.dtype.kind == "f" and all(n == 1 for n in weight.shape[:-1])
         return name if flat else None
