@@ -51,6 +51,19 @@ def test_sums_are_aimed_at_by_the_last_branch() -> None:
     assert mine[first].level < mine[last].level
 
 
+def test_a_shortcut_waits_for_the_long_way() -> None:
+    """It comes last in the graph although its input is there early."""
+    net = Net(17)
+    x = start(net)
+    long = net.conv(net.op("Relu", net.conv(x, 8, 6)), 6, 8)
+    short = net.conv(x, 8, 8, 1)
+    total = net.op("Add", short, long)
+    _, found = aims(net.model(net.conv(net.op("Relu", total), 8, 4)))
+    mine = by_output(found)
+    assert mine[short].tail.aim == total and mine[short].tail.addends == [long]
+    assert mine[short].level > mine[long].level
+
+
 def test_every_layer_has_its_own_output_where_sums_are_not_asked_for() -> None:
     net = Net(17)
     x = start(net)
@@ -83,28 +96,27 @@ def test_normalisations_behind_a_layer_are_part_of_its_way() -> None:
     assert mine[graph.producer[behind].inputs[0]].tail.aim == behind
 
 
-@pytest.mark.parametrize("how", ["two readers", "output", "activation", "widened", "bounds by data"])
+@pytest.mark.parametrize("how", ["two readers", "output", "activation", "widened", "data", "moved"])
 def test_where_the_way_ends(how: str) -> None:
     net = Net(17)
     x = start(net)
-    y = net.conv(x, 8, 8, 1)
-    z = net.op("Mul", y, net.const(2.0))
-    others: list[str] = []
-    if how == "two readers":
-        others.append(net.op("Sigmoid", y))
-    elif how == "output":
-        others.append(y)
+    y = net.conv(net.op("GlobalAveragePool", x) if how == "widened" else x, 8, 8, 1)
+    end, others = y, list[str]()
+    if how in ("two readers", "output"):
+        z = net.op("Mul", y, net.const(2.0))
+        others.append(net.op("Sigmoid", y) if how == "two readers" else y)
     elif how == "activation":
-        y = net.conv(net.op("Tanh", z), 8, 8, 1)
-        z = net.op("Tanh", y)
+        end = net.op("Mul", y, net.const(2.0))
+        z = net.op("Tanh", end)
     elif how == "widened":
-        pooled = net.op("GlobalAveragePool", x)
-        y = net.conv(pooled, 8, 8, 1)
         z = net.op("Add", y, x)
-    else:
+    elif how == "data":
         z = net.op("Mul", y, net.op("Sigmoid", x))
+    else:  # a shape is only known at the layer itself
+        end = net.transpose(y, 0, 2, 3, 1)
+        z = net.reshape(net.transpose(net.reshape(end, 0, 36, 8), 0, 2, 1), 0, 8, 6, 6)
     _, found = aims(net.model(net.conv(z, 8, 4), *others))
-    assert by_output(found)[y].tail.aim == y
+    assert by_output(found)[y].tail.aim == end
 
 
 def test_weights_that_may_not_change_are_left_with_a_reason() -> None:
@@ -149,6 +161,7 @@ def behind_products(net: Net, y: str, z: str) -> dict[str, Callable[[], str]]:
         "minus": lambda: net.op("Sub", y, z),
         "minuend": lambda: net.op("Sub", z, y),
         "turned": lambda: net.transpose(y, 0, 2, 1),
+        "turned round": lambda: net.transpose(y, 2, 0, 1),
         "normalised": lambda: net.norm(net.transpose(y, 0, 2, 1), 6),
         "flat": lambda: net.op("Flatten", y),
         "reshaped": lambda: net.op("Add", net.reshape(y, 0, 5, 2, 3), net.const(net.rng.standard_normal((5, 2, 3)))),
@@ -185,6 +198,8 @@ def _lay_out(name: str, marks: Array) -> Array:
     """Where the values of [N, 5, 6] lie at the end of the way."""
     if name in ("turned", "normalised"):
         return marks.transpose(0, 2, 1)
+    if name == "turned round":
+        return marks.transpose(2, 0, 1)
     if name == "flat":
         return marks.reshape(len(marks), -1)
     if name == "reshaped":

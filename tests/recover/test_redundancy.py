@@ -296,6 +296,19 @@ def test_many_rows_of_half_precision_do_not_overflow() -> None:
     assert error(model, result.model, draw(model, 3, 1)) < 2e-2
 
 
+def test_half_precision_wins_as_much_as_single() -> None:
+    """Rounds of refitting in front of a Relu, on values whose products do not fit into float16."""
+    left = {}
+    for dtype in (np.float32, np.float16):
+        net = Planted(17, seed=3, dtype=dtype)
+        y = net.conv(net.input("x", ["N", 3, 16, 16]), 3, 12)
+        model = net.model(net.op("Relu", net.conv(net.op("Relu", y), 12, 4)))
+        data, fresh = ({"x": 60 * draw(model, n, n)["x"]} for n in (64, 5))
+        before, result = repaired(model, plan((y, 1, 12, [4, 5, 6])), data)
+        left[dtype] = error(model, result.model, fresh) / error(model, before, fresh)
+    assert left[np.float16] < 1.05 * left[np.float32] < 0.8, left
+
+
 def test_free_sizes_stay_free() -> None:
     net = Planted(17, seed=3)
     y = net.conv(net.input("x", ["N", 3, "H", "W"]), 3, 6)

@@ -98,6 +98,15 @@ def test_what_nobody_wants_does_not_run(tmp_path: Path, ran: list[list[str]]) ->
     assert d not in [name for part in ran for name in part] and len(ran) == 2
 
 
+def test_what_a_later_piece_reads_is_carried_although_nobody_wants_it(tmp_path: Path, ran: list[list[str]]) -> None:
+    net = Net(17)
+    early = net.op("Tanh", net.conv(net.input("x", ["N", 3, 5, 5]), 3, 4))
+    first = net.op("Relu", early)
+    second = net.op("Mul", early, net.const(2.0))
+    check(net.model(first, second), [[first], [second]], draw(2, 2, 3, 5, 5), tmp_path)
+    assert [len(part) for part in ran] == [3, 1]
+
+
 @pytest.mark.parametrize("limit", [0, 20_000, 100_000])
 def test_values_in_files_are_the_same(tmp_path: Path, limit: int) -> None:
     model, (a, b, c, d) = residual()
