@@ -18,7 +18,9 @@ ENTRY_POINT = "onnxprune.criteria"
 _named: Named[Criterion] = Named("criterion", ENTRY_POINT)
 
 
-def register(name: str, *, reads_all: bool = False, needs: Sequence[str] = ()) -> Callable[[Criterion], Criterion]:
+def register(
+    name: str, *, reads_all: bool = False, needs: Sequence[str] = (), comparable: bool = False
+) -> Callable[[Criterion], Criterion]:
     """Register a criterion under a name, as a decorator.
 
     Args:
@@ -26,6 +28,7 @@ def register(name: str, *, reads_all: bool = False, needs: Sequence[str] = ()) -
         reads_all: the scores depend on every weight, so that NaN in a weight shows in them.
         needs: statistics of feature maps (see :class:`Maps`) that the criterion reads; with any, it takes two arguments
             and is asked about contractions only. Without, what :func:`needs_of` finds.
+        comparable: scores of different layers compare as they are, so that nothing is divided out by default.
 
     Raises:
         ValueError: the name is taken.
@@ -34,6 +37,7 @@ def register(name: str, *, reads_all: bool = False, needs: Sequence[str] = ()) -
     def decorate(criterion: Criterion) -> Criterion:
         _named.add(name, criterion)
         criterion.reads_all = reads_all  # type: ignore[attr-defined]
+        criterion.comparable = comparable  # type: ignore[attr-defined]
         criterion.needs = tuple(needs) or needs_of(criterion)  # type: ignore[attr-defined]
         return criterion
 

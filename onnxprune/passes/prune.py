@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -51,8 +52,11 @@ class Prune:
         approximate: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        self.request = request_of(ratio, options)
         self.criterion = get(criterion) if isinstance(criterion, str) else criterion
+        self.request = request_of(ratio, options)
+        if options.get("normalize", "auto") == "auto":
+            method = "none" if getattr(self.criterion, "comparable", False) else "mean"
+            self.request = replace(self.request, normalize=method)
         self.name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom")
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         self.approximate = approximate

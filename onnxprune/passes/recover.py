@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +24,14 @@ from onnxprune.recover.repair import repair
 from onnxprune.report.facts import Recovery, Repair
 from onnxprune.rewrite.after import After
 from onnxprune.runtime.capture import count
+from onnxprune.runtime.parallel import spread
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed
 
 # Bytes of activations to hold in memory where nobody says how many.
 _MEMORY = 2 << 30
+# Unknowns per output from which on products are shared between BLAS threads.
+_WIDE = 1024
 
 
 class Recover:
@@ -125,12 +126,17 @@ class Recover:
                     layer.write(solution.matrix, solution.bias)
                 return Repair(aim.node.label, solution.how, solution.before, solution.after)
 
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                repairs += pool.map(one, level)
+            repairs += spread(one, level, heavy=any(_columns(weights, aim) >= _WIDE for aim in level))
             for run in (cut_run, full_run):
                 run.done(number)
             state.tell("recover", (number + 1) / len(aims.levels))
         return repairs, aims.left
+
+
+def _columns(weights: Mapping[str, Weight], aim: Aim) -> int:
+    """Unknowns per output of a layer."""
+    shape = weights[aim.node.inputs[aim.form.weight]].shape
+    return int(np.prod(shape)) // max(shape[:2]) if len(shape) > 1 else 1
 
 
 def check_mode(mode: str) -> str:

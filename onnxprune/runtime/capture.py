@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +17,7 @@ from onnxprune.errors import ModelError, UsageError
 from onnxprune.model.save import save
 from onnxprune.model.weights import Weight
 from onnxprune.runtime.checkpoint import Checkpoint
+from onnxprune.runtime.parallel import cores
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.statistics import NotFinite, Statistic
 
@@ -143,12 +142,12 @@ def _one_pass(
     names = list(dict.fromkeys(r.tensor for r in requests))
     path = folder / "capture.onnx"
     save(with_outputs(model[0], names), model[1], path)
-    session = open_session(path)
+    session = open_session(path, spin=False)
     states = {r.name: r.statistic for r in requests}
     checkpoint = None if checkpoint is None else checkpoint.at(batch_size)
     skip, samples = checkpoint.load(states) if checkpoint is not None else (0, 0)
     saved = time.monotonic()
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with cores() as pool:
         number = -1
         for number, feed in enumerate(source.batches(batch_size)):
             if number < skip:

@@ -87,7 +87,7 @@ class Segments:
         inputs = sorted(n for n in read if n not in self._weights and self._is_outer(n))
         if keep:
             values = {n: self._store.get(n, 0) for n in inputs}
-            session = open_session(_part(self._graph, self._weights, nodes, values, keep))
+            session = open_session(_part(self._graph, self._weights, nodes, values, keep), spin=False)
             for batch in range(self.batches):
                 results = run(session, {n: np.asarray(self._store.get(n, batch)) for n in inputs})
                 for name in keep:

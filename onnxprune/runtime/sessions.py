@@ -60,7 +60,9 @@ _SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*? was false\. ?")
 _CUT_ANYWAY = "Use --no-validate to cut it all the same, with a structural check in place of a run."
 
 
-def open_session(model: Path | bytes, *, optimize: bool = True, threads: int | None = None) -> ort.InferenceSession:
+def open_session(
+    model: Path | bytes, *, optimize: bool = True, threads: int | None = None, spin: bool = True
+) -> ort.InferenceSession:
     """Open a model on onnxruntime's CPU provider.
 
     Args:
@@ -68,6 +70,7 @@ def open_session(model: Path | bytes, *, optimize: bool = True, threads: int | N
         optimize: False turns every graph optimisation off; fusions change rounding, so exactness runs go without.
             A model that only loads without them is opened without them.
         threads: threads inside an operator; None leaves the choice to onnxruntime.
+        spin: threads that wait for work keep their core busy, which is faster as long as nothing else wants it.
 
     Raises:
         ModelError: the file does not load, or holds an operator that onnxruntime has no kernel for (named).
@@ -79,6 +82,8 @@ def open_session(model: Path | bytes, *, optimize: bool = True, threads: int | N
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         source = model if isinstance(model, bytes) else str(model)
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -88,7 +93,7 @@ def open_session(model: Path | bytes, *, optimize: bool = True, threads: int | N
         if optimize:
             # Some graphs break onnxruntime's own fusions (fully quantised convolutions) and run well without.
             with suppress(ModelError):
-                return open_session(model, optimize=False, threads=threads)
+                return open_session(model, optimize=False, threads=threads, spin=spin)
         raise _load_error(str(error), "the model" if isinstance(model, bytes) else str(model)) from error
 
 

@@ -11,7 +11,7 @@ from onnxprune.errors import UsageError, nearest
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "policy": ("sum", "average", "max", "backward"),
-    "normalize": ("mean", "none", "root", "standard", "tss", "linear", "softmax"),
+    "normalize": ("auto", "mean", "none", "root", "standard", "tss", "linear", "softmax"),
     "group_policy": ("count", "sum", "average", "none"),
     "reshape_axis": ("head_dim", "heads", "both"),
     "scope": ("local", "global", "isomorphic", "slamp"),
@@ -74,7 +74,8 @@ class Request:
         layers: {glob over node or weight names: ratio}. include, exclude: such globs.
         round_to: keep a multiple of this many units per group where it can be had.
         policy: how the scores that a unit has in several weights become one.
-        normalize: what the scores of one weight are divided by, so that weights compare.
+        normalize: what the scores of one weight are divided by, so that weights compare; ``auto`` is ``none`` for
+            criteria whose scores compare as they are, else ``mean``, and is settled by ``Prune``.
         group_policy: what cuts of a grid with several rows have in common.
         reshape_axis: what goes of a grid: cells of every row, whole rows, or both.
         scope: which units compete with each other.

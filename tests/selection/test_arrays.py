@@ -16,6 +16,7 @@ from onnxprune.selection.request import CHOICES
 from onnxprune.selection.schedule import removed_share
 from onnxprune.selection.scopes import lamp
 
+METHODS = [m for m in CHOICES["normalize"] if m != "auto"]
 RAW = np.array([3.0, -1.0, 0.5, 7.0, 0.5])
 
 
@@ -32,12 +33,12 @@ def test_normalisations_are_their_formulas() -> None:
         "linear": [(x + 1.0) / 8.0 for x in RAW],
         "softmax": [g / sum(grown) for g in grown],
     }
-    assert set(wanted) == set(CHOICES["normalize"])
+    assert set(wanted) == set(METHODS)
     for method, values in wanted.items():
         np.testing.assert_allclose(normalize(RAW, method), values, rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", CHOICES["normalize"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 1e30])
 def test_constant_scores_stay_constant_and_finite(method: str, value: float) -> None:
     result = normalize(np.full(4, value), method)
@@ -45,7 +46,7 @@ def test_constant_scores_stay_constant_and_finite(method: str, value: float) -> 
     assert normalize(np.zeros(0), method).size == 0
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.sampled_from(CHOICES["normalize"]))
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.sampled_from(METHODS))
 def test_normalisations_keep_the_order(values: list[float], method: str) -> None:
     raw = np.asarray(values)
     result = normalize(raw, method)

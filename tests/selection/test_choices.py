@@ -254,7 +254,7 @@ def test_the_report_says_what_was_used() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"scope": "globl"}, "--scope: unknown value 'globl'\nDid you mean 'global'? Allowed: local, global"),
-    ({"normalize": 3}, "--normalize: unknown value 3\nAllowed: mean, none"),
+    ({"normalize": 3}, "--normalize: unknown value 3\nAllowed: auto, mean, none"),
     ({"steps": 0}, "--steps 0 is out of range"),
     ({"step": 1.5}, "--step 1.5 is out of range"),
     ({"max_ratio": 0}, "--max-ratio 0 is out of range"),
@@ -292,3 +292,11 @@ def test_every_value_runs(command: Callable[..., Any], option: str, value: str) 
         result = command(name, flag, value, *more, "--explain")
         assert result.exit_code == 0, result.stderr
         assert f"scope {value if option == 'scope' else 'local'}" in result.stdout
+
+
+def test_scores_that_compare_are_not_divided_unless_asked() -> None:
+    """ziplm's scores are shares of an output's energy already."""
+    data = {"data": MODELS / "digits_calibration.npz", "samples": 64}
+    assert cut("residual", criterion="ziplm", **data).report.settings["normalize"] == "none"
+    assert cut("residual", criterion="ziplm", normalize="mean", **data).report.settings["normalize"] == "mean"
+    assert cut("residual", criterion="l2").report.settings["normalize"] == "mean"
