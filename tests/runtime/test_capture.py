@@ -297,8 +297,9 @@ def test_a_checkpoint_leaves_no_temporary_files(tmp_path: Path) -> None:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def test_memory_does_not_grow_with_the_number_of_samples() -> None:
-    """Feature maps are let go of batch by batch."""
+def test_memory_does_not_grow_with_the_number_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feature maps are let go of batch by batch; on one core, as the peak of several depends on how they meet."""
+    monkeypatch.setattr("onnxprune.runtime.parallel.os.cpu_count", lambda: 1)
     model = network(32)
 
     def peak(samples: int) -> int:
