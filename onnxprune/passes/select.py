@@ -162,6 +162,12 @@ class Selector:
 
     def _by_maps(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed]:
         captured = captured_maps(self.state, self.analysis, groups, self.needs, removed)
+        short = captured.shortage()
+        if short is not None and removed is None:
+            self.warnings.append(
+                f"{self.name} saw {captured.samples} samples, and {short[0]} needs at least {short[1]} to tell which "
+                "channels follow from others: scores there are uncertain."
+            )
         for lot in batches(groups):
             for number, (group, slot) in enumerate(map_slots(self.analysis, lot, captured, removed, self.state.seed)):
                 yield Placed(group, slot, 0, (number,))

@@ -30,6 +30,21 @@ class CapturedMaps:
     maps: dict[Hashable, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
     columns: dict[Hashable, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
 
+    def shortage(self) -> tuple[str, int] | None:
+        """(contraction, samples) of the place that has the fewest rows for its columns; None where all have enough.
+
+        A Gram matrix of fewer rows than columns is singular: some channels seem to follow from others by chance.
+        """
+        worst: tuple[str, int] | None = None
+        for site in self.sites:
+            found = self.columns.get(site.columns_key, {})
+            if "rows" in found and "gram" in found:
+                rows, columns = float(found["rows"]), found["gram"].shape[-1]
+                needed = int(np.ceil(self.samples * columns / max(rows, 1.0)))
+                if rows < columns and (worst is None or needed > worst[1]):
+                    worst = site.node.label, needed
+        return worst
+
 
 def map_slots(
     analysis: Analysis,

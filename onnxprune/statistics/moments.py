@@ -11,8 +11,13 @@ from numpy.typing import NDArray
 from onnxprune.statistics.means import Means
 from onnxprune.statistics.registry import register
 
-PIECE = 1 << 18
+PIECE = 1 << 16
 """Elements converted to float64 at a time: few enough to stay in a processor's cache."""
+
+# Positions of a map below which matrix products cost more than they gain.
+_FEW = 16
+# How many bits of a byte are set, by its value.
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.float64)
 
 
 @register("moments")
@@ -27,15 +32,37 @@ class Moments(Means):
         channels = maps.shape[1]
         sums = {name: np.zeros(channels) for name in ("mean", "square", "magnitude", "active")}
         for samples, some in _pieces(maps.shape, PIECE):
-            piece = maps[samples, some].astype(np.float64)
-            piece = piece.reshape(*piece.shape[:2], -1)
-            sums["mean"][some] += piece.sum(axis=(0, 2))
-            sums["active"][some] += np.count_nonzero(piece, axis=(0, 2))
-            np.abs(piece, out=piece)
-            sums["magnitude"][some] += piece.sum(axis=(0, 2))
-            np.square(piece, out=piece)
-            sums["square"][some] += piece.sum(axis=(0, 2))
+            raw = maps[samples, some]
+            raw = raw.reshape(*raw.shape[:2], -1)
+            piece = raw.astype(np.float64)
+            total = _over_positions(piece)
+            sums["mean"][some] += total
+            sums["active"][some] += _count(raw)
+            sums["square"][some] += _squares(piece)
+            # Behind a ReLU values are their own magnitudes.
+            sums["magnitude"][some] += total if raw.min() >= 0 else _over_positions(np.abs(piece, out=piece))
         return maps.size // channels, sums
+
+
+def _over_positions(piece: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums [channels] of [samples, channels, positions]; a product with ones takes half the time of a sum."""
+    if piece.shape[2] < _FEW:
+        return np.asarray(piece.sum(axis=(0, 2)))
+    return np.asarray((piece @ np.ones(piece.shape[2])).sum(axis=0))
+
+
+def _squares(piece: NDArray[np.float64]) -> NDArray[np.float64]:
+    if piece.shape[2] < _FEW:
+        return np.asarray(np.square(piece).sum(axis=(0, 2)))
+    return np.asarray((piece[:, :, None, :] @ piece[:, :, :, None]).sum(axis=(0, 2, 3)))
+
+
+def _count(raw: NDArray[Any]) -> NDArray[np.float64]:
+    """How many of [samples, channels, positions] are not 0, [channels]; eight at a time where that is worth it."""
+    busy = raw != 0
+    if raw.shape[2] < _FEW:
+        return np.asarray(busy.sum(axis=(0, 2)), dtype=np.float64)
+    return _over_positions(_ONES[np.packbits(busy, axis=2)])
 
 
 def _pieces(shape: tuple[int, ...], limit: int) -> Iterator[tuple[slice, slice]]:

@@ -13,6 +13,7 @@ from masks import all_values, masked
 from numpy.typing import NDArray
 from oracle import plan_slots
 
+import onnxprune as op
 from onnxprune import ModelError
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Slot
@@ -344,3 +345,16 @@ def test_the_users_batch_size_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr("onnxprune.runtime.capture.run", spy)
             captured = captured_maps(state, analysis, competing(analysis), ("moments",))
         assert seen == wanted and captured.samples == 11
+
+
+def test_too_few_samples_are_said_with_how_many_would_do() -> None:
+    """A dense layer of 64 inputs sees one row per sample."""
+    net = Net(17)
+    hidden = net.linear(net.input("x", ["N", 8]), 8, 64)
+    model = net.model(net.linear(net.op("Relu", hidden), 64, 4))
+    data = {"x": np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)}
+    few = op.prune(model, criterion="ziplm", ratio=0.3, data=data, recover="none", latency=False)
+    assert any("saw 20 samples" in w and "at least 64" in w for w in few.report.warnings)
+    many = {"x": np.random.default_rng(0).normal(size=(80, 8)).astype(np.float32)}
+    enough = op.prune(model, criterion="ziplm", ratio=0.3, data=many, recover="none", latency=False)
+    assert not any("saw" in w for w in enough.report.warnings)

@@ -22,13 +22,14 @@ def capture_overhead(path: Path, data: Path, samples: int) -> dict[str, float]:
     """Capture with ``moments`` and plain passes over the same batches, in turn: processor and wall seconds, medians."""
     from onnxprune.model.save import save
     from onnxprune.passes import State
-    from onnxprune.passes.calibrate import captured_maps, fixed_batch
+    from onnxprune.passes.calibrate import captured_maps
+    from onnxprune.passes.calls import Calls
     from onnxprune.runtime.sessions import open_session, run
 
     state = State(path, data=data, samples=limit(data, samples))
     analysis = state.analyzed()
     groups = [g for g in analysis.units.groups if g.prunable]
-    source = state.calibration()
+    source = Calls(state, analysis)
 
     def capture() -> None:
         captured_maps(state, analysis, groups, ("moments",))
@@ -37,8 +38,8 @@ def capture_overhead(path: Path, data: Path, samples: int) -> dict[str, float]:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             target = Path(folder) / "plain.onnx"
             save(analysis.graph.proto, analysis.graph.weights, target)
-            session = open_session(target)
-            for feed in source.batches(fixed_batch(analysis) or 16):
+            session = open_session(target, spin=False)
+            for feed in source.batches(source.fixed or source.most):
                 run(session, feed)
 
     plain()  # caches of files and of the processor
