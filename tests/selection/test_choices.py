@@ -219,21 +219,23 @@ def test_constant_scores_are_fine() -> None:
 def test_maps_are_captured_for_criteria_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A criterion of two arguments gets slots with maps, and constant ones are told."""
     from onnxprune.criteria import Slot
+    from onnxprune.selection.map_slots import CapturedMaps
 
     asked: list[tuple[Any, ...]] = []
+    maps_of_all = CapturedMaps()
 
-    def captured(state: State, analysis: Any, groups: Any, needs: Any, gone: Any) -> str:
+    def captured(state: State, analysis: Any, groups: Any, needs: Any, gone: Any) -> CapturedMaps:
         asked.append((len(groups), tuple(needs), gone is None))
-        return "maps"
+        return maps_of_all
 
     def slots(analysis: Any, groups: Any, maps: Any, gone: Any, seed: int) -> Any:
-        assert maps == "maps"
+        assert maps is maps_of_all
         for group in groups:
             units = np.arange(group.size)
             yield group.id, Slot("w", 0, np.ones((1, group.size, 1)), [], units, group.size, maps=maps)
 
     def mine(slot: Any, maps: Any) -> Any:
-        assert maps == "maps"
+        assert maps is maps_of_all
         return np.zeros(slot.units.size)
 
     monkeypatch.setattr("onnxprune.passes.select.captured_maps", captured)
