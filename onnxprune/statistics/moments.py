@@ -16,6 +16,9 @@ PIECE = 1 << 16
 
 # Positions of a map below which matrix products cost more than they gain.
 _FEW = 16
+# Positions that are summed in float32 at a time, and squares below which they are not.
+_RUN = 1024
+_TINY = 1e-30
 # How many bits of a byte are set, by its value.
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.float64)
 
@@ -34,6 +37,14 @@ class Moments(Means):
         for samples, some in _pieces(maps.shape, PIECE):
             raw = maps[samples, some]
             raw = raw.reshape(*raw.shape[:2], -1)
+            short = _in_short_runs(raw)
+            if short is not None:
+                total, squares = short
+                sums["mean"][some] += total
+                sums["magnitude"][some] += total
+                sums["square"][some] += squares
+                sums["active"][some] += _count(raw)
+                continue
             piece = raw.astype(np.float64)
             total = _over_positions(piece)
             sums["mean"][some] += total
@@ -42,6 +53,24 @@ class Moments(Means):
             # Behind a ReLU values are their own magnitudes.
             sums["magnitude"][some] += total if raw.min() >= 0 else _over_positions(np.abs(piece, out=piece))
         return maps.size // channels, sums
+
+
+def _in_short_runs(raw: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Sums of values and of squares, [channels], in float32 over runs too short to lose digits; None where they would.
+
+    That is for float32 values of one sign, as they are behind a ReLU: nothing cancels.
+    """
+    samples, channels, positions = raw.shape
+    runs = next((k for k in range(1, 65) if positions % k == 0 and positions // k <= _RUN), 0)
+    if raw.dtype != np.float32 or positions < _FEW or not runs or raw.min() < 0:
+        return None
+    spread = raw.reshape(samples, channels, runs, positions // runs)
+    with np.errstate(over="ignore"):
+        squares = np.einsum("ncrp,ncrp->ncr", spread, spread).sum(axis=(0, 2), dtype=np.float64)
+        total = (spread @ np.ones(positions // runs, np.float32)).sum(axis=(0, 2), dtype=np.float64)
+    # Squares may leave float32 at either end of its range; such values are rare, and done the long way.
+    usual = np.isfinite(squares).all() and np.isfinite(total).all() and (squares[total > 0] > _TINY).all()
+    return (total, squares) if usual else None
 
 
 def _over_positions(piece: NDArray[np.float64]) -> NDArray[np.float64]:
