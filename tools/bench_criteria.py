@@ -26,7 +26,7 @@ from bench.criteria_costs import capture_overhead, wide_layer
 from bench.criteria_points import Combination, Task, run_task
 from bench.criteria_tables import show, write_csv
 from bench.curves import draw
-from bench.labelled import UNLABELLED, record
+from bench.labelled import UNLABELLED, recorded
 from bench.workers import each
 from rich.console import Console
 
@@ -58,17 +58,8 @@ def _combination(text: str) -> Combination:
 
 def calibration(given: argparse.Namespace, name: str) -> Path | None:
     """Recorded inputs of a model, from the folder given or recorded now; None where that fails."""
-    for folder in filter(None, (given.calibration, given.out / "calibration")):
-        if (folder / f"{name}.npz").is_file():
-            return Path(folder / f"{name}.npz")
-    target = given.out / "calibration" / f"{name}.npz"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        record(given.folder, name, target, given.samples)
-    except (RuntimeError, OSError) as error:
-        print(f"{name}: no calibration data: {error}", file=sys.stderr)
-        return None
-    return target
+    folders = [f for f in (given.calibration, given.out / "calibration") if f is not None]
+    return recorded(given.folder, name, folders, given.samples)
 
 
 def key(point: Record) -> tuple[Any, ...]:

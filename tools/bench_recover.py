@@ -22,7 +22,7 @@ from typing import Any
 
 from bench import files
 from bench.criteria_points import Combination
-from bench.labelled import UNLABELLED, evaluate, record
+from bench.labelled import UNLABELLED, evaluate, recorded
 from bench.recover_points import Job, run_job
 from bench.workers import each
 from rich.console import Console
@@ -54,18 +54,9 @@ def measure(given: argparse.Namespace, paths: Sequence[Path], points: dict[tuple
 
 
 def calibration(given: argparse.Namespace, name: str) -> Path | None:
-    """Recorded inputs, recorded now where they are not there yet; None where that fails."""
-    for folder in filter(None, (given.calibration, given.out / "calibration")):
-        if (folder / f"{name}.npz").is_file():
-            return Path(folder / f"{name}.npz")
-    target = given.out / "calibration" / f"{name}.npz"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        record(given.folder, name, target, max(given.samples))
-    except (RuntimeError, OSError) as error:
-        print(f"{name}: no calibration data: {error}", file=sys.stderr)
-        return None
-    return target
+    """Recorded inputs of a model, from the folder given or recorded now; None where that fails."""
+    folders = [f for f in (given.calibration, given.out / "calibration") if f is not None]
+    return recorded(given.folder, name, folders, max(given.samples))
 
 
 def value(point: Record) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,21 +61,16 @@ def run_task(task: Task) -> dict[str, Any]:
 def _points(task: Task, combination: Combination) -> list[dict[str, Any]]:
     from onnxprune.passes import Prune, Result
     from onnxprune.planning import make_plan
-    from onnxprune.selection.costs import macs_after
 
     state = _state(task.path, task.data, task.samples, task.cache)
-    options: dict[str, Any] = {"scope": combination.scope, "cost": combination.cost}
-    if combination.normalize != "default":
-        options["normalize"] = combination.normalize
     start = time.perf_counter()
-    selector = Prune(combination.criterion, **options).selector(state)
+    cut, kept_by = choosing(state, combination)
     analysis = state.analyzed()
-    whole = macs_after(analysis, np.zeros(analysis.units.component.size, dtype=bool))
-    selector.at(0.5)
+    cut(0.5)
     seconds = time.perf_counter() - start
     result = []
     for share in task.shares:
-        ratio, kept, mask = nearest_cut(lambda r: selector.at(r), lambda m: macs_after(analysis, m) / whole, share)
+        ratio, kept, mask = nearest_cut(cut, kept_by, share)
         point = {"share": share, "macs_kept": round(kept, 4), "ratio": round(ratio, 4), "seconds": round(seconds, 2)}
         if abs(kept - share) > OFF:
             result.append({**point, "error": f"nearest share of the MACs: {kept:.3f}"})
@@ -86,6 +82,20 @@ def _points(task: Task, combination: Combination) -> list[dict[str, Any]]:
             Result(state).save(target)
             result.append({**point, "metrics": evaluate(task.home, files.name(task.path), target)})
     return result
+
+
+def choosing(state: Any, combination: Combination) -> tuple[Callable[[float], Any], Callable[[Any], float]]:
+    """What is cut at a ratio, and the share of the MACs that a cut keeps."""
+    from onnxprune.passes import Prune
+    from onnxprune.selection.costs import macs_after
+
+    options: dict[str, Any] = {"scope": combination.scope, "cost": combination.cost}
+    if combination.normalize != "default":
+        options["normalize"] = combination.normalize
+    selector = Prune(combination.criterion, **options).selector(state)
+    analysis = state.analyzed()
+    whole = macs_after(analysis, np.zeros(analysis.units.component.size, dtype=bool))
+    return selector.at, lambda mask: macs_after(analysis, mask) / whole
 
 
 def nearest_cut(cut: Any, kept: Any, share: float) -> tuple[float, float, Any]:

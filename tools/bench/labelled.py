@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,22 @@ def record(home: Path, name: str, target: Path, samples: int) -> None:
     done = _call(home, name, "--record", str(target), "--samples", str(samples))
     if done.returncode or not target.is_file():
         raise RuntimeError(f"evaluate.py {name} --record: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
+
+
+def recorded(home: Path, name: str, folders: Iterable[Path], samples: int) -> Path | None:
+    """Calibration inputs from the first folder that has them, else recorded into the last; None where that fails."""
+    folders = list(folders)
+    for folder in folders:
+        if (folder / f"{name}.npz").is_file():
+            return folder / f"{name}.npz"
+    target = folders[-1] / f"{name}.npz"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        record(home, name, target, samples)
+    except (RuntimeError, OSError) as error:
+        print(f"{name}: no calibration data: {error}", file=sys.stderr)
+        return None
+    return target
 
 
 def limit(data: Path, samples: int) -> int | None:

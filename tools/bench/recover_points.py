@@ -7,11 +7,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from bench import files
-from bench.criteria_points import OFF, Combination, nearest_cut
-from bench.labelled import evaluate
+from bench.criteria_points import OFF, Combination, choosing, nearest_cut
+from bench.labelled import evaluate, limit
 
 
 class Job(NamedTuple):
@@ -41,36 +39,25 @@ def run_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _limit(job: Job) -> int | None:
-    """The number of samples to read; None, which is all, where there are no more than that."""
-    with np.load(job.data) as file:
-        held = max((file[name].shape[0] for name in file.files if file[name].ndim), default=1)
-    return job.samples if job.samples < held else None
-
-
 def _choose(job: Job) -> tuple[Any, float, float]:
-    from onnxprune.passes import Prune, State
+    from onnxprune.passes import State
     from onnxprune.planning import make_plan
-    from onnxprune.selection.costs import macs_after
 
     start = time.perf_counter()
-    state = State(job.path, data=job.data, samples=_limit(job), cache=job.cache)
-    options: dict[str, Any] = {"scope": job.combination.scope, "cost": job.combination.cost}
-    if job.combination.normalize != "default":
-        options["normalize"] = job.combination.normalize
-    selector = Prune(job.combination.criterion, **options).selector(state)
-    analysis = state.analyzed()
-    whole = macs_after(analysis, np.zeros(analysis.units.component.size, dtype=bool))
-    _, kept, mask = nearest_cut(lambda r: selector.at(r), lambda m: macs_after(analysis, m) / whole, job.share)
+    state = State(job.path, data=job.data, samples=limit(job.data, job.samples), cache=job.cache)
+    cut, kept_by = choosing(state, job.combination)
+    _, kept, mask = nearest_cut(cut, kept_by, job.share)
     seconds = time.perf_counter() - start
-    return make_plan(analysis, mask, job.combination.criterion), kept, round(seconds, 1)
+    return make_plan(state.analyzed(), mask, job.combination.criterion), kept, round(seconds, 1)
 
 
 def _repaired(job: Job, plan: Any, mode: str) -> dict[str, Any]:
     from onnxprune.passes import Pipeline, Prune, Recover
 
     start, processor = time.perf_counter(), time.process_time()
-    result = Pipeline([Prune(plan=plan), Recover(mode)]).run(job.path, data=job.data, samples=_limit(job))
+    result = Pipeline([Prune(plan=plan), Recover(mode)]).run(
+        job.path, data=job.data, samples=limit(job.data, job.samples)
+    )
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         target = Path(folder) / "repaired.onnx"
