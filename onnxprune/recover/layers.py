@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 import numpy as np
 import onnx
 
+from onnxprune.contractions import Pairwise
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import ArrayWeight, Weight
 from onnxprune.recover.aims import Aim
@@ -112,8 +113,11 @@ class Layer:
         """Where a bias goes: ``own``, the name of a constant that is added right behind, or None."""
         if self.form.bias is not None:
             return "own"
-        made = self.form.output_axis(0)
-        return None if made is None else self._added_behind()
+        if not isinstance(self.form, Pairwise):
+            return None
+        # A constant that is added lies along the last axis: outputs have to lie there too.
+        rank = len(self.form.terms[2])
+        return self._added_behind() if self.form.output_axis(rank) == rank - 1 else None
 
     def _added_behind(self) -> str | None:
         readers = self._graph.consumers.get(self.node.outputs[0], ())
@@ -124,6 +128,5 @@ class Layer:
         weight = self._weights.get(name)
         alone = len(self._graph.consumers.get(name, ())) == 1
         alone = alone and name not in self._graph.captured and name not in self._graph.outputs
-        # A bias per output lies along the last axis, as the output of a product does.
         flat = weight is not None and alone and weight.dtype.kind == "f" and all(n == 1 for n in weight.shape[:-1])
         return name if flat else None

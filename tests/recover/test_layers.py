@@ -109,3 +109,12 @@ def test_a_bias_that_others_read_is_not_touched() -> None:
     found = find_aims(analysis.graph, known, analysis.facts.shape)
     layers = [Layer(analysis.graph, dict(analysis.graph.weights), a) for level in found.levels for a in level]
     assert [layer.fixed_bias for layer in layers] == [True, True]
+
+
+@pytest.mark.parametrize("behind", [(), (1,), (1, 5)])
+def test_a_bias_has_no_home_where_outputs_lie_on_another_axis(behind: tuple[int, ...]) -> None:
+    """W X makes rows: a constant that is added behind it lies along the columns."""
+    net = Net(17)
+    made = net.op("MatMul", net.weight(6, 4), net.input("x", ["N", 4, 5]))
+    layer, _, _ = layer_of(net.model(net.op("Add", made, net.const(np.full(behind, 0.5, np.float32)))))
+    assert layer.fixed_bias
