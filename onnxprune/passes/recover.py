@@ -97,7 +97,7 @@ class Recover:
         after = After(analysis.table, state.removed)
         made = (o for node in analysis.graph.nodes for o in node.outputs if o)
         known = [name for name in made if _can_follow(analysis, after, name)]
-        aims = find_aims(graph, dict.fromkeys(known), after.shape, joint=self.mode == "full")
+        aims = find_aims(graph, known, after.shape, joint=self.mode == "full")
         # Both models' activations are held, so that each may have half.
         memory = (self.memory_limit or state.memory_limit or _MEMORY) // 2
         store = Store(memory, folder), Store(memory, folder)

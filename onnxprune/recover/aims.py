@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ class Aims:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def find_aims(graph: Graph, known: Mapping[str, Any], shape: Shapes, *, joint: bool = True) -> Aims:
+def find_aims(graph: Graph, known: Collection[str], shape: Shapes, *, joint: bool = True) -> Aims:
     """Every contraction of the cut graph that can be repaired.
 
     Args:
@@ -70,7 +70,7 @@ def find_aims(graph: Graph, known: Mapping[str, Any], shape: Shapes, *, joint: b
         form = _form(graph, node, shape, found) if node.index not in passed else None
         if form is not None:
             tail = tail_of(graph, node.outputs[0], level.__contains__ if joint else _never, shape)
-            while tail.aim not in known and tail.undo:  # pragma: no cover - only where names changed
+            if tail.aim not in known:  # pragma: no cover - only where names changed
                 tail = Tail(node.outputs[0])
             if tail.aim in known:
                 reach = 1 + max([reach, *(level[n] for n in tail.addends)])

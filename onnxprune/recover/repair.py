@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxprune.recover.problem import Problem, Rows, fit, loss
-from onnxprune.recover.solve import Solution, least_squares, solve
+from onnxprune.recover.solve import WORTH, Solution, least_squares, solve
 from onnxprune.recover.sums import Real, Sums
 
 # Rounds of refitting where an activation is flat; each lowers the error, the first most.
 _ROUNDS = 3
-_WORTH = 1e-3
 
 
 def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fixed_bias: bool = False) -> Solution:
@@ -30,7 +29,6 @@ def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fi
     linear = solve(train, held, matrix, bias, mode=mode, fixed_bias=fixed_bias)
     if mode != "full" or not problem.aim.tail.flats or linear.ridge is None:
         return linear
-    scale = max(float((held.yy - np.square(held.y) / max(held.rows, 1)).sum()), 1e-30)
     found = _rounds(problem, train, matrix, bias, linear.ridge, fixed_bias)
     if not found.number:
         return linear
@@ -39,7 +37,7 @@ def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fi
         problem.rows(), train + held, found.matrix, found.bias, matrix, bias, linear.ridge, fixed_bias
     )
     how = f"{linear.how}, {found.number} rounds"
-    return Solution(fitted, shifted, found.before / scale, found.after / scale, how, linear.ridge)
+    return Solution(fitted, shifted, found.before / held.scale, found.after / held.scale, how, linear.ridge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ def _rounds(problem: Problem, train: Sums, matrix: Real, bias: Real, ridge: floa
     """Round after round on the rows that are not held out, as long as the error on those that are falls."""
     before = loss(problem.rows(True), matrix, bias)
     w, b = least_squares(train, matrix, bias, ridge, fixed_bias)
-    found = _Found(w, b, 0, before, min(before, loss(problem.rows(True), w, b)) * (1.0 - _WORTH))
+    found = _Found(w, b, 0, before, min(before, loss(problem.rows(True), w, b)) * (1.0 - WORTH))
     for number in range(1, _ROUNDS + 1):
         w, b = _round(problem.rows(False), train, w, b, matrix, bias, ridge, fixed_bias)
         error = loss(problem.rows(True), w, b)

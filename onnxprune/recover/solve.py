@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
@@ -13,7 +14,7 @@ from onnxprune.recover.sums import Real, Sums
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Shares of the Gram matrix' mean diagonal that are tried as ridge."""
 # A repair has to lower the held-out error by this share, or the weights stay as they are.
-_WORTH = 1e-3
+WORTH = 1e-3
 # Error (share of the target's variance) that is rounding and not worth a repair.
 _NOTHING = 1e-11
 
@@ -52,34 +53,41 @@ def solve(
         train, held: sums over disjoint samples. matrix, bias: the weights there are.
         mode: ``bias``, ``bn``, ``lstsq`` or ``full`` (all of them). fixed_bias: the bias has to stay 0.
     """
-    variance = float(np.maximum(held.yy - np.square(held.y) / max(held.rows, 1), 0.0).sum())
-    scale = variance if variance > 0 else max(float(held.yy.sum()), 1e-30)
+    scale = held.scale
     before = float(held.error(matrix, bias).sum()) / scale
     if before <= _NOTHING:
         return Solution(matrix, bias, before, before, "kept")
-    best, chosen, how = before * (1.0 - _WORTH), None, "kept"
-    for name, fit in candidates(mode, fixed_bias):
+    best, chosen = before * (1.0 - WORTH), None
+    for candidate in candidates(mode, fixed_bias):
         try:
-            error = float(held.error(*fit(train, matrix, bias)).sum()) / scale
+            error = float(held.error(*candidate.fit(train, matrix, bias)).sum()) / scale
         except LinAlgError:
             continue
         if error < best:
-            best, chosen, how = error, fit, name
+            best, chosen = error, candidate
     if chosen is None:
         return Solution(matrix, bias, before, before, "kept")
-    fitted, shifted = chosen(train + held, matrix, bias)
-    return Solution(fitted, shifted, before, best, how, float(how.split()[1]) if how.startswith("lstsq") else None)
+    fitted, shifted = chosen.fit(train + held, matrix, bias)
+    return Solution(fitted, shifted, before, best, chosen.name, chosen.ridge)
 
 
-def candidates(mode: str, fixed_bias: bool = False) -> Iterator[tuple[str, Fit]]:
-    """What a mode tries, by name."""
+class Candidate(NamedTuple):
+    """One way to fit; ``ridge`` where it is least squares."""
+
+    name: str
+    fit: Fit
+    ridge: float | None = None
+
+
+def candidates(mode: str, fixed_bias: bool = False) -> Iterator[Candidate]:
+    """What a mode tries."""
     if mode in ("bias", "full") and not fixed_bias:
-        yield "bias", shift
+        yield Candidate("bias", shift)
     if mode in ("bn", "full"):
-        yield "affine", lambda sums, w, b: affine(sums, w, b, fixed_bias)
+        yield Candidate("affine", lambda sums, w, b: affine(sums, w, b, fixed_bias))
     if mode in ("lstsq", "full"):
         for ridge in RIDGES:
-            yield f"lstsq {ridge:g}", _ridge(ridge, fixed_bias)
+            yield Candidate(f"lstsq {ridge:g}", _ridge(ridge, fixed_bias), ridge)
 
 
 def _ridge(ridge: float, fixed_bias: bool) -> Fit:

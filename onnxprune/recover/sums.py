@@ -58,6 +58,12 @@ class Sums:
         self.xx += other.xx
         self.xy += other.xy
 
+    @property
+    def scale(self) -> float:
+        """What errors are shares of: the target's sum of squares about its mean; about 0 where it does not vary."""
+        variance = float(np.maximum(self.yy - np.square(self.y) / max(self.rows, 1), 0.0).sum())
+        return variance if variance > 0 else max(float(self.yy.sum()), 1e-30)
+
     def error(self, matrix: Real, bias: Real) -> Real:
         """Sum of squares of X W + b - Y per output, [parts, o]; never negative.
 
