@@ -10,7 +10,7 @@ import click
 from rich.console import RenderableType
 from rich.text import Text
 
-from onnxprune.cli import options
+from onnxprune.cli import options, shared_options
 from onnxprune.cli.layout import HeadedCommand, option
 from onnxprune.report import structure, tables, units
 from onnxprune.report.console import Screen, plain
@@ -34,8 +34,8 @@ MOST_GROUPS = 20
     is_flag=True,
     help="Count channels behind LayerNorm, RMSNorm and the like as removable.",
 )
-@option("--json", "as_json", heading="Output", is_flag=True, help="One JSON object on stdout, all else on stderr.")
-@option("-q", "--quiet", heading="Output", is_flag=True, help="Say nothing but errors.")
+@shared_options.as_json
+@shared_options.quiet
 @option(
     "-v", "--verbose", heading="Output", count=True, help="List every layer, group and barrier; -vv shows tracebacks."
 )

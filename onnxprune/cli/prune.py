@@ -13,22 +13,20 @@ import click
 from rich.console import RenderableType
 from rich.text import Text
 
-from onnxprune.cli import gate, options
+from onnxprune.cli import gate, options, shared_options
 from onnxprune.cli.data_options import data_options
 from onnxprune.cli.layout import HeadedCommand, option
 from onnxprune.cli.recovery_options import recovery_options
 from onnxprune.cli.request import Request, check
 from onnxprune.cli.selection_options import selection_options
+from onnxprune.cli.shared_options import CHECKS, INPUT, OUTPUT
 from onnxprune.report import explain, repairs, structure, tables, whole
 from onnxprune.report.console import Screen, plain
 from onnxprune.report.facts import Report
 
 WHAT = "What to cut"
 HOW = "How to choose"
-INPUT = "Input"
 RECOVERY = "Recover accuracy"
-CHECKS = "Checks"
-OUTPUT = "Output"
 _PATH = click.Path(path_type=Path)
 
 
@@ -75,14 +73,7 @@ _PATH = click.Path(path_type=Path)
     "--apply-plan", heading=WHAT, type=_PATH, metavar="FILE.json", help="Remove what this plan says (prune by index)."
 )
 @selection_options(HOW)
-@option(
-    "--input-shape",
-    "shapes",
-    heading=INPUT,
-    type=options.ShapeType(),
-    multiple=True,
-    help="Shape of an input whose sizes are not in the model; repeatable.",
-)
+@shared_options.input_shapes
 @data_options(INPUT, "to repair and validate with (default: no repair, seeded synthetic ones).")
 @option(
     "--cache",
@@ -91,15 +82,10 @@ _PATH = click.Path(path_type=Path)
     metavar="DIR",
     help="Keep statistics of --data here: a repeated or interrupted run goes on from them.",
 )
-@option("--seed", heading=INPUT, type=options.NumberType(0, "a seed"), default=0, help="Seed of everything random.")
+@shared_options.seed
 @recovery_options(RECOVERY)
 @option("--no-validate", heading=CHECKS, is_flag=True, help="Do not run the models: structural checks only.")
-@option(
-    "--min-fidelity",
-    heading=CHECKS,
-    type=options.CosineType(),
-    help="Write nothing and exit with 5 when an output's cosine falls below X.",
-)
+@shared_options.min_fidelity
 @option(
     "-o",
     "--output",
@@ -114,9 +100,9 @@ _PATH = click.Path(path_type=Path)
 @option(
     "--explain", heading=OUTPUT, is_flag=True, help="Say why layers were not cut, or less than asked; show the groups."
 )
-@option("--json", "as_json", heading=OUTPUT, is_flag=True, help="One JSON object on stdout, all else on stderr.")
-@option("-q", "--quiet", heading=OUTPUT, is_flag=True, help="Say nothing but errors.")
-@option("-v", "--verbose", heading=OUTPUT, count=True, help="List every layer; -vv shows tracebacks.")
+@shared_options.as_json
+@shared_options.quiet
+@shared_options.verbose
 @click.pass_context
 def prune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: int, **values: Any) -> None:
     """Cut channels out of an ONNX model, exactly, and verify the result in onnxruntime."""

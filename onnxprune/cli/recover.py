@@ -10,19 +10,17 @@ import click
 from rich.console import RenderableType
 from rich.text import Text
 
-from onnxprune.cli import gate, options
+from onnxprune.cli import gate, options, shared_options
 from onnxprune.cli.data_options import DataOptions, data_options
 from onnxprune.cli.layout import HeadedCommand, option
 from onnxprune.cli.recovery_options import RecoveryOptions, recovery_options
+from onnxprune.cli.shared_options import INPUT, OUTPUT
 from onnxprune.errors import UsageError
 from onnxprune.report import repairs, tables, whole
 from onnxprune.report.console import Screen
 from onnxprune.report.facts import Report
 
 PAIR = "The pair"
-INPUT = "Input"
-CHECKS = "Checks"
-OUTPUT = "Output"
 _PATH = click.Path(path_type=Path)
 
 
@@ -81,23 +79,11 @@ class Request:
     "--plan", heading=PAIR, type=_PATH, metavar="FILE.json", help="What was removed from where: the plan of the cut."
 )
 @option("--approximate", heading=PAIR, is_flag=True, help="The cut was made with --approximate.")
-@option(
-    "--input-shape",
-    "shapes",
-    heading=INPUT,
-    type=options.ShapeType(),
-    multiple=True,
-    help="Shape of an input whose sizes are not in the model; repeatable.",
-)
+@shared_options.input_shapes
 @data_options(INPUT, "to repair from and to measure on.")
-@option("--seed", heading=INPUT, type=options.NumberType(0, "a seed"), default=0, help="Seed of everything random.")
+@shared_options.seed
 @recovery_options("Recover accuracy", none=False, default="full")
-@option(
-    "--min-fidelity",
-    heading=CHECKS,
-    type=options.CosineType(),
-    help="Write nothing and exit with 5 when an output's cosine falls below X.",
-)
+@shared_options.min_fidelity
 @option(
     "-o",
     "--output",
@@ -107,9 +93,9 @@ class Request:
     help="Where to write; default CUT.recovered.onnx beside the cut model.",
 )
 @option("--explain", heading=OUTPUT, is_flag=True, help="Say why layers were not repaired.")
-@option("--json", "as_json", heading=OUTPUT, is_flag=True, help="One JSON object on stdout, all else on stderr.")
-@option("-q", "--quiet", heading=OUTPUT, is_flag=True, help="Say nothing but errors.")
-@option("-v", "--verbose", heading=OUTPUT, count=True, help="List every layer; -vv shows tracebacks.")
+@shared_options.as_json
+@shared_options.quiet
+@shared_options.verbose
 @click.pass_obj
 def recover(screen: Screen, /, as_json: bool, quiet: bool, verbose: int, **values: Any) -> None:
     """Repair a model that was cut before, from its original, the plan of the cut and inputs without labels."""
