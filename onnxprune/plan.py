@@ -34,6 +34,16 @@ class PlanGroup:
 
 
 @dataclass(slots=True)
+class PlanFactors:
+    """A layer taken apart: by the name of its node, with the ranks of the method and the error that this made."""
+
+    layer: str
+    method: str
+    ranks: list[int]
+    error: float = 0.0
+
+
+@dataclass(slots=True)
 class Plan:
     """A frozen decision for one model, named by the SHA-256 of its file."""
 
@@ -42,11 +52,15 @@ class Plan:
     groups: list[PlanGroup] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
     version: int = VERSION
+    factorized: list[PlanFactors] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready plain data, in the file's key order."""
         data = asdict(self)
-        return {k: data[k] for k in ("version", "model_sha256", "criterion", "groups", "barriers")}
+        if not self.factorized:
+            del data["factorized"]
+        names = ("version", "model_sha256", "criterion", "groups", "barriers", "factorized")
+        return {k: data[k] for k in names if k in data}
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON.
@@ -99,8 +113,15 @@ class Plan:
                 f"Plan version {data.get('version')!r} is not known.", hint=f"This onnxprune reads version {VERSION}."
             )
         groups = [_group(g, i) for i, g in enumerate(data["groups"])]
+        factorized = data.get("factorized", [])
+        if not isinstance(factorized, list):
+            raise UsageError(f"'factorized' of the plan is {factorized!r}, a list was expected.")
         return cls(
-            str(data.get("model_sha256", "")), str(data.get("criterion", "")), groups, list(data.get("barriers", []))
+            str(data.get("model_sha256", "")),
+            str(data.get("criterion", "")),
+            groups,
+            list(data.get("barriers", [])),
+            factorized=[_factors(f, i) for i, f in enumerate(factorized)],
         )
 
 
@@ -114,10 +135,12 @@ def _lines(data: Mapping[str, Any]) -> str:
     for group in data["groups"]:
         slots = block(["  " + json.dumps(slot) for slot in group["slots"]], "]")
         groups.append(f"{json.dumps({**group, 'slots': None})[: -len('null}')]}{slots}}}")
-    parts = {**data, "groups": None, "barriers": None}
+    parts = {**data, "groups": None, "barriers": None, "factorized": None}
     text = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items() if v is not None)
     barriers = block([json.dumps(barrier) for barrier in data["barriers"]], "\n ]")
-    return f'{{{text},\n "groups": {block(groups, chr(10) + " ]")},\n "barriers": {barriers}}}\n'
+    factors = [json.dumps(item) for item in data.get("factorized", ())]
+    behind = f',\n "factorized": {block(factors, chr(10) + " ]")}' if factors else ""
+    return f'{{{text},\n "groups": {block(groups, chr(10) + " ]")},\n "barriers": {barriers}{behind}}}\n'
 
 
 def _group(data: Any, index: int) -> PlanGroup:
@@ -145,6 +168,16 @@ def _slot(data: Mapping[str, Any], index: int) -> PlanSlot:
         size=_whole(data.get("size", 0), f"'size' of {where}"),
         removed=_positions(data.get("removed", []), f"'removed' of {where}"),
     )
+
+
+def _factors(data: Any, index: int) -> PlanFactors:
+    where = f"entry {index} of 'factorized'"
+    if not isinstance(data, Mapping) or not isinstance(data.get("layer"), str) or not isinstance(data.get("method"), str):
+        raise UsageError(f"{where} names no layer or no method.".capitalize())
+    error = data.get("error", 0.0)
+    error = float(error) if isinstance(error, (int, float)) and not isinstance(error, bool) else 0.0
+    ranks = _positions(data.get("ranks"), f"'ranks' of {where}")
+    return PlanFactors(data["layer"], data["method"], ranks, error)
 
 
 def _whole(value: Any, what: str) -> int:

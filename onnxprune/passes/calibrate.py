@@ -69,7 +69,7 @@ def captured_maps(
             source,
             least=source.fixed or 1,
             most=source.fixed or source.most,
-            sizes=_bytes_per_sample(analysis, requests.made),
+            sizes=bytes_per_sample(analysis, requests.made),
             memory=min(MEMORY, state.memory_limit or MEMORY),
             checkpoint=checkpoint,
             tell=lambda share: state.tell("capture", share),
@@ -122,10 +122,10 @@ class _Requests:
             return
         if _gram_bytes(channels * form.taps, form.parts) <= _LARGEST_GRAM:
             per_sample = rows_per_sample(form, channels, self._samples)
-            arrange = _columns(form, per_sample)
+            arrange = columns_of(form, per_sample)
             self._add(need, site.columns_key, site.tensor, arrange, captured.columns, form.taps)
         elif _gram_bytes(channels, form.parts) <= _LARGEST_GRAM:
-            arrange = _shared_columns(site.axes, form.parts)
+            arrange = shared_columns(site.axes, form.parts)
             self._add(need, site.columns_key, site.tensor, arrange, captured.columns)
 
     def _add(
@@ -149,12 +149,12 @@ def _gram_bytes(columns: int, parts: int) -> int:
     return 8 * columns * columns // parts
 
 
-def _columns(form: Form, per_sample: int) -> Callable[[Any], Any]:
+def columns_of(form: Form, per_sample: int) -> Callable[[Any], Any]:
     """Columns of the contraction's input, of enough rows."""
     return lambda value: form.columns(value, pick(form, value, per_sample))
 
 
-def _shared_columns(axes: Sequence[int], parts: int) -> Callable[[Any], Any]:
+def shared_columns(axes: Sequence[int], parts: int) -> Callable[[Any], Any]:
     """Channels as columns, one row per position: the positions of a kernel share their Gram."""
     maps = to_maps(axes)
 
@@ -166,7 +166,7 @@ def _shared_columns(axes: Sequence[int], parts: int) -> Callable[[Any], Any]:
     return arrange
 
 
-def _bytes_per_sample(analysis: Analysis, requests: Sequence[Request]) -> dict[str, int]:
+def bytes_per_sample(analysis: Analysis, requests: Sequence[Request]) -> dict[str, int]:
     """Bytes of a tensor per sample, from the first probe's shapes."""
     probe = analysis.facts.probes[0]
     batch = max(1, min((s[0] for s in probe.inputs.values() if s), default=1))

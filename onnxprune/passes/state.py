@@ -32,6 +32,7 @@ class State:
     """The run so far. Passes read it, change it and return nothing.
 
     ``later`` holds what describes the run (plan, report): it is done when ``plan`` or ``report`` is first read.
+    ``analysis`` is of the model that channels are cut from; ``factorized`` says that layers of it were taken apart.
     ``proved`` is the removal that exactness was asked of; ``unrepaired`` the model before a repair changed its weights;
     ``judged_on`` the inputs to compare the result on, with a name for them, where a repair has used the others;
     ``read_from`` the files that weights are read from besides the original's. ``memory_limit``: bytes of activations.
@@ -53,9 +54,11 @@ class State:
     removed: NDArray[np.bool_] | None = None
     proved: NDArray[np.bool_] | None = None
     unrepaired: tuple[onnx.ModelProto, dict[str, Weight]] | None = None
+    factorized: bool = False
     judged_on: tuple[Sequence[Feed], str] | None = None
     read_from: list[Path] = field(default_factory=list)
     later: list[Callable[[], None]] = field(default_factory=list)
+    _original: Analysis | None = None
     _plan: Plan = field(default_factory=Plan)
     _report: Report = field(default_factory=Report)
     _samples: Samples | None = None
@@ -97,6 +100,11 @@ class State:
             self._report.totals.bytes_before = loaded.size
             self.proto, self.weights = loaded.proto, dict(loaded.weights)
         return self.analysis
+
+    @property
+    def original(self) -> Analysis:
+        """The analysis of the model that came in, whatever was made of it since."""
+        return self._original or self.analyzed()
 
     def calibration(self) -> Samples:
         """The user's data for the inputs of the original, opened once: passes share what is kept of an iterator.

@@ -40,6 +40,7 @@ class Exactness:
 
     ``passed`` is None when the question was not asked (``note`` says why). ``error`` is the largest absolute difference
     over all outputs divided by the largest absolute reference value of that output; ``tolerance`` what was allowed.
+    ``product`` is the same question of factorized layers: do they compute the product of their weights?
     """
 
     passed: bool | None = None
@@ -48,6 +49,7 @@ class Exactness:
     batches: list[int] = field(default_factory=list)
     worst_output: str = ""
     note: str = ""
+    product: Exactness | None = None
 
 
 @dataclass(slots=True)
@@ -130,6 +132,30 @@ class Recovery:
 
 
 @dataclass(slots=True)
+class FactorizedLayer:
+    """One layer that was looked at for taking apart.
+
+    ``method`` is empty where the layer stays, and ``reason`` then says why. ``error`` is what of the output's energy
+    (about its mean, on the data; without data of the weights') the factors do not give back. Milliseconds are those of
+    the layer on its own, where they were measured. ``note`` says what else happened, such as a method that fell back.
+    """
+
+    name: str
+    op: str
+    method: str = ""
+    ranks: list[int] = field(default_factory=list)
+    error: float = 0.0
+    params_before: int = 0
+    params_after: int = 0
+    macs_before: int = 0
+    macs_after: int = 0
+    before_ms: float | None = None
+    after_ms: float | None = None
+    reason: str = ""
+    note: str = ""
+
+
+@dataclass(slots=True)
 class Report:
     """Everything a run found out. ``to_dict`` gives the machine-readable object of ``--json``."""
 
@@ -146,6 +172,8 @@ class Report:
     repairs: list[Repair] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
+    factorized: list[FactorizedLayer] = field(default_factory=list)
+    """What became of every layer that a factorization looked at; empty where none was asked for."""
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 

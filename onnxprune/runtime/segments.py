@@ -87,7 +87,7 @@ class Segments:
         inputs = sorted(n for n in read if n not in self._weights and self._is_outer(n))
         if keep:
             values = {n: self._store.get(n, 0) for n in inputs}
-            session = open_session(_part(self._graph, self._weights, nodes, values, keep), spin=False)
+            session = open_session(part_model(self._graph, self._weights, nodes, values, keep), spin=False)
             for batch in range(self.batches):
                 results = run(session, {n: np.asarray(self._store.get(n, batch)) for n in inputs})
                 for name in keep:
@@ -137,14 +137,14 @@ def _reads(node: Node) -> list[str]:
     return names
 
 
-def _part(
+def part_model(
     graph: Graph,
     weights: Mapping[str, Weight],
     nodes: Sequence[Node],
     inputs: Mapping[str, Array],
     outputs: Sequence[str],
 ) -> bytes:
-    """A model of some nodes of a graph."""
+    """A model of some nodes of a graph: ``inputs`` by name (types and ranks are taken from them), ``outputs``."""
     model = onnx.ModelProto()
     model.ir_version = max(graph.proto.ir_version, 4)
     model.opset_import.extend(graph.proto.opset_import)

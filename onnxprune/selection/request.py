@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, TypedDict
 
 from onnxprune.errors import UsageError, nearest
+from onnxprune.selection.patterns import check, matches
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "policy": ("sum", "average", "max", "backward"),
@@ -160,28 +160,8 @@ def check_patterns(request: Request, names: Iterable[str]) -> None:
     Raises:
         UsageError: one does not; the nearest name is suggested.
     """
-    known = sorted({n for n in names if n})
-    for option, patterns in (
-        ("--layer", request.layers),
-        ("--include", request.include),
-        ("--exclude", request.exclude),
-    ):
-        for pattern in patterns:
-            if not any(matches(name, pattern) for name in known):
-                raise UsageError(f"{option} {pattern!r} matches no node or weight.", hint=_wider(pattern, known))
-
-
-def _wider(pattern: str, known: Sequence[str]) -> str:
-    """A hint for a pattern without a match: the same with stars around it where that matches, else the nearest name."""
-    wide = f"*{pattern.strip('*')}*"
-    if wide != "**" and any(matches(name, wide) for name in known):
-        return f"A pattern matches whole names. Did you mean {wide!r}?"
-    return nearest(pattern, known)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a glob matches a name, case-sensitively."""
-    return name == pattern or fnmatchcase(name, pattern)
+    given = (("--layer", request.layers), ("--include", request.include), ("--exclude", request.exclude))
+    check(given, names)
 
 
 def is_excluded(names: Sequence[str], request: Request) -> bool:

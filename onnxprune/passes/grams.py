@@ -1,0 +1,133 @@
+"""What layers read, as second moments: the metric in which a factorization errs least at their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune import statistics
+from onnxprune.analysis import Analysis
+from onnxprune.contractions import Form, rows_per_sample
+from onnxprune.decompose import Metric
+from onnxprune.factorize.layer import Layer
+from onnxprune.graph.view import Graph
+from onnxprune.model.weights import Weight
+from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns
+from onnxprune.passes.calls import Calls
+from onnxprune.passes.state import State
+from onnxprune.runtime.capture import MEMORY, Request, capture
+
+# Bytes of all second moments together, and of those of one layer: beyond, positions of a kernel share their moments.
+_ALL, _ONE = 2 << 30, 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the data show of a layer's input.
+
+    Attributes:
+        metric: for errors of its weights. mean: of its columns [parts, n], where a bias can take up what the mean
+            causes: the metric is then about the mean.
+    """
+
+    metric: Metric
+    mean: NDArray[np.float64] | None = None
+
+
+def seen_by(
+    state: State, analysis: Analysis, graph: Graph, weights: Mapping[str, Weight], layers: Sequence[Layer]
+) -> dict[str, Seen]:
+    """Second moments of what every layer reads, {name of the layer: what is seen}; without data the identity.
+
+    Raises:
+        UsageError: the data do not fit. ModelError: the model does not run, or holds NaN.
+    """
+    plain = {layer.name: Seen(Metric()) for layer in layers}
+    if state.data is None:
+        return plain
+    source = Calls(state, analysis)
+    requests: dict[tuple[Any, ...], Request] = {}
+    keys: dict[str, list[tuple[Any, ...]]] = {}
+    shared: dict[str, bool] = {}
+    left = min(_ALL, state.memory_limit or _ALL)
+    for layer in layers:
+        form = layer.described.form
+        whole = None if form is None else _whole(layer, left)
+        if form is None or whole is None:
+            continue
+        shared[layer.name] = not whole
+        for use in layer.uses:
+            key = (use.node.inputs[form.data], form.key, whole)
+            keys.setdefault(layer.name, []).append(key)
+            if key not in requests:
+                requests[key] = _request(key, layer, form, whole, source.samples)
+                left -= _bytes(layer, whole)
+    with state.stage("capture"):
+        capture(
+            (graph.proto, weights),
+            list(requests.values()),
+            source,
+            least=source.fixed or 1,
+            most=source.fixed or source.most,
+            sizes=bytes_per_sample(analysis, list(requests.values())),
+            memory=min(MEMORY, state.memory_limit or MEMORY),
+            tell=lambda share: state.tell("capture", share),
+        )
+    results = {key: request.statistic.result() for key, request in requests.items()}
+    return plain | {
+        layer.name: _seen(layer, [results[k] for k in keys[layer.name]], shared[layer.name], weights)
+        for layer in layers
+        if layer.name in keys
+    }
+
+
+def _bytes(layer: Layer, whole: bool) -> int:
+    shape = layer.shape
+    return 8 * shape.parts * (shape.columns if whole else shape.inputs) ** 2
+
+
+def _whole(layer: Layer, left: int) -> bool | None:
+    """Whether there is room for the moments of all columns; if not for those of channels either, None."""
+    if _bytes(layer, True) <= min(left, _ONE):
+        return True
+    return False if _bytes(layer, False) <= min(left, _ONE) else None
+
+
+def _request(key: tuple[Any, ...], layer: Layer, form: Form, whole: bool, samples: int | None) -> Request:
+    arrange = (
+        columns_of(form, rows_per_sample(form, layer.shape.inputs * form.parts, samples))
+        if whole
+        else shared_columns(form.axes, form.parts)
+    )
+    statistic = statistics.get("gram")()
+    return Request(f"gram {key!r}", key[0], arrange, statistic, form.taps if whole else 1)
+
+
+def _seen(layer: Layer, results: Sequence[dict[str, Any]], shared: bool, weights: Mapping[str, Weight]) -> Seen:
+    """The moments of one layer, of all nodes that read its weight together."""
+    if not all(results):
+        return Seen(Metric())
+    gram = np.mean([r["gram"] for r in results], axis=0)
+    mean = np.mean([r["column_mean"] for r in results], axis=0)
+    centred = not shared and _takes_shift(layer, weights)
+    if centred:
+        gram = gram - mean[:, :, None] * mean[:, None, :]
+    metric = Metric(shared=gram) if shared else Metric(full=gram)
+    return Seen(metric, mean if centred else None)
+
+
+def _takes_shift(layer: Layer, weights: Mapping[str, Weight]) -> bool:
+    """Whether every node that reads the weight has a place for a bias of its own, one constant per output."""
+    position = layer.operator.bias(layer.uses[0].node)
+    if position is None:
+        return False
+    for use in layer.uses:
+        given = use.node.inputs[position] if position < len(use.node.inputs) else ""
+        scaled = any(float(use.node.attrs.get(name, 1.0)) != 1.0 for name in ("alpha", "beta"))
+        if scaled or (given and given not in weights):
+            return False
+    return True

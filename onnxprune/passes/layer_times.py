@@ -1,0 +1,47 @@
+"""How long one layer takes on its own, as it is and taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from onnxprune.errors import ModelError
+from onnxprune.factorize.layer import Layer, ShapeOf
+from onnxprune.factorize.rewrite import Factorized, replace_layers
+from onnxprune.graph.view import Graph
+from onnxprune.model.save import assemble
+from onnxprune.model.weights import Weight
+from onnxprune.report.facts import Latency
+from onnxprune.runtime.latency import latency
+from onnxprune.runtime.segments import part_model
+
+# Runs of either form, and seconds they may take together.
+_RUNS, _SECONDS = 15, 0.4
+
+
+def layer_latency(
+    graph: Graph, weights: Mapping[str, Weight], shape: ShapeOf, item: Factorized, seed: int
+) -> Latency | None:
+    """Milliseconds of the layer and of its factors at the probe sizes; None where it cannot be run on its own."""
+    import onnx
+
+    layer: Layer = item.layer
+    node = layer.uses[0].node
+    fed = [n for n in dict.fromkeys(node.inputs) if n and n not in weights]
+    sizes = shape(fed[0]) if len(fed) == 1 else None
+    if sizes is None or None in sizes or layer.described.geometry.looked_up:
+        return None
+    kind = weights[layer.weight].dtype
+    value = np.random.default_rng(seed).standard_normal(sizes).astype(kind)
+    outputs = [o for o in node.outputs if o]
+    before = part_model(graph, weights, [node], {fed[0]: value}, outputs)
+    small = onnx.load_from_string(before)
+    own = {n: w for n, w in weights.items() if n in node.inputs}
+    after = Graph.of(small, own)
+    replace_layers(after, own, [item])
+    try:
+        changed = bytes(assemble(after.proto, own).SerializeToString())
+        return latency(before, changed, [{fed[0]: value}], runs=_RUNS, budget_s=_SECONDS)
+    except ModelError:  # no kernel for this type: then nothing can be said
+        return None

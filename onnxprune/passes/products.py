@@ -1,0 +1,48 @@
+"""Do the new layers compute what the product of their weights does in the old layer's place?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from onnxprune.decompose.factor import Real
+from onnxprune.errors import ValidationError
+from onnxprune.factorize.rewrite import Factorized, compose_layers
+from onnxprune.model.save import save
+from onnxprune.passes.prepared import Model, Prepared
+from onnxprune.passes.state import State
+from onnxprune.passes.trial import synthetic_feeds
+from onnxprune.report.facts import Exactness
+from onnxprune.runtime import compare
+
+_QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear"}
+
+
+def check_products(
+    state: State, before: Model, after: Model, chosen: Sequence[tuple[Factorized, Real]]
+) -> Exactness:
+    """The factorized model against the one in whose layers the products stand, on seeded inputs of every probe size.
+
+    That is strides, pads, groups, biases and order: everything but the approximation itself.
+
+    Raises:
+        ValidationError: they differ.
+    """
+    reference = Prepared(*before)
+    compose_layers(reference.graph, reference.weights, [i for i, _ in chosen], [k for _, k in chosen])
+    analysis = state.analyzed()
+    quantized = any(node.op_type in _QUANTISED for node in before[0].graph.node)
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as name:
+        one, other = Path(name) / "product.onnx", Path(name) / "factors.onnx"
+        external = bool(analysis.loaded.external)
+        save(*reference.model(), one, prefer_external=external)
+        save(*after, other, prefer_external=external)
+        facts = compare.exactness(one, other, synthetic_feeds(state, analysis), quantized=quantized)
+    if facts.passed is False:
+        raise ValidationError(
+            f"The new layers do not compute the product of their weights: output {facts.worst_output!r} differs by "
+            f"{facts.error:.3g} (allowed {facts.tolerance:.3g}). {facts.note}",
+            hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
+        )
+    return facts
