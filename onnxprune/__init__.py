@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxprune import criteria, passes, rules, statistics
     from onnxprune.analysis import Analysis
-    from onnxprune.api import analyze, prune, repair
+    from onnxprune.api import analyze, factorize, prune, repair
     from onnxprune.errors import BudgetError, ModelError, OnnxpruneError, UsageError, ValidationError
     from onnxprune.passes import Pipeline, Result
     from onnxprune.plan import Plan
@@ -34,6 +34,7 @@ _HOME = {
     "UsageError": "onnxprune.errors",
     "ValidationError": "onnxprune.errors",
     "analyze": "onnxprune.api",
+    "factorize": "onnxprune.api",
     "prune": "onnxprune.api",
     "repair": "onnxprune.api",
 }
@@ -51,6 +52,7 @@ __all__ = [
     "ValidationError",
     "analyze",
     "criteria",
+    "factorize",
     "passes",
     "prune",
     "repair",

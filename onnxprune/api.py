@@ -10,7 +10,8 @@ import onnx
 
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion
-from onnxprune.passes import Adopt, Exact, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.factors.request import Options as FactorOptions
+from onnxprune.passes import Adopt, Exact, Factorize, Pipeline, Prune, Recover, Result, Validate
 from onnxprune.passes.recover import check_mode, no_data
 from onnxprune.passes.state import Progress
 from onnxprune.plan import Plan
@@ -124,6 +125,50 @@ def repair(
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
     return Pipeline([take, Recover(recover), check]).run(original, input_shapes=input_shapes, **reading, **running)
+
+
+def factorize(
+    model: str | Path | bytes | onnx.ModelProto,
+    *,
+    method: str = "auto",
+    plan: Plan | str | Path | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    data: Any = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    images: ImageOptions | None = None,
+    recover: str | None = None,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    validate: bool = True,
+    latency: bool = True,
+    progress: Progress | None = None,
+    **options: Unpack[FactorOptions],
+) -> Result:
+    """Take layers apart into smaller ones, check that they compute what they should, and with ``data`` repair.
+
+    Args:
+        model: path, bytes or ModelProto; never changed.
+        method: ``svd``, ``tucker``, ``cp``, ``spatial-svd``, or ``auto``: per layer whichever errs least for what it
+            saves, as one budget for the whole model.
+        plan: a plan or its file, replayed instead of choosing.
+        data: inputs without labels: errors then count at the layers' outputs, and what is left is repaired. This and
+            the arguments behind it are explained at :func:`prune`.
+        options: how far to go, one of ``ratio`` (share of the cost to save, 0.3), ``rank`` (a number, one per mode, or
+            {glob: either}), ``energy`` (share to keep) and ``vbmf`` (calibration from -1 to 1); ``layers`` ({glob:
+            ratio}), ``include``, ``exclude``, ``round_to``, ``scope``, ``cost`` and ``timed``, each explained at
+            :class:`onnxprune.factors.request.Request`.
+
+    Raises:
+        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
+            5 nothing to take apart, a ratio that no rank reaches, or nothing that gets faster.
+    """
+    mode, why = _way(recover, data is not None, validate)
+    take = Factorize(method, plan=plan, check=validate, **options)
+    check = Validate(exact=False, faithful=validate, timed=validate and latency)
+    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
+    return Pipeline([take, Recover(mode, why=why), check]).run(model, input_shapes=input_shapes, **reading, **running)
 
 
 def analyze(

@@ -172,7 +172,11 @@ def _slot(data: Mapping[str, Any], index: int) -> PlanSlot:
 
 def _factors(data: Any, index: int) -> PlanFactors:
     where = f"entry {index} of 'factorized'"
-    if not isinstance(data, Mapping) or not isinstance(data.get("layer"), str) or not isinstance(data.get("method"), str):
+    if (
+        not isinstance(data, Mapping)
+        or not isinstance(data.get("layer"), str)
+        or not isinstance(data.get("method"), str)
+    ):
         raise UsageError(f"{where} names no layer or no method.".capitalize())
     error = data.get("error", 0.0)
     error = float(error) if isinstance(error, (int, float)) and not isinstance(error, bool) else 0.0

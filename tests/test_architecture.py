@@ -19,6 +19,7 @@ STAGES = [
     {"graph", "model"},
     {"labels"},
     {"contractions"},
+    {"decompose"},
     {"rules"},
     {"propagate"},
     {"groups", "rewrite.after"},
@@ -27,7 +28,7 @@ STAGES = [
     {"analysis", "plan"},
     {"selection", "planning"},
     {"rewrite"},
-    {"recover"},
+    {"recover", "factors"},
     {"runtime"},
     {"passes"},
     {"api"},
@@ -126,10 +127,11 @@ def test_imports_have_no_cycles() -> None:
     [
         ("onnxruntime", ("runtime",)),
         ("PIL", ("runtime",)),
-        ("onnx", ("graph", "model", "rewrite", "recover", "runtime", "passes", "analysis", "api")),
+        ("onnx", ("graph", "model", "rewrite", "recover", "factors", "runtime", "passes", "analysis", "api")),
         ("rich", ("report", "cli")),
         ("click", ("cli",)),
-        ("scipy", ("groups", "statistics", "criteria", "selection", "recover")),
+        ("scipy", ("groups", "statistics", "criteria", "decompose", "selection", "recover")),
+        ("tensorly", ("decompose",)),
     ],
 )
 def test_packages_have_owners(package: str, owners: tuple[str, ...]) -> None:
@@ -152,6 +154,14 @@ def test_contractions_know_arrays_only() -> None:
         if name.startswith("contractions"):
             assert not outside(name) & {"onnx", "onnxruntime", "scipy"}
             assert all(t.startswith("contractions") for t in inside(name)), (name, inside(name))
+
+
+def test_decompositions_know_arrays_only() -> None:
+    """A kernel does not know which operator it is of."""
+    for name in modules():
+        if name.startswith("decompose"):
+            assert not outside(name) & {"onnx", "onnxruntime"}
+            assert all(t.startswith("decompose") for t in inside(name)), (name, inside(name))
 
 
 @pytest.mark.parametrize("name", [n for n in modules() if n])

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from onnxprune.cli import failure
+from onnxprune.cli.factorize import factorize
 from onnxprune.cli.inspect import inspect
 from onnxprune.cli.prune import prune
 from onnxprune.cli.recover import recover
@@ -53,6 +54,7 @@ class DefaultGroup(click.Group):
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The help of the whole program: the ways to call it, then the options of a cut."""
         formatter.write_usage(ctx.command_path, "MODEL.onnx [-o OUT.onnx] [options]")
+        formatter.write_usage(ctx.command_path, "factorize MODEL.onnx [-o OUT.onnx] [options]", prefix="       ")
         pair = "recover ORIGINAL.onnx CUT.onnx --plan FILE --data FILE [options]"
         formatter.write_usage(ctx.command_path, pair, prefix="       ")
         formatter.write_usage(ctx.command_path, "inspect MODEL.onnx [options]", prefix="       ")
@@ -105,4 +107,5 @@ def main() -> None:
 
 main.add_command(prune)
 main.add_command(recover)
+main.add_command(factorize)
 main.add_command(inspect)

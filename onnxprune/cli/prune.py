@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import click
@@ -16,6 +12,7 @@ from rich.text import Text
 from onnxprune.cli import gate, options, shared_options
 from onnxprune.cli.data_options import data_options
 from onnxprune.cli.layout import HeadedCommand, option
+from onnxprune.cli.plan_file import waiting
 from onnxprune.cli.recovery_options import recovery_options
 from onnxprune.cli.request import Request, check
 from onnxprune.cli.selection_options import selection_options
@@ -114,7 +111,7 @@ def prune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: int, **val
     _advise(request, report)
     hint = "Take a smaller --ratio, another --criterion, or --exclude the sensitive layers."
     gate.check(report, request.min_fidelity, lambda: screen.show(*_parts(request, report, screen), Text("")), hint)
-    with _plan_file(request, result):
+    with waiting(request.plan, result):
         result.save(request.target)
     report.output = str(request.target)
     if screen.as_json:
@@ -157,28 +154,6 @@ def _advise(request: Request, report: Report) -> None:
     asked = request.apply_plan is None and (request.ratio > 0 or any(share > 0 for _, share in request.layers))
     if asked and report.totals.params_before == report.totals.params_after:
         report.warnings.append("no channel was removed, the model keeps its size; --explain says why")
-
-
-@contextmanager
-def _plan_file(request: Request, result: Any) -> Iterator[None]:
-    """Have the plan on disk under a temporary name while the model is written, so that both come to be or neither."""
-    if request.plan is None:
-        yield
-        return
-    with NamedTemporaryFile(
-        dir=request.plan.parent, prefix=f".{request.plan.name}.", suffix=".tmp", delete=False
-    ) as file:
-        waiting = Path(file.name)
-    try:
-        result.plan.save(waiting)
-        yield
-        # A temporary file is readable by its owner alone; a plan gets the rights any new file gets.
-        mask = os.umask(0)
-        os.umask(mask)
-        waiting.chmod(0o666 & ~mask)
-        waiting.replace(request.plan)
-    finally:
-        waiting.unlink(missing_ok=True)
 
 
 def _parts(request: Request, report: Report, screen: Screen) -> list[RenderableType]:

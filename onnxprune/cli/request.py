@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from onnxprune.cli import options
+from onnxprune.cli import options, plan_file
 from onnxprune.cli.data_options import DataOptions
 from onnxprune.cli.recovery_options import RecoveryOptions
 from onnxprune.cli.selection_options import SelectionOptions
@@ -104,15 +104,7 @@ def check(ctx: click.Context, request: Request) -> None:
         )
     check_output(request.target, request.model, sources)
     if request.plan is not None:
-        if request.plan.resolve() == request.target.resolve():
-            raise UsageError(
-                f"--plan and --output are the same file {str(request.plan)!r}", hint="Give two different paths."
-            )
-        try:
-            check_output(request.plan, request.model, sources)
-        except UsageError as error:
-            what = error.message.removeprefix("the output ")
-            raise UsageError(f"--plan: {what}", hint="Choose another path for the plan.") from None
+        plan_file.check(request.plan, request.target, request.model, sources)
 
 
 def _check_cache(request: Request) -> None:

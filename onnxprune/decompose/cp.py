@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 import numpy as np
 
 from onnxprune.decompose.factor import Factor, Real, Stage
@@ -13,12 +10,8 @@ from onnxprune.decompose.method import Fit, Method, Mode, Ranks, Shape, placed, 
 from onnxprune.decompose.metric import Metric
 from onnxprune.decompose.whiten import Whitener
 
-# Random starts besides the one from singular vectors, and rounds of alternating least squares.
-_STARTS, _ROUNDS = 2, 60
-# Terms that together weigh so many times what they add up to cancel each other: such weights run away and overflow.
-_CANCELLING = 1000.0
-# Pull of every vector towards 0, for a kernel of norm 1: keeps terms from growing against each other.
-_PULL = 1e-6
+# Random starts besides the one from singular vectors.
+_STARTS = 2
 
 
 class Degenerate(Exception):
@@ -77,8 +70,7 @@ class _CpFit(Fit):
         shape, stages = self._shape, self._method.stages(self._shape, ranks)
         terms = [_terms(part, ranks[0], self._seed) for part in self._seen]
         arrays = [self._white.back(np.stack([t[0] for t in terms]))]
-        for i in shape.wide:
-            arrays.append(np.concatenate([t[1 + i].T for t in terms]))
+        arrays += [np.concatenate([t[1 + i].T for t in terms]) for i in shape.wide]
         prefix = placed(stages[:-1], arrays)
         matrix, _, _ = fitted(self._metric, prefix, self._kernel)
         return [*prefix, *placed(stages[-1:], [matrix])]
@@ -100,9 +92,12 @@ def _terms(kernel: Real, rank: int, seed: int) -> list[Real]:
             basis = falling(flat @ flat.transpose(0, 2, 1))[1][0, :, :rank]
             kernel = np.moveaxis(np.tensordot(kernel, basis, (mode, 0)), -1, mode)
             bases[mode] = basis
+    # Imported where it is needed: tensorly takes a while to load.
+    from onnxprune.decompose.alternating import least_squares
+
     best, error = None, np.inf
     for start in range(1 + _STARTS):
-        vectors, off = _alternate(kernel, rank, seed + start, "svd" if start == 0 else "random")
+        vectors, off = least_squares(kernel, rank, seed + start, "svd" if start == 0 else "random")
         if off < error:
             best, error = vectors, off
     if best is None:
@@ -122,24 +117,3 @@ def _unit_terms(kernel: Real, rank: int) -> list[Real]:
             chosen = np.moveaxis(kernel, mode, 0).reshape(size, -1)
         vectors.append(np.pad(chosen, ((0, 0), (0, rank - chosen.shape[1]))))
     return vectors
-
-
-def _alternate(kernel: Real, rank: int, seed: int, init: str) -> tuple[list[Any], float]:
-    """Alternating least squares from one start: unit vectors and squared error; infinite where terms cancel."""
-    from tensorly.cp_tensor import cp_normalize, cp_to_tensor
-    from tensorly.decomposition import parafac
-
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            found = cp_normalize(
-                parafac(kernel, rank, n_iter_max=_ROUNDS, init=init, tol=1e-5, random_state=seed, l2_reg=_PULL)
-            )
-    except np.linalg.LinAlgError:
-        return [], np.inf
-    whole = cp_to_tensor(found)
-    norm = float(np.vdot(whole, whole))
-    terms = float(np.vdot(found.weights, found.weights))
-    if not np.isfinite(norm) or terms > _CANCELLING * max(norm, 1e-300):
-        return [], np.inf
-    return list(found.factors), float(np.sum(np.square(kernel - whole)))

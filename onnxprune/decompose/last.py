@@ -48,7 +48,8 @@ def fitted(metric: Metric, prefix: Sequence[Factor], kernel: Real) -> tuple[Real
     flat = cross.reshape(len(cross), seen.shape[-1], -1)
     scale = np.einsum("pii->p", seen)[:, None, None] / seen.shape[-1]
     damped = seen + 1e-10 * np.where(scale > 0, scale, 1.0) * np.eye(seen.shape[-1])
-    return np.linalg.solve(damped, flat).reshape(cross.shape), seen, alone
+    solved: Real = np.asarray(np.linalg.solve(damped, flat), np.float64)
+    return solved.reshape(cross.shape), seen, alone
 
 
 def split(matrix: Real, seen: Real | None, alone: bool) -> Split:
@@ -65,7 +66,7 @@ def split(matrix: Real, seen: Real | None, alone: bool) -> Split:
     if outputs <= flat.shape[1]:
         energies, vectors = falling(flat.transpose(0, 2, 1) @ _apply(seen, matrix, alone))
         return Split(flat @ vectors, vectors.transpose(0, 2, 1), energies)
-    root = None if seen is None else np.linalg.cholesky(seen)
+    root: Real | None = None if seen is None else np.asarray(np.linalg.cholesky(seen), np.float64)
     white = flat if root is None else _apply(root.transpose(0, 2, 1), matrix, alone)
     energies, vectors = falling(white @ white.transpose(0, 2, 1))
     core = vectors

@@ -12,7 +12,6 @@ from onnxprune.decompose.factor import Array, Real
 from onnxprune.decompose.method import Fit, Method, Mode, Ranks
 from onnxprune.decompose.vbmf import calibrated, vbmf_rank
 
-
 Cost = Callable[[Method, Ranks], int]
 
 
@@ -47,9 +46,15 @@ def within(method: Method, cost: Cost, fit: Fit, limit: float, step: int = 1) ->
     for chosen in product(*([0, *range(1, m.size)] for m in spatial)):
         lost = sum(tails(m)[r] for m, r in zip(spatial, chosen, strict=True) if r)
         found = _pair(method, cost, fit.modes, chosen, limit, step)
-        if found is not None and (best is None or found.loss + lost < best.loss):
-            best = Choice(found.ranks, found.cost, found.loss + lost)
+        if found is not None:
+            found = Choice(found.ranks, found.cost, found.loss + lost)
+            best = found if best is None or _order(found) < _order(best) else best
     return best
+
+
+def _order(choice: Choice) -> tuple[float, int]:
+    """The cheaper one where losses differ by rounding."""
+    return round(choice.loss, 9), choice.cost
 
 
 def tails(mode: Mode) -> Real:
@@ -60,9 +65,7 @@ def tails(mode: Mode) -> Real:
     return np.asarray(np.maximum(1.0 - kept / total, 0.0) if total > 0 else np.zeros_like(kept))
 
 
-def _single(
-    method: Method, cost: Cost, mode: Mode, limit: float, step: int
-) -> Choice | None:
+def _single(method: Method, cost: Cost, mode: Mode, limit: float, step: int) -> Choice | None:
     """Cost is in proportion to the only rank."""
     rank = min(int(limit // max(cost(method, (1,)), 1)), mode.size)
     rank -= rank % step if rank >= step else 0
@@ -72,9 +75,7 @@ def _single(
     return Choice((rank,), cost(method, (rank,)), loss)
 
 
-def _pair(
-    method: Method, cost: Cost, modes: Sequence[Mode], rest: Ranks, limit: float, step: int
-) -> Choice | None:
+def _pair(method: Method, cost: Cost, modes: Sequence[Mode], rest: Ranks, limit: float, step: int) -> Choice | None:
     """Two channel modes: cost is a i + b i o + c o in their ranks; either may be left whole (rank 0)."""
 
     def at(i: int, o: int) -> int:
@@ -106,7 +107,7 @@ def _pair(
 
 
 def _alone(first: int, second: int, most: int, limit: float, step: int) -> int:
-    """The largest rank of one mode, the other left whole, from its cost at ranks 1 and 2; 0 where none is cheap enough."""
+    """The largest rank of one mode, the other left whole, from its cost at ranks 1 and 2; 0 where none will do."""
     slope = second - first
     rank = min(int((limit - first + slope) // max(slope, 1)), most)
     return max(rank - rank % step, 0)

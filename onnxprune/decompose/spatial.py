@@ -31,7 +31,10 @@ class SpatialSvd(Method):
     def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
         """Along one axis to r channels, along the others to the outputs."""
         first, rest = _axes(shape)
-        return [last(shape, shape.inputs, first, "first", ranks[0]), last(shape, ranks[0], rest, "second", shape.outputs)]
+        return [
+            last(shape, shape.inputs, first, "first", ranks[0]),
+            last(shape, ranks[0], rest, "second", shape.outputs),
+        ]
 
     def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
         """Directions of channels x k1 by energy."""
@@ -39,7 +42,7 @@ class SpatialSvd(Method):
 
 
 def _axes(shape: Shape) -> tuple[list[int], list[int]]:
-    """Axes of the first factor (with those along which nothing slides, whose strides then come early) and the others."""
+    """Axes of the first factor (and those along which nothing slides: their strides come early), and the others."""
     rest = shape.wide[1:]
     return [i for i in range(len(shape.kernel)) if i not in rest], rest
 
@@ -48,7 +51,6 @@ class _SpatialFit(Fit):
     def __init__(self, method: SpatialSvd, kernel: Real, metric: Metric) -> None:
         self._method, self._kernel, self._metric = method, kernel, metric
         self._shape = shape = shape_of(kernel)
-        _, rest = _axes(shape)
         axis = shape.wide[0]
         moved = np.moveaxis(kernel, 2 + axis, 2)
         matrix = moved.reshape(shape.parts, shape.inputs * shape.kernel[axis], -1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from onnxprune.decompose.factor import Factor, Real, Stage
@@ -14,8 +12,6 @@ from onnxprune.decompose.whiten import Whitener
 
 LARGE = 5
 """Positions along an axis from which on its own rank is looked for."""
-# Rounds of higher-order orthogonal iteration; the first brings nearly all of it.
-_ROUNDS = 2
 
 
 class Tucker(Method):
@@ -104,7 +100,8 @@ class _TuckerFit(Fit):
 
     def _iterated(self, into: int, out: int, spatial: list[int]) -> dict[int, Real]:
         """Bases of the modes, {0: [parts, inputs, r], 1 + axis: [parts, k, r]}, by HOOI (De Lathauwer et al., 2000)."""
-        from tensorly.decomposition import partial_tucker
+        # Imported where it is needed: tensorly takes a while to load.
+        from onnxprune.decompose.alternating import orthogonal_iteration
 
         modes = {0: into, **{1 + i: r for i, r in enumerate(spatial)}, self._seen.ndim - 2: out}
         wanted = {mode: rank for mode, rank in modes.items() if rank}
@@ -112,20 +109,6 @@ class _TuckerFit(Fit):
         for part in self._seen:
             if len(wanted) == 1 and out:
                 break
-            # What cannot be told apart has no more directions than the other modes together.
-            (_, found), _ = partial_tucker(
-                part, list(wanted.values()), modes=list(wanted), n_iter_max=_ROUNDS, svd=_leading, random_state=self._seed
-            )
-            for mode, basis in zip(wanted, found, strict=True):
+            for mode, basis in zip(wanted, orthogonal_iteration(part, wanted, self._seed), strict=True):
                 bases[mode].append(basis)
         return {mode: np.stack(found) for mode, found in bases.items() if found}
-
-
-def _leading(matrix: Any, n_eigenvecs: int | None = None, **_: Any) -> tuple[Real, Real, Real]:
-    """Leading singular vectors from the eigenvectors of the smaller product: far faster than an SVD, exact enough."""
-    count = n_eigenvecs or min(matrix.shape)
-    values, vectors = np.linalg.eigh(matrix @ matrix.T)
-    left = vectors[:, ::-1][:, :count]
-    values = np.sqrt(np.maximum(values[::-1][:count], 0.0))
-    right = left.T @ matrix
-    return left, values, right / np.where(values > 0, values, 1.0)[:, None]

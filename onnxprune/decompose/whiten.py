@@ -23,7 +23,7 @@ class Whitener:
         return np.asarray(matrix if self._root is None else self._root.transpose(0, 2, 1) @ matrix, np.float64)
 
     def back(self, vectors: Array) -> Real:
-        """L^-T V for V [parts, n, m], every column of length 1: a prefix may have any scale, the last factor follows."""
+        """L^-T V for V [parts, n, m], columns of length 1: a prefix may have any scale, the last factor follows."""
         if self._root is None:
             return np.asarray(vectors, np.float64)
         solved = [solve_triangular(r, v, trans="T", lower=True) for r, v in zip(self._root, vectors, strict=True)]

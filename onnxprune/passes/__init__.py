@@ -2,6 +2,7 @@
 
 from onnxprune.passes.adopt import Adopt
 from onnxprune.passes.exact import Exact
+from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.pipeline import Pipeline
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.recover import Recover
@@ -12,6 +13,7 @@ from onnxprune.passes.validate import Validate
 __all__ = [
     "Adopt",
     "Exact",
+    "Factorize",
     "Pass",
     "Pipeline",
     "Prune",

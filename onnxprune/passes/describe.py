@@ -47,9 +47,9 @@ def fill_report(
     if selector is not None:
         report.warnings += selector.warnings
     totals = report.totals
-    totals.params_before = analysis.parameters
+    totals.params_before = state.original.parameters
     totals.params_after = sum(int(np.prod(w.shape)) for w in weights.values())
-    totals.macs_before = sum(x.macs_before for x in report.layers)
+    totals.macs_before = sum(x.macs_before for x in state.original.layers)
     totals.macs_after = sum(x.macs_after for x in report.layers)
     approximate = sum(1 for g in analysis.units.groups if not g.exact and taken.get(g.id))
     if approximate:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,12 +11,10 @@ from onnxprune.graph.cost import is_layer, layer_weights, macs
 from onnxprune.graph.infer import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
+from onnxprune.passes.factor_work import Done, Work
 from onnxprune.passes.state import State
 from onnxprune.propagate import infer_by_rule
 from onnxprune.report.facts import FactorizedLayer
-
-if TYPE_CHECKING:
-    from onnxprune.passes.factorize import Done, Work
 
 
 def describe(state: State, work: Work, done: Sequence[Done], left: Mapping[str, str]) -> None:
@@ -36,6 +33,8 @@ def describe(state: State, work: Work, done: Sequence[Done], left: Mapping[str, 
             )
             report.factorized[-1].macs_before = report.factorized[-1].macs_after = cost
     report.factorized += by_name.values()
+    known = {f.name for f in report.factorized}
+    report.factorized += [FactorizedLayer(n, "", reason=why) for n, why in left.items() if n not in known]
     report.warnings += [f"{d.opened.layer.name}: {d.note}" for d in done if d.note]
     bad = [name for name, why in left.items() if "NaN" in why]
     if bad:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.decompose import compose
-from onnxprune.factorize.candidates import Opened
-from onnxprune.factorize.rewrite import composed_weight
+from onnxprune.factors.candidates import Opened
+from onnxprune.factors.rewrite import composed_weight
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
 from onnxprune.passes.prepared import Prepared
@@ -59,7 +59,9 @@ def few(feeds: Sequence[Feed], work: float) -> list[Feed]:
     return list(islice(feeds, max(1, samples // max(size, 1))))
 
 
-def _outputs(model: Prepared, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> list[dict[str, NDArray[np.float64]]]:
+def _outputs(
+    model: Prepared, weights: Mapping[str, Weight], feeds: Sequence[Feed]
+) -> list[dict[str, NDArray[np.float64]]]:
     session = open_session(bytes(assemble(model.graph.proto, weights).SerializeToString()), threads=1)
     results = (run(session, feed) for feed in feeds)
     return [{n: np.asarray(v, np.float64) for n, v in r.items() if v.dtype.kind == "f"} for r in results]

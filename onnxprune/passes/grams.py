@@ -13,7 +13,7 @@ from onnxprune import statistics
 from onnxprune.analysis import Analysis
 from onnxprune.contractions import Form, rows_per_sample
 from onnxprune.decompose import Metric
-from onnxprune.factorize.layer import Layer
+from onnxprune.factors.layer import Layer
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
 from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns
@@ -122,8 +122,9 @@ def _seen(layer: Layer, results: Sequence[dict[str, Any]], shared: bool, weights
 
 def _takes_shift(layer: Layer, weights: Mapping[str, Weight]) -> bool:
     """Whether every node that reads the weight has a place for a bias of its own, one constant per output."""
-    position = layer.operator.bias(layer.uses[0].node)
-    if position is None:
+    position, form = layer.operator.bias(layer.uses[0].node), layer.described.form
+    # Gemm's bias lies along its last axis, and so have the outputs to.
+    if position is None or form is None or form.output_axis(2) != 1:
         return False
     for use in layer.uses:
         given = use.node.inputs[position] if position < len(use.node.inputs) else ""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from onnxprune.errors import ModelError
-from onnxprune.factorize.layer import Layer, ShapeOf
-from onnxprune.factorize.rewrite import Factorized, replace_layers
+from onnxprune.factors.layer import Layer, ShapeOf
+from onnxprune.factors.rewrite import Factorized, replace_layers
 from onnxprune.graph.view import Graph
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
@@ -33,7 +33,7 @@ def layer_latency(
     if sizes is None or None in sizes or layer.described.geometry.looked_up:
         return None
     kind = weights[layer.weight].dtype
-    value = np.random.default_rng(seed).standard_normal(sizes).astype(kind)
+    value = np.asarray(np.random.default_rng(seed).standard_normal(sizes)).astype(kind)
     outputs = [o for o in node.outputs if o]
     before = part_model(graph, weights, [node], {fed[0]: value}, outputs)
     small = onnx.load_from_string(before)

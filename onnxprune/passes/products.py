@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onnxprune.decompose.factor import Real
 from onnxprune.errors import ValidationError
-from onnxprune.factorize.rewrite import Factorized, compose_layers
+from onnxprune.factors.rewrite import Factorized, compose_layers
 from onnxprune.model.save import save
 from onnxprune.passes.prepared import Model, Prepared
 from onnxprune.passes.state import State
@@ -19,9 +19,7 @@ from onnxprune.runtime import compare
 _QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear"}
 
 
-def check_products(
-    state: State, before: Model, after: Model, chosen: Sequence[tuple[Factorized, Real]]
-) -> Exactness:
+def check_products(state: State, before: Model, after: Model, chosen: Sequence[tuple[Factorized, Real]]) -> Exactness:
     """The factorized model against the one in whose layers the products stand, on seeded inputs of every probe size.
 
     That is strides, pads, groups, biases and order: everything but the approximation itself.

@@ -71,8 +71,10 @@ class Prune:
         settings = {"criterion": criterion, **(self.request.settings if self.plan is None else {})}
 
         def describe() -> None:
-            state.plan = make_plan(analysis, removed, criterion)
-            state.report.settings = settings
+            plan = make_plan(analysis, removed, criterion)
+            plan.factorized = state.plan.factorized
+            state.plan = plan
+            state.report.settings = {**state.report.settings, **settings}
             fill_report(analysis, removed, weights, state, selector)
 
         state.later.append(describe)
@@ -82,7 +84,7 @@ class Prune:
         return Selector(state, self._prepared(state), self.request, self.criterion, self.name)
 
     def _prepared(self, state: State) -> Analysis:
-        analysis = state.analyzed(self.approximate)
+        analysis = state.renewed(self.approximate)
         labels = (n.label for n in analysis.graph.nodes)
         check_patterns(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
         return analysis

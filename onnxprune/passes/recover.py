@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
+from onnxprune.graph.infer import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
 from onnxprune.passes.calls import Calls
 from onnxprune.passes.outcome import doubts, is_worse, judge, remarks, set_aside
 from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.state import State
+from onnxprune.propagate import infer_by_rule
 from onnxprune.recover import MODES
 from onnxprune.recover.aims import Aim, find_aims
 from onnxprune.recover.layers import Layer
@@ -63,7 +66,7 @@ class Recover:
         repairs: list[Repair] = []
         left: Mapping[str, str] = {}
         warnings: list[str] = []
-        if self.mode != "none" and state.removed is not None and state.removed.any():
+        if self.mode != "none" and state.changed:
             if state.data is None:
                 raise no_data(self.mode)
             assert state.proto is not None
@@ -74,7 +77,7 @@ class Recover:
                 model = Prepared(*before)
                 repairs, left = self._repair(state, analysis, model.graph, model.weights, feeds, Path(folder))
                 repaired = model.model() if any(r.done for r in repairs) else before
-                facts.before, facts.after = judge(analysis, [before, repaired], judges, name)
+                facts.before, facts.after = judge(state.original, [before, repaired], judges, name)
             facts.samples, facts.aside = sum(map(count, feeds)), 0 if judges is feeds else sum(map(count, judges))
             facts.undone = is_worse(facts.after, facts.before)
             warnings += remarks(facts, repairs, left)
@@ -93,16 +96,16 @@ class Recover:
         feeds: Sequence[Feed],
         folder: Path,
     ) -> tuple[list[Repair], Mapping[str, str]]:
-        assert state.removed is not None
-        after = After(analysis.table, state.removed)
-        made = (o for node in analysis.graph.nodes for o in node.outputs if o)
+        after = After(analysis.table, state.gone)
+        full = state.original.graph
+        made = (o for node in full.nodes for o in node.outputs if o in analysis.graph.producer)
         known = [name for name in made if _can_follow(analysis, after, name)]
-        aims = find_aims(graph, known, after.shape, joint=self.mode == "full")
+        shape = _shapes_now(state, graph) if state.factorized else after.shape
+        aims = find_aims(graph, known, shape, joint=self.mode == "full")
         # Both models' activations are held, so that each may have half.
         memory = (self.memory_limit or state.memory_limit or _MEMORY) // 2
         store = Store(memory, folder), Store(memory, folder)
         cut_run = Segments(graph, weights, [[n for a in level for n in a.needs] for level in aims.levels], store[0])
-        full = analysis.graph
         full_run = Segments(full, full.weights, [[a.tail.aim for a in level] for level in aims.levels], store[1])
         for run in (cut_run, full_run):
             run.feed(feeds)
@@ -131,6 +134,11 @@ class Recover:
                 run.done(number)
             state.tell("recover", (number + 1) / len(aims.levels))
         return repairs, aims.left
+
+
+def _shapes_now(state: State, graph: Graph) -> Callable[[str], Any]:
+    """Shapes in the model as it is: layers that were taken apart have tensors that the original never had."""
+    return probe_at(graph, state.analyzed().facts.probes[0].inputs, infer_by_rule).shapes.get
 
 
 def _columns(weights: Mapping[str, Weight], aim: Aim) -> int:

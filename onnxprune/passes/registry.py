@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from onnxprune.passes.exact import Exact
+from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.recover import Recover
 from onnxprune.passes.state import Pass
@@ -14,7 +15,13 @@ from onnxprune.plugins import Named
 
 ENTRY_POINT = "onnxprune.passes"
 T = TypeVar("T", bound="Pass | type[Pass]")
-_BUILT_IN: dict[str, Pass | type[Pass]] = {"prune": Prune, "exact": Exact, "recover": Recover, "validate": Validate}
+_BUILT_IN: dict[str, Pass | type[Pass]] = {
+    "prune": Prune,
+    "factorize": Factorize,
+    "exact": Exact,
+    "recover": Recover,
+    "validate": Validate,
+}
 _named: Named[Pass | type[Pass]] = Named("pass", ENTRY_POINT, _BUILT_IN)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,8 @@ class State:
     """The run so far. Passes read it, change it and return nothing.
 
     ``later`` holds what describes the run (plan, report): it is done when ``plan`` or ``report`` is first read.
-    ``analysis`` is of the model that channels are cut from; ``factorized`` says that layers of it were taken apart.
+    ``analysis`` is of the model that channels are cut from; ``factorized`` says that layers were taken apart, ``stale``
+    that this happened after the analysis.
     ``proved`` is the removal that exactness was asked of; ``unrepaired`` the model before a repair changed its weights;
     ``judged_on`` the inputs to compare the result on, with a name for them, where a repair has used the others;
     ``read_from`` the files that weights are read from besides the original's. ``memory_limit``: bytes of activations.
@@ -55,6 +56,7 @@ class State:
     proved: NDArray[np.bool_] | None = None
     unrepaired: tuple[onnx.ModelProto, dict[str, Weight]] | None = None
     factorized: bool = False
+    stale: bool = False
     judged_on: tuple[Sequence[Feed], str] | None = None
     read_from: list[Path] = field(default_factory=list)
     later: list[Callable[[], None]] = field(default_factory=list)
@@ -101,10 +103,33 @@ class State:
             self.proto, self.weights = loaded.proto, dict(loaded.weights)
         return self.analysis
 
+    def renewed(self, approximate: bool = False) -> Analysis:
+        """The analysis of the model as it is now: made anew where layers were taken apart since."""
+        if self.stale:
+            assert self.proto is not None
+            self._original = self.original
+            with self.stage("analyze"):
+                model = assemble(self.proto, self.weights)
+                self.analysis = Analysis(model, input_shapes=self.input_shapes, approximate=approximate)
+            # Plans name the model that came in.
+            self.analysis.loaded = replace(self.analysis.loaded, digest=lambda: self.original.loaded.sha256)
+            self.removed, self.proved, self.unrepaired, self.stale = None, None, None, False
+        return self.analyzed(approximate)
+
     @property
     def original(self) -> Analysis:
         """The analysis of the model that came in, whatever was made of it since."""
         return self._original or self.analyzed()
+
+    @property
+    def gone(self) -> NDArray[np.bool_]:
+        """Mask over atoms of what was removed; of none where nothing was."""
+        return np.zeros(self.analyzed().table.atoms.count, bool) if self.removed is None else self.removed
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model says anything else than the original."""
+        return self.factorized or (self.removed is not None and bool(self.removed.any()))
 
     def calibration(self) -> Samples:
         """The user's data for the inputs of the original, opened once: passes share what is kept of an iterator.
@@ -182,8 +207,8 @@ class Result:
             UsageError: the target is the input, or cannot be written.
         """
         state = self._state
-        assert state.proto is not None and state.analysis is not None
-        loaded = state.analysis.loaded
+        assert state.proto is not None
+        loaded = state.original.loaded
         check_output(path, loaded.path, [*loaded.external, *state.read_from])
         size = save(state.proto, state.weights, path, prefer_external=bool(loaded.external))
         state.report.totals.bytes_after = size

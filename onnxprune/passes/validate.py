@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from onnxprune.analysis import Analysis
@@ -43,7 +44,7 @@ class Validate:
             if unproved(state):
                 state.later.append(lambda: _note(state))
             return
-        with Trial.of(analysis) as trial:
+        with Trial.of(state.original) as trial:
             self._run(state, analysis, trial)
 
     def _run(self, state: State, analysis: Analysis, trial: Trial) -> None:
@@ -54,7 +55,7 @@ class Validate:
         with state.stage("inputs"):
             feeds, source = _inputs(state, analysis)
         if self.exact and unproved(state):
-            prove(state, analysis, trial, final)
+            self._prove(state, analysis, trial, final)
         if self.faithful:
             with state.stage("fidelity"):
                 together = not trial.large
@@ -64,6 +65,13 @@ class Validate:
         elif self.timed:
             with state.stage("latency"):
                 state.report.latency = latency.latency(trial.original, final, list(islice(feeds, 1)))
+
+    def _prove(self, state: State, analysis: Analysis, trial: Trial, final: Path) -> None:
+        if analysis is state.original:
+            prove(state, analysis, trial, final)
+            return
+        with Trial.of(analysis) as own:  # what was cut is not what came in
+            prove(state, analysis, own, final)
 
 
 def _note(state: State) -> None:

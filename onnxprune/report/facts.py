@@ -40,7 +40,6 @@ class Exactness:
 
     ``passed`` is None when the question was not asked (``note`` says why). ``error`` is the largest absolute difference
     over all outputs divided by the largest absolute reference value of that output; ``tolerance`` what was allowed.
-    ``product`` is the same question of factorized layers: do they compute the product of their weights?
     """
 
     passed: bool | None = None
@@ -49,7 +48,6 @@ class Exactness:
     batches: list[int] = field(default_factory=list)
     worst_output: str = ""
     note: str = ""
-    product: Exactness | None = None
 
 
 @dataclass(slots=True)
@@ -174,6 +172,8 @@ class Report:
     barriers: list[dict[str, Any]] = field(default_factory=list)
     factorized: list[FactorizedLayer] = field(default_factory=list)
     """What became of every layer that a factorization looked at; empty where none was asked for."""
+    product: Exactness | None = None
+    """Whether factorized layers compute the product of their weights; None where there are none."""
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 

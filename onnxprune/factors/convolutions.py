@@ -12,7 +12,7 @@ from onnxprune.contractions import Form, Transposed, Windows
 from onnxprune.decompose import Factor, Shape, Stage
 from onnxprune.decompose.cost import Geometry
 from onnxprune.decompose.factor import Array
-from onnxprune.factorize.layer import Described, Made, Operator
+from onnxprune.factors.layer import Described, Made, Operator
 from onnxprune.graph.view import Node
 
 _BIAS = 2
@@ -24,7 +24,9 @@ class Convolution(Operator):
     def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
         """Windows with a plain product."""
         if not isinstance(form, Windows):
-            return "its output size is an attribute" if node.op == "ConvTranspose" else "its data come in another layout"
+            return (
+                "its output size is an attribute" if node.op == "ConvTranspose" else "its data come in another layout"
+            )
         if position != form.weight or not form.plain:
             return "an activation is fused into it"
         weight, data, out = shapes[form.weight], shapes[form.data], shapes[len(node.inputs)]

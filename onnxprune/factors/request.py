@@ -173,8 +173,10 @@ def _check_ranks(method: str, pattern: str, ranks: Ranks, modes: Sequence[str]) 
     most = len(modes) + 3 if method == "tucker" else len(modes)
     whole = all(isinstance(r, int) and not isinstance(r, bool) and r >= 0 for r in ranks)
     if not whole or not any(ranks) or not (len(ranks) in (1, len(modes)) or len(modes) < len(ranks) <= most):
-        counts = "one rank for both of its channel modes, or one for each (in,out)" if len(modes) > 1 else "one rank"
+        several = len(modes) > 1
+        counts = "one rank for both of its channel modes, or one for each (in,out)" if several else "one rank"
+        zero = ", 0 leaves a mode as it is" if several else ""
         raise UsageError(
             f"rank {','.join(map(str, ranks)) or 'nothing'} of {pattern!r} is not allowed.",
-            hint=f"{method} takes {counts}: whole numbers from 1{', 0 leaves a mode as it is' if len(modes) > 1 else ''}.",
+            hint=f"{method} takes {counts}: whole numbers from 1{zero}.",
         )

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxprune.factorize.candidates import Candidate
+from onnxprune.factors.candidates import Candidate
+
+# Steps of the budget that costs are rounded up to.
+_STEPS = 10_000
 
 
 def allocate(
@@ -14,56 +17,57 @@ def allocate(
 ) -> list[Candidate | None] | None:
     """One candidate per layer, or None to leave it; None for all where even the cheapest cost too much.
 
-    Greedy along the lower convex hulls of loss over cost, the linear relaxation of the multiple-choice knapsack (Sinha
-    and Zoltners, Operations Research 1979), then the cheapest single change that makes the last step smaller.
+    The multiple-choice knapsack by dynamic programming over the budget in 10,000 steps (Dudzinski and Walukiewicz,
+    European Journal of Operational Research 28, 1987), then what rounding left over is spent where it brings most.
 
     Args:
         wholes: cost of every layer as it is. options: what could stand in its place.
         gains: what a layer's loss counts, per layer. budget: what all layers may cost together.
     """
-    chosen: list[Candidate | None] = [None] * len(wholes)
-    total = float(sum(wholes))
-    steps = []
-    for k, (whole, own) in enumerate(zip(wholes, options, strict=True)):
-        previous, lost = whole, 0.0
-        for candidate in _hull(whole, own):
-            saved, more = previous - candidate.cost, candidate.loss - lost
-            steps.append((gains[k] * more / saved, k, candidate))
-            previous, lost = candidate.cost, candidate.loss
-    for _, k, candidate in sorted(steps, key=lambda s: (s[0], s[1])):
-        if total <= budget:
-            break
-        total -= _cost(chosen[k], wholes[k]) - candidate.cost
-        chosen[k] = candidate
-    if total > budget:
+    if reach(wholes, options) > budget:
         return None
-    return _relaxed(chosen, wholes, options, gains, budget - total)
+    if sum(wholes) <= budget:
+        return [None] * len(wholes)
+    chosen = _knapsack(wholes, options, gains, budget)
+    if chosen is None:  # only rounding is in the way
+        chosen = [min((None, *own), key=lambda c: _cost(c, w)) for w, own in zip(wholes, options, strict=True)]
+    spent = sum(_cost(c, w) for c, w in zip(chosen, wholes, strict=True))
+    return _spent(chosen, wholes, options, gains, budget - spent)
 
 
 def _cost(candidate: Candidate | None, whole: int) -> int:
     return whole if candidate is None else candidate.cost
 
 
-def _hull(whole: int, options: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates on the lower convex hull of loss over cost, from dear to cheap, starting at (whole, 0)."""
-    hull: list[tuple[int, float, Candidate | None]] = [(whole, 0.0, None)]
-    best: dict[int, Candidate] = {}
-    for item in options:
-        if item.cost < whole and (item.cost not in best or item.loss < best[item.cost].loss):
-            best[item.cost] = item
-    for cost in sorted(best, reverse=True):
-        loss = best[cost].loss
-        while len(hull) > 1 and _slope(hull[-2], (cost, loss)) <= _slope(hull[-2], hull[-1][:2]):
-            hull.pop()
-        hull.append((cost, loss, best[cost]))
-    return [candidate for _, _, candidate in hull if candidate is not None]
+def _knapsack(
+    wholes: Sequence[int], options: Sequence[Sequence[Candidate]], gains: Sequence[float], budget: float
+) -> list[Candidate | None] | None:
+    """Least loss for every number of steps spent, layer by layer; then back from the whole budget."""
+    loss = np.zeros(_STEPS + 1)
+    picked = []
+    ways: list[list[Candidate | None]] = [[None, *own] for own in options]
+    costs = [[int(np.ceil(_cost(c, w) * _STEPS / budget)) for c in own] for w, own in zip(wholes, ways, strict=True)]
+    for own, steps, gain in zip(ways, costs, gains, strict=True):
+        best, pick = np.full(_STEPS + 1, np.inf), np.zeros(_STEPS + 1, np.int32)
+        for k, (candidate, step) in enumerate(zip(own, steps, strict=True)):
+            if step > _STEPS:
+                continue
+            lost = loss[: _STEPS + 1 - step] + (0.0 if candidate is None else gain * candidate.loss)
+            better = lost < best[step:]
+            best[step:][better], pick[step:][better] = lost[better], k
+        loss = best
+        picked.append(pick)
+    if not np.isfinite(loss[-1]):
+        return None
+    left, chosen = _STEPS, list[Candidate | None]()
+    for own, steps, pick in zip(reversed(ways), reversed(costs), reversed(picked), strict=True):
+        k = int(pick[left])
+        chosen.append(own[k])
+        left -= steps[k]
+    return chosen[::-1]
 
 
-def _slope(start: tuple[int, float, Candidate | None], end: tuple[int, float]) -> float:
-    return (end[1] - start[1]) / (start[0] - end[0])
-
-
-def _relaxed(
+def _spent(
     chosen: list[Candidate | None],
     wholes: Sequence[int],
     options: Sequence[Sequence[Candidate]],

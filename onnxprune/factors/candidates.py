@@ -11,7 +11,7 @@ from onnxprune.decompose import METHODS, Fit, Method, Metric, Ranks
 from onnxprune.decompose.cost import elements
 from onnxprune.decompose.factor import Real
 from onnxprune.decompose.ranks import Choice, within
-from onnxprune.factorize.layer import Layer
+from onnxprune.factors.layer import Layer
 
 AUTO = ("svd", "tucker", "spatial-svd")
 """What ``auto`` tries. Not CP: its rank has to be known before anything is, and its filters are slow for their work."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass, field
 from typing import Any
 
-from onnxprune.factorize.convolutions import Convolution
-from onnxprune.factorize.layer import Described, Layer, Operator, ShapeOf, Use
-from onnxprune.factorize.products import Embedding, Equation, Product, Recurrent
+from onnxprune.factors.convolutions import Convolution
+from onnxprune.factors.layer import Described, Layer, Operator, ShapeOf, Use
+from onnxprune.factors.products import Embedding, Equation, Product, Recurrent
 from onnxprune.graph.cost import is_layer
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import Weight

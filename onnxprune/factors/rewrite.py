@@ -12,7 +12,7 @@ import onnx
 
 from onnxprune.decompose import Factor
 from onnxprune.decompose.factor import Array, Real
-from onnxprune.factorize.layer import Layer, Made
+from onnxprune.factors.layer import Layer, Made
 from onnxprune.graph.fold import placeholder
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import ArrayWeight, Weight

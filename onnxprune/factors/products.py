@@ -13,7 +13,7 @@ from onnxprune.contractions import Form, Pairwise
 from onnxprune.decompose import Factor, Shape
 from onnxprune.decompose.cost import Geometry
 from onnxprune.decompose.factor import Array
-from onnxprune.factorize.layer import Described, Made, Operator
+from onnxprune.factors.layer import Described, Made, Operator
 from onnxprune.graph.view import Node
 
 
@@ -57,7 +57,10 @@ class Product(Operator):
         form = described.form
         assert isinstance(form, Pairwise)
         letters, rank = form.terms[1], factors[0].stage.outputs
-        sizes = [tuple(rank if c == gone else n for c, n in zip(letters, like, strict=True)) for gone in (form.made, form.summed)]
+        sizes = [
+            tuple(rank if c == gone else n for c, n in zip(letters, like, strict=True))
+            for gone in (form.made, form.summed)
+        ]
         return [
             form.restore(factor.array, np.broadcast_to(np.zeros(()), size))
             for factor, size in zip(factors, sizes, strict=True)

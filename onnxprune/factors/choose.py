@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from onnxprune.decompose import METHODS, Ranks
 from onnxprune.decompose.ranks import by_energy, by_vbmf
 from onnxprune.errors import UsageError
-from onnxprune.factorize.candidates import Candidate, Opened
-from onnxprune.factorize.request import Request
+from onnxprune.factors.candidates import Candidate, Opened
+from onnxprune.factors.request import Request
 
 
 @dataclass(slots=True)
@@ -100,7 +100,11 @@ def read_choices(opened: Mapping[str, Opened], entries: Sequence[tuple[str, str,
             raise UsageError(f"The plan factorizes layer {name!r} by {method}: {why}.")
         limits = METHODS[method].limits(layer.layer.shape)
         sizes = (*limits, *layer.layer.shape.kernel)[: max(len(limits), len(ranks))]
-        if len(ranks) < len(limits) or not any(ranks) or any(not 0 <= r <= n for r, n in zip(ranks, sizes, strict=False)):
+        if (
+            len(ranks) < len(limits)
+            or not any(ranks)
+            or any(not 0 <= r <= n for r, n in zip(ranks, sizes, strict=False))
+        ):
             allowed = ",".join(f"1..{n}" for n in sizes)
             raise UsageError(f"The plan gives layer {name!r} the ranks {list(ranks)}.", hint=f"Allowed: {allowed}.")
         result[name] = layer.priced(method, ranks)

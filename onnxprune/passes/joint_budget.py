@@ -1,0 +1,122 @@
+"""One budget for all layers: who gives how much, by what errors do to the outputs and by what gets faster."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from onnxprune.errors import BudgetError
+from onnxprune.factors.allocate import allocate, reach, usual
+from onnxprune.factors.choose import Chosen
+from onnxprune.graph.cost import macs
+from onnxprune.passes.factor_work import Done, Work
+from onnxprune.passes.gains import few, output_gains
+from onnxprune.passes.layer_times import layer_latency
+from onnxprune.report.facts import Latency
+from onnxprune.runtime.parallel import spread
+
+# What is not at least this much faster is not worth a second layer.
+_FASTER = 1.03
+# How often layers that turn out slower are left alone and the others chosen again.
+_ROUNDS = 4
+# Bytes of weights up to which models are run once per layer to learn what its errors do.
+_MEASURED = 1 << 30
+
+
+class JointBudget:
+    """Choices for all layers together.
+
+    Args:
+        work: the model. methods: names of those to choose from. chosen: filled.
+    """
+
+    def __init__(self, work: Work, methods: Sequence[str], chosen: Chosen) -> None:
+        self._work, self._methods, self._chosen = work, methods, chosen
+        self._opened = list(work.opened.values())
+        step = work.request.round_to
+        self._options = spread(lambda one: list(one.choices(methods, step)), self._opened)
+        self._total = _cost_of(work)
+        self._gains = self._measured()
+        self._times: dict[Hashable, Latency | None] = {}
+
+    def share_out(self, slower: frozenset[tuple[str, str]] = frozenset()) -> None:
+        """Choose. ``slower``: pairs of layer and method that brought no speed.
+
+        Raises:
+            BudgetError: no choice is cheap enough.
+        """
+        pairs = list(zip(self._opened, self._options, strict=True))
+        options = [[c for c in own if (o.layer.name, c.method) not in slower] for o, own in pairs]
+        wholes, request, chosen = [o.whole for o in self._opened], self._work.request, self._chosen
+        fixed = self._total - sum(wholes)
+        taken = allocate(wholes, options, self._gains, (1.0 - request.share) * self._total - fixed)
+        if taken is None:
+            best = 1.0 - (fixed + reach(wholes, options)) / max(self._total, 1)
+            without = " without making layers slower" if slower else ""
+            raise BudgetError(
+                f"No ranks save {request.share:.0%} of the {request.cost}{without}: at most {best:.0%}.",
+                hint="Take a smaller --ratio, or prune as well." + (" --untimed goes by work alone." if slower else ""),
+            )
+        chosen.taken = {o.layer.name: c for o, c in zip(self._opened, taken, strict=True) if c is not None}
+        for one in self._opened:
+            name = one.layer.name
+            if name not in chosen.taken:
+                bad = sorted(m for n, m in slower if n == name)
+                why = f"no faster by {', '.join(bad)}, as measured" if bad else "others lose less for what they save"
+                chosen.left[name] = why
+
+    def faster(self) -> list[Done]:
+        """Carry out, time every layer on its own, and choose again without what brings no speed.
+
+        Raises:
+            BudgetError: what is left is not cheap enough.
+        """
+        slower: frozenset[tuple[str, str]] = frozenset()
+        for _ in range(_ROUNDS):
+            done = self._work.carry_out(self._chosen.taken)
+            for one in done:
+                one.timed = self._time(one)
+            bad = {(d.name, d.candidate.method) for d in done if d.timed is not None and d.timed.speedup < _FASTER}
+            if not bad:
+                return done
+            slower |= bad
+            self.share_out(slower)
+        done = self._work.carry_out(self._chosen.taken)
+        for one in done:
+            one.timed = self._time(one)
+        return done
+
+    def _measured(self) -> Sequence[float]:
+        """What a layer's error does at the outputs: measured with data, else all alike."""
+        work, state = self._work, self._work.state
+        if state.data is None or state.original.loaded.size > _MEASURED or not self._opened:
+            return [1.0] * len(self._opened)
+        with state.stage("gains"):
+            feeds = list(state.calibration().batches(4))
+            batch = max(min(s[0] for s in state.analyzed().facts.probes[0].inputs.values() if s), 1)
+            runs = _macs_of(work) * len(self._opened) / batch
+            return usual(output_gains(work.model, self._opened, self._methods, few(feeds, runs)))
+
+    def _time(self, one: Done) -> Latency | None:
+        """Measured once for layers of one form and size."""
+        layer, candidate, work = one.opened.layer, one.candidate, self._work
+        node = layer.uses[0].node
+        form = (node.op, str(node.attrs), layer.shape, layer.described.geometry)
+        key = (*form, candidate.method, candidate.ranks)
+        if key not in self._times:
+            self._times[key] = layer_latency(
+                work.model.graph, work.model.weights, work.shape, one.item, work.state.seed
+            )
+        return self._times[key]
+
+
+def _macs_of(work: Work) -> int:
+    return sum(macs(node, work.shape) for node in work.model.graph.steps)
+
+
+def _cost_of(work: Work) -> int:
+    """Cost of the whole model."""
+    if work.request.cost == "macs":
+        return _macs_of(work)
+    return sum(int(np.prod(w.shape)) for w in work.model.weights.values())
