@@ -1,7 +1,8 @@
-"""Laws of every decomposition: all of it at full rank, less error with more rank, nothing better than the last factor."""
+"""Laws of every decomposition: all of it at full rank, less error with more rank, the best there is at the end."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_more_rank_is_less_error(name: str, kind: str, number: int) -> None:
     for share in (0.25, 0.5, 0.75, 1.0):
         ranks = tuple(max(1, round(share * n)) for n in limits)
         errors.append(seen.error(weight, compose(fit.factors(ranks), shape.parts, shape.inputs)))
-    assert all(a >= b - 1e-9 for a, b in zip(errors, errors[1:], strict=False))
+    assert all(a >= b - 1e-9 for a, b in pairwise(errors))
     assert errors[0] < 1.0
 
 

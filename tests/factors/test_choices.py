@@ -133,19 +133,31 @@ def test_a_shared_weight_is_taken_apart_once() -> None:
 
 def test_what_stays_says_why() -> None:
     made = Net(17)
-    x = made.input("x", ["N", 3, 8, 8])
-    both = made.weight(3, 3, 3, 3, name="both")
-    x = made.op("Conv", x, both, pads=[1] * 4)
-    x = made.op("Add", x, made.op("Conv", x, both, pads=[1] * 4, group=1))
-    table = made.weight(8, 8, name="tied")
-    flat = made.op("MatMul", made.op("Reshape", x, made.const([0, 3, 8, 8])), table)
-    flat = made.op("MatMul", flat, made.op("Transpose", table, perm=[1, 0]))
-    made.input("w", [8, 4])
-    y = made.op("MatMul", flat, "w")
-    result = run(made.model(made.op("MatMul", y, made.weight(4, 4, name="plain"))), "svd", ratio=0.2)
-    reasons = set(left(result).values())
-    assert any("in another way" in why for why in reasons) or any("computed" in why for why in reasons)
-    assert "plain/svd_core" in names_of(result.model) or any("no rank" in why for why in reasons)
+    x = made.input("x", ["N", 8])
+    tied = made.weight(8, 8, name="tied")
+    x = made.op("Relu", made.op("MatMul", x, tied))
+    x = made.op("Relu", made.op("Gemm", x, tied, transB=1))
+    x = made.op("MatMul", x, made.input("w", [8, 8]))
+    codes = made.op("DequantizeLinear", made.const(np.arange(64).reshape(8, 8) % 7, np.int8), made.const(0.1))
+    x = made.op("Relu", made.op("MatMul", x, codes))
+    made.nodes[-1].name = "relu"
+    model = made.model(made.op("MatMul", x, made.weight(8, 8, name="plain")))
+    result = run(model, "svd", ratio=0.2)
+    reasons = left(result)
+    by_kind = {n.name: reasons.get(n.name, "") for n in model.graph.node if n.op_type in ("MatMul", "Gemm")}
+    shared, other, dynamic, quantised, plain = by_kind.values()
+    assert "read" in shared and "in another way" in shared and other == shared
+    assert not dynamic  # it has no weights
+    assert "computed from others" in quantised
+    assert not plain and "plain/svd_core" in names_of(result.model)
+
+
+def test_recurrent_states_stay_and_say_why() -> None:
+    made = Net(17)
+    x = made.input("x", [6, "N", 12])
+    y = made.op("LSTM", x, made.weight(1, 64, 12), made.weight(1, 64, 16), n=2, hidden_size=16)[0]
+    result = run(made.model(y), "svd", ratio=0.2)
+    assert any(name.endswith("(state)") and "at every step" in why for name, why in left(result).items())
 
 
 def test_weights_that_are_not_numbers() -> None:

@@ -1,4 +1,4 @@
-"""Every operator by every method: at full rank the model says what it said, in onnxruntime and in onnx's own evaluator."""
+"""Every operator by every method: at full rank the model says the same, in onnxruntime and in onnx itself."""
 
 from __future__ import annotations
 
