@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxprune.decompose import METHODS, Degenerate, compose
+from onnxprune.decompose import METHODS, Degenerate, Ranks, compose
 from onnxprune.decompose.factor import Real
 from onnxprune.errors import UsageError
 from onnxprune.factors.candidates import Candidate, Opened
@@ -59,7 +59,7 @@ class Work:
     found: Found
     seen: Mapping[str, Seen]
     opened: dict[str, Opened] = field(default_factory=dict)
-    _done: dict[tuple[str, Candidate], Done] = field(default_factory=dict)
+    _done: dict[tuple[str, str, Ranks], Done] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.opened = {layer.name: self._open(layer) for layer in self.found.layers}
@@ -74,11 +74,12 @@ class Work:
         Raises:
             UsageError: CP has no best approximation of that rank, and Tucker none that is as cheap.
         """
-        missing = [pair for pair in taken.items() if pair not in self._done]
-        heavy = any(self.opened[name].kernel.size >= 1 << 20 for name, _ in missing)
-        for pair, done in zip(missing, spread(lambda p: self._one(*p), missing, heavy=heavy), strict=True):
-            self._done[pair] = done
-        return [self._done[pair] for pair in taken.items()]
+        keys = {(name, c.method, c.ranks): (name, c) for name, c in taken.items()}
+        missing = [key for key in keys if key not in self._done]
+        heavy = any(self.opened[name].kernel.size >= 1 << 20 for name, _, _ in missing)
+        for key, done in zip(missing, spread(lambda k: self._one(*keys[k]), missing, heavy=heavy), strict=True):
+            self._done[key] = done
+        return [self._done[key] for key in keys]
 
     def _one(self, name: str, candidate: Candidate) -> Done:
         opened, note = self.opened[name], ""

@@ -16,6 +16,7 @@ from onnxprune.factors.rewrite import replace_layers
 from onnxprune.passes.factor_work import Done, Work, lay_open
 from onnxprune.passes.factors_report import describe
 from onnxprune.passes.joint_budget import JointBudget
+from onnxprune.passes.layer_times import model_latency
 from onnxprune.passes.prepared import Model, Prepared
 from onnxprune.passes.products import check_products
 from onnxprune.passes.state import State
@@ -68,6 +69,8 @@ class Factorize:
             if not done:
                 raise BudgetError("No layer of this model can be factorized like this.", hint=_reasons(chosen))
             after = _replaced(before, done)
+            if self._timed:
+                _require_speed(state, before, after)
         product = Exactness(note="not asked: models were not run")
         if self.check:
             with state.stage("products"):
@@ -87,6 +90,11 @@ class Factorize:
 
         state.later.append(report)
 
+    @property
+    def _timed(self) -> bool:
+        """Whether what brings no speed is left alone."""
+        return self.request.timed and self.request.method == "auto" and self.plan is None
+
     def _methods(self) -> Sequence[str]:
         if self.plan is not None:
             return sorted({f.method for f in self.plan.factorized} & METHODS.keys())
@@ -103,7 +111,7 @@ class Factorize:
         elif work.opened:
             joint = JointBudget(work, self._methods(), chosen)
             joint.share_out()
-            if self.request.timed and self.request.method == "auto":
+            if self._timed:
                 return joint.faster()
         return work.carry_out(chosen.taken)
 
@@ -112,6 +120,20 @@ def _replaced(before: Model, done: Sequence[Done]) -> Model:
     target = Prepared(*before)
     replace_layers(target.graph, target.weights, [d.item for d in done])
     return target.model()
+
+
+def _require_speed(state: State, before: Model, after: Model) -> None:
+    """Layers that are faster on their own may not be so together: what stands between them was fused before.
+
+    Raises:
+        BudgetError: the whole is no faster.
+    """
+    timed = model_latency(state, before, after)
+    if timed is not None and timed.speedup < 1.0:
+        raise BudgetError(
+            f"The factorized model is no faster here: {timed.before_ms:.3g} ms before, {timed.after_ms:.3g} ms after.",
+            hint="Nothing was changed. Take another --ratio, prune instead, or go by work alone with --untimed.",
+        )
 
 
 def _reasons(chosen: Chosen) -> str:

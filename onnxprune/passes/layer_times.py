@@ -1,10 +1,11 @@
-"""How long one layer takes on its own, as it is and taken apart."""
+"""How long one layer takes on its own, as it is and taken apart; and how long whole models do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
+import onnx
 
 from onnxprune.errors import ModelError
 from onnxprune.factors.layer import Layer, ShapeOf
@@ -12,6 +13,9 @@ from onnxprune.factors.rewrite import Factorized, replace_layers
 from onnxprune.graph.view import Graph
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
+from onnxprune.passes.prepared import Model
+from onnxprune.passes.state import State
+from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.report.facts import Latency
 from onnxprune.runtime.latency import latency
 from onnxprune.runtime.segments import part_model
@@ -20,12 +24,20 @@ from onnxprune.runtime.segments import part_model
 _RUNS, _SECONDS = 15, 0.4
 
 
+def model_latency(state: State, before: Model, after: Model) -> Latency | None:
+    """Milliseconds of two whole models on the same input; None where they are too large to be in memory together."""
+    with Trial.of(state.original) as trial:
+        if trial.large:
+            return None
+        one, _ = trial.write(*before, "before")
+        other, _ = trial.write(*after, "after")
+        return latency(one, other, synthetic_feeds(state, state.analyzed())[:1])
+
+
 def layer_latency(
     graph: Graph, weights: Mapping[str, Weight], shape: ShapeOf, item: Factorized, seed: int
 ) -> Latency | None:
     """Milliseconds of the layer and of its factors at the probe sizes; None where it cannot be run on its own."""
-    import onnx
-
     layer: Layer = item.layer
     node = layer.uses[0].node
     fed = [n for n in dict.fromkeys(node.inputs) if n and n not in weights]
