@@ -16,6 +16,7 @@ import pytest
 
 import onnxprune as op
 from onnxprune.cli import main
+from onnxprune.cli.factorize import factorize
 from onnxprune.cli.inspect import inspect
 from onnxprune.cli.prune import prune
 from onnxprune.cli.recover import recover
@@ -89,7 +90,7 @@ def _options(*commands: click.Command) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_that_the_pages_name_exist(page: str) -> None:
-    known = _options(prune, recover, inspect, main) | {"--help", "--version"}
+    known = _options(prune, recover, factorize, inspect, main) | {"--help", "--version"}
     text = (ROOT / page).read_text()
     lines = [line for block in blocks(text, "sh") + blocks(text, "text") for line in block.splitlines()]
     commands = [line for line in lines if "onnxprune " in line]
@@ -103,7 +104,9 @@ def test_options_that_the_pages_name_exist(page: str) -> None:
 def test_every_option_is_explained_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     missing = [
-        name for name in sorted(_options(prune, recover, inspect)) if name.startswith("--") and f"`{name}" not in text
+        name
+        for name in sorted(_options(prune, recover, factorize, inspect))
+        if name.startswith("--") and f"`{name}" not in text
     ]
     assert not missing
 
