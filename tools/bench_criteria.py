@@ -4,6 +4,7 @@ python tools/bench_criteria.py TRAINED                           every criterion
 python tools/bench_criteria.py TRAINED --models '*resnet56' --criteria l2,wanda --scopes local,global --macs 0.7,0.5
 python tools/bench_criteria.py TRAINED --models '*resnet56' --combine wanda:global:none --combine l2:local
 python tools/bench_criteria.py --speed                           seconds of gm and nuclear on 2048 channels
+python tools/bench_criteria.py --speed TRAINED --models '*resnet20'          and capture beside plain forward passes
 
 TRAINED holds models/*.onnx and evaluate.py, see tools/bench/labelled.py. A ratio is bisected until the asked share of
 the multiply-accumulates is left; a point is left out where that share cannot be had. Everything goes into --out:
@@ -29,8 +30,9 @@ from bench.curves import draw
 from bench.labelled import UNLABELLED, recorded
 from bench.workers import each
 from rich.console import Console
+from rich.table import Table
 
-from onnxprune import criteria
+from onnxprune import OnnxpruneError, criteria
 from onnxprune.selection.request import CHOICES
 
 SHARES = "0.9,0.8,0.7,0.6,0.5"
@@ -124,19 +126,26 @@ def _value(point: Record) -> float:
 
 
 def speed(given: argparse.Namespace, paths: Sequence[Path], console: Console) -> None:
-    """Capture overhead of every model, and seconds on a wide layer."""
+    """Capture beside plain passes, statistic by statistic and model by model, and seconds on a wide layer."""
     for name, (cpu, wall) in wide_layer().items():
         console.print(f"{name}: {cpu:.2f} s of processor, {wall:.2f} s")
+    table = Table(title="capture / plain forward passes: processor time, wall time", title_justify="left")
+    for column in ("model", "plain, s", *given.statistics):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for path in paths:
         data = calibration(given, files.name(path))
         if data is None:
             continue
-        t = capture_overhead(path, data, given.samples)
-        cpu, wall = t["capture_cpu"] / t["plain_cpu"], t["capture_wall"] / t["plain_wall"]
-        console.print(
-            f"{files.name(path)}: capture {t['capture_cpu']:.2f} s of processor, {t['capture_wall']:.2f} s in all; "
-            f"plain passes {t['plain_cpu']:.2f} s, {t['plain_wall']:.2f} s: {cpu:.2f} and {wall:.2f} times"
-        )
+        try:
+            times = capture_overhead(path, data, given.samples, given.statistics)
+        except OnnxpruneError as error:
+            console.print(f"{files.name(path)}: {error}", markup=False)
+            continue
+        plain = times["plain"]
+        ratios = [f"{times[n].cpu / plain.cpu:.2f} {times[n].wall / plain.wall:.2f}" for n in given.statistics]
+        table.add_row(files.name(path), f"{plain.cpu:.2f} {plain.wall:.2f}", *ratios)
+    if table.row_count:
+        console.print(table)
 
 
 def parsed() -> tuple[argparse.Namespace, list[Path]]:
@@ -158,6 +167,12 @@ def parsed() -> tuple[argparse.Namespace, list[Path]]:
         "--out", type=Path, default=Path("bench_criteria"), help="folder for everything that is written"
     )
     parser.add_argument("--speed", action="store_true", help="seconds of capture and of wide layers, nothing else")
+    parser.add_argument(
+        "--statistics",
+        type=words,
+        default=["mean", "square", "active", "moments", "similarity", "gram", "nuclear"],
+        help="for --speed; rank, which is many times slower than the model itself, only where named",
+    )
     parser.add_argument("--threads", type=int, default=0, help="of numpy and onnxruntime's helpers (OMP_NUM_THREADS)")
     given = parser.parse_args()
     if given.folder is None:

@@ -35,7 +35,7 @@ def hrank(slot: Slot, maps: Maps) -> Scores:
     return maps.get("rank")
 
 
-@register("apoz", needs=("moments",))
+@register("apoz", needs=("active",))
 def apoz(slot: Slot, maps: Maps) -> Scores:
     """1 - average percentage of zeros, the share of activations that are not 0. Shape [channels].
 
@@ -44,7 +44,7 @@ def apoz(slot: Slot, maps: Maps) -> Scores:
     return maps.get("active")
 
 
-@register("activation", needs=("moments",))
+@register("activation", needs=("magnitude",))
 def activation(slot: Slot, maps: Maps) -> Scores:
     """Mean magnitude E|x_c| of a channel's activations. Shape [channels].
 
@@ -53,7 +53,7 @@ def activation(slot: Slot, maps: Maps) -> Scores:
     return maps.get("magnitude")
 
 
-@register("variance", needs=("moments",), reads_all=True)
+@register("variance", needs=("mean", "square"), reads_all=True)
 def variance(slot: Slot, maps: Maps) -> Scores:
     """Fluctuation Var(x_c) * sum_f W_cf^2: what is left when a bias replaces the channel. Shape [channels].
 
@@ -64,7 +64,7 @@ def variance(slot: Slot, maps: Maps) -> Scores:
     return np.asarray(maps.variance * np.square(slot.blocks, dtype=np.float64).sum(axis=(0, 2)))
 
 
-@register("wanda", needs=("moments",), reads_all=True)
+@register("wanda", needs=("square",), reads_all=True)
 def wanda(slot: Slot, maps: Maps) -> Scores:
     """Weights times the norm of what they are multiplied with, sum_f |W_cf| * sqrt(E x_c^2). Shape [channels].
 

@@ -18,7 +18,7 @@ Real = NDArray[np.float64]
 _ROUNDS = 128
 
 
-@register("ziplm", needs=("gram", "moments"), reads_all=True, comparable=True)
+@register("ziplm", needs=("gram", "square"), reads_all=True, comparable=True)
 def ziplm(slot: Slot, maps: Maps) -> NDArray[Any] | None:
     """Error that each unit adds when units go weakest first, all other weights corrected in between. [channels].
 

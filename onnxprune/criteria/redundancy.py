@@ -29,7 +29,7 @@ def cosine(slot: Slot, maps: Maps) -> NDArray[Any] | None:
     return _novelty(maps["similarity"], (place[None, :] < place[:, None]) & _apart(slot.units))
 
 
-@register("snp", needs=("moments", "similarity"))
+@register("snp", needs=("similarity", "square"))
 def snp(slot: Slot, maps: Maps) -> NDArray[Any] | None:
     """How much attention changes without a dimension. Shape [channels]; slots outside attention: None.
 

@@ -20,7 +20,7 @@ PIECE = 1 << 22
 """Elements of stacked blocks at a time."""
 
 
-@register("obs", needs=("gram", "moments"), reads_all=True)
+@register("obs", needs=("gram", "square"), reads_all=True)
 def obs(slot: Slot, maps: Maps) -> NDArray[Any] | None:
     """Error after the best correction, tr(W_S^T ([H^-1]_SS)^-1 W_S) of a unit S, shared by its channels. [channels].
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,38 +111,41 @@ class _Requests:
             if statistics.get(need).columns:
                 self._add_columns(need, site, form, captured)
             else:
-                self._add(need, site.maps_key, site.tensor, to_maps(site.axes), captured.maps)
+                self._add_maps(need, (site.tensor, site.axes), captured)
         if site.partner is not None:
-            self._add("moments", site.maps_key, site.tensor, to_maps(site.axes), captured.maps)
-            self._add("moments", site.partner, site.partner[0], to_maps(site.partner[1]), captured.maps)
+            # What stands in for a weight there, whatever the criterion reads besides.
+            self._add_maps("square", (site.tensor, site.axes), captured)
+            self._add_maps("square", site.partner, captured)
+
+    def _add_maps(self, need: str, place: tuple[str, tuple[int, ...]], captured: CapturedMaps) -> None:
+        tensor, axes = place
+        self._add(
+            need, place, Request("", tensor, to_maps(axes), statistics.get(need)(), joins=0 not in axes), captured
+        )
 
     def _add_columns(self, need: str, site: Site, form: Form | None, captured: CapturedMaps) -> None:
         channels = int(site.label.ids.size)
-        arrange: Callable[[Any], Any]
         if form is None:
             return
         if _gram_bytes(channels * form.taps, form.parts) <= _LARGEST_GRAM:
-            per_sample = rows_per_sample(form, channels, self._samples)
-            arrange = columns_of(form, per_sample)
-            self._add(need, site.columns_key, site.tensor, arrange, captured.columns, form.taps)
+            arrange, growth = columns_of(form, rows_per_sample(form, channels, self._samples)), form.taps
         elif _gram_bytes(channels, form.parts) <= _LARGEST_GRAM:
-            arrange = shared_columns(site.axes, form.parts)
-            self._add(need, site.columns_key, site.tensor, arrange, captured.columns)
+            arrange, growth = shared_columns(site.axes, form.parts), 1
+        else:
+            return
+        request = Request("", site.tensor, arrange, statistics.get(need)(), growth, joins=0 not in site.axes)
+        self._add(need, site.columns_key, request, captured)
 
-    def _add(
-        self,
-        need: str,
-        key: Any,
-        tensor: str,
-        arrange: Callable[[Any], Any],
-        into: dict[Hashable, dict[str, NDArray[np.float64]]],
-        growth: int = 1,
-    ) -> None:
+    def _add(self, need: str, key: Hashable, request: Request, captured: CapturedMaps) -> None:
+        """The request, unless there is the same already, and the way of its result."""
         if (key, need) in self._known:
             return
         self._known.add((key, need))
-        statistic = statistics.get(need)()
-        self.made.append(Request(f"{need} {key!r}", tensor, arrange, statistic, growth))
+        statistic = request.statistic
+        into = captured.columns if statistics.get(need).columns else captured.maps
+        # A class of a user's own need not say that its batches may be joined.
+        joins = request.joins and getattr(statistic, "additive", False)
+        self.made.append(replace(request, name=f"{need} {key!r}", joins=joins))
         self.finish.append(lambda: into.setdefault(key, {}).update(statistic.result()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,9 @@ from onnxprune.statistics import NotFinite, Statistic
 Told = Callable[[float], None]
 # Bytes of inner tensors that one call may hand out.
 MEMORY = 512 << 20
+# Bytes of inner tensors, and calls, that are gathered before statistics take them in: small calls cost more than theirs.
+_GATHERED = 8 << 20
+_CALLS = 32
 # Bytes of windows to lay out at a time.
 _ARRANGED = 32 << 20
 # Seconds between two checkpoints.
@@ -46,6 +50,7 @@ class Request:
     """One statistic of one tensor. ``arrange`` turns the tensor's value into what ``statistic.update`` takes.
 
     ``growth``: how many times larger that is (windows overlap); it is then done for a few samples at a time.
+    ``joins``: values of several calls may be joined along their first axis, the statistic stays the same.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Request:
     arrange: Callable[[Array], Array]
     statistic: Statistic
     growth: int = 1
+    joins: bool = False
 
 
 def capture(
@@ -148,20 +154,75 @@ def _one_pass(
     skip, samples = checkpoint.load(states) if checkpoint is not None else (0, 0)
     saved = time.monotonic()
     with cores() as pool:
-        number = -1
+        number, gathered = -1, _Gathered(requests, pool)
         for number, feed in enumerate(source.batches(batch_size)):
             if number < skip:
                 continue
-            values = run(session, feed)
-            list(pool.map(_update, requests, (values[r.tensor] for r in requests)))
+            full = gathered.add(run(session, feed), at_once=number == 0)
             samples += count(feed)
             share(samples, source.samples)
-            if checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY:
+            if full and checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY:
+                gathered.finish()
                 checkpoint.save(states, number + 1, samples)
                 saved = time.monotonic()
+        gathered.finish()
     if checkpoint is not None and number >= skip:
         checkpoint.save(states, number + 1, samples)
     return samples
+
+
+class _Gathered:
+    """Values of a few calls, handed to the statistics together, while the model already runs on what comes next.
+
+    When they are handed over depends on nothing but the data, so that a run that was resumed adds in the same order.
+    """
+
+    def __init__(self, requests: Sequence[Request], pool: ThreadPoolExecutor) -> None:
+        self._requests, self._pool = requests, pool
+        self._calls: list[Feed] = []
+        self._bytes = 0
+        self._busy: list[Future[None]] = []
+
+    def add(self, values: Feed, *, at_once: bool) -> bool:
+        """Take in one call's values. Returns whether none are waiting to be handed over now.
+
+        ``at_once``: hand them over and wait, so that what is wrong shows in the first call already.
+        """
+        self._calls.append(values)
+        self._bytes += sum(value.nbytes for value in values.values())
+        if at_once:
+            self.finish()
+        elif self._bytes >= _GATHERED or len(self._calls) >= _CALLS:
+            self._hand_over()
+        return not self._calls
+
+    def finish(self) -> None:
+        """Hand over the rest, and wait until the statistics have taken in everything.
+
+        Raises:
+            ModelError: a tensor holds NaN or infinity.
+        """
+        self._hand_over()
+        self._wait()
+
+    def _hand_over(self) -> None:
+        self._wait()
+        calls, self._calls, self._bytes = self._calls, [], 0
+        if calls:
+            self._busy = [self._pool.submit(_take_in, r, [c[r.tensor] for c in calls]) for r in self._requests]
+
+    def _wait(self) -> None:
+        busy, self._busy = self._busy, []
+        for future in busy:
+            future.result()
+
+
+def _take_in(request: Request, values: Sequence[Array]) -> None:
+    """Update one statistic with the values of some calls."""
+    if request.joins and len(values) > 1 and len({(v.shape[1:], v.dtype) for v in values if v.ndim}) == 1:
+        values = [np.concatenate(values)]
+    for value in values:
+        _update(request, value)
 
 
 def _update(request: Request, value: Array) -> None:

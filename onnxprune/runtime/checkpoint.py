@@ -12,12 +12,16 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from onnxprune import __version__
 from onnxprune.errors import UsageError
 from onnxprune.statistics import Statistic
 
+FORMAT = 2
+"""Raised whenever statistics are measured in another way, so that what an older package left is not gone on from."""
+
 
 class Checkpoint:
-    """One file per set of statistics, named by a hash of the model, the data and what is asked of them.
+    """One file per set of statistics, named by a hash of the model, the data, what is asked of them, and the package.
 
     Args:
         folder: made where it does not exist. key: everything that the result depends on.
@@ -40,7 +44,7 @@ class Checkpoint:
         return Checkpoint(self._folder, f"{self._key}:{batch_size}")
 
     def _path(self, statistics: Mapping[str, Statistic]) -> Path:
-        text = "\n".join([self._key, *sorted(statistics)])
+        text = "\n".join([f"{__version__}:{FORMAT}", self._key, *sorted(statistics)])
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
     def load(self, statistics: Mapping[str, Statistic]) -> tuple[int, int]:

@@ -13,15 +13,30 @@ from onnxprune.statistics.registry import register
 ROWS = 1024
 """Rows multiplied in float32 at a time; longer sums would cost digits, shorter ones time."""
 
+PIECE = 1 << 20
+"""Elements of which products are made at a time, where every sample has its own."""
+
 
 @register("similarity")
 class Similarity(Means):
     """``similarity`` [channels, channels]: E[x_i x_j] over samples and positions."""
 
+    additive = True
+    tells = True
+
     def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
         """Products summed over all positions of all samples; weighs as many."""
-        flat = np.moveaxis(maps, 1, 0).reshape(maps.shape[1], -1)
-        return flat.shape[1], {"similarity": products(flat.T)}
+        samples, channels = maps.shape[:2]
+        flat = maps.reshape(samples, channels, -1)
+        positions = flat.shape[2]
+        if channels <= positions <= ROWS:
+            # One product per sample needs no copy; its result is no larger than the sample.
+            total = np.zeros((channels, channels))
+            step = max(1, PIECE // flat[0].size)
+            for start in range(0, samples, step):
+                total += products(flat[start : start + step].swapaxes(1, 2)).sum(axis=0)
+            return samples * positions, {"similarity": total}
+        return samples * positions, {"similarity": products(np.moveaxis(flat, 1, 0).reshape(channels, -1).T)}
 
 
 @register("gram", columns=True)
@@ -30,6 +45,9 @@ class Gram(Means):
 
     ``update`` takes the contraction's input as columns [parts, rows, n]: gram = X^T X / rows.
     """
+
+    additive = True
+    tells = True
 
     def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
         """Products and columns summed over rows; weighs the rows."""
@@ -54,9 +72,9 @@ def products(matrices: NDArray[Any]) -> NDArray[np.float64]:
             some = some.astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             product = some.swapaxes(-1, -2) @ some
-        # No product of two columns is larger than those of each with itself.
-        if not np.isfinite(np.einsum("...ii->...i", product)).all():
-            some = some.astype(np.float64)
-            product = some.swapaxes(-1, -2) @ some
-        total += product
+            # No product of two columns is larger than those of each with itself.
+            if not np.isfinite(np.einsum("...ii->...i", product)).all():
+                some = some.astype(np.float64)
+                product = some.swapaxes(-1, -2) @ some
+            total += product
     return total

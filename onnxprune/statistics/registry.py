@@ -17,12 +17,15 @@ class Statistic(Protocol):
     Attributes:
         name: what criteria ask for, set by :func:`register`.
         columns: whether ``update`` gets the columns of the contraction's input instead of its channels' maps.
+        additive: batches may be joined before ``update`` gets them, the result stays the same; False where a class does
+            not say so, and ``update`` then gets every call's batch as it is.
         state: everything accumulated so far, plain arrays; assigning a saved one goes on from there, to the bit. What
             was read from it stays as it is: ``update`` makes new arrays.
     """
 
     name: ClassVar[str] = ""
     columns: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
     state: dict[str, NDArray[Any]]
 
     def update(self, maps: NDArray[Any]) -> None:

@@ -46,6 +46,8 @@ class Rank(Means):
     float32 left does not count. Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020.
     """
 
+    additive = True
+
     def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
         """Ranks summed over samples; weighs the samples."""
         samples, channels, *space = maps.shape

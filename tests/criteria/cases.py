@@ -35,13 +35,14 @@ class Case:
         return split.transpose(1, 0, 3, 2).reshape(self.parts, samples * height * width, -1)
 
     def statistics(self, without: str = "") -> Maps:
-        arrays = {}
+        """Everything that can be measured, but for what the statistic ``without`` gives."""
+        found = {}
         for name in statistics.names():
-            if name != without:
-                statistic = statistics.get(name)()
-                statistic.update(self.columns if statistic.columns else self.maps)
-                arrays.update(statistic.result())
-        return Maps(len(self.maps), arrays)
+            statistic = statistics.get(name)()
+            statistic.update(self.columns if statistic.columns else self.maps)
+            found[name] = statistic.result()
+        missing = found.get(without, {})
+        return Maps(len(self.maps), {k: v for part in found.values() for k, v in part.items() if k not in missing})
 
     def slot(self) -> Slot:
         channels, taps, outputs = self.weights.shape

@@ -31,7 +31,7 @@ def test_every_need_of_a_built_in_criterion_is_a_statistic() -> None:
     for name in criteria.names():
         assert set(needs_of(criteria.get(name))) <= set(statistics.names())
     assert needs_of(criteria.get("l2")) == ()
-    assert needs_of(criteria.get("obs")) == ("gram", "moments")
+    assert needs_of(criteria.get("obs")) == ("gram", "square")
 
 
 def test_a_plain_function_needs_what_its_arguments_say() -> None:

@@ -49,17 +49,6 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "ROWS", 5)
 
 
-def test_moments_are_means_over_samples_and_positions() -> None:
-    maps = maps_of(0) - np.float32(0.1) * (maps_of(1) > 1)
-    found = result_of("moments", maps)
-    for channel in range(maps.shape[1]):
-        values = maps[:, channel].astype(np.float64).ravel()
-        assert found["mean"][channel] == pytest.approx(values.mean(), rel=1e-12)
-        assert found["square"][channel] == pytest.approx((values**2).mean(), rel=1e-12)
-        assert found["magnitude"][channel] == pytest.approx(abs(values).mean(), rel=1e-12)
-        assert found["active"][channel] == (values != 0).mean()
-
-
 def test_similarity_is_the_mean_product_of_two_channels() -> None:
     maps = maps_of(0)
     found = result_of("similarity", maps)["similarity"]

@@ -13,7 +13,7 @@ import pytest
 from build import Net
 from numpy.typing import NDArray
 
-from onnxprune import UsageError, statistics
+from onnxprune import ModelError, UsageError, statistics
 from onnxprune.graph.binding import InputSpec
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.passes.state import State
@@ -119,6 +119,48 @@ def test_windows_are_laid_out_piece_by_piece(monkeypatch: pytest.MonkeyPatch) ->
     assert same(whole, taken(Stream(9)), exact=False)
 
 
+def test_small_calls_are_joined_where_that_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A nuclear norm is one of a batch, so that statistic, and any that does not say otherwise, gets each call's own."""
+    seen: dict[str, list[int]] = {}
+    update = module._update
+
+    def spy(request: Request, value: Array) -> None:
+        seen.setdefault(request.name.split()[0], []).append(len(value))
+        update(request, value)
+
+    monkeypatch.setattr(module, "_update", spy)
+    needs = ("moments", "gram", "similarity", "nuclear")
+    joined = taken(Stream(20), needs=needs, batch_size=2)
+    assert set(seen["moments"]) == set(seen["gram"]) == set(seen["similarity"]) == {2, 18}
+    assert set(seen["nuclear"]) == {2}
+    monkeypatch.setattr(module, "_CALLS", 1)
+    assert same(joined, taken(Stream(20), needs=needs, batch_size=2), exact=False)
+
+
+def test_calls_of_several_shapes_are_taken_one_by_one() -> None:
+    """Sequences of different lengths cannot be joined."""
+    net = Net(17)
+    y = net.op("Relu", net.conv(net.input("x", ["N", 3, "H", 6]), 3, 8))
+    model = net.model(net.conv(y, 8, 4))
+    draw = np.random.default_rng(0)
+    calls = [{"x": draw.standard_normal((2, 3, h, 6), np.float32)} for h in (6, 6, 9, 5)]
+    found = taken(calls, model, ("moments", "gram"))
+    assert found.samples == 8
+    statistic = statistics.get("moments")()
+    session = module.open_session(module.with_outputs(model, [found.sites[0].tensor]).SerializeToString())
+    for call in calls:
+        statistic.update(module.run(session, call)[found.sites[0].tensor])
+    for name, value in statistic.result().items():
+        assert np.allclose(found.maps[found.sites[0].maps_key][name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_wrong_shows_in_the_first_call(calls: list[int]) -> None:
+    data = {"x": np.full((40, 3, 6, 6), np.nan, np.float32)}
+    with pytest.raises(ModelError, match=r"Feature map '.*' holds NaN or infinity"):
+        taken(data, batch_size=2)
+    assert calls == [2]
+
+
 def test_progress_rises_to_one_over_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxprune.passes.calibrate.MEMORY", 4 * 8 * 36)
     told: list[float] = []
@@ -172,9 +214,12 @@ def test_channels_along_any_axes(axes: tuple[int, ...], shape: tuple[int, ...], 
 # -- runs that are interrupted -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("gathered", "saved"), [(1, 6), (2, 5), (4, 5), (32, 1)])
 def test_an_interrupted_run_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int]
+    gathered: int, saved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
+    """Statistics take in the first call at once, then as many together as are gathered."""
+    monkeypatch.setattr(module, "_CALLS", gathered)
     whole = taken(Stream(40), batch_size=4)
     assert calls == [4] * 10
     monkeypatch.setattr(module, "_SAVE_EVERY", -1.0)
@@ -186,7 +231,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert calls == [4] * 6
     calls.clear()
     resumed = taken(Stream(40), batch_size=4, cache=tmp_path)
-    assert calls == [4] * 4, "six batches were done already"
+    assert calls == [4] * (10 - saved)
     assert same(whole, resumed)
     calls.clear()
     assert same(whole, taken(Stream(40), batch_size=4, cache=tmp_path)) and not calls
@@ -197,6 +242,7 @@ def test_what_several_passes_have_is_kept_for_each(
 ) -> None:
     monkeypatch.setattr("onnxprune.passes.calibrate.MEMORY", 4 * 8 * 36)
     monkeypatch.setattr(module, "_SAVE_EVERY", -1.0)
+    monkeypatch.setattr(module, "_CALLS", 1)
     whole = taken(Stream(6))
     calls.clear()
     broken = Stream(6)
@@ -218,7 +264,9 @@ def test_a_run_that_breaks_off_between_two_saves_loses_what_came_after(tmp_path:
     assert len(calls) == 10
 
 
-@pytest.mark.parametrize("change", ["model", "values", "samples", "batch", "needs", "size of calls"])
+@pytest.mark.parametrize(
+    "change", ["model", "values", "samples", "batch", "needs", "size of calls", "package", "way of measuring"]
+)
 def test_a_cache_of_something_else_is_not_used(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
@@ -235,6 +283,10 @@ def test_a_cache_of_something_else_is_not_used(
         batch = 3
     elif change == "needs":
         needs = ("moments",)
+    elif change == "package":
+        monkeypatch.setattr("onnxprune.runtime.checkpoint.__version__", "0.0.0")
+    elif change == "way of measuring":
+        monkeypatch.setattr("onnxprune.runtime.checkpoint.FORMAT", 0)
     else:
         monkeypatch.setattr("onnxprune.passes.calibrate.MEMORY", 4 * 8 * 36 * 4)
     found = taken(stream, model, needs, cache=tmp_path, batch_size=batch)
@@ -300,6 +352,7 @@ def test_a_checkpoint_leaves_no_temporary_files(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_number_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Feature maps are let go of batch by batch; on one core, as the peak of several depends on how they meet."""
     monkeypatch.setattr("onnxprune.runtime.parallel.os.cpu_count", lambda: 1)
+    monkeypatch.setattr(module, "_CALLS", 2)
     model = network(32)
 
     def peak(samples: int) -> int:

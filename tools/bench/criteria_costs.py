@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,22 @@ from bench.labelled import limit
 
 WIDE = 2048
 SAMPLES, BATCH = 512, 16
-REPEATS = 3
+REPEATS = 5
 
 
-def capture_overhead(path: Path, data: Path, samples: int) -> dict[str, float]:
-    """Capture with ``moments`` and plain passes over the same batches, in turn: processor and wall seconds, medians."""
+class Seconds(NamedTuple):
+    """Processor and wall seconds."""
+
+    cpu: float
+    wall: float
+
+
+def capture_overhead(path: Path, data: Path, samples: int, needs: Sequence[str]) -> dict[str, Seconds]:
+    """Seconds of capture with every statistic, and of ``plain`` passes over the same batches: medians, measured in turn.
+
+    Both open the model, read the data and run it on every batch; capture then has the statistics of all tensors in
+    front of contractions besides.
+    """
     from onnxprune.model.save import save
     from onnxprune.passes import State
     from onnxprune.passes.calibrate import captured_maps
@@ -31,9 +42,6 @@ def capture_overhead(path: Path, data: Path, samples: int) -> dict[str, float]:
     groups = [g for g in analysis.units.groups if g.prunable]
     source = Calls(state, analysis)
 
-    def capture() -> None:
-        captured_maps(state, analysis, groups, ("moments",))
-
     def plain() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             target = Path(folder) / "plain.onnx"
@@ -42,21 +50,24 @@ def capture_overhead(path: Path, data: Path, samples: int) -> dict[str, float]:
             for feed in source.batches(source.fixed or source.most):
                 run(session, feed)
 
+    def capture(need: str) -> Callable[[], Any]:
+        return lambda: captured_maps(state, analysis, groups, (need,))
+
     plain()  # caches of files and of the processor
-    times = [(timed(plain), timed(capture)) for _ in range(REPEATS)]
-    names = ("plain_cpu", "plain_wall"), ("capture_cpu", "capture_wall")
-    return {n: median(t[i][j] for t in times) for i, pair in enumerate(names) for j, n in enumerate(pair)}
+    work = {"plain": plain} | {need: capture(need) for need in needs}
+    times = [{name: timed(call) for name, call in work.items()} for _ in range(REPEATS)]
+    return {n: Seconds(median(t[n].cpu for t in times), median(t[n].wall for t in times)) for n in work}
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """(processor seconds, wall seconds) of one call."""
+def timed(work: Callable[[], Any]) -> Seconds:
+    """Seconds of one call."""
     cpu, wall = time.process_time(), time.perf_counter()
     work()
-    return time.process_time() - cpu, time.perf_counter() - wall
+    return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
 
 
-def wide_layer() -> dict[str, tuple[float, float]]:
-    """Seconds of ``gm`` and ``nuclear`` on a layer of 2048 channels: processor, wall."""
+def wide_layer() -> dict[str, Seconds]:
+    """Seconds of ``gm`` and ``nuclear`` on a layer of 2048 channels."""
     from onnxprune import criteria, statistics
 
     draw = np.random.default_rng(0)
