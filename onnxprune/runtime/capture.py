@@ -25,7 +25,7 @@ from onnxprune.statistics import NotFinite, Statistic
 Told = Callable[[float], None]
 # Bytes of inner tensors that one call may hand out.
 MEMORY = 512 << 20
-# Bytes of inner tensors, and calls, that are gathered before statistics take them in: small calls cost more than theirs.
+# Bytes of inner tensors, and calls, that are gathered before statistics take them in: many small updates cost time.
 _GATHERED = 8 << 20
 _CALLS = 32
 # Bytes of windows to lay out at a time.

@@ -120,7 +120,7 @@ def test_windows_are_laid_out_piece_by_piece(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_small_calls_are_joined_where_that_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A nuclear norm is one of a batch, so that statistic, and any that does not say otherwise, gets each call's own."""
+    """A nuclear norm is one of a batch: that statistic, and any that does not say otherwise, gets each call's own."""
     seen: dict[str, list[int]] = {}
     update = module._update
 

@@ -26,7 +26,7 @@ class Seconds(NamedTuple):
 
 
 def capture_overhead(path: Path, data: Path, samples: int, needs: Sequence[str]) -> dict[str, Seconds]:
-    """Seconds of capture with every statistic, and of ``plain`` passes over the same batches: medians, measured in turn.
+    """Seconds of capture with every statistic, and of ``plain`` passes over the same batches: medians, taken in turn.
 
     Both open the model, read the data and run it on every batch; capture then has the statistics of all tensors in
     front of contractions besides.
