@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,8 +56,9 @@ class Means(Statistic):
         weight, sums = self.measure(maps)
         if not weight:
             return
-        if self.tells and not all(np.isfinite(value).all() for value in sums.values()):
-            # Sums may also overflow over finite values.
+        with np.errstate(over="ignore", invalid="ignore"):
+            whole = all(math.isfinite(value.sum()) for value in sums.values())
+        if self.tells and not whole:  # sums may also overflow over finite values
             check_finite(maps)
         # Into the new arrays, never into the old ones, so that a state that someone holds does not change.
         for name, value in sums.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -43,11 +44,13 @@ class Moments(Means):
     def measure(self, maps: Array) -> tuple[int, dict[str, Real]]:
         """Sums over all positions of all samples; weighs as many."""
         channels = maps.shape[1]
-        sums = {part: np.zeros(channels) for part in self.parts}
-        for values, some in _laid_out(maps):
-            for part, found in _sums(values, self.parts).items():
-                sums[part][some] += found if values.ndim == 3 else found.reshape(sums[part][some].size, -1).sum(axis=1)
-        return maps.size // channels, sums
+        sums = np.zeros((len(self.parts), channels))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for values, some in _laid_out(maps):
+                found = _sums(values, self.parts)
+                for row, part in zip(sums[:, some], self.parts, strict=True):
+                    row += found[part].reshape(row.size, -1).sum(axis=1)
+        return maps.size // channels, dict(zip(self.parts, sums, strict=True))
 
 
 @register("mean")
@@ -116,29 +119,35 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
 def _sums(values: Array, parts: Sequence[str]) -> dict[str, Real]:
     """What is asked for, summed over samples and positions [s, channels, p], or over rows [rows, columns]."""
     found: dict[str, Real] = {}
-    with np.errstate(over="ignore", invalid="ignore"):
-        if "active" in parts:
-            found["active"] = _count(values != 0)
-        if "mean" in parts:
-            found["mean"] = _total(values)
-        if "magnitude" in parts:
-            # Behind a ReLU values are their own magnitudes.
-            plain = "mean" in found and values.min() >= 0
-            found["magnitude"] = found["mean"] if plain else _total(np.abs(values))
-        if "square" in parts:
-            found["square"] = _squares(values)
+    if "active" in parts:
+        found["active"] = _count(values != 0)
+    if "mean" in parts:
+        found["mean"] = _total(values)
+    if "magnitude" in parts:
+        # Behind a ReLU values are their own magnitudes.
+        plain = "mean" in found and values.min() >= 0
+        found["magnitude"] = found["mean"] if plain else _total(np.abs(values))
+    if "square" in parts:
+        found["square"] = _squares(values)
+    if values.dtype != np.float64 and not _kept(found, values):
+        return _sums(values.astype(np.float64), parts)
     return found
+
+
+def _kept(found: dict[str, Real], values: Array) -> bool:
+    """Whether sums in float32 kept their digits: those of finite values may leave its range, squares at either end."""
+    if not all(math.isfinite(sums.sum()) for sums in found.values()):
+        return False
+    low = found["square"] <= _TINY if "square" in found else np.zeros(0, bool)
+    # A channel that is 0 throughout is none of them.
+    return not low.any() or not values[:, low].any()
 
 
 def _total(values: Array) -> Real:
     """Sums of values; a product with ones takes half the time of a sum."""
     if values.ndim == 2:
-        runs = [np.ones(r.shape[1], r.dtype) @ r for r in _runs(values, 0)]
-    else:
-        runs = [_dots(r) for r in _runs(values, 2)]
-    total = _added(runs, values.ndim)
-    # A sum of finite values may leave float32.
-    return total if values.dtype == np.float64 or np.isfinite(total).all() else _total(values.astype(np.float64))
+        return _added([np.ones(r.shape[1], r.dtype) @ r for r in _runs(values, 0)], 2)
+    return _added([_dots(r) for r in _runs(values, 2)], 3)
 
 
 def _dots(runs: Array) -> Array:
@@ -152,24 +161,8 @@ def _dots(runs: Array) -> Array:
 
 def _squares(values: Array) -> Real:
     if values.ndim == 2:
-        runs = [np.einsum("krc,krc->kc", r, r) for r in _runs(values, 0)]
-    else:
-        runs = [np.einsum("ncrp,ncrp->ncr", r, r) for r in _runs(values, 2)]
-    total = _added(runs, values.ndim)
-    # Squares may leave float32 at either end of its range; a channel that is 0 throughout does not.
-    if values.dtype == np.float64 or (np.isfinite(total).all() and ((total > _TINY) | ~_any(values, total)).all()):
-        return total
-    return _squares(values.astype(np.float64))
-
-
-def _any(values: Array, total: Real) -> NDArray[np.bool_]:
-    """Which channels are not 0 throughout, looked up only where ``total`` leaves it open."""
-    open_ = total <= _TINY
-    found = np.zeros(total.shape, bool)
-    if open_.any():
-        chosen = values[:, open_]
-        found[open_] = chosen.any(axis=0 if chosen.ndim == 2 else (0, 2))
-    return found
+        return _added([np.einsum("krc,krc->kc", r, r) for r in _runs(values, 0)], 2)
+    return _added([np.einsum("ncrp,ncrp->ncr", r, r) for r in _runs(values, 2)], 3)
 
 
 def _count(busy: NDArray[np.bool_]) -> Real:
@@ -213,5 +206,7 @@ def _runs(values: Array, axis: int) -> list[Array]:
 
 def _added(runs: Sequence[Array], rank: int) -> Real:
     """Sums of runs, [runs, columns] or [s, channels, runs], as those of [columns] or [channels]."""
-    axes = 0 if rank == 2 else (0, 2)
-    return np.asarray(sum(run.sum(axis=axes, dtype=np.float64) for run in runs))
+    total: Real = runs[0].sum(axis=0 if rank == 2 else (0, 2), dtype=np.float64)
+    for run in runs[1:]:
+        total += run.sum(axis=0 if rank == 2 else (0, 2), dtype=np.float64)
+    return total
