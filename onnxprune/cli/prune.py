@@ -44,7 +44,7 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     metavar="NAME",
     help="What matters least, by weights: l1, l2, gm, lamp, bn, random; by feature maps of --data: wanda, obs, "
-    "variance, activation, apoz, nuclear, hrank, cosine, snp; or a registered name.",
+    "variance, activation, apoz, nuclear, hrank, cosine, snp, ziplm; or a registered name.",
 )
 @option(
     "--layer",

@@ -178,7 +178,10 @@ def _steps(part: Part, specs: Sequence[InputSpec], batch_size: int) -> tuple[dic
 
 def too_few(place: str, rows: int, name: str, size: int) -> UsageError:
     """The error for data that does not fill one batch."""
-    return UsageError(f"{place} has {rows} samples; input {name!r} takes {size} at a time")
+    return UsageError(
+        f"{place} has {rows} samples; input {name!r} takes {size} at a time",
+        hint=f"Give at least {size} samples; the model's own leading size is fixed.",
+    )
 
 
 def _step_beside(name: str, samples: Mapping[str, int], fixed: Mapping[str, int], count: int) -> int:
