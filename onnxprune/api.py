@@ -12,7 +12,8 @@ from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion
 from onnxprune.factors.request import Options as FactorOptions
 from onnxprune.passes import Adopt, Exact, Factorize, Pipeline, Prune, Recover, Result, Validate
-from onnxprune.passes.recover import check_mode, no_data
+from onnxprune.passes.material import no_data
+from onnxprune.passes.recover import check_mode
 from onnxprune.passes.state import Progress
 from onnxprune.plan import Plan
 from onnxprune.runtime.images import ImageOptions
@@ -55,8 +56,9 @@ def prune(
         samples: use this many of them; else validation takes up to 256, repair and criteria all.
         batch_size: samples per call where the model leaves that open (16). images: how images become arrays.
         recover: how to repair the cut from ``data``, in closed form: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``,
-            see :class:`onnxprune.passes.Recover`. None: ``full`` where there is data and ``validate``, else ``none``.
-            Every eighth batch is not repaired from: the report's fidelity is measured on these.
+            see :class:`onnxprune.passes.Recover`; or ``datafree``, from inputs that are made up: weaker, and data only
+            serve to compare on. None: ``full`` where there is data and ``validate``, else ``none``. Every eighth batch
+            is not repaired from: the report's fidelity is measured on these.
         memory_limit: bytes of activations to hold in memory at a time. cache: folder that keeps captured statistics, so
             that an interrupted or repeated run need not start anew.
         seed: of everything random. approximate: also cut through normalisations, which is not exact.
@@ -83,7 +85,7 @@ def prune(
 def _way(recover: str | None, data: bool, validate: bool) -> tuple[str, str]:
     """How to repair, and who says so."""
     if recover is not None:
-        if check_mode(recover) != "none" and not data:
+        if check_mode(recover) not in ("none", "datafree") and not data:
             raise no_data(recover)
         return recover, "asked for"
     if not data:
@@ -96,7 +98,7 @@ def repair(
     cut: str | Path | bytes | onnx.ModelProto,
     *,
     plan: Plan | str | Path,
-    data: Any,
+    data: Any = None,
     recover: str = "full",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     samples: int | None = None,
@@ -112,14 +114,14 @@ def repair(
     Args:
         original: the model before the cut. cut: the model to repair, as it was cut or trained further; neither is
             changed. plan: what was removed from where, as it was saved with the cut.
-        data: inputs without labels, see :func:`prune`, as are the other arguments.
-        recover: ``full``, ``lstsq``, ``bn`` or ``bias``. approximate: the cut was made with it.
+        data: inputs without labels, see :func:`prune`, as are the other arguments; ``datafree`` needs none.
+        recover: ``full``, ``lstsq``, ``bn``, ``bias`` or ``datafree``. approximate: the cut was made with it.
 
     Raises:
         OnnxpruneError: with an ``exit_code``: 2 bad input or a plan that does not lead from one model to the other,
             3 model not processable, 4 the result is not a valid model.
     """
-    if data is None:
+    if data is None and check_mode(recover) != "datafree":
         raise no_data(recover)
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}

@@ -1,13 +1,17 @@
 """Recovery on trained models: the metric after a cut, repaired in every way, without any training.
 
 python tools/bench_recover.py TRAINED                                     every labelled model at MACs 0.7, 0.5, 0.3
-python tools/bench_recover.py TRAINED --models '*resnet56' --modes none,bias,bn,lstsq,full    the ablation
-python tools/bench_recover.py TRAINED --models '*resnet56' --macs 0.5 --samples 64,128,256,512      more data
+python tools/bench_recover.py TRAINED --models '*resnet56' --modes none,bias,bn,symmetric,lstsq,full    the ablation;
+    symmetric is lstsq from the original's inputs of a layer in place of the cut model's
+python tools/bench_recover.py TRAINED --models cifar10 --macs 0.5 --samples 64,128,256,512,1024    more data, and a plot
+python tools/bench_recover.py TRAINED --macs 0.7 --plain          against the best plain criterion that is not repaired
+python tools/bench_recover.py TRAINED --macs 0.7 --unlabelled     models without labels too: cosine to the original
+python tools/bench_recover.py TRAINED --combine l2,global,default,macs --modes none,datafree,full    without data
 
 TRAINED holds models/*.onnx and evaluate.py, see tools/bench/labelled.py; inputs to repair from are those that
 ``evaluate.py --record`` gives, never the ones measured on. Channels are chosen by --combine. Everything goes into
 --out: points.jsonl (points that are there are not measured again: delete it after a change of the package),
-calibration data and captured statistics.
+samples.svg, calibration data and captured statistics.
 """
 
 from __future__ import annotations
@@ -21,14 +25,20 @@ from pathlib import Path
 from typing import Any
 
 from bench import files
-from bench.criteria_points import Combination
+from bench.criteria_points import Combination, Task, run_task
 from bench.labelled import UNLABELLED, evaluate, recorded
 from bench.recover_points import Job, run_job
+from bench.recover_tables import figure, losses, plot, ways
 from bench.workers import each
 from rich.console import Console
-from rich.table import Table
 
 Record = dict[str, Any]
+# Cuts that anyone can have elsewhere: by weights and by what Wanda and activations say, layer by layer and globally.
+PLAIN = [
+    Combination(criterion, scope, "default", "none")
+    for criterion in ("l2", "lamp", "activation", "wanda")
+    for scope in ("local", "global")
+]
 _KEY = ("model", "share", "samples", *Combination._fields, "mode")
 
 
@@ -49,7 +59,12 @@ def measure(given: argparse.Namespace, paths: Sequence[Path], points: dict[tuple
             for point in found.get("points") or [{"error": found.get("message"), "model": files.name(job.path)}]:
                 print(json.dumps(point), file=file, flush=True)
                 points[tuple(point.get(k) for k in _KEY)] = point
-                print(point["model"], point.get("share"), point.get("mode"), point.get("error") or value(point))
+                print(
+                    point["model"],
+                    point.get("share"),
+                    point.get("mode"),
+                    point.get("error") or figure(point["metrics"]),
+                )
             sys.stdout.flush()
 
 
@@ -59,25 +74,29 @@ def calibration(given: argparse.Namespace, name: str) -> Path | None:
     return recorded(given.folder, name, folders, max(given.samples))
 
 
-def value(point: Record) -> float:
-    """The first metric."""
-    return round(float(next(iter(point["metrics"].values()))), 4)
+def measure_plain(given: argparse.Namespace, paths: Sequence[Path], points: dict[tuple[Any, ...], Record]) -> None:
+    """Cuts by plain criteria, nothing repaired."""
+    tasks = []
+    for path in paths:
+        data = calibration(given, files.name(path))
+        for combination in PLAIN if data is not None else []:
+            own = (files.name(path), given.samples[0], *combination)
+            missing = tuple(x for x in given.macs if _plain_key(*own, x) not in points)
+            if missing:
+                tasks.append(
+                    Task(given.folder, path, data, given.samples[0], given.out / "cache", combination, missing)
+                )
+    with (given.out / "points.jsonl").open("a") as file:
+        for task, found in each(run_task, tasks, given.jobs, given.timeout):
+            for point in found.get("points") or []:
+                print(json.dumps({**point, "mode": "plain"}), file=file, flush=True)
+                points[tuple({**point, "mode": "plain"}.get(k) for k in _KEY)] = {**point, "mode": "plain"}
+            print(files.name(task.path), task.combination, found.get("message", ""), flush=True)
 
 
-def show(given: argparse.Namespace, points: Sequence[Record], baselines: dict[str, float], console: Console) -> None:
-    """One row per model, share and number of samples; a column per mode."""
-    table = Table(title=f"metric after a cut by {given.combine}, by way of recovery")
-    for name in ("model", "before", "MACs", "samples", *given.modes, "seconds"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    rows: dict[tuple[Any, ...], dict[str, Record]] = {}
-    for point in points:
-        rows.setdefault((point["model"], point["share"], point["samples"]), {})[point["mode"]] = point
-    for (model, share, samples), found in sorted(rows.items(), key=lambda r: (r[0][0], -r[0][1], r[0][2])):
-        cells = [f"{value(p):.4f}" if (p := found.get(m)) and "metrics" in p else "-" for m in given.modes]
-        kept = next((f"{p['macs']:.3f}" for p in found.values() if "macs" in p), f"{share:g} not reached")
-        seconds = next((f"{p['recover_s']:.0f}" for m, p in found.items() if m == "full" and "recover_s" in p), "")
-        table.add_row(model, f"{baselines[model]:.4f}", kept, str(samples), *cells, seconds)
-    console.print(table)
+def _plain_key(model: str, samples: int, *rest: Any) -> tuple[Any, ...]:
+    *combination, share = rest
+    return (model, share, samples, *combination, "plain")
 
 
 def parsed() -> tuple[argparse.Namespace, list[Path]]:
@@ -91,6 +110,8 @@ def parsed() -> tuple[argparse.Namespace, list[Path]]:
     parser.add_argument(
         "--combine", type=words, default=("ziplm", "global", "none", "macs"), metavar="C,SCOPE,NORM,COST"
     )
+    parser.add_argument("--plain", action="store_true", help="also cut by plain criteria, and say what share is lost")
+    parser.add_argument("--unlabelled", action="store_true", help="also models that have no labels")
     parser.add_argument("--calibration", type=Path, help="folder with NAME.npz recorded before")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=3600, help="seconds per job")
@@ -114,14 +135,23 @@ def main() -> int:
     lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
     points = {tuple(p.get(k) for k in _KEY): p for p in lines}
     first = {files.name(p): evaluate(given.folder, files.name(p), None) for p in paths}
-    labelled = [p for p in paths if next(iter(first[files.name(p)])) != UNLABELLED]
-    measure(given, labelled, points)
+    chosen = [p for p in paths if given.unlabelled or next(iter(first[files.name(p)])) != UNLABELLED]
+    measure(given, chosen, points)
+    if given.plain:
+        measure_plain(given, chosen, points)
     console = Console()
     if not console.is_terminal:
-        console.width = 150
-    asked = [p for p in points.values() if p.get("samples") in given.samples and p.get("share") in given.macs]
-    asked = [p for p in asked if p["model"] in first and tuple(p[k] for k in Combination._fields) == given.combine]
-    show(given, asked, {n: float(next(iter(m.values()))) for n, m in first.items()}, console)
+        console.width = 190 if given.plain else 150
+    baselines = {name: figure(metrics) for name, metrics in first.items()}
+    found = [p for p in points.values() if p.get("samples") in given.samples and p.get("share") in given.macs]
+    found = [p for p in found if p["model"] in first]
+    plain = [p for p in found if p["mode"] == "plain"]
+    asked = [p for p in found if tuple(p[k] for k in Combination._fields) == given.combine and p["mode"] in given.modes]
+    console.print(ways(asked, given.modes, baselines, f"metric after a cut by {given.combine}, by way of recovery"))
+    if given.plain:
+        console.print(losses(asked, plain, baselines, given.modes[-1]))
+    if len(given.samples) > 1:
+        plot(asked, given.modes[-1], given.out / "samples.svg")
     return int(not any("metrics" in p for p in asked))
 
 

@@ -63,12 +63,14 @@ class Request:
             )
         options.existing(self.plan, "plan")
         self.data.check()
-        if self.data.data is None:
+        if self.data.data is None and self.mode != "datafree":
             raise UsageError(
                 "a repair needs calibration data, and there is no --data",
-                hint="Give inputs with --data; a few hundred without labels are enough.",
+                hint="Give inputs with --data, a few hundred without labels are enough; or repair without, which is "
+                "weaker, by --recover datafree.",
             )
-        check_output(self.target, self.original, [self.cut, self.plan, self.data.data])
+        read = [self.cut, self.plan, *([self.data.data] if self.data.data is not None else [])]
+        check_output(self.target, self.original, read)
         return self.plan
 
 

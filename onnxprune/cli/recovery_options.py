@@ -70,12 +70,13 @@ class RecoveryOptions:
 
     def check(self, *, data: bool) -> None:
         """Whether what was asked can be done with or without data; raises UsageError."""
-        if data:
+        if data or self.recover == "datafree":
             return
         if self.recover not in (None, "none"):
             raise UsageError(
                 f"--recover {self.recover} needs calibration data, and there is none",
-                hint="Give inputs with --data; a few hundred without labels are enough.",
+                hint="Give inputs with --data, a few hundred without labels are enough; or repair without, which is "
+                "weaker, by --recover datafree.",
             )
         if self.memory_limit is not None:
             raise UsageError(
@@ -100,7 +101,8 @@ def recovery_options(
             type=kind,
             metavar=kind.name,
             help="Repair from --data in closed form: means (bias), scale and shift (bn), weights by least squares "
-            f"(lstsq), or the best of them aimed at sums (full); default {default}.",
+            "(lstsq), or the best of them aimed at sums (full); or without --data from synthetic inputs, which is "
+            f"weaker (datafree); default {default}.",
         ),
         add(
             "--memory-limit",

@@ -104,7 +104,7 @@ def _request(key: tuple[Any, ...], layer: Layer, form: Form, whole: bool, sample
         else shared_columns(form.axes, form.parts)
     )
     statistic = statistics.get("gram")()
-    return Request(f"gram {key!r}", key[0], arrange, statistic, form.taps if whole else 1)
+    return Request(f"gram {key!r}", key[0], arrange, statistic, form.taps if whole else 1, joins=0 not in form.axes)
 
 
 def _seen(layer: Layer, results: Sequence[dict[str, Any]], shared: bool, weights: Mapping[str, Weight]) -> Seen:

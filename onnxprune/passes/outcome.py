@@ -12,12 +12,14 @@ from onnxprune.passes.trial import Trial
 from onnxprune.report.facts import Fidelity, Recovery, Repair
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import fidelity
-from onnxprune.runtime.sessions import Feed
+from onnxprune.runtime.sessions import Feed, open_session, run
 
 # One batch in so many is set aside, up to so many samples.
-_EVERY, _MOST = 8, 256
-# Samples below which a repair is worth a warning.
-_FEW = 64
+_EVERY, MOST = 8, 256
+# Samples below which a repair is worth a warning, and from which on they should be of several classes.
+_FEW, _TELLING = 64, 16
+# Held-out error that is rounding: the cut did not reach the layer.
+_UNTOUCHED = 1e-9
 # A repair that leaves more noise than this share of what there was is undone.
 _WORSE = 1.01
 
@@ -32,7 +34,7 @@ def set_aside(feeds: Sequence[Feed], name: str) -> tuple[list[Feed], tuple[list[
     aside: list[Feed] = []
     samples = 0
     for number, feed in enumerate(feeds):
-        if number % _EVERY == _EVERY - 1 and samples < _MOST:
+        if number % _EVERY == _EVERY - 1 and samples < MOST:
             aside.append(feed)
             samples += count(feed)
         else:
@@ -42,8 +44,8 @@ def set_aside(feeds: Sequence[Feed], name: str) -> tuple[list[Feed], tuple[list[
     return fit, (fit, f"{name}, which the repair was fitted to")
 
 
-def doubts(feeds: Sequence[Feed]) -> list[str]:
-    """What is wrong with data to fit to, as warnings."""
+def doubts(analysis: Analysis, feeds: Sequence[Feed], repairs: Sequence[Repair]) -> list[str]:
+    """What is wrong with data that was fitted to, as warnings: each thing once, with the layer where it is worst."""
     found = []
     samples = sum(map(count, feeds))
     if samples < _FEW:
@@ -51,7 +53,56 @@ def doubts(feeds: Sequence[Feed]) -> list[str]:
         found.append(f"the repair is fitted to {what}: {_FEW} or more are needed to do well, and 256 do better")
     if samples > 1 and _constant(feeds):
         found.append("all calibration samples are the same: a repair can learn next to nothing from them")
+        return found
+    if samples >= _TELLING and (output := _single_class(analysis, feeds)):
+        found.append(
+            f"the original says the same class for all {samples} calibration samples (largest entry of {output!r}): "
+            "the repair sees nothing of the other classes; give samples of all"
+        )
+    return found + _gaps(repairs)
+
+
+def _single_class(analysis: Analysis, feeds: Sequence[Feed]) -> str:
+    """The first output of class scores whose largest entry is the same for all samples; empty where there is none."""
+    first: dict[str, int] = {}
+    varied: set[str] = set()
+    with Trial.of(analysis) as trial:
+        session = open_session(trial.original)
+        for feed in feeds:
+            for name, value in run(session, feed).items():
+                if value.ndim != 2 or value.shape[1] < 2 or not value.size or value.dtype.kind != "f":
+                    continue
+                best = value.argmax(axis=1)
+                if (best != first.setdefault(name, int(best[0]))).any():
+                    varied.add(name)
+            if varied >= first.keys():
+                return ""
+    return next(name for name in first if name not in varied)
+
+
+def _gaps(repairs: Sequence[Repair]) -> list[str]:
+    """Layers that the data say too little of."""
+    found = []
+    reached = [r for r in repairs if r.unknowns and r.before > _UNTOUCHED]
+    short = [r for r in reached if r.rows < r.unknowns]
+    if short:
+        worst = min(short, key=lambda r: r.rows / r.unknowns)
+        found.append(
+            f"{_layers(short)} more unknowns than the data have rows (worst: {worst.layer}, {worst.unknowns} and "
+            f"{worst.rows}): their repair stays close to the weights they have; more samples would help"
+        )
+    flat = [r for r in reached if r not in short and r.directions < r.unknowns / 2]
+    if flat:
+        worst = min(flat, key=lambda r: r.directions / r.unknowns)
+        found.append(
+            f"{_layers(flat)} inputs that vary in less than half of their directions (worst: {worst.layer}, "
+            f"{worst.directions} of {worst.unknowns}): the others are not repaired; give samples that differ more"
+        )
     return found
+
+
+def _layers(which: Sequence[Repair]) -> str:
+    return "1 layer has" if len(which) == 1 else f"{len(which)} layers have"
 
 
 def _constant(feeds: Sequence[Feed]) -> bool:
@@ -86,7 +137,8 @@ def noise(facts: Fidelity) -> float:
 def remarks(facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str]) -> list[str]:
     """What a user should know of a repair that came to little, as warnings."""
     if facts.undone:
-        return ["the repair took the outputs further from the original's and was undone: more samples may help"]
+        help = "inputs of your own (--data)" if facts.inputs else "more samples"
+        return [f"the repair took the outputs further from the original's and was undone: {help} may help"]
     if not any(r.done for r in repairs):
         why = "no layer can be changed" if left and not repairs else "nothing lowered the error on held-out samples"
         return [f"no layer was repaired (--recover {facts.mode}): {why}; --explain says more"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,18 @@ from onnxprune.errors import UsageError, nearest
 from onnxprune.graph.infer import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
-from onnxprune.passes.calls import Calls
-from onnxprune.passes.outcome import doubts, is_worse, judge, remarks, set_aside
-from onnxprune.passes.prepared import Prepared
+from onnxprune.passes.material import Material, gather
+from onnxprune.passes.outcome import doubts, is_worse, judge, noise, remarks
+from onnxprune.passes.prepared import Model, Prepared
+from onnxprune.passes.restate import Restated, normalisations
 from onnxprune.passes.state import State
 from onnxprune.propagate import infer_by_rule
 from onnxprune.recover import MODES
 from onnxprune.recover.aims import Aim, find_aims
 from onnxprune.recover.layers import Layer
-from onnxprune.recover.problem import HELD, Problem
+from onnxprune.recover.problem import Array, Get, Problem
 from onnxprune.recover.repair import repair
-from onnxprune.report.facts import Recovery, Repair
+from onnxprune.report.facts import Fidelity, Recovery, Repair
 from onnxprune.rewrite.after import After
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.parallel import spread
@@ -35,6 +38,20 @@ from onnxprune.runtime.sessions import Feed
 _MEMORY = 2 << 30
 # Unknowns per output from which on products are shared between BLAS threads.
 _WIDE = 1024
+# Share of noise below which nothing is left to repair.
+_EXACT = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What a repair did: its layers, the model (None: as before), and fidelity before and after."""
+
+    repairs: Sequence[Repair] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    model: Model | None = None
+    before: Fidelity | None = None
+    after: Fidelity | None = None
+    worse: bool = False
 
 
 class Recover:
@@ -45,9 +62,16 @@ class Recover:
 
     Args:
         mode: ``none``, ``bias`` (means), ``bn`` (a scale and shift per output), ``lstsq`` (weights, every layer aimed
-            at its own output) or ``full`` (whichever errs least on held-out data, aimed at sums).
+            at its own output), ``full`` (whichever errs least on held-out data, aimed at sums) or ``datafree`` (the
+            same from inputs that are made up, see :func:`onnxprune.passes.datafree.make_up`: much weaker; data are
+            used to compare on, where there are any).
         memory_limit: bytes of activations to hold in memory, else the run's, else 2 GiB; more go to temporary files.
+        symmetric: fit layers from the original's inputs where the cut left them, not from the cut model's, so that no
+            layer makes up for what others lost; worse, and there for comparison.
         why: who chose the mode, for the report.
+
+    Without data BatchNormalizations have, as long as layers are fitted, the statistics of what is made up, see
+    :class:`onnxprune.passes.restate.Restated`.
 
     Every eighth batch of the data is kept from the fit, to compare the result with the original on. A repair that
     takes the outputs further from it there is undone.
@@ -56,57 +80,73 @@ class Recover:
         UsageError: an unknown mode, no data, or data that does not fit.
     """
 
-    def __init__(self, mode: str = "full", *, memory_limit: int | None = None, why: str = "asked for") -> None:
-        self.mode, self.memory_limit, self.why = check_mode(mode), memory_limit, why
+    def __init__(
+        self, mode: str = "full", *, memory_limit: int | None = None, symmetric: bool = False, why: str = "asked for"
+    ) -> None:
+        self.mode, self.memory_limit, self.symmetric, self.why = check_mode(mode), memory_limit, symmetric, why
 
     def __call__(self, state: State) -> None:
         """Replace the cut model's weights."""
         analysis = state.analyzed()
         facts = Recovery(self.mode, self.why)
-        repairs: list[Repair] = []
-        left: Mapping[str, str] = {}
+        found = _Attempt()
         warnings: list[str] = []
         if self.mode != "none" and state.changed:
-            if state.data is None:
-                raise no_data(self.mode)
             assert state.proto is not None
             before = state.proto, state.weights
-            with state.stage("recover"), tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-                feeds, (judges, name) = set_aside(_feeds(state, analysis), state.calibration().name)
-                warnings += doubts(feeds)
-                model = Prepared(*before)
-                repairs, left = self._repair(state, analysis, model.graph, model.weights, feeds, Path(folder))
-                repaired = model.model() if any(r.done for r in repairs) else before
-                facts.before, facts.after = judge(state.original, [before, repaired], judges, name)
-            facts.samples, facts.aside = sum(map(count, feeds)), 0 if judges is feeds else sum(map(count, judges))
-            facts.undone = is_worse(facts.after, facts.before)
-            warnings += remarks(facts, repairs, left)
-            state.judged_on = judges, name
-            if not facts.undone and repaired is not before:
+            given = gather(state, analysis, self.mode)
+            with state.stage("recover"):
+                found = self._best(state, given, before)
+                warnings += doubts(analysis, given.fit, found.repairs) if not given.made_up else []
+            facts.before, facts.after, facts.undone = found.before, found.after, found.worse
+            facts.inputs, facts.samples = given.made_up, sum(map(count, given.fit))
+            facts.aside = 0 if given.judge is given.fit else sum(map(count, given.judge))
+            warnings += remarks(facts, found.repairs, found.left)
+            state.judged_on = given.judge, given.name
+            if not found.worse and found.model is not None:
                 state.unrepaired = state.unrepaired or before
-                state.proto, state.weights = repaired
-        state.later.append(lambda: _report(state, facts, repairs, left, warnings))
+                state.proto, state.weights = found.model
+        state.later.append(lambda: _report(state, facts, found.repairs, found.left, warnings))
+
+    def _best(self, state: State, given: Material, before: Model) -> _Attempt:
+        """The last attempt that makes nothing worse, or the first that is exact."""
+        analysis, best = state.analyzed(), None
+        for restate in _ways(self.mode, analysis):
+            prepared = Prepared(*before)
+            with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+                repairs, left = self._repair(state, prepared, given.fit, Path(folder), restate)
+            model = prepared.model() if any(r.done for r in repairs) else None
+            was, after = judge(state.original, [before, model or before], given.judge, given.name)
+            found = _Attempt(repairs, left, model, was, after, is_worse(after, was))
+            best = found if best is None or best.worse or not found.worse else best
+            if noise(after) < _EXACT:
+                break
+        assert best is not None
+        return best
 
     def _repair(
-        self,
-        state: State,
-        analysis: Analysis,
-        graph: Graph,
-        weights: dict[str, Weight],
-        feeds: Sequence[Feed],
-        folder: Path,
+        self, state: State, model: Prepared, feeds: Sequence[Feed], folder: Path, restate: bool
     ) -> tuple[list[Repair], Mapping[str, str]]:
+        analysis, graph, weights = state.analyzed(), model.graph, model.weights
+        mode = "full" if self.mode == "datafree" else self.mode
         after = After(analysis.table, state.gone)
+        # Both models' activations are held, so that each may have half.
+        memory = (self.memory_limit or state.memory_limit or _MEMORY) // 2
         full = state.original.graph
+        full_weights = full.weights
+        restated = None
+        if restate:
+            restated = Restated(full, after, graph, weights, feeds, Store(memory, folder))
+            full_weights = restated.original
         made = (o for node in full.nodes for o in node.outputs if o in analysis.graph.producer)
         known = [name for name in made if _can_follow(analysis, after, name)]
         shape = _shapes_now(state, graph) if state.factorized else after.shape
-        aims = find_aims(graph, known, shape, joint=self.mode == "full")
-        # Both models' activations are held, so that each may have half.
-        memory = (self.memory_limit or state.memory_limit or _MEMORY) // 2
+        aims = find_aims(graph, known, shape, joint=mode == "full")
         store = Store(memory, folder), Store(memory, folder)
         cut_run = Segments(graph, weights, [[n for a in level for n in a.needs] for level in aims.levels], store[0])
-        full_run = Segments(full, full.weights, [[a.tail.aim for a in level] for level in aims.levels], store[1])
+        wanted = [[n for a in x for n in (a.tail.aim, *((a.data,) if self.symmetric else ()))] for x in aims.levels]
+        full_run = Segments(full, full_weights, wanted, store[1])
+        data = partial(_survivors, store[1].get, after) if self.symmetric else store[0].get
         for run in (cut_run, full_run):
             run.feed(feeds)
         samples = sum(map(count, feeds))
@@ -120,25 +160,42 @@ class Recover:
                 layer = Layer(graph, weights, aim)
                 matrix, bias = layer.read()
                 shape, channels = weights[aim.node.inputs[aim.form.weight]].shape, matrix.shape[0] * matrix.shape[1]
-                steps = after.steps(aim.tail.aim)
-                problem = Problem(
-                    aim, shape, channels // aim.form.taps, store[0].get, store[1].get, steps, cut_run.batches, samples
-                )
-                solution = repair(problem, matrix, bias, mode=self.mode, fixed_bias=layer.fixed_bias)
+                steps, taps = after.steps(aim.tail.aim), aim.form.taps
+                problem = Problem(aim, shape, channels // taps, data, store[1].get, steps, cut_run.batches, samples)
+                solution = repair(problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias)
                 if solution.how != "kept":
                     layer.write(solution.matrix, solution.bias)
-                return Repair(aim.node.label, solution.how, solution.before, solution.after)
+                return Repair(aim.node.label, solution.how, solution.before, solution.after, *problem.extent)
 
             repairs += spread(one, level, heavy=any(_columns(weights, aim) >= _WIDE for aim in level))
             for run in (cut_run, full_run):
                 run.done(number)
             state.tell("recover", (number + 1) / len(aims.levels))
+        if restated is not None:
+            restated.undo()
         return repairs, aims.left
 
 
 def _shapes_now(state: State, graph: Graph) -> Callable[[str], Any]:
     """Shapes in the model as it is: layers that were taken apart have tensors that the original never had."""
     return probe_at(graph, state.analyzed().facts.probes[0].inputs, infer_by_rule).shapes.get
+
+
+def _survivors(full: Get, after: After, name: str, batch: int) -> Array:
+    """A value of the original without what the cut removed."""
+    value = full(name, batch)
+    for axis, index in after.steps(name):
+        value = value.take(index, axis=axis) if index.ndim == 1 else np.take_along_axis(value, index, axis=axis)
+    return value
+
+
+def _ways(mode: str, analysis: Analysis) -> list[bool]:
+    """Whether to restate normalisations, one attempt after the other until one is exact.
+
+    A channel that others say exactly is found under the statistics that were trained, which it belongs to. What is
+    only alike is weighed better under those of the inputs, where there are normalisations.
+    """
+    return [False, True] if mode == "datafree" and normalisations(analysis.graph) else [False]
 
 
 def _columns(weights: Mapping[str, Weight], aim: Aim) -> int:
@@ -154,14 +211,6 @@ def check_mode(mode: str) -> str:
     return mode
 
 
-def no_data(mode: str) -> UsageError:
-    """What is said where there is nothing to repair from."""
-    return UsageError(
-        f"recover {mode!r} needs calibration data, and there is none",
-        hint="Give inputs with --data (Python: data=...); a few hundred without labels are enough.",
-    )
-
-
 def _can_follow(analysis: Analysis, after: After, name: str) -> bool:
     """Whether survivors stand at the same positions at any batch size: not where heads and samples share an axis."""
     for axis, index in after.steps(name):
@@ -169,18 +218,6 @@ def _can_follow(analysis: Analysis, after: After, name: str) -> bool:
         if any(analysis.facts.varies(name, a) for a in axes):
             return False
     return True
-
-
-def _feeds(state: State, analysis: Analysis) -> list[Feed]:
-    """The data in batches that leave enough of them to hold some out."""
-    source = Calls(state, analysis)
-    many = min(32, state.batch_size or 32)
-    if source.samples is not None:
-        many = max(1, min(many, source.samples // (2 * HELD)))
-    feeds = list(source.batches(many))
-    if not feeds:
-        raise UsageError("The data fill no call of the model.", hint=f"It takes {source.fixed or 1} samples at a time.")
-    return feeds
 
 
 def _report(

@@ -109,6 +109,8 @@ class Problem:
     steps: Sequence[tuple[int, NDArray[np.int64]]]
     batches: int
     samples: int
+    extent: tuple[int, int, int] = (0, 0, 0)
+    """Rows that are not held out, unknowns per output and directions in which the rows vary; known after ``sums``."""
     _kept: dict[bool, list[Rows]] = field(default_factory=dict)
     _even: bool = False
 
@@ -162,6 +164,8 @@ class Problem:
             else:
                 total.add(one)
         assert total is not None
+        if held is False:
+            self.extent = total.rows, total.x.shape[1], total.directions()
         return total
 
     def _read(self, batch: int) -> Rows:

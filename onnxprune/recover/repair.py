@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import LinAlgError
 
 from onnxprune.recover.problem import Problem, Rows, fit, loss
-from onnxprune.recover.solve import WORTH, Solution, least_squares, solve
+from onnxprune.recover.solve import RIDGES, WORTH, Solution, least_squares, solve
 from onnxprune.recover.sums import Real, Sums
 
 # Rounds of refitting where an activation is flat; each lowers the error, the first most.
 _ROUNDS = 3
+# Ridges that are tried below the smallest where that one is the best.
+_FINER = (1e-8, 1e-10)
 
 
 def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fixed_bias: bool = False) -> Solution:
@@ -27,6 +30,7 @@ def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fi
     """
     train, held = problem.sums(False), problem.sums(True)
     linear = solve(train, held, matrix, bias, mode=mode, fixed_bias=fixed_bias)
+    linear = _finer(train, held, matrix, bias, linear, fixed_bias)
     if mode != "full" or not problem.aim.tail.flats or linear.ridge is None:
         return linear
     found = _rounds(problem, train, matrix, bias, linear.ridge, fixed_bias)
@@ -38,6 +42,25 @@ def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fi
     )
     how = f"{linear.how}, {found.number} rounds"
     return Solution(fitted, shifted, found.before / held.scale, found.after / held.scale, how, linear.ridge)
+
+
+def _finer(train: Sums, held: Sums, matrix: Real, bias: Real, found: Solution, fixed_bias: bool) -> Solution:
+    """The solution, or one with a smaller ridge where the smallest that was tried is the best so far.
+
+    Where others say exactly what was removed, the ridge is all that is left of the error.
+    """
+    if found.ridge != RIDGES[0]:
+        return found
+    for ridge in _FINER:
+        try:
+            error = float(held.error(*least_squares(train, matrix, bias, ridge, fixed_bias)).sum()) / held.scale
+            if error >= found.after * (1.0 - WORTH):
+                break
+            fitted, shifted = least_squares(train + held, matrix, bias, ridge, fixed_bias)
+        except LinAlgError:
+            break
+        found = Solution(fitted, shifted, found.before, error, f"lstsq {ridge:g}", ridge)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

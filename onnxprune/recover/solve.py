@@ -67,7 +67,10 @@ def solve(
             best, chosen = error, candidate
     if chosen is None:
         return Solution(matrix, bias, before, before, "kept")
-    fitted, shifted = chosen.fit(train + held, matrix, bias)
+    try:
+        fitted, shifted = chosen.fit(train + held, matrix, bias)
+    except LinAlgError:  # of rows that hardly vary, rounding decides
+        return Solution(matrix, bias, before, before, "kept")
     return Solution(fitted, shifted, before, best, chosen.name, chosen.ridge)
 
 

@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.lapack import dpstrf
 
 Real = NDArray[np.float64]
 # Multiply-adds up to which products are made in float64; beyond, in float32 over short runs of rows.
 _DOUBLE = 10**10
 _RUN = 2048
+# Columns and parts to count directions of; spread, as a share, of a column that does not vary; and share of a column's
+# variance that others leave unsaid, below which it says nothing of its own (float32 data leave about 1e-13).
+_COLUMNS, _PARTS, _DEAD, _SAME = 1024, 16, 1e-6, 1e-9
 
 
 @dataclass(slots=True)
@@ -63,6 +67,24 @@ class Sums:
         """What errors are shares of: the target's sum of squares about its mean; about 0 where it does not vary."""
         variance = float(np.maximum(self.yy - np.square(self.y) / max(self.rows, 1), 0.0).sum())
         return variance if variance > 0 else max(float(self.yy.sum()), 1e-30)
+
+    def directions(self) -> int:
+        """Rank of the data about their mean, averaged over parts: columns that others say are not counted.
+
+        Of more than 1024 columns as many are looked at, and the rank is scaled; likewise of more than 16 parts.
+        """
+        parts, n = self.x.shape
+        some = slice(None, None, -(-n // _COLUMNS))
+        ranks = []
+        for part in range(0, parts, -(-parts // _PARTS)):
+            mean = self.x[part, some] / max(self.rows, 1)
+            power = np.diagonal(self.xx[part, some, some])
+            gram = self.xx[part, some, some] - self.rows * np.outer(mean, mean)
+            spread = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+            alive = spread > _DEAD * np.sqrt(max(float(power.max(initial=0.0)), 1e-300))
+            scaled = gram[np.ix_(alive, alive)] / np.outer(spread[alive], spread[alive])
+            ranks.append(float(dpstrf(scaled, tol=_SAME)[2]) / len(mean) if alive.any() else 0.0)
+        return int(n * float(np.mean(ranks)) + 0.5)
 
     def error(self, matrix: Real, bias: Real) -> Real:
         """Sum of squares of X W + b - Y per output, [parts, o]; never negative.

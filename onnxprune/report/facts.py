@@ -97,13 +97,17 @@ class Repair:
     """What became of one layer that was repaired: held-out errors as shares of its target's variance.
 
     ``how`` says what was fitted, ``kept`` that nothing was better than the weights there were, ``left: why`` that the
-    layer was not tried.
+    layer was not tried. It was fitted to ``rows`` with ``unknowns`` per output; ``directions`` is the rank of the Gram
+    matrix (of at most 1024 columns, in proportion): what varies too little to be told apart is not counted.
     """
 
     layer: str
     how: str
     before: float
     after: float
+    rows: int = 0
+    unknowns: int = 0
+    directions: int = 0
 
     @property
     def done(self) -> bool:
@@ -115,13 +119,15 @@ class Repair:
 class Recovery:
     """What was asked of a repair and what it did to the whole model.
 
-    ``why`` says who chose the mode; ``samples`` were fitted to and ``aside`` kept from the fit; ``before`` is the
+    ``why`` says who chose the mode; ``inputs`` what was fitted to where it was not data; ``samples`` were fitted to and
+    ``aside`` kept from the fit, or data to compare on where the fit had none; ``before`` is the
     fidelity of the cut before the repair and ``after`` behind it, on the same inputs (those set aside, where there
     are); ``undone`` says that the repair made outputs worse and the cut was left as it was.
     """
 
     mode: str = "none"
     why: str = ""
+    inputs: str = ""
     samples: int = 0
     aside: int = 0
     before: Fidelity | None = None

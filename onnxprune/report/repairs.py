@@ -11,7 +11,13 @@ from onnxprune.report import units
 from onnxprune.report.facts import Fidelity, Recovery, Repair, Report
 from onnxprune.report.tables import table_of
 
-_BY = {"bias": "by their means", "bn": "by scale and shift", "lstsq": "by least squares", "full": "by least squares"}
+_BY = {
+    "bias": "by their means",
+    "bn": "by scale and shift",
+    "lstsq": "by least squares",
+    "full": "by least squares",
+    "datafree": "by least squares",
+}
 _HOW = {"bias": "means", "affine": "scale and shift", "lstsq": "least squares", "kept": "kept"}
 # Held-out error, as a share of the variance, that is rounding: the cut did not reach the layer.
 _UNTOUCHED = 1e-9
@@ -25,11 +31,14 @@ def summary(report: Report) -> Text | None:
         return None
     if facts.mode == "none" or facts.before is None:
         why = facts.why if facts.mode == "none" else "nothing was cut"
-        advice = "; with --data the cut can be repaired" if facts.why == "no data was given" else ""
+        advice = "; with --data the cut can be repaired, with --recover datafree less well without"
+        advice = advice if facts.why == "no data was given" else ""
         return Text.assemble(("repaired  ", "bold"), "no: ", why, advice)
     done, reached = _counts(report.repairs)
     chosen = "" if facts.why == "asked for" else f", --recover {facts.mode} since {facts.why}"
     samples = f"{facts.samples} sample{'' if facts.samples == 1 else 's'}"
+    if facts.inputs:
+        samples = f"{facts.samples} {facts.inputs}, the weaker form (from --data it is better)"
     how = f"{done} of {reached} layers {_BY.get(facts.mode, 'by ' + facts.mode)} from {samples}{chosen}"
     if facts.undone:
         return Text.assemble(("repaired  ", "bold"), ("undone", "yellow"), f": {how}, {_change(facts)}")

@@ -117,7 +117,7 @@ def test_the_record_of_a_repair(bench: Bench, run: Run) -> None:
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        ([], "no data was given; with --data the cut can be repaired"),
+        ([], "no data was given; with --data the cut can be repaired, with --recover datafree less well without"),
         (["--data", "d.npz", "--recover", "none"], "asked for"),
         (["--data", "d.npz", "--no-validate"], "models are not run"),
         (["--recover", "none"], "asked for"),
@@ -135,6 +135,39 @@ def test_no_repair_and_why(bench: Bench, run: Run, monkeypatch: pytest.MonkeyPat
 def test_a_mode_is_used(bench: Bench, run: Run, mode: str, words: str) -> None:
     result = run(bench.model, "--ratio", "0.5", "--data", bench.data, "--recover", mode)
     assert result.exit_code == 0 and words in result.stdout and "since" not in result.stdout
+
+
+def test_a_repair_without_data_says_that_it_is_the_weaker_form(bench: Bench, run: Run) -> None:
+    args = [bench.model, "--ratio", "0.5", "--recover", "datafree"]
+    result = run(*args, "--memory-limit", "2GB")
+    assert result.exit_code == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.startswith("repaired"))
+    assert "2 of 2 layers by least squares from 448 synthetic inputs (range" in line and "the weaker form" in line
+    assert "synthetic, set aside from the repair" in result.stdout and "--data" in line
+    facts = json.loads(run(*args, "--json").stdout)["recovery"]
+    assert facts["mode"] == "datafree" and facts["inputs"].startswith("synthetic inputs")
+    assert facts["after"]["outputs"][0]["cosine"] > facts["before"]["outputs"][0]["cosine"]
+
+
+def test_a_repair_without_data_is_compared_on_data(bench: Bench, run: Run) -> None:
+    result = run(bench.model, "--ratio", "0.5", "--recover", "datafree", "--data", bench.data, "--json", "-q")
+    facts = json.loads(result.stdout)["recovery"]
+    assert (facts["samples"], facts["aside"], facts["after"]["samples"]) == (512, 96, 96)
+    assert facts["after"]["source"] == str(bench.data)
+
+
+def test_a_pair_is_repaired_without_data(bench: Bench, run: Run) -> None:
+    pair = ["recover", bench.model, bench.cut, "--plan", bench.plan, "--recover", "datafree"]
+    result = run(*pair)
+    assert result.exit_code == 0, result.stderr
+    assert "the weaker form" in result.stdout
+    once = bench.folder / "once.onnx"
+    assert run(bench.model, "--ratio", "0.5", "--recover", "datafree", "-o", once).exit_code == 0
+    assert bench.folder.joinpath("c.recovered.onnx").read_bytes() == once.read_bytes()
+
+
+def test_criteria_that_need_data_need_them_still(bench: Bench, run: Run) -> None:
+    refused(bench, run(bench.model, "--recover", "datafree", "--criterion", "wanda"), 2, "wanda", "--data")
 
 
 def test_little_memory_gives_the_same(bench: Bench, run: Run) -> None:
@@ -158,7 +191,7 @@ def test_statistics_are_kept_and_used_again(bench: Bench, run: Run) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--recover", "full"], ["--recover full needs calibration data", "--data"]),
+        (["--recover", "full"], ["--recover full needs calibration data", "--data", "datafree"]),
         (["--recover", "lstq", "--data", "d.npz"], ["unknown way 'lstq'", "Did you mean 'lstsq'?"]),
         (["--memory-limit", "2", "--data", "d.npz"], ["--memory-limit: '2' is not a size", "2GB"]),
         (["--memory-limit", "2 apples", "--data", "d.npz"], ["is not a size"]),
@@ -295,7 +328,7 @@ def test_a_cut_of_something_else(bench: Bench, run: Run, change: Callable[[onnx.
 def test_what_a_pair_needs(bench: Bench, run: Run) -> None:
     pair = ["recover", bench.model, bench.cut]
     refused(bench, run(*pair, "--data", bench.data), 2, "there is no --plan")
-    refused(bench, run(*pair, "--plan", bench.plan), 2, "there is no --data")
+    refused(bench, run(*pair, "--plan", bench.plan), 2, "there is no --data", "--recover datafree")
     refused(bench, run(*pair, "--plan", bench.folder / "q.json", "--data", bench.data), 2, "not found", "p.json")
     refused(bench, run("recover", bench.model, "--plan", bench.plan, "--data", bench.data), 2, "CUT.onnx")
     refused(bench, run(*bench.pair, "--recover", "none"), 2, "unknown way 'none'")

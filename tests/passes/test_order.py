@@ -100,7 +100,7 @@ def test_a_repair_needs_data_and_a_known_mode() -> None:
         P.Recover("lstq")
     with pytest.raises(op.UsageError, match="memory_limit 10 is too small"):
         op.prune(MODEL, memory_limit=10)
-    assert set(MODES) == {"none", *modes()}
+    assert set(MODES) == {"none", "datafree", *modes()}
 
 
 def test_a_repair_that_does_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import files
 from bench.criteria_points import OFF, Combination, choosing, nearest_cut
 from bench.labelled import evaluate, limit
+
+SYMMETRIC = "symmetric"  # least squares from the original's inputs instead of the cut model's
 
 
 class Job(NamedTuple):
@@ -55,12 +58,25 @@ def _repaired(job: Job, plan: Any, mode: str) -> dict[str, Any]:
     from onnxprune.passes import Pipeline, Prune, Recover
 
     start, processor = time.perf_counter(), time.process_time()
-    result = Pipeline([Prune(plan=plan), Recover(mode)]).run(
-        job.path, data=job.data, samples=limit(job.data, job.samples)
-    )
+    way = Recover("lstsq", symmetric=True) if mode == SYMMETRIC else Recover(mode)
+    given = {} if mode == "datafree" else {"data": job.data, "samples": limit(job.data, job.samples)}
+    result = Pipeline([Prune(plan=plan), way]).run(job.path, **given)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         target = Path(folder) / "repaired.onnx"
         result.save(target)
         metrics = evaluate(job.home, files.name(job.path), target)
-    return {"mode": mode, "metrics": metrics, "recover_s": round(seconds, 1), "processor_s": round(processor, 1)}
+    return {
+        "mode": mode,
+        "metrics": metrics,
+        "recover_s": round(seconds, 1),
+        "processor_s": round(processor, 1),
+        "why": _shortfall(result.report),
+    }
+
+
+def _shortfall(report: Any) -> str:
+    """What kept a repair from more: layers it left, what their reason was, and the warnings."""
+    left = Counter(r.how.partition(": ")[2] for r in report.repairs if r.how.startswith("left"))
+    said = [f"{n} layers left: {why}" for why, n in left.most_common(1)]
+    return "; ".join([*said, *(w.partition(":")[0] for w in report.warnings)])

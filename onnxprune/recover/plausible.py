@@ -1,0 +1,52 @@
+"""How much a trained layer makes of inputs that were made up: what it was trained on moves most of its channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+# Outputs of a layer to look at, spread over all.
+_MOST = 512
+
+
+def interest(outputs: Array) -> float:
+    """What a trained layer makes of its inputs, 0 to 1: in how many directions its outputs vary, and about 0.
+
+    Variety is the participation ratio (tr C)^2 / (o tr C^2) of the outputs' correlation matrix C: 1/o where they all
+    move together. Balance is 4 p (1 - p), p the share of values above 0, averaged over outputs: a layer that was
+    trained uses both sides of the activation behind it. On inputs that are too small biases decide, on those that are
+    too large a few directions do; both are low there.
+
+    Args:
+        outputs: [rows, o].
+    """
+    if outputs.shape[1] > _MOST:
+        outputs = outputs[:, :: -(-outputs.shape[1] // _MOST)]
+    rows, count = outputs.shape
+    values = outputs.astype(np.float64)
+    above = (values > 0).mean(axis=0)
+    values -= values.mean(axis=0)
+    spread = values.std(axis=0)
+    alive = spread > 1e-6 * max(float(spread.max(initial=0.0)), 1e-30)
+    if not alive.any():
+        return 0.0
+    values = values[:, alive] / spread[alive]
+    # tr (Z^T Z)^2 = tr (Z Z^T)^2: the smaller of the two.
+    gram = values @ values.T if rows < values.shape[1] else values.T @ values
+    trace = float(alive.sum()) * rows
+    variety = trace**2 / float(np.square(gram).sum()) / count
+    return float(variety * (4.0 * above * (1.0 - above)).mean())
+
+
+def divergence(mean: Array, variance: Array, wanted_mean: Array, wanted_variance: Array) -> float:
+    """Kullback-Leibler divergence of normal distributions, averaged over channels, at most 10 each.
+
+    BatchNormalization keeps mean and variance of what it was trained on; Cai et al., ZeroQ, CVPR 2020, section 3.1.
+    """
+    wanted_variance = np.maximum(wanted_variance, 1e-12)
+    ratio = np.maximum(variance / wanted_variance, 1e-12)
+    distance = 0.5 * (ratio + np.square(mean - wanted_mean) / wanted_variance - 1.0 - np.log(ratio))
+    return float(np.minimum(distance, 10.0).mean())
