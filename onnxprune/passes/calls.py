@@ -20,12 +20,18 @@ class Calls:
         most: samples per call that the user wants at most, where any number will do.
     """
 
-    def __init__(self, state: State, analysis: Analysis) -> None:
-        self._data = state.calibration()
+    def __init__(self, state: State, analysis: Analysis, limit: int | None = None) -> None:
+        """``limit``: samples that are enough, where the user does not say how many to take; at least one call's."""
         probes = analysis.facts.probes
         self._sizes = {name: s[0] for name, s in probes[0].inputs.items() if s} if len(probes) == 1 else {}
         self.fixed = next(iter(self._sizes.values()), None)
         self.most = state.batch_size or 16
+        data = state.calibration()
+        self._data = data if limit is None or state.samples is not None else data.first(max(limit, self.fixed or 1))
+
+    def __iter__(self) -> Iterator[Feed]:
+        """One pass in batches of the usual size."""
+        return self.batches()
 
     @property
     def samples(self) -> int | None:

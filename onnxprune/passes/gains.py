@@ -18,7 +18,7 @@ from onnxprune.runtime.parallel import spread
 from onnxprune.runtime.sessions import Feed, open_session, run
 
 # Multiply-accumulates that all measurements together may take, and samples that are enough.
-_WORK, _ENOUGH, _FEWEST = 1.5e12, 64, 4
+_WORK, ENOUGH, _FEWEST = 1.5e12, 64, 4
 # Share of a layer's cost at which it is tried.
 _TRIED = 0.6
 
@@ -55,7 +55,7 @@ def output_gains(model: Prepared, layers: Sequence[Opened], names: Sequence[str]
 def few(feeds: Sequence[Feed], work: float) -> list[Feed]:
     """As many calls as the measurements may run, ``work`` multiply-accumulates each for one sample."""
     size = len(next(iter(feeds[0].values()))) if feeds else 1
-    samples = int(np.clip(_WORK / max(work, 1.0), _FEWEST, _ENOUGH))
+    samples = int(np.clip(_WORK / max(work, 1.0), _FEWEST, ENOUGH))
     return list(islice(feeds, max(1, samples // max(size, 1))))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -11,8 +12,9 @@ from onnxprune.errors import BudgetError
 from onnxprune.factors.allocate import allocate, reach, usual
 from onnxprune.factors.choose import Chosen
 from onnxprune.graph.cost import macs
+from onnxprune.passes.calls import Calls
 from onnxprune.passes.factor_work import Done, Work
-from onnxprune.passes.gains import few, output_gains
+from onnxprune.passes.gains import ENOUGH, few, output_gains
 from onnxprune.passes.layer_times import layer_latency
 from onnxprune.report.facts import Latency
 from onnxprune.runtime.parallel import spread
@@ -114,7 +116,7 @@ class JointBudget:
         if state.data is None or state.original.loaded.size > _MEASURED or not self._opened:
             return [1.0] * len(self._opened)
         with state.stage("gains"):
-            feeds = list(state.calibration().batches(4))
+            feeds = list(islice(Calls(state, state.analyzed(), ENOUGH).batches(4), ENOUGH))
             batch = max(min(s[0] for s in state.analyzed().facts.probes[0].inputs.values() if s), 1)
             runs = _macs_of(work) * len(self._opened) / batch
             gains = output_gains(work.model, self._opened, self._methods, few(feeds, runs))

@@ -18,6 +18,7 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.groups.units import Group
 from onnxprune.model.save import save
 from onnxprune.passes.calibrate import captured_maps
+from onnxprune.passes.calls import Calls
 from onnxprune.passes.state import State
 from onnxprune.planning import atoms_removed
 from onnxprune.runtime.inputs import synthetic
@@ -209,6 +210,6 @@ class Selector:
 def _feed(state: State, analysis: Analysis) -> Feed:
     """One call of the model: the user's inputs, else synthetic ones."""
     if state.data is not None:
-        return next(iter(state.calibration().first(1)))
+        return next(iter(Calls(state, analysis, 1)))
     bounds = integer_bounds(analysis.graph, analysis.facts)
     return synthetic(input_specs(analysis.graph), analysis.facts.probes[0].inputs, bounds=bounds, seed=state.seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxprune.analysis import Analysis
+from onnxprune.passes.calls import Calls
 from onnxprune.passes.exact import prove, unproved
 from onnxprune.passes.state import State
 from onnxprune.passes.structure import check_file, check_sizes
@@ -84,5 +85,4 @@ def _inputs(state: State, analysis: Analysis) -> tuple[Iterable[Any], str]:
         return state.judged_on
     if state.data is None:
         return synthetic_feeds(state, analysis), "synthetic"
-    samples = state.calibration()
-    return (samples if state.samples is not None else samples.first(ENOUGH)), samples.name
+    return Calls(state, analysis, ENOUGH), state.calibration().name

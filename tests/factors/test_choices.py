@@ -276,3 +276,14 @@ def test_the_allocation_is_near_the_best_of_all() -> None:
         cost = sum(w if c is None else c.cost for c, w in zip(taken, wholes, strict=True))
         loss = sum(0 if c is None else c.loss * g for c, g in zip(taken, gains, strict=True))
         assert cost <= budget and loss <= 1.02 * best + 1e-9
+
+
+def test_a_model_that_runs_at_one_batch_size_only() -> None:
+    """It declares a free batch and reshapes to one sample: every call then has one."""
+    made = Net(17)
+    x = made.op("Reshape", made.input("x", ["N", 3, 8, 8]), made.const([1, 3, 8, 8]))
+    x = made.op("Relu", made.conv(x, 3, 16))
+    model = made.model(made.op("Relu", made.conv(x, 16, 16)))
+    stages = [op.passes.Factorize("auto", ratio=0.3, timed=False), op.passes.Validate(exact=False, timed=False)]
+    result = op.Pipeline(stages).run(model, data={"x": draw(net(), 12)["x"]})
+    assert result.report.fidelity is not None and result.report.fidelity.samples == 12
