@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxprune import criteria, passes, rules, statistics
     from onnxprune.analysis import Analysis
-    from onnxprune.api import analyze, factorize, prune, repair
+    from onnxprune.api import analyze, factorize, profile, prune, repair, sensitivity
     from onnxprune.errors import BudgetError, ModelError, OnnxpruneError, UsageError, ValidationError
     from onnxprune.passes import Pipeline, Result
     from onnxprune.plan import Plan
@@ -35,8 +35,10 @@ _HOME = {
     "ValidationError": "onnxprune.errors",
     "analyze": "onnxprune.api",
     "factorize": "onnxprune.api",
+    "profile": "onnxprune.api",
     "prune": "onnxprune.api",
     "repair": "onnxprune.api",
+    "sensitivity": "onnxprune.api",
 }
 _PACKAGES = ("criteria", "passes", "rules", "statistics")
 __all__ = [
@@ -54,9 +56,11 @@ __all__ = [
     "criteria",
     "factorize",
     "passes",
+    "profile",
     "prune",
     "repair",
     "rules",
+    "sensitivity",
     "statistics",
 ]
 

@@ -74,6 +74,7 @@ class Analysis:
         approximate: bool = False,
     ) -> None:
         self.loaded: Loaded = load(source)
+        self.approximate = approximate
         # Preparations, each undone after a cut where it was not needed: see restore and rejoin.
         self.unshared, self.copies = unshare(Graph.of(self.loaded.proto, self.loaded.weights))
         folded, self.folds = fold(self.unshared)

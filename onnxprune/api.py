@@ -1,4 +1,4 @@
-"""The calls most users need: :func:`prune`, :func:`repair` and :func:`analyze`."""
+"""The calls most users need: :func:`prune`, :func:`repair`, :func:`analyze` and :func:`profile`."""
 
 from __future__ import annotations
 
@@ -9,77 +9,118 @@ from typing import Any, Unpack
 import onnx
 
 from onnxprune.analysis import Analysis
+from onnxprune.budget.sensitivity import Sensitivity
 from onnxprune.criteria import Criterion
+from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.request import Options as FactorOptions
-from onnxprune.passes import Adopt, Exact, Factorize, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.passes import Adopt, Budget, Exact, Factorize, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.passes.budget import default_criterion
 from onnxprune.passes.material import no_data
+from onnxprune.passes.measure import Metric, load_metric
+from onnxprune.passes.pipeline import start
+from onnxprune.passes.profiled import Profiled, profiled
 from onnxprune.passes.recover import check_mode
+from onnxprune.passes.sensitivity import SHARES, measure_sensitivity
 from onnxprune.passes.state import Progress
+from onnxprune.passes.table import latency_table, settled
+from onnxprune.passes.wishes import Asked, Choosing, Wishes, split, split_running
 from onnxprune.plan import Plan
 from onnxprune.runtime.images import ImageOptions
-from onnxprune.selection.request import Options
+from onnxprune.selection.request import WIDEST
+
+_RATIO = 0.3
 
 
 def prune(
     model: str | Path | bytes | onnx.ModelProto,
     *,
-    criterion: str | Criterion = "l2",
-    ratio: float = 0.3,
+    criterion: str | Criterion | None = None,
+    ratio: float | None = None,
     plan: Plan | str | Path | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     data: Any = None,
-    samples: int | None = None,
-    batch_size: int | None = None,
-    images: ImageOptions | None = None,
     recover: str | None = None,
-    memory_limit: int | None = None,
-    cache: str | Path | None = None,
     seed: int = 0,
     approximate: bool = False,
     validate: bool = True,
     latency: bool = True,
     progress: Progress | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[Asked],
 ) -> Result:
     """Cut a model, prove that the cut is exact, and with ``data`` repair it.
 
     Args:
         model: path, bytes or ModelProto; never changed.
         criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
-            [channels]; criteria that look at feature maps need ``data``.
-        ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow.
-        plan: a plan or its file, replayed instead of scoring.
-        input_shapes: {input: shape} for dynamic inputs.
-        data: inputs without labels, to repair and validate with and for criteria that look at feature maps: a .npz or
-            .npy file, a folder of such or of images, an array, a mapping of input names to arrays, an iterable of
-            these, or a reader with onnxruntime's ``CalibrationDataReader`` interface.
-        samples: use this many of them; else validation takes up to 256, repair and criteria all.
-        batch_size: samples per call where the model leaves that open (16). images: how images become arrays.
+            [channels]; some need ``data``. None: ``l2``, with data and a budget ``ziplm``.
+        ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; 0.3.
+        plan: a plan or its file, replayed instead of scoring. input_shapes: {input: shape} for dynamic inputs.
+        data: inputs without labels, to repair and validate with and for criteria that need them: a .npz or .npy file, a
+            folder of such or of images, an array, a mapping of input names to arrays, an iterable of these, or a reader
+            with onnxruntime's ``CalibrationDataReader`` interface.
+            Of it ``samples`` are used, else up to 256 to validate, all to repair and for criteria; ``batch_size`` at a
+            time where the model leaves that open (16). ``images``: how images become arrays.
         recover: how to repair the cut from ``data``, in closed form: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``,
             see :class:`onnxprune.passes.Recover`; or ``datafree``, from inputs that are made up: weaker, and data only
             serve to compare on. None: ``full`` where there is data and ``validate``, else ``none``. Every eighth batch
-            is not repaired from: the report's fidelity is measured on these.
-        memory_limit: bytes of activations to hold in memory at a time. cache: folder that keeps captured statistics, so
-            that an interrupted or repeated run need not start anew.
+            is not repaired from: the report's fidelity is measured on these. ``memory_limit``: bytes of activations to
+            hold in memory at a time. ``cache``: folder that keeps statistics, so that an interrupted or repeated run
+            need not start anew.
         seed: of everything random. approximate: also cut through normalisations, which is not exact.
         validate, latency: run the checks; measure speed. progress: called with (stage, fraction).
-        options: how units are chosen: ``layers`` ({glob over node or weight names: ratio}), ``include``, ``exclude``
-            (such globs), ``scope``, ``policy``, ``normalize``, ``group_policy``, ``reshape_axis``, ``max_ratio``,
-            ``round_to``, ``step``, ``rounding``, ``cost``, ``steps`` and ``schedule``, each explained at
-            :class:`onnxprune.selection.request.Request`.
+        options: a budget, see :class:`onnxprune.passes.wishes.Wishes`: ``target`` (``"macs=0.5"``, a list of such, or
+            ``{"macs": 0.5, "size": "3MB"}``), ``metric``, ``max_drop``, ``min_fidelity``, ``latency_table``; where time
+            is measured: ``providers``, ``threads``; how units are chosen, see
+            :class:`onnxprune.selection.request.Request`: ``layers`` ({glob over node or weight names: ratio}),
+            ``include``, ``exclude``, ``scope``, ``policy``, ``normalize``, ``group_policy``, ``reshape_axis``,
+            ``max_ratio``, ``round_to``, ``step``, ``rounding``, ``cost``, ``steps`` and ``schedule``.
 
     Raises:
         OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
-            5 nothing to cut.
+            5 nothing to cut, or a budget or gate that is not met.
     """
-    mode, why = _way(recover, data is not None, validate)
-    cut = Prune(criterion, ratio, plan=plan, approximate=approximate, **options)
-    prove = [Exact()] if validate and mode != "none" else []  # before the effort of a repair
-    check = Validate(exact=validate, faithful=validate, timed=validate and latency)
-    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
-    stages: list[Any] = [cut, *prove, Recover(mode, why=why), check]
-    return Pipeline(stages).run(model, input_shapes=input_shapes, **reading, **running)
+    wishes, running, choosing = split(options)
+    way = _way(recover, data is not None, validate)
+    if wishes.any:
+        _alone(ratio, plan)
+        first: Any = Budget(wishes, criterion, recover=way[0], why=way[1], approximate=approximate, **choosing)
+    else:
+        share = _RATIO if ratio is None else ratio
+        first = Prune(criterion or "l2", share, plan=plan, approximate=approximate, **choosing)
+    pipe = Pipeline(_stages(first, way, validate, validate and latency))
+    result = pipe.run(model, input_shapes=input_shapes, data=data, seed=seed, progress=progress, **running)
+    _faithful(result, wishes)
+    return result
+
+
+def _stages(cut: Any, way: tuple[str, str], validate: bool, timed: bool) -> list[Any]:
+    """What follows a cut: its proof, before the effort of a repair; the repair, if it is none of the cut's own."""
+    exact = [Exact()] if validate and (way[0] != "none" or isinstance(cut, Budget)) else []
+    repair = [] if isinstance(cut, Budget) else [Recover(way[0], why=way[1])]
+    return [cut, *exact, *repair, Validate(exact=validate, faithful=validate, timed=timed)]
+
+
+def _alone(ratio: float | None, plan: Any) -> None:
+    """What says how much goes, besides a budget; raises UsageError."""
+    for name, given in (("ratio", ratio), ("plan", plan)):
+        if given is not None:
+            raise UsageError(
+                f"a budget and {name} were both given: each says how much goes",
+                hint="Drop one of the two: a budget finds the ratios by itself.",
+            )
+
+
+def _faithful(result: Result, wishes: Wishes) -> None:
+    """The gate of a cut without a budget; raises BudgetError where an output's cosine is too low or not known."""
+    if wishes.min_fidelity is None or wishes.any:
+        return
+    facts = result.report.fidelity
+    if facts is None or not facts.outputs:
+        said = f"min_fidelity {wishes.min_fidelity:g}: fidelity could not be measured."
+        raise BudgetError(said, hint="Give data, and let models be run.")
+    if not all(output.cosine >= wishes.min_fidelity for output in facts.outputs):
+        said = f"worst cosine {facts.worst_cosine:.4f} is below min_fidelity {wishes.min_fidelity:g}."
+        raise BudgetError(said, hint="Cut less.")
 
 
 def _way(recover: str | None, data: bool, validate: bool) -> tuple[str, str]:
@@ -185,3 +226,88 @@ def analyze(
         OnnxpruneError: the model cannot be read, or an input shape does not fit.
     """
     return Analysis(model, input_shapes=input_shapes, approximate=approximate)
+
+
+def profile(
+    model: str | Path | bytes | onnx.ModelProto,
+    *,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    seconds: float = 60.0,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    data: Any = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    images: ImageOptions | None = None,
+    cache: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Profiled:
+    """Measure on this machine what every node takes at how many channels.
+
+    The model is cut to random counts, again and again, and every node timed where it stands, so that fusions and
+    layouts are those of the whole model. What is found is kept for later runs of :func:`prune` on this machine.
+
+    Args:
+        providers, threads: of onnxruntime; the CPU, all processors. seconds: how long to measure; 12 cuts are in any
+            case. input_shapes, data, samples, batch_size, images, seed: see :func:`prune`; one sample is run.
+        cache: folder to keep the table in, else the user's cache folder.
+
+    Returns:
+        ``facts`` to read, ``table`` for ``prune(latency_table=...)``, ``save`` to take it to another machine.
+
+    Raises:
+        OnnxpruneError: bad input, a model that does not run, or nothing to cut.
+    """
+    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    where: dict[str, Any] = {"providers": providers, "threads": threads, "cache": cache}
+    state = start(model, input_shapes=input_shapes, seed=seed, progress=progress, **reading, **where)
+    analysis = state.analyzed()
+    sizes = settled(analysis)
+    table = latency_table(state, analysis, sizes, seconds=seconds, anew=True)
+    return Profiled(profiled(sizes, table, str(analysis.loaded.path or "the model")), table)
+
+
+def sensitivity(
+    model: str | Path | bytes | onnx.ModelProto,
+    *,
+    ratios: Sequence[float] = SHARES,
+    criterion: str | Criterion | None = None,
+    metric: str | Metric | None = None,
+    jobs: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    data: Any = None,
+    recover: str | None = None,
+    seed: int = 0,
+    approximate: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[Choosing],
+) -> Sensitivity:
+    """Cut each group alone at several ratios, repair the layers that read it, and measure the whole model.
+
+    Every point is measured end to end: outputs (or the metric) of the whole model, judged on samples that the repair
+    did not see. Only the layers that read the group are repaired, from 128 samples.
+
+    Args:
+        model: path, bytes or ModelProto. ratios: shares of each group's units. criterion: None: ``ziplm`` with data,
+            else ``l2``. metric: function from the path of a model to a number, or ``"script.py:function"``.
+        jobs: processes; None for what ``joblib.parallel_config`` says, else one. The work goes through joblib, so that
+            its backends for Dask or Ray spread it over machines, where paths have to mean the same.
+        data, recover, seed, approximate, input_shapes: see :func:`prune`. options: likewise.
+
+    Returns:
+        curves; ``save`` writes them, ``prune(sensitivity=...)`` allocates by them. They are kept for later runs.
+
+    Raises:
+        OnnxpruneError: bad input, or nothing to cut.
+    """
+    running, choosing = split_running(options)
+    mode, _ = _way(recover, data is not None, True)
+    state = start(model, input_shapes=input_shapes, data=data, seed=seed, progress=progress, **running)
+    name = criterion or default_criterion(state)
+    choosing.setdefault("max_ratio", WIDEST)
+    prune = Prune(name, 0.5, approximate=approximate, **choosing)
+    settled(prune.prepared(state))
+    function = load_metric(metric) if isinstance(metric, str) else metric
+    selector = prune.selector(state)
+    return measure_sensitivity(state, selector, mode=mode, metric=function, shares=ratios, jobs=jobs)

@@ -23,3 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that raises is a bug; outside tests it only costs compression."""
     monkeypatch.setattr("onnxprune.propagate.STRICT", request.node.get_closest_marker("lenient") is None)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured times are kept in the user's cache folder: not that of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

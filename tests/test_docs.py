@@ -18,11 +18,14 @@ import onnxprune as op
 from onnxprune.cli import main
 from onnxprune.cli.factorize import factorize
 from onnxprune.cli.inspect import inspect
+from onnxprune.cli.profile import profile
 from onnxprune.cli.prune import prune
 from onnxprune.cli.recover import recover
+from onnxprune.cli.sensitivity import sensitivity
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md")
+COMMANDS = (prune, recover, factorize, inspect, profile, sensitivity)
 
 
 def sections(page: str) -> dict[str, str]:
@@ -90,7 +93,7 @@ def _options(*commands: click.Command) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_that_the_pages_name_exist(page: str) -> None:
-    known = _options(prune, recover, factorize, inspect, main) | {"--help", "--version"}
+    known = _options(*COMMANDS, main) | {"--help", "--version"}
     text = (ROOT / page).read_text()
     lines = [line for block in blocks(text, "sh") + blocks(text, "text") for line in block.splitlines()]
     commands = [line for line in lines if "onnxprune " in line]
@@ -103,11 +106,7 @@ def test_options_that_the_pages_name_exist(page: str) -> None:
 
 def test_every_option_is_explained_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
-    missing = [
-        name
-        for name in sorted(_options(prune, recover, factorize, inspect))
-        if name.startswith("--") and f"`{name}" not in text
-    ]
+    missing = [name for name in sorted(_options(*COMMANDS)) if name.startswith("--") and f"`{name}" not in text]
     assert not missing
 
 

@@ -12,13 +12,20 @@ import click
 from onnxprune.cli import failure
 from onnxprune.cli.factorize import factorize
 from onnxprune.cli.inspect import inspect
+from onnxprune.cli.profile import profile
 from onnxprune.cli.prune import prune
 from onnxprune.cli.recover import recover
+from onnxprune.cli.sensitivity import sensitivity
 from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
 
 DEFAULT = "prune"
 _NOTHING = "onnxprune.cli.nothing_given"
+_CALLS = (
+    "inspect MODEL.onnx [options]",
+    "profile MODEL.onnx [-o FILE.json] [options]",
+    "sensitivity MODEL.onnx --data FILE [options]",
+)
 _OWN_FLAGS = ("-h", "--help", "--version")
 
 
@@ -57,7 +64,8 @@ class DefaultGroup(click.Group):
         formatter.write_usage(ctx.command_path, "factorize MODEL.onnx [-o OUT.onnx] [options]", prefix="       ")
         pair = "recover ORIGINAL.onnx CUT.onnx --plan FILE --data FILE [options]"
         formatter.write_usage(ctx.command_path, pair, prefix="       ")
-        formatter.write_usage(ctx.command_path, "inspect MODEL.onnx [options]", prefix="       ")
+        for call in _CALLS:
+            formatter.write_usage(ctx.command_path, call, prefix="       ")
         command = self.commands[DEFAULT]
         command.format_help_text(ctx, formatter)
         with click.Context(command, info_name=DEFAULT, parent=ctx) as inner:
@@ -109,3 +117,5 @@ main.add_command(prune)
 main.add_command(recover)
 main.add_command(factorize)
 main.add_command(inspect)
+main.add_command(profile)
+main.add_command(sensitivity)

@@ -10,7 +10,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from onnxprune.cli import gate, options, shared_options
+from onnxprune.cli.budget_options import budget_options
 from onnxprune.cli.data_options import data_options
+from onnxprune.cli.device_options import device_options
 from onnxprune.cli.layout import HeadedCommand, option
 from onnxprune.cli.plan_file import waiting
 from onnxprune.cli.recovery_options import recovery_options
@@ -22,6 +24,7 @@ from onnxprune.report.console import Screen, plain
 from onnxprune.report.facts import Report
 
 WHAT = "What to cut"
+BUDGET = "What the model may cost"
 HOW = "How to choose"
 RECOVERY = "Recover accuracy"
 _PATH = click.Path(path_type=Path)
@@ -40,11 +43,10 @@ _PATH = click.Path(path_type=Path)
 @option(
     "--criterion",
     heading=WHAT,
-    default="l2",
-    show_default=True,
     metavar="NAME",
-    help="What matters least, by weights: l1, l2, gm, lamp, bn, random; by feature maps of --data: wanda, obs, "
-    "variance, activation, apoz, nuclear, hrank, cosine, snp, ziplm; or a registered name.",
+    help="What matters least; default l2, for a budget with --data ziplm. By weights: l1, l2, gm, lamp, bn, random; "
+    "by feature maps of --data: wanda, obs, variance, activation, apoz, nuclear, hrank, cosine, snp, ziplm; or a "
+    "registered name.",
 )
 @option(
     "--layer",
@@ -69,16 +71,12 @@ _PATH = click.Path(path_type=Path)
 @option(
     "--apply-plan", heading=WHAT, type=_PATH, metavar="FILE.json", help="Remove what this plan says (prune by index)."
 )
+@budget_options(BUDGET)
+@device_options(BUDGET)
 @selection_options(HOW)
 @shared_options.input_shapes
 @data_options(INPUT, "to repair and validate with (default: no repair, seeded synthetic ones).")
-@option(
-    "--cache",
-    heading=INPUT,
-    type=_PATH,
-    metavar="DIR",
-    help="Keep statistics of --data here: a repeated or interrupted run goes on from them.",
-)
+@shared_options.cache
 @shared_options.seed
 @recovery_options(RECOVERY)
 @option("--no-validate", heading=CHECKS, is_flag=True, help="Do not run the models: structural checks only.")
@@ -129,7 +127,8 @@ def _cut(request: Request, screen: Screen) -> Any:
         return op.prune(
             request.model,
             criterion=request.criterion,
-            ratio=request.ratio,
+            ratio=None if request.budget.any or request.apply_plan is not None else request.ratio,
+            **request.budget.arguments(request.min_fidelity),
             layers=options.unique("--layer", request.layers) or None,
             include=request.include,
             exclude=request.exclude,
@@ -140,6 +139,7 @@ def _cut(request: Request, screen: Screen) -> Any:
             recover=request.recovery.recover,
             memory_limit=request.recovery.memory_limit,
             cache=request.cache,
+            **request.device.arguments(),
             seed=request.seed,
             approximate=request.approximate,
             validate=not request.no_validate,
@@ -151,7 +151,11 @@ def _cut(request: Request, screen: Screen) -> Any:
 
 def _advise(request: Request, report: Report) -> None:
     """Warn where a cut was asked for and nothing was cut: a run that changes nothing must not look like a success."""
-    asked = request.apply_plan is None and (request.ratio > 0 or any(share > 0 for _, share in request.layers))
+    asked = (
+        request.apply_plan is None
+        and not request.budget.any
+        and (request.ratio > 0 or any(share > 0 for _, share in request.layers))
+    )
     if asked and report.totals.params_before == report.totals.params_after:
         report.warnings.append("no channel was removed, the model keeps its size; --explain says why")
 

@@ -11,7 +11,9 @@ import click
 from click.core import ParameterSource
 
 from onnxprune.cli import options, plan_file
+from onnxprune.cli.budget_options import BudgetOptions
 from onnxprune.cli.data_options import DataOptions
+from onnxprune.cli.device_options import DeviceOptions
 from onnxprune.cli.recovery_options import RecoveryOptions
 from onnxprune.cli.selection_options import SelectionOptions
 from onnxprune.errors import UsageError
@@ -33,12 +35,14 @@ class Request:
 
     model: Path
     output: Path | None
-    criterion: str
+    criterion: str | None
     ratio: float
     layers: tuple[tuple[str, float], ...]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     selection: SelectionOptions
+    budget: BudgetOptions
+    device: DeviceOptions
     plan: Path | None
     apply_plan: Path | None
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
@@ -59,9 +63,9 @@ class Request:
     def asked(self, names: Sequence[str]) -> float | None:
         """The least that was asked of a group with these names: the last ``--layer`` that matches, else ``--ratio``.
 
-        0 where a plan or a threshold over several groups decides; None when the group is excluded.
+        0 where a plan, a budget or a threshold over several groups decides; None when the group is excluded.
         """
-        if self.apply_plan is not None:
+        if self.apply_plan is not None or self.budget.any:
             return 0.0
         if _match(names, self.exclude) or (self.include and not _match(names, self.include)):
             return None
@@ -82,7 +86,8 @@ def check(ctx: click.Context, request: Request) -> None:
     from onnxprune.selection.scores import needs_data
 
     options.existing(request.model, "model")
-    options.criterion(request.criterion, registry.names())
+    if request.criterion is not None:
+        options.criterion(request.criterion, registry.names())
     sources = [path for path in (request.apply_plan, request.data.data) if path is not None]
     if request.apply_plan is not None:
         options.existing(request.apply_plan, "plan")
@@ -92,11 +97,13 @@ def check(ctx: click.Context, request: Request) -> None:
                     f"{flag} has no meaning with --apply-plan",
                     hint="The plan already says what is removed: drop one of the two.",
                 )
+    request.budget.check(ctx)
+    request.device.check()
     request.data.check()
     request.recovery.check(data=request.data.data is not None)
     _check_cache(request)
     blind = request.apply_plan is None and request.data.data is None
-    if blind and registry.needs_of(registry.get(request.criterion)):
+    if blind and request.criterion is not None and registry.needs_of(registry.get(request.criterion)):
         raise needs_data(request.criterion)
     if request.min_fidelity is not None and request.no_validate:
         raise UsageError(
@@ -110,7 +117,7 @@ def check(ctx: click.Context, request: Request) -> None:
 def _check_cache(request: Request) -> None:
     if request.cache is None:
         return
-    if request.data.data is None:
+    if request.data.data is None and not any(t.kind == "latency" for t in request.budget.targets):
         raise UsageError("--cache keeps statistics of data, and there is no --data", hint="Give --data, or drop it.")
     if request.cache.exists() and not request.cache.is_dir():
         raise UsageError(f"--cache {str(request.cache)!r} is not a folder", hint="Give a folder; a new one is made.")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import click
+
 from onnxprune.cli import options
 from onnxprune.cli.layout import option
 
@@ -31,3 +35,30 @@ as_json = option(
 )
 quiet = option("-q", "--quiet", heading=OUTPUT, is_flag=True, help="Say nothing but errors.")
 verbose = option("-v", "--verbose", heading=OUTPUT, count=True, help="List every layer; -vv shows tracebacks.")
+
+metric = option(
+    "--metric",
+    heading=CHECKS,
+    metavar="FILE.py:FUNCTION",
+    help="A function from the path of a model to a number, higher is better; default points of fidelity.",
+)
+jobs = option(
+    "--jobs",
+    heading=CHECKS,
+    type=options.NumberType(1, "how many processes to use"),
+    help="Processes to measure sensitivities in; default one per processor.",
+)
+cache = option(
+    "--cache",
+    heading=INPUT,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep what is found out here: a repeated or interrupted run goes on from there.",
+)
+html = option(
+    "--html",
+    heading=OUTPUT,
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Also write a page with the plot; it needs nothing else.",
+)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
-
-import numpy as np
 
 from onnxprune.graph.view import Graph, Node
 
@@ -34,50 +33,57 @@ _CONVOLUTIONS = {"Conv", "FusedConv", "ConvInteger", "QLinearConv"}
 _RECURRENT = {"LSTM", "GRU", "RNN"}
 
 
-def macs(node: Node, shape: ShapeOf) -> int:
-    """Multiply-accumulates of one node; 0 for operators that do not contract or whose shapes are not known."""
+def macs(node: Node, shape: ShapeOf) -> Any:
+    """Multiply-accumulates of one node; 0 for operators that do not contract or whose shapes are not known.
+
+    Sizes in ``shape`` may be arrays that broadcast, for many cuts at once: so is the result.
+    """
     positions = LAYERS.get(node.op)
     if positions is None or len(node.inputs) <= positions[1] or not node.outputs[0]:
         return _recurrent_without_output(node, shape)
     data, weight, out = (shape(n) for n in (node.inputs[positions[0]], node.inputs[positions[1]], node.outputs[0]))
-    if data is None or weight is None or out is None or None in (*data, *weight, *out):
+    if not (known(data) and known(weight) and known(out)):
         return 0
     if node.op in _CONVOLUTIONS:
-        return int(np.prod(out)) * int(np.prod(weight[1:]))
+        return prod(out) * prod(weight[1:])
     if node.op == "ConvTranspose":
-        return int(np.prod(data)) * int(np.prod(weight[1:]))
+        return prod(data) * prod(weight[1:])
     if node.op in _RECURRENT:
         return _recurrent(node, data, shape)
     if node.op == "Einsum":
         return _einsum(node, [shape(n) for n in node.inputs])
     if node.op == "Attention":
-        return int(np.prod(data[:-1])) * int(np.prod(weight))
+        return prod(data[:-1]) * prod(weight)
     if node.op in ("Gemm", "FusedGemm") and node.attrs.get("transA", 0):
-        return int(np.prod(out)) * int(data[0])
-    return int(np.prod(out)) * int(data[-1])
+        return prod(out) * data[0]
+    return prod(out) * data[-1]
 
 
-def _recurrent_without_output(node: Node, shape: ShapeOf) -> int:
+def known(shape: Any) -> bool:
+    """Whether a shape and all of its sizes are known."""
+    return shape is not None and all(n is not None for n in shape)
+
+
+def _recurrent_without_output(node: Node, shape: ShapeOf) -> Any:
     if node.op in _RECURRENT:
         data = shape(node.inputs[0])
-        return 0 if data is None or None in data else _recurrent(node, data, shape)
+        return _recurrent(node, data, shape) if known(data) else 0
     return 0
 
 
-def _recurrent(node: Node, data: tuple[int, ...], shape: ShapeOf) -> int:
-    steps = int(np.prod(data[:2]))
+def _recurrent(node: Node, data: tuple[Any, ...], shape: ShapeOf) -> Any:
     sizes = [shape(name) for name in node.inputs[1:3]]
-    return steps * sum(int(np.prod(s)) for s in sizes if s is not None and None not in s)
+    return prod(data[:2]) * sum(prod(s) for s in sizes if known(s))
 
 
-def _einsum(node: Node, shapes: list[Any]) -> int:
+def _einsum(node: Node, shapes: list[Any]) -> Any:
     terms = node.attrs.get("equation", "").replace(" ", "").split("->")[0].split(",")
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for term, shape in zip(terms, shapes, strict=False):
-        if "." in term or shape is None or None in shape:
+        if "." in term or not known(shape):
             return 0
         sizes.update(zip(term, shape, strict=False))
-    return int(np.prod(list(sizes.values()))) if len(terms) > 1 else 0
+    return prod(sizes.values()) if len(terms) > 1 else 0
 
 
 def is_layer(node: Node, graph: Graph) -> bool:

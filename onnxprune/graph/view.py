@@ -140,3 +140,12 @@ def body_reads(body: onnx.GraphProto) -> Iterator[str]:
             for inner in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
                 yield from body_reads(inner)
     yield from (output.name for output in body.output)
+
+
+def reads(node: Node) -> list[str]:
+    """Names a node reads, those that its bodies take from outside included."""
+    names = list(node.inputs)
+    for attribute in node.proto.attribute if node.domain or node.op in CONTROL else ():
+        for body in [attribute.g, *attribute.graphs]:
+            names.extend(body_reads(body))
+    return names

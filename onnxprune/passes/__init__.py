@@ -1,6 +1,7 @@
 """Passes: the stages of a pipeline. A pass is a callable over :class:`State`; write your own, see CONTRIBUTING."""
 
 from onnxprune.passes.adopt import Adopt
+from onnxprune.passes.budget import Budget
 from onnxprune.passes.exact import Exact
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.pipeline import Pipeline
@@ -12,6 +13,7 @@ from onnxprune.passes.validate import Validate
 
 __all__ = [
     "Adopt",
+    "Budget",
     "Exact",
     "Factorize",
     "Pass",

@@ -15,6 +15,7 @@ from onnxprune.criteria import Criterion, get
 from onnxprune.errors import BudgetError
 from onnxprune.model.weights import Weight
 from onnxprune.passes.describe import fill_report
+from onnxprune.passes.freeze import freeze
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
 from onnxprune.passes.state import State
@@ -63,7 +64,7 @@ class Prune:
 
     def __call__(self, state: State) -> None:
         """Choose units, cut the model, fill plan and report."""
-        analysis = self._prepared(state)
+        analysis = self.prepared(state)
         with state.stage("cut"):
             removed, proto, weights, selector = self._cut(analysis, state)
         state.removed, state.proto, state.weights = removed, proto, weights
@@ -81,9 +82,10 @@ class Prune:
 
     def selector(self, state: State) -> Selector:
         """What chooses the units, for those who want to know before they cut: ``selector(state).at(ratio)``."""
-        return Selector(state, self._prepared(state), self.request, self.criterion, self.name)
+        return Selector(state, self.prepared(state), self.request, self.criterion, self.name)
 
-    def _prepared(self, state: State) -> Analysis:
+    def prepared(self, state: State) -> Analysis:
+        """The analysis; raises UsageError for a pattern that matches nothing."""
         analysis = state.renewed(self.approximate)
         labels = (n.label for n in analysis.graph.nodes)
         check_patterns(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
@@ -101,7 +103,7 @@ class Prune:
             else:
                 selector = Selector(state, analysis, self.request, self.criterion, self.name, seconds)
                 if not selector.asked:
-                    raise BudgetError("No channel of this model can be removed.", hint=_reasons(analysis))
+                    raise BudgetError("No channel of this model can be removed.", hint=reasons(analysis))
             removed = np.zeros(analysis.units.component.size, dtype=bool)
             try:
                 if selector is not None:
@@ -111,11 +113,12 @@ class Prune:
                 return removed, proto, weights, selector
             except CannotRewrite as stop:
                 # Feature maps of a model that is cut in several steps are taken from the cut model.
-                _freeze(analysis, stop, removed if removed.any() or selector is None else selector.removed)
+                freeze(analysis, stop, removed if removed.any() or selector is None else selector.removed)
         raise AssertionError("every node was frozen")  # pragma: no cover
 
 
-def _reasons(analysis: Analysis) -> str:
+def reasons(analysis: Analysis) -> str:
+    """Why nothing can be cut, for a hint."""
     top = analysis.barriers[:3]
     said = "; ".join(f"{b.channels} channels: {b.code}, {b.detail}" for b in top)
     if said:
@@ -123,38 +126,3 @@ def _reasons(analysis: Analysis) -> str:
     if any(node.op in ("If", "Loop", "Scan") for node in analysis.graph.nodes):
         return "Its weights lie inside the bodies of If, Loop or Scan nodes, which are left as they are."
     return "The model has no weights to cut."
-
-
-def _freeze(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> None:
-    atoms = analysis.table.atoms
-    why = atoms.barrier("unsupported-form", stop.node.label, stop.node.op, stop.detail)
-    frozen = False
-    for name in (*stop.node.inputs, *stop.node.outputs):
-        for label in analysis.table.get(name) if name else ():
-            gone = label.ids[removed[label.ids]]
-            if gone.size:
-                component = analysis.units.component
-                ids = np.flatnonzero(np.isin(component, np.unique(component[label.ids])))
-                atoms.freeze(ids, why)
-                frozen = True
-    if not frozen:  # the node only sees sizes: whatever they were taken from has to stay
-        ids = _sized(analysis, stop, removed)
-        atoms.freeze(ids if ids.size else np.flatnonzero(removed), why)
-    analysis.resolve_again()
-
-
-def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Removed atoms on tensors whose size reaches the node by computation."""
-    queue, seen, found = list(stop.node.inputs), set(stop.node.inputs), [np.zeros(0, np.int64)]
-    while queue:
-        producer = analysis.graph.producer.get(queue.pop())
-        if producer is None:
-            continue
-        if producer.op == "Shape":
-            labels = analysis.table.get(producer.inputs[0])
-            found.extend(x.ids[removed[x.ids]] for x in labels)
-            continue
-        fresh = [n for n in producer.inputs if n and n not in seen]
-        seen.update(fresh)
-        queue.extend(fresh)
-    return np.unique(np.concatenate([f.ravel() for f in found]))

@@ -68,7 +68,8 @@ class Recover:
         memory_limit: bytes of activations to hold in memory, else the run's, else 2 GiB; more go to temporary files.
         symmetric: fit layers from the original's inputs where the cut left them, not from the cut model's, so that no
             layer makes up for what others lost; worse, and there for comparison.
-        why: who chose the mode, for the report.
+        why: who chose the mode, for the report. near: fit only the layers that read less than they did, and do not
+            judge the result: cheap where little was cut, for those who judge it themselves.
 
     Without data BatchNormalizations have, as long as layers are fitted, the statistics of what is made up, see
     :class:`onnxprune.passes.restate.Restated`.
@@ -81,9 +82,16 @@ class Recover:
     """
 
     def __init__(
-        self, mode: str = "full", *, memory_limit: int | None = None, symmetric: bool = False, why: str = "asked for"
+        self,
+        mode: str = "full",
+        *,
+        memory_limit: int | None = None,
+        symmetric: bool = False,
+        why: str = "asked for",
+        near: bool = False,
     ) -> None:
         self.mode, self.memory_limit, self.symmetric, self.why = check_mode(mode), memory_limit, symmetric, why
+        self.near = near
 
     def __call__(self, state: State) -> None:
         """Replace the cut model's weights."""
@@ -116,6 +124,8 @@ class Recover:
             with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
                 repairs, left = self._repair(state, prepared, given.fit, Path(folder), restate)
             model = prepared.model() if any(r.done for r in repairs) else None
+            if self.near:
+                return _Attempt(repairs, left, model)
             was, after = judge(state.original, [before, model or before], given.judge, given.name)
             found = _Attempt(repairs, left, model, was, after, is_worse(after, was))
             best = found if best is None or best.worse or not found.worse else best
@@ -142,6 +152,9 @@ class Recover:
         known = [name for name in made if _can_follow(analysis, after, name)]
         shape = _shapes_now(state, graph) if state.factorized else after.shape
         aims = find_aims(graph, known, shape, joint=mode == "full")
+        if self.near:
+            levels = [[a for a in level if after.touched(a.data)] for level in aims.levels]
+            aims.levels = [level for level in levels if level]
         store = Store(memory, folder), Store(memory, folder)
         cut_run = Segments(graph, weights, [[n for a in level for n in a.needs] for level in aims.levels], store[0])
         wanted = [[n for a in x for n in (a.tail.aim, *((a.data,) if self.symmetric else ()))] for x in aims.levels]

@@ -55,7 +55,7 @@ class Selector:
     Attributes:
         asked: the ratio asked for each group, None where it is excluded.
         kept: groups that were left whole although they may be cut, with the reason.
-        warnings: what the user should know about the choice.
+        warnings: what the user should know about the choice. pool_of: the groups once ``pool`` was called.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Selector:
         self._seconds = {} if seconds is None else seconds
         self._every = False
         self._last: dict[int, Contest] = {}
+        self.pool_of: dict[int, Contest] = {}
 
     def __call__(self) -> Mask:
         """Mask over components of what goes, after all steps."""
@@ -102,6 +103,18 @@ class Selector:
             chosen = choose(self.analysis, self.request, self._last)
         self._warn(chosen)
         return chosen
+
+    def pool(self) -> dict[int, Contest]:
+        """Every group that may lose units, with its scores, by group id; how much goes is for the caller to say.
+
+        Raises:
+            UsageError: the criterion has nothing to say about any of them.
+        """
+        if not self.pool_of:
+            self._every = True
+            self._last = self._contests(None, 1.0, self._savings())
+            self.pool_of = self._last
+        return self.pool_of
 
     def at(self, ratio: float) -> Mask:
         """Mask over atoms of what would go at another ratio; where there is one step, scores are made only once."""

@@ -21,6 +21,7 @@ from onnxprune.model.weights import Weight
 from onnxprune.plan import Plan
 from onnxprune.report.facts import Report
 from onnxprune.runtime.data import Samples, open_data
+from onnxprune.runtime.device import Device, device
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.sessions import Feed
 
@@ -37,6 +38,7 @@ class State:
     ``proved`` is the removal that exactness was asked of; ``unrepaired`` the model before a repair changed its weights;
     ``judged_on`` the inputs to compare the result on, with a name for them, where a repair has used the others;
     ``read_from`` the files that weights are read from besides the original's. ``memory_limit``: bytes of activations.
+    ``device``: where time is measured.
     """
 
     source: str | Path | bytes | onnx.ModelProto
@@ -49,6 +51,7 @@ class State:
     images: ImageOptions | None = None
     cache: Path | None = None
     memory_limit: int | None = None
+    device: Device = field(default_factory=device)
     analysis: Analysis | None = None
     proto: onnx.ModelProto | None = None
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -148,6 +151,30 @@ class State:
                 self.data, specs, samples=self.samples, batch_size=self.batch_size, images=self.images
             )
         return self._samples
+
+    def branch(
+        self, proto: onnx.ModelProto, weights: dict[str, Weight], removed: NDArray[np.bool_], samples: int | None = None
+    ) -> State:
+        """A run of its own that goes on from here with a cut model; this one does not notice.
+
+        Args:
+            samples: use only so many of the data.
+        """
+        data = None if self.data is None else self.calibration()
+        return replace(
+            self,
+            proto=proto,
+            weights=weights,
+            removed=removed,
+            proved=None,
+            unrepaired=None,
+            judged_on=None,
+            progress=None,
+            later=[],
+            _plan=Plan(),
+            _report=Report(),
+            _samples=data if data is None or samples is None else data.first(samples),
+        )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -17,6 +17,7 @@ from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.model.save import save
 from onnxprune.model.weights import Weight
+from onnxprune.passes.calls import Calls
 from onnxprune.passes.state import State
 from onnxprune.runtime import inputs, sessions
 
@@ -73,3 +74,22 @@ def synthetic_feeds(state: State, analysis: Analysis) -> list[Any]:
     specs = input_specs(analysis.graph)
     bounds = integer_bounds(analysis.graph, analysis.facts)
     return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=state.seed) for probe in analysis.facts.probes]
+
+
+def timing_feed(state: State, trial: Trial) -> Any:
+    """One call with one sample where the model leaves the number open and runs so: the user's data, else synthetic."""
+    analysis = trial.analysis
+    if state.data is not None:
+        call = next(iter(Calls(state, analysis).batches(1)), None)
+        if call is not None:
+            return call
+    specs, facts = input_specs(analysis.graph), analysis.facts
+    shapes = {
+        name: tuple(1 if axis == 0 and facts.varies(name, 0) else n for axis, n in enumerate(shape))
+        for name, shape in facts.probes[0].inputs.items()
+    }
+    bounds = integer_bounds(analysis.graph, facts)
+    feed = inputs.synthetic(specs, shapes, bounds=bounds, seed=state.seed)
+    if shapes != facts.probes[0].inputs and not sessions.runs(trial.original, feed):
+        return synthetic_feeds(state, analysis)[0]
+    return feed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from onnxprune.passes.calls import Calls
 from onnxprune.passes.exact import prove, unproved
 from onnxprune.passes.state import State
 from onnxprune.passes.structure import check_file, check_sizes
-from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.passes.trial import Trial, synthetic_feeds, timing_feed
+from onnxprune.report.facts import Latency
 from onnxprune.runtime import fidelity, latency
 
 # Inputs of the user that tell enough, where nobody says how many to take.
@@ -56,7 +56,7 @@ class Validate:
         with state.stage("inputs"):
             feeds, source = _inputs(state, analysis)
         if self.exact and unproved(state):
-            self._prove(state, analysis, trial, final)
+            _proved(state, analysis, trial, final)
         if self.faithful:
             with state.stage("fidelity"):
                 together = not trial.large
@@ -65,14 +65,23 @@ class Validate:
             state.report.warnings.append("Latency was not measured: original and result would be in memory at once.")
         elif self.timed:
             with state.stage("latency"):
-                state.report.latency = latency.latency(trial.original, final, list(islice(feeds, 1)))
+                state.report.latency = _timed(state, trial, final)
 
-    def _prove(self, state: State, analysis: Analysis, trial: Trial, final: Path) -> None:
-        if analysis is state.original:
-            prove(state, analysis, trial, final)
-            return
-        with Trial.of(analysis) as own:  # what was cut is not what came in
-            prove(state, analysis, own, final)
+
+def _timed(state: State, trial: Trial, final: Path) -> Latency:
+    """Both models on one sample."""
+    feed = timing_feed(state, trial)
+    return latency.latency(
+        trial.original, final, [feed], threads=state.device.threads, providers=state.device.providers
+    )
+
+
+def _proved(state: State, analysis: Analysis, trial: Trial, final: Path) -> None:
+    if analysis is state.original:
+        prove(state, analysis, trial, final)
+        return
+    with Trial.of(analysis) as own:  # what was cut is not what came in
+        prove(state, analysis, own, final)
 
 
 def _note(state: State) -> None:

@@ -93,6 +93,52 @@ class Latency:
 
 
 @dataclass(slots=True)
+class NodeTime:
+    """Milliseconds of one node: as it is, and where every group keeps ``SHARES`` of its units."""
+
+    name: str
+    op: str
+    ms: float
+    at_shares: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class KindSteps:
+    """Nodes of one kind, and what one of them takes by the channels that it ``reads`` or ``makes``.
+
+    ``ms[i]`` is the time at ``channels[i]``, where of the others there are as many as in the original.
+    """
+
+    op: str
+    nodes: int
+    by: str
+    channels: list[int] = field(default_factory=list)
+    ms: list[float] = field(default_factory=list)
+
+
+SHARES = (0.75, 0.5, 0.25)
+"""Shares of units at which a profile shows times."""
+
+
+@dataclass(slots=True)
+class Profile:
+    """Where a model's time goes on one device.
+
+    ``checks`` are (predicted, measured) milliseconds of whole runs at counts that were not measured before; ``error``
+    is their largest difference as a share.
+    """
+
+    model: str
+    device: dict[str, Any]
+    inputs: dict[str, list[int]]
+    ms: float
+    error: float
+    checks: list[tuple[float, float]] = field(default_factory=list)
+    nodes: list[NodeTime] = field(default_factory=list)
+    steps: list[KindSteps] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Repair:
     """What became of one layer that was repaired: held-out errors as shares of its target's variance.
 
@@ -160,6 +206,46 @@ class FactorizedLayer:
 
 
 @dataclass(slots=True)
+class TargetFacts:
+    """What was asked of one kind of cost, and what came of it; in MACs, parameters, bytes or seconds."""
+
+    kind: str
+    asked: str
+    limit: float
+    before: float
+    after: float
+    how: str = "counted"
+    """``counted``, ``measured`` on this machine, or ``predicted`` from a table of another."""
+
+
+@dataclass(slots=True)
+class AnswerFacts:
+    """One way to choose counts that was cut, repaired and compared: ``fine`` is what was compared, higher is better."""
+
+    name: str
+    fine: float
+    points: float
+    chosen: bool = False
+
+
+@dataclass(slots=True)
+class BudgetFacts:
+    """How counts were found for targets.
+
+    ``points`` is what ``what`` says, before and after. ``gap``: with costs linearised at the answer, no choice of
+    counts loses less than (1 - gap) of what this one does, by the losses it was chosen by.
+    """
+
+    targets: list[TargetFacts] = field(default_factory=list)
+    answers: list[AnswerFacts] = field(default_factory=list)
+    gap: float | None = None
+    what: str = ""
+    points_before: float = 0.0
+    points_after: float = 0.0
+    max_drop: float | None = None
+
+
+@dataclass(slots=True)
 class Report:
     """Everything a run found out. ``to_dict`` gives the machine-readable object of ``--json``."""
 
@@ -174,6 +260,7 @@ class Report:
     latency: Latency | None = None
     recovery: Recovery = field(default_factory=Recovery)
     repairs: list[Repair] = field(default_factory=list)
+    budget: BudgetFacts | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
     factorized: list[FactorizedLayer] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import RenderableType
 from rich.text import Text
 
-from onnxprune.report import repairs, tables
+from onnxprune.report import budgets, repairs, tables
 from onnxprune.report.facts import Report
 
 
@@ -24,6 +24,8 @@ def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableTyp
     slower = tables.speed_note(report)
     if slower is not None:
         parts.append(slower)
+    if report.budget is not None:
+        parts += [Text(""), *budgets.render(report.budget)]
     chosen = settings(report)
     parts += [Text(""), *([chosen] if chosen is not None else []), tables.exactness(report.exactness)]
     repaired = repairs.summary(report)

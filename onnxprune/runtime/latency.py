@@ -1,8 +1,7 @@
-"""Latency of two models, measured against each other on this machine."""
+"""Latency of models, measured against each other on this machine."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +10,13 @@ import numpy as np
 
 from onnxprune.errors import ModelError
 from onnxprune.report.facts import Latency
+from onnxprune.runtime.device import CPU, Device, processors
 from onnxprune.runtime.sessions import Feed, Progress, open_session, prepare, run
 
 _WARM_UP = 2
 _FEWEST = 5
+# Seconds that a clock may be coarse by.
+_FINE = 1e-6
 
 
 def latency(
@@ -24,14 +26,13 @@ def latency(
     *,
     runs: int = 20,
     threads: int | None = None,
+    providers: Sequence[str] = (CPU,),
     budget_s: float = 10.0,
     progress: Progress | None = None,
 ) -> Latency:
     """Median milliseconds per run of two models with all graph optimisations, and their interquartile range.
 
-    The models run in turn, the first of each pair alternating, after a warm-up, on the first of ``feeds``; drift of the
-    machine then meets both alike. Measuring stops after ``runs`` pairs, or once ``budget_s`` seconds are spent and five
-    pairs are measured.
+    The models run in turn, see :func:`in_turn`.
 
     Args:
         threads: threads inside an operator; None takes all processors this process may use.
@@ -39,41 +40,69 @@ def latency(
     Raises:
         ModelError: a model does not load or run, or there is no input to run on.
     """
+    device = Device(tuple(providers), threads or processors())
+    times = in_turn([before, after], feeds, device, runs=runs, budget_s=budget_s, progress=progress)
+    (before_ms, before_spread), (after_ms, after_spread) = (_summary(t) for t in times)
+    return Latency(before_ms, after_ms, before_spread, after_spread, len(times[0]), device.threads)
+
+
+def in_turn(
+    models: Sequence[Path | bytes],
+    feeds: Sequence[Feed],
+    device: Device,
+    *,
+    runs: int = 20,
+    budget_s: float = 10.0,
+    steady: bool = False,
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """Milliseconds of every run of several models on the first of ``feeds``.
+
+    They run in turn, in one order and then the other, after a warm-up; drift of the machine then meets all alike.
+    Measuring stops after ``runs`` rounds, or once ``budget_s`` seconds are spent and five rounds are done.
+
+    Args:
+        steady: where one thread of the CPU runs the model, take the time that it works: waiting for other programs on
+            the machine is left out. With more threads there is no such clock.
+
+    Raises:
+        ModelError: a model does not load or run, or there is no input to run on.
+    """
     if not feeds:
         raise ModelError("latency needs at least one input to run on")
-    threads = threads or _processors()
+    clock = _own_time() if steady and device == Device() else time.perf_counter
     calls: list[Callable[[], object]] = []
-    for model in (before, after):
-        session = open_session(model, threads=threads)
+    for model in models:
+        session = open_session(model, threads=device.threads, providers=device.providers)
         run(session, feeds[0])  # the first run allocates; it also turns a failing model into a typed error
         calls.append(prepare(session, feeds[0]))
     start = time.perf_counter()
     for _ in range(_WARM_UP - 1):
         for call in calls:
             call()
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in calls]
     wanted = max(runs, _FEWEST)
     for index in range(wanted):
         if index >= _FEWEST and time.perf_counter() - start > budget_s:
             break
-        for which in (0, 1) if index % 2 == 0 else (1, 0):
-            times[which].append(_timed(calls[which]))
+        for which in range(len(calls)) if index % 2 == 0 else reversed(range(len(calls))):
+            times[which].append(_timed(calls[which], clock))
         if progress:
             progress("latency", (index + 1) / wanted)
-    (before_ms, before_spread), (after_ms, after_spread) = (_summary(t) for t in times)
-    return Latency(before_ms, after_ms, before_spread, after_spread, len(times[0]), threads)
+    return times
 
 
-def _processors() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _timed(call: Callable[[], object]) -> float:
+def _timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
     """Milliseconds of one call."""
-    start = time.perf_counter()
+    start = clock()
     call()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
+
+
+def _own_time() -> Callable[[], float]:
+    """A clock of this thread's work where the system has a fine one, else the wall's."""
+    fine = time.get_clock_info("thread_time").resolution <= _FINE
+    return time.thread_time if fine else time.perf_counter
 
 
 def _summary(times: list[float]) -> tuple[float, float]:

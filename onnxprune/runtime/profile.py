@@ -9,55 +9,59 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from onnxprune.errors import ModelError
-from onnxprune.runtime.sessions import Feed, run
+from onnxprune.runtime.device import Device
+from onnxprune.runtime.sessions import Feed, open_session, prepare, run
 
 _SUFFIX = "_kernel_time"
 
 
 @dataclass(frozen=True, slots=True)
 class NodeTime:
-    """Median seconds per run of one node as onnxruntime ran it: ``name`` and ``op`` after its own fusions."""
+    """Seconds per run of one node as onnxruntime ran it: ``name`` and ``op`` after its own fusions."""
 
     name: str
     op: str
     seconds: float
 
 
-def profile(model: Path | bytes, feeds: Sequence[Feed], *, runs: int = 7) -> list[NodeTime]:
-    """Seconds of every node, with all graph optimisations and one thread; the first run is not counted.
+def profile(
+    model: Path | bytes,
+    feeds: Sequence[Feed],
+    *,
+    runs: int = 7,
+    device: Device | None = None,
+    share: float | None = None,
+) -> list[NodeTime]:
+    """Seconds of every node, with all graph optimisations; the first run is not counted.
 
     Args:
         model: path, or the serialised model. feeds: the first one is run. runs: how often.
+        device: None for one thread of the CPU. share: the mean of so many of the runs, the shortest ones, is given in
+            place of the median; what disturbs a run only makes it longer, and a mean is finer than the clock.
 
     Raises:
         ModelError: the model does not load or run.
     """
     if not feeds:
         raise ModelError("a profile needs at least one input to run on")
+    device = device or Device()
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        source = model if isinstance(model, bytes) else str(model)
+        prefix = str(Path(folder) / "profile")
+        session = open_session(model, threads=device.threads, providers=device.providers, profile=prefix)
         try:
-            session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions have no common base of their own
-            raise ModelError(f"onnxruntime cannot profile the model: {str(error).splitlines()[0]}") from error
-        try:
-            for _ in range(runs + 1):
-                run(session, feeds[0])
+            run(session, feeds[0])
+            call = prepare(session, feeds[0])
+            for _ in range(runs):
+                call()
         finally:
             written = Path(session.end_profiling())
         events = json.loads(written.read_text())
-    return _per_node(events, runs)
+    return _per_node(events, runs, share)
 
 
-def _per_node(events: Sequence[dict[str, object]], runs: int) -> list[NodeTime]:
+def _per_node(events: Sequence[dict[str, object]], runs: int, share: float | None) -> list[NodeTime]:
     times: dict[tuple[str, str], list[float]] = {}
     for event in events:
         name, arguments = str(event.get("name", "")), event.get("args")
@@ -70,5 +74,7 @@ def _per_node(events: Sequence[dict[str, object]], runs: int) -> list[NodeTime]:
         each = max(1, len(found) // (runs + 1))
         usable = len(found) // each * each
         sums = np.asarray(found[:usable]).reshape(-1, each).sum(axis=1)
-        result.append(NodeTime(name, op, float(np.median(sums[1:] if sums.size > 1 else sums))))
+        counted = sums[1:] if sums.size > 1 else sums
+        shortest = np.sort(counted)[: max(1, round((share or 1.0) * counted.size))]
+        result.append(NodeTime(name, op, float(np.median(counted) if share is None else shortest.mean())))
     return result

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from onnxprune.graph.view import CONTROL, Graph, Node, body_reads
+from onnxprune.graph.view import Graph, Node, reads
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
@@ -82,7 +82,7 @@ class Segments:
         nodes = self._nodes[piece]
         made = {o for node in nodes for o in node.outputs if o}
         keep = [n for n in sorted(made) if self._last.get(n, -1) >= piece]
-        read = {n for node in nodes for n in _reads(node)} - made
+        read = {n for node in nodes for n in reads(node)} - made
         # Bodies also read tensors of their own.
         inputs = sorted(n for n in read if n not in self._weights and self._is_outer(n))
         if keep:
@@ -112,7 +112,7 @@ class Segments:
                 if node is not None and node.index not in taken and node.outputs[0] not in self._weights:
                     taken.add(node.index)
                     mine.add(node.index)
-                    queue.extend(n for n in _reads(node) if n)
+                    queue.extend(n for n in reads(node) if n)
             result.append([self._graph.nodes[i] for i in sorted(mine)])
         return result
 
@@ -121,20 +121,11 @@ class Segments:
         last: dict[str, int] = {}
         for piece, (nodes, names) in enumerate(zip(self._nodes, self._wanted, strict=True)):
             made = {o for node in nodes for o in node.outputs}
-            for name in {n for node in nodes for n in _reads(node)} - made:
+            for name in {n for node in nodes for n in reads(node)} - made:
                 last[name] = piece
             for name in names:
                 last[name] = piece
         return last
-
-
-def _reads(node: Node) -> list[str]:
-    """Names a node reads, those that its bodies take from outside included."""
-    names = list(node.inputs)
-    for attribute in node.proto.attribute if node.domain or node.op in CONTROL else ():
-        for body in [attribute.g, *attribute.graphs]:
-            names.extend(body_reads(body))
-    return names
 
 
 def part_model(
@@ -148,7 +139,7 @@ def part_model(
     model = onnx.ModelProto()
     model.ir_version = max(graph.proto.ir_version, 4)
     model.opset_import.extend(graph.proto.opset_import)
-    names = {n for node in nodes for n in _reads(node)}
+    names = {n for node in nodes for n in reads(node)}
     for node in nodes:
         model.graph.node.add().CopyFrom(node.proto)
     model.graph.name = "part"

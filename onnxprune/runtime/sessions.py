@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,15 @@ _CUT_ANYWAY = "Use --no-validate to cut it all the same, with a structural check
 
 
 def open_session(
-    model: Path | bytes, *, optimize: bool = True, threads: int | None = None, spin: bool = True
+    model: Path | bytes,
+    *,
+    optimize: bool = True,
+    threads: int | None = None,
+    spin: bool = True,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    profile: str = "",
 ) -> ort.InferenceSession:
-    """Open a model on onnxruntime's CPU provider.
+    """Open a model in onnxruntime.
 
     Args:
         model: a path (external data is found beside it) or the serialised model.
@@ -71,6 +77,7 @@ def open_session(
             A model that only loads without them is opened without them.
         threads: threads inside an operator; None leaves the choice to onnxruntime.
         spin: threads that wait for work keep their core busy, which is faster as long as nothing else wants it.
+        providers: in order of preference. profile: where the times of all nodes are written to, if anywhere.
 
     Raises:
         ModelError: the file does not load, or holds an operator that onnxruntime has no kernel for (named).
@@ -84,16 +91,20 @@ def open_session(
         options.inter_op_num_threads = 1
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     try:
         source = model if isinstance(model, bytes) else str(model)
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(source, options, providers=list(providers))
     except MemoryError:
         raise
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         if optimize:
             # Some graphs break onnxruntime's own fusions (fully quantised convolutions) and run well without.
             with suppress(ModelError):
-                return open_session(model, optimize=False, threads=threads, spin=spin)
+                return open_session(
+                    model, optimize=False, threads=threads, spin=spin, providers=providers, profile=profile
+                )
         raise _load_error(str(error), "the model" if isinstance(model, bytes) else str(model)) from error
 
 
@@ -162,6 +173,15 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Feed:
     for info, value in zip(outputs, values, strict=True):
         _flatten(info.name, value, results)
     return results
+
+
+def runs(model: Path | bytes, feed: Mapping[str, Array]) -> bool:
+    """Whether a model runs on this feed."""
+    try:
+        run(open_session(model), feed)
+    except ModelError:
+        return False
+    return True
 
 
 def prepare(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Callable[[], list[Any]]:

@@ -157,9 +157,14 @@ def _steps_gone(group: Group, own: Mask, dead: Mask) -> int:
 
 def choose(analysis: Analysis, request: Request, contests: Mapping[int, Contest]) -> Mask:
     """Mask over components of what goes."""
+    counts = allocate(list(contests.values()), request.scope, request.rounding, request.group_policy == "sum")
+    return take(analysis, contests, counts)
+
+
+def take(analysis: Analysis, contests: Mapping[int, Contest], counts: Sequence[int]) -> Mask:
+    """Mask over components of what goes when every group, in the order of ``contests``, loses so many steps."""
     units = analysis.units
     numbers = list(contests)
-    counts = allocate(list(contests.values()), request.scope, request.rounding, request.group_policy == "sum")
     chosen = np.zeros(units.frozen.size, dtype=bool)
     # Rows before the cells beneath them: cells of rows that go do not compete.
     order = sorted(range(len(numbers)), key=lambda i: (not units.groups[numbers[i]].children, i))

@@ -94,6 +94,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
     args += ["--exclude", "e1", "--exclude", "e2", "--round-to", "8", "--input-shape", "x=2,3", "--seed", "7"]
     args += ["--data", data, "--samples", "9", "--batch-size", "4"]
     args += ["--recover", "bn", "--memory-limit", "2GB", "--cache", model.parent / "kept"]
+    args += ["--providers", "cpu,CPUExecutionProvider", "--threads", "3"]
     assert run(model, *args, "--approximate").exit_code == 0
     (call,) = api.calls
     call.pop("progress")
@@ -125,6 +126,15 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "recover": "bn",
         "memory_limit": 2_000_000_000,
         "cache": model.parent / "kept",
+        "target": None,
+        "max_drop": None,
+        "metric": None,
+        "latency_table": None,
+        "sensitivity": None,
+        "jobs": None,
+        "min_fidelity": None,
+        "providers": ["cpu", "CPUExecutionProvider"],
+        "threads": 3,
         "seed": 7,
         "approximate": True,
         "validate": True,
@@ -135,7 +145,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
 def test_defaults(api, run, model) -> None:
     assert run(model).exit_code == 0
     (call,) = api.calls
-    assert (call["criterion"], call["ratio"], call["round_to"], call["seed"]) == ("l2", 0.3, 1, 0)
+    assert (call["criterion"], call["ratio"], call["round_to"], call["seed"]) == (None, 0.3, 1, 0)
     assert (call["layers"], call["input_shapes"], call["plan"], call["data"]) == (None, None, None, None)
     assert (call["recover"], call["memory_limit"], call["cache"]) == (None, None, None)
     assert model.with_name("m.pruned.onnx").read_bytes() == b"cut model"
@@ -144,3 +154,15 @@ def test_defaults(api, run, model) -> None:
 def test_no_validate_measures_nothing(api, run, model) -> None:
     assert run(model, "--no-validate").exit_code == 0
     assert (api.calls[0]["validate"], api.calls[0]["latency"]) == (False, False)
+
+
+def test_every_option_of_a_budget_reaches_the_api(api, run, model) -> None:
+    table, script = model.with_name("device.json"), model.with_name("score.py")
+    table.write_text("{}")
+    script.write_text("def top1(path):\n    return 1.0\n")
+    args = ["--target", "macs=0.5", "--target", "latency=12ms", "--max-drop", "1.5", "--metric", f"{script}:top1"]
+    assert run(model, *args, "--latency-table", table, "--min-fidelity", "0.9").exit_code == 0
+    (call,) = api.calls
+    assert [str(target) for target in call["target"]] == ["macs=0.5", "latency=12ms"]
+    assert (call["max_drop"], call["metric"], call["latency_table"]) == (1.5, f"{script}:top1", table)
+    assert (call["min_fidelity"], call["ratio"], call["plan"]) == (0.9, None, None)

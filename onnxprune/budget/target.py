@@ -1,0 +1,153 @@
+"""What a model may cost: ``macs=0.5``, ``size=3MB``, ``latency=12ms``, parsed and held against the original."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from onnxprune.errors import UsageError, nearest
+
+_COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
+_SECONDS = {"US": 1e-6, "MS": 1e-3, "S": 1.0}
+UNITS: dict[str, dict[str, float]] = {
+    "macs": _COUNTS,
+    "params": _COUNTS,
+    "size": _BYTES,
+    "latency": _SECONDS,
+    "peak-memory": _BYTES,
+}
+"""The kinds of targets, and the units that an absolute value of each may have."""
+EXAMPLES = {"macs": "20M", "params": "1.5M", "size": "3MB", "latency": "12ms", "peak-memory": "64MB"}
+COUNTABLE = ("macs", "params", "size", "peak-memory")
+"""The kinds that follow from the graph alone."""
+# A bare number up to this is more likely a percentage than so many multiplications.
+_MOST_PERCENT = 100.0
+_NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The most that a model may cost of one kind.
+
+    Attributes:
+        kind: a key of ``UNITS``. value: a share of the original, 0 < value <= 1, or an amount (a number of MACs or
+            parameters, bytes, seconds). absolute: whether it is an amount.
+    """
+
+    kind: str
+    value: float
+    absolute: bool = False
+
+    def limit(self, original: float) -> float:
+        """The most that is allowed, where the original costs so much."""
+        return self.value if self.absolute else self.value * original
+
+    def with_limit(self, limit: float, original: float) -> Target:
+        """The same kind of target with another limit."""
+        return Target(self.kind, limit if self.absolute else limit / original, self.absolute)
+
+    def __str__(self) -> str:
+        """The target as it is written on the command line."""
+        if not self.absolute:
+            return f"{self.kind}={self.value:.4g}"
+        units = {u: f for u, f in UNITS[self.kind].items() if "I" not in u and u not in ("", "T")}
+        if self.kind in ("macs", "params"):
+            units.pop("B")
+        fitting = [u for u, f in units.items() if self.value >= f] or list(units)[:1]
+        unit = max(fitting, key=units.__getitem__)
+        shown = unit.lower() if self.kind == "latency" else unit.replace("KB", "kB")
+        return f"{self.kind}={self.value / units[unit]:.4g}{shown}"
+
+
+def parse(text: str, option: str = "--target") -> Target:
+    """A target from ``KIND=VALUE``.
+
+    Raises:
+        UsageError: an unknown kind, no number, a percent sign, a unit of another kind, or a value out of range.
+    """
+    kind, sign, value = (part.strip() for part in text.partition("="))
+    if not sign:
+        raise UsageError(f"{option}: {text!r} is not KIND=VALUE", hint=f"For example {option} macs=0.5.")
+    if kind not in UNITS:
+        listed = f"Allowed: {', '.join(UNITS)}."
+        near = nearest(kind, UNITS)
+        hint = f"{near} {listed}" if near.startswith("Did") else listed
+        raise UsageError(f"{option}: unknown kind {kind!r}", hint=hint)
+    return _target(kind, value, option)
+
+
+def _target(kind: str, text: str, option: str) -> Target:
+    what, either = (
+        f"{option} {kind}",
+        f"Give a share of the original such as 0.5, or an amount such as {EXAMPLES[kind]}.",
+    )
+    if text.endswith("%"):
+        raise UsageError(f"{what}: {text!r} has a percent sign", hint=_as_share(kind, text[:-1]) or either)
+    found = _NUMBER.fullmatch(text)
+    if found is None:
+        raise UsageError(f"{what}: {text!r} is not a value", hint=either)
+    number, unit = float(found[1]), found[2].upper()
+    if not math.isfinite(number) or number <= 0:
+        raise UsageError(f"{what}: {text} is out of range", hint=f"A target is more than 0. {either}")
+    if unit not in UNITS[kind] and unit:
+        allowed = ", ".join(filter(None, UNITS[kind]))
+        raise UsageError(f"{what}: {found[2]!r} is no unit of {kind}", hint=f"Allowed: {allowed}. {either}")
+    if unit:
+        return Target(kind, number * UNITS[kind][unit], absolute=True)
+    if number <= 1:
+        return Target(kind, number)
+    if "" in UNITS[kind] and number > _MOST_PERCENT:
+        return Target(kind, number, absolute=True)
+    raise UsageError(f"{what}: {text} is no share of the original", hint=_as_share(kind, text) or either)
+
+
+def _as_share(kind: str, text: str) -> str:
+    """A hint for someone who gave percent."""
+    try:
+        percent = float(text)
+    except ValueError:
+        return ""
+    if not 1 <= percent <= _MOST_PERCENT:
+        return ""
+    return f"To keep {percent:g} percent give {kind}={percent / 100:g}; an amount is written like {EXAMPLES[kind]}."
+
+
+Given = str | Target | Mapping[str, float | str] | Iterable[str | Target]
+
+
+def targets(given: Given, option: str = "target") -> tuple[Target, ...]:
+    """Targets from what a call may give: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "latency": "12ms"}``.
+
+    Raises:
+        UsageError: one is not a target, none is given, or a kind is given twice with different values.
+    """
+    if isinstance(given, (str, Target)):
+        given = [given]
+    if isinstance(given, Mapping):
+        given = [f"{kind}={value}" for kind, value in given.items()]
+    found: dict[str, Target] = {}
+    for item in given:
+        target = item if isinstance(item, Target) else parse(str(item), option)
+        if found.setdefault(target.kind, target) != target:
+            raise UsageError(f"{option} {target.kind} is given twice, with different values", hint="Give it once.")
+    if not found:
+        raise UsageError(f"{option} names no target", hint="For example macs=0.5.")
+    return tuple(found.values())
+
+
+def shares(text: str, option: str = "--targets") -> Sequence[float]:
+    """Shares of the original from ``0.9,0.8,0.7``, largest first.
+
+    Raises:
+        UsageError: one is not a share.
+    """
+    found = []
+    for part in text.split(","):
+        target = _target("macs", part.strip(), option)
+        if target.absolute:
+            raise UsageError(f"{option}: {part.strip()} is no share of the original", hint="For example 0.9,0.7,0.5.")
+        found.append(target.value)
+    return sorted(set(found), reverse=True)

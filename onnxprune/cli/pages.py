@@ -1,0 +1,29 @@
+"""Files that commands write beside models: reports for people and for machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onnxprune.errors import UsageError
+
+
+def check(model: Path, *targets: Path | None) -> None:
+    """Whether these files can be written without harm; raises UsageError."""
+    from onnxprune.model.save import check_output
+
+    given = [target for target in targets if target is not None]
+    if len({target.resolve() for target in given}) < len(given):
+        raise UsageError("two outputs are the same file", hint="Give different paths.")
+    for target in given:
+        check_output(target, model)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; raises UsageError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"Cannot write {str(path)!r}: {error.strerror}.") from None

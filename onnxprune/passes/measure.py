@@ -1,0 +1,128 @@
+"""How good a model is, as one number: the user's metric, or how close its outputs are to the original's."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxprune.errors import UsageError, nearest
+from onnxprune.passes.outcome import noise
+from onnxprune.report.facts import Fidelity
+
+Metric = Callable[[str], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A model's quality.
+
+    Attributes:
+        points: what ``--max-drop`` counts in: the metric, or per cent of top-1 agreement, else of cosine.
+        fine: what candidates are compared by; higher is better. fidelity: to the original, where it was measured.
+    """
+
+    points: float
+    fine: float
+    fidelity: Fidelity | None = None
+
+
+def of_fidelity(facts: Fidelity) -> Quality:
+    """Quality without a metric: agreement with the original for points, less noise the finer measure."""
+    shares = [o.top1 for o in facts.outputs if o.top1 is not None]
+    points = 100 * min(shares) if shares and len(shares) == len(facts.outputs) else 100 * facts.worst_cosine
+    return Quality(points, -noise(facts), facts)
+
+
+def said(metric: Metric | None, facts: Fidelity | None) -> str:
+    """What the points are."""
+    if metric is not None:
+        return str(getattr(metric, "label", getattr(metric, "__name__", "metric")))
+    tops = facts is not None and facts.outputs and all(o.top1 is not None for o in facts.outputs)
+    return "top-1 agreement in %" if tops else "cosine in %"
+
+
+def measured(metric: Metric, path: Path) -> float:
+    """The metric of a model file.
+
+    Raises:
+        UsageError: it raises, or gives no finite number.
+    """
+    label = getattr(metric, "label", getattr(metric, "__name__", "metric"))
+    try:
+        value = metric(str(path))
+    except Exception as error:
+        raise UsageError(
+            f"The metric {label} failed: {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}",
+            hint="It is called with the path of a model and returns a number, higher is better.",
+        ) from error
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"The metric {label} returned a {type(value).__name__}, a number was expected.",
+            hint="It is called with the path of a model and returns a number, higher is better.",
+        ) from None
+    if not math.isfinite(number):
+        raise UsageError(f"The metric {label} returned {number}.", hint="It has to be a finite number for every model.")
+    return number
+
+
+def load_metric(text: str) -> Metric:
+    """The function that ``script.py:function`` names.
+
+    Raises:
+        UsageError: no such file or function, or a file that does not run.
+    """
+    path, sign, name = text.rpartition(":")
+    hint = "Give script.py:function; it is called with the path of a model and returns a number, higher is better."
+    if not sign or not path or not name:
+        raise UsageError(f"--metric: {text!r} is not script.py:function", hint=hint)
+    if not Path(path).is_file():
+        raise UsageError(f"--metric: no file {path!r}", hint=hint)
+    spec = importlib.util.spec_from_file_location(f"onnxprune_metric_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--metric: {path!r} is no Python file", hint=hint)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        with _beside(Path(path)):
+            spec.loader.exec_module(module)
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise UsageError(f"--metric: {path} does not run: {type(error).__name__}: {said}", hint=hint) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise UsageError(f"--metric: {path} has no function {name!r}", hint=nearest(name, known) or hint)
+    return Named(function, text)
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A metric with the name that the user gave it."""
+
+    function: Metric
+    label: str
+
+    def __call__(self, path: str) -> float:
+        """The metric of a model file."""
+        return self.function(path)
+
+    def __reduce__(self) -> tuple[Callable[[str], Metric], tuple[str]]:
+        """Workers load the script themselves."""
+        return load_metric, (self.label,)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[None]:
+    """A script finds modules that lie beside it."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

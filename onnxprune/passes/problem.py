@@ -1,0 +1,220 @@
+"""A budget as a problem over counts: the groups with their scores, the targets with their costs, answers to both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.analysis import Analysis
+from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate, least, uniform
+from onnxprune.budget.costs import Cost, costs_of, total
+from onnxprune.budget.latency import Latency, Places
+from onnxprune.budget.losses import by_curves, by_scores, levels_of
+from onnxprune.budget.sizes import Counts, Sizes
+from onnxprune.budget.table import LatencyTable
+from onnxprune.budget.target import Target
+from onnxprune.passes.attempt import Attempt
+from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.select import Selector
+from onnxprune.passes.state import State
+from onnxprune.passes.timing import Bench, block_levels
+from onnxprune.passes.trial import Trial, timing_feed
+from onnxprune.planning import atoms_removed
+from onnxprune.selection.choose import take
+from onnxprune.selection.costs import macs_after
+
+Mask = NDArray[np.bool_]
+Solve = Callable[[Choices, Sequence[Limit]], Allocation | None]
+Curves = Mapping[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
+
+TOLERANCE = {"latency": 0.05}
+"""How far above its limit a measured cost may be, as a share; 0.02 for what can be counted."""
+_COUNTED = 0.02
+_CORRECTIONS = 5
+# A time that turns out below this share of its limit leaves something on the table; corrections stop a little short.
+_SLACK, _SAFE = 0.95, 0.995
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Counts [groups] for the targets: where they come from, and what of each kind they cost (as far as measured)."""
+
+    name: str
+    allocation: Allocation
+    removed: Mask
+    costs: dict[str, float]
+
+
+class Problem:
+    """Groups, scores, costs and targets of one model.
+
+    Args:
+        selector: scores the units. targets: what the model may cost. table: of times, where one is asked for.
+        curves: measured losses {group id: (shares removed, losses)}, where there are any.
+
+    Attributes:
+        originals: what the original costs of every kind. here: whether times can be measured on this machine.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        selector: Selector,
+        targets: Sequence[Target],
+        table: LatencyTable | None = None,
+        curves: Curves | None = None,
+    ) -> None:
+        self.state, self.selector, self.targets = state, selector, tuple(targets)
+        self.analysis: Analysis = selector.analysis
+        self.contests = selector.pool()
+        groups = [self.analysis.units.groups[n] for n in self.contests]
+        self.sizes = Sizes(self.analysis, groups)
+        self._table = table
+        self.here = table is not None and table.device == state.device.facts()
+        self.costs = {t.kind: self._cost(t.kind) for t in targets}
+        self.originals = {kind: self._original(kind) for kind in self.costs}
+        self._press = dict.fromkeys(self.costs, 1.0)
+        contests = list(self.contests.values())
+        blocks = [block_levels(g.steps) for g in groups] if table and selector.request.round_to == 1 else None
+        kept = levels_of(contests, blocks)
+        self.choices: dict[str, Choices] = {"scores": by_scores(contests, kept)}
+        if curves:
+            self.choices["sensitivities"] = by_curves(contests, kept, curves, list(self.contests))
+
+    def _cost(self, kind: str) -> Cost:
+        if kind == "latency":
+            assert self._table is not None
+            return Latency(Places(self.sizes), self._table)
+        return costs_of(self.analysis, self.sizes, kind)
+
+    def _original(self, kind: str) -> float:
+        return float(total(self.costs[kind], self.sizes.whole)[0])
+
+    def limits(self) -> dict[str, float]:
+        """The most that is allowed of every kind."""
+        return {t.kind: t.limit(self.base(t.kind)) for t in self.targets}
+
+    def base(self, kind: str) -> float:
+        """What shares are of: the measured time of the original, else what it is counted to cost."""
+        return self._table.seconds if kind == "latency" and self._table is not None else self.originals[kind]
+
+    def answers(self) -> list[Answer]:
+        """Counts within the targets, the most promising first, the same share for all groups last; none that are equal.
+
+        Empty where none were found.
+        """
+        found = []
+        for name, choices in reversed(self.choices.items()):
+            found.append(self._answer(f"knapsack over {name}", choices, allocate))
+        found.append(self._answer("uniform", self.choices["scores"], uniform))
+        kept: dict[bytes, Answer] = {}
+        for answer in found:
+            if answer is not None:
+                kept.setdefault(answer.allocation.kept.tobytes(), answer)
+        return list(kept.values())
+
+    def _answer(self, name: str, choices: Choices, solve: Solve) -> Answer | None:
+        """An answer that holds as measured: where a cost turns out otherwise than predicted, its limit is corrected."""
+        limits, best = self.limits(), None
+        press = dict(self._press)
+        for _ in range(_CORRECTIONS):
+            wanted = [Limit(self.costs[k], most * press[k] * self._scale(k)) for k, most in limits.items()]
+            allocation = solve(choices, wanted)
+            if allocation is None:
+                break
+            removed = self.removed(allocation.kept)
+            costs = self.measured(allocation.kept, removed)
+            answer = Answer(name, allocation, removed, costs)
+            over = {k: costs[k] / most for k, most in limits.items()}
+            fits = all(o <= 1 for o in over.values())
+            if fits and (best is None or allocation.loss < best.allocation.loss):
+                best = answer
+            wrong = {k: o for k, o in over.items() if o > 1 or (k == "latency" and fits and o < _SLACK)}
+            if not wrong:
+                break
+            press |= {k: float(np.clip(press[k] * _SAFE / o, 0.3, 1.5)) for k, o in wrong.items()}
+        return best
+
+    def _scale(self, kind: str) -> float:
+        """Predicted over measured time of the original."""
+        return self.originals[kind] / self.base(kind) if kind == "latency" else 1.0
+
+    def over(self, answer: Answer, tried: Attempt) -> dict[str, float]:
+        """Costs of an answer as it was repaired, as shares of their limits; notes them in the answer."""
+        limits, saved = self.limits(), {"size": tried.size, "params": tried.params}
+        answer.costs.update({k: float(v) for k, v in saved.items() if k in limits})
+        return {k: answer.costs[k] / most for k, most in limits.items()}
+
+    def tighten(self, over: Mapping[str, float]) -> bool:
+        """Allow less of what turned out to cost more than it may, {kind: share of its limit}; whether there is any."""
+        wrong = {k: o for k, o in over.items() if o > 1}
+        self._press |= {k: self._press[k] * _SAFE / o for k, o in wrong.items()}
+        return bool(wrong)
+
+    def aim(self, *targets: Target) -> Answer | None:
+        """The most promising answer to other targets of the same kinds; None where none was found."""
+        before, self.targets = self.targets, targets
+        try:
+            found = self.answers()
+        finally:
+            self.targets = before
+        return found[0] if found else None
+
+    def towards_whole(self, way: float) -> tuple[Target, ...]:
+        """The targets, so far of the way from what they are (0) to what the original costs (1)."""
+        bases, limits = {t.kind: self.base(t.kind) for t in self.targets}, self.limits()
+        return tuple(
+            t.with_limit(limits[t.kind] + way * (bases[t.kind] - limits[t.kind]), bases[t.kind]) for t in self.targets
+        )
+
+    def how(self, kind: str) -> str:
+        """Where the cost of that kind comes from."""
+        if kind != "latency":
+            return "counted"
+        return "measured" if self.here else "predicted"
+
+    def removed(self, kept: Counts) -> Mask:
+        """Mask over atoms of what goes for counts [groups]: the units with the lowest scores."""
+        gone = [int(s - k) for s, k in zip(self.sizes.steps, kept, strict=True)]
+        return atoms_removed(self.analysis.units, take(self.analysis, self.contests, gone))
+
+    def measured(self, kept: Counts, removed: Mask) -> dict[str, float]:
+        """Costs of the cut before any repair: counted on the cut model, timed where this machine is the one meant.
+
+        Raises:
+            CannotRewrite: a node has no form with the new sizes.
+        """
+        found = {kind: float(total(cost, kept[None])[0]) for kind, cost in self.costs.items()}
+        if "macs" in found:
+            found["macs"] = float(macs_after(self.analysis, removed))
+        if found.keys() & {"params", "size", "latency"}:
+            with Trial.of(self.analysis) as trial:
+                proto, weights = cut_model(self.analysis, removed)
+                path, size = trial.write(proto, weights, "measured")
+                counted = {"size": size, "params": sum(int(np.prod(w.shape)) for w in weights.values())}
+                found |= {k: float(v) for k, v in counted.items() if k in found}
+                if "latency" in found:
+                    found["latency"] *= 1 / self._scale("latency")
+                    if self.here:
+                        feed = timing_feed(self.state, trial)
+                        bench = Bench(self.analysis, self.sizes, self.state.device, feed, trial)
+                        before, after = bench.whole([trial.original, path])
+                        found["latency"] = float(after / before) * self.base("latency")
+        return found
+
+    def reachable(self, kind: str) -> float:
+        """The least that the model can cost of a kind, all else aside; a time as measured where it can be.
+
+        Raises:
+            CannotRewrite: a node has no form with the new sizes.
+        """
+        kept = least(self.choices["scores"], self.costs[kind])
+        return self.measured(kept, self.removed(kept))[kind]
+
+
+def tolerance(kind: str) -> float:
+    """How far above its limit a measured cost of that kind may be, as a share."""
+    return TOLERANCE.get(kind, _COUNTED)

@@ -1,0 +1,242 @@
+"""Sensitivity: cut each group alone at several shares, repair what reads it, and measure the whole model."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.budget.sensitivity import VERSION, GroupCurve, Sensitivity
+from onnxprune.errors import BudgetError, UsageError
+from onnxprune.passes.attempt import ENOUGH, attempt, of_original
+from onnxprune.passes.calls import Calls
+from onnxprune.passes.measure import Metric, said
+from onnxprune.passes.select import Selector
+from onnxprune.passes.state import State
+from onnxprune.passes.table import user_cache
+from onnxprune.planning import atoms_removed
+from onnxprune.runtime.capture import count
+from onnxprune.runtime.sessions import Feed
+from onnxprune.selection.choose import take
+from onnxprune.selection.scopes import nearest_count
+
+SHARES = (0.25, 0.5, 0.75, 0.9)
+"""Shares of a group's units that are cut where nobody says."""
+_JUDGES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker needs to cut one group alone at several shares and measure; all of it can be sent elsewhere.
+
+    Attributes:
+        model: path or bytes. feeds: to repair from and then to judge by; None for synthetic inputs.
+        removed: {share: packed mask over atoms}. atoms: their number. samples: of the feeds to repair from.
+    """
+
+    model: str | bytes
+    input_shapes: Mapping[str, Sequence[int]] | None
+    feeds: tuple[Feed, ...] | None
+    approximate: bool
+    reshape_axis: str
+    mode: str
+    metric: Metric | None
+    samples: int
+    seed: int
+    atoms: int
+    removed: dict[float, bytes]
+
+
+def run_job(job: Job) -> list[tuple[float, float, str]]:
+    """(noise, points, what the points are) for every share; runs in a worker."""
+    state = _state(_Key(job))
+    analysis = state.analyzed(job.approximate)
+    found = []
+    for packed in job.removed.values():
+        removed = np.unpackbits(np.frombuffer(packed, np.uint8), count=job.atoms).astype(bool)
+        tried = attempt(
+            state,
+            analysis,
+            removed,
+            mode=job.mode,
+            metric=job.metric,
+            samples=job.samples,
+            judges=_JUDGES,
+            near=True,
+        )
+        quality = tried.quality
+        assert quality.fidelity is not None
+        noise = float(np.mean([min(1.0, 10 ** (-o.snr_db / 10)) for o in quality.fidelity.outputs] or [0.0]))
+        found.append((noise, quality.points, said(job.metric, quality.fidelity)))
+    return found
+
+
+class _Key:
+    """A job as a key of the cache below: jobs of one model are equal, whatever they cut."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._same = (job.model, repr(job.input_shapes), job.approximate, job.reshape_axis, job.seed, job.samples)
+
+    def __hash__(self) -> int:
+        return hash(self._same)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._same == other._same and _alike(self.job.feeds, other.job.feeds)
+
+
+def _alike(one: tuple[Feed, ...] | None, other: tuple[Feed, ...] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(np.array_equal(a[n], b[n]) for a, b in pairs for n in a)
+
+
+@lru_cache(maxsize=1)
+def _state(key: _Key) -> State:
+    """The run of one model, analysed once per worker."""
+    job = key.job
+    data = None if job.feeds is None else list(job.feeds)
+    state = State(job.model, job.input_shapes, data, job.seed)
+    state.analyzed(job.approximate).resolve_again(job.reshape_axis)
+    return state
+
+
+def measure_sensitivity(
+    state: State,
+    selector: Selector,
+    *,
+    mode: str,
+    metric: Metric | None = None,
+    shares: Sequence[float] = SHARES,
+    jobs: int | None = None,
+    anew: bool = False,
+) -> Sensitivity:
+    """Curves of all groups, from the cache where they are there; see :class:`Sensitivity`.
+
+    Args:
+        mode: how to repair. jobs: workers at a time, None for what ``joblib.parallel_config`` says, else one. The work
+            goes through joblib, so that a backend of Dask or Ray spreads it over machines.
+
+    Raises:
+        CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails, data does not fit.
+    """
+    analysis = selector.analysis
+    settings = _settings(state, selector, mode, metric, shares)
+    kept = _kept(state, analysis.loaded.sha256, settings, metric)
+    if kept is not None and not anew and kept.exists():
+        with suppress(UsageError):
+            return Sensitivity.load(kept)
+    contests = selector.pool()
+    feeds = _feeds(state, selector)
+    work: list[tuple[GroupCurve, Job]] = []
+    for number, contest in contests.items():
+        group = analysis.units.groups[number]
+        counts = dict.fromkeys(nearest_count(contest.counts, s * contest.steps, "nearest") for s in shares)
+        masks = {c / contest.steps: _mask(selector, number, c) for c in counts if c}
+        if masks:
+            view = next(g for g in analysis.groups if g.id == number)
+            curve = GroupCurve(number, view.name, group.size, list(masks))
+            work.append((curve, _job(state, selector, mode, metric, feeds, masks)))
+    if not work:
+        raise BudgetError("No channel that was asked for can be removed.", hint="Check --include and --exclude.")
+    with state.stage("sensitivity"):
+        original = of_original(analysis, metric)
+        run = joblib.Parallel(n_jobs=jobs, return_as="generator")
+        what = said(metric, None)
+        for done, ((curve, _), found) in enumerate(
+            zip(work, run(joblib.delayed(run_job)(job) for _, job in work), strict=True)
+        ):
+            curve.noise, curve.points = [x[0] for x in found], [x[1] for x in found]
+            what = found[0][2]
+            state.tell("sensitivity", (done + 1) / len(work))
+    curves = [curve for curve, _ in work]
+    result = Sensitivity(analysis.loaded.sha256, settings, what, original, metric is not None, curves)
+    if kept is not None:
+        with suppress(OSError, UsageError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            result.save(kept)
+    return result
+
+
+def _mask(selector: Selector, number: int, count: int) -> NDArray[np.bool_]:
+    """Mask over atoms of what goes when one group alone loses so many steps."""
+    chosen = take(selector.analysis, {number: selector.pool_of[number]}, [count])
+    return atoms_removed(selector.analysis.units, chosen)
+
+
+def _job(
+    state: State,
+    selector: Selector,
+    mode: str,
+    metric: Metric | None,
+    feeds: tuple[Feed, ...] | None,
+    masks: dict[float, NDArray[np.bool_]],
+) -> Job:
+    source = state.source
+    model = source.SerializeToString() if isinstance(source, onnx.ModelProto) else source
+    packed = {share: np.packbits(mask).tobytes() for share, mask in masks.items()}
+    atoms = next(iter(masks.values())).size
+    where = model if isinstance(model, bytes) else str(Path(model).resolve())
+    samples = ENOUGH if feeds is None else min(ENOUGH, max(1, sum(map(count, feeds)) * 2 // 3))
+    axis, approximate = selector.analysis.reshape_axis, selector.analysis.approximate
+    return Job(where, state.input_shapes, feeds, approximate, axis, mode, metric, samples, state.seed, atoms, packed)
+
+
+def _feeds(state: State, selector: Selector) -> tuple[Feed, ...] | None:
+    """The data that workers get: enough to repair and to judge."""
+    if state.data is None:
+        return None
+    feeds, seen = [], 0
+    for feed in Calls(state, selector.analysis).batches():
+        feeds.append(feed)
+        seen += count(feed)
+        if seen >= ENOUGH + _JUDGES:
+            break
+    return tuple(feeds)
+
+
+def _settings(
+    state: State, selector: Selector, mode: str, metric: Metric | None, shares: Sequence[float]
+) -> dict[str, Any]:
+    data = "synthetic" if state.data is None else state.calibration().name
+    label = None if metric is None else said(metric, None)
+    request = selector.request.settings
+    return {
+        "criterion": selector.name,
+        "recover": mode,
+        "data": data,
+        "metric": label,
+        "shares": list(shares),
+        **{name: request[name] for name in ("policy", "normalize", "group_policy", "reshape_axis", "round_to", "step")},
+    }
+
+
+def _kept(state: State, sha256: str, settings: dict[str, Any], metric: Metric | None) -> Path | None:
+    """The file of these curves; None where data or metric cannot be told from others."""
+    data = "" if state.data is None else Calls(state, state.analyzed()).fingerprint()
+    code = "" if metric is None else _source_of(metric)
+    if data is None or code is None:
+        return None
+    key = json.dumps([VERSION, sha256, settings, data, code, state.seed, repr(state.input_shapes)], sort_keys=True)
+    folder = state.cache or user_cache()
+    return folder / f"sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def _source_of(metric: Metric) -> str | None:
+    """The text of the file that a metric is in, so that a changed one is asked anew."""
+    function = getattr(metric, "function", metric)
+    with suppress(OSError, TypeError):
+        return Path(inspect.getfile(function)).read_text(encoding="utf-8", errors="replace")
+    return None

@@ -1,0 +1,85 @@
+"""Where a latency table comes from: a file of the user's, what was kept of an earlier run, or measuring."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from onnxprune.analysis import Analysis
+from onnxprune.budget.sizes import Sizes
+from onnxprune.budget.table import VERSION, LatencyTable
+from onnxprune.errors import BudgetError, UsageError
+from onnxprune.passes.freeze import freeze
+from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.state import State
+from onnxprune.passes.timing import SECONDS, measure_table, removal
+from onnxprune.rewrite.cut import CannotRewrite
+
+
+def settled(analysis: Analysis) -> Sizes:
+    """Sizes over the groups that can be cut, after nodes that stand in the way of a cut were frozen.
+
+    Raises:
+        BudgetError: nothing can be cut.
+    """
+    for _ in range(len(analysis.graph.nodes) + 1):
+        groups = [g for g in analysis.units.groups if g.prunable]
+        if not groups:
+            raise BudgetError("No channel of this model can be removed.", hint="'onnxprune inspect' lists the reasons.")
+        sizes = Sizes(analysis, groups)
+        removed = removal(analysis, sizes, sizes.steps - 1)
+        try:
+            cut_model(analysis, removed)
+        except CannotRewrite as stop:
+            freeze(analysis, stop, removed)
+        else:
+            return sizes
+    raise AssertionError("every node was frozen")  # pragma: no cover
+
+
+def latency_table(
+    state: State,
+    analysis: Analysis,
+    sizes: Sizes,
+    *,
+    given: str | Path | LatencyTable | None = None,
+    seconds: float = SECONDS,
+    anew: bool = False,
+) -> LatencyTable:
+    """The table ``given``, else the one kept for this model on this machine, else a new one, which is then kept.
+
+    It is kept in ``state.cache``, else in the user's cache folder. ``anew``: measure whatever is kept.
+
+    Raises:
+        UsageError: the given table cannot be read or is another model's. ModelError: the model does not run.
+    """
+    if given is not None:
+        table = given if isinstance(given, LatencyTable) else LatencyTable.load(given)
+        table.check_model(analysis.loaded.sha256, "" if isinstance(given, LatencyTable) else repr(str(given)))
+        return table
+    kept = _kept(state, analysis)
+    if not anew and kept.exists():
+        with suppress(UsageError):
+            return LatencyTable.load(kept)
+    table = measure_table(state, analysis, sizes, seconds=seconds)
+    with suppress(OSError, UsageError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        table.save(kept)
+    return table
+
+
+def _kept(state: State, analysis: Analysis) -> Path:
+    """The file of the table for this model, its input sizes and this device."""
+    shapes = {name: list(shape) for name, shape in analysis.facts.probes[0].inputs.items()}
+    key = json.dumps([VERSION, analysis.loaded.sha256, shapes, state.device.facts()], sort_keys=True)
+    folder = state.cache or user_cache()
+    return folder / f"latency-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def user_cache() -> Path:
+    """Where measured times are kept between runs: ``onnxprune`` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(home) if home else Path.home() / ".cache") / "onnxprune"

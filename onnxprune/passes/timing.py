@@ -1,0 +1,155 @@
+"""Measure a latency table: the model cut to many counts, every node timed where it stands, whole runs to check it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.analysis import Analysis
+from onnxprune.budget.latency import Latency, Places, samples_of
+from onnxprune.budget.sizes import Counts, Sizes
+from onnxprune.budget.table import LatencyTable
+from onnxprune.errors import ModelError
+from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.state import State
+from onnxprune.passes.trial import Trial, timing_feed
+from onnxprune.planning import atoms_removed
+from onnxprune.runtime.device import Device
+from onnxprune.runtime.latency import in_turn
+from onnxprune.runtime.profile import profile
+from onnxprune.runtime.sessions import Feed
+from onnxprune.selection.choose import take
+from onnxprune.selection.costs import spread
+from onnxprune.selection.scopes import Contest
+
+SECONDS = 60.0
+"""How long measuring may take where nobody says."""
+_CUTS, _FEWEST, _CHECKS = 96, 12, 6
+# Runs of one cut: as many as fit into so many seconds, within bounds. The mean of the shortest is taken: disturbances
+# only make a run longer.
+_RUN_SECONDS, _LEAST_RUNS, _MOST_RUNS, _SHORTEST = 0.1, 9, 60, 0.4
+# Levels per group; in between, times are joined. Kernels take 4, 8 or 16 channels at once.
+_LEVELS, _BLOCK = 16, 4
+# Levels next to a share that counts are drawn from.
+_NEAR = 4
+
+
+def block_levels(steps: int) -> Counts:
+    """Counts of kept steps at which kernels are measured: multiples of 4 or more, and the whole."""
+    block = _BLOCK * max(1, -(-steps // (_BLOCK * _LEVELS))) if steps >= 2 * _BLOCK else 1
+    return np.unique(np.append(np.arange(block, steps + 1, block), steps))
+
+
+def measure_table(state: State, analysis: Analysis, sizes: Sizes, *, seconds: float = SECONDS) -> LatencyTable:
+    """Times of all nodes at random counts, and a check of whole runs at counts that were not measured before.
+
+    Args:
+        seconds: how long to measure; at least 12 cuts are, whatever it takes.
+
+    Raises:
+        ModelError: the model does not run.
+    """
+    draw = np.random.default_rng(state.seed)
+    places = Places(sizes)
+    with state.stage("profile"), Trial.of(analysis) as trial:
+        feed = timing_feed(state, trial)
+        bench = Bench(analysis, sizes, state.device, feed, trial)
+        shapes = {name: list(value.shape) for name, value in feed.items()}
+        table = LatencyTable(analysis.loaded.sha256, dict(state.device.facts()), shapes, 0.0)
+        table.samples += samples_of(places, sizes.steps, bench.nodes(trial.original))
+        start = time.perf_counter()
+        for number, kept in enumerate(_cuts(sizes, draw)):
+            if number >= _FEWEST and time.perf_counter() - start > seconds:
+                break
+            table.samples += samples_of(places, kept, bench.nodes(bench.cut(kept)))
+            state.tell("profile", 0.9 * (number + 1) / _CUTS)
+        _check(table, places, bench, trial.original, [_drawn(sizes, draw, i / _CHECKS) for i in range(_CHECKS)])
+    return table
+
+
+class Bench:
+    """Cuts of one model as files, and how long they take."""
+
+    def __init__(self, analysis: Analysis, sizes: Sizes, device: Device, feed: Feed, trial: Trial) -> None:
+        self._analysis, self._sizes, self._device, self._feed, self._trial = analysis, sizes, device, feed, trial
+        self._runs = _LEAST_RUNS
+
+    def cut(self, kept: Counts, stem: str = "timed") -> Path:
+        """The model cut to counts [groups], whichever units go."""
+        removed = removal(self._analysis, self._sizes, kept)
+        return self._trial.write(*cut_model(self._analysis, removed), stem)[0]
+
+    def nodes(self, path: Path) -> dict[str, float]:
+        """Seconds of the original's nodes in a cut of it."""
+        times = profile(path, [self._feed], runs=self._runs, device=self._device, share=_SHORTEST)
+        once = sum(t.seconds for t in times)
+        self._runs = int(np.clip(_RUN_SECONDS / max(once, 1e-6), _LEAST_RUNS, _MOST_RUNS))
+        return spread(self._analysis, [(t.name, t.op, t.seconds) for t in times])
+
+    def whole(self, paths: Sequence[Path], runs: int = 60, budget_s: float = 10.0) -> NDArray[np.float64]:
+        """Seconds per run of several models, measured in turn."""
+        times = in_turn(paths, [self._feed], self._device, runs=runs, budget_s=budget_s, steady=True)
+        return np.array([np.sort(t)[: max(1, round(_SHORTEST * len(t)))].mean() for t in times]) * 1e-3
+
+
+def removal(analysis: Analysis, sizes: Sizes, kept: Counts) -> NDArray[np.bool_]:
+    """Mask over atoms of a cut to counts [groups]: the last units of every group go."""
+    contests = {
+        g.id: Contest(-np.arange(g.size, dtype=np.float64), g.classes, g.steps, np.arange(g.steps), 0.0)
+        for g in sizes.groups
+    }
+    gone = [int(s - k) for s, k in zip(sizes.steps, kept, strict=True)]
+    return atoms_removed(analysis.units, take(analysis, contests, gone))
+
+
+def _cuts(sizes: Sizes, draw: np.random.Generator) -> Iterator[Counts]:
+    """Counts to measure: few and many channels throughout, mixed ones, and every fourth time any numbers at all."""
+    for number in range(_CUTS):
+        if number % 4 == 3:
+            yield np.asarray(draw.integers(1, sizes.steps + 1))
+        else:
+            yield _drawn(sizes, draw, draw.random() if number % 2 else None)
+
+
+def _drawn(sizes: Sizes, draw: np.random.Generator, share: float | None = None) -> Counts:
+    """Random counts [groups] that kernels like: any, or with ``share`` about so much of every group."""
+    found = []
+    for steps in sizes.steps.tolist():
+        levels = block_levels(steps)
+        if share is None:
+            found.append(draw.choice(levels))
+        else:
+            near = np.argsort(np.abs(levels - share * steps), kind="stable")[:_NEAR]
+            found.append(levels[draw.choice(near)])
+    return np.array(found, dtype=np.int64)
+
+
+def _check(table: LatencyTable, places: Places, bench: Bench, original: Path, cuts: Sequence[Counts]) -> None:
+    """Fit what a run costs besides its nodes, then hold predictions against whole runs of cuts not measured before."""
+    sizes = places.sizes
+    paths = [bench.cut(kept, f"check{i}") for i, kept in enumerate(cuts)]
+    measured = bench.whole([original, *paths])
+    table.seconds = float(measured[0])
+    if not table.seconds:
+        raise ModelError("the clock is too coarse to time this model")
+    model = Latency(places, table)
+    nodes = model.rows(np.stack([sizes.steps, *cuts]))[:, 0]
+    table.overhead, table.slope = line(nodes, measured)
+    predicted = table.overhead + table.slope * nodes
+    table.checks = list(zip(predicted.tolist(), measured.tolist(), strict=True))
+
+
+def line(nodes: NDArray[np.float64], measured: NDArray[np.float64]) -> tuple[float, float]:
+    """(overhead, slope) of measured = overhead + slope * nodes, relative errors least, slope between 0.5 and 2.
+
+    The overhead is below 0 where writing the profile takes longer than what a run does besides its nodes.
+    """
+    weight = 1.0 / measured
+    design = np.stack([weight, nodes * weight], axis=1)
+    slope = float(np.clip(np.linalg.lstsq(design, np.ones_like(measured), rcond=None)[0][1], 0.5, 2.0))
+    rest = (measured - slope * nodes) * weight
+    return float((rest * weight).sum() / np.square(weight).sum()), slope

@@ -1,0 +1,79 @@
+"""Where a model's time is measured: execution providers, threads, and what tells one machine from another."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+
+from onnxprune.errors import UsageError, nearest
+
+CPU = "CPUExecutionProvider"
+_SUFFIX = "ExecutionProvider"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """How to run a model when its time counts.
+
+    Attributes:
+        providers: of onnxruntime, in order of preference. threads: inside an operator.
+    """
+
+    providers: tuple[str, ...] = (CPU,)
+    threads: int = 1
+
+    def facts(self) -> dict[str, str | int]:
+        """What a measured time depends on besides the model."""
+        return {
+            "machine": platform.machine(),
+            "processor": _processor(),
+            "onnxruntime": ort.__version__,
+            "providers": ",".join(self.providers),
+            "threads": self.threads,
+        }
+
+
+def device(providers: Sequence[str] | None = None, threads: int | None = None) -> Device:
+    """A device from what a user says: ``cuda`` stands for ``CUDAExecutionProvider``; the CPU comes last by itself.
+
+    Args:
+        providers: None for the CPU. threads: None for all processors that this process may use.
+
+    Raises:
+        UsageError: this onnxruntime has no such provider, or threads is no whole number from 1.
+    """
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise UsageError(f"--threads {threads} is out of range.", hint="Allowed: whole numbers from 1.")
+    known = {name.removesuffix(_SUFFIX).lower(): name for name in ort.get_available_providers()}
+    found = []
+    for given in providers or ():
+        name = known.get(given.strip().removesuffix(_SUFFIX).lower())
+        if name is None:
+            raise UsageError(
+                f"--providers: this onnxruntime has no provider {given!r}", hint=nearest(given.lower(), known)
+            )
+        found.append(name)
+    return Device(tuple(dict.fromkeys([*found, CPU])), threads or processors())
+
+
+def processors() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.node()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Model", "Hardware", "cpu model"):
+            return value.strip()
+    return platform.processor() or platform.node()

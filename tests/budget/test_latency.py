@@ -1,0 +1,175 @@
+"""Predicted time: surfaces over channels, tables as files, and a small model measured on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import onnxprune as op
+from onnxprune.budget.latency import Latency, Places, samples_of
+from onnxprune.budget.sizes import Sizes
+from onnxprune.budget.surface import fit
+from onnxprune.budget.table import LatencyTable
+from onnxprune.errors import UsageError
+from onnxprune.passes.state import State
+from onnxprune.passes.table import latency_table, settled
+from onnxprune.passes.timing import block_levels, line
+from onnxprune.runtime.device import device
+
+MODELS = Path(__file__).parents[2] / "models"
+
+
+def stepped(reads: np.ndarray, makes: np.ndarray) -> np.ndarray:
+    """A kernel that works on blocks of 4 channels read and 16 made, and is slow where the last block is not full."""
+    slow = np.where(reads % 4, 1.5, 1.0)
+    return np.asarray(1e-6 * (3 + 0.02 * np.ceil(reads / 4) * 4 * np.ceil(makes / 16) * 16) * slow)
+
+
+@given(st.integers(0, 100))
+def test_a_surface_follows_steps(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    reads, makes = draw.integers(1, 65, 600), draw.integers(1, 65, 600)
+    surface = fit(reads.astype(float), makes.astype(float), stepped(reads, makes) * draw.normal(1, 0.02, 600))
+    r, m = draw.integers(8, 65, 200), draw.integers(8, 65, 200)
+    error = np.abs(surface.at(r, m) / stepped(r, m) - 1)
+    assert np.median(error) < 0.05
+    assert np.quantile(error, 0.9) < 0.2
+
+
+def test_a_surface_of_one_sample_is_flat() -> None:
+    surface = fit(np.array([8.0]), np.array([16.0]), np.array([1e-4]))
+    assert surface.at(np.array([8, 7]), np.array([16, 16])) == pytest.approx([1e-4, 1e-4], rel=0.5)
+
+
+def test_overhead_and_slope() -> None:
+    nodes = np.array([1.0, 2.0, 3.0])
+    assert line(nodes, 0.5 + 1.1 * nodes) == pytest.approx((0.5, 1.1))
+    assert line(nodes, 1.2 * nodes - 0.3) == pytest.approx((-0.3, 1.2))
+    overhead, slope = line(nodes, 0.3 * nodes)
+    assert slope == 0.5 and overhead < 0
+
+
+def test_block_levels() -> None:
+    assert block_levels(6).tolist() == [1, 2, 3, 4, 5, 6]
+    assert block_levels(18).tolist() == [4, 8, 12, 16, 18]
+    for steps in (64, 100, 1280):
+        levels = block_levels(steps)
+        assert levels[-1] == steps and levels.size <= 18 and (levels[:-1] % 4 == 0).all()
+
+
+def sizes_of(name: str) -> Sizes:
+    analysis = op.analyze(MODELS / f"{name}.onnx")
+    return Sizes(analysis, [g for g in analysis.units.groups if g.prunable])
+
+
+def table_of(sizes: Sizes, cuts: int = 40) -> LatencyTable:
+    """A table whose times are known: what ``stepped`` says of every layer, 1 microsecond for anything else."""
+    places, draw = Places(sizes), np.random.default_rng(0)
+    table = LatencyTable(sizes.analysis.loaded.sha256, {"threads": 1}, {"x": [1]}, 1e-3, overhead=1e-5)
+    for kept in [sizes.steps, *draw.integers(1, sizes.steps + 1, size=(cuts, sizes.steps.size))]:
+        table.samples += samples_of(places, kept, truth(places, kept))
+    return table
+
+
+def truth(places: Places, kept: np.ndarray) -> dict[str, float]:
+    shape, found = places.sizes.at(kept[None]), {}
+    for node in places.nodes:
+        reads, makes = (np.broadcast_to(n, 1) for n in places.channels(node, shape))
+        found[node.label] = float(stepped(reads, makes)[0]) if node.op == "Conv" else 1e-6
+    return found
+
+
+def test_the_sum_over_nodes_is_predicted() -> None:
+    sizes = sizes_of("residual")
+    latency, places = Latency(Places(sizes), table_of(sizes, cuts=200)), Places(sizes)
+    draw = np.random.default_rng(7)
+    kept = draw.integers(4, sizes.steps + 1, size=(20, sizes.steps.size))
+    want = np.array([1e-5 + sum(truth(places, k).values()) for k in kept])
+    error = np.abs(latency.rows(kept)[:, 0] / want - 1)
+    assert error.mean() < 0.05 and error.max() < 0.2
+    assert latency.rows(kept).shape == (20, 1)
+
+
+def test_nodes_of_one_kind_share_their_samples() -> None:
+    places = Places(sizes_of("residual"))
+    convolutions = [n for n in places.moving if n.op == "Conv"]
+    assert len({places.kinds[n.label] for n in convolutions}) < len(convolutions)
+
+
+def test_a_table_as_a_file(tmp_path: Path) -> None:
+    table = table_of(sizes_of("residual"), cuts=2)
+    table.checks = [(1e-3, 1.1e-3), (5e-4, 5e-4)]
+    table.save(tmp_path / "device.json")
+    again = LatencyTable.load(tmp_path / "device.json")
+    assert (again.device, again.inputs, again.seconds, again.checks) == (
+        table.device,
+        table.inputs,
+        table.seconds,
+        table.checks,
+    )
+    assert again.error == pytest.approx(0.1 / 1.1)
+    assert sorted(s[:3] for s in again.samples) == sorted(s[:3] for s in table.samples)
+    again.check_model(table.model_sha256, "device.json")
+    with pytest.raises(UsageError, match="another model") as caught:
+        again.check_model("0" * 64, "device.json")
+    assert "onnxprune profile" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a latency table"),
+        ('{"version": 99, "nodes": {}}', "version 99"),
+        ('{"version": 1, "nodes": {"a": [[1, 2]]}}', "damaged"),
+    ],
+)
+def test_a_file_that_is_no_table(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        LatencyTable.load(tmp_path / "t.json")
+    with pytest.raises(UsageError, match="No such latency table"):
+        LatencyTable.load(tmp_path / "other.json")
+
+
+def test_devices() -> None:
+    assert device().threads >= 1 and device().providers == ("CPUExecutionProvider",)
+    assert device(["cpu"], 3).facts()["threads"] == 3
+    with pytest.raises(UsageError, match="no provider 'abacus'"):
+        device(["abacus"])
+    with pytest.raises(UsageError, match="--threads 0"):
+        device(threads=0)
+
+
+def test_a_table_is_measured_once_per_device(tmp_path: Path) -> None:
+    state = State(MODELS / "recurrent.onnx")
+    state.cache, state.device = tmp_path, device(threads=1)
+    sizes = settled(state.analyzed())
+    table = latency_table(state, state.analyzed(), sizes, seconds=0.1)
+    assert table.seconds > 0 and table.samples and len(table.checks) > 3
+    (kept,) = tmp_path.glob("latency-*.json")
+    before = kept.stat().st_mtime_ns
+    again = latency_table(state, state.analyzed(), sizes, seconds=0.1)
+    assert again.checks == table.checks and kept.stat().st_mtime_ns == before
+    state.device = device(threads=2)
+    latency_table(state, state.analyzed(), sizes, seconds=0.1)
+    assert len(list(tmp_path.glob("latency-*.json"))) == 2
+    given = latency_table(state, state.analyzed(), sizes, given=kept)
+    assert given.device["threads"] == 1
+
+
+def test_a_profile_in_python(tmp_path: Path) -> None:
+    found = op.profile(MODELS / "recurrent.onnx", threads=1, seconds=0.1, cache=tmp_path / "kept")
+    assert found.facts.nodes[0].ms >= found.facts.nodes[-1].ms > 0
+    assert all(len(n.at_shares) == 3 for n in found.facts.nodes)
+    assert found.facts.steps and all(len(s.channels) == len(s.ms) for s in found.facts.steps)
+    found.save(tmp_path / "device.json")
+    assert (
+        json.loads((tmp_path / "device.json").read_text())["model_sha256"]
+        == op.analyze(MODELS / "recurrent.onnx").loaded.sha256
+    )
