@@ -204,3 +204,11 @@ def test_what_data_show_to_be_worse_is_undone() -> None:
     assert again.report.recovery.undone
     assert again.model.SerializeToString() == known.model.SerializeToString()
     assert any("inputs of your own" in w for w in again.report.warnings)
+
+
+def test_layers_that_were_taken_apart_are_repaired_without_data_too() -> None:
+    model, _ = alike(0)
+    result = op.factorize(model, method="svd", ratio=0.5, recover="datafree", latency=False)
+    facts = result.report.recovery
+    assert facts.before is not None and facts.after is not None and not facts.undone
+    assert facts.after.outputs[0].snr_db > facts.before.outputs[0].snr_db
