@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxprune import criteria, passes, rules, statistics
     from onnxprune.analysis import Analysis
-    from onnxprune.api import analyze, factorize, profile, prune, repair, sensitivity
+    from onnxprune.api import analyze, factorize, prune, repair
     from onnxprune.errors import BudgetError, ModelError, OnnxpruneError, UsageError, ValidationError
+    from onnxprune.explore import profile, sensitivity, sweep
     from onnxprune.passes import Pipeline, Result
     from onnxprune.plan import Plan
     from onnxprune.runtime.images import ImageOptions
@@ -35,10 +36,11 @@ _HOME = {
     "ValidationError": "onnxprune.errors",
     "analyze": "onnxprune.api",
     "factorize": "onnxprune.api",
-    "profile": "onnxprune.api",
+    "profile": "onnxprune.explore",
     "prune": "onnxprune.api",
     "repair": "onnxprune.api",
-    "sensitivity": "onnxprune.api",
+    "sensitivity": "onnxprune.explore",
+    "sweep": "onnxprune.explore",
 }
 _PACKAGES = ("criteria", "passes", "rules", "statistics")
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "rules",
     "sensitivity",
     "statistics",
+    "sweep",
 ]
 
 

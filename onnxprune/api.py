@@ -1,4 +1,4 @@
-"""The calls most users need: :func:`prune`, :func:`repair`, :func:`analyze` and :func:`profile`."""
+"""The calls most users need: :func:`prune`, :func:`factorize`, :func:`repair` and :func:`analyze`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,16 @@ from typing import Any, Unpack
 import onnx
 
 from onnxprune.analysis import Analysis
-from onnxprune.budget.sensitivity import Sensitivity
 from onnxprune.criteria import Criterion
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.request import Options as FactorOptions
 from onnxprune.passes import Adopt, Budget, Exact, Factorize, Pipeline, Prune, Recover, Result, Validate
-from onnxprune.passes.budget import default_criterion
 from onnxprune.passes.material import no_data
-from onnxprune.passes.measure import Metric, load_metric
-from onnxprune.passes.pipeline import start
-from onnxprune.passes.profiled import Profiled, profiled
-from onnxprune.passes.recover import check_mode
-from onnxprune.passes.sensitivity import SHARES, measure_sensitivity
+from onnxprune.passes.recover import check_mode, settle_mode
 from onnxprune.passes.state import Progress
-from onnxprune.passes.table import latency_table, settled
-from onnxprune.passes.wishes import Asked, Choosing, Wishes, split, split_running
+from onnxprune.passes.wishes import Asked, Wishes, split
 from onnxprune.plan import Plan
 from onnxprune.runtime.images import ImageOptions
-from onnxprune.selection.request import WIDEST
 
 _RATIO = 0.3
 
@@ -80,7 +72,7 @@ def prune(
             5 nothing to cut, or a budget or gate that is not met.
     """
     wishes, running, choosing = split(options)
-    way = _way(recover, data is not None, validate)
+    way = settle_mode(recover, data is not None, validate)
     if wishes.any:
         _alone(ratio, plan)
         first: Any = Budget(wishes, criterion, recover=way[0], why=way[1], approximate=approximate, **choosing)
@@ -121,17 +113,6 @@ def _faithful(result: Result, wishes: Wishes) -> None:
     if not all(output.cosine >= wishes.min_fidelity for output in facts.outputs):
         said = f"worst cosine {facts.worst_cosine:.4f} is below min_fidelity {wishes.min_fidelity:g}."
         raise BudgetError(said, hint="Cut less.")
-
-
-def _way(recover: str | None, data: bool, validate: bool) -> tuple[str, str]:
-    """How to repair, and who says so."""
-    if recover is not None:
-        if check_mode(recover) not in ("none", "datafree") and not data:
-            raise no_data(recover)
-        return recover, "asked for"
-    if not data:
-        return "none", "no data was given"
-    return ("full", "data was given") if validate else ("none", "models are not run")
 
 
 def repair(
@@ -206,7 +187,7 @@ def factorize(
         OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
             5 nothing to take apart, a ratio that no rank reaches, or nothing that gets faster.
     """
-    mode, why = _way(recover, data is not None, validate)
+    mode, why = settle_mode(recover, data is not None, validate)
     take = Factorize(method, plan=plan, check=validate, **options)
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
@@ -226,88 +207,3 @@ def analyze(
         OnnxpruneError: the model cannot be read, or an input shape does not fit.
     """
     return Analysis(model, input_shapes=input_shapes, approximate=approximate)
-
-
-def profile(
-    model: str | Path | bytes | onnx.ModelProto,
-    *,
-    providers: Sequence[str] | None = None,
-    threads: int | None = None,
-    seconds: float = 60.0,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
-    data: Any = None,
-    samples: int | None = None,
-    batch_size: int | None = None,
-    images: ImageOptions | None = None,
-    cache: str | Path | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Profiled:
-    """Measure on this machine what every node takes at how many channels.
-
-    The model is cut to random counts, again and again, and every node timed where it stands, so that fusions and
-    layouts are those of the whole model. What is found is kept for later runs of :func:`prune` on this machine.
-
-    Args:
-        providers, threads: of onnxruntime; the CPU, all processors. seconds: how long to measure; 12 cuts are in any
-            case. input_shapes, data, samples, batch_size, images, seed: see :func:`prune`; one sample is run.
-        cache: folder to keep the table in, else the user's cache folder.
-
-    Returns:
-        ``facts`` to read, ``table`` for ``prune(latency_table=...)``, ``save`` to take it to another machine.
-
-    Raises:
-        OnnxpruneError: bad input, a model that does not run, or nothing to cut.
-    """
-    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    where: dict[str, Any] = {"providers": providers, "threads": threads, "cache": cache}
-    state = start(model, input_shapes=input_shapes, seed=seed, progress=progress, **reading, **where)
-    analysis = state.analyzed()
-    sizes = settled(analysis)
-    table = latency_table(state, analysis, sizes, seconds=seconds, anew=True)
-    return Profiled(profiled(sizes, table, str(analysis.loaded.path or "the model")), table)
-
-
-def sensitivity(
-    model: str | Path | bytes | onnx.ModelProto,
-    *,
-    ratios: Sequence[float] = SHARES,
-    criterion: str | Criterion | None = None,
-    metric: str | Metric | None = None,
-    jobs: int | None = None,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
-    data: Any = None,
-    recover: str | None = None,
-    seed: int = 0,
-    approximate: bool = False,
-    progress: Progress | None = None,
-    **options: Unpack[Choosing],
-) -> Sensitivity:
-    """Cut each group alone at several ratios, repair the layers that read it, and measure the whole model.
-
-    Every point is measured end to end: outputs (or the metric) of the whole model, judged on samples that the repair
-    did not see. Only the layers that read the group are repaired, from 128 samples.
-
-    Args:
-        model: path, bytes or ModelProto. ratios: shares of each group's units. criterion: None: ``ziplm`` with data,
-            else ``l2``. metric: function from the path of a model to a number, or ``"script.py:function"``.
-        jobs: processes; None for what ``joblib.parallel_config`` says, else one. The work goes through joblib, so that
-            its backends for Dask or Ray spread it over machines, where paths have to mean the same.
-        data, recover, seed, approximate, input_shapes: see :func:`prune`. options: likewise.
-
-    Returns:
-        curves; ``save`` writes them, ``prune(sensitivity=...)`` allocates by them. They are kept for later runs.
-
-    Raises:
-        OnnxpruneError: bad input, or nothing to cut.
-    """
-    running, choosing = split_running(options)
-    mode, _ = _way(recover, data is not None, True)
-    state = start(model, input_shapes=input_shapes, data=data, seed=seed, progress=progress, **running)
-    name = criterion or default_criterion(state)
-    choosing.setdefault("max_ratio", WIDEST)
-    prune = Prune(name, 0.5, approximate=approximate, **choosing)
-    settled(prune.prepared(state))
-    function = load_metric(metric) if isinstance(metric, str) else metric
-    selector = prune.selector(state)
-    return measure_sensitivity(state, selector, mode=mode, metric=function, shares=ratios, jobs=jobs)

@@ -22,10 +22,11 @@ from onnxprune.cli.profile import profile
 from onnxprune.cli.prune import prune
 from onnxprune.cli.recover import recover
 from onnxprune.cli.sensitivity import sensitivity
+from onnxprune.cli.sweep import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md")
-COMMANDS = (prune, recover, factorize, inspect, profile, sensitivity)
+COMMANDS = (prune, recover, factorize, inspect, profile, sensitivity, sweep)
 
 
 def sections(page: str) -> dict[str, str]:

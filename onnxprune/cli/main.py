@@ -16,6 +16,7 @@ from onnxprune.cli.profile import profile
 from onnxprune.cli.prune import prune
 from onnxprune.cli.recover import recover
 from onnxprune.cli.sensitivity import sensitivity
+from onnxprune.cli.sweep import sweep
 from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
 
@@ -25,6 +26,7 @@ _CALLS = (
     "inspect MODEL.onnx [options]",
     "profile MODEL.onnx [-o FILE.json] [options]",
     "sensitivity MODEL.onnx --data FILE [options]",
+    "sweep MODEL.onnx --data FILE --targets 0.9,0.8,... [options]",
 )
 _OWN_FLAGS = ("-h", "--help", "--version")
 
@@ -119,3 +121,4 @@ main.add_command(factorize)
 main.add_command(inspect)
 main.add_command(profile)
 main.add_command(sensitivity)
+main.add_command(sweep)

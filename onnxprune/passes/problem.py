@@ -163,6 +163,10 @@ class Problem:
             self.targets = before
         return found[0] if found else None
 
+    def retarget(self, *targets: Target) -> None:
+        """Take other targets of the same kinds, and forget what was learnt of the limits of the last ones."""
+        self.targets, self._press = targets, dict.fromkeys(self.costs, 1.0)
+
     def towards_whole(self, way: float) -> tuple[Target, ...]:
         """The targets, so far of the way from what they are (0) to what the original costs (1)."""
         bases, limits = {t.kind: self.base(t.kind) for t in self.targets}, self.limits()

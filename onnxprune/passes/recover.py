@@ -16,7 +16,7 @@ from onnxprune.errors import UsageError, nearest
 from onnxprune.graph.infer import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
-from onnxprune.passes.material import Material, gather
+from onnxprune.passes.material import Material, gather, no_data
 from onnxprune.passes.outcome import doubts, is_worse, judge, noise, remarks
 from onnxprune.passes.prepared import Model, Prepared
 from onnxprune.passes.restate import Restated, normalisations
@@ -222,6 +222,17 @@ def check_mode(mode: str) -> str:
     if mode not in MODES:
         raise UsageError(f"Unknown way to recover {mode!r}.", hint=nearest(mode, MODES))
     return mode
+
+
+def settle_mode(recover: str | None, data: bool, validate: bool) -> tuple[str, str]:
+    """How to repair, and who says so."""
+    if recover is not None:
+        if check_mode(recover) not in ("none", "datafree") and not data:
+            raise no_data(recover)
+        return recover, "asked for"
+    if not data:
+        return "none", "no data was given"
+    return ("full", "data was given") if validate else ("none", "models are not run")
 
 
 def _can_follow(analysis: Analysis, after: After, name: str) -> bool:

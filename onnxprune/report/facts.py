@@ -246,6 +246,38 @@ class BudgetFacts:
 
 
 @dataclass(slots=True)
+class SweepPoint:
+    """One model of a sweep; ``target`` is empty for the original. ``error`` says why there is no such model.
+
+    ``cosine`` is the worst output's, ``ms`` the time of a run, 0 where it was not measured. ``best``: no other model of
+    the sweep has at least as many points for no more MACs.
+    """
+
+    target: str
+    macs: int = 0
+    params: int = 0
+    size: int = 0
+    ms: float = 0.0
+    points: float = 0.0
+    cosine: float = 0.0
+    answer: str = ""
+    best: bool = False
+    file: str = ""
+    error: str = ""
+
+
+@dataclass(slots=True)
+class SweepFacts:
+    """The models of a sweep, the original first; ``what`` says what points are, ``threads`` how times were taken."""
+
+    model: str
+    what: str
+    threads: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    points: list[SweepPoint] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Report:
     """Everything a run found out. ``to_dict`` gives the machine-readable object of ``--json``."""
 

@@ -1,0 +1,161 @@
+"""The search for the best model within targets and gates: answers of a problem, cut, repaired and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onnxprune.budget.sensitivity import Sensitivity
+from onnxprune.budget.target import Target
+from onnxprune.errors import BudgetError
+from onnxprune.passes.attempt import ENOUGH, Attempt, attempt
+from onnxprune.passes.measure import said
+from onnxprune.passes.problem import Answer, Curves, Problem, tolerance
+from onnxprune.passes.prune import Prune, reasons
+from onnxprune.passes.select import Selector
+from onnxprune.passes.sensitivity import measure_sensitivity
+from onnxprune.passes.shortfall import Shortfall
+from onnxprune.passes.state import State
+from onnxprune.passes.table import latency_table, settled
+from onnxprune.passes.wishes import Wishes
+
+# How often a budget is halved towards the smallest that works.
+_HALVINGS = 6
+
+
+@dataclass(slots=True)
+class Found:
+    """A problem, the answers that were compared, the best of them and its full repair."""
+
+    problem: Problem
+    tried: list[tuple[Answer, Attempt]]
+    best: Answer
+    final: Attempt
+
+
+class Search:
+    """A search in one run.
+
+    Args:
+        state: the run. wishes: targets and gates. prune: what scores units. mode: how to repair.
+    """
+
+    def __init__(self, state: State, wishes: Wishes, prune: Prune, mode: str) -> None:
+        self.state, self.wishes, self.prune, self.mode = state, wishes, prune, mode
+
+    def __call__(self, before: float) -> Found:
+        """The best within the targets and gates; ``before``: the original's points.
+
+        Raises:
+            BudgetError: a target is out of reach, or a gate is not met.
+            CannotRewrite: a node has no form with the new sizes.
+        """
+        wishes = self.wishes
+        problem = self.problem(wishes.targets or (Target("macs", 1.0),))
+        if wishes.targets:
+            found = self.within(problem)
+            gap = self._missing(found.final, before)
+            if gap:
+                raise Shortfall(problem).gate(gap, self._nearest(problem, before))
+            return found
+        return self._smallest(problem, before)
+
+    def problem(self, targets: Sequence[Target]) -> Problem:
+        """The groups with their scores, and the targets with their costs."""
+        state, prune = self.state, self.prune
+        analysis = prune.prepared(state)
+        table = None
+        if any(t.kind == "latency" for t in targets):
+            table = latency_table(state, analysis, settled(analysis), given=self.wishes.latency_table)
+        selector = prune.selector(state)
+        if not any(ratio is not None for ratio in selector.asked.values()):
+            raise BudgetError("No channel of this model can be removed.", hint=reasons(analysis))
+        return Problem(state, selector, targets, table, self._curves(selector))
+
+    def _curves(self, selector: Selector) -> Curves | None:
+        """Measured losses by group, where they were asked for."""
+        given = self.wishes.sensitivity
+        if given is None:
+            return None
+        if isinstance(given, str) and given == "measure":
+            mode, metric, jobs = self.mode, self.wishes.metric, self.wishes.jobs
+            return measure_sensitivity(self.state, selector, mode=mode, metric=metric, jobs=jobs).losses()
+        found = given if isinstance(given, Sensitivity) else Sensitivity.load(given)
+        where = "" if isinstance(given, Sensitivity) else repr(str(given))
+        found.check_model(selector.analysis.loaded.sha256, where)
+        return found.losses()
+
+    def within(self, problem: Problem) -> Found:
+        """The best answer within the targets, repaired in full; limits are tightened where a repair adds to the size.
+
+        Raises:
+            BudgetError: a target is out of reach.
+        """
+        for last in (False, False, True):
+            answers = problem.answers()
+            if not answers:
+                raise Shortfall(problem).unreachable()
+            tried = [(a, self._attempt(problem, a, ENOUGH)) for a in answers] if len(answers) > 1 else []
+            best, final = max(tried, key=lambda pair: pair[1].quality.fine) if tried else (answers[0], None)
+            if final is not None and problem.tighten(problem.over(best, final)) and not last:
+                continue  # a repair added to the size: a little less is kept, before the effort of repairing it all
+            final = self._attempt(problem, best, None)
+            over = problem.over(best, final)
+            if all(o <= 1 + tolerance(k) for k, o in over.items()):
+                return Found(problem, tried, best, final)
+            problem.tighten(over)
+        raise Shortfall(problem).missed(best)
+
+    def _attempt(self, problem: Problem, answer: Answer, samples: int | None) -> Attempt:
+        mode = self.mode if answer.removed.any() else "none"
+        metric = self.wishes.metric
+        return attempt(self.state, problem.analysis, answer.removed, mode=mode, metric=metric, samples=samples)
+
+    def _missing(self, final: Attempt, before: float) -> str:
+        """What a gate has against a model; empty where it passes."""
+        wishes, quality = self.wishes, final.quality
+        what = said(wishes.metric, quality.fidelity)
+        if wishes.max_drop is not None and before - quality.points > wishes.max_drop + 1e-9:
+            lost = before - quality.points
+            return f"{what} fell from {before:.4g} to {quality.points:.4g}: {lost:.3g} > --max-drop {wishes.max_drop:g}"
+        cosine = 1.0 if quality.fidelity is None else quality.fidelity.worst_cosine
+        if wishes.min_fidelity is not None and not cosine >= wishes.min_fidelity:
+            return f"worst cosine {cosine:.4f} is below --min-fidelity {wishes.min_fidelity:g}"
+        return ""
+
+    def _smallest(self, problem: Problem, before: float) -> Found:
+        """The fewest MACs within the gates, by bisection on the share kept.
+
+        Raises:
+            BudgetError: not even the smallest cut keeps within them.
+        """
+        low, high = problem.reachable("macs") / problem.originals["macs"], 1.0
+        found: Found | None = None
+        for _ in range(_HALVINGS):
+            share = 0.5 * (low + high)
+            answer = problem.aim(Target("macs", share))
+            if answer is None:
+                low = share
+                continue
+            final = self._attempt(problem, answer, None)
+            if self._missing(final, before):
+                low = share
+            else:
+                high, found = share, Found(problem, [], answer, final)
+        if found is None:
+            raise Shortfall(problem).gate(self._missing(final, before), None)
+        return found
+
+    def _nearest(self, problem: Problem, before: float) -> tuple[Target, ...] | None:
+        """The budget between the one asked for and the whole model that is nearest to it and passes the gates."""
+        low, high = 0.0, 1.0
+        passing: tuple[Target, ...] | None = None
+        for _ in range(_HALVINGS - 1):
+            middle = 0.5 * (low + high)
+            targets = problem.towards_whole(middle)
+            answer = problem.aim(*targets)
+            if answer is not None and not self._missing(self._attempt(problem, answer, None), before):
+                high, passing = middle, targets
+            else:
+                low = middle
+        return passing

@@ -1,0 +1,104 @@
+"""Sweep: the best model for every budget of a row, and which of them no other beats."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from onnxprune.budget.target import Target
+from onnxprune.errors import BudgetError
+from onnxprune.passes.attempt import Attempt, of_original
+from onnxprune.passes.budget import Budget
+from onnxprune.passes.measure import said
+from onnxprune.passes.problem import Answer
+from onnxprune.passes.search import Search
+from onnxprune.passes.state import State
+from onnxprune.passes.table import settled
+from onnxprune.passes.trial import Trial, timing_feed
+from onnxprune.report.facts import Fidelity, SweepFacts, SweepPoint
+from onnxprune.runtime.latency import in_turn
+from onnxprune.selection.costs import macs_after
+
+
+def sweep(
+    state: State, budget: Budget, shares: Sequence[float], *, kind: str = "macs", timed: bool = True,
+    folder: Path | None = None,
+) -> SweepFacts:  # fmt: skip
+    """Cut to every share in turn; times of all models are measured at the end, in turn.
+
+    Args:
+        budget: how. shares: of the original. kind: of the cost they are shares of. folder: to keep the models in.
+
+    Raises:
+        BudgetError: none of the budgets can be met.
+    """
+    prune = budget.prune(state)
+    analysis = prune.prepared(state)
+    settled(analysis)
+    metric = budget.wishes.metric
+    search = Search(state, budget.wishes, prune, budget.mode)
+    whole = SweepPoint("", sum(x.macs_before for x in analysis.layers), analysis.parameters, analysis.loaded.size)
+    whole.points, whole.cosine = of_original(analysis, metric), 1.0
+    facts = SweepFacts(
+        str(analysis.loaded.path or "the model"), said(metric, None), state.device.threads, points=[whole]
+    )
+    facts.settings = {"criterion": prune.name, "recover": budget.mode, "kind": kind}
+    with state.stage("sweep"), Trial.of(analysis) as trial:
+        problem = search.problem([Target(kind, 1.0)])
+        files = [trial.original]
+        for number, share in enumerate(shares):
+            target = Target(kind, share)
+            problem.retarget(target)
+            try:
+                found = search.within(problem)
+            except BudgetError as error:
+                facts.points.append(SweepPoint(str(target), error=error.message))
+                continue
+            point = _point(target, found.best, found.final, macs_after(analysis, found.best.removed))
+            facts.what = said(metric, found.final.quality.fidelity)
+            own = found.final.state
+            assert own.proto is not None
+            files.append(trial.write(own.proto, own.weights, f"sweep{number}")[0])
+            if folder is not None:
+                point.file = str(_keep(files[-1], folder, trial.original.stem, share))
+            facts.points.append(point)
+            state.tell("sweep", (number + 1) / len(shares))
+        if timed:
+            feed = timing_feed(state, trial)
+            times = in_turn(files, [feed], state.device, runs=30, budget_s=20.0)
+            for point, found_ms in zip((p for p in facts.points if not p.error), times, strict=True):
+                point.ms = sorted(found_ms)[len(found_ms) // 2]
+    if all(p.error for p in facts.points[1:]):
+        raise BudgetError("None of the budgets can be met.", hint=facts.points[-1].error)
+    mark(facts.points)
+    return facts
+
+
+def mark(points: Sequence[SweepPoint]) -> None:
+    """Say which points are the frontier: of those with as many points or more, none has fewer MACs."""
+    there = [p for p in points if not p.error]
+    for one in there:
+        one.best = not any(
+            other.points >= one.points
+            and other.macs <= one.macs
+            and (other.points, other.macs) != (one.points, one.macs)
+            for other in there
+        )
+
+
+def _point(target: Target, answer: Answer, final: Attempt, macs: int) -> SweepPoint:
+    facts: Fidelity | None = final.quality.fidelity
+    cosine = 0.0 if facts is None else facts.worst_cosine
+    return SweepPoint(str(target), macs, final.params, final.size, 0.0, final.quality.points, cosine, answer.name)
+
+
+def _keep(file: Path, folder: Path, stem: str, share: float) -> Path:
+    """A copy of a model (and its external data) in the user's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{stem}.{share:.3g}.onnx"
+    shutil.copyfile(file, target)
+    data = file.with_name(file.name + ".data")
+    if data.exists():
+        shutil.copyfile(data, target.with_name(data.name))
+    return target
