@@ -1,4 +1,4 @@
-"""Calls that find out what a model can do without, and change nothing: :func:`profile`, :func:`sensitivity`, :func:`sweep`."""
+"""Calls that find out what a model can do without: :func:`profile`, :func:`sensitivity` and :func:`sweep`."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def sweep(
     """Cut a model to a row of budgets: what it loses by what it costs.
 
     Args:
-        model: path, bytes or ModelProto. targets: shares of the original's cost. kind: of which, see ``onnxprune.prune``.
+        model: path, bytes or ModelProto. targets: shares of the original's cost. kind: of which cost.
         folder: keep the models here. latency: measure times. The rest, and options: see ``onnxprune.prune``.
 
     Returns:

@@ -225,7 +225,11 @@ def check_mode(mode: str) -> str:
 
 
 def settle_mode(recover: str | None, data: bool, validate: bool) -> tuple[str, str]:
-    """How to repair, and who says so."""
+    """How to repair, and who says so.
+
+    Raises:
+        UsageError: an unknown mode, or one that needs data where there is none.
+    """
     if recover is not None:
         if check_mode(recover) not in ("none", "datafree") and not data:
             raise no_data(recover)
