@@ -27,13 +27,13 @@ Feed = dict[str, Array]
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """First outputs of the nodes of every piece that was run."""
     pieces: list[list[str]] = []
-    part = module._part
+    part = module.part_model
 
     def spy(graph: Graph, weights: Any, nodes: Sequence[Any], *rest: Any) -> bytes:
         pieces.append([n.outputs[0] for n in nodes])
         return part(graph, weights, nodes, *rest)
 
-    monkeypatch.setattr(module, "_part", spy)
+    monkeypatch.setattr(module, "part_model", spy)
     return pieces
 
 
