@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bench import files
 from bench.labelled import UNLABELLED, evaluate, limit, recorded
 from rich.console import Console
@@ -85,7 +86,7 @@ def accuracy(given: argparse.Namespace, path: Path) -> dict[str, Any]:
         "macs_uniform": alike.costs["macs"] / whole,
         "macs": found.best.costs["macs"] / whole,
         "answer": found.best.name,
-        "gap": found.best.allocation.gap,
+        "gap": found.best.allocation.gap if np.isfinite(found.best.allocation.bound) else None,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(work, 1),
     }
