@@ -128,7 +128,10 @@ def test_imports_have_no_cycles() -> None:
     [
         ("onnxruntime", ("runtime",)),
         ("PIL", ("runtime",)),
-        ("onnx", ("graph", "model", "rewrite", "recover", "factors", "runtime", "passes", "analysis", "api", "explore")),
+        (
+            "onnx",
+            ("graph", "model", "rewrite", "recover", "factors", "runtime", "passes", "analysis", "api", "explore"),
+        ),
         ("rich", ("report", "cli")),
         ("click", ("cli",)),
         ("scipy", ("groups", "statistics", "criteria", "decompose", "selection", "budget", "recover")),

@@ -63,6 +63,33 @@ def _belief(maps: Maps, columns: int) -> float:
     return float(counted / (counted + columns))
 
 
+def corrected(maps: Maps, weights: Real, gone: NDArray[np.bool_], *, biased: bool) -> tuple[Real, Real]:
+    """Weights that make up for columns that go, W_K + (H_KK)^-1 H_KR W_R and 0, and the biases to add.
+
+    H as in :func:`ziplm`; of the columns as they are where there is no bias to add.
+
+    Args:
+        maps: ``gram``, ``column_mean`` and ``rows`` of the contraction. weights: [parts, n, outputs].
+        gone: columns that go, [parts, n]. biased: whether the contraction has biases.
+    """
+    gram, mean = maps["gram"], maps["column_mean"]
+    parts, n, outputs = weights.shape
+    result, shift = np.where(gone[:, :, None], 0.0, weights), np.zeros((parts, outputs))
+    believed = _belief(maps, n)
+    for part in np.flatnonzero(gone.any(axis=1)):
+        lost, kept = np.flatnonzero(gone[part]), np.flatnonzero(~gone[part])
+        products = gram[part] - np.outer(mean[part], mean[part]) if biased else gram[part]
+        power = float(np.trace(products)) / n
+        if kept.size and power > 0:
+            block = believed * products[np.ix_(kept, kept)]
+            block.flat[:: kept.size + 1] = np.diagonal(products)[kept] + DAMPING * power
+            across = believed * products[np.ix_(kept, lost)] @ weights[part, lost]
+            result[part, kept] += np.linalg.solve(block, across)
+        if biased:
+            shift[part] = mean[part] @ (weights[part] - result[part])
+    return result, shift
+
+
 def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: int, damping: float) -> Real:
     """Errors [size] that units add in the order in which they go.
 

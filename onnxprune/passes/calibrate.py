@@ -37,16 +37,18 @@ def captured_maps(
     groups: Sequence[Group],
     needs: Sequence[str],
     removed: NDArray[np.bool_] | None = None,
+    source: Calls | None = None,
 ) -> CapturedMaps:
     """Statistics in front of every contraction that reads the groups' channels.
 
     Args:
         needs: names of statistics. removed: mask over atoms of what is gone already; the cut model is then run.
+        source: some of the data; None: all.
 
     Raises:
         UsageError: there is no data, or it does not fit. ModelError: the model does not run, or maps are not finite.
     """
-    source = Calls(state, analysis)
+    source = source or Calls(state, analysis)
     targets = Targets(analysis.units, groups)
     component = analysis.units.component
     found = [s for s in sites(analysis.table, component) if (targets.group[component[s.label.ids]] >= 0).any()]

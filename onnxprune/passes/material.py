@@ -11,7 +11,7 @@ from onnxprune.passes.calls import Calls
 from onnxprune.passes.datafree import make_up
 from onnxprune.passes.outcome import MOST, set_aside
 from onnxprune.passes.state import State
-from onnxprune.recover.problem import HELD
+from onnxprune.recover.held import HELD
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed
 

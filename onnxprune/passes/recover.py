@@ -25,6 +25,7 @@ from onnxprune.propagate import infer_by_rule
 from onnxprune.recover import MODES
 from onnxprune.recover.aims import Aim, find_aims
 from onnxprune.recover.layers import Layer
+from onnxprune.recover.logits import Mixing, find_pairs, mixings
 from onnxprune.recover.problem import Array, Get, Problem
 from onnxprune.recover.repair import repair
 from onnxprune.report.facts import Fidelity, Recovery, Repair
@@ -163,18 +164,24 @@ class Recover:
         for run in (cut_run, full_run):
             run.feed(feeds)
         samples = sum(map(count, feeds))
+        # Labels are of the model that was cut: of layers that were taken apart they know nothing.
+        pairwise = self.mode == "full" and not state.factorized
+        pairs = find_pairs(analysis.table, analysis.units.component, after, aims) if pairwise else []
+        mixed: dict[int, Mixing] = {}
         repairs: list[Repair] = []
         for number, level in enumerate(aims.levels):
             for run in (cut_run, full_run):
                 for _ in run.run(number):
                     pass
+            mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, cut_run.batches))
 
             def one(aim: Aim) -> Repair:
                 layer = Layer(graph, weights, aim)
                 matrix, bias = layer.read()
                 shape, channels = weights[aim.node.inputs[aim.form.weight]].shape, matrix.shape[0] * matrix.shape[1]
                 steps, taps = after.steps(aim.tail.aim), aim.form.taps
-                problem = Problem(aim, shape, channels // taps, data, store[1].get, steps, cut_run.batches, samples)
+                values = (data, store[1].get, steps, cut_run.batches, samples)
+                problem = Problem(aim, shape, channels // taps, *values, mixing=mixed.get(aim.node.index))
                 solution = repair(problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias)
                 if solution.how != "kept":
                     layer.write(solution.matrix, solution.bias)

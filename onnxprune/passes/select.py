@@ -19,6 +19,7 @@ from onnxprune.groups.units import Group
 from onnxprune.model.save import save
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.passes.calls import Calls
+from onnxprune.passes.measured import measured
 from onnxprune.passes.state import State
 from onnxprune.planning import atoms_removed
 from onnxprune.runtime.inputs import synthetic
@@ -74,6 +75,8 @@ class Selector:
         self.needs = needs_of(criterion)
         if self.needs and state.data is None:
             raise needs_data(name)
+        if request.normalize == "measured":
+            _check_measurable(state, request)
         self.found = candidates(analysis, request)
         split = split_rows(analysis, self.found)
         if split:
@@ -143,13 +146,21 @@ class Selector:
         if self.needs and gone is None and all_constant(items):
             self.warnings.append(f"{self.name} gives all channels the same score: are the data constant?")
         sizes = {g.id: g.size for g in groups}
-        scores = unit_scores(items, sizes, self.request.normalize, self.request.policy)
+        scores = unit_scores(items, sizes, self._method(), self.request.policy)
+        if self.request.normalize == "measured":
+            scores = measured(self.state, self.analysis, groups, scores)
         if gone is not None:  # what was chosen before stays chosen, whether or not there is something left to score
             scores = {n: scores.get(n, np.zeros(sizes[n])) for n in self._last}
         for group in groups:
             if group.id not in scores:
                 self.kept[group.id] = f"no-score: criterion {self.name} has no score for these channels"
         return contests(self.analysis, self.request, self.found, scores, savings=weighed, gone=gone, done=done)
+
+    def _method(self) -> str:
+        """What the scores of a weight are divided by; what is measured afterwards only takes their order."""
+        if self.request.normalize != "measured":
+            return self.request.normalize
+        return "none" if getattr(self.criterion, "comparable", False) else "mean"
 
     def _takes_part(self, group: Group) -> bool:
         """Whether the group can lose anything at all, so that its scores matter."""
@@ -218,6 +229,20 @@ class Selector:
                 f"{taken} of {target:.0f} units asked for were removed: no group may lose more than "
                 f"{self.request.widest:g} of its units (--max-ratio)"
             )
+
+
+def _check_measurable(state: State, request: Request) -> None:
+    """Raise UsageError where scores cannot be measured."""
+    if state.data is None:
+        raise UsageError(
+            "--normalize measured needs data: it runs the cut model on them.",
+            hint="Give inputs with --data (Python: data=...), or take --normalize root.",
+        )
+    if request.steps > 1:
+        raise UsageError(
+            "--normalize measured measures the original once, and --steps asks to score again.",
+            hint="Leave out --steps, or take --normalize root.",
+        )
 
 
 def _feed(state: State, analysis: Analysis) -> Feed:

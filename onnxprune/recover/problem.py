@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from onnxprune.contractions import Picked, pick, rows_per_sample
 from onnxprune.recover.aims import Aim
+from onnxprune.recover.held import HELD, is_held
+from onnxprune.recover.logits import Mixing
 from onnxprune.recover.sums import Real, Sums
 
 Array = NDArray[Any]
@@ -19,8 +21,6 @@ Get = Callable[[str, int], Array]
 
 # Rows per unknown that a layer is fitted to, where there are so many.
 _ROWS = 50
-# One batch in so many is held out to judge a repair by.
-HELD = 5
 # Bytes of rows to keep between passes over them, and to lay side by side.
 _KEPT = 256 << 20
 _BLOCK = 16 << 20
@@ -90,6 +90,12 @@ class Rows:
             target = np.where(flat.there, np.where(flat.reached(fitted), fitted, flat.edge), target)
         return target
 
+    def clipped(self, output: Array) -> Array:
+        """Outputs on a flat side moved to its edge."""
+        for flat in self.flats:
+            output = np.where(flat.rises, np.maximum(output, flat.edge), np.minimum(output, flat.edge))
+        return output
+
 
 @dataclass(slots=True)
 class Problem:
@@ -98,7 +104,7 @@ class Problem:
     Args:
         aim: the layer. weight: shape of its weight. channels: of its input.
         cut, full: values in the cut model and in the original. steps: gathers that take a tensor of the original to
-            its surviving positions. batches, samples: how many.
+            its surviving positions. batches, samples: how many. mixing: what stands in for some of the survivors.
     """
 
     aim: Aim
@@ -109,6 +115,7 @@ class Problem:
     steps: Sequence[tuple[int, NDArray[np.int64]]]
     batches: int
     samples: int
+    mixing: Mixing | None = None
     extent: tuple[int, int, int] = (0, 0, 0)
     """Rows that are not held out, unknowns per output and directions in which the rows vary; known after ``sums``."""
     _kept: dict[bool, list[Rows]] = field(default_factory=dict)
@@ -138,15 +145,14 @@ class Problem:
     def _blocks(self, held: bool) -> Iterator[Rows]:
         """Batches joined: products of few rows take long for what they are. Of few batches the last is held out."""
         waiting: list[Rows] = []
-        every = min(HELD, self.batches)
-        if every == 1:
+        if self.batches == 1:
             whole = self._read(0)
             count = whole.data.shape[1]
             edge = max(1, count - max(1, count // HELD))
             yield whole.part(slice(edge, None) if held else slice(0, edge))
             return
         for batch in range(self.batches):
-            if held == (batch % every == every - 1):
+            if held == is_held(batch, self.batches):
                 waiting.append(self._read(batch))
                 if sum(rows.nbytes for rows in waiting) > _BLOCK:
                     yield Rows.joined(waiting)
@@ -168,15 +174,27 @@ class Problem:
             self.extent = total.rows, total.x.shape[1], total.directions()
         return total
 
-    def _read(self, batch: int) -> Rows:
+    def every_row(self, held: bool, most: int, limit: int) -> Iterator[tuple[Rows, int]]:
+        """Batches with all of their rows, and their samples; none where samples have more rows, or all more bytes."""
+        for batch in range(self.batches if self.batches > 1 else 0):
+            if held == is_held(batch, self.batches):
+                shape = self.cut(self.aim.data, batch).shape
+                size = self.aim.form.count(shape) * self.channels * self.aim.form.taps * 4
+                if self.aim.form.count(shape) > most * shape[0] or size * self.batches > limit:
+                    return
+                yield self._read(batch, every=True), int(shape[0])
+
+    def _read(self, batch: int, every: bool = False) -> Rows:
         form, tail = self.aim.form, self.aim.tail
         data = _wide(self.cut(self.aim.data, batch))
-        wanted = _wide(self.full(tail.aim, batch))
+        original = wanted = _wide(self.full(tail.aim, batch))
         for axis, index in self.steps:
             wanted = wanted.take(index, axis=axis) if index.ndim == 1 else np.take_along_axis(wanted, index, axis=axis)
+        if self.mixing is not None:
+            wanted = self.mixing.apply(original, wanted)
         addends = [_wide(self.cut(n, batch)) for n in tail.addends]
         shape = form.output_shape(data.shape, self.weight)
-        chosen = pick(form, data, rows_per_sample(form, self.channels, self.samples, _ROWS))
+        chosen = None if every else pick(form, data, rows_per_sample(form, self.channels, self.samples, _ROWS))
 
         kind = data.dtype
 
@@ -188,11 +206,11 @@ class Problem:
             # Laid out as the output is, without its arithmetic.
             there = form.rows(tail.moved_back(wanted <= level if below else wanted >= level, shape), chosen)
             # Unless there are other activations or constants per position on the way, all rows have the same edge.
-            rows = np.zeros(1, np.int64) if self._even else chosen
+            rows = np.zeros(1, np.int64) if self._even and not every else chosen
             edge = output(np.full_like(wanted, level), rows)
             beyond = output(np.full_like(wanted, level + (1.0 if below else -1.0)), rows)
             flats.append(Flat(there, edge, beyond > edge))
-        if flats and not self._even and not addends:
+        if flats and not self._even and not addends and not every:
             self._even = all(bool((a == a[:, :1]).all()) for f in flats for a in (f.edge, f.rises))
             flats = [Flat(f.there, f.edge[:, :1], f.rises[:, :1]) for f in flats] if self._even else flats
         return Rows(np.ascontiguousarray(form.columns(data, chosen)), output(wanted), flats)

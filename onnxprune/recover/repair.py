@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import LinAlgError
 
+from onnxprune.recover.pooled import sharpen
 from onnxprune.recover.problem import Problem, Rows, fit, loss
-from onnxprune.recover.solve import RIDGES, WORTH, Solution, least_squares, solve
+from onnxprune.recover.solve import NOTHING, RIDGES, WORTH, Solution, least_squares, solve
 from onnxprune.recover.sums import Real, Sums
 
 # Rounds of refitting where an activation is flat; each lowers the error, the first most.
@@ -28,6 +29,14 @@ def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fi
             Efficient and Accurate Approximations of Nonlinear Convolutional Networks, CVPR 2015, section 3.2.
         fixed_bias: the bias has to stay 0.
     """
+    found = _pointwise(problem, matrix, bias, mode, fixed_bias)
+    if mode != "full" or not problem.aim.tail.pooled or matrix.shape[0] != 1 or found.before <= NOTHING:
+        return found
+    return sharpen(problem, found, fixed_bias=fixed_bias)
+
+
+def _pointwise(problem: Problem, matrix: Real, bias: Real, mode: str, fixed_bias: bool) -> Solution:
+    """The repair that looks at every row for itself."""
     train, held = problem.sums(False), problem.sums(True)
     linear = solve(train, held, matrix, bias, mode=mode, fixed_bias=fixed_bias)
     linear = _finer(train, held, matrix, bias, linear, fixed_bias)
@@ -36,12 +45,8 @@ def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fi
     found = _rounds(problem, train, matrix, bias, linear.ridge, fixed_bias)
     if not found.number:
         return linear
-    # The held-out rows join for a last round, from where the others led.
-    fitted, shifted = _round(
-        problem.rows(), train + held, found.matrix, found.bias, matrix, bias, linear.ridge, fixed_bias
-    )
     how = f"{linear.how}, {found.number} rounds"
-    return Solution(fitted, shifted, found.before / held.scale, found.after / held.scale, how, linear.ridge)
+    return Solution(found.matrix, found.bias, found.before / held.scale, found.after / held.scale, how, linear.ridge)
 
 
 def _finer(train: Sums, held: Sums, matrix: Real, bias: Real, found: Solution, fixed_bias: bool) -> Solution:
@@ -53,10 +58,10 @@ def _finer(train: Sums, held: Sums, matrix: Real, bias: Real, found: Solution, f
         return found
     for ridge in _FINER:
         try:
-            error = float(held.error(*least_squares(train, matrix, bias, ridge, fixed_bias)).sum()) / held.scale
+            fitted, shifted = least_squares(train, matrix, bias, ridge, fixed_bias)
+            error = float(held.error(fitted, shifted).sum()) / held.scale
             if error >= found.after * (1.0 - WORTH):
                 break
-            fitted, shifted = least_squares(train + held, matrix, bias, ridge, fixed_bias)
         except LinAlgError:
             break
         found = Solution(fitted, shifted, found.before, error, f"lstsq {ridge:g}", ridge)

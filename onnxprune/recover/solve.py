@@ -15,8 +15,8 @@ RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Shares of the Gram matrix' mean diagonal that are tried as ridge."""
 # A repair has to lower the held-out error by this share, or the weights stay as they are.
 WORTH = 1e-3
-# Error (share of the target's variance) that is rounding and not worth a repair.
-_NOTHING = 1e-11
+NOTHING = 1e-11
+"""Error (share of the target's variance) that is rounding and not worth a repair."""
 
 Fit = Callable[[Sums, Real, Real], "tuple[Real, Real]"]
 """(sums, weights, bias) -> better weights and bias."""
@@ -43,7 +43,10 @@ class Solution:
 def solve(
     train: Sums, held: Sums, matrix: Real, bias: Real, *, mode: str = "full", fixed_bias: bool = False
 ) -> Solution:
-    """The candidate of ``mode`` that errs least on ``held``, fitted again on everything.
+    """The candidate of ``mode`` that errs least on ``held``.
+
+    It is not fitted again to ``held``: the layers behind would then see inputs there that are better than those of
+    any other sample, and believe their own repair too easily.
 
     Candidates: new biases; a new scale and bias per output; W + D with D = argmin |Y - X (W + D) - b|^2 + r |D|^2 for
     several r, biases free. He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, section
@@ -55,23 +58,18 @@ def solve(
     """
     scale = held.scale
     before = float(held.error(matrix, bias).sum()) / scale
-    if before <= _NOTHING:
+    if before <= NOTHING:
         return Solution(matrix, bias, before, before, "kept")
-    best, chosen = before * (1.0 - WORTH), None
+    limit, chosen = before * (1.0 - WORTH), Solution(matrix, bias, before, before, "kept")
     for candidate in candidates(mode, fixed_bias):
         try:
-            error = float(held.error(*candidate.fit(train, matrix, bias)).sum()) / scale
+            fitted, shifted = candidate.fit(train, matrix, bias)
         except LinAlgError:
             continue
-        if error < best:
-            best, chosen = error, candidate
-    if chosen is None:
-        return Solution(matrix, bias, before, before, "kept")
-    try:
-        fitted, shifted = chosen.fit(train + held, matrix, bias)
-    except LinAlgError:  # of rows that hardly vary, rounding decides
-        return Solution(matrix, bias, before, before, "kept")
-    return Solution(fitted, shifted, before, best, chosen.name, chosen.ridge)
+        error = float(held.error(fitted, shifted).sum()) / scale
+        if error < limit:
+            limit, chosen = error, Solution(fitted, shifted, before, error, candidate.name, candidate.ridge)
+    return chosen
 
 
 class Candidate(NamedTuple):

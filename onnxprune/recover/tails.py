@@ -32,7 +32,8 @@ class Tail:
         aim: the tensor that is aimed at. undo: what takes its value back to the contraction's output, last first.
         addends: activations that are added on the way, in the cut model. through: the operators.
         flats: edges of the flat parts of the activation that reads the aim, (level, whether it is flat below).
-        moved: whether one of them moves values about.
+        moved: whether one of them moves values about. pooled: whether a mean over positions is all that reads the aim,
+            or the activation behind it.
     """
 
     aim: str
@@ -42,6 +43,7 @@ class Tail:
     flats: list[tuple[float, bool]] = field(default_factory=list)
     moved: bool = False
     moves: list[Undo] = field(default_factory=list)
+    pooled: bool = False
 
     def back(self, value: Array, addends: Sequence[Array], shape: Sequence[int]) -> Array:
         """The value that the contraction's output has to have for the aim to have ``value``."""
@@ -67,7 +69,21 @@ def tail_of(graph: Graph, start: str, ready: Callable[[str], bool], shape: Calla
     while _extend(graph, tail, ready, shape):
         pass
     tail.flats = _flats(graph, tail.aim)
+    tail.pooled = not tail.moved and _is_pooled(graph, tail.aim, shape)
     return tail
+
+
+def _is_pooled(graph: Graph, aim: str, shape: Callable[[str], Any]) -> bool:
+    """Whether all that reads the aim is a mean over positions, maybe behind an activation that is flat or passes on."""
+    for _ in range(2):
+        readers = graph.consumers.get(aim, ())
+        if len(readers) != 1 or aim in graph.outputs or aim in graph.captured:
+            return False
+        node = readers[0][0]
+        if node.op not in ("Relu", "Clip") or node.domain:
+            return _is_mean(node, shape)
+        aim = node.outputs[0]
+    return False
 
 
 def _extend(graph: Graph, tail: Tail, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> bool:
@@ -88,6 +104,16 @@ def _extend(graph: Graph, tail: Tail, ready: Callable[[str], bool], shape: Calla
     tail.through.append(node)
     tail.aim = node.outputs[0]
     return True
+
+
+def _is_mean(node: Node, shape: Callable[[str], Any]) -> bool:
+    """Whether the node takes the mean over all positions."""
+    if node.domain or node.op not in ("GlobalAveragePool", "AveragePool", "ReduceMean"):
+        return False
+    before, after = shape(node.inputs[0]), shape(node.outputs[0])
+    if before is None or after is None or len(before) < 3 or tuple(after[:2]) != tuple(before[:2]):
+        return False
+    return all(n == 1 for n in after[2:]) and not any(node.attrs.get("pads") or ())
 
 
 def _flats(graph: Graph, aim: str) -> list[tuple[float, bool]]:

@@ -11,7 +11,7 @@ from onnxprune.selection.patterns import check, matches
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "policy": ("sum", "average", "max", "backward"),
-    "normalize": ("auto", "mean", "none", "root", "standard", "tss", "linear", "softmax"),
+    "normalize": ("auto", "mean", "none", "root", "standard", "tss", "linear", "softmax", "measured"),
     "group_policy": ("count", "sum", "average", "none"),
     "reshape_axis": ("head_dim", "heads", "both"),
     "scope": ("local", "global", "isomorphic", "slamp"),

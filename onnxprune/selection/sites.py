@@ -48,7 +48,7 @@ class Site:
 
     def channels(self, ids: Ids) -> Ids:
         """An array of the label's shape as [channels]."""
-        return _in_order(ids, self.axes)
+        return in_order(ids, self.axes)
 
 
 def sites(table: Table, component: Ids) -> Iterator[Site]:
@@ -89,15 +89,15 @@ def _pair(table: Table, component: Ids, node: Node, position: int, label: Label)
     if len(node.inputs) != 2 or label.pack != label.axes[-1]:
         return None
     other = node.inputs[1 - position]
-    mine = component[_in_order(label.ids, label.axes)]
+    mine = component[in_order(label.ids, label.axes)]
     for candidate in table.get(other):
         order = (*candidate.outer(), candidate.pack)
-        if candidate.ids.size == mine.size and np.array_equal(component[_in_order(candidate.ids, order)], mine):
+        if candidate.ids.size == mine.size and np.array_equal(component[in_order(candidate.ids, order)], mine):
             return Site(node, position, node.inputs[position], label.axes, label, None, (other, order))
     return None
 
 
-def _in_order(array: Ids, axes: tuple[int, ...]) -> Ids:
+def in_order(array: Ids, axes: tuple[int, ...]) -> Ids:
     """An array of size 1 outside ``axes`` as a flat one, in their order."""
     return np.transpose(array, [*axes, *(a for a in range(array.ndim) if a not in axes)]).reshape(-1)
 

@@ -20,7 +20,7 @@ from onnxprune.selection.request import CHOICES
 
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = ["attention", "concat", "depthwise", "recurrent", "residual"]
-VALUES = [(name, value) for name, values in CHOICES.items() for value in values[1:]]
+VALUES = [(name, value) for name, values in CHOICES.items() for value in values[1:] if value != "measured"]
 
 
 def cut(name: str, ratio: float = 0.5, **options: Any) -> op.Result:

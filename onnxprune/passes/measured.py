@@ -1,0 +1,228 @@
+"""What a cut of each group alone costs at the model's outputs, measured on samples that nothing was fitted to."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.analysis import Analysis
+from onnxprune.criteria.elimination import corrected
+from onnxprune.errors import UsageError
+from onnxprune.groups.units import Group
+from onnxprune.model.save import save
+from onnxprune.model.weights import ArrayWeight, GatheredWeight, Weight
+from onnxprune.passes.calibrate import captured_maps
+from onnxprune.passes.calls import Calls
+from onnxprune.passes.state import State
+from onnxprune.planning import atoms_removed
+from onnxprune.rewrite.after import After
+from onnxprune.rewrite.cut import CannotRewrite, cut
+from onnxprune.runtime.capture import count
+from onnxprune.runtime.floats import eps
+from onnxprune.runtime.sessions import Array, Feed, open_session, run
+from onnxprune.selection.drift import along, counts
+from onnxprune.selection.map_slots import CapturedMaps
+from onnxprune.selection.scopes import weakest
+from onnxprune.selection.sites import Site
+from onnxprune.statistics import Maps
+
+Scores = NDArray[np.float64]
+
+# Of ten calls of the model three are measured on, up to so many samples; the others make the corrections.
+_HELD, _MOST = (2, 5, 8), 64
+# Samples per call, so that there are ten calls if that can be.
+_CALL = 8
+
+
+def measured(
+    state: State, analysis: Analysis, groups: Sequence[Group], scores: Mapping[int, Scores]
+) -> dict[int, Scores]:
+    """Scores [units] by group that add up to the drift of the outputs, in the order of the scores that are given.
+
+    Each group is cut alone, to a few sizes; the contractions that read it are corrected for what went (least squares,
+    see :func:`onnxprune.criteria.elimination.corrected`), and drift is |y' - y|^2 / |y - mean y|^2 over held-out
+    samples, averaged over the outputs. Groups then compare by what counts in the end, however wide and deep they are.
+    A group of which no cut can be run keeps the mean drift of the others.
+
+    Raises:
+        UsageError: no data, too few of them, or outputs that say nothing. ModelError: the model does not run.
+    """
+    fit, held = _Part(state, analysis, False), list(_Part(state, analysis, True).some(_MOST))
+    if not held:
+        raise UsageError(
+            "--normalize measured sets samples aside, and there are too few for that.",
+            hint="Give ten or more samples, or take --normalize root.",
+        )
+    captured = captured_maps(state, analysis, groups, ("gram",), source=fit)
+    drifts: dict[int, dict[int, float]] = {}
+    with state.stage("measure"), tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        trial = _Trial(analysis, captured, held, Path(folder) / "cut.onnx")
+        wanted = [(g, n) for g in groups if g.id in scores for n in counts(g.steps)]
+        for number, (group, gone) in enumerate(wanted):
+            units = group.units[weakest(scores[group.id], group.classes, group.steps, gone)]
+            with suppress(CannotRewrite):
+                drifts.setdefault(group.id, {})[gone] = trial.drift(units)
+            state.tell("measure", (number + 1) / len(wanted))
+    every = [d for found in drifts.values() for d in found.values()]
+    if not every:
+        return dict(scores)
+    result = {}
+    for group in groups:
+        if group.id in scores:
+            values = scores[group.id] - min(0.0, float(scores[group.id].min()))
+            found = drifts.get(group.id) or {max(group.steps - 1, 1): float(np.mean(every))}
+            result[group.id] = along(values, group.classes, group.steps, found)
+    return result
+
+
+class _Part(Calls):
+    """The calls that are held out, or the others."""
+
+    def __init__(self, state: State, analysis: Analysis, held: bool) -> None:
+        super().__init__(state, analysis)
+        self._held = held
+        samples = super().samples
+        self._size = self.fixed or max(1, min(_CALL, self.most, (samples or 10 * _CALL) // 10))
+
+    def batches(self, batch_size: int | None = None) -> Iterator[Feed]:
+        """The same samples at whatever size is asked for: calls are as large as the split needs them.
+
+        Runs of samples are held out, since those next to each other are often alike.
+        """
+        samples = super().samples
+        calls = None if samples is None else -(-samples // self._size)
+        for number, feed in enumerate(super().batches(self._size)):
+            run = number if calls is None or calls < 10 else number * 10 // calls
+            if (run % 10 in _HELD) == self._held:
+                yield feed
+
+    def some(self, samples: int) -> Iterator[Feed]:
+        """Calls with about so many samples."""
+        seen = 0
+        for feed in self.batches():
+            yield feed
+            seen += count(feed)
+            if seen >= samples:
+                break
+
+    def fingerprint(self) -> str | None:
+        """That of all data, marked."""
+        found = super().fingerprint()
+        return None if found is None else f"{found}:{'held' if self._held else 'fit'} runs of {self._size}"
+
+
+@dataclass(slots=True)
+class _Trial:
+    """Runs cuts of the model with the contractions behind them corrected.
+
+    Args:
+        captured: Gram matrices in front of contractions. feeds: to run on. path: where the model of a moment goes.
+    """
+
+    analysis: Analysis
+    captured: CapturedMaps
+    feeds: Sequence[Feed]
+    path: Path
+    _wanted: Sequence[dict[str, Array]] = ()
+    _scale: Mapping[str, float] | None = None
+
+    def drift(self, units: NDArray[np.int64]) -> float:
+        """Mean drift of the outputs without these components, each at most 1."""
+        units_of = self.analysis.units
+        chosen = np.zeros(units_of.frozen.size, dtype=bool)
+        chosen[units] = True
+        removed = atoms_removed(units_of, chosen)
+        proto, weights = cut(self.analysis.table, removed)
+        after = After(self.analysis.table, removed)
+        for site in self.captured.sites:
+            self._correct(site, after, weights)
+        scale = self._original()
+        session = self._session(proto, weights)
+        errors = dict.fromkeys(scale, 0.0)
+        for feed, wanted in zip(self.feeds, self._wanted, strict=True):
+            found = run(session, feed)
+            for name in scale:
+                errors[name] += _square(found[name], wanted[name])
+        return float(np.mean([min(errors[n] / scale[n], 1.0) for n in scale]))
+
+    def _original(self) -> Mapping[str, float]:
+        """Sums of squares of the original's outputs about their mean, by name; those that vary."""
+        if self._scale is None:
+            graph = self.analysis.graph
+            session = self._session(graph.proto, graph.weights)
+            self._wanted = [
+                {n: a for n, a in run(session, feed).items() if eps(a.dtype) > 0 and a.dtype.kind != "c"}
+                for feed in self.feeds
+            ]
+            scale = {name: _spread([w[name] for w in self._wanted]) for name in self._wanted[0]}
+            self._scale = {name: value for name, value in scale.items() if value > 0}
+            if not self._scale:
+                raise UsageError(
+                    "--normalize measured compares outputs, and those of this model do not vary over the data.",
+                    hint="Take another --normalize, such as root.",
+                )
+        return self._scale
+
+    def _session(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> Any:
+        save(proto, weights, self.path)
+        return open_session(self.path, spin=False)
+
+    def _correct(self, site: Site, after: After, weights: dict[str, Weight]) -> None:
+        """Make up for what went in front of one contraction, where that can be done."""
+        form, maps = site.form, self.captured.columns.get(site.columns_key, {})
+        if form is None or "gram" not in maps or after.mask(site.label) is None:
+            return
+        graph, inputs = self.analysis.graph, site.node.inputs
+        name = inputs[form.weight]
+        bias = inputs[form.bias] if form.bias is not None and form.bias < len(inputs) else ""
+        own = [n for n in (name, bias) if n]
+        if any(n not in graph.weights or len(graph.consumers.get(n, ())) != 1 for n in own):
+            return
+        old = graph.weights[name].read()
+        matrix = form.matrix(old.astype(np.float64))
+        parts, n, outputs = matrix.shape
+        taps = n * parts // site.label.ids.size
+        gone = after.removed[site.channels(site.label.ids)].reshape(parts, -1)
+        gram = maps["gram"]
+        if gram.shape == (parts, n, n):
+            matrix, gone, taps = matrix, np.repeat(gone, taps, axis=1), 1
+        elif gram.shape != (parts, n // taps, n // taps):
+            return
+        flat = matrix.reshape(parts, n // taps, taps * outputs)
+        fitted, shift = corrected(Maps(self.captured.samples, maps), flat, gone, biased=bool(bias))
+        fitted = form.restore(fitted.reshape(parts, n, outputs), old).astype(old.dtype)
+        weights[name] = GatheredWeight(ArrayWeight(name, fitted), after.steps(name))
+        if bias:
+            before = graph.weights[bias].read()
+            added = shift.reshape(parts, taps, outputs).sum(axis=1).reshape(-1) * form.scale / form.bias_scale
+            if before.size == added.size:
+                value = (before + added.reshape(before.shape)).astype(before.dtype)
+                weights[bias] = GatheredWeight(ArrayWeight(bias, value), after.steps(bias))
+
+
+def _square(found: Array, wanted: Array) -> float:
+    """Sum of squares of the difference where the original is finite; all of it where shapes differ."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    known = np.isfinite(wanted)
+    apart = np.where(known, found, 0).astype(np.float64) - np.where(known, wanted, 0)
+    return float(np.square(np.nan_to_num(apart, nan=0.0, posinf=1e30, neginf=1e30)).sum())
+
+
+def _spread(values: Sequence[Array]) -> float:
+    """Sum of squares about the mean over samples; about the mean of all, where calls differ in shape."""
+    if len({a.shape[1:] for a in values}) == 1 and all(a.ndim for a in values):
+        every = np.concatenate(values).astype(np.float64)
+        every = np.where(np.isfinite(every), every, 0.0)
+        return float(np.square(every - every.mean(axis=0)).sum())
+    flat = np.concatenate([a.ravel() for a in values]).astype(np.float64)
+    flat = flat[np.isfinite(flat)]
+    return float(np.square(flat - flat.mean()).sum()) if flat.size else 0.0
