@@ -287,3 +287,16 @@ def test_a_model_that_runs_at_one_batch_size_only() -> None:
     stages = [op.passes.Factorize("auto", ratio=0.3, timed=False), op.passes.Validate(exact=False, timed=False)]
     result = op.Pipeline(stages).run(model, data={"x": draw(net(), 12)["x"]})
     assert result.report.fidelity is not None and result.report.fidelity.samples == 12
+
+
+def test_cp_that_runs_away_becomes_tucker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every start ends in terms that cancel each other; the report says so, and the work stays what it was."""
+    import onnxprune.decompose.alternating as alternating
+
+    expected = shares(run(net(), "cp", ratio=0.4))
+    monkeypatch.setattr(alternating, "least_squares", lambda *_: ([], float("inf")))
+    result = run(net(), "cp", ratio=0.4)
+    assert {f.method for f in result.report.factorized if f.method} == {"tucker"}
+    assert all(share <= expected[name] + 1e-9 for name, share in shares(result).items())
+    assert any("degenerate" in warning for warning in result.report.warnings)
+    assert {f.method for f in result.plan.factorized} == {"tucker"}
