@@ -22,7 +22,11 @@ _HALVINGS = 30
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What every group may do: keep ``kept`` [levels] of its steps, ascending, at a loss [levels]."""
+    """What every group may do: keep ``kept`` [levels] of its steps, ascending, at a loss [levels].
+
+    Nothing here knows what a step is: a layer that may be taken apart as well would be another column of counts, whose
+    levels are its ranks, with a cost that reads them.
+    """
 
     kept: list[Counts]
     losses: list[Array]

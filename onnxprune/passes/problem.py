@@ -18,6 +18,7 @@ from onnxprune.budget.table import LatencyTable
 from onnxprune.budget.target import Target
 from onnxprune.passes.attempt import Attempt
 from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.pressure import SAFE, Pressure
 from onnxprune.passes.select import Selector
 from onnxprune.passes.state import State
 from onnxprune.passes.timing import Bench, block_levels
@@ -33,9 +34,7 @@ Curves = Mapping[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
 TOLERANCE = {"latency": 0.05}
 """How far above its limit a measured cost may be, as a share; 0.02 for what can be counted."""
 _COUNTED = 0.02
-_CORRECTIONS = 5
-# A time that turns out below this share of its limit leaves something on the table; corrections stop a little short.
-_SLACK, _SAFE = 0.95, 0.995
+_CORRECTIONS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,24 +118,30 @@ class Problem:
     def _answer(self, name: str, choices: Choices, solve: Solve) -> Answer | None:
         """An answer that holds as measured: where a cost turns out otherwise than predicted, its limit is corrected."""
         limits, best = self.limits(), None
-        press = dict(self._press)
+        press = Pressure(self._press)
         for _ in range(_CORRECTIONS):
-            wanted = [Limit(self.costs[k], most * press[k] * self._scale(k)) for k, most in limits.items()]
+            wanted = [Limit(self.costs[k], most * press.now[k] * self._scale(k)) for k, most in limits.items()]
             allocation = solve(choices, wanted)
             if allocation is None:
-                break
+                # A time is predicted to be out of reach: what takes least may be within it all the same.
+                allocation = self._least(choices) if best is None and "latency" in limits else None
+                press.end()
+                if allocation is None:
+                    break
             removed = self.removed(allocation.kept)
-            costs = self.measured(allocation.kept, removed)
-            answer = Answer(name, allocation, removed, costs)
-            over = {k: costs[k] / most for k, most in limits.items()}
-            fits = all(o <= 1 for o in over.values())
-            if fits and (best is None or allocation.loss < best.allocation.loss):
+            answer = Answer(name, allocation, removed, self.measured(allocation.kept, removed))
+            over = {k: answer.costs[k] / most for k, most in limits.items()}
+            if max(over.values()) <= 1 and (best is None or allocation.loss < best.allocation.loss):
                 best = answer
-            wrong = {k: o for k, o in over.items() if o > 1 or (k == "latency" and fits and o < _SLACK)}
-            if not wrong:
+            if not press.learn(over):
                 break
-            press |= {k: float(np.clip(press[k] * _SAFE / o, 0.3, 1.5)) for k, o in wrong.items()}
         return best
+
+    def _least(self, choices: Choices) -> Allocation:
+        """The counts that are predicted to take least time."""
+        kept = least(choices, self.costs["latency"])
+        levels = [int(np.searchsorted(k, n)) for k, n in zip(choices.kept, kept, strict=True)]
+        return Allocation(kept, choices.loss(levels), -np.inf)
 
     def _scale(self, kind: str) -> float:
         """Predicted over measured time of the original."""
@@ -151,7 +156,7 @@ class Problem:
     def tighten(self, over: Mapping[str, float]) -> bool:
         """Allow less of what turned out to cost more than it may, {kind: share of its limit}; whether there is any."""
         wrong = {k: o for k, o in over.items() if o > 1}
-        self._press |= {k: self._press[k] * _SAFE / o for k, o in wrong.items()}
+        self._press |= {k: self._press[k] * SAFE / o for k, o in wrong.items()}
         return bool(wrong)
 
     def aim(self, *targets: Target) -> Answer | None:
