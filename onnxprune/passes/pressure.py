@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 # A time that turns out below this share of its limit leaves something on the table; corrections stop a little short,
-# and end where the next one would change less than this.
+# and end where something fits and the next one would change less than this.
 _SLACK, SAFE, _SMALL = 0.95, 0.995, 0.01
 _MOST = 1.5
 
@@ -51,4 +51,4 @@ class Pressure:
         if (low is not None and after <= low) or (high is not None and after >= high):
             after = 0.5 * ((before if low is None else low) + (before if high is None else high))
         self.now[kind] = after
-        return abs(after / before - 1) > _SMALL
+        return share > 1 or abs(after / before - 1) > _SMALL

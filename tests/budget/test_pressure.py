@@ -45,3 +45,9 @@ def test_only_what_is_over_is_tightened() -> None:
     assert press.now["macs"] == 1.0 and press.now["latency"] == pytest.approx(0.995 / 1.2)
     press.end()
     assert not press.learn({"macs": 0.9, "latency": 1.2})
+
+
+def test_a_little_too_much_is_too_much() -> None:
+    press = Pressure({"size": 1.0})
+    assert press.learn({"size": 1.002})
+    assert not press.learn({"size": 0.999})
