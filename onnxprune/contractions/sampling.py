@@ -8,17 +8,16 @@ import numpy as np
 
 from onnxprune.contractions.form import Array, Form, Picked
 
-_AT_LEAST = 1 << 14
 
-
-def rows_per_sample(form: Form, channels: int, samples: int | None, per_column: int = 30) -> int:
+def rows_per_sample(form: Form, channels: int, samples: int | None, per_column: int = 30, least: int = 1 << 14) -> int:
     """Rows to take of every sample, so that all ``samples`` (512 where unknown) give enough of them together.
 
     Args:
         per_column: how many; what is estimated from them errs by about 1 / sqrt(per_column).
+        least: rows to take however few columns there are.
     """
     columns = channels // form.parts * form.taps
-    return -(-max(per_column * columns, _AT_LEAST) // (samples or 512))
+    return -(-max(per_column * columns, least) // (samples or 512))
 
 
 def pick(form: Form, data: Array, per_sample: int) -> Picked:

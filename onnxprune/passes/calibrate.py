@@ -29,6 +29,10 @@ from onnxprune.selection.targets import Targets
 
 # Bytes of one Gram matrix beyond which the positions of a kernel share a Gram of the channels.
 _LARGEST_GRAM = 256 << 20
+# Rows of a Gram matrix to rank channels by: per column, and at least. Three times as many rank no better.
+_PER_COLUMN, _ROWS = 10, 1 << 12
+# Samples to reckon with where nobody knows how many come: were there fewer, rows would be wanting.
+_SAMPLES = 128
 
 
 def captured_maps(
@@ -130,7 +134,8 @@ class _Requests:
         if form is None:
             return
         if _gram_bytes(channels * form.taps, form.parts) <= _LARGEST_GRAM:
-            arrange, growth = columns_of(form, rows_per_sample(form, channels, self._samples)), form.taps
+            rows = rows_per_sample(form, channels, self._samples or _SAMPLES, _PER_COLUMN, _ROWS)
+            arrange, growth = columns_of(form, rows), form.taps
         elif _gram_bytes(channels, form.parts) <= _LARGEST_GRAM:
             arrange, growth = shared_columns(site.axes, form.parts), 1
         else:

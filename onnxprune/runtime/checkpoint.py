@@ -16,7 +16,7 @@ from onnxprune import __version__
 from onnxprune.errors import UsageError
 from onnxprune.statistics import Statistic
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever statistics are measured in another way, so that what an older package left is not gone on from."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.statistics.means import Means
+from onnxprune.statistics.means import Means, check_finite, floating
 from onnxprune.statistics.registry import register
 
 ROWS = 1024
@@ -43,20 +43,44 @@ class Similarity(Means):
 class Gram(Means):
     """``gram`` [parts, n, n]: mean over rows of products of two columns; ``column_mean`` [parts, n]; ``rows`` [].
 
-    ``update`` takes the contraction's input as columns [parts, rows, n]: gram = X^T X / rows.
+    ``update`` takes the contraction's input as columns [parts, rows, n]: gram = X^T X / rows. Rows wait until they are
+    worth a product: adding one to the sums takes as long as multiplying a few rows. What waits is no larger than a sum.
     """
 
     additive = True
-    tells = True
 
-    def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
-        """Products and columns summed over rows; weighs the rows."""
-        return maps.shape[1], {"gram": products(maps), "column_mean": maps.sum(axis=1, dtype=np.float64)}
+    def update(self, maps: NDArray[Any]) -> None:
+        """Add one batch of columns.
+
+        Raises:
+            NotFinite: there is NaN or infinity in it.
+        """
+        rows = floating(maps)
+        if not rows.size:
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = rows.sum(axis=1, dtype=np.float64)
+        if not np.isfinite(total).all():
+            check_finite(rows)
+        state = dict(self.state)
+        state["weight"] = np.asarray(rows.shape[1] + int(state.get("weight", 0)))
+        state["column_mean"] = total + state.get("column_mean", 0.0)
+        waiting = np.concatenate([state.pop("waiting"), rows], axis=1) if "waiting" in state else rows
+        if waiting.shape[1] >= min(ROWS, 2 * waiting.shape[2]):
+            state["gram"] = products(waiting) + state.get("gram", 0.0)
+        else:
+            state["waiting"] = waiting.copy() if waiting is maps else waiting
+        self.state = state
 
     def result(self) -> dict[str, NDArray[np.float64]]:
         """The means, and from how many ``rows`` they are: with few, the Gram matrix promises more than holds."""
-        means = super().result()
-        return {**means, "rows": np.asarray(float(self.state["weight"]))} if means else means
+        if not self.state:
+            return {}
+        state, weight = self.state, float(self.state["weight"])
+        gram = np.asarray(state.get("gram", 0.0), np.float64)
+        if "waiting" in state:
+            gram = gram + products(state["waiting"])
+        return {"gram": gram / weight, "column_mean": state["column_mean"] / weight, "rows": np.asarray(weight)}
 
 
 def products(matrices: NDArray[Any]) -> NDArray[np.float64]:
