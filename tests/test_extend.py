@@ -187,7 +187,7 @@ def test_another_package_announces_a_rule_and_a_criterion(installed: Path, tmp_p
     source, target = tmp_path / "m.onnx", tmp_path / "small.onnx"
     onnx.save(vendor("Swoosh"), source)
     options = ["--criterion", "acme_last", "--ratio", "0.5", "--no-validate"]
-    done = run(installed, "-m", "onnxprune.cli", str(source), "-o", str(target), *options)
+    done = run(installed, "-m", "onnxprune", str(source), "-o", str(target), *options)
     assert done.returncode == 0, done.stderr
     assert kernels(onnx.load(target)) == [(4, 3, 3, 3), (4, 4, 3, 3)]
     first = [next(t for t in onnx.load(f).graph.initializer if len(t.dims) == 4) for f in (source, target)]
@@ -206,7 +206,7 @@ def test_another_package_announces_a_pass(installed: Path, tmp_path: Path) -> No
 def test_an_extension_that_does_not_load_is_named(installed: Path, tmp_path: Path) -> None:
     (installed / "acme_ext.py").write_text("import no_such_module_of_acme")
     onnx.save(vendor("Swoosh"), tmp_path / "m.onnx")
-    done = run(installed, "-m", "onnxprune.cli", str(tmp_path / "m.onnx"), "--no-validate")
+    done = run(installed, "-m", "onnxprune", str(tmp_path / "m.onnx"), "--no-validate")
     assert done.returncode == 2
     assert "acme-ext" in done.stderr
     assert "no_such_module_of_acme" in done.stderr

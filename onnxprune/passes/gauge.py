@@ -12,7 +12,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.contractions import Form
 from onnxprune.graph.view import Graph, Node
 from onnxprune.passes.restate import normalisations
-from onnxprune.recover.aims import Aim, find_aims
+from onnxprune.recover.aims import Aim, find_aims, outputs
 from onnxprune.recover.plausible import divergence, interest
 from onnxprune.recover.scales import Scale
 from onnxprune.rewrite.after import After
@@ -87,5 +87,4 @@ def _outputs(graph: Graph, aim: Aim) -> int:
     """Outputs of a layer; of a scale per channel none, which depend on each other as its inputs do."""
     if isinstance(aim.form, Scale):
         return 0
-    matrix = aim.form.matrix(np.broadcast_to(np.float32(0), graph.weights[aim.node.inputs[aim.form.weight]].shape))
-    return int(matrix.shape[0] * matrix.shape[2])
+    return outputs(aim.form, aim.weight.shape(graph.weights))

@@ -178,11 +178,13 @@ class Recover:
             def one(aim: Aim) -> Repair:
                 layer = Layer(graph, weights, aim)
                 matrix, bias = layer.read()
-                shape, channels = weights[aim.node.inputs[aim.form.weight]].shape, matrix.shape[0] * matrix.shape[1]
+                shape, channels = aim.weight.shape(weights), matrix.shape[0] * matrix.shape[1]
                 steps, taps = after.steps(aim.tail.aim), aim.form.taps
                 values = (data, store[1].get, steps, cut_run.batches, samples)
                 problem = Problem(aim, shape, channels // taps, *values, mixing=mixed.get(aim.node.index))
-                solution = repair(problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias)
+                solution = repair(
+                    problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias, as_stored=layer.as_stored
+                )
                 if solution.how != "kept":
                     layer.write(solution.matrix, solution.bias)
                 return Repair(aim.node.label, solution.how, solution.before, solution.after, *problem.extent)
@@ -220,7 +222,7 @@ def _ways(mode: str, analysis: Analysis) -> list[bool]:
 
 def _columns(weights: Mapping[str, Weight], aim: Aim) -> int:
     """Unknowns per output of a layer."""
-    shape = weights[aim.node.inputs[aim.form.weight]].shape
+    shape = aim.weight.shape(weights)
     return int(np.prod(shape)) // max(shape[:2]) if len(shape) > 1 else 1
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
+
+import numpy as np
 
 from onnxprune.contractions import Form
 from onnxprune.graph.view import Graph, Node
 from onnxprune.graph.weights_of import weight_of
 from onnxprune.recover.scales import Scale
+from onnxprune.recover.stored import Stored
 from onnxprune.recover.tails import Tail, tail_of
 from onnxprune.rules.registry import lookup
 
@@ -24,12 +28,15 @@ class Aim:
     Attributes:
         node: in the cut graph. form: the node as a matrix product. tail: from its output to its aim.
         level: aims of one level do not depend on each other; those of lower levels are repaired before.
+        weight, bias: where its constants lie; no bias where it has none.
     """
 
     node: Node
     form: Form
     tail: Tail
     level: int
+    weight: Stored
+    bias: Stored | None = None
 
     @property
     def data(self) -> str:
@@ -67,14 +74,17 @@ def find_aims(graph: Graph, known: Collection[str], shape: Shapes, *, joint: boo
         if node.op in ("If", "Loop", "Scan"):
             reach = max([reach, *(level.get(n, 0) for n in graph.captured)])
         # A BatchNormalization behind a contraction is undone there: its scale and shift are the contraction's to fit.
-        form = _form(graph, node, shape, found) if node.index not in passed else None
-        if form is not None:
+        form = _form(graph, node, shape) if node.index not in passed else None
+        own = None if form is None else _own(graph, node, form)
+        if isinstance(own, str):
+            found.left[node.label] = own
+        elif form is not None and own is not None:
             tail = tail_of(graph, node.outputs[0], level.__contains__ if joint else _never, shape)
             if tail.aim not in known:  # pragma: no cover - only where names changed
                 tail = Tail(node.outputs[0])
             if tail.aim in known:
                 reach = 1 + max([reach, *(level[n] for n in tail.addends)])
-                by_level[reach].append(Aim(node, form, tail, reach))
+                by_level[reach].append(Aim(node, form, tail, reach, *own))
                 passed.update(n.index for n in tail.through)
         for name in node.outputs:
             level[name] = reach
@@ -86,8 +96,8 @@ def _never(_name: str) -> bool:
     return False
 
 
-def _form(graph: Graph, node: Node, shape: Shapes, found: Aims) -> Form | None:
-    """The node as a matrix product whose weight may be changed."""
+def _form(graph: Graph, node: Node, shape: Shapes) -> Form | None:
+    """The node as a product of data and a constant weight."""
     if node.op == "BatchNormalization" and node.domain == "":
         form: Form | None = Scale.of(len(node.inputs), shape(node.inputs[0]))
         candidates = [0]
@@ -97,34 +107,36 @@ def _form(graph: Graph, node: Node, shape: Shapes, found: Aims) -> Form | None:
     shapes = [shape(n) if n else None for n in node.inputs]
     for position in candidates:
         form = form or rule.form(node, shapes, position)
-    if form is None:
-        return None
-    if not _is_constant(graph, node.inputs[form.weight]):
-        return None
-    reason = _why_not(graph, node, form)
-    if reason:
-        found.left[node.label] = reason
-        return None
-    return form
+    return form if form is not None and _is_constant(graph, node.inputs[form.weight]) else None
+
+
+def outputs(form: Form, weight: Sequence[int]) -> int:
+    """Outputs of a layer with a weight of this shape."""
+    matrix = form.matrix(np.broadcast_to(np.float32(0), weight))
+    return int(matrix.shape[0] * matrix.shape[2])
 
 
 def _is_constant(graph: Graph, name: str) -> bool:
     return name in graph.weights or weight_of(graph, name) is not None
 
 
-def _why_not(graph: Graph, node: Node, form: Form) -> str:
-    """Why a contraction's weights are left as they are; empty where they can be repaired."""
+def _own(graph: Graph, node: Node, form: Form) -> tuple[Stored, Stored | None] | str:
+    """Where a layer's weight and bias lie, or why they are left as they are."""
     if not form.plain:
         return "its output is not a plain product of data and weight"
-    own = [form.weight] if form.bias is None or form.bias >= len(node.inputs) else [form.weight, form.bias]
-    for name in (node.inputs[i] for i in own if node.inputs[i]):
-        weight = graph.weights.get(name)
-        if weight is None:
-            return "its weight is computed from others (quantised, transposed)"
-        if weight.dtype.kind not in "fV" or weight.dtype.itemsize < 2:
-            return f"its weight is stored as {weight.dtype}"
-        if len(graph.consumers.get(name, ())) != 1 or name in graph.captured:
-            return "its weight is shared with another node"
-        if name in graph.outputs:
-            return "its weight is an output of the model"
-    return ""
+    weight = Stored.of(graph, node.inputs[form.weight])
+    if isinstance(weight, str):
+        return weight
+    if form.bias is None or form.bias >= len(node.inputs) or not node.inputs[form.bias]:
+        return weight, None
+    bias = Stored.of(graph, node.inputs[form.bias])
+    if isinstance(bias, str):
+        return bias
+    if bias.chain and prod(bias.shape(graph.weights)) != outputs(form, weight.shape(graph.weights)):
+        return "one number of its bias is many outputs', and computed from others"
+    scales = [s.quantised.inputs[1] for s in (weight, bias) if s.quantised is not None]
+    sizes = [prod(graph.weights[n].shape) for n in scales]
+    # Runtimes add a quantised bias to the sum of codes as it is: its scale has to follow the weight's.
+    if len(scales) == 2 and (sizes[0] not in (1, sizes[1]) or scales[0] == scales[1]):
+        return "its weight and bias are quantised with scales that do not go together"
+    return weight, bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import MutableMapping
 
 import numpy as np
@@ -25,7 +26,6 @@ class Layer:
     def __init__(self, graph: Graph, weights: MutableMapping[str, Weight], aim: Aim) -> None:
         self._graph, self._weights, self.aim = graph, weights, aim
         self.node, self.form = aim.node, aim.form
-        self._name = self.node.inputs[self.form.weight]
         self._home = self._find_home()
 
     @property
@@ -35,7 +35,7 @@ class Layer:
 
     def read(self) -> tuple[Real, Real]:
         """Matrix [parts, n, o] and bias [parts, o], as the layer multiplies and adds, float64."""
-        weight = self._weights[self._name].read().astype(np.float64)
+        weight = self.aim.weight.read(self._weights)
         if isinstance(self.form, Scale):
             gain, mean = self._statistics()
             shift = self._weights[self.node.inputs[2]].read().astype(np.float64)
@@ -43,26 +43,28 @@ class Layer:
             return scaled.reshape(-1, 1, 1), (shift - mean * scaled).reshape(-1, 1)
         matrix = self.form.matrix(weight) * self.form.scale
         bias = np.zeros((matrix.shape[0], matrix.shape[2]))
-        given = self._input(self.form.bias)
-        if given:
-            value = self._weights[given].read().astype(np.float64) * self.form.bias_scale
+        if self.aim.bias is not None:
+            value = self.aim.bias.read(self._weights) * self.form.bias_scale
             bias = np.broadcast_to(value.reshape(-1), (bias.size,)).reshape(bias.shape).copy()
         return matrix, bias
 
     def write(self, matrix: Real, bias: Real) -> None:
-        """Put them into the model, in the weights' own types."""
-        old = self._weights[self._name]
+        """Put them into the model, in the weights' own types; codes get new scales."""
+        stored = self.aim.weight
+        for constant in (stored, self.aim.bias):
+            if constant is not None:
+                constant.detach(self._graph, self._weights)
         if isinstance(self.form, Scale):
             gain, mean = self._statistics()
             scaled = matrix.reshape(-1)
-            gamma = np.divide(scaled, gain)
-            self._set(self._name, gamma, old.dtype)
+            stored.write(self._weights, np.divide(scaled, gain))
             name = self.node.inputs[2]
             self._set(name, bias.reshape(-1) + mean * scaled, self._weights[name].dtype)
             return
-        self._set(self._name, self.form.restore(matrix / self.form.scale, old.read()), old.dtype)
+        restored = self.form.restore(matrix / self.form.scale, stored.read(self._weights))
+        ratio = stored.write(self._weights, np.asarray(restored, np.float64))
         if self._home == "own":
-            self._write_bias(bias.reshape(-1) / self.form.bias_scale, old.dtype)
+            self._write_bias(bias.reshape(-1) / self.form.bias_scale, ratio)
         elif self._home is not None:
             # The bias of a product without one lies in the addition behind it: what is new comes on top.
             value = self._weights[self._home]
@@ -70,16 +72,33 @@ class Layer:
             shape = value.shape if value.shape and value.shape[-1] == extra.size else (extra.size,)
             self._set(self._home, np.broadcast_to(value.read().astype(np.float64), shape) + extra, value.dtype)
 
-    def _write_bias(self, bias: Real, dtype: np.dtype[np.generic]) -> None:
-        given = self._input(self.form.bias)
-        if given:
-            old = self._weights[given]
-            keeps = old.shape[-1:] == (bias.size,)
-            self._set(given, bias.reshape(old.shape) if keeps else bias, old.dtype)
+    def as_stored(self, matrix: Real, bias: Real) -> tuple[Real, Real]:
+        """What the layer would multiply and add, were these written: codes round them."""
+        stored, own = self.aim.weight, self.aim.bias
+        if stored.quantised is None:
+            return matrix, bias
+        apart = ChainMap[str, Weight]({}, self._weights)  # others write theirs meanwhile
+        restored = self.form.restore(matrix / self.form.scale, stored.read(apart))
+        ratio = stored.write(apart, np.asarray(restored, np.float64))
+        rounded = self.form.matrix(stored.read(apart)) * self.form.scale
+        if own is None or own.quantised is None:
+            return rounded, bias
+        own.write(apart, (bias / self.form.bias_scale).reshape(own.shape(apart)), ratio)
+        return rounded, own.read(apart).reshape(bias.shape) * self.form.bias_scale
+
+    def _write_bias(self, bias: Real, ratio: Real | None) -> None:
+        stored = self.aim.bias
+        if stored is not None and stored.chain:
+            stored.write(self._weights, bias.reshape(stored.shape(self._weights)), ratio)
+            return
+        dtype = self._weights[self.aim.weight.root].dtype if stored is None else self._weights[stored.root].dtype
+        if stored is not None:
+            shape = self._weights[stored.root].shape
+            self._set(stored.root, bias.reshape(shape) if shape[-1:] == (bias.size,) else bias, dtype)
             return
         if not bias.any():
             return
-        name = f"{self._name}.bias"
+        name = f"{self.node.inputs[self.form.weight]}.bias"
         while name in self._weights or name in self._graph.producer:
             name += "_"
         position = self.form.bias
@@ -100,10 +119,6 @@ class Layer:
                 del tensor.dims[:]
                 tensor.dims.extend(value.shape)
 
-    def _input(self, position: int | None) -> str:
-        """Name of an optional input, empty where it is absent."""
-        return self.node.inputs[position] if position is not None and position < len(self.node.inputs) else ""
-
     def _statistics(self) -> tuple[Real, Real]:
         """1 / standard deviation and mean of a BatchNormalization."""
         mean, variance = (self._weights[n].read().astype(np.float64) for n in self.node.inputs[3:5])
@@ -112,7 +127,8 @@ class Layer:
     def _find_home(self) -> str | None:
         """Where a bias goes: ``own``, the name of a constant that is added right behind, or None."""
         if self.form.bias is not None:
-            return "own"
+            # A bias of floats behind codes would take the layer out of the integers that runtimes multiply.
+            return None if self.aim.bias is None and self.aim.weight.quantised is not None else "own"
         if not isinstance(self.form, Pairwise):
             return None
         # A constant that is added lies along the last axis: outputs have to lie there too.

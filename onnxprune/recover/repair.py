@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +13,23 @@ from onnxprune.recover.problem import Problem, Rows, fit, loss
 from onnxprune.recover.solve import NOTHING, RIDGES, WORTH, Solution, least_squares, solve
 from onnxprune.recover.sums import Real, Sums
 
+Stores = Callable[[Real, Real], tuple[Real, Real]]
+"""(matrix, bias) -> what the layer has once they are written."""
 # Rounds of refitting where an activation is flat; each lowers the error, the first most.
 _ROUNDS = 3
 # Ridges that are tried below the smallest where that one is the best.
 _FINER = (1e-8, 1e-10)
 
 
-def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fixed_bias: bool = False) -> Solution:
+def repair(
+    problem: Problem,
+    matrix: Real,
+    bias: Real,
+    *,
+    mode: str = "full",
+    fixed_bias: bool = False,
+    as_stored: Stores | None = None,
+) -> Solution:
     """New weights for the layer of ``problem``, or those there are where nothing is better on held-out data.
 
     Args:
@@ -27,12 +37,27 @@ def repair(problem: Problem, matrix: Real, bias: Real, *, mode: str = "full", fi
         mode: see :func:`solve`; ``full`` also counts errors only where they pass the activation behind the layer:
             |r(Y) - r(X W + b)|^2, by refitting to targets that follow the fit on the flat side. Zhang et al.,
             Efficient and Accurate Approximations of Nonlinear Convolutional Networks, CVPR 2015, section 3.2.
-        fixed_bias: the bias has to stay 0.
+        fixed_bias: the bias has to stay 0. as_stored: what becomes of weights when they are written as codes.
     """
     found = _pointwise(problem, matrix, bias, mode, fixed_bias)
-    if mode != "full" or not problem.aim.tail.pooled or matrix.shape[0] != 1 or found.before <= NOTHING:
+    if mode == "full" and problem.aim.tail.pooled and matrix.shape[0] == 1 and found.before > NOTHING:
+        found = sharpen(problem, found, fixed_bias=fixed_bias)
+    return found if as_stored is None else _rounded(problem, matrix, bias, found, as_stored)
+
+
+def _rounded(problem: Problem, matrix: Real, bias: Real, found: Solution, as_stored: Stores) -> Solution:
+    """The solution as it is stored, where that is still better than the weights there are."""
+    fitted, shifted = as_stored(found.matrix, found.bias)
+    if fitted is found.matrix or found.how == "kept":
         return found
-    return sharpen(problem, found, fixed_bias=fixed_bias)
+    before = loss(problem.rows(True), matrix, bias)
+    after = loss(problem.rows(True), fitted, shifted)
+    if after >= before * (1.0 - WORTH):
+        return Solution(matrix, bias, found.before, found.before, "kept")
+    # Rounding is told as a share of what the fit was judged by, which need not be these rows' sum of squares.
+    unrounded = loss(problem.rows(True), found.matrix, found.bias)
+    worse = found.after * after / unrounded if unrounded > 0 else found.after
+    return Solution(fitted, shifted, found.before, worse, f"{found.how}, rounded", found.ridge)
 
 
 def _pointwise(problem: Problem, matrix: Real, bias: Real, mode: str, fixed_bias: bool) -> Solution:

@@ -132,7 +132,7 @@ def test_inspect(path: Path, run: Run) -> None:
 
 
 def test_as_a_script_with_pipes(path: Path) -> None:
-    command = [sys.executable, "-m", "onnxprune.cli", path.name, "--ratio", "0.5"]
+    command = [sys.executable, "-m", "onnxprune", path.name, "--ratio", "0.5"]
     done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr

@@ -125,8 +125,7 @@ def test_weights_that_may_not_change_are_left_with_a_reason() -> None:
     shared = net.weight(6, 6)
     one = net.op("MatMul", x, shared)
     two = net.op("MatMul", net.op("Tanh", one), shared)
-    codes = net.op("DequantizeLinear", net.const(np.ones((6, 4)), np.int8), net.const(0.1))
-    last = net.op("MatMul", two, codes)
+    last = net.op("MatMul", two, net.op("Concat", net.weight(6, 2), net.weight(6, 2), axis=1))
     graph, found = aims(net.model(last))
     left = {graph.producer[y].label: found.left.get(graph.producer[y].label, "") for y in (one, two, last)}
     assert ["shared" in left[graph.producer[y].label] for y in (one, two)] == [True, True]
