@@ -34,7 +34,7 @@ STAGES = [
     {"passes"},
     {"api", "explore"},
     {"report"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 """From low to high; a module imports its own stage and lower ones."""
 

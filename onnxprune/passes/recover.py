@@ -176,18 +176,8 @@ class Recover:
             mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, cut_run.batches))
 
             def one(aim: Aim) -> Repair:
-                layer = Layer(graph, weights, aim)
-                matrix, bias = layer.read()
-                shape, channels = aim.weight.shape(weights), matrix.shape[0] * matrix.shape[1]
-                steps, taps = after.steps(aim.tail.aim), aim.form.taps
-                values = (data, store[1].get, steps, cut_run.batches, samples)
-                problem = Problem(aim, shape, channels // taps, *values, mixing=mixed.get(aim.node.index))
-                solution = repair(
-                    problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias, as_stored=layer.as_stored
-                )
-                if solution.how != "kept":
-                    layer.write(solution.matrix, solution.bias)
-                return Repair(aim.node.label, solution.how, solution.before, solution.after, *problem.extent)
+                values = (data, store[1].get, after.steps(aim.tail.aim), cut_run.batches, samples)
+                return _fitted(Layer(graph, weights, aim), values, mode, mixed.get(aim.node.index))
 
             repairs += spread(one, level, heavy=any(_columns(weights, aim) >= _WIDE for aim in level))
             for run in (cut_run, full_run):
@@ -196,6 +186,17 @@ class Recover:
         if restated is not None:
             restated.undo()
         return repairs, aims.left
+
+
+def _fitted(layer: Layer, values: tuple[Get, Get, Any, int, int], mode: str, mixing: Mixing | None) -> Repair:
+    """One layer with new weights, or those it had; ``values`` are a problem's."""
+    matrix, bias = layer.read()
+    channels = matrix.shape[0] * matrix.shape[1] // layer.form.taps
+    problem = Problem(layer.aim, layer.shape, channels, *values, mixing=mixing)
+    solution = repair(problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias, as_stored=layer.as_stored)
+    if solution.how != "kept":
+        layer.write(solution.matrix, solution.bias)
+    return Repair(layer.node.label, solution.how, solution.before, solution.after, *problem.extent)
 
 
 def _shapes_now(state: State, graph: Graph) -> Callable[[str], Any]:

@@ -33,6 +33,11 @@ class Layer:
         """Whether the layer has no place for a bias."""
         return self._home is None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight as the layer reads it."""
+        return self.aim.weight.shape(self._weights)
+
     def read(self) -> tuple[Real, Real]:
         """Matrix [parts, n, o] and bias [parts, o], as the layer multiplies and adds, float64."""
         weight = self.aim.weight.read(self._weights)
