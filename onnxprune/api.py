@@ -127,6 +127,7 @@ def repair(
     batch_size: int | None = None,
     images: ImageOptions | None = None,
     memory_limit: int | None = None,
+    cache: str | Path | None = None,
     seed: int = 0,
     approximate: bool = False,
     progress: Progress | None = None,
@@ -147,7 +148,7 @@ def repair(
         raise no_data(recover)
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
+    running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
     return Pipeline([take, Recover(recover), check]).run(original, input_shapes=input_shapes, **reading, **running)
 
 

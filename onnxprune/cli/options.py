@@ -163,6 +163,12 @@ def existing(path: Path, what: str, *, folder_allowed: bool = False) -> Path:
     raise UsageError(f"{what} {str(path)!r} not found", hint=hint)
 
 
+def folder(flag: str, path: Path | None) -> None:
+    """Whether ``path`` can be a folder that is made where it is not there; raises UsageError."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise UsageError(f"{flag} {str(path)!r} is not a folder", hint="Give a folder; a new one is made.")
+
+
 def criterion(name: str, known: Iterable[str]) -> str:
     """``name`` when it is a known criterion; raises UsageError with the nearest one."""
     names = list(known)

@@ -35,6 +35,7 @@ class Request:
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     data: DataOptions
     recovery: RecoveryOptions
+    cache: Path | None
     seed: int
     min_fidelity: float | None
     output: Path | None
@@ -56,6 +57,7 @@ class Request:
 
         options.existing(self.original, "original")
         options.existing(self.cut, "cut model")
+        options.folder("--cache", self.cache)
         if self.plan is None:
             raise UsageError(
                 "a repair needs the plan of the cut, and there is no --plan",
@@ -83,6 +85,7 @@ class Request:
 @option("--approximate", heading=PAIR, is_flag=True, help="The cut was made with --approximate.")
 @shared_options.input_shapes
 @data_options(INPUT, "to repair from and to measure on.")
+@shared_options.cache
 @shared_options.seed
 @recovery_options("Recover accuracy", none=False, default="full")
 @shared_options.min_fidelity
@@ -127,6 +130,7 @@ def _repair(request: Request, plan: Path, screen: Screen) -> Any:
             plan=plan,
             recover=request.mode,
             memory_limit=request.recovery.memory_limit,
+            cache=request.cache,
             input_shapes=options.unique("--input-shape", request.shapes) or None,
             **request.data.arguments(),
             seed=request.seed,

@@ -115,9 +115,7 @@ def check(ctx: click.Context, request: Request) -> None:
 
 
 def _check_cache(request: Request) -> None:
-    if request.cache is None:
-        return
-    if request.data.data is None and not any(t.kind == "latency" for t in request.budget.targets):
-        raise UsageError("--cache keeps statistics of data, and there is no --data", hint="Give --data, or drop it.")
-    if request.cache.exists() and not request.cache.is_dir():
-        raise UsageError(f"--cache {str(request.cache)!r} is not a folder", hint="Give a folder; a new one is made.")
+    needless = request.data.data is None and request.recovery.recover != "datafree"
+    if request.cache is not None and needless and not any(t.kind == "latency" for t in request.budget.targets):
+        raise UsageError("--cache keeps what data say, and there is no --data", hint="Give --data, or drop it.")
+    options.folder("--cache", request.cache)

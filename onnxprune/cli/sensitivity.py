@@ -47,6 +47,7 @@ class Request:
         options.existing(self.model, "model")
         self.data.check()
         self.recovery.check(data=self.data.data is not None)
+        options.folder("--cache", self.cache)
         pages.check(self.model, self.output, self.html)
 
     @property

@@ -15,7 +15,6 @@ from onnxprune.cli.device_options import DeviceOptions, device_options
 from onnxprune.cli.layout import HeadedCommand, option
 from onnxprune.cli.recovery_options import RecoveryOptions, recovery_options
 from onnxprune.cli.shared_options import CHECKS, INPUT, OUTPUT
-from onnxprune.errors import UsageError
 from onnxprune.report import frontier
 from onnxprune.report.console import Screen, plain
 
@@ -53,8 +52,8 @@ class Request:
         self.recovery.check(data=self.data.data is not None)
         self.device.check()
         pages.check(self.model, self.html)
-        if self.models is not None and self.models.exists() and not self.models.is_dir():
-            raise UsageError(f"--models {str(self.models)!r} is not a folder", hint="Give a folder; a new one is made.")
+        options.folder("--models", self.models)
+        options.folder("--cache", self.cache)
 
     @property
     def shares(self) -> list[float]:

@@ -15,7 +15,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
 from onnxprune.graph.infer import probe_at
 from onnxprune.graph.view import Graph
-from onnxprune.model.weights import Weight
+from onnxprune.passes.kept import Fitted, Kept, print_of
 from onnxprune.passes.material import Material, gather, no_data
 from onnxprune.passes.outcome import doubts, is_worse, judge, noise, remarks
 from onnxprune.passes.prepared import Model, Prepared
@@ -23,7 +23,7 @@ from onnxprune.passes.restate import Restated, normalisations
 from onnxprune.passes.state import State
 from onnxprune.propagate import infer_by_rule
 from onnxprune.recover import MODES
-from onnxprune.recover.aims import Aim, find_aims
+from onnxprune.recover.aims import find_aims
 from onnxprune.recover.layers import Layer
 from onnxprune.recover.logits import Mixing, find_pairs, mixings
 from onnxprune.recover.problem import Array, Get, Problem
@@ -122,8 +122,9 @@ class Recover:
         analysis, best = state.analyzed(), None
         for restate in _ways(self.mode, analysis):
             prepared = Prepared(*before)
+            kept = self._kept(state, before, given, restate)
             with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-                repairs, left = self._repair(state, prepared, given.fit, Path(folder), restate)
+                repairs, left = self._repair(state, prepared, given.fit, Path(folder), restate, kept)
             model = prepared.model() if any(r.done for r in repairs) else None
             if self.near:
                 return _Attempt(repairs, left, model)
@@ -135,8 +136,21 @@ class Recover:
         assert best is not None
         return best
 
+    def _kept(self, state: State, before: Model, given: Material, restate: bool) -> Kept | None:
+        """Where fitted layers are kept, if they are."""
+        if state.cache is None or self.near:
+            return None
+        settings = state.analyzed().loaded.sha256, self.mode, self.symmetric, restate, state.factorized
+        return Kept(state.cache, f"{settings} {print_of(*before, given.fit)}")
+
     def _repair(
-        self, state: State, model: Prepared, feeds: Sequence[Feed], folder: Path, restate: bool
+        self,
+        state: State,
+        model: Prepared,
+        feeds: Sequence[Feed],
+        folder: Path,
+        restate: bool,
+        kept: Kept | None,
     ) -> tuple[list[Repair], Mapping[str, str]]:
         analysis, graph, weights = state.analyzed(), model.graph, model.weights
         mode = "full" if self.mode == "datafree" else self.mode
@@ -170,16 +184,17 @@ class Recover:
         mixed: dict[int, Mixing] = {}
         repairs: list[Repair] = []
         for number, level in enumerate(aims.levels):
+            layers = [Layer(graph, weights, aim) for aim in level]
             for run in (cut_run, full_run):
                 for _ in run.run(number):
                     pass
             mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, cut_run.batches))
 
-            def one(aim: Aim) -> Repair:
-                values = (data, store[1].get, after.steps(aim.tail.aim), cut_run.batches, samples)
-                return _fitted(Layer(graph, weights, aim), values, mode, mixed.get(aim.node.index))
+            def one(layer: Layer) -> Fitted:
+                values = (data, store[1].get, after.steps(layer.aim.tail.aim), cut_run.batches, samples)
+                return _fitted(layer, values, mode, mixed.get(layer.node.index))
 
-            repairs += spread(one, level, heavy=any(_columns(weights, aim) >= _WIDE for aim in level))
+            repairs += [_written(*pair) for pair in zip(layers, _found(one, layers, number, kept), strict=True)]
             for run in (cut_run, full_run):
                 run.done(number)
             state.tell("recover", (number + 1) / len(aims.levels))
@@ -188,15 +203,31 @@ class Recover:
         return repairs, aims.left
 
 
-def _fitted(layer: Layer, values: tuple[Get, Get, Any, int, int], mode: str, mixing: Mixing | None) -> Repair:
-    """One layer with new weights, or those it had; ``values`` are a problem's."""
+def _found(fit: Callable[[Layer], Fitted], layers: Sequence[Layer], level: int, kept: Kept | None) -> Sequence[Fitted]:
+    """The fits of a level's layers, from where they are kept if they are there."""
+    names = [layer.node.label for layer in layers]
+    found = None if kept is None else kept.load(level, names)
+    if found is None:
+        found = spread(fit, layers, heavy=any(_columns(layer.shape) >= _WIDE for layer in layers))
+        if kept is not None:
+            kept.save(level, names, found)
+    return found
+
+
+def _fitted(layer: Layer, values: tuple[Get, Get, Any, int, int], mode: str, mixing: Mixing | None) -> Fitted:
+    """New weights for one layer, or those it has; ``values`` are a problem's."""
     matrix, bias = layer.read()
     channels = matrix.shape[0] * matrix.shape[1] // layer.form.taps
     problem = Problem(layer.aim, layer.shape, channels, *values, mixing=mixing)
     solution = repair(problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias, as_stored=layer.as_stored)
+    return solution, problem.extent
+
+
+def _written(layer: Layer, fitted: Fitted) -> Repair:
+    solution, extent = fitted
     if solution.how != "kept":
         layer.write(solution.matrix, solution.bias)
-    return Repair(layer.node.label, solution.how, solution.before, solution.after, *problem.extent)
+    return Repair(layer.node.label, solution.how, solution.before, solution.after, *extent)
 
 
 def _shapes_now(state: State, graph: Graph) -> Callable[[str], Any]:
@@ -221,9 +252,8 @@ def _ways(mode: str, analysis: Analysis) -> list[bool]:
     return [False, True] if mode == "datafree" and normalisations(analysis.graph) else [False]
 
 
-def _columns(weights: Mapping[str, Weight], aim: Aim) -> int:
-    """Unknowns per output of a layer."""
-    shape = aim.weight.shape(weights)
+def _columns(shape: Sequence[int]) -> int:
+    """Unknowns per output of a layer whose weight has this shape."""
     return int(np.prod(shape)) // max(shape[:2]) if len(shape) > 1 else 1
 
 
