@@ -26,7 +26,7 @@ from onnxprune.planning import atoms_removed
 from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import CannotRewrite, cut
 from onnxprune.runtime.capture import count
-from onnxprune.runtime.floats import eps
+from onnxprune.runtime.floats import measures
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.selection.drift import along, counts
 from onnxprune.selection.map_slots import CapturedMaps
@@ -159,7 +159,7 @@ class _Trial:
             graph = self.analysis.graph
             session = self._session(graph.proto, graph.weights)
             self._wanted = [
-                {n: a for n, a in run(session, feed).items() if eps(a.dtype) > 0 and a.dtype.kind != "c"}
+                {n: a for n, a in run(session, feed).items() if measures(a.dtype) and a.dtype.kind != "c"}
                 for feed in self.feeds
             ]
             scale = {name: _spread([w[name] for w in self._wanted]) for name in self._wanted[0]}

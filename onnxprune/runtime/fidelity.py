@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune.report.facts import Fidelity, OutputFidelity
-from onnxprune.runtime.floats import eps
+from onnxprune.runtime.floats import eps, measures
 from onnxprune.runtime.sessions import Array, Feed, Progress, open_session, run
 
 _SNR_LIMIT = 300.0  # dB; equal outputs would be infinite, which JSON cannot hold
@@ -84,8 +84,7 @@ def _add(want: Feed, have: Feed, sums: dict[str, _Sums]) -> None:
     """Add one batch to the running sums."""
     for name in [*want, *(n for n in have if n not in want)]:
         array = want[name] if name in want else have[name]
-        small = array.dtype.kind in "iu" and array.dtype.itemsize == 1
-        s = sums.setdefault(name, _Sums(numeric=small or eps(array.dtype) > 0))
+        s = sums.setdefault(name, _Sums(numeric=measures(array.dtype)))
         if name not in want or name not in have:
             s.broken = f"only the {'original' if name in want else 'final model'} has it"
             continue
@@ -101,7 +100,9 @@ def _add(want: Feed, have: Feed, sums: dict[str, _Sums]) -> None:
 
 def _add_numbers(s: _Sums, a: Array, b: Array) -> None:
     """Add the products of one pair of numeric arrays, and its rows' argmax when they look like logits."""
-    logits = eps(a.dtype) > 0 and a.dtype.kind != "c" and a.ndim in (2, 3) and a.shape[-1] >= 2
+    # Codes on three axes are more likely an image than scores.
+    ranks = (2, 3) if eps(a.dtype) > 0 else (2,)
+    logits = a.dtype.kind != "c" and a.ndim in ranks and a.shape[-1] >= 2
     if a.dtype.kind == "c":
         a, b = a.view(a.real.dtype), b.view(b.real.dtype)
     a, b = a.astype(np.float64), b.astype(np.float64)

@@ -13,6 +13,14 @@ def eps(dtype: np.dtype[Any]) -> float:
     return _limits(dtype)[0]
 
 
+def measures(dtype: np.dtype[Any]) -> bool:
+    """Whether numbers of this type have sizes to compare: floats, and codes of 8 bits, as quantised models give.
+
+    Longer integers are mostly labels, indices and counts.
+    """
+    return eps(dtype) > 0 or (dtype.kind in "iu" and dtype.itemsize == 1)
+
+
 def largest(dtype: np.dtype[Any]) -> float:
     """The largest finite value of a float or complex type; 0 for anything else."""
     return _limits(dtype)[1]

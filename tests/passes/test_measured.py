@@ -18,13 +18,14 @@ from onnxprune.statistics import Maps
 MODELS = Path(__file__).resolve().parents[2] / "models"
 
 
-def two_branches(scale: float) -> onnx.ModelProto:
-    """The second branch counts ``scale`` as much; its own channels look no different."""
+def two_branches(scale: float, *, coded: bool = False) -> onnx.ModelProto:
+    """The second branch counts ``scale`` as much; its own channels look no different. ``coded``: gives 8-bit codes."""
     net = Net(17, seed=4)
     x = net.input("x", ["N", 6])
     first = net.linear(net.op("Relu", net.linear(x, 6, 16)), 16, 5)
     second = net.linear(net.op("Relu", net.linear(x, 6, 16)), 16, 5)
-    return net.model(net.op("Add", first, net.op("Mul", second, net.const(scale))))
+    y = net.op("Add", first, net.op("Mul", second, net.const(scale)))
+    return net.model(net.op("QuantizeLinear", y, net.const(0.05), net.const(128, np.uint8)) if coded else y)
 
 
 def data(samples: int = 80, width: int = 6) -> dict[str, Any]:
@@ -43,6 +44,11 @@ def test_a_branch_that_hardly_counts_loses_most(criterion: str) -> None:
     first, second = lost(two_branches(0.05), criterion=criterion, normalize="measured")
     assert first + second >= 12 and second >= 3 * first
     assert lost(two_branches(20.0), criterion=criterion, normalize="measured")[0] > second // 2
+
+
+def test_outputs_may_be_codes() -> None:
+    first, second = lost(two_branches(0.05, coded=True), normalize="measured")
+    assert first + second >= 12 and second >= 3 * first
 
 
 @pytest.mark.parametrize("name", ["attention", "concat", "depthwise", "recurrent", "residual"])

@@ -67,11 +67,14 @@ def test_known_changes_have_known_figures(final: str, cosine: float, snr: float,
         ("float[N,1]", (4, 1), False),
         ("float[N,2,3]", (4, 2, 3), True),
         ("float[N,2,3,3]", (4, 2, 3, 3), False),
+        ("uint8[N,3]", (4, 3), True),
+        ("uint8[N,2,3]", (4, 2, 3), False),
     ],
 )
 def test_top1_only_where_outputs_look_like_logits(kind: str, shape: tuple[int, ...], logits: bool) -> None:
     same = through("y = Identity(x)", kind, kind)
-    (output,) = fidelity(same, same, [{"x": RNG.standard_normal(shape).astype(np.float32)}], "s").outputs
+    values = RNG.uniform(0, 9, shape).astype(kind.partition("[")[0].replace("float", "float32"))
+    (output,) = fidelity(same, same, [{"x": values}], "s").outputs
     assert output.top1 == (1.0 if logits else None)
 
 
