@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnxprune.garbage import paused
 from onnxprune.graph import cost
 from onnxprune.graph.facts import Facts, study
 from onnxprune.graph.fold import fold
@@ -73,16 +74,17 @@ class Analysis:
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         approximate: bool = False,
     ) -> None:
-        self.loaded: Loaded = load(source)
-        self.approximate = approximate
-        # Preparations, each undone after a cut where it was not needed: see restore and rejoin.
-        self.unshared, self.copies = unshare(Graph.of(self.loaded.proto, self.loaded.weights))
-        folded, self.folds = fold(self.unshared)
-        self.facts: Facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
-        self.graph, self.hoists = hoist(folded, self.facts)
-        self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
-        self.reshape_axis = "head_dim"
-        self.units: Units = self._resolve()
+        with paused():
+            self.loaded: Loaded = load(source)
+            self.approximate = approximate
+            # Preparations, each undone after a cut where it was not needed: see restore and rejoin.
+            self.unshared, self.copies = unshare(Graph.of(self.loaded.proto, self.loaded.weights))
+            folded, self.folds = fold(self.unshared)
+            self.facts: Facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
+            self.graph, self.hoists = hoist(folded, self.facts)
+            self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
+            self.reshape_axis = "head_dim"
+            self.units: Units = self._resolve()
 
     def _resolve(self) -> Units:
         """Units and groups; a group that no weight belongs to (an axis that was only ever repeated) is left alone."""

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from onnxprune.criteria.registry import register
 from onnxprune.criteria.slot import Slot
 
+# From so many numbers side by side on, a row is summed as fast as memory is; shorter ones are summed by columns.
+_LONG = 64
+
 
 @register("l1", reads_all=True)
 def l1(slot: Slot) -> NDArray[Any]:
@@ -23,7 +26,19 @@ def l1(slot: Slot) -> NDArray[Any]:
 @register("l2", reads_all=True)
 def l2(slot: Slot) -> NDArray[Any]:
     """Euclidean norm, sqrt(sum_f W_cf^2). Shape [channels]."""
-    return np.asarray(np.sqrt(np.einsum("pcf,pcf->c", slot.blocks, slot.blocks)))
+    return np.asarray(np.sqrt(_squares(slot.blocks)))
+
+
+def _squares(blocks: NDArray[Any]) -> NDArray[Any]:
+    """sum_pf W_pcf^2 of [p, c, f], [c]: in the order in which the numbers lie in memory, which is what takes time."""
+    before, channels, after = blocks.shape
+    if before == 1 and after >= _LONG:
+        rows = blocks[0]
+        return np.asarray(np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0])
+    if 1 < after < _LONG:
+        columns = blocks.reshape(before, channels * after)
+        return np.asarray(np.einsum("pf,pf->f", columns, columns).reshape(channels, after).sum(axis=1))
+    return np.asarray(np.einsum("pcf,pcf->c", blocks, blocks))
 
 
 @register("gm", reads_all=True)

@@ -145,8 +145,10 @@ def _in_order(items: dict[str, T], order: Iterable[str]) -> list[tuple[str, T]]:
 
 
 def _key(node: onnx.NodeProto) -> str:
-    outputs: list[str] = list(node.output)
-    return outputs[0] if outputs and outputs[0] else next(filter(None, outputs), "")
+    for name in node.output:
+        if name:
+            return str(name)
+    return ""
 
 
 def _unfold(model: _Model, item: Fold) -> None:

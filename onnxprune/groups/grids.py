@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def views_of(atoms: Atoms, component: Ids) -> list[Ids]:
-    """Every grid as rows of components; rows that go as a whole stand for themselves, so their own axis counts."""
-    result = []
+    """Every grid as rows of components, each once; rows that go as a whole stand for themselves: their axis counts."""
+    found: dict[tuple[tuple[int, ...], bytes], Ids] = {}
     for label in atoms.views.values():
         ids, axes, pack = component[label.ids], list(label.axes), label.pack
         while len(axes) > 1 and (ids == ids.take([0], axis=pack)).all():
@@ -26,8 +26,9 @@ def views_of(atoms: Atoms, component: Ids) -> list[Ids]:
             axes.remove(pack)
             pack = axes[-1]
         if len(axes) > 1:
-            result.append(np.moveaxis(ids, pack, -1).reshape(-1, ids.shape[pack]))
-    return result
+            rows = np.moveaxis(ids, pack, -1).reshape(-1, ids.shape[pack])
+            found.setdefault((rows.shape, rows.tobytes()), rows)
+    return list(found.values())
 
 
 def _counts(rows: Ids, values: Ids) -> dict[int, Ids]:

@@ -104,18 +104,29 @@ def _components(atoms: Atoms) -> tuple[Ids, int]:
     n = atoms.count
     if not atoms.edges or n == 0:
         return np.arange(n), n
-    # What is united goes both ways; a row takes its cells with it, but not the other way round.
-    a = np.concatenate([x for e in atoms.edges for x in e])
-    b = np.concatenate([x for e in atoms.edges for x in reversed(e)])
-    a = np.concatenate([a, *(np.repeat(r.rows, r.cells.shape[1]) for r in atoms.rows)])
-    b = np.concatenate([b, *(r.cells.ravel() for r in atoms.rows)])
+    component, count = _joined(
+        n, np.concatenate([a for a, _ in atoms.edges]), np.concatenate([b for _, b in atoms.edges])
+    )
+    if not atoms.rows:
+        return component, count
+    # A row takes its cells with it, but not the other way round; what says the same is one.
+    a = np.concatenate([np.repeat(r.rows, r.cells.shape[1]) for r in atoms.rows])
+    b = np.concatenate([r.cells.ravel() for r in atoms.rows])
     while True:
-        matrix = coo_matrix((np.ones(a.size, np.int8), (a, b)), shape=(n, n))
-        count, component = connected_components(matrix, directed=True, connection="strong")
-        left, right = _same_rows(atoms, component.astype(np.int64))
+        again, count = _joined(count, component[a], component[b], both=False)
+        component = again[component]
+        left, right = _same_rows(atoms, component)
         if not left.size:
-            return component.astype(np.int64), int(count)
-        a, b = np.concatenate([a, left, right]), np.concatenate([b, right, left])
+            return component, count
+        again, count = _joined(count, component[left], component[right])
+        component = again[component]
+
+
+def _joined(n: int, a: Ids, b: Ids, both: bool = True) -> tuple[Ids, int]:
+    """Component [n] of every node and their number; edges from ``a`` to ``b`` lead both ways or one way only."""
+    matrix = coo_matrix((np.ones(a.size), (a.astype(np.int32), b.astype(np.int32))), shape=(n, n))
+    count, component = connected_components(matrix, directed=not both, connection="strong")
+    return component.astype(np.int64), int(count)
 
 
 def _same_rows(atoms: Atoms, component: Ids) -> tuple[Ids, Ids]:

@@ -131,6 +131,9 @@ def _reshape_one(
     after: Sequence[int],
     reason: Reason,
 ) -> Label | None:
+    whole = _moved_whole(label, parts, before, after)
+    if whole is not None:
+        return whole
     source, target, pack = list(label.ids.shape), [1] * len(after), label.pack
     new_pack = -1
     for ins, outs in parts:
@@ -160,6 +163,22 @@ def _reshape_one(
         atoms.freeze(ids, reason("unsupported-form", "a reshape leaves no axis to cut"))
         return None
     return Label(ids, inner[-1])
+
+
+def _moved_whole(
+    label: Label, parts: list[tuple[list[int], list[int]]], before: Sequence[int], after: Sequence[int]
+) -> Label | None:
+    """A label of one axis that the reshape neither splits nor merges: the common case, and a quick one."""
+    if len(label.axes) != 1:
+        return None
+    axis = label.axes[0]
+    outs = next(outs for ins, outs in parts if axis in ins)
+    where = [b for b in outs if after[b] > 1]
+    if len(where) != 1 or after[where[0]] != before[axis]:
+        return None
+    target = [1] * len(after)
+    target[where[0]] = before[axis]
+    return Label(label.ids.reshape(target), where[0])
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

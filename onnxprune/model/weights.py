@@ -12,7 +12,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import ModelError
-from onnxprune.model.elements import DTYPES, ONNX_TYPES, PACKED_BITS, Array, as_dtype, pack, stored_bytes, unpack
+from onnxprune.model.elements import DTYPES, ONNX_TYPES, PACKED_BITS, Array, as_dtype, pack, raw, stored_bytes, unpack
 
 Step = tuple[int, Array]
 
@@ -244,10 +244,10 @@ class GatheredWeight(Weight):
 
     def read(self) -> Array:
         """The chosen values: a view of the base's where the index is a contiguous run, else fresh."""
-        array = self.base.read()
+        array = raw(self.base.read())
         for axis, index in self.steps:
             array = _take(array, axis, index) if index.ndim == 1 else _take_along(array, axis, index)
-        return array
+        return array.view(self.dtype)
 
 
 def _check_step(name: str, shape: Sequence[int], axis: int, index: Array) -> None:

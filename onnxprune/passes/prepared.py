@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import onnx
 
 from onnxprune.analysis import Analysis
+from onnxprune.garbage import paused
 from onnxprune.graph.fold import fold
 from onnxprune.graph.restore import restore
 from onnxprune.graph.unshare import rejoin, unshare
@@ -24,9 +25,10 @@ def cut_model(analysis: Analysis, removed: Mask) -> Model:
     Raises:
         CannotRewrite: a node has no form with the new sizes.
     """
-    proto, weights = cut(analysis.table, removed)
-    restore(proto, weights, analysis.unshared, analysis.folds, analysis.hoists)
-    rejoin(proto, weights, analysis.copies)
+    with paused():
+        proto, weights = cut(analysis.table, removed)
+        restore(proto, weights, analysis.unshared, analysis.folds, analysis.hoists)
+        rejoin(proto, weights, analysis.copies)
     return proto, weights
 
 

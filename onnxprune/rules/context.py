@@ -53,6 +53,9 @@ class Table:
     def set(self, name: str, labels: Labels) -> None:
         """State the labels of a tensor and remember its grids."""
         labels = tuple([x for x in labels if x.axes])
+        if not labels:
+            self._labels[name] = labels
+            return
         shape = self.facts.shape(name)
         for label in labels:
             ids = label.ids.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from onnxprune.criteria import Slot
 from onnxprune.graph.cost import LAYERS, constant_source
 from onnxprune.groups.units import Group, Units
 from onnxprune.labels.label import Ids, Label
+from onnxprune.model.elements import aligned
 from onnxprune.rules.context import Table
 from onnxprune.selection.dequantize import is_setting, real_values
 from onnxprune.selection.targets import Targets
@@ -48,18 +50,19 @@ def weight_slots(
     """
     wanted = {g.id: g for g in groups}
     targets = Targets(units, wanted.values())
-    for name, label, array in _weights(table, units, targets, removed):
-        component = units.component[label.ids]
+    for name, label, array, component in _weights(table, units, targets, removed):
         role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
         numbers, unit = targets.group[component], targets.unit[component]
         if removed is not None:
             numbers = np.where(removed[label.ids], -1, numbers)
         place = _place(table, name, label) if placed else (0,)
-        for number in np.flatnonzero(np.bincount(numbers.ravel() + 1)):
-            if number == 0:  # what no wanted group claims
+        low, high = int(numbers.min()), int(numbers.max())
+        present = [low] if low == high else np.flatnonzero(np.bincount(numbers.ravel() + 1)) - 1
+        for number in present:
+            if number < 0:  # what no wanted group claims
                 continue
-            group = wanted[int(number) - 1]
-            owner = np.where(numbers == group.id, unit, -1)
+            group = wanted[int(number)]
+            owner = unit if low == high else np.where(numbers == group.id, unit, -1)
             slot = _slot(name, label, array, owner, group.size, role, (seed, group.id))
             if slot is not None:
                 yield Placed(group.id, slot, 2 if array.ndim > 1 else 1, place)
@@ -83,20 +86,22 @@ def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
 
 def _weights(
     table: Table, units: Units, targets: Targets, removed: Mask | None
-) -> Iterator[tuple[str, Label, NDArray[Any]]]:
+) -> Iterator[tuple[str, Label, NDArray[Any], Ids]]:
+    """Weights with a label that wanted groups claim: name, label, values, and the component at each position."""
     for name, labels in list(table.items().items()):
         weight = table.graph.weights.get(name)
         if weight is None or is_setting(table.graph, name):
             continue
         array: NDArray[Any] | None = None
         for label in labels:
-            if (targets.group[units.component[label.ids]] < 0).all():
+            component = units.component[label.ids]
+            if not (targets.group[component] >= 0).any():
                 continue
             if array is None:
                 array = _readable(real_values(table.graph, name, weight.read()))
                 if removed is not None:
                     array = _zeroed(array, labels, removed)
-            yield name, label, array
+            yield name, label, array, component
 
 
 def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDArray[Any]:
@@ -109,8 +114,8 @@ def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDAr
 
 
 def _readable(array: NDArray[Any]) -> NDArray[Any]:
-    """Arrays in a type that numpy multiplies quickly and without overflow."""
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+    """Arrays that numpy multiplies quickly and without overflow: where they lie, and in which type."""
+    return aligned(array) if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
 
 def _slot(
@@ -123,13 +128,16 @@ def _slot(
     seed: tuple[int, int],
 ) -> Slot | None:
     flat = owner.ravel()
-    if not label.is_grid and flat.size == size and np.array_equal(flat, np.arange(size)):
-        axis = label.pack
-        blocks = array.reshape(int(np.prod(array.shape[:axis])), array.shape[axis], -1)
-        return Slot(name, axis, blocks, role, flat, size, seed)
     chosen = np.flatnonzero(flat >= 0)
     if not chosen.size:
         return None
+    runs = None if label.is_grid else _runs(flat, chosen, size)
+    if runs is not None:
+        # No gather: a weight's own memory, or where runs lie side by side (queries and keys) a copy in large pieces.
+        axis, (start, stop) = label.pack, (int(chosen[0]), int(chosen[-1]) + 1)
+        whole = array.reshape(math.prod(array.shape[:axis]), array.shape[axis], -1)
+        blocks = whole[:, start:stop].reshape(len(whole) * runs, size, -1)
+        return Slot(name, axis, blocks, role, np.arange(size), size, seed)
     axes = label.axes
     rows = np.moveaxis(array, axes, range(len(axes))).reshape(flat.size, -1)
     order = chosen[np.argsort(flat[chosen], kind="stable")]
@@ -141,3 +149,12 @@ def _slot(
         matrix = rows[order].reshape(present.size, -1)
         return Slot(name, label.pack, matrix[None], role, present, size, seed)
     return Slot(name, label.pack, rows[order][None], role, who, size, seed)
+
+
+def _runs(flat: Ids, chosen: Ids, size: int) -> int | None:
+    """How often all units follow each other in their order where ``chosen`` [positions] is one run; else None."""
+    count, rest = divmod(chosen.size, size)
+    if rest or chosen[-1] - chosen[0] != chosen.size - 1:
+        return None
+    units = flat[chosen[0] : chosen[-1] + 1].reshape(count, size)
+    return count if (units == np.arange(size)).all() else None

@@ -173,6 +173,17 @@ def test_a_criterion_is_its_formula(name: str, layout: str) -> None:
         assert np.allclose(found, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 200), (1, 4, 9), (6, 4, 9), (6, 4, 1), (3, 4, 100), (1, 1, 64)], ids=str)
+@pytest.mark.parametrize("cut", [False, True])
+def test_l2_of_every_layout(shape: tuple[int, int, int], cut: bool) -> None:
+    """Numbers are summed in the order in which they lie; a part of a weight is a view with gaps."""
+    whole = np.random.default_rng(1).standard_normal((shape[0], shape[1] + 3, shape[2])).astype(np.float32)
+    blocks = whole[:, 1 : 1 + shape[1]] if cut else np.ascontiguousarray(whole[:, : shape[1]])
+    found = criteria.get("l2")(criteria.Slot("w", 0, blocks, [], np.arange(shape[1]), shape[1]))
+    wanted = [math.sqrt(sum(float(x) ** 2 for x in blocks[:, c].ravel())) for c in range(shape[1])]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 def test_lamp_puts_all_equal_weights_into_the_sum() -> None:
     case = draw("dense")
     levels = np.round(case.weights)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import ModelError
+from onnxprune.model.elements import aligned
 from onnxprune.model.weights import (
     ArrayWeight,
     BufferWeight,
@@ -122,6 +123,26 @@ def test_gathered_packed_and_text() -> None:
     assert odd.nbytes == 2 and np.array_equal(TensorWeight(to_proto(odd)).read().astype(int), [7, 3, 1])
     text = GatheredWeight(ArrayWeight("t", np.array(["a", "bé", "c"])), [(0, np.array([1]))])
     assert text.nbytes == 3 and to_proto(text).string_data == ["bé".encode()]
+
+
+@pytest.mark.parametrize("kind", ["f4", "f8", "i8", "bfloat16"])
+@pytest.mark.parametrize("odd", [0, 1, 3])
+def test_data_at_odd_addresses(kind: str, odd: int) -> None:
+    """A model's bytes hold weights anywhere: values are the same, and what is made of them lies where types want it."""
+    dtype = np.dtype(getattr(ml_dtypes, kind) if kind == "bfloat16" else kind)
+    array = sample((4, 3, 5), dtype)
+    store = np.zeros(array.nbytes + odd, np.uint8)
+    store[odd:] = array.reshape(-1).view(np.uint8)
+    base = BufferWeight("w", ArrayWeight("w", array).onnx_type, array.shape, store.data[odd:])
+    assert base.read().flags.aligned == (odd == 0)
+    assert np.array_equal(aligned(base.read()), array) and aligned(base.read()).flags.aligned
+    assert np.shares_memory(aligned(base.read()), store) == (odd == 0)
+    steps = [(1, np.array([0, 2])), (2, np.array([[[4, 0]], [[1, 2]], [[0, 1]], [[3, 4]]]))]
+    taken = GatheredWeight(base, steps).read()
+    assert taken.dtype == dtype and taken.flags.aligned
+    assert np.array_equal(taken, np.take_along_axis(array[:, [0, 2]], steps[1][1], axis=2))
+    run = GatheredWeight(base, [(0, np.array([1, 2]))]).read()
+    assert np.array_equal(run, array[1:3]) and np.shares_memory(run, store)
 
 
 @pytest.mark.parametrize(

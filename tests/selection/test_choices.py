@@ -14,6 +14,7 @@ from build import Net
 from oracle import assert_exact_cut
 
 import onnxprune as op
+from onnxprune.criteria import Slot
 from onnxprune.passes.state import State
 from onnxprune.selection.policy import columns
 from onnxprune.selection.request import CHOICES
@@ -302,3 +303,24 @@ def test_scores_that_compare_are_not_divided_unless_asked() -> None:
     assert cut("residual", criterion="ziplm", **data).report.settings["normalize"] == "none"
     assert cut("residual", criterion="ziplm", normalize="mean", **data).report.settings["normalize"] == "mean"
     assert cut("residual", criterion="l2").report.settings["normalize"] == "mean"
+
+
+def test_units_of_a_packed_projection_are_seen_whole() -> None:
+    """Queries with keys lie side by side in one weight: every unit has the entries of both, and no other's."""
+    model = attention(packed=True)
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    packed = next(n for n, w in weights.items() if w.shape == (8, 36))
+    seen: list[tuple[int, np.ndarray]] = []
+
+    def watch(slot: Slot) -> np.ndarray:
+        if slot.tensor == packed:
+            seen.append((slot.size, np.stack([np.sort(row) for row in slot.matrix])[np.argsort(slot.units)]))
+        return np.abs(slot.matrix).sum(axis=1)
+
+    op.prune(model, criterion=watch, ratio=0.5, validate=False)
+    columns = weights[packed].T
+    both = np.concatenate([columns[:12], columns[12:24]], axis=1)
+    assert {size for size, _ in seen} == {12} and len(seen) == 2
+    found = sorted((rows for _, rows in seen), key=lambda rows: rows.shape[1])
+    np.testing.assert_array_equal(found[0], np.sort(columns[24:], axis=1))
+    np.testing.assert_array_equal(found[1], np.sort(both, axis=1))
