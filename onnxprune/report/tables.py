@@ -143,7 +143,8 @@ def speed_note(report: Report) -> Text | None:
     if all(layer.channels_after % BLOCK == 0 for layer in cut_layers):
         return None
     return Text(
-        f"less work but slower: kernels take channels in blocks; --round-to {BLOCK} often helps", style="yellow"
+        f"less work but slower: kernels take channels in blocks; --round-to {BLOCK} or {2 * BLOCK} often helps",
+        style="yellow",
     )
 
 

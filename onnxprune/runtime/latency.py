@@ -28,6 +28,7 @@ def latency(
     threads: int | None = None,
     providers: Sequence[str] = (CPU,),
     budget_s: float = 10.0,
+    steady: bool = False,
     progress: Progress | None = None,
 ) -> Latency:
     """Median milliseconds per run of two models with all graph optimisations, and their interquartile range.
@@ -36,12 +37,13 @@ def latency(
 
     Args:
         threads: threads inside an operator; None takes all processors this process may use.
+        steady: see :func:`in_turn`.
 
     Raises:
         ModelError: a model does not load or run, or there is no input to run on.
     """
     device = Device(tuple(providers), threads or processors())
-    times = in_turn([before, after], feeds, device, runs=runs, budget_s=budget_s, progress=progress)
+    times = in_turn([before, after], feeds, device, runs=runs, budget_s=budget_s, steady=steady, progress=progress)
     (before_ms, before_spread), (after_ms, after_spread) = (_summary(t) for t in times)
     return Latency(before_ms, after_ms, before_spread, after_spread, len(times[0]), device.threads)
 
