@@ -28,9 +28,13 @@ LAYERS: dict[str, tuple[int, int]] = {
     "GRU": (0, 1),
     "RNN": (0, 1),
     "Attention": (0, 1),
+    "QAttention": (0, 1),
+    "PackedAttention": (0, 1),
+    "MoE": (0, 2),
 }
 _CONVOLUTIONS = {"Conv", "FusedConv", "ConvInteger", "QLinearConv"}
 _RECURRENT = {"LSTM", "GRU", "RNN"}
+_ATTENTION = {"Attention", "QAttention", "PackedAttention"}
 
 
 def macs(node: Node, shape: ShapeOf) -> Any:
@@ -52,8 +56,10 @@ def macs(node: Node, shape: ShapeOf) -> Any:
         return _recurrent(node, data, shape)
     if node.op == "Einsum":
         return _einsum(node, [shape(n) for n in node.inputs])
-    if node.op == "Attention":
+    if node.op in _ATTENTION:
         return prod(data[:-1]) * prod(weight)
+    if node.op == "MoE":
+        return _experts(node, data, shape)
     if node.op in ("Gemm", "FusedGemm") and node.attrs.get("transA", 0):
         return prod(out) * data[0]
     return prod(out) * data[-1]
@@ -74,6 +80,12 @@ def _recurrent_without_output(node: Node, shape: ShapeOf) -> Any:
 def _recurrent(node: Node, data: tuple[Any, ...], shape: ShapeOf) -> Any:
     sizes = [shape(name) for name in node.inputs[1:3]]
     return prod(data[:2]) * sum(prod(s) for s in sizes if known(s))
+
+
+def _experts(node: Node, data: tuple[Any, ...], shape: ShapeOf) -> Any:
+    """Every token goes through the layers of ``k`` experts, whose weights are [experts, ...]."""
+    sizes = [shape(name) for name in node.inputs[2::2] if name]
+    return prod(data[:-1]) * int(node.attrs.get("k", 1)) * sum(prod(s[1:]) for s in sizes if known(s))
 
 
 def _einsum(node: Node, shapes: list[Any]) -> Any:

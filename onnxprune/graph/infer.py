@@ -84,7 +84,7 @@ def _walk(graph: Graph, nodes: Sequence[Node], probe: Probe, infer: Infer | None
             value = probe.values.get(name)
             if value is not None:
                 probe.shapes[name] = value.shape
-            elif probe.shapes.get(name) is None or None in probe.shapes[name]:
+            elif _unsure(probe.shapes.get(name)):
                 _infer_node(graph, node, probe, infer)
                 break
 
@@ -140,7 +140,8 @@ def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None
     for name, shape in zip(node.outputs, results or (), strict=False):
         if name:
             probe.dtypes.setdefault(name, kind)
-            if shape is not None:
+            # What the file states may leave sizes open that follow here.
+            if shape is not None and (probe.shapes.get(name) is None or None not in shape):
                 probe.shapes[name] = tuple(shape)
 
 
@@ -153,8 +154,12 @@ def _infer_node(graph: Graph, node: Node, probe: Probe, infer: Infer | None) -> 
         return
     with suppress(onnx.defs.SchemaError):
         _infer_known(graph, node, probe, onnx.defs.get_schema(node.op, node.version, node.domain))
-    if infer is not None and any(probe.shapes.get(o) is None for o in node.outputs if o):
+    if infer is not None and any(_unsure(probe.shapes.get(o)) for o in node.outputs if o):
         _infer_foreign(graph, node, probe, infer)
+
+
+def _unsure(shape: Any) -> bool:
+    return shape is None or None in shape
 
 
 def _infer_quickly(node: Node, probe: Probe) -> bool:

@@ -6,14 +6,18 @@ Importing this package registers the built-in rules. Add your own with :func:`re
 from onnxprune.labels.label import Label, along
 from onnxprune.rules import (
     attention,
+    blocked,
+    classical,
     contraction,
     convolution,
     elementwise,
+    experts,
     grouped,
     indexing,
     microsoft,
     movement,
     normalization,
+    packed,
     quantization,
     quantized,
     ranges,
@@ -25,8 +29,8 @@ from onnxprune.rules.elementwise import Elementwise
 from onnxprune.rules.registry import Rule, known, lookup, register, unregister
 
 BUILT_IN = (
-    *(attention, contraction, convolution, elementwise, grouped, indexing, microsoft, movement, normalization),
-    *(quantization, quantized, ranges, recurrent, spatial),
+    *(attention, blocked, classical, contraction, convolution, elementwise, experts, grouped, indexing, microsoft),
+    *(movement, normalization, packed, quantization, quantized, ranges, recurrent, spatial),
 )
 
 __all__ = [

@@ -20,6 +20,7 @@ _READERS: dict[tuple[str, int], tuple[int | None, int, int | None]] = {
     ("MatMulIntegerToFloat", 1): (3, 5, -1),
     ("DynamicQuantizeMatMul", 1): (2, 3, -1),
     ("QGemm", 3): (4, 5, None),
+    ("QAttention", 1): (4, 7, 1),
 }
 _SETTINGS = {(op, i) for (op, _), (scale, zero, _) in _READERS.items() for i in (scale, zero) if i is not None}
 # Packed codes mean nothing as bytes; the scales of their blocks stand for them.
