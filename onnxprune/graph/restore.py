@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.fold import Fold, placeholder
 from onnxprune.graph.hoist import Hoist
-from onnxprune.graph.view import Graph, Node
+from onnxprune.graph.view import Graph
 from onnxprune.model.weights import ArrayWeight, Weight, weight_from_constant
 
 T = TypeVar("T")
@@ -49,12 +50,14 @@ class _Model:
 
     def __init__(self, proto: onnx.ModelProto, weights: dict[str, Weight], original: Graph) -> None:
         self.proto, self.weights, self.original = proto, weights, original
-        self.nodes = {_key(node): node for node in proto.graph.node}
-        self.producer = {o: node for node in proto.graph.node for o in node.output}
+        self.nodes: dict[str, onnx.NodeProto] = {}
+        self.producer: dict[str, onnx.NodeProto] = {}
         self.initializers = {t.name: t for t in proto.graph.initializer}
         self.infos = {i.name: i for i in proto.graph.value_info}
-        self._reads = {_key(node): list(node.input) for node in proto.graph.node}
-        self.suspects = {name for names in self._reads.values() for name in names}
+        self._names: dict[str, tuple[list[str], list[str]]] = {}
+        for node in proto.graph.node:
+            self.add(node)
+        self.suspects = {name for inputs, _ in self._names.values() for name in inputs}
         """What was read and may no longer be."""
 
     def value(self, name: str) -> NDArray[Any] | None:
@@ -66,9 +69,11 @@ class _Model:
 
     def add(self, node: onnx.NodeProto) -> None:
         """Add a node behind the others, or in the place of one with the same output."""
-        self.nodes[_key(node)] = node
-        self._reads[_key(node)] = list(node.input)
-        self.producer.update(dict.fromkeys(node.output, node))
+        outputs: list[str] = list(node.output)
+        key = next(filter(None, outputs), "")
+        self.nodes[key] = node
+        self._names[key] = list(node.input), outputs
+        self.producer.update(dict.fromkeys(outputs, node))
 
     def constant(self, stem: str, value: NDArray[Any]) -> str:
         """A new constant."""
@@ -93,36 +98,35 @@ class _Model:
         back = set(names) - self.infos.keys()
         self.infos.update({i.name: i for i in self.original.proto.graph.value_info if i.name in back})
 
-    def _known(self, node: onnx.NodeProto) -> Node | None:
-        """The original's node that makes the same."""
-        for name in node.output:
+    def _place(self, key: str) -> int | None:
+        """Where the original has the node that makes the same."""
+        for name in self._names[key][1]:
             if name in self.original.producer:
-                return self.original.producer[name]
+                return self.original.producer[name].index
         return None
 
     def finish(self) -> None:
         """Nodes in their original order, without what is no longer read."""
         order, place = [], len(self.original.nodes)
-        for node in reversed(self.nodes.values()):
-            known = self._known(node)
-            place = place if known is None else known.index  # new nodes stand in front of the one they serve
-            order.append((place, node))
+        for key in reversed(self.nodes):
+            known = self._place(key)
+            place = place if known is None else known  # new nodes stand in front of the one they serve
+            order.append((place, key))
         order.reverse()
         order.sort(key=lambda item: item[0])
-        nodes = [node for _, node in order]
+        keys = [key for _, key in order]
         uses = Counter(self.original.captured)
         uses.update([o.name for o in self.proto.graph.output])
-        reads = [self._reads[_key(node)] for node in nodes]
-        for names in reads:
-            uses.update(names)
+        uses.update(chain.from_iterable(self._names[key][0] for key in keys))
         alive = []
         # Backwards: what a node without readers read may have none either, and comes before it.
-        for node, names in zip(reversed(nodes), reversed(reads), strict=True):
-            made = [o for o in node.output if o]
+        for key in reversed(keys):
+            inputs, outputs = self._names[key]
+            made = [o for o in outputs if o]
             if self.suspects.isdisjoint(made) or any(uses[o] for o in made):
-                alive.append(node)
+                alive.append(self.nodes[key])
             else:
-                uses.subtract(names)
+                uses.subtract(inputs)
         dropped = {name for name in self.initializers if not uses[name] and name in self.suspects}
         for name in dropped:
             self.weights.pop(name, None)
@@ -142,13 +146,6 @@ def _in_order(items: dict[str, T], order: Iterable[str]) -> list[tuple[str, T]]:
     """Items in the order of their names, those without a place last."""
     place = {name: k for k, name in enumerate(order)}
     return sorted(items.items(), key=lambda item: place.get(item[0], len(place)))
-
-
-def _key(node: onnx.NodeProto) -> str:
-    for name in node.output:
-        if name:
-            return str(name)
-    return ""
 
 
 def _unfold(model: _Model, item: Fold) -> None:

@@ -65,13 +65,16 @@ class _State:
         if weight is not None:
             gathered = GatheredWeight(weight, self.after.steps(name))
             self.edits.weights[name] = gathered
-            for values in self.values:
-                if values.get(name) is not None:
-                    values.set(name, gathered.read())
+            if self.values[0].get(name) is not None:  # of a weight the same at every probe
+                value = gathered.read()
+                for values in self.values:
+                    values.set(name, value)
 
     def visit(self, node: Node) -> None:
         """Rewrite one node, then learn the values of its outputs."""
-        touched = any(n in self.edits.sizes for n in (*node.inputs, *node.outputs))
+        touched = not self._untouched(node.inputs) or not self._untouched(node.outputs)
+        if not touched and not any(values.differs(n) for n in node.inputs for values in self.values):
+            return  # neither sizes nor values around it are other than they were
         rule = lookup(node.domain, node.op, node.version)
         if touched or self._operands_changed(node):
             rule.rewrite(Cut(node, Step(node, self.table), self))
@@ -81,6 +84,9 @@ class _State:
             node = replace(node, inputs=[inputs.get(i, n) for i, n in enumerate(node.inputs)])
         for values, shapes in zip(self.values, self._shapes, strict=True):
             values.step(node, shapes)
+
+    def _untouched(self, names: list[str]) -> bool:
+        return self.edits.sizes.keys().isdisjoint(names)
 
     def check_outputs(self) -> None:
         """Sizes that leave the graph, as outputs or into bodies, stay what they were."""

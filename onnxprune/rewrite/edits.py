@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
             width = max(len(names), *(i + 1 for i in given))
             names = [given.get(i, names[i] if i < len(names) else "") for i in range(width)]
         reads.append(names)
-        uses.update(names)
+    uses.update(chain.from_iterable(reads))
     dead = set[int]()
     # Backwards: what a dead node read may be dead too, and comes before it.
     for node, names in zip(reversed(graph.nodes), reversed(reads), strict=True):
