@@ -89,7 +89,9 @@ class After:
         whole: dict[int, Mask] = {}
         for label, keep in labels:
             for axis in label.outer() if label.is_grid else label.axes:
-                alive = np.asarray(keep.any(axis=tuple(a for a in range(keep.ndim) if a != axis)))
+                alive = keep.ravel()
+                if label.is_grid:
+                    alive = np.asarray(keep.any(axis=tuple(a for a in range(keep.ndim) if a != axis)))
                 whole[axis] = whole[axis] & alive if axis in whole else alive
         steps = [(axis, np.flatnonzero(alive)) for axis, alive in whole.items() if not alive.all()]
         for label, keep in labels:

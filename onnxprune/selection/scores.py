@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnxprune.criteria import Criterion, Slot
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.labels.label import Ids
+from onnxprune.model.elements import aligned
 from onnxprune.selection.normalize import normalize
 from onnxprune.selection.policy import Part, combine
 from onnxprune.selection.slots import Placed
@@ -56,8 +57,11 @@ def scored(slots: Iterable[Placed], criterion: Callable[[Slot], NDArray[Any] | N
     """
     found: list[Scored] = []
     ranks: dict[int, int] = {}
+    anywhere = getattr(criterion, "any_address", False)
     for placed in slots:
         slot = placed.slot
+        if not anywhere:
+            slot.blocks = aligned(slot.blocks)
         raw = criterion(slot)
         if raw is None:
             continue

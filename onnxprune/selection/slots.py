@@ -21,6 +21,8 @@ from onnxprune.selection.dequantize import is_setting, real_values
 from onnxprune.selection.targets import Targets
 
 Mask = NDArray[np.bool_]
+# Bytes of a weight that is copied once for all of its axes, if it has to be.
+_SMALL = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,10 @@ def weight_slots(
     """
     wanted = {g.id: g for g in groups}
     targets = Targets(units, wanted.values())
-    for name, label, array, component in _weights(table, units, targets, removed):
+    group_of, unit_of = targets.group[units.component], targets.unit[units.component]
+    for name, label, array, numbers in _weights(table, group_of, removed):
         role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
-        numbers, unit = targets.group[component], targets.unit[component]
+        unit = unit_of[label.ids]
         if removed is not None:
             numbers = np.where(removed[label.ids], -1, numbers)
         place = _place(table, name, label) if placed else (0,)
@@ -84,24 +87,26 @@ def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
     return (1, produced) if produced >= 0 else (0, read)
 
 
-def _weights(
-    table: Table, units: Units, targets: Targets, removed: Mask | None
-) -> Iterator[tuple[str, Label, NDArray[Any], Ids]]:
-    """Weights with a label that wanted groups claim: name, label, values, and the component at each position."""
+def _weights(table: Table, group_of: Ids, removed: Mask | None) -> Iterator[tuple[str, Label, NDArray[Any], Ids]]:
+    """Weights with a label that wanted groups claim: name, label, values, and the group at each position, -1: none.
+
+    Args:
+        group_of: wanted group of every atom.
+    """
     for name, labels in list(table.items().items()):
         weight = table.graph.weights.get(name)
         if weight is None or is_setting(table.graph, name):
             continue
         array: NDArray[Any] | None = None
         for label in labels:
-            component = units.component[label.ids]
-            if not (targets.group[component] >= 0).any():
+            numbers = group_of[label.ids]
+            if numbers.max() < 0:
                 continue
             if array is None:
                 array = _readable(real_values(table.graph, name, weight.read()))
                 if removed is not None:
                     array = _zeroed(array, labels, removed)
-            yield name, label, array, component
+            yield name, label, array, numbers
 
 
 def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDArray[Any]:
@@ -114,8 +119,13 @@ def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDAr
 
 
 def _readable(array: NDArray[Any]) -> NDArray[Any]:
-    """Arrays that numpy multiplies quickly and without overflow: where they lie, and in which type."""
-    return aligned(array) if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+    """Arrays in a type that numpy multiplies quickly and without overflow, small ones where it does so, too.
+
+    Large ones stay where they lie in the file's bytes: a criterion may read them there, see ``any_address``.
+    """
+    if array.dtype not in (np.float32, np.float64):
+        return array.astype(np.float32)
+    return aligned(array) if array.nbytes <= _SMALL else array
 
 
 def _slot(
