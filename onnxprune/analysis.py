@@ -188,7 +188,9 @@ class Analysis:
         found: set[int] = set()
         for name in names:
             for label in self.table.get(name) if name else ():
-                found.update(np.unique(self.units.group_of[self.units.component[label.ids]]).tolist())
+                numbers = self.units.group_of[self.units.component[label.ids]]
+                low, high = int(numbers.min()), int(numbers.max())
+                found.update((low,) if low == high else np.unique(numbers).tolist())
         return found - {-1}
 
     def names_of(self, group: Group) -> list[str]:

@@ -71,7 +71,8 @@ def nearest_count(counts: Ids, target: float, rounding: str) -> int:
 def in_order(values: Array, classes: Ids) -> tuple[Ids, Ids]:
     """Units sorted by class and then by score, and the rank that each unit (in its own place) has in its class."""
     sizes = np.bincount(classes)
-    order = np.lexsort((np.arange(values.size), values, classes))
+    # Both are stable, and put what is gone (NaN) last.
+    order = np.argsort(values, kind="stable") if sizes.size == 1 else np.lexsort((values, classes))
     rank = np.empty(values.size, dtype=np.int64)
     rank[order] = np.arange(values.size) - (np.cumsum(sizes) - sizes)[classes[order]]
     return order, rank
