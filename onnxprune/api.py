@@ -61,8 +61,8 @@ def prune(
         seed: of everything random. approximate: also cut through normalisations, which is not exact.
         validate, latency: run the checks; measure speed. progress: called with (stage, fraction).
         options: a budget, see :class:`onnxprune.passes.wishes.Wishes`: ``target`` (``"macs=0.5"``, a list of such, or
-            ``{"macs": 0.5, "size": "3MB"}``), ``metric``, ``max_drop``, ``min_fidelity``, ``latency_table``; where time
-            is measured: ``providers``, ``threads``; how units are chosen, see
+            ``{"macs": 0.5, "size": "3MB"}``), ``metric``, ``max_drop``, ``min_fidelity``, ``latency_table``,
+            ``factorize``; where time is measured: ``providers``, ``threads``; how units are chosen, see
             :class:`onnxprune.selection.request.Request`: ``layers`` ({glob over node or weight names: ratio}),
             ``include``, ``exclude``, ``scope``, ``policy``, ``normalize``, ``group_policy``, ``reshape_axis``,
             ``max_ratio``, ``round_to``, ``step``, ``rounding``, ``cost``, ``steps`` and ``schedule``.
@@ -87,9 +87,14 @@ def prune(
 
 def _stages(cut: Any, way: tuple[str, str], validate: bool, timed: bool) -> list[Any]:
     """What follows a cut: its proof, before the effort of a repair; the repair, if it is none of the cut's own."""
-    exact = [Exact()] if validate and (way[0] != "none" or isinstance(cut, Budget)) else []
+    factors = [Factorize(plan=cut.plan, check=validate)] if isinstance(cut, Prune) and _factorizes(cut.plan) else []
+    exact = [Exact()] if validate and (way[0] != "none" or factors or isinstance(cut, Budget)) else []
     repair = [] if isinstance(cut, Budget) else [Recover(way[0], why=way[1])]
-    return [cut, *exact, *repair, Validate(exact=validate, faithful=validate, timed=timed)]
+    return [cut, *exact, *factors, *repair, Validate(exact=validate, faithful=validate, timed=timed)]
+
+
+def _factorizes(plan: Plan | None) -> bool:
+    return plan is not None and bool(plan.factorized)
 
 
 def _alone(ratio: float | None, plan: Any) -> None:
@@ -189,6 +194,12 @@ def factorize(
             5 nothing to take apart, a ratio that no rank reaches, or nothing that gets faster.
     """
     mode, why = settle_mode(recover, data is not None, validate)
+    plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    if plan is not None and plan.groups:
+        raise UsageError(
+            "This plan removes channels, too, and a factorization does not",
+            hint="Replay it with onnxprune.prune(plan=...) or 'onnxprune MODEL --apply-plan'.",
+        )
     take = Factorize(method, plan=plan, check=validate, **options)
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}

@@ -5,8 +5,8 @@ python tools/bench_budget.py TRAINED --part latency --models cifar10_resnet56   
 python tools/bench_budget.py TRAINED --part search --models cifar10_resnet56     how long a search takes
 
 TRAINED is a folder with ``models/*.onnx`` and an ``evaluate.py``, see ``tools/bench/labelled.py``. ``accuracy`` cuts
-every model with labels to a share of its MACs: uniformly (the same share of every group), and as ``onnxprune --target``
-does; both are scored by the same criterion and repaired from the same inputs. ``latency`` asks for a share of the time
+every model with labels to a share of its MACs: uniformly (the same share of every group), as ``onnxprune --target``
+does, and as it does with ``--factorize`` (columns ``_f``); all are scored by the same criterion and repaired from the same inputs. ``latency`` asks for a share of the time
 of one run, measures a table, and holds both its predictions and the result against the clock. ``search`` times the
 choice of counts with sensitivities, measured and then kept.
 """
@@ -53,13 +53,15 @@ def metric(given: argparse.Namespace, name: str, tried: Attempt | None) -> float
     return 100 * found if 0 <= found <= 1 else found
 
 
-def searching(given: argparse.Namespace, path: Path, target: str, sensitivity: str | None = None) -> Search:
+def searching(
+    given: argparse.Namespace, path: Path, target: str, sensitivity: str | None = None, *, factorize: bool = False
+) -> Search:
     """A search on one model."""
     name = files.name(path)
     data = recorded(given.folder, name, given.data, given.samples)
     state = State(path, data=data, samples=None if data is None else limit(data, given.samples))
     state.device, state.cache = device(threads=given.threads), given.out / "cache"
-    wishes = Wishes.of(target, sensitivity=sensitivity, jobs=given.jobs)
+    wishes = Wishes.of(target, sensitivity=sensitivity, jobs=given.jobs, factorize=factorize)
     mode = "none" if data is None else "full"
     budget = Budget(wishes, given.criterion, recover=mode)
     return Search(state, wishes, budget.prune(state), mode)
@@ -83,12 +85,30 @@ def accuracy(given: argparse.Namespace, path: Path) -> dict[str, Any]:
         "uniform": uniform,
         "budget": budget,
         "recovered": (budget - uniform) / lost if lost > 0 else None,
+        **_apart(given, path, before, uniform),
         "macs_uniform": alike.costs["macs"] / whole,
         "macs": found.best.costs["macs"] / whole,
         "answer": found.best.name,
         "gap": found.best.allocation.gap if np.isfinite(found.best.allocation.bound) else None,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(work, 1),
+    }
+
+
+def _apart(given: argparse.Namespace, path: Path, before: float, uniform: float) -> dict[str, Any]:
+    """The same budget where layers may be taken apart as well."""
+    search = searching(given, path, f"macs={given.macs}", given.sensitivity, factorize=True)
+    start = time.perf_counter()
+    problem = search.problem(search.wishes.targets)
+    found = search.within(problem)
+    seconds, both = time.perf_counter() - start, metric(given, files.name(path), found.final)
+    lost = before - uniform
+    return {
+        "factorize": both,
+        "recovered_f": (both - uniform) / lost if lost > 0 else None,
+        "macs_f": found.best.costs["macs"] / problem.originals["macs"],
+        "answer_f": found.best.name,
+        "seconds_f": round(seconds, 1),
     }
 
 

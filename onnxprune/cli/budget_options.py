@@ -66,6 +66,7 @@ class BudgetOptions:
     latency_table: Path | None
     sensitivity: str | None
     jobs: int | None
+    factorize: bool
 
     @property
     def any(self) -> bool:
@@ -81,6 +82,7 @@ class BudgetOptions:
             "latency_table": self.latency_table,
             "sensitivity": self.sensitivity,
             "jobs": self.jobs or -1 if self.sensitivity else None,
+            "factorize": self.factorize,
             "min_fidelity": min_fidelity if self.any else None,
         }
 
@@ -132,6 +134,11 @@ def budget_options(heading: str) -> Callable[[Callable[..., Any]], Callable[...,
             "measured first (minutes; kept for later runs).",
         ),
         shared_options.jobs,
+        add(
+            "--factorize",
+            is_flag=True,
+            help="Take layers apart as well, where that keeps more than cutting them; for macs, params and size.",
+        ),
         add(
             "--latency-table",
             type=click.Path(path_type=Path),

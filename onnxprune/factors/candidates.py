@@ -77,6 +77,13 @@ class Opened:
                     seen.add(found.ranks)
                     yield found
 
+    def share(self, candidate: Candidate, cost: str) -> float:
+        """What of the layer's ``macs`` or ``params`` a candidate has."""
+        stages, whole = METHODS[candidate.method].stages(self.layer.shape, candidate.ranks), [self.layer.shape.whole()]
+        if cost == "macs":
+            return self.layer.macs(stages) / max(self.layer.macs(whole), 1)
+        return elements(stages) / elements(whole)
+
     def _cost(self, method: Method, ranks: Ranks) -> int:
         stages = method.stages(self.layer.shape, ranks)
         return self.layer.macs(stages) if self.cost == "macs" else elements(stages)

@@ -38,6 +38,11 @@ class Adopt:
 
     def __call__(self, state: State) -> None:
         """Take the cut model in place of the original."""
+        if self.plan.factorized:
+            raise UsageError(
+                "This plan takes layers apart, too: such a model is not repaired afterwards",
+                hint="Make it again with 'onnxprune MODEL --apply-plan FILE --data D', which repairs it.",
+            )
         analysis = state.analyzed(self.approximate)
         removed = atoms_removed(analysis.units, read_plan(analysis, self.plan))
         with state.stage("compare"):

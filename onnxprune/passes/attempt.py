@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.passes.calls import Calls
+from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.measure import Metric, Quality, measured, of_fidelity
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.recover import Recover
@@ -19,6 +20,7 @@ from onnxprune.report.facts import Fidelity
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import fidelity
 from onnxprune.runtime.sessions import Feed
+from onnxprune.selection.costs import macs_after
 
 Mask = NDArray[np.bool_]
 
@@ -33,12 +35,14 @@ class Attempt:
 
     Attributes:
         state: a run of its own, with the cut and repaired model. quality: how good it is. size, params: as saved.
+        macs: multiply-accumulates.
     """
 
     state: State
     quality: Quality
     size: int
     params: int
+    macs: int
 
 
 def attempt(
@@ -51,17 +55,22 @@ def attempt(
     samples: int | None = None,
     judges: int = JUDGES,
     near: bool = False,
+    apart: Factorize | None = None,
 ) -> Attempt:
     """Cut, repair and measure, without touching the run.
 
     Args:
         removed: mask over atoms. mode: how to repair. samples: how many of the data to repair from, None for all; the
             result is then judged on others where there are any, up to ``judges``. near: repair only what reads less.
+        apart: what takes layers apart after the cut; its products are checked where all data are used.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails.
+        BudgetError: no ranks save as much as they are to. ValidationError: new layers are not what they should be.
     """
     own = state.branch(*cut_model(analysis, removed), removed, samples)
+    if apart is not None:
+        (apart if samples is None else apart.unchecked())(own)
     if mode != "none":
         Recover(mode, near=near)(own)
     assert own.proto is not None
@@ -77,7 +86,8 @@ def attempt(
             points = measured(metric, path)
             quality = Quality(points, points, facts)
     params = sum(int(np.prod(w.shape)) for w in own.weights.values())
-    return Attempt(own, quality, size, params)
+    macs = own.report.totals.macs_after if apart is not None else macs_after(analysis, removed)
+    return Attempt(own, quality, size, params, macs)
 
 
 def _repaired(own: State) -> Fidelity | None:

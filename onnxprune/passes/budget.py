@@ -13,6 +13,7 @@ from onnxprune.passes.describe import fill_report
 from onnxprune.passes.freeze import freeze
 from onnxprune.passes.material import no_data
 from onnxprune.passes.measure import said
+from onnxprune.passes.problem import Answer
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.recover import check_mode
 from onnxprune.passes.search import Found, Search
@@ -31,7 +32,8 @@ class Budget:
 
     Counts per group come from a knapsack over scores (or measured sensitivities) and costs, see
     :func:`onnxprune.budget.allocate.allocate`. They are held against the same share for every group: both are cut,
-    repaired from 128 samples and measured, and the better one is repaired from all data.
+    repaired from 128 samples and measured, and the better one is repaired from all data. Where wished, layers may be
+    taken apart as well, see :class:`onnxprune.passes.mixture.Mixture`.
 
     Args:
         wishes: targets and gates. criterion: what scores units; ``ziplm`` with data, ``l2`` without.
@@ -96,6 +98,8 @@ class Budget:
             state.report.recovery, state.report.repairs = own.recovery, own.repairs
             state.report.warnings += own.warnings
             state.report.budget = facts
+            if found.best.apart is not None:
+                _describe_factors(state, found.final.state)
 
         state.later.append(describe)
 
@@ -104,9 +108,8 @@ class Budget:
         limits = problem.limits()
         asked = {t.kind: str(t) for t in self.wishes.targets}
         targets = [TargetFacts(k, asked[k], limits[k], problem.base(k), best.costs[k], problem.how(k)) for k in asked]
-        answers = [AnswerFacts(a.name, t.quality.fine, t.quality.points, chosen=a is best) for a, t in found.tried] or [
-            AnswerFacts(best.name, found.final.quality.fine, found.final.quality.points, chosen=True)
-        ]
+        tried = _best(found) or [(best, found.final)]
+        answers = [AnswerFacts(a.name, t.quality.fine, t.quality.points, chosen=a is best) for a, t in tried]
         gap = best.allocation.gap if np.isfinite(best.allocation.bound) else None
         quality = found.final.quality
         what = said(self.wishes.metric, quality.fidelity)
@@ -118,8 +121,27 @@ def default_criterion(state: State) -> str:
     return WITHOUT if state.data is None else WITH_DATA
 
 
+def _best(found: Found) -> list[tuple[Answer, Attempt]]:
+    """The best answer of every name."""
+    by_name: dict[str, tuple[Answer, Attempt]] = {}
+    for answer, tried in found.tried:
+        held = by_name.get(answer.name)
+        if answer is found.best or held is None or tried.quality.fine > held[1].quality.fine:
+            by_name[answer.name] = answer, tried
+    return list(by_name.values())
+
+
+def _describe_factors(state: State, own: State) -> None:
+    """What was taken apart after the cut, from the run that did it."""
+    report, theirs = state.report, own.report
+    state.plan.factorized = own.plan.factorized
+    report.factorized, report.product = theirs.factorized, theirs.product
+    report.totals.macs_after, report.totals.params_after = theirs.totals.macs_after, theirs.totals.params_after
+
+
 def _adopt(state: State, final: Attempt) -> None:
     """Make the tried model the run's own."""
     own = final.state
     state.proto, state.weights, state.removed = own.proto, own.weights, own.removed
     state.unrepaired, state.judged_on = own.unrepaired, own.judged_on
+    state.factorized, state.stale = own.factorized, own.stale

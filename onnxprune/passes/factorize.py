@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Unpack
 
@@ -34,6 +35,7 @@ class Factorize:
         method: ``svd``, ``tucker``, ``cp``, ``spatial-svd``, or ``auto``: per layer whichever errs least.
         plan: a plan or its file, whose ``factorized`` is replayed instead of choosing.
         check: run the result against the product of its new weights.
+        gains: what the error of each layer counts, {name: gain}, where ``auto`` need not measure that.
         options: ``ratio`` (0.3), ``rank``, ``energy`` or ``vbmf`` say how far to go; ``layers``, ``include``,
             ``exclude``, ``round_to``, ``scope``, ``cost`` and ``timed`` are explained at
             :class:`onnxprune.factors.request.Request`.
@@ -51,10 +53,11 @@ class Factorize:
         *,
         plan: Plan | str | Path | None = None,
         check: bool = True,
+        gains: Mapping[str, float] | None = None,
         **options: Unpack[Options],
     ) -> None:
         self.request: Request = request_of(method, options)
-        self.check = check
+        self.check, self.gains = check, gains
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
 
     def __call__(self, state: State) -> None:
@@ -90,6 +93,12 @@ class Factorize:
 
         state.later.append(report)
 
+    def unchecked(self) -> Factorize:
+        """The same without the check of products, for trials."""
+        other = copy(self)
+        other.check = False
+        return other
+
     @property
     def _timed(self) -> bool:
         """Whether what brings no speed is left alone."""
@@ -109,7 +118,7 @@ class Factorize:
             spread(lambda one: choose_local(one, self.request, chosen), list(work.opened.values()))
             chosen.taken = {name: chosen.taken[name] for name in work.opened if name in chosen.taken}
         elif work.opened:
-            joint = JointBudget(work, self._methods(), chosen)
+            joint = JointBudget(work, self._methods(), chosen, self.gains)
             joint.share_out()
             if self._timed:
                 return joint.faster()

@@ -21,6 +21,8 @@ from onnxprune.runtime.sessions import Feed, open_session, run
 _WORK, ENOUGH, _FEWEST = 1.5e12, 64, 4
 # Share of a layer's cost at which it is tried.
 _TRIED = 0.6
+# A loss that is rounding: what comes of it at the outputs tells nothing.
+_NOTHING = 1e-9
 
 
 def output_gains(model: Prepared, layers: Sequence[Opened], names: Sequence[str], feeds: Sequence[Feed]) -> list[float]:
@@ -47,7 +49,7 @@ def output_gains(model: Prepared, layers: Sequence[Opened], names: Sequence[str]
         name = opened.layer.weight
         weights[name] = composed_weight(opened.layer, kernel, weights[name])
         changed = _outputs(model, weights, feeds)
-        return _difference(before, changed) / lost if lost > 0 else float("nan")
+        return _difference(before, changed) / lost if lost > _NOTHING else float("nan")
 
     return spread(one, layers)
 

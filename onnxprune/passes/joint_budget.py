@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -37,15 +37,23 @@ class JointBudget:
 
     Args:
         work: the model. methods: names of those to choose from. chosen: filled.
+        gains: what a layer's error counts, {name: gain}, where that is known already.
+
+    Attributes:
+        opened: the layers. options: what could stand in the place of each. gains: what the loss of each counts.
     """
 
-    def __init__(self, work: Work, methods: Sequence[str], chosen: Chosen) -> None:
+    def __init__(
+        self, work: Work, methods: Sequence[str], chosen: Chosen, gains: Mapping[str, float] | None = None
+    ) -> None:
         self._work, self._methods, self._chosen = work, methods, chosen
-        self._opened = list(work.opened.values())
+        self.opened = list(work.opened.values())
         step = work.request.round_to
-        self._options = spread(lambda one: list(one.choices(methods, step)), self._opened)
+        self.options = spread(lambda one: list(one.choices(methods, step)), self.opened)
         self._total = _cost_of(work)
-        self._gains = self._measured()
+        self.gains = (
+            self._measured() if gains is None else usual([gains.get(o.layer.name, np.nan) for o in self.opened])
+        )
         self._times: dict[Hashable, Latency | None] = {}
 
     def share_out(self, slower: frozenset[tuple[str, str]] = frozenset()) -> None:
@@ -60,11 +68,11 @@ class JointBudget:
         self._allocate(slower)
 
     def _allocate(self, slower: frozenset[tuple[str, str]]) -> None:
-        pairs = list(zip(self._opened, self._options, strict=True))
+        pairs = list(zip(self.opened, self.options, strict=True))
         options = [[c for c in own if (o.layer.name, c.method) not in slower] for o, own in pairs]
-        wholes, request, chosen = [o.whole for o in self._opened], self._work.request, self._chosen
+        wholes, request, chosen = [o.whole for o in self.opened], self._work.request, self._chosen
         fixed = self._total - sum(wholes)
-        taken = allocate(wholes, options, self._gains, (1.0 - request.share) * self._total - fixed)
+        taken = allocate(wholes, options, self.gains, (1.0 - request.share) * self._total - fixed)
         if taken is None:
             best = 1.0 - (fixed + reach(wholes, options)) / max(self._total, 1)
             without = " without making layers slower" if slower else ""
@@ -72,8 +80,8 @@ class JointBudget:
                 f"No ranks save {request.share:.0%} of the {request.cost}{without}: at most {best:.0%}.",
                 hint="Take a smaller --ratio, or prune as well." + (" --untimed goes by work alone." if slower else ""),
             )
-        chosen.taken = {o.layer.name: c for o, c in zip(self._opened, taken, strict=True) if c is not None}
-        for one in self._opened:
+        chosen.taken = {o.layer.name: c for o, c in zip(self.opened, taken, strict=True) if c is not None}
+        for one in self.opened:
             name = one.layer.name
             if name not in chosen.taken:
                 bad = sorted(m for n, m in slower if n == name)
@@ -84,9 +92,9 @@ class JointBudget:
         """Losses are bounds and estimates: where a choice was carried out, its method's are scaled to what it lost."""
         for done in self._work.carry_out(self._chosen.taken):
             scale = done.error / done.candidate.loss if done.candidate.loss > 0 else 1.0
-            k = next(i for i, o in enumerate(self._opened) if o.layer.name == done.name)
-            self._options[k] = [
-                replace(c, loss=c.loss * scale) if c.method == done.candidate.method else c for c in self._options[k]
+            k = next(i for i, o in enumerate(self.opened) if o.layer.name == done.name)
+            self.options[k] = [
+                replace(c, loss=c.loss * scale) if c.method == done.candidate.method else c for c in self.options[k]
             ]
 
     def faster(self) -> list[Done]:
@@ -113,13 +121,13 @@ class JointBudget:
     def _measured(self) -> Sequence[float]:
         """What a layer's error does at the outputs: measured with data, else all alike."""
         work, state = self._work, self._work.state
-        if state.data is None or state.original.loaded.size > _MEASURED or not self._opened:
-            return [1.0] * len(self._opened)
+        if state.data is None or state.original.loaded.size > _MEASURED or not self.opened:
+            return [1.0] * len(self.opened)
         with state.stage("gains"):
             feeds = list(islice(Calls(state, state.analyzed(), ENOUGH).batches(4), ENOUGH))
             batch = max(min(s[0] for s in state.analyzed().facts.probes[0].inputs.values() if s), 1)
-            runs = _macs_of(work) * len(self._opened) / batch
-            gains = output_gains(work.model, self._opened, self._methods, few(feeds, runs))
+            runs = _macs_of(work) * len(self.opened) / batch
+            gains = output_gains(work.model, self.opened, self._methods, few(feeds, runs))
             return usual([gain**_POWER for gain in gains])
 
     def _time(self, one: Done) -> Latency | None:

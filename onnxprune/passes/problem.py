@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnxprune.budget.sizes import Counts, Sizes
 from onnxprune.budget.table import LatencyTable
 from onnxprune.budget.target import Target
 from onnxprune.passes.attempt import Attempt
+from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.pressure import SAFE, Pressure
 from onnxprune.passes.select import Selector
@@ -39,12 +41,18 @@ _CORRECTIONS = 7
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Counts [groups] for the targets: where they come from, and what of each kind they cost (as far as measured)."""
+    """Counts [groups] for the targets: where they come from, and what of each kind they cost (as far as measured).
+
+    Attributes:
+        apart: what takes layers apart after the cut, where that is part of the answer; costs are then of the cut alone,
+            until it was carried out.
+    """
 
     name: str
     allocation: Allocation
     removed: Mask
     costs: dict[str, float]
+    apart: Factorize | None = None
 
 
 class Problem:
@@ -95,6 +103,15 @@ class Problem:
     def limits(self) -> dict[str, float]:
         """The most that is allowed of every kind."""
         return {t.kind: t.limit(self.base(t.kind)) for t in self.targets}
+
+    def pressed(self) -> dict[str, float]:
+        """The limits, tightened by what was learnt of repairs."""
+        return {k: most * self._press[k] for k, most in self.limits().items()}
+
+    @property
+    def nothing(self) -> Mask:
+        """The mask over atoms of a cut that removes none."""
+        return np.zeros(self.analysis.units.component.size, dtype=bool)
 
     def base(self, kind: str) -> float:
         """What shares are of: the measured time of the original, else what it is counted to cost."""
@@ -150,6 +167,8 @@ class Problem:
     def over(self, answer: Answer, tried: Attempt) -> dict[str, float]:
         """Costs of an answer as it was repaired, as shares of their limits; notes them in the answer."""
         limits, saved = self.limits(), {"size": tried.size, "params": tried.params}
+        if answer.apart is not None:
+            saved["macs"] = tried.macs
         answer.costs.update({k: float(v) for k, v in saved.items() if k in limits})
         return {k: answer.costs[k] / most for k, most in limits.items()}
 
@@ -159,14 +178,14 @@ class Problem:
         self._press |= {k: self._press[k] * SAFE / o for k, o in wrong.items()}
         return bool(wrong)
 
-    def aim(self, *targets: Target) -> Answer | None:
-        """The most promising answer to other targets of the same kinds; None where none was found."""
+    @contextmanager
+    def aiming(self, *targets: Target) -> Iterator[None]:
+        """Other targets of the same kinds, for a while."""
         before, self.targets = self.targets, targets
         try:
-            found = self.answers()
+            yield
         finally:
             self.targets = before
-        return found[0] if found else None
 
     def retarget(self, *targets: Target) -> None:
         """Take other targets of the same kinds, and forget what was learnt of the limits of the last ones."""

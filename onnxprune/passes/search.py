@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from onnxprune.budget.sensitivity import Sensitivity
 from onnxprune.budget.target import Target
 from onnxprune.errors import BudgetError
+from onnxprune.factors.request import Options as FactorOptions
 from onnxprune.passes.attempt import ENOUGH, Attempt, attempt
 from onnxprune.passes.measure import said
+from onnxprune.passes.mixture import Mixture
 from onnxprune.passes.problem import Answer, Curves, Problem, tolerance
 from onnxprune.passes.prune import Prune, reasons
 from onnxprune.passes.select import Selector
@@ -42,6 +46,7 @@ class Search:
 
     def __init__(self, state: State, wishes: Wishes, prune: Prune, mode: str) -> None:
         self.state, self.wishes, self.prune, self.mode = state, wishes, prune, mode
+        self._mixtures: dict[int, Mixture] = {}
 
     def __call__(self, before: float) -> Found:
         """The best within the targets and gates; ``before``: the original's points.
@@ -93,9 +98,9 @@ class Search:
         """
         for last in (False, False, True):
             answers = problem.answers()
-            if not answers:
+            tried = self._tried(problem, answers)
+            if not answers and not tried:
                 raise Shortfall(problem).unreachable()
-            tried = [(a, self._attempt(problem, a, ENOUGH)) for a in answers] if len(answers) > 1 else []
             best, final = max(tried, key=lambda pair: pair[1].quality.fine) if tried else (answers[0], None)
             if final is not None and problem.tighten(problem.over(best, final)) and not last:
                 continue  # a repair added to the size: a little less is kept, before the effort of repairing it all
@@ -106,10 +111,34 @@ class Search:
             problem.tighten(over)
         raise Shortfall(problem).missed(best)
 
+    def _tried(self, problem: Problem, answers: Sequence[Answer]) -> list[tuple[Answer, Attempt]]:
+        """Answers repaired from a few samples, with those that take layers apart; none where there is no choice."""
+        mixture = self._mixture(problem)
+        if len(answers) < 2 and mixture is None:
+            return []
+        tried = [(a, self._attempt(problem, a, ENOUGH)) for a in answers]
+        return tried if mixture is None else tried + mixture.trials(lambda a: self._carried_out(problem, a))
+
+    def _carried_out(self, problem: Problem, answer: Answer) -> Attempt | None:
+        """An answer with layers taken apart, repaired from a few samples; None where no ranks save enough."""
+        with suppress(BudgetError):
+            return self._attempt(problem, answer, ENOUGH)
+        return None
+
+    def _mixture(self, problem: Problem) -> Mixture | None:
+        """What takes layers apart as well, where that was asked for; opened once per problem."""
+        if not self.wishes.factorize:
+            return None
+        if id(problem) not in self._mixtures:
+            options = self.prune.request
+            own: FactorOptions = {"include": options.include, "exclude": options.exclude, "round_to": options.round_to}
+            self._mixtures[id(problem)] = Mixture(self.state, problem, own)
+        return self._mixtures[id(problem)]
+
     def _attempt(self, problem: Problem, answer: Answer, samples: int | None) -> Attempt:
-        mode = self.mode if answer.removed.any() else "none"
-        metric = self.wishes.metric
-        return attempt(self.state, problem.analysis, answer.removed, mode=mode, metric=metric, samples=samples)
+        mode = self.mode if answer.removed.any() or answer.apart is not None else "none"
+        how: dict[str, Any] = {"mode": mode, "metric": self.wishes.metric, "apart": answer.apart}
+        return attempt(self.state, problem.analysis, answer.removed, samples=samples, **how)
 
     def _missing(self, final: Attempt, before: float) -> str:
         """What a gate has against a model; empty where it passes."""
@@ -130,21 +159,38 @@ class Search:
             BudgetError: not even the smallest cut keeps within them.
         """
         low, high = problem.reachable("macs") / problem.originals["macs"], 1.0
-        found: Found | None = None
+        found, why = None, "No cut was found"
+        mixture = self._mixture(problem)
+        if mixture is not None:  # what a loss of one kind is worth in the other
+            with problem.aiming(Target("macs", 0.5 * (low + high))):
+                mixture.trials(lambda a: self._carried_out(problem, a))
         for _ in range(_HALVINGS):
             share = 0.5 * (low + high)
-            answer = problem.aim(Target("macs", share))
-            if answer is None:
+            tried = self._aimed(problem, Target("macs", share))
+            if tried is None:
                 low = share
                 continue
-            final = self._attempt(problem, answer, None)
-            if self._missing(final, before):
+            answer, final = tried
+            why = self._missing(final, before)
+            if why:
                 low = share
             else:
                 high, found = share, Found(problem, [], answer, final)
         if found is None:
-            raise Shortfall(problem).gate(self._missing(final, before), None)
+            raise Shortfall(problem).gate(why, None)
         return found
+
+    def _aimed(self, problem: Problem, *targets: Target) -> tuple[Answer, Attempt] | None:
+        """The most promising answer to other targets of the same kinds, repaired in full; None where none was found."""
+        mixture = self._mixture(problem)
+        with problem.aiming(*targets), suppress(BudgetError):
+            answer = None if mixture is None else mixture.answer()
+            answer = answer or next(iter(problem.answers()), None)
+            if answer is not None:
+                final = self._attempt(problem, answer, None)
+                problem.over(answer, final)
+                return answer, final
+        return None
 
     def _nearest(self, problem: Problem, before: float) -> tuple[Target, ...] | None:
         """The budget between the one asked for and the whole model that is nearest to it and passes the gates."""
@@ -153,8 +199,8 @@ class Search:
         for _ in range(_HALVINGS - 1):
             middle = 0.5 * (low + high)
             targets = problem.towards_whole(middle)
-            answer = problem.aim(*targets)
-            if answer is not None and not self._missing(self._attempt(problem, answer, None), before):
+            tried = self._aimed(problem, *targets)
+            if tried is not None and not self._missing(tried[1], before):
                 high, passing = middle, targets
             else:
                 low = middle

@@ -18,7 +18,6 @@ from onnxprune.passes.table import settled
 from onnxprune.passes.trial import Trial, timing_feed
 from onnxprune.report.facts import Fidelity, SweepFacts, SweepPoint
 from onnxprune.runtime.latency import in_turn
-from onnxprune.selection.costs import macs_after
 
 
 def sweep(
@@ -55,7 +54,7 @@ def sweep(
             except BudgetError as error:
                 facts.points.append(SweepPoint(str(target), error=error.message))
                 continue
-            point = _point(target, found.best, found.final, macs_after(analysis, found.best.removed))
+            point = _point(target, found.best, found.final)
             facts.what = said(metric, found.final.quality.fidelity)
             own = found.final.state
             assert own.proto is not None
@@ -87,10 +86,10 @@ def mark(points: Sequence[SweepPoint]) -> None:
         )
 
 
-def _point(target: Target, answer: Answer, final: Attempt, macs: int) -> SweepPoint:
+def _point(target: Target, answer: Answer, final: Attempt) -> SweepPoint:
     facts: Fidelity | None = final.quality.fidelity
     cosine = 0.0 if facts is None else facts.worst_cosine
-    return SweepPoint(str(target), macs, final.params, final.size, 0.0, final.quality.points, cosine, answer.name)
+    return SweepPoint(str(target), final.macs, final.params, final.size, 0.0, final.quality.points, cosine, answer.name)
 
 
 def _keep(file: Path, folder: Path, stem: str, share: float) -> Path:

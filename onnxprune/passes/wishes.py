@@ -16,6 +16,9 @@ from onnxprune.passes.measure import Metric, load_metric
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.selection.request import Options
 
+FACTORED = ("macs", "params", "size")
+"""Kinds of targets for which layers may be taken apart as well."""
+
 
 class Given(TypedDict, total=False):
     """What calls take by name of a budget; :class:`Wishes` explains the fields."""
@@ -27,6 +30,7 @@ class Given(TypedDict, total=False):
     latency_table: str | Path | LatencyTable | None
     sensitivity: str | Path | Sensitivity | None
     jobs: int | None
+    factorize: bool
 
 
 class Running(TypedDict, total=False):
@@ -62,6 +66,8 @@ class Wishes:
         latency_table: times of another device, as ``onnxprune profile`` wrote them.
         sensitivity: what cutting each group alone did, as ``onnxprune sensitivity`` wrote it, or ``"measure"``: counts
             are then chosen by it, too. jobs: processes to measure it in.
+        factorize: take layers apart as well, where that keeps more than cutting them; for ``macs``, ``params`` and
+            ``size``.
     """
 
     targets: tuple[Target, ...] = ()
@@ -71,6 +77,7 @@ class Wishes:
     latency_table: str | Path | LatencyTable | None = None
     sensitivity: str | Path | Sensitivity | None = None
     jobs: int | None = None
+    factorize: bool = False
 
     @classmethod
     def of(
@@ -82,6 +89,7 @@ class Wishes:
         latency_table: str | Path | LatencyTable | None = None,
         sensitivity: str | Path | Sensitivity | None = None,
         jobs: int | None = None,
+        factorize: bool = False,
     ) -> Wishes:
         """What a call says.
 
@@ -108,13 +116,30 @@ class Wishes:
                 "--sensitivity says what groups can do without, and there is no budget to meet",
                 hint="Give --target or --max-drop, or drop it.",
             )
+        if factorize:
+            _check_factorize(wanted, max_drop)
         function = load_metric(metric) if isinstance(metric, str) else metric
-        return cls(wanted, min_fidelity, function, max_drop, latency_table, sensitivity, jobs)
+        return cls(wanted, min_fidelity, function, max_drop, latency_table, sensitivity, jobs, factorize)
 
     @property
     def any(self) -> bool:
         """Whether a budget was asked for at all; ``min_fidelity`` alone is a gate on any cut."""
         return bool(self.targets) or self.max_drop is not None
+
+
+def _check_factorize(wanted: Sequence[Target], max_drop: float | None) -> None:
+    """Whether layers may be taken apart for these targets; raises UsageError."""
+    if not wanted and max_drop is None:
+        raise UsageError(
+            "--factorize takes layers apart to meet a budget, and there is none",
+            hint="Give --target or --max-drop; 'onnxprune factorize' takes layers apart by a ratio.",
+        )
+    other = next((t for t in wanted if t.kind not in FACTORED), None)
+    if other is not None:
+        raise UsageError(
+            f"--factorize cannot aim at {other}: what that takes in a model with new layers is not known in advance",
+            hint=f"Drop one of the two; it goes with {', '.join(FACTORED)}.",
+        )
 
 
 def split(asked: Asked) -> tuple[Wishes, Running, Options]:

@@ -21,7 +21,7 @@ def whole(report: Report, *, name_width: int, verbose: bool) -> list[RenderableT
     parts += [x for x in (note, slower) if x is not None]
     parts += [Text(""), _settings(report)]
     if report.product is not None:
-        parts.append(_product(report))
+        parts.append(product(report))
     repaired = repairs.summary(report)
     if repaired is not None:
         parts.append(repaired)
@@ -84,7 +84,8 @@ def _settings(report: Report) -> Text:
     return Text.assemble(("by        ", "bold"), ", ".join([str(method), *how]) if method else "a plan")
 
 
-def _product(report: Report) -> Text:
+def product(report: Report) -> Text:
+    """Whether the new layers compute what they should."""
     facts = report.product
     assert facts is not None
     if facts.passed is None:

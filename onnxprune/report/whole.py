@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import RenderableType
 from rich.text import Text
 
-from onnxprune.report import budgets, repairs, tables
+from onnxprune.report import budgets, factors, repairs, tables
 from onnxprune.report.facts import Report
 
 
@@ -15,6 +15,8 @@ def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableTyp
     parts: list[RenderableType] = []
     if report.layers:
         parts += [*tables.layers(report.layers, name_width=name_width, fold=fold), Text("")]
+    if report.factorized:
+        parts += [*factors.layers(report.factorized, name_width=name_width, verbose=verbose), Text("")]
     if verbose and report.repairs:
         parts += [*repairs.layers(report.repairs, name_width=name_width), Text("")]
     parts += [tables.totals(report.totals, report.latency)]
@@ -28,6 +30,8 @@ def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableTyp
         parts += [Text(""), *budgets.render(report.budget)]
     chosen = settings(report)
     parts += [Text(""), *([chosen] if chosen is not None else []), tables.exactness(report.exactness)]
+    if report.product is not None:
+        parts.append(factors.product(report))
     repaired = repairs.summary(report)
     if repaired is not None:
         parts.append(repaired)

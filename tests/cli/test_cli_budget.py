@@ -46,6 +46,21 @@ def test_a_plan_of_a_budget_replays(run: Callable[..., Result], tmp_path: Path) 
     assert shapes[0] == shapes[1]
 
 
+def test_a_plan_with_layers_apart_replays_to_the_byte(run: Callable[..., Result], tmp_path: Path) -> None:
+    one, two, plan = tmp_path / "a.onnx", tmp_path / "b.onnx", tmp_path / "plan.json"
+    data = ("--data", MODELS / "digits_calibration.npz", "--samples", "40", "--recover", "bn")
+    done = run(MODEL, "--target", "macs=0.4", "--factorize", *data, "-o", one, "--plan", plan)
+    assert done.exit_code == 0, done.stderr
+    assert "knapsack over groups and layers" in done.stdout and "ranks" in done.stdout and "product" in done.stdout
+    done = run(MODEL, "--apply-plan", plan, *data, "-o", two)
+    assert done.exit_code == 0, done.stderr
+    assert one.read_bytes() == two.read_bytes()
+    done = run("factorize", MODEL, "--apply-plan", plan, *data, "-o", two)
+    assert done.exit_code == 2 and "removes channels, too" in done.stderr
+    done = run("recover", MODEL, one, "--plan", plan, *data, "-o", two)
+    assert done.exit_code == 2 and "takes layers apart" in done.stderr
+
+
 def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
     out = tmp_path / "small.onnx"
     for arguments, code, words in (

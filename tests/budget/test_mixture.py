@@ -1,0 +1,110 @@
+"""Budgets that cut some groups and take some layers apart: what they cost, what they keep, and that plans replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from build import Net
+
+import onnxprune as op
+from onnxprune.analysis import Analysis
+from onnxprune.budget.apart import Apart, Part
+from onnxprune.budget.costs import costs_of
+from onnxprune.budget.sizes import Sizes
+from onnxprune.errors import BudgetError, UsageError
+
+MODELS = Path(__file__).parents[2] / "models"
+MODEL, DIGITS = MODELS / "residual.onnx", MODELS / "digits_calibration.npz"
+WIDE = 24
+
+
+def planted() -> onnx.ModelProto:
+    """Three layers: one of low rank that needs all of its channels, one of full rank with channels that say nothing."""
+    net = Net(17, seed=5)
+    rng = np.random.default_rng(5)
+    thin = rng.standard_normal((WIDE, 3)) @ rng.standard_normal((3, WIDE))
+    wide = rng.standard_normal((WIDE, WIDE))
+    wide[WIDE // 4 :] = 0.0
+    x = net.input("x", ["N", 8])
+    for rows in (rng.standard_normal((8, WIDE)), thin / 4, wide.T / 4, rng.standard_normal((WIDE, 5))):
+        x = net.op("MatMul", x, net.const(rows.astype(np.float32)))
+        x = x if rows.shape[1] == 5 else net.op("Tanh", x)
+    return net.model(x)
+
+
+def test_a_layer_taken_apart_costs_its_share() -> None:
+    """At every count of every group, and in every kind that is counted."""
+    analysis = Analysis(MODEL)
+    sizes = Sizes(analysis, [g for g in analysis.units.groups if g.prunable])
+    node = next(n for n in analysis.graph.steps if n.label == "/stages/stages.4/body/body.1/body.1.0/Conv")
+    part = Part((node,), node.inputs[1], np.array([1.0, 0.0]), np.array([0.25, 1.0]), np.array([0.5, 1.0]))
+    half = np.stack([sizes.steps, np.maximum(1, sizes.steps // 2)])
+    for kind, share in (("macs", 0.25), ("params", 0.5), ("size", 0.5)):
+        alone = costs_of(analysis, sizes, kind)
+        both = Apart(alone, kind, sizes, [part])
+        left_whole = both.rows(np.hstack([half, np.ones((2, 1), np.int64)]))
+        assert np.array_equal(left_whole, alone.rows(half))
+        saved = (left_whole - both.rows(np.hstack([half, np.zeros((2, 1), np.int64)])))[:, 0]
+        shape = sizes.at(half)
+        elements = np.prod(np.stack(shape(node.inputs[1])[:2]), axis=0) * 9
+        each = {"macs": 2 * 2 * 2, "params": 1, "size": 4}[kind]
+        assert saved == pytest.approx((1 - share) * elements * each)
+
+
+def test_what_cuts_cannot_do_is_taken_apart_and_the_reverse() -> None:
+    """The thin layer by its rank, the empty channels by a cut: together they lose nothing, alone either loses much."""
+    model = planted()
+    x = {"x": np.random.default_rng(0).standard_normal((256, 8)).astype(np.float32)}
+    result = op.prune(model, target="macs=0.4", factorize=True, data=x, latency=False)
+    facts = result.report.budget
+    assert facts is not None
+    found = {a.name: a for a in facts.answers}
+    both = found["knapsack over groups and layers"]
+    assert both.chosen and both.fine > -1e-6
+    assert found["knapsack over scores"].fine < -1e-3 and found["uniform"].fine < -1e-3
+    assert result.plan.groups and result.plan.factorized
+    assert result.report.exactness.passed and result.report.product is not None and result.report.product.passed
+    totals = result.report.totals
+    assert totals.macs_after / totals.macs_before <= 0.4
+
+
+@pytest.mark.parametrize("kind", ["macs", "params", "size"])
+def test_targets_are_met_with_layers_apart(kind: str) -> None:
+    result = op.prune(MODEL, target={kind: 0.5}, factorize=True, latency=False)
+    facts, totals = result.report.budget, result.report.totals
+    assert facts is not None and result.plan.factorized
+    (target,) = facts.targets
+    after = {"macs": totals.macs_after, "params": totals.params_after, "size": totals.bytes_after}[kind]
+    assert after == target.after and 0.4 < target.after / target.before <= 0.5 * 1.02
+    chosen = next(a for a in facts.answers if a.chosen)
+    assert chosen.fine == max(a.fine for a in facts.answers)
+
+
+def test_the_smallest_model_with_layers_apart() -> None:
+    result = op.prune(MODEL, max_drop=10, factorize=True, data=DIGITS, samples=48, recover="bn", latency=False)
+    facts = result.report.budget
+    assert facts is not None and facts.points_before - facts.points_after <= 10
+    assert result.report.totals.macs_after < 0.5 * result.report.totals.macs_before
+
+
+def test_layers_that_are_left_out() -> None:
+    left = ["/stages/stages.4/*"]
+    result = op.prune(MODEL, target="macs=0.5", factorize=True, exclude=left, round_to=4, latency=False)
+    assert result.plan.factorized
+    assert not any(f.layer.startswith("/stages/stages.4/") for f in result.plan.factorized)
+    assert all(rank % 4 == 0 for f in result.plan.factorized for rank in f.ranks)
+
+
+def test_what_makes_no_sense_with_layers_apart() -> None:
+    for arguments, message in (
+        ({}, "there is none"),
+        ({"target": "latency=0.5"}, "cannot aim at latency=0.5"),
+        ({"target": ["macs=0.5", "peak-memory=0.5"]}, "cannot aim at peak-memory=0.5"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            op.prune(MODEL, factorize=True, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match="cannot be reached"):
+        op.prune(MODEL, target="macs=0.001", factorize=True, latency=False)
