@@ -6,8 +6,8 @@ python tools/bench_budget.py TRAINED --part search --models cifar10_resnet56    
 
 TRAINED is a folder with ``models/*.onnx`` and an ``evaluate.py``, see ``tools/bench/labelled.py``. ``accuracy`` cuts
 every model with labels to a share of its MACs: uniformly (the same share of every group), as ``onnxprune --target``
-does, and as it does with ``--factorize`` (columns ``_f``); all are scored by the same criterion and repaired from the same inputs. ``latency`` asks for a share of the time
-of one run, measures a table, and holds both its predictions and the result against the clock. ``search`` times the
+does, and as it does with ``--factorize`` (columns ``_f``); all are scored by the same criterion and repaired from the
+same inputs. ``latency`` asks for a share of the time of one run, measures a table, and holds both its predictions and the result against the clock. ``search`` times the
 choice of counts with sensitivities, measured and then kept.
 """
 

@@ -61,13 +61,15 @@ def attempt(
 
     Args:
         removed: mask over atoms. mode: how to repair. samples: how many of the data to repair from, None for all; the
-            result is then judged on others where there are any, up to ``judges``. near: repair only what reads less.
+            result is then judged on others, up to ``judges``: where there are few, half is for either. near: repair
+            only what reads less.
         apart: what takes layers apart after the cut; its products are checked where all data are used.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails.
         BudgetError: no ranks save as much as they are to. ValidationError: new layers are not what they should be.
     """
+    samples = _some(state, analysis, samples)
     own = state.branch(*cut_model(analysis, removed), removed, samples)
     if apart is not None:
         (apart if samples is None else apart.unchecked())(own)
@@ -88,6 +90,12 @@ def attempt(
     params = sum(int(np.prod(w.shape)) for w in own.weights.values())
     macs = own.report.totals.macs_after if apart is not None else macs_after(analysis, removed)
     return Attempt(own, quality, size, params, macs)
+
+
+def _some(state: State, analysis: Analysis, samples: int | None) -> int | None:
+    """So many samples, but no more than half of what there are, if their number is known."""
+    held = None if state.data is None or samples is None else Calls(state, analysis).samples
+    return samples if samples is None or held is None else min(samples, max(1, held // 2))
 
 
 def _repaired(own: State) -> Fidelity | None:
