@@ -7,8 +7,8 @@ python tools/bench_budget.py TRAINED --part search --models cifar10_resnet56    
 TRAINED is a folder with ``models/*.onnx`` and an ``evaluate.py``, see ``tools/bench/labelled.py``. ``accuracy`` cuts
 every model with labels to a share of its MACs: uniformly (the same share of every group), as ``onnxprune --target``
 does, and as it does with ``--factorize`` (columns ``_f``); all are scored by the same criterion and repaired from the
-same inputs. ``latency`` asks for a share of the time of one run, measures a table, and holds both its predictions and the result against the clock. ``search`` times the
-choice of counts with sensitivities, measured and then kept.
+same inputs. ``latency`` asks for a share of the time of one run, measures a table, and holds both its predictions and
+the result against the clock. ``search`` times the choice of counts with sensitivities, measured and then kept.
 """
 
 from __future__ import annotations
@@ -130,12 +130,11 @@ def latency(given: argparse.Namespace, path: Path) -> dict[str, Any]:
         return record | {"error": f"least: latency={problem.reachable('latency') / problem.base('latency'):.3f}"}
     answer = answers[0]
     predicted = float(problem.costs["latency"].rows(answer.allocation.kept[None])[0, 0])
-    scale = problem.base("latency") / problem.originals["latency"]
     measured = problem.measured(answer.allocation.kept, answer.removed)["latency"]
     return record | {
-        "predicted": predicted * scale / problem.base("latency"),
+        "predicted": predicted / problem.base("latency"),
         "reached": measured / problem.base("latency"),
-        "error_at_answer": abs(predicted * scale - measured) / measured,
+        "error_at_answer": abs(predicted - measured) / measured,
         "uniform_reached": next(
             (a.costs["latency"] / problem.base("latency") for a in answers if a.name == "uniform"), None
         ),

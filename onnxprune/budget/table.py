@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from onnxprune.errors import UsageError
 
-VERSION = 1
+VERSION = 2
 
 
 class Sample(NamedTuple):

@@ -137,7 +137,7 @@ class Problem:
         limits, best = self.limits(), None
         press = Pressure(self._press)
         for _ in range(_CORRECTIONS):
-            wanted = [Limit(self.costs[k], most * press.now[k] * self._scale(k)) for k, most in limits.items()]
+            wanted = [Limit(self.costs[k], most * press.now[k]) for k, most in limits.items()]
             allocation = solve(choices, wanted)
             if allocation is None:
                 # A time is predicted to be out of reach: what takes least may be within it all the same.
@@ -159,10 +159,6 @@ class Problem:
         kept = least(choices, self.costs["latency"])
         levels = [int(np.searchsorted(k, n)) for k, n in zip(choices.kept, kept, strict=True)]
         return Allocation(kept, choices.loss(levels), -np.inf)
-
-    def _scale(self, kind: str) -> float:
-        """Predicted over measured time of the original."""
-        return self.originals[kind] / self.base(kind) if kind == "latency" else 1.0
 
     def over(self, answer: Answer, tried: Attempt) -> dict[str, float]:
         """Costs of an answer as it was repaired, as shares of their limits; notes them in the answer."""
@@ -224,13 +220,11 @@ class Problem:
                 path, size = trial.write(proto, weights, "measured")
                 counted = {"size": size, "params": sum(int(np.prod(w.shape)) for w in weights.values())}
                 found |= {k: float(v) for k, v in counted.items() if k in found}
-                if "latency" in found:
-                    found["latency"] *= 1 / self._scale("latency")
-                    if self.here:
-                        feed = timing_feed(self.state, trial)
-                        bench = Bench(self.analysis, self.sizes, self.state.device, feed, trial)
-                        before, after = bench.whole([trial.original, path])
-                        found["latency"] = float(after / before) * self.base("latency")
+                if "latency" in found and self.here:
+                    feed = timing_feed(self.state, trial)
+                    bench = Bench(self.analysis, self.sizes, self.state.device, feed, trial)
+                    before, after = bench.whole([trial.original, path])
+                    found["latency"] = float(after / before) * self.base("latency")
         return found
 
     def reachable(self, kind: str) -> float:

@@ -32,6 +32,8 @@ _CUTS, _FEWEST, _CHECKS = 96, 12, 6
 # Runs of one cut: as many as fit into so many seconds, within bounds. The mean of the shortest is taken: disturbances
 # only make a run longer.
 _RUN_SECONDS, _LEAST_RUNS, _MOST_RUNS, _SHORTEST = 0.1, 9, 60, 0.4
+# Seconds that whole runs of one cut and of the original may take together.
+_WHOLE_SECONDS = 1.0
 # Levels per group; in between, times are joined. Kernels take 4, 8 or 16 channels at once.
 _LEVELS, _BLOCK = 16, 4
 # Levels next to a share that counts are drawn from.
@@ -61,13 +63,19 @@ def measure_table(state: State, analysis: Analysis, sizes: Sizes, *, seconds: fl
         shapes = {name: list(value.shape) for name, value in feed.items()}
         table = LatencyTable(analysis.loaded.sha256, dict(state.device.facts()), shapes, 0.0)
         table.samples += samples_of(places, sizes.steps, bench.nodes(trial.original))
+        timed, wholes = [sizes.steps], []
         start = time.perf_counter()
         for number, kept in enumerate(_cuts(sizes, draw)):
             if number >= _FEWEST and time.perf_counter() - start > seconds:
                 break
-            table.samples += samples_of(places, kept, bench.nodes(bench.cut(kept)))
+            path = bench.cut(kept)
+            table.samples += samples_of(places, kept, bench.nodes(path))
+            timed.append(kept)
+            wholes.append(bench.beside(path))
             state.tell("profile", 0.9 * (number + 1) / _CUTS)
-        _check(table, places, bench, trial.original, [_drawn(sizes, draw, i / _CHECKS) for i in range(_CHECKS)])
+        checks = [_drawn(sizes, draw, i / _CHECKS) for i in range(_CHECKS)]
+        _fit(table, places, np.stack(timed), wholes)
+        _check(table, places, np.stack(checks), [bench.beside(bench.cut(kept)) for kept in checks])
     return table
 
 
@@ -77,6 +85,7 @@ class Bench:
     def __init__(self, analysis: Analysis, sizes: Sizes, device: Device, feed: Feed, trial: Trial) -> None:
         self._analysis, self._sizes, self._device, self._feed, self._trial = analysis, sizes, device, feed, trial
         self._runs = _LEAST_RUNS
+        self.original = trial.original
 
     def cut(self, kept: Counts, stem: str = "timed") -> Path:
         """The model cut to counts [groups], whichever units go."""
@@ -89,6 +98,13 @@ class Bench:
         once = sum(t.seconds for t in times)
         self._runs = int(np.clip(_RUN_SECONDS / max(once, 1e-6), _LEAST_RUNS, _MOST_RUNS))
         return spread(self._analysis, [(t.name, t.op, t.seconds) for t in times])
+
+    def beside(self, path: Path) -> tuple[float, float]:
+        """Seconds of a whole run of the original and of a cut, the two in turn."""
+        before, after = self.whole([self.original, path], runs=self._runs, budget_s=_WHOLE_SECONDS)
+        if not before:
+            raise ModelError("the clock is too coarse to time this model")
+        return float(before), float(after)
 
     def whole(self, paths: Sequence[Path], runs: int = 60, budget_s: float = 10.0) -> NDArray[np.float64]:
         """Seconds per run of several models, measured in turn."""
@@ -128,19 +144,26 @@ def _drawn(sizes: Sizes, draw: np.random.Generator, share: float | None = None) 
     return np.array(found, dtype=np.int64)
 
 
-def _check(table: LatencyTable, places: Places, bench: Bench, original: Path, cuts: Sequence[Counts]) -> None:
-    """Fit what a run costs besides its nodes, then hold predictions against whole runs of cuts not measured before."""
-    sizes = places.sizes
-    paths = [bench.cut(kept, f"check{i}") for i, kept in enumerate(cuts)]
-    measured = bench.whole([original, *paths])
-    table.seconds = float(measured[0])
-    if not table.seconds:
-        raise ModelError("the clock is too coarse to time this model")
-    model = Latency(places, table)
-    nodes = model.rows(np.stack([sizes.steps, *cuts]))[:, 0]
-    table.overhead, table.slope = line(nodes, measured)
-    predicted = table.overhead + table.slope * nodes
-    table.checks = list(zip(predicted.tolist(), measured.tolist(), strict=True))
+Whole = tuple[float, float]
+
+
+def _fit(table: LatencyTable, places: Places, timed: Counts, wholes: Sequence[Whole]) -> None:
+    """Fit what a run takes besides its nodes.
+
+    Args:
+        timed: counts [1 + cuts, groups] whose nodes were timed, the original's first. wholes: seconds of whole runs of
+            the original and of every cut. Of each the share counts: how busy the machine is changes both alike.
+    """
+    table.seconds = float(np.median([before for before, _ in wholes]))
+    shares = np.array([1.0, *(after / before for before, after in wholes)])
+    table.overhead, table.slope = line(Latency(places, table).rows(timed)[:, 0], shares * table.seconds)
+
+
+def _check(table: LatencyTable, places: Places, cuts: Counts, wholes: Sequence[Whole]) -> None:
+    """Hold predictions against whole runs of cuts [cuts, groups] not measured before."""
+    predicted = Latency(places, table).rows(np.stack([places.sizes.steps, *cuts]))[:, 0]
+    shares = np.array([1.0, *(after / before for before, after in wholes)])
+    table.checks = list(zip(predicted.tolist(), (shares * table.seconds).tolist(), strict=True))
 
 
 def line(nodes: NDArray[np.float64], measured: NDArray[np.float64]) -> tuple[float, float]:

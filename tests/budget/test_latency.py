@@ -126,7 +126,7 @@ def test_a_table_as_a_file(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "not a latency table"),
         ('{"version": 99, "nodes": {}}', "version 99"),
-        ('{"version": 1, "nodes": {"a": [[1, 2]]}}', "damaged"),
+        ('{"version": 2, "nodes": {"a": [[1, 2]]}}', "damaged"),
     ],
 )
 def test_a_file_that_is_no_table(text: str, message: str, tmp_path: Path) -> None:
