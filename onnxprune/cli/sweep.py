@@ -33,6 +33,7 @@ class Request:
     criterion: str | None
     metric: str | None
     approximate: bool
+    factorize: bool
     exclude: tuple[str, ...]
     include: tuple[str, ...]
     round_to: int
@@ -84,6 +85,7 @@ class Request:
     default=1,
     help="Keep a multiple of N per group where it can be had.",
 )
+@option("--factorize", heading=WHAT, is_flag=True, help="Take layers apart as well, for --kind macs, params and size.")
 @option("--approximate", heading=WHAT, is_flag=True, help="Also cut through LayerNorm, RMSNorm and the like.")
 @shared_options.metric
 @device_options(CHECKS)
@@ -113,6 +115,7 @@ def sweep(screen: Screen, /, as_json: bool, quiet: bool, verbose: int, **values:
             criterion=request.criterion,
             metric=request.metric,
             approximate=request.approximate,
+            factorize=request.factorize,
             include=request.include,
             exclude=request.exclude,
             round_to=request.round_to,

@@ -46,6 +46,14 @@ def test_another_kind_and_no_times() -> None:
     assert frontier.page(facts).count("<svg") == 2
 
 
+def test_a_sweep_that_takes_layers_apart(tmp_path: Path) -> None:
+    facts = op.sweep(MODELS / "residual.onnx", targets=[0.4], factorize=True, latency=False, folder=tmp_path)
+    whole, point = facts.points
+    cut = op.analyze(point.file)
+    assert sum(x.macs_before for x in cut.layers) == point.macs <= 0.4 * whole.macs
+    assert len(cut.graph.nodes) > len(op.analyze(MODELS / "residual.onnx").graph.nodes)
+
+
 def test_what_cannot_be_swept() -> None:
     with pytest.raises(BudgetError, match="None of the budgets"):
         op.sweep(MODELS / "residual.onnx", targets=[0.0001], latency=False)

@@ -132,6 +132,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "latency_table": None,
         "sensitivity": None,
         "jobs": None,
+        "factorize": False,
         "min_fidelity": None,
         "providers": ["cpu", "CPUExecutionProvider"],
         "threads": 3,
