@@ -62,7 +62,7 @@ def prune(
         validate, latency: run the checks; measure speed. progress: called with (stage, fraction).
         options: a budget, see :class:`onnxprune.passes.wishes.Wishes`: ``target`` (``"macs=0.5"``, a list of such, or
             ``{"macs": 0.5, "size": "3MB"}``), ``metric``, ``max_drop``, ``min_fidelity``, ``latency_table``,
-            ``factorize``; where time is measured: ``providers``, ``threads``; how units are chosen, see
+            ``factorize``, ``trials``; where time is measured: ``providers``, ``threads``; how units are chosen, see
             :class:`onnxprune.selection.request.Request`: ``layers`` ({glob over node or weight names: ratio}),
             ``include``, ``exclude``, ``scope``, ``policy``, ``normalize``, ``group_policy``, ``reshape_axis``,
             ``max_ratio``, ``round_to``, ``step``, ``rounding``, ``cost``, ``steps`` and ``schedule``.

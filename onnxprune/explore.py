@@ -125,6 +125,7 @@ def sweep(
     seed: int = 0,
     approximate: bool = False,
     factorize: bool = False,
+    trials: int | None = None,
     latency: bool = True,
     folder: str | Path | None = None,
     progress: Progress | None = None,
@@ -134,8 +135,8 @@ def sweep(
 
     Args:
         model: path, bytes or ModelProto. targets: shares of the original's cost. kind: of which cost.
-        folder: keep the models here. latency: measure times. factorize: take layers apart as well. The rest,
-            and options: see ``onnxprune.prune``.
+        folder: keep the models here. latency: measure times. factorize, trials, the
+            rest, and options: see ``onnxprune.prune``.
 
     Returns:
         a point per model, the original first; those that no other beats are marked.
@@ -146,7 +147,7 @@ def sweep(
     running, choosing = split_running(options)
     mode, why = settle_mode(recover, data is not None, True)
     wanted = [parse(f"{kind}={share}", "targets") for share in targets]
-    wishes = Wishes.of([wanted[0]] if wanted else None, metric=metric, factorize=factorize)
+    wishes = Wishes.of([wanted[0]] if wanted else None, metric=metric, factorize=factorize, trials=trials)
     budget = Budget(wishes, criterion, recover=mode, why=why, approximate=approximate, **choosing)
     state = start(model, input_shapes=input_shapes, data=data, seed=seed, progress=progress, **running)
     home = Path(folder) if folder is not None else None

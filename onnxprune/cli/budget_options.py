@@ -67,6 +67,7 @@ class BudgetOptions:
     sensitivity: str | None
     jobs: int | None
     factorize: bool
+    trials: int | None
 
     @property
     def any(self) -> bool:
@@ -83,6 +84,7 @@ class BudgetOptions:
             "sensitivity": self.sensitivity,
             "jobs": self.jobs or -1 if self.sensitivity else None,
             "factorize": self.factorize,
+            "trials": self.trials,
             "min_fidelity": min_fidelity if self.any else None,
         }
 
@@ -138,6 +140,11 @@ def budget_options(heading: str) -> Callable[[Callable[..., Any]], Callable[...,
             "--factorize",
             is_flag=True,
             help="Take layers apart as well, where that keeps more than cutting them; for macs, params and size.",
+        ),
+        add(
+            "--trials",
+            type=options.NumberType(0, "how many answers to try"),
+            help="Answers to try around the best cut; default: with a repair about half a minute's worth, else none.",
         ),
         add(
             "--latency-table",

@@ -34,6 +34,7 @@ class Request:
     metric: str | None
     approximate: bool
     factorize: bool
+    trials: int | None
     exclude: tuple[str, ...]
     include: tuple[str, ...]
     round_to: int
@@ -86,6 +87,12 @@ class Request:
     help="Keep a multiple of N per group where it can be had.",
 )
 @option("--factorize", heading=WHAT, is_flag=True, help="Take layers apart as well, for --kind macs, params and size.")
+@option(
+    "--trials",
+    heading=WHAT,
+    type=options.NumberType(0, "how many answers to try"),
+    help="Answers to try around the best cut of each; default: with a repair half a minute's worth, else none.",
+)
 @option("--approximate", heading=WHAT, is_flag=True, help="Also cut through LayerNorm, RMSNorm and the like.")
 @shared_options.metric
 @device_options(CHECKS)
@@ -116,6 +123,7 @@ def sweep(screen: Screen, /, as_json: bool, quiet: bool, verbose: int, **values:
             metric=request.metric,
             approximate=request.approximate,
             factorize=request.factorize,
+            trials=request.trials,
             include=request.include,
             exclude=request.exclude,
             round_to=request.round_to,

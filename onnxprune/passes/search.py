@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from onnxprune.budget.sensitivity import Sensitivity
@@ -16,6 +17,7 @@ from onnxprune.passes.measure import said
 from onnxprune.passes.mixture import Mixture
 from onnxprune.passes.problem import Answer, Curves, Problem, tolerance
 from onnxprune.passes.prune import Prune, reasons
+from onnxprune.passes.refine import Refine, Tried, trials_of
 from onnxprune.passes.select import Selector
 from onnxprune.passes.sensitivity import measure_sensitivity
 from onnxprune.passes.shortfall import Shortfall
@@ -32,7 +34,7 @@ class Found:
     """A problem, the answers that were compared, the best of them and its full repair."""
 
     problem: Problem
-    tried: list[tuple[Answer, Attempt]]
+    tried: list[Tried]
     best: Answer
     final: Attempt
 
@@ -104,6 +106,8 @@ class Search:
             best, final = max(tried, key=lambda pair: pair[1].quality.fine) if tried else (answers[0], None)
             if final is not None and problem.tighten(problem.over(best, final)) and not last:
                 continue  # a repair added to the size: a little less is kept, before the effort of repairing it all
+            tried += self._refined(problem, tried, best)
+            best = max(tried, key=lambda pair: pair[1].quality.fine)[0] if tried else best
             final = self._attempt(problem, best, None)
             over = problem.over(best, final)
             if all(o <= 1 + tolerance(k) for k, o in over.items()):
@@ -111,13 +115,24 @@ class Search:
             problem.tighten(over)
         raise Shortfall(problem).missed(best)
 
-    def _tried(self, problem: Problem, answers: Sequence[Answer]) -> list[tuple[Answer, Attempt]]:
+    def _tried(self, problem: Problem, answers: Sequence[Answer]) -> list[Tried]:
         """Answers repaired from a few samples, with those that take layers apart; none where there is no choice."""
         mixture = self._mixture(problem)
         if len(answers) < 2 and mixture is None:
             return []
         tried = [(a, self._attempt(problem, a, ENOUGH)) for a in answers]
         return tried if mixture is None else tried + mixture.trials(lambda a: self._carried_out(problem, a))
+
+    def _refined(self, problem: Problem, tried: Sequence[Tried], best: Answer) -> list[Tried]:
+        """Answers around the best one, where that cuts only; by default where a repair says what a cut is worth."""
+        trials = self.wishes.trials
+        if trials is None:
+            trials = 0 if self.mode == "none" else trials_of(sum(x.macs_before for x in problem.analysis.layers))
+        if not trials or not tried or best.apart is not None:
+            return []
+        judge = partial(self._attempt, problem, samples=ENOUGH)
+        cuts = [pair for pair in tried if pair[0].apart is None]
+        return Refine(problem, judge, trials).around(cuts)
 
     def _carried_out(self, problem: Problem, answer: Answer) -> Attempt | None:
         """An answer with layers taken apart, repaired from a few samples; None where no ranks save enough."""

@@ -31,6 +31,7 @@ class Given(TypedDict, total=False):
     sensitivity: str | Path | Sensitivity | None
     jobs: int | None
     factorize: bool
+    trials: int | None
 
 
 class Running(TypedDict, total=False):
@@ -67,7 +68,8 @@ class Wishes:
         sensitivity: what cutting each group alone did, as ``onnxprune sensitivity`` wrote it, or ``"measure"``: counts
             are then chosen by it, too. jobs: processes to measure it in.
         factorize: take layers apart as well, where that keeps more than cutting them; for ``macs``, ``params`` and
-            ``size``.
+            ``size``. trials: answers to try around the best cut; None: with a repair about half a minute's worth of
+            work, else none.
     """
 
     targets: tuple[Target, ...] = ()
@@ -78,6 +80,7 @@ class Wishes:
     sensitivity: str | Path | Sensitivity | None = None
     jobs: int | None = None
     factorize: bool = False
+    trials: int | None = None
 
     @classmethod
     def of(
@@ -90,6 +93,7 @@ class Wishes:
         sensitivity: str | Path | Sensitivity | None = None,
         jobs: int | None = None,
         factorize: bool = False,
+        trials: int | None = None,
     ) -> Wishes:
         """What a call says.
 
@@ -116,10 +120,16 @@ class Wishes:
                 "--sensitivity says what groups can do without, and there is no budget to meet",
                 hint="Give --target or --max-drop, or drop it.",
             )
+        if trials is not None and not (isinstance(trials, int) and trials >= 0):
+            raise UsageError(f"--trials {trials} is out of range.", hint="Allowed: whole numbers from 0.")
+        if trials is not None and not wanted:
+            raise UsageError(
+                "--trials looks for better answers to targets, and there is none", hint="Give --target, or drop it."
+            )
         if factorize:
             _check_factorize(wanted, max_drop)
         function = load_metric(metric) if isinstance(metric, str) else metric
-        return cls(wanted, min_fidelity, function, max_drop, latency_table, sensitivity, jobs, factorize)
+        return cls(wanted, min_fidelity, function, max_drop, latency_table, sensitivity, jobs, factorize, trials)
 
     @property
     def any(self) -> bool:

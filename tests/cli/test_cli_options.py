@@ -133,6 +133,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "sensitivity": None,
         "jobs": None,
         "factorize": False,
+        "trials": None,
         "min_fidelity": None,
         "providers": ["cpu", "CPUExecutionProvider"],
         "threads": 3,

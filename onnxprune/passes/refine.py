@@ -1,0 +1,138 @@
+"""Answers around the best one: a little more for one group at a time, carried out, repaired and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.budget.allocate import Choices, Limit, allocate
+from onnxprune.passes.attempt import Attempt
+from onnxprune.passes.problem import Answer, Problem
+
+Array = NDArray[np.float64]
+Tried = tuple[Answer, Attempt]
+
+NAME = "knapsack over scores, groups weighed by trial"
+# How much more or less a group's loss counts in a trial, first and later.
+_FACTORS = (3.0, 1.6)
+# Seconds that one trial takes at least, and for a billion multiply-accumulates; what all together may take.
+_EACH, _PER_BILLION, _SECONDS = 1.0, 40.0, 30.0
+# Weights of single groups beyond this say that a slope could not be read.
+_EXTREME = 1e3
+
+
+def trials_of(macs: float) -> int:
+    """How many trials a model is worth where nobody says: about half a minute of them.
+
+    Counted in work and not on a clock, so that a run can be repeated. ``macs``: multiply-accumulates at the first
+    probe's shapes.
+    """
+    return int(_SECONDS / (_EACH + _PER_BILLION * macs * 1e-9))
+
+
+class Refine:
+    """A search over what the loss of each group counts, by coordinates.
+
+    Scores see a group alone; what it is worth beside the others shows when all are cut. A knapsack with one group's
+    losses multiplied takes from it or gives to it what others can best give or take, within the limits; such answers
+    are tried for the dearest groups first, and kept where the outputs come closer to the original's.
+
+    Args:
+        problem: groups and targets. judge: carries out, repairs and measures. trials: how many answers.
+    """
+
+    def __init__(self, problem: Problem, judge: Callable[[Answer], Attempt], trials: int) -> None:
+        self._problem, self._judge, self._left = problem, judge, trials
+        self._choices = problem.choices["scores"]
+        self._known: set[bytes] = set()
+
+    def around(self, tried: Sequence[Tried]) -> list[Tried]:
+        """Answers that were tried besides. ``tried``: the ones there are, of which the best is where it starts."""
+        answer, attempt = max(tried, key=lambda pair: pair[1].quality.fine)
+        self._known = {a.allocation.kept.tobytes() for a, _ in tried}
+        best, here = attempt.quality.fine, self._weights(answer)
+        found: list[Tried] = []
+
+        def better(weights: Array) -> bool:
+            nonlocal best, here
+            one = self._try(weights)
+            if one is None:
+                return False
+            found.append(one)
+            if one[1].quality.fine <= best:
+                return False
+            best, here = one[1].quality.fine, weights
+            return True
+
+        others = [self._weights(a) for a, _ in tried if a is not answer]
+        for other in others:  # half the way between two answers
+            better(np.sqrt(here * other))
+        for factor in _FACTORS:
+            for group in self._order():
+                for step in (factor, 1.0 / factor):
+                    moved = False
+                    while self._left > 0 and better(_scaled(here, group, step)):
+                        moved = True
+                    if moved:
+                        break
+        return found
+
+    def _try(self, weights: Array) -> Tried | None:
+        """The answer at these weights, carried out; None where it is known, or no trial is left."""
+        if self._left <= 0:
+            return None
+        losses = [w * x for w, x in zip(weights, self._choices.losses, strict=True)]
+        problem = self._problem
+        limits = [Limit(problem.costs[k], most) for k, most in problem.pressed().items()]
+        allocation = allocate(Choices(self._choices.kept, losses), limits)
+        if allocation is None or allocation.kept.tobytes() in self._known:
+            return None
+        self._known.add(allocation.kept.tobytes())
+        removed = problem.removed(allocation.kept)
+        answer = Answer(NAME, allocation, removed, problem.measured(allocation.kept, removed))
+        if any(answer.costs[k] > most for k, most in problem.limits().items()):
+            return None
+        self._left -= 1
+        return answer, self._judge(answer)
+
+    def _order(self) -> list[int]:
+        """Groups with a choice, those first whose units cost most in all."""
+        saved = self._slopes(np.array([k[-1] for k in self._choices.kept]))[0] * [k[-1] for k in self._choices.kept]
+        return [int(g) for g in np.argsort(-saved, kind="stable") if self._choices.kept[g].size > 1]
+
+    def _weights(self, answer: Answer) -> Array:
+        """What losses have to count for the knapsack to give an answer: cost over loss of the last unit of a group."""
+        if answer.name != "uniform":
+            return np.ones(len(self._choices.kept))
+        cost, loss = self._slopes(answer.allocation.kept)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weights = np.where((cost > 0) & (loss > 0), cost / loss, np.nan)
+        middle = np.exp(np.nanmean(np.log(weights))) if np.isfinite(weights).any() else 1.0
+        return np.asarray(np.clip(np.nan_to_num(weights / middle, nan=1.0), 1 / _EXTREME, _EXTREME))
+
+    def _slopes(self, kept: NDArray[np.int64]) -> tuple[Array, Array]:
+        """(cost, loss) [groups] of one unit of every group at some counts; the cost in shares of the limits."""
+        problem = self._problem
+        low, high, losses = [], [], []
+        for group, (levels, loss) in enumerate(zip(self._choices.kept, self._choices.losses, strict=True)):
+            at = int(np.argmin(np.abs(levels - kept[group])))
+            i, j = max(at - 1, 0), min(at + 1, levels.size - 1)
+            pair = np.repeat(kept[None], 2, axis=0)
+            pair[:, group] = levels[[i, j]]
+            low.append(pair[0])
+            high.append(pair[1])
+            losses.append((loss[i] - loss[j]) / max(levels[j] - levels[i], 1))
+        width = np.maximum((np.array(high) - np.array(low)).sum(axis=1), 1)
+        costs = np.zeros(width.size)
+        for kind, most in problem.limits().items():
+            cost = problem.costs[kind]
+            costs += (cost.rows(np.array(high)).max(axis=1) - cost.rows(np.array(low)).max(axis=1)) / most / width
+        return costs, np.array(losses)
+
+
+def _scaled(weights: Array, group: int, factor: float) -> Array:
+    after = weights.copy()
+    after[group] *= factor
+    return after
