@@ -90,11 +90,11 @@ class Refine:
         if allocation is None or allocation.kept.tobytes() in self._known:
             return None
         self._known.add(allocation.kept.tobytes())
+        self._left -= 1
         removed = problem.removed(allocation.kept)
         answer = Answer(NAME, allocation, removed, problem.measured(allocation.kept, removed))
         if any(answer.costs[k] > most for k, most in problem.limits().items()):
             return None
-        self._left -= 1
         return answer, self._judge(answer)
 
     def _order(self) -> list[int]:

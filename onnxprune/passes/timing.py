@@ -74,8 +74,8 @@ def measure_table(state: State, analysis: Analysis, sizes: Sizes, *, seconds: fl
             wholes.append(bench.beside(path))
             state.tell("profile", 0.9 * (number + 1) / _CUTS)
         checks = [_drawn(sizes, draw, i / _CHECKS) for i in range(_CHECKS)]
-        _fit(table, places, np.stack(timed), wholes)
-        _check(table, places, np.stack(checks), [bench.beside(bench.cut(kept)) for kept in checks])
+        fit_runs(table, places, np.stack(timed), wholes)
+        check_runs(table, places, np.stack(checks), [bench.beside(bench.cut(kept)) for kept in checks])
     return table
 
 
@@ -147,7 +147,7 @@ def _drawn(sizes: Sizes, draw: np.random.Generator, share: float | None = None) 
 Whole = tuple[float, float]
 
 
-def _fit(table: LatencyTable, places: Places, timed: Counts, wholes: Sequence[Whole]) -> None:
+def fit_runs(table: LatencyTable, places: Places, timed: Counts, wholes: Sequence[Whole]) -> None:
     """Fit what a run takes besides its nodes.
 
     Args:
@@ -159,7 +159,7 @@ def _fit(table: LatencyTable, places: Places, timed: Counts, wholes: Sequence[Wh
     table.overhead, table.slope = line(Latency(places, table).rows(timed)[:, 0], shares * table.seconds)
 
 
-def _check(table: LatencyTable, places: Places, cuts: Counts, wholes: Sequence[Whole]) -> None:
+def check_runs(table: LatencyTable, places: Places, cuts: Counts, wholes: Sequence[Whole]) -> None:
     """Hold predictions against whole runs of cuts [cuts, groups] not measured before."""
     predicted = Latency(places, table).rows(np.stack([places.sizes.steps, *cuts]))[:, 0]
     shares = np.array([1.0, *(after / before for before, after in wholes)])

@@ -18,7 +18,7 @@ from onnxprune.budget.table import LatencyTable
 from onnxprune.errors import UsageError
 from onnxprune.passes.state import State
 from onnxprune.passes.table import latency_table, settled
-from onnxprune.passes.timing import block_levels, line
+from onnxprune.passes.timing import block_levels, check_runs, fit_runs, line
 from onnxprune.runtime.device import device
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -93,6 +93,27 @@ def test_the_sum_over_nodes_is_predicted() -> None:
     error = np.abs(latency.rows(kept)[:, 0] / want - 1)
     assert error.mean() < 0.05 and error.max() < 0.2
     assert latency.rows(kept).shape == (20, 1)
+
+
+def test_whole_runs_are_fitted_by_their_shares() -> None:
+    """A machine that gets busy takes longer for the original beside every cut: what is predicted stays as it was."""
+    sizes = sizes_of("residual")
+    places, table = Places(sizes), table_of(sizes, cuts=200)
+    table.overhead = 0.0
+    draw = np.random.default_rng(3)
+    cuts = draw.integers(4, sizes.steps + 1, size=(24, sizes.steps.size))
+
+    def seconds(kept: np.ndarray) -> float:
+        return 4e-5 + 0.8 * sum(truth(places, kept).values())
+
+    busy = np.where(np.arange(24) < 15, 1.0, 1.7)
+    runs = [(b * seconds(sizes.steps), b * seconds(k)) for b, k in zip(busy, cuts, strict=True)]
+    fit_runs(table, places, np.stack([sizes.steps, *cuts[:18]]), runs[:18])
+    assert table.seconds == pytest.approx(seconds(sizes.steps))
+    assert table.slope == pytest.approx(0.8, rel=0.1) and table.overhead == pytest.approx(4e-5, rel=0.3)
+    check_runs(table, places, cuts[18:], runs[18:])
+    assert [m for _, m in table.checks] == pytest.approx([seconds(sizes.steps), *map(seconds, cuts[18:])])
+    assert table.error < 0.1
 
 
 def test_nodes_of_one_kind_share_their_samples() -> None:
