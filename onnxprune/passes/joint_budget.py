@@ -138,7 +138,7 @@ class JointBudget:
         key = (*form, candidate.method, candidate.ranks)
         if key not in self._times:
             self._times[key] = layer_latency(
-                work.model.graph, work.model.weights, work.shape, one.item, work.state.seed
+                work.model.graph, work.model.weights, work.shape, one.item, work.state.seed, work.state.device
             )
         return self._times[key]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,27 +19,29 @@ from onnxprune.passes.prepared import Model
 from onnxprune.passes.state import State
 from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.report.facts import Latency
-from onnxprune.runtime.latency import latency
+from onnxprune.runtime.device import Device
+from onnxprune.runtime.latency import in_turn
 from onnxprune.runtime.segments import part_model
+from onnxprune.runtime.sessions import Feed
 
 # Runs of either form, and seconds they may take together.
 _RUNS, _SECONDS = 15, 0.4
 
 
 def model_latency(state: State, before: Model, after: Model) -> Latency | None:
-    """Milliseconds of two whole models on the same input; None where they are too large to be in memory together."""
+    """Milliseconds of the fastest run of two whole models on one input; None where they are too large to be held together."""
     with Trial.of(state.original) as trial:
         if trial.large:
             return None
         one, _ = trial.write(*before, "before")
         other, _ = trial.write(*after, "after")
-        return latency(one, other, synthetic_feeds(state, state.analyzed())[:1])
+        return _fastest(one, other, synthetic_feeds(state, state.analyzed())[:1], state.device)
 
 
 def layer_latency(
-    graph: Graph, weights: Mapping[str, Weight], shape: ShapeOf, item: Factorized, seed: int
+    graph: Graph, weights: Mapping[str, Weight], shape: ShapeOf, item: Factorized, seed: int, where: Device
 ) -> Latency | None:
-    """Milliseconds of the layer and of its factors at the probe sizes; None where it cannot be run on its own."""
+    """Milliseconds of the fastest run of the layer and of its factors at the probe sizes; None where it cannot run alone."""
     layer: Layer = item.layer
     node = layer.uses[0].node
     fed = [n for n in dict.fromkeys(node.inputs) if n and n not in weights]
@@ -54,6 +58,15 @@ def layer_latency(
     replace_layers(after, own, [item])
     try:
         changed = bytes(assemble(after.proto, own).SerializeToString())
-        return latency(before, changed, [{fed[0]: value}], runs=_RUNS, budget_s=_SECONDS)
+        return _fastest(before, changed, [{fed[0]: value}], where, runs=_RUNS, budget_s=_SECONDS)
     except ModelError:  # no kernel for this type: then nothing can be said
         return None
+
+
+def _fastest(
+    before: Path | bytes, after: Path | bytes, feeds: Sequence[Feed], where: Device, **settings: Any
+) -> Latency:
+    """The fastest run of either: other programs on the machine only ever add time, and a layer's is short."""
+    times = in_turn([before, after], feeds, where, **settings)
+    spreads = [float(np.subtract(*np.percentile(t, [75, 25]))) for t in times]
+    return Latency(min(times[0]), min(times[1]), spreads[0], spreads[1], len(times[0]), where.threads)
