@@ -29,7 +29,7 @@ _RUNS, _SECONDS = 15, 0.4
 
 
 def model_latency(state: State, before: Model, after: Model) -> Latency | None:
-    """Milliseconds of the fastest run of two whole models on one input; None where they are too large to be held together."""
+    """Milliseconds of the fastest run of two whole models on one input; None where they are too large."""
     with Trial.of(state.original) as trial:
         if trial.large:
             return None
@@ -41,7 +41,7 @@ def model_latency(state: State, before: Model, after: Model) -> Latency | None:
 def layer_latency(
     graph: Graph, weights: Mapping[str, Weight], shape: ShapeOf, item: Factorized, seed: int, where: Device
 ) -> Latency | None:
-    """Milliseconds of the fastest run of the layer and of its factors at the probe sizes; None where it cannot run alone."""
+    """Milliseconds of the fastest run of the layer and of its factors, probe sizes; None where it cannot run alone."""
     layer: Layer = item.layer
     node = layer.uses[0].node
     fed = [n for n in dict.fromkeys(node.inputs) if n and n not in weights]
