@@ -94,6 +94,13 @@ class Peak:
         """Bytes [cuts, moments]."""
         return np.asarray(self._weights.rows(kept) + self._memory.alive(kept))
 
+    def dearest(self, kept: Counts) -> tuple[str, float]:
+        """The node at which most is alive for counts [groups], and which share of that the activations are."""
+        alive = self._memory.alive(kept[None])[0]
+        most = int(np.argmax(alive))
+        whole = alive[most] + float(self._weights.rows(kept[None])[0, 0])
+        return self._memory.rows[most].label, float(alive[most]) / max(whole, 1.0)
+
 
 def costs_of(analysis: Analysis, sizes: Sizes, kind: str) -> Cost:
     """The countable cost of that kind: ``macs``, ``params``, ``size`` or ``peak-memory``."""

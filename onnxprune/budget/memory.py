@@ -25,7 +25,7 @@ class Memory:
     spends on scratch space, is its own affair and not counted. Tensors whose size is not known count as nothing.
 
     Attributes:
-        moments: the nodes, one per row.
+        moments: the nodes in order. rows: those that the rows of ``alive`` stand for.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -43,6 +43,7 @@ class Memory:
         # Moments with the same tensors alive, and no more besides, are one row.
         rows = _distinct(during, still)
         self._still, self._during, self._moving = still[rows], during[rows], moving
+        self.rows = [self.moments[i] for i in rows]
 
     def alive(self, kept: Counts) -> np.ndarray:
         """Bytes [cuts, distinct moments] for counts [cuts, groups] of kept steps."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 from onnxprune.budget.allocate import least
+from onnxprune.budget.costs import Peak
+from onnxprune.budget.latency import Latency
 from onnxprune.budget.target import Target
 from onnxprune.errors import BudgetError
 from onnxprune.passes.problem import Answer, Problem
@@ -65,9 +68,15 @@ class Shortfall:
         """What holds most of what is left, in a sentence."""
         problem = self._problem
         analysis = problem.analysis
-        if kind != "macs" and kind not in ("params", "size"):
-            return "What limits it: layers that have to keep their channels; 'onnxprune inspect' lists them."
-        kept = least(problem.choices["scores"], problem.costs[kind])
+        cost = problem.costs[kind]
+        kept = least(problem.choices["scores"], cost)
+        widest = problem.selector.request.widest
+        more = f" No group loses more than {widest:g} of its units (--max-ratio)." if widest < 1 else ""
+        if isinstance(cost, Peak):
+            name, share = cost.dearest(kept)
+            return f"Of what is left, {100 * share:.0f} % are activations, most of them alive at {name}.{more}"
+        if isinstance(cost, Latency):
+            return f"What is left takes most time in {_largest(cost.of_nodes(kept))}.{more}"
         shape = problem.sizes.at(kept[None])
 
         def elements(name: str) -> int:
@@ -81,11 +90,12 @@ class Shortfall:
         layers = analysis.layer_facts(whole, elements)
         after = {x.name: x.macs_after if kind == "macs" else x.params_after for x in layers}
         reasons = {x.name: x.reason.partition(":")[0] for x in layers}
-        total = sum(after.values()) or 1
-        top = sorted(after, key=after.__getitem__, reverse=True)[:_MOST]
-        parts = [
-            f"{name} ({100 * after[name] / total:.0f} %{', ' + reasons[name] if reasons[name] else ''})" for name in top
-        ]
-        widest = problem.selector.request.widest
-        more = f" No group loses more than {widest:g} of its units (--max-ratio)." if widest < 1 else ""
-        return f"What is left lies most in {', '.join(parts)}.{more}"
+        return f"What is left lies most in {_largest(after, reasons)}.{more}"
+
+
+def _largest(parts: Mapping[str, float], reasons: Mapping[str, str] | None = None) -> str:
+    """The largest parts by name with their shares, and why they stay."""
+    total, why = sum(parts.values()) or 1, reasons or {}
+    top = sorted(parts, key=parts.__getitem__, reverse=True)[:_MOST]
+    said = (f"{name} ({100 * parts[name] / total:.0f} %{', ' + why[name] if why.get(name) else ''})" for name in top)
+    return ", ".join(said)

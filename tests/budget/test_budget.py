@@ -106,6 +106,18 @@ def test_a_target_out_of_reach_says_what_works() -> None:
     assert shares(result)["macs"] <= parse(nearest).value * 1.02
 
 
+def test_what_limits_memory_and_time(tmp_path: Path) -> None:
+    """The node at which most is alive, and those that take most time: by the costs that the search went by."""
+    with pytest.raises(BudgetError, match="peak-memory=1kB cannot be reached") as caught:
+        op.prune(MODELS / "residual.onnx", target="peak-memory=1kB", latency=False)
+    assert re.search(r"\d+ % are activations, most of them alive at /st", caught.value.hint)
+    found = op.profile(MODELS / "residual.onnx", threads=1, seconds=0.1, cache=tmp_path)
+    found.table.device["processor"] = "another one"
+    with pytest.raises(BudgetError, match=r"latency=0\.001 cannot be reached") as caught:
+        op.prune(MODELS / "residual.onnx", target="latency=0.001", latency_table=found.table, latency=False)
+    assert re.search(r"takes most time in /\S+ \(\d+ %\), ", caught.value.hint)
+
+
 def test_a_gate_that_fails_says_what_works() -> None:
     with pytest.raises(BudgetError, match="worst cosine") as caught:
         op.prune(MODELS / "residual.onnx", target="macs=0.3", min_fidelity=0.999, latency=False)
