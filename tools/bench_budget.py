@@ -61,7 +61,7 @@ def searching(
     data = recorded(given.folder, name, given.data, given.samples)
     state = State(path, data=data, samples=None if data is None else limit(data, given.samples))
     state.device, state.cache = device(threads=given.threads), given.out / "cache"
-    wishes = Wishes.of(target, sensitivity=sensitivity, jobs=given.jobs, factorize=factorize)
+    wishes = Wishes.of(target, sensitivity=sensitivity, jobs=given.jobs, factorize=factorize, trials=given.trials)
     mode = "none" if data is None else "full"
     budget = Budget(wishes, given.criterion, recover=mode)
     return Search(state, wishes, budget.prune(state), mode)
@@ -190,6 +190,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=60.0, help="to measure a latency table")
     parser.add_argument("--threads", type=int, default=1, help="when time is measured")
+    parser.add_argument("--trials", type=int, default=None, help="answers to try around the best cut")
     parser.add_argument("--jobs", type=int, default=2, help="processes to measure sensitivities in")
     parser.add_argument("--data", action="append", type=Path, default=[], help="folders with recorded inputs NAME.npz")
     parser.add_argument("--out", type=Path, default=Path("bench_budget"))
