@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,10 @@ _CUTS, _FEWEST, _CHECKS = 96, 12, 6
 # Runs of one cut: as many as fit into so many seconds, within bounds. The mean of the shortest is taken: disturbances
 # only make a run longer.
 _RUN_SECONDS, _LEAST_RUNS, _MOST_RUNS, _SHORTEST = 0.1, 9, 60, 0.4
+# How far the times of a profile are brought to what a whole run says.
+_STEADY = (0.4, 1.5)
+# Rounds of reweighting, and an error below which all count alike.
+_ROUNDS, _CLOSE = 20, 0.01
 # Seconds that whole runs of one cut and of the original may take together.
 _WHOLE_SECONDS = 1.0
 # Levels per group; in between, times are joined. Kernels take 4, 8 or 16 channels at once.
@@ -62,17 +66,18 @@ def measure_table(state: State, analysis: Analysis, sizes: Sizes, *, seconds: fl
         bench = Bench(analysis, sizes, state.device, feed, trial)
         shapes = {name: list(value.shape) for name, value in feed.items()}
         table = LatencyTable(analysis.loaded.sha256, dict(state.device.facts()), shapes, 0.0)
-        table.samples += samples_of(places, sizes.steps, bench.nodes(trial.original))
-        timed, wholes = [sizes.steps], []
+        timed, nodes, wholes = [sizes.steps], [bench.nodes(trial.original)], []
         start = time.perf_counter()
         for number, kept in enumerate(_cuts(sizes, draw)):
             if number >= _FEWEST and time.perf_counter() - start > seconds:
                 break
             path = bench.cut(kept)
-            table.samples += samples_of(places, kept, bench.nodes(path))
             timed.append(kept)
+            nodes.append(bench.nodes(path))
             wholes.append(bench.beside(path))
             state.tell("profile", 0.9 * (number + 1) / _CUTS)
+        for kept, times, factor in zip(timed, nodes, steadied(nodes, wholes), strict=True):
+            table.samples += samples_of(places, kept, {name: factor * t for name, t in times.items()})
         checks = [_drawn(sizes, draw, i / _CHECKS) for i in range(_CHECKS)]
         fit_runs(table, places, np.stack(timed), wholes)
         check_runs(table, places, np.stack(checks), [bench.beside(bench.cut(kept)) for kept in checks])
@@ -145,6 +150,30 @@ def _drawn(sizes: Sizes, draw: np.random.Generator, share: float | None = None) 
 
 
 Whole = tuple[float, float]
+
+
+def steadied(nodes: Sequence[Mapping[str, float]], wholes: Sequence[Whole]) -> NDArray[np.float64]:
+    """Factors on the times of the nodes of every cut [1 + cuts] that bring their sum to what its whole run says.
+
+    A profile is written while the machine is as busy as it is; whole runs are held against the original's beside them.
+    So the profile says how the time is shared out over the nodes, and the whole run how much it is.
+
+    Args:
+        nodes: seconds by node, the original's first. wholes: seconds of whole runs of the original and of every cut.
+    """
+    sums = np.array([sum(times.values()) for times in nodes])
+    runs = np.median([before for before, _ in wholes]) * np.array([1.0, *(after / before for before, after in wholes)])
+    if not (sums > 0).all():
+        return np.ones(sums.size)
+    weight = 1.0 / runs
+    for _ in range(_ROUNDS):  # least absolute errors: profiles that were disturbed do not bend the line
+        design = np.stack([weight, sums * weight], axis=1)
+        overhead, slope = np.linalg.lstsq(design, runs * weight, rcond=None)[0]
+        off = np.abs(overhead + slope * sums - runs) / runs
+        weight = 1.0 / (runs * np.sqrt(np.maximum(off, _CLOSE)))
+    if slope <= 0:
+        return np.ones(sums.size)
+    return np.asarray(np.clip((runs - overhead) / (slope * sums), *_STEADY))
 
 
 def fit_runs(table: LatencyTable, places: Places, timed: Counts, wholes: Sequence[Whole]) -> None:

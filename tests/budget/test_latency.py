@@ -18,7 +18,7 @@ from onnxprune.budget.table import LatencyTable
 from onnxprune.errors import UsageError
 from onnxprune.passes.state import State
 from onnxprune.passes.table import latency_table, settled
-from onnxprune.passes.timing import block_levels, check_runs, fit_runs, line
+from onnxprune.passes.timing import block_levels, check_runs, fit_runs, line, steadied
 from onnxprune.runtime.device import device
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -114,6 +114,19 @@ def test_whole_runs_are_fitted_by_their_shares() -> None:
     check_runs(table, places, cuts[18:], runs[18:])
     assert [m for _, m in table.checks] == pytest.approx([seconds(sizes.steps), *map(seconds, cuts[18:])])
     assert table.error < 0.1
+
+
+def test_profiles_of_a_busy_machine_are_brought_to_whole_runs() -> None:
+    draw = np.random.default_rng(0)
+    true = draw.uniform(1e-4, 3e-4, (30, 5)) * draw.uniform(0.1, 1.0, (30, 1))
+    busy = np.where(np.arange(30) % 6 == 5, 1.6, 1.0)
+    nodes = [dict(zip("abcde", b * row, strict=True)) for b, row in zip(busy, true, strict=True)]
+    whole = true.sum(axis=1) + 5e-5
+    runs = [(2.0 * whole[0], 2.0 * w) if i % 4 == 0 else (whole[0], w) for i, w in enumerate(whole[1:])]
+    after = steadied(nodes, runs) * np.array([sum(n.values()) for n in nodes])
+    spread = after / true.sum(axis=1)
+    assert spread.std() / spread.mean() < 0.05 < 0.2 < busy.std() / busy.mean()
+    assert (steadied([{}, {}], [(1.0, 0.5)]) == 1).all()
 
 
 def test_nodes_of_one_kind_share_their_samples() -> None:
