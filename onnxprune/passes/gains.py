@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.decompose import compose
+from onnxprune.decompose.factor import Real
 from onnxprune.factors.candidates import Opened
+from onnxprune.factors.layer import Layer
 from onnxprune.factors.rewrite import composed_weight
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
@@ -19,37 +21,59 @@ from onnxprune.runtime.sessions import Feed, open_session, run
 
 # Multiply-accumulates that all measurements together may take, and samples that are enough.
 _WORK, ENOUGH, _FEWEST = 1.5e12, 64, 4
-# Share of a layer's cost at which it is tried.
-_TRIED = 0.6
+# Shares of a layer's cost at which it is tried, the first at which it loses something.
+_TRIED = (0.6, 0.3, 0.15, 0.08, 0.04, 0.02)
 # A loss that is rounding: what comes of it at the outputs tells nothing.
 _NOTHING = 1e-9
 
 
-def output_gains(model: Prepared, layers: Sequence[Opened], names: Sequence[str], feeds: Sequence[Feed]) -> list[float]:
-    """Energy of the change at the model's outputs per share of energy lost at the layer's, for every layer.
-
-    Every layer is taken apart on its own and the model run; changes count as shares of their output's variance, mean
-    over outputs. NaN where a layer cannot be taken apart or loses nothing.
+class Outputs:
+    """A model's outputs on a few samples, to hold those of changed weights against.
 
     Args:
-        model: as it is. layers: to be tried. names: of methods to try them with. feeds: a few samples.
+        model: as it is. feeds: the samples.
     """
-    before = _outputs(model, model.weights, feeds)
+
+    def __init__(self, model: Prepared, feeds: Sequence[Feed]) -> None:
+        self._model, self._feeds = model, feeds
+        self._before = self._run(model.weights)
+
+    def change(self, kernels: Sequence[tuple[Layer, Real]]) -> float:
+        """Energy of the change with these kernels in the layers' place, as a share of an output's variance, mean over
+        outputs.
+        """
+        weights = dict(self._model.weights)
+        for layer, kernel in kernels:
+            weights[layer.weight] = composed_weight(layer, kernel, weights[layer.weight])
+        return _difference(self._before, self._run(weights))
+
+    def _run(self, weights: Mapping[str, Weight]) -> list[dict[str, NDArray[np.float64]]]:
+        session = open_session(bytes(assemble(self._model.graph.proto, weights).SerializeToString()), threads=1)
+        results = (run(session, feed) for feed in self._feeds)
+        return [{n: np.asarray(v, np.float64) for n, v in r.items() if v.dtype.kind == "f"} for r in results]
+
+
+def output_gains(outputs: Outputs, layers: Sequence[Opened], names: Sequence[str]) -> list[float]:
+    """Energy of the change at the model's outputs per share of energy lost at the layer's, for every layer.
+
+    Every layer is taken apart on its own and the model run. NaN where a layer cannot be taken apart or loses nothing.
+
+    Args:
+        layers: to be tried. names: of methods to try them with.
+    """
 
     def one(opened: Opened) -> float:
-        tried = [c for n in names if not opened.refusal(n) and (c := opened.within(n, _TRIED * opened.whole, 1))]
-        if not tried:
-            return float("nan")
-        best = min(tried, key=lambda c: c.loss)
-        factors = opened.fit(best.method).factors(best.ranks)
-        shape = opened.layer.shape
-        kernel = compose(factors, shape.parts, shape.inputs)
-        lost = opened.metric.error(opened.kernel, kernel)
-        weights = dict(model.weights)
-        name = opened.layer.weight
-        weights[name] = composed_weight(opened.layer, kernel, weights[name])
-        changed = _outputs(model, weights, feeds)
-        return _difference(before, changed) / lost if lost > _NOTHING else float("nan")
+        for share in _TRIED:
+            tried = [c for n in names if not opened.refusal(n) and (c := opened.within(n, share * opened.whole, 1))]
+            if not tried:
+                break
+            best = min(tried, key=lambda c: c.loss)
+            factors = opened.fit(best.method).factors(best.ranks)
+            kernel = compose(factors, opened.layer.shape.parts, opened.layer.shape.inputs)
+            lost = opened.metric.error(opened.kernel, kernel)
+            if lost > _NOTHING:
+                return outputs.change([(opened.layer, kernel)]) / lost
+        return float("nan")
 
     return spread(one, layers)
 
@@ -59,14 +83,6 @@ def few(feeds: Sequence[Feed], work: float) -> list[Feed]:
     size = len(next(iter(feeds[0].values()))) if feeds else 1
     samples = int(np.clip(_WORK / max(work, 1.0), _FEWEST, ENOUGH))
     return list(islice(feeds, max(1, samples // max(size, 1))))
-
-
-def _outputs(
-    model: Prepared, weights: Mapping[str, Weight], feeds: Sequence[Feed]
-) -> list[dict[str, NDArray[np.float64]]]:
-    session = open_session(bytes(assemble(model.graph.proto, weights).SerializeToString()), threads=1)
-    results = (run(session, feed) for feed in feeds)
-    return [{n: np.asarray(v, np.float64) for n, v in r.items() if v.dtype.kind == "f"} for r in results]
 
 
 def _difference(

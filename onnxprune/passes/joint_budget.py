@@ -14,18 +14,20 @@ from onnxprune.factors.choose import Chosen
 from onnxprune.graph.cost import macs
 from onnxprune.passes.calls import Calls
 from onnxprune.passes.factor_work import Done, Work
-from onnxprune.passes.gains import ENOUGH, few, output_gains
+from onnxprune.passes.gains import ENOUGH, Outputs, few, output_gains
 from onnxprune.passes.layer_times import layer_latency
 from onnxprune.report.facts import Latency
 from onnxprune.runtime.parallel import spread
 
 # What is not at least this much faster is not worth a second layer.
 _FASTER = 1.03
+# A loss that may be rounding: two of those say nothing about each other.
+_ROUNDING = 1e-9
 # How often expected losses are set right by those of what was chosen.
 _CORRECTIONS = 2
-# An error is measured at the outputs with one layer changed alone; errors of many add up and saturate,
-# which a root of the figure stands for. Chosen on ResNet-20 and ResNet-56 (powers 0, 1/4, 1/2 and 1).
-_POWER = 0.25
+# An error is measured at the outputs with one layer changed alone; errors of many add up and saturate, which a root of
+# the figure stands for. The fourth root does best on residual networks, the figure itself where few layers matter much.
+_POWERS = (0.25, 1.0)
 # How often layers that turn out slower may be chosen again by another method; then they are left alone.
 _ROUNDS = 4
 # A layer's error that shows at the outputs, and how many times that of the first choice is worth a word.
@@ -52,18 +54,42 @@ class JointBudget:
         self.opened = list(work.opened.values())
         step = work.request.round_to
         self.options = spread(lambda one: list(one.choices(methods, step)), self.opened)
+        self._fresh = list(self.options)
         self._total = _cost_of(work)
-        self.gains = (
-            self._measured() if gains is None else usual([gains.get(o.layer.name, np.nan) for o in self.opened])
-        )
+        self._outputs: Outputs | None = None
+        if gains is None:
+            self._ways = self._measured()
+        else:
+            self._ways = [usual([gains.get(o.layer.name, np.nan) for o in self.opened])]
+        self.gains = self._ways[0]
         self._times: dict[Hashable, Latency | None] = {}
 
     def share_out(self, slower: frozenset[tuple[str, str]] = frozenset()) -> None:
-        """Choose. ``slower``: pairs of layer and method that brought no speed.
+        """Choose, in every way that gains may count; what changes the outputs least is kept.
+
+        Args:
+            slower: pairs of layer and method that brought no speed.
 
         Raises:
             BudgetError: no choice is cheap enough.
         """
+        found = []
+        for gains in self._ways:
+            self.gains, self.options = gains, list(self._fresh)
+            self._settle(slower)
+            found.append((self._change(), dict(self._chosen.taken), gains))
+        _, self._chosen.taken, self.gains = min(found, key=lambda way: way[0])
+        self._explain(slower)
+
+    def _change(self) -> float:
+        """What the choice does to the outputs, where they are known."""
+        if self._outputs is None or len(self._ways) < 2:
+            return 0.0
+        done = self._work.carry_out(self._chosen.taken)
+        return self._outputs.change([(d.opened.layer, d.kernel) for d in done])
+
+    def _settle(self, slower: frozenset[tuple[str, str]]) -> None:
+        """Choose, and again with what the choice really lost."""
         for _ in range(_CORRECTIONS):
             self._allocate(slower)
             self._correct()
@@ -83,17 +109,20 @@ class JointBudget:
                 hint="Take a smaller --ratio, or prune as well." + (" --untimed goes by work alone." if slower else ""),
             )
         chosen.taken = {o.layer.name: c for o, c in zip(self.opened, taken, strict=True) if c is not None}
+
+    def _explain(self, slower: frozenset[tuple[str, str]]) -> None:
+        """Say why layers stay."""
         for one in self.opened:
             name = one.layer.name
-            if name not in chosen.taken:
+            if name not in self._chosen.taken:
                 bad = sorted(m for n, m in slower if n == name)
                 why = f"no faster by {', '.join(bad)}, as measured" if bad else "others lose less for what they save"
-                chosen.left[name] = why
+                self._chosen.left[name] = why
 
     def _correct(self) -> None:
         """Losses are bounds and estimates: where a choice was carried out, its method's are scaled to what it lost."""
         for done in self._work.carry_out(self._chosen.taken):
-            scale = done.error / done.candidate.loss if done.candidate.loss > 0 else 1.0
+            scale = (done.error + _ROUNDING) / (done.candidate.loss + _ROUNDING)
             k = next(i for i, o in enumerate(self.opened) if o.layer.name == done.name)
             self.options[k] = [
                 replace(c, loss=c.loss * scale) if c.method == done.candidate.method else c for c in self.options[k]
@@ -134,17 +163,18 @@ class JointBudget:
             state = self._work.state
             state.later.append(lambda: state.report.warnings.append(text))
 
-    def _measured(self) -> Sequence[float]:
-        """What a layer's error does at the outputs: measured with data, else all alike."""
+    def _measured(self) -> list[list[float]]:
+        """What a layer's error does at the outputs, in the ways it may count: measured with data, else all alike."""
         work, state = self._work, self._work.state
         if state.data is None or state.original.loaded.size > _MEASURED or not self.opened:
-            return [1.0] * len(self.opened)
+            return [[1.0] * len(self.opened)]
         with state.stage("gains"):
             feeds = list(islice(Calls(state, state.analyzed(), ENOUGH).batches(4), ENOUGH))
             batch = max(min(s[0] for s in state.analyzed().facts.probes[0].inputs.values() if s), 1)
             runs = _macs_of(work) * len(self.opened) / batch
-            gains = output_gains(work.model, self.opened, self._methods, few(feeds, runs))
-            return usual([gain**_POWER for gain in gains])
+            self._outputs = Outputs(work.model, few(feeds, runs))
+            gains = output_gains(self._outputs, self.opened, self._methods)
+            return [usual([gain**power for gain in gains]) for power in _POWERS]
 
     def _time(self, one: Done) -> Latency | None:
         """Measured once for layers of one form and size."""

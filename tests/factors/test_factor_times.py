@@ -1,16 +1,21 @@
-"""auto goes by measured time: what brings none stays, and what that costs is said. Times are made up here."""
+"""auto goes by what is measured: time that is not won is not paid for, and losses that are rounding say nothing.
+
+Times are made up here.
+"""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from build import Net
-from planted_factors import left, run
+from planted_factors import draw, left, run
 
 from onnxprune.errors import BudgetError
+from onnxprune.factors.candidates import Candidate
 from onnxprune.passes import factorize, joint_budget
 from onnxprune.report.facts import Latency
 
@@ -65,3 +70,48 @@ def test_a_ratio_out_of_reach_without_slow_layers_is_refused(times: dict[str, fl
     times.update(dict.fromkeys(names, 0.5))
     with pytest.raises(BudgetError, match="without making layers slower: at most 0%"):
         run(net(), "auto", ratio=0.3)
+
+
+@pytest.mark.parametrize(("expected", "real", "scale"), [(0.02, 0.01, 0.5), (1e-16, 3e-30, 1.0), (1e-28, 0.3, 3e8)])
+def test_losses_are_set_right_by_what_was_lost(expected: float, real: float, scale: float) -> None:
+    """Rounding in place of rounding is no reason to believe that other ranks of the layer lose nothing."""
+    taken = Candidate("svd", (8,), 100, expected)
+    others = [Candidate("svd", (2,), 10, 0.4), Candidate("tucker", (3, 3), 30, 0.2)]
+    opened = SimpleNamespace(layer=SimpleNamespace(name="a"))
+    done = SimpleNamespace(name="a", error=real, candidate=taken)
+    budget = SimpleNamespace(
+        opened=[opened],
+        options=[others],
+        _chosen=SimpleNamespace(taken={"a": taken}),
+        _work=SimpleNamespace(carry_out=lambda _: [done]),
+    )
+    joint_budget.JointBudget._correct(budget)  # type: ignore[arg-type]
+    (svd, tucker) = budget.options[0]
+    assert svd.loss == pytest.approx(0.4 * scale, rel=1e-6)
+    assert tucker.loss == 0.2
+
+
+def test_gains_count_in_the_way_that_changes_outputs_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first way of weighing gains is not kept where another does less to the outputs."""
+    tried: list[list[float]] = []
+    settle = joint_budget.JointBudget._settle
+
+    def spy(self: Any, slower: Any) -> None:
+        tried.append(list(self.gains))
+        settle(self, slower)
+
+    monkeypatch.setattr(joint_budget.JointBudget, "_settle", spy)
+    changes = iter([0.5, 0.1])
+    monkeypatch.setattr(joint_budget.JointBudget, "_change", lambda self: next(changes))
+    chosen: list[list[float]] = []
+    explain = joint_budget.JointBudget._explain
+
+    def kept(self: Any, slower: Any) -> None:
+        chosen.append(list(self.gains))
+        explain(self, slower)
+
+    monkeypatch.setattr(joint_budget.JointBudget, "_explain", kept)
+    model = net()
+    run(model, "auto", ratio=0.3, timed=False, data=draw(model, 32))
+    assert len(tried) == 2 and tried[0] != tried[1]
+    assert chosen == [tried[1]]
