@@ -20,7 +20,8 @@ from onnxprune.graph.hoist import hoist
 from onnxprune.graph.probes import probe_shapes
 from onnxprune.graph.unshare import unshare
 from onnxprune.graph.view import Graph, Node
-from onnxprune.groups.units import Group, Units, resolve
+from onnxprune.groups.resolve import resolve
+from onnxprune.groups.units import Group, Units
 from onnxprune.labels.atoms import Barrier
 from onnxprune.labels.label import Ids, Label
 from onnxprune.model.load import Loaded, load

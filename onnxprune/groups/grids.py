@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.groups.units import Group, Units
 from onnxprune.labels.atoms import Atoms, mix
 from onnxprune.labels.label import Ids
-
-if TYPE_CHECKING:
-    from onnxprune.groups.units import Group, Units
 
 
 def views_of(atoms: Atoms, component: Ids) -> list[Ids]:

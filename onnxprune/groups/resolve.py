@@ -1,0 +1,169 @@
+"""Resolve the ledger: atoms that go together become units, units that compete become groups, grids become classes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from onnxprune.groups.grids import choose_rows, classes_of, link, views_of
+from onnxprune.groups.units import Group, Units
+from onnxprune.labels.atoms import Atoms, mix
+from onnxprune.labels.label import Ids
+
+
+def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
+    """Units and groups of a ledger, all of it vectorised over atoms; ``axis``: see ``choose_rows``."""
+    component, count = _components(atoms)
+    barrier_of = _frozen(atoms, component, count)
+    frozen = barrier_of >= 0
+    birth = np.repeat(np.arange(len(atoms.births)), [b.stop - b.start for b in atoms.births])
+    group_of = _group(component, birth, count)
+    is_row = np.zeros(count, bool)
+    for rows in atoms.rows:
+        is_row[component[rows.rows]] = True
+    group_of[frozen] = -1
+    views = views_of(atoms, component)
+    group_of, blocked = link(group_of, views, frozen)
+    touched: dict[int, list[Ids]] = defaultdict(list)
+    for view in views:
+        for g in np.unique(group_of[view]):
+            touched[int(g)].append(view)
+    groups = _groups(component, birth, group_of, is_row, touched, blocked)
+    index = np.full(int(group_of.max(initial=-1)) + 1, -1)
+    for group in groups:
+        index[group_of[group.units[0]]] = group.id
+    by_group = {int(index[g]): v for g, v in touched.items() if g >= 0}
+    if groups:
+        group_of = np.where(group_of >= 0, index[group_of], -1)
+    units = Units(component, frozen, barrier_of, group_of, groups, atoms)
+    _mark_approximate(units)
+    choose_rows(units, by_group, axis)
+    return units
+
+
+def _components(atoms: Atoms) -> tuple[Ids, int]:
+    n = atoms.count
+    if not atoms.edges or n == 0:
+        return np.arange(n), n
+    component, count = _joined(
+        n, np.concatenate([a for a, _ in atoms.edges]), np.concatenate([b for _, b in atoms.edges])
+    )
+    if not atoms.rows:
+        return component, count
+    # A row takes its cells with it, but not the other way round; what says the same is one.
+    a = np.concatenate([np.repeat(r.rows, r.cells.shape[1]) for r in atoms.rows])
+    b = np.concatenate([r.cells.ravel() for r in atoms.rows])
+    while True:
+        again, count = _joined(count, component[a], component[b], both=False)
+        component = again[component]
+        left, right = _same_rows(atoms, component)
+        if not left.size:
+            return component, count
+        again, count = _joined(count, component[left], component[right])
+        component = again[component]
+
+
+def _joined(n: int, a: Ids, b: Ids, both: bool = True) -> tuple[Ids, int]:
+    """Component [n] of every node and their number; edges from ``a`` to ``b`` lead both ways or one way only."""
+    matrix = coo_matrix((np.ones(a.size), (a.astype(np.int32), b.astype(np.int32))), shape=(n, n))
+    count, component = connected_components(matrix, directed=not both, connection="strong")
+    return component.astype(np.int64), int(count)
+
+
+def _same_rows(atoms: Atoms, component: Ids) -> tuple[Ids, Ids]:
+    """Pairs that say the same but are not yet one: a row and its only component, two rows over the same components."""
+    if not atoms.rows:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    rows = np.concatenate([r.rows for r in atoms.rows])
+    keys = np.concatenate([mix(component[r.cells]).sum(axis=1) for r in atoms.rows])
+    first = np.concatenate([r.cells[:, 0] for r in atoms.rows])
+    alone = np.concatenate([(component[r.cells] == component[r.cells[:, :1]]).all(axis=1) for r in atoms.rows])
+    _, where, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    left = np.concatenate([rows, rows[alone]])
+    right = np.concatenate([rows[where[inverse]], first[alone]])
+    new = component[left] != component[right]
+    return left[new], right[new]
+
+
+def _frozen(atoms: Atoms, component: Ids, count: int) -> Ids:
+    """First barrier of every component, -1 where none; a row whose cells are frozen is frozen with them."""
+    barrier = np.full(count, -1, dtype=np.int64)
+    for ids, why in reversed(atoms.frozen):
+        barrier[component[ids]] = why
+    changed = True
+    while changed:
+        changed = False
+        for rows in atoms.rows:
+            cells = barrier[component[rows.cells]].max(axis=1)
+            mine = component[rows.rows]
+            new = (cells >= 0) & (barrier[mine] < 0)
+            if new.any():
+                barrier[mine[new]] = cells[new]
+                changed = True
+    return barrier
+
+
+def _group(component: Ids, birth: Ids, count: int) -> Ids:
+    """Group number of every component: those born of the same axes, equally often, compete."""
+    keys = np.zeros(count, dtype=np.uint64)
+    np.add.at(keys, component, mix(birth))
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    rank = np.empty(first.size, dtype=np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(first.size)
+    return rank[inverse]
+
+
+def _groups(
+    component: Ids,
+    birth: Ids,
+    group_of: Ids,
+    is_row: NDArray[np.bool_],
+    touched: Mapping[int, list[Ids]],
+    blocked: set[int],
+) -> list[Group]:
+    count = group_of.size
+    alive = np.flatnonzero(group_of >= 0)
+    if not alive.size:
+        return []
+    order = alive[np.argsort(group_of[alive], kind="stable")]
+    first_atom = np.full(count, np.iinfo(np.int64).max)
+    np.minimum.at(first_atom, component, np.arange(component.size))
+    births_of = _births_of(group_of[component], birth)
+    groups: list[Group] = []
+    bounds = np.flatnonzero(np.diff(group_of[order], prepend=-2))
+    for start, stop in zip(bounds, [*bounds[1:], order.size], strict=True):
+        units = order[start:stop]
+        units = units[np.argsort(first_atom[units], kind="stable")]
+        number = int(group_of[units[0]])
+        views = touched.get(number)
+        classes = classes_of(units, views) if views else np.zeros(units.size, np.int64)
+        sizes = np.bincount(classes)
+        steps = int(np.gcd.reduce(sizes))
+        kind = "heads" if is_row[units].any() else "channels"
+        prunable = steps > 1 and number not in blocked
+        groups.append(Group(len(groups), units, classes, steps, kind, prunable, births=births_of[number]))
+    return groups
+
+
+def _births_of(group: Ids, birth: Ids) -> dict[int, Ids]:
+    """Births that the atoms of every group come from."""
+    count = int(birth.max(initial=0)) + 1
+    # Atoms of one birth lie together and mostly belong to one group: only where something changes is worth sorting.
+    change = np.flatnonzero(np.diff(group, prepend=-2) | np.diff(birth, prepend=-1))
+    keys = np.unique(group[change] * count + birth[change])
+    groups, births = np.divmod(keys, count)
+    cuts = np.flatnonzero(np.diff(groups)) + 1
+    return {int(g[0]): b for g, b in zip(np.split(groups, cuts), np.split(births, cuts), strict=True) if g.size}
+
+
+def _mark_approximate(units: Units) -> None:
+    for ids, why in units.atoms.approximate:
+        for number in np.unique(units.group_of[units.component[ids]]):
+            if number >= 0:
+                units.groups[number].exact = False
+                units.groups[number].barriers.append(why)
