@@ -19,8 +19,8 @@ from onnxprune.passes.layer_times import layer_latency
 from onnxprune.report.facts import Latency
 from onnxprune.runtime.parallel import spread
 
-# What is not at least this much faster is not worth a second layer.
-_FASTER = 1.03
+# A layer that is slower on its own is left alone; whether the whole gets faster is asked at the end.
+_FASTER = 1.0
 # A loss that may be rounding: two of those say nothing about each other.
 _ROUNDING = 1e-9
 # How often expected losses are set right by those of what was chosen.
@@ -32,7 +32,7 @@ _POWERS = (0.25, 1.0)
 _CLEARLY = 0.5
 # How often layers that turn out slower may be chosen again by another method; then they are left alone.
 _ROUNDS = 4
-# A layer's error that shows at the outputs, and how many times that of the first choice is worth a word.
+# A layer's error that shows at the outputs, and how many times that of the first choice is too much to pay for speed.
 _MATTERS, _MUCH = 0.05, 3.0
 # Bytes of weights up to which models are run once per layer to learn what its errors do.
 _MEASURED = 1 << 30
@@ -120,6 +120,7 @@ class JointBudget:
         """Say why layers stay."""
         for one in self.opened:
             name = one.layer.name
+            self._chosen.left.pop(name, None)
             if name not in self._chosen.taken:
                 bad = sorted(m for n, m in slower if n == name)
                 why = f"no faster by {', '.join(bad)}, as measured" if bad else "others lose less for what they save"
@@ -137,37 +138,43 @@ class JointBudget:
     def faster(self) -> list[Done]:
         """Carry out, time every layer on its own, and choose again without what brings no speed.
 
+        That goes on as long as the others need not pay much for it; whether the whole gets faster is asked elsewhere.
+
         Raises:
             BudgetError: what is left is not cheap enough.
         """
         slower: frozenset[tuple[str, str]] = frozenset()
-        errors = []
+        kept: list[list[Done]] = []
         for number in count():
             done = self._work.carry_out(self._chosen.taken)
-            errors.append(max((d.error for d in done), default=0.0))
+            if kept and _worst(done) > max(_MATTERS, _MUCH * _worst(kept[0])):
+                self._tell_price(_worst(kept[-1]), _worst(done))
+                done = kept[-1]
+                self._chosen.taken = {d.name: d.candidate for d in done}
+                self._explain(slower)
+                return done
             for one in done:
                 one.timed = self._time(one)
+            kept.append(done)
             bad = [d for d in done if d.timed is not None and d.timed.speedup < _FASTER]
             if not bad:
-                break
+                return done
             slower |= {
                 (d.name, method)
                 for d in bad
                 for method in (self._methods if number >= _ROUNDS else [d.candidate.method])
             }
             self.share_out(slower)
-        self._tell_price(errors[0], errors[-1])
-        return done
+        raise AssertionError  # pragma: no cover - count() has no end
 
-    def _tell_price(self, first: float, last: float) -> None:
-        """Warn where sparing layers that get no faster has taken much more from others."""
-        if last > max(_MATTERS, _MUCH * first):
-            text = (
-                "layers that get no faster were left alone, and others lose more for it: the largest error of a layer "
-                f"is {last:.0%} in place of {first:.1%}; --untimed goes by work alone, a smaller --ratio loses less"
-            )
-            state = self._work.state
-            state.later.append(lambda: state.report.warnings.append(text))
+    def _tell_price(self, kept: float, spared: float) -> None:
+        """Say that layers are taken apart although they get no faster on their own."""
+        text = (
+            "some layers are taken apart that get no faster on their own: without them the largest error of a layer "
+            f"would be {spared:.0%} in place of {kept:.1%}; a smaller --ratio may do without"
+        )
+        state = self._work.state
+        state.later.append(lambda: state.report.warnings.append(text))
 
     def _measured(self) -> list[list[float]]:
         """What a layer's error does at the outputs, in the ways it may count: measured with data, else all alike."""
@@ -193,6 +200,11 @@ class JointBudget:
                 work.model.graph, work.model.weights, work.shape, one.item, work.state.seed, work.state.device
             )
         return self._times[key]
+
+
+def _worst(done: Sequence[Done]) -> float:
+    """The largest error of a layer."""
+    return max((d.error for d in done), default=0.0)
 
 
 def _macs_of(work: Work) -> int:

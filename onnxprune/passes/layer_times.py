@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -20,28 +18,30 @@ from onnxprune.passes.state import State
 from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.report.facts import Latency
 from onnxprune.runtime.device import Device
-from onnxprune.runtime.latency import in_turn
+from onnxprune.runtime.latency import in_turn, latency
 from onnxprune.runtime.segments import part_model
-from onnxprune.runtime.sessions import Feed
 
 # Runs of either form, and seconds they may take together.
 _RUNS, _SECONDS = 15, 0.4
+# Runs of whole models.
+_WHOLE = 30
 
 
 def model_latency(state: State, before: Model, after: Model) -> Latency | None:
-    """Milliseconds of the fastest run of two whole models on one input; None where they are too large."""
+    """Milliseconds of two whole models on one input, medians; None where they are too large."""
     with Trial.of(state.original) as trial:
         if trial.large:
             return None
         one, _ = trial.write(*before, "before")
         other, _ = trial.write(*after, "after")
-        return _fastest(one, other, synthetic_feeds(state, state.analyzed())[:1], state.device)
+        feeds, where = synthetic_feeds(state, state.analyzed())[:1], state.device
+        return latency(one, other, feeds, runs=_WHOLE, threads=where.threads, providers=where.providers)
 
 
 def layer_latency(
     graph: Graph, weights: Mapping[str, Weight], shape: ShapeOf, item: Factorized, seed: int, where: Device
 ) -> Latency | None:
-    """Milliseconds of the fastest run of the layer and of its factors, probe sizes; None where it cannot run alone."""
+    """Milliseconds of the layer and of its factors at the probe sizes, lower quartiles; None where it cannot run."""
     layer: Layer = item.layer
     node = layer.uses[0].node
     fed = [n for n in dict.fromkeys(node.inputs) if n and n not in weights]
@@ -58,15 +58,9 @@ def layer_latency(
     replace_layers(after, own, [item])
     try:
         changed = bytes(assemble(after.proto, own).SerializeToString())
-        return _fastest(before, changed, [{fed[0]: value}], where, runs=_RUNS, budget_s=_SECONDS)
+        times = in_turn([before, changed], [{fed[0]: value}], where, runs=_RUNS, budget_s=_SECONDS)
     except ModelError:  # no kernel for this type: then nothing can be said
         return None
-
-
-def _fastest(
-    before: Path | bytes, after: Path | bytes, feeds: Sequence[Feed], where: Device, **settings: Any
-) -> Latency:
-    """The fastest run of either: other programs on the machine only ever add time, and a layer's is short."""
-    times = in_turn([before, after], feeds, where, **settings)
-    spreads = [float(np.subtract(*np.percentile(t, [75, 25]))) for t in times]
-    return Latency(min(times[0]), min(times[1]), spreads[0], spreads[1], len(times[0]), where.threads)
+    # A layer's run is short: what other programs on the machine add to some of the runs is left out.
+    (one, one_more), (other, other_more) = (np.percentile(t, [25, 75]).tolist() for t in times)
+    return Latency(one, other, one_more - one, other_more - other, len(times[0]), where.threads)
