@@ -68,7 +68,7 @@ class Factorize:
         with state.stage("factorize"):
             work = lay_open(state, self.request, self._methods(), every=self.plan is not None)
             chosen = Chosen(left=dict(work.found.left))
-            done = self._choose(work, chosen)
+            done = self._choose(state, before, work, chosen)
             if not done:
                 raise BudgetError("No layer of this model can be factorized like this.", hint=_reasons(chosen))
             after = _replaced(before, done)
@@ -109,7 +109,7 @@ class Factorize:
             return sorted({f.method for f in self.plan.factorized} & METHODS.keys())
         return AUTO if self.request.method == "auto" else (self.request.method,)
 
-    def _choose(self, work: Work, chosen: Chosen) -> list[Done]:
+    def _choose(self, state: State, before: Model, work: Work, chosen: Chosen) -> list[Done]:
         """What is taken apart, and how."""
         if self.plan is not None:
             entries = [(f.layer, f.method, tuple(f.ranks)) for f in self.plan.factorized]
@@ -121,7 +121,12 @@ class Factorize:
             joint = JointBudget(work, self._methods(), chosen, self.gains)
             joint.share_out()
             if self._timed:
-                return joint.faster()
+
+                def quick(done: Sequence[Done]) -> bool:
+                    timed = model_latency(state, before, _replaced(before, done))
+                    return timed is None or timed.speedup >= 1.0
+
+                return joint.faster(quick)
         return work.carry_out(chosen.taken)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, islice
 
@@ -34,6 +34,14 @@ _CLEARLY = 0.5
 _ROUNDS = 4
 # A layer's error that shows at the outputs, and how many times that of the first choice is too much to pay for speed.
 _MATTERS, _MUCH = 0.05, 3.0
+_TAKEN = (
+    "some layers are taken apart that get no faster on their own: without them the largest error of a layer would be "
+    "{spared:.0%} in place of {kept:.1%}; a smaller --ratio may do without"
+)
+_SPARED = (
+    "layers that get no faster are left alone, and others pay for it: the largest error of a layer is {spared:.0%} in "
+    "place of {kept:.1%}; take a smaller --ratio, or go by work alone with --untimed"
+)
 # Bytes of weights up to which models are run once per layer to learn what its errors do.
 _MEASURED = 1 << 30
 
@@ -135,29 +143,36 @@ class JointBudget:
                 replace(c, loss=c.loss * scale) if c.method == done.candidate.method else c for c in self.options[k]
             ]
 
-    def faster(self) -> list[Done]:
+    def faster(self, quick: Callable[[Sequence[Done]], bool]) -> list[Done]:
         """Carry out, time every layer on its own, and choose again without what brings no speed.
 
-        That goes on as long as the others need not pay much for it; whether the whole gets faster is asked elsewhere.
+        Where others would pay much for that, it ends as soon as the whole is faster.
+
+        Args:
+            quick: whether the whole model is faster with this done.
 
         Raises:
             BudgetError: what is left is not cheap enough.
         """
         slower: frozenset[tuple[str, str]] = frozenset()
         kept: list[list[Done]] = []
+        cheap: list[Done] | None = None
         for number in count():
             done = self._work.carry_out(self._chosen.taken)
-            if kept and _worst(done) > max(_MATTERS, _MUCH * _worst(kept[0])):
-                self._tell_price(_worst(kept[-1]), _worst(done))
-                done = kept[-1]
-                self._chosen.taken = {d.name: d.candidate for d in done}
-                self._explain(slower)
-                return done
+            if cheap is None and kept and _worst(done) > max(_MATTERS, _MUCH * _worst(kept[0])):
+                cheap = kept[-1]
+                if quick(cheap):
+                    self._say(_TAKEN.format(spared=_worst(done), kept=_worst(cheap)))
+                    self._chosen.taken = {d.name: d.candidate for d in cheap}
+                    self._explain(slower)
+                    return cheap
             for one in done:
                 one.timed = self._time(one)
             kept.append(done)
             bad = [d for d in done if d.timed is not None and d.timed.speedup < _FASTER]
             if not bad:
+                if cheap is not None:
+                    self._say(_SPARED.format(spared=_worst(done), kept=_worst(cheap)))
                 return done
             slower |= {
                 (d.name, method)
@@ -167,12 +182,7 @@ class JointBudget:
             self.share_out(slower)
         raise AssertionError  # pragma: no cover - count() has no end
 
-    def _tell_price(self, kept: float, spared: float) -> None:
-        """Say that layers are taken apart although they get no faster on their own."""
-        text = (
-            "some layers are taken apart that get no faster on their own: without them the largest error of a layer "
-            f"would be {spared:.0%} in place of {kept:.1%}; a smaller --ratio may do without"
-        )
+    def _say(self, text: str) -> None:
         state = self._work.state
         state.later.append(lambda: state.report.warnings.append(text))
 

@@ -71,6 +71,19 @@ def test_what_others_would_pay_too_much_for_is_taken_apart_and_said(times: dict[
     assert "get no faster on their own" in said and "in place of 0.0%" in said
 
 
+def test_sparing_goes_on_while_the_whole_is_slower(times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then others pay, and the price is said."""
+    (first,) = [f.name for f in run(net(), "auto", ratio=0.3).report.factorized if f.method]
+    times[first] = 0.99
+    whole = iter([0.9, 2.0])
+    monkeypatch.setattr(factorize, "model_latency", lambda *_: Latency(1.0, 1.0 / next(whole), 0.0, 0.0, 15, 2))
+    slow = run(net(), "auto", ratio=0.3)
+    (other,) = [f for f in slow.report.factorized if f.method]
+    assert other.name != first and "no faster by" in left(slow)[first]
+    (said,) = slow.report.warnings
+    assert f"is {other.error:.0%} in place of 0.0%" in said and "others pay for it" in said
+
+
 def test_a_whole_that_gets_no_faster_is_refused(times: dict[str, float]) -> None:
     times[""] = 0.9
     with pytest.raises(BudgetError, match=r"no faster here: 1 ms before, 1\.11 ms after"):
