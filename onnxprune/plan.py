@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onnxprune import documents
 from onnxprune.errors import UsageError
 
 VERSION = 1
@@ -68,15 +69,7 @@ class Plan:
         Raises:
             UsageError: the file cannot be written.
         """
-        text = _lines(self.to_dict())
-        target = Path(path)
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UsageError(f"Cannot write the plan to {str(path)!r}: {error.strerror}.") from None
+        documents.write(Path(path), _lines(self.to_dict()), "the plan")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -85,17 +78,8 @@ class Plan:
         Raises:
             UsageError: missing, not JSON, or not a plan of this version.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UsageError(f"No such plan file: {str(path)!r}.") from None
-        except OSError as error:
-            raise UsageError(f"Cannot read the plan {str(path)!r}: {error.strerror}.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"{str(path)!r} is not JSON: {error}.", hint="Write a plan with --plan to see the form."
-            ) from None
-        return cls.from_dict(data)
+        form = "Write a plan with --plan to see the form."
+        return cls.from_dict(documents.read_json(Path(path), "the plan", "plan file", hint=form))
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:

@@ -15,7 +15,7 @@ ROOT = Path(onnxprune.__file__).parent
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60
 
 STAGES = [
-    {"errors", "garbage", "report.facts", "plugins"},
+    {"errors", "documents", "garbage", "report.facts", "plugins"},
     {"graph", "model"},
     {"labels"},
     {"contractions"},

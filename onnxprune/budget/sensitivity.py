@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune import documents
 from onnxprune.errors import UsageError
 
 VERSION = 1
@@ -71,14 +72,7 @@ class Sensitivity:
         data = asdict(self)
         lines = ",\n  ".join(json.dumps(curve) for curve in data.pop("curves"))
         head = json.dumps({"version": VERSION, **data})
-        target = Path(path)
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            temporary.write_text(f'{head[:-1]},\n "curves": [\n  {lines}\n ]}}\n', encoding="utf-8")
-            temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UsageError(f"Cannot write the sensitivities to {str(path)!r}: {error.strerror}.") from None
+        documents.write(Path(path), f'{head[:-1]},\n "curves": [\n  {lines}\n ]}}\n', "the sensitivities")
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
@@ -88,14 +82,8 @@ class Sensitivity:
             UsageError: missing, not JSON, or not sensitivities of this version.
         """
         hint = "'onnxprune sensitivity MODEL --data D -o FILE' writes one."
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UsageError(f"No such file of sensitivities: {str(path)!r}.", hint=hint) from None
-        except OSError as error:
-            raise UsageError(f"Cannot read the sensitivities {str(path)!r}: {error.strerror}.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{str(path)!r} is not JSON: {error}.", hint=hint) from None
+        kind = "file of sensitivities"
+        data = documents.read_json(Path(path), "the sensitivities", kind, missing=hint, hint=hint)
         if not isinstance(data, Mapping) or not isinstance(data.get("curves"), list):
             raise UsageError(f"{str(path)!r} holds no sensitivities: it has no 'curves'.", hint=hint)
         if data.get("version") != VERSION:

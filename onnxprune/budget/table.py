@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from onnxprune import documents
 from onnxprune.errors import UsageError
 
 VERSION = 2
@@ -59,14 +60,7 @@ class LatencyTable:
             nodes.setdefault(node, []).append([reads, makes, float(f"{seconds:.4g}")])
         head = json.dumps({"version": VERSION, **{k: v for k, v in data.items() if v is not None}})
         body = ",\n ".join(f"{json.dumps(node)}: {json.dumps(found)}" for node, found in nodes.items())
-        target = Path(path)
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            temporary.write_text(f'{head[:-1]},\n"nodes": {{{body}}}}}\n', encoding="utf-8")
-            temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UsageError(f"Cannot write the latency table to {str(path)!r}: {error.strerror}.") from None
+        documents.write(Path(path), f'{head[:-1]},\n"nodes": {{{body}}}}}\n', "the latency table")
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
@@ -76,14 +70,7 @@ class LatencyTable:
             UsageError: missing, not JSON, or not a table of this version.
         """
         hint = "'onnxprune profile MODEL -o FILE' writes one."
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UsageError(f"No such latency table: {str(path)!r}.", hint=hint) from None
-        except OSError as error:
-            raise UsageError(f"Cannot read the latency table {str(path)!r}: {error.strerror}.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{str(path)!r} is not JSON: {error}.", hint=hint) from None
+        data = documents.read_json(Path(path), "the latency table", "latency table", missing=hint, hint=hint)
         if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), Mapping):
             raise UsageError(f"{str(path)!r} is not a latency table: it has no 'nodes'.", hint=hint)
         if data.get("version") != VERSION:

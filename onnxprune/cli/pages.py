@@ -16,14 +16,3 @@ def check(model: Path, *targets: Path | None) -> None:
         raise UsageError("two outputs are the same file", hint="Give different paths.")
     for target in given:
         check_output(target, model)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; raises UsageError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UsageError(f"Cannot write {str(path)!r}: {error.strerror}.") from None

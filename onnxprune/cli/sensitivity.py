@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.text import Text
 
+from onnxprune import documents
 from onnxprune.cli import options, pages, shared_options
 from onnxprune.cli.data_options import DataOptions, data_options
 from onnxprune.cli.layout import HeadedCommand, option
@@ -114,7 +115,7 @@ def sensitivity(screen: Screen, /, as_json: bool, quiet: bool, verbose: int, **v
     if request.output is not None:
         found.save(request.output)
     if request.html is not None:
-        pages.write(request.html, sensitivities.page(facts, request.model.name))
+        documents.write(request.html, sensitivities.page(facts, request.model.name))
     written = [("wrote     ", path) for path in (request.output, request.html) if path is not None]
     if screen.as_json:
         screen.emit({**facts, "model": str(request.model)})

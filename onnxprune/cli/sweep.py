@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.text import Text
 
+from onnxprune import documents
 from onnxprune.cli import options, pages, shared_options
 from onnxprune.cli.data_options import DataOptions, data_options
 from onnxprune.cli.device_options import DeviceOptions, device_options
@@ -138,7 +139,7 @@ def sweep(screen: Screen, /, as_json: bool, quiet: bool, verbose: int, **values:
             progress=progress,
         )
     if request.html is not None:
-        pages.write(request.html, frontier.page(found))
+        documents.write(request.html, frontier.page(found))
     if screen.as_json:
         screen.emit(plain(asdict(found)))
     written = [path for path in (request.models, request.html) if path is not None]

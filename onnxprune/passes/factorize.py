@@ -22,7 +22,7 @@ from onnxprune.passes.prepared import Model, Prepared
 from onnxprune.passes.products import check_products
 from onnxprune.passes.state import State
 from onnxprune.plan import Plan, PlanFactors
-from onnxprune.report.facts import Exactness
+from onnxprune.report.facts import Exactness, Latency
 from onnxprune.runtime.parallel import spread
 
 
@@ -123,8 +123,7 @@ class Factorize:
             if self._timed:
 
                 def quick(done: Sequence[Done]) -> bool:
-                    timed = model_latency(state, before, _replaced(before, done))
-                    return timed is None or timed.speedup >= 1.0
+                    return not _slower(model_latency(state, before, _replaced(before, done)))
 
                 return joint.faster(quick)
         return work.carry_out(chosen.taken)
@@ -136,6 +135,11 @@ def _replaced(before: Model, done: Sequence[Done]) -> Model:
     return target.model()
 
 
+def _slower(timed: Latency | None) -> bool:
+    """Whether the whole model lost speed, where that could be measured."""
+    return timed is not None and timed.speedup < 1.0
+
+
 def _require_speed(state: State, before: Model, after: Model) -> None:
     """Layers that are faster on their own may not be so together: what stands between them was fused before.
 
@@ -143,7 +147,7 @@ def _require_speed(state: State, before: Model, after: Model) -> None:
         BudgetError: the whole is no faster.
     """
     timed = model_latency(state, before, after)
-    if timed is not None and timed.speedup < 1.0:
+    if timed is not None and _slower(timed):
         raise BudgetError(
             f"The factorized model is no faster here: {timed.before_ms:.3g} ms before, {timed.after_ms:.3g} ms after.",
             hint="Nothing was changed. Take another --ratio, prune instead, or go by work alone with --untimed.",

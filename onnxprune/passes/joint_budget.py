@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count, islice
+from itertools import islice
 
 import numpy as np
 
@@ -99,8 +99,7 @@ class JointBudget:
         """What the choice does to the outputs, where they are known."""
         if self._outputs is None or len(self._ways) < 2:
             return 0.0
-        done = self._work.carry_out(self._chosen.taken)
-        return self._outputs.change([(d.opened.layer, d.kernel) for d in done])
+        return self._outputs.change([(d.opened.layer, d.kernel) for d in self._carried_out()])
 
     def _settle(self, slower: frozenset[tuple[str, str]]) -> None:
         """Choose, and again with what the choice really lost."""
@@ -155,32 +154,35 @@ class JointBudget:
             BudgetError: what is left is not cheap enough.
         """
         slower: frozenset[tuple[str, str]] = frozenset()
-        kept: list[list[Done]] = []
         cheap: list[Done] | None = None
-        for number in count():
-            done = self._work.carry_out(self._chosen.taken)
-            if cheap is None and kept and _worst(done) > max(_MATTERS, _MUCH * _worst(kept[0])):
-                cheap = kept[-1]
+        done = self._carried_out()
+        bearable = max(_MATTERS, _MUCH * _worst(done))
+        rounds = 0
+        while slow := self._slow(done):
+            methods = self._methods if rounds >= _ROUNDS else ()
+            slower |= {(d.name, method) for d in slow for method in (methods or (d.candidate.method,))}
+            rounds += 1
+            self.share_out(slower)
+            before, done = done, self._carried_out()
+            if cheap is None and _worst(done) > bearable:
+                cheap = before
                 if quick(cheap):
                     self._say(_TAKEN.format(spared=_worst(done), kept=_worst(cheap)))
                     self._chosen.taken = {d.name: d.candidate for d in cheap}
                     self._explain(slower)
                     return cheap
-            for one in done:
-                one.timed = self._time(one)
-            kept.append(done)
-            bad = [d for d in done if d.timed is not None and d.timed.speedup < _FASTER]
-            if not bad:
-                if cheap is not None:
-                    self._say(_SPARED.format(spared=_worst(done), kept=_worst(cheap)))
-                return done
-            slower |= {
-                (d.name, method)
-                for d in bad
-                for method in (self._methods if number >= _ROUNDS else [d.candidate.method])
-            }
-            self.share_out(slower)
-        raise AssertionError  # pragma: no cover - count() has no end
+        if cheap is not None:
+            self._say(_SPARED.format(spared=_worst(done), kept=_worst(cheap)))
+        return done
+
+    def _carried_out(self) -> list[Done]:
+        return self._work.carry_out(self._chosen.taken)
+
+    def _slow(self, done: Sequence[Done]) -> list[Done]:
+        """Those that are slower on their own, as timed now."""
+        for one in done:
+            one.timed = self._time(one)
+        return [d for d in done if d.timed is not None and d.timed.speedup < _FASTER]
 
     def _say(self, text: str) -> None:
         state = self._work.state

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import onnx
 
 from onnxprune import __version__
-from onnxprune.errors import UsageError
 from onnxprune.model.weights import Weight
 from onnxprune.recover.solve import Solution
+from onnxprune.runtime.checkpoint import UNUSABLE, make_folder, write_arrays
 from onnxprune.runtime.sessions import Feed
 
 FORMAT = 1
 """Raised whenever layers are fitted in another way."""
-_CANNOT = "Give a folder that can be written, with space for the weights."
 
 Fitted = tuple[Solution, tuple[int, int, int]]
 """A layer's new weights, and the rows, unknowns and directions they were fitted from."""
@@ -38,17 +35,11 @@ class Kept:
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder = folder / f"repair-{hashlib.sha256(f'{__version__}:{FORMAT}:{key}'.encode()).hexdigest()[:32]}"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--cache {str(folder)!r} cannot be made: {error.strerror}", hint=_CANNOT) from error
+        make_folder(self._folder)
 
     def load(self, level: int, layers: Sequence[str]) -> list[Fitted] | None:
         """The solutions of these layers; None where they are not there."""
-        path = self._path(level)
-        if not path.exists():
-            return None
-        with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(path, allow_pickle=False) as file:
+        with suppress(*UNUSABLE), np.load(self._path(level), allow_pickle=False) as file:
             if list(file["layers"]) == list(layers):
                 return [_read(file, i) for i in range(len(layers))]
         return None
@@ -60,15 +51,7 @@ class Kept:
             numbers = [solution.before, solution.after, np.nan if solution.ridge is None else solution.ridge]
             values = (solution.matrix, solution.bias, np.asarray(numbers), np.asarray(solution.how), np.asarray(extent))
             arrays |= {f"{i}.{name}": value for name, value in zip(_PARTS, values, strict=True)}
-        path = self._path(level)
-        waiting = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
-        try:
-            np.savez(waiting, **arrays)  # type: ignore[arg-type]
-            waiting.replace(path)
-        except OSError as error:
-            raise UsageError(f"--cache {str(path)!r} cannot be written: {error.strerror}", hint=_CANNOT) from error
-        finally:
-            waiting.unlink(missing_ok=True)
+        write_arrays(self._path(level), arrays)
 
     def _path(self, level: int) -> Path:
         return self._folder / f"{level}.npz"

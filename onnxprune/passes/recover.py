@@ -120,9 +120,10 @@ class Recover:
     def _best(self, state: State, given: Material, before: Model) -> _Attempt:
         """The last attempt that makes nothing worse, or the first that is exact."""
         analysis, best = state.analyzed(), None
+        key = self._key(state, before, given)
         for restate in _ways(self.mode, analysis):
             prepared = Prepared(*before)
-            kept = self._kept(state, before, given, restate)
+            kept = Kept(state.cache, f"{restate} {key}") if state.cache is not None and key else None
             with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
                 repairs, left = self._repair(state, prepared, given.fit, Path(folder), restate, kept)
             model = prepared.model() if any(r.done for r in repairs) else None
@@ -136,12 +137,12 @@ class Recover:
         assert best is not None
         return best
 
-    def _kept(self, state: State, before: Model, given: Material, restate: bool) -> Kept | None:
-        """Where fitted layers are kept, if they are."""
+    def _key(self, state: State, before: Model, given: Material) -> str:
+        """Everything that fitted layers depend on; empty where they are not kept."""
         if state.cache is None or self.near:
-            return None
-        settings = state.analyzed().loaded.sha256, self.mode, self.symmetric, restate, state.factorized
-        return Kept(state.cache, f"{settings} {print_of(*before, given.fit)}")
+            return ""
+        settings = state.analyzed().loaded.sha256, self.mode, self.symmetric, state.factorized
+        return f"{settings} {print_of(*before, given.fit)}"
 
     def _repair(
         self,

@@ -48,7 +48,7 @@ class Search:
 
     def __init__(self, state: State, wishes: Wishes, prune: Prune, mode: str) -> None:
         self.state, self.wishes, self.prune, self.mode = state, wishes, prune, mode
-        self._mixtures: dict[int, Mixture] = {}
+        self._mixed: Mixture | None = None
 
     def __call__(self, before: float) -> Found:
         """The best within the targets and gates; ``before``: the original's points.
@@ -144,11 +144,11 @@ class Search:
         """What takes layers apart as well, where that was asked for; opened once per problem."""
         if not self.wishes.factorize:
             return None
-        if id(problem) not in self._mixtures:
+        if self._mixed is None or self._mixed.problem is not problem:
             options = self.prune.request
             own: FactorOptions = {"include": options.include, "exclude": options.exclude, "round_to": options.round_to}
-            self._mixtures[id(problem)] = Mixture(self.state, problem, own)
-        return self._mixtures[id(problem)]
+            self._mixed = Mixture(self.state, problem, own)
+        return self._mixed
 
     def _attempt(self, problem: Problem, answer: Answer, samples: int | None) -> Attempt:
         mode = self.mode if answer.removed.any() or answer.apart is not None else "none"

@@ -20,6 +20,10 @@ FORMAT = 3
 """Raised whenever statistics are measured in another way, so that what an older package left is not gone on from."""
 
 
+UNUSABLE = (OSError, ValueError, KeyError, EOFError, BadZipFile)
+"""What reading a file of arrays raises where it is missing or damaged, or holds something else."""
+
+
 class Checkpoint:
     """One file per set of statistics, named by a hash of the model, the data, what is asked of them, and the package.
 
@@ -31,12 +35,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"--cache {str(folder)!r} cannot be made: {error.strerror}", hint="Give a folder that can be written."
-            ) from error
+        make_folder(folder)
         self._folder, self._key = folder, key
 
     def at(self, batch_size: int) -> Checkpoint:
@@ -49,10 +48,7 @@ class Checkpoint:
 
     def load(self, statistics: Mapping[str, Statistic]) -> tuple[int, int]:
         """Fill the statistics from the file. Returns (batches, samples) they hold; (0, 0) without a usable file."""
-        path = self._path(statistics)
-        if not path.exists():
-            return 0, 0
-        with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(path, allow_pickle=False) as file:
+        with suppress(*UNUSABLE), np.load(self._path(statistics), allow_pickle=False) as file:
             states: dict[str, dict[str, Any]] = {name: {} for name in statistics}
             for entry in file.files:
                 if "|" in entry:
@@ -68,14 +64,28 @@ class Checkpoint:
         """Write the file, replacing the one before at once."""
         path = self._path(statistics)
         arrays = {f"{name}|{part}": a for name, s in statistics.items() for part, a in s.state.items()}
-        waiting = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
-        try:
-            np.savez(waiting, batches=np.int64(batches), samples=np.int64(samples), **arrays)  # type: ignore[arg-type]
-            waiting.replace(path)
-        except OSError as error:
-            raise UsageError(
-                f"--cache {str(self._folder)!r} cannot be written: {error.strerror}",
-                hint="Free space, or drop --cache.",
-            ) from error
-        finally:
-            waiting.unlink(missing_ok=True)
+        write_arrays(path, {"batches": np.int64(batches), "samples": np.int64(samples), **arrays})
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to keep things in; raises UsageError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--cache {str(folder)!r} cannot be made: {error.strerror}", hint="Give a folder that can be written."
+        ) from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as a file, replacing the one before at once; raises UsageError where it cannot be written."""
+    waiting = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
+    try:
+        np.savez(waiting, **arrays)
+        waiting.replace(path)
+    except OSError as error:
+        raise UsageError(
+            f"--cache {str(path.parent)!r} cannot be written: {error.strerror}", hint="Free space, or drop --cache."
+        ) from error
+    finally:
+        waiting.unlink(missing_ok=True)

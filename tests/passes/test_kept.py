@@ -13,7 +13,6 @@ from build import Net
 
 import onnxprune as op
 from onnxprune.errors import UsageError
-from onnxprune.passes import kept
 from onnxprune.passes import recover as module
 
 
@@ -96,7 +95,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: py
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kept.np, "savez", full)
+    monkeypatch.setattr(np, "savez", full)
     with pytest.raises(UsageError, match="cannot be written: No space left"):
         pruned(tmp_path / "kept", criterion="l2")
     (tmp_path / "file").write_text("")
