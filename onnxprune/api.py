@@ -12,7 +12,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.request import Options as FactorOptions
-from onnxprune.passes import Adopt, Budget, Exact, Factorize, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.passes import Adopt, Budget, Exact, Factorize, Flush, Pipeline, Prune, Recover, Result, Validate
 from onnxprune.passes.material import no_data
 from onnxprune.passes.recover import check_mode, settle_mode
 from onnxprune.passes.state import Progress
@@ -90,7 +90,7 @@ def _stages(cut: Any, way: tuple[str, str], validate: bool, timed: bool) -> list
     factors = [Factorize(plan=cut.plan, check=validate)] if isinstance(cut, Prune) and _factorizes(cut.plan) else []
     exact = [Exact()] if validate and (way[0] != "none" or factors or isinstance(cut, Budget)) else []
     repair = [] if isinstance(cut, Budget) else [Recover(way[0], why=way[1])]
-    return [cut, *exact, *factors, *repair, Validate(exact=validate, faithful=validate, timed=timed)]
+    return [cut, Flush(), *exact, *factors, *repair, Validate(exact=validate, faithful=validate, timed=timed)]
 
 
 def _factorizes(plan: Plan | None) -> bool:
@@ -154,7 +154,9 @@ def repair(
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
-    return Pipeline([take, Recover(recover), check]).run(original, input_shapes=input_shapes, **reading, **running)
+    return Pipeline([take, Flush(), Recover(recover), check]).run(
+        original, input_shapes=input_shapes, **reading, **running
+    )
 
 
 def factorize(
@@ -204,7 +206,9 @@ def factorize(
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
-    return Pipeline([take, Recover(mode, why=why), check]).run(model, input_shapes=input_shapes, **reading, **running)
+    return Pipeline([Flush(), take, Recover(mode, why=why), check]).run(
+        model, input_shapes=input_shapes, **reading, **running
+    )
 
 
 def analyze(

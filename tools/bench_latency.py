@@ -7,7 +7,8 @@ python tools/bench_latency.py TRAINED/models --why                and where the 
 A model counts as convolutional when convolutions do most of its MACs. Original and cut model run in turn in onnxruntime
 with its default optimisations, on inputs of the sizes that the analysis chose for dynamic dimensions. With one thread
 (the default) the time is that which the thread works, so that other programs on the machine disturb least; with more it
-is the clock's. The figure of a model is (median before / median after) / (MACs before / MACs after).
+is the clock's. The figure of a model is (median before / median after) / (MACs before / MACs after). A cut model's
+subnormal weights are 0, as in every result; a model that has such is marked with a star.
 
 ``--why`` adds three columns: the share of the original's time that its convolutions take (of the sum over its nodes, by
 onnxruntime's profiler), how much faster these alone became, and the reduction in MACs as wide vector units see it, with
@@ -86,12 +87,12 @@ def run_task(task: Task) -> dict[str, Any]:
     from bench.onnxprune_run import feed_for
 
     from onnxprune import Pipeline, errors
-    from onnxprune.passes import Prune, State
+    from onnxprune.passes import Flush, Prune, State
     from onnxprune.runtime.latency import latency
 
     states: list[State] = []
     try:
-        passes = [Prune(ratio=task.ratio, round_to=task.round_to), states.append]
+        passes = [Prune(ratio=task.ratio, round_to=task.round_to), Flush(), states.append]
         result = Pipeline(passes).run(task.path)
     except errors.OnnxpruneError as error:
         return {"status": "left" if error.exit_code == 5 else "failed", "message": str(error).split("\n")[0]}
@@ -118,7 +119,7 @@ def run_task(task: Task) -> dict[str, Any]:
     speedup = times["before_ms"] / times["after_ms"]
     removed = 1 - totals.params_after / max(1, totals.params_before)
     figures = {"reduction": reduction, "speedup": speedup, "figure": speedup / reduction, "removed": removed}
-    return record | {"status": "ok", **figures, **times, **why}
+    return record | {"status": "ok", **figures, "flushed": result.report.flushed, **times, **why}
 
 
 def show(records: list[dict[str, Any]]) -> int:
@@ -146,7 +147,7 @@ def show(records: list[dict[str, Any]]) -> int:
         spread = f"{r['before_spread_ms'] / r['before_ms']:.0%} {r['after_spread_ms'] / r['after_ms']:.0%}"
         times = [f"{r['before_ms']:.3f}", f"{r['after_ms']:.3f}", spread]
         table.add_row(
-            r["model"],
+            r["model"] + (" *" if r["flushed"] else ""),
             f"{r['macs'] / 1e6:.1f}",
             *times,
             f"{r['speedup']:.2f}",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from onnxprune import documents
 from onnxprune.errors import UsageError
 
-VERSION = 2
+VERSION = 3
 
 
 class Sample(NamedTuple):

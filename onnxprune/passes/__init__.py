@@ -4,6 +4,7 @@ from onnxprune.passes.adopt import Adopt
 from onnxprune.passes.budget import Budget
 from onnxprune.passes.exact import Exact
 from onnxprune.passes.factorize import Factorize
+from onnxprune.passes.flush import Flush
 from onnxprune.passes.pipeline import Pipeline
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.recover import Recover
@@ -16,6 +17,7 @@ __all__ = [
     "Budget",
     "Exact",
     "Factorize",
+    "Flush",
     "Pass",
     "Pipeline",
     "Prune",

@@ -19,6 +19,7 @@ from onnxprune.budget.table import LatencyTable
 from onnxprune.budget.target import Target
 from onnxprune.passes.attempt import Attempt
 from onnxprune.passes.factorize import Factorize
+from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.pressure import SAFE, Pressure
 from onnxprune.passes.select import Selector
@@ -216,7 +217,7 @@ class Problem:
             found["macs"] = float(macs_after(self.analysis, removed))
         if found.keys() & {"params", "size", "latency"}:
             with Trial.of(self.analysis) as trial:
-                proto, weights = cut_model(self.analysis, removed)
+                proto, weights = flush(cut_model(self.analysis, removed))[0]
                 path, size = trial.write(proto, weights, "measured")
                 counted = {"size": size, "params": sum(int(np.prod(w.shape)) for w in weights.values())}
                 found |= {k: float(v) for k, v in counted.items() if k in found}

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from onnxprune.passes.exact import Exact
 from onnxprune.passes.factorize import Factorize
+from onnxprune.passes.flush import Flush
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.recover import Recover
 from onnxprune.passes.state import Pass
@@ -19,6 +20,7 @@ _BUILT_IN: dict[str, Pass | type[Pass]] = {
     "prune": Prune,
     "factorize": Factorize,
     "exact": Exact,
+    "flush": Flush,
     "recover": Recover,
     "validate": Validate,
 }

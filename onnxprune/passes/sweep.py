@@ -10,6 +10,7 @@ from onnxprune.budget.target import Target
 from onnxprune.errors import BudgetError
 from onnxprune.passes.attempt import Attempt, of_original
 from onnxprune.passes.budget import Budget
+from onnxprune.passes.flush import flush
 from onnxprune.passes.measure import said
 from onnxprune.passes.problem import Answer
 from onnxprune.passes.search import Search
@@ -58,7 +59,8 @@ def sweep(
             facts.what = said(metric, found.final.quality.fidelity)
             own = found.final.state
             assert own.proto is not None
-            files.append(trial.write(own.proto, own.weights, f"sweep{number}")[0])
+            small, _ = flush((own.proto, own.weights))
+            files.append(trial.write(*small, f"sweep{number}")[0])
             if folder is not None:
                 point.file = str(_keep(files[-1], folder, trial.original.stem, share))
             facts.points.append(point)

@@ -14,6 +14,7 @@ from onnxprune.budget.latency import Latency, Places, samples_of
 from onnxprune.budget.sizes import Counts, Sizes
 from onnxprune.budget.table import LatencyTable
 from onnxprune.errors import ModelError
+from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.state import State
 from onnxprune.passes.trial import Trial, timing_feed
@@ -66,19 +67,20 @@ def measure_table(state: State, analysis: Analysis, sizes: Sizes, *, seconds: fl
         bench = Bench(analysis, sizes, state.device, feed, trial)
         shapes = {name: list(value.shape) for name, value in feed.items()}
         table = LatencyTable(analysis.loaded.sha256, dict(state.device.facts()), shapes, 0.0)
-        timed, nodes, wholes = [sizes.steps], [bench.nodes(trial.original)], []
+        timed, nodes, wholes = [], [], []
         start = time.perf_counter()
-        for number, kept in enumerate(_cuts(sizes, draw)):
-            if number >= _FEWEST and time.perf_counter() - start > seconds:
+        # The first cut removes nothing: the original but for what every result is spared, such as subnormal weights.
+        for number, kept in enumerate((sizes.steps, *_cuts(sizes, draw))):
+            if number > _FEWEST and time.perf_counter() - start > seconds:
                 break
             path = bench.cut(kept)
             timed.append(kept)
             nodes.append(bench.nodes(path))
             wholes.append(bench.beside(path))
-            state.tell("profile", 0.9 * (number + 1) / _CUTS)
+            state.tell("profile", 0.9 * number / _CUTS)
         for kept, times, factor in zip(timed, nodes, steadied(nodes, wholes), strict=True):
             table.samples += samples_of(places, kept, {name: factor * t for name, t in times.items()})
-        checks = [_drawn(sizes, draw, i / _CHECKS) for i in range(_CHECKS)]
+        checks = [sizes.steps, *(_drawn(sizes, draw, i / _CHECKS) for i in range(_CHECKS))]
         fit_runs(table, places, np.stack(timed), wholes)
         check_runs(table, places, np.stack(checks), [bench.beside(bench.cut(kept)) for kept in checks])
     return table
@@ -95,7 +97,7 @@ class Bench:
     def cut(self, kept: Counts, stem: str = "timed") -> Path:
         """The model cut to counts [groups], whichever units go."""
         removed = removal(self._analysis, self._sizes, kept)
-        return self._trial.write(*cut_model(self._analysis, removed), stem)[0]
+        return self._trial.write(*flush(cut_model(self._analysis, removed))[0], stem)[0]
 
     def nodes(self, path: Path) -> dict[str, float]:
         """Seconds of the original's nodes in a cut of it."""
@@ -153,16 +155,16 @@ Whole = tuple[float, float]
 
 
 def steadied(nodes: Sequence[Mapping[str, float]], wholes: Sequence[Whole]) -> NDArray[np.float64]:
-    """Factors on the times of the nodes of every cut [1 + cuts] that bring their sum to what its whole run says.
+    """Factors on the times of the nodes of every cut [cuts] that bring their sum to what its whole run says.
 
     A profile is written while the machine is as busy as it is; whole runs are held against the original's beside them.
     So the profile says how the time is shared out over the nodes, and the whole run how much it is.
 
     Args:
-        nodes: seconds by node, the original's first. wholes: seconds of whole runs of the original and of every cut.
+        nodes: seconds by node. wholes: seconds of whole runs of the original and of every cut.
     """
     sums = np.array([sum(times.values()) for times in nodes])
-    runs = np.median([before for before, _ in wholes]) * np.array([1.0, *(after / before for before, after in wholes)])
+    runs = np.median([before for before, _ in wholes]) * np.array([after / before for before, after in wholes])
     if not (sums > 0).all():
         return np.ones(sums.size)
     weight = 1.0 / runs
@@ -180,18 +182,18 @@ def fit_runs(table: LatencyTable, places: Places, timed: Counts, wholes: Sequenc
     """Fit what a run takes besides its nodes.
 
     Args:
-        timed: counts [1 + cuts, groups] whose nodes were timed, the original's first. wholes: seconds of whole runs of
-            the original and of every cut. Of each the share counts: how busy the machine is changes both alike.
+        timed: counts [cuts, groups] whose nodes were timed. wholes: seconds of whole runs of the original and of every
+            cut. Of each the share counts: how busy the machine is changes both alike.
     """
     table.seconds = float(np.median([before for before, _ in wholes]))
-    shares = np.array([1.0, *(after / before for before, after in wholes)])
+    shares = np.array([after / before for before, after in wholes])
     table.overhead, table.slope = line(Latency(places, table).rows(timed)[:, 0], shares * table.seconds)
 
 
 def check_runs(table: LatencyTable, places: Places, cuts: Counts, wholes: Sequence[Whole]) -> None:
     """Hold predictions against whole runs of cuts [cuts, groups] not measured before."""
-    predicted = Latency(places, table).rows(np.stack([places.sizes.steps, *cuts]))[:, 0]
-    shares = np.array([1.0, *(after / before for before, after in wholes)])
+    predicted = Latency(places, table).rows(cuts)[:, 0]
+    shares = np.array([after / before for before, after in wholes])
     table.checks = list(zip(predicted.tolist(), (shares * table.seconds).tolist(), strict=True))
 
 

@@ -299,6 +299,8 @@ class Report:
     """What became of every layer that a factorization looked at; empty where none was asked for."""
     product: Exactness | None = None
     """Whether factorized layers compute the product of their weights; None where there are none."""
+    flushed: int = 0
+    """Values of weights that were subnormal and are 0 now."""
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 

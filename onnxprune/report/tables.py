@@ -134,6 +134,16 @@ def latency_note(latency: Latency | None) -> Text | None:
     )
 
 
+def flushed(values: int) -> list[Text]:
+    """One line where weights were subnormal: how many are 0 now."""
+    if not values:
+        return []
+    what = "weight" if values == 1 else "weights"
+    return [
+        Text.assemble(("flushed   ", "bold"), f"{values:,} {what} too small for quick arithmetic (subnormal) set to 0")
+    ]
+
+
 def speed_note(report: Report) -> Text | None:
     """What to try where fewer channels take longer: onnxruntime's kernels work on blocks of channels."""
     timed, sums = report.latency, report.totals

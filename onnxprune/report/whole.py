@@ -30,6 +30,7 @@ def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableTyp
         parts += [Text(""), *budgets.render(report.budget)]
     chosen = settings(report)
     parts += [Text(""), *([chosen] if chosen is not None else []), tables.exactness(report.exactness)]
+    parts += tables.flushed(report.flushed)
     if report.product is not None:
         parts.append(factors.product(report))
     repaired = repairs.summary(report)
@@ -59,7 +60,7 @@ def repaired(report: Report, *, name_width: int, verbose: bool) -> list[Renderab
     parts: list[RenderableType] = []
     if verbose and report.repairs:
         parts += [*repairs.layers(report.repairs, name_width=name_width), Text("")]
-    parts += [tables.totals(report.totals, None), Text("")]
+    parts += [tables.totals(report.totals, None), Text(""), *tables.flushed(report.flushed)]
     if report.exactness.note:
         parts.append(Text.assemble(("the cut   ", "bold"), report.exactness.note))
     done = repairs.summary(report)

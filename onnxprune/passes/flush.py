@@ -1,0 +1,46 @@
+"""Flush: subnormal weights become 0, which makes some trained models several times as fast."""
+
+from __future__ import annotations
+
+import onnx
+
+from onnxprune.graph.view import Graph
+from onnxprune.model.weights import to_proto
+from onnxprune.passes.prepared import Model
+from onnxprune.passes.state import State
+from onnxprune.rewrite.subnormals import flushed
+
+
+class Flush:
+    """Set weights of layers to 0 where they are too small for a processor to be quick about.
+
+    Training with weight decay leaves values below the smallest normal number (1.2e-38 in single precision). A product
+    with one of them takes a hundred times as long as any other, while no output can tell it from 0.
+    """
+
+    def __call__(self, state: State) -> None:
+        """Change such weights, and say in the report how many values there were."""
+        state.analyzed()
+        assert state.proto is not None
+        with state.stage("flush"):
+            (state.proto, state.weights), state.report.flushed = flush((state.proto, state.weights))
+
+
+def flush(model: Model) -> tuple[Model, int]:
+    """The model with such weights changed, and how many values that were; what came in stays as it is."""
+    proto, weights = model
+    found = flushed(Graph.of(proto, weights))
+    if not found:
+        return model, 0
+    constants = found.keys() - weights.keys()
+    if constants:
+        own = onnx.ModelProto()
+        own.CopyFrom(proto)
+        for node in own.graph.node:
+            if node.output and node.output[0] in constants:
+                value = to_proto(found[node.output[0]][0])
+                del node.attribute[:]
+                node.attribute.append(onnx.helper.make_attribute("value", value))
+        proto = own
+    changed = {name: weight for name, (weight, _) in found.items() if name not in constants}
+    return (proto, {**weights, **changed}), sum(many for _, many in found.values())
