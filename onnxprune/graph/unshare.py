@@ -1,4 +1,4 @@
-"""Exporters merge equal constants: a vector of ones then serves layers that have nothing else to do with each other.
+"""Exporters merge equal constants: a vector of ones or of zero points then serves layers that are otherwise unrelated.
 
 A constant that holds one value everywhere may take any size, so every reader gets a copy of its own before labels are
 pushed; copies that a cut leaves alone are joined again.
@@ -18,7 +18,8 @@ _LIMIT = 1 << 16
 def unshare(graph: Graph) -> tuple[Graph, dict[str, str]]:
     """The graph with uniform constants unshared, and {copy: constant it was copied from}.
 
-    Only floating-point initializers with more than one reader and at most 65,536 elements are looked at.
+    Only initializers with more than one reader and at most 65,536 elements are looked at, and none of 64-bit integers:
+    those are shapes and axes.
     """
     initializers = {t.name for t in graph.proto.graph.initializer}
     shared = [name for name in graph.weights if name in initializers and _is_shared(graph, name)]
@@ -45,7 +46,7 @@ def unshare(graph: Graph) -> tuple[Graph, dict[str, str]]:
 
 def _is_shared(graph: Graph, name: str) -> bool:
     weight = graph.weights[name]
-    if weight.dtype.kind not in "fV" or not 1 < int(np.prod(weight.shape)) <= _LIMIT or name in graph.captured:
+    if weight.dtype.kind not in "fViu" or weight.dtype == np.int64 or not 1 < int(np.prod(weight.shape)) <= _LIMIT or name in graph.captured:
         return False
     return len(graph.consumers.get(name, ())) > 1 and name not in graph.outputs and graph.proto.ir_version >= 4
 
