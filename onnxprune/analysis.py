@@ -90,10 +90,12 @@ class Analysis:
     def _resolve(self) -> Units:
         """Units and groups; a group that no weight belongs to (an axis that was only ever repeated) is left alone."""
         units = resolve(self.table.atoms, self.reshape_axis)
-        births = self.table.atoms.births
+        births, self._unstored = self.table.atoms.births, set[int]()
         for group in units.groups:
             numbers = [b for g in (group.id, *group.children) for b in units.groups[g].births]
-            group.prunable &= any(births[int(b)].tensor in self.graph.weights for b in numbers)
+            if not any(births[int(b)].tensor in self.graph.weights for b in numbers):
+                self._unstored.add(group.id)
+                group.prunable = False
         return units
 
     def resolve_again(self, reshape_axis: str | None = None) -> None:
@@ -243,6 +245,8 @@ class Analysis:
             return "covered: the channels within are cut instead"
         if group.size < 2:
             return "fixed-size: a single unit"
+        if group.id in self._unstored:
+            return "not-stored: no weight of the file belongs to it"
         return "grid-unbalanced: no equal share can be taken from every row"
 
     def _reason(self, node: Node) -> str:

@@ -298,3 +298,11 @@ def test_sequences_and_optionals_around_a_cut() -> None:
     model = net.model(net.op("Relu", y), check=False)
     assert element(np.float32) == model.graph.output[0].type.tensor_type.elem_type
     assert_exact_cut(model, validate=False)
+
+
+def test_weights_that_are_filled_in_at_run_time_are_left_with_a_reason() -> None:
+    net = Net(9, ir=3)
+    x = net.op("MatMul", net.input("x", ["N", 4]), net.op("ConstantOfShape", net.const([4, 6])))
+    y = net.op("MatMul", net.op("Relu", x), net.op("ConstantOfShape", net.const([6, 2])))
+    (group,) = [g for g in op.analyze(net.model(y)).groups if g.size == 6]
+    assert not group.prunable and group.reason.startswith("not-stored")

@@ -63,6 +63,10 @@ BARRIERS: dict[str, Words] = {
         "groups would become unequal",
         "The channels are arranged in equal rows (heads, convolution groups), and no cut keeps the rows equal here.",
     ),
+    "not-stored": Words(
+        "no stored weights",
+        "What makes these channels is filled in or repeated while the model runs: the file holds nothing to cut.",
+    ),
     "spatial": Words(
         "used as positions, not channels",
         "A later operator treats this axis as positions (height, width, time), so its entries cannot be taken out one "
