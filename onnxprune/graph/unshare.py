@@ -46,14 +46,11 @@ def unshare(graph: Graph) -> tuple[Graph, dict[str, str]]:
 
 def _is_shared(graph: Graph, name: str) -> bool:
     weight = graph.weights[name]
-    if (
-        weight.dtype.kind not in "fViu"
-        or weight.dtype == np.int64
-        or not 1 < int(np.prod(weight.shape)) <= _LIMIT
-        or name in graph.captured
-    ):
+    if weight.dtype.kind not in "fViu" or weight.dtype == np.int64:
         return False
-    return len(graph.consumers.get(name, ())) > 1 and name not in graph.outputs and graph.proto.ir_version >= 4
+    if not 1 < int(np.prod(weight.shape)) <= _LIMIT or name in graph.captured or name in graph.outputs:
+        return False
+    return len(graph.consumers.get(name, ())) > 1 and graph.proto.ir_version >= 4
 
 
 def rejoin(proto: onnx.ModelProto, weights: dict[str, Weight], copies: dict[str, str]) -> None:
