@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from onnxprune.budget.allocate import Choices
 from onnxprune.budget.costs import Cost, Costs
+from onnxprune.budget.latency import Latency
 from onnxprune.budget.sizes import Counts, Sizes
 from onnxprune.graph import cost
 from onnxprune.graph.view import Node
@@ -23,7 +24,8 @@ class Part:
 
     Attributes:
         nodes: those that read its weight. weight: its name. losses: [levels], by rising cost; the last one is 0, of
-            the layer as it is. macs, params: shares [levels] of what it costs whole.
+            the layer as it is. macs, params: shares [levels] of what it costs whole. times: the same of the time it
+            takes, where that was measured.
     """
 
     nodes: tuple[Node, ...]
@@ -31,6 +33,13 @@ class Part:
     losses: Array
     macs: Array
     params: Array
+    times: Array | None = None
+
+    def shares(self, kind: str) -> Array:
+        """What is left of a cost of that kind [levels]."""
+        if kind == "latency" and self.times is not None:
+            return self.times
+        return self.macs if kind == "macs" else self.params
 
 
 class Apart:
@@ -40,12 +49,12 @@ class Apart:
     channels as the layer itself does.
 
     Args:
-        whole: the cost of the groups alone. kind: ``macs``, ``params`` or ``size``.
+        whole: the cost of the groups alone. kind: ``macs``, ``params`` or ``size``; ``latency`` where parts know times.
     """
 
     def __init__(self, whole: Cost, kind: str, sizes: Sizes, parts: Sequence[Part]) -> None:
         self._whole, self._kind, self._sizes, self._parts = whole, kind, sizes, parts
-        self._shares = [p.macs if kind == "macs" else p.params for p in parts]
+        self._shares = [p.shares(kind) for p in parts]
 
     def rows(self, kept: Counts) -> Costs:
         """Costs [cuts, rows]."""
@@ -54,10 +63,12 @@ class Apart:
         shape = self._sizes.at(counts)
         saved = np.zeros(len(kept))
         for column, (part, shares) in enumerate(zip(self._parts, self._shares, strict=True), start=groups):
-            saved += (1.0 - shares[kept[:, column]]) * self._cost(part, shape)
+            saved += (1.0 - shares[kept[:, column]]) * self._cost(part, shape, len(kept))
         return np.asarray(self._whole.rows(counts) - saved[:, None])
 
-    def _cost(self, part: Part, shape: cost.ShapeOf) -> Array:
+    def _cost(self, part: Part, shape: cost.ShapeOf, cuts: int) -> Array:
+        if isinstance(self._whole, Latency):
+            return self._whole.of(part.nodes, shape, cuts)
         if self._kind == "macs":
             return np.asarray(sum(cost.macs(node, shape) for node in part.nodes), dtype=np.float64)
         elements = np.asarray(np.prod(np.broadcast_arrays(*shape(part.weight)), axis=0), dtype=np.float64)

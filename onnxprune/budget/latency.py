@@ -84,13 +84,17 @@ class Latency:
         whole = self.table.overhead + self.table.slope * total
         return np.asarray(np.maximum(whole, _LEAST * total))[:, None]
 
+    def of(self, nodes: Iterable[Node], shape: ShapeOf, cuts: int) -> Array:
+        """What some nodes add to the seconds of a run [cuts], for shapes of so many cuts."""
+        return np.asarray(self.table.slope * sum(self._time(node, shape, cuts) for node in nodes))
+
     def of_nodes(self, kept: Counts) -> dict[str, float]:
         """Seconds of every node for counts [groups]."""
         shape = self.places.sizes.at(kept[None])
         return {n.label: float(self._time(n, shape, 1)[0]) for n in self.places.nodes}
 
     def _time(self, node: Node, shape: ShapeOf, cuts: int) -> Array:
-        surface = self._surfaces.get(self.places.kinds[node.label])
+        surface = self._surfaces.get(self.places.kinds.get(node.label, ""))
         if surface is None:
             return np.zeros(cuts)
         reads, makes = self.places.channels(node, shape)

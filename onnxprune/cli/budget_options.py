@@ -139,7 +139,7 @@ def budget_options(heading: str) -> Callable[[Callable[..., Any]], Callable[...,
         add(
             "--factorize",
             is_flag=True,
-            help="Take layers apart as well, where that keeps more than cutting them; for macs, params and size.",
+            help="Take layers apart as well, where that keeps more than cutting them; for all kinds but peak-memory.",
         ),
         add(
             "--trials",

@@ -52,6 +52,19 @@ def choose_local(opened: Opened, request: Request, chosen: Chosen) -> None:
         chosen.taken[layer.name] = found
 
 
+def choose_wanted(
+    opened: Mapping[str, Opened], wanted: Mapping[str, tuple[str, float]], step: int, chosen: Chosen
+) -> None:
+    """Ranks for layers whose method and share of the cost are known, {name: (method, share)}; multiples of ``step``."""
+    for name, one in opened.items():
+        method, share = wanted.get(name, ("", 0.0))
+        found = one.within(method, share * one.whole, step) if method and not one.refusal(method) else None
+        if found is None:
+            chosen.left[name] = "others lose less for what they save"
+        else:
+            chosen.taken[name] = found
+
+
 def _by_vbmf(opened: Opened, request: Request) -> Ranks:
     """Ranks above noise; CP takes the larger one of the channel modes, as its terms have to span both."""
     assert request.vbmf is not None

@@ -11,7 +11,7 @@ from typing import Unpack
 from onnxprune.decompose import METHODS
 from onnxprune.errors import BudgetError
 from onnxprune.factors.candidates import AUTO
-from onnxprune.factors.choose import Chosen, choose_local, read_choices
+from onnxprune.factors.choose import Chosen, choose_local, choose_wanted, read_choices
 from onnxprune.factors.request import Options, Request, request_of
 from onnxprune.factors.rewrite import replace_layers
 from onnxprune.passes.factor_work import Done, Work, lay_open
@@ -36,6 +36,7 @@ class Factorize:
         plan: a plan or its file, whose ``factorized`` is replayed instead of choosing.
         check: run the result against the product of its new weights.
         gains: what the error of each layer counts, {name: gain}, where ``auto`` need not measure that.
+        wanted: {name: (method, share of the layer's cost)} in place of choosing: the ranks that lose least within it.
         options: ``ratio`` (0.3), ``rank``, ``energy`` or ``vbmf`` say how far to go; ``layers``, ``include``,
             ``exclude``, ``round_to``, ``scope``, ``cost`` and ``timed`` are explained at
             :class:`onnxprune.factors.request.Request`.
@@ -54,10 +55,11 @@ class Factorize:
         plan: Plan | str | Path | None = None,
         check: bool = True,
         gains: Mapping[str, float] | None = None,
+        wanted: Mapping[str, tuple[str, float]] | None = None,
         **options: Unpack[Options],
     ) -> None:
         self.request: Request = request_of(method, options)
-        self.check, self.gains = check, gains
+        self.check, self.gains, self.wanted = check, gains, wanted
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
 
     def __call__(self, state: State) -> None:
@@ -114,6 +116,8 @@ class Factorize:
         if self.plan is not None:
             entries = [(f.layer, f.method, tuple(f.ranks)) for f in self.plan.factorized]
             chosen.taken = read_choices(work.opened, entries)
+        elif self.wanted is not None:
+            choose_wanted(work.opened, self.wanted, self.request.round_to, chosen)
         elif self.request.scope == "local" and self.request.method != "auto":
             spread(lambda one: choose_local(one, self.request, chosen), list(work.opened.values()))
             chosen.taken = {name: chosen.taken[name] for name in work.opened if name in chosen.taken}

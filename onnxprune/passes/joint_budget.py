@@ -181,7 +181,7 @@ class JointBudget:
     def _slow(self, done: Sequence[Done]) -> list[Done]:
         """Those that are slower on their own, as timed now."""
         for one in done:
-            one.timed = self._time(one)
+            one.timed = self.latency(one)
         return [d for d in done if d.timed is not None and d.timed.speedup < _FASTER]
 
     def _say(self, text: str) -> None:
@@ -201,8 +201,8 @@ class JointBudget:
             gains = output_gains(self._outputs, self.opened, self._methods)
             return [usual([gain**power for gain in gains]) for power in _POWERS]
 
-    def _time(self, one: Done) -> Latency | None:
-        """Measured once for layers of one form and size."""
+    def latency(self, one: Done) -> Latency | None:
+        """Of a layer on its own, as it is and taken apart; measured once for layers of one form and size."""
         layer, candidate, work = one.opened.layer, one.candidate, self._work
         node = layer.uses[0].node
         form = (node.op, str(node.attrs), layer.shape, layer.described.geometry)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate
 from onnxprune.budget.apart import Apart, Part, none_cut, with_parts
 from onnxprune.budget.costs import Cost
+from onnxprune.budget.sizes import Counts
+from onnxprune.errors import UsageError
 from onnxprune.factors.candidates import AUTO, Candidate, Opened
 from onnxprune.factors.choose import Chosen
 from onnxprune.factors.request import Options, request_of
@@ -17,6 +19,9 @@ from onnxprune.passes.attempt import ENOUGH, Attempt
 from onnxprune.passes.factor_work import lay_open
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.joint_budget import JointBudget
+from onnxprune.passes.part_times import Timed, timed_options
+from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.pressure import Pressure
 from onnxprune.passes.problem import Answer, Problem
 from onnxprune.passes.state import State
 
@@ -25,6 +30,8 @@ Judge = Callable[[Answer], Attempt | None]
 ALONE, TOGETHER = "knapsack over layers", "knapsack over groups and layers"
 # How far rates of exchange lie apart that are tried, and how many are.
 _STEPS, _TRIALS = (4.0, 2.0), 7
+# How often a limit on time is moved until what is measured fits.
+_CORRECTIONS = 4
 # Part of the way to the target at which losses are weighed against each other, and the step that tells a slope.
 _HALF, _SLOPE = 0.5, 0.05
 # A limit that is none.
@@ -37,34 +44,47 @@ class Mixture:
     A group's loss is a score and a layer's a share of energy: nobody knows what one is worth in the other. Where both
     would give alike at half the way, the last unit of cost costs them the same: from there rates are tried up and down,
     every answer carried out, repaired and measured, as long as the outputs come closer to the original's. The knapsack
-    says how much is cut; ranks are then chosen for the layers as they are after the cut.
+    says how much is cut; ranks are then chosen for the layers as they are after the cut. Where time is the target, what
+    layers gain is measured layer by layer, and every answer is timed before it is repaired.
 
     Args:
-        state: the run. problem: groups and targets; of ``macs``, ``params`` and ``size``. options: ``include``,
-            ``exclude`` and ``round_to`` hold for layers, too.
+        state: the run. problem: groups and targets, all but ``peak-memory``. options: ``include``, ``exclude`` and
+            ``round_to`` hold for layers, too.
+
+    Raises:
+        UsageError: time is a target, and another device's.
     """
 
     def __init__(self, state: State, problem: Problem, options: Options) -> None:
-        self.problem, self._options = problem, options
+        self._state, self.problem, self._options = state, problem, options
+        self._timed = "latency" in problem.costs
+        if self._timed and not problem.here:
+            raise UsageError(
+                "--factorize with a latency target times new layers, and --latency-table is of another device",
+                hint="Drop one of the two, or aim at macs.",
+            )
         assert state.proto is not None
         own = state.branch(state.proto, state.weights, problem.nothing, ENOUGH)
         request = request_of("auto", {**options, "ratio": 0.5, "cost": self._kind(), "timed": False})
         work = lay_open(own, request, AUTO, every=False)
         joint = JointBudget(work, AUTO, Chosen())
         self.gains = {o.layer.name: g for o, g in zip(joint.opened, joint.gains, strict=True)}
+        found = timed_options(work, joint) if self._timed else [_ordered(o, c) for o, c in _pairs(joint)]
         known = {node.label: node for node in problem.analysis.graph.steps}
-        self._parts = [
-            part
-            for opened, gain, found in zip(joint.opened, joint.gains, joint.options, strict=True)
-            if (part := _part(opened, gain, found, known)) is not None
-        ]
+        self._parts, self._candidates = [], []
+        for opened, gain, candidates in zip(joint.opened, joint.gains, found, strict=True):
+            part = _part(opened, gain, candidates, known)
+            if part is not None:
+                self._parts.append(part)
+                self._candidates.append((opened, [c.candidate for c in candidates]))
         self._costs = {k: Apart(cost, k, problem.sizes, self._parts) for k, cost in problem.costs.items()}
+        self._press = {"latency": 1.0}
         self.rate = self._even()
 
     def _kind(self) -> str:
         """What of the targets is furthest away, as a factorization counts it."""
         kinds = {k: most / self.problem.base(k) for k, most in self.problem.limits().items()}
-        return "macs" if min(kinds, key=kinds.__getitem__) == "macs" else "params"
+        return "macs" if min(kinds, key=kinds.__getitem__) in ("macs", "latency") else "params"
 
     def trials(self, judge: Judge) -> list[tuple[Answer, Attempt]]:
         """Answers within the targets and what came of them, by rising and falling rates around the one that is even.
@@ -73,14 +93,14 @@ class Mixture:
             judge: carries out, repairs and measures; None where an answer cannot be carried out.
         """
         found: list[tuple[Answer, Attempt]] = []
-        known: dict[tuple[bytes, float], float] = {}
+        known: dict[tuple[bytes, str], float] = {}
 
         def value(rate: float) -> float:
             answer = self.answer(rate)
             if answer is None:
                 return -np.inf
             assert answer.apart is not None
-            key = answer.removed.tobytes(), answer.apart.request.share
+            key = answer.removed.tobytes(), repr(answer.apart.wanted or answer.apart.request.share)
             if key not in known:
                 tried = judge(answer)
                 known[key] = -np.inf if tried is None else tried.quality.fine
@@ -103,26 +123,74 @@ class Mixture:
         Raises:
             CannotRewrite: a node has no form with the new sizes.
         """
-        problem, rate = self.problem, self.rate if rate is None else rate
+        rate = self.rate if rate is None else rate
+        if not self._timed:
+            return self._answer(rate, 1.0)
+        press, most, best = Pressure(self._press), self.problem.limits()["latency"], None
+        for _ in range(_CORRECTIONS):
+            found = self._answer(rate, press.now["latency"])
+            if found is None:
+                break
+            found.costs["latency"] = self._measured(found)
+            over = found.costs["latency"] / most
+            if over <= 1 and (best is None or found.allocation.loss < best.allocation.loss):
+                best = found
+            if not press.learn({"latency": over}):
+                break
+        self._press = press.now
+        return best
+
+    def _answer(self, rate: float, press: float) -> Answer | None:
+        """As ``answer``, with a limit on time that is tightened or eased by a factor."""
+        problem = self.problem
         choices = problem.choices["scores"]
         wanted = none_cut(choices, self._parts) if np.isinf(rate) else with_parts(choices, self._parts, rate)
         limits = problem.pressed()
+        if self._timed:
+            limits["latency"] *= press
         allocation = allocate(wanted, [Limit(self._costs[k], most) for k, most in limits.items()])
         if allocation is None:
             return None
         groups = len(choices.kept)
-        kept = allocation.kept[:groups]
+        kept, levels = allocation.kept[:groups], allocation.kept[groups:]
         removed = problem.removed(kept)
-        costs = problem.measured(kept, removed)
+        costs = problem.measured(kept, removed, timed=not self._timed)
+        apart = self._as_timed(levels) if self._timed else self._as_counted(costs, limits)
+        if apart is None:
+            return None
+        name = ALONE if np.isinf(rate) else TOGETHER
+        return Answer(name, Allocation(kept, allocation.loss, allocation.bound), removed, costs, apart)
+
+    def _measured(self, answer: Answer) -> float:
+        """Seconds of a run of an answer carried out; a repair changes values alone."""
+        problem, state = self.problem, self._state
+        assert answer.apart is not None
+        own = state.branch(*cut_model(problem.analysis, answer.removed), answer.removed, ENOUGH)
+        answer.apart.unchecked()(own)
+        assert own.proto is not None
+        return problem.weighed((own.proto, own.weights), {"latency"})["latency"]
+
+    def _as_counted(self, costs: Mapping[str, float], limits: Mapping[str, float]) -> Factorize | None:
+        """Ranks that save what a cut leaves to save; None where that is nothing, or all there is."""
         kind = min(limits, key=lambda k: limits[k] / costs[k])
         saved = 1.0 - limits[kind] / costs[kind]
         if not 0 < saved < 1:
             return None
         options: Options = {**self._options, "ratio": saved, "timed": False, "cost": "params"}
         options["cost"] = "macs" if kind == "macs" else "params"
-        apart = Factorize("auto", gains=self.gains, **options)
-        name = ALONE if np.isinf(rate) else TOGETHER
-        return Answer(name, Allocation(kept, allocation.loss, allocation.bound), removed, costs, apart)
+        return Factorize("auto", gains=self.gains, **options)
+
+    def _as_timed(self, levels: Counts) -> Factorize | None:
+        """The methods and shares of the work that were timed, for layers as they are after the cut."""
+        wanted: dict[str, tuple[str, float]] = {}
+        for level, (opened, candidates) in zip(levels.tolist(), self._candidates, strict=True):
+            if level < len(candidates):
+                chosen = candidates[level]
+                wanted[opened.layer.name] = chosen.method, opened.share(chosen, "macs")
+        if not wanted:
+            return None
+        options: Options = {**self._options, "ratio": 0.5, "timed": False, "cost": "macs"}
+        return Factorize("auto", wanted=wanted, **options)
 
     def _even(self) -> float:
         """The rate at which cuts and factors give alike half the way to the targets."""
@@ -145,11 +213,20 @@ class Mixture:
         return float(np.nan_to_num(losses[1] - losses[0]))
 
 
-def _part(opened: Opened, gain: float, found: Sequence[Candidate], known: Mapping[str, Node]) -> Part | None:
-    """A layer with its candidates by rising cost, and itself; None where there are none, or its node is another now."""
+def _pairs(joint: JointBudget) -> Iterator[tuple[Opened, Sequence[Candidate]]]:
+    return zip(joint.opened, joint.options, strict=True)
+
+
+def _ordered(opened: Opened, found: Sequence[Candidate]) -> list[Timed]:
+    """Candidates that save anything, by rising cost; their times are not known."""
+    return [Timed(c, np.nan) for c in sorted(found, key=lambda c: c.cost) if c.cost < opened.whole]
+
+
+def _part(opened: Opened, gain: float, found: Sequence[Timed], known: Mapping[str, Node]) -> Part | None:
+    """A layer with its candidates, and itself; None where there are none, or its node is another now."""
     nodes = tuple(known[use.node.label] for use in opened.layer.uses if use.node.label in known)
-    ordered = sorted((c for c in found if c.cost < opened.whole), key=lambda c: c.cost)
-    if not ordered or len(nodes) < len(opened.layer.uses):
+    if not found or len(nodes) < len(opened.layer.uses):
         return None
-    macs, params = (np.array([*(opened.share(c, k) for c in ordered), 1.0]) for k in ("macs", "params"))
-    return Part(nodes, opened.layer.weight, np.array([*(gain * c.loss for c in ordered), 0.0]), macs, params)
+    macs, params = (np.array([*(opened.share(c, k) for c, _ in found), 1.0]) for k in ("macs", "params"))
+    losses, times = [gain * c.loss for c, _ in found], [share for _, share in found]
+    return Part(nodes, opened.layer.weight, np.array([*losses, 0.0]), macs, params, np.array([*times, 1.0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from onnxprune.budget.target import Target
 from onnxprune.passes.attempt import Attempt
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
-from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.prepared import Model, cut_model
 from onnxprune.passes.pressure import SAFE, Pressure
 from onnxprune.passes.select import Selector
 from onnxprune.passes.state import State
@@ -163,10 +163,13 @@ class Problem:
 
     def over(self, answer: Answer, tried: Attempt) -> dict[str, float]:
         """Costs of an answer as it was repaired, as shares of their limits; notes them in the answer."""
-        limits, saved = self.limits(), {"size": tried.size, "params": tried.params}
+        limits, saved = self.limits(), {"size": float(tried.size), "params": float(tried.params)}
         if answer.apart is not None:
-            saved["macs"] = tried.macs
-        answer.costs.update({k: float(v) for k, v in saved.items() if k in limits})
+            saved["macs"] = float(tried.macs)
+            if "latency" in limits:
+                assert tried.state.proto is not None
+                saved |= self.weighed((tried.state.proto, tried.state.weights), {"latency"})
+        answer.costs.update({k: v for k, v in saved.items() if k in limits})
         return {k: answer.costs[k] / most for k, most in limits.items()}
 
     def tighten(self, over: Mapping[str, float]) -> bool:
@@ -206,8 +209,11 @@ class Problem:
         gone = [int(s - k) for s, k in zip(self.sizes.steps, kept, strict=True)]
         return atoms_removed(self.analysis.units, take(self.analysis, self.contests, gone))
 
-    def measured(self, kept: Counts, removed: Mask) -> dict[str, float]:
+    def measured(self, kept: Counts, removed: Mask, *, timed: bool = True) -> dict[str, float]:
         """Costs of the cut before any repair: counted on the cut model, timed where this machine is the one meant.
+
+        Args:
+            timed: measure time, too, in place of predicting it.
 
         Raises:
             CannotRewrite: a node has no form with the new sizes.
@@ -215,18 +221,23 @@ class Problem:
         found = {kind: float(total(cost, kept[None])[0]) for kind, cost in self.costs.items()}
         if "macs" in found:
             found["macs"] = float(macs_after(self.analysis, removed))
-        if found.keys() & {"params", "size", "latency"}:
-            with Trial.of(self.analysis) as trial:
-                proto, weights = flush(cut_model(self.analysis, removed))[0]
-                path, size = trial.write(proto, weights, "measured")
-                counted = {"size": size, "params": sum(int(np.prod(w.shape)) for w in weights.values())}
-                found |= {k: float(v) for k, v in counted.items() if k in found}
-                if "latency" in found and self.here:
-                    feed = timing_feed(self.state, trial)
-                    bench = Bench(self.analysis, self.sizes, self.state.device, feed, trial)
-                    before, after = bench.whole([trial.original, path])
-                    found["latency"] = float(after / before) * self.base("latency")
+        kinds = found.keys() & {"params", "size", "latency"} - (set() if timed else {"latency"})
+        if kinds:
+            found |= self.weighed(cut_model(self.analysis, removed), kinds)
         return found
+
+    def weighed(self, model: Model, kinds: Collection[str]) -> dict[str, float]:
+        """Costs of a model, of those kinds that are known of a file: counted, and timed beside the original."""
+        with Trial.of(self.analysis) as trial:
+            proto, weights = flush(model)[0]
+            path, size = trial.write(proto, weights, "measured")
+            found = {"size": float(size), "params": float(sum(int(np.prod(w.shape)) for w in weights.values()))}
+            if "latency" in kinds and self.here:
+                feed = timing_feed(self.state, trial)
+                bench = Bench(self.analysis, self.sizes, self.state.device, feed, trial)
+                before, after = bench.whole([trial.original, path])
+                found["latency"] = float(after / before) * self.base("latency")
+        return {kind: cost for kind, cost in found.items() if kind in kinds}
 
     def reachable(self, kind: str) -> float:
         """The least that the model can cost of a kind, all else aside; a time as measured where it can be.

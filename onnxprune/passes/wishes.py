@@ -16,7 +16,7 @@ from onnxprune.passes.measure import Metric, load_metric
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.selection.request import Options
 
-FACTORED = ("macs", "params", "size")
+FACTORED = ("macs", "params", "size", "latency")
 """Kinds of targets for which layers may be taken apart as well."""
 
 
@@ -67,9 +67,8 @@ class Wishes:
         latency_table: times of another device, as ``onnxprune profile`` wrote them.
         sensitivity: what cutting each group alone did, as ``onnxprune sensitivity`` wrote it, or ``"measure"``: counts
             are then chosen by it, too. jobs: processes to measure it in.
-        factorize: take layers apart as well, where that keeps more than cutting them; for ``macs``, ``params`` and
-            ``size``. trials: answers to try around the best cut; None: with a repair about half a minute's worth of
-            work, else none.
+        factorize: take layers apart as well, where that keeps more than cutting them; not for ``peak-memory``.
+        trials: answers to try around the best cut; None: with a repair about half a minute's worth of work, else none.
     """
 
     targets: tuple[Target, ...] = ()
@@ -147,7 +146,7 @@ def _check_factorize(wanted: Sequence[Target], max_drop: float | None) -> None:
     other = next((t for t in wanted if t.kind not in FACTORED), None)
     if other is not None:
         raise UsageError(
-            f"--factorize cannot aim at {other}: what that takes in a model with new layers is not known in advance",
+            f"--factorize cannot aim at {other}: what a model with new layers holds at once is not known in advance",
             hint=f"Drop one of the two; it goes with {', '.join(FACTORED)}.",
         )
 
