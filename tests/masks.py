@@ -30,6 +30,7 @@ MOVES = {
 }  # fmt: skip
 LISTS = {"Concat"}
 """Movement operators all of whose inputs are data; of the others only the first is."""
+CONTROL = ("If", "Loop", "Scan")
 FILLED = ("Pad", "Resize", "ScatterND", "GatherND", "GatherElements")
 
 
@@ -116,7 +117,7 @@ class Masks:
             return [self._product(node)]
         if node.op_type.startswith("Reduce"):
             return [self._reduced(node)]
-        if node.op_type in SUMS or node.op_type in ("LSTM", "GRU", "RNN"):
+        if node.op_type in SUMS or node.op_type in ("LSTM", "GRU", "RNN", *CONTROL):
             return [None for _ in node.output]
         return [self._met(node, o) if isinstance(self.values.get(o), np.ndarray) else None for o in node.output]
 
@@ -214,12 +215,16 @@ def masked(model: onnx.ModelProto, slots: Iterable[dict[str, Any]], feed: dict[s
         by_tensor.setdefault(slot["tensor"], []).append(slot)
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     masks = Masks(all_values(model, feed), by_tensor, opset)
+    stored = {t.name: masks.values[t.name] for t in model.graph.initializer}
+    stored |= {n.output[0]: masks.values[n.output[0]] for n in model.graph.node if n.op_type == "Constant"}
     result = onnx.ModelProto()
     result.CopyFrom(model)
     del result.graph.node[:]
     for node in model.graph.node:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
+        for body in bodies(copy):
+            _mask_body(body, by_tensor, stored)
         for i in SUMS.get(node.op_type, ()):
             mask = masks.get(node.input[i]) if i < len(node.input) and node.input[i] else None
             if mask is None or mask.all():
@@ -232,3 +237,38 @@ def masked(model: onnx.ModelProto, slots: Iterable[dict[str, Any]], feed: dict[s
         result.graph.node.append(copy)
         masks.push(node)
     return result
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+
+def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The bodies of an If, Loop or Scan."""
+    return [a.g for a in node.attribute if a.HasField("g")]
+
+
+def _mask_body(body: onnx.GraphProto, slots: dict[str, list[dict[str, Any]]], outer: dict[str, Array]) -> None:
+    """Multiply removed positions of every weight that a contraction of a body sums with by 0.
+
+    A channel times 0 in front of a contraction is the channel times rows of 0 of its weight; what the weight makes of
+    its own removed outputs is read by nobody else.
+    """
+    known = {**outer, **{t.name: numpy_helper.to_array(t) for t in body.initializer}}
+    nodes = list(body.node)
+    del body.node[:]
+    for node in nodes:
+        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+            known[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        for inner in bodies(node):
+            _mask_body(inner, slots, known)
+        for i, name in enumerate(node.input):
+            if node.op_type not in (*SUMS, "LSTM", "GRU", "RNN") or name not in slots or name not in known:
+                continue
+            array = np.array(known[name])
+            if array.ndim < 2:
+                continue
+            for slot in slots[name]:
+                array[(slice(None),) * slot["axis"] + (slot["removed"],)] = 0
+            node.input[i] = f"{node.output[0]}__oracle{i}"
+            body.node.append(helper.make_node("Constant", [], [node.input[i]], value=numpy_helper.from_array(array)))
+        body.node.append(node)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from masks import Array, masked, reference, run, session
+from masks import Array, bodies, masked, reference, run, session
 from onnx import helper, inliner, numpy_helper
 
 import onnxprune as op
@@ -112,13 +112,19 @@ def plan_slots(result: Result) -> list[dict[str, Any]]:
 
 
 def count_parameters(model: onnx.ModelProto) -> int:
-    """Elements of all initializers and constants."""
-    graph = model.graph
-    sizes = [int(np.prod(t.dims)) for t in graph.initializer]
-    sizes += [
-        int(np.prod(a.t.dims)) for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.HasField("t")
-    ]
-    return sum(sizes)
+    """Elements of all initializers and constants, those of bodies too."""
+    return sum(array.size for array in constants(model.graph).values())
+
+
+def constants(graph: onnx.GraphProto) -> dict[str, Array]:
+    """Every initializer and Constant by name, those of bodies too: their names are taken to be unique."""
+    found = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            found.update((node.output[0], numpy_helper.to_array(a.t)) for a in node.attribute if a.HasField("t"))
+        for body in bodies(node):
+            found.update(constants(body))
+    return found
 
 
 def assert_same_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
@@ -138,8 +144,7 @@ def assert_same_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> No
 
 def assert_weights_follow(model: onnx.ModelProto, result: Result) -> None:
     """Every weight whose new shape its slots explain is the old one without the removed positions."""
-    old = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    new = {t.name: numpy_helper.to_array(t) for t in result.model.graph.initializer}
+    old, new = constants(model.graph), constants(result.model.graph)
     expected: dict[str, Array] = {}
     for slot in plan_slots(result):
         name, axis = slot["tensor"], slot["axis"]

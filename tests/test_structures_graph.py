@@ -180,7 +180,7 @@ def test_loop_carries_a_tensor() -> None:
     result = assert_exact_cut(model)
     assert result is not None
     stored = next(t for t in result.model.graph.initializer if t.name == weight)
-    assert list(stored.dims) == [6, 6]
+    assert list(stored.dims) == [3, 3]
 
 
 def test_scan_over_a_sequence() -> None:

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from onnxprune.graph.view import Graph, Node
+from onnxprune.model import markers
 
 ShapeOf = Callable[[str], Any]
 # Operators with weights of their own: (position of the data, position of the weight).
@@ -40,8 +41,13 @@ _ATTENTION = {"Attention", "QAttention", "PackedAttention"}
 def macs(node: Node, shape: ShapeOf) -> Any:
     """Multiply-accumulates of one node; 0 for operators that do not contract or whose shapes are not known.
 
-    Sizes in ``shape`` may be arrays that broadcast, for many cuts at once: so is the result.
+    Sizes in ``shape`` may be arrays that broadcast, for many cuts at once: so is the result. What lies in the body of a
+    Loop or Scan counts as often as it runs, once where the sizes do not say how often; both branches of an If count.
     """
+    return node.repeats * _once(node, shape)
+
+
+def _once(node: Node, shape: ShapeOf) -> Any:
     positions = LAYERS.get(node.op)
     if positions is None or len(node.inputs) <= positions[1] or not node.outputs[0]:
         return _recurrent_without_output(node, shape)
@@ -110,7 +116,7 @@ def constant_source(graph: Graph, name: str, depth: int = 6) -> str | None:
         if name in graph.weights:
             return name if graph.weights[name].shape else None
         producer = graph.producer.get(name)
-        if producer is None or not producer.inputs:
+        if producer is None or not producer.inputs or producer.domain == markers.DOMAIN:
             return None
         if any(n and n not in graph.weights for n in producer.inputs[1:]):
             return None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.graph.enclosed import count_repeats
 from onnxprune.graph.infer import Infer, probe_at
 from onnxprune.graph.values import Probe, Values, size_of, small
 from onnxprune.graph.view import Graph
@@ -59,9 +60,12 @@ def study(
         probes = [probe_at(graph, dict(bindings[0]), infer)]
         probes += [probe_at(graph, dict(binding), infer, probes[0]) for binding in bindings[1:]]
         if _plausible(graph, probes[0]):
-            return Facts((probes[0], *(p for p in probes[1:] if _plausible(graph, p))))
+            first = Facts((probes[0], *(p for p in probes[1:] if _plausible(graph, p))))
+            break
         first = first or Facts(tuple(probes))
     assert first is not None
+    if graph.has_bodies:
+        count_repeats(graph, first.probes[0])
     return first
 
 
@@ -70,6 +74,8 @@ def _plausible(graph: Graph, probe: Probe) -> bool:
     for node in graph.steps:
         shape = probe.shapes.get(node.outputs[0]) if node.outputs else None
         if shape is None or None in shape:
+            continue
+        if node.index in probe.idle:
             continue
         if any(n < 0 for n in shape):
             return False

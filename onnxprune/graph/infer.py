@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnxprune.graph.enclosed import infer_marker
 from onnxprune.graph.shapes import output_shapes
-from onnxprune.graph.values import Probe, Values, small
+from onnxprune.graph.values import Probe, Values
 from onnxprune.graph.view import CONTROL, Graph, Node
-from onnxprune.model.weights import TensorWeight
+from onnxprune.model import markers
 
 # Operands that say what shape a result has, not what it holds.
 _TARGETS = {("Reshape", 1), ("Expand", 1), ("Tile", 1), ("ConstantOfShape", 0), ("Resize", 3), ("Split", 1)}
@@ -50,8 +51,8 @@ def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | Non
     """The first probe with what other inputs change; None where less can be told of a node than at the first."""
     probe = Probe(inputs, {**first.shapes, **inputs}, first.dtypes, Values(graph, first.values), first.sizes)
     changed = {name for name, shape in inputs.items() if shape != first.inputs[name]}
-    if graph.captured or any(node.op in CONTROL for node in graph.steps):
-        return None  # what bodies read is no input of their node
+    if graph.captured or graph.has_bodies or any(node.op in CONTROL for node in graph.steps):
+        return None  # what bodies read is no input of their node, and what is taken or carried may differ
     for node in graph.steps:
         if changed.isdisjoint(node.inputs):
             continue
@@ -110,7 +111,9 @@ def _infer_whole(graph: Graph, probe: Probe) -> None:
     for info in [*model.graph.value_info, *model.graph.output]:
         _note(info.name, info.type, probe)
     for name, kind in stated.items():
-        if probe.shapes.get(name) is None:
+        if name in graph.inner:  # what is declared of a state may hold for its first value alone
+            probe.dtypes[name] = kind.tensor_type.elem_type
+        elif probe.shapes.get(name) is None:
             _note(name, kind, probe)
 
 
@@ -147,8 +150,8 @@ def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None
 
 def _infer_node(graph: Graph, node: Node, probe: Probe, infer: Infer | None) -> None:
     """Inference of a single node from what is known by now: computed targets of Reshape, Expand, Slice and so on."""
-    if node.op == "If" and node.domain == "":
-        _infer_branch(graph, node, probe, infer)
+    if node.domain == markers.DOMAIN:
+        infer_marker(graph, node, probe, lambda nodes: _walk(graph, nodes, probe, infer))
         return
     if _infer_quickly(node, probe):
         return
@@ -219,21 +222,3 @@ def _dtype_of(graph: Graph, name: str) -> int:
         return weight.onnx_type
     declared = next((i for i in graph.proto.graph.input if i.name == name), None)
     return declared.type.tensor_type.elem_type if declared is not None else onnx.TensorProto.FLOAT
-
-
-def _infer_branch(graph: Graph, node: Node, probe: Probe, infer: Infer | None) -> None:
-    """An If whose condition is known: what the chosen branch gives. Names are unique across a graph and its bodies."""
-    condition = probe.values.get(node.inputs[0])
-    if condition is None:
-        return
-    body = node.attrs["then_branch" if condition.ravel()[0] else "else_branch"]
-    model = onnx.ModelProto(ir_version=graph.proto.ir_version, opset_import=graph.proto.opset_import, graph=body)
-    inner = Graph.of(model, {t.name: TensorWeight(t) for t in body.initializer})
-    for name, weight in inner.weights.items():
-        probe.shapes[name] = weight.shape
-        if small(weight.shape, weight.dtype):
-            probe.values.set(name, weight.read())
-    _walk(inner, inner.nodes, probe, infer)
-    for outer, name in zip(node.outputs, inner.outputs, strict=False):
-        probe.shapes[outer] = probe.shapes.get(name)
-        probe.values.set(outer, probe.values.get(name))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnxprune.graph.fold import Fold, placeholder
 from onnxprune.graph.hoist import Hoist
 from onnxprune.graph.view import Graph
+from onnxprune.model import markers
 from onnxprune.model.weights import ArrayWeight, Weight, weight_from_constant
 
 T = TypeVar("T")
@@ -123,7 +124,8 @@ class _Model:
         for key in reversed(keys):
             inputs, outputs = self._names[key]
             made = [o for o in outputs if o]
-            if self.suspects.isdisjoint(made) or any(uses[o] for o in made):
+            marker = self.nodes[key].domain == markers.DOMAIN
+            if marker or self.suspects.isdisjoint(made) or any(uses[o] for o in made):
                 alive.append(self.nodes[key])
             else:
                 uses.subtract(inputs)

@@ -11,6 +11,7 @@ import numpy as np
 
 from onnxprune.graph.evaluate import evaluate
 from onnxprune.graph.view import Graph, Node
+from onnxprune.model import markers
 
 INT_LIMIT, FLOAT_LIMIT = 1 << 20, 1 << 12
 
@@ -67,6 +68,9 @@ class Values:
             self._learn(node, self._evaluate(node, shapes))
 
     def _evaluate(self, node: Node, shapes: Shapes) -> Sequence[np.ndarray | None]:
+        if node.op == markers.JOIN:
+            chosen = self.get(node.inputs[2])
+            return () if chosen is None else (self.get(node.inputs[0 if chosen.ravel()[0] else 1]),)
         values = []
         for name in node.inputs:
             value = self.get(name) if name else None
@@ -124,3 +128,5 @@ class Probe:
     values: Values = None  # type: ignore[assignment]
     sizes: set[str] = field(default_factory=set)
     """Known tensors that were computed from the sizes of others, directly or not."""
+    idle: set[int] = field(default_factory=set)
+    """Nodes in branches that are not taken at these sizes."""

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 from onnx import AttributeProto
 
+from onnxprune.model import markers
 from onnxprune.model.weights import Weight, weight_from_constant
 
 
@@ -25,6 +26,8 @@ class Node:
     outputs: list[str]
     proto: onnx.NodeProto
     _attrs: dict[str, Any] | None = None
+    repeats: int = 1
+    """How often it runs per run of the model, where a Loop or Scan around it says so by its sizes."""
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -36,7 +39,12 @@ class Node:
     def at(self, index: int, proto: onnx.NodeProto) -> Node:
         """The same node at another place, where ``proto`` is its copy."""
         args = (self.op, self.domain, self.version, self.name, self.inputs, self.outputs)
-        return Node(index, *args, proto, self._attrs)
+        return Node(index, *args, proto, self._attrs, self.repeats)
+
+    @property
+    def kind(self) -> str:
+        """The operator a person would look for: of a marker that of its control-flow node."""
+        return str(self.attrs.get("kind", self.op)) if self.domain == markers.DOMAIN else self.op
 
     @property
     def label(self) -> str:
@@ -69,7 +77,8 @@ class Graph:
     """The main graph of a model.
 
     ``proto`` is the skeleton (no bulk data); ``weights`` maps every initializer and Constant output to its lazily read
-    data; ``captured`` holds the names that the bodies of If, Loop and Scan read from outside.
+    data; ``captured`` holds the names that bodies of control-flow nodes which stayed closed read from outside. The
+    nodes of other bodies are nodes of the graph, between markers (:mod:`onnxprune.model.markers`).
     """
 
     proto: onnx.ModelProto
@@ -82,6 +91,7 @@ class Graph:
     captured: set[str] = field(default_factory=set)
     opsets: dict[str, int] = field(default_factory=dict)
 
+    _enclosed: tuple[list[int], frozenset[str]] | None = None
     steps: list[Node] = field(default_factory=list)
     """The nodes that compute something: all but Constant nodes, whose values are weights."""
 
@@ -130,6 +140,37 @@ class Graph:
             weight = weight_from_constant(node.proto)
             if weight is not None:
                 self.weights[node.outputs[0]] = weight
+
+    @property
+    def has_bodies(self) -> bool:
+        """Whether nodes of the graph belong to the body of an If, Loop or Scan."""
+        return markers.DOMAIN in self.opsets
+
+    @property
+    def homes(self) -> list[int]:
+        """By node: index of the marker that begins the innermost body around it, -1 outside of all bodies."""
+        return self._enclose()[0]
+
+    @property
+    def inner(self) -> frozenset[str]:
+        """Tensors inside bodies: nothing outside can read them, so they cannot be outputs of a model."""
+        return self._enclose()[1] if self.has_bodies else frozenset()
+
+    def _enclose(self) -> tuple[list[int], frozenset[str]]:
+        if self._enclosed is None:
+            homes, inner, stack = [], set[str](), [-1]
+            for node in self.nodes:
+                marker = node.op if node.domain == markers.DOMAIN else ""
+                if marker in (markers.ELSE, markers.CLOSE):
+                    stack.pop()
+                depth = len(stack) - (marker in markers.RESULTS)
+                homes.append(stack[depth - 1])
+                if marker in (markers.OPEN, markers.ELSE):
+                    stack.append(node.index)
+                if depth > 1 or marker == markers.OPEN:
+                    inner.update(o for o in node.outputs if o)
+            self._enclosed = homes, frozenset(inner)
+        return self._enclosed
 
 
 def body_reads(body: onnx.GraphProto) -> Iterator[str]:

@@ -14,6 +14,7 @@ from onnx import GraphProto, ModelProto, TensorProto, inliner
 
 from onnxprune.errors import ModelError, OnnxpruneError, UsageError, nearest
 from onnxprune.model.external import attribute_tensors, bring_inline, external_weight, is_external
+from onnxprune.model.opening import open_bodies
 from onnxprune.model.skeleton import without_data, without_graph, without_initializers
 from onnxprune.model.sniff import guess_format
 from onnxprune.model.structure import check_structure
@@ -35,11 +36,12 @@ _TYPED = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model as it was read; nothing in it has been changed but local functions, which are inlined.
+    """A model as it was read; nothing in it has been changed but local functions, which are inlined, and bodies of If,
+    Loop and Scan, which are laid open (:mod:`onnxprune.model.markers`).
 
     Attributes:
-        proto: the skeleton: everything but the bulk data of the main graph's initializers.
-        weights: every initializer of the main graph by name.
+        proto: the skeleton: everything but the bulk data of initializers.
+        weights: every initializer by name, those of bodies that were laid open too.
         path: the model file; None for bytes and a ModelProto.
         digest: the SHA-256 of the model file's bytes, or of a ModelProto's skeleton and weights; computed when asked.
         size: bytes of the model file and of the files with its external data.
@@ -235,8 +237,11 @@ def _finish(
     if proto.functions:
         proto = _inlined(proto)
     check_structure(proto)
+    opened = open_bodies(proto)
+    for tensor in opened.graph.initializer[len(proto.graph.initializer) :]:
+        weights[tensor.name] = _take_data(tensor)
     size += sum(file.stat().st_size for file in files)
-    return Loaded(proto, weights, path, digest, size, tuple(files))
+    return Loaded(opened, weights, path, digest, size, tuple(files))
 
 
 def _inlined(proto: ModelProto) -> ModelProto:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from onnx import ModelProto, TensorProto
 
 from onnxprune.errors import ModelError, UsageError
+from onnxprune.model.closing import close_bodies
 from onnxprune.model.replace import replacing
 from onnxprune.model.skeleton import without_data, without_graph, without_initializers
 from onnxprune.model.weights import Weight, to_proto
@@ -37,6 +38,7 @@ def assemble(skeleton: ModelProto, weights: Mapping[str, Weight]) -> ModelProto:
     Raises:
         ModelError: an initializer has no data, neither in the skeleton nor in ``weights``.
     """
+    skeleton, weights = close_bodies(skeleton, weights)
     model = without_graph(skeleton)
     model.graph.MergeFrom(without_initializers(skeleton.graph))
     for tensor in skeleton.graph.initializer:
@@ -73,6 +75,7 @@ def save(
         ModelError: a weight cannot be read, or an initializer has no data.
     """
     path = Path(path)
+    skeleton, weights = close_bodies(skeleton, weights)
     entries = [_entry(tensor, weights) for tensor in skeleton.graph.initializer]
     total = sum(entry.nbytes or entry.header.ByteSize() for entry in entries)
     if external is None:

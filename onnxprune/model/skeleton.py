@@ -25,6 +25,20 @@ def without_initializers(graph: GraphProto) -> GraphProto:
     return copy
 
 
+def outline(graph: GraphProto) -> GraphProto:
+    """A copy of a graph's declared values and texts, without its nodes and initializers."""
+    copy = GraphProto()
+    _copy_fields(graph, copy, "initializer", "node")
+    return copy
+
+
+def without_nodes(graph: GraphProto) -> GraphProto:
+    """A copy of everything of a graph but its nodes."""
+    copy = GraphProto()
+    _copy_fields(graph, copy, "node")
+    return copy
+
+
 def without_data(tensor: TensorProto) -> TensorProto:
     """A copy of a tensor's name, type, dims and documentation."""
     copy = TensorProto()
@@ -34,9 +48,9 @@ def without_data(tensor: TensorProto) -> TensorProto:
     return copy
 
 
-def _copy_fields(source: ModelProto | GraphProto, target: ModelProto | GraphProto, left_out: str) -> None:
+def _copy_fields(source: ModelProto | GraphProto, target: ModelProto | GraphProto, *left_out: str) -> None:
     for field, value in source.ListFields():
-        if field.name != left_out:
+        if field.name not in left_out:
             _copy_field(target, field, value)
 
 

@@ -56,6 +56,7 @@ def captured_maps(
     targets = Targets(analysis.units, groups)
     component = analysis.units.component
     found = [s for s in sites(analysis.table, component) if (targets.group[component[s.label.ids]] >= 0).any()]
+    found = [s for s in found if _can_be_seen(s, analysis.graph)]
     captured = CapturedMaps(found)
     whole = removed is None or not removed.any()
     graph = analysis.graph
@@ -84,6 +85,11 @@ def captured_maps(
     for finish in requests.finish:
         finish()
     return captured
+
+
+def _can_be_seen(site: Site, graph: Graph) -> bool:
+    """Whether the activations of a site can be outputs of the model: not inside of a body."""
+    return site.tensor not in graph.inner and (site.partner is None or site.partner[0] not in graph.inner)
 
 
 def _forms_after(

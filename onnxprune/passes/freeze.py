@@ -12,7 +12,7 @@ from onnxprune.rewrite.cut import CannotRewrite
 def freeze(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> None:
     """Freeze what ``stop`` was raised for when ``removed`` (mask over atoms) was to be cut, and resolve groups anew."""
     atoms = analysis.table.atoms
-    why = atoms.barrier("unsupported-form", stop.node.label, stop.node.op, stop.detail)
+    why = atoms.barrier("unsupported-form", stop.node.label, stop.node.kind, stop.detail)
     frozen = False
     for name in (*stop.node.inputs, *stop.node.outputs):
         for label in analysis.table.get(name) if name else ():

@@ -41,7 +41,7 @@ class Gauge:
         """What there is to look at in a model."""
         graph = analysis.graph
         norms = {node.inputs[0]: node for node in normalisations(graph)}
-        made = {o for node in graph.nodes for o in node.outputs if o}
+        made = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
         whole = After(analysis.table, np.zeros(analysis.units.component.size, dtype=bool))
         aims = [aim for level in find_aims(graph, made, whole.shape, joint=False).levels for aim in level]
         layers = {aim.node.outputs[0]: aim.form for aim in aims if _outputs(graph, aim) >= _FEW}

@@ -57,8 +57,8 @@ def seen_by(
     for layer in layers:
         form = layer.described.form
         whole = None if form is None else _whole(layer, left)
-        if form is None or whole is None:
-            continue
+        if form is None or whole is None or any(use.node.inputs[form.data] in graph.inner for use in layer.uses):
+            continue  # what is read inside a body nobody can see
         shared[layer.name] = not whole
         for use in layer.uses:
             key = (use.node.inputs[form.data], form.key, whole)

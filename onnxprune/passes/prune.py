@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion, get
 from onnxprune.errors import BudgetError
+from onnxprune.graph.view import CONTROL
 from onnxprune.model.weights import Weight
 from onnxprune.passes.describe import fill_report
 from onnxprune.passes.freeze import freeze
@@ -123,6 +124,7 @@ def reasons(analysis: Analysis) -> str:
     said = "; ".join(f"{b.channels} channels: {b.code}, {b.detail}" for b in top)
     if said:
         return f"Reasons: {said}. 'onnxprune inspect' lists them all."
-    if any(node.op in ("If", "Loop", "Scan") for node in analysis.graph.nodes):
-        return "Its weights lie inside the bodies of If, Loop or Scan nodes, which are left as they are."
+    closed = next((node for node in analysis.graph.nodes if node.op in CONTROL and not node.domain), None)
+    if closed is not None:
+        return f"What lies inside the body of {closed.op} {closed.label!r} is left as it is: it has no form known here."
     return "The model has no weights to cut."

@@ -164,7 +164,7 @@ class Recover:
         if restate:
             restated = Restated(full, after, graph, weights, feeds, Store(memory, folder))
             full_weights = restated.original
-        made = (o for node in full.nodes for o in node.outputs if o in analysis.graph.producer)
+        made = (o for node in full.nodes for o in node.outputs if o in analysis.graph.producer and o not in full.inner)
         known = [name for name in made if _can_follow(analysis, after, name)]
         shape = _shapes_now(state, graph) if state.factorized else after.shape
         aims = find_aims(graph, known, shape, joint=mode == "full")

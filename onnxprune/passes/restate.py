@@ -19,12 +19,13 @@ _STILL = 1e-8
 
 
 def normalisations(graph: Graph) -> list[Node]:
-    """BatchNormalizations of activations whose statistics are weights of their own."""
-    made = {o for node in graph.nodes for o in node.outputs if o}
+    """BatchNormalizations of activations whose statistics are weights of their own, outside of bodies."""
+    made = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
     return [
         node
         for node in graph.nodes
         if node.op == "BatchNormalization" and node.domain == "" and len(node.inputs) == 5 and node.inputs[0] in made
+        if not (graph.has_bodies and graph.homes[node.index] >= 0)
         if all(name in graph.weights and len(graph.consumers.get(name, ())) == 1 for name in node.inputs[3:])
     ]
 

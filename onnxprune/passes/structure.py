@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 
 from onnxprune.errors import ModelError, ValidationError
+from onnxprune.model.closing import close_bodies
 
 _REPORT = "This is a bug in onnxprune; please report it."
 
@@ -34,8 +35,8 @@ def check_sizes(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
     Raises:
         ValidationError: sizes contradict each other in the result alone.
     """
-    complaint = _contradiction(after)
-    if complaint is not None and _contradiction(before) is None:
+    complaint = _contradiction(close_bodies(after, {})[0])
+    if complaint is not None and _contradiction(close_bodies(before, {})[0]) is None:
         raise ValidationError(f"Sizes in the result contradict each other: {complaint}", hint=_REPORT)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from onnxprune.contractions import Form
 from onnxprune.graph.view import Graph, Node
 from onnxprune.graph.weights_of import weight_of
+from onnxprune.model import markers
 from onnxprune.recover.scales import Scale
 from onnxprune.recover.stored import Stored
 from onnxprune.recover.tails import Tail, tail_of
@@ -68,14 +69,20 @@ def find_aims(graph: Graph, known: Collection[str], shape: Shapes, *, joint: boo
     level: dict[str, int] = dict.fromkeys(graph.inputs, 0)
     by_level: dict[int, list[Aim]] = defaultdict(list)
     passed: set[int] = set()
+    homes = graph.homes if graph.has_bodies else []
+    whole: dict[int, int] = {}
     for node in graph.nodes:
         inputs = [n for n in node.inputs if n and n not in graph.weights]
         reach = max((level.get(n, 0) for n in inputs), default=0)
         if node.op in ("If", "Loop", "Scan"):
             reach = max([reach, *(level.get(n, 0) for n in graph.captured)])
+        if homes:
+            reach = max(reach, _whole(graph, node, level, whole))
         # A BatchNormalization behind a contraction is undone there: its scale and shift are the contraction's to fit.
         form = _form(graph, node, shape) if node.index not in passed else None
         own = None if form is None else _own(graph, node, form)
+        if form is not None and homes and homes[node.index] >= 0:
+            own = _ENCLOSED
         if isinstance(own, str):
             found.left[node.label] = own
         elif form is not None and own is not None:
@@ -90,6 +97,32 @@ def find_aims(graph: Graph, known: Collection[str], shape: Shapes, *, joint: boo
             level[name] = reach
     found.levels = [by_level[k] for k in sorted(by_level)]
     return found
+
+
+_ENCLOSED = "it lies in the body of an If, Loop or Scan, where nobody can see what it reads"
+
+
+def _whole(graph: Graph, node: Node, level: dict[str, int], whole: dict[int, int]) -> int:
+    """The level of everything that a control-flow node around ``node`` reads: it runs as one.
+
+    Args:
+        level: of the tensors so far. whole: the levels of control-flow nodes, by the marker that begins them; filled.
+    """
+    homes, home = graph.homes, node.index
+    while homes[home] >= 0:
+        home = homes[home]
+    start = graph.nodes[home]
+    if start.domain != markers.DOMAIN:
+        return 0
+    if start.op == markers.OPEN and start.index == node.index:
+        reach, depth = 0, 0
+        for inside in graph.nodes[home:]:
+            reach = max([reach, *(level.get(n, 0) for n in inside.inputs)])
+            depth += (inside.op == markers.OPEN) - (inside.op == markers.CLOSE)
+            if not depth:
+                break
+        whole.update(dict.fromkeys(range(home, inside.index + 1), reach))
+    return whole[node.index]
 
 
 def _never(_name: str) -> bool:

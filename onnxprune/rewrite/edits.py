@@ -13,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.graph.view import Graph, Node
+from onnxprune.model import markers
 from onnxprune.model.weights import ArrayWeight, Weight
 
 
@@ -137,6 +138,8 @@ def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
     # Backwards: what a dead node read may be dead too, and comes before it.
     for node, names in zip(reversed(graph.nodes), reversed(reads), strict=True):
         made = [o for o in node.outputs if o]
+        if node.domain == markers.DOMAIN:
+            continue  # a body keeps its inputs and outputs, whoever reads them
         if made and not any(uses[o] for o in made) and all(o in graph.consumers for o in made):
             dead.add(node.index)
             uses.subtract(names)

@@ -75,7 +75,7 @@ class Witnesses:
         shape = self._probe.shapes.get(name)
         if not shape or None in shape or 0 in shape or self._probe.dtypes.get(name) not in _FLOATS:
             return False
-        if self._table.facts.value(name) is not None:
+        if self._table.facts.value(name) is not None or name in self._table.graph.inner:
             return False
         # Heads merged with a dynamic batch have labels of the first probe's size alone.
         labels = self._table.get(name)

@@ -7,6 +7,7 @@ from onnxprune.labels.label import Label, along
 from onnxprune.rules import (
     attention,
     blocked,
+    bodies,
     classical,
     contraction,
     convolution,
@@ -29,8 +30,8 @@ from onnxprune.rules.elementwise import Elementwise
 from onnxprune.rules.registry import Rule, known, lookup, register, unregister
 
 BUILT_IN = (
-    *(attention, blocked, classical, contraction, convolution, elementwise, experts, grouped, indexing, microsoft),
-    *(movement, normalization, packed, quantization, quantized, ranges, recurrent, spatial),
+    *(attention, blocked, bodies, classical, contraction, convolution, elementwise, experts, grouped, indexing),
+    *(microsoft, movement, normalization, packed, quantization, quantized, ranges, recurrent, spatial),
 )
 
 __all__ = [

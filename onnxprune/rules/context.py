@@ -113,7 +113,7 @@ class Step:
 
     def reason(self, code: str, detail: str) -> int:
         """Index of a barrier at this node."""
-        return self.atoms.barrier(code, self.node.label, self.node.op, detail)
+        return self.atoms.barrier(code, self.node.label, self.node.kind, detail)
 
     def freeze(self, labels: Labels, code: str, detail: str) -> None:
         """None of these channels may be removed."""

@@ -28,6 +28,9 @@ class Rule:
     operands: tuple[int, ...] = ()
     """Inputs that carry sizes, bounds or indices, checked by ``rewrite``; other sizes used as data keep their value."""
 
+    shapeless: bool = False
+    """Whether ``propagate`` copes with tensors whose rank is not known; other rules are then not asked."""
+
     def propagate(self, step: Step) -> None:
         """Read ``step.labels(i)``, unite and freeze, and state the outputs with ``step.set(o, labels)``.
 

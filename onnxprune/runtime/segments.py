@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from onnxprune.graph.view import Graph, Node, reads
+from onnxprune.model.closing import close_bodies
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
@@ -57,13 +58,15 @@ class Segments:
     """A graph in pieces: after piece ``k`` the tensors ``wanted[k]`` are known, and no node has run twice.
 
     Args:
-        graph: the whole graph. wanted: names of activations, piece by piece. weights: read anew for every piece.
+        graph: the whole graph. wanted: names of activations, piece by piece, none of them inside a body.
+        weights: read anew for every piece, but for those of bodies, which stay what they are now.
     """
 
     def __init__(
         self, graph: Graph, weights: Mapping[str, Weight], wanted: Sequence[Iterable[str]], store: Store
     ) -> None:
-        self._graph, self._weights, self._store = graph, weights, store
+        self._graph, self._weights, self._store = _closed(graph), weights, store
+        self._enclosed = graph.weights.keys() - self._graph.weights.keys()
         self._wanted = [set(names) for names in wanted]
         self._nodes = self._assign()
         self._last = self._lifetimes()
@@ -87,7 +90,8 @@ class Segments:
         inputs = sorted(n for n in read if n not in self._weights and self._is_outer(n))
         if keep:
             values = {n: self._store.get(n, 0) for n in inputs}
-            session = open_session(part_model(self._graph, self._weights, nodes, values, keep), spin=False)
+            weights = {n: w for n, w in self._weights.items() if self._is_known(n)}
+            session = open_session(part_model(self._graph, weights, nodes, values, keep), spin=False)
             for batch in range(self.batches):
                 results = run(session, {n: np.asarray(self._store.get(n, batch)) for n in inputs})
                 for name in keep:
@@ -97,6 +101,10 @@ class Segments:
     def done(self, piece: int) -> None:
         """Let go of what no later piece needs."""
         self._store.drop([n for n, last in self._last.items() if last <= piece])
+
+    def _is_known(self, name: str) -> bool:
+        """Whether a weight is one of the graph, or came to it since; a body may have others under the same names."""
+        return name in self._graph.weights or name not in self._enclosed
 
     def _is_outer(self, name: str) -> bool:
         return name in self._graph.producer or name in self._graph.inputs
@@ -126,6 +134,15 @@ class Segments:
             for name in names:
                 last[name] = piece
         return last
+
+
+def _closed(graph: Graph) -> Graph:
+    """The graph with every body in its node, which is how it can be run in pieces."""
+    if not graph.has_bodies:
+        return graph
+    proto, weights = close_bodies(graph.proto, graph.weights)
+    stored = {t.name for t in proto.graph.initializer}
+    return Graph.of(proto, {n: w for n, w in weights.items() if n in stored})
 
 
 def part_model(

@@ -156,7 +156,13 @@ def test_a_body_keeps_what_it_reads() -> None:
     made = helper.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, None)
     bodies = [helper.make_graph([helper.make_node(k, [product], ["inner"])], k, [], [made]) for k in ("Neg", "Abs")]
     z = net.op("If", net.input("c", [], bool), then_branch=bodies[0], else_branch=bodies[1])
-    assert folded(net.model(y, z, shapes={z: [4, 3, 1, 1]}, check=False))[1] == 0
+    model = net.model(y, z, shapes={z: [4, 3, 1, 1]}, check=False)
+    assert folded(model)[1] == 1, "a body that lies open reads the folded weight as others do"
+    # A body that stays closed, here for its sparse constant, names what it reads: that has to be there.
+    values = helper.make_tensor("sparse", onnx.TensorProto.FLOAT, [1], [1.0])
+    where = helper.make_tensor("where", onnx.TensorProto.INT64, [1], [0])
+    model.graph.node[-1].attribute[0].g.sparse_initializer.append(helper.make_sparse_tensor(values, where, [3]))
+    assert folded(model)[1] == 0
 
 
 def test_a_table_that_layers_compute_from_weights_is_no_weight() -> None:
