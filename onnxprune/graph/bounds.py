@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxprune.graph.facts import Facts
+from onnxprune.graph.values import size_of
 from onnxprune.graph.view import Graph, Node
 
 _MOVES = {
@@ -28,13 +29,30 @@ _TABLES = {("Gather", 1), ("GatherElements", 1), ("GatherND", 1), ("OneHot", 0)}
 
 
 def integer_bounds(graph: Graph, facts: Facts) -> dict[str, tuple[int, int]]:
-    """{input: (lowest, highest)} for graph inputs that reach the index of a table by moves and constant offsets."""
+    """{input: (lowest, highest)} for graph inputs that reach the index of a table by moves and constant offsets.
+
+    An input of one number that is only compared with a constant, such as a sampling rate, is that constant.
+    """
     result: dict[str, tuple[int, int]] = {}
     for name in graph.inputs:
+        named = _named(graph, facts, name)
+        if named is not None:
+            result[name] = named, named
+            continue
         high = _highest(graph, facts, name)
         if high is not None:
             result[name] = (0, max(high, 0))
     return result
+
+
+def _named(graph: Graph, facts: Facts, name: str) -> int | None:
+    """The only number that a scalar is held against."""
+    shape, readers = facts.shape(name), graph.consumers.get(name, ())
+    if shape is None or None in shape or size_of(shape) != 1:
+        return None
+    values = [facts.value(n.inputs[1 - i]) if n.op == "Equal" else None for n, i in readers]
+    found = {int(v.ravel()[0]) for v in values if v is not None and v.size == 1 and v.dtype.kind in "iu"}
+    return found.pop() if len(found) == 1 and None not in [v if v is None else 0 for v in values] else None
 
 
 def _highest(graph: Graph, facts: Facts, name: str) -> int | None:

@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
-from onnxprune.errors import ValidationError
+from onnxprune.errors import ModelError, ValidationError
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.model.save import save
 from onnxprune.passes.state import State
 from onnxprune.planning import atoms_removed
 from onnxprune.report.facts import Exactness
+from onnxprune.rewrite.branches import force, names_of, undecided, ways
 from onnxprune.rewrite.cut import cut
 from onnxprune.rewrite.oracle import masked_original
 from onnxprune.rewrite.witness import Model, Witnesses
@@ -62,6 +63,8 @@ def check_exactness(
         worst.batches, worst.note = batches, "; ".join(notes)
         if not facts.passed:
             break
+    if worst.passed and analysis.graph.has_bodies:
+        worst = check.elsewhere(feeds, worst)
     if worst.passed is False:
         raise ValidationError(
             f"The cut is not exact: output {worst.worst_output!r} differs by {worst.error:.3g} "
@@ -101,6 +104,31 @@ class _Check:
         if not found.facts.passed or not found.idle:
             return found.said()
         return self._inside(probe, masked, feeds, found)
+
+    def elsewhere(self, feeds: Sequence[Feed], worst: Exactness) -> Exactness:
+        """The facts after every branch of an If, and every Loop, was made to run, whatever the inputs make of it."""
+        found_open = undecided(self.analysis.graph, self.analysis.facts)
+        run, missed = set[tuple[str, bool]](), set[tuple[str, bool]]()
+        for way in ways(found_open):
+            for probe, feed in enumerate(feeds):
+                masked = masked_original(self.analysis.table, self.removed, probe)
+                with self._file("masked", force(masked, way)) as a, self._file("forced", force(self.model, way)) as b:
+                    try:
+                        found = compare.compared(a, b, [feed], quantized=self.quantized).facts
+                    except ModelError:  # with these sizes the original does not run there either
+                        missed.update(way.items())
+                        break
+                run.update(way.items())
+                if not found.passed or found.error > worst.error:
+                    found.batches, found.note = worst.batches, "; ".join(filter(None, (worst.note, found.note)))
+                    worst = found
+                if worst.passed is False:
+                    return worst
+        names = names_of(found_open, missed - run)
+        if names:
+            said = f"could not be run at these sizes when its turn came: {_some(names)}"
+            worst.note = f"{worst.note}; {said}" if worst.note else said
+        return worst
 
     def _others(self, probe: int) -> Iterator[Feed]:
         graph, facts = self.analysis.graph, self.analysis.facts
