@@ -11,7 +11,7 @@ import numpy as np
 from onnxprune.graph.enclosed import count_repeats
 from onnxprune.graph.infer import Infer, probe_at
 from onnxprune.graph.values import Probe, Values, size_of, small
-from onnxprune.graph.view import Graph
+from onnxprune.graph.view import Graph, Node
 
 __all__ = ["Facts", "Infer", "Probe", "Values", "small", "study"]
 
@@ -70,7 +70,9 @@ def study(
 
 
 def _plausible(graph: Graph, probe: Probe) -> bool:
-    """Whether no reshape contradicts its input's size and no size is negative: else the graph cannot run like this."""
+    """Whether the graph can run like this: no reshape contradicts its input's size, no size is negative, and no Pad
+    reflects more than there is.
+    """
     for node in graph.steps:
         shape = probe.shapes.get(node.outputs[0]) if node.outputs else None
         if shape is None or None in shape:
@@ -79,8 +81,21 @@ def _plausible(graph: Graph, probe: Probe) -> bool:
             continue
         if any(n < 0 for n in shape):
             return False
+        if node.op == "Pad" and not node.domain and _reflects_too_much(node, probe):
+            return False
         if node.op == "Reshape" and node.domain == "":
             source = probe.shapes.get(node.inputs[0])
             if source is not None and None not in source and size_of(source) != size_of(shape):
                 return False
     return True
+
+
+def _reflects_too_much(node: Node, probe: Probe) -> bool:
+    shape = probe.shapes.get(node.inputs[0])
+    if node.attrs.get("mode", "constant") != "reflect" or shape is None or len(node.inputs) > 3:
+        return False
+    value = probe.values.get(node.inputs[1]) if len(node.inputs) > 1 else None
+    pads = node.attrs.get("pads", []) if value is None else value.ravel().tolist()
+    return len(pads) == 2 * len(shape) and any(
+        n is not None and p >= n for p, n in zip(pads, (*shape, *shape), strict=True)
+    )
