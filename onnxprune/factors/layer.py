@@ -109,7 +109,7 @@ class Layer:
 
     def macs(self, stages: Sequence[Any]) -> int:
         """Multiply-accumulates of stages in the place of every node that reads the weight."""
-        return sum(use.geometry.macs(stages) for use in self.uses)
+        return sum(use.node.repeats * use.geometry.macs(stages) for use in self.uses)
 
     @property
     def names(self) -> Iterator[str]:

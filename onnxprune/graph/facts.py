@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.graph.enclosed import count_repeats
 from onnxprune.graph.infer import Infer, probe_at
 from onnxprune.graph.values import Probe, Values, size_of, small
 from onnxprune.graph.view import Graph, Node
@@ -60,12 +59,9 @@ def study(
         probes = [probe_at(graph, dict(bindings[0]), infer)]
         probes += [probe_at(graph, dict(binding), infer, probes[0]) for binding in bindings[1:]]
         if _plausible(graph, probes[0]):
-            first = Facts((probes[0], *(p for p in probes[1:] if _plausible(graph, p))))
-            break
+            return Facts((probes[0], *(p for p in probes[1:] if _plausible(graph, p))))
         first = first or Facts(tuple(probes))
     assert first is not None
-    if graph.has_bodies:
-        count_repeats(graph, first.probes[0])
     return first
 
 

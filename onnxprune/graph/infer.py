@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune.graph.enclosed import infer_marker
+from onnxprune.graph.enclosed import count_repeats, infer_marker
 from onnxprune.graph.shapes import output_shapes
 from onnxprune.graph.values import Probe, Values
 from onnxprune.graph.view import CONTROL, Graph, Node
@@ -44,6 +44,8 @@ def probe_at(
     _infer_whole(graph, probe)
     probe.shapes.update(inputs)
     _walk(graph, graph.steps, probe, infer)
+    if graph.has_bodies and first is None:
+        count_repeats(graph, probe)
     return probe
 
 

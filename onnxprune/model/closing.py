@@ -146,8 +146,27 @@ class _Closing:
                 branch.outputs[at] = name
         else:
             body.outputs[at] = node.input[node.op_type == markers.TIE]
-        if node.op_type in markers.RESULTS and len(self._open) > 1:
-            self._inner.update(node.output)
+        if node.op_type in markers.RESULTS:
+            if len(self._open) > 1:
+                self._inner.update(node.output)
+            self._grow(node, frame, at)
+
+    def _grow(self, node: NodeProto, frame: _Frame, at: int) -> None:
+        """One more result than the node came with, see :mod:`onnxprune.model.exposing`."""
+        if at < len(frame.bodies[0].graph.output):
+            return
+        numbers = {a.name: int(a.i) for a in node.attribute}
+        # Only Scan asks for a rank; the results of an If may differ in theirs.
+        sizes = [None] * numbers["rank"] if frame.node.op_type == "Scan" else None
+        for body in frame.bodies:
+            body.graph.output.append(helper.make_tensor_value_info("", numbers["type"], sizes))
+        place = at - (frame.node.op_type == "Loop")
+        while len(frame.node.output) < place:
+            frame.node.output.append(f"{node.output[0]}_{len(frame.node.output)}")
+        frame.node.output.append(self._read(node.output[0]))
+        for attribute in frame.node.attribute:
+            if attribute.name in ("scan_output_axes", "scan_output_directions"):
+                attribute.ints.append(0)
 
     def _constant(self, marker: NodeProto) -> None:
         """A Constant node with the value it has by now; none where nothing reads it any more."""

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from onnxprune import statistics
 from onnxprune.analysis import Analysis
 from onnxprune.contractions import Form, pick, rows_per_sample
+from onnxprune.graph.values import Probe
 from onnxprune.graph.view import Graph
 from onnxprune.groups.units import Group
+from onnxprune.model.exposing import hidden
 from onnxprune.passes.calls import Calls
 from onnxprune.passes.state import State
 from onnxprune.rewrite.after import After
@@ -56,12 +58,13 @@ def captured_maps(
     targets = Targets(analysis.units, groups)
     component = analysis.units.component
     found = [s for s in sites(analysis.table, component) if (targets.group[component[s.label.ids]] >= 0).any()]
-    found = [s for s in found if _can_be_seen(s, analysis.graph)]
+    unseen = hidden(analysis.graph.proto)
+    found = [s for s in found if not unseen & {s.tensor, *(s.partner or ("",))[:1]}]
     captured = CapturedMaps(found)
     whole = removed is None or not removed.any()
     graph = analysis.graph
     model = (graph.proto, graph.weights) if whole or removed is None else cut(analysis.table, removed)
-    requests = _Requests(needs, source.samples)
+    requests = _Requests(needs, source.samples, analysis.facts.probes[0])
     forms = {} if whole or removed is None else _forms_after(analysis, found, model[0], removed)
     for site in found:
         requests.add(site, captured, forms.get((site.node.index, site.position), site.form))
@@ -87,11 +90,6 @@ def captured_maps(
     return captured
 
 
-def _can_be_seen(site: Site, graph: Graph) -> bool:
-    """Whether the activations of a site can be outputs of the model: not inside of a body."""
-    return site.tensor not in graph.inner and (site.partner is None or site.partner[0] not in graph.inner)
-
-
 def _forms_after(
     analysis: Analysis, found: Sequence[Site], proto: onnx.ModelProto, removed: NDArray[np.bool_]
 ) -> dict[tuple[int, int], Form | None]:
@@ -111,8 +109,8 @@ def _forms_after(
 class _Requests:
     """Requests so far, each statistic of a place once, and what takes their results to where they belong."""
 
-    def __init__(self, needs: Sequence[str], samples: int | None) -> None:
-        self._needs, self._samples = needs, samples
+    def __init__(self, needs: Sequence[str], samples: int | None, probe: Probe) -> None:
+        self._needs, self._samples, self._probe = needs, samples, probe
         self.made: list[Request] = []
         self.finish: list[Callable[[], None]] = []
         self._known: set[tuple[Hashable, str]] = set()
@@ -158,8 +156,15 @@ class _Requests:
         into = captured.columns if statistics.get(need).columns else captured.maps
         # A class of a user's own need not say that its batches may be joined.
         joins = request.joins and getattr(statistic, "additive", False)
-        self.made.append(replace(request, name=f"{need} {key!r}", joins=joins))
+        request = with_type(replace(request, name=f"{need} {key!r}", joins=joins), self._probe)
+        self.made.append(request)
         self.finish.append(lambda: into.setdefault(key, {}).update(statistic.result()))
+
+
+def with_type(request: Request, probe: Probe) -> Request:
+    """The request with what is known of its tensor."""
+    kind = probe.dtypes.get(request.tensor, onnx.TensorProto.FLOAT)
+    return replace(request, kind=kind, rank=len(probe.shapes.get(request.tensor) or ()))
 
 
 def _gram_bytes(columns: int, parts: int) -> int:
@@ -188,4 +193,5 @@ def bytes_per_sample(analysis: Analysis, requests: Sequence[Request]) -> dict[st
     probe = analysis.facts.probes[0]
     batch = max(1, min((s[0] for s in probe.inputs.values() if s), default=1))
     shapes = {r.tensor: probe.shapes.get(r.tensor) for r in requests}
-    return {n: 4 * int(np.prod([d or 1 for d in s])) // batch for n, s in shapes.items() if s is not None}
+    times = {n: analysis.graph.producer[n].repeats if n in analysis.graph.producer else 1 for n in shapes}
+    return {n: 4 * times[n] * int(np.prod([d or 1 for d in s])) // batch for n, s in shapes.items() if s is not None}

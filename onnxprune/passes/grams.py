@@ -15,8 +15,9 @@ from onnxprune.contractions import Form, rows_per_sample
 from onnxprune.decompose import Metric
 from onnxprune.factors.layer import Layer
 from onnxprune.graph.view import Graph
+from onnxprune.model.exposing import hidden
 from onnxprune.model.weights import Weight
-from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns
+from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns, with_type
 from onnxprune.passes.calls import Calls
 from onnxprune.passes.state import State
 from onnxprune.runtime.capture import MEMORY, Request, capture
@@ -53,18 +54,19 @@ def seen_by(
     requests: dict[tuple[Any, ...], Request] = {}
     keys: dict[str, list[tuple[Any, ...]]] = {}
     shared: dict[str, bool] = {}
+    unseen = hidden(graph.proto)
     left = min(_ALL, state.memory_limit or _ALL)
     for layer in layers:
         form = layer.described.form
         whole = None if form is None else _whole(layer, left)
-        if form is None or whole is None or any(use.node.inputs[form.data] in graph.inner for use in layer.uses):
-            continue  # what is read inside a body nobody can see
+        if form is None or whole is None or any(use.node.inputs[form.data] in unseen for use in layer.uses):
+            continue
         shared[layer.name] = not whole
         for use in layer.uses:
             key = (use.node.inputs[form.data], form.key, whole)
             keys.setdefault(layer.name, []).append(key)
             if key not in requests:
-                requests[key] = _request(key, layer, form, whole, source.samples)
+                requests[key] = with_type(_request(key, layer, form, whole, source.samples), analysis.facts.probes[0])
                 left -= _bytes(layer, whole)
     with state.stage("capture"):
         capture(

@@ -26,8 +26,9 @@ BARRIERS: dict[str, Words] = {
         "These channels are a model output, and whoever reads the model counts on its shape.",
     ),
     "captured-by-subgraph": Words(
-        "used inside If/Loop/Scan",
-        "The body of an If, Loop or Scan reads these channels from outside, and bodies are left as they are.",
+        "used inside a body",
+        "The body of a control-flow node reads these channels from outside, and what lies in that body cannot be laid "
+        "open (SequenceMap, Scan before opset 9, sparse constants in it, foreign operators that hold bodies).",
     ),
     "no-rule": Words(
         "operator without a rule",

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from onnxprune.errors import ModelError, UsageError
+from onnxprune.model.exposing import show
 from onnxprune.model.save import save
 from onnxprune.model.weights import Weight
 from onnxprune.runtime.checkpoint import Checkpoint
@@ -51,6 +52,7 @@ class Request:
 
     ``growth``: how many times larger that is (windows overlap); it is then done for a few samples at a time.
     ``joins``: values of several calls may be joined along their first axis, the statistic stays the same.
+    ``kind``, ``rank``: the tensor's element type, as onnx numbers them, and axes; needed where it lies in a body.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Request:
     statistic: Statistic
     growth: int = 1
     joins: bool = False
+    kind: int = onnx.TensorProto.FLOAT
+    rank: int = 0
 
 
 def capture(
@@ -147,18 +151,21 @@ def _one_pass(
 ) -> int:
     names = list(dict.fromkeys(r.tensor for r in requests))
     path = folder / "capture.onnx"
-    save(with_outputs(model[0], names), model[1], path)
+    proto, shown = show(model[0], {r.tensor: (r.kind, r.rank) for r in requests})
+    outputs = {n: shown[n].output if n in shown else n for n in names}
+    save(with_outputs(proto, [*outputs.values()]), model[1], path)
     session = open_session(path, spin=False)
     states = {r.name: r.statistic for r in requests}
     checkpoint = None if checkpoint is None else checkpoint.at(batch_size)
     skip, samples = checkpoint.load(states) if checkpoint is not None else (0, 0)
     saved = time.monotonic()
     with cores() as pool:
-        number, gathered = -1, _Gathered(requests, pool)
+        number, gathered = -1, _Gathered(requests, pool, {n: s.stacked for n, s in shown.items()})
         for number, feed in enumerate(source.batches(batch_size)):
             if number < skip:
                 continue
-            full = gathered.add(run(session, feed), at_once=number == 0)
+            values = run(session, feed)
+            full = gathered.add({n: values[o] for n, o in outputs.items()}, at_once=number == 0)
             samples += count(feed)
             share(samples, source.samples)
             if full and checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY:
@@ -177,8 +184,8 @@ class _Gathered:
     When they are handed over depends on nothing but the data, so that a run that was resumed adds in the same order.
     """
 
-    def __init__(self, requests: Sequence[Request], pool: ThreadPoolExecutor) -> None:
-        self._requests, self._pool = requests, pool
+    def __init__(self, requests: Sequence[Request], pool: ThreadPoolExecutor, stacked: Mapping[str, int]) -> None:
+        self._requests, self._pool, self._stacked = requests, pool, stacked
         self._calls: list[Feed] = []
         self._bytes = 0
         self._busy: list[Future[None]] = []
@@ -209,12 +216,31 @@ class _Gathered:
         self._wait()
         calls, self._calls, self._bytes = self._calls, [], 0
         if calls:
-            self._busy = [self._pool.submit(_take_in, r, [c[r.tensor] for c in calls]) for r in self._requests]
+            self._busy = [self._pool.submit(_take_in, r, self._values(r, calls)) for r in self._requests]
+
+    def _values(self, request: Request, calls: Sequence[Feed]) -> list[Array]:
+        """A tensor's values; where it lies in a body, one per iteration, or joined, and none where it did not run."""
+        values = [call[request.tensor] for call in calls]
+        stacked = self._stacked.get(request.tensor)
+        return values if stacked is None else [p for v in values for p in unstacked(v, stacked, request.joins)]
 
     def _wait(self) -> None:
         busy, self._busy = self._busy, []
         for future in busy:
             future.result()
+
+
+def unstacked(value: Array, stacked: int, joins: bool) -> list[Array]:
+    """The values that iterations gave, out of what they were stacked in along so many leading axes.
+
+    ``joins``: as one value, joined along its own first axis.
+    """
+    if not value.size:
+        return []
+    flat = value.reshape(-1, *value.shape[stacked:])
+    if joins and flat.ndim > 1:
+        return [flat.reshape(-1, *flat.shape[2:])]
+    return list(flat)
 
 
 def _take_in(request: Request, values: Sequence[Array]) -> None:

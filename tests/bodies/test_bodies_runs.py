@@ -1,0 +1,120 @@
+"""Everything that runs a model or a piece of one, on models with bodies: it works, or says why it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from enclosing import IF, IF_SIZES, SCAN, SCAN_SIZES, build, sizes
+
+import onnxprune as op
+from onnxprune.graph.bounds import integer_bounds
+
+DATA = np.random.default_rng(3).standard_normal((40, 5, 2, 4)).astype(np.float32)
+
+
+def scan() -> onnx.ModelProto:
+    """A recurrent net over 5 steps of 2 samples."""
+    return build(SCAN, **SCAN_SIZES, inside=("ws",))
+
+
+def calls() -> list[dict[str, Any]]:
+    return [{"x": x} for x in DATA]
+
+
+@pytest.mark.parametrize("criterion", ["nuclear", "variance", "obs", "cosine", "wanda"])
+def test_criteria_that_look_at_what_flows_inside(criterion: str) -> None:
+    """Every iteration counts: states, inputs and results of the cell have scores of their own."""
+    result = op.prune(scan(), criterion=criterion, ratio=0.5, data=calls(), recover="none", latency=False)
+    assert result.report.exactness.passed
+    assert sizes(result.model, "ws") == [3, 3] and sizes(result.model, "w0")[1] < 5
+
+
+def test_scores_are_those_of_all_iterations() -> None:
+    """A state that never moves goes first, whatever its weights say."""
+    model = scan()
+    weights = {t.name: t for t in model.graph.initializer}
+    values = onnx.numpy_helper.to_array(weights["wu"]).copy()
+    body = model.graph.node[1].attribute[1].g if model.graph.node[1].attribute[1].HasField("g") else None
+    body = body or model.graph.node[1].attribute[0].g
+    own = onnx.numpy_helper.to_array(body.initializer[0]).copy()
+    values[:, 4], own[:, 4], own[4, :] = 0, 0, 9
+    weights["wu"].CopyFrom(onnx.numpy_helper.from_array(values, "wu"))
+    body.initializer[0].CopyFrom(onnx.numpy_helper.from_array(own, "ws"))
+    result = op.prune(model, criterion="variance", ratio=0.2, data=calls(), recover="none", latency=False)
+    slots = {(s.tensor, s.axis): s.removed for g in result.plan.groups for s in g.slots}
+    assert slots["ws", 0] == [4]
+
+
+def test_a_criterion_that_sees_nothing_says_so() -> None:
+    """Inside a branch that is taken in some iterations alone nothing can be looked at."""
+    text = SCAN.replace(
+        "o = MatMul(t, wo)",
+        """b = ReduceMax <keepdims = 0> (t)
+        flag = Greater(b, zero0)
+        o = If (flag) <
+            then_branch = p () => (float[2,7] o1) { m = MatMul(t, wm) n = Relu(m) o1 = MatMul(n, wo) },
+            else_branch = q () => (float[2,7] o2) { o2 = MatMul(t, wx) }
+        >""",
+    )
+    model = build(text, **{**SCAN_SIZES, "wo": (8, 7)}, wm=(6, 8), wx=(6, 7), zero0=np.float32(0))
+    result = op.prune(model, criterion="nuclear", ratio=0.5, data=calls(), recover="none", latency=False)
+    assert result.report.exactness.passed
+    assert sizes(result.model, "wm")[1] == 8 and sizes(result.model, "wu")[1] == 6
+    said = {layer.name: layer.reason for layer in result.report.layers}
+    assert said["m"].startswith("no-score")
+
+
+def test_a_repair_leaves_bodies_alone_and_says_why() -> None:
+    result = op.prune(scan(), ratio=0.5, data=calls(), recover="full", latency=False)
+    done = {r.layer for r in result.report.repairs if r.done}
+    left = {r.layer: r.how for r in result.report.repairs if not r.done}
+    assert done & {"y", "z", "e"} and all("body of an If, Loop or Scan" in left[name] for name in ("us", "ss", "o"))
+    assert result.report.exactness.passed
+
+
+def test_layers_in_bodies_can_be_taken_apart() -> None:
+    wide = {"wu": (5, 24), "ws": (24, 24), "wo": (24, 7), "w1": (24, 3), "zero": np.zeros((2, 24), np.float32)}
+    model = build(SCAN.replace("float[2,6]", "float[2,24]"), **{**SCAN_SIZES, **wide}, inside=("ws",))
+    result = op.factorize(model, method="svd", ratio=0.5, layers={"ss": 0.5}, latency=False, timed=False, data=calls())
+    facts = {f.name: f for f in result.report.factorized}
+    assert facts["ss"].method == "svd" and facts["ss"].macs_before == 5 * 2 * 24 * 24
+    body = next(a.g for n in result.model.graph.node for a in n.attribute if a.HasField("g"))
+    assert [n.op_type for n in body.node].count("MatMul") > 3
+    onnx.checker.check_model(result.model)
+
+
+def test_a_budget_counts_every_iteration() -> None:
+    result = op.prune(scan(), target={"macs": 0.5}, latency=False, validate=True)
+    totals = result.report.totals
+    assert 0.3 * totals.macs_before < totals.macs_after <= 0.5 * totals.macs_before
+    assert totals.macs_before == sum(layer.macs_before for layer in result.report.layers)
+
+
+def test_parameters_of_bodies_count() -> None:
+    inside = op.analyze(build(SCAN, **SCAN_SIZES, inside=("ws", "wo")))
+    assert inside.parameters == op.analyze(build(SCAN, **SCAN_SIZES)).parameters
+
+
+def test_a_number_that_inputs_are_held_against_is_what_they_get() -> None:
+    """A sampling rate, say: with any other number the model may have no way to run."""
+    text = IF.replace("bool c)", "int64 rate)").replace("h0 =", "c = Equal(rate, known)  h0 =")
+    analysis = op.analyze(build(text, **IF_SIZES, known=np.asarray(16000)))
+    assert integer_bounds(analysis.graph, analysis.facts) == {"rate": (16000, 16000)}
+    other = text.replace("c = Equal", "r = Cast <to = 7> (rate)  c = Equal")
+    analysis = op.analyze(build(other, **IF_SIZES, known=np.asarray(16000)))
+    assert integer_bounds(analysis.graph, analysis.facts) == {}
+
+
+def test_sizes_that_a_reflecting_pad_cannot_have_are_no_probes() -> None:
+    text = """agraph (float[N,T] x) => (float[N,1,L] y) <int64[4] pads = {0, 0, 0, 40}, int64[1] one = {1}> {
+        p = Pad <mode = "reflect"> (x, pads)
+        u = Unsqueeze(p, one)
+        h = Conv <kernel_shape = [3]> (u, w0)
+        y = Conv <kernel_shape = [3]> (h, w1)
+    }"""
+    model = build(text, w0=(8, 1, 3), w1=(1, 8, 3))
+    assert all(p.inputs["x"][1] > 40 for p in op.analyze(model).facts.probes)
+    assert op.prune(model, ratio=0.5, latency=False).report.exactness.passed
