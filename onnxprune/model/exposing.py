@@ -79,6 +79,14 @@ def hidden(proto: ModelProto) -> frozenset[str]:
     return frozenset(found)
 
 
+def repeated(proto: ModelProto) -> frozenset[str]:
+    """Tensors inside of Loops and Scans alone: every run of the model gives their values, one per iteration."""
+    if not markers.has_bodies(proto):
+        return frozenset()
+    around = _Places.of(proto).around
+    return frozenset(name for name, frames in around.items() if all(frame.kind != "If" for frame, _ in frames))
+
+
 def show(proto: ModelProto, types: Mapping[str, tuple[int, int]]) -> tuple[ModelProto, dict[str, Shown]]:
     """The model with inner tensors as results of the nodes around them, and what they come out as.
 

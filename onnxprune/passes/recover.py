@@ -20,13 +20,14 @@ from onnxprune.passes.material import Material, gather, no_data
 from onnxprune.passes.outcome import doubts, is_worse, judge, noise, remarks
 from onnxprune.passes.prepared import Model, Prepared
 from onnxprune.passes.restate import Restated, normalisations
+from onnxprune.passes.seen import can_follow, inside, seen, survivors
 from onnxprune.passes.state import State
 from onnxprune.propagate import infer_by_rule
 from onnxprune.recover import MODES
-from onnxprune.recover.aims import find_aims
+from onnxprune.recover.aims import Aim, find_aims
 from onnxprune.recover.layers import Layer
 from onnxprune.recover.logits import Mixing, find_pairs, mixings
-from onnxprune.recover.problem import Array, Get, Problem
+from onnxprune.recover.problem import Get, Problem
 from onnxprune.recover.repair import repair
 from onnxprune.report.facts import Fidelity, Recovery, Repair
 from onnxprune.rewrite.after import After
@@ -144,6 +145,10 @@ class Recover:
         settings = state.analyzed().loaded.sha256, self.mode, self.symmetric, state.factorized
         return f"{settings} {print_of(*before, given.fit)}"
 
+    def _of_original(self, aim: Aim) -> tuple[str, ...]:
+        """What has to be known of the original before a layer can be fitted."""
+        return (aim.tail.aim, aim.data) if self.symmetric or aim.recurrent else (aim.tail.aim,)
+
     def _repair(
         self,
         state: State,
@@ -164,18 +169,19 @@ class Recover:
         if restate:
             restated = Restated(full, after, graph, weights, feeds, Store(memory, folder))
             full_weights = restated.original
-        made = (o for node in full.nodes for o in node.outputs if o in analysis.graph.producer and o not in full.inner)
-        known = [name for name in made if _can_follow(analysis, after, name)]
+        known = [name for name in seen(state) if can_follow(analysis, after, name)]
         shape = _shapes_now(state, graph) if state.factorized else after.shape
         aims = find_aims(graph, known, shape, joint=mode == "full")
         if self.near:
             levels = [[a for a in level if after.touched(a.data)] for level in aims.levels]
             aims.levels = [level for level in levels if level]
         store = Store(memory, folder), Store(memory, folder)
-        cut_run = Segments(graph, weights, [[n for a in level for n in a.needs] for level in aims.levels], store[0])
-        wanted = [[n for a in x for n in (a.tail.aim, *((a.data,) if self.symmetric else ()))] for x in aims.levels]
-        full_run = Segments(full, full_weights, wanted, store[1])
-        data = partial(_survivors, store[1].get, after) if self.symmetric else store[0].get
+        needs = [[n for a in level for n in a.needs] for level in aims.levels]
+        within = inside(analysis, known)
+        cut_run = Segments(graph, weights, needs, store[0], within)
+        wanted = [[n for a in x for n in self._of_original(a)] for x in aims.levels]
+        full_run = Segments(full, full_weights, wanted, store[1], within)
+        kept_inputs = partial(survivors, store[1].get, after)
         for run in (cut_run, full_run):
             run.feed(feeds)
         samples = sum(map(count, feeds))
@@ -192,6 +198,7 @@ class Recover:
             mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, cut_run.batches))
 
             def one(layer: Layer) -> Fitted:
+                data = kept_inputs if self.symmetric or layer.aim.recurrent else store[0].get
                 values = (data, store[1].get, after.steps(layer.aim.tail.aim), cut_run.batches, samples)
                 return _fitted(layer, values, mode, mixed.get(layer.node.index))
 
@@ -236,14 +243,6 @@ def _shapes_now(state: State, graph: Graph) -> Callable[[str], Any]:
     return probe_at(graph, state.analyzed().facts.probes[0].inputs, infer_by_rule).shapes.get
 
 
-def _survivors(full: Get, after: After, name: str, batch: int) -> Array:
-    """A value of the original without what the cut removed."""
-    value = full(name, batch)
-    for axis, index in after.steps(name):
-        value = value.take(index, axis=axis) if index.ndim == 1 else np.take_along_axis(value, index, axis=axis)
-    return value
-
-
 def _ways(mode: str, analysis: Analysis) -> list[bool]:
     """Whether to restate normalisations, one attempt after the other until one is exact.
 
@@ -278,15 +277,6 @@ def settle_mode(recover: str | None, data: bool, validate: bool) -> tuple[str, s
     if not data:
         return "none", "no data was given"
     return ("full", "data was given") if validate else ("none", "models are not run")
-
-
-def _can_follow(analysis: Analysis, after: After, name: str) -> bool:
-    """Whether survivors stand at the same positions at any batch size: not where heads and samples share an axis."""
-    for axis, index in after.steps(name):
-        axes = {axis} if index.ndim == 1 else {axis, *(a for a, n in enumerate(index.shape) if n > 1)}
-        if any(analysis.facts.varies(name, a) for a in axes):
-            return False
-    return True
 
 
 def _report(

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from onnxprune.contractions import Form
-from onnxprune.graph.view import Graph, Node
+from onnxprune.graph.view import CONTROL, Graph, Node
 from onnxprune.graph.weights_of import weight_of
-from onnxprune.model import markers
+from onnxprune.recover.bodies import Bodies
 from onnxprune.recover.scales import Scale
 from onnxprune.recover.stored import Stored
 from onnxprune.recover.tails import Tail, tail_of
@@ -30,6 +30,7 @@ class Aim:
         node: in the cut graph. form: the node as a matrix product. tail: from its output to its aim.
         level: aims of one level do not depend on each other; those of lower levels are repaired before.
         weight, bias: where its constants lie; no bias where it has none.
+        recurrent: whether it lies in a body, see :class:`onnxprune.recover.bodies.Bodies`.
     """
 
     node: Node
@@ -38,6 +39,7 @@ class Aim:
     level: int
     weight: Stored
     bias: Stored | None = None
+    recurrent: bool = False
 
     @property
     def data(self) -> str:
@@ -47,7 +49,7 @@ class Aim:
     @property
     def needs(self) -> tuple[str, ...]:
         """What has to be known of the cut model before the contraction can be repaired."""
-        return (self.data, *self.tail.addends)
+        return () if self.recurrent else (self.data, *self.tail.addends)
 
 
 @dataclass(slots=True)
@@ -62,67 +64,41 @@ def find_aims(graph: Graph, known: Collection[str], shape: Shapes, *, joint: boo
     """Every contraction of the cut graph that can be repaired.
 
     Args:
-        graph: of the cut model. known: names of tensors that the original has too. shape: shapes in the cut model.
+        graph: of the cut graph. known: names of tensors that the original has too, and whose values can be had.
+        shape: shapes in the cut model.
         joint: aim at sums; False: every contraction is aimed at its own output.
     """
     found = Aims()
     level: dict[str, int] = dict.fromkeys(graph.inputs, 0)
     by_level: dict[int, list[Aim]] = defaultdict(list)
     passed: set[int] = set()
-    homes = graph.homes if graph.has_bodies else []
-    whole: dict[int, int] = {}
+    bodies = Bodies(graph, level)
     for node in graph.nodes:
         inputs = [n for n in node.inputs if n and n not in graph.weights]
         reach = max((level.get(n, 0) for n in inputs), default=0)
-        if node.op in ("If", "Loop", "Scan"):
+        if node.op in CONTROL:
             reach = max([reach, *(level.get(n, 0) for n in graph.captured)])
-        if homes:
-            reach = max(reach, _whole(graph, node, level, whole))
+        reach = max(reach, bodies.least(node))
         # A BatchNormalization behind a contraction is undone there: its scale and shift are the contraction's to fit.
         form = _form(graph, node, shape) if node.index not in passed else None
         own = None if form is None else _own(graph, node, form)
-        if form is not None and homes and homes[node.index] >= 0:
-            own = _ENCLOSED
+        if form is not None:
+            own = bodies.refusal(node, form, known, shape) or own
         if isinstance(own, str):
             found.left[node.label] = own
         elif form is not None and own is not None:
             tail = tail_of(graph, node.outputs[0], level.__contains__ if joint else _never, shape)
-            if tail.aim not in known:  # pragma: no cover - only where names changed
+            if tail.aim not in known or not bodies.may_follow(node, tail):
                 tail = Tail(node.outputs[0])
             if tail.aim in known:
                 reach = 1 + max([reach, *(level[n] for n in tail.addends)])
-                by_level[reach].append(Aim(node, form, tail, reach, *own))
+                by_level[reach].append(Aim(node, form, tail, reach, *own, recurrent=bodies.encloses(node)))
                 passed.update(n.index for n in tail.through)
+        bodies.note(node, reach)
         for name in node.outputs:
             level[name] = reach
     found.levels = [by_level[k] for k in sorted(by_level)]
     return found
-
-
-_ENCLOSED = "it lies in the body of an If, Loop or Scan, where nobody can see what it reads"
-
-
-def _whole(graph: Graph, node: Node, level: dict[str, int], whole: dict[int, int]) -> int:
-    """The level of everything that a control-flow node around ``node`` reads: it runs as one.
-
-    Args:
-        level: of the tensors so far. whole: the levels of control-flow nodes, by the marker that begins them; filled.
-    """
-    homes, home = graph.homes, node.index
-    while homes[home] >= 0:
-        home = homes[home]
-    start = graph.nodes[home]
-    if start.domain != markers.DOMAIN:
-        return 0
-    if start.op == markers.OPEN and start.index == node.index:
-        reach, depth = 0, 0
-        for inside in graph.nodes[home:]:
-            reach = max([reach, *(level.get(n, 0) for n in inside.inputs)])
-            depth += (inside.op == markers.OPEN) - (inside.op == markers.CLOSE)
-            if not depth:
-                break
-        whole.update(dict.fromkeys(range(home, inside.index + 1), reach))
-    return whole[node.index]
 
 
 def _never(_name: str) -> bool:

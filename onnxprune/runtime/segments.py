@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import onnx
 
 from onnxprune.graph.view import Graph, Node, reads
 from onnxprune.model.closing import close_bodies
+from onnxprune.model.exposing import Shown, show
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
@@ -58,19 +60,54 @@ class Segments:
     """A graph in pieces: after piece ``k`` the tensors ``wanted[k]`` are known, and no node has run twice.
 
     Args:
-        graph: the whole graph. wanted: names of activations, piece by piece, none of them inside a body.
-        weights: read anew for every piece, but for those of bodies, which stay what they are now.
+        graph: the whole graph. wanted: names of activations, piece by piece. weights: read anew for every piece.
+        inside: {name: (element type, rank)} of wanted tensors inside Loops and Scans. Their values are those of all
+            iterations, joined along the first axis; the node around them runs once more, when the first is wanted.
     """
 
     def __init__(
-        self, graph: Graph, weights: Mapping[str, Weight], wanted: Sequence[Iterable[str]], store: Store
+        self,
+        graph: Graph,
+        weights: Mapping[str, Weight],
+        wanted: Sequence[Iterable[str]],
+        store: Store,
+        inside: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
-        self._graph, self._weights, self._store = _closed(graph), weights, store
+        self._flat, self._weights, self._store = graph, weights, store
+        self._inside = {n: kind for names in wanted for n in names if (kind := (inside or {}).get(n)) is not None}
+        self._graph, shown = self._closed()
         self._enclosed = graph.weights.keys() - self._graph.weights.keys()
-        self._wanted = [set(names) for names in wanted]
+        self._shown = {place.output: (name, place.stacked) for name, place in shown.items()}
+        outputs = {name: output for output, (name, _) in self._shown.items()}
+        self._wanted = [{outputs.get(n, n) for n in names} for names in wanted]
         self._nodes = self._assign()
         self._last = self._lifetimes()
         self.batches = 0
+
+    def _closed(self) -> tuple[Graph, dict[str, Shown]]:
+        """The graph with every body in its node, which is how it can be run in pieces, with the weights of now.
+
+        Where something inside is wanted, a second node stands beside the first, for that alone.
+        """
+        graph = self._flat
+        if not graph.has_bodies:
+            return graph, {}
+        weights = {**graph.weights, **self._weights}
+        proto, left = close_bodies(graph.proto, weights)
+        exposed, shown = show(graph.proto, self._inside)
+        if shown:
+            twins = {node.output[0]: node for node in close_bodies(exposed, weights)[0].graph.node if node.output}
+            nodes = list(proto.graph.node)
+            del proto.graph.node[:]
+            for node in nodes:
+                proto.graph.node.append(node)
+                twin = twins.get(node.output[0]) if node.output else None
+                if twin is not None and len(twin.output) > len(node.output):
+                    for k in range(len(node.output)):
+                        twin.output[k] = f"{twin.output[k]}__again"
+                    proto.graph.node.append(twin)
+        stored = {t.name for t in proto.graph.initializer}
+        return Graph.of(proto, {n: w for n, w in left.items() if n in stored}), shown
 
     def feed(self, feeds: Iterable[Feed]) -> None:
         """Take in the inputs of every batch."""
@@ -82,7 +119,8 @@ class Segments:
 
     def run(self, piece: int) -> Iterator[int]:
         """Compute a piece, batch by batch; gives the number of every finished batch."""
-        nodes = self._nodes[piece]
+        graph = self._closed()[0]
+        nodes = [graph.nodes[node.index] for node in self._nodes[piece]]
         made = {o for node in nodes for o in node.outputs if o}
         keep = [n for n in sorted(made) if self._last.get(n, -1) >= piece]
         read = {n for node in nodes for n in reads(node)} - made
@@ -91,16 +129,21 @@ class Segments:
         if keep:
             values = {n: self._store.get(n, 0) for n in inputs}
             weights = {n: w for n, w in self._weights.items() if self._is_known(n)}
-            session = open_session(part_model(self._graph, weights, nodes, values, keep), spin=False)
+            session = open_session(part_model(graph, weights, nodes, values, keep), spin=False)
             for batch in range(self.batches):
                 results = run(session, {n: np.asarray(self._store.get(n, batch)) for n in inputs})
                 for name in keep:
-                    self._store.add(name, results[name])
+                    self._keep(name, results[name])
                 yield batch
+
+    def _keep(self, name: str, value: Array) -> None:
+        own, stacked = self._shown.get(name, (name, 0))
+        rows = value.shape[: stacked + 1]
+        self._store.add(own, value.reshape(math.prod(rows), *value.shape[stacked + 1 :]) if stacked else value)
 
     def done(self, piece: int) -> None:
         """Let go of what no later piece needs."""
-        self._store.drop([n for n, last in self._last.items() if last <= piece])
+        self._store.drop([self._shown.get(n, (n, 0))[0] for n, last in self._last.items() if last <= piece])
 
     def _is_known(self, name: str) -> bool:
         """Whether a weight is one of the graph, or came to it since; a body may have others under the same names."""
@@ -134,15 +177,6 @@ class Segments:
             for name in names:
                 last[name] = piece
         return last
-
-
-def _closed(graph: Graph) -> Graph:
-    """The graph with every body in its node, which is how it can be run in pieces."""
-    if not graph.has_bodies:
-        return graph
-    proto, weights = close_bodies(graph.proto, graph.weights)
-    stored = {t.name for t in proto.graph.initializer}
-    return Graph.of(proto, {n: w for n, w in weights.items() if n in stored})
 
 
 def part_model(
