@@ -42,9 +42,14 @@ def _given(values: Values, i: int) -> np.ndarray:
 def _axes(node: Node, values: Values, position: int = 1) -> tuple[int, ...] | None:
     given = values[position] if len(values) > position else None
     if given is not None:
-        return tuple(int(a) for a in np.atleast_1d(given))
+        return tuple(_numbers(given))
     axes = node.attrs.get("axes")
     return None if axes is None else tuple(axes)
+
+
+def _numbers(value: np.ndarray) -> list[int]:
+    """A scalar or a vector of integers as Python's numbers, with which a handful is computed faster."""
+    return [int(n) for n in value.ravel().tolist()]
 
 
 def _unsqueeze(node: Node, values: Values) -> np.ndarray:
@@ -61,7 +66,7 @@ def _reshape(node: Node, values: Values) -> np.ndarray:
     data, target = values[0], values[1]
     assert data is not None and target is not None
     zero = not node.attrs.get("allowzero", 0)
-    return data.reshape([data.shape[i] if (d == 0 and zero) else int(d) for i, d in enumerate(target)])
+    return data.reshape([data.shape[i] if (d == 0 and zero) else d for i, d in enumerate(_numbers(target))])
 
 
 def _slice(node: Node, values: Values) -> np.ndarray:
@@ -69,15 +74,15 @@ def _slice(node: Node, values: Values) -> np.ndarray:
     assert data is not None
     if node.version < 10:
         starts, ends = node.attrs["starts"], node.attrs["ends"]
-        axes, steps = node.attrs.get("axes", range(len(starts))), np.ones(len(starts), np.int64)
+        axes, steps = node.attrs.get("axes", range(len(starts))), [1] * len(starts)
     else:
         padded = [*values, None, None, None, None][:5]
-        starts, ends = np.atleast_1d(_given(values, 1)), np.atleast_1d(_given(values, 2))
-        axes = range(len(starts)) if padded[3] is None else np.atleast_1d(padded[3])
-        steps = np.ones(len(starts), np.int64) if padded[4] is None else np.atleast_1d(padded[4])
+        starts, ends = _numbers(_given(values, 1)), _numbers(_given(values, 2))
+        axes = range(len(starts)) if padded[3] is None else _numbers(padded[3])
+        steps = [1] * len(starts) if padded[4] is None else _numbers(padded[4])
     index = [slice(None)] * data.ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        index[int(axis)] = slice_of(int(start), int(end), int(step), data.shape[int(axis)])
+        index[axis] = slice_of(start, end, step, data.shape[axis])
     return data[tuple(index)]
 
 
@@ -93,7 +98,7 @@ def slice_of(start: int, end: int, step: int, size: int) -> slice:
 def _gather(node: Node, values: Values) -> np.ndarray:
     data, indices = values[0], values[1]
     assert data is not None and indices is not None
-    return np.take(data, indices.astype(np.int64), axis=node.attrs.get("axis", 0))
+    return data.take(indices.astype(np.int64, copy=False), axis=node.attrs.get("axis", 0))
 
 
 def _divide(node: Node, values: Values) -> np.ndarray:
@@ -155,6 +160,7 @@ FUNCTIONS: dict[str, Function] = {
     "Sub": _plain(np.subtract),
     "Mul": _plain(np.multiply),
     "Div": _divide,
+    "Mod": lambda n, v: (np.fmod if n.attrs.get("fmod", 0) else np.mod)(_given(v, 0), _given(v, 1)),
     "Neg": _plain(np.negative),
     "Sqrt": _plain(np.sqrt),
     "Floor": _plain(np.floor),

@@ -75,7 +75,7 @@ def _plausible(graph: Graph, probe: Probe) -> bool:
             continue
         if node.index in probe.idle:
             continue
-        if any(n < 0 for n in shape):
+        if min(shape, default=0) < 0:
             return False
         if node.op == "Pad" and not node.domain and _reflects_too_much(node, probe):
             return False

@@ -67,29 +67,38 @@ def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | Non
                 if probe.values.differs(name):
                     changed.add(name)
                 continue
-            if before is None or after is None or [n is None for n in before] != [n is None for n in after]:
+            if before is None or after is None or len(before) != len(after) or _open(before) != _open(after):
                 return None
             changed.add(name)
     return probe
 
 
+def _open(shape: tuple[int | None, ...]) -> list[int]:
+    """The axes whose size is not known."""
+    return [a for a, n in enumerate(shape) if n is None] if None in shape else []
+
+
 def _walk(graph: Graph, nodes: Sequence[Node], probe: Probe, infer: Infer | None) -> None:
     """Values and missing shapes of nodes in order."""
+    values, shapes, sizes = probe.values, probe.shapes, probe.sizes
     for node in nodes:
-        probe.values.step(node, probe.shapes)
-        if node.op in ("Shape", "Size") or any(
-            name in probe.sizes and (node.op, i) not in _TARGETS for i, name in enumerate(node.inputs)
-        ):
-            probe.sizes.update(o for o in node.outputs if o and probe.values.get(o) is not None)
+        values.step(node, shapes)
+        if node.op in ("Shape", "Size") or (not sizes.isdisjoint(node.inputs) and _from_sizes(node, sizes)):
+            sizes.update([o for o in node.outputs if o and values.get(o) is not None])
         for name in node.outputs:
             if not name:
                 continue
-            value = probe.values.get(name)
+            value = values.get(name)
             if value is not None:
-                probe.shapes[name] = value.shape
-            elif _unsure(probe.shapes.get(name)):
+                shapes[name] = value.shape
+            elif _unsure(shapes.get(name)):
                 _infer_node(graph, node, probe, infer)
                 break
+
+
+def _from_sizes(node: Node, sizes: set[str]) -> bool:
+    """Whether a node reads sizes as what they are, not as the shape that a result is to have."""
+    return any(name in sizes and (node.op, i) not in _TARGETS for i, name in enumerate(node.inputs))
 
 
 def _infer_whole(graph: Graph, probe: Probe) -> None:
@@ -120,12 +129,13 @@ def _infer_whole(graph: Graph, probe: Probe) -> None:
 
 
 def _note(name: str, kind: onnx.TypeProto, probe: Probe) -> None:
-    tensor = kind.tensor_type
-    if kind.WhichOneof("value") != "tensor_type":
+    if not kind.HasField("tensor_type"):
         return
+    tensor = kind.tensor_type
     probe.dtypes[name] = tensor.elem_type
     if tensor.HasField("shape"):
-        probe.shapes[name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+        sizes = [d.dim_value or (0 if d.HasField("dim_value") else None) for d in tensor.shape.dim]
+        probe.shapes[name] = tuple(sizes)
 
 
 def _gives_codes(node: Node) -> bool:
@@ -169,17 +179,20 @@ def _unsure(shape: Any) -> bool:
 
 def _infer_quickly(node: Node, probe: Probe) -> bool:
     """Whether the types are known and the shapes follow without onnx."""
-    if not all(o in probe.dtypes for o in node.outputs if o):
-        return False
-    values = probe.values
+    for name in node.outputs:
+        if name and name not in probe.dtypes:
+            return False
+    values, inputs, known_shape = probe.values, node.inputs, probe.shapes.get
 
     def known(i: int) -> np.ndarray | None:
-        return values.get(node.inputs[i]) if node.inputs[i] else None
+        return values.get(inputs[i]) if inputs[i] else None
 
-    shapes = output_shapes(node, [probe.shapes.get(n) if n else None for n in node.inputs], known)
+    shapes = output_shapes(node, [known_shape(n) if n else None for n in inputs], known)
     if shapes is None:
         return False
-    probe.shapes.update({name: shape for name, shape in zip(node.outputs, shapes, strict=True) if name})
+    for name, shape in zip(node.outputs, shapes, strict=True):
+        if name:
+            probe.shapes[name] = shape
     return True
 
 

@@ -27,18 +27,19 @@ def output_shapes(node: Node, shapes: Sequence[Any], known: Known) -> list[Shape
     Args:
         node: a node. shapes: of its inputs, None where absent. known: values of its inputs.
     """
-    function = _FUNCTIONS.get(node.op) if node.domain == "" else None
-    if function is None or any(s is not None and None in s for s in shapes):
+    function = None if node.domain else _FUNCTIONS.get(node.op)
+    if function is None:
         return None
-    if any(s is None and name for s, name in zip(shapes, node.inputs, strict=True)):
-        return None
+    for shape, name in zip(shapes, node.inputs, strict=True):
+        if (shape is None and name) or (shape is not None and None in shape):
+            return None
     try:
         results = function(node, list(shapes), known)
     except (LookupError, TypeError, ValueError, ArithmeticError):  # a form of the operator that is not expected here
         return None
     if results is None or len(results) != len(node.outputs):
         return None
-    whole = [s for s in results if s is not None and all(n >= 0 for n in s)]
+    whole = [s for s in results if s is not None and min(s, default=0) >= 0]
     return whole if len(whole) == len(results) else None
 
 
@@ -55,7 +56,7 @@ def _broadcast(node: Node, shapes: list[Shape], known: Known) -> list[Shape] | N
 def _join(*shapes: Shape) -> Shape:
     """numpy's broadcasting; ValueError where shapes do not fit."""
     first = shapes[0]
-    if all(s == first for s in shapes):
+    if shapes.count(first) == len(shapes):
         return first
     rank = max(map(len, shapes))
     sizes = zip(*((1,) * (rank - len(s)) + s for s in shapes), strict=True)
@@ -237,8 +238,8 @@ def _windows(node: Node, shape: Shape, kernel: Sequence[int]) -> Shape | None:
         return None
     pads, strides = attrs.get("pads", [0] * 2 * n), attrs.get("strides", [1] * n)
     steps = attrs.get("dilations", [1] * n)
-    extents = (shape[2 + i] + pads[i] + pads[n + i] - steps[i] * (kernel[i] - 1) - 1 for i in range(n))
-    return tuple(extent // stride + 1 for extent, stride in zip(extents, strides, strict=True))
+    extents = [shape[2 + i] + pads[i] + pads[n + i] - steps[i] * (kernel[i] - 1) - 1 for i in range(n)]
+    return tuple([extent // stride + 1 for extent, stride in zip(extents, strides, strict=True)])
 
 
 def _conv(node: Node, shapes: list[Shape], known: Known) -> list[Shape] | None:

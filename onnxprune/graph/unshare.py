@@ -41,7 +41,7 @@ def unshare(graph: Graph) -> tuple[Graph, dict[str, str]]:
             weights[copy] = ArrayWeight(copy, value)
             proto.graph.initializer.append(onnx.numpy_helper.from_array(value, copy))
             copies[copy] = name
-    return Graph.of(proto, weights, [n for n in graph.nodes if n.index not in changed]), copies
+    return graph.altered(proto, weights, changed), copies
 
 
 def _is_shared(graph: Graph, name: str) -> bool:
@@ -62,10 +62,13 @@ def rejoin(proto: onnx.ModelProto, weights: dict[str, Weight], copies: dict[str,
             kept = first.setdefault((copies.get(name, name), weights[name].shape), name)
             if kept != name:
                 back[name] = kept
+    if not back:
+        return
     for node in proto.graph.node:
-        for i, name in enumerate(node.input):
-            if name in back:
-                node.input[i] = back[name]
+        if not back.keys().isdisjoint(node.input):
+            for i, name in enumerate(node.input):
+                if name in back:
+                    node.input[i] = back[name]
     for k in reversed(range(len(proto.graph.initializer))):
         if proto.graph.initializer[k].name in back:
             del proto.graph.initializer[k]

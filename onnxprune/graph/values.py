@@ -12,6 +12,7 @@ import numpy as np
 from onnxprune.graph.evaluate import evaluate
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model import markers
+from onnxprune.model.weights import Weight
 
 INT_LIMIT, FLOAT_LIMIT = 1 << 20, 1 << 12
 
@@ -37,12 +38,15 @@ class Values:
 
     def __init__(self, graph: Graph, base: Values | None = None) -> None:
         self._graph, self._base = graph, base
-        self._known: dict[str, np.ndarray | None] = {}
+        self._known: dict[str, np.ndarray | Weight | None] = {}
 
     def get(self, name: str) -> np.ndarray | None:
         """The value of a tensor where it is known and small, else None."""
         if name in self._known:
-            return self._known[name]
+            known = self._known[name]
+            if known is not None and not isinstance(known, np.ndarray):
+                self._known[name] = known = known.read()
+            return known
         if self._base is not None:
             return self._base.get(name)
         weight = self._graph.weights.get(name)
@@ -56,6 +60,10 @@ class Values:
         """State (or forget, with None) the value of a tensor."""
         self._known[name] = value
 
+    def change(self, name: str, weight: Weight) -> None:
+        """State what became of a weight; it is read when asked for."""
+        self._known[name] = weight
+
     def differs(self, name: str) -> bool:
         """Whether the value of a tensor is another than in the base."""
         return name in self._known
@@ -64,7 +72,7 @@ class Values:
         """Evaluate ``node`` where its inputs are known; ``shapes`` serves Shape and Size."""
         if node.op in ("Shape", "Size") and node.domain == "":
             self._learn(node, [_size_value(node, shapes.get(node.inputs[0]))])
-        elif node.op != "Constant" and (self._base is None or any(n in self._known for n in node.inputs)):
+        elif node.op != "Constant" and (self._base is None or not self._known.keys().isdisjoint(node.inputs)):
             self._learn(node, self._evaluate(node, shapes))
 
     def _evaluate(self, node: Node, shapes: Shapes) -> Sequence[np.ndarray | None]:
@@ -77,11 +85,16 @@ class Values:
             if name and value is None:
                 return ()
             values.append(value)
-        if any(not _fits(shapes.get(o)) for o in node.outputs if o):
-            return ()
+        for name in node.outputs:
+            if name and not _fits(shapes.get(name)):
+                return ()
         return evaluate(node, values) or ()
 
     def _learn(self, node: Node, results: Sequence[np.ndarray | None]) -> None:
+        if not results:  # nearly always, and then there is mostly nothing to forget
+            if self._base is not None:
+                self._known.update({n: None for n in node.outputs if n and self._base.get(n) is not None})
+            return
         for i, name in enumerate(node.outputs):
             value = results[i] if i < len(results) else None
             if not isinstance(value, np.ndarray) or not small(value.shape, value.dtype):
@@ -105,7 +118,13 @@ def _size_value(node: Node, shape: Any) -> np.ndarray | None:
 def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a is b or (a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+    if a is b:
+        return True
+    if a.dtype != b.dtype:
+        return False
+    if a.size < 64 and a.dtype.kind in "iub":  # sizes: a handful of numbers, which Python compares faster
+        return a.shape == b.shape and bool(a.tolist() == b.tolist())
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
 def small(shape: Sequence[int], dtype: np.dtype[Any]) -> bool:

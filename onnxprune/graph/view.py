@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx
@@ -113,6 +113,23 @@ class Graph:
             old = decoded.get(outputs[0]) if decoded and outputs else None
             graph._add(graph._decode(index, node, list(outputs)) if old is None else old.at(index, node))
         return graph
+
+    def altered(self, proto: onnx.ModelProto, weights: dict[str, Weight], changed: Iterable[int]) -> Graph:
+        """The view of a copy whose nodes are the same, at the same places, but for what the ``changed`` ones read."""
+        new = {i: self._decode(i, proto.graph.node[i], self.nodes[i].outputs) for i in changed}
+        consumers, producer = dict(self.consumers), dict(self.producer)
+        for name in {n for i, node in new.items() for n in (*node.inputs, *self.nodes[i].inputs) if n}:
+            consumers[name] = [(node, k) for node, k in consumers.get(name, ()) if node.index not in new]
+        for node in new.values():
+            producer.update({output: node for output in node.outputs if output})
+            for k, name in enumerate(node.inputs):
+                if name:
+                    consumers[name].append((node, k))
+        for name in {n for node in new.values() for n in node.inputs if n}:
+            consumers[name].sort(key=lambda reader: (reader[0].index, reader[1]))
+        nodes, steps = ([new.get(n.index, n) for n in given] for given in (self.nodes, self.steps))
+        read = {name: readers for name, readers in consumers.items() if readers}
+        return replace(self, proto=proto, weights=weights, nodes=nodes, steps=steps, producer=producer, consumers=read)
 
     def _decode(self, index: int, proto: onnx.NodeProto, outputs: list[str]) -> Node:
         domain = "" if proto.domain == "ai.onnx" else proto.domain

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
 class Label:
-    """Atoms over one or more axes of a tensor.
+    """Atoms over one or more axes of a tensor; never changed.
 
     ``ids`` has the tensor's own rank and size 1 on axes it does not depend on. A label over several axes is a grid;
     ``pack`` is then the axis along which survivors close up: every row along it keeps the same number of atoms, each
     row its own ones, unless the row goes as a whole.
+
+    Attributes:
+        axes: the axes the label depends on. is_grid: whether these are several.
     """
 
-    ids: Ids
-    pack: int
+    # There is one for every tensor and more, each asked for its axes many times: plain slots, filled at once.
+    __slots__ = ("axes", "ids", "is_grid", "pack")
 
-    @cached_property
-    def axes(self) -> tuple[int, ...]:
-        """The axes the label depends on."""
-        return tuple([a for a, n in enumerate(self.ids.shape) if n > 1])
-
-    @property
-    def is_grid(self) -> bool:
-        """Whether the label spans more than one axis."""
-        return len(self.axes) > 1
+    def __init__(self, ids: Ids, pack: int) -> None:
+        self.ids, self.pack = ids, pack
+        self.axes = tuple([a for a, n in enumerate(ids.shape) if n > 1])
+        self.is_grid = len(self.axes) > 1
 
     def outer(self) -> tuple[int, ...]:
         """The axes other than the pack axis."""
@@ -70,9 +64,6 @@ def kept_sizes(keep: NDArray[np.bool_], pack: int) -> dict[int, int] | None:
         pack: the label's pack axis.
     """
     sizes: dict[int, int] = {}
-    if keep.size == keep.shape[pack]:
-        count = int(np.count_nonzero(keep))
-        return {pack: count} if count else None
     while True:
         counts = keep.sum(axis=pack, keepdims=True)
         alive = counts > 0

@@ -253,12 +253,12 @@ def _inlined(proto: ModelProto) -> ModelProto:
 
 def _take_data(tensor: TensorProto) -> Weight:
     """The weight of an initializer that still has its data; bulk data leave the skeleton."""
+    if tensor.data_type != TensorProto.STRING:
+        weight = TensorWeight(tensor)
+        if weight.nbytes <= INLINE_LIMIT:
+            return ArrayWeight(weight.name, weight.read())
     whole = TensorProto()
     whole.CopyFrom(tensor)
-    weight = TensorWeight(whole)
-    if tensor.data_type == TensorProto.STRING:
-        return weight
-    if weight.nbytes <= INLINE_LIMIT:
-        return ArrayWeight(weight.name, weight.read())
-    tensor.CopyFrom(without_data(whole))
-    return weight
+    if tensor.data_type != TensorProto.STRING:
+        tensor.CopyFrom(without_data(whole))
+    return TensorWeight(whole)

@@ -258,7 +258,8 @@ def _check_step(name: str, shape: Sequence[int], axis: int, index: Array) -> Non
         or any(i not in (1, s) for a, (i, s) in enumerate(zip(index.shape, shape)) if a != axis)  # noqa: B905
     ):
         raise ValueError(f"{name}: an index of shape {index.shape} does not fit {shape} along axis {axis}")
-    if index.size and (int(index.min()) < 0 or int(index.max()) >= shape[axis]):
+    # As unsigned numbers negative ones are huge: one search finds both.
+    if index.size and np.maximum.reduce(index.astype(np.uint64), axis=None) >= shape[axis]:
         raise ValueError(f"{name}: index {index.min()}..{index.max()} leaves axis {axis} of {shape}")
 
 

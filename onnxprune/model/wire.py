@@ -82,10 +82,16 @@ def fields(buffer: Buffer, start: int, end: int) -> Iterator[Field]:
     """The fields of the message in buffer[start:end], in order. Raises ModelError where the bytes are no message."""
     at = start
     while at < end:
-        tag, value = _decode_varint(buffer, at, end)
+        # Nearly every number here is one byte long: those need no call.
+        tag, value = buffer[at], at + 1
+        if tag > 0x7F:
+            tag, value = _decode_varint(buffer, at, end)
         wire = tag & 7
         if wire == _LENGTH:
-            length, value = _decode_varint(buffer, value, end)
+            if value < end and (length := buffer[value]) < 0x80:
+                value += 1
+            else:
+                length, value = _decode_varint(buffer, value, end)
             after = value + length
         elif wire == _VARINT:
             after = _decode_varint(buffer, value, end)[1]

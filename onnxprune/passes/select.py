@@ -29,7 +29,7 @@ from onnxprune.selection.choose import Array, batches, candidates, choose, conte
 from onnxprune.selection.costs import savings, spread
 from onnxprune.selection.map_slots import map_slots
 from onnxprune.selection.request import Request
-from onnxprune.selection.scopes import Contest, nearest_count
+from onnxprune.selection.scopes import Contest
 from onnxprune.selection.scores import (
     Scored,
     all_constant,
@@ -169,8 +169,7 @@ class Selector:
             return True
         if self.request.scope != "local" and group.id not in self.found.alone:
             return ratio > 0
-        steps = np.arange(group.steps)
-        return ratio > 0 and (self.request.round_to > 1 or nearest_count(steps, ratio * group.steps, "up") > 0)
+        return ratio > 0 and (self.request.round_to > 1 or group.steps > 1)
 
     def _scored(self, groups: Sequence[Group], gone: Mask | None) -> list[Scored]:
         """Raw scores of every slot, less what is gone."""

@@ -22,21 +22,35 @@ class After:
 
     def __init__(self, table: Table, removed: Mask) -> None:
         self._table, self.removed = table, removed
-        self._masks: dict[int, tuple[Label, Mask | None]] = {}
+        self._kept: dict[int, tuple[Label, Mask | None, dict[int, int] | None]] = {}
         self._sizes: dict[str, dict[int, int]] = {}
 
     def mask(self, label: Label) -> Mask | None:
         """Surviving positions in the label's shape; None where all survive."""
-        known = self._masks.get(id(label))
+        return self._survivors(label)[1]
+
+    def _survivors(self, label: Label) -> tuple[Label, Mask | None, dict[int, int] | None]:
+        """The label, its mask, and the sizes of its axes as ``kept_sizes`` has them; many tensors share a label."""
+        known = self._kept.get(id(label))
         if known is None:
             gone = self.removed[label.ids]
-            known = (label, ~gone if gone.any() else None)
-            self._masks[id(label)] = known
-        return known[1]
+            lost = int(np.count_nonzero(gone))
+            keep = np.logical_not(gone) if lost else None
+            if keep is None:
+                sizes: dict[int, int] | None = {}
+            elif label.axes == (label.pack,):
+                sizes = {label.pack: gone.size - lost} if lost < gone.size else None
+            else:
+                sizes = kept_sizes(keep, label.pack)
+            self._kept[id(label)] = known = (label, keep, sizes)
+        return known
 
     def touched(self, name: str) -> bool:
         """Whether the tensor loses positions."""
-        return any(self.mask(x) is not None for x in self._table.get(name))
+        for label in self._table.get(name):  # noqa: SIM110  (asked of every tensor: a loop is faster than any())
+            if self._survivors(label)[1] is not None:
+                return True
+        return False
 
     def sizes(self, name: str) -> dict[int, int]:
         """New size of every axis that shrinks."""
@@ -45,9 +59,8 @@ class After:
             return known
         result: dict[int, int] = {}
         for label in self._table.get(name):
-            keep = self.mask(label)
+            _, keep, sizes = self._survivors(label)
             if keep is not None:
-                sizes = kept_sizes(keep, label.pack)
                 if sizes is None:
                     raise Ragged(name)
                 # A weight's grid may share an axis with a label of its own: the smaller size is what stays.
@@ -86,6 +99,8 @@ class After:
     def steps(self, name: str) -> list[tuple[int, Ids]]:
         """Gather steps (axis, index) that cut a weight; a grid's pack axis has an index per row."""
         labels = [(x, k) for x in self._table.get(name) if (k := self.mask(x)) is not None]
+        if all(x.axes == (x.pack,) for x, _ in labels) and len({x.pack for x, _ in labels}) == len(labels):
+            return [(x.pack, keep.ravel().nonzero()[0]) for x, keep in labels]
         whole: dict[int, Mask] = {}
         for label, keep in labels:
             for axis in label.outer() if label.is_grid else label.axes:

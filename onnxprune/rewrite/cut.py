@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.graph.facts import Values
+from onnxprune.graph.facts import Values, small
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import GatheredWeight, Weight
 from onnxprune.rewrite.after import After, Mask, Ragged
@@ -65,10 +65,9 @@ class _State:
         if weight is not None:
             gathered = GatheredWeight(weight, self.after.steps(name))
             self.edits.weights[name] = gathered
-            if self.values[0].get(name) is not None:  # of a weight the same at every probe
-                value = gathered.read()
+            if small(weight.shape, weight.dtype):  # its value was known: what becomes of it is the same at every probe
                 for values in self.values:
-                    values.set(name, value)
+                    values.change(name, gathered)
 
     def visit(self, node: Node) -> None:
         """Rewrite one node, then learn the values of its outputs."""

@@ -78,10 +78,11 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
 
 def _write_node(target: onnx.NodeProto, node: Node, edits: Edits) -> None:
     target.CopyFrom(node.proto)
-    for i, name in edits.operands.get(node.index, {}).items():
-        while len(target.input) <= i:
-            target.input.append("")
-        target.input[i] = name
+    if node.index in edits.operands:
+        for i, name in edits.operands[node.index].items():
+            while len(target.input) <= i:
+                target.input.append("")
+            target.input[i] = name
     for name, value in edits.attributes.get(node.index, {}).items():
         for k, attribute in enumerate(target.attribute):
             if attribute.name == name:

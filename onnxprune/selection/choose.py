@@ -49,7 +49,7 @@ def candidates(analysis: Analysis, request: Request) -> Candidates:
         for child in group.children:
             if groups[child].prunable:
                 found.halved |= {group.id, child}
-        names = analysis.names_of(group)
+        names = analysis.names_of(group) if request.patterned else []
         own = own_ratio(names, request)
         found.asked[group.id] = None if is_excluded(names, request) else request.ratio if own is None else own
         if own is not None:
@@ -104,13 +104,15 @@ def contests(
     for group in groups:
         own, dead = _gone(group, gone)
         values = scores[group.id] - min(0.0, low)
-        values[own | dead] = np.nan
+        if gone is not None:
+            values[own | dead] = np.nan
         values = _over_columns(group, values, request.group_policy)
         if request.scope == "slamp" and group.id not in found.alone:
             values = lamp(values)
         if savings:
             values = values / savings[group.id]
-        values[own], values[dead] = -np.inf, np.nan
+        if gone is not None:
+            values[own], values[dead] = -np.inf, np.nan
         ratio = found.asked[group.id] or 0.0
         ratio = removed_share(ratio, request.schedule, done)
         if group.id in found.halved:
@@ -118,18 +120,18 @@ def contests(
         counts = allowed_counts(
             group.size, group.steps, round_to=request.round_to, step=request.step, widest=request.widest
         )
-        alone = group.id in found.alone
+        alone, before = group.id in found.alone, 0 if gone is None else _steps_gone(group, own, dead)
         result[group.id] = Contest(
-            values, group.classes, group.steps, counts, ratio, alone, alike.get(group.id), _steps_gone(group, own, dead)
+            values, group.classes, group.steps, counts, ratio, alone, alike.get(group.id), before
         )
     return result
 
 
 def _over_columns(group: Group, values: Array, policy: str) -> Array:
     """The grid's policy over the units that are left; columns go as a whole, so that each row misses the same ones."""
-    left = ~np.isnan(values)
     if policy not in ("sum", "average"):
         return values
+    left = ~np.isnan(values)
     known = np.where(left, values, 0.0)
     total = over_columns(known, group.classes, group.steps, "sum")
     if policy == "average":

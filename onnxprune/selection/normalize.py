@@ -36,7 +36,7 @@ def _softmax(values: Array) -> Array:
 
 _METHODS: dict[str, Callable[[Array], Array]] = {
     "none": lambda v: v,
-    "mean": lambda v: _ratio(v, float(np.abs(v).mean())),
+    "mean": lambda v: _ratio(v, float(np.add.reduce(np.abs(v))) / v.size),
     "root": lambda v: _ratio(v, float(np.sqrt(np.abs(v).sum()))),
     "standard": lambda v: _ratio(v - v.mean(), float(v.std())),
     "tss": lambda v: _ratio(v, float(np.abs(v).sum())),

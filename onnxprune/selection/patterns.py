@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from onnxprune.errors import UsageError, nearest
@@ -13,7 +13,7 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern)
 
 
-def check(given: Iterable[tuple[str, Iterable[str]]], names: Iterable[str]) -> None:
+def check(given: Iterable[tuple[str, Collection[str]]], names: Iterable[str]) -> None:
     """Every pattern must match some node or weight of the model.
 
     Args:
@@ -22,7 +22,8 @@ def check(given: Iterable[tuple[str, Iterable[str]]], names: Iterable[str]) -> N
     Raises:
         UsageError: one does not; the nearest name is suggested.
     """
-    known = sorted({n for n in names if n})
+    given = [(option, patterns) for option, patterns in given if patterns]
+    known = sorted({n for n in names if n}) if given else []
     for option, patterns in given:
         for pattern in patterns:
             if not any(matches(name, pattern) for name in known):

@@ -33,19 +33,20 @@ def combine(parts: Sequence[Part], size: int, policy: str) -> Array:
     units = np.concatenate([p.units for p in parts])
     scores = np.concatenate([p.scores for p in parts])
     count = np.bincount(units, minlength=size)
-    result = np.full(size, -np.inf if policy == "max" else 0.0)
     if policy == "backward":
+        result = np.zeros(size)
         for part in sorted(parts, key=lambda p: p.place):
             own = np.bincount(part.units, weights=part.scores, minlength=size)
             present = np.unique(part.units)
             result[present] = own[present]
     elif policy == "max":
+        result = np.full(size, -np.inf)
         np.maximum.at(result, units, scores)
     else:
-        np.add.at(result, units, scores)
+        result = np.bincount(units, weights=scores, minlength=size).astype(np.float64, copy=False)
         if policy == "average":
-            result /= np.maximum(count, 1)
-    if units.size and not count.all():
+            result = result / np.maximum(count, 1)
+    if units.size and np.count_nonzero(count) < size:
         result[count == 0] = result[count > 0].mean()
     return result
 

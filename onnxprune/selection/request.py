@@ -128,6 +128,11 @@ class Request:
         return 1.0 if self.scope == "local" else WIDEST
 
     @property
+    def patterned(self) -> bool:
+        """Whether names decide anything."""
+        return bool(self.layers or self.include or self.exclude)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The choices by name, for the report."""
         return {

@@ -49,6 +49,8 @@ def allowed_counts(size: int, steps: int, *, round_to: int = 1, step: int = 1, w
         widest: the largest share to remove.
     """
     counts = np.arange(steps)
+    if round_to == step == 1 and widest >= 1:
+        return counts
     units = counts * (size // steps)
     held = (units % step == 0) & (units <= widest * size + 1e-9)
     even = held & ((size - units) % round_to == 0)
@@ -81,8 +83,24 @@ def in_order(values: Array, classes: Ids) -> tuple[Ids, Ids]:
 def weakest(values: Array, classes: Ids, steps: int, count: int) -> Ids:
     """The units (numbers within the group) that go in ``count`` steps: the lowest of every class that is alive."""
     sizes = np.bincount(classes)
+    if sizes.size == 1:
+        return _least(values, values.size // steps * count)
     _, rank = in_order(values, classes)
     return np.flatnonzero((rank < (sizes // steps * count)[classes]) & ~np.isnan(values))
+
+
+def _least(values: Array, count: int) -> Ids:
+    """Positions of the ``count`` least of some numbers, those in front of equal ones; NaN is never among them."""
+    if not count:
+        return np.zeros(0, np.int64)
+    # A threshold takes time in proportion to the numbers, sorting them all does not; NaN counts as the largest.
+    bound = np.partition(values, count - 1)[count - 1]
+    if np.isnan(bound):
+        return np.flatnonzero(~np.isnan(values))
+    taken = values < bound
+    ties = np.flatnonzero(values == bound)[: count - np.count_nonzero(taken)]
+    taken[ties] = True
+    return np.flatnonzero(taken)
 
 
 def step_scores(contest: Contest, add: bool = False) -> Array:

@@ -65,9 +65,10 @@ def scored(slots: Iterable[Placed], criterion: Callable[[Slot], NDArray[Any] | N
         raw = criterion(slot)
         if raw is None:
             continue
-        if np.shape(raw) != slot.units.shape:
+        raw = np.asarray(raw)
+        if raw.shape != slot.units.shape:
             raise UsageError(
-                f"The criterion returned shape {np.shape(raw)} for {slot.tensor!r}, {slot.units.shape} was expected.",
+                f"The criterion returned shape {raw.shape} for {slot.tensor!r}, {slot.units.shape} was expected.",
                 hint="A criterion returns one score per channel of the slot.",
             )
         _refuse_nan(criterion, slot, raw)
@@ -127,7 +128,7 @@ def needs_data(name: str) -> UsageError:
 
 def _refuse_nan(criterion: Callable[[Slot], Any], slot: Slot, scores: NDArray[Any]) -> None:
     """NaN or infinity in a weight shows in its scores, unless the criterion does not read it all."""
-    finite = bool(np.isfinite(scores).all())
+    finite = np.count_nonzero(np.isfinite(scores)) == scores.size
     if finite and not getattr(criterion, "reads_all", False):
         finite = bool(np.isfinite(slot.blocks).all())
     if not finite and not np.isfinite(slot.blocks).all():

@@ -59,16 +59,23 @@ def weight_slots(
         if removed is not None:
             numbers = np.where(removed[label.ids], -1, numbers)
         place = _place(table, name, label) if placed else (0,)
-        low, high = int(numbers.min()), int(numbers.max())
-        present = [low] if low == high else np.flatnonzero(np.bincount(numbers.ravel() + 1)) - 1
+        only = _only(numbers)
+        present = [only] if only is not None else (np.flatnonzero(np.bincount(numbers.ravel() + 1)) - 1).tolist()
         for number in present:
             if number < 0:  # what no wanted group claims
                 continue
-            group = wanted[int(number)]
-            owner = unit if low == high else np.where(numbers == group.id, unit, -1)
+            group = wanted[number]
+            owner = unit if only is not None else np.where(numbers == group.id, unit, -1)
             slot = _slot(name, label, array, owner, group.size, role, (seed, group.id))
             if slot is not None:
                 yield Placed(group.id, slot, 2 if array.ndim > 1 else 1, place)
+
+
+def _only(numbers: Ids) -> int | None:
+    """The number that stands everywhere, None where several do."""
+    # Most weights are small and of one group: counting what is equal takes a fraction of what min and max do.
+    first = numbers.item(0)
+    return first if np.count_nonzero(numbers == first) == numbers.size else None
 
 
 def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
@@ -100,7 +107,7 @@ def _weights(table: Table, group_of: Ids, removed: Mask | None) -> Iterator[tupl
         array: NDArray[Any] | None = None
         for label in labels:
             numbers = group_of[label.ids]
-            if numbers.max() < 0:
+            if np.count_nonzero(numbers < 0) == numbers.size:
                 continue
             if array is None:
                 array = _readable(real_values(table.graph, name, weight.read()))
@@ -138,16 +145,17 @@ def _slot(
     seed: tuple[int, int],
 ) -> Slot | None:
     flat = owner.ravel()
-    chosen = np.flatnonzero(flat >= 0)
+    chosen = (flat >= 0).nonzero()[0]
     if not chosen.size:
         return None
-    runs = None if label.is_grid else _runs(flat, chosen, size)
+    in_order = np.arange(size)
+    runs = None if label.is_grid else _runs(flat, chosen, in_order)
     if runs is not None:
         # No gather: a weight's own memory, or where runs lie side by side (queries and keys) a copy in large pieces.
-        axis, (start, stop) = label.pack, (int(chosen[0]), int(chosen[-1]) + 1)
+        axis, start = label.pack, chosen.item(0)
         whole = array.reshape(math.prod(array.shape[:axis]), array.shape[axis], -1)
-        blocks = whole[:, start:stop].reshape(len(whole) * runs, size, -1)
-        return Slot(name, axis, blocks, role, np.arange(size), size, seed)
+        blocks = whole[:, start : start + chosen.size].reshape(len(whole) * runs, size, -1)
+        return Slot(name, axis, blocks, role, in_order, size, seed)
     axes = label.axes
     rows = np.moveaxis(array, axes, range(len(axes))).reshape(flat.size, -1)
     order = chosen[np.argsort(flat[chosen], kind="stable")]
@@ -161,10 +169,11 @@ def _slot(
     return Slot(name, label.pack, rows[order][None], role, who, size, seed)
 
 
-def _runs(flat: Ids, chosen: Ids, size: int) -> int | None:
-    """How often all units follow each other in their order where ``chosen`` [positions] is one run; else None."""
-    count, rest = divmod(chosen.size, size)
-    if rest or chosen[-1] - chosen[0] != chosen.size - 1:
+def _runs(flat: Ids, chosen: Ids, in_order: Ids) -> int | None:
+    """How often all units follow each other ``in_order`` where ``chosen`` [positions] is one run; else None."""
+    count, rest = divmod(chosen.size, in_order.size)
+    start = chosen.item(0)
+    if rest or chosen.item(-1) - start != chosen.size - 1:
         return None
-    units = flat[chosen[0] : chosen[-1] + 1].reshape(count, size)
-    return count if (units == np.arange(size)).all() else None
+    units = flat[start : start + chosen.size].reshape(count, in_order.size)
+    return count if np.count_nonzero(units == in_order) == units.size else None
