@@ -60,7 +60,8 @@ def _push(node: Node, table: Table) -> None:
         domain = node.domain or "ai.onnx"
         _freeze_inputs(step, "no-rule", f"no rule for {domain}.{node.op} (opset {node.version})")
         return
-    if not rule.shapeless and any(name and table.facts.shape(name) is None for name in (*node.inputs, *node.outputs)):
+    shapes = table.facts.probes[0].shapes
+    if not rule.shapeless and any(name and shapes.get(name) is None for name in (*node.inputs, *node.outputs)):
         _freeze_inputs(step, "dynamic-shape", f"the shape of a tensor at {node.op} is not known")
         return
     try:

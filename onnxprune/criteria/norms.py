@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from onnxprune.criteria.registry import register
 from onnxprune.criteria.slot import Slot
+from onnxprune.model.elements import raw
 
 # Bytes to copy at a time from odd addresses: what the cache of one core holds beside other things.
 _PIECE = 1 << 19
@@ -48,15 +49,18 @@ def _squares(blocks: NDArray[Any]) -> NDArray[Any]:
 def _by_pieces(blocks: NDArray[Any]) -> NDArray[Any]:
     """The same of numbers at odd addresses, piece by piece where they are quick to read."""
     before, channels, after = blocks.shape
-    lines, width = (channels, after) if before == 1 else (before, channels * after)
-    step = max(1, _PIECE // max(1, width * blocks.itemsize))
-    starts = range(0, lines, step)
+    lines, width = (blocks[0], after) if before == 1 else (blocks, channels * after)
+    step = min(len(lines), max(1, _PIECE // max(1, width * blocks.itemsize)))
+    piece = np.empty((step, *lines.shape[1:]), blocks.dtype)  # one for all: it stays in the cache
+    bytewise = piece.view(f"V{blocks.itemsize}")
+    sums = []
+    for start in range(0, len(lines), step):
+        count = min(step, len(lines) - start)
+        bytewise[:count] = raw(lines[start : start + count])
+        sums.append(_squares(piece[None, :count] if before == 1 else piece[:count]))
     if before == 1:
-        return np.concatenate([_squares(blocks[:, i : i + step].copy()) for i in starts])
-    total = np.zeros(channels, blocks.dtype)
-    for i in starts:
-        total += _squares(blocks[i : i + step].copy())
-    return total
+        return np.concatenate(sums)
+    return np.asarray(sum(sums, np.zeros(channels, blocks.dtype)))
 
 
 @register("gm", reads_all=True)

@@ -232,10 +232,12 @@ class _Build:
             else:
                 model.graph.initializer.append(placeholder(weight))
                 weights[name] = weight
+        nodes: list[onnx.NodeProto] = []
         for node in graph.nodes:
-            model.graph.node.extend(self._nodes.get(node.index, ()))
+            nodes.extend(self._nodes.get(node.index, ()))
             if node.index not in gone:
-                model.graph.node.append(node.proto)
+                nodes.append(node.proto)
+        model.graph.node.extend(nodes)
         after = {o for nodes in self._nodes.values() for n in nodes for o in n.output}
         lost = {o for h in done for n in h.nodes for o in n.outputs} - after
         for k in reversed(range(len(model.graph.value_info))):

@@ -74,7 +74,8 @@ class _Model:
         key = next(filter(None, outputs), "")
         self.nodes[key] = node
         self._names[key] = list(node.input), outputs
-        self.producer.update(dict.fromkeys(outputs, node))
+        for name in outputs:
+            self.producer[name] = node
 
     def constant(self, stem: str, value: NDArray[Any]) -> str:
         """A new constant."""
@@ -132,16 +133,20 @@ class _Model:
         dropped = {name for name in self.initializers if not uses[name] and name in self.suspects}
         for name in dropped:
             self.weights.pop(name, None)
-        graph = onnx.GraphProto()
-        graph.node.extend(reversed(alive))
+        alive.reverse()
         tensors = (t.name for t in self.original.proto.graph.initializer)
-        graph.initializer.extend(t for name, t in _in_order(self.initializers, tensors) if name not in dropped)
-        graph.input.extend(i for i in self.proto.graph.input if i.name not in dropped)
         infos = (i.name for i in self.original.proto.graph.value_info)
-        graph.value_info.extend(info for _, info in _in_order(self.infos, infos))
-        for field in ("node", "initializer", "input", "value_info"):
-            self.proto.graph.ClearField(field)
-        self.proto.graph.MergeFrom(graph)
+        graph = self.proto.graph
+        _refill(graph.node, alive)
+        _refill(graph.initializer, [t for n, t in _in_order(self.initializers, tensors) if n not in dropped])
+        _refill(graph.input, [i for i in graph.input if i.name not in dropped])
+        _refill(graph.value_info, [info for _, info in _in_order(self.infos, infos)])
+
+
+def _refill(held: Any, messages: list[Any]) -> None:
+    """Hold these messages instead; they may be among those held so far, whose memory they keep."""
+    del held[:]
+    held.extend(messages)
 
 
 def _in_order(items: dict[str, T], order: Iterable[str]) -> list[tuple[str, T]]:

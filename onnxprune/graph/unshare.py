@@ -6,7 +6,8 @@ pushed; copies that a cut leaves alone are joined again.
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import onnx
 
 from onnxprune.graph.view import Graph
@@ -46,11 +47,11 @@ def unshare(graph: Graph) -> tuple[Graph, dict[str, str]]:
 
 def _is_shared(graph: Graph, name: str) -> bool:
     weight = graph.weights[name]
-    if weight.dtype.kind not in "fViu" or weight.dtype == np.int64:
+    if len(graph.consumers.get(name, ())) < 2 or weight.dtype.kind not in "fViu" or weight.dtype == np.int64:
         return False
-    if not 1 < int(np.prod(weight.shape)) <= _LIMIT or name in graph.captured or name in graph.outputs:
+    if not 1 < math.prod(weight.shape) <= _LIMIT or name in graph.captured:
         return False
-    return len(graph.consumers.get(name, ())) > 1 and graph.proto.ir_version >= 4
+    return name not in graph.outputs and graph.proto.ir_version >= 4
 
 
 def rejoin(proto: onnx.ModelProto, weights: dict[str, Weight], copies: dict[str, str]) -> None:

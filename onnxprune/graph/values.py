@@ -64,9 +64,9 @@ class Values:
         """State what became of a weight; it is read when asked for."""
         self._known[name] = weight
 
-    def differs(self, name: str) -> bool:
-        """Whether the value of a tensor is another than in the base."""
-        return name in self._known
+    def differs(self, *names: str) -> bool:
+        """Whether the value of one of these tensors is another than in the base."""
+        return not self._known.keys().isdisjoint(names)
 
     def step(self, node: Node, shapes: Shapes) -> None:
         """Evaluate ``node`` where its inputs are known; ``shapes`` serves Shape and Size."""

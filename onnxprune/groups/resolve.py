@@ -111,7 +111,7 @@ def _frozen(atoms: Atoms, component: Ids, count: int) -> Ids:
 def _group(component: Ids, birth: Ids, count: int) -> Ids:
     """Group number of every component: those born of the same axes, equally often, compete."""
     keys = np.zeros(count, dtype=np.uint64)
-    np.add.at(keys, component, mix(birth))
+    np.add.at(keys, component, mix(np.arange(int(birth.max(initial=-1)) + 1))[birth])
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     rank = np.empty(first.size, dtype=np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(first.size)
@@ -131,8 +131,8 @@ def _groups(
     if not alive.size:
         return []
     order = alive[np.argsort(group_of[alive], kind="stable")]
-    first_atom = np.full(count, np.iinfo(np.int64).max)
-    np.minimum.at(first_atom, component, np.arange(component.size))
+    first_atom = np.empty(count, np.int64)
+    first_atom[component[::-1]] = np.arange(component.size)[::-1]  # of equal ones the last, the first atom, stays
     births_of = _births_of(group_of[component], birth)
     groups: list[Group] = []
     bounds = np.flatnonzero(np.diff(group_of[order], prepend=-2))
@@ -154,7 +154,8 @@ def _births_of(group: Ids, birth: Ids) -> dict[int, Ids]:
     """Births that the atoms of every group come from."""
     count = int(birth.max(initial=0)) + 1
     # Atoms of one birth lie together and mostly belong to one group: only where something changes is worth sorting.
-    change = np.flatnonzero(np.diff(group, prepend=-2) | np.diff(birth, prepend=-1))
+    change = np.flatnonzero((group[1:] != group[:-1]) | (birth[1:] != birth[:-1])) + 1
+    change = np.concatenate([np.zeros(min(1, group.size), np.int64), change])
     keys = np.unique(group[change] * count + birth[change])
     groups, births = np.divmod(keys, count)
     cuts = np.flatnonzero(np.diff(groups)) + 1

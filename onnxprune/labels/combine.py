@@ -38,6 +38,8 @@ def broadcast(
     """
     if not any(labels for labels, _ in operands):
         return NONE
+    if len(operands) == 1 and len(operands[0][1]) == rank and _apart(operands[0][0]):
+        return operands[0][0]
     aligned = [
         (align(labels, rank - len(shape)), (1,) * (rank - len(shape)) + tuple(shape)) for labels, shape in operands
     ]
@@ -58,11 +60,21 @@ def broadcast(
     return result
 
 
+def _apart(labels: Labels) -> bool:
+    """Whether no axis has two labels, so that there is nothing to unite."""
+    if len(labels) == 1:
+        return bool(labels[0].axes)
+    axes = [a for label in labels for a in label.axes or (-1, -1)]
+    return len(set(axes)) == len(axes)
+
+
 def merge(atoms: Atoms, labels: Labels, label: Label, reason: Reason) -> Labels:
     """``labels`` joined by one more label of the same tensor, with what overlaps united."""
     if not label.axes:
         return labels
-    overlapping = [x for x in labels if set(x.axes) & set(label.axes)]
+    if not labels:
+        return (label,)
+    overlapping = [x for x in labels if not set(x.axes).isdisjoint(label.axes)]
     if not overlapping:
         return (*labels, label)
     for other in overlapping:

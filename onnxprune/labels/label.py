@@ -53,7 +53,7 @@ def covering(labels: Labels, axis: int) -> Label | None:
 
 def drop(labels: Labels, label: Label) -> Labels:
     """``labels`` without ``label``."""
-    return tuple(x for x in labels if x is not label)
+    return tuple([x for x in labels if x is not label])
 
 
 def kept_sizes(keep: NDArray[np.bool_], pack: int) -> dict[int, int] | None:

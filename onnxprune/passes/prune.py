@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -11,8 +12,9 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
-from onnxprune.criteria import Criterion, get
+from onnxprune.criteria import Criterion, get, needs_of
 from onnxprune.errors import BudgetError
+from onnxprune.garbage import paused
 from onnxprune.graph.view import CONTROL
 from onnxprune.model.weights import Weight
 from onnxprune.passes.describe import fill_report
@@ -65,9 +67,11 @@ class Prune:
 
     def __call__(self, state: State) -> None:
         """Choose units, cut the model, fill plan and report."""
-        analysis = self.prepared(state)
-        with state.stage("cut"):
-            removed, proto, weights, selector = self._cut(analysis, state)
+        # Scoring from data runs the model, for long; everything else makes what stays.
+        with nullcontext() if self.plan is None and needs_of(self.criterion) else paused():
+            analysis = self.prepared(state)
+            with state.stage("cut"):
+                removed, proto, weights, selector = self._cut(analysis, state)
         state.removed, state.proto, state.weights = removed, proto, weights
         criterion = self.name if self.plan is None else self.plan.criterion
         settings = {"criterion": criterion, **(self.request.settings if self.plan is None else {})}

@@ -71,8 +71,8 @@ class _State:
 
     def visit(self, node: Node) -> None:
         """Rewrite one node, then learn the values of its outputs."""
-        touched = not self._untouched(node.inputs) or not self._untouched(node.outputs)
-        if not touched and not any(values.differs(n) for n in node.inputs for values in self.values):
+        touched = not (self._untouched(node.inputs) and self._untouched(node.outputs))
+        if not touched and not any(values.differs(*node.inputs) for values in self.values):
             return  # neither sizes nor values around it are other than they were
         rule = lookup(node.domain, node.op, node.version)
         if touched or self._operands_changed(node):
@@ -104,13 +104,14 @@ class _State:
 
     def _pin(self, node: Node, operands: tuple[int, ...]) -> None:
         """A size that flows into data (an attention scale, a position) keeps the value it had."""
+        changed = [(i, n) for i, n in enumerate(node.inputs) if n not in self.graph.weights and self._changed(n)]
+        if not changed:
+            return
         known = all(self.table.facts.value(o) is not None for o in node.outputs if o)
         if known and not any(self.table.get(n) for n in node.inputs if n):
             return
-        for i, name in enumerate(node.inputs):
-            if not name or i in operands or self.edits.operand(node, i) is not None or name in self.graph.weights:
-                continue
-            if self._changed(name):
+        for i, name in changed:
+            if i not in operands and self.edits.operand(node, i) is None:
                 old = self.table.facts.static_value(name)
                 if old is None:
                     raise CannotRewrite(node, f"the size {name!r} is used as data and depends on the batch")

@@ -63,10 +63,13 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
         else:
             model.graph.initializer.append(tensor)
     uses, dead = _uses(graph, edits)
+    nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
-        model.graph.node.extend(edits.before.get(node.index, ()))
+        if node.index in edits.before:
+            nodes.extend(edits.before[node.index])
         if node.index not in dead:
-            _write_node(model.graph.node.add(), node, edits)
+            nodes.append(_edited(node, edits))
+    model.graph.node.extend(nodes)
     weights = {name: w for name, w in graph.weights.items() if name in initializers}
     weights.update({name: w for name, w in edits.weights.items() if name in initializers})
     if not needs_inputs:
@@ -76,13 +79,17 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
     return model, weights
 
 
-def _write_node(target: onnx.NodeProto, node: Node, edits: Edits) -> None:
+def _edited(node: Node, edits: Edits) -> onnx.NodeProto:
+    """The node as it is to be written: itself where nothing changes."""
+    constant = node.op == "Constant" and node.outputs[0] in edits.weights
+    if node.index not in edits.operands and node.index not in edits.attributes and not constant:
+        return node.proto
+    target = onnx.NodeProto()
     target.CopyFrom(node.proto)
-    if node.index in edits.operands:
-        for i, name in edits.operands[node.index].items():
-            while len(target.input) <= i:
-                target.input.append("")
-            target.input[i] = name
+    for i, name in edits.operands.get(node.index, {}).items():
+        while len(target.input) <= i:
+            target.input.append("")
+        target.input[i] = name
     for name, value in edits.attributes.get(node.index, {}).items():
         for k, attribute in enumerate(target.attribute):
             if attribute.name == name:
@@ -90,10 +97,11 @@ def _write_node(target: onnx.NodeProto, node: Node, edits: Edits) -> None:
                 break
         if value is not None:
             target.attribute.append(onnx.helper.make_attribute(name, value))
-    if node.op == "Constant" and node.outputs[0] in edits.weights:
+    if constant:
         weight = edits.weights[node.outputs[0]]
         del target.attribute[:]
         target.attribute.append(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(weight.read())))
+    return target
 
 
 def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight]) -> None:

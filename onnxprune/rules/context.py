@@ -42,7 +42,7 @@ class Table:
         labels: Labels = NONE
         if weight is not None and _holds_weights(weight.dtype):
             shape = weight.shape
-            labels = tuple(self._born(n, name, axis, len(shape)) for axis, n in enumerate(shape) if n > 1)
+            labels = tuple([self._born(n, name, axis, len(shape)) for axis, n in enumerate(shape) if n > 1])
         self._labels[name] = labels
         return labels
 
@@ -58,9 +58,9 @@ class Table:
             return
         shape = self.facts.shape(name)
         for label in labels:
-            ids = label.ids.shape
-            if ids != shape and any(n not in (1, m) and m is not None for n, m in zip(ids, shape, strict=True)):
-                raise ValueError(f"label of shape {label.ids.shape} on {name!r} of shape {shape}")
+            for n, m in zip(label.ids.shape, shape, strict=True):
+                if n not in (1, m) and m is not None:
+                    raise ValueError(f"label of shape {label.ids.shape} on {name!r} of shape {shape}")
             if label.is_grid:
                 self.atoms.view(label)
         self._labels[name] = labels
@@ -141,7 +141,7 @@ class Step:
 
     def fix_all_but(self, labels: Labels, keep: Sequence[int], code: str, detail: str) -> None:
         """Every labelled axis outside ``keep`` keeps its size."""
-        for axis in sorted({a for x in labels for a in x.axes} - set(keep)):
+        for axis in sorted({a for x in labels for a in x.axes if a not in keep}):
             self.fix(labels, axis, code, detail)
 
     def approximate(self, labels: Labels, axis: int) -> bool:
@@ -155,8 +155,9 @@ class Step:
         """Atoms at equal positions go together; where only one side is labelled it keeps its size."""
         if a is not None and b is not None:
             self.atoms.unite(a, b)
-        for ids, other in ((a, b), (b, a)):
-            if ids is not None and other is None:
+            return
+        for ids in (a, b):
+            if ids is not None:
                 self.atoms.freeze(
                     ids, self.reason("unlabelled-operand", f"{what} meets a tensor without removable channels")
                 )
@@ -188,6 +189,8 @@ class Step:
 
     def finish(self, operands: Sequence[int] = ()) -> None:
         """Freeze the labels of inputs that the rule never looked at, and of operands that carry sizes or settings."""
+        if not operands and self._read.issuperset(range(len(self.node.inputs))):
+            return
         for i, name in enumerate(self.node.inputs):
             if not name or (i in self._read and i not in operands) or not self._matters(name):
                 continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,12 +49,12 @@ class Reshape(Rule):
 def resolve_target(target: list[int], source: tuple[int, ...], allowzero: int) -> tuple[int, ...] | None:
     """The shape a Reshape target comes out as, or None where it does not fit."""
     sizes = [source[i] if d == 0 and not allowzero and i < len(source) else d for i, d in enumerate(target)]
-    total, known = int(np.prod(source)), int(np.prod([d for d in sizes if d != -1]))
+    total, known = prod(source), prod([d for d in sizes if d != -1])
     if -1 in sizes:
         if known == 0 or total % known:
             return None
         sizes[sizes.index(-1)] = total // known
-    return tuple(sizes) if int(np.prod(sizes)) == total else None
+    return tuple(sizes) if prod(sizes) == total else None
 
 
 class Expand(Rule):

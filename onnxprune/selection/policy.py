@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,7 @@ from onnxprune.labels.label import Ids
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Scores [channels] of one weight, the unit of every channel, and where the weight stands: larger is later."""
 
     units: Ids

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (gives numpy the arithmetic of bfloat16 and int4)
 import numpy as np
@@ -25,8 +24,7 @@ Mask = NDArray[np.bool_]
 _SMALL = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """A slot of group ``group``. ``rank``: 2 for matrices, 1 for vectors, 0 for maps; ``place``: larger is later."""
 
     group: int
