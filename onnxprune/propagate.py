@@ -61,9 +61,10 @@ def _push(node: Node, table: Table) -> None:
         _freeze_inputs(step, "no-rule", f"no rule for {domain}.{node.op} (opset {node.version})")
         return
     shapes = table.facts.probes[0].shapes
-    if not rule.shapeless and any(name and shapes.get(name) is None for name in (*node.inputs, *node.outputs)):
-        _freeze_inputs(step, "dynamic-shape", f"the shape of a tensor at {node.op} is not known")
-        return
+    for name in () if rule.shapeless else (*node.inputs, *node.outputs):
+        if name and shapes.get(name) is None:
+            _freeze_inputs(step, "dynamic-shape", f"the shape of a tensor at {node.op} is not known")
+            return
     try:
         rule.propagate(step)
     except Exception as error:

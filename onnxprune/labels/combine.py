@@ -36,10 +36,10 @@ def broadcast(
     Atoms that meet are united; an axis that is labelled in one operand and has positions but no label in another keeps
     its size. Axes in ``skip`` are not compared: labels there must already be absent.
     """
-    if not any(labels for labels, _ in operands):
-        return NONE
     if len(operands) == 1 and len(operands[0][1]) == rank and _apart(operands[0][0]):
         return operands[0][0]
+    if not any(labels for labels, _ in operands):
+        return NONE
     aligned = [
         (align(labels, rank - len(shape)), (1,) * (rank - len(shape)) + tuple(shape)) for labels, shape in operands
     ]

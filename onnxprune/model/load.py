@@ -253,6 +253,10 @@ def _inlined(proto: ModelProto) -> ModelProto:
 
 def _take_data(tensor: TensorProto) -> Weight:
     """The weight of an initializer that still has its data; bulk data leave the skeleton."""
+    if tensor.HasField("raw_data") and not tensor.HasField("segment"):  # most are small: no more than their bytes
+        data = tensor.raw_data
+        if len(data) <= INLINE_LIMIT and tensor.data_type != TensorProto.STRING:
+            return BufferWeight(tensor.name, tensor.data_type, tensor.dims, data)
     if tensor.data_type != TensorProto.STRING:
         weight = TensorWeight(tensor)
         if weight.nbytes <= INLINE_LIMIT:

@@ -51,13 +51,13 @@ def weight_slots(
     wanted = {g.id: g for g in groups}
     targets = Targets(units, wanted.values())
     group_of, unit_of = targets.group[units.component], targets.unit[units.component]
-    for name, label, array, numbers in _weights(table, group_of, removed):
+    for name, label, array, numbers, only in _weights(table, group_of, removed):
         role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
         unit = unit_of[label.ids]
         if removed is not None:
             numbers = np.where(removed[label.ids], -1, numbers)
+            only = _only(numbers)
         place = _place(table, name, label) if placed else (0,)
-        only = _only(numbers)
         present = [only] if only is not None else (np.flatnonzero(np.bincount(numbers.ravel() + 1)) - 1).tolist()
         for number in present:
             if number < 0:  # what no wanted group claims
@@ -92,8 +92,11 @@ def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
     return (1, produced) if produced >= 0 else (0, read)
 
 
-def _weights(table: Table, group_of: Ids, removed: Mask | None) -> Iterator[tuple[str, Label, NDArray[Any], Ids]]:
-    """Weights with a label that wanted groups claim: name, label, values, and the group at each position, -1: none.
+def _weights(
+    table: Table, group_of: Ids, removed: Mask | None
+) -> Iterator[tuple[str, Label, NDArray[Any], Ids, int | None]]:
+    """Weights with a label that wanted groups claim: name, label, values, the group at each position (-1: none), and
+    the one that stands everywhere.
 
     Args:
         group_of: wanted group of every atom.
@@ -105,13 +108,14 @@ def _weights(table: Table, group_of: Ids, removed: Mask | None) -> Iterator[tupl
         array: NDArray[Any] | None = None
         for label in labels:
             numbers = group_of[label.ids]
-            if np.count_nonzero(numbers < 0) == numbers.size:
+            only = _only(numbers)
+            if only == -1:
                 continue
             if array is None:
                 array = _readable(real_values(table.graph, name, weight.read()))
                 if removed is not None:
                     array = _zeroed(array, labels, removed)
-            yield name, label, array, numbers
+            yield name, label, array, numbers, only
 
 
 def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDArray[Any]:
@@ -143,10 +147,10 @@ def _slot(
     seed: tuple[int, int],
 ) -> Slot | None:
     flat = owner.ravel()
+    in_order = np.arange(size)
     chosen = (flat >= 0).nonzero()[0]
     if not chosen.size:
         return None
-    in_order = np.arange(size)
     runs = None if label.is_grid else _runs(flat, chosen, in_order)
     if runs is not None:
         # No gather: a weight's own memory, or where runs lie side by side (queries and keys) a copy in large pieces.
