@@ -90,7 +90,7 @@ class Step:
 
     def shape(self, i: int) -> tuple[int, ...]:
         """Shape of input ``i`` at the probe; () where unknown (the engine does not call rules then)."""
-        return tuple(self.table.facts.shape(self.node.inputs[i]) or ())
+        return self.table.facts.shape(self.node.inputs[i]) or ()
 
     def out_shape(self, o: int = 0) -> tuple[int, ...]:
         """Shape of output ``o`` at the probe."""
@@ -141,7 +141,8 @@ class Step:
 
     def fix_all_but(self, labels: Labels, keep: Sequence[int], code: str, detail: str) -> None:
         """Every labelled axis outside ``keep`` keeps its size."""
-        for axis in sorted({a for x in labels for a in x.axes if a not in keep}):
+        others = {a for x in labels for a in x.axes if a not in keep}
+        for axis in sorted(others) if others else ():
             self.fix(labels, axis, code, detail)
 
     def approximate(self, labels: Labels, axis: int) -> bool:
