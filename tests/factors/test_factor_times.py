@@ -42,7 +42,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     whole = lambda *_: Latency(1.0, 1.0 / speeds.get("", 2.0), 0.0, 0.0, 15, 2)  # noqa: E731
     monkeypatch.setattr(factorize, "model_latency", whole)
     # Layers of one form are timed once: here every one is asked about.
-    monkeypatch.setattr(joint_budget.JointBudget, "_time", lambda self, d: one(0, 0, 0, d.item))
+    monkeypatch.setattr(joint_budget.JointBudget, "latency", lambda self, d: one(0, 0, 0, d.item))
     return speeds
 
 
