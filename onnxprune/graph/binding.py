@@ -42,8 +42,9 @@ def bind_shapes(
 
     Sizes come, in this order, from ``overrides`` (whole shapes by input name; they bind the names they meet for the
     other inputs too), from what a dimension's name says (batch, sequence, sums of other names), from its place: a
-    leading one is ``batch``, later ones are ``sequence`` in inputs of rank 2 and 3 and a map's extent (224 for images
-    of 1, 3 or 4 channels, else 64) in inputs of rank 4 and more.
+    leading one is ``batch``, so is the middle one of three where the others are fixed (a state), later ones are
+    ``sequence`` in inputs of rank 2 and 3 and a map's extent (224 for images of 1, 3 or 4 channels, else 64) in inputs
+    of rank 4 and more.
 
     Raises:
         UsageError: an override for an unknown input, of a wrong rank, with a size below 1, against a static dimension,
@@ -123,7 +124,9 @@ def _guess(spec: InputSpec, axis: int, batch: int, sequence: int) -> int:
         return batch
     if "seq" in name or "token" in name:
         return sequence
-    if axis == 0:
+    # The state of a recurrent net: [layers, samples, size], where one layer might as well be one sample.
+    state = axis == 1 and rank == 3 and all(isinstance(n, int) and n > 1 for n in (spec.shape[0], spec.shape[2]))
+    if axis == 0 or state:
         return batch
     return sequence if rank <= 3 else _extent(spec)
 

@@ -33,6 +33,8 @@ def bind(specs: Sequence[InputSpec], batch: int = 2, sequence: int = 7, **overri
         (("seq_len", "batch_size", 16), (7, 2, 16)),
         (("batch_size", 8, "past_sequence_length", 64), (2, 8, 7, 64)),
         (("N",), (2,)),
+        ((2, None, 128), (2, 2, 128)),
+        ((1, "T", 80), (1, 7, 80)),
         ((), ()),
     ],
 )

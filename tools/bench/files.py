@@ -53,14 +53,22 @@ def _filler(path: Path) -> Any:
 
 
 def constants(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """Initializers, and the tensors of Constant nodes under the names of their outputs."""
-    for tensor in model.graph.initializer:
+    """Initializers, and the tensors of Constant nodes under the names of their outputs; not those of bodies."""
+    yield from _constants(model.graph, bodies=False)
+
+
+def _constants(graph: onnx.GraphProto, bodies: bool) -> Iterator[tuple[str, onnx.TensorProto]]:
+    for tensor in graph.initializer:
         yield tensor.name, tensor
-    for node in model.graph.node:
+    for node in graph.node:
         if node.op_type == "Constant":
             yield from ((node.output[0], a.t) for a in node.attribute if a.name == "value")
+        for attribute in node.attribute if bodies else ():
+            if attribute.HasField("g"):
+                yield from _constants(attribute.g, bodies)
 
 
 def parameters(model: onnx.ModelProto) -> int:
-    """Elements of float and 8-bit constants."""
-    return sum(int(np.prod(t.dims, dtype=np.int64)) for _, t in constants(model) if t.data_type in COUNTED)
+    """Elements of float and 8-bit constants, those of bodies too."""
+    found = (t for _, t in _constants(model.graph, bodies=True))
+    return sum(int(np.prod(t.dims, dtype=np.int64)) for t in found if t.data_type in COUNTED)
