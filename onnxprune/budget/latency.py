@@ -16,6 +16,7 @@ from onnxprune.budget.surface import Surface, fit
 from onnxprune.budget.table import LatencyTable, Sample
 from onnxprune.graph.cost import LAYERS, known
 from onnxprune.graph.view import Node
+from onnxprune.model import markers
 
 Array = NDArray[np.float64]
 ShapeOf = Callable[[str], Any]
@@ -35,7 +36,9 @@ class Places:
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         graph, shape = sizes.analysis.graph, sizes.analysis.facts.shape
-        self.nodes = [n for n in graph.steps if all(known(shape(o)) for o in n.outputs if o)]
+        # What a control-flow node takes besides its bodies is told of one of its markers.
+        timed = (n for n in graph.steps if n.domain != markers.DOMAIN or n.op == markers.OPEN)
+        self.nodes = [n for n in timed if all(known(shape(o)) for o in n.outputs if o)]
         self.kinds = {n.label: self._kind(n) for n in self.nodes}
         self.moving = [n for n in self.nodes if any(sizes.touched(x) for x in (*n.inputs, *n.outputs))]
 

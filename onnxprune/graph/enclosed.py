@@ -23,7 +23,8 @@ def infer_marker(graph: Graph, node: Node, probe: Probe, walk: Walk) -> None:
     """Shapes and types of what a marker gives."""
     op = node.op
     if op == markers.OPEN:
-        for name, kind in zip(node.outputs[1:], (onnx.TensorProto.INT64, onnx.TensorProto.BOOL), strict=False):
+        kinds = (onnx.TensorProto.BOOL, onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
+        for name, kind in zip(node.outputs, kinds, strict=False):
             probe.shapes[name], probe.dtypes[name] = (), kind
     if op in (markers.OPEN, markers.ELSE) and node.kind == "If":
         _note_idle(graph, node, probe)

@@ -42,7 +42,7 @@ def profiled(sizes: Sizes, table: LatencyTable, model: str) -> Profile:
     whole = latency.of_nodes(sizes.steps)
     parts = [latency.of_nodes(_alike(sizes, share)) for share in SHARES]
     nodes = [
-        NodeTime(n.label, n.op, 1e3 * whole[n.label], [1e3 * part[n.label] for part in parts])
+        NodeTime(n.label, n.kind, 1e3 * whole[n.label], [1e3 * part[n.label] for part in parts])
         for n in places.nodes
         if whole.get(n.label)
     ]

@@ -15,6 +15,8 @@ from onnxprune.runtime.device import Device
 from onnxprune.runtime.sessions import Feed, open_session, prepare, run
 
 _SUFFIX = "_kernel_time"
+# Operators whose time holds that of the nodes in their bodies.
+_HOLDING = {"If", "Loop", "Scan"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,33 @@ def profile(
     return _per_node(events, runs, share)
 
 
+def _own(events: Sequence[tuple[float, float, tuple[str, str]]]) -> list[tuple[tuple[str, str], float]]:
+    """Seconds of every event (start, microseconds, key), in order; of what holds others without theirs."""
+    result = [(key, duration) for _, duration, key in events]
+    if any(op in _HOLDING for _, _, (_, op) in events):
+        around: list[tuple[float, int]] = []
+        for number in sorted(range(len(events)), key=lambda k: (events[k][0], -events[k][1])):
+            start, duration, (_, op) = events[number]
+            while around and around[-1][0] < start + duration:
+                around.pop()
+            if around:
+                key, own = result[around[-1][1]]
+                result[around[-1][1]] = key, own - duration
+            if op in _HOLDING:
+                around.append((start + duration, number))
+    return [(key, max(own, 0.0) * 1e-6) for key, own in result]
+
+
 def _per_node(events: Sequence[dict[str, object]], runs: int, share: float | None) -> list[NodeTime]:
     times: dict[tuple[str, str], list[float]] = {}
+    nodes = []
     for event in events:
         name, arguments = str(event.get("name", "")), event.get("args")
         if event.get("cat") == "Node" and name.endswith(_SUFFIX) and isinstance(arguments, dict):
             key = name.removesuffix(_SUFFIX), str(arguments.get("op_name", ""))
-            times.setdefault(key, []).append(float(str(event["dur"])) * 1e-6)
+            nodes.append((float(str(event["ts"])), float(str(event["dur"])), key))
+    for key, seconds in _own(nodes):
+        times.setdefault(key, []).append(seconds)
     result = []
     for (name, op), found in times.items():
         # A node in a loop runs several times per run; names may repeat, too.

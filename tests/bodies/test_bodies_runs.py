@@ -15,6 +15,7 @@ from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.view import Graph
 from onnxprune.model.load import load
 from onnxprune.model.weights import ArrayWeight
+from onnxprune.runtime.profile import _own, profile
 from onnxprune.runtime.segments import Segments, Store
 
 DATA = np.random.default_rng(3).standard_normal((40, 5, 2, 4)).astype(np.float32)
@@ -181,3 +182,23 @@ def test_sizes_that_a_reflecting_pad_cannot_have_are_no_probes() -> None:
     model = build(text, w0=(8, 1, 3), w1=(1, 8, 3))
     assert all(p.inputs["x"][1] > 40 for p in op.analyze(model).facts.probes)
     assert op.prune(model, ratio=0.5, latency=False).report.exactness.passed
+
+
+def test_the_time_of_a_body_is_counted_once(tmp_path: Path) -> None:
+    """A Scan takes what its nodes leave of its time; those take theirs for all steps together."""
+    path = tmp_path / "scan.onnx"
+    onnx.save(scan(), path)
+    times = profile(path, [calls()[0]], runs=3)
+    assert [t.op for t in times].count("Scan") == 1 and len(times) > 4
+    found = dict(_own([(0, 100, ("s", "Scan")), (10, 30, ("a", "Add")), (45, 40, ("i", "If")), (50, 20, ("b", "Mul"))]))
+    seconds = {name: round(1e6 * own) for (name, _), own in found.items()}
+    assert seconds == {"s": 30, "a": 30, "i": 20, "b": 20}
+
+
+def test_a_latency_table_names_the_node_itself_once(tmp_path: Path) -> None:
+    model = scan()
+    next(node for node in model.graph.node if node.op_type == "Scan").name = "cell"
+    found = op.profile(model, threads=1, seconds=0.1, cache=tmp_path)
+    kinds = [node.op for node in found.facts.nodes]
+    assert kinds.count("Scan") == 1 and not any(kind.startswith("Body") for kind in kinds)
+    assert {"us", "o"} & {node.name for node in found.facts.nodes}
