@@ -47,7 +47,9 @@ class Trial:
             if path is None:
                 path = folder / "original.onnx"
                 save(loaded.proto, loaded.weights, path)
-            yield cls(analysis, folder, path)
+            trial = cls(analysis, folder, path)
+            with sessions.frugal(trial.large):
+                yield trial
 
     @property
     def large(self) -> bool:

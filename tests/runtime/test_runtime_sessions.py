@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnxruntime as ort
 import pytest
 from runtime_models import model
 
+import onnxprune as op
 from onnxprune.errors import ModelError
+from onnxprune.passes import trial
 from onnxprune.runtime.sessions import input_specs, open_session, run, shorten
 
 
@@ -26,6 +30,31 @@ def test_initializers_listed_as_inputs_are_no_inputs() -> None:
     text = "agraph (float[N,3] x, float[3] w) => (float[N,3] y) { y = Add(x, w) }"
     session = open_session(model(text, w=np.ones(3, np.float32)))
     assert [spec.name for spec in input_specs(session)] == ["x"]
+
+
+def test_large_models_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every session of a check of a large model goes without packed copies and without an arena, and no other."""
+    text = "agraph (float[N,8] x) => (float[N,3] y) { h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }"
+    draw = np.random.default_rng(0)
+    small = model(text, a=draw.normal(size=(8, 16)).astype(np.float32), b=draw.normal(size=(16, 3)).astype(np.float32))
+    seen: list[tuple[bool, str]] = []
+    real = ort.InferenceSession
+
+    def spy(source: object, options: ort.SessionOptions, **rest: object) -> ort.InferenceSession:
+        entry = "0"
+        with suppress(RuntimeError):
+            entry = options.get_session_config_entry("session.disable_prepacking")
+        seen.append((options.enable_cpu_mem_arena, entry))
+        return real(source, options, **rest)
+
+    monkeypatch.setattr(ort, "InferenceSession", spy)
+    monkeypatch.setattr(trial, "_LARGE", 0)
+    assert op.prune(small, ratio=0.5).report.exactness.passed
+    assert seen and set(seen) == {(False, "1")}
+    seen.clear()
+    monkeypatch.setattr(trial, "_LARGE", 1 << 30)
+    assert op.prune(small, ratio=0.5).report.exactness.passed
+    assert set(seen) == {(True, "0")}
 
 
 def test_sequence_input_is_refused_with_its_type() -> None:
