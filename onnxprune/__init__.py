@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from onnxprune.passes import Pipeline, Result
     from onnxprune.plan import Plan
     from onnxprune.runtime.images import ImageOptions
+    from onnxprune.search.budget import Budget
 
 __version__ = "0.1.0"
 _HOME = {
     "Analysis": "onnxprune.analysis",
+    "Budget": "onnxprune.search.budget",
     "BudgetError": "onnxprune.errors",
     "ImageOptions": "onnxprune.runtime.images",
     "ModelError": "onnxprune.errors",
@@ -45,6 +47,7 @@ _HOME = {
 _PACKAGES = ("criteria", "passes", "rules", "statistics")
 __all__ = [
     "Analysis",
+    "Budget",
     "BudgetError",
     "ImageOptions",
     "ModelError",

@@ -12,13 +12,14 @@ from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.request import Options as FactorOptions
-from onnxprune.passes import Adopt, Budget, Exact, Factorize, Flush, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.passes import Adopt, Exact, Factorize, Flush, Pipeline, Prune, Recover, Result, Validate
 from onnxprune.passes.material import no_data
 from onnxprune.passes.recover import check_mode, settle_mode
 from onnxprune.passes.state import Progress
-from onnxprune.passes.wishes import Asked, Wishes, split
 from onnxprune.plan import Plan
 from onnxprune.runtime.images import ImageOptions
+from onnxprune.search.budget import Budget
+from onnxprune.search.wishes import Asked, Wishes, split
 
 _RATIO = 0.3
 
@@ -60,7 +61,7 @@ def prune(
             need not start anew.
         seed: of everything random. approximate: also cut through normalisations, which is not exact.
         validate, latency: run the checks; measure speed. progress: called with (stage, fraction).
-        options: a budget, see :class:`onnxprune.passes.wishes.Wishes`: ``target`` (``"macs=0.5"``, a list of such, or
+        options: a budget, see :class:`onnxprune.search.wishes.Wishes`: ``target`` (``"macs=0.5"``, a list of such, or
             ``{"macs": 0.5, "size": "3MB"}``), ``metric``, ``max_drop``, ``min_fidelity``, ``latency_table``,
             ``factorize``, ``trials``; where time is measured: ``providers``, ``threads``; how units are chosen, see
             :class:`onnxprune.selection.request.Request`: ``layers`` ({glob over node or weight names: ratio}),

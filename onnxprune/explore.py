@@ -11,19 +11,19 @@ import onnx
 from onnxprune.budget.sensitivity import Sensitivity
 from onnxprune.budget.target import parse
 from onnxprune.criteria import Criterion
-from onnxprune.passes import Budget, Prune
-from onnxprune.passes.budget import default_criterion
-from onnxprune.passes.measure import Metric, load_metric
+from onnxprune.passes import Prune
 from onnxprune.passes.pipeline import start
-from onnxprune.passes.profiled import Profiled, profiled
 from onnxprune.passes.recover import settle_mode
-from onnxprune.passes.sensitivity import SHARES, measure_sensitivity
 from onnxprune.passes.state import Progress
-from onnxprune.passes.sweep import sweep as run_sweep
-from onnxprune.passes.table import latency_table, settled
-from onnxprune.passes.wishes import Choosing, Wishes, split_running
 from onnxprune.report.facts import SweepFacts
 from onnxprune.runtime.images import ImageOptions
+from onnxprune.search.budget import Budget, default_criterion
+from onnxprune.search.measure import Metric, load_metric
+from onnxprune.search.profiled import Profiled, profiled
+from onnxprune.search.sensitivity import SHARES, measure_sensitivity
+from onnxprune.search.sweep import sweep as run_sweep
+from onnxprune.search.table import latency_table, settled
+from onnxprune.search.wishes import Choosing, Wishes, split_running
 from onnxprune.selection.request import WIDEST
 
 

@@ -30,13 +30,13 @@ from rich.table import Table
 from onnxprune.budget.target import parse
 from onnxprune.errors import OnnxpruneError
 from onnxprune.model.save import save
-from onnxprune.passes.attempt import Attempt, attempt
-from onnxprune.passes.budget import Budget
-from onnxprune.passes.search import Search
 from onnxprune.passes.state import State
-from onnxprune.passes.table import latency_table, settled
-from onnxprune.passes.wishes import Wishes
 from onnxprune.runtime.device import device
+from onnxprune.search.attempt import Attempt, attempt
+from onnxprune.search.budget import Budget
+from onnxprune.search.search import Search
+from onnxprune.search.table import latency_table, settled
+from onnxprune.search.wishes import Wishes
 
 CONVOLUTIONS = ("Conv", "ConvTranspose", "FusedConv")
 

@@ -90,7 +90,7 @@ class BudgetOptions:
 
     def check(self, ctx: click.Context) -> None:
         """Whether the options go together, and with the others; raises UsageError."""
-        from onnxprune.passes.wishes import Wishes
+        from onnxprune.search.wishes import Wishes
 
         if self.latency_table is not None:
             options.existing(self.latency_table, "latency table")

@@ -1,7 +1,6 @@
 """Passes: the stages of a pipeline. A pass is a callable over :class:`State`; write your own, see CONTRIBUTING."""
 
 from onnxprune.passes.adopt import Adopt
-from onnxprune.passes.budget import Budget
 from onnxprune.passes.exact import Exact
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import Flush
@@ -14,7 +13,6 @@ from onnxprune.passes.validate import Validate
 
 __all__ = [
     "Adopt",
-    "Budget",
     "Exact",
     "Factorize",
     "Flush",

@@ -12,7 +12,7 @@ import pytest
 import onnxprune as op
 from onnxprune.budget.target import parse
 from onnxprune.errors import BudgetError, UsageError
-from onnxprune.passes.refine import NAME
+from onnxprune.search.refine import NAME
 
 MODELS = Path(__file__).parents[2] / "models"
 DIGITS = MODELS / "digits_calibration.npz"

@@ -17,9 +17,9 @@ from onnxprune.budget.surface import fit
 from onnxprune.budget.table import LatencyTable
 from onnxprune.errors import UsageError
 from onnxprune.passes.state import State
-from onnxprune.passes.table import latency_table, settled
-from onnxprune.passes.timing import block_levels, check_runs, fit_runs, line, steadied
 from onnxprune.runtime.device import device
+from onnxprune.search.table import latency_table, settled
+from onnxprune.search.timing import block_levels, check_runs, fit_runs, line, steadied
 
 MODELS = Path(__file__).parents[2] / "models"
 

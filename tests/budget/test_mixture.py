@@ -19,8 +19,8 @@ from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.rewrite import Factorized
 from onnxprune.model.weights import Weight
 from onnxprune.passes import joint_budget
-from onnxprune.passes.timing import Bench
 from onnxprune.report.facts import Latency
+from onnxprune.search.timing import Bench
 
 MODELS = Path(__file__).parents[2] / "models"
 MODEL, DIGITS = MODELS / "residual.onnx", MODELS / "digits_calibration.npz"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.passes.pressure import Pressure
+from onnxprune.search.pressure import Pressure
 
 
 def search(measure: Callable[[float], float], rounds: int = 7) -> list[float]:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from onnxprune.budget.target import parse
-from onnxprune.passes.attempt import Attempt
-from onnxprune.passes.measure import Quality
-from onnxprune.passes.problem import Answer, Problem
 from onnxprune.passes.prune import Prune
-from onnxprune.passes.refine import NAME, Refine, trials_of
 from onnxprune.passes.state import State
+from onnxprune.search.attempt import Attempt
+from onnxprune.search.measure import Quality
+from onnxprune.search.problem import Answer, Problem
+from onnxprune.search.refine import NAME, Refine, trials_of
 
 MODELS = Path(__file__).parents[2] / "models"
 

@@ -57,7 +57,7 @@ def test_a_point_is_what_a_cut_of_that_group_alone_does(tmp_path: Path) -> None:
 
 def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = measured(cache=tmp_path)
-    monkeypatch.setattr("onnxprune.passes.sensitivity.run_job", None)
+    monkeypatch.setattr("onnxprune.search.sensitivity.run_job", None)
     assert measured(cache=tmp_path) == first
     with pytest.raises(TypeError):  # other options are another question
         measured(cache=tmp_path, ratios=(0.5,))

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import onnxprune as op
 from onnxprune.errors import BudgetError, UsageError
-from onnxprune.passes.sweep import mark
 from onnxprune.report import frontier
 from onnxprune.report.facts import SweepPoint
 from onnxprune.report.plot import Series, chart, page, table, ticks
+from onnxprune.search.sweep import mark
 
 MODELS = Path(__file__).parents[2] / "models"
 

@@ -12,8 +12,8 @@ from onnxprune.budget.latency import Latency, Places, surfaces
 from onnxprune.budget.sizes import Counts, Sizes
 from onnxprune.budget.table import LatencyTable
 from onnxprune.graph.view import Node
-from onnxprune.passes.timing import block_levels
 from onnxprune.report.facts import SHARES, KindSteps, NodeTime, Profile
+from onnxprune.search.timing import block_levels
 
 # Kinds of nodes whose steps are shown, and levels of each.
 _KINDS, _LEVELS = 4, 16

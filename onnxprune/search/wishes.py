@@ -12,8 +12,8 @@ from onnxprune.budget.table import LatencyTable
 from onnxprune.budget.target import Given as Targets
 from onnxprune.budget.target import Target, targets
 from onnxprune.errors import UsageError
-from onnxprune.passes.measure import Metric, load_metric
 from onnxprune.runtime.images import ImageOptions
+from onnxprune.search.measure import Metric, load_metric
 from onnxprune.selection.request import Options
 
 FACTORED = ("macs", "params", "size", "latency")

@@ -15,8 +15,8 @@ from onnxprune.errors import BudgetError, UsageError
 from onnxprune.passes.freeze import freeze
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.state import State
-from onnxprune.passes.timing import SECONDS, measure_table, removal
 from onnxprune.rewrite.cut import CannotRewrite
+from onnxprune.search.timing import SECONDS, measure_table, removal
 
 
 def settled(analysis: Analysis) -> Sizes:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from onnxprune.analysis import Analysis
 from onnxprune.passes.calls import Calls
 from onnxprune.passes.factorize import Factorize
-from onnxprune.passes.measure import Metric, Quality, measured, of_fidelity
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.recover import Recover
 from onnxprune.passes.state import State
@@ -20,6 +19,7 @@ from onnxprune.report.facts import Fidelity
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import fidelity
 from onnxprune.runtime.sessions import Feed
+from onnxprune.search.measure import Metric, Quality, measured, of_fidelity
 from onnxprune.selection.costs import macs_after
 
 Mask = NDArray[np.bool_]

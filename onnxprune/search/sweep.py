@@ -8,17 +8,17 @@ from pathlib import Path
 
 from onnxprune.budget.target import Target
 from onnxprune.errors import BudgetError
-from onnxprune.passes.attempt import Attempt, of_original
-from onnxprune.passes.budget import Budget
 from onnxprune.passes.flush import flush
-from onnxprune.passes.measure import said
-from onnxprune.passes.problem import Answer
-from onnxprune.passes.search import Search
 from onnxprune.passes.state import State
-from onnxprune.passes.table import settled
 from onnxprune.passes.trial import Trial, timing_feed
 from onnxprune.report.facts import Fidelity, SweepFacts, SweepPoint
 from onnxprune.runtime.latency import in_turn
+from onnxprune.search.attempt import Attempt, of_original
+from onnxprune.search.budget import Budget
+from onnxprune.search.measure import said
+from onnxprune.search.problem import Answer
+from onnxprune.search.search import Search
+from onnxprune.search.table import settled
 
 
 def sweep(

@@ -17,16 +17,16 @@ from onnxprune.budget.losses import by_curves, by_scores, levels_of
 from onnxprune.budget.sizes import Counts, Sizes
 from onnxprune.budget.table import LatencyTable
 from onnxprune.budget.target import Target
-from onnxprune.passes.attempt import Attempt
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import Model, cut_model
-from onnxprune.passes.pressure import SAFE, Pressure
 from onnxprune.passes.select import Selector
 from onnxprune.passes.state import State
-from onnxprune.passes.timing import Bench, block_levels
 from onnxprune.passes.trial import Trial, timing_feed
 from onnxprune.planning import atoms_removed
+from onnxprune.search.attempt import Attempt
+from onnxprune.search.pressure import SAFE, Pressure
+from onnxprune.search.timing import Bench, block_levels
 from onnxprune.selection.choose import take
 from onnxprune.selection.costs import macs_after
 

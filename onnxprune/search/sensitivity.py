@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from onnxprune.budget.sensitivity import VERSION, GroupCurve, Sensitivity
 from onnxprune.errors import BudgetError, UsageError
-from onnxprune.passes.attempt import ENOUGH, attempt, of_original
 from onnxprune.passes.calls import Calls
-from onnxprune.passes.measure import Metric, said
 from onnxprune.passes.select import Selector
 from onnxprune.passes.state import State
-from onnxprune.passes.table import user_cache
 from onnxprune.planning import atoms_removed
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed
+from onnxprune.search.attempt import ENOUGH, attempt, of_original
+from onnxprune.search.measure import Metric, said
+from onnxprune.search.table import user_cache
 from onnxprune.selection.choose import take
 from onnxprune.selection.scopes import nearest_count
 

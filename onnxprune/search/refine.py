@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.budget.allocate import Choices, Limit, allocate
-from onnxprune.passes.attempt import Attempt
-from onnxprune.passes.problem import Answer, Problem
+from onnxprune.search.attempt import Attempt
+from onnxprune.search.problem import Answer, Problem
 
 Array = NDArray[np.float64]
 Tried = tuple[Answer, Attempt]

@@ -15,15 +15,15 @@ from onnxprune.factors.candidates import AUTO, Candidate, Opened
 from onnxprune.factors.choose import Chosen
 from onnxprune.factors.request import Options, request_of
 from onnxprune.graph.view import Node
-from onnxprune.passes.attempt import ENOUGH, Attempt
 from onnxprune.passes.factor_work import lay_open
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.joint_budget import JointBudget
-from onnxprune.passes.part_times import Timed, timed_options
 from onnxprune.passes.prepared import cut_model
-from onnxprune.passes.pressure import Pressure
-from onnxprune.passes.problem import Answer, Problem
 from onnxprune.passes.state import State
+from onnxprune.search.attempt import ENOUGH, Attempt
+from onnxprune.search.part_times import Timed, timed_options
+from onnxprune.search.pressure import Pressure
+from onnxprune.search.problem import Answer, Problem
 
 Judge = Callable[[Answer], Attempt | None]
 

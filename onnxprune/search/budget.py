@@ -8,20 +8,20 @@ import numpy as np
 
 from onnxprune.criteria import Criterion
 from onnxprune.errors import UsageError
-from onnxprune.passes.attempt import Attempt, of_original
 from onnxprune.passes.describe import fill_report
 from onnxprune.passes.freeze import freeze
 from onnxprune.passes.material import no_data
-from onnxprune.passes.measure import said
-from onnxprune.passes.problem import Answer
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.recover import check_mode
-from onnxprune.passes.search import Found, Search
 from onnxprune.passes.state import State
-from onnxprune.passes.wishes import Wishes
 from onnxprune.planning import make_plan
 from onnxprune.report.facts import AnswerFacts, BudgetFacts, TargetFacts
 from onnxprune.rewrite.cut import CannotRewrite
+from onnxprune.search.attempt import Attempt, of_original
+from onnxprune.search.measure import said
+from onnxprune.search.problem import Answer
+from onnxprune.search.search import Found, Search
+from onnxprune.search.wishes import Wishes
 from onnxprune.selection.request import WIDEST, Options
 
 WITH_DATA, WITHOUT = "ziplm", "l2"
@@ -33,7 +33,7 @@ class Budget:
     Counts per group come from a knapsack over scores (or measured sensitivities) and costs, see
     :func:`onnxprune.budget.allocate.allocate`. They are held against the same share for every group: both are cut,
     repaired from 128 samples and measured, and the better one is repaired from all data. Where wished, layers may be
-    taken apart as well, see :class:`onnxprune.passes.mixture.Mixture`.
+    taken apart as well, see :class:`onnxprune.search.mixture.Mixture`.
 
     Args:
         wishes: targets and gates. criterion: what scores units; ``ziplm`` with data, ``l2`` without.

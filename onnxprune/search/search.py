@@ -12,18 +12,18 @@ from onnxprune.budget.sensitivity import Sensitivity
 from onnxprune.budget.target import Target
 from onnxprune.errors import BudgetError
 from onnxprune.factors.request import Options as FactorOptions
-from onnxprune.passes.attempt import ENOUGH, Attempt, attempt
-from onnxprune.passes.measure import said
-from onnxprune.passes.mixture import Mixture
-from onnxprune.passes.problem import Answer, Curves, Problem, tolerance
 from onnxprune.passes.prune import Prune, reasons
-from onnxprune.passes.refine import Refine, Tried, trials_of
 from onnxprune.passes.select import Selector
-from onnxprune.passes.sensitivity import measure_sensitivity
-from onnxprune.passes.shortfall import Shortfall
 from onnxprune.passes.state import State
-from onnxprune.passes.table import latency_table, settled
-from onnxprune.passes.wishes import Wishes
+from onnxprune.search.attempt import ENOUGH, Attempt, attempt
+from onnxprune.search.measure import said
+from onnxprune.search.mixture import Mixture
+from onnxprune.search.problem import Answer, Curves, Problem, tolerance
+from onnxprune.search.refine import Refine, Tried, trials_of
+from onnxprune.search.sensitivity import measure_sensitivity
+from onnxprune.search.shortfall import Shortfall
+from onnxprune.search.table import latency_table, settled
+from onnxprune.search.wishes import Wishes
 
 # How often a budget is halved towards the smallest that works.
 _HALVINGS = 6

@@ -10,7 +10,7 @@ from onnxprune.budget.costs import Peak
 from onnxprune.budget.latency import Latency
 from onnxprune.budget.target import Target
 from onnxprune.errors import BudgetError
-from onnxprune.passes.problem import Answer, Problem
+from onnxprune.search.problem import Answer, Problem
 
 # Room above the least that can be reached, so that the suggested budget does work.
 _ROOM = 1.03

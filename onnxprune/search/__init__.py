@@ -1,0 +1,1 @@
+"""The search for the cut that keeps most within a budget: answers are made, carried out, repaired and compared."""
