@@ -22,6 +22,7 @@ def whole(report: Report, *, name_width: int, verbose: bool) -> list[RenderableT
     parts += [Text(""), _settings(report)]
     if report.product is not None:
         parts.append(product(report))
+    parts += tables.flushed(report.flushed)
     repaired = repairs.summary(report)
     if repaired is not None:
         parts.append(repaired)

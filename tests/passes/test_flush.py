@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, numpy_helper, parser
 from oracle import make_feed, run
 
 import onnxprune as op
+from onnxprune.cli import main
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import TensorWeight
 from onnxprune.rewrite.subnormals import flushed
@@ -114,3 +118,14 @@ def test_factors_and_repairs_start_from_flushed_weights() -> None:
     small = op.prune(network(), ratio=0.25, recover="none", latency=False)
     repaired = op.repair(network(), small.model, plan=small.plan, data=data)
     assert small.report.flushed > 0 and repaired.report.flushed == 0
+
+
+def test_every_command_says_how_many_there_were(tmp_path: Path) -> None:
+    model, small = tmp_path / "model.onnx", tmp_path / "small.onnx"
+    onnx.save(network(), model)
+    quick = ["--seed", "1", "-o"]
+    said = CliRunner().invoke(main, [str(model), "--ratio", "0", *quick, str(small)]).output
+    assert "flushed   10 weights too small for quick arithmetic (subnormal) set to 0" in said
+    taken = ["factorize", str(model), "--method", "svd", "--rank", "2", *quick, str(tmp_path / "factors.onnx")]
+    assert "flushed   10 weights" in CliRunner().invoke(main, taken).output
+    assert "flushed" not in CliRunner().invoke(main, [str(small), "--ratio", "0.25", *quick, str(model)]).output
