@@ -70,9 +70,9 @@ def attempt(
         BudgetError: no ranks save as much as they are to. ValidationError: new layers are not what they should be.
     """
     samples = _some(state, analysis, samples)
-    own = state.branch(*cut_model(analysis, removed), removed, samples)
-    if apart is not None:
-        (apart if samples is None else apart.unchecked())(own)
+    if apart is not None and samples is not None:
+        apart = apart.unchecked()
+    own = carried_out(state, analysis, removed, samples, apart)
     if mode != "none":
         Recover(mode, near=near)(own)
     assert own.proto is not None
@@ -90,6 +90,18 @@ def attempt(
     params = sum(int(np.prod(w.shape)) for w in own.weights.values())
     macs = own.report.totals.macs_after if apart is not None else macs_after(analysis, removed)
     return Attempt(own, quality, size, params, macs)
+
+
+def carried_out(state: State, analysis: Analysis, removed: Mask, samples: int | None, apart: Factorize | None) -> State:
+    """A run of its own with the model cut, and layers taken apart: not repaired.
+
+    Raises:
+        CannotRewrite: a node has no form with the new sizes. BudgetError: no ranks save as much as they are to.
+    """
+    own = state.branch(*cut_model(analysis, removed), removed, samples)
+    if apart is not None:
+        apart(own)
+    return own
 
 
 def _some(state: State, analysis: Analysis, samples: int | None) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate
 from onnxprune.budget.apart import Apart, Part, none_cut, with_parts
 from onnxprune.budget.costs import Cost
 from onnxprune.budget.sizes import Counts
-from onnxprune.errors import UsageError
+from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.candidates import AUTO, Candidate, Opened
 from onnxprune.factors.choose import Chosen
 from onnxprune.factors.request import Options, request_of
@@ -18,9 +18,8 @@ from onnxprune.graph.view import Node
 from onnxprune.passes.factor_work import lay_open
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.joint_budget import JointBudget
-from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.state import State
-from onnxprune.search.attempt import ENOUGH, Attempt
+from onnxprune.search.attempt import ENOUGH, Attempt, carried_out
 from onnxprune.search.part_times import Timed, timed_options
 from onnxprune.search.pressure import Pressure
 from onnxprune.search.problem import Answer, Problem
@@ -69,7 +68,8 @@ class Mixture:
         work = lay_open(own, request, AUTO, every=False)
         joint = JointBudget(work, AUTO, Chosen())
         self.gains = {o.layer.name: g for o, g in zip(joint.opened, joint.gains, strict=True)}
-        found = timed_options(work, joint) if self._timed else [_ordered(o, c) for o, c in _pairs(joint)]
+        pairs = zip(joint.opened, joint.options, strict=True)
+        found = timed_options(work, joint) if self._timed else [_ordered(o, c) for o, c in pairs]
         known = {node.label: node for node in problem.analysis.graph.steps}
         self._parts, self._candidates = [], []
         for opened, gain, candidates in zip(joint.opened, joint.gains, found, strict=True):
@@ -84,7 +84,7 @@ class Mixture:
     def _kind(self) -> str:
         """What of the targets is furthest away, as a factorization counts it."""
         kinds = {k: most / self.problem.base(k) for k, most in self.problem.limits().items()}
-        return "macs" if min(kinds, key=kinds.__getitem__) in ("macs", "latency") else "params"
+        return _counted_as(min(kinds, key=kinds.__getitem__))
 
     def trials(self, judge: Judge) -> list[tuple[Answer, Attempt]]:
         """Answers within the targets and what came of them, by rising and falling rates around the one that is even.
@@ -131,7 +131,10 @@ class Mixture:
             found = self._answer(rate, press.now["latency"])
             if found is None:
                 break
-            found.costs["latency"] = self._measured(found)
+            try:
+                found.costs["latency"] = self._measured(found)
+            except BudgetError:  # after the cut no ranks save what they did before
+                break
             over = found.costs["latency"] / most
             if over <= 1 and (best is None or found.allocation.loss < best.allocation.loss):
                 best = found
@@ -165,8 +168,7 @@ class Mixture:
         """Seconds of a run of an answer carried out; a repair changes values alone."""
         problem, state = self.problem, self._state
         assert answer.apart is not None
-        own = state.branch(*cut_model(problem.analysis, answer.removed), answer.removed, ENOUGH)
-        answer.apart.unchecked()(own)
+        own = carried_out(state, problem.analysis, answer.removed, ENOUGH, answer.apart.unchecked())
         assert own.proto is not None
         return problem.weighed((own.proto, own.weights), {"latency"})["latency"]
 
@@ -176,8 +178,7 @@ class Mixture:
         saved = 1.0 - limits[kind] / costs[kind]
         if not 0 < saved < 1:
             return None
-        options: Options = {**self._options, "ratio": saved, "timed": False, "cost": "params"}
-        options["cost"] = "macs" if kind == "macs" else "params"
+        options: Options = {**self._options, "ratio": saved, "timed": False, "cost": _counted_as(kind)}
         return Factorize("auto", gains=self.gains, **options)
 
     def _as_timed(self, levels: Counts) -> Factorize | None:
@@ -213,8 +214,9 @@ class Mixture:
         return float(np.nan_to_num(losses[1] - losses[0]))
 
 
-def _pairs(joint: JointBudget) -> Iterator[tuple[Opened, Sequence[Candidate]]]:
-    return zip(joint.opened, joint.options, strict=True)
+def _counted_as(kind: str) -> str:
+    """What of a layer a target of that kind goes by."""
+    return "macs" if kind in ("macs", "latency") else "params"
 
 
 def _ordered(opened: Opened, found: Sequence[Candidate]) -> list[Timed]:

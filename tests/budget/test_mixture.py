@@ -18,7 +18,7 @@ from onnxprune.budget.sizes import Sizes
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.rewrite import Factorized
 from onnxprune.model.weights import Weight
-from onnxprune.passes import joint_budget
+from onnxprune.passes import factorize, joint_budget
 from onnxprune.report.facts import Latency
 from onnxprune.search.timing import Bench
 
@@ -138,6 +138,16 @@ def test_layers_are_taken_apart_for_time() -> None:
     assert result.report.product is not None and result.report.product.passed
     chosen = next(a for a in facts.answers if a.chosen)
     assert chosen.fine > -1e-3 > max(a.fine for a in facts.answers if a.name in ("uniform", "knapsack over scores"))
+
+
+@pytest.mark.usefixtures("counted")
+def test_ranks_that_a_cut_leaves_no_room_for_end_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that cannot be taken apart behind a cut as they could before it: cuts alone are the answer then."""
+    model = thin(2, 96, 3)
+    table = op.profile(model, seconds=0.1).table
+    monkeypatch.setattr(factorize, "choose_wanted", lambda *_: None)
+    result = op.prune(model, target="latency=0.6", factorize=True, latency_table=table, criterion="l2", latency=False)
+    assert result.plan.groups and not result.plan.factorized
 
 
 @pytest.mark.usefixtures("counted")
