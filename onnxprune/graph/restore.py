@@ -15,7 +15,8 @@ from onnxprune.graph.fold import Fold, placeholder
 from onnxprune.graph.hoist import Hoist
 from onnxprune.graph.view import Graph
 from onnxprune.model import markers
-from onnxprune.model.weights import ArrayWeight, Weight, weight_from_constant
+from onnxprune.model.constants import weight_from_constant
+from onnxprune.model.weights import ArrayWeight, Weight
 
 T = TypeVar("T")
 Target = tuple[NDArray[np.bool_], NDArray[np.int64]]

@@ -10,7 +10,8 @@ import onnx
 from onnx import AttributeProto
 
 from onnxprune.model import markers
-from onnxprune.model.weights import Weight, weight_from_constant
+from onnxprune.model.constants import weight_from_constant
+from onnxprune.model.weights import Weight
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import ModelError
 from onnxprune.model.elements import DTYPES, ONNX_TYPES, PACKED_BITS, Array, as_dtype, pack, raw, stored_bytes, unpack
@@ -289,31 +289,3 @@ def to_proto(weight: Weight) -> TensorProto:
         return numpy_helper.from_array(weight.read(), weight.name)
     data = weight.stored()
     return TensorProto(name=weight.name, data_type=weight.onnx_type, dims=weight.shape, raw_data=bytes(data))
-
-
-def weight_from_constant(node: NodeProto) -> Weight | None:
-    """The value of a Constant node under the name of its output; None for other nodes and for a sparse value.
-
-    Raises:
-        ModelError: when the value's data do not fit its type and dims.
-    """
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
-        return None
-    name = node.output[0]
-    for attribute in node.attribute:
-        match attribute.name:
-            case "value":
-                return TensorWeight(attribute.t, name)
-            case "value_float":
-                return ArrayWeight(name, np.array(attribute.f, np.float32))
-            case "value_floats":
-                return ArrayWeight(name, np.array(attribute.floats, np.float32))
-            case "value_int":
-                return ArrayWeight(name, np.array(attribute.i, np.int64))
-            case "value_ints":
-                return ArrayWeight(name, np.array(attribute.ints, np.int64))
-            case "value_string":
-                return ArrayWeight(name, np.array(attribute.s.decode("utf-8", "replace"), object))
-            case "value_strings":
-                return ArrayWeight(name, np.array([s.decode("utf-8", "replace") for s in attribute.strings], object))
-    return None

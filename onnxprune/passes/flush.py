@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 
 from onnxprune.graph.view import Graph
-from onnxprune.model.weights import to_proto
+from onnxprune.model.constants import set_constant
 from onnxprune.passes.prepared import Model
 from onnxprune.passes.state import State
 from onnxprune.rewrite.subnormals import flushed
@@ -38,9 +38,7 @@ def flush(model: Model) -> tuple[Model, int]:
         own.CopyFrom(proto)
         for node in own.graph.node:
             if node.output and node.output[0] in constants:
-                value = to_proto(found[node.output[0]][0])
-                del node.attribute[:]
-                node.attribute.append(onnx.helper.make_attribute("value", value))
+                set_constant(node, found[node.output[0]][0])
         proto = own
     changed = {name: weight for name, (weight, _) in found.items() if name not in constants}
     return (proto, {**weights, **changed}), sum(many for _, many in found.values())

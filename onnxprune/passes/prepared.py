@@ -12,6 +12,7 @@ from onnxprune.graph.fold import fold
 from onnxprune.graph.restore import restore
 from onnxprune.graph.unshare import rejoin, unshare
 from onnxprune.graph.view import Graph
+from onnxprune.model.constants import set_constant
 from onnxprune.model.weights import Weight
 from onnxprune.rewrite.after import Mask
 from onnxprune.rewrite.cut import cut
@@ -53,9 +54,7 @@ class Prepared:
         proto = self.graph.proto
         for node in proto.graph.node:
             if node.op_type == "Constant" and self._changed(node.output[0]):
-                value = onnx.numpy_helper.from_array(self.weights[node.output[0]].read())
-                del node.attribute[:]
-                node.attribute.append(onnx.helper.make_attribute("value", value))
+                set_constant(node, self.weights[node.output[0]])
         if proto.ir_version < 4:
             self._hide_new()
         weights = {t.name: self.weights[t.name] for t in proto.graph.initializer if t.name in self.weights}

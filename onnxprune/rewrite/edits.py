@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model import markers
+from onnxprune.model.constants import set_constant
 from onnxprune.model.weights import ArrayWeight, Weight
 
 
@@ -98,9 +99,7 @@ def _edited(node: Node, edits: Edits) -> onnx.NodeProto:
         if value is not None:
             target.attribute.append(onnx.helper.make_attribute(name, value))
     if constant:
-        weight = edits.weights[node.outputs[0]]
-        del target.attribute[:]
-        target.attribute.append(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(weight.read())))
+        set_constant(target, edits.weights[node.outputs[0]])
     return target
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from onnxprune.graph.cost import LAYERS
+from onnxprune.graph.fold import PASSING
 from onnxprune.graph.view import Graph
 from onnxprune.model.elements import Array
 from onnxprune.model.weights import Weight
 
 # Operators that hand a weight on as it is, value for value.
-_MOVES = {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
+_MOVES = PASSING - {"Cast"}
 # Unsigned integers of the same width; half precision is made for small numbers, and runs in single.
 _BITS: dict[str, type[np.unsignedinteger[Any]]] = {"float32": np.uint32, "float64": np.uint64}
 # Elements looked at together: they stay in the processor's cache.
@@ -69,13 +70,12 @@ def _of_layers(graph: Graph) -> Iterator[str]:
     """Weights that reach layers, and nothing else, with the values that they have."""
     outside = {*graph.outputs, *graph.captured}
     for name in graph.weights:
-        names = [name]
-        while names and (readers := graph.consumers.get(names[-1], ())) and names[-1] not in outside:
+        at = name
+        while at not in outside and (readers := graph.consumers.get(at)):
             if all(node.op in LAYERS for node, _ in readers):
                 yield name
                 break
             node, position = readers[0]
-            moved = len(readers) == 1 and node.op in _MOVES and position == 0
-            names.extend([node.outputs[0]] if moved else [])
-            if not moved:
+            if len(readers) > 1 or node.op not in _MOVES or position:
                 break
+            at = node.outputs[0]

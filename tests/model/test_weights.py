@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import ModelError
+from onnxprune.model.constants import weight_from_constant
 from onnxprune.model.elements import aligned
 from onnxprune.model.weights import (
     ArrayWeight,
@@ -18,7 +19,6 @@ from onnxprune.model.weights import (
     GatheredWeight,
     TensorWeight,
     to_proto,
-    weight_from_constant,
 )
 
 DTYPES = [
