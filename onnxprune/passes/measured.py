@@ -28,7 +28,7 @@ from onnxprune.rewrite.cut import CannotRewrite, cut
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.floats import measures
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
-from onnxprune.selection.drift import along, counts
+from onnxprune.selection.drift import SHARES, along, counts
 from onnxprune.selection.map_slots import CapturedMaps
 from onnxprune.selection.scopes import weakest
 from onnxprune.selection.sites import Site
@@ -36,14 +36,21 @@ from onnxprune.statistics import Maps
 
 Scores = NDArray[np.float64]
 
-# Of ten calls of the model three are measured on, up to so many samples; the others make the corrections.
-_HELD, _MOST = (2, 5, 8), 64
+# Of ten calls of the model three are measured on; the others make the corrections.
+_HELD = (2, 5, 8)
+MOST = 64
+"""Samples that are measured on, at most."""
 # Samples per call, so that there are ten calls if that can be.
 _CALL = 8
 
 
 def measured(
-    state: State, analysis: Analysis, groups: Sequence[Group], scores: Mapping[int, Scores]
+    state: State,
+    analysis: Analysis,
+    groups: Sequence[Group],
+    scores: Mapping[int, Scores],
+    shares: Sequence[float] = SHARES,
+    most: int = MOST,
 ) -> dict[int, Scores]:
     """Scores [units] by group that add up to the drift of the outputs, in the order of the scores that are given.
 
@@ -52,10 +59,13 @@ def measured(
     samples, averaged over the outputs. Groups then compare by what counts in the end, however wide and deep they are.
     A group of which no cut can be run keeps the mean drift of the others.
 
+    Args:
+        scores: [units] by group. shares: of every group to cut. most: samples to measure on.
+
     Raises:
         UsageError: no data, too few of them, or outputs that say nothing. ModelError: the model does not run.
     """
-    fit, held = _Part(state, analysis, False), list(_Part(state, analysis, True).some(_MOST))
+    fit, held = _Part(state, analysis, False), list(_Part(state, analysis, True).some(most))
     if not held:
         raise UsageError(
             "--normalize measured sets samples aside, and there are too few for that.",
@@ -65,7 +75,7 @@ def measured(
     drifts: dict[int, dict[int, float]] = {}
     with state.stage("measure"), tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         trial = _Trial(analysis, captured, held, Path(folder) / "cut.onnx")
-        wanted = [(g, n) for g in groups if g.id in scores for n in counts(g.steps)]
+        wanted = [(g, n) for g in groups if g.id in scores for n in counts(g.steps, shares)]
         for number, (group, gone) in enumerate(wanted):
             units = group.units[weakest(scores[group.id], group.classes, group.steps, gone)]
             with suppress(CannotRewrite):

@@ -79,7 +79,7 @@ class Mixture:
                 self._candidates.append((opened, [c.candidate for c in candidates]))
         self._costs = {k: Apart(cost, k, problem.sizes, self._parts) for k, cost in problem.costs.items()}
         self._press = {"latency": 1.0}
-        self.rate = self._even()
+        self._rate: tuple[str, float] | None = None
 
     def _kind(self) -> str:
         """What of the targets is furthest away, as a factorization counts it."""
@@ -108,13 +108,21 @@ class Mixture:
             return known[key]
 
         value(np.inf)
-        best, here = value(self.rate), self.rate
+        here = self.rate
+        best = value(here)
         for step in _STEPS:
             for way in (step, 1.0 / step):
                 while len(known) < _TRIALS and (after := value(here * way)) > best:
                     best, here = after, here * way
-        self.rate = here
+        self._rate = self.problem.lead, here
         return found
+
+    @property
+    def rate(self) -> float:
+        """What a group's loss counts against a layer's: as it was tried last, else where both give alike."""
+        if self._rate is None or self._rate[0] != self.problem.lead:
+            self._rate = self.problem.lead, self._even()
+        return self._rate[1]
 
     def answer(self, rate: float | None = None) -> Answer | None:
         """Counts at a rate of exchange, and the ranks that make up for the rest; None where nothing fits, or cuts alone
@@ -146,7 +154,7 @@ class Mixture:
     def _answer(self, rate: float, press: float) -> Answer | None:
         """As ``answer``, with a limit on time that is tightened or eased by a factor."""
         problem = self.problem
-        choices = problem.choices["scores"]
+        choices = problem.choices[problem.lead]
         wanted = none_cut(choices, self._parts) if np.isinf(rate) else with_parts(choices, self._parts, rate)
         limits = problem.pressed()
         if self._timed:
@@ -162,7 +170,7 @@ class Mixture:
         if apart is None:
             return None
         name = ALONE if np.isinf(rate) else TOGETHER
-        return Answer(name, Allocation(kept, allocation.loss, allocation.bound), removed, costs, apart)
+        return Answer(name, Allocation(kept, allocation.loss, allocation.bound), removed, costs, apart=apart)
 
     def _measured(self, answer: Answer) -> float:
         """Seconds of a run of an answer carried out; a repair changes values alone."""
@@ -196,7 +204,7 @@ class Mixture:
     def _even(self) -> float:
         """The rate at which cuts and factors give alike half the way to the targets."""
         problem = self.problem
-        choices = problem.choices["scores"]
+        choices = problem.choices[problem.lead]
         cut = self._slope(choices, problem.costs)
         apart = self._slope(none_cut(choices, self._parts), self._costs)
         return apart / cut if apart > 0 and cut > 0 else 1.0

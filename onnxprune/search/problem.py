@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ class Answer:
     """Counts [groups] for the targets: where they come from, and what of each kind they cost (as far as measured).
 
     Attributes:
+        source: which of the problem's choices it is optimal for; none, where it follows from something else.
         apart: what takes layers apart after the cut, where that is part of the answer; costs are then of the cut alone,
             until it was carried out.
     """
@@ -53,6 +54,7 @@ class Answer:
     allocation: Allocation
     removed: Mask
     costs: dict[str, float]
+    source: str = ""
     apart: Factorize | None = None
 
 
@@ -61,9 +63,12 @@ class Problem:
 
     Args:
         selector: scores the units. targets: what the model may cost. table: of times, where one is asked for.
-        curves: measured losses {group id: (shares removed, losses)}, where there are any.
+        curves: measured losses {group id: (shares removed, losses)}, where there are any. drifts: scores [units] by
+            group id that add up to what a group alone does to the outputs, where they were measured.
 
     Attributes:
+        choices: what every group may do, by where the losses come from: ``scores``, and what was measured.
+        lead: of which of them answers are expected, or known, to keep most.
         originals: what the original costs of every kind. here: whether times can be measured on this machine.
     """
 
@@ -74,6 +79,7 @@ class Problem:
         targets: Sequence[Target],
         table: LatencyTable | None = None,
         curves: Curves | None = None,
+        drifts: Mapping[int, NDArray[np.float64]] | None = None,
     ) -> None:
         self.state, self.selector, self.targets = state, selector, tuple(targets)
         self.analysis: Analysis = selector.analysis
@@ -89,8 +95,12 @@ class Problem:
         blocks = [block_levels(g.steps) for g in groups] if table and selector.request.round_to == 1 else None
         kept = levels_of(contests, blocks)
         self.choices: dict[str, Choices] = {"scores": by_scores(contests, kept)}
+        if drifts:
+            drifting = [replace(c, values=drifts[n]) for n, c in self.contests.items()]
+            self.choices["drifts"] = by_scores(drifting, kept)
         if curves:
             self.choices["sensitivities"] = by_curves(contests, kept, curves, list(self.contests))
+        self.lead = list(self.choices)[-1]
 
     def _cost(self, kind: str) -> Cost:
         if kind == "latency":
@@ -123,18 +133,18 @@ class Problem:
 
         Empty where none were found.
         """
-        found = []
-        for name, choices in reversed(self.choices.items()):
-            found.append(self._answer(f"knapsack over {name}", choices, allocate))
-        found.append(self._answer("uniform", self.choices["scores"], uniform))
+        first = sorted(self.choices, key=lambda name: name != self.lead)
+        found = [self._answer(f"knapsack over {name}", name, allocate) for name in first]
+        found.append(self._answer("uniform", "", uniform))
         kept: dict[bytes, Answer] = {}
         for answer in found:
             if answer is not None:
                 kept.setdefault(answer.allocation.kept.tobytes(), answer)
         return list(kept.values())
 
-    def _answer(self, name: str, choices: Choices, solve: Solve) -> Answer | None:
+    def _answer(self, name: str, source: str, solve: Solve) -> Answer | None:
         """An answer that holds as measured: where a cost turns out otherwise than predicted, its limit is corrected."""
+        choices = self.choices[source or "scores"]
         limits, best = self.limits(), None
         press = Pressure(self._press)
         for _ in range(_CORRECTIONS):
@@ -147,7 +157,7 @@ class Problem:
                 if allocation is None:
                     break
             removed = self.removed(allocation.kept)
-            answer = Answer(name, allocation, removed, self.measured(allocation.kept, removed))
+            answer = Answer(name, allocation, removed, self.measured(allocation.kept, removed), source)
             over = {k: answer.costs[k] / most for k, most in limits.items()}
             if max(over.values()) <= 1 and (best is None or allocation.loss < best.allocation.loss):
                 best = answer

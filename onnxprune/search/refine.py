@@ -14,22 +14,11 @@ from onnxprune.search.problem import Answer, Problem
 Array = NDArray[np.float64]
 Tried = tuple[Answer, Attempt]
 
-NAME = "knapsack over scores, groups weighed by trial"
+NAME = "knapsack with groups weighed by trial"
 # How much more or less a group's loss counts in a trial, first and later.
 _FACTORS = (3.0, 1.6)
-# Seconds that one trial takes at least, and for a billion multiply-accumulates; what all together may take.
-_EACH, _PER_BILLION, _SECONDS = 1.0, 40.0, 30.0
 # Weights of single groups beyond this say that a slope could not be read.
 _EXTREME = 1e3
-
-
-def trials_of(macs: float) -> int:
-    """How many trials a model is worth where nobody says: about half a minute of them.
-
-    Counted in work and not on a clock, so that a run can be repeated. ``macs``: multiply-accumulates at the first
-    probe's shapes.
-    """
-    return int(_SECONDS / (_EACH + _PER_BILLION * macs * 1e-9))
 
 
 class Refine:
@@ -45,7 +34,7 @@ class Refine:
 
     def __init__(self, problem: Problem, judge: Callable[[Answer], Attempt], trials: int) -> None:
         self._problem, self._judge, self._left = problem, judge, trials
-        self._choices = problem.choices["scores"]
+        self._choices = problem.choices[problem.lead]
         self._known: set[bytes] = set()
 
     def around(self, tried: Sequence[Tried]) -> list[Tried]:
@@ -104,7 +93,7 @@ class Refine:
 
     def _weights(self, answer: Answer) -> Array:
         """What losses have to count for the knapsack to give an answer: cost over loss of the last unit of a group."""
-        if answer.name != "uniform":
+        if answer.source == self._problem.lead:
             return np.ones(len(self._choices.kept))
         cost, loss = self._slopes(answer.allocation.kept)
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -8,23 +8,29 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from onnxprune.budget.sensitivity import Sensitivity
 from onnxprune.budget.target import Target
-from onnxprune.errors import BudgetError
+from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.request import Options as FactorOptions
+from onnxprune.passes.measured import measured
 from onnxprune.passes.prune import Prune, reasons
 from onnxprune.passes.select import Selector
 from onnxprune.passes.state import State
 from onnxprune.search.attempt import ENOUGH, Attempt, attempt
+from onnxprune.search.effort import measuring, sample_macs, trials_of
 from onnxprune.search.measure import said
 from onnxprune.search.mixture import Mixture
 from onnxprune.search.problem import Answer, Curves, Problem, tolerance
-from onnxprune.search.refine import Refine, Tried, trials_of
+from onnxprune.search.refine import Refine, Tried
 from onnxprune.search.sensitivity import measure_sensitivity
 from onnxprune.search.shortfall import Shortfall
 from onnxprune.search.table import latency_table, settled
 from onnxprune.search.wishes import Wishes
 
+Array = NDArray[np.float64]
 # How often a budget is halved towards the smallest that works.
 _HALVINGS = 6
 
@@ -77,7 +83,8 @@ class Search:
         selector = prune.selector(state)
         if not any(ratio is not None for ratio in selector.asked.values()):
             raise BudgetError("No channel of this model can be removed.", hint=reasons(analysis))
-        return Problem(state, selector, targets, table, self._curves(selector))
+        curves = self._curves(selector)
+        return Problem(state, selector, targets, table, curves, None if curves else self._drifts(selector))
 
     def _curves(self, selector: Selector) -> Curves | None:
         """Measured losses by group, where they were asked for."""
@@ -91,6 +98,20 @@ class Search:
         where = "" if isinstance(given, Sensitivity) else repr(str(given))
         found.check_model(selector.analysis.loaded.sha256, where)
         return found.losses()
+
+    def _drifts(self, selector: Selector) -> dict[int, Array] | None:
+        """Scores that add up to what cuts do to the outputs, where there are data to measure it on in time."""
+        state, analysis = self.state, selector.analysis
+        if state.data is None or selector.request.normalize == "measured":
+            return None
+        scores = {number: contest.values for number, contest in selector.pool().items()}
+        groups = [analysis.units.groups[number] for number in scores]
+        worth = measuring(sample_macs(analysis), [g.steps for g in groups])
+        if worth is None:
+            return None
+        with suppress(UsageError):  # too few samples, or outputs that say nothing
+            return measured(state, analysis, groups, scores, *worth)
+        return None
 
     def within(self, problem: Problem) -> Found:
         """The best answer within the targets, repaired in full; limits are tightened where a repair adds to the size.
@@ -117,17 +138,20 @@ class Search:
 
     def _tried(self, problem: Problem, answers: Sequence[Answer]) -> list[Tried]:
         """Answers repaired from a few samples, with those that take layers apart; none where there is no choice."""
-        mixture = self._mixture(problem)
-        if len(answers) < 2 and mixture is None:
+        if len(answers) < 2 and not self.wishes.factorize:
             return []
         tried = [(a, self._attempt(problem, a, ENOUGH)) for a in answers]
+        led = [pair for pair in tried if pair[0].source]
+        if led:
+            problem.lead = max(led, key=lambda pair: pair[1].quality.fine)[0].source
+        mixture = self._mixture(problem)
         return tried if mixture is None else tried + mixture.trials(lambda a: self._carried_out(problem, a))
 
     def _refined(self, problem: Problem, tried: Sequence[Tried], best: Answer) -> list[Tried]:
         """Answers around the best one, where that cuts only; by default where a repair says what a cut is worth."""
         trials = self.wishes.trials
         if trials is None:
-            trials = 0 if self.mode == "none" else trials_of(sum(x.macs_before for x in problem.analysis.layers))
+            trials = 0 if self.mode == "none" else trials_of(sample_macs(problem.analysis))
         if not trials or not tried or best.apart is not None:
             return []
         judge = partial(self._attempt, problem, samples=ENOUGH)
@@ -175,10 +199,9 @@ class Search:
         """
         low, high = problem.reachable("macs") / problem.originals["macs"], 1.0
         found, why = None, "No cut was found"
-        mixture = self._mixture(problem)
-        if mixture is not None:  # what a loss of one kind is worth in the other
-            with problem.aiming(Target("macs", 0.5 * (low + high))):
-                mixture.trials(lambda a: self._carried_out(problem, a))
+        if self.wishes.factorize or len(problem.choices) > 1:
+            with problem.aiming(Target("macs", 0.5 * (low + high))):  # what losses to go by, and at what rate
+                self._tried(problem, problem.answers())
         for _ in range(_HALVINGS):
             share = 0.5 * (low + high)
             tried = self._aimed(problem, Target("macs", share))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,9 @@ SHARES = (0.125, 0.25, 0.5, 0.75)
 """Shares of a group to cut alone and measure."""
 
 
-def counts(steps: int) -> list[int]:
+def counts(steps: int, shares: Sequence[float] = SHARES) -> list[int]:
     """Numbers of steps to measure of a group that can lose up to ``steps - 1``; at least one, where it can lose any."""
-    found = {min(max(round(share * steps), 1), steps - 1) for share in SHARES}
+    found = {min(max(round(share * steps), 1), steps - 1) for share in shares}
     return sorted(n for n in found if n > 0)
 
 

@@ -13,7 +13,8 @@ from onnxprune.passes.state import State
 from onnxprune.search.attempt import Attempt
 from onnxprune.search.measure import Quality
 from onnxprune.search.problem import Answer, Problem
-from onnxprune.search.refine import NAME, Refine, trials_of
+from onnxprune.search.effort import measuring, trials_of
+from onnxprune.search.refine import NAME, Refine
 
 MODELS = Path(__file__).parents[2] / "models"
 
