@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnxprune import documents
 from onnxprune.errors import UsageError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(slots=True)

@@ -16,6 +16,8 @@ from onnxprune.factors.rewrite import composed_weight
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
 from onnxprune.passes.prepared import Prepared
+from onnxprune.runtime.floats import measures
+from onnxprune.runtime.logits import are_probabilities, logits
 from onnxprune.runtime.parallel import spread
 from onnxprune.runtime.sessions import Feed, open_session, run
 
@@ -28,7 +30,7 @@ _NOTHING = 1e-9
 
 
 class Outputs:
-    """A model's outputs on a few samples, to hold those of changed weights against.
+    """A model's outputs on a few samples (logits for class probabilities), to hold those of changed weights against.
 
     Args:
         model: as it is. feeds: the samples.
@@ -36,6 +38,7 @@ class Outputs:
 
     def __init__(self, model: Prepared, feeds: Sequence[Feed]) -> None:
         self._model, self._feeds = model, feeds
+        self._probable: set[str] | None = None
         self._before = self._run(model.weights)
 
     def change(self, kernels: Sequence[tuple[Layer, Real]]) -> float:
@@ -50,7 +53,11 @@ class Outputs:
     def _run(self, weights: Mapping[str, Weight]) -> list[dict[str, NDArray[np.float64]]]:
         session = open_session(bytes(assemble(self._model.graph.proto, weights).SerializeToString()), threads=1)
         results = (run(session, feed) for feed in self._feeds)
-        return [{n: np.asarray(v, np.float64) for n, v in r.items() if v.dtype.kind == "f"} for r in results]
+        found = [{n: v for n, v in r.items() if measures(v.dtype) and v.dtype.kind != "c"} for r in results]
+        if self._probable is None:  # the original comes first
+            self._probable = {n for n, v in found[0].items() if are_probabilities(v)} if found else set()
+        probable = self._probable
+        return [{n: logits(v) if n in probable else v.astype(np.float64) for n, v in r.items()} for r in found]
 
 
 def output_gains(outputs: Outputs, layers: Sequence[Opened], names: Sequence[str]) -> list[float]:

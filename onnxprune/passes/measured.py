@@ -27,6 +27,7 @@ from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import CannotRewrite, cut
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.floats import measures
+from onnxprune.runtime.logits import are_probabilities, logits
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.selection.drift import SHARES, along, counts
 from onnxprune.selection.map_slots import CapturedMaps
@@ -56,7 +57,8 @@ def measured(
 
     Each group is cut alone, to a few sizes; the contractions that read it are corrected for what went (least squares,
     see :func:`onnxprune.criteria.elimination.corrected`), and drift is |y' - y|^2 / |y - mean y|^2 over held-out
-    samples, averaged over the outputs. Groups then compare by what counts in the end, however wide and deep they are.
+    samples (of logits for class probabilities), averaged over the outputs. Groups then compare by what counts in the
+    end, however wide and deep they are.
     A group of which no cut can be run keeps the mean drift of the others.
 
     Args:
@@ -143,6 +145,7 @@ class _Trial:
     path: Path
     _wanted: Sequence[dict[str, Array]] = ()
     _scale: Mapping[str, float] | None = None
+    _probable: set[str] | None = None
 
     def drift(self, units: NDArray[np.int64]) -> float:
         """Mean drift of the outputs without these components, each at most 1."""
@@ -158,7 +161,7 @@ class _Trial:
         session = self._session(proto, weights)
         errors = dict.fromkeys(scale, 0.0)
         for feed, wanted in zip(self.feeds, self._wanted, strict=True):
-            found = run(session, feed)
+            found = self._outputs(session, feed)
             for name in scale:
                 errors[name] += _square(found[name], wanted[name])
         return float(np.mean([min(errors[n] / scale[n], 1.0) for n in scale]))
@@ -169,7 +172,7 @@ class _Trial:
             graph = self.analysis.graph
             session = self._session(graph.proto, graph.weights)
             self._wanted = [
-                {n: a for n, a in run(session, feed).items() if measures(a.dtype) and a.dtype.kind != "c"}
+                {n: a for n, a in self._outputs(session, feed).items() if measures(a.dtype) and a.dtype.kind != "c"}
                 for feed in self.feeds
             ]
             scale = {name: _spread([w[name] for w in self._wanted]) for name in self._wanted[0]}
@@ -180,6 +183,13 @@ class _Trial:
                     hint="Take another --normalize, such as root.",
                 )
         return self._scale
+
+    def _outputs(self, session: Any, feed: Feed) -> dict[str, Array]:
+        """What the model gives, with the logits behind class probabilities."""
+        found = run(session, feed)
+        if self._probable is None:  # the original comes first
+            self._probable = {name for name, value in found.items() if are_probabilities(value)}
+        return {name: logits(value) if name in self._probable else value for name, value in found.items()}
 
     def _session(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> Any:
         save(proto, weights, self.path)

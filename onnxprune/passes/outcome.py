@@ -130,8 +130,8 @@ def is_worse(after: Fidelity, before: Fidelity) -> bool:
 
 
 def noise(facts: Fidelity) -> float:
-    """|a - b|^2 / |a|^2, at most 1, averaged over outputs."""
-    return float(np.mean([min(1.0, 10 ** (-o.snr_db / 10)) for o in facts.outputs] or [0.0]))
+    """|a - b|^2 / |a|^2, at most 1, averaged over outputs; of logits for class probabilities."""
+    return float(np.mean([o.noise for o in facts.outputs] or [0.0]))
 
 
 def remarks(facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str]) -> list[str]:

@@ -52,12 +52,21 @@ class Exactness:
 
 @dataclass(slots=True)
 class OutputFidelity:
-    """Final model against the original for one output: cosine, signal-to-noise in dB, top-1 agreement or None."""
+    """Final model against the original for one output: cosine, signal-to-noise in dB, top-1 agreement or None.
+
+    ``logits_db``: signal-to-noise of the logits behind an output of class probabilities; None for any other.
+    """
 
     output: str
     cosine: float
     snr_db: float
     top1: float | None = None
+    logits_db: float | None = None
+
+    @property
+    def noise(self) -> float:
+        """|a - b|^2 / |a|^2, at most 1; of logits where those are known."""
+        return min(1.0, 10 ** (-(self.snr_db if self.logits_db is None else self.logits_db) / 10))
 
 
 @dataclass(slots=True)

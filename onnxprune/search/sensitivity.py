@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnxprune.budget.sensitivity import VERSION, GroupCurve, Sensitivity
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.passes.calls import Calls
+from onnxprune.passes.outcome import noise
 from onnxprune.passes.select import Selector
 from onnxprune.passes.state import State
 from onnxprune.planning import atoms_removed
@@ -77,8 +78,7 @@ def run_job(job: Job) -> list[tuple[float, float, str]]:
         )
         quality = tried.quality
         assert quality.fidelity is not None
-        noise = float(np.mean([min(1.0, 10 ** (-o.snr_db / 10)) for o in quality.fidelity.outputs] or [0.0]))
-        found.append((noise, quality.points, said(job.metric, quality.fidelity)))
+        found.append((noise(quality.fidelity), quality.points, said(job.metric, quality.fidelity)))
     return found
 
 
