@@ -9,7 +9,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from onnxprune.decompose.factor import Factor, Real, features
-from onnxprune.decompose.metric import Metric
+from onnxprune.decompose.metric import Metric, root
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,13 @@ def split(matrix: Real, seen: Real | None, alone: bool) -> Split:
     if outputs <= flat.shape[1]:
         energies, vectors = falling(flat.transpose(0, 2, 1) @ _apply(seen, matrix, alone))
         return Split(flat @ vectors, vectors.transpose(0, 2, 1), energies)
-    root: Real | None = None if seen is None else np.asarray(np.linalg.cholesky(seen), np.float64)
-    white = flat if root is None else _apply(root.transpose(0, 2, 1), matrix, alone)
+    half: Real | None = None if seen is None else root(seen)
+    white = flat if half is None else _apply(half.transpose(0, 2, 1), matrix, alone)
     energies, vectors = falling(white @ white.transpose(0, 2, 1))
     core = vectors
-    if root is not None:
-        shaped = vectors.reshape(parts, root.shape[-1], -1)
-        solved = [solve_triangular(r, v, trans="T", lower=True) for r, v in zip(root, shaped, strict=True)]
+    if half is not None:
+        shaped = vectors.reshape(parts, half.shape[-1], -1)
+        solved = [solve_triangular(r, v, trans="T", lower=True) for r, v in zip(half, shaped, strict=True)]
         core = np.stack(solved).reshape(vectors.shape)
     return Split(core, vectors.transpose(0, 2, 1) @ white, energies)
 

@@ -100,9 +100,25 @@ class Metric:
         return flat.transpose(0, 2, 1) @ self.times(whole).reshape(flat.shape), True
 
 
-def ridged(gram: Array) -> Real:
-    """A matrix with the ridge on its diagonal, parts apart; zero ones become the identity."""
+def root(moments: Real) -> Real:
+    """L of G = L L^T [parts, n, n], with a larger ridge where rounding left G without a root.
+
+    Sums in float32 are off by a few millionths of the largest eigenvalue, which can be more than the ridge there is.
+
+    Raises:
+        LinAlgError: not even a ridge of the size of G helps: it is not finite.
+    """
+    for ridge in (0.0, *(RIDGE * 10.0**power for power in range(3))):
+        try:
+            return np.asarray(np.linalg.cholesky(ridged(moments, ridge)), np.float64)
+        except np.linalg.LinAlgError:
+            continue
+    return np.asarray(np.linalg.cholesky(ridged(moments, 1.0)), np.float64)
+
+
+def ridged(gram: Array, ridge: float = RIDGE) -> Real:
+    """A matrix with a ridge on its diagonal, parts apart; with the usual one, zero ones become the identity."""
     n = gram.shape[-1]
     mean = np.einsum("...ii->...", gram) / n
     mean = np.where(mean > 0, mean, 1.0)
-    return np.asarray(gram + (RIDGE * mean)[..., None, None] * np.eye(n), np.float64)
+    return np.asarray(gram + (ridge * mean)[..., None, None] * np.eye(n), np.float64)

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from onnxprune.decompose.factor import Array, Real
+from onnxprune.decompose.metric import root
 
 
 class Whitener:
@@ -16,7 +17,7 @@ class Whitener:
     """
 
     def __init__(self, moments: Real | None) -> None:
-        self._root = None if moments is None else np.linalg.cholesky(moments)
+        self._root = None if moments is None else root(moments)
 
     def into(self, matrix: Array) -> Real:
         """L^T A for A [parts, n, m]."""

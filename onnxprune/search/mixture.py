@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate
 from onnxprune.budget.apart import Apart, Part, none_cut, with_parts
@@ -23,10 +24,13 @@ from onnxprune.search.attempt import ENOUGH, Attempt, carried_out
 from onnxprune.search.part_times import Timed, timed_options
 from onnxprune.search.pressure import Pressure
 from onnxprune.search.problem import Answer, Problem
+from onnxprune.search.refine import Space
 
+Array = NDArray[np.float64]
 Judge = Callable[[Answer], Attempt | None]
 
 ALONE, TOGETHER = "knapsack over layers", "knapsack over groups and layers"
+WEIGHED = f"{TOGETHER}, weighed by trial"
 # How far rates of exchange lie apart that are tried, and how many are.
 _STEPS, _TRIALS = (4.0, 2.0), 7
 # How often a limit on time is moved until what is measured fits.
@@ -124,19 +128,29 @@ class Mixture:
             self._rate = self.problem.lead, self._even()
         return self._rate[1]
 
-    def answer(self, rate: float | None = None) -> Answer | None:
+    def space(self) -> Space:
+        """Groups and layers at the rate that did best, for answers in which some count for more or less."""
+        problem, rate = self.problem, self.rate
+        wanted = with_parts(problem.choices[problem.lead], self._parts, rate)
+        return Space(wanted, self._costs, problem.pressed(), lambda weights, _: self.answer(rate, weights), "")
+
+    def answer(self, rate: float | None = None, weights: Array | None = None) -> Answer | None:
         """Counts at a rate of exchange, and the ranks that make up for the rest; None where nothing fits, or cuts alone
         are enough.
+
+        Args:
+            rate: what a group's loss counts against a layer's. weights: what the losses of every group and then of
+                every layer count besides [groups + layers].
 
         Raises:
             CannotRewrite: a node has no form with the new sizes.
         """
         rate = self.rate if rate is None else rate
         if not self._timed:
-            return self._answer(rate, 1.0)
+            return self._answer(rate, 1.0, weights)
         press, most, best = Pressure(self._press), self.problem.limits()["latency"], None
         for _ in range(_CORRECTIONS):
-            found = self._answer(rate, press.now["latency"])
+            found = self._answer(rate, press.now["latency"], weights)
             if found is None:
                 break
             try:
@@ -151,11 +165,13 @@ class Mixture:
         self._press = press.now
         return best
 
-    def _answer(self, rate: float, press: float) -> Answer | None:
+    def _answer(self, rate: float, press: float, weights: Array | None) -> Answer | None:
         """As ``answer``, with a limit on time that is tightened or eased by a factor."""
         problem = self.problem
         choices = problem.choices[problem.lead]
         wanted = none_cut(choices, self._parts) if np.isinf(rate) else with_parts(choices, self._parts, rate)
+        if weights is not None:
+            wanted = Choices(wanted.kept, [w * x for w, x in zip(weights, wanted.losses, strict=True)])
         limits = problem.pressed()
         if self._timed:
             limits["latency"] *= press
@@ -166,10 +182,11 @@ class Mixture:
         kept, levels = allocation.kept[:groups], allocation.kept[groups:]
         removed = problem.removed(kept)
         costs = problem.measured(kept, removed, timed=not self._timed)
-        apart = self._as_timed(levels) if self._timed else self._as_counted(costs, limits)
+        gains = self.gains if weights is None else self._weighed(weights[groups:])
+        apart = self._as_timed(levels) if self._timed else self._as_counted(costs, limits, gains)
         if apart is None:
             return None
-        name = ALONE if np.isinf(rate) else TOGETHER
+        name = ALONE if np.isinf(rate) else TOGETHER if weights is None else WEIGHED
         return Answer(name, Allocation(kept, allocation.loss, allocation.bound), removed, costs, apart=apart)
 
     def _measured(self, answer: Answer) -> float:
@@ -180,14 +197,21 @@ class Mixture:
         assert own.proto is not None
         return problem.weighed((own.proto, own.weights), {"latency"})["latency"]
 
-    def _as_counted(self, costs: Mapping[str, float], limits: Mapping[str, float]) -> Factorize | None:
+    def _weighed(self, weights: Array) -> dict[str, float]:
+        """What a layer's error counts, times the weights [layers] of those that may be taken apart."""
+        names = [opened.layer.name for opened, _ in self._candidates]
+        return self.gains | {name: self.gains[name] * float(w) for name, w in zip(names, weights, strict=True)}
+
+    def _as_counted(
+        self, costs: Mapping[str, float], limits: Mapping[str, float], gains: Mapping[str, float]
+    ) -> Factorize | None:
         """Ranks that save what a cut leaves to save; None where that is nothing, or all there is."""
         kind = min(limits, key=lambda k: limits[k] / costs[k])
         saved = 1.0 - limits[kind] / costs[kind]
         if not 0 < saved < 1:
             return None
         options: Options = {**self._options, "ratio": saved, "timed": False, "cost": _counted_as(kind)}
-        return Factorize("auto", gains=self.gains, **options)
+        return Factorize("auto", gains=gains, **options)
 
     def _as_timed(self, levels: Counts) -> Factorize | None:
         """The methods and shares of the work that were timed, for layers as they are after the cut."""

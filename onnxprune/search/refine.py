@@ -1,13 +1,15 @@
-"""Answers around the best one: a little more for one group at a time, carried out, repaired and measured."""
+"""Answers around the best one: a little more for one group or layer at a time, carried out, repaired and measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.budget.allocate import Choices, Limit, allocate
+from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate
+from onnxprune.budget.costs import Cost
 from onnxprune.search.attempt import Attempt
 from onnxprune.search.problem import Answer, Problem
 
@@ -21,6 +23,40 @@ _FACTORS = (3.0, 1.6)
 _EXTREME = 1e3
 
 
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Where answers are looked for: columns of counts with what they lose and cost.
+
+    Attributes:
+        choices: what every column may do. costs: of counts [cuts, columns], by kind. limits: the most of every kind.
+        answer: what comes of an allocation, given the weights [columns] that led to it; None where nothing does.
+        source: weights of 1 lead to answers of that source, and to those that take layers apart.
+    """
+
+    choices: Choices
+    costs: Mapping[str, Cost]
+    limits: Mapping[str, float]
+    answer: Callable[[Array, Allocation], Answer | None]
+    source: str
+
+    def allocate(self, weights: Array) -> Allocation | None:
+        """Counts [columns] where the losses of every column count so much."""
+        losses = [w * x for w, x in zip(weights, self.choices.losses, strict=True)]
+        limits = [Limit(self.costs[k], most) for k, most in self.limits.items()]
+        return allocate(Choices(self.choices.kept, losses), limits)
+
+
+def cuts(problem: Problem) -> Space:
+    """The groups of a problem."""
+
+    def answer(_: Array, found: Allocation) -> Answer | None:
+        removed = problem.removed(found.kept)
+        one = Answer(NAME, found, removed, problem.measured(found.kept, removed))
+        return None if any(one.costs[k] > most for k, most in problem.limits().items()) else one
+
+    return Space(problem.choices[problem.lead], problem.costs, problem.pressed(), answer, problem.lead)
+
+
 class Refine:
     """A search over what the loss of each group counts, by coordinates.
 
@@ -29,12 +65,13 @@ class Refine:
     are tried for the dearest groups first, and kept where the outputs come closer to the original's.
 
     Args:
-        problem: groups and targets. judge: carries out, repairs and measures. trials: how many answers.
+        space: groups, and layers that may be taken apart. judge: carries out, repairs and measures; None where an
+            answer cannot be carried out. trials: how many answers.
     """
 
-    def __init__(self, problem: Problem, judge: Callable[[Answer], Attempt], trials: int) -> None:
-        self._problem, self._judge, self._left = problem, judge, trials
-        self._choices = problem.choices[problem.lead]
+    def __init__(self, space: Space, judge: Callable[[Answer], Attempt | None], trials: int) -> None:
+        self._space, self._judge, self._left = space, judge, trials
+        self._choices = space.choices
         self._known: set[bytes] = set()
 
     def around(self, tried: Sequence[Tried]) -> list[Tried]:
@@ -42,6 +79,8 @@ class Refine:
         answer, attempt = max(tried, key=lambda pair: pair[1].quality.fine)
         self._known = {a.allocation.kept.tobytes() for a, _ in tried}
         best, here = attempt.quality.fine, self._weights(answer)
+        start = self._space.allocate(here) if answer.apart is not None else None
+        self._known |= set() if start is None else {start.kept.tobytes()}
         found: list[Tried] = []
 
         def better(weights: Array) -> bool:
@@ -72,28 +111,23 @@ class Refine:
         """The answer at these weights, carried out; None where it is known, or no trial is left."""
         if self._left <= 0:
             return None
-        losses = [w * x for w, x in zip(weights, self._choices.losses, strict=True)]
-        problem = self._problem
-        limits = [Limit(problem.costs[k], most) for k, most in problem.pressed().items()]
-        allocation = allocate(Choices(self._choices.kept, losses), limits)
+        allocation = self._space.allocate(weights)
         if allocation is None or allocation.kept.tobytes() in self._known:
             return None
         self._known.add(allocation.kept.tobytes())
         self._left -= 1
-        removed = problem.removed(allocation.kept)
-        answer = Answer(NAME, allocation, removed, problem.measured(allocation.kept, removed))
-        if any(answer.costs[k] > most for k, most in problem.limits().items()):
-            return None
-        return answer, self._judge(answer)
+        answer = self._space.answer(weights, allocation)
+        attempt = None if answer is None else self._judge(answer)
+        return None if answer is None or attempt is None else (answer, attempt)
 
     def _order(self) -> list[int]:
-        """Groups with a choice, those first whose units cost most in all."""
+        """Columns with a choice, those first whose units cost most in all."""
         saved = self._slopes(np.array([k[-1] for k in self._choices.kept]))[0] * [k[-1] for k in self._choices.kept]
         return [int(g) for g in np.argsort(-saved, kind="stable") if self._choices.kept[g].size > 1]
 
     def _weights(self, answer: Answer) -> Array:
         """What losses have to count for the knapsack to give an answer: cost over loss of the last unit of a group."""
-        if answer.source == self._problem.lead:
+        if answer.apart is not None or answer.source == self._space.source:
             return np.ones(len(self._choices.kept))
         cost, loss = self._slopes(answer.allocation.kept)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -102,8 +136,7 @@ class Refine:
         return np.asarray(np.clip(np.nan_to_num(weights / middle, nan=1.0), 1 / _EXTREME, _EXTREME))
 
     def _slopes(self, kept: NDArray[np.int64]) -> tuple[Array, Array]:
-        """(cost, loss) [groups] of one unit of every group at some counts; the cost in shares of the limits."""
-        problem = self._problem
+        """(cost, loss) [columns] of one unit of every column at some counts; the cost in shares of the limits."""
         low, high, losses = [], [], []
         for group, (levels, loss) in enumerate(zip(self._choices.kept, self._choices.losses, strict=True)):
             at = int(np.argmin(np.abs(levels - kept[group])))
@@ -115,8 +148,8 @@ class Refine:
             losses.append((loss[i] - loss[j]) / max(levels[j] - levels[i], 1))
         width = np.maximum((np.array(high) - np.array(low)).sum(axis=1), 1)
         costs = np.zeros(width.size)
-        for kind, most in problem.limits().items():
-            cost = problem.costs[kind]
+        for kind, most in self._space.limits.items():
+            cost = self._space.costs[kind]
             costs += (cost.rows(np.array(high)).max(axis=1) - cost.rows(np.array(low)).max(axis=1)) / most / width
         return costs, np.array(losses)
 

@@ -22,9 +22,9 @@ from onnxprune.passes.state import State
 from onnxprune.search.attempt import ENOUGH, Attempt, attempt
 from onnxprune.search.effort import measuring, sample_macs, trials_of
 from onnxprune.search.measure import said
-from onnxprune.search.mixture import Mixture
+from onnxprune.search.mixture import ALONE, Mixture
 from onnxprune.search.problem import Answer, Curves, Problem, tolerance
-from onnxprune.search.refine import Refine, Tried
+from onnxprune.search.refine import Refine, Tried, cuts
 from onnxprune.search.sensitivity import measure_sensitivity
 from onnxprune.search.shortfall import Shortfall
 from onnxprune.search.table import latency_table, settled
@@ -148,15 +148,17 @@ class Search:
         return tried if mixture is None else tried + mixture.trials(lambda a: self._carried_out(problem, a))
 
     def _refined(self, problem: Problem, tried: Sequence[Tried], best: Answer) -> list[Tried]:
-        """Answers around the best one, where that cuts only; by default where a repair says what a cut is worth."""
+        """Answers around the best one; by default where a repair says what a cut is worth."""
         trials = self.wishes.trials
         if trials is None:
             trials = 0 if self.mode == "none" else trials_of(sample_macs(problem.analysis))
-        if not trials or not tried or best.apart is not None:
+        mixture = self._mixture(problem)
+        if not trials or not tried or best.name == ALONE:
             return []
-        judge = partial(self._attempt, problem, samples=ENOUGH)
-        cuts = [pair for pair in tried if pair[0].apart is None]
-        return Refine(problem, judge, trials).around(cuts)
+        judge = partial(self._carried_out, problem)
+        if best.apart is None or mixture is None:
+            return Refine(cuts(problem), judge, trials).around([pair for pair in tried if pair[0].apart is None])
+        return Refine(mixture.space(), judge, trials).around([pair for pair in tried if pair[0] is best])
 
     def _carried_out(self, problem: Problem, answer: Answer) -> Attempt | None:
         """An answer with layers taken apart, repaired from a few samples; None where no ranks save enough."""

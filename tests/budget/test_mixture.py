@@ -15,11 +15,16 @@ from onnxprune.analysis import Analysis
 from onnxprune.budget.apart import Apart, Part
 from onnxprune.budget.costs import costs_of
 from onnxprune.budget.sizes import Sizes
+from onnxprune.budget.target import parse
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.rewrite import Factorized
 from onnxprune.model.weights import Weight
 from onnxprune.passes import factorize, joint_budget
+from onnxprune.passes.prune import Prune
+from onnxprune.passes.state import State
 from onnxprune.report.facts import Latency
+from onnxprune.search.mixture import WEIGHED, Mixture
+from onnxprune.search.problem import Problem
 from onnxprune.search.timing import Bench
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -183,3 +188,36 @@ def test_what_makes_no_sense_with_layers_apart() -> None:
             op.prune(MODEL, factorize=True, **arguments)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="cannot be reached"):
         op.prune(MODEL, target="macs=0.001", factorize=True, latency=False)
+
+
+def test_what_groups_and_layers_count_together_is_found_by_trial() -> None:
+    """Weights of layers change what is taken apart, those of groups what is cut; targets hold, the best is chosen."""
+    result = op.prune(
+        MODEL, target="macs=0.4", factorize=True, data=DIGITS, samples=96, trials=6, criterion="l2", latency=False
+    )
+    facts, totals = result.report.budget, result.report.totals
+    assert facts is not None
+    found = {a.name: a for a in facts.answers}
+    assert WEIGHED in found
+    chosen = next(a for a in facts.answers if a.chosen)
+    assert chosen.fine == max(a.fine for a in facts.answers)
+    assert totals.macs_after / totals.macs_before <= 0.4 * 1.02
+    assert result.report.exactness.passed and result.report.product is not None and result.report.product.passed
+
+
+def test_weights_decide_which_layers_are_taken_apart() -> None:
+    """A layer whose errors count a thousandfold is left alone; one whose errors count for nothing is not."""
+    state = State(MODEL)
+    prune = Prune("l2", 0.5)
+    problem = Problem(state, prune.selector(state), [parse("macs=0.5")])
+    mixture = Mixture(state, problem, {})
+    space = mixture.space()
+    ones = np.ones(len(space.choices.kept))
+    plain = mixture.answer(mixture.rate, ones)
+    assert plain is not None and plain.apart is not None and plain.apart.gains == mixture.gains
+    dear = ones.copy()
+    dear[-1] = 1e3
+    changed = mixture.answer(mixture.rate, dear)
+    assert changed is not None and changed.apart is not None and changed.name == WEIGHED
+    grown = {name for name, gain in (changed.apart.gains or {}).items() if gain > 2 * mixture.gains[name]}
+    assert len(grown) == 1

@@ -13,7 +13,7 @@ from onnxprune.passes.state import State
 from onnxprune.search.attempt import Attempt
 from onnxprune.search.measure import Quality
 from onnxprune.search.problem import Answer, Problem
-from onnxprune.search.refine import NAME, Refine
+from onnxprune.search.refine import NAME, Refine, cuts
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -49,7 +49,7 @@ def test_what_groups_are_worth_is_found_by_trial(targets: tuple[str, ...]) -> No
     wanted[group] = one.sizes.steps[group]
     judge = Judge(wanted)
     tried = [(a, judge.of(a)) for a in answers]
-    found = Refine(one, judge, 24).around(tried)
+    found = Refine(cuts(one), judge, 24).around(tried)
     assert 0 < judge.asked == len(found) <= 24
     assert len({a.allocation.kept.tobytes() for a, _ in [*tried, *found]}) == len(tried) + len(found)
     for answer, _ in found:
@@ -65,7 +65,7 @@ def test_it_starts_from_the_best_whatever_that_is() -> None:
     answers = one.answers()
     assert answers[-1].name == "uniform"
     judge = Judge(answers[-1].allocation.kept)
-    found = Refine(one, judge, 16).around([(a, judge.of(a)) for a in answers])
+    found = Refine(cuts(one), judge, 16).around([(a, judge.of(a)) for a in answers])
     best = max(found, key=lambda pair: pair[1].quality.fine)
     start = judge.of(answers[0]).quality.fine
     assert best[1].quality.fine > 0.7 * start
@@ -75,5 +75,5 @@ def test_no_more_trials_than_asked_for() -> None:
     one = problem("macs=0.5")
     judge = Judge(one.sizes.steps)
     tried = [(a, judge.of(a)) for a in one.answers()]
-    assert len(Refine(one, judge, 2).around(tried)) == 2
-    assert Refine(one, judge, 0).around(tried) == []
+    assert len(Refine(cuts(one), judge, 2).around(tried)) == 2
+    assert Refine(cuts(one), judge, 0).around(tried) == []
