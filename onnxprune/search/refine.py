@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate
 from onnxprune.budget.costs import Cost
 from onnxprune.search.attempt import Attempt
+from onnxprune.search.learn import Learned
 from onnxprune.search.problem import Answer, Problem
 
 Array = NDArray[np.float64]
@@ -19,6 +20,8 @@ Tried = tuple[Answer, Attempt]
 NAME = "knapsack with groups weighed by trial"
 # How much more or less a group's loss counts in a trial, first and later.
 _FACTORS = (3.0, 1.6)
+# The share of what the best answer loses that others have to promise to lose less.
+_PROMISING = 0.02
 # Weights of single groups beyond this say that a slope could not be read.
 _EXTREME = 1e3
 
@@ -58,20 +61,25 @@ def cuts(problem: Problem) -> Space:
 
 
 class Refine:
-    """A search over what the loss of each group counts, by coordinates.
+    """A search over what the loss of each group counts, by coordinates and by what the answers on the way tell.
 
     Scores see a group alone; what it is worth beside the others shows when all are cut. A knapsack with one group's
     losses multiplied takes from it or gives to it what others can best give or take, within the limits; such answers
-    are tried for the dearest groups first, and kept where the outputs come closer to the original's.
+    are tried for the dearest groups first, and kept where the outputs come closer to the original's. In between,
+    weights that would explain all answers so far (see :class:`onnxprune.search.learn.Learned`) are tried, as long as
+    that helps.
 
     Args:
         space: groups, and layers that may be taken apart. judge: carries out, repairs and measures; None where an
-            answer cannot be carried out. trials: how many answers.
+            answer cannot be carried out. trials: how many answers. whole: how good the original is.
     """
 
-    def __init__(self, space: Space, judge: Callable[[Answer], Attempt | None], trials: int) -> None:
+    def __init__(
+        self, space: Space, judge: Callable[[Answer], Attempt | None], trials: int, whole: float = 0.0
+    ) -> None:
         self._space, self._judge, self._left = space, judge, trials
         self._choices = space.choices
+        self._learned = Learned(space.choices, whole)
         self._known: set[bytes] = set()
 
     def around(self, tried: Sequence[Tried]) -> list[Tried]:
@@ -81,6 +89,8 @@ class Refine:
         best, here = attempt.quality.fine, self._weights(answer)
         start = self._space.allocate(here) if answer.apart is not None else None
         self._known |= set() if start is None else {start.kept.tobytes()}
+        for one, its in tried:
+            self._learned.add(one.allocation.kept if start is None else start.kept, its.quality.fine)
         found: list[Tried] = []
 
         def better(weights: Array) -> bool:
@@ -94,6 +104,11 @@ class Refine:
             best, here = one[1].quality.fine, weights
             return True
 
+        def follow() -> None:
+            while self._left > 0 and (weights := self._learnt()) is not None and better(weights):
+                pass
+
+        follow()
         others = [self._weights(a) for a, _ in tried if a is not answer]
         for other in others:  # half the way between two answers
             better(np.sqrt(here * other))
@@ -105,7 +120,16 @@ class Refine:
                         moved = True
                     if moved:
                         break
+                follow()
         return found
+
+    def _learnt(self) -> Array | None:
+        """Weights that all answers so far speak for; None where they promise next to nothing, or nothing new."""
+        weights = self._learned.weights()
+        allocation = self._space.allocate(weights)
+        if allocation is None or allocation.kept.tobytes() in self._known:
+            return None
+        return weights if self._learned.gain(allocation.kept, weights) > _PROMISING else None
 
     def _try(self, weights: Array) -> Tried | None:
         """The answer at these weights, carried out; None where it is known, or no trial is left."""
@@ -118,6 +142,8 @@ class Refine:
         self._left -= 1
         answer = self._space.answer(weights, allocation)
         attempt = None if answer is None else self._judge(answer)
+        if attempt is not None:
+            self._learned.add(allocation.kept, attempt.quality.fine)
         return None if answer is None or attempt is None else (answer, attempt)
 
     def _order(self) -> list[int]:

@@ -19,7 +19,7 @@ from onnxprune.passes.measured import measured
 from onnxprune.passes.prune import Prune, reasons
 from onnxprune.passes.select import Selector
 from onnxprune.passes.state import State
-from onnxprune.search.attempt import ENOUGH, Attempt, attempt
+from onnxprune.search.attempt import ENOUGH, Attempt, attempt, of_original
 from onnxprune.search.effort import measuring, sample_macs, trials_of
 from onnxprune.search.measure import said
 from onnxprune.search.mixture import ALONE, Mixture
@@ -55,6 +55,7 @@ class Search:
     def __init__(self, state: State, wishes: Wishes, prune: Prune, mode: str) -> None:
         self.state, self.wishes, self.prune, self.mode = state, wishes, prune, mode
         self._mixed: Mixture | None = None
+        self._before: float | None = None
 
     def __call__(self, before: float) -> Found:
         """The best within the targets and gates; ``before``: the original's points.
@@ -63,7 +64,7 @@ class Search:
             BudgetError: a target is out of reach, or a gate is not met.
             CannotRewrite: a node has no form with the new sizes.
         """
-        wishes = self.wishes
+        wishes, self._before = self.wishes, before
         problem = self.problem(wishes.targets or (Target("macs", 1.0),))
         if wishes.targets:
             found = self.within(problem)
@@ -157,8 +158,15 @@ class Search:
             return []
         judge = partial(self._carried_out, problem)
         if best.apart is None or mixture is None:
-            return Refine(cuts(problem), judge, trials).around([pair for pair in tried if pair[0].apart is None])
-        return Refine(mixture.space(), judge, trials).around([pair for pair in tried if pair[0] is best])
+            around = [pair for pair in tried if pair[0].apart is None]
+            return Refine(cuts(problem), judge, trials, self._whole()).around(around)
+        return Refine(mixture.space(), judge, trials, self._whole()).around([p for p in tried if p[0] is best])
+
+    def _whole(self) -> float:
+        """How good the original is: the metric, or no noise."""
+        if self._before is None:
+            self._before = of_original(self.prune.prepared(self.state), self.wishes.metric)
+        return 0.0 if self.wishes.metric is None else self._before
 
     def _carried_out(self, problem: Problem, answer: Answer) -> Attempt | None:
         """An answer with layers taken apart, repaired from a few samples; None where no ranks save enough."""
