@@ -72,12 +72,10 @@ def _note_idle(graph: Graph, node: Node, probe: Probe) -> None:
     """Remember the nodes of a branch that is not taken."""
     chosen = probe.values.get(node.inputs[0])
     if chosen is not None and bool(chosen.ravel()[0]) != (node.op == markers.OPEN):
-        depth = 0
+        outside = len(graph.around[node.index])
         for inner in graph.nodes[node.index + 1 :]:
-            if inner.domain == markers.DOMAIN:
-                if depth == 0 and inner.op in (markers.ELSE, markers.END):
-                    return
-                depth += (inner.op == markers.OPEN) - (inner.op == markers.CLOSE)
+            if len(graph.around[inner.index]) <= outside:
+                return
             probe.idle.add(inner.index)
 
 
@@ -110,14 +108,9 @@ def _settle(graph: Graph, end: Node, probe: Probe, walk: Walk) -> None:
 
 def _body(graph: Graph, end: Node) -> list[Node]:
     """The nodes of the body that ends here, without the markers through which values enter it."""
-    first, depth = end.index, 0
-    while depth >= 0:
-        first -= 1
-        op = graph.nodes[first].op
-        depth += (op == markers.CLOSE) - (op == markers.OPEN)
-    entries = {markers.CARRY, markers.SLICE}
-    home = graph.homes
-    return [n for n in graph.nodes[first + 1 : end.index] if n.op not in entries or home[n.index] != first]
+    own, entries = graph.around[end.index], (markers.CARRY, markers.SLICE)
+    nodes = graph.nodes[own[-1].start + 1 : end.index]
+    return [n for n in nodes if n.marker not in entries or graph.around[n.index] != own]
 
 
 def _stacked(graph: Graph, node: Node, probe: Probe) -> int | None:
@@ -159,14 +152,12 @@ def _is_true(name: str, probe: Probe) -> bool:
 
 def count_repeats(graph: Graph, probe: Probe) -> None:
     """State how often every node runs: as often as the Loops and Scans around it, where their sizes say so."""
-    times = [1]
+    times: dict[int, int] = {}
     for node in graph.nodes:
-        marker = node.op if node.domain == markers.DOMAIN else ""
-        if marker == markers.CLOSE:
-            times.pop()
-        elif marker == markers.OPEN:
-            times.append(times[-1] * (_runs(graph, node, probe) or 1))
-        node.repeats = times[-1]
+        around = graph.around[node.index]
+        node.repeats = times[around[-1].start] if around else 1
+        if node.marker == markers.OPEN:
+            times[node.index] = node.repeats * (_runs(graph, node, probe) or 1)
 
 
 def _runs(graph: Graph, node: Node, probe: Probe) -> int | None:

@@ -73,7 +73,7 @@ def _find(graph: Graph, facts: Facts, node: Node, held: set[str]) -> Selections 
     picks = [p for c in chosen if c is not None and c[0] == axis for p in c[1]]
     if axis < 0 or any(c is None or c[0] != axis for c in chosen) or _overlap(picks):
         return None
-    if graph.has_bodies and len({graph.homes[n.index] for n in (node, *moves, *(p.node for p in picks))}) > 1:
+    if graph.has_bodies and len({graph.around[n.index] for n in (node, *moves, *(p.node for p in picks))}) > 1:
         return None  # what is put in front of one selection would not be there for another
     places = _places(facts, moves, axis)
     flat = None if places is None else _flat_axis(facts, node, places[0])

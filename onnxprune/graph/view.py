@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +46,11 @@ class Node:
     def kind(self) -> str:
         """The operator a person would look for: of a marker that of its control-flow node."""
         return str(self.attrs.get("kind", self.op)) if self.domain == markers.DOMAIN else self.op
+
+    @property
+    def marker(self) -> str:
+        """The marker that it is, "" where it is none."""
+        return self.op if self.domain == markers.DOMAIN else ""
 
     @property
     def label(self) -> str:
@@ -92,7 +97,7 @@ class Graph:
     captured: set[str] = field(default_factory=set)
     opsets: dict[str, int] = field(default_factory=dict)
 
-    _enclosed: tuple[list[int], frozenset[str]] | None = None
+    _enclosed: tuple[Sequence[tuple[markers.Body, ...]], frozenset[str]] | None = None
     steps: list[Node] = field(default_factory=list)
     """The nodes that compute something: all but Constant nodes, whose values are weights."""
 
@@ -165,8 +170,8 @@ class Graph:
         return markers.DOMAIN in self.opsets
 
     @property
-    def homes(self) -> list[int]:
-        """By node: index of the marker that begins the innermost body around it, -1 outside of all bodies."""
+    def around(self) -> Sequence[tuple[markers.Body, ...]]:
+        """By node: the bodies that it lies in, outermost first."""
         return self._enclose()[0]
 
     @property
@@ -174,20 +179,11 @@ class Graph:
         """Tensors inside bodies: nothing outside can read them, so they cannot be outputs of a model."""
         return self._enclose()[1] if self.has_bodies else frozenset()
 
-    def _enclose(self) -> tuple[list[int], frozenset[str]]:
+    def _enclose(self) -> tuple[Sequence[tuple[markers.Body, ...]], frozenset[str]]:
         if self._enclosed is None:
-            homes, inner, stack = [], set[str](), [-1]
-            for node in self.nodes:
-                marker = node.op if node.domain == markers.DOMAIN else ""
-                if marker in (markers.ELSE, markers.CLOSE):
-                    stack.pop()
-                depth = len(stack) - (marker in markers.RESULTS)
-                homes.append(stack[depth - 1])
-                if marker in (markers.OPEN, markers.ELSE):
-                    stack.append(node.index)
-                if depth > 1 or marker == markers.OPEN:
-                    inner.update(o for o in node.outputs if o)
-            self._enclosed = homes, frozenset(inner)
+            around = list(markers.enclosures((n.marker, n.kind) for n in self.nodes))
+            within = (n for n in self.nodes if around[n.index] or n.marker == markers.OPEN)
+            self._enclosed = around, frozenset(o for n in within for o in n.outputs if o)
         return self._enclosed
 
 

@@ -13,14 +13,19 @@ from onnxprune.model.skeleton import without_data, without_graph, without_nodes
 from onnxprune.model.weights import Weight
 
 
-def close_bodies(proto: ModelProto, weights: Mapping[str, Weight]) -> tuple[ModelProto, Mapping[str, Weight]]:
+def close_bodies(
+    proto: ModelProto, weights: Mapping[str, Weight], *, branches: bool = True
+) -> tuple[ModelProto, Mapping[str, Weight]]:
     """The model as runtimes know it, and the weights of its main graph; the same objects where no body is open.
 
     Weights of bodies are put into them, so the model holds their data.
+
+    Args:
+        branches: whether to close every If; False: those that lie in no Loop or Scan stay open.
     """
     if not markers.has_bodies(proto):
         return proto, weights
-    closing = _Closing(proto, weights)
+    closing = _Closing(proto, weights, branches)
     return closing.model, closing.weights
 
 
@@ -46,7 +51,7 @@ class _Frame:
 class _Closing:
     """The walk over a flat graph, with the nodes that are open at the moment."""
 
-    def __init__(self, proto: ModelProto, weights: Mapping[str, Weight]) -> None:
+    def __init__(self, proto: ModelProto, weights: Mapping[str, Weight], branches: bool) -> None:
         self._source, self._all = proto.graph, weights
         self._tensors = {t.name: t for t in proto.graph.initializer}
         self._infos = {i.name: i for i in proto.graph.value_info}
@@ -54,13 +59,17 @@ class _Closing:
         self._labels: dict[str, str] = {}
         self._held: set[str] = set()
         self._inner: set[str] = set()
-        for node in proto.graph.node:
-            if node.domain == markers.DOMAIN:
+        kept = set() if branches else _of_branches(proto)
+        for index, node in enumerate(proto.graph.node):
+            if node.domain == markers.DOMAIN and index not in kept:
                 self._learn(node)
         self._top: list[NodeProto] = []
         self._open: list[_Frame] = []
-        for node in proto.graph.node:
-            self._take(node)
+        for index, node in enumerate(proto.graph.node):
+            if index in kept:
+                self._top.append(node)
+            else:
+                self._take(node)
         self.model = self._whole(proto)
         self.weights = {name: weight for name, weight in weights.items() if name not in self._held}
 
@@ -74,7 +83,8 @@ class _Closing:
 
     def _whole(self, proto: ModelProto) -> ModelProto:
         model = without_graph(proto)
-        kept = [opset for opset in model.opset_import if opset.domain != markers.DOMAIN]
+        left = any(node.domain == markers.DOMAIN for node in self._top)
+        kept = [opset for opset in model.opset_import if left or opset.domain != markers.DOMAIN]
         del model.opset_import[:]
         model.opset_import.extend(kept)
         graph = without_nodes(proto.graph)
@@ -223,6 +233,17 @@ class _Closing:
             body.graph.node.append(helper.make_node("Identity", [name], [through], name=through))
             name = through
         output.name = name
+
+
+def _of_branches(proto: ModelProto) -> set[int]:
+    """Markers of Ifs that lie in no Loop or Scan."""
+    found = [markers.marker_of(node) for node in proto.graph.node]
+    around = markers.enclosures(found)
+    return {
+        k
+        for k, ((op, kind), bodies) in enumerate(zip(found, around, strict=True))
+        if op and kind in ("If", "") and markers.repeating(bodies) is None
+    }
 
 
 def _resize(info: ValueInfoProto, now: ValueInfoProto) -> None:

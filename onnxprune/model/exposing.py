@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import Any
 
 from onnx import ModelProto, NodeProto, helper
@@ -79,26 +80,24 @@ def hidden(proto: ModelProto) -> frozenset[str]:
     return frozenset(found)
 
 
-def repeated(proto: ModelProto) -> frozenset[str]:
-    """Tensors inside of Loops and Scans alone: every run of the model gives their values, one per iteration."""
-    if not markers.has_bodies(proto):
-        return frozenset()
-    around = _Places.of(proto).around
-    return frozenset(name for name, frames in around.items() if all(frame.kind != "If" for frame, _ in frames))
-
-
-def show(proto: ModelProto, types: Mapping[str, tuple[int, int]]) -> tuple[ModelProto, dict[str, Shown]]:
+def show(
+    proto: ModelProto, types: Mapping[str, tuple[int, int]], *, branches: bool = True
+) -> tuple[ModelProto, dict[str, Shown]]:
     """The model with inner tensors as results of the nodes around them, and what they come out as.
 
     Args:
         types: of the tensors to show, {name: (element type, rank)}; those that lie in no body are left out.
+        branches: whether to show them outside of every If; False: where the outermost Loop or Scan around them runs.
     """
     around = _Places.of(proto).around if markers.has_bodies(proto) else {}
     shown: dict[str, Shown] = {}
     before: dict[int, list[NodeProto]] = {}
     for name, (kind, rank) in types.items():
         now, stacked = name, 0
-        for number, (frame, side) in enumerate(reversed(around.get(name, ()))):
+        frames = around.get(name, ())
+        if not branches:
+            frames = tuple(dropwhile(lambda placed: placed[0].kind == "If", frames))
+        for number, (frame, side) in enumerate(reversed(frames)):
             output = f"{name}__shown{number}"
             # A copy: runtimes may let a state that is a result as well be overwritten.
             own = frame.otherwise if frame.kind == "If" and side else frame.end

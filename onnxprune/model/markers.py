@@ -22,7 +22,10 @@ No runtime knows them: :func:`onnxprune.model.closing.close_bodies` puts every b
 
 from __future__ import annotations
 
-from onnx import ModelProto
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from onnx import ModelProto, NodeProto
 
 DOMAIN = "onnxprune.bodies"
 
@@ -38,3 +41,43 @@ RESULTS = (TIE, STACK, JOIN)
 def has_bodies(proto: ModelProto) -> bool:
     """Whether the graph has bodies laid open in it."""
     return any(opset.domain == DOMAIN for opset in proto.opset_import)
+
+
+class Body(NamedTuple):
+    """A body around a node: index of the ``OPEN`` that its control-flow node starts with, and its ``side`` of it.
+
+    ``side`` is False in the else-branch of an If, ``kind`` the operator of the control-flow node.
+    """
+
+    start: int
+    side: bool
+    kind: str
+
+
+def marker_of(node: NodeProto) -> tuple[str, str]:
+    """The marker that a node is, "" where it is none, and the operator of the control-flow node that it belongs to."""
+    if node.domain != DOMAIN:
+        return "", ""
+    return node.op_type, next((a.s.decode() for a in node.attribute if a.name == "kind"), "")
+
+
+def repeating(around: Sequence[Body]) -> int | None:
+    """Which of these bodies is that of the outermost Loop or Scan."""
+    return next((k for k, body in enumerate(around) if body.kind != "If"), None)
+
+
+def enclosures(nodes: Iterable[tuple[str, str]]) -> Iterator[tuple[Body, ...]]:
+    """Around every node, given as :func:`marker_of` does, the bodies that it lies in, outermost first.
+
+    Markers that end a body or give its results lie outside of it, but for ``END``; so does the one that begins it.
+    """
+    around: tuple[Body, ...] = ()
+    for index, (op, kind) in enumerate(nodes):
+        outer = around[:-1] if op in (ELSE, CLOSE, *RESULTS) else around
+        yield outer
+        if op == OPEN:
+            around = (*outer, Body(index, True, kind))
+        elif op == ELSE:
+            around = (*outer, around[-1]._replace(side=False))
+        elif op == CLOSE:
+            around = outer

@@ -24,7 +24,7 @@ from onnxprune.passes.seen import can_follow, inside, seen, survivors
 from onnxprune.passes.state import State
 from onnxprune.propagate import infer_by_rule
 from onnxprune.recover import MODES
-from onnxprune.recover.aims import Aim, find_aims
+from onnxprune.recover.aims import Aim, Aims, find_aims
 from onnxprune.recover.layers import Layer
 from onnxprune.recover.logits import Mixing, find_pairs, mixings
 from onnxprune.recover.problem import Get, Problem
@@ -35,6 +35,7 @@ from onnxprune.runtime.capture import count
 from onnxprune.runtime.parallel import spread
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed
+from onnxprune.runtime.ways import Way, reaches, takes, ways
 
 # Bytes of activations to hold in memory where nobody says how many.
 _MEMORY = 2 << 30
@@ -149,6 +150,21 @@ class Recover:
         """What has to be known of the original before a layer can be fitted."""
         return (aim.tail.aim, aim.data) if self.symmetric or aim.recurrent else (aim.tail.aim,)
 
+    @property
+    def _fitting(self) -> str:
+        """What is tried for a layer."""
+        return "full" if self.mode == "datafree" else self.mode
+
+    def _aims(self, state: State, graph: Graph, after: After, taken: Sequence[Way]) -> Aims:
+        """What to repair in the cut model on batches that take these ways."""
+        known = [name for name in seen(state) if can_follow(state.analyzed(), after, name)]
+        shape = _shapes_now(state, graph) if state.factorized else after.shape
+        aims = find_aims(graph, known, shape, joint=self._fitting == "full")
+        aims.leave(partial(_untaken, graph, taken))
+        if self.near:
+            aims.keep(lambda aim: after.touched(aim.data))
+        return aims
+
     def _repair(
         self,
         state: State,
@@ -159,7 +175,7 @@ class Recover:
         kept: Kept | None,
     ) -> tuple[list[Repair], Mapping[str, str]]:
         analysis, graph, weights = state.analyzed(), model.graph, model.weights
-        mode = "full" if self.mode == "datafree" else self.mode
+        mode = self._fitting
         after = After(analysis.table, state.gone)
         # Both models' activations are held, so that each may have half.
         memory = (self.memory_limit or state.memory_limit or _MEMORY) // 2
@@ -169,22 +185,17 @@ class Recover:
         if restate:
             restated = Restated(full, after, graph, weights, feeds, Store(memory, folder))
             full_weights = restated.original
-        known = [name for name in seen(state) if can_follow(analysis, after, name)]
-        shape = _shapes_now(state, graph) if state.factorized else after.shape
-        aims = find_aims(graph, known, shape, joint=mode == "full")
-        if self.near:
-            levels = [[a for a in level if after.touched(a.data)] for level in aims.levels]
-            aims.levels = [level for level in levels if level]
+        taken = ways(full, full.weights, feeds)
+        aims = self._aims(state, graph, after, taken)
         store = Store(memory, folder), Store(memory, folder)
         needs = [[n for a in level for n in a.needs] for level in aims.levels]
-        within = inside(analysis, known)
-        cut_run = Segments(graph, weights, needs, store[0], within)
+        within = inside(analysis)
+        cut_run = Segments(graph, weights, needs, store[0], within, taken)
         wanted = [[n for a in x for n in self._of_original(a)] for x in aims.levels]
-        full_run = Segments(full, full_weights, wanted, store[1], within)
+        full_run = Segments(full, full_weights, wanted, store[1], within, taken)
         kept_inputs = partial(survivors, store[1].get, after)
         for run in (cut_run, full_run):
             run.feed(feeds)
-        samples = sum(map(count, feeds))
         # Labels are of the model that was cut: of layers that were taken apart they know nothing.
         pairwise = self.mode == "full" and not state.factorized
         pairs = find_pairs(analysis.table, analysis.units.component, after, aims) if pairwise else []
@@ -195,11 +206,13 @@ class Recover:
             for run in (cut_run, full_run):
                 for _ in run.run(number):
                     pass
-            mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, cut_run.batches))
+            mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, store[1].batches))
 
             def one(layer: Layer) -> Fitted:
                 data = kept_inputs if self.symmetric or layer.aim.recurrent else store[0].get
-                values = (data, store[1].get, after.steps(layer.aim.tail.aim), cut_run.batches, samples)
+                own = store[1].batches([layer.aim.tail.aim])
+                samples = sum(count(feeds[b]) for b in own)
+                values = (data, store[1].get, after.steps(layer.aim.tail.aim), own, samples)
                 return _fitted(layer, values, mode, mixed.get(layer.node.index))
 
             repairs += [_written(*pair) for pair in zip(layers, _found(one, layers, number, kept), strict=True)]
@@ -222,7 +235,7 @@ def _found(fit: Callable[[Layer], Fitted], layers: Sequence[Layer], level: int, 
     return found
 
 
-def _fitted(layer: Layer, values: tuple[Get, Get, Any, int, int], mode: str, mixing: Mixing | None) -> Fitted:
+def _fitted(layer: Layer, values: tuple[Get, Get, Any, Sequence[int], int], mode: str, mixing: Mixing | None) -> Fitted:
     """New weights for one layer, or those it has; ``values`` are a problem's."""
     matrix, bias = layer.read()
     channels = matrix.shape[0] * matrix.shape[1] // layer.form.taps
@@ -236,6 +249,17 @@ def _written(layer: Layer, fitted: Fitted) -> Repair:
     if solution.how != "kept":
         layer.write(solution.matrix, solution.bias)
     return Repair(layer.node.label, solution.how, solution.before, solution.after, *extent)
+
+
+def _untaken(graph: Graph, taken: Sequence[Way], aim: Aim) -> str:
+    """Why a layer is left that no batch comes to; empty for others."""
+    if any(takes(graph, aim.node.index, way) for way in taken):
+        return ""
+    around = graph.around[aim.node.index]
+    branch = next(k for k in range(len(around)) if not any(reaches(graph, around[: k + 1], way) for way in taken))
+    node, side = graph.nodes[around[branch].start], around[branch].side
+    which = "then" if side else "else"
+    return f"no calibration sample takes the {which}-branch of If {node.label!r}, which it lies in"
 
 
 def _shapes_now(state: State, graph: Graph) -> Callable[[str], Any]:

@@ -25,7 +25,7 @@ def normalisations(graph: Graph) -> list[Node]:
         node
         for node in graph.nodes
         if node.op == "BatchNormalization" and node.domain == "" and len(node.inputs) == 5 and node.inputs[0] in made
-        if not (graph.has_bodies and graph.homes[node.index] >= 0)
+        if not (graph.has_bodies and graph.around[node.index])
         if all(name in graph.weights and len(graph.consumers.get(name, ())) == 1 for name in node.inputs[3:])
     ]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from onnxprune.analysis import Analysis
-from onnxprune.model.exposing import repeated
+from onnxprune.model import markers
+from onnxprune.model.exposing import hidden
 from onnxprune.passes.state import State
 from onnxprune.rewrite.after import After
 from onnxprune.runtime.sessions import Array
@@ -18,16 +19,17 @@ Get = Callable[[str, int], Array]
 def seen(state: State) -> Iterator[str]:
     """Activations of the original whose values can be had, and which the model that was cut has too."""
     full, graph = state.original.graph, state.analyzed().graph
-    # Of layers in bodies that were taken apart nobody knows the shapes.
-    hidden = full.inner - (frozenset() if state.factorized else repeated(full.proto))
+    unseen = hidden(full.proto)
     for node in full.nodes:
-        yield from (o for o in node.outputs if o in graph.producer and o not in hidden)
+        # Of layers in Loops that were taken apart nobody knows the shapes.
+        if not (state.factorized and markers.repeating(full.around[node.index]) is not None):
+            yield from (o for o in node.outputs if o in graph.producer and o not in unseen)
 
 
-def inside(analysis: Analysis, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Element types and ranks of those that lie inside of bodies."""
-    probe, inner = analysis.facts.probes[0], analysis.graph.inner
-    return {n: (probe.dtypes.get(n, 1), len(probe.shapes.get(n) or ())) for n in names if n in inner}
+def inside(analysis: Analysis) -> dict[str, tuple[int, int]]:
+    """Element types and ranks of what lies inside of bodies."""
+    probe = analysis.facts.probes[0]
+    return {n: (probe.dtypes.get(n, 1), len(probe.shapes.get(n) or ())) for n in analysis.graph.inner}
 
 
 def can_follow(analysis: Analysis, after: After, name: str) -> bool:

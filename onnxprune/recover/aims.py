@@ -59,6 +59,17 @@ class Aims:
     levels: list[list[Aim]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
+    def leave(self, why: Callable[[Aim], str]) -> None:
+        """Leave alone what there is a reason for."""
+        reasons = {aim.node.label: reason for level in self.levels for aim in level if (reason := why(aim))}
+        self.left.update(reasons)
+        self.keep(lambda aim: aim.node.label not in reasons)
+
+    def keep(self, wanted: Callable[[Aim], bool]) -> None:
+        """Forget other aims."""
+        levels = [[aim for aim in level if wanted(aim)] for level in self.levels]
+        self.levels = [level for level in levels if level]
+
 
 def find_aims(graph: Graph, known: Collection[str], shape: Shapes, *, joint: bool = True) -> Aims:
     """Every contraction of the cut graph that can be repaired.

@@ -17,29 +17,30 @@ _ACROSS = "it lies in a body, and the first axis of what it reads or gives does 
 
 
 class Bodies:
-    """What a layer in a body is fitted to is the original's input as it survives: what the cut model feeds it depends,
-    by way of the states, on what the layer itself gave before, and a fit to that drifts away.
+    """What a layer in a Loop or Scan is fitted to is the original's input as it survives: what the cut model feeds it
+    depends, by way of the states, on what the layer itself gave before, and a fit to that drifts away.
 
-    The order of repairs where a node with bodies runs as one: behind all that it reads, ahead of all it gives.
+    The order of repairs where a Loop or Scan runs as one: behind all that it reads, ahead of all it gives. What lies in
+    the branch of an If is like any other layer, fitted to the samples that take the branch.
 
     Args:
-        graph: of the cut model. level: of every tensor so far, filled meanwhile.
+        graph: of the cut graph. level: of every tensor so far, filled meanwhile.
     """
 
     def __init__(self, graph: Graph, level: Mapping[str, int]) -> None:
         self._graph, self._level = graph, level
-        self._homes = graph.homes if graph.has_bodies else []
+        self._around = graph.around if graph.has_bodies else []
         self._least: dict[int, int] = {}
         self._most: dict[int, int] = {}
 
     def least(self, node: Node) -> int:
-        """The level of everything that the outermost node with bodies around ``node`` reads."""
+        """The level of everything that the outermost Loop or Scan around ``node`` reads."""
         start = self._start(node)
         if start is None:
             return 0
         if start not in self._least:
             self._least[start] = max((self._level.get(n, 0) for n in self._read(start)), default=0)
-        if self._leaves(node):
+        if node.marker in markers.RESULTS and not self.encloses(node):
             return max(self._least[start], self._most.get(start, 0))
         return self._least[start]
 
@@ -63,46 +64,54 @@ class Bodies:
         return _ACROSS if across else ""
 
     def encloses(self, node: Node) -> bool:
-        """Whether a node lies in a body."""
-        return bool(self._homes) and self._homes[node.index] >= 0
+        """Whether a node lies in a Loop or Scan."""
+        return bool(self._around) and markers.repeating(self._around[node.index]) is not None
 
     def may_follow(self, node: Node, tail: Tail) -> bool:
-        """Whether a layer may be aimed there: not outside its body, and not at a sum with what the cut left there."""
-        return not self.encloses(node) or (not tail.addends and self.together(node, [tail.aim]))
+        """Whether a layer may be aimed there: not into or out of a Loop or Scan, nor in one at a sum with what the cut
+        left there."""
+        if not self._around:
+            return True
+        return self.together(node, [tail.aim]) and not (tail.addends and self.encloses(node))
 
     def together(self, node: Node, names: Iterable[str]) -> bool:
         """Whether tensors have one value for every time that ``node`` runs."""
-        return not self._homes or all(self._home(name) == self._homes[node.index] for name in names)
+        own = self._within(self._around[node.index]) if self._around else ()
+        return not self._around or all(self._home(name) == own for name in names)
 
-    def _home(self, name: str) -> int:
+    def _home(self, name: str) -> tuple[markers.Body, ...]:
+        """The bodies that a tensor lies in, from the outermost Loop or Scan on."""
         producer = self._graph.producer.get(name)
         if producer is None:
-            return -1
-        if producer.op == markers.OPEN:
-            return producer.index
-        return self._homes[producer.index]
+            return ()
+        around = self._around[producer.index]
+        own = (markers.Body(producer.index, True, producer.kind),) if producer.marker == markers.OPEN else ()
+        return self._within((*around, *own))
+
+    @staticmethod
+    def _within(around: tuple[markers.Body, ...]) -> tuple[markers.Body, ...]:
+        first = markers.repeating(around)
+        return () if first is None else around[first:]
 
     def _start(self, node: Node) -> int | None:
-        """What begins the outermost node with bodies around ``node``, or the one that it is a marker of."""
-        if not self._homes:
+        """What begins the outermost Loop or Scan around ``node``, or the one that it is a marker of."""
+        if not self._around:
             return None
-        index = node.index
-        while self._homes[index] >= 0:
-            index = self._homes[index]
-        found = self._graph.nodes[index]
-        if found.domain != markers.DOMAIN:
+        around = self._around[node.index]
+        first = markers.repeating(around)
+        if first is not None:
+            return around[first].start
+        if not node.marker or node.kind == "If":
             return None
-        while found.op != markers.OPEN or self._homes[found.index] >= 0:
+        found = node
+        while found.marker != markers.OPEN or self.encloses(found):
             found = self._graph.nodes[found.index - 1]
         return found.index
 
-    def _leaves(self, node: Node) -> bool:
-        return node.op in markers.RESULTS and self._homes[node.index] < 0
-
     def _read(self, start: int) -> Iterable[str]:
-        depth = 0
-        for node in self._graph.nodes[start:]:
+        outside = len(self._around[start])
+        yield from self._graph.nodes[start].inputs
+        for node in self._graph.nodes[start + 1 :]:
             yield from node.inputs
-            depth += (node.op == markers.OPEN) - (node.op == markers.CLOSE)
-            if not depth:
+            if node.marker == markers.CLOSE and len(self._around[node.index]) == outside:
                 return

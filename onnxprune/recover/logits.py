@@ -162,19 +162,24 @@ def _origin(graph: Graph, name: str, aims: Mapping[str, Aim]) -> str | None:
     return name
 
 
-def mixings(pairs: Sequence[Pair], get: Callable[[str, int], Array], batches: int) -> dict[int, Mixing]:
+def mixings(
+    pairs: Sequence[Pair], get: Callable[[str, int], Array], batches: Callable[[Sequence[str]], Sequence[int]]
+) -> dict[int, Mixing]:
     """What the projections of some pairs are to say, {index of the projection's node: mixing}.
 
     Args:
-        get: values of the original. batches: how many; those held out judge.
+        get: values of the original. batches: those that have values of some tensors; the ones held out judge.
     """
     result: dict[int, Mixing] = {}
     for pair in pairs:
+        own = batches([side.aim.tail.aim for side in pair.sides])
+        if not own:
+            continue
         for head, kept in enumerate(pair.kept):
             if not 0 < kept.size < pair.sides[0].source.shape[1]:
                 continue
             fit, judge = (
-                _products(pair, head, get, [b for b in range(batches) if is_held(b, batches) == h])
+                _products(pair, head, get, [b for k, b in enumerate(own) if is_held(k, len(own)) == h])
                 for h in (False, True)
             )
             both = best_subspace(*fit, kept)

@@ -104,7 +104,8 @@ class Problem:
     Args:
         aim: the layer. weight: shape of its weight. channels: of its input.
         cut, full: values in the cut model and in the original. steps: gathers that take a tensor of the original to
-            its surviving positions. batches, samples: how many. mixing: what stands in for some of the survivors.
+            its surviving positions. batches: those that the layer runs in. samples: how many they hold.
+        mixing: what stands in for some of the survivors.
     """
 
     aim: Aim
@@ -113,7 +114,7 @@ class Problem:
     cut: Get
     full: Get
     steps: Sequence[tuple[int, NDArray[np.int64]]]
-    batches: int
+    batches: Sequence[int]
     samples: int
     mixing: Mixing | None = None
     extent: tuple[int, int, int] = (0, 0, 0)
@@ -145,14 +146,14 @@ class Problem:
     def _blocks(self, held: bool) -> Iterator[Rows]:
         """Batches joined: products of few rows take long for what they are. Of few batches the last is held out."""
         waiting: list[Rows] = []
-        if self.batches == 1:
-            whole = self._read(0)
+        if len(self.batches) == 1:
+            whole = self._read(self.batches[0])
             count = whole.data.shape[1]
             edge = max(1, count - max(1, count // HELD))
             yield whole.part(slice(edge, None) if held else slice(0, edge))
             return
-        for batch in range(self.batches):
-            if held == is_held(batch, self.batches):
+        for number, batch in enumerate(self.batches):
+            if held == is_held(number, len(self.batches)):
                 waiting.append(self._read(batch))
                 if sum(rows.nbytes for rows in waiting) > _BLOCK:
                     yield Rows.joined(waiting)
@@ -176,11 +177,11 @@ class Problem:
 
     def every_row(self, held: bool, most: int, limit: int) -> Iterator[tuple[Rows, int]]:
         """Batches with all of their rows, and their samples; none where samples have more rows, or all more bytes."""
-        for batch in range(self.batches if self.batches > 1 else 0):
-            if held == is_held(batch, self.batches):
+        for number, batch in enumerate(self.batches if len(self.batches) > 1 else ()):
+            if held == is_held(number, len(self.batches)):
                 shape = self.cut(self.aim.data, batch).shape
                 size = self.aim.form.count(shape) * self.channels * self.aim.form.taps * 4
-                if self.aim.form.count(shape) > most * shape[0] or size * self.batches > limit:
+                if self.aim.form.count(shape) > most * shape[0] or size * len(self.batches) > limit:
                     return
                 yield self._read(batch, every=True), int(shape[0])
 

@@ -69,22 +69,12 @@ def _reached(found: Sequence[Undecided], mark: str, way: Way) -> bool:
 
 def undecided(graph: Graph, facts: Facts) -> list[Undecided]:
     """If and Loop nodes whose conditions (trip counts) are not the same at every probe, or not known."""
-    found: list[Undecided] = []
-    stack: list[tuple[str, bool]] = []
+    found: dict[int, Undecided] = {}
     for node in graph.nodes:
-        if node.domain != markers.DOMAIN:
-            continue
-        if node.op == markers.OPEN:
-            known = [not name or facts.static_value(name) is not None for name in node.inputs]
-            if not all(known):
-                marks = {o.mark for o in found}
-                found.append(Undecided(node, {m: s for m, s in stack if m in marks}))
-            stack.append((node.outputs[0], True))
-        elif node.op == markers.ELSE:
-            stack[-1] = stack[-1][0], False
-        elif node.op == markers.CLOSE:
-            stack.pop()
-    return found
+        if node.marker == markers.OPEN and not all(not n or facts.static_value(n) is not None for n in node.inputs):
+            within = {found[b.start].mark: b.side for b in graph.around[node.index] if b.start in found}
+            found[node.index] = Undecided(node, within)
+    return list(found.values())
 
 
 def force(model: Model, way: Way) -> Model:
@@ -92,22 +82,18 @@ def force(model: Model, way: Way) -> Model:
     proto, weights = onnx.ModelProto(), dict(model[1])
     proto.CopyFrom(model[0])
     constants: dict[str, np.ndarray] = {}
-    stack: list[str] = []
+    marks: dict[str, str] = {}  # by name: of two nodes of one name, the second begins when the first has ended
     for node in proto.graph.node:
-        if node.domain != markers.DOMAIN:
-            continue
-        if node.op_type == markers.OPEN:
-            stack.append(node.output[0])
-        mark = stack[-1] if stack else ""
-        if node.op_type in (markers.OPEN, markers.ELSE, markers.JOIN) and mark in way:
+        marker = markers.marker_of(node)[0]
+        if marker == markers.OPEN:
+            marks[node.name] = node.output[0]
+        if marker in (markers.OPEN, markers.ELSE, markers.JOIN) and (mark := marks[node.name]) in way:
             condition = len(node.input) - 1
             constants[f"{mark}__holds"] = np.asarray(way[mark])
             if condition == 1:
                 constants[f"{mark}__trips"] = np.asarray(_TRIPS)
                 node.input[0] = f"{mark}__trips"
             node.input[condition] = f"{mark}__holds"
-        if node.op_type == markers.CLOSE:
-            stack.pop()
     for name, value in constants.items():
         tensor = onnx.numpy_helper.from_array(value, name)
         if proto.ir_version < 4:  # an initializer would have to be an input too

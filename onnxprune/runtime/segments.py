@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 
 from onnxprune.graph.view import Graph, Node, reads
+from onnxprune.model import markers
 from onnxprune.model.closing import close_bodies
 from onnxprune.model.exposing import Shown, show
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
+from onnxprune.runtime.ways import Way, takes
 
 
 class Store:
@@ -27,29 +31,33 @@ class Store:
 
     def __init__(self, limit: int, folder: Path) -> None:
         self._limit, self._folder, self._held = limit, folder, 0
-        self._values: dict[str, list[Array]] = {}
+        self._values: dict[str, dict[int, Array]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
-    def add(self, name: str, value: Array) -> None:
-        """The value of ``name`` for the next batch."""
+    def add(self, name: str, value: Array, batch: int) -> None:
+        """The value of ``name`` for a batch."""
         if self._held + value.nbytes > self._limit and value.nbytes > 1 << 16 and value.dtype != object:
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
                 np.ascontiguousarray(value).tofile(file)
             value = np.memmap(file.name, value.dtype, "r", shape=value.shape)
         else:
             self._held += value.nbytes
-        self._values.setdefault(name, []).append(value)
+        self._values.setdefault(name, {})[batch] = value
 
     def get(self, name: str, batch: int) -> Array:
         """The value for one batch."""
         return self._values[name][batch]
 
+    def batches(self, names: Sequence[str]) -> list[int]:
+        """The batches that all of these have values for: there are none in a branch that a batch does not take."""
+        return sorted(set.intersection(*(set(self._values.get(name, ())) for name in names)))
+
     def drop(self, names: Iterable[str]) -> None:
         """Forget tensors and their files."""
         for name in names:
-            for value in self._values.pop(name, ()):
+            for value in self._values.pop(name, {}).values():
                 if isinstance(value, np.memmap):
                     Path(str(value.filename)).unlink(missing_ok=True)
                 else:
@@ -63,6 +71,8 @@ class Segments:
         graph: the whole graph. wanted: names of activations, piece by piece. weights: read anew for every piece.
         inside: {name: (element type, rank)} of wanted tensors inside Loops and Scans. Their values are those of all
             iterations, joined along the first axis; the node around them runs once more, when the first is wanted.
+        ways: which branches every batch takes. Those run like all other nodes then, and their tensors can be wanted;
+            None: every If runs as one, wherever it goes.
     """
 
     def __init__(
@@ -72,8 +82,9 @@ class Segments:
         wanted: Sequence[Iterable[str]],
         store: Store,
         inside: Mapping[str, tuple[int, int]] | None = None,
+        ways: Sequence[Way] | None = None,
     ) -> None:
-        self._flat, self._weights, self._store = graph, weights, store
+        self._flat, self._weights, self._store, self._ways = graph, weights, store, ways
         self._inside = {n: kind for names in wanted for n in names if (kind := (inside or {}).get(n)) is not None}
         self._graph, shown = self._closed()
         self._enclosed = graph.weights.keys() - self._graph.weights.keys()
@@ -85,7 +96,7 @@ class Segments:
         self.batches = 0
 
     def _closed(self) -> tuple[Graph, dict[str, Shown]]:
-        """The graph with every body in its node, which is how it can be run in pieces, with the weights of now.
+        """The graph with bodies in their nodes, which is how they can be run in pieces, with the weights of now.
 
         Where something inside is wanted, a second node stands beside the first, for that alone.
         """
@@ -93,10 +104,12 @@ class Segments:
         if not graph.has_bodies:
             return graph, {}
         weights = {**graph.weights, **self._weights}
-        proto, left = close_bodies(graph.proto, weights)
-        exposed, shown = show(graph.proto, self._inside)
+        branches = self._ways is None
+        proto, left = close_bodies(graph.proto, weights, branches=branches)
+        exposed, shown = show(graph.proto, self._inside, branches=branches)
         if shown:
-            twins = {node.output[0]: node for node in close_bodies(exposed, weights)[0].graph.node if node.output}
+            closed = close_bodies(exposed, weights, branches=branches)[0]
+            twins = {node.output[0]: node for node in closed.graph.node if node.output}
             nodes = list(proto.graph.node)
             del proto.graph.node[:]
             for node in nodes:
@@ -114,32 +127,46 @@ class Segments:
         for values in feeds:
             for name in self._graph.inputs:
                 if name in values:
-                    self._store.add(name, values[name])
+                    self._store.add(name, values[name], self.batches)
             self.batches += 1
 
     def run(self, piece: int) -> Iterator[int]:
         """Compute a piece, batch by batch; gives the number of every finished batch."""
         graph = self._closed()[0]
         nodes = [graph.nodes[node.index] for node in self._nodes[piece]]
+        if not any(self._last.get(o, -1) >= piece for node in nodes for o in node.outputs):
+            return
+        parts: dict[tuple[tuple[int, str], ...], _Part | None] = {}
+        for batch in range(self.batches):
+            mine = nodes if self._ways is None else [m for n in nodes if (m := _on(graph, n, self._ways[batch]))]
+            key = tuple((node.index, node.inputs[0] if node.inputs else "") for node in mine)
+            if key not in parts:
+                parts[key] = self._part(graph, mine, piece, batch)
+            part = parts[key]
+            if part is not None:
+                results = run(part.session, {n: np.asarray(self._store.get(n, batch)) for n in part.inputs})
+                for name in part.keep:
+                    self._keep(name, results[name], batch)
+            yield batch
+
+    def _part(self, graph: Graph, nodes: Sequence[Node], piece: int, batch: int) -> _Part | None:
+        """What runs of a piece on the way that a batch takes; None where nothing of it is needed."""
         made = {o for node in nodes for o in node.outputs if o}
         keep = [n for n in sorted(made) if self._last.get(n, -1) >= piece]
         read = {n for node in nodes for n in reads(node)} - made
         # Bodies also read tensors of their own.
         inputs = sorted(n for n in read if n not in self._weights and self._is_outer(n))
-        if keep:
-            values = {n: self._store.get(n, 0) for n in inputs}
-            weights = {n: w for n, w in self._weights.items() if self._is_known(n)}
-            session = open_session(part_model(graph, weights, nodes, values, keep), spin=False)
-            for batch in range(self.batches):
-                results = run(session, {n: np.asarray(self._store.get(n, batch)) for n in inputs})
-                for name in keep:
-                    self._keep(name, results[name])
-                yield batch
+        if not keep:
+            return None
+        values = {n: self._store.get(n, batch) for n in inputs}
+        weights = {n: w for n, w in self._weights.items() if self._is_known(n)}
+        return _Part(open_session(part_model(graph, weights, nodes, values, keep), spin=False), inputs, keep)
 
-    def _keep(self, name: str, value: Array) -> None:
+    def _keep(self, name: str, value: Array, batch: int) -> None:
         own, stacked = self._shown.get(name, (name, 0))
         rows = value.shape[: stacked + 1]
-        self._store.add(own, value.reshape(math.prod(rows), *value.shape[stacked + 1 :]) if stacked else value)
+        joined = value.reshape(math.prod(rows), *value.shape[stacked + 1 :]) if stacked else value
+        self._store.add(own, joined, batch)
 
     def done(self, piece: int) -> None:
         """Let go of what no later piece needs."""
@@ -163,7 +190,7 @@ class Segments:
                 if node is not None and node.index not in taken and node.outputs[0] not in self._weights:
                     taken.add(node.index)
                     mine.add(node.index)
-                    queue.extend(n for n in reads(node) if n)
+                    queue.extend(n for n in _needs(node) if n)
             result.append([self._graph.nodes[i] for i in sorted(mine)])
         return result
 
@@ -172,11 +199,36 @@ class Segments:
         last: dict[str, int] = {}
         for piece, (nodes, names) in enumerate(zip(self._nodes, self._wanted, strict=True)):
             made = {o for node in nodes for o in node.outputs}
-            for name in {n for node in nodes for n in reads(node)} - made:
+            for name in {n for node in nodes for n in _needs(node)} - made:
                 last[name] = piece
             for name in names:
                 last[name] = piece
         return last
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A piece on one way, with what it reads and what is kept of it."""
+
+    session: ort.InferenceSession
+    inputs: Sequence[str]
+    keep: Sequence[str]
+
+
+def _needs(node: Node) -> Sequence[str]:
+    """Names that a node reads: of what joins two branches not the condition, which is known."""
+    return node.inputs[:2] if node.marker == markers.JOIN else reads(node)
+
+
+def _on(graph: Graph, node: Node, way: Way) -> Node | None:
+    """A node as it runs on a way, where it does: what joins two branches hands on the one that is taken."""
+    if not takes(graph, node.index, way):
+        return None
+    if node.marker != markers.JOIN:
+        return node
+    chosen = node.inputs[0 if way[node.inputs[2]] else 1]
+    proto = onnx.helper.make_node("Identity", [chosen], node.outputs, name=node.outputs[0])
+    return Node(node.index, "Identity", "", node.version, proto.name, [chosen], node.outputs, proto)
 
 
 def part_model(
@@ -189,7 +241,7 @@ def part_model(
     """A model of some nodes of a graph: ``inputs`` by name (types and ranks are taken from them), ``outputs``."""
     model = onnx.ModelProto()
     model.ir_version = max(graph.proto.ir_version, 4)
-    model.opset_import.extend(graph.proto.opset_import)
+    model.opset_import.extend(o for o in graph.proto.opset_import if o.domain != markers.DOMAIN)
     names = {n for node in nodes for n in reads(node)}
     for node in nodes:
         model.graph.node.add().CopyFrom(node.proto)

@@ -260,7 +260,7 @@ def test_wanted_outputs_give_what_the_original_gave(activation: str, way: str) -
     def get(name: str, batch: int) -> Array:
         return values[batch][name]
 
-    problem = Problem(aim, (6, 6), 6, get, get, [], len(feeds), 42)
+    problem = Problem(aim, (6, 6), 6, get, get, [], range(len(feeds)), 42)
     batches = [*problem.rows(False), *problem.rows(True)]
     assert sum(rows.data.shape[1] for rows in batches) == 6 * 35
     order = [b for b in range(6) if b % 5 != 4] + [4]
@@ -294,7 +294,7 @@ def test_some_rows_are_held_out_however_few_there_are(batches: int, samples: int
     def get(name: str, batch: int) -> Array:
         return values[batch][name]
 
-    problem = Problem(by_output(found)[y], (6, 3), 6, get, get, [], batches, batches * samples)
+    problem = Problem(by_output(found)[y], (6, 3), 6, get, get, [], range(batches), batches * samples)
     train, held, every = problem.sums(False), problem.sums(True), problem.sums()
     assert train.rows + held.rows == every.rows == batches * samples
     assert train.rows > 0 and (held.rows > 0 or batches * samples == 1)

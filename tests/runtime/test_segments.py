@@ -248,9 +248,10 @@ def test_loops_carry_values_and_read_others(tmp_path: Path) -> None:
 def test_a_store_lets_go_of_files(tmp_path: Path) -> None:
     store = Store(0, tmp_path)
     large, small = np.arange(20_000, dtype=np.float64), np.arange(3)
-    for value in (large, small, large + 1):
-        store.add("a", value)
-    store.add("b", np.array(["some", "words"], object))
+    for batch, value in enumerate((large, small, large + 1)):
+        store.add("a", value, batch)
+    store.add("b", np.array(["some", "words"], object), 0)
+    assert store.batches(["a", "b"]) == [0] and store.batches(["a"]) == [0, 1, 2] and not store.batches(["c"])
     assert [len(store.get("a", i)) for i in range(3)] == [20_000, 3, 20_000]
     assert np.array_equal(store.get("a", 2), large + 1) and store.get("b", 0)[1] == "words"
     assert len(list(tmp_path.iterdir())) == 2
