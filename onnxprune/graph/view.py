@@ -179,6 +179,10 @@ class Graph:
         """Tensors inside bodies: nothing outside can read them, so they cannot be outputs of a model."""
         return self._enclose()[1] if self.has_bodies else frozenset()
 
+    def conditions(self, index: int) -> tuple[tuple[str, bool], ...]:
+        """What has to hold in the Ifs around a node for it to run: (tensor, value), outermost first."""
+        return tuple((self.nodes[b.start].inputs[0], b.side) for b in self.around[index] if b.kind == "If")
+
     def _enclose(self) -> tuple[Sequence[tuple[markers.Body, ...]], frozenset[str]]:
         if self._enclosed is None:
             around = list(markers.enclosures((n.marker, n.kind) for n in self.nodes))

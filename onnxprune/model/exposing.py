@@ -1,7 +1,7 @@
 """Show what is inside of bodies: a tensor in there becomes one more result of every node around it.
 
-What the iterations of a Loop or Scan give is stacked in front, once per node that repeats; where an If takes the other
-branch, its result is empty.
+What the iterations of a Loop or Scan give is stacked in front, once per node that repeats. Where an If takes the other
+branch, its result is empty; within a Loop or Scan, where every iteration has to give as much, zeros of the same shape.
 """
 
 from __future__ import annotations
@@ -9,11 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import dropwhile
-from typing import Any
+from typing import Any, NamedTuple
 
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxprune.model import markers
+
+Size = int | tuple[str, int, int]
+"""A number, or (graph input, axis, factor): that input's size times the factor."""
+
+
+class Inner(NamedTuple):
+    """What has to be known of a tensor to show it: its element type, rank and, where it may lie in an If within a Loop
+    or Scan, its sizes."""
+
+    kind: int
+    rank: int
+    sizes: tuple[Size, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,31 +80,38 @@ class _Places:
         return found
 
 
-def hidden(proto: ModelProto) -> frozenset[str]:
-    """Tensors that cannot be shown: in an If within a Loop or Scan, which may give nothing in some iterations."""
+def hidden(proto: ModelProto, types: Mapping[str, Inner]) -> frozenset[str]:
+    """Those tensors that cannot be shown: in an If within a Loop or Scan, and their sizes are not known."""
     if not markers.has_bodies(proto):
         return frozenset()
-    found = set()
-    for name, around in _Places.of(proto).around.items():
-        kinds = [frame.kind for frame, _ in around]
-        if "If" in kinds and any(kind != "If" for kind in kinds[: len(kinds) - kinds[::-1].index("If")]):
-            found.add(name)
-    return frozenset(found)
+    around = _Places.of(proto).around
+    return frozenset(
+        n for n, inner in types.items() if not _can_be_shown([f.kind for f, _ in around.get(n, ())], inner)
+    )
+
+
+def _can_be_shown(kinds: list[str], inner: Inner) -> bool:
+    """Whether every If outside of which something repeats can say how large what it does not give would be."""
+    first = next((k for k, kind in enumerate(kinds) if kind != "If"), len(kinds))
+    if "If" not in kinds[first:]:
+        return True
+    last = max(k for k, kind in enumerate(kinds) if kind != "If")
+    return inner.sizes is not None and "If" not in kinds[first:last]
 
 
 def show(
-    proto: ModelProto, types: Mapping[str, tuple[int, int]], *, branches: bool = True
+    proto: ModelProto, types: Mapping[str, Inner], *, branches: bool = True
 ) -> tuple[ModelProto, dict[str, Shown]]:
     """The model with inner tensors as results of the nodes around them, and what they come out as.
 
     Args:
-        types: of the tensors to show, {name: (element type, rank)}; those that lie in no body are left out.
+        types: of the tensors to show; those that lie in no body are left out. None of them is ``hidden``.
         branches: whether to show them outside of every If; False: where the outermost Loop or Scan around them runs.
     """
     around = _Places.of(proto).around if markers.has_bodies(proto) else {}
     shown: dict[str, Shown] = {}
     before: dict[int, list[NodeProto]] = {}
-    for name, (kind, rank) in types.items():
+    for name, (kind, rank, sizes) in types.items():
         now, stacked = name, 0
         frames = around.get(name, ())
         if not branches:
@@ -107,9 +126,9 @@ def show(
             frame.results += 1
             if frame.kind == "If":
                 nothing = f"{output}_nothing"
-                value = helper.make_tensor(nothing, kind, [0], [])
                 place = frame.end if side else frame.otherwise
-                before.setdefault(place, []).append(helper.make_node("Constant", [], [nothing], value=value))
+                inside = any(outer.kind != "If" for outer, _ in frames[: len(frames) - 1 - number])
+                before.setdefault(place, []).extend(_zeros(nothing, kind, (sizes or ()) if inside else (0,)))
                 sides = [now, nothing] if side else [nothing, now]
                 marker = _marker(markers.JOIN, [*sides, frame.condition], output, frame.label, **at)
             else:
@@ -131,3 +150,30 @@ def show(
 
 def _marker(op: str, inputs: list[str], output: str, label: str, **more: Any) -> NodeProto:
     return helper.make_node(op, inputs, [output], name=label, domain=markers.DOMAIN, **more)
+
+
+def _zeros(name: str, kind: int, sizes: tuple[Size, ...]) -> list[NodeProto]:
+    """Nodes that make a tensor of zeros."""
+    nodes, parts = [], []
+    for axis, size in enumerate(sizes):
+        parts.append(part := f"{name}_{axis}")
+        if isinstance(size, int):
+            nodes.append(_constant(part, TensorProto.INT64, [1], [size]))
+            continue
+        source, place, factor = size
+        nodes += [
+            helper.make_node("Shape", [source], [f"{part}_shape"]),
+            _constant(f"{part}_place", TensorProto.INT64, [1], [place]),
+            helper.make_node("Gather", [f"{part}_shape", f"{part}_place"], [f"{part}_size"]),
+            _constant(f"{part}_factor", TensorProto.INT64, [1], [factor]),
+            helper.make_node("Mul", [f"{part}_size", f"{part}_factor"], [part]),
+        ]
+    if not parts:
+        return [_constant(name, kind, [], [0])]
+    joined = helper.make_node("Concat", parts, [f"{name}_sizes"], axis=0)
+    zero = helper.make_tensor(name, kind, [1], [0])
+    return [*nodes, joined, helper.make_node("ConstantOfShape", [f"{name}_sizes"], [name], value=zero)]
+
+
+def _constant(name: str, kind: int, dims: list[int], values: list[int]) -> NodeProto:
+    return helper.make_node("Constant", [], [name], value=helper.make_tensor(name, kind, dims, values))

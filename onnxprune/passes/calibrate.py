@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from onnxprune import statistics
 from onnxprune.analysis import Analysis
 from onnxprune.contractions import Form, pick, rows_per_sample
-from onnxprune.graph.values import Probe
 from onnxprune.graph.view import Graph
 from onnxprune.groups.units import Group
 from onnxprune.model.exposing import hidden
 from onnxprune.passes.calls import Calls
+from onnxprune.passes.seen import inside
 from onnxprune.passes.state import State
 from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import cut
@@ -58,13 +58,14 @@ def captured_maps(
     targets = Targets(analysis.units, groups)
     component = analysis.units.component
     found = [s for s in sites(analysis.table, component) if (targets.group[component[s.label.ids]] >= 0).any()]
-    unseen = hidden(analysis.graph.proto)
-    found = [s for s in found if not unseen & {s.tensor, *(s.partner or ("",))[:1]}]
-    captured = CapturedMaps(found)
     whole = removed is None or not removed.any()
     graph = analysis.graph
     model = (graph.proto, graph.weights) if whole or removed is None else cut(analysis.table, removed)
-    requests = _Requests(needs, source.samples, analysis.facts.probes[0])
+    types = inside(analysis, None if whole or removed is None else After(analysis.table, removed).shape)
+    unseen = hidden(analysis.graph.proto, types)
+    found = [s for s in found if not unseen & {s.tensor, *(s.partner or ("",))[:1], *(name for name, _ in s.where)}]
+    captured = CapturedMaps(found)
+    requests = _Requests(needs, source.samples)
     forms = {} if whole or removed is None else _forms_after(analysis, found, model[0], removed)
     for site in found:
         requests.add(site, captured, forms.get((site.node.index, site.position), site.form))
@@ -81,6 +82,7 @@ def captured_maps(
             least=source.fixed or 1,
             most=source.fixed or source.most,
             sizes=bytes_per_sample(analysis, requests.made),
+            types=types,
             memory=min(MEMORY, state.memory_limit or MEMORY),
             checkpoint=checkpoint,
             tell=lambda share: state.tell("capture", share),
@@ -109,8 +111,8 @@ def _forms_after(
 class _Requests:
     """Requests so far, each statistic of a place once, and what takes their results to where they belong."""
 
-    def __init__(self, needs: Sequence[str], samples: int | None, probe: Probe) -> None:
-        self._needs, self._samples, self._probe = needs, samples, probe
+    def __init__(self, needs: Sequence[str], samples: int | None) -> None:
+        self._needs, self._samples = needs, samples
         self.made: list[Request] = []
         self.finish: list[Callable[[], None]] = []
         self._known: set[tuple[Hashable, str]] = set()
@@ -121,17 +123,18 @@ class _Requests:
             if statistics.get(need).columns:
                 self._add_columns(need, site, form, captured)
             else:
-                self._add_maps(need, (site.tensor, site.axes), captured)
+                self._add_maps(need, site.maps_key, (site.tensor, site.axes), site, captured)
         if site.partner is not None:
             # What stands in for a weight there, whatever the criterion reads besides.
-            self._add_maps("square", (site.tensor, site.axes), captured)
-            self._add_maps("square", site.partner, captured)
+            self._add_maps("square", site.maps_key, (site.tensor, site.axes), site, captured)
+            self._add_maps("square", site.partner_key, site.partner, site, captured)
 
-    def _add_maps(self, need: str, place: tuple[str, tuple[int, ...]], captured: CapturedMaps) -> None:
+    def _add_maps(
+        self, need: str, key: Hashable, place: tuple[str, tuple[int, ...]], site: Site, captured: CapturedMaps
+    ) -> None:
         tensor, axes = place
-        self._add(
-            need, place, Request("", tensor, to_maps(axes), statistics.get(need)(), joins=0 not in axes), captured
-        )
+        statistic, joins = statistics.get(need)(), 0 not in axes
+        self._add(need, key, Request("", tensor, to_maps(axes), statistic, joins=joins, where=site.where), captured)
 
     def _add_columns(self, need: str, site: Site, form: Form | None, captured: CapturedMaps) -> None:
         channels = int(site.label.ids.size)
@@ -144,7 +147,8 @@ class _Requests:
             arrange, growth = shared_columns(site.axes, form.parts), 1
         else:
             return
-        request = Request("", site.tensor, arrange, statistics.get(need)(), growth, joins=0 not in site.axes)
+        joins = 0 not in site.axes
+        request = Request("", site.tensor, arrange, statistics.get(need)(), growth, joins, where=site.where)
         self._add(need, site.columns_key, request, captured)
 
     def _add(self, need: str, key: Hashable, request: Request, captured: CapturedMaps) -> None:
@@ -156,15 +160,9 @@ class _Requests:
         into = captured.columns if statistics.get(need).columns else captured.maps
         # A class of a user's own need not say that its batches may be joined.
         joins = request.joins and getattr(statistic, "additive", False)
-        request = with_type(replace(request, name=f"{need} {key!r}", joins=joins), self._probe)
+        request = replace(request, name=f"{need} {key!r}", joins=joins)
         self.made.append(request)
         self.finish.append(lambda: into.setdefault(key, {}).update(statistic.result()))
-
-
-def with_type(request: Request, probe: Probe) -> Request:
-    """The request with what is known of its tensor."""
-    kind = probe.dtypes.get(request.tensor, onnx.TensorProto.FLOAT)
-    return replace(request, kind=kind, rank=len(probe.shapes.get(request.tensor) or ()))
 
 
 def _gram_bytes(columns: int, parts: int) -> int:

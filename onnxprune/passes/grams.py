@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from onnxprune import statistics
 from onnxprune.analysis import Analysis
 from onnxprune.contractions import Form, rows_per_sample
 from onnxprune.decompose import Metric
 from onnxprune.factors.layer import Layer
-from onnxprune.graph.view import Graph
-from onnxprune.model.exposing import hidden
+from onnxprune.graph.view import Graph, Node
+from onnxprune.model.exposing import Inner, hidden
 from onnxprune.model.weights import Weight
-from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns, with_type
+from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns
 from onnxprune.passes.calls import Calls
+from onnxprune.passes.seen import inside
 from onnxprune.passes.state import State
 from onnxprune.runtime.capture import MEMORY, Request, capture
 
@@ -54,19 +56,22 @@ def seen_by(
     requests: dict[tuple[Any, ...], Request] = {}
     keys: dict[str, list[tuple[Any, ...]]] = {}
     shared: dict[str, bool] = {}
-    unseen = hidden(graph.proto)
+    # Of a model that was cut meanwhile the sizes are not those of the analysis.
+    types = {name: inner._replace(sizes=None) for name, inner in inside(analysis).items()}
+    types = {**dict.fromkeys(graph.inner, Inner(TensorProto.FLOAT, 0)), **types}
+    unseen = hidden(graph.proto, types)
     left = min(_ALL, state.memory_limit or _ALL)
     for layer in layers:
         form = layer.described.form
         whole = None if form is None else _whole(layer, left)
-        if form is None or whole is None or any(use.node.inputs[form.data] in unseen for use in layer.uses):
+        if form is None or whole is None or any(unseen & _seen_at(graph, use.node, form) for use in layer.uses):
             continue
         shared[layer.name] = not whole
         for use in layer.uses:
-            key = (use.node.inputs[form.data], form.key, whole)
+            key = (use.node.inputs[form.data], form.key, whole, graph.conditions(use.node.index))
             keys.setdefault(layer.name, []).append(key)
             if key not in requests:
-                requests[key] = with_type(_request(key, layer, form, whole, source.samples), analysis.facts.probes[0])
+                requests[key] = _request(key, layer, form, whole, source.samples)
                 left -= _bytes(layer, whole)
     with state.stage("capture"):
         capture(
@@ -75,6 +80,7 @@ def seen_by(
             source,
             least=source.fixed or 1,
             most=source.fixed or source.most,
+            types=types,
             sizes=bytes_per_sample(analysis, list(requests.values())),
             memory=min(MEMORY, state.memory_limit or MEMORY),
             tell=lambda share: state.tell("capture", share),
@@ -85,6 +91,11 @@ def seen_by(
         for layer in layers
         if layer.name in keys
     }
+
+
+def _seen_at(graph: Graph, node: Node, form: Form) -> set[str]:
+    """What has to be seen for a layer: what it reads, and whether it runs."""
+    return {node.inputs[form.data], *(name for name, _ in graph.conditions(node.index))}
 
 
 def _bytes(layer: Layer, whole: bool) -> int:
@@ -106,7 +117,7 @@ def _request(key: tuple[Any, ...], layer: Layer, form: Form, whole: bool, sample
         else shared_columns(form.axes, form.parts)
     )
     statistic = statistics.get("gram")()
-    return Request(f"gram {key!r}", key[0], arrange, statistic, form.taps if whole else 1, joins=0 not in form.axes)
+    return Request(f"gram {key!r}", key[0], arrange, statistic, form.taps if whole else 1, 0 not in form.axes, key[3])
 
 
 def _seen(layer: Layer, results: Sequence[dict[str, Any]], shared: bool, weights: Mapping[str, Weight]) -> Seen:

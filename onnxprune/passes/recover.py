@@ -15,10 +15,12 @@ from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
 from onnxprune.graph.infer import probe_at
 from onnxprune.graph.view import Graph
+from onnxprune.model.weights import Weight
 from onnxprune.passes.kept import Fitted, Kept, print_of
 from onnxprune.passes.material import Material, gather, no_data
 from onnxprune.passes.outcome import doubts, is_worse, judge, noise, remarks
 from onnxprune.passes.prepared import Model, Prepared
+from onnxprune.passes.reached import NEVER, of_iterations, untaken
 from onnxprune.passes.restate import Restated, normalisations
 from onnxprune.passes.seen import can_follow, inside, seen, survivors
 from onnxprune.passes.state import State
@@ -35,7 +37,7 @@ from onnxprune.runtime.capture import count
 from onnxprune.runtime.parallel import spread
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed
-from onnxprune.runtime.ways import Way, reaches, takes, ways
+from onnxprune.runtime.ways import Way, ways
 
 # Bytes of activations to hold in memory where nobody says how many.
 _MEMORY = 2 << 30
@@ -43,6 +45,9 @@ _MEMORY = 2 << 30
 _WIDE = 1024
 # Share of noise below which nothing is left to repair.
 _EXACT = 1e-9
+
+
+_Values = tuple[Get, Get, Any, Sequence[int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +153,8 @@ class Recover:
 
     def _of_original(self, aim: Aim) -> tuple[str, ...]:
         """What has to be known of the original before a layer can be fitted."""
-        return (aim.tail.aim, aim.data) if self.symmetric or aim.recurrent else (aim.tail.aim,)
+        names = (aim.tail.aim, aim.data) if self.symmetric or aim.recurrent else (aim.tail.aim,)
+        return (*names, *(name for name, _ in aim.where))
 
     @property
     def _fitting(self) -> str:
@@ -160,10 +166,19 @@ class Recover:
         known = [name for name in seen(state) if can_follow(state.analyzed(), after, name)]
         shape = _shapes_now(state, graph) if state.factorized else after.shape
         aims = find_aims(graph, known, shape, joint=self._fitting == "full")
-        aims.leave(partial(_untaken, graph, taken))
+        aims.leave(partial(untaken, graph, taken))
         if self.near:
             aims.keep(lambda aim: after.touched(aim.data))
         return aims
+
+    def _values(
+        self, aim: Aim, store: tuple[Store, Store], weights: Mapping[str, Weight], after: After, feeds: Sequence[Feed]
+    ) -> _Values:
+        """What a problem has to know of values; of stores the one of the cut model comes first."""
+        get = of_iterations(store[1].get, aim.where, weights) if aim.where else store[1].get
+        data = partial(survivors, get, after) if self.symmetric or aim.recurrent else store[0].get
+        own = [b for b in store[1].batches([aim.tail.aim]) if not aim.where or len(get(aim.tail.aim, b))]
+        return data, get, after.steps(aim.tail.aim), own, sum(count(feeds[b]) for b in own)
 
     def _repair(
         self,
@@ -193,27 +208,25 @@ class Recover:
         cut_run = Segments(graph, weights, needs, store[0], within, taken)
         wanted = [[n for a in x for n in self._of_original(a)] for x in aims.levels]
         full_run = Segments(full, full_weights, wanted, store[1], within, taken)
-        kept_inputs = partial(survivors, store[1].get, after)
         for run in (cut_run, full_run):
             run.feed(feeds)
         # Labels are of the model that was cut: of layers that were taken apart they know nothing.
         pairwise = self.mode == "full" and not state.factorized
         pairs = find_pairs(analysis.table, analysis.units.component, after, aims) if pairwise else []
         mixed: dict[int, Mixing] = {}
+        values: dict[int, _Values] = {}
         repairs: list[Repair] = []
         for number, level in enumerate(aims.levels):
-            layers = [Layer(graph, weights, aim) for aim in level]
             for run in (cut_run, full_run):
                 for _ in run.run(number):
                     pass
+            values.update({a.node.index: self._values(a, store, full_weights, after, feeds) for a in level})
+            layers = [Layer(graph, weights, a) for a in level if values[a.node.index][3]]
+            aims.left.update({a.node.label: NEVER for a in level if not values[a.node.index][3]})
             mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, store[1].batches))
 
             def one(layer: Layer) -> Fitted:
-                data = kept_inputs if self.symmetric or layer.aim.recurrent else store[0].get
-                own = store[1].batches([layer.aim.tail.aim])
-                samples = sum(count(feeds[b]) for b in own)
-                values = (data, store[1].get, after.steps(layer.aim.tail.aim), own, samples)
-                return _fitted(layer, values, mode, mixed.get(layer.node.index))
+                return _fitted(layer, values[layer.node.index], mode, mixed.get(layer.node.index))
 
             repairs += [_written(*pair) for pair in zip(layers, _found(one, layers, number, kept), strict=True)]
             for run in (cut_run, full_run):
@@ -235,7 +248,7 @@ def _found(fit: Callable[[Layer], Fitted], layers: Sequence[Layer], level: int, 
     return found
 
 
-def _fitted(layer: Layer, values: tuple[Get, Get, Any, Sequence[int], int], mode: str, mixing: Mixing | None) -> Fitted:
+def _fitted(layer: Layer, values: _Values, mode: str, mixing: Mixing | None) -> Fitted:
     """New weights for one layer, or those it has; ``values`` are a problem's."""
     matrix, bias = layer.read()
     channels = matrix.shape[0] * matrix.shape[1] // layer.form.taps
@@ -249,17 +262,6 @@ def _written(layer: Layer, fitted: Fitted) -> Repair:
     if solution.how != "kept":
         layer.write(solution.matrix, solution.bias)
     return Repair(layer.node.label, solution.how, solution.before, solution.after, *extent)
-
-
-def _untaken(graph: Graph, taken: Sequence[Way], aim: Aim) -> str:
-    """Why a layer is left that no batch comes to; empty for others."""
-    if any(takes(graph, aim.node.index, way) for way in taken):
-        return ""
-    around = graph.around[aim.node.index]
-    branch = next(k for k in range(len(around)) if not any(reaches(graph, around[: k + 1], way) for way in taken))
-    node, side = graph.nodes[around[branch].start], around[branch].side
-    which = "then" if side else "else"
-    return f"no calibration sample takes the {which}-branch of If {node.label!r}, which it lies in"
 
 
 def _shapes_now(state: State, graph: Graph) -> Callable[[str], Any]:

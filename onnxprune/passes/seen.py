@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from onnxprune.analysis import Analysis
+from onnxprune.graph.facts import Facts
 from onnxprune.model import markers
-from onnxprune.model.exposing import hidden
+from onnxprune.model.exposing import Inner, Size, hidden
 from onnxprune.passes.state import State
 from onnxprune.rewrite.after import After
 from onnxprune.runtime.sessions import Array
@@ -19,17 +21,50 @@ Get = Callable[[str, int], Array]
 def seen(state: State) -> Iterator[str]:
     """Activations of the original whose values can be had, and which the model that was cut has too."""
     full, graph = state.original.graph, state.analyzed().graph
-    unseen = hidden(full.proto)
+    unseen = hidden(full.proto, inside(state.analyzed()))
     for node in full.nodes:
         # Of layers in Loops that were taken apart nobody knows the shapes.
         if not (state.factorized and markers.repeating(full.around[node.index]) is not None):
             yield from (o for o in node.outputs if o in graph.producer and o not in unseen)
 
 
-def inside(analysis: Analysis) -> dict[str, tuple[int, int]]:
-    """Element types and ranks of what lies inside of bodies."""
+def inside(analysis: Analysis, now: Callable[[str], Any] | None = None) -> dict[str, Inner]:
+    """What lies inside of bodies.
+
+    Args:
+        now: shapes at the first probe in the model that is run, where it is not the one that was analysed.
+    """
     probe = analysis.facts.probes[0]
-    return {n: (probe.dtypes.get(n, 1), len(probe.shapes.get(n) or ())) for n in analysis.graph.inner}
+    return {
+        n: Inner(probe.dtypes.get(n, 1), len(probe.shapes.get(n) or ()), _sizes(analysis.facts, n, now))
+        for n in analysis.graph.inner
+    }
+
+
+def _sizes(facts: Facts, name: str, now: Callable[[str], Any] | None) -> tuple[Size, ...] | None:
+    """Every size of a tensor as a number, or as a multiple of an input's; None where one is neither."""
+    shapes = [p.shapes.get(name) for p in facts.probes]
+    current = shapes[0] if now is None else now(name)
+    if current is None or any(s is None or None in s or len(s) != len(current) for s in shapes):
+        return None
+    found: list[Size] = []
+    for axis, size in enumerate(current):
+        every = [0 if s is None else s[axis] for s in shapes]
+        one = size if len(set(every)) == 1 else _of_input(facts, every) if size == every[0] else None
+        if one is None:
+            return None
+        found.append(one)
+    return tuple(found)
+
+
+def _of_input(facts: Facts, sizes: list[int]) -> Size | None:
+    """An input's size of which these, one per probe, are a multiple."""
+    for source, shape in facts.probes[0].inputs.items():
+        for axis, size in enumerate(shape):
+            factor = sizes[0] // size if size else 0
+            if all(n == factor * p.inputs[source][axis] for n, p in zip(sizes, facts.probes, strict=True)):
+                return source, axis, factor
+    return None
 
 
 def can_follow(analysis: Analysis, after: After, name: str) -> bool:

@@ -90,6 +90,7 @@ class Selector:
         self._seconds = {} if seconds is None else seconds
         self._every = False
         self._last: dict[int, Contest] = {}
+        self._reached: dict[int, bool] = {}
         self.pool_of: dict[int, Contest] = {}
 
     def __call__(self) -> Mask:
@@ -153,8 +154,13 @@ class Selector:
             scores = {n: scores.get(n, np.zeros(sizes[n])) for n in self._last}
         for group in groups:
             if group.id not in scores:
-                self.kept[group.id] = f"no-score: criterion {self.name} has no score for these channels"
+                self.kept[group.id] = f"no-score: {self._unscored(group.id)}"
         return contests(self.analysis, self.request, self.found, scores, savings=weighed, gone=gone, done=done)
+
+    def _unscored(self, group: int) -> str:
+        if not self._reached.get(group, True):
+            return "no sample of the data takes a branch in which these channels are read"
+        return f"criterion {self.name} has no score for these channels"
 
     def _method(self) -> str:
         """What the scores of a weight are divided by; what is measured afterwards only takes their order."""
@@ -194,6 +200,7 @@ class Selector:
             )
         for lot in batches(groups):
             for number, (group, slot) in enumerate(map_slots(self.analysis, lot, captured, removed, self.state.seed)):
+                self._reached[group] = self._reached.get(group, False) or slot.maps is None or slot.maps.samples > 0
                 yield Placed(group, slot, 0, (number,))
 
     def _savings(self) -> dict[int, Array] | None:

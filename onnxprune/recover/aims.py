@@ -30,7 +30,8 @@ class Aim:
         node: in the cut graph. form: the node as a matrix product. tail: from its output to its aim.
         level: aims of one level do not depend on each other; those of lower levels are repaired before.
         weight, bias: where its constants lie; no bias where it has none.
-        recurrent: whether it lies in a body, see :class:`onnxprune.recover.bodies.Bodies`.
+        recurrent: whether it lies in a Loop or Scan, see :class:`onnxprune.recover.bodies.Bodies`. where: what holds in
+            the iterations in which it runs there, (tensor, value).
     """
 
     node: Node
@@ -40,6 +41,7 @@ class Aim:
     weight: Stored
     bias: Stored | None = None
     recurrent: bool = False
+    where: tuple[tuple[str, bool], ...] = ()
 
     @property
     def data(self) -> str:
@@ -103,7 +105,8 @@ def find_aims(graph: Graph, known: Collection[str], shape: Shapes, *, joint: boo
                 tail = Tail(node.outputs[0])
             if tail.aim in known:
                 reach = 1 + max([reach, *(level[n] for n in tail.addends)])
-                by_level[reach].append(Aim(node, form, tail, reach, *own, recurrent=bodies.encloses(node)))
+                loop = bodies.encloses(node), bodies.where(node)
+                by_level[reach].append(Aim(node, form, tail, reach, *own, *loop))
                 passed.update(n.index for n in tail.through)
         bodies.note(node, reach)
         for name in node.outputs:

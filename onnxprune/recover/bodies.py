@@ -11,7 +11,7 @@ from onnxprune.model import markers
 from onnxprune.recover.scales import Scale
 from onnxprune.recover.tails import Tail
 
-_UNSEEN = "it lies in a branch of an If, which need not run for every input"
+_UNSEEN = "it lies in an If within a Loop or Scan, and the size of what it gives is not known where that is not taken"
 _OUTSIDE = "it lies in a body and reads what lies outside: one value for all iterations"
 _ACROSS = "it lies in a body, and the first axis of what it reads or gives does not count samples"
 
@@ -30,6 +30,7 @@ class Bodies:
     def __init__(self, graph: Graph, level: Mapping[str, int]) -> None:
         self._graph, self._level = graph, level
         self._around = graph.around if graph.has_bodies else []
+        self._given = graph.inputs + list(graph.weights) if graph.has_bodies else []
         self._least: dict[int, int] = {}
         self._most: dict[int, int] = {}
 
@@ -55,9 +56,11 @@ class Bodies:
         if not self.encloses(node):
             return ""
         data, result = node.inputs[form.data], node.outputs[0]
-        if result not in known:
+        if not {result, *(name for name, _ in self.where(node))} <= {*known, *self._given}:
             return _UNSEEN
-        if data not in known or not self.together(node, [data]):
+        # What lies around the node's branches has a value for every time that these are asked for.
+        home = self._home(data)
+        if data not in known or any(body.kind != "If" for body in self._own(node)[len(home) :]) or not home:
             return _OUTSIDE
         rank = len(shape(result) or ())
         across = rank < 2 or isinstance(form, Scale) or 0 in form.axes or form.output_axis(rank) == 0
@@ -74,10 +77,18 @@ class Bodies:
             return True
         return self.together(node, [tail.aim]) and not (tail.addends and self.encloses(node))
 
+    def where(self, node: Node) -> tuple[tuple[str, bool], ...]:
+        """What has to hold for a node in a Loop or Scan to run in an iteration: (tensor, value)."""
+        inner = [body for body in self._own(node) if body.kind == "If"]
+        return tuple((self._graph.nodes[body.start].inputs[0], body.side) for body in inner)
+
     def together(self, node: Node, names: Iterable[str]) -> bool:
         """Whether tensors have one value for every time that ``node`` runs."""
-        own = self._within(self._around[node.index]) if self._around else ()
-        return not self._around or all(self._home(name) == own for name in names)
+        return not self._around or all(self._home(name) == self._own(node) for name in names)
+
+    def _own(self, node: Node) -> tuple[markers.Body, ...]:
+        """The bodies that a node lies in, from the outermost Loop or Scan on."""
+        return self._within(self._around[node.index]) if self._around else ()
 
     def _home(self, name: str) -> tuple[markers.Body, ...]:
         """The bodies that a tensor lies in, from the outermost Loop or Scan on."""

@@ -15,10 +15,11 @@ import numpy as np
 import onnx
 
 from onnxprune.errors import ModelError, UsageError
-from onnxprune.model.exposing import show
+from onnxprune.model.exposing import Inner
 from onnxprune.model.save import save
 from onnxprune.model.weights import Weight
 from onnxprune.runtime.checkpoint import Checkpoint
+from onnxprune.runtime.iterations import counted, shown_in
 from onnxprune.runtime.parallel import cores
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.statistics import NotFinite, Statistic
@@ -52,7 +53,7 @@ class Request:
 
     ``growth``: how many times larger that is (windows overlap); it is then done for a few samples at a time.
     ``joins``: values of several calls may be joined along their first axis, the statistic stays the same.
-    ``kind``, ``rank``: the tensor's element type, as onnx numbers them, and axes; needed where it lies in a body.
+    ``where``: conditions under which a value counts, (tensor, what it has to be).
     """
 
     name: str
@@ -61,8 +62,7 @@ class Request:
     statistic: Statistic
     growth: int = 1
     joins: bool = False
-    kind: int = onnx.TensorProto.FLOAT
-    rank: int = 0
+    where: tuple[tuple[str, bool], ...] = ()
 
 
 def capture(
@@ -71,6 +71,7 @@ def capture(
     source: Source,
     *,
     sizes: Mapping[str, int],
+    types: Mapping[str, Inner] | None = None,
     least: int = 1,
     most: int = 16,
     memory: int = MEMORY,
@@ -82,6 +83,7 @@ def capture(
     Args:
         model: the graph and its weights. requests: what to accumulate.
         source: the data. sizes: {tensor: bytes per sample}. least, most: samples per call.
+        types: of the tensors (conditions, too) that lie in bodies.
         memory: bytes of inner tensors to hold at a time.
         checkpoint: where to keep what was accumulated, so that a run can be resumed. tell: called with the share done.
 
@@ -97,7 +99,7 @@ def capture(
         for number, part in enumerate(passes):
             share = Share(tell, number, len(passes))
             batch = max(least, _batch_size(part, sizes, memory, most))
-            samples = _one_pass(model, part, source, Path(folder), batch, checkpoint, share)
+            samples = _one_pass(model, part, source, types or {}, Path(folder), batch, checkpoint, share)
     if requests and not samples:
         raise UsageError("The calibration data holds no samples.", hint="Give at least one batch of inputs.")
     return samples
@@ -144,15 +146,15 @@ def _one_pass(
     model: tuple[onnx.ModelProto, Mapping[str, Weight]],
     requests: Sequence[Request],
     source: Source,
+    types: Mapping[str, Inner],
     folder: Path,
     batch_size: int,
     checkpoint: Checkpoint | None,
     share: Share,
 ) -> int:
-    names = list(dict.fromkeys(r.tensor for r in requests))
+    tensors, conditions = (r.tensor for r in requests), {name for r in requests for name, _ in r.where}
     path = folder / "capture.onnx"
-    proto, shown = show(model[0], {r.tensor: (r.kind, r.rank) for r in requests})
-    outputs = {n: shown[n].output if n in shown else n for n in names}
+    proto, outputs, stacked = shown_in(model[0], tensors, conditions, types)
     save(with_outputs(proto, [*outputs.values()]), model[1], path)
     session = open_session(path, spin=False)
     states = {r.name: r.statistic for r in requests}
@@ -160,7 +162,7 @@ def _one_pass(
     skip, samples = checkpoint.load(states) if checkpoint is not None else (0, 0)
     saved = time.monotonic()
     with cores() as pool:
-        number, gathered = -1, _Gathered(requests, pool, {n: s.stacked for n, s in shown.items()})
+        number, gathered = -1, _Gathered(requests, pool, stacked)
         for number, feed in enumerate(source.batches(batch_size)):
             if number < skip:
                 continue
@@ -220,27 +222,19 @@ class _Gathered:
 
     def _values(self, request: Request, calls: Sequence[Feed]) -> list[Array]:
         """A tensor's values; where it lies in a body, one per iteration, or joined, and none where it did not run."""
-        values = [call[request.tensor] for call in calls]
         stacked = self._stacked.get(request.tensor)
-        return values if stacked is None else [p for v in values for p in unstacked(v, stacked, request.joins)]
+        if stacked is None and not request.where:
+            return [call[request.tensor] for call in calls]
+        values = []
+        for call in calls:
+            conditions = [(call[n], wanted, self._stacked.get(n, 0)) for n, wanted in request.where]
+            values += counted(call[request.tensor], stacked or 0, conditions, request.joins)
+        return values
 
     def _wait(self) -> None:
         busy, self._busy = self._busy, []
         for future in busy:
             future.result()
-
-
-def unstacked(value: Array, stacked: int, joins: bool) -> list[Array]:
-    """The values that iterations gave, out of what they were stacked in along so many leading axes.
-
-    ``joins``: as one value, joined along its own first axis.
-    """
-    if not value.size:
-        return []
-    flat = value.reshape(-1, *value.shape[stacked:])
-    if joins and flat.ndim > 1:
-        return [flat.reshape(-1, *flat.shape[2:])]
-    return list(flat)
 
 
 def _take_in(request: Request, values: Sequence[Array]) -> None:

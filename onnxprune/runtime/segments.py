@@ -15,7 +15,7 @@ import onnxruntime as ort
 from onnxprune.graph.view import Graph, Node, reads
 from onnxprune.model import markers
 from onnxprune.model.closing import close_bodies
-from onnxprune.model.exposing import Shown, show
+from onnxprune.model.exposing import Inner, Shown, show
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
@@ -69,7 +69,7 @@ class Segments:
 
     Args:
         graph: the whole graph. wanted: names of activations, piece by piece. weights: read anew for every piece.
-        inside: {name: (element type, rank)} of wanted tensors inside Loops and Scans. Their values are those of all
+        inside: wanted tensors inside of Loops and Scans, and what they are. Their values are those of all
             iterations, joined along the first axis; the node around them runs once more, when the first is wanted.
         ways: which branches every batch takes. Those run like all other nodes then, and their tensors can be wanted;
             None: every If runs as one, wherever it goes.
@@ -81,7 +81,7 @@ class Segments:
         weights: Mapping[str, Weight],
         wanted: Sequence[Iterable[str]],
         store: Store,
-        inside: Mapping[str, tuple[int, int]] | None = None,
+        inside: Mapping[str, Inner] | None = None,
         ways: Sequence[Way] | None = None,
     ) -> None:
         self._flat, self._weights, self._store, self._ways = graph, weights, store, ways

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from onnxprune.graph.view import Graph
 from onnxprune.model import markers
-from onnxprune.model.exposing import show
+from onnxprune.model.exposing import Inner, show
 from onnxprune.model.save import save
 from onnxprune.model.weights import Weight
 from onnxprune.runtime.capture import with_outputs
@@ -33,7 +33,7 @@ def ways(graph: Graph, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> 
     constants = _of_one((n, weights[n].read()) for n in sorted(names & weights.keys()))
     made = sorted(names & graph.producer.keys() - weights.keys())
     if made:
-        proto, shown = show(graph.proto, dict.fromkeys(made, (TensorProto.BOOL, 0)))
+        proto, shown = show(graph.proto, dict.fromkeys(made, Inner(TensorProto.BOOL, 0)))
         outputs = {n: shown[n].output if n in shown else n for n in made}
         with TemporaryDirectory(prefix="onnxprune-") as folder:
             path = Path(folder) / "ways.onnx"

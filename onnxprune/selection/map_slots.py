@@ -88,10 +88,11 @@ def _slot(
     group: Group,
     units: Ids,
 ) -> Slot:
-    maps = Maps(captured.samples, _arrays(site, captured, chosen, 0 if weight is None else len(weight)))
+    arrays = _arrays(site, captured, chosen, 0 if weight is None else len(weight))
+    maps = Maps(captured.samples if arrays or not site.where else 0, arrays)
     if weight is None:
         assert site.partner is not None
-        square = captured.maps[site.partner].get("square")
+        square = captured.maps[site.partner_key].get("square")
         rms = np.ones(chosen.size) if square is None else np.sqrt(square[chosen])
         blocks, taps, name = rms[None, :, None], 1, site.tensor
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class Site:
         label: the label that covers the summed axis.
         form: the contraction as a matrix product; None where the other operand is an activation too.
         partner: (tensor, axes) of that other activation.
+        where: conditions under which the contraction runs, (tensor, value); it sees nothing of other samples.
     """
 
     node: Node
@@ -35,16 +36,23 @@ class Site:
     label: Label
     form: Form | None = None
     partner: tuple[str, tuple[int, ...]] | None = None
+    where: tuple[tuple[str, bool], ...] = ()
 
     @property
     def maps_key(self) -> Hashable:
         """Sites with equal keys see the same feature maps."""
-        return self.tensor, self.axes
+        return self.tensor, self.axes, self.where
+
+    @property
+    def partner_key(self) -> Hashable:
+        """The same for the feature maps of the other activation."""
+        assert self.partner is not None
+        return *self.partner, self.where
 
     @property
     def columns_key(self) -> Hashable:
         """Sites with equal keys see the same columns."""
-        return self.tensor, None if self.form is None else self.form.key
+        return self.tensor, None if self.form is None else self.form.key, self.where
 
     def channels(self, ids: Ids) -> Ids:
         """An array of the label's shape as [channels]."""
@@ -69,7 +77,7 @@ def sites(table: Table, component: Ids) -> Iterator[Site]:
                 if set(axes) & set(label.axes):
                     site = _with_weight(table, node, position, label) or _pair(table, component, node, position, label)
                     if site is not None:
-                        yield site
+                        yield replace(site, where=where) if (where := table.graph.conditions(node.index)) else site
 
 
 def _with_weight(table: Table, node: Node, position: int, label: Label) -> Site | None:

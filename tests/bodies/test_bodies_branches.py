@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from enclosing import build
+from enclosing import LOOP, LOOP_SIZES, build
 from masks import Array, run
 
 import onnxprune as op
 from onnxprune.graph.view import Graph
+from onnxprune.model.exposing import Inner
 from onnxprune.model.load import load
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.ways import ways
@@ -102,6 +103,24 @@ def test_a_branch_that_no_sample_takes_stays_and_is_named() -> None:
     assert all(np.array_equal(one, other) for one, other in zip(ones, others, strict=True))
 
 
+def test_a_branch_counts_the_samples_that_take_it() -> None:
+    """A channel that is silent where one branch runs, and not read where the other does, goes first."""
+    text = """agraph (float[N,4] x, bool c) => (float[N,3] y) {
+        h = MatMul(x, w0)
+        y = If (c) <
+            then_branch = yes () => (float[N,3] a) { a = MatMul(h, wa) },
+            else_branch = no () => (float[N,3] b) { b = MatMul(h, wb) }
+        >
+    }"""
+    weights = {"w0": np.eye(4, dtype=np.float32), "wa": np.ones((4, 3), np.float32), "wb": np.ones((4, 3), np.float32)}
+    weights["wa"][2], weights["wb"][2] = 9, 0
+    given = [{"x": f["x"][:, :, 0], "c": f["c"]} for f in feeds(4, 20)]
+    for feed in given:
+        feed["x"][:, 2] *= 0 if feed["c"] else 9
+    result = op.prune(build(text, **weights), criterion="wanda", ratio=0.25, data=given, recover="none", latency=False)
+    assert {tuple(s.removed) for g in result.plan.groups for s in g.slots} == {(2,)}
+
+
 INNER = """agraph (float[N,4] x) => (float[N,3] y) {
     h0 = MatMul(x, w0)
     h = Relu(h0)
@@ -169,7 +188,7 @@ def test_pieces_hold_what_runs(tmp_path: Path) -> None:
     given = drawn(0, 30)
     taken = ways(graph, graph.weights, given)
     store = Store(1 << 30, tmp_path)
-    run_ = Segments(graph, graph.weights, [["a"], ["b", "q"], ["z"], ["y"]], store, {"q": (1, 2)}, taken)
+    run_ = Segments(graph, graph.weights, [["a"], ["b", "q"], ["z"], ["y"]], store, {"q": Inner(1, 2)}, taken)
     run_.feed(given)
     for piece in range(4):
         assert list(run_.run(piece)) == list(range(30))
@@ -192,3 +211,91 @@ def test_pieces_hold_what_runs(tmp_path: Path) -> None:
 def test_layers_in_branches_are_scored(criterion: str) -> None:
     result = op.prune(two(), criterion=criterion, ratio=0.4, data=feeds(0, 40), recover="full", latency=False)
     assert result.report.exactness.passed and {"a1", "ze"} <= done(result)
+
+
+STEPS = """agraph (float[5,2,4] x) => (float[2,3] y) {
+    e = MatMul(x, w0)
+    last = Scan <num_scan_inputs = 1, body = step (float[2,24] s, float[2,12] u) => (float[2,24] t) {
+        us = MatMul(u, wu)
+        ss = MatMul(s, ws)
+        sum = Add(us, ss)
+        p = Relu(sum)
+        m = ReduceMean <keepdims = 0> (u)
+        flag = Greater(m, limit)
+        t = If (flag) <
+            then_branch = yes () => (float[2,24] t1) { a = MatMul(p, wa) t1 = Tanh(a) },
+            else_branch = no () => (float[2,24] t2) {
+                deep = Greater(m, never)
+                t2 = If (deep) <
+                    then_branch = more () => (float[2,24] t3) { b = MatMul(p, wb) t3 = Tanh(b) },
+                    else_branch = less () => (float[2,24] t4) { c = MatMul(p, wc) t4 = Sigmoid(c) }
+                >
+            }
+        >
+    }> (zero, e)
+    y = MatMul(last, w1)
+}"""
+
+
+def steps(never: float = -0.15, **more: Any) -> onnx.ModelProto:
+    rng = np.random.default_rng(8)
+    names = {"wu": redundant(rng, 12, 12).astype(np.float32), "zero": np.zeros((2, 24), np.float32)}
+    sizes: dict[str, Any] = {
+        "w0": (4, 12),
+        "ws": (24, 24),
+        "wa": (24, 24),
+        "wb": (24, 24),
+        "wc": (24, 24),
+        "w1": (24, 3),
+    }
+    numbers = {"limit": np.float32(0.15), "never": np.float32(never)}
+    return build(STEPS, **names, **sizes, **numbers, **more, inside=("ws", "wa", "wb"))
+
+
+def sequences(seed: int, count: int = 60) -> list[dict[str, Array]]:
+    rng = np.random.default_rng(seed)
+    return [{"x": x} for x in rng.standard_normal((count, 5, 2, 4)).astype(np.float32)]
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "obs"])
+def test_branches_within_a_recurrence_are_seen(criterion: str) -> None:
+    """Each of them on the iterations that take it."""
+    model = steps()
+    plain, mended = (
+        op.prune(model, criterion=criterion, ratio=0.3, data=sequences(0), recover=r, latency=False)
+        for r in ("none", "full")
+    )
+    assert mended.report.exactness.passed
+    assert not any("no-score" in (layer.reason or "") for layer in mended.report.layers)
+    assert {"a", "b", "c"} <= done(mended)
+    assert error(model, mended.model, sequences(1)) < 0.6 * error(model, plain.model, sequences(1))
+    onnx.checker.check_model(mended.model)
+
+
+def test_a_branch_that_no_iteration_takes_stays_and_is_named() -> None:
+    model = steps(never=9.0)
+    mended = op.prune(model, criterion="wanda", ratio=0.3, data=sequences(0), recover="full", latency=False)
+    assert "no calibration sample takes" in said(mended)["b"] and {"a", "c"} <= done(mended)
+
+
+def test_sizes_of_inputs_tell_what_a_branch_would_have_given() -> None:
+    """Every second iteration of a Loop over a batch of any size takes one branch."""
+    text = LOOP.replace("float[N,6]", "float[N,24]").replace(
+        "o = Sigmoid(o0)",
+        """p = Relu(o0)
+        even = Mod(i, two)
+        flag = Equal(even, none)
+        o = If (flag) <
+            then_branch = yes () => (float[N,5] o1) { a = MatMul(p, wa) o1 = Sigmoid(a) },
+            else_branch = no () => (float[N,5] o2) { b = MatMul(p, wb) o2 = Tanh(b) }
+        >""",
+    )
+    rng = np.random.default_rng(9)
+    wide = {"w0": (4, 24), "ws": (24, 24), "w1": (24, 3), "wa": (12, 5), "wb": (12, 5)}
+    values = {"two": np.asarray(2), "none": np.asarray(0), "limit": np.float32(99)}
+    wo = redundant(rng, 24, 6).astype(np.float32)
+    model = build(text, **{**LOOP_SIZES, **wide, **values, "wo": wo})
+    drawn_ = rng.standard_normal((50, 6, 4)).astype(np.float32)
+    given = [{"x": x, "trips": np.asarray(4)} for x in drawn_]
+    result = op.prune(model, criterion="wanda", ratio=0.3, data=given, recover="full", latency=False)
+    assert result.report.exactness.passed and {"a", "b"} <= done(result)

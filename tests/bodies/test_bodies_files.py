@@ -14,11 +14,12 @@ from onnx import helper, numpy_helper, parser
 import onnxprune as op
 from onnxprune.graph.view import Graph
 from onnxprune.model.closing import close_bodies
-from onnxprune.model.exposing import hidden, show
+from onnxprune.model.exposing import Inner, hidden, show
 from onnxprune.model.load import load
 from onnxprune.model.markers import has_bodies
 from onnxprune.model.save import assemble, save
-from onnxprune.runtime.capture import unstacked, with_outputs
+from onnxprune.runtime.capture import with_outputs
+from onnxprune.runtime.iterations import counted
 
 DEEP = """agraph (float[3,2,4] x, bool c, bool d) => (float[2,4] y, float[3,2,4] z) {
     zero = ConstantOfShape(size)
@@ -156,7 +157,7 @@ def test_a_model_with_bodies_is_written_and_read(tmp_path: Any) -> None:
 def shown(model: onnx.ModelProto, names: list[str], feed: dict[str, Any]) -> dict[str, Any]:
     """Values of inner tensors, by name."""
     loaded = load(model)
-    proto, places = show(loaded.proto, dict.fromkeys(names, (onnx.TensorProto.FLOAT, 2)))
+    proto, places = show(loaded.proto, dict.fromkeys(names, Inner(onnx.TensorProto.FLOAT, 2)))
     assert list(places) == names
     exposed = with_outputs(proto, [p.output for p in places.values()])
     found = run(assemble(exposed, loaded.weights), feed)
@@ -195,21 +196,43 @@ def test_what_did_not_run_is_empty() -> None:
 
 def test_values_of_iterations_are_taken_apart_or_joined() -> None:
     value = np.arange(24).reshape(2, 3, 4)
-    assert [v.shape for v in unstacked(value, 1, joins=False)] == [(3, 4), (3, 4)]
-    (joined,) = unstacked(value, 1, joins=True)
+    assert [v.shape for v in counted(value, 1, [], joins=False)] == [(3, 4), (3, 4)]
+    (joined,) = counted(value, 1, [], joins=True)
     assert np.array_equal(joined, value.reshape(6, 4))
-    assert unstacked(value[:0], 1, joins=True) == [] == unstacked(np.zeros(0), 0, joins=False)
+    assert counted(value[:0], 1, [], joins=True) == [] == counted(np.zeros(0), 0, [], joins=False)
 
 
-def test_a_branch_within_a_loop_is_hidden() -> None:
-    """It may give nothing in some iterations: there is no way to stack that."""
-    assert not hidden(load(deep()).proto)
+def test_values_count_where_conditions_hold() -> None:
+    """Conditions of iterations further out stand for all within; one further in counts once; one not come to never."""
+    value, odd = np.arange(24).reshape(2, 3, 4), np.asarray([True, False])
+    assert np.array_equal(counted(value, 2, [(odd, False, 1)], joins=True)[0], value[1].ravel())
+    assert [v[0] for v in counted(value, 2, [(odd, True, 1), (value[..., :1] > 0, True, 2)], joins=False)] == [4, 8]
+    assert counted(value, 0, [(odd, True, 1)], joins=True)[0] is not None
+    assert counted(value, 0, [(np.asarray(True), False, 0)], joins=True) == []
+    assert counted(value, 1, [(np.zeros(0, bool), False, 0)], joins=True) == []
+
+
+def test_a_branch_within_a_loop_gives_zeros() -> None:
+    """Every iteration has to give as much, so that sizes have to be known."""
+    model = deep()
+    assert not hidden(load(model).proto, dict.fromkeys(("v", "b", "last0"), Inner(1, 2)))
     text = LOOP.replace(
         "o = Sigmoid(o0)",
-        """o = If (before) <
+        """o = If (flag) <
             then_branch = p () => (float[N,5] o1) { o1 = Sigmoid(o0) },
             else_branch = q () => (float[N,5] o2) { o2 = Tanh(o0) }
         >""",
     )
-    found = hidden(load(build(text, **LOOP_SIZES)).proto)
-    assert found >= {"o1", "o2"} and not {"o0", "o", "m"} & found
+    text = text.replace("o0 =", "even = Mod(i, two)  flag = Equal(even, none)  o0 =")
+    values = {"two": np.asarray(2), "none": np.asarray(0)}
+    model = build(text, **{**LOOP_SIZES, **values, "limit": np.float32(99)})
+    loaded = load(model)
+    assert hidden(loaded.proto, dict.fromkeys(("o1", "o2", "t"), Inner(1, 2))) == {"o1", "o2"}
+    types = dict.fromkeys(("o1", "o2"), Inner(1, 2, (("x", 0, 1), 5)))
+    assert not hidden(loaded.proto, types)
+    proto, places = show(loaded.proto, types)
+    feed = {"x": np.random.default_rng(2).standard_normal((2, 4)).astype(np.float32), "trips": np.asarray(4)}
+    found = run(assemble(with_outputs(proto, [p.output for p in places.values()]), loaded.weights), feed)
+    one, two = (found[places[name].output] for name in ("o1", "o2"))
+    assert one.shape == two.shape == (4, 2, 5)
+    assert one[[0, 2]].all() and two[[1, 3]].all() and not one[[1, 3]].any() and not two[[0, 2]].any()

@@ -187,7 +187,7 @@ def test_statistics_in_front_of_every_contraction(name: str) -> None:
         flat = as_maps(values[site.tensor], site.axes)
         np.testing.assert_allclose(found["similarity"], flat.T @ flat / len(flat), rtol=1e-4, atol=1e-5)
         if site.partner is not None:
-            assert_moments(captured.maps[site.partner], values[site.partner[0]], site.partner[1])
+            assert_moments(captured.maps[site.partner_key], values[site.partner[0]], site.partner[1])
     count = assert_grams(analysis, captured, values)
     assert count == len(captured.sites) - 2 * (name == "heads")
 
