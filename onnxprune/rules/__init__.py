@@ -11,6 +11,7 @@ from onnxprune.rules import (
     classical,
     contraction,
     convolution,
+    decoding,
     elementwise,
     experts,
     grouped,
@@ -30,8 +31,8 @@ from onnxprune.rules.elementwise import Elementwise
 from onnxprune.rules.registry import Rule, known, lookup, register, unregister
 
 BUILT_IN = (
-    *(attention, blocked, bodies, classical, contraction, convolution, elementwise, experts, grouped, indexing),
-    *(microsoft, movement, normalization, packed, quantization, quantized, ranges, recurrent, spatial),
+    *(attention, blocked, bodies, classical, contraction, convolution, decoding, elementwise, experts, grouped),
+    *(indexing, microsoft, movement, normalization, packed, quantization, quantized, ranges, recurrent, spatial),
 )
 
 __all__ = [

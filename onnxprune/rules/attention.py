@@ -103,22 +103,28 @@ class Attention(Heads):
 
 
 class MultiHeadAttention(Heads):
-    """com.microsoft.MultiHeadAttention: queries, keys and values apart or packed, a bias, an optional cache."""
+    """com.microsoft.MultiHeadAttention: queries, keys and values apart or packed, a bias, an optional cache.
+
+    ``bias``, ``added`` and ``past`` say which inputs are added to queries, keys and values, which to the scores, and
+    which are cached keys and values.
+    """
+
+    bias, added, past = 3, 5, (6, 7)
 
     def propagate(self, step: Step) -> None:
         """Lay all out by heads, add the bias, attend."""
         heads = int(step.attr("num_heads"))
         packed = any(len(step.shape(i)) == 5 for i in (0, 1) if step.has(i))
-        if step.has(3) and (packed or len(step.shape(1)) == 4):
+        if step.has(self.bias) and (packed or len(step.shape(1)) == 4):
             return  # which part of the bias applies differs between kernels
         if packed:
             q, k, v = self._packed(step)
         else:
             q, k, v = (to_heads(step, step.labels(i), step.shape(i), heads) for i in range(3))
-        if step.has(3):
+        if step.has(self.bias):
             q, k, v = self._biased(step, heads, q, k, v)
-        k, v = with_past(step, k, 6), with_past(step, v, 7)
-        bias = as_rank_4(step.labels(5), step.shape(5)) if step.has(5) else None
+        k, v = (with_past(step, part, i) for part, i in zip((k, v), self.past, strict=True))
+        bias = as_rank_4(step.labels(self.added), step.shape(self.added)) if step.has(self.added) else None
         scores, out = attend(step, q, k, v, bias)
         self.results(step, out, v[1][2:], k, v, scores)
 
@@ -135,13 +141,12 @@ class MultiHeadAttention(Heads):
             return one(0, 0), one(0, 1), one(0, 2)
         return to_heads(step, step.labels(0), step.shape(0), step.shape(1)[2]), one(1, 0), one(1, 1)
 
-    @staticmethod
-    def _biased(step: Step, heads: int, *parts: Part) -> tuple[Part, Part, Part]:
+    def _biased(self, step: Step, heads: int, *parts: Part) -> tuple[Part, Part, Part]:
         """[Q + K + V] is added to the three."""
         result, start = [], 0
         for labels, shape in parts:
             wide = heads * int(shape[3] or 0)
-            own = step.take(step.labels(3), 0, np.arange(start, start + wide))
+            own = step.take(step.labels(self.bias), 0, np.arange(start, start + wide))
             start += wide
             grid = to_heads(step, movement.insert_axis(movement.insert_axis(own, 0), 0), (1, 1, wide), heads)
             result.append((broadcast(step.atoms, [(labels, (1, 1, *shape[2:])), grid], 4, step.reason), shape))
@@ -160,12 +165,12 @@ class MultiHeadAttention(Heads):
         """Queries and keys are summed over the head size, and so is what the bias adds to them."""
         axes = {3: (2,), 4: (1, 3), 5: (2, 4)}
         result: list[tuple[int, tuple[int, ...]]] = [(i, axes[len(step.shape(i))]) for i in (0, 1) if step.has(i)]
-        return [*result, (3, (0,))] if step.has(3) else result
+        return [*result, (self.bias, (0,))] if step.has(self.bias) else result
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """[B, S, V] and the caches [B, heads, past + keys, size]."""
         shapes = [*shapes, *[None] * (8 - len(shapes))]
-        q, k, v, past = shapes[0], shapes[1], shapes[2], shapes[6]
+        q, k, v, past = shapes[0], shapes[1], shapes[2], shapes[self.past[0]]
         if q is None:
             return [None]
         heads = int(node.attrs["num_heads"])
