@@ -14,6 +14,8 @@ from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import fidelity
 from onnxprune.runtime.sessions import Feed, open_session, run
 
+UNREACHED = "no calibration sample takes"
+"""Begins the reason of every layer that is left since the data never come to it."""
 # One batch in so many is set aside, up to so many samples.
 _EVERY, MOST = 8, 256
 # Samples below which a repair is worth a warning, and from which on they should be of several classes.
@@ -136,10 +138,17 @@ def noise(facts: Fidelity) -> float:
 
 def remarks(facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str]) -> list[str]:
     """What a user should know of a repair that came to little, as warnings."""
+    unreached = sum(why.startswith(UNREACHED) for why in left.values())
+    found = []
+    if unreached:
+        what = "1 layer lies" if unreached == 1 else f"{unreached} layers lie"
+        found.append(
+            f"{what} in branches that no calibration sample takes, and cannot be repaired; --explain says which"
+        )
     if facts.undone:
         help = "inputs of your own (--data)" if facts.inputs else "more samples"
-        return [f"the repair took the outputs further from the original's and was undone: {help} may help"]
-    if not any(r.done for r in repairs):
+        found.append(f"the repair took the outputs further from the original's and was undone: {help} may help")
+    elif not any(r.done for r in repairs):
         why = "no layer can be changed" if left and not repairs else "nothing lowered the error on held-out samples"
-        return [f"no layer was repaired (--recover {facts.mode}): {why}; --explain says more"]
-    return []
+        found.append(f"no layer was repaired (--recover {facts.mode}): {why}; --explain says more")
+    return found

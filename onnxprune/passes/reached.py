@@ -8,12 +8,13 @@ import numpy as np
 
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
+from onnxprune.passes.outcome import UNREACHED
 from onnxprune.recover.aims import Aim
 from onnxprune.runtime.sessions import Array
 from onnxprune.runtime.ways import Way, reaches, takes
 
 Get = Callable[[str, int], Array]
-NEVER = "no calibration sample takes the branch that it lies in"
+NEVER = f"{UNREACHED} the branch that it lies in"
 
 
 def untaken(graph: Graph, taken: Sequence[Way], aim: Aim) -> str:
@@ -24,7 +25,7 @@ def untaken(graph: Graph, taken: Sequence[Way], aim: Aim) -> str:
     branch = next(k for k in range(len(around)) if not any(reaches(graph, around[: k + 1], way) for way in taken))
     node, side = graph.nodes[around[branch].start], around[branch].side
     which = "then" if side else "else"
-    return f"no calibration sample takes the {which}-branch of If {node.label!r}, which it lies in"
+    return f"{UNREACHED} the {which}-branch of If {node.label!r}, which it lies in"
 
 
 def of_iterations(get: Get, where: Sequence[tuple[str, bool]], weights: Mapping[str, Weight]) -> Get:

@@ -84,6 +84,7 @@ def test_both_branches_are_repaired() -> None:
     plain, mended = (pruned(model, feeds(0, 40), r) for r in ("none", "full"))
     assert mended.report.exactness.passed
     assert {"a1", "ze"} <= done(mended)
+    assert not any("lie in branches" in w for w in mended.report.warnings)
     for side in (True, False):
         new = feeds(1, 10, [side])
         assert error(model, mended.model, new) < 0.5 * error(model, plain.model, new)
@@ -98,6 +99,7 @@ def test_a_branch_that_no_sample_takes_stays_and_is_named() -> None:
     reasons = said(mended)
     assert all("takes the else-branch of If 'z'" in reasons[name] for name in ("g", "ze"))
     assert "a1" in done(mended) and not {"g", "ze"} & done(mended)
+    assert any("2 layers lie in branches that no calibration sample takes" in w for w in mended.report.warnings)
     new = feeds(1, 5, [False])
     ones, others = ([run(r.model, f)["z"] for f in new] for r in (plain, mended))
     assert all(np.array_equal(one, other) for one, other in zip(ones, others, strict=True))
