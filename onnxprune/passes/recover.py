@@ -163,7 +163,7 @@ class Recover:
 
     def _aims(self, state: State, graph: Graph, after: After, taken: Sequence[Way]) -> Aims:
         """What to repair in the cut model on batches that take these ways."""
-        known = [name for name in seen(state) if can_follow(state.analyzed(), after, name)]
+        known = {name for name in seen(state) if can_follow(state.analyzed(), after, name)}
         shape = _shapes_now(state, graph) if state.factorized else after.shape
         aims = find_aims(graph, known, shape, joint=self._fitting == "full")
         aims.leave(partial(untaken, graph, taken))

@@ -30,7 +30,7 @@ class Bodies:
     def __init__(self, graph: Graph, level: Mapping[str, int]) -> None:
         self._graph, self._level = graph, level
         self._around = graph.around if graph.has_bodies else []
-        self._given = graph.inputs + list(graph.weights) if graph.has_bodies else []
+        self._given = {*graph.inputs, *graph.weights} if graph.has_bodies else set[str]()
         self._least: dict[int, int] = {}
         self._most: dict[int, int] = {}
 
@@ -56,7 +56,8 @@ class Bodies:
         if not self.encloses(node):
             return ""
         data, result = node.inputs[form.data], node.outputs[0]
-        if not {result, *(name for name, _ in self.where(node))} <= {*known, *self._given}:
+        conditions = (name for name, _ in self.where(node))
+        if result not in known or not all(name in known or name in self._given for name in conditions):
             return _UNSEEN
         # What lies around the node's branches has a value for every time that these are asked for.
         home = self._home(data)
