@@ -10,11 +10,6 @@ from numpy.typing import NDArray
 from onnxprune.criteria.registry import register
 from onnxprune.criteria.slot import Slot
 
-# Bytes to copy at a time from odd addresses: what the cache of one core holds beside other things.
-_PIECE = 1 << 19
-# From so many numbers side by side on, a row is summed as fast as memory is; shorter ones are summed by columns.
-_LONG = 64
-
 
 @register("l1", reads_all=True)
 def l1(slot: Slot) -> NDArray[Any]:
@@ -25,42 +20,10 @@ def l1(slot: Slot) -> NDArray[Any]:
     return np.asarray(np.abs(slot.blocks).sum(axis=(0, 2)))
 
 
-@register("l2", reads_all=True, any_address=True)
+@register("l2", reads_all=True, of_squares=np.sqrt)
 def l2(slot: Slot) -> NDArray[Any]:
     """Euclidean norm, sqrt(sum_f W_cf^2). Shape [channels]."""
-    return np.asarray(np.sqrt(_squares(slot.blocks)))
-
-
-def _squares(blocks: NDArray[Any]) -> NDArray[Any]:
-    """sum_pf W_pcf^2 of [p, c, f], [c]: in the order in which the numbers lie in memory, which is what takes time."""
-    before, channels, after = blocks.shape
-    if not blocks.flags.aligned:
-        return _by_pieces(blocks)
-    if before == 1 and after >= _LONG:
-        rows = blocks[0]
-        return np.asarray(np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0])
-    if 1 < after < _LONG:
-        columns = blocks.reshape(before, channels * after)
-        return np.asarray(np.einsum("pf,pf->f", columns, columns).reshape(channels, after).sum(axis=1))
-    return np.asarray(np.einsum("pcf,pcf->c", blocks, blocks))
-
-
-def _by_pieces(blocks: NDArray[Any]) -> NDArray[Any]:
-    """The same of numbers at odd addresses, piece by piece where they are quick to read."""
-    before, channels, after = blocks.shape
-    lines, width = (blocks[0], after) if before == 1 else (blocks, channels * after)
-    step = min(len(lines), max(1, _PIECE // max(1, width * blocks.itemsize)))
-    piece = np.empty((step, *lines.shape[1:]), blocks.dtype)  # one for all: it stays in the cache
-    # Seen as plain bytes, numbers are copied from odd addresses as fast as from others.
-    source, target = (a.view(f"V{blocks.itemsize}") for a in (lines, piece))
-    sums = []
-    for start in range(0, len(lines), step):
-        count = min(step, len(lines) - start)
-        target[:count] = source[start : start + count]
-        sums.append(_squares(piece[None, :count] if before == 1 else piece[:count]))
-    if before == 1:
-        return np.concatenate(sums)
-    return np.asarray(sum(sums, np.zeros(channels, blocks.dtype)))
+    return np.asarray(np.sqrt(np.einsum("pcf,pcf->c", slot.blocks, slot.blocks)))
 
 
 @register("gm", reads_all=True)

@@ -24,7 +24,7 @@ def register(
     reads_all: bool = False,
     needs: Sequence[str] = (),
     comparable: bool = False,
-    any_address: bool = False,
+    of_squares: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
 ) -> Callable[[Criterion], Criterion]:
     """Register a criterion under a name, as a decorator.
 
@@ -34,8 +34,8 @@ def register(
         needs: statistics of feature maps (see :class:`Maps`) that the criterion reads; with any, it takes two arguments
             and is asked about contractions only. Without, what :func:`needs_of` finds.
         comparable: scores of different layers compare as they are, so that nothing is divided out by default.
-        any_address: weights may be given where they lie in a file's bytes; else they are copied to where arithmetic on
-            them is quick.
+        of_squares: the same as a function of the sum of each channel's squared weights, [channels], where the criterion
+            is one: those sums are found for all axes of a weight at once, and the criterion itself is not called.
 
     Raises:
         ValueError: the name is taken.
@@ -45,7 +45,7 @@ def register(
         _named.add(name, criterion)
         criterion.reads_all = reads_all  # type: ignore[attr-defined]
         criterion.comparable = comparable  # type: ignore[attr-defined]
-        criterion.any_address = any_address  # type: ignore[attr-defined]
+        criterion.of_squares = of_squares  # type: ignore[attr-defined]
         criterion.needs = tuple(needs) or needs_of(criterion)  # type: ignore[attr-defined]
         return criterion
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
-from onnxprune.criteria import Criterion, needs_of
+from onnxprune.criteria import Criterion, Slot, needs_of
 from onnxprune.errors import UsageError
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
@@ -34,6 +34,7 @@ from onnxprune.selection.scores import (
     Scored,
     all_constant,
     by_maps,
+    by_squares,
     needs_data,
     nothing_to_say,
     scored,
@@ -41,6 +42,7 @@ from onnxprune.selection.scores import (
     without,
 )
 from onnxprune.selection.slots import Placed, weight_slots
+from onnxprune.selection.squares import Squares, weight_squares
 
 Mask = NDArray[np.bool_]
 
@@ -181,16 +183,26 @@ class Selector:
         """Raw scores of every slot, less what is gone."""
         units = self.analysis.units
         removed = None if gone is None else np.asarray(gone[units.component])
-        slots = self._by_maps(groups, removed) if self.needs else self._by_weights(groups, removed)
-        items = scored(slots, by_maps(self.criterion) if self.needs else self.criterion)
+        squared = by_squares(self.criterion)
+        if self.needs:
+            items = scored(self._by_maps(groups, removed), by_maps(self.criterion))
+        elif squared is not None:
+            items = scored(self._by_squares(groups, removed), squared)
+        else:
+            items = scored(self._by_weights(groups, removed), self.criterion)
         return items if gone is None else without(items, {g.id: gone[g.units] for g in groups})
 
-    def _by_weights(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed]:
+    def _by_weights(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed[Slot]]:
         placed = self.request.policy == "backward"
         for lot in batches(groups):
             yield from weight_slots(self.analysis.table, self.analysis.units, lot, self.state.seed, removed, placed)
 
-    def _by_maps(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed]:
+    def _by_squares(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed[Squares]]:
+        placed = self.request.policy == "backward"
+        for lot in batches(groups):
+            yield from weight_squares(self.analysis.table, self.analysis.units, lot, removed, placed)
+
+    def _by_maps(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed[Slot]]:
         captured = captured_maps(self.state, self.analysis, groups, self.needs, removed)
         short = captured.shortage()
         if short is not None and removed is None:

@@ -14,6 +14,7 @@ from onnxprune.criteria import Slot
 from onnxprune.graph.weights_of import weight_of
 from onnxprune.groups.units import Group
 from onnxprune.labels.label import Ids
+from onnxprune.model.elements import aligned
 from onnxprune.rewrite.after import After
 from onnxprune.rules.context import Table
 from onnxprune.selection.sites import Site, surviving
@@ -137,7 +138,7 @@ def _weight(table: Table, after: After, site: Site, positions: Ids) -> NDArray[A
     value = weight_of(table.graph, name)
     if value is None or value.dtype.kind not in "fV":
         return None
-    value = value if value.dtype == np.float64 else value.astype(np.float32)
+    value = aligned(value) if value.dtype == np.float64 else value.astype(np.float32)
     for label in table.get(name):
         keep = after.mask(label)
         if keep is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from onnxprune.criteria import Criterion, Slot
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.labels.label import Ids
-from onnxprune.model.elements import aligned
 from onnxprune.selection.normalize import normalize
 from onnxprune.selection.policy import Part, combine
-from onnxprune.selection.slots import Placed
+from onnxprune.selection.slots import Placed, Viewed
+from onnxprune.selection.squares import Squares
 
 Array = NDArray[np.float64]
+V = TypeVar("V", bound=Viewed)
 
 NEEDS: dict[str, str] = {
     "bn": "'bn' needs BatchNormalization nodes behind the channels; try 'l2' or 'gm'.",
@@ -43,7 +44,7 @@ class Scored(NamedTuple):
     place: tuple[int, ...] = (0,)
 
 
-def scored(slots: Iterable[Placed], criterion: Callable[[Slot], NDArray[Any] | None]) -> list[Scored]:
+def scored(slots: Iterable[Placed[V]], criterion: Callable[[V], NDArray[Any] | None]) -> list[Scored]:
     """Raw scores of every slot that the criterion has something to say about.
 
     Matrices decide where there are any; vectors (biases, BatchNorm) only where there are none, unless the criterion
@@ -55,11 +56,8 @@ def scored(slots: Iterable[Placed], criterion: Callable[[Slot], NDArray[Any] | N
     """
     found: list[Scored] = []
     ranks: dict[int, int] = {}
-    anywhere = getattr(criterion, "any_address", False)
     for placed in slots:
         slot = placed.slot
-        if not anywhere:
-            slot.blocks = aligned(slot.blocks)
         raw = criterion(slot)
         if raw is None:
             continue
@@ -124,7 +122,7 @@ def needs_data(name: str) -> UsageError:
     )
 
 
-def _refuse_nan(criterion: Callable[[Slot], Any], slot: Slot, scores: NDArray[Any]) -> None:
+def _refuse_nan(criterion: Callable[..., Any], slot: Viewed, scores: NDArray[Any]) -> None:
     """NaN or infinity in a weight shows in its scores, unless the criterion does not read it all."""
     finite = np.count_nonzero(np.isfinite(scores)) == scores.size
     if finite and not getattr(criterion, "reads_all", False):
@@ -145,4 +143,17 @@ def by_maps(criterion: Criterion) -> Callable[[Slot], NDArray[Any] | None]:
         return criterion(slot, slot.maps)
 
     of_slot.reads_all = getattr(criterion, "reads_all", False)  # type: ignore[attr-defined]
+    return of_slot
+
+
+def by_squares(criterion: Criterion) -> Callable[[Squares], NDArray[Any]] | None:
+    """A criterion as a function of sums of squares; None where it is none."""
+    of_squares: Callable[[NDArray[Any]], NDArray[Any]] | None = getattr(criterion, "of_squares", None)
+    if of_squares is None:
+        return None
+
+    def of_slot(slot: Squares) -> NDArray[Any]:
+        return of_squares(slot.sums)
+
+    of_slot.reads_all = True  # type: ignore[attr-defined]
     return of_slot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import ml_dtypes  # noqa: F401  (gives numpy the arithmetic of bfloat16 and int4)
 import numpy as np
@@ -20,17 +20,35 @@ from onnxprune.selection.dequantize import is_setting, real_values
 from onnxprune.selection.targets import Targets
 
 Mask = NDArray[np.bool_]
-# Bytes of a weight that is copied once for all of its axes, if it has to be.
-_SMALL = 1 << 22
 
 
-class Placed(NamedTuple):
+class Viewed(Protocol):
+    """What a criterion is shown of one weight: a :class:`Slot`, or what was summed up for it beforehand."""
+
+    tensor: str
+    blocks: NDArray[Any]
+    units: Ids
+
+
+V = TypeVar("V", bound=Viewed)
+
+
+class Placed(NamedTuple, Generic[V]):
     """A slot of group ``group``. ``rank``: 2 for matrices, 1 for vectors, 0 for maps; ``place``: larger is later."""
 
     group: int
-    slot: Slot
+    slot: V
     rank: int = 0
     place: tuple[int, ...] = (0,)
+
+
+class Claim(NamedTuple):
+    """One label of a weight, as one group sees it: ``owner`` has the unit at each of its positions, -1 for others'."""
+
+    label: Label
+    group: Group
+    owner: Ids
+    place: tuple[int, ...]
 
 
 def weight_slots(
@@ -40,7 +58,7 @@ def weight_slots(
     seed: int = 0,
     removed: Mask | None = None,
     placed: bool = False,
-) -> Iterator[Placed]:
+) -> Iterator[Placed[Slot]]:
     """Every weight from the channels of every group in ``groups``; positions of one unit are laid side by side.
 
     Args:
@@ -48,25 +66,43 @@ def weight_slots(
         removed: mask over atoms of what is gone already: it is 0 in the weights, and its units are in no slot.
         placed: find out where in the graph each slot's units are produced (``Placed.place``).
     """
+    for name, found in claims(table, units, groups, removed, placed):
+        array = aligned(weight_values(table, name, removed))
+        role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
+        for claim in found:
+            slot = _slot(name, claim, array, role, seed)
+            if slot is not None:
+                yield Placed(claim.group.id, slot, 2 if array.ndim > 1 else 1, claim.place)
+
+
+def claims(
+    table: Table, units: Units, groups: Iterable[Group], removed: Mask | None = None, placed: bool = False
+) -> Iterator[tuple[str, list[Claim]]]:
+    """Weights with what groups claim of them; the arguments are those of :func:`weight_slots`."""
     wanted = {g.id: g for g in groups}
     targets = Targets(units, wanted.values())
     group_of, unit_of = targets.group[units.component], targets.unit[units.component]
-    for name, label, array, numbers, only in _weights(table, group_of, removed):
-        role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
-        unit = unit_of[label.ids]
-        if removed is not None:
-            numbers = np.where(removed[label.ids], -1, numbers)
+    for name, labels in list(table.items().items()):
+        if name not in table.graph.weights or is_setting(table.graph, name):
+            continue
+        found: list[Claim] = []
+        for label in labels:
+            numbers = group_of[label.ids]
             only = _only(numbers)
-        place = _place(table, name, label) if placed else (0,)
-        present = [only] if only is not None else (np.flatnonzero(np.bincount(numbers.ravel() + 1)) - 1).tolist()
-        for number in present:
-            if number < 0:  # what no wanted group claims
+            if only == -1:  # what no wanted group claims
                 continue
-            group = wanted[number]
-            owner = unit if only is not None else np.where(numbers == group.id, unit, -1)
-            slot = _slot(name, label, array, owner, group.size, role, (seed, group.id))
-            if slot is not None:
-                yield Placed(group.id, slot, 2 if array.ndim > 1 else 1, place)
+            unit = unit_of[label.ids]
+            if removed is not None:
+                numbers = np.where(removed[label.ids], -1, numbers)
+                only = _only(numbers)
+            place = _place(table, name, label) if placed else (0,)
+            present = [only] if only is not None else (np.flatnonzero(np.bincount(numbers.ravel() + 1)) - 1).tolist()
+            for number in present:
+                if number >= 0:
+                    owner = unit if only is not None else np.where(numbers == number, unit, -1)
+                    found.append(Claim(label, wanted[number], owner, place))
+        if found:
+            yield name, found
 
 
 def _only(numbers: Ids) -> int | None:
@@ -92,30 +128,12 @@ def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
     return (1, produced) if produced >= 0 else (0, read)
 
 
-def _weights(
-    table: Table, group_of: Ids, removed: Mask | None
-) -> Iterator[tuple[str, Label, NDArray[Any], Ids, int | None]]:
-    """Weights with a label that wanted groups claim: name, label, values, the group at each position (-1: none), and
-    the one that stands everywhere.
-
-    Args:
-        group_of: wanted group of every atom.
-    """
-    for name, labels in list(table.items().items()):
-        weight = table.graph.weights.get(name)
-        if weight is None or is_setting(table.graph, name):
-            continue
-        array: NDArray[Any] | None = None
-        for label in labels:
-            numbers = group_of[label.ids]
-            only = _only(numbers)
-            if only == -1:
-                continue
-            if array is None:
-                array = _readable(real_values(table.graph, name, weight.read()))
-                if removed is not None:
-                    array = _zeroed(array, labels, removed)
-            yield name, label, array, numbers, only
+def weight_values(table: Table, name: str, removed: Mask | None) -> NDArray[Any]:
+    """A weight in a type that numpy multiplies quickly and without overflow, wherever it lies in the file's bytes."""
+    array = real_values(table.graph, name, table.graph.weights[name].read())
+    if array.dtype not in (np.float32, np.float64):
+        array = array.astype(np.float32)
+    return array if removed is None else _zeroed(array, table.get(name), removed)
 
 
 def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDArray[Any]:
@@ -127,37 +145,20 @@ def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDAr
     return array
 
 
-def _readable(array: NDArray[Any]) -> NDArray[Any]:
-    """Arrays in a type that numpy multiplies quickly and without overflow, small ones where it does so, too.
-
-    Large ones stay where they lie in the file's bytes: a criterion may read them there, see ``any_address``.
-    """
-    if array.dtype not in (np.float32, np.float64):
-        return array.astype(np.float32)
-    return aligned(array) if array.nbytes <= _SMALL else array
-
-
-def _slot(
-    name: str,
-    label: Label,
-    array: NDArray[Any],
-    owner: Ids,
-    size: int,
-    role: list[tuple[str, int]],
-    seed: tuple[int, int],
-) -> Slot | None:
-    flat = owner.ravel()
+def _slot(name: str, claim: Claim, array: NDArray[Any], role: list[tuple[str, int]], seed: int) -> Slot | None:
+    label, size, drawn = claim.label, claim.group.size, (seed, claim.group.id)
+    flat = claim.owner.ravel()
     in_order = np.arange(size)
     chosen = (flat >= 0).nonzero()[0]
     if not chosen.size:
         return None
-    runs = None if label.is_grid else _runs(flat, chosen, in_order)
+    runs = None if label.is_grid else runs_of(flat, chosen, in_order)
     if runs is not None:
         # No gather: a weight's own memory, or where runs lie side by side (queries and keys) a copy in large pieces.
         axis, start = label.pack, chosen.item(0)
         whole = array.reshape(math.prod(array.shape[:axis]), array.shape[axis], -1)
         blocks = whole[:, start : start + chosen.size].reshape(len(whole) * runs, size, -1)
-        return Slot(name, axis, blocks, role, in_order, size, seed)
+        return Slot(name, axis, blocks, role, in_order, size, drawn)
     axes = label.axes
     rows = np.moveaxis(array, axes, range(len(axes))).reshape(flat.size, -1)
     order = chosen[np.argsort(flat[chosen], kind="stable")]
@@ -167,11 +168,11 @@ def _slot(
     if (counts[present] == counts[present[0]]).all():
         # Equally many positions per unit: all of a unit's positions are one row of features.
         matrix = rows[order].reshape(present.size, -1)
-        return Slot(name, label.pack, matrix[None], role, present, size, seed)
-    return Slot(name, label.pack, rows[order][None], role, who, size, seed)
+        return Slot(name, label.pack, matrix[None], role, present, size, drawn)
+    return Slot(name, label.pack, rows[order][None], role, who, size, drawn)
 
 
-def _runs(flat: Ids, chosen: Ids, in_order: Ids) -> int | None:
+def runs_of(flat: Ids, chosen: Ids, in_order: Ids) -> int | None:
     """How often all units follow each other ``in_order`` where ``chosen`` [positions] is one run; else None."""
     count, rest = divmod(chosen.size, in_order.size)
     start = chosen.item(0)

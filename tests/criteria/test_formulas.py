@@ -184,19 +184,6 @@ def test_l2_of_every_layout(shape: tuple[int, int, int], cut: bool) -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 300, 700), (1, 2, 300_000), (900, 30, 9), (2, 300, 700)], ids=str)
-def test_l2_of_large_weights_at_odd_addresses(shape: tuple[int, int, int]) -> None:
-    """They are read in pieces: the sums are those of the whole."""
-    whole = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    store = np.zeros(whole.nbytes + 1, np.uint8)
-    store[1:] = whole.reshape(-1).view(np.uint8)
-    odd = store[1:].view(np.float32).reshape(shape)
-    assert not odd.flags.aligned
-    l2 = criteria.get("l2")
-    found = l2(criteria.Slot("w", 0, odd, [], np.arange(shape[1]), shape[1]))
-    np.testing.assert_allclose(found, np.sqrt((whole.astype(np.float64) ** 2).sum(axis=(0, 2))), rtol=1e-5)
-
-
 def test_lamp_puts_all_equal_weights_into_the_sum() -> None:
     case = draw("dense")
     levels = np.round(case.weights)
