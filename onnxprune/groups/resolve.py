@@ -47,12 +47,11 @@ def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
 
 
 def _components(atoms: Atoms) -> tuple[Ids, int]:
-    n = atoms.count
-    if not atoms.edges or n == 0:
-        return np.arange(n), n
-    component, count = _joined(
-        n, np.concatenate([a for a, _ in atoms.edges]), np.concatenate([b for _, b in atoms.edges])
-    )
+    component, count, edges = _joined_births(atoms)
+    if edges:
+        a, b = (component[np.concatenate(side)] for side in zip(*edges, strict=True))
+        again, count = _joined(count, a, b)
+        component = again[component]
     if not atoms.rows:
         return component, count
     # A row takes its cells with it, but not the other way round; what says the same is one.
@@ -66,6 +65,43 @@ def _components(atoms: Atoms) -> tuple[Ids, int]:
             return component, count
         again, count = _joined(count, component[left], component[right])
         component = again[component]
+
+
+def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
+    """Components so far as whole births were united, their number, and the edges that unite anything else.
+
+    That is what most edges do, and births are few where atoms are many. A component has the place of its first atom.
+    """
+    every, births = np.arange(atoms.count), atoms.births
+    numbers = {birth.start: k for k, birth in enumerate(births)}
+    root = list(range(len(births)))
+
+    def root_of(ids: Ids) -> int | None:
+        k = numbers.get(ids.item(0)) if ids.size else None
+        if k is None or births[k].stop - births[k].start != ids.size:
+            return None
+        run = every[births[k].start : births[k].stop]
+        if np.count_nonzero(ids == run) != ids.size:
+            return None
+        while root[k] != k:
+            root[k] = k = root[root[k]]
+        return k
+
+    rest: list[tuple[Ids, Ids]] = []
+    for a, b in atoms.edges:
+        first, second = root_of(a), root_of(b)
+        if first is None or second is None:
+            rest.append((a, b))
+        else:
+            root[max(first, second)] = min(first, second)
+    first_atom = every.copy()
+    for k, birth in enumerate(births):  # a root comes before what hangs on it
+        if root[k] != k:
+            root[k] = root[root[k]]
+            start = births[root[k]].start
+            first_atom[birth.start : birth.stop] = every[start : start + birth.stop - birth.start]
+    own = first_atom == every
+    return (np.cumsum(own) - 1)[first_atom], int(np.count_nonzero(own)), rest
 
 
 def _joined(n: int, a: Ids, b: Ids, both: bool = True) -> tuple[Ids, int]:
