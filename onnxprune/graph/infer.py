@@ -22,6 +22,7 @@ from onnxprune.model import markers
 _TARGETS = {("Reshape", 1), ("Expand", 1), ("Tile", 1), ("ConstantOfShape", 0), ("Resize", 3), ("Split", 1)}
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 _CODES = tuple(onnx.TensorProto.DataType.Value(name) for name in ("UINT8", "INT8", "UINT16", "INT16"))
+_Said = tuple["int | None", "tuple[int | None, ...] | None"]
 Infer = Callable[[Node, list[Any], list[Any]], "list[Any] | None"]
 """(node, shapes and values of its inputs) -> shapes of its outputs: for operators that onnx does not know."""
 
@@ -119,8 +120,14 @@ def _infer_whole(graph: Graph, probe: Probe) -> None:
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     except Exception:  # inference errors on odd graphs leave the node-by-node way
         return
+    known: dict[bytes, _Said] = {}
     for info in [*model.graph.value_info, *model.graph.output]:
-        _note(info.name, info.type, probe)
+        kind = info.type
+        key = kind.SerializeToString()  # types repeat, and this takes a fraction of the time of taking one apart
+        said = known.get(key)
+        if said is None:
+            known[key] = said = _said(kind)
+        _learn(info.name, said, probe)
     for name, kind in stated.items():
         if name in graph.inner:  # what is declared of a state may hold for its first value alone
             probe.dtypes[name] = kind.tensor_type.elem_type
@@ -129,13 +136,25 @@ def _infer_whole(graph: Graph, probe: Probe) -> None:
 
 
 def _note(name: str, kind: onnx.TypeProto, probe: Probe) -> None:
+    _learn(name, _said(kind), probe)
+
+
+def _said(kind: onnx.TypeProto) -> _Said:
+    """The element type, None of what is no tensor, and the shape, None where nothing is said of it."""
     if not kind.HasField("tensor_type"):
-        return
+        return None, None
     tensor = kind.tensor_type
-    probe.dtypes[name] = tensor.elem_type
-    if tensor.HasField("shape"):
-        sizes = [d.dim_value or (0 if d.HasField("dim_value") else None) for d in tensor.shape.dim]
-        probe.shapes[name] = tuple(sizes)
+    if not tensor.HasField("shape"):
+        return tensor.elem_type, None
+    return tensor.elem_type, tuple([d.dim_value or (0 if d.HasField("dim_value") else None) for d in tensor.shape.dim])
+
+
+def _learn(name: str, said: _Said, probe: Probe) -> None:
+    dtype, shape = said
+    if dtype is not None:
+        probe.dtypes[name] = dtype
+    if shape is not None:
+        probe.shapes[name] = shape
 
 
 def _gives_codes(node: Node) -> bool:

@@ -18,6 +18,8 @@ from onnxprune.selection.slots import Claim, Mask, Placed, claims, runs_of, weig
 Axes = tuple[int, ...]
 # Bytes that are squared at a time: what the cache of one core holds beside other things.
 _PIECE = 1 << 20
+# Bytes up to which pieces are not worth the trouble.
+_SMALL = 1 << 16
 
 
 @dataclass(slots=True)
@@ -52,6 +54,8 @@ def weight_squares(
 def _of_units(claim: Claim, sums: NDArray[Any]) -> tuple[Ids, NDArray[Any]]:
     """Units and their sums; every position by itself where they have different numbers of positions."""
     flat, in_order = claim.owner.ravel(), np.arange(claim.group.size)
+    if flat.size == in_order.size and np.count_nonzero(flat == in_order) == flat.size:  # as nearly everywhere
+        return in_order, sums
     chosen = (flat >= 0).nonzero()[0]
     if not chosen.size:
         return chosen, sums[chosen]
@@ -80,7 +84,7 @@ class Marginals:
         The array is read once, piece by piece, wherever it lies: squared and summed up in the processor's cache.
         """
         with np.errstate(over="ignore"):  # infinity is what the caller looks for
-            if array.ndim == 1 or any(len(axes) != 1 for axes in wanted):
+            if array.nbytes <= _SMALL or array.ndim == 1 or any(len(axes) != 1 for axes in wanted):
                 whole = np.square(aligned(array))
                 return {axes: _sum(whole, axes) for axes in wanted}
             first = next((a for a, n in enumerate(array.shape) if n > 1), 0)

@@ -28,6 +28,7 @@ def test_marginals_of_every_layout(
     shape: tuple[int, ...], kind: type, odd: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(squares, "_PIECE", 1 << 12)  # several pieces
+    monkeypatch.setattr(squares, "_SMALL", 1 << 10)
     whole = np.random.default_rng(1).standard_normal(shape).astype(kind)
     store = np.zeros(whole.nbytes + odd, np.uint8)
     store[odd:] = whole.reshape(-1).view(np.uint8)
