@@ -191,7 +191,7 @@ class Analysis:
         found: set[int] = set()
         for name in names:
             for label in self.table.get(name) if name else ():
-                numbers = self.units.group_of[self.units.component[label.ids]]
+                numbers = self.units.group_of[label.of(self.units.component)]
                 low, high = int(numbers.min()), int(numbers.max())
                 found.update((low,) if low == high else np.unique(numbers).tolist())
         return found - {-1}

@@ -15,6 +15,9 @@ from onnxprune.groups.units import Group, Units
 from onnxprune.labels.atoms import Atoms, mix
 from onnxprune.labels.label import Ids
 
+# Atoms of a birth from which on it is worth a look of its own.
+_MANY = 64
+
 
 def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
     """Units and groups of a ledger, all of it vectorised over atoms; ``axis``: see ``choose_rows``."""
@@ -77,7 +80,7 @@ def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
     root = list(range(len(births)))
 
     def root_of(ids: Ids) -> int | None:
-        k = numbers.get(ids.item(0)) if ids.size else None
+        k = numbers.get(ids.item(0))
         if k is None or births[k].stop - births[k].start != ids.size:
             return None
         run = every[births[k].start : births[k].stop]
@@ -89,7 +92,9 @@ def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
 
     rest: list[tuple[Ids, Ids]] = []
     for a, b in atoms.edges:
-        first, second = root_of(a), root_of(b)
+        first = second = None
+        if a.size >= _MANY:
+            first, second = root_of(a), root_of(b)
         if first is None or second is None:
             rest.append((a, b))
         else:

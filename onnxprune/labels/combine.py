@@ -25,7 +25,7 @@ def align(labels: Labels, shift: int) -> Labels:
     """The labels after ``shift`` axes of size 1 were put in front."""
     if shift == 0:
         return labels
-    return tuple(Label(x.ids.reshape((1,) * shift + x.ids.shape), x.pack + shift) for x in labels)
+    return tuple(Label(x.ids.reshape((1,) * shift + x.ids.shape), x.pack + shift, x.start) for x in labels)
 
 
 def broadcast(

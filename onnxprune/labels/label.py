@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+T = TypeVar("T", bound=np.generic)
 
 
 class Label:
@@ -17,15 +20,22 @@ class Label:
 
     Attributes:
         axes: the axes the label depends on. is_grid: whether these are several.
+        start: the first atom where all follow each other in the order of the positions, -1 where that is not known.
     """
 
     # There is one for every tensor and more, each asked for its axes many times: plain slots, filled at once.
-    __slots__ = ("axes", "ids", "is_grid", "pack")
+    __slots__ = ("axes", "ids", "is_grid", "pack", "start")
 
-    def __init__(self, ids: Ids, pack: int) -> None:
-        self.ids, self.pack = ids, pack
+    def __init__(self, ids: Ids, pack: int, start: int = -1) -> None:
+        self.ids, self.pack, self.start = ids, pack, start
         self.axes = tuple([a for a, n in enumerate(ids.shape) if n > 1])
         self.is_grid = len(self.axes) > 1
+
+    def of(self, values: NDArray[T]) -> NDArray[T]:
+        """``values`` [atoms] at the label's positions; a view where its atoms follow each other."""
+        if self.start < 0:
+            return values[self.ids]
+        return values[self.start : self.start + self.ids.size].reshape(self.ids.shape)
 
     def outer(self) -> tuple[int, ...]:
         """The axes other than the pack axis."""

@@ -17,17 +17,17 @@ LARGEST = 1 << 23
 def transpose(labels: Labels, perm: Sequence[int]) -> Labels:
     """Labels after a permutation of the axes."""
     where = {int(p): i for i, p in enumerate(perm)}
-    return tuple(Label(np.transpose(x.ids, perm), where[x.pack]) for x in labels)
+    return tuple([Label(x.ids.transpose(perm), where[x.pack], -1 if x.is_grid else x.start) for x in labels])
 
 
 def remove_axis(labels: Labels, axis: int) -> Labels:
     """Labels after an axis that none of them depends on was dropped."""
-    return tuple(Label(x.ids.reshape(_without(x.ids.shape, axis)), x.pack - (x.pack > axis)) for x in labels)
+    return tuple(Label(x.ids.reshape(_without(x.ids.shape, axis)), x.pack - (x.pack > axis), x.start) for x in labels)
 
 
 def insert_axis(labels: Labels, axis: int) -> Labels:
     """Labels after an axis of size 1 was put in at ``axis``."""
-    return tuple(Label(np.expand_dims(x.ids, axis), x.pack + (x.pack >= axis)) for x in labels)
+    return tuple(Label(np.expand_dims(x.ids, axis), x.pack + (x.pack >= axis), x.start) for x in labels)
 
 
 def take(atoms: Atoms, labels: Labels, axis: int, index: Ids, reason: Reason) -> Labels:
@@ -178,7 +178,7 @@ def _moved_whole(
         return None
     target = [1] * len(after)
     target[where[0]] = before[axis]
-    return Label(label.ids.reshape(target), where[0])
+    return Label(label.ids.reshape(target), where[0], label.start)
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

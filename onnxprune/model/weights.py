@@ -259,7 +259,8 @@ def _check_step(name: str, shape: Sequence[int], axis: int, index: Array) -> Non
     ):
         raise ValueError(f"{name}: an index of shape {index.shape} does not fit {shape} along axis {axis}")
     # As unsigned numbers negative ones are huge: one search finds both.
-    if index.size and np.maximum.reduce(index.astype(np.uint64), axis=None) >= shape[axis]:
+    plain = index.view(np.uint64) if index.dtype == np.int64 else index.astype(np.uint64)
+    if index.size and np.maximum.reduce(plain, axis=None) >= shape[axis]:
         raise ValueError(f"{name}: index {index.min()}..{index.max()} leaves axis {axis} of {shape}")
 
 

@@ -33,7 +33,7 @@ class After:
         """The label, its mask, and the sizes of its axes as ``kept_sizes`` has them; many tensors share a label."""
         known = self._kept.get(id(label))
         if known is None:
-            gone = self.removed[label.ids]
+            gone = label.of(self.removed)
             lost = int(np.count_nonzero(gone))
             keep = np.logical_not(gone) if lost else None
             if keep is None:

@@ -48,7 +48,7 @@ class Table:
 
     def _born(self, n: int, name: str, axis: int, rank: int) -> Label:
         ids = self.atoms.new(n, name, axis)
-        return Label(ids.reshape((1,) * axis + (n,) + (1,) * (rank - axis - 1)), axis)
+        return Label(ids.reshape((1,) * axis + (n,) + (1,) * (rank - axis - 1)), axis, self.atoms.count - n)
 
     def set(self, name: str, labels: Labels) -> None:
         """State the labels of a tensor and remember its grids."""

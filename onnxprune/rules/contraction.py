@@ -25,7 +25,8 @@ def into_letters(labels: Labels, term: str, letters: str) -> Labels:
         shape = [1] * len(letters)
         for i, axis in enumerate(where):
             shape[axis] = label.ids.shape[i]
-        result.append(Label(label.ids.transpose(order).reshape(shape), where[label.pack]))
+        start = -1 if label.is_grid else label.start
+        result.append(Label(label.ids.transpose(order).reshape(shape), where[label.pack], start))
     return tuple(result)
 
 

@@ -30,7 +30,10 @@ _SETTINGS |= {("QuantizeLinear", 1), ("QuantizeLinear", 2), ("MatMulNBits", 1), 
 def is_setting(graph: Graph, name: str) -> bool:
     """Whether a weight is only read as scale, zero point or codes packed into bytes, and says nothing by itself."""
     readers = graph.consumers.get(name, ())
-    return bool(readers) and all((node.op, i) in _SETTINGS for node, i in readers)
+    for node, i in readers:
+        if (node.op, i) not in _SETTINGS:
+            return False
+    return bool(readers)
 
 
 def real_values(graph: Graph, name: str, codes: NDArray[Any]) -> NDArray[Any]:

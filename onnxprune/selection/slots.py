@@ -87,13 +87,13 @@ def claims(
             continue
         found: list[Claim] = []
         for label in labels:
-            numbers = group_of[label.ids]
+            numbers = label.of(group_of)
             only = _only(numbers)
             if only == -1:  # what no wanted group claims
                 continue
-            unit = unit_of[label.ids]
+            unit = label.of(unit_of)
             if removed is not None:
-                numbers = np.where(removed[label.ids], -1, numbers)
+                numbers = np.where(label.of(removed), -1, numbers)
                 only = _only(numbers)
             place = _place(table, name, label) if placed else (0,)
             present = [only] if only is not None else (np.flatnonzero(np.bincount(numbers.ravel() + 1)) - 1).tolist()
@@ -139,7 +139,7 @@ def weight_values(table: Table, name: str, removed: Mask | None) -> NDArray[Any]
 def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDArray[Any]:
     """A weight with 0 at every position that is gone, along each of its labelled axes."""
     for label in labels:
-        gone = removed[label.ids]
+        gone = label.of(removed)
         if gone.any():
             array = np.where(gone, array.dtype.type(0), array)
     return array
