@@ -79,7 +79,8 @@ class Analysis:
             self.loaded: Loaded = load(source)
             self.approximate = approximate
             # Preparations, each undone after a cut where it was not needed: see restore and rejoin.
-            self.unshared, self.copies = unshare(Graph.of(self.loaded.proto, self.loaded.weights))
+            graph = Graph.of(self.loaded.proto, self.loaded.weights, names=self.loaded.names)
+            self.unshared, self.copies = unshare(graph)
             folded, self.folds = fold(self.unshared)
             self.facts: Facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
             self.graph, self.hoists = hoist(folded, self.facts)

@@ -102,11 +102,18 @@ class Graph:
     """The nodes that compute something: all but Constant nodes, whose values are weights."""
 
     @classmethod
-    def of(cls, proto: onnx.ModelProto, weights: Mapping[str, Weight], known: Iterable[Node] = ()) -> Graph:
+    def of(
+        cls,
+        proto: onnx.ModelProto,
+        weights: Mapping[str, Weight],
+        known: Iterable[Node] = (),
+        names: Sequence[tuple[list[str], list[str]]] = (),
+    ) -> Graph:
         """The view of ``proto``; Constant nodes join the weights.
 
         ``known`` are nodes of another view of which ``proto`` may hold copies, in the same order: they are recognised
-        by their outputs and not decoded again, so none of them may have been changed.
+        by their outputs and not decoded again, so none of them may have been changed. ``names`` are the inputs and
+        outputs of all nodes, where somebody has them.
         """
         graph = cls(proto=proto, weights=dict(weights))
         graph.opsets = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in proto.opset_import}
@@ -115,14 +122,21 @@ class Graph:
         graph.outputs = [o.name for o in proto.graph.output]
         decoded = {node.outputs[0]: node for node in known if node.outputs}
         for index, node in enumerate(proto.graph.node):
+            if names:
+                graph._add(graph._decode(index, node, *names[index]))
+                continue
             outputs = node.output
             old = decoded.get(outputs[0]) if decoded and outputs else None
-            graph._add(graph._decode(index, node, list(outputs)) if old is None else old.at(index, node))
+            new = graph._decode(index, node, list(node.input), list(outputs)) if old is None else old.at(index, node)
+            graph._add(new)
         return graph
 
     def altered(self, proto: onnx.ModelProto, weights: dict[str, Weight], changed: Iterable[int]) -> Graph:
         """The view of a copy whose nodes are the same, at the same places, but for what the ``changed`` ones read."""
-        new = {i: self._decode(i, proto.graph.node[i], self.nodes[i].outputs) for i in changed}
+        new = {
+            i: self._decode(i, proto.graph.node[i], list(proto.graph.node[i].input), self.nodes[i].outputs)
+            for i in changed
+        }
         consumers, producer = dict(self.consumers), dict(self.producer)
         for name in {n for i, node in new.items() for n in (*node.inputs, *self.nodes[i].inputs) if n}:
             consumers[name] = [(node, k) for node, k in consumers.get(name, ()) if node.index not in new]
@@ -137,10 +151,10 @@ class Graph:
         read = {name: readers for name, readers in consumers.items() if readers}
         return replace(self, proto=proto, weights=weights, nodes=nodes, steps=steps, producer=producer, consumers=read)
 
-    def _decode(self, index: int, proto: onnx.NodeProto, outputs: list[str]) -> Node:
+    def _decode(self, index: int, proto: onnx.NodeProto, inputs: list[str], outputs: list[str]) -> Node:
         domain = "" if proto.domain == "ai.onnx" else proto.domain
         version = self.opsets.get(domain, 1)
-        return Node(index, proto.op_type, domain, version, proto.name, list(proto.input), outputs, proto)
+        return Node(index, proto.op_type, domain, version, proto.name, inputs, outputs, proto)
 
     def _add(self, node: Node) -> None:
         self.nodes.append(node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +46,7 @@ class Loaded:
         digest: the SHA-256 of the model file's bytes, or of a ModelProto's skeleton and weights; computed when asked.
         size: bytes of the model file and of the files with its external data.
         external: the files with its external data.
+        names: inputs and outputs of every node of the graph, where they are known already; else empty.
     """
 
     proto: ModelProto
@@ -54,6 +55,7 @@ class Loaded:
     digest: Callable[[], str]
     size: int
     external: tuple[Path, ...] = ()
+    names: Sequence[tuple[list[str], list[str]]] = ()
 
     @cached_property
     def sha256(self) -> str:
@@ -236,12 +238,12 @@ def _finish(
         TensorWeight(tensor)  # raises when the data do not fit the shape
     if proto.functions:
         proto = _inlined(proto)
-    check_structure(proto)
+    names = check_structure(proto)
     opened = open_bodies(proto)
     for tensor in opened.graph.initializer[len(proto.graph.initializer) :]:
         weights[tensor.name] = _take_data(tensor)
     size += sum(file.stat().st_size for file in files)
-    return Loaded(opened, weights, path, digest, size, tuple(files))
+    return Loaded(opened, weights, path, digest, size, tuple(files), names if opened is proto else ())
 
 
 def _inlined(proto: ModelProto) -> ModelProto:

@@ -9,18 +9,23 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 from onnxprune.errors import ModelError
 
 _Scope = tuple[set[str], ...]
+Names = list[tuple[list[str], list[str]]]
+"""The inputs and outputs of every node of a graph, in order: protobuf takes its time to hand them out."""
 
 
-def check_structure(proto: ModelProto) -> None:
+def check_structure(proto: ModelProto) -> Names:
     """Checks names and order of a model's graphs; needs no weights, takes time linear in the nodes.
+
+    Returns:
+        the names that the nodes of the main graph read and make.
 
     Raises:
         ModelError: a name that is not text, a tensor defined twice, read before it is made, or never made.
     """
-    _check_graph(proto.graph, ())
+    return _check_graph(proto.graph, ())
 
 
-def _check_graph(graph: GraphProto, outer: _Scope) -> None:
+def _check_graph(graph: GraphProto, outer: _Scope) -> Names:
     inputs = [value.name for value in graph.input]
     initializers = [tensor.name for tensor in graph.initializer]
     initializers += [sparse.values.name for sparse in graph.sparse_initializer]
@@ -30,8 +35,10 @@ def _check_graph(graph: GraphProto, outer: _Scope) -> None:
     # An initializer may bear an input's name: it is that input's default value.
     known = {*inputs, *initializers}
     scope = (*outer, known)
+    names: Names = []
     for node in graph.node:
         inputs, outputs = list(node.input), list(node.output)
+        names.append((inputs, outputs))
         _check_node(node, inputs, outputs, graph, scope)
         for output in outputs:
             if output and output in known:
@@ -45,6 +52,7 @@ def _check_graph(graph: GraphProto, outer: _Scope) -> None:
                 f"the graph output {output!r} is made by no node of graph {graph.name!r}",
                 hint="Export the model again.",
             )
+    return names
 
 
 def _check_node(node: NodeProto, inputs: list[str], outputs: list[str], graph: GraphProto, scope: _Scope) -> None:
