@@ -146,6 +146,20 @@ def _split(node: Node, values: Values) -> list[np.ndarray]:
     return list(np.split(data, np.cumsum(sizes)[:-1], axis=axis))
 
 
+def _power(node: Node, values: Values) -> np.ndarray:
+    base = _given(values, 0)
+    return np.asarray(np.power(base, _given(values, 1))).astype(base.dtype)
+
+
+def _scatter(node: Node, values: Values) -> Any:
+    """ScatterND: slices of a copy replaced; forms that combine old and new are left to onnx's evaluator."""
+    result, where = np.array(_given(values, 0)), _given(values, 1)
+    if node.attrs.get("reduction", "none") != "none" or where.shape[-1] == 0:
+        return _reference(node, values)
+    result[tuple(np.moveaxis(where, -1, 0))] = _given(values, 2)
+    return result
+
+
 FUNCTIONS: dict[str, Function] = {
     "Identity": _plain(lambda x: x),
     "Cast": _cast,
@@ -160,6 +174,8 @@ FUNCTIONS: dict[str, Function] = {
     "Sub": _plain(np.subtract),
     "Mul": _plain(np.multiply),
     "Div": _divide,
+    "Pow": _power,
+    "ScatterND": _scatter,
     "Mod": lambda n, v: (np.fmod if n.attrs.get("fmod", 0) else np.mod)(_given(v, 0), _given(v, 1)),
     "Neg": _plain(np.negative),
     "Sqrt": _plain(np.sqrt),
