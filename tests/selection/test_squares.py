@@ -89,3 +89,17 @@ def test_infinite_weights_are_refused() -> None:
     model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, model.graph.initializer[0].name))
     with pytest.raises(ModelError, match="NaN or infinity"):
         op.prune(model, ratio=0.5, validate=False)
+
+
+def test_own_criteria_of_squares_are_asked_about_nothing_else() -> None:
+    def power(slot: criteria.Slot) -> np.ndarray:
+        raise AssertionError(slot.tensor)
+
+    criteria.register("power", of_squares=lambda sums: sums**0.5)(power)
+    try:
+        own, l2 = (
+            op.prune(MODELS / "residual.onnx", criterion=c, ratio=0.4, validate=False).plan for c in ("power", "l2")
+        )
+    finally:
+        criteria.unregister("power")
+    assert [g.removed for g in own.groups] == [g.removed for g in l2.groups] != []
