@@ -17,8 +17,8 @@ from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
 from onnxprune.passes.prepared import Prepared
 from onnxprune.runtime.floats import measures
-from onnxprune.runtime.logits import are_probabilities, logits
 from onnxprune.runtime.parallel import spread
+from onnxprune.runtime.probabilities import are_probabilities, roots
 from onnxprune.runtime.sessions import Feed, open_session, run
 
 # Multiply-accumulates that all measurements together may take, and samples that are enough.
@@ -30,7 +30,7 @@ _NOTHING = 1e-9
 
 
 class Outputs:
-    """A model's outputs on a few samples (logits for class probabilities), to hold those of changed weights against.
+    """A model's outputs on a few samples, to hold those of changed weights against; of probabilities the square roots.
 
     Args:
         model: as it is. feeds: the samples.
@@ -57,7 +57,7 @@ class Outputs:
         if self._probable is None:  # the original comes first
             self._probable = {n for n, v in found[0].items() if are_probabilities(v)} if found else set()
         probable = self._probable
-        return [{n: logits(v) if n in probable else v.astype(np.float64) for n, v in r.items()} for r in found]
+        return [{n: roots(v) if n in probable else v.astype(np.float64) for n, v in r.items()} for r in found]
 
 
 def output_gains(outputs: Outputs, layers: Sequence[Opened], names: Sequence[str]) -> list[float]:

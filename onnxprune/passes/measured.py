@@ -27,7 +27,7 @@ from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import CannotRewrite, cut
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.floats import measures
-from onnxprune.runtime.logits import are_probabilities, logits
+from onnxprune.runtime.probabilities import are_probabilities, roots
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.selection.drift import SHARES, along, counts
 from onnxprune.selection.map_slots import CapturedMaps
@@ -57,8 +57,8 @@ def measured(
 
     Each group is cut alone, to a few sizes; the contractions that read it are corrected for what went (least squares,
     see :func:`onnxprune.criteria.elimination.corrected`), and drift is |y' - y|^2 / |y - mean y|^2 over held-out
-    samples (of logits for class probabilities), averaged over the outputs. Groups then compare by what counts in the
-    end, however wide and deep they are.
+    samples (of class probabilities the square roots), averaged over the outputs. Groups then compare by what counts in
+    the end, however wide and deep they are.
     A group of which no cut can be run keeps the mean drift of the others.
 
     Args:
@@ -185,11 +185,11 @@ class _Trial:
         return self._scale
 
     def _outputs(self, session: Any, feed: Feed) -> dict[str, Array]:
-        """What the model gives, with the logits behind class probabilities."""
+        """What the model gives, with the square roots of class probabilities."""
         found = run(session, feed)
         if self._probable is None:  # the original comes first
             self._probable = {name for name, value in found.items() if are_probabilities(value)}
-        return {name: logits(value) if name in self._probable else value for name, value in found.items()}
+        return {name: roots(value) if name in self._probable else value for name, value in found.items()}
 
     def _session(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> Any:
         save(proto, weights, self.path)

@@ -132,7 +132,7 @@ def is_worse(after: Fidelity, before: Fidelity) -> bool:
 
 
 def noise(facts: Fidelity) -> float:
-    """|a - b|^2 / |a|^2, at most 1, averaged over outputs; of logits for class probabilities."""
+    """|a - b|^2 / |a|^2, at most 1, averaged over outputs; the Hellinger distance for class probabilities."""
     return float(np.mean([o.noise for o in facts.outputs] or [0.0]))
 
 

@@ -54,19 +54,19 @@ class Exactness:
 class OutputFidelity:
     """Final model against the original for one output: cosine, signal-to-noise in dB, top-1 agreement or None.
 
-    ``logits_db``: signal-to-noise of the logits behind an output of class probabilities; None for any other.
+    ``hellinger``: mean squared Hellinger distance of class probabilities, 0 to 1; None for any other output.
     """
 
     output: str
     cosine: float
     snr_db: float
     top1: float | None = None
-    logits_db: float | None = None
+    hellinger: float | None = None
 
     @property
     def noise(self) -> float:
-        """|a - b|^2 / |a|^2, at most 1; of logits where those are known."""
-        return min(1.0, 10 ** (-(self.snr_db if self.logits_db is None else self.logits_db) / 10))
+        """|a - b|^2 / |a|^2, at most 1; the squared Hellinger distance for class probabilities."""
+        return min(1.0, 10 ** (-self.snr_db / 10)) if self.hellinger is None else self.hellinger
 
 
 @dataclass(slots=True)

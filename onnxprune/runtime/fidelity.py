@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxprune.report.facts import Fidelity, OutputFidelity
 from onnxprune.runtime.floats import eps, measures
-from onnxprune.runtime.logits import are_probabilities, logits
+from onnxprune.runtime.probabilities import are_probabilities, roots
 from onnxprune.runtime.sessions import Array, Feed, Progress, open_session, run
 
 _SNR_LIMIT = 300.0  # dB; equal outputs would be infinite, which JSON cannot hold
@@ -21,9 +21,9 @@ _SNR_LIMIT = 300.0  # dB; equal outputs would be infinite, which JSON cannot hol
 
 @dataclass(slots=True)
 class _Sums:
-    """Running sums of one output: products of original a, final b and their difference d; elements; rows of logits.
+    """Running sums of one output: products of original a, final b and their difference d; elements; rows of scores.
 
-    ``ll``, ``ld``: of the logits behind probabilities and of their differences; NaN for what is none.
+    ``apart``: squared Hellinger distances of rows of probabilities; NaN for what is none.
     """
 
     numeric: bool
@@ -35,8 +35,7 @@ class _Sums:
     elements: int = 0
     agree: int = 0
     rows: int = 0
-    ll: float = 0.0
-    ld: float = 0.0
+    apart: float = 0.0
     broken: str = ""
 
 
@@ -53,12 +52,12 @@ def fidelity(
     """Compare the final model with the original on ``feeds``, output by output, over all batches together.
 
     Cosine is ``a·b / (|a| |b|)`` and signal-to-noise ``10 log10(|a|² / |a - b|²)`` in dB (within ±300), in float64.
-    Where rows of the original are class probabilities, signal-to-noise of the logits behind them is told as well: see
-    :mod:`onnxprune.runtime.logits`. Top-1 is the share of rows with the same argmax over the last axis, for float
-    outputs of rank 2 or 3 whose last axis has 2 or more entries. Positions where the original is not finite are left
-    out; where only the final model is not, its value counts as 0. For integers wider than 8 bits, booleans and strings
-    (classes, indices) cosine and top-1 are the share of equal elements. An output whose shape or presence differs
-    counts as cosine 0 (``note`` says so).
+    Where rows of the original are class probabilities, their Hellinger distance is told as well: see
+    :mod:`onnxprune.runtime.probabilities`. Top-1 is the share of rows with the same argmax over the last axis, for
+    float outputs of rank 2 or 3 whose last axis has 2 or more entries. Positions where the original is not finite are
+    left out; where only the final model is not, its value counts as 0. For integers wider than 8 bits, booleans and
+    strings (classes, indices) cosine and top-1 are the share of equal elements. An output whose shape or presence
+    differs counts as cosine 0 (``note`` says so).
     With ``together`` both models are open at once and outputs are compared batch by batch; without, the original's
     outputs are kept and only one model is in memory at a time, for which ``feeds`` is iterated twice.
 
@@ -119,7 +118,7 @@ def _add_numbers(s: _Sums, a: Array, b: Array) -> None:
         order_a, order_b = (np.where(np.isnan(x), -np.inf, x).argmax(-1) for x in (a, b))
         s.agree += int((order_a == order_b).sum())
         s.rows += order_a.size
-    _add_logits(s, a, b, probable)
+    s.apart += 0.5 * float(np.square(roots(a) - roots(b)).sum()) if probable else math.nan
     known = np.isfinite(a)
     a, b = a[known], b[known]
     b = np.where(np.isfinite(b), b, 0.0)
@@ -128,16 +127,6 @@ def _add_numbers(s: _Sums, a: Array, b: Array) -> None:
     s.bb += float(b @ b)
     s.ab += float(a @ b)
     s.dd += float((a - b) @ (a - b))
-
-
-def _add_logits(s: _Sums, a: Array, b: Array, probable: bool) -> None:
-    """Add those of one pair of arrays; what is no probability once is none at all."""
-    if not probable:
-        s.ll = math.nan
-    if not math.isnan(s.ll):
-        one, other = logits(a), logits(b)
-        s.ll += float(np.square(one).sum())
-        s.ld += float(np.square(one - other).sum())
 
 
 def _finish(name: str, s: _Sums) -> OutputFidelity:
@@ -149,15 +138,10 @@ def _finish(name: str, s: _Sums) -> OutputFidelity:
         snr = _SNR_LIMIT if share == 1 else -10 * math.log10(1 - share)
         return OutputFidelity(name, share, snr, share)
     top1 = s.agree / s.rows if s.rows else None
-    behind = None if math.isnan(s.ll) else _decibels(s.ll, s.ld)
+    apart = None if math.isnan(s.apart) or not s.rows else min(1.0, s.apart / s.rows)
     if not s.dd:
-        return OutputFidelity(name, 1.0, _SNR_LIMIT, top1, behind)
+        return OutputFidelity(name, 1.0, _SNR_LIMIT, top1, apart)
     cosine = s.ab / math.sqrt(s.aa) / math.sqrt(s.bb) if s.aa and s.bb else 0.0
-    return OutputFidelity(name, min(1.0, max(-1.0, cosine)), _decibels(s.aa, s.dd), top1, behind)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """Signal-to-noise in dB from sums of squares, within what JSON can hold."""
-    if not noise:
-        return _SNR_LIMIT
-    return min(_SNR_LIMIT, max(-_SNR_LIMIT, 10 * (math.log10(signal) - math.log10(noise)) if signal else -_SNR_LIMIT))
+    snr = 10 * (math.log10(s.aa) - math.log10(s.dd)) if s.aa else -_SNR_LIMIT
+    snr = min(_SNR_LIMIT, max(-_SNR_LIMIT, snr))
+    return OutputFidelity(name, min(1.0, max(-1.0, cosine)), snr, top1, apart)

@@ -119,21 +119,23 @@ def test_no_feeds_and_broken_models_are_said() -> None:
         fidelity(IDENTITY, b"broken", FEEDS, "s")
 
 
-def test_probabilities_are_told_apart_by_the_logits_behind_them() -> None:
-    """Rows so sure of their class that probabilities hardly move; the scores behind them are off by a quarter."""
+def test_probabilities_are_told_apart_by_their_square_roots() -> None:
+    """Rows so sure of their class that probabilities hardly move: what is left for other classes is no rounding."""
     sure = through("z = Mul(x, two) y = Softmax(z)")
     less = model("agraph (float[N,3] x) => (float[N,3] y) { z = Mul(x, some) y = Softmax(z) }", some=np.float32(1.5))
-    feeds = [{"x": np.float32([[6, 0, 0], [0, 6, 0], [0, 0, 5]]) + np.float32(0.01) * f["x"][:3]} for f in FEEDS]
+    feeds = [{"x": np.float32([[6, 0, 0], [0, 6, 0], [0, 0, 6]])}, {"x": np.float32([[6, 0, 0]])}]
     (output,) = fidelity(sure, less, feeds, "s").outputs
-    assert output.snr_db > 60 and output.logits_db == pytest.approx(10 * math.log10(16), abs=1e-2)
-    assert output.noise == pytest.approx(1 / 16, rel=1e-2)
+    p, q = (np.exp(scale * np.array([6.0, 0, 0])) for scale in (2.0, 1.5))
+    affinity = float(np.sqrt(p / p.sum() * q / q.sum()).sum())
+    assert output.snr_db > 60 and output.hellinger == pytest.approx(1 - affinity, rel=1e-3)
+    assert output.noise == output.hellinger
 
 
-def test_only_probabilities_have_logits_behind_them() -> None:
-    (logits,) = fidelity(IDENTITY, through("y = Mul(x, two)"), FEEDS, "s").outputs
-    assert logits.logits_db is None and logits.noise == pytest.approx(1.0)
+def test_only_probabilities_have_that_distance() -> None:
+    (scores,) = fidelity(IDENTITY, through("y = Mul(x, two)"), FEEDS, "s").outputs
+    assert scores.hellinger is None and scores.noise == pytest.approx(1.0)
     sums = [{"x": np.float32([[0.5, 0.5, 0.5], [0.2, 0.3, 0.5]])}]
-    assert fidelity(IDENTITY, IDENTITY, sums, "s").outputs[0].logits_db is None
+    assert fidelity(IDENTITY, IDENTITY, sums, "s").outputs[0].hellinger is None
     once = [{"x": np.float32([[0.5, 0.25, 0.25]])}, *sums]
-    assert fidelity(IDENTITY, IDENTITY, once[:1], "s").outputs[0].logits_db == 300.0
-    assert fidelity(IDENTITY, IDENTITY, once, "s").outputs[0].logits_db is None
+    assert fidelity(IDENTITY, IDENTITY, once[:1], "s").outputs[0].hellinger == 0.0
+    assert fidelity(IDENTITY, IDENTITY, once, "s").outputs[0].hellinger is None

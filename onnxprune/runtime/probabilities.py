@@ -1,4 +1,4 @@
-"""Class probabilities as the logits behind them, whose differences say what those of probabilities hide."""
+"""Class probabilities, and the square roots by which distributions are compared."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from onnxprune.runtime.floats import eps
 
 # How far a row may be from adding up to 1, per class and in machine epsilons.
 _ROUNDING = 64.0
-# What float32 can tell from 0 beside 1; less probable classes count as no less than that.
-_LEAST = 2.0**-23
 
 
 def are_probabilities(values: NDArray[Any]) -> bool:
@@ -30,14 +28,12 @@ def are_probabilities(values: NDArray[Any]) -> bool:
     return bool(low >= 0 and np.abs(sums - 1.0).max() <= within)
 
 
-def logits(probabilities: NDArray[Any]) -> NDArray[np.float64]:
-    """log p less its mean over the last axis, p at least 2^-23: what a Softmax was given, up to a constant per row.
+def roots(probabilities: NDArray[Any]) -> NDArray[np.float64]:
+    """Square roots of probabilities, in float64: their squared distance, halved, is the squared Hellinger distance.
 
-    The error of a probability next to 0 or 1 is small however wrong the class score behind it is.
-
-    Args:
-        probabilities: [..., classes]; what is not finite counts as 0.
+    H^2(p, q) = 1/2 sum_c (p_c^1/2 - q_c^1/2)^2, from 0 to 1. Unlike a difference of probabilities it does not go by the
+    most probable class alone. What is not finite, or below 0, counts as 0. Le Cam and Yang, Asymptotics in Statistics,
+    2nd edition, 2000.
     """
     known = np.nan_to_num(probabilities.astype(np.float64), nan=0.0, posinf=1.0, neginf=0.0)
-    found = np.log(np.maximum(known, _LEAST))
-    return np.asarray(found - found.mean(axis=-1, keepdims=True))
+    return np.sqrt(np.maximum(known, 0.0))
