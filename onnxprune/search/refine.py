@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate
 from onnxprune.budget.costs import Cost
+from onnxprune.budget.learn import Learned
 from onnxprune.search.attempt import Attempt
-from onnxprune.search.learn import Learned
 from onnxprune.search.problem import Answer, Problem
 
 Array = NDArray[np.float64]
@@ -66,7 +66,7 @@ class Refine:
     Scores see a group alone; what it is worth beside the others shows when all are cut. A knapsack with one group's
     losses multiplied takes from it or gives to it what others can best give or take, within the limits; such answers
     are tried for the dearest groups first, and kept where the outputs come closer to the original's. In between,
-    weights that would explain all answers so far (see :class:`onnxprune.search.learn.Learned`) are tried, as long as
+    weights that would explain all answers so far (see :class:`onnxprune.budget.learn.Learned`) are tried, as long as
     that helps.
 
     Args:

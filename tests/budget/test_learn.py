@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnxprune.budget.allocate import Choices
-from onnxprune.search.learn import Learned
+from onnxprune.budget.learn import Learned
 
 LEVELS = np.arange(1, 9)
 
