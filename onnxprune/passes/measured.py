@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.criteria.elimination import corrected
-from onnxprune.errors import UsageError
+from onnxprune.errors import ModelError, UsageError
 from onnxprune.groups.units import Group
 from onnxprune.model.save import save
 from onnxprune.model.weights import ArrayWeight, GatheredWeight, Weight
@@ -77,10 +77,11 @@ def measured(
     drifts: dict[int, dict[int, float]] = {}
     with state.stage("measure"), tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         trial = _Trial(analysis, captured, held, Path(folder) / "cut.onnx")
+        trial.original()
         wanted = [(g, n) for g in groups if g.id in scores for n in counts(g.steps, shares)]
         for number, (group, gone) in enumerate(wanted):
             units = group.units[weakest(scores[group.id], group.classes, group.steps, gone)]
-            with suppress(CannotRewrite):
+            with suppress(CannotRewrite, ModelError):
                 drifts.setdefault(group.id, {})[gone] = trial.drift(units)
             state.tell("measure", (number + 1) / len(wanted))
     every = [d for found in drifts.values() for d in found.values()]
@@ -157,7 +158,7 @@ class _Trial:
         after = After(self.analysis.table, removed)
         for site in self.captured.sites:
             self._correct(site, after, weights)
-        scale = self._original()
+        scale = self.original()
         session = self._session(proto, weights)
         errors = dict.fromkeys(scale, 0.0)
         for feed, wanted in zip(self.feeds, self._wanted, strict=True):
@@ -166,7 +167,7 @@ class _Trial:
                 errors[name] += _square(found[name], wanted[name])
         return float(np.mean([min(errors[n] / scale[n], 1.0) for n in scale]))
 
-    def _original(self) -> Mapping[str, float]:
+    def original(self) -> Mapping[str, float]:
         """Sums of squares of the original's outputs about their mean, by name; those that vary."""
         if self._scale is None:
             graph = self.analysis.graph

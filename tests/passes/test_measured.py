@@ -12,7 +12,8 @@ from build import Net
 
 import onnxprune as op
 from onnxprune.criteria.elimination import corrected
-from onnxprune.errors import UsageError
+from onnxprune.errors import ModelError, UsageError
+from onnxprune.passes import measured
 from onnxprune.statistics import Maps
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -96,3 +97,21 @@ def test_corrections_are_least_squares() -> None:
     plain, _ = corrected(maps, weights, gone, biased=False)
     best = np.linalg.lstsq(rows[:, :4], wanted, rcond=None)[0]
     np.testing.assert_allclose(plain[0, :4], best, atol=0.02)
+
+
+def test_cuts_that_do_not_run_leave_the_others_to_go_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original has to run; of a group of which no cut does, nothing is known but the mean of the others."""
+    opened, real = [0], measured.open_session
+
+    def sessions(path: Any, **options: Any) -> Any:
+        opened[0] += 1
+        if 1 < opened[0] <= 5:  # the cuts of the first group
+            raise ModelError("onnxruntime cannot run this")
+        return real(path, **options)
+
+    monkeypatch.setattr(measured, "open_session", sessions)
+    first, second = lost(two_branches(0.05), normalize="measured")
+    assert opened[0] == 9 and first + second >= 12
+    opened[0] = 1  # now the original comes among those that do not run
+    with pytest.raises(ModelError):
+        lost(two_branches(0.05), normalize="measured")
