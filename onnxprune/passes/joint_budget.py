@@ -11,7 +11,7 @@ import numpy as np
 from onnxprune.errors import BudgetError
 from onnxprune.factors.allocate import allocate, reach, usual
 from onnxprune.factors.choose import Chosen
-from onnxprune.graph.cost import macs
+from onnxprune.graph.cost import is_layer, macs
 from onnxprune.passes.calls import Calls
 from onnxprune.passes.factor_work import Done, Work
 from onnxprune.passes.gains import ENOUGH, Outputs, few, output_gains
@@ -220,7 +220,9 @@ def _worst(done: Sequence[Done]) -> float:
 
 
 def _macs_of(work: Work) -> int:
-    return sum(macs(node, work.shape) for node in work.model.graph.steps)
+    """Multiply-accumulates of all layers, as reports and budgets count them: products of two activations are no layer."""
+    graph = work.model.graph
+    return sum(macs(node, work.shape) for node in graph.steps if is_layer(node, graph))
 
 
 def _cost_of(work: Work) -> int:

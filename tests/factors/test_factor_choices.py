@@ -49,6 +49,14 @@ def test_a_global_ratio_holds_for_the_model() -> None:
         assert 0.5 * totals.macs_before < totals.macs_after <= 0.6 * totals.macs_before
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_a_ratio_counts_what_the_report_counts(ratio: float) -> None:
+    """Products of queries and keys are no layers: they neither have to be saved, nor made up for by others."""
+    model = Path(__file__).parents[2] / "models" / "attention.onnx"
+    totals = op.factorize(model, ratio=ratio, timed=False, latency=False, validate=False).report.totals
+    assert 1 - ratio - 0.01 < totals.macs_after / totals.macs_before <= 1 - ratio
+
+
 def test_a_ratio_of_the_parameters() -> None:
     result = run(net(), "auto", ratio=0.4, cost="params", timed=False)
     totals = result.report.totals
