@@ -220,7 +220,7 @@ def _worst(done: Sequence[Done]) -> float:
 
 
 def _macs_of(work: Work) -> int:
-    """Multiply-accumulates of all layers, as reports and budgets count them: products of two activations are no layer."""
+    """Multiply-accumulates of all layers, as reports count them: a product of two activations is none."""
     graph = work.model.graph
     return sum(macs(node, work.shape) for node in graph.steps if is_layer(node, graph))
 
