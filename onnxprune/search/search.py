@@ -33,6 +33,8 @@ from onnxprune.search.wishes import Wishes
 Array = NDArray[np.float64]
 # How often a budget is halved towards the smallest that works.
 _HALVINGS = 6
+# Noise of the outputs below which no answer is worth looking for that has less.
+_FAITHFUL = 1e-4
 
 
 @dataclass(slots=True)
@@ -149,10 +151,11 @@ class Search:
         return tried if mixture is None else tried + mixture.trials(lambda a: self._carried_out(problem, a))
 
     def _refined(self, problem: Problem, tried: Sequence[Tried], best: Answer) -> list[Tried]:
-        """Answers around the best one; by default where a repair says what a cut is worth."""
+        """Answers around the best one; by default where a repair says what a cut is worth, and something was lost."""
         trials = self.wishes.trials
         if trials is None:
-            trials = 0 if self.mode == "none" else trials_of(sample_macs(problem.analysis))
+            faithful = self.wishes.metric is None and any(t.quality.fine > -_FAITHFUL for _, t in tried)
+            trials = 0 if self.mode == "none" or faithful else trials_of(sample_macs(problem.analysis))
         mixture = self._mixture(problem)
         if not trials or not tried or best.name == ALONE:
             return []

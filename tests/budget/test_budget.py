@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -195,3 +196,13 @@ def test_metrics_that_are_not_there(tmp_path: Path) -> None:
 def test_a_fidelity_gate_without_a_budget() -> None:
     with pytest.raises(BudgetError, match="min_fidelity"):
         op.prune(MODELS / "residual.onnx", ratio=0.8, min_fidelity=0.9999, latency=False)
+
+
+def test_no_answer_is_looked_for_where_nothing_was_lost() -> None:
+    """By default; whoever asks for trials has them."""
+    given: Any = {"target": "macs=0.4", "data": DIGITS, "samples": 256, "latency": False}
+    facts = op.prune(MODELS / "residual.onnx", **given).report.budget
+    assert facts is not None and max(a.fine for a in facts.answers) > -1e-4
+    assert NAME not in {a.name for a in facts.answers}
+    facts = op.prune(MODELS / "residual.onnx", trials=2, **given).report.budget
+    assert facts is not None and NAME in {a.name for a in facts.answers}
