@@ -30,10 +30,11 @@ WITH_DATA, WITHOUT = "ziplm", "l2"
 class Budget:
     """Cut to targets.
 
-    Counts per group come from a knapsack over scores (or measured sensitivities) and costs, see
-    :func:`onnxprune.budget.allocate.allocate`. They are held against the same share for every group: both are cut,
-    repaired from 128 samples and measured, and the better one is repaired from all data. Where wished, layers may be
-    taken apart as well, see :class:`onnxprune.search.mixture.Mixture`.
+    Counts per group come from knapsacks over scores, over what cutting each group alone does to the outputs (with data)
+    or over measured sensitivities, and costs, see :func:`onnxprune.budget.allocate.allocate`. They are held against the
+    same share for every group: all are cut, repaired from 128 samples and measured. Others are tried around the best,
+    see :class:`onnxprune.search.refine.Refine`, and the best of all is repaired from all data. Where wished, layers may
+    be taken apart as well, see :class:`onnxprune.search.mixture.Mixture`.
 
     Args:
         wishes: targets and gates. criterion: what scores units; ``ziplm`` with data, ``l2`` without.
