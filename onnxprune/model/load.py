@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 import onnx
-from onnx import GraphProto, ModelProto, TensorProto, inliner
+from onnx import GraphProto, ModelProto, TensorProto
 
 from onnxprune.errors import ModelError, OnnxpruneError, UsageError, nearest
 from onnxprune.model.external import attribute_tensors, bring_inline, external_weight, is_external
+from onnxprune.model.functions import inlined
 from onnxprune.model.opening import open_bodies
 from onnxprune.model.skeleton import without_data, without_graph, without_initializers
 from onnxprune.model.sniff import guess_format
@@ -237,20 +238,13 @@ def _finish(
             files[bring_inline(tensor, folder)] = None
         TensorWeight(tensor)  # raises when the data do not fit the shape
     if proto.functions:
-        proto = _inlined(proto)
+        proto = inlined(proto)
     names = check_structure(proto)
     opened = open_bodies(proto)
     for tensor in opened.graph.initializer[len(proto.graph.initializer) :]:
         weights[tensor.name] = _take_data(tensor)
     size += sum(file.stat().st_size for file in files)
     return Loaded(opened, weights, path, digest, size, tuple(files), names if opened is proto else ())
-
-
-def _inlined(proto: ModelProto) -> ModelProto:
-    try:
-        return inliner.inline_local_functions(proto)
-    except Exception as error:  # onnx's own errors have no common base either
-        raise ModelError(f"its local functions cannot be inlined: {error}", hint="Export the model again.") from error
 
 
 def _take_data(tensor: TensorProto) -> Weight:

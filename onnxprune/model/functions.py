@@ -1,0 +1,184 @@
+"""Model-local functions: bind their attributes call by call, then inline them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import onnx
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, inliner
+
+from onnxprune.errors import ModelError
+
+Key = tuple[str, str, str]
+Bindings = Mapping[str, AttributeProto]
+
+
+def inlined(proto: ModelProto) -> ModelProto:
+    """The model with calls of its local functions replaced by their bodies; ``proto`` is not changed.
+
+    onnx's inliner (1.23) forgets the default values of a function's attributes, and every value that a chain of
+    references (``ref_attr_name``) leads to from there: nodes of the body fall back to their operators' defaults, and
+    the model computes something else without a word. So every call gets a function of its own first, in which all
+    references are replaced by values; what is left for the inliner is the names of tensors.
+
+    Raises:
+        ModelError: a function calls itself, two have the same name, or the inliner refuses.
+    """
+    bound = _Binding(proto).model
+    try:
+        result = inliner.inline_local_functions(bound)
+    except Exception as error:  # onnx's own errors have no common base
+        raise _refused(str(error)) from error
+    _import_domains(result, proto.functions)
+    return result
+
+
+def _refused(why: str) -> ModelError:
+    return ModelError(f"its local functions cannot be inlined: {why}", hint="Export the model again.")
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+def _key(node: NodeProto | FunctionProto) -> Key:
+    """What a call and its function have in common: domain, name and overload."""
+    name = node.op_type if isinstance(node, NodeProto) else node.name
+    return _domain(node.domain), name, node.overload
+
+
+def _graphs(attribute: AttributeProto) -> Sequence[GraphProto]:
+    return [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
+
+
+class _Binding:
+    """A model in which no function has attributes: one function per set of values that it is called with.
+
+    The first function of every name keeps it, so that the names of inlined tensors, which the inliner makes of it, do
+    not depend on attributes.
+    """
+
+    def __init__(self, proto: ModelProto) -> None:
+        self.model = ModelProto()
+        self.model.CopyFrom(proto)
+        self._versions = {_domain(o.domain): o.version for o in proto.opset_import}
+        self._functions: dict[Key, FunctionProto] = {}
+        for function in proto.functions:
+            if self._functions.setdefault(_key(function), function) is not function:
+                raise _refused(f"two functions have the name {function.name!r}")
+        self._names = {key[1] for key in self._functions}
+        self._bound: dict[tuple[Key, bytes], str] = {}
+        self._open: set[Key] = set()
+        del self.model.functions[:]
+        self._bind(self.model.graph.node, {})
+
+    def _bind(self, nodes: Iterable[NodeProto], values: Bindings) -> None:
+        """Replace the references of nodes, and of the bodies in them, by values; point calls at functions without."""
+        for node in nodes:
+            _resolve(node, values)
+            for attribute in node.attribute:
+                for graph in _graphs(attribute):
+                    self._bind(graph.node, values)
+            key = _key(node)
+            if key in self._functions:
+                node.op_type = self._function(key, {a.name: a for a in node.attribute})
+                del node.attribute[:]
+
+    def _function(self, key: Key, given: Bindings) -> str:
+        """The name of a function without attributes that computes what ``key`` does with these."""
+        source = self._functions[key]
+        values = {a.name: a for a in source.attribute_proto}  # their default values
+        values.update((name, given[name]) for name in (*source.attribute, *values) if name in given)
+        text = b"".join(values[name].SerializeToString(deterministic=True) for name in sorted(values))
+        known = self._bound.get((key, text))
+        if known is not None:
+            return known
+        if key in self._open:
+            raise _refused(f"the function {source.name!r} calls itself")
+        self._open.add(key)
+        function = FunctionProto()
+        function.CopyFrom(source)
+        del function.attribute[:], function.attribute_proto[:]
+        function.name = self._free(source.name, first=all(k != key for k, _ in self._bound))
+        self._bind(function.node, values)
+        _name_outputs(function)
+        self._adopt_version(function)
+        self.model.functions.append(function)
+        self._open.discard(key)
+        self._bound[key, text] = function.name
+        return function.name
+
+    def _free(self, name: str, *, first: bool) -> str:
+        if first:
+            return name
+        number = 2
+        while f"{name}_{number}" in self._names:
+            number += 1
+        self._names.add(f"{name}_{number}")
+        return f"{name}_{number}"
+
+    def _adopt_version(self, function: FunctionProto) -> None:
+        """Take the model's operator sets where they define every operator of the body alike: others stay calls."""
+        for opset in function.opset_import:
+            here = self._versions.get(_domain(opset.domain), opset.version)
+            mine = (n for n in _all_nodes(function.node) if _domain(n.domain) == _domain(opset.domain))
+            ops = {n.op_type for n in mine} - self._names
+            if here != opset.version and all(_alike(op, _domain(opset.domain), opset.version, here) for op in ops):
+                opset.version = here
+
+
+def _resolve(node: NodeProto, values: Bindings) -> None:
+    """Replace references by values; one without a value leaves its attribute out."""
+    attributes = []
+    for attribute in node.attribute:
+        value = values.get(attribute.ref_attr_name) if attribute.ref_attr_name else attribute
+        if value is not None:
+            own = AttributeProto()
+            own.CopyFrom(value)
+            own.name = attribute.name
+            attributes.append(own)
+    if any(attribute.ref_attr_name for attribute in node.attribute):
+        del node.attribute[:]
+        node.attribute.extend(attributes)
+
+
+def _name_outputs(function: FunctionProto) -> None:
+    """Outputs that are inputs of the function pass through an Identity: the inliner would leave them undefined."""
+    taken = {*function.input, *(name for n in function.node for name in (*n.input, *n.output))}
+    for i, name in enumerate(function.output):
+        if name in function.input:
+            own = f"{name}_out"
+            while own in taken:
+                own += "_"
+            taken.add(own)
+            function.node.add().CopyFrom(onnx.helper.make_node("Identity", [name], [own]))
+            function.output[i] = own
+
+
+def _all_nodes(nodes: Iterable[NodeProto]) -> Iterable[NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in _graphs(attribute):
+                yield from _all_nodes(graph.node)
+
+
+def _alike(op: str, domain: str, one: int, other: int) -> bool:
+    """Whether two versions of an operator set define an operator the same."""
+    try:
+        first, second = (onnx.defs.get_schema(op, version, domain).since_version for version in (one, other))
+    except onnx.defs.SchemaError:
+        return False
+    return bool(first == second)
+
+
+def _import_domains(model: ModelProto, functions: Iterable[FunctionProto]) -> None:
+    """Import the operator sets that bodies brought along."""
+    known = {_domain(o.domain) for o in model.opset_import}
+    used = {_domain(node.domain) for node in _all_nodes(model.graph.node)}
+    for function in functions:
+        for opset in function.opset_import:
+            domain = _domain(opset.domain)
+            if domain in used - known:
+                known.add(domain)
+                model.opset_import.add().CopyFrom(opset)
