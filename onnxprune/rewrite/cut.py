@@ -78,9 +78,12 @@ class _State:
         if touched or self._operands_changed(node):
             rule.rewrite(Cut(node, Step(node, self.table), self))
             self._pin(node, rule.operands)
-        inputs = self.edits.operands.get(node.index)
+        inputs, other = self.edits.operands.get(node.index), self.edits.replaced.get(node.index)
         if inputs:
             node = replace(node, inputs=[inputs.get(i, n) for i, n in enumerate(node.inputs)])
+        if other:
+            given = self.edits.attributes.get(node.index, {})
+            node = replace(node, op=other[0], inputs=node.inputs[: other[1]], _attrs=given)
         for values, shapes in zip(self.values, self._shapes, strict=True):
             values.step(node, shapes)
 
@@ -143,6 +146,22 @@ class _State:
         for values in self.values:
             values.set(name, value)
         self.edits.set_operand(node, i, name)
+
+    def pick(self, node: Node, i: int, axis: int, positions: NDArray[np.int64]) -> None:
+        stem = self.edits.operand(node, i) or node.inputs[i]
+        taken = self.table.facts.probes[0].shapes
+        index = self.edits.constant(f"{stem}_positions", positions.astype(np.int64), taken)
+        result = self.edits.name(f"{stem}_picked{node.index}_{axis}", taken)
+        proto = onnx.helper.make_node("Gather", [stem, index], [result], name=result, axis=axis)
+        self.edits.put_before(node, proto)
+        self.edits.set_operand(node, i, result)
+        for values in self.values:
+            now = values.get(stem)
+            values.set(result, None if now is None else now.take(positions, axis=axis))
+
+    def replace(self, node: Node, op: str, inputs: int, attributes: dict[str, Any]) -> None:
+        self.edits.replaced[node.index] = (op, inputs)
+        self.edits.attributes[node.index] = attributes
 
     def fail(self, node: Node, detail: str) -> None:
         raise CannotRewrite(node, detail)

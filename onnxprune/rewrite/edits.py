@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,15 @@ from onnxprune.model.weights import ArrayWeight, Weight
 
 @dataclass(slots=True)
 class Edits:
-    """Attributes by (node, name), operands by (node, input), and nodes to put in front of others."""
+    """Attributes by (node, name), operands by (node, input), and nodes to put in front of others.
+
+    ``replaced``: the operator that takes the place of a node, and how many of its inputs it reads.
+    """
 
     attributes: dict[int, dict[str, Any]] = field(default_factory=dict)
     operands: dict[int, dict[int, str]] = field(default_factory=dict)
     before: dict[int, list[onnx.NodeProto]] = field(default_factory=dict)
+    replaced: dict[int, tuple[str, int]] = field(default_factory=dict)
     constants: dict[str, NDArray[Any]] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     sizes: dict[str, dict[int, int]] = field(default_factory=dict)
@@ -39,6 +43,16 @@ class Edits:
             self._count += 1
         self.constants[name] = np.ascontiguousarray(value)
         return name
+
+    def name(self, stem: str, taken: Mapping[str, Any]) -> str:
+        """A name for a new tensor, made of ``stem``."""
+        used = {*self.constants, *(o for nodes in self.before.values() for n in nodes for o in n.output)}
+        names = (stem if k == 0 else f"{stem}{k}" for k in count())
+        return next(name for name in names if name not in taken and name not in used)
+
+    def put_before(self, node: Node, proto: onnx.NodeProto) -> None:
+        """Put a node right in front of another."""
+        self.before.setdefault(node.index, []).append(proto)
 
     def set_operand(self, node: Node, i: int, name: str) -> None:
         """Point input ``i`` of a node at another tensor."""
@@ -83,10 +97,15 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
 def _edited(node: Node, edits: Edits) -> onnx.NodeProto:
     """The node as it is to be written: itself where nothing changes."""
     constant = node.op == "Constant" and node.outputs[0] in edits.weights
-    if node.index not in edits.operands and node.index not in edits.attributes and not constant:
+    replaced = edits.replaced.get(node.index)
+    edited = node.index in edits.operands or node.index in edits.attributes
+    if not edited and replaced is None and not constant:
         return node.proto
     target = onnx.NodeProto()
     target.CopyFrom(node.proto)
+    if replaced is not None:
+        target.op_type = replaced[0]
+        del target.input[replaced[1] :], target.attribute[:]
     for i, name in edits.operands.get(node.index, {}).items():
         while len(target.input) <= i:
             target.input.append("")
@@ -140,6 +159,8 @@ def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
         if given is not None:
             width = max(len(names), *(i + 1 for i in given))
             names = [given.get(i, names[i] if i < len(names) else "") for i in range(width)]
+        if node.index in edits.replaced:
+            names = names[: edits.replaced[node.index][1]]
         reads.append(names)
     uses.update(chain.from_iterable(reads))
     dead = set[int]()

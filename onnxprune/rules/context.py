@@ -251,6 +251,14 @@ class Cut:
         """Make shape operand ``i`` come out as ``target``; dynamic dimensions, 0 and -1 stay where they were meant."""
         self._state.set_target(self.node, i, tuple(int(t) for t in target))
 
+    def pick(self, i: int, axis: int, positions: Ids) -> None:
+        """Give operand ``i`` these positions of itself along an axis, by a Gather in front of the node."""
+        self._state.pick(self.node, i, axis, positions)
+
+    def replace(self, op: str, inputs: int, **attributes: Any) -> None:
+        """Put another operator in the node's place, of the same domain, on its first ``inputs`` inputs."""
+        self._state.replace(self.node, op, inputs, attributes)
+
     def fail(self, detail: str) -> None:
         """This node cannot be rewritten: the groups that touch it stay whole, with this reason."""
         self._state.fail(self.node, detail)

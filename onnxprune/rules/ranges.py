@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +10,12 @@ from onnxprune.labels.combine import split_points
 from onnxprune.labels.label import Label, covering, drop
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
+
+Range = tuple[int, int, int]
+"""(start, end, step) along one axis."""
+# Either bound fits into 32 bits, which operands may have.
+_LAST = (1 << 31) - 1
+_WHOLE: Range = (0, _LAST, 1)
 
 
 class Split(Rule):
@@ -94,43 +97,70 @@ class Slice(Rule):
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
-        """Bounds move with the positions before them; a strided slice of cut channels becomes impossible as a range."""
+        """Bounds and steps that pick what is left of the positions; a Gather where no range does."""
         bounds = self._bounds(cut.before)
-        source = cut.node.inputs[0]
         if bounds is None:
             return
-        before = cut.before.shape(0)
-        changed = False
-        starts, ends = [], []
-        for axis, start, end, stride in bounds:
-            window = slice_of(start, end, stride, before[axis])
-            labelled = covering(cut.before.labels(0), axis) is not None
-            if not labelled or not cut.touched(source) or cut.shape(0)[axis] == before[axis]:
-                starts.append(start)
-                ends.append(end)
+        before, source = cut.before.shape(0), cut.node.inputs[0]
+        ranges: list[Range] = []
+        picks: list[tuple[int, NDArray[np.int64]]] = []
+        for k, (axis, *bound) in enumerate(bounds):
+            old: Range = (bound[0], bound[1], bound[2])
+            keep = cut.keep(source, axis)
+            if keep is None:
+                ranges.append(old)
                 continue
-            if stride != 1:
-                cut.fail("a strided slice over cut channels")
-            low = cut.kept_between(source, axis, 0, window.start)
-            starts.append(low)
-            high = low + cut.kept_between(source, axis, window.start, window.stop or 0)
-            ends.append(end if end >= before[axis] else high)
-            changed = True
-        values = [cut.value(1), cut.value(2)] if cut.node.version >= 10 else [None, None]
-        self._state(cut, starts, ends, values, changed)
+            index = np.arange(before[axis])[slice_of(*old, before[axis])]
+            positions = (np.cumsum(keep) - 1)[index[keep[index]]]
+            fit = _as_range(positions, int(keep.sum()), old, self._stated(cut, k) or old)
+            if fit is None:
+                picks.append((axis, positions))
+            ranges.append(fit or _WHOLE)
+        last = picks.pop() if len(picks) == len(ranges) > 0 else None
+        for axis, positions in picks:
+            cut.pick(0, axis, positions)
+        if last is not None:
+            cut.replace("Gather", 2, axis=last[0])
+            cut.set_input(1, last[1])
+        elif cut.node.version >= 10:
+            self._state(cut, ranges)
+        elif ranges != [tuple(bound) for _, *bound in bounds]:
+            cut.set_attr("starts", [r[0] for r in ranges])
+            cut.set_attr("ends", [r[1] for r in ranges])
 
     @staticmethod
-    def _state(
-        cut: Cut, starts: list[int], ends: list[int], values: Sequence[NDArray[Any] | None], changed: bool
-    ) -> None:
+    def _stated(cut: Cut, k: int) -> Range | None:
+        """Entry ``k`` of the bounds and steps as the cut model has them; None where one is not known."""
         if cut.node.version < 10:
-            if changed:
-                cut.set_attr("starts", starts)
-                cut.set_attr("ends", ends)
-            return
-        for i, (wanted, value) in enumerate(zip((starts, ends), values, strict=True), start=1):
+            return None
+        values = [cut.value(i) for i in (1, 2)] + ([cut.value(4)] if cut.before.has(4) else [np.ones(k + 1, int)])
+        start, end, step = (None if v is None or v.size <= k else int(v.ravel()[k]) for v in values)
+        return None if start is None or end is None or step is None else (start, end, step)
+
+    @staticmethod
+    def _state(cut: Cut, ranges: list[Range]) -> None:
+        operands = (1, 2, 4) if cut.before.has(4) else (1, 2)
+        for i, wanted in zip(operands, (list(column) for column in zip(*ranges, strict=True)), strict=False):
+            value = cut.value(i)
             if value is None or value.ravel().tolist() != wanted:
                 cut.set_target(i, wanted)
+
+
+def _as_range(positions: NDArray[np.int64], size: int, *known: Range) -> Range | None:
+    """A range that picks these positions of an axis of ``size``, one that is known before others; None if none does."""
+    apart = set(np.diff(positions).tolist()) or {known[0][2]}
+    if not positions.size:
+        return (0, 0, known[0][2])
+    if len(apart) > 1:
+        return None
+    step, first, last = apart.pop(), int(positions[0]), int(positions[-1])
+    stop = last + (1 if step > 0 else -1)
+    tries = [*known[::-1], (first, known[0][1], step), (first, stop if stop >= 0 else -_LAST, step)]
+    return next((t for t in tries if t[2] and _picks(t, size, positions)), None)
+
+
+def _picks(bound: Range, size: int, positions: NDArray[np.int64]) -> bool:
+    return np.array_equal(np.arange(size)[slice_of(*bound, size)], positions)
 
 
 class Pad(Rule):

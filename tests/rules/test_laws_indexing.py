@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from build import Net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
-from sandwich import check, opsets, produce, shape_of
+from sandwich import check, consume, opsets, produce, shape_of
+
+import onnxprune as op
 
 INT_MAX = np.iinfo(np.int64).max
 
@@ -55,10 +59,65 @@ def test_split_of_positions(axis: int) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("axis", [1, -2])
 def test_slice_of_a_map(axis: int, start: int, end: int, step: int) -> None:
-    """Ranges along channels and along positions; a range over cut channels has new bounds, or the channels stay."""
+    """Ranges along channels and along positions; a range over cut channels has new bounds and steps, or is a Gather."""
     net = Net((10, 13, 21)[start % 3])
     x = produce(net, "nchw", extent=6)
-    check(net, net.slice(net.op("Relu", x), start, end, axis, step), cut=None if axis == 1 and step != 1 else True)
+    check(net, net.slice(net.op("Relu", x), start, end, axis, step))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("bounds", [(0, INT_MAX, 2), (1, -1, 3), (-1, -INT_MAX, -1), (-2, 1, -2), (10, 0, -3)], ids=str)
+def test_strides_over_random_cuts(bounds: tuple[int, int, int], seed: int) -> None:
+    """What is left of a stride is a stride by chance; all positions are read besides, so that any of them goes."""
+    net = Net(13)
+    x = net.op("Relu", produce(net, "nchw", channels=18))
+    check(net, net.slice(x, *bounds[:2], 1, bounds[2]), x, seed=seed, ratio=0.4)
+
+
+def test_a_step_that_no_longer_fits_becomes_a_gather() -> None:
+    net = Net(13)
+    x = net.op("Relu", produce(net, "nchw", channels=18))
+    model = net.model(consume(net, net.slice(x, 0, INT_MAX, 1, 3)), consume(net, x))
+    result = op.prune(model, criterion="random", ratio=0.5, latency=False)
+    assert [n.op_type for n in result.model.graph.node][2] == "Gather"
+
+
+def test_a_reversal_stays_a_slice() -> None:
+    net = Net(13)
+    model = check(net, net.slice(produce(net, "nchw"), -1, -INT_MAX, 1, -1))
+    result = op.prune(model, ratio=0.5, latency=False)
+    assert [n.op_type for n in result.model.graph.node] == ["Conv", "Slice", "Flatten", "Gemm"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_strides_along_several_axes_at_once(seed: int) -> None:
+    """Channels of both axes are picked in front, positions by what is left of the node."""
+    net = Net(13)
+    x = produce(net, "nlc", channels=8)
+    wide = net.op("MatMul", net.weight(9, 4), x)
+    bounds = [net.const(v, np.int32) for v in ([1, 0, 0], [9, 8, 1], [1, 2, 0], [2, 2, 1])]
+    model = check(net, net.op("Slice", wide, *bounds), wide, seed=seed)
+    result = op.prune(model, ratio=0.5, criterion="random", latency=False)
+    kinds = Counter(n.op_type for n in result.model.graph.node)
+    assert kinds["Gather"] and kinds["Slice"], "the first sample is taken by a range"
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotary_positions_spelled_out(interleaved: bool) -> None:
+    """Pairs of channels within every head, neighbours or halves: pairs go with their cosines, in all heads alike."""
+    net, heads, size = Net(13), 2, 8
+    x = net.reshape(net.linear(net.input("x", ["N", 5, 6]), 6, heads * size), 0, 0, heads, size)
+    bounds = [(0, INT_MAX, 2), (1, INT_MAX, 2)] if interleaved else [(0, 4, 1), (4, 8, 1)]
+    a, b = (net.slice(x, low, high, 3, step) for low, high, step in bounds)
+    cos, sin = net.weight(5, 1, 4), net.weight(5, 1, 4)
+    left = net.op("Sub", net.op("Mul", a, cos), net.op("Mul", b, sin))
+    right = net.op("Add", net.op("Mul", a, sin), net.op("Mul", b, cos))
+    if interleaved:
+        pairs = net.op("Concat", net.unsqueeze(left, [4]), net.unsqueeze(right, [4]), axis=4)
+        y = net.reshape(pairs, 0, 0, heads, size)
+    else:
+        y = net.op("Concat", left, right, axis=3)
+    check(net, net.reshape(y, 0, 0, heads * size))
 
 
 @pytest.mark.parametrize("opset", [7, 9])
