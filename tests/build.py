@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -11,15 +12,22 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+OPEN_ENDED = (1 << 31) - 1
+"""The last version of a kernel that holds until a newer one comes."""
 INPUT_AXES = {"ReduceSum": 13, "Squeeze": 13, "Unsqueeze": 13}
 """From which opset an operator takes its axes as an input; the other reductions do from 18."""
 
 
 @cache
 def newest() -> int:
-    """The newest opset that both onnx and onnxruntime know."""
+    """The newest opset that onnx knows and onnxruntime supports.
+
+    onnxruntime loads models of an opset before it has kernels for all that is new in it. An opset counts once no
+    operator lost its kernel by being defined anew there.
+    """
     for opset in range(onnx.defs.onnx_opset_version(), 0, -1):
         net = Net(opset)
         model = net.model(net.op("Relu", net.input("x", ["N", 3])))
@@ -27,8 +35,37 @@ def newest() -> int:
             ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         except Exception:
             continue
-        return opset
+        if all(has_kernel(kind, opset) or not has_kernel(kind, opset - 1) for kind in defined_anew(opset)):
+            return opset
     raise AssertionError("onnxruntime knows no opset")
+
+
+def defined_anew(opset: int) -> list[str]:
+    """Operators of the standard domain that an opset gives a new definition."""
+    schemas = onnx.defs.get_all_schemas_with_history()
+    return sorted({s.name for s in schemas if s.domain == "" and s.since_version == opset})
+
+
+@cache
+def kernels() -> dict[str, set[tuple[int, int]]]:
+    """Per operator of the standard domain: the ranges of versions that onnxruntime has a processor kernel for."""
+    ranges: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    for kernel in onnxruntime_pybind11_state.get_all_opkernel_def():
+        if kernel.provider == "CPUExecutionProvider" and kernel.domain in ("", "ai.onnx"):
+            ranges[kernel.op_name].add(tuple(kernel.version_range))
+    return dict(ranges)
+
+
+def has_kernel(kind: str, opset: int) -> bool:
+    """Whether onnxruntime runs an operator of the standard domain in the form that it has at an opset."""
+    try:
+        version = onnx.defs.get_schema(kind, opset, "").since_version
+    except onnx.defs.SchemaError:
+        return False
+    # A range without an end holds for the version that it starts with, as onnxruntime looks kernels up.
+    return any(
+        first == version or (first < version <= last and last < OPEN_ENDED) for first, last in kernels().get(kind, ())
+    )
 
 
 def element(dtype: Any) -> int:
