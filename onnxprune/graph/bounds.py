@@ -50,7 +50,7 @@ def _named(graph: Graph, facts: Facts, name: str) -> int | None:
     shape, readers = facts.shape(name), graph.consumers.get(name, ())
     if shape is None or None in shape or size_of(shape) != 1:
         return None
-    values = [facts.value(n.inputs[1 - i]) if n.op == "Equal" else None for n, i in readers]
+    values = [facts.static_value(n.inputs[1 - i]) if n.op == "Equal" else None for n, i in readers]
     found = {int(v.ravel()[0]) for v in values if v is not None and v.size == 1 and v.dtype.kind in "iu"}
     return found.pop() if len(found) == 1 and None not in [v if v is None else 0 for v in values] else None
 
@@ -78,20 +78,20 @@ def _limit(node: Node, i: int, facts: Facts) -> int | None:
     if (node.op, i) not in _TABLES:
         return None
     if node.op == "OneHot":
-        depth = facts.value(node.inputs[1])
-        return None if depth is None else int(depth.ravel()[0]) - 1
-    shape = facts.shape(node.inputs[0])
-    if shape is None:
-        return None
-    size = shape[0] if node.op == "GatherND" else shape[node.attrs.get("axis", 0)]
-    return None if size is None else int(size) - 1
+        depths = [p.values.get(node.inputs[1]) for p in facts.probes]
+        return min((int(d.ravel()[0]) - 1 for d in depths if d is not None), default=None)
+    shapes = [p.shapes.get(node.inputs[0]) for p in facts.probes]
+    axis = 0 if node.op == "GatherND" else node.attrs.get("axis", 0)
+    # A table that is read up to an open length is as long as the shortest of them.
+    return min((int(s[axis]) - 1 for s in shapes if s is not None and s[axis] is not None), default=None)
 
 
 def _offset(node: Node, i: int, facts: Facts) -> int | None:
     if node.op in _MOVES:
         return None if node.op == "Gather" and i == 1 else 0
     if node.op in ("Add", "Sub"):
-        other = facts.value(node.inputs[1 - i])
-        if other is not None and other.size:
-            return int(np.max(other)) if node.op == "Add" else 0
+        others = [p.values.get(node.inputs[1 - i]) for p in facts.probes]
+        known = [int(np.max(v)) for v in others if v is not None and v.size]
+        if known:
+            return max(known) if node.op == "Add" else 0
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +33,39 @@ class Facts:
     def static_value(self, name: str) -> np.ndarray | None:
         """Value where it is known and the same at every probe."""
         value = self.value(name)
-        if value is None or len(self.probes) == 1:
-            return value
-        other = self.probes[1].values.get(name)
-        return value if other is not None and np.array_equal(value, other) else None
+        if value is None:
+            return None
+        for probe in self.probes[1:]:
+            other = probe.values.get(name)
+            if other is None or (other is not value and not np.array_equal(value, other)):
+                return None
+        return value
+
+    def entries(self, name: str) -> list[int | None] | None:
+        """Integers of a known operand, each None where it differs between the probes; None where it is not known."""
+        values = [probe.values.get(name) for probe in self.probes]
+        first = values[0]
+        if first is None or any(v is None or v.shape != first.shape for v in values):
+            return None
+        columns = zip(*(v.ravel().tolist() for v in values if v is not None), strict=True)
+        return [int(column[0]) if len(set(column)) == 1 else None for column in columns]
+
+    def is_open(self, name: str) -> bool:
+        """Whether a tensor's shape differs between the probes."""
+        first = self.probes[0].shapes.get(name)
+        return any(probe.shapes.get(name) != first for probe in self.probes[1:])
+
+    def same_size(self, name: str, axis: int, other: str, other_axis: int) -> bool:
+        """Whether two axes have the same size at every probe."""
+        pairs = ((probe.shapes.get(name), probe.shapes.get(other)) for probe in self.probes)
+        return all(a is not None and b is not None and a[axis] == b[other_axis] for a, b in pairs)
+
+    def period(self, name: str, axis: int) -> int:
+        """The largest number that divides the size of that axis at every probe; 0 where it is not known."""
+        shapes = [probe.shapes.get(name) or () for probe in self.probes]
+        if any(len(s) != len(shapes[0]) or s[axis] is None for s in shapes):
+            return 0
+        return math.gcd(*(int(s[axis]) for s in shapes))
 
     def varies(self, name: str, axis: int) -> bool:
         """Whether the size of that axis differs between the probes, i.e. is dynamic."""

@@ -26,6 +26,29 @@ def _holds_weights(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in _WEIGHT_KINDS or dtype.name in _QUANTISED
 
 
+def without_axis(atoms: Atoms, labels: Labels, axis: int, barrier: int) -> Labels:
+    """``labels`` without ``axis``, which keeps its size."""
+    label = covering(labels, axis)
+    if label is None:
+        return labels
+    atoms.fix_axis(label, axis, barrier)
+    rest = tuple(x for x in labels if x is not label)
+    stay = tuple(a for a in label.axes if a != axis)
+    if not stay:
+        return rest
+    pack = label.pack if label.pack in stay else stay[-1]
+    return (*rest, Label(atoms.project(label, stay), pack))
+
+
+def _repeats(label: Label, axis: int, period: int) -> bool:
+    """Whether the atoms along an axis are the same again after every ``period`` positions."""
+    if period < 1 or label.ids.shape[axis] % period:
+        return False
+    ids = np.moveaxis(label.ids, axis, -1)
+    parts = ids.reshape(*ids.shape[:-1], -1, period)
+    return bool((parts == parts[..., :1, :]).all())
+
+
 class Table:
     """Labels of every tensor so far; constants get theirs when first asked for."""
 
@@ -56,6 +79,8 @@ class Table:
         if not labels:
             self._labels[name] = labels
             return
+        if self.facts.is_open(name):
+            labels = self._without_open_axes(name, labels)
         shape = self.facts.shape(name)
         for label in labels:
             for n, m in zip(label.ids.shape, shape, strict=True):
@@ -64,6 +89,26 @@ class Table:
             if label.is_grid:
                 self.atoms.view(label)
         self._labels[name] = labels
+
+    def _without_open_axes(self, name: str, labels: Labels) -> Labels:
+        """Labels of axes that have the same channels at every probe; others keep their size, and so do their weights.
+
+        An axis whose size follows an input's can only be labelled where atoms repeat (heads merged with the batch):
+        positions of a table that is read up to an open length are another number at every call.
+        """
+        for axis in {a for label in labels for a in label.axes}:
+            label = covering(labels, axis)
+            if (
+                label is None
+                or not self.facts.varies(name, axis)
+                or _repeats(label, axis, self.facts.period(name, axis))
+            ):
+                continue
+            node = self.graph.producer.get(name)
+            label_of, kind = ("", "") if node is None else (node.label, node.kind)
+            why = self.atoms.barrier("dynamic-shape", label_of, kind, "the size of this axis follows that of an input")
+            labels = without_axis(self.atoms, labels, axis, why)
+        return labels
 
     def items(self) -> Mapping[str, Labels]:
         """All labels stated or born so far."""
@@ -97,8 +142,12 @@ class Step:
         return tuple(self.table.facts.shape(self.node.outputs[o]) or ())
 
     def value(self, i: int) -> NDArray[Any] | None:
-        """Known value of input ``i`` at the probe, or None."""
-        return self.table.facts.value(self.node.inputs[i]) if self.has(i) else None
+        """Known value of input ``i`` where it is the same at every size of the inputs, or None."""
+        return self.table.facts.static_value(self.node.inputs[i]) if self.has(i) else None
+
+    def entries(self, i: int) -> list[int | None] | None:
+        """Known integers of input ``i``, each None where it follows the size of an input; None where not known."""
+        return self.table.facts.entries(self.node.inputs[i]) if self.has(i) else None
 
     def attr(self, name: str, default: Any = None) -> Any:
         """An attribute or its default."""
@@ -128,16 +177,9 @@ class Step:
 
     def drop_axis(self, labels: Labels, axis: int, code: str, detail: str) -> Labels:
         """``labels`` without ``axis``, which keeps its size: after the operator its positions mean something else."""
-        label = covering(labels, axis)
-        if label is None:
+        if covering(labels, axis) is None:
             return labels
-        self.fix(labels, axis, code, detail)
-        rest = tuple(x for x in labels if x is not label)
-        stay = tuple(a for a in label.axes if a != axis)
-        if not stay:
-            return rest
-        pack = label.pack if label.pack in stay else stay[-1]
-        return (*rest, Label(self.atoms.project(label, stay), pack))
+        return without_axis(self.atoms, labels, axis, self.reason(code, detail))
 
     def fix_all_but(self, labels: Labels, keep: Sequence[int], code: str, detail: str) -> None:
         """Every labelled axis outside ``keep`` keeps its size."""

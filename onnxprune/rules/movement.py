@@ -78,8 +78,8 @@ class Expand(Rule):
         target = cut.value(1)
         new = cut.out_shape()
         if None not in new and (target is None or _broadcast_to(cut.shape(0), target) != new):
-            known = cut.before.value(1)
-            cut.set_target(1, new if known is None else new[len(new) - known.size :])
+            known = cut.before.shape(1)
+            cut.set_target(1, new if not known or known[0] is None else new[len(new) - known[0] :])
 
 
 def _broadcast_to(shape: tuple[int, ...], target: NDArray[np.int64]) -> tuple[int, ...] | None:

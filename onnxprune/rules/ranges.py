@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,29 +55,34 @@ class Split(Rule):
                 cut.set_attr("split", sizes)
 
 
+Bounds = tuple[int, "int | None", "int | None", "int | None"]
+"""(axis, start, end, step) of a sliced axis, None for what follows the size of an input."""
+
+
 class Slice(Rule):
     """Ranges along axes, with constant bounds."""
 
     operands = (1, 2, 3, 4)
 
-    def _bounds(self, step: Step) -> list[tuple[int, int, int, int]] | None:
-        """(axis, start, end, step) of every sliced axis; None where a bound is not known."""
+    def _bounds(self, step: Step) -> list[Bounds] | None:
+        """Bounds of every sliced axis; None where they, or the axes, are not known."""
         rank = len(step.shape(0))
+        starts: Sequence[int | None] | None
+        ends: Sequence[int | None] | None
         if step.node.version < 10:
             starts, ends = step.attr("starts"), step.attr("ends")
-            axes, steps = step.attr("axes", list(range(len(starts)))), [1] * len(starts)
+            axes, steps = step.attr("axes"), None
         else:
-            values = [step.value(i) for i in range(1, 5)]
-            if (
-                any(step.has(i + 1) and v is None for i, v in enumerate(values))
-                or values[0] is None
-                or values[1] is None
-            ):
+            starts, ends = step.entries(1), step.entries(2)
+            axes, steps = step.entries(3), step.entries(4)
+            if any(step.has(i) and found is None for i, found in ((3, axes), (4, steps))) or None in (axes or ()):
                 return None
-            starts, ends = values[0].ravel(), values[1].ravel()
-            axes = list(range(len(starts))) if values[2] is None else values[2].ravel().tolist()
-            steps = [1] * len(starts) if values[3] is None else values[3].ravel().tolist()
-        return [(int(a) % rank, int(s), int(e), int(t)) for a, s, e, t in zip(axes, starts, ends, steps, strict=True)]
+        if starts is None or ends is None:
+            return None
+        axes = range(len(starts)) if axes is None else axes
+        return [
+            (int(a) % rank, s, e, t) for a, s, e, t in zip(axes, starts, ends, steps or [1] * len(starts), strict=True)
+        ]
 
     def propagate(self, step: Step) -> None:
         """Take the positions; an axis sliced at unknown bounds keeps its size."""
@@ -89,7 +96,11 @@ class Slice(Rule):
             step.set(0, labels)
             return
         for axis, start, end, stride in bounds:
-            if covering(labels, axis) is not None:
+            if start is None or end is None or stride is None:
+                labels = step.drop_axis(
+                    labels, axis, "dynamic-shape", "this axis is sliced at bounds that follow the size of an input"
+                )
+            elif covering(labels, axis) is not None:
                 index = np.arange(shape[axis])[slice_of(start, end, stride, shape[axis])]
                 if index.size == shape[axis] and stride == 1:
                     continue
@@ -104,8 +115,11 @@ class Slice(Rule):
         before, source = cut.before.shape(0), cut.node.inputs[0]
         ranges: list[Range] = []
         picks: list[tuple[int, NDArray[np.int64]]] = []
-        for k, (axis, *bound) in enumerate(bounds):
-            old: Range = (bound[0], bound[1], bound[2])
+        for k, (axis, start, end, stride) in enumerate(bounds):
+            if start is None or end is None or stride is None:
+                ranges.append(self._open(cut, k, (start, end, stride)))
+                continue
+            old: Range = (start, end, stride)
             keep = cut.keep(source, axis)
             if keep is None:
                 ranges.append(old)
@@ -127,6 +141,15 @@ class Slice(Rule):
         elif ranges != [tuple(bound) for _, *bound in bounds]:
             cut.set_attr("starts", [r[0] for r in ranges])
             cut.set_attr("ends", [r[1] for r in ranges])
+
+    def _open(self, cut: Cut, k: int, known: Sequence[int | None]) -> Range:
+        """Entry ``k`` of bounds that follow the size of an input, at the sizes of the first probe."""
+        stated = self._stated(cut, k)
+        if stated is None:
+            cut.fail("its bounds are computed in a way that cannot follow the new sizes")
+            raise AssertionError
+        start, end, step = (now if n is None else n for n, now in zip(known, stated, strict=True))
+        return start, end, step
 
     @staticmethod
     def _stated(cut: Cut, k: int) -> Range | None:
@@ -163,29 +186,39 @@ def _picks(bound: Range, size: int, positions: NDArray[np.int64]) -> bool:
     return np.array_equal(np.arange(size)[slice_of(*bound, size)], positions)
 
 
+def _at(cut: Cut, i: int, place: int) -> int:
+    """One entry of an operand at the first sizes of the inputs."""
+    value = cut.value(i)
+    if value is None:
+        cut.fail(f"operand {i} is computed in a way that cannot follow the new sizes")
+    assert value is not None
+    return int(value.ravel()[place])
+
+
 class Pad(Rule):
     """Constant padding of a labelled axis adds channels that may be removed like any other."""
 
     operands = (1, 3)
 
-    def pads(self, step: Step) -> list[tuple[int, int]] | None:
-        """(before, after) of every axis; None where not known."""
+    def pads(self, step: Step) -> list[tuple[int | None, int | None]] | None:
+        """(before, after) of every axis, None for what follows the size of an input; None where not known at all."""
         rank = len(step.shape(0))
+        flat: Sequence[int | None] | None
+        axes = list(range(rank))
         if step.node.version < 11:
             flat = step.attr("pads", step.attr("paddings"))
-            axes = list(range(rank))
         else:
-            value = step.value(1)
-            if value is None:
-                return None
-            flat = value.tolist()
+            flat = step.entries(1)
             chosen = step.value(3)
             if step.has(3) and chosen is None:
                 return None
-            axes = list(range(rank)) if chosen is None else [int(a) % rank for a in chosen.ravel()]
-        result = [(0, 0)] * rank
+            if chosen is not None:
+                axes = [int(a) % rank for a in chosen.ravel()]
+        if flat is None:
+            return None
+        result: list[tuple[int | None, int | None]] = [(0, 0)] * rank
         for i, axis in enumerate(axes):
-            result[axis] = (int(flat[i]), int(flat[i + len(axes)]))
+            result[axis] = (flat[i], flat[i + len(axes)])
         return result
 
     def propagate(self, step: Step) -> None:
@@ -198,6 +231,9 @@ class Pad(Rule):
         for axis, (low, high) in enumerate(pads):
             label = covering(labels, axis)
             if label is None or (low, high) == (0, 0):
+                continue
+            if low is None or high is None:
+                labels = step.drop_axis(labels, axis, "dynamic-shape", "its padding follows the size of an input")
                 continue
             if label.is_grid or step.attr("mode", "constant") != "constant" or low < 0 or high < 0:
                 labels = step.drop_axis(labels, axis, "fixed-size", "this axis is padded")
@@ -214,11 +250,14 @@ class Pad(Rule):
         pads = self.pads(cut.before)
         if pads is None:
             return
-        new = []
+        new: list[tuple[int | None, int | None]] = []
         for axis, (low, high) in enumerate(pads):
             size = cut.before.out_shape()[axis]
             keep = cut.keep(cut.node.outputs[0], axis) if low or high else None
-            new.append((low, high) if keep is None else (int(keep[:low].sum()), int(keep[size - high :].sum())))
+            if keep is None or low is None or high is None:
+                new.append((low, high))
+            else:
+                new.append((int(keep[:low].sum()), int(keep[size - high :].sum())))
         if cut.node.version < 11:
             if new != pads:
                 cut.set_attr("pads", [p[0] for p in new] + [p[1] for p in new])
@@ -227,8 +266,9 @@ class Pad(Rule):
             order = range(len(new)) if axes is None else [int(a) % len(new) for a in axes.ravel()]
             wanted = [new[a][0] for a in order] + [new[a][1] for a in order]
             value = cut.value(1)
-            if value is None or value.ravel().tolist() != wanted:
-                cut.set_target(1, wanted)
+            target = [_at(cut, 1, place) if n is None else n for place, n in enumerate(wanted)]
+            if value is None or value.ravel().tolist() != target:
+                cut.set_target(1, target)
 
 
 register("", "Split", rule=Split())

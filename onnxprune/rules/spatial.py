@@ -40,8 +40,8 @@ class Resize(Rule):
     operands = (1, 2, 3)
 
     def _scaled(self, step: Step) -> list[int]:
-        before, after = step.shape(0), step.out_shape()
-        return [a for a, (n, m) in enumerate(zip(before, after, strict=True)) if n != m]
+        before, after = step.node.inputs[0], step.node.outputs[0]
+        return [a for a in range(len(step.shape(0))) if not step.table.facts.same_size(before, a, after, a)]
 
     def propagate(self, step: Step) -> None:
         """Fix scaled axes; a region of interest is only followed where it is not used."""
