@@ -15,6 +15,7 @@ from onnx import GraphProto, ModelProto, TensorProto
 from onnxprune.errors import ModelError, OnnxpruneError, UsageError, nearest
 from onnxprune.model.external import attribute_tensors, bring_inline, external_weight, is_external
 from onnxprune.model.functions import inlined
+from onnxprune.model.interchange import to_onnx
 from onnxprune.model.opening import open_bodies
 from onnxprune.model.skeleton import without_data, without_graph, without_initializers
 from onnxprune.model.sniff import guess_format
@@ -88,7 +89,7 @@ def _load(source: str | Path | bytes | ModelProto) -> Loaded:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _from_bytes(bytes(source), None)
     if not isinstance(source, (str, Path)):
-        raise UsageError(f"a model is a path, bytes or an onnx.ModelProto, not {type(source).__name__}")
+        return _from_proto(to_onnx(source))
     path = _existing(Path(source))
     if path.stat().st_size <= _WHOLE_FILE_LIMIT:
         return _from_bytes(path.read_bytes(), path)
