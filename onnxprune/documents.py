@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from onnxprune import files
 from onnxprune.errors import UsageError
 
 
@@ -15,14 +16,16 @@ def write(path: Path, text: str, what: str = "") -> None:
     Raises:
         UsageError: the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        files.write(path, encoded(text))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         named = f"{what} to {str(path)!r}" if what else repr(str(path))
         raise UsageError(f"Cannot write {named}: {error.strerror}.") from None
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; parts of file names that are not UTF-8 are written as their escapes."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_json(path: Path, what: str, kind: str, *, missing: str = "", hint: str = "") -> Any:

@@ -69,7 +69,11 @@ class Plan:
         Raises:
             UsageError: the file cannot be written.
         """
-        documents.write(Path(path), _lines(self.to_dict()), "the plan")
+        documents.write(Path(path), self.text(), "the plan")
+
+    def text(self) -> str:
+        """The plan as the text of its file."""
+        return _lines(self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -15,7 +15,7 @@ ROOT = Path(onnxprune.__file__).parent
 LONGEST_FUNCTION = 60
 
 STAGES = [
-    {"errors", "documents", "garbage", "report.facts", "plugins"},
+    {"errors", "files", "documents", "garbage", "report.facts", "plugins"},
     {"graph", "model"},
     {"labels"},
     {"contractions"},

@@ -109,8 +109,7 @@ def factorize(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: int, *
     report: Report = result.report
     hint = "Take a smaller --ratio, give --data, or --exclude the sensitive layers."
     gate.check(report, request.min_fidelity, lambda: screen.show(*_parts(request, report, screen), Text("")), hint)
-    with plan_file.waiting(request.plan, result):
-        result.save(request.target)
+    result.save(request.target, plan=request.plan)
     report.output = str(request.target)
     if screen.as_json:
         screen.emit({**report.to_dict(), "plan": str(request.plan) if request.plan else None})

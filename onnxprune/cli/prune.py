@@ -14,7 +14,6 @@ from onnxprune.cli.budget_options import budget_options
 from onnxprune.cli.data_options import data_options
 from onnxprune.cli.device_options import device_options
 from onnxprune.cli.layout import HeadedCommand, option
-from onnxprune.cli.plan_file import waiting
 from onnxprune.cli.recovery_options import recovery_options
 from onnxprune.cli.request import Request, check
 from onnxprune.cli.selection_options import selection_options
@@ -109,8 +108,7 @@ def prune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: int, **val
     _advise(request, report)
     hint = "Take a smaller --ratio, another --criterion, or --exclude the sensitive layers."
     gate.check(report, request.min_fidelity, lambda: screen.show(*_parts(request, report, screen), Text("")), hint)
-    with waiting(request.plan, result):
-        result.save(request.target)
+    result.save(request.target, plan=request.plan)
     report.output = str(request.target)
     if screen.as_json:
         screen.emit({**report.to_dict(), "plan": str(request.plan) if request.plan else None})

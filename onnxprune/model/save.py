@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from onnx import ModelProto, TensorProto
 
+from onnxprune import files
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.model.closing import close_bodies
-from onnxprune.model.replace import replacing
 from onnxprune.model.skeleton import without_data, without_graph, without_initializers
 from onnxprune.model.weights import Weight, to_proto
 from onnxprune.model.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, prefix
@@ -21,6 +22,9 @@ _INLINE_TOTAL = 1900 << 20  # protobuf reads no message of 2 GiB or more
 _EXTERNAL_FROM = 1024  # smaller tensors stay inline, where shape inference finds them
 _PAGE, _PAGE_FROM = 4096, 1 << 20  # large tensors start on a page, so that a runtime can map them
 _ALIGN = 64
+
+_Moved = tuple[TensorProto, int, int]
+"""The header of a tensor whose data lie in a file of their own, with offset and length there."""
 
 
 @dataclass(slots=True)
@@ -57,18 +61,21 @@ def save(
     *,
     external: bool | None = None,
     prefer_external: bool = False,
+    companions: Mapping[Path, bytes] | None = None,
 ) -> int:
-    """Writes a model, its weights one by one; returns the bytes of all files written.
+    """Writes a model, its weights one by one; returns the bytes of the model and its data.
 
-    The files take their names when they are complete; until then an earlier output stays as it was.
+    The files take their names when they are complete; until then an earlier output stays as it was. A link is followed.
 
     Args:
         skeleton: the model; initializers named in ``weights`` take shape, type and data from there.
         weights: by the initializer's name.
-        path: the model file; external data go to ``NAME.onnx.data`` beside it.
+        path: the model file; external data go to ``NAME.onnx.data`` beside it, or to a name that has a digest of them
+            in it, too, where that is in use: an old model and its data are whole until the new one takes its name.
         external: whether tensors of 1 KiB and more go to the data file. None: when the model is too large for one
             file, or with ``prefer_external``.
         prefer_external: the model came with external data.
+        companions: files that describe the model, by their paths; they are replaced with it.
 
     Raises:
         UsageError: the files cannot be written (the folder, the disk), or ``external=False`` for too large a model.
@@ -82,16 +89,22 @@ def save(
         external = prefer_external or total > _INLINE_TOTAL
     if not external and total > _INLINE_TOTAL:
         raise UsageError(f"{total} bytes of weights are too many for one file", hint="Write them as external data.")
-    written = [path]
+    size = 0
     try:
-        with replacing() as files:
+        with files.replacing(path) as replacement:
             if external and any(entry.nbytes >= _EXTERNAL_FROM for entry in entries):
-                written.append(data_path(path))
-                with files.open(data_path(path)) as file:
-                    _move_out(entries, file, data_path(path).name)
-            with files.open(path) as file:
-                _write_model(file, skeleton, entries)
-        return sum(target.stat().st_size for target in written)
+                moved: list[_Moved] = []
+                writer = partial(_write_referring, skeleton=skeleton, entries=entries, moved=moved)
+                with replacement.open_data(writer) as file:
+                    moved += _move_out(entries, file)
+                    size = file.tell()
+            else:
+                with replacement.open() as file:
+                    _write_model(file, skeleton, entries)
+            for target, content in (companions or {}).items():
+                with replacement.open_companion(target) as file:
+                    file.write(content)
+        return size + path.stat().st_size
     except OSError as error:
         raise UsageError(
             f"cannot write {str(path)!r}: {error.strerror or error}",
@@ -101,7 +114,7 @@ def save(
 
 def data_path(path: Path) -> Path:
     """Where the external data of the model at ``path`` are written."""
-    return path.with_name(path.name + ".data")
+    return files.beside(path, ".data")
 
 
 def _entry(tensor: TensorProto, weights: Mapping[str, Weight]) -> _Entry:
@@ -127,20 +140,31 @@ def _data(weight: Weight, nbytes: int) -> memoryview | bytes:
     return data
 
 
-def _move_out(entries: list[_Entry], file: BinaryIO, location: str) -> None:
-    """Writes the data of the larger entries to ``file`` and leaves their place there in their headers."""
-    end = 0
+def _move_out(entries: list[_Entry], file: BinaryIO) -> list[_Moved]:
+    """Writes the data of the larger entries to ``file``; returns their headers with offset and length there."""
+    end, moved = 0, []
     for entry in entries:
         if entry.weight is None or entry.nbytes < _EXTERNAL_FROM:
             continue
         gap = -end % (_PAGE if entry.nbytes >= _PAGE_FROM else _ALIGN)
         file.write(bytes(gap))
         file.write(_data(entry.weight, entry.nbytes))
-        entry.header.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", location), ("offset", end + gap), ("length", entry.nbytes)):
-            entry.header.external_data.add(key=key, value=str(value))
+        moved.append((entry.header, end + gap, entry.nbytes))
         end += gap + entry.nbytes
         entry.weight = None
+    return moved
+
+
+def _write_referring(
+    file: BinaryIO, location: str, *, skeleton: ModelProto, entries: list[_Entry], moved: list[_Moved]
+) -> None:
+    """Writes the model with the places of its data in the file ``location``."""
+    for header, offset, length in moved:
+        header.data_location = TensorProto.EXTERNAL
+        header.ClearField("external_data")
+        for key, value in (("location", location), ("offset", offset), ("length", length)):
+            header.external_data.add(key=key, value=str(value))
+    _write_model(file, skeleton, entries)
 
 
 def _write_model(file: BinaryIO, skeleton: ModelProto, entries: list[_Entry]) -> None:
@@ -175,7 +199,7 @@ def check_output(path: str | Path, input_path: str | Path | None, sources: Itera
         UsageError: a folder, or no ordinary file, bears that name; its folder is missing or not writable; or one of the
             files to be written is one of those being read, whatever way it is spelled.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     if path.is_dir():
         raise UsageError(f"the output {str(path)!r} is a folder", hint="Name a file in it.")
     folder = path.parent
@@ -191,7 +215,7 @@ def check_output(path: str | Path, input_path: str | Path | None, sources: Itera
                 f"the output {str(target)!r} exists and is not an ordinary file", hint="Choose another name."
             )
         for source in (*read, *sources):
-            if _same_file(target, source):
+            if _same_file(target, source) or (source.parent == path.parent and files.may_be_data_of(path, source.name)):
                 raise UsageError(
                     f"the output {str(target)!r} is the input file {str(source)!r}, which is never changed",
                     hint="Choose another name with -o.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from onnxprune.analysis import Analysis
 from onnxprune.criteria.elimination import corrected
 from onnxprune.errors import ModelError, UsageError
+from onnxprune.files import workspace
 from onnxprune.groups.units import Group
 from onnxprune.model.save import save
 from onnxprune.model.weights import ArrayWeight, GatheredWeight, Weight
@@ -75,8 +75,8 @@ def measured(
         )
     captured = captured_maps(state, analysis, groups, ("gram",), source=fit)
     drifts: dict[int, dict[int, float]] = {}
-    with state.stage("measure"), tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-        trial = _Trial(analysis, captured, held, Path(folder) / "cut.onnx")
+    with state.stage("measure"), workspace() as folder:
+        trial = _Trial(analysis, captured, held, folder / "cut.onnx")
         trial.original()
         wanted = [(g, n) for g in groups if g.id in scores for n in counts(g.steps, shares)]
         for number, (group, gone) in enumerate(wanted):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from onnxprune.decompose.factor import Real
 from onnxprune.errors import ValidationError
 from onnxprune.factors.rewrite import Factorized, compose_layers
+from onnxprune.files import workspace
 from onnxprune.model.save import save
 from onnxprune.passes.prepared import Model, Prepared
 from onnxprune.passes.state import State
@@ -31,8 +30,8 @@ def check_products(state: State, before: Model, after: Model, chosen: Sequence[t
     compose_layers(reference.graph, reference.weights, [i for i, _ in chosen], [k for _, k in chosen])
     analysis = state.analyzed()
     quantized = any(node.op_type in _QUANTISED for node in before[0].graph.node)
-    with tempfile.TemporaryDirectory(prefix="onnxprune-") as name:
-        one, other = Path(name) / "product.onnx", Path(name) / "factors.onnx"
+    with workspace() as folder:
+        one, other = folder / "product.onnx", folder / "factors.onnx"
         external = bool(analysis.loaded.external)
         save(*reference.model(), one, prefer_external=external)
         save(*after, other, prefer_external=external)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
+from onnxprune.files import workspace
 from onnxprune.graph.infer import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
@@ -131,8 +131,8 @@ class Recover:
         for restate in _ways(self.mode, analysis):
             prepared = Prepared(*before)
             kept = Kept(state.cache, f"{restate} {key}") if state.cache is not None and key else None
-            with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-                repairs, left = self._repair(state, prepared, given.fit, Path(folder), restate, kept)
+            with workspace() as folder:
+                repairs, left = self._repair(state, prepared, given.fit, folder, restate, kept)
             model = prepared.model() if any(r.done for r in repairs) else None
             if self.near:
                 return _Attempt(repairs, left, model)

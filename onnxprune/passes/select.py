@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion, Slot, needs_of
 from onnxprune.errors import UsageError
+from onnxprune.files import workspace
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.groups.units import Group
@@ -226,10 +225,10 @@ class Selector:
         """Time of every node of the original, measured once per run."""
         analysis, state = self.analysis, self.state
         if not self._seconds:
-            with state.stage("profile"), tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+            with state.stage("profile"), workspace() as folder:
                 path = analysis.loaded.path
                 if path is None:
-                    path = Path(folder) / "original.onnx"
+                    path = folder / "original.onnx"
                     save(analysis.loaded.proto, analysis.loaded.weights, path)
                 times = profile(path, [_feed(state, analysis)])
             self._seconds.update(spread(analysis, [(t.name, t.op, t.seconds) for t in times]))

@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
+from onnxprune.documents import encoded
 from onnxprune.errors import UsageError
 from onnxprune.graph.probes import input_specs
 from onnxprune.model.save import assemble, check_output, save
@@ -224,11 +225,14 @@ class Result:
             self._model = assemble(self._state.proto, self._state.weights)
         return self._model
 
-    def save(self, path: str | Path) -> int:
+    def save(self, path: str | Path, *, plan: str | Path | None = None) -> int:
         """Write the final model; weights are streamed, an existing file is replaced at once or not at all.
 
+        Args:
+            path: the model file. plan: where to write the plan, which is replaced together with the model.
+
         Returns:
-            bytes written, external data included.
+            bytes of the model written, external data included.
 
         Raises:
             UsageError: the target is the input, or cannot be written.
@@ -237,7 +241,9 @@ class Result:
         assert state.proto is not None
         loaded = state.original.loaded
         check_output(path, loaded.path, [*loaded.external, *state.read_from])
-        size = save(state.proto, state.weights, path, prefer_external=bool(loaded.external))
+        companions = {Path(plan): encoded(self.plan.text())} if plan is not None else {}
+        external = bool(loaded.external)
+        size = save(state.proto, state.weights, path, prefer_external=external, companions=companions)
         state.report.totals.bytes_after = size
         state.report.output = str(path)
         return size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import onnx
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import ModelError
+from onnxprune.files import workspace
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.model.save import save
@@ -41,8 +41,8 @@ class Trial:
     @contextmanager
     def of(cls, analysis: Analysis) -> Iterator[Trial]:
         """A trial of the model that was analysed; its files go when it is over."""
-        with tempfile.TemporaryDirectory(prefix="onnxprune-") as name:
-            folder, loaded = Path(name), analysis.loaded
+        with workspace() as folder:
+            loaded = analysis.loaded
             path = loaded.path
             if path is None:
                 path = folder / "original.onnx"

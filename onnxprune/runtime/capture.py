@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import numpy as np
 import onnx
 
 from onnxprune.errors import ModelError, UsageError
+from onnxprune.files import workspace
 from onnxprune.model.exposing import Inner
 from onnxprune.model.save import save
 from onnxprune.model.weights import Weight
@@ -95,11 +95,11 @@ def capture(
     """
     passes = _passes(requests, sizes, memory)
     samples = 0
-    with TemporaryDirectory(prefix="onnxprune-") as folder:
+    with workspace() as folder:
         for number, part in enumerate(passes):
             share = Share(tell, number, len(passes))
             batch = max(least, _batch_size(part, sizes, memory, most))
-            samples = _one_pass(model, part, source, types or {}, Path(folder), batch, checkpoint, share)
+            samples = _one_pass(model, part, source, types or {}, folder, batch, checkpoint, share)
     if requests and not samples:
         raise UsageError("The calibration data holds no samples.", hint="Give at least one batch of inputs.")
     return samples

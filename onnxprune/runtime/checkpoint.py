@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from onnxprune import __version__
+from onnxprune import __version__, files
 from onnxprune.errors import UsageError
 from onnxprune.statistics import Statistic
 
@@ -79,13 +78,10 @@ def make_folder(folder: Path) -> None:
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write arrays as a file, replacing the one before at once; raises UsageError where it cannot be written."""
-    waiting = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
     try:
-        np.savez(waiting, **arrays)
-        waiting.replace(path)
+        with files.replacing(path) as replacement, replacement.open() as file:
+            np.savez(file, **arrays)
     except OSError as error:
         raise UsageError(
             f"--cache {str(path.parent)!r} cannot be written: {error.strerror}", hint="Free space, or drop --cache."
         ) from error
-    finally:
-        waiting.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxprune.errors import ModelError
+from onnxprune.files import workspace
 from onnxprune.runtime.device import Device
 from onnxprune.runtime.sessions import Feed, open_session, prepare, run
 
@@ -49,8 +49,8 @@ def profile(
     if not feeds:
         raise ModelError("a profile needs at least one input to run on")
     device = device or Device()
-    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-        prefix = str(Path(folder) / "profile")
+    with workspace() as folder:
+        prefix = str(folder / "profile")
         session = open_session(model, threads=device.threads, providers=device.providers, profile=prefix)
         try:
             run(session, feeds[0])

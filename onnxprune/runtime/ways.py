@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from onnx import TensorProto
 
+from onnxprune.files import workspace
 from onnxprune.graph.view import Graph
 from onnxprune.model import markers
 from onnxprune.model.exposing import Inner, show
@@ -35,8 +34,8 @@ def ways(graph: Graph, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> 
     if made:
         proto, shown = show(graph.proto, dict.fromkeys(made, Inner(TensorProto.BOOL, 0)))
         outputs = {n: shown[n].output if n in shown else n for n in made}
-        with TemporaryDirectory(prefix="onnxprune-") as folder:
-            path = Path(folder) / "ways.onnx"
+        with workspace() as folder:
+            path = folder / "ways.onnx"
             save(with_outputs(proto, [*outputs.values()]), weights, path)
             session = open_session(path, spin=False)
             for way, feed in zip(found, feeds, strict=True):

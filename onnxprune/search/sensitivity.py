@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from onnxprune.budget.sensitivity import VERSION, GroupCurve, Sensitivity
 from onnxprune.errors import BudgetError, UsageError
+from onnxprune.files import user_cache
 from onnxprune.passes.calls import Calls
 from onnxprune.passes.outcome import noise
 from onnxprune.passes.select import Selector
@@ -28,7 +29,6 @@ from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed
 from onnxprune.search.attempt import ENOUGH, attempt, of_original
 from onnxprune.search.measure import Metric, said
-from onnxprune.search.table import user_cache
 from onnxprune.selection.choose import take
 from onnxprune.selection.scopes import nearest_count
 

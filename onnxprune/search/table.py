@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.budget.sizes import Sizes
 from onnxprune.budget.table import VERSION, LatencyTable
 from onnxprune.errors import BudgetError, UsageError
+from onnxprune.files import user_cache
 from onnxprune.passes.freeze import freeze
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.state import State
@@ -77,9 +77,3 @@ def _kept(state: State, analysis: Analysis) -> Path:
     key = json.dumps([VERSION, analysis.loaded.sha256, shapes, state.device.facts()], sort_keys=True)
     folder = state.cache or user_cache()
     return folder / f"latency-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-
-
-def user_cache() -> Path:
-    """Where measured times are kept between runs: ``onnxprune`` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(home) if home else Path.home() / ".cache") / "onnxprune"

@@ -67,8 +67,7 @@ class FakeApi:
         options["progress"]("analyse", 1.0)
         if self.error is not None:
             raise self.error
-        plan = SimpleNamespace(save=lambda path: Path(path).write_text('{"version": 1}'))
-        return SimpleNamespace(report=self.report, plan=plan, save=self._save)
+        return SimpleNamespace(report=self.report, save=self._save)
 
     def analyze(self, model: Path, **options: Any) -> Any:
         self.calls.append({"model": model, **options})
@@ -83,10 +82,12 @@ class FakeApi:
             parameters=facts.totals.params_before,
         )
 
-    def _save(self, path: Path) -> None:
+    def _save(self, path: Path, *, plan: Path | None = None) -> None:
         if self.save_error is not None:
             raise self.save_error
         Path(path).write_bytes(b"cut model")
+        if plan is not None:
+            Path(plan).write_text('{"version": 1}')
 
 
 @pytest.fixture

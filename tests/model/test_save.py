@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_the_earlier_output(
     monkeypatch.setattr(
         save_module, "_write_model", lambda file, *rest: model_writer(FullDisk(file, room % 16_384), *rest)
     )
-    monkeypatch.setattr(save_module, "_move_out", lambda e, file, name: mover(e, FullDisk(file, room), name))
+    monkeypatch.setattr(save_module, "_move_out", lambda e, file: mover(e, FullDisk(file, room)))
     loaded = load(gemm())
     if room == 17_000 and external:
         monkeypatch.setattr(save_module, "_write_model", lambda file, *rest: model_writer(FullDisk(file, 5), *rest))
@@ -183,25 +183,26 @@ def test_a_full_disk_leaves_the_earlier_output(
     assert answer(path, 32).shape == (3, 32)
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_rename_that_fails_is_undone(failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "m.onnx"
+@pytest.mark.parametrize("failing", ["m.onnx", "plan.json"])
+def test_a_rename_that_fails_is_undone(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, plan = tmp_path / "m.onnx", tmp_path / "plan.json"
     first, second = load(gemm(32)), load(gemm(64))
-    save(first.proto, first.weights, path, external=True)
+    save(first.proto, first.weights, path, external=True, companions={plan: b"1"})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    calls = 0
-    replace = Path.replace
 
-    def failing_replace(self: Path, target: Path) -> Path:
-        nonlocal calls
-        calls += 1
-        if calls == failing:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return replace(self, target)
+    def failing_at(original):
+        def call(self: Path, target: Path) -> Path:
+            # The plan is moved away first, the model is put in place.
+            if failing in (self.name, target.name) and not (failing == "plan.json" and target.name == failing):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return original(self, target)
 
-    monkeypatch.setattr(Path, "replace", failing_replace)
+        return call
+
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(Path, name, failing_at(getattr(Path, name)))
     with pytest.raises(UsageError, match="Permission denied"):
-        save(second.proto, second.weights, path, external=True)
+        save(second.proto, second.weights, path, external=True, companions={plan: b"2"})
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -210,7 +211,10 @@ def test_saving_over_an_earlier_output(tmp_path: Path) -> None:
     for width in (32, 64, 32):
         loaded = load(gemm(width))
         save(loaded.proto, loaded.weights, path, external=True)
-        assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+        names = sorted(file.name for file in tmp_path.iterdir())
+        assert (
+            len(names) == 2 and names[0] == "m.onnx" and names[1].startswith("m.onnx.") and names[1].endswith(".data")
+        )
         assert np.array_equal(answer(path, width), answer(gemm(width).SerializeToString(), width))
 
 
@@ -258,6 +262,8 @@ def test_the_output_must_not_be_the_input(tmp_path: Path, monkeypatch: pytest.Mo
         assert caught.value.exit_code == 2 and caught.value.hint
     with pytest.raises(UsageError, match="is the input file"):
         check_output("in.onnx", tmp_path / "link.onnx")
+    with pytest.raises(UsageError, match="is the input file"):
+        check_output("w.onnx", source, [tmp_path / "w.onnx.0123abcd.data"])
     check_output("out.onnx", source, [data])
     check_output("in.onnx", None)
     check_output("weights.onnx", source)
