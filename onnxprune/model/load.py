@@ -19,7 +19,7 @@ from onnxprune.model.interchange import to_onnx
 from onnxprune.model.opening import open_bodies
 from onnxprune.model.skeleton import without_data, without_graph, without_initializers
 from onnxprune.model.sniff import guess_format
-from onnxprune.model.structure import check_structure
+from onnxprune.model.structure import ordered, sort_nodes
 from onnxprune.model.weights import ArrayWeight, BufferWeight, FileWeight, TensorWeight, Weight
 from onnxprune.model.wire import TENSOR_DOUBLE_DATA, TENSOR_FLOAT_DATA, TENSOR_RAW_DATA, Buffer, Span, strip
 
@@ -239,8 +239,9 @@ def _finish(
             files[bring_inline(tensor, folder)] = None
         TensorWeight(tensor)  # raises when the data do not fit the shape
     if proto.functions:
+        sort_nodes(proto)
         proto = inlined(proto)
-    names = check_structure(proto)
+    names = ordered(proto)
     opened = open_bodies(proto)
     for tensor in opened.graph.initializer[len(proto.graph.initializer) :]:
         weights[tensor.name] = _take_data(tensor)

@@ -1,8 +1,14 @@
-"""Whether a model's names fit together: every output is unique, every input is defined before it is read."""
+"""Whether a model's names fit together: every output is unique, every input is defined before it is read.
+
+Some tools write nodes in another order than they run in (onnxruntime's converter to half precision appends its casts,
+for one); onnxruntime sorts them, and so does :func:`sort_nodes`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import heapq
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
@@ -11,6 +17,77 @@ from onnxprune.errors import ModelError
 _Scope = tuple[set[str], ...]
 Names = list[tuple[list[str], list[str]]]
 """The inputs and outputs of every node of a graph, in order: protobuf takes its time to hand them out."""
+
+
+class Unsorted(ModelError):
+    """A node reads what a later one makes."""
+
+
+def ordered(proto: ModelProto) -> Names:
+    """Checks names as :func:`check_structure` does; where nodes are out of order, sorts them in place first."""
+    try:
+        return check_structure(proto)
+    except Unsorted:
+        sort_nodes(proto)
+        return check_structure(proto)
+
+
+def sort_nodes(proto: ModelProto) -> None:
+    """Sort the nodes of every graph, body and function in place: each behind what it reads, else in their old order.
+
+    Nodes that read each other in a circle stay where they are, for :func:`check_structure` to refuse.
+    """
+    _sort(proto.graph)
+    for function in proto.functions:
+        _sort(function)
+
+
+def _sort(graph: Any) -> None:
+    """Sort the nodes of a GraphProto or FunctionProto, those of bodies first."""
+    for node in graph.node:
+        for body in _bodies(node):
+            _sort(body)
+    nodes = list(graph.node)
+    maker = {name: k for k, node in enumerate(nodes) for name in node.output if name}
+    waiting = [{maker[name] for name in _reads(node) if name in maker} for node in nodes]
+    if all(max(before, default=-1) < k for k, before in enumerate(waiting)):
+        return
+    readers: dict[int, list[int]] = {}
+    for k, before in enumerate(waiting):
+        for b in before:
+            readers.setdefault(b, []).append(k)
+    ready = [k for k, before in enumerate(waiting) if not before]  # rising, and so a heap
+    order = []
+    while ready:
+        done = heapq.heappop(ready)
+        order.append(done)
+        for k in readers.get(done, ()):
+            waiting[k].discard(done)
+            if not waiting[k]:
+                heapq.heappush(ready, k)
+    if len(order) == len(nodes):
+        copies = [NodeProto() for _ in nodes]
+        for copy, k in zip(copies, order, strict=True):
+            copy.CopyFrom(nodes[k])
+        del graph.node[:]
+        graph.node.extend(copies)
+
+
+def _bodies(node: NodeProto) -> Iterator[GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def _reads(node: NodeProto) -> Iterator[str]:
+    """Names that a node reads, and those in its bodies, whose own names no graph around them has."""
+    yield from node.input
+    for body in _bodies(node):
+        for inner in body.node:
+            yield from _reads(inner)
+        yield from (output.name for output in body.output)
 
 
 def check_structure(proto: ModelProto) -> Names:
@@ -70,11 +147,8 @@ def _check_node(node: NodeProto, inputs: list[str], outputs: list[str], graph: G
     for attribute in node.attribute:
         if not isinstance(attribute.name, str):
             raise _not_text(_label(node), attribute.name)
-        if attribute.type == AttributeProto.GRAPH:
-            _check_graph(attribute.g, scope)
-        elif attribute.type == AttributeProto.GRAPHS:
-            for body in attribute.graphs:
-                _check_graph(body, scope)
+    for body in _bodies(node):
+        _check_graph(body, scope)
 
 
 def _defined(name: str, scope: _Scope) -> bool:
@@ -116,9 +190,9 @@ def _undefined(node: NodeProto, name: str, graph: GraphProto) -> ModelError:
             f"{_label(node)} reads {name!r}, which no input, initializer or node defines",
             hint="The file is damaged, or a tool that edited it left a name behind.",
         )
-    return ModelError(
-        f"{_label(node)} reads {name!r} before {_label(maker)} makes it; nodes must be in topological order",
-        hint="Sort the graph first, for example with onnx_graphsurgeon: import_onnx(model).toposort().",
+    return Unsorted(
+        f"{_label(node)} reads {name!r} before {_label(maker)} makes it: the two wait for each other",
+        hint="Every node must read what earlier ones make. The file is damaged; export the model again.",
     )
 
 

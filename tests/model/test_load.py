@@ -8,13 +8,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
+from onnx.reference import ReferenceEvaluator
 
 from onnxprune.errors import ModelError, OnnxpruneError, UsageError
 from onnxprune.model import load as load_module
 from onnxprune.model.closing import close_bodies
 from onnxprune.model.load import Loaded, load
 from onnxprune.model.save import assemble
-from onnxprune.model.structure import check_structure
+from onnxprune.model.structure import check_structure, sort_nodes
 from onnxprune.model.weights import FileWeight
 from onnxprune.model.wire import encode_varint, fields, strip
 
@@ -323,8 +324,44 @@ def test_names_that_do_not_fit_together(kind: str, message: str) -> None:
     check_structure(parser.parse_model(GOOD))
     with pytest.raises(ModelError, match=message):
         check_structure(broken(kind))
+    if kind == "order":
+        return  # sorted on loading
     with pytest.raises(ModelError, match="initializers have the name 'w'" if "initial" in kind else message):
         load(broken(kind))
+
+
+def test_nodes_out_of_order_are_sorted_and_keep_their_order_otherwise(tmp_path: Path) -> None:
+    model = parser.parse_model(
+        """<ir_version: 9, opset_import: ["": 17, "local": 1]> g (float[N, 2] x, bool c) => (float[N, 2] y) {
+            y = Add(e, d)
+            e = If(c) <then_branch = t () => (float[N, 2] u) { u = Neg(v)  v = Abs(b) },
+                       else_branch = f () => (float[N, 2] w) { w = Identity(a) }>
+            d = local.twice(b)
+            b = Exp(a)
+            a = Relu(x)
+            z = Neg(a)
+        }
+        <domain: "local", opset_import: ["": 17]> twice (p) => (r) { r = Add(q, q)  q = Neg(p) }"""
+    )
+    sorted_model = onnx.ModelProto()
+    sorted_model.CopyFrom(model)
+    sort_nodes(sorted_model)
+    assert [n.output[0] for n in sorted_model.graph.node] == ["a", "b", "e", "d", "y", "z"]
+    feeds = {"x": np.array([[-1.0, 2.0]], np.float32), "c": np.array(True)}
+    expected = ReferenceEvaluator(sorted_model).run(None, feeds)[0]
+    for source in (model, model.SerializeToString()):
+        loaded = load(source)
+        check_structure(loaded.proto)
+        written = assemble(loaded.proto, loaded.weights)
+        onnx.checker.check_model(written)
+        assert np.array_equal(ReferenceEvaluator(written).run(None, feeds)[0], expected)
+    assert [n.output[0] for n in model.graph.node] == ["y", "e", "d", "b", "a", "z"]
+
+
+def test_nodes_that_wait_for_each_other_are_refused() -> None:
+    model = parser.parse_model(GOOD.replace("Relu(x)", "Add(x, b)").replace("y = Neg(a)", "b = Neg(a)  y = Neg(b)"))
+    with pytest.raises(ModelError, match="wait for each other"):
+        load(model)
 
 
 def test_names_that_are_allowed() -> None:
