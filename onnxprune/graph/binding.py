@@ -27,12 +27,13 @@ class InputSpec:
     """One input of a model: its name, numpy dtype (strings: object) and shape.
 
     A dimension is a size, the name of a dynamic dimension, or None for an unnamed one. onnxruntime reports an input of
-    unknown rank like a scalar, as the empty shape.
+    unknown rank like a scalar, as the empty shape; ``scalar`` says that the model declares it to be one.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...]
+    scalar: bool = False
 
 
 def bind_shapes(

@@ -27,7 +27,7 @@ def input_specs(graph: Graph) -> list[InputSpec]:
         string = tensor.elem_type == onnx.TensorProto.STRING
         dtype = np.dtype(object) if string else np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
         dims = tuple(d.dim_value if d.dim_value > 0 else (d.dim_param or None) for d in tensor.shape.dim)
-        specs.append(InputSpec(info.name, dtype, dims))
+        specs.append(InputSpec(info.name, dtype, dims, tensor.HasField("shape") and not dims))
     return specs
 
 

@@ -25,8 +25,8 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """How many rows of the input that counts."""
-        return len(self.feed[self.split[0]]) if self.split else 1
+        """How many rows of the input that counts; a scalar is one."""
+        return max(self.feed[self.split[0]].shape[:1], default=1) if self.split else 1
 
     def first(self, rows: int) -> Batch:
         """The batch cut short, where the model takes any number."""
@@ -50,7 +50,8 @@ class Cutter:
     Sets of equal shapes that follow one another are joined, so that a batch can hold samples of several sets; what is
     left at the end makes a short batch where leading sizes are free and is dropped where they are not. Sets whose
     inputs differ in their numbers of rows (states, constants beside samples) are cut each for itself: scalars, and
-    arrays that fill a fully fixed input while other inputs hold more, go into every batch.
+    arrays that fill a fully fixed input while other inputs hold more, go into every batch. A scalar input that gets
+    one value per sample makes every sample a call.
     """
 
     def __init__(self, specs: Sequence[InputSpec], size: int) -> None:
@@ -134,13 +135,14 @@ class Cutter:
         """The batches of one set."""
         steps, count = _steps(part, self.specs, self.size)
         by_name = {spec.name: spec for spec in self.specs}
-        same = {n: cast(rows.read(), by_name[n], rows.place) for n, rows in part.items() if n not in steps}
+        same = {n: _scalar(cast(r.read(), by_name[n], r.place), by_name[n]) for n, r in part.items() if n not in steps}
         if not steps:
             yield Batch(same, (), False)
             return
         free, used = self._free(steps), 0
         for chunk in islice(self._read(part, steps), count):
-            batch = Batch({n: same[n] if n in same else chunk[n] for n in by_name}, tuple(steps), free)
+            feed = {n: same[n] if n in same else _scalar(chunk[n], spec) for n, spec in by_name.items()}
+            batch = Batch(feed, tuple(steps), free)
             used += batch.rows
             yield batch
         self.dropped += part[next(iter(steps))].shape[0] - used
@@ -155,6 +157,9 @@ class Cutter:
 
 def _steps(part: Part, specs: Sequence[InputSpec], batch_size: int) -> tuple[dict[str, int], int]:
     """Rows per batch for every input that is split, and the number of batches."""
+    scalars = {s.name: part[s.name].shape[0] for s in specs if s.scalar and part[s.name].shape not in ((), (1,))}
+    if scalars:
+        return _steps_beside_scalars(part, specs, scalars)
     split = [spec for spec in specs if part[spec.name].shape and (spec.shape or len(specs) == 1)]
     samples = {spec.name: part[spec.name].shape[0] for spec in split}
     fixed = {spec.name: spec.shape[0] for spec in split if spec.shape and isinstance(spec.shape[0], int)}
@@ -174,6 +179,22 @@ def _steps(part: Part, specs: Sequence[InputSpec], batch_size: int) -> tuple[dic
     _same(calls, "batches of samples")
     count = next(iter(calls.values()))
     return {name: fixed.get(name) or _step_beside(name, samples, fixed, count) for name in samples}, count
+
+
+def _steps_beside_scalars(
+    part: Part, specs: Sequence[InputSpec], scalars: dict[str, int]
+) -> tuple[dict[str, int], int]:
+    """Rows per batch where scalar inputs have a value per call: one row of every input whose leading size is free."""
+    others = [spec for spec in specs if spec.name not in scalars]
+    steps, count = _steps(part, others, 1) if others else ({}, 0)
+    calls = {**({others[0].name: count} if steps else {}), **scalars}
+    _same(calls, "samples")
+    return {**steps, **dict.fromkeys(scalars, 1)}, next(iter(scalars.values()))
+
+
+def _scalar(array: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """The one number that a scalar input takes."""
+    return array.reshape(()) if spec.scalar else array
 
 
 def too_few(place: str, rows: int, name: str, size: int) -> UsageError:

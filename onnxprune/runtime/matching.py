@@ -39,6 +39,10 @@ def match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> Part:
     matched = {spec.name: _with_samples(part[spec.name], spec) for spec in specs}
     for spec in specs:
         _check(matched[spec.name], spec)
+    # An empty cache is data; nothing but empty arrays is not.
+    if all(0 in rows.shape for rows in matched.values()):
+        rows = next(iter(matched.values()))
+        raise UsageError(f"{rows.place} holds no numbers: its shape is {list(rows.shape)}")
     return matched
 
 
@@ -51,13 +55,16 @@ def _with_samples(rows: Rows, spec: InputSpec) -> Rows:
 
 def _check(rows: Rows, spec: InputSpec) -> None:
     """Shape (but for the number of samples) and kind of dtype fit the input."""
+    if spec.scalar and len(rows.shape) > 1:
+        wanted = "one number, or one per sample"
+        raise UsageError(f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} takes {wanted}")
     # the empty shape of a spec may be an unknown rank
     fits = not spec.shape or len(rows.shape) == len(spec.shape)
     pairs = list(zip(rows.shape, spec.shape, strict=False))[1:]
     if not fits or any(isinstance(want, int) and want != have for have, want in pairs):
         wanted = ", ".join("?" if dim is None else str(dim) for dim in ("samples", *spec.shape[1:]))
         raise UsageError(f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} needs [{wanted}]")
-    if 0 in rows.shape:
+    if rows.shape[:1] == (0,):
         raise UsageError(f"{rows.place} holds no samples: its shape is {list(rows.shape)}")
     if not _castable(rows.dtype, spec.dtype):
         wanted = "strings" if spec.dtype.kind == "O" else str(spec.dtype)
@@ -95,7 +102,7 @@ def cast(array: Array, spec: InputSpec, place: str) -> Array:
     if array.dtype.kind == "S":
         array = np.char.decode(array, "utf-8", errors="replace")
     takes = f"input {spec.name!r} ({spec.dtype})"
-    if spec.dtype.kind in "iu":
+    if spec.dtype.kind in "iu" and array.size:
         info = np.iinfo(spec.dtype)
         low, high = int(array.min()), int(array.max())
         if low < info.min or high > info.max:

@@ -160,7 +160,7 @@ def _stored(path: Path, member: str) -> Rows:
                 done += len(raw)
                 if len(raw) < math.prod(wanted) * dtype.itemsize:
                     raise UsageError(f"{place} is truncated: {done} of {size} bytes are there")
-                yield np.frombuffer(raw, dtype).reshape(wanted)
+                yield np.frombuffer(raw, dtype).reshape(wanted) if raw else np.zeros(wanted, dtype)
 
     return Rows(shape, dtype, chunks, place)
 

@@ -244,3 +244,42 @@ def test_truncated_member_is_named(tmp_path: Path) -> None:
 
 def test_model_without_inputs_needs_no_data() -> None:
     assert load_data({"x": ROWS}, []) == [{}]
+
+
+@pytest.mark.parametrize("kind", ["memory", "npz", "folder"])
+def test_an_empty_cache_is_data(tmp_path: Path, kind: str) -> None:
+    specs = [spec("ids", "N", "T", dtype=np.int64), spec("past", "N", 2, "P", 4)]
+    arrays = {"ids": np.arange(15).reshape(5, 3), "past": np.zeros((5, 2, 0, 4), np.float64)}
+    source: Any = arrays
+    if kind == "npz":
+        source = tmp_path / "d.npz"
+        np.savez(source, **arrays)
+    elif kind == "folder":
+        source = tmp_path
+        for name, array in arrays.items():
+            np.save(tmp_path / f"{name}.npy", array)
+    feeds = load_data(source, specs, batch_size=2)
+    assert [feed["past"].shape for feed in feeds] == [(2, 2, 0, 4), (2, 2, 0, 4), (1, 2, 0, 4)]
+    assert feeds[0]["past"].dtype == np.float32
+    assert "holds no numbers" in message({"past": arrays["past"]}, specs[1])
+    assert "no samples" in message({"ids": arrays["ids"], "past": np.zeros((0, 2, 1, 4))}, *specs)
+
+
+def test_a_scalar_input_takes_one_number_or_one_per_sample() -> None:
+    specs = [X, InputSpec("flag", np.dtype(bool), (), scalar=True)]
+    flags = np.arange(10) % 3 == 0
+    feeds = load_data({"x": ROWS, "flag": flags}, specs, batch_size=4)
+    assert [feed["x"].shape for feed in feeds] == [(1, 3)] * 10
+    assert all(feed["flag"].shape == () for feed in feeds)
+    assert [bool(feed["flag"]) for feed in feeds] == flags.tolist()
+    for one in (np.array(True), np.array([True])):
+        feeds = load_data({"x": ROWS, "flag": one}, specs, batch_size=4)
+        assert [feed["x"].shape[0] for feed in feeds] == [4, 4, 2]
+        assert all(feed["flag"].shape == () and feed["flag"] for feed in feeds)
+    fixed = [spec("x", 2, 3), specs[1]]
+    feeds = load_data({"x": ROWS, "flag": flags[:5]}, fixed)
+    assert [(feed["x"].shape, bool(feed["flag"])) for feed in feeds] == [((2, 3), bool(f)) for f in flags[:5]]
+    assert "'flag': 7, 'x': 10" in message({"x": ROWS, "flag": flags[:7]}, *specs)
+    assert "one number, or one per sample" in message({"x": ROWS, "flag": flags[:, None]}, *specs)
+    (feed,) = load_data({"flag": True, "x": ROWS}, specs, batch_size=16)
+    assert feed["flag"].shape == ()
