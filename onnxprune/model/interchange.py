@@ -29,9 +29,11 @@ class Unrepresented:
     """What a model holds and a graph of onnx-graphsurgeon does not, without nodes and weights.
 
     Attributes:
-        model: domain, version, doc string, metadata and training information. graph: quantisation annotations and
-            metadata. nodes: doc string, metadata and overload by the node's first output. values: doc string and
-            metadata of inputs, outputs and inner tensors by name. weights: the same of initializers.
+        model: producer, IR version, domain, version, doc string, metadata and training information.
+        graph: quantisation annotations and metadata.
+        nodes: doc string, metadata and overload by the node's first output.
+        values: doc string and metadata of inputs, outputs and inner tensors by name.
+        weights: the same of initializers.
     """
 
     model: onnx.ModelProto
@@ -129,6 +131,10 @@ def _from_graphsurgeon(graph: Any) -> onnx.ModelProto:
         ) from error
     kept = getattr(graph, _ATTACHED, None)
     if isinstance(kept, Unrepresented):
+        # Graphs have a producer and an IR version of their own from 0.6 on, which the user may have changed.
+        if not hasattr(graph, "ir_version"):
+            proto.ir_version = kept.model.ir_version
+            proto.producer_name, proto.producer_version = kept.model.producer_name, kept.model.producer_version
         _put_back(proto, kept)
     return proto
 
@@ -147,6 +153,8 @@ def _from_onnx_ir(model: Any) -> onnx.ModelProto:
 def _unrepresented(proto: onnx.ModelProto) -> Unrepresented:
     model, graph = onnx.ModelProto(), onnx.GraphProto()
     model.domain, model.model_version, model.doc_string = proto.domain, proto.model_version, proto.doc_string
+    model.ir_version = proto.ir_version
+    model.producer_name, model.producer_version = proto.producer_name, proto.producer_version
     model.metadata_props.extend(proto.metadata_props)
     model.training_info.extend(proto.training_info)
     graph.quantization_annotation.extend(proto.graph.quantization_annotation)
