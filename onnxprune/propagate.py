@@ -13,7 +13,7 @@ from onnxprune.rules.context import Step, Table
 from onnxprune.rules.registry import NO_RULE, lookup
 
 # Operators that make labels out of nothing; every other one without labelled inputs is passed over.
-_MAKERS = {"ConstantOfShape", "Expand"}
+_MAKERS = {"ConstantOfShape", "Expand", "Tile"}
 # A rule that raises is a bug; users still get a right answer because the node is frozen. Tests set this to see the bug.
 STRICT = bool(os.environ.get("ONNXPRUNE_STRICT"))
 

@@ -31,7 +31,7 @@ MOVES = {
 LISTS = {"Concat"}
 """Movement operators all of whose inputs are data; of the others only the first is."""
 CONTROL = ("If", "Loop", "Scan")
-FILLED = ("Pad", "Resize", "ScatterND", "GatherND", "GatherElements")
+FILLED = ("Pad", "Resize", "ScatterND", "ScatterElements", "GatherND", "GatherElements", "Compress")
 
 
 def run(model: onnx.ModelProto, feed: dict[str, Array]) -> dict[str, Array]:
@@ -138,7 +138,7 @@ class Masks:
             inputs.append(f"i{i}" if name else "")
             if not name:
                 continue
-            data = i == 0 or node.op_type in LISTS or (node.op_type == "ScatterND" and i == 2)
+            data = i == 0 or node.op_type in LISTS or (node.op_type.startswith("Scatter") and i == 2)
             feed[f"i{i}"] = self.full(name).astype(np.float32) if data else self.values[name]
         copy = onnx.NodeProto()
         copy.CopyFrom(node)

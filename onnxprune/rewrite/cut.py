@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.facts import Values, small
 from onnxprune.graph.view import Graph, Node
-from onnxprune.model.weights import GatheredWeight, Weight
+from onnxprune.model.weights import ArrayWeight, GatheredWeight, Weight
 from onnxprune.rewrite.after import After, Mask, Ragged
 from onnxprune.rewrite.edits import Edits, write
 from onnxprune.rules.context import Cut, Step, Table
@@ -130,6 +130,9 @@ class _State:
 
     def keep(self, name: str, axis: int) -> Mask | None:
         return self.after.keep(name, axis)
+
+    def survivors(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        return GatheredWeight(ArrayWeight(name, array), self.after.steps(name)).read()
 
     def kept_between(self, name: str, axis: int, start: int, stop: int) -> int:
         return self.after.kept_between(name, axis, start, stop)

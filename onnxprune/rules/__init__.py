@@ -24,6 +24,7 @@ from onnxprune.rules import (
     quantized,
     ranges,
     recurrent,
+    scatter,
     spatial,
 )
 from onnxprune.rules.context import Cut, Step
@@ -32,7 +33,8 @@ from onnxprune.rules.registry import Rule, known, lookup, register, unregister
 
 BUILT_IN = (
     *(attention, blocked, bodies, classical, contraction, convolution, decoding, elementwise, experts, grouped),
-    *(indexing, microsoft, movement, normalization, packed, quantization, quantized, ranges, recurrent, spatial),
+    *(indexing, microsoft, movement, normalization, packed, quantization, quantized, ranges, recurrent),
+    *(scatter, spatial),
 )
 
 __all__ = [

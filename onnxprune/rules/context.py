@@ -272,6 +272,11 @@ class Cut:
         result: NDArray[np.bool_] | None = self._state.keep(name, axis)
         return result
 
+    def survivors(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """What is left of an array with one entry for every position of a tensor."""
+        result: NDArray[Any] = self._state.survivors(name, array)
+        return result
+
     def kept_between(self, name: str, axis: int, start: int, stop: int) -> int:
         """How many positions of ``start:stop`` survive along an axis (per row, on a grid)."""
         return int(self._state.kept_between(name, axis, start, stop))

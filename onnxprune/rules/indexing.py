@@ -1,11 +1,11 @@
-"""Gather, scatter and shape operators."""
+"""Gather, shape operators, and what makes tensors out of sizes."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from onnxprune.labels import movement
-from onnxprune.labels.label import Label, Labels, along, covering
+from onnxprune.labels.label import Labels, along, covering
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
 
@@ -48,67 +48,6 @@ class Gather(Rule):
         new = (np.cumsum(keep) - 1)[flat]
         if not np.array_equal(new, index):
             cut.set_input(1, np.asarray(new, dtype=index.dtype))
-
-
-class GatherAlong(Rule):
-    """GatherElements, GatherND, Compress: indexed axes keep their size."""
-
-    def propagate(self, step: Step) -> None:
-        """Everything is fixed but, for GatherND, the axes behind the indexed ones."""
-        labels = step.labels(0)
-        if step.node.op != "GatherND":
-            step.freeze(labels, "fixed-size", f"{step.node.op} looks up single elements")
-            return
-        batch, depth = int(step.attr("batch_dims", 0)), step.shape(1)[-1]
-        first = batch + depth
-        for axis in range(first):
-            step.fix(labels, axis, "fixed-size", "positions of this axis are looked up by index")
-        shift = len(step.shape(1)) - 1 - first
-        rank = len(step.out_shape())
-        result: Labels = ()
-        for label in labels:
-            if min(label.axes) >= first:
-                ids = label.ids.reshape((1,) * (first + shift) + label.ids.shape[first:])
-                assert ids.ndim == rank
-                result = (*result, Label(ids, label.pack + shift))
-            elif max(label.axes) >= first:
-                step.freeze((label,), "unsupported-form", "a grid is looked up by index")
-        step.set(0, result)
-
-
-class ScatterND(Rule):
-    """Slices written into a tensor: the axes behind the indexed ones are united with the updates'."""
-
-    def propagate(self, step: Step) -> None:
-        """Fix the indexed axes, unite the rest."""
-        data, updates = step.labels(0), step.labels(2)
-        depth = step.shape(1)[-1]
-        shift = len(step.shape(2)) - (len(step.shape(0)) - depth)
-        step.fix_all_but(
-            data, range(depth, len(step.shape(0))), "fixed-size", "positions of this axis are written by index"
-        )
-        step.fix_all_but(
-            updates, range(shift, len(step.shape(2))), "fixed-size", "positions of this axis are written by index"
-        )
-        if any(x.is_grid for x in (*data, *updates)):
-            step.freeze((*data, *updates), "unsupported-form", "a grid is written by index")
-            return
-        result: Labels = ()
-        for axis in range(depth, len(step.shape(0))):
-            left, right = step.axis_ids(data, axis), step.axis_ids(updates, axis - depth + shift)
-            step.unite(left, right, "what is written by index")
-            if left is not None and right is not None:
-                result = (*result, along(left, axis, len(step.shape(0))))
-        step.set(0, result)
-
-
-class ScatterElements(Rule):
-    """Single elements written by index: all operands keep their size."""
-
-    def propagate(self, step: Step) -> None:
-        """Freeze data and updates."""
-        for i in (0, 2):
-            step.freeze(step.labels(i), "fixed-size", f"{step.node.op} writes single elements")
 
 
 class Shape(Rule):
@@ -163,9 +102,6 @@ class Trilu(Rule):
 
 
 register("", "Gather", rule=Gather())
-register("", "GatherElements", "GatherND", "Compress", rule=GatherAlong())
-register("", "ScatterND", rule=ScatterND())
-register("", "ScatterElements", "Scatter", rule=ScatterElements())
 register("", "Shape", "Size", rule=Shape())
 register("", "ConstantOfShape", rule=Fill())
 register("", "Range", "NonZero", "NonMaxSuppression", "OneHot", "EyeLike", "Unique", rule=Unlabelled())

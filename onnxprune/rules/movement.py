@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.labels import movement
-from onnxprune.labels.combine import broadcast, concatenate
-from onnxprune.labels.label import Label, Labels, along
+from onnxprune.labels.combine import Shape, broadcast, concatenate
+from onnxprune.labels.label import NONE, Label, Labels, along
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
 
@@ -57,6 +57,15 @@ def resolve_target(target: list[int], source: tuple[int, ...], allowzero: int) -
     return tuple(sizes) if prod(sizes) == total else None
 
 
+def births_of_copies(step: Step, before: Shape, after: Shape) -> Labels:
+    """Atoms of an axis of static size that holds copies of one position: there may as well be fewer."""
+    name, result = step.node.outputs[0], NONE
+    for axis, (n, m) in enumerate(zip(before, after, strict=True)):
+        if n == 1 and m is not None and m > 1 and axis and not step.table.facts.varies(name, axis):
+            result = (*result, along(step.atoms.new(m, name, axis), axis, len(after)))
+    return result
+
+
 class Expand(Rule):
     """Broadcast to a target: labels pass; a repeated axis may take any size, so it is born with atoms of its own."""
 
@@ -67,11 +76,7 @@ class Expand(Rule):
         labels, shape, out = step.labels(0), step.shape(0), step.out_shape()
         result = broadcast(step.atoms, [(labels, shape)], len(out), step.reason)
         before = (1,) * (len(out) - len(shape)) + shape
-        name = step.node.outputs[0]
-        for axis, (n, m) in enumerate(zip(before, out, strict=True)):
-            if n == 1 and m is not None and m > 1 and axis and not step.table.facts.varies(name, axis):
-                result = (*result, along(step.atoms.new(m, name, axis), axis, len(out)))
-        step.set(0, result)
+        step.set(0, (*result, *births_of_copies(step, before, out)))
 
     def rewrite(self, cut: Cut) -> None:
         """The target names the new sizes."""
@@ -106,11 +111,13 @@ class Tile(Rule):
             if x.is_grid and any(t > 1 for t in times):
                 step.atoms.couple(x)
             result = (*result, Label(np.tile(x.ids, times), x.pack))
+        if step.node.version >= 6:
+            result = (*result, *births_of_copies(step, before, after))
         step.set(0, result)
 
     def rewrite(self, cut: Cut) -> None:
-        """Repeats computed from sizes stay what they were."""
-        before, after = cut.before.shape(0), cut.before.out_shape()
+        """Repeats computed from sizes stay what they were, but for those that make channels."""
+        before, after = cut.shape(0), cut.out_shape()
         if None in before or None in after or cut.node.version < 6:
             return
         times = [m // n if n else 1 for n, m in zip(before, after, strict=True)]

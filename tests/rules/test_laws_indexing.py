@@ -186,27 +186,6 @@ def test_negative_pads_crop() -> None:
     check(net, net.pad(produce(net, "nchw"), (0, -1, 0, 0, 0, -1, 0, 0)), cut=None)
 
 
-def test_scatter_nd_of_rows() -> None:
-    """Rows [N, L, C] overwritten at given positions: the channels of data and updates go together."""
-    net = Net(13)
-    data, updates = produce(net, "nlc", batch=2), produce(net, "nlc", batch=2, extent=1, name="u")
-    index = net.const([[[0, 2]], [[1, 3]]])
-    check(net, net.op("ScatterND", data, index, updates))
-
-
-@pytest.mark.parametrize("kind", ["ScatterElements", "GatherElements", "GatherND"])
-def test_looking_up_single_elements_is_exact_or_refused(kind: str) -> None:
-    net = Net(13)
-    x = produce(net, "nlc", batch=2)
-    if kind == "ScatterElements":
-        y = net.op(kind, x, net.const(np.zeros((2, 1, 6))), net.weight(2, 1, 6), axis=1)
-    elif kind == "GatherElements":
-        y = net.op(kind, x, net.const(np.ones((2, 2, 6))), axis=1)
-    else:
-        y = net.op(kind, x, net.const([[[1]], [[3]]]), batch_dims=1)
-    check(net, y, cut=None if kind != "GatherND" else True)
-
-
 def test_filled_tensors_follow_what_they_meet() -> None:
     net = Net(13)
     x = produce(net, "nchw")
