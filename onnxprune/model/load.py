@@ -26,7 +26,7 @@ from onnxprune.model.wire import TENSOR_DOUBLE_DATA, TENSOR_FLOAT_DATA, TENSOR_R
 INLINE_LIMIT = 1024
 """Data of at most so many bytes stay in the skeleton (shapes, axes, scalars), so that shape inference finds them."""
 
-_WHOLE_FILE_LIMIT = 512 << 20  # up to here a file is read once into memory, beyond each weight is read by itself
+_WHOLE_FILE_LIMIT = 128 << 20  # up to here a file is read once into memory, beyond each weight is read by itself
 
 _TYPED = {
     (TensorProto.FLOAT, TENSOR_FLOAT_DATA),
@@ -48,6 +48,7 @@ class Loaded:
         digest: the SHA-256 of the model file's bytes, or of a ModelProto's skeleton and weights; computed when asked.
         size: bytes of the model file and of the files with its external data.
         external: the files with its external data.
+        as_read: the skeleton with local functions, and bodies in their nodes: what ``proto`` is held against.
         names: inputs and outputs of every node of the graph, where they are known already; else empty.
     """
 
@@ -56,6 +57,7 @@ class Loaded:
     path: Path | None
     digest: Callable[[], str]
     size: int
+    as_read: ModelProto
     external: tuple[Path, ...] = ()
     names: Sequence[tuple[list[str], list[str]]] = ()
 
@@ -238,6 +240,7 @@ def _finish(
         if is_external(tensor):
             files[bring_inline(tensor, folder)] = None
         TensorWeight(tensor)  # raises when the data do not fit the shape
+    as_read = proto
     if proto.functions:
         sort_nodes(proto)
         proto = inlined(proto)
@@ -246,7 +249,7 @@ def _finish(
     for tensor in opened.graph.initializer[len(proto.graph.initializer) :]:
         weights[tensor.name] = _take_data(tensor)
     size += sum(file.stat().st_size for file in files)
-    return Loaded(opened, weights, path, digest, size, tuple(files), names if opened is proto else ())
+    return Loaded(opened, weights, path, digest, size, as_read, tuple(files), names if opened is proto else ())
 
 
 def _take_data(tensor: TensorProto) -> Weight:

@@ -15,7 +15,7 @@ from onnxprune import files
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.model.closing import close_bodies
 from onnxprune.model.skeleton import without_data, without_graph, without_initializers
-from onnxprune.model.weights import Weight, to_proto
+from onnxprune.model.weights import FileWeight, Weight, to_proto
 from onnxprune.model.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, prefix
 
 _INLINE_TOTAL = 1900 << 20  # protobuf reads no message of 2 GiB or more
@@ -52,6 +52,50 @@ def assemble(skeleton: ModelProto, weights: Mapping[str, Weight]) -> ModelProto:
         if entry.weight is not None:
             target.raw_data = bytes(_data(entry.weight, entry.nbytes))
     return model
+
+
+def referring(
+    skeleton: ModelProto, weights: Mapping[str, Weight], folder: Path, stored: Mapping[int, FileWeight], limit: int
+) -> ModelProto | None:
+    """The model with large weights as external data in files of ``folder`` that hold them already.
+
+    Args:
+        stored: where weights are, by their identity, besides those that are read from such files themselves.
+        limit: bytes that may be in the model itself.
+
+    Returns:
+        None where more would have to be.
+    """
+    skeleton, weights = close_bodies(skeleton, weights)
+    model = without_graph(skeleton)
+    model.graph.MergeFrom(without_initializers(skeleton.graph))
+    inside = model.ByteSize()
+    for tensor in skeleton.graph.initializer:
+        entry = _entry(tensor, weights)
+        target = model.graph.initializer.add()
+        target.CopyFrom(entry.header)
+        weight = entry.weight
+        if weight is None:
+            continue
+        file = stored.get(id(weight), weight)
+        if entry.nbytes >= _EXTERNAL_FROM and isinstance(file, FileWeight) and lies_in(file, folder):
+            location = file.path.absolute().relative_to(folder.absolute()).as_posix()
+            _place(target, location, file.offset, entry.nbytes)
+            continue
+        inside += entry.nbytes
+        if inside > limit:
+            return None
+        target.raw_data = bytes(_data(weight, entry.nbytes))
+    return model
+
+
+def lies_in(weight: Weight, folder: Path) -> bool:
+    """Whether a weight is read from a file of a folder, from where a runtime can map it."""
+    return (
+        isinstance(weight, FileWeight)
+        and weight.offset % _ALIGN == 0
+        and weight.path.absolute().is_relative_to(folder.absolute())
+    )
 
 
 def save(
@@ -160,11 +204,16 @@ def _write_referring(
 ) -> None:
     """Writes the model with the places of its data in the file ``location``."""
     for header, offset, length in moved:
-        header.data_location = TensorProto.EXTERNAL
-        header.ClearField("external_data")
-        for key, value in (("location", location), ("offset", offset), ("length", length)):
-            header.external_data.add(key=key, value=str(value))
+        _place(header, location, offset, length)
     _write_model(file, skeleton, entries)
+
+
+def _place(header: TensorProto, location: str, offset: int, length: int) -> None:
+    """Say where a tensor's data are."""
+    header.data_location = TensorProto.EXTERNAL
+    header.ClearField("external_data")
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        header.external_data.add(key=key, value=str(value))
 
 
 def _write_model(file: BinaryIO, skeleton: ModelProto, entries: list[_Entry]) -> None:

@@ -52,5 +52,5 @@ def prove(state: State, analysis: Analysis, trial: Trial, written: Path | None =
             check_file(written, trial.original)
     with state.stage("exactness"), trial.blaming():
         feeds = synthetic_feeds(state, analysis)
-        state.report.exactness = check_exactness(state, analysis, trial.folder, trial.original, written, model, feeds)
+        state.report.exactness = check_exactness(state, analysis, trial, written, model, feeds)
     state.proved = state.removed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from onnxprune.analysis import Analysis
 from onnxprune.errors import ModelError, ValidationError
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
-from onnxprune.model.save import save
 from onnxprune.passes.state import State
+from onnxprune.passes.trial import Trial
 from onnxprune.planning import atoms_removed
 from onnxprune.report.facts import Exactness
 from onnxprune.rewrite.branches import force, names_of, undecided, ways
@@ -31,7 +30,7 @@ _QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantize
 
 
 def check_exactness(
-    state: State, analysis: Analysis, folder: Path, original: Path, final: Path, model: Model, feeds: Sequence[Any]
+    state: State, analysis: Analysis, trial: Trial, final: Path, model: Model, feeds: Sequence[Any]
 ) -> Exactness:
     """Compare the cut, ``model`` and as a file ``final``, with the masked original on one feed per probe.
 
@@ -47,12 +46,12 @@ def check_exactness(
     assert state.removed is not None
     quantized = any(n.op in _QUANTISED for n in analysis.graph.nodes)
     if analysis.folds or analysis.hoists or analysis.copies:
-        _check_preparation(analysis, folder, original, feeds, quantized)
+        _check_preparation(analysis, trial, feeds, quantized)
     removed, skipped = _exact_part(analysis, state.removed)
     if skipped:
-        final, model = folder / "exact_part.onnx", cut(analysis.table, removed)
-        _save(analysis, model, final)
-    check = _Check(analysis, folder, removed, final, model, quantized, state.seed)
+        model = cut(analysis.table, removed)
+        final, _ = trial.write(*model, "exact_part")
+    check = _Check(analysis, trial, removed, final, model, quantized, state.seed)
     worst = Exactness(passed=True)
     for probe, feed in enumerate(feeds):
         facts = check.at(probe, feed)
@@ -83,7 +82,7 @@ class _Check:
     """The comparison of one cut with the masked original, at one probe after the other."""
 
     analysis: Analysis
-    folder: Path
+    trial: Trial
     removed: NDArray[np.bool_]
     final: Path
     model: Model
@@ -93,7 +92,7 @@ class _Check:
     def at(self, probe: int, feed: Feed) -> Exactness:
         """The facts at the sizes of one probe."""
         masked = masked_original(self.analysis.table, self.removed, probe)
-        with self._file("masked", masked) as reference:
+        with self.trial.lend(*masked, "masked") as reference:
             found = compare.compared(reference, self.final, [feed], quantized=self.quantized)
             if not found.facts.passed or not found.idle:
                 return found.said()
@@ -112,7 +111,8 @@ class _Check:
         for way in ways(found_open):
             for probe, feed in enumerate(feeds):
                 masked = masked_original(self.analysis.table, self.removed, probe)
-                with self._file("masked", force(masked, way)) as a, self._file("forced", force(self.model, way)) as b:
+                models = force(masked, way), force(self.model, way)
+                with self.trial.lend(*models[0], "masked") as a, self.trial.lend(*models[1], "forced") as b:
                     try:
                         found = compare.compared(a, b, [feed], quantized=self.quantized).facts
                     except ModelError:  # with these sizes the original does not run there either
@@ -140,43 +140,31 @@ class _Check:
         witnesses = Witnesses(self.analysis.table, self.removed, probe, masked, self.model)
         names = witnesses.upstream(found.idle)
         if names:
-            with self._file("tapped", witnesses.tapped(names)) as path:
+            with self.trial.lend(*witnesses.tapped(names), "tapped") as path:
                 names = witnesses.last(found.idle, idle.varying(path, feeds) & set(names))
         if not names:
             return found.said()
         reference, shrunk, new = witnesses.pair(names)
-        with self._file("masked", reference) as a, self._file("witnesses", shrunk) as b:
+        with self.trial.lend(*reference, "masked") as a, self.trial.lend(*shrunk, "witnesses") as b:
             facts = compare.compared(a, b, feeds, quantized=self.quantized).facts
         facts.worst_output = new.get(facts.worst_output, facts.worst_output)
         said = f"{_some([*found.idle])} did not vary on any synthetic input: compared in front of that: {_some(names)}"
         facts.note = f"{facts.note}; {said}" if facts.note else said
         return facts
 
-    @contextmanager
-    def _file(self, stem: str, model: Model) -> Iterator[Path]:
-        """A model as a file, for a while."""
-        path = self.folder / f"{stem}.onnx"
-        _save(self.analysis, model, path)
-        yield path
-        for file in self.folder.glob(f"{path.name}*"):
-            file.unlink()
-
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _check_preparation(analysis: Analysis, folder: Path, original: Path, feeds: Sequence[Any], quantized: bool) -> None:
+def _check_preparation(analysis: Analysis, trial: Trial, feeds: Sequence[Any], quantized: bool) -> None:
     """The masked original is made of the prepared graph (folded, hoisted): that must equal the model as it came.
 
     Raises:
         ValidationError: it does not.
     """
-    prepared = folder / "prepared.onnx"
-    _save(analysis, (analysis.graph.proto, analysis.graph.weights), prepared)
-    facts = compare.exactness(original, prepared, feeds[:1], quantized=quantized)
-    for file in folder.glob("prepared.onnx*"):
-        file.unlink()
+    with trial.lend(analysis.graph.proto, analysis.graph.weights, "prepared") as prepared:
+        facts = compare.exactness(trial.original, prepared, feeds[:1], quantized=quantized)
     if facts.passed is False:
         raise ValidationError(
             f"Preparing the graph changed output {facts.worst_output!r} by {facts.error:.3g} "
@@ -198,7 +186,3 @@ def _exact_part(analysis: Analysis, removed: NDArray[np.bool_]) -> tuple[NDArray
         elif mine.size:
             skipped += 1
     return (atoms_removed(units, chosen), skipped) if skipped else (removed, 0)
-
-
-def _save(analysis: Analysis, model: Model, path: Path) -> None:
-    save(*model, path, prefer_external=bool(analysis.loaded.external))

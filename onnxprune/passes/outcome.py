@@ -122,7 +122,7 @@ def judge(analysis: Analysis, models: Sequence[Model], feeds: Sequence[Feed], so
     with Trial.of(analysis) as trial:
         for number, model in enumerate(models):
             path, _ = trial.write(*model, f"model{number}")
-            found.append(fidelity(trial.original, path, feeds, source, together=not trial.large))
+            found.append(fidelity(trial.original, path, feeds, source, together=not trial.heavy))
     return found
 
 

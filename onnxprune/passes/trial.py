@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,18 @@ from onnxprune.errors import ModelError
 from onnxprune.files import workspace
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
-from onnxprune.model.save import save
-from onnxprune.model.weights import Weight
+from onnxprune.model.load import load
+from onnxprune.model.save import assemble, lies_in, referring, save
+from onnxprune.model.weights import FileWeight, Weight
 from onnxprune.passes.calls import Calls
 from onnxprune.passes.state import State
 from onnxprune.runtime import inputs, sessions
 
 # From this size on, the original and the result are never in memory together.
 _LARGE = 1 << 30
+# From this size on, runs hold weights once, mapped from a file; up to the other, models need no file at all.
+_HEAVY, _LIGHT = 256 << 20, 32 << 20
+_MAPPED_FROM = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +34,13 @@ class Trial:
     """A folder with models as files.
 
     Attributes:
-        original: the original's file: its own, or a copy of what is only in memory.
+        original: the original's file: its own, or a copy of what is only in memory, as it came in.
     """
 
     analysis: Analysis
     folder: Path
     original: Path
+    _stored: dict[int, FileWeight] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
@@ -46,9 +51,9 @@ class Trial:
             path = loaded.path
             if path is None:
                 path = folder / "original.onnx"
-                save(loaded.proto, loaded.weights, path)
+                save(loaded.as_read, loaded.weights, path)
             trial = cls(analysis, folder, path)
-            with sessions.frugal(trial.large):
+            with sessions.frugal(trial.heavy):
                 yield trial
 
     @property
@@ -56,10 +61,66 @@ class Trial:
         """Whether two such models had better not be in memory at once."""
         return self.analysis.loaded.size > _LARGE
 
+    @property
+    def heavy(self) -> bool:
+        """Whether one copy of the weights is what memory has room for."""
+        return self.analysis.loaded.size > _HEAVY
+
+    @contextmanager
+    def lend(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], stem: str) -> Iterator[sessions.Openable]:
+        """A model to open sessions of, for a while: in memory where it is small; of a large one, weights that are in a
+        file already stay there."""
+        if sum(weight.nbytes for weight in weights.values()) <= _LIGHT:
+            yield bytes(assemble(proto, weights).SerializeToString())
+            return
+        if self.heavy and (model := self._referring(proto, weights)) is not None:
+            yield model
+            return
+        path, _ = self.write(proto, weights, stem)
+        yield path
+        for file in self.folder.glob(f"{path.name}*"):
+            file.unlink()
+
+    @contextmanager
+    def lend_original(self) -> Iterator[sessions.Openable]:
+        """The original to open sessions of: its file, or where that is large and has its weights inside, what maps
+        them from a copy."""
+        loaded = self.analysis.loaded
+        if not self.heavy or loaded.external:
+            yield self.original
+            return
+        with self.lend(loaded.as_read, loaded.weights, "as_read") as model:
+            yield model
+
+    def _referring(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> sessions.Referring | None:
+        """A model that leaves large weights where they are: in the original's folder, or in a copy made once."""
+        if not sessions.refers():
+            return None
+        own = self.original.parent
+        large = [w for w in self.analysis.loaded.weights.values() if w.nbytes >= _MAPPED_FROM]
+        if all(lies_in(weight, own) for weight in large):
+            model = referring(proto, weights, own, {}, _LIGHT)
+            return None if model is None else sessions.Referring(model.SerializeToString(), own)
+        if not self._stored:
+            self._store(large)
+        model = referring(proto, weights, self.folder, self._stored, _LIGHT)
+        return None if model is None else sessions.Referring(model.SerializeToString(), self.folder)
+
+    def _store(self, large: Sequence[Weight]) -> None:
+        """Copy the original's weights into a file that can be mapped."""
+        loaded = self.analysis.loaded
+        path = self.folder / "stored.onnx"
+        save(loaded.as_read, loaded.weights, path, external=True)
+        copies = load(path).weights
+        for weight in large:
+            copy = copies.get(weight.name)
+            if isinstance(copy, FileWeight):
+                self._stored[id(weight)] = copy
+
     def write(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], stem: str) -> tuple[Path, int]:
         """A model as a file, and its bytes."""
         path = self.folder / f"{stem}.onnx"
-        return path, save(proto, weights, path, prefer_external=bool(self.analysis.loaded.external))
+        return path, save(proto, weights, path, prefer_external=self.heavy or bool(self.analysis.loaded.external))
 
     @contextmanager
     def blaming(self) -> Iterator[None]:

@@ -58,9 +58,9 @@ class Validate:
         if self.exact and unproved(state):
             _proved(state, analysis, trial, final)
         if self.faithful:
-            with state.stage("fidelity"):
-                together = not trial.large
-                state.report.fidelity = fidelity.fidelity(trial.original, final, feeds, source, together=together)
+            with state.stage("fidelity"), trial.lend_original() as original:
+                together = not trial.heavy
+                state.report.fidelity = fidelity.fidelity(original, final, feeds, source, together=together)
         if self.timed and trial.large:
             state.report.warnings.append("Latency was not measured: original and result would be in memory at once.")
         elif self.timed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from onnxprune.report.facts import Exactness
 from onnxprune.runtime.differences import TOLERANCE, Output, add
 from onnxprune.runtime.fidelity import fidelity
 from onnxprune.runtime.floats import eps
-from onnxprune.runtime.sessions import Feed, Progress, open_session, run
+from onnxprune.runtime.sessions import Feed, Openable, Progress, open_session, run
 
 __all__ = ["Comparison", "compared", "exactness", "fidelity", "noise_floor"]
 
@@ -43,8 +42,8 @@ class Comparison(NamedTuple):
 
 
 def exactness(
-    reference: Path | bytes,
-    cut: Path | bytes,
+    reference: Openable,
+    cut: Openable,
     feeds: Sequence[Feed],
     *,
     tolerance: float | None = None,
@@ -75,8 +74,8 @@ def exactness(
 
 
 def compared(
-    reference: Path | bytes,
-    cut: Path | bytes,
+    reference: Openable,
+    cut: Openable,
     feeds: Sequence[Feed],
     *,
     tolerance: float | None = None,
@@ -132,7 +131,7 @@ def _verdict(outputs: dict[str, Output], batches: list[int]) -> Comparison:
     return Comparison(facts, idle, len(outputs))
 
 
-def noise_floor(reference: Path | bytes, feeds: Sequence[Feed], *, threads: int | None = None) -> float:
+def noise_floor(reference: Openable, feeds: Sequence[Feed], *, threads: int | None = None) -> float:
     """How far rounding alone moves a model's outputs: the largest relative error of ``exactness`` in two disturbances.
 
     One run has all graph optimisations (other kernels, other orders of summation), one has its float inputs moved by
@@ -171,7 +170,7 @@ def _disturb(feed: Feed) -> Feed:
 
 
 def _outputs(
-    model: Path | bytes,
+    model: Openable,
     feeds: Sequence[Feed],
     *,
     threads: int | None = None,

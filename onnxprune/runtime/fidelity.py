@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from onnxprune.report.facts import Fidelity, OutputFidelity
 from onnxprune.runtime.floats import eps, measures
 from onnxprune.runtime.probabilities import are_probabilities, roots
-from onnxprune.runtime.sessions import Array, Feed, Progress, open_session, run
+from onnxprune.runtime.sessions import Array, Feed, Openable, Progress, open_session, run
 
 _SNR_LIMIT = 300.0  # dB; equal outputs would be infinite, which JSON cannot hold
 
@@ -40,8 +39,8 @@ class _Sums:
 
 
 def fidelity(
-    original: Path | bytes,
-    final: Path | bytes,
+    original: Openable,
+    final: Openable,
     feeds: Iterable[Feed],
     source: str = "synthetic",
     *,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from onnxprune.errors import ModelError
 from onnxprune.runtime.differences import TOLERANCE, Output, add
-from onnxprune.runtime.sessions import Feed, open_session, run
+from onnxprune.runtime.sessions import Feed, Openable, open_session, run
 
 
-def varying(model: Path | bytes, feeds: Sequence[Feed]) -> set[str]:
+def varying(model: Openable, feeds: Sequence[Feed]) -> set[str]:
     """Outputs that vary, within one run or from one to the next, by more than the tolerance of ``exactness``.
 
     Raises:
@@ -23,7 +22,7 @@ def varying(model: Path | bytes, feeds: Sequence[Feed]) -> set[str]:
     return {name for name, output in seen.items() if not output.vacuous}
 
 
-def waking(model: Path | bytes, idle: Iterable[str], feeds: Sequence[Feed], others: Iterable[Feed]) -> list[Feed]:
+def waking(model: Openable, idle: Iterable[str], feeds: Sequence[Feed], others: Iterable[Feed]) -> list[Feed]:
     """Those of ``others`` that make an output of ``idle`` vary, beside what it is on ``feeds``; stops when all do."""
     session = open_session(model, optimize=False)
     seen: dict[str, Output] = {}

@@ -82,7 +82,7 @@ def attempt(
         others = _others(state, analysis, samples, judges)
         if facts is None or others:
             feeds = others or _inputs(state, analysis, judges)
-            facts = fidelity(trial.original, path, feeds, together=not trial.large)
+            facts = fidelity(trial.original, path, feeds, together=not trial.heavy)
         quality = of_fidelity(facts)
         if metric is not None:
             points = measured(metric, path)

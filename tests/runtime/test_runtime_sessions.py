@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from runtime_models import model
@@ -12,7 +13,7 @@ from runtime_models import model
 import onnxprune as op
 from onnxprune.errors import ModelError
 from onnxprune.passes import trial
-from onnxprune.runtime.sessions import input_specs, open_session, run, shorten
+from onnxprune.runtime.sessions import input_specs, open_session, refers, run, shorten
 
 
 def test_specs_name_types_and_dynamic_dimensions() -> None:
@@ -32,29 +33,48 @@ def test_initializers_listed_as_inputs_are_no_inputs() -> None:
     assert [spec.name for spec in input_specs(session)] == ["x"]
 
 
-def test_large_models_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every session of a check of a large model goes without packed copies and without an arena, and no other."""
-    text = "agraph (float[N,8] x) => (float[N,3] y) { h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }"
+@pytest.mark.parametrize("outside", [False, True])
+def test_large_models_are_held_once(outside: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every session of a check of a large model goes without packed copies and without an arena, and no other. Weights
+    stay in the user's file where a runtime can map them, and are copied once, not per session, where it cannot."""
+    text = "agraph (float[N,64] x) => (float[N,3] y) { h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }"
     draw = np.random.default_rng(0)
-    small = model(text, a=draw.normal(size=(8, 16)).astype(np.float32), b=draw.normal(size=(16, 3)).astype(np.float32))
+    arrays = {"a": draw.normal(size=(64, 128)), "b": draw.normal(size=(128, 3))}
+    small = model(text, **{name: array.astype(np.float32) for name, array in arrays.items()})
+    path = tmp_path / "m.onnx"
+    path.write_bytes(small)
+    if outside:
+        onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="m.data", size_threshold=0)
+    before = {file.name: file.stat() for file in tmp_path.iterdir()}
     seen: list[tuple[bool, str]] = []
+    folders: list[str] = []
     real = ort.InferenceSession
 
-    def spy(source: object, options: ort.SessionOptions, **rest: object) -> ort.InferenceSession:
-        entry = "0"
+    def entry(options: ort.SessionOptions, key: str) -> str:
         with suppress(RuntimeError):
-            entry = options.get_session_config_entry("session.disable_prepacking")
-        seen.append((options.enable_cpu_mem_arena, entry))
+            return str(options.get_session_config_entry(key))
+        return ""
+
+    def spy(source: object, options: ort.SessionOptions, **rest: object) -> ort.InferenceSession:
+        seen.append((options.enable_cpu_mem_arena, entry(options, "session.disable_prepacking")))
+        folders.append(entry(options, "session.model_external_initializers_file_folder_path"))
+        assert not isinstance(source, bytes) or len(source) < 4096
         return real(source, options, **rest)
 
+    refers()
     monkeypatch.setattr(ort, "InferenceSession", spy)
-    monkeypatch.setattr(trial, "_LARGE", 0)
-    assert op.prune(small, ratio=0.5).report.exactness.passed
+    monkeypatch.setattr(trial, "_HEAVY", 0)
+    monkeypatch.setattr(trial, "_LIGHT", 0 if not refers() else 2048)
+    assert op.prune(path, ratio=0.5, latency=False).report.exactness.passed
     assert seen and set(seen) == {(False, "1")}
+    if refers():
+        assert (str(tmp_path) in folders) is outside and any(folders)
+    assert {file.name: file.stat() for file in tmp_path.iterdir()} == before
     seen.clear()
-    monkeypatch.setattr(trial, "_LARGE", 1 << 30)
-    assert op.prune(small, ratio=0.5).report.exactness.passed
-    assert set(seen) == {(True, "0")}
+    monkeypatch.setattr(trial, "_HEAVY", 1 << 30)
+    monkeypatch.setattr(trial, "_LIGHT", 0)
+    assert op.prune(path, ratio=0.5).report.exactness.passed
+    assert {arena for arena, _ in seen} == {True}
 
 
 def test_sequence_input_is_refused_with_its_type() -> None:
@@ -120,7 +140,6 @@ def test_sequence_outputs_are_flattened() -> None:
 
 
 def test_maps_become_values_in_key_order() -> None:
-    import onnx
     from onnx import TensorProto, helper
 
     node = helper.make_node("ZipMap", ["x"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[7, 3])
