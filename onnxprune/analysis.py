@@ -151,8 +151,8 @@ class Analysis:
                 LayerFacts(
                     name=node.label,
                     op=node.op,
-                    channels_before=cost.out_channels(node, self.facts.shape),
-                    channels_after=cost.out_channels(node, shape_after),
+                    channels_before=cost.out_channels(node, self.graph, self.facts.shape),
+                    channels_after=cost.out_channels(node, self.graph, shape_after),
                     params_before=sum(self._weight_size(w) for w in weights),
                     params_after=sum(weight_after(w) for w in weights),
                     macs_before=cost.macs(node, self.facts.shape),
@@ -252,8 +252,9 @@ class Analysis:
 
     def _reason(self, node: Node) -> str:
         """Why channels of a layer's output have to stay; empty when none has to."""
-        for label in self.table.get(node.outputs[0]):
-            if cost.channel_axis(node, label.ids.ndim) in label.axes:
+        axis = cost.channel_axis(node, self.graph, self.facts.shape)
+        for label in self.table.get(node.outputs[0]) if axis is not None else ():
+            if axis in label.axes:
                 held = self.units.barrier_of[self.units.component[label.ids]].ravel()
                 held = held[held >= 0]
                 if held.size:
@@ -268,7 +269,7 @@ class Analysis:
             if not queue:
                 break
             for node, _i in self.graph.consumers.get(queue.pop(), ()):
-                if node.op in cost.LAYERS:
+                if cost.multiplies(node):
                     nodes.append(node)
                 elif self._passes_weight_on(node):
                     queue.append(node.outputs[0])

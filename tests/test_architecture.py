@@ -16,6 +16,7 @@ LONGEST_FUNCTION = 60
 
 STAGES = [
     {"errors", "files", "documents", "garbage", "report.facts", "plugins"},
+    {"operators"},
     {"graph", "model"},
     {"labels"},
     {"contractions"},

@@ -14,9 +14,10 @@ from onnxprune.budget.costs import Costs
 from onnxprune.budget.sizes import Counts, Sizes
 from onnxprune.budget.surface import Surface, fit
 from onnxprune.budget.table import LatencyTable, Sample
-from onnxprune.graph.cost import LAYERS, known
+from onnxprune.graph.cost import known
 from onnxprune.graph.view import Node
 from onnxprune.model import markers
+from onnxprune.operators.registry import rule_of
 
 Array = NDArray[np.float64]
 ShapeOf = Callable[[str], Any]
@@ -44,7 +45,8 @@ class Places:
 
     def channels(self, node: Node, shape: ShapeOf) -> tuple[Any, Any]:
         """What of a node's data and of its result a cut changes: elements on axes that may shrink, and such alone."""
-        data = node.inputs[LAYERS[node.op][0]] if node.op in LAYERS and node.inputs else ""
+        rule = rule_of(node)
+        data = node.inputs[rule.data] if rule.weights and node.inputs else ""
         data = data or next((n for n in node.inputs if self.sizes.touched(n)), "")
         return self._moving(data, shape), self._moving(next((o for o in node.outputs if o), ""), shape)
 

@@ -92,3 +92,29 @@ class Pairwise(Form):
     def output_axis(self, rank: int) -> int | None:
         """The axis of the only letter that the weight makes, where there are no parts."""
         return self.terms[2].index(self.made) if len(self.made) == 1 and not self.part_letters else None
+
+
+class Blocks(Pairwise):
+    """Data [..., size] times a weight [made, blocks, block] whose last two axes are the data's last, padded in the end.
+
+    Args:
+        outer: a letter for each of the data's other axes. size: of the data's last axis. made: outputs.
+    """
+
+    def __init__(self, outer: str, size: int, made: int) -> None:
+        super().__init__((outer + "k", "nk", outer + "n"), (made, size), plain=False)
+
+    def output_shape(self, data: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """The data's with another last axis."""
+        return (*data[:-1], weight[0])
+
+    def matrix(self, weight: Array) -> Array:
+        """[1, size, made]."""
+        return super().matrix(weight.reshape(len(weight), -1)[:, : self.size["k"]])
+
+    def restore(self, matrix: Array, like: Array) -> Array:
+        """[made, blocks, block], 0 behind the data's size."""
+        result = np.zeros(like.shape, matrix.dtype)
+        flat = result.reshape(len(like), -1)
+        flat[:, : self.size["k"]] = super().restore(matrix, flat[:, : self.size["k"]])
+        return result

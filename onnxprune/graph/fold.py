@@ -8,19 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from onnxprune.graph.cost import LAYERS
 from onnxprune.graph.evaluate import evaluate
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model.elements import Array
 from onnxprune.model.load import INLINE_LIMIT
 from onnxprune.model.weights import ArrayWeight, Weight, to_proto
+from onnxprune.operators.registry import rule_of
 
 # What may stand between a folded weight and the operator that contracts with it.
 PASSING = {"Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten"}
 # Labels are pushed through these as they are; dequantised weights above all must stay in their codes.
 _MOVED = PASSING | {"Concat", "Split", "Slice", "Gather", "QuantizeLinear"}
 _CODES = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
-_RECURRENT = {"LSTM", "GRU", "RNN"}
 # Bytes that a folded weight may be larger than what it was computed from: a blur kernel repeated for every channel.
 FREE = 1 << 17
 
@@ -80,10 +79,10 @@ def _constant(graph: Graph) -> set[str]:
 def _ends(graph: Graph, constant: set[str]) -> Iterator[Node]:
     """The last node before a contraction that does more than move its weight; its data must be no constant too."""
     for node in graph.steps:
-        positions = LAYERS.get(node.op)
-        if positions is None or node.outputs[0] in constant:
+        rule = rule_of(node)
+        if not rule.weights or node.outputs[0] in constant:
             continue
-        for i in {*positions, 2} if node.op in _RECURRENT else positions:
+        for i in (rule.data, *rule.weights):
             name = node.inputs[i] if i < len(node.inputs) else ""
             while name in constant and graph.producer[name].op in PASSING and not _mixes(graph, graph.producer[name]):
                 name = graph.producer[name].inputs[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +248,24 @@ class GatheredWeight(Weight):
         for axis, index in self.steps:
             array = _take(array, axis, index) if index.ndim == 1 else _take_along(array, axis, index)
         return array.view(self.dtype)
+
+
+class DerivedWeight(Weight):
+    """A function of another weight, of the same type; nothing is read or computed before it is asked for.
+
+    Args:
+        base: the other weight. shape: of the result. function: its value -> a value of as many elements as ``shape``.
+    """
+
+    __slots__ = ("base", "function")
+
+    def __init__(self, base: Weight, shape: Sequence[int], function: Callable[[Array], Array]) -> None:
+        super().__init__(base.name, base.onnx_type, shape)
+        self.base, self.function = base, function
+
+    def read(self) -> Array:
+        """The values, fresh."""
+        return np.ascontiguousarray(self.function(self.base.read()), self.dtype).reshape(self.shape)
 
 
 def _check_step(name: str, shape: Sequence[int], axis: int, index: Array) -> None:

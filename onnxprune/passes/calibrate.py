@@ -134,7 +134,8 @@ class _Requests:
     ) -> None:
         tensor, axes = place
         statistic, joins = statistics.get(need)(), 0 not in axes
-        self._add(need, key, Request("", tensor, to_maps(axes), statistic, joins=joins, where=site.where), captured)
+        arrange = decoded(site, to_maps(axes)) if tensor == site.tensor else to_maps(axes)
+        self._add(need, key, Request("", tensor, arrange, statistic, joins=joins, where=site.where), captured)
 
     def _add_columns(self, need: str, site: Site, form: Form | None, captured: CapturedMaps) -> None:
         channels = int(site.label.ids.size)
@@ -148,6 +149,7 @@ class _Requests:
         else:
             return
         joins = 0 not in site.axes
+        arrange = decoded(site, arrange)
         request = Request("", site.tensor, arrange, statistics.get(need)(), growth, joins, where=site.where)
         self._add(need, site.columns_key, request, captured)
 
@@ -167,6 +169,12 @@ class _Requests:
 
 def _gram_bytes(columns: int, parts: int) -> int:
     return 8 * columns * columns // parts
+
+
+def decoded(site: Site, arrange: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same of the numbers that a site's codes stand for."""
+    decode = site.decode
+    return arrange if decode is None else lambda value: arrange(decode(value))
 
 
 def columns_of(form: Form, per_sample: int) -> Callable[[Any], Any]:

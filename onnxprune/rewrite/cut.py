@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.facts import Values, small
 from onnxprune.graph.view import Graph, Node
-from onnxprune.model.weights import ArrayWeight, GatheredWeight, Weight
+from onnxprune.model.weights import ArrayWeight, DerivedWeight, GatheredWeight, Weight
 from onnxprune.rewrite.after import After, Mask, Ragged
 from onnxprune.rewrite.edits import Edits, write
 from onnxprune.rules.context import Cut, Step, Table
@@ -165,6 +166,17 @@ class _State:
     def replace(self, node: Node, op: str, inputs: int, attributes: dict[str, Any]) -> None:
         self.edits.replaced[node.index] = (op, inputs)
         self.edits.attributes[node.index] = attributes
+
+    def derive(
+        self, node: Node, i: int, shape: tuple[int, ...], function: Callable[[NDArray[Any]], NDArray[Any]]
+    ) -> None:
+        name = node.inputs[i]
+        weight = DerivedWeight(self.graph.weights[name], shape, function)
+        self.edits.weights[name] = weight
+        self.edits.sizes[name] = dict(enumerate(shape))
+        if small(weight.shape, weight.dtype):
+            for values in self.values:
+                values.change(name, weight)
 
     def fail(self, node: Node, detail: str) -> None:
         raise CannotRewrite(node, detail)

@@ -24,8 +24,8 @@ def masked_original(
 ) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     """The original with masks, for inputs of the given probe's sizes. Weights are shared with the original, not copied.
 
-    It is built from labels and ``Rule.reads`` alone and shares nothing with the rewriting of nodes and weights, so that
-    a mistake in either shows as a difference.
+    It is built from labels and ``Rule.contracted_axes`` alone and shares nothing with the rewriting of nodes and
+    weights, so that a mistake in either shows as a difference.
     """
     graph: Graph = table.graph
     builder = _Masks(table, After(table, removed), probe)
@@ -38,7 +38,7 @@ def masked_original(
         rule = lookup(node.domain, node.op, node.version)
         step = Step(node, table)
         if any(table.get(n) for n in node.inputs if n):
-            for i, axes in rule.reads(step):
+            for i, axes in rule.contracted_axes(step):
                 name = node.inputs[i]
                 neutral = rule.neutral(step, i)
                 for extra in builder.mask(node, name, axes, neutral):

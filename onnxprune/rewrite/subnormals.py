@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.graph.cost import LAYERS
+from onnxprune.graph.cost import multiplies
 from onnxprune.graph.fold import PASSING
 from onnxprune.graph.view import Graph
 from onnxprune.model.elements import Array
@@ -72,7 +72,7 @@ def _of_layers(graph: Graph) -> Iterator[str]:
     for name in graph.weights:
         at = name
         while at not in outside and (readers := graph.consumers.get(at)):
-            if all(node.op in LAYERS for node, _ in readers):
+            if all(multiplies(node) for node, _ in readers):
                 yield name
                 break
             node, position = readers[0]

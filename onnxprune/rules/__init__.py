@@ -20,6 +20,7 @@ from onnxprune.rules import (
     movement,
     normalization,
     packed,
+    packed_codes,
     quantization,
     quantized,
     ranges,
@@ -33,8 +34,8 @@ from onnxprune.rules.registry import Rule, known, lookup, register, unregister
 
 BUILT_IN = (
     *(attention, blocked, bodies, classical, contraction, convolution, decoding, elementwise, experts, grouped),
-    *(indexing, microsoft, movement, normalization, packed, quantization, quantized, ranges, recurrent),
-    *(scatter, spatial),
+    *(indexing, microsoft, movement, normalization, packed, packed_codes, quantization, quantized, ranges),
+    *(recurrent, scatter, spatial),
 )
 
 __all__ = [

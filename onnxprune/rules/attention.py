@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,12 @@ class Heads(Rule):
 
 class Attention(Heads):
     """com.microsoft.Attention: input [B, S, in], weights [in, Q + K + V], bias [Q + K + V]."""
+
+    weights = (1,)
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Of the product with the packed weight; attention itself multiplies no weight."""
+        return 0 if shapes[0] is None or shapes[1] is None else prod(shapes[0][:-1]) * prod(shapes[1])
 
     def _parts(self, step: Step) -> list[tuple[int, int]]:
         sizes = step.attr("qkv_hidden_sizes") or [step.shape(1)[1] // 3] * 3
@@ -87,7 +95,7 @@ class Attention(Heads):
         w = known(shapes[1])
         return None if data != 0 or w is None else Pairwise(("bsi", "io", "bso"), w, plain=False)
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """The input's channels, and queries and keys as they come out of weights and bias."""
         return [(0, (2,)), (1, (1,)), *([(2, (0,))] if step.has(2) else [])]
 
@@ -161,7 +169,7 @@ class MultiHeadAttention(Heads):
         cut.set_attr("num_heads", left)
         self.set_scale(cut, shape[4] if len(shape) == 5 else shape[-1] // heads, size)
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Queries and keys are summed over the head size, and so is what the bias adds to them."""
         axes = {3: (2,), 4: (1, 3), 5: (2, 4)}
         result: list[tuple[int, tuple[int, ...]]] = [(i, axes[len(step.shape(i))]) for i in (0, 1) if step.has(i)]
@@ -218,7 +226,7 @@ class OnnxAttention(Heads):
         before = cut.before.shape(0)[-1] // (heads if len(cut.before.shape(0)) == 3 else 1)
         self.set_scale(cut, before, size)
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Queries and keys are summed over the head size; cached keys have the same channels."""
         axes = (1, 3) if len(step.shape(0)) == 4 else (2,)
         return [(0, axes), (1, axes), *([(4, (1, 3))] if step.has(4) else [])]

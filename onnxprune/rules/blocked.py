@@ -6,6 +6,8 @@ does not say so, and the file does not name the block. They cannot be cut; what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from onnxprune.graph.view import Node
@@ -19,6 +21,17 @@ DOMAIN = "com.microsoft.nchwc"
 
 class Blocked(Rule):
     """Nothing goes; sizes are known, so that the rest of the model can be followed."""
+
+    def __init__(self, weights: tuple[int, ...] = ()) -> None:
+        self.weights = weights
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Of a convolution, as elsewhere."""
+        return 0 if not self.weights or out is None or shapes[1] is None else prod(out) * prod(shapes[1][1:])
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """Axis 1."""
+        return 1
 
     def propagate(self, step: Step) -> None:
         """Freeze every input."""
@@ -47,9 +60,10 @@ class Blocked(Rule):
         return [None if w is None else (x[0], w[0], *window_sizes(x[2:], w[2:], node.attrs))]
 
 
+register(DOMAIN, "Conv", rule=Blocked(weights=(1,)))
 register(
     DOMAIN,
-    *("Conv", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
+    *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
     *("Upsample", "ReorderInput", "ReorderOutput"),
     rule=Blocked(),
 )

@@ -59,7 +59,7 @@ class Linear(Rule):
             table = np.asarray(cut.attr("coefficients")).reshape(-1, size)
             cut.set_attr("coefficients", table[:, keep].ravel().tolist())
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """The features."""
         return [(0, (len(step.shape(0)) - 1,))]
 

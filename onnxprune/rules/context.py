@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -149,6 +149,17 @@ class Step:
         """Known integers of input ``i``, each None where it follows the size of an input; None where not known."""
         return self.table.facts.entries(self.node.inputs[i]) if self.has(i) else None
 
+    def weight(self, i: int) -> NDArray[Any] | None:
+        """The value of input ``i`` where it is a weight of the model, however large; it is read when asked for."""
+        weight = self.table.graph.weights.get(self.node.inputs[i]) if self.has(i) else None
+        return None if weight is None else weight.read()
+
+    def alone(self, i: int) -> bool:
+        """Whether input ``i`` is a weight that nothing but this input of this node reads."""
+        graph, name = self.table.graph, self.node.inputs[i]
+        readers = graph.consumers.get(name, ())
+        return name in graph.weights and len(readers) == 1 and name not in graph.captured and name not in graph.outputs
+
     def attr(self, name: str, default: Any = None) -> Any:
         """An attribute or its default."""
         return self.node.attrs.get(name, default)
@@ -293,6 +304,10 @@ class Cut:
     def set_input(self, i: int, value: NDArray[Any]) -> None:
         """Give operand ``i`` a constant of its own; a shared one is left alone."""
         self._state.set_input(self.node, i, value)
+
+    def derive(self, i: int, shape: Sequence[int], function: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+        """Make input ``i``, a weight that this node alone reads, a function of what it was; computed when written."""
+        self._state.derive(self.node, i, tuple(int(n) for n in shape), function)
 
     def set_target(self, i: int, target: Sequence[int]) -> None:
         """Make shape operand ``i`` come out as ``target``; dynamic dimensions, 0 and -1 stay where they were meant."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
+
+import numpy as np
 
 from onnxprune.contractions import Form, Pairwise
 from onnxprune.graph.view import Node
@@ -63,8 +66,28 @@ def matmul_terms(a: int, b: int) -> tuple[str, str, str]:
     return left, right, out
 
 
+def letter_macs(terms: Sequence[str], shapes: Sequence[Any]) -> Any:
+    """Multiply-accumulates of an einsum: one per position in the space of all letters; 0 where a shape is not known."""
+    sizes: dict[str, Any] = {}
+    for term, shape in zip(terms, shapes, strict=False):
+        if shape is None:
+            return 0
+        # An operand that broadcasts along a letter has size 1 there.
+        sizes.update((c, n) for c, n in zip(term, shape, strict=True) if c not in sizes or not np.all(np.equal(n, 1)))
+    return prod(sizes.values())
+
+
+def made_axis(terms: Sequence[str], out: str, weight: int) -> int | None:
+    """The axis of ``out`` that the weight alone makes, the last of several; None where it makes none."""
+    others = "".join(term for i, term in enumerate(terms) if i != weight)
+    made = [axis for axis, c in enumerate(out) if c in terms[weight] and c not in others]
+    return made[-1] if made else None
+
+
 class MatMul(Rule):
     """Batched matrix product; the summed axis unites, heads on batch axes line up."""
+
+    weights = (0, 1)
 
     def terms(self, step: Step) -> tuple[str, str, str]:
         """Subscripts of the two operands and the output."""
@@ -74,13 +97,28 @@ class MatMul(Rule):
         """The same for operands of rank ``a`` and ``b``."""
         return matmul_terms(a, b)
 
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """The product's size times that of ``k``."""
+        a, b = shapes[:2]
+        if a is None or b is None or out is None:
+            return 0
+        return prod(out) * a[self.node_terms(node, len(a), len(b))[0].index("k")]
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """The axis that the weight makes, on whichever side it stands."""
+        a, b = shapes[:2]
+        if a is None or b is None:
+            return rank - 1
+        left, right, out = self.node_terms(node, len(a), len(b))
+        return made_axis((left, right), out, weight)
+
     def propagate(self, step: Step) -> None:
         """Contract over ``k``."""
         left, right, out = self.terms(step)
         operands = [(step.labels(0), step.shape(0), left), (step.labels(1), step.shape(1), right)]
         step.set(0, contract(step, operands, out))
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Both operands are summed over ``k``."""
         left, right, _ = self.terms(step)
         return [(0, (left.index("k"),)), (1, (right.index("k"),))]
@@ -115,9 +153,26 @@ def product_form(
 class Gemm(Rule):
     """alpha * A' B' + beta * C with optional transposes."""
 
+    weights = (0, 1)
+
     def terms(self, step: Step) -> tuple[str, str]:
         """Subscripts of A and B."""
-        return ("km" if step.attr("transA", 0) else "mk"), ("nk" if step.attr("transB", 0) else "kn")
+        return self.node_terms(step.node)
+
+    @staticmethod
+    def node_terms(node: Node) -> tuple[str, str]:
+        """The same from the attributes."""
+        return ("km" if node.attrs.get("transA", 0) else "mk"), ("nk" if node.attrs.get("transB", 0) else "kn")
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """m * n * k."""
+        if shapes[0] is None or shapes[1] is None or out is None:
+            return 0
+        return prod(out) * shapes[0][self.node_terms(node)[0].index("k")]
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """Rows of a left weight, columns of a right one."""
+        return weight
 
     def propagate(self, step: Step) -> None:
         """Contract, then add C with broadcasting."""
@@ -135,7 +190,7 @@ class Gemm(Rule):
             return [None]
         return [(a[1 if node.attrs.get("transA", 0) else 0], b[0 if node.attrs.get("transB", 0) else 1])]
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Both matrices are summed over ``k``."""
         a, b = self.terms(step)
         return [(0, (a.index("k"),)), (1, (b.index("k"),))]
@@ -143,7 +198,7 @@ class Gemm(Rule):
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
         """Either matrix may be the weight; C is the bias."""
         attrs = node.attrs
-        left, right = ("km" if attrs.get("transA", 0) else "mk"), ("nk" if attrs.get("transB", 0) else "kn")
+        left, right = self.node_terms(node)
         scales = {"scale": float(attrs.get("alpha", 1.0)), "bias_scale": float(attrs.get("beta", 1.0))}
         plain = "activation" not in attrs
         return product_form((left, right, "mn"), shapes, data, bias=2, plain=plain, **scales)
@@ -152,12 +207,17 @@ class Gemm(Rule):
 class Einsum(Rule):
     """Any einsum without repeated subscripts inside one operand."""
 
+    weights = tuple(range(8))
+
     def terms(self, step: Step) -> tuple[list[str], str]:
         """Subscripts of every operand and of the output, ellipses spelled out in upper-case letters."""
-        equation = step.attr("equation", "").replace(" ", "")
-        left, arrow, out = equation.partition("->")
+        return self.node_terms(step.node, [len(step.shape(i)) for i in range(len(step.node.inputs))])
+
+    @staticmethod
+    def node_terms(node: Node, ranks: Sequence[int]) -> tuple[list[str], str]:
+        """The same for operands of these ranks."""
+        left, arrow, out = node.attrs.get("equation", "").replace(" ", "").partition("->")
         terms = left.split(",")
-        ranks = [len(step.shape(i)) for i in range(len(terms))]
         extra = max((r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0)
         dots = "ABCDEFGHIJ"[:extra]
         if not arrow:
@@ -169,6 +229,20 @@ class Einsum(Rule):
             spelled.append(term.replace("...", dots[extra - own :] if own else ""))
         return spelled, out.replace("...", dots)
 
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """One per position of all letters; a sum over a single operand multiplies nothing."""
+        if len(shapes) < 2 or any(s is None for s in shapes):
+            return 0
+        terms, _ = self.node_terms(node, [len(s) for s in shapes])
+        return letter_macs(terms, shapes)
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """The last axis that the weight makes."""
+        if any(s is None for s in shapes):
+            return rank - 1
+        terms, out = self.node_terms(node, [len(s) for s in shapes])
+        return made_axis(terms, out, weight)
+
     def propagate(self, step: Step) -> None:
         """Contract over the letters that the output lacks."""
         terms, out = self.terms(step)
@@ -176,7 +250,7 @@ class Einsum(Rule):
             return
         step.set(0, contract(step, [(step.labels(i), step.shape(i), t) for i, t in enumerate(terms)], out))
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Every operand, over the letters that the output lacks."""
         terms, out = self.terms(step)
         return [(i, tuple(a for a, c in enumerate(t) if c not in out)) for i, t in enumerate(terms)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ class Conv(Rule):
         addend: int | None = None,
     ) -> None:
         self.data, self.weight, self.bias, self.per_output, self.addend = data, weight, bias, per_output, addend
+        self.weights = (weight,)
 
     def groups(self, step: Step) -> int:
         """Number of groups."""
@@ -46,6 +49,15 @@ class Conv(Rule):
     def weight_axis(self, step: Step) -> int:
         """The weight's axis of input channels per group; its output channels come first."""
         return 1
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Every number of the output is a sum over a kernel and the channels of a group."""
+        w = shapes[self.weight]
+        return 0 if w is None or out is None or shapes[self.data] is None else prod(out) * prod(w[1:])
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """Axis 1."""
+        return 1 if rank > 1 else rank - 1
 
     def propagate(self, step: Step) -> None:
         """Unite the data's channels with the weight's; the output takes the weight's other axis."""
@@ -127,7 +139,7 @@ class Conv(Rule):
                 cut.fail(f"{channels} channels do not divide into groups of {per_group}")
             cut.set_attr("group", channels // per_group)
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """The data is summed over its channels."""
         return [(self.data, (self.axis(step),))]
 
@@ -156,6 +168,11 @@ def window_settings(node: Node) -> dict[str, Any]:
 
 class ConvTranspose(Conv):
     """Data [N, C, ...] with weight [C, O/group, ...]."""
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Every number of the data meets a kernel for each output channel of its group."""
+        x, w = shapes[self.data], shapes[self.weight]
+        return 0 if w is None or out is None or x is None else prod(x) * prod(w[1:])
 
     def propagate(self, step: Step) -> None:
         """Unite the data's channels with the weight's first axis; the output takes the second, per group."""

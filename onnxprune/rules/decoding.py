@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from onnxprune.contractions import Form, Windows
@@ -69,6 +71,14 @@ class LinearAttention(Heads):
             return to_heads(step, labels, shape, heads)
         return movement.insert_axis(labels, 3), (*shape, 1)
 
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Every head writes its state of keys times values once a step, and reads it."""
+        q, k, v = shapes[:3]
+        if q is None or k is None or v is None:
+            return 0
+        heads, kv = int(node.attrs["q_num_heads"]), int(node.attrs["kv_num_heads"])
+        return prod(q[:2]) * (kv + heads) * (k[2] // kv) * (v[2] // kv)
+
     def rewrite(self, cut: Cut) -> None:
         """Numbers of heads, and the scale, which follows from the channels of a query."""
         if not cut.touched():
@@ -79,7 +89,7 @@ class LinearAttention(Heads):
         cut.set_attr("kv_num_heads", heads_left(cut, 1, kv)[0])
         self.set_scale(cut, cut.before.shape(0)[2] // heads, size)
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Queries and keys are summed over their channels."""
         return [(0, (2,)), (1, (2,))]
 
@@ -95,6 +105,16 @@ class LinearAttention(Heads):
 
 class CausalConv(Rule):
     """com.microsoft.CausalConvWithState: a depthwise convolution over what came before, [N, C, ...] or [N, L, C]."""
+
+    weights = (1,)
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Every number of the output is a sum over the kernel."""
+        return 0 if out is None or shapes[1] is None else prod(out) * prod(shapes[1][1:])
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """Axis 1 unless channels come last."""
+        return rank - 1 if node.attrs.get("channels_last", 0) else 1
 
     def propagate(self, step: Step) -> None:
         """A channel is one of everything: data, kernel, bias, state and result."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,15 @@ class MoE(Rule):
     Every expert loses inner channels of its own, the same number each; experts stay, for the router's choice among
     fewer would be another one.
     """
+
+    weights = (FIRST, SECOND, THIRD)
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Every token goes through the layers of ``k`` experts, whose weights are [experts, ...]."""
+        sizes = [s for s in shapes[2::2] if s is not None]
+        if shapes[0] is None:
+            return 0
+        return prod(shapes[0][:-1]) * int(node.attrs.get("k", 1)) * sum(prod(s[1:]) for s in sizes)
 
     def propagate(self, step: Step) -> None:
         """Hidden channels as in two products; a grid of (expert, inner channel) over the weights."""
@@ -77,7 +88,7 @@ class MoE(Rule):
                     step.atoms.freeze(old.ids, step.reason("operand", "replaced by the grid over experts"))
             override(step, chains[i] or [], (Label(cells.reshape(shape), axis),), (axis,))
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """The tokens' channels, and the inner ones as the second layer's weights meet them."""
         return [(0, (len(step.shape(0)) - 1,)), (SECOND, (2,))]
 

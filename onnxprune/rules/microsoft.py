@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Label, Labels, along
 from onnxprune.rules import indexing, movement, spatial
 from onnxprune.rules.context import Step
-from onnxprune.rules.contraction import MatMul, contract, matmul_terms
+from onnxprune.rules.contraction import MatMul, contract, letter_macs, matmul_terms
 from onnxprune.rules.convolution import Conv
 from onnxprune.rules.elementwise import Elementwise
 from onnxprune.rules.normalization import NORMALISED, GroupNorm, LayerNorm, OverAxes
@@ -77,6 +78,10 @@ class NhwcFusedConv(Conv):
     def axis(self, step: Step) -> int:
         """Channels come last."""
         return len(step.shape(self.data)) - 1
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """The last."""
+        return rank - 1
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """[N, ..., O]."""
@@ -199,12 +204,22 @@ class BiasSoftmax(OverAxes):
 class CDist(Rule):
     """Distances between the rows of [m, k] and [n, k]: a sum over k."""
 
+    weights = (0, 1)
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """m * n * k."""
+        return letter_macs(("mk", "nk"), shapes)
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """What the weight's rows become."""
+        return weight
+
     def propagate(self, step: Step) -> None:
         """Contract over ``k``."""
         operands = [(step.labels(0), step.shape(0), "mk"), (step.labels(1), step.shape(1), "nk")]
         step.set(0, contract(step, operands, "mn"))
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Both operands are summed over ``k``."""
         return [(0, (1,)), (1, (1,))]
 

@@ -43,7 +43,7 @@ class OverAxes(Rule):
                 step.fix(labels, axis, NORMALISED, f"{step.node.op} normalises over these channels")
         step.set(0, labels)
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """A norm sums over its axes."""
         return [(0, tuple(self.axes(step)))] if self.exact else []
 
@@ -198,7 +198,7 @@ class Reduce(Rule):
                 result = remove_axis(result, axis)
         step.set(0, result)
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """A sum reads its axes."""
         return [(0, tuple(self.axes(step) or ()))] if self.contraction else []
 

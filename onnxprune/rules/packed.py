@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.contractions import Form, Pairwise
 from onnxprune.graph.view import Node
 from onnxprune.labels import movement
 from onnxprune.labels.combine import Shape, broadcast, known
 from onnxprune.labels.label import Labels, covering
+from onnxprune.operators.codes import numbers
+from onnxprune.operators.registry import Read
 from onnxprune.rules.attention import MS, Attention, MultiHeadAttention
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.contraction import contract
@@ -25,6 +28,8 @@ class QAttention(Attention):
 
     Inputs: codes [B, S, in] and [in, 3 * H], bias [3 * H], both scales, a mask, both zero points, a cache.
     """
+
+    settings = (3, 4, 6, 7)
 
     def propagate(self, step: Step) -> None:
         """One product, whose columns have scales and zero points, split into three; a cell of one goes with all."""
@@ -61,9 +66,10 @@ class QAttention(Attention):
         zero = {0: 6, 1: 7}.get(i)
         return step.node.inputs[zero] if zero is not None and step.has(zero) else None
 
-    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """None: the weight holds codes."""
-        return None
+    def numbers(self, node: Node, i: int, codes: NDArray[Any], read: Read) -> NDArray[Any] | None:
+        """Input and weight are codes."""
+        scale = read({0: 3, 1: 4}.get(i, -1))
+        return None if scale is None else numbers(codes, scale, read({0: 6, 1: 7}[i]), axis=-1)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """As for numbers, but for the place of the cache."""
@@ -92,7 +98,7 @@ class PackedAttention(Attention):
         w = known(shapes[1])
         return None if data != 0 or w is None else Pairwise(("si", "io", "so"), w, plain=False)
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """The input's channels, and queries and keys as they come out of weights and bias."""
         return [(0, (1,)), (1, (1,)), (2, (0,))]
 
@@ -138,7 +144,7 @@ class PackedMultiHeadAttention(MultiHeadAttention):
         cut.set_attr("num_heads", left)
         self.set_scale(cut, shape[-1] if len(shape) == 4 else shape[-1] // heads, size)
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Queries and keys are summed over the head size, and so is what the bias adds to them."""
         axes = (1, 3) if len(step.shape(0)) == 4 else (1,)
         result: list[tuple[int, tuple[int, ...]]] = [(i, axes) for i in (0, 1) if step.has(i)]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Labels
+from onnxprune.operators.codes import numbers
+from onnxprune.operators.registry import Read
 from onnxprune.rules.context import Step
 from onnxprune.rules.registry import Rule, register
 
@@ -20,6 +23,8 @@ class Quantize(Rule):
 
     Blocks of ``block_size`` positions share a scale, so they only go as a whole.
     """
+
+    settings = (1, 2)
 
     def propagate(self, step: Step) -> None:
         """Unite the scale's and the zero point's axes with the data's."""
@@ -52,15 +57,35 @@ class Quantize(Rule):
 class DynamicQuantize(Rule):
     """Quantises in the range from the smallest to the largest number, 0 included: a channel of 0 does not widen it."""
 
+    encodes = True
+
     def propagate(self, step: Step) -> None:
         """Labels pass to the codes; scale and zero point are single numbers."""
         step.set(0, step.labels(0))
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """The range is taken over every axis, so this is where removed channels become 0."""
         return [(0, tuple(range(len(step.shape(0)))))]
 
 
-register("", "QuantizeLinear", "DequantizeLinear", rule=Quantize())
-register("com.microsoft", "QuantizeLinear", "DequantizeLinear", rule=Quantize())
+class Encode(Quantize):
+    """QuantizeLinear."""
+
+    encodes = True
+
+
+class Decode(Quantize):
+    """DequantizeLinear."""
+
+    def numbers(self, node: Node, i: int, codes: NDArray[Any], read: Read) -> NDArray[Any] | None:
+        """(codes - zero point) * scale."""
+        scale = read(1) if i == 0 else None
+        if scale is None:
+            return None
+        return numbers(codes, scale, read(2), int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0)))
+
+
+for domain in ("", "com.microsoft"):
+    register(domain, "QuantizeLinear", rule=Encode())
+    register(domain, "DequantizeLinear", rule=Decode())
 register("", "DynamicQuantizeLinear", rule=DynamicQuantize())

@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from onnxprune.contractions import Form, Windows
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape, broadcast, concatenate
-from onnxprune.labels.label import Labels, along
+from onnxprune.labels.combine import Shape, broadcast, concatenate, known
+from onnxprune.labels.label import Labels
 from onnxprune.labels.movement import insert_axis
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.contraction import contract, matmul_terms
-from onnxprune.rules.convolution import Conv
+from onnxprune.operators.codes import numbers
+from onnxprune.operators.registry import Read
+from onnxprune.rules.context import Step
+from onnxprune.rules.contraction import contract, made_axis, matmul_terms, product_form
+from onnxprune.rules.convolution import Conv, window_settings
 from onnxprune.rules.elementwise import Elementwise
 from onnxprune.rules.normalization import OverAxes
 from onnxprune.rules.registry import Rule, register
 from onnxprune.rules.sizes import product, window_sizes
+
+Array = NDArray[Any]
+
+
+class Settings(NamedTuple):
+    """Positions of the scale and the zero point of one operand; None where it has none."""
+
+    scale: int | None = None
+    zero: int | None = None
+
+
+def all_settings(codes: Mapping[int, Settings]) -> tuple[int, ...]:
+    """Every position of a scale or zero point."""
+    return tuple(i for pair in codes.values() for i in pair if i is not None)
+
+
+def real_numbers(codes: Mapping[int, Settings], i: int, value: Array, read: Read, axis: int) -> Array | None:
+    """What the codes of operand ``i`` stand for; None where a scale is not a constant, or the operand holds numbers."""
+    pair = codes.get(i)
+    if pair is None:
+        return None
+    scale = None if pair.scale is None else read(pair.scale)
+    if scale is None and pair.scale is not None:
+        return None
+    return numbers(value, scale, None if pair.zero is None else read(pair.zero), axis)
 
 
 class IntegerConv(Conv):
@@ -25,12 +55,23 @@ class IntegerConv(Conv):
 
     Args:
         data, weight, bias, per_output: as in :class:`Conv`.
-        zero: position of the data's zero point, which may be absent.
+        codes: positions of scale and zero point by that of what they are of.
     """
 
-    def __init__(self, data: int, weight: int, bias: int | None, per_output: tuple[int, ...], zero: int) -> None:
+    def __init__(
+        self, data: int, weight: int, bias: int | None, per_output: tuple[int, ...], codes: Mapping[int, Settings]
+    ) -> None:
         super().__init__(data, weight, bias, per_output)
-        self.zero = zero
+        self.codes, self.zero = codes, codes[data].zero
+        self.settings = all_settings(codes)
+
+    def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
+        """By scale and zero point: of the weight one for all or one per output channel."""
+        return real_numbers(self.codes, i, codes, read, axis=0)
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """The last in one form of onnxruntime's."""
+        return rank - 1 if node.attrs.get("channels_last", 0) else 1
 
     def axis(self, step: Step) -> int:
         """Channels come last in one form of onnxruntime's."""
@@ -45,7 +86,14 @@ class IntegerConv(Conv):
 
     def neutral(self, step: Step, i: int) -> str | None:
         """The data's zero point."""
-        return step.node.inputs[self.zero] if step.has(self.zero) else None
+        return step.node.inputs[self.zero] if self.zero is not None and step.has(self.zero) else None
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """Windows of the numbers that the data stand for, where channels come first."""
+        w = known(shapes[self.weight])
+        if data != self.data or w is None or node.attrs.get("channels_last", 0):
+            return None
+        return Windows(w[2:], **window_settings(node), data=data, weight=self.weight, bias=None, plain=False)
 
 
 class IntegerMatMul(Rule):
@@ -53,13 +101,52 @@ class IntegerMatMul(Rule):
 
     Args:
         a, b: positions of the matrices.
-        zero: position of the zero point of ``a``; None where it is given as numbers.
+        codes: positions of scale and zero point of either matrix; ``a`` is not in it where it is given as numbers.
         rows: positions of operands with one value for all or one per row of ``a``.
         columns: positions of operands that broadcast against the result: one per column of ``b``, or an addend.
     """
 
-    def __init__(self, a: int, b: int, zero: int | None, rows: Sequence[int] = (), columns: Sequence[int] = ()) -> None:
-        self.a, self.b, self.zero, self.rows, self.columns = a, b, zero, rows, columns
+    def __init__(
+        self,
+        a: int,
+        b: int,
+        codes: Mapping[int, Settings],
+        rows: Sequence[int] = (),
+        columns: Sequence[int] = (),
+    ) -> None:
+        self.a, self.b, self.codes, self.rows, self.columns = a, b, codes, rows, columns
+        self.zero = codes[a].zero if a in codes else None
+        self.data, self.weights, self.settings = a, (a, b), all_settings(codes)
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """The product's size times that of ``k``."""
+        a, b = shapes[self.a], shapes[self.b]
+        if a is None or b is None or out is None:
+            return 0
+        return prod(out) * a[self.terms(node, len(a), len(b))[0].index("k")]
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """The axis that the weight makes, on whichever side it stands."""
+        a, b = shapes[self.a], shapes[self.b]
+        if a is None or b is None:
+            return rank - 1
+        left, right, out = self.terms(node, len(a), len(b))
+        return made_axis((left, right), out, 0 if weight == self.a else 1)
+
+    def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
+        """By scale and zero point: one for all, of ``a`` one per row, of ``b`` one per column."""
+        transposed = node.op == "QGemm" and bool(node.attrs.get("transA" if i == self.a else "transB"))
+        return real_numbers(self.codes, i, codes, read, axis=-2 if (i == self.a) != transposed else -1)
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """Of the numbers that both matrices stand for; either may be the weight."""
+        a, b = shapes[self.a], shapes[self.b]
+        if a is None or b is None or data not in (self.a, self.b):
+            return None
+        form = product_form(self.terms(node, len(a), len(b)), (a, b), 0 if data == self.a else 1, plain=False)
+        if form is not None:
+            form.data, form.weight = data, self.b if data == self.a else self.a
+        return form
 
     def terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
         """Subscripts of operands of rank ``a`` and ``b`` and of the result."""
@@ -83,7 +170,7 @@ class IntegerMatMul(Rule):
                 operands.append((labels, shape))
         step.set(0, broadcast(step.atoms, operands, len(out), step.reason))
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """``a`` over ``k``: zeros in one factor are enough."""
         x, _, _ = self.terms(step.node, len(step.shape(self.a)), len(step.shape(self.b)))
         return [(self.a, (x.index("k"),))]
@@ -96,34 +183,6 @@ class IntegerMatMul(Rule):
         """As numpy's matmul."""
         a, b = shapes[self.a], shapes[self.b]
         return None if a is None or b is None else [product(a, b, self.terms(node, len(a), len(b)))]
-
-
-class PackedMatMul(Rule):
-    """MatMulNBits: B [N, blocks, bytes] is packed along K, which stays; N is cut with its scales and zero points."""
-
-    def propagate(self, step: Step) -> None:
-        """Unite N through all operands; the scales may be flat, N times the blocks."""
-        a, b = step.labels(0), step.labels(1)
-        step.fix_all_but(b, (0,), "operand", "codes are packed along this axis")
-        columns, size = step.axis_ids(b, 0), step.shape(1)[0]
-        for i in (i for i in (2, 3, 5) if step.has(i)):
-            own, shape = step.labels(i), step.shape(i)
-            step.fix_all_but(own, (0,), "operand", "one value per block of codes")
-            if own:
-                every = None if columns is None else np.repeat(columns, shape[0] // size)
-                step.unite(every, step.axis_ids(own, 0), "a scale or zero point")
-        rank = len(step.shape(0))
-        result = step.drop_axis(a, rank - 1, "fixed-size", "codes are packed along this axis")
-        step.set(0, result if columns is None else (*result, along(columns, rank - 1, rank)))
-
-    def rewrite(self, cut: Cut) -> None:
-        """``N`` follows the codes."""
-        if cut.shape(1)[0] != cut.attr("N"):
-            cut.set_attr("N", cut.shape(1)[0])
-
-    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
-        """A's last axis becomes N."""
-        return None if shapes[0] is None else [(*shapes[0][:-1], int(node.attrs["N"]))]
 
 
 class QuantizedConcat(Rule):
@@ -185,15 +244,19 @@ class QuantizedSoftmax(OverAxes):
         return [shapes[0]]
 
 
-register("", "QLinearConv", rule=IntegerConv(0, 3, 8, (4, 5), zero=2))
-register("com.microsoft", "QLinearConv", rule=IntegerConv(0, 3, 8, (4, 5), zero=2))
-register("", "ConvInteger", rule=IntegerConv(0, 1, None, (3,), zero=2))
-register("", "QLinearMatMul", rule=IntegerMatMul(0, 3, 2, rows=(1, 2, 6, 7), columns=(4, 5)))
-register("", "MatMulInteger", rule=IntegerMatMul(0, 1, 2, rows=(2,), columns=(3,)))
-register("com.microsoft", "QGemm", rule=IntegerMatMul(0, 3, 2, columns=(4, 5, 6)))
-register("com.microsoft", "DynamicQuantizeMatMul", rule=IntegerMatMul(0, 1, None, columns=(2, 3, 4)))
-register("com.microsoft", "MatMulIntegerToFloat", rule=IntegerMatMul(0, 1, 4, rows=(2, 4), columns=(3, 5, 6)))
-register("com.microsoft", "MatMulNBits", rule=PackedMatMul())
+# Positions of both operands' scales and zero points, in the orders in which operators have them.
+_LINEAR = {0: Settings(1, 2), 3: Settings(4, 5)}
+_INTEGER = {0: Settings(zero=2), 1: Settings(zero=3)}
+_TO_FLOAT = {0: Settings(2, 4), 1: Settings(3, 5)}
+
+register("", "QLinearConv", rule=IntegerConv(0, 3, 8, (4, 5), _LINEAR))
+register("com.microsoft", "QLinearConv", rule=IntegerConv(0, 3, 8, (4, 5), _LINEAR))
+register("", "ConvInteger", rule=IntegerConv(0, 1, None, (3,), _INTEGER))
+register("", "QLinearMatMul", rule=IntegerMatMul(0, 3, _LINEAR, rows=(1, 2, 6, 7), columns=(4, 5)))
+register("", "MatMulInteger", rule=IntegerMatMul(0, 1, _INTEGER, rows=(2,), columns=(3,)))
+register("com.microsoft", "QGemm", rule=IntegerMatMul(0, 3, _LINEAR, columns=(4, 5, 6)))
+register("com.microsoft", "DynamicQuantizeMatMul", rule=IntegerMatMul(0, 1, {1: Settings(2, 3)}, columns=(2, 3, 4)))
+register("com.microsoft", "MatMulIntegerToFloat", rule=IntegerMatMul(0, 1, _TO_FLOAT, rows=(2, 4), columns=(3, 5, 6)))
 register("com.microsoft", "QLinearAdd", "QLinearMul", rule=Elementwise([0, 3]))
 register("com.microsoft", "QLinearSigmoid", "QLinearLeakyRelu", rule=Elementwise([0]))
 register("com.microsoft", "QLinearWhere", rule=Elementwise([0, 1, 4]))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.contractions import Form, Pairwise
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, known
 from onnxprune.labels.label import Ids, Label, Labels, covering
+from onnxprune.operators.codes import numbers
+from onnxprune.operators.registry import Read
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.ownership import override, owned
 from onnxprune.rules.registry import Rule, register
@@ -28,8 +33,18 @@ class Recurrent(Rule):
         gates: rows of W per hidden unit (LSTM 4, GRU 3, RNN 1).
     """
 
+    weights = (W, R)
+
     def __init__(self, gates: int) -> None:
         self.gates = gates
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Every step of every sequence meets both matrices."""
+        return recurrent_macs(shapes)
+
+    def channels(self, node: Node, shapes: Sequence[Any], out: Any, weight: int) -> Any:
+        """The hidden size, whichever outputs there are."""
+        return shapes[R][-1] if shapes[R] else 0
 
     def propagate(self, step: Step) -> None:
         """Unite X's last axis with W's; one atom per direction and hidden unit runs through everything else."""
@@ -111,13 +126,51 @@ class Recurrent(Rule):
             return None
         return Pairwise(("sbi", "dgi", "sbdg"), w, plain=False)
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """X is summed over its features, the state over its units: R carries the mask of the state it multiplies."""
         return [(X, (2,)), (R, (2,))]
 
 
+def recurrent_macs(shapes: Sequence[Any]) -> Any:
+    """Positions of [T, N, I] times the elements of both matrices."""
+    sizes = [s for s in shapes[W : R + 1] if s is not None]
+    return 0 if shapes[X] is None else prod(shapes[X][:2]) * sum(prod(s) for s in sizes)
+
+
+def _by_direction(setting: NDArray[Any]) -> NDArray[Any]:
+    """A scale or zero point [directions] or [directions, columns] against [directions, rows, columns]."""
+    return setting.reshape(len(setting), 1, -1)
+
+
 class DynamicQuantizeLSTM(Rule):
-    """onnxruntime's LSTM over integer weights W [dirs, I, 4*H]: only its input may be cut, its state is quantised."""
+    """onnxruntime's LSTM over integer weights W [dirs, I, 4*H]: only its input may be cut, its state is quantised.
+
+    Scales and zero points [dirs] or [dirs, 4*H] of W are inputs 8 and 9, those of R 10 and 11.
+    """
+
+    weights = (W, R)
+    settings = (8, 9, 10, 11)
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Every step of every sequence meets both matrices."""
+        return recurrent_macs(shapes)
+
+    def channels(self, node: Node, shapes: Sequence[Any], out: Any, weight: int) -> Any:
+        """The hidden size."""
+        return shapes[R][1] if shapes[R] else 0
+
+    def numbers(self, node: Node, i: int, codes: NDArray[Any], read: Read) -> NDArray[Any] | None:
+        """W and R hold codes, scaled by direction or by column."""
+        scale_at = {W: 8, R: 10}.get(i)
+        if scale_at is None:
+            return None
+        scale, zero = (None if (v := read(at)) is None else _by_direction(v) for at in (scale_at, scale_at + 1))
+        return None if scale is None else numbers(codes, scale, zero)
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """The input times W, ahead of the gates."""
+        w = known(shapes[W])
+        return None if data != X or w is None else Pairwise(("sbi", "dig", "sbdg"), w, plain=False)
 
     def propagate(self, step: Step) -> None:
         """Unite the features of X and W; everything else stays."""
@@ -133,7 +186,7 @@ class DynamicQuantizeLSTM(Rule):
             return None
         return [(x[0], r[0], x[1], r[1]), (r[0], x[1], r[1]), (r[0], x[1], r[1])]
 
-    def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """X is summed over its features; a feature that is 0 does not widen the range it is quantised in."""
         return [(0, (2,))]
 

@@ -17,6 +17,7 @@ from onnxprune.budget.losses import by_curves, by_scores, levels_of
 from onnxprune.budget.sizes import Counts, Sizes
 from onnxprune.budget.table import LatencyTable
 from onnxprune.budget.target import Target
+from onnxprune.errors import UsageError
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import Model, cut_model
@@ -66,6 +67,9 @@ class Problem:
         curves: measured losses {group id: (shares removed, losses)}, where there are any. drifts: scores [units] by
             group id that add up to what a group alone does to the outputs, where they were measured.
 
+    Raises:
+        UsageError: the model costs nothing of a kind that a target is of.
+
     Attributes:
         choices: what every group may do, by where the losses come from: ``scores``, and what was measured.
         lead: of which of them answers are expected, or known, to keep most.
@@ -90,6 +94,9 @@ class Problem:
         self.here = table is not None and table.device == state.device.facts()
         self.costs = {t.kind: self._cost(t.kind) for t in targets}
         self.originals = {kind: self._original(kind) for kind in self.costs}
+        for kind, whole in self.originals.items():
+            if whole <= 0 and kind != "latency":
+                raise _costs_nothing(kind)
         self._press = dict.fromkeys(self.costs, 1.0)
         contests = list(self.contests.values())
         blocks = [block_levels(g.steps) for g in groups] if table and selector.request.round_to == 1 else None
@@ -257,6 +264,15 @@ class Problem:
         """
         kept = least(self.choices["scores"], self.costs[kind])
         return self.measured(kept, self.removed(kept))[kind]
+
+
+def _costs_nothing(kind: str) -> UsageError:
+    """The error for a target of a kind that the model has nothing of."""
+    what = "no operator multiplies data with its weights" if kind == "macs" else "nothing of it is stored"
+    return UsageError(
+        f"A target of {kind} has no meaning for this model: {what}, so it counts 0.",
+        hint="Aim at another kind: params, size, latency or peak-memory.",
+    )
 
 
 def tolerance(kind: str) -> float:

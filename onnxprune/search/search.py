@@ -67,7 +67,7 @@ class Search:
             CannotRewrite: a node has no form with the new sizes.
         """
         wishes, self._before = self.wishes, before
-        problem = self.problem(wishes.targets or (Target("macs", 1.0),))
+        problem = self.problem(wishes.targets or (Target(self._shrinks, 1.0),))
         if wishes.targets:
             found = self.within(problem)
             gap = self._missing(found.final, before)
@@ -192,6 +192,11 @@ class Search:
         how: dict[str, Any] = {"mode": mode, "metric": self.wishes.metric, "apart": answer.apart}
         return attempt(self.state, problem.analysis, answer.removed, samples=samples, **how)
 
+    @property
+    def _shrinks(self) -> str:
+        """What is made as little as gates allow where no target says what: MACs, or parameters of a model without."""
+        return "macs" if sample_macs(self.prune.prepared(self.state)) else "params"
+
     def _missing(self, final: Attempt, before: float) -> str:
         """What a gate has against a model; empty where it passes."""
         wishes, quality = self.wishes, final.quality
@@ -205,19 +210,20 @@ class Search:
         return ""
 
     def _smallest(self, problem: Problem, before: float) -> Found:
-        """The fewest MACs within the gates, by bisection on the share kept.
+        """The fewest MACs (parameters, where there are none) within the gates, by bisection on the share kept.
 
         Raises:
             BudgetError: not even the smallest cut keeps within them.
         """
-        low, high = problem.reachable("macs") / problem.originals["macs"], 1.0
+        kind = self._shrinks
+        low, high = problem.reachable(kind) / problem.originals[kind], 1.0
         found, why = None, "No cut was found"
         if self.wishes.factorize or len(problem.choices) > 1:
-            with problem.aiming(Target("macs", 0.5 * (low + high))):  # what losses to go by, and at what rate
+            with problem.aiming(Target(kind, 0.5 * (low + high))):  # what losses to go by, and at what rate
                 self._tried(problem, problem.answers())
         for _ in range(_HALVINGS):
             share = 0.5 * (low + high)
-            tried = self._aimed(problem, Target("macs", share))
+            tried = self._aimed(problem, Target(kind, share))
             if tried is None:
                 low = share
                 continue

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Slot
-from onnxprune.graph.weights_of import weight_of
 from onnxprune.groups.units import Group
 from onnxprune.labels.label import Ids
 from onnxprune.model.elements import aligned
 from onnxprune.rewrite.after import After
 from onnxprune.rules.context import Table
+from onnxprune.selection.dequantize import numbers_at
 from onnxprune.selection.sites import Site, surviving
 from onnxprune.selection.targets import Targets
 from onnxprune.statistics import Maps
@@ -135,7 +135,7 @@ def _weight(table: Table, after: After, site: Site, positions: Ids) -> NDArray[A
     if site.form is None:
         return None
     name = site.node.inputs[site.form.weight]
-    value = weight_of(table.graph, name)
+    value = numbers_at(table.graph, site.node, site.form.weight)
     if value is None or value.dtype.kind not in "fV":
         return None
     value = aligned(value) if value.dtype == np.float64 else value.astype(np.float32)

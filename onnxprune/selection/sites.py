@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.contractions import Form
 from onnxprune.graph.cost import constant_source
@@ -13,7 +15,8 @@ from onnxprune.graph.view import Node
 from onnxprune.labels.label import Ids, Label
 from onnxprune.rewrite.after import After
 from onnxprune.rules.context import Step, Table
-from onnxprune.rules.registry import lookup
+from onnxprune.rules.registry import lookup, rule_of
+from onnxprune.selection.dequantize import decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class Site:
         form: the contraction as a matrix product; None where the other operand is an activation too.
         partner: (tensor, axes) of that other activation.
         where: conditions under which the contraction runs, (tensor, value); it sees nothing of other samples.
+        decode: turns values of the activation into numbers, where it holds codes.
     """
 
     node: Node
@@ -37,6 +41,7 @@ class Site:
     form: Form | None = None
     partner: tuple[str, tuple[int, ...]] | None = None
     where: tuple[tuple[str, bool], ...] = ()
+    decode: Callable[[NDArray[Any]], NDArray[Any]] | None = None
 
     @property
     def maps_key(self) -> Hashable:
@@ -69,7 +74,7 @@ def sites(table: Table, component: Ids) -> Iterator[Site]:
         if not any(table.get(n) for n in node.inputs if n):
             continue
         rule = lookup(node.domain, node.op, node.version)
-        for position, axes in rule.reads(Step(node, table)):
+        for position, axes in rule.contracted_axes(Step(node, table)):
             name = node.inputs[position]
             if constant_source(table.graph, name) is not None:
                 continue
@@ -89,7 +94,11 @@ def _with_weight(table: Table, node: Node, position: int, label: Label) -> Site 
     shape = shapes[position] or ()
     if {a for a in form.axes if shape[a] != 1} != set(label.axes):
         return None
-    return Site(node, position, node.inputs[position], form.axes, label, form)
+    name = node.inputs[position]
+    encoder = table.graph.producer.get(name)
+    if encoder is not None and rule_of(encoder).encodes and any(x is label for x in table.get(encoder.inputs[0])):
+        return Site(node, position, encoder.inputs[0], form.axes, label, form)
+    return Site(node, position, name, form.axes, label, form, decode=decoder(table.graph, node, position))
 
 
 def _pair(table: Table, component: Ids, node: Node, position: int, label: Label) -> Site | None:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import ml_dtypes  # noqa: F401  (gives numpy the arithmetic of bfloat16 and int4)
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.criteria import Slot
-from onnxprune.graph.cost import LAYERS, constant_source
+from onnxprune.graph.cost import constant_source, multiplies
 from onnxprune.groups.units import Group, Units
 from onnxprune.labels.label import Ids, Label
 from onnxprune.model.elements import aligned
@@ -121,7 +120,7 @@ def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
             read = max(read, node.index)
             for out in node.outputs:
                 if out and any(np.isin(x.ids, own).any() for x in table.get(out)):
-                    if node.op not in LAYERS and constant_source(graph, out) is not None:
+                    if not multiplies(node) and constant_source(graph, out) is not None:
                         queue.append(out)
                     else:
                         produced = max(produced, node.index)

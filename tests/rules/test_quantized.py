@@ -242,7 +242,7 @@ def test_products_to_numbers(kind: str) -> None:
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_products_of_packed_codes(flat: bool, zeros: bool) -> None:
-    """MatMulNBits: the axis along which codes are packed stays, the other is cut with scales, zero points and bias."""
+    """MatMulNBits: outputs are cut with scales, zero points and bias, inputs by whole blocks."""
     net = Net(17)
     h = net.linear(net.input("x", ["N", 3]), 3, 32)
     b = net.const(net.rng.integers(0, 255, (8, 2, 8)), np.uint8)
@@ -251,7 +251,7 @@ def test_products_of_packed_codes(flat: bool, zeros: bool) -> None:
     y = net.op("MatMulNBits", h, *operands, "", net.weight(8), domain=MS, K=32, N=8, bits=4, block_size=16)
     model = prune(net, net.linear(net.op("Relu", y), 8, 4))
     node = next(n for n in model.graph.node if n.op_type == "MatMulNBits")
-    assert (helper.get_node_attr_value(node, "N"), helper.get_node_attr_value(node, "K")) == (4, 32)
+    assert (helper.get_node_attr_value(node, "N"), helper.get_node_attr_value(node, "K")) == (4, 16)
     found = shapes(model, "MatMulNBits")
-    assert (found[1], found[2], found[5]) == ((4, 2, 8), (8,) if flat else (4, 2), (4,))
+    assert (found[1], found[2], found[5]) == ((4, 1, 8), (4,) if flat else (4, 1), (4,))
     assert not zeros or found[3] == ((4,) if flat else (4, 1))
