@@ -33,6 +33,7 @@ LONGEST_NAME = 255
 _PREFIX, _LOCK = "onnxprune-", ".onnxprune-lock"
 _DIGEST = 8
 _ANNOUNCED = b"onnxprune is about to write or remove"
+_FICLONE = 0x40049409  # of Linux: one file shares the blocks of another until either is changed
 _SECONDS = 60  # in which a run has taken the lock of a file that it made
 
 
@@ -70,6 +71,15 @@ def write(target: Path, data: bytes) -> None:
     """Write a file whole or not at all; a link is followed. Raises OSError."""
     with replacing(target) as files, files.open() as file:
         file.write(data)
+
+
+def clone(source: Path, target: Path) -> None:
+    """Copy a file, without a second copy on the disk where the file system can share it. Raises OSError."""
+    if fcntl is not None:
+        with suppress(OSError), source.open("rb") as one, target.open("wb") as other:
+            fcntl.ioctl(other, _FICLONE, one.fileno())
+            return
+    shutil.copyfile(source, target)
 
 
 class Replacement:

@@ -21,7 +21,7 @@ def announced(group: str) -> dict[str, Any]:
     for point in entry_points(group=group):
         try:
             found[point.name] = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             package = point.dist.name if point.dist is not None else point.value
             raise UsageError(
                 f"The extension {point.name!r} of {package} cannot be loaded: {type(error).__name__}: {error}",

@@ -110,6 +110,7 @@ def factorize(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: int, *
     hint = "Take a smaller --ratio, give --data, or --exclude the sensitive layers."
     gate.check(report, request.min_fidelity, lambda: screen.show(*_parts(request, report, screen), Text("")), hint)
     result.save(request.target, plan=request.plan)
+    screen.wrote.extend([path for path in (request.target, request.plan) if path is not None])
     report.output = str(request.target)
     if screen.as_json:
         screen.emit({**report.to_dict(), "plan": str(request.plan) if request.plan else None})

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import click
 from rich.text import Text
 
-from onnxprune.errors import OnnxpruneError
-from onnxprune.report.console import Screen
+from onnxprune.errors import OnnxpruneError, UsageError
+from onnxprune.report.console import Screen, silence
 
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
 INTERNAL = 3
 USAGE = 2
 
@@ -26,10 +32,51 @@ class Failure:
     exit_code: int
 
 
+_SIGNALS = {
+    getattr(signal, name): words
+    for name, words in (("SIGINT", "interrupted"), ("SIGTERM", "terminated"), ("SIGHUP", "the terminal was closed"))
+    if hasattr(signal, name)
+}
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let signals that end a program raise :class:`Stopped`, so that everything is cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in set(_SIGNALS) - {signal.SIGINT}:
+            signal.signal(other, signal.SIG_IGN)  # cleaning up is under way
+        raise Stopped(number)
+
+    # What is ignored (nohup, jobs in the background) stays ignored.
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def describe(error: BaseException, command_path: str = "onnxprune") -> Failure:
     """The failure an exception stands for; an exception nobody planned is an internal error (exit code 3)."""
     if isinstance(error, OnnxpruneError):
         return Failure(type(error).__name__, error.message, error.hint, error.exit_code)
+    if isinstance(error, Stopped):
+        return Failure("Interrupted", _SIGNALS[signal.Signals(error.number)], "", 128 + error.number)
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return Failure("Interrupted", "interrupted", "", INTERRUPTED)
     if isinstance(error, click.ClickException):
@@ -41,6 +88,8 @@ def describe(error: BaseException, command_path: str = "onnxprune") -> Failure:
         return Failure(
             "UsageError", f"{error.strerror.lower()}{where}", "Check the path, its rights and the space left.", USAGE
         )
+    if isinstance(error, SystemExit):
+        return Failure("InternalError", f"something that the run called ended it with sys.exit({error.code!r})", "", 3)
     text = " ".join(str(error).split()) or "no message"
     hint = "Please report this with the command and, if you can, the model; -vv shows where it happened."
     return Failure("InternalError", f"{type(error).__name__}: {text}", hint, INTERNAL)
@@ -65,10 +114,10 @@ def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") 
     failure = describe(error, command_path)
     label = "internal error: " if failure.kind == "InternalError" else "error: "
     if screen.verbosity >= 2:
-        screen.err.print(Text("".join(traceback.format_exception(error)).rstrip()))
-    screen.err.print(Text.assemble((label, "bold red"), failure.message), soft_wrap=True)
+        screen.tell(Text("".join(traceback.format_exception(error)).rstrip()))
+    screen.tell(Text.assemble((label, "bold red"), failure.message), soft_wrap=True)
     if failure.hint:
-        screen.err.print(Text.assemble(("hint: ", "cyan"), failure.hint), soft_wrap=True)
+        screen.tell(Text.assemble(("hint: ", "cyan"), failure.hint), soft_wrap=True)
     if screen.as_json:
         record = {
             "type": failure.kind,
@@ -78,3 +127,32 @@ def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") 
         }
         screen.emit({"error": record})
     return failure.exit_code
+
+
+def check_shown(screen: Screen) -> None:
+    """Whether what a command gives has reached its reader: files that it wrote, else the report.
+
+    Raises:
+        UsageError: there is only the report, and stdout did not take it. Who closes a pipe (``| head``) wants no more.
+    """
+    error = screen.lost
+    if error is None or (screen.verbosity < 0 and not screen.as_json):
+        return
+    left = isinstance(error, BrokenPipeError)
+    if screen.wrote:
+        files = ", ".join(map(str, screen.wrote))
+        why = "its reader left" if left else (error.strerror or str(error)).lower()
+        screen.warn(f"wrote {files}, but stdout did not take the whole report: {why}")
+    elif not left:
+        raise UsageError(
+            f"cannot write the report to stdout: {(error.strerror or str(error)).lower()}",
+            hint="Give it somewhere to go.",
+        )
+
+
+def show_unwritable(error: OSError) -> int:
+    """Tell the user that stdout takes nothing; returns the exit code."""
+    if sys.stdout is not None:
+        silence(sys.stdout)
+    Screen.open().tell(Text.assemble(("error: ", "bold red"), f"cannot write to stdout: {error.strerror}"))
+    return USAGE

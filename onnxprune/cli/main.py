@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ _OWN_FLAGS = ("-h", "--help", "--version")
 class DefaultGroup(click.Group):
     """A group that runs ``prune`` when no subcommand is named, and turns every failure into an exit code."""
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the program; also where not even ``--help`` can be shown."""
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:
+            sys.exit(failure.show_unwritable(error))
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default subcommand in front of a model or an option; keep what looks like a mistyped subcommand."""
         ctx.obj = _screen(args)
@@ -49,16 +57,20 @@ class DefaultGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; any failure ends here."""
-        try:
-            if ctx.meta[_NOTHING]:
-                raise UsageError(
-                    "no model given", hint="For example: onnxprune model.onnx --ratio 0.3, or onnxprune --help."
-                )
-            return super().invoke(ctx)
-        except (click.exceptions.Exit, SystemExit):
-            raise
-        except BaseException as error:
-            ctx.exit(failure.show(error, ctx.obj, ctx.command_path))
+        screen: Screen = ctx.obj
+        with failure.stoppable():
+            try:
+                if ctx.meta[_NOTHING]:
+                    raise UsageError(
+                        "no model given", hint="For example: onnxprune model.onnx --ratio 0.3, or onnxprune --help."
+                    )
+                result = super().invoke(ctx)
+                failure.check_shown(screen)
+            except click.exceptions.Exit:
+                raise
+            except BaseException as error:
+                ctx.exit(failure.show(error, screen, ctx.command_path))
+        return result
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The help of the whole program: the ways to call it, then the options of a cut."""

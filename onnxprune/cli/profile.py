@@ -78,6 +78,7 @@ def profile(
         )
     if output is not None:
         found.save(output)
+        screen.wrote.append(output)
     if screen.as_json:
         screen.emit({**plain(found.facts), "table": str(output) if output else None})
     wrote = [Text.assemble(("wrote     ", "bold"), str(output))] if output else []

@@ -110,6 +110,7 @@ def recover(screen: Screen, /, as_json: bool, quiet: bool, verbose: int, **value
     hint = "Give more --data, or cut less."
     gate.check(report, request.min_fidelity, lambda: screen.show(*_parts(request, report, screen), Text("")), hint)
     result.save(request.target)
+    screen.wrote.append(request.target)
     report.output = str(request.target)
     if screen.as_json:
         screen.emit({**report.to_dict(), "cut": str(request.cut), "plan": str(request.plan)})

@@ -117,6 +117,7 @@ def sensitivity(screen: Screen, /, as_json: bool, quiet: bool, verbose: int, **v
     if request.html is not None:
         documents.write(request.html, sensitivities.page(facts, request.model.name))
     written = [("wrote     ", path) for path in (request.output, request.html) if path is not None]
+    screen.wrote.extend([path for _, path in written])
     if screen.as_json:
         screen.emit({**facts, "model": str(request.model)})
     lines = [Text.assemble((label, "bold"), str(path)) for label, path in written]

@@ -140,7 +140,8 @@ def sweep(screen: Screen, /, as_json: bool, quiet: bool, verbose: int, **values:
         )
     if request.html is not None:
         documents.write(request.html, frontier.page(found))
+    written = [path for path in (request.models, request.html) if path is not None]
+    screen.wrote.extend(written)
     if screen.as_json:
         screen.emit(plain(asdict(found)))
-    written = [path for path in (request.models, request.html) if path is not None]
     screen.show(*frontier.render(found), *(Text.assemble(("wrote     ", "bold"), str(path)) for path in written))

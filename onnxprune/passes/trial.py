@@ -11,8 +11,8 @@ from typing import Any
 import onnx
 
 from onnxprune.analysis import Analysis
-from onnxprune.errors import ModelError
-from onnxprune.files import workspace
+from onnxprune.errors import ModelError, UsageError
+from onnxprune.files import clone, workspace
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.model.load import load
@@ -116,6 +116,24 @@ class Trial:
             copy = copies.get(weight.name)
             if isinstance(copy, FileWeight):
                 self._stored[id(weight)] = copy
+
+    def copy_of_original(self) -> Path:
+        """The original as a file that others may do with as they like; under its own name, with its data beside it."""
+        loaded = self.analysis.loaded
+        if loaded.path is None:
+            return self.original
+        home, target = loaded.path.resolve().parent, self.folder / "copy" / loaded.path.name
+        pairs = [(loaded.path, target), *((data, target.parent / data.relative_to(home)) for data in loaded.external)]
+        try:
+            for source, place in pairs:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                clone(source, place)
+        except OSError as error:
+            raise UsageError(
+                f"cannot copy the model to {str(self.folder)!r}: {error.strerror}",
+                hint="Make room there, or set TMPDIR to another folder.",
+            ) from error
+        return target
 
     def write(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], stem: str) -> tuple[Path, int]:
         """A model as a file, and its bytes."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any, Protocol, TextIO
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -49,19 +51,51 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-@contextmanager
-def _until_closed(console: Console) -> Iterator[None]:
-    """Writing to a pipe whose reader left (``| head``) is no failure: what is left to say goes nowhere."""
-    try:
-        yield
-        console.file.flush()
-    except BrokenPipeError:
+class _Loss:
+    """What came of writing to a stream: the error that ended it, if one did."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.error = error
+
+    @contextmanager
+    def noted(self, console: Console) -> Iterator[None]:
+        """Where a stream takes no more (a closed pipe, a full disk), what is left to say goes nowhere."""
+        try:
+            yield
+            console.file.flush()
+        except OSError as error:
+            self.error = self.error or error
+            silence(console.file)
+
+
+def silence(stream: IO[str]) -> None:
+    """Let what is written to a stream from here on, and what waits in it, go nowhere."""
+    with suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, console.file.fileno())
+        os.dup2(nothing, stream.fileno())
         os.close(nothing)
+        stream.flush()
 
 
-def _console(stream: TextIO) -> Console:
+def _stream(stream: TextIO | None) -> tuple[TextIO, OSError | None]:
+    """A stream, or one that goes nowhere in place of one that was closed before the program began."""
+    if stream is None or stream.closed:
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+        return nowhere, OSError(errno.EBADF, "it is closed")
+    return stream, None
+
+
+def occupy_closed() -> None:
+    """Open what was closed of the standard streams: else the next file opened, a model even, would be one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            with suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def _console(stream: TextIO) -> _Console:
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="onnxprune.ascii")
     width = None if stream.isatty() else PIPE_WIDTH
@@ -83,11 +117,21 @@ class Screen:
     err: Console
     as_json: bool = False
     verbosity: int = 0
+    wrote: list[Path] = field(default_factory=list)
+    """Files that the command has written."""
+    loss: _Loss = field(default_factory=_Loss)
 
     @classmethod
     def open(cls, *, as_json: bool = False, verbosity: int = 0) -> Screen:
         """Consoles on the present ``sys.stdout`` and ``sys.stderr``."""
-        return cls(_console(sys.stdout), _console(sys.stderr), as_json, verbosity)
+        occupy_closed()
+        (out, error), (err, _) = _stream(sys.stdout), _stream(sys.stderr)
+        return cls(_console(out), _console(err), as_json, verbosity, loss=_Loss(error))
+
+    @property
+    def lost(self) -> OSError | None:
+        """Why stdout did not take all of the report."""
+        return self.loss.error
 
     @property
     def name_width(self) -> int:
@@ -99,7 +143,7 @@ class Screen:
         if self.verbosity < 0 or (self.as_json and self.verbosity < 1):
             return
         console = self.err if self.as_json else self.out
-        with _until_closed(console):
+        with (_Loss() if self.as_json else self.loss).noted(console):
             for part in parts:
                 if console.is_terminal:
                     console.print(part)
@@ -111,18 +155,23 @@ class Screen:
 
     def emit(self, record: Mapping[str, Any]) -> None:
         """Write the one JSON object of ``--json`` to stdout; NaN and infinity become null."""
-        with _until_closed(self.out):
+        with self.loss.noted(self.out):
             self.out.file.write(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
 
     def warn(self, message: str) -> None:
         """A warning line on stderr, unless quiet."""
         if self.verbosity >= 0:
-            self.err.print(Text.assemble(("warning: ", "yellow"), message))
+            self.tell(Text.assemble(("warning: ", "yellow"), message))
 
     def note(self, message: str) -> None:
         """A line on stderr for those who asked for more with ``-v``."""
         if self.verbosity > 0:
-            self.err.print(Text(message, style="dim"))
+            self.tell(Text(message, style="dim"))
+
+    def tell(self, text: Text, *, soft_wrap: bool = False) -> None:
+        """A text on stderr, where that can be written to."""
+        with _Loss().noted(self.err):
+            self.err.print(text, soft_wrap=soft_wrap)
 
     @contextmanager
     def progress(self) -> Iterator[ProgressCallback]:

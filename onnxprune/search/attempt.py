@@ -150,4 +150,4 @@ def of_original(analysis: Analysis, metric: Metric | None) -> float:
     if metric is None:
         return 100.0
     with Trial.of(analysis) as trial:
-        return measured(metric, trial.original)
+        return measured(metric, trial.copy_of_original())

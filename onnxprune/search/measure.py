@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,19 +49,24 @@ def said(metric: Metric | None, facts: Fidelity | None) -> str:
 
 
 def measured(metric: Metric, path: Path) -> float:
-    """The metric of a model file.
+    """The metric of a model file, which it may change or remove: nothing else must need the file any more.
 
     Raises:
         UsageError: it raises, or gives no finite number.
     """
     label = getattr(metric, "label", getattr(metric, "__name__", "metric"))
+    folder = Path.cwd()
     try:
         value = metric(str(path))
-    except Exception as error:
+    except BaseException as error:
+        if _is_interrupt(error):
+            raise
         raise UsageError(
-            f"The metric {label} failed: {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}",
+            f"The metric {label} failed: {_words(error)}",
             hint="It is called with the path of a model and returns a number, higher is better.",
         ) from error
+    finally:
+        os.chdir(folder)  # paths of outputs are relative to it
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -70,6 +77,21 @@ def measured(metric: Metric, path: Path) -> float:
     if not math.isfinite(number):
         raise UsageError(f"The metric {label} returned {number}.", hint="It has to be a finite number for every model.")
     return number
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether an exception comes from the user, or the system, and not from the metric itself."""
+    if not isinstance(error, KeyboardInterrupt):
+        return isinstance(error, MemoryError)
+    # Handlers of our own raise a kind of their own.
+    return type(error) is not KeyboardInterrupt or signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _words(error: BaseException) -> str:
+    """An exception as words."""
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({'' if error.code is None else repr(error.code)})"
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
 def load_metric(text: str) -> Metric:
@@ -91,9 +113,10 @@ def load_metric(text: str) -> Metric:
     try:
         with _beside(Path(path)):
             spec.loader.exec_module(module)
-    except Exception as error:
-        said = " ".join(str(error).split())
-        raise UsageError(f"--metric: {path} does not run: {type(error).__name__}: {said}", hint=hint) from error
+    except BaseException as error:
+        if _is_interrupt(error):
+            raise
+        raise UsageError(f"--metric: {path} does not run: {_words(error)}", hint=hint) from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
