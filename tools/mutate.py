@@ -3,9 +3,9 @@
     python tools/mutate.py --modules 'labels*' 'channels/*' --count 60 --seed 1
 
 Every mutant is one changed expression in a copy of the package: a comparison turned round, ``+`` for ``-``, ``and`` for
-``or``, a constant off by one, a condition negated, ``min`` for ``max``, a statement left out. The tests run against the
-copy until the first failure. A mutant that they all pass has survived: its line is printed, to be killed by a test or to
-be understood as equivalent.
+``or``, a constant off by one, a condition negated, ``min`` for ``max``, a statement left out. The tests run against a
+copy until the first failure. A mutant that they all pass has survived: its line is printed, to be killed by a test or
+to be understood as equivalent.
 """
 
 from __future__ import annotations
@@ -134,13 +134,18 @@ class _Replace(ast.NodeTransformer):
 def mutants(path: Path) -> list[Mutant]:
     """Every mutant of a module, in the order of its lines."""
     module = path.relative_to(ROOT).as_posix()
-    drawn = []
-    for statement in statements(ast.parse(path.read_text(encoding="utf-8"))):
-        before = head(statement)
-        for changed in changes(statement):
-            if head(changed) != before:
-                drawn.append(Mutant(module, statement.lineno, before, head(changed), changed))
-    return drawn
+    pairs = ((s, c) for s in statements(ast.parse(path.read_text(encoding="utf-8"))) for c in changes(s))
+    made = (Mutant(module, old.lineno, head(old), head(new), new) for old, new in pairs)
+    return [mutant for mutant in made if mutant.before != mutant.after]
+
+
+def draw(paths: list[Path], count: int, rng: np.random.Generator) -> Iterator[Mutant]:
+    """Mutants of modules drawn by their size, each once."""
+    sizes = np.array([path.stat().st_size for path in paths], float)
+    numbers, counts = np.unique(rng.choice(len(paths), size=count, p=sizes / sizes.sum()), return_counts=True)
+    for number, wanted in zip(numbers, counts, strict=True):
+        choices = mutants(paths[number])
+        yield from (choices[i] for i in rng.permutation(len(choices))[:wanted])
 
 
 def head(statement: ast.stmt) -> str:
@@ -196,31 +201,30 @@ def copy_tree(place: Path) -> Path:
 def main(globs: tuple[str, ...], tests: tuple[str, ...], count: int, seed: int, jobs: int, limit: float) -> None:
     """Draw mutants, run the tests against each, and print those that survive."""
     paths = [p for p in sorted((ROOT / PACKAGE).rglob("*.py")) if any(matches(p, glob) for glob in globs)]
-    every = [mutant for path in paths for mutant in mutants(path)]
-    if not every:
-        raise click.ClickException(f"no module of {PACKAGE} matches {', '.join(globs)}")
-    draw = np.random.default_rng(seed).permutation(len(every))[:count]
+    drawn = list(draw(paths, count, np.random.default_rng(seed)))
+    if not drawn:
+        raise click.ClickException(f"no module of {PACKAGE} with code in functions matches {', '.join(globs)}")
     with tempfile.TemporaryDirectory() as folder:
         places: Queue[Path] = Queue()
         for i in range(jobs):
             places.put(copy_tree(Path(folder, str(i))))
 
-        def work(index: int) -> Outcome:
+        def work(mutant: Mutant) -> Outcome:
             place = places.get()
             try:
-                return try_mutant(every[index], place, tests, limit)
+                return try_mutant(mutant, place, tests, limit)
             finally:
                 places.put(place)
 
         survivors = 0
         with ThreadPoolExecutor(jobs) as pool:
-            for number, outcome in enumerate(pool.map(work, draw), start=1):
+            for number, outcome in enumerate(pool.map(work, drawn), start=1):
                 survivors += outcome.verdict == "survived"
                 mutant = outcome.mutant
                 if outcome.verdict == "survived":
                     click.echo(f"SURVIVED {mutant.module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}")
-                click.echo(f"{number}/{len(draw)} {outcome.verdict} in {outcome.seconds:.0f} s", err=True)
-    click.echo(f"{len(draw)} mutants of {len(every)}: {len(draw) - survivors} killed, {survivors} survived")
+                click.echo(f"{number}/{len(drawn)} {outcome.verdict} in {outcome.seconds:.0f} s", err=True)
+    click.echo(f"{len(drawn)} mutants: {len(drawn) - survivors} killed, {survivors} survived")
 
 
 def matches(path: Path, glob: str) -> bool:
