@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -80,8 +81,9 @@ class Fidelity:
 
     @property
     def worst_cosine(self) -> float:
-        """The smallest cosine over the outputs, 1.0 when there are none: the figure ``--min-fidelity`` gates on."""
-        return min((o.cosine for o in self.outputs), default=1.0)
+        """The smallest cosine over the outputs, which ``--min-fidelity`` gates on; NaN when no output was compared."""
+        cosines = [o.cosine for o in self.outputs]
+        return min(cosines) if cosines and not any(map(math.isnan, cosines)) else math.nan
 
 
 @dataclass(slots=True)
@@ -225,6 +227,11 @@ class TargetFacts:
     after: float
     how: str = "counted"
     """``counted``, ``measured`` on this machine, or ``predicted`` from a table of another."""
+
+    @property
+    def met_before(self) -> bool:
+        """Whether the original costs no more than what was asked for."""
+        return self.before <= self.limit
 
 
 @dataclass(slots=True)

@@ -151,8 +151,9 @@ class Cutter:
         """The arrays of a set side by side, in the model's dtypes, each by its own number of rows."""
         specs = [spec for spec in self.specs if spec.name in steps]
         readers = [part[spec.name].chunks(steps[spec.name]) for spec in specs]
-        for arrays in zip(*readers, strict=False):
-            yield {s.name: cast(a, s, part[s.name].place) for s, a in zip(specs, arrays, strict=True)}
+        for number, arrays in enumerate(zip(*readers, strict=False)):
+            pairs = zip(specs, arrays, strict=True)
+            yield {s.name: cast(a, s, part[s.name].place, number * steps[s.name]) for s, a in pairs}
 
 
 def _steps(part: Part, specs: Sequence[InputSpec], batch_size: int) -> tuple[dict[str, int], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,22 @@ from onnxprune.errors import UsageError, nearest
 
 CPU = "CPUExecutionProvider"
 _SUFFIX = "ExecutionProvider"
+_PACKAGES = {
+    "cuda": "onnxruntime-gpu",
+    "tensorrt": "onnxruntime-gpu",
+    "nvtensorrtrtx": "onnxruntime-trt-rtx",
+    "openvino": "onnxruntime-openvino",
+    "dml": "onnxruntime-directml",
+    "qnn": "onnxruntime-qnn",
+    "rocm": "onnxruntime-rocm",
+    "migraphx": "onnxruntime-migraphx",
+    "cann": "onnxruntime-cann",
+    "webgpu": "onnxruntime-webgpu",
+    "coreml": "onnxruntime",
+}
+"""The package that brings a provider."""
+_PLATFORMS = {"coreml": "macOS"}
+_INSTEAD = "pip uninstall onnxruntime && pip install {}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +70,25 @@ def device(providers: Sequence[str] | None = None, threads: int | None = None) -
     for given in providers or ():
         name = known.get(given.strip().removesuffix(_SUFFIX).lower())
         if name is None:
-            raise UsageError(
-                f"--providers: this onnxruntime has no provider {given!r}", hint=nearest(given.lower(), known)
-            )
+            raise _no_provider(given, known)
         found.append(name)
     return Device(tuple(dict.fromkeys([*found, CPU])), threads or processors())
+
+
+def _no_provider(given: str, known: Mapping[str, str]) -> UsageError:
+    """The error for a provider that is not there: the package that brings it, else the nearest name."""
+    message = f"--providers: this onnxruntime has no provider {given!r}"
+    name = given.strip().removesuffix(_SUFFIX).lower()
+    every = {other.removesuffix(_SUFFIX).lower() for other in ort.get_all_providers()} | _PACKAGES.keys()
+    if name not in every:
+        return UsageError(message, hint=nearest(name, every))
+    here = f"This one has {', '.join(sorted(known))}."
+    package = _PACKAGES.get(name)
+    if package is None:
+        return UsageError(message, hint=f"{here} It needs a build of onnxruntime with this provider.")
+    if package == "onnxruntime":
+        return UsageError(message, hint=f"{here} The provider comes with onnxruntime on {_PLATFORMS[name]} only.")
+    return UsageError(message, hint=f"{here} Install {package} in place of onnxruntime: {_INSTEAD.format(package)}.")
 
 
 def processors() -> int:

@@ -89,14 +89,21 @@ def _castable(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
     return _raw(have, want) or _kind(have) == _kind(want)
 
 
-def cast(array: Array, spec: InputSpec, place: str) -> Array:
+def cast(array: Array, spec: InputSpec, place: str, first: int | None = None) -> Array:
     """The array in the input's dtype.
 
+    Args:
+        array: values of one or several samples.
+        spec: the input that takes them.
+        place: what the array is called in messages.
+        first: number of the first sample in ``array``, counted from 0; None where axis 0 is not the samples.
+
     Raises:
-        UsageError: numbers that do not fit.
+        UsageError: numbers that do not fit, NaN or infinity.
     """
     if _raw(array.dtype, spec.dtype):
         array = np.ascontiguousarray(array).view(spec.dtype)
+    _check_finite(array, spec, place, first)
     if array.dtype == spec.dtype:
         return np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype.kind == "S":
@@ -113,3 +120,28 @@ def cast(array: Array, spec: InputSpec, place: str) -> Array:
         largest = float(np.abs(array[np.isfinite(array)]).max())
         raise UsageError(f"{place} holds values up to {largest:g}, too large for {takes}")
     return result
+
+
+def _check_finite(array: Array, spec: InputSpec, place: str, first: int | None) -> None:
+    """Refuse NaN and infinity: whatever they reach can neither be scored nor compared.
+
+    An additive mask may hold minus infinity, which hides a position.
+
+    Raises:
+        UsageError: there are some; with the input, the sample and how many.
+    """
+    if _kind(array.dtype) not in ("f", "c"):
+        return
+    finite = np.isfinite(array)
+    if finite.all():
+        return
+    if "mask" in spec.name.lower() and not np.isnan(array).any() and bool((array[~finite] < 0).all()):
+        return
+    what = "NaN" if np.isnan(array).any() else "infinity"
+    bad = np.flatnonzero(~finite.reshape(len(array), -1).all(axis=1)) if first is not None and array.ndim else None
+    sample = f" in sample {(first or 0) + int(bad[0])}" if bad is not None else ""
+    raise UsageError(
+        f"{place} holds {what}{sample} ({int((~finite).sum())} of the {finite.size} values read are not finite); "
+        f"input {spec.name!r} takes finite numbers",
+        hint="Remove those samples or mend how they were made; in a mask -1e9 does what minus infinity does.",
+    )

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxprune.errors import ModelError
+from onnxprune.errors import ModelError, UsageError
 from onnxprune.files import workspace
 from onnxprune.graph.binding import InputSpec
 
@@ -158,7 +158,7 @@ def open_session(
         elif isinstance(model, Referring):
             source = model.model
             options.add_session_config_entry(_DATA_FOLDER, str(model.folder))
-        return ort.InferenceSession(source, options, providers=list(providers))
+        session = ort.InferenceSession(source, options, providers=list(providers))
     except MemoryError:
         raise
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
@@ -169,6 +169,14 @@ def open_session(
                     model, optimize=False, threads=threads, spin=spin, providers=providers, profile=profile
                 )
         raise _load_error(str(error), str(model) if isinstance(model, Path) else "the model") from error
+    # onnxruntime goes on without a provider whose libraries do not load, and times would be those of another device.
+    missing = next((name for name in providers if name not in session.get_providers()), None)
+    if missing is not None:
+        raise UsageError(
+            f"onnxruntime cannot start the provider {missing}",
+            hint="The libraries that it needs (CUDA and cuDNN, say) are missing, or of another version.",
+        )
+    return session
 
 
 def _load_error(message: str, model: str) -> ModelError:

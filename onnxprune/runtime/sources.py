@@ -119,14 +119,15 @@ def _items(source: Iterable[Any]) -> Iterator[Part]:
         yield _part(item, index)
 
 
-def _part(item: Any, index: int = 0) -> Part:
-    """One item as a set of arrays by name."""
+def _part(item: Any, index: int | None = None) -> Part:
+    """One item as a set of arrays by name; ``index`` names it in messages where it is one of several."""
+    where = "" if index is None else f" of data item {index}"
     if isinstance(item, Mapping):
-        return {str(name): held(np.asarray(array), f"array {name!r}") for name, array in item.items()}
+        return {str(name): held(np.asarray(array), f"array {name!r}{where}") for name, array in item.items()}
     if hasattr(item, "__array__"):
-        return {UNNAMED: held(np.asarray(item), "the array")}
+        return {UNNAMED: held(np.asarray(item), f"the array{where}")}
     raise UsageError(
-        f"data item {index} is a {type(item).__name__}, not a mapping of arrays",
+        f"data item {index or 0} is a {type(item).__name__}, not a mapping of arrays",
         hint="Give {input name: array} per item; axis 0 of an array is the samples.",
     )
 

@@ -201,7 +201,8 @@ class Search:
         """What a gate has against a model; empty where it passes."""
         wishes, quality = self.wishes, final.quality
         what = said(wishes.metric, quality.fidelity)
-        if wishes.max_drop is not None and before - quality.points > wishes.max_drop + 1e-9:
+        # A comparison with NaN is false: where nothing could be compared, no gate is passed.
+        if wishes.max_drop is not None and not before - quality.points <= wishes.max_drop + 1e-9:
             lost = before - quality.points
             return f"{what} fell from {before:.4g} to {quality.points:.4g}: {lost:.3g} > --max-drop {wishes.max_drop:g}"
         cosine = 1.0 if quality.fidelity is None else quality.fidelity.worst_cosine

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from onnxprune.budget.table import LatencyTable
 from onnxprune.errors import UsageError
 from onnxprune.passes.state import State
 from onnxprune.runtime.device import device
+from onnxprune.runtime.sessions import open_session
 from onnxprune.search.table import latency_table, settled
 from onnxprune.search.timing import block_levels, check_runs, fit_runs, line, steadied
 
@@ -179,6 +182,32 @@ def test_devices() -> None:
         device(["abacus"])
     with pytest.raises(UsageError, match="--threads 0"):
         device(threads=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("cuda", "pip install onnxruntime-gpu"), ("TensorrtExecutionProvider", "onnxruntime-gpu"),
+     ("openvino", "onnxruntime-openvino"), ("cudda", "Did you mean 'cuda'?")],
+)  # fmt: skip
+def test_a_provider_that_is_not_here_names_its_package(name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UsageError, match="no provider") as caught:
+        device([name])
+    assert hint in caught.value.hint
+
+
+def test_a_provider_that_does_not_start_is_no_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime goes on with the CPU alone where the libraries of a provider are missing."""
+
+    class OnCpu:
+        def __init__(self, *_given: Any, **_named: Any) -> None: ...
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(ort, "InferenceSession", OnCpu)
+    with pytest.raises(UsageError, match="cannot start the provider CUDAExecutionProvider"):
+        open_session(b"", providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
 def test_a_table_is_measured_once_per_device(tmp_path: Path) -> None:

@@ -283,3 +283,32 @@ def test_a_scalar_input_takes_one_number_or_one_per_sample() -> None:
     assert "one number, or one per sample" in message({"x": ROWS, "flag": flags[:, None]}, *specs)
     (feed,) = load_data({"flag": True, "x": ROWS}, specs, batch_size=16)
     assert feed["flag"].shape == ()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float, dtype: Any) -> None:
+    rows = ROWS.copy()
+    rows[7, 1] = value
+    np.savez(tmp_path / "d.npz", x=rows)
+    what = "NaN" if np.isnan(value) else "infinity"
+    model = spec("x", "N", 3, dtype=dtype)
+    for source, name in ((tmp_path / "d.npz", "array 'x' of"), ({"x": rows}, "array 'x'"), (rows, "the array")):
+        said = message(source, model, batch_size=4)
+        assert what in said and "in sample 7" in said and "input 'x'" in said and name in said
+    said = message([{"x": ROWS}, {"x": rows}], X)
+    assert "of data item 1" in said
+
+
+def test_numbers_beside_the_samples_are_finite_too() -> None:
+    said = message({"x": ROWS, "scale": np.array(np.nan)}, X, spec("scale"))
+    assert "array 'scale'" in said and "NaN" in said
+
+
+def test_a_mask_may_hide_positions_by_minus_infinity() -> None:
+    rows = ROWS.copy()
+    rows[0, 0] = -np.inf
+    (feed,) = load_data(rows, [spec("attention_mask", "N", 3)])
+    assert np.isneginf(feed["attention_mask"][0, 0])
+    rows[0, 0] = np.inf
+    assert "infinity" in message(rows, spec("attention_mask", "N", 3))
