@@ -25,6 +25,7 @@ from onnxprune.groups.units import Group, Units
 from onnxprune.labels.atoms import Barrier
 from onnxprune.labels.label import Ids, Label
 from onnxprune.model.load import Loaded, load
+from onnxprune.operators.registry import rule_of
 from onnxprune.propagate import infer_by_rule, push_labels
 from onnxprune.report.facts import LayerFacts
 from onnxprune.rules.context import Table
@@ -35,11 +36,15 @@ _NOT_CHANNELS = {"kernel", "operand"}
 
 @dataclass(frozen=True, slots=True)
 class SlotView:
-    """One axis of one tensor where units of a group appear; ``size`` is the axis' length."""
+    """One axis of one tensor where units of a group appear; ``size`` is the axis' length.
+
+    ``at`` restricts it to one position of another axis, {axis: position}: the direction of a recurrent layer.
+    """
 
     tensor: str
     axis: int
     size: int
+    at: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,21 +220,32 @@ class Analysis:
 
     @cached_property
     def slots(self) -> dict[int, list[SlotView]]:
-        """Slots of every group in the input model's own tensors: one per labelled axis, grids aside."""
+        """Slots of every group in the input model's own tensors: one per labelled axis, grids aside.
+
+        The directions of a recurrent layer lose different units, and no tensor need have both on one axis: each gets a
+        slot of its own.
+        """
         result: dict[int, list[SlotView]] = {}
         made = self.copies.keys() | {name for item in self.hoists for name in item.made}
         known: dict[int, tuple[Label, Ids]] = {}
         for name, labels in self.table.items().items():
             for label in labels:
-                if label.is_grid or name in made:
+                if name in made or (label.is_grid and name not in self._directed):
                     continue
                 cached = known.get(id(label))
                 if cached is None:
                     numbers = np.unique(self.units.group_of[self.units.component[label.ids]])
                     known[id(label)] = cached = (label, numbers[numbers >= 0])
+                views = [SlotView(name, label.pack, label.ids.shape[label.pack], at) for at in _places(label)]
                 for number in cached[1]:
-                    result.setdefault(int(number), []).append(SlotView(name, label.pack, label.ids.size))
+                    result.setdefault(int(number), []).extend(views)
         return result
+
+    @cached_property
+    def _directed(self) -> set[str]:
+        """Operands and outputs of layers with several directions."""
+        layers = [n for n in self.graph.steps if rule_of(n).several_directions]
+        return {name for node in layers for name in (*node.inputs, *node.outputs) if name}
 
     def _view(self, group: Group, slots: list[SlotView]) -> GroupView:
         layers = self._layers_of(group)
@@ -285,7 +301,23 @@ class Analysis:
         return int(np.prod(self.graph.weights[name].shape, dtype=np.int64))
 
     def _weight_components(self) -> Ids:
-        """Components of atoms born on weights, once each per component."""
+        """Components of channels, once each: of what is born on the weights of layers.
+
+        Anchors, grids of positions and entries of a vocabulary are born on constants that only meet channels.
+        """
         births = self.table.atoms.births
-        marks = np.repeat([bool(b.tensor) for b in births], [b.stop - b.start for b in births])
+        stuck = {barrier.node for barrier in self.table.atoms.barriers if barrier.code == "no-rule"}
+
+        def holds(name: str) -> bool:
+            unknown = any(node.label in stuck for node, _ in self.graph.consumers.get(name, ()))
+            return name in self.graph.weights and (unknown or bool(self._readers(name)))
+
+        channels = {name: holds(name) for name in {b.tensor for b in births}}
+        marks = np.repeat([channels[b.tensor] for b in births], [b.stop - b.start for b in births])
         return np.unique(self.units.component[marks]) if len(births) else np.zeros(0, np.int64)
+
+
+def _places(label: Label) -> list[dict[int, int]]:
+    """Where rows of a grid stand along its other axis, {axis: position} of each; one place for a plain label."""
+    outer = label.outer()
+    return [{outer[0]: row} for row in range(label.ids.shape[outer[0]])] if len(outer) == 1 else [{}]

@@ -16,12 +16,16 @@ VERSION = 1
 
 @dataclass(slots=True)
 class PlanSlot:
-    """Positions removed along one axis of one tensor of the input model."""
+    """Positions removed along one axis of one tensor of the input model.
+
+    ``at`` {axis: position} says where on another axis that is so: which direction of a recurrent layer. Empty: all.
+    """
 
     tensor: str
     axis: int
     size: int
     removed: list[int] = field(default_factory=list)
+    at: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -58,6 +62,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready plain data, in the file's key order."""
         data = asdict(self)
+        for slot in (slot for group in data["groups"] for slot in group["slots"] if not slot["at"]):
+            del slot["at"]
         if not self.factorized:
             del data["factorized"]
         names = ("version", "model_sha256", "criterion", "groups", "barriers", "factorized")
@@ -155,7 +161,15 @@ def _slot(data: Mapping[str, Any], index: int) -> PlanSlot:
         axis=_whole(data.get("axis", 0), f"'axis' of {where}"),
         size=_whole(data.get("size", 0), f"'size' of {where}"),
         removed=_positions(data.get("removed", []), f"'removed' of {where}"),
+        at=_place(data.get("at", {}), f"'at' of {where}"),
     )
+
+
+def _place(value: Any, what: str) -> dict[int, int]:
+    """{axis: position}, of which JSON makes texts."""
+    if not isinstance(value, Mapping) or not all(str(axis).isdecimal() for axis in value):
+        raise UsageError(f'{what} is {value!r}, an object such as {{"0": 1}} (axis: position) was expected.')
+    return {int(axis): _whole(position, what) for axis, position in value.items()}
 
 
 def _factors(data: Any, index: int) -> PlanFactors:

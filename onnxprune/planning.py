@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
+from onnxprune.analysis import Analysis, SlotView
 from onnxprune.errors import UsageError, nearest
 from onnxprune.groups.units import Units
-from onnxprune.labels.label import covering
+from onnxprune.labels.label import Ids, covering
 from onnxprune.plan import Plan, PlanGroup, PlanSlot
 
 Mask = NDArray[np.bool_]
@@ -44,17 +45,25 @@ def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
     slots = analysis.slots
     groups = []
     for group in cut:
-        mine = {(s.tensor, s.axis): s for g in np.flatnonzero(owner == group.id) for s in slots.get(int(g), ())}
-        found = [_slot(analysis, tensor, axis, by_atom, group.id) for tensor, axis in mine]
+        own = [s for g in np.flatnonzero(owner == group.id) for s in slots.get(int(g), ())]
+        mine = {(s.tensor, s.axis, *s.at.items()): s for s in own}
+        found = [_slot(analysis, slot, by_atom, group.id) for slot in mine.values()]
         groups.append(PlanGroup(group.id, group.size, np.flatnonzero(gone[group.units]).tolist(), found))
     return Plan(analysis.loaded.sha256, criterion, groups, [asdict(b) for b in analysis.barriers])
 
 
-def _slot(analysis: Analysis, tensor: str, axis: int, by_atom: NDArray[np.int64], group: int) -> PlanSlot:
-    label = covering(analysis.table.get(tensor), axis)
+def _slot(analysis: Analysis, slot: SlotView, by_atom: NDArray[np.int64], group: int) -> PlanSlot:
+    label = covering(analysis.table.get(slot.tensor), slot.axis)
     assert label is not None
-    ids = label.ids.ravel()
-    return PlanSlot(tensor, axis, ids.size, np.flatnonzero(by_atom[ids] == group).tolist())
+    ids = _at(label.ids, slot.at).ravel()
+    return PlanSlot(slot.tensor, slot.axis, ids.size, np.flatnonzero(by_atom[ids] == group).tolist(), slot.at)
+
+
+def _at(ids: Ids, place: Mapping[int, int]) -> Ids:
+    """The atoms at positions of some axes, {axis: position}."""
+    for axis, position in place.items():
+        ids = ids.take([position], axis=axis)
+    return ids
 
 
 def read_plan(analysis: Analysis, plan: Plan) -> Mask:
@@ -128,7 +137,13 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
                 f"The plan removes position {bad[0]} of axis {slot.axis} of {slot.tensor!r}.",
                 hint=f"Allowed: 0 to {size - 1}.",
             )
-        ids = label.ids.take(np.asarray(slot.removed, dtype=np.int64), axis=slot.axis)
+        shape = label.ids.shape
+        if any(axis >= len(shape) or axis == slot.axis or not 0 <= p < shape[axis] for axis, p in slot.at.items()):
+            raise UsageError(
+                f"The plan names place {slot.at} of {slot.tensor!r}, where there are no removable channels.",
+                hint="'at' is {axis: position} of another axis of the tensor.",
+            )
+        ids = _at(label.ids, slot.at).take(np.asarray(slot.removed, dtype=np.int64), axis=slot.axis)
         found = np.unique(units.component[ids])
         stuck = found[units.frozen[found]]
         if stuck.size:

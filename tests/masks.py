@@ -82,7 +82,11 @@ class Masks:
             own[slot["removed"]] = False
             # An axis that carries the batch too repeats its positions at another batch size.
             own = np.resize(own, shape[axis])
-            mask &= own.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+            stated = own.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+            for outer, position in slot.get("at", {}).items():
+                elsewhere = np.arange(shape[int(outer)]) != position
+                stated = stated | elsewhere.reshape([-1 if a == int(outer) else 1 for a in range(len(shape))])
+            mask &= stated
         return mask
 
     def get(self, name: str) -> Array | None:
@@ -268,7 +272,11 @@ def _mask_body(body: onnx.GraphProto, slots: dict[str, list[dict[str, Any]]], ou
             if array.ndim < 2:
                 continue
             for slot in slots[name]:
-                array[(slice(None),) * slot["axis"] + (slot["removed"],)] = 0
+                where: list[Any] = [slice(None)] * array.ndim
+                where[slot["axis"]] = slot["removed"]
+                for outer, position in slot.get("at", {}).items():
+                    where[int(outer)] = position
+                array[tuple(where)] = 0
             node.input[i] = f"{node.output[0]}__oracle{i}"
             body.node.append(helper.make_node("Constant", [], [node.input[i]], value=numpy_helper.from_array(array)))
         body.node.append(node)

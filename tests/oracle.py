@@ -98,14 +98,16 @@ def plan_slots(result: Result) -> list[dict[str, Any]]:
     """The slots of the plan, read back from the file that a user would get; one per tensor and axis.
 
     An axis that holds units of several groups has a slot in each of them, with all of the axis' removed positions.
+    Slots with ``at`` hold for one position of another axis: a direction of a recurrent layer.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
         result.plan.save(path)
         plan = json.loads(path.read_text())
-    merged: dict[tuple[str, int], dict[str, Any]] = {}
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for slot in (slot for group in plan["groups"] for slot in group["slots"]):
-        known = merged.setdefault((slot["tensor"], slot["axis"]), {**slot, "removed": []})
+        key = slot["tensor"], slot["axis"], *slot.get("at", {}).items()
+        known = merged.setdefault(key, {**slot, "removed": []})
         assert known["size"] == slot["size"], f"{slot['tensor']!r} has two sizes along axis {slot['axis']}"
         known["removed"] = sorted({*known["removed"], *slot["removed"]})
     return list(merged.values())
@@ -146,14 +148,26 @@ def assert_weights_follow(model: onnx.ModelProto, result: Result) -> None:
     """Every weight whose new shape its slots explain is the old one without the removed positions."""
     old, new = constants(model.graph), constants(result.model.graph)
     expected: dict[str, Array] = {}
+    directed: dict[tuple[str, int], dict[tuple[int, int], list[int]]] = {}
     for slot in plan_slots(result):
         name, axis = slot["tensor"], slot["axis"]
         if name in old:
             assert old[name].shape[axis] == slot["size"], slot
-            expected[name] = np.delete(expected.get(name, old[name]), slot["removed"], axis)
+            for outer, position in slot.get("at", {}).items():
+                directed.setdefault((name, axis), {})[int(outer), position] = slot["removed"]
+            if not slot.get("at"):
+                expected[name] = np.delete(expected.get(name, old[name]), slot["removed"], axis)
+    for (name, axis), removed in directed.items():
+        expected[name] = delete_per_direction(expected.get(name, old[name]), axis, removed)
     for name, array in expected.items():
         if name in new and new[name].shape == array.shape:
             assert np.array_equal(new[name], array), f"{name!r} lost other positions than the plan says"
+
+
+def delete_per_direction(array: Array, axis: int, removed: dict[tuple[int, int], list[int]]) -> Array:
+    """An array without other positions in each direction, {(axis of directions, direction): positions}."""
+    parts = [np.delete(array.take([place], outer), removed[outer, place], axis) for outer, place in sorted(removed)]
+    return np.concatenate(parts, next(outer for outer, _ in removed))
 
 
 def make_feed(model: onnx.ModelProto, number: int, seed: int = 0) -> dict[str, Array]:

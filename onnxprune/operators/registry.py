@@ -45,6 +45,9 @@ class Rule:
     operands: tuple[int, ...] = ()
     """Inputs that carry sizes, bounds or indices, checked by ``rewrite``; other sizes used as data keep their value."""
 
+    several_directions: bool = False
+    """Whether operands and outputs hold directions side by side that lose different units."""
+
     shapeless: bool = False
     """Whether ``propagate`` copes with tensors whose rank is not known; other rules are then not asked."""
 

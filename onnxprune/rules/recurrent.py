@@ -34,6 +34,7 @@ class Recurrent(Rule):
     """
 
     weights = (W, R)
+    several_directions = True
 
     def __init__(self, gates: int) -> None:
         self.gates = gates

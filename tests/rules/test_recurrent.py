@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -346,3 +348,55 @@ def test_dynamically_quantised_lstm_loses_inputs_only() -> None:
     assert result.report.exactness.passed
     assert weights(result.model)[codes[0]].shape == (1, 3, 16)
     assert weights(result.model)[codes[1]].shape == (1, 4, 16)
+
+
+@pytest.mark.parametrize("kind", sorted(GATES))
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_the_plan_alone_says_which_units_go_from_which_direction(kind: str, direction: str, tmp_path: Path) -> None:
+    """Another program cuts every weight of the layer by the file, and gets the weights that were written."""
+    net = Net()
+    y = batch_first(net, layer(net, kind, sequence(net), INPUTS, 6, direction=direction, optional="bhcp"))
+    model = net.model(consume(net, y[0]))
+    result = prune(model)
+    result.plan.save(tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    before, after, node = weights(model), weights(result.model), recurrent(model)[0]
+    directions, axes = 1 + (direction == "bidirectional"), {1: (1, 2), 2: (1, 2), 3: (1,), 5: (2,), 6: (2,), 7: (1,)}
+    for i in (i for i in axes if i < len(node.input) and node.input[i]):
+        name, rows = node.input[i], []
+        for number in range(directions):
+            row = before[name][number]
+            for axis in axes[i]:
+                removed = [
+                    slot["removed"]
+                    for group in plan["groups"]
+                    for slot in group["slots"]
+                    if (slot["tensor"], slot["axis"]) == (name, axis) and slot.get("at", {"0": number}) == {"0": number}
+                ]
+                assert len(removed) == 1
+                row = np.delete(row, removed[0], axis - 1)
+            rows.append(row)
+        assert np.array_equal(after[name], np.stack(rows)), f"operand {i}"
+
+
+def test_a_direction_of_a_plan_is_replayed_by_its_slots(tmp_path: Path) -> None:
+    """A plan that names units by the slots of the recurrent weights cuts the same; a wrong place is an error."""
+    net = Net()
+    y = batch_first(net, layer(net, "LSTM", sequence(net), INPUTS, 6, direction="bidirectional"))
+    model = net.model(consume(net, y[0]))
+    result = prune(model)
+    weight = recurrent(model)[0].input[2]
+    plan = result.plan
+    for group in plan.groups:
+        if any(slot.tensor == weight for slot in group.slots):
+            group.removed = None
+            group.slots = [slot for slot in group.slots if slot.tensor == weight]
+    plan.save(tmp_path / "plan.json")
+    again = prune(model, plan=op.Plan.load(tmp_path / "plan.json"))
+    assert weights(again.model).keys() == weights(result.model).keys()
+    assert all(np.array_equal(array, weights(result.model)[name]) for name, array in weights(again.model).items())
+    slot = next(slot for group in plan.groups for slot in group.slots if slot.tensor == weight)
+    for place in ({0: 2}, {7: 0}, {slot.axis: 0}):
+        slot.at = place
+        with pytest.raises(op.UsageError, match="place"):
+            prune(model, plan=plan)
