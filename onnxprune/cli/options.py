@@ -155,7 +155,11 @@ def existing(path: Path, what: str, *, folder_allowed: bool = False) -> Path:
     if path.is_file() or (folder_allowed and path.is_dir()):
         return path
     if path.is_dir():
-        raise UsageError(f"{what} {str(path)!r} is a folder", hint="Give a file.")
+        from onnxprune.model.sniff import guess_folder
+
+        known = guess_folder(path) if what == "model" else None
+        hint = f"It is {known.name}. {known.hint}" if known is not None else "Give a file."
+        raise UsageError(f"{what} {str(path)!r} is a folder", hint=hint)
     if not path.parent.is_dir():
         raise UsageError(f"{what} {str(path)!r} not found", hint=f"The folder {str(path.parent)!r} does not exist.")
     near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)

@@ -18,7 +18,7 @@ from onnxprune.model.functions import inlined
 from onnxprune.model.interchange import to_onnx
 from onnxprune.model.opening import open_bodies
 from onnxprune.model.skeleton import without_data, without_graph, without_initializers
-from onnxprune.model.sniff import guess_format
+from onnxprune.model.sniff import guess_by_name, guess_folder, guess_format
 from onnxprune.model.structure import ordered, sort_nodes
 from onnxprune.model.weights import ArrayWeight, BufferWeight, FileWeight, TensorWeight, Weight
 from onnxprune.model.wire import TENSOR_DOUBLE_DATA, TENSOR_FLOAT_DATA, TENSOR_RAW_DATA, Buffer, Span, strip
@@ -109,6 +109,8 @@ def _existing(path: Path) -> Path:
         raise UsageError(f"{str(path)!r} is not a usable path: {error}") from error
     if folder:
         hint = f"It contains {', '.join(sorted(names)[:5])}." if names else "Name the .onnx file itself."
+        known = guess_folder(path)
+        hint = f"It is {known.name}. {known.hint}" if known is not None and not names else hint
         raise UsageError(f"{str(path)!r} is a folder, a model file is needed", hint=hint)
     if not beside.is_dir():
         raise UsageError(f"no file {str(path)!r}: its folder does not exist", hint="Check the path.")
@@ -116,7 +118,7 @@ def _existing(path: Path) -> Path:
 
 
 def _from_bytes(data: bytes, path: Path | None) -> Loaded:
-    proto, spans = _skeleton(data)
+    proto, spans = _skeleton(data, path)
     view = memoryview(data)
     held: dict[int, Weight] = {}
     for index, span in spans.items():
@@ -127,7 +129,7 @@ def _from_bytes(data: bytes, path: Path | None) -> Loaded:
 
 def _from_large_file(path: Path) -> Loaded:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        proto, spans = _skeleton(data)
+        proto, spans = _skeleton(data, path)
         size = len(data)
     held: dict[int, Weight] = {}
     for index, span in spans.items():
@@ -137,12 +139,21 @@ def _from_large_file(path: Path) -> Loaded:
     return _finish(proto, held, path, lambda: _digest_of(path), size)
 
 
-def _skeleton(data: Buffer) -> tuple[ModelProto, dict[int, Span]]:
+def _skeleton(data: Buffer, path: Path | None) -> tuple[ModelProto, dict[int, Span]]:
     if len(data) == 0:
         raise ModelError("the file is empty", hint="Export or download the model again.")
-    known = guess_format(data[:4096])
-    if known:
-        raise ModelError(f"not an ONNX model: it looks like {known.name}", hint=known.hint)
+    known = guess_format(data)
+    try:
+        if known is None:
+            return _parsed(data)
+    except ModelError:
+        known = guess_by_name(path)
+        if known is None:
+            raise
+    raise ModelError(f"not an ONNX model: it looks like {known.name}", hint=known.hint)
+
+
+def _parsed(data: Buffer) -> tuple[ModelProto, dict[int, Span]]:
     stripped, spans = strip(data, INLINE_LIMIT)
     proto = ModelProto()
     try:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import pickle
 import random
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +236,15 @@ def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
             load(wrong)  # type: ignore[arg-type]
 
 
+def archive(*names: str) -> bytes:
+    """A zip archive with files of these names."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as target:
+        for name in names:
+            target.writestr(name, "x")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -250,6 +262,15 @@ def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
         (b'\x10\0\0\0\0\0\0\0{"a": 1}', "safetensors"),
         (b"\x1c\0\0\0TFL3", "TensorFlow Lite"),
         (b"\x1c\0\0\0ORTM", "ORT format"),
+        (pickle.dumps({"weight": 1}, protocol=4), "pickle"),
+        (archive("net/data.pkl"), "PyTorch"),
+        (archive("config.json", "model.weights.h5"), "Keras"),
+        (archive("x.npy"), "numpy data"),
+        (archive("inner/net.onnx"), "zip archive"),
+        (b"\x93NUMPY\x01\x00", "numpy data"),
+        (b'<?xml version="1.0"?><net name="a"/>', "OpenVINO"),
+        (b"ftrt" + bytes(40), "TensorRT"),
+        (b"\x89HDF\r\n", "HDF5"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
@@ -259,6 +280,34 @@ def test_what_is_not_a_model(data: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         load(path)
     assert caught.value.hint and str(path) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "hint"),
+    [
+        ("m.tflite", "TensorFlow Lite", "tf2onnx"),
+        ("m.pb", "TensorFlow graph", "tf2onnx"),
+        ("m.pt", "PyTorch", "torch.onnx.export"),
+        ("m.h5", "Keras", "model.export"),
+        ("m.mlmodel", "Core ML", "ONNX"),
+        ("m.pdmodel", "PaddlePaddle", "paddle2onnx"),
+    ],
+)
+def test_what_is_not_a_model_may_say_so_by_its_name(name: str, message: str, hint: str, tmp_path: Path) -> None:
+    """Other protobufs and files without a mark; a model keeps being one whatever its name."""
+    for data in (b"\xff" * 100, b"\x0a\x04\x0a\x02ab", b"\x08\x01\x12\x04\x0a\x02\x0a\x00"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ModelError, match=message) as caught:
+            load(tmp_path / name)
+        assert hint in caught.value.hint
+    (tmp_path / name).write_bytes(mlp().SerializeToString())
+    assert load(tmp_path / name).weights
+
+
+def test_a_saved_model_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "saved_model.pb").write_bytes(b"\x08\x01")
+    with pytest.raises(UsageError, match=r"SavedModel.*tf2onnx"):
+        load(tmp_path)
 
 
 def test_models_of_the_future() -> None:
