@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import onnx
 
 from onnxprune.analysis import Analysis
+from onnxprune.budget.target import Target
 from onnxprune.criteria import Criterion
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.request import Options as FactorOptions
@@ -17,6 +18,7 @@ from onnxprune.passes.material import no_data
 from onnxprune.passes.recover import check_mode, settle_mode
 from onnxprune.passes.state import Progress
 from onnxprune.plan import Plan
+from onnxprune.report.facts import Report
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.search.budget import Budget
 from onnxprune.search.wishes import Asked, Wishes, split
@@ -82,8 +84,18 @@ def prune(
         first = Prune(criterion or "l2", share, plan=plan, approximate=approximate, **choosing)
     pipe = Pipeline(_stages(first, way, validate, validate and latency))
     result = pipe.run(model, input_shapes=input_shapes, data=data, seed=seed, progress=progress, **running)
+    if wishes.any:
+        _warn_of_targets_met_before(result.report)
     _faithful(result, wishes)
     return result
+
+
+def _warn_of_targets_met_before(report: Report) -> None:
+    """Warn of every target that asks for nothing: a run that changes nothing must not look like a success."""
+    for target in report.budget.targets if report.budget is not None else ():
+        if target.met_before and target.limit != target.before:
+            original = Target(target.kind, target.before, absolute=True)
+            report.warnings.append(f"{target.asked} was met before the cut: the original has {original}")
 
 
 def _stages(cut: Any, way: tuple[str, str], validate: bool, timed: bool) -> list[Any]:
@@ -115,10 +127,10 @@ def _faithful(result: Result, wishes: Wishes) -> None:
     facts = result.report.fidelity
     if facts is None or not facts.outputs:
         said = f"min_fidelity {wishes.min_fidelity:g}: fidelity could not be measured."
-        raise BudgetError(said, hint="Give data, and let models be run.")
+        raise BudgetError(said, hint="Give data, and let models be run.", report=result.report)
     if not all(output.cosine >= wishes.min_fidelity for output in facts.outputs):
         said = f"worst cosine {facts.worst_cosine:.4f} is below min_fidelity {wishes.min_fidelity:g}."
-        raise BudgetError(said, hint="Cut less.")
+        raise BudgetError(said, hint="Cut less.", report=result.report)
 
 
 def repair(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class OnnxpruneError(Exception):
@@ -12,14 +13,16 @@ class OnnxpruneError(Exception):
     Args:
         message: what is wrong, with the offending value in it.
         hint: the next step for the user, one sentence; shown on its own line.
+        report: the :class:`~onnxprune.report.facts.Report` of a run that was finished and then not good enough.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", report: Any = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.report = report
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message

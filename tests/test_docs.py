@@ -163,3 +163,16 @@ def test_plans_on_the_pages_are_plans() -> None:
         op.Plan.from_dict(json.loads(block)) for page in PAGES for block in blocks((ROOT / page).read_text(), "json")
     ]
     assert [slot.removed for slot in plans[0].groups[0].slots] == [[3, 17], [3, 17]]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """Anchors are headings of the same page, other links are files."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif "://" not in link:
+            assert (ROOT / link.partition("#")[0]).exists(), link

@@ -110,11 +110,15 @@ def _click_hint(error: click.ClickException, command_path: str) -> str:
 
 
 def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") -> int:
-    """Tell the user about ``error`` (stderr, with ``--json`` an object on stdout too); returns the exit code."""
+    """Tell the user about ``error`` (stderr); returns the exit code.
+
+    With ``--json`` an object with the key ``error`` goes to stdout too, beside the whole report of a run that was
+    finished and then failed a gate.
+    """
     failure = describe(error, command_path)
     label = "internal error: " if failure.kind == "InternalError" else "error: "
     if screen.verbosity >= 2:
-        screen.tell(Text("".join(traceback.format_exception(error)).rstrip()))
+        screen.tell(Text("".join(traceback.format_exception(error)).rstrip()), soft_wrap=True)
     screen.tell(Text.assemble((label, "bold red"), failure.message), soft_wrap=True)
     if failure.hint:
         screen.tell(Text.assemble(("hint: ", "cyan"), failure.hint), soft_wrap=True)
@@ -125,7 +129,8 @@ def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") 
             "hint": failure.hint,
             "exit_code": failure.exit_code,
         }
-        screen.emit({"error": record})
+        report = getattr(error, "report", None)
+        screen.emit({**(report.to_dict() if report is not None else {}), "error": record})
     return failure.exit_code
 
 

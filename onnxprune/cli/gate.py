@@ -21,6 +21,7 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
             f"the cut model differs from the masked original by {facts.error:.1e} at output {facts.worst_output!r}, "
             f"allowed {facts.tolerance:.0e}",
             hint="This is a bug in onnxprune and nothing was written: please report it with the model.",
+            report=report,
         )
     if least is None:
         return
@@ -29,6 +30,7 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
         raise BudgetError(
             f"--min-fidelity {least:g}: fidelity could not be measured{': ' + note if note else ''}",
             hint="Nothing was written. Give inputs with --data, or drop --min-fidelity.",
+            report=report,
         )
     # Asked of every output, not of the worst: a cosine that is not a number has to fail the gate too.
     if not all(output.cosine >= least for output in report.fidelity.outputs):
@@ -36,4 +38,5 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
         raise BudgetError(
             f"worst cosine {report.fidelity.worst_cosine:.4f} is below --min-fidelity {least:g}",
             hint=f"Nothing was written. {hint}",
+            report=report,
         )

@@ -23,6 +23,7 @@ from onnxprune.report.console import Screen
 
 DEFAULT = "prune"
 _NOTHING = "onnxprune.cli.nothing_given"
+_LOUD_AND_QUIET = "onnxprune.cli.loud_and_quiet"
 _CALLS = (
     "inspect MODEL.onnx [options]",
     "profile MODEL.onnx [-o FILE.json] [options]",
@@ -46,6 +47,7 @@ class DefaultGroup(click.Group):
         """Put the default subcommand in front of a model or an option; keep what looks like a mistyped subcommand."""
         ctx.obj = _screen(args)
         ctx.meta[_NOTHING] = not args
+        ctx.meta[_LOUD_AND_QUIET] = all(_volume(args))
         if args and args[0] not in self.commands and args[0] not in _OWN_FLAGS and not self._mistyped(args):
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
@@ -60,6 +62,8 @@ class DefaultGroup(click.Group):
         screen: Screen = ctx.obj
         with failure.stoppable():
             try:
+                if ctx.meta[_LOUD_AND_QUIET]:
+                    raise UsageError("--quiet and --verbose contradict each other", hint="Drop one of the two.")
                 if ctx.meta[_NOTHING]:
                     raise UsageError(
                         "no model given", hint="For example: onnxprune model.onnx --ratio 0.3, or onnxprune --help."
@@ -95,10 +99,20 @@ class DefaultGroup(click.Group):
 
 def _screen(args: list[str]) -> Screen:
     """The streams as the arguments ask for them, read before parsing so that a parsing error obeys ``--json``."""
-    flags = args[: args.index("--")] if "--" in args else args
-    loud = sum(len(flag) - 1 for flag in flags if re.fullmatch(r"-v+", flag)) + flags.count("--verbose")
-    quiet = "-q" in flags or "--quiet" in flags
-    return Screen.open(as_json="--json" in flags, verbosity=-1 if quiet else min(loud, 2))
+    quiet, loud = _volume(args)
+    return Screen.open(as_json="--json" in _flags(args), verbosity=-1 if quiet and not loud else min(loud, 2))
+
+
+def _volume(args: list[str]) -> tuple[bool, int]:
+    """Whether the arguments ask for quiet, and how often for more; short flags may stand together, such as ``-qv``."""
+    flags = _flags(args)
+    short = "".join(flag[1:] for flag in flags if re.fullmatch(r"-[qv]+", flag))
+    return "q" in short or "--quiet" in flags, short.count("v") + flags.count("--verbose")
+
+
+def _flags(args: list[str]) -> list[str]:
+    """The arguments in front of ``--``, which ends the options."""
+    return args[: args.index("--")] if "--" in args else args
 
 
 def _version() -> str:

@@ -32,6 +32,8 @@ def render(facts: BudgetFacts | None) -> list[RenderableType]:
 
 def verdict(target: TargetFacts) -> str:
     """Whether the target was met, and who says so."""
+    if target.met_before:
+        return f"met before the cut, {target.how}"
     return f"{'met' if target.after <= target.limit else 'met within tolerance'}, {target.how}"
 
 

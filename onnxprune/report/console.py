@@ -21,9 +21,9 @@ from rich.text import Text
 
 from onnxprune.report.units import ARROW, DASH, ELLIPSIS, PLUS_MINUS, TIMES
 
-# Nothing wraps or is cut short in a file or a pipe, where there is no edge to wrap at.
-PIPE_WIDTH = 1000
-FIGURES_WIDTH = 85
+# A table in a file or a pipe is as wide as an editor shows; text there has no edge to wrap at.
+PIPE_WIDTH = 120
+WHOLE_NAME = 1000
 _ASCII = {
     ARROW: "->",
     PLUS_MINUS: "+/-",
@@ -135,8 +135,8 @@ class Screen:
 
     @property
     def name_width(self) -> int:
-        """Room for a node's name in a table: all of it in a pipe, on a terminal what the figures beside it leave."""
-        return PIPE_WIDTH if self.out.width >= PIPE_WIDTH else max(18, self.out.width - FIGURES_WIDTH)
+        """Room for a node's name on a line of its own; tables fit names to what their figures leave by themselves."""
+        return max(18, self.out.width - 2) if self.out.is_terminal else WHOLE_NAME
 
     def show(self, *parts: RenderableType) -> None:
         """Print parts of a report: on stdout; with ``--json`` on stderr and only with ``-v``; not when quiet."""
@@ -150,7 +150,7 @@ class Screen:
                     continue
                 # Cells are padded to their column; in a file that is only trailing space.
                 with console.capture() as captured:
-                    console.print(part)
+                    console.print(part, soft_wrap=isinstance(part, Text))
                 console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def emit(self, record: Mapping[str, Any]) -> None:
@@ -171,7 +171,7 @@ class Screen:
     def tell(self, text: Text, *, soft_wrap: bool = False) -> None:
         """A text on stderr, where that can be written to."""
         with _Loss().noted(self.err):
-            self.err.print(text, soft_wrap=soft_wrap)
+            self.err.print(text, soft_wrap=soft_wrap or not self.err.is_terminal)
 
     @contextmanager
     def progress(self) -> Iterator[ProgressCallback]:

@@ -36,10 +36,11 @@ def layers(facts: Sequence[FactorizedLayer], *, name_width: int, verbose: bool) 
         ("MACs", "right"), ("error", "right"), ("alone", "right"),
     )  # fmt: skip
     taken = [f for f in facts if f.method]
-    table.columns[0].min_width = min(name_width, max((len(f.name) for f in taken), default=0))
-    for item in taken:
+    for name, item in zip(units.distinct([f.name for f in facts]), facts, strict=True):
+        if not item.method:
+            continue
         table.add_row(
-            units.shorten(item.name, name_width),
+            units.shorten(name, name_width),
             item.op,
             item.method,
             ", ".join(str(rank) for rank in item.ranks),

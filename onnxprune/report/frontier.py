@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -46,8 +47,10 @@ def page(facts: SweepFacts) -> str:
     rows = [_cells(facts, p) for p in good]
     settings = ", ".join(f"{k} {v}" for k, v in facts.settings.items())
     left = [plot.paragraph(f"{p.target}: {p.error}") for p in facts.points if p.error]
-    parts = [plot.paragraph(f"{settings}. Bold: no other model here is as good for no more MACs."), *charts]
-    return plot.page(f"What {name} loses by what it costs", [*parts, plot.table(_HEADS, rows), *left])
+    best = [number for number, p in enumerate(good) if p.best]
+    bold = " Bold: no other model here is as good for no more MACs." if best else ""
+    parts = [plot.paragraph(f"{settings}.{bold}"), *charts]
+    return plot.page(f"What {name} loses by what it costs", [*parts, plot.table(_HEADS, rows, best), *left])
 
 
 def _series(facts: SweepFacts, points: Sequence[SweepPoint], cost: Callable[[SweepPoint], float]) -> list[plot.Series]:
@@ -55,9 +58,11 @@ def _series(facts: SweepFacts, points: Sequence[SweepPoint], cost: Callable[[Swe
         return cost(p), p.points, f"{p.target or 'original'}: {facts.what} {p.points:.4g}"
 
     best = [place(p) for p in sorted(points, key=cost) if p.best]
-    rest = [place(p) for p in points if not p.best]
-    found = [plot.Series("frontier", best)]
-    return [*found, plot.Series("beaten by another", rest, line=False)] if rest else found
+    # The original is what models are compared with, and none of those that compete.
+    original = [place(p) for p in points if not p.target and not p.best]
+    rest = [place(p) for p in points if p.target and not p.best]
+    named = [("frontier", best, True), ("original", original, False), ("beaten by another", rest, False)]
+    return [plot.Series(name, found, line=line) for name, found, line in named if found]
 
 
 def _cells(facts: SweepFacts, point: SweepPoint) -> list[str]:
@@ -71,7 +76,7 @@ def _cells(facts: SweepFacts, point: SweepPoint) -> list[str]:
         units.size(point.size),
         ms,
         f"{point.points:.4g}",
-        f"{point.cosine:.4f}",
+        f"{point.cosine:.4f}" if isfinite(point.cosine) else units.DASH,
         point.answer or units.DASH,
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -44,10 +44,58 @@ def chart(title: str, across: str, up: str, series: Sequence[Series]) -> str:
     return "\n".join([f'{head} font-family="sans-serif">', *parts, "</svg>"])
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> str:
-    """An HTML table; row ``best`` is set off."""
+def heat_map(title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]], what: str) -> str:
+    """An SVG with one row of coloured cells per name; colours follow the logarithm of the values, white is the least.
+
+    Args:
+        title: what stands above.
+        heads: names of the columns.
+        rows: a name and its values, one per column; None where there is none.
+        what: what the values are, for the legend.
+    """
+    known = [v for _, values in rows for v in values if v is not None and math.isfinite(v)]
+    low, high = max(min(known, default=0.0), max(known, default=1.0) * _FAINTEST), max(known, default=1.0)
+    wide, down = LEFT + _NAME + _CELL * len(heads) + 24, TOP + 2 * _ROW + _ROW * len(rows) + 8
+    size = f'viewBox="0 0 {wide} {down}" width="{wide}" height="{down}"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">']
+    parts += [_text(0, 22, title, size=15), _text(0, TOP, f"{what}: white {low:.2g} or less, darkest {high:.2g}")]
+    parts += [_text(_NAME + _CELL * (i + 0.5), TOP + _ROW, head, "middle") for i, head in enumerate(heads)]
+    for number, (name, values) in enumerate(rows):
+        y = TOP + _ROW * (number + 1) + 6
+        parts.append(
+            _text(_NAME - 8, y + 14, name if len(name) <= 44 else "\N{HORIZONTAL ELLIPSIS}" + name[-43:], "end")
+        )
+        for column, value in enumerate(values):
+            if value is not None:
+                parts.append(
+                    _cell(_NAME + _CELL * column, y, value, _depth(value, low, high), f"{name}, {heads[column]}")
+                )
+    return "\n".join([*parts, "</svg>"])
+
+
+_NAME, _CELL, _ROW, _FAINTEST = 330, 74, 20, 1e-6
+
+
+def _depth(value: float, low: float, high: float) -> float:
+    """Where a value stands between the least (0) and the largest (1), by its logarithm."""
+    if not math.isfinite(value) or value >= high:
+        return 1.0
+    return 0.0 if value <= low or high <= low else math.log(value / low) / math.log(high / low)
+
+
+def _cell(x: float, y: float, value: float, depth: float, said: str) -> str:
+    red, green, blue = (round(255 - depth * (255 - full)) for full in (160, 20, 40))
+    ink = "#fff" if depth > 0.6 else "#222"
+    box = f'<rect x="{x}" y="{y}" width="{_CELL - 1}" height="{_ROW - 1}" fill="rgb({red},{green},{blue})">'
+    place = f'x="{x + _CELL / 2:.1f}" y="{y + 14}" text-anchor="middle" font-size="11"'
+    text = f'<text {place} fill="{ink}">{value:.2g}</text>'
+    return f"{box}<title>{escape(said)}: {value:.3g}</title></rect>{text}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], best: Collection[int] = ()) -> str:
+    """An HTML table; the rows ``best`` are set off."""
     lines = ["<table>", _row("th", heads)]
-    lines += [_row("td", row, "best" if number == best else "") for number, row in enumerate(rows)]
+    lines += [_row("td", row, "best" if number in best else "") for number, row in enumerate(rows)]
     return "\n".join([*lines, "</table>"])
 
 

@@ -72,14 +72,15 @@ def _top1(facts: Fidelity) -> float | None:
 
 def layers(repairs: Sequence[Repair], *, name_width: int) -> list[RenderableType]:
     """The table of layers that were tried: what was fitted, held-out error before and after."""
-    tried = [r for r in repairs if not r.how.startswith("left") and not _untouched(r)]
-    if not tried:
+    if all(r.how.startswith("left") or _untouched(r) for r in repairs):
         return []
     table = table_of(("layer", "left"), ("repaired by", "left"), ("held-out error", "right"))
-    for item in tried:
+    for name, item in zip(units.distinct([r.layer for r in repairs]), repairs, strict=True):
+        if item.how.startswith("left") or _untouched(item):
+            continue
         error = units.change(_share(item.before), _share(item.after))
         style = "" if item.done else "dim"
-        table.add_row(units.shorten(item.layer, name_width), _how(item.how), error, style=style)
+        table.add_row(units.shorten(name, name_width), _how(item.how), error, style=style)
     note = "held-out error: what is left of the original's signal at the layer, as a share of its variance"
     return [table, Text(note, style="dim")]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -16,13 +17,43 @@ LONG = 30
 """Up to this many layers every one is listed; in a longer model the untouched ones are folded into a count."""
 SLOWER = 0.95
 """Speed-ups below this are worth a hint; closer to 1 they are noise."""
+_LESS, _MORE = "bold green", "yellow"
 BLOCK = 8
 """Channels that a vectorised kernel takes at once."""
 
 
+class FittedTable(Table):
+    """A table that cuts the names of nodes short in front where they would make it wider than there is room."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The table within the width that ``options`` allow."""
+        self._fit(options.max_width)
+        yield from super().__rich_console__(console, options)
+
+    def _fit(self, width: int) -> None:
+        named = next((column for column in self.columns if str(column.header).strip() in NAMES), None)
+        widths = {id(c): max((cell_len(str(cell)) for cell in (c.header, *c.cells)), default=0) for c in self.columns}
+        gaps = _GAP * (len(self.columns) - 1)
+        figures = sum(widths[id(c)] for c in self.columns if c.no_wrap and c is not named)
+        prose = sum(min(widths[id(c)], _PROSE) for c in self.columns if not c.no_wrap and c is not named)
+        if named is not None:
+            room = max(_LEAST_NAME, width - gaps - figures - prose)
+            named.no_wrap = True
+            named._cells[:] = units.fitted([str(cell) for cell in named.cells], room)
+            figures += min(widths[id(named)], room)
+        if figures + gaps > width:  # figures that stand side by side in one cell then stand below each other
+            for column in self.columns:
+                column.no_wrap = column is named
+
+
+NAMES = {"layer", "layers", "node", "group", "for example", "output"}
+"""Titles of columns that hold names of nodes."""
+_GAP, _PROSE, _LEAST_NAME = 2, 36, 24
+
+
 def table_of(*columns: tuple[str, str]) -> Table:
     """A borderless table; each column is (title, ``left`` or ``right``)."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    table = FittedTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold", show_edge=False)
     for title, side in columns:
         table.add_column(
             title, justify="right" if side == "right" else "left", no_wrap=side == "right", overflow="fold"
@@ -48,13 +79,12 @@ def reason(layer: LayerFacts) -> str:
 def layers(facts: Sequence[LayerFacts], *, name_width: int, fold: bool) -> list[RenderableType]:
     """The table per layer, before → after; with ``fold`` the untouched layers become one line with their reasons."""
     hidden = [layer for layer in facts if fold and untouched(layer)]
-    shown = [layer for layer in facts if not (fold and untouched(layer))]
+    shown = [pair for pair in _named(facts) if not (fold and untouched(pair[1]))]
     columns = [("layer", "left"), ("op", "left"), ("channels", "right"), ("params", "right"), ("MACs", "right")]
     table = table_of(*columns, ("removed", "left"))
-    table.columns[0].min_width = min(name_width, max((len(layer.name) for layer in shown), default=0))
-    for layer in shown:
+    for name, layer in shown:
         table.add_row(
-            units.shorten(layer.name, name_width),
+            units.shorten(name, name_width),
             layer.op,
             units.change(str(layer.channels_before), str(layer.channels_after)),
             units.change(units.count(layer.params_before), units.count(layer.params_after)),
@@ -69,6 +99,11 @@ def layers(facts: Sequence[LayerFacts], *, name_width: int, fold: bool) -> list[
     return parts
 
 
+def _named(facts: Sequence[LayerFacts]) -> list[tuple[str, LayerFacts]]:
+    """Layers with names that tell them apart."""
+    return list(zip(units.distinct([layer.name for layer in facts]), facts, strict=True))
+
+
 def _removed_or_why(layer: LayerFacts) -> str:
     """The share of parameters removed, and where there is a reason for no more, the reason in a few words."""
     why = reason(layer)
@@ -80,16 +115,16 @@ def _removed_or_why(layer: LayerFacts) -> str:
 
 def inspected(facts: Sequence[LayerFacts], *, name_width: int, every: bool) -> list[RenderableType]:
     """The layers of a model as it is; without ``every`` a long model shows only those with most MACs or parameters."""
-    shown = list(facts)
+    shown = _named(facts)
     if not every and len(shown) > LONG:
-        weight = {id(layer): max(layer.macs_before, layer.params_before) for layer in shown}
+        weight = {id(layer): max(layer.macs_before, layer.params_before) for layer in facts}
         largest = set(sorted(weight, key=weight.__getitem__, reverse=True)[:LONG])
-        shown = [layer for layer in shown if id(layer) in largest]
+        shown = [pair for pair in shown if id(pair[1]) in largest]
     table = table_of(
         ("layer", "left"), ("op", "left"), ("channels", "right"), ("params", "right"), ("MACs", "right"), ("", "left")
     )
-    for layer in shown:
-        name, channels = units.shorten(layer.name, name_width), str(layer.channels_before)
+    for full_name, layer in shown:
+        name, channels = units.shorten(full_name, name_width), str(layer.channels_before)
         params, macs = units.count(layer.params_before), units.count(layer.macs_before)
         table.add_row(
             name, layer.op, channels, params, macs, words.short(layer.reason), style="dim" if layer.reason else ""
@@ -104,11 +139,11 @@ def inspected(facts: Sequence[LayerFacts], *, name_width: int, every: bool) -> l
 def totals(sums: Totals, latency: Latency | None) -> Table:
     """Parameters, MACs, file size and latency, before and after, with the share removed."""
     table = table_of(("", "left"), ("before", "right"), ("after", "right"), ("removed", "right"))
-    table.columns[3].style = "bold green"
 
     def row(label: str, before: int, after: int, text: Any) -> None:
         if before or after:
-            table.add_row(label, text(before), text(after), units.removed(before, after))
+            style = _LESS if after < before else _MORE if after > before else ""
+            table.add_row(label, text(before), text(after), Text(units.removed(before, after), style))
 
     row("parameters", sums.params_before, sums.params_after, units.count)
     row("MACs", sums.macs_before, sums.macs_after, units.count)
@@ -117,7 +152,8 @@ def totals(sums: Totals, latency: Latency | None) -> Table:
     if latency is not None:
         before = units.milliseconds(latency.before_ms, latency.before_spread_ms)
         after = units.milliseconds(latency.after_ms, latency.after_spread_ms)
-        table.add_row("latency", before, after, f"{latency.speedup:.2f}{units.TIMES} speed")
+        style = _LESS if latency.speedup > 1 else _MORE if latency.speedup < SLOWER else ""
+        table.add_row("latency", before, after, Text(f"{latency.speedup:.2f}{units.TIMES} speed", style))
     return table
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 ARROW = "\N{RIGHTWARDS ARROW}"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
@@ -80,4 +82,33 @@ def shorten(name: str, width: int) -> str:
     first, joined, _ = name.partition(";")
     if joined:
         name = f"{first};{ELLIPSIS}"
+    return _end(name, width)
+
+
+def _end(name: str, width: int) -> str:
     return name if len(name) <= width else ELLIPSIS + name[len(name) - width + 1 :]
+
+
+def fitted(names: Sequence[str], width: int) -> list[str]:
+    """Names cut to ``width`` in front; where different names would become the same, both ends of them stay."""
+    ends = [_end(name, width) for name in names]
+    full: dict[str, set[str]] = {}
+    for name, end in zip(names, ends, strict=True):
+        full.setdefault(end, set()).add(name)
+    return [end if len(full[end]) == 1 else _ends(name, width) for name, end in zip(names, ends, strict=True)]
+
+
+def _ends(name: str, width: int) -> str:
+    """A name without its middle."""
+    head = (width - 1) // 2
+    return f"{name[:head]}{ELLIPSIS}{name[len(name) - (width - 1 - head) :]}"
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names by which things can be told apart: those that occur more than once are numbered, ``/Conv (2)``."""
+    total, met = Counter(names), Counter[str]()
+    result = []
+    for name in names:
+        met[name] += 1
+        result.append(f"{name} ({met[name]})" if total[name] > 1 else name)
+    return result

@@ -85,3 +85,11 @@ def test_a_table_of_another_model(run: Callable[..., Result], tmp_path: Path) ->
     assert run("profile", MODELS / "recurrent.onnx", "--threads", "1", "--seconds", "1", "-o", table).exit_code == 0
     done = run(MODEL, "--target", "latency=0.8", "--latency-table", table, "-o", tmp_path / "o.onnx")
     assert done.exit_code == 2 and "belongs to another model" in done.stderr
+
+
+def test_a_target_that_was_met_before_says_so(run: Callable[..., Result], tmp_path: Path) -> None:
+    for target in ("size=3MB", "macs=1G"):
+        done = run(MODEL, "--target", target, "-o", tmp_path / "o.onnx")
+        assert done.exit_code == 0, done.stderr
+        assert "met before the cut" in done.stdout
+        assert f"warning: {target} was met before the cut: the original has" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -119,6 +120,24 @@ def test_gate_stops_below_the_cosine_and_shows_the_figures(api, run, model) -> N
     assert "cosine 0.9312" in result.stdout and "wrote" not in result.stdout
     assert [path.name for path in model.parent.iterdir()] == ["m.onnx"]
     assert run(model, "--min-fidelity", "0.93").exit_code == 0
+
+
+def test_a_gate_that_fails_keeps_the_report(api, run, model) -> None:
+    done = run(model, "--min-fidelity", "0.95", "--json")
+    record = json.loads(done.stdout)
+    assert done.exit_code == record["error"]["exit_code"] == 5
+    assert record["fidelity"]["outputs"][0]["cosine"] == 0.9312
+    assert record["totals"]["params_after"] == 7_920 and record["output"] == ""
+    api.report.exactness = Exactness(False, 0.2, 1e-5, [1], "logits")
+    record = json.loads(run(model, "--json").stdout)
+    assert record["error"]["exit_code"] == 4 and record["exactness"]["error"] == 0.2
+
+
+def test_no_outputs_are_no_agreement() -> None:
+    """A comparison of nothing passes no gate, and its cosine is no number."""
+    assert math.isnan(Fidelity().worst_cosine)
+    assert math.isnan(Fidelity([OutputFidelity("a", 1.0, 9.0), OutputFidelity("b", math.nan, 0.0)]).worst_cosine)
+    assert Fidelity([OutputFidelity("a", 1.0, 9.0), OutputFidelity("b", 0.5, 0.0)]).worst_cosine == 0.5
 
 
 @pytest.mark.parametrize("position", [0, 1])

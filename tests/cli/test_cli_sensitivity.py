@@ -7,7 +7,10 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from click.testing import Result
+
+from onnxprune.report.sensitivities import LINES, page
 
 MODELS = Path(__file__).parents[2] / "models"
 MODEL, DIGITS = MODELS / "recurrent.onnx", MODELS / "digits_calibration.npz"
@@ -59,3 +62,19 @@ def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
     assert done.exit_code == 2 and "not found" in done.stderr
     done = run(MODEL, "--target", "macs=0.5", "--jobs", "2")
     assert done.exit_code == 2 and "--jobs is about measuring" in done.stderr
+
+
+@pytest.mark.parametrize("groups", [LINES, 40])
+def test_many_groups_are_a_heat_map(groups: int) -> None:
+    """A line for each of a few groups; a row of coloured cells for each of many, also where names are the same."""
+    curve = {"units": 16, "shares": [0.25, 0.5], "points": [99.0, 90.0], "noise": [1e-4, 1e-2]}
+    curves = [{**curve, "name": "/same/Conv" if i < 2 else f"/layer{i}/Conv"} for i in range(groups)]
+    settings = {"criterion": "l2", "recover": "none", "data": "d", "shares": [0.25, 0.5, 0.9]}
+    text = page({"what": "points", "original": 100.0, "settings": settings, "curves": curves}, "m.onnx")
+    tags = Page(text).tags
+    assert "/same/Conv (2)" in text
+    if groups > LINES:
+        assert tags.count("rect") == 2 * 2 * groups and "circle" not in tags
+        assert text.count("rgb(160,20,40)") == 2 * groups  # the largest is the darkest
+    else:
+        assert tags.count("circle") == 2 * 3 * groups

@@ -9,8 +9,10 @@ import subprocess
 import sys
 
 import pytest
+from rich.text import Text
 
-from onnxprune.report.facts import LayerFacts, OutputFidelity
+from onnxprune.report import tables
+from onnxprune.report.facts import Latency, LayerFacts, OutputFidelity, Totals
 
 
 def test_model_without_subcommand_prunes(api, run, model) -> None:
@@ -78,11 +80,36 @@ def test_report_of_a_cut(api, run, model) -> None:
     assert result.stderr == ""
 
 
-def test_nothing_is_cut_short_or_wrapped_in_a_pipe(api, run, model) -> None:
-    name = "/" + "/".join(f"block{index}" for index in range(60)) + "/Conv"
-    api.report.layers.append(LayerFacts(name, "Conv", 8, 4, 64, 32, 64, 32, ""))
-    row = next(line for line in run(model).stdout.splitlines() if name in line)
-    assert row.endswith("50.0 %")
+def test_tables_in_a_pipe_fit_an_editor_and_text_is_not_wrapped(api, run, model) -> None:
+    """Long names lose their front, or where they would become the same, their middle."""
+    scope = "/" + "/".join(f"block{index}" for index in range(60))
+    reason = "graph-output: " + "because " * 20
+    api.report.layers += [
+        LayerFacts(f"{scope}/conv8/Conv", "Conv", 8, 4, 64, 32, 64, 32, ""),
+        LayerFacts(f"/first{scope}/conv2/Conv", "Conv", 8, 4, 64, 32, 64, 32, reason),
+        LayerFacts(f"/other{scope}/conv2/Conv", "Conv", 8, 4, 64, 32, 64, 32, ""),
+    ]
+    api.report.warnings.append("many words " * 40)
+    done = run(model)
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    rows = [line.split()[0] for line in done.stdout.splitlines() if "conv8/Conv" in line or "conv2/Conv" in line]
+    assert rows[0].startswith("\N{HORIZONTAL ELLIPSIS}") and rows[0].endswith("/conv8/Conv")
+    assert rows[1].startswith("/first/block0") and rows[2].startswith("/other/block0")
+    assert ("many words " * 40).strip() in done.stderr
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_layers_of_the_same_name_are_told_apart(api, run, model, count) -> None:
+    api.report.layers = [LayerFacts("/Conv_16", "Conv", 8, 4, 64, 32, 64, 32, "") for _ in range(count)]
+    shown = run(model).stdout
+    assert all(f"/Conv_16 ({number}) " in shown for number in range(1, count + 1))
+
+
+def test_what_grows_or_slows_down_is_not_green() -> None:
+    for speed, colour in ((0.58, "yellow"), (0.99, ""), (1.7, "bold green")):
+        table = tables.totals(Totals(100, 120, 100, 50), Latency(speed, 1.0, 0.0, 0.0, 20, 1))
+        cells = [cell for cell in table.columns[3].cells if isinstance(cell, Text)]
+        assert [str(cell.style) for cell in cells] == ["yellow", "bold green", colour]
 
 
 def test_long_models_fold_untouched_layers_unless_verbose(api, run, model) -> None:
@@ -262,3 +289,9 @@ def test_a_cut_that_removes_nothing_is_no_silent_success(api, run, model) -> Non
     assert result.exit_code == 0
     assert "warning: no channel was removed" in result.stderr
     assert "no channel was removed" in json.loads(result.stdout)["warnings"][0]
+
+
+@pytest.mark.parametrize("flags", [("-q", "-v"), ("-qv",), ("--quiet", "-vv"), ("--verbose", "-q")])
+def test_quiet_and_verbose_contradict_each_other(api, run, model, flags) -> None:
+    done = run(model, *flags)
+    assert done.exit_code == 2 and "--quiet and --verbose" in done.stderr and not api.calls

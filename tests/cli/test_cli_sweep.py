@@ -8,6 +8,10 @@ from pathlib import Path
 
 from click.testing import Result
 
+from onnxprune.report.facts import SweepFacts, SweepPoint
+from onnxprune.report.frontier import page
+from onnxprune.search.sweep import mark
+
 MODEL = Path(__file__).parents[2] / "models" / "residual.onnx"
 
 
@@ -39,3 +43,18 @@ def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
     ):
         done = run("sweep", MODEL, *arguments)
         assert done.exit_code == code and words in done.stderr, (arguments, done.stderr)
+
+
+def facts(*points: tuple[str, int, float]) -> SweepFacts:
+    """A sweep of (target, MACs, points)."""
+    found = [SweepPoint(target, macs, macs, macs, 1.0, value, 0.9) for target, macs, value in points]
+    mark(found)
+    return SweepFacts("m.onnx", "points", 1, {}, found)
+
+
+def test_the_page_sets_off_what_no_other_beats() -> None:
+    """The original is what models are compared with: it is not called beaten, also where a smaller one is as good."""
+    text = page(facts(("", 100, 90.0), ("macs=0.5", 50, 91.0), ("macs=0.4", 40, 80.0), ("macs=0.3", 45, 70.0)))
+    assert text.count('<tr class="best">') == 2 and "Bold: no other model" in text
+    assert "original: original" in text and "beaten by another: macs=0.3" in text
+    assert "beaten by another: original" not in text
