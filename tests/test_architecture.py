@@ -188,7 +188,9 @@ def test_decompositions_know_arrays_only() -> None:
 def test_functions_fit_a_screen(name: str) -> None:
     for node in ast.walk(tree(modules()[name])):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = (node.end_lineno or 0) - node.lineno + 1
+            # What a public call takes and means is read on its own page, however much it is.
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
             assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
 
 
