@@ -15,6 +15,7 @@ from onnxprune.rules import (
     elementwise,
     experts,
     grouped,
+    images,
     indexing,
     microsoft,
     movement,
@@ -34,6 +35,7 @@ from onnxprune.rules.registry import Rule, known, lookup, register, unregister
 
 BUILT_IN = (
     *(attention, blocked, bodies, classical, contraction, convolution, decoding, elementwise, experts, grouped),
+    images,
     *(indexing, microsoft, movement, normalization, packed, packed_codes, quantization, quantized, ranges),
     *(recurrent, scatter, spatial),
 )

@@ -227,6 +227,56 @@ class ConvTranspose(Conv):
         return Transposed(w[2:], output_padding=node.attrs.get("output_padding"), **settings)
 
 
+class DeformConv(Conv):
+    """A convolution whose taps are moved by offsets [N, offset groups * taps * 2, ...] and weighed by a mask.
+
+    Channels are split into offset groups too: a group goes with its offsets, or all keep equally many channels.
+    """
+
+    def propagate(self, step: Step) -> None:
+        """As a convolution; the offsets and the mask of a tap have a place of their own."""
+        super().propagate(step)
+        groups = int(step.attr("offset_group", 1))
+        ins = step.axis_ids(step.labels(0), 1)
+        rows = None
+        if ins is not None and groups > 1:
+            grid = Label(ins.reshape(groups, -1), 1)
+            step.atoms.view(grid)
+            rows = step.atoms.rows_of(grid).ids.ravel()
+        moved = [self._taps(step, i, groups) for i in (2, 4) if step.has(i)]
+        for other in moved:
+            if rows is None or other is None:
+                for ids in (rows, other):
+                    if ids is not None:
+                        step.atoms.freeze(ids, step.reason("fixed-size", "the taps of a deformable convolution"))
+            else:
+                step.unite(rows, other, "an offset group")
+
+    @staticmethod
+    def _taps(step: Step, i: int, groups: int) -> Ids | None:
+        """Atoms of the offset groups that offsets or masks are laid out by; their taps go with them."""
+        labels = step.labels(i)
+        step.fix_all_but(labels, (1,), "spatial", "a convolution slides over this axis")
+        ids = step.axis_ids(labels, 1)
+        if ids is None:
+            return None
+        grid = ids.reshape(groups, -1)
+        step.atoms.unite(grid, np.broadcast_to(grid[:, :1], grid.shape))
+        return grid[:, 0]
+
+    def rewrite(self, cut: Cut) -> None:
+        """The groups that are left, of either kind."""
+        super().rewrite(cut)
+        groups = int(cut.attr("offset_group", 1))
+        if groups > 1 and cut.touched(cut.node.inputs[2]):
+            cut.set_attr("offset_group", groups * cut.shape(2)[1] // cut.before.shape(2)[1])
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """None: where the taps are depends on the data."""
+        return None
+
+
 register("", "Conv", rule=Conv())
+register("", "DeformConv", rule=DeformConv(bias=3))
 register("", "ConvTranspose", rule=ConvTranspose())
 register("com.microsoft", "FusedConv", rule=Conv(addend=3))

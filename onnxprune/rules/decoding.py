@@ -37,7 +37,7 @@ class DecoderMaskedMultiHeadAttention(MultiHeadAttention):
 
 
 class LinearAttention(Heads):
-    """com.microsoft.LinearAttention: one state of keys times values [dk, dv] per head, which decays and is corrected.
+    """LinearAttention: one state of keys times values [dk, dv] per head, which decays and is corrected.
 
     A state that comes from outside or goes there keeps all sizes.
     """
@@ -104,7 +104,7 @@ class LinearAttention(Heads):
 
 
 class CausalConv(Rule):
-    """com.microsoft.CausalConvWithState: a depthwise convolution over what came before, [N, C, ...] or [N, L, C]."""
+    """CausalConvWithState: a depthwise convolution over what came before, [N, C, ...] or [N, L, C]."""
 
     weights = (1,)
 
@@ -154,5 +154,6 @@ class CausalConv(Rule):
 
 
 register(MS, "DecoderMaskedMultiHeadAttention", rule=DecoderMaskedMultiHeadAttention())
-register(MS, "LinearAttention", rule=LinearAttention())
-register(MS, "CausalConvWithState", rule=CausalConv())
+for domain in ("", MS):
+    register(domain, "LinearAttention", rule=LinearAttention())
+    register(domain, "CausalConvWithState", rule=CausalConv())

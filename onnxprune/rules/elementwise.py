@@ -59,3 +59,6 @@ register("", *UNARY, rule=Elementwise([0]))
 register("", "Clip", "Dropout", rule=Elementwise([0]))
 register("", "CastLike", rule=CastLike([0]))
 register("", *BINARY, rule=Elementwise())
+register("", "SwiGLU", rule=Elementwise())
+# Forms of an activation that the oldest models and onnxruntime have, with numbers that hold for all channels.
+register("", "Affine", "ParametricSoftplus", "Scale", "ScaledTanh", rule=Elementwise([0]))

@@ -203,15 +203,75 @@ class Reduce(Rule):
         return [(0, tuple(self.axes(step) or ()))] if self.contraction else []
 
 
+class AlongAxes(Rule):
+    """Transforms along some axes, whose positions are others afterwards; the other axes pass."""
+
+    def axes(self, step: Step) -> list[int] | None:
+        """The axes that it runs along; None where they are not known."""
+        raise NotImplementedError
+
+    def propagate(self, step: Step) -> None:
+        """Fix these axes, let the rest through."""
+        axes, labels = self.axes(step), step.labels(0)
+        if axes is None:
+            step.freeze(labels, "missing-constant", "the axis is not known")
+            return
+        for axis in axes:
+            labels = step.drop_axis(labels, axis, NORMALISED, f"{step.node.op} mixes these channels")
+        step.set(0, labels)
+
+
+class Fourier(AlongAxes):
+    """DFT along an axis of [..., 1 or 2], the last being the real and imaginary part."""
+
+    operands = (1,)
+
+    def axes(self, step: Step) -> list[int] | None:
+        """The axis, which is an input since opset 20, and the last."""
+        rank = len(step.shape(0))
+        if step.node.version < 20:
+            return [int(step.attr("axis", 1)) % rank, rank - 1]
+        value = step.value(2)
+        if step.has(2) and value is None:
+            return None
+        return [(-2 if value is None else int(value.ravel()[0])) % rank, rank - 1]
+
+
+class Reversal(AlongAxes):
+    """ReverseSequence: a length per sample says how much of the time axis is turned round."""
+
+    def axes(self, step: Step) -> list[int]:
+        """Samples and time."""
+        step.labels(1)
+        return [int(step.attr("batch_axis", 1)), int(step.attr("time_axis", 0))]
+
+
+class Determinant(AlongAxes):
+    """Of square matrices in the last two axes, which leave."""
+
+    def axes(self, step: Step) -> list[int]:
+        """The last two."""
+        rank = len(step.shape(0))
+        return [rank - 2, rank - 1]
+
+    def propagate(self, step: Step) -> None:
+        """What is ahead passes."""
+        labels = step.labels(0)
+        for axis in self.axes(step)[::-1]:
+            labels = step.drop_axis(labels, axis, NORMALISED, "Det mixes these channels")
+            labels = remove_axis(labels, axis)
+        step.set(0, labels)
+
+
 class Pick(Rule):
-    """ArgMax, ArgMin, TopK, CumSum, Hardmax: positions along one axis matter, the others pass."""
+    """ArgMax, ArgMin, TopK, CumSum, CumProd: positions along one axis matter, the others pass."""
 
     def propagate(self, step: Step) -> None:
         """Fix the axis, let the rest through."""
         labels = step.labels(0)
         rank = len(step.shape(0))
         axis = int(step.attr("axis", -1 if step.node.op == "TopK" else 0))
-        if step.node.op == "CumSum":
+        if step.node.op in ("CumSum", "CumProd"):
             value = step.value(1)
             if value is None:
                 step.freeze(labels, "missing-constant", "the axis is not known")
@@ -235,4 +295,7 @@ register("", "BatchNormalization", rule=BatchNorm())
 register("", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", rule=Reduce(contraction=True))
 register("", "ReduceMean", rule=Reduce(approximate=True))
 register("", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", rule=Reduce())
-register("", "ArgMax", "ArgMin", "TopK", "CumSum", rule=Pick())
+register("", "ArgMax", "ArgMin", "TopK", "CumSum", "CumProd", rule=Pick())
+register("", "DFT", rule=Fourier())
+register("", "ReverseSequence", rule=Reversal())
+register("", "Det", rule=Determinant())

@@ -19,8 +19,6 @@ class Local(Rule):
         for axis in range(2, len(step.shape(0))):
             code = "normalised" if whole else "spatial"
             labels = step.drop_axis(labels, axis, code, f"{step.node.op} works along this axis")
-        if any(o and step.table.graph.consumers.get(o) for o in step.node.outputs[1:]):
-            step.freeze(labels, "unsupported-form", f"the positions that {step.node.op} reports depend on all channels")
         step.set(0, labels)
 
 
@@ -122,11 +120,11 @@ class SpaceToDepth(Rule):
             step.set(0, (type(labels[0])(out.reshape((1, -1) + (1,) * (len(step.out_shape()) - 2)), 1),))
 
 
-_POOLS = "MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool".split()
+_POOLS = "AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool".split()
 register("", *_POOLS, rule=Local())
 register("", "LRN", "MeanVarianceNormalization", rule=AcrossChannels())
 register("", "Resize", "Upsample", rule=Resize())
 register("", "GridSample", rule=GridSample())
-register("", "RoiAlign", rule=RoiAlign())
+register("", "RoiAlign", "MaxRoiPool", rule=RoiAlign())
 register("", "DepthToSpace", rule=DepthToSpace())
 register("", "SpaceToDepth", rule=SpaceToDepth())

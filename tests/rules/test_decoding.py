@@ -10,6 +10,7 @@ import onnx
 import pytest
 from build import Net
 from fused import MS, attributes, cut
+from oracle import assert_exact_cut
 
 import onnxprune as op
 from onnxprune.labels.label import along as right_along
@@ -148,6 +149,24 @@ def test_channels_of_a_causal_convolution_go(attrs: dict[str, Any]) -> None:
 def test_a_state_that_others_hold_keeps_the_channels(form: dict[str, Any]) -> None:
     found = widths(cut(causal(**form)))
     assert found["first"] == (6, 8) and found["taps"] == (8, 1, 3)
+
+
+@pytest.mark.skipif(onnx.defs.onnx_opset_version() < 27, reason="onnx has neither operator")
+def test_both_are_operators_of_onnx_too() -> None:
+    """Since opset 27. Where onnxruntime has no kernel, onnx's reference evaluator decides."""
+    net = Net(27)
+    x = net.input("x", ["N", "S", IN])
+    q, k, v = (net.op("MatMul", x, net.weight(IN, 16)) for _ in range(3))
+    gates = [net.op("Sigmoid", net.op("MatMul", x, net.weight(IN, H))) for _ in range(2)]
+    gates[0] = net.op("Neg", gates[0])
+    y = net.op("LinearAttention", q, k, v, "", *gates, n=2, q_num_heads=H, kv_num_heads=H)[0]
+    y = net.op("MatMul", net.hint(y, ["N", "S", 16]), net.weight(16, 8))
+    y = net.op("CausalConvWithState", net.transpose(y, 0, 2, 1), net.weight(8, 1, 3), net.weight(8), n=2)[0]
+    y = net.op("MatMul", net.transpose(net.hint(y, ["N", 8, "S"]), 0, 2, 1), net.weight(8, 5))
+    result = assert_exact_cut(net.model(y))
+    assert result is not None
+    sizes = [tuple(t.dims) for t in result.model.graph.initializer]
+    assert sizes[:3] == [(6, 8)] * 3 and (4, 1, 3) in sizes
 
 
 def test_forms_that_no_processor_runs_stay() -> None:
