@@ -12,8 +12,6 @@ from onnxprune.rules import BUILT_IN
 from onnxprune.rules.context import Step, Table
 from onnxprune.rules.registry import NO_RULE, lookup
 
-# Operators that make labels out of nothing; every other one without labelled inputs is passed over.
-_MAKERS = {"ConstantOfShape", "Expand", "Tile"}
 # A rule that raises is a bug; users still get a right answer because the node is frozen. Tests set this to see the bug.
 STRICT = bool(os.environ.get("ONNXPRUNE_STRICT"))
 
@@ -48,14 +46,14 @@ def infer_by_rule(node: Node, shapes: list[Any], values: list[Any]) -> list[Any]
 
 
 def _push(node: Node, table: Table) -> None:
+    rule = lookup(node.domain, node.op, node.version)
     for name in node.inputs:
         if name and table.get(name):
             break
     else:
-        if node.op not in _MAKERS:
+        if not rule.makes_labels:
             return
     step = Step(node, table)
-    rule = lookup(node.domain, node.op, node.version)
     if rule is NO_RULE:
         domain = node.domain or "ai.onnx"
         _freeze_inputs(step, "no-rule", f"no rule for {domain}.{node.op} (opset {node.version})")

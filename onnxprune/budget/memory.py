@@ -11,9 +11,10 @@ from onnxprune.budget.sizes import Counts, Sizes
 from onnxprune.graph.cost import known
 from onnxprune.graph.view import Graph, reads
 from onnxprune.model.elements import DTYPES
+from onnxprune.operators.registry import Move, rule_of
 
-# Operators whose result is their first input under another shape: no runtime copies it.
-_VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"}
+# What a runtime does not copy.
+_VIEWS = (Move.SAME, Move.SHAPE)
 _FLOAT = 1
 
 
@@ -71,7 +72,7 @@ def _spans(graph: Graph) -> dict[str, tuple[int, int]]:
         for position, name in enumerate(node.outputs):
             if not name or name in graph.weights:
                 continue
-            view = node.op in _VIEWS and node.domain == "" and position == 0 and node.inputs[0] in home
+            view = position == 0 and rule_of(node).moves in _VIEWS and node.inputs[0] in home
             home[name] = home[node.inputs[0]] if view else name
             if not view:
                 spans[name] = [moment, moment]

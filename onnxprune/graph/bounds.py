@@ -7,24 +7,10 @@ import numpy as np
 from onnxprune.graph.facts import Facts
 from onnxprune.graph.values import size_of
 from onnxprune.graph.view import Graph, Node
+from onnxprune.operators.registry import Move, rule_of
 
-_MOVES = {
-    *(
-        "Identity",
-        "Cast",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Slice",
-        "Transpose",
-        "Expand",
-        "Flatten",
-        "Concat",
-        "Split",
-        "Tile",
-    ),
-    *("Gather", "Clip", "Max", "Min", "Where", "Pad"),
-}
+# Operators whose results are values of one of their inputs.
+_CHOOSE = {"Clip", "Max", "Min", "Where", "Pad"}
 _TABLES = {("Gather", 1), ("GatherElements", 1), ("GatherND", 1), ("OneHot", 0)}
 
 
@@ -87,8 +73,9 @@ def _limit(node: Node, i: int, facts: Facts) -> int | None:
 
 
 def _offset(node: Node, i: int, facts: Facts) -> int | None:
-    if node.op in _MOVES:
-        return None if node.op == "Gather" and i == 1 else 0
+    moves = rule_of(node).moves
+    if (moves is not None and (i == 0 or moves is Move.JOIN)) or (node.op in _CHOOSE and not node.domain):
+        return 0
     if node.op in ("Add", "Sub"):
         others = [p.values.get(node.inputs[1 - i]) for p in facts.probes]
         known = [int(np.max(v)) for v in others if v is not None and v.size]

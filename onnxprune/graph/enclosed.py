@@ -14,6 +14,7 @@ import onnx
 from onnxprune.graph.values import Probe
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model import markers
+from onnxprune.operators.registry import Move, rule_of
 
 Walk = Callable[[Sequence[Node]], None]
 """Infers shapes and values of nodes in order."""
@@ -139,7 +140,7 @@ def _stays_true(graph: Graph, end: Node, condition: str, probe: Probe) -> bool:
             return False
         if producer.op == markers.OPEN and producer.name == end.name:
             return not condition or _is_true(condition, probe)
-        if producer.op not in ("Identity", "Cast") or producer.domain:
+        if rule_of(producer).moves not in (Move.SAME, Move.CAST):
             return False
         name = producer.inputs[0]
     return not condition or _is_true(condition, probe)

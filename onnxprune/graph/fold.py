@@ -13,13 +13,8 @@ from onnxprune.graph.view import Graph, Node
 from onnxprune.model.elements import Array
 from onnxprune.model.load import INLINE_LIMIT
 from onnxprune.model.weights import ArrayWeight, Weight, to_proto
-from onnxprune.operators.registry import rule_of
+from onnxprune.operators.registry import Move, rule_of
 
-# What may stand between a folded weight and the operator that contracts with it.
-PASSING = {"Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten"}
-# Labels are pushed through these as they are; dequantised weights above all must stay in their codes.
-_MOVED = PASSING | {"Concat", "Split", "Slice", "Gather", "QuantizeLinear"}
-_CODES = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 # Bytes that a folded weight may be larger than what it was computed from: a blur kernel repeated for every channel.
 FREE = 1 << 17
 
@@ -84,15 +79,33 @@ def _ends(graph: Graph, constant: set[str]) -> Iterator[Node]:
             continue
         for i in (rule.data, *rule.weights):
             name = node.inputs[i] if i < len(node.inputs) else ""
-            while name in constant and graph.producer[name].op in PASSING and not _mixes(graph, graph.producer[name]):
+            while name in constant and hands_on(graph.producer[name]) and not _mixes(graph, graph.producer[name]):
                 name = graph.producer[name].inputs[0]
-            if name in constant and graph.producer[name].op not in _CODES:
+            if name in constant and not _codes(graph.producer[name]):
                 yield graph.producer[name]
+
+
+def hands_on(node: Node) -> bool:
+    """Whether an operator may stand between a folded weight and what contracts with it: every value arrives there."""
+    moves = rule_of(node).moves
+    return moves is not None and moves.keeps_all
+
+
+def _codes(node: Node) -> bool:
+    """Whether an operator makes codes of numbers or numbers of codes: dequantised weights must stay in their codes."""
+    rule = rule_of(node)
+    return rule.encodes or rule.decodes
+
+
+def _moved(node: Node) -> bool:
+    """Whether labels are pushed through an operator as they are, so that there is nothing to fold."""
+    rule = rule_of(node)
+    return rule.encodes or rule.moves not in (None, Move.REPEAT)
 
 
 def _mixes(graph: Graph, node: Node) -> bool:
     """Whether a reshape of a stored weight merges axes or splits one: labels of single axes do not survive that."""
-    if node.op not in ("Reshape", "Flatten") or node.inputs[0] not in graph.weights:
+    if rule_of(node).moves is not Move.SHAPE or node.inputs[0] not in graph.weights:
         return False
     operands = [graph.weights[n].read() for n in node.inputs[1:] if n in graph.weights]
     if len(operands) != len(node.inputs) - 1:
@@ -118,8 +131,8 @@ def _region(graph: Graph, end: Node) -> tuple[Node, ...]:
 
 def _fold(graph: Graph, end: Node) -> Fold | None:
     nodes = _region(graph, end)
-    moved = all(n.op in _MOVED and not _mixes(graph, n) for n in nodes)
-    if moved or any(n.op in _CODES for n in nodes):
+    moved = all(_moved(n) and not _mixes(graph, n) for n in nodes)
+    if moved or any(_codes(n) for n in nodes):
         return None
     read = {name for node in nodes for name in node.inputs if name in graph.weights}
     if read & {i.name for i in graph.proto.graph.input}:

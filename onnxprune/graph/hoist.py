@@ -18,6 +18,7 @@ from onnxprune.graph.fold import placeholder
 from onnxprune.graph.selections import Pick, Selections, selections
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.operators.registry import Move, rule_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ class _Build:
         name = node.inputs[axis]
         while name not in self._graph.weights:
             made_by = self._graph.producer.get(name)
-            if made_by is None or made_by.op not in ("Unsqueeze", "Identity", "Cast", "Reshape"):
+            if made_by is None or rule_of(made_by).moves not in (Move.SAME, Move.CAST, Move.SHAPE):
                 return False
             name = made_by.inputs[0]
         return True

@@ -17,9 +17,8 @@ from onnxprune.graph.shapes import output_shapes
 from onnxprune.graph.values import Probe, Values
 from onnxprune.graph.view import CONTROL, Graph, Node
 from onnxprune.model import markers
+from onnxprune.operators.registry import rule_of
 
-# Operands that say what shape a result has, not what it holds.
-_TARGETS = {("Reshape", 1), ("Expand", 1), ("Tile", 1), ("ConstantOfShape", 0), ("Resize", 3), ("Split", 1)}
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 _CODES = tuple(onnx.TensorProto.DataType.Value(name) for name in ("UINT8", "INT8", "UINT16", "INT16"))
 _Said = tuple["int | None", "tuple[int | None, ...] | None"]
@@ -99,7 +98,8 @@ def _walk(graph: Graph, nodes: Sequence[Node], probe: Probe, infer: Infer | None
 
 def _from_sizes(node: Node, sizes: set[str]) -> bool:
     """Whether a node reads sizes as what they are, not as the shape that a result is to have."""
-    return any(name in sizes and (node.op, i) not in _TARGETS for i, name in enumerate(node.inputs))
+    targets = rule_of(node).targets
+    return any(name in sizes and i not in targets for i, name in enumerate(node.inputs))
 
 
 def _infer_whole(graph: Graph, probe: Probe) -> None:

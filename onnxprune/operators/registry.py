@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,23 @@ Read = Callable[[int], "NDArray[Any] | None"]
 FOREVER = 1 << 30
 BUILT_IN = "onnxprune.rules"
 ENTRY_POINT = "onnxprune.rules"
+
+
+class Move(Enum):
+    """What becomes of the values of an operator that computes nothing: where its outputs hold those of its input 0."""
+
+    SAME = "every value where it was"
+    CAST = "every value where it was, in another type"
+    SHAPE = "every value, in the same order, under another shape"
+    ORDER = "every value, in another order"
+    SOME = "some of the values"
+    REPEAT = "every value, some several times"
+    JOIN = "every value of all inputs, one input behind the other"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every value is there once, so that the operator can be undone."""
+        return self in (Move.SAME, Move.CAST, Move.SHAPE, Move.ORDER)
 
 
 class Rule:
@@ -51,8 +69,20 @@ class Rule:
     shapeless: bool = False
     """Whether ``propagate`` copes with tensors whose rank is not known; other rules are then not asked."""
 
+    moves: Move | None = None
+    """What the operator does to values where it only moves them; None where it computes."""
+
     encodes: bool = False
     """Whether output 0 holds input 0 as codes: what flows there is looked at in front of the node."""
+
+    decodes: bool = False
+    """Whether output 0 holds what the codes of input 0 stand for."""
+
+    targets: tuple[int, ...] = ()
+    """Inputs that say what shape a result has, and nothing of what it holds."""
+
+    makes_labels: bool = False
+    """Whether channels are born at this operator, so that it is asked where none of its inputs has any."""
 
     def propagate(self, step: Step) -> None:
         """Read ``step.labels(i)``, unite and freeze, and state the outputs with ``step.set(o, labels)``.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnxprune.graph.view import Graph
 from onnxprune.graph.weights_of import weight_of
 from onnxprune.labels.label import Ids, Label
+from onnxprune.operators.registry import Move, rule_of
 from onnxprune.recover.aims import Aim, Aims
 from onnxprune.recover.held import is_held
 from onnxprune.recover.solve import WORTH
@@ -22,7 +23,7 @@ from onnxprune.selection.sites import Site, in_order, sites, surviving
 
 Array = NDArray[Any]
 
-_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split", "Slice", "Gather", "Identity", "Dropout"}
+_MOVES = (Move.SAME, Move.SHAPE, Move.ORDER, Move.SOME)
 # Share of the largest eigenvalue below which a direction is rounding.
 _NOTHING = 1e-10
 
@@ -150,7 +151,7 @@ def _origin(graph: Graph, name: str, aims: Mapping[str, Aim]) -> str | None:
         node = graph.producer.get(name)
         if node is None or node.domain:
             return None
-        if node.op in _MOVES:
+        if rule_of(node).moves in _MOVES:
             name = node.inputs[0]
         elif node.op in ("Mul", "Div"):
             sizes = [None if (w := weight_of(graph, n)) is None else w.size for n in node.inputs]

@@ -12,15 +12,16 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.graph.evaluate import evaluate
+from onnxprune.graph.fold import hands_on
 from onnxprune.graph.view import Graph, Node
 from onnxprune.graph.weights_of import dequantized, spread_setting, weight_of
 from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.operators.registry import Move, rule_of
 
 Array = NDArray[Any]
 Real = NDArray[np.float64]
 
 _SETTINGS = {1: "scale", 2: "zero_point"}
-_REARRANGE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Stored:
     @property
     def quantised(self) -> Node | None:
         """The operator that turns codes into numbers, if there is one."""
-        return next((node for node in self.chain if node.op == "DequantizeLinear"), None)
+        return next((node for node in self.chain if rule_of(node).decodes), None)
 
     def read(self, weights: Mapping[str, Weight]) -> Real:
         """The numbers as the reader gets them."""
@@ -90,7 +91,7 @@ class Stored:
         values = self._values(weights)
         found = None
         for node, inner in zip(reversed(self.chain), reversed(values[:-1]), strict=True):
-            if node.op == "DequantizeLinear":
+            if rule_of(node).decodes:
                 value, found = _requantise(node, weights, inner, value, ratio)
             else:
                 value = _undo(node, inner, value)
@@ -108,7 +109,7 @@ class Stored:
 
 
 def _applied(node: Node, operands: list[Array | None]) -> Array | None:
-    if node.op == "DequantizeLinear":
+    if rule_of(node).decodes:
         return dequantized(node, operands)
     made = evaluate(node, operands)
     return np.asarray(made[0]) if made else None
@@ -135,15 +136,18 @@ def _checked(graph: Graph, stored: Stored) -> Stored | str:
 
 def _can_undo(graph: Graph, node: Node) -> bool:
     constants = all(n in graph.weights for n in node.inputs[1:] if n)
-    return node.domain in ("", "com.microsoft") and constants and node.op in {*_REARRANGE, "DequantizeLinear"}
+    return constants and (rule_of(node).decodes or hands_on(node))
 
 
 def _undo(node: Node, inner: Array, value: Real) -> Real:
     """The value in front of an operator that only rearranges."""
-    if node.op == "Transpose":
-        order = node.attrs.get("perm") or range(inner.ndim)[::-1]
-        return value.transpose(np.argsort(list(order)))
-    return value.reshape(inner.shape)
+    if rule_of(node).moves is not Move.ORDER:
+        return value.reshape(inner.shape)
+    places = evaluate(node, [np.arange(inner.size).reshape(inner.shape)])
+    assert places is not None  # what stands behind it could be computed
+    result = np.empty(inner.size)
+    result[places[0].ravel()] = value.ravel()
+    return result.reshape(inner.shape)
 
 
 def _requantise(

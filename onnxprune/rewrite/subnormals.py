@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from onnxprune.graph.cost import multiplies
-from onnxprune.graph.fold import PASSING
+from onnxprune.graph.fold import hands_on
 from onnxprune.graph.view import Graph
 from onnxprune.model.elements import Array
 from onnxprune.model.weights import Weight
+from onnxprune.operators.registry import Move, rule_of
 
-# Operators that hand a weight on as it is, value for value.
-_MOVES = PASSING - {"Cast"}
 # Unsigned integers of the same width; half precision is made for small numbers, and runs in single.
 _BITS: dict[str, type[np.unsignedinteger[Any]]] = {"float32": np.uint32, "float64": np.uint64}
 # Elements looked at together: they stay in the processor's cache.
@@ -76,6 +75,6 @@ def _of_layers(graph: Graph) -> Iterator[str]:
                 yield name
                 break
             node, position = readers[0]
-            if len(readers) > 1 or node.op not in _MOVES or position:
+            if len(readers) > 1 or position or not hands_on(node) or rule_of(node).moves is Move.CAST:
                 break
             at = node.outputs[0]

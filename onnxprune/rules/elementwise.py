@@ -8,7 +8,7 @@ from typing import Any
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.rules.context import Step
-from onnxprune.rules.registry import Rule, register
+from onnxprune.rules.registry import Move, Rule, register
 from onnxprune.rules.sizes import broadcast_shapes
 
 
@@ -36,7 +36,19 @@ class Elementwise(Rule):
         return [broadcast_shapes(chosen)] * len(node.outputs)
 
 
-class CastLike(Elementwise):
+class Same(Elementwise):
+    """Identity, and Dropout where nothing is dropped: input 0 as it is."""
+
+    moves = Move.SAME
+
+
+class Cast(Elementwise):
+    """Another type."""
+
+    moves = Move.CAST
+
+
+class CastLike(Cast):
     """A cast to the type of another tensor, whose channels do not matter."""
 
     def propagate(self, step: Step) -> None:
@@ -48,7 +60,7 @@ class CastLike(Elementwise):
 UNARY = (
     "Relu Sigmoid Tanh Erf Sqrt Exp Log Abs Neg Floor Ceil Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh "
     "Atanh LeakyRelu Elu Selu Celu Gelu HardSwish HardSigmoid Mish Softplus Softsign ThresholdedRelu Shrink Swish "
-    "Identity Cast Not IsNaN IsInf Reciprocal BitwiseNot BitCast"
+    "Not IsNaN IsInf Reciprocal BitwiseNot BitCast"
 ).split()
 BINARY = (
     "Add Sub Mul Div Pow Mod Min Max Sum Mean And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual Where PRelu "
@@ -56,7 +68,9 @@ BINARY = (
 ).split()
 
 register("", *UNARY, rule=Elementwise([0]))
-register("", "Clip", "Dropout", rule=Elementwise([0]))
+register("", "Clip", rule=Elementwise([0]))
+register("", "Identity", "Dropout", rule=Same([0]))
+register("", "Cast", rule=Cast([0]))
 register("", "CastLike", rule=CastLike([0]))
 register("", *BINARY, rule=Elementwise())
 register("", "SwiGLU", rule=Elementwise())

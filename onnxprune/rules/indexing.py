@@ -7,13 +7,13 @@ import numpy as np
 from onnxprune.labels import movement
 from onnxprune.labels.label import Labels, along, covering
 from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Rule, register
+from onnxprune.rules.registry import Move, Rule, register
 
 
 class Gather(Rule):
     """Positions picked by an index tensor, which may be known."""
 
-    operands = ()
+    moves = Move.SOME
 
     def propagate(self, step: Step) -> None:
         """A known scalar or list takes positions; an unknown index fixes its axis."""
@@ -61,7 +61,8 @@ class Shape(Rule):
 class Fill(Rule):
     """A tensor of one repeated value can take any size: its axes are born with atoms, like a constant's."""
 
-    operands = (0,)
+    operands = targets = (0,)
+    makes_labels = True
 
     def propagate(self, step: Step) -> None:
         """One birth per static axis."""

@@ -11,11 +11,13 @@ from onnxprune.labels import movement
 from onnxprune.labels.combine import Shape, broadcast, concatenate
 from onnxprune.labels.label import NONE, Label, Labels, along
 from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Rule, register
+from onnxprune.rules.registry import Move, Rule, register
 
 
 class Transpose(Rule):
     """A permutation of the axes."""
+
+    moves = Move.ORDER
 
     def propagate(self, step: Step) -> None:
         """Permute the labels."""
@@ -26,7 +28,8 @@ class Transpose(Rule):
 class Reshape(Rule):
     """Reshape, Flatten, Squeeze, Unsqueeze: the same data under other sizes."""
 
-    operands = (1,)
+    operands = targets = (1,)
+    moves = Move.SHAPE
 
     def propagate(self, step: Step) -> None:
         """Reshape the labels run by run."""
@@ -69,7 +72,9 @@ def births_of_copies(step: Step, before: Shape, after: Shape) -> Labels:
 class Expand(Rule):
     """Broadcast to a target: labels pass; a repeated axis may take any size, so it is born with atoms of its own."""
 
-    operands = (1,)
+    operands = targets = (1,)
+    moves = Move.REPEAT
+    makes_labels = True
 
     def propagate(self, step: Step) -> None:
         """Shift to the output's rank; one birth per repeated axis of static size."""
@@ -97,7 +102,9 @@ def _broadcast_to(shape: tuple[int, ...], target: NDArray[np.int64]) -> tuple[in
 class Tile(Rule):
     """Repetition; a repeated labelled axis repeats its atoms."""
 
-    operands = (1,)
+    operands = targets = (1,)
+    moves = Move.REPEAT
+    makes_labels = True
 
     def propagate(self, step: Step) -> None:
         """Tile the labels along the axes they depend on."""
@@ -128,6 +135,8 @@ class Tile(Rule):
 
 class Concat(Rule):
     """Parts one after the other."""
+
+    moves = Move.JOIN
 
     def propagate(self, step: Step) -> None:
         """Concatenate the labels; a part without labels stays whole."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from onnxprune.graph.view import Node
 from onnxprune.labels.label import Label
 from onnxprune.rules.context import Step
-
-# Operators through which a weight may pass position by position on its way from the initializer.
-_PASSING = {"Identity", "Cast", "DequantizeLinear"}
+from onnxprune.rules.registry import Move, rule_of
 
 
 def owned(step: Step, i: int, axes: tuple[int, ...]) -> list[str] | None:
@@ -30,10 +28,9 @@ def owned(step: Step, i: int, axes: tuple[int, ...]) -> list[str] | None:
 
 
 def _passes(step: Step, node: Node, axes: tuple[int, ...]) -> bool:
-    if node.op not in _PASSING or node.domain not in ("", "com.microsoft"):
-        return False
-    if node.op != "DequantizeLinear":
-        return True
+    rule = rule_of(node)
+    if not rule.decodes:
+        return rule.moves in (Move.SAME, Move.CAST)
     rank = len(step.table.facts.shape(node.inputs[0]) or ())
     scale = step.table.facts.shape(node.inputs[1])
     if scale is None or len(scale) > 1:

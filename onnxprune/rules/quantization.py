@@ -77,6 +77,8 @@ class Encode(Quantize):
 class Decode(Quantize):
     """DequantizeLinear."""
 
+    decodes = True
+
     def numbers(self, node: Node, i: int, codes: NDArray[Any], read: Read) -> NDArray[Any] | None:
         """(codes - zero point) * scale."""
         scale = read(1) if i == 0 else None

@@ -11,7 +11,7 @@ from onnxprune.graph.evaluate import slice_of
 from onnxprune.labels.combine import split_points
 from onnxprune.labels.label import Label, covering, drop
 from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Rule, register
+from onnxprune.rules.registry import Move, Rule, register
 
 Range = tuple[int, int, int]
 """(start, end, step) along one axis."""
@@ -23,7 +23,8 @@ _WHOLE: Range = (0, _LAST, 1)
 class Split(Rule):
     """Consecutive parts along one axis."""
 
-    operands = (1,)
+    operands = targets = (1,)
+    moves = Move.SOME
 
     def propagate(self, step: Step) -> None:
         """Take each part's range."""
@@ -63,6 +64,7 @@ class Slice(Rule):
     """Ranges along axes, with constant bounds."""
 
     operands = (1, 2, 3, 4)
+    moves = Move.SOME
 
     def _bounds(self, step: Step) -> list[Bounds] | None:
         """Bounds of every sliced axis; None where they, or the axes, are not known."""

@@ -36,6 +36,7 @@ class Resize(Rule):
     """Resize and Upsample: axes whose size does not change pass."""
 
     operands = (1, 2, 3)
+    targets = (3,)
 
     def _scaled(self, step: Step) -> list[int]:
         before, after = step.node.inputs[0], step.node.outputs[0]
