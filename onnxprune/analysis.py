@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,8 @@ import onnx
 from onnxprune.garbage import paused
 from onnxprune.graph import cost
 from onnxprune.graph.facts import Facts, study
-from onnxprune.graph.fold import fold
-from onnxprune.graph.hoist import hoist
+from onnxprune.graph.fold import Fold, fold
+from onnxprune.graph.hoist import Hoist, hoist
 from onnxprune.graph.probes import probe_shapes
 from onnxprune.graph.unshare import unshare
 from onnxprune.graph.view import Graph, Node
@@ -63,7 +64,7 @@ class GroupView:
 
 
 class Analysis:
-    """A model with its labels, units and groups. Reading it changes nothing.
+    """A model with its labels, units and groups. Immutable: other choices and more frozen nodes give another analysis.
 
     Args:
         source: path, bytes or ModelProto. input_shapes: sizes for dynamic inputs, {name: shape}.
@@ -73,6 +74,19 @@ class Analysis:
         OnnxpruneError: the model cannot be read, or an input shape does not fit.
     """
 
+    loaded: Loaded
+    approximate: bool
+    graph: Graph
+    facts: Facts
+    table: Table
+    reshape_axis: str
+    units: Units
+    unshared: Graph
+    copies: dict[str, str]
+    folds: list[Fold]
+    hoists: list[Hoist]
+    _unstored: frozenset[int]
+
     def __init__(
         self,
         source: str | Path | bytes | onnx.ModelProto,
@@ -81,35 +95,50 @@ class Analysis:
         approximate: bool = False,
     ) -> None:
         with paused():
-            self.loaded: Loaded = load(source)
-            self.approximate = approximate
+            loaded = load(source)
             # Preparations, each undone after a cut where it was not needed: see restore and rejoin.
-            graph = Graph.of(self.loaded.proto, self.loaded.weights, names=self.loaded.names)
-            self.unshared, self.copies = unshare(graph)
-            folded, self.folds = fold(self.unshared)
-            self.facts: Facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
-            self.graph, self.hoists = hoist(folded, self.facts)
-            self.table: Table = push_labels(self.graph, self.facts, approximate=approximate)
-            self.reshape_axis = "head_dim"
-            self.units: Units = self._resolve()
+            unshared, copies = unshare(Graph.of(loaded.proto, loaded.weights, names=loaded.names))
+            folded, folds = fold(unshared)
+            facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
+            graph, hoists = hoist(folded, facts)
+            table = push_labels(graph, facts, approximate=approximate)
+            units, unstored = _resolve(table, "head_dim")
+        vars(self).update(loaded=loaded, approximate=approximate, unshared=unshared, copies=copies, folds=folds)
+        vars(self).update(facts=facts, graph=graph, hoists=hoists, table=table, reshape_axis="head_dim")
+        vars(self).update(units=units, _unstored=unstored)
 
-    def _resolve(self) -> Units:
-        """Units and groups; a group that no weight belongs to (an axis that was only ever repeated) is left alone."""
-        units = resolve(self.table.atoms, self.reshape_axis)
-        births, self._unstored = self.table.atoms.births, set[int]()
-        for group in units.groups:
-            numbers = [b for g in (group.id, *group.children) for b in units.groups[g].births]
-            if not any(births[int(b)].tensor in self.graph.weights for b in numbers):
-                self._unstored.add(group.id)
-                group.prunable = False
-        return units
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"an analysis is immutable: {name!r} cannot be set")
 
-    def resolve_again(self, reshape_axis: str | None = None) -> None:
-        """Take new freezes into account, or another choice between the rows and the cells of grids."""
-        self.reshape_axis = reshape_axis or self.reshape_axis
-        self.units = self._resolve()
-        for name in ("groups", "barriers", "layers", "unlocks", "producers", "slots"):
-            self.__dict__.pop(name, None)
+    def _with(self, **changes: Any) -> Analysis:
+        """This analysis with other attributes; views of the groups are made anew."""
+        other = copy(self)
+        views = [name for name, value in vars(Analysis).items() if isinstance(value, cached_property)]
+        for name in views:
+            vars(other).pop(name, None)
+        vars(other).update(changes)
+        if {"table", "reshape_axis"} & changes.keys():
+            units, unstored = _resolve(other.table, other.reshape_axis)
+            vars(other).update(units=units, _unstored=unstored)
+        return other
+
+    def with_reshape_axis(self, reshape_axis: str) -> Analysis:
+        """The analysis with another choice between the rows (``heads``) and the cells (``head_dim``) of grids."""
+        return self if reshape_axis == self.reshape_axis else self._with(reshape_axis=reshape_axis)
+
+    def with_frozen(self, freezes: Sequence[tuple[Ids, Barrier]]) -> Analysis:
+        """The analysis in which more atoms may not be removed.
+
+        Args:
+            freezes: atoms, and why they have to stay.
+        """
+        table = copy(self.table)
+        table.atoms = self.table.atoms.with_frozen(freezes)
+        return self._with(table=table)
+
+    def with_digest_of(self, other: Analysis) -> Analysis:
+        """The analysis under the digest of another model: plans name the model that came in."""
+        return self._with(loaded=replace(self.loaded, digest=lambda: other.loaded.sha256))
 
     # -- for users -------------------------------------------------------------------------------------------------
 
@@ -321,3 +350,15 @@ def _places(label: Label) -> list[dict[int, int]]:
     """Where rows of a grid stand along its other axis, {axis: position} of each; one place for a plain label."""
     outer = label.outer()
     return [{outer[0]: row} for row in range(label.ids.shape[outer[0]])] if len(outer) == 1 else [{}]
+
+
+def _resolve(table: Table, reshape_axis: str) -> tuple[Units, frozenset[int]]:
+    """Units and groups, and the groups that no weight belongs to (an axis that is only ever repeated): these stay."""
+    units = resolve(table.atoms, reshape_axis)
+    births, unstored = table.atoms.births, set[int]()
+    for group in units.groups:
+        numbers = [b for g in (group.id, *group.children) for b in units.groups[g].births]
+        if not any(births[int(b)].tensor in table.graph.weights for b in numbers):
+            unstored.add(group.id)
+            group.prunable = False
+    return units, frozenset(unstored)

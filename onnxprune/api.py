@@ -16,7 +16,7 @@ from onnxprune.factors.request import Options as FactorOptions
 from onnxprune.passes import Adopt, Exact, Factorize, Flush, Pipeline, Prune, Recover, Result, Validate
 from onnxprune.passes.material import no_data
 from onnxprune.passes.recover import check_mode, settle_mode
-from onnxprune.passes.state import Progress
+from onnxprune.pipeline import Progress
 from onnxprune.plan import Plan
 from onnxprune.report.facts import Report
 from onnxprune.runtime.images import ImageOptions

@@ -52,6 +52,14 @@ class BudgetError(OnnxpruneError):
     exit_code = 5
 
 
+class PreconditionError(UsageError):
+    """A pass was called without what it requires: the order of passes, or the call, is wrong (exit code 2)."""
+
+
+class PostconditionError(ValidationError):
+    """A pass does not keep what it ensures: the pass is wrong (exit code 4)."""
+
+
 def nearest(value: str, allowed: Iterable[str]) -> str:
     """A hint ``did you mean 'x'?`` for the nearest allowed name, or the list of allowed names when none is near."""
     names = sorted(set(allowed))

@@ -12,9 +12,8 @@ from onnxprune.budget.sensitivity import Sensitivity
 from onnxprune.budget.target import parse
 from onnxprune.criteria import Criterion
 from onnxprune.passes import Prune
-from onnxprune.passes.pipeline import start
 from onnxprune.passes.recover import settle_mode
-from onnxprune.passes.state import Progress
+from onnxprune.pipeline import Context, Model, Progress
 from onnxprune.report.facts import SweepFacts
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.search.budget import Budget, default_criterion
@@ -60,11 +59,10 @@ def profile(
     """
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     where: dict[str, Any] = {"providers": providers, "threads": threads, "cache": cache}
-    state = start(model, input_shapes=input_shapes, seed=seed, progress=progress, **reading, **where)
-    analysis = state.analyzed()
-    sizes = settled(analysis)
-    table = latency_table(state, analysis, sizes, seconds=seconds, anew=True)
-    return Profiled(profiled(sizes, table, str(analysis.loaded.path or "the model")), table)
+    context = Context.of(model, input_shapes=input_shapes, seed=seed, progress=progress, **reading, **where)
+    sizes = settled(context.analysis)
+    table = latency_table(context, sizes, seconds=seconds, anew=True)
+    return Profiled(profiled(sizes, table, str(context.analysis.loaded.path or "the model")), table)
 
 
 def sensitivity(
@@ -102,14 +100,15 @@ def sensitivity(
     """
     running, choosing = split_running(options)
     mode, _ = settle_mode(recover, data is not None, True)
-    state = start(model, input_shapes=input_shapes, data=data, seed=seed, progress=progress, **running)
-    name = criterion or default_criterion(state)
+    given: dict[str, Any] = {"data": data, "seed": seed, "approximate": approximate, "progress": progress}
+    context = Context.of(model, input_shapes=input_shapes, **given, **running)
+    name = criterion or default_criterion(context)
     choosing.setdefault("max_ratio", WIDEST)
     prune = Prune(name, 0.5, approximate=approximate, **choosing)
-    settled(prune.prepared(state))
+    sizes = settled(prune.prepared(context, Model.of(context.analysis)))
     function = load_metric(metric) if isinstance(metric, str) else metric
-    selector = prune.selector(state)
-    return measure_sensitivity(state, selector, mode=mode, metric=function, shares=ratios, jobs=jobs)
+    selector = prune.selector(context, sizes.analysis)
+    return measure_sensitivity(context, selector, mode=mode, metric=function, shares=ratios, jobs=jobs)
 
 
 def sweep(
@@ -149,6 +148,7 @@ def sweep(
     wanted = [parse(f"{kind}={share}", "targets") for share in targets]
     wishes = Wishes.of([wanted[0]] if wanted else None, metric=metric, factorize=factorize, trials=trials)
     budget = Budget(wishes, criterion, recover=mode, why=why, approximate=approximate, **choosing)
-    state = start(model, input_shapes=input_shapes, data=data, seed=seed, progress=progress, **running)
+    given: dict[str, Any] = {"data": data, "seed": seed, "approximate": approximate, "progress": progress}
+    context = Context.of(model, input_shapes=input_shapes, **given, **running)
     home = Path(folder) if folder is not None else None
-    return run_sweep(state, budget, [t.value for t in wanted], kind=kind, timed=latency, folder=home)
+    return run_sweep(context, budget, [t.value for t in wanted], kind=kind, timed=latency, folder=home)

@@ -66,8 +66,13 @@ def _at(ids: Ids, place: Mapping[int, int]) -> Ids:
     return ids
 
 
-def read_plan(analysis: Analysis, plan: Plan) -> Mask:
-    """Mask over components that a plan asks for. ``removed`` of a group decides where given, else its slots.
+def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
+    """The analysis with grids resolved as a plan needs them, and the mask over components that it asks for.
+
+    ``removed`` of a group decides where given, else its slots.
+
+    Args:
+        analysis: of the model. plan: made for it.
 
     Raises:
         UsageError: another model's plan, an unknown group or tensor, a position out of range or not removable, a share
@@ -83,7 +88,7 @@ def read_plan(analysis: Analysis, plan: Plan) -> Mask:
     known = analysis.units.groups
     rows = [known[i.id] for i in plan.groups if 0 <= i.id < len(known) and known[i.id].kind == "heads"]
     if any(not g.prunable for g in rows):  # made where whole rows of grids were cut
-        analysis.resolve_again("both")
+        analysis = analysis.with_reshape_axis("both")
     units = analysis.units
     chosen = np.zeros(units.frozen.size, dtype=bool)
     for item in plan.groups:
@@ -102,7 +107,7 @@ def read_plan(analysis: Analysis, plan: Plan) -> Mask:
             )
         chosen |= own
     _check_balance(units, chosen)
-    return chosen
+    return analysis, chosen
 
 
 def _from_units(units: Units, item: PlanGroup) -> NDArray[np.int64]:

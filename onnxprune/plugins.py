@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar
 
 from onnxprune.errors import UsageError, nearest
@@ -35,7 +36,7 @@ class Named(Generic[T]):
 
     Args:
         kind: what one of them is called in messages. group: the entry point group.
-        built_in: those there are from the start.
+        built_in: those there are from the start; as ``package.module:name`` where they are imported when asked for.
     """
 
     def __init__(self, kind: str, group: str, built_in: Mapping[str, T] | None = None) -> None:
@@ -65,7 +66,10 @@ class Named(Generic[T]):
         known = self.names()
         if name not in self._table:
             raise UsageError(f"Unknown {self._kind} {name!r}.", hint=nearest(name, known))
-        return self._table[name]
+        extension: T = self._table[name]
+        if isinstance(extension, str):
+            extension = self._table[name] = resolve_name(extension)
+        return extension
 
     def names(self) -> list[str]:
         """All names, sorted."""

@@ -129,9 +129,10 @@ def test_a_pass_by_name_and_as_a_function() -> None:
     seen: list[int] = []
 
     @op.passes.register("acme_count")
-    def count(state: op.passes.State) -> None:
+    def count(context: op.passes.Context, model: op.passes.Model) -> op.passes.PassResult:
         """How many groups lost something."""
-        seen.append(len(state.plan.groups))
+        seen.append(len(model.plan.groups))
+        return op.passes.PassResult(model, changed=False)
 
     op.rules.register(ACME, "Swoosh", rule=op.rules.Elementwise())
     for stages in ([op.passes.Prune(ratio=0.5), "acme_count"], ["prune", count]):
@@ -145,6 +146,8 @@ def test_a_pass_by_name_and_as_a_function() -> None:
 
 EXTENSION = """
 import numpy as np
+from onnxprune.passes import Pass, PassResult
+from onnxprune.report.facts import Remark
 from onnxprune.rules import Elementwise, register
 
 register("com.acme", "Swoosh", rule=Elementwise())
@@ -152,9 +155,9 @@ register("com.acme", "Swoosh", rule=Elementwise())
 def last(slot):
     return -np.arange(slot.blocks.shape[1], dtype=float)
 
-class Note:
-    def __call__(self, state):
-        state.report.warnings.append("noted by acme")
+class Note(Pass):
+    def __call__(self, context, model):
+        return PassResult(model, [Remark("noted by acme")], changed=False)
 """
 POINTS = {"onnxprune.rules": "swoosh = acme_ext", "onnxprune.criteria": "acme_last = acme_ext:last",
           "onnxprune.passes": "acme_note = acme_ext:Note"}  # fmt: skip

@@ -16,7 +16,8 @@ from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.model.save import save
 from onnxprune.model.weights import ArrayWeight
-from onnxprune.passes import Prune, State, Validate
+from onnxprune.passes import Prune, Validate
+from onnxprune.pipeline import Context, Model, PassResult
 from onnxprune.rewrite.oracle import masked_original
 from onnxprune.rewrite.witness import Witnesses
 from onnxprune.runtime.compare import exactness
@@ -60,9 +61,9 @@ def test_an_idle_output_is_replaced_by_what_varies_in_front_of_it(last: Callable
 
 @pytest.mark.parametrize("last", [zero, multiplied, heads])
 def test_a_wrong_cut_of_an_idle_model_is_found(last: Callable[[Net, str], str]) -> None:
-    def spoil(state: State) -> None:
-        name, weight = next((n, w) for n, w in state.weights.items() if len(w.shape) == 4)
-        state.weights[name] = ArrayWeight(name, weight.read()[::-1].copy())
+    def spoil(context: Context, model: Model) -> PassResult:
+        name, weight = next((n, w) for n, w in model.weights.items() if len(w.shape) == 4)
+        return PassResult(model.with_weights({name: ArrayWeight(name, weight.read()[::-1].copy())}))
 
     with pytest.raises(ValidationError, match="not exact"):
         op.Pipeline([Prune(ratio=0.5), spoil, EXACT]).run(silent(last))
@@ -106,13 +107,13 @@ def test_a_grid_loses_other_positions_in_every_row() -> None:
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.onnx")), ids=lambda p: p.stem)
 def test_every_tensor_in_common_agrees_where_it_survives(path: Path, tmp_path: Path) -> None:
     """A stricter law than the one for outputs: no mistake can hide behind later layers."""
-    state = State(path)
-    Prune(ratio=0.5)(state)
-    analysis = state.analyzed()
-    assert state.proto is not None and state.removed is not None
+    context = Context.of(path)
+    pruned = Prune(ratio=0.5)(context, Model.of(context.analysis)).model
+    analysis, removed = pruned.analysis, pruned.removed
+    assert removed is not None
     for probe, known in enumerate(analysis.facts.probes):
-        masked = masked_original(analysis.table, state.removed, probe)
-        witnesses = Witnesses(analysis.table, state.removed, probe, masked, (state.proto, state.weights))
+        masked = masked_original(analysis.table, removed, probe)
+        witnesses = Witnesses(analysis.table, removed, probe, masked, pruned.parts)
         names = witnesses.upstream(analysis.graph.outputs)
         assert len(names) > 5
         reference, shrunk, _ = witnesses.pair(names)

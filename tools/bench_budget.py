@@ -30,8 +30,7 @@ from rich.table import Table
 from onnxprune.budget.target import parse
 from onnxprune.errors import OnnxpruneError
 from onnxprune.model.save import save
-from onnxprune.passes.state import State
-from onnxprune.runtime.device import device
+from onnxprune.pipeline import Context, Model
 from onnxprune.search.attempt import Attempt, attempt
 from onnxprune.search.budget import Budget
 from onnxprune.search.search import Search
@@ -46,9 +45,8 @@ def metric(given: argparse.Namespace, name: str, tried: Attempt | None) -> float
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         target = None
         if tried is not None:
-            assert tried.state.proto is not None
             target = Path(folder) / "cut.onnx"
-            save(tried.state.proto, tried.state.weights, target)
+            save(*tried.model.parts, target)
         found = next(iter(evaluate(given.folder, name, target).values()))
     return 100 * found if 0 <= found <= 1 else found
 
@@ -59,12 +57,13 @@ def searching(
     """A search on one model."""
     name = files.name(path)
     data = recorded(given.folder, name, given.data, given.samples)
-    state = State(path, data=data, samples=None if data is None else limit(data, given.samples))
-    state.device, state.cache = device(threads=given.threads), given.out / "cache"
+    samples = None if data is None else limit(data, given.samples)
+    context = Context.of(path, data=data, samples=samples, threads=given.threads, cache=given.out / "cache")
     wishes = Wishes.of(target, sensitivity=sensitivity, jobs=given.jobs, factorize=factorize, trials=given.trials)
     mode = "none" if data is None else "full"
     budget = Budget(wishes, given.criterion, recover=mode)
-    return Search(state, wishes, budget.prune(state), mode)
+    prune = budget.prune(context)
+    return Search(context, prune.prepared(context, Model.of(context.analysis)), wishes, prune, mode)
 
 
 def accuracy(given: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def accuracy(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     found = search.within(problem)
     seconds, work = time.perf_counter() - start, time.process_time() - work
     alike = next(a for a in problem.answers() if a.name == "uniform" or len(problem.answers()) == 1)
-    other = attempt(search.state, problem.analysis, alike.removed, mode=search.mode)
+    other = attempt(search.context, problem.analysis, alike.removed, mode=search.mode)
     whole = problem.originals["macs"]
     before, uniform, budget = (metric(given, name, x) for x in (None, other, found.final))
     lost = before - uniform
@@ -115,13 +114,11 @@ def _apart(given: argparse.Namespace, path: Path, before: float, uniform: float)
 def latency(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     """A share of the time of one run: errors of the table, and what was reached."""
     search = searching(given, path, f"latency={given.latency}")
-    analysis = search.prune.prepared(search.state)
-    layers = analysis.layers
+    layers = search.analysis.layers
     share = sum(x.macs_before for x in layers if x.op in CONVOLUTIONS) / max(1, sum(x.macs_before for x in layers))
     if share < 0.5:
         return {"error": "not convolutional"}
-    sizes = settled(analysis)
-    table = latency_table(search.state, analysis, sizes, seconds=given.seconds)
+    table = latency_table(search.context, settled(search.analysis), seconds=given.seconds)
     problem = search.problem(search.wishes.targets)
     reach = search.problem([parse("macs=0.5")]).answers()
     record: dict[str, Any] = {"ms": 1e3 * table.seconds, "table_error": table.error, "macs_half": bool(reach)}

@@ -47,15 +47,15 @@ class Task(NamedTuple):
     why: bool
 
 
-def reasons(task: Task, state: Any, small: Path, feed: Any) -> dict[str, float]:
+def reasons(task: Task, pruned: Any, small: Path, feed: Any) -> dict[str, float]:
     """Share of time in convolutions, their own speed-up, and the reduction in MACs that their kernels do."""
     from onnxprune.rewrite.after import After
     from onnxprune.runtime.profile import profile
 
     found = [[(t.op, t.seconds) for t in profile(path, [feed], runs=30)] for path in (task.path, small)]
     convolutions = [sum(s for op, s in times if op in CONVOLUTIONS) for times in found]
-    before = _in_blocks(state.analysis, state.analysis.facts.shape)
-    after = _in_blocks(state.analysis, After(state.analysis.table, state.removed).shape)
+    before = _in_blocks(pruned.analysis, pruned.analysis.facts.shape)
+    after = _in_blocks(pruned.analysis, After(pruned.analysis.table, pruned.removal).shape)
     return {
         "share": convolutions[0] / max(1e-12, sum(s for _, s in found[0])),
         "conv_speedup": convolutions[0] / max(1e-12, convolutions[1]),
@@ -87,12 +87,11 @@ def run_task(task: Task) -> dict[str, Any]:
     from bench.onnxprune_run import feed_for
 
     from onnxprune import Pipeline, errors
-    from onnxprune.passes import Flush, Prune, State
+    from onnxprune.passes import Flush, Prune
     from onnxprune.runtime.latency import latency
 
-    states: list[State] = []
     try:
-        passes = [Prune(ratio=task.ratio, round_to=task.round_to), Flush(), states.append]
+        passes = [Prune(ratio=task.ratio, round_to=task.round_to), Flush()]
         result = Pipeline(passes).run(task.path)
     except errors.OnnxpruneError as error:
         return {"status": "left" if error.exit_code == 5 else "failed", "message": str(error).split("\n")[0]}
@@ -109,10 +108,10 @@ def run_task(task: Task) -> dict[str, Any]:
         small = Path(folder) / "small.onnx"
         result.save(small)
         try:
-            feed = feed_for(task.path, states[0])
+            feed = feed_for(task.path, result.context.analysis)
             measure = {"runs": 5000, "threads": task.threads, "budget_s": task.seconds, "steady": True}
             times = asdict(latency(task.path, small, [feed], **measure))
-            why = reasons(task, states[0], small, feed) if task.why else {}
+            why = reasons(task, result.final, small, feed) if task.why else {}
         except Exception as error:
             return record | {"status": "failed", "message": f"{type(error).__name__}: {error}"[:200]}
     reduction = totals.macs_before / max(1, totals.macs_after)

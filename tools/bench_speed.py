@@ -46,13 +46,12 @@ class Task(NamedTuple):
 def cut_seconds(data: bytes, ratio: float) -> dict[str, Any]:
     """Analysis and cut of a model's bytes with every resulting weight read. Seconds by stage and in all."""
     from onnxprune import Pipeline
-    from onnxprune.passes import Prune, State
+    from onnxprune.passes import Prune
 
-    states: list[State] = []
     start = time.process_time()
-    result = Pipeline([Prune(ratio=ratio), states.append]).run(data)
+    result = Pipeline([Prune(ratio=ratio)]).run(data)
     middle = time.process_time()
-    for weight in states[0].weights.values():
+    for weight in result.final.weights.values():
         weight.read()
     done = time.process_time()
     totals = result.report.totals

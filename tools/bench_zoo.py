@@ -37,7 +37,7 @@ def run_task(task: Task) -> dict[str, Any]:
     """One record; runs in a worker process."""
     from bench.onnxprune_run import cut, feed_for
 
-    from onnxprune.passes import State
+    from onnxprune import analyze
 
     model = files.read(task.path)
     record: dict[str, Any] = {"parameters": files.parameters(model), "nodes": len(model.graph.node)}
@@ -47,7 +47,7 @@ def run_task(task: Task) -> dict[str, Any]:
         if task.tool != ONNXSIM:
             return record | cut(path, model, task.ratio, task.tool != OURS, round_up=task.tool == ROUNDED)
         try:
-            found = peers.onnxsim_cut(model, task.ratio, feed_for(path, State(path)))
+            found = peers.onnxsim_cut(model, task.ratio, feed_for(path, analyze(path)))
         except Exception as error:  # a peer's failure is a result
             return record | {"status": "failed", "message": f"{type(error).__name__}: {error}"[:300]}
         works = found["runs"] and found["exact"] is not False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,19 @@ class Atoms:
         """These atoms may not be removed, for the reason at index ``barrier``."""
         if ids.size:
             self.frozen.append((ids.ravel(), barrier))
+
+    def with_frozen(self, freezes: Sequence[tuple[Ids, Barrier]]) -> Atoms:
+        """A ledger in which more atoms may not be removed; this one stays as it is.
+
+        Args:
+            freezes: atoms, and why they have to stay.
+        """
+        other = replace(
+            self, frozen=list(self.frozen), barriers=list(self.barriers), _barrier_index=dict(self._barrier_index)
+        )
+        for ids, why in freezes:
+            other.freeze(ids, other.barrier(why.code, why.node, why.op, why.detail))
+        return other
 
     def view(self, label: Label) -> None:
         """Remember that a tensor has this grid, so that what is removed must leave it a grid."""

@@ -1,30 +1,62 @@
-"""Passes: the stages of a pipeline. A pass is a callable over :class:`State`; write your own, see CONTRIBUTING."""
+"""Passes: the stages of a pipeline, each a call from model to model; write your own, see CONTRIBUTING."""
 
+from typing import Any
+
+from onnxprune.errors import UsageError
 from onnxprune.passes.adopt import Adopt
 from onnxprune.passes.exact import Exact
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import Flush
-from onnxprune.passes.pipeline import Pipeline
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.recover import Recover
-from onnxprune.passes.registry import get, names, register, unregister
-from onnxprune.passes.state import Pass, Result, State
 from onnxprune.passes.validate import Validate
+from onnxprune.pipeline import (
+    Context,
+    Guarantee,
+    Model,
+    Pass,
+    PassResult,
+    Pipeline,
+    Requirement,
+    Result,
+    get,
+    names,
+    register,
+    unregister,
+)
 
 __all__ = [
     "Adopt",
+    "Context",
     "Exact",
     "Factorize",
     "Flush",
+    "Guarantee",
+    "Model",
     "Pass",
+    "PassResult",
     "Pipeline",
     "Prune",
     "Recover",
+    "Requirement",
     "Result",
-    "State",
     "Validate",
     "get",
     "names",
     "register",
     "unregister",
 ]
+
+
+class _Ported(UsageError, AttributeError):
+    """A name of the old contract of passes."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("State", "state"):
+        raise _Ported(
+            f"onnxprune.passes.{name} is no more: a pass is called with (context, model) and returns "
+            "PassResult(model, facts).",
+            hint="See CONTRIBUTING, 'Add a pass'.",
+        )
+    raise AttributeError(f"module 'onnxprune.passes' has no attribute {name!r}")

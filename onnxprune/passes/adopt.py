@@ -11,15 +11,16 @@ import onnx
 from onnxprune.errors import UsageError
 from onnxprune.graph.view import Graph
 from onnxprune.model.load import load
-from onnxprune.passes.describe import fill_report
+from onnxprune.passes.describe import describe_removal
 from onnxprune.passes.prepared import cut_model
-from onnxprune.passes.state import State
+from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult
 from onnxprune.plan import Plan
 from onnxprune.planning import atoms_removed, make_plan, read_plan
+from onnxprune.report.facts import Exactness, Settings
 from onnxprune.rewrite.cut import CannotRewrite
 
 
-class Adopt:
+class Adopt(Pass):
     """Go on from a cut model in a file: what a plan makes of the original, with the same weights or trained further.
 
     Args:
@@ -30,40 +31,42 @@ class Adopt:
         UsageError: the plan is another model's, or does not lead from the original to this cut.
     """
 
+    requires = (UNPRUNED,)
+
     def __init__(
         self, cut: str | Path | bytes | onnx.ModelProto, plan: Plan | str | Path, *, approximate: bool = False
     ) -> None:
         self.cut, self.approximate = cut, approximate
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
 
-    def __call__(self, state: State) -> None:
+    def __call__(self, context: Context, model: Model) -> PassResult:
         """Take the cut model in place of the original."""
         if self.plan.factorized:
             raise UsageError(
                 "This plan takes layers apart, too: such a model is not repaired afterwards",
                 hint="Make it again with 'onnxprune MODEL --apply-plan FILE --data D', which repairs it.",
             )
-        analysis = state.analyzed(self.approximate)
-        removed = atoms_removed(analysis.units, read_plan(analysis, self.plan))
-        with state.stage("compare"):
+        analysis, chosen = read_plan(model.analysis, self.plan)
+        removed = atoms_removed(analysis.units, chosen)
+        with context.stage("compare"):
             loaded = load(self.cut)
             try:
                 wanted = Graph.of(*cut_model(analysis, removed))
             except CannotRewrite as stop:
                 raise UsageError(f"The plan cannot be carried out on the original: {stop}.") from stop
             changed, of = check_pair(wanted, Graph.of(loaded.proto, loaded.weights))
-        state.removed = state.proved = removed
-        state.proto, state.weights = loaded.proto, dict(loaded.weights)
-        state.read_from = [*([loaded.path] if loaded.path else []), *loaded.external]
-
-        def describe() -> None:
-            state.plan = make_plan(analysis, removed, self.plan.criterion)
-            state.report.settings = {"criterion": self.plan.criterion}
-            fill_report(analysis, removed, state.weights, state)
-            same = "its weights are the original's" if not changed else f"{changed} of its {of} weights were changed"
-            state.report.exactness.note = f"came as a file, {same}"
-
-        state.later.append(describe)
+        same = "its weights are the original's" if not changed else f"{changed} of its {of} weights were changed"
+        proof = Exactness(note=f"came as a file, {same}")
+        pruned = model.with_parts(
+            (loaded.proto, loaded.weights),
+            analysis=analysis,
+            removed=removed,
+            plan=make_plan(analysis, removed, self.plan.criterion),
+            proof=proof,
+            files=(*([loaded.path] if loaded.path else []), *loaded.external),
+        )
+        settings = Settings({"criterion": self.plan.criterion})
+        return PassResult(pruned, [settings, *describe_removal(context, pruned), proof])
 
 
 def check_pair(wanted: Graph, given: Graph) -> tuple[int, int]:

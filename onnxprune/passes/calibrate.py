@@ -17,9 +17,9 @@ from onnxprune.contractions import Form, pick, rows_per_sample
 from onnxprune.graph.view import Graph
 from onnxprune.groups.units import Group
 from onnxprune.model.exposing import hidden
-from onnxprune.passes.calls import Calls
+from onnxprune.passes.calls import CalibrationBatches
 from onnxprune.passes.seen import inside
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import cut
 from onnxprune.rules.registry import lookup
@@ -38,12 +38,12 @@ _SAMPLES = 128
 
 
 def captured_maps(
-    state: State,
+    context: Context,
     analysis: Analysis,
     groups: Sequence[Group],
     needs: Sequence[str],
     removed: NDArray[np.bool_] | None = None,
-    source: Calls | None = None,
+    source: CalibrationBatches | None = None,
 ) -> CapturedMaps:
     """Statistics in front of every contraction that reads the groups' channels.
 
@@ -54,7 +54,7 @@ def captured_maps(
     Raises:
         UsageError: there is no data, or it does not fit. ModelError: the model does not run, or maps are not finite.
     """
-    source = source or Calls(state, analysis)
+    source = source or CalibrationBatches(context, analysis)
     targets = Targets(analysis.units, groups)
     component = analysis.units.component
     found = [s for s in sites(analysis.table, component) if (targets.group[component[s.label.ids]] >= 0).any()]
@@ -70,22 +70,22 @@ def captured_maps(
     for site in found:
         requests.add(site, captured, forms.get((site.node.index, site.position), site.form))
     checkpoint = None
-    if state.cache is not None and (print_ := source.fingerprint()) is not None:
+    if context.cache is not None and (print_ := source.fingerprint()) is not None:
         gone = b"" if whole or removed is None else np.packbits(removed).tobytes()
         key = ":".join([analysis.loaded.sha256, print_, hashlib.sha256(gone).hexdigest()])
-        checkpoint = Checkpoint(state.cache, key)
-    with state.stage("capture"):
+        checkpoint = Checkpoint(context.cache, key)
+    with context.stage("capture"):
         captured.samples = capture(
             model,
             requests.made,
             source,
             least=source.fixed or 1,
-            most=source.fixed or source.most,
+            most=source.fixed or source.max_size,
             sizes=bytes_per_sample(analysis, requests.made),
             types=types,
-            memory=min(MEMORY, state.memory_limit or MEMORY),
+            memory=min(MEMORY, context.memory_limit or MEMORY),
             checkpoint=checkpoint,
-            tell=lambda share: state.tell("capture", share),
+            tell=lambda share: context.tell("capture", share),
         )
     for finish in requests.finish:
         finish()

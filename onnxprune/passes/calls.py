@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from onnxprune.analysis import Analysis
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.runtime.sessions import Feed
 
 
-class Calls:
+class CalibrationBatches:
     """The calibration data of a run.
 
     Some exports declare a free batch and reshape to a fixed one: analysis then has found one size that makes sense,
@@ -17,17 +17,19 @@ class Calls:
 
     Attributes:
         fixed: the number of samples that every call has to have, None where any number will do.
-        most: samples per call that the user wants at most, where any number will do.
+        max_size: samples per call that the user wants at most, where any number will do.
     """
 
-    def __init__(self, state: State, analysis: Analysis, limit: int | None = None) -> None:
+    def __init__(self, context: Context, analysis: Analysis, limit: int | None = None) -> None:
         """``limit``: samples that are enough, where the user does not say how many to take; at least one call's."""
         probes = analysis.facts.probes
         self._sizes = {name: s[0] for name, s in probes[0].inputs.items() if s} if len(probes) == 1 else {}
         self.fixed = next(iter(self._sizes.values()), None)
-        self.most = state.batch_size or 16
-        data = state.calibration()
-        self._data = data if limit is None or state.samples is not None else data.first(max(limit, self.fixed or 1))
+        data, calibration = context.inputs(), context.calibration
+        assert calibration is not None
+        self.max_size = calibration.batch_size or 16
+        limited = limit is not None and calibration.limit is None
+        self._data = data.first(max(limit or 1, self.fixed or 1)) if limited else data
 
     def __iter__(self) -> Iterator[Feed]:
         """One pass in batches of the usual size."""

@@ -13,8 +13,8 @@ from onnxprune.errors import ModelError
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.passes.gauge import Gauge
-from onnxprune.passes.state import State
 from onnxprune.passes.trial import Trial
+from onnxprune.pipeline import Context
 from onnxprune.runtime.capture import count, with_outputs
 from onnxprune.runtime.imagined import RANGES, Spread, imagined, is_pattern
 from onnxprune.runtime.sessions import Feed, open_session, run
@@ -37,7 +37,7 @@ class Imagined(NamedTuple):
     spread: str
 
 
-def make_up(state: State, analysis: Analysis) -> Imagined:
+def make_up(context: Context, analysis: Analysis) -> Imagined:
     """Seeded inputs for a repair without data.
 
     A model does not say what range its inputs have. Several are tried on the original: the one with which the inputs
@@ -51,14 +51,14 @@ def make_up(state: State, analysis: Analysis) -> Imagined:
     bounds = integer_bounds(analysis.graph, analysis.facts)
 
     def make(spread: Spread, shapes: Shapes, number: int) -> Feed:
-        return imagined(specs, shapes, spread, bounds=bounds, seed=state.seed + 1009 * (number + 1))
+        return imagined(specs, shapes, spread, bounds=bounds, seed=context.seed + 1009 * (number + 1))
 
     with Trial.of(analysis) as trial:
         shapes = _shapes(analysis, trial, make, _BATCH)
         chosen = ""
         patterns = [s for s in specs if is_pattern(s) and s.dtype.kind not in "iu"]
         if patterns:
-            chosen = _choose(state, analysis, trial, make, {s.name for s in patterns})
+            chosen = _choose(context, analysis, trial, make, {s.name for s in patterns})
     spread = RANGES.get(chosen, _PLAIN)
     one = make(spread, shapes, 0)
     calls = -(-_afford(one, _NUMBERS, _LEAST, _SAMPLES) // count(one))
@@ -93,7 +93,7 @@ def _shapes(analysis: Analysis, trial: Trial, make: Make, batch: int) -> Shapes:
     return wanted
 
 
-def _choose(state: State, analysis: Analysis, trial: Trial, make: Make, patterns: set[str]) -> str:
+def _choose(context: Context, analysis: Analysis, trial: Trial, make: Make, patterns: set[str]) -> str:
     """The range in which the original makes most of the inputs; empty where it runs on none."""
     gauge = Gauge.of(analysis)
     if not gauge.names:
@@ -106,7 +106,7 @@ def _choose(state: State, analysis: Analysis, trial: Trial, make: Make, patterns
     path, _ = trial.write(with_outputs(analysis.graph.proto, gauge.names), analysis.graph.weights, "looked_at")
     session = open_session(path, spin=False)
     for number, (name, spread) in enumerate(RANGES.items()):
-        state.tell("inputs", number / len(RANGES))
+        context.tell("inputs", number / len(RANGES))
         feeds = ({n: _spread(v, spread) if n in patterns else v for n, v in feed.items()} for feed in drawn)
         try:
             found[name] = gauge.read((run(session, feed) for feed in feeds), calls)

@@ -14,7 +14,6 @@ from onnxprune.analysis import Analysis
 from onnxprune.errors import ModelError, ValidationError
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
-from onnxprune.passes.state import State
 from onnxprune.passes.trial import Trial
 from onnxprune.planning import atoms_removed
 from onnxprune.report.facts import Exactness
@@ -30,7 +29,13 @@ _QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantize
 
 
 def check_exactness(
-    state: State, analysis: Analysis, trial: Trial, final: Path, model: Model, feeds: Sequence[Any]
+    analysis: Analysis,
+    removed: NDArray[np.bool_],
+    trial: Trial,
+    final: Path,
+    model: Model,
+    feeds: Sequence[Any],
+    seed: int,
 ) -> Exactness:
     """Compare the cut, ``model`` and as a file ``final``, with the masked original on one feed per probe.
 
@@ -43,15 +48,14 @@ def check_exactness(
     Raises:
         ValidationError: they differ.
     """
-    assert state.removed is not None
     quantized = any(n.op in _QUANTISED for n in analysis.graph.nodes)
     if analysis.folds or analysis.hoists or analysis.copies:
         _check_preparation(analysis, trial, feeds, quantized)
-    removed, skipped = _exact_part(analysis, state.removed)
+    removed, skipped = _exact_part(analysis, removed)
     if skipped:
         model = cut(analysis.table, removed)
         final, _ = trial.write(*model, "exact_part")
-    check = _Check(analysis, trial, removed, final, model, quantized, state.seed)
+    check = _Check(analysis, trial, removed, final, model, quantized, seed)
     worst = Exactness(passed=True)
     for probe, feed in enumerate(feeds):
         facts = check.at(probe, feed)

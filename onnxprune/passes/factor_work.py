@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from onnxprune.analysis import Analysis
 from onnxprune.decompose import METHODS, Degenerate, Ranks, compose
 from onnxprune.decompose.factor import Real
 from onnxprune.errors import UsageError
@@ -18,7 +19,7 @@ from onnxprune.factors.rewrite import Factorized
 from onnxprune.graph.infer import probe_at
 from onnxprune.passes.grams import Seen, seen_by
 from onnxprune.passes.prepared import Prepared
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context, Model
 from onnxprune.propagate import infer_by_rule
 from onnxprune.report.facts import Latency
 from onnxprune.runtime.parallel import spread
@@ -52,7 +53,8 @@ class Done:
 class Work:
     """A model laid open, and what is known of its layers."""
 
-    state: State
+    context: Context
+    analysis: Analysis
     request: Request
     model: Prepared
     shape: ShapeOf
@@ -66,7 +68,7 @@ class Work:
 
     def _open(self, layer: Layer) -> Opened:
         kernel = layer.operator.kernel(self.model.weights[layer.weight].read(), layer.described)
-        return Opened(layer, kernel, self.seen[layer.name].metric, self.state.seed, self.request.cost)
+        return Opened(layer, kernel, self.seen[layer.name].metric, self.context.seed, self.request.cost)
 
     def carry_out(self, taken: Mapping[str, Candidate]) -> list[Done]:
         """Factors of every choice, {name of the layer: candidate}; nothing is done twice.
@@ -110,18 +112,17 @@ class Work:
         return np.asarray(np.einsum("pn,pno->po", mean, difference).ravel())
 
 
-def lay_open(state: State, request: Request, methods: Sequence[str], *, every: bool) -> Work:
+def lay_open(context: Context, current: Model, request: Request, methods: Sequence[str], *, every: bool) -> Work:
     """Find the layers of the model as it is, and what the data show of their inputs.
 
     Args:
-        methods: those that may be used. every: go by no pattern.
+        context: the run. current: the model. methods: those that may be used. every: go by no pattern.
 
     Raises:
         UsageError: a pattern matches nothing, or data that do not fit. ModelError: the model does not run.
     """
-    analysis = state.analyzed()
-    assert state.proto is not None
-    model = Prepared(state.proto, state.weights)
+    analysis = current.analysis
+    model = Prepared(*current.parts)
     shape = probe_at(model.graph, analysis.facts.probes[0].inputs, infer_by_rule).shapes.get
     found = find_layers(model.graph, shape)
     names = (*model.weights, *(n.label for n in model.graph.nodes))
@@ -133,7 +134,8 @@ def lay_open(state: State, request: Request, methods: Sequence[str], *, every: b
         if why:
             found.layers.remove(layer)
             found.left[layer.name] = why
-    return Work(state, request, model, shape, found, seen_by(state, analysis, model.graph, model.weights, found.layers))
+    moments = seen_by(context, analysis, model.graph, model.weights, found.layers)
+    return Work(context, analysis, request, model, shape, found, moments)
 
 
 _EXCLUDED = "excluded: by --exclude, or not among --include"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
+from onnxprune.analysis import Analysis
 from onnxprune.decompose import METHODS
 from onnxprune.errors import BudgetError
 from onnxprune.factors.candidates import AUTO
@@ -15,18 +17,18 @@ from onnxprune.factors.choose import Chosen, choose_local, choose_wanted, read_c
 from onnxprune.factors.request import Options, Request, request_of
 from onnxprune.factors.rewrite import replace_layers
 from onnxprune.passes.factor_work import Done, Work, lay_open
-from onnxprune.passes.factors_report import describe
+from onnxprune.passes.factors_report import describe_factors
 from onnxprune.passes.joint_budget import JointBudget
 from onnxprune.passes.layer_times import model_latency
-from onnxprune.passes.prepared import Model, Prepared
+from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.products import check_products
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult
 from onnxprune.plan import Plan, PlanFactors
-from onnxprune.report.facts import Exactness, Latency
+from onnxprune.report.facts import Exactness, Latency, Remark, Settings
 from onnxprune.runtime.parallel import spread
 
 
-class Factorize:
+class Factorize(Pass):
     """Replace layers by chains of smaller ones that say nearly the same.
 
     With data, errors count at the layer's output (second moments of what it reads); without, all weights count alike.
@@ -62,38 +64,26 @@ class Factorize:
         self.check, self.gains, self.wanted = check, gains, wanted
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
 
-    def __call__(self, state: State) -> None:
+    def __call__(self, context: Context, model: Model) -> PassResult:
         """Choose layers and ranks, take them apart, check the products."""
-        state.analyzed()
-        assert state.proto is not None
-        before = state.proto, state.weights
-        with state.stage("factorize"):
-            work = lay_open(state, self.request, self._methods(), every=self.plan is not None)
+        before = model.parts
+        with context.stage("factorize"):
+            work = lay_open(context, model, self.request, self._methods(), every=self.plan is not None)
             chosen = Chosen(left=dict(work.found.left))
-            done = self._choose(state, before, work, chosen)
+            done, remarks = self._choose(context, before, work, chosen)
             if not done:
                 raise BudgetError("No layer of this model can be factorized like this.", hint=_reasons(chosen))
             after = _replaced(before, done)
             if self._timed:
-                _require_speed(state, before, after)
+                _require_speed(context, model.analysis, before, after)
         product = Exactness(note="not asked: models were not run")
         if self.check:
-            with state.stage("products"):
-                product = check_products(state, before, after, [(d.item, d.kernel) for d in done])
-        state.unrepaired = state.unrepaired or before
-        state.proto, state.weights = after
-        state.factorized = state.stale = True
-
-        def report() -> None:
-            plan = state.plan
-            plan.factorized = [PlanFactors(d.name, d.candidate.method, list(d.candidate.ranks), d.error) for d in done]
-            plan.model_sha256 = plan.model_sha256 or state.original.loaded.sha256
-            settings = {"method": "a plan"} if self.plan is not None else self.request.settings
-            state.report.settings = {**state.report.settings, **settings}
-            state.report.product = product
-            describe(state, work, done, chosen.left)
-
-        state.later.append(report)
+            with context.stage("products"):
+                product = check_products(context, model.analysis, before, after, [(d.item, d.kernel) for d in done])
+        factorized = model.with_parts(after, as_pruned=model.as_pruned or before, plan=_plan(context, model, done))
+        settings = Settings({"method": "a plan"} if self.plan is not None else self.request.settings)
+        facts = describe_factors(context, factorized, work, done, chosen.left, product)
+        return PassResult(factorized, [settings, *map(Remark, remarks), *facts])
 
     def unchecked(self) -> Factorize:
         """The same without the check of products, for trials."""
@@ -111,8 +101,10 @@ class Factorize:
             return sorted({f.method for f in self.plan.factorized} & METHODS.keys())
         return AUTO if self.request.method == "auto" else (self.request.method,)
 
-    def _choose(self, state: State, before: Model, work: Work, chosen: Chosen) -> list[Done]:
-        """What is taken apart, and how."""
+    def _choose(
+        self, context: Context, before: ModelParts, work: Work, chosen: Chosen
+    ) -> tuple[list[Done], Sequence[str]]:
+        """What is taken apart, and how; and what the user should know of the choice."""
         if self.plan is not None:
             entries = [(f.layer, f.method, tuple(f.ranks)) for f in self.plan.factorized]
             chosen.taken = read_choices(work.opened, entries)
@@ -127,13 +119,20 @@ class Factorize:
             if self._timed:
 
                 def quick(done: Sequence[Done]) -> bool:
-                    return not _slower(model_latency(state, before, _replaced(before, done)))
+                    return not _slower(model_latency(context, work.analysis, before, _replaced(before, done)))
 
-                return joint.faster(quick)
-        return work.carry_out(chosen.taken)
+                return joint.faster(quick), joint.remarks
+        return work.carry_out(chosen.taken), ()
 
 
-def _replaced(before: Model, done: Sequence[Done]) -> Model:
+def _plan(context: Context, model: Model, done: Sequence[Done]) -> Plan:
+    """The plan so far, and the ranks of every layer."""
+    factors = [PlanFactors(d.name, d.candidate.method, list(d.candidate.ranks), d.error) for d in done]
+    digest = model.plan.model_sha256 or context.analysis.loaded.sha256
+    return replace(model.plan, factorized=factors, model_sha256=digest)
+
+
+def _replaced(before: ModelParts, done: Sequence[Done]) -> ModelParts:
     target = Prepared(*before)
     replace_layers(target.graph, target.weights, [d.item for d in done])
     return target.model()
@@ -144,13 +143,13 @@ def _slower(timed: Latency | None) -> bool:
     return timed is not None and timed.speedup < 1.0
 
 
-def _require_speed(state: State, before: Model, after: Model) -> None:
+def _require_speed(context: Context, analysis: Analysis, before: ModelParts, after: ModelParts) -> None:
     """Layers that are faster on their own may not be so together: what stands between them was fused before.
 
     Raises:
         BudgetError: the whole is no faster.
     """
-    timed = model_latency(state, before, after)
+    timed = model_latency(context, analysis, before, after)
     if timed is not None and _slower(timed):
         raise BudgetError(
             f"The factorized model is no faster here: {timed.before_ms:.3g} ms before, {timed.after_ms:.3g} ms after.",

@@ -6,28 +6,31 @@ import onnx
 
 from onnxprune.graph.view import Graph
 from onnxprune.model.constants import set_constant
-from onnxprune.passes.prepared import Model
-from onnxprune.passes.state import State
+from onnxprune.pipeline import SAME_REMOVAL, Context, Model, ModelParts, Pass, PassResult
+from onnxprune.report.facts import Flushed
 from onnxprune.rewrite.subnormals import flushed
 
 
-class Flush:
+class Flush(Pass):
     """Set weights of layers to 0 where they are too small for a processor to be quick about.
 
     Training with weight decay leaves values below the smallest normal number (1.2e-38 in single precision). A product
     with one of them takes a hundred times as long as any other, while no output can tell it from 0.
     """
 
-    def __call__(self, state: State) -> None:
-        """Change such weights, and say in the report how many values there were."""
-        state.analyzed()
-        assert state.proto is not None
-        with state.stage("flush"):
-            (state.proto, state.weights), state.report.flushed = flush((state.proto, state.weights))
+    ensures = (SAME_REMOVAL,)
+
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Change such weights."""
+        with context.stage("flush"):
+            parts, count = flush(model.parts)
+        if not count:
+            return PassResult(model, changed=False)
+        return PassResult(model.with_parts(parts), [Flushed(count)])
 
 
-def flush(model: Model) -> tuple[Model, int]:
-    """The model with such weights changed, and how many values that were; what came in stays as it is."""
+def flush(model: ModelParts) -> tuple[ModelParts, int]:
+    """The model with such weights changed, and how many values that are; what is given stays as it is."""
     proto, weights = model
     found = flushed(Graph.of(proto, weights))
     if not found:
@@ -41,4 +44,4 @@ def flush(model: Model) -> tuple[Model, int]:
                 set_constant(node, found[node.output[0]][0])
         proto = own
     changed = {name: weight for name, (weight, _) in found.items() if name not in constants}
-    return (proto, {**weights, **changed}), sum(many for _, many in found.values())
+    return (proto, {**weights, **changed}), sum(count for _, count in found.values())

@@ -6,26 +6,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
+from onnxprune.labels.atoms import Barrier
+from onnxprune.labels.label import Ids
 from onnxprune.rewrite.cut import CannotRewrite
 
 
-def freeze(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> None:
-    """Freeze what ``stop`` was raised for when ``removed`` (mask over atoms) was to be cut, and resolve groups anew."""
-    atoms = analysis.table.atoms
-    why = atoms.barrier("unsupported-form", stop.node.label, stop.node.kind, stop.detail)
-    frozen = False
+def frozen_at(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> Analysis:
+    """The analysis in which the channels of a node stay that cannot be rewritten.
+
+    Args:
+        stop: was raised for the node. removed: mask over atoms of what was to be removed.
+    """
+    why = Barrier("unsupported-form", stop.node.label, stop.node.kind, stop.detail)
+    freezes: list[tuple[Ids, Barrier]] = []
     for name in (*stop.node.inputs, *stop.node.outputs):
         for label in analysis.table.get(name) if name else ():
-            gone = label.ids[removed[label.ids]]
-            if gone.size:
+            if removed[label.ids].any():
                 component = analysis.units.component
                 ids = np.flatnonzero(np.isin(component, np.unique(component[label.ids])))
-                atoms.freeze(ids, why)
-                frozen = True
-    if not frozen:  # the node only sees sizes: whatever they were taken from has to stay
+                freezes.append((ids, why))
+    if not freezes:  # the node only sees sizes: whatever they were taken from has to stay
         ids = _sized(analysis, stop, removed)
-        atoms.freeze(ids if ids.size else np.flatnonzero(removed), why)
-    analysis.resolve_again()
+        freezes.append((ids if ids.size else np.flatnonzero(removed), why))
+    return analysis.with_frozen(freezes)
 
 
 def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -19,9 +19,9 @@ from onnxprune.graph.view import Graph, Node
 from onnxprune.model.exposing import Inner, hidden
 from onnxprune.model.weights import Weight
 from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns
-from onnxprune.passes.calls import Calls
+from onnxprune.passes.calls import CalibrationBatches
 from onnxprune.passes.seen import inside
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.runtime.capture import MEMORY, Request, capture
 
 # Bytes of all second moments together, and of those of one layer: beyond, positions of a kernel share their moments.
@@ -42,7 +42,7 @@ class Seen:
 
 
 def seen_by(
-    state: State, analysis: Analysis, graph: Graph, weights: Mapping[str, Weight], layers: Sequence[Layer]
+    context: Context, analysis: Analysis, graph: Graph, weights: Mapping[str, Weight], layers: Sequence[Layer]
 ) -> dict[str, Seen]:
     """Second moments of what every layer reads, {name of the layer: what is seen}; without data the identity.
 
@@ -50,9 +50,9 @@ def seen_by(
         UsageError: the data do not fit. ModelError: the model does not run, or holds NaN.
     """
     plain = {layer.name: Seen(Metric()) for layer in layers}
-    if state.data is None:
+    if context.calibration is None:
         return plain
-    source = Calls(state, analysis)
+    source = CalibrationBatches(context, analysis)
     requests: dict[tuple[Any, ...], Request] = {}
     keys: dict[str, list[tuple[Any, ...]]] = {}
     shared: dict[str, bool] = {}
@@ -60,7 +60,7 @@ def seen_by(
     types = {name: inner._replace(sizes=None) for name, inner in inside(analysis).items()}
     types = {**dict.fromkeys(graph.inner, Inner(TensorProto.FLOAT, 0)), **types}
     unseen = hidden(graph.proto, types)
-    left = min(_ALL, state.memory_limit or _ALL)
+    left = min(_ALL, context.memory_limit or _ALL)
     for layer in layers:
         form = layer.described.form
         whole = None if form is None else _whole(layer, left)
@@ -73,17 +73,17 @@ def seen_by(
             if key not in requests:
                 requests[key] = _request(key, layer, form, whole, source.samples)
                 left -= _bytes(layer, whole)
-    with state.stage("capture"):
+    with context.stage("capture"):
         capture(
             (graph.proto, weights),
             list(requests.values()),
             source,
             least=source.fixed or 1,
-            most=source.fixed or source.most,
+            most=source.fixed or source.max_size,
             types=types,
             sizes=bytes_per_sample(analysis, list(requests.values())),
-            memory=min(MEMORY, state.memory_limit or MEMORY),
-            tell=lambda share: state.tell("capture", share),
+            memory=min(MEMORY, context.memory_limit or MEMORY),
+            tell=lambda share: context.tell("capture", share),
         )
     results = {key: request.statistic.result() for key, request in requests.items()}
     return plain | {

@@ -12,7 +12,7 @@ from onnxprune.errors import BudgetError
 from onnxprune.factors.allocate import allocate, reach, usual
 from onnxprune.factors.choose import Chosen
 from onnxprune.graph.cost import is_layer, macs
-from onnxprune.passes.calls import Calls
+from onnxprune.passes.calls import CalibrationBatches
 from onnxprune.passes.factor_work import Done, Work
 from onnxprune.passes.gains import ENOUGH, Outputs, few, output_gains
 from onnxprune.passes.layer_times import layer_latency
@@ -55,6 +55,7 @@ class JointBudget:
 
     Attributes:
         opened: the layers. options: what could stand in the place of each. gains: what the loss of each counts.
+        remarks: what the user should know of the choice.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class JointBudget:
             self._ways = [usual([gains.get(o.layer.name, np.nan) for o in self.opened])]
         self.gains = self._ways[0]
         self._times: dict[Hashable, Latency | None] = {}
+        self.remarks: list[str] = []
 
     def share_out(self, slower: frozenset[tuple[str, str]] = frozenset()) -> None:
         """Choose, in the first way that gains may count or one that changes the outputs clearly less.
@@ -167,12 +169,12 @@ class JointBudget:
             if cheap is None and _worst(done) > bearable:
                 cheap = before
                 if quick(cheap):
-                    self._say(_TAKEN.format(spared=_worst(done), kept=_worst(cheap)))
+                    self.remarks.append(_TAKEN.format(spared=_worst(done), kept=_worst(cheap)))
                     self._chosen.taken = {d.name: d.candidate for d in cheap}
                     self._explain(slower)
                     return cheap
         if cheap is not None:
-            self._say(_SPARED.format(spared=_worst(done), kept=_worst(cheap)))
+            self.remarks.append(_SPARED.format(spared=_worst(done), kept=_worst(cheap)))
         return done
 
     def _carried_out(self) -> list[Done]:
@@ -184,18 +186,14 @@ class JointBudget:
             one.timed = self.latency(one)
         return [d for d in done if d.timed is not None and d.timed.speedup < _FASTER]
 
-    def _say(self, text: str) -> None:
-        state = self._work.state
-        state.later.append(lambda: state.report.warnings.append(text))
-
     def _measured(self) -> list[list[float]]:
         """What a layer's error does at the outputs, in the ways it may count: measured with data, else all alike."""
-        work, state = self._work, self._work.state
-        if state.data is None or state.original.loaded.size > _MEASURED or not self.opened:
+        work, context = self._work, self._work.context
+        if context.calibration is None or context.analysis.loaded.size > _MEASURED or not self.opened:
             return [[1.0] * len(self.opened)]
-        with state.stage("gains"):
-            feeds = list(islice(Calls(state, state.analyzed(), ENOUGH).batches(4), ENOUGH))
-            batch = max(min(s[0] for s in state.analyzed().facts.probes[0].inputs.values() if s), 1)
+        with context.stage("gains"):
+            feeds = list(islice(CalibrationBatches(context, work.analysis, ENOUGH).batches(4), ENOUGH))
+            batch = max(min(s[0] for s in work.analysis.facts.probes[0].inputs.values() if s), 1)
             runs = _macs_of(work) * len(self.opened) / batch
             self._outputs = Outputs(work.model, few(feeds, runs))
             gains = output_gains(self._outputs, self.opened, self._methods)
@@ -209,7 +207,7 @@ class JointBudget:
         key = (*form, candidate.method, candidate.ranks)
         if key not in self._times:
             self._times[key] = layer_latency(
-                work.model.graph, work.model.weights, work.shape, one.item, work.state.seed, work.state.device
+                work.model.graph, work.model.weights, work.shape, one.item, work.context.seed, work.context.device
             )
         return self._times[key]
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
+from onnxprune.analysis import Analysis
 from onnxprune.errors import ModelError
 from onnxprune.factors.layer import Layer, ShapeOf
 from onnxprune.factors.rewrite import Factorized, replace_layers
 from onnxprune.graph.view import Graph
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import Weight
-from onnxprune.passes.prepared import Model
-from onnxprune.passes.state import State
 from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.pipeline import Context, ModelParts
 from onnxprune.report.facts import Latency
 from onnxprune.runtime.device import Device
 from onnxprune.runtime.latency import in_turn, latency
@@ -27,14 +27,14 @@ _RUNS, _SECONDS = 15, 0.4
 _WHOLE = 30
 
 
-def model_latency(state: State, before: Model, after: Model) -> Latency | None:
+def model_latency(context: Context, analysis: Analysis, before: ModelParts, after: ModelParts) -> Latency | None:
     """Milliseconds of two whole models on one input, medians; None where they are too large."""
-    with Trial.of(state.original) as trial:
+    with Trial.of(context.analysis) as trial:
         if trial.large:
             return None
         one, _ = trial.write(*before, "before")
         other, _ = trial.write(*after, "after")
-        feeds, where = synthetic_feeds(state, state.analyzed())[:1], state.device
+        feeds, where = synthetic_feeds(context, analysis)[:1], context.device
         return latency(one, other, feeds, runs=_WHOLE, threads=where.threads, providers=where.providers)
 
 

@@ -1,85 +1,98 @@
-"""What a repair is fitted to and what it is judged on: the user's data, or inputs that are made up."""
+"""What a recovery is fitted to and what it is judged on: the user's inputs, or synthetic ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError
-from onnxprune.passes.calls import Calls
+from onnxprune.passes.calls import CalibrationBatches
 from onnxprune.passes.datafree import make_up
 from onnxprune.passes.outcome import MOST, set_aside
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context, HoldOut
 from onnxprune.recover.held import HELD
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed
 
+NO_DATA = (
+    "Give inputs with --data (Python: data=...), a few hundred without labels are enough; or repair without, "
+    "which is weaker, by 'datafree'."
+)
 
-class Material(NamedTuple):
-    """Inputs of a repair.
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSplit:
+    """Inputs of a recovery.
 
     Attributes:
-        fit: batches to fit to. judge, name: batches to compare results on, and a name for them.
-        made_up: what ``fit`` is where it is not the user's data.
+        fit: batches to fit to. validation: batches to compare results on; those of ``fit`` where there are too few.
+        synthetic: what ``fit`` is where it is not the user's inputs.
     """
 
     fit: Sequence[Feed]
-    judge: Sequence[Feed]
-    name: str
-    made_up: str = ""
+    validation: HoldOut
+    synthetic: str = ""
+
+    @property
+    def num_fit(self) -> int:
+        """Samples to fit to."""
+        return sum(map(count, self.fit))
+
+    @property
+    def num_held_out(self) -> int:
+        """Samples that are not fitted to."""
+        return 0 if self.validation.inputs is self.fit else sum(map(count, self.validation.inputs))
 
 
 def no_data(mode: str) -> UsageError:
-    """What is said where there is nothing to repair from."""
-    return UsageError(
-        f"recover {mode!r} needs calibration data, and there is none",
-        hint="Give inputs with --data (Python: data=...), a few hundred without labels are enough; or repair without, "
-        "which is weaker, by 'datafree'.",
-    )
+    """The error where there is nothing to recover from."""
+    return UsageError(f"recover {mode!r} needs calibration data, and there is none", hint=NO_DATA)
 
 
-def gather(state: State, analysis: Analysis, mode: str) -> Material:
-    """The inputs for a way to repair.
+def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSplit:
+    """The inputs for a mode of recovery.
+
+    Args:
+        context: the run. analysis: of the model that was pruned. mode: see :class:`onnxprune.passes.Recover`.
 
     Raises:
-        UsageError: there is no data and the way needs some, or it does not fit.
+        UsageError: there is no data and the mode needs some, or it does not fit.
     """
     if mode != "datafree":
-        if state.data is None:
+        if context.calibration is None:
             raise no_data(mode)
-        fit, (judge, name) = set_aside(_feeds(state, analysis), state.calibration().name)
-        return Material(fit, judge, name)
-    with state.stage("inputs"):
-        made, spread = make_up(state, analysis)
+        return CalibrationSplit(*set_aside(_batches(context, analysis), context.inputs().name))
+    with context.stage("inputs"):
+        made, spread = make_up(context, analysis)
     words = f"synthetic inputs (range {spread})" if spread else "synthetic inputs"
-    if state.data is None:
-        fit, (judge, name) = set_aside(made, "synthetic")
-        return Material(fit, judge, name, words)
-    source = Calls(state, analysis)
+    if context.calibration is None:
+        return CalibrationSplit(*set_aside(made, "synthetic"), words)
+    source = CalibrationBatches(context, analysis)
     samples = 0
     given: list[Feed] = []
     for feed in source.batches():
         given.append(feed)
         samples += count(feed)
-        if state.samples is None and samples >= MOST:
+        if context.calibration.limit is None and samples >= MOST:
             break
     if not given:
         raise _too_few(source)
-    return Material(made, given, state.calibration().name, words)
+    return CalibrationSplit(made, HoldOut(given, context.inputs().name), words)
 
 
-def _feeds(state: State, analysis: Analysis) -> list[Feed]:
+def _batches(context: Context, analysis: Analysis) -> list[Feed]:
     """The data in batches that leave enough of them to hold some out."""
-    source = Calls(state, analysis)
-    many = min(32, state.batch_size or 32)
+    assert context.calibration is not None
+    source = CalibrationBatches(context, analysis)
+    size = min(32, context.calibration.batch_size or 32)
     if source.samples is not None:
-        many = max(1, min(many, source.samples // (2 * HELD)))
-    feeds = list(source.batches(many))
-    if not feeds:
+        size = max(1, min(size, source.samples // (2 * HELD)))
+    batches = list(source.batches(size))
+    if not batches:
         raise _too_few(source)
-    return feeds
+    return batches
 
 
-def _too_few(source: Calls) -> UsageError:
+def _too_few(source: CalibrationBatches) -> UsageError:
     return UsageError("The data fill no call of the model.", hint=f"It takes {source.fixed or 1} samples at a time.")

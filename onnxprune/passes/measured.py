@@ -20,8 +20,8 @@ from onnxprune.groups.units import Group
 from onnxprune.model.save import save
 from onnxprune.model.weights import ArrayWeight, GatheredWeight, Weight
 from onnxprune.passes.calibrate import captured_maps
-from onnxprune.passes.calls import Calls
-from onnxprune.passes.state import State
+from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
 from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import CannotRewrite, cut
@@ -46,7 +46,7 @@ _CALL = 8
 
 
 def measured(
-    state: State,
+    context: Context,
     analysis: Analysis,
     groups: Sequence[Group],
     scores: Mapping[int, Scores],
@@ -67,15 +67,15 @@ def measured(
     Raises:
         UsageError: no data, too few of them, or outputs that say nothing. ModelError: the model does not run.
     """
-    fit, held = _Part(state, analysis, False), list(_Part(state, analysis, True).some(most))
+    fit, held = _Part(context, analysis, False), list(_Part(context, analysis, True).some(most))
     if not held:
         raise UsageError(
             "--normalize measured sets samples aside, and there are too few for that.",
             hint="Give ten or more samples, or take --normalize root.",
         )
-    captured = captured_maps(state, analysis, groups, ("gram",), source=fit)
+    captured = captured_maps(context, analysis, groups, ("gram",), source=fit)
     drifts: dict[int, dict[int, float]] = {}
-    with state.stage("measure"), workspace() as folder:
+    with context.stage("measure"), workspace() as folder:
         trial = _Trial(analysis, captured, held, folder / "cut.onnx")
         trial.original()
         wanted = [(g, n) for g in groups if g.id in scores for n in counts(g.steps, shares)]
@@ -83,7 +83,7 @@ def measured(
             units = group.units[weakest(scores[group.id], group.classes, group.steps, gone)]
             with suppress(CannotRewrite, ModelError):
                 drifts.setdefault(group.id, {})[gone] = trial.drift(units)
-            state.tell("measure", (number + 1) / len(wanted))
+            context.tell("measure", (number + 1) / len(wanted))
     every = [d for found in drifts.values() for d in found.values()]
     if not every:
         return dict(scores)
@@ -96,14 +96,14 @@ def measured(
     return result
 
 
-class _Part(Calls):
+class _Part(CalibrationBatches):
     """The calls that are held out, or the others."""
 
-    def __init__(self, state: State, analysis: Analysis, held: bool) -> None:
-        super().__init__(state, analysis)
+    def __init__(self, context: Context, analysis: Analysis, held: bool) -> None:
+        super().__init__(context, analysis)
         self._held = held
         samples = super().samples
-        self._size = self.fixed or max(1, min(_CALL, self.most, (samples or 10 * _CALL) // 10))
+        self._size = self.fixed or max(1, min(_CALL, self.max_size, (samples or 10 * _CALL) // 10))
 
     def batches(self, batch_size: int | None = None) -> Iterator[Feed]:
         """The same samples at whatever size is asked for: calls are as large as the split needs them.

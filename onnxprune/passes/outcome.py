@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onnxprune.analysis import Analysis
-from onnxprune.passes.prepared import Model
 from onnxprune.passes.trial import Trial
+from onnxprune.pipeline import HoldOut, ModelParts
 from onnxprune.report.facts import Fidelity, Recovery, Repair
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import fidelity
@@ -26,7 +26,7 @@ _UNTOUCHED = 1e-9
 _WORSE = 1.01
 
 
-def set_aside(feeds: Sequence[Feed], name: str) -> tuple[list[Feed], tuple[list[Feed], str]]:
+def set_aside(feeds: Sequence[Feed], name: str) -> tuple[list[Feed], HoldOut]:
     """Batches to fit to, and batches to judge the result on with a name for them.
 
     Every eighth batch is kept from the fit; with fewer than eight, the result is judged on what it was fitted to, and
@@ -42,8 +42,8 @@ def set_aside(feeds: Sequence[Feed], name: str) -> tuple[list[Feed], tuple[list[
         else:
             fit.append(feed)
     if aside:
-        return fit, (aside, f"{name}, set aside from the repair")
-    return fit, (fit, f"{name}, which the repair was fitted to")
+        return fit, HoldOut(aside, f"{name}, set aside from the repair")
+    return fit, HoldOut(fit, f"{name}, which the repair was fitted to")
 
 
 def doubts(analysis: Analysis, feeds: Sequence[Feed], repairs: Sequence[Repair]) -> list[str]:
@@ -116,7 +116,7 @@ def _constant(feeds: Sequence[Feed]) -> bool:
     return True
 
 
-def judge(analysis: Analysis, models: Sequence[Model], feeds: Sequence[Feed], source: str) -> list[Fidelity]:
+def judge(analysis: Analysis, models: Sequence[ModelParts], feeds: Sequence[Feed], source: str) -> list[Fidelity]:
     """Fidelity of several models to the original on the same inputs."""
     found = []
     with Trial.of(analysis) as trial:

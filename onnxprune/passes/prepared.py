@@ -17,10 +17,10 @@ from onnxprune.model.weights import Weight
 from onnxprune.rewrite.after import Mask
 from onnxprune.rewrite.cut import cut
 
-Model = tuple[onnx.ModelProto, dict[str, Weight]]
+Parts = tuple[onnx.ModelProto, dict[str, Weight]]
 
 
-def cut_model(analysis: Analysis, removed: Mask) -> Model:
+def cut_model(analysis: Analysis, removed: Mask) -> Parts:
     """The model without ``removed`` (a mask over atoms), as it is saved.
 
     Raises:
@@ -49,7 +49,7 @@ class Prepared:
         self._before = dict(self.weights)
         self._stored = {t.name for t in self.graph.proto.graph.initializer}
 
-    def model(self) -> Model:
+    def model(self) -> Parts:
         """The model with the weights there are now; what did not change is as it was written."""
         proto = self.graph.proto
         for node in proto.graph.node:

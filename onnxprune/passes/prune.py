@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Unpack
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
@@ -16,21 +15,22 @@ from onnxprune.criteria import Criterion, get, needs_of
 from onnxprune.errors import BudgetError
 from onnxprune.garbage import paused
 from onnxprune.graph.view import CONTROL
-from onnxprune.model.weights import Weight
-from onnxprune.passes.describe import fill_report
-from onnxprune.passes.freeze import freeze
+from onnxprune.model.save import assemble
+from onnxprune.passes.describe import describe_removal
+from onnxprune.passes.freeze import frozen_at
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
-from onnxprune.passes.state import State
+from onnxprune.pipeline import UNPRUNED, Context, Model, ModelParts, Pass, PassResult
 from onnxprune.plan import Plan
 from onnxprune.planning import atoms_removed, make_plan, read_plan
+from onnxprune.report.facts import Settings
 from onnxprune.rewrite.cut import CannotRewrite
 from onnxprune.selection.request import Options, check_patterns, request_of
 
 Mask = NDArray[np.bool_]
 
 
-class Prune:
+class Prune(Pass):
     """Remove the units that matter least.
 
     Args:
@@ -46,6 +46,8 @@ class Prune:
             criterion needs and that are not there.
         BudgetError: nothing could be cut.
     """
+
+    requires = (UNPRUNED,)
 
     def __init__(
         self,
@@ -65,48 +67,56 @@ class Prune:
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         self.approximate = approximate
 
-    def __call__(self, state: State) -> None:
-        """Choose units, cut the model, fill plan and report."""
+    def __repr__(self) -> str:
+        what = "plan" if self.plan is not None else f"{self.name}, ratio {self.request.ratio:g}"
+        return f"<Prune: {what}>"
+
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Choose units, cut the model, describe what was removed."""
         # Scoring from data runs the model, for long; everything else makes what stays.
         with nullcontext() if self.plan is None and needs_of(self.criterion) else paused():
-            analysis = self.prepared(state)
-            with state.stage("cut"):
-                removed, proto, weights, selector = self._cut(analysis, state)
-        state.removed, state.proto, state.weights = removed, proto, weights
+            analysis = self.prepared(context, model)
+            with context.stage("cut"):
+                analysis, removed, parts, selector = self._cut(context, analysis)
         criterion = self.name if self.plan is None else self.plan.criterion
-        settings = {"criterion": criterion, **(self.request.settings if self.plan is None else {})}
+        plan = make_plan(analysis, removed, criterion)
+        plan.factorized = model.plan.factorized
+        pruned = model.with_parts(
+            parts, analysis=analysis, removed=removed, plan=plan, proof=None, as_pruned=None, hold_out=None
+        )
+        settings = Settings({"criterion": criterion, **(self.request.settings if self.plan is None else {})})
+        return PassResult(pruned, [settings, *describe_removal(context, pruned, selector)])
 
-        def describe() -> None:
-            plan = make_plan(analysis, removed, criterion)
-            plan.factorized = state.plan.factorized
-            state.plan = plan
-            state.report.settings = {**state.report.settings, **settings}
-            fill_report(analysis, removed, weights, state, selector)
+    def selector(self, context: Context, analysis: Analysis) -> Selector:
+        """What chooses the units, for those who want to know before they cut: ``selector(...).at(ratio)``."""
+        return Selector(context, analysis, self.request, self.criterion, self.name)
 
-        state.later.append(describe)
+    def prepared(self, context: Context, model: Model) -> Analysis:
+        """The analysis of the model as it is, made anew where a pass has changed the model since.
 
-    def selector(self, state: State) -> Selector:
-        """What chooses the units, for those who want to know before they cut: ``selector(state).at(ratio)``."""
-        return Selector(state, self.prepared(state), self.request, self.criterion, self.name)
-
-    def prepared(self, state: State) -> Analysis:
-        """The analysis; raises UsageError for a pattern that matches nothing."""
-        analysis = state.renewed(self.approximate)
+        Raises:
+            UsageError: a pattern matches nothing.
+        """
+        analysis = model.analysis
+        if not model.is_analyzed:
+            with context.stage("analyze"):
+                source = assemble(*model.parts)
+                analysis = Analysis(source, input_shapes=context.input_shapes, approximate=self.approximate)
+            analysis = analysis.with_digest_of(context.analysis)
         labels = (n.label for n in analysis.graph.nodes)
         check_patterns(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
         return analysis
 
-    def _cut(
-        self, analysis: Analysis, state: State
-    ) -> tuple[Mask, onnx.ModelProto, dict[str, Weight], Selector | None]:
+    def _cut(self, context: Context, analysis: Analysis) -> tuple[Analysis, Mask, ModelParts, Selector | None]:
         """Cut; a node that has no form with the new sizes is frozen, and the choice is made again without it."""
         seconds: dict[str, float] = {}
         for _ in range(len(analysis.graph.nodes) + 1):
             selector = None
             if self.plan is not None:
-                chosen = read_plan(analysis, self.plan)
+                analysis, chosen = read_plan(analysis, self.plan)
             else:
-                selector = Selector(state, analysis, self.request, self.criterion, self.name, seconds)
+                selector = Selector(context, analysis, self.request, self.criterion, self.name, seconds)
+                analysis = selector.analysis
                 if not selector.asked:
                     raise BudgetError("No channel of this model can be removed.", hint=reasons(analysis))
             removed = np.zeros(analysis.units.component.size, dtype=bool)
@@ -114,11 +124,11 @@ class Prune:
                 if selector is not None:
                     chosen = selector()
                 removed = atoms_removed(analysis.units, chosen)
-                proto, weights = cut_model(analysis, removed)
-                return removed, proto, weights, selector
+                return analysis, removed, cut_model(analysis, removed), selector
             except CannotRewrite as stop:
                 # Feature maps of a model that is cut in several steps are taken from the cut model.
-                freeze(analysis, stop, removed if removed.any() or selector is None else selector.removed)
+                attempted = removed if removed.any() or selector is None else selector.removed
+                analysis = frozen_at(analysis, stop, attempted)
         raise AssertionError("every node was frozen")  # pragma: no cover
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from onnxprune.graph.infer import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
 from onnxprune.passes.kept import Fitted, Kept, print_of
-from onnxprune.passes.material import Material, gather, no_data
+from onnxprune.passes.material import NO_DATA, CalibrationSplit, no_data, split_for
 from onnxprune.passes.outcome import doubts, is_worse, judge, noise, remarks
-from onnxprune.passes.prepared import Model, Prepared
+from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.reached import NEVER, of_iterations, untaken
 from onnxprune.passes.restate import Restated, normalisations
-from onnxprune.passes.seen import can_follow, inside, seen, survivors
-from onnxprune.passes.state import State
+from onnxprune.passes.seen import can_follow, comparable_tensors, inside, survivors
+from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult, Requirement
 from onnxprune.propagate import infer_by_rule
 from onnxprune.recover import MODES
 from onnxprune.recover.aims import Aim, Aims, find_aims
@@ -31,7 +31,7 @@ from onnxprune.recover.layers import Layer
 from onnxprune.recover.logits import Mixing, find_pairs, mixings
 from onnxprune.recover.problem import Get, Problem
 from onnxprune.recover.repair import repair
-from onnxprune.report.facts import Fidelity, Recovery, Repair
+from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Remark, Repair
 from onnxprune.rewrite.after import After
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.parallel import spread
@@ -47,22 +47,26 @@ _WIDE = 1024
 _EXACT = 1e-9
 
 
+HAS_INPUTS = Requirement(
+    "calibration data, and there is none", lambda context, _: context.calibration is not None, NO_DATA, of_context=True
+)
+
 _Values = tuple[Get, Get, Any, Sequence[int], int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """What a repair did: its layers, the model (None: as before), and fidelity before and after."""
+    """What a recovery did: its layers, the model (None: as before), and fidelity before and after."""
 
     repairs: Sequence[Repair] = ()
     left: Mapping[str, str] = field(default_factory=dict)
-    model: Model | None = None
+    parts: ModelParts | None = None
     before: Fidelity | None = None
     after: Fidelity | None = None
     worse: bool = False
 
 
-class Recover:
+class Recover(Pass):
     """Repair a cut model in closed form.
 
     Every contraction is fitted by least squares, in the order in which data flows: from the cut and already repaired
@@ -100,56 +104,60 @@ class Recover:
     ) -> None:
         self.mode, self.memory_limit, self.symmetric, self.why = check_mode(mode), memory_limit, symmetric, why
         self.near = near
+        if mode not in ("none", "datafree"):
+            self.requires = (HAS_INPUTS,)
 
-    def __call__(self, state: State) -> None:
-        """Replace the cut model's weights."""
-        analysis = state.analyzed()
-        facts = Recovery(self.mode, self.why)
-        found = _Attempt()
-        warnings: list[str] = []
-        if self.mode != "none" and state.changed:
-            assert state.proto is not None
-            before = state.proto, state.weights
-            given = gather(state, analysis, self.mode)
-            with state.stage("recover"):
-                found = self._best(state, given, before)
-                warnings += doubts(analysis, given.fit, found.repairs) if not given.made_up else []
-            facts.before, facts.after, facts.undone = found.before, found.after, found.worse
-            facts.inputs, facts.samples = given.made_up, sum(map(count, given.fit))
-            facts.aside = 0 if given.judge is given.fit else sum(map(count, given.judge))
-            warnings += remarks(facts, found.repairs, found.left)
-            state.judged_on = given.judge, given.name
-            if not found.worse and found.model is not None:
-                state.unrepaired = state.unrepaired or before
-                state.proto, state.weights = found.model
-        state.later.append(lambda: _report(state, facts, found.repairs, found.left, warnings))
+    @property
+    def label(self) -> str:
+        """The pass with its mode."""
+        return f"recover {self.mode!r}"
 
-    def _best(self, state: State, given: Material, before: Model) -> _Attempt:
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Replace the pruned model's weights."""
+        if self.mode == "none" or not (model.is_pruned or model.is_factorized):
+            return PassResult(model, [Recovered(Recovery(self.mode, self.why))], changed=False)
+        split = split_for(context, model.analysis, self.mode)
+        with context.stage("recover"):
+            best = self._best(context, model, split)
+            warnings = [] if split.synthetic else doubts(model.analysis, split.fit, best.repairs)
+        whole = Recovery(self.mode, self.why, split.synthetic, split.num_fit, split.num_held_out)
+        whole.before, whole.after, whole.undone = best.before, best.after, best.worse
+        warnings += remarks(whole, best.repairs, best.left)
+        left = [Repair(name, f"left: {why}", 0.0, 0.0) for name, why in best.left.items()]
+        facts: list[Fact] = [Recovered(whole, [*best.repairs, *left]), *map(Remark, warnings)]
+        recovered = replace(model, hold_out=split.validation)
+        if not best.worse and best.parts is not None:
+            recovered = recovered.with_parts(best.parts, as_pruned=model.as_pruned or model.parts)
+        return PassResult(recovered, facts)
+
+    def _best(self, context: Context, model: Model, split: CalibrationSplit) -> _Attempt:
         """The last attempt that makes nothing worse, or the first that is exact."""
-        analysis, best = state.analyzed(), None
-        key = self._key(state, before, given)
-        for restate in _ways(self.mode, analysis):
-            prepared = Prepared(*before)
-            kept = Kept(state.cache, f"{restate} {key}") if state.cache is not None and key else None
+        best = None
+        key = self._key(context, model, split)
+        for restate in _ways(self.mode, model.analysis):
+            prepared = Prepared(*model.parts)
+            kept = Kept(context.cache, f"{restate} {key}") if context.cache is not None and key else None
             with workspace() as folder:
-                repairs, left = self._repair(state, prepared, given.fit, folder, restate, kept)
-            model = prepared.model() if any(r.done for r in repairs) else None
+                repairs, left = self._repair(context, model, prepared, split.fit, folder, restate, kept)
+            parts = prepared.model() if any(r.done for r in repairs) else None
             if self.near:
-                return _Attempt(repairs, left, model)
-            was, after = judge(state.original, [before, model or before], given.judge, given.name)
-            found = _Attempt(repairs, left, model, was, after, is_worse(after, was))
+                return _Attempt(repairs, left, parts)
+            hold_out = split.validation
+            pair = [model.parts, parts or model.parts]
+            was, after = judge(context.analysis, pair, hold_out.inputs, hold_out.name)
+            found = _Attempt(repairs, left, parts, was, after, is_worse(after, was))
             best = found if best is None or best.worse or not found.worse else best
             if noise(after) < _EXACT:
                 break
         assert best is not None
         return best
 
-    def _key(self, state: State, before: Model, given: Material) -> str:
+    def _key(self, context: Context, model: Model, split: CalibrationSplit) -> str:
         """Everything that fitted layers depend on; empty where they are not kept."""
-        if state.cache is None or self.near:
+        if context.cache is None or self.near:
             return ""
-        settings = state.analyzed().loaded.sha256, self.mode, self.symmetric, state.factorized
-        return f"{settings} {print_of(*before, given.fit)}"
+        settings = model.analysis.loaded.sha256, self.mode, self.symmetric, model.is_factorized
+        return f"{settings} {print_of(*model.parts, split.fit)}"
 
     def _of_original(self, aim: Aim) -> tuple[str, ...]:
         """What has to be known of the original before a layer can be fitted."""
@@ -161,10 +169,10 @@ class Recover:
         """What is tried for a layer."""
         return "full" if self.mode == "datafree" else self.mode
 
-    def _aims(self, state: State, graph: Graph, after: After, taken: Sequence[Way]) -> Aims:
+    def _aims(self, context: Context, model: Model, graph: Graph, after: After, taken: Sequence[Way]) -> Aims:
         """What to repair in the cut model on batches that take these ways."""
-        known = {name for name in seen(state) if can_follow(state.analyzed(), after, name)}
-        shape = _shapes_now(state, graph) if state.factorized else after.shape
+        known = {name for name in comparable_tensors(context, model) if can_follow(model.analysis, after, name)}
+        shape = _shapes_now(model.analysis, graph) if model.is_factorized else after.shape
         aims = find_aims(graph, known, shape, joint=self._fitting == "full")
         aims.leave(partial(untaken, graph, taken))
         if self.near:
@@ -182,26 +190,27 @@ class Recover:
 
     def _repair(
         self,
-        state: State,
+        context: Context,
+        pruned: Model,
         model: Prepared,
         feeds: Sequence[Feed],
         folder: Path,
         restate: bool,
         kept: Kept | None,
     ) -> tuple[list[Repair], Mapping[str, str]]:
-        analysis, graph, weights = state.analyzed(), model.graph, model.weights
+        analysis, graph, weights = pruned.analysis, model.graph, model.weights
         mode = self._fitting
-        after = After(analysis.table, state.gone)
+        after = After(analysis.table, pruned.removal)
         # Both models' activations are held, so that each may have half.
-        memory = (self.memory_limit or state.memory_limit or _MEMORY) // 2
-        full = state.original.graph
+        memory = (self.memory_limit or context.memory_limit or _MEMORY) // 2
+        full = context.analysis.graph
         full_weights = full.weights
         restated = None
         if restate:
             restated = Restated(full, after, graph, weights, feeds, Store(memory, folder))
             full_weights = restated.original
         taken = ways(full, full.weights, feeds)
-        aims = self._aims(state, graph, after, taken)
+        aims = self._aims(context, pruned, graph, after, taken)
         store = Store(memory, folder), Store(memory, folder)
         needs = [[n for a in level for n in a.needs] for level in aims.levels]
         within = inside(analysis)
@@ -211,7 +220,7 @@ class Recover:
         for run in (cut_run, full_run):
             run.feed(feeds)
         # Labels are of the model that was cut: of layers that were taken apart they know nothing.
-        pairwise = self.mode == "full" and not state.factorized
+        pairwise = self.mode == "full" and not pruned.is_factorized
         pairs = find_pairs(analysis.table, analysis.units.component, after, aims) if pairwise else []
         mixed: dict[int, Mixing] = {}
         values: dict[int, _Values] = {}
@@ -231,7 +240,7 @@ class Recover:
             repairs += [_written(*pair) for pair in zip(layers, _found(one, layers, number, kept), strict=True)]
             for run in (cut_run, full_run):
                 run.done(number)
-            state.tell("recover", (number + 1) / len(aims.levels))
+            context.tell("recover", (number + 1) / len(aims.levels))
         if restated is not None:
             restated.undo()
         return repairs, aims.left
@@ -264,9 +273,9 @@ def _written(layer: Layer, fitted: Fitted) -> Repair:
     return Repair(layer.node.label, solution.how, solution.before, solution.after, *extent)
 
 
-def _shapes_now(state: State, graph: Graph) -> Callable[[str], Any]:
-    """Shapes in the model as it is: layers that were taken apart have tensors that the original never had."""
-    return probe_at(graph, state.analyzed().facts.probes[0].inputs, infer_by_rule).shapes.get
+def _shapes_now(analysis: Analysis, graph: Graph) -> Callable[[str], Any]:
+    """Shapes in the model as it is: factorized layers have tensors that the original never had."""
+    return probe_at(graph, analysis.facts.probes[0].inputs, infer_by_rule).shapes.get
 
 
 def _ways(mode: str, analysis: Analysis) -> list[bool]:
@@ -303,14 +312,3 @@ def settle_mode(recover: str | None, data: bool, validate: bool) -> tuple[str, s
     if not data:
         return "none", "no data was given"
     return ("full", "data was given") if validate else ("none", "models are not run")
-
-
-def _report(
-    state: State, facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str], warnings: Sequence[str]
-) -> None:
-    report = state.report
-    report.recovery = facts
-    report.repairs = [*repairs, *(Repair(name, f"left: {why}", 0.0, 0.0) for name, why in left.items())]
-    report.warnings += warnings
-    if facts.samples:  # a repair may add biases
-        report.totals.params_after = sum(int(np.prod(w.shape)) for w in state.weights.values())

@@ -11,20 +11,20 @@ from onnxprune.analysis import Analysis
 from onnxprune.graph.facts import Facts
 from onnxprune.model import markers
 from onnxprune.model.exposing import Inner, Size, hidden
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context, Model
 from onnxprune.rewrite.after import After
 from onnxprune.runtime.sessions import Array
 
 Get = Callable[[str, int], Array]
 
 
-def seen(state: State) -> Iterator[str]:
-    """Activations of the original whose values can be had, and which the model that was cut has too."""
-    full, graph = state.original.graph, state.analyzed().graph
-    unseen = hidden(full.proto, inside(state.analyzed()))
+def comparable_tensors(context: Context, model: Model) -> Iterator[str]:
+    """Activations of the original whose values can be had, and which the model that was pruned has too."""
+    full, graph = context.analysis.graph, model.analysis.graph
+    unseen = hidden(full.proto, inside(model.analysis))
     for node in full.nodes:
         # Of layers in Loops that were taken apart nobody knows the shapes.
-        if not (state.factorized and markers.repeating(full.around[node.index]) is not None):
+        if not (model.is_factorized and markers.repeating(full.around[node.index]) is not None):
             yield from (o for o in node.outputs if o in graph.producer and o not in unseen)
 
 

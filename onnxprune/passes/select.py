@@ -17,9 +17,9 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.groups.units import Group
 from onnxprune.model.save import save
 from onnxprune.passes.calibrate import captured_maps
-from onnxprune.passes.calls import Calls
+from onnxprune.passes.calls import CalibrationBatches
 from onnxprune.passes.measured import measured
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
 from onnxprune.runtime.inputs import synthetic
 from onnxprune.runtime.profile import profile
@@ -50,7 +50,7 @@ class Selector:
     """Chooses units of one analysed model.
 
     Args:
-        state: the run. analysis: of the original; its grids are taken as ``request`` wants them.
+        context: the run. analysis: of the model; its grids are resolved as ``request`` wants them.
         request: what was asked for. criterion, name: what scores, and what it is called.
         seconds: kept from one choice to the next: time of every node, filled where ``cost`` asks for it.
 
@@ -62,22 +62,21 @@ class Selector:
 
     def __init__(
         self,
-        state: State,
+        context: Context,
         analysis: Analysis,
         request: Request,
         criterion: Criterion,
         name: str,
         seconds: dict[str, float] | None = None,
     ) -> None:
-        if analysis.reshape_axis != request.reshape_axis:
-            analysis.resolve_again(request.reshape_axis)
-        self.state, self.analysis, self.request = state, analysis, request
+        self.context, self.request = context, request
+        self.analysis = analysis = analysis.with_reshape_axis(request.reshape_axis)
         self.criterion, self.name = criterion, name
         self.needs = needs_of(criterion)
-        if self.needs and state.data is None:
+        if self.needs and context.calibration is None:
             raise needs_data(name)
         if request.normalize == "measured":
-            _check_measurable(state, request)
+            _check_measurable(context, request)
         self.found = candidates(analysis, request)
         split = split_rows(analysis, self.found)
         if split:
@@ -100,7 +99,7 @@ class Selector:
         weighed = self._savings()
         for i in range(1, steps + 1):
             if steps > 1:
-                self.state.tell("score", (i - 1) / steps)
+                self.context.tell("score", (i - 1) / steps)
             gone = self.analysis.units.close(chosen) if chosen.any() else None
             if gone is not None:
                 self.removed = np.asarray(gone[self.analysis.units.component])
@@ -125,7 +124,7 @@ class Selector:
         """Mask over atoms of what would go at another ratio; where there is one step, scores are made only once."""
         request = replace(self.request, ratio=ratio)
         if self.request.steps > 1:
-            other = Selector(self.state, self.analysis, request, self.criterion, self.name, self._seconds)
+            other = Selector(self.context, self.analysis, request, self.criterion, self.name, self._seconds)
             return atoms_removed(self.analysis.units, other())
         if not self._every:
             self._every = True
@@ -150,7 +149,7 @@ class Selector:
         sizes = {g.id: g.size for g in groups}
         scores = unit_scores(items, sizes, self._method(), self.request.policy)
         if self.request.normalize == "measured":
-            scores = measured(self.state, self.analysis, groups, scores)
+            scores = measured(self.context, self.analysis, groups, scores)
         if gone is not None:  # what was chosen before stays chosen, whether or not there is something left to score
             scores = {n: scores.get(n, np.zeros(sizes[n])) for n in self._last}
         for group in groups:
@@ -194,7 +193,7 @@ class Selector:
     def _by_weights(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed[Slot]]:
         placed = self.request.policy == "backward"
         for lot in batches(groups):
-            yield from weight_slots(self.analysis.table, self.analysis.units, lot, self.state.seed, removed, placed)
+            yield from weight_slots(self.analysis.table, self.analysis.units, lot, self.context.seed, removed, placed)
 
     def _by_squares(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed[Squares]]:
         placed = self.request.policy == "backward"
@@ -202,7 +201,7 @@ class Selector:
             yield from weight_squares(self.analysis.table, self.analysis.units, lot, removed, placed)
 
     def _by_maps(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed[Slot]]:
-        captured = captured_maps(self.state, self.analysis, groups, self.needs, removed)
+        captured = captured_maps(self.context, self.analysis, groups, self.needs, removed)
         short = captured.shortage()
         if short is not None and removed is None:
             self.warnings.append(
@@ -210,7 +209,7 @@ class Selector:
                 "channels follow from others: scores there are uncertain."
             )
         for lot in batches(groups):
-            for number, (group, slot) in enumerate(map_slots(self.analysis, lot, captured, removed, self.state.seed)):
+            for number, (group, slot) in enumerate(map_slots(self.analysis, lot, captured, removed, self.context.seed)):
                 self._reached[group] = self._reached.get(group, False) or slot.maps is None or slot.maps.samples > 0
                 yield Placed(group, slot, 0, (number,))
 
@@ -223,14 +222,14 @@ class Selector:
 
     def _measured(self) -> dict[str, float]:
         """Time of every node of the original, measured once per run."""
-        analysis, state = self.analysis, self.state
+        analysis, context = self.analysis, self.context
         if not self._seconds:
-            with state.stage("profile"), workspace() as folder:
+            with context.stage("profile"), workspace() as folder:
                 path = analysis.loaded.path
                 if path is None:
                     path = folder / "original.onnx"
                     save(analysis.loaded.proto, analysis.loaded.weights, path)
-                times = profile(path, [_feed(state, analysis)])
+                times = profile(path, [_feed(context, analysis)])
             self._seconds.update(spread(analysis, [(t.name, t.op, t.seconds) for t in times]))
         return self._seconds
 
@@ -248,9 +247,9 @@ class Selector:
             )
 
 
-def _check_measurable(state: State, request: Request) -> None:
+def _check_measurable(context: Context, request: Request) -> None:
     """Raise UsageError where scores cannot be measured."""
-    if state.data is None:
+    if context.calibration is None:
         raise UsageError(
             "--normalize measured needs data: it runs the cut model on them.",
             hint="Give inputs with --data (Python: data=...), or take --normalize root.",
@@ -262,9 +261,9 @@ def _check_measurable(state: State, request: Request) -> None:
         )
 
 
-def _feed(state: State, analysis: Analysis) -> Feed:
+def _feed(context: Context, analysis: Analysis) -> Feed:
     """One call of the model: the user's inputs, else synthetic ones."""
-    if state.data is not None:
-        return next(iter(Calls(state, analysis, 1)))
+    if context.calibration is not None:
+        return next(iter(CalibrationBatches(context, analysis, 1)))
     bounds = integer_bounds(analysis.graph, analysis.facts)
-    return synthetic(input_specs(analysis.graph), analysis.facts.probes[0].inputs, bounds=bounds, seed=state.seed)
+    return synthetic(input_specs(analysis.graph), analysis.facts.probes[0].inputs, bounds=bounds, seed=context.seed)

@@ -18,8 +18,8 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.model.load import load
 from onnxprune.model.save import assemble, lies_in, referring, save
 from onnxprune.model.weights import FileWeight, Weight
-from onnxprune.passes.calls import Calls
-from onnxprune.passes.state import State
+from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.pipeline import Context
 from onnxprune.runtime import inputs, sessions
 
 # From this size on, the original and the result are never in memory together.
@@ -150,18 +150,18 @@ class Trial:
             raise
 
 
-def synthetic_feeds(state: State, analysis: Analysis) -> list[Any]:
+def synthetic_feeds(context: Context, analysis: Analysis) -> list[Any]:
     """One seeded feed per probe."""
     specs = input_specs(analysis.graph)
     bounds = integer_bounds(analysis.graph, analysis.facts)
-    return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=state.seed) for probe in analysis.facts.probes]
+    return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=context.seed) for probe in analysis.facts.probes]
 
 
-def timing_feed(state: State, trial: Trial) -> Any:
+def timing_feed(context: Context, trial: Trial) -> Any:
     """One call with one sample where the model leaves the number open and runs so: the user's data, else synthetic."""
     analysis = trial.analysis
-    if state.data is not None:
-        call = next(iter(Calls(state, analysis).batches(1)), None)
+    if context.calibration is not None:
+        call = next(iter(CalibrationBatches(context, analysis).batches(1)), None)
         if call is not None:
             return call
     specs, facts = input_specs(analysis.graph), analysis.facts
@@ -170,7 +170,7 @@ def timing_feed(state: State, trial: Trial) -> Any:
         for name, shape in facts.probes[0].inputs.items()
     }
     bounds = integer_bounds(analysis.graph, facts)
-    feed = inputs.synthetic(specs, shapes, bounds=bounds, seed=state.seed)
+    feed = inputs.synthetic(specs, shapes, bounds=bounds, seed=context.seed)
     if shapes != facts.probes[0].inputs and not sessions.runs(trial.original, feed):
-        return synthetic_feeds(state, analysis)[0]
+        return synthetic_feeds(context, analysis)[0]
     return feed

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from onnxprune.analysis import Analysis
-from onnxprune.passes.calls import Calls
-from onnxprune.passes.exact import prove, unproved
-from onnxprune.passes.state import State
+from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.passes.exact import prove
 from onnxprune.passes.structure import check_file, check_sizes
 from onnxprune.passes.trial import Trial, synthetic_feeds, timing_feed
-from onnxprune.report.facts import Latency
+from onnxprune.pipeline import SAME_MODEL, SAME_REMOVAL, Context, Model, Pass, PassResult
+from onnxprune.report.facts import Exactness, Fact, Remark, Sizes
 from onnxprune.runtime import fidelity, latency
 
 # Inputs of the user that tell enough, where nobody says how many to take.
 ENOUGH = 256
 
 
-class Validate:
+class Validate(Pass):
     """Check the structure; compare with the masked original and with the original; time both.
 
-    Exactness is asked of the cut, before any repair, and only if no pass in front has asked; fidelity and latency are
-    those of the model as it is now. Behind a repair, fidelity is measured on what the repair set aside.
+    Exactness is asked of the cut, before any recovery, and only if no pass in front has asked; fidelity and latency are
+    those of the model as it is now. Behind a recovery, fidelity is measured on the inputs that it held out.
 
     Args:
         exact, faithful, timed: which questions to ask. With none, nothing is run: sizes alone are checked.
@@ -32,66 +31,54 @@ class Validate:
         ValidationError: the cut is not exact, or the result is not a valid model.
     """
 
+    ensures = (SAME_MODEL, SAME_REMOVAL)
+
     def __init__(self, *, exact: bool = True, faithful: bool = True, timed: bool = True) -> None:
         self.exact, self.faithful, self.timed = exact, faithful, timed
 
-    def __call__(self, state: State) -> None:
-        """Fill the report's exactness, fidelity and latency."""
-        analysis = state.analyzed()
-        assert state.proto is not None
-        with state.stage("structure"):
-            check_sizes(analysis.graph.proto, state.proto)
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Find out exactness, fidelity and latency."""
+        with context.stage("structure"):
+            check_sizes(model.analysis.graph.proto, model.proto)
         if not (self.exact or self.faithful or self.timed):
-            if unproved(state):
-                state.later.append(lambda: _note(state))
-            return
-        with Trial.of(state.original) as trial:
-            self._run(state, analysis, trial)
+            note = Exactness(note="not asked: models were not run")
+            return PassResult(model, [note] if model.is_unproved else [], changed=False)
+        with Trial.of(context.analysis) as trial:
+            facts = list(self._facts(context, model, trial))
+        proof = next((fact for fact in facts if isinstance(fact, Exactness)), None)
+        if proof is None:
+            return PassResult(model, facts, changed=False)
+        return PassResult(replace(model, proof=proof), facts)
 
-    def _run(self, state: State, analysis: Analysis, trial: Trial) -> None:
-        assert state.proto is not None
-        with state.stage("write"):
-            final, state.report.totals.bytes_after = trial.write(state.proto, state.weights, "final")
+    def _facts(self, context: Context, model: Model, trial: Trial) -> Iterator[Fact]:
+        with context.stage("write"):
+            final, size = trial.write(*model.parts, "final")
             check_file(final, trial.original)
-        with state.stage("inputs"):
-            feeds, source = _inputs(state, analysis)
-        if self.exact and unproved(state):
-            _proved(state, analysis, trial, final)
+        yield Sizes(bytes_after=size)
+        with context.stage("inputs"):
+            hold_out = _hold_out(context, model)
+        if self.exact and model.is_unproved:
+            if model.analysis.loaded is context.analysis.loaded:
+                yield prove(context, model, trial, final)
+            else:
+                with Trial.of(model.analysis) as own:  # what was pruned is not what came in
+                    yield prove(context, model, own, final)
         if self.faithful:
-            with state.stage("fidelity"), trial.lend_original() as original:
-                together = not trial.heavy
-                state.report.fidelity = fidelity.fidelity(original, final, feeds, source, together=together)
+            with context.stage("fidelity"), trial.lend_original() as original:
+                inputs, name = hold_out
+                yield fidelity.fidelity(original, final, inputs, name, together=not trial.heavy)
         if self.timed and trial.large:
-            state.report.warnings.append("Latency was not measured: original and result would be in memory at once.")
+            yield Remark("Latency was not measured: original and result would be in memory at once.")
         elif self.timed:
-            with state.stage("latency"):
-                state.report.latency = _timed(state, trial, final)
+            with context.stage("latency"):
+                feed, where = timing_feed(context, trial), context.device
+                yield latency.latency(trial.original, final, [feed], threads=where.threads, providers=where.providers)
 
 
-def _timed(state: State, trial: Trial, final: Path) -> Latency:
-    """Both models on one sample."""
-    feed = timing_feed(state, trial)
-    return latency.latency(
-        trial.original, final, [feed], threads=state.device.threads, providers=state.device.providers
-    )
-
-
-def _proved(state: State, analysis: Analysis, trial: Trial, final: Path) -> None:
-    if analysis is state.original:
-        prove(state, analysis, trial, final)
-        return
-    with Trial.of(analysis) as own:  # what was cut is not what came in
-        prove(state, analysis, own, final)
-
-
-def _note(state: State) -> None:
-    state.report.exactness.note = "not asked: models were not run"
-
-
-def _inputs(state: State, analysis: Analysis) -> tuple[Iterable[Any], str]:
+def _hold_out(context: Context, model: Model) -> tuple[Iterable[Any], str]:
     """What to measure on, and what to call it."""
-    if state.judged_on is not None:
-        return state.judged_on
-    if state.data is None:
-        return synthetic_feeds(state, analysis), "synthetic"
-    return Calls(state, analysis, ENOUGH), state.calibration().name
+    if model.hold_out is not None:
+        return model.hold_out.inputs, model.hold_out.name
+    if context.calibration is None:
+        return synthetic_feeds(context, model.analysis), "synthetic"
+    return CalibrationBatches(context, model.analysis, ENOUGH), context.inputs().name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -323,3 +324,131 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready plain data."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a pass was asked for, by name."""
+
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sums over the whole model, as far as a pass knows them: parameters (elements), MACs, file size (bytes)."""
+
+    params_before: int | None = None
+    params_after: int | None = None
+    macs_before: int | None = None
+    macs_after: int | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """Layers, groups and barriers of a model that channels were removed from."""
+
+    layers: list[LayerFacts]
+    groups: list[dict[str, Any]]
+    barriers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Factorization:
+    """Every layer that a factorization looked at, and whether new layers compute the product of their weights."""
+
+    layers: list[FactorizedLayer]
+    product: Exactness
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a recovery did to the whole model, and to every layer."""
+
+    whole: Recovery
+    layers: list[Repair] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """Values of weights that were subnormal and are 0 now."""
+
+    values: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """A warning: what the user should know, as a sentence."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Time that the stages of a run took, by name."""
+
+    stages: Mapping[str, float]
+
+
+Fact = (
+    Settings
+    | Sizes
+    | Pruned
+    | Factorization
+    | Recovered
+    | Flushed
+    | Remark
+    | Seconds
+    | Exactness
+    | Fidelity
+    | Latency
+    | BudgetFacts
+)
+"""What a pass may find out; a report is the sum of these."""
+
+
+def report_of(facts: Iterable[Fact], *, model: str = "") -> Report:
+    """The sum of facts; of facts of one kind the later ones hold, settings, sizes and warnings add up.
+
+    Args:
+        facts: in the order in which they were found. model: the path of the model, empty where there is none.
+
+    Raises:
+        TypeError: a record of another kind.
+    """
+    report = Report(model)
+    for fact in facts:
+        _add(report, fact)
+    return report
+
+
+def _add(report: Report, fact: Fact) -> None:
+    match fact:
+        case Settings(values):
+            report.settings = {**report.settings, **values}
+        case Sizes():
+            known = {f.name: getattr(fact, f.name) for f in fields(fact) if getattr(fact, f.name) is not None}
+            report.totals = replace(report.totals, **known)
+        case Pruned(layers, groups, barriers):
+            report.layers, report.groups, report.barriers = layers, groups, barriers
+        case Factorization(layers=factorized, product=product):
+            report.factorized, report.product = factorized, product
+        case Recovered(whole, repairs):
+            report.recovery, report.repairs = whole, repairs
+        case Flushed(values=count):
+            report.flushed += count
+        case Remark(text):
+            report.warnings.append(text)
+        case Seconds(stages):
+            report.seconds = {**report.seconds, **stages}
+        case Exactness():
+            report.exactness = fact
+        case Fidelity():
+            report.fidelity = fact
+        case Latency():
+            report.latency = fact
+        case BudgetFacts():
+            report.budget = fact
+        case _:
+            raise TypeError(f"a report has no place for {type(fact).__name__}")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
-from onnxprune.passes.calls import Calls
+from onnxprune.passes.calls import CalibrationBatches
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.recover import Recover
-from onnxprune.passes.state import State
 from onnxprune.passes.trial import Trial, synthetic_feeds
-from onnxprune.report.facts import Fidelity
+from onnxprune.pipeline import Context, Model, PassResult, apply
+from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Sizes
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import fidelity
 from onnxprune.runtime.sessions import Feed
@@ -29,24 +29,30 @@ ENOUGH = 128
 JUDGES, _FEWEST_JUDGES = 256, 32
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """A cut model with what it costs.
 
     Attributes:
-        state: a run of its own, with the cut and repaired model. quality: how good it is. size, params: as saved.
-        macs: multiply-accumulates.
+        model: cut and recovered. facts: what passes found on the way. quality: how good it is.
+        size, params: as saved. macs: multiply-accumulates.
     """
 
-    state: State
+    model: Model
+    facts: Sequence[Fact]
     quality: Quality
     size: int
     params: int
     macs: int
 
+    @property
+    def recovery(self) -> Recovered:
+        """What the recovery did."""
+        return next((fact for fact in self.facts if isinstance(fact, Recovered)), Recovered(Recovery()))
+
 
 def attempt(
-    state: State,
+    context: Context,
     analysis: Analysis,
     removed: Mask,
     *,
@@ -60,7 +66,8 @@ def attempt(
     """Cut, repair and measure, without touching the run.
 
     Args:
-        removed: mask over atoms. mode: how to repair. samples: how many of the data to repair from, None for all; the
+        context: the run. analysis: of the original. removed: mask over atoms. mode: how to repair.
+        metric: the user's, None for fidelity. samples: how many of the data to repair from, None for all; the
             result is then judged on others, up to ``judges``: where there are few, half is for either. near: repair
             only what reads less.
         apart: what takes layers apart after the cut; its products are checked where all data are used.
@@ -69,65 +76,71 @@ def attempt(
         CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails.
         BudgetError: no ranks save as much as they are to. ValidationError: new layers are not what they should be.
     """
-    samples = _some(state, analysis, samples)
+    samples = _some(context, analysis, samples)
+    own = context.for_trial(samples)
     if apart is not None and samples is not None:
         apart = apart.unchecked()
-    own = carried_out(state, analysis, removed, samples, apart)
+    result = carried_out(own, analysis, removed, apart)
+    facts = list(result.facts)
+    macs = next((fact.macs_after for fact in facts if isinstance(fact, Sizes)), None)
     if mode != "none":
-        Recover(mode, near=near)(own)
-    assert own.proto is not None
+        result = apply(Recover(mode, near=near), own, result.model)
+        facts += result.facts
+    model = result.model
     with Trial.of(analysis) as trial:
-        path, size = trial.write(own.proto, own.weights, "attempt")
-        facts = _repaired(own)
-        others = _others(state, analysis, samples, judges)
-        if facts is None or others:
-            feeds = others or _inputs(state, analysis, judges)
-            facts = fidelity(trial.original, path, feeds, together=not trial.heavy)
-        quality = of_fidelity(facts)
+        path, size = trial.write(*model.parts, "attempt")
+        fidelity_facts = _repaired(facts)
+        others = _others(context, analysis, samples, judges)
+        if fidelity_facts is None or others:
+            feeds = others or _inputs(context, analysis, judges)
+            fidelity_facts = fidelity(trial.original, path, feeds, together=not trial.heavy)
+        quality = of_fidelity(fidelity_facts)
         if metric is not None:
             points = measured(metric, path)
-            quality = Quality(points, points, facts)
-    params = sum(int(np.prod(w.shape)) for w in own.weights.values())
-    macs = own.report.totals.macs_after if apart is not None else macs_after(analysis, removed)
-    return Attempt(own, quality, size, params, macs)
+            quality = Quality(points, points, fidelity_facts)
+    return Attempt(
+        model, facts, quality, size, model.num_parameters, macs_after(analysis, removed) if macs is None else macs
+    )
 
 
-def carried_out(state: State, analysis: Analysis, removed: Mask, samples: int | None, apart: Factorize | None) -> State:
-    """A run of its own with the model cut, and layers taken apart: not repaired.
+def carried_out(context: Context, analysis: Analysis, removed: Mask, apart: Factorize | None) -> PassResult:
+    """The model cut, and layers taken apart: not repaired.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes. BudgetError: no ranks save as much as they are to.
     """
-    own = state.branch(*cut_model(analysis, removed), removed, samples)
-    if apart is not None:
-        apart(own)
-    return own
+    model = Model.of(analysis).with_parts(cut_model(analysis, removed), removed=removed)
+    return PassResult(model) if apart is None else apply(apart, context, model)
 
 
-def _some(state: State, analysis: Analysis, samples: int | None) -> int | None:
+def _some(context: Context, analysis: Analysis, samples: int | None) -> int | None:
     """So many samples, but no more than half of what there are, if their number is known."""
-    held = None if state.data is None or samples is None else Calls(state, analysis).samples
-    return samples if samples is None or held is None else min(samples, max(1, held // 2))
+    if context.calibration is None or samples is None:
+        return samples
+    total = CalibrationBatches(context, analysis).samples
+    return samples if total is None else min(samples, max(1, total // 2))
 
 
-def _repaired(own: State) -> Fidelity | None:
+def _repaired(facts: Sequence[Fact]) -> Fidelity | None:
     """What the repair found on the samples that it had set aside, if there was one."""
-    facts = own.report.recovery
-    return facts.before if facts.undone else facts.after
+    whole = next((fact.whole for fact in facts if isinstance(fact, Recovered)), None)
+    if whole is None:
+        return None
+    return whole.before if whole.undone else whole.after
 
 
-def _inputs(state: State, analysis: Analysis, judges: int) -> list[Feed]:
-    if state.data is None:
-        return list(synthetic_feeds(state, analysis))
-    return list(_first(Calls(state, analysis).batches(), judges))
+def _inputs(context: Context, analysis: Analysis, judges: int) -> list[Feed]:
+    if context.calibration is None:
+        return list(synthetic_feeds(context, analysis))
+    return list(_first(CalibrationBatches(context, analysis).batches(), judges))
 
 
-def _others(state: State, analysis: Analysis, samples: int | None, judges: int) -> list[Feed]:
+def _others(context: Context, analysis: Analysis, samples: int | None, judges: int) -> list[Feed]:
     """Samples behind the first so many; none where they are too few to judge by."""
-    if samples is None or state.data is None:
+    if samples is None or context.calibration is None:
         return []
     seen, later = 0, []
-    for feed in Calls(state, analysis).batches():
+    for feed in CalibrationBatches(context, analysis).batches():
         if seen >= samples:
             later.append(feed)
         seen += count(feed)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Unpack
 
 import numpy as np
 
+from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion
 from onnxprune.errors import UsageError
-from onnxprune.passes.describe import fill_report
-from onnxprune.passes.freeze import freeze
-from onnxprune.passes.material import no_data
+from onnxprune.passes.describe import describe_removal
+from onnxprune.passes.freeze import frozen_at
 from onnxprune.passes.prune import Prune
-from onnxprune.passes.recover import check_mode
-from onnxprune.passes.state import State
+from onnxprune.passes.recover import HAS_INPUTS, check_mode
+from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult, Requirement
 from onnxprune.planning import make_plan
-from onnxprune.report.facts import AnswerFacts, BudgetFacts, TargetFacts
+from onnxprune.report.facts import AnswerFacts, BudgetFacts, Recovered, Settings, TargetFacts
 from onnxprune.rewrite.cut import CannotRewrite
 from onnxprune.search.attempt import Attempt, of_original
 from onnxprune.search.measure import said
@@ -27,7 +29,7 @@ from onnxprune.selection.request import WIDEST, Options
 WITH_DATA, WITHOUT = "ziplm", "l2"
 
 
-class Budget:
+class Budget(Pass):
     """Cut to targets.
 
     Counts per group come from knapsacks over scores, over what cutting each group alone does to the outputs (with data)
@@ -47,6 +49,8 @@ class Budget:
             nearest budget that works.
     """
 
+    requires: Sequence[Requirement] = (UNPRUNED,)
+
     def __init__(
         self,
         wishes: Wishes,
@@ -59,50 +63,53 @@ class Budget:
     ) -> None:
         self.wishes, self.criterion, self.mode, self.why = wishes, criterion, check_mode(recover), why
         self.approximate, self.options = approximate, options
+        if self.mode != "none":
+            self.requires = (UNPRUNED, HAS_INPUTS)
         if options.get("steps", 1) != 1:
             raise UsageError("--steps has no meaning with a budget", hint="Counts are chosen at once: drop it.")
         if options.get("max_ratio") is None:
             self.options = {**options, "max_ratio": WIDEST}
 
-    def prune(self, state: State) -> Prune:
+    @property
+    def label(self) -> str:
+        """The pass with its mode of recovery."""
+        return f"recover {self.mode!r}"
+
+    def prune(self, context: Context) -> Prune:
         """What scores the units."""
-        criterion = self.criterion or default_criterion(state)
+        criterion = self.criterion or default_criterion(context)
         return Prune(criterion, 0.5, approximate=self.approximate, **self.options)
 
-    def __call__(self, state: State) -> None:
-        """Find, cut, repair; fill plan and report."""
-        if self.mode != "none" and state.data is None:
-            raise no_data(self.mode)
-        prune = self.prune(state)
-        analysis = prune.prepared(state)
-        search = Search(state, self.wishes, prune, self.mode)
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Find, cut, repair."""
+        prune = self.prune(context)
+        analysis = prune.prepared(context, model)
         before = of_original(analysis, self.wishes.metric)
+        found = self._search(context, analysis, prune, before)
+        analysis, best, final = found.problem.analysis, found.best, found.final
+        plan = make_plan(analysis, best.removed, prune.name)
+        plan.factorized = final.model.plan.factorized
+        pruned = replace(final.model, plan=plan)
+        recovery = replace(final.recovery.whole, mode=self.mode, why=self.why)
+        facts = [
+            Settings({"criterion": prune.name, **prune.request.settings, "scope": "budget"}),
+            *describe_removal(context, pruned, found.problem.selector),
+            # Settings of trials are none that anyone asked for.
+            *(f for f in final.facts if not isinstance(f, (Settings, Recovered))),
+            Recovered(recovery, final.recovery.layers),
+            self._facts(found, before),
+        ]
+        return PassResult(pruned, facts)
+
+    def _search(self, context: Context, analysis: Analysis, prune: Prune, before: float) -> Found:
+        """The best within targets and gates; a node that cannot be rewritten is frozen, and all is searched anew."""
         for _ in range(len(analysis.graph.nodes) + 1):
             try:
-                with state.stage("budget"):
-                    found = search(before)
+                with context.stage("budget"):
+                    return Search(context, analysis, self.wishes, prune, self.mode)(before)
             except CannotRewrite as stop:
-                freeze(analysis, stop, np.ones(analysis.units.component.size, dtype=bool))
-            else:
-                break
-        _adopt(state, found.final)
-        facts = self._facts(found, before)
-        settings = {"criterion": prune.name, **prune.request.settings, "scope": "budget"}
-        removed, selector = found.best.removed, found.problem.selector
-
-        def describe() -> None:
-            state.plan = make_plan(analysis, removed, prune.name)
-            state.report.settings = settings
-            fill_report(analysis, removed, state.weights, state, selector)
-            own = found.final.state.report
-            own.recovery.mode, own.recovery.why = self.mode, self.why
-            state.report.recovery, state.report.repairs = own.recovery, own.repairs
-            state.report.warnings += own.warnings
-            state.report.budget = facts
-            if found.best.apart is not None:
-                _describe_factors(state, found.final.state)
-
-        state.later.append(describe)
+                analysis = frozen_at(analysis, stop, np.ones(analysis.units.component.size, dtype=bool))
+        raise AssertionError("every node was frozen")  # pragma: no cover
 
     def _facts(self, found: Found, before: float) -> BudgetFacts:
         problem, best = found.problem, found.best
@@ -117,9 +124,9 @@ class Budget:
         return BudgetFacts(targets, answers, gap, what, before, quality.points, self.wishes.max_drop)
 
 
-def default_criterion(state: State) -> str:
+def default_criterion(context: Context) -> str:
     """The criterion where nobody says: what others can make up for, or what needs no data."""
-    return WITHOUT if state.data is None else WITH_DATA
+    return WITHOUT if context.calibration is None else WITH_DATA
 
 
 def _best(found: Found) -> list[tuple[Answer, Attempt]]:
@@ -130,19 +137,3 @@ def _best(found: Found) -> list[tuple[Answer, Attempt]]:
         if answer is found.best or held is None or tried.quality.fine > held[1].quality.fine:
             by_name[answer.name] = answer, tried
     return list(by_name.values())
-
-
-def _describe_factors(state: State, own: State) -> None:
-    """What was taken apart after the cut, from the run that did it."""
-    report, theirs = state.report, own.report
-    state.plan.factorized = own.plan.factorized
-    report.factorized, report.product = theirs.factorized, theirs.product
-    report.totals.macs_after, report.totals.params_after = theirs.totals.macs_after, theirs.totals.params_after
-
-
-def _adopt(state: State, final: Attempt) -> None:
-    """Make the tried model the run's own."""
-    own = final.state
-    state.proto, state.weights, state.removed = own.proto, own.weights, own.removed
-    state.unrepaired, state.judged_on = own.unrepaired, own.judged_on
-    state.factorized, state.stale = own.factorized, own.stale

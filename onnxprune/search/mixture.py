@@ -19,7 +19,7 @@ from onnxprune.graph.view import Node
 from onnxprune.passes.factor_work import lay_open
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.joint_budget import JointBudget
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context, Model
 from onnxprune.search.attempt import ENOUGH, Attempt, carried_out
 from onnxprune.search.part_times import Timed, timed_options
 from onnxprune.search.pressure import Pressure
@@ -51,25 +51,24 @@ class Mixture:
     layers gain is measured layer by layer, and every answer is timed before it is repaired.
 
     Args:
-        state: the run. problem: groups and targets, all but ``peak-memory``. options: ``include``, ``exclude`` and
+        context: the run. problem: groups and targets, all but ``peak-memory``. options: ``include``, ``exclude`` and
             ``round_to`` hold for layers, too.
 
     Raises:
         UsageError: time is a target, and another device's.
     """
 
-    def __init__(self, state: State, problem: Problem, options: Options) -> None:
-        self._state, self.problem, self._options = state, problem, options
+    def __init__(self, context: Context, problem: Problem, options: Options) -> None:
+        self._context, self.problem, self._options = context, problem, options
         self._timed = "latency" in problem.costs
         if self._timed and not problem.here:
             raise UsageError(
                 "--factorize with a latency target times new layers, and --latency-table is of another device",
                 hint="Drop one of the two, or aim at macs.",
             )
-        assert state.proto is not None
-        own = state.branch(state.proto, state.weights, problem.nothing, ENOUGH)
+        own, whole = context.for_trial(ENOUGH), Model.of(problem.analysis)
         request = request_of("auto", {**options, "ratio": 0.5, "cost": self._kind(), "timed": False})
-        work = lay_open(own, request, AUTO, every=False)
+        work = lay_open(own, whole, request, AUTO, every=False)
         joint = JointBudget(work, AUTO, Chosen())
         self.gains = {o.layer.name: g for o, g in zip(joint.opened, joint.gains, strict=True)}
         pairs = zip(joint.opened, joint.options, strict=True)
@@ -191,11 +190,10 @@ class Mixture:
 
     def _measured(self, answer: Answer) -> float:
         """Seconds of a run of an answer carried out; a repair changes values alone."""
-        problem, state = self.problem, self._state
+        problem, own = self.problem, self._context.for_trial(ENOUGH)
         assert answer.apart is not None
-        own = carried_out(state, problem.analysis, answer.removed, ENOUGH, answer.apart.unchecked())
-        assert own.proto is not None
-        return problem.weighed((own.proto, own.weights), {"latency"})["latency"]
+        result = carried_out(own, problem.analysis, answer.removed, answer.apart.unchecked())
+        return problem.weighed(result.model.parts, {"latency"})["latency"]
 
     def _weighed(self, weights: Array) -> dict[str, float]:
         """What a layer's error counts, times the weights [layers] of those that may be taken apart."""

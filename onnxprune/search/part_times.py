@@ -34,7 +34,7 @@ def timed_options(work: Work, joint: JointBudget) -> list[list[Timed]]:
             if latency is not None and done.candidate is candidate:
                 timed.append(Timed(candidate, latency.after_ms / latency.before_ms))
         found.append(_worth(timed))
-        work.state.tell("layers apart", (number + 1) / total)
+        work.context.tell("layers apart", (number + 1) / total)
     return found
 
 

@@ -20,10 +20,10 @@ from onnxprune.budget.target import Target
 from onnxprune.errors import UsageError
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
-from onnxprune.passes.prepared import Model, cut_model
+from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
-from onnxprune.passes.state import State
 from onnxprune.passes.trial import Trial, timing_feed
+from onnxprune.pipeline import Context, ModelParts
 from onnxprune.planning import atoms_removed
 from onnxprune.search.attempt import Attempt
 from onnxprune.search.pressure import SAFE, Pressure
@@ -78,20 +78,20 @@ class Problem:
 
     def __init__(
         self,
-        state: State,
+        context: Context,
         selector: Selector,
         targets: Sequence[Target],
         table: LatencyTable | None = None,
         curves: Curves | None = None,
         drifts: Mapping[int, NDArray[np.float64]] | None = None,
     ) -> None:
-        self.state, self.selector, self.targets = state, selector, tuple(targets)
+        self.context, self.selector, self.targets = context, selector, tuple(targets)
         self.analysis: Analysis = selector.analysis
         self.contests = selector.pool()
         groups = [self.analysis.units.groups[n] for n in self.contests]
         self.sizes = Sizes(self.analysis, groups)
         self._table = table
-        self.here = table is not None and table.device == state.device.facts()
+        self.here = table is not None and table.device == context.device.facts()
         self.costs = {t.kind: self._cost(t.kind) for t in targets}
         self.originals = {kind: self._original(kind) for kind in self.costs}
         for kind, whole in self.originals.items():
@@ -184,8 +184,7 @@ class Problem:
         if answer.apart is not None:
             saved["macs"] = float(tried.macs)
             if "latency" in limits:
-                assert tried.state.proto is not None
-                saved |= self.weighed((tried.state.proto, tried.state.weights), {"latency"})
+                saved |= self.weighed(tried.model.parts, {"latency"})
         answer.costs.update({k: v for k, v in saved.items() if k in limits})
         return {k: answer.costs[k] / most for k, most in limits.items()}
 
@@ -243,15 +242,15 @@ class Problem:
             found |= self.weighed(cut_model(self.analysis, removed), kinds)
         return found
 
-    def weighed(self, model: Model, kinds: Collection[str]) -> dict[str, float]:
+    def weighed(self, model: ModelParts, kinds: Collection[str]) -> dict[str, float]:
         """Costs of a model, of those kinds that are known of a file: counted, and timed beside the original."""
         with Trial.of(self.analysis) as trial:
             proto, weights = flush(model)[0]
             path, size = trial.write(proto, weights, "measured")
             found = {"size": float(size), "params": float(sum(int(np.prod(w.shape)) for w in weights.values()))}
             if "latency" in kinds and self.here:
-                feed = timing_feed(self.state, trial)
-                bench = Bench(self.analysis, self.sizes, self.state.device, feed, trial)
+                feed = timing_feed(self.context, trial)
+                bench = Bench(self.analysis, self.sizes, self.context.device, feed, trial)
                 before, after = bench.whole([trial.original, path])
                 found["latency"] = float(after / before) * self.base("latency")
         return {kind: cost for kind, cost in found.items() if kind in kinds}

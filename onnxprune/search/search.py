@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.analysis import Analysis
 from onnxprune.budget.sensitivity import Sensitivity
 from onnxprune.budget.target import Target
 from onnxprune.errors import BudgetError, UsageError
@@ -18,7 +19,7 @@ from onnxprune.factors.request import Options as FactorOptions
 from onnxprune.passes.measured import measured
 from onnxprune.passes.prune import Prune, reasons
 from onnxprune.passes.select import Selector
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.search.attempt import ENOUGH, Attempt, attempt, of_original
 from onnxprune.search.effort import measuring, sample_macs, trials_of
 from onnxprune.search.measure import said
@@ -51,11 +52,12 @@ class Search:
     """A search in one run.
 
     Args:
-        state: the run. wishes: targets and gates. prune: what scores units. mode: how to repair.
+        context: the run. analysis: of the model. wishes: targets and gates. prune: what scores units.
+        mode: how to repair.
     """
 
-    def __init__(self, state: State, wishes: Wishes, prune: Prune, mode: str) -> None:
-        self.state, self.wishes, self.prune, self.mode = state, wishes, prune, mode
+    def __init__(self, context: Context, analysis: Analysis, wishes: Wishes, prune: Prune, mode: str) -> None:
+        self.context, self.analysis, self.wishes, self.prune, self.mode = context, analysis, wishes, prune, mode
         self._mixed: Mixture | None = None
         self._before: float | None = None
 
@@ -78,16 +80,15 @@ class Search:
 
     def problem(self, targets: Sequence[Target]) -> Problem:
         """The groups with their scores, and the targets with their costs."""
-        state, prune = self.state, self.prune
-        analysis = prune.prepared(state)
-        table = None
+        context, analysis, table = self.context, self.analysis, None
         if any(t.kind == "latency" for t in targets):
-            table = latency_table(state, analysis, settled(analysis), given=self.wishes.latency_table)
-        selector = prune.selector(state)
+            sizes = settled(analysis)
+            table, analysis = latency_table(context, sizes, given=self.wishes.latency_table), sizes.analysis
+        selector = self.prune.selector(context, analysis)
         if not any(ratio is not None for ratio in selector.asked.values()):
-            raise BudgetError("No channel of this model can be removed.", hint=reasons(analysis))
+            raise BudgetError("No channel of this model can be removed.", hint=reasons(selector.analysis))
         curves = self._curves(selector)
-        return Problem(state, selector, targets, table, curves, None if curves else self._drifts(selector))
+        return Problem(context, selector, targets, table, curves, None if curves else self._drifts(selector))
 
     def _curves(self, selector: Selector) -> Curves | None:
         """Measured losses by group, where they were asked for."""
@@ -96,7 +97,7 @@ class Search:
             return None
         if isinstance(given, str) and given == "measure":
             mode, metric, jobs = self.mode, self.wishes.metric, self.wishes.jobs
-            return measure_sensitivity(self.state, selector, mode=mode, metric=metric, jobs=jobs).losses()
+            return measure_sensitivity(self.context, selector, mode=mode, metric=metric, jobs=jobs).losses()
         found = given if isinstance(given, Sensitivity) else Sensitivity.load(given)
         where = "" if isinstance(given, Sensitivity) else repr(str(given))
         found.check_model(selector.analysis.loaded.sha256, where)
@@ -104,8 +105,8 @@ class Search:
 
     def _drifts(self, selector: Selector) -> dict[int, Array] | None:
         """Scores that add up to what cuts do to the outputs, where there are data to measure it on in time."""
-        state, analysis = self.state, selector.analysis
-        if state.data is None or selector.request.normalize == "measured":
+        context, analysis = self.context, selector.analysis
+        if context.calibration is None or selector.request.normalize == "measured":
             return None
         scores = {number: contest.values for number, contest in selector.pool().items()}
         groups = [analysis.units.groups[number] for number in scores]
@@ -113,7 +114,7 @@ class Search:
         if worth is None:
             return None
         with suppress(UsageError):  # too few samples, or outputs that say nothing
-            return measured(state, analysis, groups, scores, *worth)
+            return measured(context, analysis, groups, scores, *worth)
         return None
 
     def within(self, problem: Problem) -> Found:
@@ -168,7 +169,7 @@ class Search:
     def _whole(self) -> float:
         """How good the original is: the metric, or no noise."""
         if self._before is None:
-            self._before = of_original(self.prune.prepared(self.state), self.wishes.metric)
+            self._before = of_original(self.analysis, self.wishes.metric)
         return 0.0 if self.wishes.metric is None else self._before
 
     def _carried_out(self, problem: Problem, answer: Answer) -> Attempt | None:
@@ -184,18 +185,18 @@ class Search:
         if self._mixed is None or self._mixed.problem is not problem:
             options = self.prune.request
             own: FactorOptions = {"include": options.include, "exclude": options.exclude, "round_to": options.round_to}
-            self._mixed = Mixture(self.state, problem, own)
+            self._mixed = Mixture(self.context, problem, own)
         return self._mixed
 
     def _attempt(self, problem: Problem, answer: Answer, samples: int | None) -> Attempt:
         mode = self.mode if answer.removed.any() or answer.apart is not None else "none"
         how: dict[str, Any] = {"mode": mode, "metric": self.wishes.metric, "apart": answer.apart}
-        return attempt(self.state, problem.analysis, answer.removed, samples=samples, **how)
+        return attempt(self.context, problem.analysis, answer.removed, samples=samples, **how)
 
     @property
     def _shrinks(self) -> str:
         """What is made as little as gates allow where no target says what: MACs, or parameters of a model without."""
-        return "macs" if sample_macs(self.prune.prepared(self.state)) else "params"
+        return "macs" if sample_macs(self.analysis) else "params"
 
     def _missing(self, final: Attempt, before: float) -> str:
         """What a gate has against a model; empty where it passes."""

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from onnxprune.budget.sensitivity import VERSION, GroupCurve, Sensitivity
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.files import user_cache
-from onnxprune.passes.calls import Calls
+from onnxprune.passes.calls import CalibrationBatches
 from onnxprune.passes.outcome import noise
 from onnxprune.passes.select import Selector
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed
@@ -61,13 +61,13 @@ class Job:
 
 def run_job(job: Job) -> list[tuple[float, float, str]]:
     """(noise, points, what the points are) for every share; runs in a worker."""
-    state = _state(_Key(job))
-    analysis = state.analyzed(job.approximate)
+    context = _context(_Key(job))
+    analysis = context.analysis.with_reshape_axis(job.reshape_axis)
     found = []
     for packed in job.removed.values():
         removed = np.unpackbits(np.frombuffer(packed, np.uint8), count=job.atoms).astype(bool)
         tried = attempt(
-            state,
+            context,
             analysis,
             removed,
             mode=job.mode,
@@ -104,17 +104,15 @@ def _alike(one: tuple[Feed, ...] | None, other: tuple[Feed, ...] | None) -> bool
 
 
 @lru_cache(maxsize=1)
-def _state(key: _Key) -> State:
+def _context(key: _Key) -> Context:
     """The run of one model, analysed once per worker."""
     job = key.job
     data = None if job.feeds is None else list(job.feeds)
-    state = State(job.model, job.input_shapes, data, job.seed)
-    state.analyzed(job.approximate).resolve_again(job.reshape_axis)
-    return state
+    return Context.of(job.model, input_shapes=job.input_shapes, data=data, seed=job.seed, approximate=job.approximate)
 
 
 def measure_sensitivity(
-    state: State,
+    context: Context,
     selector: Selector,
     *,
     mode: str,
@@ -133,13 +131,13 @@ def measure_sensitivity(
         CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails, data does not fit.
     """
     analysis = selector.analysis
-    settings = _settings(state, selector, mode, metric, shares)
-    kept = _kept(state, analysis.loaded.sha256, settings, metric)
+    settings = _settings(context, selector, mode, metric, shares)
+    kept = _kept(context, analysis.loaded.sha256, settings, metric)
     if kept is not None and not anew and kept.exists():
         with suppress(UsageError):
             return Sensitivity.load(kept)
     contests = selector.pool()
-    feeds = _feeds(state, selector)
+    feeds = _feeds(context, selector)
     work: list[tuple[GroupCurve, Job]] = []
     for number, contest in contests.items():
         group = analysis.units.groups[number]
@@ -148,10 +146,10 @@ def measure_sensitivity(
         if masks:
             view = next(g for g in analysis.groups if g.id == number)
             curve = GroupCurve(number, view.name, group.size, list(masks))
-            work.append((curve, _job(state, selector, mode, metric, feeds, masks)))
+            work.append((curve, _job(context, selector, mode, metric, feeds, masks)))
     if not work:
         raise BudgetError("No channel that was asked for can be removed.", hint="Check --include and --exclude.")
-    with state.stage("sensitivity"):
+    with context.stage("sensitivity"):
         original = of_original(analysis, metric)
         run = joblib.Parallel(n_jobs=jobs, return_as="generator")
         what = said(metric, None)
@@ -160,7 +158,7 @@ def measure_sensitivity(
         ):
             curve.noise, curve.points = [x[0] for x in found], [x[1] for x in found]
             what = found[0][2]
-            state.tell("sensitivity", (done + 1) / len(work))
+            context.tell("sensitivity", (done + 1) / len(work))
     curves = [curve for curve, _ in work]
     result = Sensitivity(analysis.loaded.sha256, settings, what, original, metric is not None, curves)
     if kept is not None:
@@ -177,29 +175,31 @@ def _mask(selector: Selector, number: int, count: int) -> NDArray[np.bool_]:
 
 
 def _job(
-    state: State,
+    context: Context,
     selector: Selector,
     mode: str,
     metric: Metric | None,
     feeds: tuple[Feed, ...] | None,
     masks: dict[float, NDArray[np.bool_]],
 ) -> Job:
-    source = state.source
+    source = context.source
     model = source.SerializeToString() if isinstance(source, onnx.ModelProto) else source
     packed = {share: np.packbits(mask).tobytes() for share, mask in masks.items()}
     atoms = next(iter(masks.values())).size
     where = model if isinstance(model, bytes) else str(Path(model).resolve())
     samples = ENOUGH if feeds is None else min(ENOUGH, max(1, sum(map(count, feeds)) * 2 // 3))
     axis, approximate = selector.analysis.reshape_axis, selector.analysis.approximate
-    return Job(where, state.input_shapes, feeds, approximate, axis, mode, metric, samples, state.seed, atoms, packed)
+    return Job(
+        where, context.input_shapes, feeds, approximate, axis, mode, metric, samples, context.seed, atoms, packed
+    )
 
 
-def _feeds(state: State, selector: Selector) -> tuple[Feed, ...] | None:
+def _feeds(context: Context, selector: Selector) -> tuple[Feed, ...] | None:
     """The data that workers get: enough to repair and to judge."""
-    if state.data is None:
+    if context.calibration is None:
         return None
     feeds, seen = [], 0
-    for feed in Calls(state, selector.analysis).batches():
+    for feed in CalibrationBatches(context, selector.analysis).batches():
         feeds.append(feed)
         seen += count(feed)
         if seen >= ENOUGH + _JUDGES:
@@ -208,9 +208,9 @@ def _feeds(state: State, selector: Selector) -> tuple[Feed, ...] | None:
 
 
 def _settings(
-    state: State, selector: Selector, mode: str, metric: Metric | None, shares: Sequence[float]
+    context: Context, selector: Selector, mode: str, metric: Metric | None, shares: Sequence[float]
 ) -> dict[str, Any]:
-    data = "synthetic" if state.data is None else state.calibration().name
+    data = "synthetic" if context.calibration is None else context.inputs().name
     label = None if metric is None else said(metric, None)
     request = selector.request.settings
     return {
@@ -223,14 +223,14 @@ def _settings(
     }
 
 
-def _kept(state: State, sha256: str, settings: dict[str, Any], metric: Metric | None) -> Path | None:
+def _kept(context: Context, sha256: str, settings: dict[str, Any], metric: Metric | None) -> Path | None:
     """The file of these curves; None where data or metric cannot be told from others."""
-    data = "" if state.data is None else Calls(state, state.analyzed()).fingerprint()
+    data = "" if context.calibration is None else CalibrationBatches(context, context.analysis).fingerprint()
     code = "" if metric is None else _source_of(metric)
     if data is None or code is None:
         return None
-    key = json.dumps([VERSION, sha256, settings, data, code, state.seed, repr(state.input_shapes)], sort_keys=True)
-    folder = state.cache or user_cache()
+    key = json.dumps([VERSION, sha256, settings, data, code, context.seed, repr(context.input_shapes)], sort_keys=True)
+    folder = context.cache or user_cache()
     return folder / f"sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 

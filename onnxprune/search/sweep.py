@@ -9,8 +9,8 @@ from pathlib import Path
 from onnxprune.budget.target import Target
 from onnxprune.errors import BudgetError
 from onnxprune.passes.flush import flush
-from onnxprune.passes.state import State
 from onnxprune.passes.trial import Trial, timing_feed
+from onnxprune.pipeline import Context, Model
 from onnxprune.report.facts import Fidelity, SweepFacts, SweepPoint
 from onnxprune.runtime.latency import in_turn
 from onnxprune.search.attempt import Attempt, of_original
@@ -22,29 +22,29 @@ from onnxprune.search.table import settled
 
 
 def sweep(
-    state: State, budget: Budget, shares: Sequence[float], *, kind: str = "macs", timed: bool = True,
+    context: Context, budget: Budget, shares: Sequence[float], *, kind: str = "macs", timed: bool = True,
     folder: Path | None = None,
 ) -> SweepFacts:  # fmt: skip
     """Cut to every share in turn; times of all models are measured at the end, in turn.
 
     Args:
-        budget: how. shares: of the original. kind: of the cost they are shares of. folder: to keep the models in.
+        context: the run. budget: how. shares: of the original. kind: of the cost they are shares of.
+        timed: measure times. folder: to keep the models in.
 
     Raises:
         BudgetError: none of the budgets can be met.
     """
-    prune = budget.prune(state)
-    analysis = prune.prepared(state)
-    settled(analysis)
+    prune = budget.prune(context)
+    analysis = settled(prune.prepared(context, Model.of(context.analysis))).analysis
     metric = budget.wishes.metric
-    search = Search(state, budget.wishes, prune, budget.mode)
+    search = Search(context, analysis, budget.wishes, prune, budget.mode)
     whole = SweepPoint("", sum(x.macs_before for x in analysis.layers), analysis.parameters, analysis.loaded.size)
     whole.points, whole.cosine = of_original(analysis, metric), 1.0
     facts = SweepFacts(
-        str(analysis.loaded.path or "the model"), said(metric, None), state.device.threads, points=[whole]
+        str(analysis.loaded.path or "the model"), said(metric, None), context.device.threads, points=[whole]
     )
     facts.settings = {"criterion": prune.name, "recover": budget.mode, "kind": kind}
-    with state.stage("sweep"), Trial.of(analysis) as trial:
+    with context.stage("sweep"), Trial.of(analysis) as trial:
         problem = search.problem([Target(kind, 1.0)])
         files = [trial.original]
         for number, share in enumerate(shares):
@@ -57,17 +57,15 @@ def sweep(
                 continue
             point = _point(target, found.best, found.final)
             facts.what = said(metric, found.final.quality.fidelity)
-            own = found.final.state
-            assert own.proto is not None
-            small, _ = flush((own.proto, own.weights))
+            small, _ = flush(found.final.model.parts)
             files.append(trial.write(*small, f"sweep{number}")[0])
             if folder is not None:
                 point.file = str(_keep(files[-1], folder, trial.original.stem, share))
             facts.points.append(point)
-            state.tell("sweep", (number + 1) / len(shares))
+            context.tell("sweep", (number + 1) / len(shares))
         if timed:
-            feed = timing_feed(state, trial)
-            times = in_turn(files, [feed], state.device, runs=30, budget_s=20.0)
+            feed = timing_feed(context, trial)
+            times = in_turn(files, [feed], context.device, runs=30, budget_s=20.0)
             for point, found_ms in zip((p for p in facts.points if not p.error), times, strict=True):
                 point.ms = sorted(found_ms)[len(found_ms) // 2]
     if all(p.error for p in facts.points[1:]):

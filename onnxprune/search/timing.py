@@ -16,8 +16,8 @@ from onnxprune.budget.table import LatencyTable
 from onnxprune.errors import ModelError
 from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import cut_model
-from onnxprune.passes.state import State
 from onnxprune.passes.trial import Trial, timing_feed
+from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
 from onnxprune.runtime.device import Device
 from onnxprune.runtime.latency import in_turn
@@ -51,7 +51,7 @@ def block_levels(steps: int) -> Counts:
     return np.unique(np.append(np.arange(block, steps + 1, block), steps))
 
 
-def measure_table(state: State, analysis: Analysis, sizes: Sizes, *, seconds: float = SECONDS) -> LatencyTable:
+def measure_table(context: Context, sizes: Sizes, *, seconds: float = SECONDS) -> LatencyTable:
     """Times of all nodes at random counts, and a check of whole runs at counts that were not measured before.
 
     Args:
@@ -60,13 +60,13 @@ def measure_table(state: State, analysis: Analysis, sizes: Sizes, *, seconds: fl
     Raises:
         ModelError: the model does not run.
     """
-    draw = np.random.default_rng(state.seed)
-    places = Places(sizes)
-    with state.stage("profile"), Trial.of(analysis) as trial:
-        feed = timing_feed(state, trial)
-        bench = Bench(analysis, sizes, state.device, feed, trial)
+    draw = np.random.default_rng(context.seed)
+    analysis, places = sizes.analysis, Places(sizes)
+    with context.stage("profile"), Trial.of(analysis) as trial:
+        feed = timing_feed(context, trial)
+        bench = Bench(analysis, sizes, context.device, feed, trial)
         shapes = {name: list(value.shape) for name, value in feed.items()}
-        table = LatencyTable(analysis.loaded.sha256, dict(state.device.facts()), shapes, 0.0)
+        table = LatencyTable(analysis.loaded.sha256, dict(context.device.facts()), shapes, 0.0)
         timed, nodes, wholes = [], [], []
         start = time.perf_counter()
         # The first cut removes nothing: the original but for what every result is spared, such as subnormal weights.
@@ -77,7 +77,7 @@ def measure_table(state: State, analysis: Analysis, sizes: Sizes, *, seconds: fl
             timed.append(kept)
             nodes.append(bench.nodes(path))
             wholes.append(bench.beside(path))
-            state.tell("profile", 0.9 * number / _CUTS)
+            context.tell("profile", 0.9 * number / _CUTS)
         for kept, times, factor in zip(timed, nodes, steadied(nodes, wholes), strict=True):
             table.samples += samples_of(places, kept, {name: factor * t for name, t in times.items()})
         checks = [sizes.steps, *(_drawn(sizes, draw, i / _CHECKS) for i in range(_CHECKS))]

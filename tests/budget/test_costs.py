@@ -29,8 +29,7 @@ NAMES = ["attention", "concat", "depthwise", "recurrent", "residual"]
 
 def drawn(source: Any, seed: int, axis: str = "head_dim") -> tuple[op.Analysis, Sizes, np.ndarray, np.ndarray]:
     """An analysis, random counts of what every group keeps, and a removal of so many units, drawn at random."""
-    analysis = op.analyze(source)
-    analysis.resolve_again(axis)
+    analysis = op.analyze(source).with_reshape_axis(axis)
     groups = [g for g in analysis.units.groups if g.prunable]
     draw = np.random.default_rng(seed)
     kept = np.array([draw.integers(1, g.steps + 1) for g in groups], dtype=np.int64)

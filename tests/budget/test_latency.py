@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from onnxprune.budget.sizes import Sizes
 from onnxprune.budget.surface import fit
 from onnxprune.budget.table import LatencyTable
 from onnxprune.errors import UsageError
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.runtime.device import device
 from onnxprune.runtime.sessions import open_session
 from onnxprune.search.table import latency_table, settled
@@ -211,19 +212,17 @@ def test_a_provider_that_does_not_start_is_no_other_device(monkeypatch: pytest.M
 
 
 def test_a_table_is_measured_once_per_device(tmp_path: Path) -> None:
-    state = State(MODELS / "recurrent.onnx")
-    state.cache, state.device = tmp_path, device(threads=1)
-    sizes = settled(state.analyzed())
-    table = latency_table(state, state.analyzed(), sizes, seconds=0.1)
+    context = Context.of(MODELS / "recurrent.onnx", cache=tmp_path, threads=1)
+    sizes = settled(context.analysis)
+    table = latency_table(context, sizes, seconds=0.1)
     assert table.seconds > 0 and table.samples and len(table.checks) > 3
     (kept,) = tmp_path.glob("latency-*.json")
     before = kept.stat().st_mtime_ns
-    again = latency_table(state, state.analyzed(), sizes, seconds=0.1)
+    again = latency_table(context, sizes, seconds=0.1)
     assert again.checks == table.checks and kept.stat().st_mtime_ns == before
-    state.device = device(threads=2)
-    latency_table(state, state.analyzed(), sizes, seconds=0.1)
+    latency_table(replace(context, device=device(threads=2)), sizes, seconds=0.1)
     assert len(list(tmp_path.glob("latency-*.json"))) == 2
-    given = latency_table(state, state.analyzed(), sizes, given=kept)
+    given = latency_table(context, sizes, given=kept)
     assert given.device["threads"] == 1
 
 

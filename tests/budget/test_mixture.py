@@ -21,7 +21,7 @@ from onnxprune.factors.rewrite import Factorized
 from onnxprune.model.weights import Weight
 from onnxprune.passes import factorize, joint_budget
 from onnxprune.passes.prune import Prune
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.report.facts import Latency
 from onnxprune.search.mixture import WEIGHED, Mixture
 from onnxprune.search.problem import Problem
@@ -207,10 +207,9 @@ def test_what_groups_and_layers_count_together_is_found_by_trial() -> None:
 
 def test_weights_decide_which_layers_are_taken_apart() -> None:
     """A layer whose errors count a thousandfold is left alone; one whose errors count for nothing is not."""
-    state = State(MODEL)
-    prune = Prune("l2", 0.5)
-    problem = Problem(state, prune.selector(state), [parse("macs=0.5")])
-    mixture = Mixture(state, problem, {})
+    context = Context.of(MODEL)
+    problem = Problem(context, Prune("l2", 0.5).selector(context, context.analysis), [parse("macs=0.5")])
+    mixture = Mixture(context, problem, {})
     space = mixture.space()
     ones = np.ones(len(space.choices.kept))
     plain = mixture.answer(mixture.rate, ones)

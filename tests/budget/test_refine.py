@@ -9,7 +9,7 @@ import pytest
 
 from onnxprune.budget.target import parse
 from onnxprune.passes.prune import Prune
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.search.attempt import Attempt
 from onnxprune.search.measure import Quality
 from onnxprune.search.problem import Answer, Problem
@@ -19,9 +19,9 @@ MODELS = Path(__file__).parents[2] / "models"
 
 
 def problem(*targets: str) -> Problem:
-    state = State(MODELS / "residual.onnx")
+    context = Context.of(MODELS / "residual.onnx")
     prune = Prune("l2", 0.5, max_ratio=0.9)
-    return Problem(state, prune.selector(state), [parse(t) for t in targets])
+    return Problem(context, prune.selector(context, context.analysis), [parse(t) for t in targets])
 
 
 class Judge:
@@ -36,7 +36,7 @@ class Judge:
 
     def of(self, answer: Answer) -> Attempt:
         far = -float(np.square(np.log(answer.allocation.kept / self.wanted)).sum())
-        return Attempt(None, Quality(far, far), 0, 0, 0)  # type: ignore[arg-type]
+        return Attempt(None, (), Quality(far, far), 0, 0, 0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("targets", [("macs=0.5",), ("macs=0.6", "size=300kB")])

@@ -12,6 +12,7 @@ import pytest
 from onnx import parser
 
 import onnxprune as op
+from onnxprune.pipeline import Context
 
 IMAGE_OPTIONS = {"size": (24, 32), "mean": (0.5,), "std": (0.1, 0.2, 0.3), "layout": "nhwc", "order": "bgr", "scale": 1}
 
@@ -155,4 +156,4 @@ def test_python_refuses_reading_options_without_data(net: Path, given: dict[str,
     with pytest.raises(op.UsageError, match=f"{next(iter(given))} says how to read data"):
         op.prune(net, **given)
     with pytest.raises(op.UsageError, match="needs calibration data"):
-        op.passes.state.State(net).calibration()
+        Context.of(net).inputs()

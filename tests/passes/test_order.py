@@ -67,10 +67,10 @@ def test_a_repair_goes_on_from_what_passes_in_front_left() -> None:
     """Weights that another pass has changed are repaired, not forgotten."""
     seen: dict[str, Any] = {}
 
-    def double(state: P.State) -> None:
-        name = next(n for n, w in state.weights.items() if len(w.shape) == 4)
-        seen[name] = state.weights[name].read() * 2
-        state.weights[name] = ArrayWeight(name, seen[name])
+    def double(context: P.Context, model: P.Model) -> P.PassResult:
+        name = next(n for n, w in model.weights.items() if len(w.shape) == 4)
+        seen[name] = model.weights[name].read() * 2
+        return P.PassResult(model.with_weights({name: ArrayWeight(name, seen[name])}))
 
     result = run(prune(), P.Exact(), double, P.Recover("bias"), P.Validate(timed=False))
     ((name, doubled),) = seen.items()
@@ -114,12 +114,12 @@ def test_a_repair_that_does_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_batches_set_aside_are_not_fitted_to() -> None:
     feeds = [{"x": np.full((4, 2), i)} for i in range(20)]
-    fit, (aside, name) = set_aside(feeds, "d.npz")
-    assert [f["x"][0, 0] for f in aside] == [7, 15] and len(fit) == 18 and "set aside" in name
-    fit, (aside, name) = set_aside(feeds[:5], "d.npz")
-    assert aside is fit and "fitted to" in name
+    fit, hold_out = set_aside(feeds, "d.npz")
+    assert [f["x"][0, 0] for f in hold_out.inputs] == [7, 15] and len(fit) == 18 and "set aside" in hold_out.name
+    fit, hold_out = set_aside(feeds[:5], "d.npz")
+    assert hold_out.inputs is fit and "fitted to" in hold_out.name
     many = [{"x": np.zeros((64, 2))} for _ in range(100)]
-    assert sum(len(f["x"]) for f in set_aside(many, "d")[1][0]) == 256
+    assert sum(len(f["x"]) for f in set_aside(many, "d")[1].inputs) == 256
 
 
 # -- models whose weights lie elsewhere than in initializers of their own ----------------------------------------------

@@ -17,7 +17,7 @@ from test_redundancy import CASES, assert_only_weights_change, residual
 import onnxprune as op
 from onnxprune.analysis import Analysis
 from onnxprune.passes.datafree import make_up
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.recover.plausible import divergence, interest
 from onnxprune.runtime.imagined import RANGES, pattern
 
@@ -109,7 +109,7 @@ def test_statistics_of_normalisations_stay(norm: bool) -> None:
 
 
 def chosen(model: onnx.ModelProto) -> tuple[str, list[dict[str, Array]]]:
-    feeds, spread = make_up(State(model), Analysis(model))
+    feeds, spread = make_up(Context.of(model), Analysis(model))
     return spread, feeds
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnxprune import ModelError, UsageError, statistics
 from onnxprune.graph.binding import InputSpec
 from onnxprune.passes.calibrate import captured_maps
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.runtime import capture as module
 from onnxprune.runtime.capture import Request, capture, count, to_maps
 from onnxprune.runtime.checkpoint import Checkpoint
@@ -57,9 +57,9 @@ def network(width: int = 8, seed: int = 0) -> onnx.ModelProto:
 def taken(
     data: Any, model: onnx.ModelProto | None = None, needs: tuple[str, ...] = ("moments", "gram"), **settings: Any
 ) -> CapturedMaps:
-    state = State(network() if model is None else model, data=data, **settings)
-    analysis = state.analyzed()
-    return captured_maps(state, analysis, analysis.units.groups, needs)
+    context = Context.of(network() if model is None else model, data=data, **settings)
+    analysis = context.analysis
+    return captured_maps(context, analysis, analysis.units.groups, needs)
 
 
 def same(left: CapturedMaps, right: CapturedMaps, exact: bool = True) -> bool:
@@ -295,14 +295,14 @@ def test_a_cache_of_something_else_is_not_used(
 
 
 def test_what_was_cut_before_makes_a_cache_of_its_own(tmp_path: Path, calls: list[int]) -> None:
-    state = State(network(), data=Stream(4), cache=tmp_path)
-    analysis = state.analyzed()
+    context = Context.of(network(), data=Stream(4), cache=tmp_path)
+    analysis = context.analysis
     groups = analysis.units.groups
-    whole = captured_maps(state, analysis, groups, ("moments",))
+    whole = captured_maps(context, analysis, groups, ("moments",))
     for unit in (0, 1):
         removed = np.isin(analysis.units.component, groups[0].units[unit])
         calls.clear()
-        cut = captured_maps(state, analysis, groups, ("moments",), removed)
+        cut = captured_maps(context, analysis, groups, ("moments",), removed)
         assert calls == [4]
         assert len(next(iter(cut.maps.values()))["mean"]) == len(next(iter(whole.maps.values()))["mean"]) - 1
 
@@ -356,10 +356,10 @@ def test_memory_does_not_grow_with_the_number_of_samples(monkeypatch: pytest.Mon
     model = network(32)
 
     def peak(samples: int) -> int:
-        state = State(model, data=Stream(samples), batch_size=8)
-        analysis = state.analyzed()
+        context = Context.of(model, data=Stream(samples), batch_size=8)
+        analysis = context.analysis
         tracemalloc.start()
-        captured_maps(state, analysis, analysis.units.groups, ("moments", "gram"))
+        captured_maps(context, analysis, analysis.units.groups, ("moments", "gram"))
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return highest

@@ -15,7 +15,7 @@ from oracle import assert_exact_cut
 
 import onnxprune as op
 from onnxprune.criteria import Slot
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.selection.policy import columns
 from onnxprune.selection.request import CHOICES
 
@@ -225,7 +225,7 @@ def test_maps_are_captured_for_criteria_that_need_them(monkeypatch: pytest.Monke
     asked: list[tuple[Any, ...]] = []
     maps_of_all = CapturedMaps()
 
-    def captured(state: State, analysis: Any, groups: Any, needs: Any, gone: Any) -> CapturedMaps:
+    def captured(context: Context, analysis: Any, groups: Any, needs: Any, gone: Any) -> CapturedMaps:
         asked.append((len(groups), tuple(needs), gone is None))
         return maps_of_all
 

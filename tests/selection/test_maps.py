@@ -18,9 +18,9 @@ from onnxprune import ModelError
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Slot
 from onnxprune.groups.units import Group
-from onnxprune.passes import Prune, Result
+from onnxprune.passes import Prune
 from onnxprune.passes.calibrate import captured_maps
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context, Model, Result
 from onnxprune.selection.map_slots import CapturedMaps, map_slots
 
 Array = NDArray[Any]
@@ -131,9 +131,9 @@ def make(build: Callable[[Net], str], seed: int = 0) -> tuple[onnx.ModelProto, d
     return model, {"x": np.random.default_rng(seed + 1).standard_normal(shape).astype(np.float32)}
 
 
-def started(model: onnx.ModelProto, data: Any, **settings: Any) -> tuple[State, Analysis]:
-    state = State(model, data=data, **settings)
-    return state, state.analyzed()
+def started(model: onnx.ModelProto, data: Any, **settings: Any) -> tuple[Context, Analysis]:
+    context = Context.of(model, data=data, **settings)
+    return context, context.analysis
 
 
 def as_maps(value: Array, axes: tuple[int, ...]) -> Array:
@@ -176,8 +176,8 @@ def assert_grams(analysis: Analysis, captured: CapturedMaps, values: dict[str, A
 @pytest.mark.parametrize("name", BUILDS)
 def test_statistics_in_front_of_every_contraction(name: str) -> None:
     model, data = make(BUILDS[name])
-    state, analysis = started(model, data)
-    captured = captured_maps(state, analysis, competing(analysis), NEEDS)
+    context, analysis = started(model, data)
+    captured = captured_maps(context, analysis, competing(analysis), NEEDS)
     values = all_values(model, data)
     assert captured.samples == 11
     assert len(captured.sites) == EXPECTED[name], [(s.node.op, s.tensor) for s in captured.sites]
@@ -195,8 +195,8 @@ def test_statistics_in_front_of_every_contraction(name: str) -> None:
 def test_queries_meet_keys_channel_by_channel() -> None:
     """The scores are what the channels of both sites say together, so they must be in one order."""
     model, data = make(heads)
-    state, analysis = started(model, data)
-    captured = captured_maps(state, analysis, competing(analysis), ("moments",))
+    context, analysis = started(model, data)
+    captured = captured_maps(context, analysis, competing(analysis), ("moments",))
     values = all_values(model, data)
     pairs = [s for s in captured.sites if s.partner is not None]
     assert len(pairs) == 2 and {s.node.index for s in pairs} == {pairs[0].node.index}
@@ -212,9 +212,9 @@ def test_queries_meet_keys_channel_by_channel() -> None:
         assert np.allclose(scores, wanted, atol=1e-4) or np.allclose(scores.swapaxes(2, 3), wanted, atol=1e-4)
 
 
-def by_place(state: State, removed: Array | None) -> tuple[Analysis, CapturedMaps, list[tuple[int, Slot]]]:
-    analysis = state.analyzed()
-    captured = captured_maps(state, analysis, competing(analysis), NEEDS, removed)
+def by_place(context: Context, removed: Array | None) -> tuple[Analysis, CapturedMaps, list[tuple[int, Slot]]]:
+    analysis = context.analysis
+    captured = captured_maps(context, analysis, competing(analysis), NEEDS, removed)
     return analysis, captured, list(map_slots(analysis, competing(analysis), captured, removed))
 
 
@@ -277,8 +277,8 @@ def assert_aligned(
 @pytest.mark.parametrize("name", BUILDS)
 def test_slots_of_the_whole_model_have_their_own_channels(name: str) -> None:
     model, data = make(BUILDS[name])
-    state, _ = started(model, data)
-    analysis, captured, slots = by_place(state, None)
+    context, _ = started(model, data)
+    analysis, captured, slots = by_place(context, None)
     none = np.zeros(analysis.units.component.size, bool)
     looked = assert_aligned(analysis, captured, slots, all_values(model, data), none)
     assert looked == len(slots) >= EXPECTED[name]
@@ -289,13 +289,13 @@ def test_slots_of_the_whole_model_have_their_own_channels(name: str) -> None:
 def test_survivors_of_a_cut_model_line_up(name: str, seed: int) -> None:
     """What is captured of a cut model is what the masked original has in the channels that are left."""
     model, data = make(BUILDS[name], seed)
-    state, _ = started(model, data, seed=seed)
-    Prune("random", 0.4)(state)
-    assert state.removed is not None and state.removed.any()
-    analysis, captured, slots = by_place(state, state.removed)
-    values = all_values(masked(model, plan_slots(Result(state)), data), data)
+    context, _ = started(model, data, seed=seed)
+    pruned = Prune("random", 0.4)(context, Model.of(context.analysis)).model
+    assert pruned.removed is not None and pruned.removed.any()
+    analysis, captured, slots = by_place(context, pruned.removed)
+    values = all_values(masked(model, plan_slots(Result(context, pruned)), data), data)
     values = {**all_values(model, data), **{n: v for n, v in values.items() if v.ndim}}
-    assert assert_aligned(analysis, captured, slots, values, state.removed) == len(slots) > 0
+    assert assert_aligned(analysis, captured, slots, values, pruned.removed) == len(slots) > 0
 
 
 # -- what stands in the way --------------------------------------------------------------------------------------------
@@ -306,9 +306,9 @@ def test_nan_in_a_feature_map_is_told_with_its_tensor() -> None:
     y = net.conv(net.input("x", ["N", 3, 6, 6]), 3, 8)
     broken = net.op("Log", net.op("Sub", net.op("Relu", y), net.const(0.1)))
     model = net.model(net.conv(broken, 8, 4))
-    state, analysis = started(model, {"x": np.random.default_rng(0).standard_normal((4, 3, 6, 6)).astype(np.float32)})
+    context, analysis = started(model, {"x": np.random.default_rng(0).standard_normal((4, 3, 6, 6)).astype(np.float32)})
     with pytest.raises(ModelError, match=f"{broken}.* NaN") as caught:
-        captured_maps(state, analysis, competing(analysis), ("moments",))
+        captured_maps(context, analysis, competing(analysis), ("moments",))
     assert caught.value.exit_code == 3
 
 
@@ -320,8 +320,8 @@ def test_a_model_that_works_for_one_batch_size_only(batch: int) -> None:
     y = net.reshape(y, batch, 6, 16)
     model = net.model(net.op("MatMul", net.weight(4, 6), y), shapes={}, check=False)
     data = {"x": np.random.default_rng(0).standard_normal((5, 3, 4, 4)).astype(np.float32)}
-    state, analysis = started(model, data)
-    captured = captured_maps(state, analysis, competing(analysis), ("moments",))
+    context, analysis = started(model, data)
+    captured = captured_maps(context, analysis, competing(analysis), ("moments",))
     used = 5 // batch * batch
     assert captured.samples == used
     calls = [all_values(model, {"x": data["x"][i : i + batch]}) for i in range(0, used, batch)]
@@ -333,7 +333,7 @@ def test_a_model_that_works_for_one_batch_size_only(batch: int) -> None:
 def test_the_users_batch_size_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = make(plain)
     for size, wanted in ((None, {11}), (4, {4, 3})):
-        state, analysis = started(model, data, batch_size=size)
+        context, analysis = started(model, data, batch_size=size)
         seen = set()
         run = __import__("onnxprune.runtime.capture", fromlist=["run"]).run
 
@@ -343,7 +343,7 @@ def test_the_users_batch_size_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
         with monkeypatch.context() as patch:
             patch.setattr("onnxprune.runtime.capture.run", spy)
-            captured = captured_maps(state, analysis, competing(analysis), ("moments",))
+            captured = captured_maps(context, analysis, competing(analysis), ("moments",))
         assert seen == wanted and captured.samples == 11
 
 

@@ -11,7 +11,7 @@ import pytest
 from build import Net
 
 import onnxprune as op
-from onnxprune.passes.state import State
+from onnxprune.pipeline import Context
 from onnxprune.runtime.profile import profile
 from onnxprune.selection.costs import macs_after, params_after, savings, spread
 from onnxprune.selection.policy import columns
@@ -55,8 +55,8 @@ def test_sizes_are_known_without_a_cut(name: str) -> None:
     """A selector finds what would go at any ratio; the sizes are those of the cut."""
     constants = floats(onnx.load(MODELS / f"{name}.onnx")) - op.analyze(MODELS / f"{name}.onnx").parameters
     for options in ({}, {"scope": "global"}, {"reshape_axis": "both"}, {"steps": 2}):
-        state = State(MODELS / f"{name}.onnx")
-        selector = op.passes.Prune("l2", 0.1, **options).selector(state)  # type: ignore[arg-type]
+        context = Context.of(MODELS / f"{name}.onnx")
+        selector = op.passes.Prune("l2", 0.1, **options).selector(context, context.analysis)  # type: ignore[arg-type]
         for ratio in (0.2, 0.5):
             gone, result = selector.at(ratio), cut(name, ratio, **options)
             assert macs_after(selector.analysis, gone) == result.report.totals.macs_after

@@ -32,26 +32,26 @@ def capture_overhead(path: Path, data: Path, samples: int, needs: Sequence[str])
     front of contractions besides.
     """
     from onnxprune.model.save import save
-    from onnxprune.passes import State
+    from onnxprune.passes import Context
     from onnxprune.passes.calibrate import captured_maps
-    from onnxprune.passes.calls import Calls
+    from onnxprune.passes.calls import CalibrationBatches
     from onnxprune.runtime.sessions import open_session, run
 
-    state = State(path, data=data, samples=limit(data, samples))
-    analysis = state.analyzed()
+    context = Context.of(path, data=data, samples=limit(data, samples))
+    analysis = context.analysis
     groups = [g for g in analysis.units.groups if g.prunable]
-    source = Calls(state, analysis)
+    source = CalibrationBatches(context, analysis)
 
     def plain() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             target = Path(folder) / "plain.onnx"
             save(analysis.graph.proto, analysis.graph.weights, target)
             session = open_session(target, spin=False)
-            for feed in source.batches(source.fixed or source.most):
+            for feed in source.batches(source.fixed or source.max_size):
                 run(session, feed)
 
     def capture(need: str) -> Callable[[], Any]:
-        return lambda: captured_maps(state, analysis, groups, (need,))
+        return lambda: captured_maps(context, analysis, groups, (need,))
 
     plain()  # caches of files and of the processor
     work = {"plain": plain} | {need: capture(need) for need in needs}

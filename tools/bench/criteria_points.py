@@ -59,13 +59,13 @@ def run_task(task: Task) -> dict[str, Any]:
 
 
 def _points(task: Task, combination: Combination) -> list[dict[str, Any]]:
-    from onnxprune.passes import Prune, Result
+    from onnxprune.passes import Model, Prune, Result
     from onnxprune.planning import make_plan
 
-    state = _state(task.path, task.data, task.samples, task.cache)
+    context = _context(task.path, task.data, task.samples, task.cache)
     start = time.perf_counter()
-    cut, kept_by = choosing(state, combination)
-    analysis = state.analyzed()
+    cut, kept_by = choosing(context, combination)
+    analysis = context.analysis
     cut(0.5)
     seconds = time.perf_counter() - start
     result = []
@@ -75,16 +75,16 @@ def _points(task: Task, combination: Combination) -> list[dict[str, Any]]:
         if abs(kept - share) > OFF:
             result.append({**point, "error": f"nearest share of the MACs: {kept:.3f}"})
             continue
-        Prune(plan=make_plan(analysis, mask, combination.criterion))(state)
-        state.later.clear()
+        prune = Prune(plan=make_plan(analysis, mask, combination.criterion))
+        pruned = prune(context, Model.of(analysis)).model
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             target = Path(folder) / "cut.onnx"
-            Result(state).save(target)
+            Result(context, pruned).save(target)
             result.append({**point, "metrics": evaluate(task.home, files.name(task.path), target)})
     return result
 
 
-def choosing(state: Any, combination: Combination) -> tuple[Callable[[float], Any], Callable[[Any], float]]:
+def choosing(context: Any, combination: Combination) -> tuple[Callable[[float], Any], Callable[[Any], float]]:
     """What is cut at a ratio, and the share of the MACs that a cut keeps."""
     from onnxprune.passes import Prune
     from onnxprune.selection.costs import macs_after
@@ -92,8 +92,8 @@ def choosing(state: Any, combination: Combination) -> tuple[Callable[[float], An
     options: dict[str, Any] = {"scope": combination.scope, "cost": combination.cost}
     if combination.normalize != "default":
         options["normalize"] = combination.normalize
-    selector = Prune(combination.criterion, **options).selector(state)
-    analysis = state.analyzed()
+    selector = Prune(combination.criterion, **options).selector(context, context.analysis)
+    analysis = selector.analysis
     whole = macs_after(analysis, np.zeros(analysis.units.component.size, dtype=bool))
     return selector.at, lambda mask: macs_after(analysis, mask) / whole
 
@@ -115,8 +115,8 @@ def nearest_cut(cut: Any, kept: Any, share: float) -> tuple[float, float, Any]:
 
 
 @lru_cache(maxsize=1)
-def _state(path: Path, data: Path | None, samples: int, cache: Path) -> Any:
+def _context(path: Path, data: Path | None, samples: int, cache: Path) -> Any:
     """One analysis per model and worker; captured statistics are kept in ``cache``."""
-    from onnxprune.passes import State
+    from onnxprune.passes import Context
 
-    return State(path, data=data, samples=limit(data, samples) if data else None, cache=cache)
+    return Context.of(path, data=data, samples=limit(data, samples) if data else None, cache=cache)

@@ -56,13 +56,13 @@ def _result(job: Job) -> Any:
     recover = op.passes.Recover("full" if job.kind == "repair" else "none")
     if job.way == PRUNE:
         from bench.criteria_points import Combination, choosing, nearest_cut
-        from onnxprune.passes import State
+        from onnxprune.passes import Context
         from onnxprune.planning import make_plan
 
-        state = State(job.path, data=job.data, samples=limit(job.data, job.samples))
+        context = Context.of(job.path, data=job.data, samples=limit(job.data, job.samples))
         criterion = "l2" if data is None else "ziplm"
-        cut, kept = choosing(state, Combination(criterion, "global", "default" if data is None else "none", "macs"))
-        take: Any = op.passes.Prune(plan=make_plan(state.analyzed(), nearest_cut(cut, kept, job.share)[2], criterion))
+        cut, kept = choosing(context, Combination(criterion, "global", "default" if data is None else "none", "macs"))
+        take: Any = op.passes.Prune(plan=make_plan(context.analysis, nearest_cut(cut, kept, job.share)[2], criterion))
     else:
         take = op.passes.Factorize(job.way, ratio=1 - job.share, timed=job.timed)
     check = op.passes.Validate(exact=False, faithful=False)

@@ -17,8 +17,9 @@ from bench.peers import CLOSE, run
 from bench.survivors import Unclear, masked, worst_difference
 from bench.zoo_tables import REALLY
 from onnxprune import Pipeline, Plan, errors, prune
+from onnxprune.analysis import Analysis
 from onnxprune.graph.bounds import integer_bounds
-from onnxprune.passes import Prune, State, Validate
+from onnxprune.passes import Context, Model, PassResult, Prune, Validate
 from onnxprune.plan import PlanGroup
 from onnxprune.runtime import inputs, sessions
 
@@ -62,12 +63,17 @@ def cut(
         ``status``: cut, small (exact, but at most 5 % of the parameters gone), left (nothing removable), wrong
         (validation failed), error (an error of onnxprune's own), crash (any other exception).
     """
-    states: list[State] = []
+    analyses: list[Analysis] = []
+
+    def remember(_: Context, model: Model) -> PassResult:
+        analyses.append(model.analysis)
+        return PassResult(model, changed=False)
+
     start = time.perf_counter()
     try:
         plan = rounded_up(path, ratio, approximate) if round_up else None
         first = Prune(ratio=ratio, approximate=approximate, plan=plan)
-        passes = [first, states.append, Validate(faithful=False, timed=False)]
+        passes = [first, remember, Validate(faithful=False, timed=False)]
         result = Pipeline(passes).run(path)
     except errors.BudgetError as error:
         record = {"status": "left", "removed": 0.0, "message": str(error)}
@@ -96,24 +102,25 @@ def cut(
         if save is not None:
             result.save(save)
         if not approximate:
-            record |= _checked_again(path, states[0], model, result.model)
-    if states:
-        record |= _barriers(states[0])
+            record |= _checked_again(path, analyses[0], model, result.model)
+    if analyses:
+        record |= _barriers(analyses[0])
     return record | {"total_seconds": round(time.perf_counter() - start, 3)}
 
 
-def feed_for(path: Path, state: State) -> dict[str, Any]:
+def feed_for(path: Path, analysis: Analysis) -> dict[str, Any]:
     """A seeded feed with the first probe's shapes."""
-    analysis = state.analyzed()
     specs = sessions.input_specs(sessions.open_session(path, optimize=False, threads=1))
     bounds = integer_bounds(analysis.graph, analysis.facts)
     return inputs.synthetic(specs, analysis.facts.probes[0].inputs, bounds=bounds)
 
 
-def _checked_again(path: Path, state: State, original: onnx.ModelProto, result: onnx.ModelProto) -> dict[str, Any]:
+def _checked_again(
+    path: Path, analysis: Analysis, original: onnx.ModelProto, result: onnx.ModelProto
+) -> dict[str, Any]:
     """The check that knows the two files only; it must be able to see a difference, or it says nothing."""
     try:
-        feed = feed_for(path, state)
+        feed = feed_for(path, analysis)
         before, expected, after = (run(m, feed) for m in (original, masked(original, result), result))
         error = worst_difference(expected, after)
         if worst_difference(before, expected) == 0:
@@ -125,11 +132,11 @@ def _checked_again(path: Path, state: State, original: onnx.ModelProto, result: 
     return {"independent": error <= CLOSE, "independent_error": error}
 
 
-def _barriers(state: State) -> dict[str, Any]:
+def _barriers(analysis: Analysis) -> dict[str, Any]:
     """The reasons that hold most channels, and the rules that raised (which costs a cut, never an exception)."""
     found = []
     with contextlib.suppress(Exception):
-        found = state.analyzed().barriers
+        found = list(analysis.barriers)
     channels = sum(b.channels for b in found)
     found.sort(key=lambda b: b.code in _PLAIN)
     top = [

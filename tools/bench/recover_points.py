@@ -43,15 +43,15 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def _choose(job: Job) -> tuple[Any, float, float]:
-    from onnxprune.passes import State
+    from onnxprune.passes import Context
     from onnxprune.planning import make_plan
 
     start = time.perf_counter()
-    state = State(job.path, data=job.data, samples=limit(job.data, job.samples), cache=job.cache)
-    cut, kept_by = choosing(state, job.combination)
+    context = Context.of(job.path, data=job.data, samples=limit(job.data, job.samples), cache=job.cache)
+    cut, kept_by = choosing(context, job.combination)
     _, kept, mask = nearest_cut(cut, kept_by, job.share)
     seconds = time.perf_counter() - start
-    return make_plan(state.analyzed(), mask, job.combination.criterion), kept, round(seconds, 1)
+    return make_plan(context.analysis, mask, job.combination.criterion), kept, round(seconds, 1)
 
 
 def _repaired(job: Job, plan: Any, mode: str) -> dict[str, Any]:

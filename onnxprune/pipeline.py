@@ -1,0 +1,686 @@
+"""A run: one context, passes from model to model, and the facts that they find.
+
+``Pass(context, model) -> PassResult(model, facts, changed)``. The context and every model are immutable: a pass gives
+another model, a trial is another model, and nothing that one pass does reaches a second one in any other way. What a
+pass requires of a model and what it ensures is declared on the pass and checked around every call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.analysis import Analysis
+from onnxprune.documents import encoded
+from onnxprune.errors import OnnxpruneError, PostconditionError, PreconditionError, UsageError
+from onnxprune.graph.probes import input_specs
+from onnxprune.model.save import assemble, check_output, save
+from onnxprune.model.weights import Weight
+from onnxprune.plan import Plan
+from onnxprune.plugins import Named
+from onnxprune.report.facts import Exactness, Fact, Report, Seconds, Sizes, report_of
+from onnxprune.runtime.data import Samples, open_data
+from onnxprune.runtime.device import Device, device
+from onnxprune.runtime.images import ImageOptions
+from onnxprune.runtime.sessions import Feed
+
+Progress = Callable[[str, float], None]
+Mask = NDArray[np.bool_]
+ModelSource = str | Path | bytes | onnx.ModelProto
+ModelParts = tuple[onnx.ModelProto, Mapping[str, Weight]]
+"""A model without its weights, and the weights by name."""
+
+MIN_MEMORY = 1_000_000
+"""Bytes of activations below which nothing works well."""
+
+# -- what a run is given -----------------------------------------------------------------------------------------------
+
+
+class Calibration:
+    """The user's inputs, opened when first asked for; passes share what an iterator has given.
+
+    Args:
+        data: see :func:`onnxprune.prune`. analysis: of the model that takes them.
+        samples: how many to use, None for all. batch_size: samples per call where the model leaves that open.
+        images: how images become arrays.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        analysis: Analysis,
+        samples: int | None = None,
+        batch_size: int | None = None,
+        images: ImageOptions | None = None,
+    ) -> None:
+        self.limit, self.batch_size = samples, batch_size
+        self._data, self._analysis, self._images = data, analysis, images
+        self._opened: Samples | None = None
+
+    def open(self) -> Samples:
+        """The inputs.
+
+        Raises:
+            UsageError: they do not fit the model.
+        """
+        if self._opened is None:
+            specs = input_specs(self._analysis.graph)
+            self._opened = open_data(
+                self._data, specs, samples=self.limit, batch_size=self.batch_size, images=self._images
+            )
+        return self._opened
+
+    def first(self, samples: int) -> Calibration:
+        """The same inputs, but no more than so many samples."""
+        part = Calibration(self._data, self._analysis, self.limit, self.batch_size, self._images)
+        part._opened = self.open().first(samples)
+        return part
+
+
+class Stages:
+    """Times the stages of a run and tells a listener how far they are.
+
+    Args:
+        listener: called with (stage, fraction).
+
+    Attributes:
+        seconds: time per stage.
+    """
+
+    def __init__(self, listener: Progress | None = None) -> None:
+        self._listener = listener
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what runs inside."""
+        self.tell(name, 0.0)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.tell(name, 1.0)
+
+    def tell(self, name: str, fraction: float) -> None:
+        """Tell the listener, if there is one."""
+        if self._listener is not None:
+            self._listener(name, fraction)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """What a run is given; the same for all of its passes.
+
+    Attributes:
+        analysis: of the original. source: the original as it was given. input_shapes: {input: shape}.
+        calibration: the user's inputs; None without. seed: of everything random.
+        cache: folder to keep statistics in. memory_limit: bytes of activations to hold at a time.
+        device: where time is measured. stages: the clock and the progress bar.
+    """
+
+    analysis: Analysis
+    source: ModelSource
+    input_shapes: Mapping[str, Sequence[int]] | None = None
+    calibration: Calibration | None = None
+    seed: int = 0
+    cache: Path | None = None
+    memory_limit: int | None = None
+    device: Device = field(default_factory=device)
+    stages: Stages = field(default_factory=Stages)
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelSource,
+        *,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        data: Any = None,
+        samples: int | None = None,
+        batch_size: int | None = None,
+        images: ImageOptions | None = None,
+        cache: str | Path | None = None,
+        memory_limit: int | None = None,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        seed: int = 0,
+        approximate: bool = False,
+        progress: Progress | None = None,
+    ) -> Context:
+        """Analyse a model for a run; the arguments are those of :meth:`Pipeline.run`.
+
+        Raises:
+            UsageError: an argument makes no sense. ModelError: the model cannot be read.
+        """
+        given = {"samples": samples, "batch_size": batch_size, "images": images}
+        alone = next((name for name, value in given.items() if value is not None), None)
+        if alone is not None and data is None:
+            raise UsageError(f"{alone} says how to read data, and there is no data", hint="Give data, or drop it.")
+        if memory_limit is not None and memory_limit < MIN_MEMORY:
+            raise UsageError(f"memory_limit {memory_limit} is too small", hint=f"Allowed: {MIN_MEMORY} bytes or more.")
+        where, stages = device(providers, threads), Stages(progress)
+        with stages.stage("analyze"):
+            analysis = Analysis(model, input_shapes=input_shapes, approximate=approximate)
+        calibration = None if data is None else Calibration(data, analysis, samples, batch_size, images)
+        kept = None if cache is None else Path(cache)
+        return cls(analysis, model, input_shapes, calibration, seed, kept, memory_limit, where, stages)
+
+    def inputs(self) -> Samples:
+        """The user's inputs.
+
+        Raises:
+            UsageError: there are none, or they do not fit.
+        """
+        if self.calibration is None:
+            raise UsageError(
+                "this needs calibration data, and there is none",
+                hint="Give it with --data (Python: data=...): arrays, images or anything that yields inputs.",
+            )
+        return self.calibration.open()
+
+    def for_trial(self, samples: int | None = None) -> Context:
+        """The context of a trial: with a clock of its own that nobody listens to.
+
+        Args:
+            samples: use only so many of the inputs.
+        """
+        calibration = self.calibration
+        if calibration is not None and samples is not None:
+            calibration = calibration.first(samples)
+        return replace(self, calibration=calibration, stages=Stages())
+
+    def stage(self, name: str) -> Any:
+        """Time what runs inside, as a stage of that name."""
+        return self.stages.stage(name)
+
+    def tell(self, name: str, fraction: float) -> None:
+        """Tell how far a stage is."""
+        self.stages.tell(name, fraction)
+
+
+# -- what passes hand on -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HoldOut:
+    """Inputs that a recovery did not see, to compare the result on.
+
+    Attributes:
+        inputs: batches. name: what to call them in reports.
+    """
+
+    inputs: Sequence[Feed]
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A model on its way through a pipeline. A pass gives another one, and never changes this.
+
+    Attributes:
+        proto: the model without the data of its initializers. weights: these, by name.
+        analysis: of the model that channels are removed from.
+        removed: mask over the atoms of ``analysis`` of what was removed; None where no pass removed anything.
+        plan: what was removed from where, and which layers were factorized at which ranks.
+        proof: whether the removal is exact; None where no pass has asked yet.
+        as_pruned: the model before weights were changed for another reason, which ``proof`` is about; None for this.
+        hold_out: inputs to compare the result on, where a recovery has used the others.
+        files: files that weights are read from, besides the original's.
+    """
+
+    proto: onnx.ModelProto
+    weights: Mapping[str, Weight]
+    analysis: Analysis
+    removed: Mask | None = None
+    plan: Plan = field(default_factory=Plan)
+    proof: Exactness | None = None
+    as_pruned: ModelParts | None = None
+    hold_out: HoldOut | None = None
+    files: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+
+    @classmethod
+    def of(cls, analysis: Analysis) -> Model:
+        """The model that was analysed, as it is."""
+        return cls(analysis.loaded.proto, analysis.loaded.weights, analysis)
+
+    def __repr__(self) -> str:
+        nodes, parameters = len(self.proto.graph.node), self.num_parameters
+        steps = ["pruned"] * self.is_pruned + ["factorized"] * self.is_factorized
+        return f"<Model: {nodes} nodes, {parameters:,} parameters{''.join(', ' + step for step in steps)}>"
+
+    def with_weights(self, weights: Mapping[str, Weight]) -> Model:
+        """The model with other values in some weights.
+
+        Args:
+            weights: by name; all others stay.
+        """
+        return replace(self, weights={**self.weights, **weights})
+
+    def with_parts(self, parts: ModelParts, **changes: Any) -> Model:
+        """The model with another graph and all of its weights.
+
+        Args:
+            parts: the two. changes: other fields.
+        """
+        return replace(self, proto=parts[0], weights=parts[1], **changes)
+
+    @property
+    def parts(self) -> ModelParts:
+        """Graph and weights."""
+        return self.proto, self.weights
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all weights."""
+        return sum(int(np.prod(weight.shape)) for weight in self.weights.values())
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether any channel was removed."""
+        return self.removed is not None and bool(self.removed.any())
+
+    @property
+    def is_factorized(self) -> bool:
+        """Whether any layer was factorized."""
+        return bool(self.plan.factorized)
+
+    @property
+    def is_unproved(self) -> bool:
+        """Whether there is a removal that nobody asked exactness of."""
+        return self.removed is not None and self.proof is None
+
+    @property
+    def is_analyzed(self) -> bool:
+        """Whether this is the very model that ``analysis`` is of."""
+        known = self.analysis.loaded
+        return self.proto is known.proto and all(known.weights.get(n) is w for n, w in self.weights.items())
+
+    @property
+    def removal(self) -> Mask:
+        """Mask over the atoms of ``analysis`` of what was removed; of none where nothing was."""
+        return np.zeros(self.analysis.table.atoms.count, bool) if self.removed is None else self.removed
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a pass gives back.
+
+    Attributes:
+        model: the model to go on with. facts: what was found out, see :data:`onnxprune.report.facts.Fact`.
+        changed: whether ``model`` is another one than the pass was given.
+    """
+
+    model: Model
+    facts: Sequence[Fact] = ()
+    changed: bool = True
+
+
+# -- passes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What a pass needs.
+
+    Attributes:
+        what: completes "<the pass> needs ...". holds: whether it is there. hint: the next step for the user.
+        of_context: the context alone decides, so that it is asked before the first pass runs.
+    """
+
+    what: str
+    holds: Callable[[Context, Model], bool]
+    hint: str = ""
+    of_context: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Guarantee:
+    """What a pass promises.
+
+    Attributes:
+        what: completes "<the pass> promises ...". holds: whether it is true of the model before and behind the pass.
+    """
+
+    what: str
+    holds: Callable[[Model, Model], bool]
+
+
+UNPRUNED = Requirement(
+    "a model that no pass has removed channels from",
+    lambda _, model: model.removed is None,
+    "Prune once: a plan or several ratios (layers=...) go into one pass.",
+)
+SAME_MODEL = Guarantee("the same model", lambda before, after: before.parts == after.parts)
+SAME_REMOVAL = Guarantee("the same channels", lambda before, after: before.removed is after.removed)
+
+
+class Pass(ABC):
+    """A stage of a pipeline: a call from model to model.
+
+    Attributes:
+        requires: asked before the call. ensures: asked after it. approximate: whether channels may be removed through
+            normalisations, which the analysis has to know.
+    """
+
+    requires: Sequence[Requirement] = ()
+    ensures: Sequence[Guarantee] = ()
+    approximate: bool = False
+
+    @abstractmethod
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Do the stage's work, or raise an OnnxpruneError."""
+
+    @property
+    def label(self) -> str:
+        """What messages call the pass."""
+        return f"pass {type(self).__name__}"
+
+    def __repr__(self) -> str:
+        return f"<{self.label}>"
+
+
+class FunctionPass(Pass):
+    """A function of context and model as a pass.
+
+    Args:
+        function: gives a :class:`PassResult`; may have ``requires`` and ``ensures`` of its own.
+    """
+
+    def __init__(self, function: Callable[[Context, Model], PassResult]) -> None:
+        self._function = function
+        self.requires, self.ensures = getattr(function, "requires", ()), getattr(function, "ensures", ())
+
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Call the function."""
+        return self._function(context, model)
+
+    @property
+    def label(self) -> str:
+        """The function's name."""
+        return f"pass {getattr(self._function, '__name__', type(self._function).__name__)}"
+
+
+def as_pass(stage: Any) -> Pass:
+    """A pass from a pass, a function of context and model, or a registered name.
+
+    Raises:
+        UsageError: no pass has such a name, a class stands where an instance is meant, or a callable takes other
+            arguments, such as the state that passes once changed.
+    """
+    if isinstance(stage, str):
+        return get(stage)
+    if isinstance(stage, Pass):
+        return stage
+    name = getattr(stage, "__name__", type(stage).__name__)
+    if isinstance(stage, type):
+        raise UsageError(f"Pass {name} is a class, and an instance was expected.", hint=f"Write {name}().")
+    if not callable(stage):
+        raise UsageError(f"{stage!r} is no pass.", hint=_CONTRACT)
+    count = _num_arguments(stage)
+    if count == 1:
+        raise UsageError(
+            f"Pass {name} is written for the old contract: it takes one argument, the state of a run.",
+            hint=f"{_CONTRACT} In place of state.weights[name] = w, return model.with_weights({{name: w}}); facts take "
+            "the place of state.report; context.analysis that of state.analyzed().",
+        )
+    if count not in (2, None):
+        raise UsageError(f"Pass {name} takes {count} arguments.", hint=_CONTRACT)
+    return FunctionPass(stage)
+
+
+_CONTRACT = "A pass is called with (context, model) and gives PassResult(model, facts); see CONTRIBUTING, 'Add a pass'."
+
+
+def _num_arguments(function: Callable[..., Any]) -> int | None:
+    """How many arguments by position a callable needs; None where that is any number, or nobody knows."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
+
+
+T = TypeVar("T", bound="Pass | type[Pass] | Callable[[Context, Model], PassResult]")
+ENTRY_POINT = "onnxprune.passes"
+_BUILT_IN: dict[str, Any] = {
+    "prune": "onnxprune.passes.prune:Prune",
+    "factorize": "onnxprune.passes.factorize:Factorize",
+    "exact": "onnxprune.passes.exact:Exact",
+    "flush": "onnxprune.passes.flush:Flush",
+    "recover": "onnxprune.passes.recover:Recover",
+    "validate": "onnxprune.passes.validate:Validate",
+}
+_named: Named[Any] = Named("pass", ENTRY_POINT, _BUILT_IN)
+
+
+def register(name: str) -> Callable[[T], T]:
+    """Register a pass under a name, as a decorator.
+
+    Args:
+        name: for pipelines. The decorator takes a function of context and model, or a class made without arguments.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorate(stage: T) -> T:
+        _named.add(name, stage)
+        return stage
+
+    return decorate
+
+
+def unregister(name: str) -> None:
+    """Forget a pass, so that another can take its name."""
+    _named.remove(name)
+
+
+def get(name: str) -> Pass:
+    """The pass of that name.
+
+    Raises:
+        UsageError: there is none; the nearest name is suggested.
+    """
+    stage = _named.get(name)
+    return as_pass(stage() if isinstance(stage, type) else stage)
+
+
+def names() -> list[str]:
+    """All passes, sorted."""
+    return _named.names()
+
+
+# -- pipelines ---------------------------------------------------------------------------------------------------------
+
+
+class Pipeline:
+    """Passes in order; ``run`` gives the result, the input is never changed.
+
+    Args:
+        passes: such as ``passes.Prune(...)``, ``passes.Validate()``, functions of (context, model), or the names of
+            registered ones.
+
+    Raises:
+        UsageError: no pass has such a name, or one is no pass.
+    """
+
+    def __init__(self, passes: Sequence[Pass | Callable[[Context, Model], PassResult] | str]) -> None:
+        self.passes = [as_pass(stage) for stage in passes]
+
+    def __repr__(self) -> str:
+        return f"<Pipeline: {' -> '.join(stage.label for stage in self.passes)}>"
+
+    def run(
+        self,
+        model: ModelSource,
+        *,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        data: Any = None,
+        samples: int | None = None,
+        batch_size: int | None = None,
+        images: ImageOptions | None = None,
+        cache: str | Path | None = None,
+        memory_limit: int | None = None,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Run every pass on ``model``.
+
+        Args:
+            model: path, bytes or ModelProto. input_shapes: {input: shape} for dynamic inputs.
+            data, samples, batch_size, images: the user's inputs, see ``onnxprune.prune``. seed: of everything random.
+            cache: folder that keeps captured statistics, so that an interrupted or repeated run need not start anew.
+            memory_limit: bytes of activations that passes may hold in memory at a time, 1,000,000 or more.
+            providers, threads: of onnxruntime where time is measured: the CPU, all processors.
+            progress: called with (stage, fraction).
+
+        Raises:
+            OnnxpruneError: bad input, a model that cannot be processed, or a check that failed.
+        """
+        context = Context.of(
+            model,
+            input_shapes=input_shapes,
+            data=data,
+            samples=samples,
+            batch_size=batch_size,
+            images=images,
+            cache=cache,
+            memory_limit=memory_limit,
+            providers=providers,
+            threads=threads,
+            seed=seed,
+            approximate=any(stage.approximate for stage in self.passes),
+            progress=progress,
+        )
+        current = Model.of(context.analysis)
+        for stage in self.passes:
+            _require(stage, context, current, of_context=True)
+        facts: list[Fact] = [Sizes(bytes_before=context.analysis.loaded.size)]
+        for stage in self.passes:
+            result = apply(stage, context, current)
+            current = result.model
+            facts += result.facts
+        return Result(context, current, facts)
+
+
+def apply(stage: Pass, context: Context, model: Model) -> PassResult:
+    """Call one pass, and ask what it requires and ensures.
+
+    Raises:
+        PreconditionError: something that it requires is missing: the order of passes, or the call, is wrong.
+        PostconditionError: it does not keep what it ensures: the pass is wrong.
+        OnnxpruneError: whatever the pass raises.
+    """
+    _require(stage, context, model, of_context=False)
+    try:
+        result = stage(context, model)
+    except Exception as error:
+        if not isinstance(error, OnnxpruneError):
+            error.add_note(f"in {stage.label}")
+        raise
+    if not isinstance(result, PassResult):
+        raise PostconditionError(f"{_first(stage)} returned {type(result).__name__}.", hint=_CONTRACT)
+    if not isinstance(result.model, Model):
+        raise PostconditionError(f"{_first(stage)} gave {type(result.model).__name__} as the model.", hint=_CONTRACT)
+    if not result.changed and result.model is not model:
+        raise PostconditionError(f"{_first(stage)} says that nothing changed, and gave another model.")
+    if result.changed:
+        _check_weights(stage, model, result.model)
+    for promise in stage.ensures:
+        if not promise.holds(model, result.model):
+            raise PostconditionError(f"{_first(stage)} promises {promise.what}, and gave another.")
+    return result
+
+
+def _require(stage: Pass, context: Context, model: Model, *, of_context: bool) -> None:
+    for need in stage.requires:
+        if need.of_context == of_context and not need.holds(context, model):
+            raise PreconditionError(f"{_first(stage)} needs {need.what}.", hint=need.hint)
+
+
+def _check_weights(stage: Pass, before: Model, after: Model) -> None:
+    """Every new weight has a place in the graph.
+
+    Raises:
+        PostconditionError: one has none.
+    """
+    added = after.weights.keys() - before.weights.keys()
+    known = {tensor.name for tensor in after.proto.graph.initializer} if added else set()
+    lost = next((name for name in sorted(added) if name not in known), None)
+    if lost is not None:
+        raise PostconditionError(
+            f"{_first(stage)} gave a weight {lost!r} that is no initializer of the model.",
+            hint="Add the initializer to a copy of model.proto as well, or take a name that is there.",
+        )
+
+
+def _first(stage: Pass) -> str:
+    """The label at the beginning of a sentence."""
+    return stage.label[:1].upper() + stage.label[1:]
+
+
+class Result:
+    """What a run gives back: ``model``, ``plan``, ``report``, and ``save``.
+
+    Attributes:
+        context: what the run was given. final: the model behind the last pass. facts: of all passes, in order.
+        plan: what was removed from where.
+        report: sizes, exactness, fidelity, speed, groups and barriers: the sum of the facts.
+    """
+
+    def __init__(self, context: Context, final: Model, facts: Sequence[Fact] = ()) -> None:
+        self.context, self.final = context, final
+        original = context.analysis
+        sizes = Sizes(params_before=original.parameters, params_after=final.num_parameters)
+        self.facts: tuple[Fact, ...] = (*facts, sizes, Seconds(dict(context.stages.seconds)))
+        self.plan: Plan = final.plan
+        self.report: Report = report_of(self.facts, model=str(original.loaded.path or ""))
+        self._assembled: onnx.ModelProto | None = None
+
+    def __repr__(self) -> str:
+        totals = self.report.totals
+        return f"<Result: {totals.params_after:,} of {totals.params_before:,} parameters, {self.final!r}>"
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The final model in memory, put together when first asked for. For large models prefer ``save``."""
+        if self._assembled is None:
+            self._assembled = assemble(*self.final.parts)
+        return self._assembled
+
+    def save(self, path: str | Path, *, plan: str | Path | None = None) -> int:
+        """Write the final model; weights are streamed, an existing file is replaced at once or not at all.
+
+        Args:
+            path: the model file. plan: where to write the plan, which is replaced together with the model.
+
+        Returns:
+            bytes of the model written, external data included.
+
+        Raises:
+            UsageError: the target is the input, or cannot be written.
+        """
+        loaded = self.context.analysis.loaded
+        check_output(path, loaded.path, [*loaded.external, *self.final.files])
+        companions = {Path(plan): encoded(self.plan.text())} if plan is not None else {}
+        external = bool(loaded.external)
+        size = save(*self.final.parts, path, prefer_external=external, companions=companions)
+        self.report.totals.bytes_after = size
+        self.report.output = str(path)
+        return size
