@@ -65,8 +65,7 @@ def packed() -> onnx.ModelProto:
 @pytest.mark.parametrize("axis", ["head_dim", "heads"])
 @pytest.mark.parametrize("gone", [False, True])
 def test_they_are_what_slots_give(name: str, axis: str, gone: bool) -> None:
-    analysis = op.analyze(packed() if name == "packed" else MODELS / f"{name}.onnx")
-    analysis.resolve_again(axis)
+    analysis = op.analyze(packed() if name == "packed" else MODELS / f"{name}.onnx").with_reshape_axis(axis)
     groups = [g for g in analysis.units.groups if g.prunable]
     removed = np.random.default_rng(0).random(analysis.units.component.size) < 0.3 if gone else None
     l2 = criteria.get("l2")
