@@ -22,8 +22,8 @@ class PlanSlot:
     """
 
     tensor: str
-    axis: int
-    size: int
+    axis: int = 0
+    size: int = 0
     removed: list[int] = field(default_factory=list)
     at: dict[int, int] = field(default_factory=dict)
 
@@ -33,8 +33,8 @@ class PlanGroup:
     """Units removed from one group, and where each stands. ``removed`` None means: go by the slots."""
 
     id: int
-    units: int
-    removed: list[int] | None
+    units: int = 0
+    removed: list[int] | None = None
     slots: list[PlanSlot] = field(default_factory=list)
 
 
@@ -98,25 +98,16 @@ class Plan:
         Raises:
             UsageError: the data does not have a plan's form.
         """
+        hint = "Write one with --plan to see the form."
         if not isinstance(data, Mapping) or not isinstance(data.get("groups"), list):
-            raise UsageError(
-                "This is not a plan: it has no list 'groups'.", hint="Write one with --plan to see the form."
-            )
+            raise UsageError("This is not a plan: it has no list 'groups'.", hint=hint)
         if data.get("version", VERSION) != VERSION:
             raise UsageError(
-                f"Plan version {data.get('version')!r} is not known.", hint=f"This onnxprune reads version {VERSION}."
+                f"Plan version {str(data.get('version'))[:40]!r} is not known.",
+                hint=f"This onnxprune reads version {VERSION}.",
             )
-        groups = [_group(g, i) for i, g in enumerate(data["groups"])]
-        factorized = data.get("factorized", [])
-        if not isinstance(factorized, list):
-            raise UsageError(f"'factorized' of the plan is {factorized!r}, a list was expected.")
-        return cls(
-            str(data.get("model_sha256", "")),
-            str(data.get("criterion", "")),
-            groups,
-            list(data.get("barriers", [])),
-            factorized=[_factors(f, i) for i, f in enumerate(factorized)],
-        )
+        groups = [{"id": i, **g} if isinstance(g, Mapping) else g for i, g in enumerate(data["groups"])]
+        return documents.parse(cls, {**data, "groups": groups}, "the plan", hint)
 
 
 def _lines(data: Mapping[str, Any]) -> str:
@@ -135,64 +126,3 @@ def _lines(data: Mapping[str, Any]) -> str:
     factors = [json.dumps(item) for item in data.get("factorized", ())]
     behind = f',\n "factorized": {block(factors, chr(10) + " ]")}' if factors else ""
     return f'{{{text},\n "groups": {block(groups, chr(10) + " ]")},\n "barriers": {barriers}{behind}}}\n'
-
-
-def _group(data: Any, index: int) -> PlanGroup:
-    if not isinstance(data, Mapping):
-        raise UsageError(f"Group {index} of the plan is not an object.")
-    slots = data.get("slots", [])
-    if not isinstance(slots, list) or not all(isinstance(s, Mapping) for s in slots):
-        raise UsageError(f"'slots' of group {index} is not a list of objects.")
-    removed = data.get("removed")
-    return PlanGroup(
-        id=_whole(data.get("id", index), f"'id' of group {index}"),
-        units=_whole(data.get("units", 0), f"'units' of group {index}"),
-        removed=None if removed is None else _positions(removed, f"'removed' of group {index}"),
-        slots=[_slot(s, index) for s in slots],
-    )
-
-
-def _slot(data: Mapping[str, Any], index: int) -> PlanSlot:
-    if not isinstance(data.get("tensor"), str):
-        raise UsageError(f"A slot of group {index} names no tensor.")
-    where = f"slot {data['tensor']!r} of group {index}"
-    return PlanSlot(
-        tensor=data["tensor"],
-        axis=_whole(data.get("axis", 0), f"'axis' of {where}"),
-        size=_whole(data.get("size", 0), f"'size' of {where}"),
-        removed=_positions(data.get("removed", []), f"'removed' of {where}"),
-        at=_place(data.get("at", {}), f"'at' of {where}"),
-    )
-
-
-def _place(value: Any, what: str) -> dict[int, int]:
-    """{axis: position}, of which JSON makes texts."""
-    if not isinstance(value, Mapping) or not all(str(axis).isdecimal() for axis in value):
-        raise UsageError(f'{what} is {value!r}, an object such as {{"0": 1}} (axis: position) was expected.')
-    return {int(axis): _whole(position, what) for axis, position in value.items()}
-
-
-def _factors(data: Any, index: int) -> PlanFactors:
-    where = f"entry {index} of 'factorized'"
-    if (
-        not isinstance(data, Mapping)
-        or not isinstance(data.get("layer"), str)
-        or not isinstance(data.get("method"), str)
-    ):
-        raise UsageError(f"{where} names no layer or no method.".capitalize())
-    error = data.get("error", 0.0)
-    error = float(error) if isinstance(error, (int, float)) and not isinstance(error, bool) else 0.0
-    ranks = _positions(data.get("ranks"), f"'ranks' of {where}")
-    return PlanFactors(data["layer"], data["method"], ranks, error)
-
-
-def _whole(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"{what} is {value!r}, a whole number was expected.")
-    return value
-
-
-def _positions(value: Any, what: str) -> list[int]:
-    if not isinstance(value, list):
-        raise UsageError(f"{what} is {value!r}, a list of positions was expected.")
-    return [_whole(v, what) for v in value]

@@ -132,10 +132,19 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
                 f"The plan names tensor {slot.tensor!r}, which has no removable channels in this model.",
                 hint=nearest(slot.tensor, analysis.table.items()),
             )
-        label = covering(labels, slot.axis)
+        rank = labels[0].ids.ndim if labels else 0
+        label = covering(labels, slot.axis) if 0 <= slot.axis < rank else None
         if label is None:
-            raise UsageError(f"Axis {slot.axis} of {slot.tensor!r} has no removable channels.")
+            raise UsageError(
+                f"The plan removes from axis {slot.axis} of {slot.tensor!r}, which has no removable channels.",
+                hint=f"It has {rank} axes, counted from 0." if rank else "",
+            )
         size = label.ids.shape[slot.axis]
+        if slot.size not in (0, size):
+            raise UsageError(
+                f"The plan takes axis {slot.axis} of {slot.tensor!r} to have {slot.size} channels, it has {size}.",
+                hint="Give the plan that was written for this model.",
+            )
         bad = [p for p in slot.removed if not 0 <= p < size]
         if bad:
             raise UsageError(
@@ -143,7 +152,7 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
                 hint=f"Allowed: 0 to {size - 1}.",
             )
         shape = label.ids.shape
-        if any(axis >= len(shape) or axis == slot.axis or not 0 <= p < shape[axis] for axis, p in slot.at.items()):
+        if any(not 0 <= a < len(shape) or a == slot.axis or not 0 <= p < shape[a] for a, p in slot.at.items()):
             raise UsageError(
                 f"The plan names place {slot.at} of {slot.tensor!r}, where there are no removable channels.",
                 hint="'at' is {axis: position} of another axis of the tensor.",

@@ -88,11 +88,17 @@ class Sensitivity:
             raise UsageError(f"{str(path)!r} holds no sensitivities: it has no 'curves'.", hint=hint)
         if data.get("version") != VERSION:
             raise UsageError(f"Sensitivities of version {data.get('version')!r} are not known.", hint=hint)
-        try:
-            given = {k: v for k, v in data.items() if k not in ("version", "curves")}
-            return cls(**given, curves=[_curve(c) for c in data["curves"]])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{str(path)!r} is damaged: {error}.", hint=hint) from None
+        result = documents.parse(cls, data, repr(str(path)), hint)
+        for curve in result.curves:
+            if len({len(curve.shares), len(curve.noise), len(curve.points)}) != 1:
+                raise UsageError(f"{str(path)!r} is damaged: group {curve.group} has lists of different lengths.")
+            rising = all(a < b for a, b in zip([0.0, *curve.shares], curve.shares, strict=False))
+            if not rising or max(curve.shares, default=0.0) > 1 or min(curve.noise, default=0.0) < 0:
+                raise UsageError(
+                    f"{str(path)!r} is damaged: group {curve.group} has negative noise, or shares that do not rise.",
+                    hint=hint,
+                )
+        return result
 
     def check_model(self, sha256: str, source: str) -> None:
         """Whether the curves are of the model with this digest.
@@ -106,10 +112,3 @@ class Sensitivity:
                 f"this one is {sha256[:12]}...).",
                 hint="Run 'onnxprune sensitivity' on this very file.",
             )
-
-
-def _curve(data: Mapping[str, Any]) -> GroupCurve:
-    lists = {name: [float(x) for x in data[name]] for name in ("shares", "noise", "points")}
-    if len({len(x) for x in lists.values()}) != 1:
-        raise ValueError(f"group {data['group']} has lists of different lengths")
-    return GroupCurve(int(data["group"]), str(data["name"]), int(data["units"]), **lists)

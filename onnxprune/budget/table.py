@@ -75,20 +75,15 @@ class LatencyTable:
             raise UsageError(f"{str(path)!r} is not a latency table: it has no 'nodes'.", hint=hint)
         if data.get("version") != VERSION:
             raise UsageError(f"Latency table version {data.get('version')!r} is not known.", hint=hint)
-        try:
-            return cls._of(data)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{str(path)!r} is a damaged latency table: {error}.", hint=hint) from None
-
-    @classmethod
-    def _of(cls, data: Mapping[str, Any]) -> LatencyTable:
-        samples = [
-            Sample(str(node), int(r), int(m), float(s)) for node, found in data["nodes"].items() for r, m, s in found
-        ]
-        checks = [(float(p), float(m)) for p, m in data["checks"]]
-        figures = {name: float(data[name]) for name in ("seconds", "overhead", "slope")}
-        inputs = {str(name): [int(n) for n in shape] for name, shape in data["inputs"].items()}
-        return cls(str(data["model_sha256"]), dict(data["device"]), inputs, **figures, samples=samples, checks=checks)
+        nodes = documents.parse(
+            dict[str, list[tuple[int, int, float]]], data["nodes"], f"'nodes' of {str(path)!r}", hint
+        )
+        table = documents.parse(cls, {**data, "samples": []}, repr(str(path)), hint)
+        table.samples = [Sample(node, *sample) for node, samples in nodes.items() for sample in samples]
+        times = [table.seconds, table.slope, *(measured for _, measured in table.checks)]
+        if min(times) <= 0 or any(min(sample[1:]) < 0 for sample in table.samples):
+            raise UsageError(f"{str(path)!r} is a damaged latency table: it has times of 0 or less.", hint=hint)
+        return table
 
     def check_model(self, sha256: str, source: str) -> None:
         """Whether the table is of the model with this digest.

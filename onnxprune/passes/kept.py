@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import onnx
 from onnxprune import __version__
 from onnxprune.model.weights import Weight
 from onnxprune.recover.solve import Solution
-from onnxprune.runtime.checkpoint import UNUSABLE, make_folder, write_arrays
+from onnxprune.runtime.checkpoint import make_folder, read_arrays, write_arrays
 from onnxprune.runtime.sessions import Feed
 
 FORMAT = 1
@@ -39,9 +38,12 @@ class Kept:
 
     def load(self, level: int, layers: Sequence[str]) -> list[Fitted] | None:
         """The solutions of these layers; None where they are not there."""
-        with suppress(*UNUSABLE), np.load(self._path(level), allow_pickle=False) as file:
+        file = read_arrays(self._path(level))
+        try:
             if list(file["layers"]) == list(layers):
                 return [_read(file, i) for i in range(len(layers))]
+        except (KeyError, TypeError, ValueError):  # missing, or something else
+            return None
         return None
 
     def save(self, level: int, layers: Sequence[str], found: Sequence[Fitted]) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -17,10 +15,6 @@ from onnxprune.statistics import Statistic
 
 FORMAT = 3
 """Raised whenever statistics are measured in another way, so that what an older package left is not gone on from."""
-
-
-UNUSABLE = (OSError, ValueError, KeyError, EOFError, BadZipFile)
-"""What reading a file of arrays raises where it is missing or damaged, or holds something else."""
 
 
 class Checkpoint:
@@ -47,17 +41,19 @@ class Checkpoint:
 
     def load(self, statistics: Mapping[str, Statistic]) -> tuple[int, int]:
         """Fill the statistics from the file. Returns (batches, samples) they hold; (0, 0) without a usable file."""
-        with suppress(*UNUSABLE), np.load(self._path(statistics), allow_pickle=False) as file:
-            states: dict[str, dict[str, Any]] = {name: {} for name in statistics}
-            for entry in file.files:
+        file = read_arrays(self._path(statistics))
+        states: dict[str, dict[str, Any]] = {name: {} for name in statistics}
+        try:
+            done = int(file["batches"]), int(file["samples"])
+            for entry, array in file.items():
                 if "|" in entry:
                     name, _, part = entry.rpartition("|")
-                    states[name][part] = file[entry]
-            done = int(file["batches"]), int(file["samples"])
-            for name, statistic in statistics.items():
-                statistic.state = states[name]
-            return done
-        return 0, 0
+                    states[name][part] = array
+        except (KeyError, TypeError, ValueError):  # missing, or something else
+            return 0, 0
+        for name, statistic in statistics.items():
+            statistic.state = states[name]
+        return done
 
     def save(self, statistics: Mapping[str, Statistic], batches: int, samples: int) -> None:
         """Write the file, replacing the one before at once."""
@@ -74,6 +70,17 @@ def make_folder(folder: Path) -> None:
         raise UsageError(
             f"--cache {str(folder)!r} cannot be made: {error.strerror}", hint="Give a folder that can be written."
         ) from error
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of a file; empty where it is missing or damaged, which only means to compute them anew."""
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception:  # what a damaged archive raises depends on where it is damaged
+        return {}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

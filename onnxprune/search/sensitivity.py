@@ -133,9 +133,12 @@ def measure_sensitivity(
     analysis = selector.analysis
     settings = _settings(context, selector, mode, metric, shares)
     kept = _kept(context, analysis.loaded.sha256, settings, metric)
-    if kept is not None and not anew and kept.exists():
-        with suppress(UsageError):
-            return Sensitivity.load(kept)
+    if kept is not None and not anew and kept.is_file():
+        with suppress(UsageError):  # damaged ones are measured anew
+            known = Sensitivity.load(kept)
+            known.check_model(analysis.loaded.sha256, "")
+            if known.settings == json.loads(json.dumps(settings)):
+                return known
     contests = selector.pool()
     feeds = _feeds(context, selector)
     work: list[tuple[GroupCurve, Job]] = []

@@ -61,9 +61,11 @@ def latency_table(
         table.check_model(analysis.loaded.sha256, "" if isinstance(given, LatencyTable) else repr(str(given)))
         return table
     kept = _kept(context, analysis)
-    if not anew and kept.exists():
-        with suppress(UsageError):
-            return LatencyTable.load(kept)
+    if not anew and kept.is_file():
+        with suppress(UsageError):  # a damaged one is measured anew
+            table = LatencyTable.load(kept)
+            table.check_model(analysis.loaded.sha256, "")
+            return table
     table = measure_table(context, sizes, seconds=seconds)
     with suppress(OSError, UsageError):
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -243,7 +243,7 @@ def test_plans_replay_to_the_byte(tmp_path: Path) -> None:
         (lambda e: e.update(layer="nowhere"), "nowhere"),
         (lambda e: e.update(method="qr"), "no method 'qr'"),
         (lambda e: e.update(ranks=[900, 900]), "Allowed: 1"),
-        (lambda e: e.update(ranks="4"), "a list of positions was expected"),
+        (lambda e: e.update(ranks="4"), "a list was expected"),
     ],
 )
 def test_plans_that_do_not_fit(tmp_path: Path, edit: Callable[[dict[str, Any]], None], says: str) -> None:
