@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class Loaded:
         size: bytes of the model file and of the files with its external data.
         external: the files with its external data.
         as_read: the skeleton with local functions, and bodies in their nodes: what ``proto`` is held against.
+        data: the bytes that were given in place of a file.
         names: inputs and outputs of every node of the graph, where they are known already; else empty.
     """
 
@@ -59,6 +60,7 @@ class Loaded:
     size: int
     as_read: ModelProto
     external: tuple[Path, ...] = ()
+    data: bytes | None = None
     names: Sequence[tuple[list[str], list[str]]] = ()
 
     @cached_property
@@ -124,7 +126,8 @@ def _from_bytes(data: bytes, path: Path | None) -> Loaded:
     for index, span in spans.items():
         tensor = _stub(proto.graph, index, span)
         held[index] = BufferWeight(tensor.name, tensor.data_type, tensor.dims, view[span.start : span.end])
-    return _finish(proto, held, path, lambda: hashlib.sha256(data).hexdigest(), len(data))
+    loaded = _finish(proto, held, path, lambda: hashlib.sha256(data).hexdigest(), len(data))
+    return replace(loaded, data=data) if path is None else loaded
 
 
 def _from_large_file(path: Path) -> Loaded:
@@ -260,7 +263,7 @@ def _finish(
     for tensor in opened.graph.initializer[len(proto.graph.initializer) :]:
         weights[tensor.name] = _take_data(tensor)
     size += sum(file.stat().st_size for file in files)
-    return Loaded(opened, weights, path, digest, size, as_read, tuple(files), names if opened is proto else ())
+    return Loaded(opened, weights, path, digest, size, as_read, tuple(files), names=names if opened is proto else ())
 
 
 def _take_data(tensor: TensorProto) -> Weight:

@@ -10,9 +10,10 @@ import heapq
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from onnxprune.errors import ModelError
+from onnxprune.model.weights import TensorWeight
 
 _Scope = tuple[set[str], ...]
 Names = list[tuple[list[str], list[str]]]
@@ -21,6 +22,49 @@ Names = list[tuple[list[str], list[str]]]
 
 class Unsorted(ModelError):
     """A node reads what a later one makes."""
+
+
+def same_nodes(one: ModelProto, other: ModelProto) -> bool:
+    """Whether two models have the same nodes, those of bodies too, in whatever order, and the same inputs and outputs.
+
+    Of initializers names, types and sizes are compared in the main graph, values as well in bodies.
+    """
+    return _face(one.graph) == _face(other.graph) and _nodes(one.graph) == _nodes(other.graph)
+
+
+def _face(graph: GraphProto) -> tuple[list[str], list[str], list[tuple[str, int, tuple[int, ...]]]]:
+    tensors = sorted((t.name, t.data_type, tuple(t.dims)) for t in graph.initializer)
+    return [i.name for i in graph.input], [o.name for o in graph.output], tensors
+
+
+def _nodes(graph: GraphProto) -> list[bytes]:
+    """Every node as bytes that do not depend on the order of nodes or on how tensors are stored."""
+    return sorted(_plain(node) for node in graph.node)
+
+
+def _plain(node: NodeProto) -> bytes:
+    if not any(a.HasField("t") or _bodies_of(a) for a in node.attribute):
+        return bytes(node.SerializeToString(deterministic=True))
+    bare = NodeProto()
+    bare.CopyFrom(node)
+    parts: list[object] = []
+    for attribute in bare.attribute:
+        if attribute.HasField("t"):
+            parts.append(_tensor(attribute.t))
+        parts += [(_face(g), _nodes(g), [_tensor(t) for t in g.initializer]) for g in _bodies_of(attribute)]
+        for field in ("t", "g", "graphs"):
+            attribute.ClearField(field)
+    return bytes(bare.SerializeToString(deterministic=True)) + repr(parts).encode()
+
+
+def _tensor(tensor: TensorProto) -> tuple[int, tuple[int, ...], object]:
+    if tensor.data_type == TensorProto.STRING:
+        return tensor.data_type, tuple(tensor.dims), list(tensor.string_data)
+    return tensor.data_type, tuple(tensor.dims), bytes(TensorWeight(tensor).stored())
+
+
+def _bodies_of(attribute: AttributeProto) -> Iterable[GraphProto]:
+    return [attribute.g] if attribute.HasField("g") else attribute.graphs
 
 
 def ordered(proto: ModelProto) -> Names:

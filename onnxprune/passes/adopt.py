@@ -12,7 +12,10 @@ from onnxprune.errors import UsageError
 from onnxprune.graph.view import Graph
 from onnxprune.model.load import load
 from onnxprune.passes.describe import describe_removal
+from onnxprune.passes.flush import flush
+from onnxprune.passes.preparation import hold_against_file
 from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult
 from onnxprune.plan import Plan
 from onnxprune.planning import atoms_removed, make_plan, read_plan
@@ -29,6 +32,7 @@ class Adopt(Pass):
 
     Raises:
         UsageError: the plan is another model's, or does not lead from the original to this cut.
+        ValidationError: the cut model, as it was read, does not compute what its file does.
     """
 
     requires = (UNPRUNED,)
@@ -55,6 +59,10 @@ class Adopt(Pass):
             except CannotRewrite as stop:
                 raise UsageError(f"The plan cannot be carried out on the original: {stop}.") from stop
             changed, of = check_pair(wanted, Graph.of(loaded.proto, loaded.weights))
+        with context.stage("compare"), Trial.of(analysis, loaded) as trial, trial.blaming():
+            # What the repair starts from, subnormal weights as 0, is what the file computes.
+            start = flush((loaded.proto, dict(loaded.weights)))[0]
+            hold_against_file(trial, start, synthetic_feeds(context, analysis))
         same = "its weights are the original's" if not changed else f"{changed} of its {of} weights were changed"
         proof = Exactness(note=f"came as a file, {same}")
         pruned = model.with_parts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import ModelError, ValidationError
-from onnxprune.graph.bounds import integer_bounds
-from onnxprune.graph.probes import input_specs
+from onnxprune.passes.preparation import QUANTISED, check_preparation, other_feeds
 from onnxprune.passes.trial import Trial
 from onnxprune.planning import atoms_removed
 from onnxprune.report.facts import Exactness
@@ -22,10 +21,7 @@ from onnxprune.rewrite.cut import cut
 from onnxprune.rewrite.oracle import masked_original
 from onnxprune.rewrite.witness import Model, Witnesses
 from onnxprune.runtime import compare, idle
-from onnxprune.runtime.inputs import variations
 from onnxprune.runtime.sessions import Feed
-
-_QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear"}
 
 
 def check_exactness(
@@ -45,12 +41,15 @@ def check_exactness(
     Groups that were cut through a normalisation have no exact counterpart: the comparison is then made on a cut of all
     the others, and the note says so.
 
+    Args:
+        analysis: of the model that was cut. removed: mask over atoms. trial: of that model, with its file.
+        seed: of feeds besides these.
+
     Raises:
-        ValidationError: they differ.
+        ValidationError: they differ, or preparing the model for the cut changed what it computes.
     """
-    quantized = any(n.op in _QUANTISED for n in analysis.graph.nodes)
-    if analysis.folds or analysis.hoists or analysis.copies:
-        _check_preparation(analysis, trial, feeds, quantized)
+    quantized = any(n.op in QUANTISED for n in analysis.graph.nodes)
+    check_preparation(analysis, trial, feeds, seed)
     removed, skipped = _exact_part(analysis, removed)
     if skipped:
         model = cut(analysis.table, removed)
@@ -100,7 +99,7 @@ class _Check:
             found = compare.compared(reference, self.final, [feed], quantized=self.quantized)
             if not found.facts.passed or not found.idle:
                 return found.said()
-            more = idle.waking(reference, found.idle, [feed], self._others(probe))
+            more = idle.waking(reference, found.idle, [feed], other_feeds(self.analysis, self.seed)(probe))
             feeds = [feed, *more]
             if more:
                 found = compare.compared(reference, self.final, feeds, quantized=self.quantized)
@@ -134,11 +133,6 @@ class _Check:
             worst.note = f"{worst.note}; {said}" if worst.note else said
         return worst
 
-    def _others(self, probe: int) -> Iterator[Feed]:
-        graph, facts = self.analysis.graph, self.analysis.facts
-        bounds = integer_bounds(graph, facts)
-        return variations(input_specs(graph), facts.probes[probe].inputs, bounds=bounds, seed=self.seed)
-
     def _inside(self, probe: int, masked: Model, feeds: Sequence[Feed], found: compare.Comparison) -> Exactness:
         """Compare tensors in front of the outputs that never vary; what was found already where there are none."""
         witnesses = Witnesses(self.analysis.table, self.removed, probe, masked, self.model)
@@ -159,22 +153,6 @@ class _Check:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _check_preparation(analysis: Analysis, trial: Trial, feeds: Sequence[Any], quantized: bool) -> None:
-    """The masked original is made of the prepared graph (folded, hoisted): that must equal the model as it came.
-
-    Raises:
-        ValidationError: it does not.
-    """
-    with trial.lend(analysis.graph.proto, analysis.graph.weights, "prepared") as prepared:
-        facts = compare.exactness(trial.original, prepared, feeds[:1], quantized=quantized)
-    if facts.passed is False:
-        raise ValidationError(
-            f"Preparing the graph changed output {facts.worst_output!r} by {facts.error:.3g} "
-            f"(allowed {facts.tolerance:.3g}). {facts.note}",
-            hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
-        )
 
 
 def _exact_part(analysis: Analysis, removed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], int]:

@@ -79,7 +79,7 @@ class Factorize(Pass):
         product = Exactness(note="not asked: models were not run")
         if self.check:
             with context.stage("products"):
-                product = check_products(context, model.analysis, before, after, [(d.item, d.kernel) for d in done])
+                product = check_products(context, model, after, [(d.item, d.kernel) for d in done])
         factorized = model.with_parts(after, as_pruned=model.as_pruned or before, plan=_plan(context, model, done))
         settings = Settings({"method": "a plan"} if self.plan is not None else self.request.settings)
         facts = describe_factors(context, factorized, work, done, chosen.left, product)

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnxprune.analysis import Analysis
 from onnxprune.decompose.factor import Real
 from onnxprune.errors import ValidationError
 from onnxprune.factors.rewrite import Factorized, compose_layers
-from onnxprune.files import workspace
-from onnxprune.model.save import save
+from onnxprune.passes.preparation import QUANTISED, hold_against_file
 from onnxprune.passes.prepared import Prepared
-from onnxprune.passes.trial import synthetic_feeds
-from onnxprune.pipeline import Context, ModelParts
+from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.pipeline import Context, Model, ModelParts
 from onnxprune.report.facts import Exactness
 from onnxprune.runtime import compare
-
-_QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear"}
 
 
 def check_products(
     context: Context,
-    analysis: Analysis,
-    before: ModelParts,
+    model: Model,
     after: ModelParts,
     chosen: Sequence[tuple[Factorized, Real]],
 ) -> Exactness:
@@ -30,18 +25,21 @@ def check_products(
 
     That is strides, pads, groups, biases and order: everything but the approximation itself.
 
+    Args:
+        context: the run. model: before. after: the factorized one. chosen: what was replaced, and the products.
+
     Raises:
-        ValidationError: they differ.
+        ValidationError: they differ, or preparing the model changed what it computes.
     """
-    reference = Prepared(*before)
-    compose_layers(reference.graph, reference.weights, [i for i, _ in chosen], [k for _, k in chosen])
-    quantized = any(node.op_type in _QUANTISED for node in before[0].graph.node)
-    with workspace() as folder:
-        one, other = folder / "product.onnx", folder / "factors.onnx"
-        external = bool(analysis.loaded.external)
-        save(*reference.model(), one, prefer_external=external)
-        save(*after, other, prefer_external=external)
-        facts = compare.exactness(one, other, synthetic_feeds(context, analysis), quantized=quantized)
+    feeds = synthetic_feeds(context, model.analysis)
+    quantized = any(node.op_type in QUANTISED for node in model.proto.graph.node)
+    reference = Prepared(*model.parts)
+    with Trial.of(context.analysis) as trial:
+        if model.removed is None and model.as_pruned is None:  # else that was held against the file before
+            hold_against_file(trial, (reference.graph.proto, reference.weights), feeds)
+        compose_layers(reference.graph, reference.weights, [i for i, _ in chosen], [k for _, k in chosen])
+        with trial.lend(*reference.model(), "product") as one, trial.lend(*after, "factors") as other:
+            facts = compare.exactness(one, other, feeds, quantized=quantized)
     if facts.passed is False:
         raise ValidationError(
             f"The new layers do not compute the product of their weights: output {facts.worst_output!r} differs by "

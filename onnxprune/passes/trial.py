@@ -15,7 +15,7 @@ from onnxprune.errors import ModelError, UsageError
 from onnxprune.files import clone, workspace
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
-from onnxprune.model.load import load
+from onnxprune.model.load import Loaded, load
 from onnxprune.model.save import assemble, lies_in, referring, save
 from onnxprune.model.weights import FileWeight, Weight
 from onnxprune.passes.calls import CalibrationBatches
@@ -38,33 +38,37 @@ class Trial:
     """
 
     analysis: Analysis
+    loaded: Loaded
     folder: Path
     original: Path
     _stored: dict[int, FileWeight] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
-    def of(cls, analysis: Analysis) -> Iterator[Trial]:
-        """A trial of the model that was analysed; its files go when it is over."""
+    def of(cls, analysis: Analysis, loaded: Loaded | None = None) -> Iterator[Trial]:
+        """A trial of the model that was analysed, or of another with its inputs; its files go when it is over."""
+        loaded = loaded or analysis.loaded
         with workspace() as folder:
-            loaded = analysis.loaded
             path = loaded.path
             if path is None:
                 path = folder / "original.onnx"
-                save(loaded.as_read, loaded.weights, path)
-            trial = cls(analysis, folder, path)
+                if loaded.data is not None:
+                    path.write_bytes(loaded.data)
+                else:
+                    save(loaded.as_read, loaded.weights, path)
+            trial = cls(analysis, loaded, folder, path)
             with sessions.frugal(trial.heavy):
                 yield trial
 
     @property
     def large(self) -> bool:
         """Whether two such models had better not be in memory at once."""
-        return self.analysis.loaded.size > _LARGE
+        return self.loaded.size > _LARGE
 
     @property
     def heavy(self) -> bool:
         """Whether one copy of the weights is what memory has room for."""
-        return self.analysis.loaded.size > _HEAVY
+        return self.loaded.size > _HEAVY
 
     @contextmanager
     def lend(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], stem: str) -> Iterator[sessions.Openable]:
@@ -85,11 +89,10 @@ class Trial:
     def lend_original(self) -> Iterator[sessions.Openable]:
         """The original to open sessions of: its file, or where that is large and has its weights inside, what maps
         them from a copy."""
-        loaded = self.analysis.loaded
-        if not self.heavy or loaded.external:
+        if not self.heavy or self.loaded.external:
             yield self.original
             return
-        with self.lend(loaded.as_read, loaded.weights, "as_read") as model:
+        with self.lend(self.loaded.as_read, self.loaded.weights, "as_read") as model:
             yield model
 
     def _referring(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> sessions.Referring | None:
@@ -97,7 +100,7 @@ class Trial:
         if not sessions.refers():
             return None
         own = self.original.parent
-        large = [w for w in self.analysis.loaded.weights.values() if w.nbytes >= _MAPPED_FROM]
+        large = [w for w in self.loaded.weights.values() if w.nbytes >= _MAPPED_FROM]
         if all(lies_in(weight, own) for weight in large):
             model = referring(proto, weights, own, {}, _LIGHT)
             return None if model is None else sessions.Referring(model.SerializeToString(), own)
@@ -108,9 +111,8 @@ class Trial:
 
     def _store(self, large: Sequence[Weight]) -> None:
         """Copy the original's weights into a file that can be mapped."""
-        loaded = self.analysis.loaded
         path = self.folder / "stored.onnx"
-        save(loaded.as_read, loaded.weights, path, external=True)
+        save(self.loaded.as_read, self.loaded.weights, path, external=True)
         copies = load(path).weights
         for weight in large:
             copy = copies.get(weight.name)
@@ -138,7 +140,7 @@ class Trial:
     def write(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], stem: str) -> tuple[Path, int]:
         """A model as a file, and its bytes."""
         path = self.folder / f"{stem}.onnx"
-        return path, save(proto, weights, path, prefer_external=self.heavy or bool(self.analysis.loaded.external))
+        return path, save(proto, weights, path, prefer_external=self.heavy or bool(self.loaded.external))
 
     @contextmanager
     def blaming(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ inputs lead. In both models, the masked original and the cut one, the same condi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +102,28 @@ def force(model: Model, way: Way) -> Model:
             proto.graph.initializer.append(tensor)
             weights[name] = ArrayWeight(name, value)
     return proto, weights
+
+
+def force_closed(model: Model, side: bool) -> Model:
+    """A model whose bodies are in their nodes, in which every If takes the same side, and every Loop runs."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model[0])
+    _force_nodes(proto.graph.node, side)
+    for name, value in (("__holds", True), ("__fails", False), ("__trips", _TRIPS)):
+        tensor = onnx.numpy_helper.from_array(np.asarray(value), name)
+        proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value=tensor))
+    return proto, model[1]
+
+
+def _force_nodes(nodes: Iterable[onnx.NodeProto], side: bool) -> None:
+    for node in nodes:
+        if node.op_type == "If" and node.domain in ("", "ai.onnx"):
+            node.input[0] = "__holds" if side else "__fails"
+        elif node.op_type == "Loop" and node.domain in ("", "ai.onnx"):
+            node.input[0], node.input[1] = "__trips", "__holds"
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                _force_nodes(body.node, side)
 
 
 def names_of(found: Sequence[Undecided], branches: Collection[tuple[str, bool]]) -> list[str]:

@@ -79,11 +79,16 @@ def compared(
     feeds: Sequence[Feed],
     *,
     tolerance: float | None = None,
+    base: float = TOLERANCE,
     quantized: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """``exactness`` with the outputs that do not vary told apart, for callers that can do something about them."""
+    """``exactness`` with the outputs that do not vary told apart, for callers that can do something about them.
+
+    Args:
+        base: the tolerance of float32, where none is given.
+    """
     batches = list(dict.fromkeys(_batch(feed) for feed in feeds))
     outputs: dict[str, Output] = {}
     expected = list(_outputs(reference, feeds, threads=threads, progress=_part(progress, 0.0)))
@@ -101,7 +106,7 @@ def compared(
     coarse = max((eps(array.dtype) for feed in feeds for array in feed.values()), default=0.0)
     for output in outputs.values():
         output.eps_model = max(coarse, output.eps)
-        output.tolerance = max(TOLERANCE, 4 * output.eps_model) if tolerance is None else tolerance
+        output.tolerance = max(base, 4 * output.eps_model) if tolerance is None else tolerance
     if tolerance is None and _only_errors(outputs):
         _widen(outputs, noise_floor(reference, feeds[:2], threads=threads), quantized)
     return _verdict(outputs, batches)

@@ -1,0 +1,104 @@
+"""Is the prepared graph, of which cut and masked original are made, still the model of the file?
+
+Functions are inlined, bodies laid open, weights computed, selections hoisted and constants unshared before anything is
+cut. The masked original goes through all that as well, so a mistake there would be in both models and be seen by nobody
+who compares these two. Here the file itself is what counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from onnxprune.analysis import Analysis
+from onnxprune.errors import ModelError, ValidationError
+from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.probes import input_specs
+from onnxprune.model.closing import close_bodies
+from onnxprune.model.functions import inlined
+from onnxprune.model.structure import same_nodes
+from onnxprune.passes.trial import Trial
+from onnxprune.report.facts import Exactness
+from onnxprune.rewrite.branches import force, force_closed, undecided, ways
+from onnxprune.rewrite.witness import Model
+from onnxprune.runtime import compare, idle
+from onnxprune.runtime.inputs import variations
+from onnxprune.runtime.sessions import Feed
+
+QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear"}
+# Nothing is left out on the way to the prepared graph: there is less to round than in a cut.
+_ALLOWED = 1e-5
+
+
+def check_preparation(analysis: Analysis, trial: Trial, feeds: Sequence[Feed], seed: int) -> None:
+    """Run the file and the prepared graph of the analysis on seeded inputs, one feed per probe.
+
+    A large model is not run where its nodes are the file's own, to the letter. Where bodies are not, or were changed
+    since, every branch is run.
+
+    Raises:
+        ValidationError: they differ.
+    """
+    loaded, graph = analysis.loaded, analysis.graph
+    prepared: Model = graph.proto, graph.weights
+    others = other_feeds(analysis, seed)
+    if not trial.heavy or not same_nodes(loaded.as_read, close_bodies(*prepared)[0]):
+        hold_against_file(trial, prepared, feeds, others)
+    if not graph.has_bodies:
+        return
+    read = inlined(loaded.as_read) if loaded.as_read.functions else loaded.as_read
+    closed = close_bodies(loaded.proto, loaded.weights)
+    if not same_nodes(read, closed[0]):
+        for side in (True, False):
+            _hold_forced(trial, force_closed((read, loaded.weights), side), force_closed(closed, side), feeds)
+    if analysis.folds or analysis.hoists or analysis.copies:
+        for way in ways(undecided(graph, analysis.facts)):
+            _hold_forced(trial, force((loaded.proto, loaded.weights), way), force(prepared, way), feeds)
+
+
+def hold_against_file(
+    trial: Trial, model: Model, feeds: Sequence[Feed], others: Callable[[int], Iterable[Feed]] = lambda _: ()
+) -> None:
+    """Run the file of a trial and a model that should compute the same.
+
+    Args:
+        others: more feeds for a probe, where outputs are the same whatever goes in.
+
+    Raises:
+        ValidationError: they differ.
+    """
+    quantized = any(node.op_type in QUANTISED for node in model[0].graph.node)
+    with trial.lend_original() as file, trial.lend(*model, "prepared") as prepared:
+        for probe, feed in enumerate(feeds):
+            found = compare.compared(file, prepared, [feed], quantized=quantized, base=_ALLOWED)
+            more = idle.waking(file, found.idle, [feed], others(probe)) if found.idle else []
+            if more and found.facts.passed:
+                found = compare.compared(file, prepared, [feed, *more], quantized=quantized, base=_ALLOWED)
+            _require(found.facts)
+
+
+def _hold_forced(trial: Trial, reference: Model, model: Model, feeds: Sequence[Feed]) -> None:
+    """Run two models with the same branches; nothing is asked where the reference does not run there."""
+    quantized = any(node.op_type in QUANTISED for node in model[0].graph.node)
+    with trial.lend(*reference, "read") as one, trial.lend(*model, "prepared") as other:
+        for feed in feeds:
+            try:
+                found = compare.compared(one, other, [feed], quantized=quantized, base=_ALLOWED)
+            except ModelError:
+                continue
+            _require(found.facts)
+
+
+def other_feeds(analysis: Analysis, seed: int) -> Callable[[int], Iterator[Feed]]:
+    """Other seeded inputs than the first, at the sizes of a probe."""
+    graph, facts = analysis.graph, analysis.facts
+    bounds = integer_bounds(graph, facts)
+    return lambda probe: variations(input_specs(graph), facts.probes[probe].inputs, bounds=bounds, seed=seed)
+
+
+def _require(facts: Exactness) -> None:
+    if facts.passed is False:
+        raise ValidationError(
+            f"Preparing the graph changed output {facts.worst_output!r} by {facts.error:.3g} "
+            f"(allowed {facts.tolerance:.3g}). {facts.note}",
+            hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
+        )
