@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
+NIGHTLY = 50
+"""How many times as many examples the profile "nightly" draws, HYPOTHESIS_PROFILE=nightly, from random seeds."""
+_PATIENT = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=6, suppress_health_check=_PATIENT)
 settings.register_profile(
-    "suite",
-    derandomize=True,
-    deadline=None,
-    max_examples=6,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+    "nightly", derandomize=False, deadline=None, max_examples=6 * NIGHTLY, suppress_health_check=_PATIENT
 )
-settings.load_profile("suite")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that ask for a number of examples of their own ask for the suite's: in a nightly run they get more too."""
+    if settings.get_current_profile_name() != "nightly":
+        return
+    seen: set[int] = set()
+    for item in items:
+        test = getattr(item, "obj", None)
+        own = getattr(test, "_hypothesis_internal_use_settings", None)
+        if own is not None and own.max_examples < 6 * NIGHTLY and id(test) not in seen:
+            seen.add(id(test))
+            test._hypothesis_internal_use_settings = settings(own, max_examples=own.max_examples * NIGHTLY)
 
 
 def pytest_configure(config: pytest.Config) -> None:

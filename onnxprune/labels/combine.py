@@ -93,7 +93,9 @@ def merge(atoms: Atoms, labels: Labels, label: Label, reason: Reason) -> Labels:
     why = reason("unsupported-form", "grids over different axes meet")
     for x in (*overlapping, label):
         atoms.freeze(x.ids, why)
-    return labels
+    # Whatever meets these axes later must meet frozen atoms there.
+    known = {a for x in labels for a in x.axes}
+    return (*labels, *(Label(atoms.project(label, (a,)), a) for a in label.axes if a not in known))
 
 
 def concatenate(

@@ -40,6 +40,8 @@ def take(atoms: Atoms, labels: Labels, axis: int, index: Ids, reason: Reason) ->
     if index.size == 0:
         return rest
     if index.size == 1:
+        if label.is_grid and axis == label.pack:
+            _view_parts(atoms, label, axis, int(index[0]), int(index[0]) + 1)
         return (*rest, *_pick_one(atoms, label, axis, part, reason))
     if label.is_grid and axis == label.pack:
         if (np.diff(index) != 1).any():

@@ -181,10 +181,21 @@ class Step:
             self.atoms.freeze(label.ids, self.reason(code, detail))
 
     def fix(self, labels: Labels, axis: int, code: str, detail: str) -> None:
-        """``axis`` keeps its size and order."""
+        """``axis`` keeps its size and order, and what stands along it may meet: rows of a grid lose the same cells."""
         label = covering(labels, axis)
         if label is not None:
             self.atoms.fix_axis(label, axis, self.reason(code, detail))
+            self.tie(labels, axis)
+
+    def tie(self, labels: Labels, axis: int) -> None:
+        """What stands at the same place of the rows along ``axis`` of a grid goes together.
+
+        For operators that mix along ``axis``: rows that lost different cells would not meet their own neighbours any
+        more. Along the pack axis every row closes up by itself, and meets itself alone.
+        """
+        label = covering(labels, axis)
+        if label is not None and label.is_grid and axis != label.pack:
+            self.atoms.project(label, tuple(a for a in label.axes if a != axis))
 
     def drop_axis(self, labels: Labels, axis: int, code: str, detail: str) -> Labels:
         """``labels`` without ``axis``, which keeps its size: after the operator its positions mean something else."""
@@ -197,6 +208,12 @@ class Step:
         others = {a for x in labels for a in x.axes if a not in keep}
         for axis in sorted(others) if others else ():
             self.fix(labels, axis, code, detail)
+
+    def drop_all_but(self, labels: Labels, keep: Sequence[int], code: str, detail: str) -> Labels:
+        """``labels`` of the axes in ``keep`` alone; every other labelled axis keeps its size."""
+        for axis in sorted({a for x in labels for a in x.axes if a not in keep}):
+            labels = self.drop_axis(labels, axis, code, detail)
+        return labels
 
     def approximate(self, labels: Labels, axis: int) -> bool:
         """Whether normalising over a cut ``axis`` is opted into; what it touches is then marked as not exact."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxprune.contractions import Form, Transposed, Windows
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape, known
+from onnxprune.labels.combine import Shape, broadcast, known
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.ownership import override, owned
@@ -81,8 +81,9 @@ class Conv(Rule):
         if batch is not None:
             step.fix(x, 0, "unsupported-form", "the batch axis of a convolution is labelled")
         if self.addend is not None and step.has(self.addend):
-            for label in step.labels(self.addend):
-                labels = step.merge(labels, label)
+            shape = step.out_shape()
+            both = [(labels, shape), (step.labels(self.addend), step.shape(self.addend))]
+            labels = broadcast(step.atoms, both, len(shape), step.reason)
         step.set(0, labels)
 
     def _grouped(self, step: Step, x: Labels, w: Labels) -> Ids | None:

@@ -137,6 +137,8 @@ class RotaryEmbedding(Rule):
             grid, _ = to_heads(step, labels, shape, heads)
         else:
             grid = by_head(labels)
+        for axis in (0, 1):  # cosines, sines and positions have these axes too
+            step.fix(grid, axis, "rotary", "rotary positions run along this axis")
         step.fix(grid, 3, "rotary", "rotary positions pair these channels")
         step.set(0, labels)
 

@@ -29,8 +29,7 @@ def _viewed(step: Step, labels: Labels, before: Shape, after: Shape) -> Part:
     """A reshape of the last axes alone; the leading ones may depend on the data."""
     ahead = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
     for axis in range(ahead):
-        step.fix(labels, axis, "fixed-size", "attention runs along this axis")
-    labels = tuple(x for x in labels if max(x.axes) >= ahead)
+        labels = step.drop_axis(labels, axis, "fixed-size", "attention runs along this axis")
     ones = [1] * ahead
     source, target = [*ones, *(n or 1 for n in before[ahead:])], [*ones, *(n or 1 for n in after[ahead:])]
     moved = movement.reshape(step.atoms, labels, source, target, step.reason)

@@ -40,7 +40,7 @@ class Gather(Rule):
         axis = cut.before.axis()
         keep = cut.keep(cut.node.inputs[0], axis)
         index = cut.before.value(1)
-        if keep is None or index is None:
+        if keep is None or keep.all() or index is None:
             return
         flat = index.astype(np.int64) % keep.size
         if index.ndim:

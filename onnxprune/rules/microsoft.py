@@ -112,7 +112,8 @@ class NhwcPool(Rule):
     def propagate(self, step: Step) -> None:
         """Channels pass."""
         labels = step.labels(0)
-        step.fix_all_but(labels, (0, len(step.shape(0)) - 1), "spatial", f"{step.node.op} works along this axis")
+        channel = len(step.shape(0)) - 1
+        labels = step.drop_all_but(labels, (0, channel), "spatial", f"{step.node.op} works along this axis")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:

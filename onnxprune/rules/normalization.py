@@ -34,12 +34,12 @@ class OverAxes(Rule):
         return [step.axis(-1)]
 
     def propagate(self, step: Step) -> None:
-        """Labels pass; the normalised axes keep their size unless that is exact or opted into."""
+        """Labels pass; normalised axes keep their size unless that is exact or opted into, and rows stay in step."""
         labels = step.broadcast([i for i in self.inputs if step.has(i)])
-        if not self.exact:
-            for axis in self.axes(step):
-                if self.approximate and step.approximate(labels, axis):
-                    continue
+        for axis in self.axes(step):
+            if self.exact or (self.approximate and step.approximate(labels, axis)):
+                step.tie(labels, axis)
+            else:
                 step.fix(labels, axis, NORMALISED, f"{step.node.op} normalises over these channels")
         step.set(0, labels)
 
@@ -87,12 +87,31 @@ class InstanceNorm(Rule):
         """Channels pass, their positions keep their size (a spelled-out GroupNorm has channels among them)."""
         labels = step.labels(0)
         for axis in sorted({a for x in labels for a in x.axes} - {0, 1}):
-            if not step.approximate(labels, axis):
+            if step.approximate(labels, axis):
+                step.tie(labels, axis)
+            else:
                 step.fix(labels, axis, NORMALISED, f"{step.node.op} normalises over these positions")
         for i in range(1, len(step.node.inputs)):
             if step.has(i):
                 step.unite(step.axis_ids(labels, 1), step.axis_ids(step.labels(i), 0), "a per-channel operand")
         step.set(0, labels)
+
+
+class MeanVariance(OverAxes):
+    """MeanVarianceNormalization over any axes: each channel has a mean of its own where its axis is not among them."""
+
+    def axes(self, step: Step) -> list[int]:
+        """By default the batch and all positions of [N, C, H, W]."""
+        rank = len(step.shape(0))
+        return [int(a) % rank for a in step.attr("axes", [0, 2, 3])]
+
+
+class Response(OverAxes):
+    """LRN: neighbouring channels meet, position by position."""
+
+    def axes(self, step: Step) -> list[int]:
+        """The channels."""
+        return [1]
 
 
 class GroupNorm(Rule):
@@ -289,6 +308,8 @@ register("", "Softmax", "LogSoftmax", "Hardmax", rule=Softmax())
 register("", "LayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1, 2)))
 register("", "RMSNormalization", "SimplifiedLayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1)))
 register("", "LpNormalization", rule=OverAxes(exact=True))
+register("", "MeanVarianceNormalization", rule=MeanVariance(approximate=True))
+register("", "LRN", rule=Response())
 register("", "InstanceNormalization", rule=InstanceNorm())
 register("", "GroupNormalization", rule=GroupNorm())
 register("", "BatchNormalization", rule=BatchNorm())

@@ -46,7 +46,7 @@ class PackedMatMul(Rule):
         columns, blocks = step.axis_ids(b, 0), step.axis_ids(b, 1)
         for i in (i for i in (SCALES, ZEROS, BIAS) if step.has(i)):
             own, shape = step.labels(i), step.shape(i)
-            if own:
+            if own or shape[0] > 1:
                 every = None if columns is None else np.repeat(columns, shape[0] // size)
                 step.unite(every, step.axis_ids(own, 0), _SETTING)
             if self._per_block(step, i):

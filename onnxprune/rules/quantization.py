@@ -31,10 +31,12 @@ class Quantize(Rule):
         labels, shape = step.labels(0), step.shape(0)
         for i in (1, 2):
             own = step.labels(i)
-            if own and len(step.shape(i)) == 1:
+            if not step.has(i) or int(np.prod(step.shape(i))) == 1:
+                continue
+            if len(step.shape(i)) == 1:
                 axis = step.axis(1)
                 step.unite(step.axis_ids(labels, axis), step.axis_ids(own, 0), _PER_CHANNEL)
-            elif own:
+            else:
                 self._blocked(step, labels, shape, own, step.shape(i))
         step.set(0, labels)
 

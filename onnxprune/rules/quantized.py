@@ -166,12 +166,13 @@ class IntegerMatMul(Rule):
             labels, shape = step.labels(i), step.shape(i)
             if i in self.rows and len(shape) == 1 and shape[0] > 1:
                 labels, shape = insert_axis(labels, 1), (*shape, 1)
-            if labels:
-                operands.append((labels, shape))
+            operands.append((labels, shape))
         step.set(0, broadcast(step.atoms, operands, len(out), step.reason))
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """``a`` over ``k``: zeros in one factor are enough."""
+        """``a`` over ``k``: zeros in one factor are enough. A range that is found anew is taken over all of it."""
+        if self.zero is None:
+            return [(self.a, tuple(range(len(step.shape(self.a)))))]
         x, _, _ = self.terms(step.node, len(step.shape(self.a)), len(step.shape(self.b)))
         return [(self.a, (x.index("k"),))]
 
@@ -212,7 +213,7 @@ class QuantizedPool(Rule):
         """Batch and channels pass."""
         labels = step.labels(0)
         channel = len(step.shape(0)) - 1 if step.attr("channels_last", 0) else 1
-        step.fix_all_but(labels, (0, channel), "spatial", f"{step.node.op} works along this axis")
+        labels = step.drop_all_but(labels, (0, channel), "spatial", f"{step.node.op} works along this axis")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:

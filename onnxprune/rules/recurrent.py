@@ -95,7 +95,8 @@ class Recurrent(Rule):
         for grid in grids:
             direction = next((a for a in grid.axes if a != grid.pack), None)
             if direction is not None:
-                step.fix((grid,), direction, "operand", "both directions stay")
+                # Each direction may lose units of its own: they do not meet.
+                step.atoms.fix_axis(grid, direction, step.reason("operand", "both directions stay"))
             mine = covering(labels, grid.pack)
             if mine is None:
                 step.fix((grid,), grid.pack, "unlabelled-operand", _UNLABELLED)

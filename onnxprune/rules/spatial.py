@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from onnxprune.labels.label import Labels
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.labels.label import Ids, Labels, along
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
 
@@ -22,43 +25,57 @@ class Local(Rule):
         step.set(0, labels)
 
 
-class AcrossChannels(Rule):
-    """LRN and the like: neighbouring channels meet."""
-
-    def propagate(self, step: Step) -> None:
-        """The channel axis keeps its size and order."""
-        labels = step.labels(0)
-        step.fix_all_but(labels, (0,), "normalised", f"{step.node.op} mixes neighbouring channels")
-        step.set(0, labels)
-
-
 class Resize(Rule):
-    """Resize and Upsample: axes whose size does not change pass."""
+    """Resize and Upsample: axes whose positions all stay where they are pass."""
 
     operands = (1, 2, 3)
     targets = (3,)
 
-    def _scaled(self, step: Step) -> list[int]:
-        before, after = step.node.inputs[0], step.node.outputs[0]
-        return [a for a in range(len(step.shape(0))) if not step.table.facts.same_size(before, a, after, a)]
+    def _moved(self, step: Step) -> list[int]:
+        """Axes along which positions may move: sampled anew, cropped, or of a size that follows from another's."""
+        rank = len(step.shape(0))
+        chosen = [int(a) % rank for a in step.attr("axes") or range(rank)]
+        if step.has(3) and step.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
+            return chosen  # the largest or smallest of all ratios scales every one of them
+        before, after, facts = step.node.inputs[0], step.node.outputs[0], step.table.facts
+        moved = {a for a in range(rank) if not facts.same_size(before, a, after, a)}
+        if not step.has(3):
+            moved.update(self._where(chosen, self._scales(step), [1.0] * len(chosen)))
+        if step.attr("coordinate_transformation_mode") == "tf_crop_and_resize":
+            whole = [*[0.0] * len(chosen), *[1.0] * len(chosen)]
+            region = self._where([*chosen, *chosen], self._always(step, 1), whole)
+            moved.update(region)
+        return sorted(moved)
+
+    @staticmethod
+    def _where(axes: list[int], values: NDArray[Any] | None, wanted: list[float]) -> list[int]:
+        """Axes whose value is another than the wanted one; all of them where values are not known."""
+        if values is None or values.size != len(wanted):
+            return axes
+        return [a for a, x, y in zip(axes, values.ravel().tolist(), wanted, strict=True) if x != y]
+
+    @staticmethod
+    def _scales(step: Step) -> NDArray[Any] | None:
+        if step.node.version < 9:
+            return np.asarray(step.attr("scales", []))
+        return Resize._always(step, 1 if step.node.version < 11 else 2)
+
+    @staticmethod
+    def _always(step: Step, i: int) -> NDArray[Any] | None:
+        return step.table.facts.static_value(step.node.inputs[i]) if step.has(i) else None
 
     def propagate(self, step: Step) -> None:
-        """Fix scaled axes; a region of interest is only followed where it is not used."""
+        """Fix the axes along which positions move."""
         labels: Labels = step.labels(0)
-        if step.attr("coordinate_transformation_mode") == "tf_crop_and_resize":
-            step.freeze(labels, "unsupported-form", "cropping and resizing at once")
-            return
-        for axis in self._scaled(step):
+        for axis in self._moved(step):
             labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} changes this axis")
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
         """Sizes, when they are the operand, name the new number of channels."""
-        sizes = cut.value(3) if cut.before.has(3) else None
-        if not cut.before.has(3):
+        if not cut.before.has(3) or cut.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
             return
-        axes = cut.attr("axes")
-        new = cut.out_shape()
+        sizes, axes, new = cut.value(3), cut.attr("axes"), cut.out_shape()
         target = new if axes is None else tuple(new[int(a)] for a in axes)
         if sizes is None or tuple(sizes.tolist()) != target:
             cut.set_target(3, target)
@@ -86,44 +103,55 @@ class RoiAlign(Rule):
         step.set(0, labels)
 
 
-class DepthToSpace(Rule):
+class Blocks(Rule):
+    """Channels and pixels are laid out anew, in blocks."""
+
+    def channels(self, step: Step) -> tuple[Labels, Ids | None]:
+        """Labels of the batch, which pass, and the atoms of the channels."""
+        why = "blocks of channels and positions of this axis change places"
+        labels = step.drop_all_but(step.labels(0), (0, 1), "spatial", why)
+        if any(x.is_grid for x in labels):
+            labels = step.drop_axis(labels, 0, "unsupported-form", "channels are labelled together with the batch")
+        ids = step.axis_ids(labels, 1)
+        return tuple(x for x in labels if x.axes == (0,)), ids
+
+    def state(self, step: Step, batch: Labels, out: Ids) -> None:
+        """The output's labels from those of its channels."""
+        step.set(0, (*batch, along(out, 1, len(step.out_shape()))))
+
+
+class DepthToSpace(Blocks):
     """Blocks of channels become pixels: the channels of one block go together. Modes DCR and CRD."""
 
     def propagate(self, step: Step) -> None:
         """Tie the block's channels; the output has one atom per block."""
-        labels = step.labels(0)
-        step.fix_all_but(labels, (0, 1), "spatial", "blocks of channels become positions of this axis")
-        ids = step.axis_ids(labels, 1)
+        batch, ids = self.channels(step)
         if ids is None:
+            step.set(0, batch)
             return
         block = int(step.attr("blocksize")) ** 2
         grid = ids.reshape(block, -1).T if step.attr("mode", "DCR") == "DCR" else ids.reshape(-1, block)
         step.atoms.unite(grid, np.broadcast_to(grid[:, :1], grid.shape))
         out = grid[:, 0]
-        rank = len(step.out_shape())
-        if out.size > 1:
-            label = labels[0]
-            step.set(0, (type(label)(out.reshape((1, -1) + (1,) * (rank - 2)), 1),))
-        else:
-            step.freeze(labels, "fixed-size", "a single output channel needs the whole block")
+        if out.size == 1:
+            step.atoms.freeze(ids, step.reason("fixed-size", "a single output channel needs the whole block"))
+        self.state(step, batch, out)
 
 
-class SpaceToDepth(Rule):
+class SpaceToDepth(Blocks):
     """Blocks of pixels become channels: every channel appears once per position in the block."""
 
     def propagate(self, step: Step) -> None:
         """The output repeats the atoms, block after block."""
-        labels = step.labels(0)
-        step.fix_all_but(labels, (0, 1), "spatial", "positions of this axis become channels")
-        ids = step.axis_ids(labels, 1)
-        if ids is not None:
-            out = np.tile(ids, int(step.attr("blocksize")) ** 2)
-            step.set(0, (type(labels[0])(out.reshape((1, -1) + (1,) * (len(step.out_shape()) - 2)), 1),))
+        batch, ids = self.channels(step)
+        if ids is None:
+            step.set(0, batch)
+            return
+        self.state(step, batch, np.tile(ids, int(step.attr("blocksize")) ** 2))
 
 
 _POOLS = "AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool".split()
 register("", *_POOLS, rule=Local())
-register("", "LRN", "MeanVarianceNormalization", rule=AcrossChannels())
 register("", "Resize", "Upsample", rule=Resize())
 register("", "GridSample", rule=GridSample())
 register("", "RoiAlign", "MaxRoiPool", rule=RoiAlign())

@@ -298,3 +298,19 @@ def test_a_cache_holds_keys_and_values_but_not_queries(kv: int) -> None:
     assert shapes(result.model) == [(6, 32), (6, 16 * kv), (6, 16 * kv), (32, 5)]
     attrs = attributes(result.model, "GroupQueryAttention")
     assert (attrs["num_heads"], attrs["kv_num_heads"]) == (2, kv)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_rotary_positions_keep_what_their_tables_have_too(axis: int) -> None:
+    """Cosines [batch, length, size / 2] have the data's batch and length: neither shrinks alone."""
+    net = Net(23)
+    size, heads, last = [3, 4, 5, 8], 4, 8
+    rest = [n for a, n in enumerate(size) if a != axis]
+    x = net.op("MatMul", net.input("x", [*rest, IN]), net.weight(IN, size[axis], name="first"))
+    order = [a for a in range(4) if a != axis]
+    x = net.transpose(x, *((*order, axis).index(a) for a in range(4)))
+    y = net.op("RotaryEmbedding", x, net.weight(3, 5, last // 2), net.weight(3, 5, last // 2))
+    y = net.reshape(net.transpose(y, 0, 2, 1, 3), 15, heads * last)
+    y = net.op("Relu", net.op("MatMul", y, net.weight(heads * last, 12, name="o")))
+    result = cut(finish(net, net.op("MatMul", y, net.weight(12, 5, name="last")), rank=2))
+    assert (IN, size[axis]) in shapes(result.model) and (6, 5) in shapes(result.model)

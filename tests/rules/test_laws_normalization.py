@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from oracle import assert_exact_cut
 from sandwich import check, consume, opsets, produce
 
+import onnxprune as op
+
 SUMS = ["ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2"]
 MIXES = ["ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp"]
 
@@ -179,3 +181,49 @@ def test_mean_variance_normalization() -> None:
 def test_rms_normalization_over_positions_lets_channels_pass() -> None:
     net = Net(23)
     check(net, net.op("RMSNormalization", produce(net, "ncl"), net.weight(4, low=0.5)))
+
+
+def heads(net: Net, n: int = 4, size: int = 8) -> str:
+    """[N, n, 5, size] from one product: rows of a grid, which lose different channels where nothing ties them."""
+    x = net.linear(net.input("x", ["N", 5, 3]), 3, n * size)
+    return net.transpose(net.reshape(x, 0, 0, n, size), 0, 2, 1, 3)
+
+
+MIXING = {
+    "Softmax": {"axis": 1},
+    "LogSoftmax": {"axis": 1},
+    "Hardmax": {"axis": 1},
+    "LpNormalization": {"axis": 1, "p": 2},
+    "MeanVarianceNormalization": {"axes": [1]},
+    "LRN": {"size": 3},
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_rows_that_are_mixed_lose_the_same_channels(kind: str) -> None:
+    """Heads meet position by position: what stands at the same place of all of them goes together."""
+    net = Net(17)
+    y = net.transpose(net.op(kind, heads(net), **MIXING[kind]), 0, 2, 1, 3)
+    y = net.linear(net.reshape(y, 0, 0, 32), 32, 3)
+    result = assert_exact_cut(net.model(y))
+    assert result is not None
+    removed = next(s.removed for g in result.plan.groups for s in g.slots if s.size == 32)
+    rows = [sorted(i % 8 for i in removed if i // 8 == row) for row in range(4)]
+    assert rows == [rows[0]] * 4 and len(rows[0]) == 4
+
+
+@pytest.mark.parametrize("axes", [None, [2, 3], [-1, -2]])
+def test_mean_variance_normalization_over_positions_lets_channels_pass(axes: list[int] | None) -> None:
+    """The default is the batch and the positions: each channel has a mean of its own."""
+    net = Net(13)
+    y = net.hint(net.op("MeanVarianceNormalization", produce(net, "nchw"), axes=axes), ["N", 6, 4, 5])
+    # The oracle would make removed channels constant in front of it, and their variance a number around 0.
+    result = op.prune(net.model(consume(net, y), check=False), criterion="random", ratio=0.5, latency=False)
+    assert result.report.exactness.passed and result.model.graph.initializer[0].dims[0] == 3
+
+
+def test_mean_variance_normalization_over_the_labelled_axis_keeps_it() -> None:
+    net = Net(13)
+    x = net.transpose(net.linear(net.input("x", [3, 2, 5, 4]), 4, 6), 3, 0, 1, 2)
+    y = net.transpose(net.hint(net.op("MeanVarianceNormalization", x), [6, 3, 2, 5]), 1, 2, 3, 0)
+    assert_exact_cut(net.model(net.linear(y, 6, 3), check=False), expect_cut=False)

@@ -7,6 +7,7 @@ import pytest
 from build import Net
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import assert_exact_cut
 from sandwich import check, opsets, produce
 
 MAPS = ("ncl", "nchw", "ncdhw")
@@ -130,3 +131,45 @@ def test_regions_of_interest() -> None:
     x = produce(net, "nchw", batch=1, extent=8)
     boxes = net.const([[0, 0, 4, 4], [1, 2, 6, 7]], np.float32)
     check(net, net.op("RoiAlign", x, boxes, net.const([0, 0]), output_height=2, output_width=2))
+
+
+POLICIES = {"not_smaller": (6, 8), "not_larger": (3, 4), "stretch": (6, 4)}
+"""What [6, 8] becomes where [6, 4] is asked for."""
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_resize_that_keeps_the_aspect_ratio_keeps_its_axes(policy: str) -> None:
+    """The size of one axis follows from those of the others then, even where it comes out the same."""
+    net, (high, wide) = Net(19), POLICIES[policy]
+    x = net.transpose(net.linear(net.input("x", [2, 3, 8, 4]), 4, 6), 0, 1, 3, 2)
+    y = net.op("Resize", x, "", "", net.const([6, 4]), axes=[2, 3], mode="nearest", keep_aspect_ratio_policy=policy)
+    y = net.transpose(net.hint(y, [2, 3, high, wide]), 0, 1, 3, 2)
+    assert_exact_cut(net.model(net.linear(y, high, 4)), expect_cut=policy == "stretch")
+
+
+@pytest.mark.parametrize("start", [0.0, 0.25])
+def test_cropping_lets_channels_pass_that_it_leaves_alone(start: float) -> None:
+    net = Net(13)
+    region = net.const([0, start, 0.1, 0, 1, 1, 0.9, 1], np.float32)
+    sizes = net.const([2, 6, 3, 7])
+    y = net.op("Resize", produce(net, "nchw", batch=2), region, "", sizes, mode="linear",
+               coordinate_transformation_mode="tf_crop_and_resize")  # fmt: skip
+    check(net, y, cut=start == 0)
+
+
+def test_upsampling_that_moves_positions_of_channels_keeps_them() -> None:
+    """A scale of 1.1 leaves six channels six, of which one comes from its neighbour."""
+    net = Net(13)
+    y = net.op("Resize", produce(net, "nchw"), "", net.const([1, 1.1, 2, 2], np.float32), mode="nearest",
+               coordinate_transformation_mode="asymmetric", nearest_mode="ceil")  # fmt: skip
+    check(net, y, cut=False)
+
+
+@pytest.mark.parametrize("kind", ["DepthToSpace", "SpaceToDepth"])
+def test_blocks_let_the_batch_pass(kind: str) -> None:
+    """A layer whose channels come to stand on the batch axis."""
+    net = Net(13)
+    x = net.transpose(net.linear(net.input("x", [8, 4, 6, 3]), 3, 6), 3, 0, 1, 2)
+    y = net.op(kind, x, blocksize=2)
+    y = net.transpose(y, 1, 2, 3, 0)
+    assert_exact_cut(net.model(net.linear(y, 6, 4)))
