@@ -149,6 +149,12 @@ def pair(draw: Draw, name: str) -> Case:
     return Case(list(operands), attrs)
 
 
+@case("SwiGLU")
+def gated(draw: Draw, name: str) -> Case:
+    shape = draw.shape(1)
+    return Case([Operand(shape), Operand(shape)])
+
+
 @case("Where")
 def where(draw: Draw, name: str) -> Case:
     shape = draw.shape(1)
@@ -372,6 +378,13 @@ def scatter_nd(draw: Draw, name: str) -> Case:
     return Case([Operand(shape), ints(*rows), Operand((2, *shape[depth:]))], {"reduction": draw.pick(["none", "add"])})
 
 
+@case("TensorScatter")
+def tensor_scatter(draw: Draw, name: str) -> Case:
+    batch, heads, length, size, new = 2, draw.pick([2, 4]), 6, draw.pick([2, 4]), 2
+    where = draw.pick([None, ints(*[draw.random.randrange(4) for _ in range(batch)])])
+    return Case([Operand((batch, heads, length, size)), Operand((batch, heads, new, size)), where])
+
+
 @case("Trilu")
 @case("Trilu", domain=MS)
 def triangle(draw: Draw, name: str) -> Case:
@@ -435,11 +448,30 @@ def top(draw: Draw, name: str) -> Case:
     return Case([Operand(shape), ints(k)], {"axis": draw.signed(axis, len(shape)), "largest": int(draw.flip())}, 2)
 
 
-@case("CumSum")
+@case("CumSum", "CumProd")
 def cumulative(draw: Draw, name: str) -> Case:
     shape = draw.shape(1)
     axis = np.asarray(draw.signed(draw.axis(shape), len(shape)), np.int64)
     return Case([Operand(shape), axis], {"reverse": int(draw.flip()), "exclusive": int(draw.flip())})
+
+
+@case("DFT")
+def fourier(draw: Draw, name: str) -> Case:
+    shape = (*draw.shape(2, 3), draw.pick([1, 2]))
+    return Case([Operand(shape), None, np.asarray(draw.random.randrange(len(shape) - 1), np.int64)])
+
+
+@case("Det")
+def determinant(draw: Draw, name: str) -> Case:
+    return Case([Operand(draw.pick([(2, 3, 3), (4, 2, 2), (2, 4, 3, 3)]))])
+
+
+@case("ReverseSequence")
+def reverse(draw: Draw, name: str) -> Case:
+    shape = draw.shape(2)
+    batch = draw.pick([0, 1])
+    lengths = ints(*[draw.random.randrange(1, shape[1 - batch] + 1) for _ in range(shape[batch])])
+    return Case([Operand(shape), lengths], {"batch_axis": batch, "time_axis": 1 - batch})
 
 
 @case("Softmax", "LogSoftmax", "Hardmax")
@@ -597,6 +629,48 @@ def roi_align(draw: Draw, name: str) -> Case:
     return Case([Operand((2, draw.pick([2, 4, 6]), 4, 5)), rois, ints(0, 1, 0)], attrs)
 
 
+@case("MaxRoiPool")
+def roi_pool(draw: Draw, name: str) -> Case:
+    boxes = np.asarray([[0, 0, 0, 2, 2], [1, 0, 1, 3, 3]], np.float32)
+    return Case([Operand((2, draw.pick([2, 4, 6]), 4, 5)), boxes], {"pooled_shape": [2, 2]}, opset=21)
+
+
+@case("MaxUnpool")
+def unpool(draw: Draw, name: str) -> Case:
+    """Of positions that no MaxPool of the model gave, so that nothing goes; test_images.py has the pairs."""
+    index = np.asarray([[0, 2], [8, 10]], np.int64)
+    return Case([Operand((2, 3, 2, 2)), np.tile(index, (2, 3, 1, 1))], {"kernel_shape": [2, 2], "strides": [2, 2]})
+
+
+@case("DeformConv")
+def deformed(draw: Draw, name: str) -> Case:
+    group, offsets = draw.pick([1, 1, 2]), draw.pick([1, 1, 2])
+    ins, outs, taps = 2 * draw.pick([1, 2]), group * draw.pick([2, 3]), 4
+    space = (2, 3)
+    moved = Operand((2, offsets * taps * 2, *space))
+    rest = [draw.pick([None, Operand((outs,))]), draw.pick([None, Operand((2, offsets * taps, *space))])]
+    weight = Operand((outs, ins // group, 2, 2))
+    return Case([Operand((2, ins, 3, 4)), weight, moved, *rest], {"group": group, "offset_group": offsets})
+
+
+@case("Col2Im")
+def columns(draw: Draw, name: str) -> Case:
+    return Case([Operand((2, 4 * draw.pick([1, 2, 3]), 6)), ints(4, 3), ints(2, 2)], {"strides": [1, 1]})
+
+
+@case("AffineGrid")
+def affine(draw: Draw, name: str) -> Case:
+    return Case([Operand((2, 2, 3)), ints(2, 3, 4, 5)], {"align_corners": int(draw.flip())})
+
+
+@case("CenterCropPad")
+def centre(draw: Draw, name: str) -> Case:
+    shape = draw.shape(1)
+    axes = sorted({draw.axis(shape) for _ in range(2)})
+    sizes = [draw.pick([shape[a], shape[a] + 2, max(1, shape[a] - 1)]) for a in axes]
+    return Case([Operand(shape), ints(*sizes)], {"axes": [draw.signed(a, len(shape)) for a in axes]})
+
+
 # -- recurrent ---------------------------------------------------------------------------------------------------------
 
 
@@ -711,6 +785,7 @@ def grouped(draw: Draw, name: str) -> Case:
     return Case([*parts, None, None, *lengths], attrs, draw.pick([1, 3]))
 
 
+@case("LinearAttention")
 @case("LinearAttention", domain=MS)
 def linear_attention(draw: Draw, name: str) -> Case:
     kv, each, size, width, batch, s = draw.pick([1, 2]), draw.pick([1, 2]), draw.pick([2, 4]), draw.pick([2, 4]), 2, 3
@@ -723,6 +798,7 @@ def linear_attention(draw: Draw, name: str) -> Case:
     return Case([*parts, None, decay, rate], attrs, 2)
 
 
+@case("CausalConvWithState")
 @case("CausalConvWithState", domain=MS)
 def causal_conv(draw: Draw, name: str) -> Case:
     c, s, k = draw.pick([2, 4, 6]), 4, 3
