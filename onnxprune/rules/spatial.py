@@ -106,7 +106,7 @@ class RoiAlign(Rule):
 class Blocks(Rule):
     """Channels and pixels are laid out anew, in blocks."""
 
-    def channels(self, step: Step) -> tuple[Labels, Ids | None]:
+    def parts(self, step: Step) -> tuple[Labels, Ids | None]:
         """Labels of the batch, which pass, and the atoms of the channels."""
         why = "blocks of channels and positions of this axis change places"
         labels = step.drop_all_but(step.labels(0), (0, 1), "spatial", why)
@@ -125,7 +125,7 @@ class DepthToSpace(Blocks):
 
     def propagate(self, step: Step) -> None:
         """Tie the block's channels; the output has one atom per block."""
-        batch, ids = self.channels(step)
+        batch, ids = self.parts(step)
         if ids is None:
             step.set(0, batch)
             return
@@ -143,7 +143,7 @@ class SpaceToDepth(Blocks):
 
     def propagate(self, step: Step) -> None:
         """The output repeats the atoms, block after block."""
-        batch, ids = self.channels(step)
+        batch, ids = self.parts(step)
         if ids is None:
             step.set(0, batch)
             return
