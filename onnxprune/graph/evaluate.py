@@ -205,7 +205,8 @@ FUNCTIONS: dict[str, Function] = {
 
 def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
     """Outputs of ``node`` on known inputs, None for an absent optional one; None where it cannot be evaluated."""
-    if node.op in RANDOM or node.op in CONTROL:
+    # An empty sequence is no array.
+    if node.op in RANDOM or node.op in CONTROL or node.op == "SequenceEmpty":
         return None
     function = FUNCTIONS.get(node.op) if node.domain == "" else None
     try:

@@ -26,6 +26,11 @@ class Facts:
         """Shape at the first probe: a tuple with None for data-dependent sizes, or None."""
         return self.probes[0].shapes.get(name)
 
+    def elements(self, name: str) -> Any:
+        """Shapes of the tensors in a sequence at the first probe, None where it is not known how many they are."""
+        found = [probe.elements.get(name) for probe in self.probes]
+        return found[0] if len({None if e is None else len(e) for e in found}) == 1 else None
+
     def value(self, name: str) -> np.ndarray | None:
         """Value at the first probe, where known."""
         return self.probes[0].values.get(name)

@@ -17,7 +17,7 @@ from onnxprune.graph.shapes import output_shapes
 from onnxprune.graph.values import Probe, Values
 from onnxprune.graph.view import CONTROL, Graph, Node
 from onnxprune.model import markers
-from onnxprune.operators.registry import rule_of
+from onnxprune.operators.registry import Elements, rule_of
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 _CODES = tuple(onnx.TensorProto.DataType.Value(name) for name in ("UINT8", "INT8", "UINT16", "INT16"))
@@ -51,7 +51,8 @@ def probe_at(
 
 def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None, first: Probe) -> Probe | None:
     """The first probe with what other inputs change; None where less can be told of a node than at the first."""
-    probe = Probe(inputs, {**first.shapes, **inputs}, first.dtypes, Values(graph, first.values), first.sizes)
+    shapes, values = {**first.shapes, **inputs}, Values(graph, first.values)
+    probe = Probe(inputs, shapes, first.dtypes, values, first.sizes, dict(first.elements))
     changed = {name for name, shape in inputs.items() if shape != first.inputs[name]}
     if graph.captured or graph.has_bodies or any(node.op in CONTROL for node in graph.steps):
         return None  # what bodies read is no input of their node, and what is taken or carried may differ
@@ -60,11 +61,12 @@ def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | Non
             continue
         for name in node.outputs:
             probe.shapes.pop(name, None)
+            probe.elements.pop(name, None)
         _walk(graph, [node], probe, infer)
         for name in node.outputs:
             before, after = first.shapes.get(name), probe.shapes.get(name)
             if before == after:
-                if probe.values.differs(name):
+                if probe.values.differs(name) or probe.elements.get(name) != first.elements.get(name):
                     changed.add(name)
                 continue
             if before is None or after is None or len(before) != len(after) or _open(before) != _open(after):
@@ -166,7 +168,7 @@ def _gives_codes(node: Node) -> bool:
 
 def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None:
     """Shapes of an operator that onnx does not know; results have the type of its first input of floats (or codes)."""
-    shapes = [probe.shapes.get(name) if name else None for name in node.inputs]
+    shapes = [probe.elements.get(name, probe.shapes.get(name)) if name else None for name in node.inputs]
     results = infer(node, shapes, [probe.values.get(name) if name else None for name in node.inputs])
     kinds = [probe.dtypes.get(name) or _dtype_of(graph, name) for name in node.inputs if name]
     wanted = _CODES if _gives_codes(node) else _FLOATS
@@ -174,6 +176,9 @@ def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None
     for name, shape in zip(node.outputs, results or (), strict=False):
         if name:
             probe.dtypes.setdefault(name, kind)
+            if isinstance(shape, Elements):
+                probe.elements[name] = shape
+                continue
             # What the file states may leave sizes open that follow here.
             if shape is not None and (probe.shapes.get(name) is None or None not in shape):
                 probe.shapes[name] = tuple(shape)

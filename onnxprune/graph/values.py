@@ -147,5 +147,7 @@ class Probe:
     values: Values = None  # type: ignore[assignment]
     sizes: set[str] = field(default_factory=set)
     """Known tensors that were computed from the sizes of others, directly or not."""
+    elements: dict[str, Any] = field(default_factory=dict)
+    """Shapes of the tensors in every sequence whose length is known, see ``Elements``."""
     idle: set[int] = field(default_factory=set)
     """Nodes in branches that are not taken at these sizes."""

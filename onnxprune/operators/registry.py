@@ -24,6 +24,14 @@ Read = Callable[[int], "NDArray[Any] | None"]
 """Position of an input -> its value where that is a constant, else None; None for absent ones too."""
 
 FOREVER = 1 << 30
+
+
+class Elements(tuple["Shape | None", ...]):
+    """Shapes of the tensors in a sequence: what ``infer`` is given and gives in place of a shape."""
+
+    __slots__ = ()
+
+
 BUILT_IN = "onnxprune.rules"
 ENTRY_POINT = "onnxprune.rules"
 

@@ -27,6 +27,7 @@ from onnxprune.rules import (
     ranges,
     recurrent,
     scatter,
+    sequences,
     spatial,
 )
 from onnxprune.rules.context import Cut, Step
@@ -37,7 +38,7 @@ BUILT_IN = (
     *(attention, blocked, bodies, classical, contraction, convolution, decoding, elementwise, experts, grouped),
     images,
     *(indexing, microsoft, movement, normalization, packed, packed_codes, quantization, quantized, ranges),
-    *(recurrent, scatter, spatial),
+    *(recurrent, scatter, sequences, spatial),
 )
 
 __all__ = [

@@ -55,12 +55,15 @@ class Table:
     def __init__(self, graph: Graph, facts: Facts, atoms: Atoms, approximate: bool = False) -> None:
         self.graph, self.facts, self.atoms, self.approximate = graph, facts, atoms, approximate
         self._labels: dict[str, Labels] = {}
+        self._sequences: dict[str, tuple[Labels, ...]] = {}
 
     def get(self, name: str) -> Labels:
-        """Labels of a tensor; every axis of a weight is born with atoms of its own."""
+        """Labels of a tensor, or of all tensors in a sequence; every axis of a weight is born with atoms of its own."""
         known = self._labels.get(name)
         if known is not None:
             return known
+        if name in self._sequences:
+            return tuple([label for labels in self._sequences[name] for label in labels])
         weight = self.graph.weights.get(name)
         labels: Labels = NONE
         if weight is not None and _holds_weights(weight.dtype):
@@ -109,6 +112,18 @@ class Table:
             why = self.atoms.barrier("dynamic-shape", label_of, kind, "the size of this axis follows that of an input")
             labels = without_axis(self.atoms, labels, axis, why)
         return labels
+
+    def set_sequence(self, name: str, elements: Sequence[Labels]) -> None:
+        """State the labels of the tensors in a sequence."""
+        self._sequences[name] = tuple(elements)
+
+    def sequence(self, name: str) -> list[tuple[Labels, Any]] | None:
+        """(labels, shape) of every tensor in a sequence; None where they are not known."""
+        shapes = self.facts.elements(name)
+        labels = self._sequences.get(name)
+        if shapes is None or (labels is not None and len(labels) != len(shapes)):
+            return None
+        return list(zip(labels or [NONE] * len(shapes), shapes, strict=True))
 
     def items(self) -> Mapping[str, Labels]:
         """All labels stated or born so far."""
