@@ -3,6 +3,7 @@
 from onnxprune.contractions.form import Form, Picked
 from onnxprune.contractions.pairwise import Blocks, Pairwise
 from onnxprune.contractions.sampling import pick, rows_per_sample
+from onnxprune.contractions.scale import Scale
 from onnxprune.contractions.windows import Transposed, Windows
 
-__all__ = ["Blocks", "Form", "Pairwise", "Picked", "Transposed", "Windows", "pick", "rows_per_sample"]
+__all__ = ["Blocks", "Form", "Pairwise", "Picked", "Scale", "Transposed", "Windows", "pick", "rows_per_sample"]

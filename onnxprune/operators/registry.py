@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from importlib import import_module
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from warnings import warn
 
 import numpy as np
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxprune.labels.combine import Shape
     from onnxprune.rules.context import Cut, Step
 
+Array = NDArray[Any]
 Read = Callable[[int], "NDArray[Any] | None"]
 """Position of an input -> its value where that is a constant, else None; None for absent ones too."""
 
@@ -51,6 +52,18 @@ class Move(Enum):
     def keeps_all(self) -> bool:
         """Whether every value is there once, so that the operator can be undone."""
         return self in (Move.SAME, Move.CAST, Move.SHAPE, Move.ORDER)
+
+
+class Inverse(NamedTuple):
+    """How the value at one input of an operator is had from its output.
+
+    Attributes:
+        undo: (value of the output, [value of ``addend``], shape of the input) -> value of the input.
+        addend: position of another input that has to be known for it; None where none has.
+    """
+
+    undo: Callable[[Array, Sequence[Array], Sequence[int]], Array]
+    addend: int | None = None
 
 
 class Rule:
@@ -88,6 +101,12 @@ class Rule:
 
     targets: tuple[int, ...] = ()
     """Inputs that say what shape a result has, and nothing of what it holds."""
+
+    averages: bool = False
+    """Whether results are means of values of input 0 over some of its axes."""
+
+    clamps: bool = False
+    """Whether results are the values of input 0 but where the operator is flat, see ``saturation``."""
 
     makes_labels: bool = False
     """Whether channels are born at this operator, so that it is asked where none of its inputs has any."""
@@ -174,6 +193,24 @@ class Rule:
             lie on, or an axis of their own behind the others.
         """
         return None
+
+    def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
+        """How input ``i`` is had from output 0; None where that cannot be told.
+
+        Args:
+            node: the node. i: position of the input. constant: floating values of the other inputs.
+        """
+        if i or any(node.outputs[1:]):
+            return None
+        if self.moves is Move.SAME:
+            return Inverse(lambda value, _addends, _shape: value)
+        if self.moves is Move.SHAPE:
+            return Inverse(lambda value, _addends, shape: value.reshape(shape))
+        return None
+
+    def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
+        """Where the operator is flat as a function of input 0: (level, whether it is flat below that, else above)."""
+        return []
 
     def neutral(self, step: Step, i: int) -> str | None:
         """Name of the tensor that stands for 0 in input ``i`` (a zero point), where 0 itself does not."""

@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
-from onnxprune.contractions import Form
+from onnxprune.contractions import Form, Scale
 from onnxprune.graph.view import Graph, Node
 from onnxprune.passes.restate import normalisations
 from onnxprune.recover.aims import Aim, find_aims, outputs
 from onnxprune.recover.plausible import divergence, interest
-from onnxprune.recover.scales import Scale
 from onnxprune.rewrite.after import After
 from onnxprune.runtime.sessions import Feed
 

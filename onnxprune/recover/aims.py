@@ -14,7 +14,6 @@ from onnxprune.contractions import Form
 from onnxprune.graph.view import CONTROL, Graph, Node
 from onnxprune.graph.weights_of import weight_of
 from onnxprune.recover.bodies import Bodies
-from onnxprune.recover.scales import Scale
 from onnxprune.recover.stored import Stored
 from onnxprune.recover.tails import Tail, tail_of
 from onnxprune.rules.registry import lookup
@@ -121,11 +120,8 @@ def _never(_name: str) -> bool:
 
 def _form(graph: Graph, node: Node, shape: Shapes) -> Form | None:
     """The node as a product of data and a constant weight."""
-    if node.op == "BatchNormalization" and node.domain == "":
-        form: Form | None = Scale.of(len(node.inputs), shape(node.inputs[0]))
-        candidates = [0]
-    else:
-        form, candidates = None, [i for i in (0, 1) if i < len(node.inputs) and not _is_constant(graph, node.inputs[i])]
+    form: Form | None = None
+    candidates = [i for i in (0, 1) if i < len(node.inputs) and not _is_constant(graph, node.inputs[i])]
     rule = lookup(node.domain, node.op, node.version)
     shapes = [shape(n) if n else None for n in node.inputs]
     for position in candidates:

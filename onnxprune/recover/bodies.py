@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from onnxprune.contractions import Form
+from onnxprune.contractions import Form, Scale
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model import markers
-from onnxprune.recover.scales import Scale
 from onnxprune.recover.tails import Tail
 
 _UNSEEN = "it lies in an If within a Loop or Scan, and the size of what it gives is not known where that is not taken"

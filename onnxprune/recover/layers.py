@@ -8,11 +8,10 @@ from collections.abc import MutableMapping
 import numpy as np
 import onnx
 
-from onnxprune.contractions import Pairwise
+from onnxprune.contractions import Pairwise, Scale
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import ArrayWeight, Weight
 from onnxprune.recover.aims import Aim
-from onnxprune.recover.scales import Scale
 from onnxprune.recover.sums import Real
 
 

@@ -9,19 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.graph.view import Graph, Node
 from onnxprune.graph.weights_of import weight_of
+from onnxprune.operators.registry import Move, Read, rule_of
 
 Array = NDArray[Any]
 Undo = Callable[[Array, Sequence[Array], Sequence[int]], Array]
 """(value behind the operator, other addends, shape in front of it) -> value in front of it."""
-
-_RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
-_SAME = {"Identity", "Dropout"}
-_ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Sum"}
 
 
 @dataclass(slots=True)
@@ -80,7 +76,7 @@ def _is_pooled(graph: Graph, aim: str, shape: Callable[[str], Any]) -> bool:
         if len(readers) != 1 or aim in graph.outputs or aim in graph.captured:
             return False
         node = readers[0][0]
-        if node.op not in ("Relu", "Clip") or node.domain:
+        if not rule_of(node).clamps:
             return _is_mean(node, shape)
         aim = node.outputs[0]
     return False
@@ -92,15 +88,24 @@ def _extend(graph: Graph, tail: Tail, ready: Callable[[str], bool], shape: Calla
     if len(readers) != 1 or tail.aim in graph.outputs or tail.aim in graph.captured:
         return False
     node, position = readers[0]
-    before = len(tail.addends)
-    undo = _undo(graph, node, position, ready, tail)
-    # An operand must not widen the value: there would be no one value in front of it.
-    if undo is None or (node.op in _ELEMENTWISE and shape(tail.aim) != shape(node.outputs[0])):
-        del tail.addends[before:]
+    rule = rule_of(node)
+    inverse = rule.inverse(node, position, constants(graph, node)) if node.outputs[0] else None
+    if inverse is None:
         return False
-    tail.undo.append((undo, before))
-    if node.op in _RESHAPES or node.op == "Transpose":
-        tail.moves.append(undo)
+    # An operand must not widen the value: there would be no one value in front of it.
+    if rule.moves is None and shape(tail.aim) != shape(node.outputs[0]):
+        return False
+    # A reshape is undone with the shape of the contraction's output: nothing may have moved before it.
+    if rule.moves is Move.SHAPE and tail.moved:
+        return False
+    addend = "" if inverse.addend is None else node.inputs[inverse.addend]
+    if addend and not ready(addend):
+        return False
+    tail.undo.append((inverse.undo, len(tail.addends)))
+    tail.addends += [addend] if addend else []
+    if rule.moves not in (None, Move.SAME):
+        tail.moved = True
+        tail.moves.append(inverse.undo)
     tail.through.append(node)
     tail.aim = node.outputs[0]
     return True
@@ -108,7 +113,7 @@ def _extend(graph: Graph, tail: Tail, ready: Callable[[str], bool], shape: Calla
 
 def _is_mean(node: Node, shape: Callable[[str], Any]) -> bool:
     """Whether the node takes the mean over all positions."""
-    if node.domain or node.op not in ("GlobalAveragePool", "AveragePool", "ReduceMean"):
+    if not rule_of(node).averages:
         return False
     before, after = shape(node.inputs[0]), shape(node.outputs[0])
     if before is None or after is None or len(before) < 3 or tuple(after[:2]) != tuple(before[:2]):
@@ -122,104 +127,14 @@ def _flats(graph: Graph, aim: str) -> list[tuple[float, bool]]:
     if len(readers) != 1 or aim in graph.outputs or aim in graph.captured or readers[0][1] != 0:
         return []
     node = readers[0][0]
-    if node.op == "Relu":
-        return [(0.0, True)]
-    if node.op == "HardSwish":
-        return [(-3.0, True)]
-    if node.op == "HardSigmoid":
-        slope, shift = float(node.attrs.get("alpha", 0.2)), float(node.attrs.get("beta", 0.5))
-        return [(-shift / slope, True), ((1.0 - shift) / slope, False)] if slope > 0 else []
-    return _clip_flats(graph, node) if node.op == "Clip" else []
+    return rule_of(node).saturation(node, constants(graph, node))
 
 
-def _clip_flats(graph: Graph, node: Node) -> list[tuple[float, bool]]:
-    bounds = []
-    for position, name in enumerate(("min", "max"), start=1):
-        value = node.attrs.get(name)
-        if value is None and position < len(node.inputs) and node.inputs[position]:
-            given = weight_of(graph, node.inputs[position])
-            if given is None or given.size != 1:
-                return []
-            value = given.reshape(())
-        if value is not None and np.isfinite(float(value)) and abs(float(value)) < 1e30:
-            bounds.append((float(value), position == 1))
-    return bounds
+def constants(graph: Graph, node: Node) -> Read:
+    """Floating constants that a node reads, by position."""
 
+    def read(i: int) -> Array | None:
+        value = weight_of(graph, node.inputs[i]) if i < len(node.inputs) and node.inputs[i] else None
+        return value if value is not None and value.dtype.kind == "f" else None
 
-def _undo(graph: Graph, node: Node, position: int, ready: Callable[[str], bool], tail: Tail) -> Undo | None:
-    if node.domain or not node.outputs[0]:
-        return None
-    if node.op in _SAME and position == 0 and not any(node.outputs[1:]):
-        return lambda value, _addends, _shape: value
-    if node.op == "Transpose":
-        return _untranspose(node, tail)
-    # A reshape is undone with the shape of the contraction's output: nothing may have moved before it.
-    if node.op in _RESHAPES and position == 0 and not tail.moved:
-        tail.moved = True
-        return lambda value, _addends, shape: value.reshape(shape)
-    if node.op == "BatchNormalization" and position == 0:
-        return _unnormalise(graph, node)
-    if node.op in _ELEMENTWISE and len(node.inputs) == 2:
-        constant = _constant(graph, node.inputs[1 - position])
-        if constant is not None:
-            return _unscale(node, position, constant)
-        if node.op in ("Add", "Sub", "Sum") and ready(node.inputs[1 - position]):
-            tail.addends.append(node.inputs[1 - position])
-            return _unadd(node, position)
-    return None
-
-
-def _constant(graph: Graph, name: str) -> Array | None:
-    value = weight_of(graph, name)
-    return value if value is not None and value.dtype.kind == "f" else None
-
-
-def _untranspose(node: Node, tail: Tail) -> Undo | None:
-    perm = node.attrs.get("perm")
-    if perm is None:
-        return None
-    back = np.argsort(perm)
-    tail.moved = True
-    return lambda value, _addends, _shape: value.transpose(back)
-
-
-def _unadd(node: Node, position: int) -> Undo:
-    if node.op == "Sub" and position == 1:
-        return lambda value, addends, _shape: addends[0] - value
-    if node.op == "Sub":
-        return lambda value, addends, _shape: value + addends[0]
-    return lambda value, addends, _shape: value - addends[0]
-
-
-def _unscale(node: Node, position: int, constant: Array) -> Undo | None:
-    """Undo a constant operand, which must not widen the value."""
-    if node.op in ("Add", "Sum"):
-        return lambda value, _addends, _shape: value - constant
-    if node.op == "Sub":
-        return lambda value, _addends, _shape: constant - value if position else value + constant
-    if node.op == "Mul":
-        return lambda value, _addends, _shape: _divide(value, constant)
-    return None if position else lambda value, _addends, _shape: value * constant
-
-
-def _unnormalise(graph: Graph, node: Node) -> Undo | None:
-    if node.attrs.get("training_mode", 0) or any(node.outputs[1:]):
-        return None
-    given = [g for n in node.inputs[1:5] if (g := _constant(graph, n)) is not None]
-    if len(given) < 4:
-        return None
-    scale, shift, mean, variance = (np.asarray(g, np.float64) for g in given)
-    gain = scale / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
-    offset = shift - mean * gain
-
-    def undo(value: Array, _addends: Sequence[Array], _shape: Sequence[int]) -> Array:
-        along = (1, -1, *(1,) * (value.ndim - 2))
-        return _divide(value - offset.reshape(along), gain.reshape(along))
-
-    return undo
-
-
-def _divide(value: Array, gain: Array) -> Array:
-    """value / gain, 0 where the gain is 0: nothing in front of it can change what is behind."""
-    dead = np.abs(gain) < 1e-12
-    return np.where(dead, 0.0, value / np.where(dead, 1.0, gain))
+    return read

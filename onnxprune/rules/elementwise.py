@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
+from onnxprune.operators.registry import Array, Read
 from onnxprune.rules.context import Step
-from onnxprune.rules.registry import Move, Rule, register
+from onnxprune.rules.registry import Inverse, Move, Rule, register
 from onnxprune.rules.sizes import broadcast_shapes
 
 
@@ -36,6 +39,89 @@ class Elementwise(Rule):
         return [broadcast_shapes(chosen)] * len(node.outputs)
 
 
+class Sum(Elementwise):
+    """Add, Sub and Sum: what is added can be taken off again, where it is known."""
+
+    def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
+        """Take off the other operand, which may be an activation."""
+        if len(node.inputs) != 2:
+            return None
+        other, turned = constant(1 - i), node.op == "Sub" and i == 1
+        sign = -1.0 if node.op == "Sub" else 1.0
+
+        def undo(value: Array, addends: Sequence[Array], _shape: Sequence[int]) -> Array:
+            added = other if other is not None else addends[0]
+            return added - value if turned else (value - added if sign > 0 else value + added)
+
+        return Inverse(undo, None if other is not None else 1 - i)
+
+
+class Scaled(Elementwise):
+    """Mul and Div: a constant factor can be taken out again; where it is 0, nothing in front of it changes anything."""
+
+    def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
+        """Divide by a factor, multiply with a divisor."""
+        other = constant(1 - i) if len(node.inputs) == 2 else None
+        if other is None or (node.op == "Div" and i == 1):
+            return None
+        if node.op == "Div":
+            return Inverse(lambda value, _addends, _shape: value * other)
+        return Inverse(lambda value, _addends, _shape: divided(value, other))
+
+
+def divided(value: Array, gain: Array) -> Array:
+    """value / gain, 0 where the gain is 0."""
+    dead = np.abs(gain) < 1e-12
+    return np.where(dead, 0.0, value / np.where(dead, 1.0, gain))
+
+
+class Relu(Elementwise):
+    """max(x, 0)."""
+
+    clamps = True
+
+    def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
+        """Flat below 0."""
+        return [(0.0, True)]
+
+
+class HardSwish(Elementwise):
+    """x * hardsigmoid(x)."""
+
+    def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
+        """Flat below -3."""
+        return [(-3.0, True)]
+
+
+class HardSigmoid(Elementwise):
+    """max(0, min(1, alpha * x + beta))."""
+
+    def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
+        """Flat on both sides."""
+        slope, shift = float(node.attrs.get("alpha", 0.2)), float(node.attrs.get("beta", 0.5))
+        return [(-shift / slope, True), ((1.0 - shift) / slope, False)] if slope > 0 else []
+
+
+class Clip(Elementwise):
+    """min(max(x, lowest), highest); the bounds are attributes before opset 11."""
+
+    clamps = True
+
+    def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
+        """Flat beyond either bound, where both are known."""
+        bounds = []
+        for position, name in enumerate(("min", "max"), start=1):
+            value = node.attrs.get(name)
+            if value is None and position < len(node.inputs) and node.inputs[position]:
+                given = constant(position)
+                if given is None or given.size != 1:
+                    return []
+                value = given.reshape(())
+            if value is not None and np.isfinite(float(value)) and abs(float(value)) < 1e30:
+                bounds.append((float(value), position == 1))
+        return bounds
+
+
 class Same(Elementwise):
     """Identity, and Dropout where nothing is dropped: input 0 as it is."""
 
@@ -58,17 +144,22 @@ class CastLike(Cast):
 
 
 UNARY = (
-    "Relu Sigmoid Tanh Erf Sqrt Exp Log Abs Neg Floor Ceil Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh "
-    "Atanh LeakyRelu Elu Selu Celu Gelu HardSwish HardSigmoid Mish Softplus Softsign ThresholdedRelu Shrink Swish "
+    "Sigmoid Tanh Erf Sqrt Exp Log Abs Neg Floor Ceil Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh "
+    "Atanh LeakyRelu Elu Selu Celu Gelu Mish Softplus Softsign ThresholdedRelu Shrink Swish "
     "Not IsNaN IsInf Reciprocal BitwiseNot BitCast"
 ).split()
 BINARY = (
-    "Add Sub Mul Div Pow Mod Min Max Sum Mean And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual Where PRelu "
+    "Pow Mod Min Max Mean And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual Where PRelu "
     "BitShift BitwiseAnd BitwiseOr BitwiseXor"
 ).split()
 
 register("", *UNARY, rule=Elementwise([0]))
-register("", "Clip", rule=Elementwise([0]))
+register("", "Relu", rule=Relu([0]))
+register("", "HardSwish", rule=HardSwish([0]))
+register("", "HardSigmoid", rule=HardSigmoid([0]))
+register("", "Clip", rule=Clip([0]))
+register("", "Add", "Sub", "Sum", rule=Sum())
+register("", "Mul", "Div", rule=Scaled())
 register("", "Identity", "Dropout", rule=Same([0]))
 register("", "Cast", rule=Cast([0]))
 register("", "CastLike", rule=CastLike([0]))

@@ -7,17 +7,27 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.graph.view import Node
 from onnxprune.labels import movement
 from onnxprune.labels.combine import Shape, broadcast, concatenate
 from onnxprune.labels.label import NONE, Label, Labels, along
+from onnxprune.operators.registry import Read
 from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Move, Rule, register
+from onnxprune.rules.registry import Inverse, Move, Rule, register
 
 
 class Transpose(Rule):
     """A permutation of the axes."""
 
     moves = Move.ORDER
+
+    def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
+        """The inverse permutation, where the node states its own."""
+        perm = node.attrs.get("perm")
+        if perm is None:
+            return None
+        back = np.argsort(perm)
+        return Inverse(lambda value, _addends, _shape: value.transpose(back))
 
     def propagate(self, step: Step) -> None:
         """Permute the labels."""

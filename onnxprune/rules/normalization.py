@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.contractions import Form, Scale
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Labels
 from onnxprune.labels.movement import remove_axis
+from onnxprune.operators.registry import Array, Read
 from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Rule, register
+from onnxprune.rules.elementwise import divided
+from onnxprune.rules.registry import Inverse, Rule, register
 
 NORMALISED = "normalised"
 
@@ -155,6 +158,25 @@ class GroupNorm(Rule):
 
 class BatchNorm(Rule):
     """One scale, shift, mean and variance per channel."""
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """One weight per channel: what normalises is folded into it."""
+        return Scale.of(len(node.inputs), shapes[0]) if data == 0 else None
+
+    def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
+        """Take off the shift and divide by the gain of every channel."""
+        given = [g for k in range(1, 5) if (g := constant(k)) is not None]
+        if i or node.attrs.get("training_mode", 0) or any(node.outputs[1:]) or len(given) < 4:
+            return None
+        scale, shift, mean, variance = (np.asarray(g, np.float64) for g in given)
+        gain = scale / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
+        offset = shift - mean * gain
+
+        def undo(value: Array, _addends: Sequence[Array], _shape: Sequence[int]) -> Array:
+            along = (1, -1, *(1,) * (value.ndim - 2))
+            return divided(value - offset.reshape(along), gain.reshape(along))
+
+        return Inverse(undo)
 
     def propagate(self, step: Step) -> None:
         """The channel axis is united with all four vectors."""
@@ -304,6 +326,12 @@ class Pick(Rule):
             step.set(o, labels)
 
 
+class ReduceMean(Reduce):
+    """The mean over axes."""
+
+    averages = True
+
+
 register("", "Softmax", "LogSoftmax", "Hardmax", rule=Softmax())
 register("", "LayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1, 2)))
 register("", "RMSNormalization", "SimplifiedLayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1)))
@@ -314,7 +342,7 @@ register("", "InstanceNormalization", rule=InstanceNorm())
 register("", "GroupNormalization", rule=GroupNorm())
 register("", "BatchNormalization", rule=BatchNorm())
 register("", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", rule=Reduce(contraction=True))
-register("", "ReduceMean", rule=Reduce(approximate=True))
+register("", "ReduceMean", rule=ReduceMean(approximate=True))
 register("", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", rule=Reduce())
 register("", "ArgMax", "ArgMin", "TopK", "CumSum", "CumProd", rule=Pick())
 register("", "DFT", rule=Fourier())

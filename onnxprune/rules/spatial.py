@@ -150,8 +150,14 @@ class SpaceToDepth(Blocks):
         self.state(step, batch, np.tile(ids, int(step.attr("blocksize")) ** 2))
 
 
-_POOLS = "AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool".split()
-register("", *_POOLS, rule=Local())
+class Average(Local):
+    """Means over windows, or over all positions."""
+
+    averages = True
+
+
+register("", "LpPool", "GlobalMaxPool", "GlobalLpPool", rule=Local())
+register("", "AveragePool", "GlobalAveragePool", rule=Average())
 register("", "Resize", "Upsample", rule=Resize())
 register("", "GridSample", rule=GridSample())
 register("", "RoiAlign", "MaxRoiPool", rule=RoiAlign())

@@ -14,10 +14,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxprune.contractions import Form, Pairwise, Windows, pick, rows_per_sample
+from onnxprune.contractions import Form, Pairwise, Scale, Windows, pick, rows_per_sample
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import ArrayWeight
-from onnxprune.recover.scales import Scale
 from onnxprune.rules.registry import lookup
 
 Array = NDArray[Any]
