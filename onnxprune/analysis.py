@@ -18,6 +18,7 @@ from onnxprune.graph import cost
 from onnxprune.graph.facts import Facts, study
 from onnxprune.graph.fold import Fold, fold
 from onnxprune.graph.hoist import Hoist, hoist
+from onnxprune.graph.limits import check_extents
 from onnxprune.graph.probes import probe_shapes
 from onnxprune.graph.unshare import unshare
 from onnxprune.graph.view import Graph, Node
@@ -100,6 +101,7 @@ class Analysis:
             unshared, copies = unshare(Graph.of(loaded.proto, loaded.weights, names=loaded.names))
             folded, folds = fold(unshared)
             facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
+            check_extents(folded, facts.probes[0])
             graph, hoists = hoist(folded, facts)
             table = push_labels(graph, facts, approximate=approximate)
             units, unstored = _resolve(table, "head_dim")

@@ -5,6 +5,7 @@ The frequent operators are a table of numpy functions; the others go through onn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -203,6 +204,55 @@ FUNCTIONS: dict[str, Function] = {
 }
 
 
+# What is computed may have so many elements, or so many times those that it is computed from.
+_MOST, _TIMES = 1 << 22, 16
+_JOINING = frozenset("Add Sub Mul Div Pow Mod Equal Less Greater GreaterOrEqual LessOrEqual And Or Where".split())
+
+
+def _elements(node: Node, values: Values) -> int:
+    """How many elements a node would give, by what it is told; 0 where it gives no more than it gets."""
+    shapes: list[tuple[int, ...]] = [v.shape for v in values if v is not None]
+    if node.op not in FUNCTIONS or node.domain:
+        return _inferred_elements(node, values)
+    if node.op in _JOINING:
+        return math.prod(np.broadcast_shapes(*shapes))
+    if node.op == "Range":
+        start, end, step = (float(_given(values, i).item()) for i in range(3))
+        return math.ceil(max((end - start) / step, 0)) if step else 0
+    if node.op == "ConstantOfShape":
+        return math.prod(_numbers(_given(values, 0)))
+    if node.op == "Expand":
+        return math.prod(np.broadcast_shapes(shapes[0], tuple(_numbers(_given(values, 1)))))
+    if node.op == "Tile":
+        return math.prod(shapes[0]) * math.prod(_numbers(_given(values, 1)))
+    if node.op == "Gather":
+        axis = int(node.attrs.get("axis", 0))
+        return math.prod(shapes[0]) // max(shapes[0][axis], 1) * math.prod(shapes[1])
+    return 0
+
+
+def _inferred_elements(node: Node, values: Values) -> int:
+    """What onnx infers of a node; where that is nothing, the largest number that the node reads as an integer."""
+    types, data = {}, {}
+    for name, value in zip(node.inputs, values, strict=True):
+        if name and value is not None:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+            types[name] = onnx.helper.make_tensor_type_proto(kind, value.shape)
+            if value.size <= _OPERAND:
+                data[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+    schema = onnx.defs.get_schema(node.op, node.version, node.domain)
+    opset = onnx.helper.make_opsetid(node.domain, node.version)
+    found = onnx.shape_inference.infer_node_outputs(schema, node.proto, types, data, opset_imports=[opset])
+    dims = [kind.tensor_type.shape.dim for kind in found.values() if kind.tensor_type.HasField("shape")]
+    if len(dims) == len([o for o in node.outputs if o]) and all(d.HasField("dim_value") for s in dims for d in s):
+        return max((math.prod(int(d.dim_value) for d in s) for s in dims), default=0)
+    integers = [int(v.max()) for v in values if v is not None and v.size and v.dtype.kind in "iu"]
+    return max(integers, default=0)
+
+
+_OPERAND = 1 << 10  # elements of what may say a shape
+
+
 def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
     """Outputs of ``node`` on known inputs, None for an absent optional one; None where it cannot be evaluated."""
     # An empty sequence is no array.
@@ -210,6 +260,8 @@ def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
         return None
     function = FUNCTIONS.get(node.op) if node.domain == "" else None
     try:
+        if _elements(node, values) > max(_MOST, _TIMES * sum(v.size for v in values if v is not None)):
+            return None
         with np.errstate(all="ignore"):
             if function is not None:
                 result = function(node, values)

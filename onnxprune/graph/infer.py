@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from onnxprune.graph.enclosed import count_repeats, infer_marker
+from onnxprune.graph.limits import has_long_vectors, propagates
 from onnxprune.graph.shapes import output_shapes
 from onnxprune.graph.values import Probe, Values
 from onnxprune.graph.view import CONTROL, Graph, Node
@@ -40,13 +41,26 @@ def probe_at(
     probe = Probe(inputs=inputs, values=Values(graph, None if first is None else first.values))
     if first is not None:
         probe.sizes = first.sizes
-    probe.shapes.update({name: weight.shape for name, weight in graph.weights.items()})
-    _infer_whole(graph, probe)
-    probe.shapes.update(inputs)
-    _walk(graph, graph.steps, probe, infer)
+    _fill(graph, probe, infer, propagate=propagates(graph.proto))
     if graph.has_bodies and first is None:
         count_repeats(graph, probe)
     return probe
+
+
+def _fill(graph: Graph, probe: Probe, infer: Infer | None, *, propagate: bool) -> None:
+    """Shapes and values of a probe. ``propagate`` False: find out first whether onnx can propagate values."""
+    if not propagate:
+        first = Probe(inputs=probe.inputs, values=Values(graph))
+        _fill_once(graph, first, infer, propagate=False)
+        propagate = not has_long_vectors(first)
+    _fill_once(graph, probe, infer, propagate=propagate)
+
+
+def _fill_once(graph: Graph, probe: Probe, infer: Infer | None, *, propagate: bool) -> None:
+    probe.shapes.update({name: weight.shape for name, weight in graph.weights.items()})
+    _infer_whole(graph, probe, propagate)
+    probe.shapes.update(probe.inputs)
+    _walk(graph, graph.steps, probe, infer)
 
 
 def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None, first: Probe) -> Probe | None:
@@ -104,7 +118,7 @@ def _from_sizes(node: Node, sizes: set[str]) -> bool:
     return any(name in sizes and i not in targets for i, name in enumerate(node.inputs))
 
 
-def _infer_whole(graph: Graph, probe: Probe) -> None:
+def _infer_whole(graph: Graph, probe: Probe, propagate: bool) -> None:
     """onnx's shape inference over the skeleton with the dynamic input dimensions bound."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
@@ -119,7 +133,7 @@ def _infer_whole(graph: Graph, probe: Probe) -> None:
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
     try:
-        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        model = onnx.shape_inference.infer_shapes(model, data_prop=propagate)
     except Exception:  # inference errors on odd graphs leave the node-by-node way
         return
     known: dict[bytes, _Said] = {}

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from onnxprune.labels.label import Ids, Label
 
+_MOST = 1 << 26
+
 
 @dataclass(frozen=True, slots=True)
 class Barrier:
@@ -61,7 +63,9 @@ class Atoms:
     _barrier_index: dict[Barrier, int] = field(default_factory=dict)
 
     def new(self, n: int, tensor: str, axis: int) -> Ids:
-        """``n`` fresh atoms born on ``axis`` of ``tensor``."""
+        """``n`` fresh atoms born on ``axis`` of ``tensor``. Raises ValueError where there would be too many."""
+        if self.count + n > _MOST:
+            raise ValueError(f"an axis of {n:,} channels is more than can be told apart")
         start, self.count = self.count, self.count + n
         self.births.append(Birth(start, self.count, tensor, axis))
         return np.arange(start, self.count, dtype=np.int64)

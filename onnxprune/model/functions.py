@@ -9,6 +9,9 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from onnxprune.errors import ModelError
 
+# What functions may make where they are called.
+_MOST_NODES, _MOST_BYTES, _TIMES = 1 << 18, 1 << 28, 16
+
 Key = tuple[str, str, str]
 Bindings = Mapping[str, AttributeProto]
 
@@ -24,6 +27,7 @@ def inlined(proto: ModelProto) -> ModelProto:
     Raises:
         ModelError: a function calls itself, two have the same name, or the inliner refuses.
     """
+    _check_extent(proto)
     bound = _Binding(proto).model
     try:
         result = inliner.inline_local_functions(bound)
@@ -31,6 +35,34 @@ def inlined(proto: ModelProto) -> ModelProto:
         raise _refused(str(error)) from error
     _import_domains(result, proto.functions)
     return result
+
+
+def _check_extent(proto: ModelProto) -> None:
+    """Functions that call others twice double with every level: refuse what no export has, before it is there."""
+    functions = {_key(function): function for function in proto.functions}
+    extents: dict[Key, tuple[int, int]] = {}
+
+    def extent(nodes: Iterable[NodeProto], within: tuple[Key, ...]) -> tuple[int, int]:
+        """Nodes and bytes once every call is replaced."""
+        count = size = 0
+        for node in _all_nodes(nodes):
+            key = _key(node)
+            count, size = count + 1, size + (0 if any(map(_graphs, node.attribute)) else node.ByteSize())
+            if key in functions and key in within:
+                raise _refused(f"the function {key[1]!r} calls itself")
+            if key in functions:
+                if key not in extents:
+                    extents[key] = extent(functions[key].node, (*within, key))
+                count, size = count + extents[key][0], size + extents[key][1]
+        return count, size
+
+    count, size = extent(proto.graph.node, ())
+    if count > _MOST_NODES or size > max(_MOST_BYTES, _TIMES * proto.ByteSize()):
+        raise ModelError(
+            f"its {len(proto.functions)} local functions make {count:,} nodes of {size:,} bytes where they are called, "
+            f"and no more than {_MOST_NODES:,} nodes are laid open",
+            hint="Functions that call others several times double with every level; export the model without them.",
+        )
 
 
 def _refused(why: str) -> ModelError:

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 
 from onnxprune.errors import ModelError, ValidationError
+from onnxprune.graph.limits import propagates
 from onnxprune.model.closing import close_bodies
 
 _REPORT = "This is a bug in onnxprune; please report it."
@@ -52,7 +53,7 @@ def _complaint(path: Path) -> str | None:
 def _contradiction(proto: onnx.ModelProto) -> str | None:
     """The last line of what strict inference says against a skeleton, or None."""
     try:
-        onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+        onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=propagates(proto))
     except Exception as error:  # inference raises several types; each means that it objects
         return str(error).strip().splitlines()[-1]
     return None
