@@ -10,6 +10,7 @@ from onnxprune.rules import (
     bodies,
     classical,
     contraction,
+    contrib,
     convolution,
     decoding,
     elementwise,
@@ -36,7 +37,7 @@ from onnxprune.rules.registry import Rule, known, lookup, register, unregister
 
 BUILT_IN = (
     *(attention, blocked, bodies, classical, contraction, convolution, decoding, elementwise, experts, grouped),
-    images,
+    *(contrib, images),
     *(indexing, microsoft, movement, normalization, packed, packed_codes, quantization, quantized, ranges),
     *(recurrent, scatter, sequences, spatial),
 )

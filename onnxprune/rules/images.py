@@ -66,7 +66,7 @@ class MaxPool(Local):
 class MaxUnpool(Rule):
     """Values put back to where a MaxPool found them."""
 
-    operands = (2,)
+    operands = targets = (2,)
 
     def propagate(self, step: Step) -> None:
         """Values and positions share their channels, where the result has those that the pooled tensor had."""
@@ -157,7 +157,7 @@ class AffineGrid(Rule):
 class CenterCropPad(Rule):
     """The middle of some axes, or zeros around them."""
 
-    operands = (1,)
+    operands = targets = (1,)
 
     @staticmethod
     def _axes(step: Step) -> list[int]:

@@ -201,13 +201,15 @@ class Pad(Rule):
     """Constant padding of a labelled axis adds channels that may be removed like any other."""
 
     operands = (1, 3)
+    by_operand = False
+    """Whether the padding is an operand at every version."""
 
     def pads(self, step: Step) -> list[tuple[int | None, int | None]] | None:
         """(before, after) of every axis, None for what follows the size of an input; None where not known at all."""
         rank = len(step.shape(0))
         flat: Sequence[int | None] | None
         axes = list(range(rank))
-        if step.node.version < 11:
+        if step.node.version < 11 and not self.by_operand:
             flat = step.attr("pads", step.attr("paddings"))
         else:
             flat = step.entries(1)
@@ -260,7 +262,7 @@ class Pad(Rule):
                 new.append((low, high))
             else:
                 new.append((int(keep[:low].sum()), int(keep[size - high :].sum())))
-        if cut.node.version < 11:
+        if cut.node.version < 11 and not self.by_operand:
             if new != pads:
                 cut.set_attr("pads", [p[0] for p in new] + [p[1] for p in new])
         else:

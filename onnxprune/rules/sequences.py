@@ -73,7 +73,7 @@ class Construct(Sequence):
 class SplitToSequence(Sequence):
     """Consecutive parts along one axis."""
 
-    operands = (1,)
+    operands = targets = (1,)
 
     @staticmethod
     def sizes(node: Node, shape: Shape | None, split: Any) -> list[int] | None:
@@ -231,4 +231,4 @@ register("", "SplitToSequence", rule=SplitToSequence())
 register("", "SequenceAt", rule=At())
 register("", "SequenceInsert", "SequenceErase", rule=Change())
 register("", "ConcatFromSequence", rule=Concat())
-register("", "SequenceLength", "OptionalHasElement", rule=Sequence())
+register("", "SequenceLength", rule=Sequence())

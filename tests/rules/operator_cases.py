@@ -1043,3 +1043,74 @@ def qattention(draw: Draw, name: str) -> Case:
         np.asarray(3, np.uint8),
     ]
     return Case([*operands, np.asarray(0, np.int8)], {"num_heads": heads})
+
+
+# -- com.microsoft, as models are written ------------------------------------------------------------------------------
+
+
+@case("GatedRMSNorm", domain=MS)
+def gated_rms_norm(draw: Draw, name: str) -> Case:
+    size, heads = draw.pick([2, 4]), draw.pick([1, 2, 3])
+    shape = (*draw.pick([(2,), (2, 3)]), size * heads)
+    return Case([Operand(shape), Operand((size,)), Operand(shape)], {"activation": draw.pick(["silu", "sigmoid"])})
+
+
+@case("BranchwiseRMSNorm", domain=MS)
+def branchwise_rms_norm(draw: Draw, name: str) -> Case:
+    if draw.flip(0.3):
+        return Case([Operand((2, 3, 8)), draw.pick([None, Operand((8,)), Operand((4,))])], {"num_branches": 2})
+    return Case([Operand((2, 3, 2, 4)), draw.pick([None, Operand((4,)), Operand((2, 4)), Operand((8,))])])
+
+
+@case("LinearAttentionGate", domain=MS)
+def linear_attention_gate(draw: Draw, name: str) -> Case:
+    part = [Operand((2, 3, 4)), Operand((4,)), Operand((4,))]
+    return Case([*part, Operand((2, 3, 4))], outputs=2) if draw.flip() else Case([*part])
+
+
+@case("CropAndResize", domain=MS)
+def crop_and_resize(draw: Draw, name: str) -> Case:
+    regions = np.asarray([[0, 0, 0.5, 1], [0.2, 0, 1, 1]], np.float32)
+    return Case([Operand((2, 4, 5, 5)), regions, np.asarray([1, 0], np.int32), np.asarray([2, 3], np.int32)])
+
+
+@case("MaxpoolWithMask", domain=MS)
+def max_pool_with_mask(draw: Draw, name: str) -> Case:
+    return Case([Operand((2, 4, 5, 5)), np.ones((2, 4, 5, 5), np.int32)], {"kernel_shape": [2, 2]})
+
+
+@case("UnfoldTensor", domain=MS)
+def unfold_tensor(draw: Draw, name: str) -> Case:
+    shape = draw.shape()
+    return Case([Operand(shape)], {"dim": draw.axis(shape), "size": 2, "step": draw.pick([1, 2])})
+
+
+@case("ConvTransposeWithDynamicPads", domain=MS)
+def transposed_with_pads(draw: Draw, name: str) -> Case:
+    group, bias = draw.pick([1, 2, 4]), [Operand((4,))] if draw.flip() else []
+    operands = [Operand((2, 4, 4, 5)), Operand((4, 4 // group, 2, 2)), ints(*draw.pick([(0, 0, 0, 0), (1, 0, 0, 1)]))]
+    return Case([*operands, *bias], {"group": group, "strides": draw.pick([[1, 1], [2, 1]])})
+
+
+@case("GatherND", domain=MS)
+def old_gather_nd(draw: Draw, name: str) -> Case:
+    return Case([Operand((4, 6, 3)), draw.pick([ints([0], [2]), ints([[0, 1], [3, 5]]), ints([1, 2, 0])])])
+
+
+@case("MatMulInteger16", domain=MS)
+def integer_product(draw: Draw, name: str) -> Case:
+    steps = (("Mul", {}, np.asarray(9, np.float32)), ("Cast", {"to": 5}))
+    return Case([Operand((3, 4), steps), Operand((4, 6), steps)])
+
+
+@case("Range", "Unique", domain=MS)
+def ranges_and_sets(draw: Draw, name: str) -> Case:
+    if name == "Unique":
+        return Case([Operand((6,))], outputs=3)
+    return Case([Operand(()), np.asarray(3, np.float32), np.asarray(1, np.float32)])
+
+
+@case("Pad", domain=MS)
+def old_pad(draw: Draw, name: str) -> Case:
+    pads = ints(*draw.pick([(0, 1, 0, 0, 0, 2), (0, 0, 1, 0, 0, 0), (0, 0, 0, 0, 0, 0)]))
+    return Case([Operand((2, 4, 3)), pads, *([np.asarray(0.5, np.float32)] if draw.flip() else [])])
