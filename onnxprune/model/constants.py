@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto, helper, numpy_helper
 
-from onnxprune.model.weights import ArrayWeight, TensorWeight, Weight
+from onnxprune.model.weights import ArrayWeight, SparseWeight, TensorWeight, Weight
+
+_MOST_UNFOLDED = 1 << 26
 
 
 def weight_from_constant(node: NodeProto) -> Weight | None:
-    """The value of a Constant node under the name of its output; None for other nodes and for a sparse value.
+    """The value of a Constant node under the name of its output; None for other nodes.
 
     Raises:
         ModelError: when the value's data do not fit its type and dims.
@@ -21,6 +23,8 @@ def weight_from_constant(node: NodeProto) -> Weight | None:
         match attribute.name:
             case "value":
                 return TensorWeight(attribute.t, name)
+            case "sparse_value":
+                return SparseWeight(attribute.sparse_tensor, name, _MOST_UNFOLDED)
             case "value_float":
                 return ArrayWeight(name, np.array(attribute.f, np.float32))
             case "value_floats":

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import onnx
-from onnx import GraphProto, ModelProto, TensorProto
+from onnx import GraphProto, ModelProto, SparseTensorProto, TensorProto
 
 from onnxprune.errors import ModelError, OnnxpruneError, UsageError, nearest
 from onnxprune.model.external import attribute_tensors, bring_inline, external_weight, is_external
@@ -20,13 +20,24 @@ from onnxprune.model.opening import open_bodies
 from onnxprune.model.skeleton import without_data, without_graph, without_initializers
 from onnxprune.model.sniff import guess_by_name, guess_folder, guess_format
 from onnxprune.model.structure import ordered, sort_nodes
-from onnxprune.model.weights import ArrayWeight, BufferWeight, FileWeight, TensorWeight, Weight
+from onnxprune.model.weights import (
+    ArrayWeight,
+    BufferWeight,
+    FileWeight,
+    SparseWeight,
+    TensorWeight,
+    Weight,
+    to_proto,
+)
 from onnxprune.model.wire import TENSOR_DOUBLE_DATA, TENSOR_FLOAT_DATA, TENSOR_RAW_DATA, Buffer, Span, strip
 
 INLINE_LIMIT = 1024
 """Data of at most so many bytes stay in the skeleton (shapes, axes, scalars), so that shape inference finds them."""
 
 _WHOLE_FILE_LIMIT = 128 << 20  # up to here a file is read once into memory, beyond each weight is read by itself
+
+# Elements of a sparse tensor, or so many times the bytes of the model.
+_MOST_UNFOLDED, _TIMES = 1 << 26, 64
 
 _TYPED = {
     (TensorProto.FLOAT, TENSOR_FLOAT_DATA),
@@ -187,7 +198,8 @@ def _from_proto(source: ModelProto) -> Loaded:
             target.CopyFrom(without_data(tensor))
             held[index] = TensorWeight(tensor)
     size = proto.ByteSize() + sum(weight.nbytes for weight in held.values())
-    return _finish(proto, held, None, lambda: _digest_in_memory(proto, held.values()), size)
+    sparse = [tensor.SerializeToString(deterministic=True) for tensor in source.graph.sparse_initializer]
+    return _finish(proto, held, None, lambda: _digest_in_memory(proto, held.values(), sparse), size)
 
 
 def _digest_of(path: Path) -> str:
@@ -195,10 +207,12 @@ def _digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest_in_memory(proto: ModelProto, weights: Iterable[Weight]) -> str:
+def _digest_in_memory(proto: ModelProto, weights: Iterable[Weight], sparse: Iterable[bytes]) -> str:
     digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
     for weight in weights:
         digest.update(weight.stored())
+    for data in sparse:
+        digest.update(data)
     return digest.hexdigest()
 
 
@@ -254,6 +268,7 @@ def _finish(
         if is_external(tensor):
             files[bring_inline(tensor, folder)] = None
         TensorWeight(tensor)  # raises when the data do not fit the shape
+    _unfold_sparse(proto, weights, size)
     as_read = proto
     if proto.functions:
         sort_nodes(proto)
@@ -264,6 +279,20 @@ def _finish(
         weights[tensor.name] = _take_data(tensor)
     size += sum(file.stat().st_size for file in files)
     return Loaded(opened, weights, path, digest, size, as_read, tuple(files), names=names if opened is proto else ())
+
+
+def _unfold_sparse(proto: ModelProto, weights: dict[str, Weight], size: int) -> None:
+    """Make weights like any other of sparse initializers; they are written as they came."""
+    for sparse in proto.graph.sparse_initializer:
+        whole = SparseTensorProto()
+        whole.CopyFrom(sparse)
+        weight = SparseWeight(whole, sparse.values.name, max(_MOST_UNFOLDED, _TIMES * size))
+        if weight.name in weights:
+            raise ModelError(f"two initializers have the name {weight.name!r}", hint="Export the model again.")
+        weights[weight.name] = weight
+        stub = TensorProto(name=weight.name, data_type=weight.onnx_type, dims=weight.shape)
+        proto.graph.initializer.append(to_proto(weight) if weight.nbytes <= INLINE_LIMIT else stub)
+    proto.graph.ClearField("sparse_initializer")
 
 
 def _take_data(tensor: TensorProto) -> Weight:

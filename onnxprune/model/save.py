@@ -15,7 +15,7 @@ from onnxprune import files
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.model.closing import close_bodies
 from onnxprune.model.skeleton import without_data, without_graph, without_initializers
-from onnxprune.model.weights import FileWeight, Weight, to_proto
+from onnxprune.model.weights import FileWeight, Weight, sparse_form, to_proto
 from onnxprune.model.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, prefix
 
 _INLINE_TOTAL = 1900 << 20  # protobuf reads no message of 2 GiB or more
@@ -42,7 +42,7 @@ def assemble(skeleton: ModelProto, weights: Mapping[str, Weight]) -> ModelProto:
     Raises:
         ModelError: an initializer has no data, neither in the skeleton nor in ``weights``.
     """
-    skeleton, weights = close_bodies(skeleton, weights)
+    skeleton, weights = _closed(skeleton, weights)
     model = without_graph(skeleton)
     model.graph.MergeFrom(without_initializers(skeleton.graph))
     for tensor in skeleton.graph.initializer:
@@ -66,7 +66,7 @@ def referring(
     Returns:
         None where more would have to be.
     """
-    skeleton, weights = close_bodies(skeleton, weights)
+    skeleton, weights = _closed(skeleton, weights)
     model = without_graph(skeleton)
     model.graph.MergeFrom(without_initializers(skeleton.graph))
     inside = model.ByteSize()
@@ -126,7 +126,7 @@ def save(
         ModelError: a weight cannot be read, or an initializer has no data.
     """
     path = Path(path)
-    skeleton, weights = close_bodies(skeleton, weights)
+    skeleton, weights = _closed(skeleton, weights)
     entries = [_entry(tensor, weights) for tensor in skeleton.graph.initializer]
     total = sum(entry.nbytes or entry.header.ByteSize() for entry in entries)
     if external is None:
@@ -159,6 +159,23 @@ def save(
 def data_path(path: Path) -> Path:
     """Where the external data of the model at ``path`` are written."""
     return files.beside(path, ".data")
+
+
+def _closed(skeleton: ModelProto, weights: Mapping[str, Weight]) -> tuple[ModelProto, Mapping[str, Weight]]:
+    """The model as it is written: bodies in their nodes, sparse weights that are still so in their own list."""
+    skeleton, weights = close_bodies(skeleton, weights)
+    sparse = {name: form for name, weight in weights.items() if (form := sparse_form(weight)) is not None}
+    if not sparse:
+        return skeleton, weights
+    model = without_graph(skeleton)
+    model.graph.MergeFrom(without_initializers(skeleton.graph))
+    for tensor in skeleton.graph.initializer:
+        if tensor.name in sparse:
+            model.graph.sparse_initializer.add().CopyFrom(sparse[tensor.name])
+            model.graph.sparse_initializer[-1].values.name = tensor.name
+        else:
+            model.graph.initializer.add().CopyFrom(tensor)
+    return model, weights
 
 
 def _entry(tensor: TensorProto, weights: Mapping[str, Weight]) -> _Entry:

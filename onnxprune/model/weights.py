@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import SparseTensorProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import ModelError
 from onnxprune.model.elements import DTYPES, ONNX_TYPES, PACKED_BITS, Array, as_dtype, pack, raw, stored_bytes, unpack
@@ -217,6 +217,68 @@ class ArrayWeight(Weight):
     def read(self) -> Array:
         """The array, read-only."""
         return self._array
+
+
+class SparseWeight(Weight):
+    """A weight of which only some entries are stored; all others are 0. It is unfolded each time that it is read.
+
+    Args:
+        proto: as ONNX stores it; must stay as it is. name: of the tensor.
+        most: elements that it may have once it is unfolded.
+    """
+
+    __slots__ = ("_places", "proto")
+
+    def __init__(self, proto: SparseTensorProto, name: str, most: int) -> None:
+        """Raises ModelError for places outside of the shape, and for more elements than allowed."""
+        values = TensorWeight(proto.values)
+        super().__init__(name, values.onnx_type, proto.dims)
+        self.proto = proto
+        if math.prod(self.shape) > most:
+            raise ModelError(
+                f"the sparse tensor {name!r} of shape {list(self.shape)} has {math.prod(self.shape):,} elements, "
+                f"{most:,} can be unfolded",
+                hint="The file is damaged, or a table of it is too large.",
+            )
+        indices = TensorWeight(proto.indices).read().astype(np.int64)
+        wide = indices.ndim == 2
+        places = indices.T if wide else indices[None]
+        limits = np.asarray(self.shape if wide else [math.prod(self.shape)], np.int64)
+        fits = (
+            len(values.shape) == 1
+            and indices.ndim in (1, 2)
+            and indices.shape[0] == values.shape[0]
+            and len(places) == len(limits)
+            and ((places >= 0) & (places < limits[:, None])).all()
+        )
+        if not fits:
+            raise ModelError(
+                f"the indices of the sparse tensor {name!r} {list(indices.shape)} do not fit its {values.shape} values "
+                f"and its shape {list(self.shape)}",
+                hint="The file is damaged; download or export it again.",
+            )
+        self._places = np.ravel_multi_index(tuple(places), self.shape) if wide else indices
+
+    def read(self) -> Array:
+        """The values with all zeros, fresh."""
+        whole = np.zeros(math.prod(self.shape), self.dtype)
+        whole[self._places] = TensorWeight(self.proto.values).read()
+        return whole.reshape(self.shape)
+
+
+def sparse_form(weight: Weight) -> SparseTensorProto | None:
+    """A sparse weight, or entries of one, as ONNX stores it; None for others."""
+    if isinstance(weight, SparseWeight):
+        return weight.proto
+    base = weight
+    while isinstance(base, GatheredWeight):
+        base = base.base
+    if not isinstance(base, SparseWeight):
+        return None
+    whole = weight.read().ravel()
+    places = np.flatnonzero(whole)
+    values = numpy_helper.from_array(whole[places], weight.name)
+    return SparseTensorProto(values=values, indices=numpy_helper.from_array(places), dims=weight.shape)
 
 
 class GatheredWeight(Weight):

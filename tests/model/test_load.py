@@ -13,6 +13,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
+import onnxprune as op
 from onnxprune.errors import ModelError, OnnxpruneError, UsageError
 from onnxprune.model import load as load_module
 from onnxprune.model.closing import close_bodies
@@ -199,16 +200,71 @@ def test_functions_that_cannot_be_inlined(kind: str) -> None:
         load(model)
 
 
-def test_sparse_and_text_initializers_stay() -> None:
+def sparse(array: np.ndarray, name: str, *, wide: bool) -> onnx.SparseTensorProto:
+    """An array as ONNX stores a sparse tensor, its places counted through or axis by axis."""
+    places = np.flatnonzero(array)
+    values = numpy_helper.from_array(array.ravel()[places], name)
+    indices = np.stack(np.unravel_index(places, array.shape), axis=1) if wide else places
+    return helper.make_sparse_tensor(values, numpy_helper.from_array(indices), array.shape)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("size", [8, 64])
+def test_sparse_initializers_are_weights_and_stay_sparse(wide: bool, size: int) -> None:
+    draw = np.random.default_rng(0)
+    array = (draw.normal(size=(size, size)) * (draw.random((size, size)) < 0.2)).astype(np.float32)
+    model = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("MatMul", [a, b], [c])
+                for a, b, c in (("x", "v", "h"), ("h", "w", "i"), ("i", "u", "y"))
+            ],
+            "net",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+            [
+                numpy_helper.from_array(draw.normal(size=shape).astype(np.float32), name)
+                for name, shape in (("v", (3, size)), ("u", (size, 3)))
+            ],
+            sparse_initializer=[sparse(array, "w", wide=wide)],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    loaded = load(model)
+    assert np.array_equal(loaded.weights["w"].read(), array)
+    again = assemble(loaded.proto, loaded.weights)
+    assert again.graph.sparse_initializer == model.graph.sparse_initializer
+    result = op.prune(model, ratio=0.5, latency=False)
+    assert result.report.exactness.passed
+    assert [list(t.dims) for t in result.model.graph.sparse_initializer] == [[size // 2, size // 2]]
+    assert not any(t.name == "w" for t in result.model.graph.initializer)
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    other.graph.sparse_initializer[0].CopyFrom(sparse(array * 2, "w", wide=wide))
+    assert load(other).sha256 != loaded.sha256 == load(model).sha256
+
+
+@pytest.mark.parametrize("edit", ["place", "negative", "count", "rank", "dims", "giant"])
+def test_damaged_sparse_initializers(edit: str) -> None:
     model = mlp()
-    values = numpy_helper.from_array(np.ones(2, np.float32), "sparse")
-    indices = numpy_helper.from_array(np.array([1, 3]), "sparse_i")
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [5]))
+    tensor = sparse(np.eye(4, dtype=np.float32), "sparse", wide=edit == "rank")
+    places = {"place": [0, 5, 10, 16], "negative": [-1, 5, 10, 15], "count": [0, 5, 10], "rank": [[0], [1], [2], [3]]}
+    if edit in places:
+        tensor.indices.CopyFrom(numpy_helper.from_array(np.array(places[edit])))
+    else:
+        tensor.dims[:] = [2, 2] if edit == "dims" else [1 << 20, 1 << 20]
+    model.graph.sparse_initializer.append(tensor)
+    with pytest.raises(ModelError, match="sparse tensor 'sparse'"):
+        load(model)
+
+
+def test_text_initializers_stay() -> None:
+    model = mlp()
     model.graph.initializer.append(numpy_helper.from_array(np.array(["long text " * 300]), "text"))
     loaded = load(model)
-    assert loaded.proto.graph.sparse_initializer == model.graph.sparse_initializer
     assert model.graph.initializer[-1] in loaded.proto.graph.initializer
-    assert loaded.weights["text"].read()[0].startswith("long text") and "sparse" not in loaded.weights
+    assert loaded.weights["text"].read()[0].startswith("long text")
 
 
 def test_documentation_in_another_encoding_is_kept() -> None:
