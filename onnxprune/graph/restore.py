@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.fold import Fold, placeholder
 from onnxprune.graph.hoist import Hoist
-from onnxprune.graph.view import Graph
+from onnxprune.graph.view import Graph, Node
 from onnxprune.model import markers
 from onnxprune.model.constants import weight_from_constant
 from onnxprune.model.weights import ArrayWeight, Weight
@@ -68,6 +68,17 @@ class _Model:
         if weight is None and name in self.producer:
             weight = weight_from_constant(self.producer[name])
         return None if weight is None else weight.read()
+
+    def changed(self, name: str) -> bool:
+        """Whether a constant of the original is still there and holds something else."""
+        if name in self.original.producer:
+            return self.edited(self.original.producer[name])
+        return name in self.weights and self.weights[name] is not self.original.weights.get(name)
+
+    def edited(self, node: Node) -> bool:
+        """Whether a node of the original is still there and is another now."""
+        here = self.producer.get(next(filter(None, node.outputs), ""))
+        return here is not None and here != node.proto
 
     def add(self, node: onnx.NodeProto) -> None:
         """Add a node behind the others, or in the place of one with the same output."""
@@ -163,9 +174,11 @@ def _unfold(model: _Model, item: Fold) -> None:
     others = model.initializers.keys() - item.folded.keys()
     if any(o in others for node in item.nodes for o in node.outputs):
         return  # it goes through another folded weight, which was cut
+    graph = model.original
+    if any(model.changed(name) for name in item.sources) or any(model.edited(node) for node in item.nodes):
+        return  # what it was computed from also serves others, and is another now
     for name in item.folded:
         del model.initializers[name], model.weights[name]
-    graph = model.original
     for source in item.sources:
         if source in graph.producer:
             model.add(graph.producer[source].proto)
