@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from onnxprune.model.load import INLINE_LIMIT
 from onnxprune.model.weights import ArrayWeight, Weight, to_proto
 from onnxprune.operators.registry import Move, rule_of
 
-# Bytes that a folded weight may be larger than what it was computed from: a blur kernel repeated for every channel.
-FREE = 1 << 17
+# Bytes that a folded weight may be larger than what it was computed from: a blur kernel repeated for every channel,
+# and its share of all weights where it is an operand (positions), which has to be stored before the rest can shrink.
+FREE, SHARE = 1 << 17, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,29 +26,32 @@ class Fold:
     """A node whose outputs became weights.
 
     ``nodes``: it and all that it was computed by; ``folded``: its outputs, as weights; ``sources``: the weights of the
-    original that went into it.
+    original that went into it; ``operand``: whether no layer multiplies with it.
     """
 
     nodes: tuple[Node, ...]
     folded: dict[str, Weight]
     sources: tuple[str, ...]
+    operand: bool = False
 
 
 def fold(graph: Graph) -> tuple[Graph, list[Fold]]:
     """The graph with computed weights in place of their computations, and what was done; the same graph if nothing was.
 
-    Only floating weights of contractions are folded, only where computing takes part, and only where the model does
-    not grow by it. What a body reads, what is an output and what a caller may override stays.
+    Only floating numbers are folded that a contraction reads, or that others read and no label would come to; only
+    where computing takes part, and only where the model does not grow by much. What a body reads, what is an output
+    and what a caller may override stays.
     """
     if graph.proto.ir_version < 4:  # every initializer would have to be an input too
         return graph, []
     folds: dict[int, Fold] = {}
     refused: set[int] = set()
     constant = _constant(graph)
-    ends = {n.index: n for n in _ends(graph, constant)}
+    ends = {n.index: (n, True) for n in _operands(graph, constant)}
+    ends |= {n.index: (n, False) for n in _weights(graph, constant)}
     while True:
         for index in sorted(ends.keys() - folds.keys() - refused):
-            found = _fold(graph, ends[index])
+            found = _fold(graph, *ends[index])
             if found is None:
                 refused.add(index)
             else:
@@ -71,7 +76,37 @@ def _constant(graph: Graph) -> set[str]:
     return known
 
 
-def _ends(graph: Graph, constant: set[str]) -> Iterator[Node]:
+def _operands(graph: Graph, constant: set[str]) -> Iterator[Node]:
+    """The last nodes of what is computed from weights alone and read beside data, such as positions that are added,
+    where no labels would get there.
+    """
+    hidden: set[str] = set()
+    for node in graph.steps:
+        if any(o in constant for o in node.outputs):
+            if _hides(graph, node) or not hidden.isdisjoint(node.inputs):
+                hidden.update(node.outputs)
+            continue
+        rule = rule_of(node)
+        settings = {*rule.operands, *rule.settings, *((rule.data, *rule.weights) if rule.weights else ())}
+        for i, name in enumerate(node.inputs):
+            if name in hidden and i not in settings and not _codes(graph.producer[name]):
+                yield graph.producer[name]
+
+
+def _hides(graph: Graph, node: Node) -> bool:
+    """Whether what an operator gives has no labels although it was computed from weights: indices that become numbers,
+    anything that mixes what it reads.
+    """
+    rule = rule_of(node)
+    if rule.makes_labels and node.op == "ConstantOfShape":
+        return bool(np.asarray(node.attrs.get("value", 0.0)).dtype.kind in "iub")
+    if not rule.pointwise:
+        return rule.moves is None and not rule.makes_labels and not rule.weights
+    weights = [graph.weights[n] for n in node.inputs if n in graph.weights]
+    return any(w.dtype.kind in "iub" and math.prod(w.shape) > 1 for w in weights)
+
+
+def _weights(graph: Graph, constant: set[str]) -> Iterator[Node]:
     """The last node before a contraction that does more than move its weight; its data must be no constant too."""
     for node in graph.steps:
         rule = rule_of(node)
@@ -129,10 +164,10 @@ def _region(graph: Graph, end: Node) -> tuple[Node, ...]:
     return tuple(found[i] for i in sorted(found))
 
 
-def _fold(graph: Graph, end: Node) -> Fold | None:
+def _fold(graph: Graph, end: Node, operand: bool) -> Fold | None:
     nodes = _region(graph, end)
     moved = all(_moved(n) and not _mixes(graph, n) for n in nodes)
-    if moved or any(_codes(n) for n in nodes):
+    if (moved and not operand) or any(_codes(n) for n in nodes):
         return None
     read = {name for node in nodes for name in node.inputs if name in graph.weights}
     if read & {i.name for i in graph.proto.graph.input}:
@@ -144,20 +179,26 @@ def _fold(graph: Graph, end: Node) -> Fold | None:
     values = _evaluate(graph, nodes)
     if values is None or any(values[o].dtype.kind not in "fV" for o in wanted):
         return None
-    return Fold(nodes, {o: ArrayWeight(o, values[o]) for o in wanted}, tuple(sorted(read)))
+    if operand and all(values[o].size < 2 for o in wanted):
+        return None  # a single number has no channels
+    return Fold(nodes, {o: ArrayWeight(o, values[o]) for o in wanted}, tuple(sorted(read)), operand)
 
 
 def _evaluate(graph: Graph, nodes: tuple[Node, ...]) -> dict[str, Array] | None:
     """Values of every tensor of a region, or None where a node cannot be evaluated."""
     values: dict[str, Array] = {}
     for node in nodes:
-        for name in node.inputs:
-            if name and name not in values:
-                values[name] = graph.weights[name].read()
-        results = evaluate(node, [values[n] if n else None for n in node.inputs])
+        if node.op in ("Shape", "Size") and node.inputs[0] in graph.weights:
+            # Only the sizes matter, however large it is.
+            results = evaluate(node, [np.broadcast_to(np.zeros((), np.int8), graph.weights[node.inputs[0]].shape)])
+        else:
+            for name in node.inputs:
+                if name and name not in values:
+                    values[name] = graph.weights[name].read()
+            results = evaluate(node, [values[n] if n else None for n in node.inputs])
         if results is None:
             return None
-        kinds = {values[n].dtype for n in node.inputs if n and values[n].dtype.kind in "fV"}
+        kinds = {values[n].dtype for n in node.inputs if n in values and values[n].dtype.kind in "fV"}
         for name, result in zip(node.outputs, results, strict=False):
             # Arithmetic stays in the type of its operands, whatever the evaluator computed in.
             if len(kinds) == 1 and result.dtype.kind in "fV" and node.op not in ("Cast", "CastLike"):
@@ -192,11 +233,13 @@ def _growing(graph: Graph, folds: dict[int, Fold], gone: set[int]) -> set[int]:
     held = graph.captured.union(graph.outputs)
     claimed: set[str] = set()
     growing = set()
+    every = sum(w.nbytes for w in graph.weights.values()) // SHARE
     for index, item in folds.items():
         freed = {s for s in item.sources if s not in claimed and _unread(graph, s, held, gone)}
         claimed |= freed
         needed = sum(w.nbytes for w in item.folded.values())
-        if needed > FREE + sum(graph.weights[s].nbytes for s in freed):
+        room = max(FREE, every) if item.operand else FREE
+        if needed > room + sum(graph.weights[s].nbytes for s in freed):
             growing.add(index)
     return growing
 

@@ -93,6 +93,9 @@ class Rule:
     moves: Move | None = None
     """What the operator does to values where it only moves them; None where it computes."""
 
+    pointwise: bool = False
+    """Whether every number of an output is computed from the numbers at its own place."""
+
     encodes: bool = False
     """Whether output 0 holds input 0 as codes: what flows there is looked at in front of the node."""
 

@@ -15,6 +15,7 @@ from onnxprune.labels import movement
 from onnxprune.labels.atoms import Atoms
 from onnxprune.labels.combine import broadcast, merge
 from onnxprune.labels.label import NONE, Ids, Label, Labels, covering
+from onnxprune.operators.registry import rule_of
 
 # Element types whose constants are weights: floats, and the integers that quantised weights are stored in.
 _WEIGHT_KINDS = "fV"
@@ -66,11 +67,23 @@ class Table:
             return tuple([label for labels in self._sequences[name] for label in labels])
         weight = self.graph.weights.get(name)
         labels: Labels = NONE
-        if weight is not None and _holds_weights(weight.dtype):
+        if weight is not None and _holds_weights(weight.dtype) and not self._sizes_alone(name):
             shape = weight.shape
             labels = tuple([self._born(n, name, axis, len(shape)) for axis, n in enumerate(shape) if n > 1])
         self._labels[name] = labels
         return labels
+
+    def _sizes_alone(self, name: str) -> bool:
+        """Whether a tensor, perhaps moved, is read for its sizes alone: nothing is gained where it shrinks."""
+        readers = self.graph.consumers.get(name)
+        if not readers or name in self.graph.captured or name in self.graph.outputs:
+            return False
+        for node, i in readers:
+            if node.op in ("Shape", "Size") and not node.domain:
+                continue
+            if i or rule_of(node).moves is None or not all(self._sizes_alone(o) for o in node.outputs):
+                return False
+        return True
 
     def _born(self, n: int, name: str, axis: int, rank: int) -> Label:
         ids = self.atoms.new(n, name, axis)

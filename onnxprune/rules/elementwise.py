@@ -23,6 +23,8 @@ class Elementwise(Rule):
             (Clip's bounds) and are frozen by the engine when they have channels.
     """
 
+    pointwise = True
+
     def __init__(self, inputs: Sequence[int] | None = None) -> None:
         self._inputs = inputs
 

@@ -198,3 +198,98 @@ def test_exported_models(name: str, tmp_path: Path) -> None:
     result = op.prune(model, ratio=0.3, latency=False)
     assert result.report.exactness.passed
     assert result.report.totals.params_after < 0.9 * result.report.totals.params_before
+
+
+def ranged(net: Net) -> str:
+    steps = net.op("Range", net.const(0), net.const(12), net.const(1))
+    return str(net.op("Mul", net.op("Cast", steps, to=1), net.const(0.1)))
+
+
+def counted(net: Net) -> str:
+    """From whole numbers that are stored."""
+    return str(net.op("Cast", net.const(np.arange(12)), to=1))
+
+
+def sinusoidal(net: Net) -> str:
+    """Positions of a transformer: sin and cos of 10000^(-2i/d) for each of five places."""
+    place = net.unsqueeze(net.op("Cast", net.op("Range", net.const(0), net.const(5), net.const(1)), to=1), [1])
+    steps = net.op("Cast", net.op("Range", net.const(0), net.const(12), net.const(2)), to=1)
+    angles = net.op("Mul", place, net.op("Pow", net.const(1e4), net.op("Mul", steps, net.const(-1 / 12))))
+    return str(net.op("Concat", net.op("Sin", angles), net.op("Cos", angles), axis=1))
+
+
+def summed(net: Net) -> str:
+    return str(net.op("Softmax", net.weight(12), axis=0))
+
+
+def of_sizes(net: Net) -> str:
+    """As long as another table, of which only the size is asked."""
+    size = net.op("Gather", net.op("Shape", net.weight(12, 3)), net.const(0))
+    return str(net.op("Cast", net.op("Range", net.const(0), size, net.const(1)), to=1))
+
+
+OPERANDS = [ranged, counted, sinusoidal, summed, of_sizes]
+
+
+def beside(made: Any, opset: int = 17, times: int = 1) -> onnx.ModelProto:
+    net = Net(opset)
+    y, table = net.input("x", ["N", 5, 6]), ""
+    for k in range(times):
+        table = table or made(net)
+        y = net.op("Tanh", net.op("Add", net.linear(y, 12 if k else 6, 12), table))
+    last = net.linear(y, 12, 4)
+    return net.model(last, check=False, shapes={last: ["N", 5, 4]})  # onnx's own values of sizes get Unsqueeze wrong
+
+
+@pytest.mark.parametrize("made", OPERANDS)
+@pytest.mark.parametrize("opset", [13, 17])
+def test_operands_that_are_computed_from_constants_are_cut(made: Any, opset: int) -> None:
+    """They freeze nothing, and are stored for the channels that are left."""
+    result = assert_exact_cut(beside(made, opset))
+    assert result is not None
+    assert {t.dims[-1] for t in result.model.graph.initializer if t.dims and t.data_type == 1} <= {6, 4, 3}
+
+
+@pytest.mark.parametrize("made", OPERANDS)
+def test_operands_are_computed_as_before_where_nothing_was_cut(made: Any) -> None:
+    model = beside(made)
+    result = op.Pipeline([op.passes.Prune("l2", 0.0)]).run(model)
+    assert [n.op_type for n in result.model.graph.node] == [n.op_type for n in model.graph.node]
+
+
+def test_what_would_outgrow_the_model_is_not_stored() -> None:
+    """A table of 2 MB beside weights of a few kilobytes is computed anew in every run."""
+    net = Net(17)
+    long = net.op("Cast", net.op("Range", net.const(0), net.const(40_000 * 12), net.const(1)), to=1)
+    table = net.reshape(net.op("Mul", long, net.const(1e-6)), 40_000, 12)
+    y = net.op("Add", net.linear(net.input("x", ["N", 6]), 6, 12), net.slice(table, 0, 1, 0))
+    model = net.model(net.linear(y, 12, 4))
+    result = op.Pipeline([op.passes.Prune("l2", 0.0)]).run(model)
+    assert result.model.ByteSize() < 10_000
+
+
+def test_a_source_that_is_read_for_its_sizes_alone_stays() -> None:
+    """A cut of it would save nothing, and what is computed from it elsewhere would be another model's."""
+    net = Net(17)
+    table = net.weight(4, 8, name="table")
+    y = net.op("MatMul", net.op("Mul", table, net.const(0.5)), net.input("x", ["N", 8, 5]))
+    moved = net.transpose(net.reshape(table, 4, 2, 4), 1, 0, 2)
+    rows = net.op(
+        "Concat", net.const([-1]), net.op("Gather", net.op("Shape", moved), net.const([1])), net.const([5]), axis=0
+    )
+    y = net.hint(net.op("Reshape", y, rows), ["N", 4, 5])
+    y = net.linear(net.linear(y, 5, 6), 6, 3)
+    result = assert_exact_cut(net.model(y, check=False, shapes={y: ["N", 4, 3]}))
+    assert result is not None and not any(s.tensor == "table" for g in result.plan.groups for s in g.slots)
+
+
+def test_a_source_that_is_cut_for_others_is_not_computed_with_again() -> None:
+    """What was computed from the whole of it stays whole beside an input."""
+    net = Net(17)
+    table = net.weight(12, name="table")
+    one = net.linear(net.op("Tanh", net.op("Add", net.linear(net.input("x", ["N", 6]), 6, 12), table)), 12, 3)
+    other = net.op("Add", net.input("z", ["N", 12]), net.op("Softmax", table, axis=0))
+    result = op.prune(net.model(one, net.linear(other, 12, 3)), ratio=0.5, latency=False)
+    assert result.report.exactness.passed
+    sizes = {t.name: list(t.dims) for t in result.model.graph.initializer}
+    assert sizes["table"] == [6] and sum(s == [12] for s in sizes.values()) == 1
