@@ -19,7 +19,7 @@ from onnxprune.graph.facts import Facts, study
 from onnxprune.graph.fold import Fold, fold
 from onnxprune.graph.hoist import Hoist, hoist
 from onnxprune.graph.limits import check_extents
-from onnxprune.graph.probes import probe_shapes
+from onnxprune.graph.probes import open_sizes
 from onnxprune.graph.unshare import unshare
 from onnxprune.graph.view import Graph, Node
 from onnxprune.groups.resolve import resolve
@@ -100,7 +100,7 @@ class Analysis:
             # Preparations, each undone after a cut where it was not needed: see restore and rejoin.
             unshared, copies = unshare(Graph.of(loaded.proto, loaded.weights, names=loaded.names))
             folded, folds = fold(unshared)
-            facts = study(folded, probe_shapes(folded, input_shapes), infer_by_rule)
+            facts = study(folded, open_sizes(folded, input_shapes), infer_by_rule)
             check_extents(folded, facts.probes[0])
             graph, hoists = hoist(folded, facts)
             table = push_labels(graph, facts, approximate=approximate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,92 @@ class InputSpec:
     scalar: bool = False
 
 
+Key = str | tuple[str, int]
+"""An open dimension: its name, or (input, axis) of one without a name."""
+Sizes = Mapping[Key, int]
+Binding = dict[str, tuple[int, ...]]
+
+
+class Dimensions:
+    """The open dimensions of a model's inputs: which there are, what is known of them, shapes from sizes.
+
+    Args:
+        specs: the inputs. overrides: whole shapes by input name, which also say the rank of an input without one.
+
+    Attributes:
+        places: where each open dimension stands: {key: [(input, axis)]}.
+        fixed: sizes that the overrides give.
+
+    Raises:
+        UsageError: an override for an unknown input, of a wrong rank, with a size below 1, against a static dimension,
+            or two overrides that give one dimension two sizes.
+    """
+
+    def __init__(self, specs: Sequence[InputSpec], overrides: Mapping[str, Sequence[int]] | None = None) -> None:
+        by_name = {spec.name: spec for spec in specs}
+        self.fixed: dict[Key, int] = {}
+        for name, given in (overrides or {}).items():
+            if name not in by_name:
+                raise UsageError(f"input shape for {name!r}: the model has no such input", hint=nearest(name, by_name))
+            by_name[name] = _bind_override(by_name[name], [int(size) for size in given], self.fixed)
+        self.specs = list(by_name.values())
+        self.places: dict[Key, list[tuple[str, int]]] = {}
+        for spec in self.specs:
+            for axis, dim in enumerate(spec.shape):
+                if not isinstance(dim, int):
+                    self.places.setdefault(dim or (spec.name, axis), []).append((spec.name, axis))
+        names = [key for key in self.places if isinstance(key, str)]
+        self._sums = {key: tree for key in names if (tree := _formula(key)) is not None}
+
+    def guess(self, batch: int, sequence: int) -> dict[Key, int]:
+        """A size for every open dimension: what was given, else what its name and its place suggest."""
+        sizes = {key: _guess(*self._first(key), batch, sequence) for key in self.places}
+        return self.completed({**self.with_totals({**sizes, **self.fixed}), **self.fixed}, self.fixed)
+
+    def with_totals(self, sizes: Sizes) -> dict[Key, int]:
+        """Sizes in which a total length is that of the past and the present, where dimensions have such names."""
+        result = dict(sizes)
+        for key in self.places:
+            rest = key.removeprefix("total_") if isinstance(key, str) else key
+            if rest != key and rest in sizes and f"past_{rest}" in sizes:
+                result[key] = sizes[rest] + sizes[f"past_{rest}"]
+        return result
+
+    def completed(self, sizes: Sizes, fixed: Sizes | None = None) -> dict[Key, int]:
+        """Sizes with sums of other dimensions computed, unless they are ``fixed``."""
+        named: dict[Key, int] = {k: n for k, n in sizes.items() if isinstance(k, str) and k not in self._sums}
+        sums = {key: _evaluate(tree, named) for key, tree in self._sums.items() if key not in (fixed or {})}
+        return {**sizes, **{key: size for key, size in sums.items() if size is not None and size > 0}}
+
+    def is_sum(self, key: Key, sizes: Sizes) -> bool:
+        """Whether a dimension follows from others."""
+        named: dict[Key, int] = {k: n for k, n in sizes.items() if isinstance(k, str) and k not in self._sums}
+        return key in self._sums and _evaluate(self._sums[key], named) is not None
+
+    def shapes(self, sizes: Sizes) -> Binding:
+        """A full shape for every input."""
+        return {
+            spec.name: tuple(d if isinstance(d, int) else sizes[d or (spec.name, a)] for a, d in enumerate(spec.shape))
+            for spec in self.specs
+        }
+
+    def kind(self, key: Key) -> str:
+        """What a dimension counts: ``batch``, ``sequence`` or ``extent`` (of a map)."""
+        return _kind(*self._first(key))
+
+    def extents(self) -> list[list[Key]]:
+        """Open extents of one input, where there are several: maps are mostly square."""
+        keys = ([d or (s.name, a) for a, d in enumerate(s.shape) if not isinstance(d, int)] for s in self.specs)
+        return [found for own in keys if len(found := [k for k in own if self.kind(k) == "extent"]) > 1]
+
+    def _first(self, key: Key) -> tuple[InputSpec, int]:
+        name, axis = self.places[key][0]
+        return next(spec for spec in self.specs if spec.name == name), axis
+
+
 def bind_shapes(
     specs: Sequence[InputSpec], *, batch: int, sequence: int, overrides: Mapping[str, Sequence[int]]
-) -> dict[str, tuple[int, ...]]:
+) -> Binding:
     """A full shape for every input, the same size wherever the same dynamic dimension is named.
 
     Sizes come, in this order, from ``overrides`` (whole shapes by input name; they bind the names they meet for the
@@ -48,33 +131,14 @@ def bind_shapes(
     of rank 4 and more.
 
     Raises:
-        UsageError: an override for an unknown input, of a wrong rank, with a size below 1, against a static dimension,
-            or two overrides that give one dimension two sizes.
+        UsageError: an override that does not fit, see :class:`Dimensions`.
     """
-    by_name = {spec.name: spec for spec in specs}
-    bound: dict[str, int] = {}
-    for name, sizes in overrides.items():
-        if name not in by_name:
-            raise UsageError(f"input shape for {name!r}: the model has no such input", hint=nearest(name, by_name))
-        _bind_override(by_name[name], [int(size) for size in sizes], bound)
-    free = [spec for spec in specs if spec.name not in overrides]
-    # sums such as ``past + length`` come last, when the names in them have sizes
-    for formulas in (False, True):
-        for spec in free:
-            for axis, dim in enumerate(spec.shape):
-                if isinstance(dim, str) and dim not in bound and (_formula(dim) is not None) == formulas:
-                    value = _evaluate(_formula(dim), bound)
-                    bound[dim] = value if value is not None and value > 0 else _guess(spec, axis, batch, sequence)
-    shapes = {name: tuple(int(size) for size in sizes) for name, sizes in overrides.items()}
-    for spec in free:
-        known = [bound[dim] if isinstance(dim, str) else dim for dim in spec.shape]
-        guesses = (_guess(spec, axis, batch, sequence) for axis in range(len(known)))
-        shapes[spec.name] = tuple(guess if size is None else size for size, guess in zip(known, guesses, strict=True))
-    return {spec.name: shapes[spec.name] for spec in specs}
+    dimensions = Dimensions(specs, overrides)
+    return dimensions.shapes(dimensions.guess(batch, sequence))
 
 
-def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[str, int]) -> None:
-    """Check one override against the input's own shape and bind the dimension names it meets."""
+def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[Key, int]) -> InputSpec:
+    """Check one override against the input's own shape, bind the dimensions it meets; the input with a rank."""
     given, declared = ",".join(map(str, sizes)), show(spec.shape)
     # the empty shape may be an unknown rank, which allows everything
     if spec.shape and len(sizes) != len(spec.shape):
@@ -83,6 +147,7 @@ def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[str, int]) -> 
         )
     for axis, size in enumerate(sizes):
         dim = spec.shape[axis] if spec.shape else None
+        key = dim if isinstance(dim, str) else (spec.name, axis)
         if size < 1:
             raise UsageError(f"input shape {spec.name}={given}: sizes must be 1 or more, axis {axis} is {size}")
         if isinstance(dim, int) and dim != size:
@@ -90,8 +155,9 @@ def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[str, int]) -> 
                 f"input shape {spec.name}={given}: axis {axis} is fixed to {dim} in the model, not {size}",
                 hint=f"The input is {declared}; only its named or '?' dimensions can be chosen.",
             )
-        if isinstance(dim, str) and bound.setdefault(dim, size) != size:
-            raise UsageError(f"input shape {spec.name}={given}: {dim!r} is {size} here, {bound[dim]} in another shape")
+        if not isinstance(dim, int) and bound.setdefault(key, size) != size:
+            raise UsageError(f"input shape {spec.name}={given}: {dim!r} is {size} here, {bound[key]} in another shape")
+    return spec if spec.shape else replace(spec, shape=(None,) * len(sizes))
 
 
 def _formula(dim: str) -> ast.expr | None:
@@ -103,7 +169,7 @@ def _formula(dim: str) -> ast.expr | None:
     return tree if isinstance(tree, ast.BinOp) else None
 
 
-def _evaluate(tree: ast.expr | None, bound: Mapping[str, int]) -> int | None:
+def _evaluate(tree: ast.expr | None, bound: Sizes) -> int | None:
     """The value of a dimension's arithmetic, None when a name is unbound or an operator is not one of + - * //."""
     if isinstance(tree, ast.Name):
         return bound.get(tree.id)
@@ -117,19 +183,26 @@ def _evaluate(tree: ast.expr | None, bound: Mapping[str, int]) -> int | None:
     return None
 
 
-def _guess(spec: InputSpec, axis: int, batch: int, sequence: int) -> int:
-    """A size for a dynamic dimension from its name and its place."""
+def _kind(spec: InputSpec, axis: int) -> str:
+    """What a dynamic dimension counts, from its name and its place."""
     dim, rank = spec.shape[axis], len(spec.shape)
     name = dim.lower() if isinstance(dim, str) else ""
     if "batch" in name:
-        return batch
+        return "batch"
     if "seq" in name or "token" in name:
-        return sequence
+        return "sequence"
     # The state of a recurrent net: [layers, samples, size], where one layer might as well be one sample.
     state = axis == 1 and rank == 3 and all(isinstance(n, int) and n > 1 for n in (spec.shape[0], spec.shape[2]))
     if axis == 0 or state:
-        return batch
-    return sequence if rank <= 3 else _extent(spec)
+        return "batch"
+    cache = any(word in spec.name.lower() for word in ("past", "cache", "present"))
+    return "sequence" if rank <= 3 or cache else "extent"
+
+
+def _guess(spec: InputSpec, axis: int, batch: int, sequence: int) -> int:
+    """A size for a dynamic dimension."""
+    kind = _kind(spec, axis)
+    return batch if kind == "batch" else sequence if kind == "sequence" else _extent(spec)
 
 
 def _extent(spec: InputSpec) -> int:

@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from onnxprune.graph.infer import Infer, probe_at
-from onnxprune.graph.values import Probe, Values, size_of, small
-from onnxprune.graph.view import Graph, Node
+from onnxprune.graph.binding import Key
+from onnxprune.graph.infer import Infer
+from onnxprune.graph.probes import OpenSizes, Pair, beyond
+from onnxprune.graph.settle import Conflict, Settled, Settler
+from onnxprune.graph.values import Probe, Values, small
+from onnxprune.graph.view import Graph
 
 __all__ = ["Facts", "Infer", "Probe", "Values", "small", "study"]
 
 
 @dataclass(slots=True)
 class Facts:
-    """The probes of a model; the first is the one that labels are pushed through."""
+    """The probes of a model; the first is the one that labels are pushed through.
+
+    Attributes:
+        bound: sizes of the open dimensions at every probe. conflict: where the model contradicts them, if it does.
+        refused: numbers of the probes at whose sizes the model turned out not to run, though it declares them open.
+    """
 
     probes: tuple[Probe, ...]
+    settler: Settler
+    bound: tuple[dict[Key, int], ...]
+    conflict: Conflict | None = None
+    refused: set[int] = field(default_factory=set)
+
+    @property
+    def running(self) -> list[Probe]:
+        """The probes at whose sizes the model runs, as far as anybody tried."""
+        return [probe for number, probe in enumerate(self.probes) if number not in self.refused]
+
+    def elsewhere(self) -> Iterator[Probe]:
+        """Probes at sizes that no other probe has, wherever the model leaves them open; likeliest first."""
+        if len(self.bound) < 2:
+            return
+        for wish in beyond(self.settler.dimensions, *self.bound):
+            found = _another(self.settler, self, [wish])
+            if found is not None:
+                yield found.probe
 
     def shape(self, name: str) -> Any:
         """Shape at the first probe: a tuple with None for data-dependent sizes, or None."""
@@ -80,53 +106,32 @@ class Facts:
         return first is None or second is None or len(first) != len(second) or first[axis] != second[axis]
 
 
-def study(
-    graph: Graph, candidates: Iterable[Sequence[Mapping[str, tuple[int, ...]]]], infer: Infer | None = None
-) -> Facts:
-    """Shapes and values at the first candidate bindings that make sense for the graph (else at the very first).
+def study(graph: Graph, sizes: OpenSizes, infer: Infer | None = None) -> Facts:
+    """Shapes and values at the likeliest sizes that make sense for the graph (else at the very first).
 
     Args:
-        candidates: one or two bindings {input: shape} each. A second one that makes no sense is left out.
-        infer: asked where onnx has no schema.
+        sizes: of the open dimensions. infer: asked where onnx has no schema.
     """
-    first: Facts | None = None
-    for bindings in candidates:
-        probes = [probe_at(graph, dict(bindings[0]), infer)]
-        probes += [probe_at(graph, dict(binding), infer, probes[0]) for binding in bindings[1:]]
-        if _plausible(graph, probes[0]):
-            return Facts((probes[0], *(p for p in probes[1:] if _plausible(graph, p))))
-        first = first or Facts(tuple(probes))
-    assert first is not None
-    return first
+    settler = Settler(graph, sizes.dimensions, infer)
+    best: tuple[Facts, Pair] | None = None
+    for pair in sizes.pairs():
+        first = settler.settle(sizes.first(pair), sizes.dimensions.fixed)
+        if first.conflict is None or best is None:
+            best = Facts((first.probe,), settler, (first.sizes,), first.conflict), pair
+        if first.conflict is None:
+            break
+    assert best is not None
+    facts, pair = best
+    other = _another(settler, facts, sizes.others(facts.bound[0], pair))
+    if other is None:
+        return facts
+    return replace(facts, probes=(*facts.probes, other.probe), bound=(*facts.bound, other.sizes))
 
 
-def _plausible(graph: Graph, probe: Probe) -> bool:
-    """Whether the graph can run like this: no reshape contradicts its input's size, no size is negative, and no Pad
-    reflects more than there is.
-    """
-    for node in graph.steps:
-        shape = probe.shapes.get(node.outputs[0]) if node.outputs else None
-        if shape is None or None in shape:
-            continue
-        if node.index in probe.idle:
-            continue
-        if min(shape, default=0) < 0:
-            return False
-        if node.op == "Pad" and not node.domain and _reflects_too_much(node, probe):
-            return False
-        if node.op == "Reshape" and node.domain == "":
-            source = probe.shapes.get(node.inputs[0])
-            if source is not None and None not in source and size_of(source) != size_of(shape):
-                return False
-    return True
-
-
-def _reflects_too_much(node: Node, probe: Probe) -> bool:
-    shape = probe.shapes.get(node.inputs[0])
-    if node.attrs.get("mode", "constant") != "reflect" or shape is None or len(node.inputs) > 3:
-        return False
-    value = probe.values.get(node.inputs[1]) if len(node.inputs) > 1 else None
-    pads = node.attrs.get("pads", []) if value is None else value.ravel().tolist()
-    return len(pads) == 2 * len(shape) and any(
-        n is not None and p >= n for p, n in zip(pads, (*shape, *shape), strict=True)
-    )
+def _another(settler: Settler, facts: Facts, wishes: Iterable[dict[Key, int]]) -> Settled | None:
+    """The first of some sizes that make sense and are not those of a probe."""
+    for wish in wishes:
+        found = settler.settle(wish, {}, facts.probes[0])
+        if found.sizes not in facts.bound and (found.conflict is None or facts.conflict is not None):
+            return found
+    return None

@@ -59,13 +59,35 @@ def _fill(graph: Graph, probe: Probe, infer: Infer | None, *, propagate: bool) -
 def _fill_once(graph: Graph, probe: Probe, infer: Infer | None, *, propagate: bool) -> None:
     probe.shapes.update({name: weight.shape for name, weight in graph.weights.items()})
     _infer_whole(graph, probe, propagate)
-    probe.shapes.update(probe.inputs)
+    probe.shapes.update(_ranked(graph, probe.inputs))
     _walk(graph, graph.steps, probe, infer)
+
+
+def _ranked(graph: Graph, inputs: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes without those of inputs that nothing is known of, which look like scalars."""
+    if all(inputs.values()):
+        return inputs
+    scalars = {i.name for i in graph.proto.graph.input if i.type.tensor_type.HasField("shape")}
+    return {name: shape for name, shape in inputs.items() if shape or name in scalars}
+
+
+def probe_of(
+    graph: Graph, nodes: Sequence[Node], inputs: dict[str, tuple[int, ...]], near: Probe, infer: Infer | None
+) -> Probe:
+    """What some nodes, in order and with all that they are computed by, are at one binding of the inputs.
+
+    ``near`` is the probe of another binding, which knows the types.
+    """
+    known = {**{name: weight.shape for name, weight in graph.weights.items()}, **_ranked(graph, inputs)}
+    probe = Probe(inputs, known, near.dtypes)
+    probe.values = Values(graph)
+    _walk(graph, nodes, probe, infer)
+    return probe
 
 
 def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None, first: Probe) -> Probe | None:
     """The first probe with what other inputs change; None where less can be told of a node than at the first."""
-    shapes, values = {**first.shapes, **inputs}, Values(graph, first.values)
+    shapes, values = {**first.shapes, **_ranked(graph, inputs)}, Values(graph, first.values)
     probe = Probe(inputs, shapes, first.dtypes, values, first.sizes, dict(first.elements))
     changed = {name for name, shape in inputs.items() if shape != first.inputs[name]}
     if graph.captured or graph.has_bodies or any(node.op in CONTROL for node in graph.steps):
@@ -122,8 +144,9 @@ def _infer_whole(graph: Graph, probe: Probe, propagate: bool) -> None:
     """onnx's shape inference over the skeleton with the dynamic input dimensions bound."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
+    ranked = _ranked(graph, probe.inputs)
     for declared in model.graph.input:
-        if declared.name in probe.inputs:
+        if declared.name in ranked:
             shape = declared.type.tensor_type.shape
             del shape.dim[:]
             for size in probe.inputs[declared.name]:

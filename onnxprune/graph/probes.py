@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
-from onnxprune.graph.binding import InputSpec, bind_shapes
+from onnxprune.graph.binding import Dimensions, InputSpec, Key, Sizes
 from onnxprune.graph.view import Graph
 
-Binding = dict[str, tuple[int, ...]]
+Pair = tuple[tuple[int, int], tuple[int, int]]
+_KINDS = ("batch", "sequence", "extent")
 # (batch, sequence) of the two probes: what differs between them is dynamic, and a baked-in size is caught.
 _SIZES = ((2, 16), (3, 24))
 # A batch of 1 is often baked into a graph that declares it free; audio models want longer sequences.
@@ -31,21 +33,71 @@ def input_specs(graph: Graph) -> list[InputSpec]:
     return specs
 
 
-def probe_shapes(graph: Graph, overrides: Mapping[str, Sequence[int]] | None = None) -> Iterator[tuple[Binding, ...]]:
-    """Bindings of the dynamic dimensions to try, likeliest first; each has one probe, or two where sizes are dynamic.
+@dataclass(frozen=True, slots=True)
+class OpenSizes:
+    """Sizes to try for the open dimensions of a model's inputs."""
 
-    An override fixes every dimension of its input, see :func:`bind_shapes`.
+    dimensions: Dimensions
+
+    def pairs(self) -> Iterator[Pair]:
+        """(batch, sequence) at two probes, likeliest first, those that come to the same left out."""
+        seen = set()
+        for pair in (_SIZES, *_FALLBACKS):
+            key = repr([sorted(self.dimensions.guess(*one).items(), key=repr) for one in pair])
+            if key not in seen:
+                seen.add(key)
+                yield pair
+
+    def first(self, pair: Pair) -> dict[Key, int]:
+        """Guesses, and what the user gave."""
+        return self.dimensions.guess(*pair[0])
+
+    def others(self, bound: Sizes, pair: Pair) -> Iterator[dict[Key, int]]:
+        """Other sizes than those of the first probe: of all open dimensions, then of some."""
+        batch = pair[0][0] != pair[1][0]
+        for kinds in (_KINDS, ("sequence", "extent"), ("batch", "sequence"), ("batch",), ("sequence",), ("extent",)):
+            if batch or "batch" not in kinds:
+                yield {
+                    key: self._other(key, size) if self._counts(key) in kinds else size for key, size in bound.items()
+                }
+
+    def _counts(self, key: Key) -> str:
+        return self.dimensions.kind(key)
+
+    def _other(self, key: Key, size: int) -> int:
+        """Another size of that kind: none that the first divides, where labels that repeat could hide a mistake."""
+        match self._counts(key):
+            case "batch":
+                return size + 1
+            case "sequence":
+                return size + max(1, size // (2 if size < 256 else 4))
+        return size + 32  # what is halved five times on the way still fits
+
+
+def open_sizes(graph: Graph, overrides: Mapping[str, Sequence[int]] | None = None) -> OpenSizes:
+    """The open dimensions of a graph's inputs. Overrides hold for the first probe: the model leaves them open still.
 
     Raises:
         UsageError: an override names no input, has the wrong rank or contradicts a static dimension.
     """
-    specs = input_specs(graph)
-    seen = set()
-    for pair in (_SIZES, *_FALLBACKS):
-        probes = [bind_shapes(specs, batch=b, sequence=s, overrides=overrides or {}) for b, s in pair]
-        if probes[0] == probes[1]:
-            probes.pop()
-        key = repr(probes)
-        if key not in seen:
-            seen.add(key)
-            yield tuple(probes)
+    return OpenSizes(Dimensions(input_specs(graph), overrides))
+
+
+def beyond(dimensions: Dimensions, first: Sizes, second: Sizes) -> Iterator[dict[Key, int]]:
+    """Sizes that neither of two probes has where these differ: a single sample, shorter sequences, other maps."""
+    for kinds in (_KINDS, ("batch",), ("sequence", "extent")):
+        wish = {
+            key: _third(dimensions.kind(key), size, second[key])
+            if size != second[key] and dimensions.kind(key) in kinds
+            else size
+            for key, size in first.items()
+        }
+        yield dimensions.with_totals(wish)
+
+
+def _third(kind: str, first: int, second: int) -> int:
+    if kind == "batch":
+        return 1 if 1 not in (first, second) else max(first, second) + 2
+    if kind == "sequence":
+        return max(1, first * 5 // 8) if first > 1 else second + 3
+    return first - 32 if first > 64 else second + 32

@@ -23,7 +23,8 @@ class CalibrationBatches:
     def __init__(self, context: Context, analysis: Analysis, limit: int | None = None) -> None:
         """``limit``: samples that are enough, where the user does not say how many to take; at least one call's."""
         probes = analysis.facts.probes
-        self._sizes = {name: s[0] for name, s in probes[0].inputs.items() if s} if len(probes) == 1 else {}
+        leads = [{name: s[0] for name, s in probe.inputs.items() if s} for probe in probes]
+        self._sizes = leads[0] if all(own == leads[0] for own in leads) else {}
         self.fixed = next(iter(self._sizes.values()), None)
         data, calibration = context.inputs(), context.calibration
         assert calibration is not None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import ModelError, ValidationError
+from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.facts import Probe
+from onnxprune.graph.probes import input_specs
 from onnxprune.passes.preparation import QUANTISED, check_preparation, other_feeds
 from onnxprune.passes.trial import Trial
 from onnxprune.planning import atoms_removed
@@ -21,7 +25,10 @@ from onnxprune.rewrite.cut import cut
 from onnxprune.rewrite.oracle import masked_original
 from onnxprune.rewrite.witness import Model, Witnesses
 from onnxprune.runtime import compare, idle
+from onnxprune.runtime.inputs import synthetic
 from onnxprune.runtime.sessions import Feed
+
+_IN_CODES = 4  # the accuracy level at which products with 4-bit weights round their activations to 8 bits
 
 
 def check_exactness(
@@ -56,15 +63,17 @@ def check_exactness(
         final, _ = trial.write(*model, "exact_part")
     check = _Check(analysis, trial, removed, final, model, quantized, seed)
     worst = Exactness(passed=True)
-    for probe, feed in enumerate(feeds):
-        facts = check.at(probe, feed)
-        batches = [*worst.batches, *facts.batches]
-        notes = [*filter(None, dict.fromkeys((worst.note, facts.note)))]
-        if not facts.passed or facts.error >= worst.error:
-            worst = facts
-        worst.batches, worst.note = batches, "; ".join(notes)
-        if not facts.passed:
+    for number, (probe, feed) in enumerate(zip(analysis.facts.running, feeds, strict=True)):
+        try:
+            worst = _worse(worst, check.at(probe, feed))
+        except ModelError:  # it declares more than it can do: other sizes are asked below
+            if not number:
+                raise
+            analysis.facts.refused.add(number)
+        if not worst.passed:
             break
+    if worst.passed:
+        worst = check.beyond(worst)
     if worst.passed and analysis.graph.has_bodies:
         worst = check.elsewhere(feeds, worst)
     if worst.passed is False:
@@ -80,6 +89,29 @@ def check_exactness(
     return worst
 
 
+def _worse(one: Exactness, other: Exactness) -> Exactness:
+    """The facts with the larger error, with what both were asked on and what is to be said of both."""
+    batches = [*one.batches, *(n for n in other.batches if n not in one.batches)]
+    notes = "; ".join(filter(None, dict.fromkeys((one.note, other.note))))
+    worst = other if not other.passed or other.error >= one.error else one
+    worst.batches, worst.note = batches, notes
+    return worst
+
+
+def _rounds(model: Model) -> bool:
+    return any(a.name == "accuracy_level" and a.i == _IN_CODES for n in model[0].graph.node for a in n.attribute)
+
+
+def _without_rounding(model: Model) -> Model:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model[0])
+    for node in copy.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    return copy, model[1]
+
+
 @dataclass(slots=True)
 class _Check:
     """The comparison of one cut with the masked original, at one probe after the other."""
@@ -92,11 +124,25 @@ class _Check:
     quantized: bool
     seed: int
 
-    def at(self, probe: int, feed: Feed) -> Exactness:
+    def beyond(self, worst: Exactness) -> Exactness:
+        """The facts after the file was run at sizes that no probe has, where the model leaves sizes open."""
+        facts, graph = self.analysis.facts, self.analysis.graph
+        for probe in facts.elsewhere():
+            bounds = integer_bounds(graph, replace(facts, probes=(*facts.probes, probe)))
+            feed = synthetic(input_specs(graph), probe.inputs, bounds=bounds, seed=self.seed)
+            try:
+                return _worse(worst, self.at(probe, feed))
+            except ModelError:  # the original does not run there either
+                continue
+        return worst
+
+    def at(self, probe: Probe, feed: Feed) -> Exactness:
         """The facts at the sizes of one probe."""
         masked = masked_original(self.analysis.table, self.removed, probe)
         with self.trial.lend(*masked, "masked") as reference:
             found = compare.compared(reference, self.final, [feed], quantized=self.quantized)
+            if not found.facts.passed and _rounds(masked):
+                return self._in_floats(masked, feed)
             if not found.facts.passed or not found.idle:
                 return found.said()
             more = idle.waking(reference, found.idle, [feed], other_feeds(self.analysis, self.seed)(probe))
@@ -107,12 +153,23 @@ class _Check:
             return found.said()
         return self._inside(probe, masked, feeds, found)
 
+    def _in_floats(self, masked: Model, feed: Feed) -> Exactness:
+        """The facts where products with 4-bit weights take floats: else a rounding of activations to 8 bits that falls
+        the other way is no less than a mistake.
+        """
+        one, other = _without_rounding(masked), _without_rounding(self.model)
+        with self.trial.lend(*one, "masked") as a, self.trial.lend(*other, "in_floats") as b:
+            facts = compare.exactness(a, b, [feed], quantized=self.quantized)
+        said = "with activations of 4-bit products in floats"
+        facts.note = f"{facts.note}; {said}" if facts.note else said
+        return facts
+
     def elsewhere(self, feeds: Sequence[Feed], worst: Exactness) -> Exactness:
         """The facts after every branch of an If, and every Loop, was made to run, whatever the inputs make of it."""
         found_open = undecided(self.analysis.graph, self.analysis.facts)
         run, missed = set[tuple[str, bool]](), set[tuple[str, bool]]()
         for way in ways(found_open):
-            for probe, feed in enumerate(feeds):
+            for probe, feed in zip(self.analysis.facts.running, feeds, strict=False):
                 masked = masked_original(self.analysis.table, self.removed, probe)
                 models = force(masked, way), force(self.model, way)
                 with self.trial.lend(*models[0], "masked") as a, self.trial.lend(*models[1], "forced") as b:
@@ -133,7 +190,7 @@ class _Check:
             worst.note = f"{worst.note}; {said}" if worst.note else said
         return worst
 
-    def _inside(self, probe: int, masked: Model, feeds: Sequence[Feed], found: compare.Comparison) -> Exactness:
+    def _inside(self, probe: Probe, masked: Model, feeds: Sequence[Feed], found: compare.Comparison) -> Exactness:
         """Compare tensors in front of the outputs that never vary; what was found already where there are none."""
         witnesses = Witnesses(self.analysis.table, self.removed, probe, masked, self.model)
         names = witnesses.upstream(found.idle)

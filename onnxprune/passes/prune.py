@@ -134,6 +134,14 @@ class Prune(Pass):
 
 def reasons(analysis: Analysis) -> str:
     """Why nothing can be cut, for a hint."""
+    shapeless = [spec.name for spec in analysis.facts.settler.dimensions.specs if not spec.shape and not spec.scalar]
+    if shapeless:
+        return (
+            f"Input {shapeless[0]!r} declares no shape, so that nothing is known of the sizes behind it: give one, for "
+            f"example --input-shape {shapeless[0]}=1,3,224,224."
+        )
+    if analysis.facts.conflict is not None:
+        return f"{analysis.facts.conflict} Give sizes of the open dimensions that fit with --input-shape NAME=N,C,..."
     top = analysis.barriers[:3]
     said = "; ".join(f"{b.channels} channels: {b.code}, {b.detail}" for b in top)
     if said:

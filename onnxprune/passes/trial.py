@@ -13,6 +13,7 @@ import onnx
 from onnxprune.analysis import Analysis
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.files import clone, workspace
+from onnxprune.graph.binding import InputSpec
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.model.load import Loaded, load
@@ -144,19 +145,45 @@ class Trial:
 
     @contextmanager
     def blaming(self) -> Iterator[None]:
-        """Where a model does not run, say so of the user's own file, unless that one does."""
+        """Where a model does not run, say so of the user's own file, and of the sizes of its open dimensions."""
         try:
             yield
-        except ModelError:
+        except ModelError as error:
             sessions.open_session(self.original, optimize=False)
-            raise
+            raise sizes_refused(self.analysis, error) from error
+
+
+def sizes_refused(analysis: Analysis, error: ModelError) -> ModelError:
+    """The error of a model that did not run on synthetic inputs, with the open dimensions that may be the reason."""
+    probe = analysis.facts.probes[0]
+    chosen = [
+        spec for spec in analysis.facts.settler.dimensions.specs if not all(isinstance(d, int) for d in spec.shape)
+    ]
+    if not chosen or not error.message.startswith(sessions.CANNOT_RUN):
+        return error
+    shown = "; ".join(_described(spec, probe.inputs[spec.name]) for spec in chosen[:3])
+    more = f" and {len(chosen) - 3} more inputs" if len(chosen) > 3 else ""
+    conflict = analysis.facts.conflict
+    told = "" if conflict is None else f" {conflict}"
+    sizes = " ".join(f"--input-shape {s.name}={','.join(map(str, probe.inputs[s.name]))}" for s in chosen[:3])
+    return ModelError(
+        f"The model leaves dimensions open and does not run at the sizes tried for them: {shown}{more}.{told} "
+        f"{error.message}",
+        hint=f"Give sizes that it runs at, in the form of: {sizes}",
+    )
+
+
+def _described(spec: InputSpec, sizes: Sequence[int]) -> str:
+    """An input with the sizes of its open dimensions: ``pixels [batch = 2, 3, height = 64]``."""
+    dims = [str(n) if isinstance(d, int) else f"{d or '?'} = {n}" for d, n in zip(spec.shape, sizes, strict=True)]
+    return f"input {spec.name!r} [{', '.join(dims)}]"
 
 
 def synthetic_feeds(context: Context, analysis: Analysis) -> list[Any]:
-    """One seeded feed per probe."""
-    specs = input_specs(analysis.graph)
-    bounds = integer_bounds(analysis.graph, analysis.facts)
-    return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=context.seed) for probe in analysis.facts.probes]
+    """One seeded feed per probe at whose sizes the model runs."""
+    specs, facts = input_specs(analysis.graph), analysis.facts
+    bounds = integer_bounds(analysis.graph, facts)
+    return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=context.seed) for probe in facts.running]
 
 
 def timing_feed(context: Context, trial: Trial) -> Any:

@@ -55,14 +55,14 @@ class Validate(Pass):
             final, size = trial.write(*model.parts, "final")
             check_file(final, trial.original)
         yield Sizes(bytes_after=size)
-        with context.stage("inputs"):
-            hold_out = _hold_out(context, model)
         if self.exact and model.is_unproved:
             if model.analysis.loaded is context.analysis.loaded:
                 yield prove(context, model, trial, final)
             else:
                 with Trial.of(model.analysis) as own:  # what was pruned is not what came in
                     yield prove(context, model, own, final)
+        with context.stage("inputs"):  # the proof finds out at which sizes the model runs
+            hold_out = _hold_out(context, model)
         if self.faithful:
             with context.stage("fidelity"), trial.lend_original() as original:
                 inputs, name = hold_out

@@ -194,12 +194,18 @@ def speed_note(report: Report) -> Text | None:
     )
 
 
+def _listed(sizes: Sequence[int]) -> str:
+    """``2``, ``2 and 3``, ``2, 3 and 1``."""
+    *most, last = map(str, sizes)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def exactness(facts: Exactness) -> Text:
     """One line: is the cut model the original with the removed channels held at 0?"""
     if facts.passed is None:
         return Text.assemble(("exact     ", "bold"), ("not checked", "yellow"), f": {facts.note}" if facts.note else "")
     verdict = ("yes", "bold green") if facts.passed else ("NO", "bold red")
-    batches = f", batch {' and '.join(str(size) for size in facts.batches)}" if facts.batches else ""
+    batches = f", batch {_listed(facts.batches)}" if facts.batches else ""
     where = f" at output {facts.worst_output!r}" if facts.worst_output and not facts.passed else ""
     note = f"; {facts.note}" if facts.note else ""
     error = f"{facts.error:.1e}" if facts.error else "0"

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnxprune.graph.facts import Probe
 from onnxprune.graph.view import Graph, Node
 from onnxprune.labels.label import Label
 from onnxprune.model.weights import ArrayWeight, Weight
@@ -20,15 +21,15 @@ _CHOOSES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def masked_original(
-    table: Table, removed: NDArray[np.bool_], probe: int = 0
+    table: Table, removed: NDArray[np.bool_], probe: Probe | None = None
 ) -> tuple[onnx.ModelProto, dict[str, Weight]]:
-    """The original with masks, for inputs of the given probe's sizes. Weights are shared with the original, not copied.
+    """The original with masks, for inputs of a probe's sizes (the first one's). Weights are shared, not copied.
 
     It is built from labels and ``Rule.contracted_axes`` alone and shares nothing with the rewriting of nodes and
     weights, so that a mistake in either shows as a difference.
     """
     graph: Graph = table.graph
-    builder = _Masks(table, After(table, removed), probe)
+    builder = _Masks(table, After(table, removed), probe or table.facts.probes[0])
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
     del model.graph.node[:]
@@ -59,7 +60,7 @@ def masked_original(
 class _Masks:
     """Masks made so far, shared between the operators that read the same tensor along the same axes."""
 
-    def __init__(self, table: Table, after: After, probe: int) -> None:
+    def __init__(self, table: Table, after: After, probe: Probe) -> None:
         self.table, self.after, self.probe = table, after, probe
         self.constants: dict[str, NDArray[Any]] = {}
 
@@ -105,7 +106,7 @@ class _Masks:
 
     def _at_probe(self, name: str, label: Label, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The mask at another probe's sizes: what was merged with a dynamic axis repeats."""
-        shape = self.table.facts.probes[self.probe].shapes.get(name)
+        shape = self.probe.shapes.get(name)
         for axis in label.axes:
             size = shape[axis] if shape is not None else keep.shape[axis]
             if size != keep.shape[axis]:

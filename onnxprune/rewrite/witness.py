@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.graph.values import size_of
+from onnxprune.graph.values import Probe, size_of
 from onnxprune.labels.label import Ids
 from onnxprune.model.weights import ArrayWeight, Weight
 from onnxprune.rewrite.after import After
@@ -32,8 +32,8 @@ class Witnesses:
         reference, cut: the two models.
     """
 
-    def __init__(self, table: Table, removed: NDArray[np.bool_], probe: int, reference: Model, cut: Model) -> None:
-        self._table, self._probe, self._after = table, table.facts.probes[probe], After(table, removed)
+    def __init__(self, table: Table, removed: NDArray[np.bool_], probe: Probe, reference: Model, cut: Model) -> None:
+        self._table, self._probe, self._after = table, probe, After(table, removed)
         self._reference, self._cut = reference, cut
         self._producer = {o: node for node in reference[0].graph.node for o in node.output if o}
 

@@ -65,6 +65,9 @@ _CUT_ANYWAY = "Use --no-validate to cut it all the same, with a structural check
 
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+CANNOT_RUN = "onnxruntime cannot run the model"
+"""Begins the message of every run that failed."""
+
 _frugal = ContextVar("frugal", default=False)
 
 
@@ -239,7 +242,7 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Feed:
     except (MemoryError, ModelError):
         raise
     except Exception as error:
-        raise ModelError(f"onnxruntime cannot run the model: {shorten(str(error))}") from error
+        raise ModelError(f"{CANNOT_RUN}: {shorten(str(error))}") from error
     results: Feed = {}
     for info, value in zip(outputs, values, strict=True):
         _flatten(info.name, value, results)
