@@ -152,16 +152,23 @@ class _State:
         self.edits.set_operand(node, i, name)
 
     def pick(self, node: Node, i: int, axis: int, positions: NDArray[np.int64]) -> None:
-        stem = self.edits.operand(node, i) or node.inputs[i]
-        taken = self.table.facts.probes[0].shapes
-        index = self.edits.constant(f"{stem}_positions", positions.astype(np.int64), taken)
-        result = self.edits.name(f"{stem}_picked{node.index}_{axis}", taken)
-        proto = onnx.helper.make_node("Gather", [stem, index], [result], name=result, axis=axis)
-        self.edits.put_before(node, proto)
+        self._put_in_front(node, i, "Gather", positions, lambda now: now.take(positions, axis=axis), axis=axis)
+
+    def add(self, node: Node, i: int, value: NDArray[Any]) -> None:
+        self._put_in_front(node, i, "Add", value, lambda now: now + value)
+
+    def _put_in_front(
+        self, node: Node, i: int, op: str, constant: NDArray[Any], function: Callable[[Any], Any], **attributes: Any
+    ) -> None:
+        """Let operand ``i`` go through an operator with a constant first."""
+        stem, taken = self.edits.operand(node, i) or node.inputs[i], self.table.facts.probes[0].shapes
+        operand = self.edits.constant(f"{stem}_{op.lower()}", constant, taken)
+        result = self.edits.name(f"{stem}_{op.lower()}_{node.index}", taken)
+        self.edits.put_before(node, onnx.helper.make_node(op, [stem, operand], [result], name=result, **attributes))
         self.edits.set_operand(node, i, result)
         for values in self.values:
             now = values.get(stem)
-            values.set(result, None if now is None else now.take(positions, axis=axis))
+            values.set(result, None if now is None else function(now))
 
     def replace(self, node: Node, op: str, inputs: int, attributes: dict[str, Any]) -> None:
         self.edits.replaced[node.index] = (op, inputs)

@@ -362,6 +362,10 @@ class Cut:
         """Give operand ``i`` these positions of itself along an axis, by a Gather in front of the node."""
         self._state.pick(self.node, i, axis, positions)
 
+    def add(self, i: int, value: NDArray[Any]) -> None:
+        """Add a constant to operand ``i``, by an Add in front of the node."""
+        self._state.add(self.node, i, value)
+
     def replace(self, op: str, inputs: int, **attributes: Any) -> None:
         """Put another operator in the node's place, of the same domain, on its first ``inputs`` inputs."""
         self._state.replace(self.node, op, inputs, attributes)

@@ -143,19 +143,34 @@ class Columns:
         found = [_only_axis(index[..., k]) for k in range(index.shape[-1])]
         moving = [a for k in range(index.shape[-1]) for a in range(index.ndim - 1) if self._varies(k, a)]
         self.axes = [None if a is not None and a >= 0 and moving.count(a) > 1 else a for a in found]
+        self.computed = False
+
+    @classmethod
+    def at_every(cls, values: list[Index]) -> Columns:
+        """The columns of an index that follows the sizes of the inputs: only what is the same at all of them counts."""
+        first, *others = (cls(v) for v in values)
+        first.computed = any(not np.array_equal(values[0], v) for v in values[1:])
+        for k, axis in enumerate(first.axes):
+            if axis is not None and any(
+                other.axes[k] != axis or not np.array_equal(other.raw(k), first.raw(k)) for other in others
+            ):
+                first.axes[k] = None
+        return first
 
     def _varies(self, k: int, axis: int) -> bool:
         column = self.index[..., k]
         return bool((column != column.take([0], axis=axis)).any())
 
+    def raw(self, k: int) -> Index:
+        """Positions along addressed axis ``k`` as they are written: one for every entry of the index's axis."""
+        axis, column = self.axes[k], self.index[..., k]
+        line = column.ravel()[:1] if axis is None or axis < 0 else _line(column, axis)
+        assert line is not None
+        return line
+
     def line(self, k: int, size: int) -> Index:
-        """Positions along addressed axis ``k``: one for every entry of the index's axis."""
-        axis = self.axes[k]
-        assert axis is not None
-        column = self.index[..., k]
-        return (
-            column.ravel()[:1] if axis < 0 else np.moveaxis(column, axis, -1).reshape(-1, column.shape[axis])[0]
-        ) % size
+        """Positions along addressed axis ``k``, all counted from the front."""
+        return self.raw(k) % size
 
     def addressed(self, k: int, size: int) -> Index:
         """Every position along addressed axis ``k`` that the index names."""
@@ -171,10 +186,27 @@ class Columns:
         columns = [_renumbered(index[..., k], cut.keep(cut.node.inputs[0], first + k)) for k in range(index.shape[-1])]
         return np.stack(columns, axis=-1)
 
+    def move(self, cut: Cut, beside: str, first: int) -> None:
+        """Nodes in front that make a computed index what it is after the cut: entries go, positions are shifted."""
+        keeps = [cut.keep(beside, axis) for axis in range(self.index.ndim - 1)]
+        for axis, keep in enumerate(keeps):
+            if keep is not None:
+                cut.pick(1, axis, np.flatnonzero(keep))
+        for k, axis_of in enumerate(self.axes):
+            left, line = cut.keep(cut.node.inputs[0], first + k), self.raw(k)
+            if left is None or axis_of is None:
+                continue
+            keep = None if axis_of < 0 else keeps[axis_of]
+            line = line if keep is None else line[keep]
+            shift = np.zeros((*(line.size if a == axis_of else 1 for a in range(len(keeps))), len(self.axes)), np.int64)
+            shift[..., k] = (_renumbered(line, left) - line).reshape(shift.shape[:-1])
+            cut.add(1, shift)
+
 
 def _columns(step: Step) -> Columns | None:
-    index = _known(step, 1)
-    return Columns(index) if index is not None and index.size else None
+    values = [probe.values.get(step.node.inputs[1]) for probe in step.table.facts.probes]
+    known = [v.astype(np.int64) for v in values if v is not None and v.size and v.ndim == len(step.shape(1))]
+    return Columns.at_every(known) if known and len(known) == len(values) else None
 
 
 class _Slices(Rule):
@@ -186,7 +218,7 @@ class _Slices(Rule):
         label = covering(labels, axis)
         if label is None:
             return labels
-        if columns is None or label.is_grid:
+        if columns is None or label.is_grid or (columns.computed and columns.axes[k] is None):
             return step.drop_axis(labels, axis, "fixed-size", _BY_INDEX)
         if columns.axes[k] is None:
             named = label.ids.ravel()[columns.addressed(k, label.ids.size)]
@@ -198,8 +230,14 @@ class _Slices(Rule):
         if columns is None:
             return
         new, value = columns.cut(cut, beside, first), cut.value(1)
-        if value is None or not np.array_equal(new, value):
-            cut.set_input(1, new.astype(cut.before.value(1).dtype))  # type: ignore[union-attr]
+        if value is not None and np.array_equal(new, value):
+            return
+        if not columns.computed:
+            cut.set_input(1, new)  # of the one type that these operators take
+        elif value is None or not np.array_equal(value, columns.index):
+            cut.fail("its index is computed from sizes that are others after the cut")
+        else:
+            columns.move(cut, beside, first)
 
 
 class GatherND(_Slices):

@@ -194,6 +194,44 @@ def test_scatter_nd_of_a_computed_index_keeps_what_it_addresses() -> None:
     check(net, net.op("ScatterND", x, where, net.linear(net.input("u", [3, 3]), 3, 6)))
 
 
+def spread(net: Net, x: str, lines: list[str | list[int]]) -> str:
+    """An index as exporters compute it: a line per axis, all expanded to the shape of their product, joined."""
+    columns = []
+    for k, line in enumerate(lines):
+        one = net.const(line) if isinstance(line, list) else line
+        columns.append(net.reshape(one, *(-1 if a == k else 1 for a in range(len(lines)))))
+    total = columns[0]
+    for column in columns[1:]:
+        total = net.op("Add", total, column)
+    shape = net.op("Shape", total)
+    return net.op("Concat", *(net.unsqueeze(net.op("Expand", c, shape), [-1]) for c in columns), axis=-1)
+
+
+def count(net: Net, x: str, axis: int) -> str:
+    """The positions of an axis."""
+    size = net.squeeze(net.gather(net.op("Shape", x), [axis], 0), [0])
+    return net.op("Range", net.const(np.asarray(0)), size, net.const(np.asarray(1)))
+
+
+@pytest.mark.parametrize("line", [[4, 5, 6, 7], [1, 6, 3], [-1, 0], [5]], ids=str)
+@pytest.mark.parametrize("depth", [2, 4])
+def test_scatter_nd_into_channels_of_any_number_of_samples(depth: int, line: list[int]) -> None:
+    """The index is computed from the number of samples; entries go and positions are shifted by nodes in front."""
+    net = Net(16)
+    x = net.op("Relu", produce(net, "nchw", channels=8))
+    index = spread(net, x, [count(net, x, 0), line, count(net, x, 2), [0, 1, 2, 3, 4]][:depth])
+    updates = net.conv(x, 8, len(line))
+    y = net.op("ScatterND", x, index, updates)
+    check(net, net.hint(y, ["N", 8, 4, 5]), x)
+
+
+def test_gather_nd_of_channels_of_any_number_of_samples() -> None:
+    net = Net(16)
+    x = net.op("Relu", produce(net, "nchw", channels=8))
+    y = net.op("GatherND", x, spread(net, x, [count(net, x, 0), [1, 6, 3, 4]]))
+    check(net, net.hint(y, ["N", 4, 4, 5]), x)
+
+
 @pytest.mark.parametrize("batch_dims", [0, 1])
 def test_gather_nd_of_positions(batch_dims: int) -> None:
     net = Net(13)
