@@ -1,28 +1,86 @@
-"""Errors a user can act on: the offending value, what was allowed, the next step; each owns its exit code."""
+"""Errors a user can act on: the offending value, what was allowed, the next step; each owns its exit code.
+
+A message names arguments through :func:`argument`: callers of Python read ``max_drop``, users of the command line
+``--max-drop``, and programs ask ``error.argument``.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
+
+# Private characters that no message has otherwise: the name of an argument, a key of it, a value of it.
+_START, _KEY, _VALUE, _TEXT, _END = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004"
+_MARKED = re.compile(
+    f"{_START}(?P<name>[a-z_]+)(?:{_KEY}(?P<key>[^{_END}]*?))?(?:(?P<kind>[{_VALUE}{_TEXT}])(?P<value>[^{_END}]*))?{_END}"
+)
+Spelling = Callable[[str, str, str], str]
+"""(name, key, value) of an argument as a reader writes it; key and value are empty where a message gives none."""
+
+
+def argument(name: str, value: Any = None, *, key: str = "") -> str:
+    """The name of an argument for a message: ``max_drop``, ``recover='bn'`` or ``layers['conv1']``.
+
+    Args:
+        name: as Python calls it.
+        value: one of its values; None for the argument as such.
+        key: one of its keys, where it is a mapping.
+    """
+    at = f"{_KEY}{key}" if key else ""
+    of = "" if value is None else f"{_TEXT if isinstance(value, str) else _VALUE}{value}"
+    return f"{_START}{name}{at}{of}{_END}"
+
+
+def spelled(text: str, spell: Spelling | None = None) -> str:
+    """A message with its arguments as ``spell`` writes them; None: as Python does."""
+
+    def one(found: re.Match[str]) -> str:
+        name, key, value = found["name"], found["key"] or "", found["value"] or ""
+        if spell is not None:
+            return spell(name, key, value)
+        of = f"={value!r}" if found["kind"] == _TEXT else f"={value}" if found["kind"] else ""
+        return f"{name}[{key!r}]{of}" if key else name + of
+
+    return _MARKED.sub(one, text)
+
+
+class Note(str):
+    """A text with names of arguments in it, in Python's spelling; ``marked`` can be spelled otherwise."""
+
+    marked: str
+
+    def __new__(cls, marked: str) -> Note:
+        """The note of a text that :func:`argument` was used in."""
+        note = super().__new__(cls, spelled(marked))
+        note.marked = marked
+        return note
 
 
 class OnnxpruneError(Exception):
     """Base of every error onnxprune raises on purpose.
 
     Args:
-        message: what is wrong, with the offending value in it.
+        message: what is wrong, with the offending value in it, and arguments named by :func:`argument`.
         hint: the next step for the user, one sentence; shown on its own line.
         report: the :class:`~onnxprune.report.facts.Report` of a run that was finished and then not good enough.
+
+    Attributes:
+        argument: the Python name of the argument that the message is about; empty where it is about none.
     """
 
     exit_code = 3
 
     def __init__(self, message: str, *, hint: str = "", report: Any = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.report = report
+        super().__init__(spelled(message))
+        named = _MARKED.search(message)
+        self.argument = named["name"] if named else ""
+        self.message, self.hint, self.report = Note(message), Note(hint), report
+
+    def spelled(self, spell: Spelling) -> tuple[str, str]:
+        """Message and hint for readers who write arguments in another way."""
+        return spelled(self.message.marked, spell), spelled(self.hint.marked, spell)
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
@@ -32,6 +90,10 @@ class UsageError(OnnxpruneError):
     """A bad option value, a missing or unwritable path, a plan or data file that does not fit (exit code 2)."""
 
     exit_code = 2
+
+
+class ArgumentError(UsageError, TypeError):
+    """A call with arguments that there are not, or not so many of (exit code 2)."""
 
 
 class ModelError(OnnxpruneError):

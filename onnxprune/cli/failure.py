@@ -116,17 +116,18 @@ def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") 
     finished and then failed a gate.
     """
     failure = describe(error, command_path)
+    message, hint = screen.spelled(failure.message), screen.spelled(failure.hint)
     label = "internal error: " if failure.kind == "InternalError" else "error: "
     if screen.verbosity >= 2:
         screen.tell(Text("".join(traceback.format_exception(error)).rstrip()), soft_wrap=True)
-    screen.tell(Text.assemble((label, "bold red"), failure.message), soft_wrap=True)
-    if failure.hint:
-        screen.tell(Text.assemble(("hint: ", "cyan"), failure.hint), soft_wrap=True)
+    screen.tell(Text.assemble((label, "bold red"), message), soft_wrap=True)
+    if hint:
+        screen.tell(Text.assemble(("hint: ", "cyan"), hint), soft_wrap=True)
     if screen.as_json:
         record = {
             "type": failure.kind,
-            "message": failure.message,
-            "hint": failure.hint,
+            "message": message,
+            "hint": hint,
             "exit_code": failure.exit_code,
         }
         report = getattr(error, "report", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from onnxprune.errors import BudgetError, ValidationError
+from onnxprune.errors import BudgetError, ValidationError, argument
 from onnxprune.report.facts import Report
 
 
@@ -28,15 +28,15 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
     if report.fidelity is None or not report.fidelity.outputs:
         note = report.fidelity.note if report.fidelity is not None else ""
         raise BudgetError(
-            f"--min-fidelity {least:g}: fidelity could not be measured{': ' + note if note else ''}",
-            hint="Nothing was written. Give inputs with --data, or drop --min-fidelity.",
+            f"{argument('min_fidelity')} {least:g}: fidelity could not be measured{': ' + note if note else ''}",
+            hint=f"Nothing was written. Give inputs with {argument('data')}, or drop {argument('min_fidelity')}.",
             report=report,
         )
     # Asked of every output, not of the worst: a cosine that is not a number has to fail the gate too.
     if not all(output.cosine >= least for output in report.fidelity.outputs):
         show()
         raise BudgetError(
-            f"worst cosine {report.fidelity.worst_cosine:.4f} is below --min-fidelity {least:g}",
+            f"worst cosine {report.fidelity.worst_cosine:.4f} is below {argument('min_fidelity')} {least:g}",
             hint=f"Nothing was written. {hint}",
             report=report,
         )

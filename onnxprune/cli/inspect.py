@@ -6,51 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import RenderableType
 from rich.text import Text
 
-from onnxprune.cli import options, shared_options
-from onnxprune.cli.layout import HeadedCommand, option
+from onnxprune.cli.options import Given, command, existing
 from onnxprune.report import structure, tables, units
 from onnxprune.report.console import Screen, plain
 
 MOST_GROUPS = 20
 
 
-@click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.onnx")
-@option(
-    "--input-shape",
-    "shapes",
-    heading="Input",
-    type=options.ShapeType(),
-    multiple=True,
-    help="Shape of an input, for every size.",
-)
-@option(
-    "--approximate",
-    heading="Input",
-    is_flag=True,
-    help="Count channels behind LayerNorm, RMSNorm and the like as removable.",
-)
-@shared_options.as_json
-@shared_options.quiet
-@option(
-    "-v", "--verbose", heading="Output", count=True, help="List every layer, group and barrier; -vv shows tracebacks."
-)
-@click.pass_obj
-def inspect(
-    screen: Screen, /, model: Path, shapes: tuple[tuple[str, tuple[int, ...]], ...], approximate: bool, **_shown: Any
-) -> None:
+@command("inspect", model="MODEL.onnx")
+def inspect(screen: Screen, given: Given) -> None:
     """Show what can be cut from a model, and what cannot and why."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
-    options.existing(model, "model")
-    input_shapes = options.unique("--input-shape", shapes)
+    model = existing(given.model, "model")
+    arguments = given.arguments
     with screen.progress() as progress:
         progress("analyze", 0.0)
-        analysis = op.analyze(model, input_shapes=input_shapes or None, approximate=approximate)
+        analysis = op.analyze(model, **arguments)
         progress("analyze", 1.0)
     facts = {name: plain(getattr(analysis, name)) for name in ("groups", "barriers", "layers", "unlocks")}
     if screen.as_json:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -29,11 +28,3 @@ class HeadedCommand(click.Command):
         for heading, records in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
-
-
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
-
-def option(*names: str, heading: str, **settings: Any) -> Callable[[Decorated], Decorated]:
-    """A click option under a heading of the help."""
-    return click.option(*names, cls=HeadedOption, heading=heading, **settings)

@@ -20,6 +20,7 @@ from onnxprune.cli.sensitivity import sensitivity
 from onnxprune.cli.sweep import sweep
 from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
+from onnxprune.settings import COMMANDS, spell
 
 DEFAULT = "prune"
 _NOTHING = "onnxprune.cli.nothing_given"
@@ -100,7 +101,9 @@ class DefaultGroup(click.Group):
 def _screen(args: list[str]) -> Screen:
     """The streams as the arguments ask for them, read before parsing so that a parsing error obeys ``--json``."""
     quiet, loud = _volume(args)
-    return Screen.open(as_json="--json" in _flags(args), verbosity=-1 if quiet and not loud else min(loud, 2))
+    command = args[0] if args and args[0] in COMMANDS else DEFAULT
+    verbosity = -1 if quiet and not loud else min(loud, 2)
+    return Screen.open(as_json="--json" in _flags(args), verbosity=verbosity, spell=spell(command))
 
 
 def _volume(args: list[str]) -> tuple[bool, int]:

@@ -1,16 +1,31 @@
-"""What the options may hold: each value is parsed here, each bad one says what was allowed and what to give."""
+"""The options of the commands, made from :mod:`onnxprune.settings`, and what a user gave of them."""
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from onnxprune.errors import UsageError, nearest
+from onnxprune.cli.layout import HeadedCommand, HeadedOption
+from onnxprune.errors import UsageError, argument, nearest, spelled
+from onnxprune.report.console import Screen
+from onnxprune.settings import (
+    Flag,
+    Patterns,
+    PerName,
+    Setting,
+    Targets,
+    Whole,
+    check_needs,
+    options_of,
+    settings_of,
+    spell,
+)
 
 # Generic for the type checker since click 8.2, and not subscriptable at run time before.
 if TYPE_CHECKING:
@@ -19,134 +34,196 @@ else:
     _ParamType = click.ParamType
 
 
-def ratio(text: str, name: str = "--ratio") -> float:
-    """A share of units to remove, 0 <= R < 1; raises UsageError with a guess at what was meant."""
-    allowed = "A ratio R is the share of units to remove, 0 <= R < 1, for example 0.3."
-    try:
-        value = float(text)
-    except ValueError:
-        number = text.strip().removesuffix("%").strip()
-        raise UsageError(f"{name}: {text!r} is not a number", hint=_as_share(number) or allowed) from None
-    if not 0 <= value < 1:
-        hint = _as_share(text) if value > 1 else allowed
-        raise UsageError(f"{name}: {text} is out of range", hint=hint or allowed)
-    return value
+class SettingType(_ParamType):
+    """Values of one setting, as a user types them."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.kind, self.argument = setting.typed or setting.kind, setting.name
+        self.name = self.kind.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value; raises UsageError."""
+        return self.kind.parse(value, argument(self.argument)) if isinstance(value, str) else value
 
 
-def _as_share(text: str) -> str:
-    """A hint for someone who gave percent: ``For 30 percent give 0.3.``"""
-    try:
-        percent = float(text)
-    except ValueError:
-        return ""
-    return f"For {percent:g} percent give {percent / 100:g}; allowed is 0 <= R < 1." if 1 <= percent < 100 else ""
+class Given:
+    """What a user gave to a command: ``given.ratio`` is the value of that setting.
 
+    Args:
+        command: its name. values: of all options and positional arguments. said: names of those that were typed.
+    """
 
-class RatioType(_ParamType):
-    """A number R with 0 <= R < 1."""
+    def __init__(self, command: str, values: Mapping[str, Any], said: Iterable[str]) -> None:
+        self.command, self.values, self.said = command, values, frozenset(said)
 
-    name = "R"
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.values[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The ratio as float; raises UsageError."""
-        return ratio(str(value), flag(param))
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The settings as the call in Python takes them.
 
+        Raises:
+            UsageError: a name is given twice with different values, or options do not go together.
+        """
+        own = [s for s in options_of(self.command) if s.python and s.name in self.values]
+        found = {setting.name: self._argument(setting) for setting in own}
+        if "data" in self.values:
+            found["images"] = self._images()
+        if "vbmf" in found:
+            found["vbmf"] = self._noise()
+        return found
 
-class LayerRatioType(_ParamType):
-    """``PATTERN=R``: a glob over node or initializer names, and a ratio."""
-
-    name = "PATTERN=R"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
-        """(pattern, ratio); raises UsageError."""
-        if isinstance(value, tuple):
-            return value
-        pattern, sign, share = str(value).rpartition("=")
-        if not sign or not pattern:
-            raise UsageError(f"{flag(param)}: {value!r} is not PATTERN=R", hint="For example --layer '*/conv1/*=0.5'.")
-        return pattern, ratio(share, f"{flag(param)} {pattern}")
-
-
-class ShapeType(_ParamType):
-    """``NAME=2,3,224,224``: an input's name and its whole shape."""
-
-    name = "NAME=N,C,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, tuple[int, ...]]:
-        """(input name, sizes); raises UsageError."""
-        if isinstance(value, tuple):
-            return value
-        hint = f"Give the input's name and every size, for example {flag(param)} images=2,3,224,224."
-        name, sign, sizes = str(value).rpartition("=")
-        if not sign or not name:
-            raise UsageError(f"{flag(param)}: {value!r} is not NAME=SIZES", hint=hint)
-        shape = []
-        for part in sizes.split(","):
-            text = part.strip()
-            if not text.isdecimal() or int(text) < 1:
+    def check_together(self) -> None:
+        """Whether options go with each other, and files are there; raises UsageError."""
+        for name, what in _READ.items():
+            path = self.values.get(name)
+            if path is not None and path != "measure":
+                existing(Path(path), what, folder_allowed=name == "data")
+        for name in ("cache", "folder"):
+            path = self.values.get(name)
+            if path is not None and path.exists() and not path.is_dir():
                 raise UsageError(
-                    f"{flag(param)} {name}: {text!r} is not a size; sizes are whole numbers from 1", hint=hint
+                    f"{argument(name)} {str(path)!r} is not a folder", hint="Give a folder; a new one is made."
                 )
-            shape.append(int(text))
-        return name, tuple(shape)
+        self._check_decided()
+        check_needs(self.command, {**self.values, **self.arguments})
+        if self.values.get("providers") is not None:
+            from onnxprune.runtime.device import device  # heavy: waits until it is needed
 
+            device(self.providers, self.threads)
 
-class NumberType(_ParamType):
-    """A whole number not below ``least``, with ``meaning`` for the message."""
-
-    name = "N"
-
-    def __init__(self, least: int, meaning: str) -> None:
-        self.least = least
-        self.meaning = meaning
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number; raises UsageError."""
-        try:
-            number = int(str(value))
-        except ValueError:
-            number = self.least - 1
-        if number < self.least:
+    def check_recovery(self) -> None:
+        """Whether there are data to recover from; raises UsageError."""
+        if self.data is None and self.recover not in (None, "none", "datafree"):
             raise UsageError(
-                f"{flag(param)}: {value} is not allowed",
-                hint=f"Give {self.meaning}: a whole number from {self.least}.",
+                f"{argument('recover', self.recover)} needs calibration data, and there is none",
+                hint=f"Give inputs with {argument('data')}, a few hundred without labels are enough; or repair "
+                f"without, which is weaker, by {argument('recover', 'datafree')}.",
             )
-        return number
 
+    @property
+    def sources(self) -> list[Path]:
+        """Files that are read beside the model."""
+        return [path for path in (self.values.get("plan"), self.values.get("data")) if path is not None]
 
-class CosineType(_ParamType):
-    """A cosine to gate on, 0 < X <= 1."""
+    @property
+    def has_budget(self) -> bool:
+        """Whether a budget was asked for."""
+        return bool(self.values.get("target")) or self.values.get("max_drop") is not None
 
-    name = "X"
+    def _argument(self, setting: Setting) -> Any:
+        value, kind = self.values[setting.name], setting.kind
+        if isinstance(kind, PerName):
+            return unique(argument(setting.name), value) or None
+        if isinstance(kind, Targets):
+            return list(value) or None
+        return tuple(value) if isinstance(kind, Patterns) else value
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The cosine; raises UsageError."""
-        try:
-            cosine = float(str(value))
-        except ValueError:
-            cosine = math.nan
-        if not 0 < cosine <= 1:
+    def _images(self) -> Any:
+        """What was said about images, None for nothing."""
+        parts = {s.into.partition(".")[2]: self.values[s.name] for s in options_of(self.command) if s.into}
+        said = {name: value for name, value in parts.items() if value is not None}
+        if not said:
+            return None
+        from onnxprune.runtime.images import ImageOptions  # heavy: waits until the arguments are known to be good
+
+        scale = said.pop("scale", None)
+        return ImageOptions(**said, scale=scale and scale[0])
+
+    def _noise(self) -> float | None:
+        """How far to move ranks above noise, None where these are not asked for."""
+        if self.calibration is not None and not self.vbmf:
             raise UsageError(
-                f"{flag(param)}: {value} is not allowed",
-                hint="Give the smallest cosine to accept, 0 < X <= 1, for example 0.95.",
+                f"{argument('calibration')} moves the ranks that {argument('vbmf')} finds",
+                hint=f"Give {argument('vbmf')}, or drop it.",
             )
-        return cosine
+        return (self.calibration or 0.0) if self.vbmf else None
+
+    def _check_decided(self) -> None:
+        """Whether something was typed that a plan or a budget decides, and would be ignored; raises UsageError."""
+        known = settings_of(self.command)
+        typed = [setting for name, setting in known.items() if name in self.said]
+        by_plan = next((s for s in typed if "plan" in s.conflicts), None)
+        if self.values.get("plan") is not None and by_plan is not None:
+            raise UsageError(
+                f"{argument(by_plan.name)} has no meaning with {argument('plan')}",
+                hint="The plan already says what is removed and what is taken apart: drop one of the two.",
+            )
+        by_budget = next((s for s in typed if "budget" in s.conflicts), None)
+        if self.has_budget and by_budget is not None:
+            name = argument("target" if self.values.get("target") else "max_drop")
+            own = argument(by_budget.name)
+            raise UsageError(
+                f"{own} and {name} were both given: each says how much goes",
+                hint=f"Drop one of the two: a budget finds the counts by itself; {own} is for cuts without one.",
+            )
 
 
-def flag(param: click.Parameter | None) -> str:
-    """The option as the user types it."""
-    return max(param.opts, key=len) if param is not None else "value"
+_READ = {
+    "plan": "plan",
+    "data": "data",
+    "latency_table": "latency table",
+    "sensitivity": "file of sensitivities",
+}
+"""Settings that are files to read, and what they are called in messages."""
 
 
-def unique(option: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def command(name: str, **positional: str) -> Callable[[Callable[[Screen, Given], None]], click.Command]:
+    """A command with the options that its settings are, as a decorator of what it does.
+
+    Args:
+        name: of the command. positional: {argument: what help calls it}.
+    """
+
+    def decorate(function: Callable[[Screen, Given], None]) -> click.Command:
+        @click.pass_context
+        def run(ctx: click.Context, /, **values: Any) -> None:
+            said = [key for key in values if ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE]
+            function(ctx.obj, Given(name, values, said))
+
+        run.__doc__ = function.__doc__
+        path = click.Path(path_type=Path)
+        puts = [click.argument(key, type=path, metavar=metavar) for key, metavar in positional.items()]
+        puts += [_option(setting, name) for setting in options_of(name)]
+        wrapped: Any = functools.reduce(lambda inner, put: put(inner), reversed(puts), run)
+        settings = {"help_option_names": ["-h", "--help"]}
+        return click.command(name, cls=HeadedCommand, context_settings=settings)(wrapped)
+
+    return decorate
+
+
+def _option(setting: Setting, command: str) -> Callable[..., Any]:
+    """A setting as an option of click's."""
+    names = [*filter(None, [setting.short]), setting.option or setting.flag, setting.name]
+    shared: dict[str, Any] = {"cls": HeadedOption, "heading": setting.on[command]}
+    shared["help"] = spelled(setting.help, spell(command))
+    kind = setting.typed or setting.kind
+    if setting.name == "verbose":
+        return click.option(*names, count=True, **shared)
+    if isinstance(kind, Flag):
+        if setting.default and "/" not in setting.option:  # an option that turns something off
+            return click.option(*names, is_flag=True, callback=lambda _ctx, _param, value: not value, **shared)
+        return click.option(*names, is_flag=True, default=bool(setting.default), **shared)
+    if setting.many:
+        return click.option(*names, type=SettingType(setting), multiple=True, metavar=kind.metavar, **shared)
+    value = setting.default
+    shown = value is not None and not (isinstance(kind, Whole) and value in (0, 1)) and setting.name != "recover"
+    value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    kept: dict[str, Any] = {"default": value, "show_default": shown, "metavar": kind.metavar}
+    return click.option(*names, type=SettingType(setting), **kept, **shared)
+
+
+def unique(name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Repeated ``NAME=VALUE`` options as a mapping; raises UsageError when one name is given two values."""
     found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found and found[name] != value:
-            raise UsageError(f"{option} {name} is given twice, with different values", hint="Give it once.")
-        found[name] = value
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise UsageError(f"{name} {key} is given twice, with different values", hint="Give it once.")
+        found[key] = value
     return found
 
 
@@ -167,20 +244,22 @@ def existing(path: Path, what: str, *, folder_allowed: bool = False) -> Path:
     raise UsageError(f"{what} {str(path)!r} not found", hint=hint)
 
 
-def folder(flag: str, path: Path | None) -> None:
-    """Whether ``path`` can be a folder that is made where it is not there; raises UsageError."""
-    if path is not None and path.exists() and not path.is_dir():
-        raise UsageError(f"{flag} {str(path)!r} is not a folder", hint="Give a folder; a new one is made.")
+def check_criterion(given: Given) -> None:
+    """Whether there is such a criterion, and what it needs; raises UsageError."""
+    if given.criterion is None:
+        return
+    from onnxprune.criteria import registry
+    from onnxprune.selection.scores import needs_data
+
+    names = registry.names()
+    if given.criterion not in names:
+        hint = nearest(given.criterion, names)
+        raise UsageError(f"{argument('criterion')}: unknown criterion {given.criterion!r}", hint=hint)
+    blind = given.values.get("plan") is None and given.data is None
+    if blind and registry.needs_of(registry.get(given.criterion)):
+        raise needs_data(given.criterion)
 
 
-def criterion(name: str, known: Iterable[str]) -> str:
-    """``name`` when it is a known criterion; raises UsageError with the nearest one."""
-    names = list(known)
-    if name not in names:
-        raise UsageError(f"--criterion: unknown criterion {name!r}", hint=nearest(name, names))
-    return name
-
-
-def default_output(model: Path) -> Path:
-    """``MODEL.pruned.onnx`` beside the input."""
-    return model.with_name(model.name.removesuffix(".onnx") + ".pruned.onnx")
+def beside(model: Path, what: str) -> Path:
+    """``MODEL.WHAT.onnx`` beside a model."""
+    return model.with_name(f"{model.name.removesuffix('.onnx')}.{what}.onnx")

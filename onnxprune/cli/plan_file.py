@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from onnxprune.errors import UsageError
+from onnxprune.errors import UsageError, argument
 
 
 def check(plan: Path, target: Path, model: Path, sources: Sequence[Path]) -> None:
@@ -13,9 +13,12 @@ def check(plan: Path, target: Path, model: Path, sources: Sequence[Path]) -> Non
     from onnxprune.model.save import check_output
 
     if plan.resolve() == target.resolve():
-        raise UsageError(f"--plan and --output are the same file {str(plan)!r}", hint="Give two different paths.")
+        raise UsageError(
+            f"{argument('plan_file')} and {argument('output')} are the same file {str(plan)!r}",
+            hint="Give two different paths.",
+        )
     try:
         check_output(plan, model, sources)
     except UsageError as error:
         what = error.message.removeprefix("the output ")
-        raise UsageError(f"--plan: {what}", hint="Choose another path for the plan.") from None
+        raise UsageError(f"{argument('plan_file')}: {what}", hint="Choose another path for the plan.") from None

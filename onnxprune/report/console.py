@@ -19,6 +19,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from onnxprune.errors import Note, Spelling, spelled
 from onnxprune.report.units import ARROW, DASH, ELLIPSIS, PLUS_MINUS, TIMES
 
 # A table in a file or a pipe is as wide as an editor shows; text there has no edge to wrap at.
@@ -120,13 +121,19 @@ class Screen:
     wrote: list[Path] = field(default_factory=list)
     """Files that the command has written."""
     loss: _Loss = field(default_factory=_Loss)
+    spell: Spelling | None = None
+    """How messages write arguments; None: as Python does."""
 
     @classmethod
-    def open(cls, *, as_json: bool = False, verbosity: int = 0) -> Screen:
+    def open(cls, *, as_json: bool = False, verbosity: int = 0, spell: Spelling | None = None) -> Screen:
         """Consoles on the present ``sys.stdout`` and ``sys.stderr``."""
         occupy_closed()
         (out, error), (err, _) = _stream(sys.stdout), _stream(sys.stderr)
-        return cls(_console(out), _console(err), as_json, verbosity, loss=_Loss(error))
+        return cls(_console(out), _console(err), as_json, verbosity, loss=_Loss(error), spell=spell)
+
+    def spelled(self, text: str) -> str:
+        """A text with its arguments as the user writes them."""
+        return spelled(text.marked, self.spell) if isinstance(text, Note) else text
 
     @property
     def lost(self) -> OSError | None:
@@ -156,12 +163,20 @@ class Screen:
     def emit(self, record: Mapping[str, Any]) -> None:
         """Write the one JSON object of ``--json`` to stdout; NaN and infinity become null."""
         with self.loss.noted(self.out):
-            self.out.file.write(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
+            self.out.file.write(json.dumps(self._shown(plain(record)), indent=2, allow_nan=False) + "\n")
+
+    def _shown(self, value: Any) -> Any:
+        """Plain data with every text as the user writes it."""
+        if isinstance(value, dict):
+            return {key: self._shown(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._shown(item) for item in value]
+        return self.spelled(value) if isinstance(value, str) else value
 
     def warn(self, message: str) -> None:
         """A warning line on stderr, unless quiet."""
         if self.verbosity >= 0:
-            self.tell(Text.assemble(("warning: ", "yellow"), message))
+            self.tell(Text.assemble(("warning: ", "yellow"), self.spelled(message)))
 
     def note(self, message: str) -> None:
         """A line on stderr for those who asked for more with ``-v``."""

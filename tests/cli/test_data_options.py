@@ -27,8 +27,8 @@ BAD = [
     (["--mean", "a,b,c"], "--mean: 'a,b,c' is not allowed", "1 or 3 numbers with commas"),
     (["--mean", "nan"], "--mean: 'nan' is not allowed", "1 or 3 numbers with commas"),
     (["--std", "1,0,1"], "--std: '1,0,1' is not allowed", "none of them 0"),
-    (["--layout", "nch"], "--layout: 'nch' is not allowed", "nchw or nhwc"),
-    (["--pixel-order", "gbr"], "--pixel-order: 'gbr' is not allowed", "rgb or bgr"),
+    (["--layout", "nch"], "--layout: unknown value 'nch'", "nchw, nhwc"),
+    (["--pixel-order", "gbr"], "--pixel-order: unknown value 'gbr'", "rgb"),
     (["--pixel-scale", "0"], "--pixel-scale: '0' is not allowed", "1 number other than 0"),
     (["--pixel-scale", "1,2,3"], "--pixel-scale: '1,2,3' is not allowed", "1 number other than 0"),
 ]

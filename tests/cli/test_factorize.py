@@ -67,11 +67,11 @@ def test_explain_names_layers_that_stay(model: Path) -> None:
     [
         (["--method", "tuckr"], 2, "Did you mean 'tucker'?"),
         (["--ratio", "30"], 2, "For 30 percent give 0.3"),
-        (["--ratio", "0"], 2, "saves nothing"),
+        (["--ratio", "0"], 2, "0 < R < 1"),
         (["--rank", "x=a"], 2, "is not a rank"),
         (["--rank", "4"], 2, "looks for the ranks itself"),
         (["--method", "svd", "--rank", "4", "--rank", "5"], 2, "is given twice"),
-        (["--method", "svd", "--energy", "1.5"], 2, "Give the share of the energy to keep: 0 < E <= 1"),
+        (["--method", "svd", "--energy", "1.5"], 2, "Give the share of the energy to keep, 0 < E <= 1"),
         (["--method", "svd", "--calibration", "0.5"], 2, "Give --vbmf"),
         (["--method", "svd", "--vbmf", "--calibration", "2"], 2, "-1 <= C <= 1"),
         (["--method", "svd", "--layer", "nowhere=0.5"], 2, "matches no node"),

@@ -192,7 +192,7 @@ def test_statistics_are_kept_and_used_again(bench: Bench, run: Run) -> None:
     ("args", "words"),
     [
         (["--recover", "full"], ["--recover full needs calibration data", "--data", "datafree"]),
-        (["--recover", "lstq", "--data", "d.npz"], ["unknown way 'lstq'", "Did you mean 'lstsq'?"]),
+        (["--recover", "lstq", "--data", "d.npz"], ["unknown value 'lstq'", "Did you mean 'lstsq'?"]),
         (["--memory-limit", "2", "--data", "d.npz"], ["--memory-limit: '2' is not a size", "2GB"]),
         (["--memory-limit", "2 apples", "--data", "d.npz"], ["is not a size"]),
         (["--memory-limit", "1kB", "--data", "d.npz"], ["too little", "1MB"]),
@@ -331,7 +331,7 @@ def test_what_a_pair_needs(bench: Bench, run: Run) -> None:
     refused(bench, run(*pair, "--plan", bench.plan), 2, "there is no --data", "--recover datafree")
     refused(bench, run(*pair, "--plan", bench.folder / "q.json", "--data", bench.data), 2, "not found", "p.json")
     refused(bench, run("recover", bench.model, "--plan", bench.plan, "--data", bench.data), 2, "CUT.onnx")
-    refused(bench, run(*bench.pair, "--recover", "none"), 2, "unknown way 'none'")
+    refused(bench, run(*bench.pair, "--recover", "none"), 2, "unknown value 'none'")
 
 
 def test_data_that_do_not_fit(bench: Bench, run: Run) -> None:

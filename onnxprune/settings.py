@@ -1,0 +1,1405 @@
+"""Every setting, declared once: its name, what it may be, its default, its help, what it needs, and who has it.
+
+The options of the command line (:mod:`onnxprune.cli.options`), what the calls of Python accept (:func:`checked`,
+:func:`called`), the texts of errors and the page of settings (:func:`reference`) are made of these declarations. To add
+a setting, add a :class:`Setting` to :data:`SETTINGS` and the argument to the calls that have it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ParamSpec, TypeVar
+
+from onnxprune.errors import ArgumentError, UsageError, argument, nearest, spelled
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# -- what a value may be -----------------------------------------------------------------------------------------------
+
+
+class Kind:
+    """What a setting may be: ``check`` takes what a caller gives in Python, ``parse`` what a user types.
+
+    Attributes:
+        metavar: the value in help texts.
+        allowed: what is allowed, in a few words, for the page of settings.
+    """
+
+    metavar = "VALUE"
+    allowed = ""
+
+    def check(self, value: Any, name: str) -> Any:
+        """The value; ``name`` is the argument in messages.
+
+        Raises:
+            UsageError: it is not allowed.
+        """
+        return value
+
+    def parse(self, text: str, name: str) -> Any:
+        """The value of a text.
+
+        Raises:
+            UsageError: it is not allowed.
+        """
+        return self.check(text, name)
+
+
+class Flag(Kind):
+    """True or false."""
+
+    metavar = ""
+    allowed = "true or false"
+
+    def check(self, value: Any, name: str) -> bool:
+        """The flag; raises UsageError."""
+        if not isinstance(value, bool):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint="Give True or False.")
+        return value
+
+
+class Word(Kind):
+    """One of a few words."""
+
+    def __init__(self, *words: str, metavar: str = "") -> None:
+        self.words, self.metavar = words, metavar or "|".join(words)
+        self.allowed = ", ".join(f"`{word}`" for word in words)
+
+    def check(self, value: Any, name: str) -> str:
+        """The word; raises UsageError, with the nearest."""
+        if value not in self.words:
+            listed = f"Allowed: {', '.join(self.words)}."
+            hint = nearest(str(value), self.words)
+            hint = f"{hint} {listed}" if hint.startswith("Did") else listed
+            raise UsageError(f"{name}: unknown value {str(value)!r}", hint=hint)
+        return str(value)
+
+    def parse(self, text: str, name: str) -> str:
+        """The word, in whatever case."""
+        return self.check(text.lower() if text.lower() in self.words else text, name)
+
+
+class Whole(Kind):
+    """A whole number not below ``least``; ``meaning`` says in messages what it is."""
+
+    metavar = "N"
+
+    def __init__(self, least: int, meaning: str) -> None:
+        self.least, self.meaning, self.allowed = least, meaning, f"a whole number from {least}"
+
+    def check(self, value: Any, name: str) -> int:
+        """The number; raises UsageError."""
+        if not _is_whole(value) or value < self.least:
+            raise UsageError(f"{name}: {value} is not allowed", hint=f"Give {self.meaning}: {self.allowed}.")
+        return int(value)
+
+    def parse(self, text: str, name: str) -> int:
+        """The number of a text."""
+        try:
+            return self.check(int(text), name)
+        except ValueError:
+            return self.check(text, name)
+
+
+class Number(Kind):
+    """A number from ``low`` to ``high``; ``open_low``: without ``low`` itself.
+
+    Args:
+        low, high: the bounds. meaning: what the number is, for messages. metavar: a letter for it.
+        open_low: whether ``low`` is excluded. example: one that is allowed.
+    """
+
+    def __init__(
+        self,
+        low: float,
+        high: float = math.inf,
+        meaning: str = "a number",
+        *,
+        metavar: str = "X",
+        open_low: bool = False,
+        example: str = "",
+    ) -> None:
+        self.low, self.high, self.meaning, self.metavar, self.open_low = low, high, meaning, metavar, open_low
+        less = "<" if open_low else "<="
+        self.allowed = f"{low:g} {less} {metavar}" + (f" <= {high:g}" if high < math.inf else "")
+        self.example = f", for example {example}" if example else ""
+
+    def check(self, value: Any, name: str) -> float:
+        """The number; raises UsageError."""
+        low = _is_number(value) and (self.low < value if self.open_low else self.low <= value)
+        if not low or not value <= self.high or value == math.inf:
+            raise UsageError(
+                f"{name}: {value} is not allowed", hint=f"Give {self.meaning}, {self.allowed}{self.example}."
+            )
+        return value if isinstance(value, int) else float(value)
+
+    def parse(self, text: str, name: str) -> float:
+        """The number of a text."""
+        return self.check(text if _number(text) is None else _number(text, whole=True), name)
+
+
+class Share(Kind):
+    """A share R; whoever gives percent is told what was meant.
+
+    Args:
+        meaning: what it is a share of. zero, one: whether these are allowed.
+    """
+
+    metavar = "R"
+
+    def __init__(self, meaning: str, *, zero: bool = True, one: bool = False) -> None:
+        self.meaning, self.zero, self.one = meaning, zero, one
+        self.allowed = f"0 {'<=' if zero else '<'} R {'<=' if one else '<'} 1"
+
+    def check(self, value: Any, name: str) -> float:
+        """The share; raises UsageError."""
+        allowed = f"{self.meaning}, {self.allowed}, for example {0.8 if self.one else 0.3}."
+        if not _is_number(value):
+            raise UsageError(f"{name}: {value!r} is not a number", hint=self._percent(str(value)) or allowed)
+        if not (0 <= value < 1 or (self.one and value == 1)):
+            raise UsageError(f"{name}: {value} is out of range", hint=self._percent(str(value)) or allowed)
+        if value == 0 and not self.zero:
+            raise UsageError(f"{name}: {value} is out of range", hint=allowed)
+        return float(value)
+
+    def parse(self, text: str, name: str) -> float:
+        """The share of a text."""
+        return self.check(text if _number(text) is None else _number(text, whole=True), name)
+
+    def _percent(self, text: str) -> str:
+        percent = _number(text.strip().removesuffix("%").strip())
+        told = percent is not None and 1 <= percent < 100 and (percent > 1 or "%" in text)
+        return f"For {percent:g} percent give {(percent or 0) / 100:g}; allowed is {self.allowed}." if told else ""
+
+
+class Text(Kind):
+    """Any text."""
+
+    allowed = "a text"
+
+    def __init__(self, metavar: str = "NAME", allowed: str = "") -> None:
+        self.metavar, self.allowed = metavar, allowed or self.allowed
+
+
+class PathTo(Kind):
+    """A path of a file or folder."""
+
+    def __init__(self, metavar: str, what: str = "a path") -> None:
+        self.metavar, self.allowed = metavar, what
+
+    def parse(self, text: str, name: str) -> Any:
+        """The path."""
+        from pathlib import Path
+
+        return Path(text)
+
+
+class Patterns(Kind):
+    """Globs over the names of nodes and weights, each given on its own."""
+
+    metavar = "PATTERN"
+    allowed = "globs over names of nodes and weights"
+
+    def check(self, value: Any, name: str) -> Sequence[str]:
+        """The globs; raises UsageError."""
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, Iterable) or isinstance(given, Mapping) or not all(isinstance(p, str) for p in given):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint="Give a list of patterns such as '*/conv1/*'.")
+        return tuple(given)
+
+    def parse(self, text: str, name: str) -> str:
+        """One of them."""
+        return text
+
+
+class PerName(Kind):
+    """Values by name or pattern: a mapping in Python, ``NAME=VALUE`` as often as wanted on the command line."""
+
+    form, example = "PATTERN=VALUE", ""
+
+    def pair(self, text: str, name: str) -> tuple[str, str]:
+        """Name and value of one text; raises UsageError."""
+        key, sign, value = text.rpartition("=")
+        if not sign or not key:
+            raise UsageError(f"{name}: {text!r} is not {self.form}", hint=self.hint(name))
+        return key, value
+
+    def hint(self, name: str) -> str:
+        """What to give."""
+        return f"For example {name} {self.example}."
+
+
+class LayerShares(PerName):
+    """Ratios by pattern."""
+
+    metavar = form = "PATTERN=R"
+    example = "'*/conv1/*=0.5'"
+    allowed = "{pattern: ratio}"
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+
+    def check(self, value: Any, name: str) -> Mapping[str, float]:
+        """The ratios; raises UsageError."""
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint="Give {pattern: ratio}.")
+        return {
+            str(pattern): self.share.check(ratio, argument("layers", key=str(pattern)))
+            for pattern, ratio in value.items()
+        }
+
+    def parse(self, text: str, name: str) -> tuple[str, float]:
+        """One pattern and its ratio."""
+        pattern, ratio = self.pair(text, name)
+        return pattern, self.share.parse(ratio, argument("layers", key=pattern))
+
+
+class Shapes(PerName):
+    """Shapes by the names of inputs."""
+
+    metavar, form = "NAME=N,C,...", "NAME=SIZES"
+    allowed = "{input: sizes}"
+
+    def hint(self, name: str) -> str:
+        """What to give."""
+        return f"Give the input's name and every size, for example {name} images=2,3,224,224."
+
+    def parse(self, text: str, name: str) -> tuple[str, tuple[int, ...]]:
+        """One input and its sizes."""
+        key, sizes = self.pair(text, name)
+        parts = [part.strip() for part in sizes.split(",")]
+        for part in parts:
+            if not part.isdecimal() or int(part) < 1:
+                where = argument("input_shapes", key=key)
+                raise UsageError(
+                    f"{where}: {part!r} is not a size; sizes are whole numbers from 1", hint=self.hint(name)
+                )
+        return key, tuple(int(part) for part in parts)
+
+
+class Ranks(PerName):
+    """Ranks of all layers, or by pattern."""
+
+    metavar = form = "[PATTERN=]R[,R]"
+    allowed = "a number, one per mode, or {pattern: either}"
+
+    def parse(self, text: str, name: str) -> tuple[str, tuple[int, ...]]:
+        """A pattern and its ranks."""
+        pattern, sign, ranks = text.rpartition("=")
+        parts = [part.strip() for part in ranks.split(",")]
+        if (sign and not pattern) or not all(part.isdecimal() for part in parts):
+            raise UsageError(
+                f"{name}: {text!r} is not a rank",
+                hint=f"Give a number, one per mode (in,out), or PATTERN= in front: {name} '*/conv1/*=16,32'.",
+            )
+        return pattern or "*", tuple(int(part) for part in parts)
+
+
+class Targets(Kind):
+    """Costs, each a share of the original's or an amount."""
+
+    metavar = "KIND=VALUE"
+    allowed = "`macs=0.5`, `params=0.4`, `size=3MB`, `latency=12ms`, `peak-memory=64MB`, or a list or mapping of these"
+
+    def check(self, value: Any, name: str) -> Any:
+        """The targets; raises UsageError."""
+        from onnxprune.budget.target import targets
+
+        return targets(value, name)
+
+    def parse(self, text: str, name: str) -> Any:
+        """One of them."""
+        from onnxprune.budget.target import parse
+
+        return parse(text, name)
+
+
+class Shares(Kind):
+    """Shares with commas between them."""
+
+    def __init__(self, letter: str, share: Share, zero: str = "") -> None:
+        self.share, self.metavar, self.zero = share, f"{letter},{letter},...", zero
+        self.allowed = f"a list of {share.allowed.replace('R', letter)}"
+
+    def check(self, value: Any, name: str) -> tuple[float, ...]:
+        """The shares, each once, the least first; raises UsageError."""
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint=f"Give {self.allowed}.")
+        found = tuple(sorted({self.share.check(share, name) for share in value}))
+        if not found:
+            raise UsageError(f"{name} names no share", hint="For example 0.25, 0.5, 0.75.")
+        if found[0] == 0 and self.zero:
+            raise UsageError(f"{name}: 0 {self.zero}", hint=f"For example {name} 0.25,0.5,0.75.")
+        return found
+
+    def parse(self, text: str, name: str) -> tuple[float, ...]:
+        """The shares of a text."""
+        return self.check([self.share.parse(part.strip(), name) for part in text.split(",")], name)
+
+
+class CostShares(Kind):
+    """Shares of the original's cost with commas between them."""
+
+    metavar = "S,S,..."
+    allowed = "a list of 0 < S <= 1"
+
+    def check(self, value: Any, name: str) -> tuple[float, ...]:
+        """The shares, each once, the largest first; raises UsageError."""
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint=f"Give {self.allowed}, such as 0.9, 0.7, 0.5.")
+        return self.parse(",".join(str(share) for share in value), name)
+
+    def parse(self, text: str, name: str) -> tuple[float, ...]:
+        """The shares of a text."""
+        from onnxprune.budget.target import shares
+
+        return tuple(shares(text, name))
+
+
+class Bytes(Kind):
+    """A number of bytes: whole in Python, with its unit on the command line."""
+
+    metavar = "SIZE"
+    least = 10**6
+    allowed = "bytes, 1,000,000 or more (`2GB`, `500MB`)"
+
+    def check(self, value: Any, name: str) -> int:
+        """The bytes; raises UsageError."""
+        if not _is_whole(value):
+            raise UsageError(
+                f"{name}: {value!r} is not a number of bytes", hint="Give a whole number, 1,000,000 or more."
+            )
+        if value < self.least:
+            raise UsageError(f"{name}: {value} is too little", hint="Give 1MB (1,000,000 bytes) or more.")
+        return int(value)
+
+    def parse(self, text: str, name: str) -> int:
+        """The bytes of a text."""
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, flags=re.IGNORECASE)
+        unit = _BYTES.get(found[2].upper()) if found else None
+        if found is None or unit is None:
+            raise UsageError(f"{name}: {text!r} is not a size", hint="Give a number and its unit: 2GB, 500MB.")
+        size = int(float(found[1]) * unit)
+        if size < self.least:
+            raise UsageError(f"{name}: {text} is too little", hint="Give 1MB or more.")
+        return size
+
+
+class Extent(Kind):
+    """Height and width of images."""
+
+    metavar = "HxW|N"
+    allowed = "height and width in pixels, or one number for both"
+
+    def parse(self, text: str, name: str) -> tuple[int, int]:
+        """(height, width) of a text."""
+        sizes = text.lower().replace("\N{MULTIPLICATION SIGN}", "x").split("x")
+        if len(sizes) > 2 or not all(size.strip().isdecimal() and int(size) for size in sizes):
+            raise UsageError(
+                f"{name}: {text!r} is not a size",
+                hint="Give height and width in pixels, for example 224x320, or one number for both.",
+            )
+        return int(sizes[0]), int(sizes[-1])
+
+
+class Numbers(Kind):
+    """Numbers with commas between them, one per channel or one for all."""
+
+    def __init__(self, *, counts: tuple[int, ...] = (1, 3), zero: bool = True, metavar: str = "A,B,C") -> None:
+        self.counts, self.zero, self.metavar = counts, zero, metavar
+        several = " or 3 numbers with commas between them" if len(counts) > 1 else " number"
+        other = "" if zero else ", none of them 0" if len(counts) > 1 else " other than 0"
+        self.allowed = f"1{several}{other}"
+
+    def parse(self, text: str, name: str) -> tuple[float, ...]:
+        """The numbers of a text."""
+        numbers = [_number(part) for part in text.split(",")]
+        known = [n for n in numbers if n is not None and math.isfinite(n) and (self.zero or n)]
+        if len(known) < len(numbers) or len(known) not in self.counts:
+            raise UsageError(f"{name}: {text!r} is not allowed", hint=f"Give {self.allowed}.")
+        return tuple(known)
+
+
+class Providers(Kind):
+    """Execution providers of onnxruntime."""
+
+    metavar = "A,B"
+    allowed = "names of providers, `cuda` for `CUDAExecutionProvider`"
+
+    def check(self, value: Any, name: str) -> Any:
+        """The names; raises UsageError."""
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint="Give a list of names, such as ['cpu'].")
+        return value
+
+    def parse(self, text: str, name: str) -> list[str]:
+        """The names of a text."""
+        return text.split(",")
+
+
+class Function(Kind):
+    """A function that is called on the way."""
+
+    def __init__(self, form: str) -> None:
+        self.allowed = f"a function {form}"
+
+    def check(self, value: Any, name: str) -> Any:
+        """The function; raises UsageError."""
+        if not callable(value) or isinstance(value, type):
+            raise UsageError(f"{name}: {value!r} is no function", hint=f"Give {self.allowed}.")
+        return value
+
+
+class NamedFunction(Function):
+    """A function, or the name of one."""
+
+    def __init__(self, metavar: str, form: str) -> None:
+        super().__init__(form)
+        self.metavar, self.allowed = metavar, f"a name, or {self.allowed}"
+
+    def check(self, value: Any, name: str) -> Any:
+        """The function or name; raises UsageError."""
+        return value if isinstance(value, str) else super().check(value, name)
+
+
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    # numpy's numbers are numbers, too, without importing it here
+    return not isinstance(value, (bool, str)) and hasattr(value, "__float__") and hasattr(value, "__lt__")
+
+
+def _number(text: str, whole: bool = False) -> float | None:
+    """The number that a text is, None where it is none; ``whole``: an integer where it is written as one."""
+    try:
+        return int(text) if whole and re.fullmatch(r"[+-]?\d+", text.strip()) else float(text)
+    except ValueError:
+        return None
+
+
+# -- what a setting is -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What gives a setting a meaning.
+
+    Attributes:
+        of: a key of :data:`CONDITIONS`. because: the rest of the sentence that the setting's name begins.
+        hint: what to do.
+    """
+
+    of: str
+    because: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of one or several commands.
+
+    Attributes:
+        name: the argument in Python.
+        kind: what it may be. typed: the same on the command line, where that differs.
+        help: what it is, one or two sentences.
+        on: {command: heading of its help}; an empty heading: the call in Python alone has it.
+        default: None where nothing is given.
+        option: on the command line; by default ``--name`` with hyphens. short: a letter for it.
+        python: whether the calls in Python have it.
+        many: whether the option may be repeated.
+        needs: what gives it a meaning. conflicts: what decides it instead, ``plan`` or ``budget``.
+        into: ``images.NAME`` for options that are parts of one argument.
+        variants: {command: what differs there}.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    on: Mapping[str, str]
+    default: Any = None
+    typed: Kind | None = None
+    option: str = ""
+    short: str = ""
+    python: bool = True
+    many: bool = False
+    needs: Need | None = None
+    conflicts: tuple[str, ...] = ()
+    into: str = ""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def flag(self) -> str:
+        """The option as a user types it."""
+        return self.option.partition("/")[0] or f"--{self.name.replace('_', '-')}"
+
+    def at(self, command: str) -> Setting:
+        """The setting as one command has it."""
+        return replace(self, **self.variants[command], variants={}) if command in self.variants else self
+
+
+def _budget(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("target")) or values.get("max_drop") is not None
+
+
+CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "data": lambda v: v.get("data") is not None,
+    "data or datafree": lambda v: v.get("data") is not None or v.get("recover") == "datafree",
+    "data or times": lambda v: (
+        v.get("data") is not None or v.get("recover") == "datafree" or _kinds(v, "latency") or "targets" in v
+    ),
+    "budget": _budget,
+    "target": lambda v: bool(v.get("target")) or "targets" in v,
+    "budget or points": lambda v: _budget(v) or "target" not in v,
+    "latency target": lambda v: _kinds(v, "latency"),
+    "measured sensitivity": lambda v: v.get("sensitivity") == "measure" or "ratios" in v,
+    "runs": lambda v: v.get("validate") is not False,
+}
+"""What a setting may need, by name, asked of the values of a call."""
+
+
+def _kinds(values: Mapping[str, Any], kind: str) -> bool:
+    return any(getattr(target, "kind", None) == kind for target in values.get("target") or ())
+
+
+WHAT, COST, HOW = "What to cut", "What the model may cost", "How to choose"
+COSTS, MEASURING, PAIR = "What the models may cost", "How to measure", "The pair"
+METHOD, FAR, WHICH = "How to take layers apart", "How far", "Which layers"
+INPUT, RECOVER, CHECKS, OUTPUT = "Input", "Recover accuracy", "Checks", "Output"
+
+HEADINGS: dict[str, tuple[str, ...]] = {
+    "prune": (WHAT, COST, CHECKS, HOW, INPUT, RECOVER, OUTPUT),
+    "recover": (PAIR, INPUT, RECOVER, CHECKS, OUTPUT),
+    "factorize": (METHOD, FAR, WHICH, INPUT, RECOVER, CHECKS, OUTPUT),
+    "inspect": (INPUT, OUTPUT),
+    "profile": (MEASURING, INPUT, OUTPUT),
+    "sensitivity": (WHAT, CHECKS, INPUT, RECOVER, OUTPUT),
+    "sweep": (COSTS, CHECKS, INPUT, RECOVER, OUTPUT),
+}
+"""The commands, and the headings under which their help lists options."""
+COMMANDS = tuple(HEADINGS)
+
+MODES = ("none", "bias", "bn", "lstsq", "full", "datafree")
+METHODS = ("auto", "svd", "tucker", "cp", "spatial-svd")
+TARGET_KINDS = ("macs", "params", "size", "latency", "peak-memory")
+
+_EVERY = dict.fromkeys(COMMANDS, INPUT)
+_RUN = {command: INPUT for command in COMMANDS if command != "inspect"}
+_SHOWN = dict.fromkeys(COMMANDS, OUTPUT)
+_PLAN, _BUDGET = ("plan",), ("plan", "budget")
+_DATA = Need(
+    "data", f"says how to read data, and there is no {argument('data')}", f"Give {argument('data')}, or drop it."
+)
+
+
+def _repair(end: str) -> str:
+    return (
+        f"Repair from {argument('data')} in closed form: means (bias), scale and shift (bn), weights by least squares "
+        "(lstsq), or the best of them aimed at sums (full); or without data from synthetic inputs, which is "
+        f"weaker (datafree); default {end}."
+    )
+
+
+def _inputs(use: str) -> str:
+    return f"Inputs: .npz (one array per input name), .npy, a folder of such, or a folder of images; {use}"
+
+
+_MEASURED_ON = _inputs("to repair from and to measure on (default: no repair, seeded synthetic ones).")
+_LEAST = f"What matters least; default ziplm with {argument('data')}, else l2."
+_NO_LAYER_NORM = "Also cut through LayerNorm, RMSNorm and the like"
+_KEEP_MULTIPLE = Whole(1, "what to keep a multiple of")
+_NO_BUDGET = f"Give {argument('target')} or {argument('max_drop')}, or drop it."
+_REMOVED = Share("A ratio R is the share of units to remove")
+
+SETTINGS: tuple[Setting, ...] = (
+    # What goes
+    Setting(
+        "targets", CostShares(), "Shares of the original's cost.", {"sweep": COSTS}, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+    ),
+    Setting("kind", Word(*TARGET_KINDS), "Of which cost.", {"sweep": COSTS}, "macs"),
+    Setting(
+        "ratios",
+        Shares("R", _REMOVED, zero="cuts nothing"),
+        "Shares to cut.",
+        {"sensitivity": WHAT},
+        (0.25, 0.5, 0.75, 0.9),
+    ),
+    Setting(
+        "method",
+        Word(*METHODS),
+        "How to take layers apart; auto: per layer whichever errs least for what it saves.",
+        {"factorize": METHOD},
+        "auto",
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "ratio",
+        _REMOVED,
+        f"Share of units to remove: of every group, or of all together, see {argument('scope')}.",
+        {"prune": WHAT, "factorize": FAR},
+        0.3,
+        conflicts=_BUDGET,
+        variants={
+            "factorize": {
+                "kind": Share("A ratio R is the share of the cost to save", zero=False),
+                "help": "Share of the cost to save, of every layer or (auto) of the model; default 0.3.",
+                "default": None,
+                "conflicts": _PLAN,
+            }
+        },
+    ),
+    Setting(
+        "rank",
+        Ranks(),
+        "Ranks, of all layers or those whose name matches; one per mode, 0 leaves one; repeatable.",
+        {"factorize": FAR},
+        many=True,
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "energy",
+        Number(0, 1, "the share of the energy to keep", open_low=True, metavar="E", example="0.95"),
+        "Keep this share of the energy of every mode.",
+        {"factorize": FAR},
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "vbmf",
+        Number(-1, 1, "how far to move the ranks: to all (1) or to none (-1)", metavar="C"),
+        "Keep what is more than noise (variational Bayes).",
+        {"factorize": FAR},
+        typed=Flag(),
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "calibration",
+        Number(-1, 1, "how far to move the ranks: to all (1) or to none (-1)", metavar="C"),
+        f"Move the ranks of {argument('vbmf')} towards all (1) or none (-1); default 0.",
+        {"factorize": FAR},
+        python=False,
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "criterion",
+        NamedFunction("NAME", "from a slot (and its maps) to scores [channels]"),
+        f"What matters least; default l2, for a budget with {argument('data')} ziplm. By weights: l1, l2, gm, lamp, "
+        f"bn, random; by feature maps of {argument('data')}: wanda, obs, variance, activation, apoz, nuclear, hrank, "
+        "cosine, snp, ziplm; or a registered name.",
+        {"prune": WHAT, "sensitivity": WHAT, "sweep": COSTS},
+        conflicts=_PLAN,
+        variants={"sensitivity": {"help": _LEAST}, "sweep": {"help": _LEAST}},
+    ),
+    Setting(
+        "layers",
+        LayerShares(_REMOVED),
+        "Another ratio for the layers or weights whose name matches; repeatable.",
+        {"prune": WHAT, "factorize": WHICH},
+        option="--layer",
+        many=True,
+        conflicts=_PLAN,
+        variants={"factorize": {"kind": LayerShares(Share("A ratio R is the share of the cost to save", zero=False))}},
+    ),
+    Setting(
+        "exclude",
+        Patterns(),
+        "Leave these layers or weights alone; repeatable.",
+        {"prune": WHAT, "factorize": WHICH, "sensitivity": WHAT, "sweep": COSTS},
+        (),
+        many=True,
+        conflicts=_PLAN,
+        variants={"factorize": {"help": "Not these layers; repeatable."}},
+    ),
+    Setting(
+        "include",
+        Patterns(),
+        "Cut only these layers or weights; repeatable.",
+        {"prune": WHAT, "factorize": WHICH, "sensitivity": WHAT, "sweep": COSTS},
+        (),
+        many=True,
+        conflicts=_PLAN,
+        variants={"factorize": {"help": "Only these layers; repeatable."}},
+    ),
+    Setting(
+        "timed",
+        Flag(),
+        "auto: leave alone what does not get faster here, as measured (default), or go by work alone.",
+        {"factorize": WHICH},
+        True,
+        option="--timed/--untimed",
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "approximate",
+        Flag(),
+        f"{_NO_LAYER_NORM}, where the result is not exact.",
+        {"prune": WHAT, "recover": PAIR, "inspect": INPUT, "sensitivity": WHAT, "sweep": COSTS},
+        False,
+        variants={
+            "recover": {"help": f"The cut was made with {argument('approximate')}."},
+            "inspect": {"help": "Count channels behind LayerNorm, RMSNorm and the like as removable."},
+            "sensitivity": {"help": f"{_NO_LAYER_NORM}."},
+            "sweep": {"help": f"{_NO_LAYER_NORM}."},
+        },
+    ),
+    Setting(
+        "plan",
+        PathTo("FILE.json", "a plan or its file"),
+        "Remove what this plan says (prune by index).",
+        {"prune": WHAT, "factorize": WHICH, "recover": PAIR},
+        option="--apply-plan",
+        conflicts=("budget",),
+        variants={
+            "factorize": {"help": "Take apart what this plan says.", "conflicts": ()},
+            "recover": {
+                "help": "What was removed from where: the plan of the cut.",
+                "option": "--plan",
+                "conflicts": (),
+            },
+        },
+    ),
+    # What the model may cost
+    Setting(
+        "target",
+        Targets(),
+        f"In place of {argument('ratio')}: what the model may cost, as a share of the original or an amount: macs=0.5, "
+        "params=0.4, size=3MB, latency=0.6 or 12ms, peak-memory=64MB; repeatable.",
+        {"prune": COST},
+        many=True,
+    ),
+    Setting(
+        "max_drop",
+        Number(0, math.inf, "what the metric may lose, without one points of per cent", example="1.0"),
+        "What the metric may lose; alone: find the smallest model within it.",
+        {"prune": COST},
+    ),
+    Setting(
+        "metric",
+        NamedFunction("FILE.py:FUNCTION", "from the path of a model to a number, higher is better"),
+        "A function from the path of a model to a number, higher is better; default points of fidelity.",
+        {"prune": CHECKS, "sensitivity": CHECKS, "sweep": CHECKS},
+        needs=Need(
+            "budget or points",
+            "says how good a model is, and nothing asks for it",
+            f"Give {argument('max_drop')}, what it may lose, or {argument('target')}, to choose by it.",
+        ),
+    ),
+    Setting(
+        "sensitivity",
+        PathTo("FILE.json|measure", "a file of sensitivities, one as a call gave it, or `measure`"),
+        "Choose counts by what cutting each group alone did, too: as 'onnxprune sensitivity' wrote it, or measured "
+        "first (minutes; kept for later runs).",
+        {"prune": COST},
+        typed=Text("FILE.json|measure"),
+        needs=Need("budget", "says what groups can do without, and there is no budget to meet", _NO_BUDGET),
+    ),
+    Setting(
+        "jobs",
+        Whole(1, "how many processes to use"),
+        "Processes to measure sensitivities in; default one per processor.",
+        {"prune": CHECKS, "sensitivity": CHECKS},
+        needs=Need(
+            "measured sensitivity",
+            "is about measuring sensitivities",
+            f"Give {argument('sensitivity', 'measure')}, or drop it.",
+        ),
+    ),
+    Setting(
+        "factorize",
+        Flag(),
+        "Take layers apart as well, where that keeps more than cutting them; for all kinds but peak-memory.",
+        {"prune": COST, "sweep": COSTS},
+        False,
+        needs=Need(
+            "budget or points",
+            "takes layers apart to meet a budget, and there is none",
+            f"Give {argument('target')} or {argument('max_drop')}; 'onnxprune factorize' takes layers apart by a "
+            "ratio.",
+        ),
+        variants={"sweep": {"help": f"Take layers apart as well, for {argument('kind')} macs, params and size."}},
+    ),
+    Setting(
+        "trials",
+        Whole(0, "how many answers to try"),
+        "Answers to try around the best cut; default: with a repair about half a minute's worth, else none.",
+        {"prune": COST, "sweep": COSTS},
+        needs=Need(
+            "target",
+            "looks for better answers to targets, and there is none",
+            f"Give {argument('target')}, or drop it.",
+        ),
+        variants={
+            "sweep": {
+                "help": "Answers to try around the best cut of each; default: with a repair half a minute's worth, "
+                "else none."
+            }
+        },
+    ),
+    Setting(
+        "latency_table",
+        PathTo("FILE.json", "a table of times or its file"),
+        "Times of another device, as 'onnxprune profile MODEL -o FILE.json' wrote them there.",
+        {"prune": COST},
+        needs=Need(
+            "latency target",
+            "holds measured times, and there is no target of that kind",
+            f"Give {argument('target', 'latency=0.6')}, or drop the table.",
+        ),
+    ),
+    Setting(
+        "providers",
+        Providers(),
+        "Execution providers of onnxruntime to time with; default cpu.",
+        {"prune": COST, "profile": MEASURING, "sweep": CHECKS, "sensitivity": ""},
+    ),
+    Setting(
+        "threads",
+        Whole(1, "how many threads an operator may use"),
+        "Threads inside an operator when time is measured; default all processors.",
+        {"prune": COST, "profile": MEASURING, "sweep": CHECKS, "sensitivity": ""},
+    ),
+    Setting(
+        "seconds",
+        Number(1, math.inf, "how many seconds to measure", metavar="N"),
+        "How long to measure; 12 cuts are in any case.",
+        {"profile": MEASURING},
+        60,
+    ),
+    # How units are chosen
+    Setting(
+        "scope",
+        Word("local", "global", "isomorphic", "slamp"),
+        "Who competes: the units of each group, of all groups, of groups of the same structure, or all by SLAMP.",
+        {"prune": HOW, "factorize": FAR, "sensitivity": "", "sweep": ""},
+        "local",
+        conflicts=_BUDGET,
+        variants={
+            "factorize": {
+                "kind": Word("local", "global"),
+                "help": "The ratio in every layer, or one budget; default global for auto, else local.",
+                "default": None,
+                "conflicts": _PLAN,
+            }
+        },
+    ),
+    Setting(
+        "policy",
+        Word("sum", "average", "max", "backward"),
+        "How the scores that a unit has in several weights become one.",
+        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        "sum",
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "normalize",
+        Word("auto", "mean", "none", "root", "standard", "tss", "linear", "softmax", "measured"),
+        "What makes the scores of different weights comparable.",
+        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        "auto",
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "group_policy",
+        Word("count", "sum", "average", "none"),
+        "Heads and convolution groups: each loses its own indices (count), all lose the same ones by the sum or the "
+        "average over them, or none loses any.",
+        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        "count",
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "reshape_axis",
+        Word("head_dim", "heads", "both"),
+        "Heads: cut channels within, whole heads where possible, or both.",
+        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        "head_dim",
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "max_ratio",
+        Share("The share of its units that a group may lose", zero=False, one=True),
+        "No group loses more than this share; default 0.9 where groups compete, else all but one unit.",
+        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "cost",
+        Word("none", "macs", "params", "latency"),
+        "Divide scores by what removing the unit saves.",
+        {"prune": HOW, "factorize": FAR, "sensitivity": "", "sweep": ""},
+        "none",
+        conflicts=_BUDGET,
+        variants={
+            "factorize": {
+                "kind": Word("macs", "params"),
+                "help": f"What {argument('ratio')} is a share of.",
+                "default": "macs",
+                "conflicts": _PLAN,
+            }
+        },
+    ),
+    Setting(
+        "round_to",
+        _KEEP_MULTIPLE,
+        "Keep a multiple of N per group where it can be had.",
+        {"prune": HOW, "factorize": FAR, "sweep": COSTS, "sensitivity": ""},
+        1,
+        conflicts=_PLAN,
+        variants={
+            "factorize": {"kind": Whole(1, "what ranks are a multiple of"), "help": "Ranks are multiples of N."},
+        },
+    ),
+    Setting(
+        "step",
+        Whole(1, "what to remove a multiple of"),
+        "Remove a multiple of N units per group.",
+        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        1,
+        conflicts=_PLAN,
+    ),
+    Setting(
+        "rounding",
+        Word("nearest", "up", "down"),
+        "How counts that follow from ratios are rounded.",
+        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        "nearest",
+        conflicts=_BUDGET,
+    ),
+    Setting(
+        "steps",
+        Whole(1, "a number of steps"),
+        "Score and remove in N steps, each on what the last one left.",
+        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        1,
+        conflicts=_BUDGET,
+    ),
+    Setting(
+        "schedule",
+        Word("linear", "exp", "cos", "cube"),
+        f"How the removed share grows over {argument('steps')}.",
+        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        "linear",
+        conflicts=_BUDGET,
+    ),
+    # What is read
+    Setting(
+        "input_shapes",
+        Shapes(),
+        "Shape of an input whose sizes are not in the model; repeatable.",
+        _EVERY,
+        option="--input-shape",
+        many=True,
+        variants={"inspect": {"help": "Shape of an input, for every size."}},
+    ),
+    Setting(
+        "data",
+        PathTo("FILE|DIR", "a file, a folder, arrays, an iterable of these or a reader"),
+        _inputs("to repair and validate with (default: no repair, seeded synthetic ones)."),
+        _RUN,
+        variants={
+            "factorize": {"help": _inputs("errors then count at the layers' outputs, and what is left is repaired.")},
+            "recover": {"help": _inputs("to repair from and to measure on.")},
+            "profile": {"help": _inputs("one sample is run (default: seeded synthetic ones).")},
+            "sensitivity": {"help": _MEASURED_ON},
+            "sweep": {"help": _MEASURED_ON},
+        },
+    ),
+    Setting("samples", Whole(1, "how many samples to use"), "Use N samples of the data.", _RUN, needs=_DATA),
+    Setting(
+        "batch_size",
+        Whole(1, "how many samples to run at a time"),
+        "Samples per run where the model leaves it open; default 16.",
+        _RUN,
+        needs=_DATA,
+    ),
+    Setting(
+        "image_size",
+        Extent(),
+        "Size of images, cut to it; default the model's.",
+        _RUN,
+        python=False,
+        needs=_DATA,
+        into="images.size",
+    ),
+    Setting(
+        "mean",
+        Numbers(),
+        "Subtract this from pixels of 0..1, per channel.",
+        _RUN,
+        python=False,
+        needs=_DATA,
+        into="images.mean",
+    ),
+    Setting(
+        "std",
+        Numbers(zero=False),
+        "Then divide by this, per channel.",
+        _RUN,
+        python=False,
+        needs=_DATA,
+        into="images.std",
+    ),
+    Setting(
+        "layout",
+        Word("nchw", "nhwc"),
+        "Where images have their channels; default: the axis of size 1 or 3.",
+        _RUN,
+        python=False,
+        needs=_DATA,
+        into="images.layout",
+    ),
+    Setting(
+        "pixel_order",
+        Word("rgb", "bgr"),
+        "Order of the channels; default rgb.",
+        _RUN,
+        python=False,
+        needs=_DATA,
+        into="images.order",
+    ),
+    Setting(
+        "pixel_scale",
+        Numbers(counts=(1,), zero=False, metavar="X"),
+        f"Factor for pixels of 0..255, before {argument('mean')}; default 1/255.",
+        _RUN,
+        python=False,
+        needs=_DATA,
+        into="images.scale",
+    ),
+    Setting(
+        "images", Kind(), "How images become arrays: `onnxprune.ImageOptions`.", dict.fromkeys(_RUN, ""), needs=_DATA
+    ),
+    Setting(
+        "cache",
+        PathTo("DIR", "a folder"),
+        "Keep what is found out here: a repeated or interrupted run goes on from there.",
+        {"prune": INPUT, "recover": INPUT, "sensitivity": INPUT, "sweep": INPUT, "profile": ""},
+        variants={
+            "prune": {
+                "needs": Need(
+                    "data or times",
+                    f"keeps what data say, and there is no {argument('data')}",
+                    f"Give {argument('data')}, or drop it.",
+                )
+            }
+        },
+    ),
+    Setting("seed", Whole(0, "a seed"), "Seed of everything random.", _RUN, 0),
+    # What is repaired and checked
+    Setting(
+        "recover",
+        Word(*MODES),
+        _repair(f"full with {argument('data')}, else none"),
+        {command: RECOVER for command in _RUN if command != "profile"},
+        variants={"recover": {"kind": Word(*MODES[1:]), "help": _repair("full"), "default": "full"}},
+    ),
+    Setting(
+        "memory_limit",
+        Bytes(),
+        "Activations to hold in memory at a time, for example 2GB; more go to temporary files.",
+        {command: RECOVER for command in _RUN if command != "profile"},
+        needs=Need(
+            "data or datafree",
+            f"is about data that runs through the model, and there is no {argument('data')}",
+            f"Give {argument('data')}, or drop it.",
+        ),
+    ),
+    Setting(
+        "validate",
+        Flag(),
+        "Do not run the models: structural checks only.",
+        {"prune": CHECKS, "factorize": CHECKS},
+        True,
+        option="--no-validate",
+        variants={"factorize": {"help": "Do not compare the models' outputs or time them."}},
+    ),
+    Setting(
+        "min_fidelity",
+        Number(0, 1, "the smallest cosine to accept", open_low=True, example="0.95"),
+        "Write nothing and exit with 5 when an output's cosine falls below X.",
+        {"prune": CHECKS, "recover": CHECKS, "factorize": CHECKS},
+        needs=Need(
+            "runs", f"needs the models to run, and {argument('validate', False)} forbids it", "Drop one of the two."
+        ),
+        variants={"recover": {"python": False}, "factorize": {"python": False}},
+    ),
+    Setting(
+        "latency",
+        Flag(),
+        "Measure speed.",
+        {"prune": "", "factorize": "", "sweep": ""},
+        True,
+    ),
+    # What is written and shown
+    Setting(
+        "output",
+        PathTo("OUT.onnx"),
+        "Where to write; default MODEL.pruned.onnx beside the input.",
+        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "profile": OUTPUT, "sensitivity": OUTPUT},
+        short="-o",
+        python=False,
+        variants={
+            "recover": {"help": "Where to write; default CUT.recovered.onnx beside the cut model."},
+            "factorize": {"help": "Where to write; default MODEL.factorized.onnx beside the input."},
+            "profile": {
+                "kind": PathTo("FILE.json"),
+                "help": f"Write the table, for {argument('latency_table')} on another machine.",
+            },
+            "sensitivity": {
+                "kind": PathTo("FILE.json"),
+                "help": f"Write the curves, for {argument('sensitivity')}.",
+            },
+        },
+    ),
+    Setting(
+        "folder",
+        PathTo("DIR", "a folder"),
+        "Keep the models here: NAME.SHARE.onnx.",
+        {"sweep": OUTPUT},
+        option="--models",
+    ),
+    Setting(
+        "plan_file",
+        PathTo("FILE.json"),
+        "Also write the plan: what is removed from where.",
+        {"prune": OUTPUT, "factorize": OUTPUT},
+        option="--plan",
+        python=False,
+        variants={"factorize": {"help": "Also write the plan: methods and ranks."}},
+    ),
+    Setting(
+        "explain",
+        Flag(),
+        "Say why layers were not cut, or less than asked; show the groups.",
+        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT},
+        False,
+        python=False,
+        variants={
+            "recover": {"help": "Say why layers were not repaired."},
+            "factorize": {"help": "Say of every layer that stays why it does."},
+        },
+    ),
+    Setting(
+        "html",
+        PathTo("FILE.html"),
+        "Also write a page with the plot; it needs nothing else.",
+        {"sensitivity": OUTPUT, "sweep": OUTPUT},
+        python=False,
+    ),
+    Setting("json", Flag(), "One JSON object on stdout, all else on stderr.", _SHOWN, False, python=False),
+    Setting("quiet", Flag(), "Say nothing but errors.", _SHOWN, False, short="-q", python=False),
+    Setting(
+        "verbose",
+        Flag(),
+        "List every layer; -vv shows tracebacks.",
+        _SHOWN,
+        False,
+        short="-v",
+        python=False,
+        variants={"inspect": {"help": "List every layer, group and barrier; -vv shows tracebacks."}},
+    ),
+    Setting(
+        "progress",
+        Function("of a stage and the share of it that is done"),
+        "Called on the way.",
+        dict.fromkeys(_RUN, ""),
+    ),
+)
+"""All settings, in the order in which help lists them under a heading."""
+
+
+# -- reading them ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def settings_of(command: str) -> Mapping[str, Setting]:
+    """The settings that a command or its call has, by name, as they are there."""
+    return {setting.name: setting.at(command) for setting in SETTINGS if command in setting.on}
+
+
+def options_of(command: str) -> list[Setting]:
+    """The settings that a command has as options, in the order of its help."""
+    there = [setting for setting in settings_of(command).values() if setting.on[command]]
+    return sorted(there, key=lambda setting: HEADINGS[command].index(setting.on[command]))
+
+
+def default(name: str, command: str = "prune") -> Any:
+    """What a setting is where nobody says."""
+    return settings_of(command)[name].default
+
+
+def words(name: str, command: str = "prune") -> tuple[str, ...]:
+    """The words that a setting may be."""
+    kind = settings_of(command)[name].kind
+    assert isinstance(kind, Word)
+    return kind.words
+
+
+def checked(name: str, value: Any, command: str = "prune") -> Any:
+    """A value as its setting allows it; None where nothing is given stays None.
+
+    Args:
+        name: the argument. value: what was given. command: whose argument.
+
+    Raises:
+        UsageError: it is not allowed; ``argument`` of the error is ``name``.
+    """
+    setting = settings_of(command)[name]
+    return value if value is None and setting.default is None else setting.kind.check(value, argument(name))
+
+
+def check_needs(command: str, values: Mapping[str, Any]) -> None:
+    """Whether everything that was given has what gives it a meaning.
+
+    Args:
+        command: whose values. values: by name; what is not among them, None or the default was not given.
+
+    Raises:
+        UsageError: something has not.
+    """
+    for name, setting in settings_of(command).items():
+        value, need = values.get(name), setting.needs
+        if need is None or value is None or value == setting.default:
+            continue
+        if not CONDITIONS[need.of](values):
+            raise UsageError(f"{argument(name)} {need.because}", hint=need.hint)
+
+
+def called(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function check what it is given by the settings of a command, as a decorator.
+
+    Every argument that is a setting is checked before the function runs, a name that there is not is compared with
+    all that there are, and arguments that need others are looked at together.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        known = settings_of(command)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name not in signature.parameters:
+                    raise ArgumentError(
+                        f"{function.__name__}() has no argument {name!r}", hint=nearest(name, signature.parameters)
+                    )
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise ArgumentError(f"{function.__name__}(): {error}", hint=f"It takes {signature}.") from None
+            for name, value in bound.arguments.items():
+                setting = known.get(name)
+                if setting is not None and not (value is None and signature.parameters[name].default is None):
+                    bound.arguments[name] = setting.kind.check(value, argument(name))
+            check_needs(command, {**dict.fromkeys(set(known) & set(signature.parameters)), **bound.arguments})
+            return function(*bound.args, **bound.kwargs)
+
+        return call
+
+    return decorate
+
+
+# -- showing them ------------------------------------------------------------------------------------------------------
+
+
+def spell(command: str) -> Callable[[str, str, str], str]:
+    """How messages write arguments for users of a command: as options."""
+    known = settings_of(command) if command in HEADINGS else {}
+    every = {setting.name: setting for setting in SETTINGS}
+
+    def one(name: str, key: str, value: str) -> str:
+        setting = known.get(name) or every.get(name)
+        if setting is None:
+            return f"--{name.replace('_', '-')}" + (f" {key}" if key else "") + (f" {value}" if value else "")
+        off = setting.option.partition("/")[2] or setting.flag
+        if isinstance(setting.typed or setting.kind, Flag):
+            return off if value == "False" else setting.flag
+        return setting.flag + (f" {key}" if key else "") + (f" {value}" if value else "")
+
+    return one
+
+
+def reference() -> str:
+    """The page of settings, in Markdown."""
+    lines = [_INTRODUCTION]
+    for heading in dict.fromkeys(heading for headings in HEADINGS.values() for heading in headings):
+        rows = [
+            _row(setting.at(command), command)
+            for setting in SETTINGS
+            for command in COMMANDS
+            if setting.on.get(command) == heading and _is_new(setting, command, heading)
+        ]
+        if rows:
+            lines += [
+                f"\n## {heading}\n",
+                "| option | in Python | allowed | default | commands | |",
+                "|---|---|---|---|---|---|",
+            ]
+            lines += rows
+    own = [_row(setting, next(iter(setting.on))) for setting in SETTINGS if not any(setting.on.values())]
+    lines += [
+        "\n## In Python alone\n",
+        "| option | in Python | allowed | default | commands | |",
+        "|---|---|---|---|---|---|",
+        *own,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_INTRODUCTION = """# Settings
+
+Every option of the command line and every argument of `onnxprune.prune` and its siblings. This page is made from
+`onnxprune/settings.py`: `python -m onnxprune.settings > SETTINGS.md`."""
+
+
+def _is_new(setting: Setting, command: str, heading: str) -> bool:
+    """Whether no command before this one has the same under the same heading."""
+    mine = setting.at(command)
+    before = (c for c in COMMANDS[: COMMANDS.index(command)] if setting.on.get(c) == heading)
+    return all(_shown(setting.at(c)) != _shown(mine) for c in before)
+
+
+def _shown(setting: Setting) -> tuple[Any, ...]:
+    return setting.help, setting.kind.allowed, setting.default, setting.option
+
+
+def _row(setting: Setting, command: str) -> str:
+    heading = setting.on[command]
+    same = [c for c in COMMANDS if setting.on.get(c) == heading and _shown(_declared(setting).at(c)) == _shown(setting)]
+    metavar = (setting.typed or setting.kind).metavar
+    option = setting.option.replace("/", "`, `") or setting.flag
+    shown = f"`{', '.join(filter(None, (setting.short, option)))}{' ' + metavar if metavar else ''}`" if heading else ""
+    where = f"`{setting.into or setting.name}`" if setting.python or setting.into else ""
+    cells = [
+        shown,
+        where,
+        setting.kind.allowed,
+        _default(setting),
+        ", ".join(same),
+        spelled(setting.help, spell(command)),
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _declared(setting: Setting) -> Setting:
+    return next(s for s in SETTINGS if s.name == setting.name)
+
+
+def _default(setting: Setting) -> str:
+    if setting.default is None or setting.default == () or isinstance(setting.typed or setting.kind, Flag):
+        return ""
+    value = setting.default
+    return f"`{','.join(map(str, value)) if isinstance(value, tuple) else value}`"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
