@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+
+from onnxprune.settings import COMMANDS, options_of, reference
 
 BAD = [
     (["--ratio", "1"], "--ratio: 1 is out of range", "0 <= R < 1"),
@@ -168,3 +173,16 @@ def test_every_option_of_a_budget_reaches_the_api(api, run, model) -> None:
     assert [str(target) for target in call["target"]] == ["macs=0.5", "latency=12ms"]
     assert (call["max_drop"], call["metric"], call["latency_table"]) == (1.5, f"{script}:top1", table)
     assert (call["min_fidelity"], call["ratio"], call["plan"]) == (0.9, None, None)
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "SETTINGS.md"
+    assert page.read_text() == reference(), "write it again: python -m onnxprune.settings > SETTINGS.md"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_every_option_once(run, name) -> None:
+    text = run(name, "--help").stdout
+    listed = re.findall(r"^  (?:-\w, )?(--[a-z-]+)", text, flags=re.MULTILINE)
+    assert sorted(listed + ["-h"]) == sorted([s.flag for s in options_of(name)] + ["-h"])
+    assert "\ue000" not in text
