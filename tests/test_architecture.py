@@ -15,7 +15,7 @@ ROOT = Path(onnxprune.__file__).parent
 LONGEST_FUNCTION = 60
 
 STAGES = [
-    {"errors", "files", "documents", "garbage", "report.facts", "plugins", "settings"},
+    {"errors", "files", "documents", "garbage", "report.facts", "plugins", "settings", "budget.target"},
     {"operators"},
     {"graph", "model"},
     {"labels"},
