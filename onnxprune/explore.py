@@ -17,11 +17,10 @@ from onnxprune.pipeline import Context, Model, Progress
 from onnxprune.report.facts import SweepFacts
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.search.budget import Budget, default_criterion
-from onnxprune.search.measure import Metric, load_metric
-from onnxprune.search.profiled import Profiled, profiled
+from onnxprune.search.evaluation import Metric, load_metric
+from onnxprune.search.latency import Profiled, latency_table, profiled, rewritable_sizes
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
 from onnxprune.search.sweep import sweep as run_sweep
-from onnxprune.search.table import latency_table, settled
 from onnxprune.search.wishes import Choosing, Wishes, split_running
 from onnxprune.selection.request import WIDEST
 
@@ -60,7 +59,7 @@ def profile(
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     where: dict[str, Any] = {"providers": providers, "threads": threads, "cache": cache}
     context = Context.of(model, input_shapes=input_shapes, seed=seed, progress=progress, **reading, **where)
-    sizes = settled(context.analysis)
+    sizes = rewritable_sizes(context.analysis)
     table = latency_table(context, sizes, seconds=seconds, anew=True)
     return Profiled(profiled(sizes, table, str(context.analysis.loaded.path or "the model")), table)
 
@@ -105,7 +104,7 @@ def sensitivity(
     name = criterion or default_criterion(context)
     choosing.setdefault("max_ratio", WIDEST)
     prune = Prune(name, 0.5, approximate=approximate, **choosing)
-    sizes = settled(prune.prepared(context, Model.of(context.analysis)))
+    sizes = rewritable_sizes(prune.prepared(context, Model.of(context.analysis)))
     function = load_metric(metric) if isinstance(metric, str) else metric
     selector = prune.selector(context, sizes.analysis)
     return measure_sensitivity(context, selector, mode=mode, metric=function, shares=ratios, jobs=jobs)

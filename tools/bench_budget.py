@@ -31,16 +31,16 @@ from onnxprune.budget.target import parse
 from onnxprune.errors import OnnxpruneError
 from onnxprune.model.save import save
 from onnxprune.pipeline import Context, Model
-from onnxprune.search.attempt import Attempt, attempt
-from onnxprune.search.budget import Budget
-from onnxprune.search.search import Search
-from onnxprune.search.table import latency_table, settled
+from onnxprune.search import evaluation
+from onnxprune.search.budget import Budget, Search
+from onnxprune.search.evaluation import Evaluation, points_of_original
+from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.wishes import Wishes
 
 CONVOLUTIONS = ("Conv", "ConvTranspose", "FusedConv")
 
 
-def metric(given: argparse.Namespace, name: str, tried: Attempt | None) -> float:
+def metric(given: argparse.Namespace, name: str, tried: Evaluation | None) -> float:
     """The first metric that evaluate.py prints, in per cent where it is a share."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         target = None
@@ -63,7 +63,8 @@ def searching(
     mode = "none" if data is None else "full"
     budget = Budget(wishes, given.criterion, recover=mode)
     prune = budget.prune(context)
-    return Search(context, prune.prepared(context, Model.of(context.analysis)), wishes, prune, mode)
+    analysis = prune.prepared(context, Model.of(context.analysis))
+    return Search(context, analysis, wishes, prune, mode, points_of_original(analysis, wishes.metric))
 
 
 def accuracy(given: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -74,8 +75,8 @@ def accuracy(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     problem = search.problem(search.wishes.targets)
     found = search.within(problem)
     seconds, work = time.perf_counter() - start, time.process_time() - work
-    alike = next(a for a in problem.answers() if a.name == "uniform" or len(problem.answers()) == 1)
-    other = attempt(search.context, problem.analysis, alike.removed, mode=search.mode)
+    alike = next(a for a in problem.candidates() if a.name == "uniform" or len(problem.candidates()) == 1)
+    other = evaluation.evaluate(search.context, problem.analysis, alike.removed, mode=search.mode)
     whole = problem.originals["macs"]
     before, uniform, budget = (metric(given, name, x) for x in (None, other, found.final))
     lost = before - uniform
@@ -118,11 +119,11 @@ def latency(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     share = sum(x.macs_before for x in layers if x.op in CONVOLUTIONS) / max(1, sum(x.macs_before for x in layers))
     if share < 0.5:
         return {"error": "not convolutional"}
-    table = latency_table(search.context, settled(search.analysis), seconds=given.seconds)
+    table = latency_table(search.context, rewritable_sizes(search.analysis), seconds=given.seconds)
     problem = search.problem(search.wishes.targets)
-    reach = search.problem([parse("macs=0.5")]).answers()
+    reach = search.problem([parse("macs=0.5")]).candidates()
     record: dict[str, Any] = {"ms": 1e3 * table.seconds, "table_error": table.error, "macs_half": bool(reach)}
-    answers = problem.answers()
+    answers = problem.candidates()
     if not answers:
         return record | {"error": f"least: latency={problem.reachable('latency') / problem.base('latency'):.3f}"}
     answer = answers[0]

@@ -29,6 +29,9 @@ def pack(losses: Sequence[Array], costs: Sequence[Array], limits: Array) -> Pack
     levels: a linear program, solved by HiGHS (Huangfu and Hall, 2018). Its optimum is the bound. No more groups than
     there are rows come out split (Sinha and Zoltners, 1979, for one row); of their levels the cheapest is taken.
 
+    A mixed-integer program in place of rounding lowers the loss by 0.3 % on average (2.7 % at most, over 24 budgets of
+    eight models) in twice the time, and models that are pruned and recovered by it are no better: losses are estimates.
+
     Args:
         losses: [levels] per group, finite. costs: [levels, rows] per group, may be below 0. limits: [rows].
     """

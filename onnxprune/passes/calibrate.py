@@ -17,7 +17,7 @@ from onnxprune.contractions import Form, pick, rows_per_sample
 from onnxprune.graph.view import Graph
 from onnxprune.groups.units import Group
 from onnxprune.model.exposing import hidden
-from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.seen import inside
 from onnxprune.pipeline import Context
 from onnxprune.rewrite.after import After

@@ -12,7 +12,7 @@ from onnxprune.errors import BudgetError
 from onnxprune.factors.allocate import allocate, reach, usual
 from onnxprune.factors.choose import Chosen
 from onnxprune.graph.cost import is_layer, macs
-from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.factor_work import Done, Work
 from onnxprune.passes.gains import ENOUGH, Outputs, few, output_gains
 from onnxprune.passes.layer_times import layer_latency

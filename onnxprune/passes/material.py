@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError
-from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.datafree import make_up
 from onnxprune.passes.outcome import MOST, set_aside
 from onnxprune.pipeline import Context, HoldOut

@@ -20,7 +20,7 @@ from onnxprune.groups.units import Group
 from onnxprune.model.save import save
 from onnxprune.model.weights import ArrayWeight, GatheredWeight, Weight
 from onnxprune.passes.calibrate import captured_maps
-from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
 from onnxprune.rewrite.after import After

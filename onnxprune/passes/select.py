@@ -17,7 +17,7 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.groups.units import Group
 from onnxprune.model.save import save
 from onnxprune.passes.calibrate import captured_maps
-from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.measured import measured
 from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed

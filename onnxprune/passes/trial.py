@@ -19,7 +19,7 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.model.load import Loaded, load
 from onnxprune.model.save import assemble, lies_in, referring, save
 from onnxprune.model.weights import FileWeight, Weight
-from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.pipeline import Context
 from onnxprune.runtime import inputs, sessions
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.exact import prove
 from onnxprune.passes.structure import check_file, check_sizes
 from onnxprune.passes.trial import Trial, synthetic_feeds, timing_feed

@@ -1,32 +1,48 @@
-"""Budget: find the counts that keep most within targets, cut and repair; the smallest model within a drop."""
+"""Budget: find the counts that keep most within targets, prune and recover; the smallest model within a drop."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Unpack
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
+from onnxprune.budget.sensitivity import Sensitivity
+from onnxprune.budget.target import Target
 from onnxprune.criteria import Criterion
-from onnxprune.errors import UsageError
+from onnxprune.errors import BudgetError, UsageError
+from onnxprune.factors.request import Options as FactorOptions
+from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.describe import describe_removal
 from onnxprune.passes.freeze import frozen_at
-from onnxprune.passes.prune import Prune
+from onnxprune.passes.measured import MOST, measured
+from onnxprune.passes.prune import Prune, reasons
 from onnxprune.passes.recover import HAS_INPUTS, check_mode
+from onnxprune.passes.select import Selector
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult, Requirement
 from onnxprune.planning import make_plan
 from onnxprune.report.facts import AnswerFacts, BudgetFacts, Recovered, Settings, TargetFacts
 from onnxprune.rewrite.cut import CannotRewrite
-from onnxprune.search.attempt import Attempt, of_original
-from onnxprune.search.measure import said
-from onnxprune.search.problem import Answer
-from onnxprune.search.search import Found, Search
+from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original
+from onnxprune.search.latency import latency_table, rewritable_sizes
+from onnxprune.search.mixture import ALONE, Mixture
+from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated, SearchProblem, tolerance
+from onnxprune.search.refine import Refine, cuts
+from onnxprune.search.sensitivity import measure_sensitivity
 from onnxprune.search.wishes import Wishes
+from onnxprune.selection.drift import SHARES, counts
 from onnxprune.selection.request import WIDEST, Options
 
+Array = NDArray[np.float64]
 WITH_DATA, WITHOUT = "ziplm", "l2"
+# How often a budget is halved towards the smallest that works.
+_HALVINGS = 6
+# Noise of the outputs below which no candidate is worth looking for that has less.
+_FAITHFUL = 1e-4
 
 
 class Budget(Pass):
@@ -84,7 +100,7 @@ class Budget(Pass):
         """Find, cut, repair."""
         prune = self.prune(context)
         analysis = prune.prepared(context, model)
-        before = of_original(analysis, self.wishes.metric)
+        before = points_of_original(analysis, self.wishes.metric)
         found = self._search(context, analysis, prune, before)
         analysis, best, final = found.problem.analysis, found.best, found.final
         plan = make_plan(analysis, best.removed, prune.name)
@@ -101,26 +117,28 @@ class Budget(Pass):
         ]
         return PassResult(pruned, facts)
 
-    def _search(self, context: Context, analysis: Analysis, prune: Prune, before: float) -> Found:
+    def _search(self, context: Context, analysis: Analysis, prune: Prune, before: float) -> SearchResult:
         """The best within targets and gates; a node that cannot be rewritten is frozen, and all is searched anew."""
         for _ in range(len(analysis.graph.nodes) + 1):
             try:
                 with context.stage("budget"):
-                    return Search(context, analysis, self.wishes, prune, self.mode)(before)
+                    return Search(context, analysis, self.wishes, prune, self.mode, before).run()
             except CannotRewrite as stop:
                 analysis = frozen_at(analysis, stop, np.ones(analysis.units.component.size, dtype=bool))
         raise AssertionError("every node was frozen")  # pragma: no cover
 
-    def _facts(self, found: Found, before: float) -> BudgetFacts:
+    def _facts(self, found: SearchResult, before: float) -> BudgetFacts:
         problem, best = found.problem, found.best
         limits = problem.limits()
         asked = {t.kind: str(t) for t in self.wishes.targets}
         targets = [TargetFacts(k, asked[k], limits[k], problem.base(k), best.costs[k], problem.how(k)) for k in asked]
-        tried = _best(found) or [(best, found.final)]
-        answers = [AnswerFacts(a.name, t.quality.fine, t.quality.points, chosen=a is best) for a, t in tried]
+        compared = _best_by_name(found) or [(best, found.final)]
+        answers = [
+            AnswerFacts(c.name, e.quality.fine, e.quality.points, chosen=c.removed is best.removed) for c, e in compared
+        ]
         gap = best.allocation.gap if np.isfinite(best.allocation.bound) else None
         quality = found.final.quality
-        what = said(self.wishes.metric, quality.fidelity)
+        what = points_name(self.wishes.metric, quality.fidelity)
         return BudgetFacts(targets, answers, gap, what, before, quality.points, self.wishes.max_drop)
 
 
@@ -129,11 +147,308 @@ def default_criterion(context: Context) -> str:
     return WITHOUT if context.calibration is None else WITH_DATA
 
 
-def _best(found: Found) -> list[tuple[Answer, Attempt]]:
-    """The best answer of every name."""
-    by_name: dict[str, tuple[Answer, Attempt]] = {}
-    for answer, tried in found.tried:
-        held = by_name.get(answer.name)
-        if answer is found.best or held is None or tried.quality.fine > held[1].quality.fine:
-            by_name[answer.name] = answer, tried
+def _best_by_name(found: SearchResult) -> list[Evaluated]:
+    """The best candidate of every name."""
+    by_name: dict[str, Evaluated] = {}
+    for candidate, evaluation in found.evaluated:
+        known = by_name.get(candidate.name)
+        chosen = candidate.removed is found.best.removed
+        if chosen or known is None or evaluation.quality.fine > known[1].quality.fine:
+            by_name[candidate.name] = candidate, evaluation
     return list(by_name.values())
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """What a search has found.
+
+    Attributes:
+        problem: with the corrections of its limits. evaluated: the candidates that were compared.
+        best: of these, with what it costs when recovered from all data. final: its evaluation.
+    """
+
+    problem: SearchProblem
+    evaluated: Sequence[Evaluated]
+    best: Candidate
+    final: Evaluation
+
+
+class Search:
+    """The search for the best model within targets and gates.
+
+    Args:
+        context: the run. analysis: of the model. wishes: targets and gates. prune: scores units.
+        mode: of the recovery. before: points of the original.
+    """
+
+    def __init__(
+        self, context: Context, analysis: Analysis, wishes: Wishes, prune: Prune, mode: str, before: float
+    ) -> None:
+        self.context, self.analysis, self.wishes, self.prune = context, analysis, wishes, prune
+        self.mode, self.before = mode, before
+        self._mixture_of: Mixture | None = None
+
+    def run(self) -> SearchResult:
+        """The best within the targets and gates.
+
+        Raises:
+            BudgetError: a target is out of reach, or a gate is not met.
+            CannotRewrite: a node has no form with the new sizes.
+        """
+        wishes = self.wishes
+        problem = self.problem(wishes.targets or (Target(self._shrinks, 1.0),))
+        if wishes.targets:
+            found = self.within(problem)
+            gap = self._missing(found.final)
+            if gap:
+                raise BudgetErrors(problem).gate(gap, self._nearest(found.problem))
+            return found
+        return self._smallest(problem)
+
+    def problem(self, targets: Sequence[Target]) -> SearchProblem:
+        """The groups with their scores, and the targets with their costs."""
+        context, analysis, table = self.context, self.analysis, None
+        if any(t.kind == "latency" for t in targets):
+            sizes = rewritable_sizes(analysis)
+            table, analysis = latency_table(context, sizes, given=self.wishes.latency_table), sizes.analysis
+        selector = self.prune.selector(context, analysis)
+        if not any(ratio is not None for ratio in selector.asked.values()):
+            raise BudgetError("No channel of this model can be removed.", hint=reasons(selector.analysis))
+        curves = self._curves(selector)
+        sensitivity = None if curves else self._output_sensitivity(selector)
+        return SearchProblem.of(context, selector, targets, table, curves, sensitivity)
+
+    def _curves(self, selector: Selector) -> Curves | None:
+        """Measured losses by group, where they were asked for."""
+        given = self.wishes.sensitivity
+        if given is None:
+            return None
+        if isinstance(given, str) and given == "measure":
+            mode, metric, jobs = self.mode, self.wishes.metric, self.wishes.jobs
+            return measure_sensitivity(self.context, selector, mode=mode, metric=metric, jobs=jobs).losses()
+        found = given if isinstance(given, Sensitivity) else Sensitivity.load(given)
+        where = "" if isinstance(given, Sensitivity) else repr(str(given))
+        found.check_model(selector.analysis.loaded.sha256, where)
+        return found.losses()
+
+    def _output_sensitivity(self, selector: Selector) -> dict[int, Array] | None:
+        """Scores that add up to what cuts do to the outputs, where there are data to measure it on in time."""
+        context, analysis = self.context, selector.analysis
+        if context.calibration is None or selector.request.normalize == "measured":
+            return None
+        scores = {number: group.values for number, group in selector.pool().items()}
+        groups = [analysis.units.groups[number] for number in scores]
+        effort = measuring_effort(sample_macs(analysis), [g.steps for g in groups])
+        if effort is None:
+            return None
+        with suppress(UsageError):  # too few samples, or outputs that say nothing
+            return measured(context, analysis, groups, scores, *effort)
+        return None
+
+    def within(self, problem: SearchProblem) -> SearchResult:
+        """The best candidate within the targets, recovered from all data; limits are tightened where that adds to it.
+
+        Raises:
+            BudgetError: a target is out of reach.
+        """
+        for last in (False, False, True):
+            candidates = problem.candidates()
+            evaluated, problem = self._evaluated(problem, candidates)
+            if not candidates and not evaluated:
+                raise BudgetErrors(problem).unreachable()
+            best = candidates[0] if not evaluated else _best(evaluated)[0]
+            if evaluated:
+                over = problem.over(problem.with_costs_of(*_best(evaluated)))
+                problem = problem.tightened(over)
+                if max(over.values()) > 1 and not last:
+                    continue  # a recovery added to the size: a little less is kept, before the effort of all data
+            evaluated += self._refined(problem, evaluated, best)
+            best = _best(evaluated)[0] if evaluated else best
+            final = self._evaluate(problem, best, trial=False)
+            best = problem.with_costs_of(best, final)
+            over = problem.over(best)
+            if all(share <= 1 + tolerance(kind) for kind, share in over.items()):
+                return SearchResult(problem, evaluated, best, final)
+            problem = problem.tightened(over)
+        raise BudgetErrors(problem).missed(best)
+
+    def _evaluated(
+        self, problem: SearchProblem, candidates: Sequence[Candidate]
+    ) -> tuple[list[Evaluated], SearchProblem]:
+        """Candidates recovered from a few samples, with those that factorize layers; none where there is no choice.
+
+        Returns:
+            the candidates, and the problem led by the choices that did best.
+        """
+        if len(candidates) < 2 and not self.wishes.factorize:
+            return [], problem
+        evaluated = [(candidate, self._evaluate(problem, candidate)) for candidate in candidates]
+        led = [pair for pair in evaluated if pair[0].source]
+        if led:
+            problem = replace(problem, lead=_best(led)[0].source)
+        mixture = self._mixture(problem)
+        if mixture is not None:
+            evaluated += mixture.trials(problem, self._judge(problem))
+        return evaluated, problem
+
+    def _refined(self, problem: SearchProblem, evaluated: Sequence[Evaluated], best: Candidate) -> list[Evaluated]:
+        """Candidates around the best one; by default where a recovery tells what a cut costs, and something is lost."""
+        trials = self.wishes.trials
+        if trials is None:
+            faithful = self.wishes.metric is None and any(e.quality.fine > -_FAITHFUL for _, e in evaluated)
+            trials = 0 if self.mode == "none" or faithful else trials_of(sample_macs(problem.analysis))
+        mixture = self._mixture(problem)
+        if not trials or not evaluated or best.name == ALONE:
+            return []
+        judge = self._judge(problem)
+        whole = 0.0 if self.wishes.metric is None else self.before
+        if best.factorize is None or mixture is None:
+            around = [pair for pair in evaluated if pair[0].factorize is None]
+            return Refine(cuts(problem), judge, trials, whole).around(around)
+        space = mixture.space(problem)
+        return Refine(space, judge, trials, whole).around([pair for pair in evaluated if pair[0] is best])
+
+    def _judge(self, problem: SearchProblem) -> Callable[[Candidate], Evaluation | None]:
+        """Evaluates candidates from a few samples; gives None where no ranks save enough."""
+
+        def judge(candidate: Candidate) -> Evaluation | None:
+            with suppress(BudgetError):
+                return self._evaluate(problem, candidate)
+            return None
+
+        return judge
+
+    def _mixture(self, problem: SearchProblem) -> Mixture | None:
+        """What factorizes layers as well, where that was asked for; opened once for problems of the same costs."""
+        if not self.wishes.factorize:
+            return None
+        if self._mixture_of is None or self._mixture_of.costs is not problem.costs:
+            request = self.prune.request
+            own: FactorOptions = {"include": request.include, "exclude": request.exclude, "round_to": request.round_to}
+            self._mixture_of = Mixture(self.context, problem, own)
+        return self._mixture_of
+
+    def _evaluate(self, problem: SearchProblem, candidate: Candidate, *, trial: bool = True) -> Evaluation:
+        mode = self.mode if candidate.removed.any() or candidate.factorize is not None else "none"
+        how: dict[str, Any] = {"mode": mode, "metric": self.wishes.metric, "factorize": candidate.factorize}
+        return evaluate(self.context, problem.analysis, candidate.removed, split=TrialSplit() if trial else None, **how)
+
+    @property
+    def _shrinks(self) -> str:
+        """What is made as little as gates allow where no target says what: MACs, or parameters of a model without."""
+        return "macs" if sample_macs(self.analysis) else "params"
+
+    def _missing(self, final: Evaluation) -> str:
+        """What a gate has against a model; empty where it passes."""
+        wishes, quality, before = self.wishes, final.quality, self.before
+        what = points_name(wishes.metric, quality.fidelity)
+        # A comparison with NaN is false: where nothing could be compared, no gate is passed.
+        if wishes.max_drop is not None and not before - quality.points <= wishes.max_drop + 1e-9:
+            lost = before - quality.points
+            return f"{what} fell from {before:.4g} to {quality.points:.4g}: {lost:.3g} > --max-drop {wishes.max_drop:g}"
+        cosine = 1.0 if quality.fidelity is None else quality.fidelity.worst_cosine
+        if wishes.min_fidelity is not None and not cosine >= wishes.min_fidelity:
+            return f"worst cosine {cosine:.4f} is below --min-fidelity {wishes.min_fidelity:g}"
+        return ""
+
+    def _smallest(self, problem: SearchProblem) -> SearchResult:
+        """The fewest MACs (parameters, where there are none) within the gates, by bisection on the share kept.
+
+        Raises:
+            BudgetError: not even the smallest cut keeps within them.
+        """
+        kind = self._shrinks
+        low, high = problem.reachable(kind) / problem.originals[kind], 1.0
+        found, why = None, "No cut was found"
+        if self.wishes.factorize or len(problem.choices) > 1:  # what losses to go by, and at what rate
+            halfway = problem.with_targets(Target(kind, 0.5 * (low + high)))
+            problem = replace(problem, lead=self._evaluated(halfway, halfway.candidates())[1].lead)
+        for _ in range(_HALVINGS):
+            share = 0.5 * (low + high)
+            aimed = problem.with_targets(Target(kind, share))
+            evaluated = self._most_promising(aimed)
+            if evaluated is None:
+                low = share
+                continue
+            candidate, final = evaluated
+            why = self._missing(final)
+            if why:
+                low = share
+            else:
+                high, found = share, SearchResult(problem, [], candidate, final)
+        if found is None:
+            raise BudgetErrors(problem).gate(why, None)
+        return found
+
+    def _most_promising(self, problem: SearchProblem) -> Evaluated | None:
+        """The candidate that promises most, recovered from all data; None where none was found."""
+        mixture = self._mixture(problem)
+        with suppress(BudgetError):
+            candidate = None if mixture is None else mixture.candidate(problem)
+            candidate = candidate or next(iter(problem.candidates()), None)
+            if candidate is not None:
+                final = self._evaluate(problem, candidate, trial=False)
+                return problem.with_costs_of(candidate, final), final
+        return None
+
+    def _nearest(self, problem: SearchProblem) -> tuple[Target, ...] | None:
+        """The budget between the one asked for and the whole model that is nearest to it and passes the gates."""
+        low, high = 0.0, 1.0
+        passing: tuple[Target, ...] | None = None
+        for _ in range(_HALVINGS - 1):
+            middle = 0.5 * (low + high)
+            targets = problem.towards_whole(middle)
+            evaluated = self._most_promising(problem.with_targets(*targets))
+            if evaluated is not None and not self._missing(evaluated[1]):
+                high, passing = middle, targets
+            else:
+                low = middle
+        return passing
+
+
+def _best(evaluated: Sequence[Evaluated]) -> Evaluated:
+    """The pair of the highest quality."""
+    return max(evaluated, key=lambda pair: pair[1].quality.fine)
+
+
+# -- how much work a model is worth: counted and not on a clock, so that a run can be repeated -------------------------
+
+# What all trials together may take, in seconds on the machine that the figures below are from.
+_SECONDS = 30.0
+# An answer cut, repaired and judged: at least, and for a billion multiply-accumulates.
+_EACH, _PER_BILLION = 1.0, 80.0
+# A group cut alone: opened, and run on a sample for a billion multiply-accumulates.
+_OPENED, _RUN = 0.05, 0.03
+# The sizes to cut groups to, best first; fewer samples than that say too little.
+_SHARES, _FEWEST = (SHARES, (0.25, 0.5), (0.5,)), 16
+
+
+def sample_macs(analysis: Analysis) -> float:
+    """Multiply-accumulates of the model for one sample."""
+    batch = max(min((shape[0] for shape in analysis.facts.probes[0].inputs.values() if shape), default=1), 1)
+    return sum(layer.macs_before for layer in analysis.layers) / batch
+
+
+def trials_of(macs: float) -> int:
+    """How many answers around the best one to try. ``macs``: multiply-accumulates of a sample."""
+    return int(_SECONDS / (_EACH + _PER_BILLION * macs * 1e-9))
+
+
+def measuring_effort(macs: float, steps: Sequence[int]) -> tuple[Sequence[float], int] | None:
+    """Shares of every group to cut alone, and samples to run each cut on; None where that takes too long.
+
+    It may take as long as all trials, or as one where that is longer.
+
+    Args:
+        macs: multiply-accumulates of a sample. steps: in how many steps every group can be cut.
+    """
+    allowed = max(_SECONDS, _EACH + _PER_BILLION * macs * 1e-9)
+    for shares in _SHARES:
+        cuts = max(1, sum(len(counts(n, shares)) for n in steps))
+        samples = int((allowed / cuts - _OPENED) / (_RUN * max(macs, 1.0) * 1e-9))
+        if samples >= _FEWEST:
+            return shares, min(samples, MOST)
+    return None

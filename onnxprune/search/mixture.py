@@ -1,8 +1,10 @@
-"""Cut, take apart or leave: one knapsack over groups and layers, whose losses are brought to one scale by trial."""
+"""Prune groups or factorize layers: one knapsack over both, whose losses are brought to one scale by trials."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,22 +14,22 @@ from onnxprune.budget.apart import Apart, Part, none_cut, with_parts
 from onnxprune.budget.costs import Cost
 from onnxprune.budget.sizes import Counts
 from onnxprune.errors import BudgetError, UsageError
-from onnxprune.factors.candidates import AUTO, Candidate, Opened
+from onnxprune.factors.candidates import AUTO, Opened
+from onnxprune.factors.candidates import Candidate as LayerCandidate
 from onnxprune.factors.choose import Chosen
 from onnxprune.factors.request import Options, request_of
 from onnxprune.graph.view import Node
-from onnxprune.passes.factor_work import lay_open
+from onnxprune.passes.calibration import MAX_TRIAL
+from onnxprune.passes.factor_work import Work, lay_open
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.joint_budget import JointBudget
 from onnxprune.pipeline import Context, Model
-from onnxprune.search.attempt import ENOUGH, Attempt, carried_out
-from onnxprune.search.part_times import Timed, timed_options
-from onnxprune.search.pressure import Pressure
-from onnxprune.search.problem import Answer, Problem
+from onnxprune.search.evaluation import Evaluation, prune_and_factorize
+from onnxprune.search.problem import Candidate, Evaluated, LimitCorrection, SearchProblem
 from onnxprune.search.refine import Space
 
 Array = NDArray[np.float64]
-Judge = Callable[[Answer], Attempt | None]
+Judge = Callable[[Candidate], Evaluation | None]
 
 ALONE, TOGETHER = "knapsack over layers", "knapsack over groups and layers"
 WEIGHED = f"{TOGETHER}, weighed by trial"
@@ -42,138 +44,140 @@ _WHOLE = 0.99
 
 
 class Mixture:
-    """Answers that cut some groups and take some layers apart.
+    """Candidates that prune some groups and factorize some layers.
 
     A group's loss is a score and a layer's a share of energy: nobody knows what one is worth in the other. Where both
     would give alike at half the way, the last unit of cost costs them the same: from there rates are tried up and down,
-    every answer carried out, repaired and measured, as long as the outputs come closer to the original's. The knapsack
-    says how much is cut; ranks are then chosen for the layers as they are after the cut. Where time is the target, what
-    layers gain is measured layer by layer, and every answer is timed before it is repaired.
+    every candidate carried out, recovered and measured, as long as the outputs come closer to the original's. The
+    knapsack says how much is pruned; ranks are then chosen for the layers as they are after the cut. Where time is the
+    target, what layers gain is measured layer by layer, and every candidate is timed before it is recovered.
 
     Args:
-        context: the run. problem: groups and targets, all but ``peak-memory``. options: ``include``, ``exclude`` and
-            ``round_to`` hold for layers, too.
+        context: the run. problem: groups and costs of all kinds but ``peak-memory``.
+        options: ``include``, ``exclude`` and ``round_to`` hold for layers, too.
+
+    Attributes:
+        costs: of the problems that candidates may be asked for. gains: what a layer's error counts, by its name.
 
     Raises:
         UsageError: time is a target, and another device's.
     """
 
-    def __init__(self, context: Context, problem: Problem, options: Options) -> None:
-        self._context, self.problem, self._options = context, problem, options
+    def __init__(self, context: Context, problem: SearchProblem, options: Options) -> None:
+        self._context, self._options = context, options
+        self.costs = problem.costs
         self._timed = "latency" in problem.costs
-        if self._timed and not problem.here:
+        if self._timed and not problem.is_measured_here:
             raise UsageError(
                 "--factorize with a latency target times new layers, and --latency-table is of another device",
                 hint="Drop one of the two, or aim at macs.",
             )
-        own, whole = context.for_trial(ENOUGH), Model.of(problem.analysis)
-        request = request_of("auto", {**options, "ratio": 0.5, "cost": self._kind(), "timed": False})
+        own, whole = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)
+        request = request_of("auto", {**options, "ratio": 0.5, "cost": _furthest(problem), "timed": False})
         work = lay_open(own, whole, request, AUTO, every=False)
         joint = JointBudget(work, AUTO, Chosen())
         self.gains = {o.layer.name: g for o, g in zip(joint.opened, joint.gains, strict=True)}
         pairs = zip(joint.opened, joint.options, strict=True)
-        found = timed_options(work, joint) if self._timed else [_ordered(o, c) for o, c in pairs]
+        options_of = timed_options(work, joint) if self._timed else [_ordered(o, c) for o, c in pairs]
         known = {node.label: node for node in problem.analysis.graph.steps}
         self._parts, self._candidates = [], []
-        for opened, gain, candidates in zip(joint.opened, joint.gains, found, strict=True):
-            part = _part(opened, gain, candidates, known)
+        for opened, gain, timed in zip(joint.opened, joint.gains, options_of, strict=True):
+            part = _part(opened, gain, timed, known)
             if part is not None:
                 self._parts.append(part)
-                self._candidates.append((opened, [c.candidate for c in candidates]))
+                self._candidates.append((opened, [one.candidate for one in timed]))
         self._costs = {k: Apart(cost, k, problem.sizes, self._parts) for k, cost in problem.costs.items()}
-        self._press = {"latency": 1.0}
+        self._correction: Mapping[str, float] = {"latency": 1.0}
         self._rate: tuple[str, float] | None = None
 
-    def _kind(self) -> str:
-        """What of the targets is furthest away, as a factorization counts it."""
-        kinds = {k: most / self.problem.base(k) for k, most in self.problem.limits().items()}
-        return _counted_as(min(kinds, key=kinds.__getitem__))
-
-    def trials(self, judge: Judge) -> list[tuple[Answer, Attempt]]:
-        """Answers within the targets and what came of them, by rising and falling rates around the one that is even.
+    def trials(self, problem: SearchProblem, judge: Judge) -> list[Evaluated]:
+        """Candidates within the targets with their evaluations, by rising and falling rates around the even one.
 
         Args:
-            judge: carries out, repairs and measures; None where an answer cannot be carried out.
+            problem: with the costs that this was opened for. judge: evaluates; None where a candidate cannot be made.
         """
-        found: list[tuple[Answer, Attempt]] = []
+        evaluated: list[Evaluated] = []
         known: dict[tuple[bytes, str], float] = {}
 
         def value(rate: float) -> float:
-            answer = self.answer(rate)
-            if answer is None:
+            candidate = self.candidate(problem, rate)
+            if candidate is None:
                 return -np.inf
-            assert answer.apart is not None
-            key = answer.removed.tobytes(), repr(answer.apart.wanted or answer.apart.request.share)
+            factorize = candidate.factorize
+            assert factorize is not None
+            key = candidate.removed.tobytes(), repr(factorize.wanted or factorize.request.share)
             if key not in known:
-                tried = judge(answer)
-                known[key] = -np.inf if tried is None else tried.quality.fine
-                found.extend([(answer, tried)] if tried is not None else [])
+                evaluation = judge(candidate)
+                known[key] = -np.inf if evaluation is None else evaluation.quality.fine
+                evaluated.extend([(candidate, evaluation)] if evaluation is not None else [])
             return known[key]
 
         value(np.inf)
-        here = self.rate
+        here = self.rate(problem)
         best = value(here)
         for step in _STEPS:
             for way in (step, 1.0 / step):
                 while len(known) < _TRIALS and (after := value(here * way)) > best:
                     best, here = after, here * way
-        self._rate = self.problem.lead, here
-        return found
+        self._rate = problem.lead, here
+        return evaluated
 
-    @property
-    def rate(self) -> float:
+    def rate(self, problem: SearchProblem) -> float:
         """What a group's loss counts against a layer's: as it was tried last, else where both give alike."""
-        if self._rate is None or self._rate[0] != self.problem.lead:
-            self._rate = self.problem.lead, self._even()
+        if self._rate is None or self._rate[0] != problem.lead:
+            self._rate = problem.lead, self._even(problem)
         return self._rate[1]
 
-    def space(self) -> Space:
-        """Groups and layers at the rate that did best, for answers in which some count for more or less."""
-        problem, rate = self.problem, self.rate
+    def space(self, problem: SearchProblem) -> Space:
+        """Groups and layers at the rate that did best, for candidates in which some count for more or less."""
+        rate = self.rate(problem)
         wanted = with_parts(problem.choices[problem.lead], self._parts, rate)
-        return Space(wanted, self._costs, problem.pressed(), lambda weights, _: self.answer(rate, weights), "")
+        limits = problem.corrected_limits()
+        return Space(wanted, self._costs, limits, lambda weights, _: self.candidate(problem, rate, weights), "")
 
-    def answer(self, rate: float | None = None, weights: Array | None = None) -> Answer | None:
+    def candidate(
+        self, problem: SearchProblem, rate: float | None = None, weights: Array | None = None
+    ) -> Candidate | None:
         """Counts at a rate of exchange, and the ranks that make up for the rest; None where nothing fits, or cuts alone
         are enough.
 
         Args:
-            rate: what a group's loss counts against a layer's. weights: what the losses of every group and then of
-                every layer count besides [groups + layers].
+            problem: with the costs that this was opened for. rate: what a group's loss counts against a layer's.
+            weights: what the losses of every group and then of every layer count besides [groups + layers].
 
         Raises:
             CannotRewrite: a node has no form with the new sizes.
         """
-        rate = self.rate if rate is None else rate
+        rate = self.rate(problem) if rate is None else rate
         if not self._timed:
-            return self._answer(rate, 1.0, weights)
-        press, most, best = Pressure(self._press), self.problem.limits()["latency"], None
+            return self._candidate(problem, rate, 1.0, weights)
+        correction, most, best = LimitCorrection(self._correction), problem.limits()["latency"], None
         for _ in range(_CORRECTIONS):
-            found = self._answer(rate, press.now["latency"], weights)
-            if found is None:
+            candidate = self._candidate(problem, rate, correction.now["latency"], weights)
+            if candidate is None:
                 break
             try:
-                found.costs["latency"] = self._measured(found)
+                seconds = self._seconds(problem, candidate)
             except BudgetError:  # after the cut no ranks save what they did before
                 break
-            over = found.costs["latency"] / most
-            if over <= 1 and (best is None or found.allocation.loss < best.allocation.loss):
-                best = found
-            if not press.learn({"latency": over}):
+            candidate = replace(candidate, costs={**candidate.costs, "latency": seconds})
+            over = seconds / most
+            if over <= 1 and (best is None or candidate.allocation.loss < best.allocation.loss):
+                best = candidate
+            if not correction.update({"latency": over}):
                 break
-        self._press = press.now
+        self._correction = correction.now
         return best
 
-    def _answer(self, rate: float, press: float, weights: Array | None) -> Answer | None:
-        """As ``answer``, with a limit on time that is tightened or eased by a factor."""
-        problem = self.problem
+    def _candidate(self, problem: SearchProblem, rate: float, factor: float, weights: Array | None) -> Candidate | None:
+        """As ``candidate``, with a limit on time that is tightened or eased by a factor."""
         choices = problem.choices[problem.lead]
         wanted = none_cut(choices, self._parts) if np.isinf(rate) else with_parts(choices, self._parts, rate)
         if weights is not None:
             wanted = Choices(wanted.kept, [w * x for w, x in zip(weights, wanted.losses, strict=True)])
-        limits = problem.pressed()
+        limits = problem.corrected_limits()
         if self._timed:
-            limits["latency"] *= press
+            limits["latency"] *= factor
         allocation = allocate(wanted, [Limit(self._costs[k], most) for k, most in limits.items()])
         if allocation is None:
             return None
@@ -182,18 +186,18 @@ class Mixture:
         removed = problem.removed(kept)
         costs = problem.measured(kept, removed, timed=not self._timed)
         gains = self.gains if weights is None else self._weighed(weights[groups:])
-        apart = self._as_timed(levels) if self._timed else self._as_counted(costs, limits, gains)
-        if apart is None:
+        factorize = self._as_timed(levels) if self._timed else self._as_counted(costs, limits, gains)
+        if factorize is None:
             return None
         name = ALONE if np.isinf(rate) else TOGETHER if weights is None else WEIGHED
-        return Answer(name, Allocation(kept, allocation.loss, allocation.bound), removed, costs, apart=apart)
+        return Candidate(name, Allocation(kept, allocation.loss, allocation.bound), removed, costs, factorize=factorize)
 
-    def _measured(self, answer: Answer) -> float:
-        """Seconds of a run of an answer carried out; a repair changes values alone."""
-        problem, own = self.problem, self._context.for_trial(ENOUGH)
-        assert answer.apart is not None
-        result = carried_out(own, problem.analysis, answer.removed, answer.apart.unchecked())
-        return problem.weighed(result.model.parts, {"latency"})["latency"]
+    def _seconds(self, problem: SearchProblem, candidate: Candidate) -> float:
+        """Seconds of a run of a candidate carried out; a recovery changes values alone."""
+        assert candidate.factorize is not None
+        own = self._context.for_trial(MAX_TRIAL)
+        result = prune_and_factorize(own, problem.analysis, candidate.removed, candidate.factorize.unchecked())
+        return problem.measured_model(result.model.parts, {"latency"})["latency"]
 
     def _weighed(self, weights: Array) -> dict[str, float]:
         """What a layer's error counts, times the weights [layers] of those that may be taken apart."""
@@ -223,25 +227,31 @@ class Mixture:
         options: Options = {**self._options, "ratio": 0.5, "timed": False, "cost": "macs"}
         return Factorize("auto", wanted=wanted, **options)
 
-    def _even(self) -> float:
+    def _even(self, problem: SearchProblem) -> float:
         """The rate at which cuts and factors give alike half the way to the targets."""
-        problem = self.problem
         choices = problem.choices[problem.lead]
-        cut = self._slope(choices, problem.costs)
-        apart = self._slope(none_cut(choices, self._parts), self._costs)
-        return apart / cut if apart > 0 and cut > 0 else 1.0
+        cut = _slope(problem, choices, problem.costs)
+        factors = _slope(problem, none_cut(choices, self._parts), self._costs)
+        return factors / cut if factors > 0 and cut > 0 else 1.0
 
-    def _slope(self, choices: Choices, costs: Mapping[str, Cost]) -> float:
-        """What a step further costs half the way to the targets; 0 where that is out of reach."""
-        losses = []
-        for way in (_HALF - _SLOPE, _HALF + _SLOPE):
-            limits = {}
-            for kind, most in self.problem.pressed().items():
-                base = self.problem.base(kind)
-                limits[kind] = base * (1 - way) + way * (most if most < _WHOLE * base else _HALF * base)
-            found = allocate(choices, [Limit(costs[k], most) for k, most in limits.items()])
-            losses.append(np.nan if found is None else found.loss)
-        return float(np.nan_to_num(losses[1] - losses[0]))
+
+def _slope(problem: SearchProblem, choices: Choices, costs: Mapping[str, Cost]) -> float:
+    """What a step further costs half the way to the targets; 0 where that is out of reach."""
+    losses = []
+    for way in (_HALF - _SLOPE, _HALF + _SLOPE):
+        limits = {}
+        for kind, most in problem.corrected_limits().items():
+            base = problem.base(kind)
+            limits[kind] = base * (1 - way) + way * (most if most < _WHOLE * base else _HALF * base)
+        allocation = allocate(choices, [Limit(costs[k], most) for k, most in limits.items()])
+        losses.append(np.nan if allocation is None else allocation.loss)
+    return float(np.nan_to_num(losses[1] - losses[0]))
+
+
+def _furthest(problem: SearchProblem) -> str:
+    """What of the targets is furthest away, as a factorization counts it."""
+    kinds = {k: most / problem.base(k) for k, most in problem.limits().items()}
+    return _counted_as(min(kinds, key=kinds.__getitem__))
 
 
 def _counted_as(kind: str) -> str:
@@ -249,7 +259,7 @@ def _counted_as(kind: str) -> str:
     return "macs" if kind in ("macs", "latency") else "params"
 
 
-def _ordered(opened: Opened, found: Sequence[Candidate]) -> list[Timed]:
+def _ordered(opened: Opened, found: Sequence[LayerCandidate]) -> list[Timed]:
     """Candidates that save anything, by rising cost; their times are not known."""
     return [Timed(c, np.nan) for c in sorted(found, key=lambda c: c.cost) if c.cost < opened.whole]
 
@@ -262,3 +272,54 @@ def _part(opened: Opened, gain: float, found: Sequence[Timed], known: Mapping[st
     macs, params = (np.array([*(opened.share(c, k) for c, _ in found), 1.0]) for k in ("macs", "params"))
     losses, times = [gain * c.loss for c, _ in found], [share for _, share in found]
     return Part(nodes, opened.layer.weight, np.array([*losses, 0.0]), macs, params, np.array([*times, 1.0]))
+
+
+# -- candidates of a layer that make it faster -------------------------------------------------------------------------
+
+# Shares of a layer's cost at which candidates are timed.
+_SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
+# Less than this is saved: within noise.
+_FASTER = 0.97
+
+
+class Timed(NamedTuple):
+    """A candidate and its time as a share of the layer's."""
+
+    candidate: LayerCandidate
+    share: float
+
+
+def timed_options(work: Work, joint: JointBudget) -> list[list[Timed]]:
+    """Per layer the candidates that are faster than it, by rising time; of two the slower one loses less."""
+    found = []
+    total = max(len(joint.opened), 1)
+    for number, (opened, options) in enumerate(zip(joint.opened, joint.options, strict=True)):
+        timed = []
+        for candidate in _some(opened, options):
+            (done,) = work.carry_out({opened.layer.name: candidate})
+            latency = joint.latency(done)
+            if latency is not None and done.candidate is candidate:
+                timed.append(Timed(candidate, latency.after_ms / latency.before_ms))
+        found.append(_worth(timed))
+        work.context.tell("layers apart", (number + 1) / total)
+    return found
+
+
+def _some(opened: Opened, options: Sequence[LayerCandidate]) -> list[LayerCandidate]:
+    """Of every method the candidates nearest to the shares, each once."""
+    found: dict[tuple[str, tuple[int, ...]], LayerCandidate] = {}
+    for method in dict.fromkeys(c.method for c in options):
+        own = [c for c in options if c.method == method and c.cost < opened.whole]
+        for share in _SHARES if own else ():
+            one = min(own, key=lambda c: abs(c.cost - share * opened.whole))
+            found[method, tuple(one.ranks)] = one
+    return list(found.values())
+
+
+def _worth(timed: Sequence[Timed]) -> list[Timed]:
+    """Those that are faster, without any that loses more than a faster one."""
+    kept: list[Timed] = []
+    for one in sorted((t for t in timed if t.share < _FASTER), key=lambda t: (t.share, t.candidate.loss)):
+        if not kept or one.candidate.loss < kept[-1].candidate.loss:
+            kept.append(one)
+    return kept

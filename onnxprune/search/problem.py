@@ -1,23 +1,23 @@
-"""A budget as a problem over counts: the groups with their scores, the targets with their costs, answers to both."""
+"""A budget as a problem over counts: groups with their scores, targets with their costs, and candidates for both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate, least, uniform
-from onnxprune.budget.costs import Cost, costs_of, total
+from onnxprune.budget.costs import Cost, Peak, costs_of, total
 from onnxprune.budget.latency import Latency, Places
 from onnxprune.budget.losses import by_curves, by_scores, levels_of
 from onnxprune.budget.sizes import Counts, Sizes
 from onnxprune.budget.table import LatencyTable
 from onnxprune.budget.target import Target
-from onnxprune.errors import UsageError
+from onnxprune.errors import BudgetError, UsageError
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import cut_model
@@ -25,11 +25,11 @@ from onnxprune.passes.select import Selector
 from onnxprune.passes.trial import Trial, timing_feed
 from onnxprune.pipeline import Context, ModelParts
 from onnxprune.planning import atoms_removed
-from onnxprune.search.attempt import Attempt
-from onnxprune.search.pressure import SAFE, Pressure
-from onnxprune.search.timing import Bench, block_levels
+from onnxprune.search.evaluation import Evaluation
+from onnxprune.search.latency import Bench, block_levels
 from onnxprune.selection.choose import take
 from onnxprune.selection.costs import macs_after
+from onnxprune.selection.scopes import Contest
 
 Mask = NDArray[np.bool_]
 Solve = Callable[[Choices, Sequence[Limit]], Allocation | None]
@@ -41,134 +41,148 @@ _COUNTED = 0.02
 _CORRECTIONS = 7
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Counts [groups] for the targets: where they come from, and what of each kind they cost (as far as measured).
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """Counts [groups] for the targets, and what of each kind they cost (as far as measured).
 
     Attributes:
-        source: which of the problem's choices it is optimal for; none, where it follows from something else.
-        apart: what takes layers apart after the cut, where that is part of the answer; costs are then of the cut alone,
-            until it was carried out.
+        name: where the counts come from. allocation: the counts. removed: mask over atoms. costs: by kind.
+        source: which of the problem's choices it is optimal for; empty where it follows from something else.
+        factorize: the pass behind the cut, where that is part of the candidate; costs are then of the cut alone, until
+            it was carried out.
     """
 
     name: str
     allocation: Allocation
     removed: Mask
-    costs: dict[str, float]
+    costs: Mapping[str, float]
     source: str = ""
-    apart: Factorize | None = None
+    factorize: Factorize | None = None
 
 
-class Problem:
-    """Groups, scores, costs and targets of one model.
+Evaluated = tuple[Candidate, Evaluation]
 
-    Args:
-        selector: scores the units. targets: what the model may cost. table: of times, where one is asked for.
-        curves: measured losses {group id: (shares removed, losses)}, where there are any. drifts: scores [units] by
-            group id that add up to what a group alone does to the outputs, where they were measured.
 
-    Raises:
-        UsageError: the model costs nothing of a kind that a target is of.
+@dataclass(frozen=True, slots=True, eq=False)
+class SearchProblem:
+    """Groups, scores, costs and targets of one model; other targets are another problem.
 
     Attributes:
+        context: the run. selector: has scored the units. groups: the scored groups, by their number.
+        sizes: of all tensors as functions of counts. costs: of counts, by kind. originals: what the original costs.
         choices: what every group may do, by where the losses come from: ``scores``, and what was measured.
-        lead: of which of them answers are expected, or known, to keep most.
-        originals: what the original costs of every kind. here: whether times can be measured on this machine.
+        targets: what the model may cost. lead: of which choices candidates are expected, or known, to keep most.
+        table: of times, where one is asked for.
+        corrections: factors on the limits, of kinds of which a recovered model has cost more than it may.
     """
 
-    def __init__(
-        self,
+    context: Context
+    selector: Selector
+    groups: Mapping[int, Contest]
+    sizes: Sizes
+    costs: Mapping[str, Cost]
+    originals: Mapping[str, float]
+    choices: Mapping[str, Choices]
+    targets: tuple[Target, ...]
+    lead: str
+    table: LatencyTable | None = None
+    corrections: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
         context: Context,
         selector: Selector,
         targets: Sequence[Target],
         table: LatencyTable | None = None,
         curves: Curves | None = None,
-        drifts: Mapping[int, NDArray[np.float64]] | None = None,
-    ) -> None:
-        self.context, self.selector, self.targets = context, selector, tuple(targets)
-        self.analysis: Analysis = selector.analysis
-        self.contests = selector.pool()
-        groups = [self.analysis.units.groups[n] for n in self.contests]
-        self.sizes = Sizes(self.analysis, groups)
-        self._table = table
-        self.here = table is not None and table.device == context.device.facts()
-        self.costs = {t.kind: self._cost(t.kind) for t in targets}
-        self.originals = {kind: self._original(kind) for kind in self.costs}
-        for kind, whole in self.originals.items():
+        sensitivity: Mapping[int, NDArray[np.float64]] | None = None,
+    ) -> SearchProblem:
+        """The problem of one model.
+
+        Args:
+            context: the run. selector: scores the units. targets: what the model may cost. table: of times.
+            curves: measured losses {group: (shares removed, losses)}, where there are any.
+            sensitivity: scores [units] by group that add up to what a group alone does to the outputs, if measured.
+
+        Raises:
+            UsageError: the model costs nothing of a kind that a target is of.
+        """
+        scored = selector.pool()
+        groups = [selector.analysis.units.groups[n] for n in scored]
+        sizes = Sizes(selector.analysis, groups)
+        costs = {t.kind: _cost(sizes, t.kind, table) for t in targets}
+        originals = {kind: float(total(cost, sizes.whole)[0]) for kind, cost in costs.items()}
+        for kind, whole in originals.items():
             if whole <= 0 and kind != "latency":
                 raise _costs_nothing(kind)
-        self._press = dict.fromkeys(self.costs, 1.0)
-        contests = list(self.contests.values())
+        contests = list(scored.values())
         blocks = [block_levels(g.steps) for g in groups] if table and selector.request.round_to == 1 else None
         kept = levels_of(contests, blocks)
-        self.choices: dict[str, Choices] = {"scores": by_scores(contests, kept)}
-        if drifts:
-            drifting = [replace(c, values=drifts[n]) for n, c in self.contests.items()]
-            self.choices["drifts"] = by_scores(drifting, kept)
+        choices = {"scores": by_scores(contests, kept)}
+        if sensitivity:
+            choices["drifts"] = by_scores([replace(c, values=sensitivity[n]) for n, c in scored.items()], kept)
         if curves:
-            self.choices["sensitivities"] = by_curves(contests, kept, curves, list(self.contests))
-        self.lead = list(self.choices)[-1]
+            choices["sensitivities"] = by_curves(contests, kept, curves, list(scored))
+        lead = list(choices)[-1]
+        return cls(context, selector, scored, sizes, costs, originals, choices, tuple(targets), lead, table)
 
-    def _cost(self, kind: str) -> Cost:
-        if kind == "latency":
-            assert self._table is not None
-            return Latency(Places(self.sizes), self._table)
-        return costs_of(self.analysis, self.sizes, kind)
+    @property
+    def analysis(self) -> Analysis:
+        """Of the model."""
+        return self.selector.analysis
 
-    def _original(self, kind: str) -> float:
-        return float(total(self.costs[kind], self.sizes.whole)[0])
+    @property
+    def is_measured_here(self) -> bool:
+        """Whether times can be measured on this machine."""
+        return self.table is not None and self.table.device == self.context.device.facts()
 
     def limits(self) -> dict[str, float]:
         """The most that is allowed of every kind."""
         return {t.kind: t.limit(self.base(t.kind)) for t in self.targets}
 
-    def pressed(self) -> dict[str, float]:
-        """The limits, tightened by what was learnt of repairs."""
-        return {k: most * self._press[k] for k, most in self.limits().items()}
-
-    @property
-    def nothing(self) -> Mask:
-        """The mask over atoms of a cut that removes none."""
-        return np.zeros(self.analysis.units.component.size, dtype=bool)
+    def corrected_limits(self) -> dict[str, float]:
+        """The limits, times what recovered models have shown."""
+        return {k: most * self.corrections.get(k, 1.0) for k, most in self.limits().items()}
 
     def base(self, kind: str) -> float:
         """What shares are of: the measured time of the original, else what it is counted to cost."""
-        return self._table.seconds if kind == "latency" and self._table is not None else self.originals[kind]
+        return self.table.seconds if kind == "latency" and self.table is not None else self.originals[kind]
 
-    def answers(self) -> list[Answer]:
+    def candidates(self) -> list[Candidate]:
         """Counts within the targets, the most promising first, the same share for all groups last; none that are equal.
 
-        Empty where none were found.
+        Empty where none was found.
         """
         first = sorted(self.choices, key=lambda name: name != self.lead)
-        found = [self._answer(f"knapsack over {name}", name, allocate) for name in first]
-        found.append(self._answer("uniform", "", uniform))
-        kept: dict[bytes, Answer] = {}
-        for answer in found:
-            if answer is not None:
-                kept.setdefault(answer.allocation.kept.tobytes(), answer)
-        return list(kept.values())
+        every = [self._candidate(f"knapsack over {name}", name, allocate) for name in first]
+        every.append(self._candidate("uniform", "", uniform))
+        unique: dict[bytes, Candidate] = {}
+        for candidate in every:
+            if candidate is not None:
+                unique.setdefault(candidate.allocation.kept.tobytes(), candidate)
+        return list(unique.values())
 
-    def _answer(self, name: str, source: str, solve: Solve) -> Answer | None:
-        """An answer that holds as measured: where a cost turns out otherwise than predicted, its limit is corrected."""
+    def _candidate(self, name: str, source: str, solve: Solve) -> Candidate | None:
+        """Counts that fit as measured: where a cost turns out otherwise than predicted, its limit is corrected."""
         choices = self.choices[source or "scores"]
         limits, best = self.limits(), None
-        press = Pressure(self._press)
+        correction = LimitCorrection({kind: self.corrections.get(kind, 1.0) for kind in self.costs})
         for _ in range(_CORRECTIONS):
-            wanted = [Limit(self.costs[k], most * press.now[k]) for k, most in limits.items()]
+            wanted = [Limit(self.costs[k], most * correction.now[k]) for k, most in limits.items()]
             allocation = solve(choices, wanted)
             if allocation is None:
                 # A time is predicted to be out of reach: what takes least may be within it all the same.
                 allocation = self._least(choices) if best is None and "latency" in limits else None
-                press.end()
+                correction.end()
                 if allocation is None:
                     break
             removed = self.removed(allocation.kept)
-            answer = Answer(name, allocation, removed, self.measured(allocation.kept, removed), source)
-            over = {k: answer.costs[k] / most for k, most in limits.items()}
+            candidate = Candidate(name, allocation, removed, self.measured(allocation.kept, removed), source)
+            over = {k: candidate.costs[k] / most for k, most in limits.items()}
             if max(over.values()) <= 1 and (best is None or allocation.loss < best.allocation.loss):
-                best = answer
-            if not press.learn(over):
+                best = candidate
+            if not correction.update(over):
                 break
         return best
 
@@ -178,34 +192,27 @@ class Problem:
         levels = [int(np.searchsorted(k, n)) for k, n in zip(choices.kept, kept, strict=True)]
         return Allocation(kept, choices.loss(levels), -np.inf)
 
-    def over(self, answer: Answer, tried: Attempt) -> dict[str, float]:
-        """Costs of an answer as it was repaired, as shares of their limits; notes them in the answer."""
-        limits, saved = self.limits(), {"size": float(tried.size), "params": float(tried.params)}
-        if answer.apart is not None:
-            saved["macs"] = float(tried.macs)
-            if "latency" in limits:
-                saved |= self.weighed(tried.model.parts, {"latency"})
-        answer.costs.update({k: v for k, v in saved.items() if k in limits})
-        return {k: answer.costs[k] / most for k, most in limits.items()}
+    def with_costs_of(self, candidate: Candidate, evaluation: Evaluation) -> Candidate:
+        """A candidate with what it costs as it was recovered."""
+        costs = {"size": float(evaluation.size), "params": float(evaluation.params)}
+        if candidate.factorize is not None:
+            costs["macs"] = float(evaluation.macs)
+            if "latency" in self.costs:
+                costs |= self.measured_model(evaluation.model.parts, {"latency"})
+        return replace(candidate, costs={**candidate.costs, **{k: v for k, v in costs.items() if k in self.costs}})
 
-    def tighten(self, over: Mapping[str, float]) -> bool:
-        """Allow less of what turned out to cost more than it may, {kind: share of its limit}; whether there is any."""
-        wrong = {k: o for k, o in over.items() if o > 1}
-        self._press |= {k: self._press[k] * SAFE / o for k, o in wrong.items()}
-        return bool(wrong)
+    def over(self, candidate: Candidate) -> dict[str, float]:
+        """Costs as shares of their limits."""
+        return {k: candidate.costs[k] / most for k, most in self.limits().items()}
 
-    @contextmanager
-    def aiming(self, *targets: Target) -> Iterator[None]:
-        """Other targets of the same kinds, for a while."""
-        before, self.targets = self.targets, targets
-        try:
-            yield
-        finally:
-            self.targets = before
+    def tightened(self, over: Mapping[str, float]) -> SearchProblem:
+        """The problem that allows less of what has cost more than it may, {kind: share of its limit}."""
+        wrong = {k: self.corrections.get(k, 1.0) * SAFE / share for k, share in over.items() if share > 1}
+        return replace(self, corrections={**self.corrections, **wrong})
 
-    def retarget(self, *targets: Target) -> None:
-        """Take other targets of the same kinds, and forget what was learnt of the limits of the last ones."""
-        self.targets, self._press = targets, dict.fromkeys(self.costs, 1.0)
+    def with_targets(self, *targets: Target) -> SearchProblem:
+        """The problem with other targets of the same kinds."""
+        return replace(self, targets=targets)
 
     def towards_whole(self, way: float) -> tuple[Target, ...]:
         """The targets, so far of the way from what they are (0) to what the original costs (1)."""
@@ -218,12 +225,12 @@ class Problem:
         """Where the cost of that kind comes from."""
         if kind != "latency":
             return "counted"
-        return "measured" if self.here else "predicted"
+        return "measured" if self.is_measured_here else "predicted"
 
     def removed(self, kept: Counts) -> Mask:
         """Mask over atoms of what goes for counts [groups]: the units with the lowest scores."""
         gone = [int(s - k) for s, k in zip(self.sizes.steps, kept, strict=True)]
-        return atoms_removed(self.analysis.units, take(self.analysis, self.contests, gone))
+        return atoms_removed(self.analysis.units, take(self.analysis, self.groups, gone))
 
     def measured(self, kept: Counts, removed: Mask, *, timed: bool = True) -> dict[str, float]:
         """Costs of the cut before any repair: counted on the cut model, timed where this machine is the one meant.
@@ -239,16 +246,16 @@ class Problem:
             found["macs"] = float(macs_after(self.analysis, removed))
         kinds = found.keys() & {"params", "size", "latency"} - (set() if timed else {"latency"})
         if kinds:
-            found |= self.weighed(cut_model(self.analysis, removed), kinds)
+            found |= self.measured_model(cut_model(self.analysis, removed), kinds)
         return found
 
-    def weighed(self, model: ModelParts, kinds: Collection[str]) -> dict[str, float]:
+    def measured_model(self, model: ModelParts, kinds: Collection[str]) -> dict[str, float]:
         """Costs of a model, of those kinds that are known of a file: counted, and timed beside the original."""
         with Trial.of(self.analysis) as trial:
             proto, weights = flush(model)[0]
             path, size = trial.write(proto, weights, "measured")
             found = {"size": float(size), "params": float(sum(int(np.prod(w.shape)) for w in weights.values()))}
-            if "latency" in kinds and self.here:
+            if "latency" in kinds and self.is_measured_here:
                 feed = timing_feed(self.context, trial)
                 bench = Bench(self.analysis, self.sizes, self.context.device, feed, trial)
                 before, after = bench.whole([trial.original, path])
@@ -265,6 +272,13 @@ class Problem:
         return self.measured(kept, self.removed(kept))[kind]
 
 
+def _cost(sizes: Sizes, kind: str, table: LatencyTable | None) -> Cost:
+    if kind != "latency":
+        return costs_of(sizes.analysis, sizes, kind)
+    assert table is not None
+    return Latency(Places(sizes), table)
+
+
 def _costs_nothing(kind: str) -> UsageError:
     """The error for a target of a kind that the model has nothing of."""
     what = "no operator multiplies data with its weights" if kind == "macs" else "nothing of it is stored"
@@ -277,3 +291,146 @@ def _costs_nothing(kind: str) -> UsageError:
 def tolerance(kind: str) -> float:
     """How far above its limit a measured cost of that kind may be, as a share."""
     return TOLERANCE.get(kind, _COUNTED)
+
+
+# -- limits that measurements correct ----------------------------------------------------------------------------------
+
+# A time that turns out below this share of its limit leaves something on the table; corrections stop a little short,
+# and end where something fits and the next one would change less than this.
+_SLACK, SAFE, _SMALL = 0.95, 0.995, 0.01
+_MAX_RISE = 1.5
+
+
+class LimitCorrection:
+    """Factors on limits by kind, moved between what fitted and what did not.
+
+    Attributes:
+        now: the factors to try next.
+    """
+
+    def __init__(self, start: Mapping[str, float]) -> None:
+        self.now = dict(start)
+        self._fitted: dict[str, float] = {}
+        self._failed: dict[str, float] = {}
+        self._ended = False
+
+    def update(self, over: Mapping[str, float]) -> bool:
+        """Take in costs as shares of their limits; whether there is something else worth trying.
+
+        A cost above its limit is allowed less. A time far below it, where all else fits, is allowed more.
+        """
+        fits = all(o <= 1 for o in over.values())
+        moved = False
+        for kind, share in over.items():
+            if share > 1:
+                self._failed[kind] = min(self.now[kind], self._failed.get(kind, self.now[kind]))
+            elif fits and kind == "latency":
+                self._fitted[kind] = max(self.now[kind], self._fitted.get(kind, 0.0))
+            if share > 1 or (fits and kind == "latency" and share < _SLACK):
+                moved |= self._move(kind, share)
+        return moved and not self._ended
+
+    def end(self) -> None:
+        """What is tried now is the last."""
+        self._ended = True
+
+    def _move(self, kind: str, share: float) -> bool:
+        """Aim at what would fit if cost and limit moved alike, but within what is known."""
+        before = self.now[kind]
+        after = min(before * SAFE / share, before * _MAX_RISE)
+        low, high = self._fitted.get(kind), self._failed.get(kind)
+        if (low is not None and after <= low) or (high is not None and after >= high):
+            after = 0.5 * ((before if low is None else low) + (before if high is None else high))
+        self.now[kind] = after
+        return share > 1 or abs(after / before - 1) > _SMALL
+
+
+# -- errors of a budget that is not met --------------------------------------------------------------------------------
+
+# Room above the least that can be reached, so that the suggested budget does work.
+_ROOM = 1.03
+_MAX_NAMED = 3
+
+
+class BudgetErrors:
+    """Errors about one problem."""
+
+    def __init__(self, problem: SearchProblem) -> None:
+        self._problem = problem
+
+    def unreachable(self) -> BudgetError:
+        """No counts are within the targets."""
+        problem, limits = self._problem, self._problem.limits()
+        reached = {t: problem.reachable(t.kind) for t in problem.targets}
+        bad = {t: r for t, r in reached.items() if r > limits[t.kind]}
+        if not bad:
+            what = " and ".join(map(str, problem.targets))
+            return BudgetError(
+                f"{what} cannot be reached together, though each can alone.",
+                hint=f"Nothing was written. Loosen one of them. {self._limits(problem.targets[0].kind)}",
+            )
+        first = next(iter(bad))
+        least_share = bad[first] / problem.base(first.kind)
+        nearest = " ".join(f"--target {self._roomy(t, r)}" for t, r in bad.items())
+        best = first.with_limit(bad[first], problem.base(first.kind))
+        share = f" ({100 * least_share:.1f} % of the original)" if first.absolute else ""
+        return BudgetError(
+            f"{first} cannot be reached: the best is {best}{share}.",
+            hint=f"Nothing was written. {self._limits(first.kind)} The nearest budget that works: {nearest}",
+        )
+
+    def missed(self, best: Candidate) -> BudgetError:
+        """The final model costs more than it may, after all corrections."""
+        limits, problem = self._problem.limits(), self._problem
+        bad = [t for t in problem.targets if best.costs[t.kind] > limits[t.kind]]
+        reached = ", ".join(str(t.with_limit(best.costs[t.kind], problem.base(t.kind))) for t in bad)
+        nearest = " ".join(f"--target {self._roomy(t, best.costs[t.kind])}" for t in bad)
+        return BudgetError(
+            f"{', '.join(map(str, bad))} was not met: the best that was reached is {reached}.",
+            hint=f"Nothing was written. {self._limits(bad[0].kind)} The nearest budget that works: {nearest}",
+        )
+
+    def gate(self, why: str, nearest: tuple[Target, ...] | None) -> BudgetError:
+        """The targets are met, the quality is not."""
+        works = " ".join(f"--target {t}" for t in nearest) if nearest else ""
+        hint = f"The nearest budget that works: {works}" if works else "No cut was found that passes."
+        return BudgetError(f"{why}.", hint=f"Nothing was written. {hint}")
+
+    def _roomy(self, target: Target, cost: float) -> Target:
+        return target.with_limit(cost * _ROOM, self._problem.base(target.kind))
+
+    def _limits(self, kind: str) -> str:
+        """What holds most of what is left, in a sentence."""
+        problem = self._problem
+        analysis = problem.analysis
+        cost = problem.costs[kind]
+        kept = least(problem.choices["scores"], cost)
+        widest = problem.selector.request.widest
+        more = f" No group loses more than {widest:g} of its units (--max-ratio)." if widest < 1 else ""
+        if isinstance(cost, Peak):
+            name, share = cost.dearest(kept)
+            return f"Of what is left, {100 * share:.0f} % are activations, most of them alive at {name}.{more}"
+        if isinstance(cost, Latency):
+            return f"What is left takes most time in {_largest(cost.of_nodes(kept))}.{more}"
+        shape = problem.sizes.at(kept[None])
+
+        def elements(name: str) -> int:
+            found = shape(name) or ()
+            return int(prod(int(n[0]) if hasattr(n, "shape") else n for n in found))
+
+        def whole(name: str) -> object:
+            found = shape(name)
+            return found and tuple(int(n[0]) if hasattr(n, "shape") else n for n in found)
+
+        layers = analysis.layer_facts(whole, elements)
+        after = {x.name: x.macs_after if kind == "macs" else x.params_after for x in layers}
+        reasons = {x.name: x.reason.partition(":")[0] for x in layers}
+        return f"What is left lies most in {_largest(after, reasons)}.{more}"
+
+
+def _largest(parts: Mapping[str, float], reasons: Mapping[str, str] | None = None) -> str:
+    """The largest parts by name with their shares, and why they stay."""
+    total, why = sum(parts.values()) or 1, reasons or {}
+    top = sorted(parts, key=parts.__getitem__, reverse=True)[:_MAX_NAMED]
+    said = (f"{name} ({100 * parts[name] / total:.0f} %{', ' + why[name] if why.get(name) else ''})" for name in top)
+    return ", ".join(said)

@@ -1,4 +1,4 @@
-"""Answers around the best one: a little more for one group or layer at a time, carried out, repaired and measured."""
+"""Candidates around the best one: a little more for one group or layer at a time, carried out and evaluated."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate
 from onnxprune.budget.costs import Cost
 from onnxprune.budget.learn import Learned
-from onnxprune.search.attempt import Attempt
-from onnxprune.search.problem import Answer, Problem
+from onnxprune.search.evaluation import Evaluation
+from onnxprune.search.problem import Candidate, Evaluated, SearchProblem
 
 Array = NDArray[np.float64]
-Tried = tuple[Answer, Attempt]
 
 NAME = "knapsack with groups weighed by trial"
 # How much more or less a group's loss counts in a trial, first and later.
@@ -28,18 +27,18 @@ _EXTREME = 1e3
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Where answers are looked for: columns of counts with what they lose and cost.
+    """Where candidates are looked for: columns of counts with what they lose and cost.
 
     Attributes:
         choices: what every column may do. costs: of counts [cuts, columns], by kind. limits: the most of every kind.
-        answer: what comes of an allocation, given the weights [columns] that led to it; None where nothing does.
-        source: weights of 1 lead to answers of that source, and to those that take layers apart.
+        candidate: made of an allocation, given the weights [columns] that led to it; None where that cannot be.
+        source: weights of 1 lead to candidates of that source, and to those that factorize layers.
     """
 
     choices: Choices
     costs: Mapping[str, Cost]
     limits: Mapping[str, float]
-    answer: Callable[[Array, Allocation], Answer | None]
+    candidate: Callable[[Array, Allocation], Candidate | None]
     source: str
 
     def allocate(self, weights: Array) -> Allocation | None:
@@ -49,56 +48,61 @@ class Space:
         return allocate(Choices(self.choices.kept, losses), limits)
 
 
-def cuts(problem: Problem) -> Space:
+def cuts(problem: SearchProblem) -> Space:
     """The groups of a problem."""
 
-    def answer(_: Array, found: Allocation) -> Answer | None:
-        removed = problem.removed(found.kept)
-        one = Answer(NAME, found, removed, problem.measured(found.kept, removed))
-        return None if any(one.costs[k] > most for k, most in problem.limits().items()) else one
+    def candidate(_: Array, allocation: Allocation) -> Candidate | None:
+        removed = problem.removed(allocation.kept)
+        one = Candidate(NAME, allocation, removed, problem.measured(allocation.kept, removed))
+        return one if max(problem.over(one).values()) <= 1 else None
 
-    return Space(problem.choices[problem.lead], problem.costs, problem.pressed(), answer, problem.lead)
+    return Space(problem.choices[problem.lead], problem.costs, problem.corrected_limits(), candidate, problem.lead)
 
 
 class Refine:
-    """A search over what the loss of each group counts, by coordinates and by what the answers on the way tell.
+    """A search over what the loss of each group counts, by coordinates and by what the evaluations on the way tell.
 
     Scores see a group alone; what it is worth beside the others shows when all are cut. A knapsack with one group's
-    losses multiplied takes from it or gives to it what others can best give or take, within the limits; such answers
+    losses multiplied takes from it or gives to it what others can best give or take, within the limits; such candidates
     are tried for the dearest groups first, and kept where the outputs come closer to the original's. In between,
-    weights that would explain all answers so far (see :class:`onnxprune.budget.learn.Learned`) are tried, as long as
-    that helps.
+    weights that would explain all evaluations so far (see :class:`onnxprune.budget.learn.Learned`) are tried,
+    as long as that helps.
 
     Args:
-        space: groups, and layers that may be taken apart. judge: carries out, repairs and measures; None where an
-            answer cannot be carried out. trials: how many answers. whole: how good the original is.
+        space: groups, and layers that may be factorized. judge: evaluates; gives None where a candidate cannot be made.
+        trials: how many candidates. whole: how good the original is.
     """
 
     def __init__(
-        self, space: Space, judge: Callable[[Answer], Attempt | None], trials: int, whole: float = 0.0
+        self, space: Space, judge: Callable[[Candidate], Evaluation | None], trials: int, whole: float = 0.0
     ) -> None:
         self._space, self._judge, self._left = space, judge, trials
         self._choices = space.choices
         self._learned = Learned(space.choices, whole)
         self._known: set[bytes] = set()
 
-    def around(self, tried: Sequence[Tried]) -> list[Tried]:
-        """Answers that were tried besides. ``tried``: the ones there are, of which the best is where it starts."""
-        answer, attempt = max(tried, key=lambda pair: pair[1].quality.fine)
-        self._known = {a.allocation.kept.tobytes() for a, _ in tried}
-        best, here = attempt.quality.fine, self._weights(answer)
-        start = self._space.allocate(here) if answer.apart is not None else None
+    def around(self, evaluated: Sequence[Evaluated]) -> list[Evaluated]:
+        """Candidates that are evaluated besides.
+
+        Args:
+            evaluated: those that are known, of which the best is where it starts.
+        """
+        best_candidate, best_evaluation = max(evaluated, key=lambda pair: pair[1].quality.fine)
+        self._known = {a.allocation.kept.tobytes() for a, _ in evaluated}
+        best, here = best_evaluation.quality.fine, self._weights(best_candidate)
+        start = self._space.allocate(here) if best_candidate.factorize is not None else None
         self._known |= set() if start is None else {start.kept.tobytes()}
-        for one, its in tried:
-            self._learned.add(one.allocation.kept if start is None else start.kept, its.quality.fine)
-        found: list[Tried] = []
+        for candidate, evaluation in evaluated:
+            kept = candidate.allocation.kept if start is None else start.kept
+            self._learned.add(kept, evaluation.quality.fine)
+        added: list[Evaluated] = []
 
         def better(weights: Array) -> bool:
             nonlocal best, here
             one = self._try(weights)
             if one is None:
                 return False
-            found.append(one)
+            added.append(one)
             if one[1].quality.fine <= best:
                 return False
             best, here = one[1].quality.fine, weights
@@ -109,8 +113,8 @@ class Refine:
                 pass
 
         follow()
-        others = [self._weights(a) for a, _ in tried if a is not answer]
-        for other in others:  # half the way between two answers
+        others = [self._weights(a) for a, _ in evaluated if a is not best_candidate]
+        for other in others:  # half the way between two candidates
             better(np.sqrt(here * other))
         for factor in _FACTORS:
             for group in self._order():
@@ -121,18 +125,18 @@ class Refine:
                     if moved:
                         break
                 follow()
-        return found
+        return added
 
     def _learnt(self) -> Array | None:
-        """Weights that all answers so far speak for; None where they promise next to nothing, or nothing new."""
+        """Weights that all evaluations so far speak for; None where they promise next to nothing, or nothing new."""
         weights = self._learned.weights()
         allocation = self._space.allocate(weights)
         if allocation is None or allocation.kept.tobytes() in self._known:
             return None
         return weights if self._learned.gain(allocation.kept, weights) > _PROMISING else None
 
-    def _try(self, weights: Array) -> Tried | None:
-        """The answer at these weights, carried out; None where it is known, or no trial is left."""
+    def _try(self, weights: Array) -> Evaluated | None:
+        """The candidate at these weights, evaluated; None where it is known, or no trial is left."""
         if self._left <= 0:
             return None
         allocation = self._space.allocate(weights)
@@ -140,22 +144,22 @@ class Refine:
             return None
         self._known.add(allocation.kept.tobytes())
         self._left -= 1
-        answer = self._space.answer(weights, allocation)
-        attempt = None if answer is None else self._judge(answer)
-        if attempt is not None:
-            self._learned.add(allocation.kept, attempt.quality.fine)
-        return None if answer is None or attempt is None else (answer, attempt)
+        candidate = self._space.candidate(weights, allocation)
+        evaluation = None if candidate is None else self._judge(candidate)
+        if evaluation is not None:
+            self._learned.add(allocation.kept, evaluation.quality.fine)
+        return None if candidate is None or evaluation is None else (candidate, evaluation)
 
     def _order(self) -> list[int]:
         """Columns with a choice, those first whose units cost most in all."""
         saved = self._slopes(np.array([k[-1] for k in self._choices.kept]))[0] * [k[-1] for k in self._choices.kept]
         return [int(g) for g in np.argsort(-saved, kind="stable") if self._choices.kept[g].size > 1]
 
-    def _weights(self, answer: Answer) -> Array:
-        """What losses have to count for the knapsack to give an answer: cost over loss of the last unit of a group."""
-        if answer.apart is not None or answer.source == self._space.source:
+    def _weights(self, candidate: Candidate) -> Array:
+        """Weights with which the knapsack gives a candidate: cost over loss of the last unit of a group."""
+        if candidate.factorize is not None or candidate.source == self._space.source:
             return np.ones(len(self._choices.kept))
-        cost, loss = self._slopes(answer.allocation.kept)
+        cost, loss = self._slopes(candidate.allocation.kept)
         with np.errstate(divide="ignore", invalid="ignore"):
             weights = np.where((cost > 0) & (loss > 0), cost / loss, np.nan)
         middle = np.exp(np.nanmean(np.log(weights))) if np.isfinite(weights).any() else 1.0

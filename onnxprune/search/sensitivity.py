@@ -20,21 +20,20 @@ from numpy.typing import NDArray
 from onnxprune.budget.sensitivity import VERSION, GroupCurve, Sensitivity
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.files import user_cache
-from onnxprune.passes.calls import CalibrationBatches
+from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
 from onnxprune.passes.outcome import noise
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed
-from onnxprune.search.attempt import ENOUGH, attempt, of_original
-from onnxprune.search.measure import Metric, said
+from onnxprune.search.evaluation import Metric, evaluate, points_name, points_of_original
 from onnxprune.selection.choose import take
 from onnxprune.selection.scopes import nearest_count
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 """Shares of a group's units that are cut where nobody says."""
-_JUDGES = 64
+_MAX_VALIDATION = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Job:
 
     Attributes:
         model: path or bytes. feeds: to repair from and then to judge by; None for synthetic inputs.
-        removed: {share: packed mask over atoms}. atoms: their number. samples: of the feeds to repair from.
+        removed: {share: packed mask over atoms}. atoms: their number.
     """
 
     model: str | bytes
@@ -53,7 +52,6 @@ class Job:
     reshape_axis: str
     mode: str
     metric: Metric | None
-    samples: int
     seed: int
     atoms: int
     removed: dict[float, bytes]
@@ -66,19 +64,17 @@ def run_job(job: Job) -> list[tuple[float, float, str]]:
     found = []
     for packed in job.removed.values():
         removed = np.unpackbits(np.frombuffer(packed, np.uint8), count=job.atoms).astype(bool)
-        tried = attempt(
+        quality = evaluate(
             context,
             analysis,
             removed,
             mode=job.mode,
             metric=job.metric,
-            samples=job.samples,
-            judges=_JUDGES,
+            split=TrialSplit(max_validation=_MAX_VALIDATION),
             near=True,
-        )
-        quality = tried.quality
+        ).quality
         assert quality.fidelity is not None
-        found.append((noise(quality.fidelity), quality.points, said(job.metric, quality.fidelity)))
+        found.append((noise(quality.fidelity), quality.points, points_name(job.metric, quality.fidelity)))
     return found
 
 
@@ -87,7 +83,7 @@ class _Key:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._same = (job.model, repr(job.input_shapes), job.approximate, job.reshape_axis, job.seed, job.samples)
+        self._same = (job.model, repr(job.input_shapes), job.approximate, job.reshape_axis, job.seed)
 
     def __hash__(self) -> int:
         return hash(self._same)
@@ -153,9 +149,9 @@ def measure_sensitivity(
     if not work:
         raise BudgetError("No channel that was asked for can be removed.", hint="Check --include and --exclude.")
     with context.stage("sensitivity"):
-        original = of_original(analysis, metric)
+        original = points_of_original(analysis, metric)
         run = joblib.Parallel(n_jobs=jobs, return_as="generator")
-        what = said(metric, None)
+        what = points_name(metric, None)
         for done, ((curve, _), found) in enumerate(
             zip(work, run(joblib.delayed(run_job)(job) for _, job in work), strict=True)
         ):
@@ -190,11 +186,8 @@ def _job(
     packed = {share: np.packbits(mask).tobytes() for share, mask in masks.items()}
     atoms = next(iter(masks.values())).size
     where = model if isinstance(model, bytes) else str(Path(model).resolve())
-    samples = ENOUGH if feeds is None else min(ENOUGH, max(1, sum(map(count, feeds)) * 2 // 3))
     axis, approximate = selector.analysis.reshape_axis, selector.analysis.approximate
-    return Job(
-        where, context.input_shapes, feeds, approximate, axis, mode, metric, samples, context.seed, atoms, packed
-    )
+    return Job(where, context.input_shapes, feeds, approximate, axis, mode, metric, context.seed, atoms, packed)
 
 
 def _feeds(context: Context, selector: Selector) -> tuple[Feed, ...] | None:
@@ -205,7 +198,7 @@ def _feeds(context: Context, selector: Selector) -> tuple[Feed, ...] | None:
     for feed in CalibrationBatches(context, selector.analysis).batches():
         feeds.append(feed)
         seen += count(feed)
-        if seen >= ENOUGH + _JUDGES:
+        if seen >= MAX_TRIAL + _MAX_VALIDATION:
             break
     return tuple(feeds)
 
@@ -214,7 +207,7 @@ def _settings(
     context: Context, selector: Selector, mode: str, metric: Metric | None, shares: Sequence[float]
 ) -> dict[str, Any]:
     data = "synthetic" if context.calibration is None else context.inputs().name
-    label = None if metric is None else said(metric, None)
+    label = None if metric is None else points_name(metric, None)
     request = selector.request.settings
     return {
         "criterion": selector.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from onnxprune.budget.target import Target
@@ -13,12 +14,10 @@ from onnxprune.passes.trial import Trial, timing_feed
 from onnxprune.pipeline import Context, Model
 from onnxprune.report.facts import Fidelity, SweepFacts, SweepPoint
 from onnxprune.runtime.latency import in_turn
-from onnxprune.search.attempt import Attempt, of_original
-from onnxprune.search.budget import Budget
-from onnxprune.search.measure import said
-from onnxprune.search.problem import Answer
-from onnxprune.search.search import Search
-from onnxprune.search.table import settled
+from onnxprune.search.budget import Budget, Search
+from onnxprune.search.evaluation import Evaluation, points_name, points_of_original
+from onnxprune.search.latency import rewritable_sizes
+from onnxprune.search.problem import Candidate
 
 
 def sweep(
@@ -35,13 +34,14 @@ def sweep(
         BudgetError: none of the budgets can be met.
     """
     prune = budget.prune(context)
-    analysis = settled(prune.prepared(context, Model.of(context.analysis))).analysis
+    analysis = rewritable_sizes(prune.prepared(context, Model.of(context.analysis))).analysis
     metric = budget.wishes.metric
-    search = Search(context, analysis, budget.wishes, prune, budget.mode)
+    before = points_of_original(analysis, metric)
+    search = Search(context, analysis, budget.wishes, prune, budget.mode, before)
     whole = SweepPoint("", sum(x.macs_before for x in analysis.layers), analysis.parameters, analysis.loaded.size)
-    whole.points, whole.cosine = of_original(analysis, metric), 1.0
+    whole.points, whole.cosine = before, 1.0
     facts = SweepFacts(
-        str(analysis.loaded.path or "the model"), said(metric, None), context.device.threads, points=[whole]
+        str(analysis.loaded.path or "the model"), points_name(metric, None), context.device.threads, points=[whole]
     )
     facts.settings = {"criterion": prune.name, "recover": budget.mode, "kind": kind}
     with context.stage("sweep"), Trial.of(analysis) as trial:
@@ -49,14 +49,15 @@ def sweep(
         files = [trial.original]
         for number, share in enumerate(shares):
             target = Target(kind, share)
-            problem.retarget(target)
+            problem = replace(problem, targets=(target,), corrections={})
             try:
                 found = search.within(problem)
             except BudgetError as error:
                 facts.points.append(SweepPoint(str(target), error=error.message))
                 continue
+            problem = replace(problem, lead=found.problem.lead)
             point = _point(target, found.best, found.final)
-            facts.what = said(metric, found.final.quality.fidelity)
+            facts.what = points_name(metric, found.final.quality.fidelity)
             small, _ = flush(found.final.model.parts)
             files.append(trial.write(*small, f"sweep{number}")[0])
             if folder is not None:
@@ -86,10 +87,12 @@ def mark(points: Sequence[SweepPoint]) -> None:
         )
 
 
-def _point(target: Target, answer: Answer, final: Attempt) -> SweepPoint:
+def _point(target: Target, candidate: Candidate, final: Evaluation) -> SweepPoint:
     facts: Fidelity | None = final.quality.fidelity
     cosine = 0.0 if facts is None else facts.worst_cosine
-    return SweepPoint(str(target), final.macs, final.params, final.size, 0.0, final.quality.points, cosine, answer.name)
+    return SweepPoint(
+        str(target), final.macs, final.params, final.size, 0.0, final.quality.points, cosine, candidate.name
+    )
 
 
 def _keep(file: Path, folder: Path, stem: str, share: float) -> Path:

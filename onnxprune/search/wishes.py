@@ -13,7 +13,7 @@ from onnxprune.budget.target import Given as Targets
 from onnxprune.budget.target import Target, targets
 from onnxprune.errors import UsageError
 from onnxprune.runtime.images import ImageOptions
-from onnxprune.search.measure import Metric, load_metric
+from onnxprune.search.evaluation import Metric, load_metric
 from onnxprune.selection.request import Options
 
 FACTORED = ("macs", "params", "size", "latency")

@@ -7,7 +7,7 @@ import onnx
 from build import Net
 
 import onnxprune as op
-from onnxprune.search.effort import measuring, trials_of
+from onnxprune.search.budget import measuring_effort, trials_of
 from onnxprune.selection.drift import SHARES
 
 WIDE, SEED = 24, 3
@@ -55,10 +55,10 @@ def test_measured_scores_are_not_measured_again() -> None:
 
 def test_measuring_is_cut_short_for_large_models() -> None:
     """Fewer samples, then fewer sizes, then none; never more than so many samples."""
-    assert measuring(1e6, [64] * 10) == (SHARES, 64)
-    shares, samples = measuring(2e8, [64] * 40) or ((), 0)
+    assert measuring_effort(1e6, [64] * 10) == (SHARES, 64)
+    shares, samples = measuring_effort(2e8, [64] * 40) or ((), 0)
     assert shares == SHARES and 16 <= samples < 64
-    shares, samples = measuring(4e9, [64] * 60) or ((), 0)
+    shares, samples = measuring_effort(4e9, [64] * 60) or ((), 0)
     assert 0 < len(shares) < len(SHARES) and samples >= 16
-    assert measuring(1e9, [64] * 5000) is None
+    assert measuring_effort(1e9, [64] * 5000) is None
     assert trials_of(0) > trials_of(1e8) > trials_of(1e9) == 0

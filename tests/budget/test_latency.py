@@ -22,8 +22,15 @@ from onnxprune.errors import UsageError
 from onnxprune.pipeline import Context
 from onnxprune.runtime.device import device
 from onnxprune.runtime.sessions import open_session
-from onnxprune.search.table import latency_table, settled
-from onnxprune.search.timing import block_levels, check_runs, fit_runs, line, steadied
+from onnxprune.search.latency import (
+    block_levels,
+    check_runs,
+    fit_runs,
+    latency_table,
+    line,
+    rewritable_sizes,
+    steadied,
+)
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -213,7 +220,7 @@ def test_a_provider_that_does_not_start_is_no_other_device(monkeypatch: pytest.M
 
 def test_a_table_is_measured_once_per_device(tmp_path: Path) -> None:
     context = Context.of(MODELS / "recurrent.onnx", cache=tmp_path, threads=1)
-    sizes = settled(context.analysis)
+    sizes = rewritable_sizes(context.analysis)
     table = latency_table(context, sizes, seconds=0.1)
     assert table.seconds > 0 and table.samples and len(table.checks) > 3
     (kept,) = tmp_path.glob("latency-*.json")

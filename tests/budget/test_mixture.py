@@ -23,9 +23,9 @@ from onnxprune.passes import factorize, joint_budget
 from onnxprune.passes.prune import Prune
 from onnxprune.pipeline import Context
 from onnxprune.report.facts import Latency
+from onnxprune.search.latency import Bench
 from onnxprune.search.mixture import WEIGHED, Mixture
-from onnxprune.search.problem import Problem
-from onnxprune.search.timing import Bench
+from onnxprune.search.problem import SearchProblem
 
 MODELS = Path(__file__).parents[2] / "models"
 MODEL, DIGITS = MODELS / "residual.onnx", MODELS / "digits_calibration.npz"
@@ -208,15 +208,15 @@ def test_what_groups_and_layers_count_together_is_found_by_trial() -> None:
 def test_weights_decide_which_layers_are_taken_apart() -> None:
     """A layer whose errors count a thousandfold is left alone; one whose errors count for nothing is not."""
     context = Context.of(MODEL)
-    problem = Problem(context, Prune("l2", 0.5).selector(context, context.analysis), [parse("macs=0.5")])
+    problem = SearchProblem.of(context, Prune("l2", 0.5).selector(context, context.analysis), [parse("macs=0.5")])
     mixture = Mixture(context, problem, {})
-    space = mixture.space()
+    space = mixture.space(problem)
     ones = np.ones(len(space.choices.kept))
-    plain = mixture.answer(mixture.rate, ones)
-    assert plain is not None and plain.apart is not None and plain.apart.gains == mixture.gains
+    plain = mixture.candidate(problem, mixture.rate(problem), ones)
+    assert plain is not None and plain.factorize is not None and plain.factorize.gains == mixture.gains
     dear = ones.copy()
     dear[-1] = 1e3
-    changed = mixture.answer(mixture.rate, dear)
-    assert changed is not None and changed.apart is not None and changed.name == WEIGHED
-    grown = {name for name, gain in (changed.apart.gains or {}).items() if gain > 2 * mixture.gains[name]}
+    changed = mixture.candidate(problem, mixture.rate(problem), dear)
+    assert changed is not None and changed.factorize is not None and changed.name == WEIGHED
+    grown = {name for name, gain in (changed.factorize.gains or {}).items() if gain > 2 * mixture.gains[name]}
     assert len(grown) == 1

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.search.pressure import Pressure
+from onnxprune.search.problem import LimitCorrection
 
 
 def search(measure: Callable[[float], float], rounds: int = 7) -> list[float]:
     """What is measured, as shares of the limit, at each of the factors that are tried."""
-    press, seen = Pressure({"latency": 1.0}), []
+    press, seen = LimitCorrection({"latency": 1.0}), []
     for _ in range(rounds):
         seen.append(measure(press.now["latency"]))
-        if not press.learn({"latency": seen[-1]}):
+        if not press.update({"latency": seen[-1]}):
             break
     return seen
 
@@ -35,19 +35,19 @@ def test_a_staircase_ends_on_the_last_step_that_fits() -> None:
 
 def test_what_fits_is_left_alone() -> None:
     assert search(lambda press: 0.97) == [0.97]
-    press = Pressure({"macs": 1.0})
-    assert not press.learn({"macs": 0.5})  # counted costs are as predicted: less is what the steps allow
+    press = LimitCorrection({"macs": 1.0})
+    assert not press.update({"macs": 0.5})  # counted costs are as predicted: less is what the steps allow
 
 
 def test_only_what_is_over_is_tightened() -> None:
-    press = Pressure({"macs": 1.0, "latency": 1.0})
-    assert press.learn({"macs": 0.9, "latency": 1.2})
+    press = LimitCorrection({"macs": 1.0, "latency": 1.0})
+    assert press.update({"macs": 0.9, "latency": 1.2})
     assert press.now["macs"] == 1.0 and press.now["latency"] == pytest.approx(0.995 / 1.2)
     press.end()
-    assert not press.learn({"macs": 0.9, "latency": 1.2})
+    assert not press.update({"macs": 0.9, "latency": 1.2})
 
 
 def test_a_little_too_much_is_too_much() -> None:
-    press = Pressure({"size": 1.0})
-    assert press.learn({"size": 1.002})
-    assert not press.learn({"size": 0.999})
+    press = LimitCorrection({"size": 1.0})
+    assert press.update({"size": 1.002})
+    assert not press.update({"size": 0.999})

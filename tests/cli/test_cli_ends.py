@@ -16,8 +16,7 @@ import onnx
 import pytest
 
 from onnxprune.analysis import Analysis
-from onnxprune.search.attempt import of_original
-from onnxprune.search.measure import load_metric
+from onnxprune.search.evaluation import load_metric, points_of_original
 
 MODEL = Path(__file__).parents[2] / "models" / "residual.onnx"
 WAITING = """
@@ -135,7 +134,7 @@ def test_a_metric_has_files_of_its_own(name: str, external: bool, folder: Path) 
         onnx.save(model, folder / "m.onnx", save_as_external_data=True, location="data/w.bin", size_threshold=0)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     here = Path.cwd()
-    points = of_original(Analysis(folder / "m.onnx"), load_metric(f"{folder / 'metrics.py'}:{name}"))
+    points = points_of_original(Analysis(folder / "m.onnx"), load_metric(f"{folder / 'metrics.py'}:{name}"))
     assert points == -sum(np.prod(t.dims) for t in model.graph.initializer)
     assert Path.cwd() == here
     assert {path: path.read_bytes() for path in before} == before

@@ -34,7 +34,7 @@ def capture_overhead(path: Path, data: Path, samples: int, needs: Sequence[str])
     from onnxprune.model.save import save
     from onnxprune.passes import Context
     from onnxprune.passes.calibrate import captured_maps
-    from onnxprune.passes.calls import CalibrationBatches
+    from onnxprune.passes.calibration import CalibrationBatches
     from onnxprune.runtime.sessions import open_session, run
 
     context = Context.of(path, data=data, samples=limit(data, samples))

@@ -1,24 +1,34 @@
-"""Measure a latency table: the model cut to many counts, every node timed where it stands, whole runs to check it."""
+"""Latency tables: taken from a file, kept of an earlier run, or measured; and what they say of a model, to read."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
-from onnxprune.budget.latency import Latency, Places, samples_of
+from onnxprune.budget.latency import Latency, Places, samples_of, surfaces
 from onnxprune.budget.sizes import Counts, Sizes
-from onnxprune.budget.table import LatencyTable
-from onnxprune.errors import ModelError
+from onnxprune.budget.table import VERSION, LatencyTable
+from onnxprune.errors import BudgetError, ModelError, UsageError
+from onnxprune.files import user_cache
+from onnxprune.graph.view import Node
 from onnxprune.passes.flush import flush
+from onnxprune.passes.freeze import frozen_at
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.trial import Trial, timing_feed
 from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
+from onnxprune.report.facts import SHARES, KindSteps, NodeTime, Profile
+from onnxprune.rewrite.cut import CannotRewrite
 from onnxprune.runtime.device import Device
 from onnxprune.runtime.latency import in_turn
 from onnxprune.runtime.profile import profile
@@ -43,6 +53,76 @@ _WHOLE_SECONDS = 1.0
 _LEVELS, _BLOCK = 16, 4
 # Levels next to a share that counts are drawn from.
 _NEAR = 4
+# Kinds of nodes whose steps are shown, and levels of each.
+_KINDS, _SHOWN = 4, 16
+
+
+# -- where a table comes from ------------------------------------------------------------------------------------------
+
+
+def rewritable_sizes(analysis: Analysis) -> Sizes:
+    """Sizes over the groups that can be cut, of the analysis in which nodes that cannot be rewritten are frozen.
+
+    Raises:
+        BudgetError: nothing can be cut.
+    """
+    for _ in range(len(analysis.graph.nodes) + 1):
+        groups = [g for g in analysis.units.groups if g.prunable]
+        if not groups:
+            raise BudgetError("No channel of this model can be removed.", hint="'onnxprune inspect' lists the reasons.")
+        sizes = Sizes(analysis, groups)
+        removed = removal(analysis, sizes, sizes.steps - 1)
+        try:
+            cut_model(analysis, removed)
+        except CannotRewrite as stop:
+            analysis = frozen_at(analysis, stop, removed)
+        else:
+            return sizes
+    raise AssertionError("every node was frozen")  # pragma: no cover
+
+
+def latency_table(
+    context: Context,
+    sizes: Sizes,
+    *,
+    given: str | Path | LatencyTable | None = None,
+    seconds: float = SECONDS,
+    anew: bool = False,
+) -> LatencyTable:
+    """The table ``given``, else the one kept for this model on this machine, else a new one, which is then kept.
+
+    It is kept in ``context.cache``, else in the user's cache folder. ``anew``: measure whatever is kept.
+
+    Raises:
+        UsageError: the given table cannot be read or is another model's. ModelError: the model does not run.
+    """
+    analysis = sizes.analysis
+    if given is not None:
+        table = given if isinstance(given, LatencyTable) else LatencyTable.load(given)
+        table.check_model(analysis.loaded.sha256, "" if isinstance(given, LatencyTable) else repr(str(given)))
+        return table
+    file = _table_file(context, analysis)
+    if not anew and file.is_file():
+        with suppress(UsageError):  # a damaged one is measured anew
+            table = LatencyTable.load(file)
+            table.check_model(analysis.loaded.sha256, "")
+            return table
+    table = measure_table(context, sizes, seconds=seconds)
+    with suppress(OSError, UsageError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        table.save(file)
+    return table
+
+
+def _table_file(context: Context, analysis: Analysis) -> Path:
+    """The file of the table for this model, its input sizes and this device."""
+    shapes = {name: list(shape) for name, shape in analysis.facts.probes[0].inputs.items()}
+    key = json.dumps([VERSION, analysis.loaded.sha256, shapes, context.device.facts()], sort_keys=True)
+    folder = context.cache or user_cache()
+    return folder / f"latency-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+# -- measuring one -----------------------------------------------------------------------------------------------------
 
 
 def block_levels(steps: int) -> Counts:
@@ -207,3 +287,71 @@ def line(nodes: NDArray[np.float64], measured: NDArray[np.float64]) -> tuple[flo
     slope = float(np.clip(np.linalg.lstsq(design, np.ones_like(measured), rcond=None)[0][1], 0.5, 2.0))
     rest = (measured - slope * nodes) * weight
     return float((rest * weight).sum() / np.square(weight).sum()), slope
+
+
+# -- reading one -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """What a profile found: ``facts`` to read, ``table`` to reckon with."""
+
+    facts: Profile
+    table: LatencyTable
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON, for ``--latency-table``.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        self.table.save(path)
+
+
+def profiled(sizes: Sizes, table: LatencyTable, model: str) -> Profile:
+    """The facts of a table, in milliseconds."""
+    places = Places(sizes)
+    latency = Latency(places, table)
+    whole = latency.of_nodes(sizes.steps)
+    parts = [latency.of_nodes(_alike(sizes, share)) for share in SHARES]
+    nodes = [
+        NodeTime(n.label, n.kind, 1e3 * whole[n.label], [1e3 * part[n.label] for part in parts])
+        for n in places.nodes
+        if whole.get(n.label)
+    ]
+    nodes.sort(key=lambda node: -node.ms)
+    checks = [(1e3 * p, 1e3 * m) for p, m in table.checks]
+    steps = _steps(places, table, whole)
+    return Profile(model, table.device, table.inputs, 1e3 * table.seconds, table.error, checks, nodes, steps)
+
+
+def _alike(sizes: Sizes, share: float) -> Counts:
+    """Counts [groups]: of every group the measured level nearest to the share."""
+    levels = [block_levels(int(s)) for s in sizes.steps]
+    return np.array([x[np.argmin(np.abs(x - share * s))] for x, s in zip(levels, sizes.steps, strict=True)])
+
+
+def _steps(places: Places, table: LatencyTable, whole: dict[str, float]) -> list[KindSteps]:
+    """The kinds that take most time in all, by the channels that they read and make."""
+    kinds: dict[str, list[Node]] = defaultdict(list)
+    for node in places.moving:
+        kinds[places.kinds[node.label]].append(node)
+    dearest = sorted(kinds, key=lambda k: -sum(whole.get(n.label, 0.0) for n in kinds[k]))[:_KINDS]
+    found, shape = [], places.sizes.analysis.facts.shape
+    for kind in dearest:
+        surface = surfaces(places, [s for s in table.samples if places.kinds.get(s.node) == kind]).get(kind)
+        if surface is None:
+            continue
+        reads, makes = (int(n) for n in places.channels(kinds[kind][0], shape))
+        for by, held in (("reads", surface.reads), ("makes", surface.makes)):
+            levels = _some(np.rint(np.exp(held)).astype(np.int64))
+            same = np.full(levels.size, makes if by == "reads" else reads)
+            ms = 1e3 * (surface.at(levels, same) if by == "reads" else surface.at(same, levels))
+            if levels.size > 1:
+                found.append(KindSteps(kinds[kind][0].op, len(kinds[kind]), by, levels.tolist(), ms.tolist()))
+    return found
+
+
+def _some(levels: Counts) -> Counts:
+    """So many of the levels, evenly."""
+    return np.asarray(levels[np.unique(np.linspace(0, levels.size - 1, _SHOWN).round().astype(int))])

@@ -1,0 +1,155 @@
+"""The user's inputs in calls that the model can take, and which of them are held out of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from onnxprune.analysis import Analysis
+from onnxprune.pipeline import Context, HoldOut
+from onnxprune.runtime.capture import count
+from onnxprune.runtime.sessions import Feed
+
+# Of every so many batches one is held out: of a recovery, which needs most to fit to; and where the effect of single
+# cuts is measured, which needs many to tell them apart.
+HELD_OUT_OF_RECOVERY, HELD_OUT_OF_SENSITIVITY = 8, 3
+MAX_VALIDATION = 256
+"""Samples that are enough to measure on."""
+MIN_VALIDATION = 32
+"""Samples below which the model of a trial is measured on what its recovery held out."""
+MAX_TRIAL = 128
+"""Samples that are enough to tell one candidate from another."""
+
+
+class CalibrationBatches:
+    """The calibration data of a run.
+
+    Some exports declare a free batch and reshape to a fixed one: analysis then has found one size that makes sense,
+    every call has that size, and samples that fill no call are left out.
+
+    Attributes:
+        fixed: the number of samples that every call has to have, None where any number will do.
+        max_size: samples per call that the user wants at most, where any number will do.
+    """
+
+    def __init__(self, context: Context, analysis: Analysis, limit: int | None = None) -> None:
+        """``limit``: samples that are enough, where the user does not say how many to take; at least one call's."""
+        probes = analysis.facts.probes
+        leads = [{name: s[0] for name, s in probe.inputs.items() if s} for probe in probes]
+        self._sizes = leads[0] if all(own == leads[0] for own in leads) else {}
+        self.fixed = next(iter(self._sizes.values()), None)
+        data, calibration = context.inputs(), context.calibration
+        assert calibration is not None
+        self.max_size = calibration.batch_size or 16
+        limited = limit is not None and calibration.limit is None
+        self._data = data.first(max(limit or 1, self.fixed or 1)) if limited else data
+
+    def __iter__(self) -> Iterator[Feed]:
+        """One pass in batches of the usual size."""
+        return self.batches()
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of one pass, None where they are not known before."""
+        known = self._data.samples
+        return known // self.fixed * self.fixed if known and self.fixed else known
+
+    def batches(self, batch_size: int | None = None) -> Iterator[Feed]:
+        """One pass over the data."""
+        for feed in self._data.batches(self.fixed or batch_size):
+            if all(len(feed[name]) >= size for name, size in self._sizes.items() if name in feed):
+                yield feed
+
+    def fingerprint(self) -> str | None:
+        """What stands for the data's content, None where it can be read only once."""
+        return self._data.fingerprint()
+
+
+def is_held_out(number: int, every: int) -> bool:
+    """Whether a batch is held out: the last one of every so many, so that a few batches are all fitted to."""
+    return number % every == every - 1
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSplit:
+    """Inputs of a recovery.
+
+    Attributes:
+        fit: batches to fit to. validation: batches to compare results on; those of ``fit`` where there are too few.
+        synthetic: what ``fit`` is where it is not the user's inputs.
+    """
+
+    fit: Sequence[Feed]
+    validation: HoldOut
+    synthetic: str = ""
+
+    @classmethod
+    def of(cls, batches: Sequence[Feed], name: str, synthetic: str = "") -> CalibrationSplit:
+        """Hold out every eighth batch, up to 256 samples; with fewer batches, results are compared on all of them.
+
+        Args:
+            batches: the inputs. name: what to call them. synthetic: what they are where they are not the user's.
+        """
+        fit: list[Feed] = []
+        held_out: list[Feed] = []
+        samples = 0
+        for number, feed in enumerate(batches):
+            if is_held_out(number, HELD_OUT_OF_RECOVERY) and samples < MAX_VALIDATION:
+                held_out.append(feed)
+                samples += count(feed)
+            else:
+                fit.append(feed)
+        if held_out:
+            return cls(fit, HoldOut(held_out, f"{name}, set aside from the repair"), synthetic)
+        return cls(fit, HoldOut(fit, f"{name}, which the repair was fitted to"), synthetic)
+
+    @property
+    def num_fit(self) -> int:
+        """Samples to fit to."""
+        return sum(map(count, self.fit))
+
+    @property
+    def num_held_out(self) -> int:
+        """Samples that are not fitted to."""
+        return 0 if self.validation.inputs is self.fit else sum(map(count, self.validation.inputs))
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSplit:
+    """Inputs of a trial: the first samples are fitted to, those behind them measured on.
+
+    Attributes:
+        max_fit: samples to fit to, at most, and no more than half of what there are.
+        max_validation: samples to measure on, at most.
+    """
+
+    max_fit: int = MAX_TRIAL
+    max_validation: int = MAX_VALIDATION
+
+    def num_fit(self, context: Context, analysis: Analysis) -> int:
+        """Samples to fit to."""
+        total = None if context.calibration is None else CalibrationBatches(context, analysis).samples
+        return self.max_fit if total is None else min(self.max_fit, max(1, total // 2))
+
+    def validation(self, context: Context, analysis: Analysis) -> list[Feed]:
+        """Batches to measure on; none where they are too few."""
+        if context.calibration is None:
+            return []
+        start = self.num_fit(context, analysis)
+        batches = list(_between(CalibrationBatches(context, analysis).batches(), start, start + self.max_validation))
+        return batches if sum(map(count, batches)) >= MIN_VALIDATION else []
+
+    def first(self, context: Context, analysis: Analysis) -> list[Feed]:
+        """Batches to measure on where nothing is fitted."""
+        return list(_between(CalibrationBatches(context, analysis).batches(), 0, self.max_validation))
+
+
+def _between(batches: Iterator[Feed], start: int, stop: int) -> Iterator[Feed]:
+    """Batches that begin at sample ``start`` or behind it, until ``stop`` samples were read."""
+    samples = 0
+    for batch in batches:
+        if samples >= start:
+            yield batch
+        samples += count(batch)
+        if samples >= stop:
+            return

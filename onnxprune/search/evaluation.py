@@ -1,0 +1,275 @@
+"""The evaluation of a candidate: prune, factorize, recover, and measure how good the model is."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.analysis import Analysis
+from onnxprune.errors import UsageError, nearest
+from onnxprune.passes.calibration import TrialSplit
+from onnxprune.passes.factorize import Factorize
+from onnxprune.passes.outcome import noise
+from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.recover import Recover
+from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.pipeline import Context, Model, PassResult, apply
+from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Sizes
+from onnxprune.runtime.fidelity import fidelity
+from onnxprune.runtime.sessions import Feed
+from onnxprune.selection.costs import macs_after
+
+Mask = NDArray[np.bool_]
+
+
+# -- quality -----------------------------------------------------------------------------------------------------------
+
+Metric = Callable[[str], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A model's quality.
+
+    Attributes:
+        points: what ``--max-drop`` counts in: the metric, or per cent of top-1 agreement, else of cosine.
+        fine: what candidates are compared by; higher is better. fidelity: to the original, where it was measured.
+    """
+
+    points: float
+    fine: float
+    fidelity: Fidelity | None = None
+
+
+def _of_fidelity(facts: Fidelity) -> Quality:
+    """Quality without a metric: points are the agreement with the original, compared is the noise."""
+    shares = [o.top1 for o in facts.outputs if o.top1 is not None]
+    points = 100 * min(shares) if shares and len(shares) == len(facts.outputs) else 100 * facts.worst_cosine
+    return Quality(points, -noise(facts), facts)
+
+
+def points_name(metric: Metric | None, facts: Fidelity | None) -> str:
+    """What the points are."""
+    if metric is not None:
+        return str(getattr(metric, "label", getattr(metric, "__name__", "metric")))
+    tops = facts is not None and facts.outputs and all(o.top1 is not None for o in facts.outputs)
+    return "top-1 agreement in %" if tops else "cosine in %"
+
+
+def measure_metric(metric: Metric, path: Path) -> float:
+    """The metric of a model file, which it may change or remove: nothing else must need the file any more.
+
+    Raises:
+        UsageError: it raises, or gives no finite number.
+    """
+    label = getattr(metric, "label", getattr(metric, "__name__", "metric"))
+    folder = Path.cwd()
+    try:
+        value = metric(str(path))
+    except BaseException as error:
+        if _is_interrupt(error):
+            raise
+        raise UsageError(
+            f"The metric {label} failed: {_words(error)}",
+            hint="It is called with the path of a model and returns a number, higher is better.",
+        ) from error
+    finally:
+        os.chdir(folder)  # paths of outputs are relative to it
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"The metric {label} returned a {type(value).__name__}, a number was expected.",
+            hint="It is called with the path of a model and returns a number, higher is better.",
+        ) from None
+    if not math.isfinite(number):
+        raise UsageError(f"The metric {label} returned {number}.", hint="It has to be a finite number for every model.")
+    return number
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether an exception comes from the user, or the system, and not from the metric itself."""
+    if not isinstance(error, KeyboardInterrupt):
+        return isinstance(error, MemoryError)
+    # Handlers of our own raise a kind of their own.
+    return type(error) is not KeyboardInterrupt or signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _words(error: BaseException) -> str:
+    """An exception as words."""
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({'' if error.code is None else repr(error.code)})"
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+
+
+def load_metric(text: str) -> Metric:
+    """The function that ``script.py:function`` names.
+
+    Raises:
+        UsageError: no such file or function, or a file that does not run.
+    """
+    path, sign, name = text.rpartition(":")
+    hint = "Give script.py:function; it is called with the path of a model and returns a number, higher is better."
+    if not sign or not path or not name:
+        raise UsageError(f"--metric: {text!r} is not script.py:function", hint=hint)
+    if not Path(path).is_file():
+        raise UsageError(f"--metric: no file {path!r}", hint=hint)
+    spec = importlib.util.spec_from_file_location(f"onnxprune_metric_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--metric: {path!r} is no Python file", hint=hint)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        with _modules_beside(Path(path)):
+            spec.loader.exec_module(module)
+    except BaseException as error:
+        if _is_interrupt(error):
+            raise
+        raise UsageError(f"--metric: {path} does not run: {_words(error)}", hint=hint) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise UsageError(f"--metric: {path} has no function {name!r}", hint=nearest(name, known) or hint)
+    return ScriptMetric(function, text)
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptMetric:
+    """A metric with the name that the user gave it."""
+
+    function: Metric
+    label: str
+
+    def __call__(self, path: str) -> float:
+        """The metric of a model file."""
+        return self.function(path)
+
+    def __reduce__(self) -> tuple[Callable[[str], Metric], tuple[str]]:
+        """Workers load the script themselves."""
+        return load_metric, (self.label,)
+
+
+@contextmanager
+def _modules_beside(path: Path) -> Iterator[None]:
+    """A script finds modules that lie beside it."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A pruned and recovered model, and what it costs.
+
+    Attributes:
+        model: as it could be saved. facts: what passes have found on the way. quality: how good it is.
+        size, params: as saved, in bytes and elements. macs: multiply-accumulates.
+    """
+
+    model: Model
+    facts: Sequence[Fact]
+    quality: Quality
+    size: int
+    params: int
+    macs: int
+
+    @property
+    def recovery(self) -> Recovered:
+        """What the recovery did."""
+        return next((fact for fact in self.facts if isinstance(fact, Recovered)), Recovered(Recovery()))
+
+
+def evaluate(
+    context: Context,
+    analysis: Analysis,
+    removed: Mask,
+    *,
+    mode: str,
+    metric: Metric | None = None,
+    split: TrialSplit | None = None,
+    near: bool = False,
+    factorize: Factorize | None = None,
+) -> Evaluation:
+    """Prune, factorize, recover and measure, without touching the run.
+
+    Args:
+        context: the run. analysis: of the original. removed: mask over atoms.
+        mode: of the recovery. metric: the user's, None for fidelity.
+        split: how many samples to recover from and to measure on; None for all, measured on what the recovery held out.
+        near: recover only the layers that read less.
+        factorize: the pass to run behind the cut; its products are checked where all data are used.
+
+    Raises:
+        CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails.
+        BudgetError: no ranks save as much as they are to. ValidationError: new layers are not what they should be.
+    """
+    num_fit = None if split is None else split.num_fit(context, analysis)
+    trial_context = context.for_trial(num_fit)
+    if factorize is not None and split is not None:
+        factorize = factorize.unchecked()
+    result = prune_and_factorize(trial_context, analysis, removed, factorize)
+    facts = list(result.facts)
+    macs = next((fact.macs_after for fact in facts if isinstance(fact, Sizes)), None)
+    if mode != "none":
+        result = apply(Recover(mode, near=near), trial_context, result.model)
+        facts += result.facts
+    model = result.model
+    with Trial.of(analysis) as trial:
+        path, size = trial.write(*model.parts, "candidate")
+        inputs = [] if split is None else split.validation(context, analysis)
+        quality = _of_fidelity(_recovered_fidelity(facts, inputs) or _fidelity(context, trial, path, inputs))
+        if metric is not None:
+            points = measure_metric(metric, path)
+            quality = Quality(points, points, quality.fidelity)
+    macs = macs_after(analysis, removed) if macs is None else macs
+    return Evaluation(model, facts, quality, size, model.num_parameters, macs)
+
+
+def prune_and_factorize(
+    context: Context, analysis: Analysis, removed: Mask, factorize: Factorize | None = None
+) -> PassResult:
+    """The model pruned, and factorized where that is part of a candidate; not recovered.
+
+    Raises:
+        CannotRewrite: a node has no form with the new sizes. BudgetError: no ranks save as much as they are to.
+    """
+    model = Model.of(analysis).with_parts(cut_model(analysis, removed), removed=removed)
+    return PassResult(model) if factorize is None else apply(factorize, context, model)
+
+
+def _recovered_fidelity(facts: Sequence[Fact], inputs: Sequence[Feed]) -> Fidelity | None:
+    """What a recovery measured on the samples that it held out; None where there was none, or others to measure on."""
+    whole = next((fact.whole for fact in facts if isinstance(fact, Recovered)), None)
+    if whole is None or inputs:
+        return None
+    return whole.before if whole.undone else whole.after
+
+
+def _fidelity(context: Context, trial: Trial, path: Path, inputs: Sequence[Feed]) -> Fidelity:
+    """Fidelity on these inputs, else on the first that there are."""
+    feeds = inputs or (TrialSplit().first(context, trial.analysis) if context.calibration is not None else [])
+    feeds = feeds or synthetic_feeds(context, trial.analysis)
+    return fidelity(trial.original, path, feeds, together=not trial.heavy)
+
+
+def points_of_original(analysis: Analysis, metric: Metric | None) -> float:
+    """The points of the original: the metric, 100 without one."""
+    if metric is None:
+        return 100.0
+    with Trial.of(analysis) as trial:
+        return measure_metric(metric, trial.copy_of_original())
