@@ -14,8 +14,7 @@ from onnxprune.criteria import Criterion
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.request import Options as FactorOptions
 from onnxprune.passes import Adopt, Exact, Factorize, Flush, Pipeline, Prune, Recover, Result, Validate
-from onnxprune.passes.material import no_data
-from onnxprune.passes.recover import check_mode, settle_mode
+from onnxprune.passes.recover import check_mode, no_data, settle_mode
 from onnxprune.pipeline import Progress
 from onnxprune.plan import Plan
 from onnxprune.report.facts import Report

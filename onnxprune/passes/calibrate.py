@@ -18,7 +18,7 @@ from onnxprune.graph.view import Graph
 from onnxprune.groups.units import Group
 from onnxprune.model.exposing import hidden
 from onnxprune.passes.calibration import CalibrationBatches
-from onnxprune.passes.seen import inside
+from onnxprune.passes.comparable import inside
 from onnxprune.pipeline import Context
 from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import cut

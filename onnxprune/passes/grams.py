@@ -20,7 +20,7 @@ from onnxprune.model.exposing import Inner, hidden
 from onnxprune.model.weights import Weight
 from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns
 from onnxprune.passes.calibration import CalibrationBatches
-from onnxprune.passes.seen import inside
+from onnxprune.passes.comparable import inside
 from onnxprune.pipeline import Context
 from onnxprune.runtime.capture import MEMORY, Request, capture
 

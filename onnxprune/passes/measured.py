@@ -20,7 +20,7 @@ from onnxprune.groups.units import Group
 from onnxprune.model.save import save
 from onnxprune.model.weights import ArrayWeight, GatheredWeight, Weight
 from onnxprune.passes.calibrate import captured_maps
-from onnxprune.passes.calibration import CalibrationBatches
+from onnxprune.passes.calibration import HELD_OUT_OF_SENSITIVITY, CalibrationBatches, is_held_out
 from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
 from onnxprune.rewrite.after import After
@@ -37,8 +37,6 @@ from onnxprune.statistics import Maps
 
 Scores = NDArray[np.float64]
 
-# Of ten calls of the model three are measured on; the others make the corrections.
-_HELD = (2, 5, 8)
 MOST = 64
 """Samples that are measured on, at most."""
 # Samples per call, so that there are ten calls if that can be.
@@ -114,7 +112,7 @@ class _Part(CalibrationBatches):
         calls = None if samples is None else -(-samples // self._size)
         for number, feed in enumerate(super().batches(self._size)):
             run = number if calls is None or calls < 10 else number * 10 // calls
-            if (run % 10 in _HELD) == self._held:
+            if is_held_out(run % 10, HELD_OUT_OF_SENSITIVITY) == self._held:
                 yield feed
 
     def some(self, samples: int) -> Iterator[Feed]:

@@ -1,7 +1,8 @@
-"""Recover: re-solve the weights of the cut model so that its layers say what the original's said, from inputs alone."""
+"""Recover: solve the weights of a pruned model so that its layers give what the original's give, from inputs alone."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,35 +10,308 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
+from onnxprune import __version__
 from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
 from onnxprune.files import workspace
 from onnxprune.graph.infer import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import Weight
-from onnxprune.passes.kept import Fitted, Kept, print_of
-from onnxprune.passes.material import NO_DATA, CalibrationSplit, no_data, split_for
-from onnxprune.passes.outcome import doubts, is_worse, judge, noise, remarks
+from onnxprune.passes.calibration import MAX_VALIDATION, CalibrationBatches, CalibrationSplit
+from onnxprune.passes.comparable import (
+    NEVER,
+    UNREACHED,
+    can_follow,
+    comparable_tensors,
+    inside,
+    of_iterations,
+    survivors,
+    untaken,
+)
 from onnxprune.passes.prepared import Prepared
-from onnxprune.passes.reached import NEVER, of_iterations, untaken
-from onnxprune.passes.restate import Restated, normalisations
-from onnxprune.passes.seen import can_follow, comparable_tensors, inside, survivors
-from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult, Requirement
+from onnxprune.passes.recalibrated import Recalibrated, normalisations
+from onnxprune.passes.synthetic import make_up
+from onnxprune.passes.trial import Trial
+from onnxprune.pipeline import Context, HoldOut, Model, ModelParts, Pass, PassResult, Requirement
 from onnxprune.propagate import infer_by_rule
 from onnxprune.recover import MODES
 from onnxprune.recover.aims import Aim, Aims, find_aims
+from onnxprune.recover.held import HELD
 from onnxprune.recover.layers import Layer
 from onnxprune.recover.logits import Mixing, find_pairs, mixings
 from onnxprune.recover.problem import Get, Problem
 from onnxprune.recover.repair import repair
+from onnxprune.recover.solve import Solution
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Remark, Repair
 from onnxprune.rewrite.after import After
+from onnxprune.runtime import sessions
 from onnxprune.runtime.capture import count
+from onnxprune.runtime.checkpoint import make_folder, read_arrays, write_arrays
+from onnxprune.runtime.fidelity import fidelity
 from onnxprune.runtime.parallel import spread
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed
 from onnxprune.runtime.ways import Way, ways
+
+# -- what a recovery is worth ------------------------------------------------------------------------------------------
+
+
+# Samples below which a repair is worth a warning, and from which on they should be of several classes.
+_FEW, _TELLING = 64, 16
+# Held-out error that is rounding: the cut did not reach the layer.
+_UNTOUCHED = 1e-9
+# A repair that leaves more noise than this share of what there was is undone.
+_WORSE = 1.01
+
+
+def doubts(analysis: Analysis, feeds: Sequence[Feed], repairs: Sequence[Repair]) -> list[str]:
+    """What is wrong with data that was fitted to, as warnings: each thing once, with the layer where it is worst."""
+    found = []
+    samples = sum(map(count, feeds))
+    if samples < _FEW:
+        what = "1 sample" if samples == 1 else f"{samples} samples"
+        found.append(f"the repair is fitted to {what}: {_FEW} or more are needed to do well, and 256 do better")
+    if samples > 1 and _constant(feeds):
+        found.append("all calibration samples are the same: a repair can learn next to nothing from them")
+        return found
+    if samples >= _TELLING and (output := _single_class(analysis, feeds)):
+        found.append(
+            f"the original says the same class for all {samples} calibration samples (largest entry of {output!r}): "
+            "the repair sees nothing of the other classes; give samples of all"
+        )
+    return found + _gaps(repairs)
+
+
+def _single_class(analysis: Analysis, feeds: Sequence[Feed]) -> str:
+    """The first output of class scores whose largest entry is the same for all samples; empty where there is none."""
+    first: dict[str, int] = {}
+    varied: set[str] = set()
+    with Trial.of(analysis) as trial:
+        session = sessions.open_session(trial.original)
+        for feed in feeds:
+            for name, value in sessions.run(session, feed).items():
+                if value.ndim != 2 or value.shape[1] < 2 or not value.size or value.dtype.kind != "f":
+                    continue
+                best = value.argmax(axis=1)
+                if (best != first.setdefault(name, int(best[0]))).any():
+                    varied.add(name)
+            if varied >= first.keys():
+                return ""
+    return next(name for name in first if name not in varied)
+
+
+def _gaps(repairs: Sequence[Repair]) -> list[str]:
+    """Layers that the data say too little of."""
+    found = []
+    reached = [r for r in repairs if r.unknowns and r.before > _UNTOUCHED]
+    short = [r for r in reached if r.rows < r.unknowns]
+    if short:
+        worst = min(short, key=lambda r: r.rows / r.unknowns)
+        found.append(
+            f"{_layers(short)} more unknowns than the data have rows (worst: {worst.layer}, {worst.unknowns} and "
+            f"{worst.rows}): their repair stays close to the weights they have; more samples would help"
+        )
+    flat = [r for r in reached if r not in short and r.directions < r.unknowns / 2]
+    if flat:
+        worst = min(flat, key=lambda r: r.directions / r.unknowns)
+        found.append(
+            f"{_layers(flat)} inputs that vary in less than half of their directions (worst: {worst.layer}, "
+            f"{worst.directions} of {worst.unknowns}): the others are not repaired; give samples that differ more"
+        )
+    return found
+
+
+def _layers(which: Sequence[Repair]) -> str:
+    return "1 layer has" if len(which) == 1 else f"{len(which)} layers have"
+
+
+def _constant(feeds: Sequence[Feed]) -> bool:
+    """Whether every sample of every input is the same."""
+    for name, value in feeds[0].items():
+        for feed in feeds:
+            if value.ndim == 0 or feed[name].shape[1:] != value.shape[1:] or (feed[name] != value[:1]).any():
+                return False
+    return True
+
+
+def compare_with_original(analysis: Analysis, models: Sequence[ModelParts], hold_out: HoldOut) -> list[Fidelity]:
+    """Fidelity of several models to the original on the same inputs."""
+    facts = []
+    with Trial.of(analysis) as trial:
+        for number, model in enumerate(models):
+            path, _ = trial.write(*model, f"model{number}")
+            together = not trial.heavy
+            facts.append(fidelity(trial.original, path, hold_out.inputs, hold_out.name, together=together))
+    return facts
+
+
+def is_worse(after: Fidelity, before: Fidelity) -> bool:
+    """Whether outputs are further from the original's: mean share of noise, that of an output at most 1."""
+    return noise(after) > _WORSE * noise(before)
+
+
+def noise(facts: Fidelity) -> float:
+    """|a - b|^2 / |a|^2, at most 1, averaged over outputs; the Hellinger distance for class probabilities."""
+    return float(np.mean([o.noise for o in facts.outputs] or [0.0]))
+
+
+def remarks(facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str]) -> list[str]:
+    """What a user should know of a repair that came to little, as warnings."""
+    unreached = sum(why.startswith(UNREACHED) for why in left.values())
+    found = []
+    if unreached:
+        what = "1 layer lies" if unreached == 1 else f"{unreached} layers lie"
+        found.append(
+            f"{what} in branches that no calibration sample takes, and cannot be repaired; --explain says which"
+        )
+    if facts.undone:
+        help = "inputs of your own (--data)" if facts.inputs else "more samples"
+        found.append(f"the repair took the outputs further from the original's and was undone: {help} may help")
+    elif not any(r.done for r in repairs):
+        why = "no layer can be changed" if left and not repairs else "nothing lowered the error on held-out samples"
+        found.append(f"no layer was repaired (--recover {facts.mode}): {why}; --explain says more")
+    return found
+
+
+# -- its inputs --------------------------------------------------------------------------------------------------------
+
+
+NO_DATA = (
+    "Give inputs with --data (Python: data=...), a few hundred without labels are enough; or repair without, "
+    "which is weaker, by 'datafree'."
+)
+
+
+def no_data(mode: str) -> UsageError:
+    """The error where there is nothing to recover from."""
+    return UsageError(f"recover {mode!r} needs calibration data, and there is none", hint=NO_DATA)
+
+
+def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSplit:
+    """The inputs for a mode of recovery.
+
+    Args:
+        context: the run. analysis: of the model that was pruned. mode: see :class:`onnxprune.passes.Recover`.
+
+    Raises:
+        UsageError: there is no data and the mode needs some, or it does not fit.
+    """
+    if mode != "datafree":
+        if context.calibration is None:
+            raise no_data(mode)
+        return CalibrationSplit.of(_batches(context, analysis), context.inputs().name)
+    with context.stage("inputs"):
+        made, spread = make_up(context, analysis)
+    words = f"synthetic inputs (range {spread})" if spread else "synthetic inputs"
+    if context.calibration is None:
+        return CalibrationSplit.of(made, "synthetic", words)
+    source = CalibrationBatches(context, analysis)
+    samples = 0
+    given: list[Feed] = []
+    for feed in source.batches():
+        given.append(feed)
+        samples += count(feed)
+        if context.calibration.limit is None and samples >= MAX_VALIDATION:
+            break
+    if not given:
+        raise _too_few(source)
+    return CalibrationSplit(made, HoldOut(given, context.inputs().name), words)
+
+
+def _batches(context: Context, analysis: Analysis) -> list[Feed]:
+    """The data in batches that leave enough of them to hold some out."""
+    assert context.calibration is not None
+    source = CalibrationBatches(context, analysis)
+    size = min(32, context.calibration.batch_size or 32)
+    if source.samples is not None:
+        size = max(1, min(size, source.samples // (2 * HELD)))
+    batches = list(source.batches(size))
+    if not batches:
+        raise _too_few(source)
+    return batches
+
+
+def _too_few(source: CalibrationBatches) -> UsageError:
+    return UsageError("The data fill no call of the model.", hint=f"It takes {source.fixed or 1} samples at a time.")
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+FORMAT = 1
+"""Raised whenever layers are fitted in another way."""
+
+Fitted = tuple[Solution, tuple[int, int, int]]
+"""A layer's new weights, and the rows, unknowns and directions they were fitted from."""
+
+
+class Checkpoints:
+    """Solutions level by level, in a folder of their own for everything that they depend on.
+
+    Args:
+        folder: made where it does not exist. key: names model, data and settings, see :func:`fingerprint_of`.
+
+    Raises:
+        UsageError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder = folder / f"repair-{hashlib.sha256(f'{__version__}:{FORMAT}:{key}'.encode()).hexdigest()[:32]}"
+        make_folder(self._folder)
+
+    def load(self, level: int, layers: Sequence[str]) -> list[Fitted] | None:
+        """The solutions of these layers; None where they are not there."""
+        file = read_arrays(self._path(level))
+        try:
+            if list(file["layers"]) == list(layers):
+                return [_read(file, i) for i in range(len(layers))]
+        except (KeyError, TypeError, ValueError):  # missing, or something else
+            return None
+        return None
+
+    def save(self, level: int, layers: Sequence[str], fits: Sequence[Fitted]) -> None:
+        """Write the solutions of a level, all at once."""
+        arrays = {"layers": np.asarray(layers, dtype=np.str_)}
+        for i, (solution, extent) in enumerate(fits):
+            numbers = [solution.before, solution.after, np.nan if solution.ridge is None else solution.ridge]
+            values = (solution.matrix, solution.bias, np.asarray(numbers), np.asarray(solution.how), np.asarray(extent))
+            arrays |= {f"{i}.{name}": value for name, value in zip(_PARTS, values, strict=True)}
+        write_arrays(self._path(level), arrays)
+
+    def _path(self, level: int) -> Path:
+        return self._folder / f"{level}.npz"
+
+
+_PARTS = ("matrix", "bias", "numbers", "how", "extent")
+
+
+def _read(file: Mapping[str, np.ndarray], i: int) -> Fitted:
+    matrix, bias, numbers, how, extent = (file[f"{i}.{name}"] for name in _PARTS)
+    before, after, ridge = map(float, numbers)
+    rows, unknowns, directions = map(int, extent)
+    solution = Solution(matrix, bias, before, after, str(how), None if np.isnan(ridge) else ridge)
+    return solution, (rows, unknowns, directions)
+
+
+def fingerprint_of(proto: onnx.ModelProto, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> str:
+    """SHA-256 of a model and of inputs."""
+    digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
+    for name in sorted(weights):
+        weight = weights[name]
+        digest.update(f"{name}:{weight.onnx_type}:{weight.shape}".encode())
+        text = weight.onnx_type == onnx.TensorProto.STRING
+        digest.update(repr(weight.read().tolist()).encode() if text else weight.stored())
+    for feed in feeds:
+        for name, value in sorted(feed.items()):
+            digest.update(f"{name}:{value.dtype}:{value.shape}".encode())
+            digest.update(repr(value.tolist()).encode() if value.dtype == object else value.tobytes())
+    return digest.hexdigest()
+
+
+# -- the pass ----------------------------------------------------------------------------------------------------------
+
 
 # Bytes of activations to hold in memory where nobody says how many.
 _MEMORY = 2 << 30
@@ -55,7 +329,7 @@ _Values = tuple[Get, Get, Any, Sequence[int], int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Attempt:
+class _Outcome:
     """What a recovery did: its layers, the model (None: as before), and fidelity before and after."""
 
     repairs: Sequence[Repair] = ()
@@ -75,7 +349,7 @@ class Recover(Pass):
     Args:
         mode: ``none``, ``bias`` (means), ``bn`` (a scale and shift per output), ``lstsq`` (weights, every layer aimed
             at its own output), ``full`` (whichever errs least on held-out data, aimed at sums) or ``datafree`` (the
-            same from inputs that are made up, see :func:`onnxprune.passes.datafree.make_up`: much weaker; data are
+            same from inputs that are made up, see :func:`onnxprune.passes.synthetic.make_up`: much weaker; data are
             used to compare on, where there are any).
         memory_limit: bytes of activations to hold in memory, else the run's, else 2 GiB; more go to temporary files.
         symmetric: fit layers from the original's inputs where the cut left them, not from the cut model's, so that no
@@ -84,7 +358,7 @@ class Recover(Pass):
             judge the result: cheap where little was cut, for those who judge it themselves.
 
     Without data BatchNormalizations have, as long as layers are fitted, the statistics of what is made up, see
-    :class:`onnxprune.passes.restate.Restated`.
+    :class:`onnxprune.passes.recalibrated.Recalibrated`.
 
     Every eighth batch of the data is kept from the fit, to compare the result with the original on. A repair that
     takes the outputs further from it there is undone.
@@ -130,23 +404,24 @@ class Recover(Pass):
             recovered = recovered.with_parts(best.parts, as_pruned=model.as_pruned or model.parts)
         return PassResult(recovered, facts)
 
-    def _best(self, context: Context, model: Model, split: CalibrationSplit) -> _Attempt:
+    def _best(self, context: Context, model: Model, split: CalibrationSplit) -> _Outcome:
         """The last attempt that makes nothing worse, or the first that is exact."""
         best = None
         key = self._key(context, model, split)
-        for restate in _ways(self.mode, model.analysis):
+        for recalibrate in _recalibrations(self.mode, model.analysis):
             prepared = Prepared(*model.parts)
-            kept = Kept(context.cache, f"{restate} {key}") if context.cache is not None and key else None
+            checkpoints = (
+                Checkpoints(context.cache, f"{recalibrate} {key}") if context.cache is not None and key else None
+            )
             with workspace() as folder:
-                repairs, left = self._repair(context, model, prepared, split.fit, folder, restate, kept)
+                repairs, left = self._repair(context, model, prepared, split.fit, folder, recalibrate, checkpoints)
             parts = prepared.model() if any(r.done for r in repairs) else None
             if self.near:
-                return _Attempt(repairs, left, parts)
-            hold_out = split.validation
+                return _Outcome(repairs, left, parts)
             pair = [model.parts, parts or model.parts]
-            was, after = judge(context.analysis, pair, hold_out.inputs, hold_out.name)
-            found = _Attempt(repairs, left, parts, was, after, is_worse(after, was))
-            best = found if best is None or best.worse or not found.worse else best
+            was, after = compare_with_original(context.analysis, pair, split.validation)
+            outcome = _Outcome(repairs, left, parts, was, after, is_worse(after, was))
+            best = outcome if best is None or best.worse or not outcome.worse else best
             if noise(after) < _EXACT:
                 break
         assert best is not None
@@ -157,7 +432,7 @@ class Recover(Pass):
         if context.cache is None or self.near:
             return ""
         settings = model.analysis.loaded.sha256, self.mode, self.symmetric, model.is_factorized
-        return f"{settings} {print_of(*model.parts, split.fit)}"
+        return f"{settings} {fingerprint_of(*model.parts, split.fit)}"
 
     def _of_original(self, aim: Aim) -> tuple[str, ...]:
         """What has to be known of the original before a layer can be fitted."""
@@ -195,8 +470,8 @@ class Recover(Pass):
         model: Prepared,
         feeds: Sequence[Feed],
         folder: Path,
-        restate: bool,
-        kept: Kept | None,
+        recalibrate: bool,
+        checkpoints: Checkpoints | None,
     ) -> tuple[list[Repair], Mapping[str, str]]:
         analysis, graph, weights = pruned.analysis, model.graph, model.weights
         mode = self._fitting
@@ -205,10 +480,10 @@ class Recover(Pass):
         memory = (self.memory_limit or context.memory_limit or _MEMORY) // 2
         full = context.analysis.graph
         full_weights = full.weights
-        restated = None
-        if restate:
-            restated = Restated(full, after, graph, weights, feeds, Store(memory, folder))
-            full_weights = restated.original
+        recalibrated = None
+        if recalibrate:
+            recalibrated = Recalibrated(full, after, graph, weights, feeds, Store(memory, folder))
+            full_weights = recalibrated.original
         taken = ways(full, full.weights, feeds)
         aims = self._aims(context, pruned, graph, after, taken)
         store = Store(memory, folder), Store(memory, folder)
@@ -237,24 +512,28 @@ class Recover(Pass):
             def one(layer: Layer) -> Fitted:
                 return _fitted(layer, values[layer.node.index], mode, mixed.get(layer.node.index))
 
-            repairs += [_written(*pair) for pair in zip(layers, _found(one, layers, number, kept), strict=True)]
+            repairs += [
+                _written(*pair) for pair in zip(layers, _fitted_level(one, layers, number, checkpoints), strict=True)
+            ]
             for run in (cut_run, full_run):
                 run.done(number)
             context.tell("recover", (number + 1) / len(aims.levels))
-        if restated is not None:
-            restated.undo()
+        if recalibrated is not None:
+            recalibrated.undo()
         return repairs, aims.left
 
 
-def _found(fit: Callable[[Layer], Fitted], layers: Sequence[Layer], level: int, kept: Kept | None) -> Sequence[Fitted]:
-    """The fits of a level's layers, from where they are kept if they are there."""
+def _fitted_level(
+    fit: Callable[[Layer], Fitted], layers: Sequence[Layer], level: int, checkpoints: Checkpoints | None
+) -> Sequence[Fitted]:
+    """The fits of a level's layers, from a checkpoint if there is one."""
     names = [layer.node.label for layer in layers]
-    found = None if kept is None else kept.load(level, names)
-    if found is None:
-        found = spread(fit, layers, heavy=any(_columns(layer.shape) >= _WIDE for layer in layers))
-        if kept is not None:
-            kept.save(level, names, found)
-    return found
+    fits = None if checkpoints is None else checkpoints.load(level, names)
+    if fits is None:
+        fits = spread(fit, layers, heavy=any(_columns(layer.shape) >= _WIDE for layer in layers))
+        if checkpoints is not None:
+            checkpoints.save(level, names, fits)
+    return fits
 
 
 def _fitted(layer: Layer, values: _Values, mode: str, mixing: Mixing | None) -> Fitted:
@@ -278,8 +557,8 @@ def _shapes_now(analysis: Analysis, graph: Graph) -> Callable[[str], Any]:
     return probe_at(graph, analysis.facts.probes[0].inputs, infer_by_rule).shapes.get
 
 
-def _ways(mode: str, analysis: Analysis) -> list[bool]:
-    """Whether to restate normalisations, one attempt after the other until one is exact.
+def _recalibrations(mode: str, analysis: Analysis) -> list[bool]:
+    """Whether to recalibrate normalisations, one attempt after the other until one is exact.
 
     A channel that others say exactly is found under the statistics that were trained, which it belongs to. What is
     only alike is weighed better under those of the inputs, where there are normalisations.

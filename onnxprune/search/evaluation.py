@@ -19,9 +19,8 @@ from onnxprune.analysis import Analysis
 from onnxprune.errors import UsageError, nearest
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.factorize import Factorize
-from onnxprune.passes.outcome import noise
 from onnxprune.passes.prepared import cut_model
-from onnxprune.passes.recover import Recover
+from onnxprune.passes.recover import Recover, noise
 from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.pipeline import Context, Model, PassResult, apply
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Sizes

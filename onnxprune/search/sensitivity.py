@@ -21,7 +21,7 @@ from onnxprune.budget.sensitivity import VERSION, GroupCurve, Sensitivity
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.files import user_cache
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
-from onnxprune.passes.outcome import noise
+from onnxprune.passes.recover import noise
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from oracle import make_feed, runnable
 
 import onnxprune as op
-from onnxprune.passes.outcome import noise
+from onnxprune.passes.recover import noise
 
 
 def repaired(model: onnx.ModelProto, ratio: float = 0.5) -> op.Result:

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune as op
 from onnxprune.model.weights import ArrayWeight
+from onnxprune.passes.calibration import CalibrationSplit
 from onnxprune.passes.exact import check_exactness
-from onnxprune.passes.outcome import set_aside
 from onnxprune.recover import MODES
 from onnxprune.recover.solve import modes
 
@@ -114,12 +114,14 @@ def test_a_repair_that_does_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_batches_set_aside_are_not_fitted_to() -> None:
     feeds = [{"x": np.full((4, 2), i)} for i in range(20)]
-    fit, hold_out = set_aside(feeds, "d.npz")
-    assert [f["x"][0, 0] for f in hold_out.inputs] == [7, 15] and len(fit) == 18 and "set aside" in hold_out.name
-    fit, hold_out = set_aside(feeds[:5], "d.npz")
-    assert hold_out.inputs is fit and "fitted to" in hold_out.name
+    split = CalibrationSplit.of(feeds, "d.npz")
+    assert [f["x"][0, 0] for f in split.validation.inputs] == [7, 15] and len(split.fit) == 18
+    assert "set aside" in split.validation.name and (split.num_fit, split.num_held_out) == (72, 8)
+    split = CalibrationSplit.of(feeds[:5], "d.npz")
+    assert split.validation.inputs is split.fit and "fitted to" in split.validation.name
+    assert split.num_held_out == 0
     many = [{"x": np.zeros((64, 2))} for _ in range(100)]
-    assert sum(len(f["x"]) for f in set_aside(many, "d")[1].inputs) == 256
+    assert sum(len(f["x"]) for f in CalibrationSplit.of(many, "d").validation.inputs) == 256
 
 
 # -- models whose weights lie elsewhere than in initializers of their own ----------------------------------------------

@@ -16,7 +16,7 @@ from test_redundancy import CASES, assert_only_weights_change, residual
 
 import onnxprune as op
 from onnxprune.analysis import Analysis
-from onnxprune.passes.datafree import make_up
+from onnxprune.passes.synthetic import make_up
 from onnxprune.pipeline import Context
 from onnxprune.recover.plausible import divergence, interest
 from onnxprune.runtime.imagined import RANGES, pattern

@@ -1,4 +1,4 @@
-"""Statistics of BatchNormalizations as they would be, had training seen the inputs that a model is repaired from."""
+"""Recalibrated BatchNormalizations: statistics as they would be, had training seen the inputs of a recovery."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def normalisations(graph: Graph) -> list[Node]:
     ]
 
 
-class Restated:
+class Recalibrated:
     """A pair of models whose BatchNormalizations have the statistics that some inputs have in the original.
 
     Behind such a normalisation a channel has the mean and variance that training gave it, whatever goes in: a layer is
