@@ -19,7 +19,7 @@ from onnxprune.labels import combine, movement
 from onnxprune.labels.atoms import Atoms
 from onnxprune.labels.label import Label
 from onnxprune.rewrite import after, oracle
-from onnxprune.rules import contraction, convolution, elementwise, indexing, normalization
+from onnxprune.rules import contraction, convolution, elementwise, indexing, normalization, ranges
 from onnxprune.rules.context import Cut, Step, Table
 from onnxprune.rules.movement import Concat, Reshape
 from onnxprune.rules.ranges import Pad, Slice, Split
@@ -182,7 +182,7 @@ def softmax_is_no_barrier(patch: Patch) -> None:
 
 def sum_without_masks(patch: Patch) -> None:
     """ReduceSum is not read by the oracle: what is removed still counts there."""
-    patch.setattr(normalization.Reduce, "reads", lambda self, step: [])
+    patch.setattr(normalization.Reduce, "contracted_axes", lambda self, step: [])
 
 
 # -- rewriting ---------------------------------------------------------------------------------------------------------
@@ -261,8 +261,9 @@ def without_rewriting(*rules: type) -> Mutant:
 
 
 def slice_from_the_wrong_place(patch: Patch) -> None:
-    right = Cut.kept_between
-    patch.setattr(Cut, "kept_between", lambda self, *a: max(right(self, *a) - 1, 0))
+    right = ranges._as_range
+    wrong = lambda positions, *a: right(positions - (positions.min(initial=1) > 0), *a)  # noqa: E731
+    patch.setattr(ranges, "_as_range", wrong)
 
 
 def mask_everything_in_the_oracle(patch: Patch) -> None:
