@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.graph.evaluate import slice_of
 from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph, Node
+from onnxprune.operators.operands import slice_of
 
 _MOVES = {"Transpose", "Unsqueeze", "Squeeze", "Identity"}
 

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+NARROW = {"int4", "uint4", "int2", "uint2"}
+"""Integers that numpy itself does not have."""
 PACKED_BITS = (2, 4, 8)
 """Widths of codes of which a whole number fits into a byte."""
 
@@ -34,7 +36,7 @@ def spread(setting: Array, shape: tuple[int, ...], axis: int, block: int = 0) ->
     if setting.size == 1:
         return setting.reshape(())
     axis %= len(shape)
-    if setting.ndim == 1:
+    if setting.ndim == 1 and len(shape) > 1:
         return setting.reshape([-1 if a == axis else 1 for a in range(len(shape))])
     size, blocks = shape[axis], setting.shape[axis]
     if blocks in (1, size):

@@ -135,14 +135,23 @@ class Rule:
         warn("Rule.reads is called contracted_axes now.", DeprecationWarning, stacklevel=2)
         return self.contracted_axes(step)
 
-    def infer(
-        self, node: Node, shapes: list[Shape | None], values: list[NDArray[Any] | None]
-    ) -> list[Shape | None] | None:
-        """Shapes of the outputs, for operators that onnx has no shape inference for; None where they cannot be told.
+    def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
+        """Shapes of the outputs; None where they cannot be told, and onnx's own inference is asked where it can.
 
         Args:
             node: the node. values: of its inputs, where known.
             shapes: of its inputs, None where unknown or absent; None within one is a size that depends on data.
+        """
+        return None
+
+    def evaluate(self, node: Node, values: Sequence[Array | None]) -> Any:
+        """Outputs (an array, or a list of several) of small known inputs; None: onnx's reference evaluator is asked.
+
+        Args:
+            node: the node. values: of its inputs, None for an absent optional one.
+
+        Raises:
+            Exception: of any kind, where the node makes no sense; its outputs are not known then.
         """
         return None
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from onnxprune.graph.evaluate import evaluate
 from onnxprune.graph.fold import hands_on
 from onnxprune.graph.view import Graph, Node
-from onnxprune.graph.weights_of import dequantized, spread_setting, weight_of
+from onnxprune.graph.weights_of import weight_of
 from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.operators.codes import spread
 from onnxprune.operators.registry import Move, rule_of
 
 Array = NDArray[Any]
@@ -109,8 +110,6 @@ class Stored:
 
 
 def _applied(node: Node, operands: list[Array | None]) -> Array | None:
-    if rule_of(node).decodes:
-        return dequantized(node, operands)
     made = evaluate(node, operands)
     return np.asarray(made[0]) if made else None
 
@@ -175,7 +174,8 @@ def _requantise(
     if zero_name:
         _set(weights, zero_name, zero)
     scale = weights[scale_name].read().astype(np.float64)  # as it was rounded
-    wide, offset = (spread_setting(node, setting, value.shape) for setting in (scale, zero))
+    axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
+    wide, offset = (spread(setting, value.shape, axis, block) for setting in (scale, zero))
     return np.clip(np.rint(value / wide) + offset, low, high), scale / np.where(old == 0, 1.0, old)
 
 

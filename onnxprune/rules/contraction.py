@@ -132,6 +132,11 @@ class MatMul(Rule):
         scale = float(node.attrs.get("alpha", 1.0))
         return product_form(self.node_terms(node, len(a), len(b)), shapes, data, plain=plain, scale=scale)
 
+    def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
+        """The product's shape, where both fit."""
+        a, b = shapes[0], shapes[1]
+        return None if a is None or b is None else [product(a, b, self.node_terms(node, len(a), len(b)))]
+
 
 def product_form(
     terms: tuple[str, str, str], shapes: Sequence[Shape | None], data: int, **settings: Any

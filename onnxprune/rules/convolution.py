@@ -145,9 +145,13 @@ class Conv(Rule):
         return [(self.data, (self.axis(step),))]
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, O, ...], for forms of other domains."""
+        """[N, O, ...], where data and weight fit."""
         x, w = shapes[self.data], shapes[self.weight]
-        return [None if x is None or w is None else (x[0], w[0], *window_sizes(x[2:], w[2:], node.attrs))]
+        if x is None or w is None or len(x) != len(w):
+            return [None]
+        if x[1] is not None and w[1] is not None and w[1] * int(node.attrs.get("group", 1)) != x[1]:
+            return [None]
+        return [(x[0], w[0], *window_sizes(x[2:], w[2:], node.attrs))]
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
         """Windows of the data times the kernel."""
@@ -226,6 +230,10 @@ class ConvTranspose(Conv):
         if data != 0 or w is None or "output_shape" in node.attrs or isinstance(settings["pads"], str):
             return None
         return Transposed(w[2:], output_padding=node.attrs.get("output_padding"), **settings)
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """Left to onnx."""
+        return [None]
 
 
 class DeformConv(Conv):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
+from onnxprune.model.elements import DTYPES
+from onnxprune.operators.operands import Values, given
 from onnxprune.operators.registry import Array, Read
 from onnxprune.rules.context import Step
 from onnxprune.rules.registry import Inverse, Move, Rule, register
@@ -21,12 +23,17 @@ class Elementwise(Rule):
     Args:
         inputs: positions of the operands that broadcast; None for all. The others must be scalars or lists of settings
             (Clip's bounds) and are frozen by the engine when they have channels.
+        function: what is computed, of arrays; None where onnx's reference evaluator is to be asked.
     """
 
     pointwise = True
 
-    def __init__(self, inputs: Sequence[int] | None = None) -> None:
-        self._inputs = inputs
+    def __init__(self, inputs: Sequence[int] | None = None, function: Callable[..., Any] | None = None) -> None:
+        self._inputs, self._function = inputs, function
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """The function, where there is one."""
+        return None if self._function is None else self._function(*values)
 
     def propagate(self, step: Step) -> None:
         """Unite what meets, keep what broadcasts."""
@@ -37,6 +44,8 @@ class Elementwise(Rule):
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """Every output has the broadcast shape."""
+        if self._inputs is None and node.domain == "" and node.version < 8:
+            return [None]  # operators of their own, with an attribute that says how they broadcast
         chosen = [shapes[i] for i in self._inputs or range(len(node.inputs)) if i < len(node.inputs) and node.inputs[i]]
         return [broadcast_shapes(chosen)] * len(node.outputs)
 
@@ -75,6 +84,26 @@ def divided(value: Array, gain: Array) -> Array:
     """value / gain, 0 where the gain is 0."""
     dead = np.abs(gain) < 1e-12
     return np.where(dead, 0.0, value / np.where(dead, 1.0, gain))
+
+
+def quotient(a: Array, b: Array) -> Array:
+    """Div, which cuts off the fraction of integers."""
+    if a.dtype.kind in "iu":
+        return np.asarray(np.trunc(a / b) if a.dtype.kind == "i" else a // b).astype(a.dtype)
+    return np.asarray(a / b)
+
+
+def power(base: Array, exponent: Array) -> Array:
+    """Pow, in the base's type."""
+    return np.asarray(np.power(base, exponent)).astype(base.dtype)
+
+
+class Mod(Elementwise):
+    """The remainder, with the sign of the divisor, or with ``fmod`` of the dividend."""
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """numpy's mod or fmod."""
+        return (np.fmod if node.attrs.get("fmod", 0) else np.mod)(given(values, 0), given(values, 1))
 
 
 class Relu(Elementwise):
@@ -135,9 +164,17 @@ class Cast(Elementwise):
 
     moves = Move.CAST
 
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """numpy's cast."""
+        return given(values, 0).astype(DTYPES[node.attrs["to"]])
+
 
 class CastLike(Cast):
     """A cast to the type of another tensor, whose channels do not matter."""
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """Left to onnx's evaluator."""
+        return None
 
     def propagate(self, step: Step) -> None:
         """The labels of input 0."""
@@ -146,26 +183,52 @@ class CastLike(Cast):
 
 
 UNARY = (
-    "Sigmoid Tanh Erf Sqrt Exp Log Abs Neg Floor Ceil Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh "
-    "Atanh LeakyRelu Elu Selu Celu Gelu Mish Softplus Softsign ThresholdedRelu Shrink Swish "
-    "Not IsNaN IsInf Reciprocal BitwiseNot BitCast"
+    "Sigmoid Tanh Erf Exp Log Abs Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh LeakyRelu Elu Selu "
+    "Celu Gelu Mish Softplus Softsign ThresholdedRelu Shrink Swish IsNaN IsInf BitwiseNot BitCast"
 ).split()
-BINARY = (
-    "Pow Mod Min Max Mean And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual Where PRelu "
-    "BitShift BitwiseAnd BitwiseOr BitwiseXor"
-).split()
+BINARY = "Min Max Mean Xor PRelu BitShift BitwiseAnd BitwiseOr BitwiseXor".split()
+COMPUTED: dict[str, Callable[..., Any]] = {
+    "Neg": np.negative,
+    "Sqrt": np.sqrt,
+    "Floor": np.floor,
+    "Ceil": np.ceil,
+    "Not": np.logical_not,
+    "Reciprocal": lambda x: np.asarray(1 / x, dtype=x.dtype),
+}
+"""Operators on one tensor with a function of their own, for small values."""
+COMPARED: dict[str, Callable[..., Any]] = {
+    "Equal": np.equal,
+    "Less": np.less,
+    "LessOrEqual": np.less_equal,
+    "Greater": np.greater,
+    "GreaterOrEqual": np.greater_equal,
+    "And": np.logical_and,
+    "Or": np.logical_or,
+    "Where": np.where,
+    "Pow": power,
+}
+"""The same on tensors that broadcast."""
 
 register("", *UNARY, rule=Elementwise([0]))
+register("", *BINARY, rule=Elementwise())
+for name, function in COMPUTED.items():
+    register("", name, rule=Elementwise([0], function))
+for name, function in COMPARED.items():
+    register("", name, rule=Elementwise(None, function))
+register("", "Mod", rule=Mod())
 register("", "Relu", rule=Relu([0]))
 register("", "HardSwish", rule=HardSwish([0]))
 register("", "HardSigmoid", rule=HardSigmoid([0]))
 register("", "Clip", rule=Clip([0]))
-register("", "Add", "Sub", "Sum", rule=Sum())
-register("", "Mul", "Div", rule=Scaled())
-register("", "Identity", "Dropout", rule=Same([0]))
+register("", "Add", rule=Sum(None, np.add))
+register("", "Sub", rule=Sum(None, np.subtract))
+register("", "Sum", rule=Sum())
+register("", "Mul", rule=Scaled(None, np.multiply))
+register("", "Div", rule=Scaled(None, quotient))
+register("", "Identity", rule=Same([0], lambda x: x))
+register("", "Dropout", rule=Same([0]))
 register("", "Cast", rule=Cast([0]))
 register("", "CastLike", rule=CastLike([0]))
-register("", *BINARY, rule=Elementwise())
 register("", "SwiGLU", rule=Elementwise())
 # Forms of an activation that the oldest models and onnxruntime have, with numbers that hold for all channels.
 register("", "Affine", "ParametricSoftplus", "Scale", "ScaledTanh", rule=Elementwise([0]))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 
+from onnxprune.graph.view import Node
 from onnxprune.labels import movement
 from onnxprune.labels.label import Labels, along, covering
+from onnxprune.operators.operands import Values, axis_of, given, listed, needed, where_known, whole_numbers
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Move, Rule, register
 
@@ -49,6 +54,16 @@ class Gather(Rule):
         if not np.array_equal(new, index):
             cut.set_input(1, np.asarray(new, dtype=index.dtype))
 
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """The index's axes in place of the gathered one."""
+        axis = axis_of(node.attrs.get("axis", 0), len(shapes[0]))
+        return [(*shapes[0][:axis], *shapes[1], *shapes[0][axis + 1 :])]
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """numpy's take."""
+        return given(values, 0).take(given(values, 1).astype(np.int64, copy=False), axis=node.attrs.get("axis", 0))
+
 
 class Shape(Rule):
     """Sizes are plain numbers: the engine watches what they are used for."""
@@ -56,6 +71,12 @@ class Shape(Rule):
     def propagate(self, step: Step) -> None:
         """Nothing to say about labels."""
         step.labels(0)
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """One number for every axis asked for, one alone for the number of elements."""
+        part = shapes[0][node.attrs.get("start", 0) : node.attrs.get("end", len(shapes[0]))]
+        return [() if node.op == "Size" else (len(part),)]
 
 
 class Fill(Rule):
@@ -81,6 +102,16 @@ class Fill(Rule):
         if None not in new and (target is None or tuple(target.tolist()) != new):
             cut.set_target(0, new)
 
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """As the operand says."""
+        return [tuple(needed(listed(node, values, 0, "", 1)))]
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """One value everywhere."""
+        fill = node.attrs.get("value", np.zeros(1, np.float32))
+        return np.full(whole_numbers(given(values, 0)), np.ravel(fill)[0], dtype=fill.dtype)
+
 
 class Unlabelled(Rule):
     """Produces indices or numbers from tensors that have no channels."""
@@ -89,6 +120,21 @@ class Unlabelled(Rule):
         """Every input with channels keeps them."""
         for i in range(len(step.node.inputs)):
             step.freeze(step.labels(i), "fixed-size", f"{step.node.op} depends on the size of its input")
+
+
+class Range(Unlabelled):
+    """Numbers from a start to an end."""
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """As many as steps fit."""
+        start, end, step = (float(given(values, i).item()) for i in range(3))
+        return [(max(math.ceil((end - start) / step), 0),)]
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """numpy's arange, in the start's type."""
+        start, end, step = (given(values, i) for i in range(3))
+        return np.arange(start.item(), end.item(), step.item(), dtype=start.dtype)
 
 
 class Trilu(Rule):
@@ -101,9 +147,14 @@ class Trilu(Rule):
             labels = step.drop_axis(labels, axis, "fixed-size", "a triangle of this axis is taken")
         step.set(0, labels)
 
+    def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
+        """The data's shape."""
+        return [shapes[0]]
+
 
 register("", "Gather", rule=Gather())
 register("", "Shape", "Size", rule=Shape())
 register("", "ConstantOfShape", rule=Fill())
-register("", "Range", "NonZero", "NonMaxSuppression", "OneHot", "EyeLike", "Unique", rule=Unlabelled())
+register("", "Range", rule=Range())
+register("", "NonZero", "NonMaxSuppression", "OneHot", "EyeLike", "Unique", rule=Unlabelled())
 register("", "Trilu", rule=Trilu())

@@ -252,7 +252,7 @@ class Trilu(indexing.Trilu):
         return [shapes[0]]
 
 
-class ExpandDims(movement.Reshape):
+class ExpandDims(movement.SameData):
     """Unsqueeze of one axis, given as input 1."""
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:

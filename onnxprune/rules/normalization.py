@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,19 @@ from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Labels
 from onnxprune.labels.movement import remove_axis
+from onnxprune.operators.operands import Values, axes_of, axis_of, given, listed, where_known
 from onnxprune.operators.registry import Array, Read
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.elementwise import divided
 from onnxprune.rules.registry import Inverse, Rule, register
 
 NORMALISED = "normalised"
+_REDUCTIONS: dict[str, Callable[..., Any]] = {
+    "ReduceProd": np.prod,
+    "ReduceSum": np.sum,
+    "ReduceMax": np.max,
+    "ReduceMin": np.min,
+}
 
 
 class OverAxes(Rule):
@@ -98,6 +105,10 @@ class InstanceNorm(Rule):
             if step.has(i):
                 step.unite(step.axis_ids(labels, 1), step.axis_ids(step.labels(i), 0), "a per-channel operand")
         step.set(0, labels)
+
+    def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
+        """The data's shape."""
+        return [shapes[0]] if len(node.outputs) == 1 else None
 
 
 class MeanVariance(OverAxes):
@@ -192,6 +203,10 @@ class BatchNorm(Rule):
                 step.unite(ids, step.axis_ids(vector, 0), "a per-channel operand")
         step.set(0, labels)
 
+    def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
+        """The data's shape."""
+        return [shapes[0]] if len(node.outputs) == 1 else None
+
 
 class Reduce(Rule):
     """Reductions over axes. A sum, or a norm, is a contraction: a channel that is 0 adds nothing.
@@ -242,6 +257,30 @@ class Reduce(Rule):
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """A sum reads its axes."""
         return [(0, tuple(self.axes(step) or ()))] if self.contraction else []
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """Reduced axes leave, or keep size 1."""
+        shape, since = shapes[0], 13 if node.op == "ReduceSum" else 18
+        axes = listed(node, values, 1, "axes", since)
+        if not axes:
+            if node.version >= since and node.attrs.get("noop_with_empty_axes", 0):
+                return [shape]
+            axes = list(range(len(shape)))
+        out = {axis_of(a, len(shape)) for a in axes}
+        if node.attrs.get("keepdims", 1):
+            return [tuple(1 if i in out else n for i, n in enumerate(shape))]
+        return [tuple(n for i, n in enumerate(shape) if i not in out)]
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """numpy's reduction, where it has one."""
+        function = _REDUCTIONS.get(node.op)
+        if function is None:
+            return None
+        axes = axes_of(node, values)
+        if axes is None and node.attrs.get("noop_with_empty_axes", 0):
+            return values[0]
+        return np.asarray(function(given(values, 0), axis=axes, keepdims=bool(node.attrs.get("keepdims", 1))))
 
 
 class AlongAxes(Rule):
@@ -324,6 +363,10 @@ class Pick(Rule):
             labels = remove_axis(labels, axis)
         for o in range(len(step.node.outputs)):
             step.set(o, labels)
+
+    def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
+        """Sums so far have the data's shape."""
+        return [shapes[0]] if node.op in ("CumSum", "CumProd") else None
 
 
 class ReduceMean(Reduce):

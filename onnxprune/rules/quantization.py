@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Labels
-from onnxprune.operators.codes import numbers
+from onnxprune.operators.codes import NARROW, numbers
+from onnxprune.operators.operands import Values
 from onnxprune.operators.registry import Read
 from onnxprune.rules.context import Step
 from onnxprune.rules.registry import Rule, register
@@ -87,6 +88,14 @@ class Decode(Quantize):
         if scale is None:
             return None
         return numbers(codes, scale, read(2), int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0)))
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """What the codes stand for, in the scale's type, at opsets too that onnx's evaluator does not know."""
+        codes, scale = values[0], values[1]
+        if codes is None or scale is None or (codes.dtype.kind not in "iu" and codes.dtype.name not in NARROW):
+            return None
+        real = self.numbers(node, 0, codes, lambda i: values[i] if i < len(values) else None)
+        return None if real is None else real.astype(scale.dtype)
 
 
 for domain in ("", "com.microsoft"):

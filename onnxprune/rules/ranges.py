@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.graph.evaluate import slice_of
+from onnxprune.graph.view import Node
 from onnxprune.labels.combine import split_points
 from onnxprune.labels.label import Label, covering, drop
+from onnxprune.operators.operands import Values, axis_of, given, listed, needed, slice_of, where_known, whole_numbers
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Move, Rule, register
 
@@ -54,6 +56,29 @@ class Split(Rule):
                 cut.set_attr("num_outputs", None)
             else:
                 cut.set_attr("split", sizes)
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """As stated, else equal parts, the last of which may be smaller."""
+        axis, count = axis_of(node.attrs.get("axis", 0), len(shapes[0])), len(node.outputs)
+        whole = shapes[0][axis]
+        sizes = listed(node, values, 1, "split", 13)
+        if sizes is None:
+            if whole % count and node.version < 18:
+                return None
+            part = -(-whole // count)
+            sizes = [part] * (count - 1) + [whole - part * (count - 1)]
+        return None if sum(sizes) != whole else [(*shapes[0][:axis], n, *shapes[0][axis + 1 :]) for n in sizes]
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """numpy's split."""
+        data, axis = given(values, 0), node.attrs.get("axis", 0)
+        sizes: Any = values[1] if len(values) > 1 and values[1] is not None else node.attrs.get("split")
+        if sizes is None:
+            count = len(node.outputs)
+            chunk = -(-data.shape[axis] // count)
+            sizes = [chunk] * (count - 1) + [data.shape[axis] - chunk * (count - 1)]
+        return list(np.split(data, np.cumsum(sizes)[:-1], axis=axis))
 
 
 Bounds = tuple[int, "int | None", "int | None", "int | None"]
@@ -170,6 +195,34 @@ class Slice(Rule):
             if value is None or value.ravel().tolist() != wanted:
                 cut.set_target(i, wanted)
 
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """How many positions each range has."""
+        starts, ends = (needed(listed(node, values, i, n, 10)) for i, n in ((1, "starts"), (2, "ends")))
+        axes = listed(node, values, 3, "axes", 10) or list(range(len(starts)))
+        steps = (None if node.version < 10 else listed(node, values, 4, "steps", 10)) or [1] * len(starts)
+        result = list(shapes[0])
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            a = axis_of(axis, len(result))
+            result[a] = len(range(*slice_of(start, end, step, shapes[0][a]).indices(shapes[0][a])))
+        return [tuple(result)]
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """numpy's slices."""
+        data = given(values, 0)
+        if node.version < 10:
+            starts, ends = node.attrs["starts"], node.attrs["ends"]
+            axes, steps = node.attrs.get("axes", range(len(starts))), [1] * len(starts)
+        else:
+            starts, ends = whole_numbers(given(values, 1)), whole_numbers(given(values, 2))
+            operands = [*values[3:], None, None]
+            axes = range(len(starts)) if operands[0] is None else whole_numbers(operands[0])
+            steps = [1] * len(starts) if operands[1] is None else whole_numbers(operands[1])
+        index = [slice(None)] * data.ndim
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            index[axis] = slice_of(start, end, step, data.shape[axis])
+        return data[tuple(index)]
+
 
 def _as_range(positions: NDArray[np.int64], size: int, *known: Range) -> Range | None:
     """A range that picks these positions of an axis of ``size``, one that is known before others; None if none does."""
@@ -273,6 +326,17 @@ class Pad(Rule):
             target = [_at(cut, 1, place) if n is None else n for place, n in enumerate(wanted)]
             if value is None or value.ravel().tolist() != target:
                 cut.set_target(1, target)
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """Sizes and what is put around them."""
+        pads = needed(listed(node, values, 1, "pads", 11))
+        rank = len(shapes[0])
+        axes = (listed(node, values, 3, "", 1) if node.version >= 18 else None) or list(range(rank))
+        result = list(shapes[0])
+        for k, axis in enumerate(axes):
+            result[axis_of(axis, rank)] += pads[k] + pads[k + len(axes)]
+        return [tuple(result)] if len(pads) == 2 * len(axes) else None
 
 
 register("", "Split", rule=Split())

@@ -130,6 +130,10 @@ class ScatterElements(_Elements):
         self._met(step, [self._first(step, data, axis, step.shape(2)), rest], axis)
         step.set(0, data)
 
+    def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
+        """The data's shape."""
+        return [shapes[0]] if len(node.outputs) == 1 else None
+
 
 class Columns:
     """What a known index [..., depth] says of each axis that it addresses.
@@ -321,6 +325,19 @@ class ScatterND(_Slices):
     def rewrite(self, cut: Cut) -> None:
         """A known index loses what goes and is renumbered."""
         self._rewrite(cut, cut.node.inputs[2], 0)
+
+    def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
+        """The data's shape."""
+        return [shapes[0]] if len(node.outputs) == 1 else None
+
+    def evaluate(self, node: Node, values: Any) -> Any:
+        """Slices of a copy replaced; forms that combine old and new are left to onnx's evaluator."""
+        data, where, updates = values[:3]
+        if node.attrs.get("reduction", "none") != "none" or where.shape[-1] == 0:
+            return None
+        result = np.array(data)
+        result[tuple(np.moveaxis(where, -1, 0))] = updates
+        return result
 
 
 class TensorScatter(Rule):

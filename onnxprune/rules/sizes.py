@@ -9,7 +9,9 @@ from onnxprune.labels.combine import Shape
 
 
 def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:
-    """numpy's broadcasting; a size that depends on data gives way to a known one other than 1. None where unknown."""
+    """numpy's broadcasting; a size that depends on data gives way to a known one other than 1. None where unknown, or
+    where shapes do not fit.
+    """
     if not shapes or any(s is None for s in shapes):
         return None
     known = [s for s in shapes if s is not None]
@@ -18,6 +20,8 @@ def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:
     for axis in range(rank):
         sizes = [s[axis - rank + len(s)] for s in known if axis - rank + len(s) >= 0]
         fixed = [n for n in sizes if n is not None and n != 1]
+        if len(set(fixed)) > 1:
+            return None
         result.append(fixed[0] if fixed else (None if None in sizes else 1))
     return tuple(result)
 
@@ -41,12 +45,19 @@ def window_sizes(sizes: Shape, kernel: Shape, attrs: Mapping[str, Any]) -> Shape
 
 
 def product(a: Shape | None, b: Shape | None, terms: tuple[str, str, str]) -> Shape | None:
-    """Shape of ``einsum`` over two operands with subscripts (left, right, output); batch letters broadcast."""
+    """Shape of ``einsum`` over two operands with subscripts (left, right, output); batch letters broadcast.
+
+    None where a shape is not known, or where they do not fit.
+    """
     if a is None or b is None:
         return None
     sizes: dict[str, int | None] = {}
     for letters, shape in zip(terms, (a, b), strict=False):
         for letter, n in zip(letters, shape, strict=True):
-            if sizes.get(letter, 1) == 1:
+            before = sizes.get(letter, 1)
+            spreads = letter in terms[2] and 1 in (before, n)
+            if letter in sizes and None not in (before, n) and before != n and not spreads:
+                return None
+            if before == 1:
                 sizes[letter] = n
     return tuple(sizes[c] for c in terms[2])

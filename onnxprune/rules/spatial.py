@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.graph.view import Node
 from onnxprune.labels.label import Ids, Labels, along
+from onnxprune.operators.operands import Values, where_known, windows
 from onnxprune.rules.context import Cut, Step
 from onnxprune.rules.registry import Rule, register
 
@@ -23,6 +25,15 @@ class Local(Rule):
             code = "normalised" if whole else "spatial"
             labels = step.drop_axis(labels, axis, code, f"{step.node.op} works along this axis")
         step.set(0, labels)
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """As many positions as windows fit, or one."""
+        x = shapes[0]
+        if node.op.startswith("Global"):
+            return [(*x[:2], *(1,) * (len(x) - 2))]
+        sizes = windows(node, x, node.attrs["kernel_shape"]) if node.op != "LpPool" else None
+        return None if sizes is None else [(*x[:2], *sizes)] * len(node.outputs)
 
 
 class Resize(Rule):

@@ -10,7 +10,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxprune.graph import shapes
 from onnxprune.graph.shapes import output_shapes
 from onnxprune.graph.view import Node
 
@@ -285,8 +284,3 @@ def test_what_is_not_known_is_left_to_onnx() -> None:
     assert output_shapes(node, [(2, None), (2,)], [None, target].__getitem__) is None
     assert output_shapes(node, [None, (2,)], [None, target].__getitem__) is None
     assert output_shapes(node, [(5, 5), (2,)], [None, target].__getitem__) is None
-
-
-def test_every_shape_function_is_compared() -> None:
-    alone = set(shapes._FUNCTIONS) - set(shapes._SAME) - set(shapes._JOINED)
-    assert {op for op in alone if not op.startswith("Reduce")} <= set(CASES)
