@@ -97,6 +97,13 @@ def linear_convolution(net: Net) -> tuple[str, Any]:
     return net.op("DequantizeLinear", y, s, z), ["N", 10, 3, 3]
 
 
+def deformable(net: Net) -> tuple[str, Any]:
+    x = maps(net)
+    net.opset = 19
+    offset = net.op("Conv", x, net.weight(18, 8, 3, 3))
+    return net.op("DeformConv", x, net.weight(10, 8, 3, 3), offset, kernel_shape=[3, 3]), ["N", 10, 3, 3]
+
+
 def recurrent(net: Net) -> tuple[str, Any]:
     return net.op("LSTM", rows(net), net.weight(1, 40, 6), net.weight(1, 40, 10), hidden_size=10), ["N", 1, 3, 10]
 
@@ -144,6 +151,7 @@ CASES: dict[str, tuple[Make, int, int]] = {
     "NhwcFusedConv": (convolution("NhwcFusedConv", 10, 8, 3, 3, last=True), 6480, 10),
     "NhwcConv": (convolution("NhwcConv", 10, 3, 3, 8, last=True), 6480, 10),
     "QLinearConv": (linear_convolution, 6480, 10),
+    "DeformConv": (deformable, 6480, 10),
     "LSTM": (recurrent, 3 * 40 * 16, 10),
     "DynamicQuantizeLSTM": (quantised_recurrent, 3 * 40 * 16, 10),
     "Attention": (attention, 3 * 180, 10),
@@ -170,7 +178,7 @@ def test_every_rule_with_weights_has_a_case_or_is_of_the_same_class() -> None:
     from onnxprune.operators import registry
 
     op.rules.lookup("", "Conv", 17)
-    tested = {type(lookup(domain, name.split(",")[0], 17)) for name in CASES for domain in ("", MS)}
+    tested = {type(lookup(domain, name.split(",")[0], 19)) for name in CASES for domain in ("", MS)}
     silent = {"CDist", "Blocked", "QMoE", "ConvTranspose", "QAttention", "PackedAttention", "PackedGather"}
     rules = {type(rule) for ranges in registry._table.values() for _, _, rule in ranges if rule.weights}
     missing = {rule.__name__ for rule in rules - tested if not rule.__module__.startswith("test")} - silent
