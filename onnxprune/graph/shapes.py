@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune.graph.view import Node
-from onnxprune.operators.registry import rule_of
+from onnxprune.operators.registry import Elements, rule_of
 
 Shape = tuple[int, ...]
 Known = Callable[[int], "np.ndarray | None"]
@@ -47,7 +47,7 @@ def output_shapes(node: Node, shapes: Sequence[Any], known: Known) -> list[Shape
         node: a node. shapes: of its inputs, None where absent. known: values of its inputs.
     """
     for shape, name in zip(shapes, node.inputs, strict=True):
-        if (shape is None and name) or (shape is not None and None in shape):
+        if (shape is None and name) or (shape is not None and None in shape) or isinstance(shape, Elements):
             return None
     try:
         results = rule_of(node).infer(node, list(shapes), Asked(known, len(node.inputs)))
