@@ -118,7 +118,9 @@ def _one_per_run(atoms: Atoms, labels: Labels, parts: list[tuple[list[int], list
         if len(ins) < 2 and len(outs) < 2:
             continue
         touching = [x for x in kept if any(x.ids.shape[a] > 1 for a in ins)]
-        for label in sorted(touching, key=lambda x: x.ids.size)[:-1]:
+        if len(touching) > 1:  # how often the channels are repeated, such as once per sample, does not count
+            touching.sort(key=lambda x: np.unique(x.ids).size)
+        for label in touching[:-1]:
             why = reason("unsupported-form", "two independently removable axes are merged into one")
             atoms.freeze(label.ids, why)
             kept = drop(kept, label)
@@ -147,9 +149,8 @@ def _reshape_one(
         for b in outs:
             target[b] = after[b]
         if pack in touched:
-            # Rows survive a merge in row-major order only where the pack axis is the innermost labelled one.
-            merged = len([b for b in outs if after[b] > 1]) < len([a for a in ins if before[a] > 1])
-            if merged and pack != touched[-1]:
+            # What is left keeps its order through a merge only where the pack axis is the innermost labelled one.
+            if pack != touched[-1]:
                 atoms.couple(label)
             new_pack = -2 - parts.index((ins, outs))
     if int(np.prod(source, dtype=np.int64)) > LARGEST:

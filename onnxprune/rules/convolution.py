@@ -76,10 +76,13 @@ class Conv(Rule):
         for i in (*((self.bias,) if self.bias is not None else ()), *self.per_output):
             if step.has(i) and len(step.shape(i)) == 1 and step.shape(i)[0] > 1:
                 step.unite(out, step.axis_ids(step.labels(i), 0), "a per-channel operand")
-        labels: Labels = () if out is None else (along(out, self.axis(step), len(step.out_shape())),)
+        rank = len(step.out_shape())
+        labels: Labels = () if out is None else (along(out, self.axis(step), rank),)
         batch = covering(x, 0)
-        if batch is not None:
-            step.fix(x, 0, "unsupported-form", "the batch axis of a convolution is labelled")
+        if batch is not None and batch.is_grid:
+            step.fix(x, 0, "unsupported-form", "a grid lies along the batch axis of a convolution")
+        elif batch is not None:  # channels folded into the batch: every one of them is convolved by itself
+            labels = (*labels, along(batch.ids.ravel(), 0, rank))
         if self.addend is not None and step.has(self.addend):
             shape = step.out_shape()
             both = [(labels, shape), (step.labels(self.addend), step.shape(self.addend))]
@@ -243,7 +246,8 @@ class DeformConv(Conv):
     """
 
     def propagate(self, step: Step) -> None:
-        """As a convolution; the offsets and the mask of a tap have a place of their own."""
+        """As a convolution; the offsets and the mask of a tap have a place of their own, and one for every sample."""
+        step.fix(step.labels(0), 0, "fixed-size", "every sample has offsets of its own")
         super().propagate(step)
         groups = int(step.attr("offset_group", 1))
         ins = step.axis_ids(step.labels(0), 1)

@@ -50,6 +50,11 @@ SEQUENCES = {
     *("SequenceLength", "SplitToSequence"),
 }
 """Operators that read or make no tensors: test_laws_sequences.py."""
+SEQUENCES = {
+    *("ConcatFromSequence", "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert"),
+    *("SequenceLength", "SplitToSequence"),
+}
+"""Operators that give or take no tensors: tests/rules/test_sequences.py."""
 FORGOTTEN = {"Affine", "ParametricSoftplus", "Scale", "ScaledTanh"}
 """Operators that onnx has no schema of any more."""
 

@@ -6,6 +6,7 @@ import pytest
 from build import Net
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import assert_exact_cut
 from sandwich import check, opsets, produce
 
 
@@ -188,3 +189,13 @@ def test_reshape_by_a_computed_target() -> None:
     target = net.op("Concat", batch, channels, net.const([20]), axis=0)
     y = net.op("Reshape", x, target)
     check(net, net.op("Relu", net.reshape(y, 0, 6, 20)))
+
+
+@pytest.mark.parametrize("target", [(2, 12), (4, 6), (6, 4), (24,)])
+def test_columns_of_a_grid_that_are_laid_out_anew_go_together(target: tuple[int, ...]) -> None:
+    """Rows [8, 3] turned round and cut elsewhere: each row closing up by itself would change the order of the others."""
+    net = Net(17)
+    x = net.linear(net.input("x", [3]), 3, 24)
+    y = net.reshape(net.transpose(net.reshape(x, 8, 3), 1, 0), *target)
+    for seed in range(4):
+        assert_exact_cut(net.model(net.linear(y, target[-1], 2)), seed=seed, ratio=0.34, expect_cut=None)

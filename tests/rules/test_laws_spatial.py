@@ -173,3 +173,21 @@ def test_blocks_let_the_batch_pass(kind: str) -> None:
     y = net.op(kind, x, blocksize=2)
     y = net.transpose(y, 1, 2, 3, 0)
     assert_exact_cut(net.model(net.linear(y, 6, 4)))
+
+
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose", "Conv with positions"])
+def test_channels_that_are_folded_into_the_batch_are_cut(kind: str) -> None:
+    """[N, C, L] as [N * C, 1, L], one small convolution for every channel, and back: rows go in blocks."""
+    net = Net(13)
+    x = net.op("Relu", net.conv(net.input("x", ["N", 3, 10]), 3, 12, dims=1))
+    x = net.reshape(x, -1, 1, 10)
+    if kind == "ConvTranspose":
+        x = net.op("ConvTranspose", x, net.weight(1, 4, 3), net.weight(4), pads=[1, 1])
+    else:
+        x = net.conv(x, 1, 4, 5, dims=1)
+    x = net.op("Relu", x)
+    if kind.endswith("positions"):
+        x = net.op("Add", x, net.weight(4, 10))
+    y = net.conv(net.reshape(x, -1, 48, 10), 48, 5, dims=1)
+    result = assert_exact_cut(net.model(net.conv(y, 5, 2, dims=1)))
+    assert result is not None and result.model.graph.initializer[0].dims[0] == 6
