@@ -193,7 +193,7 @@ def test_reshape_by_a_computed_target() -> None:
 
 @pytest.mark.parametrize("target", [(2, 12), (4, 6), (6, 4), (24,)])
 def test_columns_of_a_grid_that_are_laid_out_anew_go_together(target: tuple[int, ...]) -> None:
-    """Rows [8, 3] turned round and cut elsewhere: each row closing up by itself would change the order of the others."""
+    """Rows [8, 3] turned round: rows that close up by themselves change the order of the others."""
     net = Net(17)
     x = net.linear(net.input("x", [3]), 3, 24)
     y = net.reshape(net.transpose(net.reshape(x, 8, 3), 1, 0), *target)
