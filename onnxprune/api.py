@@ -18,6 +18,7 @@ from onnxprune.passes.recover import check_mode, no_data, settle_mode
 from onnxprune.pipeline import Progress
 from onnxprune.plan import Plan
 from onnxprune.report.facts import Report
+from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.search.budget import Budget
 from onnxprune.search.wishes import Asked, Wishes, split
@@ -234,4 +235,5 @@ def analyze(
     Raises:
         OnnxpruneError: the model cannot be read, or an input shape does not fit.
     """
-    return Analysis(model, input_shapes=input_shapes, approximate=approximate)
+    with explained(model):
+        return Analysis(model, input_shapes=input_shapes, approximate=approximate)

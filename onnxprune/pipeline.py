@@ -32,6 +32,7 @@ from onnxprune.plugins import Named
 from onnxprune.report.facts import Exactness, Fact, Report, Seconds, Sizes, report_of
 from onnxprune.runtime.data import Samples, open_data
 from onnxprune.runtime.device import Device, device
+from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.sessions import Feed
 
@@ -168,7 +169,7 @@ class Context:
         if memory_limit is not None and memory_limit < MIN_MEMORY:
             raise UsageError(f"memory_limit {memory_limit} is too small", hint=f"Allowed: {MIN_MEMORY} bytes or more.")
         where, stages = device(providers, threads), Stages(progress)
-        with stages.stage("analyze"):
+        with stages.stage("analyze"), explained(model):
             analysis = Analysis(model, input_shapes=input_shapes, approximate=approximate)
         calibration = None if data is None else Calibration(data, analysis, samples, batch_size, images)
         kept = None if cache is None else Path(cache)
@@ -589,7 +590,8 @@ def apply(stage: Pass, context: Context, model: Model) -> PassResult:
     """
     _require(stage, context, model, of_context=False)
     try:
-        result = stage(context, model)
+        with explained(context.analysis.loaded, context.analysis):
+            result = stage(context, model)
     except Exception as error:
         if not isinstance(error, OnnxpruneError):
             error.add_note(f"in {stage.label}")

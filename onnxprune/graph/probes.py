@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import onnx
-
+from onnxprune.errors import ModelError
 from onnxprune.graph.binding import Dimensions, InputSpec, Key, Sizes
 from onnxprune.graph.view import Graph
+from onnxprune.model.elements import DTYPES
 
 Pair = tuple[tuple[int, int], tuple[int, int]]
 _KINDS = ("batch", "sequence", "extent")
@@ -26,8 +25,12 @@ def input_specs(graph: Graph) -> list[InputSpec]:
         if info.name not in graph.inputs or info.type.WhichOneof("value") != "tensor_type":
             continue
         tensor = info.type.tensor_type
-        string = tensor.elem_type == onnx.TensorProto.STRING
-        dtype = np.dtype(object) if string else np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        dtype = DTYPES.get(tensor.elem_type)
+        if dtype is None:
+            raise ModelError(
+                f"input {info.name!r} has the unknown element type {tensor.elem_type}",
+                hint="The file is damaged, or newer than the installed onnx: pip install -U onnx ml_dtypes",
+            )
         dims = tuple(d.dim_value if d.dim_value > 0 else (d.dim_param or None) for d in tensor.shape.dim)
         specs.append(InputSpec(info.name, dtype, dims, tensor.HasField("shape") and not dims))
     return specs

@@ -156,7 +156,7 @@ class Settler:
         if len(found) <= conflict.place:
             return None
         have, want = found[conflict.place]
-        return have - want
+        return None if have is None or want is None else have - want
 
     def _before(self, node: Node) -> list[Node]:
         """What a node is computed by, in graph order."""

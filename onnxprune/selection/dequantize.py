@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.errors import ModelError
 from onnxprune.graph.view import Graph, Node
 from onnxprune.graph.weights_of import weight_of
 from onnxprune.operators.registry import Read, rule_of
@@ -25,7 +26,7 @@ def real_values(graph: Graph, name: str, codes: NDArray[Any]) -> NDArray[Any]:
     Codes whose scale or zero point is not a constant, and weights that no such node reads, are returned as they are.
     """
     for node, position in graph.consumers.get(name, ()):
-        numbers = rule_of(node).numbers(node, position, codes, _constants(graph, node))
+        numbers = _numbers(graph, node, position, codes)
         if numbers is not None:
             return numbers
     return codes
@@ -36,8 +37,20 @@ def numbers_at(graph: Graph, node: Node, position: int) -> NDArray[Any] | None:
     value = weight_of(graph, node.inputs[position])
     if value is None:
         return None
-    numbers = rule_of(node).numbers(node, position, value, _constants(graph, node))
+    numbers = _numbers(graph, node, position, value)
     return value if numbers is None else numbers
+
+
+def _numbers(graph: Graph, node: Node, position: int, codes: NDArray[Any]) -> NDArray[Any] | None:
+    """The numbers that codes stand for at an input of a node; None where it reads no codes there."""
+    try:
+        return rule_of(node).numbers(node, position, codes, _constants(graph, node))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the scale or zero point of node {node.label!r} ({node.op}) does not fit {node.inputs[position]!r} "
+            f"{list(codes.shape)}: {error}",
+            hint="The file is damaged; export it again.",
+        ) from error
 
 
 def decoder(graph: Graph, node: Node, position: int) -> Callable[[NDArray[Any]], NDArray[Any]] | None:
