@@ -62,7 +62,7 @@ class Adopt(Pass):
         with context.stage("compare"), Trial.of(analysis, loaded) as trial, trial.blaming():
             # What the repair starts from, subnormal weights as 0, is what the file computes.
             start = flush((loaded.proto, dict(loaded.weights)))[0]
-            hold_against_file(trial, start, synthetic_feeds(context, analysis))
+            hold_against_file(analysis, trial, start, synthetic_feeds(context, analysis))
         same = "its weights are the original's" if not changed else f"{changed} of its {of} weights were changed"
         proof = Exactness(note=f"came as a file, {same}")
         pruned = model.with_parts(

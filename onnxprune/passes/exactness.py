@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from onnxprune.errors import ModelError, ValidationError
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.facts import Probe
 from onnxprune.graph.probes import input_specs
-from onnxprune.passes.preparation import QUANTISED, check_preparation, other_feeds
+from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
+from onnxprune.passes.preparation import check_preparation, other_feeds
 from onnxprune.passes.trial import Trial
 from onnxprune.planning import atoms_removed
 from onnxprune.report.facts import Exactness
@@ -25,6 +26,7 @@ from onnxprune.rewrite.cut import cut
 from onnxprune.rewrite.oracle import masked_original
 from onnxprune.rewrite.witness import Model, Witnesses
 from onnxprune.runtime import compare, idle
+from onnxprune.runtime.differences import TOLERANCE
 from onnxprune.runtime.inputs import synthetic
 from onnxprune.runtime.sessions import Feed
 
@@ -55,13 +57,12 @@ def check_exactness(
     Raises:
         ValidationError: they differ, or preparing the model for the cut changed what it computes.
     """
-    quantized = any(n.op in QUANTISED for n in analysis.graph.nodes)
     check_preparation(analysis, trial, feeds, seed)
     removed, skipped = _exact_part(analysis, removed)
     if skipped:
         model = cut(analysis.table, removed)
         final, _ = trial.write(*model, "exact_part")
-    check = _Check(analysis, trial, removed, final, model, quantized, seed)
+    check = _Check(analysis, trial, removed, final, model, seed)
     worst = Exactness(passed=True)
     for number, (probe, feed) in enumerate(zip(analysis.facts.running, feeds, strict=True)):
         try:
@@ -82,6 +83,9 @@ def check_exactness(
             f"(allowed {worst.tolerance:.3g}). {worst.note}",
             hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
         )
+    if trial.drawing:
+        note = f"random numbers of {', '.join(dict.fromkeys(trial.drawing))} are the same in both models"
+        worst.note = f"{worst.note}; {note}" if worst.note else note
     if skipped:
         what = "1 group that was" if skipped == 1 else f"{skipped} groups that were"
         note = f"without {what} cut through a normalisation, where only fidelity can be asked"
@@ -121,8 +125,16 @@ class _Check:
     removed: NDArray[np.bool_]
     final: Path
     model: Model
-    quantized: bool
     seed: int
+    _rounding: compare.Rounding = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rounding = rounding_of(self.analysis, TOLERANCE)
+
+    def _pair(self, probe: Probe, masked: Model, model: Model, final: Path | None = None) -> Pair:
+        """Models to compare at the sizes of one probe."""
+        survivors = Witnesses(self.analysis.table, self.removed, probe, masked, model).survivors
+        return Pair(self.trial, masked, model, kinds_of(self.analysis), self._rounding, survivors, final=final)
 
     def beyond(self, worst: Exactness) -> Exactness:
         """The facts after the file was run at sizes that no probe has, where the model leaves sizes open."""
@@ -139,27 +151,25 @@ class _Check:
     def at(self, probe: Probe, feed: Feed) -> Exactness:
         """The facts at the sizes of one probe."""
         masked = masked_original(self.analysis.table, self.removed, probe)
-        with self.trial.lend(*masked, "masked") as reference:
-            found = compare.compared(reference, self.final, [feed], quantized=self.quantized)
-            if not found.facts.passed and _rounds(masked):
-                return self._in_floats(masked, feed)
-            if not found.facts.passed or not found.idle:
-                return found.said()
-            more = idle.waking(reference, found.idle, [feed], other_feeds(self.analysis, self.seed)(probe))
-            feeds = [feed, *more]
-            if more:
-                found = compare.compared(reference, self.final, feeds, quantized=self.quantized)
+        # A file with random numbers would draw others than the reference.
+        pair = self._pair(probe, masked, self.model, None if self.trial.drawing else self.final)
+        found, feeds = pair.compared([feed]), [feed]
+        if not found.facts.passed and _rounds(masked):
+            return self._in_floats(probe, masked, feed)
+        if found.facts.passed and found.idle:
+            with pair.lend_reference() as reference:
+                feeds += idle.waking(reference, found.idle, feeds, other_feeds(self.analysis, self.seed)(probe))
+            if len(feeds) > 1:
+                found = pair.compared(feeds)
         if not found.facts.passed or not found.idle:
             return found.said()
         return self._inside(probe, masked, feeds, found)
 
-    def _in_floats(self, masked: Model, feed: Feed) -> Exactness:
+    def _in_floats(self, probe: Probe, masked: Model, feed: Feed) -> Exactness:
         """The facts where products with 4-bit weights take floats: else a rounding of activations to 8 bits that falls
         the other way is no less than a mistake.
         """
-        one, other = _without_rounding(masked), _without_rounding(self.model)
-        with self.trial.lend(*one, "masked") as a, self.trial.lend(*other, "in_floats") as b:
-            facts = compare.exactness(a, b, [feed], quantized=self.quantized)
+        facts = self._pair(probe, _without_rounding(masked), _without_rounding(self.model)).compared([feed]).said()
         said = "with activations of 4-bit products in floats"
         facts.note = f"{facts.note}; {said}" if facts.note else said
         return facts
@@ -171,18 +181,16 @@ class _Check:
         for way in ways(found_open):
             for probe, feed in zip(self.analysis.facts.running, feeds, strict=False):
                 masked = masked_original(self.analysis.table, self.removed, probe)
-                models = force(masked, way), force(self.model, way)
-                with self.trial.lend(*models[0], "masked") as a, self.trial.lend(*models[1], "forced") as b:
-                    try:
-                        found = compare.compared(a, b, [feed], quantized=self.quantized).facts
-                    except ModelError:  # with these sizes the original does not run there either
-                        missed.update(way.items())
-                        break
+                try:
+                    found = self._pair(probe, force(masked, way), force(self.model, way)).compared([feed]).facts
+                except ModelError:  # with these sizes the original does not run there either
+                    missed.update(way.items())
+                    break
                 run.update(way.items())
-                if not found.passed or found.error > worst.error:
+                if found.passed is not True or found.error > worst.error:
                     found.batches, found.note = worst.batches, "; ".join(filter(None, (worst.note, found.note)))
                     worst = found
-                if worst.passed is False:
+                if worst.passed is not True:
                     return worst
         names = names_of(found_open, missed - run)
         if names:
@@ -200,8 +208,7 @@ class _Check:
         if not names:
             return found.said()
         reference, shrunk, new = witnesses.pair(names)
-        with self.trial.lend(*reference, "masked") as a, self.trial.lend(*shrunk, "witnesses") as b:
-            facts = compare.compared(a, b, feeds, quantized=self.quantized).facts
+        facts = self._pair(probe, reference, shrunk).compared(feeds).facts
         facts.worst_output = new.get(facts.worst_output, facts.worst_output)
         said = f"{_some([*found.idle])} did not vary on any synthetic input: compared in front of that: {_some(names)}"
         facts.note = f"{facts.note}; {said}" if facts.note else said

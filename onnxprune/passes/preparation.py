@@ -8,6 +8,7 @@ who compares these two. Here the file itself is what counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import ModelError, ValidationError
@@ -17,15 +18,15 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.model.closing import close_bodies
 from onnxprune.model.functions import inlined
 from onnxprune.model.structure import same_nodes
+from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
 from onnxprune.passes.trial import Trial
 from onnxprune.report.facts import Exactness
 from onnxprune.rewrite.branches import force, force_closed, undecided, ways
 from onnxprune.rewrite.witness import Model
-from onnxprune.runtime import compare, idle
+from onnxprune.runtime import idle
 from onnxprune.runtime.inputs import variations
 from onnxprune.runtime.sessions import Feed
 
-QUANTISED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear"}
 # Nothing is left out on the way to the prepared graph: there is less to round than in a cut.
 _ALLOWED = 1e-5
 
@@ -41,54 +42,71 @@ def check_preparation(analysis: Analysis, trial: Trial, feeds: Sequence[Feed], s
     """
     loaded, graph = analysis.loaded, analysis.graph
     prepared: Model = graph.proto, graph.weights
-    others = other_feeds(analysis, seed)
     if not trial.heavy or not same_nodes(loaded.as_read, close_bodies(*prepared)[0]):
-        hold_against_file(trial, prepared, feeds, lambda number: others(analysis.facts.running[number]))
+        others = other_feeds(analysis, seed)
+        running = analysis.facts.running
+        hold_against_file(analysis, trial, prepared, feeds, lambda number: others(running[number]))
     if not graph.has_bodies:
         return
+    hold = _Forced(analysis, trial, feeds)
     read = inlined(loaded.as_read) if loaded.as_read.functions else loaded.as_read
     closed = close_bodies(loaded.proto, loaded.weights)
     if not same_nodes(read, closed[0]):
         for side in (True, False):
-            _hold_forced(trial, force_closed((read, loaded.weights), side), force_closed(closed, side), feeds)
+            hold(force_closed((read, loaded.weights), side), force_closed(closed, side))
     if analysis.folds or analysis.hoists or analysis.copies:
         for way in ways(undecided(graph, analysis.facts)):
-            _hold_forced(trial, force((loaded.proto, loaded.weights), way), force(prepared, way), feeds)
+            hold(force((loaded.proto, loaded.weights), way), force(prepared, way))
 
 
 def hold_against_file(
-    trial: Trial, model: Model, feeds: Sequence[Feed], others: Callable[[int], Iterable[Feed]] = lambda _: ()
+    analysis: Analysis,
+    trial: Trial,
+    model: Model,
+    feeds: Sequence[Feed],
+    others: Callable[[int], Iterable[Feed]] = lambda _: (),
 ) -> None:
     """Run the file of a trial and a model that should compute the same.
 
     Args:
-        others: more feeds for a probe, where outputs are the same whatever goes in.
+        analysis: tells the types of tensors. others: more feeds for a probe, where outputs are the same whatever goes
+            in.
 
     Raises:
         ValidationError: they differ.
     """
-    quantized = any(node.op_type in QUANTISED for node in model[0].graph.node)
-    with trial.lend_original() as file, trial.lend(*model, "prepared") as prepared:
+    loaded = trial.loaded
+    read = inlined(loaded.as_read) if loaded.as_read.functions else loaded.as_read
+    rounding, kinds = rounding_of(analysis, _ALLOWED), kinds_of(analysis)
+    with trial.lend_original() as file:
+        pair = Pair(trial, (read, loaded.weights), close_bodies(*model), kinds, rounding, file=file)
         for probe, feed in enumerate(feeds):
             try:
-                found = compare.compared(file, prepared, [feed], quantized=quantized, base=_ALLOWED)
+                found = pair.compared([feed])
             except ModelError:  # it declares more sizes open than it can run at
                 if not probe:
                     raise
                 continue
             more = idle.waking(file, found.idle, [feed], others(probe)) if found.idle else []
             if more and found.facts.passed:
-                found = compare.compared(file, prepared, [feed, *more], quantized=quantized, base=_ALLOWED)
+                found = pair.compared([feed, *more])
             _require(found.facts)
 
 
-def _hold_forced(trial: Trial, reference: Model, model: Model, feeds: Sequence[Feed]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Forced:
     """Run two models with the same branches; nothing is asked where the reference does not run there."""
-    quantized = any(node.op_type in QUANTISED for node in model[0].graph.node)
-    with trial.lend(*reference, "read") as one, trial.lend(*model, "prepared") as other:
-        for feed in feeds:
+
+    analysis: Analysis
+    trial: Trial
+    feeds: Sequence[Feed]
+
+    def __call__(self, reference: Model, model: Model) -> None:
+        """Raises ValidationError where they differ."""
+        pair = Pair(self.trial, reference, model, kinds_of(self.analysis), rounding_of(self.analysis, _ALLOWED))
+        for feed in self.feeds:
             try:
-                found = compare.compared(one, other, [feed], quantized=quantized, base=_ALLOWED)
+                found = pair.compared([feed])
             except ModelError:
                 continue
             _require(found.facts)

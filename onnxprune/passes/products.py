@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from onnxprune.decompose.factor import Real
 from onnxprune.errors import ModelError, ValidationError
 from onnxprune.factors.rewrite import Factorized, compose_layers
-from onnxprune.passes.preparation import QUANTISED, hold_against_file
+from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
+from onnxprune.passes.preparation import hold_against_file
 from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.pipeline import Context, Model, ModelParts
 from onnxprune.report.facts import Exactness
-from onnxprune.runtime import compare
+from onnxprune.runtime.differences import TOLERANCE
 
 
 def check_products(
@@ -31,20 +32,20 @@ def check_products(
     Raises:
         ValidationError: they differ, or preparing the model changed what it computes.
     """
+    analysis = context.analysis
     feeds = synthetic_feeds(context, model.analysis)
-    quantized = any(node.op_type in QUANTISED for node in model.proto.graph.node)
     reference = Prepared(*model.parts)
-    with Trial.of(context.analysis) as trial:
+    with Trial.of(analysis) as trial:
         if model.removed is None and model.as_pruned is None:  # else that was held against the file before
-            hold_against_file(trial, (reference.graph.proto, reference.weights), feeds)
+            hold_against_file(analysis, trial, (reference.graph.proto, reference.weights), feeds)
         compose_layers(reference.graph, reference.weights, [i for i, _ in chosen], [k for _, k in chosen])
-        with trial.lend(*reference.model(), "product") as one, trial.lend(*after, "factors") as other:
-            try:
-                facts = compare.exactness(one, other, feeds, quantized=quantized)
-            except ModelError:  # it declares sizes open that it does not run at
-                if len(feeds) < 2:
-                    raise
-                facts = compare.exactness(one, other, feeds[:1], quantized=quantized)
+        pair = Pair(trial, reference.model(), after, kinds_of(analysis), rounding_of(analysis, TOLERANCE))
+        try:
+            facts = pair.compared(feeds).said()
+        except ModelError:  # it declares sizes open that it does not run at
+            if len(feeds) < 2:
+                raise
+            facts = pair.compared(feeds[:1]).said()
     if facts.passed is False:
         raise ValidationError(
             f"The new layers do not compute the product of their weights: output {facts.worst_output!r} differs by "

@@ -21,6 +21,7 @@ from onnxprune.model.save import assemble, lies_in, referring, save
 from onnxprune.model.weights import FileWeight, Weight
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.pipeline import Context
+from onnxprune.rewrite.holding import drawing, seeded
 from onnxprune.runtime import inputs, sessions
 
 # From this size on, the original and the result are never in memory together.
@@ -71,10 +72,16 @@ class Trial:
         """Whether one copy of the weights is what memory has room for."""
         return self.loaded.size > _HEAVY
 
+    @property
+    def drawing(self) -> list[str]:
+        """Types of operators that draw random numbers, other ones in every run."""
+        return drawing(self.loaded.as_read)
+
     @contextmanager
     def lend(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], stem: str) -> Iterator[sessions.Openable]:
         """A model to open sessions of, for a while: in memory where it is small; of a large one, weights that are in a
-        file already stay there."""
+        file already stay there. Random numbers have a seed, so that all models that are lent draw the same."""
+        proto = seeded(proto)
         if sum(weight.nbytes for weight in weights.values()) <= _LIGHT:
             yield bytes(assemble(proto, weights).SerializeToString())
             return
@@ -89,8 +96,8 @@ class Trial:
     @contextmanager
     def lend_original(self) -> Iterator[sessions.Openable]:
         """The original to open sessions of: its file, or where that is large and has its weights inside, what maps
-        them from a copy."""
-        if not self.heavy or self.loaded.external:
+        them from a copy. One that draws random numbers is a copy with a seed."""
+        if not self.drawing and (not self.heavy or self.loaded.external):
             yield self.original
             return
         with self.lend(self.loaded.as_read, self.loaded.weights, "as_read") as model:

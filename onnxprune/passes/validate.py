@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -66,7 +67,8 @@ class Validate(Pass):
         if self.faithful:
             with context.stage("fidelity"), trial.lend_original() as original:
                 inputs, name = hold_out
-                yield fidelity.fidelity(original, final, inputs, name, together=not trial.heavy)
+                with trial.lend(*model.parts, "seeded") if trial.drawing else nullcontext(final) as result:
+                    yield fidelity.fidelity(original, result, inputs, name, together=not trial.heavy)
         if self.timed and trial.large:
             yield Remark("Latency was not measured: original and result would be in memory at once.")
         elif self.timed:

@@ -19,6 +19,8 @@ from onnxprune.rewrite.after import After
 from onnxprune.rules.context import Table
 
 Model = tuple[onnx.ModelProto, Mapping[str, Weight]]
+Steps = list[tuple[int, Ids]]
+"""Indices to pick along axes, one after the other."""
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 _ELEMENTS = 1 << 24
 _MOST = 4
@@ -70,6 +72,35 @@ class Witnesses:
             queue.extend(fresh)
         return seen
 
+    def survivors(self, name: str) -> Steps | None:
+        """How to pick those of a tensor; None where that cannot be said."""
+        if not self._table.get(name):
+            return []
+        return self._steps(name) if self._labelled_alike(name) else None
+
+    def _steps(self, name: str) -> Steps:
+        """Indices, each along an axis; those of grids as large as what they are applied to."""
+        shape, result = list(self._probe.shapes[name]), []
+        for axis, index in self._after.steps(name):
+            if index.ndim == 1:
+                shape[axis] = index.size
+            else:
+                shape[axis] = index.shape[axis]
+                index = np.broadcast_to(index, shape)
+            result.append((axis, index))
+        return result
+
+    def _labelled_alike(self, name: str) -> bool:
+        """Whether labels say where every survivor is: sizes are known, and those that the labels have."""
+        shape = self._probe.shapes.get(name)
+        if shape is None or None in shape:
+            return False
+        # Heads merged with a dynamic batch have labels of the first probe's size alone.
+        labels = self._table.get(name)
+        if any(x.ids.shape[a] != shape[a] for x in labels for a in x.axes):
+            return False
+        return self._table.graph.opsets.get("", 1) >= 11 or not any(x.is_grid for x in labels)
+
     def _comparable(self, name: str) -> bool:
         """Floats that are no known value (sizes used as data may differ), with a survivor for every position left."""
         shape = self._probe.shapes.get(name)
@@ -77,11 +108,7 @@ class Witnesses:
             return False
         if self._table.facts.value(name) is not None or name in self._table.graph.inner:
             return False
-        # Heads merged with a dynamic batch have labels of the first probe's size alone.
-        labels = self._table.get(name)
-        if any(x.ids.shape[a] != shape[a] for x in labels for a in x.axes):
-            return False
-        return self._table.graph.opsets.get("", 1) >= 11 or not any(x.is_grid for x in labels)
+        return self._labelled_alike(name)
 
     def tapped(self, names: Sequence[str]) -> Model:
         """The masked original with tensors as outputs besides its own."""
@@ -95,7 +122,7 @@ class Witnesses:
         (reference, known), (cut, _) = (self._copy(m) for m in (self._reference, self._cut))
         new = {f"{name}__survivors": name for name in names}
         for output, name in new.items():
-            self._gather(reference, known, name, output)
+            gather(reference, known, name, output, self._steps(name))
             cut.graph.node.append(onnx.helper.make_node("Identity", [name], [output], name=output))
             for model in (reference, cut):
                 model.graph.output.append(onnx.ValueInfoProto(name=output))
@@ -107,27 +134,24 @@ class Witnesses:
         copy.CopyFrom(model[0])
         return copy, dict(model[1])
 
-    def _gather(self, model: onnx.ModelProto, weights: dict[str, Weight], name: str, output: str) -> None:
-        """Nodes that pick the survivors of a tensor, the same steps that cut a weight of its labels."""
-        shape, current = list(self._probe.shapes[name]), name
-        for k, (axis, index) in enumerate(self._after.steps(name)):
-            operand, result = f"{output}_index{k}", f"{output}_step{k}"
-            if index.ndim == 1:
-                shape[axis], op = index.size, "Gather"
-            else:
-                shape[axis], op = index.shape[axis], "GatherElements"
-                index = np.broadcast_to(index, shape)
-            self._constant(model, weights, operand, index)
-            model.graph.node.append(onnx.helper.make_node(op, [current, operand], [result], name=result, axis=axis))
-            current = result
-        model.graph.node.append(onnx.helper.make_node("Identity", [current], [output], name=output))
 
-    @staticmethod
-    def _constant(model: onnx.ModelProto, weights: dict[str, Weight], name: str, value: Ids) -> None:
-        value = np.ascontiguousarray(value, dtype=np.int64)
-        tensor = onnx.numpy_helper.from_array(value, name)
-        if model.ir_version < 4:  # an initializer would have to be an input too
-            model.graph.node.append(onnx.helper.make_node("Constant", [], [name], value=tensor))
-        else:
-            model.graph.initializer.append(tensor)
-            weights[name] = ArrayWeight(name, value)
+def gather(model: onnx.ModelProto, weights: dict[str, Weight], name: str, output: str, steps: Steps) -> None:
+    """Append nodes that pick the survivors of a tensor, the same steps that cut a weight of its labels."""
+    current = name
+    for k, (axis, index) in enumerate(steps):
+        operand, result = f"{output}_index{k}", f"{output}_step{k}"
+        _constant(model, weights, operand, index)
+        op = "Gather" if index.ndim == 1 else "GatherElements"
+        model.graph.node.append(onnx.helper.make_node(op, [current, operand], [result], name=result, axis=axis))
+        current = result
+    model.graph.node.append(onnx.helper.make_node("Identity", [current], [output], name=output))
+
+
+def _constant(model: onnx.ModelProto, weights: dict[str, Weight], name: str, value: Ids) -> None:
+    value = np.ascontiguousarray(value, dtype=np.int64)
+    tensor = onnx.numpy_helper.from_array(value, name)
+    if model.ir_version < 4:  # an initializer would have to be an input too
+        model.graph.node.append(onnx.helper.make_node("Constant", [], [name], value=tensor))
+    else:
+        model.graph.initializer.append(tensor)
+        weights[name] = ArrayWeight(name, value)

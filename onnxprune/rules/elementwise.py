@@ -229,6 +229,8 @@ register("", "Identity", rule=Same([0], lambda x: x))
 register("", "Dropout", rule=Same([0]))
 register("", "Cast", rule=Cast([0]))
 register("", "CastLike", rule=CastLike([0]))
+# Noise of a tensor's sizes (its values, if any, are chances for each position): a channel takes its own along.
+register("", "RandomNormalLike", "RandomUniformLike", "Bernoulli", rule=Elementwise([0]))
 register("", "SwiGLU", rule=Elementwise())
 # Forms of an activation that the oldest models and onnxruntime have, with numbers that hold for all channels.
 register("", "Affine", "ParametricSoftplus", "Scale", "ScaledTanh", rule=Elementwise([0]))

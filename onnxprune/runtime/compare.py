@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,19 +17,47 @@ from onnxprune.runtime.fidelity import fidelity
 from onnxprune.runtime.floats import eps
 from onnxprune.runtime.sessions import Feed, Openable, Progress, open_session, run
 
-__all__ = ["Comparison", "compared", "exactness", "fidelity", "noise_floor"]
+__all__ = ["Comparison", "Rounding", "compared", "exactness", "fidelity", "noise_floor"]
 
 _CAP = 1e-2  # what a model's own sensitivity may raise the tolerance to
 _QUANTIZED_CAP = 5e-2  # one rounding flip of an 8-bit activation is already a step of 1/255
 _FLOOR_FACTOR = 10.0
+HELD = "__held"
+"""How inputs end that are no disturbance's to move: what operators choose by, see :mod:`onnxprune.rewrite.holding`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What differences the arithmetic of two models explains.
+
+    Attributes:
+        base: the tolerance of float32. quantized: the models compute in integers of 8 bits, too.
+        eps: the epsilon of the coarsest float type on the way to a tensor, by name.
+    """
+
+    base: float = TOLERANCE
+    quantized: bool = False
+    eps: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, output: str) -> float:
+        """The epsilon on the way to an output, which may be a tensor under a name that was made for it."""
+        return self.eps.get(output) or self.eps.get(re.split("__(?:seen|made|survivors|mask_)", output)[0], 0.0)
+
+
+_FLOAT32 = Rounding()
+_MADE, _EQUAL = "__made", 1e-9  # what is made of the same values by the same operator
 
 
 class Comparison(NamedTuple):
-    """What two models gave: the facts, and why equality proves nothing of some of the ``outputs`` they share."""
+    """What two models gave: the facts, and why equality proves nothing of some of the ``outputs`` they share.
+
+    ``failed`` names the outputs that differ by more than is allowed.
+    """
 
     facts: Exactness
     idle: dict[str, str]
     outputs: int
+    failed: tuple[str, ...] = ()
 
     def said(self) -> Exactness:
         """The facts with a note that names the outputs on which equality proves nothing."""
@@ -69,33 +98,35 @@ def exactness(
     Raises:
         ModelError: the reference does not load or run.
     """
-    options = {"tolerance": tolerance, "quantized": quantized, "threads": threads, "progress": progress}
-    return compared(reference, cut, feeds, **options).said()  # type: ignore[arg-type]
+    rounding = Rounding(quantized=quantized)
+    found = compared(reference, cut, feeds, rounding, tolerance=tolerance, threads=threads, progress=progress)
+    return found.said()
 
 
 def compared(
     reference: Openable,
     cut: Openable,
     feeds: Sequence[Feed],
+    rounding: Rounding = _FLOAT32,
     *,
+    others: Sequence[Feed] | None = None,
     tolerance: float | None = None,
-    base: float = TOLERANCE,
-    quantized: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """``exactness`` with the outputs that do not vary told apart, for callers that can do something about them.
 
     Args:
-        base: the tolerance of float32, where none is given.
+        rounding: what differences are allowed where no ``tolerance`` says so.
+        others: what the cut model is fed, where that is something else.
     """
     batches = list(dict.fromkeys(_batch(feed) for feed in feeds))
     outputs: dict[str, Output] = {}
     expected = list(_outputs(reference, feeds, threads=threads, progress=_part(progress, 0.0)))
     try:
-        actual = _outputs(cut, feeds, threads=threads, progress=_part(progress, 0.5))
+        actual = _outputs(cut, others or feeds, threads=threads, progress=_part(progress, 0.5))
         for index, (want, have) in enumerate(zip(expected, actual, strict=True)):
-            add(want, have, quantized, outputs)
+            add(want, have, rounding.quantized, outputs)
             expected[index] = {}  # compared: let it go
     except ModelError as error:
         note = f"the reference runs, the cut model does not: {error.message}"
@@ -105,10 +136,12 @@ def compared(
         return Comparison(Exactness(None, batches=batches, note=note), {}, 0)
     coarse = max((eps(array.dtype) for feed in feeds for array in feed.values()), default=0.0)
     for output in outputs.values():
-        output.eps_model = max(coarse, output.eps)
-        output.tolerance = max(base, 4 * output.eps_model) if tolerance is None else tolerance
+        output.eps_model = max(coarse, output.eps, rounding.of(output.name))
+        output.tolerance = max(rounding.base, 4 * output.eps_model) if tolerance is None else tolerance
+        if output.name.endswith(_MADE):
+            output.tolerance, output.error = _EQUAL, max(output.error, float(output.differing > 0))
     if tolerance is None and _only_errors(outputs):
-        _widen(outputs, noise_floor(reference, feeds[:2], threads=threads), quantized)
+        _widen(outputs, noise_floor(reference, feeds[:2], threads=threads), rounding.quantized)
     return _verdict(outputs, batches)
 
 
@@ -121,6 +154,8 @@ def _only_errors(outputs: dict[str, Output]) -> bool:
 def _widen(outputs: dict[str, Output], floor: float, quantized: bool) -> None:
     """Raise tolerances to what the reference's own sensitivity to rounding explains, within the cap."""
     for output in outputs.values():
+        if output.name.endswith(_MADE):
+            continue
         cap = max(_QUANTIZED_CAP if quantized else _CAP, 16 * output.eps_model)
         output.tolerance = max(output.tolerance, min(_FLOOR_FACTOR * floor, cap))
 
@@ -133,7 +168,7 @@ def _verdict(outputs: dict[str, Output], batches: list[int]) -> Comparison:
     idle = {o.name: o.vacuous for o in outputs.values() if not o.broken and o.vacuous}
     error = math.inf if worst.broken else worst.error
     facts = Exactness(worst.excess <= 1, error, worst.tolerance, batches, worst.name, "; ".join(notes))
-    return Comparison(facts, idle, len(outputs))
+    return Comparison(facts, idle, len(outputs), tuple(o.name for o in outputs.values() if o.excess > 1))
 
 
 def noise_floor(reference: Openable, feeds: Sequence[Feed], *, threads: int | None = None) -> float:
@@ -167,7 +202,7 @@ def _disturb(feed: Feed) -> Feed:
     moved: Feed = {}
     for name, array in feed.items():
         unit = eps(array.dtype)
-        if unit and array.dtype.kind != "c":
+        if unit and array.dtype.kind != "c" and not name.endswith(HELD):
             wide = array.astype(np.float64)
             array = np.asarray(wide * (1 + rng.uniform(-2 * unit, 2 * unit, array.shape))).astype(array.dtype)
         moved[name] = array

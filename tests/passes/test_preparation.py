@@ -144,8 +144,8 @@ def read_wrong_bytes(patch: Patch) -> None:
 def fold_something_else(patch: Patch) -> None:
     right = fold._fold
 
-    def wrong(graph: Any, end: Any) -> Fold | None:
-        found = right(graph, end)
+    def wrong(*args: Any) -> Fold | None:
+        found = right(*args)
         return found and replace(found, folded={n: Wrong(w) for n, w in found.folded.items()})
 
     patch.setattr(fold, "_fold", wrong)

@@ -1,0 +1,126 @@
+"""Two models side by side on the same inputs; where rounding flips a choice, with choices held equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from onnxprune.analysis import Analysis
+from onnxprune.errors import ModelError
+from onnxprune.graph.precision import epsilons, quantises
+from onnxprune.passes.trial import Trial
+from onnxprune.report.facts import Exactness
+from onnxprune.rewrite.holding import MADE, SEEN, Holding, Survivors, whole
+from onnxprune.rewrite.witness import Model
+from onnxprune.runtime.compare import Comparison, Rounding, compared
+from onnxprune.runtime.sessions import Feed, Openable, open_session, run
+
+
+def rounding_of(analysis: Analysis, base: float) -> Rounding:
+    """What differences the arithmetic of a model explains.
+
+    Args:
+        analysis: of the model. base: the tolerance of float32.
+    """
+    graph = analysis.graph
+    quantized = any(quantises(node.op) for node in graph.nodes)
+    return Rounding(base, quantized, epsilons(graph, kinds_of(analysis)))
+
+
+def kinds_of(analysis: Analysis) -> Mapping[str, int]:
+    """Element types of tensors, by name."""
+    return analysis.facts.probes[0].dtypes
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A reference, and a model that should compute the same.
+
+    Args:
+        trial: lends the models. kinds: element types by name. rounding: what differences are allowed.
+        survivors: what the other model has of a tensor.
+        file, final: the reference and the other model where they are files already.
+    """
+
+    trial: Trial
+    reference: Model
+    other: Model
+    kinds: Mapping[str, int]
+    rounding: Rounding
+    survivors: Survivors = whole
+    file: Openable | None = None
+    final: Openable | None = None
+
+    def compared(self, feeds: Sequence[Feed]) -> Comparison:
+        """What both give on the same inputs.
+
+        Where that differs, they are compared again in front of operators that choose, and behind these with what they
+        choose by held equal; so are random numbers. Outputs that depend on random numbers which cannot be held prove
+        nothing, and are not judged.
+
+        Raises:
+            ModelError: the reference does not load or run.
+        """
+        with self._lent() as (one, other):
+            found = compared(one, other, feeds, self.rounding)
+        if found.facts.passed is not False:
+            return found
+        holding = Holding(self.reference, self.other, self.kinds, self.survivors)
+        if holding:
+            found = self._held(holding, feeds) or found
+        if found.facts.passed is False and found.failed and holding.depend_on_unheld().issuperset(found.failed):
+            names = ", ".join(found.failed[:4])
+            why = f"not provable: random numbers are others in other sizes, and {names} depends on some"
+            return found._replace(facts=Exactness(None, batches=found.facts.batches, note=why), failed=())
+        return found
+
+    def _held(self, holding: Holding, feeds: Sequence[Feed]) -> Comparison | None:
+        """The comparison with choices held equal; None where the reference does not run like that."""
+        tapped, names = holding.tapped()
+        pairs = []
+        try:
+            with self.trial.lend(*tapped, "tapped") as model:
+                session = open_session(model, optimize=False)
+                for feed in feeds:
+                    values = run(session, feed)
+                    pairs.append(holding.feeds({name: values[name] for name in names}))
+                del session
+            one, other = holding.pair()
+            firsts = [{**feed, **mine} for feed, (mine, _) in zip(feeds, pairs, strict=True)]
+            seconds = [{**feed, **mine} for feed, (_, mine) in zip(feeds, pairs, strict=True)]
+            with self.trial.lend(*one, "held") as a, self.trial.lend(*other, "held_too") as b:
+                found = compared(a, b, firsts, self.rounding, others=seconds)
+        except (KeyError, ModelError):
+            return None
+        idle = {name: why for name, why in found.idle.items() if not name.endswith((SEEN, MADE))}
+        operators = _listed(holding.operators)
+        said = f"compared in front of what chooses or draws, and behind it with that held equal: {operators}"
+        note = f"{found.facts.note}; {said}" if found.facts.note else said
+        worst = found.facts.worst_output.removesuffix(SEEN).removesuffix(MADE)
+        return found._replace(facts=replace(found.facts, note=note, worst_output=worst), idle=idle)
+
+    @contextmanager
+    def lend_reference(self) -> Iterator[Openable]:
+        """The reference, opened or to be opened."""
+        if self.file is not None:
+            yield self.file
+            return
+        with self.trial.lend(*self.reference, "masked") as one:
+            yield one
+
+    @contextmanager
+    def _lent(self) -> Iterator[tuple[Openable, Openable]]:
+        """Both models, opened or to be opened."""
+        with self.lend_reference() as one:
+            if self.final is not None:
+                yield one, self.final
+                return
+            with self.trial.lend(*self.other, "other") as other:
+                yield one, other
+
+
+def _listed(operators: Mapping[str, int]) -> str:
+    """Operators and how often they are there."""
+    names = [f"{op} ({n})" if n > 1 else op for op, n in operators.items()]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
