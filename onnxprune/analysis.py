@@ -27,10 +27,10 @@ from onnxprune.groups.units import Group, Units
 from onnxprune.labels.atoms import Barrier
 from onnxprune.labels.label import Ids, Label
 from onnxprune.model.load import Loaded, load
+from onnxprune.operators.context import Table
 from onnxprune.operators.registry import rule_of
 from onnxprune.propagate import infer_by_rule, push_labels
 from onnxprune.report.facts import LayerFacts
-from onnxprune.rules.context import Table
 
 # Kernels and the settings of operators are no channels: that they stay is not worth a user's time.
 _NOT_CHANNELS = {"kernel", "operand"}

@@ -8,9 +8,8 @@ from typing import Any
 from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph, Node
 from onnxprune.labels.atoms import Atoms
-from onnxprune.rules import BUILT_IN
-from onnxprune.rules.context import Step, Table
-from onnxprune.rules.registry import NO_RULE, lookup
+from onnxprune.operators.context import Step, Table
+from onnxprune.operators.registry import NO_RULE, lookup
 
 # A rule that raises is a bug; users still get a right answer because the node is frozen. Tests set this to see the bug.
 STRICT = bool(os.environ.get("ONNXPRUNE_STRICT"))
@@ -23,7 +22,6 @@ def push_labels(graph: Graph, facts: Facts, *, approximate: bool = False) -> Tab
         graph: the model's view; facts: shapes and values at the probe sizes.
         approximate: let labels through normalisations that stay defined over fewer channels.
     """
-    assert BUILT_IN
     table = Table(graph, facts, Atoms(), approximate)
     for node in graph.steps:
         _push(node, table)

@@ -16,12 +16,12 @@ LONGEST_FUNCTION = 60
 
 STAGES = [
     {"errors", "files", "documents", "garbage", "report.facts", "plugins", "settings", "budget.target"},
-    {"operators"},
+    {"operators.registry", "operators.codes", "operators.operands"},
     {"graph", "model"},
     {"labels"},
     {"contractions"},
     {"decompose"},
-    {"rules"},
+    {"operators", "rules"},
     {"propagate"},
     {"groups", "rewrite.after"},
     {"statistics"},

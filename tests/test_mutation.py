@@ -18,11 +18,11 @@ import onnxprune as op
 from onnxprune.labels import combine, movement
 from onnxprune.labels.atoms import Atoms
 from onnxprune.labels.label import Label
+from onnxprune.operators import contraction, convolution, elementwise, indexing, normalization, ranges
+from onnxprune.operators.context import Cut, Step, Table
+from onnxprune.operators.movement import Concat, Reshape
+from onnxprune.operators.ranges import Pad, Slice, Split
 from onnxprune.rewrite import after, oracle
-from onnxprune.rules import contraction, convolution, elementwise, indexing, normalization, ranges
-from onnxprune.rules.context import Cut, Step, Table
-from onnxprune.rules.movement import Concat, Reshape
-from onnxprune.rules.ranges import Pad, Slice, Split
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]
@@ -113,7 +113,7 @@ def reverse_a_take(patch: Patch) -> None:
             index = label.ids.shape[axis] - 1 - index
         return right(atoms, labels, axis, index, reason)
 
-    patch.setattr("onnxprune.rules.context.movement.take", wrong)
+    patch.setattr("onnxprune.operators.context.movement.take", wrong)
 
 
 def reverse_a_concatenation(patch: Patch) -> None:
@@ -130,7 +130,7 @@ def wrong_transposition(patch: Patch) -> None:
     right = movement.transpose
     inverse = lambda perm: np.argsort(perm).tolist() if len(perm) == 4 and perm[1] == 2 else perm  # noqa: E731
     patch.setattr(
-        "onnxprune.rules.movement.movement.transpose",
+        "onnxprune.operators.movement.movement.transpose",
         lambda labels, perm: right(labels, [0, 1, 2, 4, 3] if len(perm) == 5 else inverse(perm)),
     )
 

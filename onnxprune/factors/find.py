@@ -11,7 +11,7 @@ from onnxprune.factors.products import Embedding, Equation, Product, Recurrent
 from onnxprune.graph.cost import is_layer
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import Weight
-from onnxprune.rules.registry import lookup
+from onnxprune.operators.registry import lookup
 
 OPERATORS: dict[tuple[str, str], Operator] = {
     ("", "Conv"): Convolution(),

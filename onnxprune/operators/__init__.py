@@ -1,1 +1,4 @@
-"""What is known of operators: the table of rules, and arithmetic that several of them share."""
+"""Everything that is known of operators, a file for each family: labels, rewriting, shapes, values, cost, matrix form.
+
+``registry``, ``codes`` and ``operands`` stand below the graph, which asks the registry; families stand above labels.
+"""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onnxprune.contractions import Form
     from onnxprune.graph.view import Node
     from onnxprune.labels.combine import Shape
-    from onnxprune.rules.context import Cut, Step
+    from onnxprune.operators.context import Cut, Step
 
 Array = NDArray[Any]
 Read = Callable[[int], "NDArray[Any] | None"]
@@ -33,7 +33,7 @@ class Elements(tuple["Shape | None", ...]):
     __slots__ = ()
 
 
-BUILT_IN = "onnxprune.rules"
+BUILT_IN = "onnxprune.operators.built_in"
 ENTRY_POINT = "onnxprune.rules"
 
 

@@ -17,12 +17,12 @@ from onnxprune.contractions import Form, pick, rows_per_sample
 from onnxprune.graph.view import Graph
 from onnxprune.groups.units import Group
 from onnxprune.model.exposing import hidden
+from onnxprune.operators.registry import lookup
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.comparable import inside
 from onnxprune.pipeline import Context
 from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import cut
-from onnxprune.rules.registry import lookup
 from onnxprune.runtime.capture import MEMORY, Request, capture, to_maps
 from onnxprune.runtime.checkpoint import Checkpoint
 from onnxprune.selection.map_slots import CapturedMaps

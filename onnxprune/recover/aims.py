@@ -13,10 +13,10 @@ import numpy as np
 from onnxprune.contractions import Form
 from onnxprune.graph.view import CONTROL, Graph, Node
 from onnxprune.graph.weights_of import weight_of
+from onnxprune.operators.registry import lookup
 from onnxprune.recover.bodies import Bodies
 from onnxprune.recover.stored import Stored
 from onnxprune.recover.tails import Tail, tail_of
-from onnxprune.rules.registry import lookup
 
 Shapes = Callable[[str], Any]
 

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from onnxprune.graph.view import Graph
 from onnxprune.graph.weights_of import weight_of
 from onnxprune.labels.label import Ids, Label
+from onnxprune.operators.context import Table
 from onnxprune.operators.registry import Move, rule_of
 from onnxprune.recover.aims import Aim, Aims
 from onnxprune.recover.held import is_held
 from onnxprune.recover.solve import WORTH
 from onnxprune.recover.sums import Real
 from onnxprune.rewrite.after import After
-from onnxprune.rules.context import Table
 from onnxprune.selection.sites import Site, in_order, sites, surviving
 
 Array = NDArray[Any]

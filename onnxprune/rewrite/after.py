@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.labels.label import Ids, Label, covering, kept_sizes
-from onnxprune.rules.context import Table
+from onnxprune.operators.context import Table
 
 Mask = NDArray[np.bool_]
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from onnxprune.graph.facts import Values, small
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import ArrayWeight, DerivedWeight, GatheredWeight, Weight
+from onnxprune.operators.context import Cut, Step, Table
+from onnxprune.operators.movement import resolve_target
+from onnxprune.operators.registry import lookup
 from onnxprune.rewrite.after import After, Mask, Ragged
 from onnxprune.rewrite.edits import Edits, write
-from onnxprune.rules.context import Cut, Step, Table
-from onnxprune.rules.movement import resolve_target
-from onnxprune.rules.registry import lookup
 
 
 class CannotRewrite(Exception):

@@ -12,9 +12,9 @@ from onnxprune.graph.facts import Probe
 from onnxprune.graph.view import Graph, Node
 from onnxprune.labels.label import Label
 from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.operators.context import Step, Table
+from onnxprune.operators.registry import lookup
 from onnxprune.rewrite.after import After
-from onnxprune.rules.context import Step, Table
-from onnxprune.rules.registry import lookup
 
 # Types that onnxruntime has a Where kernel for.
 _CHOOSES = (np.dtype(np.float32), np.dtype(np.float64))

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from onnxprune.graph.values import Probe, size_of
 from onnxprune.labels.label import Ids
 from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.operators.context import Table
 from onnxprune.rewrite.after import After
-from onnxprune.rules.context import Table
 
 Model = tuple[onnx.ModelProto, Mapping[str, Weight]]
 Steps = list[tuple[int, Ids]]

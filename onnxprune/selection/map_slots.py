@@ -14,8 +14,8 @@ from onnxprune.criteria import Slot
 from onnxprune.groups.units import Group
 from onnxprune.labels.label import Ids
 from onnxprune.model.elements import aligned
+from onnxprune.operators.context import Table
 from onnxprune.rewrite.after import After
-from onnxprune.rules.context import Table
 from onnxprune.selection.dequantize import numbers_at
 from onnxprune.selection.sites import Site, surviving
 from onnxprune.selection.targets import Targets

@@ -13,9 +13,9 @@ from onnxprune.contractions import Form
 from onnxprune.graph.cost import constant_source
 from onnxprune.graph.view import Node
 from onnxprune.labels.label import Ids, Label
+from onnxprune.operators.context import Step, Table
+from onnxprune.operators.registry import lookup, rule_of
 from onnxprune.rewrite.after import After
-from onnxprune.rules.context import Step, Table
-from onnxprune.rules.registry import lookup, rule_of
 from onnxprune.selection.dequantize import decoder
 
 

@@ -14,7 +14,7 @@ from onnxprune.graph.cost import constant_source, multiplies
 from onnxprune.groups.units import Group, Units
 from onnxprune.labels.label import Ids, Label
 from onnxprune.model.elements import aligned
-from onnxprune.rules.context import Table
+from onnxprune.operators.context import Table
 from onnxprune.selection.dequantize import is_setting, real_values
 from onnxprune.selection.targets import Targets
 

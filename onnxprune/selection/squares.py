@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnxprune.groups.units import Group, Units
 from onnxprune.labels.label import Ids
 from onnxprune.model.elements import aligned, raw
-from onnxprune.rules.context import Table
+from onnxprune.operators.context import Table
 from onnxprune.selection.slots import Claim, Mask, Placed, claims, runs_of, weight_values
 
 Axes = tuple[int, ...]

@@ -12,8 +12,8 @@ from enclosing import IF, IF_SIZES, LOOP, LOOP_SIZES, SCAN, SCAN_SIZES, build
 
 import onnxprune as op
 from onnxprune.labels.label import Label
-from onnxprune.rules import bodies
-from onnxprune.rules.context import Step
+from onnxprune.operators import bodies
+from onnxprune.operators.context import Step
 
 Patch = pytest.MonkeyPatch
 

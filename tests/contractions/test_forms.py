@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnxprune.contractions import Form, Pairwise, Scale, Windows, pick, rows_per_sample
 from onnxprune.graph.view import Graph
 from onnxprune.model.weights import ArrayWeight
-from onnxprune.rules.registry import lookup
+from onnxprune.operators.registry import lookup
 
 Array = NDArray[Any]
 

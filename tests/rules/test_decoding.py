@@ -14,7 +14,7 @@ from oracle import assert_exact_cut
 
 import onnxprune as op
 from onnxprune.labels.label import along as right_along
-from onnxprune.rules import decoding
+from onnxprune.operators import decoding
 
 IN, H = 6, 4
 

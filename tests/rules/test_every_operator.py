@@ -20,7 +20,7 @@ from operator_cases import CASES, MS, Case, Draw, Operand, Size
 from oracle import assert_exact_cut, make_feed, runnable
 
 import onnxprune as op
-from onnxprune.rules.registry import known
+from onnxprune.operators.registry import known
 
 # The oracle in numpy does not know where these sum: the tool's own proof, made of other code, judges them alone.
 SUMS_WITHIN = {

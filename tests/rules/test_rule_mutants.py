@@ -14,8 +14,8 @@ from test_experts import mixture
 from test_packed import on_codes
 
 import onnxprune as op
-from onnxprune.rules import classical, experts, packed
-from onnxprune.rules.context import Cut, Step
+from onnxprune.operators import classical, experts, packed
+from onnxprune.operators.context import Cut, Step
 
 Patch = pytest.MonkeyPatch
 

@@ -14,10 +14,20 @@ from onnxprune.graph.view import Node
 from onnxprune.labels import movement
 from onnxprune.labels.combine import Shape, broadcast, known
 from onnxprune.labels.label import Labels
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.contraction import contract
-from onnxprune.rules.heads import Part, as_rank_4, attend, by_head, flattened, heads_left, repeated, to_heads, with_past
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.contraction import contract
+from onnxprune.operators.heads import (
+    Part,
+    as_rank_4,
+    attend,
+    by_head,
+    flattened,
+    heads_left,
+    repeated,
+    to_heads,
+    with_past,
+)
+from onnxprune.operators.registry import Rule, register
 
 MS = "com.microsoft"
 

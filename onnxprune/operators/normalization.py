@@ -12,11 +12,10 @@ from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Labels
 from onnxprune.labels.movement import remove_axis
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.elementwise import divided
 from onnxprune.operators.operands import Values, axes_of, axis_of, given, listed, where_known
-from onnxprune.operators.registry import Array, Read
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.elementwise import divided
-from onnxprune.rules.registry import Inverse, Rule, register
+from onnxprune.operators.registry import Array, Inverse, Read, Rule, register
 
 NORMALISED = "normalised"
 _REDUCTIONS: dict[str, Callable[..., Any]] = {

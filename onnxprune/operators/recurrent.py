@@ -14,10 +14,9 @@ from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, known
 from onnxprune.labels.label import Ids, Label, Labels, covering
 from onnxprune.operators.codes import numbers
-from onnxprune.operators.registry import Read
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.ownership import override, owned
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.ownership import override, owned
+from onnxprune.operators.registry import Read, Rule, register
 
 X, W, R, B, INITIAL_H, INITIAL_C, PEEPHOLES = 0, 1, 2, 3, 5, 6, 7
 _UNLABELLED = "the hidden size meets a tensor without removable channels"

@@ -10,11 +10,10 @@ import numpy as np
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.model.elements import DTYPES
+from onnxprune.operators.context import Step
 from onnxprune.operators.operands import Values, given
-from onnxprune.operators.registry import Array, Read
-from onnxprune.rules.context import Step
-from onnxprune.rules.registry import Inverse, Move, Rule, register
-from onnxprune.rules.sizes import broadcast_shapes
+from onnxprune.operators.registry import Array, Inverse, Move, Read, Rule, register
+from onnxprune.operators.sizes import broadcast_shapes
 
 
 class Elementwise(Rule):

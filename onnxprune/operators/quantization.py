@@ -11,10 +11,9 @@ from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Labels
 from onnxprune.operators.codes import NARROW, numbers
+from onnxprune.operators.context import Step
 from onnxprune.operators.operands import Values
-from onnxprune.operators.registry import Read
-from onnxprune.rules.context import Step
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.registry import Read, Rule, register
 
 _PER_CHANNEL = "a scale or zero point"
 

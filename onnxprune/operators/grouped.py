@@ -9,9 +9,9 @@ import numpy as np
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Ids, Label, Labels, covering
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.heads import Part, along_heads, by_head, flattened, heads_left, to_heads
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.heads import Part, along_heads, by_head, flattened, heads_left, to_heads
+from onnxprune.operators.registry import Rule, register
 
 MS = "com.microsoft"
 

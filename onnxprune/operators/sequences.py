@@ -15,9 +15,8 @@ from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, broadcast, concatenate, split_points
 from onnxprune.labels.label import Labels, covering
 from onnxprune.labels.movement import insert_axis, remove_axis
-from onnxprune.operators.registry import Elements
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.registry import Elements, Rule, register
 
 _UNKNOWN = "what this sequence holds is not known"
 

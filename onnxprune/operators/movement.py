@@ -12,6 +12,7 @@ from onnxprune.graph.view import Node
 from onnxprune.labels import movement
 from onnxprune.labels.combine import Shape, broadcast, concatenate
 from onnxprune.labels.label import NONE, Label, Labels, along
+from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.operands import (
     Values,
     axes_of,
@@ -24,9 +25,7 @@ from onnxprune.operators.operands import (
     where_known,
     whole_numbers,
 )
-from onnxprune.operators.registry import Read
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Inverse, Move, Rule, register
+from onnxprune.operators.registry import Inverse, Move, Read, Rule, register
 
 
 class Transpose(Rule):

@@ -12,13 +12,12 @@ from onnxprune.graph.view import Node
 from onnxprune.labels import movement
 from onnxprune.labels.combine import Shape, broadcast, known
 from onnxprune.labels.label import Labels, covering
+from onnxprune.operators.attention import MS, Attention, MultiHeadAttention
 from onnxprune.operators.codes import numbers
-from onnxprune.operators.registry import Read
-from onnxprune.rules.attention import MS, Attention, MultiHeadAttention
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.contraction import contract
-from onnxprune.rules.heads import Part, as_rank_4, attend, flattened, heads_left, to_heads
-from onnxprune.rules.registry import register
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.contraction import contract
+from onnxprune.operators.heads import Part, as_rank_4, attend, flattened, heads_left, to_heads
+from onnxprune.operators.registry import Read, register
 
 ALONG = "attention runs along this axis"
 

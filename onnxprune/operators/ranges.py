@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import split_points
 from onnxprune.labels.label import Label, covering, drop
+from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.operands import Values, axis_of, given, listed, needed, slice_of, where_known, whole_numbers
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Move, Rule, register
+from onnxprune.operators.registry import Move, Rule, register
 
 Range = tuple[int, int, int]
 """(start, end, step) along one axis."""

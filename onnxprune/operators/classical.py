@@ -11,9 +11,9 @@ import numpy as np
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, concatenate
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.elementwise import Elementwise
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.elementwise import Elementwise
+from onnxprune.operators.registry import Rule, register
 
 DOMAIN = "ai.onnx.ml"
 

@@ -12,10 +12,10 @@ from onnxprune.contractions import Form, Transposed, Windows
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, broadcast, known
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.ownership import override, owned
-from onnxprune.rules.registry import Rule, register
-from onnxprune.rules.sizes import window_sizes
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.ownership import override, owned
+from onnxprune.operators.registry import Rule, register
+from onnxprune.operators.sizes import window_sizes
 
 
 class Conv(Rule):

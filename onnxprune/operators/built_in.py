@@ -1,10 +1,6 @@
-"""One rule per operator: how labels pass through it and how its node is rewritten.
+"""The rules of this package: importing it registers them, family by family."""
 
-Importing this package registers the built-in rules. Add your own with :func:`register`, see CONTRIBUTING.
-"""
-
-from onnxprune.labels.label import Label, along
-from onnxprune.rules import (
+from onnxprune.operators import (
     attention,
     blocked,
     bodies,
@@ -31,9 +27,6 @@ from onnxprune.rules import (
     sequences,
     spatial,
 )
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.elementwise import Elementwise
-from onnxprune.rules.registry import Rule, known, lookup, register, unregister
 
 BUILT_IN = (
     *(attention, blocked, bodies, classical, contraction, convolution, decoding, elementwise, experts, grouped),
@@ -41,17 +34,3 @@ BUILT_IN = (
     *(indexing, microsoft, movement, normalization, packed, packed_codes, quantization, quantized, ranges),
     *(recurrent, scatter, sequences, spatial),
 )
-
-__all__ = [
-    "BUILT_IN",
-    "Cut",
-    "Elementwise",
-    "Label",
-    "Rule",
-    "Step",
-    "along",
-    "known",
-    "lookup",
-    "register",
-    "unregister",
-]

@@ -10,9 +10,9 @@ import numpy as np
 from onnxprune.graph.view import Graph, Node
 from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Label, covering
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Rule, register
-from onnxprune.rules.spatial import Local
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.registry import Rule, register
+from onnxprune.operators.spatial import Local
 
 # What a MaxPool's positions pass through as they are; spatial axes may be sliced.
 _PASSING = ("Identity", "Slice")

@@ -18,10 +18,9 @@ from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, known
 from onnxprune.labels.label import Labels, along
 from onnxprune.operators.codes import PACKED_BITS, pack, unpack
-from onnxprune.operators.registry import Read
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.contraction import contract
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.contraction import contract
+from onnxprune.operators.registry import Read, Rule, register
 
 Array = NDArray[Any]
 MS = "com.microsoft"

@@ -15,14 +15,13 @@ from onnxprune.labels.combine import Shape, broadcast, concatenate, known
 from onnxprune.labels.label import Labels
 from onnxprune.labels.movement import insert_axis
 from onnxprune.operators.codes import numbers
-from onnxprune.operators.registry import Read
-from onnxprune.rules.context import Step
-from onnxprune.rules.contraction import contract, made_axis, matmul_terms, product_form
-from onnxprune.rules.convolution import Conv, window_settings
-from onnxprune.rules.elementwise import Elementwise
-from onnxprune.rules.normalization import OverAxes
-from onnxprune.rules.registry import Rule, register
-from onnxprune.rules.sizes import product, window_sizes
+from onnxprune.operators.context import Step
+from onnxprune.operators.contraction import contract, made_axis, matmul_terms, product_form
+from onnxprune.operators.convolution import Conv, window_settings
+from onnxprune.operators.elementwise import Elementwise
+from onnxprune.operators.normalization import OverAxes
+from onnxprune.operators.registry import Read, Rule, register
+from onnxprune.operators.sizes import product, window_sizes
 
 Array = NDArray[Any]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.label import Label
-from onnxprune.rules.context import Step
-from onnxprune.rules.registry import Move, rule_of
+from onnxprune.operators.context import Step
+from onnxprune.operators.registry import Move, rule_of
 
 
 def owned(step: Step, i: int, axes: tuple[int, ...]) -> list[str] | None:

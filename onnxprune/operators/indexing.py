@@ -10,9 +10,9 @@ import numpy as np
 from onnxprune.graph.view import Node
 from onnxprune.labels import movement
 from onnxprune.labels.label import Labels, along, covering
+from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.operands import Values, axis_of, given, listed, needed, where_known, whole_numbers
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Move, Rule, register
+from onnxprune.operators.registry import Move, Rule, register
 
 
 class Gather(Rule):

@@ -11,9 +11,9 @@ import numpy as np
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
 from onnxprune.labels.label import Label, along, covering
-from onnxprune.rules.context import Step
-from onnxprune.rules.ownership import override, owned
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.context import Step
+from onnxprune.operators.ownership import override, owned
+from onnxprune.operators.registry import Rule, register
 
 MS = "com.microsoft"
 

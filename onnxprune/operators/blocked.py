@@ -12,9 +12,9 @@ from typing import Any
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
-from onnxprune.rules.context import Step
-from onnxprune.rules.registry import Rule, register
-from onnxprune.rules.sizes import window_sizes
+from onnxprune.operators.context import Step
+from onnxprune.operators.registry import Rule, register
+from onnxprune.operators.sizes import window_sizes
 
 DOMAIN = "com.microsoft.nchwc"
 

@@ -11,11 +11,11 @@ from onnxprune.graph.view import Node
 from onnxprune.labels import movement
 from onnxprune.labels.combine import Shape, known
 from onnxprune.labels.label import along
-from onnxprune.rules.attention import Heads, MultiHeadAttention
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.contraction import contract
-from onnxprune.rules.heads import Part, along_heads, flattened, heads_left, repeated, to_heads
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.attention import Heads, MultiHeadAttention
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.contraction import contract
+from onnxprune.operators.heads import Part, along_heads, flattened, heads_left, repeated, to_heads
+from onnxprune.operators.registry import Rule, register
 
 MS = "com.microsoft"
 

@@ -10,13 +10,13 @@ from onnxprune.contractions import Form
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.movement import insert_axis
-from onnxprune.rules import indexing, quantized, ranges, scatter, spatial
-from onnxprune.rules.context import Step
-from onnxprune.rules.convolution import ConvTranspose
-from onnxprune.rules.heads import to_heads
-from onnxprune.rules.normalization import NORMALISED
-from onnxprune.rules.registry import Rule, register
-from onnxprune.rules.sizes import window_sizes
+from onnxprune.operators import indexing, quantized, ranges, scatter, spatial
+from onnxprune.operators.context import Step
+from onnxprune.operators.convolution import ConvTranspose
+from onnxprune.operators.heads import to_heads
+from onnxprune.operators.normalization import NORMALISED
+from onnxprune.operators.registry import Rule, register
+from onnxprune.operators.sizes import window_sizes
 
 DOMAIN = "com.microsoft"
 

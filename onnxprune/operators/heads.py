@@ -7,8 +7,8 @@ import numpy as np
 from onnxprune.labels import movement
 from onnxprune.labels.combine import Shape, align, broadcast
 from onnxprune.labels.label import Label, Labels, covering
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.contraction import contract
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.contraction import contract
 
 Part = tuple[Labels, Shape]
 """Labels and shape of queries, keys or values, laid out [batch, sequence, heads, head size]."""

@@ -12,9 +12,9 @@ from onnxprune.contractions import Form, Pairwise
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, broadcast, known
 from onnxprune.labels.label import Label, Labels
-from onnxprune.rules.context import Step
-from onnxprune.rules.registry import Rule, register
-from onnxprune.rules.sizes import product
+from onnxprune.operators.context import Step
+from onnxprune.operators.registry import Rule, register
+from onnxprune.operators.sizes import product
 
 
 def into_letters(labels: Labels, term: str, letters: str) -> Labels:

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.label import Ids, Labels, along
+from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.operands import Values, where_known, windows
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.registry import Rule, register
 
 
 class Local(Rule):

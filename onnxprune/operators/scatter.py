@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, align, broadcast
 from onnxprune.labels.label import Label, Labels, along, covering
-from onnxprune.rules.context import Cut, Step
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.registry import Rule, register
 
 Index = NDArray[np.int64]
 _BY_INDEX = "positions of this axis are addressed by a computed index"

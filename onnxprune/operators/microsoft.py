@@ -11,14 +11,14 @@ from onnxprune.contractions import Form
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, broadcast
 from onnxprune.labels.label import Label, Labels, along
-from onnxprune.rules import indexing, movement, spatial
-from onnxprune.rules.context import Step
-from onnxprune.rules.contraction import MatMul, contract, letter_macs, matmul_terms
-from onnxprune.rules.convolution import Conv
-from onnxprune.rules.elementwise import Elementwise
-from onnxprune.rules.normalization import NORMALISED, GroupNorm, LayerNorm, OverAxes
-from onnxprune.rules.registry import Rule, register
-from onnxprune.rules.sizes import broadcast_shapes, product, window_sizes
+from onnxprune.operators import indexing, movement, spatial
+from onnxprune.operators.context import Step
+from onnxprune.operators.contraction import MatMul, contract, letter_macs, matmul_terms
+from onnxprune.operators.convolution import Conv
+from onnxprune.operators.elementwise import Elementwise
+from onnxprune.operators.normalization import NORMALISED, GroupNorm, LayerNorm, OverAxes
+from onnxprune.operators.registry import Rule, register
+from onnxprune.operators.sizes import broadcast_shapes, product, window_sizes
 
 DOMAIN = "com.microsoft"
 

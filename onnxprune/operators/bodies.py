@@ -10,8 +10,8 @@ from onnxprune.labels import movement
 from onnxprune.labels.combine import broadcast
 from onnxprune.labels.label import Labels, covering
 from onnxprune.model import markers
-from onnxprune.rules.context import Step
-from onnxprune.rules.registry import Rule, register
+from onnxprune.operators.context import Step
+from onnxprune.operators.registry import Rule, register
 
 
 class Marker(Rule):
