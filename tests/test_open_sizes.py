@@ -304,3 +304,26 @@ def test_an_input_without_a_shape_is_named() -> None:
     assert shapes[0]["x"] == (1, 3, 8, 8) and shapes[1]["x"][1] == 3
     small = op.prune(model, ratio=0.5, latency=False, input_shapes={"x": [1, 3, 8, 8]})
     assert small.report.exactness.batches == [1, 2, 4]
+
+
+def test_sizes_in_a_branch_that_may_not_be_taken_need_not_fit() -> None:
+    """One branch fits images of 8 pixels, the other those of 12: neither decides what the input is."""
+    text = """<ir_version: 9, opset_import: ["": 17]> g (float[N, 3, H, W] x, bool small) => (float[N, 4] y)
+        <float[64, 4] a = {ONES8}, float[144, 4] b = {ONES12}, float[1, 3, 1, 1] k = {1.0, 1.0, 1.0}> {
+        c = Conv(x, k)  f = Flatten(c)
+        y = If(small) <then_branch = t () => (float[N, 4] u) { u = MatMul(f, a) },
+                       else_branch = e () => (float[N, 4] v) { v = MatMul(f, b) }> }"""
+    for name, count in (("ONES8", 256), ("ONES12", 576)):
+        text = text.replace(name, ", ".join(["1.0"] * count))
+    shapes = bound(onnx.parser.parse_model(text))
+    assert [s["x"] for s in shapes] == [(2, 3, 224, 224), (3, 3, 256, 256)]
+
+
+def test_sizes_that_depend_on_data_contradict_nothing() -> None:
+    net = Net()
+    x = net.input("x", ["N", WIDTH])
+    y = net.linear(net.op("Relu", net.linear(x, WIDTH, 8)), 8, 4)
+    found = net.op("Cast", net.op("NonZero", x), to=onnx.TensorProto.FLOAT)
+    both = net.op("Concat", found, net.op("Add", found, net.const(1.0)), axis=0)
+    model = net.model(y, both, shapes={both: [4, None]})
+    assert [s["x"] for s in bound(model)] == [(2, WIDTH), (3, WIDTH)]

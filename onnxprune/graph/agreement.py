@@ -28,7 +28,7 @@ def pairs(node: Node, shapes: Shapes, known: Known) -> list[Pair]:
     if function is None:
         return []
     try:
-        return list(function(node, shapes, known))
+        return [(0, 0) if None in pair else pair for pair in function(node, shapes, known)]
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):  # sizes or forms that are not known
         return []
 
@@ -71,6 +71,8 @@ def _packed_matmul(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
 
 def _recurrent(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
     data, weight = shapes[0], shapes[1]
+    if len(data) != 3:
+        return
     batch = 0 if node.attrs.get("layout", 0) else 1
     yield data[2], weight[2]
     for i in (5, 6) if node.op == "LSTM" else (5,):

@@ -87,7 +87,7 @@ class Settler:
         for node in self.graph.steps:
             if node.index in probe.idle:
                 continue
-            for place, (have, want) in enumerate(self._pairs(node, probe)):
+            for place, (have, want) in enumerate(self._pairs(node, probe) if self._runs(node, probe) else ()):
                 if have != want:
                     return Conflict(node, place, have, want)
             shape = shapes.get(node.outputs[0]) if node.outputs else None
@@ -100,6 +100,12 @@ class Settler:
                 if source is not None and None not in source and size_of(source) != size_of(shape):
                     return Conflict(node)
         return None
+
+    def _runs(self, node: Node, probe: Probe) -> bool:
+        """Whether a node certainly runs: sizes in a branch that nobody knows to be taken need not fit."""
+        if not self.graph.has_bodies:
+            return True
+        return all(probe.values.get(name) is not None for name, _ in self.graph.conditions(node.index))
 
     @staticmethod
     def _pairs(node: Node, probe: Probe) -> Sequence[tuple[int, int]]:
