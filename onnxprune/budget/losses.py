@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from onnxprune.budget.allocate import Choices
 from onnxprune.budget.sizes import Counts
-from onnxprune.selection.scopes import Contest, nearest_count, step_scores
+from onnxprune.selection.scopes import RankedGroup, nearest_count, step_scores
 
 Array = NDArray[np.float64]
 
@@ -17,19 +17,19 @@ Array = NDArray[np.float64]
 _LEVELS, _ALL_LEVELS = 64, 3000
 
 
-def levels_of(contests: Sequence[Contest], only: Sequence[Counts] | None = None) -> list[Counts]:
+def levels_of(ranked: Sequence[RankedGroup], only: Sequence[Counts] | None = None) -> list[Counts]:
     """Steps that every group may keep, ascending: a group with a ratio of its own has no choice.
 
     Args:
         only: per group, the counts to take where there are any among the allowed ones.
     """
-    most = max(8, min(_LEVELS, _ALL_LEVELS // max(1, len(contests))))
+    most = max(8, min(_LEVELS, _ALL_LEVELS // max(1, len(ranked))))
     found = []
-    for number, contest in enumerate(contests):
-        if contest.alone:
-            kept = np.array([contest.steps - nearest_count(contest.counts, contest.ratio * contest.steps, "nearest")])
+    for number, group in enumerate(ranked):
+        if group.alone:
+            kept = np.array([group.steps - nearest_count(group.counts, group.ratio * group.steps, "nearest")])
         else:
-            kept = contest.steps - contest.counts[::-1]
+            kept = group.steps - group.counts[::-1]
             wanted = kept if only is None else kept[np.isin(kept, only[number])]
             kept = wanted if wanted.size > 1 else kept
             kept = kept[np.unique(np.linspace(0, kept.size - 1, most).round().astype(np.int64))]
@@ -37,62 +37,62 @@ def levels_of(contests: Sequence[Contest], only: Sequence[Counts] | None = None)
     return found
 
 
-def by_scores(contests: Sequence[Contest], kept: Sequence[Counts]) -> Choices:
+def by_scores(ranked: Sequence[RankedGroup], kept: Sequence[Counts]) -> Choices:
     """Losses that are sums of the scores of what goes."""
     losses = []
-    for contest, levels in zip(contests, kept, strict=True):
-        scores = step_scores(contest, add=True)
+    for group, levels in zip(ranked, kept, strict=True):
+        scores = step_scores(group, add=True)
         scores = scores - min(0.0, float(scores.min(initial=0.0)))
         total = np.concatenate([[0.0], np.cumsum(scores)])
-        losses.append(total[contest.steps - levels])
+        losses.append(total[group.steps - levels])
     return Choices(list(kept), losses)
 
 
 def by_curves(
-    contests: Sequence[Contest], kept: Sequence[Counts], curves: Mapping[int, tuple[Array, Array]], ids: Sequence[int]
+    ranked: Sequence[RankedGroup], kept: Sequence[Counts], curves: Mapping[int, tuple[Array, Array]], ids: Sequence[int]
 ) -> Choices:
     """Losses read off measured curves {group: (shares removed, losses)}; groups without one lose by their scores.
 
     Between measured shares the loss rises as the scores do, scaled to what was measured at both ends: what goes first
     matters least, which a straight line would not know.
     """
-    scored = by_scores(contests, kept)
+    scored = by_scores(ranked, kept)
     losses = []
-    unit = _unit(contests, curves, ids)
-    for number, contest, levels, loss in zip(ids, contests, kept, scored.losses, strict=True):
+    unit = _unit(ranked, curves, ids)
+    for number, group, levels, loss in zip(ids, ranked, kept, scored.losses, strict=True):
         if number not in curves:
             losses.append(loss * unit)
             continue
         shares, measured = curves[number]
-        losses.append(_along(contest, levels, shares, measured))
+        losses.append(_along(group, levels, shares, measured))
     return Choices(list(kept), losses)
 
 
-def _along(contest: Contest, levels: Counts, shares: Array, measured: Array) -> Array:
+def _along(group: RankedGroup, levels: Counts, shares: Array, measured: Array) -> Array:
     """The measured curve at the levels, monotone, with the scores' shape between its points."""
-    scores = step_scores(contest, add=True)
+    scores = step_scores(group, add=True)
     scores = scores - min(0.0, float(scores.min(initial=0.0)))
     total = np.concatenate([[0.0], np.cumsum(scores)])
     # The whole group has no measured loss: beyond the last point the curve goes on as the scores do.
-    gone = np.concatenate([[0.0], shares]) * contest.steps
+    gone = np.concatenate([[0.0], shares]) * group.steps
     height = np.concatenate([[0.0], np.maximum.accumulate(np.maximum(measured, 0.0))])
     at = np.interp(gone, np.arange(total.size), total)
-    wanted = total[contest.steps - levels]
+    wanted = total[group.steps - levels]
     if at[-1] <= 0:
-        return np.asarray(np.interp(contest.steps - levels, gone, height))
+        return np.asarray(np.interp(group.steps - levels, gone, height))
     last = height[-1] / at[-1]
     inside = np.interp(wanted, at, height)
     return np.asarray(np.where(wanted > at[-1], height[-1] + last * (wanted - at[-1]), inside))
 
 
-def _unit(contests: Sequence[Contest], curves: Mapping[int, tuple[Array, Array]], ids: Sequence[int]) -> float:
+def _unit(ranked: Sequence[RankedGroup], curves: Mapping[int, tuple[Array, Array]], ids: Sequence[int]) -> float:
     """Measured loss per score, over the groups that were measured."""
     ratios = []
-    for number, contest in zip(ids, contests, strict=True):
+    for number, group in zip(ids, ranked, strict=True):
         if number in curves:
             shares, measured = curves[number]
-            total = np.cumsum(step_scores(contest, add=True))
-            at = float(total[min(total.size, max(1, round(shares[-1] * contest.steps))) - 1])
+            total = np.cumsum(step_scores(group, add=True))
+            at = float(total[min(total.size, max(1, round(shares[-1] * group.steps))) - 1])
             if at > 0:
                 ratios.append(float(measured[-1]) / at)
     return float(np.median(ratios)) if ratios else 1.0

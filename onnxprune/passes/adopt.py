@@ -11,10 +11,10 @@ import onnx
 from onnxprune.errors import UsageError
 from onnxprune.graph.view import Graph
 from onnxprune.model.load import load
-from onnxprune.passes.describe import describe_removal
 from onnxprune.passes.flush import flush
 from onnxprune.passes.preparation import hold_against_file
 from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.prune import describe_removal
 from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult
 from onnxprune.plan import Plan

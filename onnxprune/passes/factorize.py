@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
+import numpy as np
+
 from onnxprune.analysis import Analysis
 from onnxprune.decompose import METHODS
+from onnxprune.decompose.cost import elements
 from onnxprune.errors import BudgetError
 from onnxprune.factors.candidates import AUTO
 from onnxprune.factors.choose import Chosen, choose_local, choose_wanted, read_choices
 from onnxprune.factors.request import Options, Request, request_of
 from onnxprune.factors.rewrite import replace_layers
+from onnxprune.graph.cost import is_layer, layer_weights, macs
+from onnxprune.graph.infer import probe_at
+from onnxprune.graph.view import Graph
 from onnxprune.passes.factor_work import Done, Work, lay_open
-from onnxprune.passes.factors_report import describe_factors
-from onnxprune.passes.joint_budget import JointBudget
-from onnxprune.passes.layer_times import model_latency
+from onnxprune.passes.joint_budget import JointBudget, model_latency
 from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.products import check_products
 from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult
 from onnxprune.plan import Plan, PlanFactors
-from onnxprune.report.facts import Exactness, Latency, Remark, Settings
+from onnxprune.propagate import infer_by_rule
+from onnxprune.report.facts import Exactness, Fact, Factorization, FactorizedLayer, Latency, Remark, Settings, Sizes
 from onnxprune.runtime.parallel import spread
 
 
@@ -162,3 +167,69 @@ def _reasons(chosen: Chosen) -> str:
     counts = Counter(chosen.left.values())
     said = "; ".join(f"{n} layer{'s' if n > 1 else ''}: {why}" for why, n in counts.most_common(3))
     return f"Reasons: {said}." if said else "It has no layers with weights of their own."
+
+
+# -- facts about a factorization ---------------------------------------------------------------------------------------
+
+
+def describe_factors(
+    context: Context, model: Model, work: Work, done: Sequence[Done], left: Mapping[str, str], product: Exactness
+) -> Iterator[Fact]:
+    """Facts about a factorization.
+
+    Args:
+        context: the run. model: factorized. work: what was known of its layers before.
+        done, left: layers that were factorized, and why others were not. product: what the check of the products said.
+    """
+    layers = list(_layers(work, done, left))
+    known = {layer.name for layer in layers}
+    layers += [FactorizedLayer(name, "", reason=why) for name, why in left.items() if name not in known]
+    yield Factorization(layers, product)
+    yield from (Remark(f"{d.opened.layer.name}: {d.note}") for d in done if d.note)
+    bad = [name for name, why in left.items() if "NaN" in why]
+    if bad:
+        yield Remark(f"left alone, since weights hold NaN or infinity: {', '.join(bad[:4])}")
+    graph = Graph.of(*model.parts)
+    shape = probe_at(graph, model.analysis.facts.probes[0].inputs, infer_by_rule).shapes.get
+    yield Sizes(
+        params_before=context.analysis.parameters,
+        params_after=model.num_parameters,
+        macs_before=sum(x.macs_before for x in context.analysis.layers),
+        macs_after=sum(macs(node, shape) for node in graph.steps if is_layer(node, graph)),
+    )
+
+
+def _layers(work: Work, done: Sequence[Done], left: Mapping[str, str]) -> Iterator[FactorizedLayer]:
+    """Layers in the order of the graph, then those that have no node of their own."""
+    by_name = {d.opened.layer.name: _layer(d) for d in done}
+    graph = work.model.graph
+    for node in graph.steps:
+        name = node.label
+        if name in by_name:
+            yield by_name.pop(name)
+        elif name in left and is_layer(node, graph):
+            params = sum(int(np.prod(graph.weights[w].shape)) for w in layer_weights(node, graph))
+            cost = macs(node, work.shape)
+            sizes = {"params_before": params, "params_after": params, "macs_before": cost, "macs_after": cost}
+            yield FactorizedLayer(name, node.op, reason=left[name], **sizes)
+    yield from by_name.values()
+
+
+def _layer(done: Done) -> FactorizedLayer:
+    layer, candidate = done.opened.layer, done.candidate
+    stages = [f.stage for f in done.item.factors]
+    whole = [layer.shape.whole()]
+    return FactorizedLayer(
+        name=layer.name,
+        op=layer.uses[0].node.op,
+        method=candidate.method,
+        ranks=list(candidate.ranks),
+        error=done.error,
+        params_before=elements(whole),
+        params_after=elements(stages),
+        macs_before=layer.macs(whole),
+        macs_after=layer.macs(stages),
+        before_ms=None if done.timed is None else done.timed.before_ms,
+        after_ms=None if done.timed is None else done.timed.after_ms,
+        note=done.note,
+    )

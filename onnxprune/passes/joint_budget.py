@@ -1,4 +1,4 @@
-"""One budget for all layers: who gives how much, by what errors do to the outputs and by what gets faster."""
+"""One budget for the ranks of all layers: by what errors do to the outputs, and by what gets faster."""
 
 from __future__ import annotations
 
@@ -7,17 +7,35 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
+import onnx
+from numpy.typing import NDArray
 
-from onnxprune.errors import BudgetError
+from onnxprune.analysis import Analysis
+from onnxprune.decompose import compose
+from onnxprune.decompose.factor import Real
+from onnxprune.errors import BudgetError, ModelError
 from onnxprune.factors.allocate import allocate, reach, usual
+from onnxprune.factors.candidates import Opened
 from onnxprune.factors.choose import Chosen
+from onnxprune.factors.layer import Layer, ShapeOf
+from onnxprune.factors.rewrite import Factorized, composed_weight, replace_layers
 from onnxprune.graph.cost import is_layer, macs
+from onnxprune.graph.view import Graph
+from onnxprune.model.save import assemble
+from onnxprune.model.weights import Weight
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.factor_work import Done, Work
-from onnxprune.passes.gains import ENOUGH, Outputs, few, output_gains
-from onnxprune.passes.layer_times import layer_latency
+from onnxprune.passes.prepared import Prepared
+from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.pipeline import Context, ModelParts
 from onnxprune.report.facts import Latency
+from onnxprune.runtime.device import Device
+from onnxprune.runtime.floats import measures
+from onnxprune.runtime.latency import in_turn, latency
 from onnxprune.runtime.parallel import spread
+from onnxprune.runtime.probabilities import are_probabilities, roots
+from onnxprune.runtime.segments import part_model
+from onnxprune.runtime.sessions import Feed, open_session, run
 
 # A layer that is slower on its own is left alone; whether the whole gets faster is asked at the end.
 _FASTER = 1.0
@@ -228,3 +246,137 @@ def _cost_of(work: Work) -> int:
     if work.request.cost == "macs":
         return _macs_of(work)
     return sum(int(np.prod(w.shape)) for w in work.model.weights.values())
+
+
+# -- what an error at a layer's output does to the model's outputs -----------------------------------------------------
+
+
+# Multiply-accumulates that all measurements together may take, and samples that are enough.
+_WORK, ENOUGH, _FEWEST = 1.5e12, 64, 4
+# Shares of a layer's cost at which it is tried, the first at which it loses something.
+_TRIED = (0.6, 0.3, 0.15, 0.08, 0.04, 0.02)
+# A loss that is rounding: what comes of it at the outputs tells nothing.
+_NOTHING = 1e-9
+
+
+class Outputs:
+    """A model's outputs on a few samples, to hold those of changed weights against; of probabilities the square roots.
+
+    Args:
+        model: as it is. feeds: the samples.
+    """
+
+    def __init__(self, model: Prepared, feeds: Sequence[Feed]) -> None:
+        self._model, self._feeds = model, feeds
+        self._probable: set[str] | None = None
+        self._before = self._run(model.weights)
+
+    def change(self, kernels: Sequence[tuple[Layer, Real]]) -> float:
+        """Energy of the change with these kernels in the layers' place, as a share of an output's variance, mean over
+        outputs.
+        """
+        weights = dict(self._model.weights)
+        for layer, kernel in kernels:
+            weights[layer.weight] = composed_weight(layer, kernel, weights[layer.weight])
+        return _difference(self._before, self._run(weights))
+
+    def _run(self, weights: Mapping[str, Weight]) -> list[dict[str, NDArray[np.float64]]]:
+        session = open_session(bytes(assemble(self._model.graph.proto, weights).SerializeToString()), threads=1)
+        results = (run(session, feed) for feed in self._feeds)
+        found = [{n: v for n, v in r.items() if measures(v.dtype) and v.dtype.kind != "c"} for r in results]
+        if self._probable is None:  # the original comes first
+            self._probable = {n for n, v in found[0].items() if are_probabilities(v)} if found else set()
+        probable = self._probable
+        return [{n: roots(v) if n in probable else v.astype(np.float64) for n, v in r.items()} for r in found]
+
+
+def output_gains(outputs: Outputs, layers: Sequence[Opened], names: Sequence[str]) -> list[float]:
+    """Energy of the change at the model's outputs per share of energy lost at the layer's, for every layer.
+
+    Every layer is taken apart on its own and the model run. NaN where a layer cannot be taken apart or loses nothing.
+
+    Args:
+        layers: to be tried. names: of methods to try them with.
+    """
+
+    def one(opened: Opened) -> float:
+        for share in _TRIED:
+            tried = [c for n in names if not opened.refusal(n) and (c := opened.within(n, share * opened.whole, 1))]
+            if not tried:
+                break
+            best = min(tried, key=lambda c: c.loss)
+            factors = opened.fit(best.method).factors(best.ranks)
+            kernel = compose(factors, opened.layer.shape.parts, opened.layer.shape.inputs)
+            lost = opened.metric.error(opened.kernel, kernel)
+            if lost > _NOTHING:
+                return outputs.change([(opened.layer, kernel)]) / lost
+        return float("nan")
+
+    return spread(one, layers)
+
+
+def few(feeds: Sequence[Feed], work: float) -> list[Feed]:
+    """As many calls as the measurements may run, ``work`` multiply-accumulates each for one sample."""
+    size = len(next(iter(feeds[0].values()))) if feeds else 1
+    samples = int(np.clip(_WORK / max(work, 1.0), _FEWEST, ENOUGH))
+    return list(islice(feeds, max(1, samples // max(size, 1))))
+
+
+def _difference(
+    before: Sequence[dict[str, NDArray[np.float64]]], after: Sequence[dict[str, NDArray[np.float64]]]
+) -> float:
+    shares = []
+    for name in before[0]:
+        one, other = (np.concatenate([r[name].ravel() for r in results]) for results in (before, after))
+        variance = float(np.square(one - one.mean()).sum())
+        if one.shape == other.shape and variance > 0:
+            shares.append(float(np.square(one - other).sum()) / variance)
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+# -- times -------------------------------------------------------------------------------------------------------------
+
+
+# Runs of either form, and seconds they may take together.
+_RUNS, _SECONDS = 15, 0.4
+# Runs of whole models.
+_WHOLE = 30
+
+
+def model_latency(context: Context, analysis: Analysis, before: ModelParts, after: ModelParts) -> Latency | None:
+    """Milliseconds of two whole models on one input, medians; None where they are too large."""
+    with Trial.of(context.analysis) as trial:
+        if trial.large:
+            return None
+        one, _ = trial.write(*before, "before")
+        other, _ = trial.write(*after, "after")
+        feeds, where = synthetic_feeds(context, analysis)[:1], context.device
+        return latency(one, other, feeds, runs=_WHOLE, threads=where.threads, providers=where.providers)
+
+
+def layer_latency(
+    graph: Graph, weights: Mapping[str, Weight], shape: ShapeOf, item: Factorized, seed: int, where: Device
+) -> Latency | None:
+    """Milliseconds of the layer and of its factors at the probe sizes, lower quartiles; None where it cannot run."""
+    layer: Layer = item.layer
+    node = layer.uses[0].node
+    fed = [n for n in dict.fromkeys(node.inputs) if n and n not in weights]
+    sizes = shape(fed[0]) if len(fed) == 1 else None
+    if sizes is None or None in sizes or layer.described.geometry.looked_up:
+        return None
+    kind = weights[layer.weight].dtype
+    value = np.asarray(np.random.default_rng(seed).standard_normal(sizes)).astype(kind)
+    outputs = [o for o in node.outputs if o]
+    before = part_model(graph, weights, [node], {fed[0]: value}, outputs)
+    small = onnx.load_from_string(before)
+    own = {n: w for n, w in weights.items() if n in node.inputs}
+    after = Graph.of(small, own)
+    replace_layers(after, own, [item])
+    try:
+        changed = bytes(assemble(after.proto, own).SerializeToString())
+        times = in_turn([before, changed], [{fed[0]: value}], where, runs=_RUNS, budget_s=_SECONDS)
+    except ModelError:  # no kernel for this type: then nothing can be said
+        return None
+    # A layer's run is short: what other programs on the machine add to some of the runs is left out.
+    (one, one_more), (other, other_more) = (np.percentile(t, [25, 75]).tolist() for t in times)
+    return Latency(one, other, one_more - one, other_more - other, len(times[0]), where.threads)

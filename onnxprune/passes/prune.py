@@ -1,29 +1,31 @@
-"""Prune: score, choose, cut."""
+"""Prune: score, choose, cut, and say what was removed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
+from onnxprune.analysis import Analysis, GroupView
 from onnxprune.criteria import Criterion, get, needs_of
 from onnxprune.errors import BudgetError
 from onnxprune.garbage import paused
 from onnxprune.graph.view import CONTROL
+from onnxprune.labels.atoms import Barrier
+from onnxprune.labels.label import Ids
 from onnxprune.model.save import assemble
-from onnxprune.passes.describe import describe_removal
-from onnxprune.passes.freeze import frozen_at
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import UNPRUNED, Context, Model, ModelParts, Pass, PassResult
 from onnxprune.plan import Plan
 from onnxprune.planning import atoms_removed, make_plan, read_plan
-from onnxprune.report.facts import Settings
+from onnxprune.report.facts import Fact, LayerFacts, Pruned, Remark, Settings, Sizes
+from onnxprune.rewrite.after import After
 from onnxprune.rewrite.cut import CannotRewrite
 from onnxprune.selection.request import Options, check_patterns, request_of
 
@@ -150,3 +152,106 @@ def reasons(analysis: Analysis) -> str:
     if closed is not None:
         return f"What lies inside the body of {closed.op} {closed.label!r} is left as it is: it has no form known here."
     return "The model has no weights to cut."
+
+
+# -- nodes that cannot be rewritten ------------------------------------------------------------------------------------
+
+
+def frozen_at(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> Analysis:
+    """The analysis in which the channels of a node stay that cannot be rewritten.
+
+    Args:
+        stop: was raised for the node. removed: mask over atoms of what was to be removed.
+    """
+    why = Barrier("unsupported-form", stop.node.label, stop.node.kind, stop.detail)
+    freezes: list[tuple[Ids, Barrier]] = []
+    for name in (*stop.node.inputs, *stop.node.outputs):
+        for label in analysis.table.get(name) if name else ():
+            if removed[label.ids].any():
+                component = analysis.units.component
+                ids = np.flatnonzero(np.isin(component, np.unique(component[label.ids])))
+                freezes.append((ids, why))
+    if not freezes:  # the node only sees sizes: whatever they were taken from has to stay
+        ids = _sized(analysis, stop, removed)
+        freezes.append((ids if ids.size else np.flatnonzero(removed), why))
+    return analysis.with_frozen(freezes)
+
+
+def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Removed atoms on tensors whose size reaches the node by computation."""
+    queue, seen, found = list(stop.node.inputs), set(stop.node.inputs), [np.zeros(0, np.int64)]
+    while queue:
+        producer = analysis.graph.producer.get(queue.pop())
+        if producer is None:
+            continue
+        if producer.op == "Shape":
+            labels = analysis.table.get(producer.inputs[0])
+            found.extend(x.ids[removed[x.ids]] for x in labels)
+            continue
+        fresh = [n for n in producer.inputs if n and n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return np.unique(np.concatenate([f.ravel() for f in found]))
+
+
+# -- facts about a removal ---------------------------------------------------------------------------------------------
+
+
+def describe_removal(context: Context, model: Model, selector: Selector | None = None) -> Iterable[Fact]:
+    """Facts about what was removed.
+
+    Args:
+        context: the run. model: pruned, with its plan. selector: chose the units; None where a plan did.
+    """
+    analysis, original = model.analysis, context.analysis
+    num_removed = {g.id: len(g.removed or ()) for g in model.plan.groups}
+    layers = _layer_facts(model, selector)
+    ratios = {} if selector is None else selector.asked
+    whole = {} if selector is None else selector.kept
+    groups = [_group_facts(g, num_removed.get(g.id, 0), ratios.get(g.id)) for g in analysis.groups]
+    for group in groups:
+        group["reason"] = group["reason"] or whole.get(group["id"], "")
+    yield Pruned(layers, groups, [asdict(b) for b in analysis.barriers])
+    yield Sizes(
+        params_before=original.parameters,
+        params_after=model.num_parameters,
+        macs_before=sum(x.macs_before for x in original.layers),
+        macs_after=sum(x.macs_after for x in layers),
+    )
+    if selector is not None:
+        yield from map(Remark, selector.warnings)
+    approximate = sum(1 for g in analysis.units.groups if not g.exact and num_removed.get(g.id))
+    if approximate:
+        what = "1 group was" if approximate == 1 else f"{approximate} groups were"
+        yield Remark(f"{what} cut through a normalisation (--approximate): not exact there.")
+
+
+def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:
+    """Every layer before and after, with the reason why it was not touched."""
+    analysis = model.analysis
+    after = After(analysis.table, model.removal)
+
+    def size(name: str) -> int:
+        return int(np.prod(after.shape(name) or (), dtype=np.int64))
+
+    layers = analysis.layer_facts(after.shape, size)
+    if selector is not None:
+        reasons = _reasons(analysis, selector)
+        for layer in layers:
+            if layer.name in reasons and layer.channels_after == layer.channels_before:
+                layer.reason = reasons[layer.name]
+    return layers
+
+
+def _reasons(analysis: Analysis, selector: Selector) -> dict[str, str]:
+    """Why layers were left out of the choice, by their names."""
+    excluded = {n.label for i, ratio in selector.asked.items() if ratio is None for n in analysis.producers.get(i, ())}
+    reasons = dict.fromkeys(excluded, "excluded: by --exclude, or not among --include")
+    return reasons | {n.label: why for i, why in selector.kept.items() for n in analysis.producers.get(i, ())}
+
+
+def _group_facts(group: GroupView, removed: int, asked: float | None) -> dict[str, Any]:
+    """One group as plain data. Spelled out, since dataclasses.asdict copies deeply and groups have many slots."""
+    slots = [{"tensor": s.tensor, "axis": s.axis, "size": s.size} for s in group.slots]
+    facts = {f.name: getattr(group, f.name) for f in fields(group)}
+    return {**facts, "slots": slots, "removed": removed, "asked": asked}

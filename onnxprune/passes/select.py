@@ -18,17 +18,17 @@ from onnxprune.groups.units import Group
 from onnxprune.model.save import save
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.passes.calibration import CalibrationBatches
-from onnxprune.passes.measured import measured
+from onnxprune.passes.output_sensitivity import output_sensitivity
 from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
 from onnxprune.runtime.inputs import synthetic
 from onnxprune.runtime.profile import profile
 from onnxprune.runtime.sessions import Feed
-from onnxprune.selection.choose import Array, batches, candidates, choose, contests, split_rows
+from onnxprune.selection.choose import Array, batches, candidates, choose, rank_groups, split_rows
 from onnxprune.selection.costs import savings, spread
 from onnxprune.selection.map_slots import map_slots
 from onnxprune.selection.request import Request
-from onnxprune.selection.scopes import Contest
+from onnxprune.selection.scopes import RankedGroup
 from onnxprune.selection.scores import (
     Scored,
     all_constant,
@@ -89,9 +89,9 @@ class Selector:
         self.removed = np.zeros(analysis.units.component.size, dtype=bool)
         self._seconds = {} if seconds is None else seconds
         self._every = False
-        self._last: dict[int, Contest] = {}
+        self._last: dict[int, RankedGroup] = {}
         self._reached: dict[int, bool] = {}
-        self.pool_of: dict[int, Contest] = {}
+        self.pool_of: dict[int, RankedGroup] = {}
 
     def __call__(self) -> Mask:
         """Mask over components of what goes, after all steps."""
@@ -103,12 +103,12 @@ class Selector:
             gone = self.analysis.units.close(chosen) if chosen.any() else None
             if gone is not None:
                 self.removed = np.asarray(gone[self.analysis.units.component])
-            self._last = self._contests(gone, i / steps, weighed)
+            self._last = self._rank(gone, i / steps, weighed)
             chosen = choose(self.analysis, self.request, self._last)
         self._warn(chosen)
         return chosen
 
-    def pool(self) -> dict[int, Contest]:
+    def pool(self) -> dict[int, RankedGroup]:
         """Every group that may lose units, with its scores, by group id; how much goes is for the caller to say.
 
         Raises:
@@ -116,7 +116,7 @@ class Selector:
         """
         if not self.pool_of:
             self._every = True
-            self._last = self._contests(None, 1.0, self._savings())
+            self._last = self._rank(None, 1.0, self._savings())
             self.pool_of = self._last
         return self.pool_of
 
@@ -128,7 +128,7 @@ class Selector:
             return atoms_removed(self.analysis.units, other())
         if not self._every:
             self._every = True
-            self._last = self._contests(None, 1.0, self._savings())
+            self._last = self._rank(None, 1.0, self._savings())
         asked = candidates(self.analysis, request).asked
         again = {n: replace(c, ratio=self._share(asked[n] or 0.0, n)) for n, c in self._last.items()}
         return atoms_removed(self.analysis.units, choose(self.analysis, request, again))
@@ -136,7 +136,7 @@ class Selector:
     def _share(self, ratio: float, number: int) -> float:
         return 1.0 - (1.0 - ratio) ** 0.5 if number in self.found.halved else ratio
 
-    def _contests(self, gone: Mask | None, done: float, weighed: dict[int, Array] | None) -> dict[int, Contest]:
+    def _rank(self, gone: Mask | None, done: float, weighed: dict[int, Array] | None) -> dict[int, RankedGroup]:
         """Score what is left, and put the groups against each other."""
         groups = [g for g in self.found.groups if self._takes_part(g)]
         if not groups:
@@ -149,13 +149,13 @@ class Selector:
         sizes = {g.id: g.size for g in groups}
         scores = unit_scores(items, sizes, self._method(), self.request.policy)
         if self.request.normalize == "measured":
-            scores = measured(self.context, self.analysis, groups, scores)
+            scores = output_sensitivity(self.context, self.analysis, groups, scores)
         if gone is not None:  # what was chosen before stays chosen, whether or not there is something left to score
             scores = {n: scores.get(n, np.zeros(sizes[n])) for n in self._last}
         for group in groups:
             if group.id not in scores:
                 self.kept[group.id] = f"no-score: {self._unscored(group.id)}"
-        return contests(self.analysis, self.request, self.found, scores, savings=weighed, gone=gone, done=done)
+        return rank_groups(self.analysis, self.request, self.found, scores, savings=weighed, gone=gone, done=done)
 
     def _unscored(self, group: int) -> str:
         if not self._reached.get(group, True):
@@ -240,7 +240,7 @@ class Selector:
         target = sum(c.ratio * c.values.size for c in pool.values())
         taken = sum(int(chosen[groups[n].units].sum()) for n in pool)
         widest = max((int(np.diff(c.counts).max(initial=1)) * c.per_step for c in pool.values()), default=0)
-        if taken + widest * len({c.cohort for c in pool.values()}) < target:
+        if taken + widest * len({c.ranking_scope for c in pool.values()}) < target:
             self.warnings.append(
                 f"{taken} of {target:.0f} units asked for were removed: no group may lose more than "
                 f"{self.request.widest:g} of its units (--max-ratio)"

@@ -17,10 +17,8 @@ from onnxprune.criteria import Criterion
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factors.request import Options as FactorOptions
 from onnxprune.passes.calibration import TrialSplit
-from onnxprune.passes.describe import describe_removal
-from onnxprune.passes.freeze import frozen_at
-from onnxprune.passes.measured import MOST, measured
-from onnxprune.passes.prune import Prune, reasons
+from onnxprune.passes.output_sensitivity import MAX_SAMPLES, output_sensitivity
+from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons
 from onnxprune.passes.recover import HAS_INPUTS, check_mode
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult, Requirement
@@ -245,7 +243,7 @@ class Search:
         if effort is None:
             return None
         with suppress(UsageError):  # too few samples, or outputs that say nothing
-            return measured(context, analysis, groups, scores, *effort)
+            return output_sensitivity(context, analysis, groups, scores, *effort)
         return None
 
     def within(self, problem: SearchProblem) -> SearchResult:
@@ -450,5 +448,5 @@ def measuring_effort(macs: float, steps: Sequence[int]) -> tuple[Sequence[float]
         cuts = max(1, sum(len(counts(n, shares)) for n in steps))
         samples = int((allowed / cuts - _OPENED) / (_RUN * max(macs, 1.0) * 1e-9))
         if samples >= _FEWEST:
-            return shares, min(samples, MOST)
+            return shares, min(samples, MAX_SAMPLES)
     return None

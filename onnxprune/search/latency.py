@@ -22,8 +22,8 @@ from onnxprune.errors import BudgetError, ModelError, UsageError
 from onnxprune.files import user_cache
 from onnxprune.graph.view import Node
 from onnxprune.passes.flush import flush
-from onnxprune.passes.freeze import frozen_at
 from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.prune import frozen_at
 from onnxprune.passes.trial import Trial, timing_feed
 from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
@@ -35,7 +35,7 @@ from onnxprune.runtime.profile import profile
 from onnxprune.runtime.sessions import Feed
 from onnxprune.selection.choose import take
 from onnxprune.selection.costs import spread
-from onnxprune.selection.scopes import Contest
+from onnxprune.selection.scopes import RankedGroup
 
 SECONDS = 60.0
 """How long measuring may take where nobody says."""
@@ -201,12 +201,12 @@ class Bench:
 
 def removal(analysis: Analysis, sizes: Sizes, kept: Counts) -> NDArray[np.bool_]:
     """Mask over atoms of a cut to counts [groups]: the last units of every group go."""
-    contests = {
-        g.id: Contest(-np.arange(g.size, dtype=np.float64), g.classes, g.steps, np.arange(g.steps), 0.0)
+    ranked = {
+        g.id: RankedGroup(-np.arange(g.size, dtype=np.float64), g.classes, g.steps, np.arange(g.steps), 0.0)
         for g in sizes.groups
     }
     gone = [int(s - k) for s, k in zip(sizes.steps, kept, strict=True)]
-    return atoms_removed(analysis.units, take(analysis, contests, gone))
+    return atoms_removed(analysis.units, take(analysis, ranked, gone))
 
 
 def _cuts(sizes: Sizes, draw: np.random.Generator) -> Iterator[Counts]:

@@ -29,7 +29,7 @@ from onnxprune.search.evaluation import Evaluation
 from onnxprune.search.latency import Bench, block_levels
 from onnxprune.selection.choose import take
 from onnxprune.selection.costs import macs_after
-from onnxprune.selection.scopes import Contest
+from onnxprune.selection.scopes import RankedGroup
 
 Mask = NDArray[np.bool_]
 Solve = Callable[[Choices, Sequence[Limit]], Allocation | None]
@@ -78,7 +78,7 @@ class SearchProblem:
 
     context: Context
     selector: Selector
-    groups: Mapping[int, Contest]
+    groups: Mapping[int, RankedGroup]
     sizes: Sizes
     costs: Mapping[str, Cost]
     originals: Mapping[str, float]
@@ -116,14 +116,14 @@ class SearchProblem:
         for kind, whole in originals.items():
             if whole <= 0 and kind != "latency":
                 raise _costs_nothing(kind)
-        contests = list(scored.values())
+        ranked = list(scored.values())
         blocks = [block_levels(g.steps) for g in groups] if table and selector.request.round_to == 1 else None
-        kept = levels_of(contests, blocks)
-        choices = {"scores": by_scores(contests, kept)}
+        kept = levels_of(ranked, blocks)
+        choices = {"scores": by_scores(ranked, kept)}
         if sensitivity:
             choices["drifts"] = by_scores([replace(c, values=sensitivity[n]) for n, c in scored.items()], kept)
         if curves:
-            choices["sensitivities"] = by_curves(contests, kept, curves, list(scored))
+            choices["sensitivities"] = by_curves(ranked, kept, curves, list(scored))
         lead = list(choices)[-1]
         return cls(context, selector, scored, sizes, costs, originals, choices, tuple(targets), lead, table)
 

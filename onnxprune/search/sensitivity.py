@@ -135,13 +135,13 @@ def measure_sensitivity(
             known.check_model(analysis.loaded.sha256, "")
             if known.settings == json.loads(json.dumps(settings)):
                 return known
-    contests = selector.pool()
+    ranked = selector.pool()
     feeds = _feeds(context, selector)
     work: list[tuple[GroupCurve, Job]] = []
-    for number, contest in contests.items():
+    for number, ranked_group in ranked.items():
         group = analysis.units.groups[number]
-        counts = dict.fromkeys(nearest_count(contest.counts, s * contest.steps, "nearest") for s in shares)
-        masks = {c / contest.steps: _mask(selector, number, c) for c in counts if c}
+        counts = dict.fromkeys(nearest_count(ranked_group.counts, s * ranked_group.steps, "nearest") for s in shares)
+        masks = {c / ranked_group.steps: _mask(selector, number, c) for c in counts if c}
         if masks:
             view = next(g for g in analysis.groups if g.id == number)
             curve = GroupCurve(number, view.name, group.size, list(masks))

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.groups.units import Group
-from onnxprune.selection.cohorts import cohorts
+from onnxprune.selection.cohorts import ranking_scopes
 from onnxprune.selection.policy import over_columns
 from onnxprune.selection.request import Request, is_excluded, own_ratio
 from onnxprune.selection.schedule import removed_share
-from onnxprune.selection.scopes import Contest, allocate, allowed_counts, lamp, weakest
+from onnxprune.selection.scopes import RankedGroup, allocate, allowed_counts, lamp, weakest
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -80,7 +80,7 @@ def _related(a: Group, b: Group) -> bool:
     return a.id in b.children or b.id in a.children or bool(set(a.children) & set(b.children))
 
 
-def contests(
+def rank_groups(
     analysis: Analysis,
     request: Request,
     found: Candidates,
@@ -89,7 +89,7 @@ def contests(
     savings: Mapping[int, Array] | None = None,
     gone: Mask | None = None,
     done: float = 1.0,
-) -> dict[int, Contest]:
+) -> dict[int, RankedGroup]:
     """The groups that have scores, as the allocation sees them, by group id.
 
     Args:
@@ -97,7 +97,7 @@ def contests(
         gone: mask over components of what earlier steps removed. done: share of the steps after this one.
     """
     groups = [g for g in found.groups if g.id in scores]
-    alike = cohorts(analysis, groups) if request.scope == "isomorphic" else {}
+    alike = ranking_scopes(analysis, groups) if request.scope == "isomorphic" else {}
     # Scores below 0 would turn the division by what is saved around.
     low = min((float(scores[g.id].min()) for g in groups), default=0.0) if savings else 0.0
     result = {}
@@ -121,7 +121,7 @@ def contests(
             group.size, group.steps, round_to=request.round_to, step=request.step, widest=request.widest
         )
         alone, before = group.id in found.alone, 0 if gone is None else _steps_gone(group, own, dead)
-        result[group.id] = Contest(
+        result[group.id] = RankedGroup(
             values, group.classes, group.steps, counts, ratio, alone, alike.get(group.id), before
         )
     return result
@@ -157,30 +157,30 @@ def _steps_gone(group: Group, own: Mask, dead: Mask) -> int:
     return int(own[first].sum() * group.steps // first.sum())
 
 
-def choose(analysis: Analysis, request: Request, contests: Mapping[int, Contest]) -> Mask:
+def choose(analysis: Analysis, request: Request, ranked: Mapping[int, RankedGroup]) -> Mask:
     """Mask over components of what goes."""
-    counts = allocate(list(contests.values()), request.scope, request.rounding, request.group_policy == "sum")
-    return take(analysis, contests, counts)
+    counts = allocate(list(ranked.values()), request.scope, request.rounding, request.group_policy == "sum")
+    return take(analysis, ranked, counts)
 
 
-def take(analysis: Analysis, contests: Mapping[int, Contest], counts: Sequence[int]) -> Mask:
-    """Mask over components of what goes when every group, in the order of ``contests``, loses so many steps."""
+def take(analysis: Analysis, ranked: Mapping[int, RankedGroup], counts: Sequence[int]) -> Mask:
+    """Mask over components of what goes when every group, in the order of ``ranked``, loses so many steps."""
     units = analysis.units
-    numbers = list(contests)
+    numbers = list(ranked)
     chosen = np.zeros(units.frozen.size, dtype=bool)
     # Rows before the cells beneath them: cells of rows that go do not compete.
     order = sorted(range(len(numbers)), key=lambda i: (not units.groups[numbers[i]].children, i))
     closed = False
     for i in order:
-        group, contest = units.groups[numbers[i]], contests[numbers[i]]
+        group, ranked_group = units.groups[numbers[i]], ranked[numbers[i]]
         if not counts[i]:
             continue
         if not closed and not group.children and chosen.any():
             chosen, closed = units.close(chosen), True
-        values = contest.values.copy()
+        values = ranked_group.values.copy()
         if closed:
             values[_gone(group, chosen)[1]] = np.nan
-        chosen[group.units[weakest(values, contest.classes, contest.steps, counts[i])]] = True
+        chosen[group.units[weakest(values, ranked_group.classes, ranked_group.steps, counts[i])]] = True
     return chosen
 
 
@@ -202,6 +202,6 @@ def split_rows(analysis: Analysis, found: Candidates) -> list[int]:
     return bad
 
 
-def scaled(contests: Mapping[int, Contest], ratios: Mapping[int, float]) -> dict[int, Contest]:
+def scaled(ranked: Mapping[int, RankedGroup], ratios: Mapping[int, float]) -> dict[int, RankedGroup]:
     """The same groups with other ratios: scores need not be made again."""
-    return {number: replace(contest, ratio=ratios[number]) for number, contest in contests.items()}
+    return {number: replace(ranked_group, ratio=ratios[number]) for number, ranked_group in ranked.items()}

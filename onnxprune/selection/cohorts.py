@@ -11,7 +11,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.groups.units import Group
 
 
-def cohorts(analysis: Analysis, groups: Sequence[Group]) -> dict[int, Hashable]:
+def ranking_scopes(analysis: Analysis, groups: Sequence[Group]) -> dict[int, Hashable]:
     """A key per group; groups with equal keys are isomorphic, {group: key}.
 
     Fang et al., Isomorphic Pruning for Vision Models, ECCV 2024, compare structures that are alike. The key counts

@@ -14,7 +14,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class RankedGroup:
     """One group as the allocation sees it.
 
     Attributes:
@@ -22,7 +22,7 @@ class Contest:
         classes: [units], every class loses the same share. steps: in how many equal steps it can be cut.
         counts: numbers of steps that may go, ascending, see :func:`allowed_counts`.
         ratio: share to remove. alone: the ratio holds for this group, whatever the scope.
-        cohort: groups with equal cohorts share a threshold.
+        ranking_scope: groups with equal ranking_scopes share a threshold.
         gone: steps that are gone already.
     """
 
@@ -32,7 +32,7 @@ class Contest:
     counts: Ids
     ratio: float
     alone: bool = False
-    cohort: Hashable = None
+    ranking_scope: Hashable = None
     gone: int = 0
 
     @property
@@ -103,15 +103,15 @@ def _least(values: Array, count: int) -> Ids:
     return np.flatnonzero(taken)
 
 
-def step_scores(contest: Contest, add: bool = False) -> Array:
+def step_scores(ranked_group: RankedGroup, add: bool = False) -> Array:
     """Scores [steps] of a group's steps, ascending: one unit of every class that is alive, averaged or added up."""
-    sizes = np.bincount(contest.classes)
-    _, rank = in_order(contest.values, contest.classes)
-    at = rank // (sizes // contest.steps)[contest.classes]
-    alive = ~np.isnan(contest.values)
-    total = np.bincount(at[alive], weights=contest.values[alive], minlength=contest.steps).astype(np.float64)
+    sizes = np.bincount(ranked_group.classes)
+    _, rank = in_order(ranked_group.values, ranked_group.classes)
+    at = rank // (sizes // ranked_group.steps)[ranked_group.classes]
+    alive = ~np.isnan(ranked_group.values)
+    total = np.bincount(at[alive], weights=ranked_group.values[alive], minlength=ranked_group.steps).astype(np.float64)
     if not add:
-        total /= np.maximum(np.bincount(at[alive], minlength=contest.steps), 1)
+        total /= np.maximum(np.bincount(at[alive], minlength=ranked_group.steps), 1)
     return np.asarray(np.maximum.accumulate(total))
 
 
@@ -135,34 +135,34 @@ def lamp(values: Array) -> Array:
     return result
 
 
-def local_counts(contests: Sequence[Contest], rounding: str) -> list[int]:
+def local_counts(ranked: Sequence[RankedGroup], rounding: str) -> list[int]:
     """Steps that every group loses by its own ratio."""
-    return [max(nearest_count(c.counts, c.ratio * c.steps, rounding), c.gone) for c in contests]
+    return [max(nearest_count(c.counts, c.ratio * c.steps, rounding), c.gone) for c in ranked]
 
 
-def threshold_counts(contests: Sequence[Contest], rounding: str, add: bool = False) -> list[int]:
+def threshold_counts(ranked: Sequence[RankedGroup], rounding: str, add: bool = False) -> list[int]:
     """Steps that every group loses under one threshold: the cheapest steps first, until as many units are gone as the
     groups' ratios add up to.
 
     A group goes from one of its allowed counts to the next at once, at the mean score of the steps between.
     """
     owner, scores, units, reach = [], [], [], []
-    for number, contest in enumerate(contests):
-        counts = contest.counts if contest.counts[0] == 0 else np.concatenate([[0], contest.counts])
+    for number, ranked_group in enumerate(ranked):
+        counts = ranked_group.counts if ranked_group.counts[0] == 0 else np.concatenate([[0], ranked_group.counts])
         if counts.size < 2:
             continue
-        ahead = np.add.reduceat(step_scores(contest, add)[: counts[-1]], counts[:-1]) / np.diff(counts)
+        ahead = np.add.reduceat(step_scores(ranked_group, add)[: counts[-1]], counts[:-1]) / np.diff(counts)
         owner.append(np.full(ahead.size, number))
         scores.append(np.maximum.accumulate(ahead))
-        units.append(np.diff(counts) * contest.per_step)
+        units.append(np.diff(counts) * ranked_group.per_step)
         reach.append(counts[1:])
-    result = [0] * len(contests)
+    result = [0] * len(ranked)
     if not owner:
         return result
     who, score, size, count = (np.concatenate(x) for x in (owner, scores, units, reach))
     order = np.argsort(score, kind="stable")
     taken = np.concatenate([[0], np.cumsum(size[order])])
-    target = sum(c.ratio * c.values.size for c in contests)
+    target = sum(c.ratio * c.values.size for c in ranked)
     stop = max(_prefix(taken, target, rounding), int(np.isneginf(score).sum()))
     for i in order[:stop]:
         result[who[i]] = int(count[i])
@@ -174,21 +174,21 @@ def _prefix(taken: Ids, target: float, rounding: str) -> int:
     return int(np.searchsorted(taken, nearest_count(taken, target, rounding)))
 
 
-def allocate(contests: Sequence[Contest], scope: str, rounding: str, add: bool = False) -> list[int]:
+def allocate(ranked: Sequence[RankedGroup], scope: str, rounding: str, add: bool = False) -> list[int]:
     """Steps that every group loses.
 
     Args:
-        contests: the groups. scope: ``local``, else one threshold per cohort.
+        ranked: the groups. scope: ``local``, else one threshold per ranking_scope.
         rounding: ``nearest``, ``up`` or ``down``. add: a step's score is the sum of its units' scores, not the mean.
     """
-    result = [0] * len(contests)
+    result = [0] * len(ranked)
     pools: dict[Hashable, list[int]] = {}
-    for number, contest in enumerate(contests):
-        if scope == "local" or contest.alone:
-            result[number] = local_counts([contest], rounding)[0]
+    for number, ranked_group in enumerate(ranked):
+        if scope == "local" or ranked_group.alone:
+            result[number] = local_counts([ranked_group], rounding)[0]
         else:
-            pools.setdefault(contest.cohort, []).append(number)
+            pools.setdefault(ranked_group.ranking_scope, []).append(number)
     for members in pools.values():
-        for number, count in zip(members, threshold_counts([contests[m] for m in members], rounding, add), strict=True):
+        for number, count in zip(members, threshold_counts([ranked[m] for m in members], rounding, add), strict=True):
             result[number] = count
     return result

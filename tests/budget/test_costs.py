@@ -21,7 +21,7 @@ from onnxprune.planning import atoms_removed
 from onnxprune.rewrite.after import After
 from onnxprune.selection.choose import take
 from onnxprune.selection.costs import macs_after, params_after
-from onnxprune.selection.scopes import Contest
+from onnxprune.selection.scopes import RankedGroup
 
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = ["attention", "concat", "depthwise", "recurrent", "residual"]
@@ -33,8 +33,8 @@ def drawn(source: Any, seed: int, axis: str = "head_dim") -> tuple[op.Analysis, 
     groups = [g for g in analysis.units.groups if g.prunable]
     draw = np.random.default_rng(seed)
     kept = np.array([draw.integers(1, g.steps + 1) for g in groups], dtype=np.int64)
-    contests = {g.id: Contest(draw.random(g.size), g.classes, g.steps, np.arange(g.steps), 0.5) for g in groups}
-    chosen = take(analysis, contests, [g.steps - k for g, k in zip(groups, kept, strict=True)])
+    ranked = {g.id: RankedGroup(draw.random(g.size), g.classes, g.steps, np.arange(g.steps), 0.5) for g in groups}
+    chosen = take(analysis, ranked, [g.steps - k for g, k in zip(groups, kept, strict=True)])
     return analysis, Sizes(analysis, groups), kept, atoms_removed(analysis.units, chosen)
 
 

@@ -14,7 +14,7 @@ import onnxprune as op
 from onnxprune.budget.losses import by_curves, by_scores
 from onnxprune.budget.sensitivity import GroupCurve, Sensitivity
 from onnxprune.errors import UsageError
-from onnxprune.selection.scopes import Contest
+from onnxprune.selection.scopes import RankedGroup
 
 MODELS = Path(__file__).parents[2] / "models"
 DIGITS = MODELS / "digits_calibration.npz"
@@ -132,13 +132,13 @@ def test_a_budget_may_go_by_what_was_measured(tmp_path: Path) -> None:
         op.prune(MODELS / "recurrent.onnx", sensitivity="measure")
 
 
-def contest(seed: int, steps: int = 20) -> Contest:
+def ranked_group(seed: int, steps: int = 20) -> RankedGroup:
     scores = np.sort(np.random.default_rng(seed).random(steps))
-    return Contest(scores, np.zeros(steps, np.int64), steps, np.arange(steps), 0.5)
+    return RankedGroup(scores, np.zeros(steps, np.int64), steps, np.arange(steps), 0.5)
 
 
 def test_losses_pass_through_what_was_measured() -> None:
-    pool, levels = [contest(0), contest(1)], [np.arange(1, 21)] * 2
+    pool, levels = [ranked_group(0), ranked_group(1)], [np.arange(1, 21)] * 2
     curves = {7: (np.array([0.25, 0.5, 0.9]), np.array([0.01, 0.05, 0.6]))}
     found = by_curves(pool, levels, curves, [7, 8])
     at = {20 - k: loss for k, loss in zip(levels[0], found.losses[0], strict=True)}
@@ -151,7 +151,7 @@ def test_losses_pass_through_what_was_measured() -> None:
 
 def test_a_dip_in_a_curve_is_noise() -> None:
     curves = {0: (np.array([0.25, 0.5, 0.75]), np.array([0.05, 0.02, 0.3]))}
-    losses = by_curves([contest(0)], [np.arange(1, 21)], curves, [0]).losses[0]
+    losses = by_curves([ranked_group(0)], [np.arange(1, 21)], curves, [0]).losses[0]
     assert (np.diff(losses) <= 1e-12).all()
 
 

@@ -13,7 +13,7 @@ from build import Net
 import onnxprune as op
 from onnxprune.criteria.elimination import corrected
 from onnxprune.errors import ModelError, UsageError
-from onnxprune.passes import measured
+from onnxprune.passes import output_sensitivity
 from onnxprune.statistics import Maps
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -101,7 +101,7 @@ def test_corrections_are_least_squares() -> None:
 
 def test_cuts_that_do_not_run_leave_the_others_to_go_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """The original has to run; of a group of which no cut does, nothing is known but the mean of the others."""
-    opened, real = [0], measured.open_session
+    opened, real = [0], output_sensitivity.open_session
 
     def sessions(path: Any, **options: Any) -> Any:
         opened[0] += 1
@@ -109,7 +109,7 @@ def test_cuts_that_do_not_run_leave_the_others_to_go_by(monkeypatch: pytest.Monk
             raise ModelError("onnxruntime cannot run this")
         return real(path, **options)
 
-    monkeypatch.setattr(measured, "open_session", sessions)
+    monkeypatch.setattr(output_sensitivity, "open_session", sessions)
     first, second = lost(two_branches(0.05), normalize="measured")
     assert opened[0] == 9 and first + second >= 12
     opened[0] = 1  # now the original comes among those that do not run

@@ -84,10 +84,10 @@ def test_global_is_the_sort_of_all_scores() -> None:
 
 def test_groups_of_the_same_structure_share_a_threshold() -> None:
     """The two inner layers of residual blocks are alike, whatever their sizes; the trunk is not like them."""
-    from onnxprune.selection.cohorts import cohorts
+    from onnxprune.selection.cohorts import ranking_scopes
 
     analysis = op.analyze(MODELS / "residual.onnx")
-    keys = cohorts(analysis, analysis.units.groups)
+    keys = ranking_scopes(analysis, analysis.units.groups)
     inner = [g.id for g in analysis.units.groups if len(analysis.producers[g.id]) == 1]
     assert len(inner) == 5 and len({keys[g] for g in inner}) == 1
     trunk = {keys[g.id] for g in analysis.units.groups} - {keys[inner[0]]}

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.selection.scopes import Contest, allocate, allowed_counts, lamp, step_scores, weakest
+from onnxprune.selection.scopes import RankedGroup, allocate, allowed_counts, lamp, step_scores, weakest
 
 
 @st.composite
-def groups(draw: st.DrawFn) -> list[Contest]:
+def groups(draw: st.DrawFn) -> list[RankedGroup]:
     """Groups of one or several rows with seeded scores, some of them equal."""
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     ratio = draw(st.sampled_from([0.1, 0.3, 0.5, 0.8]))
@@ -28,18 +28,18 @@ def groups(draw: st.DrawFn) -> list[Contest]:
         classes = rng.permutation(np.repeat(np.arange(rows), width))
         values = np.round(rng.gamma(1.0, size=rows * width), 1)
         counts = allowed_counts(values.size, width, **limits)
-        found.append(Contest(values, classes, width, counts, ratio, cohort=int(rng.integers(0, 2))))
+        found.append(RankedGroup(values, classes, width, counts, ratio, ranking_scope=int(rng.integers(0, 2))))
     return found
 
 
-def reach(contest: Contest) -> int:
+def reach(ranked_group: RankedGroup) -> int:
     """Units that can go at most."""
-    return int(contest.counts[-1]) * contest.per_step
+    return int(ranked_group.counts[-1]) * ranked_group.per_step
 
 
 @given(groups(), st.sampled_from(["local", "global"]), st.sampled_from(["nearest", "up", "down"]), st.booleans())
-def test_what_was_asked_goes_up_to_rounding(contests: list[Contest], scope: str, rounding: str, add: bool) -> None:
-    pooled = [Contest(c.values, c.classes, c.steps, c.counts, c.ratio) for c in contests]
+def test_what_was_asked_goes_up_to_rounding(ranked: list[RankedGroup], scope: str, rounding: str, add: bool) -> None:
+    pooled = [RankedGroup(c.values, c.classes, c.steps, c.counts, c.ratio) for c in ranked]
     counts = allocate(pooled, scope, rounding, add)
     assert all(n == 0 or n in c.counts for n, c in zip(counts, pooled, strict=True))
     assert all(n < c.steps for n, c in zip(counts, pooled, strict=True))
@@ -57,10 +57,10 @@ def test_what_was_asked_goes_up_to_rounding(contests: list[Contest], scope: str,
 
 
 @given(groups())
-def test_limits_hold(contests: list[Contest]) -> None:
-    for contest in contests:
-        removed = contest.counts * contest.per_step
-        assert removed[0] >= 0 and removed[-1] < contest.values.size
+def test_limits_hold(ranked: list[RankedGroup]) -> None:
+    for ranked_group in ranked:
+        removed = ranked_group.counts * ranked_group.per_step
+        assert removed[0] >= 0 and removed[-1] < ranked_group.values.size
         assert (np.diff(removed) > 0).all()
 
 
@@ -73,9 +73,9 @@ def test_limits_one_by_one() -> None:
     assert allowed_counts(5, 5, round_to=8).tolist() == [0, 1, 2, 3, 4]
 
 
-def contest(values: Sequence[float], ratio: float = 0.5, **more: object) -> Contest:
+def ranked_group(values: Sequence[float], ratio: float = 0.5, **more: object) -> RankedGroup:
     array = np.asarray(values, dtype=np.float64)
-    return Contest(array, np.zeros(array.size, np.int64), array.size, np.arange(array.size), ratio, **more)  # type: ignore[arg-type]
+    return RankedGroup(array, np.zeros(array.size, np.int64), array.size, np.arange(array.size), ratio, **more)  # type: ignore[arg-type]
 
 
 @given(st.integers(0, 1000), st.sampled_from([0.2, 0.5, 0.7]))
@@ -83,7 +83,7 @@ def test_global_is_a_sort(seed: int, ratio: float) -> None:
     """The lowest scores of all go, but the largest of each group stays."""
     rng = np.random.default_rng(seed)
     pools = [rng.random(int(rng.integers(2, 9))) for _ in range(4)]
-    counts = allocate([contest(p, ratio) for p in pools], "global", "nearest")
+    counts = allocate([ranked_group(p, ratio) for p in pools], "global", "nearest")
     everything = sorted(x for p in pools for x in np.sort(p)[:-1])
     target = ratio * sum(p.size for p in pools)
     wanted = min(len(everything), int(np.ceil(target - 0.5)))
@@ -92,21 +92,21 @@ def test_global_is_a_sort(seed: int, ratio: float) -> None:
 
 
 def test_a_cohort_has_its_own_threshold() -> None:
-    cheap, dear = contest([1, 2, 3, 4], cohort="a"), contest([10, 20, 30, 40], cohort="b")
+    cheap, dear = ranked_group([1, 2, 3, 4], ranking_scope="a"), ranked_group([10, 20, 30, 40], ranking_scope="b")
     assert allocate([cheap, dear], "isomorphic", "nearest") == [2, 2]
-    same = [contest([1, 2, 3, 4], cohort="a"), contest([10, 20, 30, 40], cohort="a")]
+    same = [ranked_group([1, 2, 3, 4], ranking_scope="a"), ranked_group([10, 20, 30, 40], ranking_scope="a")]
     assert allocate(same, "isomorphic", "nearest") == [3, 1]
 
 
 def test_a_ratio_of_its_own_is_kept_in_every_scope() -> None:
-    own = contest([1, 2, 3, 4], 0.25, alone=True)
-    assert allocate([own, contest([10, 20, 30, 40])], "global", "nearest") == [1, 2]
+    own = ranked_group([1, 2, 3, 4], 0.25, alone=True)
+    assert allocate([own, ranked_group([10, 20, 30, 40])], "global", "nearest") == [1, 2]
 
 
 def test_slamp_is_lamp_and_one_threshold() -> None:
     pools = [np.array([1.0, 1.0, 1.0, 4.0]), np.array([5.0, 6.0, 7.0])]
     scores = [lamp(p) for p in pools]
-    counts = allocate([contest(s, 0.5) for s in scores], "slamp", "down")
+    counts = allocate([ranked_group(s, 0.5) for s in scores], "slamp", "down")
     ranked = sorted((s, i) for i, pool in enumerate(scores) for s in np.sort(pool)[:-1])
     assert counts == [sum(i == k for _, i in ranked[:3]) for k in (0, 1)]
 
@@ -114,7 +114,7 @@ def test_slamp_is_lamp_and_one_threshold() -> None:
 def test_rows_lose_the_same_number_and_steps_rise() -> None:
     values = np.array([5.0, 1.0, 3.0, 2.0, 9.0, 8.0])
     classes = np.array([0, 0, 0, 1, 1, 1])
-    one = Contest(values, classes, 3, np.arange(3), 0.5)
+    one = RankedGroup(values, classes, 3, np.arange(3), 0.5)
     assert weakest(values, classes, 3, 1).tolist() == [1, 3]
     assert step_scores(one).tolist() == [1.5, 5.5, 7.0]
     assert step_scores(one, add=True).tolist() == [3.0, 11.0, 14.0]
@@ -122,14 +122,14 @@ def test_rows_lose_the_same_number_and_steps_rise() -> None:
 
 def test_what_is_gone_stays_gone() -> None:
     values = np.array([np.nan, np.nan, -np.inf, 2.0, 1.0, 3.0])
-    half = Contest(values, np.array([0, 0, 1, 1, 2, 2]), 2, np.arange(2), 0.1)
+    half = RankedGroup(values, np.array([0, 0, 1, 1, 2, 2]), 2, np.arange(2), 0.1)
     assert weakest(values, half.classes, 2, 1).tolist() == [2, 4]
-    again = contest([-np.inf, -np.inf, 5.0, 6.0], 0.25, gone=2)
+    again = ranked_group([-np.inf, -np.inf, 5.0, 6.0], 0.25, gone=2)
     assert allocate([again], "local", "nearest") == [2]
     assert allocate([again], "global", "nearest") == [2]
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "up", "down"])
 def test_nothing_asked_nothing_taken(rounding: str) -> None:
-    assert allocate([contest([1, 2, 3], 0.0)], "local", rounding) == [0]
-    assert allocate([contest([1, 2, 3], 0.0)], "global", rounding) == [0]
+    assert allocate([ranked_group([1, 2, 3], 0.0)], "local", rounding) == [0]
+    assert allocate([ranked_group([1, 2, 3], 0.0)], "global", rounding) == [0]

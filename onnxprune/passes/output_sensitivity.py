@@ -1,4 +1,4 @@
-"""What a cut of each group alone costs at the model's outputs, measured on samples that nothing was fitted to."""
+"""Output sensitivity: what pruning each group alone does to the outputs, measured on samples held out of the fit."""
 
 from __future__ import annotations
 
@@ -37,64 +37,64 @@ from onnxprune.statistics import Maps
 
 Scores = NDArray[np.float64]
 
-MOST = 64
+MAX_SAMPLES = 64
 """Samples that are measured on, at most."""
 # Samples per call, so that there are ten calls if that can be.
 _CALL = 8
 
 
-def measured(
+def output_sensitivity(
     context: Context,
     analysis: Analysis,
     groups: Sequence[Group],
     scores: Mapping[int, Scores],
     shares: Sequence[float] = SHARES,
-    most: int = MOST,
+    max_samples: int = MAX_SAMPLES,
 ) -> dict[int, Scores]:
-    """Scores [units] by group that add up to the drift of the outputs, in the order of the scores that are given.
+    """Scores [units] by group that add up to the output sensitivity, in the order of the scores that are given.
 
     Each group is cut alone, to a few sizes; the contractions that read it are corrected for what went (least squares,
-    see :func:`onnxprune.criteria.elimination.corrected`), and drift is |y' - y|^2 / |y - mean y|^2 over held-out
+    see :func:`onnxprune.criteria.elimination.corrected`), and sensitivity is |y' - y|^2 / |y - mean y|^2 over held-out
     samples (of class probabilities the square roots), averaged over the outputs. Groups then compare by what counts in
     the end, however wide and deep they are.
-    A group of which no cut can be run keeps the mean drift of the others.
+    A group of which no cut can be run keeps the mean of the others.
 
     Args:
-        scores: [units] by group. shares: of every group to cut. most: samples to measure on.
+        scores: [units] by group. shares: of every group to cut. max_samples: to measure on.
 
     Raises:
         UsageError: no data, too few of them, or outputs that say nothing. ModelError: the model does not run.
     """
-    fit, held = _Part(context, analysis, False), list(_Part(context, analysis, True).some(most))
+    fit, held = _SplitBatches(context, analysis, False), list(_SplitBatches(context, analysis, True).some(max_samples))
     if not held:
         raise UsageError(
             "--normalize measured sets samples aside, and there are too few for that.",
             hint="Give ten or more samples, or take --normalize root.",
         )
     captured = captured_maps(context, analysis, groups, ("gram",), source=fit)
-    drifts: dict[int, dict[int, float]] = {}
+    by_count: dict[int, dict[int, float]] = {}
     with context.stage("measure"), workspace() as folder:
-        trial = _Trial(analysis, captured, held, folder / "cut.onnx")
-        trial.original()
+        runs = _PrunedRuns(analysis, captured, held, folder / "cut.onnx")
+        runs.original()
         wanted = [(g, n) for g in groups if g.id in scores for n in counts(g.steps, shares)]
         for number, (group, gone) in enumerate(wanted):
             units = group.units[weakest(scores[group.id], group.classes, group.steps, gone)]
             with suppress(CannotRewrite, ModelError):
-                drifts.setdefault(group.id, {})[gone] = trial.drift(units)
+                by_count.setdefault(group.id, {})[gone] = runs.sensitivity(units)
             context.tell("measure", (number + 1) / len(wanted))
-    every = [d for found in drifts.values() for d in found.values()]
+    every = [d for found in by_count.values() for d in found.values()]
     if not every:
         return dict(scores)
     result = {}
     for group in groups:
         if group.id in scores:
             values = scores[group.id] - min(0.0, float(scores[group.id].min()))
-            found = drifts.get(group.id) or {max(group.steps - 1, 1): float(np.mean(every))}
+            found = by_count.get(group.id) or {max(group.steps - 1, 1): float(np.mean(every))}
             result[group.id] = along(values, group.classes, group.steps, found)
     return result
 
 
-class _Part(CalibrationBatches):
+class _SplitBatches(CalibrationBatches):
     """The calls that are held out, or the others."""
 
     def __init__(self, context: Context, analysis: Analysis, held: bool) -> None:
@@ -131,7 +131,7 @@ class _Part(CalibrationBatches):
 
 
 @dataclass(slots=True)
-class _Trial:
+class _PrunedRuns:
     """Runs cuts of the model with the contractions behind them corrected.
 
     Args:
@@ -146,8 +146,8 @@ class _Trial:
     _scale: Mapping[str, float] | None = None
     _probable: set[str] | None = None
 
-    def drift(self, units: NDArray[np.int64]) -> float:
-        """Mean drift of the outputs without these components, each at most 1."""
+    def sensitivity(self, units: NDArray[np.int64]) -> float:
+        """Mean sensitivity of the outputs without these components, each at most 1."""
         units_of = self.analysis.units
         chosen = np.zeros(units_of.frozen.size, dtype=bool)
         chosen[units] = True
