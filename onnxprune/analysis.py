@@ -292,7 +292,7 @@ class Analysis:
         if any(self.units.groups[c].prunable for c in group.children):
             return "covered: the channels within are cut instead"
         if group.size < 2:
-            return "fixed-size: a single unit"
+            return "tied-together: all of them are one unit"
         if group.id in self._unstored:
             return "not-stored: no weight of the file belongs to it"
         return "grid-unbalanced: no equal share can be taken from every row"
@@ -307,7 +307,17 @@ class Analysis:
                 if held.size:
                     barrier = self.table.atoms.barriers[int(held[0])]
                     return f"{barrier.code}: {barrier.detail} ({barrier.op} {barrier.node})".replace("( ", "(")
+                return self._stuck(label)
         return ""
+
+    def _stuck(self, label: Label) -> str:
+        """Why none of the channels of a label can go although each of them may; empty where some can."""
+        groups = [
+            self.units.groups[k] for k in np.unique(self.units.group_of[self.units.component[label.ids]]) if k >= 0
+        ]
+        if not groups or any(g.prunable or self._why(g).startswith("covered") for g in groups):
+            return ""
+        return self._why(groups[0])
 
     def _readers(self, weight: str) -> list[Node]:
         nodes: list[Node] = []

@@ -196,7 +196,7 @@ class Masks:
         """Where tensors meet position by position, what is removed from one is removed from the result."""
         shape = self.values[output].shape
         result = np.ones(shape, bool)
-        for name in node.input:
+        for name in node.input[:1] if node.op_type == "CastLike" else node.input:  # of the other only the type counts
             mask = self.get(name) if name else None
             if mask is not None and _broadcasts(mask.shape, shape):
                 result &= mask

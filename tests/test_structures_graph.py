@@ -306,3 +306,18 @@ def test_weights_that_are_filled_in_at_run_time_are_left_with_a_reason() -> None
     y = net.op("MatMul", net.op("Relu", x), net.op("ConstantOfShape", net.const([6, 2])))
     (group,) = [g for g in op.analyze(net.model(y)).groups if g.size == 6]
     assert not group.prunable and group.reason.startswith("not-stored")
+
+
+def test_channels_that_only_go_all_at_once_say_so() -> None:
+    """A sum of channels with the same ones turned round ties each to all others: the layer stays, with its reason."""
+    net = Net(13)
+    x = net.op("Relu", net.conv(net.input("x", ["N", 3, 8, 8]), 3, 16))
+    turned = net.op("Concat", net.slice(x, 13, 16, 1), net.slice(x, 0, 13, 1), axis=1)
+    y = net.conv(net.op("Relu", net.conv(net.op("Add", x, turned), 16, 12)), 12, 4)
+    analysis = op.analyze(net.model(y))
+    group = next(g for g in analysis.groups if g.size < 2)
+    assert group.reason.startswith("tied-together") and not group.prunable
+    result = op.prune(net.model(y), ratio=0.5, latency=False)
+    first, second, last = result.report.layers
+    assert first.reason == group.reason and first.channels_after == 16
+    assert not second.reason and second.channels_after == 6 and last.reason.startswith("graph-output")

@@ -109,6 +109,11 @@ BARRIERS: dict[str, Words] = {
         "cut as another group",
         "The same channels are cut as another group: whole heads or rows instead of single channels, or the other way.",
     ),
+    "tied-together": Words(
+        "only go all at once",
+        "Each of these channels takes all others along (they overlap, or are added to each other in another order), so "
+        "that none would be left.",
+    ),
     "single": Words("has one channel", "The layer has a single channel, and the last one always stays."),
     "duplicate-write": Words(
         "written more than once",
