@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from onnxprune.operators.context import Step, Table
 from onnxprune.operators.registry import lookup
 from onnxprune.rewrite.after import After
 
+# Bytes of a weight from which on a copy with masks is too much, beside the weight itself.
+_BULKY = 16 << 20
 # Types that onnxruntime has a Where kernel for.
 _CHOOSES = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -39,8 +42,12 @@ def masked_original(
         rule = lookup(node.domain, node.op, node.version)
         step = Step(node, table)
         if any(table.get(n) for n in node.inputs if n):
-            for i, axes in rule.contracted_axes(step):
+            read = rule.contracted_axes(step)
+            for i, axes in read:
                 name = node.inputs[i]
+                others = [(node.inputs[j], beside) for j, beside in read if j != i]
+                if builder.is_spared(name, axes, others):
+                    continue
                 neutral = rule.neutral(step, i)
                 for extra in builder.mask(node, name, axes, neutral):
                     model.graph.node.append(extra)
@@ -63,6 +70,27 @@ class _Masks:
     def __init__(self, table: Table, after: After, probe: Probe) -> None:
         self.table, self.after, self.probe = table, after, probe
         self.constants: dict[str, NDArray[Any]] = {}
+
+    def _masks(self, label: Label, axes: tuple[int, ...]) -> bool:
+        """Whether something is removed along one of these axes."""
+        return self.after.mask(label) is not None and bool(set(label.axes) & set(axes))
+
+    def is_spared(self, name: str, axes: tuple[int, ...], others: Sequence[tuple[str, tuple[int, ...]]]) -> bool:
+        """Whether a weight is so large that a masked copy would count, and what it is multiplied by has masks anyway.
+
+        0 times what is left of it is 0, where all of it is finite.
+
+        Args:
+            name: the weight's. axes: of it that are summed over. others: what is summed over with it, and its axes.
+        """
+        weight = self.table.graph.weights.get(name)
+        if weight is None or weight.nbytes < _BULKY:
+            return False
+        data = [(n, axes) for n, axes in others if n not in self.table.graph.weights]
+        masked = [x for n, a in data for x in self.table.get(n) if self._masks(x, a)]
+        if len(masked) != 1 or sum(self._masks(x, axes) for x in self.table.get(name)) > 1:
+            return False
+        return weight.dtype.kind in "iu" or bool(np.isfinite(weight.read().astype(np.float32, copy=False)).all())
 
     def mask(self, node: Node, name: str, axes: tuple[int, ...], neutral: str | None) -> list[onnx.NodeProto]:
         """Nodes that multiply a tensor by its masks along ``axes``; none where nothing was removed there."""

@@ -26,9 +26,7 @@ REASONS = {
     "makes numbers out of sizes or settings alone": [
         *("BlackmanWindow", "HammingWindow", "HannWindow", "MelWeightMatrix", "Constant"),
     ],
-    "draws random numbers: which ones depends on how many, so a cut model draws others": [
-        *("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
-    ],
+    "draws random numbers that have no channels to follow": ["Multinomial", "RandomNormal", "RandomUniform"],
     "holds a body: it is laid open before rules are asked, or nothing inside is cut": [
         *("If", "Loop", "Scan", "SequenceMap", "ai.onnx.preview:FlexAttention"),
         *("BeamSearch", "GreedySearch", "Sampling", "WhisperBeamSearch"),
