@@ -53,7 +53,7 @@ def output_shapes(node: Node, shapes: Sequence[Any], known: Known) -> list[Shape
         results = rule_of(node).infer(node, list(shapes), Asked(known, len(node.inputs)))
     except (LookupError, TypeError, ValueError, ArithmeticError):  # a form of the operator that is not expected
         return None
-    if results is None or len(results) != len(node.outputs):
+    if results is None or len(results) != len(node.outputs) or any(isinstance(s, Elements) for s in results):
         return None
     whole = [sizes for s in results if (sizes := known_sizes(s)) is not None and min(sizes, default=0) >= 0]
     return whole if len(whole) == len(results) else None
