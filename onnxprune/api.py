@@ -4,43 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
-
-import onnx
+from typing import Any
 
 from onnxprune.analysis import Analysis
+from onnxprune.budget.sensitivity import Sensitivity
+from onnxprune.budget.table import LatencyTable
+from onnxprune.budget.target import Given as Targets
 from onnxprune.budget.target import Target
 from onnxprune.criteria import Criterion
-from onnxprune.errors import BudgetError, UsageError
+from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.factors.request import Options as FactorOptions
 from onnxprune.passes import Adopt, Exact, Factorize, Flush, Pipeline, Prune, Recover, Result, Validate
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
-from onnxprune.pipeline import Progress
+from onnxprune.pipeline import ModelSource, Progress
 from onnxprune.plan import Plan
 from onnxprune.report.facts import Report
 from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.search.budget import Budget
-from onnxprune.search.wishes import Asked, Wishes, split
+from onnxprune.search.evaluation import Metric
+from onnxprune.search.wishes import Wishes
+from onnxprune.selection.request import Options
+from onnxprune.settings import called, default
 
-_RATIO = 0.3
 
-
+@called("prune")
 def prune(
-    model: str | Path | bytes | onnx.ModelProto,
+    model: ModelSource,
     *,
     criterion: str | Criterion | None = None,
     ratio: float | None = None,
     plan: Plan | str | Path | None = None,
+    layers: Mapping[str, float] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    scope: str = "local",
+    policy: str = "sum",
+    normalize: str = "auto",
+    group_policy: str = "count",
+    reshape_axis: str = "head_dim",
+    max_ratio: float | None = None,
+    cost: str = "none",
+    round_to: int = 1,
+    step: int = 1,
+    rounding: str = "nearest",
+    steps: int = 1,
+    schedule: str = "linear",
+    approximate: bool = False,
+    target: Targets | None = None,
+    max_drop: float | None = None,
+    metric: str | Metric | None = None,
+    sensitivity: str | Path | Sensitivity | None = None,
+    jobs: int | None = None,
+    factorize: bool = False,
+    trials: int | None = None,
+    latency_table: str | Path | LatencyTable | None = None,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     data: Any = None,
-    recover: str | None = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    images: ImageOptions | None = None,
+    cache: str | Path | None = None,
     seed: int = 0,
-    approximate: bool = False,
+    recover: str | None = None,
+    memory_limit: int | None = None,
     validate: bool = True,
+    min_fidelity: float | None = None,
     latency: bool = True,
     progress: Progress | None = None,
-    **options: Unpack[Asked],
 ) -> Result:
     """Cut a model, prove that the cut is exact, and with ``data`` repair it.
 
@@ -49,41 +82,95 @@ def prune(
         criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
             [channels]; some need ``data``. None: ``l2``, with data and a budget ``ziplm``.
         ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; 0.3.
-        plan: a plan or its file, replayed instead of scoring. input_shapes: {input: shape} for dynamic inputs.
+        plan: a plan or its file, replayed instead of scoring.
+        layers: {glob over node or weight names: ratio}; the last that matches counts.
+        include: globs; only groups with a node or weight of such a name.
+        exclude: globs; no group with a node or weight of such a name.
+        scope: who competes: the units of each group (``local``), of all groups (``global``), of groups of the same
+            structure (``isomorphic``), or all by SLAMP (``slamp``).
+        policy: how the scores that a unit has in several weights become one: ``sum``, ``average``, ``max``,
+            ``backward``.
+        normalize: what makes scores of different weights comparable: ``auto``, ``mean``, ``none``, ``root``,
+            ``standard``, ``tss``, ``linear``, ``softmax``, ``measured``.
+        group_policy: what rows of a grid (heads, convolution groups) have in common: ``count``, ``sum``, ``average``,
+            ``none``.
+        reshape_axis: what goes of a grid: cells of every row (``head_dim``), whole rows (``heads``), ``both``.
+        max_ratio: the largest share that one group loses, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
+            compete.
+        cost: what removing a unit saves, which its score is divided by: ``none``, ``macs``, ``params``, ``latency``.
+        round_to: keep a multiple of this many units per group where it can be had.
+        step: remove a multiple of this many units per group.
+        rounding: of the counts that follow from ratios: ``nearest``, ``up``, ``down``.
+        steps: how often to score and remove, each on what the last one left.
+        schedule: how the removed share grows over the steps: ``linear``, ``exp``, ``cos``, ``cube``.
+        approximate: also cut through normalisations, which is not exact.
+        target: a budget in place of a ratio: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "size": "3MB"}``; kinds
+            are ``macs``, ``params``, ``size``, ``latency`` and ``peak-memory``.
+        max_drop: what the metric may lose, 0 or more; without a metric points of per cent of fidelity. Without targets
+            the smallest model within it is looked for.
+        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``.
+        sensitivity: what cutting each group alone did, or its file: counts are then chosen by it, too; ``"measure"``.
+        jobs: processes to measure sensitivities in; None: as joblib is configured, -1: all processors.
+        factorize: take layers apart as well, where that keeps more than cutting them; not for ``peak-memory``.
+        trials: answers to try around the best cut; None: with a repair about half a minute's worth of work, else none.
+        latency_table: times of another device, as :func:`profile` gives them.
+        providers: of onnxruntime, where time is measured; None: the CPU.
+        threads: inside an operator, where time is measured; None: all processors.
+        input_shapes: {input: shape} for dynamic inputs.
         data: inputs without labels, to repair and validate with and for criteria that need them: a .npz or .npy file, a
             folder of such or of images, an array, a mapping of input names to arrays, an iterable of these, or a reader
             with onnxruntime's ``CalibrationDataReader`` interface.
-            Of it ``samples`` are used, else up to 256 to validate, all to repair and for criteria; ``batch_size`` at a
-            time where the model leaves that open (16). ``images``: how images become arrays.
+        samples: how many of the data to use; None: up to 256 to validate, all to repair and for criteria.
+        batch_size: samples at a time where the model leaves that open; 16.
+        images: how images become arrays.
+        cache: folder that keeps statistics, so that an interrupted or repeated run need not start anew.
+        seed: of everything random, 0 or more.
         recover: how to repair the cut from ``data``, in closed form: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``,
             see :class:`onnxprune.passes.Recover`; or ``datafree``, from inputs that are made up: weaker, and data only
             serve to compare on. None: ``full`` where there is data and ``validate``, else ``none``. Every eighth batch
-            is not repaired from: the report's fidelity is measured on these. ``memory_limit``: bytes of activations to
-            hold in memory at a time. ``cache``: folder that keeps statistics, so that an interrupted or repeated run
-            need not start anew.
-        seed: of everything random. approximate: also cut through normalisations, which is not exact.
-        validate, latency: run the checks; measure speed. progress: called with (stage, fraction).
-        options: a budget, see :class:`onnxprune.search.wishes.Wishes`: ``target`` (``"macs=0.5"``, a list of such, or
-            ``{"macs": 0.5, "size": "3MB"}``), ``metric``, ``max_drop``, ``min_fidelity``, ``latency_table``,
-            ``factorize``, ``trials``; where time is measured: ``providers``, ``threads``; how units are chosen, see
-            :class:`onnxprune.selection.request.Request`: ``layers`` ({glob over node or weight names: ratio}),
-            ``include``, ``exclude``, ``scope``, ``policy``, ``normalize``, ``group_policy``, ``reshape_axis``,
-            ``max_ratio``, ``round_to``, ``step``, ``rounding``, ``cost``, ``steps`` and ``schedule``.
+            is not repaired from: the report's fidelity is measured on these.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; 2 GiB.
+        validate: run the checks.
+        min_fidelity: the smallest cosine that an output may have to the original's, 0 < min_fidelity <= 1.
+        latency: measure speed.
+        progress: called with (stage, fraction).
 
     Raises:
         OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
             5 nothing to cut, or a budget or gate that is not met.
     """
-    wishes, running, choosing = split(options)
+    wishes = Wishes.of(
+        target, min_fidelity, metric, max_drop, latency_table, sensitivity, jobs, factorize=factorize, trials=trials
+    )
+    choosing: Options = {
+        "layers": layers,
+        "include": include,
+        "exclude": exclude,
+        "scope": scope,
+        "policy": policy,
+        "normalize": normalize,
+        "group_policy": group_policy,
+        "reshape_axis": reshape_axis,
+        "max_ratio": max_ratio,
+        "cost": cost,
+        "round_to": round_to,
+        "step": step,
+        "rounding": rounding,
+        "steps": steps,
+        "schedule": schedule,
+    }
     way = settle_mode(recover, data is not None, validate)
     if wishes.any:
         _alone(ratio, plan)
         first: Any = Budget(wishes, criterion, recover=way[0], why=way[1], approximate=approximate, **choosing)
     else:
-        share = _RATIO if ratio is None else ratio
+        share = default("ratio") if ratio is None else ratio
         first = Prune(criterion or "l2", share, plan=plan, approximate=approximate, **choosing)
     pipe = Pipeline(_stages(first, way, validate, validate and latency))
-    result = pipe.run(model, input_shapes=input_shapes, data=data, seed=seed, progress=progress, **running)
+    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
+    where: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
+    result = pipe.run(model, **reading, **running, **where)
     if wishes.any:
         _warn_of_targets_met_before(result.report)
     _faithful(result, wishes)
@@ -115,7 +202,7 @@ def _alone(ratio: float | None, plan: Any) -> None:
     for name, given in (("ratio", ratio), ("plan", plan)):
         if given is not None:
             raise UsageError(
-                f"a budget and {name} were both given: each says how much goes",
+                f"a budget and {argument(name)} were both given: each says how much goes",
                 hint="Drop one of the two: a budget finds the ratios by itself.",
             )
 
@@ -126,16 +213,18 @@ def _faithful(result: Result, wishes: Wishes) -> None:
         return
     facts = result.report.fidelity
     if facts is None or not facts.outputs:
-        said = f"min_fidelity {wishes.min_fidelity:g}: fidelity could not be measured."
-        raise BudgetError(said, hint="Give data, and let models be run.", report=result.report)
+        said = f"{argument('min_fidelity')} {wishes.min_fidelity:g}: fidelity could not be measured."
+        hint = f"Give {argument('data')}, and let models be run."
+        raise BudgetError(said, hint=hint, report=result.report)
     if not all(output.cosine >= wishes.min_fidelity for output in facts.outputs):
-        said = f"worst cosine {facts.worst_cosine:.4f} is below min_fidelity {wishes.min_fidelity:g}."
+        said = f"worst cosine {facts.worst_cosine:.4f} is below {argument('min_fidelity')} {wishes.min_fidelity:g}."
         raise BudgetError(said, hint="Cut less.", report=result.report)
 
 
+@called("recover")
 def repair(
-    original: str | Path | bytes | onnx.ModelProto,
-    cut: str | Path | bytes | onnx.ModelProto,
+    original: ModelSource,
+    cut: ModelSource,
     *,
     plan: Plan | str | Path,
     data: Any = None,
@@ -153,10 +242,20 @@ def repair(
     """Repair a model that was cut before, so that it says what the original says.
 
     Args:
-        original: the model before the cut. cut: the model to repair, as it was cut or trained further; neither is
-            changed. plan: what was removed from where, as it was saved with the cut.
-        data: inputs without labels, see :func:`prune`, as are the other arguments; ``datafree`` needs none.
-        recover: ``full``, ``lstsq``, ``bn``, ``bias`` or ``datafree``. approximate: the cut was made with it.
+        original: the model before the cut; not changed.
+        cut: the model to repair, as it was cut or trained further; not changed.
+        plan: what was removed from where, as it was saved with the cut.
+        data: inputs without labels, see :func:`prune`; ``datafree`` needs none.
+        recover: ``full``, ``lstsq``, ``bn``, ``bias`` or ``datafree``.
+        input_shapes: see :func:`prune`.
+        samples: how many of the data to use; None: all.
+        batch_size: see :func:`prune`.
+        images: how images become arrays.
+        memory_limit: see :func:`prune`.
+        cache: see :func:`prune`.
+        seed: of everything random, 0 or more.
+        approximate: the cut was made with it.
+        progress: called with (stage, fraction).
 
     Raises:
         OnnxpruneError: with an ``exit_code``: 2 bad input or a plan that does not lead from one model to the other,
@@ -172,10 +271,22 @@ def repair(
     )
 
 
+@called("factorize")
 def factorize(
-    model: str | Path | bytes | onnx.ModelProto,
+    model: ModelSource,
     *,
     method: str = "auto",
+    ratio: float | None = None,
+    rank: int | Sequence[int] | Mapping[str, int | Sequence[int]] | None = None,
+    energy: float | None = None,
+    vbmf: float | None = None,
+    layers: Mapping[str, float] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    round_to: int = 1,
+    scope: str | None = None,
+    cost: str = "macs",
+    timed: bool = True,
     plan: Plan | str | Path | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     data: Any = None,
@@ -188,7 +299,6 @@ def factorize(
     validate: bool = True,
     latency: bool = True,
     progress: Progress | None = None,
-    **options: Unpack[FactorOptions],
 ) -> Result:
     """Take layers apart into smaller ones, check that they compute what they should, and with ``data`` repair.
 
@@ -196,13 +306,29 @@ def factorize(
         model: path, bytes or ModelProto; never changed.
         method: ``svd``, ``tucker``, ``cp``, ``spatial-svd``, or ``auto``: per layer whichever errs least for what it
             saves, as one budget for the whole model.
+        ratio: share of the cost to save, 0 < ratio < 1; 0.3 where nothing says how far to go.
+        rank: ranks in place of a ratio: a number, one per mode, or {glob: either}; 0 leaves a mode as it is.
+        energy: share of every mode's energy to keep in place of a ratio, 0 < energy <= 1.
+        vbmf: keep what is more than noise in place of a ratio, moved towards all (1) or none (-1) by this much.
+        layers: {glob over node or weight names: ratio}; the last that matches counts.
+        include: globs; only layers with such a name.
+        exclude: globs; no layer with such a name.
+        round_to: ranks are multiples of this.
+        scope: ``local`` or ``global``: the ratio of every layer, or of the whole model; None: global for ``auto``.
+        cost: what the ratio is of, ``macs`` or ``params``.
+        timed: ``auto`` leaves alone what does not get faster, as measured.
         plan: a plan or its file, replayed instead of choosing.
-        data: inputs without labels: errors then count at the layers' outputs, and what is left is repaired. This and
-            the arguments behind it are explained at :func:`prune`.
-        options: how far to go, one of ``ratio`` (share of the cost to save, 0.3), ``rank`` (a number, one per mode, or
-            {glob: either}), ``energy`` (share to keep) and ``vbmf`` (calibration from -1 to 1); ``layers`` ({glob:
-            ratio}), ``include``, ``exclude``, ``round_to``, ``scope``, ``cost`` and ``timed``, each explained at
-            :class:`onnxprune.factors.request.Request`.
+        input_shapes: see :func:`prune`.
+        data: inputs without labels: errors then count at the layers' outputs, and what is left is repaired.
+        samples: see :func:`prune`.
+        batch_size: see :func:`prune`.
+        images: how images become arrays.
+        recover: see :func:`prune`.
+        memory_limit: see :func:`prune`.
+        seed: of everything random, 0 or more.
+        validate: run the checks.
+        latency: measure speed.
+        progress: called with (stage, fraction).
 
     Raises:
         OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
@@ -213,8 +339,11 @@ def factorize(
     if plan is not None and plan.groups:
         raise UsageError(
             "This plan removes channels, too, and a factorization does not",
-            hint="Replay it with onnxprune.prune(plan=...) or 'onnxprune MODEL --apply-plan'.",
+            hint="Replay it with onnxprune.prune(plan=...), on the command line 'onnxprune MODEL --apply-plan FILE'.",
         )
+    options: FactorOptions = {"ratio": ratio, "rank": rank, "energy": energy, "vbmf": vbmf, "layers": layers}
+    options |= {"include": include, "exclude": exclude, "round_to": round_to}
+    options |= {"scope": scope, "cost": cost, "timed": timed}
     take = Factorize(method, plan=plan, check=validate, **options)
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
@@ -224,13 +353,19 @@ def factorize(
     )
 
 
+@called("inspect")
 def analyze(
-    model: str | Path | bytes | onnx.ModelProto,
+    model: ModelSource,
     *,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     approximate: bool = False,
 ) -> Analysis:
     """Groups, units, slots and barriers of a model; nothing is changed or run.
+
+    Args:
+        model: path, bytes or ModelProto.
+        input_shapes: {input: shape} for dynamic inputs.
+        approximate: count channels behind normalisations as removable.
 
     Raises:
         OnnxpruneError: the model cannot be read, or an input shape does not fit.

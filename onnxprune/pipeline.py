@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.documents import encoded
-from onnxprune.errors import OnnxpruneError, PostconditionError, PreconditionError, UsageError
+from onnxprune.errors import OnnxpruneError, PostconditionError, PreconditionError, UsageError, argument
 from onnxprune.graph.probes import input_specs
 from onnxprune.model.save import assemble, check_output, save
 from onnxprune.model.weights import Weight
@@ -35,15 +35,13 @@ from onnxprune.runtime.device import Device, device
 from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.sessions import Feed
+from onnxprune.settings import check_needs, checked
 
 Progress = Callable[[str, float], None]
 Mask = NDArray[np.bool_]
 ModelSource = str | Path | bytes | onnx.ModelProto
 ModelParts = tuple[onnx.ModelProto, Mapping[str, Weight]]
 """A model without its weights, and the weights by name."""
-
-MIN_MEMORY = 1_000_000
-"""Bytes of activations below which nothing works well."""
 
 # -- what a run is given -----------------------------------------------------------------------------------------------
 
@@ -162,12 +160,11 @@ class Context:
         Raises:
             UsageError: an argument makes no sense. ModelError: the model cannot be read.
         """
-        given = {"samples": samples, "batch_size": batch_size, "images": images}
-        alone = next((name for name, value in given.items() if value is not None), None)
-        if alone is not None and data is None:
-            raise UsageError(f"{alone} says how to read data, and there is no data", hint="Give data, or drop it.")
-        if memory_limit is not None and memory_limit < MIN_MEMORY:
-            raise UsageError(f"memory_limit {memory_limit} is too small", hint=f"Allowed: {MIN_MEMORY} bytes or more.")
+        given = {"data": data, "samples": samples, "batch_size": batch_size, "images": images, "seed": seed}
+        for name, value in given.items():
+            checked(name, value)
+        check_needs("prune", given)
+        checked("memory_limit", memory_limit)
         where, stages = device(providers, threads), Stages(progress)
         with stages.stage("analyze"), explained(model):
             analysis = Analysis(model, input_shapes=input_shapes, approximate=approximate)
@@ -184,7 +181,7 @@ class Context:
         if self.calibration is None:
             raise UsageError(
                 "this needs calibration data, and there is none",
-                hint="Give it with --data (Python: data=...): arrays, images or anything that yields inputs.",
+                hint=f"Give it with {argument('data')}: arrays, images or anything that yields inputs.",
             )
         return self.calibration.open()
 

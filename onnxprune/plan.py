@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxprune import documents
-from onnxprune.errors import UsageError
+from onnxprune.errors import UsageError, argument
 
 VERSION = 1
 
@@ -88,7 +88,7 @@ class Plan:
         Raises:
             UsageError: missing, not JSON, or not a plan of this version.
         """
-        form = "Write a plan with --plan to see the form."
+        form = f"Write a plan with {argument('plan_file')} to see the form."
         return cls.from_dict(documents.read_json(Path(path), "the plan", "plan file", hint=form))
 
     @classmethod
@@ -98,7 +98,7 @@ class Plan:
         Raises:
             UsageError: the data does not have a plan's form.
         """
-        hint = "Write one with --plan to see the form."
+        hint = f"Write one with {argument('plan_file')} to see the form."
         if not isinstance(data, Mapping) or not isinstance(data.get("groups"), list):
             raise UsageError("This is not a plan: it has no list 'groups'.", hint=hint)
         if data.get("version", VERSION) != VERSION:

@@ -107,6 +107,19 @@ class Whole(Kind):
             return self.check(text, name)
 
 
+class Jobs(Kind):
+    """A number of processes as joblib takes it: below 0 counts from all processors."""
+
+    metavar = "N"
+    allowed = "a whole number from 1; -1 for all processors"
+
+    def check(self, value: Any, name: str) -> int:
+        """The number; raises UsageError."""
+        if not _is_whole(value) or value == 0:
+            raise UsageError(f"{name}: {value} is not allowed", hint=f"Give how many processes to use: {self.allowed}.")
+        return int(value)
+
+
 class Number(Kind):
     """A number from ``low`` to ``high``; ``open_low``: without ``low`` itself.
 
@@ -703,7 +716,7 @@ SETTINGS: tuple[Setting, ...] = (
         "layers",
         LayerShares(_REMOVED),
         "Another ratio for the layers or weights whose name matches; repeatable.",
-        {"prune": WHAT, "factorize": WHICH},
+        {"prune": WHAT, "factorize": WHICH, "sensitivity": "", "sweep": ""},
         option="--layer",
         many=True,
         conflicts=_PLAN,
@@ -804,9 +817,10 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "jobs",
-        Whole(1, "how many processes to use"),
+        Jobs(),
         "Processes to measure sensitivities in; default one per processor.",
         {"prune": CHECKS, "sensitivity": CHECKS},
+        typed=Whole(1, "how many processes to use"),
         needs=Need(
             "measured sensitivity",
             "is about measuring sensitivities",

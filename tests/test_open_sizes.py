@@ -287,7 +287,7 @@ def test_what_cannot_be_solved_is_told_with_its_dimensions() -> None:
         op.prune(model, ratio=0.5, latency=False)
     assert caught.value.exit_code == 3
     assert "input 'x' [batch = 2, length = 16, 16]" in caught.value.message
-    assert "--input-shape x=2,16,16" in caught.value.hint
+    assert "input_shapes x=2,16,16" in caught.value.hint
     result = op.prune(model, ratio=0.5, latency=False, input_shapes={"x": [2, 4, WIDTH]})
     assert result.report.exactness.passed
 
@@ -299,7 +299,7 @@ def test_an_input_without_a_shape_is_named() -> None:
     model.graph.output[0].type.tensor_type.ClearField("shape")
     with pytest.raises(op.BudgetError) as caught:
         op.prune(model, ratio=0.5)
-    assert "Input 'x' declares no shape" in caught.value.hint and "--input-shape x=" in caught.value.hint
+    assert "Input 'x' declares no shape" in caught.value.hint and "input_shapes x=" in caught.value.hint
     shapes = bound(model, x=[1, 3, 8, 8])
     assert shapes[0]["x"] == (1, 3, 8, 8) and shapes[1]["x"][1] == 3
     small = op.prune(model, ratio=0.5, latency=False, input_shapes={"x": [1, 3, 8, 8]})

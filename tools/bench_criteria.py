@@ -32,8 +32,7 @@ from bench.workers import each
 from rich.console import Console
 from rich.table import Table
 
-from onnxprune import OnnxpruneError, criteria
-from onnxprune.selection.request import CHOICES
+from onnxprune import OnnxpruneError, criteria, settings
 
 SHARES = "0.9,0.8,0.7,0.6,0.5"
 Record = dict[str, Any]
@@ -154,7 +153,7 @@ def parsed() -> tuple[argparse.Namespace, list[Path]]:
     parser.add_argument("folder", type=Path, nargs="?", help="folder with models/*.onnx and evaluate.py")
     parser.add_argument("--models", action="append", default=[], metavar="PATTERN", help="part of a name, or glob")
     parser.add_argument("--criteria", type=words, default=[], help="separated by commas; default: all")
-    parser.add_argument("--scopes", type=words, default=list(CHOICES["scope"]))
+    parser.add_argument("--scopes", type=words, default=list(settings.words("scope")))
     parser.add_argument("--normalize", type=words, default=["default"], help="several may be given")
     parser.add_argument("--cost", type=words, default=["none"], help="several may be given; with local scope only none")
     parser.add_argument("--combine", action="append", metavar="CRITERION:SCOPE[:NORMALIZE[:COST]]", help="only these")
@@ -188,8 +187,8 @@ def parsed() -> tuple[argparse.Namespace, list[Path]]:
     for c in combinations(given):
         criteria.get(c.criterion)
         for name in ("scope", "normalize", "cost"):
-            if getattr(c, name) not in (*CHOICES[name], "default"):
-                parser.error(f"{c}: {name} may be {', '.join(CHOICES[name])}")
+            if getattr(c, name) not in (*settings.words(name), "default"):
+                parser.error(f"{c}: {name} may be {', '.join(settings.words(name))}")
     return given, paths
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from onnxprune.errors import UsageError, nearest
+from onnxprune.errors import UsageError, argument, nearest
 
 _COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
@@ -62,7 +62,7 @@ class Target:
         return f"{self.kind}={self.value / units[unit]:.4g}{shown}"
 
 
-def parse(text: str, option: str = "--target") -> Target:
+def parse(text: str, option: str = argument("target")) -> Target:
     """A target from ``KIND=VALUE``.
 
     Raises:
@@ -118,7 +118,7 @@ def _as_share(kind: str, text: str) -> str:
 Given = str | Target | Mapping[str, float | str] | Iterable[str | Target]
 
 
-def targets(given: Given, option: str = "target") -> tuple[Target, ...]:
+def targets(given: Given, option: str = argument("target")) -> tuple[Target, ...]:
     """Targets from what a call may give: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "latency": "12ms"}``.
 
     Raises:
@@ -138,7 +138,7 @@ def targets(given: Given, option: str = "target") -> tuple[Target, ...]:
     return tuple(found.values())
 
 
-def shares(text: str, option: str = "--targets") -> Sequence[float]:
+def shares(text: str, option: str = argument("targets")) -> Sequence[float]:
     """Shares of the original from ``0.9,0.8,0.7``, largest first.
 
     Raises:

@@ -63,7 +63,7 @@ def _cut(given: Given, screen: Screen) -> Any:
         arguments["ratio"] = None
     if not given.has_budget:
         arguments["min_fidelity"] = None  # a gate on what is shown first
-    if given.sensitivity:
+    if given.sensitivity == "measure":
         arguments["jobs"] = given.jobs or -1
     # Quiet without JSON shows no latency, so the time to measure it is saved.
     latency = given.validate and (screen.verbosity >= 0 or screen.as_json)

@@ -77,7 +77,7 @@ def _asked(opened: Opened, request: Request, names: Sequence[str]) -> Candidate 
     """The ranks that were named for this layer."""
     asked = request.ranks_of(names)
     if asked is None:
-        return "no --rank names it"
+        return "no rank is given for it"
     pattern, ranks = asked
     method = METHODS[request.method]
     limits = method.limits(opened.layer.shape)

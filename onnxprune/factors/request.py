@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 from onnxprune.decompose import METHODS, Ranks
-from onnxprune.errors import UsageError, nearest
+from onnxprune.errors import ArgumentError, UsageError, argument, nearest
 from onnxprune.selection.patterns import matches
+from onnxprune.settings import checked, default
 
 AUTO = "auto"
-SCOPES = ("local", "global")
-COSTS = ("macs", "params")
-
-
-def method_names() -> tuple[str, ...]:
-    """``auto`` and every method."""
-    return (AUTO, *METHODS)
 
 
 class Options(TypedDict, total=False):
@@ -68,35 +62,29 @@ class Request:
     timed: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, method_names())
-        _one_of("scope", self.scope, SCOPES)
-        _one_of("cost", self.cost, COSTS)
-        for what, ratio in (("ratio", self.ratio), *((f"--layer {p}", r) for p, r in self.layers.items())):
-            _between(what, ratio, 0, 1, "0 < ratio < 1, the share of the cost to save, such as 0.3")
-        if self.energy != 1:
-            _between("energy", self.energy, 0, 1, "0 < energy <= 1, the share to keep, such as 0.95")
-        if self.vbmf is not None and not (_is_number(self.vbmf) and -1 <= self.vbmf <= 1):
-            raise UsageError(f"vbmf {self.vbmf} is out of range.", hint="Allowed: -1 <= ratio <= 1; 0 takes the ranks.")
-        if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
-            raise UsageError(f"--round-to {self.round_to} is out of range.", hint="Allowed: whole numbers from 1.")
+        for entry in fields(self):
+            if entry.name != "ranks":
+                checked(entry.name, getattr(self, entry.name), "factorize")
         self._check_together()
 
     def _check_together(self) -> None:
         ways = {"ratio": self.ratio, "rank": self.ranks or None, "energy": self.energy, "vbmf": self.vbmf}
         given = [name for name, value in ways.items() if value is not None]
         if len(given) > 1:
-            raise UsageError(f"--{given[0]} and --{given[1]} both say how far to go.", hint="Give one of them.")
-        by_rank = given and given[0] != "ratio"
+            both = f"{argument(given[0])} and {argument(given[1])}"
+            raise UsageError(f"{both} both say how far to go.", hint="Give one of them.")
+        by_rank = argument(given[0]) if given and given[0] != "ratio" else ""
         if by_rank and (self.method == AUTO or self.scope == "global"):
-            what = "--method auto" if self.method == AUTO else "--scope global"
-            hint = f"Name a method ({', '.join(METHODS)}) and --scope local for --{given[0]}."
-            raise UsageError(f"{what} looks for the ranks itself, so --{given[0]} has no meaning.", hint=hint)
+            what = argument("method", "auto") if self.method == AUTO else argument("scope", "global")
+            hint = f"Name a method ({', '.join(METHODS)}) and {argument('scope', 'local')} for {by_rank}."
+            raise UsageError(f"{what} looks for the ranks itself, so {by_rank} has no meaning.", hint=hint)
         if by_rank and self.layers:
-            raise UsageError(f"--layer gives ratios, and --{given[0]} none.", hint="Drop one of them.")
+            raise UsageError(f"{argument('layers')} gives ratios, and {by_rank} none.", hint="Drop one of them.")
         if self.method == "cp" and (self.energy is not None or self.scope == "global"):
-            what = "--energy" if self.energy is not None else "--scope global"
+            what = argument("energy") if self.energy is not None else argument("scope", "global")
             raise UsageError(
-                f"CP has no order of energies that {what} could go by.", hint="Give --ratio, --rank or --vbmf."
+                f"CP has no order of energies that {what} could go by.",
+                hint=f"Give {argument('ratio')}, {argument('rank')} or {argument('vbmf')}.",
             )
         if self.method != AUTO:
             modes = METHODS[self.method].modes
@@ -106,7 +94,7 @@ class Request:
     @property
     def share(self) -> float:
         """The ratio where it decides."""
-        return 0.3 if self.ratio is None else self.ratio
+        return float(default("ratio")) if self.ratio is None else self.ratio
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -139,11 +127,12 @@ def request_of(method: str, options: Options) -> Request:
     """The request of a call.
 
     Raises:
-        UsageError: a value is not allowed. TypeError: an option that there is not; the nearest is suggested.
+        UsageError: a value is not allowed. ArgumentError: an option that there is not; the nearest is suggested.
     """
+    known = ("method", "plan", "check", *Options.__annotations__)
     for name in options:
         if name not in Options.__annotations__:
-            raise TypeError(f"there is no argument {name!r}. {nearest(name, Options.__annotations__)}")
+            raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, known))
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     rank = given.pop("rank", None)
     if rank is not None:
@@ -151,22 +140,8 @@ def request_of(method: str, options: Options) -> Request:
         given["ranks"] = {p: (r,) if isinstance(r, int) else tuple(r) for p, r in by_pattern.items()}
     if "scope" not in given:
         given["scope"] = "global" if method == AUTO else "local"
-    given |= {name: tuple(given[name]) for name in ("include", "exclude") if name in given}
+    given |= {name: checked(name, given[name], "factorize") for name in ("include", "exclude") if name in given}
     return Request(method, **given)
-
-
-def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UsageError(f"Unknown {what} {value!r}.", hint=nearest(str(value), allowed))
-
-
-def _between(what: str, value: Any, low: float, high: float, allowed: str) -> None:
-    if value is not None and not (_is_number(value) and low < value < high):
-        raise UsageError(f"{what} {value} is out of range.", hint=f"Allowed: {allowed}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_ranks(method: str, pattern: str, ranks: Ranks, modes: Sequence[str]) -> None:
@@ -177,6 +152,6 @@ def _check_ranks(method: str, pattern: str, ranks: Ranks, modes: Sequence[str]) 
         counts = "one rank for both of its channel modes, or one for each (in,out)" if several else "one rank"
         zero = ", 0 leaves a mode as it is" if several else ""
         raise UsageError(
-            f"rank {','.join(map(str, ranks)) or 'nothing'} of {pattern!r} is not allowed.",
+            f"{argument('rank')} {','.join(map(str, ranks)) or 'nothing'} of {pattern!r} is not allowed.",
             hint=f"{method} takes {counts}: whole numbers from 1{zero}.",
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import onnx
 from onnx import TensorProto
 
-from onnxprune.errors import ModelError
+from onnxprune.errors import ModelError, argument
 from onnxprune.graph.values import Probe, size_of
 from onnxprune.graph.view import Graph
 
@@ -56,7 +56,7 @@ def _check(what: str, shape: Sequence[int | None] | None, most: int) -> None:
     if elements >= most:
         raise ModelError(
             f"{what} the shape {list(shape)}: {elements:,} elements, where fewer than {most:,} are allowed",
-            hint="The sizes in the file are wrong, or an --input-shape is too large.",
+            hint=f"The sizes in the file are wrong, or an {argument('input_shapes')} is too large.",
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from onnxprune.errors import UsageError
+from onnxprune.errors import UsageError, argument
 from onnxprune.graph.view import Graph
 from onnxprune.model.load import load
 from onnxprune.passes.flush import flush
@@ -48,7 +48,7 @@ class Adopt(Pass):
         if self.plan.factorized:
             raise UsageError(
                 "This plan takes layers apart, too: such a model is not repaired afterwards",
-                hint="Make it again with 'onnxprune MODEL --apply-plan FILE --data D', which repairs it.",
+                hint=f"Prune the original again with {argument('plan')} and {argument('data')}, which repairs it.",
             )
         analysis, chosen = read_plan(model.analysis, self.plan)
         removed = atoms_removed(analysis.units, chosen)
@@ -149,6 +149,6 @@ def _compare_values(wanted: Graph, given: Graph, pairs: Sequence[tuple[str, str]
 def _stranger(what: str) -> UsageError:
     return UsageError(
         f"The plan does not belong to this pair: {what}.",
-        hint="Give the plan that was written (--plan) when this cut was made, the original of that cut, and "
-        "--approximate if it was given then.",
+        hint="Give the plan that was written when this cut was made, the original of that cut, and "
+        f"{argument('approximate')} if it was given then.",
     )

@@ -15,7 +15,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.contractions import Form, rows_per_sample
 from onnxprune.decompose import METHODS, Degenerate, Metric, Ranks, compose
 from onnxprune.decompose.factor import Real
-from onnxprune.errors import UsageError
+from onnxprune.errors import UsageError, argument
 from onnxprune.factors.candidates import Candidate, Opened
 from onnxprune.factors.find import Found, find_layers
 from onnxprune.factors.layer import Layer, ShapeOf
@@ -105,7 +105,7 @@ class Work:
             if other is None:
                 raise UsageError(
                     f"CP of rank {candidate.ranks[0]} has no best approximation of layer {name!r}.",
-                    hint="Take another rank or --method, or --exclude the layer.",
+                    hint=f"Take another rank or {argument('method')}, or {argument('exclude')} the layer.",
                 ) from None
             candidate = other
             factors = opened.fit("tucker").factors(other.ranks)
@@ -138,8 +138,8 @@ def lay_open(context: Context, current: Model, request: Request, methods: Sequen
     shape = probe_at(model.graph, analysis.facts.probes[0].inputs, infer_by_rule).shapes.get
     found = find_layers(model.graph, shape)
     names = (*model.weights, *(n.label for n in model.graph.nodes))
-    given = (("--layer", request.layers), ("--include", request.include), ("--exclude", request.exclude))
-    check((*given, ("--rank", request.ranks)), names)
+    given = [(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")]
+    check([*given, (argument("rank"), request.ranks)], names)
     for layer in list(found.layers):
         why = "" if every or not request.excluded(list(layer.names)) else _EXCLUDED
         why = why or _refusal(model, layer, methods)
@@ -150,7 +150,7 @@ def lay_open(context: Context, current: Model, request: Request, methods: Sequen
     return Work(context, analysis, request, model, shape, found, moments)
 
 
-_EXCLUDED = "excluded: by --exclude, or not among --include"
+_EXCLUDED = "excluded: by its name"
 
 
 def _refusal(model: Prepared, layer: Layer, methods: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from onnxprune.analysis import Analysis
 from onnxprune.decompose import METHODS
 from onnxprune.decompose.cost import elements
-from onnxprune.errors import BudgetError
+from onnxprune.errors import BudgetError, argument
 from onnxprune.factors.candidates import AUTO
 from onnxprune.factors.choose import Chosen, choose_local, choose_wanted, read_choices
 from onnxprune.factors.request import Options, Request, request_of
@@ -158,7 +158,8 @@ def _require_speed(context: Context, analysis: Analysis, before: ModelParts, aft
     if timed is not None and _slower(timed):
         raise BudgetError(
             f"The factorized model is no faster here: {timed.before_ms:.3g} ms before, {timed.after_ms:.3g} ms after.",
-            hint="Nothing was changed. Take another --ratio, prune instead, or go by work alone with --untimed.",
+            hint=f"Nothing was changed. Take another {argument('ratio')}, prune instead, or go by work alone with "
+            f"{argument('timed', False)}.",
         )
 
 

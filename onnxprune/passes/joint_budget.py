@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnxprune.analysis import Analysis
 from onnxprune.decompose import compose
 from onnxprune.decompose.factor import Real
-from onnxprune.errors import BudgetError, ModelError
+from onnxprune.errors import BudgetError, ModelError, argument
 from onnxprune.factors.allocate import allocate, reach, usual
 from onnxprune.factors.candidates import Opened
 from onnxprune.factors.choose import Chosen
@@ -54,11 +54,11 @@ _ROUNDS = 4
 _MATTERS, _MUCH = 0.05, 3.0
 _TAKEN = (
     "some layers are taken apart that get no faster on their own: without them the largest error of a layer would be "
-    "{spared:.0%} in place of {kept:.1%}; a smaller --ratio may do without"
+    "{spared:.0%} in place of {kept:.1%}; a smaller ratio may do without"
 )
 _SPARED = (
     "layers that get no faster are left alone, and others pay for it: the largest error of a layer is {spared:.0%} in "
-    "place of {kept:.1%}; take a smaller --ratio, or go by work alone with --untimed"
+    "place of {kept:.1%}; take a smaller ratio, or go by work alone, untimed"
 )
 # Bytes of weights up to which models are run once per layer to learn what its errors do.
 _MEASURED = 1 << 30
@@ -139,7 +139,8 @@ class JointBudget:
             without = " without making layers slower" if slower else ""
             raise BudgetError(
                 f"No ranks save {request.share:.0%} of the {request.cost}{without}: at most {best:.0%}.",
-                hint="Take a smaller --ratio, or prune as well." + (" --untimed goes by work alone." if slower else ""),
+                hint=f"Take a smaller {argument('ratio')}, or prune as well."
+                + (f" {argument('timed', False)} goes by work alone." if slower else ""),
             )
         chosen.taken = {o.layer.name: c for o, c in zip(self.opened, taken, strict=True) if c is not None}
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.criteria.elimination import corrected
-from onnxprune.errors import ModelError, UsageError
+from onnxprune.errors import ModelError, UsageError, argument
 from onnxprune.files import workspace
 from onnxprune.groups.units import Group
 from onnxprune.model.save import save
@@ -68,8 +68,8 @@ def output_sensitivity(
     fit, held = _SplitBatches(context, analysis, False), list(_SplitBatches(context, analysis, True).some(max_samples))
     if not held:
         raise UsageError(
-            "--normalize measured sets samples aside, and there are too few for that.",
-            hint="Give ten or more samples, or take --normalize root.",
+            f"{argument('normalize', 'measured')} sets samples aside, and there are too few for that.",
+            hint=f"Give ten or more samples, or take {argument('normalize', 'root')}.",
         )
     captured = captured_maps(context, analysis, groups, ("gram",), source=fit)
     by_count: dict[int, dict[int, float]] = {}
@@ -178,8 +178,9 @@ class _PrunedRuns:
             self._scale = {name: value for name, value in scale.items() if value > 0}
             if not self._scale:
                 raise UsageError(
-                    "--normalize measured compares outputs, and those of this model do not vary over the data.",
-                    hint="Take another --normalize, such as root.",
+                    f"{argument('normalize', 'measured')} compares outputs, and those of this model do not vary over "
+                    "the data.",
+                    hint=f"Take another {argument('normalize')}, such as root.",
                 )
         return self._scale
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis, GroupView
 from onnxprune.criteria import Criterion, get, needs_of
-from onnxprune.errors import BudgetError
+from onnxprune.errors import BudgetError, Note, argument
 from onnxprune.garbage import paused
 from onnxprune.graph.view import CONTROL
 from onnxprune.labels.atoms import Barrier
@@ -140,10 +140,11 @@ def reasons(analysis: Analysis) -> str:
     if shapeless:
         return (
             f"Input {shapeless[0]!r} declares no shape, so that nothing is known of the sizes behind it: give one, for "
-            f"example --input-shape {shapeless[0]}=1,3,224,224."
+            f"example {argument('input_shapes')} {shapeless[0]}=1,3,224,224."
         )
     if analysis.facts.conflict is not None:
-        return f"{analysis.facts.conflict} Give sizes of the open dimensions that fit with --input-shape NAME=N,C,..."
+        shapes = argument("input_shapes")
+        return f"{analysis.facts.conflict} Give sizes of the open dimensions that fit with {shapes} NAME=N,C,..."
     top = analysis.barriers[:3]
     said = "; ".join(f"{b.channels} channels: {b.code}, {b.detail}" for b in top)
     if said:
@@ -223,7 +224,7 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
     approximate = sum(1 for g in analysis.units.groups if not g.exact and num_removed.get(g.id))
     if approximate:
         what = "1 group was" if approximate == 1 else f"{approximate} groups were"
-        yield Remark(f"{what} cut through a normalisation (--approximate): not exact there.")
+        yield Remark(Note(f"{what} cut through a normalisation ({argument('approximate')}): not exact there."))
 
 
 def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:
@@ -246,7 +247,7 @@ def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:
 def _reasons(analysis: Analysis, selector: Selector) -> dict[str, str]:
     """Why layers were left out of the choice, by their names."""
     excluded = {n.label for i, ratio in selector.asked.items() if ratio is None for n in analysis.producers.get(i, ())}
-    reasons = dict.fromkeys(excluded, "excluded: by --exclude, or not among --include")
+    reasons = dict.fromkeys(excluded, "excluded: by its name")
     return reasons | {n.label: why for i, why in selector.kept.items() for n in analysis.producers.get(i, ())}
 
 

@@ -14,7 +14,7 @@ import onnx
 
 from onnxprune import __version__
 from onnxprune.analysis import Analysis
-from onnxprune.errors import UsageError, nearest
+from onnxprune.errors import Note, UsageError, argument, nearest
 from onnxprune.files import workspace
 from onnxprune.graph.infer import probe_at
 from onnxprune.graph.view import Graph
@@ -164,29 +164,31 @@ def remarks(facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str])
     if unreached:
         what = "1 layer lies" if unreached == 1 else f"{unreached} layers lie"
         found.append(
-            f"{what} in branches that no calibration sample takes, and cannot be repaired; --explain says which"
+            f"{what} in branches that no calibration sample takes, and cannot be repaired; {argument('explain')} says "
+            "which"
         )
     if facts.undone:
-        help = "inputs of your own (--data)" if facts.inputs else "more samples"
+        help = f"inputs of your own ({argument('data')})" if facts.inputs else "more samples"
         found.append(f"the repair took the outputs further from the original's and was undone: {help} may help")
     elif not any(r.done for r in repairs):
         why = "no layer can be changed" if left and not repairs else "nothing lowered the error on held-out samples"
-        found.append(f"no layer was repaired (--recover {facts.mode}): {why}; --explain says more")
-    return found
+        mode = argument("recover", facts.mode)
+        found.append(f"no layer was repaired ({mode}): {why}; {argument('explain')} says more")
+    return [Note(text) for text in found]
 
 
 # -- its inputs --------------------------------------------------------------------------------------------------------
 
 
 NO_DATA = (
-    "Give inputs with --data (Python: data=...), a few hundred without labels are enough; or repair without, "
-    "which is weaker, by 'datafree'."
+    f"Give inputs with {argument('data')}, a few hundred without labels are enough; or repair without, "
+    f"which is weaker, by {argument('recover', 'datafree')}."
 )
 
 
 def no_data(mode: str) -> UsageError:
     """The error where there is nothing to recover from."""
-    return UsageError(f"recover {mode!r} needs calibration data, and there is none", hint=NO_DATA)
+    return UsageError(f"{argument('recover', mode)} needs calibration data, and there is none", hint=NO_DATA)
 
 
 def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSplit:

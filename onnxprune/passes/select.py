@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion, Slot, needs_of
-from onnxprune.errors import UsageError
+from onnxprune.errors import Note, UsageError, argument
 from onnxprune.files import workspace
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
@@ -81,8 +81,9 @@ class Selector:
         split = split_rows(analysis, self.found)
         if split:
             raise UsageError(
-                f"--reshape-axis both cannot cut group {split[0]}: its rows do not hold whole rows of every grid.",
-                hint="Take --reshape-axis heads or head_dim.",
+                f"{argument('reshape_axis', 'both')} cannot cut group {split[0]}: its rows do not hold whole rows of "
+                "every grid.",
+                hint=f"Take {argument('reshape_axis', 'heads')} or head_dim.",
             )
         self.asked, self.kept = self.found.asked, dict(self.found.kept)
         self.warnings: list[str] = []
@@ -242,8 +243,10 @@ class Selector:
         widest = max((int(np.diff(c.counts).max(initial=1)) * c.per_step for c in pool.values()), default=0)
         if taken + widest * len({c.ranking_scope for c in pool.values()}) < target:
             self.warnings.append(
-                f"{taken} of {target:.0f} units asked for were removed: no group may lose more than "
-                f"{self.request.widest:g} of its units (--max-ratio)"
+                Note(
+                    f"{taken} of {target:.0f} units asked for were removed: no group may lose more than "
+                    f"{self.request.widest:g} of its units ({argument('max_ratio')})"
+                )
             )
 
 
@@ -251,13 +254,14 @@ def _check_measurable(context: Context, request: Request) -> None:
     """Raise UsageError where scores cannot be measured."""
     if context.calibration is None:
         raise UsageError(
-            "--normalize measured needs data: it runs the cut model on them.",
-            hint="Give inputs with --data (Python: data=...), or take --normalize root.",
+            f"{argument('normalize', 'measured')} needs data: it runs the cut model on them.",
+            hint=f"Give inputs with {argument('data')}, or take {argument('normalize', 'root')}.",
         )
     if request.steps > 1:
         raise UsageError(
-            "--normalize measured measures the original once, and --steps asks to score again.",
-            hint="Leave out --steps, or take --normalize root.",
+            f"{argument('normalize', 'measured')} measures the original once, and {argument('steps')} asks to score "
+            "again.",
+            hint=f"Leave out {argument('steps')}, or take {argument('normalize', 'root')}.",
         )
 
 

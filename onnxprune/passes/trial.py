@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from onnxprune.analysis import Analysis
-from onnxprune.errors import ModelError, UsageError
+from onnxprune.errors import ModelError, UsageError, argument
 from onnxprune.files import clone, workspace
 from onnxprune.graph.binding import InputSpec
 from onnxprune.graph.bounds import integer_bounds
@@ -172,7 +172,9 @@ def sizes_refused(analysis: Analysis, error: ModelError) -> ModelError:
     more = f" and {len(chosen) - 3} more inputs" if len(chosen) > 3 else ""
     conflict = analysis.facts.conflict
     told = "" if conflict is None else f" {conflict}"
-    sizes = " ".join(f"--input-shape {s.name}={','.join(map(str, probe.inputs[s.name]))}" for s in chosen[:3])
+    sizes = " ".join(
+        f"{argument('input_shapes')} {s.name}={','.join(map(str, probe.inputs[s.name]))}" for s in chosen[:3]
+    )
     return ModelError(
         f"The model leaves dimensions open and does not run at the sizes tried for them: {shown}{more}.{told} "
         f"{error.message}",

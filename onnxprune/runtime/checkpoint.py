@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune import __version__, files
-from onnxprune.errors import UsageError
+from onnxprune.errors import UsageError, argument
 from onnxprune.statistics import Statistic
 
 FORMAT = 3
@@ -68,7 +68,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"--cache {str(folder)!r} cannot be made: {error.strerror}", hint="Give a folder that can be written."
+            f"{argument('cache')} {str(folder)!r} cannot be made: {error.strerror}",
+            hint="Give a folder that can be written.",
         ) from error
 
 
@@ -90,5 +91,6 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
             np.savez(file, **arrays)
     except OSError as error:
         raise UsageError(
-            f"--cache {str(path.parent)!r} cannot be written: {error.strerror}", hint="Free space, or drop --cache."
+            f"{argument('cache')} {str(path.parent)!r} cannot be written: {error.strerror}",
+            hint=f"Free space, or drop {argument('cache')}.",
         ) from error

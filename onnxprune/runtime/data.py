@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.errors import UsageError
+from onnxprune.errors import UsageError, argument
 from onnxprune.graph.binding import InputSpec
 from onnxprune.runtime.batches import Cutter, Totals, too_few
 from onnxprune.runtime.images import ImageOptions
@@ -125,7 +125,7 @@ class Samples:
         if self._needed is not None and have < self._needed:
             raise UsageError(
                 f"the data holds {have} samples, {self._needed} were asked for",
-                hint="Give more data, or ask for fewer samples (--samples).",
+                hint=f"Give more data, or ask for fewer samples ({argument('samples')}).",
             )
 
 

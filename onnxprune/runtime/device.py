@@ -10,7 +10,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from onnxprune.errors import UsageError, nearest
+from onnxprune.errors import UsageError, argument, nearest
+from onnxprune.settings import checked
 
 CPU = "CPUExecutionProvider"
 _SUFFIX = "ExecutionProvider"
@@ -63,8 +64,8 @@ def device(providers: Sequence[str] | None = None, threads: int | None = None) -
     Raises:
         UsageError: this onnxruntime has no such provider, or threads is no whole number from 1.
     """
-    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
-        raise UsageError(f"--threads {threads} is out of range.", hint="Allowed: whole numbers from 1.")
+    checked("threads", threads)
+    checked("providers", providers)
     known = {name.removesuffix(_SUFFIX).lower(): name for name in ort.get_available_providers()}
     found = []
     for given in providers or ():
@@ -77,7 +78,7 @@ def device(providers: Sequence[str] | None = None, threads: int | None = None) -
 
 def _no_provider(given: str, known: Mapping[str, str]) -> UsageError:
     """The error for a provider that is not there: the package that brings it, else the nearest name."""
-    message = f"--providers: this onnxruntime has no provider {given!r}"
+    message = f"{argument('providers')}: this onnxruntime has no provider {given!r}"
     name = given.strip().removesuffix(_SUFFIX).lower()
     every = {other.removesuffix(_SUFFIX).lower() for other in ort.get_all_providers()} | _PACKAGES.keys()
     if name not in every:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.errors import UsageError, nearest
+from onnxprune.errors import UsageError, argument, nearest
 from onnxprune.graph.binding import InputSpec, show
 from onnxprune.runtime.sessions import Array
 from onnxprune.runtime.stored import UNNAMED, Part, Rows
@@ -250,7 +250,7 @@ def _channel_axis(shown: str, dims: Sequence[int | str | None], layout: str | No
         raise UsageError(f"{shown} takes no images: 1 or 3 channels are needed", hint="Give the data as arrays (.npz).")
     raise UsageError(
         f"{shown} does not tell which axis is the channels",
-        hint="Say it with --layout nchw or nhwc (Python: images=ImageOptions(layout=...)).",
+        hint=f"Say it with {argument('layout')} nchw or nhwc (Python: images=ImageOptions(layout=...)).",
     )
 
 
@@ -263,7 +263,7 @@ def _extent(shown: str, dims: Sequence[int | str | None], options: ImageOptions)
         if size is None:
             raise UsageError(
                 f"{shown} does not tell the size of its images",
-                hint="Give it with --image-size HxW (Python: images=ImageOptions(size=...)).",
+                hint=f"Give it with {argument('image_size')} HxW (Python: images=ImageOptions(size=...)).",
             )
         if asked is not None and asked[axis] != size:
             wanted = "\N{MULTIPLICATION SIGN}".join(map(str, asked))

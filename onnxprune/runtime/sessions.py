@@ -17,7 +17,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxprune.errors import ModelError, UsageError
+from onnxprune.errors import ModelError, UsageError, argument
 from onnxprune.files import workspace
 from onnxprune.graph.binding import InputSpec
 
@@ -61,7 +61,7 @@ _NO_KERNEL = (
 )
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*? was false\. ?")
-_CUT_ANYWAY = "Use --no-validate to cut it all the same, with a structural check in place of a run."
+_CUT_ANYWAY = f"Use {argument('validate', False)} to cut it all the same, with a structural check in place of a run."
 
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"

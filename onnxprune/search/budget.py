@@ -14,7 +14,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.budget.sensitivity import Sensitivity
 from onnxprune.budget.target import Target
 from onnxprune.criteria import Criterion
-from onnxprune.errors import BudgetError, UsageError
+from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.factors.request import Options as FactorOptions
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.output_sensitivity import MAX_SAMPLES, output_sensitivity
@@ -80,7 +80,9 @@ class Budget(Pass):
         if self.mode != "none":
             self.requires = (UNPRUNED, HAS_INPUTS)
         if options.get("steps", 1) != 1:
-            raise UsageError("--steps has no meaning with a budget", hint="Counts are chosen at once: drop it.")
+            raise UsageError(
+                f"{argument('steps')} has no meaning with a budget", hint="Counts are chosen at once: drop it."
+            )
         if options.get("max_ratio") is None:
             self.options = {**options, "max_ratio": WIDEST}
 
@@ -346,10 +348,11 @@ class Search:
         # A comparison with NaN is false: where nothing could be compared, no gate is passed.
         if wishes.max_drop is not None and not before - quality.points <= wishes.max_drop + 1e-9:
             lost = before - quality.points
-            return f"{what} fell from {before:.4g} to {quality.points:.4g}: {lost:.3g} > --max-drop {wishes.max_drop:g}"
+            allowed = f"{argument('max_drop')} {wishes.max_drop:g}"
+            return f"{what} fell from {before:.4g} to {quality.points:.4g}: {lost:.3g} > {allowed}"
         cosine = 1.0 if quality.fidelity is None else quality.fidelity.worst_cosine
         if wishes.min_fidelity is not None and not cosine >= wishes.min_fidelity:
-            return f"worst cosine {cosine:.4f} is below --min-fidelity {wishes.min_fidelity:g}"
+            return f"worst cosine {cosine:.4f} is below {argument('min_fidelity')} {wishes.min_fidelity:g}"
         return ""
 
     def _smallest(self, problem: SearchProblem) -> SearchResult:

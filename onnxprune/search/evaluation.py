@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
-from onnxprune.errors import UsageError, nearest
+from onnxprune.errors import UsageError, argument, nearest
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.prepared import cut_model
@@ -120,12 +120,12 @@ def load_metric(text: str) -> Metric:
     path, sign, name = text.rpartition(":")
     hint = "Give script.py:function; it is called with the path of a model and returns a number, higher is better."
     if not sign or not path or not name:
-        raise UsageError(f"--metric: {text!r} is not script.py:function", hint=hint)
+        raise UsageError(f"{argument('metric')}: {text!r} is not script.py:function", hint=hint)
     if not Path(path).is_file():
-        raise UsageError(f"--metric: no file {path!r}", hint=hint)
+        raise UsageError(f"{argument('metric')}: no file {path!r}", hint=hint)
     spec = importlib.util.spec_from_file_location(f"onnxprune_metric_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"--metric: {path!r} is no Python file", hint=hint)
+        raise UsageError(f"{argument('metric')}: {path!r} is no Python file", hint=hint)
     module = importlib.util.module_from_spec(spec)
     try:
         with _modules_beside(Path(path)):
@@ -133,11 +133,11 @@ def load_metric(text: str) -> Metric:
     except BaseException as error:
         if _is_interrupt(error):
             raise
-        raise UsageError(f"--metric: {path} does not run: {_words(error)}", hint=hint) from error
+        raise UsageError(f"{argument('metric')}: {path} does not run: {_words(error)}", hint=hint) from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise UsageError(f"--metric: {path} has no function {name!r}", hint=nearest(name, known) or hint)
+        raise UsageError(f"{argument('metric')}: {path} has no function {name!r}", hint=nearest(name, known) or hint)
     return ScriptMetric(function, text)
 
 

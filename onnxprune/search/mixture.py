@@ -13,7 +13,7 @@ from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate
 from onnxprune.budget.apart import Apart, Part, none_cut, with_parts
 from onnxprune.budget.costs import Cost
 from onnxprune.budget.sizes import Counts
-from onnxprune.errors import BudgetError, UsageError
+from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.factors.candidates import AUTO, Opened
 from onnxprune.factors.candidates import Candidate as LayerCandidate
 from onnxprune.factors.choose import Chosen
@@ -69,7 +69,8 @@ class Mixture:
         self._timed = "latency" in problem.costs
         if self._timed and not problem.is_measured_here:
             raise UsageError(
-                "--factorize with a latency target times new layers, and --latency-table is of another device",
+                f"{argument('factorize')} with a latency target times new layers, and {argument('latency_table')} is "
+                "of another device",
                 hint="Drop one of the two, or aim at macs.",
             )
         own, whole = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)

@@ -17,7 +17,7 @@ from onnxprune.budget.losses import by_curves, by_scores, levels_of
 from onnxprune.budget.sizes import Counts, Sizes
 from onnxprune.budget.table import LatencyTable
 from onnxprune.budget.target import Target
-from onnxprune.errors import BudgetError, UsageError
+from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import cut_model
@@ -371,7 +371,7 @@ class BudgetErrors:
             )
         first = next(iter(bad))
         least_share = bad[first] / problem.base(first.kind)
-        nearest = " ".join(f"--target {self._roomy(t, r)}" for t, r in bad.items())
+        nearest = " ".join(argument("target", str(self._roomy(t, r))) for t, r in bad.items())
         best = first.with_limit(bad[first], problem.base(first.kind))
         share = f" ({100 * least_share:.1f} % of the original)" if first.absolute else ""
         return BudgetError(
@@ -384,7 +384,7 @@ class BudgetErrors:
         limits, problem = self._problem.limits(), self._problem
         bad = [t for t in problem.targets if best.costs[t.kind] > limits[t.kind]]
         reached = ", ".join(str(t.with_limit(best.costs[t.kind], problem.base(t.kind))) for t in bad)
-        nearest = " ".join(f"--target {self._roomy(t, best.costs[t.kind])}" for t in bad)
+        nearest = " ".join(argument("target", str(self._roomy(t, best.costs[t.kind]))) for t in bad)
         return BudgetError(
             f"{', '.join(map(str, bad))} was not met: the best that was reached is {reached}.",
             hint=f"Nothing was written. {self._limits(bad[0].kind)} The nearest budget that works: {nearest}",
@@ -392,7 +392,7 @@ class BudgetErrors:
 
     def gate(self, why: str, nearest: tuple[Target, ...] | None) -> BudgetError:
         """The targets are met, the quality is not."""
-        works = " ".join(f"--target {t}" for t in nearest) if nearest else ""
+        works = " ".join(argument("target", str(t)) for t in nearest) if nearest else ""
         hint = f"The nearest budget that works: {works}" if works else "No cut was found that passes."
         return BudgetError(f"{why}.", hint=f"Nothing was written. {hint}")
 
@@ -406,7 +406,7 @@ class BudgetErrors:
         cost = problem.costs[kind]
         kept = least(problem.choices["scores"], cost)
         widest = problem.selector.request.widest
-        more = f" No group loses more than {widest:g} of its units (--max-ratio)." if widest < 1 else ""
+        more = f" No group loses more than {widest:g} of its units ({argument('max_ratio')})." if widest < 1 else ""
         if isinstance(cost, Peak):
             name, share = cost.dearest(kept)
             return f"Of what is left, {100 * share:.0f} % are activations, most of them alive at {name}.{more}"

@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.budget.sensitivity import VERSION, GroupCurve, Sensitivity
-from onnxprune.errors import BudgetError, UsageError
+from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.files import user_cache
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
 from onnxprune.passes.recover import noise
@@ -147,7 +147,10 @@ def measure_sensitivity(
             curve = GroupCurve(number, view.name, group.size, list(masks))
             work.append((curve, _job(context, selector, mode, metric, feeds, masks)))
     if not work:
-        raise BudgetError("No channel that was asked for can be removed.", hint="Check --include and --exclude.")
+        raise BudgetError(
+            "No channel that was asked for can be removed.",
+            hint=f"Check {argument('include')} and {argument('exclude')}.",
+        )
     with context.stage("sensitivity"):
         original = points_of_original(analysis, metric)
         run = joblib.Parallel(n_jobs=jobs, return_as="generator")

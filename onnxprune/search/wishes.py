@@ -5,53 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any
 
 from onnxprune.budget.sensitivity import Sensitivity
 from onnxprune.budget.table import LatencyTable
-from onnxprune.budget.target import Given as Targets
-from onnxprune.budget.target import Target, targets
-from onnxprune.errors import UsageError
-from onnxprune.runtime.images import ImageOptions
+from onnxprune.budget.target import Target
+from onnxprune.errors import UsageError, argument
 from onnxprune.search.evaluation import Metric, load_metric
-from onnxprune.selection.request import Options
+from onnxprune.settings import check_needs, checked
 
 FACTORED = ("macs", "params", "size", "latency")
 """Kinds of targets for which layers may be taken apart as well."""
-
-
-class Given(TypedDict, total=False):
-    """What calls take by name of a budget; :class:`Wishes` explains the fields."""
-
-    target: Targets | None
-    min_fidelity: float | None
-    metric: str | Metric | None
-    max_drop: float | None
-    latency_table: str | Path | LatencyTable | None
-    sensitivity: str | Path | Sensitivity | None
-    jobs: int | None
-    factorize: bool
-    trials: int | None
-
-
-class Running(TypedDict, total=False):
-    """How a run reads data and where it measures time, as :meth:`onnxprune.passes.Pipeline.run` takes it."""
-
-    samples: int | None
-    batch_size: int | None
-    images: ImageOptions | None
-    memory_limit: int | None
-    cache: str | Path | None
-    providers: Sequence[str] | None
-    threads: int | None
-
-
-class Choosing(Options, Running, total=False):
-    """What calls take by name that have no budget."""
-
-
-class Asked(Options, Given, Running, total=False):
-    """What calls take by name beside criterion and ratio."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,34 +63,17 @@ class Wishes:
         Raises:
             UsageError: a value makes no sense, alone or with the others.
         """
-        wanted = () if target is None else targets(target)
-        if max_drop is not None and not (isinstance(max_drop, (int, float)) and 0 <= max_drop < float("inf")):
-            raise UsageError(f"--max-drop {max_drop} is out of range.", hint="Allowed: 0 or more, such as 1.0.")
-        if min_fidelity is not None and not 0 < min_fidelity <= 1:
-            raise UsageError(f"--min-fidelity {min_fidelity} is out of range.", hint="Allowed: 0 < X <= 1.")
-        if metric is not None and not wanted and max_drop is None:
-            raise UsageError(
-                "--metric says how good a model is, and nothing asks for it",
-                hint="Give --max-drop, what it may lose, or --target, to choose by it.",
-            )
-        if latency_table is not None and not any(t.kind == "latency" for t in wanted):
-            raise UsageError(
-                "--latency-table holds measured times, and there is no target of that kind",
-                hint="Give --target latency=0.6, or drop the table.",
-            )
-        if sensitivity is not None and not wanted and max_drop is None:
-            raise UsageError(
-                "--sensitivity says what groups can do without, and there is no budget to meet",
-                hint="Give --target or --max-drop, or drop it.",
-            )
-        if trials is not None and not (isinstance(trials, int) and trials >= 0):
-            raise UsageError(f"--trials {trials} is out of range.", hint="Allowed: whole numbers from 0.")
-        if trials is not None and not wanted:
-            raise UsageError(
-                "--trials looks for better answers to targets, and there is none", hint="Give --target, or drop it."
-            )
+        wanted = () if target is None else checked("target", target)
+        given: dict[str, Any] = {
+            "max_drop": max_drop,
+            "min_fidelity": min_fidelity,
+            "metric": metric,
+            "sensitivity": sensitivity,
+        }
+        given |= {"latency_table": latency_table, "factorize": factorize, "trials": trials}
+        check_needs("prune", {"target": wanted, **{name: checked(name, value) for name, value in given.items()}})
         if factorize:
-            _check_factorize(wanted, max_drop)
+            _check_factorize(wanted)
         function = load_metric(metric) if isinstance(metric, str) else metric
         return cls(wanted, min_fidelity, function, max_drop, latency_table, sensitivity, jobs, factorize, trials)
 
@@ -136,34 +83,12 @@ class Wishes:
         return bool(self.targets) or self.max_drop is not None
 
 
-def _check_factorize(wanted: Sequence[Target], max_drop: float | None) -> None:
+def _check_factorize(wanted: Sequence[Target]) -> None:
     """Whether layers may be taken apart for these targets; raises UsageError."""
-    if not wanted and max_drop is None:
-        raise UsageError(
-            "--factorize takes layers apart to meet a budget, and there is none",
-            hint="Give --target or --max-drop; 'onnxprune factorize' takes layers apart by a ratio.",
-        )
     other = next((t for t in wanted if t.kind not in FACTORED), None)
     if other is not None:
         raise UsageError(
-            f"--factorize cannot aim at {other}: what a model with new layers holds at once is not known in advance",
+            f"{argument('factorize')} cannot aim at {other}: what a model with new layers holds at once is not "
+            "known in advance",
             hint=f"Drop one of the two; it goes with {', '.join(FACTORED)}.",
         )
-
-
-def split(asked: Asked) -> tuple[Wishes, Running, Options]:
-    """The budget of a call, how it runs, and how units are chosen.
-
-    Raises:
-        UsageError: a value of the budget makes no sense.
-    """
-    wishes = {name: value for name, value in asked.items() if name in Given.__annotations__}
-    rest = {name: value for name, value in asked.items() if name not in wishes}
-    return Wishes.of(**wishes), *split_running(cast(Choosing, rest))  # type: ignore[arg-type]
-
-
-def split_running(asked: Choosing) -> tuple[Running, Options]:
-    """How a call runs, and how units are chosen."""
-    running = {name: value for name, value in asked.items() if name in Running.__annotations__}
-    rest = {name: value for name, value in asked.items() if name not in running}
-    return cast(Running, running), cast(Options, rest)

@@ -57,7 +57,7 @@ def candidates(analysis: Analysis, request: Request) -> Candidates:
         if found.asked[group.id] is None:
             continue
         if request.group_policy == "none" and group.size != group.steps:
-            found.kept[group.id] = "kept-whole: --group-policy none leaves channels in several rows alone"
+            found.kept[group.id] = "kept-whole: group_policy none leaves channels in several rows alone"
         else:
             found.groups.append(group)
     return found

@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
-from onnxprune.errors import UsageError, nearest
+from onnxprune.errors import ArgumentError, argument, nearest
 from onnxprune.selection.patterns import check, matches
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "policy": ("sum", "average", "max", "backward"),
-    "normalize": ("auto", "mean", "none", "root", "standard", "tss", "linear", "softmax", "measured"),
-    "group_policy": ("count", "sum", "average", "none"),
-    "reshape_axis": ("head_dim", "heads", "both"),
-    "scope": ("local", "global", "isomorphic", "slamp"),
-    "rounding": ("nearest", "up", "down"),
-    "cost": ("none", "macs", "params", "latency"),
-    "schedule": ("linear", "exp", "cos", "cube"),
-}
-"""What each option may be; the first is the default."""
+from onnxprune.settings import checked, default
 
 WIDEST = 0.9
 """The largest share that a group loses where groups compete with each other, unless ``max_ratio`` says otherwise."""
-
-
-def flag(name: str) -> str:
-    """An argument's name as the command line spells it."""
-    return f"--{name.replace('_', '-')}"
-
-
-def choice(name: str, value: Any) -> str:
-    """``value`` when it is one of what the option ``name`` may be.
-
-    Raises:
-        UsageError: it is not; the nearest is suggested, all are listed.
-    """
-    allowed = CHOICES[name]
-    if value not in allowed:
-        listed = f"Allowed: {', '.join(allowed)}."
-        hint = nearest(str(value), allowed)
-        hint = f"{hint} {listed}" if hint.startswith("Did") else listed
-        raise UsageError(f"{flag(name)}: unknown value {value!r}", hint=hint)
-    return str(value)
 
 
 class Options(TypedDict, total=False):
@@ -63,6 +32,9 @@ class Options(TypedDict, total=False):
     cost: str
     steps: int
     schedule: str
+
+
+_CHOICES = ("policy", "normalize", "group_policy", "reshape_axis", "scope", "rounding", "cost", "schedule")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,37 +60,26 @@ class Request:
         UsageError: a value is not allowed.
     """
 
-    ratio: float = 0.3
+    ratio: float = default("ratio")
     layers: Mapping[str, float] = field(default_factory=dict)
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    round_to: int = 1
-    policy: str = "sum"
+    include: Sequence[str] = default("include")
+    exclude: Sequence[str] = default("exclude")
+    round_to: int = default("round_to")
+    policy: str = default("policy")
     normalize: str = "mean"
-    group_policy: str = "count"
-    reshape_axis: str = "head_dim"
-    scope: str = "local"
-    max_ratio: float | None = None
-    step: int = 1
-    rounding: str = "nearest"
-    cost: str = "none"
-    steps: int = 1
-    schedule: str = "linear"
+    group_policy: str = default("group_policy")
+    reshape_axis: str = default("reshape_axis")
+    scope: str = default("scope")
+    max_ratio: float | None = default("max_ratio")
+    step: int = default("step")
+    rounding: str = default("rounding")
+    cost: str = default("cost")
+    steps: int = default("steps")
+    schedule: str = default("schedule")
 
     def __post_init__(self) -> None:
-        for what, ratio in (("ratio", self.ratio), *((f"--layer {p}", r) for p, r in self.layers.items())):
-            if not _is_number(ratio) or not 0 <= ratio < 1:
-                raise UsageError(f"{what} {ratio} is out of range.", hint="Allowed: 0 <= ratio < 1, such as 0.3.")
-        if self.max_ratio is not None and not (_is_number(self.max_ratio) and 0 < self.max_ratio <= 1):
-            raise UsageError(
-                f"--max-ratio {self.max_ratio} is out of range.", hint="Allowed: 0 < ratio <= 1, such as 0.8."
-            )
-        for name in ("round_to", "step", "steps"):
-            number = getattr(self, name)
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise UsageError(f"{flag(name)} {number} is out of range.", hint="Allowed: whole numbers from 1.")
-        for name in CHOICES:
-            choice(name, getattr(self, name))
+        for entry in fields(self):
+            checked(entry.name, getattr(self, entry.name))
 
     @property
     def widest(self) -> float:
@@ -136,7 +97,7 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """The choices by name, for the report."""
         return {
-            **{name: getattr(self, name) for name in CHOICES},
+            **{name: getattr(self, name) for name in _CHOICES},
             **{name: getattr(self, name) for name in ("ratio", "max_ratio", "round_to", "step", "steps")},
         }
 
@@ -145,18 +106,15 @@ def request_of(ratio: float, options: Options) -> Request:
     """The request of a call.
 
     Raises:
-        UsageError: a value is not allowed. TypeError: an option that there is not; the nearest is suggested.
+        UsageError: a value is not allowed. ArgumentError: an option that there is not; the nearest is suggested.
     """
+    known = ("criterion", "ratio", "plan", "approximate", *Options.__annotations__)
     for name in options:
         if name not in Options.__annotations__:
-            raise TypeError(f"there is no argument {name!r}. {nearest(name, Options.__annotations__)}")
+            raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, known))
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    given |= {name: tuple(given[name]) for name in ("include", "exclude") if name in given}
+    given |= {name: checked(name, given[name]) for name in ("include", "exclude") if name in given}
     return Request(ratio, **given)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_patterns(request: Request, names: Iterable[str]) -> None:
@@ -165,8 +123,8 @@ def check_patterns(request: Request, names: Iterable[str]) -> None:
     Raises:
         UsageError: one does not; the nearest name is suggested.
     """
-    given = (("--layer", request.layers), ("--include", request.include), ("--exclude", request.exclude))
-    check(given, names)
+    names = list(names)
+    check([(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")], names)
 
 
 def is_excluded(names: Sequence[str], request: Request) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.criteria import Criterion, Slot
-from onnxprune.errors import ModelError, UsageError
+from onnxprune.errors import ModelError, UsageError, argument
 from onnxprune.labels.label import Ids
 from onnxprune.selection.normalize import normalize
 from onnxprune.selection.policy import Part, combine
@@ -117,8 +117,8 @@ def nothing_to_say(name: str) -> UsageError:
 def needs_data(name: str) -> UsageError:
     """The error for a criterion that looks at feature maps where there is nothing to run the model on."""
     return UsageError(
-        f"--criterion {name} needs data: it scores channels by what flows through them.",
-        hint="Give inputs with --data (Python: data=...), or take a criterion that reads weights, such as l2.",
+        f"{argument('criterion')} {name} needs data: it scores channels by what flows through them.",
+        hint=f"Give inputs with {argument('data')}, or take a criterion that reads weights, such as l2.",
     )
 
 

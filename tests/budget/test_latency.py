@@ -188,7 +188,7 @@ def test_devices() -> None:
     assert device(["cpu"], 3).facts()["threads"] == 3
     with pytest.raises(UsageError, match="no provider 'abacus'"):
         device(["abacus"])
-    with pytest.raises(UsageError, match="--threads 0"):
+    with pytest.raises(UsageError, match="threads: 0 is not allowed"):
         device(threads=0)
 
 

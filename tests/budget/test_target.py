@@ -88,5 +88,5 @@ def test_limits_of_shares_and_amounts() -> None:
 def test_shares() -> None:
     assert shares("0.5,0.9, 0.7") == [0.9, 0.7, 0.5]
     for text in ("0.5,2M", "0.5,,0.6", "50"):
-        with pytest.raises(UsageError, match="--targets"):
+        with pytest.raises(UsageError, match="targets"):
             shares(text)

@@ -112,7 +112,7 @@ def test_ranks_by_pattern_and_rounding() -> None:
     names = [n.name for n in net().graph.node if n.op_type == "Conv"]
     result = run(net(), "tucker", rank={names[1]: 8, names[2]: (6, 12)})
     assert {f.name: f.ranks for f in result.report.factorized if f.method} == {names[1]: [8, 8], names[2]: [6, 12]}
-    assert left(result)[names[0]] == "no --rank names it"
+    assert left(result)[names[0]] == "no rank is given for it"
     rounded = run(net(), "tucker", ratio=0.3, round_to=4)
     assert all(not r % 4 for f in rounded.report.factorized for r in f.ranks)
 
@@ -183,18 +183,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"method": "tuker"}, "Did you mean 'tucker'"),
     ({"method": "svd", "ratio": 1.5}, "out of range"),
     ({"method": "svd", "ratio": 0.3, "energy": 0.5}, "both say how far"),
-    ({"method": "svd", "energy": 0}, "energy 0"),
-    ({"method": "svd", "vbmf": 2.0}, "vbmf 2.0"),
+    ({"method": "svd", "energy": 0}, "energy: 0 is not allowed"),
+    ({"method": "svd", "vbmf": 2.0}, "vbmf: 2.0 is not allowed"),
     ({"method": "auto", "rank": 4}, "looks for the ranks itself"),
     ({"method": "svd", "rank": 4, "scope": "global"}, "looks for the ranks itself"),
     ({"method": "cp", "energy": 0.5}, "no order of energies"),
     ({"method": "svd", "rank": [4, 4]}, "one rank"),
     ({"method": "tucker", "rank": {"*": [0, 0]}}, "is not allowed"),
     ({"method": "svd", "rank": {"head*": 4}}, "matches no node"),
-    ({"method": "svd", "rank": 4, "layers": {"*": 0.3}}, "--layer gives ratios"),
-    ({"method": "svd", "round_to": 0}, "--round-to 0"),
-    ({"method": "svd", "scope": "glob"}, "Unknown scope"),
-    ({"method": "svd", "cost": "flops"}, "Unknown cost"),
+    ({"method": "svd", "rank": 4, "layers": {"*": 0.3}}, "layers gives ratios"),
+    ({"method": "svd", "round_to": 0}, "round_to: 0 is not allowed"),
+    ({"method": "svd", "scope": "glob"}, "scope: unknown value 'glob'"),
+    ({"method": "svd", "cost": "flops"}, "cost: unknown value 'flops'"),
 ]
 
 

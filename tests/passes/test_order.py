@@ -98,7 +98,7 @@ def test_a_repair_needs_data_and_a_known_mode() -> None:
         op.prune(MODEL, recover="bias")
     with pytest.raises(op.UsageError, match="'lstsq'"):
         P.Recover("lstq")
-    with pytest.raises(op.UsageError, match="memory_limit 10 is too small"):
+    with pytest.raises(op.UsageError, match="memory_limit: 10 is too little"):
         op.prune(MODEL, memory_limit=10)
     assert set(MODES) == {"none", "datafree", *modes()}
 

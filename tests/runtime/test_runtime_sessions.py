@@ -93,7 +93,7 @@ def test_sequence_input_is_refused_with_its_type() -> None:
 def test_operator_without_kernel_is_named_with_the_way_out(text: str, operator: str) -> None:
     with pytest.raises(ModelError, match=f"no kernel for operator '{operator}'") as caught:
         open_session(model(text))
-    assert "--no-validate" in caught.value.hint
+    assert "validate=False" in caught.value.hint
     assert "\n" not in caught.value.message
 
 

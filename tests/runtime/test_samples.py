@@ -125,7 +125,7 @@ def test_too_few_samples_are_found_when_the_data_is_opened(tmp_path: Path, kind:
     data = source(kind, tmp_path)
     with pytest.raises(UsageError, match="the data holds 10 samples, 11 were asked for") as caught:
         open_data(data, [X], samples=11)
-    assert "--samples" in caught.value.hint
+    assert "fewer samples" in caught.value.hint
     with pytest.raises(UsageError, match="needs \\[samples, 4\\]"):
         open_data(data, [spec("x", "N", 4)])
     with pytest.raises(UsageError, match="has 10 samples; input 'x' takes 16 at a time"):

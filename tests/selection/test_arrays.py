@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from onnxprune.selection.normalize import normalize
 from onnxprune.selection.policy import Part, columns, combine, over_columns
-from onnxprune.selection.request import CHOICES
 from onnxprune.selection.schedule import removed_share
 from onnxprune.selection.scopes import lamp
+from onnxprune.settings import words
 
-METHODS = [m for m in CHOICES["normalize"] if m not in ("auto", "measured")]
+METHODS = [m for m in words("normalize") if m not in ("auto", "measured")]
 RAW = np.array([3.0, -1.0, 0.5, 7.0, 0.5])
 
 
@@ -93,7 +93,7 @@ def test_lamp_of_units_that_are_gone_or_below_zero() -> None:
     np.testing.assert_allclose(lamp(np.array([-1.0, 0.0, 1.0])), [0, 0.2, 1])
 
 
-@given(st.sampled_from(CHOICES["schedule"]), st.floats(0, 0.99), st.integers(1, 12))
+@given(st.sampled_from(words("schedule")), st.floats(0, 0.99), st.integers(1, 12))
 def test_schedules_rise_to_the_ratio(schedule: str, ratio: float, steps: int) -> None:
     shares = [removed_share(ratio, schedule, i / steps) for i in range(steps + 1)]
     assert shares[0] == pytest.approx(0) and shares[-1] == ratio

@@ -15,7 +15,7 @@ from onnxprune.pipeline import Context
 from onnxprune.runtime.profile import profile
 from onnxprune.selection.costs import macs_after, params_after, savings, spread
 from onnxprune.selection.policy import columns
-from onnxprune.selection.request import CHOICES
+from onnxprune.settings import words
 
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = ["attention", "concat", "depthwise", "recurrent", "residual"]
@@ -92,7 +92,7 @@ def test_fused_times_find_their_node() -> None:
     assert sum(found.values()) == pytest.approx(3.0) and normalised.label not in found
 
 
-@pytest.mark.parametrize("schedule", CHOICES["schedule"])
+@pytest.mark.parametrize("schedule", words("schedule"))
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_steps_end_where_one_step_would(schedule: str, scope: str) -> None:
     one = cut("attention", 0.5, scope=scope)
