@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from onnxprune.graph.precision import chooses, draws
-from onnxprune.model import markers
+from onnxprune.model.closing import close_bodies
 from onnxprune.model.weights import Weight
 from onnxprune.rewrite.witness import Model, Steps, gather
 
@@ -43,7 +43,8 @@ class Holding:
     """What is held equal between two models.
 
     Args:
-        reference, other: the models; bodies lie in their nodes, or between markers, in both alike.
+        reference, other: the models. Their bodies are put into the nodes that hold them: such a node is taken for one
+            operator that chooses.
         kinds: element types by name. survivors: what the other model has of a tensor.
 
     Attributes:
@@ -59,20 +60,24 @@ class Holding:
     unheld: list[str] = field(default_factory=list)
     _inputs: dict[str, tuple[str, Steps]] = field(default_factory=dict)
     _choices: list[tuple[int, int, int, str]] = field(default_factory=list)
+    _enclosed: list[tuple[int, int, str]] = field(default_factory=list)
     _made: dict[str, Steps] = field(default_factory=dict)
     _drawn: dict[str, tuple[int, int, Steps, float | None]] = field(default_factory=dict)
     _differs: bool = False
 
     def __post_init__(self) -> None:
+        self.reference, self.other = close_bodies(*self.reference), close_bodies(*self.other)
         theirs = {n.output[0]: k for k, n in enumerate(self.other[0].graph.node) if n.output}
         data, values = self._data(), _constants(self.reference[0])
-        for index, node in _outermost(self.reference[0]):
+        for index, node in enumerate(self.reference[0].graph.node):
             partner = theirs.get(node.output[0]) if node.output else None
             twin = self.other[0].graph.node[partner] if partner is not None else None
             fits = twin is not None and twin.op_type == node.op_type
             if draws(node, values):
                 if not (fits and partner is not None and self._draw(index, node, partner, values)):
                     self.unheld += [o for o in node.output if o]
+            elif twin is not None and partner is not None and _bodies(node):
+                self._enclose(index, node, partner, data)
             elif twin is not None and partner is not None and self._jumps(node, data):
                 self._differs |= not fits
                 self._choose(index, node, partner, twin, data)
@@ -86,8 +91,7 @@ class Holding:
         proto = self.reference[0].graph
         data = {i.name for i in proto.input} - {t.name for t in proto.initializer}
         for node in proto.node:
-            bodies = any(a.HasField("g") or a.graphs for a in node.attribute)
-            if bodies or draws(node) or node.domain == markers.DOMAIN or not data.isdisjoint(node.input):
+            if _bodies(node) or draws(node) or not data.isdisjoint(node.input):
                 data.update(node.output)
         return data
 
@@ -117,6 +121,17 @@ class Holding:
         if found:
             self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
 
+    def _enclose(self, index: int, node: onnx.NodeProto, partner: int, data: set[str]) -> None:
+        """Hold the floats that bodies read from around them; what is computed in them may choose in any way."""
+        inside = {name for body in _bodies(node) for inner in _all(body) for name in inner.input}
+        for name in sorted((inside | set(node.input)) & data):
+            steps = self.survivors(_unmasked(name)) if _is_float(self._kind(name)) else None
+            if steps is not None and name == _unmasked(name):
+                self._inputs[name] = name, steps
+                self._enclosed.append((index, partner, name))
+        if any(index == held for held, _, _ in self._enclosed):
+            self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
+
     def _draw(self, index: int, node: onnx.NodeProto, partner: int, values: Mapping[str, Any]) -> bool:
         """Hold what a node draws; whether that can be done."""
         steps, scale = self.survivors(node.output[0]), None
@@ -137,22 +152,13 @@ class Holding:
         return True
 
     def depend_on_unheld(self) -> set[str]:
-        """Outputs of the models that depend on what is drawn and not held. A body counts as one operator."""
-        proto, tainted = self.reference[0], set(self.unheld)
-        around = markers.enclosures([markers.marker_of(node) for node in proto.graph.node])
-        starts = [(bodies[0].start if bodies else None) for bodies in around]
-        touched: set[int] = set()
-        for _ in range(2):  # what follows in a body may be carried to what stands before
-            start = None
-            for index, node in enumerate(proto.graph.node):
-                start = index if node.op_type == markers.OPEN and starts[index] is None else start
-                within = node.domain == markers.DOMAIN or starts[index] is not None
-                reads = not tainted.isdisjoint([*node.input, *node.output, *_read_by_bodies(node)])
-                if reads and within and start is not None:
-                    touched.add(start)
-                if reads or (within and start in touched):
-                    tainted.update(node.output)
-        return tainted & {o.name for o in proto.graph.output}
+        """Outputs of the models that depend on what is drawn and not held."""
+        graph, tainted = self.reference[0].graph, set(self.unheld)
+        for node in graph.node:
+            inside = [n for body in _bodies(node) for inner in _all(body) for n in (*inner.input, *inner.output)]
+            if not tainted.isdisjoint([*node.input, *node.output, *inside]):
+                tainted.update(node.output)
+        return tainted & {o.name for o in graph.output}
 
     # -- the models ------------------------------------------------------------------------------------------------
 
@@ -203,6 +209,8 @@ class Holding:
                 proto.graph.output.append(onnx.ValueInfoProto(name=f"{name}{MADE}"))
             for index, partner, i, name in self._choices:
                 proto.graph.node[partner if side else index].input[i] = f"{name}{HELD}"
+            for index, partner, name in self._enclosed:
+                _rename(proto.graph.node[partner if side else index], name, f"{name}{HELD}")
             for name, (index, partner, _, scale) in self._drawn.items():
                 self._add_input(proto, name)
                 self._replace(proto.graph.node[partner if side else index], f"{name}{HELD}", scale)
@@ -250,39 +258,31 @@ def _copy(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     return proto, dict(model[1])
 
 
-def _read_by_bodies(node: onnx.NodeProto) -> list[str]:
-    graphs = [g for a in node.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
-    return [name for graph in graphs for inner in _all(graph) for name in (*inner.input, *inner.output)]
+def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [graph for a in node.attribute for graph in ([a.g] if a.HasField("g") else a.graphs)]
 
 
-def _outermost(proto: onnx.ModelProto) -> Iterator[tuple[int, onnx.NodeProto]]:
-    """Nodes that lie in no body, with their places."""
-    nodes = proto.graph.node
-    around = markers.enclosures([markers.marker_of(node) for node in nodes])
-    for index, (node, bodies) in enumerate(zip(nodes, around, strict=True)):
-        if not bodies and node.domain != markers.DOMAIN:
-            yield index, node
+def _rename(node: onnx.NodeProto, old: str, new: str) -> None:
+    """Read another tensor instead, in bodies too."""
+    node.input[:] = [new if name == old else name for name in node.input]
+    for body in _bodies(node):
+        for inner in body.node:
+            _rename(inner, old, new)
 
 
 def _inner(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Nodes that lie in a body."""
-    nodes = proto.graph.node
-    around = markers.enclosures([markers.marker_of(node) for node in nodes])
-    for node, bodies in zip(nodes, around, strict=True):
-        if bodies:
-            yield node
-        for attribute in node.attribute:
-            for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _all(graph)
+    for node in proto.graph.node:
+        for body in _bodies(node):
+            yield from _all(body)
 
 
 def _all(graph: Any) -> Iterator[onnx.NodeProto]:
     """Nodes of a graph and of the bodies in it."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _all(body)
+        for body in _bodies(node):
+            yield from _all(body)
 
 
 def drawing(proto: onnx.ModelProto) -> list[str]:

@@ -74,8 +74,18 @@ def test_attributes_survive_inlining(name: str) -> None:
     loaded = load(model)
     assert not loaded.proto.functions and not any(n.domain == "own" for n in loaded.proto.graph.node)
     assert model.SerializeToString() == before
+    if name == "overloads" and not knows_overloads():
+        pytest.skip("this onnxruntime takes the first overload for all of them")
     for want, have in zip(outputs(model), outputs(assemble(loaded.proto, loaded.weights)), strict=True):
         np.testing.assert_array_equal(want, have)
+
+
+def knows_overloads() -> bool:
+    one, two = (
+        outputs(parser.parse_model(MODELS["overloads"].replace(" own.f:one (x)", f" own.f:{n} (x)")))
+        for n in ("one", "two")
+    )
+    return not np.array_equal(one[0], two[0])
 
 
 @pytest.mark.parametrize(("name", "alpha"), [("default", 0.5), ("given", 0.25)])

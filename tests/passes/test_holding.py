@@ -210,6 +210,46 @@ def test_random_numbers_in_a_body_are_not_provable_where_their_sizes_change() ->
     assert facts.passed is None and "not provable: random numbers are others in other sizes, and y" in facts.note
 
 
+def enclosed() -> onnx.ModelProto:
+    """The choice is made in a branch, as exported detectors do it, from what both branches read."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    agraph (float[N, 32] x) => (float[N, 5] y, int64[N, 1] k) {
+        a = MatMul (x, w1)  h = Relu (a)  axis = Constant <value_ints = [1]> ()  deep = Constant <value_ints = [2]> ()
+        row = Unsqueeze (h, axis)  each = Mul (row, rows)  wide = ReduceSum <keepdims = 0> (each, deep)
+        low = ReduceMin <keepdims = 0> (x)  none = Constant <value_float = -99.0> ()  c = Greater (low, none)
+        k = If (c) <then_branch = t () => (int64[N, 1] p) { p = ArgMax <axis = 1> (wide) },
+                    else_branch = e () => (int64[N, 1] q) { q = ArgMin <axis = 1> (wide) }>
+        z = MatMul (h, w2)  b = GatherElements <axis = 1> (z, k)  f = Sigmoid (b)  y = MatMul (f, w3) }"""
+    model = onnx.parser.parse_model(text)
+    draw = np.random.default_rng(1)
+    rows = draw.standard_normal((1, 1, 96)) * (1 + 3e-7 * draw.standard_normal((1, 64, 1)))
+    shapes = {"w1": (32, 96), "w2": (96, 64), "w3": (1, 5)}
+    arrays = {"rows": rows, **{n: draw.standard_normal(s) / np.sqrt(s[0]) for n, s in shapes.items()}}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items())
+    return model
+
+
+def test_choices_in_bodies() -> None:
+    note = held(op.prune(enclosed(), ratio=0.5, latency=False))
+    assert "compared in front of what chooses or draws, and behind it with that held equal: Greater, If" in note
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_mistakes_around_bodies_are_found(place: int, monkeypatch: Patch) -> None:
+    spoil(monkeypatch, larger(place))
+    with pytest.raises(ValidationError, match="The cut is not exact"):
+        op.prune(enclosed(), ratio=0.5, latency=False)
+
+
+def test_mistakes_in_bodies_are_found(monkeypatch: Patch) -> None:
+    def other(proto: onnx.ModelProto, weights: dict[str, Any]) -> None:
+        next(n for n in proto.graph.node if n.op_type == "ArgMax").op_type = "ArgMin"
+
+    spoil(monkeypatch, other)
+    with pytest.raises(ValidationError, match="The cut is not exact"):
+        op.prune(enclosed(), ratio=0.5, latency=False)
+
+
 def test_half_precision_between_float32_ends() -> None:
     """The tolerance follows the coarsest arithmetic, not what is kept in half precision and computed in single."""
     tolerances = {}
