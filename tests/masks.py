@@ -196,7 +196,9 @@ class Masks:
         """Where tensors meet position by position, what is removed from one is removed from the result."""
         shape = self.values[output].shape
         result = np.ones(shape, bool)
-        for name in node.input[:1] if node.op_type == "CastLike" else node.input:  # of the other only the type counts
+        # Of what CastLike casts to only the type counts, and what a normalisation has per channel lies along axis 1.
+        alone = node.op_type in ("CastLike", "InstanceNormalization", "GroupNormalization", "BatchNormalization")
+        for name in node.input[:1] if alone else node.input:
             mask = self.get(name) if name else None
             if mask is not None and _broadcasts(mask.shape, shape):
                 result &= mask

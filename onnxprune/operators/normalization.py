@@ -146,6 +146,7 @@ class GroupNorm(Rule):
         """Channels of one group are tied; scale and bias have one value per channel or per group."""
         labels, axis = step.labels(0), self.channel_axis(step)
         step.fix_all_but(labels, (0, axis), NORMALISED, f"{step.node.op} normalises over these positions")
+        step.tie(labels, axis)
         ids, group = step.axis_ids(labels, axis), int(step.attr(self.group_attribute()))
         if ids is not None and not step.approximate(labels, axis):
             grid = ids.reshape(group, -1)

@@ -41,7 +41,7 @@ class Edits:
             if name not in taken and name not in self.constants:
                 break
             self._count += 1
-        self.constants[name] = np.ascontiguousarray(value)
+        self.constants[name] = np.asarray(value, order="C")  # of its own rank, where that is 0 too
         return name
 
     def name(self, stem: str, taken: Mapping[str, Any]) -> str:

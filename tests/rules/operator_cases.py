@@ -525,7 +525,7 @@ def mean_variance(draw: Draw, name: str) -> Case:
 
 @case("LRN")
 def response(draw: Draw, name: str) -> Case:
-    return Case([Operand(draw.shape(4, 4))], {"size": 3})
+    return Case([Operand(draw.shape(4, 4))], {"size": 3, "alpha": 1.0})
 
 
 # -- windows -----------------------------------------------------------------------------------------------------------

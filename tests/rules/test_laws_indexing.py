@@ -10,6 +10,7 @@ from build import Net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from oracle import assert_exact_cut
 from sandwich import check, consume, opsets, produce, shape_of
 
 import onnxprune as op
@@ -212,3 +213,13 @@ def test_triangles_of_positions_and_of_channels(upper: int) -> None:
     x = produce(net, "nlc")
     assert shape_of(net, x)[1:] == [4, 6]
     check(net, net.op("Trilu", x, upper=upper), cut=False)
+
+
+@pytest.mark.parametrize("index", [0, 1, 3, -4, -1])
+def test_a_single_position_of_every_row_keeps_its_place(index: int) -> None:
+    """Rows lose different channels, but as many in front of the one that is picked; it stays a scalar."""
+    net = Net(17)
+    x = net.reshape(net.linear(net.input("x", [4, 3]), 3, 24), 4, 6, 4)
+    y = net.transpose(net.gather(x, index, 2), 1, 0)
+    for seed in range(3):
+        assert_exact_cut(net.model(net.linear(y, 4, 2)), seed=seed, expect_cut=None)

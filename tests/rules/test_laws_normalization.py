@@ -227,3 +227,15 @@ def test_mean_variance_normalization_over_the_labelled_axis_keeps_it() -> None:
     x = net.transpose(net.linear(net.input("x", [3, 2, 5, 4]), 4, 6), 3, 0, 1, 2)
     y = net.transpose(net.hint(net.op("MeanVarianceNormalization", x), [6, 3, 2, 5]), 1, 2, 3, 0)
     assert_exact_cut(net.model(net.linear(y, 6, 3), check=False), expect_cut=False)
+
+
+def test_channels_of_a_group_lose_the_same_places_of_a_grid() -> None:
+    """A grid of channels and samples whose channels close up by themselves: what a group mixes stays in step."""
+    net = Net(22)
+    x = net.reshape(net.linear(net.input("x", [6, 2, 3]), 3, 16), 6, 2, 4, 4)
+    operands = [net.weight(4, low=0.5), net.weight(4)]
+    y = net.op("GroupNormalization", net.transpose(x, 3, 2, 0, 1), *operands, num_groups=2)
+    y = net.reshape(net.transpose(net.hint(y, [4, 4, 6, 2]), 2, 3, 1, 0), 6, 2, 16)
+    y = net.linear(y, 16, 2)
+    for seed in range(3):
+        assert_exact_cut(net.model(y, check=False, shapes={y: [6, 2, 2]}), seed=seed)
