@@ -14,7 +14,7 @@ from onnxprune.model import markers
 from onnxprune.model.exposing import Inner, Size, hidden
 from onnxprune.model.weights import Weight
 from onnxprune.pipeline import Context, Model
-from onnxprune.recover.aims import Aim
+from onnxprune.recover.aims import RecoveryTarget
 from onnxprune.rewrite.after import After
 from onnxprune.runtime.sessions import Array
 from onnxprune.runtime.ways import Way, reaches, takes
@@ -96,7 +96,7 @@ UNREACHED = "no calibration sample takes"
 NEVER = f"{UNREACHED} the branch that it lies in"
 
 
-def untaken(graph: Graph, taken: Sequence[Way], aim: Aim) -> str:
+def untaken(graph: Graph, taken: Sequence[Way], aim: RecoveryTarget) -> str:
     """Why a layer is left that no batch comes to; empty for others."""
     if any(takes(graph, aim.node.index, way) for way in taken):
         return ""

@@ -37,7 +37,7 @@ from onnxprune.passes.trial import Trial
 from onnxprune.pipeline import Context, HoldOut, Model, ModelParts, Pass, PassResult, Requirement
 from onnxprune.propagate import infer_by_rule
 from onnxprune.recover import MODES
-from onnxprune.recover.aims import Aim, Aims, find_aims
+from onnxprune.recover.aims import RecoveryTarget, RecoveryTargets, find_targets
 from onnxprune.recover.held import HELD
 from onnxprune.recover.layers import Layer
 from onnxprune.recover.logits import Mixing, find_pairs, mixings
@@ -436,7 +436,7 @@ class Recover(Pass):
         settings = model.analysis.loaded.sha256, self.mode, self.symmetric, model.is_factorized
         return f"{settings} {fingerprint_of(*model.parts, split.fit)}"
 
-    def _of_original(self, aim: Aim) -> tuple[str, ...]:
+    def _of_original(self, aim: RecoveryTarget) -> tuple[str, ...]:
         """What has to be known of the original before a layer can be fitted."""
         names = (aim.tail.aim, aim.data) if self.symmetric or aim.recurrent else (aim.tail.aim,)
         return (*names, *(name for name, _ in aim.where))
@@ -446,18 +446,25 @@ class Recover(Pass):
         """What is tried for a layer."""
         return "full" if self.mode == "datafree" else self.mode
 
-    def _aims(self, context: Context, model: Model, graph: Graph, after: After, taken: Sequence[Way]) -> Aims:
+    def _targets(
+        self, context: Context, model: Model, graph: Graph, after: After, taken: Sequence[Way]
+    ) -> RecoveryTargets:
         """What to repair in the cut model on batches that take these ways."""
         known = {name for name in comparable_tensors(context, model) if can_follow(model.analysis, after, name)}
         shape = _shapes_now(model.analysis, graph) if model.is_factorized else after.shape
-        aims = find_aims(graph, known, shape, joint=self._fitting == "full")
+        aims = find_targets(graph, known, shape, joint=self._fitting == "full")
         aims.leave(partial(untaken, graph, taken))
         if self.near:
             aims.keep(lambda aim: after.touched(aim.data))
         return aims
 
     def _values(
-        self, aim: Aim, store: tuple[Store, Store], weights: Mapping[str, Weight], after: After, feeds: Sequence[Feed]
+        self,
+        aim: RecoveryTarget,
+        store: tuple[Store, Store],
+        weights: Mapping[str, Weight],
+        after: After,
+        feeds: Sequence[Feed],
     ) -> _Values:
         """What a problem has to know of values; of stores the one of the cut model comes first."""
         get = of_iterations(store[1].get, aim.where, weights) if aim.where else store[1].get
@@ -487,7 +494,7 @@ class Recover(Pass):
             recalibrated = Recalibrated(full, after, graph, weights, feeds, Store(memory, folder))
             full_weights = recalibrated.original
         taken = ways(full, full.weights, feeds)
-        aims = self._aims(context, pruned, graph, after, taken)
+        aims = self._targets(context, pruned, graph, after, taken)
         store = Store(memory, folder), Store(memory, folder)
         needs = [[n for a in level for n in a.needs] for level in aims.levels]
         within = inside(analysis)

@@ -17,7 +17,7 @@ from onnxprune.graph.view import Graph, Node
 from onnxprune.passes.recalibrated import normalisations
 from onnxprune.passes.trial import Trial
 from onnxprune.pipeline import Context
-from onnxprune.recover.aims import Aim, find_aims, outputs
+from onnxprune.recover.aims import RecoveryTarget, find_targets, outputs
 from onnxprune.recover.plausible import divergence, interest
 from onnxprune.rewrite.after import After
 from onnxprune.runtime.capture import count, with_outputs
@@ -151,7 +151,7 @@ class Gauge:
         norms = {node.inputs[0]: node for node in normalisations(graph)}
         made = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
         whole = After(analysis.table, np.zeros(analysis.units.component.size, dtype=bool))
-        aims = [aim for level in find_aims(graph, made, whole.shape, joint=False).levels for aim in level]
+        aims = [aim for level in find_targets(graph, made, whole.shape, joint=False).levels for aim in level]
         layers = {aim.node.outputs[0]: aim.form for aim in aims if _outputs(graph, aim) >= _FEW}
         return cls(analysis, layers, norms)
 
@@ -191,7 +191,7 @@ class Gauge:
         return -divergence(wide.mean(axis=0), wide.var(axis=0), mean, variance)
 
 
-def _outputs(graph: Graph, aim: Aim) -> int:
+def _outputs(graph: Graph, aim: RecoveryTarget) -> int:
     """Outputs of a layer; of a scale per channel none, which depend on each other as its inputs do."""
     if isinstance(aim.form, Scale):
         return 0

@@ -16,13 +16,13 @@ from onnxprune.graph.weights_of import weight_of
 from onnxprune.operators.registry import lookup
 from onnxprune.recover.bodies import Bodies
 from onnxprune.recover.stored import Stored
-from onnxprune.recover.tails import Tail, tail_of
+from onnxprune.recover.tails import InvertiblePath, tail_of
 
 Shapes = Callable[[str], Any]
 
 
 @dataclass(slots=True)
-class Aim:
+class RecoveryTarget:
     """One contraction to repair.
 
     Attributes:
@@ -35,7 +35,7 @@ class Aim:
 
     node: Node
     form: Form
-    tail: Tail
+    tail: InvertiblePath
     level: int
     weight: Stored
     bias: Stored | None = None
@@ -54,25 +54,25 @@ class Aim:
 
 
 @dataclass(slots=True)
-class Aims:
+class RecoveryTargets:
     """All aims in levels, and why other contractions are left alone, {node: reason}."""
 
-    levels: list[list[Aim]] = field(default_factory=list)
+    levels: list[list[RecoveryTarget]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
-    def leave(self, why: Callable[[Aim], str]) -> None:
+    def leave(self, why: Callable[[RecoveryTarget], str]) -> None:
         """Leave alone what there is a reason for."""
         reasons = {aim.node.label: reason for level in self.levels for aim in level if (reason := why(aim))}
         self.left.update(reasons)
         self.keep(lambda aim: aim.node.label not in reasons)
 
-    def keep(self, wanted: Callable[[Aim], bool]) -> None:
+    def keep(self, wanted: Callable[[RecoveryTarget], bool]) -> None:
         """Forget other aims."""
         levels = [[aim for aim in level if wanted(aim)] for level in self.levels]
         self.levels = [level for level in levels if level]
 
 
-def find_aims(graph: Graph, known: Collection[str], shape: Shapes, *, joint: bool = True) -> Aims:
+def find_targets(graph: Graph, known: Collection[str], shape: Shapes, *, joint: bool = True) -> RecoveryTargets:
     """Every contraction of the cut graph that can be repaired.
 
     Args:
@@ -80,9 +80,9 @@ def find_aims(graph: Graph, known: Collection[str], shape: Shapes, *, joint: boo
         shape: shapes in the cut model.
         joint: aim at sums; False: every contraction is aimed at its own output.
     """
-    found = Aims()
+    found = RecoveryTargets()
     level: dict[str, int] = dict.fromkeys(graph.inputs, 0)
-    by_level: dict[int, list[Aim]] = defaultdict(list)
+    by_level: dict[int, list[RecoveryTarget]] = defaultdict(list)
     passed: set[int] = set()
     bodies = Bodies(graph, level)
     for node in graph.nodes:
@@ -101,11 +101,11 @@ def find_aims(graph: Graph, known: Collection[str], shape: Shapes, *, joint: boo
         elif form is not None and own is not None:
             tail = tail_of(graph, node.outputs[0], level.__contains__ if joint else _never, shape)
             if tail.aim not in known or not bodies.may_follow(node, tail):
-                tail = Tail(node.outputs[0])
+                tail = InvertiblePath(node.outputs[0])
             if tail.aim in known:
                 reach = 1 + max([reach, *(level[n] for n in tail.addends)])
                 loop = bodies.encloses(node), bodies.where(node)
-                by_level[reach].append(Aim(node, form, tail, reach, *own, *loop))
+                by_level[reach].append(RecoveryTarget(node, form, tail, reach, *own, *loop))
                 passed.update(n.index for n in tail.through)
         bodies.note(node, reach)
         for name in node.outputs:

@@ -8,7 +8,7 @@ from typing import Any
 from onnxprune.contractions import Form, Scale
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model import markers
-from onnxprune.recover.tails import Tail
+from onnxprune.recover.tails import InvertiblePath
 
 _UNSEEN = "it lies in an If within a Loop or Scan, and the size of what it gives is not known where that is not taken"
 _OUTSIDE = "it lies in a body and reads what lies outside: one value for all iterations"
@@ -70,7 +70,7 @@ class Bodies:
         """Whether a node lies in a Loop or Scan."""
         return bool(self._around) and markers.repeating(self._around[node.index]) is not None
 
-    def may_follow(self, node: Node, tail: Tail) -> bool:
+    def may_follow(self, node: Node, tail: InvertiblePath) -> bool:
         """Whether a layer may be aimed there: not into or out of a Loop or Scan, nor in one at a sum with what the cut
         left there."""
         if not self._around:

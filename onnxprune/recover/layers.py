@@ -11,7 +11,7 @@ import onnx
 from onnxprune.contractions import Pairwise, Scale
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import ArrayWeight, Weight
-from onnxprune.recover.aims import Aim
+from onnxprune.recover.aims import RecoveryTarget
 from onnxprune.recover.sums import Real
 
 
@@ -22,7 +22,7 @@ class Layer:
         graph: of the cut model. weights: of the cut model, changed by ``write``. aim: the contraction.
     """
 
-    def __init__(self, graph: Graph, weights: MutableMapping[str, Weight], aim: Aim) -> None:
+    def __init__(self, graph: Graph, weights: MutableMapping[str, Weight], aim: RecoveryTarget) -> None:
         self._graph, self._weights, self.aim = graph, weights, aim
         self.node, self.form = aim.node, aim.form
         self._home = self._find_home()

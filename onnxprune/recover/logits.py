@@ -14,7 +14,7 @@ from onnxprune.graph.weights_of import weight_of
 from onnxprune.labels.label import Ids, Label
 from onnxprune.operators.context import Table
 from onnxprune.operators.registry import Move, rule_of
-from onnxprune.recover.aims import Aim, Aims
+from onnxprune.recover.aims import RecoveryTarget, RecoveryTargets
 from onnxprune.recover.held import is_held
 from onnxprune.recover.solve import WORTH
 from onnxprune.recover.sums import Real
@@ -37,7 +37,7 @@ class Side:
             flat over the label's axes. target: positions of the survivors of every head in the cut tensor.
     """
 
-    aim: Aim
+    aim: RecoveryTarget
     label: Label
     source: Ids
     target: Sequence[Ids]
@@ -82,7 +82,7 @@ class Mixing:
         return np.moveaxis(result.reshape(inner), ends, axes)
 
 
-def find_pairs(table: Table, component: Ids, after: After, aims: Aims) -> list[Pair]:
+def find_pairs(table: Table, component: Ids, after: After, aims: RecoveryTargets) -> list[Pair]:
     """Products of two activations that lost channels, where both come from projections that are repaired together.
 
     Between projection and product only moves and factors may stand; each projection's channels are mixed once.
@@ -105,7 +105,7 @@ def find_pairs(table: Table, component: Ids, after: After, aims: Aims) -> list[P
     return found
 
 
-def _pair(table: Table, after: After, site: Site, aims: Mapping[str, Aim]) -> Pair | None:
+def _pair(table: Table, after: After, site: Site, aims: Mapping[str, RecoveryTarget]) -> Pair | None:
     assert site.partner is not None
     other, order = site.partner
     atoms = in_order(site.label.ids, site.label.axes)
@@ -123,7 +123,7 @@ def _pair(table: Table, after: After, site: Site, aims: Mapping[str, Aim]) -> Pa
 
 
 def _side(
-    table: Table, after: After, name: str, atoms: Ids, kept: Sequence[Ids], aims: Mapping[str, Aim]
+    table: Table, after: After, name: str, atoms: Ids, kept: Sequence[Ids], aims: Mapping[str, RecoveryTarget]
 ) -> Side | None:
     aimed = _origin(table.graph, name, aims)
     if aimed is None:
@@ -145,7 +145,7 @@ def _side(
     return None
 
 
-def _origin(graph: Graph, name: str, aims: Mapping[str, Aim]) -> str | None:
+def _origin(graph: Graph, name: str, aims: Mapping[str, RecoveryTarget]) -> str | None:
     """The aimed tensor whose values ``name`` holds, moved about and multiplied by one number."""
     while name not in aims:
         node = graph.producer.get(name)

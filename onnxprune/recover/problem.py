@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.contractions import Picked, pick, rows_per_sample
-from onnxprune.recover.aims import Aim
+from onnxprune.recover.aims import RecoveryTarget
 from onnxprune.recover.held import HELD, is_held
 from onnxprune.recover.logits import Mixing
 from onnxprune.recover.sums import Real, Sums
@@ -108,7 +108,7 @@ class Problem:
         mixing: what stands in for some of the survivors.
     """
 
-    aim: Aim
+    aim: RecoveryTarget
     weight: Sequence[int]
     channels: int
     cut: Get

@@ -21,7 +21,7 @@ Undo = Callable[[Array, Sequence[Array], Sequence[int]], Array]
 
 
 @dataclass(slots=True)
-class Tail:
+class InvertiblePath:
     """Operators between a contraction's output and its aim.
 
     Attributes:
@@ -54,14 +54,14 @@ class Tail:
         return value
 
 
-def tail_of(graph: Graph, start: str, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> Tail:
+def tail_of(graph: Graph, start: str, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> InvertiblePath:
     """As far as the value of ``start`` is only passed on, read by one operator at a time, and can be had back.
 
     Args:
         ready: whether an activation can be known before the contraction that gives ``start`` is repaired.
         shape: shapes of tensors.
     """
-    tail = Tail(start)
+    tail = InvertiblePath(start)
     while _extend(graph, tail, ready, shape):
         pass
     tail.flats = _flats(graph, tail.aim)
@@ -82,7 +82,7 @@ def _is_pooled(graph: Graph, aim: str, shape: Callable[[str], Any]) -> bool:
     return False
 
 
-def _extend(graph: Graph, tail: Tail, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> bool:
+def _extend(graph: Graph, tail: InvertiblePath, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> bool:
     """Go one operator further; whether that was possible."""
     readers = graph.consumers.get(tail.aim, ())
     if len(readers) != 1 or tail.aim in graph.outputs or tail.aim in graph.captured:

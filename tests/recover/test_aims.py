@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 
 from onnxprune.analysis import Analysis
 from onnxprune.graph.view import Graph
-from onnxprune.recover.aims import Aim, Aims, find_aims
+from onnxprune.recover.aims import RecoveryTarget, RecoveryTargets, find_targets
 from onnxprune.recover.problem import Problem
 
 Array = NDArray[Any]
 
 
-def aims(model: onnx.ModelProto, joint: bool = True) -> tuple[Graph, Aims]:
+def aims(model: onnx.ModelProto, joint: bool = True) -> tuple[Graph, RecoveryTargets]:
     analysis = Analysis(model)
     graph = analysis.graph
     known = {o for node in graph.nodes for o in node.outputs}
-    return graph, find_aims(graph, dict.fromkeys(known), analysis.facts.shape, joint=joint)
+    return graph, find_targets(graph, dict.fromkeys(known), analysis.facts.shape, joint=joint)
 
 
-def by_output(found: Aims) -> dict[str, Aim]:
+def by_output(found: RecoveryTargets) -> dict[str, RecoveryTarget]:
     return {aim.node.outputs[0]: aim for level in found.levels for aim in level}
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnxprune.analysis import Analysis
 from onnxprune.model.save import assemble
 from onnxprune.model.weights import ArrayWeight
-from onnxprune.recover.aims import find_aims
+from onnxprune.recover.aims import find_targets
 from onnxprune.recover.layers import Layer
 
 Array = NDArray[Any]
@@ -49,7 +49,7 @@ def layer_of(model: onnx.ModelProto) -> tuple[Layer, Any, dict[str, Any]]:
     analysis = Analysis(model)
     graph = analysis.graph
     known = {o: None for node in graph.nodes for o in node.outputs}
-    (aim,) = [a for level in find_aims(graph, known, analysis.facts.shape).levels for a in level]
+    (aim,) = [a for level in find_targets(graph, known, analysis.facts.shape).levels for a in level]
     weights = dict(graph.weights)
     return Layer(graph, weights, aim), graph, weights
 
@@ -106,7 +106,7 @@ def test_a_bias_that_others_read_is_not_touched() -> None:
     ends = [net.op("Add", net.op("MatMul", x, net.weight(4, 6)), shared) for _ in range(2)]
     analysis = Analysis(net.model(*ends))
     known = {o: None for node in analysis.graph.nodes for o in node.outputs}
-    found = find_aims(analysis.graph, known, analysis.facts.shape)
+    found = find_targets(analysis.graph, known, analysis.facts.shape)
     layers = [Layer(analysis.graph, dict(analysis.graph.weights), a) for level in found.levels for a in level]
     assert [layer.fixed_bias for layer in layers] == [True, True]
 
