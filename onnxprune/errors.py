@@ -123,8 +123,8 @@ class PostconditionError(ValidationError):
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
-    """A hint ``did you mean 'x'?`` for the nearest allowed name, or the list of allowed names when none is near."""
-    names = sorted(set(allowed))
+    """A hint ``did you mean 'x'?`` for the nearest other name, or the list of allowed names when none is near."""
+    names = sorted(set(allowed) - {value})
     close = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     if close:
         return f"Did you mean {close[0]!r}?"

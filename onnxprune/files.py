@@ -44,6 +44,11 @@ def user_cache() -> Path:
     return Path(home) / "onnxprune" if home else Path(platformdirs.user_cache_dir("onnxprune", appauthor=False))
 
 
+def is_text(name: str) -> bool:
+    """Whether a name of a file is UTF-8."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in name)
+
+
 def shortened(name: str, limit: int) -> str:
     """The beginning of a name, at most ``limit`` bytes of it as the file system counts them."""
     while len(os.fsencode(name)) > limit:
@@ -52,12 +57,12 @@ def shortened(name: str, limit: int) -> str:
 
 
 def beside(target: Path, suffix: str) -> Path:
-    """The path with ``suffix`` behind its name; of a name that is too long for that the end becomes a digest."""
-    name = target.name + suffix
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
-        name = f"{shortened(target.name, LONGEST_NAME - len(suffix) - 9)}-{digest}{suffix}"
-    return target.with_name(name)
+    """The path with ``suffix`` behind its name; of a name that is no text, or too long for that, a part is a digest."""
+    name = "".join("_" if "\ud800" <= sign <= "\udfff" else sign for sign in target.name)
+    if name != target.name or len(os.fsencode(name + suffix)) > LONGEST_NAME:
+        digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:_DIGEST]
+        name = f"{shortened(name, LONGEST_NAME - len(suffix) - _DIGEST - 1)}-{digest}"
+    return target.with_name(name + suffix)
 
 
 def may_be_data_of(target: Path, name: str) -> bool:

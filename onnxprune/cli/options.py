@@ -239,7 +239,10 @@ def existing(path: Path, what: str, *, folder_allowed: bool = False) -> Path:
         raise UsageError(f"{what} {str(path)!r} is a folder", hint=hint)
     if not path.parent.is_dir():
         raise UsageError(f"{what} {str(path)!r} not found", hint=f"The folder {str(path.parent)!r} does not exist.")
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    if path.exists():
+        raise UsageError(f"{what} {str(path)!r} is no ordinary file", hint="Give a file that can be read twice.")
+    names = [entry.name for entry in path.parent.iterdir() if entry.name != path.name]
+    near = difflib.get_close_matches(path.name, names, n=1)
     hint = f"Did you mean {str(path.with_name(near[0]))!r}?" if near else "Check the path."
     raise UsageError(f"{what} {str(path)!r} not found", hint=hint)
 

@@ -115,7 +115,7 @@ def _existing(path: Path) -> Path:
     try:
         if path.is_file():
             return path
-        folder = path.is_dir()
+        folder, exists = path.is_dir(), path.exists()
         beside = path if folder else path.parent
         names = [other.name for other in beside.glob("*.onnx")] if beside.is_dir() else []
     except (OSError, ValueError) as error:
@@ -125,6 +125,8 @@ def _existing(path: Path) -> Path:
         known = guess_folder(path)
         hint = f"It is {known.name}. {known.hint}" if known is not None and not names else hint
         raise UsageError(f"{str(path)!r} is a folder, a model file is needed", hint=hint)
+    if exists:
+        raise UsageError(f"{str(path)!r} is no ordinary file", hint="Give a file that can be read twice.")
     if not beside.is_dir():
         raise UsageError(f"no file {str(path)!r}: its folder does not exist", hint="Check the path.")
     raise UsageError(f"no file {str(path)!r}", hint=nearest(path.name, names) or "Its folder has no .onnx file.")

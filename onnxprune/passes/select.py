@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from onnxprune.analysis import Analysis
 from onnxprune.criteria import Criterion, Slot, needs_of
 from onnxprune.errors import Note, UsageError, argument
-from onnxprune.files import workspace
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.groups.units import Group
-from onnxprune.model.save import save
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.output_sensitivity import output_sensitivity
+from onnxprune.passes.trial import Trial
 from onnxprune.pipeline import Context
 from onnxprune.planning import atoms_removed
 from onnxprune.runtime.inputs import synthetic
@@ -225,12 +224,8 @@ class Selector:
         """Time of every node of the original, measured once per run."""
         analysis, context = self.analysis, self.context
         if not self._seconds:
-            with context.stage("profile"), workspace() as folder:
-                path = analysis.loaded.path
-                if path is None:
-                    path = folder / "original.onnx"
-                    save(analysis.loaded.proto, analysis.loaded.weights, path)
-                times = profile(path, [_feed(context, analysis)])
+            with context.stage("profile"), Trial.of(analysis) as trial:
+                times = profile(trial.original, [_feed(context, analysis)])
             self._seconds.update(spread(analysis, [(t.name, t.op, t.seconds) for t in times]))
         return self._seconds
 

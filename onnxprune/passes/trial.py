@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import ModelError, UsageError, argument
-from onnxprune.files import clone, workspace
+from onnxprune.files import clone, is_text, workspace
 from onnxprune.graph.binding import InputSpec
 from onnxprune.graph.bounds import integer_bounds
 from onnxprune.graph.probes import input_specs
@@ -59,6 +59,8 @@ class Trial:
                 else:
                     save(loaded.as_read, loaded.weights, path)
             trial = cls(analysis, loaded, folder, path)
+            if not is_text(str(path)):  # onnxruntime cannot be told of it
+                trial = replace(trial, original=trial.copy_of_original())
             with sessions.frugal(trial.heavy):
                 yield trial
 
@@ -129,10 +131,11 @@ class Trial:
 
     def copy_of_original(self) -> Path:
         """The original as a file that others may do with as they like; under its own name, with its data beside it."""
-        loaded = self.analysis.loaded
+        loaded = self.loaded
         if loaded.path is None:
             return self.original
-        home, target = loaded.path.resolve().parent, self.folder / "copy" / loaded.path.name
+        name = loaded.path.name if is_text(loaded.path.name) else "original.onnx"
+        home, target = loaded.path.resolve().parent, self.folder / "copy" / name
         pairs = [(loaded.path, target), *((data, target.parent / data.relative_to(home)) for data in loaded.external)]
         try:
             for source, place in pairs:

@@ -15,7 +15,7 @@ import numpy as np
 from onnxprune.errors import UsageError, argument, nearest
 from onnxprune.graph.binding import InputSpec, show
 from onnxprune.runtime.sessions import Array
-from onnxprune.runtime.stored import UNNAMED, Part, Rows
+from onnxprune.runtime.stored import UNNAMED, Part, Rows, may_be_read
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 LAYOUTS = ("nchw", "nhwc")
@@ -94,9 +94,10 @@ class Form:
 def image_files(folder: Path) -> list[Path]:
     """The images of a folder and its subfolders by name, the subfolders (classes, often) taken in turn.
 
-    So the first n images are spread over the subfolders, however many are asked for. Hidden files are left out.
+    So the first n images are spread over the subfolders, however many are asked for. Hidden files are left out, and so
+    is what bears an image's name and is a folder, a pipe or a socket.
     """
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and may_be_read(path))
     names = sorted(path.relative_to(folder) for path in found)
     seen: Counter[Path] = Counter()
     turns = []

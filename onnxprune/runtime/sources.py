@@ -15,7 +15,7 @@ import numpy as np
 from onnxprune.errors import UsageError
 from onnxprune.graph.binding import InputSpec
 from onnxprune.runtime import images
-from onnxprune.runtime.stored import HINT, SUFFIXES, UNNAMED, Part, array_file, array_files, by_stem, held
+from onnxprune.runtime.stored import HINT, SUFFIXES, UNNAMED, Part, array_file, array_files, by_stem, held, may_be_read
 
 _IN_MEMORY = 64 << 20  # bytes kept of a source that can be read once; the rest goes to a temporary file
 
@@ -72,6 +72,8 @@ def open_source(source: Any, specs: Sequence[InputSpec], options: images.ImageOp
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
     """The array files and the images at a path, one of them empty."""
     if not path.is_dir():
+        if not may_be_read(path):
+            raise UsageError(f"data {str(path)!r} is no ordinary file", hint="Give a file that can be read twice.")
         return ([], [path]) if path.suffix.lower() in images.SUFFIXES else ([path], [])
     arrays, pictures = array_files(path), images.image_files(path)
     if arrays and pictures:

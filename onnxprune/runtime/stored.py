@@ -76,7 +76,12 @@ def _slices(array: Array, rows: int) -> Iterator[Array]:
 
 def array_files(folder: Path) -> list[Path]:
     """The array files of a folder in the order of their names."""
-    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and may_be_read(path))
+
+
+def may_be_read(path: Path) -> bool:
+    """Whether something in a folder is a file, or a link to one that is missing, which its reader complains of."""
+    return path.is_file() or not path.exists()
 
 
 def by_stem(files: Sequence[Path], names: Sequence[str]) -> Part | None:
