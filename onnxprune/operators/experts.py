@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape
-from onnxprune.labels.label import Label, along, covering
+from onnxprune.labels.label import Ids, Label, along, covering
+from onnxprune.operators.codes import PACKED_BITS, numbers, unpack
 from onnxprune.operators.context import Step
 from onnxprune.operators.ownership import override, owned
-from onnxprune.operators.registry import Rule, register
+from onnxprune.operators.registry import Array, Read, Rule, register
 
 MS = "com.microsoft"
 
@@ -22,6 +23,11 @@ FIRST, SECOND, THIRD = 2, 4, 6
 """Where the layers' weights are; a bias follows each."""
 INNER = {2: 1, 3: 1, 4: 2, 6: 1, 7: 1}
 """Axis of the inner channels by input."""
+
+
+SECOND_CODES = 5
+"""Where the second layer's codes are."""
+_FIRST_OPERANDS = (2, 3, 4, 11)
 
 
 class MoE(Rule):
@@ -99,12 +105,89 @@ class MoE(Rule):
 
 
 class QMoE(Rule):
-    """The same on codes: several of them lie in a byte, and scales belong to blocks of them, so all sizes stay."""
+    """The same on codes, several in a byte: weights at 2, 5 and 8, scales [E, rows] or [E, rows, blocks] behind each.
+
+    A bias follows each scale; zero points, packed as the codes are, stand at 11, 12 and 13. Inner channels go in units
+    of whole bytes, and where scales belong to blocks of the second layer's inner channels, of whole blocks.
+    """
+
+    weights = (2, 5, 8)
+    settings = (3, 6, 9, 11, 12, 13)
 
     def propagate(self, step: Step) -> None:
-        """Nothing can go."""
+        """A grid of (expert, unit) over all that has inner channels; everything else stays."""
+        inner = self._inner(step)
         for i in range(len(step.node.inputs)):
-            step.freeze(step.labels(i), "unsupported-form", "weights of experts are packed codes")
+            labels = step.labels(i)
+            rest = tuple(x for x in labels if i not in inner or not set(x.axes) <= {inner[i]})
+            step.freeze(rest, "unsupported-form", "codes of experts are packed along this axis")
+        units = gcd(*(step.shape(i)[axis] for i, axis in inner.items()))
+        experts, size = step.shape(SECOND_CODES)[0], self._size(step)
+        times = step.shape(FIRST)[1] // size
+        chains = {i: owned(step, i, (0, axis)) for i, axis in inner.items()}
+        if None in chains.values() or times not in (1, 2) or size % units or min(experts, units) < 2:
+            for i, axis in inner.items():
+                step.fix(
+                    step.labels(i), axis, "unsupported-form", "inner channels of experts lie in one block of codes"
+                )
+            return
+        ids = step.atoms.new(experts * units, step.node.inputs[FIRST], 1).reshape(experts, units)
+        grid = Label(ids, 1)
+        step.atoms.view(grid)
+        step.atoms.fix_axis(grid, 0, step.reason("fixed-size", "experts are chosen by their scores"))
+        for i, axis in inner.items():
+            n = step.shape(i)[axis]
+            apart = times == 2 and i in _FIRST_OPERANDS and step.attr("swiglu_fusion", 0) != 1
+            cells = np.repeat(ids, n // units // (2 if apart else 1), axis=1)
+            self._lay(step, i, axis, np.tile(cells, (1, 2)) if apart else cells, chains[i] or [])
+
+    @staticmethod
+    def _lay(step: Step, i: int, axis: int, cells: Ids, chain: list[str]) -> None:
+        """State the grid for an operand that this node alone reads."""
+        shape = [1] * len(step.shape(i))
+        shape[0], shape[axis] = cells.shape
+        for link in chain:
+            old = covering(step.table.get(link), axis)
+            if old is not None:
+                step.atoms.freeze(old.ids, step.reason("operand", "replaced by the grid over experts"))
+        override(step, chain, (Label(cells.reshape(shape), axis),), (axis,))
+
+    @staticmethod
+    def _size(step: Step) -> int:
+        """Inner channels of an expert."""
+        return step.shape(SECOND_CODES)[2] * 8 // int(step.attr("expert_weight_bits", 4))
+
+    @staticmethod
+    def _inner(step: Step) -> dict[int, int]:
+        """Axis of the inner channels by input: rows of the first and third layer, columns of the second."""
+        rows = {i: 1 for i in (*_FIRST_OPERANDS, 8, 9, 10, 13) if step.has(i)}
+        return rows | {i: 2 for i in (SECOND_CODES, 6, 12) if step.has(i) and len(step.shape(i)) == 3}
+
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """Scales and biases of the first layer: without them an inner channel is 0, and any activation of it."""
+        return [(i, (1,)) for i in (3, 4) if step.has(i)]
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """As of numbers; every byte holds several codes."""
+        if shapes[0] is None:
+            return 0
+        each = 8 // int(node.attrs.get("expert_weight_bits", 4))
+        sizes = [shapes[i] for i in self.weights if i < len(shapes) and shapes[i] is not None]
+        return prod(shapes[0][:-1]) * int(node.attrs.get("k", 1)) * sum(prod(s[1:]) for s in sizes) * each
+
+    def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
+        """[E, rows, bytes, codes in each]."""
+        bits, zero_at = int(node.attrs.get("expert_weight_bits", 4)), {2: 11, 5: 12, 8: 13}.get(i)
+        scale = None if zero_at is None else read(i + 1)
+        if zero_at is None or scale is None or bits not in PACKED_BITS:
+            return None
+        values, zero = unpack(codes, bits), read(zero_at)
+        rows, spread = codes.shape[1], scale.reshape(*codes.shape[:2], -1)
+        middle = np.full(spread.shape, 1 << (bits - 1), np.float32)
+        if zero is not None:
+            count = spread.shape[2] if scale.ndim == 3 else rows
+            middle = unpack(zero, bits, count).reshape(spread.shape).astype(np.float32)
+        return numbers(values, spread, middle, -1).reshape(*codes.shape, -1)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """The tokens' shape."""

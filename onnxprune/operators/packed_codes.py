@@ -17,7 +17,7 @@ from onnxprune.contractions import Blocks, Form
 from onnxprune.graph.view import Node
 from onnxprune.labels.combine import Shape, known
 from onnxprune.labels.label import Labels, along
-from onnxprune.operators.codes import PACKED_BITS, pack, unpack
+from onnxprune.operators.codes import PACKED_BITS, numbers, pack, unpack
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.contraction import contract
 from onnxprune.operators.registry import Read, Rule, register
@@ -168,4 +168,78 @@ def _chosen(value: Array, rows: NDArray[np.bool_], blocks: NDArray[np.bool_], bi
     return pack(unpack(each, bits, blocks.size)[np.ix_(rows, blocks)], bits)
 
 
+class PackedGather(Rule):
+    """GatherBlockQuantized: rows of a table of codes [rows, columns], looked up by index, as numbers.
+
+    Inputs: codes, indices, scales [rows, blocks], zero points. Codes of bytes lie several in one, with zero points that
+    do as well; of other types every code is an element. Columns go by whole blocks.
+    """
+
+    settings = (2, 3)
+
+    def propagate(self, step: Step) -> None:
+        """Columns become the last axis of the output; rows stay."""
+        codes, scales = step.labels(0), step.labels(2)
+        shape, wide = step.shape(0), step.out_shape()[-1]
+        axis, packed = int(step.attr("gather_axis", 0)), int(step.attr("quantize_axis", 1))
+        if len(shape) != 2 or axis % 2 != 0 or packed % 2 != 1 or wide % shape[1]:
+            return
+        for labels in (codes, scales):
+            step.fix(labels, 0, "fixed-size", "rows of this table are looked up by index")
+        ids, own = step.axis_ids(codes, 1), step.axis_ids(scales, 1)
+        block = int(step.attr("block_size", 128))
+        if own is None or (self._packed_zeros(step) and not step.alone(3)):
+            step.fix(codes, 1, "fixed-size", _STAYS)
+        else:
+            step.unite(ids, own[np.arange(shape[1]) * (wide // shape[1]) // block], _SETTING)
+        if step.has(3):
+            zeros = step.labels(3)
+            if self._packed_zeros(step):
+                step.fix_all_but(zeros, (), "operand", "zero points are packed along this axis")
+            else:
+                step.fix(zeros, 0, "fixed-size", "rows of this table are looked up by index")
+                step.unite(step.axis_ids(zeros, 1), own, _SETTING)
+        if ids is not None:
+            rank = len(step.out_shape())
+            step.set(0, (along(np.repeat(ids, wide // shape[1]), rank - 1, rank),))
+
+    @staticmethod
+    def _packed_zeros(step: Step) -> bool:
+        """Whether several zero points lie in a byte."""
+        return step.has(3) and step.shape(3) != step.shape(2)
+
+    def rewrite(self, cut: Cut) -> None:
+        """Zero points that lie in bytes are packed anew."""
+        keep = cut.keep(cut.node.inputs[2], 1)
+        if keep is None or not self._packed_zeros(cut.before):
+            return
+        rows, bits = cut.before.shape(3)[0], int(cut.attr("bits", 4))
+        shape = (rows, -(-int(keep.sum()) * bits // 8))
+        cut.derive(3, shape, partial(_chosen, rows=np.ones(rows, bool), blocks=keep, bits=bits))
+
+    def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
+        """[rows, columns]; of codes in bytes [rows, bytes, codes in each]."""
+        scale, bits = read(2), int(node.attrs.get("bits", 4))
+        if i != 0 or codes.ndim != 2 or scale is None or bits not in PACKED_BITS:
+            return None
+        packed = codes.dtype == np.uint8
+        values, zero = unpack(codes, bits) if packed else codes, read(3)
+        if packed:
+            middle = np.full(scale.shape, 1 << (bits - 1), np.uint8)
+            zero = middle if zero is None else unpack(zero, bits, scale.shape[1])
+        real = numbers(values, scale, zero, 1, int(node.attrs.get("block_size", 128)))
+        return real.reshape(*codes.shape, -1) if packed else real
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
+        """[*indices, columns], where the number of blocks tells how many codes lie in a byte."""
+        codes, indices, scales = shapes[:3]
+        size = None if codes is None else codes[-1]
+        if codes is None or size is None or indices is None or scales is None:
+            return None
+        block, each = int(node.attrs.get("block_size", 128)), 8 // int(node.attrs.get("bits", 4))
+        fitting = [n for n in (size, size * each) if -(-n // block) == scales[-1]]
+        return [(*indices, fitting[0])] if len(fitting) == 1 and len(codes) == 2 else None
+
+
 register(MS, "MatMulNBits", rule=PackedMatMul())
+register(MS, "GatherBlockQuantized", rule=PackedGather())

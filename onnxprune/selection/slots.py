@@ -140,6 +140,8 @@ def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDAr
     for label in labels:
         gone = label.of(removed)
         if gone.any():
+            # Packed codes have an axis of their own behind the others.
+            gone = gone.reshape(gone.shape + (1,) * (array.ndim - gone.ndim))
             array = np.where(gone, array.dtype.type(0), array)
     return array
 

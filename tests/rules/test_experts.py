@@ -113,17 +113,31 @@ def test_macs_count_the_experts_that_a_token_visits() -> None:
     assert layer.macs_before == 2 * 2 * 2 * HIDDEN * INNER  # two tokens, two experts, two layers
 
 
-def test_packed_experts_stay_and_say_why() -> None:
-    net = Net(17)
+@pytest.mark.parametrize(("block", "fusion", "zeros"), [(0, 0, False), (0, 1, False), (16, 0, False), (16, 1, True)])
+def test_inner_channels_of_packed_experts_go_by_bytes_or_blocks(block: int, fusion: int, zeros: bool) -> None:
+    """QMoE: every expert loses the same number of bytes, or of blocks that share scales; hidden channels stay."""
+    net, hidden, inner = Net(17), 32, 64
+    wide = inner * (2 if fusion else 1)
     x = net.input("x", ["N", IN])
-    y = net.op("Relu", net.op("MatMul", x, net.weight(IN, 16, name="first")))
-    scores = net.op("MatMul", x, net.weight(IN, E))
-    packed = [net.const(net.rng.integers(0, 255, s), np.uint8) for s in ((E, INNER, 8), (E, 16, INNER // 2))]
-    scales = [net.const(np.full(s, 0.01), np.float32) for s in ((E, INNER), (E, 16))]
-    operands = [y, scores, packed[0], scales[0], "", packed[1], scales[1]]
-    y = net.op("QMoE", *operands, domain=MS, k=2, activation_type="relu", expert_weight_bits=4)
-    y = net.op("MatMul", net.op("Relu", net.op("MatMul", y, net.weight(16, 10))), net.weight(10, 5))
-    model = finish(net, y, rank=2)
-    reasons = {b.detail for b in op.analyze(model).barriers if b.op == "QMoE"}
-    assert reasons == {"weights of experts are packed codes"}
-    assert sizes(cut(model, validate=False).model)["first"] == (IN, 16)
+    y = net.op("Relu", net.op("MatMul", x, net.weight(IN, hidden, name="first")))
+    scores = net.op("MatMul", x, net.weight(IN, E, scale=1.0))
+    shapes = ((E, wide, hidden), (E, hidden, inner))
+    packed = [net.const(net.rng.integers(0, 255, (*s[:2], s[2] // 2)), np.uint8, f"w{i}") for i, s in enumerate(shapes)]
+    scales = [(*s[:2], s[2] // block) if block else s[:2] for s in shapes]
+    given = [net.const(net.rng.uniform(0.02, 0.05, s), np.float32, f"s{i}") for i, s in enumerate(scales)]
+    operands = [y, scores, packed[0], given[0], net.weight(E, wide, name="b0"), packed[1], given[1]]
+    if zeros:
+        points = [
+            net.const(net.rng.integers(0, 255, (*s[:2], s[2] // 2)), np.uint8, f"z{i}") for i, s in enumerate(scales)
+        ]
+        operands += ["", "", "", "", *points]
+    attrs = {"activation_type": "swiglu", "swiglu_fusion": 1} if fusion else {"activation_type": "relu"}
+    attrs |= {"block_size": block} if block else {}
+    y = net.op("QMoE", *operands, domain=MS, k=2, expert_weight_bits=4, normalize_routing_weights=1, **attrs)
+    model = finish(net, net.op("MatMul", y, net.weight(hidden, 5)), rank=2)
+    layer = next(x for x in op.analyze(model).layers if x.op == "QMoE")
+    assert layer.macs_before == 2 * 2 * hidden * (wide + inner)  # two tokens, two experts
+    found = sizes(op.prune(model, criterion="l2", ratio=0.5, latency=False).model)
+    assert found["first"] == (IN, hidden) and found["w0"] == (E, wide // 2, hidden // 2)
+    assert found["w1"] == (E, hidden, inner // 4) and found["b0"] == (E, wide // 2)
+    assert found["s1"] == ((E, hidden, inner // block // 2) if block else (E, hidden))

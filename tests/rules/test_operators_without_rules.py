@@ -39,7 +39,7 @@ REASONS = {
     ],
     "reads a signal without channels": ["STFT", "DynamicTimeWarping"],
     "stores weights in blocks of codes that run across rows, or are looked up by rows": [
-        *("GatherBlockQuantized", "MatMulBnb4", "MatMulFpQ4", "MatMulPacked", "MatMulNBitsMlp", "MatMulNBitsQkv"),
+        *("MatMulBnb4", "MatMulFpQ4", "MatMulPacked", "MatMulNBitsMlp", "MatMulNBitsQkv"),
         *("MatMulBlockQuantizedFp4Weight", "MatMulBlockQuantizedFp8Weight", "GemmFloat8", "MoEPacked"),
         *("QuantizeBFP", "DequantizeBFP", "QEmbedLayerNormalization"),
     ],

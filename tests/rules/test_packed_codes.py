@@ -128,6 +128,20 @@ def test_value_heads_of_packed_products(heads: int, size: int, block: int, left:
     assert helper.get_node_attr_value(last, "K") == left
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("criterion", ["l2", "gm"])
+def test_columns_of_packed_tables_go_by_blocks(zeros: bool, criterion: str) -> None:
+    """GatherBlockQuantized: bytes, scales and packed zero points of whole blocks, by what the codes stand for."""
+    net = Net(17)
+    table = [net.const(net.rng.integers(0, 255, (10, 24)), np.uint8), net.input("i", ["N", 3], np.int64)]
+    table += [scale(net, 10, 3), *([net.const(net.rng.integers(0, 255, (10, 2)), np.uint8)] if zeros else [])]
+    y = net.op("GatherBlockQuantized", *table, domain=MS, block_size=16, bits=4, gather_axis=0, quantize_axis=1)
+    model = prune(net, net.linear(y, 48, 4), sizes=["N", 3, 4], criterion=criterion, ratio=0.4)
+    found = shapes(model, "GatherBlockQuantized")
+    assert (found[0], found[2]) == ((10, 16), (10, 2)) and (not zeros or found[3] == (10, 1))
+    assert shapes(model, "MatMul")[1] == (32, 4)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_packing_is_undone_by_unpacking(bits: int) -> None:
     codes = np.random.default_rng(bits).integers(0, 1 << bits, (3, 11)).astype(np.uint8)
