@@ -34,7 +34,8 @@ KERNELS = 21
 """The newest opset whose QuantizeLinear every onnxruntime has a kernel of."""
 ELSEWHERE = {
     "DynamicQuantizeLSTM": "its weights come in a form of their own: test_quantized.py",
-    "QMoE": "nothing of it goes: test_experts.py",
+    "QMoE": "its weights are codes in bytes: test_experts.py",
+    "GatherBlockQuantized": "only its table has channels: test_packed_codes.py",
     **dict.fromkeys(
         [
             *("PackedAttention", "PackedMultiHeadAttention", "FusedMatMulActivation", "GemmFastGelu", "NhwcConv"),
