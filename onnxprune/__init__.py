@@ -16,8 +16,17 @@ if TYPE_CHECKING:
     from onnxprune import criteria, passes, rules, statistics
     from onnxprune.analysis import Analysis
     from onnxprune.api import analyze, factorize, prune, repair
-    from onnxprune.errors import BudgetError, ModelError, OnnxpruneError, UsageError, ValidationError
+    from onnxprune.errors import (
+        ArgumentError,
+        BudgetError,
+        ExtensionError,
+        ModelError,
+        OnnxpruneError,
+        UsageError,
+        ValidationError,
+    )
     from onnxprune.explore import profile, sensitivity, sweep
+    from onnxprune.model.weights import ArrayWeight
     from onnxprune.passes import Pipeline, Result
     from onnxprune.plan import Plan
     from onnxprune.runtime.images import ImageOptions
@@ -26,8 +35,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOME = {
     "Analysis": "onnxprune.analysis",
+    "ArgumentError": "onnxprune.errors",
+    "ArrayWeight": "onnxprune.model.weights",
     "Budget": "onnxprune.search.budget",
     "BudgetError": "onnxprune.errors",
+    "ExtensionError": "onnxprune.errors",
     "ImageOptions": "onnxprune.runtime.images",
     "ModelError": "onnxprune.errors",
     "OnnxpruneError": "onnxprune.errors",
@@ -47,8 +59,11 @@ _HOME = {
 _PACKAGES = ("criteria", "passes", "rules", "statistics")
 __all__ = [
     "Analysis",
+    "ArgumentError",
+    "ArrayWeight",
     "Budget",
     "BudgetError",
+    "ExtensionError",
     "ImageOptions",
     "ModelError",
     "OnnxpruneError",
@@ -77,3 +92,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'onnxprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

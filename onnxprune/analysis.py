@@ -142,6 +142,10 @@ class Analysis:
         """The analysis under the digest of another model: plans name the model that came in."""
         return self._with(loaded=replace(self.loaded, digest=lambda: other.loaded.sha256))
 
+    def __repr__(self) -> str:
+        free = sum(group.prunable for group in self.units.groups)
+        return f"<Analysis: {len(self.graph.steps)} nodes, {self.parameters:,} parameters, {free} prunable groups>"
+
     # -- for users -------------------------------------------------------------------------------------------------
 
     @cached_property

@@ -96,6 +96,10 @@ class ArgumentError(UsageError, TypeError):
     """A call with arguments that there are not, or not so many of (exit code 2)."""
 
 
+class ExtensionError(UsageError):
+    """A criterion of the caller's own that raises, or that cannot be called as criteria are (exit code 2)."""
+
+
 class ModelError(OnnxpruneError):
     """A model file that cannot be read, is not valid ONNX, or cannot be processed (exit code 3)."""
 

@@ -48,7 +48,7 @@ class PlanFactors:
     error: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Plan:
     """A frozen decision for one model, named by the SHA-256 of its file."""
 
@@ -58,6 +58,11 @@ class Plan:
     barriers: list[dict[str, Any]] = field(default_factory=list)
     version: int = VERSION
     factorized: list[PlanFactors] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        units = sum(len(group.removed or ()) for group in self.groups)
+        factors = f", {len(self.factorized)} layers factorized" if self.factorized else ""
+        return f"<Plan: {units} units removed from {len(self.groups)} groups{factors}>"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready plain data, in the file's key order."""

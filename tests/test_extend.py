@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,8 @@ import pytest
 from build import Net
 
 import onnxprune as op
+
+MODELS = Path(__file__).parents[1] / "models"
 
 ACME = "com.acme"
 
@@ -215,3 +218,48 @@ def test_an_extension_that_does_not_load_is_named(installed: Path, tmp_path: Pat
     assert "no_such_module_of_acme" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "site"]
+
+
+def _raises(slot: op.criteria.Slot) -> np.ndarray:
+    raise ValueError("no such weight")
+
+
+def _needs_three(slot: op.criteria.Slot, maps: object, more: object) -> None: ...
+
+
+def _needs_none() -> None: ...
+
+
+def _needs_a_name(slot: op.criteria.Slot, *, name: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (_raises, "_raises failed for .*: ValueError: no such weight"),
+        (lambda slot: np.array(["a"] * slot.blocks.shape[1]), "TypeError: it returned"),
+        (_needs_three, "'_needs_three' cannot be called with a slot and maps"),
+        (_needs_none, "'_needs_none' cannot be called"),
+        (_needs_a_name, "'_needs_a_name' cannot be called"),
+    ],
+)
+def test_a_criterion_that_fails_is_an_error_of_its_own(criterion: Any, message: str) -> None:
+    with pytest.raises(op.ExtensionError, match=message) as caught:
+        op.prune(MODELS / "residual.onnx", criterion=criterion, latency=False)
+    assert caught.value.exit_code == 2 and caught.value.hint
+
+
+def test_the_face_can_be_explored() -> None:
+    assert set(dir(op)) == {*op.__all__, "__version__"}
+    for name in op.__all__:
+        assert getattr(op, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        op.prun  # noqa: B018
+
+
+def test_results_show_themselves_in_a_line() -> None:
+    result = op.prune(MODELS / "residual.onnx", latency=False)
+    analysis = op.analyze(MODELS / "residual.onnx")
+    stages: list[Any] = [op.passes.Prune(), op.passes.Recover("none"), op.passes.Validate(), op.passes.Factorize()]
+    for one in (result, result.report, result.plan, analysis, op.Pipeline(stages), *stages):
+        assert len(repr(one)) < 200 and repr(one).startswith("<") and " at 0x" not in repr(one), repr(one)

@@ -34,7 +34,7 @@ class GroupCurve:
     points: list[float] = field(default_factory=list)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Sensitivity:
     """Curves of all groups of a model.
 
@@ -49,6 +49,9 @@ class Sensitivity:
     original: float
     metric: bool = False
     curves: list[GroupCurve] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<Sensitivity: {len(self.curves)} groups, {self.what}>"
 
     def losses(self) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """{group: (shares removed, losses)}: what the metric lost in place of noise, where there is one.

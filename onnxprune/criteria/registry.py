@@ -8,6 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from onnxprune.errors import ExtensionError
 from onnxprune.plugins import Named
 
 Criterion = Callable[..., "NDArray[Any] | None"]
@@ -71,11 +72,18 @@ def needs_of(criterion: Criterion) -> tuple[str, ...]:
     if said is not None:
         return tuple(said)
     try:
-        parameters = inspect.signature(criterion).parameters.values()
+        parameters = list(inspect.signature(criterion).parameters.values())
     except (TypeError, ValueError):  # builtins and compiled functions may not tell
         return ()
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p for p in parameters if p.kind in by_position and p.default is p.empty]
+    taken = [p for p in parameters if p.kind in by_position or p.kind is p.VAR_POSITIONAL]
+    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if len(required) > 2 or not taken or named:
+        raise ExtensionError(
+            f"The criterion {getattr(criterion, '__name__', criterion)!r} cannot be called with a slot and maps",
+            hint="It takes one argument, a slot, or two, a slot and the maps in front of it.",
+        )
     return ("moments",) if len(required) > 1 else ()
 
 

@@ -283,7 +283,7 @@ class SweepPoint:
     error: str = ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class SweepFacts:
     """The models of a sweep, the original first; ``what`` says what points are, ``threads`` how times were taken."""
 
@@ -293,8 +293,11 @@ class SweepFacts:
     settings: dict[str, Any] = field(default_factory=dict)
     points: list[SweepPoint] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"<SweepFacts: {len(self.points)} models, {self.what}>"
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, repr=False)
 class Report:
     """Everything a run found out. ``to_dict`` gives the machine-readable object of ``--json``."""
 
@@ -320,6 +323,12 @@ class Report:
     """Values of weights that were subnormal and are 0 now."""
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        totals, exact = self.totals, self.exactness.passed
+        proof = "not checked" if exact is None else "exact" if exact else "NOT exact"
+        parameters = f"{totals.params_after:,} of {totals.params_before:,} parameters"
+        return f"<Report: {parameters}, {totals.macs_after:,} of {totals.macs_before:,} MACs, {proof}>"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready plain data."""

@@ -21,9 +21,9 @@ from onnxprune.passes.output_sensitivity import MAX_SAMPLES, output_sensitivity
 from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons
 from onnxprune.passes.recover import HAS_INPUTS, check_mode
 from onnxprune.passes.select import Selector
-from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult, Requirement
+from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult, Requirement, Result
 from onnxprune.planning import make_plan
-from onnxprune.report.facts import AnswerFacts, BudgetFacts, Recovered, Settings, TargetFacts
+from onnxprune.report.facts import AnswerFacts, BudgetFacts, Fact, Recovered, Settings, TargetFacts
 from onnxprune.rewrite.cut import CannotRewrite
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original
 from onnxprune.search.latency import latency_table, rewritable_sizes
@@ -102,6 +102,17 @@ class Budget(Pass):
         analysis = prune.prepared(context, model)
         before = points_of_original(analysis, self.wishes.metric)
         found = self._search(context, analysis, prune, before)
+        pruned, facts = self._outcome(context, prune, found, before)
+        if found.failure is not None:
+            quality = [found.final.quality.fidelity] if found.final.quality.fidelity is not None else []
+            found.failure.report = Result(context, pruned, [*facts, *quality]).report
+            raise found.failure
+        return PassResult(pruned, facts)
+
+    def _outcome(
+        self, context: Context, prune: Prune, found: SearchResult, before: float
+    ) -> tuple[Model, Sequence[Fact]]:
+        """The best model, and what is to be said of it."""
         analysis, best, final = found.problem.analysis, found.best, found.final
         plan = make_plan(analysis, best.removed, prune.name)
         plan.factorized = final.model.plan.factorized
@@ -115,7 +126,7 @@ class Budget(Pass):
             Recovered(recovery, final.recovery.layers),
             self._facts(found, before),
         ]
-        return PassResult(pruned, facts)
+        return pruned, facts
 
     def _search(self, context: Context, analysis: Analysis, prune: Prune, before: float) -> SearchResult:
         """The best within targets and gates; a node that cannot be rewritten is frozen, and all is searched anew."""
@@ -168,12 +179,14 @@ class SearchResult:
     Attributes:
         problem: with the corrections of its limits. evaluated: the candidates that were compared.
         best: of these, with what it costs when recovered from all data. final: its evaluation.
+        failure: the gate that it does not pass.
     """
 
     problem: SearchProblem
     evaluated: Sequence[Evaluated]
     best: Candidate
     final: Evaluation
+    failure: BudgetError | None = None
 
 
 class Search:
@@ -204,7 +217,7 @@ class Search:
             found = self.within(problem)
             gap = self._missing(found.final)
             if gap:
-                raise BudgetErrors(problem).gate(gap, self._nearest(found.problem))
+                return replace(found, failure=BudgetErrors(problem).gate(gap, self._nearest(found.problem)))
             return found
         return self._smallest(problem)
 

@@ -292,12 +292,15 @@ def line(nodes: NDArray[np.float64], measured: NDArray[np.float64]) -> tuple[flo
 # -- reading one -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Profiled:
     """What a profile found: ``facts`` to read, ``table`` to reckon with."""
 
     facts: Profile
     table: LatencyTable
+
+    def __repr__(self) -> str:
+        return f"<Profiled: {self.facts.ms:.3g} ms, {len(self.facts.nodes)} nodes>"
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON, for ``--latency-table``.

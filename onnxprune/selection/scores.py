@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.criteria import Criterion, Slot
-from onnxprune.errors import ModelError, UsageError, argument
+from onnxprune.errors import ExtensionError, ModelError, OnnxpruneError, UsageError, argument
 from onnxprune.labels.label import Ids
 from onnxprune.selection.normalize import normalize
 from onnxprune.selection.policy import Part, combine
@@ -58,10 +58,9 @@ def scored(slots: Iterable[Placed[V]], criterion: Callable[[V], NDArray[Any] | N
     ranks: dict[int, int] = {}
     for placed in slots:
         slot = placed.slot
-        raw = criterion(slot)
+        raw = _asked(criterion, slot)
         if raw is None:
             continue
-        raw = np.asarray(raw)
         if raw.shape != slot.units.shape:
             raise UsageError(
                 f"The criterion returned shape {raw.shape} for {slot.tensor!r}, {slot.units.shape} was expected.",
@@ -73,6 +72,31 @@ def scored(slots: Iterable[Placed[V]], criterion: Callable[[V], NDArray[Any] | N
             scores = np.asarray(raw, dtype=np.float64)
             found.append(Scored(placed.group, slot.tensor, slot.units, scores, placed.rank, placed.place))
     return [item for item in found if item.rank == ranks[item.group]]
+
+
+def _asked(criterion: Callable[[V], NDArray[Any] | None], slot: V) -> NDArray[Any] | None:
+    """What a criterion says about a slot.
+
+    Raises:
+        ExtensionError: it raises, or what it returns are no numbers.
+    """
+    try:
+        raw = criterion(slot)
+        if raw is None:
+            return None
+        scores = np.asarray(raw)
+        if scores.dtype.kind in "OSUM":
+            raise TypeError(f"it returned {scores.dtype} in place of numbers")
+        return scores
+    except (OnnxpruneError, MemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) or "no message"
+        raise ExtensionError(
+            f"The criterion {getattr(criterion, '__name__', 'of the caller')} failed for {slot.tensor!r}: "
+            f"{type(error).__name__}: {said}",
+            hint="It is called with a slot (and maps, where it takes two arguments) and returns a number per channel.",
+        ) from error
 
 
 def without(items: Iterable[Scored], gone: Mapping[int, NDArray[np.bool_]]) -> list[Scored]:

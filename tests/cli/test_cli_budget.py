@@ -93,3 +93,11 @@ def test_a_target_that_was_met_before_says_so(run: Callable[..., Result], tmp_pa
         assert done.exit_code == 0, done.stderr
         assert "met before the cut" in done.stdout
         assert f"warning: {target} was met before the cut: the original has" in done.stderr
+
+
+def test_a_gate_of_a_budget_that_fails_keeps_the_report(run: Callable[..., Result], tmp_path: Path) -> None:
+    done = run(MODEL, "--target", "macs=0.3", "--min-fidelity", "0.9999", "-o", tmp_path / "o.onnx", "--json")
+    record = json.loads(done.stdout)
+    assert done.exit_code == record["error"]["exit_code"] == 5 and not (tmp_path / "o.onnx").exists()
+    assert record["budget"]["targets"][0]["kind"] == "macs" and record["layers"] and record["fidelity"]["outputs"]
+    assert "--min-fidelity 0.9999" in record["error"]["message"] and "--target" in record["error"]["hint"]
