@@ -199,3 +199,18 @@ def test_functions_fit_a_screen(name: str) -> None:
 def test_there_is_no_drawer_for_everything() -> None:
     """No module is called utils, helpers, common or misc."""
     assert not {n for n in modules() if n.split(".")[-1] in ("utils", "helpers", "common", "misc")}
+
+
+APART = ("operators", "graph.selections", "graph.agreement")
+"""Rules themselves; what rewrites a pattern of such operators; which sizes of theirs have to agree."""
+MOVERS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Split", "Expand", "Tile", "Identity"}
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if n and not n.startswith(APART)])
+def test_operators_are_listed_by_their_rules_alone(name: str) -> None:
+    """What moves values, and other facts of operators, is asked of rules: no module keeps a list of such operators."""
+    for node in ast.walk(tree(modules()[name])):
+        if isinstance(node, (ast.Set, ast.List, ast.Tuple, ast.Dict)):
+            elements = node.keys if isinstance(node, ast.Dict) else node.elts
+            listed = {e.value for e in elements if isinstance(e, ast.Constant) and isinstance(e.value, str)}
+            assert len(listed & MOVERS) < 3, sorted(listed)

@@ -11,7 +11,7 @@ from onnxprune.factors.products import Embedding, Equation, Product, Recurrent
 from onnxprune.graph.cost import is_layer
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model.weights import Weight
-from onnxprune.operators.registry import lookup
+from onnxprune.operators.registry import rule_of
 
 OPERATORS: dict[tuple[str, str], Operator] = {
     ("", "Conv"): Convolution(),
@@ -25,9 +25,6 @@ OPERATORS: dict[tuple[str, str], Operator] = {
     ("", "RNN"): Recurrent(),
     ("", "Gather"): Embedding(),
 }
-_RECURRENT = {"LSTM", "GRU", "RNN"}
-# Positions at which operators may have the weight; of the others either of the first two.
-_AT = {**dict.fromkeys(_RECURRENT, (1, 2)), "Gather": (0,), "Conv": (1,), "ConvTranspose": (1,)}
 
 
 @dataclass(slots=True)
@@ -53,7 +50,8 @@ def find_layers(graph: Graph, shape: ShapeOf) -> Found:
         if operator is None:
             found.left[node.label] = f"{node.op} holds its weights in a way of its own"
             continue
-        for position in _AT.get(node.op, (0, 1)):
+        # A table that is looked up is no layer, and still a weight.
+        for position in rule_of(node).weights[:2] or (0,):
             name = node.inputs[position] if position < len(node.inputs) else ""
             if name and _matrix(graph, name):
                 _take(graph, node, position, operator, shape, found, by_weight)
@@ -99,8 +97,9 @@ def _take(
     described: Described | str = why
     if not why:
         # Where one operand is the weight, the other one is the data.
-        data = 0 if node.op in _RECURRENT or node.op == "Gather" else 1 - position
-        form = lookup(node.domain, node.op, node.version).form(node, shapes[: len(node.inputs)], data)
+        rule = rule_of(node)
+        data = rule.data if rule.data not in rule.weights else 1 - position
+        form = rule.form(node, shapes[: len(node.inputs)], data)
         described = operator.describe(node, position, form, shapes)
     if isinstance(described, str):
         found.left[label] = described

@@ -9,8 +9,6 @@ from onnxprune.graph.values import size_of
 from onnxprune.graph.view import Graph, Node
 from onnxprune.operators.registry import Move, rule_of
 
-# Operators whose results are values of one of their inputs.
-_CHOOSE = {"Clip", "Max", "Min", "Where", "Pad"}
 _TABLES = {("Gather", 1), ("GatherElements", 1), ("GatherND", 1), ("OneHot", 0)}
 
 
@@ -73,8 +71,9 @@ def _limit(node: Node, i: int, facts: Facts) -> int | None:
 
 
 def _offset(node: Node, i: int, facts: Facts) -> int | None:
-    moves = rule_of(node).moves
-    if (moves is not None and (i == 0 or moves is Move.JOIN)) or (node.op in _CHOOSE and not node.domain):
+    rule = rule_of(node)
+    hands_on = rule.chooses or rule.moves is not None
+    if hands_on and (i == 0 or rule.moves is Move.JOIN or rule.pointwise):
         return 0
     if node.op in ("Add", "Sub"):
         others = [p.values.get(node.inputs[1 - i]) for p in facts.probes]

@@ -8,14 +8,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune.graph.view import Graph
+from onnxprune.graph.view import Graph, Node
+from onnxprune.operators.registry import Move, rule_of
 
-# Values go through these as they are: the type they are kept in rounds nothing.
-_MOVES = {
-    "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Split", "Slice", "Gather",
-    "GatherElements", "GatherND", "Expand", "Tile", "Pad", "DepthToSpace", "SpaceToDepth", "Where", "Dropout",
-    "ScatterND", "ScatterElements", "Relu", "Max", "Min", "MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "Neg",
-}  # fmt: skip
 _QUANTISED = ("Quantize", "QLinear", "QGemm", "QAttention", "QMoE", "MatMulInteger", "ConvInteger", "MatMulNBits")
 
 
@@ -36,12 +31,18 @@ def epsilons(graph: Graph, kinds: Mapping[str, int]) -> dict[str, float]:
         if not reads:
             continue
         before = max((found.get(name, 0.0) for name in reads), default=0.0)
-        rounds = node.op not in _MOVES and not node.marker
+        rounds = not (node.marker or _hands_on(node))
         for name in node.outputs:
             own = _epsilon(kinds.get(name, 0)) if rounds else 0.0
             found[name] = max(before, own)
             data.add(name)
     return found
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether values go through a node as they are: the type they are kept in rounds nothing."""
+    rule = rule_of(node)
+    return rule.chooses or rule.moves not in (None, Move.CAST) or (node.op == "Neg" and not node.domain)
 
 
 def _epsilon(kind: int) -> float:

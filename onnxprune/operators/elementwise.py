@@ -108,6 +108,8 @@ class Mod(Elementwise):
 class Relu(Elementwise):
     """max(x, 0)."""
 
+    chooses = True
+
     clamps = True
 
     def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
@@ -135,6 +137,8 @@ class HardSigmoid(Elementwise):
 class Clip(Elementwise):
     """min(max(x, lowest), highest); the bounds are attributes before opset 11."""
 
+    chooses = True
+
     clamps = True
 
     def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
@@ -150,6 +154,12 @@ class Clip(Elementwise):
             if value is not None and np.isfinite(float(value)) and abs(float(value)) < 1e30:
                 bounds.append((float(value), position == 1))
         return bounds
+
+
+class Choice(Elementwise):
+    """Max, Min and Where: the value of one of the operands."""
+
+    chooses = True
 
 
 class Same(Elementwise):
@@ -185,7 +195,7 @@ UNARY = (
     "Sigmoid Tanh Erf Exp Log Abs Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh LeakyRelu Elu Selu "
     "Celu Gelu Mish Softplus Softsign ThresholdedRelu Shrink Swish IsNaN IsInf BitwiseNot BitCast"
 ).split()
-BINARY = "Min Max Mean Xor PRelu BitShift BitwiseAnd BitwiseOr BitwiseXor".split()
+BINARY = "Mean Xor PRelu BitShift BitwiseAnd BitwiseOr BitwiseXor".split()
 COMPUTED: dict[str, Callable[..., Any]] = {
     "Neg": np.negative,
     "Sqrt": np.sqrt,
@@ -203,7 +213,6 @@ COMPARED: dict[str, Callable[..., Any]] = {
     "GreaterOrEqual": np.greater_equal,
     "And": np.logical_and,
     "Or": np.logical_or,
-    "Where": np.where,
     "Pow": power,
 }
 """The same on tensors that broadcast."""
@@ -214,6 +223,8 @@ for name, function in COMPUTED.items():
     register("", name, rule=Elementwise([0], function))
 for name, function in COMPARED.items():
     register("", name, rule=Elementwise(None, function))
+register("", "Max", "Min", rule=Choice())
+register("", "Where", rule=Choice(None, np.where))
 register("", "Mod", rule=Mod())
 register("", "Relu", rule=Relu([0]))
 register("", "HardSwish", rule=HardSwish([0]))

@@ -35,6 +35,8 @@ def pooled_from(graph: Graph, name: str) -> Node | None:
 class MaxPool(Local):
     """Pooling that may say where the largest values were: positions in the whole tensor, all channels counted."""
 
+    chooses = True
+
     def propagate(self, step: Step) -> None:
         """Positions have the channels of the data where they only serve to put values back, or as differences."""
         labels = step.labels(0)

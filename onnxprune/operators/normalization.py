@@ -369,6 +369,12 @@ class Pick(Rule):
         return [shapes[0]] if node.op in ("CumSum", "CumProd") else None
 
 
+class ReduceExtreme(Reduce):
+    """The largest or smallest value."""
+
+    chooses = True
+
+
 class ReduceMean(Reduce):
     """The mean over axes."""
 
@@ -386,7 +392,8 @@ register("", "GroupNormalization", rule=GroupNorm())
 register("", "BatchNormalization", rule=BatchNorm())
 register("", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", rule=Reduce(contraction=True))
 register("", "ReduceMean", rule=ReduceMean(approximate=True))
-register("", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", rule=Reduce())
+register("", "ReduceMax", "ReduceMin", rule=ReduceExtreme())
+register("", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", rule=Reduce())
 register("", "ArgMax", "ArgMin", "TopK", "CumSum", "CumProd", rule=Pick())
 register("", "DFT", rule=Fourier())
 register("", "ReverseSequence", rule=Reversal())

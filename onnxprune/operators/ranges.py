@@ -253,6 +253,8 @@ def _at(cut: Cut, i: int, place: int) -> int:
 class Pad(Rule):
     """Constant padding of a labelled axis adds channels that may be removed like any other."""
 
+    chooses = True
+
     operands = (1, 3)
     by_operand = False
     """Whether the padding is an operand at every version."""

@@ -105,6 +105,9 @@ class Rule:
     targets: tuple[int, ...] = ()
     """Inputs that say what shape a result has, and nothing of what it holds."""
 
+    chooses: bool = False
+    """Whether every result is a value of one of the inputs, or a constant: nothing is computed that could round."""
+
     averages: bool = False
     """Whether results are means of values of input 0 over some of its axes."""
 

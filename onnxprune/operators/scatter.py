@@ -96,6 +96,8 @@ class _Elements(Rule):
 class GatherElements(_Elements):
     """One element for every entry of the index."""
 
+    chooses = True
+
     beside = -1
 
     def propagate(self, step: Step) -> None:
@@ -113,6 +115,8 @@ class GatherElements(_Elements):
 
 class ScatterElements(_Elements):
     """One element written for every entry of the index, in place of what is there or joined with it."""
+
+    chooses = True
 
     beside = 2
 
@@ -247,6 +251,8 @@ class _Slices(Rule):
 class GatherND(_Slices):
     """Slices looked up by index."""
 
+    chooses = True
+
     def propagate(self, step: Step) -> None:
         """Known positions along an axis of their own are picked; a position that stands alone stays."""
         labels, columns = step.labels(0), _columns(step)
@@ -284,6 +290,8 @@ class GatherND(_Slices):
 
 class ScatterND(_Slices):
     """Slices written into a tensor, in place of what is there or joined with it."""
+
+    chooses = True
 
     def propagate(self, step: Step) -> None:
         """Channels that are written go with the updates' own; the axes behind those addressed go together."""

@@ -134,6 +134,8 @@ class Blocks(Rule):
 class DepthToSpace(Blocks):
     """Blocks of channels become pixels: the channels of one block go together. Modes DCR and CRD."""
 
+    chooses = True
+
     def propagate(self, step: Step) -> None:
         """Tie the block's channels; the output has one atom per block."""
         batch, ids = self.parts(step)
@@ -152,6 +154,8 @@ class DepthToSpace(Blocks):
 class SpaceToDepth(Blocks):
     """Blocks of pixels become channels: every channel appears once per position in the block."""
 
+    chooses = True
+
     def propagate(self, step: Step) -> None:
         """The output repeats the atoms, block after block."""
         batch, ids = self.parts(step)
@@ -161,13 +165,20 @@ class SpaceToDepth(Blocks):
         self.state(step, batch, np.tile(ids, int(step.attr("blocksize")) ** 2))
 
 
+class Largest(Local):
+    """The largest value of all positions."""
+
+    chooses = True
+
+
 class Average(Local):
     """Means over windows, or over all positions."""
 
     averages = True
 
 
-register("", "LpPool", "GlobalMaxPool", "GlobalLpPool", rule=Local())
+register("", "LpPool", "GlobalLpPool", rule=Local())
+register("", "GlobalMaxPool", rule=Largest())
 register("", "AveragePool", "GlobalAveragePool", rule=Average())
 register("", "Resize", "Upsample", rule=Resize())
 register("", "GridSample", rule=GridSample())
