@@ -13,8 +13,8 @@ import onnx
 from onnxprune.decompose import Factor
 from onnxprune.decompose.factor import Array, Real
 from onnxprune.factors.layer import Layer, Made
-from onnxprune.graph.fold import placeholder
 from onnxprune.graph.view import Graph
+from onnxprune.model.constants import placeholder
 from onnxprune.model.weights import ArrayWeight, Weight
 
 

@@ -11,9 +11,9 @@ import onnx
 
 from onnxprune.graph.evaluate import evaluate
 from onnxprune.graph.view import Graph, Node
+from onnxprune.model.constants import has_bare_initializers, placeholder
 from onnxprune.model.elements import Array
-from onnxprune.model.load import INLINE_LIMIT
-from onnxprune.model.weights import ArrayWeight, Weight, to_proto
+from onnxprune.model.weights import ArrayWeight, Weight
 from onnxprune.operators.registry import Move, rule_of
 
 # Bytes that a folded weight may be larger than what it was computed from: a blur kernel repeated for every channel,
@@ -42,7 +42,7 @@ def fold(graph: Graph) -> tuple[Graph, list[Fold]]:
     where computing takes part, and only where the model does not grow by much. What a body reads, what is an output
     and what a caller may override stays.
     """
-    if graph.proto.ir_version < 4:  # every initializer would have to be an input too
+    if not has_bare_initializers(graph.proto):
         return graph, []
     folds: dict[int, Fold] = {}
     refused: set[int] = set()
@@ -258,10 +258,3 @@ def _write(graph: Graph, folds: dict[int, Fold], gone: set[int]) -> Graph:
     model.graph.value_info.extend(v for v in graph.proto.graph.value_info if v.name not in lost)
     weights = {n: w for n, w in graph.weights.items() if n not in dead and n not in lost}
     return Graph.of(model, {**weights, **folded}, [n for n in graph.nodes if n.index not in gone])
-
-
-def placeholder(weight: Weight) -> onnx.TensorProto:
-    """The skeleton's entry for a weight: with its data where they are few."""
-    if weight.nbytes <= INLINE_LIMIT:
-        return to_proto(weight)
-    return onnx.TensorProto(name=weight.name, data_type=weight.onnx_type, dims=weight.shape)

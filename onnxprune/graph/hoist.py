@@ -14,10 +14,10 @@ import numpy as np
 import onnx
 
 from onnxprune.graph.facts import Facts
-from onnxprune.graph.fold import placeholder
 from onnxprune.graph.selections import Pick, Selections, selections
 from onnxprune.graph.view import Graph, Node
-from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.model.constants import add_constant
+from onnxprune.model.weights import Weight
 from onnxprune.operators.registry import Move, rule_of
 
 
@@ -227,12 +227,7 @@ class _Build:
         del model.graph.node[:]
         weights: dict[str, Weight] = dict(graph.weights)
         for name, value in self._constants.items():
-            weight = ArrayWeight(name, value)
-            if model.ir_version < 4:  # an initializer would have to be an input too
-                model.graph.node.append(onnx.helper.make_node("Constant", [], [name], value=placeholder(weight)))
-            else:
-                model.graph.initializer.append(placeholder(weight))
-                weights[name] = weight
+            add_constant(model, weights, name, value, behind=True)
         nodes: list[onnx.NodeProto] = []
         for node in graph.nodes:
             nodes.extend(self._nodes.get(node.index, ()))

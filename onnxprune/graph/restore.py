@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.graph.fold import Fold, placeholder
+from onnxprune.graph.fold import Fold
 from onnxprune.graph.hoist import Hoist
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model import markers
-from onnxprune.model.constants import weight_from_constant
+from onnxprune.model.constants import constant_node, has_bare_initializers, placeholder, weight_from_constant
 from onnxprune.model.weights import ArrayWeight, Weight
 
 T = TypeVar("T")
@@ -93,10 +93,10 @@ class _Model:
         """A new constant."""
         name = self.free(stem)
         weight = ArrayWeight(name, value)
-        if self.proto.ir_version < 4:  # an initializer would have to be an input too
-            self.add(onnx.helper.make_node("Constant", [], [name], value=placeholder(weight)))
-        else:
+        if has_bare_initializers(self.proto):
             self.initializers[name], self.weights[name] = placeholder(weight), weight
+        else:
+            self.add(constant_node(weight))
         return name
 
     def free(self, stem: str) -> str:

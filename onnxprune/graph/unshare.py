@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 
 from onnxprune.graph.view import Graph
-from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.model.constants import add_constant, has_bare_initializers
+from onnxprune.model.weights import Weight
 
 _LIMIT = 1 << 16
 
@@ -40,8 +41,7 @@ def unshare(graph: Graph) -> tuple[Graph, dict[str, str]]:
                 continue
             proto.graph.node[node.index].input[i] = copy
             changed.add(node.index)
-            weights[copy] = ArrayWeight(copy, value)
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(value, copy))
+            add_constant(proto, weights, copy, value)
             copies[copy] = name
     return graph.altered(proto, weights, changed), copies
 
@@ -52,7 +52,7 @@ def _is_shared(graph: Graph, name: str) -> bool:
         return False
     if not 1 < math.prod(weight.shape) <= _LIMIT or name in graph.captured:
         return False
-    return name not in graph.outputs and graph.proto.ir_version >= 4
+    return name not in graph.outputs and has_bare_initializers(graph.proto)
 
 
 def rejoin(proto: onnx.ModelProto, weights: dict[str, Weight], copies: dict[str, str]) -> None:

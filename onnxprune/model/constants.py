@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxprune.model.weights import ArrayWeight, SparseWeight, TensorWeight, Weight
+from onnxprune.model.elements import Array
+from onnxprune.model.load import INLINE_LIMIT
+from onnxprune.model.weights import ArrayWeight, SparseWeight, TensorWeight, Weight, to_proto
 
 _MOST_UNFOLDED = 1 << 26
 
@@ -44,3 +46,38 @@ def set_constant(node: NodeProto, weight: Weight) -> None:
     """Let a Constant node hold the values of a weight in place of its own."""
     del node.attribute[:]
     node.attribute.append(helper.make_attribute("value", numpy_helper.from_array(weight.read())))
+
+
+def has_bare_initializers(proto: ModelProto) -> bool:
+    """Whether initializers may be constants of their own: before IR 4 every one is an input of the model, too."""
+    return bool(proto.ir_version >= 4)
+
+
+def placeholder(weight: Weight) -> TensorProto:
+    """The skeleton's entry for a weight: with its data where they are few."""
+    if weight.nbytes <= INLINE_LIMIT:
+        return to_proto(weight)
+    return TensorProto(name=weight.name, data_type=weight.onnx_type, dims=weight.shape)
+
+
+def constant_node(weight: Weight) -> NodeProto:
+    """A weight as a Constant node."""
+    return helper.make_node("Constant", [], [weight.name], value=to_proto(weight))
+
+
+def add_constant(
+    model: ModelProto, weights: dict[str, Weight], name: str, value: Array, *, behind: bool = False
+) -> None:
+    """Write a constant into a skeleton: an initializer with its weight, or where there is none alone, a Constant node.
+
+    Args:
+        model, weights: both change. behind: put a node behind those that there are, else in front of them.
+    """
+    weight = ArrayWeight(name, value)
+    if has_bare_initializers(model):
+        model.graph.initializer.append(placeholder(weight))
+        weights[name] = weight
+    elif behind:
+        model.graph.node.append(constant_node(weight))
+    else:
+        model.graph.node.insert(0, constant_node(weight))

@@ -12,7 +12,7 @@ from onnxprune.graph.fold import fold
 from onnxprune.graph.restore import restore
 from onnxprune.graph.unshare import rejoin, unshare
 from onnxprune.graph.view import Graph
-from onnxprune.model.constants import set_constant
+from onnxprune.model.constants import constant_node, has_bare_initializers, set_constant
 from onnxprune.model.weights import Weight
 from onnxprune.rewrite.after import Mask
 from onnxprune.rewrite.cut import cut
@@ -55,7 +55,7 @@ class Prepared:
         for node in proto.graph.node:
             if node.op_type == "Constant" and self._changed(node.output[0]):
                 set_constant(node, self.weights[node.output[0]])
-        if proto.ir_version < 4:
+        if not has_bare_initializers(proto):
             self._hide_new()
         weights = {t.name: self.weights[t.name] for t in proto.graph.initializer if t.name in self.weights}
         restore(proto, weights, self._unshared, self._folds)
@@ -75,5 +75,4 @@ class Prepared:
         del graph.initializer[:]
         graph.initializer.extend(kept)
         for name in added:
-            value = onnx.numpy_helper.from_array(self.weights[name].read())
-            graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value=value))
+            graph.node.insert(0, constant_node(self.weights[name]))

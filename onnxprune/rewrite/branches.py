@@ -15,7 +15,8 @@ import onnx
 from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model import markers
-from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.model.constants import add_constant
+from onnxprune.model.weights import Weight
 
 Model = tuple[onnx.ModelProto, Mapping[str, Weight]]
 Way = Mapping[str, bool]
@@ -95,12 +96,7 @@ def force(model: Model, way: Way) -> Model:
                 node.input[0] = f"{mark}__trips"
             node.input[condition] = f"{mark}__holds"
     for name, value in constants.items():
-        tensor = onnx.numpy_helper.from_array(value, name)
-        if proto.ir_version < 4:  # an initializer would have to be an input too
-            proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value=tensor))
-        else:
-            proto.graph.initializer.append(tensor)
-            weights[name] = ArrayWeight(name, value)
+        add_constant(proto, weights, name, value)
     return proto, weights
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.view import Graph, Node
 from onnxprune.model import markers
-from onnxprune.model.constants import set_constant
-from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.model.constants import add_constant, set_constant
+from onnxprune.model.weights import Weight
 
 
 @dataclass(slots=True)
@@ -70,13 +70,9 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
     model.CopyFrom(source)
     del model.graph.node[:]
     initializers = {t.name for t in source.graph.initializer}
-    needs_inputs = source.ir_version < 4
+    constants: dict[str, Weight] = {}
     for name, value in edits.constants.items():
-        tensor = onnx.numpy_helper.from_array(value, name)
-        if needs_inputs:
-            model.graph.node.append(onnx.helper.make_node("Constant", [], [name], value=tensor))
-        else:
-            model.graph.initializer.append(tensor)
+        add_constant(model, constants, name, value, behind=True)
     uses, dead = _uses(graph, edits)
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
@@ -87,8 +83,7 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
     model.graph.node.extend(nodes)
     weights = {name: w for name, w in graph.weights.items() if name in initializers}
     weights.update({name: w for name, w in edits.weights.items() if name in initializers})
-    if not needs_inputs:
-        weights.update({name: ArrayWeight(name, value) for name, value in edits.constants.items()})
+    weights.update(constants)
     _resize(model, edits, weights)
     _drop_dead(model, graph, weights, uses)
     return model, weights

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from onnxprune.graph.facts import Probe
 from onnxprune.graph.view import Graph, Node
 from onnxprune.labels.label import Label
-from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.model.constants import add_constant
+from onnxprune.model.weights import Weight
 from onnxprune.operators.context import Step, Table
 from onnxprune.operators.registry import lookup
 from onnxprune.rewrite.after import After
@@ -55,12 +56,7 @@ def masked_original(
         model.graph.node.append(copy)
     weights = {t.name: graph.weights[t.name] for t in graph.proto.graph.initializer if t.name in graph.weights}
     for name, value in builder.constants.items():
-        tensor = onnx.numpy_helper.from_array(value, name)
-        if graph.proto.ir_version < 4:
-            model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value=tensor))
-        else:
-            model.graph.initializer.append(tensor)
-            weights[name] = ArrayWeight(name, value)
+        add_constant(model, weights, name, value)
     return model, weights
 
 

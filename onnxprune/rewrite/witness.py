@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.values import Probe, size_of
 from onnxprune.labels.label import Ids
-from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.model.constants import add_constant
+from onnxprune.model.weights import Weight
 from onnxprune.operators.context import Table
 from onnxprune.rewrite.after import After
 
@@ -148,10 +149,4 @@ def gather(model: onnx.ModelProto, weights: dict[str, Weight], name: str, output
 
 
 def _constant(model: onnx.ModelProto, weights: dict[str, Weight], name: str, value: Ids) -> None:
-    value = np.ascontiguousarray(value, dtype=np.int64)
-    tensor = onnx.numpy_helper.from_array(value, name)
-    if model.ir_version < 4:  # an initializer would have to be an input too
-        model.graph.node.append(onnx.helper.make_node("Constant", [], [name], value=tensor))
-    else:
-        model.graph.initializer.append(tensor)
-        weights[name] = ArrayWeight(name, value)
+    add_constant(model, weights, name, np.ascontiguousarray(value, dtype=np.int64), behind=True)
