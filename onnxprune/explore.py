@@ -49,7 +49,7 @@ def profile(
         model: path, bytes or ModelProto.
         providers: of onnxruntime; None: the CPU.
         threads: inside an operator; None: all processors.
-        seconds: how long to measure, 1 or more; 12 cuts are in any case.
+        seconds: how long to measure, more than 0; 12 cuts are in any case.
         input_shapes: {input: shape} for dynamic inputs.
         data: inputs of which one sample is run; None: seeded synthetic ones.
         samples: see ``onnxprune.prune``.

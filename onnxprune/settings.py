@@ -883,10 +883,11 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "seconds",
-        Number(1, math.inf, "how many seconds to measure", metavar="N"),
+        Number(0, math.inf, "how many seconds to measure", metavar="N", open_low=True),
         "How long to measure; 12 cuts are in any case.",
         {"profile": MEASURING},
         60,
+        typed=Whole(1, "how many seconds to measure"),
     ),
     # How units are chosen
     Setting(

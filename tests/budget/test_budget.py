@@ -102,7 +102,7 @@ def test_a_target_out_of_reach_says_what_works() -> None:
         op.prune(MODELS / "residual.onnx", target="macs=0.001", latency=False)
     assert caught.value.exit_code == 5
     assert "max_ratio" in caught.value.hint and "What is left lies most in" in caught.value.hint
-    (nearest,) = re.findall(r"--target (\S+)", caught.value.hint)
+    (nearest,) = re.findall(r"target='([^']+)'", caught.value.hint)
     result = op.prune(MODELS / "residual.onnx", target=nearest, latency=False)
     assert shares(result)["macs"] <= parse(nearest).value * 1.02
 
@@ -122,7 +122,7 @@ def test_what_limits_memory_and_time(tmp_path: Path) -> None:
 def test_a_gate_that_fails_says_what_works() -> None:
     with pytest.raises(BudgetError, match="worst cosine") as caught:
         op.prune(MODELS / "residual.onnx", target="macs=0.3", min_fidelity=0.999, latency=False)
-    (nearest,) = re.findall(r"--target (\S+)", caught.value.hint)
+    (nearest,) = re.findall(r"target='([^']+)'", caught.value.hint)
     result = op.prune(MODELS / "residual.onnx", target=nearest, min_fidelity=0.999, latency=False)
     assert result.report.fidelity is not None and result.report.fidelity.worst_cosine >= 0.999
 

@@ -57,7 +57,7 @@ def test_a_sweep_that_takes_layers_apart(tmp_path: Path) -> None:
 def test_what_cannot_be_swept() -> None:
     with pytest.raises(BudgetError, match="None of the budgets"):
         op.sweep(MODELS / "residual.onnx", targets=[0.0001], latency=False)
-    with pytest.raises(UsageError, match="unknown kind"):
+    with pytest.raises(UsageError, match="kind: unknown value 'speed'"):
         op.sweep(MODELS / "residual.onnx", targets=[0.5], kind="speed")
     with pytest.raises(UsageError, match="no share"):
         op.sweep(MODELS / "residual.onnx", targets=[50])
@@ -86,7 +86,7 @@ def test_ticks_are_few_and_within(low: float, span: float) -> None:
 def test_charts_escape_what_they_show() -> None:
     svg = chart("a < b", "x", "y & z", [Series("<s>", [(0, 1, "one"), (1, float("nan"), "none"), (2, 3, "<two>")])])
     assert svg.count("<circle") == 2 and "&lt;two&gt;" in svg and "a &lt; b" in svg and "nan" not in svg
-    whole = page("t & u", [svg, table(["h"], [["<cell>"]], best=0)])
+    whole = page("t & u", [svg, table(["h"], [["<cell>"]], best=[0])])
     assert "&lt;cell&gt;" in whole and 'class="best"' in whole and "t &amp; u" in whole
 
 
