@@ -155,7 +155,7 @@ def test_calls_of_several_shapes_are_taken_one_by_one() -> None:
 
 
 def test_what_is_wrong_shows_in_the_first_call(calls: list[int]) -> None:
-    data = {"x": np.full((40, 3, 6, 6), np.nan, np.float32)}
+    data = {"x": np.full((40, 3, 6, 6), np.finfo(np.float32).max, np.float32)}  # too large to be summed up
     with pytest.raises(ModelError, match=r"Feature map '.*' holds NaN or infinity"):
         taken(data, batch_size=2)
     assert calls == [2]
