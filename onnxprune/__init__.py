@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxprune import criteria, passes, rules, statistics
-    from onnxprune.analysis import Analysis
-    from onnxprune.api import analyze, factorize, prune, repair
+    from onnxprune.api import analyze, factorize, profile, prune, repair, sensitivity, sweep
+    from onnxprune.channels.analysis import Analysis
+    from onnxprune.channels.plan import Plan
     from onnxprune.errors import (
         ArgumentError,
         BudgetError,
@@ -25,18 +26,16 @@ if TYPE_CHECKING:
         UsageError,
         ValidationError,
     )
-    from onnxprune.explore import profile, sensitivity, sweep
-    from onnxprune.model.weights import ArrayWeight
+    from onnxprune.io.weights import ArrayWeight
     from onnxprune.passes import Pipeline, Result
-    from onnxprune.plan import Plan
     from onnxprune.runtime.images import ImageOptions
     from onnxprune.search.budget import Budget
 
 __version__ = "0.1.0"
 _HOME = {
-    "Analysis": "onnxprune.analysis",
+    "Analysis": "onnxprune.channels.analysis",
     "ArgumentError": "onnxprune.errors",
-    "ArrayWeight": "onnxprune.model.weights",
+    "ArrayWeight": "onnxprune.io.weights",
     "Budget": "onnxprune.search.budget",
     "BudgetError": "onnxprune.errors",
     "ExtensionError": "onnxprune.errors",
@@ -44,17 +43,17 @@ _HOME = {
     "ModelError": "onnxprune.errors",
     "OnnxpruneError": "onnxprune.errors",
     "Pipeline": "onnxprune.passes",
-    "Plan": "onnxprune.plan",
+    "Plan": "onnxprune.channels.plan",
     "Result": "onnxprune.passes",
     "UsageError": "onnxprune.errors",
     "ValidationError": "onnxprune.errors",
     "analyze": "onnxprune.api",
     "factorize": "onnxprune.api",
-    "profile": "onnxprune.explore",
+    "profile": "onnxprune.api",
     "prune": "onnxprune.api",
     "repair": "onnxprune.api",
-    "sensitivity": "onnxprune.explore",
-    "sweep": "onnxprune.explore",
+    "sensitivity": "onnxprune.api",
+    "sweep": "onnxprune.api",
 }
 _PACKAGES = ("criteria", "passes", "rules", "statistics")
 __all__ = [

@@ -21,19 +21,19 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
-from onnxprune.documents import encoded
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.plan import Plan
 from onnxprune.errors import OnnxpruneError, PostconditionError, PreconditionError, UsageError, argument
 from onnxprune.graph.probes import input_specs
-from onnxprune.model.save import assemble, check_output, save
-from onnxprune.model.weights import Weight
-from onnxprune.plan import Plan
+from onnxprune.io.files import encoded
+from onnxprune.io.weights import Weight
+from onnxprune.io.write import assemble, check_output, save
 from onnxprune.plugins import Named
 from onnxprune.report.facts import Exactness, Fact, Report, Seconds, Sizes, report_of
 from onnxprune.runtime.data import Samples, open_data
-from onnxprune.runtime.device import Device, device
 from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.images import ImageOptions
+from onnxprune.runtime.latency import Device, device
 from onnxprune.runtime.sessions import Feed
 from onnxprune.settings import check_needs, checked
 

@@ -3,10 +3,10 @@
 Importing this module registers the built-in rules. Add your own with :func:`register`, see CONTRIBUTING.
 """
 
-from onnxprune.contractions import Form, Pairwise, Windows
 from onnxprune.labels.label import Label, along
 from onnxprune.operators.built_in import BUILT_IN
 from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.contractions import Form, Pairwise, Windows
 from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.registry import Inverse, Move, Rule, known, lookup, register, rule_of, unregister
 

@@ -322,13 +322,13 @@ class Targets(Kind):
 
     def check(self, value: Any, name: str) -> Any:
         """The targets; raises UsageError."""
-        from onnxprune.budget.target import targets
+        from onnxprune.targets import targets
 
         return targets(value, name)
 
     def parse(self, text: str, name: str) -> Any:
         """One of them."""
-        from onnxprune.budget.target import parse
+        from onnxprune.targets import parse
 
         return parse(text, name)
 
@@ -370,7 +370,7 @@ class CostShares(Kind):
 
     def parse(self, text: str, name: str) -> tuple[float, ...]:
         """The shares of a text."""
-        from onnxprune.budget.target import shares
+        from onnxprune.targets import shares
 
         return tuple(shares(text, name))
 

@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that raises is a bug; outside tests it only costs compression."""
-    monkeypatch.setattr("onnxprune.propagate.STRICT", request.node.get_closest_marker("lenient") is None)
+    monkeypatch.setattr("onnxprune.channels.propagate.STRICT", request.node.get_closest_marker("lenient") is None)
 
 
 @pytest.fixture(autouse=True)

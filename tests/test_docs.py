@@ -16,13 +16,7 @@ import pytest
 
 import onnxprune as op
 from onnxprune.cli import main
-from onnxprune.cli.factorize import factorize
-from onnxprune.cli.inspect import inspect
-from onnxprune.cli.profile import profile
-from onnxprune.cli.prune import prune
-from onnxprune.cli.recover import recover
-from onnxprune.cli.sensitivity import sensitivity
-from onnxprune.cli.sweep import sweep
+from onnxprune.cli.commands import factorize, inspect, profile, prune, recover, sensitivity, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md")

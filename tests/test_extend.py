@@ -162,7 +162,7 @@ class Note(Pass):
     def __call__(self, context, model):
         return PassResult(model, [Remark("noted by acme")], changed=False)
 """
-POINTS = {"onnxprune.rules": "swoosh = acme_ext", "onnxprune.criteria": "acme_last = acme_ext:last",
+POINTS = {"onnxprune.rules": "swoosh = acme_ext", "onnxprune.importance.criteria": "acme_last = acme_ext:last",
           "onnxprune.passes": "acme_note = acme_ext:Note"}  # fmt: skip
 
 

@@ -17,10 +17,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxprune import files
 from onnxprune.errors import UsageError
-from onnxprune.model.load import load
-from onnxprune.model.save import check_output, data_path, save
+from onnxprune.io import files
+from onnxprune.io.read import load
+from onnxprune.io.write import check_output, data_path, save
 
 
 def product(value: float, width: int = 32) -> onnx.ModelProto:

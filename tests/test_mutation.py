@@ -15,14 +15,14 @@ from build import Net
 from oracle import assert_exact_cut
 
 import onnxprune as op
-from onnxprune.labels import combine, movement
+from onnxprune.channels import survivors
+from onnxprune.labels import algebra
 from onnxprune.labels.atoms import Atoms
 from onnxprune.labels.label import Label
-from onnxprune.operators import contraction, convolution, elementwise, indexing, normalization, ranges
+from onnxprune.operators import contraction, convolution, elementwise, indexing, movement, normalization
 from onnxprune.operators.context import Cut, Step, Table
-from onnxprune.operators.movement import Concat, Reshape
-from onnxprune.operators.ranges import Pad, Slice, Split
-from onnxprune.rewrite import after, oracle
+from onnxprune.operators.movement import Concat, Pad, Reshape, Slice, Split
+from onnxprune.pruning import masked
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]
@@ -105,32 +105,32 @@ def forget_fixed_axes(patch: Patch) -> None:
 
 def reverse_a_take(patch: Patch) -> None:
     """Slices, splits and lookups name the mirrored positions."""
-    right = movement.take
+    right = algebra.take
 
     def wrong(atoms: Any, labels: Any, axis: int, index: Any, reason: Any) -> Any:
-        label = movement.covering(labels, axis)
+        label = algebra.covering(labels, axis)
         if label is not None and not label.is_grid:
             index = label.ids.shape[axis] - 1 - index
         return right(atoms, labels, axis, index, reason)
 
-    patch.setattr("onnxprune.operators.context.movement.take", wrong)
+    patch.setattr("onnxprune.operators.context.algebra.take", wrong)
 
 
 def reverse_a_concatenation(patch: Patch) -> None:
     def wrong(self: Concat, step: Step) -> None:
         operands = [(step.labels(i), step.shape(i)) for i in reversed(range(len(step.node.inputs)))]
         axis = step.axis(0, len(step.out_shape()))
-        step.set(0, combine.concatenate(step.atoms, operands, axis, step.reason, step.node.outputs[0]))
+        step.set(0, algebra.concatenate(step.atoms, operands, axis, step.reason, step.node.outputs[0]))
 
     patch.setattr(Concat, "propagate", wrong)
 
 
 def wrong_transposition(patch: Patch) -> None:
     """A permutation of five axes is taken for its inverse."""
-    right = movement.transpose
+    right = algebra.transpose
     inverse = lambda perm: np.argsort(perm).tolist() if len(perm) == 4 and perm[1] == 2 else perm  # noqa: E731
     patch.setattr(
-        "onnxprune.operators.movement.movement.transpose",
+        "onnxprune.operators.movement.algebra.transpose",
         lambda labels, perm: right(labels, [0, 1, 2, 4, 3] if len(perm) == 5 else inverse(perm)),
     )
 
@@ -190,30 +190,30 @@ def sum_without_masks(patch: Patch) -> None:
 
 def skip_one_gather(patch: Patch) -> None:
     """The second weight that should shrink does not."""
-    right, calls = after.After.steps, []
+    right, calls = survivors.After.steps, []
 
     def wrong(self: Any, name: str) -> Any:
         steps = right(self, name)
         calls.append(name)
         return [] if len(calls) == 2 else steps
 
-    patch.setattr(after.After, "steps", wrong)
+    patch.setattr(survivors.After, "steps", wrong)
 
 
 def gather_wrong_positions(patch: Patch) -> None:
     """Every weight keeps as many positions as it should, but the next ones."""
-    right = after.After.steps
+    right = survivors.After.steps
 
     def wrong(self: Any, name: str) -> Any:
         sizes = self._table.facts.shape(name)
         return [(a, (i + 1) % sizes[a] if i.ndim == 1 else i) for a, i in right(self, name)]
 
-    patch.setattr(after.After, "steps", wrong)
+    patch.setattr(survivors.After, "steps", wrong)
 
 
 def gather_in_the_wrong_order(patch: Patch) -> None:
     """One matrix has its rows reversed."""
-    right, done = after.After.steps, []
+    right, done = survivors.After.steps, []
 
     def wrong(self: Any, name: str) -> Any:
         steps = right(self, name)
@@ -222,17 +222,17 @@ def gather_in_the_wrong_order(patch: Patch) -> None:
             return [(a, i[::-1]) for a, i in steps]
         return steps
 
-    patch.setattr(after.After, "steps", wrong)
+    patch.setattr(survivors.After, "steps", wrong)
 
 
 def rows_share_their_positions(patch: Patch) -> None:
     """Every row of a grid is gathered at the first row's positions."""
-    right = after.After.steps
+    right = survivors.After.steps
 
     def wrong(self: Any, name: str) -> Any:
         return [(a, i if i.ndim == 1 else np.broadcast_to(i[:1], i.shape)) for a, i in right(self, name)]
 
-    patch.setattr(after.After, "steps", wrong)
+    patch.setattr(survivors.After, "steps", wrong)
 
 
 def keep_the_group_attribute(patch: Patch) -> None:
@@ -261,19 +261,19 @@ def without_rewriting(*rules: type) -> Mutant:
 
 
 def slice_from_the_wrong_place(patch: Patch) -> None:
-    right = ranges._as_range
+    right = movement._as_range
     wrong = lambda positions, *a: right(positions - (positions.min(initial=1) > 0), *a)  # noqa: E731
-    patch.setattr(ranges, "_as_range", wrong)
+    patch.setattr(movement, "_as_range", wrong)
 
 
 def mask_everything_in_the_oracle(patch: Patch) -> None:
     """The oracle itself: wrong masks must show too, it is no rubber stamp."""
-    right = oracle._Masks._at_probe
-    patch.setattr(oracle._Masks, "_at_probe", lambda self, *a: np.zeros_like(right(self, *a)))
+    right = masked._Masks._at_probe
+    patch.setattr(masked._Masks, "_at_probe", lambda self, *a: np.zeros_like(right(self, *a)))
 
 
 def mask_nothing_in_the_oracle(patch: Patch) -> None:
-    patch.setattr(oracle._Masks, "mask", lambda self, *a: [])
+    patch.setattr(masked._Masks, "mask", lambda self, *a: [])
 
 
 MUTANTS: dict[str, Mutant] = {

@@ -10,7 +10,7 @@ from build import Net
 from oracle import assert_exact_cut
 
 import onnxprune as op
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
 
 ROWS, WIDTH = 48, 16
 

@@ -13,10 +13,10 @@ import pytest
 from build import Net
 
 import onnxprune as op
-from onnxprune.budget.sensitivity import GroupCurve, Sensitivity
-from onnxprune.budget.table import LatencyTable, Sample
+from onnxprune.allocation.knapsack import GroupCurve, Sensitivity
+from onnxprune.allocation.latency_model import LatencyTable, Sample
+from onnxprune.channels.plan import Plan, PlanGroup, PlanSlot
 from onnxprune.errors import UsageError
-from onnxprune.plan import Plan, PlanGroup, PlanSlot
 
 AWKWARD = 'a "quoted", [1,\n2] name \N{GREEK SMALL LETTER ALPHA}'
 

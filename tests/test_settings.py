@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import onnxprune as op
-from onnxprune.budget.target import UNITS
-from onnxprune.decompose import METHODS
 from onnxprune.errors import ArgumentError, Note, UsageError, argument, spelled
-from onnxprune.recover import MODES
+from onnxprune.factorization.decompositions import METHODS
+from onnxprune.recovery import MODES
 from onnxprune.runtime.images import LAYOUTS, ORDERS
 from onnxprune.settings import SETTINGS, checked, default, settings_of, spell, words
+from onnxprune.targets import UNITS
 
 MODEL = Path(__file__).parents[1] / "models" / "residual.onnx"
 CALLS: dict[str, Callable[..., Any]] = {

@@ -12,14 +12,13 @@ from build import Net
 
 import onnxprune as op
 from onnxprune.errors import ValidationError
-from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.probes import input_specs
-from onnxprune.model.save import save
-from onnxprune.model.weights import ArrayWeight
+from onnxprune.io.weights import ArrayWeight
+from onnxprune.io.write import save
 from onnxprune.passes import Prune, Validate
 from onnxprune.pipeline import Context, Model, PassResult
-from onnxprune.rewrite.oracle import masked_original
-from onnxprune.rewrite.witness import Witnesses
+from onnxprune.pruning.masked import Witnesses, masked_original
 from onnxprune.runtime.compare import exactness
 from onnxprune.runtime.inputs import synthetic
 
@@ -81,10 +80,10 @@ def test_other_inputs_are_tried_first(threshold: float) -> None:
 
 
 def test_a_lively_model_is_run_once_per_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxprune.runtime import idle
+    from onnxprune.runtime import compare
 
-    monkeypatch.setattr(idle, "waking", None)
-    monkeypatch.setattr(idle, "varying", None)
+    monkeypatch.setattr(compare, "waking", None)
+    monkeypatch.setattr(compare, "varying", None)
     report = op.Pipeline([Prune(ratio=0.5), EXACT]).run(silent(lambda net, y: y)).report
     assert report.exactness.passed and not report.exactness.note
 

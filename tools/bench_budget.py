@@ -27,15 +27,15 @@ from bench.labelled import UNLABELLED, evaluate, limit, recorded
 from rich.console import Console
 from rich.table import Table
 
-from onnxprune.budget.target import parse
 from onnxprune.errors import OnnxpruneError
-from onnxprune.model.save import save
+from onnxprune.io.write import save
 from onnxprune.pipeline import Context, Model
 from onnxprune.search import evaluation
 from onnxprune.search.budget import Budget, Search
 from onnxprune.search.evaluation import Evaluation, points_of_original
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.wishes import Wishes
+from onnxprune.targets import parse
 
 CONVOLUTIONS = ("Conv", "ConvTranspose", "FusedConv")
 

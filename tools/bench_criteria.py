@@ -32,7 +32,8 @@ from bench.workers import each
 from rich.console import Console
 from rich.table import Table
 
-from onnxprune import OnnxpruneError, criteria, settings
+from onnxprune import OnnxpruneError, settings
+from onnxprune.importance import criteria
 
 SHARES = "0.9,0.8,0.7,0.6,0.5"
 Record = dict[str, Any]

@@ -83,7 +83,7 @@ def speed() -> int:
     from bench.torch_free import resnet50
 
     import onnxprune as op
-    from onnxprune.decompose import METHODS, Metric
+    from onnxprune.factorization.decompositions import METHODS, Metric
 
     kernel = np.random.default_rng(0).standard_normal((1, 512, 3, 3, 512)) / 68
     METHODS["tucker"].fit(kernel[:, :8, :, :, :8], Metric(), 0).factors((4, 4))  # loads what is loaded once

@@ -49,8 +49,8 @@ class Task(NamedTuple):
 
 def reasons(task: Task, pruned: Any, small: Path, feed: Any) -> dict[str, float]:
     """Share of time in convolutions, their own speed-up, and the reduction in MACs that their kernels do."""
-    from onnxprune.rewrite.after import After
-    from onnxprune.runtime.profile import profile
+    from onnxprune.channels.survivors import After
+    from onnxprune.runtime.latency import profile
 
     found = [[(t.op, t.seconds) for t in profile(path, [feed], runs=30)] for path in (task.path, small)]
     convolutions = [sum(s for op, s in times if op in CONVOLUTIONS) for times in found]

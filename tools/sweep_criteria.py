@@ -27,7 +27,7 @@ from bench.workers import each
 from rich.console import Console
 from rich.table import Table
 
-from onnxprune import criteria
+from onnxprune.importance import criteria
 
 Record = dict[str, Any]
 BROKEN = "BROKEN"

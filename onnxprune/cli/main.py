@@ -11,13 +11,7 @@ from typing import Any
 import click
 
 from onnxprune.cli import failure
-from onnxprune.cli.factorize import factorize
-from onnxprune.cli.inspect import inspect
-from onnxprune.cli.profile import profile
-from onnxprune.cli.prune import prune
-from onnxprune.cli.recover import recover
-from onnxprune.cli.sensitivity import sensitivity
-from onnxprune.cli.sweep import sweep
+from onnxprune.cli.commands import factorize, inspect, profile, prune, recover, sensitivity, sweep
 from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
 from onnxprune.settings import COMMANDS, spell

@@ -1,4 +1,4 @@
-"""The options of the commands, made from :mod:`onnxprune.settings`, and what a user gave of them."""
+"""Options of the command line, made from the declarations in onnxprune.settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from onnxprune.cli.layout import HeadedCommand, HeadedOption
 from onnxprune.errors import UsageError, argument, nearest, spelled
 from onnxprune.report.console import Screen
 from onnxprune.settings import (
@@ -27,11 +26,36 @@ from onnxprune.settings import (
     spell,
 )
 
-# Generic for the type checker since click 8.2, and not subscriptable at run time before.
+
+class HeadedOption(click.Option):
+    """An option that belongs under ``heading`` in the help."""
+
+    def __init__(self, *args: Any, heading: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heading = heading
+
+
+class HeadedCommand(click.Command):
+    """A command that shows its options by heading, in the order in which the headings first occur."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section per heading."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(param, "heading", "Other"), []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType
+
+# Generic for the type checker since click 8.2, and not subscriptable at run time before.
 
 
 class SettingType(_ParamType):
@@ -92,7 +116,7 @@ class Given:
         self._check_decided()
         check_needs(self.command, {**self.values, **self.arguments})
         if self.values.get("providers") is not None:
-            from onnxprune.runtime.device import device  # heavy: waits until it is needed
+            from onnxprune.runtime.latency import device  # heavy: waits until it is needed
 
             device(self.providers, self.threads)
 
@@ -232,7 +256,7 @@ def existing(path: Path, what: str, *, folder_allowed: bool = False) -> Path:
     if path.is_file() or (folder_allowed and path.is_dir()):
         return path
     if path.is_dir():
-        from onnxprune.model.sniff import guess_folder
+        from onnxprune.io.read import guess_folder
 
         known = guess_folder(path) if what == "model" else None
         hint = f"It is {known.name}. {known.hint}" if known is not None else "Give a file."
@@ -251,15 +275,15 @@ def check_criterion(given: Given) -> None:
     """Whether there is such a criterion, and what it needs; raises UsageError."""
     if given.criterion is None:
         return
-    from onnxprune.criteria import registry
-    from onnxprune.selection.scores import needs_data
+    from onnxprune.importance import criteria
+    from onnxprune.importance.scores import needs_data
 
-    names = registry.names()
+    names = criteria.names()
     if given.criterion not in names:
         hint = nearest(given.criterion, names)
         raise UsageError(f"{argument('criterion')}: unknown criterion {given.criterion!r}", hint=hint)
     blind = given.values.get("plan") is None and given.data is None
-    if blind and registry.needs_of(registry.get(given.criterion)):
+    if blind and criteria.needs_of(criteria.get(given.criterion)):
         raise needs_data(given.criterion)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from onnxprune.graph.view import Graph, Node
-from onnxprune.model import markers
+from onnxprune.io import markers
 from onnxprune.operators.registry import rule_of
 
 ShapeOf = Callable[[str], Any]

@@ -1,14 +1,226 @@
-"""Probe sizes: concrete shapes for inputs with dynamic dimensions, used for analysis and validation only."""
+"""Sizes of dynamic dimensions and probe shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import ast
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from onnxprune.errors import ModelError
-from onnxprune.graph.binding import Dimensions, InputSpec, Key, Sizes
+import numpy as np
+
+from onnxprune.errors import ModelError, UsageError, nearest
 from onnxprune.graph.view import Graph
-from onnxprune.model.elements import DTYPES
+from onnxprune.io.elements import DTYPES
+
+_IMAGE_SIZE = 224  # what classifiers of photographs are exported with
+_MAP_SIZE = 64  # for other maps: large enough to survive five halvings
+_ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One input of a model: its name, numpy dtype (strings: object) and shape.
+
+    A dimension is a size, the name of a dynamic dimension, or None for an unnamed one. onnxruntime reports an input of
+    unknown rank like a scalar, as the empty shape; ``scalar`` says that the model declares it to be one.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+    scalar: bool = False
+
+
+Key = str | tuple[str, int]
+"""An open dimension: its name, or (input, axis) of one without a name."""
+Sizes = Mapping[Key, int]
+Binding = dict[str, tuple[int, ...]]
+
+
+class Dimensions:
+    """The open dimensions of a model's inputs: which there are, what is known of them, shapes from sizes.
+
+    Args:
+        specs: the inputs. overrides: whole shapes by input name, which also say the rank of an input without one.
+
+    Attributes:
+        places: where each open dimension stands: {key: [(input, axis)]}.
+        fixed: sizes that the overrides give.
+
+    Raises:
+        UsageError: an override for an unknown input, of a wrong rank, with a size below 1, against a static dimension,
+            or two overrides that give one dimension two sizes.
+    """
+
+    def __init__(self, specs: Sequence[InputSpec], overrides: Mapping[str, Sequence[int]] | None = None) -> None:
+        by_name = {spec.name: spec for spec in specs}
+        self.fixed: dict[Key, int] = {}
+        for name, given in (overrides or {}).items():
+            if name not in by_name:
+                raise UsageError(f"input shape for {name!r}: the model has no such input", hint=nearest(name, by_name))
+            by_name[name] = _bind_override(by_name[name], [int(size) for size in given], self.fixed)
+        self.specs = list(by_name.values())
+        self.places: dict[Key, list[tuple[str, int]]] = {}
+        for spec in self.specs:
+            for axis, dim in enumerate(spec.shape):
+                if not isinstance(dim, int):
+                    self.places.setdefault(dim or (spec.name, axis), []).append((spec.name, axis))
+        names = [key for key in self.places if isinstance(key, str)]
+        self._sums = {key: tree for key in names if (tree := _formula(key)) is not None}
+
+    def guess(self, batch: int, sequence: int) -> dict[Key, int]:
+        """A size for every open dimension: what was given, else what its name and its place suggest."""
+        sizes = {key: _guess(*self._first(key), batch, sequence) for key in self.places}
+        return self.completed({**self.with_totals({**sizes, **self.fixed}), **self.fixed}, self.fixed)
+
+    def with_totals(self, sizes: Sizes) -> dict[Key, int]:
+        """Sizes in which a total length is that of the past and the present, where dimensions have such names."""
+        result = dict(sizes)
+        for key in self.places:
+            rest = key.removeprefix("total_") if isinstance(key, str) else key
+            if rest != key and rest in sizes and f"past_{rest}" in sizes:
+                result[key] = sizes[rest] + sizes[f"past_{rest}"]
+        return result
+
+    def completed(self, sizes: Sizes, fixed: Sizes | None = None) -> dict[Key, int]:
+        """Sizes with sums of other dimensions computed, unless they are ``fixed``."""
+        named: dict[Key, int] = {k: n for k, n in sizes.items() if isinstance(k, str) and k not in self._sums}
+        sums = {key: _evaluate(tree, named) for key, tree in self._sums.items() if key not in (fixed or {})}
+        return {**sizes, **{key: size for key, size in sums.items() if size is not None and size > 0}}
+
+    def is_sum(self, key: Key, sizes: Sizes) -> bool:
+        """Whether a dimension follows from others."""
+        named: dict[Key, int] = {k: n for k, n in sizes.items() if isinstance(k, str) and k not in self._sums}
+        return key in self._sums and _evaluate(self._sums[key], named) is not None
+
+    def shapes(self, sizes: Sizes) -> Binding:
+        """A full shape for every input."""
+        return {
+            spec.name: tuple(d if isinstance(d, int) else sizes[d or (spec.name, a)] for a, d in enumerate(spec.shape))
+            for spec in self.specs
+        }
+
+    def kind(self, key: Key) -> str:
+        """What a dimension counts: ``batch``, ``sequence`` or ``extent`` (of a map)."""
+        return _kind(*self._first(key))
+
+    def extents(self) -> list[list[Key]]:
+        """Open extents of one input, where there are several: maps are mostly square."""
+        keys = ([d or (s.name, a) for a, d in enumerate(s.shape) if not isinstance(d, int)] for s in self.specs)
+        return [found for own in keys if len(found := [k for k in own if self.kind(k) == "extent"]) > 1]
+
+    def _first(self, key: Key) -> tuple[InputSpec, int]:
+        name, axis = self.places[key][0]
+        return next(spec for spec in self.specs if spec.name == name), axis
+
+
+def bind_shapes(
+    specs: Sequence[InputSpec], *, batch: int, sequence: int, overrides: Mapping[str, Sequence[int]]
+) -> Binding:
+    """A full shape for every input, the same size wherever the same dynamic dimension is named.
+
+    Sizes come, in this order, from ``overrides`` (whole shapes by input name; they bind the names they meet for the
+    other inputs too), from what a dimension's name says (batch, sequence, sums of other names), from its place: a
+    leading one is ``batch``, so is the middle one of three where the others are fixed (a state), later ones are
+    ``sequence`` in inputs of rank 2 and 3 and a map's extent (224 for images of 1, 3 or 4 channels, else 64) in inputs
+    of rank 4 and more.
+
+    Raises:
+        UsageError: an override that does not fit, see :class:`Dimensions`.
+    """
+    dimensions = Dimensions(specs, overrides)
+    return dimensions.shapes(dimensions.guess(batch, sequence))
+
+
+def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[Key, int]) -> InputSpec:
+    """Check one override against the input's own shape, bind the dimensions it meets; the input with a rank."""
+    given, declared = ",".join(map(str, sizes)), show(spec.shape)
+    # the empty shape may be an unknown rank, which allows everything
+    if spec.shape and len(sizes) != len(spec.shape):
+        raise UsageError(
+            f"input shape {spec.name}={given} has {len(sizes)} sizes; the input has {len(spec.shape)}: {declared}"
+        )
+    for axis, size in enumerate(sizes):
+        dim = spec.shape[axis] if spec.shape else None
+        key = dim if isinstance(dim, str) else (spec.name, axis)
+        if size < 1:
+            raise UsageError(f"input shape {spec.name}={given}: sizes must be 1 or more, axis {axis} is {size}")
+        if isinstance(dim, int) and dim != size:
+            raise UsageError(
+                f"input shape {spec.name}={given}: axis {axis} is fixed to {dim} in the model, not {size}",
+                hint=f"The input is {declared}; only its named or '?' dimensions can be chosen.",
+            )
+        if not isinstance(dim, int) and bound.setdefault(key, size) != size:
+            raise UsageError(f"input shape {spec.name}={given}: {dim!r} is {size} here, {bound[key]} in another shape")
+    return spec if spec.shape else replace(spec, shape=(None,) * len(sizes))
+
+
+def _formula(dim: str) -> ast.expr | None:
+    """The arithmetic in a dimension's name, such as ``past_length + length``; None when it is a plain name."""
+    try:
+        tree = ast.parse(dim, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return tree if isinstance(tree, ast.BinOp) else None
+
+
+def _evaluate(tree: ast.expr | None, bound: Sizes) -> int | None:
+    """The value of a dimension's arithmetic, None when a name is unbound or an operator is not one of + - * //."""
+    if isinstance(tree, ast.Name):
+        return bound.get(tree.id)
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
+        return tree.value
+    if isinstance(tree, ast.BinOp) and (apply := _ARITHMETIC.get(type(tree.op))):
+        left, right = _evaluate(tree.left, bound), _evaluate(tree.right, bound)
+        if left is None or right is None or (isinstance(tree.op, ast.FloorDiv) and right == 0):
+            return None
+        return apply(left, right)
+    return None
+
+
+def _kind(spec: InputSpec, axis: int) -> str:
+    """What a dynamic dimension counts, from its name and its place."""
+    dim, rank = spec.shape[axis], len(spec.shape)
+    name = dim.lower() if isinstance(dim, str) else ""
+    if "batch" in name:
+        return "batch"
+    if "seq" in name or "token" in name:
+        return "sequence"
+    # The state of a recurrent net: [layers, samples, size], where one layer might as well be one sample.
+    state = axis == 1 and rank == 3 and all(isinstance(n, int) and n > 1 for n in (spec.shape[0], spec.shape[2]))
+    if axis == 0 or state:
+        return "batch"
+    cache = any(word in spec.name.lower() for word in ("past", "cache", "present"))
+    return "sequence" if rank <= 3 or cache else "extent"
+
+
+def _guess(spec: InputSpec, axis: int, batch: int, sequence: int) -> int:
+    """A size for a dynamic dimension."""
+    kind = _kind(spec, axis)
+    return batch if kind == "batch" else sequence if kind == "sequence" else _extent(spec)
+
+
+def _extent(spec: InputSpec) -> int:
+    """The extent of a map: a fixed one of the same input, an image's when the channels are, else a small one."""
+    rank = len(spec.shape)
+    channel_axis = next((a for a in (1, rank - 1) if spec.shape[a] in (1, 3, 4)), None)
+    extents = [d for a, d in enumerate(spec.shape) if a not in (0, 1, channel_axis) and isinstance(d, int) and d > 1]
+    if extents:
+        return extents[0]
+    return _IMAGE_SIZE if rank == 4 and channel_axis is not None else _MAP_SIZE
+
+
+def show(shape: Sequence[int | str | None]) -> str:
+    """A shape as people write it: ``[N, 3, ?, ?]``."""
+    return "[" + ", ".join("?" if dim is None else str(dim) for dim in shape) + "]"
+
 
 Pair = tuple[tuple[int, int], tuple[int, int]]
 _KINDS = ("batch", "sequence", "extent")

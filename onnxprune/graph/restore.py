@@ -11,12 +11,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.graph.fold import Fold
-from onnxprune.graph.hoist import Hoist
+from onnxprune.graph.canonical import Fold, Hoist
 from onnxprune.graph.view import Graph, Node
-from onnxprune.model import markers
-from onnxprune.model.constants import constant_node, has_bare_initializers, placeholder, weight_from_constant
-from onnxprune.model.weights import ArrayWeight, Weight
+from onnxprune.io import markers
+from onnxprune.io.constants import constant_node, has_bare_initializers, placeholder, weight_from_constant
+from onnxprune.io.weights import ArrayWeight, Weight
 
 T = TypeVar("T")
 Target = tuple[NDArray[np.bool_], NDArray[np.int64]]

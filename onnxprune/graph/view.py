@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 from onnx import AttributeProto
 
-from onnxprune.model import markers
-from onnxprune.model.constants import weight_from_constant
-from onnxprune.model.weights import Weight
+from onnxprune.io import markers
+from onnxprune.io.constants import weight_from_constant
+from onnxprune.io.weights import Weight
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class Graph:
 
     ``proto`` is the skeleton (no bulk data); ``weights`` maps every initializer and Constant output to its lazily read
     data; ``captured`` holds the names that bodies of control-flow nodes which stayed closed read from outside. The
-    nodes of other bodies are nodes of the graph, between markers (:mod:`onnxprune.model.markers`).
+    nodes of other bodies are nodes of the graph, between markers (:mod:`onnxprune.io.markers`).
     """
 
     proto: onnx.ModelProto

@@ -2,3 +2,5 @@
 
 ``registry``, ``codes`` and ``operands`` stand below the graph, which asks the registry; families stand above labels.
 """
+
+from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fused attention: what the spelled-out graph does (reshape to heads, two products, reshape back), inside one node."""
+"""Attention: over heads in one node, with grouped queries, packed, and with caches."""
 
 from __future__ import annotations
 
@@ -8,26 +8,124 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from onnxprune.contractions import Form, Pairwise
 from onnxprune.graph.view import Node
-from onnxprune.labels import movement
-from onnxprune.labels.combine import Shape, broadcast, known
-from onnxprune.labels.label import Labels
+from onnxprune.labels import algebra
+from onnxprune.labels.algebra import Shape, align, broadcast, known
+from onnxprune.labels.label import Ids, Label, Labels, along, covering
+from onnxprune.operators.codes import numbers
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.contraction import contract
-from onnxprune.operators.heads import (
-    Part,
-    as_rank_4,
-    attend,
-    by_head,
-    flattened,
-    heads_left,
-    repeated,
-    to_heads,
-    with_past,
-)
-from onnxprune.operators.registry import Rule, register
+from onnxprune.operators.contractions import Form, Pairwise, Windows
+from onnxprune.operators.registry import Read, Rule, register
+
+Part = tuple[Labels, Shape]
+"""Labels and shape of queries, keys or values, laid out [batch, sequence, heads, head size]."""
+
+
+def to_heads(step: Step, labels: Labels, shape: Shape, heads: int) -> Part:
+    """[..., heads * size] as [..., heads, size]; [batch, heads, sequence, size] with the middle axes swapped."""
+    if len(shape) == 4:
+        return algebra.transpose(labels, (0, 2, 1, 3)), (shape[0], shape[2], shape[1], shape[3])
+    wide = int(shape[-1] or 0)
+    if wide % heads:
+        raise ValueError(f"{wide} channels do not divide into {heads} heads")
+    # What is left of a grid must be one: every head keeps the same number of its own channels.
+    return _viewed(step, labels, (*shape[:-1], wide), (*shape[:-1], heads, wide // heads))
+
+
+def _viewed(step: Step, labels: Labels, before: Shape, after: Shape) -> Part:
+    """A reshape of the last axes alone; the leading ones may depend on the data."""
+    ahead = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+    for axis in range(ahead):
+        labels = step.drop_axis(labels, axis, "fixed-size", "attention runs along this axis")
+    ones = [1] * ahead
+    source, target = [*ones, *(n or 1 for n in before[ahead:])], [*ones, *(n or 1 for n in after[ahead:])]
+    moved = algebra.reshape(step.atoms, labels, source, target, step.reason)
+    for label in moved:
+        step.atoms.view(label)
+    return moved, after
+
+
+def repeated(step: Step, part: Part, times: int) -> Part:
+    """Keys or values of fewer heads than the queries: each serves ``times`` of them in a row."""
+    labels, shape = part
+    heads = covering(labels, 2)
+    if times == 1:
+        return part
+    if heads is not None:
+        step.atoms.view(heads)
+    grown = tuple(Label(np.repeat(x.ids, times, axis=2), x.pack) if x is heads else x for x in labels)
+    return grown, (*shape[:2], int(shape[2] or 0) * times, shape[3])
+
+
+def attend(step: Step, q: Part, k: Part, v: Part, bias: Part | None = None) -> tuple[Labels, Labels]:
+    """Labels of the scores [batch, heads, query, key] and of the result [batch, query, heads, size].
+
+    Head sizes of queries and keys unite and leave; a head goes with its query, key, value and bias.
+    """
+    parts = []
+    for labels, shape in (q, k, v):
+        parts.append((along_heads(step, labels), (1, 1, *shape[2:])))
+    (ql, qs), (kl, ks), (vl, vs) = parts
+    scores = contract(step, [(ql, qs, "bshd"), (kl, ks, "blhd")], "bhsl")
+    if bias is not None:
+        heads = (1, int(qs[2] or 0), 1, 1)
+        own = bias[0]
+        for axis in (0, 2, 3):
+            own = step.drop_axis(own, axis, "fixed-size", "attention runs along this axis")
+        shape = tuple(n if a == 1 else 1 for a, n in enumerate(bias[1]))
+        scores = broadcast(step.atoms, [(scores, heads), (own, shape)], 4, step.reason)
+    return scores, contract(step, [(scores, (1, qs[2], 1, 1), "bhsl"), (vl, vs, "blhv")], "bshv")
+
+
+def as_rank_4(labels: Labels, shape: Shape) -> Part:
+    """A bias or mask that broadcasts against the scores, with all four axes."""
+    shift = 4 - len(shape)
+    return align(labels, shift), (*(1,) * shift, *shape)
+
+
+def flattened(step: Step, labels: Labels, heads: int, size: int) -> Labels:
+    """[1, 1, heads, size] as [1, 1, heads * size]."""
+    return algebra.reshape(step.atoms, labels, (1, 1, heads, size), (1, 1, heads * size), step.reason)
+
+
+def by_head(labels: Labels) -> Labels:
+    """[batch, sequence, heads, size] as [batch, heads, sequence, size]."""
+    return algebra.transpose(labels, (0, 2, 1, 3))
+
+
+def with_past(step: Step, part: Part, past: int) -> Part:
+    """Keys or values behind cached ones [batch, heads, past, size], which share their channels."""
+    if not step.has(past):
+        return part
+    cached, shape = to_heads(step, step.labels(past), step.shape(past), 1)
+    one: Shape = (1, 1, *shape[2:])
+    operands = [(along_heads(step, labels), one) for labels in (part[0], cached)]
+    return broadcast(step.atoms, operands, 4, step.reason), part[1]
+
+
+def along_heads(step: Step, labels: Labels) -> Labels:
+    """Labels [batch, sequence, heads, size] of heads and size alone; the other axes keep their sizes."""
+    for axis in (0, 1):
+        labels = step.drop_axis(labels, axis, "fixed-size", "attention runs along this axis")
+    return labels
+
+
+def heads_left(cut: Cut, i: int, heads: int, start: int = 0, stop: int | None = None) -> tuple[int, int]:
+    """(heads, their size) of ``start:stop`` of the last axis of input ``i`` after the cut."""
+    name, shape = cut.node.inputs[i], cut.before.shape(i)
+    if len(shape) == 4:
+        return cut.shape(i)[1], cut.shape(i)[3]
+    stop = shape[-1] if stop is None else stop
+    keep = cut.keep(name, len(shape) - 1)
+    if keep is None:
+        return heads, (stop - start) // heads
+    grid = keep[start:stop].reshape(heads, -1)
+    left = int(grid.any(axis=1).sum())
+    return left, int(grid.sum()) // max(left, 1)
+
 
 MS = "com.microsoft"
 
@@ -151,7 +249,7 @@ class MultiHeadAttention(Heads):
         """[B, S, heads, 3, size] of all three, or queries apart and [B, S, heads, 2, size] of keys and values."""
 
         def one(i: int, at: int) -> Part:
-            labels = movement.remove_axis(step.take(step.labels(i), 3, np.array([at])), 3)
+            labels = algebra.remove_axis(step.take(step.labels(i), 3, np.array([at])), 3)
             shape = step.shape(i)
             return labels, (*shape[:3], shape[4])
 
@@ -166,7 +264,7 @@ class MultiHeadAttention(Heads):
             wide = heads * int(shape[3] or 0)
             own = step.take(step.labels(self.bias), 0, np.arange(start, start + wide))
             start += wide
-            grid = to_heads(step, movement.insert_axis(movement.insert_axis(own, 0), 0), (1, 1, wide), heads)
+            grid = to_heads(step, algebra.insert_axis(algebra.insert_axis(own, 0), 0), (1, 1, wide), heads)
             result.append((broadcast(step.atoms, [(labels, (1, 1, *shape[2:])), grid], 4, step.reason), shape))
         return result[0], result[1], result[2]
 
@@ -245,3 +343,440 @@ class OnnxAttention(Heads):
 register(MS, "Attention", rule=Attention())
 register(MS, "MultiHeadAttention", rule=MultiHeadAttention())
 register("", "Attention", rule=OnnxAttention())
+
+
+class GroupQueryAttention(Rule):
+    """com.microsoft.GroupQueryAttention: kernels want one head size for all, so queries or whole groups of heads go."""
+
+    def propagate(self, step: Step) -> None:
+        """A group of queries goes with its key and value; within groups all lose equally many queries."""
+        heads, kv = int(step.attr("num_heads")), int(step.attr("kv_num_heads"))
+        if step.has(12) or step.has(13):
+            return  # a quantised cache
+        size = self._size(step, heads, kv)
+        q, k, v = self._parts(step, heads, kv, size)
+        for past, part in ((3, k), (4, v)):
+            if step.has(past):
+                shape = (1, 1, kv, size)
+                cache = along_heads(step, by_head(step.labels(past)))
+                broadcast(step.atoms, [(part[0], shape), (cache, shape)], 4, step.reason)
+        rows = [self._rows(step, labels) for labels, _ in (q, k, v)]
+        groups = self._tie(step, rows, heads, kv)
+        for i, axis in ((10, 1), (11, 0)):
+            if step.has(i):
+                self._beside(step, i, axis, groups, heads)
+        if groups is not None:
+            wide = Label(groups.reshape(1, 1, heads, 1), 2)
+            step.set(0, flattened(step, (wide,), heads, size))
+        step.set(1, by_head(k[0]))
+        step.set(2, by_head(v[0]))
+
+    @staticmethod
+    def _size(step: Step, heads: int, kv: int) -> int:
+        return step.shape(0)[2] // (heads if step.has(1) else heads + 2 * kv)
+
+    @staticmethod
+    def _parts(step: Step, heads: int, kv: int, size: int) -> list[Part]:
+        result, start = [], 0
+        for i, n in enumerate((heads, kv, kv)):
+            packed = not step.has(1)
+            labels = step.labels(0 if packed else i)
+            labels = along_heads(step, labels)
+            if packed:
+                labels = step.take(labels, 2, np.arange(start, start + n * size))
+                start += n * size
+            part = to_heads(step, labels, (1, 1, n * size), n)
+            step.fix(part[0], 3, "head-size", "this kernel wants one head size for queries, keys and values")
+            result.append(part)
+        return result
+
+    @staticmethod
+    def _rows(step: Step, labels: Labels) -> Ids | None:
+        """One atom per head."""
+        label = covering(labels, 2)
+        return None if label is None else step.atoms.project(label, (2,)).ravel()
+
+    @staticmethod
+    def _tie(step: Step, rows: list[Ids | None], heads: int, kv: int) -> Ids | None:
+        """Atoms of the query heads, as [kv, heads per kv] a grid whose rows go with keys and values."""
+        q, k, v = rows
+        if q is None:
+            for other in (k, v):
+                step.unite(other, None, "a head")
+            return None
+        grid = Label(q.reshape(kv, heads // kv), 1)
+        step.atoms.view(grid)
+        if kv == 1:
+            return q
+        group = step.atoms.rows_of(grid).ids.ravel() if heads > kv else q
+        for other in (k, v):
+            step.unite(group, other, "a head")
+        return q
+
+    @staticmethod
+    def _beside(step: Step, i: int, axis: int, rows: Ids | None, heads: int) -> None:
+        """An operand with one entry per query head."""
+        labels = step.labels(i)
+        for other in range(len(step.shape(i))):
+            if other != axis:
+                labels = step.drop_axis(labels, other, "fixed-size", "attention runs along this axis")
+        if step.shape(i)[axis] == heads > 1:
+            step.unite(rows, step.axis_ids(labels, axis), "a head")
+
+    def rewrite(self, cut: Cut) -> None:
+        """Numbers of heads; their size stays."""
+        if not cut.touched():
+            return
+        heads, kv = int(cut.attr("num_heads")), int(cut.attr("kv_num_heads"))
+        size = self._size(cut.before, heads, kv)
+        packed = not cut.before.has(1)
+        first = cut.before.shape(0)[2] - (2 * kv * size if packed else 0)
+        left = heads_left(cut, 0, heads, 0, first)
+        other = heads_left(cut, 0, kv, first, first + kv * size) if packed else heads_left(cut, 1, kv)
+        if left[1] != size or other[1] != size:
+            cut.fail("a head would lose a part of its channels")
+        cut.set_attr("num_heads", left[0])
+        cut.set_attr("kv_num_heads", other[0])
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """[B, S, heads * size] and the caches [B, kv heads, total, size]."""
+        q, past = shapes[0], shapes[3] if len(shapes) > 3 else None
+        if q is None or q[2] is None:
+            return [None]
+        heads, kv = int(node.attrs["num_heads"]), int(node.attrs["kv_num_heads"])
+        size = q[2] // (heads if node.inputs[1] else heads + 2 * kv)
+        total = values[6] if len(values) > 6 else None
+        length = None if total is None else int(np.ravel(total)[0])
+        if past is not None and past[2] is not None and length is not None:
+            length = max(length, past[2])
+        cache: Shape = (q[0], kv, length, size)
+        return [(q[0], q[1], heads * size), cache, cache]
+
+
+class RotaryEmbedding(Rule):
+    """Rotates pairs of channels within a head by the position: whole heads may go."""
+
+    def propagate(self, step: Step) -> None:
+        """Fix the head size, pass everything else."""
+        labels, shape = step.labels(0), step.shape(0)
+        if len(shape) == 3:
+            heads = self._heads(step)
+            if not heads:
+                return
+            grid, _ = to_heads(step, labels, shape, heads)
+        else:
+            grid = by_head(labels)
+        for axis in (0, 1):  # cosines, sines and positions have these axes too
+            step.fix(grid, axis, "rotary", "rotary positions run along this axis")
+        step.fix(grid, 3, "rotary", "rotary positions pair these channels")
+        step.set(0, labels)
+
+    @staticmethod
+    def _heads(step: Step) -> int:
+        """As stated; com.microsoft's form may leave it to the width of its cosines, input 2."""
+        stated = int(step.attr("num_heads", 0))
+        if stated or step.node.domain == "":
+            return stated
+        return step.shape(0)[2] // (2 * step.shape(2)[1]) if not step.attr("rotary_embedding_dim", 0) else 0
+
+    def rewrite(self, cut: Cut) -> None:
+        """The number of heads, where it is stated."""
+        heads = int(cut.attr("num_heads", 0))
+        if heads and cut.touched():
+            left, size = heads_left(cut, 0, heads)
+            if len(cut.before.shape(0)) == 3 and size != cut.before.shape(0)[2] // heads:
+                cut.fail("a head would lose a part of its channels")
+            cut.set_attr("num_heads", left)
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """The data's shape."""
+        return [shapes[0]]
+
+
+register(MS, "GroupQueryAttention", rule=GroupQueryAttention())
+register("", "RotaryEmbedding", rule=RotaryEmbedding())
+register(MS, "RotaryEmbedding", rule=RotaryEmbedding())
+
+
+ALONG = "attention runs along this axis"
+
+
+class QAttention(Attention):
+    """Attention on codes: all of :class:`Attention` but ``qkv_hidden_sizes``, so queries, keys and values stay alike.
+
+    Inputs: codes [B, S, in] and [in, 3 * H], bias [3 * H], both scales, a mask, both zero points, a cache.
+    """
+
+    settings = (3, 4, 6, 7)
+
+    def propagate(self, step: Step) -> None:
+        """One product, whose columns have scales and zero points, split into three; a cell of one goes with all."""
+        if step.has(8) or any(step.node.outputs[1:]):
+            return  # a cache [2, ...] holds keys and values in one tensor: all sizes stay
+        heads, wide = int(step.attr("num_heads")), (1, 1, step.shape(1)[1])
+        x = step.labels(0)
+        for axis in (0, 1):
+            x = step.drop_axis(x, axis, "fixed-size", ALONG)
+        operands: list[tuple[Labels, Shape]] = [
+            (contract(step, [(x, (1, 1, step.shape(0)[2]), "bsi"), self._weight(step)], "bso"), wide)
+        ]
+        operands += [(step.labels(i), step.shape(i)) for i in (2, 4, 7) if step.has(i)]
+        joint = broadcast(step.atoms, operands, 3, step.reason)
+        q, k, v = (
+            to_heads(step, step.take(joint, 2, np.arange(a, b)), (1, 1, b - a), heads) for a, b in self._parts(step)
+        )
+        if step.attr("do_rotary", 0):
+            for labels, _ in (q, k):
+                step.fix(labels, 3, "rotary", "rotary positions pair these channels")
+        _, out = attend(step, q, k, v)
+        keys, values = covering(k[0], 3), covering(out, 3)
+        step.unite(
+            None if keys is None else keys.ids, None if values is None else values.ids, "the size that all three have"
+        )
+        step.set(0, flattened(step, out, heads, int(v[1][3] or 0)))
+
+    @staticmethod
+    def _weight(step: Step) -> tuple[Labels, Shape, str]:
+        return step.labels(1), step.shape(1), "io"
+
+    def neutral(self, step: Step, i: int) -> str | None:
+        """The zero point of the input or of the weight."""
+        zero = {0: 6, 1: 7}.get(i)
+        return step.node.inputs[zero] if zero is not None and step.has(zero) else None
+
+    def numbers(self, node: Node, i: int, codes: NDArray[Any], read: Read) -> NDArray[Any] | None:
+        """Input and weight are codes."""
+        scale = read({0: 3, 1: 4}.get(i, -1))
+        return None if scale is None else numbers(codes, scale, read({0: 6, 1: 7}[i]), axis=-1)
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """As for numbers, but for the place of the cache."""
+        return super().infer(node, [*shapes[:2], None, None, shapes[8] if len(shapes) > 8 else None], values)
+
+
+class PackedAttention(Attention):
+    """Attention on the tokens of a batch in a row: input [T, in], weights [in, Q + K + V], bias [Q + K + V]."""
+
+    def propagate(self, step: Step) -> None:
+        """One product, split into queries, keys and values."""
+        heads, wide = int(step.attr("num_heads")), step.shape(1)[1]
+        x = step.drop_axis(step.labels(0), 0, "fixed-size", ALONG)
+        joint = contract(step, [(x, (1, step.shape(0)[1]), "si"), (step.labels(1), step.shape(1), "io")], "so")
+        joint = broadcast(step.atoms, [(joint, (1, wide)), (step.labels(2), step.shape(2))], 2, step.reason)
+        joint = algebra.insert_axis(joint, 0)
+        q, k, v = (
+            to_heads(step, step.take(joint, 2, np.arange(a, b)), (1, 1, b - a), heads) for a, b in self._parts(step)
+        )
+        bias = as_rank_4(step.labels(5), step.shape(5)) if step.has(5) else None
+        _, out = attend(step, q, k, v, bias)
+        step.set(0, algebra.remove_axis(flattened(step, out, heads, int(v[1][3] or 0)), 0))
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """The input times the packed weight, ahead of the heads."""
+        w = known(shapes[1])
+        return None if data != 0 or w is None else Pairwise(("si", "io", "so"), w, plain=False)
+
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """The input's channels, and queries and keys as they come out of weights and bias."""
+        return [(0, (1,)), (1, (1,)), (2, (0,))]
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """[T, V]."""
+        x, w = shapes[0], shapes[1]
+        if x is None or w is None or w[1] is None:
+            return [None]
+        return [(x[0], (node.attrs.get("qkv_hidden_sizes") or [w[1] // 3] * 3)[2])]
+
+
+class PackedMultiHeadAttention(MultiHeadAttention):
+    """The same on queries, keys and values: [T, H] each, or together [T, heads, 3, size]; bias [Q + K + V]."""
+
+    def propagate(self, step: Step) -> None:
+        """Lay all out by heads, add the bias, attend."""
+        heads = int(step.attr("num_heads"))
+        together = len(step.shape(0)) == 4
+        if together and step.has(3):
+            return  # which part of the bias applies differs between kernels
+        parts = [self._one(step, i) if together else self._apart(step, i, heads) for i in range(3)]
+        q, k, v = self._biased(step, heads, *parts) if step.has(3) else parts
+        bias = as_rank_4(step.labels(6), step.shape(6)) if step.has(6) else None
+        _, out = attend(step, q, k, v, bias)
+        step.set(0, algebra.remove_axis(flattened(step, out, heads, int(v[1][3] or 0)), 0))
+
+    @staticmethod
+    def _one(step: Step, at: int) -> Part:
+        picked = algebra.remove_axis(step.take(step.labels(0), 2, np.array([at])), 2)
+        tokens, heads, _, size = step.shape(0)
+        return algebra.insert_axis(picked, 0), (1, tokens, heads, size)
+
+    @staticmethod
+    def _apart(step: Step, i: int, heads: int) -> Part:
+        return to_heads(step, algebra.insert_axis(step.labels(i), 0), (1, *step.shape(i)), heads)
+
+    def rewrite(self, cut: Cut) -> None:
+        """Heads and the scale; the sizes follow from the operands."""
+        heads, shape = int(cut.attr("num_heads")), cut.before.shape(0)
+        if not cut.touched():
+            return
+        left, size = heads_left(cut, 0, heads)
+        cut.set_attr("num_heads", left)
+        self.set_scale(cut, shape[-1] if len(shape) == 4 else shape[-1] // heads, size)
+
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """Queries and keys are summed over the head size, and so is what the bias adds to them."""
+        axes = (1, 3) if len(step.shape(0)) == 4 else (1,)
+        result: list[tuple[int, tuple[int, ...]]] = [(i, axes) for i in (0, 1) if step.has(i)]
+        return [*result, (3, (0,))] if step.has(3) else result
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """[T, V]."""
+        q, v = shapes[0], shapes[2] if len(shapes) > 2 else None
+        if q is None:
+            return [None]
+        if len(q) == 4:
+            return [None if q[1] is None or q[3] is None else (q[0], q[1] * q[3])]
+        return [None if v is None else (q[0], v[1])]
+
+
+register(MS, "QAttention", rule=QAttention())
+register(MS, "PackedAttention", rule=PackedAttention())
+register(MS, "PackedMultiHeadAttention", rule=PackedMultiHeadAttention())
+
+
+class DecoderMaskedMultiHeadAttention(MultiHeadAttention):
+    """com.microsoft.DecoderMaskedMultiHeadAttention: one query per call; kernels want one head size for all."""
+
+    bias, added, past = 10, 4, (5, 6)
+
+    def propagate(self, step: Step) -> None:
+        """As MultiHeadAttention by whole heads, where keys and values come apart."""
+        if not (step.has(1) and step.has(2)):
+            return
+        heads = int(step.attr("num_heads"))
+        for i in range(3):
+            part = to_heads(step, step.labels(i), step.shape(i), heads)
+            step.fix(part[0], 3, "head-size", "this kernel wants one head size for queries, keys and values")
+        super().propagate(step)
+
+
+class LinearAttention(Heads):
+    """LinearAttention: one state of keys times values [dk, dv] per head, which decays and is corrected.
+
+    A state that comes from outside or goes there keeps all sizes.
+    """
+
+    @staticmethod
+    def _heads(step: Step) -> tuple[int, int]:
+        return int(step.attr("q_num_heads")), int(step.attr("kv_num_heads"))
+
+    def propagate(self, step: Step) -> None:
+        """Queries, keys and their decay share channels, which are summed over; values pass; heads go together."""
+        heads, kv = self._heads(step)
+        graph = step.table.graph
+        kept = any(o in graph.consumers or o in graph.outputs for o in step.node.outputs[1:] if o)
+        if step.has(3) or kept or kv > heads:
+            return
+        q, k, v = (to_heads(step, step.labels(i), step.shape(i), n) for i, n in ((0, heads), (1, kv), (2, kv)))
+        gates = [self._gate(step, i, kv) for i in (4, 5) if step.has(i)]
+        every = [part if part[1][2] == 1 < kv else repeated(step, part, heads // kv) for part in (k, *gates)]
+        operands = [(along_heads(step, labels), (1, 1, *shape[2:]), "bthd") for labels, shape in (q, *every)]
+        rows: Shape = (1, 1, heads)
+        together = contract(step, operands, "bth")
+        labels, shape = repeated(step, v, heads // kv)
+        passed = [(together, rows, "bth"), (along_heads(step, labels), (1, 1, *shape[2:]), "bthv")]
+        step.set(0, flattened(step, contract(step, passed, "bthv"), heads, int(v[1][3] or 0)))
+
+    @staticmethod
+    def _gate(step: Step, i: int, heads: int) -> Part:
+        """A decay or rate: one per key channel, per head or (of one value) for all."""
+        labels, shape = step.labels(i), step.shape(i)
+        if shape[2] not in (1, heads):
+            return to_heads(step, labels, shape, heads)
+        return algebra.insert_axis(labels, 3), (*shape, 1)
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Every head writes its state of keys times values once a step, and reads it."""
+        q, k, v = shapes[:3]
+        if q is None or k is None or v is None:
+            return 0
+        heads, kv = int(node.attrs["q_num_heads"]), int(node.attrs["kv_num_heads"])
+        return prod(q[:2]) * (kv + heads) * (k[2] // kv) * (v[2] // kv)
+
+    def rewrite(self, cut: Cut) -> None:
+        """Numbers of heads, and the scale, which follows from the channels of a query."""
+        if not cut.touched():
+            return
+        heads, kv = self._heads(cut.before)
+        left, size = heads_left(cut, 0, heads)
+        cut.set_attr("q_num_heads", left)
+        cut.set_attr("kv_num_heads", heads_left(cut, 1, kv)[0])
+        self.set_scale(cut, cut.before.shape(0)[2] // heads, size)
+
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """Queries and keys are summed over their channels."""
+        return [(0, (2,)), (1, (2,))]
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """[B, T, heads * dv], and the state [B, kv heads, dk, dv]."""
+        q, k, v = shapes[:3]
+        if q is None or k is None or v is None or v[2] is None or k[2] is None:
+            return [None]
+        heads, kv = int(node.attrs["q_num_heads"]), int(node.attrs["kv_num_heads"])
+        state = None if node.attrs.get("state_window", 0) else (q[0], kv, k[2] // kv, v[2] // kv)
+        return [(q[0], q[1], max(heads, kv) * (v[2] // kv)), state]
+
+
+class CausalConv(Rule):
+    """CausalConvWithState: a depthwise convolution over what came before, [N, C, ...] or [N, L, C]."""
+
+    weights = (1,)
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """Every number of the output is a sum over the kernel."""
+        return 0 if out is None or shapes[1] is None else prod(out) * prod(shapes[1][1:])
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """Axis 1 unless channels come last."""
+        return rank - 1 if node.attrs.get("channels_last", 0) else 1
+
+    def propagate(self, step: Step) -> None:
+        """A channel is one of everything: data, kernel, bias, state and result."""
+        axis, rank = 2 if step.attr("channels_last", 0) else 1, len(step.shape(0))
+        if step.attr("state_window", 0) or (axis == 2 and rank != 3):
+            return  # several states, or channels along several axes
+        found = []
+        for i, at in ((0, axis), (1, 0), (2, 0), (3, axis)):
+            if step.has(i):
+                labels = step.labels(i)
+                step.fix_all_but(labels, (at,), "spatial", "a convolution slides over this axis")
+                found.append(step.axis_ids(labels, at))
+        for ids in found[1:]:
+            step.unite(found[0], ids, "a channel of a depthwise convolution")
+        if found[0] is not None:
+            for o in (0, 1):
+                step.set(o, (along(found[0], axis, rank),))
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """Windows that end where they stand, where nothing came before."""
+        w, attrs = known(shapes[1]), node.attrs
+        begins = len(node.inputs) < 4 or not node.inputs[3]
+        if data != 0 or w is None or len(w) != 3 or not begins or attrs.get("channels_last", 0):
+            return None
+        apart = int(attrs.get("dilation", 1))
+        plain = attrs.get("activation", "none") == "none"
+        return Windows(w[2:], dilations=(apart,), pads=((w[2] - 1) * apart, 0), group=w[0], plain=plain)
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """The data's shape, and as many positions of it as the kernel looks back."""
+        x, w = shapes[0], shapes[1]
+        if x is None or w is None or len(x) < 3:
+            return [x]
+        back = None if w[-1] is None else (w[-1] - 1) * int(node.attrs.get("dilation", 1))
+        state = (x[0], back, *x[2:]) if node.attrs.get("channels_last", 0) else (*x[:-1], back)
+        return [x, None if node.attrs.get("state_window", 0) else state]
+
+
+register(MS, "DecoderMaskedMultiHeadAttention", rule=DecoderMaskedMultiHeadAttention())
+for domain in ("", MS):
+    register(domain, "LinearAttention", rule=LinearAttention())
+    register(domain, "CausalConvWithState", rule=CausalConv())

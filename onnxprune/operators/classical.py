@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape, concatenate
+from onnxprune.labels.algebra import Shape, concatenate
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.registry import Rule, register

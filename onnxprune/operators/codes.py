@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (gives numpy the arithmetic of bfloat16 and int4)
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,4 +1,4 @@
-"""What a rule sees: ``Step`` while labels are pushed through, ``Cut`` while nodes are rewritten."""
+"""What a rule reads and states: Step while labels are propagated, Cut while nodes are rewritten."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph, Node
-from onnxprune.labels import movement
+from onnxprune.labels import algebra
+from onnxprune.labels.algebra import broadcast, merge
 from onnxprune.labels.atoms import Atoms
-from onnxprune.labels.combine import broadcast, merge
 from onnxprune.labels.label import NONE, Ids, Label, Labels, covering
-from onnxprune.operators.registry import rule_of
+from onnxprune.operators.registry import Move, rule_of
 
 # Element types whose constants are weights: floats, and the integers that quantised weights are stored in.
 _WEIGHT_KINDS = "fV"
@@ -280,7 +280,7 @@ class Step:
 
     def take(self, labels: Labels, axis: int, index: Ids) -> Labels:
         """Labels of picked positions along an axis, which stays."""
-        return movement.take(self.atoms, labels, axis, index, self.reason)
+        return algebra.take(self.atoms, labels, axis, index, self.reason)
 
     def axis(self, default: int = 0, rank: int | None = None) -> int:
         """The node's ``axis`` attribute as a non-negative number."""
@@ -373,3 +373,40 @@ class Cut:
     def fail(self, detail: str) -> None:
         """This node cannot be rewritten: the groups that touch it stay whole, with this reason."""
         self._state.fail(self.node, detail)
+
+
+def owned(step: Step, i: int, axes: tuple[int, ...]) -> list[str] | None:
+    """Names from input ``i`` back to its initializer or constant fill, all read by this node alone, else None.
+
+    A dequantisation whose scales vary along one of ``axes`` ties positions of its own and ends the search.
+    """
+    graph = step.table.graph
+    name: str | None = step.node.inputs[i] if step.has(i) else None
+    chain = []
+    reader: Node | None = step.node
+    while name is not None and name not in graph.outputs and all(n is reader for n, _ in graph.consumers.get(name, ())):
+        chain.append(name)
+        producer = graph.producer.get(name)
+        if name in graph.weights or (producer is not None and producer.op == "ConstantOfShape"):
+            return None if name in graph.captured else chain
+        reader = producer
+        name = producer.inputs[0] if producer is not None and _passes(step, producer, axes) else None
+    return None
+
+
+def _passes(step: Step, node: Node, axes: tuple[int, ...]) -> bool:
+    rule = rule_of(node)
+    if not rule.decodes:
+        return rule.moves in (Move.SAME, Move.CAST)
+    rank = len(step.table.facts.shape(node.inputs[0]) or ())
+    scale = step.table.facts.shape(node.inputs[1])
+    if scale is None or len(scale) > 1:
+        return False
+    return sum(scale) <= 1 or int(node.attrs.get("axis", 1)) % rank not in axes
+
+
+def override(step: Step, chain: list[str], labels: tuple[Label, ...], axes: tuple[int, ...]) -> None:
+    """State ``labels`` for every tensor of a chain in place of what it has on ``axes``."""
+    for link in chain:
+        rest = tuple(x for x in step.table.get(link) if not set(x.axes) & set(axes))
+        step.table.set(link, (*rest, *labels))

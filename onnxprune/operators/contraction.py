@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.contractions import Form, Pairwise
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape, broadcast, known
+from onnxprune.labels.algebra import Shape, broadcast, known
 from onnxprune.labels.label import Label, Labels
 from onnxprune.operators.context import Step
+from onnxprune.operators.contractions import Form, Pairwise
 from onnxprune.operators.registry import Rule, register
 from onnxprune.operators.sizes import product
 

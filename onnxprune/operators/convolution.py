@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.contractions import Form, Transposed, Windows
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape, broadcast, known
+from onnxprune.labels.algebra import Shape, broadcast, known
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
-from onnxprune.operators.context import Cut, Step
-from onnxprune.operators.ownership import override, owned
+from onnxprune.operators.context import Cut, Step, override, owned
+from onnxprune.operators.contractions import Form, Transposed, Windows
 from onnxprune.operators.registry import Rule, register
 from onnxprune.operators.sizes import window_sizes
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape
-from onnxprune.model.elements import DTYPES
+from onnxprune.io.elements import DTYPES
+from onnxprune.labels.algebra import Shape
 from onnxprune.operators.context import Step
 from onnxprune.operators.operands import Values, given
 from onnxprune.operators.registry import Array, Inverse, Move, Read, Rule, register

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape
+from onnxprune.labels.algebra import Shape
 from onnxprune.labels.label import Ids, Label, along, covering
 from onnxprune.operators.codes import PACKED_BITS, numbers, unpack
-from onnxprune.operators.context import Step
-from onnxprune.operators.ownership import override, owned
+from onnxprune.operators.context import Step, override, owned
 from onnxprune.operators.registry import Array, Read, Rule, register
 
 MS = "com.microsoft"

@@ -1,4 +1,8 @@
-"""Gather, shape operators, and what makes tensors out of sizes."""
+"""Operators that gather and scatter by index.
+
+An index that is known is renumbered where it addresses channels, and loses the entries of those that go. One that is
+computed passes channels where it has the same channels itself: it was repeated over them by Expand or Tile.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,13 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.graph.view import Node
-from onnxprune.labels import movement
-from onnxprune.labels.label import Labels, along, covering
+from onnxprune.labels import algebra
+from onnxprune.labels.algebra import Shape as AxisSizes
+from onnxprune.labels.algebra import align, broadcast
+from onnxprune.labels.label import Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.operands import Values, axis_of, given, listed, needed, where_known, whole_numbers
 from onnxprune.operators.registry import Move, Rule, register
@@ -35,9 +42,9 @@ class Gather(Rule):
     def _place(labels: Labels, axis: int, rank: int) -> Labels:
         """The axis is replaced by the index's own axes."""
         if rank == 0:
-            return movement.remove_axis(labels, axis)
+            return algebra.remove_axis(labels, axis)
         for _ in range(rank - 1):
-            labels = movement.insert_axis(labels, axis + 1)
+            labels = algebra.insert_axis(labels, axis + 1)
         return labels
 
     def rewrite(self, cut: Cut) -> None:
@@ -158,3 +165,390 @@ register("", "ConstantOfShape", rule=Fill())
 register("", "Range", rule=Range())
 register("", "NonZero", "NonMaxSuppression", "OneHot", "EyeLike", "Unique", rule=Unlabelled())
 register("", "Trilu", rule=Trilu())
+
+
+Index = NDArray[np.int64]
+_BY_INDEX = "positions of this axis are addressed by a computed index"
+
+
+def _known(step: Step, i: int) -> Index | None:
+    """An index that is the same at every size of the inputs."""
+    value = step.table.facts.static_value(step.node.inputs[i])
+    return None if value is None else value.astype(np.int64)
+
+
+def _only_axis(values: Index) -> int | None:
+    """The one axis that an array varies along, -1 where it is the same throughout, None where there are several."""
+    varying = [a for a in range(values.ndim) if (values != values.take([0], axis=a)).any()]
+    return None if len(varying) > 1 else varying[0] if varying else -1
+
+
+def _line(values: Index, axis: int) -> Index | None:
+    """The array along one axis, where it is the same along all others."""
+    if not values.size or _only_axis(values) not in (axis, -1):
+        return None
+    return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)[:, 0]
+
+
+def _renumbered(values: Index, keep: NDArray[np.bool_] | None) -> Index:
+    """Positions along an axis as they are once some have gone; those that are gone must not be among them."""
+    return values if keep is None else np.asarray((np.cumsum(keep) - 1)[values % keep.size])
+
+
+class _Elements(Rule):
+    """GatherElements and ScatterElements: an index of the data's rank, whose axes but one are the data's own."""
+
+    beside: int
+    """Position of the tensor that the index has an entry for every element of; -1 for the output."""
+
+    def _beside(self, cut: Cut) -> str:
+        return cut.node.outputs[0] if self.beside < 0 else cut.node.inputs[self.beside]
+
+    @staticmethod
+    def _parted(step: Step, labels: Labels, axis: int, line: Index | None) -> Labels:
+        """Labels in which no grid runs over the indexed axis, and none at all where its positions are not known."""
+        label = covering(labels, axis)
+        if label is not None and (line is None or label.is_grid):
+            labels = step.drop_axis(labels, axis, "fixed-size", _BY_INDEX)
+        return labels
+
+    @staticmethod
+    def _first(step: Step, labels: Labels, axis: int, sizes: tuple[int, ...]) -> Labels:
+        """Labels of the leading positions of all axes but the indexed one, which has none."""
+        labels = tuple(x for x in labels if x.ids.shape[axis] == 1)
+        for a, n in enumerate(step.shape(0)):
+            if a != axis and n != sizes[a]:
+                labels = step.take(labels, a, np.arange(sizes[a]))
+        return labels
+
+    @staticmethod
+    def _met(step: Step, operands: list[Labels], axis: int) -> Labels:
+        """Labels beside the indexed axis; an index that is known meets what it meets."""
+        sizes = step.shape(1)
+        index = step.drop_axis(step.labels(1), axis, "fixed-size", "an index along this axis")
+        known = _known(step, 1) is not None
+        own = tuple(1 if a == axis or (known and covering(index, a) is None) else n for a, n in enumerate(sizes))
+        whole = tuple(1 if a == axis else n for a, n in enumerate(sizes))
+        return broadcast(step.atoms, [*((x, whole) for x in operands), (index, own)], len(sizes), step.reason)
+
+    def rewrite(self, cut: Cut) -> None:
+        """An index that is known loses the entries of channels that go, and is renumbered along its axis."""
+        old = _known(cut.before, 1)
+        if old is None:
+            return
+        axis = cut.before.axis()
+        new = _renumbered(cut.survivors(self._beside(cut), old), cut.keep(cut.node.inputs[0], axis))
+        value = cut.value(1)
+        if value is None or not np.array_equal(new, value):
+            cut.set_input(1, new.astype(cut.before.value(1).dtype))  # type: ignore[union-attr]
+
+
+class GatherElements(_Elements):
+    """One element for every entry of the index."""
+
+    chooses = True
+
+    beside = -1
+
+    def propagate(self, step: Step) -> None:
+        """Positions that are the same for all other axes are picked; the other axes pass."""
+        axis, index = step.axis(), _known(step, 1)
+        line = None if index is None else _line(index, axis)
+        labels = self._parted(step, step.labels(0), axis, line)
+        picked: Labels = ()
+        if line is not None:
+            label = covering(labels, axis)
+            picked = step.take(() if label is None else (label,), axis, line % step.shape(0)[axis])
+        rest = self._first(step, labels, axis, step.shape(1))
+        step.set(0, (*self._met(step, [rest], axis), *picked))
+
+
+class ScatterElements(_Elements):
+    """One element written for every entry of the index, in place of what is there or joined with it."""
+
+    chooses = True
+
+    beside = 2
+
+    def propagate(self, step: Step) -> None:
+        """Channels that are written go with the updates'; the other axes of all three go together."""
+        axis, index = step.axis(), _known(step, 1)
+        line = None if index is None else _line(index, axis)
+        data = self._parted(step, step.labels(0), axis, line)
+        updates = self._parted(step, step.labels(2), axis, line)
+        if line is not None:
+            target = step.axis_ids(data, axis)
+            written = None if target is None else target[line % target.size]
+            step.unite(written, step.axis_ids(updates, axis), "what is written by index")
+        rest = tuple(x for x in updates if x.ids.shape[axis] == 1)
+        self._met(step, [self._first(step, data, axis, step.shape(2)), rest], axis)
+        step.set(0, data)
+
+    def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
+        """The data's shape."""
+        return [shapes[0]] if len(node.outputs) == 1 else None
+
+
+class Columns:
+    """What a known index [..., depth] says of each axis that it addresses.
+
+    ``axes``: the axis of the index that the positions along an addressed axis vary along, which no other addressed axis
+    shares; -1 where all are at one position; None where neither is so.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        found = [_only_axis(index[..., k]) for k in range(index.shape[-1])]
+        moving = [a for k in range(index.shape[-1]) for a in range(index.ndim - 1) if self._varies(k, a)]
+        self.axes = [None if a is not None and a >= 0 and moving.count(a) > 1 else a for a in found]
+        self.computed = False
+
+    @classmethod
+    def at_every(cls, values: list[Index]) -> Columns:
+        """The columns of an index that follows the sizes of the inputs: only what is the same at all of them counts."""
+        first, *others = (cls(v) for v in values)
+        first.computed = any(not np.array_equal(values[0], v) for v in values[1:])
+        for k, axis in enumerate(first.axes):
+            if axis is not None and any(
+                other.axes[k] != axis or not np.array_equal(other.raw(k), first.raw(k)) for other in others
+            ):
+                first.axes[k] = None
+        return first
+
+    def _varies(self, k: int, axis: int) -> bool:
+        column = self.index[..., k]
+        return bool((column != column.take([0], axis=axis)).any())
+
+    def raw(self, k: int) -> Index:
+        """Positions along addressed axis ``k`` as they are written: one for every entry of the index's axis."""
+        axis, column = self.axes[k], self.index[..., k]
+        line = column.ravel()[:1] if axis is None or axis < 0 else _line(column, axis)
+        assert line is not None
+        return line
+
+    def line(self, k: int, size: int) -> Index:
+        """Positions along addressed axis ``k``, all counted from the front."""
+        return self.raw(k) % size
+
+    def addressed(self, k: int, size: int) -> Index:
+        """Every position along addressed axis ``k`` that the index names."""
+        return np.unique(self.index[..., k] % size)
+
+    def cut(self, cut: Cut, beside: str, first: int) -> Index:
+        """The index after the cut, where ``beside`` has its axes in front; data is addressed from axis ``first`` on."""
+        index = self.index
+        for axis in range(index.ndim - 1):
+            keep = cut.keep(beside, axis)
+            if keep is not None:
+                index = index.compress(keep, axis=axis)
+        columns = [_renumbered(index[..., k], cut.keep(cut.node.inputs[0], first + k)) for k in range(index.shape[-1])]
+        return np.stack(columns, axis=-1)
+
+    def move(self, cut: Cut, beside: str, first: int) -> None:
+        """Nodes in front that make a computed index what it is after the cut: entries go, positions are shifted."""
+        keeps = [cut.keep(beside, axis) for axis in range(self.index.ndim - 1)]
+        for axis, keep in enumerate(keeps):
+            if keep is not None:
+                cut.pick(1, axis, np.flatnonzero(keep))
+        for k, addressed in enumerate(self.axes):
+            left, line = cut.keep(cut.node.inputs[0], first + k), self.raw(k)
+            if left is None or addressed is None:
+                continue
+            keep = None if addressed < 0 else keeps[addressed]
+            line = line if keep is None else line[keep]
+            shift = np.zeros(
+                (*(line.size if a == addressed else 1 for a in range(len(keeps))), len(self.axes)), np.int64
+            )
+            shift[..., k] = (_renumbered(line, left) - line).reshape(shift.shape[:-1])
+            cut.add(1, shift)
+
+
+def _columns(step: Step) -> Columns | None:
+    values = [probe.values.get(step.node.inputs[1]) for probe in step.table.facts.probes]
+    known = [v.astype(np.int64) for v in values if v is not None and v.size and v.ndim == len(step.shape(1))]
+    return Columns.at_every(known) if known and len(known) == len(values) else None
+
+
+class _Slices(Rule):
+    """GatherND and ScatterND: an index [..., depth] addresses the first axes of the data; those behind pass."""
+
+    def _addressed(self, step: Step, labels: Labels, columns: Columns | None, first: int, k: int) -> Labels:
+        """Labels without addressed axis ``k`` where it has to stay or where single positions of it do."""
+        axis = first + k
+        label = covering(labels, axis)
+        if label is None:
+            return labels
+        if columns is None or label.is_grid or (columns.computed and columns.axes[k] is None):
+            return step.drop_axis(labels, axis, "fixed-size", _BY_INDEX)
+        if columns.axes[k] is None:
+            named = label.ids.ravel()[columns.addressed(k, label.ids.size)]
+            step.atoms.freeze(named, step.reason("fixed-size", "positions of this axis are addressed one by one"))
+        return labels
+
+    def _rewrite(self, cut: Cut, beside: str, first: int) -> None:
+        columns = _columns(cut.before)
+        if columns is None:
+            return
+        new, value = columns.cut(cut, beside, first), cut.value(1)
+        if value is not None and np.array_equal(new, value):
+            return
+        if not columns.computed:
+            cut.set_input(1, new)  # of the one type that these operators take
+        elif value is None or not np.array_equal(value, columns.index):
+            cut.fail("its index is computed from sizes that are others after the cut")
+        else:
+            columns.move(cut, beside, first)
+
+
+class GatherND(_Slices):
+    """Slices looked up by index."""
+
+    chooses = True
+
+    def propagate(self, step: Step) -> None:
+        """Known positions along an axis of their own are picked; a position that stands alone stays."""
+        labels, columns = step.labels(0), _columns(step)
+        batch, depth = int(step.attr("batch_dims", 0)), step.shape(1)[-1]
+        first, rank = batch + depth, len(step.out_shape())
+        shift = len(step.shape(1)) - 1 - first
+        for axis in range(batch):
+            labels = step.drop_axis(labels, axis, "fixed-size", "a batch axis of what is looked up by index")
+        result: Labels = ()
+        for k in range(depth):
+            labels = self._addressed(step, labels, columns, batch, k)
+            label = covering(labels, batch + k)
+            if label is not None:
+                result = (*result, *self._picked(step, label, columns, batch + k, k, rank))
+        for label in labels:
+            if min(label.axes) >= first:
+                ids = label.ids.reshape((1,) * (first + shift) + label.ids.shape[first:])
+                result = (*result, Label(ids, label.pack + shift))
+        step.set(0, result)
+
+    @staticmethod
+    def _picked(step: Step, label: Label, columns: Columns | None, axis: int, k: int, rank: int) -> Labels:
+        """The axis of the output that positions of a data axis go to; one that is named alone is frozen."""
+        if columns is None or columns.axes[k] is None:
+            return ()
+        target = columns.axes[k]
+        line = columns.line(k, label.ids.size)
+        step.take((label,), axis, line)  # a single one is frozen
+        return () if target is None or line.size < 2 else (along(label.ids.ravel()[line], target, rank),)
+
+    def rewrite(self, cut: Cut) -> None:
+        """A known index loses what goes and is renumbered."""
+        self._rewrite(cut, cut.node.outputs[0], int(cut.attr("batch_dims", 0)))
+
+
+class ScatterND(_Slices):
+    """Slices written into a tensor, in place of what is there or joined with it."""
+
+    chooses = True
+
+    def propagate(self, step: Step) -> None:
+        """Channels that are written go with the updates' own; the axes behind those addressed go together."""
+        data, updates, columns = step.labels(0), step.labels(2), _columns(step)
+        depth, ahead, rank = step.shape(1)[-1], len(step.shape(1)) - 1, len(step.shape(0))
+        if any(
+            x.is_grid and min(x.axes) < at <= max(x.axes)
+            for part, at in ((data, depth), (updates, ahead))
+            for x in part
+        ):
+            step.freeze((*data, *updates), "unsupported-form", "a grid is written by index")
+            return
+        written = set()
+        for k in range(depth):
+            data = self._addressed(step, data, columns, 0, k)
+            target = covering(data, k)
+            if target is None or columns is None or columns.axes[k] is None:
+                continue
+            axis = columns.axes[k]
+            here = target.ids.ravel()[columns.line(k, target.ids.size)]
+            own = None if axis is None or axis < 0 else step.axis_ids(updates, axis)
+            step.unite(here, own, "what is written by index")
+            written.add(axis)
+        for axis in range(ahead):
+            if axis not in written:
+                updates = step.drop_axis(updates, axis, "fixed-size", "positions of this axis are written by index")
+        parts = [
+            (self._behind(x, at), s[at:])
+            for x, at, s in ((data, depth, step.shape(0)), (updates, ahead, step.shape(2)))
+        ]
+        behind = broadcast(step.atoms, parts, rank - depth, step.reason)
+        step.set(0, (*(x for x in data if max(x.axes) < depth), *align(behind, depth)))
+
+    @staticmethod
+    def _behind(labels: Labels, at: int) -> Labels:
+        """Labels of the axes from ``at`` on."""
+        return tuple(Label(x.ids.reshape(x.ids.shape[at:]), x.pack - at) for x in labels if min(x.axes) >= at)
+
+    def rewrite(self, cut: Cut) -> None:
+        """A known index loses what goes and is renumbered."""
+        self._rewrite(cut, cut.node.inputs[2], 0)
+
+    def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
+        """The data's shape."""
+        return [shapes[0]] if len(node.outputs) == 1 else None
+
+    def evaluate(self, node: Node, values: Any) -> Any:
+        """Slices of a copy replaced; forms that combine old and new are left to onnx's evaluator."""
+        data, where, updates = values[:3]
+        if node.attrs.get("reduction", "none") != "none" or where.shape[-1] == 0:
+            return None
+        result = np.array(data)
+        result[tuple(np.moveaxis(where, -1, 0))] = updates
+        return result
+
+
+class TensorScatter(Rule):
+    """Updates of a cache written at a position per sample along one axis."""
+
+    def propagate(self, step: Step) -> None:
+        """Cache and update share all axes but that and the samples'."""
+        axis, both = step.axis(-2), [step.labels(0), step.labels(1)]
+        for k in range(2):
+            for a in (0, axis):
+                both[k] = step.drop_axis(both[k], a, "fixed-size", "a cache is written along this axis")
+        shape = tuple(1 if a in (0, axis) else n for a, n in enumerate(step.shape(0)))
+        step.set(0, broadcast(step.atoms, [(labels, shape) for labels in both], len(shape), step.reason))
+
+
+class Compress(Rule):
+    """Positions along an axis where a condition holds; without an axis, of the data as one row."""
+
+    def propagate(self, step: Step) -> None:
+        """A known condition takes positions, any other fixes its axis."""
+        labels, shape = step.labels(0), step.shape(0)
+        axis = step.attr("axis")
+        if axis is None:
+            step.freeze(labels, "fixed-size", "Compress picks single elements")
+            return
+        at, condition = int(axis) % len(shape), step.table.facts.static_value(step.node.inputs[1])
+        if condition is None:
+            labels = step.drop_axis(labels, at, "fixed-size", _BY_INDEX)
+        else:
+            labels = step.take(labels, at, np.flatnonzero(condition))
+        step.set(0, labels)
+
+    def rewrite(self, cut: Cut) -> None:
+        """The conditions of channels that go leave."""
+        axis, condition = cut.attr("axis"), cut.before.value(1)
+        keep = None if axis is None else cut.keep(cut.node.inputs[0], int(axis) % len(cut.before.shape(0)))
+        if keep is not None and condition is not None:
+            cut.set_input(1, condition[keep[: condition.size]])
+
+    def infer(self, node: Node, shapes: list[AxisSizes | None], values: list[Any]) -> list[AxisSizes | None]:
+        """As many positions as conditions hold."""
+        x, condition, axis = shapes[0], values[1], node.attrs.get("axis")
+        count = None if condition is None else int(np.count_nonzero(condition))
+        if x is None or axis is None:
+            return [(count,) if axis is None else None]
+        return [tuple(count if a == axis % len(x) else n for a, n in enumerate(x))]
+
+
+register("", "GatherElements", rule=GatherElements())
+register("", "GatherND", rule=GatherND())
+register("", "ScatterElements", "Scatter", rule=ScatterElements())
+register("", "ScatterND", rule=ScatterND())
+register("", "TensorScatter", rule=TensorScatter())
+register("", "Compress", rule=Compress())

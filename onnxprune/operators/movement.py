@@ -1,7 +1,8 @@
-"""Operators that move data without computing: they run themselves on the labels."""
+"""Operators that move data: permute, reshape, split, slice, pad."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.graph.view import Node
-from onnxprune.labels import movement
-from onnxprune.labels.combine import Shape, broadcast, concatenate
-from onnxprune.labels.label import NONE, Label, Labels, along
+from onnxprune.labels import algebra
+from onnxprune.labels.algebra import Shape, broadcast, concatenate, split_points
+from onnxprune.labels.label import NONE, Label, Labels, along, covering, drop
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.operands import (
     Values,
@@ -22,6 +23,7 @@ from onnxprune.operators.operands import (
     listed,
     needed,
     resolved,
+    slice_of,
     where_known,
     whole_numbers,
 )
@@ -44,7 +46,7 @@ class Transpose(Rule):
     def propagate(self, step: Step) -> None:
         """Permute the labels."""
         rank = len(step.shape(0))
-        step.set(0, movement.transpose(step.labels(0), step.attr("perm", list(range(rank))[::-1])))
+        step.set(0, algebra.transpose(step.labels(0), step.attr("perm", list(range(rank))[::-1])))
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
@@ -70,7 +72,7 @@ class SameData(Rule):
         if labels and (None in before or None in after):
             step.freeze(labels, "dynamic-shape", "the sizes around this reshape depend on the data")
             return
-        step.set(0, movement.reshape(step.atoms, labels, before, after, step.reason))
+        step.set(0, algebra.reshape(step.atoms, labels, before, after, step.reason))
 
 
 class Reshape(SameData):
@@ -282,3 +284,334 @@ register("", "Unsqueeze", rule=Unsqueeze())
 register("", "Expand", rule=Expand())
 register("", "Tile", rule=Tile())
 register("", "Concat", rule=Concat())
+
+
+Range = tuple[int, int, int]
+"""(start, end, step) along one axis."""
+# Either bound fits into 32 bits, which operands may have.
+_LAST = (1 << 31) - 1
+_WHOLE: Range = (0, _LAST, 1)
+
+
+class Split(Rule):
+    """Consecutive parts along one axis."""
+
+    operands = targets = (1,)
+    moves = Move.SOME
+
+    def propagate(self, step: Step) -> None:
+        """Take each part's range."""
+        axis, labels = step.axis(), step.labels(0)
+        sizes = [step.table.facts.shape(o)[axis] for o in step.node.outputs if o]
+        if len(sizes) != len(step.node.outputs) or None in sizes:
+            step.freeze(labels, "dynamic-shape", "the sizes of the parts are not known")
+            return
+        for o, (start, stop) in enumerate(split_points(sizes)):
+            step.set(o, step.take(labels, axis, np.arange(start, stop)))
+
+    def rewrite(self, cut: Cut) -> None:
+        """State the new sizes of the parts."""
+        axis = cut.before.axis()
+        if cut.keep(cut.node.inputs[0], axis) is None and not cut.touched():
+            return
+        sizes = [cut.out_shape(o)[axis] for o in range(len(cut.node.outputs))]
+        if cut.before.has(1):
+            value = cut.value(1)
+            if value is None or value.tolist() != sizes:
+                cut.set_target(1, sizes)
+        elif "split" in cut.node.attrs:
+            cut.set_attr("split", sizes)
+        elif len(set(sizes)) > 1:
+            if cut.node.version >= 13:
+                cut.set_target(1, sizes)
+                cut.set_attr("num_outputs", None)
+            else:
+                cut.set_attr("split", sizes)
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """As stated, else equal parts, the last of which may be smaller."""
+        axis, count = axis_of(node.attrs.get("axis", 0), len(shapes[0])), len(node.outputs)
+        whole = shapes[0][axis]
+        sizes = listed(node, values, 1, "split", 13)
+        if sizes is None:
+            if whole % count and node.version < 18:
+                return None
+            part = -(-whole // count)
+            sizes = [part] * (count - 1) + [whole - part * (count - 1)]
+        return None if sum(sizes) != whole else [(*shapes[0][:axis], n, *shapes[0][axis + 1 :]) for n in sizes]
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """numpy's split."""
+        data, axis = given(values, 0), node.attrs.get("axis", 0)
+        sizes: Any = values[1] if len(values) > 1 and values[1] is not None else node.attrs.get("split")
+        if sizes is None:
+            count = len(node.outputs)
+            chunk = -(-data.shape[axis] // count)
+            sizes = [chunk] * (count - 1) + [data.shape[axis] - chunk * (count - 1)]
+        return list(np.split(data, np.cumsum(sizes)[:-1], axis=axis))
+
+
+Bounds = tuple[int, "int | None", "int | None", "int | None"]
+"""(axis, start, end, step) of a sliced axis, None for what follows the size of an input."""
+
+
+class Slice(Rule):
+    """Ranges along axes, with constant bounds."""
+
+    operands = (1, 2, 3, 4)
+    moves = Move.SOME
+
+    def _bounds(self, step: Step) -> list[Bounds] | None:
+        """Bounds of every sliced axis; None where they, or the axes, are not known."""
+        rank = len(step.shape(0))
+        starts: Sequence[int | None] | None
+        ends: Sequence[int | None] | None
+        if step.node.version < 10:
+            starts, ends = step.attr("starts"), step.attr("ends")
+            axes, steps = step.attr("axes"), None
+        else:
+            starts, ends = step.entries(1), step.entries(2)
+            axes, steps = step.entries(3), step.entries(4)
+            if any(step.has(i) and found is None for i, found in ((3, axes), (4, steps))) or None in (axes or ()):
+                return None
+        if starts is None or ends is None:
+            return None
+        axes = range(len(starts)) if axes is None else axes
+        return [
+            (int(a) % rank, s, e, t) for a, s, e, t in zip(axes, starts, ends, steps or [1] * len(starts), strict=True)
+        ]
+
+    def propagate(self, step: Step) -> None:
+        """Take the positions; an axis sliced at unknown bounds keeps its size."""
+        labels, shape = step.labels(0), step.shape(0)
+        bounds = self._bounds(step)
+        if bounds is None:
+            known = step.value(3) if step.has(3) else None
+            axes = range(len(shape)) if known is None else [int(a) % len(shape) for a in known.ravel()]
+            for axis in axes:
+                labels = step.drop_axis(labels, axis, "missing-constant", "this axis is sliced at computed bounds")
+            step.set(0, labels)
+            return
+        for axis, start, end, stride in bounds:
+            if start is None or end is None or stride is None:
+                labels = step.drop_axis(
+                    labels, axis, "dynamic-shape", "this axis is sliced at bounds that follow the size of an input"
+                )
+            elif covering(labels, axis) is not None:
+                index = np.arange(shape[axis])[slice_of(start, end, stride, shape[axis])]
+                if index.size == shape[axis] and stride == 1:
+                    continue
+                labels = step.take(labels, axis, index)
+        step.set(0, labels)
+
+    def rewrite(self, cut: Cut) -> None:
+        """Bounds and steps that pick what is left of the positions; a Gather where no range does."""
+        bounds = self._bounds(cut.before)
+        if bounds is None:
+            return
+        before, source = cut.before.shape(0), cut.node.inputs[0]
+        ranges: list[Range] = []
+        picks: list[tuple[int, NDArray[np.int64]]] = []
+        for k, (axis, start, end, stride) in enumerate(bounds):
+            if start is None or end is None or stride is None:
+                ranges.append(self._open(cut, k, (start, end, stride)))
+                continue
+            old: Range = (start, end, stride)
+            keep = cut.keep(source, axis)
+            if keep is None:
+                ranges.append(old)
+                continue
+            index = np.arange(before[axis])[slice_of(*old, before[axis])]
+            positions = (np.cumsum(keep) - 1)[index[keep[index]]]
+            fit = _as_range(positions, int(keep.sum()), old, self._stated(cut, k) or old)
+            if fit is None:
+                picks.append((axis, positions))
+            ranges.append(fit or _WHOLE)
+        last = picks.pop() if len(picks) == len(ranges) > 0 else None
+        for axis, positions in picks:
+            cut.pick(0, axis, positions)
+        if last is not None:
+            cut.replace("Gather", 2, axis=last[0])
+            cut.set_input(1, last[1])
+        elif cut.node.version >= 10:
+            self._state(cut, ranges)
+        elif ranges != [tuple(bound) for _, *bound in bounds]:
+            cut.set_attr("starts", [r[0] for r in ranges])
+            cut.set_attr("ends", [r[1] for r in ranges])
+
+    def _open(self, cut: Cut, k: int, known: Sequence[int | None]) -> Range:
+        """Entry ``k`` of bounds that follow the size of an input, at the sizes of the first probe."""
+        stated = self._stated(cut, k)
+        if stated is None:
+            cut.fail("its bounds are computed in a way that cannot follow the new sizes")
+            raise AssertionError
+        start, end, step = (now if n is None else n for n, now in zip(known, stated, strict=True))
+        return start, end, step
+
+    @staticmethod
+    def _stated(cut: Cut, k: int) -> Range | None:
+        """Entry ``k`` of the bounds and steps as the cut model has them; None where one is not known."""
+        if cut.node.version < 10:
+            return None
+        values = [cut.value(i) for i in (1, 2)] + ([cut.value(4)] if cut.before.has(4) else [np.ones(k + 1, int)])
+        start, end, step = (None if v is None or v.size <= k else int(v.ravel()[k]) for v in values)
+        return None if start is None or end is None or step is None else (start, end, step)
+
+    @staticmethod
+    def _state(cut: Cut, ranges: list[Range]) -> None:
+        operands = (1, 2, 4) if cut.before.has(4) else (1, 2)
+        for i, wanted in zip(operands, (list(column) for column in zip(*ranges, strict=True)), strict=False):
+            value = cut.value(i)
+            if value is None or value.ravel().tolist() != wanted:
+                cut.set_target(i, wanted)
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """How many positions each range has."""
+        starts, ends = (needed(listed(node, values, i, n, 10)) for i, n in ((1, "starts"), (2, "ends")))
+        axes = listed(node, values, 3, "axes", 10) or list(range(len(starts)))
+        steps = (None if node.version < 10 else listed(node, values, 4, "steps", 10)) or [1] * len(starts)
+        result = list(shapes[0])
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            a = axis_of(axis, len(result))
+            result[a] = len(range(*slice_of(start, end, step, shapes[0][a]).indices(shapes[0][a])))
+        return [tuple(result)]
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """numpy's slices."""
+        data = given(values, 0)
+        if node.version < 10:
+            starts, ends = node.attrs["starts"], node.attrs["ends"]
+            axes, steps = node.attrs.get("axes", range(len(starts))), [1] * len(starts)
+        else:
+            starts, ends = whole_numbers(given(values, 1)), whole_numbers(given(values, 2))
+            operands = [*values[3:], None, None]
+            axes = range(len(starts)) if operands[0] is None else whole_numbers(operands[0])
+            steps = [1] * len(starts) if operands[1] is None else whole_numbers(operands[1])
+        index = [slice(None)] * data.ndim
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            index[axis] = slice_of(start, end, step, data.shape[axis])
+        return data[tuple(index)]
+
+
+def _as_range(positions: NDArray[np.int64], size: int, *known: Range) -> Range | None:
+    """A range that picks these positions of an axis of ``size``, one that is known before others; None if none does."""
+    apart = set(np.diff(positions).tolist()) or {known[0][2]}
+    if not positions.size:
+        return (0, 0, known[0][2])
+    if len(apart) > 1:
+        return None
+    step, first, last = apart.pop(), int(positions[0]), int(positions[-1])
+    stop = last + (1 if step > 0 else -1)
+    tries = [*known[::-1], (first, known[0][1], step), (first, stop if stop >= 0 else -_LAST, step)]
+    return next((t for t in tries if t[2] and _picks(t, size, positions)), None)
+
+
+def _picks(bound: Range, size: int, positions: NDArray[np.int64]) -> bool:
+    return np.array_equal(np.arange(size)[slice_of(*bound, size)], positions)
+
+
+def _at(cut: Cut, i: int, place: int) -> int:
+    """One entry of an operand at the first sizes of the inputs."""
+    value = cut.value(i)
+    if value is None:
+        cut.fail(f"operand {i} is computed in a way that cannot follow the new sizes")
+    assert value is not None
+    return int(value.ravel()[place])
+
+
+class Pad(Rule):
+    """Constant padding of a labelled axis adds channels that may be removed like any other."""
+
+    chooses = True
+
+    operands = (1, 3)
+    by_operand = False
+    """Whether the padding is an operand at every version."""
+
+    def pads(self, step: Step) -> list[tuple[int | None, int | None]] | None:
+        """(before, after) of every axis, None for what follows the size of an input; None where not known at all."""
+        rank = len(step.shape(0))
+        flat: Sequence[int | None] | None
+        axes = list(range(rank))
+        if step.node.version < 11 and not self.by_operand:
+            flat = step.attr("pads", step.attr("paddings"))
+        else:
+            flat = step.entries(1)
+            chosen = step.value(3)
+            if step.has(3) and chosen is None:
+                return None
+            if chosen is not None:
+                axes = [int(a) % rank for a in chosen.ravel()]
+        if flat is None:
+            return None
+        result: list[tuple[int | None, int | None]] = [(0, 0)] * rank
+        for i, axis in enumerate(axes):
+            result[axis] = (flat[i], flat[i + len(axes)])
+        return result
+
+    def propagate(self, step: Step) -> None:
+        """Born atoms stand for constant fill; any other padding of a labelled axis fixes it."""
+        labels = step.labels(0)
+        pads = self.pads(step)
+        if pads is None:
+            step.freeze(labels, "missing-constant", "the padding is not known")
+            return
+        for axis, (low, high) in enumerate(pads):
+            label = covering(labels, axis)
+            if label is None or (low, high) == (0, 0):
+                continue
+            if low is None or high is None:
+                labels = step.drop_axis(labels, axis, "dynamic-shape", "its padding follows the size of an input")
+                continue
+            if label.is_grid or step.attr("mode", "constant") != "constant" or low < 0 or high < 0:
+                labels = step.drop_axis(labels, axis, "fixed-size", "this axis is padded")
+                continue
+            born = step.atoms.new(low + high, step.node.outputs[0], axis)
+            ids = np.concatenate([born[:low], label.ids.ravel(), born[low:]])
+            shape = [1] * label.ids.ndim
+            shape[axis] = ids.size
+            labels = (*drop(labels, label), Label(ids.reshape(shape), axis))
+        step.set(0, labels)
+
+    def rewrite(self, cut: Cut) -> None:
+        """Padding shrinks by the filled channels that were removed."""
+        pads = self.pads(cut.before)
+        if pads is None:
+            return
+        new: list[tuple[int | None, int | None]] = []
+        for axis, (low, high) in enumerate(pads):
+            size = cut.before.out_shape()[axis]
+            keep = cut.keep(cut.node.outputs[0], axis) if low or high else None
+            if keep is None or low is None or high is None:
+                new.append((low, high))
+            else:
+                new.append((int(keep[:low].sum()), int(keep[size - high :].sum())))
+        if cut.node.version < 11 and not self.by_operand:
+            if new != pads:
+                cut.set_attr("pads", [p[0] for p in new] + [p[1] for p in new])
+        else:
+            axes = cut.before.value(3)
+            order = range(len(new)) if axes is None else [int(a) % len(new) for a in axes.ravel()]
+            wanted = [new[a][0] for a in order] + [new[a][1] for a in order]
+            value = cut.value(1)
+            target = [_at(cut, 1, place) if n is None else n for place, n in enumerate(wanted)]
+            if value is None or value.ravel().tolist() != target:
+                cut.set_target(1, target)
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """Sizes and what is put around them."""
+        pads = needed(listed(node, values, 1, "pads", 11))
+        rank = len(shapes[0])
+        axes = (listed(node, values, 3, "", 1) if node.version >= 18 else None) or list(range(rank))
+        result = list(shapes[0])
+        for k, axis in enumerate(axes):
+            result[axis_of(axis, rank)] += pads[k] + pads[k + len(axes)]
+        return [tuple(result)] if len(pads) == 2 * len(axes) else None
+
+
+register("", "Split", rule=Split())
+register("", "Slice", rule=Slice())
+register("", "Pad", rule=Pad())

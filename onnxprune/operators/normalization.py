@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.contractions import Form, Scale
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape
+from onnxprune.labels.algebra import Shape, remove_axis
 from onnxprune.labels.label import Labels
-from onnxprune.labels.movement import remove_axis
 from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.contractions import Form, Scale
 from onnxprune.operators.elementwise import divided
 from onnxprune.operators.operands import Values, axes_of, axis_of, given, listed, where_known
 from onnxprune.operators.registry import Array, Inverse, Read, Rule, register

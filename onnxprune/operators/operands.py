@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from onnxprune.graph.view import Node
 
+
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 Values = Sequence["Array | None"]

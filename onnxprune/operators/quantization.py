@@ -1,19 +1,31 @@
-"""QuantizeLinear, DequantizeLinear and DynamicQuantizeLinear: codes, scales and zero points are cut in step."""
+"""Quantised codes, scales and zero points, and operators that compute on codes.
+
+Along the packed axis a whole block is the least that can go: its codes, its scale and its zero point.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape
-from onnxprune.labels.label import Labels
-from onnxprune.operators.codes import NARROW, numbers
-from onnxprune.operators.context import Step
+from onnxprune.labels.algebra import Shape, broadcast, concatenate, insert_axis, known
+from onnxprune.labels.label import Labels, along
+from onnxprune.operators.codes import NARROW, PACKED_BITS, numbers, pack, unpack
+from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.contraction import contract, made_axis, matmul_terms, product_form
+from onnxprune.operators.contractions import Blocks, Form, Windows
+from onnxprune.operators.convolution import Conv, window_settings
+from onnxprune.operators.elementwise import Elementwise
+from onnxprune.operators.normalization import OverAxes
 from onnxprune.operators.operands import Values
 from onnxprune.operators.registry import Read, Rule, register
+from onnxprune.operators.sizes import product, window_sizes
 
 _PER_CHANNEL = "a scale or zero point"
 
@@ -101,3 +113,467 @@ for domain in ("", "com.microsoft"):
     register(domain, "QuantizeLinear", rule=Encode())
     register(domain, "DequantizeLinear", rule=Decode())
 register("", "DynamicQuantizeLinear", rule=DynamicQuantize())
+
+
+Array = NDArray[Any]
+
+
+class Settings(NamedTuple):
+    """Positions of the scale and the zero point of one operand; None where it has none."""
+
+    scale: int | None = None
+    zero: int | None = None
+
+
+def all_settings(codes: Mapping[int, Settings]) -> tuple[int, ...]:
+    """Every position of a scale or zero point."""
+    return tuple(i for pair in codes.values() for i in pair if i is not None)
+
+
+def real_numbers(codes: Mapping[int, Settings], i: int, value: Array, read: Read, axis: int) -> Array | None:
+    """What the codes of operand ``i`` stand for; None where a scale is not a constant, or the operand holds numbers."""
+    pair = codes.get(i)
+    if pair is None:
+        return None
+    scale = None if pair.scale is None else read(pair.scale)
+    if scale is None and pair.scale is not None:
+        return None
+    return numbers(value, scale, None if pair.zero is None else read(pair.zero), axis)
+
+
+class IntegerConv(Conv):
+    """A convolution of codes: a removed channel is one of zero points, not of zeros.
+
+    Args:
+        data, weight, bias, per_output: as in :class:`Conv`.
+        codes: positions of scale and zero point by that of what they are of.
+    """
+
+    def __init__(
+        self, data: int, weight: int, bias: int | None, per_output: tuple[int, ...], codes: Mapping[int, Settings]
+    ) -> None:
+        super().__init__(data, weight, bias, per_output)
+        self.codes, self.zero = codes, codes[data].zero
+        self.settings = all_settings(codes)
+
+    def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
+        """By scale and zero point: of the weight one for all or one per output channel."""
+        return real_numbers(self.codes, i, codes, read, axis=0)
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """The last in one form of onnxruntime's."""
+        return rank - 1 if node.attrs.get("channels_last", 0) else 1
+
+    def axis(self, step: Step) -> int:
+        """Channels come last in one form of onnxruntime's."""
+        return len(step.shape(self.data)) - 1 if step.attr("channels_last", 0) else 1
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """[N, O, ...] or [N, ..., O]."""
+        x, w = shapes[self.data], shapes[self.weight]
+        if x is None or w is None or not node.attrs.get("channels_last", 0):
+            return super().infer(node, shapes, values)
+        return [(x[0], *window_sizes(x[1:-1], w[2:], node.attrs), w[0])]
+
+    def neutral(self, step: Step, i: int) -> str | None:
+        """The data's zero point."""
+        return step.node.inputs[self.zero] if self.zero is not None and step.has(self.zero) else None
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """Windows of the numbers that the data stand for, where channels come first."""
+        w = known(shapes[self.weight])
+        if data != self.data or w is None or node.attrs.get("channels_last", 0):
+            return None
+        return Windows(w[2:], **window_settings(node), data=data, weight=self.weight, bias=None, plain=False)
+
+
+class IntegerMatMul(Rule):
+    """A product of matrices of codes.
+
+    Args:
+        a, b: positions of the matrices.
+        codes: positions of scale and zero point of either matrix; ``a`` is not in it where it is given as numbers.
+        rows: positions of operands with one value for all or one per row of ``a``.
+        columns: positions of operands that broadcast against the result: one per column of ``b``, or an addend.
+    """
+
+    def __init__(
+        self,
+        a: int,
+        b: int,
+        codes: Mapping[int, Settings],
+        rows: Sequence[int] = (),
+        columns: Sequence[int] = (),
+    ) -> None:
+        self.a, self.b, self.codes, self.rows, self.columns = a, b, codes, rows, columns
+        self.zero = codes[a].zero if a in codes else None
+        self.data, self.weights, self.settings = a, (a, b), all_settings(codes)
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """The product's size times that of ``k``."""
+        a, b = shapes[self.a], shapes[self.b]
+        if a is None or b is None or out is None:
+            return 0
+        return prod(out) * a[self.terms(node, len(a), len(b))[0].index("k")]
+
+    def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
+        """The axis that the weight makes, on whichever side it stands."""
+        a, b = shapes[self.a], shapes[self.b]
+        if a is None or b is None:
+            return rank - 1
+        left, right, out = self.terms(node, len(a), len(b))
+        return made_axis((left, right), out, 0 if weight == self.a else 1)
+
+    def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
+        """By scale and zero point: one for all, of ``a`` one per row, of ``b`` one per column."""
+        transposed = node.op == "QGemm" and bool(node.attrs.get("transA" if i == self.a else "transB"))
+        return real_numbers(self.codes, i, codes, read, axis=-2 if (i == self.a) != transposed else -1)
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """Of the numbers that both matrices stand for; either may be the weight."""
+        a, b = shapes[self.a], shapes[self.b]
+        if a is None or b is None or data not in (self.a, self.b):
+            return None
+        form = product_form(self.terms(node, len(a), len(b)), (a, b), 0 if data == self.a else 1, plain=False)
+        if form is not None:
+            form.data, form.weight = data, self.b if data == self.a else self.a
+        return form
+
+    def terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
+        """Subscripts of operands of rank ``a`` and ``b`` and of the result."""
+        if node.op == "QGemm":
+            return ("km" if node.attrs.get("transA") else "mk"), ("nk" if node.attrs.get("transB") else "kn"), "mn"
+        return matmul_terms(a, b)
+
+    def propagate(self, step: Step) -> None:
+        """Contract over ``k``, then meet what belongs to rows and columns."""
+        left, right = step.shape(self.a), step.shape(self.b)
+        x, y, out = self.terms(step.node, len(left), len(right))
+        if self.zero is not None and step.has(self.zero) and int(np.prod(step.shape(self.zero))) > 1:
+            step.fix(step.labels(self.a), x.index("k"), "unsupported-form", "every row has a zero point of its own")
+        result = contract(step, [(step.labels(self.a), left, x), (step.labels(self.b), right, y)], out)
+        operands: list[tuple[Labels, Shape]] = [(result, step.out_shape())]
+        for i in (i for i in (*self.rows, *self.columns) if step.has(i)):
+            labels, shape = step.labels(i), step.shape(i)
+            if i in self.rows and len(shape) == 1 and shape[0] > 1:
+                labels, shape = insert_axis(labels, 1), (*shape, 1)
+            operands.append((labels, shape))
+        step.set(0, broadcast(step.atoms, operands, len(out), step.reason))
+
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """``a`` over ``k``: zeros in one factor are enough. A range that is found anew is taken over all of it."""
+        if self.zero is None:
+            return [(self.a, tuple(range(len(step.shape(self.a)))))]
+        x, _, _ = self.terms(step.node, len(step.shape(self.a)), len(step.shape(self.b)))
+        return [(self.a, (x.index("k"),))]
+
+    def neutral(self, step: Step, i: int) -> str | None:
+        """The zero point of ``a``."""
+        return step.node.inputs[self.zero] if self.zero is not None and step.has(self.zero) else None
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
+        """As numpy's matmul."""
+        a, b = shapes[self.a], shapes[self.b]
+        return None if a is None or b is None else [product(a, b, self.terms(node, len(a), len(b)))]
+
+
+class QuantizedConcat(Rule):
+    """Parts one after the other, each with its scale and zero point: y_scale, y_zero, then (data, scale, zero)..."""
+
+    def propagate(self, step: Step) -> None:
+        """Concatenate the labels."""
+        operands = [(step.labels(i), step.shape(i)) for i in range(2, len(step.node.inputs), 3)]
+        axis = int(step.attr("axis")) % len(step.out_shape())
+        step.set(0, concatenate(step.atoms, operands, axis, step.reason, step.node.outputs[0]))
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
+        """Sizes add up along the axis."""
+        parts = [shape for shape in shapes[2::3] if shape is not None]
+        if len(parts) < len(shapes[2::3]):
+            return None
+        axis, result = int(node.attrs["axis"]) % len(parts[0]), list(parts[0])
+        sizes = [p[axis] for p in parts]
+        result[axis] = None if None in sizes else sum(n or 0 for n in sizes)
+        return [tuple(result)]
+
+
+class QuantizedPool(Rule):
+    """Average pooling of codes, channels first or last."""
+
+    def propagate(self, step: Step) -> None:
+        """Batch and channels pass."""
+        labels = step.labels(0)
+        channel = len(step.shape(0)) - 1 if step.attr("channels_last", 0) else 1
+        labels = step.drop_all_but(labels, (0, channel), "spatial", f"{step.node.op} works along this axis")
+        step.set(0, labels)
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
+        """Global pooling leaves 1, windows as many positions as fit."""
+        shape = shapes[0]
+        if shape is None:
+            return None
+        first = 1 if node.attrs.get("channels_last", 0) else 2
+        last = len(shape) - 2 + first
+        sizes: Shape = tuple(shape[first:last])
+        if node.op == "QLinearGlobalAveragePool":
+            sizes = (1,) * len(sizes)
+        else:
+            sizes = window_sizes(sizes, tuple(node.attrs["kernel_shape"]), node.attrs)
+        return [(*shape[:first], *sizes, *shape[last:])]
+
+
+class QuantizedSoftmax(OverAxes):
+    """Softmax on codes; before opset 13, which an attribute tells, everything from ``axis`` on is one axis."""
+
+    def axes(self, step: Step) -> list[int]:
+        """One axis, or all from it on."""
+        if int(step.attr("opset", 13)) >= 13:
+            return [step.axis(-1)]
+        return list(range(step.axis(1), len(step.shape(0))))
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
+        """The shape stays."""
+        return [shapes[0]]
+
+
+# Positions of both operands' scales and zero points, in the orders in which operators have them.
+_LINEAR = {0: Settings(1, 2), 3: Settings(4, 5)}
+_INTEGER = {0: Settings(zero=2), 1: Settings(zero=3)}
+_TO_FLOAT = {0: Settings(2, 4), 1: Settings(3, 5)}
+
+register("", "QLinearConv", rule=IntegerConv(0, 3, 8, (4, 5), _LINEAR))
+register("com.microsoft", "QLinearConv", rule=IntegerConv(0, 3, 8, (4, 5), _LINEAR))
+register("", "ConvInteger", rule=IntegerConv(0, 1, None, (3,), _INTEGER))
+register("", "QLinearMatMul", rule=IntegerMatMul(0, 3, _LINEAR, rows=(1, 2, 6, 7), columns=(4, 5)))
+register("", "MatMulInteger", rule=IntegerMatMul(0, 1, _INTEGER, rows=(2,), columns=(3,)))
+register("com.microsoft", "QGemm", rule=IntegerMatMul(0, 3, _LINEAR, columns=(4, 5, 6)))
+register("com.microsoft", "DynamicQuantizeMatMul", rule=IntegerMatMul(0, 1, {1: Settings(2, 3)}, columns=(2, 3, 4)))
+register("com.microsoft", "MatMulIntegerToFloat", rule=IntegerMatMul(0, 1, _TO_FLOAT, rows=(2, 4), columns=(3, 5, 6)))
+register("com.microsoft", "QLinearAdd", "QLinearMul", rule=Elementwise([0, 3]))
+register("com.microsoft", "QLinearSigmoid", "QLinearLeakyRelu", rule=Elementwise([0]))
+register("com.microsoft", "QLinearWhere", rule=Elementwise([0, 1, 4]))
+register("com.microsoft", "QLinearConcat", rule=QuantizedConcat())
+register("com.microsoft", "QLinearGlobalAveragePool", "QLinearAveragePool", rule=QuantizedPool())
+register("com.microsoft", "QLinearSoftmax", rule=QuantizedSoftmax())
+
+
+MS = "com.microsoft"
+A, B, SCALES, ZEROS, ORDER, BIAS = range(6)
+_SETTING = "a scale or zero point"
+_STAYS = "codes are packed along this axis"
+
+
+class PackedMatMul(Rule):
+    """MatMulNBits: A [..., K] times codes B [N, blocks, bytes], scales [N, blocks] and zero points, either maybe flat.
+
+    Zero points are packed as the codes are, or numbers like the scales. ``g_idx`` [K] says which scale a position has.
+    """
+
+    weights = (B,)
+    settings = (SCALES, ZEROS, ORDER)
+
+    def propagate(self, step: Step) -> None:
+        """Contract over K, block by block; unite N through all operands."""
+        b, size = step.labels(B), step.shape(B)[0]
+        step.fix_all_but(b, (0, 1), "operand", _STAYS)
+        columns, blocks = step.axis_ids(b, 0), step.axis_ids(b, 1)
+        for i in (i for i in (SCALES, ZEROS, BIAS) if step.has(i)):
+            own, shape = step.labels(i), step.shape(i)
+            if own or shape[0] > 1:
+                every = None if columns is None else np.repeat(columns, shape[0] // size)
+                step.unite(every, step.axis_ids(own, 0), _SETTING)
+            if self._per_block(step, i):
+                step.unite(blocks, step.axis_ids(own, 1), _SETTING)
+            else:
+                step.fix_all_but(own, (0,), "operand", "one value per block of codes")
+        step.labels(ORDER)
+        why = self._held(step)
+        if why and blocks is not None:
+            step.fix(b, 1, "fixed-size", why)
+        k = step.shape(A)[-1]
+        weight: Labels = () if columns is None else (along(columns, 0, 2),)
+        if blocks is not None:
+            weight = (*weight, along(blocks[np.arange(k) // int(step.attr("block_size"))], 1, 2))
+        outer = "abcdefgh"[: len(step.shape(A)) - 1]
+        operands = [(step.labels(A), step.shape(A), outer + "k"), (weight, (size, k), "nk")]
+        step.set(0, contract(step, operands, outer + "n"))
+
+    @staticmethod
+    def _per_block(step: Step, i: int) -> bool:
+        """Whether an operand is [N, blocks], neither flat nor packed: its labels say what goes."""
+        return len(step.shape(i)) == 2 and (i == SCALES or (i == ZEROS and _plain_zeros(step)))
+
+    def _held(self, step: Step) -> str:
+        """Why blocks have to stay; "" where they may go."""
+        bits = int(step.attr("bits", 4))
+        if bits not in PACKED_BITS:
+            return f"codes of {bits} bits are packed along this axis"
+        flat = [
+            i for i in (SCALES, ZEROS) if step.has(i) and not (len(step.shape(i)) == 2 and self._per_block(step, i))
+        ]
+        if not all(step.alone(i) for i in flat):
+            return "several operators read the scales or zero points of these codes"
+        if not step.has(ORDER):
+            return ""
+        order, k = step.weight(ORDER), step.shape(A)[-1]
+        if order is None or not np.array_equal(order, np.arange(k) // int(step.attr("block_size"))):
+            return "scales are in another order than the codes of this axis"
+        return ""
+
+    def rewrite(self, cut: Cut) -> None:
+        """``N`` and ``K`` follow the codes; what is flat or packed is laid out anew where blocks are gone."""
+        if cut.shape(B)[0] != cut.attr("N"):
+            cut.set_attr("N", cut.shape(B)[0])
+        keep, rows = cut.keep(cut.node.inputs[B], 1), cut.keep(cut.node.inputs[B], 0)
+        if keep is None:
+            return
+        size, block, bits = cut.shape(A)[-1], int(cut.attr("block_size")), int(cut.attr("bits", 4))
+        cut.set_attr("K", size)
+        n, blocks = cut.shape(B)[:2]
+        if rows is None:
+            rows = np.ones(cut.before.shape(B)[0], bool)
+        for i in (SCALES, ZEROS):
+            if cut.before.has(i) and not self._per_block(cut.before, i):
+                packed = bits if i == ZEROS and not _plain_zeros(cut.before) else 0
+                width = -(-blocks * packed // 8) if packed else blocks
+                shape = (n, width) if len(cut.before.shape(i)) == 2 else (n * width,)
+                cut.derive(i, shape, partial(_chosen, rows=rows, blocks=keep, bits=packed))
+        if cut.before.has(ORDER):
+            cut.derive(ORDER, (size,), lambda value: (np.arange(size) // block).astype(value.dtype))
+
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """A is summed over its last axis."""
+        return [(A, (len(step.shape(A)) - 1,))]
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
+        """A's last axis becomes N."""
+        a = shapes[A]
+        return None if a is None else [(*a[:-1], int(node.attrs["N"]))]
+
+    def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
+        """The product's size times K."""
+        return 0 if shapes[A] is None or out is None else prod(out) * shapes[A][-1]
+
+    def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
+        """[N, blocks, block_size]; positions behind K are 0."""
+        bits, size = int(node.attrs.get("bits", 4)), int(node.attrs["block_size"])
+        scale, given = read(SCALES), [len(node.inputs) > at and bool(node.inputs[at]) for at in (ZEROS, ORDER)]
+        zero = read(ZEROS) if given[0] else None
+        if i != B or scale is None or bits not in PACKED_BITS or (given[0] and zero is None):
+            return None
+        n, blocks = codes.shape[:2]
+        values = unpack(codes, bits, size).astype(np.float32)
+        if zero is None:
+            offset = np.full((n, blocks), 1 << (bits - 1), np.float32)
+        elif zero.dtype == np.uint8:
+            offset = unpack(zero.reshape(n, -1), bits, blocks).astype(np.float32)
+        else:
+            offset = zero.reshape(n, blocks).astype(np.float32)
+        scale = scale.reshape(n, blocks).astype(np.float32)
+        if not given[1]:
+            values = (values - offset[:, :, None]) * scale[:, :, None]
+        elif (order := read(ORDER)) is None:
+            return None
+        else:
+            by_position = np.resize(order, blocks * size).reshape(blocks, size)
+            values = (values - offset[:, by_position]) * scale[:, by_position]
+        values.reshape(n, -1)[:, int(node.attrs["K"]) :] = 0
+        return np.asarray(values)
+
+    def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
+        """A times what the codes stand for."""
+        a, b = shapes[A], known(shapes[B])
+        if data != A or a is None or b is None or a[-1] is None:
+            return None
+        return Blocks("abcdefgh"[: len(a) - 1], a[-1], b[0])
+
+
+def _plain_zeros(step: Step) -> bool:
+    """Whether zero points are numbers like the scales, not packed like the codes."""
+    weight = step.table.graph.weights.get(step.node.inputs[ZEROS])
+    return weight is not None and weight.dtype != np.uint8
+
+
+def _chosen(value: Array, rows: NDArray[np.bool_], blocks: NDArray[np.bool_], bits: int) -> Array:
+    """Settings of the codes that stay, as [N, blocks] or in bytes of packed ones (``bits`` of each, 0: not packed)."""
+    each = value.reshape(rows.size, -1)
+    if not bits:
+        return np.asarray(each[np.ix_(rows, blocks)])
+    return pack(unpack(each, bits, blocks.size)[np.ix_(rows, blocks)], bits)
+
+
+class PackedGather(Rule):
+    """GatherBlockQuantized: rows of a table of codes [rows, columns], looked up by index, as numbers.
+
+    Inputs: codes, indices, scales [rows, blocks], zero points. Codes of bytes lie several in one, with zero points that
+    do as well; of other types every code is an element. Columns go by whole blocks.
+    """
+
+    settings = (2, 3)
+
+    def propagate(self, step: Step) -> None:
+        """Columns become the last axis of the output; rows stay."""
+        codes, scales = step.labels(0), step.labels(2)
+        shape, wide = step.shape(0), step.out_shape()[-1]
+        axis, packed = int(step.attr("gather_axis", 0)), int(step.attr("quantize_axis", 1))
+        if len(shape) != 2 or axis % 2 != 0 or packed % 2 != 1 or wide % shape[1]:
+            return
+        for labels in (codes, scales):
+            step.fix(labels, 0, "fixed-size", "rows of this table are looked up by index")
+        ids, own = step.axis_ids(codes, 1), step.axis_ids(scales, 1)
+        block = int(step.attr("block_size", 128))
+        if own is None or (self._packed_zeros(step) and not step.alone(3)):
+            step.fix(codes, 1, "fixed-size", _STAYS)
+        else:
+            step.unite(ids, own[np.arange(shape[1]) * (wide // shape[1]) // block], _SETTING)
+        if step.has(3):
+            zeros = step.labels(3)
+            if self._packed_zeros(step):
+                step.fix_all_but(zeros, (), "operand", "zero points are packed along this axis")
+            else:
+                step.fix(zeros, 0, "fixed-size", "rows of this table are looked up by index")
+                step.unite(step.axis_ids(zeros, 1), own, _SETTING)
+        if ids is not None:
+            rank = len(step.out_shape())
+            step.set(0, (along(np.repeat(ids, wide // shape[1]), rank - 1, rank),))
+
+    @staticmethod
+    def _packed_zeros(step: Step) -> bool:
+        """Whether several zero points lie in a byte."""
+        return step.has(3) and step.shape(3) != step.shape(2)
+
+    def rewrite(self, cut: Cut) -> None:
+        """Zero points that lie in bytes are packed anew."""
+        keep = cut.keep(cut.node.inputs[2], 1)
+        if keep is None or not self._packed_zeros(cut.before):
+            return
+        rows, bits = cut.before.shape(3)[0], int(cut.attr("bits", 4))
+        shape = (rows, -(-int(keep.sum()) * bits // 8))
+        cut.derive(3, shape, partial(_chosen, rows=np.ones(rows, bool), blocks=keep, bits=bits))
+
+    def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
+        """[rows, columns]; of codes in bytes [rows, bytes, codes in each]."""
+        scale, bits = read(2), int(node.attrs.get("bits", 4))
+        if i != 0 or codes.ndim != 2 or scale is None or bits not in PACKED_BITS:
+            return None
+        packed = codes.dtype == np.uint8
+        values, zero = unpack(codes, bits) if packed else codes, read(3)
+        if packed:
+            middle = np.full(scale.shape, 1 << (bits - 1), np.uint8)
+            zero = middle if zero is None else unpack(zero, bits, scale.shape[1])
+        real = numbers(values, scale, zero, 1, int(node.attrs.get("block_size", 128)))
+        return real.reshape(*codes.shape, -1) if packed else real
+
+    def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
+        """[*indices, columns], where the number of blocks tells how many codes lie in a byte."""
+        codes, indices, scales = shapes[:3]
+        size = None if codes is None else codes[-1]
+        if codes is None or size is None or indices is None or scales is None:
+            return None
+        block, each = int(node.attrs.get("block_size", 128)), 8 // int(node.attrs.get("bits", 4))
+        fitting = [n for n in (size, size * each) if -(-n // block) == scales[-1]]
+        return [(*indices, fitting[0])] if len(fitting) == 1 and len(codes) == 2 else None
+
+
+register(MS, "MatMulNBits", rule=PackedMatMul())
+register(MS, "GatherBlockQuantized", rule=PackedGather())

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.contractions import Form, Pairwise
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape, known
+from onnxprune.labels.algebra import Shape, known
 from onnxprune.labels.label import Ids, Label, Labels, covering
 from onnxprune.operators.codes import numbers
-from onnxprune.operators.context import Cut, Step
-from onnxprune.operators.ownership import override, owned
+from onnxprune.operators.context import Cut, Step, override, owned
+from onnxprune.operators.contractions import Form, Pairwise
 from onnxprune.operators.registry import Read, Rule, register
 
 X, W, R, B, INITIAL_H, INITIAL_C, PEEPHOLES = 0, 1, 2, 3, 5, 6, 7

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from onnxprune.plugins import announced
 
 if TYPE_CHECKING:
-    from onnxprune.contractions import Form
     from onnxprune.graph.view import Node
-    from onnxprune.labels.combine import Shape
+    from onnxprune.labels.algebra import Shape
     from onnxprune.operators.context import Cut, Step
+    from onnxprune.operators.contractions import Form
+
 
 Array = NDArray[Any]
 Read = Callable[[int], "NDArray[Any] | None"]

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from onnxprune.graph.view import Node
-from onnxprune.labels.combine import Shape, broadcast, concatenate, split_points
+from onnxprune.labels.algebra import Shape, broadcast, concatenate, insert_axis, remove_axis, split_points
 from onnxprune.labels.label import Labels, covering
-from onnxprune.labels.movement import insert_axis, remove_axis
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.registry import Elements, Rule, register
 

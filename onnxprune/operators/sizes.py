@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onnxprune.labels.combine import Shape
+from onnxprune.labels.algebra import Shape
 
 
 def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:

@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from onnxprune.channels.plan import Plan
+from onnxprune.channels.selection import atoms_removed, make_plan, read_plan
 from onnxprune.errors import UsageError, argument
 from onnxprune.graph.view import Graph
-from onnxprune.model.load import load
+from onnxprune.io.read import load
 from onnxprune.passes.flush import flush
 from onnxprune.passes.preparation import hold_against_file
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.prune import describe_removal
 from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult
-from onnxprune.plan import Plan
-from onnxprune.planning import atoms_removed, make_plan, read_plan
+from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import Exactness, Settings
-from onnxprune.rewrite.cut import CannotRewrite
 
 
 class Adopt(Pass):

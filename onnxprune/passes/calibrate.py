@@ -11,23 +11,20 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune import statistics
-from onnxprune.analysis import Analysis
-from onnxprune.contractions import Form, pick, rows_per_sample
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.groups import Group
+from onnxprune.channels.survivors import After
 from onnxprune.graph.view import Graph
-from onnxprune.groups.units import Group
-from onnxprune.model.exposing import hidden
+from onnxprune.importance import statistics
+from onnxprune.importance.slots import CapturedMaps, Site, Targets, sites
+from onnxprune.io.subgraphs import hidden
+from onnxprune.operators.contractions import Form, pick, rows_per_sample
 from onnxprune.operators.registry import lookup
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.comparable import inside
 from onnxprune.pipeline import Context
-from onnxprune.rewrite.after import After
-from onnxprune.rewrite.cut import cut
-from onnxprune.runtime.capture import MEMORY, Request, capture, to_maps
-from onnxprune.runtime.checkpoint import Checkpoint
-from onnxprune.selection.map_slots import CapturedMaps
-from onnxprune.selection.sites import Site, sites
-from onnxprune.selection.targets import Targets
+from onnxprune.pruning.rewriting import cut
+from onnxprune.runtime.capture import MEMORY, Checkpoint, Request, capture, to_maps
 
 # Bytes of one Gram matrix beyond which the positions of a kernel share a Gram of the channels.
 _LARGEST_GRAM = 256 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
 from onnxprune.pipeline import Context, HoldOut
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed

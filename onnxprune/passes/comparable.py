@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.survivors import After
 from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph
-from onnxprune.model import markers
-from onnxprune.model.exposing import Inner, Size, hidden
-from onnxprune.model.weights import Weight
+from onnxprune.io import markers
+from onnxprune.io.subgraphs import Inner, Size, hidden
+from onnxprune.io.weights import Weight
 from onnxprune.pipeline import Context, Model
-from onnxprune.recover.aims import RecoveryTarget
-from onnxprune.rewrite.after import After
+from onnxprune.recovery.targets import RecoveryTarget
+from onnxprune.runtime.capture import Way, reaches, takes
 from onnxprune.runtime.sessions import Array
-from onnxprune.runtime.ways import Way, reaches, takes
 
 Get = Callable[[str, int], Array]
 

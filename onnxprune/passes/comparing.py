@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import ModelError
 from onnxprune.graph.precision import epsilons, quantises
 from onnxprune.passes.trial import Trial
+from onnxprune.pruning.holding import MADE, SEEN, Holding, Survivors, whole
+from onnxprune.pruning.masked import Model
 from onnxprune.report.facts import Exactness
-from onnxprune.rewrite.holding import MADE, SEEN, Holding, Survivors, whole
-from onnxprune.rewrite.witness import Model
 from onnxprune.runtime.compare import Comparison, Rounding, compared
 from onnxprune.runtime.sessions import Feed, Openable, open_session, run
 

@@ -1,16 +1,238 @@
-"""Exact: the proof that the cut is what it should be, wherever in the pipeline it is asked for."""
+"""Exact: the proof that a removal is exact, from the file as read to the model as written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from onnxprune.passes.exactness import check_exactness
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.selection import atoms_removed
+from onnxprune.errors import ModelError, ValidationError
+from onnxprune.graph.facts import Probe, integer_bounds
+from onnxprune.graph.probes import input_specs
+from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
+from onnxprune.passes.preparation import check_preparation, other_feeds
 from onnxprune.passes.structure import check_file
 from onnxprune.passes.trial import Trial, synthetic_feeds
-from onnxprune.pipeline import SAME_REMOVAL, Context, Guarantee, Model, Pass, PassResult
+from onnxprune.pipeline import SAME_REMOVAL, Context, Guarantee, Pass, PassResult
+from onnxprune.pipeline import Model as RunModel
+from onnxprune.pruning.masked import Model, Witnesses, force, masked_original, names_of, undecided, ways
+from onnxprune.pruning.rewriting import cut
 from onnxprune.report.facts import Exactness
+from onnxprune.runtime import compare
+from onnxprune.runtime.compare import TOLERANCE
+from onnxprune.runtime.inputs import synthetic
+from onnxprune.runtime.sessions import Feed
+
+_IN_CODES = 4  # the accuracy level at which products with 4-bit weights round their activations to 8 bits
+
+
+def check_exactness(
+    analysis: Analysis,
+    removed: NDArray[np.bool_],
+    trial: Trial,
+    final: Path,
+    model: Model,
+    feeds: Sequence[Any],
+    seed: int,
+) -> Exactness:
+    """Compare the cut, ``model`` and as a file ``final``, with the masked original on one feed per probe.
+
+    Where an output is the same whatever goes in, more feeds are tried; where that does not help, the last tensors in
+    front of it that vary are compared too, and the note says which.
+
+    Groups that were cut through a normalisation have no exact counterpart: the comparison is then made on a cut of all
+    the others, and the note says so.
+
+    Args:
+        analysis: of the model that was cut. removed: mask over atoms. trial: of that model, with its file.
+        seed: of feeds besides these.
+
+    Raises:
+        ValidationError: they differ, or preparing the model for the cut changed what it computes.
+    """
+    check_preparation(analysis, trial, feeds, seed)
+    removed, skipped = _exact_part(analysis, removed)
+    if skipped:
+        model = cut(analysis.table, removed)
+        final, _ = trial.write(*model, "exact_part")
+    check = _Check(analysis, trial, removed, final, model, seed)
+    worst = Exactness(passed=True)
+    for number, (probe, feed) in enumerate(zip(analysis.facts.running, feeds, strict=True)):
+        try:
+            worst = _worse(worst, check.at(probe, feed))
+        except ModelError:  # it declares more than it can do: other sizes are asked below
+            if not number:
+                raise
+            analysis.facts.refused.add(number)
+        if not worst.passed:
+            break
+    if worst.passed:
+        worst = check.beyond(worst)
+    if worst.passed and analysis.graph.has_bodies:
+        worst = check.elsewhere(feeds, worst)
+    if worst.passed is False:
+        raise ValidationError(
+            f"The cut is not exact: output {worst.worst_output!r} differs by {worst.error:.3g} "
+            f"(allowed {worst.tolerance:.3g}). {worst.note}",
+            hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
+        )
+    if trial.drawing:
+        note = f"random numbers of {', '.join(dict.fromkeys(trial.drawing))} are the same in both models"
+        worst.note = f"{worst.note}; {note}" if worst.note else note
+    if skipped:
+        what = "1 group that was" if skipped == 1 else f"{skipped} groups that were"
+        note = f"without {what} cut through a normalisation, where only fidelity can be asked"
+        worst.note = f"{worst.note}; {note}" if worst.note else note
+    return worst
+
+
+def _worse(one: Exactness, other: Exactness) -> Exactness:
+    """The facts with the larger error, with what both were asked on and what is to be said of both."""
+    batches = [*one.batches, *(n for n in other.batches if n not in one.batches)]
+    notes = "; ".join(filter(None, dict.fromkeys((one.note, other.note))))
+    worst = other if not other.passed or other.error >= one.error else one
+    worst.batches, worst.note = batches, notes
+    return worst
+
+
+def _rounds(model: Model) -> bool:
+    return any(a.name == "accuracy_level" and a.i == _IN_CODES for n in model[0].graph.node for a in n.attribute)
+
+
+def _without_rounding(model: Model) -> Model:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model[0])
+    for node in copy.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    return copy, model[1]
+
+
+@dataclass(slots=True)
+class _Check:
+    """The comparison of one cut with the masked original, at one probe after the other."""
+
+    analysis: Analysis
+    trial: Trial
+    removed: NDArray[np.bool_]
+    final: Path
+    model: Model
+    seed: int
+    _rounding: compare.Rounding = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rounding = rounding_of(self.analysis, TOLERANCE)
+
+    def _pair(self, probe: Probe, masked: Model, model: Model, final: Path | None = None) -> Pair:
+        """Models to compare at the sizes of one probe."""
+        survivors = Witnesses(self.analysis.table, self.removed, probe, masked, model).survivors
+        return Pair(self.trial, masked, model, kinds_of(self.analysis), self._rounding, survivors, final=final)
+
+    def beyond(self, worst: Exactness) -> Exactness:
+        """The facts after the file was run at sizes that no probe has, where the model leaves sizes open."""
+        facts, graph = self.analysis.facts, self.analysis.graph
+        for probe in facts.elsewhere():
+            bounds = integer_bounds(graph, replace(facts, probes=(*facts.probes, probe)))
+            feed = synthetic(input_specs(graph), probe.inputs, bounds=bounds, seed=self.seed)
+            try:
+                return _worse(worst, self.at(probe, feed))
+            except ModelError:  # the original does not run there either
+                continue
+        return worst
+
+    def at(self, probe: Probe, feed: Feed) -> Exactness:
+        """The facts at the sizes of one probe."""
+        masked = masked_original(self.analysis.table, self.removed, probe)
+        # A file with random numbers would draw others than the reference.
+        pair = self._pair(probe, masked, self.model, None if self.trial.drawing else self.final)
+        found, feeds = pair.compared([feed]), [feed]
+        if not found.facts.passed and _rounds(masked):
+            return self._in_floats(probe, masked, feed)
+        if found.facts.passed and found.idle:
+            with pair.lend_reference() as reference:
+                feeds += compare.waking(reference, found.idle, feeds, other_feeds(self.analysis, self.seed)(probe))
+            if len(feeds) > 1:
+                found = pair.compared(feeds)
+        if not found.facts.passed or not found.idle:
+            return found.said()
+        return self._inside(probe, masked, feeds, found)
+
+    def _in_floats(self, probe: Probe, masked: Model, feed: Feed) -> Exactness:
+        """The facts where products with 4-bit weights take floats: else a rounding of activations to 8 bits that falls
+        the other way is no less than a mistake.
+        """
+        facts = self._pair(probe, _without_rounding(masked), _without_rounding(self.model)).compared([feed]).said()
+        said = "with activations of 4-bit products in floats"
+        facts.note = f"{facts.note}; {said}" if facts.note else said
+        return facts
+
+    def elsewhere(self, feeds: Sequence[Feed], worst: Exactness) -> Exactness:
+        """The facts after every branch of an If, and every Loop, was made to run, whatever the inputs make of it."""
+        found_open = undecided(self.analysis.graph, self.analysis.facts)
+        run, missed = set[tuple[str, bool]](), set[tuple[str, bool]]()
+        for way in ways(found_open):
+            for probe, feed in zip(self.analysis.facts.running, feeds, strict=False):
+                masked = masked_original(self.analysis.table, self.removed, probe)
+                try:
+                    found = self._pair(probe, force(masked, way), force(self.model, way)).compared([feed]).facts
+                except ModelError:  # with these sizes the original does not run there either
+                    missed.update(way.items())
+                    break
+                run.update(way.items())
+                if found.passed is not True or found.error > worst.error:
+                    found.batches, found.note = worst.batches, "; ".join(filter(None, (worst.note, found.note)))
+                    worst = found
+                if worst.passed is not True:
+                    return worst
+        names = names_of(found_open, missed - run)
+        if names:
+            said = f"could not be run at these sizes when its turn came: {_some(names)}"
+            worst.note = f"{worst.note}; {said}" if worst.note else said
+        return worst
+
+    def _inside(self, probe: Probe, masked: Model, feeds: Sequence[Feed], found: compare.Comparison) -> Exactness:
+        """Compare tensors in front of the outputs that never vary; what was found already where there are none."""
+        witnesses = Witnesses(self.analysis.table, self.removed, probe, masked, self.model)
+        names = witnesses.upstream(found.idle)
+        if names:
+            with self.trial.lend(*witnesses.tapped(names), "tapped") as path:
+                names = witnesses.last(found.idle, compare.varying(path, feeds) & set(names))
+        if not names:
+            return found.said()
+        reference, shrunk, new = witnesses.pair(names)
+        facts = self._pair(probe, reference, shrunk).compared(feeds).facts
+        facts.worst_output = new.get(facts.worst_output, facts.worst_output)
+        said = f"{_some([*found.idle])} did not vary on any synthetic input: compared in front of that: {_some(names)}"
+        facts.note = f"{facts.note}; {said}" if facts.note else said
+        return facts
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _exact_part(analysis: Analysis, removed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], int]:
+    """The removal without groups that run through a normalisation, and how many of these were cut."""
+    units = analysis.units
+    gone = np.zeros(units.frozen.size, dtype=bool)
+    gone[units.component[removed]] = True
+    chosen, skipped = np.zeros_like(gone), 0
+    for group in units.groups:
+        mine = group.units[gone[group.units]]
+        if group.exact:
+            chosen[mine] = True
+        elif mine.size:
+            skipped += 1
+    return (atoms_removed(units, chosen), skipped) if skipped else (removed, 0)
+
 
 PROVED = Guarantee("a proof of every removal", lambda _, after: not after.is_unproved)
 
@@ -27,7 +249,7 @@ class Exact(Pass):
 
     ensures: Sequence[Guarantee] = (SAME_REMOVAL, PROVED)
 
-    def __call__(self, context: Context, model: Model) -> PassResult:
+    def __call__(self, context: Context, model: RunModel) -> PassResult:
         """Prove the removal, if there is one without a proof."""
         if not model.is_unproved:
             return PassResult(model, changed=False)
@@ -36,7 +258,7 @@ class Exact(Pass):
         return PassResult(replace(model, proof=proof), [proof])
 
 
-def prove(context: Context, model: Model, trial: Trial, written: Path | None = None) -> Exactness:
+def prove(context: Context, model: RunModel, trial: Trial, written: Path | None = None) -> Exactness:
     """Ask whether the removal is exact.
 
     Args:

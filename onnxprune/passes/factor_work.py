@@ -10,32 +10,30 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from onnxprune import statistics
-from onnxprune.analysis import Analysis
-from onnxprune.contractions import Form, rows_per_sample
-from onnxprune.decompose import METHODS, Degenerate, Metric, Ranks, compose
-from onnxprune.decompose.factor import Real
+from onnxprune.allocation.settings import check
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import UsageError, argument
-from onnxprune.factors.candidates import Candidate, Opened
-from onnxprune.factors.find import Found, find_layers
-from onnxprune.factors.layer import Layer, ShapeOf
-from onnxprune.factors.request import Request
-from onnxprune.factors.rewrite import Factorized
-from onnxprune.graph.infer import probe_at
+from onnxprune.factorization.allocation import Candidate, Opened
+from onnxprune.factorization.decompositions import METHODS, Degenerate, Metric, Ranks, Real, compose
+from onnxprune.factorization.layers import Found, Layer, ShapeOf, find_layers
+from onnxprune.factorization.rewriting import Factorized
+from onnxprune.factorization.settings import Request
+from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph, Node
-from onnxprune.model.exposing import Inner, hidden
-from onnxprune.model.weights import Weight
+from onnxprune.importance import statistics
+from onnxprune.io.subgraphs import Inner, hidden
+from onnxprune.io.weights import Weight
+from onnxprune.operators.contractions import Form, rows_per_sample
 from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.comparable import inside
 from onnxprune.passes.prepared import Prepared
 from onnxprune.pipeline import Context, Model
-from onnxprune.propagate import infer_by_rule
 from onnxprune.report.facts import Latency
 from onnxprune.runtime.capture import MEMORY, capture
 from onnxprune.runtime.capture import Request as CaptureRequest
-from onnxprune.runtime.parallel import spread
-from onnxprune.selection.patterns import check
+from onnxprune.runtime.sessions import spread
 
 
 @dataclass(slots=True)

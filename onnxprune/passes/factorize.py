@@ -11,26 +11,24 @@ from typing import Unpack
 
 import numpy as np
 
-from onnxprune.analysis import Analysis
-from onnxprune.decompose import METHODS
-from onnxprune.decompose.cost import elements
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.plan import Plan, PlanFactors
+from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import BudgetError, argument
-from onnxprune.factors.candidates import AUTO
-from onnxprune.factors.choose import Chosen, choose_local, choose_wanted, read_choices
-from onnxprune.factors.request import Options, Request, request_of
-from onnxprune.factors.rewrite import replace_layers
+from onnxprune.factorization.allocation import AUTO, Chosen, choose_local, choose_wanted, read_choices
+from onnxprune.factorization.decompositions import METHODS, elements
+from onnxprune.factorization.rewriting import replace_layers
+from onnxprune.factorization.settings import Options, Request, request_of
 from onnxprune.graph.cost import is_layer, layer_weights, macs
-from onnxprune.graph.infer import probe_at
+from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.passes.factor_work import Done, Work, lay_open
 from onnxprune.passes.joint_budget import JointBudget, model_latency
 from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.products import check_products
 from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult
-from onnxprune.plan import Plan, PlanFactors
-from onnxprune.propagate import infer_by_rule
 from onnxprune.report.facts import Exactness, Fact, Factorization, FactorizedLayer, Latency, Remark, Settings, Sizes
-from onnxprune.runtime.parallel import spread
+from onnxprune.runtime.sessions import spread
 
 
 class Factorize(Pass):
@@ -46,7 +44,7 @@ class Factorize(Pass):
         wanted: {name: (method, share of the layer's cost)} in place of choosing: the ranks that lose least within it.
         options: ``ratio`` (0.3), ``rank``, ``energy`` or ``vbmf`` say how far to go; ``layers``, ``include``,
             ``exclude``, ``round_to``, ``scope``, ``cost`` and ``timed`` are explained at
-            :class:`onnxprune.factors.request.Request`.
+            :class:`onnxprune.factorization.settings.Request`.
 
     Raises:
         UsageError: a value out of range, options that contradict each other, a pattern that matches nothing, a plan

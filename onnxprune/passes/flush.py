@@ -5,10 +5,10 @@ from __future__ import annotations
 import onnx
 
 from onnxprune.graph.view import Graph
-from onnxprune.model.constants import set_constant
+from onnxprune.io.constants import set_constant
 from onnxprune.pipeline import SAME_REMOVAL, Context, Model, ModelParts, Pass, PassResult
+from onnxprune.pruning.subnormals import flushed
 from onnxprune.report.facts import Flushed
-from onnxprune.rewrite.subnormals import flushed
 
 
 class Flush(Pass):

@@ -10,32 +10,26 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
-from onnxprune.decompose import compose
-from onnxprune.decompose.factor import Real
+from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import BudgetError, ModelError, argument
-from onnxprune.factors.allocate import allocate, reach, usual
-from onnxprune.factors.candidates import Opened
-from onnxprune.factors.choose import Chosen
-from onnxprune.factors.layer import Layer, ShapeOf
-from onnxprune.factors.rewrite import Factorized, composed_weight, replace_layers
+from onnxprune.factorization.allocation import Chosen, Opened, allocate, reach, usual
+from onnxprune.factorization.decompositions import Real, compose
+from onnxprune.factorization.layers import Layer, ShapeOf
+from onnxprune.factorization.rewriting import Factorized, composed_weight, replace_layers
 from onnxprune.graph.cost import is_layer, macs
 from onnxprune.graph.view import Graph
-from onnxprune.model.save import assemble
-from onnxprune.model.weights import Weight
+from onnxprune.io.weights import Weight
+from onnxprune.io.write import assemble
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.factor_work import Done, Work
 from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.pipeline import Context, ModelParts
 from onnxprune.report.facts import Latency
-from onnxprune.runtime.device import Device
-from onnxprune.runtime.floats import measures
-from onnxprune.runtime.latency import in_turn, latency
-from onnxprune.runtime.parallel import spread
-from onnxprune.runtime.probabilities import are_probabilities, roots
+from onnxprune.runtime.fidelity import are_probabilities, roots
+from onnxprune.runtime.latency import Device, in_turn, latency
 from onnxprune.runtime.segments import part_model
-from onnxprune.runtime.sessions import Feed, open_session, run
+from onnxprune.runtime.sessions import Feed, measures, open_session, run, spread
 
 # A layer that is slower on its own is left alone; whether the whole gets faster is asked at the end.
 _FASTER = 1.0

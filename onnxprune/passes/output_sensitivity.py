@@ -12,28 +12,25 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
-from onnxprune.criteria.elimination import corrected
+from onnxprune.allocation.selection import SHARES, along, counts, weakest
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.groups import Group
+from onnxprune.channels.selection import atoms_removed
+from onnxprune.channels.survivors import After
 from onnxprune.errors import ModelError, UsageError, argument
-from onnxprune.files import workspace
-from onnxprune.groups.units import Group
-from onnxprune.model.save import save
-from onnxprune.model.weights import ArrayWeight, GatheredWeight, Weight
+from onnxprune.importance.criteria import corrected
+from onnxprune.importance.slots import CapturedMaps, Site
+from onnxprune.importance.statistics import Maps
+from onnxprune.io.files import workspace
+from onnxprune.io.weights import ArrayWeight, GatheredWeight, Weight
+from onnxprune.io.write import save
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.passes.calibration import HELD_OUT_OF_SENSITIVITY, CalibrationBatches, is_held_out
 from onnxprune.pipeline import Context
-from onnxprune.planning import atoms_removed
-from onnxprune.rewrite.after import After
-from onnxprune.rewrite.cut import CannotRewrite, cut
+from onnxprune.pruning.rewriting import CannotRewrite, cut
 from onnxprune.runtime.capture import count
-from onnxprune.runtime.floats import measures
-from onnxprune.runtime.probabilities import are_probabilities, roots
-from onnxprune.runtime.sessions import Array, Feed, open_session, run
-from onnxprune.selection.drift import SHARES, along, counts
-from onnxprune.selection.map_slots import CapturedMaps
-from onnxprune.selection.scopes import weakest
-from onnxprune.selection.sites import Site
-from onnxprune.statistics import Maps
+from onnxprune.runtime.fidelity import are_probabilities, roots
+from onnxprune.runtime.sessions import Array, Feed, measures, open_session, run
 
 Scores = NDArray[np.float64]
 
@@ -54,7 +51,7 @@ def output_sensitivity(
     """Scores [units] by group that add up to the output sensitivity, in the order of the scores that are given.
 
     Each group is cut alone, to a few sizes; the contractions that read it are corrected for what went (least squares,
-    see :func:`onnxprune.criteria.elimination.corrected`), and sensitivity is |y' - y|^2 / |y - mean y|^2 over held-out
+    see :func:`onnxprune.importance.criteria.corrected`), and sensitivity is |y' - y|^2 / |y - mean y|^2 over held-out
     samples (of class probabilities the square roots), averaged over the outputs. Groups then compare by what counts in
     the end, however wide and deep they are.
     A group of which no cut can be run keeps the mean of the others.

@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import ModelError, ValidationError
-from onnxprune.graph.bounds import integer_bounds
-from onnxprune.graph.facts import Probe
+from onnxprune.graph.facts import Probe, integer_bounds
 from onnxprune.graph.probes import input_specs
-from onnxprune.model.closing import close_bodies
-from onnxprune.model.functions import inlined
-from onnxprune.model.structure import same_nodes
+from onnxprune.io.functions import inlined
+from onnxprune.io.read import same_nodes
+from onnxprune.io.subgraphs import close_bodies
 from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
 from onnxprune.passes.trial import Trial
+from onnxprune.pruning.masked import Model, force, force_closed, undecided, ways
 from onnxprune.report.facts import Exactness
-from onnxprune.rewrite.branches import force, force_closed, undecided, ways
-from onnxprune.rewrite.witness import Model
-from onnxprune.runtime import idle
+from onnxprune.runtime import compare
 from onnxprune.runtime.inputs import variations
 from onnxprune.runtime.sessions import Feed
 
@@ -87,7 +85,7 @@ def hold_against_file(
                 if not probe:
                     raise
                 continue
-            more = idle.waking(file, found.idle, [feed], others(probe)) if found.idle else []
+            more = compare.waking(file, found.idle, [feed], others(probe)) if found.idle else []
             if more and found.facts.passed:
                 found = pair.compared([feed, *more])
             _require(found.facts)

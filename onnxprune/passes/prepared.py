@@ -6,16 +6,15 @@ from collections.abc import Mapping
 
 import onnx
 
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.survivors import Mask
 from onnxprune.garbage import paused
-from onnxprune.graph.fold import fold
+from onnxprune.graph.canonical import fold, rejoin, unshare
 from onnxprune.graph.restore import restore
-from onnxprune.graph.unshare import rejoin, unshare
 from onnxprune.graph.view import Graph
-from onnxprune.model.constants import constant_node, has_bare_initializers, set_constant
-from onnxprune.model.weights import Weight
-from onnxprune.rewrite.after import Mask
-from onnxprune.rewrite.cut import cut
+from onnxprune.io.constants import constant_node, has_bare_initializers, set_constant
+from onnxprune.io.weights import Weight
+from onnxprune.pruning.rewriting import cut
 
 Parts = tuple[onnx.ModelProto, dict[str, Weight]]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnxprune.decompose.factor import Real
 from onnxprune.errors import ModelError, ValidationError
-from onnxprune.factors.rewrite import Factorized, compose_layers
+from onnxprune.factorization.decompositions import Real
+from onnxprune.factorization.rewriting import Factorized, compose_layers
 from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
 from onnxprune.passes.preparation import hold_against_file
 from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.pipeline import Context, Model, ModelParts
 from onnxprune.report.facts import Exactness
-from onnxprune.runtime.differences import TOLERANCE
+from onnxprune.runtime.compare import TOLERANCE
 
 
 def check_products(

@@ -11,23 +11,23 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis, GroupView
-from onnxprune.criteria import Criterion, get, needs_of
+from onnxprune.allocation.settings import Options, check_patterns, request_of
+from onnxprune.channels.analysis import Analysis, GroupView
+from onnxprune.channels.plan import Plan
+from onnxprune.channels.selection import atoms_removed, make_plan, read_plan
+from onnxprune.channels.survivors import After
 from onnxprune.errors import BudgetError, Note, argument
 from onnxprune.garbage import paused
 from onnxprune.graph.view import CONTROL
+from onnxprune.importance.criteria import Criterion, get, needs_of
+from onnxprune.io.write import assemble
 from onnxprune.labels.atoms import Barrier
 from onnxprune.labels.label import Ids
-from onnxprune.model.save import assemble
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import UNPRUNED, Context, Model, ModelParts, Pass, PassResult
-from onnxprune.plan import Plan
-from onnxprune.planning import atoms_removed, make_plan, read_plan
+from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import Fact, LayerFacts, Pruned, Remark, Settings, Sizes
-from onnxprune.rewrite.after import After
-from onnxprune.rewrite.cut import CannotRewrite
-from onnxprune.selection.request import Options, check_patterns, request_of
 
 Mask = NDArray[np.bool_]
 
@@ -40,7 +40,7 @@ class Prune(Pass):
         ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all together, see ``scope``.
         plan: a plan or its file, replayed instead of scoring.
         approximate: also cut through normalisations, which is not exact.
-        options: fields of :class:`onnxprune.selection.request.Request`, such as ``layers``, ``scope`` or ``policy``;
+        options: fields of :class:`onnxprune.allocation.settings.Request`, such as ``layers``, ``scope`` or ``policy``;
             ``onnxprune.prune`` explains them.
 
     Raises:

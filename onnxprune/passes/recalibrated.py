@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.channels.survivors import After
 from onnxprune.graph.view import Graph, Node
-from onnxprune.model.weights import ArrayWeight, Weight
-from onnxprune.rewrite.after import After
+from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed
 

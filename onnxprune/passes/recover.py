@@ -13,12 +13,14 @@ import numpy as np
 import onnx
 
 from onnxprune import __version__
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.propagate import infer_by_rule
+from onnxprune.channels.survivors import After
 from onnxprune.errors import Note, UsageError, argument, nearest
-from onnxprune.files import workspace
-from onnxprune.graph.infer import probe_at
+from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph
-from onnxprune.model.weights import Weight
+from onnxprune.io.files import workspace
+from onnxprune.io.weights import Weight
 from onnxprune.passes.calibration import MAX_VALIDATION, CalibrationBatches, CalibrationSplit
 from onnxprune.passes.comparable import (
     NEVER,
@@ -35,25 +37,17 @@ from onnxprune.passes.recalibrated import Recalibrated, normalisations
 from onnxprune.passes.synthetic import make_up
 from onnxprune.passes.trial import Trial
 from onnxprune.pipeline import Context, HoldOut, Model, ModelParts, Pass, PassResult, Requirement
-from onnxprune.propagate import infer_by_rule
-from onnxprune.recover import MODES
-from onnxprune.recover.aims import RecoveryTarget, RecoveryTargets, find_targets
-from onnxprune.recover.held import HELD
-from onnxprune.recover.layers import Layer
-from onnxprune.recover.logits import Mixing, find_pairs, mixings
-from onnxprune.recover.problem import Get, Problem
-from onnxprune.recover.repair import repair
-from onnxprune.recover.solve import Solution
+from onnxprune.recovery import MODES
+from onnxprune.recovery.attention import Mixing, find_pairs, mixings
+from onnxprune.recovery.layer import Get, Problem, repair
+from onnxprune.recovery.regression import HELD, Solution
+from onnxprune.recovery.targets import Layer, RecoveryTarget, RecoveryTargets, find_targets
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Remark, Repair
-from onnxprune.rewrite.after import After
 from onnxprune.runtime import sessions
-from onnxprune.runtime.capture import count
-from onnxprune.runtime.checkpoint import make_folder, read_arrays, write_arrays
+from onnxprune.runtime.capture import Way, count, make_folder, read_arrays, ways, write_arrays
 from onnxprune.runtime.fidelity import fidelity
-from onnxprune.runtime.parallel import spread
 from onnxprune.runtime.segments import Segments, Store
-from onnxprune.runtime.sessions import Feed
-from onnxprune.runtime.ways import Way, ways
+from onnxprune.runtime.sessions import Feed, spread
 
 # -- what a recovery is worth ------------------------------------------------------------------------------------------
 

@@ -8,27 +8,26 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
-from onnxprune.criteria import Criterion, Slot, needs_of
+from onnxprune.allocation.selection import (
+    Array,
+    RankedGroup,
+    batches,
+    candidates,
+    choose,
+    rank_groups,
+    savings,
+    split_rows,
+    spread,
+)
+from onnxprune.allocation.settings import Request
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.groups import Group
+from onnxprune.channels.selection import atoms_removed
 from onnxprune.errors import Note, UsageError, argument
-from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.probes import input_specs
-from onnxprune.groups.units import Group
-from onnxprune.passes.calibrate import captured_maps
-from onnxprune.passes.calibration import CalibrationBatches
-from onnxprune.passes.output_sensitivity import output_sensitivity
-from onnxprune.passes.trial import Trial
-from onnxprune.pipeline import Context
-from onnxprune.planning import atoms_removed
-from onnxprune.runtime.inputs import synthetic
-from onnxprune.runtime.profile import profile
-from onnxprune.runtime.sessions import Feed
-from onnxprune.selection.choose import Array, batches, candidates, choose, rank_groups, split_rows
-from onnxprune.selection.costs import savings, spread
-from onnxprune.selection.map_slots import map_slots
-from onnxprune.selection.request import Request
-from onnxprune.selection.scopes import RankedGroup
-from onnxprune.selection.scores import (
+from onnxprune.importance.criteria import Criterion, Slot, needs_of
+from onnxprune.importance.scores import (
     Scored,
     all_constant,
     by_maps,
@@ -39,8 +38,15 @@ from onnxprune.selection.scores import (
     unit_scores,
     without,
 )
-from onnxprune.selection.slots import Placed, weight_slots
-from onnxprune.selection.squares import Squares, weight_squares
+from onnxprune.importance.slots import Placed, Squares, map_slots, weight_slots, weight_squares
+from onnxprune.passes.calibrate import captured_maps
+from onnxprune.passes.calibration import CalibrationBatches
+from onnxprune.passes.output_sensitivity import output_sensitivity
+from onnxprune.passes.trial import Trial
+from onnxprune.pipeline import Context
+from onnxprune.runtime.inputs import synthetic
+from onnxprune.runtime.latency import profile
+from onnxprune.runtime.sessions import Feed
 
 Mask = NDArray[np.bool_]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx
 
 from onnxprune.errors import ModelError, ValidationError
-from onnxprune.graph.limits import propagates
-from onnxprune.model.closing import close_bodies
+from onnxprune.graph.values import propagates
+from onnxprune.io.subgraphs import close_bodies
 
 _REPORT = "This is a bug in onnxprune; please report it."
 

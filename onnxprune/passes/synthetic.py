@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
-from onnxprune.contractions import Form, Scale
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.survivors import After
 from onnxprune.errors import ModelError
-from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.graph.view import Graph, Node
+from onnxprune.operators.contractions import Form, Scale
 from onnxprune.passes.recalibrated import normalisations
 from onnxprune.passes.trial import Trial
 from onnxprune.pipeline import Context
-from onnxprune.recover.aims import RecoveryTarget, find_targets, outputs
-from onnxprune.recover.plausible import divergence, interest
-from onnxprune.rewrite.after import After
+from onnxprune.recovery.plausible import divergence, interest
+from onnxprune.recovery.targets import RecoveryTarget, find_targets, outputs
 from onnxprune.runtime.capture import count, with_outputs
-from onnxprune.runtime.imagined import RANGES, Spread, imagined, is_pattern
+from onnxprune.runtime.inputs import RANGES, Spread, imagined, is_pattern
 from onnxprune.runtime.sessions import Feed, open_session, run
 
 Array = NDArray[Any]
@@ -47,7 +47,7 @@ def make_up(context: Context, analysis: Analysis) -> Imagined:
 
     A model does not say what range its inputs have. Several are tried on the original: the one with which the inputs
     of its BatchNormalizations are nearest to the means and variances that these have kept, and where there is none the
-    one that its layers make most of, see :func:`onnxprune.recover.plausible.interest`.
+    one that its layers make most of, see :func:`onnxprune.recovery.plausible.interest`.
 
     Raises:
         ModelError: the original does not run on any.

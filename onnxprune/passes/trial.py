@@ -10,18 +10,17 @@ from typing import Any
 
 import onnx
 
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import ModelError, UsageError, argument
-from onnxprune.files import clone, is_text, workspace
-from onnxprune.graph.binding import InputSpec
-from onnxprune.graph.bounds import integer_bounds
-from onnxprune.graph.probes import input_specs
-from onnxprune.model.load import Loaded, load
-from onnxprune.model.save import assemble, lies_in, referring, save
-from onnxprune.model.weights import FileWeight, Weight
+from onnxprune.graph.facts import integer_bounds
+from onnxprune.graph.probes import InputSpec, input_specs
+from onnxprune.io.files import clone, is_text, workspace
+from onnxprune.io.read import Loaded, load
+from onnxprune.io.weights import FileWeight, Weight
+from onnxprune.io.write import assemble, lies_in, referring, save
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.pipeline import Context
-from onnxprune.rewrite.holding import drawing, seeded
+from onnxprune.pruning.holding import drawing, seeded
 from onnxprune.runtime import inputs, sessions
 
 # From this size on, the original and the result are never in memory together.

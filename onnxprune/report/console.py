@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.text import Text
 
 from onnxprune.errors import Note, Spelling, spelled
-from onnxprune.report.units import ARROW, DASH, ELLIPSIS, PLUS_MINUS, TIMES
+from onnxprune.report.numbers import ARROW, DASH, ELLIPSIS, PLUS_MINUS, TIMES
 
 # A table in a file or a pipe is as wide as an editor shows; text there has no edge to wrap at.
 PIPE_WIDTH = 120

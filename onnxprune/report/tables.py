@@ -1,8 +1,8 @@
-"""Facts as rich renderables: layers, totals, exactness and fidelity of a cut."""
+"""Facts as tables for a terminal: layers, totals, proof, fidelity, recovery, factorization, budget, structure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -10,8 +10,23 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from onnxprune.report import units, words
-from onnxprune.report.facts import Exactness, Fidelity, Latency, LayerFacts, Report, Totals
+from onnxprune.report import numbers, reasons
+from onnxprune.report.facts import (
+    SHARES,
+    BudgetFacts,
+    Exactness,
+    FactorizedLayer,
+    Fidelity,
+    Latency,
+    LayerFacts,
+    NodeTime,
+    Profile,
+    Recovery,
+    Repair,
+    Report,
+    TargetFacts,
+    Totals,
+)
 
 LONG = 30
 """Up to this many layers every one is listed; in a longer model the untouched ones are folded into a count."""
@@ -39,7 +54,7 @@ class FittedTable(Table):
         if named is not None:
             room = max(_LEAST_NAME, width - gaps - figures - prose)
             named.no_wrap = True
-            named._cells[:] = units.fitted([str(cell) for cell in named.cells], room)
+            named._cells[:] = numbers.fitted([str(cell) for cell in named.cells], room)
             figures += min(widths[id(named)], room)
         if figures + gaps > width:  # figures that stand side by side in one cell then stand below each other
             for column in self.columns:
@@ -84,33 +99,33 @@ def layers(facts: Sequence[LayerFacts], *, name_width: int, fold: bool) -> list[
     table = table_of(*columns, ("removed", "left"))
     for name, layer in shown:
         table.add_row(
-            units.shorten(name, name_width),
+            numbers.shorten(name, name_width),
             layer.op,
-            units.change(str(layer.channels_before), str(layer.channels_after)),
-            units.change(units.count(layer.params_before), units.count(layer.params_after)),
-            units.change(units.count(layer.macs_before), units.count(layer.macs_after)),
+            numbers.change(str(layer.channels_before), str(layer.channels_after)),
+            numbers.change(numbers.count(layer.params_before), numbers.count(layer.params_after)),
+            numbers.change(numbers.count(layer.macs_before), numbers.count(layer.macs_after)),
             _removed_or_why(layer),
             style="dim" if untouched(layer) else "",
         )
     parts: list[RenderableType] = [table] if shown else []
     if hidden:
-        why = words.tally(reason(layer) for layer in hidden)
+        why = reasons.tally(reason(layer) for layer in hidden)
         parts.append(Text(f"{len(hidden)} of {len(facts)} layers untouched: {why} (-v lists them)", style="dim"))
     return parts
 
 
 def _named(facts: Sequence[LayerFacts]) -> list[tuple[str, LayerFacts]]:
     """Layers with names that tell them apart."""
-    return list(zip(units.distinct([layer.name for layer in facts]), facts, strict=True))
+    return list(zip(numbers.distinct([layer.name for layer in facts]), facts, strict=True))
 
 
 def _removed_or_why(layer: LayerFacts) -> str:
     """The share of parameters removed, and where there is a reason for no more, the reason in a few words."""
     why = reason(layer)
     if not why:
-        return units.removed(layer.params_before, layer.params_after)
-    share = "" if untouched(layer) else f"{units.removed(layer.params_before, layer.params_after)}, "
-    return f"{share}{words.short(why)}"
+        return numbers.removed(layer.params_before, layer.params_after)
+    share = "" if untouched(layer) else f"{numbers.removed(layer.params_before, layer.params_after)}, "
+    return f"{share}{reasons.short(why)}"
 
 
 def inspected(facts: Sequence[LayerFacts], *, name_width: int, every: bool) -> list[RenderableType]:
@@ -124,10 +139,10 @@ def inspected(facts: Sequence[LayerFacts], *, name_width: int, every: bool) -> l
         ("layer", "left"), ("op", "left"), ("channels", "right"), ("params", "right"), ("MACs", "right"), ("", "left")
     )
     for full_name, layer in shown:
-        name, channels = units.shorten(full_name, name_width), str(layer.channels_before)
-        params, macs = units.count(layer.params_before), units.count(layer.macs_before)
+        name, channels = numbers.shorten(full_name, name_width), str(layer.channels_before)
+        params, macs = numbers.count(layer.params_before), numbers.count(layer.macs_before)
         table.add_row(
-            name, layer.op, channels, params, macs, words.short(layer.reason), style="dim" if layer.reason else ""
+            name, layer.op, channels, params, macs, reasons.short(layer.reason), style="dim" if layer.reason else ""
         )
     hidden = len(facts) - len(shown)
     parts: list[RenderableType] = [table]
@@ -143,17 +158,17 @@ def totals(sums: Totals, latency: Latency | None) -> Table:
     def row(label: str, before: int, after: int, text: Any) -> None:
         if before or after:
             style = _LESS if after < before else _MORE if after > before else ""
-            table.add_row(label, text(before), text(after), Text(units.removed(before, after), style))
+            table.add_row(label, text(before), text(after), Text(numbers.removed(before, after), style))
 
-    row("parameters", sums.params_before, sums.params_after, units.count)
-    row("MACs", sums.macs_before, sums.macs_after, units.count)
+    row("parameters", sums.params_before, sums.params_after, numbers.count)
+    row("MACs", sums.macs_before, sums.macs_after, numbers.count)
     if sums.bytes_after:
-        row("file size", sums.bytes_before, sums.bytes_after, units.size)
+        row("file size", sums.bytes_before, sums.bytes_after, numbers.size)
     if latency is not None:
-        before = units.milliseconds(latency.before_ms, latency.before_spread_ms)
-        after = units.milliseconds(latency.after_ms, latency.after_spread_ms)
+        before = numbers.milliseconds(latency.before_ms, latency.before_spread_ms)
+        after = numbers.milliseconds(latency.after_ms, latency.after_spread_ms)
         style = _LESS if latency.speedup > 1 else _MORE if latency.speedup < SLOWER else ""
-        table.add_row("latency", before, after, Text(f"{latency.speedup:.2f}{units.TIMES} speed", style))
+        table.add_row("latency", before, after, Text(f"{latency.speedup:.2f}{numbers.TIMES} speed", style))
     return table
 
 
@@ -164,10 +179,8 @@ def latency_note(latency: Latency | None) -> Text | None:
     threads = (
         "1 thread" if latency.threads == 1 else f"{latency.threads} threads" if latency.threads else "default threads"
     )
-    return Text(
-        f"latency: median {units.PLUS_MINUS} interquartile range, {latency.runs} runs in turn, onnxruntime, {threads}",
-        style="dim",
-    )
+    spread = f"median {numbers.PLUS_MINUS} interquartile range, {latency.runs} runs in turn"
+    return Text(f"latency: {spread}, onnxruntime, {threads}", style="dim")
 
 
 def flushed(values: int) -> list[Text]:
@@ -225,18 +238,502 @@ def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[
     if len(worst) == 1:
         output = worst[0]
         top1 = f", top-1 agreement {100 * output.top1:.1f} %" if output.top1 is not None else ""
-        line = f"cosine {output.cosine:.4f}, signal-to-noise {units.decibels(output.snr_db)}{top1} ({samples}){note}"
+        line = f"cosine {output.cosine:.4f}, signal-to-noise {numbers.decibels(output.snr_db)}{top1} ({samples}){note}"
         return [Text.assemble(("fidelity  ", "bold"), line)]
     table = table_of(("  output", "left"), ("cosine", "right"), ("signal-to-noise", "right"), ("top-1", "right"))
     for output in worst[:most]:
         table.add_row(
-            "  " + units.shorten(output.output, name_width),
+            "  " + numbers.shorten(output.output, name_width),
             f"{output.cosine:.4f}",
-            units.decibels(output.snr_db),
-            units.DASH if output.top1 is None else f"{100 * output.top1:.1f} %",
+            numbers.decibels(output.snr_db),
+            numbers.DASH if output.top1 is None else f"{100 * output.top1:.1f} %",
         )
     head = f"worst cosine {facts.worst_cosine:.4f} over {len(worst)} outputs ({samples}){note}"
     parts: list[RenderableType] = [Text.assemble(("fidelity  ", "bold"), head), table]
     if len(worst) > most:
         parts.append(Text(f"  and {len(worst) - most} outputs with a larger cosine", style="dim"))
     return parts
+
+
+_BY = {
+    "bias": "by their means",
+    "bn": "by scale and shift",
+    "lstsq": "by least squares",
+    "full": "by least squares",
+    "datafree": "by least squares",
+}
+_HOW = {"bias": "means", "affine": "scale and shift", "lstsq": "least squares", "kept": "kept"}
+# Held-out error, as a share of the variance, that is rounding: the cut did not reach the layer.
+_UNTOUCHED = 1e-9
+_NO_BETTER = "Nothing that was tried lowered the error on held-out samples."
+
+
+def summary(report: Report) -> Text | None:
+    """One line: was the cut repaired, from what, and what that did to the outputs."""
+    facts = report.recovery
+    if not facts.why:
+        return None
+    if facts.mode == "none" or facts.before is None:
+        why = facts.why if facts.mode == "none" else "nothing was cut"
+        advice = "; with --data the cut can be repaired, with --recover datafree less well without"
+        advice = advice if facts.why == "no data was given" else ""
+        return Text.assemble(("repaired  ", "bold"), "no: ", why, advice)
+    done, reached = _counts(report.repairs)
+    chosen = "" if facts.why == "asked for" else f", --recover {facts.mode} since {facts.why}"
+    samples = f"{facts.samples} sample{'' if facts.samples == 1 else 's'}"
+    if facts.inputs:
+        samples = f"{facts.samples} {facts.inputs}, the weaker form (from --data it is better)"
+    how = f"{done} of {reached} layers {_BY.get(facts.mode, 'by ' + facts.mode)} from {samples}{chosen}"
+    if facts.undone:
+        return Text.assemble(("repaired  ", "bold"), ("undone", "yellow"), f": {how}, {_change(facts)}")
+    return Text.assemble(("repaired  ", "bold"), f"{how}: {_change(facts)}")
+
+
+def _counts(repairs: Sequence[Repair]) -> tuple[int, int]:
+    """Layers with new weights, and layers that the cut reached."""
+    return sum(r.done for r in repairs), sum(not _untouched(r) for r in repairs)
+
+
+def _untouched(repair: Repair) -> bool:
+    return repair.how == "kept" and repair.before <= _UNTOUCHED
+
+
+def _change(facts: Recovery) -> str:
+    """Fidelity before and after, on the same inputs."""
+    before, after = facts.before, facts.after
+    if before is None or after is None or not before.outputs:
+        return "fidelity not measured"
+    said = f"fidelity {before.worst_cosine:.4f} {numbers.ARROW} {after.worst_cosine:.4f}"
+    one, other = _top1(before), _top1(after)
+    if one is not None and other is not None:
+        said += f", top-1 agreement {100 * one:.1f} {numbers.ARROW} {100 * other:.1f} %"
+    return said
+
+
+def _top1(facts: Fidelity) -> float | None:
+    return facts.outputs[0].top1 if len(facts.outputs) == 1 else None
+
+
+def recovered_layers(repairs: Sequence[Repair], *, name_width: int) -> list[RenderableType]:
+    """The table of layers that were tried: what was fitted, held-out error before and after."""
+    if all(r.how.startswith("left") or _untouched(r) for r in repairs):
+        return []
+    table = table_of(("layer", "left"), ("repaired by", "left"), ("held-out error", "right"))
+    for name, item in zip(numbers.distinct([r.layer for r in repairs]), repairs, strict=True):
+        if item.how.startswith("left") or _untouched(item):
+            continue
+        error = numbers.change(_share(item.before), _share(item.after))
+        style = "" if item.done else "dim"
+        table.add_row(numbers.shorten(name, name_width), _how(item.how), error, style=style)
+    note = "held-out error: what is left of the original's signal at the layer, as a share of its variance"
+    return [table, Text(note, style="dim")]
+
+
+def _how(how: str) -> str:
+    first, *rest = how.split(" ", 1)
+    word = _HOW.get(first.rstrip(","), first)
+    return f"{word}, ridge {rest[0]}" if first == "lstsq" and rest else " ".join([word, *rest])
+
+
+def _share(error: float) -> str:
+    return f"{100 * error:.2f} %"
+
+
+def left(repairs: Sequence[Repair], *, name_width: int) -> list[RenderableType]:
+    """Layers that a repair left as they were, those with the same reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for item in repairs:
+        if item.how.startswith("left"):
+            why = item.how.partition(":")[2].strip()
+            by_reason.setdefault(f"{why[:1].upper()}{why[1:]}.", []).append(item.layer)
+        elif item.how == "kept" and not _untouched(item):
+            by_reason.setdefault(_NO_BETTER, []).append(item.layer)
+    parts: list[RenderableType] = []
+    for why, names in sorted(by_reason.items(), key=lambda pair: -len(pair[1])):
+        parts.append(Text(why, style="bold"))
+        parts += [Text(f"  {numbers.shorten(name, name_width)}") for name in names]
+    return parts or [Text("every layer that the cut reached was repaired", style="green")]
+
+
+def whole(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
+    """The whole report: layers, sums, whether the new layers are right, fidelity."""
+    parts: list[RenderableType] = [
+        *factorized_layers(report.factorized, name_width=name_width, verbose=verbose),
+        Text(""),
+    ]
+    parts += [totals(report.totals, report.latency)]
+    note = latency_note(report.latency)
+    slower = _speed_note(report)
+    parts += [x for x in (note, slower) if x is not None]
+    parts += [Text(""), _settings(report)]
+    if report.product is not None:
+        parts.append(product(report))
+    parts += flushed(report.flushed)
+    repaired = summary(report)
+    if repaired is not None:
+        parts.append(repaired)
+    return [*parts, *fidelity(report.fidelity, name_width=name_width)]
+
+
+def factorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int, verbose: bool) -> list[RenderableType]:
+    """The table of layers that were taken apart; the others are a count with their reasons."""
+    table = table_of(
+        ("layer", "left"), ("op", "left"), ("method", "left"), ("ranks", "right"), ("params", "right"),
+        ("MACs", "right"), ("error", "right"), ("alone", "right"),
+    )  # fmt: skip
+    taken = [f for f in facts if f.method]
+    for name, item in zip(numbers.distinct([f.name for f in facts]), facts, strict=True):
+        if not item.method:
+            continue
+        table.add_row(
+            numbers.shorten(name, name_width),
+            item.op,
+            item.method,
+            ", ".join(str(rank) for rank in item.ranks),
+            numbers.change(numbers.count(item.params_before), numbers.count(item.params_after)),
+            numbers.change(numbers.count(item.macs_before), numbers.count(item.macs_after)),
+            f"{100 * item.error:.2f} %",
+            _alone(item),
+        )
+    others = [f for f in facts if not f.method]
+    parts: list[RenderableType] = [table] if taken else []
+    if others and verbose:
+        parts += unfactorized_layers(facts, name_width=name_width)
+    elif others:
+        why = reasons.tally(f.reason for f in others)
+        parts.append(Text(f"{len(others)} of {len(facts)} layers stay: {why} (--explain names them)", style="dim"))
+    return parts
+
+
+def _alone(item: FactorizedLayer) -> str:
+    if item.before_ms is None or item.after_ms is None or not item.after_ms:
+        return numbers.DASH
+    return f"{item.before_ms / item.after_ms:.2f}{numbers.TIMES} speed"
+
+
+def unfactorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int) -> list[RenderableType]:
+    """Layers that stay, those with the same reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for item in facts:
+        if not item.method:
+            by_reason.setdefault(f"{item.reason[:1].upper()}{item.reason[1:]}.", []).append(item.name)
+    parts: list[RenderableType] = [heading("Layers that stay as they are")]
+    for why, names in sorted(by_reason.items(), key=lambda pair: -len(pair[1])):
+        parts.append(Text(why, style="bold"))
+        parts += [Text(f"  {numbers.shorten(name, name_width)}") for name in names]
+    return parts if by_reason else []
+
+
+def _settings(report: Report) -> Text:
+    said = dict(report.settings)
+    method = said.pop("method", "")
+    usual = {"cost": "macs", "round_to": 1}
+    how = [f"{name.replace('_', ' ')} {value}" for name, value in said.items() if usual.get(name) != value]
+    return Text.assemble(("by        ", "bold"), ", ".join([str(method), *how]) if method else "a plan")
+
+
+def product(report: Report) -> Text:
+    """Whether the new layers compute what they should."""
+    facts = report.product
+    assert facts is not None
+    if facts.passed is None:
+        return Text.assemble(("product   ", "bold"), ("not checked", "yellow"), f": {facts.note}" if facts.note else "")
+    error = f"{facts.error:.1e}" if facts.error else "0"
+    note = f"; {facts.note}" if facts.note else ""
+    text = ": new layers compute the product of their weights, largest relative difference"
+    return Text.assemble(
+        ("product   ", "bold"), ("yes", "bold green"), f"{text} {error} (allowed {facts.tolerance:.0e}){note}"
+    )
+
+
+def _speed_note(report: Report) -> Text | None:
+    """What to try where less work takes longer: more layers have to be started."""
+    timed, sums = report.latency, report.totals
+    if timed is None or timed.speedup >= SLOWER or sums.macs_after >= sums.macs_before:
+        return None
+    return Text("less work but slower: --method auto takes apart only what gets faster here", style="yellow")
+
+
+def render(facts: BudgetFacts | None) -> list[RenderableType]:
+    """The targets as a table, and how the counts were found."""
+    if facts is None:
+        return []
+    parts: list[RenderableType] = []
+    if facts.targets:
+        table = table_of(
+            ("target", "left"), ("before", "right"), ("allowed", "right"), ("after", "right"), ("share", "right")
+        )
+        table.add_column("")
+        for target in facts.targets:
+            amounts = (amount(target.kind, x) for x in (target.before, target.limit, target.after))
+            table.add_row(target.asked, *amounts, f"{target.after / target.before:.3f}", verdict(target))
+        parts += [table, Text("")]
+    lost = facts.points_before - facts.points_after
+    allowed = "" if facts.max_drop is None else f" (allowed {facts.max_drop:g})"
+    drop = f"{facts.what} {facts.points_before:.4g} {numbers.ARROW} {facts.points_after:.4g}, {lost:.3g} lost{allowed}"
+    parts.append(Text.assemble(("budget    ", "bold"), f"{drop}; counts by {_answers(facts)}"))
+    return parts
+
+
+def verdict(target: TargetFacts) -> str:
+    """Whether the target was met, and who says so."""
+    if target.met_before:
+        return f"met before the cut, {target.how}"
+    return f"{'met' if target.after <= target.limit else 'met within tolerance'}, {target.how}"
+
+
+def amount(kind: str, value: float) -> str:
+    """A cost with its unit."""
+    if kind == "latency":
+        return f"{1e3 * value:.3g} ms"
+    return numbers.count(round(value)) if kind in ("macs", "params") else numbers.size(round(value))
+
+
+def _answers(facts: BudgetFacts) -> str:
+    """The answer that won and those that it was held against."""
+    best = next((a for a in facts.answers if a.chosen), None)
+    if best is None:
+        return "no search"
+    gap = "" if facts.gap is None else f" (within {100 * facts.gap:.1f} % of the bound)"
+    others = ", ".join(f"{a.name} {a.fine:.4g}" for a in facts.answers if not a.chosen)
+    return f"{best.name}{gap}" + (f", {best.fine:.4g} against {others}" if others else "")
+
+
+MOST = 20
+"""Nodes that are listed where not every one is asked for."""
+
+
+def profile_table(facts: Profile, *, name_width: int, every: bool) -> list[RenderableType]:
+    """The whole profile."""
+    alike: dict[str, list[NodeTime]] = {}
+    for node in facts.nodes:
+        alike.setdefault(node.name if every else repr((node.op, node.ms, node.at_shares)), []).append(node)
+    shown = list(alike.values())[: None if every else MOST]
+    columns = [(f"at {share:g}", "right") for share in SHARES]
+    table = table_of(("node", "left"), ("op", "left"), ("ms", "right"), ("share", "right"), *columns)
+    total = sum(node.ms for node in facts.nodes) or 1.0
+    for nodes in shown:
+        node, count = nodes[0], len(nodes)
+        each = [f"{count * ms:.4f}" for ms in node.at_shares]
+        name = numbers.shorten(node.name, name_width) + (f" and {count - 1} alike" if count > 1 else "")
+        table.add_row(name, node.op, f"{count * node.ms:.4f}", f"{100 * count * node.ms / total:.1f} %", *each)
+    parts: list[RenderableType] = [_title(facts), heading("Nodes, and their time where groups keep a share")]
+    parts.append(table)
+    left = len(facts.nodes) - sum(map(len, shown))
+    if left:
+        parts.append(Text(f"and {left} shorter ones (-v lists them)", style="dim"))
+    if facts.steps:
+        parts += [heading("Time of one node by its channels"), _steps(facts)]
+    return [*parts, Text(""), _checked(facts)]
+
+
+def _title(facts: Profile) -> Text:
+    device = facts.device
+    threads = f"{device['threads']} thread{'' if device['threads'] == 1 else 's'}"
+    where = f"{device['processor']}, {threads}, onnxruntime {device['onnxruntime']}, {device['providers']}"
+    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in facts.inputs.items())
+    return Text.assemble((facts.model, "bold"), f"  {facts.ms:.3g} ms for {shapes}\n{where}")
+
+
+def _steps(facts: Profile) -> RenderableType:
+    table = table_of(("op", "left"), ("nodes", "right"), ("by what it", "left"), ("channels: ms", "left"))
+    for kind in facts.steps:
+        points = ", ".join(f"{count}: {ms:.3g}" for count, ms in zip(kind.channels, kind.ms, strict=True))
+        table.add_row(kind.op, str(kind.nodes), kind.by, points)
+    return table
+
+
+def _checked(facts: Profile) -> Text:
+    pairs = ", ".join(f"{p:.3g} / {m:.3g}" for p, m in facts.checks)
+    said = f"{len(facts.checks)} whole runs, predicted / measured ms: {pairs}; largest error {100 * facts.error:.1f} %"
+    return Text.assemble(("checked   ", "bold"), said)
+
+
+def groups(records: Iterable[Mapping[str, Any]], *, name_width: int, most: int | None = None) -> list[RenderableType]:
+    """The groups that can be cut, most units first; those that cannot are counted with their reasons."""
+    found = list(records)
+    free = sorted((group for group in found if group.get("prunable", True)), key=lambda group: -_units(group))
+    # What is covered is cut all the same, as the group that covers it.
+    fixed = [group for group in found if not group.get("prunable", True) and _cause(group) != "covered"]
+    cut = any(group.get("removed") for group in free)
+    table = table_of(
+        ("group", "right"),
+        ("kind", "left"),
+        ("units", "right"),
+        ("steps", "right"),
+        ("slots", "right"),
+        ("layers", "left"),
+    )
+    for group in free[:most]:
+        size = _units(group)
+        names = [str(name) for name in group.get("layers", ())] or [str(group.get("name", ""))]
+        more = f" + {len(names) - 1} more" if len(names) > 1 else ""
+        table.add_row(
+            str(group.get("id", "")),
+            str(group.get("kind", "channels")),
+            numbers.change(str(size), str(size - _removed(group))) if cut else str(size),
+            str(group.get("steps", size)),
+            str(len(group.get("slots", ()))),
+            numbers.shorten(names[0], name_width) + more,
+        )
+    parts: list[RenderableType] = [table] if free else []
+    if most is not None and len(free) > most:
+        parts.append(Text(f"and {len(free) - most} smaller groups (-v lists them)", style="dim"))
+    if fixed:
+        why = reasons.tally(str(group.get("reason", "")) for group in fixed)
+        parts.append(Text(f"{len(fixed)} group{'' if len(fixed) == 1 else 's'} cannot be cut: {why}", style="dim"))
+    return parts
+
+
+def _cause(group: Mapping[str, Any]) -> str:
+    return reasons.split(str(group.get("reason", "")))[0]
+
+
+def _units(group: Mapping[str, Any]) -> int:
+    return int(group.get("size", group.get("units", 0)))
+
+
+def _removed(group: Mapping[str, Any]) -> int:
+    removed = group.get("removed", 0)
+    return removed if isinstance(removed, int) else len(removed)
+
+
+def barriers(records: Iterable[Mapping[str, Any]], *, name_width: int, every: bool) -> list[RenderableType]:
+    """Barriers, those that hold most channels first: one row per code and operator, or with ``every`` one per node."""
+    every_record = sorted(records, key=lambda barrier: -int(barrier.get("channels", 0)))
+    found = [barrier for barrier in every_record if not _kernel(barrier)]
+    aside: list[RenderableType] = []
+    if len(found) < len(every_record):
+        count = len(every_record) - len(found)
+        aside = [
+            Text(
+                f"{count} kernel{' keeps its size' if count == 1 else 's keep their size'}; positions are no channels",
+                style="dim",
+            )
+        ]
+    if not found:
+        return [Text("none: every channel can be removed", style="green"), *aside]
+    return [_barrier_table(found, name_width=name_width, every=every), *aside, *_legend(found)]
+
+
+def held(records: Iterable[Mapping[str, Any]]) -> int:
+    """Channels that barriers hold; the positions of a kernel are none."""
+    return _channels(barrier for barrier in records if not _kernel(barrier))
+
+
+def _kernel(barrier: Mapping[str, Any]) -> bool:
+    """True for the height and width of a kernel: every convolution has them, and they were never channels."""
+    return _code(barrier) == "spatial" and "kernel" in str(barrier.get("detail", ""))
+
+
+def _barrier_table(found: Sequence[Mapping[str, Any]], *, name_width: int, every: bool) -> Table:
+    if every:
+        table = table_of(
+            ("channels", "right"), ("code", "left"), ("operator", "left"), ("node", "left"), ("detail", "left")
+        )
+        for barrier in found:
+            name = numbers.shorten(str(barrier.get("node", "")), name_width)
+            table.add_row(
+                str(barrier.get("channels", 0)), _code(barrier), _op(barrier), name, str(barrier.get("detail", ""))
+            )
+        return table
+    merged: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for barrier in found:
+        merged.setdefault((_code(barrier), _op(barrier)), []).append(barrier)
+    rows = sorted(merged.items(), key=lambda item: -_channels(item[1]))
+    table = table_of(
+        ("channels", "right"), ("places", "right"), ("code", "left"), ("operator", "left"), ("for example", "left")
+    )
+    for (code, op), places in rows:
+        example = numbers.shorten(str(places[0].get("node", "")), name_width)
+        table.add_row(str(_channels(places)), str(len(places)), code, op, example)
+    return table
+
+
+def _code(barrier: Mapping[str, Any]) -> str:
+    return str(barrier.get("code", ""))
+
+
+def _op(barrier: Mapping[str, Any]) -> str:
+    return str(barrier.get("op", ""))
+
+
+def _channels(places: Iterable[Mapping[str, Any]]) -> int:
+    return sum(int(place.get("channels", 0)) for place in places)
+
+
+def _legend(found: Iterable[Mapping[str, Any]]) -> list[RenderableType]:
+    """Each code that occurs, once, in plain words."""
+    lines: list[RenderableType] = [Text("")]
+    for code in dict.fromkeys(_code(barrier) for barrier in found):
+        if code in reasons.BARRIERS:
+            step = reasons.advice(code)
+            text = f"{reasons.BARRIERS[code].why}{' ' + step if step else ''}"
+            lines.append(Text.assemble((f"{code}: ", "bold"), text))
+    return lines if len(lines) > 1 else []
+
+
+def unlocks(found: Sequence[tuple[str, int]], most: int = 10) -> Table:
+    """Operators that hold channels back, most channels first."""
+    table = table_of(("channels", "right"), ("operator", "left"))
+    for op, channels in sorted(found, key=lambda item: -item[1])[:most]:
+        table.add_row(str(channels), op)
+    return table
+
+
+def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
+    """The whole report after a cut: layers, totals, exactness, fidelity."""
+    fold = not verbose and len(report.layers) > LONG
+    parts: list[RenderableType] = []
+    if report.layers:
+        parts += [*layers(report.layers, name_width=name_width, fold=fold), Text("")]
+    if report.factorized:
+        parts += [*factorized_layers(report.factorized, name_width=name_width, verbose=verbose), Text("")]
+    if verbose and report.repairs:
+        parts += [*recovered_layers(report.repairs, name_width=name_width), Text("")]
+    parts += [totals(report.totals, report.latency)]
+    note = latency_note(report.latency)
+    if note is not None:
+        parts.append(note)
+    slower = speed_note(report)
+    if slower is not None:
+        parts.append(slower)
+    if report.budget is not None:
+        parts += [Text(""), *render(report.budget)]
+    chosen = settings(report)
+    parts += [Text(""), *([chosen] if chosen is not None else []), exactness(report.exactness)]
+    parts += flushed(report.flushed)
+    if report.product is not None:
+        parts.append(product(report))
+    repaired = summary(report)
+    if repaired is not None:
+        parts.append(repaired)
+    return [*parts, *fidelity(report.fidelity, name_width=name_width)]
+
+
+def settings(report: Report) -> Text | None:
+    """One line: how the units were chosen."""
+    said = report.settings
+    if not said:
+        return None
+    how = [str(said["criterion"])]
+    if "scope" not in said:
+        return Text.assemble(("chosen    ", "bold"), f"by a plan (criterion {how[0]})")
+    how += [f"{name.replace('_', ' ')} {said[name]}" for name in ("scope", "policy", "normalize")]
+    usual = {"group_policy": "count", "reshape_axis": "head_dim", "cost": "none"}
+    how += [f"{name.replace('_', ' ')} {said[name]}" for name, value in usual.items() if said[name] != value]
+    if said["steps"] > 1:
+        how.append(f"{said['steps']} steps, {said['schedule']}")
+    return Text.assemble(("chosen    ", "bold"), "by ", ", ".join(how))
+
+
+def repaired(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
+    """The report after a repair of a model that was cut before: sums, what the repair did, fidelity."""
+    parts: list[RenderableType] = []
+    if verbose and report.repairs:
+        parts += [*recovered_layers(report.repairs, name_width=name_width), Text("")]
+    parts += [totals(report.totals, None), Text(""), *flushed(report.flushed)]
+    if report.exactness.note:
+        parts.append(Text.assemble(("the cut   ", "bold"), report.exactness.note))
+    done = summary(report)
+    return [*parts, *([done] if done is not None else []), *fidelity(report.fidelity, name_width=name_width)]

@@ -2,27 +2,166 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
-from onnxprune.errors import ModelError, UsageError
-from onnxprune.files import workspace
-from onnxprune.model.exposing import Inner
-from onnxprune.model.save import save
-from onnxprune.model.weights import Weight
-from onnxprune.runtime.checkpoint import Checkpoint
-from onnxprune.runtime.iterations import counted, shown_in
-from onnxprune.runtime.parallel import cores
-from onnxprune.runtime.sessions import Array, Feed, open_session, run
-from onnxprune.statistics import NotFinite, Statistic
+from onnxprune import __version__
+from onnxprune.errors import ModelError, UsageError, argument
+from onnxprune.graph.view import Graph
+from onnxprune.importance.statistics import NotFinite, Statistic
+from onnxprune.io import files, markers
+from onnxprune.io.files import workspace
+from onnxprune.io.subgraphs import Inner, show
+from onnxprune.io.weights import Weight
+from onnxprune.io.write import save
+from onnxprune.runtime.sessions import Array, Feed, cores, open_session, run
+
+
+def shown_in(
+    proto: onnx.ModelProto, tensors: Iterable[str], conditions: Collection[str], types: Mapping[str, Inner]
+) -> tuple[onnx.ModelProto, dict[str, str], dict[str, int]]:
+    """The model with all that is asked for where it can be seen, {tensor: output}, and {tensor: axes stacked in front}.
+
+    Conditions are outputs under another name: they may be inputs or constants of the model.
+    """
+    names = dict.fromkeys([*tensors, *sorted(conditions)])
+    proto, shown = show(proto, {n: types[n] for n in names if n in types})
+    outputs = {n: shown[n].output if n in shown else n for n in names}
+    outside = sorted(set(conditions) - shown.keys())
+    if outside:
+        model = onnx.ModelProto()
+        model.CopyFrom(proto)
+        for name in outside:
+            outputs[name] = f"{name}__condition"
+            model.graph.node.append(onnx.helper.make_node("Identity", [name], [outputs[name]]))
+        proto = model
+    return proto, outputs, {n: s.stacked for n, s in shown.items()}
+
+
+def counted(value: Array, stacked: int, conditions: Sequence[tuple[Array, bool, int]], joins: bool) -> list[Array]:
+    """The values that iterations gave in which conditions are what they have to be.
+
+    Args:
+        value: with iterations along ``stacked`` leading axes; empty where a branch was not taken.
+        conditions: (condition, what it has to be, leading axes of its own that count iterations).
+        joins: as one value, joined along its own first axis.
+    """
+    if not value.size:
+        return []
+    counts = np.ones(value.shape[:stacked], bool)
+    for condition, wanted, axes in conditions:
+        counts &= _holds(condition, wanted, axes, counts.shape)
+    flat = value.reshape(-1, *value.shape[stacked:])[counts.ravel()]
+    if joins and flat.ndim > 1 and len(flat):
+        return [flat.reshape(-1, *flat.shape[2:])]
+    return list(flat)
+
+
+def _holds(condition: Array, wanted: bool, stacked: int, shape: tuple[int, ...]) -> Array:
+    """Whether a condition is what is wanted in iterations that are stacked like this.
+
+    A tensor that iterations further in read alone counts as soon as it holds in one of them.
+    """
+    if not condition.size:  # what it decides is not come to
+        return np.zeros(shape, bool)
+    found = np.asarray(condition.reshape((*condition.shape[:stacked], -1))[..., 0] == wanted)
+    found = np.any(found, axis=tuple(range(len(shape), stacked)))
+    return np.broadcast_to(found.reshape(found.shape + (1,) * (len(shape) - found.ndim)), shape)
+
+
+FORMAT = 3
+"""Raised whenever statistics are measured in another way, so that what an older package left is not gone on from."""
+
+
+class Checkpoint:
+    """One file per set of statistics, named by a hash of the model, the data, what is asked of them, and the package.
+
+    Args:
+        folder: made where it does not exist. key: everything that the result depends on.
+
+    Raises:
+        UsageError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        make_folder(folder)
+        self._folder, self._key = folder, key
+
+    def at(self, batch_size: int) -> Checkpoint:
+        """The same for calls of this many samples: only whole calls are counted, so others cannot go on from there."""
+        return Checkpoint(self._folder, f"{self._key}:{batch_size}")
+
+    def _path(self, statistics: Mapping[str, Statistic]) -> Path:
+        text = "\n".join([f"{__version__}:{FORMAT}", self._key, *sorted(statistics)])
+        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+
+    def load(self, statistics: Mapping[str, Statistic]) -> tuple[int, int]:
+        """Fill the statistics from the file. Returns (batches, samples) they hold; (0, 0) without a usable file."""
+        file = read_arrays(self._path(statistics))
+        states: dict[str, dict[str, Any]] = {name: {} for name in statistics}
+        try:
+            done = int(file["batches"]), int(file["samples"])
+            for entry, array in file.items():
+                if "|" in entry:
+                    name, _, part = entry.rpartition("|")
+                    states[name][part] = array
+        except (KeyError, TypeError, ValueError):  # missing, or something else
+            return 0, 0
+        for name, statistic in statistics.items():
+            statistic.state = states[name]
+        return done
+
+    def save(self, statistics: Mapping[str, Statistic], batches: int, samples: int) -> None:
+        """Write the file, replacing the one before at once."""
+        path = self._path(statistics)
+        arrays = {f"{name}|{part}": a for name, s in statistics.items() for part, a in s.state.items()}
+        write_arrays(path, {"batches": np.int64(batches), "samples": np.int64(samples), **arrays})
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to keep things in; raises UsageError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{argument('cache')} {str(folder)!r} cannot be made: {error.strerror}",
+            hint="Give a folder that can be written.",
+        ) from error
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of a file; empty where it is missing or damaged, which only means to compute them anew."""
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception:  # what a damaged archive raises depends on where it is damaged
+        return {}
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as a file, replacing the one before at once; raises UsageError where it cannot be written."""
+    try:
+        with files.replacing(path) as replacement, replacement.open() as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise UsageError(
+            f"{argument('cache')} {str(path.parent)!r} cannot be written: {error.strerror}",
+            hint=f"Free space, or drop {argument('cache')}.",
+        ) from error
+
 
 Told = Callable[[float], None]
 # Bytes of inner tensors that one call may hand out.
@@ -287,3 +426,46 @@ def to_maps(axes: Sequence[int]) -> Callable[[Array], Array]:
         return moved.reshape(samples, math.prod(inner[: len(axes)]), *inner[len(axes) :])
 
     return arrange
+
+
+Way = Mapping[str, bool]
+"""What conditions of Ifs are, {name of the condition: value}; without those that a batch does not come to."""
+
+
+def ways(graph: Graph, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> list[dict[str, bool]]:
+    """The way that every batch takes through the Ifs that lie in no Loop or Scan; no entries where there are none.
+
+    Raises:
+        ModelError: the model does not run.
+    """
+    opened = [n for n in graph.nodes if n.marker == markers.OPEN and n.kind == "If"]
+    names = {n.inputs[0] for n in opened if markers.repeating(graph.around[n.index]) is None}
+    found = [_of_one((n, feed[n]) for n in sorted(names & feed.keys())) for feed in feeds]
+    constants = _of_one((n, weights[n].read()) for n in sorted(names & weights.keys()))
+    made = sorted(names & graph.producer.keys() - weights.keys())
+    if made:
+        proto, shown = show(graph.proto, dict.fromkeys(made, Inner(TensorProto.BOOL, 0)))
+        outputs = {n: shown[n].output if n in shown else n for n in made}
+        with workspace() as folder:
+            path = folder / "ways.onnx"
+            save(with_outputs(proto, [*outputs.values()]), weights, path)
+            session = open_session(path, spin=False)
+            for way, feed in zip(found, feeds, strict=True):
+                values = run(session, feed)
+                way.update(_of_one((n, values[o]) for n, o in outputs.items()))
+    return [{**constants, **way} for way in found]
+
+
+def _of_one(values: Iterable[tuple[str, Array]]) -> dict[str, bool]:
+    return {name: bool(value.ravel()[0]) for name, value in values if value.size}
+
+
+def takes(graph: Graph, index: int, way: Way) -> bool:
+    """Whether the node at ``index``, or the Loop or Scan around it, runs on a way."""
+    return reaches(graph, graph.around[index], way)
+
+
+def reaches(graph: Graph, around: Sequence[markers.Body], way: Way) -> bool:
+    """Whether bodies run on a way, as far as Ifs outside of every Loop and Scan decide it."""
+    branches = takewhile(lambda body: body.kind == "If", around)
+    return all(way.get(graph.nodes[body.start].inputs[0]) == body.side for body in branches)

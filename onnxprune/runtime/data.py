@@ -1,23 +1,390 @@
-"""The user's own inputs as a stream of calls of the model, in bounded memory, as often as there are passes."""
+"""The user's inputs as a stream of calls of the model, in bounded memory, as often as there are passes."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+import pickle
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from onnxprune.errors import UsageError, argument
-from onnxprune.graph.binding import InputSpec
-from onnxprune.runtime.batches import Cutter, Totals, too_few
+from onnxprune.graph.probes import InputSpec
+from onnxprune.runtime import images
+from onnxprune.runtime.arrays import HINT, SUFFIXES, UNNAMED, Part, array_file, array_files, by_stem, held, may_be_read
 from onnxprune.runtime.images import ImageOptions
-from onnxprune.runtime.matching import match
+from onnxprune.runtime.matching import cast, match
 from onnxprune.runtime.sessions import Array, Feed
-from onnxprune.runtime.sources import Source, open_source
-from onnxprune.runtime.stored import HINT, Part
+
+_IN_MEMORY = 64 << 20  # bytes kept of a source that can be read once; the rest goes to a temporary file
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Sets of arrays, one after the other, as often as asked for.
+
+    Args:
+        parts: a fresh pass.
+        known: shapes are known without doing anyone's work, so that all can be checked before the first pass.
+        again: a pass reads the source itself, not what was kept of it.
+        unit: rows that make up one sample, where a model takes one at a time and has no axis for it.
+        stamp: bytes that stand for the content of the first n samples, where there are cheaper ones than the arrays.
+    """
+
+    parts: Callable[[], Iterator[Part]]
+    known: bool = True
+    again: bool = True
+    unit: int = 1
+    stamp: Callable[[int], Iterator[bytes]] | None = None
+
+
+def open_source(source: Any, specs: Sequence[InputSpec], options: images.ImageOptions | None = None) -> Source:
+    """The source behind what the user gave as data.
+
+    Raises:
+        UsageError: a missing path, a folder without data or with both images and arrays, image options for arrays,
+            an object that is no data.
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.exists():
+            raise UsageError(f"data {str(path)!r} does not exist", hint=HINT)
+        arrays, pictures = _files(path)
+        if pictures:
+            folder = images.Folder(path, pictures, specs, options)
+            return Source(lambda: iter([folder.part()]), unit=folder.unit, stamp=folder.stamp)
+        found: Source | None = Source(lambda: _from_files(path, arrays, [spec.name for spec in specs]))
+    elif isinstance(source, (np.ndarray, Mapping)):
+        found = Source(lambda: iter([_part(source)]))
+    else:
+        found = _from_object(source)
+    if found is None:
+        raise UsageError(f"data is a {type(source).__name__}: no path, mapping or iterable of mappings", hint=HINT)
+    if options is not None:
+        raise UsageError(
+            "image options (size, mean, std, layout, ...) have no meaning for data of arrays",
+            hint="Arrays go into the model as they are: drop these options, or give a folder of images.",
+        )
+    return found
+
+
+def _files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The array files and the images at a path, one of them empty."""
+    if not path.is_dir():
+        if not may_be_read(path):
+            raise UsageError(f"data {str(path)!r} is no ordinary file", hint="Give a file that can be read twice.")
+        return ([], [path]) if path.suffix.lower() in images.SUFFIXES else ([path], [])
+    arrays, pictures = array_files(path), images.image_files(path)
+    if arrays and pictures:
+        raise UsageError(
+            f"data folder {str(path)!r} holds both arrays ({arrays[0].name}) and images ({pictures[0].name})",
+            hint="Give a folder with one kind of data.",
+        )
+    if not arrays and not pictures:
+        kinds = ", ".join(images.SUFFIXES)
+        raise UsageError(f"data folder {str(path)!r} holds no {' or '.join(SUFFIXES)} file, and no image ({kinds})")
+    return arrays, pictures
+
+
+def _from_files(path: Path, files: Sequence[Path], names: Sequence[str]) -> Iterator[Part]:
+    """One set per file, or one of a folder's files where they are called like the inputs."""
+    named = by_stem(files, names) if path.is_dir() else None
+    if named is not None:
+        yield named
+    else:
+        yield from map(array_file, files)
+
+
+def _from_object(source: Any) -> Source | None:
+    """Iterables and readers; None for anything else."""
+    if hasattr(source, "get_next"):
+        if hasattr(source, "rewind"):
+            return Source(lambda: map(_part, _rewound(source)), known=False)
+        return _once(iter(source.get_next, None))
+    if not hasattr(source, "__iter__"):
+        return None
+    if isinstance(source, Iterator):
+        return _once(source)
+    return Source(lambda: _items(source), known=isinstance(source, (list, tuple)))
+
+
+def _rewound(reader: Any) -> Iterator[Any]:
+    """One pass over a reader that can go back to its start."""
+    reader.rewind()
+    yield from iter(reader.get_next, None)
+
+
+def _items(source: Iterable[Any]) -> Iterator[Part]:
+    """Every item as a set of arrays."""
+    for index, item in enumerate(source):
+        yield _part(item, index)
+
+
+def _part(item: Any, index: int | None = None) -> Part:
+    """One item as a set of arrays by name; ``index`` names it in messages where it is one of several."""
+    where = "" if index is None else f" of data item {index}"
+    if isinstance(item, Mapping):
+        return {str(name): held(np.asarray(array), f"array {name!r}{where}") for name, array in item.items()}
+    if hasattr(item, "__array__"):
+        return {UNNAMED: held(np.asarray(item), f"the array{where}")}
+    raise UsageError(
+        f"data item {index or 0} is a {type(item).__name__}, not a mapping of arrays",
+        hint="Give {input name: array} per item; axis 0 of an array is the samples.",
+    )
+
+
+def _once(items: Iterator[Any]) -> Source:
+    """A source that can be read once: what a pass has read is kept for the next."""
+    kept = _Kept(items)
+    return Source(kept.parts, known=False, again=False)
+
+
+class _Kept:
+    """Items of an iterator, read from it once, as far as a pass has come, and after that from a copy.
+
+    The copy is in memory while it is small, else in a temporary file without a name.
+    """
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items = _items(items)
+        self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115
+        self._offsets: list[int] = []
+        weakref.finalize(self, self._file.close)
+
+    def parts(self) -> Iterator[Part]:
+        """One pass; several may be under way at once."""
+        index = 0
+        while index < len(self._offsets) or self._more():
+            self._file.seek(self._offsets[index])
+            # nobody else has the file, so that what is unpickled is what was pickled here
+            arrays = pickle.load(self._file)
+            yield {name: held(array, place) for name, (array, place) in arrays.items()}
+            index += 1
+
+    def _more(self) -> bool:
+        """Keep one more item; False when there is none."""
+        part = next(self._items, None)
+        if part is None:
+            return False
+        self._offsets.append(self._file.seek(0, 2))
+        pickle.dump({name: (rows.read(), rows.place) for name, rows in part.items()}, self._file, protocol=5)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One call of a model. ``split`` are the inputs that change from batch to batch; the first one counts samples."""
+
+    feed: Feed
+    split: Sequence[str]
+    free: bool
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the input that counts; a scalar is one."""
+        return max(self.feed[self.split[0]].shape[:1], default=1) if self.split else 1
+
+    def first(self, rows: int) -> Batch:
+        """The batch cut short, where the model takes any number."""
+        if rows >= self.rows or not self.free:
+            return self
+        return Batch({n: a[:rows] if n in self.split else a for n, a in self.feed.items()}, self.split, True)
+
+
+@dataclass(slots=True)
+class Totals:
+    """What sets of arrays hold: ``rows``, ``usable`` of them in whole batches of ``step`` (1: any number)."""
+
+    rows: int = 0
+    usable: int = 0
+    step: int = 1
+
+
+class Cutter:
+    """Cuts sets of arrays into batches of ``size`` samples, or of the leading sizes that the model fixes.
+
+    Sets of equal shapes that follow one another are joined, so that a batch can hold samples of several sets; what is
+    left at the end makes a short batch where leading sizes are free and is dropped where they are not. Sets whose
+    inputs differ in their numbers of rows (states, constants beside samples) are cut each for itself: scalars, and
+    arrays that fill a fully fixed input while other inputs hold more, go into every batch. A scalar input that gets
+    one value per sample makes every sample a call.
+    """
+
+    def __init__(self, specs: Sequence[InputSpec], size: int) -> None:
+        self.specs, self.size = specs, size
+        self.dropped = 0
+        """Samples that filled no batch."""
+        self.place = ""
+        fixed = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)}
+        self.fixed = max((size for size in fixed if isinstance(size, int)), default=0)
+        self._joins = len(fixed) <= 1 and (len(specs) == 1 or all(spec.shape for spec in specs))
+
+    def batches(self, parts: Iterable[Part]) -> Iterator[Batch]:
+        """Every batch; no more than about two are in memory.
+
+        Raises:
+            UsageError: numbers of samples that do not fit each other, values that do not fit an input.
+        """
+        for tails, run in groupby(parts, self._tails):
+            if tails is None:
+                for part in run:
+                    yield from self._alone(part)
+            else:
+                yield from self._joined(run)
+
+    def totals(self, parts: Iterable[Part]) -> Totals:
+        """What there is to cut; nothing but shapes is looked at."""
+        sums = Totals()
+        for tails, run in groupby(parts, self._tails):
+            rows = 0
+            for part in run:
+                self.place = next(iter(part.values())).place
+                if tails is not None:
+                    rows += next(iter(part.values())).shape[0]
+                    continue
+                steps, count = _steps(part, self.specs, self.size)
+                sums.rows += part[next(iter(steps))].shape[0] if steps else 1
+                sums.step = self._step(steps)
+                sums.usable += part[next(iter(steps))].shape[0] if steps and sums.step == 1 else count * sums.step
+            if tails is not None:
+                sums.rows, sums.step = sums.rows + rows, self.fixed or 1
+                sums.usable += rows // sums.step * sums.step
+        return sums
+
+    def _step(self, steps: Mapping[str, int]) -> int:
+        """What the number of samples is a multiple of."""
+        return 1 if self._free(steps) else next(iter(steps.values()), 1)
+
+    def _free(self, steps: Mapping[str, int]) -> bool:
+        """Whether the last batch can be cut short: every leading size is free."""
+        fixed = (spec.name in steps and spec.shape and isinstance(spec.shape[0], int) for spec in self.specs)
+        return not any(fixed)
+
+    def _tails(self, part: Part) -> tuple[tuple[int, ...], ...] | None:
+        """What has to be equal in sets that are joined; None for a set with rows of its own kind."""
+        lengths = {rows.shape[:1] for rows in part.values()}
+        filled = sum(part[spec.name].shape == spec.shape for spec in self.specs)
+        if not self._joins or len(lengths) > 1 or () in lengths or 0 < filled < len(self.specs):
+            return None
+        return tuple(part[spec.name].shape[1:] for spec in self.specs)
+
+    def _joined(self, run: Iterable[Part]) -> Iterator[Batch]:
+        """Batches across sets, all of whose arrays have the same number of rows."""
+        step = self.fixed or self.size
+        names = [spec.name for spec in self.specs]
+        rest: Feed = {}
+        for part in run:
+            self.place = next(iter(part.values())).place
+            for chunk in self._read(part, dict.fromkeys(names, step)):
+                feed = {n: np.concatenate([rest[n], chunk[n]]) for n in names} if rest else chunk
+                if len(feed[names[0]]) >= step:
+                    yield Batch({n: a[:step] for n, a in feed.items()}, names, not self.fixed)
+                    feed = {n: a[step:] for n, a in feed.items()}
+                # a copy: a view would keep the whole set in memory, and some iterators fill one array again and again
+                rest = {n: a.copy() for n, a in feed.items()} if len(feed[names[0]]) else {}
+        if rest and not self.fixed:
+            yield Batch(rest, names, True)
+        elif rest:
+            self.dropped += len(rest[names[0]])
+
+    def _alone(self, part: Part) -> Iterator[Batch]:
+        """The batches of one set."""
+        steps, count = _steps(part, self.specs, self.size)
+        by_name = {spec.name: spec for spec in self.specs}
+        same = {n: _scalar(cast(r.read(), by_name[n], r.place), by_name[n]) for n, r in part.items() if n not in steps}
+        if not steps:
+            yield Batch(same, (), False)
+            return
+        free, used = self._free(steps), 0
+        for chunk in islice(self._read(part, steps), count):
+            feed = {n: same[n] if n in same else _scalar(chunk[n], spec) for n, spec in by_name.items()}
+            batch = Batch(feed, tuple(steps), free)
+            used += batch.rows
+            yield batch
+        self.dropped += part[next(iter(steps))].shape[0] - used
+
+    def _read(self, part: Part, steps: Mapping[str, int]) -> Iterator[Feed]:
+        """The arrays of a set side by side, in the model's dtypes, each by its own number of rows."""
+        specs = [spec for spec in self.specs if spec.name in steps]
+        readers = [part[spec.name].chunks(steps[spec.name]) for spec in specs]
+        for number, arrays in enumerate(zip(*readers, strict=False)):
+            pairs = zip(specs, arrays, strict=True)
+            yield {s.name: cast(a, s, part[s.name].place, number * steps[s.name]) for s, a in pairs}
+
+
+def _steps(part: Part, specs: Sequence[InputSpec], batch_size: int) -> tuple[dict[str, int], int]:
+    """Rows per batch for every input that is split, and the number of batches."""
+    scalars = {s.name: part[s.name].shape[0] for s in specs if s.scalar and part[s.name].shape not in ((), (1,))}
+    if scalars:
+        return _steps_beside_scalars(part, specs, scalars)
+    split = [spec for spec in specs if part[spec.name].shape and (spec.shape or len(specs) == 1)]
+    samples = {spec.name: part[spec.name].shape[0] for spec in split}
+    fixed = {spec.name: spec.shape[0] for spec in split if spec.shape and isinstance(spec.shape[0], int)}
+    for name, size in fixed.items():
+        if samples[name] < size:
+            raise too_few(part[name].place, samples[name], name, size)
+    whole = {spec.name for spec in split if part[spec.name].shape == spec.shape}
+    if any(name not in whole and n > fixed.get(name, 1) for name, n in samples.items()):
+        samples = {name: n for name, n in samples.items() if name not in whole}
+        fixed = {name: size for name, size in fixed.items() if name not in whole}
+    if not samples:
+        return {}, 1
+    if not fixed:
+        _same(samples, "samples")
+        return dict.fromkeys(samples, batch_size), -(-next(iter(samples.values())) // batch_size)
+    calls = {name: samples[name] // size for name, size in fixed.items()}
+    _same(calls, "batches of samples")
+    count = next(iter(calls.values()))
+    return {name: fixed.get(name) or _step_beside(name, samples, fixed, count) for name in samples}, count
+
+
+def _steps_beside_scalars(
+    part: Part, specs: Sequence[InputSpec], scalars: dict[str, int]
+) -> tuple[dict[str, int], int]:
+    """Rows per batch where scalar inputs have a value per call: one row of every input whose leading size is free."""
+    others = [spec for spec in specs if spec.name not in scalars]
+    steps, count = _steps(part, others, 1) if others else ({}, 0)
+    calls = {**({others[0].name: count} if steps else {}), **scalars}
+    _same(calls, "samples")
+    return {**steps, **dict.fromkeys(scalars, 1)}, next(iter(scalars.values()))
+
+
+def _scalar(array: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """The one number that a scalar input takes."""
+    return array.reshape(()) if spec.scalar else array
+
+
+def too_few(place: str, rows: int, name: str, size: int) -> UsageError:
+    """The error for data that does not fill one batch."""
+    return UsageError(
+        f"{place} has {rows} samples; input {name!r} takes {size} at a time",
+        hint=f"Give at least {size} samples; the model's own leading size is fixed.",
+    )
+
+
+def _step_beside(name: str, samples: Mapping[str, int], fixed: Mapping[str, int], count: int) -> int:
+    """Rows per batch of an input with a free leading size; inputs with fixed ones give ``count`` batches."""
+    for other, size in fixed.items():
+        if samples[other] == samples[name]:
+            return size
+    if samples[name] % count:
+        _same({name: samples[name], **{other: samples[other] for other in fixed}}, "samples")
+    return samples[name] // count
+
+
+def _same(counts: Mapping[str, int], what: str) -> None:
+    """Every input holds the same number."""
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"{name!r}: {n}" for name, n in sorted(counts.items())[:6])
+        raise UsageError(f"data holds different numbers of {what} per input: {shown}")
+
 
 _BATCH = 16
 

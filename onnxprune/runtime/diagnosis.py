@@ -9,13 +9,13 @@ from pathlib import Path
 
 import onnx
 
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import ModelError, OnnxpruneError, ValidationError
-from onnxprune.graph.bounds import integer_bounds
-from onnxprune.graph.limits import propagates
+from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.probes import input_specs
-from onnxprune.model.load import Loaded, load
-from onnxprune.model.save import assemble
+from onnxprune.graph.values import propagates
+from onnxprune.io.read import Loaded, load
+from onnxprune.io.write import assemble
 from onnxprune.runtime.inputs import synthetic
 from onnxprune.runtime.sessions import open_session, run
 

@@ -1,4 +1,4 @@
-"""Fidelity: how close the final model's outputs are to the original's, batch by batch, without keeping any output."""
+"""Fidelity: how close the outputs of two models are, batch by batch, without keeping any output."""
 
 from __future__ import annotations
 
@@ -9,11 +9,40 @@ from itertools import repeat
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.report.facts import Fidelity, OutputFidelity
-from onnxprune.runtime.floats import eps, measures
-from onnxprune.runtime.probabilities import are_probabilities, roots
-from onnxprune.runtime.sessions import Array, Feed, Openable, Progress, open_session, run
+from onnxprune.runtime.sessions import Array, Feed, Openable, Progress, eps, measures, open_session, run
+
+# How far a row may be from adding up to 1, per class and in machine epsilons.
+_ROUNDING = 64.0
+
+
+def are_probabilities(values: NDArray[Any]) -> bool:
+    """Whether rows along the last axis are probabilities of two or more classes: none below 0, all adding up to 1.
+
+    Args:
+        values: [samples, classes] or [samples, positions, classes], float; of another rank they are no class scores.
+    """
+    least = eps(values.dtype)
+    if values.ndim not in (2, 3) or values.dtype.kind == "c" or not least or values.shape[-1] < 2 or not values.size:
+        return False
+    with np.errstate(invalid="ignore", over="ignore"):
+        low, sums = values.min(), values.sum(axis=-1, dtype=np.float64)
+    within = min(0.01, _ROUNDING * least * values.shape[-1])
+    return bool(low >= 0 and np.abs(sums - 1.0).max() <= within)
+
+
+def roots(probabilities: NDArray[Any]) -> NDArray[np.float64]:
+    """Square roots of probabilities, in float64: their squared distance, halved, is the squared Hellinger distance.
+
+    H^2(p, q) = 1/2 sum_c (p_c^1/2 - q_c^1/2)^2, from 0 to 1. Unlike a difference of probabilities it does not go by the
+    most probable class alone. What is not finite, or below 0, counts as 0. Le Cam and Yang, Asymptotics in Statistics,
+    2nd edition, 2000.
+    """
+    known = np.nan_to_num(probabilities.astype(np.float64), nan=0.0, posinf=1.0, neginf=0.0)
+    return np.sqrt(np.maximum(known, 0.0))
+
 
 _SNR_LIMIT = 300.0  # dB; equal outputs would be infinite, which JSON cannot hold
 
@@ -52,7 +81,7 @@ def fidelity(
 
     Cosine is ``a·b / (|a| |b|)`` and signal-to-noise ``10 log10(|a|² / |a - b|²)`` in dB (within ±300), in float64.
     Where rows of the original are class probabilities, their Hellinger distance is told as well: see
-    :mod:`onnxprune.runtime.probabilities`. Top-1 is the share of rows with the same argmax over the last axis, for
+    :mod:`onnxprune.runtime.fidelity`. Top-1 is the share of rows with the same argmax over the last axis, for
     float outputs of rank 2 or 3 whose last axis has 2 or more entries. Positions where the original is not finite are
     left out; where only the final model is not, its value counts as 0. For integers wider than 8 bits, booleans and
     strings (classes, indices) cosine and top-1 are the share of equal elements. An output whose shape or presence

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import UsageError, argument, nearest
-from onnxprune.graph.binding import InputSpec, show
+from onnxprune.graph.probes import InputSpec, show
+from onnxprune.runtime.arrays import UNNAMED, Part, Rows, may_be_read
 from onnxprune.runtime.sessions import Array
-from onnxprune.runtime.stored import UNNAMED, Part, Rows, may_be_read
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 LAYOUTS = ("nchw", "nhwc")

@@ -1,4 +1,4 @@
-"""Inputs for a model: sizes for its dynamic dimensions, seeded synthetic arrays, and (see ``data``) the user's own."""
+"""Inputs for a model: sizes for its dynamic dimensions, and seeded synthetic arrays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import UsageError, nearest
-from onnxprune.graph.binding import InputSpec, bind_shapes, show
+from onnxprune.graph.probes import InputSpec, bind_shapes, show
 from onnxprune.runtime.data import load_data
 from onnxprune.runtime.sessions import Array, Feed
 
@@ -109,3 +109,127 @@ def _integer_range(spec: InputSpec, rank: int) -> tuple[int, int]:
         info = np.iinfo(spec.dtype)
         return int(info.min), int(info.max)
     return 0, 1
+
+
+Spread = Callable[[Array], Array]
+"""A pattern of mean about 0 and standard deviation about 1 -> values of an input."""
+
+RANGES: dict[str, Spread] = {
+    "sd 0.1": lambda x: x * 0.1,
+    "-1..1": lambda x: np.clip(x * 0.5, -1, 1),
+    "0..1": lambda x: np.clip(0.5 + x * 0.25, 0, 1),
+    "sd 1": lambda x: x,
+    "sd 3": lambda x: x * 3,
+    "sd 10": lambda x: x * 10,
+    "sd 30": lambda x: x * 30,
+    "-128..127": lambda x: np.clip(x * 64, -128, 127),
+    "0..255": lambda x: np.clip(127.5 + x * 64, 0, 255),
+}
+"""Where inputs of trained models lie: raw, centred and standardised pixels, waves, spectra."""
+
+# Axes shorter than this are colours or the like, along which values go together.
+_SHORT = 5
+# Share of samples that are white noise; without any, what only fine detail tells apart would be left to chance.
+_NOISE = 1 / 8
+# Steps that a field is cut into where it becomes flat patches.
+_LEVELS = 8
+# Exponents of the power spectrum, per axis: of texture, and of fields that become patches.
+_TEXTURE, _PATCHES = (0.5, 2.5), (2.0, 3.5)
+
+
+def imagined(
+    specs: Sequence[InputSpec],
+    shapes: Mapping[str, Sequence[int]],
+    spread: Spread,
+    *,
+    bounds: Mapping[str, tuple[int, int]] | None = None,
+    seed: int = 0,
+) -> Feed:
+    """One call of a model. Float inputs and 8-bit maps are patterns, all others as :func:`synthetic` draws them.
+
+    A pattern mixes texture with a power spectrum 1/f^a and flat patches with sharp edges, under a light and contrast
+    of its own; the two things that fields of nature and of artefacts have in common. Ruderman, Origins of scaling in
+    natural images, Vision Research 1997; Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021.
+
+    Args:
+        shapes: {input: shape}, samples along the first axis of inputs of rank 2 and more.
+        spread: takes the patterns of float inputs to their range. bounds: see :func:`synthetic`.
+    """
+    feed = synthetic(specs, shapes, bounds=bounds, seed=seed)
+    for spec in specs:
+        if not is_pattern(spec):
+            continue
+        rng = np.random.default_rng([seed & 0xFFFFFFFF, zlib.crc32(spec.name.encode()), 1])
+        values = pattern(tuple(shapes[spec.name]), rng)
+        if spec.dtype.kind in "iu":
+            info = np.iinfo(spec.dtype)
+            values = np.clip((info.min + info.max + 1) / 2 + 64 * values, info.min, info.max).round()
+        else:
+            values = spread(values)
+        feed[spec.name] = np.asarray(values).astype(spec.dtype)
+    return feed
+
+
+def is_pattern(spec: InputSpec) -> bool:
+    """Whether an input holds what was measured, not indices or masks."""
+    if "mask" in spec.name.lower():
+        return False
+    return spec.dtype.kind in "fV" or (spec.dtype.kind in "iu" and spec.dtype.itemsize == 1 and len(spec.shape) >= 3)
+
+
+def pattern(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Samples along the first axis, each with a mean of about 0 and a standard deviation of about 1."""
+    if len(shape) < 2:
+        return pattern((1, *shape), rng)[0] if shape else rng.standard_normal(shape)
+    short = tuple(a for a in range(1, len(shape)) if shape[a] < _SHORT)
+    texture = _coloured(shape, _TEXTURE, rng)
+    front, back = (_patches(_coloured(shape, _PATCHES, rng), short, rng) for _ in range(2))
+    covered = _coloured(shape, _PATCHES, rng).mean(axis=short, keepdims=True) > 0
+    share = rng.random(_single(shape)) ** 2
+    values = _standard((1.0 - share) * np.where(covered, front, back) + 0.7 * share * texture)
+    values = np.where(rng.random(_single(shape)) < _NOISE, rng.standard_normal(shape), values)
+    contrast, light = rng.uniform(0.4, 1.3, _single(shape)), 0.7 * rng.standard_normal(_single(shape))
+    return values * contrast + light
+
+
+def _coloured(shape: tuple[int, ...], exponents: tuple[float, float], rng: np.random.Generator) -> Array:
+    """Noise whose power falls with frequency along long axes; along short ones values go together."""
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    long = [a for a in range(1, len(shape)) if shape[a] >= _SHORT]
+    for axis in range(1, len(shape)):
+        if 1 < shape[axis] < _SHORT:
+            noise = 0.35 * noise + noise.take([0], axis=axis)
+    if not long:
+        return _standard(noise)
+    squares: Any = 0.0
+    for axis in long:
+        # The transform of real values keeps half of the frequencies along the last axis.
+        steps = np.fft.rfftfreq(shape[axis]) if axis == long[-1] else np.fft.fftfreq(shape[axis])
+        squares = squares + np.square(steps).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    frequency = np.maximum(np.sqrt(squares), 1.0 / max(shape[a] for a in long))
+    exponent = rng.uniform(*exponents, _single(shape)) * len(long) / 2
+    waves = np.fft.rfftn(noise, axes=long) * (frequency**-exponent).astype(np.float32)
+    return _standard(np.fft.irfftn(waves, s=[shape[a] for a in long], axes=long))
+
+
+def _patches(field: Array, short: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """The field in a few steps, each of which has a value (and along short axes a tint) of its own."""
+    grey = _standard(field.mean(axis=short, keepdims=True)) if short else field
+    step = np.clip((grey + 2.0) / 4.0 * _LEVELS, 0, _LEVELS - 1).astype(np.int64)
+    tints = [n if a == 0 or a in short else 1 for a, n in enumerate(field.shape)]
+    table = rng.standard_normal((*_single(field.shape), _LEVELS)) + 0.4 * rng.standard_normal((*tints, _LEVELS))
+    table = np.broadcast_to(table, (*field.shape, _LEVELS))
+    index = np.broadcast_to(step, field.shape)[..., None]
+    return _standard(np.take_along_axis(table, index, axis=-1)[..., 0])
+
+
+def _single(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape with one value per sample."""
+    return (shape[0], *(1,) * (len(shape) - 1))
+
+
+def _standard(values: Array) -> Array:
+    axes = tuple(range(1, values.ndim))
+    centred: Array = values - values.mean(axis=axes, keepdims=True)
+    centred /= centred.std(axis=axes, keepdims=True) + 1e-6
+    return centred

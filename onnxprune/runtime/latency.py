@@ -1,17 +1,208 @@
-"""Latency of models, measured against each other on this machine."""
+"""Latency: models measured against each other, and seconds per node."""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 
-from onnxprune.errors import ModelError
+from onnxprune.errors import ModelError, UsageError, argument, nearest
+from onnxprune.io.files import workspace
 from onnxprune.report.facts import Latency
-from onnxprune.runtime.device import CPU, Device, processors
 from onnxprune.runtime.sessions import Feed, Progress, open_session, prepare, run
+from onnxprune.settings import checked
+
+CPU = "CPUExecutionProvider"
+_SUFFIX = "ExecutionProvider"
+_PACKAGES = {
+    "cuda": "onnxruntime-gpu",
+    "tensorrt": "onnxruntime-gpu",
+    "nvtensorrtrtx": "onnxruntime-trt-rtx",
+    "openvino": "onnxruntime-openvino",
+    "dml": "onnxruntime-directml",
+    "qnn": "onnxruntime-qnn",
+    "rocm": "onnxruntime-rocm",
+    "migraphx": "onnxruntime-migraphx",
+    "cann": "onnxruntime-cann",
+    "webgpu": "onnxruntime-webgpu",
+    "coreml": "onnxruntime",
+}
+"""The package that brings a provider."""
+_PLATFORMS = {"coreml": "macOS"}
+_INSTEAD = "pip uninstall onnxruntime && pip install {}"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """How to run a model when its time counts.
+
+    Attributes:
+        providers: of onnxruntime, in order of preference. threads: inside an operator.
+    """
+
+    providers: tuple[str, ...] = (CPU,)
+    threads: int = 1
+
+    def facts(self) -> dict[str, str | int]:
+        """What a measured time depends on besides the model."""
+        return {
+            "machine": platform.machine(),
+            "processor": _processor(),
+            "onnxruntime": ort.__version__,
+            "providers": ",".join(self.providers),
+            "threads": self.threads,
+        }
+
+
+def device(providers: Sequence[str] | None = None, threads: int | None = None) -> Device:
+    """A device from what a user says: ``cuda`` stands for ``CUDAExecutionProvider``; the CPU comes last by itself.
+
+    Args:
+        providers: None for the CPU. threads: None for all processors that this process may use.
+
+    Raises:
+        UsageError: this onnxruntime has no such provider, or threads is no whole number from 1.
+    """
+    checked("threads", threads)
+    checked("providers", providers)
+    known = {name.removesuffix(_SUFFIX).lower(): name for name in ort.get_available_providers()}
+    found = []
+    for given in providers or ():
+        name = known.get(given.strip().removesuffix(_SUFFIX).lower())
+        if name is None:
+            raise _no_provider(given, known)
+        found.append(name)
+    return Device(tuple(dict.fromkeys([*found, CPU])), threads or processors())
+
+
+def _no_provider(given: str, known: Mapping[str, str]) -> UsageError:
+    """The error for a provider that is not there: the package that brings it, else the nearest name."""
+    message = f"{argument('providers')}: this onnxruntime has no provider {given!r}"
+    name = given.strip().removesuffix(_SUFFIX).lower()
+    every = {other.removesuffix(_SUFFIX).lower() for other in ort.get_all_providers()} | _PACKAGES.keys()
+    if name not in every:
+        return UsageError(message, hint=nearest(name, every))
+    here = f"This one has {', '.join(sorted(known))}."
+    package = _PACKAGES.get(name)
+    if package is None:
+        return UsageError(message, hint=f"{here} It needs a build of onnxruntime with this provider.")
+    if package == "onnxruntime":
+        return UsageError(message, hint=f"{here} The provider comes with onnxruntime on {_PLATFORMS[name]} only.")
+    return UsageError(message, hint=f"{here} Install {package} in place of onnxruntime: {_INSTEAD.format(package)}.")
+
+
+def processors() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.node()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Model", "Hardware", "cpu model"):
+            return value.strip()
+    return platform.processor() or platform.node()
+
+
+_PROFILE_SUFFIX = "_kernel_time"
+# Operators whose time holds that of the nodes in their bodies.
+_HOLDING = {"If", "Loop", "Scan"}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeTime:
+    """Seconds per run of one node as onnxruntime ran it: ``name`` and ``op`` after its own fusions."""
+
+    name: str
+    op: str
+    seconds: float
+
+
+def profile(
+    model: Path | bytes,
+    feeds: Sequence[Feed],
+    *,
+    runs: int = 7,
+    device: Device | None = None,
+    share: float | None = None,
+) -> list[NodeTime]:
+    """Seconds of every node, with all graph optimisations; the first run is not counted.
+
+    Args:
+        model: path, or the serialised model. feeds: the first one is run. runs: how often.
+        device: None for one thread of the CPU. share: the mean of so many of the runs, the shortest ones, is given in
+            place of the median; what disturbs a run only makes it longer, and a mean is finer than the clock.
+
+    Raises:
+        ModelError: the model does not load or run.
+    """
+    if not feeds:
+        raise ModelError("a profile needs at least one input to run on")
+    device = device or Device()
+    with workspace() as folder:
+        prefix = str(folder / "profile")
+        session = open_session(model, threads=device.threads, providers=device.providers, profile=prefix)
+        try:
+            run(session, feeds[0])
+            call = prepare(session, feeds[0])
+            for _ in range(runs):
+                call()
+        finally:
+            written = Path(session.end_profiling())
+        events = json.loads(written.read_text())
+    return _per_node(events, runs, share)
+
+
+def _own(events: Sequence[tuple[float, float, tuple[str, str]]]) -> list[tuple[tuple[str, str], float]]:
+    """Seconds of every event (start, microseconds, key), in order; of what holds others without theirs."""
+    result = [(key, duration) for _, duration, key in events]
+    if any(op in _HOLDING for _, _, (_, op) in events):
+        around: list[tuple[float, int]] = []
+        for number in sorted(range(len(events)), key=lambda k: (events[k][0], -events[k][1])):
+            start, duration, (_, op) = events[number]
+            while around and around[-1][0] < start + duration:
+                around.pop()
+            if around:
+                key, own = result[around[-1][1]]
+                result[around[-1][1]] = key, own - duration
+            if op in _HOLDING:
+                around.append((start + duration, number))
+    return [(key, max(own, 0.0) * 1e-6) for key, own in result]
+
+
+def _per_node(events: Sequence[dict[str, object]], runs: int, share: float | None) -> list[NodeTime]:
+    times: dict[tuple[str, str], list[float]] = {}
+    nodes = []
+    for event in events:
+        name, arguments = str(event.get("name", "")), event.get("args")
+        if event.get("cat") == "Node" and name.endswith(_PROFILE_SUFFIX) and isinstance(arguments, dict):
+            key = name.removesuffix(_PROFILE_SUFFIX), str(arguments.get("op_name", ""))
+            nodes.append((float(str(event["ts"])), float(str(event["dur"])), key))
+    for key, seconds in _own(nodes):
+        times.setdefault(key, []).append(seconds)
+    result = []
+    for (name, op), found in times.items():
+        # A node in a loop runs several times per run; names may repeat, too.
+        each = max(1, len(found) // (runs + 1))
+        usable = len(found) // each * each
+        sums = np.asarray(found[:usable]).reshape(-1, each).sum(axis=1)
+        counted = sums[1:] if sums.size > 1 else sums
+        shortest = np.sort(counted)[: max(1, round((share or 1.0) * counted.size))]
+        result.append(NodeTime(name, op, float(np.median(counted) if share is None else shortest.mean())))
+    return result
+
 
 _WARM_UP = 2
 _FEWEST = 5

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import UsageError, nearest
-from onnxprune.graph.binding import InputSpec
-from onnxprune.runtime.floats import eps
-from onnxprune.runtime.sessions import Array
-from onnxprune.runtime.stored import HINT, UNNAMED, Part, Rows
+from onnxprune.graph.probes import InputSpec
+from onnxprune.runtime.arrays import HINT, UNNAMED, Part, Rows
+from onnxprune.runtime.sessions import Array, eps
 
 _CASTS = (
     "Floats are cast to floats and integers to integers; anything else (scaling pixels, say) has to be done before."

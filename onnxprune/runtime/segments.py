@@ -13,13 +13,12 @@ import onnx
 import onnxruntime as ort
 
 from onnxprune.graph.view import Graph, Node, reads
-from onnxprune.model import markers
-from onnxprune.model.closing import close_bodies
-from onnxprune.model.exposing import Inner, Shown, show
-from onnxprune.model.save import assemble
-from onnxprune.model.weights import Weight
+from onnxprune.io import markers
+from onnxprune.io.subgraphs import Inner, Shown, close_bodies, show
+from onnxprune.io.weights import Weight
+from onnxprune.io.write import assemble
+from onnxprune.runtime.capture import Way, takes
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
-from onnxprune.runtime.ways import Way, takes
 
 
 class Store:

@@ -1,25 +1,79 @@
-"""Sessions of onnxruntime on the CPU: opening, inputs, running, with every failure turned into a typed error."""
+"""Sessions of onnxruntime: opening, inputs, running, with every failure turned into a typed error."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from onnxprune.errors import ModelError, UsageError, argument
-from onnxprune.files import workspace
-from onnxprune.graph.binding import InputSpec
+from onnxprune.graph.probes import InputSpec
+from onnxprune.io.files import workspace
+
+
+def eps(dtype: np.dtype[Any]) -> float:
+    """Machine epsilon of a float or complex type; 0 for anything else, so that it also tells floats from the rest."""
+    return _limits(dtype)[0]
+
+
+def measures(dtype: np.dtype[Any]) -> bool:
+    """Whether numbers of this type have sizes to compare: floats, and codes of 8 bits, as quantised models give.
+
+    Longer integers are mostly labels, indices and counts.
+    """
+    return eps(dtype) > 0 or (dtype.kind in "iu" and dtype.itemsize == 1)
+
+
+def largest(dtype: np.dtype[Any]) -> float:
+    """The largest finite value of a float or complex type; 0 for anything else."""
+    return _limits(dtype)[1]
+
+
+def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
+    try:
+        info = cast(Any, ml_dtypes.finfo)(dtype)
+    except (ValueError, TypeError, KeyError):
+        return 0.0, 0.0
+    return float(info.eps), float(info.max)
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextmanager
+def cores() -> Iterator[ThreadPoolExecutor]:
+    """A thread per core, and one BLAS thread in each of them."""
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        yield pool
+
+
+def spread(work: Callable[[T], R], items: Sequence[T], *, heavy: bool = False) -> list[R]:
+    """``work`` of every item, in order, several at a time.
+
+    Args:
+        heavy: a single item has products large enough to be shared between BLAS threads. Small ones take longer that
+            way, and many times longer where other programs want the cores too.
+    """
+    if len(items) < 2 and heavy:
+        return [work(item) for item in items]
+    with cores() as pool:
+        return list(pool.map(work, items))
+
 
 Array = NDArray[Any]
 Feed = dict[str, Array]

@@ -10,21 +10,22 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
-from onnxprune.budget.sensitivity import Sensitivity
-from onnxprune.budget.target import Target
-from onnxprune.criteria import Criterion
+from onnxprune.allocation.knapsack import Sensitivity
+from onnxprune.allocation.selection import SHARES, counts
+from onnxprune.allocation.settings import WIDEST, Options
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.selection import make_plan
 from onnxprune.errors import BudgetError, UsageError, argument
-from onnxprune.factors.request import Options as FactorOptions
+from onnxprune.factorization.settings import Options as FactorOptions
+from onnxprune.importance.criteria import Criterion
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.output_sensitivity import MAX_SAMPLES, output_sensitivity
 from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons
 from onnxprune.passes.recover import HAS_INPUTS, check_mode
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult, Requirement, Result
-from onnxprune.planning import make_plan
+from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import AnswerFacts, BudgetFacts, Fact, Recovered, Settings, TargetFacts
-from onnxprune.rewrite.cut import CannotRewrite
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.mixture import ALONE, Mixture
@@ -32,8 +33,7 @@ from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated,
 from onnxprune.search.refine import Refine, cuts
 from onnxprune.search.sensitivity import measure_sensitivity
 from onnxprune.search.wishes import Wishes
-from onnxprune.selection.drift import SHARES, counts
-from onnxprune.selection.request import WIDEST, Options
+from onnxprune.targets import Target
 
 Array = NDArray[np.float64]
 WITH_DATA, WITHOUT = "ziplm", "l2"
@@ -47,7 +47,7 @@ class Budget(Pass):
     """Cut to targets.
 
     Counts per group come from knapsacks over scores, over what cutting each group alone does to the outputs (with data)
-    or over measured sensitivities, and costs, see :func:`onnxprune.budget.allocate.allocate`. They are held against the
+    or over measured sensitivities, and costs, see :mod:`onnxprune.allocation.knapsack`. They are held against the
     same share for every group: all are cut, repaired from 128 samples and measured. Others are tried around the best,
     see :class:`onnxprune.search.refine.Refine`, and the best of all is repaired from all data. Where wished, layers may
     be taken apart as well, see :class:`onnxprune.search.mixture.Mixture`.
@@ -55,7 +55,7 @@ class Budget(Pass):
     Args:
         wishes: targets and gates. criterion: what scores units; ``ziplm`` with data, ``l2`` without.
         recover: how to repair; why: who says so, for the report. approximate: also cut through normalisations.
-        options: of :class:`onnxprune.selection.request.Request` that say which groups are cut and how their units are
+        options: of :class:`onnxprune.allocation.settings.Request` that say which groups are cut and how their units are
             scored.
 
     Raises:

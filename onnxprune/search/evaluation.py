@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
+from onnxprune.allocation.selection import macs_after
+from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import UsageError, argument, nearest
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.factorize import Factorize
@@ -26,7 +27,6 @@ from onnxprune.pipeline import Context, Model, PassResult, apply
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Sizes
 from onnxprune.runtime.fidelity import fidelity
 from onnxprune.runtime.sessions import Feed
-from onnxprune.selection.costs import macs_after
 
 Mask = NDArray[np.bool_]
 

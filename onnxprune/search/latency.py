@@ -14,28 +14,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
-from onnxprune.budget.latency import Latency, Places, samples_of, surfaces
-from onnxprune.budget.sizes import Counts, Sizes
-from onnxprune.budget.table import VERSION, LatencyTable
+from onnxprune.allocation.costs import Counts, Sizes
+from onnxprune.allocation.latency_model import VERSION, Latency, LatencyTable, Places, samples_of, surfaces
+from onnxprune.allocation.selection import RankedGroup, spread, take
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.selection import atoms_removed
 from onnxprune.errors import BudgetError, ModelError, UsageError
-from onnxprune.files import user_cache
 from onnxprune.graph.view import Node
+from onnxprune.io.files import user_cache
 from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.prune import frozen_at
 from onnxprune.passes.trial import Trial, timing_feed
 from onnxprune.pipeline import Context
-from onnxprune.planning import atoms_removed
+from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import SHARES, KindSteps, NodeTime, Profile
-from onnxprune.rewrite.cut import CannotRewrite
-from onnxprune.runtime.device import Device
-from onnxprune.runtime.latency import in_turn
-from onnxprune.runtime.profile import profile
+from onnxprune.runtime.latency import Device, in_turn, profile
 from onnxprune.runtime.sessions import Feed
-from onnxprune.selection.choose import take
-from onnxprune.selection.costs import spread
-from onnxprune.selection.scopes import RankedGroup
 
 SECONDS = 60.0
 """How long measuring may take where nobody says."""

@@ -9,15 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate
-from onnxprune.budget.apart import Apart, Part, none_cut, with_parts
-from onnxprune.budget.costs import Cost
-from onnxprune.budget.sizes import Counts
+from onnxprune.allocation.costs import Cost, Counts
+from onnxprune.allocation.factorization import Apart, Part, none_cut, with_parts
+from onnxprune.allocation.knapsack import Allocation, Choices, Limit, allocate
 from onnxprune.errors import BudgetError, UsageError, argument
-from onnxprune.factors.candidates import AUTO, Opened
-from onnxprune.factors.candidates import Candidate as LayerCandidate
-from onnxprune.factors.choose import Chosen
-from onnxprune.factors.request import Options, request_of
+from onnxprune.factorization.allocation import AUTO, Chosen, Opened
+from onnxprune.factorization.allocation import Candidate as LayerCandidate
+from onnxprune.factorization.settings import Options, request_of
 from onnxprune.graph.view import Node
 from onnxprune.passes.calibration import MAX_TRIAL
 from onnxprune.passes.factor_work import Work, lay_open

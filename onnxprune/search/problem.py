@@ -9,14 +9,22 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
-from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate, least, uniform
-from onnxprune.budget.costs import Cost, Peak, costs_of, total
-from onnxprune.budget.latency import Latency, Places
-from onnxprune.budget.losses import by_curves, by_scores, levels_of
-from onnxprune.budget.sizes import Counts, Sizes
-from onnxprune.budget.table import LatencyTable
-from onnxprune.budget.target import Target
+from onnxprune.allocation.costs import Cost, Counts, Peak, Sizes, costs_of, total
+from onnxprune.allocation.knapsack import (
+    Allocation,
+    Choices,
+    Limit,
+    allocate,
+    by_curves,
+    by_scores,
+    least,
+    levels_of,
+    uniform,
+)
+from onnxprune.allocation.latency_model import Latency, LatencyTable, Places
+from onnxprune.allocation.selection import RankedGroup, macs_after, take
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.selection import atoms_removed
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
@@ -24,12 +32,9 @@ from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
 from onnxprune.passes.trial import Trial, timing_feed
 from onnxprune.pipeline import Context, ModelParts
-from onnxprune.planning import atoms_removed
 from onnxprune.search.evaluation import Evaluation
 from onnxprune.search.latency import Bench, block_levels
-from onnxprune.selection.choose import take
-from onnxprune.selection.costs import macs_after
-from onnxprune.selection.scopes import RankedGroup
+from onnxprune.targets import Target
 
 Mask = NDArray[np.bool_]
 Solve = Callable[[Choices, Sequence[Limit]], Allocation | None]

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.budget.allocate import Allocation, Choices, Limit, allocate
-from onnxprune.budget.costs import Cost
-from onnxprune.budget.learn import Learned
+from onnxprune.allocation.costs import Cost
+from onnxprune.allocation.knapsack import Allocation, Choices, Learned, Limit, allocate
 from onnxprune.search.evaluation import Evaluation
 from onnxprune.search.problem import Candidate, Evaluated, SearchProblem
 
@@ -65,7 +64,7 @@ class Refine:
     Scores see a group alone; what it is worth beside the others shows when all are cut. A knapsack with one group's
     losses multiplied takes from it or gives to it what others can best give or take, within the limits; such candidates
     are tried for the dearest groups first, and kept where the outputs come closer to the original's. In between,
-    weights that would explain all evaluations so far (see :class:`onnxprune.budget.learn.Learned`) are tried,
+    weights that would explain all evaluations so far (see :class:`onnxprune.allocation.knapsack.Learned`) are tried,
     as long as that helps.
 
     Args:

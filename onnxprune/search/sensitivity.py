@@ -17,19 +17,18 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.budget.sensitivity import VERSION, GroupCurve, Sensitivity
+from onnxprune.allocation.knapsack import VERSION, GroupCurve, Sensitivity
+from onnxprune.allocation.selection import nearest_count, take
+from onnxprune.channels.selection import atoms_removed
 from onnxprune.errors import BudgetError, UsageError, argument
-from onnxprune.files import user_cache
+from onnxprune.io.files import user_cache
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
 from onnxprune.passes.recover import noise
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import Context
-from onnxprune.planning import atoms_removed
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed
 from onnxprune.search.evaluation import Metric, evaluate, points_name, points_of_original
-from onnxprune.selection.choose import take
-from onnxprune.selection.scopes import nearest_count
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 """Shares of a group's units that are cut where nobody says."""

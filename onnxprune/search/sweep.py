@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from onnxprune.budget.target import Target
 from onnxprune.errors import BudgetError
 from onnxprune.passes.flush import flush
 from onnxprune.passes.trial import Trial, timing_feed
@@ -18,6 +17,7 @@ from onnxprune.search.budget import Budget, Search
 from onnxprune.search.evaluation import Evaluation, points_name, points_of_original
 from onnxprune.search.latency import rewritable_sizes
 from onnxprune.search.problem import Candidate
+from onnxprune.targets import Target
 
 
 def sweep(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxprune.budget.sensitivity import Sensitivity
-from onnxprune.budget.table import LatencyTable
-from onnxprune.budget.target import Target
+from onnxprune.allocation.knapsack import Sensitivity
+from onnxprune.allocation.latency_model import LatencyTable
 from onnxprune.errors import UsageError, argument
 from onnxprune.search.evaluation import Metric, load_metric
 from onnxprune.settings import check_needs, checked
+from onnxprune.targets import Target
 
 FACTORED = ("macs", "params", "size", "latency")
 """Kinds of targets for which layers may be taken apart as well."""
@@ -73,7 +73,7 @@ class Wishes:
         given |= {"latency_table": latency_table, "factorize": factorize, "trials": trials}
         check_needs("prune", {"target": wanted, **{name: checked(name, value) for name, value in given.items()}})
         if factorize:
-            _check_factorize(wanted)
+            _check_factorization(wanted)
         function = load_metric(metric) if isinstance(metric, str) else metric
         return cls(wanted, min_fidelity, function, max_drop, latency_table, sensitivity, jobs, factorize, trials)
 
@@ -83,7 +83,7 @@ class Wishes:
         return bool(self.targets) or self.max_drop is not None
 
 
-def _check_factorize(wanted: Sequence[Target]) -> None:
+def _check_factorization(wanted: Sequence[Target]) -> None:
     """Whether layers may be taken apart for these targets; raises UsageError."""
     other = next((t for t in wanted if t.kind not in FACTORED), None)
     if other is not None:

@@ -14,10 +14,10 @@ from masks import Array, run
 
 import onnxprune as op
 from onnxprune.graph.view import Graph
-from onnxprune.model.exposing import Inner
-from onnxprune.model.load import load
+from onnxprune.io.read import load
+from onnxprune.io.subgraphs import Inner
+from onnxprune.runtime.capture import ways
 from onnxprune.runtime.segments import Segments, Store
-from onnxprune.runtime.ways import ways
 
 TWO = """agraph (float[N,4,6] x, bool c) => (float[N,3] y, float[N,6] z)
 <int64[2] flat = {0, -1}> {

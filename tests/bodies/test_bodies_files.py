@@ -13,13 +13,11 @@ from onnx import helper, numpy_helper, parser
 
 import onnxprune as op
 from onnxprune.graph.view import Graph
-from onnxprune.model.closing import close_bodies
-from onnxprune.model.exposing import Inner, hidden, show
-from onnxprune.model.load import load
-from onnxprune.model.markers import has_bodies
-from onnxprune.model.save import assemble, save
-from onnxprune.runtime.capture import with_outputs
-from onnxprune.runtime.iterations import counted
+from onnxprune.io.markers import has_bodies
+from onnxprune.io.read import load
+from onnxprune.io.subgraphs import Inner, close_bodies, hidden, show
+from onnxprune.io.write import assemble, save
+from onnxprune.runtime.capture import counted, with_outputs
 
 DEEP = """agraph (float[3,2,4] x, bool c, bool d) => (float[2,4] y, float[3,2,4] z) {
     zero = ConstantOfShape(size)

@@ -12,7 +12,7 @@ from enclosing import IF, IF_SIZES, LOOP, LOOP_SIZES, SCAN, SCAN_SIZES, build
 
 import onnxprune as op
 from onnxprune.labels.label import Label
-from onnxprune.operators import bodies
+from onnxprune.operators import control
 from onnxprune.operators.context import Step
 
 Patch = pytest.MonkeyPatch
@@ -66,8 +66,8 @@ def mix_up(rule: type, position: int = 0) -> Callable[[Patch], None]:
 
         def wrong(self: Step, i: int) -> Any:
             found = right(self, i)
-            mine = self.node.op == {bodies.Carry: "BodyCarry", bodies.Slice: "BodySlice", bodies.Tie: "BodyTie"}.get(
-                rule, {bodies.Stack: "BodyStack"}.get(rule, "BodyJoin")
+            mine = self.node.op == {control.Carry: "BodyCarry", control.Slice: "BodySlice", control.Tie: "BodyTie"}.get(
+                rule, {control.Stack: "BodyStack"}.get(rule, "BodyJoin")
             )
             return reversed_labels(found) if mine and i == position else found
 
@@ -79,15 +79,15 @@ def mix_up(rule: type, position: int = 0) -> Callable[[Patch], None]:
 
 def forget_the_recurrence(patch: Patch) -> None:
     """What an iteration gives need not be what the next one gets."""
-    patch.setattr(bodies.Tie, "propagate", lambda self, step: (step.labels(1), step.set(0, step.labels(0))))
+    patch.setattr(control.Tie, "propagate", lambda self, step: (step.labels(1), step.set(0, step.labels(0))))
 
 
 def forget_the_other_branch(patch: Patch) -> None:
-    patch.setattr(bodies.Join, "propagate", lambda self, step: (step.labels(1), step.set(0, step.labels(0))))
+    patch.setattr(control.Join, "propagate", lambda self, step: (step.labels(1), step.set(0, step.labels(0))))
 
 
 def forget_the_first_branch(patch: Patch) -> None:
-    patch.setattr(bodies.Join, "propagate", lambda self, step: (step.labels(0), step.set(0, step.labels(1))))
+    patch.setattr(control.Join, "propagate", lambda self, step: (step.labels(0), step.set(0, step.labels(1))))
 
 
 MUTANTS = [
@@ -97,15 +97,15 @@ MUTANTS = [
     (forget_the_other_branch, either),
     (forget_the_other_branch, one_sided),
     (forget_the_first_branch, one_sided),
-    (mix_up(bodies.Join, 0), one_sided),
-    (mix_up(bodies.Join, 1), one_sided),
-    (mix_up(bodies.Carry), started),
-    (mix_up(bodies.Carry), idle),
-    (mix_up(bodies.Slice), scan),
-    (mix_up(bodies.Stack), scan),
-    (mix_up(bodies.Stack), idle),
-    (mix_up(bodies.Tie, 0), loop),
-    (mix_up(bodies.Tie, 1), scan),
+    (mix_up(control.Join, 0), one_sided),
+    (mix_up(control.Join, 1), one_sided),
+    (mix_up(control.Carry), started),
+    (mix_up(control.Carry), idle),
+    (mix_up(control.Slice), scan),
+    (mix_up(control.Stack), scan),
+    (mix_up(control.Stack), idle),
+    (mix_up(control.Tie, 0), loop),
+    (mix_up(control.Tie, 1), scan),
 ]
 
 

@@ -11,12 +11,12 @@ import pytest
 from enclosing import IF, IF_SIZES, SCAN, SCAN_SIZES, build, sizes
 
 import onnxprune as op
-from onnxprune.graph.bounds import integer_bounds
+from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.view import Graph
-from onnxprune.model.exposing import Inner
-from onnxprune.model.load import load
-from onnxprune.model.weights import ArrayWeight
-from onnxprune.runtime.profile import _own, profile
+from onnxprune.io.read import load
+from onnxprune.io.subgraphs import Inner
+from onnxprune.io.weights import ArrayWeight
+from onnxprune.runtime.latency import _own, profile
 from onnxprune.runtime.segments import Segments, Store
 
 DATA = np.random.default_rng(3).standard_normal((40, 5, 2, 4)).astype(np.float32)

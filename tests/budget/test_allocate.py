@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.budget.allocate import Choices, Limit, allocate, least, uniform
-from onnxprune.budget.knapsack import pack
+from onnxprune.allocation.knapsack import Choices, Limit, allocate, least, pack, uniform
 
 
 class Products:

@@ -11,9 +11,9 @@ import onnx
 import pytest
 
 import onnxprune as op
-from onnxprune.budget.target import parse
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.search.refine import NAME
+from onnxprune.targets import parse
 
 MODELS = Path(__file__).parents[2] / "models"
 DIGITS = MODELS / "digits_calibration.npz"

@@ -12,16 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import onnxprune as op
-from onnxprune.budget.costs import costs_of, total
-from onnxprune.budget.sizes import Sizes
-from onnxprune.budget.target import COUNTABLE
-from onnxprune.model.save import assemble, save
+from onnxprune.allocation.costs import Sizes, costs_of, total
+from onnxprune.allocation.selection import RankedGroup, macs_after, params_after, take
+from onnxprune.channels.selection import atoms_removed
+from onnxprune.channels.survivors import After
+from onnxprune.io.write import assemble, save
 from onnxprune.passes.prepared import cut_model
-from onnxprune.planning import atoms_removed
-from onnxprune.rewrite.after import After
-from onnxprune.selection.choose import take
-from onnxprune.selection.costs import macs_after, params_after
-from onnxprune.selection.scopes import RankedGroup
+from onnxprune.targets import COUNTABLE
 
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = ["attention", "concat", "depthwise", "recurrent", "residual"]

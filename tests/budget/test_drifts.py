@@ -7,8 +7,8 @@ import onnx
 from build import Net
 
 import onnxprune as op
+from onnxprune.allocation.selection import SHARES
 from onnxprune.search.budget import measuring_effort, trials_of
-from onnxprune.selection.drift import SHARES
 
 WIDE, SEED = 24, 3
 

@@ -14,23 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import onnxprune as op
-from onnxprune.budget.latency import Latency, Places, samples_of
-from onnxprune.budget.sizes import Sizes
-from onnxprune.budget.surface import fit
-from onnxprune.budget.table import LatencyTable
+from onnxprune.allocation.costs import Sizes
+from onnxprune.allocation.latency_model import Latency, LatencyTable, Places, fit, samples_of
 from onnxprune.errors import UsageError
 from onnxprune.pipeline import Context
-from onnxprune.runtime.device import device
+from onnxprune.runtime.latency import device
 from onnxprune.runtime.sessions import open_session
-from onnxprune.search.latency import (
-    block_levels,
-    check_runs,
-    fit_runs,
-    latency_table,
-    line,
-    rewritable_sizes,
-    steadied,
-)
+from onnxprune.search.latency import block_levels, check_runs, fit_runs, latency_table, line, rewritable_sizes, steadied
 
 MODELS = Path(__file__).parents[2] / "models"
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxprune.budget.allocate import Choices
-from onnxprune.budget.learn import Learned
+from onnxprune.allocation.knapsack import Choices, Learned
 
 LEVELS = np.arange(1, 9)
 

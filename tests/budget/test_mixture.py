@@ -11,14 +11,12 @@ import pytest
 from build import Net
 
 import onnxprune as op
-from onnxprune.analysis import Analysis
-from onnxprune.budget.apart import Apart, Part
-from onnxprune.budget.costs import costs_of
-from onnxprune.budget.sizes import Sizes
-from onnxprune.budget.target import parse
+from onnxprune.allocation.costs import Sizes, costs_of
+from onnxprune.allocation.factorization import Apart, Part
+from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import BudgetError, UsageError
-from onnxprune.factors.rewrite import Factorized
-from onnxprune.model.weights import Weight
+from onnxprune.factorization.rewriting import Factorized
+from onnxprune.io.weights import Weight
 from onnxprune.passes import factorize, joint_budget
 from onnxprune.passes.prune import Prune
 from onnxprune.pipeline import Context
@@ -26,6 +24,7 @@ from onnxprune.report.facts import Latency
 from onnxprune.search.latency import Bench
 from onnxprune.search.mixture import WEIGHED, Mixture
 from onnxprune.search.problem import SearchProblem
+from onnxprune.targets import parse
 
 MODELS = Path(__file__).parents[2] / "models"
 MODEL, DIGITS = MODELS / "residual.onnx", MODELS / "digits_calibration.npz"

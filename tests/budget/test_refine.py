@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnxprune.budget.target import parse
 from onnxprune.passes.prune import Prune
 from onnxprune.pipeline import Context
 from onnxprune.search.evaluation import Evaluation, Quality
 from onnxprune.search.problem import Candidate, SearchProblem
 from onnxprune.search.refine import NAME, Refine, cuts
+from onnxprune.targets import parse
 
 MODELS = Path(__file__).parents[2] / "models"
 

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 import onnxprune as op
-from onnxprune.budget.losses import by_curves, by_scores
-from onnxprune.budget.sensitivity import GroupCurve, Sensitivity
+from onnxprune.allocation.knapsack import GroupCurve, Sensitivity, by_curves, by_scores
+from onnxprune.allocation.selection import RankedGroup
 from onnxprune.errors import UsageError
-from onnxprune.selection.scopes import RankedGroup
 
 MODELS = Path(__file__).parents[2] / "models"
 DIGITS = MODELS / "digits_calibration.npz"

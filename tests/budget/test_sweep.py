@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 import onnxprune as op
 from onnxprune.errors import BudgetError, UsageError
-from onnxprune.report import frontier
 from onnxprune.report.facts import SweepPoint
-from onnxprune.report.plot import Series, chart, page, table, ticks
+from onnxprune.report.page import Series, chart, page, sweep_page, table, ticks
 from onnxprune.search.sweep import mark
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -33,7 +32,7 @@ def test_a_model_for_every_budget(tmp_path: Path) -> None:
         onnx.checker.check_model(point.file)
     assert first.cosine >= second.cosine
     assert "cannot be reached" in none.error and not none.best and not none.macs
-    shown = frontier.page(facts)
+    shown = sweep_page(facts)
     assert shown.count("<svg") == 3 and "<script" not in shown
     assert shown.count("http") == shown.count("http://www.w3.org/2000/svg")  # a name, which nobody fetches
     assert "cannot be reached" in shown
@@ -43,7 +42,7 @@ def test_another_kind_and_no_times() -> None:
     facts = op.sweep(MODELS / "residual.onnx", targets=[0.7], kind="size", latency=False)
     whole, point = facts.points
     assert 0.6 * whole.size < point.size <= 0.7 * whole.size * 1.02 and point.ms == 0
-    assert frontier.page(facts).count("<svg") == 2
+    assert sweep_page(facts).count("<svg") == 2
 
 
 def test_a_sweep_that_takes_layers_apart(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.budget.target import UNITS, Target, parse, shares, targets
 from onnxprune.errors import UsageError
+from onnxprune.targets import UNITS, Target, parse, shares, targets
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from onnxprune.cli import main
-from onnxprune.report.facts import (
-    Exactness,
-    Fidelity,
-    Latency,
-    LayerFacts,
-    OutputFidelity,
-    Report,
-    Totals,
-)
+from onnxprune.report.facts import Exactness, Fidelity, Latency, LayerFacts, OutputFidelity, Report, Totals
 
 
 def layer(name: str, before: int, after: int, reason: str = "") -> LayerFacts:

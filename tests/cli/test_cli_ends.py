@@ -15,13 +15,13 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
 from onnxprune.search.evaluation import load_metric, points_of_original
 
 MODEL = Path(__file__).parents[2] / "models" / "residual.onnx"
 WAITING = """
 import signal, sys, time, onnxprune
-from onnxprune.files import workspace
+from onnxprune.io.files import workspace
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):
     signal.signal(getattr(signal, name), signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,10 +15,10 @@ import onnx
 import pytest
 
 from onnxprune.errors import UsageError, nearest
-from onnxprune.model.load import load
-from onnxprune.model.save import save
+from onnxprune.io.read import load
+from onnxprune.io.write import save
+from onnxprune.runtime.arrays import array_files
 from onnxprune.runtime.images import image_files
-from onnxprune.runtime.stored import array_files
 
 MODEL = Path(__file__).parents[2] / "models" / "residual.onnx"
 

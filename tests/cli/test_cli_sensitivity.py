@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from onnxprune.report.sensitivities import LINES, page
+from onnxprune.report.page import LINES
+from onnxprune.report.page import sensitivity_page as page
 
 MODELS = Path(__file__).parents[2] / "models"
 MODEL, DIGITS = MODELS / "recurrent.onnx", MODELS / "digits_calibration.npz"

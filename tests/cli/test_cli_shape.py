@@ -266,8 +266,8 @@ def test_a_closed_pipe_ends_quietly() -> None:
 def test_a_stream_that_knows_only_ascii_gets_ascii(tmp_path) -> None:
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     code = (
-        "from onnxprune.report.console import Screen; from onnxprune.report import units; "
-        "Screen.open().show(units.change('1', '2'), 'a \\u00b1 b \\u00d7 c \\u2026 \\u4e2d')"
+        "from onnxprune.report.console import Screen; from onnxprune.report import numbers; "
+        "Screen.open().show(numbers.change('1', '2'), 'a \\u00b1 b \\u00d7 c \\u2026 \\u4e2d')"
     )
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "1 -> 2\na +/- b x c ... ?\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 from click.testing import Result
 
 from onnxprune.report.facts import SweepFacts, SweepPoint
-from onnxprune.report.frontier import page
+from onnxprune.report.page import sweep_page as page
 from onnxprune.search.sweep import mark
 
 MODEL = Path(__file__).parents[2] / "models" / "residual.onnx"

@@ -14,9 +14,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxprune.contractions import Form, Pairwise, Scale, Windows, pick, rows_per_sample
 from onnxprune.graph.view import Graph
-from onnxprune.model.weights import ArrayWeight
+from onnxprune.io.weights import ArrayWeight
+from onnxprune.operators.contractions import Form, Pairwise, Scale, Windows, pick, rows_per_sample
 from onnxprune.operators.registry import lookup
 
 Array = NDArray[Any]

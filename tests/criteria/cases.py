@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune import criteria, statistics
-from onnxprune.criteria import Maps, Slot
+from onnxprune.importance import criteria, statistics
+from onnxprune.importance.criteria import Maps, Slot
 
 Array = NDArray[Any]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from cases import LAYOUTS, Case, draw, scores
 
-from onnxprune import criteria
-from onnxprune.criteria import Maps, needs_of
+from onnxprune.importance import criteria
+from onnxprune.importance.criteria import Maps, needs_of
 
 NAMES = criteria.names()
 

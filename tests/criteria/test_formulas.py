@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import LAYOUTS, Case, draw, scores
 
-from onnxprune import criteria
+from onnxprune.importance import criteria
 
 
 def weights_of(case: Case, channel: int) -> list[float]:

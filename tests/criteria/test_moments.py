@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from onnxprune import statistics
+from onnxprune.importance import statistics
 
 Array = NDArray[Any]
 

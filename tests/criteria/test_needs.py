@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from onnxprune import criteria, statistics
-from onnxprune.criteria import Maps, Slot, needs_of
+from onnxprune.importance import criteria, statistics
+from onnxprune.importance.criteria import Maps, Slot, needs_of
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxprune import statistics
 from onnxprune.errors import ModelError, UsageError
-from onnxprune.statistics import Means, NotFinite, moments, products, spectra
+from onnxprune.importance import statistics
+from onnxprune.importance.statistics import Means, NotFinite
 
 NAMES = statistics.names()
 Array = NDArray[Any]
@@ -44,9 +44,9 @@ def result_of(name: str, *batches: Array) -> dict[str, Array]:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "PIECE", 30)
-    monkeypatch.setattr(spectra, "PIECE", 30)
-    monkeypatch.setattr(products, "ROWS", 5)
+    monkeypatch.setattr(statistics, "PIECE", 30)
+    monkeypatch.setattr(statistics, "PIECE", 30)
+    monkeypatch.setattr(statistics, "ROWS", 5)
 
 
 def test_similarity_is_the_mean_product_of_two_channels() -> None:
@@ -90,7 +90,7 @@ def test_nuclear_norms_of_low_rank_keep_their_digits(shape: tuple[int, int], ran
     exact = rng.normal(size=(3, shape[0], rank)) @ rng.normal(size=(3, rank, shape[1]))
     for matrices in (exact, exact.astype(np.float32).astype(np.float64)):
         expected = np.linalg.svd(matrices, compute_uv=False).sum(axis=1)
-        assert np.allclose(spectra.nuclear_norms(matrices), expected, rtol=4e-7, atol=0.0)
+        assert np.allclose(statistics.nuclear_norms(matrices), expected, rtol=4e-7, atol=0.0)
 
 
 def test_nuclear_norms_of_batches_are_weighted_by_their_samples() -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from onnxprune.decompose import METHODS, Metric, compose, shape_of
-from onnxprune.decompose.factor import features
+from onnxprune.factorization.decompositions import METHODS, Metric, compose, features, shape_of
 
 Real = NDArray[np.float64]
 # Parts, channels of a part, kernel, outputs of a part.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxprune.decompose.metric import Metric, ridged, root
-from onnxprune.decompose.svd import Svd
+from onnxprune.factorization.decompositions import Metric, Svd, ridged, root
 
 
 def rounded(n: int, seed: int = 0) -> np.ndarray:

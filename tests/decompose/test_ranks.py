@@ -9,11 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.decompose import METHODS, Metric, Stage, shape_of
-from onnxprune.decompose.cost import Geometry, elements
-from onnxprune.decompose.method import Method, Ranks
-from onnxprune.decompose.ranks import by_energy, by_vbmf, rounded, tails, within
-from onnxprune.decompose.vbmf import calibrated, vbmf_rank
+from onnxprune.factorization.decompositions import METHODS, Geometry, Method, Metric, Ranks, Stage, elements, shape_of
+from onnxprune.factorization.ranks import by_energy, by_vbmf, calibrated, rounded, tails, vbmf_rank, within
 
 
 @given(st.floats(0.05, 0.95), st.integers(1, 3), st.sampled_from(["svd", "tucker", "spatial-svd"]))

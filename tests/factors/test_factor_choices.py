@@ -15,8 +15,7 @@ from onnx import numpy_helper
 from planted_factors import draw, factorized, left, names_of, outputs, run
 
 import onnxprune as op
-from onnxprune.factors.allocate import allocate, reach
-from onnxprune.factors.candidates import Candidate
+from onnxprune.factorization.allocation import Candidate, allocate, reach
 
 
 def net() -> onnx.ModelProto:
@@ -299,10 +298,10 @@ def test_a_model_that_runs_at_one_batch_size_only() -> None:
 
 def test_cp_that_runs_away_becomes_tucker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every start ends in terms that cancel each other; the report says so, and the work stays what it was."""
-    import onnxprune.decompose.alternating as alternating
+    from onnxprune.factorization import decompositions
 
     expected = shares(run(net(), "cp", ratio=0.4))
-    monkeypatch.setattr(alternating, "least_squares", lambda *_: ([], float("inf")))
+    monkeypatch.setattr(decompositions, "least_squares", lambda *_: ([], float("inf")))
     result = run(net(), "cp", ratio=0.4)
     assert {f.method for f in result.report.factorized if f.method} == {"tucker"}
     assert all(share <= expected[name] + 1e-9 for name, share in shares(result).items())

@@ -15,7 +15,7 @@ from build import Net
 from planted_factors import draw, left, run
 
 from onnxprune.errors import BudgetError
-from onnxprune.factors.candidates import Candidate
+from onnxprune.factorization.allocation import Candidate
 from onnxprune.passes import factorize, joint_budget
 from onnxprune.report.facts import Latency
 

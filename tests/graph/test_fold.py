@@ -15,10 +15,10 @@ from onnx import helper
 from oracle import assert_exact_cut
 
 import onnxprune as op
-from onnxprune.graph.fold import fold
+from onnxprune.graph.canonical import fold
 from onnxprune.graph.view import Graph
-from onnxprune.model.load import load
-from onnxprune.model.save import assemble
+from onnxprune.io.read import load
+from onnxprune.io.write import assemble
 
 ZOO = Path(__file__).parents[3] / "shared" / "zoo"
 

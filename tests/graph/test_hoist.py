@@ -11,7 +11,7 @@ from build import Net
 from oracle import assert_exact_cut
 
 import onnxprune as op
-from onnxprune.plan import Plan, PlanGroup
+from onnxprune.channels.plan import Plan, PlanGroup
 
 H, D, S, IN = 3, 4, 5, 6
 C = H * D
@@ -234,7 +234,7 @@ def test_what_the_parts_compute_is_what_the_whole_computed() -> None:
     """The prepared graph in onnxruntime, before anything is cut."""
     from masks import run
 
-    from onnxprune.model.save import assemble
+    from onnxprune.io.write import assemble
 
     for spelling in SPELLINGS:
         model = build(spelling, computed=True)

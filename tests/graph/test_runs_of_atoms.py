@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import onnxprune as op
-from onnxprune.groups import resolve
+from onnxprune.channels import groups
 from onnxprune.labels.atoms import Atoms
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -29,7 +29,7 @@ def test_labels_know_where_their_atoms_start(name: str) -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_components_are_those_of_single_atoms(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same partition with the same numbers, whatever part of the edges joins whole births."""
-    monkeypatch.setattr(resolve, "_MANY", 1)
+    monkeypatch.setattr(groups, "_MANY", 1)
     rng, atoms = np.random.default_rng(seed), Atoms()
     runs = [atoms.new(int(n), "w", 0) for n in rng.choice([1, 2, 5, 8], size=12)]
     for _ in range(int(rng.integers(0, 14))):
@@ -44,7 +44,7 @@ def test_components_are_those_of_single_atoms(seed: int, monkeypatch: pytest.Mon
             continue
         atoms.unite(a, b)
     sides = [np.concatenate([np.zeros(0, np.int64), *(edge[k] for edge in atoms.edges)]) for k in (0, 1)]
-    expected, number = resolve._joined(atoms.count, sides[0], sides[1])
-    found, count = resolve._components(atoms)
+    expected, number = groups._joined(atoms.count, sides[0], sides[1])
+    found, count = groups._components(atoms)
     assert count == number
     np.testing.assert_array_equal(found, expected)

@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 import onnxprune
-from onnxprune.model.constants import add_constant
-from onnxprune.model.save import assemble
-from onnxprune.model.weights import Weight
+from onnxprune.io.constants import add_constant
+from onnxprune.io.weights import Weight
+from onnxprune.io.write import assemble
 
 
 @pytest.mark.parametrize("ir", [3, 8])

@@ -11,8 +11,8 @@ from onnx import ModelProto, parser
 
 import onnxprune as op
 from onnxprune.errors import ModelError
-from onnxprune.model.load import load
-from onnxprune.model.save import assemble
+from onnxprune.io.read import load
+from onnxprune.io.write import assemble
 
 HEAD = '<ir_version: 10, opset_import: ["": 17, "own": 1]> g (float[N, 4] x) => (float[N, 4] y) '
 FUNCTION = '<domain: "own", opset_import: ["": 17, "own": 1]> '

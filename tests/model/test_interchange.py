@@ -10,7 +10,7 @@ from build import Net
 from onnx import helper
 
 import onnxprune as op
-from onnxprune.model.interchange import to_graphsurgeon, to_onnx, to_onnx_ir
+from onnxprune.io.interchange import to_graphsurgeon, to_onnx, to_onnx_ir
 
 
 def described() -> onnx.ModelProto:

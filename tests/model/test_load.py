@@ -15,13 +15,12 @@ from onnx.reference import ReferenceEvaluator
 
 import onnxprune as op
 from onnxprune.errors import ModelError, OnnxpruneError, UsageError
-from onnxprune.model import load as load_module
-from onnxprune.model.closing import close_bodies
-from onnxprune.model.load import Loaded, load
-from onnxprune.model.save import assemble
-from onnxprune.model.structure import check_structure, sort_nodes
-from onnxprune.model.weights import FileWeight
-from onnxprune.model.wire import encode_varint, fields, strip
+from onnxprune.io import read as load_module
+from onnxprune.io.read import Loaded, check_structure, load, sort_nodes
+from onnxprune.io.subgraphs import close_bodies
+from onnxprune.io.weights import FileWeight
+from onnxprune.io.wire import encode_varint, fields, strip
+from onnxprune.io.write import assemble
 
 
 def mlp(*, typed: bool = False) -> ModelProto:

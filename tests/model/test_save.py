@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 
 from onnxprune.errors import ModelError, UsageError
-from onnxprune.model import save as save_module
-from onnxprune.model.load import load
-from onnxprune.model.save import assemble, check_output, data_path, save
-from onnxprune.model.weights import ArrayWeight, GatheredWeight
+from onnxprune.io import write as save_module
+from onnxprune.io.read import load
+from onnxprune.io.weights import ArrayWeight, GatheredWeight
+from onnxprune.io.write import assemble, check_output, data_path, save
 
 
 def model_of(*arrays: np.ndarray) -> ModelProto:

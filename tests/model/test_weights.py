@@ -10,16 +10,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import ModelError
-from onnxprune.model.constants import weight_from_constant
-from onnxprune.model.elements import aligned
-from onnxprune.model.weights import (
-    ArrayWeight,
-    BufferWeight,
-    FileWeight,
-    GatheredWeight,
-    TensorWeight,
-    to_proto,
-)
+from onnxprune.io.constants import weight_from_constant
+from onnxprune.io.elements import aligned
+from onnxprune.io.weights import ArrayWeight, BufferWeight, FileWeight, GatheredWeight, TensorWeight, to_proto
 
 DTYPES = [
     *(np.dtype(t) for t in ("f4", "f8", "f2", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "c8", "c16")),

@@ -12,8 +12,8 @@ import pytest
 
 import onnxprune as op
 from onnxprune.errors import PostconditionError, PreconditionError
+from onnxprune.io.weights import ArrayWeight
 from onnxprune.labels.atoms import Barrier
-from onnxprune.model.weights import ArrayWeight
 from onnxprune.pipeline import SAME_MODEL, Context, Model, PassResult, Requirement, apply
 from onnxprune.report.facts import Remark, Settings
 

@@ -14,8 +14,8 @@ from oracle import make_feed, run
 import onnxprune as op
 from onnxprune.cli import main
 from onnxprune.graph.view import Graph
-from onnxprune.model.weights import TensorWeight
-from onnxprune.rewrite.subnormals import flushed
+from onnxprune.io.weights import TensorWeight
+from onnxprune.pruning.subnormals import flushed
 
 TINY = float(np.finfo(np.float32).tiny)
 

@@ -13,7 +13,7 @@ from onnx import helper
 
 import onnxprune as op
 from onnxprune.errors import ValidationError
-from onnxprune.model.weights import ArrayWeight
+from onnxprune.io.weights import ArrayWeight
 from onnxprune.passes import prepared
 
 Patch = pytest.MonkeyPatch

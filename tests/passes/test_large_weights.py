@@ -11,9 +11,9 @@ from build import Net
 
 import onnxprune as op
 from onnxprune.errors import ValidationError
-from onnxprune.model.weights import ArrayWeight
+from onnxprune.io.weights import ArrayWeight
 from onnxprune.passes import prepared
-from onnxprune.rewrite import oracle
+from onnxprune.pruning import masked
 
 
 def model(value: float = 0.0) -> onnx.ModelProto:
@@ -31,17 +31,17 @@ def model(value: float = 0.0) -> onnx.ModelProto:
 
 
 def masks_on_weights(proto: onnx.ModelProto, removed: Any) -> int:
-    masked, weights = oracle.masked_original(op.analyze(proto).table, removed)
+    original, weights = masked.masked_original(op.analyze(proto).table, removed)
     names = {n for n, w in weights.items() if len(w.shape) > 1 and "__mask_" not in n}
-    return sum("__mask_" in n.name and not names.isdisjoint(n.input) for n in masked.graph.node)
+    return sum("__mask_" in n.name and not names.isdisjoint(n.input) for n in original.graph.node)
 
 
 def test_large_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for those that hold what 0 times is not 0."""
     seen: list[Any] = []
-    right = oracle.masked_original
-    monkeypatch.setattr(oracle, "_BULKY", 0)
-    monkeypatch.setattr("onnxprune.passes.exactness.masked_original", lambda *a: (seen.append(a[1]), right(*a))[1])
+    right = masked.masked_original
+    monkeypatch.setattr(masked, "_BULKY", 0)
+    monkeypatch.setattr("onnxprune.passes.exact.masked_original", lambda *a: (seen.append(a[1]), right(*a))[1])
     assert op.prune(model(), ratio=0.5, latency=False).report.exactness.passed
     assert [masks_on_weights(model(value), seen[0]) for value in (0.0, np.inf, np.nan)] == [0, 1, 1]
     monkeypatch.undo()
@@ -50,7 +50,7 @@ def test_large_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("place", range(4))
 def test_mistakes_are_found_without_masks_on_weights(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oracle, "_BULKY", 0)
+    monkeypatch.setattr(masked, "_BULKY", 0)
     right = prepared.cut
 
     def wrong(table: object, removed: object) -> object:

@@ -11,10 +11,10 @@ import pytest
 from build import Net
 
 import onnxprune as op
-from onnxprune.criteria.elimination import corrected
 from onnxprune.errors import ModelError, UsageError
+from onnxprune.importance.criteria import corrected
+from onnxprune.importance.statistics import Maps
 from onnxprune.passes import output_sensitivity
-from onnxprune.statistics import Maps
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 

@@ -12,11 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune as op
-from onnxprune.model.weights import ArrayWeight
+from onnxprune.io.weights import ArrayWeight
 from onnxprune.passes.calibration import CalibrationSplit
 from onnxprune.passes.exact import check_exactness
-from onnxprune.recover import MODES
-from onnxprune.recover.solve import modes
+from onnxprune.recovery import MODES
+from onnxprune.recovery.regression import modes
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "attention.onnx"
 DATA = MODEL.with_name("digits_calibration.npz")

@@ -15,13 +15,12 @@ from onnx import numpy_helper, parser
 
 import onnxprune as op
 from onnxprune.errors import ValidationError
-from onnxprune.graph import fold, hoist, restore, unshare
-from onnxprune.graph.fold import Fold
-from onnxprune.graph.selections import Pick, Selections
-from onnxprune.model import functions, load, opening
-from onnxprune.model.weights import ArrayWeight, BufferWeight, Weight
+from onnxprune.graph import canonical, restore
+from onnxprune.graph.canonical import Fold, Pick, Selections
+from onnxprune.io import functions, read, subgraphs
+from onnxprune.io.weights import ArrayWeight, BufferWeight, Weight
 from onnxprune.passes import prepared
-from onnxprune.rewrite.subnormals import FlushedWeight
+from onnxprune.pruning.subnormals import FlushedWeight
 
 Patch = pytest.MonkeyPatch
 Model = onnx.ModelProto
@@ -115,18 +114,18 @@ class Wrong(Weight):
 def forget_defaults(patch: Patch) -> None:
     """What onnx's inliner does on its own."""
     patch.setattr(functions, "inlined", onnx.inliner.inline_local_functions)
-    patch.setattr(load, "inlined", onnx.inliner.inline_local_functions)
+    patch.setattr(read, "inlined", onnx.inliner.inline_local_functions)
 
 
 def forget_an_attribute_in_a_body(patch: Patch) -> None:
-    right = opening._Opening._add
+    right = subgraphs._Opening._add
 
     def wrong(self: Any, node: Any, scope: Any, path: str) -> None:
         right(self, node, scope, path)
         if path and self.model.graph.node[-1].op_type == "LeakyRelu":
             del self.model.graph.node[-1].attribute[:]
 
-    patch.setattr(opening._Opening, "_add", wrong)
+    patch.setattr(subgraphs._Opening, "_add", wrong)
 
 
 def read_wrong_bytes(patch: Patch) -> None:
@@ -138,21 +137,21 @@ def read_wrong_bytes(patch: Patch) -> None:
         def read(self) -> Any:
             return np.frombuffer(self.stored(), self.dtype).reshape(self.shape)
 
-    patch.setattr(load, "BufferWeight", Shifted)
+    patch.setattr(read, "BufferWeight", Shifted)
 
 
 def fold_something_else(patch: Patch) -> None:
-    right = fold._fold
+    right = canonical._fold
 
     def wrong(*args: Any) -> Fold | None:
         found = right(*args)
         return found and replace(found, folded={n: Wrong(w) for n, w in found.folded.items()})
 
-    patch.setattr(fold, "_fold", wrong)
+    patch.setattr(canonical, "_fold", wrong)
 
 
 def exchange_what_is_hoisted(patch: Patch) -> None:
-    right = hoist.selections
+    right = canonical.selections
 
     def wrong(graph: Any, facts: Any) -> Iterator[Selections]:
         for found in right(graph, facts):
@@ -160,11 +159,13 @@ def exchange_what_is_hoisted(patch: Patch) -> None:
             picks = [Pick(p.node, p.output, *s, p.scalar) for p, s in zip(found.picks, reversed(places), strict=True)]
             yield replace(found, picks=picks)
 
-    patch.setattr(hoist, "selections", wrong)
+    patch.setattr(canonical, "selections", wrong)
 
 
 def copy_something_else(patch: Patch) -> None:
-    patch.setattr(unshare, "ArrayWeight", lambda name, value: ArrayWeight(name, value * np.asarray(1.01, value.dtype)))
+    patch.setattr(
+        canonical, "ArrayWeight", lambda name, value: ArrayWeight(name, value * np.asarray(1.01, value.dtype))
+    )
 
 
 def restore_something_else(patch: Patch) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 import onnxprune as op
-from onnxprune.plan import Plan, PlanGroup, PlanSlot
+from onnxprune.channels.plan import Plan, PlanGroup, PlanSlot
 
 Array = NDArray[Any]
 

@@ -12,10 +12,10 @@ from build import Net
 from masks import all_values
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
 from onnxprune.graph.view import Graph
-from onnxprune.recover.aims import RecoveryTarget, RecoveryTargets, find_targets
-from onnxprune.recover.problem import Problem
+from onnxprune.recovery.layer import Problem
+from onnxprune.recovery.targets import RecoveryTarget, RecoveryTargets, find_targets
 
 Array = NDArray[Any]
 

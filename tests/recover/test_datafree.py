@@ -15,11 +15,11 @@ from planted import Planted, draw, error, how, outputs, plan, repaired, weights
 from test_redundancy import CASES, assert_only_weights_change, residual
 
 import onnxprune as op
-from onnxprune.analysis import Analysis
+from onnxprune.channels.analysis import Analysis
 from onnxprune.passes.synthetic import make_up
 from onnxprune.pipeline import Context
-from onnxprune.recover.plausible import divergence, interest
-from onnxprune.runtime.imagined import RANGES, pattern
+from onnxprune.recovery.plausible import divergence, interest
+from onnxprune.runtime.inputs import RANGES, pattern
 
 Array = NDArray[Any]
 

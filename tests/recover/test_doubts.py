@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from planted import Planted, draw, error, plan, repaired
 
-from onnxprune.plan import Plan
-from onnxprune.recover.sums import Sums
+from onnxprune.channels.plan import Plan
+from onnxprune.recovery.regression import Sums
 
 Array = NDArray[Any]
 

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from planted import Planted, draw, error, how, outputs, plan, repaired, weights
 
 import onnxprune as op
-from onnxprune.plan import Plan
-from onnxprune.recover.solve import RIDGES, affine, least_squares, shift, solve
-from onnxprune.recover.sums import Sums
+from onnxprune.channels.plan import Plan
+from onnxprune.recovery.regression import RIDGES, Sums, affine, least_squares, shift, solve
 
 Array = NDArray[Any]
 Case = tuple[onnx.ModelProto, Plan]
@@ -224,7 +223,7 @@ def test_nothing_that_varies_leaves_everything_as_it_is() -> None:
 def test_large_products_in_short_runs_are_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     data, target = (a.astype(np.float32) for a in problem(5, 5000))
     double = Sums.of(data, target)
-    monkeypatch.setattr("onnxprune.recover.sums._DOUBLE", 0)
+    monkeypatch.setattr("onnxprune.recovery.regression._DOUBLE", 0)
     single = Sums.of(data, target)
     for name in ("x", "y", "xx", "xy", "yy"):
         np.testing.assert_allclose(getattr(single, name), getattr(double, name), rtol=1e-5)

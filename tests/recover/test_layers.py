@@ -11,11 +11,10 @@ from build import Net
 from masks import all_values
 from numpy.typing import NDArray
 
-from onnxprune.analysis import Analysis
-from onnxprune.model.save import assemble
-from onnxprune.model.weights import ArrayWeight
-from onnxprune.recover.aims import find_targets
-from onnxprune.recover.layers import Layer
+from onnxprune.channels.analysis import Analysis
+from onnxprune.io.weights import ArrayWeight
+from onnxprune.io.write import assemble
+from onnxprune.recovery.targets import Layer, find_targets
 
 Array = NDArray[Any]
 

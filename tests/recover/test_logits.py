@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from planted import Planted, draw, error, how, outputs, plan, repaired, weights
 
-from onnxprune.plan import Plan, PlanGroup, PlanSlot
-from onnxprune.recover.logits import best_subspace, drift
+from onnxprune.channels.plan import Plan, PlanGroup, PlanSlot
+from onnxprune.recovery.attention import best_subspace, drift
 
 HEADS, WIDTH, STEPS = 2, 5, 6
 LOST = ((1,), (3,))

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from planted import Planted, draw, error, how, plan, repaired
 
-from onnxprune.plan import Plan
+from onnxprune.channels.plan import Plan
 
 
 def classifier(net: Planted, ending: str, activation: str = "Relu") -> tuple[onnx.ModelProto, Plan]:

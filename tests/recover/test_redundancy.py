@@ -9,7 +9,7 @@ import onnx
 import pytest
 from planted import Planted, draw, error, how, outputs, plan, repaired, session, weights
 
-from onnxprune.plan import Plan
+from onnxprune.channels.plan import Plan
 
 Case = tuple[onnx.ModelProto, Plan]
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from planted import Planted, draw, error, how, outputs, plan, repaired
 
 from onnxprune.graph.view import Graph
-from onnxprune.model.weights import ArrayWeight, Weight
-from onnxprune.recover.stored import Stored
+from onnxprune.io.weights import ArrayWeight, Weight
+from onnxprune.recovery.targets import Stored
 
 Array = NDArray[Any]
 

@@ -11,7 +11,7 @@ import pytest
 from build import Net
 
 import onnxprune as op
-from onnxprune.operators.blocked import DOMAIN
+from onnxprune.operators.microsoft import BLOCKED_DOMAIN as DOMAIN
 
 MODELS = Path(__file__).parents[2] / "models"
 

@@ -14,7 +14,7 @@ from oracle import assert_exact_cut
 
 import onnxprune as op
 from onnxprune.labels.label import along as right_along
-from onnxprune.operators import decoding
+from onnxprune.operators import attention
 
 IN, H = 6, 4
 
@@ -187,28 +187,28 @@ def test_a_causal_convolution_is_repaired() -> None:
 
 
 def forget_the_scale(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decoding.LinearAttention, "set_scale", lambda *a: None)
+    patch.setattr(attention.LinearAttention, "set_scale", lambda *a: None)
 
 
 def forget_the_heads(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decoding.LinearAttention, "rewrite", lambda self, cut: None)
+    patch.setattr(attention.LinearAttention, "rewrite", lambda self, cut: None)
 
 
 def let_channels_of_heads_go(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decoding.DecoderMaskedMultiHeadAttention, "propagate", decoding.MultiHeadAttention.propagate)
+    patch.setattr(attention.DecoderMaskedMultiHeadAttention, "propagate", attention.MultiHeadAttention.propagate)
 
 
 def forget_the_rate(patch: pytest.MonkeyPatch) -> None:
-    right = decoding.LinearAttention._gate
+    right = attention.LinearAttention._gate
     patch.setattr(
-        decoding.LinearAttention,
+        attention.LinearAttention,
         "_gate",
         staticmethod(lambda step, i, heads: ((), (1, 1, 1, 1)) if i == 4 else right(step, i, heads)),
     )
 
 
 def forget_what_moves(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decoding, "along", lambda ids, axis, rank: right_along(np.roll(ids, 1), axis, rank))
+    patch.setattr(attention, "along", lambda ids, axis, rank: right_along(np.roll(ids, 1), axis, rank))
 
 
 BREAKS = {

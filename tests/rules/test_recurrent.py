@@ -19,8 +19,8 @@ from onnx.reference import ReferenceEvaluator
 from sandwich import consume
 
 import onnxprune as op
-from onnxprune.planning import atoms_removed
-from onnxprune.rewrite.oracle import masked_original
+from onnxprune.channels.selection import atoms_removed
+from onnxprune.pruning.masked import masked_original
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 STEPS, BATCH, INPUTS = 3, 2, 6

@@ -14,7 +14,7 @@ from test_experts import mixture
 from test_packed import on_codes
 
 import onnxprune as op
-from onnxprune.operators import classical, experts, packed
+from onnxprune.operators import attention, classical, experts
 from onnxprune.operators.context import Cut, Step
 
 Patch = pytest.MonkeyPatch
@@ -29,7 +29,7 @@ def scaled() -> onnx.ModelProto:
 
 
 def forget_the_scale(patch: Patch) -> None:
-    patch.setattr(packed.QAttention, "set_scale", lambda self, cut, before, after: None)
+    patch.setattr(attention.QAttention, "set_scale", lambda self, cut, before, after: None)
 
 
 def forget_the_gate(patch: Patch) -> None:

@@ -13,8 +13,8 @@ from quantised import MS, scale, zero
 
 import onnxprune as op
 from onnxprune.graph.cost import macs
+from onnxprune.importance.slots import numbers_at
 from onnxprune.operators.registry import lookup
-from onnxprune.selection.dequantize import numbers_at
 
 Make = Callable[[Net], tuple[str, Any]]
 

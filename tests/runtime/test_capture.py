@@ -13,15 +13,15 @@ import pytest
 from build import Net
 from numpy.typing import NDArray
 
-from onnxprune import ModelError, UsageError, statistics
-from onnxprune.graph.binding import InputSpec
+from onnxprune import ModelError, UsageError
+from onnxprune.graph.probes import InputSpec
+from onnxprune.importance import statistics
+from onnxprune.importance.slots import CapturedMaps
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.pipeline import Context
 from onnxprune.runtime import capture as module
-from onnxprune.runtime.capture import Request, capture, count, to_maps
-from onnxprune.runtime.checkpoint import Checkpoint
+from onnxprune.runtime.capture import Checkpoint, Request, capture, count, to_maps
 from onnxprune.runtime.data import open_data
-from onnxprune.selection.map_slots import CapturedMaps
 
 Array = NDArray[Any]
 
@@ -284,9 +284,9 @@ def test_a_cache_of_something_else_is_not_used(
     elif change == "needs":
         needs = ("moments",)
     elif change == "package":
-        monkeypatch.setattr("onnxprune.runtime.checkpoint.__version__", "0.0.0")
+        monkeypatch.setattr("onnxprune.runtime.capture.__version__", "0.0.0")
     elif change == "way of measuring":
-        monkeypatch.setattr("onnxprune.runtime.checkpoint.FORMAT", 0)
+        monkeypatch.setattr("onnxprune.runtime.capture.FORMAT", 0)
     else:
         monkeypatch.setattr("onnxprune.passes.calibrate.MEMORY", 4 * 8 * 36 * 4)
     found = taken(stream, model, needs, cache=tmp_path, batch_size=batch)
@@ -351,7 +351,7 @@ def test_a_checkpoint_leaves_no_temporary_files(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_number_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Feature maps are let go of batch by batch; on one core, as the peak of several depends on how they meet."""
-    monkeypatch.setattr("onnxprune.runtime.parallel.os.cpu_count", lambda: 1)
+    monkeypatch.setattr("onnxprune.runtime.sessions.os.cpu_count", lambda: 1)
     monkeypatch.setattr(module, "_CALLS", 2)
     model = network(32)
 

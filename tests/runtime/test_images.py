@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from onnxprune.errors import UsageError
-from onnxprune.graph.binding import InputSpec
+from onnxprune.graph.probes import InputSpec
 from onnxprune.runtime.data import open_data
 from onnxprune.runtime.images import ImageOptions, image_files
 

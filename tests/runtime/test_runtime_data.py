@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from onnxprune.errors import UsageError
-from onnxprune.graph.binding import InputSpec
+from onnxprune.graph.probes import InputSpec
+from onnxprune.runtime.data import open_source
 from onnxprune.runtime.inputs import load_data
 from onnxprune.runtime.sessions import open_session, run
-from onnxprune.runtime.sources import open_source
 
 
 def spec(name: str, *shape: int | str | None, dtype: Any = np.float32) -> InputSpec:

@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 from runtime_models import model
 
-from onnxprune.runtime.compare import compared
-from onnxprune.runtime.idle import varying, waking
+from onnxprune.runtime.compare import compared, varying, waking
 
 # y is 0 unless some x is above 100; s has one element, which is another on every input.
 SLEEPY = model(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onnxprune.errors import UsageError
-from onnxprune.graph.binding import InputSpec
+from onnxprune.graph.probes import InputSpec
 from onnxprune.runtime.inputs import bind_shapes, synthetic, variations
 
 

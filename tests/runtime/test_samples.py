@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from onnxprune.errors import UsageError
-from onnxprune.graph.binding import InputSpec
-from onnxprune.runtime import sources
+from onnxprune.graph.probes import InputSpec
+from onnxprune.runtime import data
 from onnxprune.runtime.data import Samples, open_data
 
 
@@ -171,7 +171,7 @@ def made(kind: str) -> Any:
 
 
 def test_a_reader_that_can_rewind_is_rewound_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_Kept", None)
+    monkeypatch.setattr(data, "_Kept", None)
     reader = Rewinding([{"x": ROWS[:4]}, {"x": ROWS[4:]}])
     reader.get_next()  # someone has looked already
     samples = open_data(reader, [X])
@@ -182,7 +182,7 @@ def test_a_reader_that_can_rewind_is_rewound_and_nothing_is_kept(monkeypatch: py
 
 
 def test_what_is_kept_of_an_iterator_is_more_than_memory_should_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_IN_MEMORY", 1 << 10)
+    monkeypatch.setattr(data, "_IN_MEMORY", 1 << 10)
     block = np.ones((64, 256), np.float32)
     words = np.array([["a"], ["b"]] * 32, dtype=object)
     samples = open_data(

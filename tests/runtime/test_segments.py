@@ -15,7 +15,7 @@ from masks import all_values
 from numpy.typing import NDArray
 
 from onnxprune.graph.view import Graph
-from onnxprune.model.load import load
+from onnxprune.io.read import load
 from onnxprune.runtime import segments as module
 from onnxprune.runtime.segments import Segments, Store
 
@@ -140,7 +140,7 @@ def test_weights_are_read_anew_for_every_piece(tmp_path: Path) -> None:
 
 
 def _scaled(weight: Any, factor: float) -> Any:
-    from onnxprune.model.weights import ArrayWeight
+    from onnxprune.io.weights import ArrayWeight
 
     return ArrayWeight(weight.name, weight.read() * np.float32(factor))
 

@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.selection.normalize import normalize
-from onnxprune.selection.policy import Part, columns, combine, over_columns
-from onnxprune.selection.schedule import removed_share
-from onnxprune.selection.scopes import lamp
+from onnxprune.allocation.selection import lamp, removed_share
+from onnxprune.importance.scores import Part, columns, combine, normalize, over_columns
 from onnxprune.settings import words
 
 METHODS = [m for m in words("normalize") if m not in ("auto", "measured")]

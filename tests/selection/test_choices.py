@@ -14,9 +14,9 @@ from build import Net
 from oracle import assert_exact_cut
 
 import onnxprune as op
-from onnxprune.criteria import Slot
+from onnxprune.importance.criteria import Slot
+from onnxprune.importance.scores import columns
 from onnxprune.pipeline import Context
-from onnxprune.selection.policy import columns
 from onnxprune.settings import words
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -88,7 +88,7 @@ def test_global_is_the_sort_of_all_scores() -> None:
 
 def test_groups_of_the_same_structure_share_a_threshold() -> None:
     """The two inner layers of residual blocks are alike, whatever their sizes; the trunk is not like them."""
-    from onnxprune.selection.cohorts import ranking_scopes
+    from onnxprune.allocation.selection import ranking_scopes
 
     analysis = op.analyze(MODELS / "residual.onnx")
     keys = ranking_scopes(analysis, analysis.units.groups)
@@ -223,8 +223,8 @@ def test_constant_scores_are_fine() -> None:
 
 def test_maps_are_captured_for_criteria_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A criterion of two arguments gets slots with maps, and constant ones are told."""
-    from onnxprune.criteria import Slot
-    from onnxprune.selection.map_slots import CapturedMaps
+    from onnxprune.importance.criteria import Slot
+    from onnxprune.importance.slots import CapturedMaps
 
     asked: list[tuple[Any, ...]] = []
     maps_of_all = CapturedMaps()

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.selection.drift import along, counts
-from onnxprune.selection.scopes import weakest
+from onnxprune.allocation.selection import along, counts, weakest
 
 
 @given(st.integers(1, 300))

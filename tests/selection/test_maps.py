@@ -15,13 +15,13 @@ from oracle import plan_slots
 
 import onnxprune as op
 from onnxprune import ModelError
-from onnxprune.analysis import Analysis
-from onnxprune.criteria import Slot
-from onnxprune.groups.units import Group
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.groups import Group
+from onnxprune.importance.criteria import Slot
+from onnxprune.importance.slots import CapturedMaps, map_slots
 from onnxprune.passes import Prune
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.pipeline import Context, Model, Result
-from onnxprune.selection.map_slots import CapturedMaps, map_slots
 
 Array = NDArray[Any]
 NEEDS = ("moments", "similarity", "gram")

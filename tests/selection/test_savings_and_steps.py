@@ -11,10 +11,10 @@ import pytest
 from build import Net
 
 import onnxprune as op
+from onnxprune.allocation.selection import macs_after, params_after, savings, spread
+from onnxprune.importance.scores import columns
 from onnxprune.pipeline import Context
-from onnxprune.runtime.profile import profile
-from onnxprune.selection.costs import macs_after, params_after, savings, spread
-from onnxprune.selection.policy import columns
+from onnxprune.runtime.latency import profile
 from onnxprune.settings import words
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.selection.scopes import RankedGroup, allocate, allowed_counts, lamp, step_scores, weakest
+from onnxprune.allocation.selection import RankedGroup, allocate, allowed_counts, lamp, step_scores, weakest
 
 
 @st.composite

@@ -10,11 +10,9 @@ import pytest
 from build import Net
 
 import onnxprune as op
-from onnxprune import criteria
 from onnxprune.errors import ModelError
-from onnxprune.selection import squares
-from onnxprune.selection.slots import weight_slots
-from onnxprune.selection.squares import Marginals, weight_squares
+from onnxprune.importance import criteria, slots
+from onnxprune.importance.slots import Marginals, weight_slots, weight_squares
 
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = ["attention", "concat", "depthwise", "recurrent", "residual"]
@@ -27,8 +25,8 @@ SHAPES = [(7,), (5, 1), (1, 5), (300, 700), (2, 3000), (3000, 2), (1, 40, 60), (
 def test_marginals_of_every_layout(
     shape: tuple[int, ...], kind: type, odd: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(squares, "_PIECE", 1 << 12)  # several pieces
-    monkeypatch.setattr(squares, "_SMALL", 1 << 10)
+    monkeypatch.setattr(slots, "_PIECE", 1 << 12)  # several pieces
+    monkeypatch.setattr(slots, "_SMALL", 1 << 10)
     whole = np.random.default_rng(1).standard_normal(shape).astype(kind)
     store = np.zeros(whole.nbytes + odd, np.uint8)
     store[odd:] = whole.reshape(-1).view(np.uint8)

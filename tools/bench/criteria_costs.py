@@ -31,7 +31,7 @@ def capture_overhead(path: Path, data: Path, samples: int, needs: Sequence[str])
     Both open the model, read the data and run it on every batch; capture then has the statistics of all tensors in
     front of contractions besides.
     """
-    from onnxprune.model.save import save
+    from onnxprune.io.write import save
     from onnxprune.passes import Context
     from onnxprune.passes.calibrate import captured_maps
     from onnxprune.passes.calibration import CalibrationBatches
@@ -68,7 +68,7 @@ def timed(work: Callable[[], Any]) -> Seconds:
 
 def wide_layer() -> dict[str, Seconds]:
     """Seconds of ``gm`` and ``nuclear`` on a layer of 2048 channels."""
-    from onnxprune import criteria, statistics
+    from onnxprune.importance import criteria, statistics
 
     draw = np.random.default_rng(0)
     weight = draw.standard_normal((WIDE, 512 * 9), dtype=np.float32)

@@ -59,8 +59,8 @@ def run_task(task: Task) -> dict[str, Any]:
 
 
 def _points(task: Task, combination: Combination) -> list[dict[str, Any]]:
+    from onnxprune.channels.selection import make_plan
     from onnxprune.passes import Model, Prune, Result
-    from onnxprune.planning import make_plan
 
     context = _context(task.path, task.data, task.samples, task.cache)
     start = time.perf_counter()
@@ -86,8 +86,8 @@ def _points(task: Task, combination: Combination) -> list[dict[str, Any]]:
 
 def choosing(context: Any, combination: Combination) -> tuple[Callable[[float], Any], Callable[[Any], float]]:
     """What is cut at a ratio, and the share of the MACs that a cut keeps."""
+    from onnxprune.allocation.selection import macs_after
     from onnxprune.passes import Prune
-    from onnxprune.selection.costs import macs_after
 
     options: dict[str, Any] = {"scope": combination.scope, "cost": combination.cost}
     if combination.normalize != "default":

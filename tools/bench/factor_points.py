@@ -56,8 +56,8 @@ def _result(job: Job) -> Any:
     recover = op.passes.Recover("full" if job.kind == "repair" else "none")
     if job.way == PRUNE:
         from bench.criteria_points import Combination, choosing, nearest_cut
+        from onnxprune.channels.selection import make_plan
         from onnxprune.passes import Context
-        from onnxprune.planning import make_plan
 
         context = Context.of(job.path, data=job.data, samples=limit(job.data, job.samples))
         criterion = "l2" if data is None else "ziplm"

@@ -17,10 +17,10 @@ from bench.peers import CLOSE, run
 from bench.survivors import Unclear, masked, worst_difference
 from bench.zoo_tables import REALLY
 from onnxprune import Pipeline, Plan, errors, prune
-from onnxprune.analysis import Analysis
-from onnxprune.graph.bounds import integer_bounds
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.plan import PlanGroup
+from onnxprune.graph.facts import integer_bounds
 from onnxprune.passes import Context, Model, PassResult, Prune, Validate
-from onnxprune.plan import PlanGroup
 from onnxprune.runtime import inputs, sessions
 
 # Reasons that belong to what a model is for (a vocabulary, its outputs) come after those that a better rule may lift.

@@ -43,8 +43,8 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def _choose(job: Job) -> tuple[Any, float, float]:
+    from onnxprune.channels.selection import make_plan
     from onnxprune.passes import Context
-    from onnxprune.planning import make_plan
 
     start = time.perf_counter()
     context = Context.of(job.path, data=job.data, samples=limit(job.data, job.samples), cache=job.cache)

@@ -1,0 +1,363 @@
+"""What a model costs as a function of the counts that each group keeps: MACs, parameters, bytes, peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.groups import Group, Units
+from onnxprune.graph import cost
+from onnxprune.graph.cost import known
+from onnxprune.graph.view import Graph, reads
+from onnxprune.io.elements import DTYPES, PACKED_BITS
+from onnxprune.io.weights import Weight
+from onnxprune.labels.label import Ids, Label
+from onnxprune.operators.registry import Move, rule_of
+
+Counts = NDArray[np.int64]
+Shares = NDArray[np.float64]
+Term = tuple[int, ...]
+ShapeOf = Callable[[str], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisSize:
+    """The size of one axis: the sum over ``terms`` {columns of counts: positions} of positions times kept shares."""
+
+    axis: int
+    terms: dict[Term, int]
+
+    def at(self, shares: Shares) -> NDArray[np.int64]:
+        """Sizes [cuts] for shares [cuts, groups]."""
+        total = np.zeros(len(shares))
+        for columns, positions in self.terms.items():
+            total += positions * reduce(np.multiply, (shares[:, c] for c in columns), np.ones(len(shares)))
+        return np.rint(total).astype(np.int64)
+
+    @property
+    def columns(self) -> set[int]:
+        """The groups that the size depends on."""
+        return {c for term in self.terms for c in term}
+
+
+class Sizes:
+    """Sizes of all tensors at the first probe, from the steps that groups keep.
+
+    Exact where the units of a group appear equally often on every axis, which is so in all but odd graphs (one channel
+    used twice, its neighbour once): there a unit counts as the average of its group.
+
+    Args:
+        analysis: of the original. groups: those that may be cut; their order is that of the columns of counts.
+    """
+
+    def __init__(self, analysis: Analysis, groups: Sequence[Group]) -> None:
+        self.analysis, self.groups = analysis, list(groups)
+        self.steps = np.array([g.steps for g in groups], dtype=np.int64)
+        owners = _Owners(analysis.units, groups)
+        self._axes: dict[str, list[AxisSize]] = {}
+        known: dict[int, tuple[Label, list[AxisSize]]] = {}
+        for name, labels in analysis.table.items().items():
+            found: list[AxisSize] = []
+            for label in labels:
+                if id(label) not in known:
+                    known[id(label)] = label, _axes_of(owners, analysis.units.component, label)
+                found += known[id(label)][1]
+            if found:
+                self._axes[name] = found
+
+    @property
+    def whole(self) -> Counts:
+        """Counts [1, groups] of the original."""
+        return self.steps[None, :]
+
+    def touched(self, name: str) -> bool:
+        """Whether the size of the tensor depends on any count."""
+        return name in self._axes
+
+    def axes(self, name: str) -> list[int]:
+        """The axes of a tensor whose size depends on counts."""
+        return [axis.axis for axis in self._axes.get(name, ())]
+
+    def columns(self, name: str) -> set[int]:
+        """The groups that the size of a tensor depends on."""
+        return {c for axis in self._axes.get(name, ()) for c in axis.columns}
+
+    def at(self, kept: Counts) -> ShapeOf:
+        """Shapes for counts [cuts, groups] of kept steps: a size that depends on them is an array [cuts]."""
+        shares = kept / self.steps
+        made: dict[str, Any] = {}
+
+        def shape(name: str) -> Any:
+            if name not in made:
+                before = self.analysis.facts.shape(name)
+                made[name] = before if before is None else self._shape(name, before, shares)
+            return made[name]
+
+        return shape
+
+    def _shape(self, name: str, before: Sequence[Any], shares: Shares) -> tuple[Any, ...]:
+        result = list(before)
+        for size in self._axes.get(name, ()):
+            now = size.at(shares)
+            held = result[size.axis]
+            # Two labels of a weight may share an axis: what both leave stays.
+            result[size.axis] = np.minimum(held, now) if isinstance(held, np.ndarray) else now
+        return tuple(result)
+
+
+class _Owners:
+    """Which of the wanted groups decide about a component, and which of their units it goes with.
+
+    Attributes:
+        column, unit: [components, depth]: its own group first, then those of the rows it lies in; -1 where none.
+    """
+
+    def __init__(self, units: Units, groups: Sequence[Group]) -> None:
+        count = units.frozen.size
+        layers = [(np.full(count, -1, np.int64), np.full(count, -1, np.int64))]
+        for number, group in enumerate(groups):
+            layers[0][0][group.units], layers[0][1][group.units] = number, np.arange(group.size)
+        for rows in reversed(units.atoms.rows):
+            above, cells = units.component[rows.rows], units.component[rows.cells]
+            for column, unit in tuple(layers):
+                mine = np.broadcast_to(column[above][:, None], cells.shape)
+                theirs = np.broadcast_to(unit[above][:, None], cells.shape)
+                _put(layers, cells, mine, theirs)
+        self.column = np.stack([c for c, _ in layers], axis=1)
+        self.unit = np.stack([u for _, u in layers], axis=1)
+
+
+def _put(layers: list[tuple[Ids, Ids]], cells: Ids, columns: Ids, units: Ids) -> None:
+    """Note an owner of cells in the first layer that is free there; an owner that is known already is not noted."""
+    left = columns >= 0
+    for column, unit in layers:
+        left &= column[cells] != columns
+        free = left & (column[cells] < 0)
+        column[cells[free]], unit[cells[free]] = columns[free], units[free]
+        left &= ~free
+    if left.any():
+        layers.append((np.full_like(layers[0][0], -1), np.full_like(layers[0][1], -1)))
+        _put(layers, np.where(left, cells, cells[left][0]), np.where(left, columns, -1), units)
+
+
+def _axes_of(owners: _Owners, component: Ids, label: Label) -> list[AxisSize]:
+    """The axes of a label whose size depends on counts.
+
+    Along the pack axis go cells, along an outer one whole rows: a group decides about the first axis, from the pack
+    axis outwards, along which its units differ.
+    """
+    where = component[label.ids]
+    column, unit = owners.column[where], owners.unit[where]
+    rest = [a for a in reversed(label.axes) if a != label.pack]
+    order = [label.pack, *rest] if label.pack in label.axes else rest
+    taken: set[int] = set()
+    result = []
+    for axis in order:
+        line = tuple(slice(None) if a == axis else 0 for a in range(label.ids.ndim))
+        mine, units = column[line], unit[line]
+        decides = {
+            int(c)
+            for c in np.unique(mine[mine >= 0])
+            if c not in taken and (len(order) == 1 or np.unique(units[mine == c]).size > 1)
+        }
+        if decides:
+            taken |= decides
+            held = np.sort(np.where(np.isin(mine, list(decides)), mine, -1), axis=1)
+            kinds, positions = np.unique(held, axis=0, return_counts=True)
+            terms = {tuple(c for c in k if c >= 0): n for k, n in zip(kinds.tolist(), positions.tolist(), strict=True)}
+            result.append(AxisSize(axis, terms))
+    return result
+
+
+# What a runtime does not copy.
+_VIEWS = (Move.SAME, Move.SHAPE)
+_FLOAT = 1
+
+
+class Memory:
+    """Bytes of activations alive while each node runs, at the first probe's shapes, nodes in the order of the graph.
+
+    A tensor is alive from the node that makes it to the last that reads it, an input from the start, an output to the
+    end; what only changes a shape shares its input's memory. What a runtime saves besides by working in place, or
+    spends on scratch space, is its own affair and not counted. Tensors whose size is not known count as nothing.
+
+    Attributes:
+        moments: the nodes in order. rows: those that the rows of ``alive`` stand for.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        graph = sizes.analysis.graph
+        self.moments = graph.steps
+        spans = _spans(graph)
+        shape = sizes.analysis.facts.shape
+        names = [n for n in spans if known(shape(n))]
+        moving = [n for n in names if sizes.touched(n)]
+        fixed = [n for n in names if not sizes.touched(n)]
+        self._each = {name: self._element(name) for name in names}
+        still = _during(spans, fixed, len(self.moments)) @ np.array([self._bytes(shape(n), n) for n in fixed])
+        during = _during(spans, moving, len(self.moments))
+        # Moments with the same tensors alive, and no more besides, are one row.
+        rows = _distinct(during, still)
+        self._still, self._during, self._moving = still[rows], during[rows], moving
+        self.rows = [self.moments[i] for i in rows]
+
+    def alive(self, kept: Counts) -> np.ndarray:
+        """Bytes [cuts, distinct moments] for counts [cuts, groups] of kept steps."""
+        shape = self._sizes.at(kept)
+        each = [np.broadcast_to(self._bytes(shape(n), n), len(kept)) for n in self._moving]
+        moving = np.stack(each, axis=0) if each else np.zeros((0, len(kept)))
+        return np.asarray((self._during @ moving).T + self._still)
+
+    def _bytes(self, shape: tuple[int, ...], name: str) -> float:
+        return prod(shape) * self._each[name]
+
+    def _element(self, name: str) -> float:
+        number = self._sizes.analysis.facts.probes[0].dtypes.get(name, _FLOAT)
+        return float(DTYPES.get(number, DTYPES[_FLOAT]).itemsize)
+
+
+def _spans(graph: Graph) -> dict[str, tuple[int, int]]:
+    """First and last moment of every tensor that holds memory of its own."""
+    home = {name: name for name in graph.inputs}
+    spans = {name: [0, 0] for name in graph.inputs}
+    for moment, node in enumerate(graph.steps):
+        for name in reads(node):
+            if name in home:
+                spans[home[name]][1] = moment
+        for position, name in enumerate(node.outputs):
+            if not name or name in graph.weights:
+                continue
+            view = position == 0 and rule_of(node).moves in _VIEWS and node.inputs[0] in home
+            home[name] = home[node.inputs[0]] if view else name
+            if not view:
+                spans[name] = [moment, moment]
+    for name in graph.outputs:
+        if name in home:
+            spans[home[name]][1] = len(graph.steps) - 1
+    return {name: (first, last) for name, (first, last) in spans.items()}
+
+
+def _during(spans: dict[str, tuple[int, int]], names: list[str], moments: int) -> csr_matrix:
+    """[moments, names]: 1 while the tensor is alive."""
+    rows = [np.arange(spans[n][0], spans[n][1] + 1) for n in names]
+    columns = np.repeat(np.arange(len(names)), [r.size for r in rows])
+    at = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    return csr_matrix((np.ones(at.size), (at, columns)), shape=(moments, len(names)))
+
+
+def _distinct(during: csr_matrix, still: np.ndarray) -> np.ndarray:
+    """One moment for every set of moving tensors: that with most memory besides."""
+    keys = [row.indices.tobytes() for row in during]
+    order = np.argsort(-still, kind="stable")
+    best: dict[bytes, int] = {}
+    for i in order.tolist():
+        best.setdefault(keys[i], i)
+    return np.array(sorted(best.values()), dtype=np.int64)
+
+
+Costs = NDArray[np.float64]
+
+
+class Cost(Protocol):
+    """A cost of the model. The model costs what its dearest row does: a peak has one row per moment, a sum one row."""
+
+    def rows(self, kept: Counts) -> Costs:
+        """Costs [cuts, rows] for counts [cuts, groups] of kept steps."""
+        ...
+
+
+class Macs:
+    """Multiply-accumulates at the first probe's shapes, one row."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        graph = sizes.analysis.graph
+        layers = [node for node in graph.nodes if cost.is_layer(node, graph)]
+        names = {n.index: (*n.inputs, *n.outputs) for n in layers}
+        self._moving = [n for n in layers if any(sizes.touched(name) for name in names[n.index])]
+        moving = {n.index for n in self._moving}
+        self._fixed = sum(cost.macs(n, sizes.analysis.facts.shape) for n in layers if n.index not in moving)
+
+    def rows(self, kept: Counts) -> Costs:
+        """Multiply-accumulates [cuts, 1]."""
+        shape = self._sizes.at(kept)
+        total = sum((cost.macs(node, shape) for node in self._moving), start=np.full(len(kept), self._fixed))
+        return np.asarray(total, dtype=np.float64)[:, None]
+
+
+class Stored:
+    """Elements or bytes of all weights, one row.
+
+    Constants that a cut adds, and the few bytes by which names and shapes in the file change, are not counted.
+
+    Args:
+        what: ``params``, ``size`` (the file's bytes) or ``weights`` (bytes of the weights alone).
+    """
+
+    def __init__(self, sizes: Sizes, what: str) -> None:
+        self._sizes, self._what = sizes, what
+        analysis = sizes.analysis
+        made = analysis.copies.keys() | {name for item in analysis.hoists for name in item.made}
+        weights = {n: w for n, w in analysis.graph.weights.items() if n not in made}
+        self._moving = {n: w for n, w in weights.items() if sizes.touched(n)}
+        whole = {
+            "params": analysis.parameters,
+            "size": analysis.loaded.size,
+            "weights": sum(_bytes(w, prod(w.shape)) for w in weights.values()),
+        }
+        self._fixed = whole[what] - sum(self._of(w, prod(w.shape)) for w in self._moving.values())
+
+    def rows(self, kept: Counts) -> Costs:
+        """Elements or bytes [cuts, 1]."""
+        shape = self._sizes.at(kept)
+        parts = (self._of(w, prod(shape(name))) for name, w in self._moving.items())
+        return np.asarray(sum(parts, start=np.full(len(kept), float(self._fixed))))[:, None]
+
+    def _of(self, weight: Weight, elements: Any) -> Any:
+        return elements if self._what == "params" else _bytes(weight, elements)
+
+
+def _bytes(weight: Weight, elements: Any) -> Any:
+    """Bytes of so many elements; 0 for text."""
+    if weight.dtype.kind == "O":
+        return 0
+    return elements * PACKED_BITS.get(weight.onnx_type, 8 * weight.dtype.itemsize) / 8
+
+
+class Peak:
+    """Bytes of the weights and of the activations alive at once, one row per moment; see :class:`Memory`."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._weights, self._memory = Stored(sizes, "weights"), Memory(sizes)
+
+    def rows(self, kept: Counts) -> Costs:
+        """Bytes [cuts, moments]."""
+        return np.asarray(self._weights.rows(kept) + self._memory.alive(kept))
+
+    def dearest(self, kept: Counts) -> tuple[str, float]:
+        """The node at which most is alive for counts [groups], and which share of that the activations are."""
+        alive = self._memory.alive(kept[None])[0]
+        most = int(np.argmax(alive))
+        whole = alive[most] + float(self._weights.rows(kept[None])[0, 0])
+        return self._memory.rows[most].label, float(alive[most]) / max(whole, 1.0)
+
+
+def costs_of(analysis: Analysis, sizes: Sizes, kind: str) -> Cost:
+    """The countable cost of that kind: ``macs``, ``params``, ``size`` or ``peak-memory``."""
+    if kind == "macs":
+        return Macs(sizes)
+    return Peak(sizes) if kind == "peak-memory" else Stored(sizes, kind)
+
+
+def total(cost_of: Cost, kept: Counts) -> Costs:
+    """The cost [cuts] of the model: its dearest row."""
+    return np.asarray(cost_of.rows(kept).max(axis=1))

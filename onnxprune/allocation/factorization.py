@@ -1,0 +1,87 @@
+"""Layers that may be taken apart as further columns of counts, beside the groups that may be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.allocation.costs import Cost, Costs, Counts, Sizes
+from onnxprune.allocation.knapsack import Choices
+from onnxprune.allocation.latency_model import Latency
+from onnxprune.graph import cost
+from onnxprune.graph.view import Node
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A layer that may be taken apart.
+
+    Attributes:
+        nodes: those that read its weight. weight: its name. losses: [levels], by rising cost; the last one is 0, of
+            the layer as it is. macs, params: shares [levels] of what it costs whole. times: the same of the time it
+            takes, where that was measured.
+    """
+
+    nodes: tuple[Node, ...]
+    weight: str
+    losses: Array
+    macs: Array
+    params: Array
+    times: Array | None = None
+
+    def shares(self, kind: str) -> Array:
+        """What is left of a cost of that kind [levels]."""
+        if kind == "latency" and self.times is not None:
+            return self.times
+        return self.macs if kind == "macs" else self.params
+
+
+class Apart:
+    """A cost of groups and layers together: counts [cuts, groups + parts], the last columns number levels of parts.
+
+    A layer that is cut as well is taken to keep the share that it has at the level: what its factors cost follows its
+    channels as the layer itself does.
+
+    Args:
+        whole: the cost of the groups alone. kind: ``macs``, ``params`` or ``size``; ``latency`` where parts know times.
+    """
+
+    def __init__(self, whole: Cost, kind: str, sizes: Sizes, parts: Sequence[Part]) -> None:
+        self._whole, self._kind, self._sizes, self._parts = whole, kind, sizes, parts
+        self._shares = [p.shares(kind) for p in parts]
+
+    def rows(self, kept: Counts) -> Costs:
+        """Costs [cuts, rows]."""
+        groups = kept.shape[1] - len(self._parts)
+        counts = kept[:, :groups]
+        shape = self._sizes.at(counts)
+        saved = np.zeros(len(kept))
+        for column, (part, shares) in enumerate(zip(self._parts, self._shares, strict=True), start=groups):
+            saved += (1.0 - shares[kept[:, column]]) * self._cost(part, shape, len(kept))
+        return np.asarray(self._whole.rows(counts) - saved[:, None])
+
+    def _cost(self, part: Part, shape: cost.ShapeOf, cuts: int) -> Array:
+        if isinstance(self._whole, Latency):
+            return self._whole.of(part.nodes, shape, cuts)
+        if self._kind == "macs":
+            return np.asarray(sum(cost.macs(node, shape) for node in part.nodes), dtype=np.float64)
+        elements = np.asarray(np.prod(np.broadcast_arrays(*shape(part.weight)), axis=0), dtype=np.float64)
+        weight = self._sizes.analysis.graph.weights[part.weight]
+        return elements * (weight.dtype.itemsize if self._kind == "size" else 1)
+
+
+def with_parts(choices: Choices, parts: Sequence[Part], rate: float) -> Choices:
+    """What groups and layers may do; ``rate`` is what a group's loss counts against a layer's."""
+    levels = [np.arange(p.losses.size, dtype=np.int64) for p in parts]
+    return Choices([*choices.kept, *levels], [*(rate * x for x in choices.losses), *(p.losses for p in parts)])
+
+
+def none_cut(choices: Choices, parts: Sequence[Part]) -> Choices:
+    """What layers may do where every group keeps all that it may."""
+    only = Choices([k[-1:] for k in choices.kept], [x[-1:] for x in choices.losses])
+    return with_parts(only, parts, 1.0)

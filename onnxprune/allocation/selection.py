@@ -1,0 +1,647 @@
+"""From scores to the units that go: ratios, ranking scopes, savings, rows and cells of grids."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.allocation.settings import Request, is_excluded, own_ratio
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.groups import Group
+from onnxprune.channels.selection import atoms_removed
+from onnxprune.channels.survivors import After
+from onnxprune.graph import cost
+from onnxprune.graph.view import Node
+from onnxprune.importance.scores import columns, over_columns
+from onnxprune.labels.atoms import mix
+from onnxprune.labels.label import Ids, Label
+
+
+def removed_share(ratio: float, schedule: str, done: float) -> float:
+    """Share of units that is gone when ``done`` of the steps (0 to 1) are; rises from 0 to ``ratio``.
+
+    Args:
+        schedule: ``linear``; ``exp``: every step takes the same share of what is left; ``cos``: half a cosine wave,
+            slow at both ends; ``cube``: ratio (1 - (1 - done)^3), most of it early (Zhu and Gupta, 2017).
+    """
+    if done >= 1:
+        return ratio
+    if schedule == "exp":
+        return 1.0 - math.pow(1.0 - ratio, done)
+    if schedule == "cos":
+        return ratio * (1.0 - math.cos(math.pi * done)) / 2.0
+    if schedule == "cube":
+        return ratio * (1.0 - (1.0 - done) ** 3)
+    return ratio * done
+
+
+def ranking_scopes(analysis: Analysis, groups: Sequence[Group]) -> dict[int, Hashable]:
+    """A key per group; groups with equal keys are isomorphic, {group: key}.
+
+    Fang et al., Isomorphic Pruning for Vision Models, ECCV 2024, compare structures that are alike. The key counts
+    (operator, input or output, its number, axes) over the nodes that the group's channels run through.
+    """
+    table, units = analysis.table, analysis.units
+    owners = {child: group.id for group in units.groups for child in group.children if units.groups[child].covered}
+    roles: dict[int, Counter[tuple[str, bool, int, tuple[int, ...], int]]] = {}
+    of_label: dict[int, tuple[object, list[int]]] = {}
+    for node in analysis.graph.nodes:
+        places = [(n, False, i) for i, n in enumerate(node.inputs)] + [(n, True, i) for i, n in enumerate(node.outputs)]
+        for name, is_output, position in places:
+            for label in table.get(name) if name else ():
+                if id(label) not in of_label:
+                    numbers = np.unique(units.group_of[units.component[label.ids]])
+                    of_label[id(label)] = label, numbers[numbers >= 0].tolist()
+                role = (node.op, is_output, position, label.axes, label.pack)
+                for number in {owners.get(n, n) for n in of_label[id(label)][1]}:
+                    roles.setdefault(number, Counter())[role] += 1
+    return {g.id: (g.kind, frozenset(roles.get(g.id, Counter()).items())) for g in groups}
+
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+ShapeOf = Callable[[str], Any]
+Cost = Callable[[ShapeOf], float]
+
+# Units that appear in other numbers elsewhere save other amounts; beyond this many kinds the last stands for the rest.
+_KINDS = 16
+
+
+def macs_after(analysis: Analysis, removed: Mask) -> int:
+    """Multiply-accumulates of the model without what ``removed`` (mask over atoms) takes, at the first probe's shapes.
+
+    Nothing is cut: sizes follow from the labels.
+    """
+    shape = After(analysis.table, removed).shape
+    return sum(cost.macs(node, shape) for node in _layers(analysis))
+
+
+def params_after(analysis: Analysis, removed: Mask) -> int:
+    """Elements of all weights without what ``removed`` (mask over atoms) takes; constants that a cut may add aside."""
+    after, graph = After(analysis.table, removed), analysis.graph
+    lost = {n: _size(graph.weights[n].shape) - _size(after.shape(n)) for n in graph.weights if after.touched(n)}
+    return analysis.parameters - sum(lost.values())
+
+
+def savings(
+    analysis: Analysis, groups: Sequence[Group], what: str, seconds: Mapping[str, float] | None = None
+) -> dict[int, Array]:
+    """What the removal of each unit saves, [units] by group id; more than 0.
+
+    Counted exactly, for one unit of every kind: its share of each tensor that it lies on, and where a layer reads and
+    makes channels of the same group, both. In a group of several rows a unit stands for its part of a step, which takes
+    a unit of every row.
+
+    Args:
+        what: ``macs``, ``params`` or ``latency``. seconds: measured time of every node by its label, for ``latency``.
+    """
+    tensors = _tensors(analysis)
+    nodes: dict[str, list[Node]] = {}
+    for node in analysis.graph.nodes:
+        for name in {*node.inputs, *node.outputs}:
+            nodes.setdefault(name, []).append(node)
+    result = {}
+    for group in groups:
+        names = sorted({n for g in (group.id, *group.children) for n in tensors.get(g, ())})
+        if what == "params":
+            weights = [n for n in names if n in analysis.graph.weights and n not in analysis.copies]
+            costs: list[Cost | None] = [_elements(n) for n in weights]
+        else:
+            near = {node.index: node for n in names for node in nodes.get(n, ())}
+            costs = [_work(analysis, node, what, seconds or {}) for node in near.values()]
+        result[group.id] = _of_group(analysis, group, [c for c in costs if c is not None], names)
+    return result
+
+
+def spread(analysis: Analysis, measured: Iterable[tuple[str, str, float]]) -> dict[str, float]:
+    """Seconds of every node of the model by its label, from what a runtime measured.
+
+    A runtime renames what it fuses: such a time goes to the node whose label, or whose output's name, the name holds,
+    or to the nearest node in front of it that is of the measured operator. What is left is shared out over the nodes
+    without a time of their own, by their multiply-accumulates.
+
+    Args:
+        measured: (name, operator, seconds) of every node that was run.
+    """
+    nodes = analysis.graph.nodes
+    named = {name: node for node in nodes for name in (*node.outputs, node.label) if name}
+    longest = sorted(named, key=len, reverse=True)
+    result: dict[str, float] = {}
+    rest = 0.0
+    for name, op, time in measured:
+        node = named.get(name) or next((named[x] for x in longest if x in name), None)
+        if node is None:
+            rest += time
+        else:
+            home = _fused_into(analysis, node, op).label
+            result[home] = result.get(home, 0.0) + time
+    macs = {n.label: cost.macs(n, analysis.facts.shape) for n in nodes}
+    waiting = {n: m for n, m in macs.items() if m and n not in result} or {n: m for n, m in macs.items() if m}
+    total = sum(waiting.values())
+    for name, share in waiting.items():
+        result[name] = result.get(name, 0.0) + rest * share / total
+    return result
+
+
+def _fused_into(analysis: Analysis, node: Node, op: str) -> Node:
+    """The node of operator ``op`` that ``node`` was fused into: itself, or a few steps in front of it."""
+    found = node
+    for _ in range(8):
+        if op.removeprefix("Fused") == found.op:
+            return found
+        before = [analysis.graph.producer.get(n) for n in found.inputs[:1]]
+        if not before or before[0] is None:
+            break
+        found = before[0]
+    return node
+
+
+def _layers(analysis: Analysis) -> list[Node]:
+    return [node for node in analysis.graph.nodes if cost.is_layer(node, analysis.graph)]
+
+
+def _size(shape: Any) -> int:
+    return int(np.prod(shape if shape is not None else (), dtype=np.int64))
+
+
+def _elements(name: str) -> Cost:
+    return lambda shape: float(_size(shape(name)))
+
+
+def _work(analysis: Analysis, node: Node, what: str, seconds: Mapping[str, float]) -> Cost | None:
+    """The cost of a node as a function of the shapes; None where it has none."""
+    if what == "macs":
+        return (lambda shape: float(cost.macs(node, shape))) if cost.is_layer(node, analysis.graph) else None
+    if not seconds.get(node.label):
+        return None
+    shapes = [analysis.facts.shape(n) for n in node.outputs if n]
+    if any(s is None or None in s for s in shapes):
+        return None
+
+    def work(shape: ShapeOf) -> float:
+        return float(cost.macs(node, shape) or sum(_size(shape(n)) for n in node.outputs if n))
+
+    each = seconds[node.label] / max(work(analysis.facts.shape), 1.0)
+    return lambda shape: each * work(shape)
+
+
+def _tensors(analysis: Analysis) -> dict[int, list[str]]:
+    """Names of the tensors that units of each group lie on."""
+    result: dict[int, list[str]] = {}
+    known: dict[int, tuple[Label, Ids]] = {}
+    for name, labels in analysis.table.items().items():
+        found: set[int] = set()
+        for label in labels:
+            if id(label) not in known:
+                known[id(label)] = label, np.unique(analysis.units.group_of[analysis.units.component[label.ids]])
+            found.update(known[id(label)][1].tolist())
+        for number in found - {-1}:
+            result.setdefault(number, []).append(name)
+    return result
+
+
+def _of_group(analysis: Analysis, group: Group, costs: Sequence[Cost], names: Sequence[str]) -> Array:
+    """Savings [units] of one group, from the costs of what it touches as functions of the shapes."""
+    units, kinds = analysis.units, _kinds(analysis, group, names)
+    before = [c(analysis.facts.shape) for c in costs]
+    result = np.zeros(group.size)
+    for kind in range(int(kinds.max()) + 1):
+        mine = np.flatnonzero(kinds == kind)
+        chosen = np.zeros(units.frozen.size, dtype=bool)
+        step = mine[:1] if group.size == group.steps else np.flatnonzero(columns(group.classes, group.steps) == 0)
+        chosen[group.units[step]] = True
+        shape = After(analysis.table, atoms_removed(units, chosen)).shape
+        result[mine] = sum(b - c(shape) for b, c in zip(before, costs, strict=True)) / step.size
+    # A unit that saves nothing that was counted still has to compare: it counts as the least that any other saves.
+    least = result[result > 0].min() if (result > 0).any() else 1.0
+    return np.where(result > 0, result, least)
+
+
+def _kinds(analysis: Analysis, group: Group, names: Sequence[str]) -> Ids:
+    """Units that appear equally often on the same tensors are of one kind, [units]; all, where rows must agree."""
+    if group.size != group.steps:
+        return np.zeros(group.size, np.int64)
+    component = analysis.units.component
+    place = np.full(analysis.units.frozen.size, -1, dtype=np.int64)
+    place[group.units] = np.arange(group.size)
+    keys = np.zeros(group.size, dtype=np.uint64)
+    number = 0
+    for name in names:
+        for label in analysis.table.get(name):
+            found = place[component[label.ids.ravel()]]
+            counts = np.bincount(found[found >= 0], minlength=group.size)
+            keys += mix(counts * 1_000_003 + number)
+            number += 1
+    return np.minimum(np.unique(keys, return_inverse=True)[1].astype(np.int64), _KINDS - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class RankedGroup:
+    """One group as the allocation sees it.
+
+    Attributes:
+        values: [units], the lowest go first; -inf where a unit is gone already, NaN where its whole row is.
+        classes: [units], every class loses the same share. steps: in how many equal steps it can be cut.
+        counts: numbers of steps that may go, ascending, see :func:`allowed_counts`.
+        ratio: share to remove. alone: the ratio holds for this group, whatever the scope.
+        ranking_scope: groups with equal ranking_scopes share a threshold.
+        gone: steps that are gone already.
+    """
+
+    values: Array
+    classes: Ids
+    steps: int
+    counts: Ids
+    ratio: float
+    alone: bool = False
+    ranking_scope: Hashable = None
+    gone: int = 0
+
+    @property
+    def per_step(self) -> int:
+        """Units that one step takes."""
+        return self.values.size // self.steps
+
+
+def allowed_counts(size: int, steps: int, *, round_to: int = 1, step: int = 1, widest: float = 1.0) -> Ids:
+    """Numbers of steps that may go from a group of ``size`` units, ascending, at least one; never all of them.
+
+    Args:
+        round_to: what is kept is a multiple where it can be had. step: what goes is a multiple, always.
+        widest: the largest share to remove.
+    """
+    counts = np.arange(steps)
+    if round_to == step == 1 and widest >= 1:
+        return counts
+    units = counts * (size // steps)
+    held = (units % step == 0) & (units <= widest * size + 1e-9)
+    even = held & ((size - units) % round_to == 0)
+    return np.asarray(counts[even if even.any() else held])
+
+
+def nearest_count(counts: Ids, target: float, rounding: str) -> int:
+    """The allowed count for a wanted number of steps, which is rarely whole; ties go to the smaller cut."""
+    if target <= 0:
+        return 0
+    if rounding == "up":
+        above = counts[counts >= target - 1e-9]
+        return int(above[0] if above.size else counts[-1])
+    if rounding == "down":
+        below = counts[counts <= target + 1e-9]
+        return int(below[-1] if below.size else counts[0])
+    return int(counts[np.argmin(np.abs(counts - target) + counts * 1e-9)])
+
+
+def in_order(values: Array, classes: Ids) -> tuple[Ids, Ids]:
+    """Units sorted by class and then by score, and the rank that each unit (in its own place) has in its class."""
+    sizes = np.bincount(classes)
+    # Both are stable, and put what is gone (NaN) last.
+    order = np.argsort(values, kind="stable") if sizes.size == 1 else np.lexsort((values, classes))
+    rank = np.empty(values.size, dtype=np.int64)
+    rank[order] = np.arange(values.size) - (np.cumsum(sizes) - sizes)[classes[order]]
+    return order, rank
+
+
+def weakest(values: Array, classes: Ids, steps: int, count: int) -> Ids:
+    """The units (numbers within the group) that go in ``count`` steps: the lowest of every class that is alive."""
+    sizes = np.bincount(classes)
+    if sizes.size == 1:
+        return _least(values, values.size // steps * count)
+    _, rank = in_order(values, classes)
+    return np.flatnonzero((rank < (sizes // steps * count)[classes]) & ~np.isnan(values))
+
+
+def _least(values: Array, count: int) -> Ids:
+    """Positions of the ``count`` least of some numbers, those in front of equal ones; NaN is never among them."""
+    if not count:
+        return np.zeros(0, np.int64)
+    # A threshold takes time in proportion to the numbers, sorting them all does not; NaN counts as the largest.
+    bound = np.partition(values, count - 1)[count - 1]
+    if np.isnan(bound):
+        return np.flatnonzero(~np.isnan(values))
+    taken = values < bound
+    ties = np.flatnonzero(values == bound)[: count - np.count_nonzero(taken)]
+    taken[ties] = True
+    return np.flatnonzero(taken)
+
+
+def step_scores(ranked_group: RankedGroup, add: bool = False) -> Array:
+    """Scores [steps] of a group's steps, ascending: one unit of every class that is alive, averaged or added up."""
+    sizes = np.bincount(ranked_group.classes)
+    _, rank = in_order(ranked_group.values, ranked_group.classes)
+    at = rank // (sizes // ranked_group.steps)[ranked_group.classes]
+    alive = ~np.isnan(ranked_group.values)
+    total = np.bincount(at[alive], weights=ranked_group.values[alive], minlength=ranked_group.steps).astype(np.float64)
+    if not add:
+        total /= np.maximum(np.bincount(at[alive], minlength=ranked_group.steps), 1)
+    return np.asarray(np.maximum.accumulate(total))
+
+
+def lamp(values: Array) -> Array:
+    """Scores [units] that compare across layers: s_u^2 / sum of s_v^2 over the units v with s_v >= s_u.
+
+    Lee et al., Layer-Adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021, with units in place of weights.
+    Scores below 0 are moved up so that the least is 0; what is not finite stays.
+    """
+    result = values.copy()
+    alive = np.flatnonzero(np.isfinite(values))
+    if not alive.size:
+        return result
+    scores = values[alive] - min(0.0, float(values[alive].min()))
+    order = np.argsort(scores, kind="stable")
+    square = np.square(scores[order])
+    tail = np.cumsum(square[::-1])[::-1]
+    # Units with equal scores count each other.
+    tail = tail[np.searchsorted(scores[order], scores[order], side="left")]
+    result[alive[order]] = np.divide(square, tail, out=np.zeros_like(square), where=tail > 0)
+    return result
+
+
+def local_counts(ranked: Sequence[RankedGroup], rounding: str) -> list[int]:
+    """Steps that every group loses by its own ratio."""
+    return [max(nearest_count(c.counts, c.ratio * c.steps, rounding), c.gone) for c in ranked]
+
+
+def threshold_counts(ranked: Sequence[RankedGroup], rounding: str, add: bool = False) -> list[int]:
+    """Steps that every group loses under one threshold: the cheapest steps first, until as many units are gone as the
+    groups' ratios add up to.
+
+    A group goes from one of its allowed counts to the next at once, at the mean score of the steps between.
+    """
+    owner, scores, units, reach = [], [], [], []
+    for number, ranked_group in enumerate(ranked):
+        counts = ranked_group.counts if ranked_group.counts[0] == 0 else np.concatenate([[0], ranked_group.counts])
+        if counts.size < 2:
+            continue
+        ahead = np.add.reduceat(step_scores(ranked_group, add)[: counts[-1]], counts[:-1]) / np.diff(counts)
+        owner.append(np.full(ahead.size, number))
+        scores.append(np.maximum.accumulate(ahead))
+        units.append(np.diff(counts) * ranked_group.per_step)
+        reach.append(counts[1:])
+    result = [0] * len(ranked)
+    if not owner:
+        return result
+    who, score, size, count = (np.concatenate(x) for x in (owner, scores, units, reach))
+    order = np.argsort(score, kind="stable")
+    taken = np.concatenate([[0], np.cumsum(size[order])])
+    target = sum(c.ratio * c.values.size for c in ranked)
+    stop = max(_prefix(taken, target, rounding), int(np.isneginf(score).sum()))
+    for i in order[:stop]:
+        result[who[i]] = int(count[i])
+    return result
+
+
+def _prefix(taken: Ids, target: float, rounding: str) -> int:
+    """How many of the steps to take, given the units that are gone after each number of them, [steps + 1]."""
+    return int(np.searchsorted(taken, nearest_count(taken, target, rounding)))
+
+
+def allocate(ranked: Sequence[RankedGroup], scope: str, rounding: str, add: bool = False) -> list[int]:
+    """Steps that every group loses.
+
+    Args:
+        ranked: the groups. scope: ``local``, else one threshold per ranking_scope.
+        rounding: ``nearest``, ``up`` or ``down``. add: a step's score is the sum of its units' scores, not the mean.
+    """
+    result = [0] * len(ranked)
+    pools: dict[Hashable, list[int]] = {}
+    for number, ranked_group in enumerate(ranked):
+        if scope == "local" or ranked_group.alone:
+            result[number] = local_counts([ranked_group], rounding)[0]
+        else:
+            pools.setdefault(ranked_group.ranking_scope, []).append(number)
+    for members in pools.values():
+        for number, count in zip(members, threshold_counts([ranked[m] for m in members], rounding, add), strict=True):
+            result[number] = count
+    return result
+
+
+SHARES = (0.125, 0.25, 0.5, 0.75)
+"""Shares of a group to cut alone and measure."""
+
+
+def counts(steps: int, shares: Sequence[float] = SHARES) -> list[int]:
+    """Numbers of steps to measure of a group that can lose up to ``steps - 1``; at least one, where it can lose any."""
+    found = {min(max(round(share * steps), 1), steps - 1) for share in shares}
+    return sorted(n for n in found if n > 0)
+
+
+def along(values: Array, classes: Ids, steps: int, drifts: Mapping[int, float]) -> Array:
+    """Scores [units] in the order of ``values``, so that those of a cut add up to its measured drift.
+
+    Between measured counts, drift grows as the sum of ``values`` does; beyond the last as it did before that. A step
+    never scores less than one that goes before it.
+
+    Args:
+        values: scores that rank the units [units], none below 0. classes: units that stand in for each other, [units].
+        steps: in how many equal steps the group can be cut. drifts: {steps gone: drift}, not empty.
+    """
+    _, rank = in_order(values, classes)
+    step = rank // (np.bincount(classes) // steps)[classes]
+    # Where all scores are 0 (nothing seen), every step counts the same.
+    summed = np.bincount(step, weights=values, minlength=steps)
+    summed = np.maximum(summed, 1e-9 * summed.max() if summed.max() > 0 else 1.0)
+    sums = np.concatenate([[0.0], np.cumsum(summed)])
+    known = sorted(drifts)
+    x = sums[[0, *known]]
+    y = np.maximum.accumulate([0.0, *(max(drifts[n], 0.0) for n in known)])
+    grown = np.interp(sums, x, y)
+    slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
+    grown += slope * np.maximum(sums - x[-1], 0.0)
+    each = np.maximum.accumulate(np.diff(grown)) / np.bincount(step, minlength=steps)
+    # Steps that count the same still go in the order of their scores.
+    each = each + 1e-9 * (each[-1] + 1e-30) * np.arange(steps)
+    order = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    return np.asarray(each[step] * (1.0 + 1e-12 * order))
+
+
+@dataclass(slots=True)
+class Candidates:
+    """The groups that may lose units.
+
+    Attributes:
+        asked: the ratio of every group that can be cut, None where it is excluded.
+        alone: groups with a ratio of their own.
+        halved: groups whose rows and cells are both cut, so that each takes 1 - sqrt(1 - ratio).
+        kept: groups that an option leaves whole, with the reason.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    asked: dict[int, float | None] = field(default_factory=dict)
+    alone: set[int] = field(default_factory=set)
+    halved: set[int] = field(default_factory=set)
+    kept: dict[int, str] = field(default_factory=dict)
+
+
+def candidates(analysis: Analysis, request: Request) -> Candidates:
+    """Which groups take part, and with which ratio."""
+    found = Candidates()
+    groups = analysis.units.groups
+    for group in groups:
+        if not group.prunable:
+            continue
+        for child in group.children:
+            if groups[child].prunable:
+                found.halved |= {group.id, child}
+        names = analysis.names_of(group) if request.patterned else []
+        own = own_ratio(names, request)
+        found.asked[group.id] = None if is_excluded(names, request) else request.ratio if own is None else own
+        if own is not None:
+            found.alone.add(group.id)
+        if found.asked[group.id] is None:
+            continue
+        if request.group_policy == "none" and group.size != group.steps:
+            found.kept[group.id] = "kept-whole: group_policy none leaves channels in several rows alone"
+        else:
+            found.groups.append(group)
+    return found
+
+
+def batches(groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups in lots, so that rows and the cells beneath them are never in one: each cell counts for both."""
+    own = {g.id for g in groups}
+    above = [g for g in groups if own & set(g.children)]
+    lots = [[g for g in groups if g not in above]]
+    for group in above:
+        lot = next((x for x in lots[1:] if not any(_related(group, g) for g in x)), None)
+        if lot is None:
+            lots.append(lot := [])
+        lot.append(group)
+    return [lot for lot in lots if lot]
+
+
+def _related(a: Group, b: Group) -> bool:
+    return a.id in b.children or b.id in a.children or bool(set(a.children) & set(b.children))
+
+
+def rank_groups(
+    analysis: Analysis,
+    request: Request,
+    found: Candidates,
+    scores: Mapping[int, Array],
+    *,
+    savings: Mapping[int, Array] | None = None,
+    gone: Mask | None = None,
+    done: float = 1.0,
+) -> dict[int, RankedGroup]:
+    """The groups that have scores, as the allocation sees them, by group id.
+
+    Args:
+        scores: [units] by group. savings: what a unit's removal saves, [units] by group.
+        gone: mask over components of what earlier steps removed. done: share of the steps after this one.
+    """
+    groups = [g for g in found.groups if g.id in scores]
+    alike = ranking_scopes(analysis, groups) if request.scope == "isomorphic" else {}
+    # Scores below 0 would turn the division by what is saved around.
+    low = min((float(scores[g.id].min()) for g in groups), default=0.0) if savings else 0.0
+    result = {}
+    for group in groups:
+        own, dead = _gone(group, gone)
+        values = scores[group.id] - min(0.0, low)
+        if gone is not None:
+            values[own | dead] = np.nan
+        values = _over_columns(group, values, request.group_policy)
+        if request.scope == "slamp" and group.id not in found.alone:
+            values = lamp(values)
+        if savings:
+            values = values / savings[group.id]
+        if gone is not None:
+            values[own], values[dead] = -np.inf, np.nan
+        ratio = found.asked[group.id] or 0.0
+        ratio = removed_share(ratio, request.schedule, done)
+        if group.id in found.halved:
+            ratio = 1.0 - math.sqrt(1.0 - ratio)
+        counts = allowed_counts(
+            group.size, group.steps, round_to=request.round_to, step=request.step, widest=request.widest
+        )
+        alone, before = group.id in found.alone, 0 if gone is None else _steps_gone(group, own, dead)
+        result[group.id] = RankedGroup(
+            values, group.classes, group.steps, counts, ratio, alone, alike.get(group.id), before
+        )
+    return result
+
+
+def _over_columns(group: Group, values: Array, policy: str) -> Array:
+    """The grid's policy over the units that are left; columns go as a whole, so that each row misses the same ones."""
+    if policy not in ("sum", "average"):
+        return values
+    left = ~np.isnan(values)
+    known = np.where(left, values, 0.0)
+    total = over_columns(known, group.classes, group.steps, "sum")
+    if policy == "average":
+        total = total / np.maximum(over_columns(left.astype(np.float64), group.classes, group.steps, "sum"), 1.0)
+    return np.where(left, total, np.nan) if group.size != group.steps else values
+
+
+def _gone(group: Group, gone: Mask | None) -> tuple[Mask, Mask]:
+    """Masks over the units: gone by themselves, and gone because their whole class is."""
+    if gone is None:
+        return np.zeros(group.size, bool), np.zeros(group.size, bool)
+    own = gone[group.units]
+    whole = np.bincount(group.classes, weights=own) == np.bincount(group.classes)
+    dead = whole[group.classes]
+    return own & ~dead, dead
+
+
+def _steps_gone(group: Group, own: Mask, dead: Mask) -> int:
+    alive = np.flatnonzero(~dead)
+    if not alive.size:
+        return 0
+    first = group.classes == group.classes[alive[0]]
+    return int(own[first].sum() * group.steps // first.sum())
+
+
+def choose(analysis: Analysis, request: Request, ranked: Mapping[int, RankedGroup]) -> Mask:
+    """Mask over components of what goes."""
+    counts = allocate(list(ranked.values()), request.scope, request.rounding, request.group_policy == "sum")
+    return take(analysis, ranked, counts)
+
+
+def take(analysis: Analysis, ranked: Mapping[int, RankedGroup], counts: Sequence[int]) -> Mask:
+    """Mask over components of what goes when every group, in the order of ``ranked``, loses so many steps."""
+    units = analysis.units
+    numbers = list(ranked)
+    chosen = np.zeros(units.frozen.size, dtype=bool)
+    # Rows before the cells beneath them: cells of rows that go do not compete.
+    order = sorted(range(len(numbers)), key=lambda i: (not units.groups[numbers[i]].children, i))
+    closed = False
+    for i in order:
+        group, ranked_group = units.groups[numbers[i]], ranked[numbers[i]]
+        if not counts[i]:
+            continue
+        if not closed and not group.children and chosen.any():
+            chosen, closed = units.close(chosen), True
+        values = ranked_group.values.copy()
+        if closed:
+            values[_gone(group, chosen)[1]] = np.nan
+        chosen[group.units[weakest(values, ranked_group.classes, ranked_group.steps, counts[i])]] = True
+    return chosen
+
+
+def split_rows(analysis: Analysis, found: Candidates) -> list[int]:
+    """Groups of rows to be cut together with their cells, of which a row takes only a part of some class along."""
+    units = analysis.units
+    bad = []
+    for group in found.groups:
+        below = [units.groups[c] for c in group.children if c in found.halved]
+        if group.id not in found.halved or not below:
+            continue
+        for unit in group.units:
+            chosen = np.zeros(units.frozen.size, dtype=bool)
+            chosen[unit] = True
+            closed = units.close(chosen)
+            if any(_gone(child, closed)[0].any() for child in below):
+                bad.append(group.id)
+                break
+    return bad
+
+
+def scaled(ranked: Mapping[int, RankedGroup], ratios: Mapping[int, float]) -> dict[int, RankedGroup]:
+    """The same groups with other ratios: scores need not be made again."""
+    return {number: replace(ranked_group, ratio=ratios[number]) for number, ranked_group in ranked.items()}

@@ -1,0 +1,171 @@
+"""What is asked of an allocation: how scores become units, how many go and from where."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any, TypedDict
+
+from onnxprune.errors import ArgumentError, UsageError, argument, nearest
+from onnxprune.settings import checked, default
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob matches a name, case-sensitively."""
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def check(given: Iterable[tuple[str, Collection[str]]], names: Iterable[str]) -> None:
+    """Every pattern must match some node or weight of the model.
+
+    Args:
+        given: pairs of an option and its patterns. names: of nodes and weights.
+
+    Raises:
+        UsageError: one does not; the nearest name is suggested.
+    """
+    given = [(option, patterns) for option, patterns in given if patterns]
+    known = sorted({n for n in names if n}) if given else []
+    for option, patterns in given:
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in known):
+                raise UsageError(f"{option} {pattern!r} matches no node or weight.", hint=_wider(pattern, known))
+
+
+def _wider(pattern: str, known: Sequence[str]) -> str:
+    """A hint for a pattern without a match: the same with stars around it where that matches, else the nearest name."""
+    wide = f"*{pattern.strip('*')}*"
+    if wide != "**" and any(matches(name, wide) for name in known):
+        return f"A pattern matches whole names. Did you mean {wide!r}?"
+    return nearest(pattern, known)
+
+
+WIDEST = 0.9
+"""The largest share that a group loses where groups compete with each other, unless ``max_ratio`` says otherwise."""
+
+
+class Options(TypedDict, total=False):
+    """What calls take by name beside criterion and ratio; :class:`Request` explains the fields."""
+
+    layers: Mapping[str, float] | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    round_to: int
+    policy: str
+    normalize: str
+    group_policy: str
+    reshape_axis: str
+    scope: str
+    max_ratio: float | None
+    step: int
+    rounding: str
+    cost: str
+    steps: int
+    schedule: str
+
+
+_CHOICES = ("policy", "normalize", "group_policy", "reshape_axis", "scope", "rounding", "cost", "schedule")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all groups together, see ``scope``.
+        layers: {glob over node or weight names: ratio}. include, exclude: such globs.
+        round_to: keep a multiple of this many units per group where it can be had.
+        policy: how the scores that a unit has in several weights become one.
+        normalize: what the scores of one weight are divided by, so that weights compare; ``auto`` is ``none`` for
+            criteria whose scores compare as they are, else ``mean``, and is settled by ``Prune``.
+        group_policy: what cuts of a grid with several rows have in common.
+        reshape_axis: what goes of a grid: cells of every row, whole rows, or both.
+        scope: which units compete with each other.
+        max_ratio: the largest share that one group loses; None: all but one unit, or 0.9 where groups compete.
+        step: units leave a group in multiples of this many. rounding: of the counts that follow from ratios.
+        cost: what removing a unit saves, which its score is divided by.
+        steps: how often to score and cut; schedule: how the removed share grows from one to the next.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+
+    ratio: float = default("ratio")
+    layers: Mapping[str, float] = field(default_factory=dict)
+    include: Sequence[str] = default("include")
+    exclude: Sequence[str] = default("exclude")
+    round_to: int = default("round_to")
+    policy: str = default("policy")
+    normalize: str = "mean"
+    group_policy: str = default("group_policy")
+    reshape_axis: str = default("reshape_axis")
+    scope: str = default("scope")
+    max_ratio: float | None = default("max_ratio")
+    step: int = default("step")
+    rounding: str = default("rounding")
+    cost: str = default("cost")
+    steps: int = default("steps")
+    schedule: str = default("schedule")
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            checked(entry.name, getattr(self, entry.name))
+
+    @property
+    def widest(self) -> float:
+        """The largest share that one group loses; something always stays besides."""
+        if self.max_ratio is not None:
+            return self.max_ratio
+        return 1.0 if self.scope == "local" else WIDEST
+
+    @property
+    def patterned(self) -> bool:
+        """Whether names decide anything."""
+        return bool(self.layers or self.include or self.exclude)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The choices by name, for the report."""
+        return {
+            **{name: getattr(self, name) for name in _CHOICES},
+            **{name: getattr(self, name) for name in ("ratio", "max_ratio", "round_to", "step", "steps")},
+        }
+
+
+def request_of(ratio: float, options: Options) -> Request:
+    """The request of a call.
+
+    Raises:
+        UsageError: a value is not allowed. ArgumentError: an option that there is not; the nearest is suggested.
+    """
+    known = ("criterion", "ratio", "plan", "approximate", *Options.__annotations__)
+    for name in options:
+        if name not in Options.__annotations__:
+            raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, known))
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given |= {name: checked(name, given[name]) for name in ("include", "exclude") if name in given}
+    return Request(ratio, **given)
+
+
+def check_patterns(request: Request, names: Iterable[str]) -> None:
+    """Every pattern must match some node or weight of the model.
+
+    Raises:
+        UsageError: one does not; the nearest name is suggested.
+    """
+    names = list(names)
+    check([(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")], names)
+
+
+def is_excluded(names: Sequence[str], request: Request) -> bool:
+    """Whether a group that has these node and weight names is left out by ``exclude`` or ``include``."""
+    if any(matches(n, p) for n in names for p in request.exclude):
+        return True
+    return bool(request.include) and not any(matches(n, p) for n in names for p in request.include)
+
+
+def own_ratio(names: Sequence[str], request: Request) -> float | None:
+    """The ratio that ``layers`` gives to a group that has these names, later patterns first; None where none does."""
+    found = [ratio for pattern, ratio in request.layers.items() if any(matches(n, pattern) for n in names)]
+    return found[-1] if found else None

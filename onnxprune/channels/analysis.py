@@ -1,0 +1,377 @@
+"""The analysis of one model: what may be cut, in which groups, and why the rest may not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxprune.channels.groups import Group, Units, resolve
+from onnxprune.channels.propagate import infer_by_rule, push_labels
+from onnxprune.garbage import paused
+from onnxprune.graph import cost
+from onnxprune.graph.canonical import Fold, Hoist, fold, hoist, unshare
+from onnxprune.graph.facts import Facts, study
+from onnxprune.graph.probes import open_sizes
+from onnxprune.graph.values import check_extents
+from onnxprune.graph.view import Graph, Node
+from onnxprune.io.read import Loaded, load
+from onnxprune.labels.atoms import Barrier
+from onnxprune.labels.label import Ids, Label
+from onnxprune.operators.context import Table
+from onnxprune.operators.registry import rule_of
+from onnxprune.report.facts import LayerFacts
+
+# Kernels and the settings of operators are no channels: that they stay is not worth a user's time.
+_NOT_CHANNELS = {"kernel", "operand"}
+
+
+@dataclass(frozen=True, slots=True)
+class SlotView:
+    """One axis of one tensor where units of a group appear; ``size`` is the axis' length.
+
+    ``at`` restricts it to one position of another axis, {axis: position}: the direction of a recurrent layer.
+    """
+
+    tensor: str
+    axis: int
+    size: int
+    at: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """One group as users see it. ``steps``: in how many equal steps it can be cut; ``reason``: why it cannot, if so."""
+
+    id: int
+    kind: str
+    size: int
+    steps: int
+    prunable: bool
+    reason: str
+    name: str
+    layers: list[str]
+    slots: list[SlotView] = field(default_factory=list)
+
+
+class Analysis:
+    """A model with its labels, units and groups. Immutable: other choices and more frozen nodes give another analysis.
+
+    Args:
+        source: path, bytes or ModelProto. input_shapes: sizes for dynamic inputs, {name: shape}.
+        approximate: let groups run through normalisations that stay defined over fewer channels.
+
+    Raises:
+        OnnxpruneError: the model cannot be read, or an input shape does not fit.
+    """
+
+    loaded: Loaded
+    approximate: bool
+    graph: Graph
+    facts: Facts
+    table: Table
+    reshape_axis: str
+    units: Units
+    unshared: Graph
+    copies: dict[str, str]
+    folds: list[Fold]
+    hoists: list[Hoist]
+    _unstored: frozenset[int]
+
+    def __init__(
+        self,
+        source: str | Path | bytes | onnx.ModelProto,
+        *,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        approximate: bool = False,
+    ) -> None:
+        with paused():
+            loaded = load(source)
+            # Preparations, each undone after a cut where it was not needed: see restore and rejoin.
+            unshared, copies = unshare(Graph.of(loaded.proto, loaded.weights, names=loaded.names))
+            folded, folds = fold(unshared)
+            facts = study(folded, open_sizes(folded, input_shapes), infer_by_rule)
+            check_extents(folded, facts.probes[0])
+            graph, hoists = hoist(folded, facts)
+            table = push_labels(graph, facts, approximate=approximate)
+            units, unstored = _resolve(table, "head_dim")
+        vars(self).update(loaded=loaded, approximate=approximate, unshared=unshared, copies=copies, folds=folds)
+        vars(self).update(facts=facts, graph=graph, hoists=hoists, table=table, reshape_axis="head_dim")
+        vars(self).update(units=units, _unstored=unstored)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"an analysis is immutable: {name!r} cannot be set")
+
+    def _with(self, **changes: Any) -> Analysis:
+        """This analysis with other attributes; views of the groups are made anew."""
+        other = copy(self)
+        views = [name for name, value in vars(Analysis).items() if isinstance(value, cached_property)]
+        for name in views:
+            vars(other).pop(name, None)
+        vars(other).update(changes)
+        if {"table", "reshape_axis"} & changes.keys():
+            units, unstored = _resolve(other.table, other.reshape_axis)
+            vars(other).update(units=units, _unstored=unstored)
+        return other
+
+    def with_reshape_axis(self, reshape_axis: str) -> Analysis:
+        """The analysis with another choice between the rows (``heads``) and the cells (``head_dim``) of grids."""
+        return self if reshape_axis == self.reshape_axis else self._with(reshape_axis=reshape_axis)
+
+    def with_frozen(self, freezes: Sequence[tuple[Ids, Barrier]]) -> Analysis:
+        """The analysis in which more atoms may not be removed.
+
+        Args:
+            freezes: atoms, and why they have to stay.
+        """
+        table = copy(self.table)
+        table.atoms = self.table.atoms.with_frozen(freezes)
+        return self._with(table=table)
+
+    def with_digest_of(self, other: Analysis) -> Analysis:
+        """The analysis under the digest of another model: plans name the model that came in."""
+        return self._with(loaded=replace(self.loaded, digest=lambda: other.loaded.sha256))
+
+    def __repr__(self) -> str:
+        free = sum(group.prunable for group in self.units.groups)
+        return f"<Analysis: {len(self.graph.steps)} nodes, {self.parameters:,} parameters, {free} prunable groups>"
+
+    # -- for users -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def groups(self) -> list[GroupView]:
+        """Every group that could be cut, or whose constraints forbid it, with its slots."""
+        slots = self.slots
+        return [self._view(g, slots.get(g.id, [])) for g in self.units.groups]
+
+    @cached_property
+    def barriers(self) -> list[Barrier]:
+        """Every reason that holds channels, with how many, most first."""
+        held = Counter(self.units.barrier_of[self._weight_components()].tolist())
+        found = [replace(self.table.atoms.barriers[i], channels=n) for i, n in held.items() if i >= 0]
+        found = [b for b in found if b.code not in _NOT_CHANNELS]
+        return sorted(found, key=lambda b: (-b.channels, b.node, b.code))
+
+    @cached_property
+    def unlocks(self) -> list[tuple[str, int]]:
+        """(operator, channels) that would become removable if that operator were not in the way, most first."""
+        held: Counter[str] = Counter()
+        for barrier in self.barriers:
+            if barrier.code not in ("graph-output", "graph-input", "captured-by-subgraph", "spatial"):
+                held[barrier.op or barrier.code] += barrier.channels
+        return held.most_common()
+
+    @cached_property
+    def layers(self) -> list[LayerFacts]:
+        """Channels, parameters and MACs of every layer, before equal to after."""
+        return self.layer_facts(self.facts.shape, self._weight_size)
+
+    def layer_facts(self, shape_after: Any, weight_after: Any) -> list[LayerFacts]:
+        """Layers with the sizes they have after a cut.
+
+        Args:
+            shape_after: name -> new shape. weight_after: weight name -> new number of elements.
+        """
+        result = []
+        for node in self.graph.steps:
+            if not cost.is_layer(node, self.graph):
+                continue
+            weights = cost.layer_weights(node, self.graph)
+            result.append(
+                LayerFacts(
+                    name=node.label,
+                    op=node.op,
+                    channels_before=cost.out_channels(node, self.graph, self.facts.shape),
+                    channels_after=cost.out_channels(node, self.graph, shape_after),
+                    params_before=sum(self._weight_size(w) for w in weights),
+                    params_after=sum(weight_after(w) for w in weights),
+                    macs_before=cost.macs(node, self.facts.shape),
+                    macs_after=cost.macs(node, shape_after),
+                    reason=self._reason(node),
+                )
+            )
+        return result
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all weights."""
+        return sum(int(np.prod(weight.shape, dtype=np.int64)) for weight in self.loaded.weights.values())
+
+    # -- for the stages --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def producers(self) -> dict[int, list[Node]]:
+        """Layers whose output carries units of a group, {group: nodes}; rows count the producers of their cells too."""
+        result: dict[int, list[Node]] = {}
+        for node in self.graph.steps:
+            if cost.is_layer(node, self.graph):
+                for number in self._groups_on(node.outputs):
+                    result.setdefault(number, []).append(node)
+        for group in self.units.groups:
+            for child in group.children:
+                own = result.setdefault(group.id, [])
+                own.extend(n for n in result.get(child, ()) if n not in own)
+        return result
+
+    @cached_property
+    def _sources(self) -> dict[str, tuple[str, ...]]:
+        """The weights that a folded one was computed from, by its name."""
+        return {name: item.sources for item in self.folds for name in item.folded}
+
+    def _groups_on(self, names: Sequence[str]) -> set[int]:
+        found: set[int] = set()
+        for name in names:
+            for label in self.table.get(name) if name else ():
+                numbers = self.units.group_of[label.of(self.units.component)]
+                low, high = int(numbers.min()), int(numbers.max())
+                found.update((low,) if low == high else np.unique(numbers).tolist())
+        return found - {-1}
+
+    def names_of(self, group: Group) -> list[str]:
+        """Names that patterns are matched against: the layers that produce a group's channels, and their weights."""
+        layers = self.producers.get(group.id, [])
+        weights = [w for node in layers for w in cost.layer_weights(node, self.graph)]
+        sources = [s for w in weights for s in self._sources.get(w, ())]
+        return list(dict.fromkeys([node.label for node in layers] + weights + sources))
+
+    def _layers_of(self, group: Group) -> list[str]:
+        """Every layer that a group runs through, producers first."""
+        births = self.table.atoms.births
+        numbers = [group.id, *group.children]
+        weights = {births[int(b)].tensor: None for g in numbers for b in self.units.groups[g].births}
+        readers = {n.index: n for w in weights if w for n in self._readers(w)}
+        nodes = [*self.producers.get(group.id, ()), *(readers[i] for i in sorted(readers))]
+        return list(dict.fromkeys(node.label for node in nodes))
+
+    @cached_property
+    def slots(self) -> dict[int, list[SlotView]]:
+        """Slots of every group in the input model's own tensors: one per labelled axis, grids aside.
+
+        The directions of a recurrent layer lose different units, and no tensor need have both on one axis: each gets a
+        slot of its own.
+        """
+        result: dict[int, list[SlotView]] = {}
+        made = self.copies.keys() | {name for item in self.hoists for name in item.made}
+        known: dict[int, tuple[Label, Ids]] = {}
+        for name, labels in self.table.items().items():
+            for label in labels:
+                if name in made or (label.is_grid and name not in self._directed):
+                    continue
+                cached = known.get(id(label))
+                if cached is None:
+                    numbers = np.unique(self.units.group_of[self.units.component[label.ids]])
+                    known[id(label)] = cached = (label, numbers[numbers >= 0])
+                views = [SlotView(name, label.pack, label.ids.shape[label.pack], at) for at in _places(label)]
+                for number in cached[1]:
+                    result.setdefault(int(number), []).extend(views)
+        return result
+
+    @cached_property
+    def _directed(self) -> set[str]:
+        """Operands and outputs of layers with several directions."""
+        layers = [n for n in self.graph.steps if rule_of(n).several_directions]
+        return {name for node in layers for name in (*node.inputs, *node.outputs) if name}
+
+    def _view(self, group: Group, slots: list[SlotView]) -> GroupView:
+        layers = self._layers_of(group)
+        name = layers[0] if layers else (slots[0].tensor if slots else "")
+        facts = (group.id, group.kind, group.size, group.steps, group.prunable)
+        return GroupView(*facts, self._why(group), name, layers, slots)
+
+    def _why(self, group: Group) -> str:
+        if group.prunable:
+            return ""
+        if group.covered:
+            return "covered: whole heads or groups are cut instead"
+        if any(self.units.groups[c].prunable for c in group.children):
+            return "covered: the channels within are cut instead"
+        if group.size < 2:
+            return "tied-together: all of them are one unit"
+        if group.id in self._unstored:
+            return "not-stored: no weight of the file belongs to it"
+        return "grid-unbalanced: no equal share can be taken from every row"
+
+    def _reason(self, node: Node) -> str:
+        """Why channels of a layer's output have to stay; empty when none has to."""
+        axis = cost.channel_axis(node, self.graph, self.facts.shape)
+        for label in self.table.get(node.outputs[0]) if axis is not None else ():
+            if axis in label.axes:
+                held = self.units.barrier_of[self.units.component[label.ids]].ravel()
+                held = held[held >= 0]
+                if held.size:
+                    barrier = self.table.atoms.barriers[int(held[0])]
+                    return f"{barrier.code}: {barrier.detail} ({barrier.op} {barrier.node})".replace("( ", "(")
+                return self._stuck(label)
+        return ""
+
+    def _stuck(self, label: Label) -> str:
+        """Why none of the channels of a label can go although each of them may; empty where some can."""
+        groups = [
+            self.units.groups[k] for k in np.unique(self.units.group_of[self.units.component[label.ids]]) if k >= 0
+        ]
+        if not groups or any(g.prunable or self._why(g).startswith("covered") for g in groups):
+            return ""
+        return self._why(groups[0])
+
+    def _readers(self, weight: str) -> list[Node]:
+        nodes: list[Node] = []
+        queue = [weight]
+        for _ in range(64):
+            if not queue:
+                break
+            for node, _i in self.graph.consumers.get(queue.pop(), ()):
+                if cost.multiplies(node):
+                    nodes.append(node)
+                elif self._passes_weight_on(node):
+                    queue.append(node.outputs[0])
+        return nodes
+
+    def _passes_weight_on(self, node: Node) -> bool:
+        """A small operator on constants alone, such as a Transpose or DequantizeLinear of a weight."""
+        known = self.graph.weights
+        constant = node.inputs[0] in known and all(not n or n in known for n in node.inputs[1:])
+        return constant and bool(node.outputs) and len(node.inputs) < 4
+
+    def _weight_size(self, name: str) -> int:
+        return int(np.prod(self.graph.weights[name].shape, dtype=np.int64))
+
+    def _weight_components(self) -> Ids:
+        """Components of channels, once each: of what is born on the weights of layers.
+
+        Anchors, grids of positions and entries of a vocabulary are born on constants that only meet channels.
+        """
+        births = self.table.atoms.births
+        stuck = {barrier.node for barrier in self.table.atoms.barriers if barrier.code == "no-rule"}
+
+        def holds(name: str) -> bool:
+            unknown = any(node.label in stuck for node, _ in self.graph.consumers.get(name, ()))
+            return name in self.graph.weights and (unknown or bool(self._readers(name)))
+
+        channels = {name: holds(name) for name in {b.tensor for b in births}}
+        marks = np.repeat([channels[b.tensor] for b in births], [b.stop - b.start for b in births])
+        return np.unique(self.units.component[marks]) if len(births) else np.zeros(0, np.int64)
+
+
+def _places(label: Label) -> list[dict[int, int]]:
+    """Where rows of a grid stand along its other axis, {axis: position} of each; one place for a plain label."""
+    outer = label.outer()
+    return [{outer[0]: row} for row in range(label.ids.shape[outer[0]])] if len(outer) == 1 else [{}]
+
+
+def _resolve(table: Table, reshape_axis: str) -> tuple[Units, frozenset[int]]:
+    """Units and groups, and the groups that no weight belongs to (an axis that is only ever repeated): these stay."""
+    units = resolve(table.atoms, reshape_axis)
+    births, unstored = table.atoms.births, set[int]()
+    for group in units.groups:
+        numbers = [b for g in (group.id, *group.children) for b in units.groups[g].births]
+        if not any(births[int(b)].tensor in table.graph.weights for b in numbers):
+            unstored.add(group.id)
+            group.prunable = False
+    return units, frozenset(unstored)

@@ -1,0 +1,408 @@
+"""Units, groups and grids: what must go together, and what competes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from onnxprune.labels.atoms import Atoms, mix
+from onnxprune.labels.label import Ids
+
+
+@dataclass(slots=True)
+class Group:
+    """Units that compete with each other.
+
+    ``units`` are component numbers in the order of their first channel. ``classes`` [units] says which units may stand
+    in for each other: a cut takes the same share from every class, so a group can be cut in ``steps`` equal steps.
+    ``kind`` is "heads" when a unit stands for whole rows of a grid (heads, convolution groups), else "channels";
+    a group is ``covered`` where such rows are cut in its place.
+    """
+
+    id: int
+    units: Ids
+    classes: Ids
+    steps: int
+    kind: str = "channels"
+    prunable: bool = True
+    covered: bool = False
+    barriers: list[int] = field(default_factory=list)
+    births: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    children: list[int] = field(default_factory=list)
+    exact: bool = True
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+        return int(self.units.size)
+
+
+@dataclass(slots=True)
+class Units:
+    """Components of atoms and their groups.
+
+    ``component`` [atoms]; ``frozen`` [components]; ``group_of`` [components], -1 where a component may not be removed.
+    """
+
+    component: Ids
+    frozen: NDArray[np.bool_]
+    barrier_of: Ids
+    group_of: Ids
+    groups: list[Group]
+    atoms: Atoms
+
+    def close(self, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Components that go when ``removed`` [components] go: cells of removed rows, and rows left without cells."""
+        removed = removed.copy()
+        before = -1
+        while before != (before := int(removed.sum())):
+            for rows in reversed(self.atoms.rows):
+                above, cells = self.component[rows.rows], self.component[rows.cells]
+                removed[cells[removed[above]].ravel()] = True
+                removed[above[removed[cells].all(axis=1)]] = True
+        return removed
+
+
+def views_of(atoms: Atoms, component: Ids) -> list[Ids]:
+    """Every grid as rows of components, each once; rows that go as a whole stand for themselves: their axis counts."""
+    found: dict[tuple[tuple[int, ...], bytes], Ids] = {}
+    for label in atoms.views.values():
+        ids, axes, pack = component[label.ids], list(label.axes), label.pack
+        while len(axes) > 1 and (ids == ids.take([0], axis=pack)).all():
+            ids = ids.take([0], axis=pack)
+            axes.remove(pack)
+            pack = axes[-1]
+        if len(axes) > 1:
+            rows = np.moveaxis(ids, pack, -1).reshape(-1, ids.shape[pack])
+            found.setdefault((rows.shape, rows.tobytes()), rows)
+    return list(found.values())
+
+
+def _counts(rows: Ids, values: Ids) -> dict[int, Ids]:
+    """How often each value of ``values`` (same shape as ``rows``) occurs per row: {value: [rows]}."""
+    return {int(v): (values == v).sum(axis=1) for v in np.unique(values)}
+
+
+def link(group_of: Ids, views: list[Ids], frozen: NDArray[np.bool_]) -> tuple[Ids, set[int]]:
+    """Groups that fill the rows of a grid unequally must be cut together; with something frozen, not at all."""
+    group_of = group_of.copy()
+    blocked: set[int] = set()
+    for view in views:
+        uneven = [g for g, c in _counts(view, group_of[view]).items() if (c != c[0]).any()]
+        if not uneven:
+            continue
+        real = [g for g in uneven if g >= 0]
+        for other in real[1:]:
+            group_of[group_of == other] = real[0]
+            if other in blocked:
+                blocked.add(real[0])
+        if real and -1 in uneven:
+            blocked.add(real[0])
+    return group_of, blocked
+
+
+def classes_of(units: Ids, views: Sequence[Ids]) -> Ids:
+    """Class of every unit: units that appear in the same rows of every grid may stand in for each other."""
+    keys = np.zeros(units.size, dtype=np.uint64)
+    order = np.argsort(units)
+    for number, view in enumerate(views):
+        where = _place(units, order, view)
+        inside = where >= 0
+        if inside.any():
+            rows = np.broadcast_to(np.arange(len(view))[:, None] + (number + 1) * 1_000_003, view.shape)
+            np.add.at(keys, where[inside], mix(rows[inside]))
+    return np.unique(keys, return_inverse=True)[1].astype(np.int64)
+
+
+def _place(values: Ids, order: Ids, wanted: Ids) -> Ids:
+    """Where in ``values`` (sorted by ``order``) each of ``wanted`` stands, -1 where it does not."""
+    found = np.minimum(np.searchsorted(values, wanted, sorter=order), values.size - 1)
+    place = order[found]
+    return np.where(values[place] == wanted, place, -1)
+
+
+def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "head_dim") -> None:
+    """Cells or rows: which of the two is cut where both could be.
+
+    Args:
+        units: their groups' ``prunable`` and ``children`` are filled in.
+        views: the grids that each group's units appear in.
+        axis: ``head_dim``: rows (heads) are cut only where the cells beneath them cannot be; ``heads``: wherever they
+            can be, in place of the cells; ``both``: rows, and cells of the rows that stay.
+    """
+    beneath, stuck = _children(units)
+    touching = defaultdict[int, list[int]](list)
+    for number, rows in enumerate(units.atoms.rows):
+        for child in np.unique(units.group_of[units.component[rows.cells]]):
+            touching[int(child)].append(number)
+    for parent, children in beneath.items():
+        real, group = {c for c in children if c >= 0}, units.groups[parent]
+        group.children = sorted(real)
+        cells_work = parent not in stuck and real and all(units.groups[c].prunable for c in real) and -1 not in children
+        taken = any(units.groups[c].covered for c in real)
+        group.prunable &= not (taken or (cells_work and axis == "head_dim"))
+        group.prunable = group.prunable and _go_whole(units, group, views, touching)
+        if group.prunable and not (cells_work and axis == "both"):
+            for c in real:
+                units.groups[c].prunable, units.groups[c].covered = False, True
+
+
+def _children(units: Units) -> tuple[dict[int, set[int]], set[int]]:
+    """Groups of the cells beneath every group of rows, and the groups of rows that hold cells of their own."""
+    beneath: dict[int, set[int]] = defaultdict(set)
+    stuck: set[int] = set()
+    for rows in units.atoms.rows:
+        parents = units.group_of[units.component[rows.rows]]
+        children = units.group_of[units.component[rows.cells]]
+        for parent in np.unique(parents[parents >= 0]):
+            own = children[parents == parent]
+            beneath[int(parent)].update(int(c) for c in np.unique(own) if c != parent)
+            if (own == parent).any():
+                stuck.add(int(parent))
+    return beneath, stuck
+
+
+def _go_whole(
+    units: Units, group: Group, views: Mapping[int, Sequence[Ids]], touching: Mapping[int, Sequence[int]]
+) -> bool:
+    """Whether every row of every grid over the same cells goes with one unit of the group, or stays."""
+    cells, owners = _owned(units, group, touching)
+    order = np.argsort(cells)
+    for child in group.children:
+        for view in views.get(child, ()):
+            if not _same(_owner(cells, owners, order, view)).all():
+                return False
+        for number in touching.get(child, ()):
+            rows = units.atoms.rows[number]
+            owner = _owner(cells, owners, order, units.component[rows.cells])
+            whole = _same(owner) & (owner[:, 0] >= 0)
+            if units.frozen[units.component[rows.rows[whole]]].any():
+                return False
+    return True
+
+
+def _owned(units: Units, group: Group, touching: Mapping[int, Sequence[int]]) -> tuple[Ids, Ids]:
+    """Components of the cells beneath a group of rows, and the unit that takes each along."""
+    order = np.argsort(group.units)
+    cells, owners = [group.units], [np.arange(group.size)]
+    for number in sorted({n for c in group.children for n in touching.get(c, ())}):
+        rows = units.atoms.rows[number]
+        place = _place(group.units, order, units.component[rows.rows])
+        mine = place >= 0
+        below = units.component[rows.cells[mine]]
+        cells.append(below.ravel())
+        owners.append(np.repeat(place[mine], below.shape[1]))
+    found, first = np.unique(np.concatenate(cells), return_index=True)
+    return found, np.concatenate(owners)[first]
+
+
+def _owner(cells: Ids, owners: Ids, order: Ids, wanted: Ids) -> Ids:
+    place = _place(cells, order, wanted)
+    return np.where(place >= 0, owners[place], -1)
+
+
+def _same(rows: Ids) -> NDArray[np.bool_]:
+    """Rows that hold one value throughout."""
+    return np.asarray((rows == rows[:, :1]).all(axis=1))
+
+
+# Atoms of a birth from which on it is worth a look of its own.
+_MANY = 64
+
+
+def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
+    """Units and groups of a ledger, all of it vectorised over atoms; ``axis``: see ``choose_rows``."""
+    component, count = _components(atoms)
+    barrier_of = _frozen(atoms, component, count)
+    frozen = barrier_of >= 0
+    birth = np.repeat(np.arange(len(atoms.births)), [b.stop - b.start for b in atoms.births])
+    group_of = _group(component, birth, count)
+    is_row = np.zeros(count, bool)
+    for rows in atoms.rows:
+        is_row[component[rows.rows]] = True
+    group_of[frozen] = -1
+    views = views_of(atoms, component)
+    group_of, blocked = link(group_of, views, frozen)
+    touched: dict[int, list[Ids]] = defaultdict(list)
+    for view in views:
+        for g in np.unique(group_of[view]):
+            touched[int(g)].append(view)
+    groups = _groups(component, birth, group_of, is_row, touched, blocked)
+    index = np.full(int(group_of.max(initial=-1)) + 1, -1)
+    for group in groups:
+        index[group_of[group.units[0]]] = group.id
+    by_group = {int(index[g]): v for g, v in touched.items() if g >= 0}
+    if groups:
+        group_of = np.where(group_of >= 0, index[group_of], -1)
+    units = Units(component, frozen, barrier_of, group_of, groups, atoms)
+    _mark_approximate(units)
+    choose_rows(units, by_group, axis)
+    return units
+
+
+def _components(atoms: Atoms) -> tuple[Ids, int]:
+    component, count, edges = _joined_births(atoms)
+    if edges:
+        a, b = (component[np.concatenate(side)] for side in zip(*edges, strict=True))
+        again, count = _joined(count, a, b)
+        component = again[component]
+    if not atoms.rows:
+        return component, count
+    # A row takes its cells with it, but not the other way round; what says the same is one.
+    a = np.concatenate([np.repeat(r.rows, r.cells.shape[1]) for r in atoms.rows])
+    b = np.concatenate([r.cells.ravel() for r in atoms.rows])
+    while True:
+        again, count = _joined(count, component[a], component[b], both=False)
+        component = again[component]
+        left, right = _same_rows(atoms, component)
+        if not left.size:
+            return component, count
+        again, count = _joined(count, component[left], component[right])
+        component = again[component]
+
+
+def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
+    """Components so far as whole births were united, their number, and the edges that unite anything else.
+
+    That is what most edges do, and births are few where atoms are many. A component has the place of its first atom.
+    """
+    every, births = np.arange(atoms.count), atoms.births
+    numbers = {birth.start: k for k, birth in enumerate(births)}
+    root = list(range(len(births)))
+
+    def root_of(ids: Ids) -> int | None:
+        k = numbers.get(ids.item(0))
+        if k is None or births[k].stop - births[k].start != ids.size:
+            return None
+        run = every[births[k].start : births[k].stop]
+        if np.count_nonzero(ids == run) != ids.size:
+            return None
+        while root[k] != k:
+            root[k] = k = root[root[k]]
+        return k
+
+    rest: list[tuple[Ids, Ids]] = []
+    for a, b in atoms.edges:
+        first = second = None
+        if a.size >= _MANY:
+            first, second = root_of(a), root_of(b)
+        if first is None or second is None:
+            rest.append((a, b))
+        else:
+            root[max(first, second)] = min(first, second)
+    first_atom = every.copy()
+    for k, birth in enumerate(births):  # a root comes before what hangs on it
+        if root[k] != k:
+            root[k] = root[root[k]]
+            start = births[root[k]].start
+            first_atom[birth.start : birth.stop] = every[start : start + birth.stop - birth.start]
+    own = first_atom == every
+    return (np.cumsum(own) - 1)[first_atom], int(np.count_nonzero(own)), rest
+
+
+def _joined(n: int, a: Ids, b: Ids, both: bool = True) -> tuple[Ids, int]:
+    """Component [n] of every node and their number; edges from ``a`` to ``b`` lead both ways or one way only."""
+    matrix = coo_matrix((np.ones(a.size), (a.astype(np.int32), b.astype(np.int32))), shape=(n, n))
+    count, component = connected_components(matrix, directed=not both, connection="strong")
+    return component.astype(np.int64), int(count)
+
+
+def _same_rows(atoms: Atoms, component: Ids) -> tuple[Ids, Ids]:
+    """Pairs that say the same but are not yet one: a row and its only component, two rows over the same components."""
+    if not atoms.rows:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    rows = np.concatenate([r.rows for r in atoms.rows])
+    keys = np.concatenate([mix(component[r.cells]).sum(axis=1) for r in atoms.rows])
+    first = np.concatenate([r.cells[:, 0] for r in atoms.rows])
+    alone = np.concatenate([(component[r.cells] == component[r.cells[:, :1]]).all(axis=1) for r in atoms.rows])
+    _, where, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    left = np.concatenate([rows, rows[alone]])
+    right = np.concatenate([rows[where[inverse]], first[alone]])
+    new = component[left] != component[right]
+    return left[new], right[new]
+
+
+def _frozen(atoms: Atoms, component: Ids, count: int) -> Ids:
+    """First barrier of every component, -1 where none; a row whose cells are frozen is frozen with them."""
+    barrier = np.full(count, -1, dtype=np.int64)
+    for ids, why in reversed(atoms.frozen):
+        barrier[component[ids]] = why
+    changed = True
+    while changed:
+        changed = False
+        for rows in atoms.rows:
+            cells = barrier[component[rows.cells]].max(axis=1)
+            mine = component[rows.rows]
+            new = (cells >= 0) & (barrier[mine] < 0)
+            if new.any():
+                barrier[mine[new]] = cells[new]
+                changed = True
+    return barrier
+
+
+def _group(component: Ids, birth: Ids, count: int) -> Ids:
+    """Group number of every component: those born of the same axes, equally often, compete."""
+    keys = np.zeros(count, dtype=np.uint64)
+    np.add.at(keys, component, mix(np.arange(int(birth.max(initial=-1)) + 1))[birth])
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    rank = np.empty(first.size, dtype=np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(first.size)
+    return rank[inverse]
+
+
+def _groups(
+    component: Ids,
+    birth: Ids,
+    group_of: Ids,
+    is_row: NDArray[np.bool_],
+    touched: Mapping[int, list[Ids]],
+    blocked: set[int],
+) -> list[Group]:
+    count = group_of.size
+    alive = np.flatnonzero(group_of >= 0)
+    if not alive.size:
+        return []
+    order = alive[np.argsort(group_of[alive], kind="stable")]
+    first_atom = np.empty(count, np.int64)
+    first_atom[component[::-1]] = np.arange(component.size)[::-1]  # of equal ones the last, the first atom, stays
+    births_of = _births_of(group_of[component], birth)
+    groups: list[Group] = []
+    bounds = np.flatnonzero(np.diff(group_of[order], prepend=-2))
+    for start, stop in zip(bounds, [*bounds[1:], order.size], strict=True):
+        units = order[start:stop]
+        units = units[np.argsort(first_atom[units], kind="stable")]
+        number = int(group_of[units[0]])
+        views = touched.get(number)
+        classes = classes_of(units, views) if views else np.zeros(units.size, np.int64)
+        sizes = np.bincount(classes)
+        steps = int(np.gcd.reduce(sizes))
+        kind = "heads" if is_row[units].any() else "channels"
+        prunable = steps > 1 and number not in blocked
+        groups.append(Group(len(groups), units, classes, steps, kind, prunable, births=births_of[number]))
+    return groups
+
+
+def _births_of(group: Ids, birth: Ids) -> dict[int, Ids]:
+    """Births that the atoms of every group come from."""
+    count = int(birth.max(initial=0)) + 1
+    # Atoms of one birth lie together and mostly belong to one group: only where something changes is worth sorting.
+    change = np.flatnonzero((group[1:] != group[:-1]) | (birth[1:] != birth[:-1])) + 1
+    change = np.concatenate([np.zeros(min(1, group.size), np.int64), change])
+    keys = np.unique(group[change] * count + birth[change])
+    groups, births = np.divmod(keys, count)
+    cuts = np.flatnonzero(np.diff(groups)) + 1
+    return {int(g[0]): b for g, b in zip(np.split(groups, cuts), np.split(births, cuts), strict=True) if g.size}
+
+
+def _mark_approximate(units: Units) -> None:
+    for ids, why in units.atoms.approximate:
+        for number in np.unique(units.group_of[units.component[ids]]):
+            if number >= 0:
+                units.groups[number].exact = False
+                units.groups[number].barriers.append(why)

@@ -1,0 +1,133 @@
+"""The plan: what is removed from where, as data that can be saved, edited and replayed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnxprune.errors import UsageError, argument
+from onnxprune.io import files
+
+VERSION = 1
+
+
+@dataclass(slots=True)
+class PlanSlot:
+    """Positions removed along one axis of one tensor of the input model.
+
+    ``at`` {axis: position} says where on another axis that is so: which direction of a recurrent layer. Empty: all.
+    """
+
+    tensor: str
+    axis: int = 0
+    size: int = 0
+    removed: list[int] = field(default_factory=list)
+    at: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class PlanGroup:
+    """Units removed from one group, and where each stands. ``removed`` None means: go by the slots."""
+
+    id: int
+    units: int = 0
+    removed: list[int] | None = None
+    slots: list[PlanSlot] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PlanFactors:
+    """A layer taken apart: by the name of its node, with the ranks of the method and the error that this made."""
+
+    layer: str
+    method: str
+    ranks: list[int]
+    error: float = 0.0
+
+
+@dataclass(slots=True, repr=False)
+class Plan:
+    """A frozen decision for one model, named by the SHA-256 of its file."""
+
+    model_sha256: str = ""
+    criterion: str = ""
+    groups: list[PlanGroup] = field(default_factory=list)
+    barriers: list[dict[str, Any]] = field(default_factory=list)
+    version: int = VERSION
+    factorized: list[PlanFactors] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        units = sum(len(group.removed or ()) for group in self.groups)
+        factors = f", {len(self.factorized)} layers factorized" if self.factorized else ""
+        return f"<Plan: {units} units removed from {len(self.groups)} groups{factors}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready plain data, in the file's key order."""
+        data = asdict(self)
+        for slot in (slot for group in data["groups"] for slot in group["slots"] if not slot["at"]):
+            del slot["at"]
+        if not self.factorized:
+            del data["factorized"]
+        names = ("version", "model_sha256", "criterion", "groups", "barriers", "factorized")
+        return {k: data[k] for k in names if k in data}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        files.write_text(Path(path), self.text(), "the plan")
+
+    def text(self) -> str:
+        """The plan as the text of its file."""
+        return _lines(self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            UsageError: missing, not JSON, or not a plan of this version.
+        """
+        form = f"Write a plan with {argument('plan_file')} to see the form."
+        return cls.from_dict(files.read_json(Path(path), "the plan", "plan file", hint=form))
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """A plan from plain data; keys that a person may leave out have defaults.
+
+        Raises:
+            UsageError: the data does not have a plan's form.
+        """
+        hint = f"Write one with {argument('plan_file')} to see the form."
+        if not isinstance(data, Mapping) or not isinstance(data.get("groups"), list):
+            raise UsageError("This is not a plan: it has no list 'groups'.", hint=hint)
+        if data.get("version", VERSION) != VERSION:
+            raise UsageError(
+                f"Plan version {str(data.get('version'))[:40]!r} is not known.",
+                hint=f"This onnxprune reads version {VERSION}.",
+            )
+        groups = [{"id": i, **g} if isinstance(g, Mapping) else g for i, g in enumerate(data["groups"])]
+        return files.parse(cls, {**data, "groups": groups}, "the plan", hint)
+
+
+def _lines(data: Mapping[str, Any]) -> str:
+    """JSON with one line per group, slot and barrier: people read plans and edit them."""
+
+    def block(items: list[str], close: str) -> str:
+        return "[" + ",".join("\n  " + item for item in items) + close
+
+    groups = []
+    for group in data["groups"]:
+        slots = block(["  " + json.dumps(slot) for slot in group["slots"]], "]")
+        groups.append(f"{json.dumps({**group, 'slots': None})[: -len('null}')]}{slots}}}")
+    parts = {**data, "groups": None, "barriers": None, "factorized": None}
+    text = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items() if v is not None)
+    barriers = block([json.dumps(barrier) for barrier in data["barriers"]], "\n ]")
+    factors = [json.dumps(item) for item in data.get("factorized", ())]
+    behind = f',\n "factorized": {block(factors, chr(10) + " ]")}' if factors else ""
+    return f'{{{text},\n "groups": {block(groups, chr(10) + " ]")},\n "barriers": {barriers}{behind}}}\n'

@@ -1,0 +1,202 @@
+"""Units to a plan and a plan to units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.channels.analysis import Analysis, SlotView
+from onnxprune.channels.groups import Units
+from onnxprune.channels.plan import Plan, PlanGroup, PlanSlot
+from onnxprune.errors import UsageError, nearest
+from onnxprune.labels.label import Ids, covering
+
+Mask = NDArray[np.bool_]
+
+
+def atoms_removed(units: Units, components: Mask) -> Mask:
+    """Mask over atoms of what goes with the chosen components."""
+    return np.asarray(units.close(components)[units.component])
+
+
+def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
+    """The plan of a removal: every group that loses units, with one slot per labelled axis.
+
+    Where several groups share an axis (a concatenation), each lists its own positions there.
+    """
+    units = analysis.units
+    gone = np.zeros(units.frozen.size, dtype=bool)
+    gone[units.component[removed]] = True
+    cut = [g for g in units.groups if g.prunable and gone[g.units].any()]
+    owner = np.full(len(units.groups) + 1, -1, dtype=np.int64)
+    for group in cut:
+        owner[group.children] = group.id
+    for group in cut:  # rows and the cells beneath them may both be cut: each then lists its own
+        owner[group.id] = group.id
+    for group in units.groups:  # rows that are left without cells go with whoever took those
+        if owner[group.id] < 0 and gone[group.units].any():
+            near = [c.id for c in cut if c.id in group.children or set(c.children) & set(group.children)]
+            owner[group.id] = min(near, key=lambda c: c not in group.children, default=-1)
+    by_atom = np.where(removed, owner[units.group_of[units.component]], -1)
+    slots = analysis.slots
+    groups = []
+    for group in cut:
+        own = [s for g in np.flatnonzero(owner == group.id) for s in slots.get(int(g), ())]
+        mine = {(s.tensor, s.axis, *s.at.items()): s for s in own}
+        found = [_slot(analysis, slot, by_atom, group.id) for slot in mine.values()]
+        groups.append(PlanGroup(group.id, group.size, np.flatnonzero(gone[group.units]).tolist(), found))
+    return Plan(analysis.loaded.sha256, criterion, groups, [asdict(b) for b in analysis.barriers])
+
+
+def _slot(analysis: Analysis, slot: SlotView, by_atom: NDArray[np.int64], group: int) -> PlanSlot:
+    label = covering(analysis.table.get(slot.tensor), slot.axis)
+    assert label is not None
+    ids = _at(label.ids, slot.at).ravel()
+    return PlanSlot(slot.tensor, slot.axis, ids.size, np.flatnonzero(by_atom[ids] == group).tolist(), slot.at)
+
+
+def _at(ids: Ids, place: Mapping[int, int]) -> Ids:
+    """The atoms at positions of some axes, {axis: position}."""
+    for axis, position in place.items():
+        ids = ids.take([position], axis=axis)
+    return ids
+
+
+def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
+    """The analysis with grids resolved as a plan needs them, and the mask over components that it asks for.
+
+    ``removed`` of a group decides where given, else its slots.
+
+    Args:
+        analysis: of the model. plan: made for it.
+
+    Raises:
+        UsageError: another model's plan, an unknown group or tensor, a position out of range or not removable, a share
+            that the group's constraints do not allow.
+    """
+    if plan.model_sha256 and plan.model_sha256 != analysis.loaded.sha256:
+        raise UsageError(
+            f"The plan belongs to another model (SHA-256 {plan.model_sha256[:12]}..., "
+            f"this one is {analysis.loaded.sha256[:12]}...).",
+            hint="Plans name positions, which mean something else in another model. "
+            "Delete 'model_sha256' to try anyway.",
+        )
+    known = analysis.units.groups
+    rows = [known[i.id] for i in plan.groups if 0 <= i.id < len(known) and known[i.id].kind == "heads"]
+    if any(not g.prunable for g in rows):  # made where whole rows of grids were cut
+        analysis = analysis.with_reshape_axis("both")
+    units = analysis.units
+    chosen = np.zeros(units.frozen.size, dtype=bool)
+    for item in plan.groups:
+        by_slots = _from_slots(analysis, item)
+        if item.removed is None:
+            chosen |= by_slots
+            continue
+        mine = _from_units(units, item)
+        own = np.zeros_like(chosen)
+        own[mine] = True
+        closed = units.close(own)
+        if item.slots and (by_slots & ~closed).any():
+            raise UsageError(
+                f"Group {item.id} of the plan contradicts itself: its slots remove more than its 'removed'.",
+                hint="Edit 'removed', or delete it to go by the slots.",
+            )
+        chosen |= own
+    _check_balance(units, chosen)
+    return analysis, chosen
+
+
+def _from_units(units: Units, item: PlanGroup) -> NDArray[np.int64]:
+    if not 0 <= item.id < len(units.groups) or not units.groups[item.id].prunable:
+        raise UsageError(f"The plan names group {item.id}, which this model does not have or cannot cut.")
+    group = units.groups[item.id]
+    if item.units and item.units != group.size:
+        raise UsageError(f"Group {item.id} of the plan has {item.units} units, the model's has {group.size}.")
+    bad = [r for r in item.removed or () if not 0 <= r < group.size]
+    if bad:
+        raise UsageError(f"Group {item.id} of the plan removes unit {bad[0]}.", hint=f"Allowed: 0 to {group.size - 1}.")
+    return group.units[np.asarray(item.removed, dtype=np.int64)]
+
+
+def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
+    units = analysis.units
+    chosen = np.zeros(units.frozen.size, dtype=bool)
+    for slot in item.slots:
+        labels = analysis.table.items().get(slot.tensor)
+        if labels is None:
+            raise UsageError(
+                f"The plan names tensor {slot.tensor!r}, which has no removable channels in this model.",
+                hint=nearest(slot.tensor, analysis.table.items()),
+            )
+        rank = labels[0].ids.ndim if labels else 0
+        label = covering(labels, slot.axis) if 0 <= slot.axis < rank else None
+        if label is None:
+            raise UsageError(
+                f"The plan removes from axis {slot.axis} of {slot.tensor!r}, which has no removable channels.",
+                hint=f"It has {rank} axes, counted from 0." if rank else "",
+            )
+        size = label.ids.shape[slot.axis]
+        if slot.size not in (0, size):
+            raise UsageError(
+                f"The plan takes axis {slot.axis} of {slot.tensor!r} to have {slot.size} channels, it has {size}.",
+                hint="Give the plan that was written for this model.",
+            )
+        bad = [p for p in slot.removed if not 0 <= p < size]
+        if bad:
+            raise UsageError(
+                f"The plan removes position {bad[0]} of axis {slot.axis} of {slot.tensor!r}.",
+                hint=f"Allowed: 0 to {size - 1}.",
+            )
+        shape = label.ids.shape
+        if any(not 0 <= a < len(shape) or a == slot.axis or not 0 <= p < shape[a] for a, p in slot.at.items()):
+            raise UsageError(
+                f"The plan names place {slot.at} of {slot.tensor!r}, where there are no removable channels.",
+                hint="'at' is {axis: position} of another axis of the tensor.",
+            )
+        ids = _at(label.ids, slot.at).take(np.asarray(slot.removed, dtype=np.int64), axis=slot.axis)
+        found = np.unique(units.component[ids])
+        stuck = found[units.frozen[found]]
+        if stuck.size:
+            barrier = analysis.table.atoms.barriers[int(units.barrier_of[stuck[0]])]
+            raise UsageError(
+                f"The plan removes channels of {slot.tensor!r} that must stay: {barrier.code}, {barrier.detail}.",
+                hint="'onnxprune inspect' lists every such reason.",
+            )
+        chosen[found] = True
+    return chosen
+
+
+def _check_balance(units: Units, chosen: Mask) -> None:
+    """Every class of a group loses the same share, and something stays; classes that go with a row aside."""
+    whole = _with_rows(units, chosen)
+    for group in units.groups:
+        mine = chosen[group.units]
+        if not mine.any():
+            continue
+        counts = np.bincount(group.classes, weights=mine)
+        sizes = np.bincount(group.classes)
+        stays = np.bincount(group.classes, weights=whole[group.units]) < sizes
+        if (counts == sizes)[stays].any() or mine.all():
+            raise UsageError(f"The plan removes every unit of group {group.id} (or of one of its rows): one must stay.")
+        if group.kind == "channels" and _uneven(counts[stays], sizes[stays]):
+            raise UsageError(
+                f"The plan takes unequal shares from the rows of group {group.id}: {counts.astype(int).tolist()}.",
+                hint=f"Take the same number from each of its {len(sizes)} rows.",
+            )
+
+
+def _with_rows(units: Units, chosen: Mask) -> Mask:
+    """Mask over components of what goes because its row does, where rows may be cut."""
+    closed, rows = units.close(chosen), np.zeros_like(chosen)
+    for group in units.groups:
+        if group.prunable and group.kind == "heads":
+            rows[group.units] = closed[group.units]
+    return units.close(rows)
+
+
+def _uneven(counts: NDArray[Any], sizes: NDArray[np.int64]) -> bool:
+    return bool((counts * sizes[:1] != counts[:1] * sizes).any())

@@ -1,0 +1,350 @@
+"""The commands: prune, factorize, recover, inspect, profile, sensitivity, sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from onnxprune.cli import output
+from onnxprune.cli.options import Given, beside, check_criterion, command, existing
+from onnxprune.errors import Note, UsageError, argument
+from onnxprune.io import files
+from onnxprune.report import numbers, page, reasons, tables
+from onnxprune.report import tables as shown
+from onnxprune.report.console import Screen, plain
+from onnxprune.report.facts import Report
+from onnxprune.settings import settings_of
+
+
+@command("prune", model="MODEL.onnx")
+def prune(screen: Screen, given: Given) -> None:
+    """Cut channels out of an ONNX model, exactly, and verify the result in onnxruntime."""
+    target = given.output or beside(given.model, "pruned")
+    _check(given, target)
+    result = _cut(given, screen)
+    report: Report = result.report
+    _advise(given, report)
+    hint = f"Take a smaller {argument('ratio')}, another {argument('criterion')}, or {argument('exclude')} the "
+    hint += "sensitive layers."
+    output.check(report, given.min_fidelity, lambda: screen.show(*_parts(given, report, screen), Text("")), hint)
+    result.save(target, plan=given.plan_file)
+    screen.wrote.extend([path for path in (target, given.plan_file) if path is not None])
+    report.output = str(target)
+    if screen.as_json:
+        screen.emit({**report.to_dict(), "plan": str(given.plan_file) if given.plan_file else None})
+    for warning in report.warnings:
+        screen.warn(warning)
+    wrote = [("wrote     ", target)] + ([("plan      ", given.plan_file)] if given.plan_file else [])
+    written = [Text.assemble((label, "bold"), str(path)) for label, path in wrote]
+    screen.show(*_parts(given, report, screen), *written)
+
+
+def _check(given: Given, target: Path) -> None:
+    """Everything that can be found wrong before the work starts; raises UsageError."""
+    from onnxprune.io.write import check_output
+
+    existing(given.model, "model")
+    given.check_together()
+    given.check_recovery()
+    check_criterion(given)
+    check_output(target, given.model, given.sources)
+    if given.plan_file is not None:
+        output.check_plan(given.plan_file, target, given.model, given.sources)
+
+
+def _cut(given: Given, screen: Screen) -> Any:
+    """Run the API on what was given."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    arguments = dict(given.arguments)
+    if given.has_budget or given.plan is not None:
+        arguments["ratio"] = None
+    if not given.has_budget:
+        arguments["min_fidelity"] = None  # a gate on what is shown first
+    if given.sensitivity == "measure":
+        arguments["jobs"] = given.jobs or -1
+    # Quiet without JSON shows no latency, so the time to measure it is saved.
+    latency = given.validate and (screen.verbosity >= 0 or screen.as_json)
+    with screen.progress() as progress:
+        return op.prune(given.model, **arguments, latency=latency, progress=progress)
+
+
+def _advise(given: Given, report: Report) -> None:
+    """Warn where a cut was asked for and nothing was cut: a run that changes nothing must not look like a success."""
+    some = given.ratio > 0 or any(share > 0 for _, share in given.layers)
+    asked = given.plan is None and not given.has_budget and some
+    if asked and report.totals.params_before == report.totals.params_after:
+        report.warnings.append(
+            Note(f"no channel was removed, the model keeps its size; {argument('explain')} says why")
+        )
+
+
+def _asked(given: Given, names: Sequence[str]) -> float | None:
+    """The least that was asked of a group with these names: the last of ``layers`` that matches, else the ratio.
+
+    0 where a plan, a budget or a threshold over several groups decides; None when the group is excluded.
+    """
+    if given.plan is not None or given.has_budget:
+        return 0.0
+    if _match(names, given.exclude) or (given.include and not _match(names, given.include)):
+        return None
+    matching = [share for pattern, share in given.layers if _match(names, [pattern])]
+    if not matching and given.scope != "local":
+        return 0.0
+    share: float = matching[-1] if matching else given.ratio
+    return min(share, given.max_ratio or 1.0)
+
+
+def _match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]:
+    width, verbose = screen.name_width, screen.verbosity > 0
+    parts: list[RenderableType] = []
+    if given.explain:
+        groups = [plain(group) for group in report.groups]
+        short = reasons.shortfalls(report.layers, groups, lambda names: _asked(given, names), given.round_to)
+        parts += [tables.heading("Groups"), *tables.groups(groups, name_width=width)]
+        parts += [
+            tables.heading("Layers that were not cut, or less than asked"),
+            *reasons.render(short, name_width=width),
+        ]
+        if report.barriers:
+            parts += [tables.heading("Barriers")]
+            parts += tables.barriers(plain(report.barriers), name_width=width, every=verbose)
+        if report.repairs:
+            parts += [tables.heading("Layers that were not repaired")]
+            parts += tables.left(report.repairs, name_width=width)
+        parts += [tables.heading("Cut")]
+    return parts + tables.cut(report, name_width=width, verbose=verbose)
+
+
+@command("factorize", model="MODEL.onnx")
+def factorize(screen: Screen, given: Given) -> None:
+    """Take layers apart into smaller ones: SVD, Tucker, CP, spatial SVD."""
+    target = given.output or beside(given.model, "factorized")
+    _check_factorization(given, target)
+    result = _factorized(given, screen)
+    report: Report = result.report
+    hint = (
+        f"Take a smaller {argument('ratio')}, give {argument('data')}, or {argument('exclude')} the sensitive layers."
+    )
+    output.check(
+        report, given.min_fidelity, lambda: screen.show(*_factorization_parts(given, report, screen), Text("")), hint
+    )
+    result.save(target, plan=given.plan_file)
+    screen.wrote.extend([path for path in (target, given.plan_file) if path is not None])
+    report.output = str(target)
+    if screen.as_json:
+        screen.emit({**report.to_dict(), "plan": str(given.plan_file) if given.plan_file else None})
+    for warning in report.warnings:
+        screen.warn(warning)
+    wrote = [("wrote     ", target)] + ([("plan      ", given.plan_file)] if given.plan_file else [])
+    written = [Text.assemble((label, "bold"), str(path)) for label, path in wrote]
+    screen.show(*_factorization_parts(given, report, screen), *written)
+
+
+def _check_factorization(given: Given, target: Path) -> None:
+    """Everything that can be found wrong before the work starts; raises UsageError."""
+    from onnxprune.io.write import check_output
+
+    existing(given.model, "model")
+    given.check_together()
+    given.check_recovery()
+    check_output(target, given.model, given.sources)
+    if given.plan_file is not None:
+        output.check_plan(given.plan_file, target, given.model, given.sources)
+
+
+def _factorized(given: Given, screen: Screen) -> Any:
+    """Run the API on what was given."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    decided = {name for name, setting in settings_of("factorize").items() if "plan" in setting.conflicts}
+    arguments = {k: v for k, v in given.arguments.items() if given.plan is None or k not in decided}
+    # Quiet without JSON shows no latency, so the time to measure it is saved.
+    latency = given.validate and (screen.verbosity >= 0 or screen.as_json)
+    with screen.progress() as progress:
+        return op.factorize(given.model, **arguments, latency=latency, progress=progress)
+
+
+def _factorization_parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]:
+    width = screen.name_width
+    parts = tables.unfactorized_layers(report.factorized, name_width=width) if given.explain else []
+    return parts + tables.whole(report, name_width=width, verbose=screen.verbosity > 0)
+
+
+@command("recover", original="ORIGINAL.onnx", cut="CUT.onnx")
+def recover(screen: Screen, given: Given) -> None:
+    """Repair a model that was cut before, from its original, the plan of the cut and inputs without labels."""
+    target = given.output or beside(given.cut, "recovered")
+    _check_recovery(given, target)
+    result = _repair(given, screen)
+    report: Report = result.report
+    hint = f"Give more {argument('data')}, or cut less."
+    output.check(
+        report, given.min_fidelity, lambda: screen.show(*_recovery_parts(given, report, screen), Text("")), hint
+    )
+    result.save(target)
+    screen.wrote.append(target)
+    report.output = str(target)
+    if screen.as_json:
+        screen.emit({**report.to_dict(), "cut": str(given.cut), "plan": str(given.plan)})
+    for warning in report.warnings:
+        screen.warn(warning)
+    wrote = Text.assemble(("wrote     ", "bold"), str(target))
+    screen.show(*_recovery_parts(given, report, screen), wrote)
+
+
+def _check_recovery(given: Given, target: Path) -> None:
+    """Everything that can be found wrong before the work starts; raises UsageError."""
+    from onnxprune.io.write import check_output
+
+    existing(given.original, "original")
+    existing(given.cut, "cut model")
+    if given.plan is None:
+        raise UsageError(
+            f"a repair needs the plan of the cut, and there is no {argument('plan')}",
+            hint=f"Give the file that {argument('plan_file')} wrote when the cut was made.",
+        )
+    existing(given.plan, "plan")
+    if given.data is None and given.recover != "datafree":
+        given.check_together()
+        raise UsageError(
+            f"a repair needs calibration data, and there is no {argument('data')}",
+            hint=f"Give inputs with {argument('data')}, a few hundred without labels are enough; or repair without, "
+            f"which is weaker, by {argument('recover', 'datafree')}.",
+        )
+    given.check_together()
+    check_output(target, given.original, [given.cut, *given.sources])
+
+
+def _repair(given: Given, screen: Screen) -> Any:
+    """Run the API on what was given."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    with screen.progress() as progress:
+        return op.repair(given.original, given.cut, **given.arguments, progress=progress)
+
+
+def _recovery_parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]:
+    width, parts = screen.name_width, list[RenderableType]()
+    if given.explain:
+        parts += [tables.heading("Layers that were not repaired"), *tables.left(report.repairs, name_width=width)]
+        parts += [Text("")]
+    return parts + tables.repaired(report, name_width=width, verbose=screen.verbosity > 0)
+
+
+MOST_GROUPS = 20
+
+
+@command("inspect", model="MODEL.onnx")
+def inspect(screen: Screen, given: Given) -> None:
+    """Show what can be cut from a model, and what cannot and why."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    model = existing(given.model, "model")
+    arguments = given.arguments
+    with screen.progress() as progress:
+        progress("analyze", 0.0)
+        analysis = op.analyze(model, **arguments)
+        progress("analyze", 1.0)
+    facts = {name: plain(getattr(analysis, name)) for name in ("groups", "barriers", "layers", "unlocks")}
+    if screen.as_json:
+        sums = {"bytes": model.stat().st_size, "parameters": analysis.parameters}
+        screen.emit({"model": str(model), **sums, **facts})
+    screen.show(_title(model, analysis), *_inspection_parts(screen, facts, analysis.layers))
+
+
+def _title(model: Path, analysis: Any) -> Text:
+    """One line: the file, and the sums over it."""
+    layers, macs = len(analysis.layers), sum(layer.macs_before for layer in analysis.layers)
+    counted = "1 layer" if layers == 1 else f"{layers} layers"
+    sums = f"{counted}, {numbers.count(analysis.parameters)} parameters, {numbers.count(macs)} MACs"
+    return Text.assemble((str(model), "bold"), f"  {numbers.size(model.stat().st_size)}, {sums}")
+
+
+def _inspection_parts(screen: Screen, facts: Mapping[str, Any], layers: Any) -> list[RenderableType]:
+    width, every = screen.name_width, screen.verbosity > 0
+    free = [group for group in facts["groups"] if group.get("prunable", True)]
+    parts: list[RenderableType] = [tables.heading(f"Groups that can be cut ({len(free)})")]
+    parts += tables.groups(facts["groups"], name_width=width, most=None if every else MOST_GROUPS)
+    parts += [tables.heading("Layers"), *tables.inspected(layers, name_width=width, every=every)]
+    parts += [tables.heading(f"Barriers ({tables.held(facts['barriers'])} channels have to stay)")]
+    parts += tables.barriers(facts["barriers"], name_width=width, every=every)
+    if facts["unlocks"]:
+        parts += [tables.heading("Operators that would unlock most channels"), tables.unlocks(facts["unlocks"])]
+    return parts
+
+
+@command("profile", model="MODEL.onnx")
+def profile(screen: Screen, given: Given) -> None:
+    """Measure on this machine what every layer takes at how many channels."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    output = given.output
+    existing(given.model, "model")
+    given.check_together()
+    if output is not None and output.resolve() == given.model.resolve():
+        raise UsageError(f"{argument('output')} is the model itself", hint="Give another path for the table.")
+    with screen.progress() as progress:
+        found = op.profile(given.model, **given.arguments, progress=progress)
+    if output is not None:
+        found.save(output)
+        screen.wrote.append(output)
+    if screen.as_json:
+        screen.emit({**plain(found.facts), "table": str(output) if output else None})
+    wrote = [Text.assemble(("wrote     ", "bold"), str(output))] if output else []
+    screen.show(*shown.profile_table(found.facts, name_width=screen.name_width, every=screen.verbosity > 0), *wrote)
+
+
+@command("sensitivity", model="MODEL.onnx")
+def sensitivity(screen: Screen, given: Given) -> None:
+    """Cut each group alone at several ratios, repair what reads it, and measure the whole model."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    existing(given.model, "model")
+    given.check_together()
+    given.check_recovery()
+    output.check_page(given.model, given.output, given.html)
+    arguments = {**given.arguments, "jobs": given.jobs or -1}
+    with screen.progress() as progress:
+        found = op.sensitivity(given.model, **arguments, progress=progress)
+    facts = plain(asdict(found))
+    if given.output is not None:
+        found.save(given.output)
+    if given.html is not None:
+        files.write_text(given.html, page.sensitivity_page(facts, given.model.name))
+    paths = [path for path in (given.output, given.html) if path is not None]
+    screen.wrote.extend(paths)
+    written = [Text.assemble(("wrote     ", "bold"), str(path)) for path in paths]
+    if screen.as_json:
+        screen.emit({**facts, "model": str(given.model)})
+    screen.show(*page.sensitivity_table(facts, name_width=screen.name_width, every=screen.verbosity > 0), *written)
+
+
+@command("sweep", model="MODEL.onnx")
+def sweep(screen: Screen, given: Given) -> None:
+    """Cut the model to a row of budgets and show what it loses by what it costs."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    existing(given.model, "model")
+    given.check_together()
+    given.check_recovery()
+    output.check_page(given.model, given.html)
+    with screen.progress() as progress:
+        found = op.sweep(given.model, **given.arguments, progress=progress)
+    if given.html is not None:
+        files.write_text(given.html, page.sweep_page(found))
+    paths = [path for path in (given.folder, given.html) if path is not None]
+    screen.wrote.extend(paths)
+    if screen.as_json:
+        screen.emit(plain(asdict(found)))
+    screen.show(*page.render(found), *(Text.assemble(("wrote     ", "bold"), str(path)) for path in paths))

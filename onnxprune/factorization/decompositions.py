@@ -1,0 +1,850 @@
+"""Decompositions of kernels into smaller ones: SVD, spatial SVD, Tucker, CP. Arrays only."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
+from tensorly.cp_tensor import cp_normalize, cp_to_tensor
+from tensorly.decomposition import parafac, partial_tucker
+
+Array = NDArray[Any]
+Real = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The shape of a factor: ``parts`` convolutions side by side, each from ``inputs`` to ``outputs`` channels.
+
+    Attributes:
+        role: where it stands (``in``, ``core``, ``out``, ...), part of the names of what is made from it.
+        kernel: its size along every spatial axis of the layer, 1 along those that it does not slide over.
+        axes: the spatial axes that it takes the layer's strides, pads and dilations of; every axis is one factor's.
+    """
+
+    role: str
+    parts: int
+    inputs: int
+    kernel: tuple[int, ...]
+    outputs: int
+    axes: tuple[int, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return self.parts * self.inputs * prod(self.kernel) * self.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A stage with its weights, [parts, inputs, *kernel, outputs] in float64."""
+
+    stage: Stage
+    array: Real
+
+    @classmethod
+    def of(cls, role: str, array: Array, axes: Sequence[int] = ()) -> Factor:
+        """A factor from its weights [parts, inputs, *kernel, outputs]."""
+        parts, inputs, *kernel, outputs = array.shape
+        return cls(Stage(role, parts, inputs, tuple(kernel), outputs, tuple(axes)), np.asarray(array, np.float64))
+
+    def split(self, parts: int) -> Array:
+        """[parts, own parts / parts, inputs, *kernel, outputs]."""
+        return self.array.reshape(parts, -1, *self.array.shape[1:])
+
+
+def compose(factors: Sequence[Factor], parts: int, channels: int) -> Real:
+    """What the factors amount to, [parts, channels, *kernel, outputs]: one convolution with the product of kernels.
+
+    Args:
+        parts: of the layer. channels: that one part of it reads.
+    """
+    rank = len(factors[0].stage.kernel)
+    whole = np.broadcast_to(np.eye(channels), (parts, channels, channels)).reshape(parts, channels, *[1] * rank, -1)
+    for factor in factors:
+        own = factor.split(parts)
+        inner, before, behind = own.shape[1], whole.shape[2:-1], own.shape[3:-1]
+        left = whole.reshape(parts, channels * prod(before), inner, own.shape[2]).transpose(0, 2, 1, 3)
+        right = own.reshape(parts, inner, own.shape[2], -1)
+        product = (left @ right).reshape(parts, inner, channels, *before, *behind, -1)
+        # Axes of both kernels in turn: along each of them one of the two has size 1.
+        pairs = [a for i in range(rank) for a in (3 + i, 3 + rank + i)]
+        spread = product.transpose(0, 2, *pairs, 1, 3 + 2 * rank)
+        sizes = [a * b for a, b in zip(before, behind, strict=True)]
+        whole = spread.reshape(parts, channels, *sizes, -1)
+    return np.asarray(whole)
+
+
+def features(prefix: Sequence[Factor], array: Array) -> Real:
+    """T^T A for what the prefix makes of the columns: [parts, features, *kernel left, m].
+
+    Args:
+        prefix: factors, T together. array: A [parts, channels, *kernel, m]; kernel axes that the prefix slides over are
+            used up, the others stay.
+    """
+    parts, width = array.shape[0], array.shape[-1]
+    for factor in prefix:
+        own, axes = factor.split(parts), [i for i, k in enumerate(factor.stage.kernel) if k > 1]
+        kernel = array.shape[2:-1]
+        spread = array.reshape(parts, own.shape[1], own.shape[2], *kernel, width)
+        rest = [i for i in range(len(kernel)) if i not in axes]
+        spread = spread.transpose(0, 1, 2, *(3 + i for i in axes), *(3 + i for i in rest), 3 + len(kernel))
+        taken = own.reshape(parts, own.shape[1], -1, own.shape[-1])
+        made = taken.transpose(0, 1, 3, 2) @ spread.reshape(parts, own.shape[1], taken.shape[2], -1)
+        left = [1 if i in axes else k for i, k in enumerate(kernel)]
+        array = made.reshape(parts, -1, *left, width)
+    return np.asarray(array)
+
+
+# Rounds of higher-order orthogonal iteration; the first brings nearly all of it.
+_ITERATIONS = 2
+# Rounds of alternating least squares, and the change in error that is not worth another.
+_ROUNDS, _ENOUGH = 60, 1e-5
+# Terms that together weigh so many times what they add up to cancel each other: such weights run away and overflow.
+_CANCELLING = 1000.0
+# Pull of every vector towards 0, for a kernel of norm 1: keeps terms from growing against each other.
+_PULL = 1e-6
+
+
+def orthogonal_iteration(kernel: Real, ranks: Mapping[int, int], seed: int) -> list[Real]:
+    """Orthonormal bases [size, rank] of some modes of a tensor, {mode: rank}.
+
+    Higher-order orthogonal iteration. De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21, 2000.
+    """
+    with np.errstate(all="ignore"):  # a kernel of zeros has no relative error
+        (_, bases), _ = partial_tucker(
+            kernel, list(ranks.values()), modes=list(ranks), n_iter_max=_ITERATIONS, svd=_leading, random_state=seed
+        )
+    return list(bases)
+
+
+def least_squares(kernel: Real, rank: int, seed: int, start: str) -> tuple[list[Real], float]:
+    """Unit vectors [size, rank] of every mode, and the squared error; infinite where terms cancel each other.
+
+    Alternating least squares. Carroll and Chang, Psychometrika 35, 1970; Harshman, 1970.
+
+    Args:
+        kernel: of norm 1. start: ``svd`` or ``random``.
+    """
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            terms = parafac(
+                kernel, rank, n_iter_max=_ROUNDS, init=start, tol=_ENOUGH, random_state=seed, l2_reg=_PULL, svd=_leading
+            )
+    except np.linalg.LinAlgError:
+        return [], np.inf
+    found = cp_normalize(terms)
+    whole = cp_to_tensor(found)
+    norm, weight = float(np.vdot(whole, whole)), float(np.vdot(found.weights, found.weights))
+    if not np.isfinite(norm) or weight > _CANCELLING * max(norm, 1e-300):
+        return [], np.inf
+    return list(found.factors), float(np.sum(np.square(kernel - whole)))
+
+
+def _leading(matrix: Any, n_eigenvecs: int | None = None, **_: Any) -> tuple[Real, Real, Real]:
+    """Leading singular vectors from the eigenvectors of the smaller product: far faster than an SVD, exact enough."""
+    count = n_eigenvecs or min(matrix.shape)
+    values, vectors = np.linalg.eigh(matrix @ matrix.T)
+    left = vectors[:, ::-1][:, :count]
+    values = np.sqrt(np.maximum(values[::-1][:count], 0.0))
+    right = left.T @ matrix
+    return left, values, right / np.where(values > 0, values, 1.0)[:, None]
+
+
+RIDGE = 1e-3
+"""Share of the mean diagonal added to second moments: what the data never show has to stay roughly right too."""
+
+
+class Metric:
+    """Errors D [parts, n, o] count as trace(D^T G D), n = channels x positions of the kernel, positions innermost.
+
+    G is the mean of X^T X over rows of the layer's columns X, given in full; or per channel, shared by the positions of
+    the kernel; or the identity, where there are no data. A ridge is added to what is given.
+
+    Args:
+        full: [parts, n, n]. shared: [parts, channels, channels]. Neither: the identity.
+    """
+
+    def __init__(self, full: Array | None = None, shared: Array | None = None) -> None:
+        self.full = None if full is None else ridged(full)
+        self.shared = None if shared is None else ridged(shared)
+
+    @property
+    def plain(self) -> bool:
+        """Whether no data are behind it."""
+        return self.full is None and self.shared is None
+
+    def times(self, kernel: Array) -> Real:
+        """G A for A [parts, channels, *kernel, m]."""
+        if self.full is not None:
+            return np.asarray((self.full @ kernel.reshape(*self.full.shape[:2], -1)).reshape(kernel.shape))
+        if self.shared is not None:
+            return np.asarray((self.shared @ kernel.reshape(*self.shared.shape[:2], -1)).reshape(kernel.shape))
+        return np.asarray(kernel, np.float64)
+
+    def energy(self, kernel: Array) -> float:
+        """trace(A^T G A)."""
+        return float(np.vdot(kernel, self.times(kernel)))
+
+    def error(self, kernel: Array, other: Array) -> float:
+        """Energy of the difference as a share of the energy of ``kernel``; 0 for a kernel of zeros."""
+        whole = self.energy(kernel)
+        return max(self.energy(kernel - other), 0.0) / whole if whole > 0 else 0.0
+
+    def channels(self, kernel: Sequence[int]) -> Real | None:
+        """Second moments of the channels, mean over the positions of the kernel; None for the identity."""
+        return self.along(kernel, ())
+
+    def along(self, kernel: Sequence[int], axes: Sequence[int]) -> Real | None:
+        """Second moments of channels x the kernel's positions along some axes, mean over its other axes.
+
+        Args:
+            kernel: sizes of the kernel. axes: which of them stay.
+
+        Returns:
+            [parts, m, m], m = channels x sizes along ``axes``; None for the identity.
+        """
+        kept = prod(kernel[a] for a in axes)
+        if self.shared is not None:
+            return np.asarray(np.kron(self.shared, np.eye(kept)))
+        if self.full is None:
+            return None
+        rank, parts = len(kernel), len(self.full)
+        whole = self.full.reshape(parts, -1, *kernel, self.full.shape[1] // prod(kernel), *kernel)
+        letters = iter("defghijklmnopqrs")
+        first = [next(letters) for _ in range(rank)]
+        second = [next(letters) if a in axes else first[a] for a in range(rank)]
+        out = [*(first[a] for a in axes)], [*(second[a] for a in axes)]
+        terms = f"xa{''.join(first)}b{''.join(second)}->xa{''.join(out[0])}b{''.join(out[1])}"
+        mean = np.einsum(terms, whole) / (prod(kernel) / kept)
+        side = mean.shape[1] * kept
+        return np.asarray(mean.reshape(parts, side, side))
+
+    def seen(self, prefix: Sequence[Factor], kernel: Sequence[int]) -> tuple[Real | None, bool]:
+        """T^T G T for a prefix T, and whether it holds for every position of the kernel that is left, on its own.
+
+        Returns:
+            [parts, f, f] with f the features (and positions left, where they do not stand alone); None: the identity.
+        """
+        if self.full is not None:
+            if not prefix:
+                return self.full, False
+            parts, n, _ = self.full.shape
+            half = features(prefix, self.full.reshape(parts, -1, *kernel, n)).reshape(parts, -1, n)
+            turned = half.transpose(0, 2, 1).reshape(parts, -1, *kernel, half.shape[1])
+            return features(prefix, turned).reshape(parts, half.shape[1], -1), False
+        if not prefix:
+            return self.shared, True
+        first = prefix[0].stage
+        parts = first.parts if self.shared is None else len(self.shared)
+        whole = compose(prefix, parts, first.parts * first.inputs // parts)
+        flat = whole.reshape(parts, -1, whole.shape[-1])
+        return flat.transpose(0, 2, 1) @ self.times(whole).reshape(flat.shape), True
+
+
+def root(moments: Real) -> Real:
+    """L of G = L L^T [parts, n, n], with a larger ridge where rounding left G without a root.
+
+    Sums in float32 are off by a few millionths of the largest eigenvalue, which can be more than the ridge there is.
+
+    Raises:
+        LinAlgError: not even a ridge of the size of G helps: it is not finite.
+    """
+    for ridge in (0.0, *(RIDGE * 10.0**power for power in range(3))):
+        try:
+            return np.asarray(np.linalg.cholesky(ridged(moments, ridge)), np.float64)
+        except np.linalg.LinAlgError:
+            continue
+    return np.asarray(np.linalg.cholesky(ridged(moments, 1.0)), np.float64)
+
+
+def ridged(gram: Array, ridge: float = RIDGE) -> Real:
+    """A matrix with a ridge on its diagonal, parts apart; with the usual one, zero ones become the identity."""
+    n = gram.shape[-1]
+    mean = np.einsum("...ii->...", gram) / n
+    mean = np.where(mean > 0, mean, 1.0)
+    return np.asarray(gram + (ridge * mean)[..., None, None] * np.eye(n), np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A matrix M [parts, n, o] = core @ out by its directions of most output energy; cut at any rank.
+
+    Attributes:
+        core: [parts, n, r]. out: [parts, r, o]. energies: of every direction, summed over parts, falling, [r].
+    """
+
+    core: Real
+    out: Real
+    energies: Real
+
+    def at(self, rank: int) -> tuple[Real, Real]:
+        """The best factors of that rank."""
+        return self.core[..., :rank], self.out[:, :rank]
+
+
+def fitted(metric: Metric, prefix: Sequence[Factor], kernel: Real) -> tuple[Real, Real | None, bool]:
+    """M = argmin |X (K - T M)|^2 = (T^T G T)^-1 T^T G K for a prefix T.
+
+    Args:
+        kernel: K [parts, channels, *kernel, o].
+
+    Returns:
+        M [parts, features, *kernel left, o], and T^T G T with whether it holds per position, see ``Metric.seen``.
+    """
+    sizes = kernel.shape[2:-1]
+    seen, alone = metric.seen(prefix, sizes)
+    if not prefix:
+        return kernel, seen, alone
+    cross = features(prefix, metric.times(kernel))
+    assert seen is not None
+    # Columns of a prefix may depend on each other: the smallest solution then.
+    flat = cross.reshape(len(cross), seen.shape[-1], -1)
+    scale = np.einsum("pii->p", seen)[:, None, None] / seen.shape[-1]
+    damped = seen + 1e-10 * np.where(scale > 0, scale, 1.0) * np.eye(seen.shape[-1])
+    solved: Real = np.asarray(np.linalg.solve(damped, flat), np.float64)
+    return solved.reshape(cross.shape), seen, alone
+
+
+def split(matrix: Real, seen: Real | None, alone: bool) -> Split:
+    """Directions of the output Y = X M by energy: eigenvectors of M^T G M, or for wide outputs of G^T/2 M M^T G^1/2.
+
+    Reduced-rank regression; with G the identity, the singular value decomposition of M. Zhang et al., Accelerating Very
+    Deep Convolutional Networks, TPAMI 2016, section 3.1; Wang et al., SVD-LLM, ICLR 2025, for the whitened form.
+
+    Args:
+        matrix: M [parts, features, *kernel left, o]. seen, alone: G, see ``Metric.seen``.
+    """
+    parts, outputs = len(matrix), matrix.shape[-1]
+    flat = matrix.reshape(parts, -1, outputs)
+    if outputs <= flat.shape[1]:
+        energies, vectors = falling(flat.transpose(0, 2, 1) @ _apply(seen, matrix, alone))
+        return Split(flat @ vectors, vectors.transpose(0, 2, 1), energies)
+    half: Real | None = None if seen is None else root(seen)
+    white = flat if half is None else _apply(half.transpose(0, 2, 1), matrix, alone)
+    energies, vectors = falling(white @ white.transpose(0, 2, 1))
+    core = vectors
+    if half is not None:
+        shaped = vectors.reshape(parts, half.shape[-1], -1)
+        solved = [solve_triangular(r, v, trans="T", lower=True) for r, v in zip(half, shaped, strict=True)]
+        core = np.stack(solved).reshape(vectors.shape)
+    return Split(core, vectors.transpose(0, 2, 1) @ white, energies)
+
+
+def _apply(gram: Real | None, matrix: Real, alone: bool) -> Real:
+    """G M as [parts, n, o]; where G holds per position, for every one of them."""
+    parts, outputs = len(matrix), matrix.shape[-1]
+    if gram is None:
+        return matrix.reshape(parts, -1, outputs)
+    rows = matrix.shape[1] if alone else -1
+    return np.asarray((gram @ matrix.reshape(parts, rows if alone else gram.shape[-1], -1)).reshape(parts, -1, outputs))
+
+
+def falling(matrix: Real) -> tuple[Real, Real]:
+    """Eigenvalues of symmetric matrices [parts, n, n] from the largest, summed over parts, and their vectors."""
+    values, vectors = np.linalg.eigh((matrix + matrix.transpose(0, 2, 1)) / 2)
+    return np.maximum(values[:, ::-1], 0.0).sum(axis=0), np.ascontiguousarray(vectors[..., ::-1])
+
+
+Ranks = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a layer's kernel: ``parts`` convolutions of ``inputs`` to ``outputs`` channels; no axes for a matrix."""
+
+    parts: int
+    inputs: int
+    kernel: tuple[int, ...]
+    outputs: int
+
+    @property
+    def columns(self) -> int:
+        """Rows of the kernel as a matrix."""
+        return self.inputs * prod(self.kernel)
+
+    @property
+    def wide(self) -> list[int]:
+        """The spatial axes along which the kernel has more than one position."""
+        return [i for i, k in enumerate(self.kernel) if k > 1]
+
+    def whole(self) -> Stage:
+        """The layer as one stage."""
+        return Stage("whole", self.parts, self.inputs, self.kernel, self.outputs, tuple(range(len(self.kernel))))
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One rank of a decomposition.
+
+    Attributes:
+        name: what it is the rank of. size: the largest that makes sense.
+        energies: what every step adds to the energy kept, falling; None where there is no such order.
+        other: the longer side of the matrix whose singular values squared these are.
+    """
+
+    name: str
+    size: int
+    energies: Real | None = None
+    other: int = 0
+
+
+class Fit(ABC):
+    """A kernel laid open so that factors of any rank can be read off."""
+
+    modes: tuple[Mode, ...]
+    note: str = ""
+
+    @abstractmethod
+    def factors(self, ranks: Ranks) -> list[Factor]:
+        """The factors at these ranks, one per mode."""
+
+
+class Method(ABC):
+    """One way to take a kernel apart.
+
+    Attributes:
+        name: of the command line. modes: what its ranks count, in their order.
+    """
+
+    name: str
+    modes: tuple[str, ...] = ("rank",)
+
+    @abstractmethod
+    def refusal(self, shape: Shape) -> str:
+        """Why kernels of this shape cannot be taken apart like this; empty where they can."""
+
+    @abstractmethod
+    def limits(self, shape: Shape) -> Ranks:
+        """The largest rank of every mode: there the factors say what the kernel says."""
+
+    @abstractmethod
+    def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
+        """Shapes of the factors at these ranks."""
+
+    @abstractmethod
+    def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
+        """Lay a kernel [parts, inputs, *kernel, outputs] open, so that errors under ``metric`` are small."""
+
+
+def shape_of(kernel: Real) -> Shape:
+    """Sizes of a kernel [parts, inputs, *kernel, outputs]."""
+    return Shape(kernel.shape[0], kernel.shape[1], tuple(kernel.shape[2:-1]), kernel.shape[-1])
+
+
+def last(shape: Shape, inputs: int, axes: Sequence[int], role: str, outputs: int) -> Stage:
+    """The stage that slides over ``axes`` with what the kernel has there, from ``inputs`` channels of every part."""
+    kernel = tuple(k if i in axes else 1 for i, k in enumerate(shape.kernel))
+    return Stage(role, shape.parts, inputs, kernel, outputs, tuple(axes))
+
+
+def pointwise(shape: Shape, role: str, inputs: int, outputs: int) -> Stage:
+    """A stage that mixes channels at every position on its own."""
+    return Stage(role, shape.parts, inputs, (1,) * len(shape.kernel), outputs)
+
+
+def placed(stages: Sequence[Stage], arrays: Sequence[Real]) -> list[Factor]:
+    """Factors of these stages from their weights in any shape of the same order."""
+    made = []
+    for stage, array in zip(stages, arrays, strict=True):
+        made.append(Factor(stage, array.reshape(stage.parts, stage.inputs, *stage.kernel, stage.outputs)))
+    return made
+
+
+class Whitener:
+    """With second moments G = L L^T: ``into`` gives L^T A, ``back`` a basis of what A's columns L^-T A span.
+
+    Args:
+        moments: G [parts, n, n], positive definite; None for the identity.
+    """
+
+    def __init__(self, moments: Real | None) -> None:
+        self._root = None if moments is None else root(moments)
+
+    def into(self, matrix: Array) -> Real:
+        """L^T A for A [parts, n, m]."""
+        return np.asarray(matrix if self._root is None else self._root.transpose(0, 2, 1) @ matrix, np.float64)
+
+    def back(self, vectors: Array) -> Real:
+        """L^-T V for V [parts, n, m], columns of length 1: a prefix may have any scale, the last factor follows."""
+        if self._root is None:
+            return np.asarray(vectors, np.float64)
+        solved = [solve_triangular(r, v, trans="T", lower=True) for r, v in zip(self._root, vectors, strict=True)]
+        made = np.stack(solved)
+        length = np.linalg.norm(made, axis=1, keepdims=True)
+        return np.asarray(made / np.where(length > 0, length, 1.0))
+
+
+# Random starts besides the one from singular vectors.
+_STARTS = 2
+
+
+class Degenerate(Exception):
+    """Every start ended in terms that cancel each other; there is no best approximation of that rank."""
+
+
+class Cp(Method):
+    """K = sum over r of outer products: 1x1 to r channels, each filtered along every axis in turn, 1x1.
+
+    Lebedev et al., Speeding-up Convolutional Neural Networks Using Fine-tuned CP-Decomposition, ICLR 2015.
+    """
+
+    name = "cp"
+
+    def refusal(self, shape: Shape) -> str:
+        """A kernel with positions, and channels to mix."""
+        if not shape.wide:
+            return "its kernel is one position: svd says all there is to say"
+        return "every part of it has a single channel on one side" if min(shape.inputs, shape.outputs) < 2 else ""
+
+    def limits(self, shape: Shape) -> Ranks:
+        """Where any kernel can be written so: all pairs of all modes but the longest."""
+        modes = [shape.inputs, *shape.kernel, shape.outputs]
+        return (int(np.prod(modes, dtype=np.int64)) // max(modes),)
+
+    def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
+        """1x1, one filter per channel along every axis, 1x1."""
+        rank, axes = ranks[0], shape.wide
+        made = [pointwise(shape, "in", shape.inputs, rank)]
+        for i in axes:
+            kernel = tuple(k if j == i else 1 for j, k in enumerate(shape.kernel))
+            # Axes along which nothing slides go with the first filter, so that their strides come early.
+            own = [j for j in range(len(shape.kernel)) if j == i or (i == axes[0] and j not in axes)]
+            made.append(Stage(f"axis{i}", shape.parts * rank, 1, kernel, 1, tuple(own)))
+        return [*made, pointwise(shape, "out", rank, shape.outputs)]
+
+    def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
+        """Nothing is known before the rank is."""
+        return _CpFit(self, kernel, metric, seed)
+
+
+class _CpFit(Fit):
+    def __init__(self, method: Cp, kernel: Real, metric: Metric, seed: int) -> None:
+        self._method, self._kernel, self._metric, self._seed = method, kernel, metric, seed
+        self._shape = shape_of(kernel)
+        self._white = Whitener(metric.channels(self._shape.kernel))
+        self._seen = self._white.into(kernel.reshape(*kernel.shape[:2], -1)).reshape(kernel.shape)
+        self.modes = (Mode("rank", method.limits(self._shape)[0]),)
+
+    def factors(self, ranks: Ranks) -> list[Factor]:
+        """The factors.
+
+        Raises:
+            Degenerate: see there.
+        """
+        shape, stages = self._shape, self._method.stages(self._shape, ranks)
+        terms = [_terms(part, ranks[0], self._seed) for part in self._seen]
+        arrays = [self._white.back(np.stack([t[0] for t in terms]))]
+        arrays += [np.concatenate([t[1 + i].T for t in terms]) for i in shape.wide]
+        prefix = placed(stages[:-1], arrays)
+        matrix, _, _ = fitted(self._metric, prefix, self._kernel)
+        return [*prefix, *placed(stages[-1:], [matrix])]
+
+
+def _terms(kernel: Real, rank: int, seed: int) -> list[Real]:
+    """Unit vectors of every mode but the outputs', [size, rank] each, of the start that errs least.
+
+    Long modes are first cut to the rank by their leading directions, in which the rest then happens.
+    """
+    if rank * max(kernel.shape) >= kernel.size:
+        return _unit_terms(kernel, rank)
+    norm = np.linalg.norm(kernel)
+    kernel = kernel / (norm if norm > 0 else 1.0)
+    bases = {}
+    for mode in (0, kernel.ndim - 1):
+        if kernel.shape[mode] > rank:
+            flat = np.moveaxis(kernel, mode, 0).reshape(1, kernel.shape[mode], -1)
+            basis = falling(flat @ flat.transpose(0, 2, 1))[1][0, :, :rank]
+            kernel = np.moveaxis(np.tensordot(kernel, basis, (mode, 0)), -1, mode)
+            bases[mode] = basis
+    # Imported where it is needed: tensorly takes a while to load.
+
+    best, error = None, np.inf
+    for start in range(1 + _STARTS):
+        vectors, off = least_squares(kernel, rank, seed + start, "svd" if start == 0 else "random")
+        if off < error:
+            best, error = vectors, off
+    if best is None:
+        raise Degenerate
+    return [bases[mode] @ v if mode in bases else v for mode, v in enumerate(best[:-1])]
+
+
+def _unit_terms(kernel: Real, rank: int) -> list[Real]:
+    """One term for every place of all modes but the longest, which holds the values: any kernel is their sum."""
+    longest = int(np.argmax(kernel.shape))
+    others = [n if mode != longest else 1 for mode, n in enumerate(kernel.shape)]
+    places = np.indices(others).reshape(kernel.ndim, -1)
+    vectors = []
+    for mode, size in enumerate(kernel.shape[:-1]):
+        chosen = np.eye(size)[:, places[mode]]
+        if mode == longest:
+            chosen = np.moveaxis(kernel, mode, 0).reshape(size, -1)
+        vectors.append(np.pad(chosen, ((0, 0), (0, rank - chosen.shape[1]))))
+    return vectors
+
+
+class SpatialSvd(Method):
+    """K [channels x k1, k2 x o] of rank r: first along the first spatial axis, then along the others.
+
+    Jaderberg et al., Speeding up Convolutional Neural Networks with Low Rank Expansions, BMVC 2014, scheme 2.
+    """
+
+    name = "spatial-svd"
+
+    def refusal(self, shape: Shape) -> str:
+        """Two axes to tell apart."""
+        return "" if len(shape.wide) > 1 else "its kernel lies along fewer than two axes"
+
+    def limits(self, shape: Shape) -> Ranks:
+        """The shorter side of the matrix."""
+        first = shape.inputs * shape.kernel[shape.wide[0]]
+        return (min(first, shape.columns // first * shape.inputs * shape.outputs),)
+
+    def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
+        """Along one axis to r channels, along the others to the outputs."""
+        first, rest = _axes(shape)
+        return [
+            last(shape, shape.inputs, first, "first", ranks[0]),
+            last(shape, ranks[0], rest, "second", shape.outputs),
+        ]
+
+    def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
+        """Directions of channels x k1 by energy."""
+        return _SpatialFit(self, kernel, metric)
+
+
+def _axes(shape: Shape) -> tuple[list[int], list[int]]:
+    """Axes of the first factor (and those along which nothing slides: their strides come early), and the others."""
+    rest = shape.wide[1:]
+    return [i for i in range(len(shape.kernel)) if i not in rest], rest
+
+
+class _SpatialFit(Fit):
+    def __init__(self, method: SpatialSvd, kernel: Real, metric: Metric) -> None:
+        self._method, self._kernel, self._metric = method, kernel, metric
+        self._shape = shape = shape_of(kernel)
+        axis = shape.wide[0]
+        moved = np.moveaxis(kernel, 2 + axis, 2)
+        matrix = moved.reshape(shape.parts, shape.inputs * shape.kernel[axis], -1)
+        white = Whitener(metric.along(shape.kernel, [axis]))
+        seen = white.into(matrix)
+        energies, vectors = falling(seen @ seen.transpose(0, 2, 1))
+        self._basis = white.back(vectors)
+        size, other = sorted(matrix.shape[1:])
+        self.modes = (Mode("rank", size, energies[:size], other),)
+
+    def factors(self, ranks: Ranks) -> list[Factor]:
+        stages = self._method.stages(self._shape, ranks)
+        first = placed(stages[:1], [self._basis[..., : ranks[0]]])
+        matrix, _, _ = fitted(self._metric, first, self._kernel)
+        return [*first, *placed(stages[1:], [matrix])]
+
+
+class Svd(Method):
+    """K [n, o] = core [n, r] out [r, o], n = channels x positions of the kernel.
+
+    A layer with a kernel keeps it in the first factor (weight SVD of Zhang et al., TPAMI 2016, and of AIMET).
+    """
+
+    name = "svd"
+
+    def refusal(self, shape: Shape) -> str:
+        """There have to be two sides to go between."""
+        return "every part of it has a single channel on one side" if min(self.limits(shape)) < 2 else ""
+
+    def limits(self, shape: Shape) -> Ranks:
+        """The shorter side of the matrix."""
+        return (min(shape.columns, shape.outputs),)
+
+    def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
+        """The layer with r outputs, then 1x1."""
+        everywhere = range(len(shape.kernel))
+        return [
+            last(shape, shape.inputs, everywhere, "core", ranks[0]),
+            pointwise(shape, "out", ranks[0], shape.outputs),
+        ]
+
+    def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
+        """The directions of the output by energy."""
+        return _SvdFit(self, kernel, metric)
+
+
+class _SvdFit(Fit):
+    def __init__(self, method: Svd, kernel: Real, metric: Metric) -> None:
+        self._method, self._shape = method, shape_of(kernel)
+        self._split = split(*fitted(metric, (), kernel))
+        size, other = sorted((self._shape.columns, self._shape.outputs))
+        self.modes = (Mode("rank", size, self._split.energies, other),)
+
+    def factors(self, ranks: Ranks) -> list[Factor]:
+        return placed(self._method.stages(self._shape, ranks), self._split.at(ranks[0]))
+
+
+LARGE = 5
+"""Positions along an axis from which on its own rank is looked for."""
+
+
+class Tucker(Method):
+    """K = core x_in U_in x_out U_out: 1x1, the core, 1x1. Kim et al., ICLR 2016.
+
+    Ranks are those of the input and output channels; further ones, of spatial axes, make the core smaller there:
+    every channel is then first filtered along that axis. A rank of 0 leaves a mode as it is.
+    """
+
+    name = "tucker"
+    modes = ("in", "out")
+
+    def refusal(self, shape: Shape) -> str:
+        """A matrix has no more than two modes, and SVD is best there."""
+        if not shape.wide:
+            return "its kernel is one position: svd says all there is to say"
+        return "every part of it has a single channel" if max(shape.inputs, shape.outputs) < 2 else ""
+
+    def limits(self, shape: Shape) -> Ranks:
+        """All channels."""
+        return shape.inputs, min(shape.columns, shape.outputs)
+
+    def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
+        """1x1, filters along the axes with a rank of their own, the core with what is left of the kernel, 1x1."""
+        into, out, *spatial = ranks
+        made, width = list[Stage](), shape.inputs
+        if into:
+            made, width = [pointwise(shape, "in", width, into)], into
+        axes = [i for i, r in enumerate(spatial) if r]
+        for i in axes:
+            kernel = tuple(k if j == i else 1 for j, k in enumerate(shape.kernel))
+            made.append(Stage(f"axis{i}", shape.parts * width, 1, kernel, spatial[i], (i,)))
+            width *= spatial[i]
+        rest = [i for i in range(len(shape.kernel)) if i not in axes]
+        made.append(last(shape, width, rest, "core", out or shape.outputs))
+        return [*made, pointwise(shape, "out", out, shape.outputs)] if out else made
+
+    def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
+        """Directions of every mode by energy."""
+        return _TuckerFit(self, kernel, metric, seed)
+
+
+class _TuckerFit(Fit):
+    def __init__(self, method: Tucker, kernel: Real, metric: Metric, seed: int) -> None:
+        self._method, self._kernel, self._metric, self._seed = method, kernel, metric, seed
+        self._shape = shape = shape_of(kernel)
+        self._white = Whitener(metric.channels(shape.kernel))
+        flat = kernel.reshape(shape.parts, shape.inputs, -1)
+        seen = self._white.into(flat)
+        # The kernel in channels that all count alike: [parts, inputs, *kernel, outputs].
+        self._seen = seen.reshape(kernel.shape)
+        energies, _ = falling(seen @ seen.transpose(0, 2, 1))
+        out = split(*fitted(metric, (), kernel)).energies
+        into, most = method.limits(shape)
+        large = max(shape.kernel, default=0) >= LARGE
+        spatial = [self._axis(i) for i in range(len(shape.kernel))] if large else []
+        self.modes = (
+            Mode("in", into, energies, flat.shape[2]),
+            Mode("out", most, out[:most], shape.columns),
+            *spatial,
+        )
+
+    def _axis(self, i: int) -> Mode:
+        """A spatial axis; of a short one no rank is looked for."""
+        size = self._shape.kernel[i]
+        moved = np.moveaxis(self._seen, 2 + i, 1).reshape(self._shape.parts, size, -1)
+        energies = falling(moved @ moved.transpose(0, 2, 1))[0]
+        return Mode(f"axis{i}", size if size >= LARGE else 1, energies, moved.shape[2])
+
+    def factors(self, ranks: Ranks) -> list[Factor]:
+        into, out, *spatial = ranks
+        stages = self._method.stages(self._shape, ranks)
+        bases = self._iterated(into, out, spatial)
+        arrays, width = list[Real](), self._shape.inputs
+        if into:
+            arrays, width = [self._white.back(bases[0])], into
+        for i, rank in enumerate(spatial):
+            if rank:
+                arrays.append(np.repeat(bases[1 + i], width, axis=0))
+                width *= rank
+        prefix = placed(stages[: len(arrays)], arrays)
+        matrix, seen, alone = fitted(self._metric, prefix, self._kernel)
+        if not out:
+            return [*prefix, *placed(stages[len(arrays) :], [matrix])]
+        return [*prefix, *placed(stages[len(arrays) :], split(matrix, seen, alone).at(out))]
+
+    def _iterated(self, into: int, out: int, spatial: list[int]) -> dict[int, Real]:
+        """Bases of the modes, {0: [parts, inputs, r], 1 + axis: [parts, k, r]}, by HOOI (De Lathauwer et al., 2000)."""
+        # Imported where it is needed: tensorly takes a while to load.
+
+        modes = {0: into, **{1 + i: r for i, r in enumerate(spatial)}, self._seen.ndim - 2: out}
+        wanted = {mode: rank for mode, rank in modes.items() if rank}
+        bases: dict[int, list[Real]] = {mode: [] for mode in wanted}
+        for part in self._seen:
+            if len(wanted) == 1 and out:
+                break
+            for mode, basis in zip(wanted, orthogonal_iteration(part, wanted, self._seed), strict=True):
+                bases[mode].append(basis)
+        return {mode: np.stack(found) for mode, found in bases.items() if found}
+
+
+METHODS: dict[str, Method] = {m.name: m for m in (Svd(), Tucker(), Cp(), SpatialSvd())}
+"""Every method by its name on the command line."""
+
+__all__ = [
+    "METHODS",
+    "Cp",
+    "Degenerate",
+    "Factor",
+    "Fit",
+    "Method",
+    "Metric",
+    "Mode",
+    "Ranks",
+    "Shape",
+    "SpatialSvd",
+    "Stage",
+    "Svd",
+    "Tucker",
+    "compose",
+    "shape_of",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where a layer runs.
+
+    Attributes:
+        rows: samples times whatever else the kernel does not slide over. before, after: positions along every spatial
+            axis of its input and of its output.
+        spreading: it is a transposed convolution, whose work is per position of its input.
+        looked_up: its first stage looks rows up and multiplies nothing.
+    """
+
+    rows: int
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    spreading: bool = False
+    looked_up: bool = False
+
+    def macs(self, stages: Sequence[Stage]) -> int:
+        """Multiply-accumulates of stages in turn."""
+        total, sizes = 0, list(self.before)
+        for number, stage in enumerate(stages):
+            if self.looked_up and number == 0:
+                continue
+            entering = prod(sizes)
+            for axis in stage.axes:
+                sizes[axis] = self.after[axis]
+            positions = entering if self.spreading and stage.axes else prod(sizes)
+            total += self.rows * positions * stage.elements
+        return total
+
+
+def elements(stages: Sequence[Stage]) -> int:
+    """Weights of stages together."""
+    return sum(stage.elements for stage in stages)

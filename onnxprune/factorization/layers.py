@@ -1,0 +1,492 @@
+"""Layers that can be factorized: nodes that read one weight, the weight as a kernel, and the factors in its place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxprune.factorization.decompositions import Array, Factor, Geometry, Real, Shape, Stage
+from onnxprune.graph.cost import is_layer
+from onnxprune.graph.view import Graph, Node
+from onnxprune.io.weights import Weight
+from onnxprune.operators.contractions import Form, Pairwise, Transposed, Windows
+from onnxprune.operators.registry import rule_of
+
+ShapeOf = Callable[[str], Any]
+Constant = Callable[[str, Array], str]
+"""(stem, values) -> name of a new constant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One node that reads the weight, and the sizes it runs at."""
+
+    node: Node
+    geometry: Geometry
+
+
+class Operator(ABC):
+    """How one operator lays its weight open, and which nodes can stand in its place."""
+
+    @abstractmethod
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+        """The kernel's shape and where it runs, or why it stays.
+
+        Args:
+            position: of the weight among the inputs. form: the node as a product, None where it is none.
+            shapes: of inputs and then outputs.
+        """
+
+    def kernel(self, weight: Array, described: Described) -> Real:
+        """The weight as [parts, inputs, *kernel, outputs] in float64."""
+        shape, form = described.shape, described.form
+        matrix = np.asarray(weight, np.float64) if form is None else form.matrix(np.asarray(weight, np.float64))
+        return np.ascontiguousarray(matrix).reshape(shape.parts, shape.inputs, *shape.kernel, shape.outputs)
+
+    def weight(self, kernel: Real, described: Described, like: Array) -> Array:
+        """The inverse of ``kernel``: a weight of the shape of ``like``."""
+        shape, form = described.shape, described.form
+        matrix = kernel.reshape(shape.parts, shape.columns, shape.outputs)
+        return matrix.reshape(like.shape) if form is None else form.restore(matrix, like)
+
+    @abstractmethod
+    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+        """Weights of the new nodes, one per factor; ``like``: shape of the weight there was."""
+
+    @abstractmethod
+    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+        """Nodes in the place of ``node`` that read these weights, one per factor; the last one makes its outputs."""
+
+    def bias(self, node: Node) -> int | None:
+        """Position of an input that is added per output channel, of this node and of the last one in its place."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What an operator says of one node: the kernel's shape, where it runs, and its form."""
+
+    shape: Shape
+    geometry: Geometry
+    form: Form | None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Names for what is new: ``tensor`` and ``node`` give one for a role, ``constant`` takes in a value."""
+
+    tensor: Callable[[str], str]
+    node: Callable[[str], str]
+    constant: Constant
+    described: Described
+    opset: int
+
+
+@dataclass(slots=True)
+class Layer:
+    """A weight that can be taken apart.
+
+    Attributes:
+        name: of the first node that reads it. weight: its name. position: of the weight among the nodes' inputs.
+        operator, described: of the first node. uses: every node that reads it.
+    """
+
+    name: str
+    weight: str
+    position: int
+    operator: Operator
+    described: Described
+    uses: list[Use] = field(default_factory=list)
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the kernel."""
+        return self.described.shape
+
+    def macs(self, stages: Sequence[Any]) -> int:
+        """Multiply-accumulates of stages in the place of every node that reads the weight."""
+        return sum(use.node.repeats * use.geometry.macs(stages) for use in self.uses)
+
+    @property
+    def names(self) -> Iterator[str]:
+        """What patterns are matched against."""
+        yield from (use.node.label for use in self.uses)
+        yield self.weight
+
+
+_BIAS = 2
+
+
+class Convolution(Operator):
+    """Conv of any rank, stride, dilation, padding and number of groups, and its transpose."""
+
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+        """Windows with a plain product."""
+        if not isinstance(form, Windows):
+            return (
+                "its output size is an attribute" if node.op == "ConvTranspose" else "its data come in another layout"
+            )
+        if position != form.weight or not form.plain:
+            return "an activation is fused into it"
+        weight, data, out = shapes[form.weight], shapes[form.data], shapes[len(node.inputs)]
+        if data is None or out is None or None in (*data, *out):
+            return "its sizes are not known"
+        spreading = isinstance(form, Transposed)
+        inputs = (weight[0] if spreading else weight[1] * form.parts) // form.parts
+        outputs = (weight[1] * form.parts if spreading else weight[0]) // form.parts
+        shape = Shape(form.parts, inputs, tuple(weight[2:]), outputs)
+        return Described(shape, Geometry(data[0], tuple(data[2:]), tuple(out[2:]), spreading), form)
+
+    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+        """[O, C / group, *kernel] each; of a transposed one that slides [C, O / group, *kernel], flipped."""
+        spreading = described.geometry.spreading
+        return [_transposed(f) if spreading and f.stage.axes else _plain(f) for f in factors]
+
+    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+        """One convolution per factor; the last one has the bias."""
+        result, source = [], node.inputs[0]
+        for factor, weight in zip(factors, weights, strict=True):
+            last = factor is factors[-1]
+            inputs = [source, weight]
+            if last and len(node.inputs) > _BIAS and node.inputs[_BIAS]:
+                inputs.append(node.inputs[_BIAS])
+            source = node.outputs[0] if last else made.tensor(factor.stage.role)
+            kind = node.op if factor.stage.axes else "Conv"
+            attributes = _attributes(node, factor.stage)
+            result.append(
+                onnx.helper.make_node(kind, inputs, [source], name=made.node(factor.stage.role), **attributes)
+            )
+        return result
+
+    def bias(self, node: Node) -> int | None:
+        """The third input."""
+        return _BIAS
+
+
+def _plain(factor: Factor) -> Array:
+    stage = factor.stage
+    moved = np.moveaxis(factor.array, -1, 1)
+    return moved.reshape(stage.parts * stage.outputs, stage.inputs, *stage.kernel)
+
+
+def _transposed(factor: Factor) -> Array:
+    stage = factor.stage
+    moved = np.flip(np.moveaxis(factor.array, -1, 2), axis=tuple(range(3, factor.array.ndim)))
+    return moved.reshape(stage.parts * stage.inputs, stage.outputs, *stage.kernel)
+
+
+def _attributes(node: Node, stage: Stage) -> dict[str, Any]:
+    """The layer's attributes along the stage's axes, nothing along the others."""
+    rank = len(stage.kernel)
+    result: dict[str, Any] = {"kernel_shape": list(stage.kernel), "group": stage.parts}
+    if not stage.axes:
+        return result
+    for name, usual in (("strides", 1), ("dilations", 1), ("output_padding", 0)):
+        values = node.attrs.get(name)
+        if values:
+            result[name] = [v if i in stage.axes else usual for i, v in enumerate(values)]
+    if node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", ""):
+        result["auto_pad"] = node.attrs["auto_pad"]
+    elif node.attrs.get("pads"):
+        result["pads"] = [p if i % rank in stage.axes else 0 for i, p in enumerate(node.attrs["pads"])]
+    return result
+
+
+def _copied(node: Node, **changes: Any) -> onnx.NodeProto:
+    """The node with other attributes; those that are None go."""
+    proto = onnx.NodeProto()
+    proto.CopyFrom(node.proto)
+    for name, value in changes.items():
+        for attribute in [a for a in proto.attribute if a.name == name]:
+            proto.attribute.remove(attribute)
+        if value is not None:
+            proto.attribute.append(onnx.helper.make_attribute(name, value))
+    return proto
+
+
+def _wired(proto: onnx.NodeProto, inputs: Sequence[str], output: str, name: str) -> onnx.NodeProto:
+    del proto.input[:], proto.output[:]
+    proto.input.extend(inputs)
+    proto.output.append(output)
+    proto.name = name
+    return proto
+
+
+class Product(Operator):
+    """MatMul, Gemm and onnxruntime's FusedMatMul: the same operator twice."""
+
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+        """A product whose weight is one matrix, or one per batch."""
+        if not isinstance(form, Pairwise):
+            return "its weight is broadcast against its data"
+        if not form.plain:
+            return "an activation is fused into it" if node.domain else "the operator multiplies by it inside"
+        if len(form.made) != 1 or len(form.summed) != 1:
+            return "its weight is no matrix"
+        if node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0):
+            return "its batch axes are transposed"
+        return _described(form, shapes)
+
+    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+        """Laid out as the weight was."""
+        form = described.form
+        assert isinstance(form, Pairwise)
+        letters, rank = form.terms[1], factors[0].stage.outputs
+        sizes = [
+            tuple(rank if c == gone else n for c, n in zip(letters, like, strict=True))
+            for gone in (form.made, form.summed)
+        ]
+        return [
+            form.restore(factor.array, np.broadcast_to(np.zeros(()), size))
+            for factor, size in zip(factors, sizes, strict=True)
+        ]
+
+    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+        """First without bias and scale; the second reads what the first made, which is transposed no more."""
+        form, between = made.described.form, made.tensor("core")
+        assert form is not None
+        transposed = "transA" if form.data == 0 else "transB"
+        gone = {"alpha": None, "beta": None} if node.op == "Gemm" else {"alpha": None}
+        first = [""] * 2
+        first[form.data], first[form.weight] = node.inputs[form.data], weights[0]
+        if node.op == "Gemm" and made.opset < 11:
+            first.append(made.constant("none", np.zeros(1)))
+        second = list(node.inputs)
+        second[form.data], second[form.weight] = between, weights[1]
+        has = transposed in node.attrs
+        return [
+            _wired(_copied(node, **gone), first, between, made.node("core")),
+            _wired(_copied(node, **({transposed: None} if has else {})), second, node.outputs[0], made.node("out")),
+        ]
+
+    def bias(self, node: Node) -> int | None:
+        """Gemm's third input."""
+        return 2 if node.op == "Gemm" else None
+
+
+class Equation(Product):
+    """Einsum: the matrix between gets a letter of its own."""
+
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+        """Any product of data and weight."""
+        if not isinstance(form, Pairwise):
+            return "its equation is no product of data and one weight"
+        return _described(form, shapes)
+
+    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+        """[parts, summed, rank] and [parts, rank, made], letter by letter."""
+        form, rank = described.form, factors[0].stage.outputs
+        assert isinstance(form, Pairwise)
+        parts, summed, made = ([form.size[c] for c in group] for group in (form.part_letters, form.summed, form.made))
+        return [factors[0].array.reshape(*parts, *summed, rank), factors[1].array.reshape(*parts, rank, *made)]
+
+    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+        """Data and core to everything but what is summed, then on to the output."""
+        form, between = made.described.form, made.tensor("core")
+        assert isinstance(form, Pairwise)
+        left, _, out = form.terms
+        fresh = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in "".join(form.terms))
+        middle = form.part_letters + form.free + fresh
+        first = f"{left},{form.part_letters}{form.summed}{fresh}->{middle}"
+        second = f"{middle},{form.part_letters}{fresh}{form.made}->{out}"
+        return [
+            _wired(_copied(node, equation=first), [node.inputs[form.data], weights[0]], between, made.node("core")),
+            _wired(_copied(node, equation=second), [between, weights[1]], node.outputs[0], made.node("out")),
+        ]
+
+    def bias(self, node: Node) -> int | None:
+        """There is none."""
+        return None
+
+
+class Recurrent(Operator):
+    """LSTM, GRU, RNN: the weights of what is read; all gates and directions share the first factor.
+
+    The weights of the state stay: the operator multiplies by them at every step, inside.
+    """
+
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+        """W alone, with the sequence or the batch first."""
+        if position == 2:
+            return "the operator multiplies its state by it inside, at every step"
+        return _described(form, shapes) if isinstance(form, Pairwise) else "its sizes are not known"
+
+    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+        """[I, r], and W [directions, gates, r]."""
+        form = described.form
+        assert form is not None
+        rank = factors[0].stage.outputs
+        shorter = np.broadcast_to(np.zeros(()), (*like[:-1], rank))
+        return [factors[0].array[0], form.restore(factors[1].array, shorter)]
+
+    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+        """A product in front of the same operator."""
+        between = made.tensor("core")
+        first = onnx.helper.make_node("MatMul", [node.inputs[0], weights[0]], [between], name=made.node("core"))
+        second = _copied(node)
+        second.input[0], second.input[1], second.name = between, weights[1], made.node("out")
+        return [first, second]
+
+
+class Embedding(Operator):
+    """Gather of rows of a table: rows of a narrower one, widened by a product."""
+
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+        """Rows of a matrix."""
+        table, out = shapes[0], shapes[len(node.inputs)]
+        if position != 0 or len(table) != 2 or node.attrs.get("axis", 0) not in (0, -2):
+            return "it is no table of rows"
+        if out is None or None in out:
+            return "its sizes are not known"
+        return Described(Shape(1, table[0], (), table[1]), Geometry(prod(out[:-1]), looked_up=True), None)
+
+    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+        """[rows, r] and [r, width]."""
+        return [factor.array[0] for factor in factors]
+
+    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+        """Gather, then MatMul."""
+        between = made.tensor("core")
+        return [
+            _wired(_copied(node), [weights[0], node.inputs[1]], between, made.node("core")),
+            onnx.helper.make_node("MatMul", [between, weights[1]], [node.outputs[0]], name=made.node("out")),
+        ]
+
+
+def _described(form: Pairwise, shapes: Sequence[Any]) -> Described | str:
+    data = shapes[form.data]
+    if data is None or None in data:
+        return "its sizes are not known"
+    summed, made = (prod(form.size[c] for c in group) for group in (form.summed, form.made))
+    return Described(Shape(form.parts, summed, (), made), Geometry(form.count(data)), form)
+
+
+OPERATORS: dict[tuple[str, str], Operator] = {
+    ("", "Conv"): Convolution(),
+    ("", "ConvTranspose"): Convolution(),
+    ("", "MatMul"): Product(),
+    ("", "Gemm"): Product(),
+    ("com.microsoft", "FusedMatMul"): Product(),
+    ("", "Einsum"): Equation(),
+    ("", "LSTM"): Recurrent(),
+    ("", "GRU"): Recurrent(),
+    ("", "RNN"): Recurrent(),
+    ("", "Gather"): Embedding(),
+}
+
+
+@dataclass(slots=True)
+class Found:
+    """Layers that can be taken apart, and why others cannot, {name of the node: reason}."""
+
+    layers: list[Layer] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def find_layers(graph: Graph, shape: ShapeOf) -> Found:
+    """Every weight that nodes of one kind read in one way.
+
+    Args:
+        graph: with weights that are computed from constants folded. shape: of every tensor at the probe sizes.
+    """
+    found = Found()
+    by_weight: dict[str, Layer] = {}
+    for node in graph.steps:
+        if not _reads_weight(graph, node):
+            continue
+        operator = OPERATORS.get((node.domain, node.op))
+        if operator is None:
+            found.left[node.label] = f"{node.op} holds its weights in a way of its own"
+            continue
+        # A table that is looked up is no layer, and still a weight.
+        for position in rule_of(node).weights[:2] or (0,):
+            name = node.inputs[position] if position < len(node.inputs) else ""
+            if name and _matrix(graph, name):
+                _take(graph, node, position, operator, shape, found, by_weight)
+    for name, layer in list(by_weight.items()):
+        why = _shared(graph, layer)
+        if why:
+            found.left.update({use.node.label: why for use in layer.uses})
+            del by_weight[name]
+    found.layers = list(by_weight.values())
+    return found
+
+
+def _reads_weight(graph: Graph, node: Node) -> bool:
+    if node.op == "Gather" and not node.domain:
+        weight = graph.weights.get(node.inputs[0])
+        return weight is not None and weight.dtype.kind in "fV" and len(weight.shape) == 2
+    return is_layer(node, graph)
+
+
+def _matrix(graph: Graph, name: str) -> bool:
+    """Whether a tensor is a weight with two sides, stored or computed from stored ones."""
+    if name in graph.weights:
+        return len(graph.weights[name].shape) > 1
+    producer = graph.producer.get(name)
+    return producer is not None and all(not n or n in graph.weights for n in producer.inputs)
+
+
+def _take(
+    graph: Graph,
+    node: Node,
+    position: int,
+    operator: Operator,
+    shape: ShapeOf,
+    found: Found,
+    by_weight: dict[str, Layer],
+) -> None:
+    """Enter one weight of one node, or say why not."""
+    name = node.inputs[position]
+    label = node.label if position < 2 else f"{node.label} (state)"
+    weight = graph.weights.get(name)
+    why = _unfit(weight)
+    shapes = [shape(n) if n else None for n in (*node.inputs, *node.outputs)]
+    described: Described | str = why
+    if not why:
+        # Where one operand is the weight, the other one is the data.
+        rule = rule_of(node)
+        data = rule.data if rule.data not in rule.weights else 1 - position
+        form = rule.form(node, shapes[: len(node.inputs)], data)
+        described = operator.describe(node, position, form, shapes)
+    if isinstance(described, str):
+        found.left[label] = described
+        return
+    layer = by_weight.get(name)
+    if layer is None:
+        layer = by_weight[name] = Layer(node.label, name, position, operator, described)
+    layer.uses.append(Use(node, described.geometry))
+
+
+def _unfit(weight: Weight | None) -> str:
+    if weight is None:
+        return "its weight is computed from others (quantised, transposed)"
+    if weight.dtype.kind not in "fV" or weight.dtype.itemsize < 2:
+        return f"its weight is stored as {weight.dtype}"
+    return "" if min(weight.shape, default=0) > 0 else "its weight is empty"
+
+
+def _shared(graph: Graph, layer: Layer) -> str:
+    """Why a weight cannot be replaced although every node that was entered could be; empty where it can."""
+    readers = [(n.index, i) for n, i in graph.consumers.get(layer.weight, ())]
+    own = {use.node.index for use in layer.uses}
+    if any(index not in own or i != layer.position for index, i in readers):
+        return "its weight is shared with a node that reads it in another way"
+    if layer.weight in graph.captured or layer.weight in graph.outputs:
+        return "its weight is also read elsewhere: by a body, or as an output"
+    kinds = {(use.node.op, use.node.domain, _layout(use.node)) for use in layer.uses}
+    if len(kinds) > 1:
+        return "its weight is shared with a node that reads it in another way"
+    return ""
+
+
+def _layout(node: Node) -> tuple[Any, ...]:
+    """What says how a weight is read: nodes that agree on it can read the same factors."""
+    names = ("group", "transA", "transB", "equation", "hidden_size", "direction")
+    return tuple(node.attrs.get(name) for name in names)

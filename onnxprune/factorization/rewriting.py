@@ -1,0 +1,155 @@
+"""Put factors in the place of layers: nodes, weights and names."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxprune.factorization.decompositions import Array, Factor, Real
+from onnxprune.factorization.layers import Layer, Made
+from onnxprune.graph.view import Graph
+from onnxprune.io.constants import placeholder
+from onnxprune.io.weights import ArrayWeight, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Factorized:
+    """A layer and what is put in its place.
+
+    Attributes:
+        method: its name, for the names of nodes and weights. factors: in the order in which they run.
+        shift: what is added to the layer's bias, [outputs]; None for nothing.
+    """
+
+    layer: Layer
+    method: str
+    factors: Sequence[Factor]
+    shift: Real | None = None
+
+
+def replace_layers(graph: Graph, weights: MutableMapping[str, Weight], chosen: Sequence[Factorized]) -> None:
+    """Replace layers in ``graph.proto`` and ``weights``, in place; what nothing reads any more goes."""
+    writer = _Writer(graph, weights)
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    for item in chosen:
+        replaced.update(writer.nodes(item))
+    written = onnx.GraphProto()
+    for node in graph.proto.graph.node:
+        written.node.extend(replaced.get(_key(node), [node]))
+    del graph.proto.graph.node[:]
+    graph.proto.graph.node.extend(written.node)
+    writer.drop({item.layer.weight for item in chosen})
+
+
+def _key(node: onnx.NodeProto) -> str:
+    return next((o for o in node.output if o), "")
+
+
+class _Writer:
+    """New names and constants of one rewriting."""
+
+    def __init__(self, graph: Graph, weights: MutableMapping[str, Weight]) -> None:
+        self._graph, self._weights = graph, weights
+        inner = (t.name for t in graph.proto.graph.value_info)
+        self._taken = {*weights, *graph.producer, *graph.inputs, *graph.outputs, *inner}
+        self._labels = {node.name for node in graph.nodes}
+
+    def nodes(self, item: Factorized) -> dict[str, list[onnx.NodeProto]]:
+        """Nodes in the place of every node that reads the layer's weight, by the first output of that."""
+        layer = item.layer
+        old = self._weights[layer.weight]
+        arrays = layer.operator.constants(item.factors, layer.described, old.shape)
+        roles = [f.stage.role for f in item.factors]
+        names = [
+            self._constant(f"{layer.weight}/{item.method}_", role, array, old.dtype)
+            for role, array in zip(roles, arrays, strict=True)
+        ]
+        result = {}
+        for use in layer.uses:
+            label, out = use.node.label, next(o for o in use.node.outputs if o)
+            made = Made(
+                tensor=partial(self._unused, self._taken, f"{out}/{item.method}_"),
+                node=partial(self._unused, self._labels, f"{label}/{item.method}_"),
+                constant=partial(self._constant, f"{layer.weight}/", dtype=old.dtype),
+                described=layer.described,
+                opset=self._graph.opsets.get("", 1),
+            )
+            nodes = layer.operator.nodes(use.node, item.factors, names, made)
+            if item.shift is not None:
+                self.shift(nodes[-1], layer, item.shift, old.dtype)
+            result[out] = nodes
+        return result
+
+    def shift(self, node: onnx.NodeProto, layer: Layer, shift: Real, dtype: Any) -> None:
+        """Add to the bias of a node that has a place for one."""
+        position = layer.operator.bias(layer.uses[0].node)
+        assert position is not None
+        given = node.input[position] if position < len(node.input) else ""
+        value = shift
+        if given:
+            value = self._weights[given].read().astype(np.float64) + shift
+        node.input.extend([""] * (position + 1 - len(node.input)))
+        node.input[position] = self._constant(given or f"{layer.weight}/", "" if given else "bias", value, dtype)
+
+    def _constant(self, stem: str, role: str, value: Array, dtype: Any) -> str:
+        name = self._unused(self._taken, stem, role)
+        weight = ArrayWeight(name, np.ascontiguousarray(value.astype(dtype)))
+        self._weights[name] = weight
+        self._graph.proto.graph.initializer.append(placeholder(weight))
+        return name
+
+    @staticmethod
+    def _unused(taken: set[str], stem: str, role: str) -> str:
+        name, k = f"{stem}{role}", 1
+        while name in taken:
+            name, k = f"{stem}{role}_{k}", k + 1
+        taken.add(name)
+        return name
+
+    def drop(self, names: set[str]) -> None:
+        """Remove constants that nothing reads any more: weights that were replaced, biases that were shifted."""
+        graph = self._graph.proto.graph
+        read = {n for node in graph.node for n in node.input} | {o.name for o in graph.output} | self._graph.captured
+        consumed = {n for n in self._graph.consumers if n in self._weights} | names
+        gone = {name for name in consumed if name not in read}
+        for i in reversed(range(len(graph.initializer))):
+            if graph.initializer[i].name in gone:
+                del graph.initializer[i]
+        for i in reversed(range(len(graph.node))):
+            if graph.node[i].op_type == "Constant" and graph.node[i].output[0] in gone:
+                del graph.node[i]
+        for i in reversed(range(len(graph.input))):  # before IR 4 every initializer is an input too
+            if graph.input[i].name in gone:
+                del graph.input[i]
+        for name in gone:
+            self._weights.pop(name, None)
+
+
+def compose_layers(
+    graph: Graph, weights: MutableMapping[str, Weight], chosen: Sequence[Factorized], kernels: Sequence[Real]
+) -> None:
+    """The same change without new layers, in place: every weight becomes what its factors amount to.
+
+    Args:
+        kernels: the products of the factors, [parts, inputs, *kernel, outputs] each.
+    """
+    writer = _Writer(graph, weights)
+    by_output = {_key(node): node for node in graph.proto.graph.node}
+    for item, kernel in zip(chosen, kernels, strict=True):
+        layer, old = item.layer, weights[item.layer.weight]
+        weights[layer.weight] = composed_weight(layer, kernel, old)
+        for use in layer.uses if item.shift is not None else ():
+            assert item.shift is not None
+            writer.shift(by_output[next(o for o in use.node.outputs if o)], layer, item.shift, old.dtype)
+    writer.drop(set())
+
+
+def composed_weight(layer: Layer, kernel: Real, old: Weight) -> Weight:
+    """A kernel [parts, inputs, *kernel, outputs] as the layer's own weight."""
+    value = layer.operator.weight(kernel, layer.described, old.read())
+    return ArrayWeight(old.name, np.ascontiguousarray(value.astype(old.dtype)))

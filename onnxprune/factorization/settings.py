@@ -1,0 +1,157 @@
+"""What was asked of a factorization: by which method, at which ranks, of which layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict
+
+from onnxprune.allocation.settings import matches
+from onnxprune.errors import ArgumentError, UsageError, argument, nearest
+from onnxprune.factorization.decompositions import METHODS, Ranks
+from onnxprune.settings import checked, default
+
+AUTO = "auto"
+
+
+class Options(TypedDict, total=False):
+    """What :class:`Request` may be given by name."""
+
+    ratio: float | None
+    rank: int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
+    energy: float | None
+    vbmf: float | None
+    layers: Mapping[str, float] | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    round_to: int
+    scope: str | None
+    cost: str
+    timed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for. One of ``ratio``, ``ranks``, ``energy`` and ``vbmf`` says how far to go.
+
+    Attributes:
+        method: a name, or ``auto``: per layer whichever errs least for the work it saves.
+        ratio: share of the cost to save, 0 < ratio < 1: of every layer, or of the whole model, see ``scope``.
+        ranks: {glob over node or weight names: ranks}, one per mode of the method; 0 leaves a mode as it is.
+        energy: share of every mode's energy to keep, 0 < energy <= 1.
+        vbmf: ranks above noise, moved towards all (1) or none (-1) by this much.
+        layers: {glob: ratio}. include, exclude: such globs. round_to: ranks are multiples of this.
+        scope: ``local`` or ``global``. cost: what the ratio is of, ``macs`` or ``params``.
+        timed: ``auto`` leaves alone what does not get faster, as measured.
+
+    Raises:
+        UsageError: a value is not allowed, or two contradict each other.
+    """
+
+    method: str = AUTO
+    ratio: float | None = None
+    ranks: Mapping[str, Ranks] = field(default_factory=dict)
+    energy: float | None = None
+    vbmf: float | None = None
+    layers: Mapping[str, float] = field(default_factory=dict)
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    round_to: int = 1
+    scope: str = "local"
+    cost: str = "macs"
+    timed: bool = True
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if entry.name != "ranks":
+                checked(entry.name, getattr(self, entry.name), "factorize")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        ways = {"ratio": self.ratio, "rank": self.ranks or None, "energy": self.energy, "vbmf": self.vbmf}
+        given = [name for name, value in ways.items() if value is not None]
+        if len(given) > 1:
+            both = f"{argument(given[0])} and {argument(given[1])}"
+            raise UsageError(f"{both} both say how far to go.", hint="Give one of them.")
+        by_rank = argument(given[0]) if given and given[0] != "ratio" else ""
+        if by_rank and (self.method == AUTO or self.scope == "global"):
+            what = argument("method", "auto") if self.method == AUTO else argument("scope", "global")
+            hint = f"Name a method ({', '.join(METHODS)}) and {argument('scope', 'local')} for {by_rank}."
+            raise UsageError(f"{what} looks for the ranks itself, so {by_rank} has no meaning.", hint=hint)
+        if by_rank and self.layers:
+            raise UsageError(f"{argument('layers')} gives ratios, and {by_rank} none.", hint="Drop one of them.")
+        if self.method == "cp" and (self.energy is not None or self.scope == "global"):
+            what = argument("energy") if self.energy is not None else argument("scope", "global")
+            raise UsageError(
+                f"CP has no order of energies that {what} could go by.",
+                hint=f"Give {argument('ratio')}, {argument('rank')} or {argument('vbmf')}.",
+            )
+        if self.method != AUTO:
+            modes = METHODS[self.method].modes
+            for pattern, ranks in self.ranks.items():
+                _check_ranks(self.method, pattern, ranks, modes)
+
+    @property
+    def share(self) -> float:
+        """The ratio where it decides."""
+        return float(default("ratio")) if self.ratio is None else self.ratio
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The choices by name, for the report."""
+        said: dict[str, Any] = {"method": self.method, "cost": self.cost, "round_to": self.round_to}
+        if self.ranks:
+            return {**said, "rank": {p: list(r) for p, r in self.ranks.items()}}
+        if self.energy is not None or self.vbmf is not None:
+            return {**said, **({"energy": self.energy} if self.energy is not None else {"vbmf": self.vbmf})}
+        return {**said, "ratio": self.share, "scope": self.scope}
+
+    def excluded(self, names: Sequence[str]) -> bool:
+        """Whether a layer with these names is left out by ``exclude`` or ``include``."""
+        if any(matches(n, p) for n in names for p in self.exclude):
+            return True
+        return bool(self.include) and not any(matches(n, p) for n in names for p in self.include)
+
+    def ratio_of(self, names: Sequence[str]) -> float:
+        """The ratio of a layer with these names: that of the last pattern in ``layers``, else the common one."""
+        found = [r for p, r in self.layers.items() if any(matches(n, p) for n in names)]
+        return found[-1] if found else self.share
+
+    def ranks_of(self, names: Sequence[str]) -> tuple[str, Ranks] | None:
+        """The last pattern that matches and its ranks."""
+        found = [(p, r) for p, r in self.ranks.items() if any(matches(n, p) for n in names)]
+        return found[-1] if found else None
+
+
+def request_of(method: str, options: Options) -> Request:
+    """The request of a call.
+
+    Raises:
+        UsageError: a value is not allowed. ArgumentError: an option that there is not; the nearest is suggested.
+    """
+    known = ("method", "plan", "check", *Options.__annotations__)
+    for name in options:
+        if name not in Options.__annotations__:
+            raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, known))
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    rank = given.pop("rank", None)
+    if rank is not None:
+        by_pattern = rank if isinstance(rank, Mapping) else {"*": rank}
+        given["ranks"] = {p: (r,) if isinstance(r, int) else tuple(r) for p, r in by_pattern.items()}
+    if "scope" not in given:
+        given["scope"] = "global" if method == AUTO else "local"
+    given |= {name: checked(name, given[name], "factorize") for name in ("include", "exclude") if name in given}
+    return Request(method, **given)
+
+
+def _check_ranks(method: str, pattern: str, ranks: Ranks, modes: Sequence[str]) -> None:
+    most = len(modes) + 3 if method == "tucker" else len(modes)
+    whole = all(isinstance(r, int) and not isinstance(r, bool) and r >= 0 for r in ranks)
+    if not whole or not any(ranks) or not (len(ranks) in (1, len(modes)) or len(modes) < len(ranks) <= most):
+        several = len(modes) > 1
+        counts = "one rank for both of its channel modes, or one for each (in,out)" if several else "one rank"
+        zero = ", 0 leaves a mode as it is" if several else ""
+        raise UsageError(
+            f"{argument('rank')} {','.join(map(str, ranks)) or 'nothing'} of {pattern!r} is not allowed.",
+            hint=f"{method} takes {counts}: whole numbers from 1{zero}.",
+        )

@@ -1,1 +1,0 @@
-"""Groups of units that go together, their constraints and their barriers."""

@@ -1,0 +1,559 @@
+"""Criteria: pure functions from arrays to one score per channel of one slot. Arrays only.
+
+Where queries meet keys the weights are the partner's root mean square: what is multiplied with a query is a key.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import lapack
+
+from onnxprune.errors import ExtensionError
+from onnxprune.importance.statistics import Maps
+from onnxprune.plugins import Named
+
+Criterion = Callable[..., "NDArray[Any] | None"]
+"""``f(slot)``, or ``f(slot, maps)`` where it needs feature maps: scores [channels] of one slot, higher matters more;
+None where the criterion has nothing to say about the slot."""
+
+ENTRY_POINT = "onnxprune.importance.criteria"
+_named: Named[Criterion] = Named("criterion", ENTRY_POINT)
+
+
+def register(
+    name: str,
+    *,
+    reads_all: bool = False,
+    needs: Sequence[str] = (),
+    comparable: bool = False,
+    of_squares: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
+) -> Callable[[Criterion], Criterion]:
+    """Register a criterion under a name, as a decorator.
+
+    Args:
+        name: what ``--criterion`` takes.
+        reads_all: the scores depend on every weight, so that NaN in a weight shows in them.
+        needs: statistics of feature maps (see :class:`Maps`) that the criterion reads; with any, it takes two arguments
+            and is asked about contractions only. Without, what :func:`needs_of` finds.
+        comparable: scores of different layers compare as they are, so that nothing is divided out by default.
+        of_squares: the same as a function of the sum of each channel's squared weights, [channels], where the criterion
+            is one: those sums are found for all axes of a weight at once, and the criterion itself is not called.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorate(criterion: Criterion) -> Criterion:
+        _named.add(name, criterion)
+        criterion.reads_all = reads_all  # type: ignore[attr-defined]
+        criterion.comparable = comparable  # type: ignore[attr-defined]
+        criterion.of_squares = of_squares  # type: ignore[attr-defined]
+        criterion.needs = tuple(needs) or needs_of(criterion)  # type: ignore[attr-defined]
+        return criterion
+
+    return decorate
+
+
+def needs(*statistics: str) -> Callable[[Criterion], Criterion]:
+    """Say what statistics of feature maps a function reads, without registering it, as a decorator."""
+
+    def decorate(criterion: Criterion) -> Criterion:
+        criterion.needs = statistics  # type: ignore[attr-defined]
+        return criterion
+
+    return decorate
+
+
+def needs_of(criterion: Criterion) -> tuple[str, ...]:
+    """Names of the statistics that a criterion reads; empty for one that sees weights alone.
+
+    A function that nobody registered or marked needs ``moments`` if it takes two arguments, nothing if it takes one.
+    """
+    said = getattr(criterion, "needs", None)
+    if said is not None:
+        return tuple(said)
+    try:
+        parameters = list(inspect.signature(criterion).parameters.values())
+    except (TypeError, ValueError):  # builtins and compiled functions may not tell
+        return ()
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in parameters if p.kind in by_position and p.default is p.empty]
+    taken = [p for p in parameters if p.kind in by_position or p.kind is p.VAR_POSITIONAL]
+    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if len(required) > 2 or not taken or named:
+        raise ExtensionError(
+            f"The criterion {getattr(criterion, '__name__', criterion)!r} cannot be called with a slot and maps",
+            hint="It takes one argument, a slot, or two, a slot and the maps in front of it.",
+        )
+    return ("moments",) if len(required) > 1 else ()
+
+
+def unregister(name: str) -> None:
+    """Forget a criterion, so that another can take its name."""
+    _named.remove(name)
+
+
+def get(name: str) -> Criterion:
+    """The criterion of that name.
+
+    Raises:
+        UsageError: there is none; the nearest name is suggested.
+    """
+    return _named.get(name)
+
+
+def names() -> list[str]:
+    """All criteria, sorted."""
+    return _named.names()
+
+
+@dataclass(slots=True)
+class Slot:
+    """One weight seen from one group of units.
+
+    Attributes:
+        tensor: name of the weight.
+        axis: the axis (of a grid: its pack axis) along which channels lie.
+        blocks: the weight as [before, channels, after], a view where possible.
+        role: (operator, input position) pairs of the nodes that read the weight.
+        units: unit of every channel, [channels], numbers from 0.
+        size: number of units in the group.
+        seed: the run's seed and the group's number, for criteria that draw; see ``rng``.
+        maps: statistics of the feature maps that the weight is multiplied with, for criteria that need them; else None.
+            ``blocks`` is then the weight of one contraction as [1, channels, taps * outputs], taps (the positions of a
+            kernel) outermost, and ``maps["gram"]`` has ``parts`` (convolution groups) blocks of ``channels / parts *
+            taps`` columns, taps innermost; or, where that would be too large, of ``channels / parts`` columns.
+        taps: positions of the contraction's kernel, 1 for a matrix product.
+        classes: units that may stand in for each other (a head, a convolution group) have the same class, [channels].
+        pairs: the other operand is no weight but an activation (queries with keys): ``blocks`` [1, channels, 1] then
+            holds the root mean square of its channels.
+    """
+
+    tensor: str
+    axis: int
+    blocks: NDArray[Any]
+    role: Sequence[tuple[str, int]]
+    units: NDArray[np.int64]
+    size: int
+    seed: Sequence[int] = (0,)
+    maps: Maps | None = None
+    taps: int = 1
+    classes: NDArray[np.int64] | None = None
+    pairs: bool = False
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A generator that is the same for every slot of a group, so that a unit draws the same number everywhere."""
+        return np.random.default_rng(list(self.seed))
+
+    @property
+    def matrix(self) -> NDArray[Any]:
+        """The weight as [channels, features]: a row per channel. A copy unless channels come first."""
+        before, channels, after = self.blocks.shape
+        if before == 1:
+            return self.blocks.reshape(channels, after)
+        return self.blocks.transpose(1, 0, 2).reshape(channels, before * after)
+
+    def reads(self, op: str, position: int) -> bool:
+        """Whether some ``op`` node takes the weight as input ``position``."""
+        return (op, position) in self.role
+
+
+__all__ = [
+    "Criterion",
+    "Maps",
+    "Slot",
+    "get",
+    "names",
+    "needs",
+    "needs_of",
+    "register",
+    "unregister",
+]
+
+
+@register("l1", reads_all=True)
+def l1(slot: Slot) -> NDArray[Any]:
+    """Sum of absolute weights, sum_f |W_cf|. Shape [channels].
+
+    Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017.
+    """
+    return np.asarray(np.abs(slot.blocks).sum(axis=(0, 2)))
+
+
+@register("l2", reads_all=True, of_squares=np.sqrt)
+def l2(slot: Slot) -> NDArray[Any]:
+    """Euclidean norm, sqrt(sum_f W_cf^2). Shape [channels]."""
+    return np.asarray(np.sqrt(np.einsum("pcf,pcf->c", slot.blocks, slot.blocks)))
+
+
+@register("gm", reads_all=True)
+def gm(slot: Slot) -> NDArray[Any]:
+    """Distance to all other channels, sum_j ||W_c - W_j||: near the geometric median means replaceable.
+
+    He et al., Filter Pruning via Geometric Median, CVPR 2019, section 3.2. Distances come from one matrix product:
+    ||a - b||^2 = ||a||^2 + ||b||^2 - 2ab. Shape [channels].
+    """
+    matrix = np.asarray(slot.matrix, dtype=np.float64)
+    matrix = matrix - matrix.mean(axis=0)
+    square = np.einsum("cf,cf->c", matrix, matrix)
+    distance = square[:, None] + square[None, :] - 2.0 * (matrix @ matrix.T)
+    np.fill_diagonal(distance, 0.0)
+    return np.asarray(np.sqrt(np.maximum(distance, 0.0)).sum(axis=1))
+
+
+@register("lamp", reads_all=True)
+def lamp(slot: Slot) -> NDArray[Any]:
+    """Squared weights over all that are not smaller, sum_f W_cf^2 / sum_{|v| >= |W_cf|} v^2. Shape [channels].
+
+    The largest weight of a tensor gets 1, so scores compare between layers.
+    Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021.
+    """
+    square = np.square(slot.blocks, dtype=np.float64).ravel()
+    order = np.argsort(square)
+    ascending = square[order]
+    # Summed from the largest down; of equal weights the first has them all in its sum.
+    above = np.cumsum(ascending[::-1])[::-1]
+    starts = np.flatnonzero(np.diff(ascending, prepend=-1.0))
+    above = np.repeat(above[starts], np.diff(starts, append=ascending.size))
+    square[order] = np.divide(ascending, above, out=np.zeros_like(above), where=above != 0)
+    return np.asarray(square.reshape(slot.blocks.shape).sum(axis=(0, 2)))
+
+
+@register("bn")
+def bn(slot: Slot) -> NDArray[Any] | None:
+    """Absolute BatchNorm scale |gamma_c|. Shape [channels]; other slots: None.
+
+    Liu et al., Network Slimming, ICCV 2017.
+    """
+    return np.abs(slot.blocks).sum(axis=(0, 2)) if slot.reads("BatchNormalization", 1) else None
+
+
+@register("random")
+def random(slot: Slot) -> NDArray[Any]:
+    """A seeded uniform number per unit: the baseline that every other criterion must beat. Shape [channels]."""
+    return slot.rng.random(slot.size)[slot.units]
+
+
+Scores = NDArray[Any] | None
+
+
+@register("nuclear", needs=("nuclear",))
+def nuclear(slot: Slot, maps: Maps) -> Scores:
+    """Nuclear norm ||X_c||_* of a channel's maps, a matrix [samples, positions]: its energy. Shape [channels].
+
+    Yeom et al., Toward Compact Deep Neural Networks via Energy-Aware Pruning, 2021.
+    """
+    return maps.get("nuclear")
+
+
+@register("hrank", needs=("rank",))
+def hrank(slot: Slot, maps: Maps) -> Scores:
+    """Mean rank of a channel's map [height, width]. Shape [channels]; maps without two axes of space: None.
+
+    Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020.
+    """
+    return maps.get("rank")
+
+
+@register("apoz", needs=("active",))
+def apoz(slot: Slot, maps: Maps) -> Scores:
+    """1 - average percentage of zeros, the share of activations that are not 0. Shape [channels].
+
+    Hu et al., Network Trimming: A Data-Driven Neuron Pruning Approach, 2016.
+    """
+    return maps.get("active")
+
+
+@register("activation", needs=("magnitude",))
+def activation(slot: Slot, maps: Maps) -> Scores:
+    """Mean magnitude E|x_c| of a channel's activations. Shape [channels].
+
+    Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, ICLR 2017.
+    """
+    return maps.get("magnitude")
+
+
+@register("variance", needs=("mean", "square"), reads_all=True)
+def variance(slot: Slot, maps: Maps) -> Scores:
+    """Fluctuation Var(x_c) * sum_f W_cf^2: what is left when a bias replaces the channel. Shape [channels].
+
+    An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models (FLAP), AAAI 2024.
+    """
+    if "mean" not in maps or "square" not in maps:
+        return None
+    return np.asarray(maps.variance * np.square(slot.blocks, dtype=np.float64).sum(axis=(0, 2)))
+
+
+@register("wanda", needs=("square",), reads_all=True)
+def wanda(slot: Slot, maps: Maps) -> Scores:
+    """Weights times the norm of what they are multiplied with, sum_f |W_cf| * sqrt(E x_c^2). Shape [channels].
+
+    Sun et al., A Simple and Effective Pruning Approach for Large Language Models (Wanda), ICLR 2024, summed
+    over a channel's weights.
+    """
+    if "square" not in maps:
+        return None
+    return np.asarray(np.sqrt(maps["square"]) * np.abs(slot.blocks).sum(axis=(0, 2), dtype=np.float64))
+
+
+@register("cosine", needs=("similarity",))
+def cosine(slot: Slot, maps: Maps) -> NDArray[Any] | None:
+    """Novelty of a map: 1 - max_j |cos(x_c, x_j)| over the channels j that are stronger. Shape [channels].
+
+    Stronger means a larger mean square, then a lower index, so that of two equal channels one stays; channels of one
+    unit go together and are no stand-in for each other. The strongest has 1, a dead channel 0. A form of redundancy
+    pruning as in Ayinde & Zurada, Building Efficient ConvNets using Redundant Feature Pruning, ICLR workshop 2018, on
+    feature maps in place of filters.
+    """
+    if "similarity" not in maps:
+        return None
+    square = np.diagonal(maps["similarity"])
+    place = np.empty(square.size, dtype=np.int64)
+    place[np.argsort(-square, kind="stable")] = np.arange(square.size)
+    return _novelty(maps["similarity"], (place[None, :] < place[:, None]) & _apart(slot.units))
+
+
+@register("snp", needs=("similarity", "square"))
+def snp(slot: Slot, maps: Maps) -> NDArray[Any] | None:
+    """How much attention changes without a dimension. Shape [channels]; slots outside attention: None.
+
+    Queries and keys: ||q_i|| ||k_i||, the dimension's part of the attention scores. Values, where there are several
+    heads: 1 - max_j |cos(v_i, v_j)| over the dimensions j of other heads, 0 for a dead one.
+    Shim et al., SNP: Structured Neuron-level Pruning to Preserve Attention Scores, ECCV 2024.
+    """
+    if slot.pairs:
+        if "square" not in maps:
+            return None
+        partner = np.abs(slot.blocks).sum(axis=(0, 2), dtype=np.float64)
+        return np.asarray(np.sqrt(maps["square"]) * partner)
+    if slot.classes is None or np.unique(slot.classes).size < 2 or "similarity" not in maps:
+        return None
+    return _novelty(maps["similarity"], _apart(slot.classes))
+
+
+def _apart(owner: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which two channels have different owners, [channels, channels]."""
+    return np.asarray(owner[:, None] != owner[None, :])
+
+
+def _novelty(similarity: NDArray[np.float64], rivals: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """1 - the largest |cosine| of each channel with its rivals, [channels]; 1 without any, 0 for a dead channel."""
+    norm = np.sqrt(np.diagonal(similarity))
+    scale = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
+    alike = np.abs(similarity) * scale[:, None]
+    alike *= scale
+    alike *= rivals
+    return np.where(norm > 0, np.maximum(1.0 - alike.max(axis=1), 0.0), 0.0)
+
+
+DAMPING = 1e-3
+"""Of the mean diagonal: far above the rounding of a Gram matrix, far below what a channel in use measures."""
+
+PIECE = 1 << 22
+"""Elements of stacked blocks at a time."""
+
+
+@register("obs", needs=("gram", "square"), reads_all=True)
+def obs(slot: Slot, maps: Maps) -> NDArray[Any] | None:
+    """Error after the best correction, tr(W_S^T ([H^-1]_SS)^-1 W_S) of a unit S, shared by its channels. [channels].
+
+    H = E[x x^T] + 1e-3 mean(diag) I over the columns of the contraction's input, S the columns of a unit; columns that
+    are 0 on all data add nothing. Where the Gram matrix has no taps, every tap is a further output. Queries and keys
+    have no weights to correct: E[q_i^2] E[k_i^2], the energy of their product.
+    Hassibi & Stork, Second Order Derivatives for Network Pruning, NeurIPS 1992; by units: Kurtic et al., ZipLM,
+    NeurIPS 2023.
+    """
+    if slot.pairs:
+        if "square" not in maps:
+            return None
+        return np.asarray(maps["square"] * np.square(slot.blocks, dtype=np.float64).sum(axis=(0, 2)))
+    if "gram" not in maps:
+        return None
+    gram = maps["gram"]
+    parts, n, _ = gram.shape
+    per_channel = parts * n // slot.units.size
+    weights = slot.blocks.reshape(parts, n, -1)
+    damping = DAMPING * float(np.mean(np.einsum("pii->pi", gram)))
+    owner = np.repeat(slot.units.reshape(parts, -1), per_channel, axis=1)
+    total = np.zeros(slot.size)
+    if damping > 0:
+        for part in range(parts):
+            _add_part(total, gram[part], weights[part], owner[part], damping)
+    return np.asarray((total / np.maximum(np.bincount(slot.units, minlength=slot.size), 1))[slot.units])
+
+
+def _add_part(
+    total: NDArray[np.float64],
+    gram: NDArray[np.float64],
+    weights: NDArray[Any],
+    owner: NDArray[np.int64],
+    damping: float,
+) -> None:
+    """Add the errors of the units of one part, gram [n, n], weights [n, outputs], owner [n]."""
+    inverse = _inverse(gram, damping)
+    used = np.diagonal(gram) > 0
+    for units, columns in units_by_columns(owner):
+        for some in _runs(units.size, columns.shape[1] * max(columns.shape[1], weights.shape[1])):
+            at = columns[some]
+            # Of the inverse only the lower triangle is there, and columns ascend.
+            lower = np.tril(inverse[at[:, :, None], at[:, None, :]])
+            block = lower + np.tril(lower, -1).swapaxes(1, 2)
+            mine = weights[at] * used[at][:, :, None]
+            total[units[some]] += np.einsum("kco,kco->k", mine, np.linalg.solve(block, mine.astype(np.float64)))
+
+
+def _inverse(gram: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
+    """Lower triangle of the inverse of gram + damping * I, through Cholesky: a third of the work of a general one."""
+    square = np.array(gram, dtype=np.float64, order="F")
+    square.flat[:: square.shape[0] + 1] += damping
+    factor, failed = lapack.dpotrf(square, lower=1, overwrite_a=1)
+    if not failed:
+        factor, failed = lapack.dpotri(factor, lower=1, overwrite_c=1)
+    if failed:  # rounding made it indefinite: a Gram matrix that was not accumulated here, or a damping far too small
+        return np.asarray(np.linalg.pinv(gram + damping * np.eye(gram.shape[0]), hermitian=True))
+    return np.asarray(factor)
+
+
+def units_by_columns(owner: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(units, their columns [units, count]) for every number of columns that units have."""
+    order = np.argsort(owner, kind="stable")
+    present, first, counts = np.unique(owner[order], return_index=True, return_counts=True)
+    for count in np.unique(counts):
+        these = counts == count
+        yield present[these], order[first[these][:, None] + np.arange(count)]
+
+
+def _runs(size: int, each: int) -> Iterator[slice]:
+    """Slices of ``size`` things of ``each`` elements that keep within ``PIECE``."""
+    step = max(1, PIECE // max(1, each))
+    for start in range(0, size, step):
+        yield slice(start, start + step)
+
+
+Real = NDArray[np.float64]
+
+# So many units of a group go one at a time; of larger groups this share goes at once.
+_ROUNDS = 128
+
+
+@register("ziplm", needs=("gram", "square"), reads_all=True, comparable=True)
+def ziplm(slot: Slot, maps: Maps) -> NDArray[Any] | None:
+    """Error that each unit adds when units go weakest first, all other weights corrected in between. [channels].
+
+    tr(W_S^T ([H^-1]_SS)^-1 W_S) of the next unit S, then W -= H^-1_:S ([H^-1]_SS)^-1 W_S and likewise H^-1, H the
+    covariance of the columns (biases are corrected too) plus 1e-3 of its mean diagonal, products of different columns
+    shrunk by rows / (rows + columns), since what few rows show need not hold. A unit never counts less than one removed
+    before it. Two units that say the same do not both go, as they do under ``obs``. Relative to the square root of the
+    contraction's output energy, so that layers compare. Kurtic et al., ZipLM, NeurIPS 2023, section 3.1.
+    """
+    if slot.pairs:
+        product = obs(slot, maps)
+        return None if product is None else product / np.sqrt(max(float(product.sum()), 1e-300))
+    if "gram" not in maps:
+        return None
+    gram, mean = maps["gram"], maps["column_mean"]
+    parts, n, _ = gram.shape
+    weights = slot.blocks.reshape(parts, n, -1).astype(np.float64)
+    owner = np.repeat(slot.units.reshape(parts, -1), parts * n // slot.units.size, axis=1)
+    covariance = gram - mean[:, :, None] * mean[:, None, :]
+    # Seen few times, columns seem to make up for each other: what they have in common is believed less.
+    believed = _belief(maps, n)
+    covariance = believed * covariance + (1.0 - believed) * covariance * np.eye(n)
+    energy = float(np.einsum("pno,pno->", weights, covariance @ weights))
+    power = np.einsum("pii->pi", covariance)
+    weights[power <= 1e-12 * power.max(initial=0.0)] = 0.0  # columns that never change are the bias' to correct
+    damping, total = DAMPING * float(power.mean()), np.zeros(slot.size)
+    for part in range(parts if damping > 0 else 0):
+        total += eliminate(covariance[part], weights[part], owner[part], slot.size, damping)
+    total /= np.sqrt(energy) if energy > 0 else 1.0
+    return np.asarray((total / np.maximum(np.bincount(slot.units, minlength=slot.size), 1))[slot.units])
+
+
+def _belief(maps: Maps, columns: int) -> float:
+    """Share of the products of different columns that is kept: rows / (rows + columns).
+
+    Rows of a sample lie side by side and say much the same: of so many rows of one, their root counts.
+    """
+    rows = float(maps["rows"]) if "rows" in maps else 0.0
+    if not rows:
+        return 1.0
+    counted = np.sqrt(rows * min(max(maps.samples, 1), rows))
+    return float(counted / (counted + columns))
+
+
+def corrected(maps: Maps, weights: Real, gone: NDArray[np.bool_], *, biased: bool) -> tuple[Real, Real]:
+    """Weights that make up for columns that go, W_K + (H_KK)^-1 H_KR W_R and 0, and the biases to add.
+
+    H as in :func:`ziplm`; of the columns as they are where there is no bias to add.
+
+    Args:
+        maps: ``gram``, ``column_mean`` and ``rows`` of the contraction. weights: [parts, n, outputs].
+        gone: columns that go, [parts, n]. biased: whether the contraction has biases.
+    """
+    gram, mean = maps["gram"], maps["column_mean"]
+    parts, n, outputs = weights.shape
+    result, shift = np.where(gone[:, :, None], 0.0, weights), np.zeros((parts, outputs))
+    believed = _belief(maps, n)
+    for part in np.flatnonzero(gone.any(axis=1)):
+        lost, kept = np.flatnonzero(gone[part]), np.flatnonzero(~gone[part])
+        products = gram[part] - np.outer(mean[part], mean[part]) if biased else gram[part]
+        power = float(np.trace(products)) / n
+        if kept.size and power > 0:
+            block = believed * products[np.ix_(kept, kept)]
+            block.flat[:: kept.size + 1] = np.diagonal(products)[kept] + DAMPING * power
+            across = believed * products[np.ix_(kept, lost)] @ weights[part, lost]
+            result[part, kept] += np.linalg.solve(block, across)
+        if biased:
+            shift[part] = mean[part] @ (weights[part] - result[part])
+    return result, shift
+
+
+def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: int, damping: float) -> Real:
+    """Errors [size] that units add in the order in which they go.
+
+    Args:
+        covariance: [n, n]. weights: [n, outputs]. owner: unit of every column, [n].
+        damping: added to the diagonal.
+    """
+    scores, left = np.zeros(size), list(units_by_columns(owner))
+    inverse = np.asarray(np.linalg.inv(covariance + damping * np.eye(len(covariance))), np.float64)
+    weights, highest = weights.copy(), 0.0
+    while left:
+        errors = [_errors(inverse, weights, columns) for _, columns in left]
+        count = max(1, sum(u.size for u, _ in left) // _ROUNDS)
+        limit = np.partition(np.concatenate(errors), count - 1)[count - 1]
+        gone = [np.flatnonzero(e <= limit)[:count] for e in errors]
+        columns = np.concatenate([c[g].ravel() for (_, c), g in zip(left, gone, strict=True)])
+        for (units, _), own, chosen in zip(left, errors, gone, strict=True):
+            scores[units[chosen]] = np.maximum(own[chosen], highest)
+        highest = max(highest, float(limit))
+        _remove(inverse, weights, columns)
+        kept = [(np.delete(u, g), np.delete(c, g, axis=0)) for (u, c), g in zip(left, gone, strict=True)]
+        left = [(u, c) for u, c in kept if u.size]
+    return scores
+
+
+def _errors(inverse: Real, weights: Real, columns: NDArray[np.int64]) -> Real:
+    """Error that each unit [k] with columns [k, c] would add now."""
+    mine = weights[columns]
+    solved = np.linalg.solve(inverse[columns[:, :, None], columns[:, None, :]], mine)
+    return np.asarray(np.einsum("kco,kco->k", mine, solved))
+
+
+def _remove(inverse: Real, weights: Real, columns: NDArray[np.int64]) -> None:
+    """Correct the other weights for columns that go, and take them out of the inverse, in place."""
+    across = inverse[:, columns]
+    block = inverse[np.ix_(columns, columns)]
+    solved = np.linalg.solve(block, np.concatenate([weights[columns], across.T], axis=1))
+    weights -= across @ solved[:, : weights.shape[1]]
+    inverse -= across @ solved[:, weights.shape[1] :]
+    weights[columns] = 0.0
+    inverse[columns] = 0.0
+    inverse[:, columns] = 0.0

@@ -1,0 +1,280 @@
+"""Scores: run a criterion over slots, make the scores comparable, add them up to units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.errors import ExtensionError, ModelError, OnnxpruneError, UsageError, argument
+from onnxprune.importance.criteria import Criterion, Slot
+from onnxprune.importance.slots import Placed, Squares, Viewed
+from onnxprune.labels.label import Ids
+
+Array = NDArray[np.float64]
+
+
+def normalize(scores: NDArray[Any], method: str) -> Array:
+    """Scores [channels] of one weight after normalisation; constant scores stay finite.
+
+    Args:
+        scores: higher matters more.
+        method: ``none``; ``mean``: divided by the mean absolute score; ``root``: divided by the square root of the sum
+            of absolute scores, half-way between ``none`` and ``tss``; ``standard``: less the mean, divided by the
+            standard deviation; ``tss``: divided by the sum of absolute scores (total-sum scaling); ``linear``: from 0
+            to 1 between the least and the largest; ``softmax``: exponentials that sum to 1.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    return _METHODS[method](values) if values.size else values
+
+
+def _ratio(values: Array, scale: float) -> Array:
+    return values / scale if scale > 0 else values
+
+
+def _softmax(values: Array) -> Array:
+    grown = np.exp(values - values.max())
+    return np.asarray(grown / grown.sum())
+
+
+_METHODS: dict[str, Callable[[Array], Array]] = {
+    "none": lambda v: v,
+    "mean": lambda v: _ratio(v, float(np.add.reduce(np.abs(v))) / v.size),
+    "root": lambda v: _ratio(v, float(np.sqrt(np.abs(v).sum()))),
+    "standard": lambda v: _ratio(v - v.mean(), float(v.std())),
+    "tss": lambda v: _ratio(v, float(np.abs(v).sum())),
+    "linear": lambda v: _ratio(v - v.min(), float(np.ptp(v))),
+    "softmax": _softmax,
+}
+
+
+class Part(NamedTuple):
+    """Scores [channels] of one weight, the unit of every channel, and where the weight stands: larger is later."""
+
+    units: Ids
+    scores: Array
+    place: tuple[int, ...] = (0,)
+
+
+def combine(parts: Sequence[Part], size: int, policy: str) -> Array:
+    """One score per unit, [size]; units that no part says anything about get the mean of the others.
+
+    Args:
+        parts: at least one. size: units of the group.
+        policy: ``sum``, ``average`` or ``max`` of all scores that a unit has; ``backward``: the sum of those it has in
+            the last part that knows the unit.
+    """
+    units = np.concatenate([p.units for p in parts])
+    scores = np.concatenate([p.scores for p in parts])
+    count = np.bincount(units, minlength=size)
+    if policy == "backward":
+        result = np.zeros(size)
+        for part in sorted(parts, key=lambda p: p.place):
+            own = np.bincount(part.units, weights=part.scores, minlength=size)
+            present = np.unique(part.units)
+            result[present] = own[present]
+    elif policy == "max":
+        result = np.full(size, -np.inf)
+        np.maximum.at(result, units, scores)
+    else:
+        result = np.bincount(units, weights=scores, minlength=size).astype(np.float64, copy=False)
+        if policy == "average":
+            result = result / np.maximum(count, 1)
+    if units.size and np.count_nonzero(count) < size:
+        result[count == 0] = result[count > 0].mean()
+    return result
+
+
+def columns(classes: Ids, steps: int) -> Ids:
+    """The column of every unit: its index among the units of its row, [units], in ``steps`` columns.
+
+    Where rows differ in length, a longer one gives several neighbouring units to a column.
+    """
+    order = np.argsort(classes, kind="stable")
+    sizes = np.bincount(classes)
+    rank = np.empty(classes.size, dtype=np.int64)
+    rank[order] = np.arange(classes.size) - (np.cumsum(sizes) - sizes)[classes[order]]
+    return np.asarray(rank // (sizes // steps)[classes])
+
+
+def over_columns(scores: Array, classes: Ids, steps: int, policy: str) -> Array:
+    """Scores [units] of a group with several rows under a grid's policy: units of a column get the same score.
+
+    Args:
+        policy: ``sum`` or ``average`` over the column; ``count``: every row for itself, the scores as they are.
+    """
+    if policy not in ("sum", "average") or not (classes != classes[0]).any():
+        return scores
+    column = columns(classes, steps)
+    total = np.bincount(column, weights=scores).astype(np.float64)
+    if policy == "average":
+        total /= np.bincount(column)
+    return np.asarray(total[column])
+
+
+V = TypeVar("V", bound=Viewed)
+
+NEEDS: dict[str, str] = {
+    "bn": "'bn' needs BatchNormalization nodes behind the channels; try 'l2' or 'gm'.",
+    "hrank": "'hrank' needs feature maps with two spatial axes, as convolutions have; try 'l2' or 'wanda'.",
+    "nuclear": "'nuclear' needs feature maps with more than one value per channel; try 'l2' or 'wanda'.",
+    "snp": "'snp' needs attention heads, queries that are multiplied with keys; try 'l2' or 'wanda'.",
+    "cosine": "'cosine' needs feature maps of at least two channels in front of a contraction; try 'l2' or 'gm'.",
+    **{
+        name: f"{name!r} needs channels that a floating-point weight multiplies; try 'l2', 'gm' or 'activation'."
+        for name in ("wanda", "obs", "variance")
+    },
+}
+"""What the criteria that are picky about layers look for."""
+
+
+class Scored(NamedTuple):
+    """What a criterion said about one slot: raw scores [channels] of group ``group``."""
+
+    group: int
+    tensor: str
+    units: Ids
+    scores: Array
+    rank: int = 0
+    place: tuple[int, ...] = (0,)
+
+
+def scored(slots: Iterable[Placed[V]], criterion: Callable[[V], NDArray[Any] | None]) -> list[Scored]:
+    """Raw scores of every slot that the criterion has something to say about.
+
+    Matrices decide where there are any; vectors (biases, BatchNorm) only where there are none, unless the criterion
+    itself picks its slots.
+
+    Raises:
+        ModelError: a weight holds NaN or infinity.
+        UsageError: the criterion gives scores of another shape, or that are not finite.
+    """
+    found: list[Scored] = []
+    ranks: dict[int, int] = {}
+    for placed in slots:
+        slot = placed.slot
+        raw = _asked(criterion, slot)
+        if raw is None:
+            continue
+        if raw.shape != slot.units.shape:
+            raise UsageError(
+                f"The criterion returned shape {raw.shape} for {slot.tensor!r}, {slot.units.shape} was expected.",
+                hint="A criterion returns one score per channel of the slot.",
+            )
+        _refuse_nan(criterion, slot, raw)
+        ranks[placed.group] = max(ranks.get(placed.group, 0), placed.rank)
+        if placed.rank == ranks[placed.group]:
+            scores = np.asarray(raw, dtype=np.float64)
+            found.append(Scored(placed.group, slot.tensor, slot.units, scores, placed.rank, placed.place))
+    return [item for item in found if item.rank == ranks[item.group]]
+
+
+def _asked(criterion: Callable[[V], NDArray[Any] | None], slot: V) -> NDArray[Any] | None:
+    """What a criterion says about a slot.
+
+    Raises:
+        ExtensionError: it raises, or what it returns are no numbers.
+    """
+    try:
+        raw = criterion(slot)
+        if raw is None:
+            return None
+        scores = np.asarray(raw)
+        if scores.dtype.kind in "OSUM":
+            raise TypeError(f"it returned {scores.dtype} in place of numbers")
+        return scores
+    except (OnnxpruneError, MemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) or "no message"
+        raise ExtensionError(
+            f"The criterion {getattr(criterion, '__name__', 'of the caller')} failed for {slot.tensor!r}: "
+            f"{type(error).__name__}: {said}",
+            hint="It is called with a slot (and maps, where it takes two arguments) and returns a number per channel.",
+        ) from error
+
+
+def without(items: Iterable[Scored], gone: Mapping[int, NDArray[np.bool_]]) -> list[Scored]:
+    """The scores less those of units that are gone, {group: mask over its units}."""
+    kept = []
+    for item in items:
+        mask = gone.get(item.group)
+        if mask is not None and mask[item.units].any():
+            alive = ~mask[item.units]
+            item = Scored(item.group, item.tensor, item.units[alive], item.scores[alive], item.rank, item.place)
+        if item.units.size:
+            kept.append(item)
+    return kept
+
+
+def unit_scores(items: Sequence[Scored], sizes: Mapping[int, int], method: str, policy: str) -> dict[int, Array]:
+    """Scores [units] of every group that some slot says something about, by group id.
+
+    Args:
+        items: raw scores. sizes: units of each group. method: see ``normalize``. policy: see ``combine``.
+    """
+    parts: dict[int, list[Part]] = {}
+    for item in items:
+        parts.setdefault(item.group, []).append(Part(item.units, normalize(item.scores, method), item.place))
+    return {number: combine(found, sizes[number], policy) for number, found in parts.items()}
+
+
+def all_constant(items: Sequence[Scored]) -> bool:
+    """Whether no slot tells its channels apart."""
+    telling = [x for x in items if x.scores.size > 1]
+    return bool(telling) and all(np.ptp(x.scores) == 0 for x in telling)
+
+
+def nothing_to_say(name: str) -> UsageError:
+    """The error for a criterion that applies to none of the groups."""
+    return UsageError(
+        f"The criterion {name!r} applies to no layer of the model.",
+        hint=NEEDS.get(name, "Another criterion may: 'l2' and 'gm' have a score for every weight."),
+    )
+
+
+def needs_data(name: str) -> UsageError:
+    """The error for a criterion that looks at feature maps where there is nothing to run the model on."""
+    return UsageError(
+        f"{argument('criterion')} {name} needs data: it scores channels by what flows through them.",
+        hint=f"Give inputs with {argument('data')}, or take a criterion that reads weights, such as l2.",
+    )
+
+
+def _refuse_nan(criterion: Callable[..., Any], slot: Viewed, scores: NDArray[Any]) -> None:
+    """NaN or infinity in a weight shows in its scores, unless the criterion does not read it all."""
+    finite = np.count_nonzero(np.isfinite(scores)) == scores.size
+    if finite and not getattr(criterion, "reads_all", False):
+        finite = bool(np.isfinite(slot.blocks).all())
+    if not finite and not np.isfinite(slot.blocks).all():
+        raise ModelError(
+            f"Weight {slot.tensor!r} holds NaN or infinity.",
+            hint="Scores would be meaningless; export the model again.",
+        )
+    if not finite:
+        raise UsageError(f"The criterion gave NaN or infinity for {slot.tensor!r}.", hint="Scores must be finite.")
+
+
+def by_maps(criterion: Criterion) -> Callable[[Slot], NDArray[Any] | None]:
+    """A criterion of two arguments as a function of a slot that carries its maps."""
+
+    def of_slot(slot: Slot) -> NDArray[Any] | None:
+        return criterion(slot, slot.maps)
+
+    of_slot.reads_all = getattr(criterion, "reads_all", False)  # type: ignore[attr-defined]
+    return of_slot
+
+
+def by_squares(criterion: Criterion) -> Callable[[Squares], NDArray[Any]] | None:
+    """A criterion as a function of sums of squares; None where it is none."""
+    of_squares: Callable[[NDArray[Any]], NDArray[Any]] | None = getattr(criterion, "of_squares", None)
+    if of_squares is None:
+        return None
+
+    def of_slot(slot: Squares) -> NDArray[Any]:
+        return of_squares(slot.sums)
+
+    of_slot.reads_all = True  # type: ignore[attr-defined]
+    return of_slot

@@ -1,0 +1,627 @@
+"""Weights and feature maps as criteria see them: one slot per tensor and group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.groups import Group, Units
+from onnxprune.channels.survivors import After
+from onnxprune.errors import ModelError
+from onnxprune.graph.canonical import weight_of
+from onnxprune.graph.cost import constant_source, multiplies
+from onnxprune.graph.view import Graph, Node
+from onnxprune.importance.criteria import Slot
+from onnxprune.importance.statistics import Maps
+from onnxprune.io.elements import aligned, raw
+from onnxprune.labels.label import Ids, Label
+from onnxprune.operators.context import Step, Table
+from onnxprune.operators.contractions import Form
+from onnxprune.operators.registry import Read, lookup, rule_of
+
+
+def is_setting(graph: Graph, name: str) -> bool:
+    """Whether a weight is only read as scale, zero point or order of codes, and says nothing by itself."""
+    readers = graph.consumers.get(name, ())
+    return bool(readers) and all(i in rule_of(node).settings for node, i in readers)
+
+
+def real_values(graph: Graph, name: str, codes: NDArray[Any]) -> NDArray[Any]:
+    """The weight ``name`` as numbers, float32, by the first node that reads it as codes.
+
+    Codes whose scale or zero point is not a constant, and weights that no such node reads, are returned as they are.
+    """
+    for node, position in graph.consumers.get(name, ()):
+        numbers = _numbers(graph, node, position, codes)
+        if numbers is not None:
+            return numbers
+    return codes
+
+
+def numbers_at(graph: Graph, node: Node, position: int) -> NDArray[Any] | None:
+    """The weight at an input of a node, codes as the numbers that they stand for; None for activations."""
+    value = weight_of(graph, node.inputs[position])
+    if value is None:
+        return None
+    numbers = _numbers(graph, node, position, value)
+    return value if numbers is None else numbers
+
+
+def _numbers(graph: Graph, node: Node, position: int, codes: NDArray[Any]) -> NDArray[Any] | None:
+    """The numbers that codes stand for at an input of a node; None where it reads no codes there."""
+    try:
+        return rule_of(node).numbers(node, position, codes, _constants(graph, node))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the scale or zero point of node {node.label!r} ({node.op}) does not fit {node.inputs[position]!r} "
+            f"{list(codes.shape)}: {error}",
+            hint="The file is damaged; export it again.",
+        ) from error
+
+
+def decoder(graph: Graph, node: Node, position: int) -> Callable[[NDArray[Any]], NDArray[Any]] | None:
+    """What turns values of an activation that a node reads as codes into numbers; None where they are numbers."""
+    read, rule = _constants(graph, node), rule_of(node)
+    if rule.numbers(node, position, np.zeros((1,) * 4, np.float32), read) is None:
+        return None
+
+    def decode(codes: NDArray[Any]) -> NDArray[Any]:
+        numbers = rule.numbers(node, position, codes, read)
+        return codes if numbers is None else numbers
+
+    return decode
+
+
+def _constants(graph: Graph, node: Node) -> Read:
+    def read(i: int) -> NDArray[Any] | None:
+        name = node.inputs[i] if 0 <= i < len(node.inputs) else ""
+        return weight_of(graph, name) if name else None
+
+    return read
+
+
+class Targets:
+    """The wanted group and the unit that every component counts for, -1 where none: its own, or the row it lies in."""
+
+    def __init__(self, units: Units, groups: Iterable[Group]) -> None:
+        self.group = np.full(units.frozen.size, -1, dtype=np.int64)
+        self.unit = np.full(units.frozen.size, -1, dtype=np.int64)
+        for group in groups:
+            self.group[group.units] = group.id
+            self.unit[group.units] = np.arange(group.size)
+        for rows in reversed(units.atoms.rows):
+            above = units.component[rows.rows]
+            mine = self.group[above] >= 0
+            cells = units.component[rows.cells[mine]]
+            fresh = self.group[cells] < 0
+            for values in (self.group, self.unit):
+                values[cells[fresh]] = np.broadcast_to(values[above[mine]][:, None], cells.shape)[fresh]
+
+
+Mask = NDArray[np.bool_]
+
+
+class Viewed(Protocol):
+    """What a criterion is shown of one weight: a :class:`Slot`, or what was summed up for it beforehand."""
+
+    tensor: str
+    blocks: NDArray[Any]
+    units: Ids
+
+
+V = TypeVar("V", bound=Viewed)
+
+
+class Placed(NamedTuple, Generic[V]):
+    """A slot of group ``group``. ``rank``: 2 for matrices, 1 for vectors, 0 for maps; ``place``: larger is later."""
+
+    group: int
+    slot: V
+    rank: int = 0
+    place: tuple[int, ...] = (0,)
+
+
+class Claim(NamedTuple):
+    """One label of a weight, as one group sees it: ``owner`` has the unit at each of its positions, -1 for others'."""
+
+    label: Label
+    group: Group
+    owner: Ids
+    place: tuple[int, ...]
+
+
+def weight_slots(
+    table: Table,
+    units: Units,
+    groups: Iterable[Group],
+    seed: int = 0,
+    removed: Mask | None = None,
+    placed: bool = False,
+) -> Iterator[Placed[Slot]]:
+    """Every weight from the channels of every group in ``groups``; positions of one unit are laid side by side.
+
+    Args:
+        seed: of criteria that draw.
+        removed: mask over atoms of what is gone already: it is 0 in the weights, and its units are in no slot.
+        placed: find out where in the graph each slot's units are produced (``Placed.place``).
+    """
+    for name, found in claims(table, units, groups, removed, placed):
+        array = aligned(weight_values(table, name, removed))
+        role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
+        for claim in found:
+            slot = _slot(name, claim, array, role, seed)
+            if slot is not None:
+                yield Placed(claim.group.id, slot, 2 if array.ndim > 1 else 1, claim.place)
+
+
+def claims(
+    table: Table, units: Units, groups: Iterable[Group], removed: Mask | None = None, placed: bool = False
+) -> Iterator[tuple[str, list[Claim]]]:
+    """Weights with what groups claim of them; the arguments are those of :func:`weight_slots`."""
+    wanted = {g.id: g for g in groups}
+    targets = Targets(units, wanted.values())
+    group_of, unit_of = targets.group[units.component], targets.unit[units.component]
+    for name, labels in list(table.items().items()):
+        if name not in table.graph.weights or is_setting(table.graph, name):
+            continue
+        found: list[Claim] = []
+        for label in labels:
+            numbers = label.of(group_of)
+            only = _only(numbers)
+            if only == -1:  # what no wanted group claims
+                continue
+            unit = label.of(unit_of)
+            if removed is not None:
+                numbers = np.where(label.of(removed), -1, numbers)
+                only = _only(numbers)
+            place = _place(table, name, label) if placed else (0,)
+            present = [only] if only is not None else (np.flatnonzero(np.bincount(numbers.ravel() + 1)) - 1).tolist()
+            for number in present:
+                if number >= 0:
+                    owner = unit if only is not None else np.where(numbers == number, unit, -1)
+                    found.append(Claim(label, wanted[number], owner, place))
+        if found:
+            yield name, found
+
+
+def _only(numbers: Ids) -> int | None:
+    """The number that stands everywhere, None where several do."""
+    # Most weights are small and of one group: counting what is equal takes a fraction of what min and max do.
+    first = numbers.item(0)
+    return first if np.count_nonzero(numbers == first) == numbers.size else None
+
+
+def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
+    """Where a weight stands, to be compared: in front of all others stand those whose channels leave no layer here."""
+    graph, own = table.graph, np.unique(label.ids)
+    queue, produced, read = [name], -1, -1
+    while queue:
+        for node, _ in graph.consumers.get(queue.pop(), ()):
+            read = max(read, node.index)
+            for out in node.outputs:
+                if out and any(np.isin(x.ids, own).any() for x in table.get(out)):
+                    if not multiplies(node) and constant_source(graph, out) is not None:
+                        queue.append(out)
+                    else:
+                        produced = max(produced, node.index)
+    return (1, produced) if produced >= 0 else (0, read)
+
+
+def weight_values(table: Table, name: str, removed: Mask | None) -> NDArray[Any]:
+    """A weight in a type that numpy multiplies quickly and without overflow, wherever it lies in the file's bytes."""
+    array = real_values(table.graph, name, table.graph.weights[name].read())
+    if array.dtype not in (np.float32, np.float64):
+        array = array.astype(np.float32)
+    return array if removed is None else _zeroed(array, table.get(name), removed)
+
+
+def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDArray[Any]:
+    """A weight with 0 at every position that is gone, along each of its labelled axes."""
+    for label in labels:
+        gone = label.of(removed)
+        if gone.any():
+            # Packed codes have an axis of their own behind the others.
+            gone = gone.reshape(gone.shape + (1,) * (array.ndim - gone.ndim))
+            array = np.where(gone, array.dtype.type(0), array)
+    return array
+
+
+def _slot(name: str, claim: Claim, array: NDArray[Any], role: list[tuple[str, int]], seed: int) -> Slot | None:
+    label, size, drawn = claim.label, claim.group.size, (seed, claim.group.id)
+    flat = claim.owner.ravel()
+    in_order = np.arange(size)
+    chosen = (flat >= 0).nonzero()[0]
+    if not chosen.size:
+        return None
+    runs = None if label.is_grid else runs_of(flat, chosen, in_order)
+    if runs is not None:
+        # No gather: a weight's own memory, or where runs lie side by side (queries and keys) a copy in large pieces.
+        axis, start = label.pack, chosen.item(0)
+        whole = array.reshape(math.prod(array.shape[:axis]), array.shape[axis], -1)
+        blocks = whole[:, start : start + chosen.size].reshape(len(whole) * runs, size, -1)
+        return Slot(name, axis, blocks, role, in_order, size, drawn)
+    axes = label.axes
+    rows = np.moveaxis(array, axes, range(len(axes))).reshape(flat.size, -1)
+    order = chosen[np.argsort(flat[chosen], kind="stable")]
+    who = flat[order]
+    counts = np.bincount(who, minlength=size)
+    present = np.flatnonzero(counts)
+    if (counts[present] == counts[present[0]]).all():
+        # Equally many positions per unit: all of a unit's positions are one row of features.
+        matrix = rows[order].reshape(present.size, -1)
+        return Slot(name, label.pack, matrix[None], role, present, size, drawn)
+    return Slot(name, label.pack, rows[order][None], role, who, size, drawn)
+
+
+def runs_of(flat: Ids, chosen: Ids, in_order: Ids) -> int | None:
+    """How often all units follow each other ``in_order`` where ``chosen`` [positions] is one run; else None."""
+    count, rest = divmod(chosen.size, in_order.size)
+    start = chosen.item(0)
+    if rest or chosen.item(-1) - start != chosen.size - 1:
+        return None
+    units = flat[start : start + chosen.size].reshape(count, in_order.size)
+    return count if np.count_nonzero(units == in_order) == units.size else None
+
+
+Axes = tuple[int, ...]
+# Bytes that are squared at a time: what the cache of one core holds beside other things.
+_PIECE = 1 << 20
+# Bytes up to which pieces are not worth the trouble.
+_SMALL = 1 << 16
+
+
+@dataclass(slots=True)
+class Squares:
+    """One weight seen from one group: ``sums`` [channels] of the squares of what belongs to each channel.
+
+    ``tensor``, ``units`` are those of a :class:`Slot`; ``blocks`` is the weight as it is stored.
+    """
+
+    tensor: str
+    blocks: NDArray[Any]
+    units: Ids
+    sums: NDArray[Any]
+
+
+def weight_squares(
+    table: Table, units: Units, groups: Iterable[Group], removed: Mask | None = None, placed: bool = False
+) -> Iterator[Placed[Squares]]:
+    """What :func:`~onnxprune.importance.slots.weight_slots` shows of every weight, summed up."""
+    marginals = Marginals()
+    for name, found in claims(table, units, groups, removed, placed):
+        array = weight_values(table, name, removed)
+        sums = marginals(array, {claim.label.axes for claim in found})
+        for claim in found:
+            numbers, own = _of_units(claim, sums[claim.label.axes].ravel())
+            if numbers.size:
+                yield Placed(
+                    claim.group.id, Squares(name, array, numbers, own), 2 if array.ndim > 1 else 1, claim.place
+                )
+
+
+def _of_units(claim: Claim, sums: NDArray[Any]) -> tuple[Ids, NDArray[Any]]:
+    """Units and their sums; every position by itself where they have different numbers of positions."""
+    flat, in_order = claim.owner.ravel(), np.arange(claim.group.size)
+    if flat.size == in_order.size and np.count_nonzero(flat == in_order) == flat.size:  # as nearly everywhere
+        return in_order, sums
+    chosen = (flat >= 0).nonzero()[0]
+    if not chosen.size:
+        return chosen, sums[chosen]
+    runs = runs_of(flat, chosen, in_order)
+    if runs is not None:
+        start = chosen.item(0)
+        return in_order, sums[start : start + chosen.size].reshape(runs, in_order.size).sum(axis=0)
+    order = chosen[np.argsort(flat[chosen], kind="stable")]
+    who = flat[order]
+    counts = np.bincount(who)
+    present = np.flatnonzero(counts)
+    if (counts[present] == counts[present[0]]).all():
+        return present, sums[order].reshape(present.size, -1).sum(axis=1)
+    return who, sums[order]
+
+
+class Marginals:
+    """Sums of squares over the axes of one array after another; holds the memory that pieces are squared in."""
+
+    def __init__(self) -> None:
+        self._piece, self._ones = np.empty(0, np.uint8), np.empty(0)
+
+    def __call__(self, array: NDArray[Any], wanted: Collection[Axes]) -> dict[Axes, NDArray[Any]]:
+        """sum W^2 over all axes but some, for each of these sets of axes, in their order.
+
+        The array is read once, piece by piece, wherever it lies: squared and summed up in the processor's cache.
+        """
+        with np.errstate(over="ignore"):  # infinity is what the caller looks for
+            if array.nbytes <= _SMALL or array.ndim == 1 or any(len(axes) != 1 for axes in wanted):
+                whole = np.square(aligned(array))
+                return {axes: _sum(whole, axes) for axes in wanted}
+            first = next((a for a, n in enumerate(array.shape) if n > 1), 0)
+            rows, columns = self._by_pieces(array.reshape(array.shape[first], -1))
+            columns = columns.reshape((1,) * (first + 1) + array.shape[first + 1 :])
+            return {axes: rows if axes == (first,) else _sum(columns, axes) for axes in wanted}
+
+    def _by_pieces(self, matrix: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Sums of squares along the rows, and along the columns, of a matrix."""
+        height, width = matrix.shape
+        step = min(height, max(1, _PIECE // max(1, width * matrix.itemsize)))
+        piece, ones = self._room(step, width, matrix.dtype)
+        rows, columns = np.empty(height, matrix.dtype), np.zeros(width, matrix.dtype)
+        for start in range(0, height, step):
+            part = matrix[start : start + step]
+            squares = piece[: len(part)]
+            if not part.flags.aligned:  # as plain bytes, numbers are copied from odd addresses as fast as from others
+                plain = raw(part)
+                squares.view(plain.dtype)[...] = plain
+                part = squares
+            np.square(part, out=squares)
+            np.matmul(squares, ones[:width], out=rows[start : start + len(part)])
+            columns += ones[: len(part)] @ squares
+        return rows, columns
+
+    def _room(self, height: int, width: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Memory for a matrix, and a vector of at least as many ones as either side is long."""
+        needed = height * width * dtype.itemsize
+        if self._piece.size < needed:
+            self._piece = np.empty(max(needed, _PIECE), np.uint8)
+        if self._ones.size < max(height, width) or self._ones.dtype != dtype:
+            self._ones = np.ones(max(height, width), dtype)
+        return self._piece[:needed].view(dtype).reshape(height, width), self._ones
+
+
+def _sum(array: NDArray[Any], left: Axes) -> NDArray[Any]:
+    """The array summed up over all axes but those that are left."""
+    others = tuple([a for a, n in enumerate(array.shape) if n > 1 and a not in left])
+    return np.asarray(np.add.reduce(array, axis=others)) if others else array
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One activation in front of one contraction.
+
+    Attributes:
+        node: the contraction. position: which of its inputs the activation is.
+        tensor: name of the activation. axes: its axes that channels lie along, in the channels' order.
+        label: the label that covers the summed axis.
+        form: the contraction as a matrix product; None where the other operand is an activation too.
+        partner: (tensor, axes) of that other activation.
+        where: conditions under which the contraction runs, (tensor, value); it sees nothing of other samples.
+        decode: turns values of the activation into numbers, where it holds codes.
+    """
+
+    node: Node
+    position: int
+    tensor: str
+    axes: tuple[int, ...]
+    label: Label
+    form: Form | None = None
+    partner: tuple[str, tuple[int, ...]] | None = None
+    where: tuple[tuple[str, bool], ...] = ()
+    decode: Callable[[NDArray[Any]], NDArray[Any]] | None = None
+
+    @property
+    def maps_key(self) -> Hashable:
+        """Sites with equal keys see the same feature maps."""
+        return self.tensor, self.axes, self.where
+
+    @property
+    def partner_key(self) -> Hashable:
+        """The same for the feature maps of the other activation."""
+        assert self.partner is not None
+        return *self.partner, self.where
+
+    @property
+    def columns_key(self) -> Hashable:
+        """Sites with equal keys see the same columns."""
+        return self.tensor, None if self.form is None else self.form.key, self.where
+
+    def channels(self, ids: Ids) -> Ids:
+        """An array of the label's shape as [channels]."""
+        return in_order(ids, self.axes)
+
+
+def sites(table: Table, component: Ids) -> Iterator[Site]:
+    """All sites of a graph, in graph order.
+
+    Args:
+        table: the labels. component: the unit that every atom belongs to.
+    """
+    for node in table.graph.nodes:
+        if not any(table.get(n) for n in node.inputs if n):
+            continue
+        rule = lookup(node.domain, node.op, node.version)
+        for position, axes in rule.contracted_axes(Step(node, table)):
+            name = node.inputs[position]
+            if constant_source(table.graph, name) is not None:
+                continue
+            for label in table.get(name):
+                if set(axes) & set(label.axes):
+                    site = _with_weight(table, node, position, label) or _pair(table, component, node, position, label)
+                    if site is not None:
+                        yield replace(site, where=where) if (where := table.graph.conditions(node.index)) else site
+
+
+def _with_weight(table: Table, node: Node, position: int, label: Label) -> Site | None:
+    """The site in front of a product with a weight, where the label tells all of its channels apart."""
+    shapes = [table.facts.shape(n) if n else None for n in node.inputs]
+    form = lookup(node.domain, node.op, node.version).form(node, shapes, position)
+    if form is None or constant_source(table.graph, node.inputs[form.weight]) is None:
+        return None
+    shape = shapes[position] or ()
+    if {a for a in form.axes if shape[a] != 1} != set(label.axes):
+        return None
+    name = node.inputs[position]
+    encoder = table.graph.producer.get(name)
+    if encoder is not None and rule_of(encoder).encodes and any(x is label for x in table.get(encoder.inputs[0])):
+        return Site(node, position, encoder.inputs[0], form.axes, label, form)
+    return Site(node, position, name, form.axes, label, form, decode=decoder(table.graph, node, position))
+
+
+def _pair(table: Table, component: Ids, node: Node, position: int, label: Label) -> Site | None:
+    """The site in front of a product of two activations: the same units lie in both (queries and keys)."""
+    if len(node.inputs) != 2 or label.pack != label.axes[-1]:
+        return None
+    other = node.inputs[1 - position]
+    mine = component[in_order(label.ids, label.axes)]
+    for candidate in table.get(other):
+        order = (*candidate.outer(), candidate.pack)
+        if candidate.ids.size == mine.size and np.array_equal(component[in_order(candidate.ids, order)], mine):
+            return Site(node, position, node.inputs[position], label.axes, label, None, (other, order))
+    return None
+
+
+def in_order(array: Ids, axes: tuple[int, ...]) -> Ids:
+    """An array of size 1 outside ``axes`` as a flat one, in their order."""
+    return np.transpose(array, [*axes, *(a for a in range(array.ndim) if a not in axes)]).reshape(-1)
+
+
+def surviving(after: After, label: Label) -> Ids:
+    """Positions of the label (flat, of its shape) that survive, as they lie in the cut tensor."""
+    keep = after.mask(label)
+    ids = np.arange(label.ids.size).reshape(label.ids.shape)
+    if keep is None:
+        return ids
+    kept = keep
+    for axis in label.outer():
+        alive = np.flatnonzero(kept.any(axis=tuple(a for a in range(kept.ndim) if a != axis)))
+        ids, kept = ids.take(alive, axis=axis), kept.take(alive, axis=axis)
+    width = int(kept.sum(axis=label.pack).max())
+    order = np.argsort(~kept, axis=label.pack, kind="stable").take(np.arange(width), axis=label.pack)
+    return np.take_along_axis(ids, order, axis=label.pack)
+
+
+@dataclass(slots=True)
+class CapturedMaps:
+    """Statistics by place: ``maps`` by a site's ``maps_key``, ``columns`` by its ``columns_key``."""
+
+    sites: list[Site] = field(default_factory=list)
+    samples: int = 0
+    maps: dict[Hashable, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
+    columns: dict[Hashable, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
+
+    def shortage(self) -> tuple[str, int] | None:
+        """(contraction, samples) of the place that has the fewest rows for its columns; None where all have enough.
+
+        A Gram matrix of fewer rows than columns is singular: some channels seem to follow from others by chance.
+        """
+        worst: tuple[str, int] | None = None
+        for site in self.sites:
+            found = self.columns.get(site.columns_key, {})
+            if "rows" in found and "gram" in found:
+                rows, columns = float(found["rows"]), found["gram"].shape[-1]
+                needed = int(np.ceil(self.samples * columns / max(rows, 1.0)))
+                if rows < columns and (worst is None or needed > worst[1]):
+                    worst = site.node.label, needed
+        return worst
+
+
+def map_slots(
+    analysis: Analysis,
+    groups: Iterable[Group],
+    captured: CapturedMaps,
+    removed: NDArray[np.bool_] | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[int, Slot]]:
+    """(group, slot) for every wanted group at every site, in graph order.
+
+    Args:
+        removed: mask over atoms of what is gone already; ``captured`` then comes from the model cut accordingly.
+    """
+    table, units = analysis.table, analysis.units
+    wanted = {g.id: g for g in groups}
+    targets = Targets(units, wanted.values())
+    after = After(table, np.zeros(units.component.size, bool) if removed is None else removed)
+    for site in captured.sites:
+        positions = site.channels(surviving(after, site.label))
+        component = units.component[site.label.ids.ravel()[positions]]
+        numbers = targets.group[component]
+        found = np.unique(numbers[numbers >= 0])
+        if not found.size:
+            continue
+        weight = _weight(table, after, site, positions)
+        if weight is None and site.form is not None:
+            continue
+        for number in found:
+            chosen = np.flatnonzero(numbers == number)
+            slot = _map_slot(
+                table, site, captured, weight, chosen, wanted[int(number)], targets.unit[component[chosen]]
+            )
+            slot.seed = (seed, int(number))
+            yield int(number), slot
+
+
+def _map_slot(
+    table: Table,
+    site: Site,
+    captured: CapturedMaps,
+    weight: NDArray[Any] | None,
+    chosen: Ids,
+    group: Group,
+    units: Ids,
+) -> Slot:
+    arrays = _arrays(site, captured, chosen, 0 if weight is None else len(weight))
+    maps = Maps(captured.samples if arrays or not site.where else 0, arrays)
+    if weight is None:
+        assert site.partner is not None
+        square = captured.maps[site.partner_key].get("square")
+        rms = np.ones(chosen.size) if square is None else np.sqrt(square[chosen])
+        blocks, taps, name = rms[None, :, None], 1, site.tensor
+    else:
+        assert site.form is not None
+        blocks, taps = weight[chosen].reshape(1, chosen.size, -1), site.form.taps
+        name = site.node.inputs[site.form.weight]
+    return Slot(
+        tensor=name,
+        axis=site.label.pack,
+        blocks=blocks,
+        role=[(site.node.op, site.position)],
+        units=units,
+        size=group.size,
+        maps=maps,
+        taps=taps,
+        classes=group.classes[units],
+        pairs=weight is None,
+    )
+
+
+def _arrays(site: Site, captured: CapturedMaps, chosen: Ids, channels: int) -> dict[str, NDArray[np.float64]]:
+    """The site's statistics of the chosen channels."""
+    every = not channels or chosen.size == channels
+    arrays: dict[str, NDArray[np.float64]] = {}
+    for name, value in captured.maps.get(site.maps_key, {}).items():
+        arrays[name] = value if every else (value[np.ix_(chosen, chosen)] if value.ndim == 2 else value[chosen])
+    for name, value in captured.columns.get(site.columns_key, {}).items():
+        if every or not value.ndim:
+            arrays[name] = value
+        elif len(value) == 1:  # one part: the chosen channels' columns are a matrix of their own
+            taps = value.shape[-1] // channels
+            index = (chosen[:, None] * taps + np.arange(taps)).ravel()
+            arrays[name] = value[:, index][..., index] if value.ndim == 3 else value[:, index]
+    return arrays
+
+
+def _weight(table: Table, after: After, site: Site, positions: Ids) -> NDArray[Any] | None:
+    """The site's weight as [surviving channels, taps, outputs], outputs that are gone set to 0; None for a pair."""
+    if site.form is None:
+        return None
+    name = site.node.inputs[site.form.weight]
+    value = numbers_at(table.graph, site.node, site.form.weight)
+    if value is None or value.dtype.kind not in "fV":
+        return None
+    value = aligned(value) if value.dtype == np.float64 else value.astype(np.float32)
+    for label in table.get(name):
+        keep = after.mask(label)
+        if keep is not None:
+            value = np.where(keep, value, np.zeros((), value.dtype))
+    matrix = site.form.matrix(value)
+    parts, columns, outputs = matrix.shape
+    channels = matrix.reshape(parts * columns // site.form.taps, site.form.taps, outputs)
+    every = site.channels(np.arange(site.label.ids.size).reshape(site.label.ids.shape))
+    place = np.empty(every.size, np.int64)
+    place[every] = np.arange(every.size)
+    return channels if len(positions) == len(every) else channels[place[positions]]

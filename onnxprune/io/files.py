@@ -1,0 +1,527 @@
+"""Files: written whole or not at all, read with a message for everything that can be wrong.
+
+Locks say who is at work: a file or folder whose lock can be taken belongs to a run that is over. Where a file system
+has no locks, nothing of other runs is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Any, BinaryIO, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import platformdirs
+
+from onnxprune.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows
+    fcntl = None  # type: ignore[assignment]
+
+LONGEST_NAME = 255
+"""Bytes that a file system allows for one name."""
+
+_PREFIX, _LOCK = "onnxprune-", ".onnxprune-lock"
+_DIGEST = 8
+_ANNOUNCED = b"onnxprune is about to write or remove"
+_FICLONE = 0x40049409  # of Linux: one file shares the blocks of another until either is changed
+_SECONDS = 60  # in which a run has taken the lock of a file that it made
+
+
+def user_cache() -> Path:
+    """Where measurements are kept between runs: ``onnxprune`` in the cache folder that the system gives the user."""
+    # XDG_CACHE_HOME is asked on every system: who sets it means it.
+    home = os.environ.get("XDG_CACHE_HOME")
+    return Path(home) / "onnxprune" if home else Path(platformdirs.user_cache_dir("onnxprune", appauthor=False))
+
+
+def is_text(name: str) -> bool:
+    """Whether a name of a file is UTF-8."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in name)
+
+
+def shortened(name: str, limit: int) -> str:
+    """The beginning of a name, at most ``limit`` bytes of it as the file system counts them."""
+    while len(os.fsencode(name)) > limit:
+        name = name[:-1]
+    return name
+
+
+def beside(target: Path, suffix: str) -> Path:
+    """The path with ``suffix`` behind its name; of a name that is no text, or too long for that, a part is a digest."""
+    name = "".join("_" if "\ud800" <= sign <= "\udfff" else sign for sign in target.name)
+    if name != target.name or len(os.fsencode(name + suffix)) > LONGEST_NAME:
+        digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:_DIGEST]
+        name = f"{shortened(name, LONGEST_NAME - len(suffix) - _DIGEST - 1)}-{digest}"
+    return target.with_name(name + suffix)
+
+
+def may_be_data_of(target: Path, name: str) -> bool:
+    """Whether a name is one that data of ``target`` get."""
+    start, end = beside(target, f".{'0' * _DIGEST}.data").name.rsplit("0" * _DIGEST, 1)
+    digest = rf"{re.escape(start)}[0-9a-f]{{{_DIGEST}}}{re.escape(end)}"
+    return name == beside(target, ".data").name or bool(re.fullmatch(digest, name))
+
+
+def write(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all; a link is followed. Raises OSError."""
+    with replacing(target) as files, files.open() as file:
+        file.write(data)
+
+
+def clone(source: Path, target: Path) -> None:
+    """Copy a file, without a second copy on the disk where the file system can share it. Raises OSError."""
+    if fcntl is not None:
+        with suppress(OSError), source.open("rb") as one, target.open("wb") as other:
+            fcntl.ioctl(other, _FICLONE, one.fileno())
+            return
+    shutil.copyfile(source, target)
+
+
+class Replacement:
+    """A file to be written under a temporary name and to take the place of ``target``, with what belongs to it.
+
+    Whatever moment a run is killed at, ``target`` is the old file or the new one, and the data it refers to are there:
+    new data never take the name of others. Their name is ``target`` with ``.data`` behind it where that is free, else
+    it has a digest of them in it too; those that only the old file referred to are removed behind it.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = Path(os.path.realpath(target))
+        self._main: Path | None = None
+        self._data: Path | None = None
+        self._write: Callable[[BinaryIO, str], None] | None = None
+        self._companions: dict[Path, Path] = {}  # target -> temporary
+        self._set_aside: dict[Path, Path] = {}  # companion -> where its former file waits
+        self._temporaries: list[Path] = []
+        self._locks = ExitStack()
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The file that will be ``target``. Raises OSError."""
+        with self._open(self.target) as (path, file):
+            yield file
+            self._main = path
+
+    @contextmanager
+    def open_data(self, write: Callable[[BinaryIO, str], None]) -> Iterator[BinaryIO]:
+        """A file of data that the main one refers to by its name. Raises OSError.
+
+        Args:
+            write: writes the main file, given the name of its data.
+        """
+        with self._open(self.target) as (path, file):
+            yield file
+            self._data, self._write = path, write
+
+    @contextmanager
+    def open_companion(self, target: Path) -> Iterator[BinaryIO]:
+        """A file that describes the main one: an old one is never left beside a new main file. Raises OSError."""
+        target = Path(os.path.realpath(target))
+        with self._open(target) as (path, file):
+            yield file
+            self._companions[target] = path
+
+    @contextmanager
+    def _open(self, target: Path) -> Iterator[tuple[Path, BinaryIO]]:
+        """A new temporary file and its path; on leaving, its bytes are on the disk."""
+        # Not tempfile: its files are readable by their owner only, these are to have the usual permissions.
+        path = _beside(target, "tmp")
+        unlocked = path.with_suffix(".new")  # a run that cleans up must not take it for a leftover
+        with unlocked.open("xb") as file:
+            self._temporaries += [unlocked, path]
+            if _lock(file.fileno()):
+                self._locks.callback(os.close, os.dup(file.fileno()))
+            unlocked.rename(path)
+            yield path, file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def commit(self) -> None:
+        """Put every file in its target's place. Raises OSError, with every target as it was before."""
+        with _folder_lock(self.target.parent) as alone:
+            data = self._data_target()
+            made = data is not None and not data.exists()
+            try:
+                if data is not None and self._write is not None and self._data is not None:
+                    with self.open() as file:
+                        self._write(file, data.name)
+                referred = [path for path in self._candidates() if path != data and _mentions(self.target, path.name)]
+                self._announce([*([data] if made and data is not None else []), *referred])
+                if made and data is not None and self._data is not None:
+                    self._data.rename(data)
+                self._set_companions_aside()
+                assert self._main is not None
+                self._main.replace(self.target)
+            except BaseException:
+                if self._main is None or self._main.exists():
+                    if made and data is not None:
+                        data.unlink(missing_ok=True)
+                    for target, aside in self._set_aside.items():
+                        aside.replace(target)
+                    self._set_aside.clear()
+                else:  # an interrupt came a moment too late
+                    self._place_companions()
+                raise
+            self._place_companions()
+            if alone:
+                self._remove_leftovers(data, referred)
+
+    def _data_target(self) -> Path | None:
+        """Where the data go: to a name that is free, or whose file is the same."""
+        if self._data is None:
+            return None
+        plain = beside(self.target, ".data")
+        if not plain.exists() or _same(plain, self._data):
+            return plain
+        return beside(self.target, f".{_digest(self._data)}.data")
+
+    def _candidates(self) -> list[Path]:
+        """Files with names that data of ``target`` may have."""
+        names = [entry.name for entry in os.scandir(self.target.parent) if entry.name.endswith(".data")]
+        return [self.target.with_name(name) for name in names if may_be_data_of(self.target, name)]
+
+    def _announce(self, data: Sequence[Path]) -> None:
+        """Note on the disk which data are about to appear or to go, so that a later run can finish that."""
+        if data:
+            with self._open(self.target) as (_, file):
+                file.write(b"\0".join([_ANNOUNCED, *(os.fsencode(path.name) for path in data)]))
+
+    def _set_companions_aside(self) -> None:
+        for target in self._companions:
+            if target.is_file():
+                aside = _beside(target, "tmp")
+                target.rename(aside)
+                self._set_aside[target] = aside
+
+    def _place_companions(self) -> None:
+        for target, temporary in self._companions.items():
+            temporary.replace(target)
+
+    def _remove_leftovers(self, data: Path | None, referred: Iterable[Path]) -> None:
+        """Remove data that the old file referred to, and what runs that were killed have left of these targets."""
+        unused = set(referred)
+        for target in (self.target, *self._companions):
+            pattern = re.compile(rf"\.{re.escape(_stem(target))}\.[0-9a-f]{{{_DIGEST}}}\.(?:tmp|new)")
+            for entry in os.scandir(target.parent):
+                path = target.with_name(entry.name)
+                if pattern.fullmatch(entry.name) and path not in self._temporaries:
+                    with suppress(OSError):
+                        unused |= _remove_if_free(path)
+        for path in unused - {data}:
+            with suppress(OSError):
+                path.unlink()
+
+    def clean(self) -> None:
+        """Remove whatever temporary file there still is."""
+        with self._locks:
+            for leftover in (*self._temporaries, *self._set_aside.values()):
+                with suppress(OSError):
+                    leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Replacement]:
+    """Files that take their targets' places when the block ends well, and leave no trace when it does not."""
+    files = Replacement(target)
+    try:
+        yield files
+        files.commit()
+    finally:
+        files.clean()
+
+
+def _stem(target: Path) -> str:
+    return shortened(target.name, LONGEST_NAME - _DIGEST - len("...tmp"))
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{_stem(target)}.{secrets.token_hex(_DIGEST // 2)}.{kind}")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGEST]
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two files hold the same."""
+    return one.stat().st_size == other.stat().st_size and _digest(one) == _digest(other)
+
+
+def _mentions(path: Path, name: str) -> bool:
+    """Whether a file has a name somewhere in it."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(os.fsencode(name)) >= 0
+    except (OSError, ValueError):  # no such file, or an empty one
+        return False
+
+
+def _lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Take the lock of an open file; False where another has it, or where there are no locks."""
+    if fcntl is None:  # pragma: no cover - Windows
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[bool]:
+    """Hold off other runs that replace files of a folder; whether that could be done."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # no folder can be opened on Windows
+        yield False
+        return
+    try:
+        yield _lock(descriptor, wait=True)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_free(path: Path) -> set[Path]:
+    """Remove a file that no run holds the lock of, or is about to take it of; the files of data that it announced."""
+    with path.open("rb") as file:
+        fresh = path.suffix == ".new" and time.time() - os.fstat(file.fileno()).st_mtime < _SECONDS
+        if fresh or not _lock(file.fileno()):
+            return set()
+        announced = file.read().split(b"\0")[1:] if file.read(len(_ANNOUNCED)) == _ANNOUNCED else []
+        path.unlink(missing_ok=True)
+    names = map(os.fsdecode, announced)
+    return {path.with_name(name) for name in names if name.endswith(".data") and os.sep not in name}
+
+
+@contextmanager
+def workspace() -> Iterator[Path]:
+    """A folder of the run's own for a while. It goes when the block ends, or with the next run where this is killed."""
+    _remove_stale_once()
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        unlocked = folder / "lock"
+        with unlocked.open("xb") as file:
+            _lock(file.fileno())
+            unlocked.rename(folder / _LOCK)  # now a run that cleans up may look at it
+            yield folder
+
+
+@cache
+def _remove_stale_once() -> None:
+    remove_stale()
+
+
+def remove_stale() -> None:
+    """Remove working folders of runs that were killed."""
+    with suppress(OSError):
+        for entry in os.scandir(tempfile.gettempdir()):
+            if entry.name.startswith(_PREFIX) and entry.is_dir(follow_symlinks=False):
+                with suppress(OSError):
+                    _remove_if_stale(Path(entry.path))
+
+
+def _remove_if_stale(folder: Path) -> None:
+    """Remove a working folder of this user whose run is over; raises OSError where it is none."""
+    if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+        return
+    with (folder / _LOCK).open("rb") as file:
+        # An empty folder is one that is being made.
+        if _lock(file.fileno()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str, what: str = "") -> None:
+    """Write a text file whole or not at all; ``what`` names it in the error, such as "the plan".
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        write(path, encoded(text))
+    except OSError as error:
+        named = f"{what} to {str(path)!r}" if what else repr(str(path))
+        raise UsageError(f"Cannot write {named}: {error.strerror}.") from None
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; parts of file names that are not UTF-8 are written as their escapes."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def read_json(path: Path, what: str, kind: str, *, missing: str = "", hint: str = "") -> Any:
+    """The data of a JSON file.
+
+    Args:
+        what, kind: it and what it is, such as "the plan" and "plan file". missing, hint: the next step where there is
+            no such file, and where it is not JSON.
+
+    Raises:
+        UsageError: missing, unreadable, or not JSON.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"No such {kind}: {str(path)!r}.", hint=missing) from None
+    except OSError as error:
+        raise UsageError(f"Cannot read {what} {str(path)!r}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{str(path)!r} is not JSON: {error}.", hint=hint) from None
+    try:
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+        if _depth(data) > _DEEPEST:
+            raise RecursionError
+        return data
+    except ValueError as error:
+        raise UsageError(f"{str(path)!r} is not JSON: {error}.", hint=hint) from None
+    except RecursionError:
+        raise UsageError(f"{str(path)!r} is no {kind}: its lists are nested too deeply.", hint=hint) from None
+
+
+_DEEPEST = 32
+_T = TypeVar("_T")
+_WORDS: dict[type, str] = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {_shown(next(n for n in data if names.count(n) > 1))} is there twice")
+    return data
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number that JSON has")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
+
+
+def _depth(data: Any) -> int:
+    """How deeply lists and objects are nested."""
+    depth, level = 0, [data]
+    while level:
+        depth += 1
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, (list, dict)):
+                inner.extend(item.values() if isinstance(item, dict) else item)
+        level = inner
+    return depth
+
+
+def parse(kind: type[_T], data: Any, where: str, hint: str = "") -> _T:
+    """Plain data as an object of the type that it is declared to be.
+
+    Args:
+        kind: a dataclass, whose fields may be missing where they have a default, ``int`` (of 64 bits), ``float``
+            (finite), ``str``, ``bool``, ``list[...]``, ``dict[..., ...]``, ``tuple[...]``, ``... | None`` or ``Any``.
+        data: what JSON gives. where: what it is of, such as "the plan". hint: the next step where it has another form.
+
+    Raises:
+        UsageError: something is missing or has another type; says where it stands.
+    """
+    try:
+        result: _T = _parse(kind, data, "")
+    except _Misfit as misfit:
+        place = f"{misfit.place} of {where}" if misfit.place else where
+        raise UsageError(f"{place} {misfit.problem}.", hint=hint) from None
+    return result
+
+
+class _Misfit(Exception):
+    """Data that do not have their declared form: where, and what is wrong."""
+
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(place, problem)
+        self.place, self.problem = place.lstrip("."), problem
+
+
+def _parse(kind: Any, data: Any, place: str) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (Union, UnionType):
+        other = next(k for k in inner if k is not type(None))
+        return None if data is None else _parse(other, data, place)
+    if is_dataclass(kind):
+        return _parse_fields(kind, data, place)
+    if origin in (list, tuple):
+        if not isinstance(data, (list, tuple)):
+            raise _Misfit(place, f"is {_shown(data)}, a list was expected")
+        if origin is list:
+            return [_parse(inner[0], item, f"{place}[{i}]") for i, item in enumerate(data)]
+        if len(data) != len(inner):
+            raise _Misfit(place, f"has {len(data)} entries, {len(inner)} were expected")
+        return tuple(_parse(k, item, f"{place}[{i}]") for i, (k, item) in enumerate(zip(inner, data, strict=True)))
+    if origin is dict:
+        if not isinstance(data, Mapping):
+            raise _Misfit(place, f"is {_shown(data)}, an object was expected")
+        key = inner[0]
+        return {_key(key, name, place): _parse(inner[1], item, f"{place}.{name}"[:80]) for name, item in data.items()}
+    return _parse_plain(kind, data, place)
+
+
+def _parse_fields(kind: Any, data: Any, place: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise _Misfit(place, f"is {_shown(data)}, an object was expected")
+    types, given = get_type_hints(kind), {}
+    for entry in fields(kind):
+        if entry.name in data:
+            given[entry.name] = _parse(types[entry.name], data[entry.name], f"{place}.{entry.name}")
+        elif entry.default is MISSING and entry.default_factory is MISSING:
+            raise _Misfit(place, f"has no {entry.name!r}")
+    return kind(**given)
+
+
+def _key(kind: type, name: Any, place: str) -> Any:
+    """A key of an object; JSON makes texts of numbers."""
+    if kind is int and isinstance(name, str) and len(name) < 19 and name.removeprefix("-").isdecimal():
+        return int(name)
+    return _parse_plain(kind, name, f"a key of {place.lstrip('.')}")
+
+
+def _parse_plain(kind: type, data: Any, place: str) -> Any:
+    fits = isinstance(data, bool) == (kind is bool) and isinstance(data, (int, float) if kind is float else kind)
+    if fits and kind is int:
+        fits = -(1 << 63) <= data < 1 << 63
+    if fits and kind is float:
+        try:
+            data = float(data)
+        except OverflowError:
+            fits = False
+        else:
+            fits = math.isfinite(data)
+    if not fits:
+        raise _Misfit(place, f"is {_shown(data)}, {_WORDS[kind]} was expected")
+    return data
+
+
+def _shown(value: Any) -> str:
+    """A value in a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits, or more levels, than Python writes
+        return f"too large {'a number' if isinstance(value, int) else 'to show'}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,697 @@
+"""Read a model without its bulk data, and check that its names fit together.
+
+Some tools write nodes in another order than they run in (onnxruntime's converter to half precision appends its casts,
+for one); onnxruntime sorts them, and so does :func:`sort_nodes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import io
+import mmap
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
+
+from onnxprune.errors import ModelError, OnnxpruneError, UsageError, nearest
+from onnxprune.io.external import attribute_tensors, bring_inline, external_weight, is_external
+from onnxprune.io.functions import inlined
+from onnxprune.io.interchange import to_onnx
+from onnxprune.io.skeleton import without_data, without_graph, without_initializers
+from onnxprune.io.subgraphs import open_bodies
+from onnxprune.io.weights import ArrayWeight, BufferWeight, FileWeight, SparseWeight, TensorWeight, Weight, to_proto
+from onnxprune.io.wire import TENSOR_DOUBLE_DATA, TENSOR_FLOAT_DATA, TENSOR_RAW_DATA, Buffer, Span, strip
+
+
+class Format(NamedTuple):
+    """A file format by name, and what to do with a file of it."""
+
+    name: str
+    hint: str
+
+
+_TEXT = Format(
+    "ONNX written as text",
+    "Convert it first: onnx.save(onnx.load(path, format=...), 'model.onnx'); formats are textproto, json and onnxtxt.",
+)
+_FROM_TORCH = "Export it to ONNX first: torch.onnx.export(model, args, 'model.onnx')."
+_FROM_TF = "Convert it to ONNX first: python -m tf2onnx.convert {} --output model.onnx."
+_FROM_KERAS = "Export it to ONNX first: model.export('model.onnx', format='onnx') in Keras 3."
+_FROM_LITE = _FROM_TF.format("--tflite model.tflite")
+_EXPORT = "Export the model that it was made from to ONNX."
+_FETCH = "Download the file itself."
+
+_ORT = Format("onnxruntime's own ORT format", "Use the .onnx file it was made from.")
+_LITE = Format("a TensorFlow Lite file", _FROM_LITE)
+_PICKLE = Format("a Python pickle (a PyTorch checkpoint?)", _FROM_TORCH)
+_TORCH = Format("a PyTorch file", _FROM_TORCH)
+_GRAPH_DEF = Format(
+    "a TensorFlow graph",
+    _FROM_TF.format("--graphdef model.pb --inputs x:0 --outputs y:0")[:-1]
+    + "; of a SavedModel give --saved-model FOLDER.",
+)
+_HDF5 = Format("an HDF5 file (a Keras model?)", _FROM_KERAS)
+_KERAS = Format("a Keras file", _FROM_KERAS)
+_COREML = Format("a Core ML model", _EXPORT)
+_OPENVINO = Format("an OpenVINO model", _EXPORT)
+_ENGINE = Format("a TensorRT engine", _EXPORT)
+_PADDLE = Format("a PaddlePaddle model", "Convert it to ONNX first, with paddle2onnx.")
+_CAFFE = Format("a Caffe model", _EXPORT)
+_NCNN = Format("an ncnn model", _EXPORT)
+_GGUF = Format("a GGUF file", "onnxprune reads ONNX models only.")
+_SAFETENSORS = Format("a safetensors file, which holds weights but no graph", "Export the model to ONNX.")
+_DATA = Format("numpy data", "Give a model here; data go to --data.")
+_PAGE = Format("a web page", _FETCH)
+_IMAGE = Format("an image", "Give a model here; a folder of images goes to --data.")
+
+_STARTS = (
+    (b"version https://git-lfs", Format("a Git LFS pointer", "Fetch the file itself: git lfs pull")),
+    (b"\x89HDF", _HDF5),
+    (b"GGUF", _GGUF),
+    (b"\x1f\x8b", Format("a gzip archive", "Unpack it first.")),
+    (b"BZh", Format("a bzip2 archive", "Unpack it first.")),
+    (b"\xfd7zXZ", Format("an xz archive", "Unpack it first.")),
+    (b"7z\xbc\xaf", Format("a 7z archive", "Unpack it first.")),
+    (b"\x28\xb5\x2f\xfd", Format("a zstd archive", "Unpack it first.")),
+    (b"\x93NUMPY", _DATA),
+    (b"ftrt", _ENGINE),
+    (b"ptrt", _ENGINE),
+    (b"7767517", _NCNN),
+    (b"RKNN", Format("an RKNN model", _EXPORT)),
+    (b"\x89PNG", _IMAGE),
+    (b"\xff\xd8\xff", _IMAGE),
+    (b"%PDF", Format("a PDF document", _FETCH)),
+    (b"\x7fELF", Format("a program", _FETCH)),
+    (b"MZ\x90", Format("a program", _FETCH)),
+)
+_SUFFIXES = {
+    ".tflite": _LITE,
+    ".lite": _LITE,
+    ".pb": _GRAPH_DEF,
+    ".pbtxt": _GRAPH_DEF,
+    ".pt": _TORCH,
+    ".pth": _TORCH,
+    ".pt2": _TORCH,
+    ".ckpt": _TORCH,
+    ".torchscript": _TORCH,
+    ".pkl": _PICKLE,
+    ".h5": _HDF5,
+    ".hdf5": _HDF5,
+    ".keras": _KERAS,
+    ".mlmodel": _COREML,
+    ".mlpackage": _COREML,
+    ".xml": _OPENVINO,
+    ".engine": _ENGINE,
+    ".trt": _ENGINE,
+    ".plan": _ENGINE,
+    ".pdmodel": _PADDLE,
+    ".caffemodel": _CAFFE,
+    ".prototxt": _CAFFE,
+    ".param": _NCNN,
+    ".gguf": _GGUF,
+    ".ggml": _GGUF,
+    ".safetensors": _SAFETENSORS,
+    ".npz": _DATA,
+    ".npy": _DATA,
+    ".ort": _ORT,
+    ".html": _PAGE,
+}
+
+
+def guess_format(data: Buffer) -> Format | None:
+    """The format that a file's bytes belong to; None when they may be a serialized ONNX model."""
+    head = bytes(data[:4096])
+    for start, known in _STARTS:
+        if head.startswith(start):
+            return known
+    if head.startswith(b"PK\x03\x04"):
+        return _archive(data)
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return _PICKLE
+    if head[4:8] == b"TFL3":
+        return _LITE
+    if head[4:8] == b"ORTM":
+        return _ORT
+    if head[8:10] == b'{"':
+        return _SAFETENSORS
+    text = head.lstrip()
+    if text[:9].lower() == b"<!doctype" or text[:5].lower() == b"<html":
+        return _PAGE
+    if text[:5] == b"<?xml" or text.startswith(b"<net "):
+        return _OPENVINO
+    if text[:1] in (b"<", b"{", b"#") or text.startswith((b"ir_version", b"graph", b"opset_import", b"producer")):
+        return _TEXT if text.isascii() and not any(b < 9 for b in text[:64]) else None
+    return None
+
+
+def guess_by_name(path: Path | None) -> Format | None:
+    """The format that a file's name speaks of, for a file that is no ONNX model; None where it speaks of none."""
+    return _SUFFIXES.get(path.suffix.lower()) if path is not None else None
+
+
+def guess_folder(folder: Path) -> Format | None:
+    """The format that a folder is; None where it may be any folder."""
+    if (folder / "saved_model.pb").is_file():
+        return Format("a TensorFlow SavedModel", _FROM_TF.format("--saved-model FOLDER"))
+    if folder.suffix.lower() == ".mlpackage":
+        return _COREML
+    return None
+
+
+def _archive(data: Buffer) -> Format:
+    """What a zip archive holds."""
+    try:
+        file: Any = io.BytesIO(data) if isinstance(data, bytes) else data
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        names = []
+    inside = next((name for name in names if name.endswith(".onnx")), None)
+    if inside is not None:
+        return Format("a zip archive", f"Unpack it first: it holds {inside!r}.")
+    if any(name.endswith(("data.pkl", "constants.pkl")) for name in names):
+        return _TORCH
+    if any(name.endswith(("model.weights.h5", "config.json")) for name in names):
+        return _KERAS
+    if names and all(name.endswith(".npy") for name in names):
+        return _DATA
+    return Format("a zip archive (a PyTorch or Keras file?)", _EXPORT)
+
+
+_Scope = tuple[set[str], ...]
+Names = list[tuple[list[str], list[str]]]
+"""The inputs and outputs of every node of a graph, in order: protobuf takes its time to hand them out."""
+
+
+class Unsorted(ModelError):
+    """A node reads what a later one makes."""
+
+
+def same_nodes(one: ModelProto, other: ModelProto) -> bool:
+    """Whether two models have the same nodes, those of bodies too, in whatever order, and the same inputs and outputs.
+
+    Of initializers names, types and sizes are compared in the main graph, values as well in bodies.
+    """
+    return _face(one.graph) == _face(other.graph) and _nodes(one.graph) == _nodes(other.graph)
+
+
+def _face(graph: GraphProto) -> tuple[list[str], list[str], list[tuple[str, int, tuple[int, ...]]]]:
+    tensors = sorted((t.name, t.data_type, tuple(t.dims)) for t in graph.initializer)
+    return [i.name for i in graph.input], [o.name for o in graph.output], tensors
+
+
+def _nodes(graph: GraphProto) -> list[bytes]:
+    """Every node as bytes that do not depend on the order of nodes or on how tensors are stored."""
+    return sorted(_plain(node) for node in graph.node)
+
+
+def _plain(node: NodeProto) -> bytes:
+    if not any(a.HasField("t") or _bodies_of(a) for a in node.attribute):
+        return bytes(node.SerializeToString(deterministic=True))
+    bare = NodeProto()
+    bare.CopyFrom(node)
+    parts: list[object] = []
+    for attribute in bare.attribute:
+        if attribute.HasField("t"):
+            parts.append(_tensor(attribute.t))
+        parts += [(_face(g), _nodes(g), [_tensor(t) for t in g.initializer]) for g in _bodies_of(attribute)]
+        for field in ("t", "g", "graphs"):
+            attribute.ClearField(field)
+    return bytes(bare.SerializeToString(deterministic=True)) + repr(parts).encode()
+
+
+def _tensor(tensor: TensorProto) -> tuple[int, tuple[int, ...], object]:
+    if tensor.data_type == TensorProto.STRING:
+        return tensor.data_type, tuple(tensor.dims), list(tensor.string_data)
+    return tensor.data_type, tuple(tensor.dims), bytes(TensorWeight(tensor).stored())
+
+
+def _bodies_of(attribute: AttributeProto) -> Iterable[GraphProto]:
+    return [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def ordered(proto: ModelProto) -> Names:
+    """Checks names as :func:`check_structure` does; where nodes are out of order, sorts them in place first."""
+    try:
+        return check_structure(proto)
+    except Unsorted:
+        sort_nodes(proto)
+        return check_structure(proto)
+
+
+def sort_nodes(proto: ModelProto) -> None:
+    """Sort the nodes of every graph, body and function in place: each behind what it reads, else in their old order.
+
+    Nodes that read each other in a circle stay where they are, for :func:`check_structure` to refuse.
+    """
+    _sort(proto.graph)
+    for function in proto.functions:
+        _sort(function)
+
+
+def _sort(graph: Any) -> None:
+    """Sort the nodes of a GraphProto or FunctionProto, those of bodies first."""
+    for node in graph.node:
+        for body in _bodies(node):
+            _sort(body)
+    nodes = list(graph.node)
+    maker = {name: k for k, node in enumerate(nodes) for name in node.output if name}
+    waiting = [{maker[name] for name in _reads(node) if name in maker} for node in nodes]
+    if all(max(before, default=-1) < k for k, before in enumerate(waiting)):
+        return
+    readers: dict[int, list[int]] = {}
+    for k, before in enumerate(waiting):
+        for b in before:
+            readers.setdefault(b, []).append(k)
+    ready = [k for k, before in enumerate(waiting) if not before]  # rising, and so a heap
+    order = []
+    while ready:
+        done = heapq.heappop(ready)
+        order.append(done)
+        for k in readers.get(done, ()):
+            waiting[k].discard(done)
+            if not waiting[k]:
+                heapq.heappush(ready, k)
+    if len(order) == len(nodes):
+        copies = [NodeProto() for _ in nodes]
+        for copy, k in zip(copies, order, strict=True):
+            copy.CopyFrom(nodes[k])
+        del graph.node[:]
+        graph.node.extend(copies)
+
+
+def _bodies(node: NodeProto) -> Iterator[GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def _reads(node: NodeProto) -> Iterator[str]:
+    """Names that a node reads, and those in its bodies, whose own names no graph around them has."""
+    yield from node.input
+    for body in _bodies(node):
+        for inner in body.node:
+            yield from _reads(inner)
+        yield from (output.name for output in body.output)
+
+
+def check_structure(proto: ModelProto) -> Names:
+    """Checks names and order of a model's graphs; needs no weights, takes time linear in the nodes.
+
+    Returns:
+        the names that the nodes of the main graph read and make.
+
+    Raises:
+        ModelError: a name that is not text, a tensor defined twice, read before it is made, or never made.
+    """
+    return _check_graph(proto.graph, ())
+
+
+def _check_graph(graph: GraphProto, outer: _Scope) -> Names:
+    inputs = [value.name for value in graph.input]
+    initializers = [tensor.name for tensor in graph.initializer]
+    initializers += [sparse.values.name for sparse in graph.sparse_initializer]
+    _check_text("the graph", [*inputs, *initializers, *(value.name for value in graph.value_info)])
+    _check_once("graph input", inputs)
+    _check_once("initializer", initializers)
+    # An initializer may bear an input's name: it is that input's default value.
+    known = {*inputs, *initializers}
+    scope = (*outer, known)
+    names: Names = []
+    for node in graph.node:
+        inputs, outputs = list(node.input), list(node.output)
+        names.append((inputs, outputs))
+        _check_node(node, inputs, outputs, graph, scope)
+        for output in outputs:
+            if output and output in known:
+                raise _twice(f"{_label(node)} gives", output)
+            known.add(output)
+    outputs = [value.name for value in graph.output]
+    _check_text("the graph", outputs)
+    for output in outputs:
+        if not _defined(output, scope):
+            raise ModelError(
+                f"the graph output {output!r} is made by no node of graph {graph.name!r}",
+                hint="Export the model again.",
+            )
+    return names
+
+
+def _check_node(node: NodeProto, inputs: list[str], outputs: list[str], graph: GraphProto, scope: _Scope) -> None:
+    kind = node.op_type
+    try:
+        "".join([node.name, kind, node.domain, *inputs, *outputs])  # all of it text, at the speed of C
+    except TypeError:
+        _check_text(_label(node), [node.name, kind, node.domain, *inputs, *outputs])
+    if not kind:
+        raise ModelError(f"{_label(node)} has no operator type", hint="The file is damaged, or was written by hand.")
+    known = scope[-1]
+    for name in inputs:
+        if name and name not in known and not _defined(name, scope):
+            raise _undefined(node, name, graph)
+    for attribute in node.attribute:
+        if not isinstance(attribute.name, str):
+            raise _not_text(_label(node), attribute.name)
+    for body in _bodies(node):
+        _check_graph(body, scope)
+
+
+def _defined(name: str, scope: _Scope) -> bool:
+    return any(name in names for names in scope)
+
+
+def _check_once(kind: str, names: list[str]) -> None:
+    if len(set(names)) == len(names):
+        return
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise _twice(f"an {kind}" if kind[0] == "i" else f"a {kind}", name)
+        seen.add(name)
+
+
+def _check_text(where: str, names: Iterable[object]) -> None:
+    # protobuf hands out bytes for a name that is not UTF-8, whatever its type says.
+    for name in names:
+        if not isinstance(name, str):
+            raise _not_text(where, name)
+
+
+def _not_text(where: str, name: object) -> ModelError:
+    return ModelError(f"{where} has a name that is not UTF-8 text: {name!r}", hint="The file is damaged.")
+
+
+def _twice(what: str, name: str) -> ModelError:
+    return ModelError(
+        f"{what} {name!r}, a name that is in use already; every tensor of a graph needs one definition",
+        hint="Rename one of the two, or export the model again.",
+    )
+
+
+def _undefined(node: NodeProto, name: str, graph: GraphProto) -> ModelError:
+    maker = next((other for other in graph.node if name in other.output), None)
+    if maker is None:
+        return ModelError(
+            f"{_label(node)} reads {name!r}, which no input, initializer or node defines",
+            hint="The file is damaged, or a tool that edited it left a name behind.",
+        )
+    return Unsorted(
+        f"{_label(node)} reads {name!r} before {_label(maker)} makes it: the two wait for each other",
+        hint="Every node must read what earlier ones make. The file is damaged; export the model again.",
+    )
+
+
+def _label(node: NodeProto) -> str:
+    return f"node {node.name or next(iter(node.output), '')!r} ({node.op_type})"
+
+
+INLINE_LIMIT = 1024
+"""Data of at most so many bytes stay in the skeleton (shapes, axes, scalars), so that shape inference finds them."""
+
+_WHOLE_FILE_LIMIT = 128 << 20  # up to here a file is read once into memory, beyond each weight is read by itself
+
+# Elements of a sparse tensor, or so many times the bytes of the model.
+_MOST_UNFOLDED, _TIMES = 1 << 26, 64
+
+_TYPED = {
+    (TensorProto.FLOAT, TENSOR_FLOAT_DATA),
+    (TensorProto.COMPLEX64, TENSOR_FLOAT_DATA),
+    (TensorProto.DOUBLE, TENSOR_DOUBLE_DATA),
+    (TensorProto.COMPLEX128, TENSOR_DOUBLE_DATA),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as it was read; nothing in it has been changed but local functions, which are inlined, and bodies of If,
+    Loop and Scan, which are laid open (:mod:`onnxprune.io.markers`).
+
+    Attributes:
+        proto: the skeleton: everything but the bulk data of initializers.
+        weights: every initializer by name, those of bodies that were laid open too.
+        path: the model file; None for bytes and a ModelProto.
+        digest: the SHA-256 of the model file's bytes, or of a ModelProto's skeleton and weights; computed when asked.
+        size: bytes of the model file and of the files with its external data.
+        external: the files with its external data.
+        as_read: the skeleton with local functions, and bodies in their nodes: what ``proto`` is held against.
+        data: the bytes that were given in place of a file.
+        names: inputs and outputs of every node of the graph, where they are known already; else empty.
+    """
+
+    proto: ModelProto
+    weights: dict[str, Weight]
+    path: Path | None
+    digest: Callable[[], str]
+    size: int
+    as_read: ModelProto
+    external: tuple[Path, ...] = ()
+    data: bytes | None = None
+    names: Sequence[tuple[list[str], list[str]]] = ()
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hexadecimal digest that names the model in plans."""
+        return self.digest()
+
+
+def load(source: str | Path | bytes | ModelProto) -> Loaded:
+    """Reads a model from a path, from the bytes of a file, or from a ModelProto (which is not changed).
+
+    Raises:
+        UsageError: no such file, or a folder.
+        ModelError: not ONNX, damaged, newer than the installed onnx, or with data missing.
+    """
+    label = repr(str(source)) if isinstance(source, (str, Path)) else "the model"
+    try:
+        return _load(source)
+    except OnnxpruneError as error:
+        if isinstance(error, UsageError) or label in error.message:
+            raise
+        raise type(error)(f"{label}: {error.message}", hint=error.hint) from error
+    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{label} cannot be read: {error}", hint="The file is damaged; export it again.") from error
+
+
+def _load(source: str | Path | bytes | ModelProto) -> Loaded:
+    if isinstance(source, ModelProto):
+        return _from_proto(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _from_bytes(bytes(source), None)
+    if not isinstance(source, (str, Path)):
+        return _from_proto(to_onnx(source))
+    path = _existing(Path(source))
+    if path.stat().st_size <= _WHOLE_FILE_LIMIT:
+        return _from_bytes(path.read_bytes(), path)
+    return _from_large_file(path)
+
+
+def _existing(path: Path) -> Path:
+    try:
+        if path.is_file():
+            return path
+        folder, exists = path.is_dir(), path.exists()
+        beside = path if folder else path.parent
+        names = [other.name for other in beside.glob("*.onnx")] if beside.is_dir() else []
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(path)!r} is not a usable path: {error}") from error
+    if folder:
+        hint = f"It contains {', '.join(sorted(names)[:5])}." if names else "Name the .onnx file itself."
+        known = guess_folder(path)
+        hint = f"It is {known.name}. {known.hint}" if known is not None and not names else hint
+        raise UsageError(f"{str(path)!r} is a folder, a model file is needed", hint=hint)
+    if exists:
+        raise UsageError(f"{str(path)!r} is no ordinary file", hint="Give a file that can be read twice.")
+    if not beside.is_dir():
+        raise UsageError(f"no file {str(path)!r}: its folder does not exist", hint="Check the path.")
+    raise UsageError(f"no file {str(path)!r}", hint=nearest(path.name, names) or "Its folder has no .onnx file.")
+
+
+def _from_bytes(data: bytes, path: Path | None) -> Loaded:
+    proto, spans = _skeleton(data, path)
+    view = memoryview(data)
+    held: dict[int, Weight] = {}
+    for index, span in spans.items():
+        tensor = _stub(proto.graph, index, span)
+        held[index] = BufferWeight(tensor.name, tensor.data_type, tensor.dims, view[span.start : span.end])
+    loaded = _finish(proto, held, path, lambda: hashlib.sha256(data).hexdigest(), len(data))
+    return replace(loaded, data=data) if path is None else loaded
+
+
+def _from_large_file(path: Path) -> Loaded:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        proto, spans = _skeleton(data, path)
+        size = len(data)
+    held: dict[int, Weight] = {}
+    for index, span in spans.items():
+        tensor = _stub(proto.graph, index, span)
+        length = span.end - span.start
+        held[index] = FileWeight(tensor.name, tensor.data_type, tensor.dims, path, span.start, length)
+    return _finish(proto, held, path, lambda: _digest_of(path), size)
+
+
+def _skeleton(data: Buffer, path: Path | None) -> tuple[ModelProto, dict[int, Span]]:
+    if len(data) == 0:
+        raise ModelError("the file is empty", hint="Export or download the model again.")
+    known = guess_format(data)
+    try:
+        if known is None:
+            return _parsed(data)
+    except ModelError:
+        known = guess_by_name(path)
+        if known is None:
+            raise
+    raise ModelError(f"not an ONNX model: it looks like {known.name}", hint=known.hint)
+
+
+def _parsed(data: Buffer) -> tuple[ModelProto, dict[int, Span]]:
+    stripped, spans = strip(data, INLINE_LIMIT)
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(stripped)
+    except Exception as error:  # protobuf's DecodeError has no common base with anything
+        raise ModelError(f"not an ONNX model: {error}", hint="The file is truncated or of another format.") from error
+    _check_kind(proto)
+    return proto, spans
+
+
+def _stub(graph: GraphProto, index: int, span: Span) -> TensorProto:
+    tensor: TensorProto = graph.initializer[index]
+    if span.field != TENSOR_RAW_DATA and (tensor.data_type, span.field) not in _TYPED:
+        raise ModelError(f"the data of tensor {tensor.name!r} do not belong to its type {tensor.data_type}")
+    return tensor
+
+
+def _from_proto(source: ModelProto) -> Loaded:
+    _check_kind(source)
+    proto = without_graph(source)
+    proto.graph.MergeFrom(without_initializers(source.graph))
+    held: dict[int, Weight] = {}
+    for index, tensor in enumerate(source.graph.initializer):
+        target = proto.graph.initializer.add()
+        if is_external(tensor) or tensor.data_type == TensorProto.STRING or _small(tensor):
+            target.CopyFrom(tensor)
+        else:
+            target.CopyFrom(without_data(tensor))
+            held[index] = TensorWeight(tensor)
+    size = proto.ByteSize() + sum(weight.nbytes for weight in held.values())
+    sparse = [tensor.SerializeToString(deterministic=True) for tensor in source.graph.sparse_initializer]
+    return _finish(proto, held, None, lambda: _digest_in_memory(proto, held.values(), sparse), size)
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_in_memory(proto: ModelProto, weights: Iterable[Weight], sparse: Iterable[bytes]) -> str:
+    digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
+    for weight in weights:
+        digest.update(weight.stored())
+    for data in sparse:
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _small(tensor: TensorProto) -> bool:
+    # Counted in elements first: nothing is allocated for dims that a damaged file made absurd.
+    count = 1
+    for size in tensor.dims:
+        count *= max(size, 0)
+    return count * 4 <= INLINE_LIMIT
+
+
+def _check_kind(proto: ModelProto) -> None:
+    if not proto.graph.output:
+        what = "its graph has no outputs" if proto.HasField("graph") else "it has no graph"
+        raise ModelError(f"not an ONNX model: {what}", hint="Pass the .onnx file an exporter wrote.")
+    if proto.ir_version > onnx.IR_VERSION:
+        raise _too_new("IR version", proto.ir_version, onnx.IR_VERSION)
+    if not proto.opset_import and proto.ir_version >= 3:
+        raise ModelError("the model names no operator set (opset_import is empty)", hint="Export the model again.")
+    for opset in proto.opset_import:
+        known = onnx.defs.onnx_opset_version()
+        if opset.domain in ("", "ai.onnx") and opset.version > known:
+            raise _too_new("opset", opset.version, known)
+
+
+def _too_new(what: str, needed: int, known: int) -> ModelError:
+    return ModelError(
+        f"the model needs {what} {needed}, the installed onnx {onnx.__version__} knows up to {known}",
+        hint="pip install -U onnx onnxruntime",
+    )
+
+
+def _finish(
+    proto: ModelProto, held: dict[int, Weight], path: Path | None, digest: Callable[[], str], size: int
+) -> Loaded:
+    folder = path.parent if path else None
+    weights: dict[str, Weight] = {}
+    files: dict[Path, None] = {}
+    for index, tensor in enumerate(proto.graph.initializer):
+        if is_external(tensor):
+            outside = external_weight(tensor, folder)
+            files[outside.path] = None
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            if outside.nbytes <= INLINE_LIMIT:
+                tensor.raw_data = bytes(outside.stored())
+            held[index] = outside
+        weight = held.get(index) or _take_data(tensor)
+        if weight.name in weights:
+            raise ModelError(f"two initializers have the name {weight.name!r}", hint="Export the model again.")
+        weights[weight.name] = weight
+    for tensor in attribute_tensors(proto):
+        if is_external(tensor):
+            files[bring_inline(tensor, folder)] = None
+        TensorWeight(tensor)  # raises when the data do not fit the shape
+    _unfold_sparse(proto, weights, size)
+    as_read = proto
+    if proto.functions:
+        sort_nodes(proto)
+        proto = inlined(proto)
+    names = ordered(proto)
+    opened = open_bodies(proto)
+    for tensor in opened.graph.initializer[len(proto.graph.initializer) :]:
+        weights[tensor.name] = _take_data(tensor)
+    size += sum(file.stat().st_size for file in files)
+    return Loaded(opened, weights, path, digest, size, as_read, tuple(files), names=names if opened is proto else ())
+
+
+def _unfold_sparse(proto: ModelProto, weights: dict[str, Weight], size: int) -> None:
+    """Make weights like any other of sparse initializers; they are written as they came."""
+    for sparse in proto.graph.sparse_initializer:
+        whole = SparseTensorProto()
+        whole.CopyFrom(sparse)
+        weight = SparseWeight(whole, sparse.values.name, max(_MOST_UNFOLDED, _TIMES * size))
+        if weight.name in weights:
+            raise ModelError(f"two initializers have the name {weight.name!r}", hint="Export the model again.")
+        weights[weight.name] = weight
+        stub = TensorProto(name=weight.name, data_type=weight.onnx_type, dims=weight.shape)
+        proto.graph.initializer.append(to_proto(weight) if weight.nbytes <= INLINE_LIMIT else stub)
+    proto.graph.ClearField("sparse_initializer")
+
+
+def _take_data(tensor: TensorProto) -> Weight:
+    """The weight of an initializer that still has its data; bulk data leave the skeleton."""
+    if tensor.HasField("raw_data") and not tensor.HasField("segment"):  # most are small: no more than their bytes
+        data = tensor.raw_data
+        if len(data) <= INLINE_LIMIT and tensor.data_type != TensorProto.STRING:
+            return BufferWeight(tensor.name, tensor.data_type, tensor.dims, data)
+    if tensor.data_type != TensorProto.STRING:
+        weight = TensorWeight(tensor)
+        if weight.nbytes <= INLINE_LIMIT:
+            return ArrayWeight(weight.name, weight.read())
+    whole = TensorProto()
+    whole.CopyFrom(tensor)
+    if tensor.data_type != TensorProto.STRING:
+        tensor.CopyFrom(without_data(whole))
+    return TensorWeight(whole)

@@ -1,0 +1,65 @@
+"""Copies of a model's parts that leave the bulk data behind; the originals are never changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnx import GraphProto, ModelProto, TensorProto
+
+from onnxprune.io.wire import prefix
+
+_DESCRIPTION = frozenset({"name", "data_type", "dims", "doc_string", "metadata_props"})
+
+
+def without_graph(model: ModelProto) -> ModelProto:
+    """A copy of everything around the graph: versions, metadata, functions."""
+    copy = ModelProto()
+    _copy_fields(model, copy, "graph")
+    return copy
+
+
+def without_initializers(graph: GraphProto) -> GraphProto:
+    """A copy of a graph's nodes, values and texts."""
+    copy = GraphProto()
+    _copy_fields(graph, copy, "initializer")
+    return copy
+
+
+def outline(graph: GraphProto) -> GraphProto:
+    """A copy of a graph's declared values and texts, without its nodes and initializers."""
+    copy = GraphProto()
+    _copy_fields(graph, copy, "initializer", "node")
+    return copy
+
+
+def without_nodes(graph: GraphProto) -> GraphProto:
+    """A copy of everything of a graph but its nodes."""
+    copy = GraphProto()
+    _copy_fields(graph, copy, "node")
+    return copy
+
+
+def without_data(tensor: TensorProto) -> TensorProto:
+    """A copy of a tensor's name, type, dims and documentation."""
+    copy = TensorProto()
+    for field, value in tensor.ListFields():
+        if field.name in _DESCRIPTION:
+            _copy_field(copy, field, value)
+    return copy
+
+
+def _copy_fields(source: ModelProto | GraphProto, target: ModelProto | GraphProto, *left_out: str) -> None:
+    for field, value in source.ListFields():
+        if field.name not in left_out:
+            _copy_field(target, field, value)
+
+
+def _copy_field(target: ModelProto | GraphProto | TensorProto, field: Any, value: Any) -> None:
+    held = getattr(target, field.name)
+    if hasattr(held, "MergeFrom"):
+        held.MergeFrom(value)
+    elif isinstance(value, bytes):
+        # Text that is not UTF-8, as some tools write into doc_string: protobuf reads it but lets nobody assign it.
+        target.MergeFromString(prefix(field.number, len(value)) + value)
+    else:
+        setattr(target, field.name, value)

@@ -1,0 +1,715 @@
+"""Subgraphs of If, Loop and Scan: inline them into the main graph, outline them again, expose their tensors.
+
+What the iterations of a Loop or Scan give is stacked in front, once per node that repeats. Where an If takes the other
+branch, its result is empty; within a Loop or Scan, where every iteration has to give as much, zeros of the same shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import dropwhile, pairwise
+from typing import Any, NamedTuple
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from onnxprune.io import markers
+from onnxprune.io.skeleton import outline, without_data, without_graph, without_nodes
+from onnxprune.io.weights import Weight
+
+_BODIES = {"If": ("then_branch", "else_branch"), "Loop": ("body",), "Scan": ("body",)}
+# Constant nodes whose value has more elements are weights; smaller ones are settings and stay nodes.
+_LARGEST_SETTING = 256
+Scope = ChainMap[str, str]
+
+
+def open_bodies(proto: ModelProto) -> ModelProto:
+    """The model with its bodies laid open; the same object where it has none that can be.
+
+    Names stay what they are where no other tensor (node) of the model has them; else they are put behind the name of
+    the control-flow node and its branch: ``If_0/else_branch/conv``. New initializers come behind the model's own.
+
+    A body stays closed where it holds nodes with bodies that have no form here (SequenceMap, Scan before opset 9,
+    foreign operators), sparse constants, or does not have the inputs and outputs that the operator asks for.
+    """
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
+    if not any(_is_open(node, opset) for node in proto.graph.node):
+        return proto
+    return _Opening(proto, opset).model
+
+
+def _is_open(node: NodeProto, opset: int) -> bool:
+    """Whether a node holds bodies and all of them can be laid open."""
+    names = _BODIES.get(node.op_type)
+    if names is None or node.domain not in ("", "ai.onnx"):
+        return False
+    bodies = {a.name: a.g for a in node.attribute if a.type == AttributeProto.GRAPH}
+    if bodies.keys() != set(names) or not _fits(node, list(bodies.values()), opset):
+        return False
+    return all(_plain(body, opset) for body in bodies.values())
+
+
+def _fits(node: NodeProto, bodies: list[GraphProto], opset: int) -> bool:
+    """Whether the bodies have the inputs and outputs that their node gives and takes."""
+    given, made = len(node.input), len(node.output)
+    if node.op_type == "If":
+        return given == 1 and all(not b.input and len(b.output) == made for b in bodies)
+    body = bodies[0]
+    if node.op_type == "Loop":
+        return given >= 2 and len(body.input) == given and given - 2 <= made <= len(body.output) - 1
+    scanned = _int(node, "num_scan_inputs", 0)
+    states = given - scanned
+    return opset >= 9 and 0 < scanned <= given == len(body.input) and states <= made <= len(body.output)
+
+
+def _plain(body: GraphProto, opset: int) -> bool:
+    """Whether every node of a body is free of bodies itself, or its bodies can be laid open as well."""
+    if body.sparse_initializer or {t.name for t in body.initializer} & {i.name for i in body.input}:
+        return False
+    for node in body.node:
+        holds = any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute)
+        if holds and not _is_open(node, opset):
+            return False
+    return True
+
+
+def _int(node: NodeProto, name: str, default: int) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
+
+
+def _ints(node: NodeProto, name: str, count: int) -> list[int]:
+    found = next((list(a.ints) for a in node.attribute if a.name == name), [])
+    return found if len(found) == count else [0] * count
+
+
+class _Opening:
+    """The flat model while it is written."""
+
+    def __init__(self, proto: ModelProto, opset: int) -> None:
+        graph = proto.graph
+        self.model = without_graph(proto)
+        self.model.opset_import.append(helper.make_opsetid(markers.DOMAIN, 1))
+        self.model.graph.MergeFrom(without_nodes(graph))
+        self._opset = opset
+        self._tensors = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+        self._tensors |= {t.values.name for t in graph.sparse_initializer}
+        self._tensors.update(o for node in graph.node for o in node.output)
+        self._nodes = {node.name for node in graph.node}
+        self._renamed: list[str] = []
+        self._infos = {i.name for i in (*graph.input, *graph.output, *graph.value_info)}
+        for node in graph.node:
+            self._add(node, ChainMap(), "")
+
+    # -- names -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _free(taken: set[str], name: str, path: str) -> str:
+        result = name if name and name not in taken else f"{path}/{name}"
+        number = 1
+        while result in taken:
+            result, number = f"{path}/{name}_{number}", number + 1
+        taken.add(result)
+        return result
+
+    def _define(self, name: str, scope: Scope, path: str) -> str:
+        """The flat name of a tensor that a body defines."""
+        if not name:
+            return ""
+        scope.maps[0][name] = flat = self._free(self._tensors, name, path)
+        return flat
+
+    def _mark(self, op: str, inputs: Iterable[str], outputs: Iterable[str], label: str, **more: Any) -> NodeProto:
+        """A marker; one without outputs of its own gets one that nobody reads."""
+        made = [o or self._free(self._tensors, "", f"{label}/{op}") for o in outputs]
+        node: NodeProto = self.model.graph.node.add()
+        node.CopyFrom(helper.make_node(op, list(inputs), made, name=label, domain=markers.DOMAIN, **more))
+        return node
+
+    # -- nodes -----------------------------------------------------------------------------------------------------
+
+    def _add(self, node: NodeProto, scope: Scope, path: str) -> None:
+        """One node of the model or, where ``path`` names one, of a body."""
+        if _is_open(node, self._opset):
+            self._open(node, scope, path)
+            return
+        value = next((a.t for a in node.attribute if a.name == "value"), None) if path else None
+        if node.op_type == "Constant" and value is not None and math.prod(value.dims) > _LARGEST_SETTING:
+            self._constant(node, value, scope, path)
+            return
+        copy = self.model.graph.node.add()
+        copy.CopyFrom(node)
+        if path:
+            copy.input[:] = [scope.get(n, n) for n in node.input]
+            copy.output[:] = [self._define(n, scope, path) for n in node.output]
+            if node.name:
+                copy.name = self._name(node.name, path)
+
+    def _name(self, name: str, path: str) -> str:
+        """The flat name of a node of a body."""
+        flat = self._free(self._nodes, name, path)
+        if flat != name:
+            self._renamed += [flat, name]
+        return flat
+
+    def _constant(self, node: NodeProto, value: TensorProto, scope: Scope, path: str) -> None:
+        """A Constant node whose value becomes an initializer."""
+        hollow, flat = NodeProto(), self._define(node.output[0], scope, path)
+        hollow.CopyFrom(node)
+        for attribute in hollow.attribute:
+            if attribute.name == "value":
+                attribute.t.CopyFrom(without_data(value))
+        self._mark(markers.CONSTANT, [], [""], path, node=hollow.SerializeToString(), tensor=flat)
+        self._weight(value, flat)
+
+    def _weight(self, tensor: TensorProto, flat: str) -> None:
+        copy = self.model.graph.initializer.add()
+        copy.CopyFrom(tensor)
+        copy.name = flat
+
+    def _open(self, node: NodeProto, scope: Scope, path: str) -> None:
+        """A control-flow node as markers, with its bodies between them."""
+        label = node.name or next((o for o in node.output if o), node.op_type)
+        whole = _Whole(node, self._name(label, path) if path else label, [scope.get(n, n) for n in node.input])
+        if node.op_type == "If":
+            self._choose(whole, scope, path)
+        else:
+            self._repeat(whole, scope, path)
+        self._mark(markers.CLOSE, [], [""], whole.label, kind=node.op_type)
+
+    def _outer(self, whole: _Whole, scope: Scope, path: str) -> list[str]:
+        """The flat names of what a control-flow node gives: also of what nobody wants."""
+        names = []
+        for name in whole.node.output:
+            if not name:
+                names.append(self._free(self._tensors, "unused", whole.label))
+            else:
+                names.append(self._define(name, scope, path) if path else name)
+        return names
+
+    def _choose(self, whole: _Whole, scope: Scope, path: str) -> None:
+        """An If: one branch after the other, and what one of them gives."""
+        results = []
+        for kind, name in ((markers.OPEN, "then_branch"), (markers.ELSE, "else_branch")):
+            inner = scope.new_child()
+            self._enclose(kind, whole, name, inner, whole.inputs, [])
+            results.append([inner.get(o.name, o.name) for o in whole.bodies[name].output])
+        self._mark(markers.END, [], [""], whole.label, kind="If")
+        for at, output in enumerate(self._outer(whole, scope, path)):
+            read = [results[0][at], results[1][at], whole.inputs[0]]
+            self._mark(markers.JOIN, read, [output], whole.label, kind="If", at=at)
+
+    def _repeat(self, whole: _Whole, scope: Scope, path: str) -> None:
+        """A Loop or Scan: states, what is scanned, the body and its results."""
+        node, body, inputs, inner = whole.node, whole.bodies["body"], whole.inputs, scope.new_child()
+        loop, label = node.op_type == "Loop", whole.label
+        first, kind = 2 if loop else 0, node.op_type
+        scanned = 0 if loop else _int(node, "num_scan_inputs", 0)
+        states, axes = len(inputs) - first - scanned, _ints(node, "scan_input_axes", scanned)
+        names = [self._define(i.name, inner, f"{label}/body") for i in body.input]
+
+        def enter() -> None:
+            for at in range(first, len(inputs)):
+                k = at - first - states
+                if k < 0:
+                    self._mark(markers.CARRY, [inputs[at]], [names[at]], label, kind=kind, at=at)
+                else:
+                    self._mark(markers.SLICE, [inputs[at]], [names[at]], label, kind=kind, at=at, axis=axes[k])
+
+        self._enclose(markers.OPEN, whole, "body", inner, inputs[:first], names[:first], enter)
+        given = [inner.get(o.name, o.name) for o in body.output]
+        self._mark(markers.END, given[: first // 2], [""], label, kind=kind)
+        beside, along = (inputs[:2], 0) if loop else (inputs[-1:], axes[-1])
+        stacked = _ints(node, "scan_output_axes", len(body.output) - first // 2 - states)
+        for k, output in enumerate(self._outer(whole, scope, path)):
+            at = k + first // 2
+            if k < states:
+                self._mark(markers.TIE, [names[first + k], given[at]], [output], label, kind=kind, at=at)
+            else:
+                places = {"axis": stacked[k - states], "along": along}
+                self._mark(markers.STACK, [given[at], *beside], [output], label, kind=kind, at=at, **places)
+
+    def _enclose(
+        self,
+        kind: str,
+        whole: _Whole,
+        name: str,
+        scope: Scope,
+        inputs: list[str],
+        outputs: list[str],
+        enter: Callable[[], None] = lambda: None,
+    ) -> None:
+        """A marker with all that is needed to close the body again, and the body's weights and nodes."""
+        body, path, before = whole.bodies[name], f"{whole.label}/{name}", len(self._renamed)
+        held = [self._define(t.name, scope, path) for t in body.initializer]
+        marker = self._mark(kind, inputs, ["", *outputs], whole.label, kind=whole.node.op_type, body=name)
+        for tensor, flat in zip(body.initializer, held, strict=True):
+            self._weight(tensor, flat)
+        enter()
+        for node in body.node:
+            self._add(node, scope, path)
+        own = scope.maps[0]
+        for info in (*body.input, *body.output, *body.value_info):
+            flat = own.get(info.name, "")
+            if flat and flat not in self._infos:
+                self._infos.add(flat)
+                self.model.graph.value_info.add().CopyFrom(info)
+                self.model.graph.value_info[-1].name = flat
+        texts: dict[str, list[str] | bytes] = {
+            "initializers": held,
+            "tensors": [n for name, flat in own.items() if name != flat for n in (flat, name)],
+            "nodes": self._renamed[before:],
+        }
+        if kind == markers.OPEN:
+            texts["node"] = whole.hollow()
+        for key, value in texts.items():
+            if value:
+                marker.attribute.append(helper.make_attribute(key, value))
+
+
+@dataclass(slots=True)
+class _Whole:
+    """A control-flow node that is being laid open: its flat name, and those of its inputs."""
+
+    node: NodeProto
+    label: str
+    inputs: list[str]
+
+    @property
+    def bodies(self) -> dict[str, GraphProto]:
+        """Its bodies by the name of their attribute."""
+        return {a.name: a.g for a in self.node.attribute if a.type == AttributeProto.GRAPH}
+
+    def hollow(self) -> bytes:
+        """The node with bodies that hold declared values and texts alone."""
+        hollow = NodeProto()
+        hollow.CopyFrom(self.node)
+        for attribute in hollow.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                attribute.g.CopyFrom(outline(attribute.g))
+        return bytes(hollow.SerializeToString())
+
+
+def close_bodies(
+    proto: ModelProto, weights: Mapping[str, Weight], *, branches: bool = True
+) -> tuple[ModelProto, Mapping[str, Weight]]:
+    """The model as runtimes know it, and the weights of its main graph; the same objects where no body is open.
+
+    Weights of bodies are put into them, so the model holds their data.
+
+    Args:
+        branches: whether to close every If; False: those that lie in no Loop or Scan stay open.
+    """
+    if not markers.has_bodies(proto):
+        return proto, weights
+    closing = _Closing(proto, weights, branches)
+    return closing.model, closing.weights
+
+
+@dataclass(slots=True)
+class _Body:
+    """A body while it is filled. ``flat``: the flat names of what it defines under another name."""
+
+    graph: GraphProto
+    initializers: list[str]
+    flat: dict[str, str]
+    nodes: list[NodeProto] = field(default_factory=list)
+    outputs: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A control-flow node while its bodies are filled."""
+
+    node: NodeProto
+    bodies: list[_Body] = field(default_factory=list)
+
+
+class _Closing:
+    """The walk over a flat graph, with the nodes that are open at the moment."""
+
+    def __init__(self, proto: ModelProto, weights: Mapping[str, Weight], branches: bool) -> None:
+        self._source, self._all = proto.graph, weights
+        self._tensors = {t.name: t for t in proto.graph.initializer}
+        self._infos = {i.name: i for i in proto.graph.value_info}
+        self._names: dict[str, str] = {}
+        self._labels: dict[str, str] = {}
+        self._held: set[str] = set()
+        self._inner: set[str] = set()
+        kept = set() if branches else _of_branches(proto)
+        for index, node in enumerate(proto.graph.node):
+            if node.domain == markers.DOMAIN and index not in kept:
+                self._learn(node)
+        self._top: list[NodeProto] = []
+        self._open: list[_Frame] = []
+        for index, node in enumerate(proto.graph.node):
+            if index in kept:
+                self._top.append(node)
+            else:
+                self._take(node)
+        self.model = self._whole(proto)
+        self.weights = {name: weight for name, weight in weights.items() if name not in self._held}
+
+    def _learn(self, marker: NodeProto) -> None:
+        """What a marker says of names, ahead of everything else."""
+        self._names.update(_pairs(_texts(marker, "tensors")))
+        self._labels.update(_pairs(_texts(marker, "nodes")))
+        self._held.update(_texts(marker, "initializers"))
+        if marker.op_type == markers.CONSTANT:
+            self._held.update(_texts(marker, "tensor"))
+
+    def _whole(self, proto: ModelProto) -> ModelProto:
+        model = without_graph(proto)
+        left = any(node.domain == markers.DOMAIN for node in self._top)
+        kept = [opset for opset in model.opset_import if left or opset.domain != markers.DOMAIN]
+        del model.opset_import[:]
+        model.opset_import.extend(kept)
+        graph = without_nodes(proto.graph)
+        del graph.initializer[:], graph.value_info[:]
+        graph.initializer.extend(t for t in proto.graph.initializer if t.name not in self._held)
+        graph.value_info.extend(i for i in proto.graph.value_info if i.name not in self._inner)
+        graph.node.extend(self._top)
+        model.graph.CopyFrom(graph)
+        return model
+
+    def _read(self, name: str) -> str:
+        """A tensor's name in its own body."""
+        return self._names.get(name, name)
+
+    def _put(self, node: NodeProto) -> None:
+        (self._open[-1].bodies[-1].nodes if self._open else self._top).append(node)
+
+    # -- the walk --------------------------------------------------------------------------------------------------
+
+    def _take(self, node: NodeProto) -> None:
+        if node.domain != markers.DOMAIN:
+            copy = NodeProto()
+            copy.CopyFrom(node)
+            copy.input[:] = map(self._read, node.input)
+            if self._open:
+                self._inner.update(node.output)
+                copy.output[:] = map(self._read, node.output)
+                if node.name in self._labels:
+                    copy.name = self._labels[node.name]
+            self._put(copy)
+        elif node.op_type == markers.OPEN:
+            hollow = NodeProto.FromString(_bytes(node, "node"))
+            for at, name in enumerate(node.input):
+                hollow.input[at] = self._read(name)
+            self._open.append(_Frame(hollow))
+            self._begin(node)
+        elif node.op_type == markers.ELSE:
+            self._begin(node)
+        elif node.op_type == markers.CONSTANT:
+            self._constant(node)
+        elif node.op_type == markers.CLOSE:
+            frame = self._open.pop()
+            for body in frame.bodies:
+                self._finish(body)
+            self._put(frame.node)
+        else:
+            self._tie(node, self._open[-1])
+
+    def _begin(self, marker: NodeProto) -> None:
+        """A new body."""
+        name = _texts(marker, "body")[0]
+        frame = self._open[-1]
+        graph = next(a.g for a in frame.node.attribute if a.type == AttributeProto.GRAPH and a.name == name)
+        flat = {own: flat for flat, own in _pairs(_texts(marker, "tensors"))}
+        frame.bodies.append(_Body(graph, _texts(marker, "initializers"), flat))
+        self._inner.update(marker.output)
+
+    def _tie(self, node: NodeProto, frame: _Frame) -> None:
+        """Where a value enters or leaves a body: the node's inputs and the body's outputs."""
+        at = next((int(a.i) for a in node.attribute if a.name == "at"), 0)
+        body = frame.bodies[-1]
+        if node.op_type in (markers.CARRY, markers.SLICE):
+            frame.node.input[at] = self._read(node.input[0])
+            self._inner.update(node.output)
+        elif node.op_type == markers.END:
+            body.outputs.update(enumerate(node.input))
+        elif node.op_type == markers.JOIN:
+            for branch, name in zip(frame.bodies, node.input, strict=False):
+                branch.outputs[at] = name
+        else:
+            body.outputs[at] = node.input[node.op_type == markers.TIE]
+        if node.op_type in markers.RESULTS:
+            if len(self._open) > 1:
+                self._inner.update(node.output)
+            self._grow(node, frame, at)
+
+    def _grow(self, node: NodeProto, frame: _Frame, at: int) -> None:
+        """One more result than the node came with, see :mod:`onnxprune.io.subgraphs`."""
+        if at < len(frame.bodies[0].graph.output):
+            return
+        numbers = {a.name: int(a.i) for a in node.attribute}
+        # Only Scan asks for a rank; the results of an If may differ in theirs.
+        sizes = [None] * numbers["rank"] if frame.node.op_type == "Scan" else None
+        for body in frame.bodies:
+            body.graph.output.append(helper.make_tensor_value_info("", numbers["type"], sizes))
+        place = at - (frame.node.op_type == "Loop")
+        while len(frame.node.output) < place:
+            frame.node.output.append(f"{node.output[0]}_{len(frame.node.output)}")
+        frame.node.output.append(self._read(node.output[0]))
+        for attribute in frame.node.attribute:
+            if attribute.name in ("scan_output_axes", "scan_output_directions"):
+                attribute.ints.append(0)
+
+    def _constant(self, marker: NodeProto) -> None:
+        """A Constant node with the value it has by now; none where nothing reads it any more."""
+        name = _texts(marker, "tensor")[0]
+        if name not in self._tensors:
+            return
+        node = NodeProto.FromString(_bytes(marker, "node"))
+        for attribute in node.attribute:
+            if attribute.name == "value":
+                attribute.t.CopyFrom(self._filled(name, attribute.t.name))
+        self._inner.add(name)
+        self._put(node)
+
+    def _filled(self, flat: str, name: str) -> TensorProto:
+        """An initializer with its data."""
+        tensor, weight = TensorProto(), self._all.get(flat)
+        tensor.CopyFrom(self._tensors[flat])
+        if weight is not None and weight.onnx_type != TensorProto.STRING:
+            tensor = without_data(tensor)
+            tensor.data_type = weight.onnx_type
+            tensor.dims[:] = weight.shape
+            tensor.raw_data = bytes(weight.stored())
+        tensor.name = name
+        return tensor
+
+    # -- bodies ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, body: _Body) -> None:
+        """Nodes, weights, outputs and declared sizes of one body."""
+        graph = body.graph
+        names = [n for n in body.initializers if n in self._tensors]
+        graph.initializer.extend(self._filled(n, self._read(n)) for n in names)
+        self._inner.update(names)
+        graph.node.extend(body.nodes)
+        for at, flat in body.outputs.items():
+            self._output(body, at, flat)
+        made = {*(o for node in graph.node for o in node.output), *(i.name for i in (*graph.input, *graph.output))}
+        kept = [i for i in graph.value_info if i.name in made]
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            now = self._infos.get(body.flat.get(info.name, info.name))
+            if now is not None:
+                _resize(info, now)
+
+    def _output(self, body: _Body, at: int, flat: str) -> None:
+        """What a body gives under another name than before: a constant of the main graph goes through an Identity."""
+        output, name = body.graph.output[at], self._read(flat)
+        if name == output.name:
+            return
+        made = {o for node in body.graph.node for o in node.output}
+        if name not in made and name not in {i.name for i in (*body.graph.input, *body.graph.initializer)}:
+            through = f"{name}_of_{output.name}"
+            body.graph.node.append(helper.make_node("Identity", [name], [through], name=through))
+            name = through
+        output.name = name
+
+
+def _of_branches(proto: ModelProto) -> set[int]:
+    """Markers of Ifs that lie in no Loop or Scan."""
+    found = [markers.marker_of(node) for node in proto.graph.node]
+    around = markers.enclosures(found)
+    return {
+        k
+        for k, ((op, kind), bodies) in enumerate(zip(found, around, strict=True))
+        if op and kind in ("If", "") and markers.repeating(bodies) is None
+    }
+
+
+def _resize(info: ValueInfoProto, now: ValueInfoProto) -> None:
+    """Sizes that the flat graph declares by now."""
+    ours, theirs = info.type.tensor_type.shape.dim, now.type.tensor_type.shape.dim
+    if len(ours) == len(theirs):
+        for dim, new in zip(ours, theirs, strict=True):
+            if dim.HasField("dim_value") and new.HasField("dim_value"):
+                dim.dim_value = new.dim_value
+
+
+def _pairs(texts: Sequence[str]) -> Iterable[tuple[str, str]]:
+    return [pair for k, pair in enumerate(pairwise(texts)) if k % 2 == 0]
+
+
+def _texts(node: NodeProto, name: str) -> list[str]:
+    for attribute in node.attribute:
+        if attribute.name == name:
+            return [v.decode() for v in attribute.strings] or [attribute.s.decode()]
+    return []
+
+
+def _bytes(node: NodeProto, name: str) -> bytes:
+    return next(bytes(a.s) for a in node.attribute if a.name == name)
+
+
+Size = int | tuple[str, int, int]
+"""A number, or (graph input, axis, factor): that input's size times the factor."""
+
+
+class Inner(NamedTuple):
+    """What has to be known of a tensor to show it: its element type, rank and, where it may lie in an If within a Loop
+    or Scan, its sizes."""
+
+    kind: int
+    rank: int
+    sizes: tuple[Size, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An inner tensor as a result: the ``output`` it comes out as, and how many axes were ``stacked`` in front."""
+
+    output: str
+    stacked: int
+
+
+@dataclass(slots=True)
+class _ExposedFrame:
+    """A node with bodies: where its markers stand, and how many results it has."""
+
+    kind: str
+    label: str
+    condition: str
+    results: int
+    otherwise: int = 0
+    end: int = 0
+    close: int = 0
+
+
+@dataclass(slots=True)
+class _Places:
+    """All nodes with bodies, and around every inner tensor the nodes with the side it lies on, outermost first."""
+
+    around: dict[str, tuple[tuple[_ExposedFrame, bool], ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, proto: ModelProto) -> _Places:
+        """Those of a flat model."""
+        found, stack = cls(), list[tuple[_ExposedFrame, bool]]()
+        for index, node in enumerate(proto.graph.node):
+            marker = node.op_type if node.domain == markers.DOMAIN else ""
+            if marker == markers.OPEN:
+                texts = {a.name: a.s for a in node.attribute}
+                hollow = NodeProto.FromString(texts["node"])
+                results = next(len(a.g.output) for a in hollow.attribute if a.HasField("g"))
+                stack.append(
+                    (
+                        _ExposedFrame(texts["kind"].decode(), node.name, node.input[0] if node.input else "", results),
+                        True,
+                    )
+                )
+            elif marker == markers.ELSE:
+                stack[-1][0].otherwise, stack[-1] = index, (stack[-1][0], False)
+            elif marker == markers.END:
+                stack[-1][0].end = index
+            elif marker == markers.CLOSE:
+                stack.pop()[0].close = index
+            around = tuple(stack[: len(stack) - (marker in markers.RESULTS)])
+            if around:
+                found.around.update(dict.fromkeys(filter(None, node.output), around))
+        return found
+
+
+def hidden(proto: ModelProto, types: Mapping[str, Inner]) -> frozenset[str]:
+    """Those tensors that cannot be shown: in an If within a Loop or Scan, and their sizes are not known."""
+    if not markers.has_bodies(proto):
+        return frozenset()
+    around = _Places.of(proto).around
+    return frozenset(
+        n for n, inner in types.items() if not _can_be_shown([f.kind for f, _ in around.get(n, ())], inner)
+    )
+
+
+def _can_be_shown(kinds: list[str], inner: Inner) -> bool:
+    """Whether every If outside of which something repeats can say how large what it does not give would be."""
+    first = next((k for k, kind in enumerate(kinds) if kind != "If"), len(kinds))
+    if "If" not in kinds[first:]:
+        return True
+    last = max(k for k, kind in enumerate(kinds) if kind != "If")
+    return inner.sizes is not None and "If" not in kinds[first:last]
+
+
+def show(
+    proto: ModelProto, types: Mapping[str, Inner], *, branches: bool = True
+) -> tuple[ModelProto, dict[str, Shown]]:
+    """The model with inner tensors as results of the nodes around them, and what they come out as.
+
+    Args:
+        types: of the tensors to show; those that lie in no body are left out. None of them is ``hidden``.
+        branches: whether to show them outside of every If; False: where the outermost Loop or Scan around them runs.
+    """
+    around = _Places.of(proto).around if markers.has_bodies(proto) else {}
+    shown: dict[str, Shown] = {}
+    before: dict[int, list[NodeProto]] = {}
+    for name, (kind, rank, sizes) in types.items():
+        now, stacked = name, 0
+        frames = around.get(name, ())
+        if not branches:
+            frames = tuple(dropwhile(lambda placed: placed[0].kind == "If", frames))
+        for number, (frame, side) in enumerate(reversed(frames)):
+            output = f"{name}__shown{number}"
+            # A copy: runtimes may let a state that is a result as well be overwritten.
+            own = frame.otherwise if frame.kind == "If" and side else frame.end
+            before.setdefault(own, []).append(helper.make_node("Identity", [now], [f"{output}_copy"], name=output))
+            now = f"{output}_copy"
+            at = {"kind": frame.kind, "at": frame.results, "type": kind, "rank": rank + stacked}
+            frame.results += 1
+            if frame.kind == "If":
+                nothing = f"{output}_nothing"
+                place = frame.end if side else frame.otherwise
+                inside = any(outer.kind != "If" for outer, _ in frames[: len(frames) - 1 - number])
+                before.setdefault(place, []).extend(_zeros(nothing, kind, (sizes or ()) if inside else (0,)))
+                sides = [now, nothing] if side else [nothing, now]
+                marker = _marker(markers.JOIN, [*sides, frame.condition], output, frame.label, **at)
+            else:
+                marker = _marker(markers.STACK, [now], output, frame.label, axis=0, **at)
+                stacked += 1
+            before.setdefault(frame.close, []).append(marker)
+            now = output
+            shown[name] = Shown(output, stacked)
+    if not shown:
+        return proto, shown
+    model = ModelProto()
+    model.CopyFrom(proto)
+    del model.graph.node[:]
+    for index, node in enumerate(proto.graph.node):
+        model.graph.node.extend(before.get(index, ()))
+        model.graph.node.append(node)
+    return model, shown
+
+
+def _marker(op: str, inputs: list[str], output: str, label: str, **more: Any) -> NodeProto:
+    return helper.make_node(op, inputs, [output], name=label, domain=markers.DOMAIN, **more)
+
+
+def _zeros(name: str, kind: int, sizes: tuple[Size, ...]) -> list[NodeProto]:
+    """Nodes that make a tensor of zeros."""
+    nodes, parts = [], []
+    for axis, size in enumerate(sizes):
+        parts.append(part := f"{name}_{axis}")
+        if isinstance(size, int):
+            nodes.append(_constant(part, TensorProto.INT64, [1], [size]))
+            continue
+        source, place, factor = size
+        nodes += [
+            helper.make_node("Shape", [source], [f"{part}_shape"]),
+            _constant(f"{part}_place", TensorProto.INT64, [1], [place]),
+            helper.make_node("Gather", [f"{part}_shape", f"{part}_place"], [f"{part}_size"]),
+            _constant(f"{part}_factor", TensorProto.INT64, [1], [factor]),
+            helper.make_node("Mul", [f"{part}_size", f"{part}_factor"], [part]),
+        ]
+    if not parts:
+        return [_constant(name, kind, [], [0])]
+    joined = helper.make_node("Concat", parts, [f"{name}_sizes"], axis=0)
+    zero = helper.make_tensor(name, kind, [1], [0])
+    return [*nodes, joined, helper.make_node("ConstantOfShape", [f"{name}_sizes"], [name], value=zero)]
+
+
+def _constant(name: str, kind: int, dims: list[int], values: list[int]) -> NodeProto:
+    return helper.make_node("Constant", [], [name], value=helper.make_tensor(name, kind, dims, values))

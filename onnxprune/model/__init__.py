@@ -1,1 +1,0 @@
-"""Model files: reading them without their bulk data, weights that are read when needed, writing."""

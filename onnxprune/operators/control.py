@@ -1,0 +1,113 @@
+"""Bodies of If, Loop and Scan: how labels enter them, leave them, and hold from one iteration to the next.
+
+A state is one tensor throughout: what goes in, what the body sees, what it gives back and what comes out lose the same
+channels, as the operands of a sum do. The branches of an If are tied in the same way.
+"""
+
+from __future__ import annotations
+
+from onnxprune.io import markers
+from onnxprune.labels import algebra
+from onnxprune.labels.algebra import broadcast
+from onnxprune.labels.label import Labels, covering
+from onnxprune.operators.context import Step
+from onnxprune.operators.registry import Rule, register
+
+
+class Marker(Rule):
+    """Begins or ends a body: what it reads (trip counts, conditions) has no channels."""
+
+    shapeless = True
+
+
+class Carry(Marker):
+    """The initial value of a state, as the body sees it."""
+
+    def propagate(self, step: Step) -> None:
+        """The same labels, where the state keeps its size from one iteration to the next."""
+        labels, shape = step.labels(0), step.table.facts.shape(step.node.outputs[0])
+        if shape is None:
+            step.freeze(labels, "dynamic-shape", _CHANGES)
+            return
+        for axis, size in enumerate(shape):
+            if size is None:
+                labels = step.drop_axis(labels, axis, "dynamic-shape", _CHANGES)
+        step.set(0, labels)
+
+
+_CHANGES = "the shape of this state is not known to stay the same from one iteration to the next"
+
+
+class Slice(Marker):
+    """One position of a scanned axis per iteration."""
+
+    def propagate(self, step: Step) -> None:
+        """The scanned axis stays whole and is gone inside."""
+        labels, shape = step.labels(0), step.table.facts.shape(step.node.inputs[0])
+        if shape is None:
+            step.freeze(labels, "dynamic-shape", "the shape of what is scanned is not known")
+            return
+        axis = step.axis(0, len(shape))
+        labels = step.drop_axis(labels, axis, "spatial", f"{step.node.kind} runs along this axis")
+        step.set(0, algebra.remove_axis(labels, axis))
+
+
+class Stack(Marker):
+    """What every iteration gives, one behind the other along a new axis."""
+
+    def propagate(self, step: Step) -> None:
+        """A new axis without labels."""
+        labels, shape = step.labels(0), step.table.facts.shape(step.node.inputs[0])
+        for i in range(1, len(step.node.inputs)):
+            step.labels(i)  # it only says how often
+        if shape is None:
+            step.freeze(labels, "dynamic-shape", "the shape of what an iteration gives is not known")
+            return
+        step.set(0, algebra.insert_axis(labels, step.axis(0, len(shape) + 1)))
+
+
+class Tie(Marker):
+    """A state as it goes into an iteration, and as it comes out."""
+
+    def propagate(self, step: Step) -> None:
+        """Both lose the same channels."""
+        step.set(0, _united(step, _CHANGES))
+
+
+class Join(Marker):
+    """What either branch of an If gives."""
+
+    def propagate(self, step: Step) -> None:
+        """Both lose the same channels; where they differ in shape, the branch that is taken at every probe decides."""
+        facts = step.table.facts
+        taken = facts.static_value(step.node.inputs[2])
+        shapes = [facts.shape(n) for n in step.node.inputs[:2]]
+        if taken is not None and shapes[0] != shapes[1]:
+            step.labels(0), step.labels(1)
+            step.set(0, step.labels(0 if taken.ravel()[0] else 1))
+        else:
+            step.set(0, _united(step, "the branches give different shapes"))
+
+
+def _united(step: Step, why: str) -> Labels:
+    """Labels of two tensors of one shape, united position by position; sizes that differ or are not known stay."""
+    facts, both = step.table.facts, [step.labels(0), step.labels(1)]
+    a, b = (facts.shape(n) for n in step.node.inputs[:2])
+    if a is None or b is None or len(a) != len(b):
+        for labels in both:
+            step.freeze(labels, "dynamic-shape", why)
+        return ()
+    for axis, (n, m) in enumerate(zip(a, b, strict=True)):
+        if n != m or n is None:
+            for k, labels in enumerate(both):
+                if covering(labels, axis) is not None:
+                    both[k] = step.drop_axis(labels, axis, "dynamic-shape", why)
+    return broadcast(step.atoms, [(both[0], a), (both[1], b)], len(a), step.reason)
+
+
+register(markers.DOMAIN, markers.OPEN, markers.ELSE, markers.END, markers.CLOSE, markers.CONSTANT, rule=Marker())
+register(markers.DOMAIN, markers.CARRY, rule=Carry())
+register(markers.DOMAIN, markers.SLICE, rule=Slice())
+register(markers.DOMAIN, markers.TIE, rule=Tie())
+register(markers.DOMAIN, markers.STACK, rule=Stack())
+register(markers.DOMAIN, markers.JOIN, rule=Join())

@@ -1,0 +1,3 @@
+"""Rewriting: the only stage that changes weights and shapes."""
+
+from __future__ import annotations

@@ -1,0 +1,306 @@
+"""Two models with what is chosen and drawn in them held equal.
+
+An operator that chooses (the largest, what overlaps, a side of a threshold, the nearest integer) makes another result
+of a difference of rounding, and one that draws gives other numbers where its sizes are others. Neither tells that two
+models differ. So both get, in front of every operator that chooses, the values that the reference has there, and in
+place of every operator that draws, what it drew in the reference; what they have there themselves becomes an output.
+The proof stays one: a difference in front of a choice shows in these outputs, one in the choice itself or behind it in
+what is computed from the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxprune.graph.precision import chooses, draws
+from onnxprune.io.subgraphs import close_bodies
+from onnxprune.io.weights import Weight
+from onnxprune.pruning.masked import Model, Steps, gather
+
+Feed = dict[str, Any]
+Survivors = Callable[[str], Steps | None]
+"""How a tensor of the reference becomes that of the other model; None where that cannot be said."""
+
+HELD, SEEN, MADE = "__held", "__seen", "__made"
+"""How names end: of inputs with what is held, of outputs with what a model has there, and with what is made of it."""
+
+_SEED = 7
+_FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+
+def whole(_: str) -> Steps:
+    """Nothing was cut."""
+    return []
+
+
+@dataclass(slots=True)
+class Holding:
+    """What is held equal between two models.
+
+    Args:
+        reference, other: the models. Their bodies are put into the nodes that hold them: such a node is taken for one
+            operator that chooses.
+        kinds: element types by name. survivors: what the other model has of a tensor.
+
+    Attributes:
+        operators: types of what chooses and draws, with how often. unheld: names of outputs of what draws and cannot be
+            held (in bodies, or in sizes that nobody knows).
+    """
+
+    reference: Model
+    other: Model
+    kinds: Mapping[str, int]
+    survivors: Survivors = whole
+    operators: dict[str, int] = field(default_factory=dict)
+    unheld: list[str] = field(default_factory=list)
+    _inputs: dict[str, tuple[str, Steps]] = field(default_factory=dict)
+    _choices: list[tuple[int, int, int, str]] = field(default_factory=list)
+    _enclosed: list[tuple[int, int, str]] = field(default_factory=list)
+    _made: dict[str, Steps] = field(default_factory=dict)
+    _drawn: dict[str, tuple[int, int, Steps, float | None]] = field(default_factory=dict)
+    _differs: bool = False
+
+    def __post_init__(self) -> None:
+        self.reference, self.other = close_bodies(*self.reference), close_bodies(*self.other)
+        theirs = {n.output[0]: k for k, n in enumerate(self.other[0].graph.node) if n.output}
+        data, values = self._data(), _constants(self.reference[0])
+        for index, node in enumerate(self.reference[0].graph.node):
+            partner = theirs.get(node.output[0]) if node.output else None
+            twin = self.other[0].graph.node[partner] if partner is not None else None
+            fits = twin is not None and twin.op_type == node.op_type
+            if draws(node, values):
+                if not (fits and partner is not None and self._draw(index, node, partner, values)):
+                    self.unheld += [o for o in node.output if o]
+            elif twin is not None and partner is not None and _bodies(node):
+                self._enclose(index, node, partner, data)
+            elif twin is not None and partner is not None and self._jumps(node, data):
+                self._differs |= not fits
+                self._choose(index, node, partner, twin, data)
+        self.unheld += [o for node in _inner(self.reference[0]) if draws(node, values) for o in node.output if o]
+
+    def __bool__(self) -> bool:
+        return bool(self._inputs or self._drawn) and not self._differs
+
+    def _data(self) -> set[str]:
+        """Tensors that depend on what goes in."""
+        proto = self.reference[0].graph
+        data = {i.name for i in proto.input} - {t.name for t in proto.initializer}
+        for node in proto.node:
+            if _bodies(node) or draws(node) or not data.isdisjoint(node.input):
+                data.update(node.output)
+        return data
+
+    def _jumps(self, node: onnx.NodeProto, data: set[str]) -> bool:
+        reads = {self._kind(name) for name in node.input if name in data}
+        return chooses(node.op_type, reads, {self._kind(name) for name in node.output if name})
+
+    def _kind(self, name: str) -> int:
+        return self.kinds.get(_unmasked(name), 0)
+
+    def _choose(self, index: int, node: onnx.NodeProto, partner: int, twin: onnx.NodeProto, data: set[str]) -> None:
+        """Hold the floats that a node chooses by; all of them, or none."""
+        found = []
+        for i, name in enumerate(node.input):
+            if name not in data or not _is_float(self._kind(name)):
+                continue
+            steps = self.survivors(_unmasked(name))
+            if steps is None or i >= len(twin.input) or twin.input[i] != _unmasked(name):
+                return
+            found.append((i, name, steps))
+        for i, name, steps in found:
+            self._inputs[name] = _unmasked(name), steps
+            self._choices.append((index, partner, i, name))
+        if found and all(name == _unmasked(name) for _, name, _ in found):  # one that sums has other sums
+            places = {name: self.survivors(name) for name in node.output if name}
+            self._made.update({name: steps for name, steps in places.items() if steps is not None})
+        if found:
+            self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
+
+    def _enclose(self, index: int, node: onnx.NodeProto, partner: int, data: set[str]) -> None:
+        """Hold the floats that bodies read from around them; what is computed in them may choose in any way."""
+        inside = {name for body in _bodies(node) for inner in _all(body) for name in inner.input}
+        for name in sorted((inside | set(node.input)) & data):
+            steps = self.survivors(_unmasked(name)) if _is_float(self._kind(name)) else None
+            if steps is not None and name == _unmasked(name):
+                self._inputs[name] = name, steps
+                self._enclosed.append((index, partner, name))
+        if any(index == held for held, _, _ in self._enclosed):
+            self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
+
+    def _draw(self, index: int, node: onnx.NodeProto, partner: int, values: Mapping[str, Any]) -> bool:
+        """Hold what a node draws; whether that can be done."""
+        steps, scale = self.survivors(node.output[0]), None
+        if node.op_type == "Dropout":
+            share = float(values.get(node.input[1], np.nan)) if node.input[1] else 0.5
+            if not 0 <= share < 1 or any(node.output[1:]):
+                return False
+            scale = 1 / (1 - share)
+        if steps is None or node.domain not in ("", "ai.onnx") or not self._kind(node.output[0]):
+            return False
+        if node.op_type in ("Bernoulli", "Multinomial"):  # chances: what is drawn by them is compared no more
+            before = self.survivors(_unmasked(node.input[0]))
+            if before is None:
+                return False
+            self._inputs[node.input[0]] = _unmasked(node.input[0]), before
+        self._drawn[node.output[0]] = index, partner, steps, scale
+        self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
+        return True
+
+    def depend_on_unheld(self) -> set[str]:
+        """Outputs of the models that depend on what is drawn and not held."""
+        graph, tainted = self.reference[0].graph, set(self.unheld)
+        for node in graph.node:
+            inside = [n for body in _bodies(node) for inner in _all(body) for n in (*inner.input, *inner.output)]
+            if not tainted.isdisjoint([*node.input, *node.output, *inside]):
+                tainted.update(node.output)
+        return tainted & {o.name for o in graph.output}
+
+    # -- the models ------------------------------------------------------------------------------------------------
+
+    def tapped(self) -> tuple[Model, Sequence[str]]:
+        """The reference with all that is held as outputs besides its own, and their names."""
+        proto, weights = _copy(self.reference)
+        names = []
+        for name, (_, steps) in self._inputs.items():
+            names += [f"{name}__all", f"{name}__kept"]
+            proto.graph.node.append(onnx.helper.make_node("Identity", [name], [names[-2]]))
+            gather(proto, weights, name, names[-1], steps)
+        for name, (index, _, steps, scale) in self._drawn.items():
+            source, node = name, proto.graph.node[index]
+            if scale is not None:
+                del node.output[1:]
+                node.output.append(source := f"{name}__drops")
+            names += [f"{name}__all", f"{name}__kept"]
+            proto.graph.node.append(onnx.helper.make_node("Identity", [source], [names[-2]]))
+            gather(proto, weights, source, names[-1], steps)
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        return (proto, weights), names
+
+    def feeds(self, values: Feed) -> tuple[Feed, Feed]:
+        """What both models are to be given besides their inputs, from what the tapped reference gave."""
+        result: tuple[Feed, Feed] = ({}, {})
+        for feed, part in zip(result, ("all", "kept"), strict=True):
+            for name in self._inputs:
+                feed[f"{name}{HELD}"] = values[f"{name}__{part}"]
+            for name, (_, _, _, scale) in self._drawn.items():
+                value = values[f"{name}__{part}"]
+                if scale is not None:
+                    kind = onnx.helper.tensor_dtype_to_np_dtype(self._kind(name))
+                    value = (value.astype(np.float32) * scale).astype(kind)
+                feed[f"{name}{HELD}"] = value
+        return result
+
+    def pair(self) -> tuple[Model, Model]:
+        """Both models with inputs for what is held, and outputs for what they have in its place."""
+        models = _copy(self.reference), _copy(self.other)
+        for side, (proto, weights) in enumerate(models):
+            for name, (own, steps) in self._inputs.items():
+                self._add_input(proto, name)
+                output = f"{name}{SEEN}"
+                gather(proto, weights, own if side else name, output, [] if side else steps)
+                proto.graph.output.append(onnx.ValueInfoProto(name=output))
+            for name, steps in self._made.items():
+                gather(proto, weights, name, f"{name}{MADE}", [] if side else steps)
+                proto.graph.output.append(onnx.ValueInfoProto(name=f"{name}{MADE}"))
+            for index, partner, i, name in self._choices:
+                proto.graph.node[partner if side else index].input[i] = f"{name}{HELD}"
+            for index, partner, name in self._enclosed:
+                _rename(proto.graph.node[partner if side else index], name, f"{name}{HELD}")
+            for name, (index, partner, _, scale) in self._drawn.items():
+                self._add_input(proto, name)
+                self._replace(proto.graph.node[partner if side else index], f"{name}{HELD}", scale)
+        return models
+
+    def _replace(self, node: onnx.NodeProto, held: str, scale: float | None) -> None:
+        """What was drawn in place of drawing."""
+        output, source = node.output[0], node.input[0] if node.input else ""
+        node.Clear()
+        if scale is None:
+            node.CopyFrom(onnx.helper.make_node("Identity", [held], [output]))
+        else:
+            node.CopyFrom(onnx.helper.make_node("Mul", [source, held], [output]))
+
+    def _add_input(self, proto: onnx.ModelProto, name: str) -> None:
+        info = onnx.helper.make_tensor_value_info(f"{name}{HELD}", self._kind(name), None)
+        proto.graph.input.append(info)
+
+
+def _constants(proto: onnx.ModelProto) -> dict[str, Any]:
+    """Small constants by name, those of Constant nodes too."""
+    tensors = {t.name: t for t in proto.graph.initializer}
+    for node in (n for graph in (proto.graph, *proto.functions) for n in _all(graph)):
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
+            tensors[node.output[0]] = node.attribute[0].t
+    return {
+        name: onnx.numpy_helper.to_array(tensor)
+        for name, tensor in tensors.items()
+        if not tensor.dims and any(field.name.endswith("_data") for field, _ in tensor.ListFields())
+    }
+
+
+def _unmasked(name: str) -> str:
+    """The tensor that a mask was put behind."""
+    return name.split("__mask_")[0]
+
+
+def _is_float(kind: int) -> bool:
+    return kind in _FLOATS
+
+
+def _copy(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model[0])
+    return proto, dict(model[1])
+
+
+def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [graph for a in node.attribute for graph in ([a.g] if a.HasField("g") else a.graphs)]
+
+
+def _rename(node: onnx.NodeProto, old: str, new: str) -> None:
+    """Read another tensor instead, in bodies too."""
+    node.input[:] = [new if name == old else name for name in node.input]
+    for body in _bodies(node):
+        for inner in body.node:
+            _rename(inner, old, new)
+
+
+def _inner(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Nodes that lie in a body."""
+    for node in proto.graph.node:
+        for body in _bodies(node):
+            yield from _all(body)
+
+
+def _all(graph: Any) -> Iterator[onnx.NodeProto]:
+    """Nodes of a graph and of the bodies in it."""
+    for node in graph.node:
+        yield node
+        for body in _bodies(node):
+            yield from _all(body)
+
+
+def drawing(proto: onnx.ModelProto) -> list[str]:
+    """Types of operators that draw random numbers without a seed, wherever they lie, each as often as it is there."""
+    values = _constants(proto)
+    nodes = [*_all(proto.graph), *(n for f in proto.functions for n in _all(f))]
+    found = [n for n in nodes if draws(n, values)]
+    return [n.op_type for n in found if not any(a.name == "seed" for a in n.attribute)]
+
+
+def seeded(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a seed for all that draws without: two copies draw the same, as long as sizes are equal."""
+    if not drawing(proto):
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for node in [*_all(copy.graph), *(n for f in copy.functions for n in _all(f))]:
+        if draws(node) and not any(a.name == "seed" for a in node.attribute):
+            value: int | float = _SEED if "ropout" in node.op_type else float(_SEED)
+            node.attribute.append(onnx.helper.make_attribute("seed", value))
+    return copy

@@ -1,0 +1,406 @@
+"""The masked original and what is compared with it: every branch made to run, witnesses inside the model.
+
+Inputs that are drawn take one branch of an If and may run a Loop no time at all; a cut has to be exact wherever other
+inputs lead. In both models, the masked original and the cut one, the same conditions are constants then.
+
+A tensor of the masked original, gathered at the positions that survive, has to equal the tensor of that name in the
+cut model. Both become outputs of the same new name, so that models are compared as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.channels.survivors import After
+from onnxprune.graph.facts import Facts, Probe
+from onnxprune.graph.values import Probe as ProbeValues
+from onnxprune.graph.values import size_of
+from onnxprune.graph.view import Graph, Node
+from onnxprune.io import markers
+from onnxprune.io.constants import add_constant
+from onnxprune.io.weights import Weight
+from onnxprune.labels.label import Ids, Label
+from onnxprune.operators.context import Step, Table
+from onnxprune.operators.registry import lookup
+
+# Bytes of a weight from which on a copy with masks is too much, beside the weight itself.
+_BULKY = 16 << 20
+# Types that onnxruntime has a Where kernel for.
+_CHOOSES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def masked_original(
+    table: Table, removed: NDArray[np.bool_], probe: Probe | None = None
+) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+    """The original with masks, for inputs of a probe's sizes (the first one's). Weights are shared, not copied.
+
+    It is built from labels and ``Rule.contracted_axes`` alone and shares nothing with the rewriting of nodes and
+    weights, so that a mistake in either shows as a difference.
+    """
+    graph: Graph = table.graph
+    builder = _Masks(table, After(table, removed), probe or table.facts.probes[0])
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.proto)
+    del model.graph.node[:]
+    for node in graph.nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node.proto)
+        rule = lookup(node.domain, node.op, node.version)
+        step = Step(node, table)
+        if any(table.get(n) for n in node.inputs if n):
+            read = rule.contracted_axes(step)
+            for i, axes in read:
+                name = node.inputs[i]
+                others = [(node.inputs[j], beside) for j, beside in read if j != i]
+                if builder.is_spared(name, axes, others):
+                    continue
+                neutral = rule.neutral(step, i)
+                for extra in builder.mask(node, name, axes, neutral):
+                    model.graph.node.append(extra)
+                    copy.input[i] = extra.output[0]
+        model.graph.node.append(copy)
+    weights = {t.name: graph.weights[t.name] for t in graph.proto.graph.initializer if t.name in graph.weights}
+    for name, value in builder.constants.items():
+        add_constant(model, weights, name, value)
+    return model, weights
+
+
+class _Masks:
+    """Masks made so far, shared between the operators that read the same tensor along the same axes."""
+
+    def __init__(self, table: Table, after: After, probe: Probe) -> None:
+        self.table, self.after, self.probe = table, after, probe
+        self.constants: dict[str, NDArray[Any]] = {}
+
+    def _masks(self, label: Label, axes: tuple[int, ...]) -> bool:
+        """Whether something is removed along one of these axes."""
+        return self.after.mask(label) is not None and bool(set(label.axes) & set(axes))
+
+    def is_spared(self, name: str, axes: tuple[int, ...], others: Sequence[tuple[str, tuple[int, ...]]]) -> bool:
+        """Whether a weight is so large that a masked copy would count, and what it is multiplied by has masks anyway.
+
+        0 times what is left of it is 0, where all of it is finite.
+
+        Args:
+            name: the weight's. axes: of it that are summed over. others: what is summed over with it, and its axes.
+        """
+        weight = self.table.graph.weights.get(name)
+        if weight is None or weight.nbytes < _BULKY:
+            return False
+        data = [(n, axes) for n, axes in others if n not in self.table.graph.weights]
+        masked = [x for n, a in data for x in self.table.get(n) if self._masks(x, a)]
+        if len(masked) != 1 or sum(self._masks(x, axes) for x in self.table.get(name)) > 1:
+            return False
+        return weight.dtype.kind in "iu" or bool(np.isfinite(weight.read().astype(np.float32, copy=False)).all())
+
+    def mask(self, node: Node, name: str, axes: tuple[int, ...], neutral: str | None) -> list[onnx.NodeProto]:
+        """Nodes that multiply a tensor by its masks along ``axes``; none where nothing was removed there."""
+        nodes: list[onnx.NodeProto] = []
+        current = name
+        for k, label in enumerate(self.table.get(name)):
+            keep = self.after.mask(label)
+            if keep is None or not set(label.axes) & set(axes):
+                continue
+            keep = self._at_probe(name, label, keep)
+            stem = f"{name}__mask_{node.index}_{k}"
+            dtype = self._dtype(neutral or name)
+            if dtype.kind in "iu":
+                nodes += self._mask_codes(current, stem, keep, neutral, dtype)
+            elif dtype in _CHOOSES and self.table.graph.opsets.get("", 1) >= 9:
+                # A masked channel may have become infinite or NaN (0 / 0 in a normalisation): 0 times that is not 0.
+                self.constants[stem], self.constants[f"{stem}_zero"] = keep, np.zeros((), dtype)
+                inputs = [stem, current, f"{stem}_zero"]
+                nodes.append(onnx.helper.make_node("Where", inputs, [f"{stem}_out"], name=stem))
+            else:
+                self.constants[stem] = keep.astype(dtype)
+                nodes.append(onnx.helper.make_node("Mul", [current, stem], [f"{stem}_out"], name=stem))
+            current = f"{stem}_out"
+        return nodes
+
+    def _mask_codes(
+        self, current: str, stem: str, keep: NDArray[np.bool_], neutral: str | None, dtype: np.dtype[Any]
+    ) -> list[onnx.NodeProto]:
+        """Removed codes become the zero point; by way of int32, since neither Mul nor Where takes every 8-bit type."""
+        self.constants[stem] = keep
+        wide, back, zero = f"{stem}_wide", f"{stem}_masked", f"{stem}_zero"
+        nodes = [onnx.helper.make_node("Cast", [current], [wide], to=onnx.TensorProto.INT32)]
+        if neutral is None:
+            self.constants[zero] = np.zeros((), np.int32)
+        else:
+            nodes.append(onnx.helper.make_node("Cast", [neutral], [zero], to=onnx.TensorProto.INT32))
+        nodes.append(onnx.helper.make_node("Where", [stem, wide, zero], [back], name=stem))
+        kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        nodes.append(onnx.helper.make_node("Cast", [back], [f"{stem}_out"], to=kind))
+        return nodes
+
+    def _at_probe(self, name: str, label: Label, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The mask at another probe's sizes: what was merged with a dynamic axis repeats."""
+        shape = self.probe.shapes.get(name)
+        for axis in label.axes:
+            size = shape[axis] if shape is not None else keep.shape[axis]
+            if size != keep.shape[axis]:
+                period = int(np.gcd(size, keep.shape[axis]))
+                keep = np.concatenate([keep.take(np.arange(period), axis=axis)] * (size // period), axis=axis)
+        return keep
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        weight = self.table.graph.weights.get(name)
+        if weight is not None:
+            return weight.dtype
+        kind = self.table.facts.probes[0].dtypes.get(name) or onnx.TensorProto.FLOAT
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+
+
+Model = tuple[onnx.ModelProto, Mapping[str, Weight]]
+Way = Mapping[str, bool]
+"""What holds at every node whose condition is open, by the mark that begins it: which branch, or that a Loop runs."""
+
+# Trips of a Loop that nobody knows the number of, and ways through a model, at most.
+_TRIPS, _MOST = 3, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """A node whose condition depends on the inputs. ``within``: the branches around it, {mark: taken}."""
+
+    node: Node
+    within: Way
+
+    @property
+    def mark(self) -> str:
+        """What begins it."""
+        return self.node.outputs[0]
+
+
+def ways(found: Sequence[Undecided]) -> list[dict[str, bool]]:
+    """Choices that together run every branch of these nodes, and every Loop."""
+    left = {(o.mark, side) for o in found for side in ((True, False) if o.node.kind == "If" else (True,))}
+    result: list[dict[str, bool]] = []
+    while left and len(result) < _MOST:
+        way: dict[str, bool] = {}
+        for item in sorted(found, key=lambda o: -len(o.within)):  # what lies deepest says how to get there
+            mark = item.mark
+            sides = [s for s in (way.get(mark), True, False) if s is not None and (s is True or item.node.kind == "If")]
+            wanted = [s for s in sides if (mark, s) in left and way.get(mark, s) == s]
+            reachable = all(way.get(m, side) == side for m, side in item.within.items())
+            if wanted and reachable:
+                way.update(item.within)
+                way[mark] = wanted[0]
+            else:
+                way.setdefault(mark, True)
+        fresh = {(m, s) for m, s in way.items() if (m, s) in left and _reached(found, m, way)}
+        if not fresh:
+            break
+        left -= fresh
+        result.append(way)
+    return result
+
+
+def _reached(found: Sequence[Undecided], mark: str, way: Way) -> bool:
+    within = next(o.within for o in found if o.mark == mark)
+    return all(way.get(m) == side for m, side in within.items())
+
+
+def undecided(graph: Graph, facts: Facts) -> list[Undecided]:
+    """If and Loop nodes whose conditions (trip counts) are not the same at every probe, or not known."""
+    found: dict[int, Undecided] = {}
+    for node in graph.nodes:
+        if node.marker == markers.OPEN and not all(not n or facts.static_value(n) is not None for n in node.inputs):
+            within = {found[b.start].mark: b.side for b in graph.around[node.index] if b.start in found}
+            found[node.index] = Undecided(node, within)
+    return list(found.values())
+
+
+def force(model: Model, way: Way) -> Model:
+    """A model in which the conditions of a way are constants."""
+    proto, weights = onnx.ModelProto(), dict(model[1])
+    proto.CopyFrom(model[0])
+    constants: dict[str, np.ndarray] = {}
+    marks: dict[str, str] = {}  # by name: of two nodes of one name, the second begins when the first has ended
+    for node in proto.graph.node:
+        marker = markers.marker_of(node)[0]
+        if marker == markers.OPEN:
+            marks[node.name] = node.output[0]
+        if marker in (markers.OPEN, markers.ELSE, markers.JOIN) and (mark := marks[node.name]) in way:
+            condition = len(node.input) - 1
+            constants[f"{mark}__holds"] = np.asarray(way[mark])
+            if condition == 1:
+                constants[f"{mark}__trips"] = np.asarray(_TRIPS)
+                node.input[0] = f"{mark}__trips"
+            node.input[condition] = f"{mark}__holds"
+    for name, value in constants.items():
+        add_constant(proto, weights, name, value)
+    return proto, weights
+
+
+def force_closed(model: Model, side: bool) -> Model:
+    """A model whose bodies are in their nodes, in which every If takes the same side, and every Loop runs."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model[0])
+    _force_nodes(proto.graph.node, side)
+    for name, value in (("__holds", True), ("__fails", False), ("__trips", _TRIPS)):
+        tensor = onnx.numpy_helper.from_array(np.asarray(value), name)
+        proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value=tensor))
+    return proto, model[1]
+
+
+def _force_nodes(nodes: Iterable[onnx.NodeProto], side: bool) -> None:
+    for node in nodes:
+        if node.op_type == "If" and node.domain in ("", "ai.onnx"):
+            node.input[0] = "__holds" if side else "__fails"
+        elif node.op_type == "Loop" and node.domain in ("", "ai.onnx"):
+            node.input[0], node.input[1] = "__trips", "__holds"
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                _force_nodes(body.node, side)
+
+
+def names_of(found: Sequence[Undecided], branches: Collection[tuple[str, bool]]) -> list[str]:
+    """Branches as a person would call them, without those that lie within others of them."""
+    names = []
+    for item in found:
+        for side in (True, False):
+            if (item.mark, side) in branches and not any(around in branches for around in item.within.items()):
+                which = ("then-branch" if side else "else-branch") if item.node.kind == "If" else "body"
+                names.append(f"the {which} of {item.node.kind} {item.node.label!r}")
+    return names
+
+
+Steps = list[tuple[int, Ids]]
+"""Indices to pick along axes, one after the other."""
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+_ELEMENTS = 1 << 24
+_MAX_WITNESSES = 4
+
+
+class Witnesses:
+    """Tensors that the masked original and the cut model have in common, at the sizes of one probe.
+
+    Args:
+        table: the labels. removed: mask over atoms. probe: whose sizes the masked original has.
+        reference, cut: the two models.
+    """
+
+    def __init__(
+        self, table: Table, removed: NDArray[np.bool_], probe: ProbeValues, reference: Model, cut: Model
+    ) -> None:
+        self._table, self._probe, self._after = table, probe, After(table, removed)
+        self._reference, self._cut = reference, cut
+        self._producer = {o: node for node in reference[0].graph.node for o in node.output if o}
+
+    def upstream(self, outputs: Iterable[str]) -> list[str]:
+        """Tensors that could be compared in front of some outputs, nearest first, with a bounded number of elements."""
+        both = {o for node in self._cut[0].graph.node for o in node.output if o}
+        place = {name: k for k, name in enumerate(self._producer)}
+        held = {o.name for o in self._reference[0].graph.output}
+        found, left = [], _ELEMENTS
+        for name in sorted(self._behind(outputs), key=lambda n: -place[n]):
+            if name in both and name not in held and self._comparable(name):
+                left -= size_of(self._probe.shapes[name])
+                if left < 0:
+                    break
+                found.append(name)
+        return found
+
+    def last(self, outputs: Iterable[str], varying: set[str]) -> list[str]:
+        """Of tensors that vary, the last ones on every way to the outputs (nearest first, a few)."""
+        place = {name: k for k, name in enumerate(self._producer)}
+        found = sorted(self._behind(outputs, varying) & varying, key=lambda n: -place[n])
+        return found[:_MAX_WITNESSES]
+
+    def _behind(self, outputs: Iterable[str], stop: set[str] | frozenset[str] = frozenset()) -> set[str]:
+        """What the outputs are computed from, no further than ``stop``."""
+        seen = {o for o in outputs if o in self._producer}
+        queue = list(seen)
+        while queue:
+            name = queue.pop()
+            if name in stop:
+                continue
+            fresh = {n for n in self._producer[name].input if n in self._producer} - seen
+            seen |= fresh
+            queue.extend(fresh)
+        return seen
+
+    def survivors(self, name: str) -> Steps | None:
+        """How to pick those of a tensor; None where that cannot be said."""
+        if not self._table.get(name):
+            return []
+        return self._steps(name) if self._labelled_alike(name) else None
+
+    def _steps(self, name: str) -> Steps:
+        """Indices, each along an axis; those of grids as large as what they are applied to."""
+        shape, result = list(self._probe.shapes[name]), []
+        for axis, index in self._after.steps(name):
+            if index.ndim == 1:
+                shape[axis] = index.size
+            else:
+                shape[axis] = index.shape[axis]
+                index = np.broadcast_to(index, shape)
+            result.append((axis, index))
+        return result
+
+    def _labelled_alike(self, name: str) -> bool:
+        """Whether labels say where every survivor is: sizes are known, and those that the labels have."""
+        shape = self._probe.shapes.get(name)
+        if shape is None or None in shape:
+            return False
+        # Heads merged with a dynamic batch have labels of the first probe's size alone.
+        labels = self._table.get(name)
+        if any(x.ids.shape[a] != shape[a] for x in labels for a in x.axes):
+            return False
+        return self._table.graph.opsets.get("", 1) >= 11 or not any(x.is_grid for x in labels)
+
+    def _comparable(self, name: str) -> bool:
+        """Floats that are no known value (sizes used as data may differ), with a survivor for every position left."""
+        shape = self._probe.shapes.get(name)
+        if not shape or None in shape or 0 in shape or self._probe.dtypes.get(name) not in _FLOATS:
+            return False
+        if self._table.facts.value(name) is not None or name in self._table.graph.inner:
+            return False
+        return self._labelled_alike(name)
+
+    def tapped(self, names: Sequence[str]) -> Model:
+        """The masked original with tensors as outputs besides its own."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self._reference[0])
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        return model, self._reference[1]
+
+    def pair(self, names: Sequence[str]) -> tuple[Model, Model, dict[str, str]]:
+        """Both models with the survivors of tensors as outputs besides their own, and {new output: tensor}."""
+        (reference, known), (cut, _) = (self._copy(m) for m in (self._reference, self._cut))
+        new = {f"{name}__survivors": name for name in names}
+        for output, name in new.items():
+            gather(reference, known, name, output, self._steps(name))
+            cut.graph.node.append(onnx.helper.make_node("Identity", [name], [output], name=output))
+            for model in (reference, cut):
+                model.graph.output.append(onnx.ValueInfoProto(name=output))
+        return (reference, known), (cut, self._cut[1]), new
+
+    @staticmethod
+    def _copy(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model[0])
+        return copy, dict(model[1])
+
+
+def gather(model: onnx.ModelProto, weights: dict[str, Weight], name: str, output: str, steps: Steps) -> None:
+    """Append nodes that pick the survivors of a tensor, the same steps that cut a weight of its labels."""
+    current = name
+    for k, (axis, index) in enumerate(steps):
+        operand, result = f"{output}_index{k}", f"{output}_step{k}"
+        _constant(model, weights, operand, index)
+        op = "Gather" if index.ndim == 1 else "GatherElements"
+        model.graph.node.append(onnx.helper.make_node(op, [current, operand], [result], name=result, axis=axis))
+        current = result
+    model.graph.node.append(onnx.helper.make_node("Identity", [current], [output], name=output))
+
+
+def _constant(model: onnx.ModelProto, weights: dict[str, Weight], name: str, value: Ids) -> None:
+    add_constant(model, weights, name, np.ascontiguousarray(value, dtype=np.int64), behind=True)

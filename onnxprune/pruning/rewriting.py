@@ -1,0 +1,459 @@
+"""Carry out a removal: gather weights, adapt nodes, keep every value that must not change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain, count
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.channels.survivors import After, Mask, Ragged
+from onnxprune.graph.facts import Values, small
+from onnxprune.graph.view import Graph, Node
+from onnxprune.io import markers
+from onnxprune.io.constants import add_constant, set_constant
+from onnxprune.io.weights import ArrayWeight, DerivedWeight, GatheredWeight, Weight
+from onnxprune.operators.context import Cut, Step, Table
+from onnxprune.operators.movement import resolve_target
+from onnxprune.operators.registry import lookup
+
+
+@dataclass(slots=True)
+class Edits:
+    """Attributes by (node, name), operands by (node, input), and nodes to put in front of others.
+
+    ``replaced``: the operator that takes the place of a node, and how many of its inputs it reads.
+    """
+
+    attributes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    operands: dict[int, dict[int, str]] = field(default_factory=dict)
+    before: dict[int, list[onnx.NodeProto]] = field(default_factory=dict)
+    replaced: dict[int, tuple[str, int]] = field(default_factory=dict)
+    constants: dict[str, NDArray[Any]] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    sizes: dict[str, dict[int, int]] = field(default_factory=dict)
+    _count: int = 0
+
+    def constant(self, stem: str, value: NDArray[Any], taken: Mapping[str, Any]) -> str:
+        """A new constant with a name that tells where it came from."""
+        while True:
+            name = f"{stem}_cut" if self._count == 0 else f"{stem}_cut{self._count}"
+            if name not in taken and name not in self.constants:
+                break
+            self._count += 1
+        self.constants[name] = np.asarray(value, order="C")  # of its own rank, where that is 0 too
+        return name
+
+    def name(self, stem: str, taken: Mapping[str, Any]) -> str:
+        """A name for a new tensor, made of ``stem``."""
+        used = {*self.constants, *(o for nodes in self.before.values() for n in nodes for o in n.output)}
+        names = (stem if k == 0 else f"{stem}{k}" for k in count())
+        return next(name for name in names if name not in taken and name not in used)
+
+    def put_before(self, node: Node, proto: onnx.NodeProto) -> None:
+        """Put a node right in front of another."""
+        self.before.setdefault(node.index, []).append(proto)
+
+    def set_operand(self, node: Node, i: int, name: str) -> None:
+        """Point input ``i`` of a node at another tensor."""
+        self.operands.setdefault(node.index, {})[i] = name
+
+    def operand(self, node: Node, i: int) -> str | None:
+        """What input ``i`` was pointed at, if it was."""
+        return self.operands.get(node.index, {}).get(i)
+
+
+def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+    """A new skeleton and its weights. Everything that no edit names is copied as it is."""
+    source = graph.proto
+    model = onnx.ModelProto()
+    model.CopyFrom(source)
+    del model.graph.node[:]
+    initializers = {t.name for t in source.graph.initializer}
+    constants: dict[str, Weight] = {}
+    for name, value in edits.constants.items():
+        add_constant(model, constants, name, value, behind=True)
+    uses, dead = _uses(graph, edits)
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.nodes:
+        if node.index in edits.before:
+            nodes.extend(edits.before[node.index])
+        if node.index not in dead:
+            nodes.append(_edited(node, edits))
+    model.graph.node.extend(nodes)
+    weights = {name: w for name, w in graph.weights.items() if name in initializers}
+    weights.update({name: w for name, w in edits.weights.items() if name in initializers})
+    weights.update(constants)
+    _resize(model, edits, weights)
+    _drop_dead(model, graph, weights, uses)
+    return model, weights
+
+
+def _edited(node: Node, edits: Edits) -> onnx.NodeProto:
+    """The node as it is to be written: itself where nothing changes."""
+    constant = node.op == "Constant" and node.outputs[0] in edits.weights
+    replaced = edits.replaced.get(node.index)
+    edited = node.index in edits.operands or node.index in edits.attributes
+    if not edited and replaced is None and not constant:
+        return node.proto
+    target = onnx.NodeProto()
+    target.CopyFrom(node.proto)
+    if replaced is not None:
+        target.op_type = replaced[0]
+        del target.input[replaced[1] :], target.attribute[:]
+    for i, name in edits.operands.get(node.index, {}).items():
+        while len(target.input) <= i:
+            target.input.append("")
+        target.input[i] = name
+    for name, value in edits.attributes.get(node.index, {}).items():
+        for k, attribute in enumerate(target.attribute):
+            if attribute.name == name:
+                del target.attribute[k]
+                break
+        if value is not None:
+            target.attribute.append(onnx.helper.make_attribute(name, value))
+    if constant:
+        set_constant(target, edits.weights[node.outputs[0]])
+    return target
+
+
+def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight]) -> None:
+    """Declared shapes follow: placeholders of initializers, value_info, and inputs that stand for initializers."""
+    for tensor in model.graph.initializer:
+        weight = weights.get(tensor.name)
+        if tensor.name in edits.weights and weight is not None:
+            tensor.ClearField("raw_data")
+            for typed in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+                tensor.ClearField(typed)
+            del tensor.dims[:]
+            tensor.dims.extend(weight.shape)
+    for info in [*model.graph.value_info, *model.graph.input]:
+        sizes = edits.sizes.get(info.name)
+        if not sizes:
+            continue
+        dims = info.type.tensor_type.shape.dim
+        for axis, size in sizes.items():
+            if axis < len(dims) and dims[axis].HasField("dim_value"):
+                dims[axis].dim_value = size
+
+
+def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
+    """How often every tensor is read, and the nodes that were needed and no longer are.
+
+    That is shape arithmetic that a constant replaced.
+    """
+    uses = Counter(graph.captured)
+    uses.update(graph.outputs)
+    for added in edits.before.values():
+        for proto in added:
+            uses.update(proto.input)
+    reads = []
+    for node in graph.nodes:
+        given = edits.operands.get(node.index)
+        names = node.inputs
+        if given is not None:
+            width = max(len(names), *(i + 1 for i in given))
+            names = [given.get(i, names[i] if i < len(names) else "") for i in range(width)]
+        if node.index in edits.replaced:
+            names = names[: edits.replaced[node.index][1]]
+        reads.append(names)
+    uses.update(chain.from_iterable(reads))
+    dead = set[int]()
+    # Backwards: what a dead node read may be dead too, and comes before it.
+    for node, names in zip(reversed(graph.nodes), reversed(reads), strict=True):
+        made = [o for o in node.outputs if o]
+        if node.domain == markers.DOMAIN:
+            continue  # a body keeps its inputs and outputs, whoever reads them
+        if made and not any(uses[o] for o in made) and all(o in graph.consumers for o in made):
+            dead.add(node.index)
+            uses.subtract(names)
+    return uses, dead
+
+
+def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight], uses: Counter[str]) -> None:
+    """Remove initializers that were used and no longer are."""
+    dropped: set[str] = set()
+    for i in reversed(range(len(model.graph.initializer))):
+        name = model.graph.initializer[i].name
+        if not uses[name] and name in graph.consumers:
+            del model.graph.initializer[i]
+            weights.pop(name, None)
+            dropped.add(name)
+    for i in reversed(range(len(model.graph.input))):
+        if model.graph.input[i].name in dropped:  # before IR 4 every initializer is an input too
+            del model.graph.input[i]
+
+
+class CannotRewrite(Exception):
+    """A node stands in the way of a cut: carries the node and the reason, for the caller to freeze what touches it."""
+
+    def __init__(self, node: Node, detail: str) -> None:
+        super().__init__(f"{node.op} {node.label}: {detail}")
+        self.node, self.detail = node, detail
+
+
+def cut(table: Table, removed: Mask) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+    """The cut model as a skeleton with its weights; nothing bulky is read before the weights are.
+
+    Args:
+        table: the labels. removed: mask over atoms.
+
+    Raises:
+        CannotRewrite: a node has no form with the new sizes.
+    """
+    state = _State(table, After(table, removed))
+    for node in table.graph.steps:
+        state.visit(node)
+    state.check_outputs()
+    return write(table.graph, state.edits)
+
+
+class _State:
+    """The walk over the graph: edits so far and the values that small tensors take in the cut model."""
+
+    def __init__(self, table: Table, after: After) -> None:
+        self.table, self.after, self.edits = table, after, Edits()
+        self.graph: Graph = table.graph
+        self.values = [Values(self.graph, probe.values) for probe in table.facts.probes]
+        self._shapes = [_Shapes(table, after, k) for k in range(len(self.values))]
+        for name in table.items():
+            if after.touched(name):
+                self._resize(name)
+
+    def _resize(self, name: str) -> None:
+        try:
+            self.edits.sizes[name] = self.after.sizes(name)
+        except Ragged:
+            node = self.graph.producer.get(name) or self.graph.consumers[name][0][0]
+            raise CannotRewrite(node, f"{name!r} would no longer be rectangular") from None
+        weight = self.graph.weights.get(name)
+        if weight is not None:
+            gathered = GatheredWeight(weight, self.after.steps(name))
+            self.edits.weights[name] = gathered
+            if small(weight.shape, weight.dtype):  # its value was known: what becomes of it is the same at every probe
+                for values in self.values:
+                    values.change(name, gathered)
+
+    def visit(self, node: Node) -> None:
+        """Rewrite one node, then learn the values of its outputs."""
+        touched = not (self._untouched(node.inputs) and self._untouched(node.outputs))
+        if not touched and not any(values.differs(*node.inputs) for values in self.values):
+            return  # neither sizes nor values around it are other than they were
+        rule = lookup(node.domain, node.op, node.version)
+        if touched or self._operands_changed(node):
+            rule.rewrite(Cut(node, Step(node, self.table), self))
+            self._pin(node, rule.operands)
+        inputs, other = self.edits.operands.get(node.index), self.edits.replaced.get(node.index)
+        if inputs:
+            node = replace(node, inputs=[inputs.get(i, n) for i, n in enumerate(node.inputs)])
+        if other:
+            given = self.edits.attributes.get(node.index, {})
+            node = replace(node, op=other[0], inputs=node.inputs[: other[1]], _attrs=given)
+        for values, shapes in zip(self.values, self._shapes, strict=True):
+            values.step(node, shapes)
+
+    def _untouched(self, names: list[str]) -> bool:
+        return self.edits.sizes.keys().isdisjoint(names)
+
+    def check_outputs(self) -> None:
+        """Sizes that leave the graph, as outputs or into bodies, stay what they were."""
+        for name in (*self.graph.outputs, *sorted(self.graph.captured)):
+            if name in self.graph.producer and self._changed(name):
+                raise CannotRewrite(self.graph.producer[name], f"the size {name!r} leaves the graph")
+
+    def _changed(self, name: str) -> bool:
+        """Whether a value that was computed from sizes differs from the original's."""
+        if name in self.edits.sizes or name not in self.table.facts.probes[0].sizes:
+            return False
+        return any(values.differs(name) for values in self.values)
+
+    def _operands_changed(self, node: Node) -> bool:
+        return any(name and name not in self.graph.weights and self._changed(name) for name in node.inputs)
+
+    def _pin(self, node: Node, operands: tuple[int, ...]) -> None:
+        """A size that flows into data (an attention scale, a position) keeps the value it had."""
+        changed = [(i, n) for i, n in enumerate(node.inputs) if n not in self.graph.weights and self._changed(n)]
+        if not changed:
+            return
+        known = all(self.table.facts.value(o) is not None for o in node.outputs if o)
+        if known and not any(self.table.get(n) for n in node.inputs if n):
+            return
+        for i, name in changed:
+            if i not in operands and self.edits.operand(node, i) is None:
+                old = self.table.facts.static_value(name)
+                if old is None:
+                    raise CannotRewrite(node, f"the size {name!r} is used as data and depends on the batch")
+                self.set_input(node, i, old)
+
+    # -- what Cut asks for -----------------------------------------------------------------------------------------
+
+    def shape(self, name: str) -> Any:
+        return self.after.shape(name)
+
+    def touched(self, name: str) -> bool:
+        return name in self.edits.sizes
+
+    def keep(self, name: str, axis: int) -> Mask | None:
+        return self.after.keep(name, axis)
+
+    def survivors(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        return GatheredWeight(ArrayWeight(name, array), self.after.steps(name)).read()
+
+    def kept_between(self, name: str, axis: int, start: int, stop: int) -> int:
+        return self.after.kept_between(name, axis, start, stop)
+
+    def value(self, name: str) -> NDArray[Any] | None:
+        return self.values[0].get(name)
+
+    def set_attr(self, node: Node, name: str, value: Any) -> None:
+        self.edits.attributes.setdefault(node.index, {})[name] = value
+
+    def set_input(self, node: Node, i: int, value: NDArray[Any]) -> None:
+        stem = node.inputs[i] if i < len(node.inputs) and node.inputs[i] else f"{node.outputs[0]}_operand{i}"
+        name = self.edits.constant(stem, value, self.table.facts.probes[0].shapes)
+        for values in self.values:
+            values.set(name, value)
+        self.edits.set_operand(node, i, name)
+
+    def pick(self, node: Node, i: int, axis: int, positions: NDArray[np.int64]) -> None:
+        self._put_in_front(node, i, "Gather", positions, lambda now: now.take(positions, axis=axis), axis=axis)
+
+    def add(self, node: Node, i: int, value: NDArray[Any]) -> None:
+        self._put_in_front(node, i, "Add", value, lambda now: now + value)
+
+    def _put_in_front(
+        self, node: Node, i: int, op: str, constant: NDArray[Any], function: Callable[[Any], Any], **attributes: Any
+    ) -> None:
+        """Let operand ``i`` go through an operator with a constant first."""
+        stem, taken = self.edits.operand(node, i) or node.inputs[i], self.table.facts.probes[0].shapes
+        operand = self.edits.constant(f"{stem}_{op.lower()}", constant, taken)
+        result = self.edits.name(f"{stem}_{op.lower()}_{node.index}", taken)
+        self.edits.put_before(node, onnx.helper.make_node(op, [stem, operand], [result], name=result, **attributes))
+        self.edits.set_operand(node, i, result)
+        for values in self.values:
+            now = values.get(stem)
+            values.set(result, None if now is None else function(now))
+
+    def replace(self, node: Node, op: str, inputs: int, attributes: dict[str, Any]) -> None:
+        self.edits.replaced[node.index] = (op, inputs)
+        self.edits.attributes[node.index] = attributes
+
+    def derive(
+        self, node: Node, i: int, shape: tuple[int, ...], function: Callable[[NDArray[Any]], NDArray[Any]]
+    ) -> None:
+        name = node.inputs[i]
+        weight = DerivedWeight(self.graph.weights[name], shape, function)
+        self.edits.weights[name] = weight
+        self.edits.sizes[name] = dict(enumerate(shape))
+        if small(weight.shape, weight.dtype):
+            for values in self.values:
+                values.change(name, weight)
+
+    def fail(self, node: Node, detail: str) -> None:
+        raise CannotRewrite(node, detail)
+
+    def set_target(self, node: Node, i: int, target: tuple[int, ...]) -> None:
+        name = node.inputs[i] if i < len(node.inputs) else ""
+        if not name:
+            self.set_input(node, i, np.asarray(target, dtype=np.int64))
+            return
+        old = [probe.values.get(name) for probe in self.table.facts.probes]
+        now = self.values[0].get(name)
+        first = old[0]
+        kind = np.int64 if first is None else first.dtype
+        same = first is not None and all(v is not None and np.array_equal(v, first) for v in old)
+        if first is not None and same and first.shape == (len(target),):
+            self.set_input(node, i, np.asarray(_keep_special(node, i, first.tolist(), target, self), dtype=kind))
+        elif node.op == "Reshape":
+            self._mixed_target(node, i, target, old, now)
+        else:
+            self._blend(node, i, target, old, now)
+
+    def _dynamic(self, old: list[Any], target: tuple[int, ...]) -> NDArray[np.bool_] | None:
+        """Which entries of a computed operand differ between the probes; None where it is not known at all."""
+        if any(v is None or v.shape != (len(target),) for v in old):
+            return None
+        return np.asarray(old[0] != old[-1])
+
+    def _mixed_target(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], now: Any) -> None:
+        """A Reshape target with dynamic entries: at most one of them changes, and becomes -1."""
+        axes = np.array([self.table.facts.varies(node.outputs[0], a) for a in range(len(target))])
+        same = (
+            np.zeros(len(target), bool)
+            if now is None or now.shape != axes.shape
+            else np.asarray(now) == np.asarray(target)
+        )
+        change = axes & ~same
+        if now is None and axes.sum() <= 1:
+            self.set_input(node, i, np.where(axes, -1, target).astype(np.int64))
+        elif change.sum() <= 1 and now is not None:
+            self._where(node, i, np.where(change, -1, target), axes & same)
+        else:
+            raise CannotRewrite(node, "the target of this reshape is computed from more than one dynamic size")
+
+    def _blend(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], now: Any) -> None:
+        """A computed operand: new constants where it is static, the computed entries where it is dynamic."""
+        dynamic = self._dynamic(old, target)
+        if (
+            dynamic is None
+            or now is None
+            or now.shape != dynamic.shape
+            or (np.asarray(now) != np.asarray(target))[dynamic].any()
+        ):
+            raise CannotRewrite(node, f"operand {i} is computed in a way that cannot follow the new sizes")
+        self._where(node, i, np.asarray(target), dynamic)
+
+    def _where(self, node: Node, i: int, constants: NDArray[Any], dynamic: NDArray[np.bool_]) -> None:
+        if not dynamic.any():
+            self.set_input(node, i, constants.astype(np.int64))
+            return
+        if self.graph.opsets.get("", 1) < 9:
+            raise CannotRewrite(node, "a computed operand needs Where, which this opset lacks")
+        taken = self.table.facts.probes[0].shapes
+        stem = node.inputs[i]
+        mask = self.edits.constant(f"{stem}_dynamic", dynamic, taken)
+        fixed = self.edits.constant(f"{stem}_sizes", constants.astype(np.int64), taken)
+        result = f"{stem}_for_{node.index}"
+        self.edits.before.setdefault(node.index, []).append(
+            onnx.helper.make_node("Where", [mask, stem, fixed], [result], name=f"{node.label}_target")
+        )
+        self.edits.set_operand(node, i, result)
+        for values in self.values:
+            now = values.get(stem)
+            values.set(result, None if now is None else np.where(dynamic, now, constants))
+
+
+def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], state: _State) -> list[int]:
+    """A Reshape or Expand target keeps 0, -1 and 1 where they still come out right; slice ends keep "to the end"."""
+    if node.op == "Reshape":
+        kept = [o if o in (0, -1) else t for o, t in zip(old, target, strict=True)]
+        source = state.shape(node.inputs[0])
+        if resolve_target(kept, source, node.attrs.get("allowzero", 0)) == tuple(target):
+            return kept
+    if node.op == "Expand":
+        return [o if o == 1 else t for o, t in zip(old, target, strict=True)]
+    return list(target)
+
+
+class _Shapes:
+    """Shapes of the cut model at one probe, computed when asked for."""
+
+    def __init__(self, table: Table, after: After, probe: int) -> None:
+        self._shapes, self._after = table.facts.probes[probe].shapes, after
+        self._first = table.facts.probes[0].shapes
+
+    def get(self, name: str, default: Any = None) -> Any:
+        shape = self._shapes.get(name, default)
+        if shape is None:
+            return None
+        sizes = self._after.sizes(name)
+        if not sizes:
+            return shape
+        # Heads merged with a dynamic batch shrink by the same share at every batch size.
+        first = self._first[name]
+        return tuple(sizes[a] * n // first[a] if a in sizes else n for a, n in enumerate(shape))

@@ -1,0 +1,80 @@
+"""Subnormal weights of layers, made 0: processors take many times as long over them, and outputs lose nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from onnxprune.graph.canonical import hands_on
+from onnxprune.graph.cost import multiplies
+from onnxprune.graph.view import Graph
+from onnxprune.io.elements import Array
+from onnxprune.io.weights import Weight
+from onnxprune.operators.registry import Move, rule_of
+
+# Unsigned integers of the same width; half precision is made for small numbers, and runs in single.
+_BITS: dict[str, type[np.unsignedinteger[Any]]] = {"float32": np.uint32, "float64": np.uint64}
+# Elements looked at together: they stay in the processor's cache.
+_CHUNK = 1 << 16
+
+
+class FlushedWeight(Weight):
+    """Another weight with its subnormal values as 0; nothing is held between readings."""
+
+    __slots__ = ("base",)
+
+    def __init__(self, base: Weight) -> None:
+        super().__init__(base.name, base.onnx_type, base.shape)
+        self.base = base
+
+    def read(self) -> Array:
+        """The values, fresh."""
+        array = np.array(self.base.read())
+        array[np.abs(array) < np.finfo(array.dtype).tiny] = 0
+        return array
+
+
+def flushed(graph: Graph) -> dict[str, tuple[FlushedWeight, int]]:
+    """Weights with subnormal values, as they should be: {name: (weight, how many values become 0)}.
+
+    Only such as nothing but layers read, directly or moved about: a product with what is below 1.2e-38 (single
+    precision) is lost beside any other, but a divisor is not, nor is what is scaled up before use. Weights are read one
+    at a time.
+    """
+    found = {}
+    for name in _of_layers(graph):
+        weight = graph.weights[name]
+        bits = _BITS.get(weight.dtype.name)
+        if bits is not None and (many := _subnormal(weight.read(), bits)):
+            found[name] = FlushedWeight(weight), many
+    return found
+
+
+def _subnormal(array: Array, bits: type[np.unsignedinteger[Any]]) -> int:
+    """How many values are neither 0 nor as large as the smallest normal number."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(bits)
+    sign = bits(1) << bits(flat.itemsize * 8 - 1)
+    least = np.asarray(np.finfo(array.dtype).tiny, array.dtype).view(bits)[()]
+    total = 0
+    for start in range(0, flat.size, _CHUNK):
+        # A magnitude of 0 becomes the largest number there is.
+        magnitudes = (flat[start : start + _CHUNK] & ~sign) - bits(1)
+        total += int(np.count_nonzero(magnitudes < least - bits(1)))
+    return total
+
+
+def _of_layers(graph: Graph) -> Iterator[str]:
+    """Weights that reach layers, and nothing else, with the values that they have."""
+    outside = {*graph.outputs, *graph.captured}
+    for name in graph.weights:
+        at = name
+        while at not in outside and (readers := graph.consumers.get(at)):
+            if all(multiplies(node) for node, _ in readers):
+                yield name
+                break
+            node, position = readers[0]
+            if len(readers) > 1 or position or not hands_on(node) or rule_of(node).moves is Move.CAST:
+                break
+            at = node.outputs[0]

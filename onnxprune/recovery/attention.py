@@ -1,0 +1,247 @@
+"""Queries and keys: what two projections should say so that their product stays what it was with fewer channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.channels.survivors import After
+from onnxprune.graph.canonical import weight_of
+from onnxprune.graph.view import Graph
+from onnxprune.importance.slots import Site, in_order, sites, surviving
+from onnxprune.labels.label import Ids, Label
+from onnxprune.operators.context import Table
+from onnxprune.operators.registry import Move, rule_of
+from onnxprune.recovery.regression import WORTH, Real, is_held
+from onnxprune.recovery.targets import RecoveryTarget, RecoveryTargets
+
+Array = NDArray[Any]
+
+_MOVES = (Move.SAME, Move.SHAPE, Move.ORDER, Move.SOME)
+# Share of the largest eigenvalue below which a direction is rounding.
+_NOTHING = 1e-10
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One operand of a product of activations: where its channels stand in the tensor that its projection is aimed at.
+
+    Attributes:
+        aim: the projection. label: of the aimed tensor. source: positions of the channels in the original, [heads, d],
+            flat over the label's axes. target: positions of the survivors of every head in the cut tensor.
+    """
+
+    aim: RecoveryTarget
+    label: Label
+    source: Ids
+    target: Sequence[Ids]
+
+    def rows(self, value: Array, head: int) -> Array:
+        """The channels of one head in the original's value, [rows, d]."""
+        return _spread(value, self.label.axes)[..., self.source[head]].reshape(-1, self.source.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two projections whose outputs are multiplied. ``kept``: indices of the surviving channels of every head."""
+
+    sides: tuple[Side, Side]
+    kept: Sequence[Ids]
+
+    @property
+    def level(self) -> int:
+        """The level at which both are repaired."""
+        return self.sides[0].aim.level
+
+
+@dataclass(slots=True)
+class Mixing:
+    """Targets of one projection that mix channels of the original.
+
+    Attributes:
+        label: of the aimed tensor. parts: (positions in the original, positions in the cut tensor, matrix [d, kept]).
+    """
+
+    label: Label
+    parts: list[tuple[Ids, Ids, Real]] = field(default_factory=list)
+
+    def apply(self, value: Array, cut: Array) -> Array:
+        """The original's value at the surviving positions, ``cut``, with the mixed channels in their places."""
+        axes = self.label.axes
+        full, result = _spread(value, axes), _spread(cut, axes).copy()
+        for source, target, matrix in self.parts:
+            result[..., target] = full[..., source] @ matrix.astype(full.dtype)
+        ends = range(-len(axes), 0)
+        inner = np.moveaxis(cut, axes, ends).shape
+        return np.moveaxis(result.reshape(inner), ends, axes)
+
+
+def find_pairs(table: Table, component: Ids, after: After, aims: RecoveryTargets) -> list[Pair]:
+    """Products of two activations that lost channels, where both come from projections that are repaired together.
+
+    Between projection and product only moves and factors may stand; each projection's channels are mixed once.
+    """
+    by_name = {aim.tail.aim: aim for level in aims.levels for aim in level}
+    found: list[Pair] = []
+    seen: set[int] = set()
+    taken: set[tuple[str, int]] = set()
+    for site in sites(table, component):
+        if site.partner is None or site.node.index in seen or after.mask(site.label) is None:
+            continue
+        seen.add(site.node.index)
+        pair = _pair(table, after, site, by_name)
+        if pair is None:
+            continue
+        places = {(s.aim.tail.aim, int(p)) for s in pair.sides for p in s.source.ravel()}
+        if not places & taken:
+            taken |= places
+            found.append(pair)
+    return found
+
+
+def _pair(table: Table, after: After, site: Site, aims: Mapping[str, RecoveryTarget]) -> Pair | None:
+    assert site.partner is not None
+    other, order = site.partner
+    atoms = in_order(site.label.ids, site.label.axes)
+    width = site.label.ids.shape[site.label.pack]
+    mates = [in_order(x.ids, order) for x in table.get(other) if set(x.axes) == set(order)]
+    mates = [m for m in mates if m.size == atoms.size]
+    if not mates:
+        return None
+    first, second = (a.reshape(-1, width) for a in (atoms, mates[0]))
+    kept = [np.flatnonzero(~gone) for gone in after.removed[first]]
+    found = [_side(table, after, *x, kept, aims) for x in ((site.tensor, first), (other, second))]
+    if found[0] is None or found[1] is None or found[0].aim.level != found[1].aim.level:
+        return None
+    return Pair((found[0], found[1]), kept)
+
+
+def _side(
+    table: Table, after: After, name: str, atoms: Ids, kept: Sequence[Ids], aims: Mapping[str, RecoveryTarget]
+) -> Side | None:
+    aimed = _origin(table.graph, name, aims)
+    if aimed is None:
+        return None
+    for label in table.get(aimed):
+        flat = label.ids.ravel()
+        order = np.argsort(flat, kind="stable")
+        at = np.searchsorted(flat[order], atoms.ravel())
+        # Every channel stands there, and stands there once.
+        if at.max() >= flat.size or (flat[order][at] != atoms.ravel()).any() or np.unique(flat).size != flat.size:
+            continue
+        source = order[at].reshape(atoms.shape)
+        place = np.full(flat.size, -1)
+        left = surviving(after, label).ravel()
+        place[left] = np.arange(left.size)
+        target = [place[row[k]] for row, k in zip(source, kept, strict=True)]
+        if all((t >= 0).all() for t in target):
+            return Side(aims[aimed], label, source, target)
+    return None
+
+
+def _origin(graph: Graph, name: str, aims: Mapping[str, RecoveryTarget]) -> str | None:
+    """The aimed tensor whose values ``name`` holds, moved about and multiplied by one number."""
+    while name not in aims:
+        node = graph.producer.get(name)
+        if node is None or node.domain:
+            return None
+        if rule_of(node).moves in _MOVES:
+            name = node.inputs[0]
+        elif node.op in ("Mul", "Div"):
+            sizes = [None if (w := weight_of(graph, n)) is None else w.size for n in node.inputs]
+            if 1 not in sizes or (node.op == "Div" and sizes[1] != 1):
+                return None
+            name = node.inputs[1 - sizes.index(1)]
+        else:
+            return None
+    return name
+
+
+def mixings(
+    pairs: Sequence[Pair], get: Callable[[str, int], Array], batches: Callable[[Sequence[str]], Sequence[int]]
+) -> dict[int, Mixing]:
+    """What the projections of some pairs are to say, {index of the projection's node: mixing}.
+
+    Args:
+        get: values of the original. batches: those that have values of some tensors; the ones held out judge.
+    """
+    result: dict[int, Mixing] = {}
+    for pair in pairs:
+        own = batches([side.aim.tail.aim for side in pair.sides])
+        if not own:
+            continue
+        for head, kept in enumerate(pair.kept):
+            if not 0 < kept.size < pair.sides[0].source.shape[1]:
+                continue
+            fit, judge = (
+                _products(pair, head, get, [b for k, b in enumerate(own) if is_held(k, len(own)) == h])
+                for h in (False, True)
+            )
+            both = best_subspace(*fit, kept)
+            whole = both[0] @ both[1].T
+            if drift(*judge, whole) >= (1.0 - WORTH) * drift(*judge, np.diag(np.isin(np.arange(len(whole)), kept))):
+                continue
+            for side, matrix in zip(pair.sides, both, strict=True):
+                mixing = result.setdefault(side.aim.node.index, Mixing(side.label))
+                mixing.parts.append((side.source[head], side.target[head], matrix))
+    return result
+
+
+def _products(pair: Pair, head: int, get: Callable[[str, int], Array], batches: Sequence[int]) -> tuple[Real, Real]:
+    """Mean products of channels of both sides of one head, [d, d] each."""
+    width = pair.sides[0].source.shape[1]
+    sums = [np.zeros((width, width)), np.zeros((width, width))]
+    for total, side in zip(sums, pair.sides, strict=True):
+        count = 0
+        for batch in batches:
+            rows = side.rows(get(side.aim.tail.aim, batch), head).astype(np.float64)
+            total += rows.T @ rows
+            count += len(rows)
+        total /= max(count, 1)
+    return sums[0], sums[1]
+
+
+def best_subspace(queries: Real, keys: Real, kept: Ids) -> tuple[Real, Real]:
+    """T_q, T_k [d, kept] for which q T_q (k T_k)^T is nearest to q k^T over all queries and keys, in the mean square.
+
+    With C the mean products of queries and of keys (taken as independent) and U S V^T = C_q^1/2 C_k^1/2:
+    T_q T_k^T = C_q^-1/2 U_r S_r V_r^T C_k^-1/2. T_q is turned so that q T_q is as near to the surviving queries as can
+    be. Eckart & Young, The approximation of one matrix by another of lower rank, Psychometrika 1936, in the metric of
+    the data, as Yu et al. (Compressing Transformers: Features Are Low-Rank, but Weights Are Not, AAAI 2023) do.
+
+    Args:
+        queries, keys: mean products [d, d]. kept: indices of the surviving channels.
+    """
+    (root_q, back_q), (root_k, back_k) = _root(queries), _root(keys)
+    left, scale, right = np.linalg.svd(root_q @ root_k)
+    left, scale, right = left[:, : kept.size], scale[: kept.size], right[: kept.size].T
+    turn = left.T @ root_q[:, kept]
+    if np.linalg.cond(turn) > 1e4:
+        ends = np.linalg.svd(turn)
+        turn = ends[0] @ ends[2]
+    return back_q @ left @ turn, back_k @ (right * scale) @ np.linalg.inv(turn).T
+
+
+def drift(queries: Real, keys: Real, whole: Real) -> float:
+    """Mean square of q (I - T) k^T, T [d, d], over queries and keys."""
+    apart = np.eye(len(whole)) - whole
+    return float(np.einsum("ij,ij->", apart.T @ queries @ apart, keys))
+
+
+def _root(products: Real) -> tuple[Real, Real]:
+    """C^1/2 and its pseudo-inverse."""
+    values, vectors = np.linalg.eigh(products)
+    used = values > _NOTHING * max(float(values[-1]), 1e-300)
+    roots = np.sqrt(np.where(used, values, 0.0))
+    inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=used)
+    return (vectors * roots) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+def _spread(value: Array, axes: Sequence[int]) -> Array:
+    """The value with these axes last and merged into one."""
+    moved = np.moveaxis(value, axes, range(-len(axes), 0))
+    return moved.reshape(*moved.shape[: moved.ndim - len(axes)], -1)

@@ -1,0 +1,269 @@
+"""The regression of one layer: sums of products, ridge regression, weights judged on the hold-out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
+from scipy.linalg.lapack import dpstrf
+
+HELD = 5
+"""One batch in so many is held out."""
+
+
+def is_held(batch: int, batches: int) -> bool:
+    """Whether a batch is held out; of few batches the last is, of one none."""
+    every = min(HELD, batches)
+    return every > 1 and batch % every == every - 1
+
+
+Real = NDArray[np.float64]
+# Multiply-adds up to which products are made in float64; beyond, in float32 over short runs of rows.
+_DOUBLE = 10**10
+_RUN = 2048
+# Columns and parts to count directions of; spread, as a share, of a column that does not vary; and share of a column's
+# variance that others leave unsaid, below which it says nothing of its own (float32 data leave about 1e-13).
+_COLUMNS, _PARTS, _DEAD, _SAME = 1024, 16, 1e-6, 1e-9
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over rows of data X [parts, rows, n] and targets Y [parts, rows, o].
+
+    Attributes:
+        rows: how many. x: sum of X, [parts, n]. y: sum of Y, [parts, o].
+        xx: X^T X, [parts, n, n]. xy: X^T Y, [parts, n, o]. yy: sum of squares of Y, [parts, o].
+    """
+
+    rows: int
+    x: Real
+    y: Real
+    xx: Real
+    xy: Real
+    yy: Real
+
+    @classmethod
+    def of(cls, data: NDArray[Any], target: NDArray[Any]) -> Sums:
+        """The sums of one batch."""
+        parts, rows, n = data.shape
+        double = parts * rows * n * (n + target.shape[-1]) <= _DOUBLE
+        xx, xy = _products(data, target, double)
+        y: Real = target.astype(np.float64)
+        x: Real = np.sum(data, axis=1, dtype=np.float64)
+        return cls(rows, x, y.sum(axis=1), xx, xy, np.square(y).sum(axis=1))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.rows + other.rows,
+            self.x + other.x,
+            self.y + other.y,
+            self.xx + other.xx,
+            self.xy + other.xy,
+            self.yy + other.yy,
+        )
+
+    def add(self, other: Sums) -> None:
+        """Take in another batch, in place."""
+        self.rows += other.rows
+        for mine, theirs in ((self.x, other.x), (self.y, other.y), (self.yy, other.yy)):
+            mine += theirs
+        self.xx += other.xx
+        self.xy += other.xy
+
+    @property
+    def scale(self) -> float:
+        """What errors are shares of: the target's sum of squares about its mean; about 0 where it does not vary."""
+        variance = float(np.maximum(self.yy - np.square(self.y) / max(self.rows, 1), 0.0).sum())
+        return variance if variance > 0 else max(float(self.yy.sum()), 1e-30)
+
+    def directions(self) -> int:
+        """Rank of the data about their mean, averaged over parts: columns that others say are not counted.
+
+        Of more than 1024 columns as many are looked at, and the rank is scaled; likewise of more than 16 parts.
+        """
+        parts, n = self.x.shape
+        some = slice(None, None, -(-n // _COLUMNS))
+        ranks = []
+        for part in range(0, parts, -(-parts // _PARTS)):
+            mean = self.x[part, some] / max(self.rows, 1)
+            power = np.diagonal(self.xx[part, some, some])
+            gram = self.xx[part, some, some] - self.rows * np.outer(mean, mean)
+            spread = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+            alive = spread > _DEAD * np.sqrt(max(float(power.max(initial=0.0)), 1e-300))
+            scaled = gram[np.ix_(alive, alive)] / np.outer(spread[alive], spread[alive])
+            ranks.append(float(dpstrf(scaled, tol=_SAME)[2]) / len(mean) if alive.any() else 0.0)
+        return int(n * float(np.mean(ranks)) + 0.5)
+
+    def error(self, matrix: Real, bias: Real) -> Real:
+        """Sum of squares of X W + b - Y per output, [parts, o]; never negative.
+
+        Args:
+            matrix: W [parts, n, o]. bias: b [parts, o].
+        """
+        fitted = np.einsum("pno,pno->po", matrix, self.xx @ matrix - 2.0 * self.xy)
+        mean = np.einsum("pn,pno->po", self.x, matrix)
+        total = self.yy + fitted + 2.0 * bias * (mean - self.y) + self.rows * np.square(bias)
+        return np.asarray(np.maximum(total, 0.0))
+
+
+def _products(data: NDArray[Any], target: NDArray[Any], double: bool) -> tuple[Real, Real]:
+    if double:
+        wide = data.astype(np.float64)
+        return _turned(wide, wide), _turned(wide, target.astype(np.float64))
+    parts, rows, n = data.shape
+    xx, xy = np.zeros((parts, n, n)), np.zeros((parts, n, target.shape[-1]))
+    for start in range(0, rows, _RUN):
+        x = np.ascontiguousarray(data[:, start : start + _RUN], np.float32)
+        xx += _turned(x, x)
+        xy += _turned(x, target[:, start : start + _RUN].astype(np.float32))
+    return xx, xy
+
+
+def _turned(left: NDArray[Any], right: NDArray[Any]) -> Real:
+    """X^T Y for every part."""
+    product: NDArray[Any] = np.matmul(left.transpose(0, 2, 1), right)
+    return product.astype(np.float64, copy=False)
+
+
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Shares of the Gram matrix' mean diagonal that are tried as ridge."""
+# A repair has to lower the held-out error by this share, or the weights stay as they are.
+WORTH = 1e-3
+NOTHING = 1e-11
+"""Error (share of the target's variance) that is rounding and not worth a repair."""
+
+Fit = Callable[[Sums, Real, Real], "tuple[Real, Real]"]
+"""(sums, weights, bias) -> better weights and bias."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """New weights of one contraction.
+
+    Attributes:
+        matrix: W [parts, n, o]. bias: b [parts, o].
+        before, after: held-out error as a share of the target's variance. how: what was chosen, ``kept`` where nothing
+            was better than the weights there are. ridge: of a least-squares fit.
+    """
+
+    matrix: Real
+    bias: Real
+    before: float
+    after: float
+    how: str
+    ridge: float | None = None
+
+
+def solve(
+    train: Sums, held: Sums, matrix: Real, bias: Real, *, mode: str = "full", fixed_bias: bool = False
+) -> Solution:
+    """The candidate of ``mode`` that errs least on ``held``.
+
+    It is not fitted again to ``held``: the layers behind would then see inputs there that are better than those of
+    any other sample, and believe their own repair too easily.
+
+    Candidates: new biases; a new scale and bias per output; W + D with D = argmin |Y - X (W + D) - b|^2 + r |D|^2 for
+    several r, biases free. He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, section
+    3.2, with a ridge towards the weights there are, so that few samples change little.
+
+    Args:
+        train, held: sums over disjoint samples. matrix, bias: the weights there are.
+        mode: ``bias``, ``bn``, ``lstsq`` or ``full`` (all of them). fixed_bias: the bias has to stay 0.
+    """
+    scale = held.scale
+    before = float(held.error(matrix, bias).sum()) / scale
+    if before <= NOTHING:
+        return Solution(matrix, bias, before, before, "kept")
+    limit, chosen = before * (1.0 - WORTH), Solution(matrix, bias, before, before, "kept")
+    for candidate in candidates(mode, fixed_bias):
+        try:
+            fitted, shifted = candidate.fit(train, matrix, bias)
+        except LinAlgError:
+            continue
+        error = float(held.error(fitted, shifted).sum()) / scale
+        if error < limit:
+            limit, chosen = error, Solution(fitted, shifted, before, error, candidate.name, candidate.ridge)
+    return chosen
+
+
+class Candidate(NamedTuple):
+    """One way to fit; ``ridge`` where it is least squares."""
+
+    name: str
+    fit: Fit
+    ridge: float | None = None
+
+
+def candidates(mode: str, fixed_bias: bool = False) -> Iterator[Candidate]:
+    """What a mode tries."""
+    if mode in ("bias", "full") and not fixed_bias:
+        yield Candidate("bias", shift)
+    if mode in ("bn", "full"):
+        yield Candidate("affine", lambda sums, w, b: affine(sums, w, b, fixed_bias))
+    if mode in ("lstsq", "full"):
+        for ridge in RIDGES:
+            yield Candidate(f"lstsq {ridge:g}", _ridge(ridge, fixed_bias), ridge)
+
+
+def _ridge(ridge: float, fixed_bias: bool) -> Fit:
+    return lambda sums, w, b: least_squares(sums, w, b, ridge, fixed_bias)
+
+
+def shift(sums: Sums, matrix: Real, bias: Real) -> tuple[Real, Real]:
+    """Biases under which the mean error is 0: E[y] - E[x] W. An et al., FLAP, AAAI 2024, section 3.3."""
+    return matrix, (sums.y - np.einsum("pn,pno->po", sums.x, matrix)) / sums.rows
+
+
+def affine(sums: Sums, matrix: Real, bias: Real, fixed_bias: bool = False) -> tuple[Real, Real]:
+    """A scale and bias per output: what new BatchNorm statistics do, where BatchNorm was folded as well."""
+    xx, xy = (
+        (sums.xx, sums.xy)
+        if fixed_bias
+        else (_centred(sums.xx, sums.x, sums.x, sums.rows), _centred(sums.xy, sums.x, sums.y, sums.rows))
+    )
+    power = np.einsum("pno,pno->po", matrix, xx @ matrix)
+    along = np.einsum("pno,pno->po", matrix, xy)
+    gain = np.where(power > 1e-12 * np.maximum(sums.yy, 1e-30), along / np.where(power > 0, power, 1.0), 1.0)
+    scaled = matrix * gain[:, None, :]
+    return (scaled, bias) if fixed_bias else shift(sums, scaled, bias)
+
+
+def least_squares(sums: Sums, matrix: Real, bias: Real, ridge: float, fixed_bias: bool = False) -> tuple[Real, Real]:
+    """W + (G + r m I)^-1 X^T (Y - X W), G and the residual centred, m the mean diagonal of G."""
+    if fixed_bias:
+        gram, cross = sums.xx, sums.xy
+    else:
+        gram = _centred(sums.xx, sums.x, sums.x, sums.rows)
+        cross = _centred(sums.xy, sums.x, sums.y, sums.rows)
+    change = solve_ridge(gram, cross - gram @ matrix, ridge)
+    fitted = matrix + change
+    return (fitted, bias) if fixed_bias else shift(sums, fitted, bias)
+
+
+def solve_ridge(gram: Real, cross: Real, ridge: float) -> Real:
+    """(G + r m I)^-1 C for every part; m is the mean of G's diagonal over all parts. Raises LinAlgError."""
+    parts, n, _ = gram.shape
+    mean = float(np.einsum("pii->", gram)) / (parts * n)
+    step = ridge * mean if mean > 0 else 1.0
+    if n <= 32:
+        return np.asarray(np.linalg.solve(gram + step * np.eye(n), cross))
+    result = np.empty_like(cross)
+    for i in range(parts):
+        damped = gram[i].copy()
+        damped.flat[:: n + 1] += step
+        result[i] = cho_solve(cho_factor(damped, overwrite_a=True, check_finite=False), cross[i], check_finite=False)
+    return result
+
+
+def _centred(product: Real, left: Real, right: Real, rows: int) -> Real:
+    """Sum of products about the means."""
+    return product - left[:, :, None] * right[:, None, :] / max(rows, 1)
+
+
+def modes() -> Sequence[str]:
+    """Names of the ways to fit."""
+    return ("bias", "bn", "lstsq", "full")

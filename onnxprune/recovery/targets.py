@@ -1,0 +1,732 @@
+"""What a recovery fits: every contraction, the tensor it is fitted to, and the path between the two.
+
+A layer is not aimed at its own output but at the sum it goes into, so that a branch repairs what other branches lost.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.graph.canonical import hands_on, weight_of
+from onnxprune.graph.evaluate import evaluate
+from onnxprune.graph.view import CONTROL, Graph, Node
+from onnxprune.io import markers
+from onnxprune.io.weights import ArrayWeight, Weight
+from onnxprune.operators.codes import spread
+from onnxprune.operators.contractions import Form, Pairwise, Scale
+from onnxprune.operators.registry import Move, Read, lookup, rule_of
+from onnxprune.recovery.regression import Real as RealArray
+
+Array = NDArray[Any]
+Real = NDArray[np.float64]
+
+_SETTINGS = {1: "scale", 2: "zero_point"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One constant that a node reads, which can be read and given new values.
+
+    Attributes:
+        root: name of the constant that holds the numbers or codes.
+        chain: the operators between it and its reader, in the order in which it passes them.
+    """
+
+    root: str
+    chain: tuple[Node, ...] = ()
+
+    @staticmethod
+    def of(graph: Graph, name: str) -> Stored | str:
+        """The constant ``name``, or why it cannot be given new values."""
+        chain: list[Node] = []
+        if weight_of(graph, name) is None:
+            return "its weight is computed from others"
+        while True:
+            if len(graph.consumers.get(name, ())) != 1 or name in graph.captured:
+                return "its weight is shared with another node"
+            if name in graph.outputs:
+                return "its weight is an output of the model"
+            if name in graph.weights:
+                return _checked(graph, Stored(name, tuple(reversed(chain))))
+            node = graph.producer.get(name)
+            if node is None or not _can_undo(graph, node):
+                return "its weight is computed from others"
+            chain.append(node)
+            name = node.inputs[0]
+
+    @property
+    def quantised(self) -> Node | None:
+        """The operator that turns codes into numbers, if there is one."""
+        return next((node for node in self.chain if rule_of(node).decodes), None)
+
+    def read(self, weights: Mapping[str, Weight]) -> Real:
+        """The numbers as the reader gets them."""
+        return self._values(weights)[-1].astype(np.float64)
+
+    def shape(self, weights: Mapping[str, Weight]) -> tuple[int, ...]:
+        """Their shape."""
+        return self._values(weights)[-1].shape if self.chain else weights[self.root].shape
+
+    def detach(self, graph: Graph, weights: MutableMapping[str, Weight]) -> None:
+        """Give codes a scale and zero point of their own where others read them too, and would get the new ones."""
+        node = self.quantised
+        if node is None:
+            return
+        for at in _SETTINGS:
+            name = node.inputs[at] if at < len(node.inputs) else ""
+            if name and len(graph.consumers.get(name, ())) > 1:
+                node.inputs[at] = node.proto.input[at] = _copied(graph, weights, name, f"{self.root}.{_SETTINGS[at]}")
+                graph.consumers[name] = [c for c in graph.consumers[name] if c[0] is not node]
+
+    def write(self, weights: MutableMapping[str, Weight], value: Real, ratio: Array | None = None) -> Array | None:
+        """Put in other numbers of the same shape.
+
+        Codes get the scale, and unsigned ones the zero point, that uses all of their range; or, with ``ratio``, the
+        old scale times it, as biases have whose scale has to be that of the product they are added to.
+
+        Returns:
+            new scales / old ones, where there are codes.
+        """
+        values = self._values(weights)
+        found = None
+        for node, inner in zip(reversed(self.chain), reversed(values[:-1]), strict=True):
+            if rule_of(node).decodes:
+                value, found = _requantise(node, weights, inner, value, ratio)
+            else:
+                value = _undo(node, inner, value)
+        _set(weights, self.root, value)
+        return found
+
+    def _values(self, weights: Mapping[str, Weight]) -> list[Array]:
+        """The root's value, and that behind every operator of the chain."""
+        values: list[Array] = [weights[self.root].read()]
+        for node in self.chain:
+            result = _applied(node, [values[-1], *(weights[n].read() if n else None for n in node.inputs[1:])])
+            assert result is not None  # it could be computed when the constant was found
+            values.append(result)
+        return values
+
+
+def _applied(node: Node, operands: list[Array | None]) -> Array | None:
+    made = evaluate(node, operands)
+    return np.asarray(made[0]) if made else None
+
+
+def _copied(graph: Graph, weights: MutableMapping[str, Weight], name: str, wanted: str) -> str:
+    """Another constant with the values of ``name``, under the wanted name or one like it."""
+    while wanted in weights or wanted in graph.producer:
+        wanted += "_"
+    value = weights[name]
+    weights[wanted] = ArrayWeight(wanted, value.read())
+    initializer = onnx.TensorProto(name=wanted, data_type=value.onnx_type, dims=value.shape)
+    graph.proto.graph.initializer.append(initializer)
+    return wanted
+
+
+def _checked(graph: Graph, stored: Stored) -> Stored | str:
+    weight = graph.weights[stored.root]
+    code = stored.quantised
+    if code is None and (weight.dtype.kind not in "fV" or weight.dtype.itemsize < 2):
+        return f"its weight is stored as {weight.dtype}"
+    return stored
+
+
+def _can_undo(graph: Graph, node: Node) -> bool:
+    constants = all(n in graph.weights for n in node.inputs[1:] if n)
+    return constants and (rule_of(node).decodes or hands_on(node))
+
+
+def _undo(node: Node, inner: Array, value: Real) -> Real:
+    """The value in front of an operator that only rearranges."""
+    if rule_of(node).moves is not Move.ORDER:
+        return value.reshape(inner.shape)
+    places = evaluate(node, [np.arange(inner.size).reshape(inner.shape)])
+    assert places is not None  # what stands behind it could be computed
+    result = np.empty(inner.size)
+    result[places[0].ravel()] = value.ravel()
+    return result.reshape(inner.shape)
+
+
+def _requantise(
+    node: Node, weights: MutableMapping[str, Weight], codes: Array, value: Real, ratio: Array | None
+) -> tuple[Real, Array]:
+    """Codes of a value, with new scales and zero points in ``weights``, and new scales / old ones."""
+    scale_name, zero_name = (*node.inputs, "")[1:3]
+    old = weights[scale_name].read().astype(np.float64)
+    zero = weights[zero_name].read().astype(np.float64) if zero_name else np.zeros_like(old)
+    low, high = _range(codes.dtype)
+    if ratio is not None:
+        scale = old * ratio
+    else:
+        least, most = (_extremes(node, value, old, f) for f in (np.minimum, np.maximum))
+        if low == 0 and zero_name:
+            scale = (most - least) / (high - low)
+            zero = np.clip(np.round(-least / np.where(scale > 0, scale, 1.0)), low, high)
+        else:
+            down = np.where(zero > low, -least / np.maximum(zero - low, 1.0), 0.0)
+            # The lowest code has no opposite: symmetric codes do without it.
+            down = np.where(zero == 0, -least / high, down)
+            scale = np.maximum(most / np.maximum(high - zero, 1.0), down)
+        scale = np.where(scale > 0, scale, old)
+    _set(weights, scale_name, scale)
+    if zero_name:
+        _set(weights, zero_name, zero)
+    scale = weights[scale_name].read().astype(np.float64)  # as it was rounded
+    axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
+    wide, offset = (spread(setting, value.shape, axis, block) for setting in (scale, zero))
+    return np.clip(np.rint(value / wide) + offset, low, high), scale / np.where(old == 0, 1.0, old)
+
+
+def _range(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """The lowest and the highest code."""
+    info: Any = np.iinfo(dtype) if dtype.kind in "iu" else ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
+    return int(info.min), int(info.max)
+
+
+def _extremes(node: Node, value: Real, like: Real, least_or_most: np.ufunc) -> Real:
+    """The least or most of 0 and the values that share a scale, in the scales' shape."""
+    axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
+    if like.size == 1:
+        found = np.asarray(least_or_most.reduce(value, axis=None)).reshape(like.shape)
+    elif block:
+        found = least_or_most.reduceat(value, np.arange(0, value.shape[axis], block), axis=axis)
+    else:
+        axis %= value.ndim
+        found = least_or_most.reduce(value, axis=tuple(a for a in range(value.ndim) if a != axis))
+    return np.asarray(least_or_most(found, 0.0), np.float64)
+
+
+def _set(weights: MutableMapping[str, Weight], name: str, value: Real) -> None:
+    """A constant's new value in its own type."""
+    weights[name] = ArrayWeight(name, np.asarray(value, order="C").astype(weights[name].dtype))
+
+
+Undo = Callable[[Array, Sequence[Array], Sequence[int]], Array]
+"""(value behind the operator, other addends, shape in front of it) -> value in front of it."""
+
+
+@dataclass(slots=True)
+class InvertiblePath:
+    """Operators between a contraction's output and its aim.
+
+    Attributes:
+        aim: the tensor that is aimed at. undo: what takes its value back to the contraction's output, last first.
+        addends: activations that are added on the way, in the cut model. through: the operators.
+        flats: edges of the flat parts of the activation that reads the aim, (level, whether it is flat below).
+        moved: whether one of them moves values about. pooled: whether a mean over positions is all that reads the aim,
+            or the activation behind it.
+    """
+
+    aim: str
+    undo: list[tuple[Undo, int]] = field(default_factory=list)
+    addends: list[str] = field(default_factory=list)
+    through: list[Node] = field(default_factory=list)
+    flats: list[tuple[float, bool]] = field(default_factory=list)
+    moved: bool = False
+    moves: list[Undo] = field(default_factory=list)
+    pooled: bool = False
+
+    def back(self, value: Array, addends: Sequence[Array], shape: Sequence[int]) -> Array:
+        """The value that the contraction's output has to have for the aim to have ``value``."""
+        for undo, number in reversed(self.undo):
+            value = undo(value, addends[number : number + 1], shape)
+        return value
+
+    def moved_back(self, value: Array, shape: Sequence[int]) -> Array:
+        """A value that lies as the aim does, laid out as the contraction's output; nothing is computed."""
+        for move in reversed(self.moves):
+            value = move(value, (), shape)
+        return value
+
+
+def tail_of(graph: Graph, start: str, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> InvertiblePath:
+    """As far as the value of ``start`` is only passed on, read by one operator at a time, and can be had back.
+
+    Args:
+        ready: whether an activation can be known before the contraction that gives ``start`` is repaired.
+        shape: shapes of tensors.
+    """
+    tail = InvertiblePath(start)
+    while _extend(graph, tail, ready, shape):
+        pass
+    tail.flats = _flats(graph, tail.aim)
+    tail.pooled = not tail.moved and _is_pooled(graph, tail.aim, shape)
+    return tail
+
+
+def _is_pooled(graph: Graph, aim: str, shape: Callable[[str], Any]) -> bool:
+    """Whether all that reads the aim is a mean over positions, maybe behind an activation that is flat or passes on."""
+    for _ in range(2):
+        readers = graph.consumers.get(aim, ())
+        if len(readers) != 1 or aim in graph.outputs or aim in graph.captured:
+            return False
+        node = readers[0][0]
+        if not rule_of(node).clamps:
+            return _is_mean(node, shape)
+        aim = node.outputs[0]
+    return False
+
+
+def _extend(graph: Graph, tail: InvertiblePath, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> bool:
+    """Go one operator further; whether that was possible."""
+    readers = graph.consumers.get(tail.aim, ())
+    if len(readers) != 1 or tail.aim in graph.outputs or tail.aim in graph.captured:
+        return False
+    node, position = readers[0]
+    rule = rule_of(node)
+    inverse = rule.inverse(node, position, constants(graph, node)) if node.outputs[0] else None
+    if inverse is None:
+        return False
+    # An operand must not widen the value: there would be no one value in front of it.
+    if rule.moves is None and shape(tail.aim) != shape(node.outputs[0]):
+        return False
+    # A reshape is undone with the shape of the contraction's output: nothing may have moved before it.
+    if rule.moves is Move.SHAPE and tail.moved:
+        return False
+    addend = "" if inverse.addend is None else node.inputs[inverse.addend]
+    if addend and not ready(addend):
+        return False
+    tail.undo.append((inverse.undo, len(tail.addends)))
+    tail.addends += [addend] if addend else []
+    if rule.moves not in (None, Move.SAME):
+        tail.moved = True
+        tail.moves.append(inverse.undo)
+    tail.through.append(node)
+    tail.aim = node.outputs[0]
+    return True
+
+
+def _is_mean(node: Node, shape: Callable[[str], Any]) -> bool:
+    """Whether the node takes the mean over all positions."""
+    if not rule_of(node).averages:
+        return False
+    before, after = shape(node.inputs[0]), shape(node.outputs[0])
+    if before is None or after is None or len(before) < 3 or tuple(after[:2]) != tuple(before[:2]):
+        return False
+    return all(n == 1 for n in after[2:]) and not any(node.attrs.get("pads") or ())
+
+
+def _flats(graph: Graph, aim: str) -> list[tuple[float, bool]]:
+    """Edges of the flat parts of the activation that alone reads the aim."""
+    readers = graph.consumers.get(aim, ())
+    if len(readers) != 1 or aim in graph.outputs or aim in graph.captured or readers[0][1] != 0:
+        return []
+    node = readers[0][0]
+    return rule_of(node).saturation(node, constants(graph, node))
+
+
+def constants(graph: Graph, node: Node) -> Read:
+    """Floating constants that a node reads, by position."""
+
+    def read(i: int) -> Array | None:
+        value = weight_of(graph, node.inputs[i]) if i < len(node.inputs) and node.inputs[i] else None
+        return value if value is not None and value.dtype.kind == "f" else None
+
+    return read
+
+
+_UNSEEN = "it lies in an If within a Loop or Scan, and the size of what it gives is not known where that is not taken"
+_OUTSIDE = "it lies in a body and reads what lies outside: one value for all iterations"
+_ACROSS = "it lies in a body, and the first axis of what it reads or gives does not count samples"
+
+
+class Bodies:
+    """What a layer in a Loop or Scan is fitted to is the original's input as it survives: what the cut model feeds it
+    depends, by way of the states, on what the layer itself gave before, and a fit to that drifts away.
+
+    The order of repairs where a Loop or Scan runs as one: behind all that it reads, ahead of all it gives. What lies in
+    the branch of an If is like any other layer, fitted to the samples that take the branch.
+
+    Args:
+        graph: of the cut graph. level: of every tensor so far, filled meanwhile.
+    """
+
+    def __init__(self, graph: Graph, level: Mapping[str, int]) -> None:
+        self._graph, self._level = graph, level
+        self._around = graph.around if graph.has_bodies else []
+        self._given = {*graph.inputs, *graph.weights} if graph.has_bodies else set[str]()
+        self._least: dict[int, int] = {}
+        self._most: dict[int, int] = {}
+
+    def least(self, node: Node) -> int:
+        """The level of everything that the outermost Loop or Scan around ``node`` reads."""
+        start = self._start(node)
+        if start is None:
+            return 0
+        if start not in self._least:
+            self._least[start] = max((self._level.get(n, 0) for n in self._read(start)), default=0)
+        if node.marker in markers.RESULTS and not self.encloses(node):
+            return max(self._least[start], self._most.get(start, 0))
+        return self._least[start]
+
+    def note(self, node: Node, reach: int) -> None:
+        """The level that ``node`` got."""
+        start = self._start(node)
+        if start is not None:
+            self._most[start] = max(self._most.get(start, 0), reach)
+
+    def refusal(self, node: Node, form: Form, known: Collection[str], shape: Callable[[str], Any]) -> str:
+        """Why a layer cannot be repaired where it lies; empty where it can."""
+        if not self.encloses(node):
+            return ""
+        data, result = node.inputs[form.data], node.outputs[0]
+        conditions = (name for name, _ in self.where(node))
+        if result not in known or not all(name in known or name in self._given for name in conditions):
+            return _UNSEEN
+        # What lies around the node's branches has a value for every time that these are asked for.
+        home = self._home(data)
+        if data not in known or any(body.kind != "If" for body in self._own(node)[len(home) :]) or not home:
+            return _OUTSIDE
+        rank = len(shape(result) or ())
+        across = rank < 2 or isinstance(form, Scale) or 0 in form.axes or form.output_axis(rank) == 0
+        return _ACROSS if across else ""
+
+    def encloses(self, node: Node) -> bool:
+        """Whether a node lies in a Loop or Scan."""
+        return bool(self._around) and markers.repeating(self._around[node.index]) is not None
+
+    def may_follow(self, node: Node, tail: InvertiblePath) -> bool:
+        """Whether a layer may be aimed there: not into or out of a Loop or Scan, nor in one at a sum with what the cut
+        left there."""
+        if not self._around:
+            return True
+        return self.together(node, [tail.aim]) and not (tail.addends and self.encloses(node))
+
+    def where(self, node: Node) -> tuple[tuple[str, bool], ...]:
+        """What has to hold for a node in a Loop or Scan to run in an iteration: (tensor, value)."""
+        inner = [body for body in self._own(node) if body.kind == "If"]
+        return tuple((self._graph.nodes[body.start].inputs[0], body.side) for body in inner)
+
+    def together(self, node: Node, names: Iterable[str]) -> bool:
+        """Whether tensors have one value for every time that ``node`` runs."""
+        return not self._around or all(self._home(name) == self._own(node) for name in names)
+
+    def _own(self, node: Node) -> tuple[markers.Body, ...]:
+        """The bodies that a node lies in, from the outermost Loop or Scan on."""
+        return self._within(self._around[node.index]) if self._around else ()
+
+    def _home(self, name: str) -> tuple[markers.Body, ...]:
+        """The bodies that a tensor lies in, from the outermost Loop or Scan on."""
+        producer = self._graph.producer.get(name)
+        if producer is None:
+            return ()
+        around = self._around[producer.index]
+        own = (markers.Body(producer.index, True, producer.kind),) if producer.marker == markers.OPEN else ()
+        return self._within((*around, *own))
+
+    @staticmethod
+    def _within(around: tuple[markers.Body, ...]) -> tuple[markers.Body, ...]:
+        first = markers.repeating(around)
+        return () if first is None else around[first:]
+
+    def _start(self, node: Node) -> int | None:
+        """What begins the outermost Loop or Scan around ``node``, or the one that it is a marker of."""
+        if not self._around:
+            return None
+        around = self._around[node.index]
+        first = markers.repeating(around)
+        if first is not None:
+            return around[first].start
+        if not node.marker or node.kind == "If":
+            return None
+        found = node
+        while found.marker != markers.OPEN or self.encloses(found):
+            found = self._graph.nodes[found.index - 1]
+        return found.index
+
+    def _read(self, start: int) -> Iterable[str]:
+        outside = len(self._around[start])
+        yield from self._graph.nodes[start].inputs
+        for node in self._graph.nodes[start + 1 :]:
+            yield from node.inputs
+            if node.marker == markers.CLOSE and len(self._around[node.index]) == outside:
+                return
+
+
+Shapes = Callable[[str], Any]
+
+
+@dataclass(slots=True)
+class RecoveryTarget:
+    """One contraction to repair.
+
+    Attributes:
+        node: in the cut graph. form: the node as a matrix product. tail: from its output to its aim.
+        level: aims of one level do not depend on each other; those of lower levels are repaired before.
+        weight, bias: where its constants lie; no bias where it has none.
+        recurrent: whether it lies in a Loop or Scan, see :class:`Bodies`. where: what holds in
+            the iterations in which it runs there, (tensor, value).
+    """
+
+    node: Node
+    form: Form
+    tail: InvertiblePath
+    level: int
+    weight: Stored
+    bias: Stored | None = None
+    recurrent: bool = False
+    where: tuple[tuple[str, bool], ...] = ()
+
+    @property
+    def data(self) -> str:
+        """Name of the contraction's input."""
+        return self.node.inputs[self.form.data]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What has to be known of the cut model before the contraction can be repaired."""
+        return () if self.recurrent else (self.data, *self.tail.addends)
+
+
+@dataclass(slots=True)
+class RecoveryTargets:
+    """All aims in levels, and why other contractions are left alone, {node: reason}."""
+
+    levels: list[list[RecoveryTarget]] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def leave(self, why: Callable[[RecoveryTarget], str]) -> None:
+        """Leave alone what there is a reason for."""
+        reasons = {aim.node.label: reason for level in self.levels for aim in level if (reason := why(aim))}
+        self.left.update(reasons)
+        self.keep(lambda aim: aim.node.label not in reasons)
+
+    def keep(self, wanted: Callable[[RecoveryTarget], bool]) -> None:
+        """Forget other aims."""
+        levels = [[aim for aim in level if wanted(aim)] for level in self.levels]
+        self.levels = [level for level in levels if level]
+
+
+def find_targets(graph: Graph, known: Collection[str], shape: Shapes, *, joint: bool = True) -> RecoveryTargets:
+    """Every contraction of the cut graph that can be repaired.
+
+    Args:
+        graph: of the cut graph. known: names of tensors that the original has too, and whose values can be had.
+        shape: shapes in the cut model.
+        joint: aim at sums; False: every contraction is aimed at its own output.
+    """
+    found = RecoveryTargets()
+    level: dict[str, int] = dict.fromkeys(graph.inputs, 0)
+    by_level: dict[int, list[RecoveryTarget]] = defaultdict(list)
+    passed: set[int] = set()
+    bodies = Bodies(graph, level)
+    for node in graph.nodes:
+        inputs = [n for n in node.inputs if n and n not in graph.weights]
+        reach = max((level.get(n, 0) for n in inputs), default=0)
+        if node.op in CONTROL:
+            reach = max([reach, *(level.get(n, 0) for n in graph.captured)])
+        reach = max(reach, bodies.least(node))
+        # A BatchNormalization behind a contraction is undone there: its scale and shift are the contraction's to fit.
+        form = _form(graph, node, shape) if node.index not in passed else None
+        own = None if form is None else _own(graph, node, form)
+        if form is not None:
+            own = bodies.refusal(node, form, known, shape) or own
+        if isinstance(own, str):
+            found.left[node.label] = own
+        elif form is not None and own is not None:
+            tail = tail_of(graph, node.outputs[0], level.__contains__ if joint else _never, shape)
+            if tail.aim not in known or not bodies.may_follow(node, tail):
+                tail = InvertiblePath(node.outputs[0])
+            if tail.aim in known:
+                reach = 1 + max([reach, *(level[n] for n in tail.addends)])
+                loop = bodies.encloses(node), bodies.where(node)
+                by_level[reach].append(RecoveryTarget(node, form, tail, reach, *own, *loop))
+                passed.update(n.index for n in tail.through)
+        bodies.note(node, reach)
+        for name in node.outputs:
+            level[name] = reach
+    found.levels = [by_level[k] for k in sorted(by_level)]
+    return found
+
+
+def _never(_name: str) -> bool:
+    return False
+
+
+def _form(graph: Graph, node: Node, shape: Shapes) -> Form | None:
+    """The node as a product of data and a constant weight."""
+    form: Form | None = None
+    candidates = [i for i in (0, 1) if i < len(node.inputs) and not _is_constant(graph, node.inputs[i])]
+    rule = lookup(node.domain, node.op, node.version)
+    shapes = [shape(n) if n else None for n in node.inputs]
+    for position in candidates:
+        form = form or rule.form(node, shapes, position)
+    return form if form is not None and _is_constant(graph, node.inputs[form.weight]) else None
+
+
+def outputs(form: Form, weight: Sequence[int]) -> int:
+    """Outputs of a layer with a weight of this shape."""
+    matrix = form.matrix(np.broadcast_to(np.float32(0), weight))
+    return int(matrix.shape[0] * matrix.shape[2])
+
+
+def _is_constant(graph: Graph, name: str) -> bool:
+    return name in graph.weights or weight_of(graph, name) is not None
+
+
+def _own(graph: Graph, node: Node, form: Form) -> tuple[Stored, Stored | None] | str:
+    """Where a layer's weight and bias lie, or why they are left as they are."""
+    if not form.plain:
+        return "its output is not a plain product of data and weight"
+    weight = Stored.of(graph, node.inputs[form.weight])
+    if isinstance(weight, str):
+        return weight
+    if form.bias is None or form.bias >= len(node.inputs) or not node.inputs[form.bias]:
+        return weight, None
+    bias = Stored.of(graph, node.inputs[form.bias])
+    if isinstance(bias, str):
+        return bias
+    if bias.chain and prod(bias.shape(graph.weights)) != outputs(form, weight.shape(graph.weights)):
+        return "one number of its bias is many outputs', and computed from others"
+    scales = [s.quantised.inputs[1] for s in (weight, bias) if s.quantised is not None]
+    sizes = [prod(graph.weights[n].shape) for n in scales]
+    # Runtimes add a quantised bias to the sum of codes as it is: its scale has to follow the weight's.
+    if len(scales) == 2 and (sizes[0] not in (1, sizes[1]) or scales[0] == scales[1]):
+        return "its weight and bias are quantised with scales that do not go together"
+    return weight, bias
+
+
+class Layer:
+    """One contraction of a cut model whose weights are read and written.
+
+    Args:
+        graph: of the cut model. weights: of the cut model, changed by ``write``. aim: the contraction.
+    """
+
+    def __init__(self, graph: Graph, weights: MutableMapping[str, Weight], aim: RecoveryTarget) -> None:
+        self._graph, self._weights, self.aim = graph, weights, aim
+        self.node, self.form = aim.node, aim.form
+        self._home = self._find_home()
+
+    @property
+    def fixed_bias(self) -> bool:
+        """Whether the layer has no place for a bias."""
+        return self._home is None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight as the layer reads it."""
+        return self.aim.weight.shape(self._weights)
+
+    def read(self) -> tuple[RealArray, RealArray]:
+        """Matrix [parts, n, o] and bias [parts, o], as the layer multiplies and adds, float64."""
+        weight = self.aim.weight.read(self._weights)
+        if isinstance(self.form, Scale):
+            gain, mean = self._statistics()
+            shift = self._weights[self.node.inputs[2]].read().astype(np.float64)
+            scaled = weight * gain
+            return scaled.reshape(-1, 1, 1), (shift - mean * scaled).reshape(-1, 1)
+        matrix = self.form.matrix(weight) * self.form.scale
+        bias = np.zeros((matrix.shape[0], matrix.shape[2]))
+        if self.aim.bias is not None:
+            value = self.aim.bias.read(self._weights) * self.form.bias_scale
+            bias = np.broadcast_to(value.reshape(-1), (bias.size,)).reshape(bias.shape).copy()
+        return matrix, bias
+
+    def write(self, matrix: RealArray, bias: RealArray) -> None:
+        """Put them into the model, in the weights' own types; codes get new scales."""
+        stored = self.aim.weight
+        for constant in (stored, self.aim.bias):
+            if constant is not None:
+                constant.detach(self._graph, self._weights)
+        if isinstance(self.form, Scale):
+            gain, mean = self._statistics()
+            scaled = matrix.reshape(-1)
+            stored.write(self._weights, np.divide(scaled, gain))
+            name = self.node.inputs[2]
+            self._set(name, bias.reshape(-1) + mean * scaled, self._weights[name].dtype)
+            return
+        restored = self.form.restore(matrix / self.form.scale, stored.read(self._weights))
+        ratio = stored.write(self._weights, np.asarray(restored, np.float64))
+        if self._home == "own":
+            self._write_bias(bias.reshape(-1) / self.form.bias_scale, ratio)
+        elif self._home is not None:
+            # The bias of a product without one lies in the addition behind it: what is new comes on top.
+            value = self._weights[self._home]
+            extra = bias.reshape(-1)
+            shape = value.shape if value.shape and value.shape[-1] == extra.size else (extra.size,)
+            self._set(self._home, np.broadcast_to(value.read().astype(np.float64), shape) + extra, value.dtype)
+
+    def as_stored(self, matrix: RealArray, bias: RealArray) -> tuple[RealArray, RealArray]:
+        """What the layer would multiply and add, were these written: codes round them."""
+        stored, own = self.aim.weight, self.aim.bias
+        if stored.quantised is None:
+            return matrix, bias
+        apart = ChainMap[str, Weight]({}, self._weights)  # others write theirs meanwhile
+        restored = self.form.restore(matrix / self.form.scale, stored.read(apart))
+        ratio = stored.write(apart, np.asarray(restored, np.float64))
+        rounded = self.form.matrix(stored.read(apart)) * self.form.scale
+        if own is None or own.quantised is None:
+            return rounded, bias
+        own.write(apart, (bias / self.form.bias_scale).reshape(own.shape(apart)), ratio)
+        return rounded, own.read(apart).reshape(bias.shape) * self.form.bias_scale
+
+    def _write_bias(self, bias: RealArray, ratio: RealArray | None) -> None:
+        stored = self.aim.bias
+        if stored is not None and stored.chain:
+            stored.write(self._weights, bias.reshape(stored.shape(self._weights)), ratio)
+            return
+        dtype = self._weights[self.aim.weight.root].dtype if stored is None else self._weights[stored.root].dtype
+        if stored is not None:
+            shape = self._weights[stored.root].shape
+            self._set(stored.root, bias.reshape(shape) if shape[-1:] == (bias.size,) else bias, dtype)
+            return
+        if not bias.any():
+            return
+        name = f"{self.node.inputs[self.form.weight]}.bias"
+        while name in self._weights or name in self._graph.producer:
+            name += "_"
+        position = self.form.bias
+        assert position is not None
+        proto = self.node.proto
+        proto.input.extend([""] * (position + 1 - len(proto.input)))
+        proto.input[position] = name
+        self.node.inputs[:] = proto.input
+        self._weights[name] = ArrayWeight(name, bias.astype(dtype))
+        self._graph.proto.graph.initializer.append(
+            onnx.TensorProto(name=name, data_type=self._weights[name].onnx_type, dims=[bias.size])
+        )
+
+    def _set(self, name: str, value: RealArray, dtype: np.dtype[np.generic]) -> None:
+        self._weights[name] = ArrayWeight(name, np.ascontiguousarray(value.astype(dtype)))
+        for tensor in self._graph.proto.graph.initializer:
+            if tensor.name == name:
+                del tensor.dims[:]
+                tensor.dims.extend(value.shape)
+
+    def _statistics(self) -> tuple[RealArray, RealArray]:
+        """1 / standard deviation and mean of a BatchNormalization."""
+        mean, variance = (self._weights[n].read().astype(np.float64) for n in self.node.inputs[3:5])
+        return 1.0 / np.sqrt(variance + float(self.node.attrs.get("epsilon", 1e-5))), mean
+
+    def _find_home(self) -> str | None:
+        """Where a bias goes: ``own``, the name of a constant that is added right behind, or None."""
+        if self.form.bias is not None:
+            # A bias of floats behind codes would take the layer out of the integers that runtimes multiply.
+            return None if self.aim.bias is None and self.aim.weight.quantised is not None else "own"
+        if not isinstance(self.form, Pairwise):
+            return None
+        # A constant that is added lies along the last axis: outputs have to lie there too.
+        rank = len(self.form.terms[2])
+        return self._added_behind() if self.form.output_axis(rank) == rank - 1 else None
+
+    def _added_behind(self) -> str | None:
+        readers = self._graph.consumers.get(self.node.outputs[0], ())
+        if len(readers) != 1 or readers[0][0].op != "Add" or self.node.outputs[0] in self._graph.outputs:
+            return None
+        reader: Node = readers[0][0]
+        name = reader.inputs[1 - readers[0][1]]
+        weight = self._weights.get(name)
+        alone = len(self._graph.consumers.get(name, ())) == 1
+        alone = alone and name not in self._graph.captured and name not in self._graph.outputs
+        flat = weight is not None and alone and weight.dtype.kind == "f" and all(n == 1 for n in weight.shape[:-1])
+        return name if flat else None

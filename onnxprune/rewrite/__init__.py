@@ -1,1 +1,0 @@
-"""Rewriting: the only stage that changes weights and shapes."""

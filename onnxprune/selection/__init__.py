@@ -1,1 +1,0 @@
-"""From scores and ratios to the units that go."""
