@@ -50,8 +50,10 @@ class Calibration:
     """The user's inputs, opened when first asked for; passes share what an iterator has given.
 
     Args:
-        data: see :func:`onnxprune.prune`. analysis: of the model that takes them.
-        samples: how many to use, None for all. batch_size: samples per call where the model leaves that open.
+        data: see :func:`onnxprune.prune`.
+        analysis: of the model that takes them.
+        samples: how many to use, None for all.
+        batch_size: samples per call where the model leaves that open.
         images: how images become arrays.
     """
 
@@ -121,10 +123,15 @@ class Context:
     """What a run is given; the same for all of its passes.
 
     Attributes:
-        analysis: of the original. source: the original as it was given. input_shapes: {input: shape}.
-        calibration: the user's inputs; None without. seed: of everything random.
-        cache: folder to keep statistics in. memory_limit: bytes of activations to hold at a time.
-        device: where time is measured. stages: the clock and the progress bar.
+        analysis: of the original.
+        source: the original as it was given.
+        input_shapes: {input: shape}.
+        calibration: the user's inputs; None without.
+        seed: of everything random.
+        cache: folder to keep statistics in.
+        memory_limit: bytes of activations to hold at a time.
+        device: where time is measured.
+        stages: the clock and the progress bar.
     """
 
     analysis: Analysis
@@ -213,7 +220,8 @@ class HoldOut:
     """Inputs that a recovery did not see, to compare the result on.
 
     Attributes:
-        inputs: batches. name: what to call them in reports.
+        inputs: batches.
+        name: what to call them in reports.
     """
 
     inputs: Sequence[Feed]
@@ -225,7 +233,8 @@ class Model:
     """A model on its way through a pipeline. A pass gives another one, and never changes this.
 
     Attributes:
-        proto: the model without the data of its initializers. weights: these, by name.
+        proto: the model without the data of its initializers.
+        weights: these, by name.
         analysis: of the model that channels are removed from.
         removed: mask over the atoms of ``analysis`` of what was removed; None where no pass removed anything.
         plan: what was removed from where, and which layers were factorized at which ranks.
@@ -270,7 +279,8 @@ class Model:
         """The model with another graph and all of its weights.
 
         Args:
-            parts: the two. changes: other fields.
+            parts: the two.
+            changes: other fields.
         """
         return replace(self, proto=parts[0], weights=parts[1], **changes)
 
@@ -316,7 +326,8 @@ class PassResult:
     """What a pass gives back.
 
     Attributes:
-        model: the model to go on with. facts: what was found out, see :data:`onnxprune.report.facts.Fact`.
+        model: the model to go on with.
+        facts: what was found out, see :data:`onnxprune.report.facts.Fact`.
         changed: whether ``model`` is another one than the pass was given.
     """
 
@@ -333,7 +344,9 @@ class Requirement:
     """What a pass needs.
 
     Attributes:
-        what: completes "<the pass> needs ...". holds: whether it is there. hint: the next step for the user.
+        what: completes "<the pass> needs ...".
+        holds: whether it is there.
+        hint: the next step for the user.
         of_context: the context alone decides, so that it is asked before the first pass runs.
     """
 
@@ -348,7 +361,8 @@ class Guarantee:
     """What a pass promises.
 
     Attributes:
-        what: completes "<the pass> promises ...". holds: whether it is true of the model before and behind the pass.
+        what: completes "<the pass> promises ...".
+        holds: whether it is true of the model before and behind the pass.
     """
 
     what: str
@@ -368,8 +382,9 @@ class Pass(ABC):
     """A stage of a pipeline: a call from model to model.
 
     Attributes:
-        requires: asked before the call. ensures: asked after it. approximate: whether channels may be removed through
-            normalisations, which the analysis has to know.
+        requires: asked before the call.
+        ensures: asked after it.
+        approximate: whether channels may be removed through normalisations, which the analysis has to know.
     """
 
     requires: Sequence[Requirement] = ()
@@ -541,8 +556,10 @@ class Pipeline:
         """Run every pass on ``model``.
 
         Args:
-            model: path, bytes or ModelProto. input_shapes: {input: shape} for dynamic inputs.
-            data, samples, batch_size, images: the user's inputs, see ``onnxprune.prune``. seed: of everything random.
+            model: path, bytes or ModelProto.
+            input_shapes: {input: shape} for dynamic inputs.
+            data, samples, batch_size, images: the user's inputs, see ``onnxprune.prune``.
+            seed: of everything random.
             cache: folder that keeps captured statistics, so that an interrupted or repeated run need not start anew.
             memory_limit: bytes of activations that passes may hold in memory at a time, 1,000,000 or more.
             providers, threads: of onnxruntime where time is measured: the CPU, all processors.
@@ -638,7 +655,9 @@ class Result:
     """What a run gives back: ``model``, ``plan``, ``report``, and ``save``.
 
     Attributes:
-        context: what the run was given. final: the model behind the last pass. facts: of all passes, in order.
+        context: what the run was given.
+        final: the model behind the last pass.
+        facts: of all passes, in order.
         plan: what was removed from where.
         report: sizes, exactness, fidelity, speed, groups and barriers: the sum of the facts.
     """
@@ -667,7 +686,8 @@ class Result:
         """Write the final model; weights are streamed, an existing file is replaced at once or not at all.
 
         Args:
-            path: the model file. plan: where to write the plan, which is replaced together with the model.
+            path: the model file.
+            plan: where to write the plan, which is replaced together with the model.
 
         Returns:
             bytes of the model written, external data included.

@@ -35,7 +35,8 @@ class Named(Generic[T]):
     """A table of extensions of one kind; those of an entry point group join it when names are first looked at.
 
     Args:
-        kind: what one of them is called in messages. group: the entry point group.
+        kind: what one of them is called in messages.
+        group: the entry point group.
         built_in: those there are from the start; as ``package.module:name`` where they are imported when asked for.
     """
 

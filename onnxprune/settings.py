@@ -124,8 +124,11 @@ class Number(Kind):
     """A number from ``low`` to ``high``; ``open_low``: without ``low`` itself.
 
     Args:
-        low, high: the bounds. meaning: what the number is, for messages. metavar: a letter for it.
-        open_low: whether ``low`` is excluded. example: one that is allowed.
+        low, high: the bounds.
+        meaning: what the number is, for messages.
+        metavar: a letter for it.
+        open_low: whether ``low`` is excluded.
+        example: one that is allowed.
     """
 
     def __init__(
@@ -161,7 +164,8 @@ class Share(Kind):
     """A share R; whoever gives percent is told what was meant.
 
     Args:
-        meaning: what it is a share of. zero, one: whether these are allowed.
+        meaning: what it is a share of.
+        zero, one: whether these are allowed.
     """
 
     metavar = "R"
@@ -509,7 +513,8 @@ class Need:
     """What gives a setting a meaning.
 
     Attributes:
-        of: a key of :data:`CONDITIONS`. because: the rest of the sentence that the setting's name begins.
+        of: a key of :data:`CONDITIONS`.
+        because: the rest of the sentence that the setting's name begins.
         hint: what to do.
     """
 
@@ -524,14 +529,17 @@ class Setting:
 
     Attributes:
         name: the argument in Python.
-        kind: what it may be. typed: the same on the command line, where that differs.
+        kind: what it may be.
+        typed: the same on the command line, where that differs.
         help: what it is, one or two sentences.
         on: {command: heading of its help}; an empty heading: the call in Python alone has it.
         default: None where nothing is given.
-        option: on the command line; by default ``--name`` with hyphens. short: a letter for it.
+        option: on the command line; by default ``--name`` with hyphens.
+        short: a letter for it.
         python: whether the calls in Python have it.
         many: whether the option may be repeated.
-        needs: what gives it a meaning. conflicts: what decides it instead, ``plan`` or ``budget``.
+        needs: what gives it a meaning.
+        conflicts: what decides it instead, ``plan`` or ``budget``.
         into: ``images.NAME`` for options that are parts of one argument.
         variants: {command: what differs there}.
     """
@@ -1263,7 +1271,9 @@ def checked(name: str, value: Any, command: str = "prune") -> Any:
     """A value as its setting allows it; None where nothing is given stays None.
 
     Args:
-        name: the argument. value: what was given. command: whose argument.
+        name: the argument.
+        value: what was given.
+        command: whose argument.
 
     Raises:
         UsageError: it is not allowed; ``argument`` of the error is ``name``.
@@ -1276,7 +1286,8 @@ def check_needs(command: str, values: Mapping[str, Any]) -> None:
     """Whether everything that was given has what gives it a meaning.
 
     Args:
-        command: whose values. values: by name; what is not among them, None or the default was not given.
+        command: whose values.
+        values: by name; what is not among them, None or the default was not given.
 
     Raises:
         UsageError: something has not.

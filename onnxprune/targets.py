@@ -33,8 +33,9 @@ class Target:
     """The most that a model may cost of one kind.
 
     Attributes:
-        kind: a key of ``UNITS``. value: a share of the original, 0 < value <= 1, or an amount (a number of MACs or
-            parameters, bytes, seconds). absolute: whether it is an amount.
+        kind: a key of ``UNITS``.
+        value: a share of the original, 0 < value <= 1, or an amount (a number of MACs or parameters, bytes, seconds).
+        absolute: whether it is an amount.
     """
 
     kind: str

@@ -55,7 +55,8 @@ class Sizes:
     used twice, its neighbour once): there a unit counts as the average of its group.
 
     Args:
-        analysis: of the original. groups: those that may be cut; their order is that of the columns of counts.
+        analysis: of the original.
+        groups: those that may be cut; their order is that of the columns of counts.
     """
 
     def __init__(self, analysis: Analysis, groups: Sequence[Group]) -> None:
@@ -190,7 +191,8 @@ class Memory:
     spends on scratch space, is its own affair and not counted. Tensors whose size is not known count as nothing.
 
     Attributes:
-        moments: the nodes in order. rows: those that the rows of ``alive`` stand for.
+        moments: the nodes in order.
+        rows: those that the rows of ``alive`` stand for.
     """
 
     def __init__(self, sizes: Sizes) -> None:

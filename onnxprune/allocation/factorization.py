@@ -22,9 +22,11 @@ class Part:
     """A layer that may be taken apart.
 
     Attributes:
-        nodes: those that read its weight. weight: its name. losses: [levels], by rising cost; the last one is 0, of
-            the layer as it is. macs, params: shares [levels] of what it costs whole. times: the same of the time it
-            takes, where that was measured.
+        nodes: those that read its weight.
+        weight: its name.
+        losses: [levels], by rising cost; the last one is 0, of the layer as it is.
+        macs, params: shares [levels] of what it costs whole.
+        times: the same of the time it takes, where that was measured.
     """
 
     nodes: tuple[Node, ...]
@@ -48,7 +50,8 @@ class Apart:
     channels as the layer itself does.
 
     Args:
-        whole: the cost of the groups alone. kind: ``macs``, ``params`` or ``size``; ``latency`` where parts know times.
+        whole: the cost of the groups alone.
+        kind: ``macs``, ``params`` or ``size``; ``latency`` where parts know times.
     """
 
     def __init__(self, whole: Cost, kind: str, sizes: Sizes, parts: Sequence[Part]) -> None:

@@ -25,8 +25,10 @@ class GroupCurve:
     """One group cut alone, at rising shares: ``noise`` is what its outputs differ by from the original's.
 
     Attributes:
-        group, name, units: which. shares: of its units that went. noise: |a - b|^2 / |a|^2, at most 1, the mean over
-            outputs. points: the metric, or per cent of agreement.
+        group, name, units: which.
+        shares: of its units that went.
+        noise: |a - b|^2 / |a|^2, at most 1, the mean over outputs.
+        points: the metric, or per cent of agreement.
     """
 
     group: int
@@ -42,8 +44,11 @@ class Sensitivity:
     """Curves of all groups of a model.
 
     Attributes:
-        model_sha256: of the model. settings: criterion, way to repair, data and metric that were used.
-        what: what the points are. original: the original's points. metric: whether they are the user's metric.
+        model_sha256: of the model.
+        settings: criterion, way to repair, data and metric that were used.
+        what: what the points are.
+        original: the original's points.
+        metric: whether they are the user's metric.
     """
 
     model_sha256: str
@@ -144,7 +149,9 @@ def pack(losses: Sequence[Array], costs: Sequence[Array], limits: Array) -> Pack
     eight models) in twice the time, and models that are pruned and recovered by it are no better: losses are estimates.
 
     Args:
-        losses: [levels] per group, finite. costs: [levels, rows] per group, may be below 0. limits: [rows].
+        losses: [levels] per group, finite.
+        costs: [levels, rows] per group, may be below 0.
+        limits: [rows].
     """
     owner = np.repeat(np.arange(len(losses)), [len(x) for x in losses])
     loss, cost = np.concatenate(losses), np.concatenate(costs)
@@ -457,7 +464,8 @@ class Learned:
     min sum_i ((sum_c m_c L_ic - n_i) / n_i)^2 + 0.05 sum_c (m_c / s - 1)^2, s the weight that all would have alike.
 
     Args:
-        choices: what every column may do. whole: how good the original is; 0 where noise counts, below 0.
+        choices: what every column may do.
+        whole: how good the original is; 0 where noise counts, below 0.
     """
 
     def __init__(self, choices: Choices, whole: float = 0.0) -> None:

@@ -33,8 +33,10 @@ class Surface:
     """log t = line + own_reads[level] + own_makes[level] + rest[pair].
 
     Attributes:
-        reads, makes: levels, ascending. own_reads, own_makes: what each adds to the line. rest: [reads, makes], what is
-            left of the measured pairs, 0 elsewhere. line: constant and slopes over the logarithms.
+        reads, makes: levels, ascending.
+        own_reads, own_makes: what each adds to the line.
+        rest: [reads, makes], what is left of the measured pairs, 0 elsewhere.
+        line: constant and slopes over the logarithms.
     """
 
     reads: Array
@@ -101,8 +103,11 @@ class LatencyTable:
     """What was measured of one model on one device.
 
     Attributes:
-        model_sha256: of the model. device: what the times depend on besides. inputs: shapes that were run.
-        seconds: the whole original per run. overhead, slope: a run takes overhead + slope * (sum of its nodes' times).
+        model_sha256: of the model.
+        device: what the times depend on besides.
+        inputs: shapes that were run.
+        seconds: the whole original per run.
+        overhead, slope: a run takes overhead + slope * (sum of its nodes' times).
         error: largest error of that at the counts where whole runs were measured, as a share.
         checks: (predicted, measured) seconds of those.
     """
@@ -219,7 +224,8 @@ class Latency:
     """Seconds per run, one row; a sum of the nodes' times and what a run costs besides.
 
     Args:
-        places: the nodes. table: what was measured.
+        places: the nodes.
+        table: what was measured.
     """
 
     def __init__(self, places: Places, table: LatencyTable) -> None:

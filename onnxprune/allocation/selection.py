@@ -99,7 +99,8 @@ def savings(
     a unit of every row.
 
     Args:
-        what: ``macs``, ``params`` or ``latency``. seconds: measured time of every node by its label, for ``latency``.
+        what: ``macs``, ``params`` or ``latency``.
+        seconds: measured time of every node by its label, for ``latency``.
     """
     tensors = _tensors(analysis)
     nodes: dict[str, list[Node]] = {}
@@ -247,9 +248,11 @@ class RankedGroup:
 
     Attributes:
         values: [units], the lowest go first; -inf where a unit is gone already, NaN where its whole row is.
-        classes: [units], every class loses the same share. steps: in how many equal steps it can be cut.
+        classes: [units], every class loses the same share.
+        steps: in how many equal steps it can be cut.
         counts: numbers of steps that may go, ascending, see :func:`allowed_counts`.
-        ratio: share to remove. alone: the ratio holds for this group, whatever the scope.
+        ratio: share to remove.
+        alone: the ratio holds for this group, whatever the scope.
         ranking_scope: groups with equal ranking_scopes share a threshold.
         gone: steps that are gone already.
     """
@@ -273,7 +276,8 @@ def allowed_counts(size: int, steps: int, *, round_to: int = 1, step: int = 1, w
     """Numbers of steps that may go from a group of ``size`` units, ascending, at least one; never all of them.
 
     Args:
-        round_to: what is kept is a multiple where it can be had. step: what goes is a multiple, always.
+        round_to: what is kept is a multiple where it can be had.
+        step: what goes is a multiple, always.
         widest: the largest share to remove.
     """
     counts = np.arange(steps)
@@ -406,8 +410,10 @@ def allocate(ranked: Sequence[RankedGroup], scope: str, rounding: str, add: bool
     """Steps that every group loses.
 
     Args:
-        ranked: the groups. scope: ``local``, else one threshold per ranking_scope.
-        rounding: ``nearest``, ``up`` or ``down``. add: a step's score is the sum of its units' scores, not the mean.
+        ranked: the groups.
+        scope: ``local``, else one threshold per ranking_scope.
+        rounding: ``nearest``, ``up`` or ``down``.
+        add: a step's score is the sum of its units' scores, not the mean.
     """
     result = [0] * len(ranked)
     pools: dict[Hashable, list[int]] = {}
@@ -439,8 +445,10 @@ def along(values: Array, classes: Ids, steps: int, drifts: Mapping[int, float]) 
     never scores less than one that goes before it.
 
     Args:
-        values: scores that rank the units [units], none below 0. classes: units that stand in for each other, [units].
-        steps: in how many equal steps the group can be cut. drifts: {steps gone: drift}, not empty.
+        values: scores that rank the units [units], none below 0.
+        classes: units that stand in for each other, [units].
+        steps: in how many equal steps the group can be cut.
+        drifts: {steps gone: drift}, not empty.
     """
     _, rank = in_order(values, classes)
     step = rank // (np.bincount(classes) // steps)[classes]
@@ -533,8 +541,10 @@ def rank_groups(
     """The groups that have scores, as the allocation sees them, by group id.
 
     Args:
-        scores: [units] by group. savings: what a unit's removal saves, [units] by group.
-        gone: mask over components of what earlier steps removed. done: share of the steps after this one.
+        scores: [units] by group.
+        savings: what a unit's removal saves, [units] by group.
+        gone: mask over components of what earlier steps removed.
+        done: share of the steps after this one.
     """
     groups = [g for g in found.groups if g.id in scores]
     alike = ranking_scopes(analysis, groups) if request.scope == "isomorphic" else {}

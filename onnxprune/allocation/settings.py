@@ -20,7 +20,8 @@ def check(given: Iterable[tuple[str, Collection[str]]], names: Iterable[str]) ->
     """Every pattern must match some node or weight of the model.
 
     Args:
-        given: pairs of an option and its patterns. names: of nodes and weights.
+        given: pairs of an option and its patterns.
+        names: of nodes and weights.
 
     Raises:
         UsageError: one does not; the nearest name is suggested.
@@ -74,7 +75,8 @@ class Request:
 
     Attributes:
         ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all groups together, see ``scope``.
-        layers: {glob over node or weight names: ratio}. include, exclude: such globs.
+        layers: {glob over node or weight names: ratio}.
+        include, exclude: such globs.
         round_to: keep a multiple of this many units per group where it can be had.
         policy: how the scores that a unit has in several weights become one.
         normalize: what the scores of one weight are divided by, so that weights compare; ``auto`` is ``none`` for
@@ -83,9 +85,11 @@ class Request:
         reshape_axis: what goes of a grid: cells of every row, whole rows, or both.
         scope: which units compete with each other.
         max_ratio: the largest share that one group loses; None: all but one unit, or 0.9 where groups compete.
-        step: units leave a group in multiples of this many. rounding: of the counts that follow from ratios.
+        step: units leave a group in multiples of this many.
+        rounding: of the counts that follow from ratios.
         cost: what removing a unit saves, which its score is divided by.
-        steps: how often to score and cut; schedule: how the removed share grows from one to the next.
+        steps: how often to score and cut
+        schedule: how the removed share grows from one to the next.
 
     Raises:
         UsageError: a value is not allowed.

@@ -65,7 +65,8 @@ class Analysis:
     """A model with its labels, units and groups. Immutable: other choices and more frozen nodes give another analysis.
 
     Args:
-        source: path, bytes or ModelProto. input_shapes: sizes for dynamic inputs, {name: shape}.
+        source: path, bytes or ModelProto.
+        input_shapes: sizes for dynamic inputs, {name: shape}.
         approximate: let groups run through normalisations that stay defined over fewer channels.
 
     Raises:
@@ -177,7 +178,8 @@ class Analysis:
         """Layers with the sizes they have after a cut.
 
         Args:
-            shape_after: name -> new shape. weight_after: weight name -> new number of elements.
+            shape_after: name -> new shape.
+            weight_after: weight name -> new number of elements.
         """
         result = []
         for node in self.graph.steps:

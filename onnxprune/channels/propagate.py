@@ -19,7 +19,8 @@ def push_labels(graph: Graph, facts: Facts, *, approximate: bool = False) -> Tab
     """Labels of every tensor and the ledger of what was united and frozen.
 
     Args:
-        graph: the model's view; facts: shapes and values at the probe sizes.
+        graph: the model's view
+        facts: shapes and values at the probe sizes.
         approximate: let labels through normalisations that stay defined over fewer channels.
     """
     table = Table(graph, facts, Atoms(), approximate)

@@ -72,7 +72,8 @@ def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
     ``removed`` of a group decides where given, else its slots.
 
     Args:
-        analysis: of the model. plan: made for it.
+        analysis: of the model.
+        plan: made for it.
 
     Raises:
         UsageError: another model's plan, an unknown group or tensor, a position out of range or not removable, a share

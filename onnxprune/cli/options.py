@@ -74,7 +74,9 @@ class Given:
     """What a user gave to a command: ``given.ratio`` is the value of that setting.
 
     Args:
-        command: its name. values: of all options and positional arguments. said: names of those that were typed.
+        command: its name.
+        values: of all options and positional arguments.
+        said: names of those that were typed.
     """
 
     def __init__(self, command: str, values: Mapping[str, Any], said: Iterable[str]) -> None:
@@ -200,7 +202,8 @@ def command(name: str, **positional: str) -> Callable[[Callable[[Screen, Given],
     """A command with the options that its settings are, as a decorator of what it does.
 
     Args:
-        name: of the command. positional: {argument: what help calls it}.
+        name: of the command.
+        positional: {argument: what help calls it}.
     """
 
     def decorate(function: Callable[[Screen, Given], None]) -> click.Command:

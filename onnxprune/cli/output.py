@@ -13,7 +13,8 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
     """Stop before anything is written when the cut is wrong (ValidationError) or not faithful enough (BudgetError).
 
     Args:
-        least: what ``--min-fidelity`` asks for. show: shows the report of a result that is not faithful enough.
+        least: what ``--min-fidelity`` asks for.
+        show: shows the report of a result that is not faithful enough.
         hint: what to do about that.
     """
     if report.exactness.passed is False:

@@ -106,8 +106,10 @@ def allocate(
     European Journal of Operational Research 28, 1987), then what rounding left over is spent where it brings most.
 
     Args:
-        wholes: cost of every layer as it is. options: what could stand in its place.
-        gains: what a layer's loss counts, per layer. budget: what all layers may cost together.
+        wholes: cost of every layer as it is.
+        options: what could stand in its place.
+        gains: what a layer's loss counts, per layer.
+        budget: what all layers may cost together.
     """
     if reach(wholes, options) > budget:
         return None

@@ -64,7 +64,8 @@ def compose(factors: Sequence[Factor], parts: int, channels: int) -> Real:
     """What the factors amount to, [parts, channels, *kernel, outputs]: one convolution with the product of kernels.
 
     Args:
-        parts: of the layer. channels: that one part of it reads.
+        parts: of the layer.
+        channels: that one part of it reads.
     """
     rank = len(factors[0].stage.kernel)
     whole = np.broadcast_to(np.eye(channels), (parts, channels, channels)).reshape(parts, channels, *[1] * rank, -1)
@@ -86,8 +87,8 @@ def features(prefix: Sequence[Factor], array: Array) -> Real:
     """T^T A for what the prefix makes of the columns: [parts, features, *kernel left, m].
 
     Args:
-        prefix: factors, T together. array: A [parts, channels, *kernel, m]; kernel axes that the prefix slides over are
-            used up, the others stay.
+        prefix: factors, T together.
+        array: A [parts, channels, *kernel, m]; kernel axes that the prefix slides over are used up, the others stay.
     """
     parts, width = array.shape[0], array.shape[-1]
     for factor in prefix:
@@ -131,7 +132,8 @@ def least_squares(kernel: Real, rank: int, seed: int, start: str) -> tuple[list[
     Alternating least squares. Carroll and Chang, Psychometrika 35, 1970; Harshman, 1970.
 
     Args:
-        kernel: of norm 1. start: ``svd`` or ``random``.
+        kernel: of norm 1.
+        start: ``svd`` or ``random``.
     """
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -170,7 +172,8 @@ class Metric:
     the kernel; or the identity, where there are no data. A ridge is added to what is given.
 
     Args:
-        full: [parts, n, n]. shared: [parts, channels, channels]. Neither: the identity.
+        full: [parts, n, n].
+        shared: [parts, channels, channels]. Neither: the identity.
     """
 
     def __init__(self, full: Array | None = None, shared: Array | None = None) -> None:
@@ -207,7 +210,8 @@ class Metric:
         """Second moments of channels x the kernel's positions along some axes, mean over its other axes.
 
         Args:
-            kernel: sizes of the kernel. axes: which of them stay.
+            kernel: sizes of the kernel.
+            axes: which of them stay.
 
         Returns:
             [parts, m, m], m = channels x sizes along ``axes``; None for the identity.
@@ -279,7 +283,9 @@ class Split:
     """A matrix M [parts, n, o] = core @ out by its directions of most output energy; cut at any rank.
 
     Attributes:
-        core: [parts, n, r]. out: [parts, r, o]. energies: of every direction, summed over parts, falling, [r].
+        core: [parts, n, r].
+        out: [parts, r, o].
+        energies: of every direction, summed over parts, falling, [r].
     """
 
     core: Real
@@ -321,7 +327,8 @@ def split(matrix: Real, seen: Real | None, alone: bool) -> Split:
     Deep Convolutional Networks, TPAMI 2016, section 3.1; Wang et al., SVD-LLM, ICLR 2025, for the whitened form.
 
     Args:
-        matrix: M [parts, features, *kernel left, o]. seen, alone: G, see ``Metric.seen``.
+        matrix: M [parts, features, *kernel left, o].
+        seen, alone: G, see ``Metric.seen``.
     """
     parts, outputs = len(matrix), matrix.shape[-1]
     flat = matrix.reshape(parts, -1, outputs)
@@ -386,7 +393,8 @@ class Mode:
     """One rank of a decomposition.
 
     Attributes:
-        name: what it is the rank of. size: the largest that makes sense.
+        name: what it is the rank of.
+        size: the largest that makes sense.
         energies: what every step adds to the energy kept, falling; None where there is no such order.
         other: the longer side of the matrix whose singular values squared these are.
     """
@@ -412,7 +420,8 @@ class Method(ABC):
     """One way to take a kernel apart.
 
     Attributes:
-        name: of the command line. modes: what its ranks count, in their order.
+        name: of the command line.
+        modes: what its ranks count, in their order.
     """
 
     name: str
@@ -819,8 +828,8 @@ class Geometry:
     """Where a layer runs.
 
     Attributes:
-        rows: samples times whatever else the kernel does not slide over. before, after: positions along every spatial
-            axis of its input and of its output.
+        rows: samples times whatever else the kernel does not slide over.
+        before, after: positions along every spatial axis of its input and of its output.
         spreading: it is a transposed convolution, whose work is per position of its input.
         looked_up: its first stage looks rows up and multiplies nothing.
     """

@@ -39,7 +39,8 @@ class Operator(ABC):
         """The kernel's shape and where it runs, or why it stays.
 
         Args:
-            position: of the weight among the inputs. form: the node as a product, None where it is none.
+            position: of the weight among the inputs.
+            form: the node as a product, None where it is none.
             shapes: of inputs and then outputs.
         """
 
@@ -93,8 +94,11 @@ class Layer:
     """A weight that can be taken apart.
 
     Attributes:
-        name: of the first node that reads it. weight: its name. position: of the weight among the nodes' inputs.
-        operator, described: of the first node. uses: every node that reads it.
+        name: of the first node that reads it.
+        weight: its name.
+        position: of the weight among the nodes' inputs.
+        operator, described: of the first node.
+        uses: every node that reads it.
     """
 
     name: str
@@ -393,7 +397,8 @@ def find_layers(graph: Graph, shape: ShapeOf) -> Found:
     """Every weight that nodes of one kind read in one way.
 
     Args:
-        graph: with weights that are computed from constants folded. shape: of every tensor at the probe sizes.
+        graph: with weights that are computed from constants folded.
+        shape: of every tensor at the probe sizes.
     """
     found = Found()
     by_weight: dict[str, Layer] = {}

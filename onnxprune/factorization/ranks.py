@@ -20,7 +20,8 @@ def vbmf_rank(energies: Array, long: int, total: float | None = None) -> int:
     Solution of Fully-observed Variational Bayesian Matrix Factorization, JMLR 2013, Theorem 2 and Corollary 4.
 
     Args:
-        energies: squared singular values of the matrix, falling, [short]. long: its longer side.
+        energies: squared singular values of the matrix, falling, [short].
+        long: its longer side.
         total: sum of squares of its entries, where ``energies`` are not all of them.
 
     Returns:
@@ -98,7 +99,8 @@ def within(method: Method, cost: Cost, fit: Fit, limit: float, step: int = 1) ->
     Methods with several modes are gone through in full: the loss of a choice is at most the sum of what its modes lose.
 
     Args:
-        cost: of a method's factors at some ranks, linear in each of them. step: ranks are multiples of it.
+        cost: of a method's factors at some ranks, linear in each of them.
+        step: ranks are multiples of it.
     """
     if len(fit.modes) == 1:
         return _single(method, cost, fit.modes[0], limit, step)

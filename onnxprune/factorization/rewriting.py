@@ -22,7 +22,8 @@ class Factorized:
     """A layer and what is put in its place.
 
     Attributes:
-        method: its name, for the names of nodes and weights. factors: in the order in which they run.
+        method: its name, for the names of nodes and weights.
+        factors: in the order in which they run.
         shift: what is added to the layer's bias, [outputs]; None for nothing.
     """
 

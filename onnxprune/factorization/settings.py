@@ -40,8 +40,11 @@ class Request:
         ranks: {glob over node or weight names: ranks}, one per mode of the method; 0 leaves a mode as it is.
         energy: share of every mode's energy to keep, 0 < energy <= 1.
         vbmf: ranks above noise, moved towards all (1) or none (-1) by this much.
-        layers: {glob: ratio}. include, exclude: such globs. round_to: ranks are multiples of this.
-        scope: ``local`` or ``global``. cost: what the ratio is of, ``macs`` or ``params``.
+        layers: {glob: ratio}.
+        include, exclude: such globs.
+        round_to: ranks are multiples of this.
+        scope: ``local`` or ``global``.
+        cost: what the ratio is of, ``macs`` or ``params``.
         timed: ``auto`` leaves alone what does not get faster, as measured.
 
     Raises:

@@ -466,7 +466,8 @@ class Hoist:
 
     Attributes:
         nodes: the original reshape, movement and selections, in graph order.
-        split: first output of the new split. made: every tensor that only exists since.
+        split: first output of the new split.
+        made: every tensor that only exists since.
         axis, rank: the parts' axis in the reshape's output, and that one's rank.
         sizes: of the split's parts, in steps of ``stride`` positions of the flat axis.
         literal: whether the original target states the size of the parts' axis as a constant.

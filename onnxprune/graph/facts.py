@@ -24,7 +24,8 @@ class Facts:
     """The probes of a model; the first is the one that labels are pushed through.
 
     Attributes:
-        bound: sizes of the open dimensions at every probe. conflict: where the model contradicts them, if it does.
+        bound: sizes of the open dimensions at every probe.
+        conflict: where the model contradicts them, if it does.
         refused: numbers of the probes at whose sizes the model turned out not to run, though it declares them open.
     """
 
@@ -110,7 +111,8 @@ def study(graph: Graph, sizes: OpenSizes, infer: Infer | None = None) -> Facts:
     """Shapes and values at the likeliest sizes that make sense for the graph (else at the very first).
 
     Args:
-        sizes: of the open dimensions. infer: asked where onnx has no schema.
+        sizes: of the open dimensions.
+        infer: asked where onnx has no schema.
     """
     settler = Settler(graph, sizes.dimensions, infer)
     best: tuple[Facts, Pair] | None = None

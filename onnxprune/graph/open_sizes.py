@@ -30,7 +30,9 @@ def pairs(node: Node, shapes: Shapes, known: Known) -> list[Pair]:
     """What has to be equal at a node, always in the same order; empty where nothing is asked or known.
 
     Args:
-        node: a node. shapes: of its inputs, None where absent or unknown. known: values of its inputs, by position.
+        node: a node.
+        shapes: of its inputs, None where absent or unknown.
+        known: values of its inputs, by position.
     """
     function = _FUNCTIONS.get((node.domain, node.op))
     if function is None:
@@ -314,7 +316,9 @@ class Settler:
     """Finds sizes that a graph runs at.
 
     Args:
-        graph: the model. dimensions: of its inputs. infer: asked where onnx has no schema.
+        graph: the model.
+        dimensions: of its inputs.
+        infer: asked where onnx has no schema.
     """
 
     graph: Graph
@@ -326,7 +330,9 @@ class Settler:
         """Sizes near the given ones without contradictions, if there are any.
 
         Args:
-            sizes: of every open dimension. fixed: those that stay. first: another binding's probe, to save work.
+            sizes: of every open dimension.
+            fixed: those that stay.
+            first: another binding's probe, to save work.
         """
         sizes = self.dimensions.completed(sizes, fixed)
         tried, solved = set(), set[Key]()

@@ -76,7 +76,9 @@ def chooses(op: str, reads: set[int], makes: set[int]) -> bool:
     """Whether an operator jumps: chooses by values, compares, or rounds to integers or to floats of 8 bits or fewer.
 
     Args:
-        op: its type. reads: element types of its data. makes: of its outputs.
+        op: its type.
+        reads: element types of its data.
+        makes: of its outputs.
     """
     if op in _SIZES or op.startswith(_SUMS) or not any(_epsilon(kind) for kind in reads):
         return False

@@ -48,7 +48,8 @@ class Dimensions:
     """The open dimensions of a model's inputs: which there are, what is known of them, shapes from sizes.
 
     Args:
-        specs: the inputs. overrides: whole shapes by input name, which also say the rank of an input without one.
+        specs: the inputs.
+        overrides: whole shapes by input name, which also say the rank of an input without one.
 
     Attributes:
         places: where each open dimension stands: {key: [(input, axis)]}.

@@ -32,8 +32,10 @@ def restore(
     """Put original nodes back, in place, where the cut can be said with them.
 
     Args:
-        proto, weights: the cut model. original: the graph before it was prepared.
-        folds: undone where the folded weights are as they were. hoists: undone where every part lost the same share.
+        proto, weights: the cut model.
+        original: the graph before it was prepared.
+        folds: undone where the folded weights are as they were.
+        hoists: undone where every part lost the same share.
     """
     if not folds and not hoists:
         return

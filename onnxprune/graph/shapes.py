@@ -44,7 +44,9 @@ def output_shapes(node: Node, shapes: Sequence[Any], known: Known) -> list[Shape
     """Shapes of all outputs; None where the rule cannot tell, or where the node makes no sense.
 
     Args:
-        node: a node. shapes: of its inputs, None where absent. known: values of its inputs.
+        node: a node.
+        shapes: of its inputs, None where absent.
+        known: values of its inputs.
     """
     for shape, name in zip(shapes, node.inputs, strict=True):
         if (shape is None and name) or (shape is not None and None in shape) or isinstance(shape, Elements):

@@ -494,8 +494,10 @@ def corrected(maps: Maps, weights: Real, gone: NDArray[np.bool_], *, biased: boo
     H as in :func:`ziplm`; of the columns as they are where there is no bias to add.
 
     Args:
-        maps: ``gram``, ``column_mean`` and ``rows`` of the contraction. weights: [parts, n, outputs].
-        gone: columns that go, [parts, n]. biased: whether the contraction has biases.
+        maps: ``gram``, ``column_mean`` and ``rows`` of the contraction.
+        weights: [parts, n, outputs].
+        gone: columns that go, [parts, n].
+        biased: whether the contraction has biases.
     """
     gram, mean = maps["gram"], maps["column_mean"]
     parts, n, outputs = weights.shape
@@ -519,7 +521,9 @@ def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: i
     """Errors [size] that units add in the order in which they go.
 
     Args:
-        covariance: [n, n]. weights: [n, outputs]. owner: unit of every column, [n].
+        covariance: [n, n].
+        weights: [n, outputs].
+        owner: unit of every column, [n].
         damping: added to the diagonal.
     """
     scores, left = np.zeros(size), list(units_by_columns(owner))

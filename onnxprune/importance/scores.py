@@ -62,7 +62,8 @@ def combine(parts: Sequence[Part], size: int, policy: str) -> Array:
     """One score per unit, [size]; units that no part says anything about get the mean of the others.
 
     Args:
-        parts: at least one. size: units of the group.
+        parts: at least one.
+        size: units of the group.
         policy: ``sum``, ``average`` or ``max`` of all scores that a unit has; ``backward``: the sum of those it has in
             the last part that knows the unit.
     """
@@ -213,7 +214,10 @@ def unit_scores(items: Sequence[Scored], sizes: Mapping[int, int], method: str, 
     """Scores [units] of every group that some slot says something about, by group id.
 
     Args:
-        items: raw scores. sizes: units of each group. method: see ``normalize``. policy: see ``combine``.
+        items: raw scores.
+        sizes: units of each group.
+        method: see ``normalize``.
+        policy: see ``combine``.
     """
     parts: dict[int, list[Part]] = {}
     for item in items:

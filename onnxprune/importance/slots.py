@@ -385,8 +385,10 @@ class Site:
     """One activation in front of one contraction.
 
     Attributes:
-        node: the contraction. position: which of its inputs the activation is.
-        tensor: name of the activation. axes: its axes that channels lie along, in the channels' order.
+        node: the contraction.
+        position: which of its inputs the activation is.
+        tensor: name of the activation.
+        axes: its axes that channels lie along, in the channels' order.
         label: the label that covers the summed axis.
         form: the contraction as a matrix product; None where the other operand is an activation too.
         partner: (tensor, axes) of that other activation.
@@ -429,7 +431,8 @@ def sites(table: Table, component: Ids) -> Iterator[Site]:
     """All sites of a graph, in graph order.
 
     Args:
-        table: the labels. component: the unit that every atom belongs to.
+        table: the labels.
+        component: the unit that every atom belongs to.
     """
     for node in table.graph.nodes:
         if not any(table.get(n) for n in node.inputs if n):

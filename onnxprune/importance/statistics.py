@@ -22,11 +22,10 @@ class Maps:
         samples: number of samples seen.
         arrays: statistics by name, float64; ``maps["mean"]`` reads one. ``moments`` gives ``mean``, ``square`` (mean of
             squares), ``magnitude`` (mean of absolute values) and ``active`` (share that is not 0), each [channels], and
-            each is a statistic of its own too;
-            ``nuclear`` and ``rank`` give themselves, [channels]; ``similarity`` gives ``similarity`` [channels,
-            channels], the mean of products of two channels; ``gram`` gives ``gram`` [parts, n, n], the mean of products
-            of two columns of the contraction's input, see ``Slot.taps``, and ``column_mean`` [parts, n]. A statistic
-            that could not be computed is not there.
+            each is a statistic of its own too; ``nuclear`` and ``rank`` give themselves, [channels]; ``similarity``
+            gives ``similarity`` [channels, channels], the mean of products of two channels; ``gram`` gives ``gram``
+            [parts, n, n], the mean of products of two columns of the contraction's input, see ``Slot.taps``, and
+            ``column_mean`` [parts, n]. A statistic that could not be computed is not there.
     """
 
     samples: int = 0

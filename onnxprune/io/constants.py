@@ -71,7 +71,8 @@ def add_constant(
     """Write a constant into a skeleton: an initializer with its weight, or where there is none alone, a Constant node.
 
     Args:
-        model, weights: both change. behind: put a node behind those that there are, else in front of them.
+        model, weights: both change.
+        behind: put a node behind those that there are, else in front of them.
     """
     weight = ArrayWeight(name, value)
     if has_bare_initializers(model):

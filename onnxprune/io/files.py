@@ -369,8 +369,8 @@ def read_json(path: Path, what: str, kind: str, *, missing: str = "", hint: str 
     """The data of a JSON file.
 
     Args:
-        what, kind: it and what it is, such as "the plan" and "plan file". missing, hint: the next step where there is
-            no such file, and where it is not JSON.
+        what, kind: it and what it is, such as "the plan" and "plan file".
+        missing, hint: the next step where there is no such file, and where it is not JSON.
 
     Raises:
         UsageError: missing, unreadable, or not JSON.
@@ -437,7 +437,9 @@ def parse(kind: type[_T], data: Any, where: str, hint: str = "") -> _T:
     Args:
         kind: a dataclass, whose fields may be missing where they have a default, ``int`` (of 64 bits), ``float``
             (finite), ``str``, ``bool``, ``list[...]``, ``dict[..., ...]``, ``tuple[...]``, ``... | None`` or ``Any``.
-        data: what JSON gives. where: what it is of, such as "the plan". hint: the next step where it has another form.
+        data: what JSON gives.
+        where: what it is of, such as "the plan".
+        hint: the next step where it has another form.
 
     Raises:
         UsageError: something is missing or has another type; says where it stands.

@@ -223,7 +223,8 @@ class SparseWeight(Weight):
     """A weight of which only some entries are stored; all others are 0. It is unfolded each time that it is read.
 
     Args:
-        proto: as ONNX stores it; must stay as it is. name: of the tensor.
+        proto: as ONNX stores it; must stay as it is.
+        name: of the tensor.
         most: elements that it may have once it is unfolded.
     """
 
@@ -287,9 +288,9 @@ class GatheredWeight(Weight):
     Args:
         base: the weight to take from.
         steps: pairs of an axis and an index, applied one after the other. A one-dimensional index takes along the axis
-            (result: its length); an index of the weight's own rank takes for every position of the other axes on
-            its own, as numpy.take_along_axis does, and has size 1 on the axes it does not depend on. Indices count
-            from 0 and are not negative.
+            (result: its length); an index of the weight's own rank takes for every position of the other axes on its
+            own, as numpy.take_along_axis does, and has size 1 on the axes it does not depend on. Indices count from 0
+            and are not negative.
     """
 
     __slots__ = ("base", "steps")
@@ -316,7 +317,9 @@ class DerivedWeight(Weight):
     """A function of another weight, of the same type; nothing is read or computed before it is asked for.
 
     Args:
-        base: the other weight. shape: of the result. function: its value -> a value of as many elements as ``shape``.
+        base: the other weight.
+        shape: of the result.
+        function: its value -> a value of as many elements as ``shape``.
     """
 
     __slots__ = ("base", "function")

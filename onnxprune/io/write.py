@@ -116,8 +116,8 @@ def save(
         weights: by the initializer's name.
         path: the model file; external data go to ``NAME.onnx.data`` beside it, or to a name that has a digest of them
             in it, too, where that is in use: an old model and its data are whole until the new one takes its name.
-        external: whether tensors of 1 KiB and more go to the data file. None: when the model is too large for one
-            file, or with ``prefer_external``.
+        external: whether tensors of 1 KiB and more go to the data file. None: when the model is too large for one file,
+            or with ``prefer_external``.
         prefer_external: the model came with external data.
         companions: files that describe the model, by their paths; they are replaced with it.
 

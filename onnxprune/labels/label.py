@@ -19,7 +19,8 @@ class Label:
     row its own ones, unless the row goes as a whole.
 
     Attributes:
-        axes: the axes the label depends on. is_grid: whether these are several.
+        axes: the axes the label depends on.
+        is_grid: whether these are several.
         start: the first atom where all follow each other in the order of the positions, -1 where that is not known.
     """
 

@@ -20,9 +20,11 @@ def numbers(
     """(codes - zero) * scale, float32.
 
     Args:
-        codes: of any shape. scale, zero: None for 1 and 0; one for all, one per position of ``axis``, one per block of
-            ``axis``, or of a shape that broadcasts.
-        axis: of the codes. block: positions that share a scale; 0: as many as there are blocks for.
+        codes: of any shape.
+        scale, zero: None for 1 and 0; one for all, one per position of ``axis``, one per block of ``axis``, or of a
+            shape that broadcasts.
+        axis: of the codes.
+        block: positions that share a scale; 0: as many as there are blocks for.
     """
     result = codes.astype(np.float32)
     if zero is not None:
@@ -47,7 +49,9 @@ def unpack(packed: Array, bits: int, count: int | None = None) -> NDArray[np.uin
     """Codes [..., count] of bytes [..., n], the lowest bits first.
 
     Args:
-        packed: unsigned bytes. bits: of a code, one of ``PACKED_BITS``. count: codes wanted; None for all.
+        packed: unsigned bytes.
+        bits: of a code, one of ``PACKED_BITS``.
+        count: codes wanted; None for all.
     """
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (packed.view(np.uint8)[..., None] >> shifts) & np.uint8((1 << bits) - 1)

@@ -77,7 +77,8 @@ class Pairwise(Form):
     """``einsum(data, weight -> output)``; letters of the weight that the data shares are summed over, or are parts.
 
     Args:
-        terms: subscripts of data, weight and output. sizes: of the weight, along its subscripts.
+        terms: subscripts of data, weight and output.
+        sizes: of the weight, along its subscripts.
         data, weight, bias, plain, scale, bias_scale: see :class:`Form`.
 
     Raises:
@@ -161,7 +162,9 @@ class Blocks(Pairwise):
     """Data [..., size] times a weight [made, blocks, block] whose last two axes are the data's last, padded in the end.
 
     Args:
-        outer: a letter for each of the data's other axes. size: of the data's last axis. made: outputs.
+        outer: a letter for each of the data's other axes.
+        size: of the data's last axis.
+        made: outputs.
     """
 
     def __init__(self, outer: str, size: int, made: int) -> None:
@@ -262,7 +265,8 @@ class Windows(Form):
     """Conv: data [N, C, *space], weight [O, C / parts, *kernel], output [N, O, *space'].
 
     Args:
-        kernel: sizes of the kernel. strides, dilations: one per spatial axis, default 1.
+        kernel: sizes of the kernel.
+        strides, dilations: one per spatial axis, default 1.
         pads: [begin..., end...] in ONNX's order, or "SAME_UPPER", "SAME_LOWER", "VALID".
         group: convolution groups.
     """

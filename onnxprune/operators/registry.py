@@ -143,7 +143,8 @@ class Rule:
         """Shapes of the outputs; None where they cannot be told, and onnx's own inference is asked where it can.
 
         Args:
-            node: the node. values: of its inputs, where known.
+            node: the node.
+            values: of its inputs, where known.
             shapes: of its inputs, None where unknown or absent; None within one is a size that depends on data.
         """
         return None
@@ -152,7 +153,8 @@ class Rule:
         """Outputs (an array, or a list of several) of small known inputs; None: onnx's reference evaluator is asked.
 
         Args:
-            node: the node. values: of its inputs, None for an absent optional one.
+            node: the node.
+            values: of its inputs, None for an absent optional one.
 
         Raises:
             Exception: of any kind, where the node makes no sense; its outputs are not known then.
@@ -163,7 +165,9 @@ class Rule:
         """The operator as a product of its input ``data`` with one constant weight; None where it is none.
 
         Args:
-            node: the node. shapes: of its inputs. data: position of the operand that is not constant.
+            node: the node.
+            shapes: of its inputs.
+            data: position of the operand that is not constant.
         """
         return None
 
@@ -171,8 +175,10 @@ class Rule:
         """Multiply-accumulates of one run; by default those of the matrix form.
 
         Args:
-            node: the node. shapes: of its inputs, None where unknown or absent; sizes may be arrays, for many cuts at
-                once, and so is the result then. out: shape of the first output, the same.
+            node: the node.
+            shapes: of its inputs, None where unknown or absent; sizes may be arrays, for many cuts at once, and so is
+                the result then.
+            out: shape of the first output, the same.
         """
         if not self.weights or out is None or shapes[self.data] is None:
             return 0
@@ -187,7 +193,10 @@ class Rule:
         """The axis of the first output along which a layer's channels lie; None where it has one channel.
 
         Args:
-            node: the layer. shapes: of its inputs. rank: of the output. weight: position of the weight.
+            node: the layer.
+            shapes: of its inputs.
+            rank: of the output.
+            weight: position of the weight.
         """
         return rank - 1
 
@@ -202,7 +211,10 @@ class Rule:
         """What the codes at input ``i`` stand for; None where that input holds numbers, or it is not known.
 
         Args:
-            node: the node. i: position of the input. codes: its value. read: values of other inputs.
+            node: the node.
+            i: position of the input.
+            codes: its value.
+            read: values of other inputs.
 
         Returns:
             float32 of the codes' shape; codes that are packed may have more positions along an axis that no channels
@@ -214,7 +226,9 @@ class Rule:
         """How input ``i`` is had from output 0; None where that cannot be told.
 
         Args:
-            node: the node. i: position of the input. constant: floating values of the other inputs.
+            node: the node.
+            i: position of the input.
+            constant: floating values of the other inputs.
         """
         if i or any(node.outputs[1:]):
             return None

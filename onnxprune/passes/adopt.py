@@ -27,7 +27,8 @@ class Adopt(Pass):
     """Go on from a cut model in a file: what a plan makes of the original, with the same weights or trained further.
 
     Args:
-        cut: the cut model: path, bytes or ModelProto. plan: a plan or its file.
+        cut: the cut model: path, bytes or ModelProto.
+        plan: a plan or its file.
         approximate: the cut was made through normalisations.
 
     Raises:

@@ -45,7 +45,8 @@ def captured_maps(
     """Statistics in front of every contraction that reads the groups' channels.
 
     Args:
-        needs: names of statistics. removed: mask over atoms of what is gone already; the cut model is then run.
+        needs: names of statistics.
+        removed: mask over atoms of what is gone already; the cut model is then run.
         source: some of the data; None: all.
 
     Raises:

@@ -75,7 +75,8 @@ class CalibrationSplit:
     """Inputs of a recovery.
 
     Attributes:
-        fit: batches to fit to. validation: batches to compare results on; those of ``fit`` where there are too few.
+        fit: batches to fit to.
+        validation: batches to compare results on; those of ``fit`` where there are too few.
         synthetic: what ``fit`` is where it is not the user's inputs.
     """
 
@@ -88,7 +89,9 @@ class CalibrationSplit:
         """Hold out every eighth batch, up to 256 samples; with fewer batches, results are compared on all of them.
 
         Args:
-            batches: the inputs. name: what to call them. synthetic: what they are where they are not the user's.
+            batches: the inputs.
+            name: what to call them.
+            synthetic: what they are where they are not the user's.
         """
         fit: list[Feed] = []
         held_out: list[Feed] = []

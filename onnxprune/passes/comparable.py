@@ -111,7 +111,8 @@ def of_iterations(get: Get, where: Sequence[tuple[str, bool]], weights: Mapping[
     """Values of all iterations, joined, without those in which a condition is not what it has to be.
 
     Args:
-        where: (condition, value). weights: those that are constants.
+        where: (condition, value).
+        weights: those that are constants.
     """
 
     def chosen(name: str, batch: int) -> Array:

@@ -21,7 +21,8 @@ def rounding_of(analysis: Analysis, base: float) -> Rounding:
     """What differences the arithmetic of a model explains.
 
     Args:
-        analysis: of the model. base: the tolerance of float32.
+        analysis: of the model.
+        base: the tolerance of float32.
     """
     graph = analysis.graph
     quantized = any(quantises(node.op) for node in graph.nodes)
@@ -38,7 +39,9 @@ class Pair:
     """A reference, and a model that should compute the same.
 
     Args:
-        trial: lends the models. kinds: element types by name. rounding: what differences are allowed.
+        trial: lends the models.
+        kinds: element types by name.
+        rounding: what differences are allowed.
         survivors: what the other model has of a tensor.
         file, final: the reference and the other model where they are files already.
     """

@@ -51,7 +51,9 @@ def check_exactness(
     the others, and the note says so.
 
     Args:
-        analysis: of the model that was cut. removed: mask over atoms. trial: of that model, with its file.
+        analysis: of the model that was cut.
+        removed: mask over atoms.
+        trial: of that model, with its file.
         seed: of feeds besides these.
 
     Raises:
@@ -262,7 +264,10 @@ def prove(context: Context, model: RunModel, trial: Trial, written: Path | None 
     """Ask whether the removal is exact.
 
     Args:
-        context: the run. model: pruned. trial: of the model that was pruned. written: the present model's file, if any.
+        context: the run.
+        model: pruned.
+        trial: of the model that was pruned.
+        written: the present model's file, if any.
 
     Raises:
         ValidationError: it is not.

@@ -41,7 +41,8 @@ class Done:
     """One layer taken apart, and what that did.
 
     Attributes:
-        kernel: the product of the factors. error: share of the energy at the layer's output that it does not give back.
+        kernel: the product of the factors.
+        error: share of the energy at the layer's output that it does not give back.
         timed: the layer on its own, as it was and taken apart.
     """
 
@@ -126,7 +127,10 @@ def lay_open(context: Context, current: Model, request: Request, methods: Sequen
     """Find the layers of the model as it is, and what the data show of their inputs.
 
     Args:
-        context: the run. current: the model. methods: those that may be used. every: go by no pattern.
+        context: the run.
+        current: the model.
+        methods: those that may be used.
+        every: go by no pattern.
 
     Raises:
         UsageError: a pattern matches nothing, or data that do not fit. ModelError: the model does not run.
@@ -173,8 +177,9 @@ class InputMoments:
     """What the data show of a layer's input.
 
     Attributes:
-        metric: for errors of its weights. mean: of its columns [parts, n], where a bias can take up what the mean
-            causes: the metric is then about the mean.
+        metric: for errors of its weights.
+        mean: of its columns [parts, n], where a bias can take up what the mean causes: the metric is then about the
+            mean.
     """
 
     metric: Metric

@@ -177,8 +177,11 @@ def describe_factors(
     """Facts about a factorization.
 
     Args:
-        context: the run. model: factorized. work: what was known of its layers before.
-        done, left: layers that were factorized, and why others were not. product: what the check of the products said.
+        context: the run.
+        model: factorized.
+        work: what was known of its layers before.
+        done, left: layers that were factorized, and why others were not.
+        product: what the check of the products said.
     """
     layers = list(_layers(work, done, left))
     known = {layer.name for layer in layers}

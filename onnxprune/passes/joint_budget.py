@@ -62,11 +62,15 @@ class JointBudget:
     """Choices for all layers together.
 
     Args:
-        work: the model. methods: names of those to choose from. chosen: filled.
+        work: the model.
+        methods: names of those to choose from.
+        chosen: filled.
         gains: what a layer's error counts, {name: gain}, where that is known already.
 
     Attributes:
-        opened: the layers. options: what could stand in the place of each. gains: what the loss of each counts.
+        opened: the layers.
+        options: what could stand in the place of each.
+        gains: what the loss of each counts.
         remarks: what the user should know of the choice.
     """
 
@@ -258,7 +262,8 @@ class Outputs:
     """A model's outputs on a few samples, to hold those of changed weights against; of probabilities the square roots.
 
     Args:
-        model: as it is. feeds: the samples.
+        model: as it is.
+        feeds: the samples.
     """
 
     def __init__(self, model: Prepared, feeds: Sequence[Feed]) -> None:
@@ -291,7 +296,8 @@ def output_gains(outputs: Outputs, layers: Sequence[Opened], names: Sequence[str
     Every layer is taken apart on its own and the model run. NaN where a layer cannot be taken apart or loses nothing.
 
     Args:
-        layers: to be tried. names: of methods to try them with.
+        layers: to be tried.
+        names: of methods to try them with.
     """
 
     def one(opened: Opened) -> float:

@@ -57,7 +57,9 @@ def output_sensitivity(
     A group of which no cut can be run keeps the mean of the others.
 
     Args:
-        scores: [units] by group. shares: of every group to cut. max_samples: to measure on.
+        scores: [units] by group.
+        shares: of every group to cut.
+        max_samples: to measure on.
 
     Raises:
         UsageError: no data, too few of them, or outputs that say nothing. ModelError: the model does not run.
@@ -132,7 +134,9 @@ class _PrunedRuns:
     """Runs cuts of the model with the contractions behind them corrected.
 
     Args:
-        captured: Gram matrices in front of contractions. feeds: to run on. path: where the model of a moment goes.
+        captured: Gram matrices in front of contractions.
+        feeds: to run on.
+        path: where the model of a moment goes.
     """
 
     analysis: Analysis

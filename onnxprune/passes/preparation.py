@@ -67,8 +67,8 @@ def hold_against_file(
     """Run the file of a trial and a model that should compute the same.
 
     Args:
-        analysis: tells the types of tensors. others: more feeds for a probe, where outputs are the same whatever goes
-            in.
+        analysis: tells the types of tensors.
+        others: more feeds for a probe, where outputs are the same whatever goes in.
 
     Raises:
         ValidationError: they differ.

@@ -36,7 +36,8 @@ class Prepared:
     """A copy of a model in which equal constants are apart and computed weights are weights.
 
     Attributes:
-        graph: the copy. weights: all of its constants, those of Constant nodes too; to be changed.
+        graph: the copy.
+        weights: all of its constants, those of Constant nodes too; to be changed.
     """
 
     def __init__(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> None:

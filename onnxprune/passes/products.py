@@ -27,7 +27,10 @@ def check_products(
     That is strides, pads, groups, biases and order: everything but the approximation itself.
 
     Args:
-        context: the run. model: before. after: the factorized one. chosen: what was replaced, and the products.
+        context: the run.
+        model: before.
+        after: the factorized one.
+        chosen: what was replaced, and the products.
 
     Raises:
         ValidationError: they differ, or preparing the model changed what it computes.

@@ -162,7 +162,8 @@ def frozen_at(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_
     """The analysis in which the channels of a node stay that cannot be rewritten.
 
     Args:
-        stop: was raised for the node. removed: mask over atoms of what was to be removed.
+        stop: was raised for the node.
+        removed: mask over atoms of what was to be removed.
     """
     why = Barrier("unsupported-form", stop.node.label, stop.node.kind, stop.detail)
     freezes: list[tuple[Ids, Barrier]] = []
@@ -202,7 +203,9 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
     """Facts about what was removed.
 
     Args:
-        context: the run. model: pruned, with its plan. selector: chose the units; None where a plan did.
+        context: the run.
+        model: pruned, with its plan.
+        selector: chose the units; None where a plan did.
     """
     analysis, original = model.analysis, context.analysis
     num_removed = {g.id: len(g.removed or ()) for g in model.plan.groups}

@@ -38,8 +38,11 @@ class Recalibrated:
     since a weight in front of a normalisation and the scale behind it mean the same under both.
 
     Args:
-        original: its graph. after: what the cut kept. graph, weights: of the cut model; changed until ``undo``.
-        feeds: the inputs. store: room for activations.
+        original: its graph.
+        after: what the cut kept.
+        graph, weights: of the cut model; changed until ``undo``.
+        feeds: the inputs.
+        store: room for activations.
 
     Attributes:
         original: weights of the original with other statistics.

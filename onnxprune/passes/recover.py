@@ -189,7 +189,9 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
     """The inputs for a mode of recovery.
 
     Args:
-        context: the run. analysis: of the model that was pruned. mode: see :class:`onnxprune.passes.Recover`.
+        context: the run.
+        analysis: of the model that was pruned.
+        mode: see :class:`onnxprune.passes.Recover`.
 
     Raises:
         UsageError: there is no data and the mode needs some, or it does not fit.
@@ -247,7 +249,8 @@ class Checkpoints:
     """Solutions level by level, in a folder of their own for everything that they depend on.
 
     Args:
-        folder: made where it does not exist. key: names model, data and settings, see :func:`fingerprint_of`.
+        folder: made where it does not exist.
+        key: names model, data and settings, see :func:`fingerprint_of`.
 
     Raises:
         UsageError: the folder cannot be made or written.
@@ -350,8 +353,9 @@ class Recover(Pass):
         memory_limit: bytes of activations to hold in memory, else the run's, else 2 GiB; more go to temporary files.
         symmetric: fit layers from the original's inputs where the cut left them, not from the cut model's, so that no
             layer makes up for what others lost; worse, and there for comparison.
-        why: who chose the mode, for the report. near: fit only the layers that read less than they did, and do not
-            judge the result: cheap where little was cut, for those who judge it themselves.
+        why: who chose the mode, for the report.
+        near: fit only the layers that read less than they did, and do not judge the result: cheap where little was cut,
+            for those who judge it themselves.
 
     Without data BatchNormalizations have, as long as layers are fitted, the statistics of what is made up, see
     :class:`onnxprune.passes.recalibrated.Recalibrated`.

@@ -55,14 +55,17 @@ class Selector:
     """Chooses units of one analysed model.
 
     Args:
-        context: the run. analysis: of the model; its grids are resolved as ``request`` wants them.
-        request: what was asked for. criterion, name: what scores, and what it is called.
+        context: the run.
+        analysis: of the model; its grids are resolved as ``request`` wants them.
+        request: what was asked for.
+        criterion, name: what scores, and what it is called.
         seconds: kept from one choice to the next: time of every node, filled where ``cost`` asks for it.
 
     Attributes:
         asked: the ratio asked for each group, None where it is excluded.
         kept: groups that were left whole although they may be cut, with the reason.
-        warnings: what the user should know about the choice. pool_of: the groups once ``pool`` was called.
+        warnings: what the user should know about the choice.
+        pool_of: the groups once ``pool`` was called.
     """
 
     def __init__(

@@ -45,11 +45,12 @@ class Holding:
     Args:
         reference, other: the models. Their bodies are put into the nodes that hold them: such a node is taken for one
             operator that chooses.
-        kinds: element types by name. survivors: what the other model has of a tensor.
+        kinds: element types by name.
+        survivors: what the other model has of a tensor.
 
     Attributes:
-        operators: types of what chooses and draws, with how often. unheld: names of outputs of what draws and cannot be
-            held (in bodies, or in sizes that nobody knows).
+        operators: types of what chooses and draws, with how often.
+        unheld: names of outputs of what draws and cannot be held (in bodies, or in sizes that nobody knows).
     """
 
     reference: Model

@@ -88,7 +88,9 @@ class _Masks:
         0 times what is left of it is 0, where all of it is finite.
 
         Args:
-            name: the weight's. axes: of it that are summed over. others: what is summed over with it, and its axes.
+            name: the weight's.
+            axes: of it that are summed over.
+            others: what is summed over with it, and its axes.
         """
         weight = self.table.graph.weights.get(name)
         if weight is None or weight.nbytes < _BULKY:
@@ -283,7 +285,9 @@ class Witnesses:
     """Tensors that the masked original and the cut model have in common, at the sizes of one probe.
 
     Args:
-        table: the labels. removed: mask over atoms. probe: whose sizes the masked original has.
+        table: the labels.
+        removed: mask over atoms.
+        probe: whose sizes the masked original has.
         reference, cut: the two models.
     """
 

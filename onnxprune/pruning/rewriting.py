@@ -201,7 +201,8 @@ def cut(table: Table, removed: Mask) -> tuple[onnx.ModelProto, dict[str, Weight]
     """The cut model as a skeleton with its weights; nothing bulky is read before the weights are.
 
     Args:
-        table: the labels. removed: mask over atoms.
+        table: the labels.
+        removed: mask over atoms.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes.

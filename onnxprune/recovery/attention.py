@@ -31,8 +31,10 @@ class Side:
     """One operand of a product of activations: where its channels stand in the tensor that its projection is aimed at.
 
     Attributes:
-        aim: the projection. label: of the aimed tensor. source: positions of the channels in the original, [heads, d],
-            flat over the label's axes. target: positions of the survivors of every head in the cut tensor.
+        aim: the projection.
+        label: of the aimed tensor.
+        source: positions of the channels in the original, [heads, d], flat over the label's axes.
+        target: positions of the survivors of every head in the cut tensor.
     """
 
     aim: RecoveryTarget
@@ -63,7 +65,8 @@ class Mixing:
     """Targets of one projection that mix channels of the original.
 
     Attributes:
-        label: of the aimed tensor. parts: (positions in the original, positions in the cut tensor, matrix [d, kept]).
+        label: of the aimed tensor.
+        parts: (positions in the original, positions in the cut tensor, matrix [d, kept]).
     """
 
     label: Label
@@ -167,7 +170,8 @@ def mixings(
     """What the projections of some pairs are to say, {index of the projection's node: mixing}.
 
     Args:
-        get: values of the original. batches: those that have values of some tensors; the ones held out judge.
+        get: values of the original.
+        batches: those that have values of some tensors; the ones held out judge.
     """
     result: dict[int, Mixing] = {}
     for pair in pairs:
@@ -214,7 +218,8 @@ def best_subspace(queries: Real, keys: Real, kept: Ids) -> tuple[Real, Real]:
     the data, as Yu et al. (Compressing Transformers: Features Are Low-Rank, but Weights Are Not, AAAI 2023) do.
 
     Args:
-        queries, keys: mean products [d, d]. kept: indices of the surviving channels.
+        queries, keys: mean products [d, d].
+        kept: indices of the surviving channels.
     """
     (root_q, back_q), (root_k, back_k) = _root(queries), _root(keys)
     left, scale, right = np.linalg.svd(root_q @ root_k)

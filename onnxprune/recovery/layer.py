@@ -113,9 +113,13 @@ class Problem:
     """Where the rows of one layer come from.
 
     Args:
-        aim: the layer. weight: shape of its weight. channels: of its input.
-        cut, full: values in the cut model and in the original. steps: gathers that take a tensor of the original to
-            its surviving positions. batches: those that the layer runs in. samples: how many they hold.
+        aim: the layer.
+        weight: shape of its weight.
+        channels: of its input.
+        cut, full: values in the cut model and in the original.
+        steps: gathers that take a tensor of the original to its surviving positions.
+        batches: those that the layer runs in.
+        samples: how many they hold.
         mixing: what stands in for some of the survivors.
     """
 
@@ -287,7 +291,8 @@ def sharpen(problem: Problem, solution: Solution, *, fixed_bias: bool = False) -
     held-out error falls.
 
     Args:
-        problem: of one part; its tail ends in front of a mean. solution: weights [1, n, o], bias [1, o].
+        problem: of one part; its tail ends in front of a mean.
+        solution: weights [1, n, o], bias [1, o].
         fixed_bias: the bias has to stay 0.
     """
     train, held = list(_means(problem, False)), list(_means(problem, True))
@@ -372,11 +377,13 @@ def repair(
     """New weights for the layer of ``problem``, or those there are where nothing is better on held-out data.
 
     Args:
-        problem: its rows. matrix, bias: the weights there are, [parts, n, o] and [parts, o].
-        mode: see :func:`solve`; ``full`` also counts errors only where they pass the activation behind the layer:
-            |r(Y) - r(X W + b)|^2, by refitting to targets that follow the fit on the flat side. Zhang et al.,
-            Efficient and Accurate Approximations of Nonlinear Convolutional Networks, CVPR 2015, section 3.2.
-        fixed_bias: the bias has to stay 0. as_stored: what becomes of weights when they are written as codes.
+        problem: its rows.
+        matrix, bias: the weights there are, [parts, n, o] and [parts, o].
+        mode: see :func:`solve`; ``full`` also counts errors only where they pass the activation behind the layer: |r(Y)
+            - r(X W + b)|^2, by refitting to targets that follow the fit on the flat side. Zhang et al., Efficient and
+            Accurate Approximations of Nonlinear Convolutional Networks, CVPR 2015, section 3.2.
+        fixed_bias: the bias has to stay 0.
+        as_stored: what becomes of weights when they are written as codes.
     """
     found = _pointwise(problem, matrix, bias, mode, fixed_bias)
     if mode == "full" and problem.aim.tail.pooled and matrix.shape[0] == 1 and found.before > NOTHING:

@@ -35,8 +35,12 @@ class Sums:
     """Sums over rows of data X [parts, rows, n] and targets Y [parts, rows, o].
 
     Attributes:
-        rows: how many. x: sum of X, [parts, n]. y: sum of Y, [parts, o].
-        xx: X^T X, [parts, n, n]. xy: X^T Y, [parts, n, o]. yy: sum of squares of Y, [parts, o].
+        rows: how many.
+        x: sum of X, [parts, n].
+        y: sum of Y, [parts, o].
+        xx: X^T X, [parts, n, n].
+        xy: X^T Y, [parts, n, o].
+        yy: sum of squares of Y, [parts, o].
     """
 
     rows: int
@@ -102,7 +106,8 @@ class Sums:
         """Sum of squares of X W + b - Y per output, [parts, o]; never negative.
 
         Args:
-            matrix: W [parts, n, o]. bias: b [parts, o].
+            matrix: W [parts, n, o].
+            bias: b [parts, o].
         """
         fitted = np.einsum("pno,pno->po", matrix, self.xx @ matrix - 2.0 * self.xy)
         mean = np.einsum("pn,pno->po", self.x, matrix)
@@ -145,9 +150,11 @@ class Solution:
     """New weights of one contraction.
 
     Attributes:
-        matrix: W [parts, n, o]. bias: b [parts, o].
-        before, after: held-out error as a share of the target's variance. how: what was chosen, ``kept`` where nothing
-            was better than the weights there are. ridge: of a least-squares fit.
+        matrix: W [parts, n, o].
+        bias: b [parts, o].
+        before, after: held-out error as a share of the target's variance.
+        how: what was chosen, ``kept`` where nothing was better than the weights there are.
+        ridge: of a least-squares fit.
     """
 
     matrix: Real
@@ -171,8 +178,10 @@ def solve(
     3.2, with a ridge towards the weights there are, so that few samples change little.
 
     Args:
-        train, held: sums over disjoint samples. matrix, bias: the weights there are.
-        mode: ``bias``, ``bn``, ``lstsq`` or ``full`` (all of them). fixed_bias: the bias has to stay 0.
+        train, held: sums over disjoint samples.
+        matrix, bias: the weights there are.
+        mode: ``bias``, ``bn``, ``lstsq`` or ``full`` (all of them).
+        fixed_bias: the bias has to stay 0.
     """
     scale = held.scale
     before = float(held.error(matrix, bias).sum()) / scale

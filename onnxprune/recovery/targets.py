@@ -219,11 +219,13 @@ class InvertiblePath:
     """Operators between a contraction's output and its aim.
 
     Attributes:
-        aim: the tensor that is aimed at. undo: what takes its value back to the contraction's output, last first.
-        addends: activations that are added on the way, in the cut model. through: the operators.
+        aim: the tensor that is aimed at.
+        undo: what takes its value back to the contraction's output, last first.
+        addends: activations that are added on the way, in the cut model.
+        through: the operators.
         flats: edges of the flat parts of the activation that reads the aim, (level, whether it is flat below).
-        moved: whether one of them moves values about. pooled: whether a mean over positions is all that reads the aim,
-            or the activation behind it.
+        moved: whether one of them moves values about.
+        pooled: whether a mean over positions is all that reads the aim, or the activation behind it.
     """
 
     aim: str
@@ -347,7 +349,8 @@ class Bodies:
     the branch of an If is like any other layer, fitted to the samples that take the branch.
 
     Args:
-        graph: of the cut graph. level: of every tensor so far, filled meanwhile.
+        graph: of the cut graph.
+        level: of every tensor so far, filled meanwhile.
     """
 
     def __init__(self, graph: Graph, level: Mapping[str, int]) -> None:
@@ -460,11 +463,13 @@ class RecoveryTarget:
     """One contraction to repair.
 
     Attributes:
-        node: in the cut graph. form: the node as a matrix product. tail: from its output to its aim.
+        node: in the cut graph.
+        form: the node as a matrix product.
+        tail: from its output to its aim.
         level: aims of one level do not depend on each other; those of lower levels are repaired before.
         weight, bias: where its constants lie; no bias where it has none.
-        recurrent: whether it lies in a Loop or Scan, see :class:`Bodies`. where: what holds in
-            the iterations in which it runs there, (tensor, value).
+        recurrent: whether it lies in a Loop or Scan, see :class:`Bodies`.
+        where: what holds in the iterations in which it runs there, (tensor, value).
     """
 
     node: Node
@@ -510,7 +515,8 @@ def find_targets(graph: Graph, known: Collection[str], shape: Shapes, *, joint: 
     """Every contraction of the cut graph that can be repaired.
 
     Args:
-        graph: of the cut graph. known: names of tensors that the original has too, and whose values can be had.
+        graph: of the cut graph.
+        known: names of tensors that the original has too, and whose values can be had.
         shape: shapes in the cut model.
         joint: aim at sums; False: every contraction is aimed at its own output.
     """
@@ -599,7 +605,9 @@ class Layer:
     """One contraction of a cut model whose weights are read and written.
 
     Args:
-        graph: of the cut model. weights: of the cut model, changed by ``write``. aim: the contraction.
+        graph: of the cut model.
+        weights: of the cut model, changed by ``write``.
+        aim: the contraction.
     """
 
     def __init__(self, graph: Graph, weights: MutableMapping[str, Weight], aim: RecoveryTarget) -> None:

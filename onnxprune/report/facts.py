@@ -421,7 +421,8 @@ def report_of(facts: Iterable[Fact], *, model: str = "") -> Report:
     """The sum of facts; of facts of one kind the later ones hold, settings, sizes and warnings add up.
 
     Args:
-        facts: in the order in which they were found. model: the path of the model, empty where there is none.
+        facts: in the order in which they were found.
+        model: the path of the model, empty where there is none.
 
     Raises:
         TypeError: a record of another kind.

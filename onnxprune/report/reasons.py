@@ -195,7 +195,8 @@ def shortfalls(
     """Layers that lost less than asked, with the reason.
 
     Args:
-        facts: the layers after the cut. groups: the groups with ``removed`` units each.
+        facts: the layers after the cut.
+        groups: the groups with ``removed`` units each.
         asked: from the node and tensor names of a group to the ratio asked for it; None where it is excluded.
         round_to: the multiple that was to be kept.
     """

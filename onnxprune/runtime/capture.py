@@ -88,7 +88,8 @@ class Checkpoint:
     """One file per set of statistics, named by a hash of the model, the data, what is asked of them, and the package.
 
     Args:
-        folder: made where it does not exist. key: everything that the result depends on.
+        folder: made where it does not exist.
+        key: everything that the result depends on.
 
     Raises:
         UsageError: the folder cannot be made.
@@ -220,11 +221,15 @@ def capture(
     """Go through the data once and update every request's statistic; more often only where memory is too small.
 
     Args:
-        model: the graph and its weights. requests: what to accumulate.
-        source: the data. sizes: {tensor: bytes per sample}. least, most: samples per call.
+        model: the graph and its weights.
+        requests: what to accumulate.
+        source: the data.
+        sizes: {tensor: bytes per sample}.
+        least, most: samples per call.
         types: of the tensors (conditions, too) that lie in bodies.
         memory: bytes of inner tensors to hold at a time.
-        checkpoint: where to keep what was accumulated, so that a run can be resumed. tell: called with the share done.
+        checkpoint: where to keep what was accumulated, so that a run can be resumed.
+        tell: called with the share done.
 
     Returns:
         number of samples seen.

@@ -175,7 +175,8 @@ class Rounding:
     """What differences the arithmetic of two models explains.
 
     Attributes:
-        base: the tolerance of float32. quantized: the models compute in integers of 8 bits, too.
+        base: the tolerance of float32.
+        quantized: the models compute in integers of 8 bits, too.
         eps: the epsilon of the coarsest float type on the way to a tensor, by name.
     """
 

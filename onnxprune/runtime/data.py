@@ -510,10 +510,10 @@ def open_data(
         source: a .npz file (arrays by input name), a .npy file, a folder of such files (or of one .npy per input name),
             a folder of images (or one image), an array, a mapping of input names to arrays, an iterable of arrays or
             mappings, or a reader like onnxruntime's ``CalibrationDataReader`` (``get_next``, and ``rewind`` where it
-            has one). Axis 0 of every array is the samples; an array that lacks it is one sample. A model with one
-            input takes arrays without a name; arrays that are no input are ignored beside those that are (labels).
-            An iterable that gives a fresh iterator each time is iterated in every pass; of an iterator, and of a
-            reader without ``rewind``, the first pass keeps what it reads, beyond 64 MiB in a temporary file.
+            has one). Axis 0 of every array is the samples; an array that lacks it is one sample. A model with one input
+            takes arrays without a name; arrays that are no input are ignored beside those that are (labels). An
+            iterable that gives a fresh iterator each time is iterated in every pass; of an iterator, and of a reader
+            without ``rewind``, the first pass keeps what it reads, beyond 64 MiB in a temporary file.
         samples: use this many, no more and no less; None: all. Give it for a source without an end.
         batch_size: samples per call where the model leaves that open; 16.
         images: how images become arrays.

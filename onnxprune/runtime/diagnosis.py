@@ -34,7 +34,8 @@ def explained(
     Else it is a bug, and stays one.
 
     Args:
-        source: the model. analysis: of it, where there is one: whether the model runs is asked, too.
+        source: the model.
+        analysis: of it, where there is one: whether the model runs is asked, too.
 
     Raises:
         ModelError: onnx or onnxruntime object to the model; with their words.

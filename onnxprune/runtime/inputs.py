@@ -153,7 +153,8 @@ def imagined(
 
     Args:
         shapes: {input: shape}, samples along the first axis of inputs of rank 2 and more.
-        spread: takes the patterns of float inputs to their range. bounds: see :func:`synthetic`.
+        spread: takes the patterns of float inputs to their range.
+        bounds: see :func:`synthetic`.
     """
     feed = synthetic(specs, shapes, bounds=bounds, seed=seed)
     for spec in specs:

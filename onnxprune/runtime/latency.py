@@ -44,7 +44,8 @@ class Device:
     """How to run a model when its time counts.
 
     Attributes:
-        providers: of onnxruntime, in order of preference. threads: inside an operator.
+        providers: of onnxruntime, in order of preference.
+        threads: inside an operator.
     """
 
     providers: tuple[str, ...] = (CPU,)
@@ -65,7 +66,8 @@ def device(providers: Sequence[str] | None = None, threads: int | None = None) -
     """A device from what a user says: ``cuda`` stands for ``CUDAExecutionProvider``; the CPU comes last by itself.
 
     Args:
-        providers: None for the CPU. threads: None for all processors that this process may use.
+        providers: None for the CPU.
+        threads: None for all processors that this process may use.
 
     Raises:
         UsageError: this onnxruntime has no such provider, or threads is no whole number from 1.
@@ -141,9 +143,12 @@ def profile(
     """Seconds of every node, with all graph optimisations; the first run is not counted.
 
     Args:
-        model: path, or the serialised model. feeds: the first one is run. runs: how often.
-        device: None for one thread of the CPU. share: the mean of so many of the runs, the shortest ones, is given in
-            place of the median; what disturbs a run only makes it longer, and a mean is finer than the clock.
+        model: path, or the serialised model.
+        feeds: the first one is run.
+        runs: how often.
+        device: None for one thread of the CPU.
+        share: the mean of so many of the runs, the shortest ones, is given in place of the median; what disturbs a run
+            only makes it longer, and a mean is finer than the clock.
 
     Raises:
         ModelError: the model does not load or run.

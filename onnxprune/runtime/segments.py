@@ -25,7 +25,8 @@ class Store:
     """Values of tensors for every batch, in memory up to a limit, beyond it in temporary files.
 
     Args:
-        limit: bytes to hold in memory. folder: where files go.
+        limit: bytes to hold in memory.
+        folder: where files go.
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
@@ -67,9 +68,11 @@ class Segments:
     """A graph in pieces: after piece ``k`` the tensors ``wanted[k]`` are known, and no node has run twice.
 
     Args:
-        graph: the whole graph. wanted: names of activations, piece by piece. weights: read anew for every piece.
-        inside: wanted tensors inside of Loops and Scans, and what they are. Their values are those of all
-            iterations, joined along the first axis; the node around them runs once more, when the first is wanted.
+        graph: the whole graph.
+        wanted: names of activations, piece by piece.
+        weights: read anew for every piece.
+        inside: wanted tensors inside of Loops and Scans, and what they are. Their values are those of all iterations,
+            joined along the first axis; the node around them runs once more, when the first is wanted.
         ways: which branches every batch takes. Those run like all other nodes then, and their tensors can be wanted;
             None: every If runs as one, wherever it goes.
     """

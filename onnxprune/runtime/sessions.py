@@ -181,11 +181,12 @@ def open_session(
 
     Args:
         model: a path (external data is found beside it), the serialised model, or one that refers to a folder.
-        optimize: False turns every graph optimisation off; fusions change rounding, so exactness runs go without.
-            A model that only loads without them is opened without them.
+        optimize: False turns every graph optimisation off; fusions change rounding, so exactness runs go without. A
+            model that only loads without them is opened without them.
         threads: threads inside an operator; None leaves the choice to onnxruntime.
         spin: threads that wait for work keep their core busy, which is faster as long as nothing else wants it.
-        providers: in order of preference. profile: where the times of all nodes are written to, if anywhere.
+        providers: in order of preference.
+        profile: where the times of all nodes are written to, if anywhere.
 
     Raises:
         ModelError: the file does not load, or holds an operator that onnxruntime has no kernel for (named).

@@ -53,8 +53,11 @@ class Budget(Pass):
     be taken apart as well, see :class:`onnxprune.search.mixture.Mixture`.
 
     Args:
-        wishes: targets and gates. criterion: what scores units; ``ziplm`` with data, ``l2`` without.
-        recover: how to repair; why: who says so, for the report. approximate: also cut through normalisations.
+        wishes: targets and gates.
+        criterion: what scores units; ``ziplm`` with data, ``l2`` without.
+        recover: how to repair
+        why: who says so, for the report.
+        approximate: also cut through normalisations.
         options: of :class:`onnxprune.allocation.settings.Request` that say which groups are cut and how their units are
             scored.
 
@@ -177,8 +180,10 @@ class SearchResult:
     """What a search has found.
 
     Attributes:
-        problem: with the corrections of its limits. evaluated: the candidates that were compared.
-        best: of these, with what it costs when recovered from all data. final: its evaluation.
+        problem: with the corrections of its limits.
+        evaluated: the candidates that were compared.
+        best: of these, with what it costs when recovered from all data.
+        final: its evaluation.
         failure: the gate that it does not pass.
     """
 
@@ -193,8 +198,12 @@ class Search:
     """The search for the best model within targets and gates.
 
     Args:
-        context: the run. analysis: of the model. wishes: targets and gates. prune: scores units.
-        mode: of the recovery. before: points of the original.
+        context: the run.
+        analysis: of the model.
+        wishes: targets and gates.
+        prune: scores units.
+        mode: of the recovery.
+        before: points of the original.
     """
 
     def __init__(
@@ -457,7 +466,8 @@ def measuring_effort(macs: float, steps: Sequence[int]) -> tuple[Sequence[float]
     It may take as long as all trials, or as one where that is longer.
 
     Args:
-        macs: multiply-accumulates of a sample. steps: in how many steps every group can be cut.
+        macs: multiply-accumulates of a sample.
+        steps: in how many steps every group can be cut.
     """
     allowed = max(_SECONDS, _EACH + _PER_BILLION * macs * 1e-9)
     for shares in _SHARES:

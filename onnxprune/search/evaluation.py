@@ -42,7 +42,8 @@ class Quality:
 
     Attributes:
         points: what ``--max-drop`` counts in: the metric, or per cent of top-1 agreement, else of cosine.
-        fine: what candidates are compared by; higher is better. fidelity: to the original, where it was measured.
+        fine: what candidates are compared by; higher is better.
+        fidelity: to the original, where it was measured.
     """
 
     points: float
@@ -176,8 +177,11 @@ class Evaluation:
     """A pruned and recovered model, and what it costs.
 
     Attributes:
-        model: as it could be saved. facts: what passes have found on the way. quality: how good it is.
-        size, params: as saved, in bytes and elements. macs: multiply-accumulates.
+        model: as it could be saved.
+        facts: what passes have found on the way.
+        quality: how good it is.
+        size, params: as saved, in bytes and elements.
+        macs: multiply-accumulates.
     """
 
     model: Model
@@ -207,8 +211,11 @@ def evaluate(
     """Prune, factorize, recover and measure, without touching the run.
 
     Args:
-        context: the run. analysis: of the original. removed: mask over atoms.
-        mode: of the recovery. metric: the user's, None for fidelity.
+        context: the run.
+        analysis: of the original.
+        removed: mask over atoms.
+        mode: of the recovery.
+        metric: the user's, None for fidelity.
         split: how many samples to recover from and to measure on; None for all, measured on what the recovery held out.
         near: recover only the layers that read less.
         factorize: the pass to run behind the cut; its products are checked where all data are used.

@@ -236,7 +236,8 @@ def steadied(nodes: Sequence[Mapping[str, float]], wholes: Sequence[Whole]) -> N
     So the profile says how the time is shared out over the nodes, and the whole run how much it is.
 
     Args:
-        nodes: seconds by node. wholes: seconds of whole runs of the original and of every cut.
+        nodes: seconds by node.
+        wholes: seconds of whole runs of the original and of every cut.
     """
     sums = np.array([sum(times.values()) for times in nodes])
     runs = np.median([before for before, _ in wholes]) * np.array([after / before for before, after in wholes])
@@ -257,8 +258,9 @@ def fit_runs(table: LatencyTable, places: Places, timed: Counts, wholes: Sequenc
     """Fit what a run takes besides its nodes.
 
     Args:
-        timed: counts [cuts, groups] whose nodes were timed. wholes: seconds of whole runs of the original and of every
-            cut. Of each the share counts: how busy the machine is changes both alike.
+        timed: counts [cuts, groups] whose nodes were timed.
+        wholes: seconds of whole runs of the original and of every cut. Of each the share counts: how busy the machine
+            is changes both alike.
     """
     table.seconds = float(np.median([before for before, _ in wholes]))
     shares = np.array([after / before for before, after in wholes])

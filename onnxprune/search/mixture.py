@@ -51,11 +51,13 @@ class Mixture:
     target, what layers gain is measured layer by layer, and every candidate is timed before it is recovered.
 
     Args:
-        context: the run. problem: groups and costs of all kinds but ``peak-memory``.
+        context: the run.
+        problem: groups and costs of all kinds but ``peak-memory``.
         options: ``include``, ``exclude`` and ``round_to`` hold for layers, too.
 
     Attributes:
-        costs: of the problems that candidates may be asked for. gains: what a layer's error counts, by its name.
+        costs: of the problems that candidates may be asked for.
+        gains: what a layer's error counts, by its name.
 
     Raises:
         UsageError: time is a target, and another device's.
@@ -93,7 +95,8 @@ class Mixture:
         """Candidates within the targets with their evaluations, by rising and falling rates around the even one.
 
         Args:
-            problem: with the costs that this was opened for. judge: evaluates; None where a candidate cannot be made.
+            problem: with the costs that this was opened for.
+            judge: evaluates; None where a candidate cannot be made.
         """
         evaluated: list[Evaluated] = []
         known: dict[tuple[bytes, str], float] = {}
@@ -141,7 +144,8 @@ class Mixture:
         are enough.
 
         Args:
-            problem: with the costs that this was opened for. rate: what a group's loss counts against a layer's.
+            problem: with the costs that this was opened for.
+            rate: what a group's loss counts against a layer's.
             weights: what the losses of every group and then of every layer count besides [groups + layers].
 
         Raises:

@@ -51,7 +51,10 @@ class Candidate:
     """Counts [groups] for the targets, and what of each kind they cost (as far as measured).
 
     Attributes:
-        name: where the counts come from. allocation: the counts. removed: mask over atoms. costs: by kind.
+        name: where the counts come from.
+        allocation: the counts.
+        removed: mask over atoms.
+        costs: by kind.
         source: which of the problem's choices it is optimal for; empty where it follows from something else.
         factorize: the pass behind the cut, where that is part of the candidate; costs are then of the cut alone, until
             it was carried out.
@@ -73,10 +76,15 @@ class SearchProblem:
     """Groups, scores, costs and targets of one model; other targets are another problem.
 
     Attributes:
-        context: the run. selector: has scored the units. groups: the scored groups, by their number.
-        sizes: of all tensors as functions of counts. costs: of counts, by kind. originals: what the original costs.
+        context: the run.
+        selector: has scored the units.
+        groups: the scored groups, by their number.
+        sizes: of all tensors as functions of counts.
+        costs: of counts, by kind.
+        originals: what the original costs.
         choices: what every group may do, by where the losses come from: ``scores``, and what was measured.
-        targets: what the model may cost. lead: of which choices candidates are expected, or known, to keep most.
+        targets: what the model may cost.
+        lead: of which choices candidates are expected, or known, to keep most.
         table: of times, where one is asked for.
         corrections: factors on the limits, of kinds of which a recovered model has cost more than it may.
     """
@@ -106,7 +114,10 @@ class SearchProblem:
         """The problem of one model.
 
         Args:
-            context: the run. selector: scores the units. targets: what the model may cost. table: of times.
+            context: the run.
+            selector: scores the units.
+            targets: what the model may cost.
+            table: of times.
             curves: measured losses {group: (shares removed, losses)}, where there are any.
             sensitivity: scores [units] by group that add up to what a group alone does to the outputs, if measured.
 

@@ -29,7 +29,9 @@ class Space:
     """Where candidates are looked for: columns of counts with what they lose and cost.
 
     Attributes:
-        choices: what every column may do. costs: of counts [cuts, columns], by kind. limits: the most of every kind.
+        choices: what every column may do.
+        costs: of counts [cuts, columns], by kind.
+        limits: the most of every kind.
         candidate: made of an allocation, given the weights [columns] that led to it; None where that cannot be.
         source: weights of 1 lead to candidates of that source, and to those that factorize layers.
     """
@@ -68,8 +70,10 @@ class Refine:
     as long as that helps.
 
     Args:
-        space: groups, and layers that may be factorized. judge: evaluates; gives None where a candidate cannot be made.
-        trials: how many candidates. whole: how good the original is.
+        space: groups, and layers that may be factorized.
+        judge: evaluates; gives None where a candidate cannot be made.
+        trials: how many candidates.
+        whole: how good the original is.
     """
 
     def __init__(

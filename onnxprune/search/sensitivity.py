@@ -40,8 +40,10 @@ class Job:
     """What a worker needs to cut one group alone at several shares and measure; all of it can be sent elsewhere.
 
     Attributes:
-        model: path or bytes. feeds: to repair from and then to judge by; None for synthetic inputs.
-        removed: {share: packed mask over atoms}. atoms: their number.
+        model: path or bytes.
+        feeds: to repair from and then to judge by; None for synthetic inputs.
+        removed: {share: packed mask over atoms}.
+        atoms: their number.
     """
 
     model: str | bytes
@@ -119,8 +121,9 @@ def measure_sensitivity(
     """Curves of all groups, from the cache where they are there; see :class:`Sensitivity`.
 
     Args:
-        mode: how to repair. jobs: workers at a time, None for what ``joblib.parallel_config`` says, else one. The work
-            goes through joblib, so that a backend of Dask or Ray spreads it over machines.
+        mode: how to repair.
+        jobs: workers at a time, None for what ``joblib.parallel_config`` says, else one. The work goes through joblib,
+            so that a backend of Dask or Ray spreads it over machines.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails, data does not fit.

@@ -27,8 +27,12 @@ def sweep(
     """Cut to every share in turn; times of all models are measured at the end, in turn.
 
     Args:
-        context: the run. budget: how. shares: of the original. kind: of the cost they are shares of.
-        timed: measure times. folder: to keep the models in.
+        context: the run.
+        budget: how.
+        shares: of the original.
+        kind: of the cost they are shares of.
+        timed: measure times.
+        folder: to keep the models in.
 
     Raises:
         BudgetError: none of the budgets can be met.

@@ -30,7 +30,8 @@ class Wishes:
         max_drop: what the metric may lose, without one how many points of fidelity.
         latency_table: times of another device, as ``onnxprune profile`` wrote them.
         sensitivity: what cutting each group alone did, as ``onnxprune sensitivity`` wrote it, or ``"measure"``: counts
-            are then chosen by it, too. jobs: processes to measure it in.
+            are then chosen by it, too.
+        jobs: processes to measure it in.
         factorize: take layers apart as well, where that keeps more than cutting them; not for ``peak-memory``.
         trials: answers to try around the best cut; None: with a repair about half a minute's worth of work, else none.
     """
