@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
-from onnxprune.errors import ModelError, OnnxpruneError, UsageError, nearest
+from onnxprune.errors import ModelError, OnnxpruneError, UsageError, argument, nearest
 from onnxprune.io.external import attribute_tensors, bring_inline, external_weight, is_external
 from onnxprune.io.functions import inlined
 from onnxprune.io.interchange import to_onnx
@@ -67,9 +67,9 @@ _CAFFE = Format("a Caffe model", _EXPORT)
 _NCNN = Format("an ncnn model", _EXPORT)
 _GGUF = Format("a GGUF file", "onnxprune reads ONNX models only.")
 _SAFETENSORS = Format("a safetensors file, which holds weights but no graph", "Export the model to ONNX.")
-_DATA = Format("numpy data", "Give a model here; data go to --data.")
+_DATA = Format("numpy data", f"Give a model here; inputs go to {argument('data')}.")
 _PAGE = Format("a web page", _FETCH)
-_IMAGE = Format("an image", "Give a model here; a folder of images goes to --data.")
+_IMAGE = Format("an image", f"Give a model here; a folder of images goes to {argument('data')}.")
 
 _STARTS = (
     (b"version https://git-lfs", Format("a Git LFS pointer", "Fetch the file itself: git lfs pull")),
