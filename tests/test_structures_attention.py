@@ -7,6 +7,8 @@ import pytest
 from build import Net
 from oracle import assert_exact_cut
 
+import onnxprune as op
+
 B, S, D, H = "N", 6, 12, 3
 W = D // H
 SEEDS = pytest.mark.parametrize("seed", [0, 1])
@@ -253,3 +255,15 @@ def test_attention_by_einsum() -> None:
     y = net.op("Einsum", scores, v, equation="bhqk,bkhw->bqhw")
     out = net.op("Einsum", y, net.weight(H, W, 5, scale=0.3), equation="bqhw,hwd->bqd")
     assert_exact_cut(net.model(out))
+
+
+def test_scores_of_stored_queries_and_keys_are_data() -> None:
+    """The scale of an attention is computed from sizes, the scores are small enough to be known: they are no size."""
+    net = Net(17)
+    q, k = net.weight(3, 4, 8, name="q"), net.weight(3, 6, 8, name="k")
+    size = net.op("Cast", net.op("Gather", net.op("Shape", q), net.const([2])), to=1)
+    scores = net.op("MatMul", net.op("Div", q, net.op("Sqrt", size)), net.transpose(k, 0, 2, 1))
+    y = net.op("Add", net.op("Identity", scores), net.input("x", [3, 4, 6]))
+    result = op.prune(net.model(net.linear(y, 6, 2)), criterion="random", ratio=0.5, latency=False)
+    assert result.report.exactness.passed
+    assert {t.name: t.dims[-1] for t in result.model.graph.initializer if t.name in "qk"} == {"q": 4, "k": 4}

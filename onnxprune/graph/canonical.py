@@ -53,6 +53,7 @@ def weight_of(graph: Graph, name: str, depth: int = _DEEPEST) -> NDArray[Any] | 
 # Bytes that a folded weight may be larger than what it was computed from: a blur kernel repeated for every channel,
 # and its share of all weights where it is an operand (positions), which has to be stored before the rest can shrink.
 FREE, SHARE = 1 << 17, 8
+_FEW = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +116,15 @@ def _operands(graph: Graph, constant: set[str]) -> Iterator[Node]:
     where no labels would get there.
     """
     hidden: set[str] = set()
+    values: dict[str, Array] = {}
     for node in graph.steps:
         if any(o in constant for o in node.outputs):
             if _hides(graph, node) or not hidden.isdisjoint(node.inputs):
-                hidden.update(node.outputs)
+                few = all(n in values or _few(graph, n) for n in node.inputs if n)
+                if few or (node.op in ("Shape", "Size") and node.inputs[0] in graph.weights):
+                    values.update(_results(graph, node, values) or {})
+                # A single number, such as a scale from a size, meets channels as any number does.
+                hidden.update(o for o in node.outputs if o not in values or values[o].size > 1)
             continue
         rule = rule_of(node)
         settings = {*rule.operands, *rule.settings, *((rule.data, *rule.weights) if rule.weights else ())}
@@ -215,6 +221,8 @@ def _fold(graph: Graph, end: Node, operand: bool) -> Fold | None:
         return None
     if operand and all(values[o].size < 2 for o in wanted):
         return None  # a single number has no channels
+    if operand and not all(np.isfinite(values[o].astype(np.float64)).all() for o in wanted):
+        return None  # a mask
     return Fold(nodes, {o: ArrayWeight(o, values[o]) for o in wanted}, tuple(sorted(read)), operand)
 
 
@@ -222,25 +230,38 @@ def _evaluate(graph: Graph, nodes: tuple[Node, ...]) -> dict[str, Array] | None:
     """Values of every tensor of a region, or None where a node cannot be evaluated."""
     values: dict[str, Array] = {}
     for node in nodes:
-        if node.op in ("Shape", "Size") and node.inputs[0] in graph.weights:
-            # Only the sizes matter, however large it is.
-            results = evaluate(node, [np.broadcast_to(np.zeros((), np.int8), graph.weights[node.inputs[0]].shape)])
-        else:
-            for name in node.inputs:
-                if name and name not in values:
-                    values[name] = graph.weights[name].read()
-            results = evaluate(node, [values[n] if n else None for n in node.inputs])
+        results = _results(graph, node, values)
         if results is None:
             return None
-        kinds = {values[n].dtype for n in node.inputs if n in values and values[n].dtype.kind in "fV"}
-        for name, result in zip(node.outputs, results, strict=False):
-            # Arithmetic stays in the type of its operands, whatever the evaluator computed in.
-            if len(kinds) == 1 and result.dtype.kind in "fV" and node.op not in ("Cast", "CastLike"):
-                result = result.astype(next(iter(kinds)), copy=False)
-            values[name] = result
-        if any(o and o not in values for o in node.outputs):
-            return None
+        values.update(results)
     return values
+
+
+def _few(graph: Graph, name: str) -> bool:
+    """Whether a weight has few numbers."""
+    return name in graph.weights and math.prod(graph.weights[name].shape) <= _FEW
+
+
+def _results(graph: Graph, node: Node, values: dict[str, Array]) -> dict[str, Array] | None:
+    """What a node makes of values and weights, by name; None where it cannot be evaluated."""
+    if node.op in ("Shape", "Size") and node.inputs[0] in graph.weights:
+        # Only the sizes matter, however large it is.
+        results = evaluate(node, [np.broadcast_to(np.zeros((), np.int8), graph.weights[node.inputs[0]].shape)])
+    else:
+        for name in node.inputs:
+            if name and name not in values:
+                values[name] = graph.weights[name].read()
+        results = evaluate(node, [values[n] if n else None for n in node.inputs])
+    if results is None:
+        return None
+    kinds = {values[n].dtype for n in node.inputs if n in values and values[n].dtype.kind in "fV"}
+    found: dict[str, Array] = {}
+    for name, result in zip(node.outputs, results, strict=False):
+        # Arithmetic stays in the type of its operands, whatever the evaluator computed in.
+        if len(kinds) == 1 and result.dtype.kind in "fV" and node.op not in ("Cast", "CastLike"):
+            result = result.astype(next(iter(kinds)), copy=False)
+        found[name] = result
+    return None if any(o and o not in found for o in node.outputs) else found
 
 
 def _gone(graph: Graph, folds: dict[int, Fold]) -> set[int]:

@@ -103,9 +103,10 @@ def concatenate(
 ) -> Labels:
     """Labels of operands joined along ``axis``."""
     rank = len(operands[0][1])
-    operands = [x for x in operands if x[1][axis] != 0] or operands
+    # Operands without positions along the axis give none, but their other sizes have to fit.
+    every, operands = operands, [x for x in operands if x[1][axis] != 0] or operands
     others: list[tuple[Labels, Shape]] = []
-    for labels, shape in operands:
+    for labels, shape in every:
         rest = tuple(x for x in labels if x.ids.shape[axis] == 1)
         others.append((rest, (*shape[:axis], 1, *shape[axis + 1 :])))
     joined = [covering(labels, axis) for labels, _ in operands]
@@ -115,9 +116,9 @@ def concatenate(
     result = broadcast(atoms, others, rank, reason, skip=extra)
     if not spans:
         return result
-    if any(covering(result, a) is not None for a in extra):
+    if any(covering(result, a) is not None for a in extra) or (extra and len(every) > len(operands)):
         why = reason("unsupported-form", "a grid is concatenated with a tensor that is labelled otherwise")
-        for labels, _ in operands:
+        for labels, _ in every:
             for x in labels:
                 atoms.freeze(x.ids, why)
         return NONE

@@ -225,6 +225,7 @@ class _State:
         for name in table.items():
             if after.touched(name):
                 self._resize(name)
+        self._data = _data(table)
 
     def _resize(self, name: str) -> None:
         try:
@@ -268,8 +269,8 @@ class _State:
                 raise CannotRewrite(self.graph.producer[name], f"the size {name!r} leaves the graph")
 
     def _changed(self, name: str) -> bool:
-        """Whether a value that was computed from sizes differs from the original's."""
-        if name in self.edits.sizes or name not in self.table.facts.probes[0].sizes:
+        """Whether a value that was computed from sizes alone differs from the original's."""
+        if name in self.edits.sizes or name in self._data or name not in self.table.facts.probes[0].sizes:
             return False
         return any(values.differs(name) for values in self.values)
 
@@ -427,6 +428,16 @@ class _State:
         for values in self.values:
             now = values.get(stem)
             values.set(result, None if now is None else np.where(dynamic, now, constants))
+
+
+def _data(table: Table) -> set[str]:
+    """Tensors that are computed from what has channels: sizes may have been used on the way, but they are no sizes."""
+    known, found = table.items(), set[str]()
+    for node in table.graph.steps:
+        sized = node.op in ("Shape", "Size") and not node.domain
+        if not sized and (not found.isdisjoint(node.inputs) or any(known.get(name) for name in node.inputs)):
+            found.update(node.outputs)
+    return found
 
 
 def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], state: _State) -> list[int]:

@@ -293,3 +293,16 @@ def test_a_source_that_is_cut_for_others_is_not_computed_with_again() -> None:
     assert result.report.exactness.passed
     sizes = {t.name: list(t.dims) for t in result.model.graph.initializer}
     assert sizes["table"] == [6] and sum(s == [12] for s in sizes.values()) == 1
+
+
+def test_a_computed_mask_is_no_weight() -> None:
+    """Minus infinity above the diagonal has no score: queries that are stored keep their number beside it."""
+    net = Net(17)
+    steps = net.op("Range", net.const(0), net.const(6), net.const(1))
+    hidden = net.op("Less", net.unsqueeze(steps, [1]), net.unsqueeze(steps, [0]))
+    mask = net.op("Where", hidden, net.const(-np.inf), net.const(0.0))
+    x = net.linear(net.input("x", ["N", 6, 5]), 5, 8)
+    scores = net.op("Add", net.op("MatMul", net.weight(6, 8), net.transpose(x, 0, 2, 1)), mask)
+    y = net.op("MatMul", net.op("Softmax", scores), x)
+    y = net.op("MatMul", net.weight(3, 6), y)
+    assert_exact_cut(net.model(y, check=False, shapes={y: ["N", 3, 8]}), expect_cut=None)

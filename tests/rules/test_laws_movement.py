@@ -199,3 +199,18 @@ def test_columns_of_a_grid_that_are_laid_out_anew_go_together(target: tuple[int,
     y = net.reshape(net.transpose(net.reshape(x, 8, 3), 1, 0), *target)
     for seed in range(4):
         assert_exact_cut(net.model(net.linear(y, target[-1], 2)), seed=seed, ratio=0.34, expect_cut=None)
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_parts_without_positions_still_have_to_fit(filled: bool) -> None:
+    """An empty state in front of a layer's output: filled in, it shrinks too, from outside it holds the channels."""
+    net = Net(17)
+    x = net.conv(net.input("x", ["N", 3, 8]), 3, 6, dims=1)
+    if filled:
+        sizes = net.op("Concat", net.slice(net.op("Shape", x), 0, 2, 0), net.const([0]), axis=0)
+        empty = net.op("ConstantOfShape", sizes)
+    else:
+        empty = net.op("Slice", net.input("z", ["N", 6, 4]), net.const([0]), net.const([0]), net.const([2]))
+    y = net.op("Concat", net.hint(empty, ["N", 6, 0]), x, axis=2)
+    y = net.conv(net.hint(y, ["N", 6, 8]), 6, 4, dims=1)
+    assert_exact_cut(net.model(y, check=False, shapes={y: ["N", 4, 8]}), expect_cut=filled)
