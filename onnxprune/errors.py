@@ -52,7 +52,9 @@ class Note(str):
     marked: str
 
     def __new__(cls, marked: str) -> Note:
-        """The note of a text that :func:`argument` was used in."""
+        """The note of a text that :func:`argument` was used in; of a note the same."""
+        if isinstance(marked, Note):
+            return marked
         note = super().__new__(cls, spelled(marked))
         note.marked = marked
         return note

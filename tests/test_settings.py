@@ -95,6 +95,15 @@ def test_the_command_line_spells_the_same_error_as_an_option() -> None:
     assert again.spelled(spell("prune")) == (message, hint) and again.argument == caught.value.argument
 
 
+def test_errors_that_are_passed_on_keep_their_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "d.onnx"
+    path.write_bytes(b"\x93NUMPY\x01\x00")
+    with pytest.raises(op.ModelError) as caught:
+        op.prune(path)
+    assert caught.value.hint.endswith("inputs go to data.")
+    assert caught.value.spelled(spell("prune"))[1].endswith("inputs go to --data.")
+
+
 def test_marks_never_show() -> None:
     text = f"{argument('layers', key='a')} {argument('validate', False)} {argument('plan')} {argument('ratio', 0.5)}"
     assert spelled(text) == "layers['a'] validate=False plan ratio=0.5"

@@ -476,7 +476,7 @@ def load(source: str | Path | bytes | ModelProto) -> Loaded:
     except OnnxpruneError as error:
         if isinstance(error, UsageError) or label in error.message:
             raise
-        raise type(error)(f"{label}: {error.message}", hint=error.hint) from error
+        raise type(error)(f"{label}: {error.message.marked}", hint=error.hint) from error
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{label} cannot be read: {error}", hint="The file is damaged; export it again.") from error
 

@@ -179,7 +179,7 @@ def sizes_refused(analysis: Analysis, error: ModelError) -> ModelError:
     )
     return ModelError(
         f"The model leaves dimensions open and does not run at the sizes tried for them: {shown}{more}.{told} "
-        f"{error.message}",
+        f"{error.message.marked}",
         hint=f"Give sizes that it runs at, in the form of: {sizes}",
     )
 
