@@ -1,4 +1,4 @@
-"""Rules for operators, under their public name: one rule owns everything that is known of its operator.
+"""Rules for operators, under their public name: one rule defines labels, rewriting and shapes of its operator.
 
 Importing this module registers the built-in rules. Add your own with :func:`register`, see CONTRIBUTING.
 """

@@ -1,6 +1,7 @@
-"""Everything that is known of operators, a file for each family: labels, rewriting, shapes, values, cost, matrix form.
+"""Operator rules, one file per family: labels, rewriting, shapes, values, cost, matrix form.
 
-``registry``, ``codes`` and ``operands`` stand below the graph, which asks the registry; families stand above labels.
+``registry``, ``codes`` and ``operands`` are layers below the graph, which queries the registry; the families are
+layers above the labels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention: over heads in one node, with grouped queries, packed, and with caches."""
+"""Rules for attention: all heads in one node, grouped queries, packed inputs, caches."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Part = tuple[Labels, Shape]
 
 
 def to_heads(step: Step, labels: Labels, shape: Shape, heads: int) -> Part:
-    """[..., heads * size] as [..., heads, size]; [batch, heads, sequence, size] with the middle axes swapped."""
+    """Reshape [..., heads * size] to [..., heads, size]; of [batch, heads, sequence, size] swap the middle axes."""
     if len(shape) == 4:
         return algebra.transpose(labels, (0, 2, 1, 3)), (shape[0], shape[2], shape[1], shape[3])
     wide = int(shape[-1] or 0)
     if wide % heads:
         raise ValueError(f"{wide} channels do not divide into {heads} heads")
-    # What is left of a grid must be one: every head keeps the same number of its own channels.
+    # The survivors of a grid must form a grid: every head keeps the same number of its own channels.
     return _viewed(step, labels, (*shape[:-1], wide), (*shape[:-1], heads, wide // heads))
 
 
 def _viewed(step: Step, labels: Labels, before: Shape, after: Shape) -> Part:
-    """A reshape of the last axes alone; the leading ones may depend on the data."""
+    """Reshape the trailing axes alone; the leading ones may depend on the data."""
     ahead = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
     for axis in range(ahead):
         labels = step.drop_axis(labels, axis, "fixed-size", "attention runs along this axis")
@@ -49,7 +49,7 @@ def _viewed(step: Step, labels: Labels, before: Shape, after: Shape) -> Part:
 
 
 def repeated(step: Step, part: Part, times: int) -> Part:
-    """Keys or values of fewer heads than the queries: each serves ``times`` of them in a row."""
+    """Repeat keys or values that have fewer heads than the queries: each head serves ``times`` consecutive queries."""
     labels, shape = part
     heads = covering(labels, 2)
     if times == 1:
@@ -61,9 +61,9 @@ def repeated(step: Step, part: Part, times: int) -> Part:
 
 
 def attend(step: Step, q: Part, k: Part, v: Part, bias: Part | None = None) -> tuple[Labels, Labels]:
-    """Labels of the scores [batch, heads, query, key] and of the result [batch, query, heads, size].
+    """Return labels of the scores [batch, heads, query, key] and of the result [batch, query, heads, size].
 
-    Head sizes of queries and keys unite and leave; a head goes with its query, key, value and bias.
+    Head sizes of queries and keys are united and summed over; a head is pruned with its query, key, value and bias.
     """
     parts = []
     for labels, shape in (q, k, v):
@@ -81,23 +81,23 @@ def attend(step: Step, q: Part, k: Part, v: Part, bias: Part | None = None) -> t
 
 
 def as_rank_4(labels: Labels, shape: Shape) -> Part:
-    """A bias or mask that broadcasts against the scores, with all four axes."""
+    """Give a bias or mask that broadcasts against the scores all four axes."""
     shift = 4 - len(shape)
     return align(labels, shift), (*(1,) * shift, *shape)
 
 
 def flattened(step: Step, labels: Labels, heads: int, size: int) -> Labels:
-    """[1, 1, heads, size] as [1, 1, heads * size]."""
+    """Merge [1, 1, heads, size] into [1, 1, heads * size]."""
     return algebra.reshape(step.atoms, labels, (1, 1, heads, size), (1, 1, heads * size), step.reason)
 
 
 def by_head(labels: Labels) -> Labels:
-    """[batch, sequence, heads, size] as [batch, heads, sequence, size]."""
+    """Permute [batch, sequence, heads, size] to [batch, heads, sequence, size]."""
     return algebra.transpose(labels, (0, 2, 1, 3))
 
 
 def with_past(step: Step, part: Part, past: int) -> Part:
-    """Keys or values behind cached ones [batch, heads, past, size], which share their channels."""
+    """Append keys or values to cached ones [batch, heads, past, size], which share their channels."""
     if not step.has(past):
         return part
     cached, shape = to_heads(step, step.labels(past), step.shape(past), 1)
@@ -107,14 +107,14 @@ def with_past(step: Step, part: Part, past: int) -> Part:
 
 
 def along_heads(step: Step, labels: Labels) -> Labels:
-    """Labels [batch, sequence, heads, size] of heads and size alone; the other axes keep their sizes."""
+    """Reduce labels [batch, sequence, heads, size] to heads and size; freeze the other axes."""
     for axis in (0, 1):
         labels = step.drop_axis(labels, axis, "fixed-size", "attention runs along this axis")
     return labels
 
 
 def heads_left(cut: Cut, i: int, heads: int, start: int = 0, stop: int | None = None) -> tuple[int, int]:
-    """(heads, their size) of ``start:stop`` of the last axis of input ``i`` after the cut."""
+    """Return (heads, head size) of ``start:stop`` on the last axis of input ``i`` after pruning."""
     name, shape = cut.node.inputs[i], cut.before.shape(i)
     if len(shape) == 4:
         return cut.shape(i)[1], cut.shape(i)[3]
@@ -131,15 +131,15 @@ MS = "com.microsoft"
 
 
 class Heads(Rule):
-    """What the attention operators share when they are rewritten."""
+    """Rewriting shared by the attention operators."""
 
     def set_scale(self, cut: Cut, before: int, after: int) -> None:
-        """The default 1/sqrt(head size) is written out once the size changes."""
+        """Write the default scale 1/sqrt(head size) as an attribute once the head size changes."""
         if before != after and not cut.attr("scale", 0.0):
             cut.set_attr("scale", 1.0 / float(np.sqrt(before)))
 
     def results(self, step: Step, out: Labels, shape: Shape, k: Part, v: Part, scores: Labels) -> None:
-        """State the output and, where asked for, the caches (1, 2) and the scores (3)."""
+        """Set the labels of the output and, where requested, of the caches (1, 2) and the scores (3)."""
         flat = len(step.out_shape()) == 3
         step.set(0, flattened(step, out, int(shape[0] or 0), int(shape[1] or 0)) if flat else by_head(out))
         step.set(1, by_head(k[0]))
@@ -153,7 +153,7 @@ class Attention(Heads):
     weights = (1,)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """Of the product with the packed weight; attention itself multiplies no weight."""
+        """Return the cost of the product with the packed weight; attention itself multiplies no weight."""
         return 0 if shapes[0] is None or shapes[1] is None else prod(shapes[0][:-1]) * prod(shapes[1])
 
     def _parts(self, step: Step) -> list[tuple[int, int]]:
@@ -162,10 +162,10 @@ class Attention(Heads):
         return list(pairwise(ends))
 
     def propagate(self, step: Step) -> None:
-        """One product, split into queries, keys and values."""
+        """Contract input and weight, then split the product into queries, keys and values."""
         heads = int(step.attr("num_heads"))
         if step.has(4) or any(step.node.outputs[1:]):
-            return  # a cache [2, ...] holds keys and values in one tensor: all sizes stay
+            return  # a cache [2, ...] holds keys and values in one tensor: all sizes are frozen
         wide = (1, 1, step.shape(1)[1])
         x, axes = step.labels(0), (0, 1)
         for axis in axes:
@@ -186,7 +186,7 @@ class Attention(Heads):
         step.set(0, flattened(step, out, heads, int(v[1][3] or 0)))
 
     def rewrite(self, cut: Cut) -> None:
-        """Heads, sizes of the three parts, and the scale."""
+        """Update the number of heads, the sizes of the three parts, and the scale."""
         if not cut.touched(cut.node.inputs[1]):
             return
         heads = int(cut.attr("num_heads"))
@@ -199,16 +199,16 @@ class Attention(Heads):
         self.set_scale(cut, (parts[0][1] - parts[0][0]) // heads, left[0][1])
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """The input times the packed weight, ahead of the heads."""
+        """Return the product of the input and the packed weight, before the split into heads."""
         w = known(shapes[1])
         return None if data != 0 or w is None else Pairwise(("bsi", "io", "bso"), w, plain=False)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """The input's channels, and queries and keys as they come out of weights and bias."""
+        """Return the input's channels, and the queries' and keys' channels in weights and bias."""
         return [(0, (2,)), (1, (1,)), *([(2, (0,))] if step.has(2) else [])]
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[B, S, V]; the cache [2, B, heads, past + S, size]."""
+        """Return shapes [B, S, V] and, of the cache, [2, B, heads, past + S, size]."""
         x, w = shapes[0], shapes[1]
         if x is None or w is None or w[1] is None:
             return [None]
@@ -219,20 +219,20 @@ class Attention(Heads):
 
 
 class MultiHeadAttention(Heads):
-    """com.microsoft.MultiHeadAttention: queries, keys and values apart or packed, a bias, an optional cache.
+    """com.microsoft.MultiHeadAttention: queries, keys and values separate or packed, a bias, an optional cache.
 
-    ``bias``, ``added`` and ``past`` say which inputs are added to queries, keys and values, which to the scores, and
-    which are cached keys and values.
+    ``bias``: position of the input added to queries, keys and values; ``added``: position of the input added to the
+    scores; ``past``: positions of the cached keys and values.
     """
 
     bias, added, past = 3, 5, (6, 7)
 
     def propagate(self, step: Step) -> None:
-        """Lay all out by heads, add the bias, attend."""
+        """Split every operand into heads, add the bias, attend."""
         heads = int(step.attr("num_heads"))
         packed = any(len(step.shape(i)) == 5 for i in (0, 1) if step.has(i))
         if step.has(self.bias) and (packed or len(step.shape(1)) == 4):
-            return  # which part of the bias applies differs between kernels
+            return  # kernels differ in the part of the bias that they apply
         if packed:
             q, k, v = self._packed(step)
         else:
@@ -246,7 +246,7 @@ class MultiHeadAttention(Heads):
 
     @staticmethod
     def _packed(step: Step) -> tuple[Part, Part, Part]:
-        """[B, S, heads, 3, size] of all three, or queries apart and [B, S, heads, 2, size] of keys and values."""
+        """Split packed [B, S, heads, 3, size], or queries and packed keys and values [B, S, heads, 2, size]."""
 
         def one(i: int, at: int) -> Part:
             labels = algebra.remove_axis(step.take(step.labels(i), 3, np.array([at])), 3)
@@ -258,7 +258,7 @@ class MultiHeadAttention(Heads):
         return to_heads(step, step.labels(0), step.shape(0), step.shape(1)[2]), one(1, 0), one(1, 1)
 
     def _biased(self, step: Step, heads: int, *parts: Part) -> tuple[Part, Part, Part]:
-        """[Q + K + V] is added to the three."""
+        """Add the bias [Q + K + V] to queries, keys and values."""
         result, start = [], 0
         for labels, shape in parts:
             wide = heads * int(shape[3] or 0)
@@ -269,7 +269,7 @@ class MultiHeadAttention(Heads):
         return result[0], result[1], result[2]
 
     def rewrite(self, cut: Cut) -> None:
-        """Heads and the scale; the sizes follow from the operands."""
+        """Update the number of heads and the scale; the sizes follow from the operands."""
         heads, shape = int(cut.attr("num_heads")), cut.before.shape(0)
         if not cut.touched():
             return
@@ -278,13 +278,13 @@ class MultiHeadAttention(Heads):
         self.set_scale(cut, shape[4] if len(shape) == 5 else shape[-1] // heads, size)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """Queries and keys are summed over the head size, and so is what the bias adds to them."""
+        """Return the head size of queries and keys, and of their parts of the bias."""
         axes = {3: (2,), 4: (1, 3), 5: (2, 4)}
         result: list[tuple[int, tuple[int, ...]]] = [(i, axes[len(step.shape(i))]) for i in (0, 1) if step.has(i)]
         return [*result, (self.bias, (0,))] if step.has(self.bias) else result
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[B, S, V] and the caches [B, heads, past + keys, size]."""
+        """Return shapes [B, S, V] and, of the caches, [B, heads, past + keys, size]."""
         shapes = [*shapes, *[None] * (8 - len(shapes))]
         q, k, v, past = shapes[0], shapes[1], shapes[2], shapes[self.past[0]]
         if q is None:
@@ -306,7 +306,7 @@ class MultiHeadAttention(Heads):
 
 
 class OnnxAttention(Heads):
-    """ONNX's Attention (opset 23 on): 3-D or 4-D, fewer heads of keys and values, an optional cache."""
+    """ONNX's Attention (opset 23 on): 3-D or 4-D, optionally fewer heads of keys and values, an optional cache."""
 
     def _heads(self, step: Step) -> tuple[int, int]:
         if len(step.shape(0)) == 4:
@@ -314,7 +314,7 @@ class OnnxAttention(Heads):
         return int(step.attr("q_num_heads")), int(step.attr("kv_num_heads"))
 
     def propagate(self, step: Step) -> None:
-        """Lay all out by heads, repeat keys and values, attend."""
+        """Split every operand into heads, repeat keys and values, attend."""
         heads, kv = self._heads(step)
         q, k, v = (to_heads(step, step.labels(i), step.shape(i), n) for i, n in enumerate((heads, kv, kv)))
         k, v = with_past(step, k, 4), with_past(step, v, 5)
@@ -323,7 +323,7 @@ class OnnxAttention(Heads):
         self.results(step, out, (heads, v[1][3]), k, v, scores)
 
     def rewrite(self, cut: Cut) -> None:
-        """Numbers of heads where they are written, and the scale."""
+        """Update the numbers of heads where the node has them as attributes, and the scale."""
         if not cut.touched():
             return
         heads, kv = self._heads(cut.before)
@@ -335,7 +335,7 @@ class OnnxAttention(Heads):
         self.set_scale(cut, before, size)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """Queries and keys are summed over the head size; cached keys have the same channels."""
+        """Return the head size of queries and keys; cached keys have the same channels."""
         axes = (1, 3) if len(step.shape(0)) == 4 else (2,)
         return [(0, axes), (1, axes), *([(4, (1, 3))] if step.has(4) else [])]
 
@@ -346,10 +346,10 @@ register("", "Attention", rule=OnnxAttention())
 
 
 class GroupQueryAttention(Rule):
-    """com.microsoft.GroupQueryAttention: kernels want one head size for all, so queries or whole groups of heads go."""
+    """com.microsoft.GroupQueryAttention: kernels require one head size, so query heads or whole groups are pruned."""
 
     def propagate(self, step: Step) -> None:
-        """A group of queries goes with its key and value; within groups all lose equally many queries."""
+        """Tie a group of query heads to its key and value; every group loses the same number of query heads."""
         heads, kv = int(step.attr("num_heads")), int(step.attr("kv_num_heads"))
         if step.has(12) or step.has(13):
             return  # a quantised cache
@@ -392,13 +392,13 @@ class GroupQueryAttention(Rule):
 
     @staticmethod
     def _rows(step: Step, labels: Labels) -> Ids | None:
-        """One atom per head."""
+        """Return one atom per head."""
         label = covering(labels, 2)
         return None if label is None else step.atoms.project(label, (2,)).ravel()
 
     @staticmethod
     def _tie(step: Step, rows: list[Ids | None], heads: int, kv: int) -> Ids | None:
-        """Atoms of the query heads, as [kv, heads per kv] a grid whose rows go with keys and values."""
+        """Tie the atoms of the query heads, as a grid [kv, heads per kv], to keys and values by row."""
         q, k, v = rows
         if q is None:
             for other in (k, v):
@@ -415,7 +415,7 @@ class GroupQueryAttention(Rule):
 
     @staticmethod
     def _beside(step: Step, i: int, axis: int, rows: Ids | None, heads: int) -> None:
-        """An operand with one entry per query head."""
+        """Unite an operand that has one entry per query head with the query heads."""
         labels = step.labels(i)
         for other in range(len(step.shape(i))):
             if other != axis:
@@ -424,7 +424,7 @@ class GroupQueryAttention(Rule):
             step.unite(rows, step.axis_ids(labels, axis), "a head")
 
     def rewrite(self, cut: Cut) -> None:
-        """Numbers of heads; their size stays."""
+        """Update the numbers of heads; the head size is constant."""
         if not cut.touched():
             return
         heads, kv = int(cut.attr("num_heads")), int(cut.attr("kv_num_heads"))
@@ -439,7 +439,7 @@ class GroupQueryAttention(Rule):
         cut.set_attr("kv_num_heads", other[0])
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[B, S, heads * size] and the caches [B, kv heads, total, size]."""
+        """Return shapes [B, S, heads * size] and, of the caches, [B, kv heads, total, size]."""
         q, past = shapes[0], shapes[3] if len(shapes) > 3 else None
         if q is None or q[2] is None:
             return [None]
@@ -454,10 +454,10 @@ class GroupQueryAttention(Rule):
 
 
 class RotaryEmbedding(Rule):
-    """Rotates pairs of channels within a head by the position: whole heads may go."""
+    """Rotation of pairs of channels within a head by the position: whole heads may be pruned."""
 
     def propagate(self, step: Step) -> None:
-        """Fix the head size, pass everything else."""
+        """Freeze the head size, pass the other axes."""
         labels, shape = step.labels(0), step.shape(0)
         if len(shape) == 3:
             heads = self._heads(step)
@@ -473,14 +473,14 @@ class RotaryEmbedding(Rule):
 
     @staticmethod
     def _heads(step: Step) -> int:
-        """As stated; com.microsoft's form may leave it to the width of its cosines, input 2."""
+        """Return the number of heads: the attribute, or in com.microsoft's form the width of the cosines, input 2."""
         stated = int(step.attr("num_heads", 0))
         if stated or step.node.domain == "":
             return stated
         return step.shape(0)[2] // (2 * step.shape(2)[1]) if not step.attr("rotary_embedding_dim", 0) else 0
 
     def rewrite(self, cut: Cut) -> None:
-        """The number of heads, where it is stated."""
+        """Update the number of heads, where the node has it as an attribute."""
         heads = int(cut.attr("num_heads", 0))
         if heads and cut.touched():
             left, size = heads_left(cut, 0, heads)
@@ -489,7 +489,7 @@ class RotaryEmbedding(Rule):
             cut.set_attr("num_heads", left)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]]
 
 
@@ -502,17 +502,18 @@ ALONG = "attention runs along this axis"
 
 
 class QAttention(Attention):
-    """Attention on codes: all of :class:`Attention` but ``qkv_hidden_sizes``, so queries, keys and values stay alike.
+    """com.microsoft.QAttention, attention on codes: :class:`Attention` without ``qkv_hidden_sizes``.
 
-    Inputs: codes [B, S, in] and [in, 3 * H], bias [3 * H], both scales, a mask, both zero points, a cache.
+    Queries, keys and values therefore have equal sizes. Inputs: codes [B, S, in] and [in, 3 * H], bias [3 * H], both
+    scales, a mask, both zero points, a cache.
     """
 
     settings = (3, 4, 6, 7)
 
     def propagate(self, step: Step) -> None:
-        """One product, whose columns have scales and zero points, split into three; a cell of one goes with all."""
+        """Contract codes, scales and zero points, split the columns in three and tie equal cells of the three parts."""
         if step.has(8) or any(step.node.outputs[1:]):
-            return  # a cache [2, ...] holds keys and values in one tensor: all sizes stay
+            return  # a cache [2, ...] holds keys and values in one tensor: all sizes are frozen
         heads, wide = int(step.attr("num_heads")), (1, 1, step.shape(1)[1])
         x = step.labels(0)
         for axis in (0, 1):
@@ -540,25 +541,25 @@ class QAttention(Attention):
         return step.labels(1), step.shape(1), "io"
 
     def neutral(self, step: Step, i: int) -> str | None:
-        """The zero point of the input or of the weight."""
+        """Return the zero point of the input or of the weight."""
         zero = {0: 6, 1: 7}.get(i)
         return step.node.inputs[zero] if zero is not None and step.has(zero) else None
 
     def numbers(self, node: Node, i: int, codes: NDArray[Any], read: Read) -> NDArray[Any] | None:
-        """Input and weight are codes."""
+        """Dequantise the input or the weight."""
         scale = read({0: 3, 1: 4}.get(i, -1))
         return None if scale is None else numbers(codes, scale, read({0: 6, 1: 7}[i]), axis=-1)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """As for numbers, but for the place of the cache."""
+        """Return the shapes of :class:`Attention`; the cache is another input."""
         return super().infer(node, [*shapes[:2], None, None, shapes[8] if len(shapes) > 8 else None], values)
 
 
 class PackedAttention(Attention):
-    """Attention on the tokens of a batch in a row: input [T, in], weights [in, Q + K + V], bias [Q + K + V]."""
+    """Attention on the concatenated tokens of a batch: input [T, in], weights [in, Q + K + V], bias [Q + K + V]."""
 
     def propagate(self, step: Step) -> None:
-        """One product, split into queries, keys and values."""
+        """Contract input and weight, then split the product into queries, keys and values."""
         heads, wide = int(step.attr("num_heads")), step.shape(1)[1]
         x = step.drop_axis(step.labels(0), 0, "fixed-size", ALONG)
         joint = contract(step, [(x, (1, step.shape(0)[1]), "si"), (step.labels(1), step.shape(1), "io")], "so")
@@ -572,16 +573,16 @@ class PackedAttention(Attention):
         step.set(0, algebra.remove_axis(flattened(step, out, heads, int(v[1][3] or 0)), 0))
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """The input times the packed weight, ahead of the heads."""
+        """Return the product of the input and the packed weight, before the split into heads."""
         w = known(shapes[1])
         return None if data != 0 or w is None else Pairwise(("si", "io", "so"), w, plain=False)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """The input's channels, and queries and keys as they come out of weights and bias."""
+        """Return the input's channels, and the queries' and keys' channels in weights and bias."""
         return [(0, (1,)), (1, (1,)), (2, (0,))]
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[T, V]."""
+        """Return shape [T, V]."""
         x, w = shapes[0], shapes[1]
         if x is None or w is None or w[1] is None:
             return [None]
@@ -589,14 +590,14 @@ class PackedAttention(Attention):
 
 
 class PackedMultiHeadAttention(MultiHeadAttention):
-    """The same on queries, keys and values: [T, H] each, or together [T, heads, 3, size]; bias [Q + K + V]."""
+    """Packed attention on queries, keys and values, [T, H] each or one tensor [T, heads, 3, size]; bias [Q + K + V]."""
 
     def propagate(self, step: Step) -> None:
-        """Lay all out by heads, add the bias, attend."""
+        """Split every operand into heads, add the bias, attend."""
         heads = int(step.attr("num_heads"))
         together = len(step.shape(0)) == 4
         if together and step.has(3):
-            return  # which part of the bias applies differs between kernels
+            return  # kernels differ in the part of the bias that they apply
         parts = [self._one(step, i) if together else self._apart(step, i, heads) for i in range(3)]
         q, k, v = self._biased(step, heads, *parts) if step.has(3) else parts
         bias = as_rank_4(step.labels(6), step.shape(6)) if step.has(6) else None
@@ -614,7 +615,7 @@ class PackedMultiHeadAttention(MultiHeadAttention):
         return to_heads(step, algebra.insert_axis(step.labels(i), 0), (1, *step.shape(i)), heads)
 
     def rewrite(self, cut: Cut) -> None:
-        """Heads and the scale; the sizes follow from the operands."""
+        """Update the number of heads and the scale; the sizes follow from the operands."""
         heads, shape = int(cut.attr("num_heads")), cut.before.shape(0)
         if not cut.touched():
             return
@@ -623,13 +624,13 @@ class PackedMultiHeadAttention(MultiHeadAttention):
         self.set_scale(cut, shape[-1] if len(shape) == 4 else shape[-1] // heads, size)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """Queries and keys are summed over the head size, and so is what the bias adds to them."""
+        """Return the head size of queries and keys, and of their parts of the bias."""
         axes = (1, 3) if len(step.shape(0)) == 4 else (1,)
         result: list[tuple[int, tuple[int, ...]]] = [(i, axes) for i in (0, 1) if step.has(i)]
         return [*result, (3, (0,))] if step.has(3) else result
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[T, V]."""
+        """Return shape [T, V]."""
         q, v = shapes[0], shapes[2] if len(shapes) > 2 else None
         if q is None:
             return [None]
@@ -649,7 +650,7 @@ class DecoderMaskedMultiHeadAttention(MultiHeadAttention):
     bias, added, past = 10, 4, (5, 6)
 
     def propagate(self, step: Step) -> None:
-        """As MultiHeadAttention by whole heads, where keys and values come apart."""
+        """Prune whole heads as MultiHeadAttention does, where keys and values are separate."""
         if not (step.has(1) and step.has(2)):
             return
         heads = int(step.attr("num_heads"))
@@ -662,7 +663,7 @@ class DecoderMaskedMultiHeadAttention(MultiHeadAttention):
 class LinearAttention(Heads):
     """LinearAttention: one state of keys times values [dk, dv] per head, which decays and is corrected.
 
-    A state that comes from outside or goes there keeps all sizes.
+    A state that enters or leaves the model freezes all sizes.
     """
 
     @staticmethod
@@ -670,7 +671,7 @@ class LinearAttention(Heads):
         return int(step.attr("q_num_heads")), int(step.attr("kv_num_heads"))
 
     def propagate(self, step: Step) -> None:
-        """Queries, keys and their decay share channels, which are summed over; values pass; heads go together."""
+        """Sum over the channels that queries, keys and their decay share; pass the values; tie the heads."""
         heads, kv = self._heads(step)
         graph = step.table.graph
         kept = any(o in graph.consumers or o in graph.outputs for o in step.node.outputs[1:] if o)
@@ -688,14 +689,14 @@ class LinearAttention(Heads):
 
     @staticmethod
     def _gate(step: Step, i: int, heads: int) -> Part:
-        """A decay or rate: one per key channel, per head or (of one value) for all."""
+        """Return labels of a decay or rate: one value per key channel, one per head, or a single value for all."""
         labels, shape = step.labels(i), step.shape(i)
         if shape[2] not in (1, heads):
             return to_heads(step, labels, shape, heads)
         return algebra.insert_axis(labels, 3), (*shape, 1)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """Every head writes its state of keys times values once a step, and reads it."""
+        """Count a write and a read of every head's state of keys times values per step."""
         q, k, v = shapes[:3]
         if q is None or k is None or v is None:
             return 0
@@ -703,7 +704,7 @@ class LinearAttention(Heads):
         return prod(q[:2]) * (kv + heads) * (k[2] // kv) * (v[2] // kv)
 
     def rewrite(self, cut: Cut) -> None:
-        """Numbers of heads, and the scale, which follows from the channels of a query."""
+        """Update the numbers of heads, and the scale, which defaults to a function of the query's channels."""
         if not cut.touched():
             return
         heads, kv = self._heads(cut.before)
@@ -713,11 +714,11 @@ class LinearAttention(Heads):
         self.set_scale(cut, cut.before.shape(0)[2] // heads, size)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """Queries and keys are summed over their channels."""
+        """Return the channels of queries and keys."""
         return [(0, (2,)), (1, (2,))]
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[B, T, heads * dv], and the state [B, kv heads, dk, dv]."""
+        """Return shapes [B, T, heads * dv] and, of the state, [B, kv heads, dk, dv]."""
         q, k, v = shapes[:3]
         if q is None or k is None or v is None or v[2] is None or k[2] is None:
             return [None]
@@ -727,20 +728,20 @@ class LinearAttention(Heads):
 
 
 class CausalConv(Rule):
-    """CausalConvWithState: a depthwise convolution over what came before, [N, C, ...] or [N, L, C]."""
+    """CausalConvWithState: a depthwise convolution over preceding positions, [N, C, ...] or [N, L, C]."""
 
     weights = (1,)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """Every number of the output is a sum over the kernel."""
+        """Count one sum over the kernel per element of the output."""
         return 0 if out is None or shapes[1] is None else prod(out) * prod(shapes[1][1:])
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """Axis 1 unless channels come last."""
+        """Return axis 1, or the last axis for channels-last data."""
         return rank - 1 if node.attrs.get("channels_last", 0) else 1
 
     def propagate(self, step: Step) -> None:
-        """A channel is one of everything: data, kernel, bias, state and result."""
+        """Tie each channel across data, kernel, bias, state and result."""
         axis, rank = 2 if step.attr("channels_last", 0) else 1, len(step.shape(0))
         if step.attr("state_window", 0) or (axis == 2 and rank != 3):
             return  # several states, or channels along several axes
@@ -757,7 +758,7 @@ class CausalConv(Rule):
                 step.set(o, (along(found[0], axis, rank),))
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """Windows that end where they stand, where nothing came before."""
+        """Return windows that end at their own position, where no state precedes the data."""
         w, attrs = known(shapes[1]), node.attrs
         begins = len(node.inputs) < 4 or not node.inputs[3]
         if data != 0 or w is None or len(w) != 3 or not begins or attrs.get("channels_last", 0):
@@ -767,7 +768,7 @@ class CausalConv(Rule):
         return Windows(w[2:], dilations=(apart,), pads=((w[2] - 1) * apart, 0), group=w[0], plain=plain)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data's shape, and as many positions of it as the kernel looks back."""
+        """Return the data's shape and, of the state, the kernel's reach in positions."""
         x, w = shapes[0], shapes[1]
         if x is None or w is None or len(x) < 3:
             return [x]

@@ -1,4 +1,4 @@
-"""The rules of this package: importing it registers them, family by family."""
+"""The rules of this package: importing this module registers them, family by family."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Operators of classical machine learning (domain ai.onnx.ml), whose numbers are attributes and not weights.
+"""Operators of classical machine learning (domain ai.onnx.ml), whose parameters are attributes and not weights.
 
-Attributes own no channels; channels that come from a network in front of them can go where the attribute can follow.
+Attributes own no channels; channels of a preceding network can be pruned where the attribute can be sliced with them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ DOMAIN = "ai.onnx.ml"
 
 
 class PerFeature(Rule):
-    """Scaler and Imputer: position by position, with lists that have one value for all features or one for each."""
+    """Scaler and Imputer: position-wise, with lists of one value for all features or one value per feature."""
 
     _LISTS = ("offset", "scale", "imputed_value_floats")
 
     def propagate(self, step: Step) -> None:
-        """Features, which come last, pass."""
+        """Pass the features, which are on the last axis."""
         labels, last = step.labels(0), len(step.shape(0)) - 1
         step.fix_all_but(labels, (last,), "fixed-size", "samples keep their places")
         if len(step.attr("imputed_value_int64s") or []) > 1:
@@ -32,7 +32,7 @@ class PerFeature(Rule):
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
-        """The lists follow the features."""
+        """Slice the lists to the surviving features."""
         keep = cut.keep(cut.node.inputs[0], len(cut.before.shape(0)) - 1)
         for name in self._LISTS:
             values = cut.attr(name) or []
@@ -40,7 +40,7 @@ class PerFeature(Rule):
                 cut.set_attr(name, np.asarray(values)[keep].tolist())
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The shape stays."""
+        """Return the shape stays."""
         return [shapes[0]]
 
 
@@ -48,11 +48,11 @@ class Linear(Rule):
     """LinearRegressor and LinearClassifier: sums over features [N, F] with coefficients [targets, F]."""
 
     def propagate(self, step: Step) -> None:
-        """Features end here."""
+        """Sum over the features, which end here."""
         step.fix_all_but(step.labels(0), (len(step.shape(0)) - 1,), "fixed-size", "samples keep their places")
 
     def rewrite(self, cut: Cut) -> None:
-        """The coefficients of the features that are left."""
+        """Slice the coefficients to the surviving features."""
         size = cut.before.shape(0)[-1]
         keep = cut.keep(cut.node.inputs[0], len(cut.before.shape(0)) - 1)
         if keep is not None:
@@ -60,11 +60,11 @@ class Linear(Rule):
             cut.set_attr("coefficients", table[:, keep].ravel().tolist())
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """The features."""
+        """Return the axis of the features."""
         return [(0, (len(step.shape(0)) - 1,))]
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, targets]; of a classifier the classes [N] and a score for each."""
+        """Return shape [N, targets]; of a classifier the classes [N] and the scores [N, targets]."""
         x = shapes[0]
         samples = None if x is None else x[0] if len(x) > 1 else 1
         if node.op == "LinearRegressor":
@@ -74,22 +74,22 @@ class Linear(Rule):
 
 
 class FeatureVectorizer(Rule):
-    """Features of several inputs one after the other."""
+    """Concatenation of the features of several inputs."""
 
     def propagate(self, step: Step) -> None:
-        """A concatenation of [N, F] along the features."""
+        """Concatenate inputs [N, F] along the features."""
         if any(len(step.shape(i)) != 2 for i in range(len(step.node.inputs))):
-            return  # single samples are joined otherwise
+            return  # single samples are concatenated along another axis
         operands = [(step.labels(i), step.shape(i)) for i in range(len(step.node.inputs))]
         step.set(0, concatenate(step.atoms, operands, 1, step.reason, step.node.outputs[0]))
 
     def rewrite(self, cut: Cut) -> None:
-        """How many features each input has."""
+        """Update the number of features of every input."""
         if "inputdimensions" in cut.node.attrs:
             cut.set_attr("inputdimensions", [cut.shape(i)[1] for i in range(len(cut.node.inputs))])
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, sum of features]."""
+        """Return shape [N, sum of features]."""
         parts = [x for x in shapes if x is not None and len(x) == 2]
         sizes = [x[1] for x in parts]
         if len(parts) < len(shapes) or any(n is None for n in sizes):
@@ -98,10 +98,10 @@ class FeatureVectorizer(Rule):
 
 
 class Learned(Rule):
-    """Trees, support vectors, norms and look-ups: every feature has its place, or 0 is a value like any other."""
+    """Trees, support vectors, norms and look-ups: a feature is addressed by position, and 0 is an ordinary value."""
 
     def propagate(self, step: Step) -> None:
-        """Nothing can go."""
+        """Freeze every input."""
         for i in range(len(step.node.inputs)):
             step.freeze(step.labels(i), "fixed-size", f"{step.node.op} knows its features by position")
 

@@ -1,4 +1,4 @@
-"""Integers that stand for numbers: (code - zero point) * scale, several codes to a byte. Arrays only."""
+"""Quantised integers as numbers, (code - zero point) * scale, with several codes per byte. Arrays only."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ PACKED_BITS = (2, 4, 8)
 def numbers(
     codes: Array, scale: Array | None, zero: Array | None, axis: int = 0, block: int = 0
 ) -> NDArray[np.float32]:
-    """(codes - zero) * scale, float32.
+    """Dequantise codes as (codes - zero) * scale, float32.
 
     Args:
-        codes: of any shape.
-        scale, zero: None for 1 and 0; one for all, one per position of ``axis``, one per block of ``axis``, or of a
-            shape that broadcasts.
-        axis: of the codes.
-        block: positions that share a scale; 0: as many as there are blocks for.
+        codes: integer codes of any shape.
+        scale: scale, None for 1; a scalar, one per position of ``axis``, one per block of ``axis``, or of a shape that
+            broadcasts against the codes.
+        zero: zero point, None for 0; of a shape as ``scale``.
+        axis: axis of the codes along which scales and zero points vary.
+        block: number of positions that share a scale; 0 derives it from the number of blocks.
+
+    Returns:
+        float32 array of the shape of ``codes``.
     """
     result = codes.astype(np.float32)
     if zero is not None:
@@ -33,7 +37,7 @@ def numbers(
 
 
 def spread(setting: Array, shape: tuple[int, ...], axis: int, block: int = 0) -> Array:
-    """A scale or zero point so that it broadcasts against codes of ``shape``."""
+    """Expand a scale or zero point so that it broadcasts against codes of ``shape``."""
     if setting.size == 1:
         return setting.reshape(())
     axis %= len(shape)
@@ -46,12 +50,12 @@ def spread(setting: Array, shape: tuple[int, ...], axis: int, block: int = 0) ->
 
 
 def unpack(packed: Array, bits: int, count: int | None = None) -> NDArray[np.uint8]:
-    """Codes [..., count] of bytes [..., n], the lowest bits first.
+    """Unpack bytes [..., n] into codes [..., count], the lowest bits first.
 
     Args:
-        packed: unsigned bytes.
-        bits: of a code, one of ``PACKED_BITS``.
-        count: codes wanted; None for all.
+        packed: unsigned bytes [..., n].
+        bits: bits per code, one of ``PACKED_BITS``.
+        count: number of codes to return along the last axis; None for all.
     """
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (packed.view(np.uint8)[..., None] >> shifts) & np.uint8((1 << bits) - 1)
@@ -60,7 +64,7 @@ def unpack(packed: Array, bits: int, count: int | None = None) -> NDArray[np.uin
 
 
 def pack(codes: Array, bits: int) -> NDArray[np.uint8]:
-    """Bytes [..., ceil(count * bits / 8)] of codes [..., count]: the inverse of ``unpack``, padded with 0."""
+    """Pack codes [..., count] into bytes [..., ceil(count * bits / 8)]: the inverse of ``unpack``, padded with 0."""
     each = 8 // bits
     width = -(-codes.shape[-1] // each) * each
     padded = np.zeros((*codes.shape[:-1], width), np.uint8)

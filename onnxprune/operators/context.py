@@ -1,4 +1,4 @@
-"""What a rule reads and states: Step while labels are propagated, Cut while nodes are rewritten."""
+"""Interfaces of a rule: Step while labels are propagated, Cut while nodes are rewritten."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnxprune.labels.atoms import Atoms
 from onnxprune.labels.label import NONE, Ids, Label, Labels, covering
 from onnxprune.operators.registry import Move, rule_of
 
-# Element types whose constants are weights: floats, and the integers that quantised weights are stored in.
+# Element types of constants that are weights: floats, and the integers of quantised weights.
 _WEIGHT_KINDS = "fV"
 _QUANTISED = {"int8", "uint8", "int16", "uint16", "int32", "int4", "uint4", "int2", "uint2"}
 
@@ -28,7 +28,7 @@ def _holds_weights(dtype: np.dtype[Any]) -> bool:
 
 
 def without_axis(atoms: Atoms, labels: Labels, axis: int, barrier: int) -> Labels:
-    """``labels`` without ``axis``, which keeps its size."""
+    """Return ``labels`` without ``axis``, whose size is frozen."""
     label = covering(labels, axis)
     if label is None:
         return labels
@@ -42,7 +42,7 @@ def without_axis(atoms: Atoms, labels: Labels, axis: int, barrier: int) -> Label
 
 
 def _repeats(label: Label, axis: int, period: int) -> bool:
-    """Whether the atoms along an axis are the same again after every ``period`` positions."""
+    """Return whether the atoms along an axis repeat with ``period``."""
     if period < 1 or label.ids.shape[axis] % period:
         return False
     ids = np.moveaxis(label.ids, axis, -1)
@@ -51,7 +51,7 @@ def _repeats(label: Label, axis: int, period: int) -> bool:
 
 
 class Table:
-    """Labels of every tensor so far; constants get theirs when first asked for."""
+    """Labels of every tensor visited so far; the labels of a constant are created at first access."""
 
     def __init__(self, graph: Graph, facts: Facts, atoms: Atoms, approximate: bool = False) -> None:
         self.graph, self.facts, self.atoms, self.approximate = graph, facts, atoms, approximate
@@ -59,7 +59,7 @@ class Table:
         self._sequences: dict[str, tuple[Labels, ...]] = {}
 
     def get(self, name: str) -> Labels:
-        """Labels of a tensor, or of all tensors in a sequence; every axis of a weight is born with atoms of its own."""
+        """Return the labels of a tensor, or of all tensors in a sequence; every axis of a weight gets its own atoms."""
         known = self._labels.get(name)
         if known is not None:
             return known
@@ -74,7 +74,7 @@ class Table:
         return labels
 
     def _sizes_alone(self, name: str) -> bool:
-        """Whether a tensor, perhaps moved, is read for its sizes alone: nothing is gained where it shrinks."""
+        """Return whether only the sizes of a tensor, perhaps moved, are read: pruning it gains nothing."""
         readers = self.graph.consumers.get(name)
         if not readers or name in self.graph.captured or name in self.graph.outputs:
             return False
@@ -90,7 +90,7 @@ class Table:
         return Label(ids.reshape((1,) * axis + (n,) + (1,) * (rank - axis - 1)), axis, self.atoms.count - n)
 
     def set(self, name: str, labels: Labels) -> None:
-        """State the labels of a tensor and remember its grids."""
+        """Set the labels of a tensor and remember its grids."""
         labels = tuple([x for x in labels if x.axes])
         if not labels:
             self._labels[name] = labels
@@ -107,10 +107,10 @@ class Table:
         self._labels[name] = labels
 
     def _without_open_axes(self, name: str, labels: Labels) -> Labels:
-        """Labels of axes that have the same channels at every probe; others keep their size, and so do their weights.
+        """Drop labels of axes whose channels differ between probes; freeze these axes and those of their weights.
 
-        An axis whose size follows an input's can only be labelled where atoms repeat (heads merged with the batch):
-        positions of a table that is read up to an open length are another number at every call.
+        An axis whose size follows the size of an input can only be labelled where atoms repeat (heads merged with the
+        batch): the positions of a table that is read up to a dynamic length differ from call to call.
         """
         for axis in {a for label in labels for a in label.axes}:
             label = covering(labels, axis)
@@ -127,11 +127,11 @@ class Table:
         return labels
 
     def set_sequence(self, name: str, elements: Sequence[Labels]) -> None:
-        """State the labels of the tensors in a sequence."""
+        """Set the labels of the tensors in a sequence."""
         self._sequences[name] = tuple(elements)
 
     def sequence(self, name: str) -> list[tuple[Labels, Any]] | None:
-        """(labels, shape) of every tensor in a sequence; None where they are not known."""
+        """Return (labels, shape) of every tensor in a sequence; None where they are not known."""
         shapes = self.facts.elements(name)
         labels = self._sequences.get(name)
         if shapes is None or (labels is not None and len(labels) != len(shapes)):
@@ -139,119 +139,119 @@ class Table:
         return list(zip(labels or [NONE] * len(shapes), shapes, strict=True))
 
     def items(self) -> Mapping[str, Labels]:
-        """All labels stated or born so far."""
+        """Return all labels set or created so far."""
         return self._labels
 
 
 class Step:
-    """One node while labels are pushed through it."""
+    """Interface to one node during label propagation."""
 
     def __init__(self, node: Node, table: Table) -> None:
         self.node, self.table, self.atoms = node, table, table.atoms
         self._read: set[int] = set()
 
-    # -- what is known ---------------------------------------------------------------------------------------------
+    # -- inputs and attributes -------------------------------------------------------------------------------------
 
     def has(self, i: int) -> bool:
-        """Whether optional input ``i`` is present."""
+        """Return whether optional input ``i`` is present."""
         return i < len(self.node.inputs) and bool(self.node.inputs[i])
 
     def labels(self, i: int) -> Labels:
-        """Labels of input ``i``; reading them makes the rule responsible for them."""
+        """Return the labels of input ``i``; from then on the rule is responsible for them."""
         self._read.add(i)
         return self.table.get(self.node.inputs[i]) if self.has(i) else NONE
 
     def shape(self, i: int) -> tuple[int, ...]:
-        """Shape of input ``i`` at the probe; () where unknown (the engine does not call rules then)."""
+        """Return the shape of input ``i`` at the probe; () where unknown (the engine does not call rules then)."""
         return self.table.facts.shape(self.node.inputs[i]) or ()
 
     def out_shape(self, o: int = 0) -> tuple[int, ...]:
-        """Shape of output ``o`` at the probe."""
+        """Return the shape of output ``o`` at the probe."""
         return tuple(self.table.facts.shape(self.node.outputs[o]) or ())
 
     def value(self, i: int) -> NDArray[Any] | None:
-        """Known value of input ``i`` where it is the same at every size of the inputs, or None."""
+        """Return the value of input ``i`` where it is known and equal at every size of the inputs, else None."""
         return self.table.facts.static_value(self.node.inputs[i]) if self.has(i) else None
 
     def entries(self, i: int) -> list[int | None] | None:
-        """Known integers of input ``i``, each None where it follows the size of an input; None where not known."""
+        """Return integers of input ``i``, each None where it follows the size of an input; None where unknown."""
         return self.table.facts.entries(self.node.inputs[i]) if self.has(i) else None
 
     def weight(self, i: int) -> NDArray[Any] | None:
-        """The value of input ``i`` where it is a weight of the model, however large; it is read when asked for."""
+        """Return the value of input ``i`` where it is a weight of the model, of any size; it is read at this call."""
         weight = self.table.graph.weights.get(self.node.inputs[i]) if self.has(i) else None
         return None if weight is None else weight.read()
 
     def alone(self, i: int) -> bool:
-        """Whether input ``i`` is a weight that nothing but this input of this node reads."""
+        """Return whether input ``i`` is a weight whose only consumer is this input of this node."""
         graph, name = self.table.graph, self.node.inputs[i]
         readers = graph.consumers.get(name, ())
         return name in graph.weights and len(readers) == 1 and name not in graph.captured and name not in graph.outputs
 
     def attr(self, name: str, default: Any = None) -> Any:
-        """An attribute or its default."""
+        """Return an attribute or its default."""
         return self.node.attrs.get(name, default)
 
-    # -- what a rule says ------------------------------------------------------------------------------------------
+    # -- statements about labels -----------------------------------------------------------------------------------
 
     def set(self, o: int, labels: Labels) -> None:
-        """State the labels of output ``o``."""
+        """Set the labels of output ``o``."""
         if o < len(self.node.outputs) and self.node.outputs[o]:
             self.table.set(self.node.outputs[o], labels)
 
     def reason(self, code: str, detail: str) -> int:
-        """Index of a barrier at this node."""
+        """Return the index of a barrier at this node."""
         return self.atoms.barrier(code, self.node.label, self.node.kind, detail)
 
     def freeze(self, labels: Labels, code: str, detail: str) -> None:
-        """None of these channels may be removed."""
+        """Freeze these channels: none of them may be removed."""
         for label in labels:
             self.atoms.freeze(label.ids, self.reason(code, detail))
 
     def fix(self, labels: Labels, axis: int, code: str, detail: str) -> None:
-        """``axis`` keeps its size and order, and what stands along it may meet: rows of a grid lose the same cells."""
+        """Keep the size and order of ``axis`` so that positions along it align: rows of a grid lose the same cells."""
         label = covering(labels, axis)
         if label is not None:
             self.atoms.fix_axis(label, axis, self.reason(code, detail))
             self.tie(labels, axis)
 
     def tie(self, labels: Labels, axis: int) -> None:
-        """What stands at the same place of the rows along ``axis`` of a grid goes together.
+        """Tie equal positions of the rows along ``axis`` of a grid.
 
-        For operators that mix along ``axis``: rows that lost different cells would not meet their own neighbours any
-        more. Along the pack axis every row closes up by itself, and meets itself alone.
+        For operators that mix along ``axis``: if rows lost different cells, positions would meet other neighbours.
+        Along the pack axis every row is compacted by itself and only mixes with itself.
         """
         label = covering(labels, axis)
         if label is not None and label.is_grid and axis != label.pack:
             self.atoms.project(label, tuple(a for a in label.axes if a != axis))
 
     def drop_axis(self, labels: Labels, axis: int, code: str, detail: str) -> Labels:
-        """``labels`` without ``axis``, which keeps its size: after the operator its positions mean something else."""
+        """Return ``labels`` without ``axis``, whose size is frozen: its positions change meaning in the operator."""
         if covering(labels, axis) is None:
             return labels
         return without_axis(self.atoms, labels, axis, self.reason(code, detail))
 
     def fix_all_but(self, labels: Labels, keep: Sequence[int], code: str, detail: str) -> None:
-        """Every labelled axis outside ``keep`` keeps its size."""
+        """Freeze the size of every labelled axis outside ``keep``."""
         others = {a for x in labels for a in x.axes if a not in keep}
         for axis in sorted(others) if others else ():
             self.fix(labels, axis, code, detail)
 
     def drop_all_but(self, labels: Labels, keep: Sequence[int], code: str, detail: str) -> Labels:
-        """``labels`` of the axes in ``keep`` alone; every other labelled axis keeps its size."""
+        """Return ``labels`` of the axes in ``keep`` alone; freeze the size of every other labelled axis."""
         for axis in sorted({a for x in labels for a in x.axes if a not in keep}):
             labels = self.drop_axis(labels, axis, code, detail)
         return labels
 
     def approximate(self, labels: Labels, axis: int) -> bool:
-        """Whether normalising over a cut ``axis`` is opted into; what it touches is then marked as not exact."""
+        """Return whether normalising over a pruned ``axis`` is enabled; its groups are then marked as not exact."""
         label = covering(labels, axis)
         if self.table.approximate and label is not None:
             self.atoms.approximate.append((label.ids.ravel(), self.reason("normalised", "cut through a normalisation")))
         return self.table.approximate
 
     def unite(self, a: Ids | None, b: Ids | None, what: str = "this axis") -> None:
-        """Atoms at equal positions go together; where only one side is labelled it keeps its size."""
+        """Unite atoms at equal positions; where only one side is labelled, freeze its size."""
         if a is not None and b is not None:
             self.atoms.unite(a, b)
             return
@@ -264,30 +264,30 @@ class Step:
     # -- shorthands ------------------------------------------------------------------------------------------------
 
     def axis_ids(self, labels: Labels, axis: int) -> Ids | None:
-        """One-dimensional atoms of an axis: a grid's other axes are tied or stand aside, see ``Atoms.project``."""
+        """Return 1-D atoms of an axis; other axes of a grid are tied or projected, see ``Atoms.project``."""
         label = covering(labels, axis)
         return None if label is None else self.atoms.project(label, (axis,)).ravel()
 
     def broadcast(self, inputs: Sequence[int]) -> Labels:
-        """Labels of inputs that broadcast against each other into output 0."""
+        """Return the labels of inputs that broadcast against each other into output 0."""
         return broadcast(
             self.atoms, [(self.labels(i), self.shape(i)) for i in inputs], len(self.out_shape()), self.reason
         )
 
     def merge(self, labels: Labels, label: Label) -> Labels:
-        """``labels`` joined by one more label of the same tensor."""
+        """Return ``labels`` joined by one more label of the same tensor."""
         return merge(self.atoms, labels, label, self.reason)
 
     def take(self, labels: Labels, axis: int, index: Ids) -> Labels:
-        """Labels of picked positions along an axis, which stays."""
+        """Return labels of selected positions along an axis, which remains."""
         return algebra.take(self.atoms, labels, axis, index, self.reason)
 
     def axis(self, default: int = 0, rank: int | None = None) -> int:
-        """The node's ``axis`` attribute as a non-negative number."""
+        """Return the node's ``axis`` attribute as a non-negative number."""
         return int(self.attr("axis", default)) % (len(self.shape(0)) if rank is None else rank)
 
     def finish(self, operands: Sequence[int] = ()) -> None:
-        """Freeze the labels of inputs that the rule never looked at, and of operands that carry sizes or settings."""
+        """Freeze the labels of inputs that the rule did not read, and of operands that hold sizes or settings."""
         if not operands and self._read.issuperset(range(len(self.node.inputs))):
             return
         for i, name in enumerate(self.node.inputs):
@@ -302,64 +302,64 @@ class Step:
 
 
 class Cut:
-    """One node while it is rewritten. Sizes and values before are the analysis', those after follow from the labels."""
+    """Interface to one node during rewriting: sizes and values before (from the analysis) and after (from labels)."""
 
     def __init__(self, node: Node, step: Step, state: Any) -> None:
         self.node, self.before, self._state = node, step, state
 
     def attr(self, name: str, default: Any = None) -> Any:
-        """An attribute or its default."""
+        """Return an attribute or its default."""
         return self.node.attrs.get(name, default)
 
     def shape(self, i: int) -> tuple[int, ...]:
-        """New shape of input ``i``."""
+        """Return the new shape of input ``i``."""
         return tuple(self._state.shape(self.node.inputs[i]) or ())
 
     def out_shape(self, o: int = 0) -> tuple[int, ...]:
-        """New shape of output ``o``."""
+        """Return the new shape of output ``o``."""
         return tuple(self._state.shape(self.node.outputs[o]) or ())
 
     def touched(self, *names: str) -> bool:
-        """Whether a tensor loses channels; without names, whether any tensor of this node does."""
+        """Return whether a tensor loses channels; without names, whether any tensor of this node does."""
         return any(self._state.touched(n) for n in (names or (*self.node.inputs, *self.node.outputs)) if n)
 
     def keep(self, name: str, axis: int) -> NDArray[np.bool_] | None:
-        """Mask of surviving positions along one axis, the same in every row; None where the axis is whole."""
+        """Return the mask of surviving positions along one axis, equal in every row; None where the axis is whole."""
         result: NDArray[np.bool_] | None = self._state.keep(name, axis)
         return result
 
     def survivors(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        """What is left of an array with one entry for every position of a tensor."""
+        """Slice an array with one entry per position of a tensor to the survivors."""
         result: NDArray[Any] = self._state.survivors(name, array)
         return result
 
     def kept_between(self, name: str, axis: int, start: int, stop: int) -> int:
-        """How many positions of ``start:stop`` survive along an axis (per row, on a grid)."""
+        """Return the number of survivors among ``start:stop`` along an axis (per row, on a grid)."""
         return int(self._state.kept_between(name, axis, start, stop))
 
     def value(self, i: int) -> NDArray[Any] | None:
-        """Value that operand ``i`` takes in the cut model if left alone."""
+        """Return the value of operand ``i`` in the pruned model if the rule does not change it."""
         result: NDArray[Any] | None = self._state.value(self.node.inputs[i]) if self.before.has(i) else None
         return result
 
     def set_attr(self, name: str, value: Any) -> None:
-        """Change an attribute of the node."""
+        """Set an attribute of the node."""
         self._state.set_attr(self.node, name, value)
 
     def set_input(self, i: int, value: NDArray[Any]) -> None:
-        """Give operand ``i`` a constant of its own; a shared one is left alone."""
+        """Replace operand ``i`` by a constant of its own; a shared constant is unchanged."""
         self._state.set_input(self.node, i, value)
 
     def derive(self, i: int, shape: Sequence[int], function: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
-        """Make input ``i``, a weight that this node alone reads, a function of what it was; computed when written."""
+        """Replace input ``i``, a weight that only this node reads, by a function of it, computed at writing."""
         self._state.derive(self.node, i, tuple(int(n) for n in shape), function)
 
     def set_target(self, i: int, target: Sequence[int]) -> None:
-        """Make shape operand ``i`` come out as ``target``; dynamic dimensions, 0 and -1 stay where they were meant."""
+        """Rewrite shape operand ``i`` to evaluate to ``target``; dynamic dimensions, 0 and -1 are preserved."""
         self._state.set_target(self.node, i, tuple(int(t) for t in target))
 
     def pick(self, i: int, axis: int, positions: Ids) -> None:
-        """Give operand ``i`` these positions of itself along an axis, by a Gather in front of the node."""
+        """Select positions of operand ``i`` along an axis, by a Gather in front of the node."""
         self._state.pick(self.node, i, axis, positions)
 
     def add(self, i: int, value: NDArray[Any]) -> None:
@@ -367,16 +367,16 @@ class Cut:
         self._state.add(self.node, i, value)
 
     def replace(self, op: str, inputs: int, **attributes: Any) -> None:
-        """Put another operator in the node's place, of the same domain, on its first ``inputs`` inputs."""
+        """Replace the node by another operator of the same domain on its first ``inputs`` inputs."""
         self._state.replace(self.node, op, inputs, attributes)
 
     def fail(self, detail: str) -> None:
-        """This node cannot be rewritten: the groups that touch it stay whole, with this reason."""
+        """Reject the rewriting of this node: the groups that touch it are kept, with this reason."""
         self._state.fail(self.node, detail)
 
 
 def owned(step: Step, i: int, axes: tuple[int, ...]) -> list[str] | None:
-    """Names from input ``i`` back to its initializer or constant fill, all read by this node alone, else None.
+    """Return the names from input ``i`` back to its initializer or fill, if only this node reads them, else None.
 
     A dequantisation whose scales vary along one of ``axes`` ties positions of its own and ends the search.
     """
@@ -406,7 +406,7 @@ def _passes(step: Step, node: Node, axes: tuple[int, ...]) -> bool:
 
 
 def override(step: Step, chain: list[str], labels: tuple[Label, ...], axes: tuple[int, ...]) -> None:
-    """State ``labels`` for every tensor of a chain in place of what it has on ``axes``."""
+    """Set ``labels`` for every tensor of a chain, in place of its labels on ``axes``."""
     for link in chain:
         rest = tuple(x for x in step.table.get(link) if not set(x.axes) & set(axes))
         step.table.set(link, (*rest, *labels))

@@ -18,7 +18,7 @@ from onnxprune.operators.sizes import product
 
 
 def into_letters(labels: Labels, term: str, letters: str) -> Labels:
-    """Labels of an operand with subscripts ``term`` as labels of a tensor that has every letter as an axis."""
+    """Map labels of an operand with subscripts ``term`` to a tensor that has every letter as an axis."""
     where = [letters.index(c) for c in term]
     if len(set(term)) != len(term):
         raise ValueError(f"repeated subscript in {term!r}")
@@ -34,7 +34,7 @@ def into_letters(labels: Labels, term: str, letters: str) -> Labels:
 
 
 def contract(step: Step, operands: Sequence[tuple[Labels, Shape, str]], output: str) -> Labels:
-    """Labels of ``einsum(operands -> output)``: unite in letter space, then reduce labels to the output's letters."""
+    """Return labels of ``einsum(operands -> output)``: unite in letter space, then reduce to the output's letters."""
     letters = "".join(dict.fromkeys("".join(term for _, _, term in operands) + output))
     rank = len(letters)
     spread: list[tuple[Labels, Shape]] = []
@@ -58,7 +58,7 @@ def contract(step: Step, operands: Sequence[tuple[Labels, Shape, str]], output: 
 
 
 def matmul_terms(a: int, b: int) -> tuple[str, str, str]:
-    """Subscripts of ``numpy.matmul`` for operands of rank ``a`` and ``b``."""
+    """Return the subscripts of ``numpy.matmul`` for operands of rank ``a`` and ``b``."""
     batch = "abcdefghij"[: max(a, b, 2) - 2]
     left = "k" if a == 1 else batch[len(batch) - (a - 2) :] + "mk"
     right = "k" if b == 1 else batch[len(batch) - (b - 2) :] + "kn"
@@ -67,7 +67,7 @@ def matmul_terms(a: int, b: int) -> tuple[str, str, str]:
 
 
 def letter_macs(terms: Sequence[str], shapes: Sequence[Any]) -> Any:
-    """Multiply-accumulates of an einsum: one per position in the space of all letters; 0 where a shape is not known."""
+    """Return the multiply-accumulates of an einsum, one per position in the space of all letters; 0 if unknown."""
     sizes: dict[str, Any] = {}
     for term, shape in zip(terms, shapes, strict=False):
         if shape is None:
@@ -78,34 +78,34 @@ def letter_macs(terms: Sequence[str], shapes: Sequence[Any]) -> Any:
 
 
 def made_axis(terms: Sequence[str], out: str, weight: int) -> int | None:
-    """The axis of ``out`` that the weight alone makes, the last of several; None where it makes none."""
+    """Return the axis of ``out`` that the weight alone contributes, the last of several; None where there is none."""
     others = "".join(term for i, term in enumerate(terms) if i != weight)
     made = [axis for axis, c in enumerate(out) if c in terms[weight] and c not in others]
     return made[-1] if made else None
 
 
 class MatMul(Rule):
-    """Batched matrix product; the summed axis unites, heads on batch axes line up."""
+    """Batched matrix product; the summed axes are united, heads on batch axes are aligned."""
 
     weights = (0, 1)
 
     def terms(self, step: Step) -> tuple[str, str, str]:
-        """Subscripts of the two operands and the output."""
+        """Return the subscripts of the two operands and the output."""
         return self.node_terms(step.node, len(step.shape(0)), len(step.shape(1)))
 
     def node_terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
-        """The same for operands of rank ``a`` and ``b``."""
+        """Return the subscripts for operands of rank ``a`` and ``b``."""
         return matmul_terms(a, b)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """The product's size times that of ``k``."""
+        """Return the size of the product times the size of ``k``."""
         a, b = shapes[:2]
         if a is None or b is None or out is None:
             return 0
         return prod(out) * a[self.node_terms(node, len(a), len(b))[0].index("k")]
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """The axis that the weight makes, on whichever side it stands."""
+        """Return the axis that the weight contributes, on either side."""
         a, b = shapes[:2]
         if a is None or b is None:
             return rank - 1
@@ -119,12 +119,12 @@ class MatMul(Rule):
         step.set(0, contract(step, operands, out))
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """Both operands are summed over ``k``."""
+        """Return the axis ``k`` of both operands."""
         left, right, _ = self.terms(step)
         return [(0, (left.index("k"),)), (1, (right.index("k"),))]
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """Either operand may be the weight."""
+        """Return the product as a form; either operand may be the weight."""
         a, b = shapes[0], shapes[1]
         if a is None or b is None:
             return None
@@ -133,7 +133,7 @@ class MatMul(Rule):
         return product_form(self.node_terms(node, len(a), len(b)), shapes, data, plain=plain, scale=scale)
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
-        """The product's shape, where both fit."""
+        """Return the shape of the product, where both operands fit."""
         a, b = shapes[0], shapes[1]
         return None if a is None or b is None else [product(a, b, self.node_terms(node, len(a), len(b)))]
 
@@ -141,7 +141,7 @@ class MatMul(Rule):
 def product_form(
     terms: tuple[str, str, str], shapes: Sequence[Shape | None], data: int, **settings: Any
 ) -> Form | None:
-    """A product of two operands as a form; None where the weight's shape or its letters do not allow one."""
+    """Return a product of two operands as a form; None where shape or letters of the weight do not allow one."""
     weight = known(shapes[1 - data]) if data < 2 else None
     if weight is None:
         return None
@@ -161,22 +161,22 @@ class Gemm(Rule):
     weights = (0, 1)
 
     def terms(self, step: Step) -> tuple[str, str]:
-        """Subscripts of A and B."""
+        """Return the subscripts of A and B."""
         return self.node_terms(step.node)
 
     @staticmethod
     def node_terms(node: Node) -> tuple[str, str]:
-        """The same from the attributes."""
+        """Return the subscripts from the attributes."""
         return ("km" if node.attrs.get("transA", 0) else "mk"), ("nk" if node.attrs.get("transB", 0) else "kn")
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """m * n * k."""
+        """Return m * n * k."""
         if shapes[0] is None or shapes[1] is None or out is None:
             return 0
         return prod(out) * shapes[0][self.node_terms(node)[0].index("k")]
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """Rows of a left weight, columns of a right one."""
+        """Return the axis of a left weight's rows or of a right weight's columns."""
         return weight
 
     def propagate(self, step: Step) -> None:
@@ -189,19 +189,19 @@ class Gemm(Rule):
         step.set(0, product)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[m, n], for forms of other domains."""
+        """Return shape [m, n], for forms of other domains."""
         a, b = shapes[0], shapes[1]
         if a is None or b is None:
             return [None]
         return [(a[1 if node.attrs.get("transA", 0) else 0], b[0 if node.attrs.get("transB", 0) else 1])]
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """Both matrices are summed over ``k``."""
+        """Return the axis ``k`` of both matrices."""
         a, b = self.terms(step)
         return [(0, (a.index("k"),)), (1, (b.index("k"),))]
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """Either matrix may be the weight; C is the bias."""
+        """Return the product as a form; either matrix may be the weight, C is the bias."""
         attrs = node.attrs
         left, right = self.node_terms(node)
         scales = {"scale": float(attrs.get("alpha", 1.0)), "bias_scale": float(attrs.get("beta", 1.0))}
@@ -210,17 +210,17 @@ class Gemm(Rule):
 
 
 class Einsum(Rule):
-    """Any einsum without repeated subscripts inside one operand."""
+    """Einsum without repeated subscripts inside one operand."""
 
     weights = tuple(range(8))
 
     def terms(self, step: Step) -> tuple[list[str], str]:
-        """Subscripts of every operand and of the output, ellipses spelled out in upper-case letters."""
+        """Return the subscripts of every operand and of the output, ellipses expanded to upper-case letters."""
         return self.node_terms(step.node, [len(step.shape(i)) for i in range(len(step.node.inputs))])
 
     @staticmethod
     def node_terms(node: Node, ranks: Sequence[int]) -> tuple[list[str], str]:
-        """The same for operands of these ranks."""
+        """Return the subscripts for operands of these ranks."""
         left, arrow, out = node.attrs.get("equation", "").replace(" ", "").partition("->")
         terms = left.split(",")
         extra = max((r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0)
@@ -235,33 +235,33 @@ class Einsum(Rule):
         return spelled, out.replace("...", dots)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """One per position of all letters; a sum over a single operand multiplies nothing."""
+        """Count one per position of all letters; a sum over a single operand multiplies nothing."""
         if len(shapes) < 2 or any(s is None for s in shapes):
             return 0
         terms, _ = self.node_terms(node, [len(s) for s in shapes])
         return letter_macs(terms, shapes)
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """The last axis that the weight makes."""
+        """Return the last axis that the weight contributes."""
         if any(s is None for s in shapes):
             return rank - 1
         terms, out = self.node_terms(node, [len(s) for s in shapes])
         return made_axis(terms, out, weight)
 
     def propagate(self, step: Step) -> None:
-        """Contract over the letters that the output lacks."""
+        """Contract over the letters that are missing in the output."""
         terms, out = self.terms(step)
         if any(len(set(t)) != len(t) for t in terms):
             return
         step.set(0, contract(step, [(step.labels(i), step.shape(i), t) for i, t in enumerate(terms)], out))
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """Every operand, over the letters that the output lacks."""
+        """Return the axes of every operand whose letters are missing in the output."""
         terms, out = self.terms(step)
         return [(i, tuple(a for a, c in enumerate(t) if c not in out)) for i, t in enumerate(terms)]
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """Two operands without an ellipsis."""
+        """Return the product of two operands without an ellipsis as a form."""
         left, arrow, out = node.attrs.get("equation", "").replace(" ", "").partition("->")
         terms = left.split(",")
         if len(terms) != 2 or not arrow or "." in left + out:
@@ -270,10 +270,10 @@ class Einsum(Rule):
 
 
 class FusedMatMul(MatMul):
-    """onnxruntime's MatMul with transposes folded in."""
+    """onnxruntime's FusedMatMul: MatMul with transposed operands."""
 
     def node_terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
-        """Subscripts with the last two axes of either operand swapped on demand."""
+        """Return subscripts with the last two axes of either operand swapped on request."""
         left, right, out = matmul_terms(a, b)
         # Neither transpose applies to a vector.
         if node.attrs.get("transA", 0) and a > 1:
@@ -288,7 +288,7 @@ class FusedMatMul(MatMul):
         return left, right, out
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The product's shape."""
+        """Return the shape of the product."""
         a, b = shapes[0], shapes[1]
         return [None if a is None or b is None else product(a, b, self.node_terms(node, len(a), len(b)))]
 

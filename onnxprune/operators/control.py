@@ -1,7 +1,7 @@
-"""Bodies of If, Loop and Scan: how labels enter them, leave them, and hold from one iteration to the next.
+"""Subgraphs of If, Loop and Scan: labels at their inputs and outputs, and from one iteration to the next.
 
-A state is one tensor throughout: what goes in, what the body sees, what it gives back and what comes out lose the same
-channels, as the operands of a sum do. The branches of an If are tied in the same way.
+A state is one tensor throughout: the initial value, the subgraph's input, its output and the final value lose the
+same channels, as the operands of a sum do. The branches of an If are tied in the same way.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from onnxprune.operators.registry import Rule, register
 
 
 class Marker(Rule):
-    """Begins or ends a body: what it reads (trip counts, conditions) has no channels."""
+    """Marker of the start or end of a subgraph: its operands (trip counts, conditions) have no channels."""
 
     shapeless = True
 
 
 class Carry(Marker):
-    """The initial value of a state, as the body sees it."""
+    """The initial value of a state, as an input of the subgraph."""
 
     def propagate(self, step: Step) -> None:
-        """The same labels, where the state keeps its size from one iteration to the next."""
+        """Pass the labels, where the state keeps its size from one iteration to the next."""
         labels, shape = step.labels(0), step.table.facts.shape(step.node.outputs[0])
         if shape is None:
             step.freeze(labels, "dynamic-shape", _CHANGES)
@@ -42,7 +42,7 @@ class Slice(Marker):
     """One position of a scanned axis per iteration."""
 
     def propagate(self, step: Step) -> None:
-        """The scanned axis stays whole and is gone inside."""
+        """Freeze the scanned axis, which the subgraph does not have."""
         labels, shape = step.labels(0), step.table.facts.shape(step.node.inputs[0])
         if shape is None:
             step.freeze(labels, "dynamic-shape", "the shape of what is scanned is not known")
@@ -53,13 +53,13 @@ class Slice(Marker):
 
 
 class Stack(Marker):
-    """What every iteration gives, one behind the other along a new axis."""
+    """Concatenation of an output of all iterations along a new axis."""
 
     def propagate(self, step: Step) -> None:
-        """A new axis without labels."""
+        """Add a new axis without labels."""
         labels, shape = step.labels(0), step.table.facts.shape(step.node.inputs[0])
         for i in range(1, len(step.node.inputs)):
-            step.labels(i)  # it only says how often
+            step.labels(i)  # it only holds the number of iterations
         if shape is None:
             step.freeze(labels, "dynamic-shape", "the shape of what an iteration gives is not known")
             return
@@ -67,18 +67,18 @@ class Stack(Marker):
 
 
 class Tie(Marker):
-    """A state as it goes into an iteration, and as it comes out."""
+    """A state at the start and at the end of an iteration."""
 
     def propagate(self, step: Step) -> None:
-        """Both lose the same channels."""
+        """Unite the labels of both."""
         step.set(0, _united(step, _CHANGES))
 
 
 class Join(Marker):
-    """What either branch of an If gives."""
+    """An output of an If, from either branch."""
 
     def propagate(self, step: Step) -> None:
-        """Both lose the same channels; where they differ in shape, the branch that is taken at every probe decides."""
+        """Unite the labels of both branches; of branches with different shapes, use the one taken at every probe."""
         facts = step.table.facts
         taken = facts.static_value(step.node.inputs[2])
         shapes = [facts.shape(n) for n in step.node.inputs[:2]]
@@ -90,7 +90,7 @@ class Join(Marker):
 
 
 def _united(step: Step, why: str) -> Labels:
-    """Labels of two tensors of one shape, united position by position; sizes that differ or are not known stay."""
+    """Unite labels of two tensors of one shape, position by position; freeze sizes that differ or are not known."""
     facts, both = step.table.facts, [step.labels(0), step.labels(1)]
     a, b = (facts.shape(n) for n in step.node.inputs[:2])
     if a is None or b is None or len(a) != len(b):
