@@ -189,7 +189,7 @@ def _warn_of_targets_met_before(report: Report) -> None:
 
 
 def _stages(cut: Any, way: tuple[str, str], validate: bool, timed: bool) -> list[Any]:
-    """What follows a cut: its proof, before the effort of a repair; the repair, if it is none of the cut's own."""
+    """Return the passes of a run: pruning, checks before the recovery, and a recovery if pruning does none."""
     factors = [Factorize(plan=cut.plan, check=validate)] if isinstance(cut, Prune) and _factorizes(cut.plan) else []
     exact = [Exact()] if validate and (way[0] != "none" or factors or isinstance(cut, Budget)) else []
     repair = [] if isinstance(cut, Budget) else [Recover(way[0], why=way[1])]
@@ -201,7 +201,7 @@ def _factorizes(plan: Plan | None) -> bool:
 
 
 def _alone(ratio: float | None, plan: Any) -> None:
-    """What says how much goes, besides a budget; raises UsageError."""
+    """Reject a ratio or a plan beside a budget; raises UsageError."""
     for name, given in (("ratio", ratio), ("plan", plan)):
         if given is not None:
             raise UsageError(
@@ -211,7 +211,7 @@ def _alone(ratio: float | None, plan: Any) -> None:
 
 
 def _faithful(result: Result, wishes: Wishes) -> None:
-    """The gate of a cut without a budget; raises BudgetError where an output's cosine is too low or not known."""
+    """Check ``min_fidelity`` of a run without a budget; raises BudgetError where a cosine is low or not measured."""
     if wishes.min_fidelity is None or wishes.any:
         return
     facts = result.report.fidelity
@@ -363,7 +363,7 @@ def analyze(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     approximate: bool = False,
 ) -> Analysis:
-    """Groups, units, slots and barriers of a model; nothing is changed or run.
+    """Analyze the groups, units, slots and barriers of a model, without changing or running it.
 
     Args:
         model: path, bytes or ModelProto.

@@ -21,7 +21,7 @@ Spelling = Callable[[str, str, str], str]
 
 
 def argument(name: str, value: Any = None, *, key: str = "") -> str:
-    """The name of an argument for a message: ``max_drop``, ``recover='bn'`` or ``layers['conv1']``.
+    """Return the name of an argument for a message: ``max_drop``, ``recover='bn'`` or ``layers['conv1']``.
 
     Args:
         name: as Python calls it.
@@ -34,7 +34,7 @@ def argument(name: str, value: Any = None, *, key: str = "") -> str:
 
 
 def spelled(text: str, spell: Spelling | None = None) -> str:
-    """A message with its arguments as ``spell`` writes them; None: as Python does."""
+    """Return a message with its arguments as ``spell`` writes them; None: as Python does."""
 
     def one(found: re.Match[str]) -> str:
         name, key, value = found["name"], found["key"] or "", found["value"] or ""
@@ -52,7 +52,7 @@ class Note(str):
     marked: str
 
     def __new__(cls, marked: str) -> Note:
-        """The note of a text that :func:`argument` was used in; of a note the same."""
+        """Make a note of a text in which :func:`argument` was used; a note stays as it is."""
         if isinstance(marked, Note):
             return marked
         note = super().__new__(cls, spelled(marked))
@@ -129,7 +129,7 @@ class PostconditionError(ValidationError):
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
-    """A hint ``did you mean 'x'?`` for the nearest other name, or the list of allowed names when none is near."""
+    """Return a hint ``did you mean 'x'?`` for the nearest other name, or the allowed names when none is near."""
     names = sorted(set(allowed) - {value})
     close = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     if close:

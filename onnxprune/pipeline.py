@@ -70,7 +70,7 @@ class Calibration:
         self._opened: Samples | None = None
 
     def open(self) -> Samples:
-        """The inputs.
+        """Open the inputs.
 
         Raises:
             UsageError: they do not fit the model.
@@ -83,7 +83,7 @@ class Calibration:
         return self._opened
 
     def first(self, samples: int) -> Calibration:
-        """The same inputs, but no more than so many samples."""
+        """Return the same inputs limited to this many samples."""
         part = Calibration(self._data, self._analysis, self.limit, self.batch_size, self._images)
         part._opened = self.open().first(samples)
         return part
@@ -180,7 +180,7 @@ class Context:
         return cls(analysis, model, input_shapes, calibration, seed, kept, memory_limit, where, stages)
 
     def inputs(self) -> Samples:
-        """The user's inputs.
+        """Open the user's inputs.
 
         Raises:
             UsageError: there are none, or they do not fit.
@@ -193,7 +193,7 @@ class Context:
         return self.calibration.open()
 
     def for_trial(self, samples: int | None = None) -> Context:
-        """The context of a trial: with a clock of its own that nobody listens to.
+        """Return the context of a trial, with a clock of its own whose progress is not shown.
 
         Args:
             samples: use only so many of the inputs.
@@ -259,7 +259,7 @@ class Model:
 
     @classmethod
     def of(cls, analysis: Analysis) -> Model:
-        """The model that was analysed, as it is."""
+        """Return the model that was analysed, unchanged."""
         return cls(analysis.loaded.proto, analysis.loaded.weights, analysis)
 
     def __repr__(self) -> str:
@@ -268,7 +268,7 @@ class Model:
         return f"<Model: {nodes} nodes, {parameters:,} parameters{''.join(', ' + step for step in steps)}>"
 
     def with_weights(self, weights: Mapping[str, Weight]) -> Model:
-        """The model with other values in some weights.
+        """Return the model with other values in some weights.
 
         Args:
             weights: by name; all others stay.
@@ -276,7 +276,7 @@ class Model:
         return replace(self, weights={**self.weights, **weights})
 
     def with_parts(self, parts: ModelParts, **changes: Any) -> Model:
-        """The model with another graph and all of its weights.
+        """Return the model with another graph and all of its weights.
 
         Args:
             parts: the two.
@@ -426,7 +426,7 @@ class FunctionPass(Pass):
 
 
 def as_pass(stage: Any) -> Pass:
-    """A pass from a pass, a function of context and model, or a registered name.
+    """Return a pass made from a pass, a function of context and model, or a registered name.
 
     Raises:
         UsageError: no pass has such a name, a class stands where an instance is meant, or a callable takes other
@@ -503,7 +503,7 @@ def unregister(name: str) -> None:
 
 
 def get(name: str) -> Pass:
-    """The pass of that name.
+    """Return the pass of that name.
 
     Raises:
         UsageError: there is none; the nearest name is suggested.
@@ -558,12 +558,16 @@ class Pipeline:
         Args:
             model: path, bytes or ModelProto.
             input_shapes: {input: shape} for dynamic inputs.
-            data, samples, batch_size, images: the user's inputs, see ``onnxprune.prune``.
-            seed: of everything random.
-            cache: folder that keeps captured statistics, so that an interrupted or repeated run need not start anew.
-            memory_limit: bytes of activations that passes may hold in memory at a time, 1,000,000 or more.
-            providers, threads: of onnxruntime where time is measured: the CPU, all processors.
-            progress: called with (stage, fraction).
+            data: inputs without labels, see ``onnxprune.prune``.
+            samples: number of samples to use, 1 or more; None: the default of each pass.
+            batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+            images: conversion of images to arrays.
+            cache: folder of captured statistics, from which an interrupted or repeated run continues.
+            memory_limit: bytes of activations that passes hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+            providers: onnxruntime providers for measurements of time; None: the CPU.
+            threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
+            seed: seed of all random numbers, 0 or more.
+            progress: callback, called with (stage, fraction), fraction in [0, 1].
 
         Raises:
             OnnxpruneError: bad input, a model that cannot be processed, or a check that failed.
@@ -647,7 +651,7 @@ def _check_weights(stage: Pass, before: Model, after: Model) -> None:
 
 
 def _first(stage: Pass) -> str:
-    """The label at the beginning of a sentence."""
+    """Capitalize the label for the beginning of a sentence."""
     return stage.label[:1].upper() + stage.label[1:]
 
 

@@ -59,7 +59,7 @@ class Named(Generic[T]):
         self._table.pop(name, None)
 
     def get(self, name: str) -> T:
-        """The extension of that name.
+        """Return the extension of that name.
 
         Raises:
             UsageError: there is none; the nearest name is suggested.

@@ -35,7 +35,7 @@ class Kind:
     allowed = ""
 
     def check(self, value: Any, name: str) -> Any:
-        """The value; ``name`` is the argument in messages.
+        """Return the checked value; ``name`` is the argument in messages.
 
         Raises:
             UsageError: it is not allowed.
@@ -43,7 +43,7 @@ class Kind:
         return value
 
     def parse(self, text: str, name: str) -> Any:
-        """The value of a text.
+        """Parse the value of a text.
 
         Raises:
             UsageError: it is not allowed.
@@ -58,7 +58,7 @@ class Flag(Kind):
     allowed = "true or false"
 
     def check(self, value: Any, name: str) -> bool:
-        """The flag; raises UsageError."""
+        """Return the checked flag; raises UsageError."""
         if not isinstance(value, bool):
             raise UsageError(f"{name}: {value!r} is not allowed", hint="Give True or False.")
         return value
@@ -72,7 +72,7 @@ class Word(Kind):
         self.allowed = ", ".join(f"`{word}`" for word in words)
 
     def check(self, value: Any, name: str) -> str:
-        """The word; raises UsageError, with the nearest."""
+        """Return the checked word; raises UsageError, with the nearest."""
         if value not in self.words:
             listed = f"Allowed: {', '.join(self.words)}."
             hint = nearest(str(value), self.words)
@@ -81,7 +81,7 @@ class Word(Kind):
         return str(value)
 
     def parse(self, text: str, name: str) -> str:
-        """The word, in whatever case."""
+        """Return the word of a text in any case."""
         return self.check(text.lower() if text.lower() in self.words else text, name)
 
 
@@ -94,13 +94,13 @@ class Whole(Kind):
         self.least, self.meaning, self.allowed = least, meaning, f"a whole number from {least}"
 
     def check(self, value: Any, name: str) -> int:
-        """The number; raises UsageError."""
+        """Return the checked number; raises UsageError."""
         if not _is_whole(value) or value < self.least:
             raise UsageError(f"{name}: {value} is not allowed", hint=f"Give {self.meaning}: {self.allowed}.")
         return int(value)
 
     def parse(self, text: str, name: str) -> int:
-        """The number of a text."""
+        """Parse the number of a text."""
         try:
             return self.check(int(text), name)
         except ValueError:
@@ -114,7 +114,7 @@ class Jobs(Kind):
     allowed = "a whole number from 1; -1 for all processors"
 
     def check(self, value: Any, name: str) -> int:
-        """The number; raises UsageError."""
+        """Return the checked number; raises UsageError."""
         if not _is_whole(value) or value == 0:
             raise UsageError(f"{name}: {value} is not allowed", hint=f"Give how many processes to use: {self.allowed}.")
         return int(value)
@@ -147,7 +147,7 @@ class Number(Kind):
         self.example = f", for example {example}" if example else ""
 
     def check(self, value: Any, name: str) -> float:
-        """The number; raises UsageError."""
+        """Return the checked number; raises UsageError."""
         low = _is_number(value) and (self.low < value if self.open_low else self.low <= value)
         if not low or not value <= self.high or value == math.inf:
             raise UsageError(
@@ -156,7 +156,7 @@ class Number(Kind):
         return value if isinstance(value, int) else float(value)
 
     def parse(self, text: str, name: str) -> float:
-        """The number of a text."""
+        """Parse the number of a text."""
         return self.check(text if _number(text) is None else _number(text, whole=True), name)
 
 
@@ -175,7 +175,7 @@ class Share(Kind):
         self.allowed = f"0 {'<=' if zero else '<'} R {'<=' if one else '<'} 1"
 
     def check(self, value: Any, name: str) -> float:
-        """The share; raises UsageError."""
+        """Return the checked share; raises UsageError."""
         allowed = f"{self.meaning}, {self.allowed}, for example {0.8 if self.one else 0.3}."
         if not _is_number(value):
             raise UsageError(f"{name}: {value!r} is not a number", hint=self._percent(str(value)) or allowed)
@@ -186,7 +186,7 @@ class Share(Kind):
         return float(value)
 
     def parse(self, text: str, name: str) -> float:
-        """The share of a text."""
+        """Parse the share of a text."""
         return self.check(text if _number(text) is None else _number(text, whole=True), name)
 
     def _percent(self, text: str) -> str:
@@ -211,7 +211,7 @@ class PathTo(Kind):
         self.metavar, self.allowed = metavar, what
 
     def parse(self, text: str, name: str) -> Any:
-        """The path."""
+        """Parse the path."""
         from pathlib import Path
 
         return Path(text)
@@ -224,7 +224,7 @@ class Patterns(Kind):
     allowed = "globs over names of nodes and weights"
 
     def check(self, value: Any, name: str) -> Sequence[str]:
-        """The globs; raises UsageError."""
+        """Return the checked globs; raises UsageError."""
         given = [value] if isinstance(value, str) else value
         if not isinstance(given, Iterable) or isinstance(given, Mapping) or not all(isinstance(p, str) for p in given):
             raise UsageError(f"{name}: {value!r} is not allowed", hint="Give a list of patterns such as '*/conv1/*'.")
@@ -248,7 +248,7 @@ class PerName(Kind):
         return key, value
 
     def hint(self, name: str) -> str:
-        """What to give."""
+        """Return a hint of what to give."""
         return f"For example {name} {self.example}."
 
 
@@ -263,7 +263,7 @@ class LayerShares(PerName):
         self.share = share
 
     def check(self, value: Any, name: str) -> Mapping[str, float]:
-        """The ratios; raises UsageError."""
+        """Return the checked ratios; raises UsageError."""
         if not isinstance(value, Mapping):
             raise UsageError(f"{name}: {value!r} is not allowed", hint="Give {pattern: ratio}.")
         return {
@@ -284,7 +284,7 @@ class Shapes(PerName):
     allowed = "{input: sizes}"
 
     def hint(self, name: str) -> str:
-        """What to give."""
+        """Return a hint of what to give."""
         return f"Give the input's name and every size, for example {name} images=2,3,224,224."
 
     def parse(self, text: str, name: str) -> tuple[str, tuple[int, ...]]:
@@ -307,7 +307,7 @@ class Ranks(PerName):
     allowed = "a number, one per mode, or {pattern: either}"
 
     def parse(self, text: str, name: str) -> tuple[str, tuple[int, ...]]:
-        """A pattern and its ranks."""
+        """Parse a pattern and its ranks."""
         pattern, sign, ranks = text.rpartition("=")
         parts = [part.strip() for part in ranks.split(",")]
         if (sign and not pattern) or not all(part.isdecimal() for part in parts):
@@ -325,7 +325,7 @@ class Targets(Kind):
     allowed = "`macs=0.5`, `params=0.4`, `size=3MB`, `latency=12ms`, `peak-memory=64MB`, or a list or mapping of these"
 
     def check(self, value: Any, name: str) -> Any:
-        """The targets; raises UsageError."""
+        """Return the checked targets; raises UsageError."""
         from onnxprune.targets import targets
 
         return targets(value, name)
@@ -345,7 +345,7 @@ class Shares(Kind):
         self.allowed = f"a list of {share.allowed.replace('R', letter)}"
 
     def check(self, value: Any, name: str) -> tuple[float, ...]:
-        """The shares, each once, the least first; raises UsageError."""
+        """Return the checked shares, each once, the least first; raises UsageError."""
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise UsageError(f"{name}: {value!r} is not allowed", hint=f"Give {self.allowed}.")
         found = tuple(sorted({self.share.check(share, name) for share in value}))
@@ -356,7 +356,7 @@ class Shares(Kind):
         return found
 
     def parse(self, text: str, name: str) -> tuple[float, ...]:
-        """The shares of a text."""
+        """Parse the shares of a text."""
         return self.check([self.share.parse(part.strip(), name) for part in text.split(",")], name)
 
 
@@ -367,13 +367,13 @@ class CostShares(Kind):
     allowed = "a list of 0 < S <= 1"
 
     def check(self, value: Any, name: str) -> tuple[float, ...]:
-        """The shares, each once, the largest first; raises UsageError."""
+        """Return the checked shares, each once, the largest first; raises UsageError."""
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise UsageError(f"{name}: {value!r} is not allowed", hint=f"Give {self.allowed}, such as 0.9, 0.7, 0.5.")
         return self.parse(",".join(str(share) for share in value), name)
 
     def parse(self, text: str, name: str) -> tuple[float, ...]:
-        """The shares of a text."""
+        """Parse the shares of a text."""
         from onnxprune.targets import shares
 
         return tuple(shares(text, name))
@@ -387,7 +387,7 @@ class Bytes(Kind):
     allowed = "bytes, 1,000,000 or more (`2GB`, `500MB`)"
 
     def check(self, value: Any, name: str) -> int:
-        """The bytes; raises UsageError."""
+        """Return the checked number of bytes; raises UsageError."""
         if not _is_whole(value):
             raise UsageError(
                 f"{name}: {value!r} is not a number of bytes", hint="Give a whole number, 1,000,000 or more."
@@ -397,7 +397,7 @@ class Bytes(Kind):
         return int(value)
 
     def parse(self, text: str, name: str) -> int:
-        """The bytes of a text."""
+        """Parse the bytes of a text."""
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, flags=re.IGNORECASE)
         unit = _BYTES.get(found[2].upper()) if found else None
         if found is None or unit is None:
@@ -435,7 +435,7 @@ class Numbers(Kind):
         self.allowed = f"1{several}{other}"
 
     def parse(self, text: str, name: str) -> tuple[float, ...]:
-        """The numbers of a text."""
+        """Parse the numbers of a text."""
         numbers = [_number(part) for part in text.split(",")]
         known = [n for n in numbers if n is not None and math.isfinite(n) and (self.zero or n)]
         if len(known) < len(numbers) or len(known) not in self.counts:
@@ -450,13 +450,13 @@ class Providers(Kind):
     allowed = "names of providers, `cuda` for `CUDAExecutionProvider`"
 
     def check(self, value: Any, name: str) -> Any:
-        """The names; raises UsageError."""
+        """Return the checked names; raises UsageError."""
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise UsageError(f"{name}: {value!r} is not allowed", hint="Give a list of names, such as ['cpu'].")
         return value
 
     def parse(self, text: str, name: str) -> list[str]:
-        """The names of a text."""
+        """Parse the names of a text."""
         return text.split(",")
 
 
@@ -467,7 +467,7 @@ class Function(Kind):
         self.allowed = f"a function {form}"
 
     def check(self, value: Any, name: str) -> Any:
-        """The function; raises UsageError."""
+        """Return the checked function; raises UsageError."""
         if not callable(value) or isinstance(value, type):
             raise UsageError(f"{name}: {value!r} is no function", hint=f"Give {self.allowed}.")
         return value
@@ -481,7 +481,7 @@ class NamedFunction(Function):
         self.metavar, self.allowed = metavar, f"a name, or {self.allowed}"
 
     def check(self, value: Any, name: str) -> Any:
-        """The function or name; raises UsageError."""
+        """Return the checked function or name; raises UsageError."""
         return value if isinstance(value, str) else super().check(value, name)
 
 
@@ -498,7 +498,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(text: str, whole: bool = False) -> float | None:
-    """The number that a text is, None where it is none; ``whole``: an integer where it is written as one."""
+    """Return the number in a text, None where there is none; ``whole``: an integer where it is written as one."""
     try:
         return int(text) if whole and re.fullmatch(r"[+-]?\d+", text.strip()) else float(text)
     except ValueError:
@@ -565,7 +565,7 @@ class Setting:
         return self.option.partition("/")[0] or f"--{self.name.replace('_', '-')}"
 
     def at(self, command: str) -> Setting:
-        """The setting as one command has it."""
+        """Return the setting as one command has it."""
         return replace(self, **self.variants[command], variants={}) if command in self.variants else self
 
 
@@ -1245,30 +1245,30 @@ SETTINGS: tuple[Setting, ...] = (
 
 @functools.cache
 def settings_of(command: str) -> Mapping[str, Setting]:
-    """The settings that a command or its call has, by name, as they are there."""
+    """Return the settings of a command or its call, by name, with their present defaults."""
     return {setting.name: setting.at(command) for setting in SETTINGS if command in setting.on}
 
 
 def options_of(command: str) -> list[Setting]:
-    """The settings that a command has as options, in the order of its help."""
+    """Return the settings that a command has as options, in the order of its help."""
     there = [setting for setting in settings_of(command).values() if setting.on[command]]
     return sorted(there, key=lambda setting: HEADINGS[command].index(setting.on[command]))
 
 
 def default(name: str, command: str = "prune") -> Any:
-    """What a setting is where nobody says."""
+    """Return the default value of a setting."""
     return settings_of(command)[name].default
 
 
 def words(name: str, command: str = "prune") -> tuple[str, ...]:
-    """The words that a setting may be."""
+    """Return the allowed words of a setting."""
     kind = settings_of(command)[name].kind
     assert isinstance(kind, Word)
     return kind.words
 
 
 def checked(name: str, value: Any, command: str = "prune") -> Any:
-    """A value as its setting allows it; None where nothing is given stays None.
+    """Return a value checked by its setting; None stays None where the default is None.
 
     Args:
         name: the argument.
@@ -1355,7 +1355,7 @@ def spell(command: str) -> Callable[[str, str, str], str]:
 
 
 def reference() -> str:
-    """The page of settings, in Markdown."""
+    """Return the page of settings, in Markdown."""
     lines = [_INTRODUCTION]
     for heading in dict.fromkeys(heading for headings in HEADINGS.values() for heading in headings):
         rows = [

@@ -72,7 +72,7 @@ def stoppable() -> Iterator[None]:
 
 
 def describe(error: BaseException, command_path: str = "onnxprune") -> Failure:
-    """The failure an exception stands for; an exception nobody planned is an internal error (exit code 3)."""
+    """Describe the failure behind an exception; an unexpected exception is an internal error (exit code 3)."""
     if isinstance(error, OnnxpruneError):
         return Failure(type(error).__name__, error.message, error.hint, error.exit_code)
     if isinstance(error, Stopped):

@@ -48,7 +48,7 @@ class DefaultGroup(click.Group):
         return super().parse_args(ctx, args)
 
     def _mistyped(self, args: list[str]) -> bool:
-        """True for ``inspekt model.onnx``: a bare word, no such file, and more words behind it."""
+        """Return whether a command is misspelled (``inspekt model.onnx``): a bare word, no file, followed by words."""
         word = args[0]
         return word.isalpha() and not Path(word).exists() and any(not other.startswith("-") for other in args[1:2])
 
@@ -72,7 +72,7 @@ class DefaultGroup(click.Group):
         return result
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The help of the whole program: the ways to call it, then the options of a cut."""
+        """Format the help of the whole program: how to call it, then the options of pruning."""
         formatter.write_usage(ctx.command_path, "MODEL.onnx [-o OUT.onnx] [options]")
         formatter.write_usage(ctx.command_path, "factorize MODEL.onnx [-o OUT.onnx] [options]", prefix="       ")
         pair = "recover ORIGINAL.onnx CUT.onnx --plan FILE --data FILE [options]"
@@ -93,7 +93,7 @@ class DefaultGroup(click.Group):
 
 
 def _screen(args: list[str]) -> Screen:
-    """The streams as the arguments ask for them, read before parsing so that a parsing error obeys ``--json``."""
+    """Return the streams set by the arguments, before parsing, so that a parsing error obeys ``--json``."""
     quiet, loud = _volume(args)
     command = args[0] if args and args[0] in COMMANDS else DEFAULT
     verbosity = -1 if quiet and not loud else min(loud, 2)
@@ -108,7 +108,7 @@ def _volume(args: list[str]) -> tuple[bool, int]:
 
 
 def _flags(args: list[str]) -> list[str]:
-    """The arguments in front of ``--``, which ends the options."""
+    """Return the arguments in front of ``--``, which ends the options."""
     return args[: args.index("--")] if "--" in args else args
 
 

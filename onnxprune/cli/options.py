@@ -66,7 +66,7 @@ class SettingType(_ParamType):
         self.name = self.kind.metavar
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value; raises UsageError."""
+        """Return the checked value; raises UsageError."""
         return self.kind.parse(value, argument(self.argument)) if isinstance(value, str) else value
 
 
@@ -150,7 +150,7 @@ class Given:
         return tuple(value) if isinstance(kind, Patterns) else value
 
     def _images(self) -> Any:
-        """What was said about images, None for nothing."""
+        """Return the image options given on the command line, None where there are none."""
         parts = {s.into.partition(".")[2]: self.values[s.name] for s in options_of(self.command) if s.into}
         said = {name: value for name, value in parts.items() if value is not None}
         if not said:
@@ -199,7 +199,7 @@ _READ = {
 
 
 def command(name: str, **positional: str) -> Callable[[Callable[[Screen, Given], None]], click.Command]:
-    """A command with the options that its settings are, as a decorator of what it does.
+    """Return a decorator that makes a function a command with the options of its settings.
 
     Args:
         name: of the command.
@@ -224,7 +224,7 @@ def command(name: str, **positional: str) -> Callable[[Callable[[Screen, Given],
 
 
 def _option(setting: Setting, command: str) -> Callable[..., Any]:
-    """A setting as an option of click's."""
+    """Return the click option of a setting."""
     names = [*filter(None, [setting.short]), setting.option or setting.flag, setting.name]
     shared: dict[str, Any] = {"cls": HeadedOption, "heading": setting.on[command]}
     shared["help"] = spelled(setting.help, spell(command))

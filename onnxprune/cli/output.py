@@ -13,9 +13,10 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
     """Stop before anything is written when the cut is wrong (ValidationError) or not faithful enough (BudgetError).
 
     Args:
-        least: what ``--min-fidelity`` asks for.
-        show: shows the report of a result that is not faithful enough.
-        hint: what to do about that.
+        report: report of the run.
+        least: value of ``--min-fidelity``, a cosine in (0, 1]; None: no limit.
+        show: function that prints the report of a result below the limit.
+        hint: advice for a result below the limit.
     """
     if report.exactness.passed is False:
         facts = report.exactness

@@ -107,7 +107,7 @@ def check_pair(wanted: Graph, given: Graph) -> tuple[int, int]:
 
 
 def _check_nodes(wanted: Graph, given: Graph) -> tuple[list[tuple[str, str]], set[str]]:
-    """Same operators, reading the same; gives pairs of weights, and weights that came on top."""
+    """Check that nodes have equal operators and inputs; returns pairs of weights and the names of added weights."""
     pairs: dict[tuple[str, str], None] = {}
     added: set[str] = set()
     for node in wanted.steps:

@@ -42,12 +42,15 @@ def captured_maps(
     removed: NDArray[np.bool_] | None = None,
     source: CalibrationBatches | None = None,
 ) -> CapturedMaps:
-    """Statistics in front of every contraction that reads the groups' channels.
+    """Accumulate statistics of the inputs of every contraction that reads the groups' channels.
 
     Args:
+        context: context of the run, with the calibration data.
+        analysis: analysis of the model.
+        groups: groups whose channels are read.
         needs: names of statistics.
-        removed: mask over atoms of what is gone already; the cut model is then run.
-        source: some of the data; None: all.
+        removed: mask over the atoms that are removed already [atoms], bool; the pruned model is then run.
+        source: part of the data; None: all.
 
     Raises:
         UsageError: there is no data, or it does not fit. ModelError: the model does not run, or maps are not finite.
@@ -93,7 +96,7 @@ def captured_maps(
 def _forms_after(
     analysis: Analysis, found: Sequence[Site], proto: onnx.ModelProto, removed: NDArray[np.bool_]
 ) -> dict[tuple[int, int], Form | None]:
-    """The contractions' forms in the cut model, which may have fewer convolution groups."""
+    """Return the forms of the contractions in the pruned model, which may have fewer convolution groups."""
     after = After(analysis.table, removed)
     by_output = {node.outputs[0]: node for node in Graph.of(proto, {}).nodes if node.outputs}
     result: dict[tuple[int, int], Form | None] = {}
@@ -152,7 +155,7 @@ class _Requests:
         self._add(need, site.columns_key, request, captured)
 
     def _add(self, need: str, key: Hashable, request: Request, captured: CapturedMaps) -> None:
-        """The request, unless there is the same already, and the way of its result."""
+        """Add the request unless an equal one exists, and record where its result goes."""
         if (key, need) in self._known:
             return
         self._known.add((key, need))
@@ -170,7 +173,7 @@ def _gram_bytes(columns: int, parts: int) -> int:
 
 
 def decoded(site: Site, arrange: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The same of the numbers that a site's codes stand for."""
+    """Apply the function to the real numbers that a site's codes represent."""
     decode = site.decode
     return arrange if decode is None else lambda value: arrange(decode(value))
 

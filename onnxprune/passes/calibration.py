@@ -61,7 +61,7 @@ class CalibrationBatches:
                 yield feed
 
     def fingerprint(self) -> str | None:
-        """What stands for the data's content, None where it can be read only once."""
+        """Return a fingerprint of the content of the data, None where they can be read only once."""
         return self._data.fingerprint()
 
 
@@ -130,7 +130,7 @@ class TrialSplit:
     max_validation: int = MAX_VALIDATION
 
     def num_fit(self, context: Context, analysis: Analysis) -> int:
-        """Samples to fit to."""
+        """Return the number of samples to fit to."""
         total = None if context.calibration is None else CalibrationBatches(context, analysis).samples
         return self.max_fit if total is None else min(self.max_fit, max(1, total // 2))
 

@@ -33,10 +33,12 @@ def comparable_tensors(context: Context, model: Model) -> Iterator[str]:
 
 
 def inside(analysis: Analysis, now: Callable[[str], Any] | None = None) -> dict[str, Inner]:
-    """What lies inside of bodies.
+    """Return types, ranks and sizes of the tensors inside of bodies.
 
     Args:
-        now: shapes at the first probe in the model that is run, where it is not the one that was analysed.
+        analysis: analysis of the model.
+        now: function that returns the shape of a tensor at the first probe in the model that is run; None: that model
+            is the analysed one.
     """
     probe = analysis.facts.probes[0]
     return {
@@ -62,7 +64,7 @@ def _sizes(facts: Facts, name: str, now: Callable[[str], Any] | None) -> tuple[S
 
 
 def _of_input(facts: Facts, sizes: list[int]) -> Size | None:
-    """An input's size of which these, one per probe, are a multiple."""
+    """Return the size of an input of which these sizes, one per probe, are a multiple."""
     for source, shape in facts.probes[0].inputs.items():
         for axis, size in enumerate(shape):
             factor = sizes[0] // size if size else 0
@@ -81,7 +83,7 @@ def can_follow(analysis: Analysis, after: After, name: str) -> bool:
 
 
 def survivors(full: Get, after: After, name: str, batch: int) -> Array:
-    """A value of the original without what the cut removed."""
+    """Return the surviving channels of a tensor of the original."""
     value = full(name, batch)
     for axis, index in after.steps(name):
         value = value.take(index, axis=axis) if index.ndim == 1 else np.take_along_axis(value, index, axis=axis)
@@ -108,11 +110,12 @@ def untaken(graph: Graph, taken: Sequence[Way], aim: RecoveryTarget) -> str:
 
 
 def of_iterations(get: Get, where: Sequence[tuple[str, bool]], weights: Mapping[str, Weight]) -> Get:
-    """Values of all iterations, joined, without those in which a condition is not what it has to be.
+    """Return a function that joins the values of all iterations in which the conditions hold.
 
     Args:
-        where: (condition, value).
-        weights: those that are constants.
+        get: function that returns the value of a tensor for a batch, iterations along the first axis.
+        where: pairs of a condition and its required value.
+        weights: constants of the model, by name.
     """
 
     def chosen(name: str, batch: int) -> Array:

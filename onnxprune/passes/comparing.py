@@ -18,7 +18,7 @@ from onnxprune.runtime.sessions import Feed, Openable, open_session, run
 
 
 def rounding_of(analysis: Analysis, base: float) -> Rounding:
-    """What differences the arithmetic of a model explains.
+    """Return the rounding differences that the arithmetic of a model explains.
 
     Args:
         analysis: of the model.
@@ -56,7 +56,7 @@ class Pair:
     final: Openable | None = None
 
     def compared(self, feeds: Sequence[Feed]) -> Comparison:
-        """What both give on the same inputs.
+        """Compare the outputs of both models on the same inputs.
 
         Where that differs, they are compared again in front of operators that choose, and behind these with what they
         choose by held equal; so are random numbers. Outputs that depend on random numbers which cannot be held prove
@@ -79,7 +79,7 @@ class Pair:
         return found
 
     def _held(self, holding: Holding, feeds: Sequence[Feed]) -> Comparison | None:
-        """The comparison with choices held equal; None where the reference does not run like that."""
+        """Compare with discrete choices held equal; None where the reference does not run with them."""
         tapped, names = holding.tapped()
         pairs = []
         try:
@@ -105,7 +105,7 @@ class Pair:
 
     @contextmanager
     def lend_reference(self) -> Iterator[Openable]:
-        """The reference, opened or to be opened."""
+        """Lend the reference, as an open session or as a source of one."""
         if self.file is not None:
             yield self.file
             return

@@ -42,22 +42,25 @@ def check_exactness(
     feeds: Sequence[Any],
     seed: int,
 ) -> Exactness:
-    """Compare the cut, ``model`` and as a file ``final``, with the masked original on one feed per probe.
+    """Compare the pruned model, in memory and as the file ``final``, with the masked original on one feed per probe.
 
-    Where an output is the same whatever goes in, more feeds are tried; where that does not help, the last tensors in
-    front of it that vary are compared too, and the note says which.
+    Where an output is constant over the inputs, more feeds are tried; where it stays constant, the last tensors in
+    front of it that vary are compared too, and the note names them.
 
-    Groups that were cut through a normalisation have no exact counterpart: the comparison is then made on a cut of all
-    the others, and the note says so.
+    Groups that were pruned through a normalisation have no exact counterpart: the comparison then uses a model with all
+    other groups pruned, and the note records this.
 
     Args:
-        analysis: of the model that was cut.
-        removed: mask over atoms.
-        trial: of that model, with its file.
-        seed: of feeds besides these.
+        analysis: analysis of the model before pruning.
+        removed: mask over atoms [atoms], bool.
+        trial: trial of that model, with its file.
+        final: path of the pruned model's file.
+        model: the pruned model in memory.
+        feeds: one call of the model per probe.
+        seed: seed of any further feeds.
 
     Raises:
-        ValidationError: they differ, or preparing the model for the cut changed what it computes.
+        ValidationError: they differ, or the preparation of the model for pruning changed its outputs.
     """
     check_preparation(analysis, trial, feeds, seed)
     removed, skipped = _exact_part(analysis, removed)
@@ -96,7 +99,7 @@ def check_exactness(
 
 
 def _worse(one: Exactness, other: Exactness) -> Exactness:
-    """The facts with the larger error, with what both were asked on and what is to be said of both."""
+    """Return the facts with the larger error, with the probe sizes and the notes of both."""
     batches = [*one.batches, *(n for n in other.batches if n not in one.batches)]
     notes = "; ".join(filter(None, dict.fromkeys((one.note, other.note))))
     worst = other if not other.passed or other.error >= one.error else one
@@ -139,7 +142,7 @@ class _Check:
         return Pair(self.trial, masked, model, kinds_of(self.analysis), self._rounding, survivors, final=final)
 
     def beyond(self, worst: Exactness) -> Exactness:
-        """The facts after the file was run at sizes that no probe has, where the model leaves sizes open."""
+        """Run the file at sizes that no probe has, where the model leaves sizes open, and return the facts."""
         facts, graph = self.analysis.facts, self.analysis.graph
         for probe in facts.elsewhere():
             bounds = integer_bounds(graph, replace(facts, probes=(*facts.probes, probe)))
@@ -151,7 +154,7 @@ class _Check:
         return worst
 
     def at(self, probe: Probe, feed: Feed) -> Exactness:
-        """The facts at the sizes of one probe."""
+        """Return the facts at the sizes of one probe."""
         masked = masked_original(self.analysis.table, self.removed, probe)
         # A file with random numbers would draw others than the reference.
         pair = self._pair(probe, masked, self.model, None if self.trial.drawing else self.final)
@@ -168,8 +171,9 @@ class _Check:
         return self._inside(probe, masked, feeds, found)
 
     def _in_floats(self, probe: Probe, masked: Model, feed: Feed) -> Exactness:
-        """The facts where products with 4-bit weights take floats: else a rounding of activations to 8 bits that falls
-        the other way is no less than a mistake.
+        """Return the facts where products with 4-bit weights take floats.
+
+        With activations rounded to 8 bits, a rounding to the other side is as large as a real error.
         """
         facts = self._pair(probe, _without_rounding(masked), _without_rounding(self.model)).compared([feed]).said()
         said = "with activations of 4-bit products in floats"
@@ -177,7 +181,7 @@ class _Check:
         return facts
 
     def elsewhere(self, feeds: Sequence[Feed], worst: Exactness) -> Exactness:
-        """The facts after every branch of an If, and every Loop, was made to run, whatever the inputs make of it."""
+        """Run every branch of an If and the body of every Loop, whatever the inputs select, and return the facts."""
         found_open = undecided(self.analysis.graph, self.analysis.facts)
         run, missed = set[tuple[str, bool]](), set[tuple[str, bool]]()
         for way in ways(found_open):
@@ -222,7 +226,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _exact_part(analysis: Analysis, removed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], int]:
-    """The removal without groups that run through a normalisation, and how many of these were cut."""
+    """Return the mask without groups that run through a normalisation, and how many such groups were pruned."""
     units = analysis.units
     gone = np.zeros(units.frozen.size, dtype=bool)
     gone[units.component[removed]] = True

@@ -114,7 +114,7 @@ class Work:
         return Done(opened, candidate, item, kernel, opened.metric.error(opened.kernel, kernel), note)
 
     def _shift(self, opened: Opened, kernel: Real) -> Real | None:
-        """What a bias has to take up: the difference times the mean of what the layer reads."""
+        """Return the bias correction: the change of the kernel times the mean input of the layer."""
         mean = self.moments[opened.layer.name].mean
         if mean is None:
             return None
@@ -124,13 +124,14 @@ class Work:
 
 
 def lay_open(context: Context, current: Model, request: Request, methods: Sequence[str], *, every: bool) -> Work:
-    """Find the layers of the model as it is, and what the data show of their inputs.
+    """Find the layers of the model that can be factorized, and capture the moments of their inputs.
 
     Args:
-        context: the run.
+        context: context of the run.
         current: the model.
-        methods: those that may be used.
-        every: go by no pattern.
+        request: patterns and limits of the layers to factorize.
+        methods: names of the allowed methods.
+        every: whether to take every layer, whatever the patterns of the request.
 
     Raises:
         UsageError: a pattern matches nothing, or data that do not fit. ModelError: the model does not run.
@@ -239,7 +240,7 @@ def input_moments(
 
 
 def _needed_for(graph: Graph, node: Node, form: Form) -> set[str]:
-    """What has to be seen for a layer: what it reads, and whether it runs."""
+    """Return the tensors to capture for a layer: its inputs, and the conditions under which it runs."""
     return {node.inputs[form.data], *(name for name, _ in graph.conditions(node.index))}
 
 
@@ -270,7 +271,7 @@ def _request(key: tuple[Any, ...], layer: Layer, form: Form, whole: bool, sample
 def _moments_of(
     layer: Layer, results: Sequence[dict[str, Any]], shared: bool, weights: Mapping[str, Weight]
 ) -> InputMoments:
-    """The moments of one layer, of all nodes that read its weight together."""
+    """Return the input moments of one layer, over all nodes that read its weight."""
     if not all(results):
         return InputMoments(Metric())
     gram = np.mean([r["gram"] for r in results], axis=0)

@@ -89,7 +89,7 @@ class Factorize(Pass):
         return PassResult(factorized, [settings, *map(Remark, remarks), *facts])
 
     def unchecked(self) -> Factorize:
-        """The same without the check of products, for trials."""
+        """Return the same pass without the check of products, for trials."""
         other = copy(self)
         other.check = False
         return other
@@ -107,7 +107,7 @@ class Factorize(Pass):
     def _choose(
         self, context: Context, before: ModelParts, work: Work, chosen: Chosen
     ) -> tuple[list[Done], Sequence[str]]:
-        """What is taken apart, and how; and what the user should know of the choice."""
+        """Choose the layers to factorize with their methods and ranks, and the remarks about the choice."""
         if self.plan is not None:
             entries = [(f.layer, f.method, tuple(f.ranks)) for f in self.plan.factorized]
             chosen.taken = read_choices(work.opened, entries)
@@ -129,7 +129,7 @@ class Factorize(Pass):
 
 
 def _plan(context: Context, model: Model, done: Sequence[Done]) -> Plan:
-    """The plan so far, and the ranks of every layer."""
+    """Return the plan so far with the ranks of every layer."""
     factors = [PlanFactors(d.name, d.candidate.method, list(d.candidate.ranks), d.error) for d in done]
     digest = model.plan.model_sha256 or context.analysis.loaded.sha256
     return replace(model.plan, factorized=factors, model_sha256=digest)
@@ -162,7 +162,7 @@ def _require_speed(context: Context, analysis: Analysis, before: ModelParts, aft
 
 
 def _reasons(chosen: Chosen) -> str:
-    """The commonest reasons."""
+    """Return the most frequent reasons."""
     counts = Counter(chosen.left.values())
     said = "; ".join(f"{n} layer{'s' if n > 1 else ''}: {why}" for why, n in counts.most_common(3))
     return f"Reasons: {said}." if said else "It has no layers with weights of their own."
@@ -174,14 +174,15 @@ def _reasons(chosen: Chosen) -> str:
 def describe_factors(
     context: Context, model: Model, work: Work, done: Sequence[Done], left: Mapping[str, str], product: Exactness
 ) -> Iterator[Fact]:
-    """Facts about a factorization.
+    """Describe a factorization as facts.
 
     Args:
-        context: the run.
-        model: factorized.
-        work: what was known of its layers before.
-        done, left: layers that were factorized, and why others were not.
-        product: what the check of the products said.
+        context: context of the run.
+        model: the factorized model.
+        work: layers of the model before, with the moments of their inputs.
+        done: factorized layers.
+        left: {layer: reason} of the layers that were not factorized.
+        product: result of the check of the products.
     """
     layers = list(_layers(work, done, left))
     known = {layer.name for layer in layers}

@@ -30,7 +30,7 @@ class Flush(Pass):
 
 
 def flush(model: ModelParts) -> tuple[ModelParts, int]:
-    """The model with such weights changed, and how many values that are; what is given stays as it is."""
+    """Flush such weights to zero in a copy of the model; returns it and the number of values changed."""
     proto, weights = model
     found = flushed(Graph.of(proto, weights))
     if not found:

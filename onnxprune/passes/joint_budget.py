@@ -114,7 +114,7 @@ class JointBudget:
         self._explain(slower)
 
     def _change(self) -> float:
-        """What the choice does to the outputs, where they are known."""
+        """Return the change of the outputs caused by the choice, where it is known."""
         if self._outputs is None or len(self._ways) < 2:
             return 0.0
         return self._outputs.change([(d.opened.layer, d.kernel) for d in self._carried_out()])
@@ -204,7 +204,7 @@ class JointBudget:
         return [d for d in done if d.timed is not None and d.timed.speedup < _FASTER]
 
     def _measured(self) -> list[list[float]]:
-        """What a layer's error does at the outputs, in the ways it may count: measured with data, else all alike."""
+        """Return the output errors per layer error under every weighting: measured with data, else equal."""
         work, context = self._work, self._work.context
         if context.calibration is None or context.analysis.loaded.size > _MEASURED or not self.opened:
             return [[1.0] * len(self.opened)]
@@ -230,7 +230,7 @@ class JointBudget:
 
 
 def _worst(done: Sequence[Done]) -> float:
-    """The largest error of a layer."""
+    """Return the largest error of a layer."""
     return max((d.error for d in done), default=0.0)
 
 
@@ -291,13 +291,14 @@ class Outputs:
 
 
 def output_gains(outputs: Outputs, layers: Sequence[Opened], names: Sequence[str]) -> list[float]:
-    """Energy of the change at the model's outputs per share of energy lost at the layer's, for every layer.
+    """Measure for every layer the energy of the output change of the model per share of energy lost at the layer.
 
-    Every layer is taken apart on its own and the model run. NaN where a layer cannot be taken apart or loses nothing.
+    Every layer is factorized on its own and the model run. NaN where a layer cannot be factorized or loses nothing.
 
     Args:
-        layers: to be tried.
-        names: of methods to try them with.
+        outputs: evaluation of the model's outputs on the data.
+        layers: layers to factorize.
+        names: names of the methods to try.
     """
 
     def one(opened: Opened) -> float:

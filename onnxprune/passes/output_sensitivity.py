@@ -48,21 +48,24 @@ def output_sensitivity(
     shares: Sequence[float] = SHARES,
     max_samples: int = MAX_SAMPLES,
 ) -> dict[int, Scores]:
-    """Scores [units] by group that add up to the output sensitivity, in the order of the scores that are given.
+    """Measure scores [units] by group that add up to the output sensitivity, in the order of the given scores.
 
-    Each group is cut alone, to a few sizes; the contractions that read it are corrected for what went (least squares,
-    see :func:`onnxprune.importance.criteria.corrected`), and sensitivity is |y' - y|^2 / |y - mean y|^2 over held-out
-    samples (of class probabilities the square roots), averaged over the outputs. Groups then compare by what counts in
-    the end, however wide and deep they are.
-    A group of which no cut can be run keeps the mean of the others.
+    Each group is pruned alone, to a few sizes; the contractions that read it are corrected for the removed channels
+    (least squares, see :func:`onnxprune.importance.criteria.corrected`), and sensitivity is
+    |y' - y|^2 / |y - mean y|^2 over hold-out samples (of class probabilities the square roots), averaged over the
+    outputs. Groups then compare by their effect on the outputs, whatever their width and depth.
+    A group of which no pruned model runs gets the mean of the others.
 
     Args:
-        scores: [units] by group.
-        shares: of every group to cut.
-        max_samples: to measure on.
+        context: context of the run, with the calibration data.
+        analysis: analysis of the model.
+        groups: groups to measure.
+        scores: scores [units] by group.
+        shares: shares of every group to remove, 0 < share < 1.
+        max_samples: largest number of samples to measure on.
 
     Raises:
-        UsageError: no data, too few of them, or outputs that say nothing. ModelError: the model does not run.
+        UsageError: no data, too few of them, or outputs that are constant. ModelError: the model does not run.
     """
     fit, held = _SplitBatches(context, analysis, False), list(_SplitBatches(context, analysis, True).some(max_samples))
     if not held:
@@ -103,7 +106,7 @@ class _SplitBatches(CalibrationBatches):
         self._size = self.fixed or max(1, min(_CALL, self.max_size, (samples or 10 * _CALL) // 10))
 
     def batches(self, batch_size: int | None = None) -> Iterator[Feed]:
-        """The same samples at whatever size is asked for: calls are as large as the split needs them.
+        """Iterate over the same samples at any batch size: calls are as large as the split needs them.
 
         Runs of samples are held out, since those next to each other are often alike.
         """
@@ -115,7 +118,7 @@ class _SplitBatches(CalibrationBatches):
                 yield feed
 
     def some(self, samples: int) -> Iterator[Feed]:
-        """Calls with about so many samples."""
+        """Iterate over calls with about this many samples."""
         seen = 0
         for feed in self.batches():
             yield feed
@@ -124,7 +127,7 @@ class _SplitBatches(CalibrationBatches):
                 break
 
     def fingerprint(self) -> str | None:
-        """That of all data, marked."""
+        """Return the fingerprint of all data, marked."""
         found = super().fingerprint()
         return None if found is None else f"{found}:{'held' if self._held else 'fit'} runs of {self._size}"
 
@@ -167,7 +170,7 @@ class _PrunedRuns:
         return float(np.mean([min(errors[n] / scale[n], 1.0) for n in scale]))
 
     def original(self) -> Mapping[str, float]:
-        """Sums of squares of the original's outputs about their mean, by name; those that vary."""
+        """Return the sum of squares about its mean of every output of the original that varies, by name."""
         if self._scale is None:
             graph = self.analysis.graph
             session = self._session(graph.proto, graph.weights)
@@ -186,7 +189,7 @@ class _PrunedRuns:
         return self._scale
 
     def _outputs(self, session: Any, feed: Feed) -> dict[str, Array]:
-        """What the model gives, with the square roots of class probabilities."""
+        """Run the model and return its outputs, with the square roots of class probabilities."""
         found = run(session, feed)
         if self._probable is None:  # the original comes first
             self._probable = {name for name, value in found.items() if are_probabilities(value)}

@@ -64,11 +64,14 @@ def hold_against_file(
     feeds: Sequence[Feed],
     others: Callable[[int], Iterable[Feed]] = lambda _: (),
 ) -> None:
-    """Run the file of a trial and a model that should compute the same.
+    """Run the file of a trial and a model, and check that their outputs are equal.
 
     Args:
-        analysis: tells the types of tensors.
-        others: more feeds for a probe, where outputs are the same whatever goes in.
+        analysis: analysis of the model, with the types of its tensors.
+        trial: trial with the file.
+        model: model to compare with the file.
+        feeds: one call of the model per probe.
+        others: function that returns more feeds for a probe, where outputs are constant over the inputs.
 
     Raises:
         ValidationError: they differ.
@@ -100,7 +103,7 @@ class _Forced:
     feeds: Sequence[Feed]
 
     def __call__(self, reference: Model, model: Model) -> None:
-        """Raises ValidationError where they differ."""
+        """Compare both models; raises ValidationError where they differ."""
         pair = Pair(self.trial, reference, model, kinds_of(self.analysis), rounding_of(self.analysis, _ALLOWED))
         for feed in self.feeds:
             try:

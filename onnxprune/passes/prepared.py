@@ -20,7 +20,7 @@ Parts = tuple[onnx.ModelProto, dict[str, Weight]]
 
 
 def cut_model(analysis: Analysis, removed: Mask) -> Parts:
-    """The model without ``removed`` (a mask over atoms), as it is saved.
+    """Return the model without ``removed`` (a mask over atoms), as it is saved.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes.
@@ -50,7 +50,7 @@ class Prepared:
         self._stored = {t.name for t in self.graph.proto.graph.initializer}
 
     def model(self) -> Parts:
-        """The model with the weights there are now; what did not change is as it was written."""
+        """Return the model with its current weights; unchanged nodes and weights are as they were written."""
         proto = self.graph.proto
         for node in proto.graph.node:
             if node.op_type == "Constant" and self._changed(node.output[0]):

@@ -22,7 +22,7 @@ def check_products(
     after: ModelParts,
     chosen: Sequence[tuple[Factorized, Real]],
 ) -> Exactness:
-    """The factorized model against the one in whose layers the products stand, on seeded inputs of every probe size.
+    """Compare the factorized model with the one whose layers hold the products, on seeded inputs of every probe size.
 
     That is strides, pads, groups, biases and order: everything but the approximation itself.
 

@@ -90,11 +90,11 @@ class Prune(Pass):
         return PassResult(pruned, [settings, *describe_removal(context, pruned, selector)])
 
     def selector(self, context: Context, analysis: Analysis) -> Selector:
-        """What chooses the units, for those who want to know before they cut: ``selector(...).at(ratio)``."""
+        """Return the selector of units, to select units without pruning: ``selector(...).at(ratio)``."""
         return Selector(context, analysis, self.request, self.criterion, self.name)
 
     def prepared(self, context: Context, model: Model) -> Analysis:
-        """The analysis of the model as it is, made anew where a pass has changed the model since.
+        """Return the analysis of the current model, renewed where a pass has changed the model since.
 
         Raises:
             UsageError: a pattern matches nothing.
@@ -159,11 +159,12 @@ def reasons(analysis: Analysis) -> str:
 
 
 def frozen_at(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> Analysis:
-    """The analysis in which the channels of a node stay that cannot be rewritten.
+    """Return the analysis with the channels frozen of a node that cannot be rewritten.
 
     Args:
-        stop: was raised for the node.
-        removed: mask over atoms of what was to be removed.
+        analysis: analysis of the model.
+        stop: error that was raised for the node.
+        removed: mask over atoms [atoms], bool: the removal that failed.
     """
     why = Barrier("unsupported-form", stop.node.label, stop.node.kind, stop.detail)
     freezes: list[tuple[Ids, Barrier]] = []
@@ -180,7 +181,7 @@ def frozen_at(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_
 
 
 def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Removed atoms on tensors whose size reaches the node by computation."""
+    """Return the removed atoms on tensors whose size reaches the node by computation."""
     queue, seen, found = list(stop.node.inputs), set(stop.node.inputs), [np.zeros(0, np.int64)]
     while queue:
         producer = analysis.graph.producer.get(queue.pop())

@@ -61,7 +61,7 @@ _WORSE = 1.01
 
 
 def doubts(analysis: Analysis, feeds: Sequence[Feed], repairs: Sequence[Repair]) -> list[str]:
-    """What is wrong with data that was fitted to, as warnings: each thing once, with the layer where it is worst."""
+    """Return warnings about the data used for fitting: each warning once, with the layer where it is worst."""
     found = []
     samples = sum(map(count, feeds))
     if samples < _FEW:
@@ -79,7 +79,7 @@ def doubts(analysis: Analysis, feeds: Sequence[Feed], repairs: Sequence[Repair])
 
 
 def _single_class(analysis: Analysis, feeds: Sequence[Feed]) -> str:
-    """The first output of class scores whose largest entry is the same for all samples; empty where there is none."""
+    """Return the first output of class scores whose largest entry is the same for all samples, or an empty string."""
     first: dict[str, int] = {}
     varied: set[str] = set()
     with Trial.of(analysis) as trial:
@@ -147,12 +147,12 @@ def is_worse(after: Fidelity, before: Fidelity) -> bool:
 
 
 def noise(facts: Fidelity) -> float:
-    """|a - b|^2 / |a|^2, at most 1, averaged over outputs; the Hellinger distance for class probabilities."""
+    """Return |a - b|^2 / |a|^2, at most 1, averaged over outputs; the Hellinger distance for class probabilities."""
     return float(np.mean([o.noise for o in facts.outputs] or [0.0]))
 
 
 def remarks(facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str]) -> list[str]:
-    """What a user should know of a repair that came to little, as warnings."""
+    """Return warnings about a recovery that had little effect."""
     unreached = sum(why.startswith(UNREACHED) for why in left.values())
     found = []
     if unreached:
@@ -181,12 +181,12 @@ NO_DATA = (
 
 
 def no_data(mode: str) -> UsageError:
-    """The error where there is nothing to recover from."""
+    """Return the error of a recovery without data."""
     return UsageError(f"{argument('recover', mode)} needs calibration data, and there is none", hint=NO_DATA)
 
 
 def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSplit:
-    """The inputs for a mode of recovery.
+    """Return the inputs for a mode of recovery.
 
     Args:
         context: the run.
@@ -219,7 +219,7 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
 
 
 def _batches(context: Context, analysis: Analysis) -> list[Feed]:
-    """The data in batches that leave enough of them to hold some out."""
+    """Return the data in batches, small enough to leave some for the hold-out."""
     assert context.calibration is not None
     source = CalibrationBatches(context, analysis)
     size = min(32, context.calibration.batch_size or 32)
@@ -261,7 +261,7 @@ class Checkpoints:
         make_folder(self._folder)
 
     def load(self, level: int, layers: Sequence[str]) -> list[Fitted] | None:
-        """The solutions of these layers; None where they are not there."""
+        """Load the solutions of these layers; None where they were not stored."""
         file = read_arrays(self._path(level))
         try:
             if list(file["layers"]) == list(layers):
@@ -405,7 +405,7 @@ class Recover(Pass):
         return PassResult(recovered, facts)
 
     def _best(self, context: Context, model: Model, split: CalibrationSplit) -> _Outcome:
-        """The last attempt that makes nothing worse, or the first that is exact."""
+        """Return the last attempt that makes nothing worse, or the first that is exact."""
         best = None
         key = self._key(context, model, split)
         for recalibrate in _recalibrations(self.mode, model.analysis):
@@ -435,7 +435,7 @@ class Recover(Pass):
         return f"{settings} {fingerprint_of(*model.parts, split.fit)}"
 
     def _of_original(self, aim: RecoveryTarget) -> tuple[str, ...]:
-        """What has to be known of the original before a layer can be fitted."""
+        """Return the tensors of the original that the fit of a layer needs."""
         names = (aim.tail.aim, aim.data) if self.symmetric or aim.recurrent else (aim.tail.aim,)
         return (*names, *(name for name, _ in aim.where))
 
@@ -447,7 +447,7 @@ class Recover(Pass):
     def _targets(
         self, context: Context, model: Model, graph: Graph, after: After, taken: Sequence[Way]
     ) -> RecoveryTargets:
-        """What to repair in the cut model on batches that take these ways."""
+        """Return the recovery targets in the pruned model on batches with this branch assignment."""
         known = {name for name in comparable_tensors(context, model) if can_follow(model.analysis, after, name)}
         shape = _shapes_now(model.analysis, graph) if model.is_factorized else after.shape
         aims = find_targets(graph, known, shape, joint=self._fitting == "full")
@@ -464,7 +464,7 @@ class Recover(Pass):
         after: After,
         feeds: Sequence[Feed],
     ) -> _Values:
-        """What a problem has to know of values; of stores the one of the cut model comes first."""
+        """Return the tensor values that a problem needs; the store of the pruned model comes first."""
         get = of_iterations(store[1].get, aim.where, weights) if aim.where else store[1].get
         data = partial(survivors, get, after) if self.symmetric or aim.recurrent else store[0].get
         own = [b for b in store[1].batches([aim.tail.aim]) if not aim.where or len(get(aim.tail.aim, b))]
@@ -533,7 +533,7 @@ class Recover(Pass):
 def _fitted_level(
     fit: Callable[[Layer], Fitted], layers: Sequence[Layer], level: int, checkpoints: Checkpoints | None
 ) -> Sequence[Fitted]:
-    """The fits of a level's layers, from a checkpoint if there is one."""
+    """Return the fits of the layers of a level, from a checkpoint if there is one."""
     names = [layer.node.label for layer in layers]
     fits = None if checkpoints is None else checkpoints.load(level, names)
     if fits is None:
@@ -544,7 +544,7 @@ def _fitted_level(
 
 
 def _fitted(layer: Layer, values: _Values, mode: str, mixing: Mixing | None) -> Fitted:
-    """New weights for one layer, or those it has; ``values`` are a problem's."""
+    """Fit new weights for one layer; ``values`` are those of the problem."""
     matrix, bias = layer.read()
     channels = matrix.shape[0] * matrix.shape[1] // layer.form.taps
     problem = Problem(layer.aim, layer.shape, channels, *values, mixing=mixing)
@@ -579,7 +579,7 @@ def _columns(shape: Sequence[int]) -> int:
 
 
 def check_mode(mode: str) -> str:
-    """The mode, if there is such a one; raises UsageError with the nearest."""
+    """Check the mode; raises UsageError with the nearest name."""
     if mode not in MODES:
         raise UsageError(f"Unknown way to recover {mode!r}.", hint=nearest(mode, MODES))
     return mode

@@ -172,7 +172,7 @@ class Selector:
         return f"criterion {self.name} has no score for these channels"
 
     def _method(self) -> str:
-        """What the scores of a weight are divided by; what is measured afterwards only takes their order."""
+        """Return the method that normalizes scores of a weight; measured sensitivities use only their order."""
         if self.request.normalize != "measured":
             return self.request.normalize
         return "none" if getattr(self.criterion, "comparable", False) else "mean"

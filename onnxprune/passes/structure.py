@@ -42,7 +42,7 @@ def check_sizes(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
 
 
 def _complaint(path: Path) -> str | None:
-    """The first line of what onnx's checker says against a model, or None."""
+    """Return the first line of the error of onnx's checker for a model, or None."""
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
@@ -51,7 +51,7 @@ def _complaint(path: Path) -> str | None:
 
 
 def _contradiction(proto: onnx.ModelProto) -> str | None:
-    """The last line of what strict inference says against a skeleton, or None."""
+    """Return the last line of the error of strict shape inference for a skeleton, or None."""
     try:
         onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=propagates(proto))
     except Exception as error:  # inference raises several types; each means that it objects

@@ -99,7 +99,7 @@ def _shapes(analysis: Analysis, trial: Trial, make: Make, batch: int) -> Shapes:
 
 
 def _choose(context: Context, analysis: Analysis, trial: Trial, make: Make, patterns: set[str]) -> str:
-    """The range in which the original makes most of the inputs; empty where it runs on none."""
+    """Choose the input range with the most plausible features of the original; empty where it runs on none."""
     gauge = Gauge.of(analysis)
     if not gauge.names:
         return ""
@@ -121,7 +121,7 @@ def _choose(context: Context, analysis: Analysis, trial: Trial, make: Make, patt
 
 
 def _spread(value: Array, spread: Spread) -> Array:
-    """A plain pattern in another range, of its own type."""
+    """Map a plain pattern to another range, in its own type."""
     return np.asarray(spread(value.astype(np.float64))).astype(value.dtype)
 
 
@@ -146,7 +146,7 @@ class Gauge:
 
     @classmethod
     def of(cls, analysis: Analysis) -> Gauge:
-        """What there is to look at in a model."""
+        """Collect the tensors of a model that the gauge observes."""
         graph = analysis.graph
         norms = {node.inputs[0]: node for node in normalisations(graph)}
         made = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
@@ -171,7 +171,7 @@ class Gauge:
         return float(np.mean(scores)) if np.isfinite(scores).all() else -np.inf
 
     def _rows(self, name: str, value: Array, most: int) -> Array:
-        """Some rows [rows, channels] of a tensor's value."""
+        """Return some rows [rows, channels] of a tensor."""
         if name in self._norms:
             rows = np.moveaxis(value, 1, -1).reshape(-1, value.shape[1])
         else:
@@ -192,7 +192,7 @@ class Gauge:
 
 
 def _outputs(graph: Graph, aim: RecoveryTarget) -> int:
-    """Outputs of a layer; of a scale per channel none, which depend on each other as its inputs do."""
+    """Return the number of outputs of a layer; 0 for a scale per channel, whose outputs depend as its inputs do."""
     if isinstance(aim.form, Scale):
         return 0
     return outputs(aim.form, aim.weight.shape(graph.weights))

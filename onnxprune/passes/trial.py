@@ -47,7 +47,7 @@ class Trial:
     @classmethod
     @contextmanager
     def of(cls, analysis: Analysis, loaded: Loaded | None = None) -> Iterator[Trial]:
-        """A trial of the model that was analysed, or of another with its inputs; its files go when it is over."""
+        """Open a trial of the analysed model, or of another with the same inputs; its files are deleted at the end."""
         loaded = loaded or analysis.loaded
         with workspace() as folder:
             path = loaded.path
@@ -80,8 +80,10 @@ class Trial:
 
     @contextmanager
     def lend(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], stem: str) -> Iterator[sessions.Openable]:
-        """A model to open sessions of, for a while: in memory where it is small; of a large one, weights that are in a
-        file already stay there. Random numbers have a seed, so that all models that are lent draw the same."""
+        """Lend a model to open sessions of: in memory where it is small, else with weights in files where they are.
+
+        Random operators get a seed, so that all models that are lent draw the same numbers.
+        """
         proto = seeded(proto)
         if sum(weight.nbytes for weight in weights.values()) <= _LIGHT:
             yield bytes(assemble(proto, weights).SerializeToString())
@@ -96,8 +98,10 @@ class Trial:
 
     @contextmanager
     def lend_original(self) -> Iterator[sessions.Openable]:
-        """The original to open sessions of: its file, or where that is large and has its weights inside, what maps
-        them from a copy. One that draws random numbers is a copy with a seed."""
+        """Lend the original to open sessions of: its file, or a copy with mapped weights where it is large.
+
+        A large file with external weights is used as it is; a model that draws random numbers is a copy with a seed.
+        """
         if not self.drawing and (not self.heavy or self.loaded.external):
             yield self.original
             return
@@ -105,7 +109,7 @@ class Trial:
             yield model
 
     def _referring(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> sessions.Referring | None:
-        """A model that leaves large weights where they are: in the original's folder, or in a copy made once."""
+        """Return a model that refers to large weights in place: in the original's folder, or in a copy made once."""
         if not sessions.refers():
             return None
         own = self.original.parent
@@ -129,7 +133,7 @@ class Trial:
                 self._stored[id(weight)] = copy
 
     def copy_of_original(self) -> Path:
-        """The original as a file that others may do with as they like; under its own name, with its data beside it."""
+        """Copy the original to a file that others may change, under its own name, with its data beside it."""
         loaded = self.loaded
         if loaded.path is None:
             return self.original
@@ -148,7 +152,7 @@ class Trial:
         return target
 
     def write(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], stem: str) -> tuple[Path, int]:
-        """A model as a file, and its bytes."""
+        """Write a model to a file; returns the path and the size in bytes."""
         path = self.folder / f"{stem}.onnx"
         return path, save(proto, weights, path, prefer_external=self.heavy or bool(self.loaded.external))
 
@@ -163,7 +167,7 @@ class Trial:
 
 
 def sizes_refused(analysis: Analysis, error: ModelError) -> ModelError:
-    """The error of a model that did not run on synthetic inputs, with the open dimensions that may be the reason."""
+    """Return the error of a model that did not run on synthetic inputs, naming open dimensions as possible reasons."""
     probe = analysis.facts.probes[0]
     chosen = [
         spec for spec in analysis.facts.settler.dimensions.specs if not all(isinstance(d, int) for d in spec.shape)
@@ -185,7 +189,7 @@ def sizes_refused(analysis: Analysis, error: ModelError) -> ModelError:
 
 
 def _described(spec: InputSpec, sizes: Sequence[int]) -> str:
-    """An input with the sizes of its open dimensions: ``pixels [batch = 2, 3, height = 64]``."""
+    """Describe an input with the sizes of its open dimensions: ``pixels [batch = 2, 3, height = 64]``."""
     dims = [str(n) if isinstance(d, int) else f"{d or '?'} = {n}" for d, n in zip(spec.shape, sizes, strict=True)]
     return f"input {spec.name!r} [{', '.join(dims)}]"
 

@@ -78,7 +78,7 @@ class Validate(Pass):
 
 
 def _hold_out(context: Context, model: Model) -> tuple[Iterable[Any], str]:
-    """What to measure on, and what to call it."""
+    """Return the hold-out inputs to measure on, and their name."""
     if model.hold_out is not None:
         return model.hold_out.inputs, model.hold_out.name
     if context.calibration is None:

@@ -43,7 +43,7 @@ class Side:
     target: Sequence[Ids]
 
     def rows(self, value: Array, head: int) -> Array:
-        """The channels of one head in the original's value, [rows, d]."""
+        """Return the channels of one head in the original's value, [rows, d]."""
         return _spread(value, self.label.axes)[..., self.source[head]].reshape(-1, self.source.shape[1])
 
 
@@ -73,7 +73,7 @@ class Mixing:
     parts: list[tuple[Ids, Ids, Real]] = field(default_factory=list)
 
     def apply(self, value: Array, cut: Array) -> Array:
-        """The original's value at the surviving positions, ``cut``, with the mixed channels in their places."""
+        """Return the original's value at the surviving positions, ``cut``, with the mixed channels in their places."""
         axes = self.label.axes
         full, result = _spread(value, axes), _spread(cut, axes).copy()
         for source, target, matrix in self.parts:
@@ -147,7 +147,7 @@ def _side(
 
 
 def _origin(graph: Graph, name: str, aims: Mapping[str, RecoveryTarget]) -> str | None:
-    """The aimed tensor whose values ``name`` holds, moved about and multiplied by one number."""
+    """Return the target tensor whose values ``name`` holds, rearranged and multiplied by one number."""
     while name not in aims:
         node = graph.producer.get(name)
         if node is None or node.domain:
@@ -167,11 +167,12 @@ def _origin(graph: Graph, name: str, aims: Mapping[str, RecoveryTarget]) -> str 
 def mixings(
     pairs: Sequence[Pair], get: Callable[[str, int], Array], batches: Callable[[Sequence[str]], Sequence[int]]
 ) -> dict[int, Mixing]:
-    """What the projections of some pairs are to say, {index of the projection's node: mixing}.
+    """Compute the target mixings of the projections of some pairs, {index of the projection's node: mixing}.
 
     Args:
-        get: values of the original.
-        batches: those that have values of some tensors; the ones held out judge.
+        pairs: pairs of query and key projections.
+        get: function that returns the value of a tensor of the original for a batch.
+        batches: function that returns the batches with values of some tensors; the hold-out batches select.
     """
     result: dict[int, Mixing] = {}
     for pair in pairs:
@@ -210,7 +211,7 @@ def _products(pair: Pair, head: int, get: Callable[[str, int], Array], batches: 
 
 
 def best_subspace(queries: Real, keys: Real, kept: Ids) -> tuple[Real, Real]:
-    """T_q, T_k [d, kept] for which q T_q (k T_k)^T is nearest to q k^T over all queries and keys, in the mean square.
+    """Return T_q, T_k [d, kept] with q T_q (k T_k)^T nearest to q k^T over all queries and keys, in the mean square.
 
     With C the mean products of queries and of keys (taken as independent) and U S V^T = C_q^1/2 C_k^1/2:
     T_q T_k^T = C_q^-1/2 U_r S_r V_r^T C_k^-1/2. T_q is turned so that q T_q is as near to the surviving queries as can
@@ -218,7 +219,8 @@ def best_subspace(queries: Real, keys: Real, kept: Ids) -> tuple[Real, Real]:
     the data, as Yu et al. (Compressing Transformers: Features Are Low-Rank, but Weights Are Not, AAAI 2023) do.
 
     Args:
-        queries, keys: mean products [d, d].
+        queries: mean products of the queries, [d, d].
+        keys: mean products of the keys, [d, d].
         kept: indices of the surviving channels.
     """
     (root_q, back_q), (root_k, back_k) = _root(queries), _root(keys)
@@ -247,6 +249,6 @@ def _root(products: Real) -> tuple[Real, Real]:
 
 
 def _spread(value: Array, axes: Sequence[int]) -> Array:
-    """The value with these axes last and merged into one."""
+    """Move these axes to the end and merge them into one."""
     moved = np.moveaxis(value, axes, range(-len(axes), 0))
     return moved.reshape(*moved.shape[: moved.ndim - len(axes)], -1)

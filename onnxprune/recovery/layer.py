@@ -71,7 +71,7 @@ class Rows:
         return self.data.nbytes + self.target.nbytes + flats
 
     def part(self, rows: slice) -> Rows:
-        """Some of the rows."""
+        """Return some of the rows."""
         flats = [
             Flat(f.there[:, rows], *(a if a.shape[1] == 1 else a[:, rows] for a in (f.edge, f.rises)))
             for f in self.flats
@@ -95,14 +95,14 @@ class Rows:
         return cls(data, target, flats)
 
     def wanted(self, fitted: Array) -> Array:
-        """The target, where both it and the fitted output lie on one flat side the fitted output, else the edge."""
+        """Return the target; where it is saturated, the fitted output if that is saturated too, else the edge."""
         target = self.target
         for flat in self.flats:
             target = np.where(flat.there, np.where(flat.reached(fitted), fitted, flat.edge), target)
         return target
 
     def clipped(self, output: Array) -> Array:
-        """Outputs on a flat side moved to its edge."""
+        """Move saturated outputs to the edge."""
         for flat in self.flats:
             output = np.where(flat.rises, np.maximum(output, flat.edge), np.minimum(output, flat.edge))
         return output
@@ -177,7 +177,7 @@ class Problem:
             yield Rows.joined(waiting)
 
     def sums(self, held: bool | None = None) -> Sums:
-        """Sums over batches of data and target as they are."""
+        """Accumulate sums over batches of data and target as they are."""
         total: Sums | None = None
         for rows in self.rows(held):
             one = Sums.of(rows.data, rows.target)
@@ -283,7 +283,7 @@ class _Means:
 
 
 def sharpen(problem: Problem, solution: Solution, *, fixed_bias: bool = False) -> Solution:
-    """The solution, moved so that means over positions of the activation behind it come closer to what they were.
+    """Move the solution so that the spatial means behind the activation come closer to the original's.
 
     Steps of Gauss-Newton on sum_i |mean_p r(Y_ip) - mean_p r(X_ip W + b)|^2 over samples i, with a ridge towards
     ``solution``, r the activation that the layer is aimed through. Errors of single positions matter no more where only
@@ -374,16 +374,17 @@ def repair(
     fixed_bias: bool = False,
     as_stored: Stores | None = None,
 ) -> Solution:
-    """New weights for the layer of ``problem``, or those there are where nothing is better on held-out data.
+    """Fit new weights for the layer of ``problem``; keep the present ones where no candidate is better on the hold-out.
 
     Args:
-        problem: its rows.
-        matrix, bias: the weights there are, [parts, n, o] and [parts, o].
+        problem: input and target rows of the layer.
+        matrix: present weights, [parts, n, o].
+        bias: present biases, [parts, o].
         mode: see :func:`solve`; ``full`` also counts errors only where they pass the activation behind the layer: |r(Y)
-            - r(X W + b)|^2, by refitting to targets that follow the fit on the flat side. Zhang et al., Efficient and
-            Accurate Approximations of Nonlinear Convolutional Networks, CVPR 2015, section 3.2.
-        fixed_bias: the bias has to stay 0.
-        as_stored: what becomes of weights when they are written as codes.
+            - r(X W + b)|^2, by refitting to targets that follow the fit where the activation is saturated. Zhang et
+            al., Efficient and Accurate Approximations of Nonlinear Convolutional Networks, CVPR 2015, section 3.2.
+        fixed_bias: whether the bias has to stay 0.
+        as_stored: function that rounds weights as writing them as codes does; None: no rounding.
     """
     found = _pointwise(problem, matrix, bias, mode, fixed_bias)
     if mode == "full" and problem.aim.tail.pooled and matrix.shape[0] == 1 and found.before > NOTHING:
@@ -392,7 +393,7 @@ def repair(
 
 
 def _rounded(problem: Problem, matrix: Real, bias: Real, found: Solution, as_stored: Stores) -> Solution:
-    """The solution as it is stored, where that is still better than the weights there are."""
+    """Return the solution as it is stored, where its error stays below that of the present weights."""
     fitted, shifted = as_stored(found.matrix, found.bias)
     if fitted is found.matrix or found.how == "kept":
         return found
@@ -407,7 +408,7 @@ def _rounded(problem: Problem, matrix: Real, bias: Real, found: Solution, as_sto
 
 
 def _pointwise(problem: Problem, matrix: Real, bias: Real, mode: str, fixed_bias: bool) -> Solution:
-    """The repair that looks at every row for itself."""
+    """Recover the layer from its rows, each on its own."""
     train, held = problem.sums(False), problem.sums(True)
     linear = solve(train, held, matrix, bias, mode=mode, fixed_bias=fixed_bias)
     linear = _finer(train, held, matrix, bias, linear, fixed_bias)
@@ -421,7 +422,7 @@ def _pointwise(problem: Problem, matrix: Real, bias: Real, mode: str, fixed_bias
 
 
 def _finer(train: Sums, held: Sums, matrix: Real, bias: Real, found: Solution, fixed_bias: bool) -> Solution:
-    """The solution, or one with a smaller ridge where the smallest that was tried is the best so far.
+    """Return the solution, or one with a smaller ridge where the smallest ridge of the grid is the best so far.
 
     Where others say exactly what was removed, the ridge is all that is left of the error.
     """

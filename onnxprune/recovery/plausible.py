@@ -13,7 +13,7 @@ _MOST = 512
 
 
 def interest(outputs: Array) -> float:
-    """What a trained layer makes of its inputs, 0 to 1: in how many directions its outputs vary, and about 0.
+    """Measure how strongly a trained layer responds to its inputs, 0 to 1: the rank of its outputs, and their mean.
 
     Variety is the participation ratio (tr C)^2 / (o tr C^2) of the outputs' correlation matrix C: 1/o where they all
     move together. Balance is 4 p (1 - p), p the share of values above 0, averaged over outputs: a layer that was

@@ -52,7 +52,7 @@ class Sums:
 
     @classmethod
     def of(cls, data: NDArray[Any], target: NDArray[Any]) -> Sums:
-        """The sums of one batch."""
+        """Compute the sums of one batch."""
         parts, rows, n = data.shape
         double = parts * rows * n * (n + target.shape[-1]) <= _DOUBLE
         xx, xy = _products(data, target, double)
@@ -168,20 +168,22 @@ class Solution:
 def solve(
     train: Sums, held: Sums, matrix: Real, bias: Real, *, mode: str = "full", fixed_bias: bool = False
 ) -> Solution:
-    """The candidate of ``mode`` that errs least on ``held``.
+    """Return the candidate of ``mode`` with the least error on ``held``.
 
-    It is not fitted again to ``held``: the layers behind would then see inputs there that are better than those of
-    any other sample, and believe their own repair too easily.
+    The candidate is not fitted again to ``held``: the inputs of later layers would then be better on these samples than
+    on any other, and the hold-out errors of those layers too low.
 
     Candidates: new biases; a new scale and bias per output; W + D with D = argmin |Y - X (W + D) - b|^2 + r |D|^2 for
     several r, biases free. He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, section
     3.2, with a ridge towards the weights there are, so that few samples change little.
 
     Args:
-        train, held: sums over disjoint samples.
-        matrix, bias: the weights there are.
+        train: sums over the samples to fit to.
+        held: sums over the hold-out samples, disjoint from those.
+        matrix: present weights, [parts, n, o].
+        bias: present biases, [parts, o].
         mode: ``bias``, ``bn``, ``lstsq`` or ``full`` (all of them).
-        fixed_bias: the bias has to stay 0.
+        fixed_bias: whether the bias has to stay 0.
     """
     scale = held.scale
     before = float(held.error(matrix, bias).sum()) / scale
@@ -208,7 +210,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(mode: str, fixed_bias: bool = False) -> Iterator[Candidate]:
-    """What a mode tries."""
+    """Iterate over the candidates of a mode."""
     if mode in ("bias", "full") and not fixed_bias:
         yield Candidate("bias", shift)
     if mode in ("bn", "full"):
@@ -228,7 +230,7 @@ def shift(sums: Sums, matrix: Real, bias: Real) -> tuple[Real, Real]:
 
 
 def affine(sums: Sums, matrix: Real, bias: Real, fixed_bias: bool = False) -> tuple[Real, Real]:
-    """A scale and bias per output: what new BatchNorm statistics do, where BatchNorm was folded as well."""
+    """Fit a scale and bias per output: what new BatchNorm statistics do, also where BatchNorm was folded."""
     xx, xy = (
         (sums.xx, sums.xy)
         if fixed_bias

@@ -46,7 +46,7 @@ class Stored:
 
     @staticmethod
     def of(graph: Graph, name: str) -> Stored | str:
-        """The constant ``name``, or why it cannot be given new values."""
+        """Return the constant ``name``, or why it cannot be given new values."""
         chain: list[Node] = []
         if weight_of(graph, name) is None:
             return "its weight is computed from others"
@@ -69,7 +69,7 @@ class Stored:
         return next((node for node in self.chain if rule_of(node).decodes), None)
 
     def read(self, weights: Mapping[str, Weight]) -> Real:
-        """The numbers as the reader gets them."""
+        """Read the numbers as the contraction reads them."""
         return self._values(weights)[-1].astype(np.float64)
 
     def shape(self, weights: Mapping[str, Weight]) -> tuple[int, ...]:
@@ -107,7 +107,7 @@ class Stored:
         return found
 
     def _values(self, weights: Mapping[str, Weight]) -> list[Array]:
-        """The root's value, and that behind every operator of the chain."""
+        """Return the root's value, and that behind every operator of the chain."""
         values: list[Array] = [weights[self.root].read()]
         for node in self.chain:
             result = _applied(node, [values[-1], *(weights[n].read() if n else None for n in node.inputs[1:])])
@@ -146,7 +146,7 @@ def _can_undo(graph: Graph, node: Node) -> bool:
 
 
 def _undo(node: Node, inner: Array, value: Real) -> Real:
-    """The value in front of an operator that only rearranges."""
+    """Return the value in front of an operator that only rearranges."""
     if rule_of(node).moves is not Move.ORDER:
         return value.reshape(inner.shape)
     places = evaluate(node, [np.arange(inner.size).reshape(inner.shape)])
@@ -187,13 +187,13 @@ def _requantise(
 
 
 def _range(dtype: np.dtype[Any]) -> tuple[int, int]:
-    """The lowest and the highest code."""
+    """Return the lowest and the highest code."""
     info: Any = np.iinfo(dtype) if dtype.kind in "iu" else ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
     return int(info.min), int(info.max)
 
 
 def _extremes(node: Node, value: Real, like: Real, least_or_most: np.ufunc) -> Real:
-    """The least or most of 0 and the values that share a scale, in the scales' shape."""
+    """Return the least or largest of 0 and the values that share a scale, in the scales' shape."""
     axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
     if like.size == 1:
         found = np.asarray(least_or_most.reduce(value, axis=None)).reshape(like.shape)
@@ -206,7 +206,7 @@ def _extremes(node: Node, value: Real, like: Real, least_or_most: np.ufunc) -> R
 
 
 def _set(weights: MutableMapping[str, Weight], name: str, value: Real) -> None:
-    """A constant's new value in its own type."""
+    """Set a constant to a new value in its own type."""
     weights[name] = ArrayWeight(name, np.asarray(value, order="C").astype(weights[name].dtype))
 
 
@@ -238,24 +238,26 @@ class InvertiblePath:
     pooled: bool = False
 
     def back(self, value: Array, addends: Sequence[Array], shape: Sequence[int]) -> Array:
-        """The value that the contraction's output has to have for the aim to have ``value``."""
+        """Compute the output of the contraction for which the target tensor has ``value``."""
         for undo, number in reversed(self.undo):
             value = undo(value, addends[number : number + 1], shape)
         return value
 
     def moved_back(self, value: Array, shape: Sequence[int]) -> Array:
-        """A value that lies as the aim does, laid out as the contraction's output; nothing is computed."""
+        """Rearrange a value of the target tensor to the layout of the contraction's output; nothing is computed."""
         for move in reversed(self.moves):
             value = move(value, (), shape)
         return value
 
 
 def tail_of(graph: Graph, start: str, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> InvertiblePath:
-    """As far as the value of ``start`` is only passed on, read by one operator at a time, and can be had back.
+    """Return the longest invertible chain of operators from ``start``, each the only reader of its input.
 
     Args:
-        ready: whether an activation can be known before the contraction that gives ``start`` is repaired.
-        shape: shapes of tensors.
+        graph: graph of the model.
+        start: output of a contraction.
+        ready: function that returns whether a tensor is known before the contraction is recovered.
+        shape: function that returns the shape of a tensor, or None.
     """
     tail = InvertiblePath(start)
     while _extend(graph, tail, ready, shape):
@@ -361,7 +363,7 @@ class Bodies:
         self._most: dict[int, int] = {}
 
     def least(self, node: Node) -> int:
-        """The level of everything that the outermost Loop or Scan around ``node`` reads."""
+        """Return the level of the inputs of the outermost Loop or Scan around ``node``."""
         start = self._start(node)
         if start is None:
             return 0
@@ -372,7 +374,7 @@ class Bodies:
         return self._least[start]
 
     def note(self, node: Node, reach: int) -> None:
-        """The level that ``node`` got."""
+        """Record the level of ``node``."""
         start = self._start(node)
         if start is not None:
             self._most[start] = max(self._most.get(start, 0), reach)
@@ -405,7 +407,7 @@ class Bodies:
         return self.together(node, [tail.aim]) and not (tail.addends and self.encloses(node))
 
     def where(self, node: Node) -> tuple[tuple[str, bool], ...]:
-        """What has to hold for a node in a Loop or Scan to run in an iteration: (tensor, value)."""
+        """Return the conditions under which a node in a Loop or Scan runs in an iteration: (tensor, value)."""
         inner = [body for body in self._own(node) if body.kind == "If"]
         return tuple((self._graph.nodes[body.start].inputs[0], body.side) for body in inner)
 
@@ -414,11 +416,11 @@ class Bodies:
         return not self._around or all(self._home(name) == self._own(node) for name in names)
 
     def _own(self, node: Node) -> tuple[markers.Body, ...]:
-        """The bodies that a node lies in, from the outermost Loop or Scan on."""
+        """Return the bodies around a node, from the outermost Loop or Scan on."""
         return self._within(self._around[node.index]) if self._around else ()
 
     def _home(self, name: str) -> tuple[markers.Body, ...]:
-        """The bodies that a tensor lies in, from the outermost Loop or Scan on."""
+        """Return the bodies around a tensor, from the outermost Loop or Scan on."""
         producer = self._graph.producer.get(name)
         if producer is None:
             return ()
@@ -432,7 +434,7 @@ class Bodies:
         return () if first is None else around[first:]
 
     def _start(self, node: Node) -> int | None:
-        """What begins the outermost Loop or Scan around ``node``, or the one that it is a marker of."""
+        """Return the first marker's index of the outermost Loop or Scan around ``node`` or marked by it."""
         if not self._around:
             return None
         around = self._around[node.index]
@@ -559,7 +561,7 @@ def _never(_name: str) -> bool:
 
 
 def _form(graph: Graph, node: Node, shape: Shapes) -> Form | None:
-    """The node as a product of data and a constant weight."""
+    """Return the node as a product of data and a constant weight."""
     form: Form | None = None
     candidates = [i for i in (0, 1) if i < len(node.inputs) and not _is_constant(graph, node.inputs[i])]
     rule = lookup(node.domain, node.op, node.version)
@@ -570,7 +572,7 @@ def _form(graph: Graph, node: Node, shape: Shapes) -> Form | None:
 
 
 def outputs(form: Form, weight: Sequence[int]) -> int:
-    """Outputs of a layer with a weight of this shape."""
+    """Return the number of outputs of a layer with a weight of this shape."""
     matrix = form.matrix(np.broadcast_to(np.float32(0), weight))
     return int(matrix.shape[0] * matrix.shape[2])
 
@@ -665,7 +667,7 @@ class Layer:
             self._set(self._home, np.broadcast_to(value.read().astype(np.float64), shape) + extra, value.dtype)
 
     def as_stored(self, matrix: RealArray, bias: RealArray) -> tuple[RealArray, RealArray]:
-        """What the layer would multiply and add, were these written: codes round them."""
+        """Return the weights and biases as the layer would apply them once written: codes round them."""
         stored, own = self.aim.weight, self.aim.bias
         if stored.quantised is None:
             return matrix, bias

@@ -79,7 +79,7 @@ def silence(stream: IO[str]) -> None:
 
 
 def _stream(stream: TextIO | None) -> tuple[TextIO, OSError | None]:
-    """A stream, or one that goes nowhere in place of one that was closed before the program began."""
+    """Return the stream, or a null stream in place of one that was closed before the program began."""
     if stream is None or stream.closed:
         nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
         return nowhere, OSError(errno.EBADF, "it is closed")
@@ -132,7 +132,7 @@ class Screen:
         return cls(_console(out), _console(err), as_json, verbosity, loss=_Loss(error), spell=spell)
 
     def spelled(self, text: str) -> str:
-        """A text with its arguments as the user writes them."""
+        """Return a text with its arguments as the user writes them."""
         return spelled(text.marked, self.spell) if isinstance(text, Note) else text
 
     @property
@@ -174,23 +174,23 @@ class Screen:
         return self.spelled(value) if isinstance(value, str) else value
 
     def warn(self, message: str) -> None:
-        """A warning line on stderr, unless quiet."""
+        """Write a warning line to stderr, unless quiet."""
         if self.verbosity >= 0:
             self.tell(Text.assemble(("warning: ", "yellow"), self.spelled(message)))
 
     def note(self, message: str) -> None:
-        """A line on stderr for those who asked for more with ``-v``."""
+        """Write a line to stderr with ``-v``."""
         if self.verbosity > 0:
             self.tell(Text(message, style="dim"))
 
     def tell(self, text: Text, *, soft_wrap: bool = False) -> None:
-        """A text on stderr, where that can be written to."""
+        """Write a text to stderr, where that is possible."""
         with _Loss().noted(self.err):
             self.err.print(text, soft_wrap=soft_wrap or not self.err.is_terminal)
 
     @contextmanager
     def progress(self) -> Iterator[ProgressCallback]:
-        """A callback that draws one bar per stage on a terminal, and elsewhere only names the stages with ``-v``."""
+        """Return a callback that draws one bar per stage on a terminal; elsewhere it names the stages with ``-v``."""
         if self.verbosity < 0 or not self.err.is_terminal:
             yield self._named_stages()
             return

@@ -331,7 +331,7 @@ class Report:
         return f"<Report: {parameters}, {totals.macs_after:,} of {totals.macs_before:,} MACs, {proof}>"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready plain data."""
+        """Return the report as JSON-ready plain data."""
         return asdict(self)
 
 
@@ -418,7 +418,7 @@ Fact = (
 
 
 def report_of(facts: Iterable[Fact], *, model: str = "") -> Report:
-    """The sum of facts; of facts of one kind the later ones hold, settings, sizes and warnings add up.
+    """Merge facts into a report: the last fact of a kind holds; settings, sizes and warnings add up.
 
     Args:
         facts: in the order in which they were found.

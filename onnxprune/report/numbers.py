@@ -67,7 +67,7 @@ def decibels(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration: ``0.42 s``, ``12.3 s``, ``3 min 20 s``."""
+    """Format a duration: ``0.42 s``, ``12.3 s``, ``3 min 20 s``."""
     if value >= 60:
         minutes, rest = divmod(round(value), 60)
         return f"{minutes} min {rest} s"
@@ -75,7 +75,7 @@ def seconds(value: float) -> str:
 
 
 def shorten(name: str, width: int) -> str:
-    """A name cut to ``width`` in front, where exporters put the scope that names share: ``…/layer4/conv2/Conv``.
+    """Shorten a name to ``width`` from the front, where exporters put shared scopes: ``…/layer4/conv2/Conv``.
 
     Of the names that a fused node carries (``a/MatMul;a/BiasAdd;a/bias``) only the first is kept, at any width.
     """
@@ -99,7 +99,7 @@ def fitted(names: Sequence[str], width: int) -> list[str]:
 
 
 def _ends(name: str, width: int) -> str:
-    """A name without its middle."""
+    """Return a name without its middle."""
     head = (width - 1) // 2
     return f"{name[:head]}{ELLIPSIS}{name[len(name) - (width - 1 - head) :]}"
 

@@ -34,7 +34,7 @@ class Series:
 
 
 def chart(title: str, across: str, up: str, series: Sequence[Series]) -> str:
-    """An SVG of some series over one pair of axes; points that are not finite are left out."""
+    """Draw an SVG of some series over one pair of axes; points that are not finite are left out."""
     found = [p for s in series for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]
     scale = _Scale([p[0] for p in found] or [0.0, 1.0], [p[1] for p in found] or [0.0, 1.0])
     named = series[:_MOST_NAMED] if len(series) > 1 else []
@@ -53,7 +53,7 @@ def chart(title: str, across: str, up: str, series: Sequence[Series]) -> str:
 
 
 def heat_map(title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]], what: str) -> str:
-    """An SVG with one row of coloured cells per name; colours follow the logarithm of the values, white is the least.
+    """Draw an SVG with one row of cells per name, coloured by the logarithm of their values, the least white.
 
     Args:
         title: what stands above.
@@ -101,14 +101,14 @@ def _cell(x: float, y: float, value: float, depth: float, said: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], best: Collection[int] = ()) -> str:
-    """An HTML table; the rows ``best`` are set off."""
+    """Return an HTML table; the rows ``best`` are highlighted."""
     lines = ["<table>", _row("th", heads)]
     lines += [_row("td", row, "best" if number in best else "") for number, row in enumerate(rows)]
     return "\n".join([*lines, "</table>"])
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A whole HTML page; the parts are HTML already."""
+    """Return a whole HTML page; the parts are HTML already."""
     name = escape(title)
     head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
     body = "\n".join(parts)
@@ -186,7 +186,7 @@ _HEADS = ("target", "MACs", "parameters", "file size", "latency", "points", "cos
 
 
 def render(facts: SweepFacts) -> list[RenderableType]:
-    """The models as a table; those that no other beats are set off."""
+    """Render the models of a sweep as a table; non-dominated ones are highlighted."""
     table = tables.table_of(*((head, "left" if head in ("target", "counts by") else "right") for head in _HEADS))
     table.add_column("")
     for point in facts.points:
@@ -202,7 +202,7 @@ def render(facts: SweepFacts) -> list[RenderableType]:
 
 
 def sweep_page(facts: SweepFacts) -> str:
-    """A self-contained HTML page: points against MACs, size and latency, and the table."""
+    """Return a self-contained HTML page: points against MACs, size and latency, and the table."""
     good = [p for p in facts.points if not p.error]
     whole = good[0]
     costs: list[tuple[str, Callable[[SweepPoint], float]]] = [
@@ -267,7 +267,7 @@ LINES = 12
 
 
 def sensitivity_table(facts: Mapping[str, Any], *, name_width: int, every: bool) -> list[RenderableType]:
-    """The groups, the most sensitive first; ``facts`` is the sensitivity as plain data."""
+    """Render the groups, the most sensitive first; ``facts`` is the sensitivity as plain data."""
     curves = _sorted(facts)
     shown = curves if every else curves[:MOST]
     shares = _shares(facts)
@@ -284,7 +284,7 @@ def sensitivity_table(facts: Mapping[str, Any], *, name_width: int, every: bool)
 
 
 def sensitivity_page(facts: Mapping[str, Any], model: str) -> str:
-    """A self-contained HTML page: what the model loses over the share of each group that is cut."""
+    """Return a self-contained HTML page: the loss of the model over the pruned share of each group."""
     curves, shares = _sorted(facts), _shares(facts)
     names, cut = numbers.distinct([c["name"] for c in curves]), [f"cut {share:g}" for share in shares]
     rows = [[n, str(c["units"]), *(_heat_cell(c, s) for s in shares)] for n, c in zip(names, curves, strict=True)]
@@ -305,7 +305,7 @@ def _lines(facts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def _map(facts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """What the model loses and the noise of its outputs as heat maps, a row for every group."""
+    """Draw the loss of the model and the noise of its outputs as heat maps, a row for every group."""
     curves, shares = _sorted(facts), _shares(facts)
     heads = [f"cut {share:g}" for share in shares]
     lost, noise = [], []
@@ -342,7 +342,7 @@ def _heat_cell(curve: Mapping[str, Any], share: float) -> str:
 
 
 def _nearest(curve: Mapping[str, Any], share: float) -> int | None:
-    """The point that is nearest to the share asked for, which rarely is a whole number of units; None where none is."""
+    """Return the point nearest to the share asked for, which rarely is a whole number of units; None without points."""
     if not curve["shares"]:
         return None
     near = min(range(len(curve["shares"])), key=lambda i: abs(curve["shares"][i] - share))

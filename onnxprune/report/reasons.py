@@ -131,7 +131,7 @@ BARRIERS: dict[str, Words] = {
 
 
 def split(reason: str) -> tuple[str, str]:
-    """A reason ``code`` or ``code: detail`` as (code, detail); free text has an empty code and is all detail."""
+    """Split a reason ``code`` or ``code: detail`` into (code, detail); free text is detail with an empty code."""
     code, _, detail = reason.partition(":")
     code = code.strip()
     if code in BARRIERS or (code and " " not in code):
@@ -140,7 +140,7 @@ def split(reason: str) -> tuple[str, str]:
 
 
 def short(reason: str) -> str:
-    """A few words for a table cell; an unknown code stands for itself, with its detail."""
+    """Return a few words for a table cell; for an unknown code the code itself, with its detail."""
     code, detail = split(reason)
     words = BARRIERS.get(code)
     if words is not None:
@@ -149,14 +149,14 @@ def short(reason: str) -> str:
 
 
 def in_words(text: str) -> str:
-    """A full sentence on why channels stay, without the detail; an unknown code stands for itself."""
+    """Explain in a full sentence why channels stay, without the detail; an unknown code is returned as it is."""
     code, detail = split(text)
     words = BARRIERS.get(code)
     return words.why if words is not None else code or detail
 
 
 def advice(reason: str) -> str:
-    """What the user can do about it, or an empty string."""
+    """Return advice for the user, or an empty string."""
     words = BARRIERS.get(split(reason)[0])
     return words.advice if words is not None else ""
 
@@ -219,7 +219,7 @@ def shortfalls(
 
 
 def _home(layer: LayerFacts, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The group of a layer's outputs, empty when there is none. Groups list readers too: size and loss must fit."""
+    """Return the group of a layer's outputs, or an empty one: groups list readers too, so sizes must match."""
     for group in groups:
         removed = group.get("removed", 0)
         lost = removed if isinstance(removed, int) else len(removed)
@@ -243,7 +243,7 @@ def _constraint(layer: LayerFacts, group: Mapping[str, Any], round_to: int) -> s
 
 
 def render(found: Sequence[Shortfall], *, name_width: int) -> list[RenderableType]:
-    """The shortfalls, those with the same reason together, most channels first."""
+    """Render the limits on pruning, those with the same reason together, most channels first."""
     if not found:
         return [Text("every layer lost what was asked", style="green")]
     by_reason: dict[tuple[str, str], list[Shortfall]] = {}

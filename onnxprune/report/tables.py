@@ -41,7 +41,7 @@ class FittedTable(Table):
     """A table that cuts the names of nodes short in front where they would make it wider than there is room."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The table within the width that ``options`` allow."""
+        """Render the table within the width of ``options``."""
         self._fit(options.max_width)
         yield from super().__rich_console__(console, options)
 
@@ -67,7 +67,7 @@ _GAP, _PROSE, _LEAST_NAME = 2, 36, 24
 
 
 def table_of(*columns: tuple[str, str]) -> Table:
-    """A borderless table; each column is (title, ``left`` or ``right``)."""
+    """Return a borderless table; each column is (title, ``left`` or ``right``)."""
     table = FittedTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold", show_edge=False)
     for title, side in columns:
         table.add_column(
@@ -77,12 +77,12 @@ def table_of(*columns: tuple[str, str]) -> Table:
 
 
 def heading(text: str) -> Text:
-    """A section's title with an empty line in front."""
+    """Return a section's title with an empty line in front."""
     return Text(f"\n{text}", style="bold cyan")
 
 
 def untouched(layer: LayerFacts) -> bool:
-    """True when neither the layer's outputs nor its inputs lost anything."""
+    """Return whether neither the layer's outputs nor its inputs lost a channel."""
     return layer.channels_before == layer.channels_after and layer.params_before == layer.params_after
 
 
@@ -92,7 +92,7 @@ def reason(layer: LayerFacts) -> str:
 
 
 def layers(facts: Sequence[LayerFacts], *, name_width: int, fold: bool) -> list[RenderableType]:
-    """The table per layer, before → after; with ``fold`` the untouched layers become one line with their reasons."""
+    """Render a table per layer, before → after; ``fold`` merges unchanged layers into one line with their reasons."""
     hidden = [layer for layer in facts if fold and untouched(layer)]
     shown = [pair for pair in _named(facts) if not (fold and untouched(pair[1]))]
     columns = [("layer", "left"), ("op", "left"), ("channels", "right"), ("params", "right"), ("MACs", "right")]
@@ -120,7 +120,7 @@ def _named(facts: Sequence[LayerFacts]) -> list[tuple[str, LayerFacts]]:
 
 
 def _removed_or_why(layer: LayerFacts) -> str:
-    """The share of parameters removed, and where there is a reason for no more, the reason in a few words."""
+    """Return the share of parameters removed and, where there is one, the reason for no more, in a few words."""
     why = reason(layer)
     if not why:
         return numbers.removed(layer.params_before, layer.params_after)
@@ -129,7 +129,7 @@ def _removed_or_why(layer: LayerFacts) -> str:
 
 
 def inspected(facts: Sequence[LayerFacts], *, name_width: int, every: bool) -> list[RenderableType]:
-    """The layers of a model as it is; without ``every`` a long model shows only those with most MACs or parameters."""
+    """Render the layers of a model; without ``every`` a long model shows only those with most MACs or parameters."""
     shown = _named(facts)
     if not every and len(shown) > LONG:
         weight = {id(layer): max(layer.macs_before, layer.params_before) for layer in facts}
@@ -194,7 +194,7 @@ def flushed(values: int) -> list[Text]:
 
 
 def speed_note(report: Report) -> Text | None:
-    """What to try where fewer channels take longer: onnxruntime's kernels work on blocks of channels."""
+    """Return advice where fewer channels take longer: onnxruntime's kernels work on blocks of channels."""
     timed, sums = report.latency, report.totals
     if timed is None or timed.speedup > SLOWER or sums.macs_after >= sums.macs_before:
         return None
@@ -227,7 +227,7 @@ def exactness(facts: Exactness) -> Text:
 
 
 def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[RenderableType]:
-    """The final model against the original: one line for one output, a table for more, the worst ``most`` of many."""
+    """Compare the final model with the original: one line for one output, else a table of the worst ``most``."""
     if facts is None or not facts.outputs:
         note = facts.note if facts is not None else ""
         return [Text.assemble(("fidelity  ", "bold"), ("not measured", "yellow"), f": {note}" if note else "")]
@@ -315,7 +315,7 @@ def _top1(facts: Fidelity) -> float | None:
 
 
 def recovered_layers(repairs: Sequence[Repair], *, name_width: int) -> list[RenderableType]:
-    """The table of layers that were tried: what was fitted, held-out error before and after."""
+    """Render the layers that recovery fitted: the mode, and the hold-out error before and after."""
     if all(r.how.startswith("left") or _untouched(r) for r in repairs):
         return []
     table = table_of(("layer", "left"), ("repaired by", "left"), ("held-out error", "right"))
@@ -356,7 +356,7 @@ def left(repairs: Sequence[Repair], *, name_width: int) -> list[RenderableType]:
 
 
 def whole(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
-    """The whole report: layers, sums, whether the new layers are right, fidelity."""
+    """Render the whole report: layers, sums, correctness of the new layers, fidelity."""
     parts: list[RenderableType] = [
         *factorized_layers(report.factorized, name_width=name_width, verbose=verbose),
         Text(""),
@@ -376,7 +376,7 @@ def whole(report: Report, *, name_width: int, verbose: bool) -> list[RenderableT
 
 
 def factorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int, verbose: bool) -> list[RenderableType]:
-    """The table of layers that were taken apart; the others are a count with their reasons."""
+    """Render the factorized layers; the others are a count with their reasons."""
     table = table_of(
         ("layer", "left"), ("op", "left"), ("method", "left"), ("ranks", "right"), ("params", "right"),
         ("MACs", "right"), ("error", "right"), ("alone", "right"),
@@ -447,7 +447,7 @@ def product(report: Report) -> Text:
 
 
 def _speed_note(report: Report) -> Text | None:
-    """What to try where less work takes longer: more layers have to be started."""
+    """Return advice where less work takes longer: more layers have to be started."""
     timed, sums = report.latency, report.totals
     if timed is None or timed.speedup >= SLOWER or sums.macs_after >= sums.macs_before:
         return None
@@ -455,7 +455,7 @@ def _speed_note(report: Report) -> Text | None:
 
 
 def render(facts: BudgetFacts | None) -> list[RenderableType]:
-    """The targets as a table, and how the counts were found."""
+    """Render the targets as a table, and the search for the counts."""
     if facts is None:
         return []
     parts: list[RenderableType] = []
@@ -483,14 +483,14 @@ def verdict(target: TargetFacts) -> str:
 
 
 def amount(kind: str, value: float) -> str:
-    """A cost with its unit."""
+    """Format a cost with its unit."""
     if kind == "latency":
         return f"{1e3 * value:.3g} ms"
     return numbers.count(round(value)) if kind in ("macs", "params") else numbers.size(round(value))
 
 
 def _answers(facts: BudgetFacts) -> str:
-    """The answer that won and those that it was held against."""
+    """Render the selected candidate and those it was compared with."""
     best = next((a for a in facts.answers if a.chosen), None)
     if best is None:
         return "no search"
@@ -504,7 +504,7 @@ MOST = 20
 
 
 def profile_table(facts: Profile, *, name_width: int, every: bool) -> list[RenderableType]:
-    """The whole profile."""
+    """Render the whole profile."""
     alike: dict[str, list[NodeTime]] = {}
     for node in facts.nodes:
         alike.setdefault(node.name if every else repr((node.op, node.ms, node.at_shares)), []).append(node)
@@ -550,7 +550,7 @@ def _checked(facts: Profile) -> Text:
 
 
 def groups(records: Iterable[Mapping[str, Any]], *, name_width: int, most: int | None = None) -> list[RenderableType]:
-    """The groups that can be cut, most units first; those that cannot are counted with their reasons."""
+    """Render the groups that can be pruned, most units first; the others are counted with their reasons."""
     found = list(records)
     free = sorted((group for group in found if group.get("prunable", True)), key=lambda group: -_units(group))
     # What is covered is cut all the same, as the group that covers it.
@@ -622,7 +622,7 @@ def held(records: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _kernel(barrier: Mapping[str, Any]) -> bool:
-    """True for the height and width of a kernel: every convolution has them, and they were never channels."""
+    """Return whether a barrier is the height or width of a kernel, which were never channels."""
     return _code(barrier) == "spatial" and "kernel" in str(barrier.get("detail", ""))
 
 
@@ -682,7 +682,7 @@ def unlocks(found: Sequence[tuple[str, int]], most: int = 10) -> Table:
 
 
 def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
-    """The whole report after a cut: layers, totals, exactness, fidelity."""
+    """Render the whole report of a pruned model: layers, totals, exactness, fidelity."""
     fold = not verbose and len(report.layers) > LONG
     parts: list[RenderableType] = []
     if report.layers:
@@ -728,7 +728,7 @@ def settings(report: Report) -> Text | None:
 
 
 def repaired(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
-    """The report after a repair of a model that was cut before: sums, what the repair did, fidelity."""
+    """Render the report of recovering a pruned model: sums, effect of the recovery, fidelity."""
     parts: list[RenderableType] = []
     if verbose and report.repairs:
         parts += [*recovered_layers(report.repairs, name_width=name_width), Text("")]

@@ -53,7 +53,7 @@ class Rows:
     place: str
 
     def read(self, rows: int | None = None) -> Array:
-        """The first rows, all of them without a number."""
+        """Read the first rows; all of them without a number."""
         return next(self.chunks(max(self.shape[:1], default=1) if rows is None else rows))
 
 
@@ -62,7 +62,7 @@ Part = dict[str, Rows]
 
 
 def held(array: Array, place: str) -> Rows:
-    """An array already in memory."""
+    """Return rows of an array already in memory."""
     return Rows(array.shape, array.dtype, lambda rows: _slices(array, rows), place)
 
 
@@ -75,7 +75,7 @@ def _slices(array: Array, rows: int) -> Iterator[Array]:
 
 
 def array_files(folder: Path) -> list[Path]:
-    """The array files of a folder in the order of their names."""
+    """List the array files of a folder in the order of their names."""
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and may_be_read(path))
 
 
@@ -93,7 +93,7 @@ def by_stem(files: Sequence[Path], names: Sequence[str]) -> Part | None:
 
 
 def array_file(path: Path) -> Part:
-    """The arrays of one file, opened as far as their headers."""
+    """Open the arrays of one file as far as their headers."""
     if path.suffix not in SUFFIXES:
         raise UsageError(f"data file {str(path)!r} is neither .npz nor .npy nor an image", hint=HINT)
     with _readable(path):
@@ -108,7 +108,7 @@ def array_file(path: Path) -> Part:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what a damaged or unreadable file raises into a typed error."""
+    """Turn the errors of a damaged or unreadable file into a typed error."""
     try:
         yield
     except _READ_ERRORS as error:
@@ -119,7 +119,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path, member: str) -> Iterator[IO[bytes]]:
-    """A .npy file, or a member of a .npz file, as a stream."""
+    """Open a .npy file, or a member of a .npz file, as a stream."""
     with _readable(path):
         if member:
             with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
@@ -143,7 +143,7 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _stored(path: Path, member: str) -> Rows:
-    """An array in a file; never a pickled one."""
+    """Open an array in a file; never a pickled one."""
     place = f"array {member.removesuffix('.npy')!r} of {str(path)!r}" if member else f"data file {str(path)!r}"
     with _opened(path, member) as stream:
         shape, columns_first, dtype = _header(stream)
@@ -172,7 +172,7 @@ def _stored(path: Path, member: str) -> Rows:
 
 @contextmanager
 def _mapped(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Array]:
-    """A columns-first array behind its header: a row is spread over the whole of it, so it is unpacked and mapped."""
+    """Unpack and map a columns-first array behind its header: its rows are spread over the whole of it."""
     with tempfile.TemporaryFile() as file:
         shutil.copyfileobj(stream, file)
         file.flush()

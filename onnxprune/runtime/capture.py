@@ -31,7 +31,7 @@ from onnxprune.runtime.sessions import Array, Feed, cores, open_session, run
 def shown_in(
     proto: onnx.ModelProto, tensors: Iterable[str], conditions: Collection[str], types: Mapping[str, Inner]
 ) -> tuple[onnx.ModelProto, dict[str, str], dict[str, int]]:
-    """The model with all that is asked for where it can be seen, {tensor: output}, and {tensor: axes stacked in front}.
+    """Expose all requested tensors of a model; returns it, {tensor: output}, and {tensor: axes stacked in front}.
 
     Conditions are outputs under another name: they may be inputs or constants of the model.
     """
@@ -50,12 +50,13 @@ def shown_in(
 
 
 def counted(value: Array, stacked: int, conditions: Sequence[tuple[Array, bool, int]], joins: bool) -> list[Array]:
-    """The values that iterations gave in which conditions are what they have to be.
+    """Return the values of the iterations whose conditions hold.
 
     Args:
-        value: with iterations along ``stacked`` leading axes; empty where a branch was not taken.
-        conditions: (condition, what it has to be, leading axes of its own that count iterations).
-        joins: as one value, joined along its own first axis.
+        value: values with iterations along the leading axes; empty where a branch was not taken.
+        stacked: number of leading axes that count iterations, 0 or more.
+        conditions: (condition, required value, number of its leading axes that count iterations).
+        joins: whether to join the values into one, along their first axis.
     """
     if not value.size:
         return []
@@ -100,7 +101,7 @@ class Checkpoint:
         self._folder, self._key = folder, key
 
     def at(self, batch_size: int) -> Checkpoint:
-        """The same for calls of this many samples: only whole calls are counted, so others cannot go on from there."""
+        """Return the checkpoint for calls of this size: it counts whole calls, so other sizes cannot resume it."""
         return Checkpoint(self._folder, f"{self._key}:{batch_size}")
 
     def _path(self, statistics: Mapping[str, Statistic]) -> Path:
@@ -142,7 +143,7 @@ def make_folder(folder: Path) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
-    """The arrays of a file; empty where it is missing or damaged, which only means to compute them anew."""
+    """Read the arrays of a file; empty where it is missing or damaged, so that they are computed again."""
     if not path.is_file():
         return {}
     try:
@@ -180,7 +181,7 @@ class Source(Protocol):
     """Calibration data that can be gone through more than once."""
 
     def batches(self, batch_size: int | None = None) -> Iterable[Feed]:
-        """The data as calls of the model."""
+        """Iterate over the data as calls of the model."""
 
     @property
     def samples(self) -> int | None:
@@ -222,17 +223,18 @@ def capture(
 
     Args:
         model: the graph and its weights.
-        requests: what to accumulate.
+        requests: tensors and the statistics to accumulate of them.
         source: the data.
         sizes: {tensor: bytes per sample}.
-        least, most: samples per call.
-        types: of the tensors (conditions, too) that lie in bodies.
+        types: {tensor: type} of the tensors (conditions, too) that lie in bodies.
+        least: smallest number of samples per call, 1 or more.
+        most: largest number of samples per call.
         memory: bytes of inner tensors to hold at a time.
-        checkpoint: where to keep what was accumulated, so that a run can be resumed.
-        tell: called with the share done.
+        checkpoint: checkpoint of the accumulated sums, from which a run can be resumed.
+        tell: progress callback, called with the share done, 0 to 1.
 
     Returns:
-        number of samples seen.
+        number of samples in the data.
 
     Raises:
         ModelError: the model does not run, or a tensor holds NaN or infinity. UsageError: there are no samples.
@@ -265,7 +267,7 @@ class Share:
 
 
 def _passes(requests: Sequence[Request], sizes: Mapping[str, int], memory: int) -> list[list[Request]]:
-    """Requests in as few passes as memory allows at one sample a call."""
+    """Distribute the requests over as few passes as memory allows at one sample a call."""
     passes: list[list[Request]] = []
     room = 0
     held: set[str] = set()
@@ -365,7 +367,7 @@ class _Gathered:
             self._busy = [self._pool.submit(_take_in, r, self._values(r, calls)) for r in self._requests]
 
     def _values(self, request: Request, calls: Sequence[Feed]) -> list[Array]:
-        """A tensor's values; where it lies in a body, one per iteration, or joined, and none where it did not run."""
+        """Return the values of a tensor: in a body one per iteration, or joined, and none where it did not run."""
         stacked = self._stacked.get(request.tensor)
         if stacked is None and not request.where:
             return [call[request.tensor] for call in calls]
@@ -404,13 +406,13 @@ def _update(request: Request, value: Array) -> None:
 
 
 def count(feed: Feed) -> int:
-    """Number of samples of one call: the leading size that most inputs share."""
+    """Return the number of samples of one call: the leading size that most inputs share."""
     sizes = [len(array) for array in feed.values() if array.ndim]
     return max(set(sizes), key=sizes.count) if sizes else 1
 
 
 def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """The model with these tensors as its only outputs; onnxruntime works out their types and skips the rest."""
+    """Return the model with these tensors as its only outputs; onnxruntime infers their types and skips the rest."""
     model = onnx.ModelProto()
     model.CopyFrom(proto)
     known = {o.name: o for o in proto.graph.output}
@@ -438,7 +440,7 @@ Way = Mapping[str, bool]
 
 
 def ways(graph: Graph, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> list[dict[str, bool]]:
-    """The way that every batch takes through the Ifs that lie in no Loop or Scan; no entries where there are none.
+    """Return the branch of every If outside Loop and Scan for every batch; no entries where there are none.
 
     Raises:
         ModelError: the model does not run.

@@ -116,12 +116,12 @@ def _compare_integers(output: Output, a: Array, b: Array, quantized: bool) -> No
 
 
 def _real(array: Array) -> Array:
-    """The array in float64, complex numbers as pairs."""
+    """Return the array in float64, complex numbers as pairs."""
     return array.view(array.real.dtype).astype(np.float64) if array.dtype.kind == "c" else array.astype(np.float64)
 
 
 def varying(model: Openable, feeds: Sequence[Feed]) -> set[str]:
-    """Outputs that vary, within one run or from one to the next, by more than the tolerance of ``exactness``.
+    """Return the outputs that vary, within one run or between runs, by more than the tolerance of ``exactness``.
 
     Raises:
         ModelError: the model does not load or run.
@@ -185,7 +185,7 @@ class Rounding:
     eps: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, output: str) -> float:
-        """The epsilon on the way to an output, which may be a tensor under a name that was made for it."""
+        """Return the epsilon on the way to an output, which may be a tensor under a name that was made for it."""
         return self.eps.get(output) or self.eps.get(re.split("__(?:seen|made|survivors|mask_)", output)[0], 0.0)
 
 
@@ -205,7 +205,7 @@ class Comparison(NamedTuple):
     failed: tuple[str, ...] = ()
 
     def said(self) -> Exactness:
-        """The facts with a note that names the outputs on which equality proves nothing."""
+        """Return the facts with a note that names the outputs on which equality proves nothing."""
         if not self.idle:
             return self.facts
         names = [f"{name} {why}" for name, why in self.idle.items()]
@@ -259,11 +259,17 @@ def compared(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """``exactness`` with the outputs that do not vary told apart, for callers that can do something about them.
+    """Compare as ``exactness`` does, and list the outputs that do not vary, so that a caller can try other inputs.
 
     Args:
-        rounding: what differences are allowed where no ``tolerance`` says so.
-        others: what the cut model is fed, where that is something else.
+        reference: the reference, a model or an open session.
+        cut: the pruned model, a model or an open session.
+        feeds: calls of both models.
+        rounding: allowed differences where ``tolerance`` is None.
+        others: calls of the pruned model where they differ from ``feeds``.
+        tolerance: allowed error relative to the scale of an output, more than 0; None: from ``rounding``.
+        threads: threads inside an operator, 1 or more; None: onnxruntime's default.
+        progress: callback, called with (stage, fraction).
     """
     batches = list(dict.fromkeys(_batch(feed) for feed in feeds))
     outputs: dict[str, Output] = {}
@@ -306,7 +312,7 @@ def _widen(outputs: dict[str, Output], floor: float, quantized: bool) -> None:
 
 
 def _verdict(outputs: dict[str, Output], batches: list[int]) -> Comparison:
-    """The facts: the output with the largest error over tolerance decides."""
+    """Return the facts: the output with the largest error over tolerance decides."""
     worst = max(outputs.values(), key=lambda o: o.excess)
     notes = [f"{o.name}: {o.broken}" for o in outputs.values() if o.broken]
     notes += [f"{o.name}: {o.differing} of {o.elements} integers differ" for o in outputs.values() if o.differing]
@@ -342,7 +348,7 @@ def noise_floor(reference: Openable, feeds: Sequence[Feed], *, threads: int | No
 
 
 def _disturb(feed: Feed) -> Feed:
-    """The inputs with every float moved by a seeded random share, at most twice its type's epsilon."""
+    """Multiply every float of the inputs by 1 + a seeded random share, at most twice its type's epsilon."""
     rng = np.random.default_rng(0)
     moved: Feed = {}
     for name, array in feed.items():
@@ -362,7 +368,7 @@ def _outputs(
     optimize: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Feed]:
-    """The model's outputs on every batch; the session is freed with the last one."""
+    """Run the model on every batch; the session is freed with the last one."""
     session = open_session(model, optimize=optimize, threads=threads)
     try:
         for index, feed in enumerate(feeds):
@@ -374,12 +380,12 @@ def _outputs(
 
 
 def _part(progress: Progress | None, start: float) -> Progress | None:
-    """A progress callback for the half of the stage that begins at ``start``."""
+    """Return a progress callback for the half of the stage that begins at ``start``."""
     if progress is None:
         return None
     return lambda _, share: progress("exactness", start + share / 2)
 
 
 def _batch(feed: Feed) -> int:
-    """The leading size of the first input that has one."""
+    """Return the leading size of the first input that has one."""
     return next((int(array.shape[0]) for array in feed.values() if array.ndim), 1)

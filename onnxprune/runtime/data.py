@@ -46,7 +46,7 @@ class Source:
 
 
 def open_source(source: Any, specs: Sequence[InputSpec], options: images.ImageOptions | None = None) -> Source:
-    """The source behind what the user gave as data.
+    """Return the source behind the user's data.
 
     Raises:
         UsageError: a missing path, a folder without data or with both images and arrays, image options for arrays,
@@ -76,7 +76,7 @@ def open_source(source: Any, specs: Sequence[InputSpec], options: images.ImageOp
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
-    """The array files and the images at a path, one of them empty."""
+    """List the array files and the images at a path, one of them empty."""
     if not path.is_dir():
         if not may_be_read(path):
             raise UsageError(f"data {str(path)!r} is no ordinary file", hint="Give a file that can be read twice.")
@@ -103,7 +103,7 @@ def _from_files(path: Path, files: Sequence[Path], names: Sequence[str]) -> Iter
 
 
 def _from_object(source: Any) -> Source | None:
-    """Iterables and readers; None for anything else."""
+    """Open an iterable or a reader as a source; None for anything else."""
     if hasattr(source, "get_next"):
         if hasattr(source, "rewind"):
             return Source(lambda: map(_part, _rewound(source)), known=False)
@@ -141,7 +141,7 @@ def _part(item: Any, index: int | None = None) -> Part:
 
 
 def _once(items: Iterator[Any]) -> Source:
-    """A source that can be read once: what a pass has read is kept for the next."""
+    """Return a source that can be read once: a pass stores its items for the next."""
     kept = _Kept(items)
     return Source(kept.parts, known=False, again=False)
 
@@ -192,7 +192,7 @@ class Batch:
         return max(self.feed[self.split[0]].shape[:1], default=1) if self.split else 1
 
     def first(self, rows: int) -> Batch:
-        """The batch cut short, where the model takes any number."""
+        """Return the batch cut short, where the model takes any number."""
         if rows >= self.rows or not self.free:
             return self
         return Batch({n: a[:rows] if n in self.split else a for n, a in self.feed.items()}, self.split, True)
@@ -240,7 +240,7 @@ class Cutter:
                 yield from self._joined(run)
 
     def totals(self, parts: Iterable[Part]) -> Totals:
-        """What there is to cut; nothing but shapes is looked at."""
+        """Count the samples that can be split into batches; only shapes are read."""
         sums = Totals()
         for tails, run in groupby(parts, self._tails):
             rows = 0
@@ -259,7 +259,7 @@ class Cutter:
         return sums
 
     def _step(self, steps: Mapping[str, int]) -> int:
-        """What the number of samples is a multiple of."""
+        """Return the number of which the number of samples is a multiple."""
         return 1 if self._free(steps) else next(iter(steps.values()), 1)
 
     def _free(self, steps: Mapping[str, int]) -> bool:
@@ -268,7 +268,7 @@ class Cutter:
         return not any(fixed)
 
     def _tails(self, part: Part) -> tuple[tuple[int, ...], ...] | None:
-        """What has to be equal in sets that are joined; None for a set with rows of its own kind."""
+        """Return the shapes that have to be equal in joined sets; None for a set with rows of its own kind."""
         lengths = {rows.shape[:1] for rows in part.values()}
         filled = sum(part[spec.name].shape == spec.shape for spec in self.specs)
         if not self._joins or len(lengths) > 1 or () in lengths or 0 < filled < len(self.specs):
@@ -295,7 +295,7 @@ class Cutter:
             self.dropped += len(rest[names[0]])
 
     def _alone(self, part: Part) -> Iterator[Batch]:
-        """The batches of one set."""
+        """Iterate over the batches of one set."""
         steps, count = _steps(part, self.specs, self.size)
         by_name = {spec.name: spec for spec in self.specs}
         same = {n: _scalar(cast(r.read(), by_name[n], r.place), by_name[n]) for n, r in part.items() if n not in steps}
@@ -311,7 +311,7 @@ class Cutter:
         self.dropped += part[next(iter(steps))].shape[0] - used
 
     def _read(self, part: Part, steps: Mapping[str, int]) -> Iterator[Feed]:
-        """The arrays of a set side by side, in the model's dtypes, each by its own number of rows."""
+        """Read the arrays of a set side by side, in the model's dtypes, each by its own number of rows."""
         specs = [spec for spec in self.specs if spec.name in steps]
         readers = [part[spec.name].chunks(steps[spec.name]) for spec in specs]
         for number, arrays in enumerate(zip(*readers, strict=False)):
@@ -357,12 +357,12 @@ def _steps_beside_scalars(
 
 
 def _scalar(array: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """The one number that a scalar input takes."""
+    """Return the one number of a scalar input."""
     return array.reshape(()) if spec.scalar else array
 
 
 def too_few(place: str, rows: int, name: str, size: int) -> UsageError:
-    """The error for data that does not fill one batch."""
+    """Return the error for data that do not fill one batch."""
     return UsageError(
         f"{place} has {rows} samples; input {name!r} takes {size} at a time",
         hint=f"Give at least {size} samples; the model's own leading size is fixed.",
@@ -425,7 +425,7 @@ class Samples:
         return usable // self._source.unit
 
     def first(self, samples: int) -> Samples:
-        """The same data, but no more than this many samples of it (rounded up to a batch of a fixed size)."""
+        """Return the same data with no more than this many samples (rounded up to a batch of a fixed size)."""
         if samples < 1:
             raise UsageError(f"number of samples {samples} must be 1 or more")
         part = copy.copy(self)
@@ -504,7 +504,7 @@ def open_data(
     batch_size: int | None = None,
     images: ImageOptions | None = None,
 ) -> Samples:
-    """The user's data as a stream of calls of a model with the inputs ``specs``.
+    """Open the user's data as a stream of calls of a model with the inputs ``specs``.
 
     Args:
         source: a .npz file (arrays by input name), a .npy file, a folder of such files (or of one .npy per input name),
@@ -514,6 +514,7 @@ def open_data(
             takes arrays without a name; arrays that are no input are ignored beside those that are (labels). An
             iterable that gives a fresh iterator each time is iterated in every pass; of an iterator, and of a reader
             without ``rewind``, the first pass keeps what it reads, beyond 64 MiB in a temporary file.
+        specs: inputs of the model.
         samples: use this many, no more and no less; None: all. Give it for a source without an end.
         batch_size: samples per call where the model leaves that open; 16.
         images: how images become arrays.
@@ -536,7 +537,7 @@ def open_data(
 def load_data(
     source: Any, specs: Sequence[InputSpec], *, limit: int = 256, batch_size: int | None = None
 ) -> list[Feed]:
-    """The first ``limit`` samples of the data (at least one batch) in memory, see :func:`open_data`.
+    """Load the first ``limit`` samples of the data (at least one batch) into memory, see :func:`open_data`.
 
     Raises:
         UsageError: as :func:`open_data`, and values that do not fit.
@@ -555,7 +556,7 @@ def _ceil(number: int, step: int) -> int:
 
 
 def _content(array: Array) -> bytes:
-    """An array's values as bytes; strings with their lengths in front."""
+    """Return an array's values as bytes; strings with their lengths in front."""
     if array.dtype.kind != "O":
         return array.tobytes()
     texts = [text if isinstance(text, bytes) else str(text).encode() for text in np.ravel(array)]

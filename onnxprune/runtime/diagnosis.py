@@ -60,7 +60,7 @@ def explained(
 
 
 def complaint_about(source: str | Path | bytes | onnx.ModelProto | Loaded, checks: Sequence[_Check]) -> str | None:
-    """What the first of the checks that objects says against a model; None where none does."""
+    """Return the objection of the first check that rejects a model; None where none does."""
     try:
         loaded = source if isinstance(source, Loaded) else load(source)
         if loaded.size > _LARGEST:
@@ -106,6 +106,6 @@ _CHECKS = (_check, _infer, _open)
 
 
 def _line(error: Exception) -> str:
-    """An exception in one line."""
+    """Format an exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)[:300] or type(error).__name__

@@ -158,7 +158,7 @@ def _add_numbers(s: _Sums, a: Array, b: Array) -> None:
 
 
 def _finish(name: str, s: _Sums) -> OutputFidelity:
-    """The figures of one output from its sums."""
+    """Compute the figures of one output from its sums."""
     if s.broken:
         return OutputFidelity(name, 0.0, -_SNR_LIMIT)
     if not s.numeric:

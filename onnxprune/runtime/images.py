@@ -92,7 +92,7 @@ class Form:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images of a folder and its subfolders by name, the subfolders (classes, often) taken in turn.
+    """List the images of a folder and its subfolders by name, alternating between subfolders (often classes).
 
     So the first n images are spread over the subfolders, however many are asked for. Hidden files are left out, and so
     is what bears an image's name and is a folder, a pipe or a socket.
@@ -218,7 +218,7 @@ def _decode(path: Path, form: Form) -> Array:
 
 
 def _form(spec: InputSpec, options: ImageOptions) -> Form:
-    """What the input wants, from its shape and, where that is open, the options."""
+    """Return the layout of the input, from its shape and, where that is open, the options."""
     shown = f"input {spec.name!r} {show(spec.shape)}"
     if len(spec.shape) not in (3, 4) or spec.dtype.kind in "OcSb":
         raise UsageError(f"{shown} of {spec.dtype} takes no images", hint="Give the data as arrays (.npz).")

@@ -104,7 +104,7 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], limit: tuple[int, int] | None
 
 
 def _integer_range(spec: InputSpec, rank: int) -> tuple[int, int]:
-    """The default range of an integer input: 8-bit maps are pixels or samples, anything else may be an index."""
+    """Return the default range of an integer input: pixels or samples for 8-bit maps, else that of an index."""
     if spec.dtype.itemsize == 1 and rank >= 3:
         info = np.iinfo(spec.dtype)
         return int(info.min), int(info.max)
@@ -145,16 +145,18 @@ def imagined(
     bounds: Mapping[str, tuple[int, int]] | None = None,
     seed: int = 0,
 ) -> Feed:
-    """One call of a model. Float inputs and 8-bit maps are patterns, all others as :func:`synthetic` draws them.
+    """Make one call of a model: patterns for float inputs and 8-bit maps, else as :func:`synthetic` draws them.
 
     A pattern mixes texture with a power spectrum 1/f^a and flat patches with sharp edges, under a light and contrast
     of its own; the two things that fields of nature and of artefacts have in common. Ruderman, Origins of scaling in
     natural images, Vision Research 1997; Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021.
 
     Args:
+        specs: inputs of the model.
         shapes: {input: shape}, samples along the first axis of inputs of rank 2 and more.
-        spread: takes the patterns of float inputs to their range.
+        spread: function that maps the patterns of float inputs to their range.
         bounds: see :func:`synthetic`.
+        seed: seed of the random numbers, 0 or more.
     """
     feed = synthetic(specs, shapes, bounds=bounds, seed=seed)
     for spec in specs:
@@ -179,7 +181,7 @@ def is_pattern(spec: InputSpec) -> bool:
 
 
 def pattern(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Samples along the first axis, each with a mean of about 0 and a standard deviation of about 1."""
+    """Draw samples along the first axis, each with a mean of about 0 and a standard deviation of about 1."""
     if len(shape) < 2:
         return pattern((1, *shape), rng)[0] if shape else rng.standard_normal(shape)
     short = tuple(a for a in range(1, len(shape)) if shape[a] < _SHORT)
@@ -214,7 +216,7 @@ def _coloured(shape: tuple[int, ...], exponents: tuple[float, float], rng: np.ra
 
 
 def _patches(field: Array, short: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """The field in a few steps, each of which has a value (and along short axes a tint) of its own."""
+    """Quantize the field to a few steps, each with a value (and along short axes a tint) of its own."""
     grey = _standard(field.mean(axis=short, keepdims=True)) if short else field
     step = np.clip((grey + 2.0) / 4.0 * _LEVELS, 0, _LEVELS - 1).astype(np.int64)
     tints = [n if a == 0 or a in short else 1 for a, n in enumerate(field.shape)]
@@ -225,7 +227,7 @@ def _patches(field: Array, short: tuple[int, ...], rng: np.random.Generator) -> 
 
 
 def _single(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape with one value per sample."""
+    """Return the shape with one value per sample."""
     return (shape[0], *(1,) * (len(shape) - 1))
 
 

@@ -52,7 +52,7 @@ class Device:
     threads: int = 1
 
     def facts(self) -> dict[str, str | int]:
-        """What a measured time depends on besides the model."""
+        """Return the conditions, besides the model, on which a measured time depends."""
         return {
             "machine": platform.machine(),
             "processor": _processor(),
@@ -63,7 +63,7 @@ class Device:
 
 
 def device(providers: Sequence[str] | None = None, threads: int | None = None) -> Device:
-    """A device from what a user says: ``cuda`` stands for ``CUDAExecutionProvider``; the CPU comes last by itself.
+    """Make a device from the user's words: ``cuda`` stands for ``CUDAExecutionProvider``; the CPU is appended.
 
     Args:
         providers: None for the CPU.
@@ -85,7 +85,7 @@ def device(providers: Sequence[str] | None = None, threads: int | None = None) -
 
 
 def _no_provider(given: str, known: Mapping[str, str]) -> UsageError:
-    """The error for a provider that is not there: the package that brings it, else the nearest name."""
+    """Return the error for a missing provider: the package that brings it, else the nearest name."""
     message = f"{argument('providers')}: this onnxruntime has no provider {given!r}"
     name = given.strip().removesuffix(_SUFFIX).lower()
     every = {other.removesuffix(_SUFFIX).lower() for other in ort.get_all_providers()} | _PACKAGES.keys()
@@ -106,7 +106,7 @@ def processors() -> int:
 
 
 def _processor() -> str:
-    """The processor's name as the system gives it."""
+    """Return the processor's name as the system gives it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -227,13 +227,20 @@ def latency(
     steady: bool = False,
     progress: Progress | None = None,
 ) -> Latency:
-    """Median milliseconds per run of two models with all graph optimisations, and their interquartile range.
+    """Measure the median milliseconds per run of two models with all graph optimisations, and the interquartile range.
 
     The models run in turn, see :func:`in_turn`.
 
     Args:
-        threads: threads inside an operator; None takes all processors this process may use.
+        before: the first model, a path or bytes.
+        after: the second model, a path or bytes.
+        feeds: calls of both models, of which the first is run.
+        runs: largest number of rounds, 1 or more.
+        threads: threads inside an operator, 1 or more; None: all processors that this process may use.
+        providers: onnxruntime providers, in order of preference.
+        budget_s: seconds after which measuring stops once five rounds are done.
         steady: see :func:`in_turn`.
+        progress: callback, called with (stage, fraction).
 
     Raises:
         ModelError: a model does not load or run, or there is no input to run on.
@@ -254,14 +261,20 @@ def in_turn(
     steady: bool = False,
     progress: Progress | None = None,
 ) -> list[list[float]]:
-    """Milliseconds of every run of several models on the first of ``feeds``.
+    """Measure the milliseconds of every run of several models on the first of ``feeds``.
 
-    They run in turn, in one order and then the other, after a warm-up; drift of the machine then meets all alike.
+    The models run in turn, in alternating order, after a warm-up, so that changes of the machine's speed affect all.
     Measuring stops after ``runs`` rounds, or once ``budget_s`` seconds are spent and five rounds are done.
 
     Args:
-        steady: where one thread of the CPU runs the model, take the time that it works: waiting for other programs on
-            the machine is left out. With more threads there is no such clock.
+        models: the models, paths or bytes.
+        feeds: calls of the models, of which the first is run.
+        device: providers and number of threads.
+        runs: largest number of rounds, 1 or more.
+        budget_s: seconds after which measuring stops once five rounds are done.
+        steady: whether to measure the CPU time of the thread where one CPU thread runs the model, which leaves out
+            waiting for other programs; with more threads there is no such clock.
+        progress: callback, called with (stage, fraction).
 
     Raises:
         ModelError: a model does not load or run, or there is no input to run on.
@@ -298,7 +311,7 @@ def _timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def _own_time() -> Callable[[], float]:
-    """A clock of this thread's work where the system has a fine one, else the wall's."""
+    """Return a clock of the work of this thread where the system has a fine one, else the wall clock."""
     fine = time.get_clock_info("thread_time").resolution <= _FINE
     return time.thread_time if fine else time.perf_counter
 

@@ -18,7 +18,7 @@ _CASTS = (
 
 
 def match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> Part:
-    """The array of every input, its shape and dtype checked; arrays beside those are left out.
+    """Match an array to every input, its shape and dtype checked; other arrays are left out.
 
     Raises:
         UsageError: an input without an array (with the nearest name), a shape or dtype that does not fit.
@@ -46,7 +46,7 @@ def match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> Part:
 
 
 def _with_samples(rows: Rows, spec: InputSpec) -> Rows:
-    """The array with axis 0 as samples: an array one rank short of its input is one sample."""
+    """Return the array with axis 0 as samples: an array one rank short of its input is one sample."""
     if len(rows.shape) != len(spec.shape) - 1:
         return rows
     return Rows((1, *rows.shape), rows.dtype, lambda _: iter([rows.read()[None]]), rows.place)
@@ -89,7 +89,7 @@ def _castable(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
 
 
 def cast(array: Array, spec: InputSpec, place: str, first: int | None = None) -> Array:
-    """The array in the input's dtype.
+    """Cast the array to the input's dtype.
 
     Args:
         array: values of one or several samples.

@@ -37,7 +37,7 @@ class Store:
         return name in self._values
 
     def add(self, name: str, value: Array, batch: int) -> None:
-        """The value of ``name`` for a batch."""
+        """Add the value of ``name`` for a batch."""
         if self._held + value.nbytes > self._limit and value.nbytes > 1 << 16 and value.dtype != object:
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
                 np.ascontiguousarray(value).tofile(file)
@@ -47,11 +47,11 @@ class Store:
         self._values.setdefault(name, {})[batch] = value
 
     def get(self, name: str, batch: int) -> Array:
-        """The value for one batch."""
+        """Return the value for one batch."""
         return self._values[name][batch]
 
     def batches(self, names: Sequence[str]) -> list[int]:
-        """The batches that all of these have values for: there are none in a branch that a batch does not take."""
+        """List the batches for which all these tensors have values: none of a branch that a batch does not run."""
         return sorted(set.intersection(*(set(self._values.get(name, ())) for name in names)))
 
     def drop(self, names: Iterable[str]) -> None:
@@ -98,7 +98,7 @@ class Segments:
         self.batches = 0
 
     def _closed(self) -> tuple[Graph, dict[str, Shown]]:
-        """The graph with bodies in their nodes, which is how they can be run in pieces, with the weights of now.
+        """Return the graph with bodies outlined, which can be run in pieces, and with the current weights.
 
         Where something inside is wanted, a second node stands beside the first, for that alone.
         """
@@ -152,7 +152,7 @@ class Segments:
             yield batch
 
     def _part(self, graph: Graph, nodes: Sequence[Node], piece: int, batch: int) -> _Part | None:
-        """What runs of a piece on the way that a batch takes; None where nothing of it is needed."""
+        """Return the nodes of a piece that run under the branch assignment of a batch; None where none is needed."""
         made = {o for node in nodes for o in node.outputs if o}
         keep = [n for n in sorted(made) if self._last.get(n, -1) >= piece]
         read = {n for node in nodes for n in reads(node)} - made
@@ -197,7 +197,7 @@ class Segments:
         return result
 
     def _lifetimes(self) -> dict[str, int]:
-        """The last piece that needs every tensor which outlives the piece that makes it."""
+        """Return the last reader piece of every tensor that outlives its own piece."""
         last: dict[str, int] = {}
         for piece, (nodes, names) in enumerate(zip(self._nodes, self._wanted, strict=True)):
             made = {o for node in nodes for o in node.outputs}
@@ -223,7 +223,7 @@ def _needs(node: Node) -> Sequence[str]:
 
 
 def _on(graph: Graph, node: Node, way: Way) -> Node | None:
-    """A node as it runs on a way, where it does: what joins two branches hands on the one that is taken."""
+    """Return a node as it runs under a branch assignment, where it does: a join passes on the branch that runs."""
     if not takes(graph, node.index, way):
         return None
     if node.marker != markers.JOIN:
@@ -240,7 +240,7 @@ def part_model(
     inputs: Mapping[str, Array],
     outputs: Sequence[str],
 ) -> bytes:
-    """A model of some nodes of a graph: ``inputs`` by name (types and ranks are taken from them), ``outputs``."""
+    """Build a model of some nodes of a graph: ``inputs`` by name (types and ranks are taken from them), ``outputs``."""
     model = onnx.ModelProto()
     model.ir_version = max(graph.proto.ir_version, 4)
     model.opset_import.extend(o for o in graph.proto.opset_import if o.domain != markers.DOMAIN)

@@ -39,7 +39,7 @@ def measures(dtype: np.dtype[Any]) -> bool:
 
 
 def largest(dtype: np.dtype[Any]) -> float:
-    """The largest finite value of a float or complex type; 0 for anything else."""
+    """Return the largest finite value of a float or complex type; 0 for anything else."""
     return _limits(dtype)[1]
 
 
@@ -57,17 +57,19 @@ R = TypeVar("R")
 
 @contextmanager
 def cores() -> Iterator[ThreadPoolExecutor]:
-    """A thread per core, and one BLAS thread in each of them."""
+    """Start a thread per core, with one BLAS thread in each of them."""
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         yield pool
 
 
 def spread(work: Callable[[T], R], items: Sequence[T], *, heavy: bool = False) -> list[R]:
-    """``work`` of every item, in order, several at a time.
+    """Apply ``work`` to every item on a pool of threads; the results are in the order of the items.
 
     Args:
-        heavy: a single item has products large enough to be shared between BLAS threads. Small ones take longer that
-            way, and many times longer where other programs want the cores too.
+        work: function of an item.
+        items: items to process.
+        heavy: whether a single item has products large enough to be shared between BLAS threads. Small ones take longer
+            that way, and many times longer where other programs use the cores too.
     """
     if len(items) < 2 and heavy:
         return [work(item) for item in items]
@@ -238,7 +240,7 @@ def open_session(
 
 
 def _load_error(message: str, model: str) -> ModelError:
-    """The typed error for onnxruntime's load message."""
+    """Return the typed error for onnxruntime's load message."""
     for pattern in _NO_KERNEL:
         if found := pattern.search(message):
             version = "" if found["version"].startswith("-") else f" version {found['version']}"
@@ -251,14 +253,14 @@ def _load_error(message: str, model: str) -> ModelError:
 
 
 def shorten(message: str, limit: int = 300) -> str:
-    """The first line of an onnxruntime message without status prefix and source places, cut to ``limit`` characters."""
+    """Return the first line of an onnxruntime message, shortened, without status prefix and source places."""
     lines = [line for line in _PREFIX.sub("", message.strip()).splitlines() if line.strip()]
     line = _SOURCE_PLACE.sub("", lines[0]).strip() if lines else "no message"
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def input_specs(session: ort.InferenceSession) -> list[InputSpec]:
-    """The inputs that a call must give, in order; initializers listed as inputs are not among them.
+    """Return the inputs that a call must give, in order; initializers listed as inputs are left out.
 
     Raises:
         ModelError: an input is a sequence, a map, or of an element type that numpy cannot hold.
@@ -276,7 +278,7 @@ def input_specs(session: ort.InferenceSession) -> list[InputSpec]:
 
 
 def _element(kind: str) -> str:
-    """The element type inside ``tensor(...)`` or ``optional(tensor(...))``; empty for sequences and maps."""
+    """Return the element type inside ``tensor(...)`` or ``optional(tensor(...))``; empty for sequences and maps."""
     found = re.fullmatch(r"(?:optional\()?tensor\((\w+)\)+", kind)
     return found[1] if found else ""
 
@@ -314,7 +316,7 @@ def runs(model: Openable, feed: Mapping[str, Array]) -> bool:
 
 
 def prepare(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Callable[[], list[Any]]:
-    """A call that runs the model on ``feeds`` and nothing else: conversions are done here, once.
+    """Return a call that only runs the model on ``feeds``: conversions are done here, once.
 
     Raises:
         ModelError: an input's element type cannot be handed to onnxruntime.
@@ -331,7 +333,7 @@ def prepare(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Callab
 
 
 def _ort_value(name: str, array: Array, kind: str) -> Any:
-    """An array as onnxruntime's own value, raw bytes for element types that its numpy interface refuses."""
+    """Convert an array to an onnxruntime value, from raw bytes for element types that its numpy interface refuses."""
     element = _element(kind)
     array = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar rank 1
     if element in _CARRIERS:
@@ -363,7 +365,7 @@ def _flatten(name: str, value: Any, into: Feed) -> None:
 
 
 def _tensor(value: Any) -> Array:
-    """The array in an onnxruntime tensor, read as raw bytes where its numpy interface refuses the element type."""
+    """Convert an onnxruntime tensor to an array, from raw bytes where its numpy interface refuses the element type."""
     element, shape = _element(value.data_type()), tuple(value.shape())
     if element not in _CARRIERS and element not in _PACKED:
         return np.asarray(value.numpy())
