@@ -1,4 +1,4 @@
-"""The analysis of one model: what may be cut, in which groups, and why the rest may not."""
+"""The analysis of one model: which channels can be pruned, in which groups, and the reasons that forbid the rest."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from onnxprune.operators.context import Table
 from onnxprune.operators.registry import rule_of
 from onnxprune.report.facts import LayerFacts
 
-# Kernels and the settings of operators are no channels: that they stay is not worth a user's time.
+# Kernels and settings of operators are no channels: a user need not read that they stay.
 _NOT_CHANNELS = {"kernel", "operand"}
 
 
 @dataclass(frozen=True, slots=True)
 class SlotView:
-    """One axis of one tensor where units of a group appear; ``size`` is the axis' length.
+    """One axis of one tensor where units of a group appear; ``size`` is the length of the axis.
 
     ``at`` restricts it to one position of another axis, {axis: position}: the direction of a recurrent layer.
     """
@@ -48,7 +48,7 @@ class SlotView:
 
 @dataclass(frozen=True, slots=True)
 class GroupView:
-    """One group as users see it. ``steps``: in how many equal steps it can be cut; ``reason``: why it cannot, if so."""
+    """One group as users see it. ``steps``: number of equal pruning steps; ``reason``: why it cannot be pruned."""
 
     id: int
     kind: str
@@ -95,7 +95,7 @@ class Analysis:
     ) -> None:
         with paused():
             loaded = load(source)
-            # Preparations, each undone after a cut where it was not needed: see restore and rejoin.
+            # Preparations, each undone after pruning where it was not needed: see restore and rejoin.
             unshared, copies = unshare(Graph.of(loaded.proto, loaded.weights, names=loaded.names))
             folded, folds = fold(unshared)
             facts = study(folded, open_sizes(folded, input_shapes), infer_by_rule)
@@ -111,7 +111,7 @@ class Analysis:
         raise AttributeError(f"an analysis is immutable: {name!r} cannot be set")
 
     def _with(self, **changes: Any) -> Analysis:
-        """This analysis with other attributes; views of the groups are made anew."""
+        """Return a copy of this analysis with other attributes; its views of the groups are built anew."""
         other = copy(self)
         views = [name for name, value in vars(Analysis).items() if isinstance(value, cached_property)]
         for name in views:
@@ -123,21 +123,21 @@ class Analysis:
         return other
 
     def with_reshape_axis(self, reshape_axis: str) -> Analysis:
-        """The analysis with another choice between the rows (``heads``) and the cells (``head_dim``) of grids."""
+        """Return the analysis with another choice of rows (``heads``) or cells (``head_dim``) of grids."""
         return self if reshape_axis == self.reshape_axis else self._with(reshape_axis=reshape_axis)
 
     def with_frozen(self, freezes: Sequence[tuple[Ids, Barrier]]) -> Analysis:
-        """The analysis in which more atoms may not be removed.
+        """Return the analysis with more frozen atoms.
 
         Args:
-            freezes: atoms, and why they have to stay.
+            freezes: pairs of atoms and the barrier that freezes them.
         """
         table = copy(self.table)
         table.atoms = self.table.atoms.with_frozen(freezes)
         return self._with(table=table)
 
     def with_digest_of(self, other: Analysis) -> Analysis:
-        """The analysis under the digest of another model: plans name the model that came in."""
+        """Return the analysis under the digest of another model, because plans name the input model."""
         return self._with(loaded=replace(self.loaded, digest=lambda: other.loaded.sha256))
 
     def __repr__(self) -> str:
@@ -148,13 +148,13 @@ class Analysis:
 
     @cached_property
     def groups(self) -> list[GroupView]:
-        """Every group that could be cut, or whose constraints forbid it, with its slots."""
+        """Every group that can be pruned, or whose constraints forbid it, with its slots."""
         slots = self.slots
         return [self._view(g, slots.get(g.id, [])) for g in self.units.groups]
 
     @cached_property
     def barriers(self) -> list[Barrier]:
-        """Every reason that holds channels, with how many, most first."""
+        """Every reason that holds channels, with their number, largest first."""
         held = Counter(self.units.barrier_of[self._weight_components()].tolist())
         found = [replace(self.table.atoms.barriers[i], channels=n) for i, n in held.items() if i >= 0]
         found = [b for b in found if b.code not in _NOT_CHANNELS]
@@ -162,7 +162,7 @@ class Analysis:
 
     @cached_property
     def unlocks(self) -> list[tuple[str, int]]:
-        """(operator, channels) that would become removable if that operator were not in the way, most first."""
+        """(operator, channels) that would become removable if that operator held none of them, largest first."""
         held: Counter[str] = Counter()
         for barrier in self.barriers:
             if barrier.code not in ("graph-output", "graph-input", "captured-by-subgraph", "spatial"):
@@ -171,15 +171,15 @@ class Analysis:
 
     @cached_property
     def layers(self) -> list[LayerFacts]:
-        """Channels, parameters and MACs of every layer, before equal to after."""
+        """Channels, parameters and MACs of every layer; sizes before and after are equal."""
         return self.layer_facts(self.facts.shape, self._weight_size)
 
     def layer_facts(self, shape_after: Any, weight_after: Any) -> list[LayerFacts]:
-        """Layers with the sizes they have after a cut.
+        """Return layers with their sizes before and after pruning.
 
         Args:
-            shape_after: name -> new shape.
-            weight_after: weight name -> new number of elements.
+            shape_after: maps a tensor's name to its new shape.
+            weight_after: maps a weight's name to its new number of elements.
         """
         result = []
         for node in self.graph.steps:
@@ -224,7 +224,7 @@ class Analysis:
 
     @cached_property
     def _sources(self) -> dict[str, tuple[str, ...]]:
-        """The weights that a folded one was computed from, by its name."""
+        """Return the weights that each folded weight was computed from, by its name."""
         return {name: item.sources for item in self.folds for name in item.folded}
 
     def _groups_on(self, names: Sequence[str]) -> set[int]:
@@ -237,14 +237,14 @@ class Analysis:
         return found - {-1}
 
     def names_of(self, group: Group) -> list[str]:
-        """Names that patterns are matched against: the layers that produce a group's channels, and their weights."""
+        """Return the names that patterns match: layers that produce a group's channels, and their weights."""
         layers = self.producers.get(group.id, [])
         weights = [w for node in layers for w in cost.layer_weights(node, self.graph)]
         sources = [s for w in weights for s in self._sources.get(w, ())]
         return list(dict.fromkeys([node.label for node in layers] + weights + sources))
 
     def _layers_of(self, group: Group) -> list[str]:
-        """Every layer that a group runs through, producers first."""
+        """Return every layer that a group runs through, producers first."""
         births = self.table.atoms.births
         numbers = [group.id, *group.children]
         weights = {births[int(b)].tensor: None for g in numbers for b in self.units.groups[g].births}
@@ -254,7 +254,7 @@ class Analysis:
 
     @cached_property
     def slots(self) -> dict[int, list[SlotView]]:
-        """Slots of every group in the input model's own tensors: one per labelled axis, grids aside.
+        """Slots of every group in the input model's own tensors: one per labelled axis, grids excepted.
 
         The directions of a recurrent layer lose different units, and no tensor need have both on one axis: each gets a
         slot of its own.
@@ -277,7 +277,7 @@ class Analysis:
 
     @cached_property
     def _directed(self) -> set[str]:
-        """Operands and outputs of layers with several directions."""
+        """Return operands and outputs of layers with several directions."""
         layers = [n for n in self.graph.steps if rule_of(n).several_directions]
         return {name for node in layers for name in (*node.inputs, *node.outputs) if name}
 
@@ -301,7 +301,7 @@ class Analysis:
         return "grid-unbalanced: no equal share can be taken from every row"
 
     def _reason(self, node: Node) -> str:
-        """Why channels of a layer's output have to stay; empty when none has to."""
+        """Return the reason why channels of a layer's output have to stay; empty when none has to."""
         axis = cost.channel_axis(node, self.graph, self.facts.shape)
         for label in self.table.get(node.outputs[0]) if axis is not None else ():
             if axis in label.axes:
@@ -314,7 +314,7 @@ class Analysis:
         return ""
 
     def _stuck(self, label: Label) -> str:
-        """Why none of the channels of a label can go although each of them may; empty where some can."""
+        """Return why no channel of a label can be removed although each may be; empty where some can."""
         groups = [
             self.units.groups[k] for k in np.unique(self.units.group_of[self.units.component[label.ids]]) if k >= 0
         ]
@@ -336,7 +336,7 @@ class Analysis:
         return nodes
 
     def _passes_weight_on(self, node: Node) -> bool:
-        """A small operator on constants alone, such as a Transpose or DequantizeLinear of a weight."""
+        """Return whether a node is a small operator on constants alone, such as a Transpose of a weight."""
         known = self.graph.weights
         constant = node.inputs[0] in known and all(not n or n in known for n in node.inputs[1:])
         return constant and bool(node.outputs) and len(node.inputs) < 4
@@ -345,7 +345,7 @@ class Analysis:
         return int(np.prod(self.graph.weights[name].shape, dtype=np.int64))
 
     def _weight_components(self) -> Ids:
-        """Components of channels, once each: of what is born on the weights of layers.
+        """Return the components of channels, once each: of the atoms born on the weights of layers.
 
         Anchors, grids of positions and entries of a vocabulary are born on constants that only meet channels.
         """
@@ -362,13 +362,13 @@ class Analysis:
 
 
 def _places(label: Label) -> list[dict[int, int]]:
-    """Where rows of a grid stand along its other axis, {axis: position} of each; one place for a plain label."""
+    """Return the place of a grid's rows on its other axis, {axis: position} of each; one place for a plain label."""
     outer = label.outer()
     return [{outer[0]: row} for row in range(label.ids.shape[outer[0]])] if len(outer) == 1 else [{}]
 
 
 def _resolve(table: Table, reshape_axis: str) -> tuple[Units, frozenset[int]]:
-    """Units and groups, and the groups that no weight belongs to (an axis that is only ever repeated): these stay."""
+    """Resolve units and groups; a group that no weight belongs to (an axis that is only repeated) keeps its size."""
     units = resolve(table.atoms, reshape_axis)
     births, unstored = table.atoms.births, set[int]()
     for group in units.groups:

@@ -1,4 +1,4 @@
-"""Units, groups and grids: what must go together, and what competes."""
+"""Units, groups and grids: which atoms are removed together, and which units compete."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from onnxprune.labels.label import Ids
 class Group:
     """Units that compete with each other.
 
-    ``units`` are component numbers in the order of their first channel. ``classes`` [units] says which units may stand
-    in for each other: a cut takes the same share from every class, so a group can be cut in ``steps`` equal steps.
-    ``kind`` is "heads" when a unit stands for whole rows of a grid (heads, convolution groups), else "channels";
-    a group is ``covered`` where such rows are cut in its place.
+    ``units`` are component numbers in the order of their first channel. ``classes`` [units] states which units may
+    stand in for each other: a removal takes the same share from every class, so a group is pruned in ``steps`` equal
+    steps. ``kind`` is "heads" when a unit stands for whole rows of a grid (heads, convolution groups), else "channels";
+    a group is ``covered`` where such rows are pruned in its place.
     """
 
     id: int
@@ -58,7 +58,7 @@ class Units:
     atoms: Atoms
 
     def close(self, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Components that go when ``removed`` [components] go: cells of removed rows, and rows left without cells."""
+        """Add to ``removed`` [components] the cells of removed rows, and rows without remaining cells."""
         removed = removed.copy()
         before = -1
         while before != (before := int(removed.sum())):
@@ -70,7 +70,7 @@ class Units:
 
 
 def views_of(atoms: Atoms, component: Ids) -> list[Ids]:
-    """Every grid as rows of components, each once; rows that go as a whole stand for themselves: their axis counts."""
+    """Return every grid as rows of components, each once; for rows removed as a whole, the axis of rows counts."""
     found: dict[tuple[tuple[int, ...], bytes], Ids] = {}
     for label in atoms.views.values():
         ids, axes, pack = component[label.ids], list(label.axes), label.pack
@@ -85,12 +85,12 @@ def views_of(atoms: Atoms, component: Ids) -> list[Ids]:
 
 
 def _counts(rows: Ids, values: Ids) -> dict[int, Ids]:
-    """How often each value of ``values`` (same shape as ``rows``) occurs per row: {value: [rows]}."""
+    """Count each value of ``values`` (same shape as ``rows``) per row: {value: [rows]}."""
     return {int(v): (values == v).sum(axis=1) for v in np.unique(values)}
 
 
 def link(group_of: Ids, views: list[Ids], frozen: NDArray[np.bool_]) -> tuple[Ids, set[int]]:
-    """Groups that fill the rows of a grid unequally must be cut together; with something frozen, not at all."""
+    """Link groups that fill the rows of a grid unequally: they are pruned together, or not at all if any is frozen."""
     group_of = group_of.copy()
     blocked: set[int] = set()
     for view in views:
@@ -108,7 +108,7 @@ def link(group_of: Ids, views: list[Ids], frozen: NDArray[np.bool_]) -> tuple[Id
 
 
 def classes_of(units: Ids, views: Sequence[Ids]) -> Ids:
-    """Class of every unit: units that appear in the same rows of every grid may stand in for each other."""
+    """Return the class of every unit: units in the same rows of every grid may stand in for each other."""
     keys = np.zeros(units.size, dtype=np.uint64)
     order = np.argsort(units)
     for number, view in enumerate(views):
@@ -121,20 +121,20 @@ def classes_of(units: Ids, views: Sequence[Ids]) -> Ids:
 
 
 def _place(values: Ids, order: Ids, wanted: Ids) -> Ids:
-    """Where in ``values`` (sorted by ``order``) each of ``wanted`` stands, -1 where it does not."""
+    """Return the index in ``values`` (sorted by ``order``) of each of ``wanted``, -1 where absent."""
     found = np.minimum(np.searchsorted(values, wanted, sorter=order), values.size - 1)
     place = order[found]
     return np.where(values[place] == wanted, place, -1)
 
 
 def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "head_dim") -> None:
-    """Cells or rows: which of the two is cut where both could be.
+    """Choose between the cells and the rows of a grid where both could be pruned.
 
     Args:
-        units: their groups' ``prunable`` and ``children`` are filled in.
+        units: components and groups; ``prunable`` and ``children`` of the groups are filled in.
         views: the grids that each group's units appear in.
-        axis: ``head_dim``: rows (heads) are cut only where the cells beneath them cannot be; ``heads``: wherever they
-            can be, in place of the cells; ``both``: rows, and cells of the rows that stay.
+        axis: ``head_dim``: rows (heads) are pruned only where the cells beneath them cannot be; ``heads``: wherever
+            they can be, in place of the cells; ``both``: rows, and cells of the remaining rows.
     """
     beneath, stuck = _children(units)
     touching = defaultdict[int, list[int]](list)
@@ -154,7 +154,7 @@ def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "h
 
 
 def _children(units: Units) -> tuple[dict[int, set[int]], set[int]]:
-    """Groups of the cells beneath every group of rows, and the groups of rows that hold cells of their own."""
+    """Return the groups of cells beneath every group of rows, and the groups of rows that hold cells of their own."""
     beneath: dict[int, set[int]] = defaultdict(set)
     stuck: set[int] = set()
     for rows in units.atoms.rows:
@@ -171,7 +171,7 @@ def _children(units: Units) -> tuple[dict[int, set[int]], set[int]]:
 def _go_whole(
     units: Units, group: Group, views: Mapping[int, Sequence[Ids]], touching: Mapping[int, Sequence[int]]
 ) -> bool:
-    """Whether every row of every grid over the same cells goes with one unit of the group, or stays."""
+    """Return whether each row of every grid over the same cells belongs to one unit of the group, or to none."""
     cells, owners = _owned(units, group, touching)
     order = np.argsort(cells)
     for child in group.children:
@@ -188,7 +188,7 @@ def _go_whole(
 
 
 def _owned(units: Units, group: Group, touching: Mapping[int, Sequence[int]]) -> tuple[Ids, Ids]:
-    """Components of the cells beneath a group of rows, and the unit that takes each along."""
+    """Return components of the cells beneath a group of rows, and the unit that removes each."""
     order = np.argsort(group.units)
     cells, owners = [group.units], [np.arange(group.size)]
     for number in sorted({n for c in group.children for n in touching.get(c, ())}):
@@ -208,16 +208,16 @@ def _owner(cells: Ids, owners: Ids, order: Ids, wanted: Ids) -> Ids:
 
 
 def _same(rows: Ids) -> NDArray[np.bool_]:
-    """Rows that hold one value throughout."""
+    """Return which rows hold a single value throughout."""
     return np.asarray((rows == rows[:, :1]).all(axis=1))
 
 
-# Atoms of a birth from which on it is worth a look of its own.
+# Number of atoms of a birth from which a separate pass over it pays.
 _MANY = 64
 
 
 def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
-    """Units and groups of a ledger, all of it vectorised over atoms; ``axis``: see ``choose_rows``."""
+    """Resolve units and groups of a ledger, vectorised over atoms; ``axis``: see ``choose_rows``."""
     component, count = _components(atoms)
     barrier_of = _frozen(atoms, component, count)
     frozen = barrier_of >= 0
@@ -254,7 +254,7 @@ def _components(atoms: Atoms) -> tuple[Ids, int]:
         component = again[component]
     if not atoms.rows:
         return component, count
-    # A row takes its cells with it, but not the other way round; what says the same is one.
+    # Removing a row removes its cells, but not the other way round; rows over the same components are united.
     a = np.concatenate([np.repeat(r.rows, r.cells.shape[1]) for r in atoms.rows])
     b = np.concatenate([r.cells.ravel() for r in atoms.rows])
     while True:
@@ -268,9 +268,9 @@ def _components(atoms: Atoms) -> tuple[Ids, int]:
 
 
 def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
-    """Components so far as whole births were united, their number, and the edges that unite anything else.
+    """Unite whole births first; return their components, the number of these, and the edges that unite anything else.
 
-    That is what most edges do, and births are few where atoms are many. A component has the place of its first atom.
+    Most edges unite whole births, and births are few where atoms are many. A component has the place of its first atom.
     """
     every, births = np.arange(atoms.count), atoms.births
     numbers = {birth.start: k for k, birth in enumerate(births)}
@@ -297,7 +297,7 @@ def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
         else:
             root[max(first, second)] = min(first, second)
     first_atom = every.copy()
-    for k, birth in enumerate(births):  # a root comes before what hangs on it
+    for k, birth in enumerate(births):  # a root comes before the atoms that depend on it
         if root[k] != k:
             root[k] = root[root[k]]
             start = births[root[k]].start
@@ -307,14 +307,14 @@ def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
 
 
 def _joined(n: int, a: Ids, b: Ids, both: bool = True) -> tuple[Ids, int]:
-    """Component [n] of every node and their number; edges from ``a`` to ``b`` lead both ways or one way only."""
+    """Return component [n] of every node and their number; edges from ``a`` to ``b`` lead both ways or one way only."""
     matrix = coo_matrix((np.ones(a.size), (a.astype(np.int32), b.astype(np.int32))), shape=(n, n))
     count, component = connected_components(matrix, directed=not both, connection="strong")
     return component.astype(np.int64), int(count)
 
 
 def _same_rows(atoms: Atoms, component: Ids) -> tuple[Ids, Ids]:
-    """Pairs that say the same but are not yet one: a row and its only component, two rows over the same components."""
+    """Return pairs to unite: a row and its only component, or two rows over the same components."""
     if not atoms.rows:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     rows = np.concatenate([r.rows for r in atoms.rows])
@@ -329,7 +329,7 @@ def _same_rows(atoms: Atoms, component: Ids) -> tuple[Ids, Ids]:
 
 
 def _frozen(atoms: Atoms, component: Ids, count: int) -> Ids:
-    """First barrier of every component, -1 where none; a row whose cells are frozen is frozen with them."""
+    """Return the first barrier of every component, -1 where none; a row whose cells are frozen is frozen with them."""
     barrier = np.full(count, -1, dtype=np.int64)
     for ids, why in reversed(atoms.frozen):
         barrier[component[ids]] = why
@@ -347,7 +347,7 @@ def _frozen(atoms: Atoms, component: Ids, count: int) -> Ids:
 
 
 def _group(component: Ids, birth: Ids, count: int) -> Ids:
-    """Group number of every component: those born of the same axes, equally often, compete."""
+    """Return the group of every component: components born of the same axes, equally often, compete."""
     keys = np.zeros(count, dtype=np.uint64)
     np.add.at(keys, component, mix(np.arange(int(birth.max(initial=-1)) + 1))[birth])
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
@@ -389,9 +389,9 @@ def _groups(
 
 
 def _births_of(group: Ids, birth: Ids) -> dict[int, Ids]:
-    """Births that the atoms of every group come from."""
+    """Return the births that the atoms of every group come from."""
     count = int(birth.max(initial=0)) + 1
-    # Atoms of one birth lie together and mostly belong to one group: only where something changes is worth sorting.
+    # Atoms of one birth lie together and mostly belong to one group: only boundaries between groups are sorted.
     change = np.flatnonzero((group[1:] != group[:-1]) | (birth[1:] != birth[:-1])) + 1
     change = np.concatenate([np.zeros(min(1, group.size), np.int64), change])
     keys = np.unique(group[change] * count + birth[change])

@@ -1,4 +1,4 @@
-"""The plan: what is removed from where, as data that can be saved, edited and replayed."""
+"""The plan: which units are removed from which groups, as data that can be saved, edited and replayed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ VERSION = 1
 class PlanSlot:
     """Positions removed along one axis of one tensor of the input model.
 
-    ``at`` {axis: position} says where on another axis that is so: which direction of a recurrent layer. Empty: all.
+    ``at`` {axis: position} restricts them to one position of another axis (a direction of a recurrent layer); empty:
+    all positions.
     """
 
     tensor: str
@@ -30,7 +31,7 @@ class PlanSlot:
 
 @dataclass(slots=True)
 class PlanGroup:
-    """Units removed from one group, and where each stands. ``removed`` None means: go by the slots."""
+    """Units removed from one group, and their positions. ``removed`` None: the slots decide."""
 
     id: int
     units: int = 0
@@ -40,7 +41,7 @@ class PlanGroup:
 
 @dataclass(slots=True)
 class PlanFactors:
-    """A layer taken apart: by the name of its node, with the ranks of the method and the error that this made."""
+    """A factorized layer: the name of its node, the ranks of the method, and the error of the approximation."""
 
     layer: str
     method: str
@@ -65,7 +66,7 @@ class Plan:
         return f"<Plan: {units} units removed from {len(self.groups)} groups{factors}>"
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON-ready plain data, in the file's key order."""
+        """Return the plan as JSON-ready plain data, in the file's key order."""
         data = asdict(self)
         for slot in (slot for group in data["groups"] for slot in group["slots"] if not slot["at"]):
             del slot["at"]
@@ -83,7 +84,7 @@ class Plan:
         files.write_text(Path(path), self.text(), "the plan")
 
     def text(self) -> str:
-        """The plan as the text of its file."""
+        """Return the plan as the text of its file."""
         return _lines(self.to_dict())
 
     @classmethod
@@ -98,7 +99,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
-        """A plan from plain data; keys that a person may leave out have defaults.
+        """Build a plan from plain data; keys that a person may leave out have defaults.
 
         Raises:
             UsageError: the data does not have a plan's form.
@@ -116,7 +117,7 @@ class Plan:
 
 
 def _lines(data: Mapping[str, Any]) -> str:
-    """JSON with one line per group, slot and barrier: people read plans and edit them."""
+    """Format JSON with one line per group, slot and barrier: people read plans and edit them."""
 
     def block(items: list[str], close: str) -> str:
         return "[" + ",".join("\n  " + item for item in items) + close

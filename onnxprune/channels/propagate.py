@@ -11,15 +11,16 @@ from onnxprune.labels.atoms import Atoms
 from onnxprune.operators.context import Step, Table
 from onnxprune.operators.registry import NO_RULE, lookup
 
-# A rule that raises is a bug; users still get a right answer because the node is frozen. Tests set this to see the bug.
+# A rule that raises is a bug; users still get a correct model because the node is frozen. Tests set this to
+# see the bug.
 STRICT = bool(os.environ.get("ONNXPRUNE_STRICT"))
 
 
 def push_labels(graph: Graph, facts: Facts, *, approximate: bool = False) -> Table:
-    """Labels of every tensor and the ledger of what was united and frozen.
+    """Compute labels of every tensor, and the ledger of united and frozen atoms.
 
     Args:
-        graph: the model's view
+        graph: the model's view.
         facts: shapes and values at the probe sizes.
         approximate: let labels through normalisations that stay defined over fewer channels.
     """
@@ -35,7 +36,7 @@ def push_labels(graph: Graph, facts: Facts, *, approximate: bool = False) -> Tab
 
 
 def infer_by_rule(node: Node, shapes: list[Any], values: list[Any]) -> list[Any] | None:
-    """Shapes of a node's outputs as its rule states them: a callback for :func:`onnxprune.graph.facts.study`."""
+    """Return shapes of a node's outputs by its rule: a callback for :func:`onnxprune.graph.facts.study`."""
     try:
         return lookup(node.domain, node.op, node.version).infer(node, shapes, values)
     except Exception:

@@ -1,4 +1,4 @@
-"""Units to a plan and a plan to units."""
+"""Convert units to a plan and a plan to units."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Mask = NDArray[np.bool_]
 
 
 def atoms_removed(units: Units, components: Mask) -> Mask:
-    """Mask over atoms of what goes with the chosen components."""
+    """Return a mask over atoms of all that the chosen components remove."""
     return np.asarray(units.close(components)[units.component])
 
 
 def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
-    """The plan of a removal: every group that loses units, with one slot per labelled axis.
+    """Build the plan of a removal: every group that loses units, with one slot per labelled axis.
 
     Where several groups share an axis (a concatenation), each lists its own positions there.
     """
@@ -35,9 +35,9 @@ def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
     owner = np.full(len(units.groups) + 1, -1, dtype=np.int64)
     for group in cut:
         owner[group.children] = group.id
-    for group in cut:  # rows and the cells beneath them may both be cut: each then lists its own
+    for group in cut:  # rows and the cells beneath them may both be pruned: each then lists its own
         owner[group.id] = group.id
-    for group in units.groups:  # rows that are left without cells go with whoever took those
+    for group in units.groups:  # rows without remaining cells are removed with their cells
         if owner[group.id] < 0 and gone[group.units].any():
             near = [c.id for c in cut if c.id in group.children or set(c.children) & set(group.children)]
             owner[group.id] = min(near, key=lambda c: c not in group.children, default=-1)
@@ -60,20 +60,20 @@ def _slot(analysis: Analysis, slot: SlotView, by_atom: NDArray[np.int64], group:
 
 
 def _at(ids: Ids, place: Mapping[int, int]) -> Ids:
-    """The atoms at positions of some axes, {axis: position}."""
+    """Return the atoms at positions of some axes, {axis: position}."""
     for axis, position in place.items():
         ids = ids.take([position], axis=axis)
     return ids
 
 
 def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
-    """The analysis with grids resolved as a plan needs them, and the mask over components that it asks for.
+    """Return the analysis with the grids that a plan needs resolved, and the mask over components that it removes.
 
     ``removed`` of a group decides where given, else its slots.
 
     Args:
-        analysis: of the model.
-        plan: made for it.
+        analysis: analysis of the model.
+        plan: plan made for that model.
 
     Raises:
         UsageError: another model's plan, an unknown group or tensor, a position out of range or not removable, a share
@@ -88,7 +88,7 @@ def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
         )
     known = analysis.units.groups
     rows = [known[i.id] for i in plan.groups if 0 <= i.id < len(known) and known[i.id].kind == "heads"]
-    if any(not g.prunable for g in rows):  # made where whole rows of grids were cut
+    if any(not g.prunable for g in rows):  # made where whole rows of grids were pruned
         analysis = analysis.with_reshape_axis("both")
     units = analysis.units
     chosen = np.zeros(units.frozen.size, dtype=bool)
@@ -172,7 +172,7 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
 
 
 def _check_balance(units: Units, chosen: Mask) -> None:
-    """Every class of a group loses the same share, and something stays; classes that go with a row aside."""
+    """Check that every class of a group loses the same share and keeps a unit, except classes removed with a row."""
     whole = _with_rows(units, chosen)
     for group in units.groups:
         mine = chosen[group.units]
@@ -191,7 +191,7 @@ def _check_balance(units: Units, chosen: Mask) -> None:
 
 
 def _with_rows(units: Units, chosen: Mask) -> Mask:
-    """Mask over components of what goes because its row does, where rows may be cut."""
+    """Return a mask over components that are removed with their rows, where rows may be pruned."""
     closed, rows = units.close(chosen), np.zeros_like(chosen)
     for group in units.groups:
         if group.prunable and group.kind == "heads":

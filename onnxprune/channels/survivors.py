@@ -1,4 +1,4 @@
-"""Sizes and positions after a cut, as they follow from the labels."""
+"""Sizes and positions after a removal, derived from the labels."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Mask = NDArray[np.bool_]
 
 
 class Ragged(Exception):
-    """A grid would not stay a grid; carries the tensor."""
+    """A grid would lose its form; carries the tensor."""
 
 
 class After:
-    """What survives where. ``removed`` is a mask over atoms."""
+    """Survivors of every tensor. ``removed`` is a bool mask over atoms."""
 
     def __init__(self, table: Table, removed: Mask) -> None:
         self._table, self.removed = table, removed
@@ -26,11 +26,14 @@ class After:
         self._sizes: dict[str, dict[int, int]] = {}
 
     def mask(self, label: Label) -> Mask | None:
-        """Surviving positions in the label's shape; None where all survive."""
+        """Return surviving positions in the label's shape; None where all survive."""
         return self._survivors(label)[1]
 
     def _survivors(self, label: Label) -> tuple[Label, Mask | None, dict[int, int] | None]:
-        """The label, its mask, and the sizes of its axes as ``kept_sizes`` has them; many tensors share a label."""
+        """Return the label, its mask, and its axes' sizes by ``kept_sizes``.
+
+        Cached, since many tensors share a label.
+        """
         known = self._kept.get(id(label))
         if known is None:
             gone = label.of(self.removed)
@@ -46,14 +49,14 @@ class After:
         return known
 
     def touched(self, name: str) -> bool:
-        """Whether the tensor loses positions."""
+        """Return whether the tensor loses positions."""
         for label in self._table.get(name):  # noqa: SIM110  (asked of every tensor: a loop is faster than any())
             if self._survivors(label)[1] is not None:
                 return True
         return False
 
     def sizes(self, name: str) -> dict[int, int]:
-        """New size of every axis that shrinks."""
+        """Return the new size of every axis that shrinks."""
         known = self._sizes.get(name)
         if known is not None:
             return known
@@ -63,7 +66,7 @@ class After:
             if keep is not None:
                 if sizes is None:
                     raise Ragged(name)
-                # A weight's grid may share an axis with a label of its own: the smaller size is what stays.
+                # A weight's grid may share an axis with a label of its own: the smaller size is the new one.
                 for axis, size in sizes.items():
                     if size < keep.shape[axis]:
                         result[axis] = min(size, result.get(axis, size))
@@ -71,7 +74,7 @@ class After:
         return result
 
     def shape(self, name: str) -> tuple[Any, ...] | None:
-        """New shape at the first probe; None where the rank is unknown."""
+        """Return the new shape at the first probe; None where the rank is unknown."""
         shape = self._table.facts.shape(name)
         if shape is None:
             return None
@@ -79,7 +82,7 @@ class After:
         return tuple(sizes.get(a, n) for a, n in enumerate(shape)) if sizes else tuple(shape)
 
     def keep(self, name: str, axis: int) -> Mask | None:
-        """Surviving positions along one axis (of any row that survives); None where all do."""
+        """Return surviving positions along one axis (of any row that survives); None where all do."""
         label = covering(self._table.get(name), axis)
         keep = None if label is None else self.mask(label)
         if label is None or keep is None:
@@ -92,12 +95,12 @@ class After:
         return np.asarray(alive[0])
 
     def kept_between(self, name: str, axis: int, start: int, stop: int) -> int:
-        """Surviving positions of ``start:stop`` along an axis, per surviving row."""
+        """Return surviving positions of ``start:stop`` along an axis, per surviving row."""
         keep = self.keep(name, axis)
         return stop - start if keep is None else int(keep[start:stop].sum())
 
     def steps(self, name: str) -> list[tuple[int, Ids]]:
-        """Gather steps (axis, index) that cut a weight; a grid's pack axis has an index per row."""
+        """Return gather steps (axis, index) that prune a weight; a grid's pack axis has an index per row."""
         labels = [(x, k) for x in self._table.get(name) if (k := self.mask(x)) is not None]
         if all(x.axes == (x.pack,) for x, _ in labels) and len({x.pack for x, _ in labels}) == len(labels):
             return [(x.pack, keep.ravel().nonzero()[0]) for x, keep in labels]

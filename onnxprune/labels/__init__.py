@@ -1,3 +1,3 @@
-"""Labels: integer arrays that say which removable channel stands where."""
+"""Labels: integer arrays that record which removable channel stands at each position."""
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ Reason = Callable[[str, str], int]
 
 
 def known(shape: Shape | None) -> tuple[int, ...] | None:
-    """The shape where every size is known, else None."""
+    """Return the shape where every size is known, else None."""
     sizes = tuple(n for n in shape or () if n is not None)
     return sizes if shape is not None and len(sizes) == len(shape) else None
 
 
 def align(labels: Labels, shift: int) -> Labels:
-    """The labels after ``shift`` axes of size 1 were put in front."""
+    """Return the labels after ``shift`` axes of size 1 were inserted in front."""
     if shift == 0:
         return labels
     return tuple(Label(x.ids.reshape((1,) * shift + x.ids.shape), x.pack + shift, x.start) for x in labels)
@@ -31,10 +31,10 @@ def align(labels: Labels, shift: int) -> Labels:
 def broadcast(
     atoms: Atoms, operands: Sequence[tuple[Labels, Shape]], rank: int, reason: Reason, skip: Sequence[int] = ()
 ) -> Labels:
-    """Labels of the result of operands that broadcast against each other (numpy's rules) into a tensor of ``rank``.
+    """Return labels of the result of operands that broadcast (numpy's rules) into a tensor of ``rank``.
 
-    Atoms that meet are united; an axis that is labelled in one operand and has positions but no label in another keeps
-    its size. Axes in ``skip`` are not compared: labels there must already be absent.
+    Atoms at the same position are united; an axis that is labelled in one operand and has positions but no label in
+    another keeps its size. Axes in ``skip`` are not compared: labels there must already be absent.
     """
     if len(operands) == 1 and len(operands[0][1]) == rank and _apart(operands[0][0]):
         return operands[0][0]
@@ -61,7 +61,7 @@ def broadcast(
 
 
 def _apart(labels: Labels) -> bool:
-    """Whether no axis has two labels, so that there is nothing to unite."""
+    """Return whether no axis has two labels, so that there is nothing to unite."""
     if len(labels) == 1:
         return bool(labels[0].axes)
     axes = [a for label in labels for a in label.axes or (-1, -1)]
@@ -69,7 +69,7 @@ def _apart(labels: Labels) -> bool:
 
 
 def merge(atoms: Atoms, labels: Labels, label: Label, reason: Reason) -> Labels:
-    """``labels`` joined by one more label of the same tensor, with what overlaps united."""
+    """Return ``labels`` with one more label of the same tensor, uniting the atoms of overlapping labels."""
     if not label.axes:
         return labels
     if not labels:
@@ -93,7 +93,7 @@ def merge(atoms: Atoms, labels: Labels, label: Label, reason: Reason) -> Labels:
     why = reason("unsupported-form", "grids over different axes meet")
     for x in (*overlapping, label):
         atoms.freeze(x.ids, why)
-    # Whatever meets these axes later must meet frozen atoms there.
+    # Labels that meet these axes later must meet frozen atoms there.
     known = {a for x in labels for a in x.axes}
     return (*labels, *(Label(atoms.project(label, (a,)), a) for a in label.axes if a not in known))
 
@@ -101,7 +101,7 @@ def merge(atoms: Atoms, labels: Labels, label: Label, reason: Reason) -> Labels:
 def concatenate(
     atoms: Atoms, operands: Sequence[tuple[Labels, Shape]], axis: int, reason: Reason, tensor: str
 ) -> Labels:
-    """Labels of operands joined along ``axis``."""
+    """Return labels of operands joined along ``axis``."""
     rank = len(operands[0][1])
     # Operands without positions along the axis give none, but their other sizes have to fit.
     every, operands = operands, [x for x in operands if x[1][axis] != 0] or operands
@@ -141,7 +141,7 @@ def concatenate(
 
 
 def split_points(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, stop) of consecutive parts."""
+    """Return (start, stop) of consecutive parts of the given sizes."""
     return list(pairwise(np.cumsum([0, *sizes]).tolist()))
 
 
@@ -150,23 +150,26 @@ LARGEST = 1 << 23
 
 
 def transpose(labels: Labels, perm: Sequence[int]) -> Labels:
-    """Labels after a permutation of the axes."""
+    """Return labels after a permutation of the axes."""
     where = {int(p): i for i, p in enumerate(perm)}
     return tuple([Label(x.ids.transpose(perm), where[x.pack], -1 if x.is_grid else x.start) for x in labels])
 
 
 def remove_axis(labels: Labels, axis: int) -> Labels:
-    """Labels after an axis that none of them depends on was dropped."""
+    """Return labels after removal of an axis that none of them depends on."""
     return tuple(Label(x.ids.reshape(_without(x.ids.shape, axis)), x.pack - (x.pack > axis), x.start) for x in labels)
 
 
 def insert_axis(labels: Labels, axis: int) -> Labels:
-    """Labels after an axis of size 1 was put in at ``axis``."""
+    """Return labels after insertion of an axis of size 1 at ``axis``."""
     return tuple(Label(np.expand_dims(x.ids, axis), x.pack + (x.pack >= axis), x.start) for x in labels)
 
 
 def take(atoms: Atoms, labels: Labels, axis: int, index: Ids, reason: Reason) -> Labels:
-    """Labels of the positions ``index`` (1-D) along ``axis``; the axis stays, with size 1 for a single position."""
+    """Return labels of the positions ``index`` (1-D) along ``axis``.
+
+    The axis stays, with size 1 for a single position.
+    """
     label = covering(labels, axis)
     if label is None:
         return labels
@@ -198,7 +201,7 @@ def _pick_one(atoms: Atoms, label: Label, axis: int, part: Ids, reason: Reason) 
 
 
 def _view_parts(atoms: Atoms, label: Label, axis: int, start: int, stop: int) -> None:
-    """A range cut out of a grid's pack axis has the same bounds in every row: what lies before must balance too."""
+    """Balance the parts of a grid's pack axis: a range has the same bounds in every row, so the part before it counts."""
     size = label.ids.shape[axis]
     for low, high in ((0, start), (start, stop), (stop, size)):
         if high - low > 1:
@@ -234,7 +237,7 @@ def runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], l
 
 
 def reshape(atoms: Atoms, labels: Labels, before: Sequence[int], after: Sequence[int], reason: Reason) -> Labels:
-    """Labels after a reshape between known sizes. Only runs that a label depends on are materialised."""
+    """Return labels after a reshape between known sizes. Only runs that a label depends on are materialised."""
     if not labels:
         return labels
     parts = runs(before, after)
@@ -247,13 +250,13 @@ def reshape(atoms: Atoms, labels: Labels, before: Sequence[int], after: Sequence
 
 
 def _one_per_run(atoms: Atoms, labels: Labels, parts: list[tuple[list[int], list[int]]], reason: Reason) -> Labels:
-    """Two labels that a reshape would multiply into one axis cannot both stay: the smaller keeps its size."""
+    """Fix the smaller of two labels that a reshape would multiply into one axis: only one of them can remain."""
     kept: Labels = labels
     for ins, outs in parts:
         if len(ins) < 2 and len(outs) < 2:
             continue
         touching = [x for x in kept if any(x.ids.shape[a] > 1 for a in ins)]
-        if len(touching) > 1:  # how often the channels are repeated, such as once per sample, does not count
+        if len(touching) > 1:  # repetitions of the channels, such as once per sample, do not count
             touching.sort(key=lambda x: np.unique(x.ids).size)
         for label in touching[:-1]:
             why = reason("unsupported-form", "two independently removable axes are merged into one")
@@ -284,7 +287,8 @@ def _reshape_one(
         for b in outs:
             target[b] = after[b]
         if pack in touched:
-            # What is left keeps its order through a merge only where the pack axis is the innermost labelled one.
+            # The rest of the label keeps its order through a merge only where the pack axis is the
+            # innermost labelled one.
             if pack != touched[-1]:
                 atoms.couple(label)
             new_pack = -2 - parts.index((ins, outs))
@@ -306,7 +310,7 @@ def _reshape_one(
 def _moved_whole(
     label: Label, parts: list[tuple[list[int], list[int]]], before: Sequence[int], after: Sequence[int]
 ) -> Label | None:
-    """A label of one axis that the reshape neither splits nor merges: the common case, and a quick one."""
+    """Return a one-axis label that the reshape neither splits nor merges: the common case, and a quick one."""
     if len(label.axes) != 1:
         return None
     axis = label.axes[0]

@@ -15,10 +15,10 @@ _MOST = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Barrier:
-    """Why atoms may not be removed.
+    """Reason why atoms may not be removed.
 
-    ``code`` is a stable short word, ``node``/``op`` where it arose ("" for graph inputs and outputs), ``detail`` a
-    sentence, ``channels`` how many atoms it holds (filled when groups are built).
+    ``code`` is a stable short word, ``node``/``op`` the place where it arose ("" for graph inputs and outputs),
+    ``detail`` a sentence, ``channels`` the number of atoms it holds (filled when groups are built).
     """
 
     code: str
@@ -48,7 +48,7 @@ class Rows:
 
 @dataclass(slots=True)
 class Atoms:
-    """Everything the rules say about atoms, appended as arrays; nothing is resolved here."""
+    """Ledger of all that rules state about atoms, appended as arrays; nothing is resolved here."""
 
     count: int = 0
     births: list[Birth] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Atoms:
     _barrier_index: dict[Barrier, int] = field(default_factory=dict)
 
     def new(self, n: int, tensor: str, axis: int) -> Ids:
-        """``n`` fresh atoms born on ``axis`` of ``tensor``. Raises ValueError where there would be too many."""
+        """Return ``n`` fresh atoms born on ``axis`` of ``tensor``. Raises ValueError where there would be too many."""
         if self.count + n > _MOST:
             raise ValueError(f"an axis of {n:,} channels is more than can be told apart")
         start, self.count = self.count, self.count + n
@@ -71,13 +71,13 @@ class Atoms:
         return np.arange(start, self.count, dtype=np.int64)
 
     def unite(self, a: Ids, b: Ids) -> None:
-        """Atoms at the same position of the (broadcast) arrays must go together."""
+        """Tie atoms at the same position of the (broadcast) arrays: they are removed together or not at all."""
         if a.shape != b.shape:
             a, b = np.broadcast_arrays(a, b)
         self.edges.append((a.ravel(), b.ravel()))
 
     def barrier(self, code: str, node: str, op: str, detail: str) -> int:
-        """Index of the barrier with these fields, new or known."""
+        """Return the index of the barrier with these fields, new or known."""
         barrier = Barrier(code, node, op, detail)
         index = self._barrier_index.setdefault(barrier, len(self.barriers))
         if index == len(self.barriers):
@@ -85,15 +85,15 @@ class Atoms:
         return index
 
     def freeze(self, ids: Ids, barrier: int) -> None:
-        """These atoms may not be removed, for the reason at index ``barrier``."""
+        """Forbid the removal of these atoms, for the reason at index ``barrier``."""
         if ids.size:
             self.frozen.append((ids.ravel(), barrier))
 
     def with_frozen(self, freezes: Sequence[tuple[Ids, Barrier]]) -> Atoms:
-        """A ledger in which more atoms may not be removed; this one stays as it is.
+        """Return a ledger in which more atoms are frozen; this one is not changed.
 
         Args:
-            freezes: atoms, and why they have to stay.
+            freezes: pairs of atoms and the barrier that freezes them.
         """
         other = replace(
             self, frozen=list(self.frozen), barriers=list(self.barriers), _barrier_index=dict(self._barrier_index)
@@ -103,16 +103,16 @@ class Atoms:
         return other
 
     def view(self, label: Label) -> None:
-        """Remember that a tensor has this grid, so that what is removed must leave it a grid."""
+        """Record that a tensor has this grid, so that a removal must leave it a grid."""
         if label.is_grid:
             key = label.ids.shape, label.pack, label.ids.tobytes()
             self.views.setdefault(repr(key[:2]).encode() + key[2], label)
 
     def rows_of(self, label: Label) -> Label:
-        """The grid's rows as atoms of their own: a row atom goes exactly when all cells of its row go.
+        """Return the grid's rows as atoms of their own: a row atom is removed exactly when all cells of its row are.
 
-        Rows with the same cells, in whatever order and tensor, share one row atom; a row that is one atom repeated is
-        that atom. Shape: the label's with size 1 on its pack axis.
+        Rows with the same cells, in whatever order and tensor, share one row atom; a row that repeats one atom has that
+        atom. Shape: the label's with size 1 on its pack axis.
         """
         ids, pack = label.ids, label.pack
         first = ids.take([0], axis=pack)
@@ -136,7 +136,7 @@ class Atoms:
         return result
 
     def project(self, label: Label, axes: tuple[int, ...]) -> Ids:
-        """The label reduced to some of its axes: cells tie across rows, or rows stand for their cells.
+        """Reduce the label to some of its axes: cells tie across rows, or rows stand for their cells.
 
         Dropping outer axes while the pack axis stays ties the cells of a column together; dropping the pack axis
         replaces rows by their row atoms.
@@ -155,15 +155,15 @@ class Atoms:
         return label.ids
 
     def couple(self, label: Label) -> None:
-        """Every row of the grid loses the same positions: tie the columns."""
+        """Tie the columns of the grid: every row loses the same positions."""
         if label.is_grid:
             self.project(label, (label.pack,))
 
     def fix_axis(self, label: Label, axis: int, barrier: int) -> None:
-        """``axis`` keeps its size and the meaning of its positions.
+        """Keep the size of ``axis`` and the meaning of its positions.
 
-        On a single axis this freezes the atoms. On a grid's pack axis cells only go with their whole row; on an outer
-        axis the rows stay, cells may still go.
+        On a single axis this freezes the atoms. On a grid's pack axis cells are removed only with their whole row; on
+        an outer axis the rows stay, and cells may still be removed.
         """
         if label.axes == (axis,):
             self.freeze(label.ids, barrier)
@@ -175,7 +175,7 @@ class Atoms:
 
 
 def mix(ids: Ids) -> NDArray[np.uint64]:
-    """A well-spread 64-bit hash per atom (splitmix64's finaliser), summed to name a set of atoms."""
+    """Hash every atom to 64 well-spread bits (splitmix64's finaliser); a sum of hashes names a set of atoms."""
     with np.errstate(over="ignore"):
         x = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -16,12 +16,12 @@ class Label:
 
     ``ids`` has the tensor's own rank and size 1 on axes it does not depend on. A label over several axes is a grid;
     ``pack`` is then the axis along which survivors close up: every row along it keeps the same number of atoms, each
-    row its own ones, unless the row goes as a whole.
+    row its own ones, unless the row is removed as a whole.
 
     Attributes:
         axes: the axes the label depends on.
-        is_grid: whether these are several.
-        start: the first atom where all follow each other in the order of the positions, -1 where that is not known.
+        is_grid: whether the label depends on several axes.
+        start: the first atom where the atoms are consecutive in the order of the positions, else -1.
     """
 
     # There is one for every tensor and more, each asked for its axes many times: plain slots, filled at once.
@@ -33,13 +33,13 @@ class Label:
         self.is_grid = len(self.axes) > 1
 
     def of(self, values: NDArray[T]) -> NDArray[T]:
-        """``values`` [atoms] at the label's positions; a view where its atoms follow each other."""
+        """Return ``values`` [atoms] at the label's positions; a view where its atoms are consecutive."""
         if self.start < 0:
             return values[self.ids]
         return values[self.start : self.start + self.ids.size].reshape(self.ids.shape)
 
     def outer(self) -> tuple[int, ...]:
-        """The axes other than the pack axis."""
+        """Return the axes other than the pack axis."""
         return tuple(a for a in self.axes if a != self.pack)
 
 
@@ -48,14 +48,14 @@ NONE: Labels = ()
 
 
 def along(ids: Ids, axis: int, rank: int) -> Label:
-    """A label of a tensor of ``rank`` from a one-dimensional array of atoms along ``axis``."""
+    """Return a label of a tensor of ``rank`` from a one-dimensional array of atoms along ``axis``."""
     shape = [1] * rank
     shape[axis] = ids.size
     return Label(ids.reshape(shape), axis)
 
 
 def covering(labels: Labels, axis: int) -> Label | None:
-    """The label that depends on ``axis``, if any."""
+    """Return the label that depends on ``axis``, if any."""
     for label in labels:
         if label.ids.shape[axis] > 1:
             return label
@@ -63,15 +63,15 @@ def covering(labels: Labels, axis: int) -> Label | None:
 
 
 def drop(labels: Labels, label: Label) -> Labels:
-    """``labels`` without ``label``."""
+    """Return ``labels`` without ``label``."""
     return tuple([x for x in labels if x is not label])
 
 
 def kept_sizes(keep: NDArray[np.bool_], pack: int) -> dict[int, int] | None:
-    """Sizes of the axes of a label after packing, from the mask of surviving positions; None where it is ragged.
+    """Return the sizes of a label's axes after packing; None where the surviving positions form no grid.
 
     Args:
-        keep: mask of the label's shape.
+        keep: bool mask of surviving positions, of the label's shape.
         pack: the label's pack axis.
     """
     sizes: dict[int, int] = {}

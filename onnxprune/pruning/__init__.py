@@ -1,3 +1,3 @@
-"""Rewriting: the only stage that changes weights and shapes."""
+"""Rewriting of pruned models and their proof: the only stage that changes weights and shapes."""
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Two models with what is chosen and drawn in them held equal.
+"""Hold the choices and random draws of two models equal, so that their outputs can be compared.
 
-An operator that chooses (the largest, what overlaps, a side of a threshold, the nearest integer) makes another result
-of a difference of rounding, and one that draws gives other numbers where its sizes are others. Neither tells that two
-models differ. So both get, in front of every operator that chooses, the values that the reference has there, and in
-place of every operator that draws, what it drew in the reference; what they have there themselves becomes an output.
-The proof stays one: a difference in front of a choice shows in these outputs, one in the choice itself or behind it in
-what is computed from the same values.
+An operator that chooses (a largest value, overlapping boxes, a side of a threshold, a nearest integer) can turn a
+difference of rounding into another result, and an operator that draws random numbers draws others where its sizes
+differ. Neither difference shows a fault. Both models therefore receive the values of the reference in front of every
+operator that chooses, and the numbers drawn in the reference in place of every operator that draws. The values that
+each model computes itself at those points become outputs.
+The proof stays complete: a difference in front of a choice shows in these outputs, and a difference in the choice or
+behind it shows in the tensors that are computed from the same held values.
 """
 
 from __future__ import annotations
@@ -34,23 +35,24 @@ _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLO
 
 
 def whole(_: str) -> Steps:
-    """Nothing was cut."""
+    """Return no gather steps: nothing was removed."""
     return []
 
 
 @dataclass(slots=True)
 class Holding:
-    """What is held equal between two models.
+    """Record which tensors are held equal between two models.
 
     Args:
-        reference, other: the models. Their bodies are put into the nodes that hold them: such a node is taken for one
-            operator that chooses.
-        kinds: element types by name.
-        survivors: what the other model has of a tensor.
+        reference: the model whose values are held.
+        other: the model compared with it. The bodies of both are put into the nodes that hold them: such a node counts
+            as one operator that chooses.
+        kinds: element types by tensor name.
+        survivors: maps a tensor of the reference to the part of it that the other model has.
 
     Attributes:
-        operators: types of what chooses and draws, with how often.
-        unheld: names of outputs of what draws and cannot be held (in bodies, or in sizes that nobody knows).
+        operators: types of the operators that choose or draw, with their counts.
+        unheld: names of outputs of operators that draw and cannot be held (in bodies, or of unknown size).
     """
 
     reference: Model
@@ -88,7 +90,7 @@ class Holding:
         return bool(self._inputs or self._drawn) and not self._differs
 
     def _data(self) -> set[str]:
-        """Tensors that depend on what goes in."""
+        """Return the tensors that depend on the inputs."""
         proto = self.reference[0].graph
         data = {i.name for i in proto.input} - {t.name for t in proto.initializer}
         for node in proto.node:
@@ -104,7 +106,7 @@ class Holding:
         return self.kinds.get(_unmasked(name), 0)
 
     def _choose(self, index: int, node: onnx.NodeProto, partner: int, twin: onnx.NodeProto, data: set[str]) -> None:
-        """Hold the floats that a node chooses by; all of them, or none."""
+        """Hold the float inputs that a node chooses by: all of them, or none."""
         found = []
         for i, name in enumerate(node.input):
             if name not in data or not _is_float(self._kind(name)):
@@ -116,14 +118,14 @@ class Holding:
         for i, name, steps in found:
             self._inputs[name] = _unmasked(name), steps
             self._choices.append((index, partner, i, name))
-        if found and all(name == _unmasked(name) for _, name, _ in found):  # one that sums has other sums
+        if found and all(name == _unmasked(name) for _, name, _ in found):  # its sums differ
             places = {name: self.survivors(name) for name in node.output if name}
             self._made.update({name: steps for name, steps in places.items() if steps is not None})
         if found:
             self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
 
     def _enclose(self, index: int, node: onnx.NodeProto, partner: int, data: set[str]) -> None:
-        """Hold the floats that bodies read from around them; what is computed in them may choose in any way."""
+        """Hold the float tensors that bodies read from around them; nodes in a body may choose in any way."""
         inside = {name for body in _bodies(node) for inner in _all(body) for name in inner.input}
         for name in sorted((inside | set(node.input)) & data):
             steps = self.survivors(_unmasked(name)) if _is_float(self._kind(name)) else None
@@ -134,7 +136,7 @@ class Holding:
             self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
 
     def _draw(self, index: int, node: onnx.NodeProto, partner: int, values: Mapping[str, Any]) -> bool:
-        """Hold what a node draws; whether that can be done."""
+        """Hold the random numbers that a node draws; return whether that is possible."""
         steps, scale = self.survivors(node.output[0]), None
         if node.op_type == "Dropout":
             share = float(values.get(node.input[1], np.nan)) if node.input[1] else 0.5
@@ -143,7 +145,7 @@ class Holding:
             scale = 1 / (1 - share)
         if steps is None or node.domain not in ("", "ai.onnx") or not self._kind(node.output[0]):
             return False
-        if node.op_type in ("Bernoulli", "Multinomial"):  # chances: what is drawn by them is compared no more
+        if node.op_type in ("Bernoulli", "Multinomial"):  # by probabilities: draws are not compared
             before = self.survivors(_unmasked(node.input[0]))
             if before is None:
                 return False
@@ -153,7 +155,7 @@ class Holding:
         return True
 
     def depend_on_unheld(self) -> set[str]:
-        """Outputs of the models that depend on what is drawn and not held."""
+        """Return outputs of the models that depend on random draws that are not held."""
         graph, tainted = self.reference[0].graph, set(self.unheld)
         for node in graph.node:
             inside = [n for body in _bodies(node) for inner in _all(body) for n in (*inner.input, *inner.output)]
@@ -164,7 +166,7 @@ class Holding:
     # -- the models ------------------------------------------------------------------------------------------------
 
     def tapped(self) -> tuple[Model, Sequence[str]]:
-        """The reference with all that is held as outputs besides its own, and their names."""
+        """Return the reference with all held tensors as additional outputs, and the names of these."""
         proto, weights = _copy(self.reference)
         names = []
         for name, (_, steps) in self._inputs.items():
@@ -183,7 +185,7 @@ class Holding:
         return (proto, weights), names
 
     def feeds(self, values: Feed) -> tuple[Feed, Feed]:
-        """What both models are to be given besides their inputs, from what the tapped reference gave."""
+        """Return additional inputs of both models, made of the values of the tapped reference."""
         result: tuple[Feed, Feed] = ({}, {})
         for feed, part in zip(result, ("all", "kept"), strict=True):
             for name in self._inputs:
@@ -197,7 +199,7 @@ class Holding:
         return result
 
     def pair(self) -> tuple[Model, Model]:
-        """Both models with inputs for what is held, and outputs for what they have in its place."""
+        """Return both models with inputs for the held tensors, and outputs for their own values at those points."""
         models = _copy(self.reference), _copy(self.other)
         for side, (proto, weights) in enumerate(models):
             for name, (own, steps) in self._inputs.items():
@@ -218,7 +220,7 @@ class Holding:
         return models
 
     def _replace(self, node: onnx.NodeProto, held: str, scale: float | None) -> None:
-        """What was drawn in place of drawing."""
+        """Return nodes that take held numbers in place of a random draw."""
         output, source = node.output[0], node.input[0] if node.input else ""
         node.Clear()
         if scale is None:
@@ -232,7 +234,7 @@ class Holding:
 
 
 def _constants(proto: onnx.ModelProto) -> dict[str, Any]:
-    """Small constants by name, those of Constant nodes too."""
+    """Return small constants by name, those of Constant nodes included."""
     tensors = {t.name: t for t in proto.graph.initializer}
     for node in (n for graph in (proto.graph, *proto.functions) for n in _all(graph)):
         if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
@@ -245,7 +247,7 @@ def _constants(proto: onnx.ModelProto) -> dict[str, Any]:
 
 
 def _unmasked(name: str) -> str:
-    """The tensor that a mask was put behind."""
+    """Return the tensor that a mask was applied to."""
     return name.split("__mask_")[0]
 
 
@@ -264,7 +266,7 @@ def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
 
 
 def _rename(node: onnx.NodeProto, old: str, new: str) -> None:
-    """Read another tensor instead, in bodies too."""
+    """Make a node read another tensor, in its bodies as well."""
     node.input[:] = [new if name == old else name for name in node.input]
     for body in _bodies(node):
         for inner in body.node:
@@ -272,14 +274,14 @@ def _rename(node: onnx.NodeProto, old: str, new: str) -> None:
 
 
 def _inner(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Nodes that lie in a body."""
+    """Return the nodes that lie in a body."""
     for node in proto.graph.node:
         for body in _bodies(node):
             yield from _all(body)
 
 
 def _all(graph: Any) -> Iterator[onnx.NodeProto]:
-    """Nodes of a graph and of the bodies in it."""
+    """Return the nodes of a graph and of the bodies in it."""
     for node in graph.node:
         yield node
         for body in _bodies(node):
@@ -287,7 +289,7 @@ def _all(graph: Any) -> Iterator[onnx.NodeProto]:
 
 
 def drawing(proto: onnx.ModelProto) -> list[str]:
-    """Types of operators that draw random numbers without a seed, wherever they lie, each as often as it is there."""
+    """Return the types of operators that draw random numbers without a seed, bodies included, one entry per node."""
     values = _constants(proto)
     nodes = [*_all(proto.graph), *(n for f in proto.functions for n in _all(f))]
     found = [n for n in nodes if draws(n, values)]
@@ -295,7 +297,7 @@ def drawing(proto: onnx.ModelProto) -> list[str]:
 
 
 def seeded(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with a seed for all that draws without: two copies draw the same, as long as sizes are equal."""
+    """Return the model with a seed for every unseeded random operator: two copies draw alike while sizes are equal."""
     if not drawing(proto):
         return proto
     copy = onnx.ModelProto()

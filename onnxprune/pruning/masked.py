@@ -1,10 +1,10 @@
-"""The masked original and what is compared with it: every branch made to run, witnesses inside the model.
+"""The masked original and its comparison with the pruned model: run every branch, compare inner tensors.
 
-Inputs that are drawn take one branch of an If and may run a Loop no time at all; a cut has to be exact wherever other
-inputs lead. In both models, the masked original and the cut one, the same conditions are constants then.
+Random inputs take one branch of an If and may run a Loop zero times; a pruned model has to be exact on every branch. In
+both models, the masked original and the pruned one, the same conditions are therefore fixed as constants.
 
-A tensor of the masked original, gathered at the positions that survive, has to equal the tensor of that name in the
-cut model. Both become outputs of the same new name, so that models are compared as ever.
+A tensor of the masked original, gathered at its surviving positions, has to equal the tensor of the same name in the
+pruned model. Both become outputs of the same new name, so that the usual comparison of models covers them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onnxprune.labels.label import Ids, Label
 from onnxprune.operators.context import Step, Table
 from onnxprune.operators.registry import lookup
 
-# Bytes of a weight from which on a copy with masks is too much, beside the weight itself.
+# Bytes of a weight from which a masked copy beside the weight itself takes too much memory.
 _BULKY = 16 << 20
 # Types that onnxruntime has a Where kernel for.
 _CHOOSES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -38,7 +38,7 @@ _CHOOSES = (np.dtype(np.float32), np.dtype(np.float64))
 def masked_original(
     table: Table, removed: NDArray[np.bool_], probe: Probe | None = None
 ) -> tuple[onnx.ModelProto, dict[str, Weight]]:
-    """The original with masks, for inputs of a probe's sizes (the first one's). Weights are shared, not copied.
+    """Build the masked original for inputs of one probe's sizes (by default the first). Weights are shared, not copied.
 
     It is built from labels and ``Rule.contracted_axes`` alone and shares nothing with the rewriting of nodes and
     weights, so that a mistake in either shows as a difference.
@@ -72,25 +72,25 @@ def masked_original(
 
 
 class _Masks:
-    """Masks made so far, shared between the operators that read the same tensor along the same axes."""
+    """Masks built so far, shared between the operators that read the same tensor along the same axes."""
 
     def __init__(self, table: Table, after: After, probe: Probe) -> None:
         self.table, self.after, self.probe = table, after, probe
         self.constants: dict[str, NDArray[Any]] = {}
 
     def _masks(self, label: Label, axes: tuple[int, ...]) -> bool:
-        """Whether something is removed along one of these axes."""
+        """Return whether positions are removed along one of these axes."""
         return self.after.mask(label) is not None and bool(set(label.axes) & set(axes))
 
     def is_spared(self, name: str, axes: tuple[int, ...], others: Sequence[tuple[str, tuple[int, ...]]]) -> bool:
-        """Whether a weight is so large that a masked copy would count, and what it is multiplied by has masks anyway.
+        """Return whether a weight needs no mask: a masked copy would be large, and the other factor is masked.
 
-        0 times what is left of it is 0, where all of it is finite.
+        The product of 0 and a finite weight is 0.
 
         Args:
-            name: the weight's.
-            axes: of it that are summed over.
-            others: what is summed over with it, and its axes.
+            name: name of the weight.
+            axes: axes of the weight that the operator sums over.
+            others: the other factors of the product, each with the axes it is summed over.
         """
         weight = self.table.graph.weights.get(name)
         if weight is None or weight.nbytes < _BULKY:
@@ -102,7 +102,7 @@ class _Masks:
         return weight.dtype.kind in "iu" or bool(np.isfinite(weight.read().astype(np.float32, copy=False)).all())
 
     def mask(self, node: Node, name: str, axes: tuple[int, ...], neutral: str | None) -> list[onnx.NodeProto]:
-        """Nodes that multiply a tensor by its masks along ``axes``; none where nothing was removed there."""
+        """Return nodes that multiply a tensor by its masks along ``axes``; none where no position is removed there."""
         nodes: list[onnx.NodeProto] = []
         current = name
         for k, label in enumerate(self.table.get(name)):
@@ -128,7 +128,7 @@ class _Masks:
     def _mask_codes(
         self, current: str, stem: str, keep: NDArray[np.bool_], neutral: str | None, dtype: np.dtype[Any]
     ) -> list[onnx.NodeProto]:
-        """Removed codes become the zero point; by way of int32, since neither Mul nor Where takes every 8-bit type."""
+        """Set removed codes to the zero point; by way of int32, since neither Mul nor Where takes every 8-bit type."""
         self.constants[stem] = keep
         wide, back, zero = f"{stem}_wide", f"{stem}_masked", f"{stem}_zero"
         nodes = [onnx.helper.make_node("Cast", [current], [wide], to=onnx.TensorProto.INT32)]
@@ -142,7 +142,7 @@ class _Masks:
         return nodes
 
     def _at_probe(self, name: str, label: Label, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The mask at another probe's sizes: what was merged with a dynamic axis repeats."""
+        """Return the mask at another probe's sizes: it repeats along axes that were merged with a dynamic axis."""
         shape = self.probe.shapes.get(name)
         for axis in label.axes:
             size = shape[axis] if shape is not None else keep.shape[axis]
@@ -163,30 +163,30 @@ Model = tuple[onnx.ModelProto, Mapping[str, Weight]]
 Way = Mapping[str, bool]
 """What holds at every node whose condition is open, by the mark that begins it: which branch, or that a Loop runs."""
 
-# Trips of a Loop that nobody knows the number of, and ways through a model, at most.
+# Limits on the trips of a Loop with an unknown trip count, and on the branch assignments of a model.
 _TRIPS, _MOST = 3, 16
 
 
 @dataclass(frozen=True, slots=True)
 class Undecided:
-    """A node whose condition depends on the inputs. ``within``: the branches around it, {mark: taken}."""
+    """A node whose condition depends on the inputs. ``within``: the branches around it, {mark: branch taken}."""
 
     node: Node
     within: Way
 
     @property
     def mark(self) -> str:
-        """What begins it."""
+        """The marker at which the node begins."""
         return self.node.outputs[0]
 
 
 def ways(found: Sequence[Undecided]) -> list[dict[str, bool]]:
-    """Choices that together run every branch of these nodes, and every Loop."""
+    """Return branch assignments that together run every branch of these nodes, and every Loop."""
     left = {(o.mark, side) for o in found for side in ((True, False) if o.node.kind == "If" else (True,))}
     result: list[dict[str, bool]] = []
     while left and len(result) < _MOST:
         way: dict[str, bool] = {}
-        for item in sorted(found, key=lambda o: -len(o.within)):  # what lies deepest says how to get there
+        for item in sorted(found, key=lambda o: -len(o.within)):  # innermost first: they fix the outer branches
             mark = item.mark
             sides = [s for s in (way.get(mark), True, False) if s is not None and (s is True or item.node.kind == "If")]
             wanted = [s for s in sides if (mark, s) in left and way.get(mark, s) == s]
@@ -210,7 +210,7 @@ def _reached(found: Sequence[Undecided], mark: str, way: Way) -> bool:
 
 
 def undecided(graph: Graph, facts: Facts) -> list[Undecided]:
-    """If and Loop nodes whose conditions (trip counts) are not the same at every probe, or not known."""
+    """Return the If and Loop nodes whose conditions (trip counts) differ between the probes or are unknown."""
     found: dict[int, Undecided] = {}
     for node in graph.nodes:
         if node.marker == markers.OPEN and not all(not n or facts.static_value(n) is not None for n in node.inputs):
@@ -220,7 +220,7 @@ def undecided(graph: Graph, facts: Facts) -> list[Undecided]:
 
 
 def force(model: Model, way: Way) -> Model:
-    """A model in which the conditions of a way are constants."""
+    """Return a model in which the conditions of a branch assignment are constants."""
     proto, weights = onnx.ModelProto(), dict(model[1])
     proto.CopyFrom(model[0])
     constants: dict[str, np.ndarray] = {}
@@ -242,7 +242,7 @@ def force(model: Model, way: Way) -> Model:
 
 
 def force_closed(model: Model, side: bool) -> Model:
-    """A model whose bodies are in their nodes, in which every If takes the same side, and every Loop runs."""
+    """Return a model (bodies inside their nodes) in which every If takes the same side, and every Loop runs."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model[0])
     _force_nodes(proto.graph.node, side)
@@ -264,7 +264,7 @@ def _force_nodes(nodes: Iterable[onnx.NodeProto], side: bool) -> None:
 
 
 def names_of(found: Sequence[Undecided], branches: Collection[tuple[str, bool]]) -> list[str]:
-    """Branches as a person would call them, without those that lie within others of them."""
+    """Return readable names of branches, without those that lie within others of them."""
     names = []
     for item in found:
         for side in (True, False):
@@ -282,13 +282,14 @@ _MAX_WITNESSES = 4
 
 
 class Witnesses:
-    """Tensors that the masked original and the cut model have in common, at the sizes of one probe.
+    """Tensors that the masked original and the pruned model have in common, at the sizes of one probe.
 
     Args:
         table: the labels.
-        removed: mask over atoms.
-        probe: whose sizes the masked original has.
-        reference, cut: the two models.
+        removed: bool mask over atoms, True where removed.
+        probe: the probe whose sizes the masked original has.
+        reference: the masked original.
+        cut: the pruned model.
     """
 
     def __init__(
@@ -299,7 +300,7 @@ class Witnesses:
         self._producer = {o: node for node in reference[0].graph.node for o in node.output if o}
 
     def upstream(self, outputs: Iterable[str]) -> list[str]:
-        """Tensors that could be compared in front of some outputs, nearest first, with a bounded number of elements."""
+        """Return comparable tensors in front of some outputs, nearest first, with a bounded number of elements."""
         both = {o for node in self._cut[0].graph.node for o in node.output if o}
         place = {name: k for k, name in enumerate(self._producer)}
         held = {o.name for o in self._reference[0].graph.output}
@@ -313,13 +314,13 @@ class Witnesses:
         return found
 
     def last(self, outputs: Iterable[str], varying: set[str]) -> list[str]:
-        """Of tensors that vary, the last ones on every way to the outputs (nearest first, a few)."""
+        """Return, of tensors whose values vary, the last ones on every path to the outputs (nearest first, a few)."""
         place = {name: k for k, name in enumerate(self._producer)}
         found = sorted(self._behind(outputs, varying) & varying, key=lambda n: -place[n])
         return found[:_MAX_WITNESSES]
 
     def _behind(self, outputs: Iterable[str], stop: set[str] | frozenset[str] = frozenset()) -> set[str]:
-        """What the outputs are computed from, no further than ``stop``."""
+        """Return the tensors that the outputs are computed from, no further than ``stop``."""
         seen = {o for o in outputs if o in self._producer}
         queue = list(seen)
         while queue:
@@ -332,13 +333,13 @@ class Witnesses:
         return seen
 
     def survivors(self, name: str) -> Steps | None:
-        """How to pick those of a tensor; None where that cannot be said."""
+        """Return gather steps that select the survivors of a tensor; None where labels do not determine them."""
         if not self._table.get(name):
             return []
         return self._steps(name) if self._labelled_alike(name) else None
 
     def _steps(self, name: str) -> Steps:
-        """Indices, each along an axis; those of grids as large as what they are applied to."""
+        """Return gather steps (axis, index); indices of grids are as large as the tensor they are applied to."""
         shape, result = list(self._probe.shapes[name]), []
         for axis, index in self._after.steps(name):
             if index.ndim == 1:
@@ -350,7 +351,7 @@ class Witnesses:
         return result
 
     def _labelled_alike(self, name: str) -> bool:
-        """Whether labels say where every survivor is: sizes are known, and those that the labels have."""
+        """Return whether labels determine every surviving position: sizes are known and equal those of the labels."""
         shape = self._probe.shapes.get(name)
         if shape is None or None in shape:
             return False
@@ -361,7 +362,7 @@ class Witnesses:
         return self._table.graph.opsets.get("", 1) >= 11 or not any(x.is_grid for x in labels)
 
     def _comparable(self, name: str) -> bool:
-        """Floats that are no known value (sizes used as data may differ), with a survivor for every position left."""
+        """Return whether a tensor has floats without known value (sizes may differ) and survivors at every position."""
         shape = self._probe.shapes.get(name)
         if not shape or None in shape or 0 in shape or self._probe.dtypes.get(name) not in _FLOATS:
             return False
@@ -370,14 +371,14 @@ class Witnesses:
         return self._labelled_alike(name)
 
     def tapped(self, names: Sequence[str]) -> Model:
-        """The masked original with tensors as outputs besides its own."""
+        """Return the masked original with tensors as additional outputs."""
         model = onnx.ModelProto()
         model.CopyFrom(self._reference[0])
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         return model, self._reference[1]
 
     def pair(self, names: Sequence[str]) -> tuple[Model, Model, dict[str, str]]:
-        """Both models with the survivors of tensors as outputs besides their own, and {new output: tensor}."""
+        """Return both models with the survivors of tensors as additional outputs, and {new output: tensor}."""
         (reference, known), (cut, _) = (self._copy(m) for m in (self._reference, self._cut))
         new = {f"{name}__survivors": name for name in names}
         for output, name in new.items():
@@ -395,7 +396,7 @@ class Witnesses:
 
 
 def gather(model: onnx.ModelProto, weights: dict[str, Weight], name: str, output: str, steps: Steps) -> None:
-    """Append nodes that pick the survivors of a tensor, the same steps that cut a weight of its labels."""
+    """Append nodes that gather the survivors of a tensor by the steps that prune a weight of the same labels."""
     current = name
     for k, (axis, index) in enumerate(steps):
         operand, result = f"{output}_index{k}", f"{output}_step{k}"

@@ -1,4 +1,4 @@
-"""Carry out a removal: gather weights, adapt nodes, keep every value that must not change."""
+"""Rewrite a model for a removal: gather weights, adapt nodes, keep every value that must not change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from onnxprune.operators.registry import lookup
 
 @dataclass(slots=True)
 class Edits:
-    """Attributes by (node, name), operands by (node, input), and nodes to put in front of others.
+    """Attributes by (node, name), operands by (node, input), and nodes to insert in front of others.
 
     ``replaced``: the operator that takes the place of a node, and how many of its inputs it reads.
     """
@@ -40,36 +40,36 @@ class Edits:
     _count: int = 0
 
     def constant(self, stem: str, value: NDArray[Any], taken: Mapping[str, Any]) -> str:
-        """A new constant with a name that tells where it came from."""
+        """Add a constant whose name shows its origin, and return the name."""
         while True:
             name = f"{stem}_cut" if self._count == 0 else f"{stem}_cut{self._count}"
             if name not in taken and name not in self.constants:
                 break
             self._count += 1
-        self.constants[name] = np.asarray(value, order="C")  # of its own rank, where that is 0 too
+        self.constants[name] = np.asarray(value, order="C")  # keep rank 0 as well
         return name
 
     def name(self, stem: str, taken: Mapping[str, Any]) -> str:
-        """A name for a new tensor, made of ``stem``."""
+        """Return a name for a new tensor, made of ``stem``."""
         used = {*self.constants, *(o for nodes in self.before.values() for n in nodes for o in n.output)}
         names = (stem if k == 0 else f"{stem}{k}" for k in count())
         return next(name for name in names if name not in taken and name not in used)
 
     def put_before(self, node: Node, proto: onnx.NodeProto) -> None:
-        """Put a node right in front of another."""
+        """Insert a node right in front of another."""
         self.before.setdefault(node.index, []).append(proto)
 
     def set_operand(self, node: Node, i: int, name: str) -> None:
-        """Point input ``i`` of a node at another tensor."""
+        """Make input ``i`` of a node read another tensor."""
         self.operands.setdefault(node.index, {})[i] = name
 
     def operand(self, node: Node, i: int) -> str | None:
-        """What input ``i`` was pointed at, if it was."""
+        """Return the new tensor of input ``i``, None where the input is unchanged."""
         return self.operands.get(node.index, {}).get(i)
 
 
 def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight]]:
-    """A new skeleton and its weights. Everything that no edit names is copied as it is."""
+    """Return a new skeleton and its weights. Whatever no edit names is copied unchanged."""
     source = graph.proto
     model = onnx.ModelProto()
     model.CopyFrom(source)
@@ -95,7 +95,7 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
 
 
 def _edited(node: Node, edits: Edits) -> onnx.NodeProto:
-    """The node as it is to be written: itself where nothing changes."""
+    """Return the node with its edits; the node itself where there are none."""
     constant = node.op == "Constant" and node.outputs[0] in edits.weights
     replaced = edits.replaced.get(node.index)
     edited = node.index in edits.operands or node.index in edits.attributes
@@ -123,7 +123,7 @@ def _edited(node: Node, edits: Edits) -> onnx.NodeProto:
 
 
 def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight]) -> None:
-    """Declared shapes follow: placeholders of initializers, value_info, and inputs that stand for initializers."""
+    """Adapt declared shapes: placeholders of initializers, value_info, and inputs that stand for initializers."""
     for tensor in model.graph.initializer:
         weight = weights.get(tensor.name)
         if tensor.name in edits.weights and weight is not None:
@@ -143,9 +143,9 @@ def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight])
 
 
 def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
-    """How often every tensor is read, and the nodes that were needed and no longer are.
+    """Count the readers of every tensor; return the counts and the nodes that lost their last reader.
 
-    That is shape arithmetic that a constant replaced.
+    Such nodes are shape arithmetic that a constant replaced.
     """
     uses = Counter(graph.captured)
     uses.update(graph.outputs)
@@ -164,7 +164,7 @@ def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
         reads.append(names)
     uses.update(chain.from_iterable(reads))
     dead = set[int]()
-    # Backwards: what a dead node read may be dead too, and comes before it.
+    # Backwards: the nodes that a dead node read may be dead too, and come before it.
     for node, names in zip(reversed(graph.nodes), reversed(reads), strict=True):
         made = [o for o in node.outputs if o]
         if node.domain == markers.DOMAIN:
@@ -176,7 +176,7 @@ def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
 
 
 def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight], uses: Counter[str]) -> None:
-    """Remove initializers that were used and no longer are."""
+    """Remove initializers that lost their last reader."""
     dropped: set[str] = set()
     for i in reversed(range(len(model.graph.initializer))):
         name = model.graph.initializer[i].name
@@ -190,7 +190,7 @@ def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight],
 
 
 class CannotRewrite(Exception):
-    """A node stands in the way of a cut: carries the node and the reason, for the caller to freeze what touches it."""
+    """A node has no form with the new sizes: carries the node and the reason, so that the caller freezes its atoms."""
 
     def __init__(self, node: Node, detail: str) -> None:
         super().__init__(f"{node.op} {node.label}: {detail}")
@@ -198,11 +198,11 @@ class CannotRewrite(Exception):
 
 
 def cut(table: Table, removed: Mask) -> tuple[onnx.ModelProto, dict[str, Weight]]:
-    """The cut model as a skeleton with its weights; nothing bulky is read before the weights are.
+    """Return the pruned model as a skeleton with its weights; bulk data are read only when the weights are.
 
     Args:
         table: the labels.
-        removed: mask over atoms.
+        removed: bool mask over atoms, True where removed.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes.
@@ -215,7 +215,7 @@ def cut(table: Table, removed: Mask) -> tuple[onnx.ModelProto, dict[str, Weight]
 
 
 class _State:
-    """The walk over the graph: edits so far and the values that small tensors take in the cut model."""
+    """The walk over the graph: edits so far, and the values of small tensors in the pruned model."""
 
     def __init__(self, table: Table, after: After) -> None:
         self.table, self.after, self.edits = table, after, Edits()
@@ -237,15 +237,15 @@ class _State:
         if weight is not None:
             gathered = GatheredWeight(weight, self.after.steps(name))
             self.edits.weights[name] = gathered
-            if small(weight.shape, weight.dtype):  # its value was known: what becomes of it is the same at every probe
+            if small(weight.shape, weight.dtype):  # known before, so the same now at every probe
                 for values in self.values:
                     values.change(name, gathered)
 
     def visit(self, node: Node) -> None:
-        """Rewrite one node, then learn the values of its outputs."""
+        """Rewrite one node, then compute the known values of its outputs."""
         touched = not (self._untouched(node.inputs) and self._untouched(node.outputs))
         if not touched and not any(values.differs(*node.inputs) for values in self.values):
-            return  # neither sizes nor values around it are other than they were
+            return  # neither sizes nor values around it differ from the original's
         rule = lookup(node.domain, node.op, node.version)
         if touched or self._operands_changed(node):
             rule.rewrite(Cut(node, Step(node, self.table), self))
@@ -263,13 +263,13 @@ class _State:
         return self.edits.sizes.keys().isdisjoint(names)
 
     def check_outputs(self) -> None:
-        """Sizes that leave the graph, as outputs or into bodies, stay what they were."""
+        """Pin the sizes that leave the graph, as outputs or into bodies, to their original values."""
         for name in (*self.graph.outputs, *sorted(self.graph.captured)):
             if name in self.graph.producer and self._changed(name):
                 raise CannotRewrite(self.graph.producer[name], f"the size {name!r} leaves the graph")
 
     def _changed(self, name: str) -> bool:
-        """Whether a value that was computed from sizes alone differs from the original's."""
+        """Return whether a value computed from sizes alone differs from the original's."""
         if name in self.edits.sizes or name in self._data or name not in self.table.facts.probes[0].sizes:
             return False
         return any(values.differs(name) for values in self.values)
@@ -278,7 +278,7 @@ class _State:
         return any(name and name not in self.graph.weights and self._changed(name) for name in node.inputs)
 
     def _pin(self, node: Node, operands: tuple[int, ...]) -> None:
-        """A size that flows into data (an attention scale, a position) keeps the value it had."""
+        """Pin a size that flows into data (an attention scale, a position) to its original value."""
         changed = [(i, n) for i, n in enumerate(node.inputs) if n not in self.graph.weights and self._changed(n)]
         if not changed:
             return
@@ -292,7 +292,7 @@ class _State:
                     raise CannotRewrite(node, f"the size {name!r} is used as data and depends on the batch")
                 self.set_input(node, i, old)
 
-    # -- what Cut asks for -----------------------------------------------------------------------------------------
+    # -- edits that a rule asks for through Cut ---------------------------------------------------------------------
 
     def shape(self, name: str) -> Any:
         return self.after.shape(name)
@@ -331,7 +331,7 @@ class _State:
     def _put_in_front(
         self, node: Node, i: int, op: str, constant: NDArray[Any], function: Callable[[Any], Any], **attributes: Any
     ) -> None:
-        """Let operand ``i`` go through an operator with a constant first."""
+        """Pass operand ``i`` through an operator with a constant."""
         stem, taken = self.edits.operand(node, i) or node.inputs[i], self.table.facts.probes[0].shapes
         operand = self.edits.constant(f"{stem}_{op.lower()}", constant, taken)
         result = self.edits.name(f"{stem}_{op.lower()}_{node.index}", taken)
@@ -377,13 +377,13 @@ class _State:
             self._blend(node, i, target, old, now)
 
     def _dynamic(self, old: list[Any], target: tuple[int, ...]) -> NDArray[np.bool_] | None:
-        """Which entries of a computed operand differ between the probes; None where it is not known at all."""
+        """Return which entries of a computed operand differ between the probes; None where none of it is known."""
         if any(v is None or v.shape != (len(target),) for v in old):
             return None
         return np.asarray(old[0] != old[-1])
 
     def _mixed_target(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], now: Any) -> None:
-        """A Reshape target with dynamic entries: at most one of them changes, and becomes -1."""
+        """Rewrite a Reshape target with dynamic entries: at most one of them changes, and becomes -1."""
         axes = np.array([self.table.facts.varies(node.outputs[0], a) for a in range(len(target))])
         same = (
             np.zeros(len(target), bool)
@@ -399,7 +399,7 @@ class _State:
             raise CannotRewrite(node, "the target of this reshape is computed from more than one dynamic size")
 
     def _blend(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], now: Any) -> None:
-        """A computed operand: new constants where it is static, the computed entries where it is dynamic."""
+        """Rewrite a computed operand: new constants for static entries, the computed entries for dynamic ones."""
         dynamic = self._dynamic(old, target)
         if (
             dynamic is None
@@ -431,7 +431,7 @@ class _State:
 
 
 def _data(table: Table) -> set[str]:
-    """Tensors that are computed from what has channels: sizes may have been used on the way, but they are no sizes."""
+    """Return tensors computed from labelled ones: sizes may have been used on the way, but they are no sizes."""
     known, found = table.items(), set[str]()
     for node in table.graph.steps:
         sized = node.op in ("Shape", "Size") and not node.domain
@@ -441,7 +441,7 @@ def _data(table: Table) -> set[str]:
 
 
 def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], state: _State) -> list[int]:
-    """A Reshape or Expand target keeps 0, -1 and 1 where they still come out right; slice ends keep "to the end"."""
+    """Keep entries 0, -1 and 1 of a Reshape or Expand target, and slice ends "to the end", where they are correct."""
     if node.op == "Reshape":
         kept = [o if o in (0, -1) else t for o, t in zip(old, target, strict=True)]
         source = state.shape(node.inputs[0])
@@ -453,7 +453,7 @@ def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], s
 
 
 class _Shapes:
-    """Shapes of the cut model at one probe, computed when asked for."""
+    """Shapes of the pruned model at one probe, computed on demand."""
 
     def __init__(self, table: Table, after: After, probe: int) -> None:
         self._shapes, self._after = table.facts.probes[probe].shapes, after

@@ -1,4 +1,4 @@
-"""Subnormal weights of layers, made 0: processors take many times as long over them, and outputs lose nothing."""
+"""Set subnormal weights of layers to 0: processors take many times as long over them, and outputs do not change."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from onnxprune.io.elements import Array
 from onnxprune.io.weights import Weight
 from onnxprune.operators.registry import Move, rule_of
 
-# Unsigned integers of the same width; half precision is made for small numbers, and runs in single.
+# Unsigned integers of the same width; half precision is excluded: it is meant for small numbers and runs in single.
 _BITS: dict[str, type[np.unsignedinteger[Any]]] = {"float32": np.uint32, "float64": np.uint64}
-# Elements looked at together: they stay in the processor's cache.
+# Elements processed together: they stay in the processor's cache.
 _CHUNK = 1 << 16
 
 
 class FlushedWeight(Weight):
-    """Another weight with its subnormal values as 0; nothing is held between readings."""
+    """Another weight with its subnormal values set to 0; no array is held between readings."""
 
     __slots__ = ("base",)
 
@@ -30,18 +30,18 @@ class FlushedWeight(Weight):
         self.base = base
 
     def read(self) -> Array:
-        """The values, fresh."""
+        """Return the values, as a fresh array."""
         array = np.array(self.base.read())
         array[np.abs(array) < np.finfo(array.dtype).tiny] = 0
         return array
 
 
 def flushed(graph: Graph) -> dict[str, tuple[FlushedWeight, int]]:
-    """Weights with subnormal values, as they should be: {name: (weight, how many values become 0)}.
+    """Return flushed versions of weights with subnormal values: {name: (weight, number of values set to 0)}.
 
-    Only such as nothing but layers read, directly or moved about: a product with what is below 1.2e-38 (single
-    precision) is lost beside any other, but a divisor is not, nor is what is scaled up before use. Weights are read one
-    at a time.
+    Only weights that layers alone read, directly or through movement, are flushed: a product with a value below 1.2e-38
+    (single precision) vanishes beside any other, but a divisor does not, nor does a value that is scaled up before use.
+    Weights are read one at a time.
     """
     found = {}
     for name in _of_layers(graph):
@@ -53,7 +53,7 @@ def flushed(graph: Graph) -> dict[str, tuple[FlushedWeight, int]]:
 
 
 def _subnormal(array: Array, bits: type[np.unsignedinteger[Any]]) -> int:
-    """How many values are neither 0 nor as large as the smallest normal number."""
+    """Count the values that are neither 0 nor as large as the smallest normal number."""
     flat = np.ascontiguousarray(array).reshape(-1).view(bits)
     sign = bits(1) << bits(flat.itemsize * 8 - 1)
     least = np.asarray(np.finfo(array.dtype).tiny, array.dtype).view(bits)[()]
@@ -66,7 +66,7 @@ def _subnormal(array: Array, bits: type[np.unsignedinteger[Any]]) -> int:
 
 
 def _of_layers(graph: Graph) -> Iterator[str]:
-    """Weights that reach layers, and nothing else, with the values that they have."""
+    """Return the weights that reach layers and no other operators, with their values."""
     outside = {*graph.outputs, *graph.captured}
     for name in graph.weights:
         at = name
