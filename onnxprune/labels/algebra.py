@@ -201,7 +201,7 @@ def _pick_one(atoms: Atoms, label: Label, axis: int, part: Ids, reason: Reason) 
 
 
 def _view_parts(atoms: Atoms, label: Label, axis: int, start: int, stop: int) -> None:
-    """Balance the parts of a grid's pack axis: a range has the same bounds in every row, so the part before it counts."""
+    """Balance the parts of a grid's pack axis: a range has the same bounds in every row, so earlier parts count."""
     size = label.ids.shape[axis]
     for low, high in ((0, start), (start, stop), (stop, size)):
         if high - low > 1:
