@@ -1,4 +1,4 @@
-"""What a model may cost: ``macs=0.5``, ``size=3MB``, ``latency=12ms``, parsed and held against the original."""
+"""Budget targets: ``macs=0.5``, ``size=3MB``, ``latency=12ms``, parsed and compared with the original."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class Target:
     absolute: bool = False
 
     def limit(self, original: float) -> float:
-        """The most that is allowed, where the original costs so much."""
+        """Return the largest allowed cost, given the cost of the original."""
         return self.value if self.absolute else self.value * original
 
     def with_limit(self, limit: float, original: float) -> Target:
-        """The same kind of target with another limit."""
+        """Return a target of the same kind with another limit."""
         return Target(self.kind, limit if self.absolute else limit / original, self.absolute)
 
     def __str__(self) -> str:
-        """The target as it is written on the command line."""
+        """Return the target as it is written on the command line."""
         if not self.absolute:
             return f"{self.kind}={self.value:.4g}"
         units = {u: f for u, f in UNITS[self.kind].items() if "I" not in u and u not in ("", "T")}
@@ -64,7 +64,7 @@ class Target:
 
 
 def parse(text: str, option: str = argument("target")) -> Target:
-    """A target from ``KIND=VALUE``.
+    """Parse a target from ``KIND=VALUE``.
 
     Raises:
         UsageError: an unknown kind, no number, a percent sign, a unit of another kind, or a value out of range.
@@ -106,7 +106,7 @@ def _target(kind: str, text: str, option: str) -> Target:
 
 
 def _as_share(kind: str, text: str) -> str:
-    """A hint for someone who gave percent."""
+    """Return a hint for a value that was given in percent."""
     try:
         percent = float(text)
     except ValueError:
@@ -120,7 +120,7 @@ Given = str | Target | Mapping[str, float | str] | Iterable[str | Target]
 
 
 def targets(given: Given, option: str = argument("target")) -> tuple[Target, ...]:
-    """Targets from what a call may give: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "latency": "12ms"}``.
+    """Parse the targets of a call: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "latency": "12ms"}``.
 
     Raises:
         UsageError: one is not a target, none is given, or a kind is given twice with different values.
@@ -140,7 +140,7 @@ def targets(given: Given, option: str = argument("target")) -> tuple[Target, ...
 
 
 def shares(text: str, option: str = argument("targets")) -> Sequence[float]:
-    """Shares of the original from ``0.9,0.8,0.7``, largest first.
+    """Parse shares of the original from ``0.9,0.8,0.7``, largest first.
 
     Raises:
         UsageError: one is not a share.

@@ -1,1 +1,1 @@
-"""importance."""
+"""Importance of units: criteria, statistics of feature maps, weight and map slots, and scores."""

@@ -1,6 +1,6 @@
-"""Criteria: pure functions from arrays to one score per channel of one slot. Arrays only.
+"""Importance criteria: pure functions from arrays to one score per channel of one slot. Arrays only.
 
-Where queries meet keys the weights are the partner's root mean square: what is multiplied with a query is a key.
+In attention, a query slot's weights are the root mean square of the keys that the queries are multiplied with.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onnxprune.plugins import Named
 
 Criterion = Callable[..., "NDArray[Any] | None"]
 """``f(slot)``, or ``f(slot, maps)`` where it needs feature maps: scores [channels] of one slot, higher matters more;
-None where the criterion has nothing to say about the slot."""
+None where the criterion does not apply to the slot."""
 
 ENTRY_POINT = "onnxprune.importance.criteria"
 _named: Named[Criterion] = Named("criterion", ENTRY_POINT)
@@ -40,10 +40,10 @@ def register(
         name: what ``--criterion`` takes.
         reads_all: the scores depend on every weight, so that NaN in a weight shows in them.
         needs: statistics of feature maps (see :class:`Maps`) that the criterion reads; with any, it takes two arguments
-            and is asked about contractions only. Without, what :func:`needs_of` finds.
+            and is called for contractions only. If empty, the result of :func:`needs_of`.
         comparable: scores of different layers compare as they are, so that nothing is divided out by default.
         of_squares: the same as a function of the sum of each channel's squared weights, [channels], where the criterion
-            is one: those sums are found for all axes of a weight at once, and the criterion itself is not called.
+            is one: those sums are computed for all axes of a weight at once, and the criterion itself is not called.
 
     Raises:
         ValueError: the name is taken.
@@ -61,7 +61,7 @@ def register(
 
 
 def needs(*statistics: str) -> Callable[[Criterion], Criterion]:
-    """Say what statistics of feature maps a function reads, without registering it, as a decorator."""
+    """Declare the feature-map statistics that a function reads, without registering it, as a decorator."""
 
     def decorate(criterion: Criterion) -> Criterion:
         criterion.needs = statistics  # type: ignore[attr-defined]
@@ -71,16 +71,16 @@ def needs(*statistics: str) -> Callable[[Criterion], Criterion]:
 
 
 def needs_of(criterion: Criterion) -> tuple[str, ...]:
-    """Names of the statistics that a criterion reads; empty for one that sees weights alone.
+    """Return the names of the statistics that a criterion reads; empty for one that reads weights alone.
 
-    A function that nobody registered or marked needs ``moments`` if it takes two arguments, nothing if it takes one.
+    A function that is neither registered nor marked needs ``moments`` if it takes two arguments, else nothing.
     """
     said = getattr(criterion, "needs", None)
     if said is not None:
         return tuple(said)
     try:
         parameters = list(inspect.signature(criterion).parameters.values())
-    except (TypeError, ValueError):  # builtins and compiled functions may not tell
+    except (TypeError, ValueError):  # builtins and compiled functions may have no signature
         return ()
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p for p in parameters if p.kind in by_position and p.default is p.empty]
@@ -95,12 +95,12 @@ def needs_of(criterion: Criterion) -> tuple[str, ...]:
 
 
 def unregister(name: str) -> None:
-    """Forget a criterion, so that another can take its name."""
+    """Remove a criterion from the registry, so that another can take its name."""
     _named.remove(name)
 
 
 def get(name: str) -> Criterion:
-    """The criterion of that name.
+    """Return the criterion of that name.
 
     Raises:
         UsageError: there is none; the nearest name is suggested.
@@ -109,13 +109,13 @@ def get(name: str) -> Criterion:
 
 
 def names() -> list[str]:
-    """All criteria, sorted."""
+    """Return the names of all criteria, sorted."""
     return _named.names()
 
 
 @dataclass(slots=True)
 class Slot:
-    """One weight seen from one group of units.
+    """One weight along the channels of one group of units.
 
     Attributes:
         tensor: name of the weight.
@@ -149,19 +149,19 @@ class Slot:
 
     @property
     def rng(self) -> np.random.Generator:
-        """A generator that is the same for every slot of a group, so that a unit draws the same number everywhere."""
+        """Return a generator that is the same for every slot of a group: a unit draws the same number everywhere."""
         return np.random.default_rng(list(self.seed))
 
     @property
     def matrix(self) -> NDArray[Any]:
-        """The weight as [channels, features]: a row per channel. A copy unless channels come first."""
+        """Return the weight as [channels, features], one row per channel; a copy unless channels come first."""
         before, channels, after = self.blocks.shape
         if before == 1:
             return self.blocks.reshape(channels, after)
         return self.blocks.transpose(1, 0, 2).reshape(channels, before * after)
 
     def reads(self, op: str, position: int) -> bool:
-        """Whether some ``op`` node takes the weight as input ``position``."""
+        """Return whether some ``op`` node reads the weight as input ``position``."""
         return (op, position) in self.role
 
 
@@ -180,7 +180,7 @@ __all__ = [
 
 @register("l1", reads_all=True)
 def l1(slot: Slot) -> NDArray[Any]:
-    """Sum of absolute weights, sum_f |W_cf|. Shape [channels].
+    """Return the sum of absolute weights, sum_f |W_cf|. Shape [channels].
 
     Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017.
     """
@@ -189,16 +189,17 @@ def l1(slot: Slot) -> NDArray[Any]:
 
 @register("l2", reads_all=True, of_squares=np.sqrt)
 def l2(slot: Slot) -> NDArray[Any]:
-    """Euclidean norm, sqrt(sum_f W_cf^2). Shape [channels]."""
+    """Return the Euclidean norm, sqrt(sum_f W_cf^2). Shape [channels]."""
     return np.asarray(np.sqrt(np.einsum("pcf,pcf->c", slot.blocks, slot.blocks)))
 
 
 @register("gm", reads_all=True)
 def gm(slot: Slot) -> NDArray[Any]:
-    """Distance to all other channels, sum_j ||W_c - W_j||: near the geometric median means replaceable.
+    """Return the distance to all other channels, sum_j ||W_c - W_j||. Shape [channels].
 
+    A channel near the geometric median is replaceable by the others.
     He et al., Filter Pruning via Geometric Median, CVPR 2019, section 3.2. Distances come from one matrix product:
-    ||a - b||^2 = ||a||^2 + ||b||^2 - 2ab. Shape [channels].
+    ||a - b||^2 = ||a||^2 + ||b||^2 - 2ab.
     """
     matrix = np.asarray(slot.matrix, dtype=np.float64)
     matrix = matrix - matrix.mean(axis=0)
@@ -210,7 +211,9 @@ def gm(slot: Slot) -> NDArray[Any]:
 
 @register("lamp", reads_all=True)
 def lamp(slot: Slot) -> NDArray[Any]:
-    """Squared weights over all that are not smaller, sum_f W_cf^2 / sum_{|v| >= |W_cf|} v^2. Shape [channels].
+    """Return squared weights over the sum of all that are not smaller. Shape [channels].
+
+    sum_f W_cf^2 / sum_{|v| >= |W_cf|} v^2.
 
     The largest weight of a tensor gets 1, so scores compare between layers.
     Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021.
@@ -218,7 +221,7 @@ def lamp(slot: Slot) -> NDArray[Any]:
     square = np.square(slot.blocks, dtype=np.float64).ravel()
     order = np.argsort(square)
     ascending = square[order]
-    # Summed from the largest down; of equal weights the first has them all in its sum.
+    # The sum runs from the largest weight down; the first of several equal weights has them all in its sum.
     above = np.cumsum(ascending[::-1])[::-1]
     starts = np.flatnonzero(np.diff(ascending, prepend=-1.0))
     above = np.repeat(above[starts], np.diff(starts, append=ascending.size))
@@ -228,7 +231,7 @@ def lamp(slot: Slot) -> NDArray[Any]:
 
 @register("bn")
 def bn(slot: Slot) -> NDArray[Any] | None:
-    """Absolute BatchNorm scale |gamma_c|. Shape [channels]; other slots: None.
+    """Return the absolute BatchNorm scale |gamma_c|, shape [channels]; None for other slots.
 
     Liu et al., Network Slimming, ICCV 2017.
     """
@@ -237,7 +240,7 @@ def bn(slot: Slot) -> NDArray[Any] | None:
 
 @register("random")
 def random(slot: Slot) -> NDArray[Any]:
-    """A seeded uniform number per unit: the baseline that every other criterion must beat. Shape [channels]."""
+    """Draw a seeded uniform number per unit: the baseline that every other criterion must beat. Shape [channels]."""
     return slot.rng.random(slot.size)[slot.units]
 
 
@@ -246,8 +249,9 @@ Scores = NDArray[Any] | None
 
 @register("nuclear", needs=("nuclear",))
 def nuclear(slot: Slot, maps: Maps) -> Scores:
-    """Nuclear norm ||X_c||_* of a channel's maps, a matrix [samples, positions]: its energy. Shape [channels].
+    """Return the nuclear norm ||X_c||_* of a channel's maps, a matrix [samples, positions]. Shape [channels].
 
+    The norm measures the channel's energy.
     Yeom et al., Toward Compact Deep Neural Networks via Energy-Aware Pruning, 2021.
     """
     return maps.get("nuclear")
@@ -255,7 +259,7 @@ def nuclear(slot: Slot, maps: Maps) -> Scores:
 
 @register("hrank", needs=("rank",))
 def hrank(slot: Slot, maps: Maps) -> Scores:
-    """Mean rank of a channel's map [height, width]. Shape [channels]; maps without two axes of space: None.
+    """Return the mean rank of a channel's map [height, width], shape [channels]; None without two spatial axes.
 
     Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020.
     """
@@ -264,7 +268,7 @@ def hrank(slot: Slot, maps: Maps) -> Scores:
 
 @register("apoz", needs=("active",))
 def apoz(slot: Slot, maps: Maps) -> Scores:
-    """1 - average percentage of zeros, the share of activations that are not 0. Shape [channels].
+    """Return 1 - average percentage of zeros, the share of activations that are not 0. Shape [channels].
 
     Hu et al., Network Trimming: A Data-Driven Neuron Pruning Approach, 2016.
     """
@@ -273,7 +277,7 @@ def apoz(slot: Slot, maps: Maps) -> Scores:
 
 @register("activation", needs=("magnitude",))
 def activation(slot: Slot, maps: Maps) -> Scores:
-    """Mean magnitude E|x_c| of a channel's activations. Shape [channels].
+    """Return the mean magnitude E|x_c| of a channel's activations. Shape [channels].
 
     Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, ICLR 2017.
     """
@@ -282,7 +286,7 @@ def activation(slot: Slot, maps: Maps) -> Scores:
 
 @register("variance", needs=("mean", "square"), reads_all=True)
 def variance(slot: Slot, maps: Maps) -> Scores:
-    """Fluctuation Var(x_c) * sum_f W_cf^2: what is left when a bias replaces the channel. Shape [channels].
+    """Return the fluctuation Var(x_c) * sum_f W_cf^2, the error after a bias replaces the channel. Shape [channels].
 
     An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models (FLAP), AAAI 2024.
     """
@@ -293,7 +297,7 @@ def variance(slot: Slot, maps: Maps) -> Scores:
 
 @register("wanda", needs=("square",), reads_all=True)
 def wanda(slot: Slot, maps: Maps) -> Scores:
-    """Weights times the norm of what they are multiplied with, sum_f |W_cf| * sqrt(E x_c^2). Shape [channels].
+    """Return weights times the norm of the activations they multiply, sum_f |W_cf| * sqrt(E x_c^2). Shape [channels].
 
     Sun et al., A Simple and Effective Pruning Approach for Large Language Models (Wanda), ICLR 2024, summed
     over a channel's weights.
@@ -305,12 +309,12 @@ def wanda(slot: Slot, maps: Maps) -> Scores:
 
 @register("cosine", needs=("similarity",))
 def cosine(slot: Slot, maps: Maps) -> NDArray[Any] | None:
-    """Novelty of a map: 1 - max_j |cos(x_c, x_j)| over the channels j that are stronger. Shape [channels].
+    """Return the novelty of a map: 1 - max_j |cos(x_c, x_j)| over the channels j that are stronger. Shape [channels].
 
-    Stronger means a larger mean square, then a lower index, so that of two equal channels one stays; channels of one
-    unit go together and are no stand-in for each other. The strongest has 1, a dead channel 0. A form of redundancy
-    pruning as in Ayinde & Zurada, Building Efficient ConvNets using Redundant Feature Pruning, ICLR workshop 2018, on
-    feature maps in place of filters.
+    Stronger means a larger mean square, then a lower index, so that one of two equal channels remains. Channels of one
+    unit are pruned together and do not replace each other. The strongest channel has 1, a dead channel 0. A form of
+    redundancy pruning as in Ayinde & Zurada, Building Efficient ConvNets using Redundant Feature Pruning, ICLR workshop
+    2018, on feature maps in place of filters.
     """
     if "similarity" not in maps:
         return None
@@ -322,7 +326,7 @@ def cosine(slot: Slot, maps: Maps) -> NDArray[Any] | None:
 
 @register("snp", needs=("similarity", "square"))
 def snp(slot: Slot, maps: Maps) -> NDArray[Any] | None:
-    """How much attention changes without a dimension. Shape [channels]; slots outside attention: None.
+    """Return the change of attention without a dimension, shape [channels]; None for slots outside attention.
 
     Queries and keys: ||q_i|| ||k_i||, the dimension's part of the attention scores. Values, where there are several
     heads: 1 - max_j |cos(v_i, v_j)| over the dimensions j of other heads, 0 for a dead one.
@@ -339,12 +343,12 @@ def snp(slot: Slot, maps: Maps) -> NDArray[Any] | None:
 
 
 def _apart(owner: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which two channels have different owners, [channels, channels]."""
+    """Return which two channels have different owners, [channels, channels]."""
     return np.asarray(owner[:, None] != owner[None, :])
 
 
 def _novelty(similarity: NDArray[np.float64], rivals: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """1 - the largest |cosine| of each channel with its rivals, [channels]; 1 without any, 0 for a dead channel."""
+    """Return 1 - the largest |cosine| of each channel with its rivals, [channels]; 1 without any, 0 for a dead channel."""
     norm = np.sqrt(np.diagonal(similarity))
     scale = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
     alike = np.abs(similarity) * scale[:, None]
@@ -354,21 +358,22 @@ def _novelty(similarity: NDArray[np.float64], rivals: NDArray[np.bool_]) -> NDAr
 
 
 DAMPING = 1e-3
-"""Of the mean diagonal: far above the rounding of a Gram matrix, far below what a channel in use measures."""
+"""As a share of the mean diagonal: far above the rounding of a Gram matrix, far below the energy of a channel in use.
+"""
 
 PIECE = 1 << 22
-"""Elements of stacked blocks at a time."""
+"""Elements of stacked blocks that are processed at a time."""
 
 
 @register("obs", needs=("gram", "square"), reads_all=True)
 def obs(slot: Slot, maps: Maps) -> NDArray[Any] | None:
-    """Error after the best correction, tr(W_S^T ([H^-1]_SS)^-1 W_S) of a unit S, shared by its channels. [channels].
+    """Return the error of pruning a unit S after the best correction, shared by its channels. Shape [channels].
 
-    H = E[x x^T] + 1e-3 mean(diag) I over the columns of the contraction's input, S the columns of a unit; columns that
-    are 0 on all data add nothing. Where the Gram matrix has no taps, every tap is a further output. Queries and keys
-    have no weights to correct: E[q_i^2] E[k_i^2], the energy of their product.
-    Hassibi & Stork, Second Order Derivatives for Network Pruning, NeurIPS 1992; by units: Kurtic et al., ZipLM,
-    NeurIPS 2023.
+    tr(W_S^T ([H^-1]_SS)^-1 W_S), with H = E[x x^T] + 1e-3 mean(diag) I over the columns of the contraction's input
+    and S the columns of a unit; columns that are 0 on all data add nothing. Where the Gram matrix has no taps, every
+    tap is a further output. Queries and keys have no weights to correct: their score is E[q_i^2] E[k_i^2], the energy
+    of their product. Hassibi & Stork, Second Order Derivatives for Network Pruning, NeurIPS 1992; by units: Kurtic et
+    al., ZipLM, NeurIPS 2023.
     """
     if slot.pairs:
         if "square" not in maps:
@@ -402,7 +407,7 @@ def _add_part(
     for units, columns in units_by_columns(owner):
         for some in _runs(units.size, columns.shape[1] * max(columns.shape[1], weights.shape[1])):
             at = columns[some]
-            # Of the inverse only the lower triangle is there, and columns ascend.
+            # The inverse holds its lower triangle alone, and columns ascend.
             lower = np.tril(inverse[at[:, :, None], at[:, None, :]])
             block = lower + np.tril(lower, -1).swapaxes(1, 2)
             mine = weights[at] * used[at][:, :, None]
@@ -410,7 +415,7 @@ def _add_part(
 
 
 def _inverse(gram: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
-    """Lower triangle of the inverse of gram + damping * I, through Cholesky: a third of the work of a general one."""
+    """Return the lower triangle of (gram + damping * I)^-1, by Cholesky: a third of the work of a general inverse."""
     square = np.array(gram, dtype=np.float64, order="F")
     square.flat[:: square.shape[0] + 1] += damping
     factor, failed = lapack.dpotrf(square, lower=1, overwrite_a=1)
@@ -422,7 +427,7 @@ def _inverse(gram: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
 
 
 def units_by_columns(owner: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """(units, their columns [units, count]) for every number of columns that units have."""
+    """Yield (units, their columns [units, count]) for every number of columns that units have."""
     order = np.argsort(owner, kind="stable")
     present, first, counts = np.unique(owner[order], return_index=True, return_counts=True)
     for count in np.unique(counts):
@@ -431,7 +436,7 @@ def units_by_columns(owner: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int6
 
 
 def _runs(size: int, each: int) -> Iterator[slice]:
-    """Slices of ``size`` things of ``each`` elements that keep within ``PIECE``."""
+    """Yield slices of ``size`` items of ``each`` elements that keep within ``PIECE``."""
     step = max(1, PIECE // max(1, each))
     for start in range(0, size, step):
         yield slice(start, start + step)
@@ -439,19 +444,20 @@ def _runs(size: int, each: int) -> Iterator[slice]:
 
 Real = NDArray[np.float64]
 
-# So many units of a group go one at a time; of larger groups this share goes at once.
+# Groups of up to so many units lose one unit at a time; larger groups lose this share at once.
 _ROUNDS = 128
 
 
 @register("ziplm", needs=("gram", "square"), reads_all=True, comparable=True)
 def ziplm(slot: Slot, maps: Maps) -> NDArray[Any] | None:
-    """Error that each unit adds when units go weakest first, all other weights corrected in between. [channels].
+    """Return the error that each unit adds when units are pruned weakest first, with correction in between. [channels].
 
-    tr(W_S^T ([H^-1]_SS)^-1 W_S) of the next unit S, then W -= H^-1_:S ([H^-1]_SS)^-1 W_S and likewise H^-1, H the
-    covariance of the columns (biases are corrected too) plus 1e-3 of its mean diagonal, products of different columns
-    shrunk by rows / (rows + columns), since what few rows show need not hold. A unit never counts less than one removed
-    before it. Two units that say the same do not both go, as they do under ``obs``. Relative to the square root of the
-    contraction's output energy, so that layers compare. Kurtic et al., ZipLM, NeurIPS 2023, section 3.1.
+    tr(W_S^T ([H^-1]_SS)^-1 W_S) of the next unit S, then W -= H^-1_:S ([H^-1]_SS)^-1 W_S and likewise H^-1. H is the
+    covariance of the columns (biases are corrected too) plus 1e-3 of its mean diagonal. Products of different columns
+    are shrunk by rows / (rows + columns), since estimates from few rows may not generalize. A unit never scores less
+    than one pruned before it. One of two redundant units remains, whereas ``obs`` prunes both. Scores are relative to
+    the square root of the contraction's output energy, so that they compare between layers.
+    Kurtic et al., ZipLM, NeurIPS 2023, section 3.1.
     """
     if slot.pairs:
         product = obs(slot, maps)
@@ -463,12 +469,12 @@ def ziplm(slot: Slot, maps: Maps) -> NDArray[Any] | None:
     weights = slot.blocks.reshape(parts, n, -1).astype(np.float64)
     owner = np.repeat(slot.units.reshape(parts, -1), parts * n // slot.units.size, axis=1)
     covariance = gram - mean[:, :, None] * mean[:, None, :]
-    # Seen few times, columns seem to make up for each other: what they have in common is believed less.
+    # With few rows, columns are correlated by chance and seem to replace each other: shrink their common part.
     believed = _belief(maps, n)
     covariance = believed * covariance + (1.0 - believed) * covariance * np.eye(n)
     energy = float(np.einsum("pno,pno->", weights, covariance @ weights))
     power = np.einsum("pii->pi", covariance)
-    weights[power <= 1e-12 * power.max(initial=0.0)] = 0.0  # columns that never change are the bias' to correct
+    weights[power <= 1e-12 * power.max(initial=0.0)] = 0.0  # the bias corrects constant columns
     damping, total = DAMPING * float(power.mean()), np.zeros(slot.size)
     for part in range(parts if damping > 0 else 0):
         total += eliminate(covariance[part], weights[part], owner[part], slot.size, damping)
@@ -477,9 +483,9 @@ def ziplm(slot: Slot, maps: Maps) -> NDArray[Any] | None:
 
 
 def _belief(maps: Maps, columns: int) -> float:
-    """Share of the products of different columns that is kept: rows / (rows + columns).
+    """Return the shrinkage of products of different columns: rows / (rows + columns).
 
-    Rows of a sample lie side by side and say much the same: of so many rows of one, their root counts.
+    Rows of one sample are neighbouring positions and highly correlated: n rows of a sample count as sqrt(n).
     """
     rows = float(maps["rows"]) if "rows" in maps else 0.0
     if not rows:
@@ -489,14 +495,14 @@ def _belief(maps: Maps, columns: int) -> float:
 
 
 def corrected(maps: Maps, weights: Real, gone: NDArray[np.bool_], *, biased: bool) -> tuple[Real, Real]:
-    """Weights that make up for columns that go, W_K + (H_KK)^-1 H_KR W_R and 0, and the biases to add.
+    """Return weights that correct for removed columns, W_K + (H_KK)^-1 H_KR W_R and 0, and the biases to add.
 
-    H as in :func:`ziplm`; of the columns as they are where there is no bias to add.
+    H is that of :func:`ziplm`; it is not centred where the contraction has no bias.
 
     Args:
         maps: ``gram``, ``column_mean`` and ``rows`` of the contraction.
         weights: [parts, n, outputs].
-        gone: columns that go, [parts, n].
+        gone: mask over the removed columns, [parts, n].
         biased: whether the contraction has biases.
     """
     gram, mean = maps["gram"], maps["column_mean"]
@@ -518,13 +524,14 @@ def corrected(maps: Maps, weights: Real, gone: NDArray[np.bool_], *, biased: boo
 
 
 def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: int, damping: float) -> Real:
-    """Errors [size] that units add in the order in which they go.
+    """Return the errors [size] that units add in the order in which they are pruned.
 
     Args:
         covariance: [n, n].
         weights: [n, outputs].
         owner: unit of every column, [n].
-        damping: added to the diagonal.
+        size: number of units.
+        damping: value added to the diagonal.
     """
     scores, left = np.zeros(size), list(units_by_columns(owner))
     inverse = np.asarray(np.linalg.inv(covariance + damping * np.eye(len(covariance))), np.float64)
@@ -545,14 +552,14 @@ def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: i
 
 
 def _errors(inverse: Real, weights: Real, columns: NDArray[np.int64]) -> Real:
-    """Error that each unit [k] with columns [k, c] would add now."""
+    """Return the error that pruning each unit [k] with columns [k, c] would add now."""
     mine = weights[columns]
     solved = np.linalg.solve(inverse[columns[:, :, None], columns[:, None, :]], mine)
     return np.asarray(np.einsum("kco,kco->k", mine, solved))
 
 
 def _remove(inverse: Real, weights: Real, columns: NDArray[np.int64]) -> None:
-    """Correct the other weights for columns that go, and take them out of the inverse, in place."""
+    """Correct the other weights for removed columns, and remove these from the inverse, in place."""
     across = inverse[:, columns]
     block = inverse[np.ix_(columns, columns)]
     solved = np.linalg.solve(block, np.concatenate([weights[columns], across.T], axis=1))

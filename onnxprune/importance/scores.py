@@ -1,4 +1,4 @@
-"""Scores: run a criterion over slots, make the scores comparable, add them up to units."""
+"""Scores: run a criterion over slots, normalise its scores between layers, and aggregate them per unit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Array = NDArray[np.float64]
 
 
 def normalize(scores: NDArray[Any], method: str) -> Array:
-    """Scores [channels] of one weight after normalisation; constant scores stay finite.
+    """Return scores [channels] of one weight after normalisation; constant scores stay finite.
 
     Args:
-        scores: higher matters more.
+        scores: raw scores [channels], higher matters more.
         method: ``none``; ``mean``: divided by the mean absolute score; ``root``: divided by the square root of the sum
             of absolute scores, half-way between ``none`` and ``tss``; ``standard``: less the mean, divided by the
             standard deviation; ``tss``: divided by the sum of absolute scores (total-sum scaling); ``linear``: from 0
@@ -51,7 +51,7 @@ _METHODS: dict[str, Callable[[Array], Array]] = {
 
 
 class Part(NamedTuple):
-    """Scores [channels] of one weight, the unit of every channel, and where the weight stands: larger is later."""
+    """Scores [channels] of one weight, the unit of every channel, and the weight's place in the graph (larger: later)."""
 
     units: Ids
     scores: Array
@@ -59,10 +59,10 @@ class Part(NamedTuple):
 
 
 def combine(parts: Sequence[Part], size: int, policy: str) -> Array:
-    """One score per unit, [size]; units that no part says anything about get the mean of the others.
+    """Return one score per unit, [size]; units that no part scores get the mean of the others.
 
     Args:
-        parts: at least one.
+        parts: scores of one weight each, at least one.
         size: units of the group.
         policy: ``sum``, ``average`` or ``max`` of all scores that a unit has; ``backward``: the sum of those it has in
             the last part that knows the unit.
@@ -89,9 +89,9 @@ def combine(parts: Sequence[Part], size: int, policy: str) -> Array:
 
 
 def columns(classes: Ids, steps: int) -> Ids:
-    """The column of every unit: its index among the units of its row, [units], in ``steps`` columns.
+    """Return the column of every unit: its index among the units of its row, [units], in ``steps`` columns.
 
-    Where rows differ in length, a longer one gives several neighbouring units to a column.
+    Where rows differ in length, several neighbouring units of a longer row share a column.
     """
     order = np.argsort(classes, kind="stable")
     sizes = np.bincount(classes)
@@ -101,10 +101,13 @@ def columns(classes: Ids, steps: int) -> Ids:
 
 
 def over_columns(scores: Array, classes: Ids, steps: int, policy: str) -> Array:
-    """Scores [units] of a group with several rows under a grid's policy: units of a column get the same score.
+    """Return scores [units] of a group with several rows under a grid policy: units of a column share their score.
 
     Args:
-        policy: ``sum`` or ``average`` over the column; ``count``: every row for itself, the scores as they are.
+        scores: one per unit, [units].
+        classes: row of every unit, [units].
+        steps: number of columns.
+        policy: ``sum`` or ``average`` over the column; ``count``: every row by itself, with unchanged scores.
     """
     if policy not in ("sum", "average") or not (classes != classes[0]).any():
         return scores
@@ -128,11 +131,11 @@ NEEDS: dict[str, str] = {
         for name in ("wanda", "obs", "variance")
     },
 }
-"""What the criteria that are picky about layers look for."""
+"""The layers that each selective criterion applies to, for error messages."""
 
 
 class Scored(NamedTuple):
-    """What a criterion said about one slot: raw scores [channels] of group ``group``."""
+    """The result of a criterion for one slot: raw scores [channels] of group ``group``."""
 
     group: int
     tensor: str
@@ -143,9 +146,9 @@ class Scored(NamedTuple):
 
 
 def scored(slots: Iterable[Placed[V]], criterion: Callable[[V], NDArray[Any] | None]) -> list[Scored]:
-    """Raw scores of every slot that the criterion has something to say about.
+    """Return the raw scores of every slot that the criterion applies to.
 
-    Matrices decide where there are any; vectors (biases, BatchNorm) only where there are none, unless the criterion
+    Matrices count where there are any; vectors (biases, BatchNorm) only where there are none, unless the criterion
     itself picks its slots.
 
     Raises:
@@ -173,10 +176,10 @@ def scored(slots: Iterable[Placed[V]], criterion: Callable[[V], NDArray[Any] | N
 
 
 def _asked(criterion: Callable[[V], NDArray[Any] | None], slot: V) -> NDArray[Any] | None:
-    """What a criterion says about a slot.
+    """Call a criterion on a slot and return its scores.
 
     Raises:
-        ExtensionError: it raises, or what it returns are no numbers.
+        ExtensionError: the criterion raises, or its result is not numeric.
     """
     try:
         raw = criterion(slot)
@@ -198,7 +201,7 @@ def _asked(criterion: Callable[[V], NDArray[Any] | None], slot: V) -> NDArray[An
 
 
 def without(items: Iterable[Scored], gone: Mapping[int, NDArray[np.bool_]]) -> list[Scored]:
-    """The scores less those of units that are gone, {group: mask over its units}."""
+    """Remove the scores of pruned units, {group: mask over its units}."""
     kept = []
     for item in items:
         mask = gone.get(item.group)
@@ -211,11 +214,11 @@ def without(items: Iterable[Scored], gone: Mapping[int, NDArray[np.bool_]]) -> l
 
 
 def unit_scores(items: Sequence[Scored], sizes: Mapping[int, int], method: str, policy: str) -> dict[int, Array]:
-    """Scores [units] of every group that some slot says something about, by group id.
+    """Return scores [units] of every group that some slot scores, by group id.
 
     Args:
-        items: raw scores.
-        sizes: units of each group.
+        items: raw scores of slots.
+        sizes: number of units by group id.
         method: see ``normalize``.
         policy: see ``combine``.
     """
@@ -226,13 +229,13 @@ def unit_scores(items: Sequence[Scored], sizes: Mapping[int, int], method: str, 
 
 
 def all_constant(items: Sequence[Scored]) -> bool:
-    """Whether no slot tells its channels apart."""
+    """Return whether every slot has the same score for all of its channels."""
     telling = [x for x in items if x.scores.size > 1]
     return bool(telling) and all(np.ptp(x.scores) == 0 for x in telling)
 
 
 def nothing_to_say(name: str) -> UsageError:
-    """The error for a criterion that applies to none of the groups."""
+    """Return the error for a criterion that applies to none of the groups."""
     return UsageError(
         f"The criterion {name!r} applies to no layer of the model.",
         hint=NEEDS.get(name, "Another criterion may: 'l2' and 'gm' have a score for every weight."),
@@ -240,7 +243,7 @@ def nothing_to_say(name: str) -> UsageError:
 
 
 def needs_data(name: str) -> UsageError:
-    """The error for a criterion that looks at feature maps where there is nothing to run the model on."""
+    """Return the error for a criterion that reads feature maps where there are no inputs to run the model on."""
     return UsageError(
         f"{argument('criterion')} {name} needs data: it scores channels by what flows through them.",
         hint=f"Give inputs with {argument('data')}, or take a criterion that reads weights, such as l2.",
@@ -248,7 +251,7 @@ def needs_data(name: str) -> UsageError:
 
 
 def _refuse_nan(criterion: Callable[..., Any], slot: Viewed, scores: NDArray[Any]) -> None:
-    """NaN or infinity in a weight shows in its scores, unless the criterion does not read it all."""
+    """Raise an error for NaN or infinity in a weight, which its scores show unless the criterion reads a part alone."""
     finite = np.count_nonzero(np.isfinite(scores)) == scores.size
     if finite and not getattr(criterion, "reads_all", False):
         finite = bool(np.isfinite(slot.blocks).all())
@@ -262,7 +265,7 @@ def _refuse_nan(criterion: Callable[..., Any], slot: Viewed, scores: NDArray[Any
 
 
 def by_maps(criterion: Criterion) -> Callable[[Slot], NDArray[Any] | None]:
-    """A criterion of two arguments as a function of a slot that carries its maps."""
+    """Wrap a criterion of two arguments as a function of a slot that carries its maps."""
 
     def of_slot(slot: Slot) -> NDArray[Any] | None:
         return criterion(slot, slot.maps)
@@ -272,7 +275,7 @@ def by_maps(criterion: Criterion) -> Callable[[Slot], NDArray[Any] | None]:
 
 
 def by_squares(criterion: Criterion) -> Callable[[Squares], NDArray[Any]] | None:
-    """A criterion as a function of sums of squares; None where it is none."""
+    """Wrap a criterion as a function of sums of squares; None where it is not one."""
     of_squares: Callable[[NDArray[Any]], NDArray[Any]] | None = getattr(criterion, "of_squares", None)
     if of_squares is None:
         return None

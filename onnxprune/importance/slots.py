@@ -1,4 +1,4 @@
-"""Weights and feature maps as criteria see them: one slot per tensor and group."""
+"""Weights and feature maps as criteria read them: one slot per tensor and group."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from onnxprune.operators.registry import Read, lookup, rule_of
 
 
 def is_setting(graph: Graph, name: str) -> bool:
-    """Whether a weight is only read as scale, zero point or order of codes, and says nothing by itself."""
+    """Return whether a weight is only read as scale, zero point or order of codes, and has no score of its own."""
     readers = graph.consumers.get(name, ())
     return bool(readers) and all(i in rule_of(node).settings for node, i in readers)
 
 
 def real_values(graph: Graph, name: str, codes: NDArray[Any]) -> NDArray[Any]:
-    """The weight ``name`` as numbers, float32, by the first node that reads it as codes.
+    """Return the weight ``name`` dequantized to float32, by the first node that reads it as codes.
 
     Codes whose scale or zero point is not a constant, and weights that no such node reads, are returned as they are.
     """
@@ -45,7 +45,7 @@ def real_values(graph: Graph, name: str, codes: NDArray[Any]) -> NDArray[Any]:
 
 
 def numbers_at(graph: Graph, node: Node, position: int) -> NDArray[Any] | None:
-    """The weight at an input of a node, codes as the numbers that they stand for; None for activations."""
+    """Return the weight at an input of a node, dequantized; None for activations."""
     value = weight_of(graph, node.inputs[position])
     if value is None:
         return None
@@ -54,7 +54,7 @@ def numbers_at(graph: Graph, node: Node, position: int) -> NDArray[Any] | None:
 
 
 def _numbers(graph: Graph, node: Node, position: int, codes: NDArray[Any]) -> NDArray[Any] | None:
-    """The numbers that codes stand for at an input of a node; None where it reads no codes there."""
+    """Dequantize codes at an input of a node; None where it reads no codes there."""
     try:
         return rule_of(node).numbers(node, position, codes, _constants(graph, node))
     except (LookupError, TypeError, ValueError) as error:
@@ -66,7 +66,7 @@ def _numbers(graph: Graph, node: Node, position: int, codes: NDArray[Any]) -> ND
 
 
 def decoder(graph: Graph, node: Node, position: int) -> Callable[[NDArray[Any]], NDArray[Any]] | None:
-    """What turns values of an activation that a node reads as codes into numbers; None where they are numbers."""
+    """Return a function that dequantizes an activation that a node reads as codes; None where it is not quantized."""
     read, rule = _constants(graph, node), rule_of(node)
     if rule.numbers(node, position, np.zeros((1,) * 4, np.float32), read) is None:
         return None
@@ -87,7 +87,7 @@ def _constants(graph: Graph, node: Node) -> Read:
 
 
 class Targets:
-    """The wanted group and the unit that every component counts for, -1 where none: its own, or the row it lies in."""
+    """The scored group and the unit of every component, -1 where there is none: its own, or that of its row."""
 
     def __init__(self, units: Units, groups: Iterable[Group]) -> None:
         self.group = np.full(units.frozen.size, -1, dtype=np.int64)
@@ -108,7 +108,7 @@ Mask = NDArray[np.bool_]
 
 
 class Viewed(Protocol):
-    """What a criterion is shown of one weight: a :class:`Slot`, or what was summed up for it beforehand."""
+    """A criterion's view of one weight: a :class:`Slot`, or sums computed beforehand."""
 
     tensor: str
     blocks: NDArray[Any]
@@ -128,7 +128,7 @@ class Placed(NamedTuple, Generic[V]):
 
 
 class Claim(NamedTuple):
-    """One label of a weight, as one group sees it: ``owner`` has the unit at each of its positions, -1 for others'."""
+    """One label of a weight for one group: ``owner`` has the unit at each position, -1 for those of other groups."""
 
     label: Label
     group: Group
@@ -144,12 +144,15 @@ def weight_slots(
     removed: Mask | None = None,
     placed: bool = False,
 ) -> Iterator[Placed[Slot]]:
-    """Every weight from the channels of every group in ``groups``; positions of one unit are laid side by side.
+    """Yield every weight along the channels of every group in ``groups``; positions of one unit lie side by side.
 
     Args:
-        seed: of criteria that draw.
-        removed: mask over atoms of what is gone already: it is 0 in the weights, and its units are in no slot.
-        placed: find out where in the graph each slot's units are produced (``Placed.place``).
+        table: the labels of all tensors.
+        units: the units of the model.
+        groups: the groups to score.
+        seed: seed of criteria that draw.
+        removed: mask over atoms that are already removed: the weights are 0 there, and no slot has their units.
+        placed: locate the producers of each slot's units in the graph (``Placed.place``).
     """
     for name, found in claims(table, units, groups, removed, placed):
         array = aligned(weight_values(table, name, removed))
@@ -163,7 +166,7 @@ def weight_slots(
 def claims(
     table: Table, units: Units, groups: Iterable[Group], removed: Mask | None = None, placed: bool = False
 ) -> Iterator[tuple[str, list[Claim]]]:
-    """Weights with what groups claim of them; the arguments are those of :func:`weight_slots`."""
+    """Yield weights with the labels of each group on them; the arguments are those of :func:`weight_slots`."""
     wanted = {g.id: g for g in groups}
     targets = Targets(units, wanted.values())
     group_of, unit_of = targets.group[units.component], targets.unit[units.component]
@@ -174,7 +177,7 @@ def claims(
         for label in labels:
             numbers = label.of(group_of)
             only = _only(numbers)
-            if only == -1:  # what no wanted group claims
+            if only == -1:  # labels of no scored group
                 continue
             unit = label.of(unit_of)
             if removed is not None:
@@ -191,14 +194,14 @@ def claims(
 
 
 def _only(numbers: Ids) -> int | None:
-    """The number that stands everywhere, None where several do."""
-    # Most weights are small and of one group: counting what is equal takes a fraction of what min and max do.
+    """Return the one number that all positions hold, None where several occur."""
+    # Most weights are small and of one group: counting equal elements takes a fraction of the time of min and max.
     first = numbers.item(0)
     return first if np.count_nonzero(numbers == first) == numbers.size else None
 
 
 def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
-    """Where a weight stands, to be compared: in front of all others stand those whose channels leave no layer here."""
+    """Return a weight's place in the graph; weights whose channels no layer here produces come first."""
     graph, own = table.graph, np.unique(label.ids)
     queue, produced, read = [name], -1, -1
     while queue:
@@ -214,7 +217,7 @@ def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
 
 
 def weight_values(table: Table, name: str, removed: Mask | None) -> NDArray[Any]:
-    """A weight in a type that numpy multiplies quickly and without overflow, wherever it lies in the file's bytes."""
+    """Return a weight in a type that numpy multiplies quickly and without overflow, at any alignment in the file."""
     array = real_values(table.graph, name, table.graph.weights[name].read())
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.float32)
@@ -222,7 +225,7 @@ def weight_values(table: Table, name: str, removed: Mask | None) -> NDArray[Any]
 
 
 def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDArray[Any]:
-    """A weight with 0 at every position that is gone, along each of its labelled axes."""
+    """Return a weight with 0 at every removed position along each of its labelled axes."""
     for label in labels:
         gone = label.of(removed)
         if gone.any():
@@ -241,7 +244,7 @@ def _slot(name: str, claim: Claim, array: NDArray[Any], role: list[tuple[str, in
         return None
     runs = None if label.is_grid else runs_of(flat, chosen, in_order)
     if runs is not None:
-        # No gather: a weight's own memory, or where runs lie side by side (queries and keys) a copy in large pieces.
+        # No gather: the weight's own memory, or a copy in large pieces where runs lie side by side (queries and keys).
         axis, start = label.pack, chosen.item(0)
         whole = array.reshape(math.prod(array.shape[:axis]), array.shape[axis], -1)
         blocks = whole[:, start : start + chosen.size].reshape(len(whole) * runs, size, -1)
@@ -260,7 +263,7 @@ def _slot(name: str, claim: Claim, array: NDArray[Any], role: list[tuple[str, in
 
 
 def runs_of(flat: Ids, chosen: Ids, in_order: Ids) -> int | None:
-    """How often all units follow each other ``in_order`` where ``chosen`` [positions] is one run; else None."""
+    """Return how often all units follow each other ``in_order`` where ``chosen`` [positions] is one run; else None."""
     count, rest = divmod(chosen.size, in_order.size)
     start = chosen.item(0)
     if rest or chosen.item(-1) - start != chosen.size - 1:
@@ -270,15 +273,15 @@ def runs_of(flat: Ids, chosen: Ids, in_order: Ids) -> int | None:
 
 
 Axes = tuple[int, ...]
-# Bytes that are squared at a time: what the cache of one core holds beside other things.
+# Bytes that are squared at a time: they fit into the cache of one core beside other data.
 _PIECE = 1 << 20
-# Bytes up to which pieces are not worth the trouble.
+# Bytes up to which an array is squared in one piece.
 _SMALL = 1 << 16
 
 
 @dataclass(slots=True)
 class Squares:
-    """One weight seen from one group: ``sums`` [channels] of the squares of what belongs to each channel.
+    """One weight for one group: ``sums`` [channels] of the squared elements of each channel.
 
     ``tensor``, ``units`` are those of a :class:`Slot`; ``blocks`` is the weight as it is stored.
     """
@@ -292,7 +295,7 @@ class Squares:
 def weight_squares(
     table: Table, units: Units, groups: Iterable[Group], removed: Mask | None = None, placed: bool = False
 ) -> Iterator[Placed[Squares]]:
-    """What :func:`~onnxprune.importance.slots.weight_slots` shows of every weight, summed up."""
+    """Yield the sums of squares of every slot of :func:`~onnxprune.importance.slots.weight_slots`."""
     marginals = Marginals()
     for name, found in claims(table, units, groups, removed, placed):
         array = weight_values(table, name, removed)
@@ -306,7 +309,7 @@ def weight_squares(
 
 
 def _of_units(claim: Claim, sums: NDArray[Any]) -> tuple[Ids, NDArray[Any]]:
-    """Units and their sums; every position by itself where they have different numbers of positions."""
+    """Return units and their sums; one entry per position where units differ in their number of positions."""
     flat, in_order = claim.owner.ravel(), np.arange(claim.group.size)
     if flat.size == in_order.size and np.count_nonzero(flat == in_order) == flat.size:  # as nearly everywhere
         return in_order, sums
@@ -327,17 +330,17 @@ def _of_units(claim: Claim, sums: NDArray[Any]) -> tuple[Ids, NDArray[Any]]:
 
 
 class Marginals:
-    """Sums of squares over the axes of one array after another; holds the memory that pieces are squared in."""
+    """Sums of squares over the axes of one array after another; holds the buffer that pieces are squared in."""
 
     def __init__(self) -> None:
         self._piece, self._ones = np.empty(0, np.uint8), np.empty(0)
 
     def __call__(self, array: NDArray[Any], wanted: Collection[Axes]) -> dict[Axes, NDArray[Any]]:
-        """sum W^2 over all axes but some, for each of these sets of axes, in their order.
+        """Return sum W^2 over all axes but some, for each of these sets of axes, in their order.
 
-        The array is read once, piece by piece, wherever it lies: squared and summed up in the processor's cache.
+        The array is read once, piece by piece, and squared and summed in the processor's cache.
         """
-        with np.errstate(over="ignore"):  # infinity is what the caller looks for
+        with np.errstate(over="ignore"):  # the caller checks for infinity
             if array.nbytes <= _SMALL or array.ndim == 1 or any(len(axes) != 1 for axes in wanted):
                 whole = np.square(aligned(array))
                 return {axes: _sum(whole, axes) for axes in wanted}
@@ -347,7 +350,7 @@ class Marginals:
             return {axes: rows if axes == (first,) else _sum(columns, axes) for axes in wanted}
 
     def _by_pieces(self, matrix: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Sums of squares along the rows, and along the columns, of a matrix."""
+        """Return sums of squares along the rows, and along the columns, of a matrix."""
         height, width = matrix.shape
         step = min(height, max(1, _PIECE // max(1, width * matrix.itemsize)))
         piece, ones = self._room(step, width, matrix.dtype)
@@ -355,7 +358,7 @@ class Marginals:
         for start in range(0, height, step):
             part = matrix[start : start + step]
             squares = piece[: len(part)]
-            if not part.flags.aligned:  # as plain bytes, numbers are copied from odd addresses as fast as from others
+            if not part.flags.aligned:  # a copy of plain bytes is as fast from unaligned addresses
                 plain = raw(part)
                 squares.view(plain.dtype)[...] = plain
                 part = squares
@@ -365,7 +368,7 @@ class Marginals:
         return rows, columns
 
     def _room(self, height: int, width: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Memory for a matrix, and a vector of at least as many ones as either side is long."""
+        """Return a buffer for a matrix, and a vector of ones at least as long as either side."""
         needed = height * width * dtype.itemsize
         if self._piece.size < needed:
             self._piece = np.empty(max(needed, _PIECE), np.uint8)
@@ -375,7 +378,7 @@ class Marginals:
 
 
 def _sum(array: NDArray[Any], left: Axes) -> NDArray[Any]:
-    """The array summed up over all axes but those that are left."""
+    """Sum an array over all axes but ``left``."""
     others = tuple([a for a, n in enumerate(array.shape) if n > 1 and a not in left])
     return np.asarray(np.add.reduce(array, axis=others)) if others else array
 
@@ -392,8 +395,8 @@ class Site:
         label: the label that covers the summed axis.
         form: the contraction as a matrix product; None where the other operand is an activation too.
         partner: (tensor, axes) of that other activation.
-        where: conditions under which the contraction runs, (tensor, value); it sees nothing of other samples.
-        decode: turns values of the activation into numbers, where it holds codes.
+        where: conditions under which the contraction runs, (tensor, value); other samples do not reach it.
+        decode: dequantizes the activation, where it holds codes.
     """
 
     node: Node
@@ -408,30 +411,30 @@ class Site:
 
     @property
     def maps_key(self) -> Hashable:
-        """Sites with equal keys see the same feature maps."""
+        """Return a key that is equal for sites with the same feature maps."""
         return self.tensor, self.axes, self.where
 
     @property
     def partner_key(self) -> Hashable:
-        """The same for the feature maps of the other activation."""
+        """Return the same key for the feature maps of the other activation."""
         assert self.partner is not None
         return *self.partner, self.where
 
     @property
     def columns_key(self) -> Hashable:
-        """Sites with equal keys see the same columns."""
+        """Return a key that is equal for sites with the same columns."""
         return self.tensor, None if self.form is None else self.form.key, self.where
 
     def channels(self, ids: Ids) -> Ids:
-        """An array of the label's shape as [channels]."""
+        """Return an array of the label's shape as [channels]."""
         return in_order(ids, self.axes)
 
 
 def sites(table: Table, component: Ids) -> Iterator[Site]:
-    """All sites of a graph, in graph order.
+    """Yield all sites of a graph, in graph order.
 
     Args:
-        table: the labels.
+        table: the labels of all tensors.
         component: the unit that every atom belongs to.
     """
     for node in table.graph.nodes:
@@ -450,7 +453,7 @@ def sites(table: Table, component: Ids) -> Iterator[Site]:
 
 
 def _with_weight(table: Table, node: Node, position: int, label: Label) -> Site | None:
-    """The site in front of a product with a weight, where the label tells all of its channels apart."""
+    """Return the site in front of a product with a weight, where the label distinguishes all of its channels."""
     shapes = [table.facts.shape(n) if n else None for n in node.inputs]
     form = lookup(node.domain, node.op, node.version).form(node, shapes, position)
     if form is None or constant_source(table.graph, node.inputs[form.weight]) is None:
@@ -466,7 +469,7 @@ def _with_weight(table: Table, node: Node, position: int, label: Label) -> Site 
 
 
 def _pair(table: Table, component: Ids, node: Node, position: int, label: Label) -> Site | None:
-    """The site in front of a product of two activations: the same units lie in both (queries and keys)."""
+    """Return the site in front of a product of two activations with the same units in both (queries and keys)."""
     if len(node.inputs) != 2 or label.pack != label.axes[-1]:
         return None
     other = node.inputs[1 - position]
@@ -479,12 +482,12 @@ def _pair(table: Table, component: Ids, node: Node, position: int, label: Label)
 
 
 def in_order(array: Ids, axes: tuple[int, ...]) -> Ids:
-    """An array of size 1 outside ``axes`` as a flat one, in their order."""
+    """Flatten an array of size 1 outside ``axes``, in their order."""
     return np.transpose(array, [*axes, *(a for a in range(array.ndim) if a not in axes)]).reshape(-1)
 
 
 def surviving(after: After, label: Label) -> Ids:
-    """Positions of the label (flat, of its shape) that survive, as they lie in the cut tensor."""
+    """Return the positions of the label (flat, of its shape) that survive, in the order of the pruned tensor."""
     keep = after.mask(label)
     ids = np.arange(label.ids.size).reshape(label.ids.shape)
     if keep is None:
@@ -500,7 +503,7 @@ def surviving(after: After, label: Label) -> Ids:
 
 @dataclass(slots=True)
 class CapturedMaps:
-    """Statistics by place: ``maps`` by a site's ``maps_key``, ``columns`` by its ``columns_key``."""
+    """Statistics by site: ``maps`` by ``maps_key``, ``columns`` by ``columns_key``."""
 
     sites: list[Site] = field(default_factory=list)
     samples: int = 0
@@ -508,9 +511,9 @@ class CapturedMaps:
     columns: dict[Hashable, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
 
     def shortage(self) -> tuple[str, int] | None:
-        """(contraction, samples) of the place that has the fewest rows for its columns; None where all have enough.
+        """Return (contraction, samples) of the site with the fewest rows for its columns; None where all have enough.
 
-        A Gram matrix of fewer rows than columns is singular: some channels seem to follow from others by chance.
+        A Gram matrix of fewer rows than columns is singular: some channels are linear combinations of others by chance.
         """
         worst: tuple[str, int] | None = None
         for site in self.sites:
@@ -530,10 +533,14 @@ def map_slots(
     removed: NDArray[np.bool_] | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[int, Slot]]:
-    """(group, slot) for every wanted group at every site, in graph order.
+    """Yield (group, slot) for every scored group at every site, in graph order.
 
     Args:
-        removed: mask over atoms of what is gone already; ``captured`` then comes from the model cut accordingly.
+        analysis: the analysis of the model.
+        groups: the groups to score.
+        captured: statistics of feature maps.
+        removed: mask over atoms that are already removed; ``captured`` then comes from the model pruned accordingly.
+        seed: seed of criteria that draw.
     """
     table, units = analysis.table, analysis.units
     wanted = {g.id: g for g in groups}
@@ -593,7 +600,7 @@ def _map_slot(
 
 
 def _arrays(site: Site, captured: CapturedMaps, chosen: Ids, channels: int) -> dict[str, NDArray[np.float64]]:
-    """The site's statistics of the chosen channels."""
+    """Return the site's statistics of the chosen channels."""
     every = not channels or chosen.size == channels
     arrays: dict[str, NDArray[np.float64]] = {}
     for name, value in captured.maps.get(site.maps_key, {}).items():
@@ -609,7 +616,7 @@ def _arrays(site: Site, captured: CapturedMaps, chosen: Ids, channels: int) -> d
 
 
 def _weight(table: Table, after: After, site: Site, positions: Ids) -> NDArray[Any] | None:
-    """The site's weight as [surviving channels, taps, outputs], outputs that are gone set to 0; None for a pair."""
+    """Return the site's weight as [surviving channels, taps, outputs] with 0 for removed outputs; None for a pair."""
     if site.form is None:
         return None
     name = site.node.inputs[site.form.weight]

@@ -19,13 +19,13 @@ class Maps:
     """Statistics of the feature maps in front of one contraction, in the order of its slot's channels.
 
     Attributes:
-        samples: number of samples seen.
+        samples: number of samples accumulated.
         arrays: statistics by name, float64; ``maps["mean"]`` reads one. ``moments`` gives ``mean``, ``square`` (mean of
             squares), ``magnitude`` (mean of absolute values) and ``active`` (share that is not 0), each [channels], and
             each is a statistic of its own too; ``nuclear`` and ``rank`` give themselves, [channels]; ``similarity``
             gives ``similarity`` [channels, channels], the mean of products of two channels; ``gram`` gives ``gram``
             [parts, n, n], the mean of products of two columns of the contraction's input, see ``Slot.taps``, and
-            ``column_mean`` [parts, n]. A statistic that could not be computed is not there.
+            ``column_mean`` [parts, n]. A statistic that could not be computed is missing.
     """
 
     samples: int = 0
@@ -35,7 +35,7 @@ class Maps:
         return self.arrays[name]
 
     def get(self, name: str) -> NDArray[np.float64] | None:
-        """The statistic of that name, None where there is none."""
+        """Return the statistic of that name, None where it is missing."""
         return self.arrays.get(name)
 
     def __contains__(self, name: object) -> bool:
@@ -43,7 +43,7 @@ class Maps:
 
     @property
     def variance(self) -> NDArray[Any]:
-        """Mean of squares less the square of the mean, [channels]; never negative."""
+        """Return the mean of squares less the square of the mean, [channels]; never negative."""
         return np.maximum(self.arrays["square"] - np.square(self.arrays["mean"]), 0.0)
 
 
@@ -51,12 +51,12 @@ class Statistic(Protocol):
     """Something that is accumulated over batches of feature maps.
 
     Attributes:
-        name: what criteria ask for, set by :func:`register`.
+        name: the name in a criterion's ``needs``, set by :func:`register`.
         columns: whether ``update`` gets the columns of the contraction's input instead of its channels' maps.
-        additive: batches may be joined before ``update`` gets them, the result stays the same; False where a class does
-            not say so, and ``update`` then gets every call's batch as it is.
-        state: everything accumulated so far, plain arrays; assigning a saved one goes on from there, to the bit. What
-            was read from it stays as it is: ``update`` makes new arrays.
+        additive: batches may be joined before ``update`` gets them, with the same result; False where a class does
+            not set it, and ``update`` then gets every call's batch unchanged.
+        state: everything accumulated so far, plain arrays; assigning a saved state resumes from it, bit for bit.
+            ``update`` makes new arrays and does not change those of a state that was read.
     """
 
     name: ClassVar[str] = ""
@@ -65,14 +65,14 @@ class Statistic(Protocol):
     state: dict[str, NDArray[Any]]
 
     def update(self, maps: NDArray[Any]) -> None:
-        """Take in one batch: maps [samples, channels, *space], or columns [parts, rows, n].
+        """Accumulate one batch: maps [samples, channels, *space], or columns [parts, rows, n].
 
         Raises:
             NotFinite: there is NaN or infinity in it.
         """
 
     def result(self) -> dict[str, NDArray[np.float64]]:
-        """The finished arrays by the names that ``Maps`` has for them; empty where nothing could be computed."""
+        """Return the final arrays by their names in ``Maps``; empty where nothing could be computed."""
 
 
 ENTRY_POINT = "onnxprune.importance.statistics"
@@ -81,10 +81,10 @@ _named: Named[type[Statistic]] = Named("statistic", ENTRY_POINT)
 
 
 def register(name: str, *, columns: bool = False) -> Callable[[T], T]:
-    """Register a class made without arguments under the name that criteria ask for, as a decorator.
+    """Register a class that takes no arguments under the name that criteria request, as a decorator.
 
     Args:
-        name: what stands in a criterion's ``needs``.
+        name: the name in a criterion's ``needs``.
         columns: ``update`` gets columns [parts, rows, n] instead of maps [samples, channels, *space].
 
     Raises:
@@ -100,12 +100,12 @@ def register(name: str, *, columns: bool = False) -> Callable[[T], T]:
 
 
 def unregister(name: str) -> None:
-    """Forget a statistic, so that another can take its name."""
+    """Remove a statistic from the registry, so that another can take its name."""
     _named.remove(name)
 
 
 def get(name: str) -> type[Statistic]:
-    """The class of that name; make one per contraction.
+    """Return the class of that name; make one instance per contraction.
 
     Raises:
         UsageError: there is none; the nearest name is suggested.
@@ -114,12 +114,12 @@ def get(name: str) -> type[Statistic]:
 
 
 def names() -> list[str]:
-    """All statistics, sorted."""
+    """Return the names of all statistics, sorted."""
     return _named.names()
 
 
 class NotFinite(ModelError):
-    """NaN or infinity in a feature map. Whoever knows which tensor it is catches this and names it."""
+    """NaN or infinity in a feature map. A caller that knows the tensor catches this and names it."""
 
     def __init__(self, message: str = "A feature map holds NaN or infinity.") -> None:
         super().__init__(message, hint="The model overflows on this data: check its scale, or use other data.")
@@ -128,11 +128,11 @@ class NotFinite(ModelError):
 class Means(Statistic):
     """A statistic that is a mean over batches, result = sum over batches / sum of their weights.
 
-    Subclasses say what one batch adds to the sums; the sums are kept in float64.
+    Subclasses compute what one batch adds to the sums; the sums are kept in float64.
 
     Attributes:
         additive: a batch adds what its samples add one by one, so that batches may be joined.
-        tells: NaN and infinity in the maps always show in the sums, so that the maps need not be gone through for them.
+        tells: NaN and infinity in the maps always show in the sums, so that the maps need not be scanned for them.
     """
 
     additive: ClassVar[bool] = False
@@ -142,7 +142,7 @@ class Means(Statistic):
         self.state: dict[str, NDArray[Any]] = {}
 
     def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
-        """The weight of one batch and its sums by name, in arrays of their own; 0 and none to leave the batch out.
+        """Return the weight of one batch and its sums by name, in new arrays; 0 and none to skip the batch.
 
         Maps are not empty, float16, float32 or float64, and finite unless ``tells``.
         """
@@ -166,19 +166,19 @@ class Means(Statistic):
             whole = all(math.isfinite(value.sum()) for value in sums.values())
         if self.tells and not whole:  # sums may also overflow over finite values
             check_finite(maps)
-        # Into the new arrays, never into the old ones, so that a state that someone holds does not change.
+        # Add into the new arrays, never into the old ones, so that a state that a caller holds does not change.
         for name, value in sums.items():
             if name in self.state:
                 value += self.state[name]
         self.state = {**sums, "weight": np.asarray(weight + int(self.state.get("weight", 0)))}
 
     def result(self) -> dict[str, NDArray[np.float64]]:
-        """The means by name; empty before the first batch."""
+        """Return the means by name; empty before the first batch."""
         return {name: value / self.state["weight"] for name, value in self.state.items() if name != "weight"}
 
 
 def floating(maps: NDArray[Any]) -> NDArray[Any]:
-    """Maps as float16, float32 or float64."""
+    """Convert maps to float16, float32 or float64."""
     if maps.dtype in (np.float16, np.float32, np.float64):
         return maps
     # Integers other than the narrow ones would lose digits in float32.
@@ -186,14 +186,14 @@ def floating(maps: NDArray[Any]) -> NDArray[Any]:
 
 
 def check_finite(maps: NDArray[Any]) -> None:
-    """Refuse NaN and infinity.
+    """Reject NaN and infinity.
 
     Raises:
         NotFinite: there are some.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         total = maps.sum(dtype=np.float32 if maps.dtype == np.float16 else maps.dtype)
-    # A sum may also overflow over finite values: only then is it worth to look at every one of them.
+    # A sum of finite values may overflow too: check every element only where the sum is not finite.
     if not np.isfinite(total) and not np.isfinite(maps).all():
         raise NotFinite
 
@@ -202,9 +202,9 @@ __all__ = ["Maps", "Means", "NotFinite", "Statistic", "get", "names", "register"
 
 
 PIECE = 1 << 18
-"""Elements looked at at a time: few enough to stay in a processor's cache."""
+"""Elements that are processed at a time: few enough to stay in a processor's cache."""
 
-# Positions of a map below which they are too few to be summed for themselves.
+# Positions of a map below which they are too few to be summed map by map.
 _FEW = 16
 # Values that are summed in float32 at a time.
 _RUN = 128
@@ -231,7 +231,7 @@ class Moments(Means):
     tells = True
 
     def measure(self, maps: Array) -> tuple[int, dict[str, Real]]:
-        """Sums over all positions of all samples; weighs as many."""
+        """Sum over all positions of all samples; the weight is their number."""
         channels = maps.shape[1]
         sums = np.zeros((len(self.parts), channels))
         with np.errstate(over="ignore", invalid="ignore"):
@@ -244,36 +244,38 @@ class Moments(Means):
 
 @register("mean")
 class Mean(Moments):
-    """``mean`` [channels] alone, as ``moments`` has it."""
+    """``mean`` [channels] alone, as in ``moments``."""
 
     parts = ("mean",)
 
 
 @register("square")
 class Square(Moments):
-    """``square`` [channels] alone, as ``moments`` has it."""
+    """``square`` [channels] alone, as in ``moments``."""
 
     parts = ("square",)
 
 
 @register("magnitude")
 class Magnitude(Moments):
-    """``magnitude`` [channels] alone, as ``moments`` has it."""
+    """``magnitude`` [channels] alone, as in ``moments``."""
 
     parts = ("magnitude",)
 
 
 @register("active")
 class Active(Moments):
-    """``active`` [channels] alone, as ``moments`` has it."""
+    """``active`` [channels] alone, as in ``moments``."""
 
     parts = ("active",)
     tells = False  # NaN counts as active
 
 
 def _laid_out(maps: Array) -> Iterator[tuple[Array, slice]]:
-    """Pieces of maps, and their channels: [samples, channels, positions] where the positions lie side by side and are
-    many, else [rows, ...] to be summed over rows, the channels' values (one or more each) behind them.
+    """Yield pieces of maps, and their channels.
+
+    A piece is [samples, channels, positions] where the positions are contiguous and many, else [rows, ...] to be summed
+    over rows, with the channels' values (one or more each) behind them.
     """
     samples, channels = maps.shape[:2]
     flat = maps.reshape(samples, channels, -1)
@@ -282,7 +284,7 @@ def _laid_out(maps: Array) -> Iterator[tuple[Array, slice]]:
         for few, some in _pieces(flat.shape):
             yield flat[few, some], some
         return
-    if positions >= _FEW or flat.strides[1] == flat.itemsize:  # channels lie side by side
+    if positions >= _FEW or flat.strides[1] == flat.itemsize:  # channels are contiguous
         turned = np.moveaxis(flat, 1, 2)
         rows, columns = turned.reshape(samples * positions, channels), 1
     else:
@@ -296,7 +298,7 @@ def _laid_out(maps: Array) -> Iterator[tuple[Array, slice]]:
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
-    """Blocks of samples and channels with about ``PIECE`` elements, whole maps each."""
+    """Yield blocks of samples and channels with about ``PIECE`` elements, whole maps each."""
     samples, channels, positions = shape
     high = min(samples, _BYTE)
     wide = max(1, PIECE // max(1, high * positions))
@@ -306,7 +308,7 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
 
 
 def _sums(values: Array, parts: Sequence[str]) -> dict[str, Real]:
-    """What is asked for, summed over samples and positions [s, channels, p], or over rows [rows, columns]."""
+    """Return the requested sums over samples and positions [s, channels, p], or over rows [rows, columns]."""
     found: dict[str, Real] = {}
     if "active" in parts:
         found["active"] = _count(values != 0)
@@ -324,23 +326,23 @@ def _sums(values: Array, parts: Sequence[str]) -> dict[str, Real]:
 
 
 def _kept(found: dict[str, Real], values: Array) -> bool:
-    """Whether sums in float32 kept their digits: those of finite values may leave its range, squares at either end."""
+    """Return whether float32 sums kept their digits: finite values may leave its range, squares at either end."""
     if not all(math.isfinite(sums.sum()) for sums in found.values()):
         return False
     low = found["square"] <= _TINY if "square" in found else np.zeros(0, bool)
-    # A channel that is 0 throughout is none of them.
+    # A channel that is 0 throughout is exact.
     return not low.any() or not values[:, low].any()
 
 
 def _total(values: Array) -> Real:
-    """Sums of values; a product with ones takes half the time of a sum."""
+    """Sum values; a product with ones takes half the time of a sum."""
     if values.ndim == 2:
         return _added([np.ones(r.shape[1], r.dtype) @ r for r in _runs(values, 0)], 2)
     return _added([_dots(r) for r in _runs(values, 2)], 3)
 
 
 def _dots(runs: Array) -> Array:
-    """Sums of runs [s, channels, runs, p], [s, channels, runs], by one product per sample where they lie so."""
+    """Return sums of runs [s, channels, runs, p] as [s, channels, runs], by one product per sample where contiguous."""
     s, channels, count, length = runs.shape
     ones = np.ones(length, runs.dtype)
     if runs.strides[1] == count * runs.strides[2]:
@@ -355,7 +357,7 @@ def _squares(values: Array) -> Real:
 
 
 def _count(busy: NDArray[np.bool_]) -> Real:
-    """How many flags are set: up to 255 of them are counted in a byte, samples or rows first."""
+    """Count the flags that are set: up to 255 of them are counted in a byte, samples or rows first."""
     bits = busy.view(np.uint8)
     total = np.zeros(bits.shape[1])
     for first in range(0, len(bits), _BYTE):
@@ -373,7 +375,7 @@ def _count(busy: NDArray[np.bool_]) -> Real:
 
 
 def _runs(values: Array, axis: int) -> list[Array]:
-    """Values in runs along ``axis`` that are short enough to be summed in their own type, and what is left over.
+    """Split values along ``axis`` into runs short enough to be summed in their own type, and a remainder.
 
     [rows, columns] as [runs, rows of a run, columns]; [s, channels, p] as [s, channels, runs, p of a run].
     """
@@ -394,7 +396,7 @@ def _runs(values: Array, axis: int) -> list[Array]:
 
 
 def _added(runs: Sequence[Array], rank: int) -> Real:
-    """Sums of runs, [runs, columns] or [s, channels, runs], as those of [columns] or [channels]."""
+    """Add sums of runs, [runs, columns] or [s, channels, runs], to those of [columns] or [channels]."""
     total: Real = runs[0].sum(axis=0 if rank == 2 else (0, 2), dtype=np.float64)
     for run in runs[1:]:
         total += run.sum(axis=0 if rank == 2 else (0, 2), dtype=np.float64)
@@ -416,7 +418,7 @@ class Similarity(Means):
     tells = True
 
     def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
-        """Products summed over all positions of all samples; weighs as many."""
+        """Sum products over all positions of all samples; the weight is their number."""
         samples, channels = maps.shape[:2]
         flat = maps.reshape(samples, channels, -1)
         positions = flat.shape[2]
@@ -434,8 +436,8 @@ class Similarity(Means):
 class Gram(Means):
     """``gram`` [parts, n, n]: mean over rows of products of two columns; ``column_mean`` [parts, n]; ``rows`` [].
 
-    ``update`` takes the contraction's input as columns [parts, rows, n]: gram = X^T X / rows. Rows wait until they are
-    worth a product: adding one to the sums takes as long as multiplying a few rows. What waits is no larger than a sum.
+    ``update`` takes the contraction's input as columns [parts, rows, n]: gram = X^T X / rows. Rows are buffered, since
+    adding one product to the sums takes as long as multiplying a few rows. The buffer is no larger than a sum.
     """
 
     additive = True
@@ -464,7 +466,7 @@ class Gram(Means):
         self.state = state
 
     def result(self) -> dict[str, NDArray[np.float64]]:
-        """The means, and from how many ``rows`` they are: with few, the Gram matrix promises more than holds."""
+        """Return the means and the number of ``rows`` behind them: with few rows the Gram matrix overfits."""
         if not self.state:
             return {}
         state, weight = self.state, float(self.state["weight"])
@@ -475,7 +477,7 @@ class Gram(Means):
 
 
 def products(matrices: NDArray[Any]) -> NDArray[np.float64]:
-    """X^T X of matrices [..., rows, n], in float64, [..., n, n]: float32 within short runs of rows.
+    """Return X^T X of matrices [..., rows, n], in float64, [..., n, n]: float32 within short runs of rows.
 
     Every entry is right to about 3e-7 of the root of its diagonal entries' product.
     """
@@ -512,7 +514,7 @@ class Nuclear(Means):
     """
 
     def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
-        """Nuclear norms times samples; weighs the samples."""
+        """Return nuclear norms times samples; the weight is the number of samples."""
         samples, channels = maps.shape[:2]
         norms = np.empty(channels)
         step = max(1, SPECTRUM_PIECE * channels // maps.size)
@@ -534,7 +536,7 @@ class Rank(Means):
     additive = True
 
     def measure(self, maps: NDArray[Any]) -> tuple[int, dict[str, NDArray[np.float64]]]:
-        """Ranks summed over samples; weighs the samples."""
+        """Sum ranks over samples; the weight is the number of samples."""
         samples, channels, *space = maps.shape
         if len(space) < 2:
             return 0, {}
@@ -550,11 +552,11 @@ class Rank(Means):
 
 
 def nuclear_norms(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums of singular values of float64 matrices [count, rows, columns], [count], to a relative error below 1e-6."""
+    """Return the sums of singular values of float64 matrices [count, rows, columns], [count], within 1e-6 (relative)."""
     squares = np.maximum(_squared_singular_values(matrices), 0.0)
     values = np.sqrt(squares)
     norms: NDArray[np.float64] = values.sum(axis=1)
-    # A root magnifies what rounding left of the small eigenvalues; only matrices of very low rank suffer from it.
+    # A root magnifies the rounding of small eigenvalues; only matrices of very low rank are affected.
     noise = np.finfo(np.float64).eps * squares[:, -1:]
     error = (noise / np.maximum(np.maximum(values, np.sqrt(noise)), np.finfo(np.float64).tiny)).sum(axis=1)
     doubtful = error > CLOSE * norms
@@ -574,7 +576,7 @@ def _ranks(matrices: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _squared_singular_values(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Eigenvalues, ascending, of the Gram matrix of the smaller side: many times faster than a decomposition."""
+    """Return the eigenvalues, ascending, of the Gram matrix of the smaller side: many times faster than an SVD."""
     turned = matrices.swapaxes(1, 2)
     small = matrices @ turned if matrices.shape[1] <= matrices.shape[2] else turned @ matrices
     return np.asarray(np.linalg.eigvalsh(small))
