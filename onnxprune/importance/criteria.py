@@ -348,7 +348,7 @@ def _apart(owner: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _novelty(similarity: NDArray[np.float64], rivals: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return 1 - the largest |cosine| of each channel with its rivals, [channels]; 1 without any, 0 for a dead channel."""
+    """Return 1 - the largest |cosine| of each channel with its rivals, [channels]; 1 without any, 0 for a dead one."""
     norm = np.sqrt(np.diagonal(similarity))
     scale = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
     alike = np.abs(similarity) * scale[:, None]

@@ -51,7 +51,7 @@ _METHODS: dict[str, Callable[[Array], Array]] = {
 
 
 class Part(NamedTuple):
-    """Scores [channels] of one weight, the unit of every channel, and the weight's place in the graph (larger: later)."""
+    """Scores [channels] of one weight, the unit of every channel, and the weight's place in the graph."""
 
     units: Ids
     scores: Array

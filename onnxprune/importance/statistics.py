@@ -552,7 +552,7 @@ class Rank(Means):
 
 
 def nuclear_norms(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sums of singular values of float64 matrices [count, rows, columns], [count], within 1e-6 (relative)."""
+    """Return the sums of singular values of float64 matrices [count, rows, columns], [count], within 1e-6 relative."""
     squares = np.maximum(_squared_singular_values(matrices), 0.0)
     values = np.sqrt(squares)
     norms: NDArray[np.float64] = values.sum(axis=1)
