@@ -21,7 +21,9 @@ class Conv(Rule):
     """Data [N, C, ...] with weight [O, C/group, ...]; a grouped convolution is a grid of (group, channels per group).
 
     Args:
-        data, weight, bias: positions of these inputs.
+        data: position of the data.
+        weight: position of the weight.
+        bias: position of the bias, or None.
         per_output: further inputs with one value per output channel (scales and zero points of quantised forms).
         addend: position of an input that is added to the result (FusedConv), or None.
     """
@@ -38,24 +40,24 @@ class Conv(Rule):
         self.weights = (weight,)
 
     def groups(self, step: Step) -> int:
-        """Number of groups."""
+        """Return the number of groups."""
         return int(step.attr("group", 1))
 
     def axis(self, step: Step) -> int:
-        """The channel axis of the data and the output."""
+        """Return the channel axis of the data and the output."""
         return 1
 
     def weight_axis(self, step: Step) -> int:
-        """The weight's axis of input channels per group; its output channels come first."""
+        """Return the weight's axis of input channels per group; its output channels are on axis 0."""
         return 1
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """Every number of the output is a sum over a kernel and the channels of a group."""
+        """Count one sum over the kernel and the channels of a group per element of the output."""
         w = shapes[self.weight]
         return 0 if w is None or out is None or shapes[self.data] is None else prod(out) * prod(w[1:])
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """Axis 1."""
+        """Return axis 1."""
         return 1 if rank > 1 else rank - 1
 
     def propagate(self, step: Step) -> None:
@@ -80,7 +82,7 @@ class Conv(Rule):
         batch = covering(x, 0)
         if batch is not None and batch.is_grid:
             step.fix(x, 0, "unsupported-form", "a grid lies along the batch axis of a convolution")
-        elif batch is not None:  # channels folded into the batch: every one of them is convolved by itself
+        elif batch is not None:  # channels folded into the batch: each is convolved by itself
             labels = (*labels, along(batch.ids.ravel(), 0, rank))
         if self.addend is not None and step.has(self.addend):
             shape = step.out_shape()
@@ -107,14 +109,14 @@ class Conv(Rule):
 
     @staticmethod
     def _tie_rows(step: Step, grid_in: Ids, grid_out: Ids) -> None:
-        """A whole group may go at once, its inputs with its outputs; else every group keeps the same number of each."""
+        """Unite rows: whole groups of inputs and outputs are pruned, or all groups keep equal numbers of each."""
         left, right = Label(grid_in, 1), Label(grid_out, 1)
         step.atoms.view(left)
         step.atoms.view(right)
         step.atoms.unite(step.atoms.rows_of(left).ids, step.atoms.rows_of(right).ids)
 
     def _spread(self, step: Step, w: Labels, grid_in: Ids, outputs: int) -> None:
-        """Input channel j of the weight is another atom in every group: the weight gets a grid over (output, input)."""
+        """Lay a grid of (output, input) over the weight, whose input channel j is another atom in every group."""
         axis = self.weight_axis(step)
         chain = owned(step, self.weight, (axis,))
         if chain is None:
@@ -133,7 +135,7 @@ class Conv(Rule):
         override(step, chain, (grid,), (axis,))
 
     def rewrite(self, cut: Cut) -> None:
-        """``group`` becomes the number of groups that are left."""
+        """Set ``group`` to the number of surviving groups."""
         group = int(cut.attr("group", 1))
         if group > 1 and cut.touched():
             channels = cut.shape(self.data)[self.axis(cut.before)]
@@ -143,11 +145,11 @@ class Conv(Rule):
             cut.set_attr("group", channels // per_group)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """The data is summed over its channels."""
+        """Return the channel axis of the data."""
         return [(self.data, (self.axis(step),))]
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, O, ...], where data and weight fit."""
+        """Return shape [N, O, ...], where data and weight fit."""
         x, w = shapes[self.data], shapes[self.weight]
         if x is None or w is None or len(x) != len(w):
             return [None]
@@ -156,7 +158,7 @@ class Conv(Rule):
         return [(x[0], w[0], *window_sizes(x[2:], w[2:], node.attrs))]
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """Windows of the data times the kernel."""
+        """Return windows of the data times the kernel."""
         w = known(shapes[self.weight])
         if data != self.data or w is None or self.per_output:
             return None
@@ -165,7 +167,7 @@ class Conv(Rule):
 
 
 def window_settings(node: Node) -> dict[str, Any]:
-    """Strides, dilations, pads and groups of a convolution as its form takes them."""
+    """Return strides, dilations, pads and groups of a convolution as arguments of its form."""
     attrs = node.attrs
     auto = attrs.get("auto_pad", "NOTSET")
     pads = attrs.get("pads") if auto in ("NOTSET", "") else auto
@@ -177,7 +179,7 @@ class ConvTranspose(Conv):
     """Data [N, C, ...] with weight [C, O/group, ...]."""
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """Every number of the data meets a kernel for each output channel of its group."""
+        """Count one kernel per element of the data and output channel of its group."""
         x, w = shapes[self.data], shapes[self.weight]
         return 0 if w is None or out is None or x is None else prod(x) * prod(w[1:])
 
@@ -200,7 +202,7 @@ class ConvTranspose(Conv):
             step.freeze(w, "unlabelled-operand", "a grouped convolution reads a tensor without removable channels")
             return None
         if shape[0] == group:
-            # Depthwise: all outputs of an input channel go with it.
+            # Depthwise: all outputs of an input channel are pruned with it.
             step.fix(w, 1, "fixed-size", "the channel multiplier keeps its size")
             return np.repeat(ins, shape[1])
         if name not in step.table.graph.weights or len(step.table.graph.consumers[name]) > 1:
@@ -222,30 +224,31 @@ class ConvTranspose(Conv):
         return out
 
     def rewrite(self, cut: Cut) -> None:
-        """``group`` follows from the output's channels and the weight's second axis."""
+        """Derive ``group`` from the output's channels and the weight's second axis."""
         if int(cut.attr("group", 1)) > 1 and cut.touched():
             cut.set_attr("group", cut.out_shape()[1] // cut.shape(self.weight)[1])
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """Windows of the spread-out data times the flipped kernel; where pads follow from a wanted shape: None."""
+        """Return windows of the dilated data times the flipped kernel; None where pads follow from a target shape."""
         w, settings = known(shapes[1]), window_settings(node)
         if data != 0 or w is None or "output_shape" in node.attrs or isinstance(settings["pads"], str):
             return None
         return Transposed(w[2:], output_padding=node.attrs.get("output_padding"), **settings)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """Left to onnx."""
+        """Return None: onnx infers the shape."""
         return [None]
 
 
 class DeformConv(Conv):
-    """A convolution whose taps are moved by offsets [N, offset groups * taps * 2, ...] and weighed by a mask.
+    """A convolution with taps shifted by offsets [N, offset groups * taps * 2, ...] and weighted by a mask.
 
-    Channels are split into offset groups too: a group goes with its offsets, or all keep equally many channels.
+    The channels are also split into offset groups: an offset group is pruned with its offsets, or all offset groups
+    keep equal numbers of channels.
     """
 
     def propagate(self, step: Step) -> None:
-        """As a convolution; the offsets and the mask of a tap have a place of their own, and one for every sample."""
+        """Propagate as a convolution; offsets and masks vary with the position, the tap and the sample."""
         step.fix(step.labels(0), 0, "fixed-size", "every sample has offsets of its own")
         super().propagate(step)
         groups = int(step.attr("offset_group", 1))
@@ -266,7 +269,7 @@ class DeformConv(Conv):
 
     @staticmethod
     def _taps(step: Step, i: int, groups: int) -> Ids | None:
-        """Atoms of the offset groups that offsets or masks are laid out by; their taps go with them."""
+        """Return atoms of the offset groups, the outer axis of offsets or masks; the taps are tied to them."""
         labels = step.labels(i)
         step.fix_all_but(labels, (1,), "spatial", "a convolution slides over this axis")
         ids = step.axis_ids(labels, 1)
@@ -277,14 +280,14 @@ class DeformConv(Conv):
         return grid[:, 0]
 
     def rewrite(self, cut: Cut) -> None:
-        """The groups that are left, of either kind."""
+        """Update the numbers of surviving groups and offset groups."""
         super().rewrite(cut)
         groups = int(cut.attr("offset_group", 1))
         if groups > 1 and cut.touched(cut.node.inputs[2]):
             cut.set_attr("offset_group", groups * cut.shape(2)[1] // cut.before.shape(2)[1])
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """None: where the taps are depends on the data."""
+        """Return None: the positions of the taps depend on the data."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""Operators that work position by position, with broadcasting."""
+"""Operators that work element by element, with broadcasting."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Elementwise(Rule):
     Args:
         inputs: positions of the operands that broadcast; None for all. The others must be scalars or lists of settings
             (Clip's bounds) and are frozen by the engine when they have channels.
-        function: what is computed, of arrays; None where onnx's reference evaluator is to be asked.
+        function: the operator on arrays; None to use onnx's reference evaluator.
     """
 
     pointwise = True
@@ -31,29 +31,29 @@ class Elementwise(Rule):
         self._inputs, self._function = inputs, function
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """The function, where there is one."""
+        """Apply the function, where there is one."""
         return None if self._function is None else self._function(*values)
 
     def propagate(self, step: Step) -> None:
-        """Unite what meets, keep what broadcasts."""
+        """Unite the labels of aligned positions and broadcast the others."""
         present = [i for i in (self._inputs or range(len(step.node.inputs))) if step.has(i)]
         labels = step.broadcast(present)
         for o in range(len(step.node.outputs)):
             step.set(o, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """Every output has the broadcast shape."""
+        """Return the broadcast shape for every output."""
         if self._inputs is None and node.domain == "" and node.version < 8:
-            return [None]  # operators of their own, with an attribute that says how they broadcast
+            return [None]  # operators of their own, with an attribute for the broadcasting
         chosen = [shapes[i] for i in self._inputs or range(len(node.inputs)) if i < len(node.inputs) and node.inputs[i]]
         return [broadcast_shapes(chosen)] * len(node.outputs)
 
 
 class Sum(Elementwise):
-    """Add, Sub and Sum: what is added can be taken off again, where it is known."""
+    """Add, Sub and Sum: a known addend can be subtracted again."""
 
     def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
-        """Take off the other operand, which may be an activation."""
+        """Subtract the other operand, which may be an activation."""
         if len(node.inputs) != 2:
             return None
         other, turned = constant(1 - i), node.op == "Sub" and i == 1
@@ -67,7 +67,7 @@ class Sum(Elementwise):
 
 
 class Scaled(Elementwise):
-    """Mul and Div: a constant factor can be taken out again; where it is 0, nothing in front of it changes anything."""
+    """Mul and Div: a constant factor can be divided out; a factor of 0 makes the input irrelevant."""
 
     def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
         """Divide by a factor, multiply with a divisor."""
@@ -80,20 +80,20 @@ class Scaled(Elementwise):
 
 
 def divided(value: Array, gain: Array) -> Array:
-    """value / gain, 0 where the gain is 0."""
+    """Return value / gain, 0 where the gain is 0."""
     dead = np.abs(gain) < 1e-12
     return np.where(dead, 0.0, value / np.where(dead, 1.0, gain))
 
 
 def quotient(a: Array, b: Array) -> Array:
-    """Div, which cuts off the fraction of integers."""
+    """Divide as ONNX's Div, which truncates integers."""
     if a.dtype.kind in "iu":
         return np.asarray(np.trunc(a / b) if a.dtype.kind == "i" else a // b).astype(a.dtype)
     return np.asarray(a / b)
 
 
 def power(base: Array, exponent: Array) -> Array:
-    """Pow, in the base's type."""
+    """Raise to a power as ONNX's Pow, in the base's type."""
     return np.asarray(np.power(base, exponent)).astype(base.dtype)
 
 
@@ -101,7 +101,7 @@ class Mod(Elementwise):
     """The remainder, with the sign of the divisor, or with ``fmod`` of the dividend."""
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's mod or fmod."""
+        """Apply numpy's mod or fmod."""
         return (np.fmod if node.attrs.get("fmod", 0) else np.mod)(given(values, 0), given(values, 1))
 
 
@@ -113,7 +113,7 @@ class Relu(Elementwise):
     clamps = True
 
     def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
-        """Flat below 0."""
+        """Return level 0, below which the result is flat."""
         return [(0.0, True)]
 
 
@@ -121,7 +121,7 @@ class HardSwish(Elementwise):
     """x * hardsigmoid(x)."""
 
     def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
-        """Flat below -3."""
+        """Return level -3, below which the result is flat."""
         return [(-3.0, True)]
 
 
@@ -129,7 +129,7 @@ class HardSigmoid(Elementwise):
     """max(0, min(1, alpha * x + beta))."""
 
     def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
-        """Flat on both sides."""
+        """Return the levels on both sides."""
         slope, shift = float(node.attrs.get("alpha", 0.2)), float(node.attrs.get("beta", 0.5))
         return [(-shift / slope, True), ((1.0 - shift) / slope, False)] if slope > 0 else []
 
@@ -142,7 +142,7 @@ class Clip(Elementwise):
     clamps = True
 
     def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
-        """Flat beyond either bound, where both are known."""
+        """Return the levels of both bounds, where both are known."""
         bounds = []
         for position, name in enumerate(("min", "max"), start=1):
             value = node.attrs.get(name)
@@ -157,36 +157,36 @@ class Clip(Elementwise):
 
 
 class Choice(Elementwise):
-    """Max, Min and Where: the value of one of the operands."""
+    """Max, Min and Where: every result is the value of one of the operands."""
 
     chooses = True
 
 
 class Same(Elementwise):
-    """Identity, and Dropout where nothing is dropped: input 0 as it is."""
+    """Identity, and Dropout at inference: input 0 unchanged."""
 
     moves = Move.SAME
 
 
 class Cast(Elementwise):
-    """Another type."""
+    """Conversion to another element type."""
 
     moves = Move.CAST
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's cast."""
+        """Apply numpy's cast."""
         return given(values, 0).astype(DTYPES[node.attrs["to"]])
 
 
 class CastLike(Cast):
-    """A cast to the type of another tensor, whose channels do not matter."""
+    """A cast to the type of another tensor, whose channels are irrelevant."""
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """Left to onnx's evaluator."""
+        """Return None: onnx's reference evaluator is used."""
         return None
 
     def propagate(self, step: Step) -> None:
-        """The labels of input 0."""
+        """Pass the labels of input 0."""
         step.labels(1)
         super().propagate(step)
 
@@ -239,8 +239,8 @@ register("", "Identity", rule=Same([0], lambda x: x))
 register("", "Dropout", rule=Same([0]))
 register("", "Cast", rule=Cast([0]))
 register("", "CastLike", rule=CastLike([0]))
-# Noise of a tensor's sizes (its values, if any, are chances for each position): a channel takes its own along.
+# Noise of a tensor's sizes (its values, if any, are probabilities per position): pruned with the channels.
 register("", "RandomNormalLike", "RandomUniformLike", "Bernoulli", rule=Elementwise([0]))
 register("", "SwiGLU", rule=Elementwise())
-# Forms of an activation that the oldest models and onnxruntime have, with numbers that hold for all channels.
+# Activations of the oldest opsets and of onnxruntime, with parameters shared by all channels.
 register("", "Affine", "ParametricSoftplus", "Scale", "ScaledTanh", rule=Elementwise([0]))

@@ -1,4 +1,4 @@
-"""Mixtures of experts: a router picks, for every token, the experts whose two-layer networks answer."""
+"""Mixtures of experts: a router selects two-layer networks for every token."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ _FIRST_OPERANDS = (2, 3, 4, 11)
 class MoE(Rule):
     """com.microsoft.MoE: tokens [..., H] in and out, scores [tokens, E], weights and biases of up to three layers.
 
-    The first and third are [E, I, H] (the first twice as wide where a gate is fused into it), the second [E, H, I].
-    Every expert loses inner channels of its own, the same number each; experts stay, for the router's choice among
-    fewer would be another one.
+    The first and third weights are [E, I, H] (the first of twice the width with a fused gate), the second [E, H, I].
+    Every expert loses inner channels of its own, the same number each; no expert is removed, since the router would
+    choose differently among fewer.
     """
 
     weights = (FIRST, SECOND, THIRD)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """Every token goes through the layers of ``k`` experts, whose weights are [experts, ...]."""
+        """Count the layers of ``k`` experts per token, whose weights are [experts, ...]."""
         sizes = [s for s in shapes[2::2] if s is not None]
         if shapes[0] is None:
             return 0
         return prod(shapes[0][:-1]) * int(node.attrs.get("k", 1)) * sum(prod(s[1:]) for s in sizes)
 
     def propagate(self, step: Step) -> None:
-        """Hidden channels as in two products; a grid of (expert, inner channel) over the weights."""
+        """Propagate hidden channels as in two products, with a grid of (expert, inner channel) over the weights."""
         last = len(step.shape(0)) - 1
         x = step.labels(0)
         for axis in range(last):
@@ -94,27 +94,27 @@ class MoE(Rule):
             override(step, chains[i] or [], (Label(cells.reshape(shape), axis),), (axis,))
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """The tokens' channels, and the inner ones as the second layer's weights meet them."""
+        """Return the tokens' channels, and the inner channels of the second layer's weights."""
         return [(0, (len(step.shape(0)) - 1,)), (SECOND, (2,))]
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The tokens' shape, with as many channels as the second layer gives."""
+        """Return the tokens' shape, with the second layer's number of channels."""
         x, w = shapes[0], shapes[SECOND]
         return [None if x is None or w is None else (*x[:-1], w[1])]
 
 
 class QMoE(Rule):
-    """The same on codes, several in a byte: weights at 2, 5 and 8, scales [E, rows] or [E, rows, blocks] behind each.
+    """com.microsoft.QMoE, MoE on codes: weights at 2, 5 and 8, scales [E, rows] or [E, rows, blocks] behind each.
 
-    A bias follows each scale; zero points, packed as the codes are, stand at 11, 12 and 13. Inner channels go in units
-    of whole bytes, and where scales belong to blocks of the second layer's inner channels, of whole blocks.
+    A bias follows each scale; zero points, packed like the codes, are inputs 11, 12 and 13. The unit of pruning is a
+    whole byte of inner channels, or a whole block where scales belong to blocks of the second layer's inner channels.
     """
 
     weights = (2, 5, 8)
     settings = (3, 6, 9, 11, 12, 13)
 
     def propagate(self, step: Step) -> None:
-        """A grid of (expert, unit) over all that has inner channels; everything else stays."""
+        """Lay a grid of (expert, unit) over every operand with inner channels; freeze every other axis."""
         inner = self._inner(step)
         for i in range(len(step.node.inputs)):
             labels = step.labels(i)
@@ -142,7 +142,7 @@ class QMoE(Rule):
 
     @staticmethod
     def _lay(step: Step, i: int, axis: int, cells: Ids, chain: list[str]) -> None:
-        """State the grid for an operand that this node alone reads."""
+        """Set the grid as labels of an operand that only this node reads."""
         shape = [1] * len(step.shape(i))
         shape[0], shape[axis] = cells.shape
         for link in chain:
@@ -153,21 +153,21 @@ class QMoE(Rule):
 
     @staticmethod
     def _size(step: Step) -> int:
-        """Inner channels of an expert."""
+        """Return the number of inner channels of an expert."""
         return step.shape(SECOND_CODES)[2] * 8 // int(step.attr("expert_weight_bits", 4))
 
     @staticmethod
     def _inner(step: Step) -> dict[int, int]:
-        """Axis of the inner channels by input: rows of the first and third layer, columns of the second."""
+        """Return the axis of inner channels by input: rows of the first and third layer, columns of the second."""
         rows = {i: 1 for i in (*_FIRST_OPERANDS, 8, 9, 10, 13) if step.has(i)}
         return rows | {i: 2 for i in (SECOND_CODES, 6, 12) if step.has(i) and len(step.shape(i)) == 3}
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """Scales and biases of the first layer: without them an inner channel is 0, and any activation of it."""
+        """Return scales and biases of the first layer: where they are 0, an inner channel and its activation are 0."""
         return [(i, (1,)) for i in (3, 4) if step.has(i)]
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """As of numbers; every byte holds several codes."""
+        """Count as MoE; every byte holds several codes."""
         if shapes[0] is None:
             return 0
         each = 8 // int(node.attrs.get("expert_weight_bits", 4))
@@ -175,7 +175,7 @@ class QMoE(Rule):
         return prod(shapes[0][:-1]) * int(node.attrs.get("k", 1)) * sum(prod(s[1:]) for s in sizes) * each
 
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
-        """[E, rows, bytes, codes in each]."""
+        """Dequantise to [E, rows, bytes, codes per byte]."""
         bits, zero_at = int(node.attrs.get("expert_weight_bits", 4)), {2: 11, 5: 12, 8: 13}.get(i)
         scale = None if zero_at is None else read(i + 1)
         if zero_at is None or scale is None or bits not in PACKED_BITS:
@@ -189,7 +189,7 @@ class QMoE(Rule):
         return numbers(values, spread, middle, -1).reshape(*codes.shape, -1)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The tokens' shape."""
+        """Return the tokens' shape."""
         return [shapes[0]]
 
 

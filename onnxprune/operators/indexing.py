@@ -1,7 +1,7 @@
 """Operators that gather and scatter by index.
 
-An index that is known is renumbered where it addresses channels, and loses the entries of those that go. One that is
-computed passes channels where it has the same channels itself: it was repeated over them by Expand or Tile.
+A known index is renumbered where it addresses channels, and loses the entries of removed channels. A computed index
+passes channels where it has the same channels itself: Expand or Tile repeated it over them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from onnxprune.operators.registry import Move, Rule, register
 
 
 class Gather(Rule):
-    """Positions picked by an index tensor, which may be known."""
+    """Positions selected by an index tensor, known or computed."""
 
     moves = Move.SOME
 
     def propagate(self, step: Step) -> None:
-        """A known scalar or list takes positions; an unknown index fixes its axis."""
+        """Select positions for a known scalar or list; freeze the axis for an unknown index."""
         labels, axis = step.labels(0), step.axis()
         rank = len(step.shape(1))
         index = step.table.facts.static_value(step.node.inputs[1])
@@ -40,7 +40,7 @@ class Gather(Rule):
 
     @staticmethod
     def _place(labels: Labels, axis: int, rank: int) -> Labels:
-        """The axis is replaced by the index's own axes."""
+        """Replace the axis by the index's own axes."""
         if rank == 0:
             return algebra.remove_axis(labels, axis)
         for _ in range(rank - 1):
@@ -48,7 +48,7 @@ class Gather(Rule):
         return labels
 
     def rewrite(self, cut: Cut) -> None:
-        """Indices move with the positions before them; those of removed channels go."""
+        """Renumber the indices and drop those of removed channels."""
         axis = cut.before.axis()
         keep = cut.keep(cut.node.inputs[0], axis)
         index = cut.before.value(1)
@@ -63,37 +63,37 @@ class Gather(Rule):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """The index's axes in place of the gathered one."""
+        """Return the data's shape with the index's axes in place of the gathered one."""
         axis = axis_of(node.attrs.get("axis", 0), len(shapes[0]))
         return [(*shapes[0][:axis], *shapes[1], *shapes[0][axis + 1 :])]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's take."""
+        """Apply numpy's take."""
         return given(values, 0).take(given(values, 1).astype(np.int64, copy=False), axis=node.attrs.get("axis", 0))
 
 
 class Shape(Rule):
-    """Sizes are plain numbers: the engine watches what they are used for."""
+    """Sizes of a tensor; the engine tracks the consumers of sizes."""
 
     def propagate(self, step: Step) -> None:
-        """Nothing to say about labels."""
+        """Leave the output unlabelled."""
         step.labels(0)
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """One number for every axis asked for, one alone for the number of elements."""
+        """Return one number per requested axis, or a single one for the number of elements."""
         part = shapes[0][node.attrs.get("start", 0) : node.attrs.get("end", len(shapes[0]))]
         return [() if node.op == "Size" else (len(part),)]
 
 
 class Fill(Rule):
-    """A tensor of one repeated value can take any size: its axes are born with atoms, like a constant's."""
+    """A tensor of one repeated value, of any size: its axes get atoms of their own, like those of a constant."""
 
     operands = targets = (0,)
     makes_labels = True
 
     def propagate(self, step: Step) -> None:
-        """One birth per static axis."""
+        """Create atoms for every static axis."""
         shape, name = step.out_shape(), step.node.outputs[0]
         result: Labels = ()
         if np.asarray(step.attr("value", np.zeros(1, np.float32))).dtype.kind in "iub":
@@ -104,27 +104,27 @@ class Fill(Rule):
         step.set(0, result)
 
     def rewrite(self, cut: Cut) -> None:
-        """The shape operand names the new sizes."""
+        """Write the new sizes into the shape operand."""
         target, new = cut.value(0), cut.out_shape()
         if None not in new and (target is None or tuple(target.tolist()) != new):
             cut.set_target(0, new)
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """As the operand says."""
+        """Return the value of the shape operand."""
         return [tuple(needed(listed(node, values, 0, "", 1)))]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """One value everywhere."""
+        """Fill an array with the value."""
         fill = node.attrs.get("value", np.zeros(1, np.float32))
         return np.full(whole_numbers(given(values, 0)), np.ravel(fill)[0], dtype=fill.dtype)
 
 
 class Unlabelled(Rule):
-    """Produces indices or numbers from tensors that have no channels."""
+    """Indices or numbers computed from tensors that have no channels."""
 
     def propagate(self, step: Step) -> None:
-        """Every input with channels keeps them."""
+        """Freeze every input with channels."""
         for i in range(len(step.node.inputs)):
             step.freeze(step.labels(i), "fixed-size", f"{step.node.op} depends on the size of its input")
 
@@ -134,12 +134,12 @@ class Range(Unlabelled):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """As many as steps fit."""
+        """Return the number of steps."""
         start, end, step = (float(given(values, i).item()) for i in range(3))
         return [(max(math.ceil((end - start) / step), 0),)]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's arange, in the start's type."""
+        """Apply numpy's arange, in the start's type."""
         start, end, step = (given(values, i) for i in range(3))
         return np.arange(start.item(), end.item(), step.item(), dtype=start.dtype)
 
@@ -148,14 +148,14 @@ class Trilu(Rule):
     """Upper or lower triangle of the last two axes."""
 
     def propagate(self, step: Step) -> None:
-        """Batch axes pass."""
+        """Pass the batch axes."""
         labels, rank = step.labels(0), len(step.shape(0))
         for axis in (rank - 2, rank - 1):
             labels = step.drop_axis(labels, axis, "fixed-size", "a triangle of this axis is taken")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]]
 
 
@@ -172,31 +172,31 @@ _BY_INDEX = "positions of this axis are addressed by a computed index"
 
 
 def _known(step: Step, i: int) -> Index | None:
-    """An index that is the same at every size of the inputs."""
+    """Return an index whose value is equal at every size of the inputs, else None."""
     value = step.table.facts.static_value(step.node.inputs[i])
     return None if value is None else value.astype(np.int64)
 
 
 def _only_axis(values: Index) -> int | None:
-    """The one axis that an array varies along, -1 where it is the same throughout, None where there are several."""
+    """Return the only axis that an array varies along, -1 for a constant array, None for several axes."""
     varying = [a for a in range(values.ndim) if (values != values.take([0], axis=a)).any()]
     return None if len(varying) > 1 else varying[0] if varying else -1
 
 
 def _line(values: Index, axis: int) -> Index | None:
-    """The array along one axis, where it is the same along all others."""
+    """Return the array along one axis, where it is constant along all others, else None."""
     if not values.size or _only_axis(values) not in (axis, -1):
         return None
     return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)[:, 0]
 
 
 def _renumbered(values: Index, keep: NDArray[np.bool_] | None) -> Index:
-    """Positions along an axis as they are once some have gone; those that are gone must not be among them."""
+    """Renumber positions along an axis to the survivors; removed positions must not occur."""
     return values if keep is None else np.asarray((np.cumsum(keep) - 1)[values % keep.size])
 
 
 class _Elements(Rule):
-    """GatherElements and ScatterElements: an index of the data's rank, whose axes but one are the data's own."""
+    """GatherElements and ScatterElements: the index has the rank of the data and shares all axes but one with it."""
 
     beside: int
     """Position of the tensor that the index has an entry for every element of; -1 for the output."""
@@ -206,7 +206,7 @@ class _Elements(Rule):
 
     @staticmethod
     def _parted(step: Step, labels: Labels, axis: int, line: Index | None) -> Labels:
-        """Labels in which no grid runs over the indexed axis, and none at all where its positions are not known."""
+        """Drop a label whose grid spans the indexed axis, and any label of that axis where positions are not known."""
         label = covering(labels, axis)
         if label is not None and (line is None or label.is_grid):
             labels = step.drop_axis(labels, axis, "fixed-size", _BY_INDEX)
@@ -214,7 +214,7 @@ class _Elements(Rule):
 
     @staticmethod
     def _first(step: Step, labels: Labels, axis: int, sizes: tuple[int, ...]) -> Labels:
-        """Labels of the leading positions of all axes but the indexed one, which has none."""
+        """Return labels of the leading positions of all axes but the indexed one, which has none."""
         labels = tuple(x for x in labels if x.ids.shape[axis] == 1)
         for a, n in enumerate(step.shape(0)):
             if a != axis and n != sizes[a]:
@@ -223,7 +223,7 @@ class _Elements(Rule):
 
     @staticmethod
     def _met(step: Step, operands: list[Labels], axis: int) -> Labels:
-        """Labels beside the indexed axis; an index that is known meets what it meets."""
+        """Unite labels beside the indexed axis; a known index is broadcast with the operands."""
         sizes = step.shape(1)
         index = step.drop_axis(step.labels(1), axis, "fixed-size", "an index along this axis")
         known = _known(step, 1) is not None
@@ -232,7 +232,7 @@ class _Elements(Rule):
         return broadcast(step.atoms, [*((x, whole) for x in operands), (index, own)], len(sizes), step.reason)
 
     def rewrite(self, cut: Cut) -> None:
-        """An index that is known loses the entries of channels that go, and is renumbered along its axis."""
+        """Drop entries of removed channels from a known index and renumber it along its axis."""
         old = _known(cut.before, 1)
         if old is None:
             return
@@ -244,14 +244,14 @@ class _Elements(Rule):
 
 
 class GatherElements(_Elements):
-    """One element for every entry of the index."""
+    """One element of the data per entry of the index."""
 
     chooses = True
 
     beside = -1
 
     def propagate(self, step: Step) -> None:
-        """Positions that are the same for all other axes are picked; the other axes pass."""
+        """Select positions that are equal for all other axes; pass the other axes."""
         axis, index = step.axis(), _known(step, 1)
         line = None if index is None else _line(index, axis)
         labels = self._parted(step, step.labels(0), axis, line)
@@ -264,14 +264,14 @@ class GatherElements(_Elements):
 
 
 class ScatterElements(_Elements):
-    """One element written for every entry of the index, in place of what is there or joined with it."""
+    """One element written per entry of the index, replacing the old value or reduced with it."""
 
     chooses = True
 
     beside = 2
 
     def propagate(self, step: Step) -> None:
-        """Channels that are written go with the updates'; the other axes of all three go together."""
+        """Tie written channels to those of the updates; unite the other axes of all three operands."""
         axis, index = step.axis(), _known(step, 1)
         line = None if index is None else _line(index, axis)
         data = self._parted(step, step.labels(0), axis, line)
@@ -285,15 +285,15 @@ class ScatterElements(_Elements):
         step.set(0, data)
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]] if len(node.outputs) == 1 else None
 
 
 class Columns:
-    """What a known index [..., depth] says of each axis that it addresses.
+    """The addressed positions of a known index [..., depth], by addressed axis.
 
-    ``axes``: the axis of the index that the positions along an addressed axis vary along, which no other addressed axis
-    shares; -1 where all are at one position; None where neither is so.
+    ``axes``: per addressed axis, the index axis along which its positions vary, shared with no other addressed axis; -1
+    for a constant position; None otherwise.
     """
 
     def __init__(self, index: Index) -> None:
@@ -305,7 +305,7 @@ class Columns:
 
     @classmethod
     def at_every(cls, values: list[Index]) -> Columns:
-        """The columns of an index that follows the sizes of the inputs: only what is the same at all of them counts."""
+        """Return columns of an index that follows the sizes of the inputs, restricted to values equal at all probes."""
         first, *others = (cls(v) for v in values)
         first.computed = any(not np.array_equal(values[0], v) for v in values[1:])
         for k, axis in enumerate(first.axes):
@@ -320,22 +320,22 @@ class Columns:
         return bool((column != column.take([0], axis=axis)).any())
 
     def raw(self, k: int) -> Index:
-        """Positions along addressed axis ``k`` as they are written: one for every entry of the index's axis."""
+        """Return the stored positions along addressed axis ``k``: one per entry of the index's axis."""
         axis, column = self.axes[k], self.index[..., k]
         line = column.ravel()[:1] if axis is None or axis < 0 else _line(column, axis)
         assert line is not None
         return line
 
     def line(self, k: int, size: int) -> Index:
-        """Positions along addressed axis ``k``, all counted from the front."""
+        """Return positions along addressed axis ``k``, all counted from the front."""
         return self.raw(k) % size
 
     def addressed(self, k: int, size: int) -> Index:
-        """Every position along addressed axis ``k`` that the index names."""
+        """Return every distinct position along addressed axis ``k``."""
         return np.unique(self.index[..., k] % size)
 
     def cut(self, cut: Cut, beside: str, first: int) -> Index:
-        """The index after the cut, where ``beside`` has its axes in front; data is addressed from axis ``first`` on."""
+        """Slice and renumber the index: ``beside`` has its leading axes; it addresses data from axis ``first`` on."""
         index = self.index
         for axis in range(index.ndim - 1):
             keep = cut.keep(beside, axis)
@@ -345,7 +345,7 @@ class Columns:
         return np.stack(columns, axis=-1)
 
     def move(self, cut: Cut, beside: str, first: int) -> None:
-        """Nodes in front that make a computed index what it is after the cut: entries go, positions are shifted."""
+        """Insert nodes that convert a computed index as ``cut`` does: they drop entries and shift positions."""
         keeps = [cut.keep(beside, axis) for axis in range(self.index.ndim - 1)]
         for axis, keep in enumerate(keeps):
             if keep is not None:
@@ -370,10 +370,10 @@ def _columns(step: Step) -> Columns | None:
 
 
 class _Slices(Rule):
-    """GatherND and ScatterND: an index [..., depth] addresses the first axes of the data; those behind pass."""
+    """GatherND and ScatterND: an index [..., depth] addresses the leading axes of the data; the trailing axes pass."""
 
     def _addressed(self, step: Step, labels: Labels, columns: Columns | None, first: int, k: int) -> Labels:
-        """Labels without addressed axis ``k`` where it has to stay or where single positions of it do."""
+        """Drop labels of addressed axis ``k`` where it, or single positions of it, cannot be pruned."""
         axis = first + k
         label = covering(labels, axis)
         if label is None:
@@ -406,7 +406,7 @@ class GatherND(_Slices):
     chooses = True
 
     def propagate(self, step: Step) -> None:
-        """Known positions along an axis of their own are picked; a position that stands alone stays."""
+        """Select known positions along an axis of their own; freeze a single addressed position."""
         labels, columns = step.labels(0), _columns(step)
         batch, depth = int(step.attr("batch_dims", 0)), step.shape(1)[-1]
         first, rank = batch + depth, len(step.out_shape())
@@ -427,7 +427,7 @@ class GatherND(_Slices):
 
     @staticmethod
     def _picked(step: Step, label: Label, columns: Columns | None, axis: int, k: int, rank: int) -> Labels:
-        """The axis of the output that positions of a data axis go to; one that is named alone is frozen."""
+        """Return the output axis of the selected positions of a data axis; freeze a single addressed position."""
         if columns is None or columns.axes[k] is None:
             return ()
         target = columns.axes[k]
@@ -436,17 +436,17 @@ class GatherND(_Slices):
         return () if target is None or line.size < 2 else (along(label.ids.ravel()[line], target, rank),)
 
     def rewrite(self, cut: Cut) -> None:
-        """A known index loses what goes and is renumbered."""
+        """Drop entries of removed channels from a known index and renumber it."""
         self._rewrite(cut, cut.node.outputs[0], int(cut.attr("batch_dims", 0)))
 
 
 class ScatterND(_Slices):
-    """Slices written into a tensor, in place of what is there or joined with it."""
+    """Slices written into a tensor, replacing the old values or reduced with them."""
 
     chooses = True
 
     def propagate(self, step: Step) -> None:
-        """Channels that are written go with the updates' own; the axes behind those addressed go together."""
+        """Tie written channels to those of the updates; unite the axes behind the addressed ones."""
         data, updates, columns = step.labels(0), step.labels(2), _columns(step)
         depth, ahead, rank = step.shape(1)[-1], len(step.shape(1)) - 1, len(step.shape(0))
         if any(
@@ -479,19 +479,19 @@ class ScatterND(_Slices):
 
     @staticmethod
     def _behind(labels: Labels, at: int) -> Labels:
-        """Labels of the axes from ``at`` on."""
+        """Return the labels of the axes from ``at`` on."""
         return tuple(Label(x.ids.reshape(x.ids.shape[at:]), x.pack - at) for x in labels if min(x.axes) >= at)
 
     def rewrite(self, cut: Cut) -> None:
-        """A known index loses what goes and is renumbered."""
+        """Drop entries of removed channels from a known index and renumber it."""
         self._rewrite(cut, cut.node.inputs[2], 0)
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]] if len(node.outputs) == 1 else None
 
     def evaluate(self, node: Node, values: Any) -> Any:
-        """Slices of a copy replaced; forms that combine old and new are left to onnx's evaluator."""
+        """Replace slices of a copy; return None for reductions, which onnx's reference evaluator handles."""
         data, where, updates = values[:3]
         if node.attrs.get("reduction", "none") != "none" or where.shape[-1] == 0:
             return None
@@ -501,10 +501,10 @@ class ScatterND(_Slices):
 
 
 class TensorScatter(Rule):
-    """Updates of a cache written at a position per sample along one axis."""
+    """Updates of a cache, written at one position per sample along one axis."""
 
     def propagate(self, step: Step) -> None:
-        """Cache and update share all axes but that and the samples'."""
+        """Unite all axes of cache and update but the written axis and that of the samples."""
         axis, both = step.axis(-2), [step.labels(0), step.labels(1)]
         for k in range(2):
             for a in (0, axis):
@@ -514,10 +514,10 @@ class TensorScatter(Rule):
 
 
 class Compress(Rule):
-    """Positions along an axis where a condition holds; without an axis, of the data as one row."""
+    """Positions along an axis where a condition holds; without an axis, of the flattened data."""
 
     def propagate(self, step: Step) -> None:
-        """A known condition takes positions, any other fixes its axis."""
+        """Select positions for a known condition; freeze the axis for any other."""
         labels, shape = step.labels(0), step.shape(0)
         axis = step.attr("axis")
         if axis is None:
@@ -531,14 +531,14 @@ class Compress(Rule):
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
-        """The conditions of channels that go leave."""
+        """Drop the conditions of removed channels."""
         axis, condition = cut.attr("axis"), cut.before.value(1)
         keep = None if axis is None else cut.keep(cut.node.inputs[0], int(axis) % len(cut.before.shape(0)))
         if keep is not None and condition is not None:
             cut.set_input(1, condition[keep[: condition.size]])
 
     def infer(self, node: Node, shapes: list[AxisSizes | None], values: list[Any]) -> list[AxisSizes | None]:
-        """As many positions as conditions hold."""
+        """Return the number of true conditions as the size of the axis."""
         x, condition, axis = shapes[0], values[1], node.attrs.get("axis")
         count = None if condition is None else int(np.count_nonzero(condition))
         if x is None or axis is None:

@@ -1,7 +1,7 @@
 """Operators of onnxruntime (com.microsoft and its blocked layout) that its optimisers write.
 
-A model that was saved with all optimisations holds weights whose numbers are stored block by block, under a shape that
-does not say so, and the file does not name the block. They cannot be cut; what lies outside of these operators can.
+A model saved with all optimisations contains weights in a blocked layout, under a shape that hides it, and the file
+does not record the block size. These weights cannot be pruned; the remaining operators can.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class SkipLayerNorm(LayerNorm):
     """(Simplified) LayerNormalization of input + skip + bias over the last axis; output 3 is the sum itself."""
 
     def axes(self, step: Step) -> list[int]:
-        """The last axis."""
+        """Return the last axis."""
         return [len(step.shape(0)) - 1]
 
     def propagate(self, step: Step) -> None:
-        """The sum's labels pass to both results."""
+        """Pass the sum's labels to both results."""
         OverAxes.propagate(self, step)
         labels = step.table.get(step.node.outputs[0])
         if any(o and step.table.graph.consumers.get(o) for o in step.node.outputs[1:3]):
@@ -45,17 +45,17 @@ class SkipLayerNorm(LayerNorm):
         step.set(3, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data's shape, statistics with size 1 in the end."""
+        """Return the data's shape; statistics have size 1 on the last axis."""
         x = shapes[0]
         stats = None if x is None else (*x[:-1], 1)
         return [x, stats, stats, x]
 
 
 class EmbedLayerNorm(Rule):
-    """Sum of word, position and segment embeddings, normalised: tables share their columns."""
+    """Normalised sum of word, position and segment embeddings: the tables share their columns."""
 
     def propagate(self, step: Step) -> None:
-        """Columns unite and are normalised over; the rows of a table are looked up by index."""
+        """Unite the columns, which are normalised over; freeze the rows of the tables, which are indexed."""
         joint: Labels = ()
         for i in (2, 3, 4, 5, 6):
             if not step.has(i):
@@ -71,7 +71,7 @@ class EmbedLayerNorm(Rule):
         step.set(2, joint)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[batch, sequence, hidden], a mask per batch, the sum before it is normalised."""
+        """Return shapes [batch, sequence, hidden], [batch] of the mask, and that of the sum before normalisation."""
         ids, table = shapes[0], shapes[2]
         if ids is None or table is None:
             return [None]
@@ -82,32 +82,32 @@ class NhwcFusedConv(Conv):
     """Convolution of [N, ..., C] with a weight [O, C/group, ...], an activation and an addend."""
 
     def axis(self, step: Step) -> int:
-        """Channels come last."""
+        """Return the last axis, that of the channels."""
         return len(step.shape(self.data)) - 1
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """The last."""
+        """Return the last axis."""
         return rank - 1
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, ..., O]."""
+        """Return shape [N, ..., O]."""
         x, w = shapes[self.data], shapes[self.weight]
         return [None if x is None or w is None else (x[0], *window_sizes(x[1:-1], w[2:], node.attrs), w[0])]
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """None: windows are cut out of data with channels on axis 1."""
+        """Return None: the matrix form requires data with channels on axis 1."""
         return None
 
 
 class NhwcConv(NhwcFusedConv):
-    """Convolution of [N, ..., C] with a weight [O, ..., C/group], as optimised diffusion models have it."""
+    """Convolution of [N, ..., C] with a weight [O, ..., C/group], as in optimised diffusion models."""
 
     def weight_axis(self, step: Step) -> int:
-        """Channels come last here too."""
+        """Return the last axis, that of the input channels."""
         return len(step.shape(self.weight)) - 1
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, ..., O]."""
+        """Return shape [N, ..., O]."""
         x, w = shapes[self.data], shapes[self.weight]
         return [None if x is None or w is None else (x[0], *window_sizes(x[1:-1], w[1:-1], node.attrs), w[0])]
 
@@ -116,14 +116,14 @@ class NhwcPool(Rule):
     """Pooling of [N, ..., C]."""
 
     def propagate(self, step: Step) -> None:
-        """Channels pass."""
+        """Pass the channels."""
         labels = step.labels(0)
         channel = len(step.shape(0)) - 1
         labels = step.drop_all_but(labels, (0, channel), "spatial", f"{step.node.op} works along this axis")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, ..., C] with pooled positions."""
+        """Return shape [N, ..., C] with pooled positions."""
         x = shapes[0]
         if x is None:
             return [None]
@@ -131,18 +131,18 @@ class NhwcPool(Rule):
 
 
 class GroupNormFused(GroupNorm):
-    """GroupNorm with an activation, channels last by default; SkipGroupNorm adds a skip and a bias first."""
+    """GroupNorm with an activation, channels last by default; SkipGroupNorm first adds a skip and a bias."""
 
     def group_attribute(self) -> str:
-        """Name of the attribute that counts groups."""
+        """Return the name of the attribute with the number of groups."""
         return "groups"
 
     def channel_axis(self, step: Step) -> int:
-        """Last, unless the node says otherwise."""
+        """Return the last axis, or axis 1 where the node requests it."""
         return len(step.shape(0)) - 1 if step.attr("channels_last", 1) else 1
 
     def propagate(self, step: Step) -> None:
-        """As the plain form; what is added has the same channels."""
+        """Propagate as GroupNorm; the addends share the channels."""
         super().propagate(step)
         labels, axis = step.labels(0), self.channel_axis(step)
         ids = step.axis_ids(labels, axis)
@@ -155,7 +155,7 @@ class GroupNormFused(GroupNorm):
         step.set(1, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]] * len(node.outputs)
 
 
@@ -163,7 +163,7 @@ class BiasSplitGelu(Rule):
     """left * gelu(right) of the halves of X + bias along the last axis."""
 
     def propagate(self, step: Step) -> None:
-        """The halves meet position by position."""
+        """Unite the halves position by position."""
         shape = step.shape(0)
         rank, half = len(shape), shape[-1] // 2
         joint = broadcast(step.atoms, [(step.labels(i), step.shape(i)) for i in (0, 1)], rank, step.reason)
@@ -172,7 +172,7 @@ class BiasSplitGelu(Rule):
         step.set(0, broadcast(step.atoms, [(left, step.out_shape()), (right, step.out_shape())], rank, step.reason))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """Half of the last axis."""
+        """Return the data's shape with half of the last axis."""
         x = shapes[0]
         return [None if x is None or x[-1] is None else (*x[:-1], x[-1] // 2)]
 
@@ -190,7 +190,7 @@ class GemmFastGelu(MatMul):
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The product's shape."""
+        """Return the product's shape."""
         a, b = shapes[0], shapes[1]
         return [None if a is None or b is None else product(a, b, matmul_terms(len(a), len(b)))]
 
@@ -199,11 +199,11 @@ class BiasSoftmax(OverAxes):
     """Softmax of data + bias over all axes from ``axis`` on."""
 
     def axes(self, step: Step) -> list[int]:
-        """All axes from ``axis`` on."""
+        """Return all axes from ``axis`` on."""
         return list(range(step.axis(1), len(step.shape(0))))
 
     def propagate(self, step: Step) -> None:
-        """As any softmax where the bias broadcasts as numpy would; else all stays."""
+        """Propagate as softmax where the bias broadcasts by numpy's rules; otherwise freeze every input."""
         if broadcast_shapes([step.shape(0), step.shape(1)]) == step.shape(0):
             super().propagate(step)
 
@@ -214,11 +214,11 @@ class CDist(Rule):
     weights = (0, 1)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """m * n * k."""
+        """Return m * n * k."""
         return letter_macs(("mk", "nk"), shapes)
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """What the weight's rows become."""
+        """Return the output axis of the weight's rows."""
         return weight
 
     def propagate(self, step: Step) -> None:
@@ -227,11 +227,11 @@ class CDist(Rule):
         step.set(0, contract(step, operands, "mn"))
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """Both operands are summed over ``k``."""
+        """Return the axis ``k`` of both operands."""
         return [(0, (1,)), (1, (1,))]
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[m, n]."""
+        """Return shape [m, n]."""
         return [product(shapes[0], shapes[1], ("mk", "nk", "mn"))]
 
 
@@ -239,22 +239,22 @@ class Matrices(Rule):
     """Inverse: the last two axes keep their sizes, the batch passes."""
 
     def propagate(self, step: Step) -> None:
-        """Only batch axes pass."""
+        """Pass the batch axes."""
         labels, rank = step.labels(0), len(step.shape(0))
         for axis in (rank - 2, rank - 1):
             labels = step.drop_axis(labels, axis, "fixed-size", f"{step.node.op} mixes this axis")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]]
 
 
 class Trilu(indexing.Trilu):
-    """ONNX's Trilu before it was in ONNX."""
+    """ONNX's Trilu before ONNX defined it."""
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]]
 
 
@@ -262,7 +262,7 @@ class ExpandDims(movement.SameData):
     """Unsqueeze of one axis, given as input 1."""
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """One more axis of size 1."""
+        """Return the data's shape with one more axis of size 1."""
         x, axis = shapes[0], values[1]
         if x is None or axis is None:
             return [None]
@@ -272,10 +272,10 @@ class ExpandDims(movement.SameData):
 
 
 class GridSample(spatial.GridSample):
-    """ONNX's GridSample before it was in ONNX."""
+    """ONNX's GridSample before ONNX defined it."""
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, C] and the positions' own sizes."""
+        """Return [N, C] and the sizes of the grid of positions."""
         x, grid = shapes[0], shapes[1]
         return [None if x is None or grid is None else (*x[:2], *grid[1:-1])]
 
@@ -286,14 +286,14 @@ class RelativePositionBias(Rule):
     operands = (1, 2)
 
     def propagate(self, step: Step) -> None:
-        """The table's heads become axis 1."""
+        """Map the table's heads to axis 1."""
         labels = step.drop_axis(step.labels(0), 0, "fixed-size", "rows of this table are looked up by index")
         ids = step.axis_ids(labels, 1)
         if ids is not None:
             step.set(0, (along(ids, 1, 4),))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """Sizes from the lengths, where they are known."""
+        """Return sizes from the lengths, where they are known."""
         table = shapes[0]
         sizes = [None if v is None else int(np.ravel(v)[0]) for v in values[1:3]]
         return [None if table is None else (1, table[1], *sizes)]
@@ -323,10 +323,10 @@ register(DOMAIN, "RelativePositionBias", rule=RelativePositionBias())
 
 
 class SwiGLU(Rule):
-    """A gated activation of two tensors, or of the halves of one along its last axis."""
+    """Gated activation of two tensors, or of the halves of one along its last axis."""
 
     def propagate(self, step: Step) -> None:
-        """Gate and value meet position by position."""
+        """Unite gate and value position by position."""
         if step.has(1):
             step.set(0, step.broadcast([0, 1]))
             return
@@ -336,7 +336,7 @@ class SwiGLU(Rule):
         step.set(0, broadcast(step.atoms, [(labels, shape) for labels in halves], rank, step.reason))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The shape of the value."""
+        """Return the shape of the value."""
         x = shapes[0]
         if x is None or (len(node.inputs) > 1 and node.inputs[1]):
             return [x]
@@ -344,10 +344,10 @@ class SwiGLU(Rule):
 
 
 class GatedRMSNorm(Rule):
-    """X normalised within each head of as many channels as the scale has, times an activation of a gate."""
+    """RMSNorm of X within each head, of as many channels as the scale, times an activation of a gate."""
 
     def propagate(self, step: Step) -> None:
-        """Heads go as a whole, with their gate; the scale is the same for all of them."""
+        """Prune whole heads with their gate; all heads share the scale."""
         labels, shape, size = step.broadcast([0, 2]), step.shape(0), step.shape(1)[0]
         why = f"{step.node.op} normalises over these channels"
         step.fix(step.labels(1), 0, NORMALISED, why)
@@ -360,15 +360,15 @@ class GatedRMSNorm(Rule):
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]]
 
 
 class BranchwiseRMSNorm(Rule):
-    """Normalises [..., branches, channels] over the channels of each branch."""
+    """Normalisation of [..., branches, channels] over the channels of each branch."""
 
     def propagate(self, step: Step) -> None:
-        """Channels stay; branches go with their scales, where each has its own."""
+        """Freeze the channels; tie branches to their scales, where each has its own."""
         labels, rank = step.labels(0), len(step.shape(0))
         scale = step.labels(1)
         paired = step.has(1) and len(step.shape(1)) == 2 and not step.attr("num_branches", 0)
@@ -382,17 +382,17 @@ class BranchwiseRMSNorm(Rule):
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]]
 
 
 class Pad(movement.Pad):
-    """ONNX's Pad before its padding was an operand there; the padding may be a row of a matrix."""
+    """ONNX's Pad before padding was an operand in ONNX; the padding may be a row of a matrix."""
 
     by_operand = True
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data and what is around it."""
+        """Return the data's sizes plus the padding."""
         x, pads = shapes[0], values[1]
         if x is None or pads is None:
             return [None]
@@ -401,16 +401,16 @@ class Pad(movement.Pad):
 
 
 class LinearAttentionGate(Rule):
-    """A decay of the sum of a projection and a bias per head, and an update rate of the same heads."""
+    """A decay from the sum of a projection and a bias per head, and an update rate of the same heads."""
 
     def propagate(self, step: Step) -> None:
-        """All have the same heads."""
+        """Unite the heads of all operands."""
         labels = step.broadcast([i for i in range(4) if step.has(i)])
         step.set(0, labels)
         step.set(1, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The shapes of the projections."""
+        """Return the shapes of the projections."""
         return [shapes[0]] * len(node.outputs)
 
 
@@ -418,7 +418,7 @@ class CropAndResize(spatial.RoiAlign):
     """Regions of images, resized."""
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[regions, C, height, width]."""
+        """Return shape [regions, C, height, width]."""
         x, regions, size = shapes[0], shapes[1], values[3]
         if x is None or regions is None:
             return [None]
@@ -427,10 +427,10 @@ class CropAndResize(spatial.RoiAlign):
 
 
 class MaxPoolWithMask(spatial.Local):
-    """MaxPool of what a mask leaves."""
+    """MaxPool over the positions that a mask selects."""
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """As MaxPool."""
+        """Infer as MaxPool."""
         x = shapes[0]
         return [None if x is None else (*x[:2], *window_sizes(x[2:], tuple(node.attrs["kernel_shape"]), node.attrs))]
 
@@ -439,14 +439,14 @@ class UnfoldTensor(Rule):
     """Windows along one axis, whose positions become a new last axis."""
 
     def propagate(self, step: Step) -> None:
-        """The other axes pass."""
+        """Pass the other axes."""
         rank = len(step.shape(0))
         axis = int(step.attr("dim", -1)) % rank
         labels = step.drop_axis(step.labels(0), axis, "spatial", "windows slide along this axis")
         step.set(0, insert_axis(labels, rank))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """As many windows as fit, and their size."""
+        """Return the number of windows and their size."""
         x, size = shapes[0], int(node.attrs["size"])
         if x is None:
             return [None]
@@ -459,7 +459,7 @@ class ConvTransposeWithDynamicPads(ConvTranspose):
     """A transposed convolution whose padding is an operand."""
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, O, ...], where the padding is known."""
+        """Return shape [N, O, ...], where the padding is known."""
         x, w, attrs = shapes[0], shapes[1], node.attrs
         if x is None or w is None:
             return [None]
@@ -475,7 +475,7 @@ class ConvTransposeWithDynamicPads(ConvTranspose):
         return [(x[0], None if w[1] is None else w[1] * int(attrs.get("group", 1)), *sizes)]
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """None: the padding is no setting of the node."""
+        """Return None: the padding is not an attribute of the node."""
         return None
 
 
@@ -486,23 +486,23 @@ class TorchEmbedding(Rule):
     """Rows of a table looked up by index."""
 
     def propagate(self, step: Step) -> None:
-        """Columns pass, rows stay."""
+        """Pass the columns, freeze the rows."""
         labels = step.drop_axis(step.labels(0), 0, "fixed-size", "rows of this table are looked up by index")
         for _ in range(len(step.shape(1)) - 1):
             labels = insert_axis(labels, 0)
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The index's shape and the width of the table."""
+        """Return the index's shape and the width of the table."""
         table, index = shapes[0], shapes[1]
         return [None if table is None or index is None else (*index, table[1])]
 
 
 class GatherND(indexing.GatherND):
-    """ONNX's GatherND before it was in ONNX."""
+    """ONNX's GatherND before ONNX defined it."""
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """What is behind the addressed axes, for every position."""
+        """Return the index's leading axes and the data's axes behind the addressed ones."""
         x, index = shapes[0], shapes[1]
         if x is None or index is None or index[-1] is None:
             return [None]
@@ -528,17 +528,17 @@ BLOCKED_DOMAIN = "com.microsoft.nchwc"
 
 
 class Blocked(Rule):
-    """Nothing goes; sizes are known, so that the rest of the model can be followed."""
+    """Operators in the blocked layout: all inputs are frozen; sizes are inferred to analyse the rest of the model."""
 
     def __init__(self, weights: tuple[int, ...] = ()) -> None:
         self.weights = weights
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """Of a convolution, as elsewhere."""
+        """Count as the plain operators."""
         return 0 if not self.weights or out is None or shapes[1] is None else prod(out) * prod(shapes[1][1:])
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """Axis 1."""
+        """Return axis 1."""
         return 1
 
     def propagate(self, step: Step) -> None:
@@ -548,7 +548,7 @@ class Blocked(Rule):
             step.freeze(step.labels(i), "unsupported-form", why)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """As the operators of the same names, on [N, C, ...]."""
+        """Infer as the operators of the same names, on [N, C, ...]."""
         x = shapes[0]
         if x is None:
             return [None]

@@ -36,7 +36,7 @@ class Transpose(Rule):
     moves = Move.ORDER
 
     def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
-        """The inverse permutation, where the node states its own."""
+        """Return the inverse permutation, where the node has its own as an attribute."""
         perm = node.attrs.get("perm")
         if perm is None:
             return None
@@ -50,17 +50,17 @@ class Transpose(Rule):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """Sizes in the new order."""
+        """Return the sizes in the new order."""
         perm = node.attrs.get("perm")
         return [shapes[0][::-1] if perm is None else tuple(shapes[0][p] for p in perm)]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's transpose."""
+        """Apply numpy's transpose."""
         return np.transpose(given(values, 0), node.attrs.get("perm"))
 
 
 class SameData(Rule):
-    """The same data under other sizes."""
+    """The same data under another shape."""
 
     operands = targets = (1,)
     moves = Move.SHAPE
@@ -76,10 +76,10 @@ class SameData(Rule):
 
 
 class Reshape(SameData):
-    """Sizes as an operand says, which keeps 0 and -1 where they were meant."""
+    """Reshape to an operand; 0 and -1 are preserved."""
 
     def rewrite(self, cut: Cut) -> None:
-        """The target names the new sizes."""
+        """Write the new sizes into the target."""
         if None in cut.out_shape():
             return
         target, source, new = cut.value(1), cut.shape(0), cut.out_shape()
@@ -88,12 +88,12 @@ class Reshape(SameData):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """The target, where it fits."""
+        """Return the resolved target, where it fits."""
         target = needed(listed(node, values, 1, "shape", 5))
         return [resolved(target, shapes[0], node.attrs.get("allowzero", 0))]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's reshape."""
+        """Apply numpy's reshape."""
         data, zero = given(values, 0), not node.attrs.get("allowzero", 0)
         target = whole_numbers(given(values, 1))
         return data.reshape([data.shape[i] if (d == 0 and zero) else d for i, d in enumerate(target)])
@@ -104,7 +104,7 @@ class Flatten(SameData):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """Both products."""
+        """Return both products of sizes."""
         axis, rank = node.attrs.get("axis", 1), len(shapes[0])
         axis = axis + rank if axis < 0 else axis
         if not 0 <= axis <= rank:
@@ -113,33 +113,33 @@ class Flatten(SameData):
 
 
 class Squeeze(SameData):
-    """Axes of size 1 are left out."""
+    """Removal of axes of size 1."""
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """Without the axes named, or without all of size 1."""
+        """Return the shape without the given axes, or without all axes of size 1."""
         axes, shape = listed(node, values, 1, "axes", 13), shapes[0]
         out = {i for i, n in enumerate(shape) if n == 1} if axes is None else {axis_of(a, len(shape)) for a in axes}
         return None if any(shape[a] != 1 for a in out) else [tuple(n for i, n in enumerate(shape) if i not in out)]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's squeeze."""
+        """Apply numpy's squeeze."""
         return np.squeeze(given(values, 0), axis=axes_of(node, values))
 
 
 class Unsqueeze(SameData):
-    """Axes of size 1 are put in."""
+    """Insertion of axes of size 1."""
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """With 1 at the axes named, which count in the result."""
+        """Return the shape with 1 at the given axes, which count in the result."""
         axes = needed(listed(node, values, 1, "axes", 13))
         rank = len(shapes[0]) + len(axes)
         new, sizes = {axis_of(a, rank) for a in axes}, iter(shapes[0])
         return None if len(new) != len(axes) else [tuple(1 if i in new else next(sizes) for i in range(rank))]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """A reshape."""
+        """Reshape the value."""
         axes, data = axes_of(node, values) or (), given(values, 0)
         rank = data.ndim + len(axes)
         new, sizes = {a % rank for a in axes}, iter(data.shape)
@@ -147,7 +147,7 @@ class Unsqueeze(SameData):
 
 
 def resolve_target(target: list[int], source: tuple[int, ...], allowzero: int) -> tuple[int, ...] | None:
-    """The shape a Reshape target comes out as, or None where it does not fit."""
+    """Resolve a Reshape target to a shape; None where it does not fit."""
     sizes = [source[i] if d == 0 and not allowzero and i < len(source) else d for i, d in enumerate(target)]
     total, known = prod(source), prod([d for d in sizes if d != -1])
     if -1 in sizes:
@@ -158,7 +158,7 @@ def resolve_target(target: list[int], source: tuple[int, ...], allowzero: int) -
 
 
 def births_of_copies(step: Step, before: Shape, after: Shape) -> Labels:
-    """Atoms of an axis of static size that holds copies of one position: there may as well be fewer."""
+    """Create atoms of a static axis that holds copies of one position, whose number is free."""
     name, result = step.node.outputs[0], NONE
     for axis, (n, m) in enumerate(zip(before, after, strict=True)):
         if n == 1 and m is not None and m > 1 and axis and not step.table.facts.varies(name, axis):
@@ -167,21 +167,21 @@ def births_of_copies(step: Step, before: Shape, after: Shape) -> Labels:
 
 
 class Expand(Rule):
-    """Broadcast to a target: labels pass; a repeated axis may take any size, so it is born with atoms of its own."""
+    """Broadcast to a target: labels pass; a repeated axis can have any size, so it gets atoms of its own."""
 
     operands = targets = (1,)
     moves = Move.REPEAT
     makes_labels = True
 
     def propagate(self, step: Step) -> None:
-        """Shift to the output's rank; one birth per repeated axis of static size."""
+        """Align labels to the output's rank; create atoms for every repeated axis of static size."""
         labels, shape, out = step.labels(0), step.shape(0), step.out_shape()
         result = broadcast(step.atoms, [(labels, shape)], len(out), step.reason)
         before = (1,) * (len(out) - len(shape)) + shape
         step.set(0, (*result, *births_of_copies(step, before, out)))
 
     def rewrite(self, cut: Cut) -> None:
-        """The target names the new sizes."""
+        """Write the new sizes into the target."""
         target = cut.value(1)
         new = cut.out_shape()
         if None not in new and (target is None or _broadcast_to(cut.shape(0), target) != new):
@@ -190,11 +190,11 @@ class Expand(Rule):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """Data and target broadcast."""
+        """Return the broadcast shape of data and target."""
         return [joined((shapes[0], tuple(needed(listed(node, values, 1, "", 1)))))]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's broadcasting."""
+        """Apply numpy's broadcasting."""
         data, target = given(values, 0), whole_numbers(given(values, 1))
         return np.broadcast_to(data, np.broadcast_shapes(data.shape, tuple(target)))
 
@@ -230,7 +230,7 @@ class Tile(Rule):
         step.set(0, result)
 
     def rewrite(self, cut: Cut) -> None:
-        """Repeats computed from sizes stay what they were, but for those that make channels."""
+        """Update the repeats that produce channels; repeats computed from sizes keep their values."""
         before, after = cut.shape(0), cut.out_shape()
         if None in before or None in after or cut.node.version < 6:
             return
@@ -241,22 +241,22 @@ class Tile(Rule):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """Sizes times repeats."""
+        """Return sizes times repeats."""
         repeats = needed(listed(node, values, 1, "", 6))
         return [tuple(n * r for n, r in zip(shapes[0], repeats, strict=True))]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's tile."""
+        """Apply numpy's tile."""
         return np.tile(given(values, 0), whole_numbers(given(values, 1)))
 
 
 class Concat(Rule):
-    """Parts one after the other."""
+    """Concatenation of parts."""
 
     moves = Move.JOIN
 
     def propagate(self, step: Step) -> None:
-        """Concatenate the labels; a part without labels stays whole."""
+        """Concatenate the labels; a part without labels is kept whole."""
         rank = len(step.out_shape())
         operands = [(step.labels(i), step.shape(i)) for i in range(len(step.node.inputs))]
         axis = step.axis(0, rank)
@@ -264,7 +264,7 @@ class Concat(Rule):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """Sizes add up along the axis, all others agree."""
+        """Add up the sizes along the axis; all others agree."""
         first = shapes[0]
         axis = axis_of(node.attrs["axis"] if node.version >= 4 else node.attrs.get("axis", 1), len(first))
         if any((*s[:axis], *s[axis + 1 :]) != (*first[:axis], *first[axis + 1 :]) for s in shapes):
@@ -272,7 +272,7 @@ class Concat(Rule):
         return [(*first[:axis], sum(s[axis] for s in shapes), *first[axis + 1 :])]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's concatenate."""
+        """Apply numpy's concatenate."""
         return np.concatenate([given(values, i) for i in range(len(values))], axis=node.attrs["axis"])
 
 
@@ -310,7 +310,7 @@ class Split(Rule):
             step.set(o, step.take(labels, axis, np.arange(start, stop)))
 
     def rewrite(self, cut: Cut) -> None:
-        """State the new sizes of the parts."""
+        """Write the new sizes of the parts."""
         axis = cut.before.axis()
         if cut.keep(cut.node.inputs[0], axis) is None and not cut.touched():
             return
@@ -330,7 +330,7 @@ class Split(Rule):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """As stated, else equal parts, the last of which may be smaller."""
+        """Return sizes as given, else equal parts, the last of which may be smaller."""
         axis, count = axis_of(node.attrs.get("axis", 0), len(shapes[0])), len(node.outputs)
         whole = shapes[0][axis]
         sizes = listed(node, values, 1, "split", 13)
@@ -342,7 +342,7 @@ class Split(Rule):
         return None if sum(sizes) != whole else [(*shapes[0][:axis], n, *shapes[0][axis + 1 :]) for n in sizes]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's split."""
+        """Apply numpy's split."""
         data, axis = given(values, 0), node.attrs.get("axis", 0)
         sizes: Any = values[1] if len(values) > 1 and values[1] is not None else node.attrs.get("split")
         if sizes is None:
@@ -363,7 +363,7 @@ class Slice(Rule):
     moves = Move.SOME
 
     def _bounds(self, step: Step) -> list[Bounds] | None:
-        """Bounds of every sliced axis; None where they, or the axes, are not known."""
+        """Return bounds of every sliced axis; None where they, or the axes, are not known."""
         rank = len(step.shape(0))
         starts: Sequence[int | None] | None
         ends: Sequence[int | None] | None
@@ -383,7 +383,7 @@ class Slice(Rule):
         ]
 
     def propagate(self, step: Step) -> None:
-        """Take the positions; an axis sliced at unknown bounds keeps its size."""
+        """Select the positions; freeze an axis sliced at unknown bounds."""
         labels, shape = step.labels(0), step.shape(0)
         bounds = self._bounds(step)
         if bounds is None:
@@ -406,7 +406,7 @@ class Slice(Rule):
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
-        """Bounds and steps that pick what is left of the positions; a Gather where no range does."""
+        """Rewrite bounds and steps to select the surviving positions; use a Gather where no range does."""
         bounds = self._bounds(cut.before)
         if bounds is None:
             return
@@ -441,7 +441,7 @@ class Slice(Rule):
             cut.set_attr("ends", [r[1] for r in ranges])
 
     def _open(self, cut: Cut, k: int, known: Sequence[int | None]) -> Range:
-        """Entry ``k`` of bounds that follow the size of an input, at the sizes of the first probe."""
+        """Return entry ``k`` of bounds that follow the size of an input, at the sizes of the first probe."""
         stated = self._stated(cut, k)
         if stated is None:
             cut.fail("its bounds are computed in a way that cannot follow the new sizes")
@@ -451,7 +451,7 @@ class Slice(Rule):
 
     @staticmethod
     def _stated(cut: Cut, k: int) -> Range | None:
-        """Entry ``k`` of the bounds and steps as the cut model has them; None where one is not known."""
+        """Return entry ``k`` of the bounds and steps in the pruned model; None where one is not known."""
         if cut.node.version < 10:
             return None
         values = [cut.value(i) for i in (1, 2)] + ([cut.value(4)] if cut.before.has(4) else [np.ones(k + 1, int)])
@@ -468,7 +468,7 @@ class Slice(Rule):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """How many positions each range has."""
+        """Return the number of positions in each range."""
         starts, ends = (needed(listed(node, values, i, n, 10)) for i, n in ((1, "starts"), (2, "ends")))
         axes = listed(node, values, 3, "axes", 10) or list(range(len(starts)))
         steps = (None if node.version < 10 else listed(node, values, 4, "steps", 10)) or [1] * len(starts)
@@ -479,7 +479,7 @@ class Slice(Rule):
         return [tuple(result)]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's slices."""
+        """Apply numpy's slices."""
         data = given(values, 0)
         if node.version < 10:
             starts, ends = node.attrs["starts"], node.attrs["ends"]
@@ -496,7 +496,7 @@ class Slice(Rule):
 
 
 def _as_range(positions: NDArray[np.int64], size: int, *known: Range) -> Range | None:
-    """A range that picks these positions of an axis of ``size``, one that is known before others; None if none does."""
+    """Return a range that selects these positions of an axis of ``size``, preferably a known one; None if none does."""
     apart = set(np.diff(positions).tolist()) or {known[0][2]}
     if not positions.size:
         return (0, 0, known[0][2])
@@ -513,7 +513,7 @@ def _picks(bound: Range, size: int, positions: NDArray[np.int64]) -> bool:
 
 
 def _at(cut: Cut, i: int, place: int) -> int:
-    """One entry of an operand at the first sizes of the inputs."""
+    """Return one entry of an operand at the first sizes of the inputs."""
     value = cut.value(i)
     if value is None:
         cut.fail(f"operand {i} is computed in a way that cannot follow the new sizes")
@@ -531,7 +531,7 @@ class Pad(Rule):
     """Whether the padding is an operand at every version."""
 
     def pads(self, step: Step) -> list[tuple[int | None, int | None]] | None:
-        """(before, after) of every axis, None for what follows the size of an input; None where not known at all."""
+        """Return (before, after) of every axis, None where it follows the size of an input; None if unknown."""
         rank = len(step.shape(0))
         flat: Sequence[int | None] | None
         axes = list(range(rank))
@@ -552,7 +552,7 @@ class Pad(Rule):
         return result
 
     def propagate(self, step: Step) -> None:
-        """Born atoms stand for constant fill; any other padding of a labelled axis fixes it."""
+        """Create atoms for constant fill; freeze a labelled axis with any other padding."""
         labels = step.labels(0)
         pads = self.pads(step)
         if pads is None:
@@ -576,7 +576,7 @@ class Pad(Rule):
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
-        """Padding shrinks by the filled channels that were removed."""
+        """Reduce the padding by the removed filled channels."""
         pads = self.pads(cut.before)
         if pads is None:
             return
@@ -602,7 +602,7 @@ class Pad(Rule):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """Sizes and what is put around them."""
+        """Return sizes plus padding."""
         pads = needed(listed(node, values, 1, "pads", 11))
         rank = len(shapes[0])
         axes = (listed(node, values, 3, "", 1) if node.version >= 18 else None) or list(range(rank))
