@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 if TYPE_CHECKING:
     from onnxprune import criteria, passes, rules, statistics
-    from onnxprune.api import analyze, factorize, profile, prune, repair, sensitivity, sweep
+    from onnxprune.api import analyze, factorize, profile, prune, recover, sensitivity, sweep
     from onnxprune.channels.analysis import Analysis
     from onnxprune.channels.plan import Plan
     from onnxprune.errors import (
@@ -51,10 +52,12 @@ _HOME = {
     "factorize": "onnxprune.api",
     "profile": "onnxprune.api",
     "prune": "onnxprune.api",
-    "repair": "onnxprune.api",
+    "recover": "onnxprune.api",
     "sensitivity": "onnxprune.api",
     "sweep": "onnxprune.api",
 }
+_RENAMED = {"repair": "recover"}
+"""Old public names, which still work and warn."""
 _PACKAGES = ("criteria", "passes", "rules", "statistics")
 __all__ = [
     "Analysis",
@@ -77,7 +80,7 @@ __all__ = [
     "passes",
     "profile",
     "prune",
-    "repair",
+    "recover",
     "rules",
     "sensitivity",
     "statistics",
@@ -90,6 +93,10 @@ def __getattr__(name: str) -> Any:
         return import_module(f"onnxprune.{name}")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warn(f"onnxprune.{name} is called onnxprune.{new}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(_HOME[new]), new)
     raise AttributeError(f"module 'onnxprune' has no attribute {name!r}")
 
 

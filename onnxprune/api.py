@@ -14,9 +14,10 @@ from onnxprune.channels.plan import Plan
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion
+from onnxprune.io.interchange import ModelSource
 from onnxprune.passes import Adopt, Exact, Factorize, Flush, Pipeline, Prune, Recover, Result, Validate
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
-from onnxprune.pipeline import Context, Model, ModelSource, Progress
+from onnxprune.pipeline import Context, Model, Progress
 from onnxprune.report.facts import Report, SweepFacts
 from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.images import ImageOptions
@@ -225,7 +226,7 @@ def _faithful(result: Result, wishes: Wishes) -> None:
 
 
 @called("recover")
-def repair(
+def recover(
     original: ModelSource,
     cut: ModelSource,
     *,

@@ -26,6 +26,7 @@ from onnxprune.channels.plan import Plan
 from onnxprune.errors import OnnxpruneError, PostconditionError, PreconditionError, UsageError, argument
 from onnxprune.graph.probes import input_specs
 from onnxprune.io.files import encoded
+from onnxprune.io.interchange import ModelSource, to_graphsurgeon, to_onnx_ir
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble, check_output, save
 from onnxprune.plugins import Named
@@ -39,7 +40,6 @@ from onnxprune.settings import check_needs, checked
 
 Progress = Callable[[str, float], None]
 Mask = NDArray[np.bool_]
-ModelSource = str | Path | bytes | onnx.ModelProto
 ModelParts = tuple[onnx.ModelProto, Mapping[str, Weight]]
 """A model without its weights, and the weights by name."""
 
@@ -685,6 +685,25 @@ class Result:
         if self._assembled is None:
             self._assembled = assemble(*self.final.parts)
         return self._assembled
+
+    def graphsurgeon(self) -> Any:
+        """Return the final model as an onnx_graphsurgeon.Graph, to go on with in a script that edits graphs.
+
+        The graph carries what it has no place for (metadata, domain, annotations), see
+        :func:`onnxprune.io.interchange.to_graphsurgeon`.
+
+        Example:
+            >>> graph = onnxprune.prune(graph, ratio=0.3).graphsurgeon()  # doctest: +SKIP
+        """
+        return to_graphsurgeon(self.model)
+
+    def onnx_ir(self) -> Any:
+        """Return the final model as an onnx_ir.Model.
+
+        Raises:
+            UsageError: onnx-ir is not installed; it comes with the extra ``onnxprune[onnx-ir]``.
+        """
+        return to_onnx_ir(self.model)
 
     def save(self, path: str | Path, *, plan: str | Path | None = None) -> int:
         """Write the final model; weights are streamed, an existing file is replaced at once or not at all.

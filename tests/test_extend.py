@@ -263,3 +263,9 @@ def test_results_show_themselves_in_a_line() -> None:
     stages: list[Any] = [op.passes.Prune(), op.passes.Recover("none"), op.passes.Validate(), op.passes.Factorize()]
     for one in (result, result.report, result.plan, analysis, op.Pipeline(stages), *stages):
         assert len(repr(one)) < 200 and repr(one).startswith("<") and " at 0x" not in repr(one), repr(one)
+
+
+def test_an_old_name_still_works_and_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="onnxprune.recover"):
+        assert op.repair is op.recover
+    assert "repair" not in dir(op)

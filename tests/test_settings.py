@@ -23,7 +23,7 @@ from onnxprune.targets import UNITS
 MODEL = Path(__file__).parents[1] / "models" / "residual.onnx"
 CALLS: dict[str, Callable[..., Any]] = {
     "prune": op.prune,
-    "recover": op.repair,
+    "recover": op.recover,
     "factorize": op.factorize,
     "inspect": op.analyze,
     "profile": op.profile,

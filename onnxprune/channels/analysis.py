@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from onnxprune.channels.groups import Group, Units, resolve
 from onnxprune.channels.propagate import infer_by_rule, push_labels
@@ -22,6 +20,7 @@ from onnxprune.graph.facts import Facts, study
 from onnxprune.graph.probes import open_sizes
 from onnxprune.graph.values import check_extents
 from onnxprune.graph.view import Graph, Node
+from onnxprune.io.interchange import ModelSource
 from onnxprune.io.read import Loaded, load
 from onnxprune.labels.atoms import Barrier
 from onnxprune.labels.label import Ids, Label
@@ -88,7 +87,7 @@ class Analysis:
 
     def __init__(
         self,
-        source: str | Path | bytes | onnx.ModelProto,
+        source: ModelSource,
         *,
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         approximate: bool = False,

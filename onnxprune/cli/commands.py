@@ -231,7 +231,7 @@ def _repair(given: Given, screen: Screen) -> Any:
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
     with screen.progress() as progress:
-        return op.repair(given.original, given.cut, **given.arguments, progress=progress)
+        return op.recover(given.original, given.cut, **given.arguments, progress=progress)
 
 
 def _recovery_parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]:

@@ -259,7 +259,7 @@ def existing(path: Path, what: str, *, folder_allowed: bool = False) -> Path:
     if path.is_file() or (folder_allowed and path.is_dir()):
         return path
     if path.is_dir():
-        from onnxprune.io.read import guess_folder
+        from onnxprune.io.formats import guess_folder
 
         known = guess_folder(path) if what == "model" else None
         hint = f"It is {known.name}. {known.hint}" if known is not None else "Give a file."

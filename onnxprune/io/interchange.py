@@ -11,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import onnx
 
 from onnxprune.errors import ModelError, UsageError
+
+ModelSource = str | Path | bytes | onnx.ModelProto | Any
+"""A model as an argument. ``Any`` stands for objects of onnx-graphsurgeon and onnx-ir, which have no types here."""
 
 ACCEPTED = "a path, bytes, an onnx.ModelProto, an onnx_graphsurgeon.Graph or an onnx_ir.Model"
 """What is accepted wherever a model is an argument, in words."""

@@ -70,7 +70,9 @@ def test_a_cut_in_the_middle_of_a_script() -> None:
     surgeon = pytest.importorskip("onnx_graphsurgeon")
     model = described()
     by_proto = op.prune(model, ratio=0.5, latency=False).model
-    by_graph = op.prune(surgeon.import_onnx(model), ratio=0.5, latency=False).model
+    result = op.prune(surgeon.import_onnx(model), ratio=0.5, latency=False)
+    by_graph = result.model
+    assert np.array_equal(run(surgeon.export_onnx(result.graphsurgeon())), run(by_proto))
     assert [list(t.dims) for t in by_graph.graph.initializer] == [list(t.dims) for t in by_proto.graph.initializer]
     assert np.array_equal(run(by_graph), run(by_proto))
 
@@ -79,7 +81,9 @@ def test_onnx_ir_models_come_in() -> None:
     ir = pytest.importorskip("onnx_ir")
     model = described()
     assert said(to_onnx(to_onnx_ir(model))) == said(model)
-    small = op.prune(ir.from_proto(model), ratio=0.5, latency=False).model
+    result = op.prune(ir.from_proto(model), ratio=0.5, latency=False)
+    small = result.model
+    assert said(to_onnx(result.onnx_ir())) == said(small)
     assert np.array_equal(run(small), run(op.prune(model, ratio=0.5, latency=False).model))
 
 

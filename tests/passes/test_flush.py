@@ -116,7 +116,7 @@ def test_factors_and_repairs_start_from_flushed_weights() -> None:
     found = op.factorize(network(), method="svd", rank=2, data=data, latency=False)
     assert found.report.flushed == 10
     small = op.prune(network(), ratio=0.25, recover="none", latency=False)
-    repaired = op.repair(network(), small.model, plan=small.plan, data=data)
+    repaired = op.recover(network(), small.model, plan=small.plan, data=data)
     assert small.report.flushed > 0 and repaired.report.flushed == 0
 
 

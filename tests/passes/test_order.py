@@ -168,5 +168,5 @@ def test_weights_wherever_they_lie(form: dict[str, Any], tmp_path: Path) -> None
     result.save(tmp_path / "o.onnx")
     onnx.checker.check_model(str(tmp_path / "o.onnx"))
     # A second go at the pair finds its way through the added biases.
-    again = op.repair(model, tmp_path / "o.onnx", plan=result.plan, data=data).report.recovery
+    again = op.recover(model, tmp_path / "o.onnx", plan=result.plan, data=data).report.recovery
     assert again.before is not None and again.before.outputs[0].snr_db == pytest.approx(facts.after.outputs[0].snr_db)

@@ -258,8 +258,8 @@ def test_a_pair_is_what_its_files_are(mutant: Callable[[Patch], None], monkeypat
     path = tmp_path / "cut.onnx"
     path.write_bytes(cut.SerializeToString())
     x = np.random.default_rng(0).standard_normal((32, 4)).astype(np.float32)
-    assert op.repair(model, path, plan=first.plan, data=x)
+    assert op.recover(model, path, plan=first.plan, data=x)
     mutant(monkeypatch)
     first.plan.model_sha256 = ""  # bytes that are read wrongly have another digest
     with pytest.raises(ValidationError, match="Preparing the graph changed output"):
-        op.repair(model, path, plan=first.plan, data=x)
+        op.recover(model, path, plan=first.plan, data=x)
