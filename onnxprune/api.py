@@ -79,69 +79,85 @@ def prune(
     latency: bool = True,
     progress: Progress | None = None,
 ) -> Result:
-    """Cut a model, prove that the cut is exact, and with ``data`` repair it.
+    """Prune a model, prove that the removal is exact, and with ``data`` recover accuracy.
 
     Args:
         model: path, bytes or ModelProto; never changed.
         criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
             [channels]; some need ``data``. None: ``l2``, with data and a budget ``ziplm``.
-        ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; 0.3.
-        plan: a plan or its file, replayed instead of scoring.
-        layers: {glob over node or weight names: ratio}; the last that matches counts.
-        include: globs; only groups with a node or weight of such a name.
-        exclude: globs; no group with a node or weight of such a name.
-        scope: who competes: the units of each group (``local``), of all groups (``global``), of groups of the same
-            structure (``isomorphic``), or all by SLAMP (``slamp``).
-        policy: how the scores that a unit has in several weights become one: ``sum``, ``average``, ``max``,
+        ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; None: 0.3.
+        plan: a plan or its file, replayed instead of scoring; None: score.
+        layers: {glob over node or weight names: ratio}, 0 <= ratio < 1; the last match applies. None: ``ratio``
+            everywhere.
+        include: globs; only groups with a node or weight of such a name are pruned. Empty: all groups.
+        exclude: globs; no group with a node or weight of such a name is pruned. Empty: none is excluded.
+        scope: ranking scope: the units of each group (``local``, the default), of all groups (``global``), of groups of
+            the same structure (``isomorphic``), or of all groups by SLAMP (``slamp``).
+        policy: aggregation of the scores of a unit over several weights: ``sum`` (default), ``average``, ``max``,
             ``backward``.
-        normalize: what makes scores of different weights comparable: ``auto``, ``mean``, ``none``, ``root``,
+        normalize: normalization of scores across weights: ``auto`` (default), ``mean``, ``none``, ``root``,
             ``standard``, ``tss``, ``linear``, ``softmax``, ``measured``.
-        group_policy: what rows of a grid (heads, convolution groups) have in common: ``count``, ``sum``, ``average``,
-            ``none``.
-        reshape_axis: what goes of a grid: cells of every row (``head_dim``), whole rows (``heads``), ``both``.
-        max_ratio: the largest share that one group loses, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
+        group_policy: constraint shared by the rows of a grid (heads, convolution groups): ``count`` (default), ``sum``,
+            ``average``, ``none``.
+        reshape_axis: axis of a grid to prune: cells of every row (``head_dim``, the default), whole rows (``heads``),
+            ``both``.
+        max_ratio: largest share of a group to remove, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
             compete.
-        cost: what removing a unit saves, which its score is divided by: ``none``, ``macs``, ``params``, ``latency``.
-        round_to: keep a multiple of this many units per group where it can be had.
-        step: remove a multiple of this many units per group.
-        rounding: of the counts that follow from ratios: ``nearest``, ``up``, ``down``.
-        steps: how often to score and remove, each on what the last one left.
-        schedule: how the removed share grows over the steps: ``linear``, ``exp``, ``cos``, ``cube``.
-        approximate: also cut through normalisations, which is not exact.
+        cost: cost that divides the score of a unit: ``none`` (default), ``macs``, ``params``, ``latency``.
+        round_to: keep a multiple of this many units per group where possible, 1 or more; 1.
+        step: remove a multiple of this many units per group, 1 or more; 1.
+        rounding: rounding of the counts that follow from ratios: ``nearest`` (default), ``up``, ``down``.
+        steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more; 1.
+        schedule: growth of the removed share over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
+        approximate: also prune through normalisations, which is not exact; False.
         target: a budget in place of a ratio: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "size": "3MB"}``; kinds
-            are ``macs``, ``params``, ``size``, ``latency`` and ``peak-memory``.
-        max_drop: what the metric may lose, 0 or more; without a metric points of per cent of fidelity. Without targets
-            the smallest model within it is looked for.
-        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``.
-        sensitivity: what cutting each group alone did, or its file: counts are then chosen by it, too; ``"measure"``.
-        jobs: processes to measure sensitivities in; None: as joblib is configured, -1: all processors.
-        factorize: take layers apart as well, where that keeps more than cutting them; not for ``peak-memory``.
-        trials: answers to try around the best cut; None: with a repair about half a minute's worth of work, else none.
-        latency_table: times of another device, as :func:`profile` gives them.
-        providers: of onnxruntime, where time is measured; None: the CPU.
-        threads: inside an operator, where time is measured; None: all processors.
-        input_shapes: {input: shape} for dynamic inputs.
-        data: inputs without labels, to repair and validate with and for criteria that need them: a .npz or .npy file, a
-            folder of such or of images, an array, a mapping of input names to arrays, an iterable of these, or a reader
-            with onnxruntime's ``CalibrationDataReader`` interface.
-        samples: how many of the data to use; None: up to 256 to validate, all to repair and for criteria.
-        batch_size: samples at a time where the model leaves that open; 16.
-        images: how images become arrays.
-        cache: folder that keeps statistics, so that an interrupted or repeated run need not start anew.
-        seed: of everything random, 0 or more.
-        recover: how to repair the cut from ``data``, in closed form: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``,
-            see :class:`onnxprune.passes.Recover`; or ``datafree``, from inputs that are made up: weaker, and data only
-            serve to compare on. None: ``full`` where there is data and ``validate``, else ``none``. Every eighth batch
-            is not repaired from: the report's fidelity is measured on these.
-        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; 2 GiB.
-        validate: run the checks.
-        min_fidelity: the smallest cosine that an output may have to the original's, 0 < min_fidelity <= 1.
-        latency: measure speed.
-        progress: called with (stage, fraction).
+            are ``macs``, ``params``, ``size``, ``latency`` and ``peak-memory``. None: no budget.
+        max_drop: largest allowed drop of the metric, 0 or more; without a metric in percentage points of fidelity.
+            Without targets the smallest model within it is searched for. None: no limit.
+        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
+            fidelity.
+        sensitivity: measured sensitivities of the groups, which then also decide the counts, or their file, or
+            ``"measure"``; None: not used.
+        jobs: processes to measure sensitivities in; -1: all processors; None: as ``joblib.parallel_config`` sets, else
+            one.
+        factorize: also factorize layers where that keeps more than pruning them; not for ``peak-memory``; False.
+        trials: number of candidates to evaluate around the best solution, 0 or more; None: with a recovery about half a
+            minute's work, else none.
+        latency_table: times of another device, from :func:`profile`, or their file; None: measured on this machine.
+        providers: onnxruntime providers for measurements of time; None: the CPU.
+        threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        data: inputs without labels for recovery, validation and criteria that need them: a .npz or .npy file, a folder
+            of such or of images, an array, a mapping of input names to arrays, an iterable of these, or a reader with
+            onnxruntime's ``CalibrationDataReader`` interface. None: seeded synthetic inputs for validation.
+        samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
+        seed: seed of all random numbers, 0 or more; 0.
+        recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
+            :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
+            comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
+            the reported fidelity.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+        validate: run the checks; True.
+        min_fidelity: smallest allowed cosine between an output and the original's, 0 < min_fidelity <= 1; None: no
+            limit.
+        latency: measure latency; True.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
+
+    Returns:
+        the pruned ``model``, ``plan`` and ``report``; ``save`` writes them.
 
     Raises:
-        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
-            5 nothing to cut, or a budget or gate that is not met.
+        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed, 5 nothing to
+            prune, or a budget or gate that is not met.
+
+    Example:
+        ::
+
+            result = onnxprune.prune("model.onnx", ratio=0.3, data="calibration.npz")
+            result.save("small.onnx")
     """
     wishes = Wishes.of(
         target, min_fidelity, metric, max_drop, latency_table, sensitivity, jobs, factorize=factorize, trials=trials
@@ -243,27 +259,36 @@ def recover(
     approximate: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Repair a model that was cut before, so that it says what the original says.
+    """Recover the accuracy of a pruned model, in closed form, from the outputs of its original.
 
     Args:
-        original: the model before the cut; not changed.
-        cut: the model to repair, as it was cut or trained further; not changed.
-        plan: what was removed from where, as it was saved with the cut.
-        data: inputs without labels, see :func:`prune`; ``datafree`` needs none.
-        recover: ``full``, ``lstsq``, ``bn``, ``bias`` or ``datafree``.
-        input_shapes: see :func:`prune`.
-        samples: how many of the data to use; None: all.
-        batch_size: see :func:`prune`.
-        images: how images become arrays.
-        memory_limit: see :func:`prune`.
-        cache: see :func:`prune`.
-        seed: of everything random, 0 or more.
-        approximate: the cut was made with it.
-        progress: called with (stage, fraction).
+        original: the model before pruning: path, bytes or ModelProto; never changed.
+        cut: the pruned model, with its weights as pruned or trained further: path, bytes or ModelProto; never changed.
+        plan: the plan that was saved with the pruned model, or its file.
+        data: inputs without labels, as for :func:`prune`; None only with ``datafree``.
+        recover: mode of the recovery: ``full`` (default), ``lstsq``, ``bn``, ``bias`` or ``datafree``.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        samples: number of samples to use, 1 or more; None: all.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+        cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
+        seed: seed of all random numbers, 0 or more; 0.
+        approximate: whether the model was pruned with ``approximate``; False.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
+
+    Returns:
+        the recovered ``model`` and ``report``; ``save`` writes them.
 
     Raises:
-        OnnxpruneError: with an ``exit_code``: 2 bad input or a plan that does not lead from one model to the other,
-            3 model not processable, 4 the result is not a valid model.
+        OnnxpruneError: with an ``exit_code``: 2 bad input or a plan that does not lead from one model to the other, 3
+            model not processable, 4 the result is not a valid model.
+
+    Example:
+        ::
+
+            result = onnxprune.repair("model.onnx", "small.onnx", plan="small.plan.json", data="calibration.npz")
+            result.save("recovered.onnx")
     """
     if data is None and check_mode(recover) != "datafree":
         raise no_data(recover)
@@ -304,39 +329,55 @@ def factorize(
     latency: bool = True,
     progress: Progress | None = None,
 ) -> Result:
-    """Take layers apart into smaller ones, check that they compute what they should, and with ``data`` repair.
+    """Factorize layers into products of smaller ones, check the products, and with ``data`` recover accuracy.
 
     Args:
         model: path, bytes or ModelProto; never changed.
-        method: ``svd``, ``tucker``, ``cp``, ``spatial-svd``, or ``auto``: per layer whichever errs least for what it
-            saves, as one budget for the whole model.
-        ratio: share of the cost to save, 0 < ratio < 1; 0.3 where nothing says how far to go.
-        rank: ranks in place of a ratio: a number, one per mode, or {glob: either}; 0 leaves a mode as it is.
-        energy: share of every mode's energy to keep in place of a ratio, 0 < energy <= 1.
-        vbmf: keep what is more than noise in place of a ratio, moved towards all (1) or none (-1) by this much.
-        layers: {glob over node or weight names: ratio}; the last that matches counts.
-        include: globs; only layers with such a name.
-        exclude: globs; no layer with such a name.
-        round_to: ranks are multiples of this.
-        scope: ``local`` or ``global``: the ratio of every layer, or of the whole model; None: global for ``auto``.
-        cost: what the ratio is of, ``macs`` or ``params``.
-        timed: ``auto`` leaves alone what does not get faster, as measured.
-        plan: a plan or its file, replayed instead of choosing.
-        input_shapes: see :func:`prune`.
-        data: inputs without labels: errors then count at the layers' outputs, and what is left is repaired.
-        samples: see :func:`prune`.
-        batch_size: see :func:`prune`.
-        images: how images become arrays.
-        recover: see :func:`prune`.
-        memory_limit: see :func:`prune`.
-        seed: of everything random, 0 or more.
-        validate: run the checks.
-        latency: measure speed.
-        progress: called with (stage, fraction).
+        method: ``svd``, ``tucker``, ``cp``, ``spatial-svd``, or ``auto`` (default): per layer the method with the least
+            error for its saving, under one budget for the whole model.
+        ratio: share of the cost to save, 0 < ratio < 1; None: 0.3 where no other argument sets the ranks.
+        rank: ranks in place of a ratio: a number, one per mode, or {glob: either}; 0 leaves a mode whole. None: not
+            used.
+        energy: share of every mode's energy to keep in place of a ratio, 0 < energy <= 1; None: not used.
+        vbmf: ranks by variational Bayesian matrix factorization in place of a ratio, shifted by -1 <= vbmf <= 1 towards
+            full rank (1) or rank 0 (-1); None: not used.
+        layers: {glob over node or weight names: ratio}, 0 < ratio < 1; the last match applies. None: ``ratio``
+            everywhere.
+        include: globs; only layers with such a name are factorized. Empty: all layers.
+        exclude: globs; no layer with such a name is factorized. Empty: none is excluded.
+        round_to: ranks are multiples of this, 1 or more; 1.
+        scope: ``local``: the ratio holds for every layer; ``global``: for the whole model. None: global for ``auto``.
+        cost: cost to which the ratio refers, ``macs`` (default) or ``params``.
+        timed: ``auto`` leaves layers whole that do not get faster, as measured; True.
+        plan: a plan or its file, replayed instead of choosing ranks; None: choose.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        data: inputs without labels, as for :func:`prune`: errors are then measured at the layers' outputs, and the
+            remaining error is recovered. None: errors of the weights.
+        samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
+            :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
+            comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
+            the reported fidelity.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+        seed: seed of all random numbers, 0 or more; 0.
+        validate: run the checks; True.
+        latency: measure latency; True.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
+
+    Returns:
+        the factorized ``model``, ``plan`` and ``report``; ``save`` writes them.
 
     Raises:
-        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed,
-            5 nothing to take apart, a ratio that no rank reaches, or nothing that gets faster.
+        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed, 5 nothing to
+            factorize, a ratio that no rank reaches, or nothing that gets faster.
+
+    Example:
+        ::
+
+            result = onnxprune.factorize("model.onnx", method="svd", ratio=0.5)
+            result.save("small.onnx")
     """
     mode, why = settle_mode(recover, data is not None, validate)
     plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
@@ -367,12 +408,21 @@ def analyze(
     """Analyze the groups, units, slots and barriers of a model, without changing or running it.
 
     Args:
-        model: path, bytes or ModelProto.
-        input_shapes: {input: shape} for dynamic inputs.
-        approximate: count channels behind normalisations as removable.
+        model: path, bytes or ModelProto; never changed.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        approximate: count channels behind normalisations as removable; False.
+
+    Returns:
+        the analysis: groups that can be pruned, and barriers with their reasons.
 
     Raises:
         OnnxpruneError: the model cannot be read, or an input shape does not fit.
+
+    Example:
+        ::
+
+            analysis = onnxprune.analyze("model.onnx")
+            print(len(analysis.groups))
     """
     with explained(model):
         return Analysis(model, input_shapes=input_shapes, approximate=approximate)
@@ -394,30 +444,36 @@ def profile(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Profiled:
-    """Measure on this machine what every node takes at how many channels.
+    """Measure on this machine the time of every node as a function of its numbers of channels.
 
-    The model is cut to random counts, again and again, and every node timed where it stands, so that fusions and
-    layouts are those of the whole model. What is found is kept for later runs of ``onnxprune.prune`` on this machine.
+    The model is pruned to random counts several times, and every node timed within the whole model, with its fusions
+    and layouts. The table is kept for later runs of ``onnxprune.prune`` on this machine.
 
     Args:
-        model: path, bytes or ModelProto.
-        providers: of onnxruntime; None: the CPU.
-        threads: inside an operator; None: all processors.
-        seconds: how long to measure, more than 0; 12 cuts are in any case.
-        input_shapes: {input: shape} for dynamic inputs.
-        data: inputs of which one sample is run; None: seeded synthetic ones.
-        samples: see ``onnxprune.prune``.
-        batch_size: see ``onnxprune.prune``.
-        images: how images become arrays.
-        cache: folder to keep the table in, else the user's cache folder.
-        seed: of everything random, 0 or more.
-        progress: called with (stage, fraction).
+        model: path, bytes or ModelProto; never changed.
+        providers: onnxruntime providers for measurements of time; None: the CPU.
+        threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
+        seconds: time to spend on measuring in seconds, more than 0; at least 12 pruned models are measured; 60.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        data: inputs of which one sample is run, as for :func:`prune`; None: seeded synthetic ones.
+        samples: number of samples to use, 1 or more; None: all.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        cache: folder to keep the table in; None: the user's cache folder.
+        seed: seed of all random numbers, 0 or more; 0.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
 
     Returns:
         ``facts`` to read, ``table`` for ``prune(latency_table=...)``, ``save`` to take it to another machine.
 
     Raises:
-        OnnxpruneError: bad input, a model that does not run, or nothing to cut.
+        OnnxpruneError: bad input, a model that does not run, or nothing to prune.
+
+    Example:
+        ::
+
+            times = onnxprune.profile("model.onnx", seconds=30)
+            onnxprune.prune("model.onnx", target="latency=0.7", latency_table=times.table)
     """
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     where: dict[str, Any] = {"providers": providers, "threads": threads, "cache": cache}
@@ -464,52 +520,72 @@ def sensitivity(
     memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
-    """Cut each group alone at several ratios, repair the layers that read it, and measure the whole model.
+    """Measure the sensitivity of the model to pruning each group alone, at several ratios.
 
-    Every point is measured end to end: outputs (or the metric) of the whole model, judged on samples that the repair
-    did not see. Only the layers that read the group are repaired, from 128 samples.
+    Every point is measured end to end: outputs (or the metric) of the whole model on hold-out samples. Only the layers
+    that read the pruned group are recovered, from 128 samples.
 
     Args:
-        model: path, bytes or ModelProto.
-        ratios: shares of each group's units, 0 < ratio < 1.
-        criterion: None: ``ziplm`` with data, else ``l2``.
-        metric: function from the path of a model to a number, or ``"script.py:function"``.
-        jobs: processes; None for what ``joblib.parallel_config`` says, else one. The work goes through joblib, so that
-            its backends for Dask or Ray spread it over machines, where paths have to mean the same.
-        layers: see ``onnxprune.prune``.
-        include: see ``onnxprune.prune``.
-        exclude: see ``onnxprune.prune``.
-        scope: see ``onnxprune.prune``.
-        policy: see ``onnxprune.prune``.
-        normalize: see ``onnxprune.prune``.
-        group_policy: see ``onnxprune.prune``.
-        reshape_axis: see ``onnxprune.prune``.
-        max_ratio: see ``onnxprune.prune``.
-        cost: see ``onnxprune.prune``.
-        round_to: see ``onnxprune.prune``.
-        step: see ``onnxprune.prune``.
-        rounding: see ``onnxprune.prune``.
-        steps: see ``onnxprune.prune``.
-        schedule: see ``onnxprune.prune``.
-        approximate: see ``onnxprune.prune``.
-        providers: see ``onnxprune.prune``.
-        threads: see ``onnxprune.prune``.
-        input_shapes: see ``onnxprune.prune``.
-        data: see ``onnxprune.prune``.
-        samples: see ``onnxprune.prune``.
-        batch_size: see ``onnxprune.prune``.
-        images: see ``onnxprune.prune``.
-        cache: see ``onnxprune.prune``.
-        seed: see ``onnxprune.prune``.
-        recover: see ``onnxprune.prune``.
-        memory_limit: see ``onnxprune.prune``.
-        progress: called with (stage, fraction).
+        model: path, bytes or ModelProto; never changed.
+        ratios: shares of each group's units to remove, 0 < ratio < 1.
+        criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
+            [channels]. None: ``ziplm`` with data, else ``l2``.
+        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
+            fidelity.
+        jobs: processes; -1: all processors; None: as ``joblib.parallel_config`` sets, else one. joblib's backends for
+            Dask or Ray distribute the work over machines that share file paths.
+        layers: {glob over node or weight names: ratio}, 0 <= ratio < 1; the last match applies. None: ``ratio``
+            everywhere.
+        include: globs; only groups with a node or weight of such a name are pruned. Empty: all groups.
+        exclude: globs; no group with a node or weight of such a name is pruned. Empty: none is excluded.
+        scope: ranking scope: the units of each group (``local``, the default), of all groups (``global``), of groups of
+            the same structure (``isomorphic``), or of all groups by SLAMP (``slamp``).
+        policy: aggregation of the scores of a unit over several weights: ``sum`` (default), ``average``, ``max``,
+            ``backward``.
+        normalize: normalization of scores across weights: ``auto`` (default), ``mean``, ``none``, ``root``,
+            ``standard``, ``tss``, ``linear``, ``softmax``, ``measured``.
+        group_policy: constraint shared by the rows of a grid (heads, convolution groups): ``count`` (default), ``sum``,
+            ``average``, ``none``.
+        reshape_axis: axis of a grid to prune: cells of every row (``head_dim``, the default), whole rows (``heads``),
+            ``both``.
+        max_ratio: largest share of a group to remove, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
+            compete.
+        cost: cost that divides the score of a unit: ``none`` (default), ``macs``, ``params``, ``latency``.
+        round_to: keep a multiple of this many units per group where possible, 1 or more; 1.
+        step: remove a multiple of this many units per group, 1 or more; 1.
+        rounding: rounding of the counts that follow from ratios: ``nearest`` (default), ``up``, ``down``.
+        steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more; 1.
+        schedule: growth of the removed share over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
+        approximate: also prune through normalisations, which is not exact; False.
+        providers: onnxruntime providers for measurements of time; None: the CPU.
+        threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        data: inputs without labels for recovery, validation and criteria that need them: a .npz or .npy file, a folder
+            of such or of images, an array, a mapping of input names to arrays, an iterable of these, or a reader with
+            onnxruntime's ``CalibrationDataReader`` interface. None: seeded synthetic inputs for validation.
+        samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
+        seed: seed of all random numbers, 0 or more; 0.
+        recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
+            :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
+            comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
+            the reported fidelity.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
 
     Returns:
         curves; ``save`` writes them, ``prune(sensitivity=...)`` allocates by them. They are kept for later runs.
 
     Raises:
-        OnnxpruneError: bad input, or nothing to cut.
+        OnnxpruneError: bad input, or nothing to prune.
+
+    Example:
+        ::
+
+            curves = onnxprune.sensitivity("model.onnx", data="calibration.npz")
+            onnxprune.prune("model.onnx", target="macs=0.5", sensitivity=curves)
     """
     choosing: Options = {
         "layers": layers,
@@ -583,52 +659,73 @@ def sweep(
     folder: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SweepFacts:
-    """Cut a model to a row of budgets: what it loses by what it costs.
+    """Prune a model to several budgets and measure its quality at each cost.
 
     Args:
-        model: path, bytes or ModelProto.
+        model: path, bytes or ModelProto; never changed.
         targets: shares of the original's cost, 0 < share <= 1.
-        kind: of which cost: ``macs``, ``params``, ``size``, ``latency``, ``peak-memory``.
-        criterion: None: ``ziplm`` with data, else ``l2``.
-        metric: function from the path of a model to a number, or ``"script.py:function"``.
-        factorize: see ``onnxprune.prune``.
-        trials: see ``onnxprune.prune``.
-        layers: see ``onnxprune.prune``.
-        include: see ``onnxprune.prune``.
-        exclude: see ``onnxprune.prune``.
-        scope: see ``onnxprune.prune``.
-        policy: see ``onnxprune.prune``.
-        normalize: see ``onnxprune.prune``.
-        group_policy: see ``onnxprune.prune``.
-        reshape_axis: see ``onnxprune.prune``.
-        max_ratio: see ``onnxprune.prune``.
-        cost: see ``onnxprune.prune``.
-        round_to: see ``onnxprune.prune``.
-        step: see ``onnxprune.prune``.
-        rounding: see ``onnxprune.prune``.
-        steps: see ``onnxprune.prune``.
-        schedule: see ``onnxprune.prune``.
-        approximate: see ``onnxprune.prune``.
-        providers: see ``onnxprune.prune``.
-        threads: see ``onnxprune.prune``.
-        input_shapes: see ``onnxprune.prune``.
-        data: see ``onnxprune.prune``.
-        samples: see ``onnxprune.prune``.
-        batch_size: see ``onnxprune.prune``.
-        images: see ``onnxprune.prune``.
-        cache: see ``onnxprune.prune``.
-        seed: see ``onnxprune.prune``.
-        recover: see ``onnxprune.prune``.
-        memory_limit: see ``onnxprune.prune``.
-        latency: measure times.
-        folder: keep the models here.
-        progress: called with (stage, fraction).
+        kind: kind of cost: ``macs`` (default), ``params``, ``size``, ``latency``, ``peak-memory``.
+        criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
+            [channels]. None: ``ziplm`` with data, else ``l2``.
+        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
+            fidelity.
+        factorize: also factorize layers where that keeps more than pruning them; not for ``peak-memory``; False.
+        trials: number of candidates to evaluate around the best solution, 0 or more; None: with a recovery about half a
+            minute's work, else none.
+        layers: {glob over node or weight names: ratio}, 0 <= ratio < 1; the last match applies. None: ``ratio``
+            everywhere.
+        include: globs; only groups with a node or weight of such a name are pruned. Empty: all groups.
+        exclude: globs; no group with a node or weight of such a name is pruned. Empty: none is excluded.
+        scope: ranking scope: the units of each group (``local``, the default), of all groups (``global``), of groups of
+            the same structure (``isomorphic``), or of all groups by SLAMP (``slamp``).
+        policy: aggregation of the scores of a unit over several weights: ``sum`` (default), ``average``, ``max``,
+            ``backward``.
+        normalize: normalization of scores across weights: ``auto`` (default), ``mean``, ``none``, ``root``,
+            ``standard``, ``tss``, ``linear``, ``softmax``, ``measured``.
+        group_policy: constraint shared by the rows of a grid (heads, convolution groups): ``count`` (default), ``sum``,
+            ``average``, ``none``.
+        reshape_axis: axis of a grid to prune: cells of every row (``head_dim``, the default), whole rows (``heads``),
+            ``both``.
+        max_ratio: largest share of a group to remove, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
+            compete.
+        cost: cost that divides the score of a unit: ``none`` (default), ``macs``, ``params``, ``latency``.
+        round_to: keep a multiple of this many units per group where possible, 1 or more; 1.
+        step: remove a multiple of this many units per group, 1 or more; 1.
+        rounding: rounding of the counts that follow from ratios: ``nearest`` (default), ``up``, ``down``.
+        steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more; 1.
+        schedule: growth of the removed share over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
+        approximate: also prune through normalisations, which is not exact; False.
+        providers: onnxruntime providers for measurements of time; None: the CPU.
+        threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        data: inputs without labels for recovery, validation and criteria that need them: a .npz or .npy file, a folder
+            of such or of images, an array, a mapping of input names to arrays, an iterable of these, or a reader with
+            onnxruntime's ``CalibrationDataReader`` interface. None: seeded synthetic inputs for validation.
+        samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
+        seed: seed of all random numbers, 0 or more; 0.
+        recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
+            :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
+            comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
+            the reported fidelity.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+        latency: measure latency; True.
+        folder: folder to keep the models in; None: they are deleted.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
 
     Returns:
-        a point per model, the original first; those that no other beats are marked.
+        a point per model, the original first; non-dominated points are marked.
 
     Raises:
-        OnnxpruneError: bad input, or none of the budgets can be met.
+        OnnxpruneError: bad input, or no budget can be met.
+
+    Example:
+        ::
+
+            facts = onnxprune.sweep("model.onnx", targets=(0.75, 0.5), data="calibration.npz")
+            print([(point.target, point.cosine) for point in facts.points])
     """
     choosing: Options = {
         "layers": layers,

@@ -1,6 +1,6 @@
-"""Recover accuracy in closed form: weights that make the cut model's layers say what the original's said."""
+"""Recover accuracy in closed form: fit the weights of a pruned model to the layer outputs of the original."""
 
 from __future__ import annotations
 
 MODES = ("none", "bias", "bn", "lstsq", "full", "datafree")
-"""What may be asked for, from nothing to all; :class:`onnxprune.passes.Recover` says what each does."""
+"""Modes of recovery, from none to all, see :class:`onnxprune.passes.Recover`."""

@@ -1,4 +1,4 @@
-"""Queries and keys: what two projections should say so that their product stays what it was with fewer channels."""
+"""Queries and keys: targets of two projections that preserve their product with fewer channels."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _NOTHING = 1e-10
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One operand of a product of activations: where its channels stand in the tensor that its projection is aimed at.
+    """One operand of a product of activations: positions of its channels in the target tensor of its projection.
 
     Attributes:
         aim: the projection.
-        label: of the aimed tensor.
+        label: label of the target tensor.
         source: positions of the channels in the original, [heads, d], flat over the label's axes.
-        target: positions of the survivors of every head in the cut tensor.
+        target: positions of the survivors of every head in the pruned tensor.
     """
 
     aim: RecoveryTarget
@@ -56,7 +56,7 @@ class Pair:
 
     @property
     def level(self) -> int:
-        """The level at which both are repaired."""
+        """The level at which both are recovered."""
         return self.sides[0].aim.level
 
 
@@ -65,8 +65,8 @@ class Mixing:
     """Targets of one projection that mix channels of the original.
 
     Attributes:
-        label: of the aimed tensor.
-        parts: (positions in the original, positions in the cut tensor, matrix [d, kept]).
+        label: label of the target tensor.
+        parts: (positions in the original, positions in the pruned tensor, matrix [d, kept]).
     """
 
     label: Label
@@ -84,9 +84,9 @@ class Mixing:
 
 
 def find_pairs(table: Table, component: Ids, after: After, aims: RecoveryTargets) -> list[Pair]:
-    """Products of two activations that lost channels, where both come from projections that are repaired together.
+    """Find the products of two pruned activations whose projections are recovered together.
 
-    Between projection and product only moves and factors may stand; each projection's channels are mixed once.
+    Only rearrangements and scalar factors may lie between projection and product. Each projection is mixed once.
     """
     by_name = {aim.tail.aim: aim for level in aims.levels for aim in level}
     found: list[Pair] = []
@@ -133,7 +133,7 @@ def _side(
         flat = label.ids.ravel()
         order = np.argsort(flat, kind="stable")
         at = np.searchsorted(flat[order], atoms.ravel())
-        # Every channel stands there, and stands there once.
+        # Every channel occurs exactly once.
         if at.max() >= flat.size or (flat[order][at] != atoms.ravel()).any() or np.unique(flat).size != flat.size:
             continue
         source = order[at].reshape(atoms.shape)
@@ -197,7 +197,7 @@ def mixings(
 
 
 def _products(pair: Pair, head: int, get: Callable[[str, int], Array], batches: Sequence[int]) -> tuple[Real, Real]:
-    """Mean products of channels of both sides of one head, [d, d] each."""
+    """Return the mean products of the channels of both sides of one head, [d, d] each."""
     width = pair.sides[0].source.shape[1]
     sums = [np.zeros((width, width)), np.zeros((width, width))]
     for total, side in zip(sums, pair.sides, strict=True):
@@ -214,8 +214,8 @@ def best_subspace(queries: Real, keys: Real, kept: Ids) -> tuple[Real, Real]:
     """Return T_q, T_k [d, kept] with q T_q (k T_k)^T nearest to q k^T over all queries and keys, in the mean square.
 
     With C the mean products of queries and of keys (taken as independent) and U S V^T = C_q^1/2 C_k^1/2:
-    T_q T_k^T = C_q^-1/2 U_r S_r V_r^T C_k^-1/2. T_q is turned so that q T_q is as near to the surviving queries as can
-    be. Eckart & Young, The approximation of one matrix by another of lower rank, Psychometrika 1936, in the metric of
+    T_q T_k^T = C_q^-1/2 U_r S_r V_r^T C_k^-1/2. T_q is rotated so that q T_q is nearest to the surviving queries.
+    Eckart & Young, The approximation of one matrix by another of lower rank, Psychometrika 1936, in the metric of
     the data, as Yu et al. (Compressing Transformers: Features Are Low-Rank, but Weights Are Not, AAAI 2023) do.
 
     Args:
@@ -234,13 +234,13 @@ def best_subspace(queries: Real, keys: Real, kept: Ids) -> tuple[Real, Real]:
 
 
 def drift(queries: Real, keys: Real, whole: Real) -> float:
-    """Mean square of q (I - T) k^T, T [d, d], over queries and keys."""
+    """Return the mean square of q (I - T) k^T, T [d, d], over queries and keys."""
     apart = np.eye(len(whole)) - whole
     return float(np.einsum("ij,ij->", apart.T @ queries @ apart, keys))
 
 
 def _root(products: Real) -> tuple[Real, Real]:
-    """C^1/2 and its pseudo-inverse."""
+    """Return C^1/2 and its pseudo-inverse."""
     values, vectors = np.linalg.eigh(products)
     used = values > _NOTHING * max(float(values[-1]), 1e-300)
     roots = np.sqrt(np.where(used, values, 0.0))

@@ -30,21 +30,21 @@ Array = NDArray[Any]
 Get = Callable[[str, int], Array]
 """(tensor, number of the batch) -> value."""
 
-# Rows per unknown that a layer is fitted to, where there are so many.
+# Largest number of rows per unknown to fit a layer to.
 _ROWS = 50
-# Bytes of rows to keep between passes over them, and to lay side by side.
+# Bytes of rows to keep between passes over them, and to join into one block.
 _KEPT = 256 << 20
 _BLOCK = 16 << 20
 
 
 @dataclass(slots=True)
 class Flat:
-    """Where an activation behind the layer is flat, so that only the side of its edge matters.
+    """Saturation of an activation behind the layer: of a saturated output only the side of the edge matters.
 
     Attributes:
-        there: whether the wanted output lies on the flat side, [parts, rows, o].
-        edge: the output at the edge, and rises: whether the output grows away from the flat side; [parts, rows, o], or
-            [parts, 1, o] where all rows have the same.
+        there: whether the target is saturated, [parts, rows, o], bool.
+        edge: output at the edge of saturation, [parts, rows, o], or [parts, 1, o] where all rows have the same.
+        rises: whether the output grows away from saturation, shaped as ``edge``, bool.
     """
 
     there: Array
@@ -52,13 +52,13 @@ class Flat:
     rises: Array
 
     def reached(self, fitted: Array) -> Array:
-        """Whether outputs lie on the flat side."""
+        """Return whether outputs are saturated."""
         return np.where(self.rises, fitted <= self.edge, fitted >= self.edge)
 
 
 @dataclass(slots=True)
 class Rows:
-    """One batch: data [parts, rows, n], target [parts, rows, o], and the flat sides."""
+    """One batch: data [parts, rows, n], target [parts, rows, o], and saturation."""
 
     data: Array
     target: Array
@@ -66,7 +66,7 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
+        """The bytes of all arrays."""
         flats = sum(f.there.nbytes + f.edge.nbytes + f.rises.nbytes for f in self.flats)
         return self.data.nbytes + self.target.nbytes + flats
 
@@ -80,7 +80,7 @@ class Rows:
 
     @classmethod
     def joined(cls, blocks: Sequence[Rows]) -> Rows:
-        """Blocks one after the other."""
+        """Concatenate blocks."""
         if len(blocks) == 1:
             return blocks[0]
         flats = []
@@ -110,17 +110,18 @@ class Rows:
 
 @dataclass(slots=True)
 class Problem:
-    """Where the rows of one layer come from.
+    """Input and target rows of one layer.
 
     Args:
-        aim: the layer.
+        aim: recovery target of the layer.
         weight: shape of its weight.
-        channels: of its input.
-        cut, full: values in the cut model and in the original.
-        steps: gathers that take a tensor of the original to its surviving positions.
-        batches: those that the layer runs in.
-        samples: how many they hold.
-        mixing: what stands in for some of the survivors.
+        channels: number of channels of its input.
+        cut: function that returns a value in the pruned model.
+        full: function that returns a value in the original.
+        steps: gathers of the surviving positions of a tensor of the original: (axis, indices).
+        batches: indices of the batches in which the layer runs.
+        samples: number of samples in these batches.
+        mixing: mixed channels that replace some of the survivors in the target.
     """
 
     aim: RecoveryTarget
@@ -133,12 +134,12 @@ class Problem:
     samples: int
     mixing: Mixing | None = None
     extent: tuple[int, int, int] = (0, 0, 0)
-    """Rows that are not held out, unknowns per output and directions in which the rows vary; known after ``sums``."""
+    """Rows to fit to, unknowns per output and rank of the rows; set by ``sums``."""
     _kept: dict[bool, list[Rows]] = field(default_factory=dict)
     _even: bool = False
 
     def rows(self, held: bool | None = None) -> Iterator[Rows]:
-        """Blocks of rows: of held out batches, of the others, or (None) of all; kept between calls where few."""
+        """Iterate over blocks of rows of hold-out batches, of the others, or (None) of all; few rows are cached."""
         if held is None:
             yield from self.rows(False)
             yield from self.rows(True)
@@ -159,7 +160,7 @@ class Problem:
             self._kept[held] = blocks
 
     def _blocks(self, held: bool) -> Iterator[Rows]:
-        """Batches joined: products of few rows take long for what they are. Of few batches the last is held out."""
+        """Iterate over joined batches, since products of few rows are slow. Of few batches the last is the hold-out."""
         waiting: list[Rows] = []
         if len(self.batches) == 1:
             whole = self._read(self.batches[0])
@@ -191,7 +192,7 @@ class Problem:
         return total
 
     def every_row(self, held: bool, most: int, limit: int) -> Iterator[tuple[Rows, int]]:
-        """Batches with all of their rows, and their samples; none where samples have more rows, or all more bytes."""
+        """Iterate over whole batches and their samples; none beyond ``most`` rows a sample or ``limit`` bytes."""
         for number, batch in enumerate(self.batches if len(self.batches) > 1 else ()):
             if held == is_held(number, len(self.batches)):
                 shape = self.cut(self.aim.data, batch).shape
@@ -219,9 +220,9 @@ class Problem:
 
         flats = []
         for level, below in tail.flats:
-            # Laid out as the output is, without its arithmetic.
+            # Rearranged to the layout of the output, without arithmetic.
             there = form.rows(tail.moved_back(wanted <= level if below else wanted >= level, shape), chosen)
-            # Unless there are other activations or constants per position on the way, all rows have the same edge.
+            # All rows have the same edge, unless other activations or constants per position lie on the path.
             rows = np.zeros(1, np.int64) if self._even and not every else chosen
             edge = output(np.full_like(wanted, level), rows)
             beyond = output(np.full_like(wanted, level + (1.0 if below else -1.0)), rows)
@@ -233,13 +234,13 @@ class Problem:
 
 
 def _wide(value: Array) -> Array:
-    """In float32 at least: sums of products of narrower numbers overflow."""
+    """Return the value in float32 at least: sums of products of narrower numbers overflow."""
     value = np.asarray(value)
     return value.astype(np.float32) if value.dtype.itemsize < 4 else value
 
 
 def loss(rows: Iterator[Rows], matrix: Real, bias: Real) -> float:
-    """Sum of squares of what is left of wanted minus fitted outputs."""
+    """Return the sum of squared residuals between target and fitted outputs."""
     total = 0.0
     for batch in rows:
         fitted = fit(batch.data, matrix, bias)
@@ -248,31 +249,31 @@ def loss(rows: Iterator[Rows], matrix: Real, bias: Real) -> float:
 
 
 def fit(data: Array, matrix: Real, bias: Real) -> Array:
-    """X W + b in the data's type."""
+    """Return X W + b in the data's type."""
     kind = data.dtype
     return np.asarray(np.matmul(data, matrix.astype(kind)) + bias[:, None, :].astype(kind))
 
 
-# Ridges that are tried, as shares of what a sample's mean row measures; small ones follow few samples too closely.
+# Grid of ridges, as shares of the mean square of a sample's mean row; small ridges overfit few samples.
 _RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0)
 # Gauss-Newton steps.
 _STEPS = 2
 # Bytes of mean rows, one per sample and output, to hold at a time.
 _POOLED_BLOCK = 128 << 20
-# Rows per sample up to which all of them are looked at, and bytes of them.
+# Largest number of rows per sample, and of bytes, at which all rows are used.
 _MOST = 1024
 _BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class _Means:
-    """All rows of some samples: rows of one part, and how many positions each sample has."""
+    """All rows of some samples: rows of one part, and the number of positions of each sample."""
 
     rows: Rows
     positions: int
 
     def apart(self, weights: Real, bias: Real) -> tuple[Array, Array]:
-        """Mean over positions of what is left of the activations, [samples, o], and where they let pass, [rows, o]."""
+        """Return the mean residual of the activations, [samples, o], and where they are not saturated, [rows, o]."""
         fitted = fit(self.rows.data, weights, bias)
         left = self.rows.clipped(self.rows.target) - self.rows.clipped(fitted)
         passed = np.ones(fitted.shape, bool)
@@ -286,14 +287,14 @@ def sharpen(problem: Problem, solution: Solution, *, fixed_bias: bool = False) -
     """Move the solution so that the spatial means behind the activation come closer to the original's.
 
     Steps of Gauss-Newton on sum_i |mean_p r(Y_ip) - mean_p r(X_ip W + b)|^2 over samples i, with a ridge towards
-    ``solution``, r the activation that the layer is aimed through. Errors of single positions matter no more where only
-    their mean is read, and a small error that all positions share matters much. A solution is returned only if its
-    held-out error falls.
+    ``solution``, r the activation between the layer and its target. Where only the mean over positions is read,
+    errors of single positions matter little, and a small error common to all positions matters much. The new solution
+    is returned only if its hold-out error is smaller.
 
     Args:
-        problem: of one part; its tail ends in front of a mean.
+        problem: rows of a layer of one part whose target is read by a mean over positions.
         solution: weights [1, n, o], bias [1, o].
-        fixed_bias: the bias has to stay 0.
+        fixed_bias: whether the bias has to stay 0.
     """
     train, held = list(_means(problem, False)), list(_means(problem, True))
     if not train or not held:
@@ -313,7 +314,7 @@ def sharpen(problem: Problem, solution: Solution, *, fixed_bias: bool = False) -
 
 
 def _means(problem: Problem, held: bool) -> Iterator[_Means]:
-    """All rows, batch by batch; none where there are too many."""
+    """Return all rows, batch by batch; none where there are too many."""
     for rows, samples in problem.every_row(held, _MOST, _BYTES):
         yield _Means(rows, rows.data.shape[1] // samples)
 
@@ -323,8 +324,10 @@ def _error(parts: list[_Means], weights: Real, bias: Real) -> float:
 
 
 def _step(parts: list[_Means], weights: Real, bias: Real, ridge: float, fixed_bias: bool) -> tuple[Real, Real]:
-    """W + D, D_o = J_o^T (J_o J_o^T + r m I)^-1 e_o, for every output o: J_o the mean over positions of the rows that
-    its activation lets pass, [samples, n], e_o what is left of the means, m the mean square of J_o's rows."""
+    """Return W + D, D_o = J_o^T (J_o J_o^T + r m I)^-1 e_o for every output o.
+
+    J_o is the mean over positions of the rows at which its activation is not saturated, [samples, n], e_o the residual
+    of the means, m the mean square of J_o's rows."""
     samples = sum(p.rows.data.shape[1] // p.positions for p in parts)
     n, outputs = weights.shape[1:]
     left, passed = zip(*(p.apart(weights, bias) for p in parts), strict=True)
@@ -347,7 +350,7 @@ def _step(parts: list[_Means], weights: Real, bias: Real, ridge: float, fixed_bi
 
 
 def _rows(part: _Means, passed: Array, fixed_bias: bool) -> Real:
-    """J of one batch, [o, samples, n], and a last column of means of ones for the bias."""
+    """Return J of one batch, [o, samples, n], and a last column of means of ones for the bias."""
     count = part.positions
     data = part.rows.data[0].reshape(-1, count, part.rows.data.shape[2])
     mask = passed.reshape(len(data), count, -1).astype(data.dtype)
@@ -358,10 +361,10 @@ def _rows(part: _Means, passed: Array, fixed_bias: bool) -> Real:
 
 
 Stores = Callable[[Real, Real], tuple[Real, Real]]
-"""(matrix, bias) -> what the layer has once they are written."""
-# Rounds of refitting where an activation is flat; each lowers the error, the first most.
+"""(matrix, bias) -> the values that the layer has once they are written."""
+# Rounds of refitting with saturation; each lowers the error, the first most.
 _ROUNDS = 3
-# Ridges that are tried below the smallest where that one is the best.
+# Further ridges where the smallest of the grid is the best.
 _FINER = (1e-8, 1e-10)
 
 
@@ -401,7 +404,7 @@ def _rounded(problem: Problem, matrix: Real, bias: Real, found: Solution, as_sto
     after = loss(problem.rows(True), fitted, shifted)
     if after >= before * (1.0 - WORTH):
         return Solution(matrix, bias, found.before, found.before, "kept")
-    # Rounding is told as a share of what the fit was judged by, which need not be these rows' sum of squares.
+    # The rounding error is a share of the hold-out scale of the fit, which may differ from these rows' sum of squares.
     unrounded = loss(problem.rows(True), found.matrix, found.bias)
     worse = found.after * after / unrounded if unrounded > 0 else found.after
     return Solution(fitted, shifted, found.before, worse, f"{found.how}, rounded", found.ridge)
@@ -424,7 +427,7 @@ def _pointwise(problem: Problem, matrix: Real, bias: Real, mode: str, fixed_bias
 def _finer(train: Sums, held: Sums, matrix: Real, bias: Real, found: Solution, fixed_bias: bool) -> Solution:
     """Return the solution, or one with a smaller ridge where the smallest ridge of the grid is the best so far.
 
-    Where others say exactly what was removed, the ridge is all that is left of the error.
+    Where the survivors determine the removed channels exactly, the ridge is the only source of error.
     """
     if found.ridge != RIDGES[0]:
         return found
@@ -442,7 +445,7 @@ def _finer(train: Sums, held: Sums, matrix: Real, bias: Real, found: Solution, f
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Weights of the round that errs least, its number, and the held-out errors without any repair and with it."""
+    """Weights of the round with the least error, its number, and the hold-out errors before and after it."""
 
     matrix: Real
     bias: Real
@@ -452,7 +455,7 @@ class _Found:
 
 
 def _rounds(problem: Problem, train: Sums, matrix: Real, bias: Real, ridge: float, fixed_bias: bool) -> _Found:
-    """Round after round on the rows that are not held out, as long as the error on those that are falls."""
+    """Refit on the training rows, round by round, as long as the hold-out error falls."""
     before = loss(problem.rows(True), matrix, bias)
     w, b = least_squares(train, matrix, bias, ridge, fixed_bias)
     found = _Found(w, b, 0, before, min(before, loss(problem.rows(True), w, b)) * (1.0 - WORTH))
@@ -468,7 +471,7 @@ def _rounds(problem: Problem, train: Sums, matrix: Real, bias: Real, ridge: floa
 def _round(
     rows: Iterator[Rows], sums: Sums, w: Real, b: Real, matrix: Real, bias: Real, ridge: float, fixed_bias: bool
 ) -> tuple[Real, Real]:
-    """Fit again to targets that follow the last fit where the activation is flat."""
+    """Refit to targets that follow the last fit where the activation is saturated."""
     xy, y = np.zeros_like(sums.xy), np.zeros_like(sums.y)
     for batch in rows:
         wanted = batch.wanted(fit(batch.data, w, b))

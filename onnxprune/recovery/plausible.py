@@ -1,4 +1,4 @@
-"""How much a trained layer makes of inputs that were made up: what it was trained on moves most of its channels."""
+"""Plausibility of synthetic inputs: inputs like the training data make most channels of a layer vary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-# Outputs of a layer to look at, spread over all.
+# Largest number of outputs of a layer to use, spread over all.
 _MOST = 512
 
 
@@ -17,11 +17,11 @@ def interest(outputs: Array) -> float:
 
     Variety is the participation ratio (tr C)^2 / (o tr C^2) of the outputs' correlation matrix C: 1/o where they all
     move together. Balance is 4 p (1 - p), p the share of values above 0, averaged over outputs: a layer that was
-    trained uses both sides of the activation behind it. On inputs that are too small biases decide, on those that are
-    too large a few directions do; both are low there.
+    trained uses both sides of the activation behind it. On inputs that are too small the biases dominate, on inputs
+    that are too large a few directions; the measure is low for both.
 
     Args:
-        outputs: [rows, o].
+        outputs: outputs of the layer, [rows, o].
     """
     if outputs.shape[1] > _MOST:
         outputs = outputs[:, :: -(-outputs.shape[1] // _MOST)]
@@ -42,9 +42,9 @@ def interest(outputs: Array) -> float:
 
 
 def divergence(mean: Array, variance: Array, wanted_mean: Array, wanted_variance: Array) -> float:
-    """Kullback-Leibler divergence of normal distributions, averaged over channels, at most 10 each.
+    """Return the Kullback-Leibler divergence of normal distributions, averaged over channels, at most 10 each.
 
-    BatchNormalization keeps mean and variance of what it was trained on; Cai et al., ZeroQ, CVPR 2020, section 3.1.
+    BatchNormalization stores the mean and variance of its training data; Cai et al., ZeroQ, CVPR 2020, section 3.1.
     """
     wanted_variance = np.maximum(wanted_variance, 1e-12)
     ratio = np.maximum(variance / wanted_variance, 1e-12)

@@ -12,11 +12,11 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.linalg.lapack import dpstrf
 
 HELD = 5
-"""One batch in so many is held out."""
+"""One batch in this many belongs to the hold-out."""
 
 
 def is_held(batch: int, batches: int) -> bool:
-    """Whether a batch is held out; of few batches the last is, of one none."""
+    """Return whether a batch is held out; of few batches the last is, of one none."""
     every = min(HELD, batches)
     return every > 1 and batch % every == every - 1
 
@@ -25,8 +25,8 @@ Real = NDArray[np.float64]
 # Multiply-adds up to which products are made in float64; beyond, in float32 over short runs of rows.
 _DOUBLE = 10**10
 _RUN = 2048
-# Columns and parts to count directions of; spread, as a share, of a column that does not vary; and share of a column's
-# variance that others leave unsaid, below which it says nothing of its own (float32 data leave about 1e-13).
+# Columns and parts used for the rank; relative spread of a constant column; and residual share of a column's variance
+# below which it is a linear combination of the others (float32 data leave about 1e-13).
 _COLUMNS, _PARTS, _DEAD, _SAME = 1024, 16, 1e-6, 1e-9
 
 
@@ -35,7 +35,7 @@ class Sums:
     """Sums over rows of data X [parts, rows, n] and targets Y [parts, rows, o].
 
     Attributes:
-        rows: how many.
+        rows: number of rows.
         x: sum of X, [parts, n].
         y: sum of Y, [parts, o].
         xx: X^T X, [parts, n, n].
@@ -71,7 +71,7 @@ class Sums:
         )
 
     def add(self, other: Sums) -> None:
-        """Take in another batch, in place."""
+        """Add another batch in place."""
         self.rows += other.rows
         for mine, theirs in ((self.x, other.x), (self.y, other.y), (self.yy, other.yy)):
             mine += theirs
@@ -80,14 +80,14 @@ class Sums:
 
     @property
     def scale(self) -> float:
-        """What errors are shares of: the target's sum of squares about its mean; about 0 where it does not vary."""
+        """The scale of errors: the target's sum of squares about its mean; about 0 where it does not vary."""
         variance = float(np.maximum(self.yy - np.square(self.y) / max(self.rows, 1), 0.0).sum())
         return variance if variance > 0 else max(float(self.yy.sum()), 1e-30)
 
     def directions(self) -> int:
-        """Rank of the data about their mean, averaged over parts: columns that others say are not counted.
+        """Rank of the data about their mean, averaged over parts; linear combinations are not counted.
 
-        Of more than 1024 columns as many are looked at, and the rank is scaled; likewise of more than 16 parts.
+        Of more than 1024 columns or 16 parts only as many are used, and the rank is scaled.
         """
         parts, n = self.x.shape
         some = slice(None, None, -(-n // _COLUMNS))
@@ -103,7 +103,7 @@ class Sums:
         return int(n * float(np.mean(ranks)) + 0.5)
 
     def error(self, matrix: Real, bias: Real) -> Real:
-        """Sum of squares of X W + b - Y per output, [parts, o]; never negative.
+        """Return the sum of squares of X W + b - Y per output, [parts, o]; never negative.
 
         Args:
             matrix: W [parts, n, o].
@@ -129,17 +129,17 @@ def _products(data: NDArray[Any], target: NDArray[Any], double: bool) -> tuple[R
 
 
 def _turned(left: NDArray[Any], right: NDArray[Any]) -> Real:
-    """X^T Y for every part."""
+    """Return X^T Y for every part."""
     product: NDArray[Any] = np.matmul(left.transpose(0, 2, 1), right)
     return product.astype(np.float64, copy=False)
 
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Shares of the Gram matrix' mean diagonal that are tried as ridge."""
-# A repair has to lower the held-out error by this share, or the weights stay as they are.
+# A recovery has to lower the hold-out error by this share, or the weights stay unchanged.
 WORTH = 1e-3
 NOTHING = 1e-11
-"""Error (share of the target's variance) that is rounding and not worth a repair."""
+"""Error (share of the target's variance) that is rounding and needs no recovery."""
 
 Fit = Callable[[Sums, Real, Real], "tuple[Real, Real]"]
 """(sums, weights, bias) -> better weights and bias."""
@@ -152,9 +152,10 @@ class Solution:
     Attributes:
         matrix: W [parts, n, o].
         bias: b [parts, o].
-        before, after: held-out error as a share of the target's variance.
-        how: what was chosen, ``kept`` where nothing was better than the weights there are.
-        ridge: of a least-squares fit.
+        before: hold-out error of the present weights, as a share of the target's variance.
+        after: hold-out error of the new weights, as a share of the target's variance.
+        how: name of the candidate, ``kept`` where no candidate was better than the present weights.
+        ridge: ridge of a least-squares fit, else None.
     """
 
     matrix: Real
@@ -175,7 +176,7 @@ def solve(
 
     Candidates: new biases; a new scale and bias per output; W + D with D = argmin |Y - X (W + D) - b|^2 + r |D|^2 for
     several r, biases free. He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, section
-    3.2, with a ridge towards the weights there are, so that few samples change little.
+    3.2, with a ridge towards the present weights, so that few samples change little.
 
     Args:
         train: sums over the samples to fit to.
@@ -225,7 +226,7 @@ def _ridge(ridge: float, fixed_bias: bool) -> Fit:
 
 
 def shift(sums: Sums, matrix: Real, bias: Real) -> tuple[Real, Real]:
-    """Biases under which the mean error is 0: E[y] - E[x] W. An et al., FLAP, AAAI 2024, section 3.3."""
+    """Return the biases under which the mean error is 0: E[y] - E[x] W. An et al., FLAP, AAAI 2024, section 3.3."""
     return matrix, (sums.y - np.einsum("pn,pno->po", sums.x, matrix)) / sums.rows
 
 
@@ -244,7 +245,7 @@ def affine(sums: Sums, matrix: Real, bias: Real, fixed_bias: bool = False) -> tu
 
 
 def least_squares(sums: Sums, matrix: Real, bias: Real, ridge: float, fixed_bias: bool = False) -> tuple[Real, Real]:
-    """W + (G + r m I)^-1 X^T (Y - X W), G and the residual centred, m the mean diagonal of G."""
+    """Return W + (G + r m I)^-1 X^T (Y - X W), G and the residual centred, m the mean diagonal of G."""
     if fixed_bias:
         gram, cross = sums.xx, sums.xy
     else:
@@ -256,7 +257,7 @@ def least_squares(sums: Sums, matrix: Real, bias: Real, ridge: float, fixed_bias
 
 
 def solve_ridge(gram: Real, cross: Real, ridge: float) -> Real:
-    """(G + r m I)^-1 C for every part; m is the mean of G's diagonal over all parts. Raises LinAlgError."""
+    """Return (G + r m I)^-1 C for every part; m is the mean of G's diagonal over all parts. Raises LinAlgError."""
     parts, n, _ = gram.shape
     mean = float(np.einsum("pii->", gram)) / (parts * n)
     step = ridge * mean if mean > 0 else 1.0
@@ -271,10 +272,10 @@ def solve_ridge(gram: Real, cross: Real, ridge: float) -> Real:
 
 
 def _centred(product: Real, left: Real, right: Real, rows: int) -> Real:
-    """Sum of products about the means."""
+    """Return the sums of products about the means."""
     return product - left[:, :, None] * right[:, None, :] / max(rows, 1)
 
 
 def modes() -> Sequence[str]:
-    """Names of the ways to fit."""
+    """Return the names of the ways to fit."""
     return ("bias", "bn", "lstsq", "full")
