@@ -173,7 +173,7 @@ def test_a_name_that_is_not_text_can_be_written(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from onnxprune import files
+from onnxprune.io import files
 with files.workspace() as folder, files.replacing(__import__("pathlib").Path({target!r})) as new, new.open() as file:
     print(folder, flush=True)
     time.sleep(60)

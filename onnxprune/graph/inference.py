@@ -416,9 +416,10 @@ def _infer_quickly(node: Node, probe: Probe) -> bool:
     return True
 
 
-def _infer_known(graph: Graph, node: Node, probe: Probe, schema: onnx.defs.OpSchema) -> None:
-    """onnx's own inference of one node."""
-    types, data = {}, {}
+def _operands(graph: Graph, node: Node, probe: Probe) -> tuple[dict[str, onnx.TypeProto], dict[str, onnx.TensorProto]]:
+    """Types and values of a node's inputs. Raises ValueError for a size of more than 64 bits."""
+    types: dict[str, onnx.TypeProto] = {}
+    data: dict[str, onnx.TensorProto] = {}
     for name in node.inputs:
         if not name:
             continue
@@ -436,7 +437,13 @@ def _infer_known(graph: Graph, node: Node, probe: Probe, schema: onnx.defs.OpSch
         if value is not None:
             kind.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
             data[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+    return types, data
+
+
+def _infer_known(graph: Graph, node: Node, probe: Probe, schema: onnx.defs.OpSchema) -> None:
+    """onnx's own inference of one node."""
     try:
+        types, data = _operands(graph, node, probe)
         results = onnx.shape_inference.infer_node_outputs(
             schema,
             node.proto,

@@ -118,7 +118,10 @@ def _size_value(node: Node, shape: Any) -> np.ndarray | None:
     part = shape if node.op == "Size" else shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
     if None in part:
         return None
-    return np.asarray(size_of(part) if node.op == "Size" else part, dtype=np.int64)
+    try:
+        return np.asarray(size_of(part) if node.op == "Size" else part, dtype=np.int64)
+    except OverflowError:  # more than 64 bits can say
+        return None
 
 
 def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:

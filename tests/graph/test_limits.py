@@ -147,3 +147,10 @@ def test_large_constants_of_real_models_are_no_giants() -> None:
     assert op.prune(giant(body, 1), ratio=0.5, latency=False).report.exactness.passed
     body = "q = Range (zero, m, step) z = Cast <to = 1> (q)"
     assert op.prune(giant(body, 50_000), ratio=0.5, latency=False).report.exactness.passed
+
+
+@pytest.mark.parametrize("op_type", ["Size", "Shape", "Flatten"])
+def test_sizes_of_more_than_64_bits(op_type: str) -> None:
+    body = f"q = Concat <axis = 0> (n, n) e = ConstantOfShape (q) z = {op_type} (e)"
+    with pytest.raises(ModelError, match=r"'e' \(ConstantOfShape\)"):
+        op.prune(giant(body, 1 << 62), ratio=0.5)
