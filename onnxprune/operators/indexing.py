@@ -199,7 +199,7 @@ class _Elements(Rule):
     """GatherElements and ScatterElements: the index has the rank of the data and shares all axes but one with it."""
 
     beside: int
-    """Position of the tensor that the index has an entry for every element of; -1 for the output."""
+    """Position of the tensor with one element per entry of the index; -1 for the output."""
 
     def _beside(self, cut: Cut) -> str:
         return cut.node.outputs[0] if self.beside < 0 else cut.node.inputs[self.beside]

@@ -1,4 +1,4 @@
-"""Operators that normalise or reduce: over a labelled axis they are a barrier, beside it they let labels through."""
+"""Operators that normalise or reduce: a barrier along the labelled axes they work on, transparent along the others."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _REDUCTIONS: dict[str, Callable[..., Any]] = {
 
 
 class OverAxes(Rule):
-    """Normalises over some axes of input 0, with optional operands that broadcast against it.
+    """Normalisation over some axes of input 0, with optional operands that broadcast against it.
 
     Args:
-        approximate: whether the normalisation still makes sense over fewer channels (``--approximate``).
-        exact: whether it is unchanged by channels that are 0, such as a norm.
-        inputs: positions that broadcast with input 0.
+        approximate: whether normalisation over fewer channels is a usable approximation (``--approximate``).
+        exact: whether channels that are 0 leave the result unchanged, as for a norm.
+        inputs: positions of the operands that broadcast with input 0.
     """
 
     def __init__(self, *, approximate: bool = False, exact: bool = False, inputs: Sequence[int] = (0,)) -> None:
         self.approximate, self.exact, self.inputs = approximate, exact, inputs
 
     def axes(self, step: Step) -> list[int]:
-        """The axes normalised over."""
+        """Return the normalised axes."""
         return [step.axis(-1)]
 
     def propagate(self, step: Step) -> None:
-        """Labels pass; normalised axes keep their size unless that is exact or opted into, and rows stay in step."""
+        """Pass the labels; freeze normalised axes unless pruning them is exact or enabled; tie the rows of grids."""
         labels = step.broadcast([i for i in self.inputs if step.has(i)])
         for axis in self.axes(step):
             if self.exact or (self.approximate and step.approximate(labels, axis)):
@@ -52,11 +52,11 @@ class OverAxes(Rule):
         step.set(0, labels)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """A norm sums over its axes."""
+        """Return the axes of a norm, which sums over them."""
         return [(0, tuple(self.axes(step)))] if self.exact else []
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The data's shape; statistics have size 1 on the normalised axes (the last, or all from ``axis`` on)."""
+        """Return the data's shape; statistics have size 1 on the normalised axes (the last, or all from ``axis``)."""
         x = shapes[0]
         if x is None:
             return [None]
@@ -65,34 +65,34 @@ class OverAxes(Rule):
 
 
 class Softmax(OverAxes):
-    """Before opset 13 everything from ``axis`` on is one axis."""
+    """Softmax and its relatives; before opset 13 all axes from ``axis`` on are one axis."""
 
     def axes(self, step: Step) -> list[int]:
-        """One axis, or all from it on."""
+        """Return one axis, or all from it on."""
         if step.node.version >= 13:
             return [step.axis(-1)]
         return list(range(step.axis(1), len(step.shape(0))))
 
 
 class LayerNorm(OverAxes):
-    """Normalises over all axes from ``axis`` on, then scales and shifts."""
+    """Normalisation over all axes from ``axis`` on, then a scale and a shift."""
 
     def axes(self, step: Step) -> list[int]:
-        """All axes from ``axis`` on."""
+        """Return all axes from ``axis`` on."""
         return list(range(step.axis(-1), len(step.shape(0))))
 
     def propagate(self, step: Step) -> None:
-        """As any normalisation; the statistics outputs, when asked for, fix everything."""
+        """Propagate as any normalisation; freeze every input if the statistics are requested as outputs."""
         super().propagate(step)
         if any(step.node.outputs[1:]):
             step.freeze(step.labels(0), "unsupported-form", "the normalisation's statistics are used")
 
 
 class InstanceNorm(Rule):
-    """Normalises every channel over its own positions."""
+    """Normalisation of every channel over its own positions."""
 
     def propagate(self, step: Step) -> None:
-        """Channels pass, their positions keep their size (a spelled-out GroupNorm has channels among them)."""
+        """Pass the channels; freeze their positions (the positions of a decomposed GroupNorm include channels)."""
         labels = step.labels(0)
         for axis in sorted({a for x in labels for a in x.axes} - {0, 1}):
             if step.approximate(labels, axis):
@@ -105,44 +105,44 @@ class InstanceNorm(Rule):
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]] if len(node.outputs) == 1 else None
 
 
 class MeanVariance(OverAxes):
-    """MeanVarianceNormalization over any axes: each channel has a mean of its own where its axis is not among them."""
+    """MeanVarianceNormalization over any axes: per-channel means where the channel axis is not among them."""
 
     def axes(self, step: Step) -> list[int]:
-        """By default the batch and all positions of [N, C, H, W]."""
+        """Return the axes; by default the batch and all positions of [N, C, H, W]."""
         rank = len(step.shape(0))
         return [int(a) % rank for a in step.attr("axes", [0, 2, 3])]
 
 
 class Response(OverAxes):
-    """LRN: neighbouring channels meet, position by position."""
+    """LRN: sums over neighbouring channels at every position."""
 
     def axes(self, step: Step) -> list[int]:
-        """The channels."""
+        """Return the channel axis."""
         return [1]
 
 
 class GroupNorm(Rule):
-    """Normalises within groups of channels: whole groups may go."""
+    """Normalisation within groups of channels: whole groups may be pruned."""
 
     def group_attribute(self) -> str:
-        """Name of the attribute that counts groups."""
+        """Return the name of the attribute with the number of groups."""
         return "num_groups"
 
     def channel_axis(self, step: Step) -> int:
-        """The channel axis of the data."""
+        """Return the channel axis of the data."""
         return 1
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The shape of the data."""
+        """Return the shape of the data."""
         return [shapes[0]]
 
     def propagate(self, step: Step) -> None:
-        """Channels of one group are tied; scale and bias have one value per channel or per group."""
+        """Tie the channels of each group; scale and bias have one value per channel or per group."""
         labels, axis = step.labels(0), self.channel_axis(step)
         step.fix_all_but(labels, (0, axis), NORMALISED, f"{step.node.op} normalises over these positions")
         step.tie(labels, axis)
@@ -158,7 +158,7 @@ class GroupNorm(Rule):
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
-        """The size of a group stays, their number shrinks."""
+        """Keep the size of a group and reduce the number of groups."""
         if cut.touched(cut.node.inputs[0]):
             axis, name = self.channel_axis(cut.before), self.group_attribute()
             groups, before = int(cut.attr(name)), cut.before.shape(0)[axis]
@@ -167,14 +167,14 @@ class GroupNorm(Rule):
 
 
 class BatchNorm(Rule):
-    """One scale, shift, mean and variance per channel."""
+    """Normalisation with one scale, shift, mean and variance per channel."""
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """One weight per channel: what normalises is folded into it."""
+        """Return a form with one weight per channel, into which the statistics are folded."""
         return Scale.of(len(node.inputs), shapes[0]) if data == 0 else None
 
     def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
-        """Take off the shift and divide by the gain of every channel."""
+        """Subtract the shift and divide by the gain of every channel."""
         given = [g for k in range(1, 5) if (g := constant(k)) is not None]
         if i or node.attrs.get("training_mode", 0) or any(node.outputs[1:]) or len(given) < 4:
             return None
@@ -189,7 +189,7 @@ class BatchNorm(Rule):
         return Inverse(undo)
 
     def propagate(self, step: Step) -> None:
-        """The channel axis is united with all four vectors."""
+        """Unite the channel axis with all four vectors."""
         labels = step.labels(0)
         vectors = [step.labels(i) for i in range(1, 5)]
         if step.attr("training_mode", 0) or any(step.node.outputs[1:]):
@@ -203,23 +203,23 @@ class BatchNorm(Rule):
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
-        """The data's shape."""
+        """Return the data's shape."""
         return [shapes[0]] if len(node.outputs) == 1 else None
 
 
 class Reduce(Rule):
-    """Reductions over axes. A sum, or a norm, is a contraction: a channel that is 0 adds nothing.
+    """Reductions over axes. A sum, or a norm, is a contraction: a channel that is 0 contributes nothing.
 
     Args:
         contraction: whether channels multiplied by 0 leave the result unchanged.
-        approximate: whether a mean over fewer channels may stand for the whole (``--approximate``).
+        approximate: whether a mean over fewer channels is a usable approximation (``--approximate``).
     """
 
     def __init__(self, *, contraction: bool = False, approximate: bool = False) -> None:
         self.contraction, self.approximate = contraction, approximate
 
     def axes(self, step: Step) -> list[int] | None:
-        """The reduced axes; None where they are not known."""
+        """Return the reduced axes; None where they are not known."""
         rank = len(step.shape(0))
         axes = step.attr("axes")
         if step.has(1):
@@ -232,7 +232,7 @@ class Reduce(Rule):
         return [int(a) % rank for a in np.atleast_1d(axes)]
 
     def propagate(self, step: Step) -> None:
-        """Reduced axes leave the labels; whatever is not a contraction fixes them first."""
+        """Remove the reduced axes from the labels; freeze them first unless the reduction is a contraction."""
         axes, labels = self.axes(step), step.labels(0)
         if axes is None:
             step.freeze(labels, "missing-constant", "the reduced axes are not known")
@@ -254,12 +254,12 @@ class Reduce(Rule):
         step.set(0, result)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """A sum reads its axes."""
+        """Return the axes of a contraction."""
         return [(0, tuple(self.axes(step) or ()))] if self.contraction else []
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """Reduced axes leave, or keep size 1."""
+        """Return the shape without the reduced axes, or with size 1 there."""
         shape, since = shapes[0], 13 if node.op == "ReduceSum" else 18
         axes = listed(node, values, 1, "axes", since)
         if not axes:
@@ -272,7 +272,7 @@ class Reduce(Rule):
         return [tuple(n for i, n in enumerate(shape) if i not in out)]
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """numpy's reduction, where it has one."""
+        """Apply numpy's reduction, where it has one."""
         function = _REDUCTIONS.get(node.op)
         if function is None:
             return None
@@ -283,14 +283,14 @@ class Reduce(Rule):
 
 
 class AlongAxes(Rule):
-    """Transforms along some axes, whose positions are others afterwards; the other axes pass."""
+    """Transforms that mix positions along some axes; the other axes pass."""
 
     def axes(self, step: Step) -> list[int] | None:
-        """The axes that it runs along; None where they are not known."""
+        """Return the transformed axes; None where they are not known."""
         raise NotImplementedError
 
     def propagate(self, step: Step) -> None:
-        """Fix these axes, let the rest through."""
+        """Freeze these axes, pass the others."""
         axes, labels = self.axes(step), step.labels(0)
         if axes is None:
             step.freeze(labels, "missing-constant", "the axis is not known")
@@ -301,12 +301,12 @@ class AlongAxes(Rule):
 
 
 class Fourier(AlongAxes):
-    """DFT along an axis of [..., 1 or 2], the last being the real and imaginary part."""
+    """DFT along an axis of [..., 1 or 2]; the last axis holds the real and imaginary part."""
 
     operands = (1,)
 
     def axes(self, step: Step) -> list[int] | None:
-        """The axis, which is an input since opset 20, and the last."""
+        """Return the transformed axis, an input since opset 20, and the last axis."""
         rank = len(step.shape(0))
         if step.node.version < 20:
             return [int(step.attr("axis", 1)) % rank, rank - 1]
@@ -317,24 +317,24 @@ class Fourier(AlongAxes):
 
 
 class Reversal(AlongAxes):
-    """ReverseSequence: a length per sample says how much of the time axis is turned round."""
+    """ReverseSequence: reverses a prefix of the time axis, of one length per sample."""
 
     def axes(self, step: Step) -> list[int]:
-        """Samples and time."""
+        """Return the axes of samples and time."""
         step.labels(1)
         return [int(step.attr("batch_axis", 1)), int(step.attr("time_axis", 0))]
 
 
 class Determinant(AlongAxes):
-    """Of square matrices in the last two axes, which leave."""
+    """Determinant of square matrices in the last two axes, which are removed."""
 
     def axes(self, step: Step) -> list[int]:
-        """The last two."""
+        """Return the last two axes."""
         rank = len(step.shape(0))
         return [rank - 2, rank - 1]
 
     def propagate(self, step: Step) -> None:
-        """What is ahead passes."""
+        """Pass the batch axes."""
         labels = step.labels(0)
         for axis in self.axes(step)[::-1]:
             labels = step.drop_axis(labels, axis, NORMALISED, "Det mixes these channels")
@@ -343,10 +343,10 @@ class Determinant(AlongAxes):
 
 
 class Pick(Rule):
-    """ArgMax, ArgMin, TopK, CumSum, CumProd: positions along one axis matter, the others pass."""
+    """ArgMax, ArgMin, TopK, CumSum, CumProd: results depend on positions along one axis; the others pass."""
 
     def propagate(self, step: Step) -> None:
-        """Fix the axis, let the rest through."""
+        """Freeze the axis, pass the others."""
         labels = step.labels(0)
         rank = len(step.shape(0))
         axis = int(step.attr("axis", -1 if step.node.op == "TopK" else 0))
@@ -364,12 +364,12 @@ class Pick(Rule):
             step.set(o, labels)
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
-        """Sums so far have the data's shape."""
+        """Return the data's shape for cumulative sums."""
         return [shapes[0]] if node.op in ("CumSum", "CumProd") else None
 
 
 class ReduceExtreme(Reduce):
-    """The largest or smallest value."""
+    """The largest or smallest value over axes."""
 
     chooses = True
 

@@ -1,4 +1,4 @@
-"""Operands that say how a node works (axes, sizes, starts), whether inputs or attributes of it, and what they mean."""
+"""Settings of a node (axes, sizes, starts), as inputs or attributes, and their meaning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Values = Sequence["Array | None"]
 
 
 def given(values: Values, i: int) -> Array:
-    """An input that the operator always has.
+    """Return the value of an input that the operator always has.
 
     Raises:
         ValueError: its value is not known.
@@ -31,15 +31,15 @@ def given(values: Values, i: int) -> Array:
 
 
 def whole_numbers(value: Array) -> list[int]:
-    """A scalar or a vector of integers as Python's numbers, with which a handful is computed faster."""
+    """Convert a scalar or a vector of integers to Python integers, which are faster for a few numbers."""
     return [int(n) for n in value.ravel().tolist()]
 
 
 def listed(node: Node, values: Values, position: int, name: str, since: int) -> list[int] | None:
-    """Numbers that are an operand from opset ``since`` on and an attribute before; None where there are none.
+    """Return numbers that are an operand from opset ``since`` on and an attribute before; None where there are none.
 
     Raises:
-        ValueError: the operand is there, its value is not known.
+        ValueError: the operand is present, but its value is not known.
     """
     if node.version < since:
         stated = node.attrs.get(name)
@@ -50,14 +50,14 @@ def listed(node: Node, values: Values, position: int, name: str, since: int) -> 
 
 
 def needed(value: list[int] | None) -> list[int]:
-    """The numbers; raises ValueError where there are none."""
+    """Return the numbers; raises ValueError where there are none."""
     if value is None:
         raise ValueError("a needed operand is absent")
     return value
 
 
 def axes_of(node: Node, values: Values, position: int = 1) -> tuple[int, ...] | None:
-    """Axes from an operand, else from the attribute, whatever the opset; None where neither is there."""
+    """Return axes from an operand, else from the attribute, at any opset; None where both are absent."""
     operand = values[position] if len(values) > position else None
     if operand is not None:
         return tuple(whole_numbers(operand))
@@ -66,14 +66,14 @@ def axes_of(node: Node, values: Values, position: int = 1) -> tuple[int, ...] | 
 
 
 def axis_of(axis: int, rank: int) -> int:
-    """An axis counted from 0; raises ValueError where there is none such."""
+    """Return an axis counted from 0; raises ValueError where it is out of range."""
     if not -rank <= axis < rank:
         raise ValueError(axis)
     return axis % rank
 
 
 def joined(shapes: Iterable[Shape]) -> Shape:
-    """numpy's broadcasting; ValueError where shapes do not fit."""
+    """Broadcast shapes by numpy's rules; raises ValueError where they do not fit."""
     known = list(shapes)
     first = known[0]
     if known.count(first) == len(known):
@@ -89,7 +89,7 @@ def joined(shapes: Iterable[Shape]) -> Shape:
 
 
 def slice_of(start: int, end: int, step: int, size: int) -> slice:
-    """ONNX's clamped slice along an axis of ``size`` as a Python slice."""
+    """Convert ONNX's clamped slice along an axis of ``size`` to a Python slice."""
     if step > 0:
         return slice(*slice(start, end, step).indices(size))
     start = max(0, min(start + size if start < 0 else start, size - 1))
@@ -98,7 +98,7 @@ def slice_of(start: int, end: int, step: int, size: int) -> slice:
 
 
 def windows(node: Node, shape: Shape, kernel: Sequence[int]) -> Shape | None:
-    """Spatial sizes of what a window slides over; None for forms in which padding follows from other settings."""
+    """Return the numbers of windows per spatial axis; None for forms whose padding follows from other settings."""
     attrs, n = node.attrs, len(shape) - 2
     if attrs.get("auto_pad", "NOTSET") != "NOTSET" or attrs.get("ceil_mode", 0) or len(kernel) != n:
         return None
@@ -109,7 +109,7 @@ def windows(node: Node, shape: Shape, kernel: Sequence[int]) -> Shape | None:
 
 
 def resolved(target: Sequence[int], source: Shape, allowzero: int) -> Shape:
-    """The shape that a Reshape comes out as; ValueError where the target does not fit."""
+    """Resolve a Reshape target to a shape; raises ValueError where the target does not fit."""
     sizes = [source[i] if d == 0 and not allowzero else d for i, d in enumerate(target)]
     rest = math.prod(d for d in sizes if d != -1)
     if sizes.count(-1) == 1 and math.prod(source) % rest == 0:
@@ -120,7 +120,7 @@ def resolved(target: Sequence[int], source: Shape, allowzero: int) -> Shape:
 
 
 def where_known(infer: Callable[..., Any]) -> Callable[..., Any]:
-    """A method ``infer`` of a rule that is asked where all shapes are known in full, and may fail on odd nodes."""
+    """Wrap a rule's ``infer``: call it only where all shapes are fully known, return None for malformed nodes."""
 
     @wraps(infer)
     def told(self: Any, node: Node, shapes: Sequence[Any], values: Values) -> Any:

@@ -1,6 +1,6 @@
 """Quantised codes, scales and zero points, and operators that compute on codes.
 
-Along the packed axis a whole block is the least that can go: its codes, its scale and its zero point.
+Along the packed axis the smallest unit of pruning is a whole block: its codes, its scale and its zero point.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _PER_CHANNEL = "a scale or zero point"
 
 
 class Quantize(Rule):
-    """Codes and numbers have the same labels. Scale and zero point: one for all, per position of an axis, or per block.
+    """Codes and numbers have the same labels; scale and zero point are scalars, per position of an axis, or per block.
 
-    Blocks of ``block_size`` positions share a scale, so they only go as a whole.
+    Blocks of ``block_size`` positions share a scale, so they are pruned as a whole.
     """
 
     settings = (1, 2)
@@ -64,21 +64,21 @@ class Quantize(Rule):
             step.unite(step.axis_ids(labels, a), ids, _PER_CHANNEL)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The shape stays."""
+        """Return the shape stays."""
         return [shapes[0]]
 
 
 class DynamicQuantize(Rule):
-    """Quantises in the range from the smallest to the largest number, 0 included: a channel of 0 does not widen it."""
+    """Quantisation in the range of the smallest to the largest number, 0 included: a channel of 0 does not widen it."""
 
     encodes = True
 
     def propagate(self, step: Step) -> None:
-        """Labels pass to the codes; scale and zero point are single numbers."""
+        """Pass the labels to the codes; scale and zero point are scalars."""
         step.set(0, step.labels(0))
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """The range is taken over every axis, so this is where removed channels become 0."""
+        """Return every axis: the range is taken over all of them, so removed channels become 0 here."""
         return [(0, tuple(range(len(step.shape(0)))))]
 
 
@@ -94,14 +94,14 @@ class Decode(Quantize):
     decodes = True
 
     def numbers(self, node: Node, i: int, codes: NDArray[Any], read: Read) -> NDArray[Any] | None:
-        """(codes - zero point) * scale."""
+        """Dequantise as (codes - zero point) * scale."""
         scale = read(1) if i == 0 else None
         if scale is None:
             return None
         return numbers(codes, scale, read(2), int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0)))
 
     def evaluate(self, node: Node, values: Values) -> Any:
-        """What the codes stand for, in the scale's type, at opsets too that onnx's evaluator does not know."""
+        """Dequantise in the scale's type, also at opsets that onnx's reference evaluator does not support."""
         codes, scale = values[0], values[1]
         if codes is None or scale is None or (codes.dtype.kind not in "iu" and codes.dtype.name not in NARROW):
             return None
@@ -126,12 +126,12 @@ class Settings(NamedTuple):
 
 
 def all_settings(codes: Mapping[int, Settings]) -> tuple[int, ...]:
-    """Every position of a scale or zero point."""
+    """Return every position of a scale or zero point."""
     return tuple(i for pair in codes.values() for i in pair if i is not None)
 
 
 def real_numbers(codes: Mapping[int, Settings], i: int, value: Array, read: Read, axis: int) -> Array | None:
-    """What the codes of operand ``i`` stand for; None where a scale is not a constant, or the operand holds numbers."""
+    """Dequantise operand ``i``; None where a scale is not a constant, or the operand is not quantised."""
     pair = codes.get(i)
     if pair is None:
         return None
@@ -142,11 +142,14 @@ def real_numbers(codes: Mapping[int, Settings], i: int, value: Array, read: Read
 
 
 class IntegerConv(Conv):
-    """A convolution of codes: a removed channel is one of zero points, not of zeros.
+    """A convolution of codes: a removed channel equals the zero point, not 0.
 
     Args:
-        data, weight, bias, per_output: as in :class:`Conv`.
-        codes: positions of scale and zero point by that of what they are of.
+        data: as in :class:`Conv`.
+        weight: as in :class:`Conv`.
+        bias: as in :class:`Conv`.
+        per_output: as in :class:`Conv`.
+        codes: positions of scale and zero point, by position of the quantised operand.
     """
 
     def __init__(
@@ -157,30 +160,30 @@ class IntegerConv(Conv):
         self.settings = all_settings(codes)
 
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
-        """By scale and zero point: of the weight one for all or one per output channel."""
+        """Dequantise; the weight has one scale and zero point, or one per output channel."""
         return real_numbers(self.codes, i, codes, read, axis=0)
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """The last in one form of onnxruntime's."""
+        """Return axis 1, or the last axis in one form of onnxruntime's."""
         return rank - 1 if node.attrs.get("channels_last", 0) else 1
 
     def axis(self, step: Step) -> int:
-        """Channels come last in one form of onnxruntime's."""
+        """Return axis 1, or the last axis in one form of onnxruntime's."""
         return len(step.shape(self.data)) - 1 if step.attr("channels_last", 0) else 1
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, O, ...] or [N, ..., O]."""
+        """Return shape [N, O, ...] or [N, ..., O]."""
         x, w = shapes[self.data], shapes[self.weight]
         if x is None or w is None or not node.attrs.get("channels_last", 0):
             return super().infer(node, shapes, values)
         return [(x[0], *window_sizes(x[1:-1], w[2:], node.attrs), w[0])]
 
     def neutral(self, step: Step, i: int) -> str | None:
-        """The data's zero point."""
+        """Return the data's zero point."""
         return step.node.inputs[self.zero] if self.zero is not None and step.has(self.zero) else None
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """Windows of the numbers that the data stand for, where channels come first."""
+        """Return windows of the dequantised data, for data with channels on axis 1."""
         w = known(shapes[self.weight])
         if data != self.data or w is None or node.attrs.get("channels_last", 0):
             return None
@@ -191,8 +194,9 @@ class IntegerMatMul(Rule):
     """A product of matrices of codes.
 
     Args:
-        a, b: positions of the matrices.
-        codes: positions of scale and zero point of either matrix; ``a`` is not in it where it is given as numbers.
+        a: position of the left matrix.
+        b: position of the right matrix.
+        codes: positions of scale and zero point of either matrix; without ``a`` where it is not quantised.
         rows: positions of operands with one value for all or one per row of ``a``.
         columns: positions of operands that broadcast against the result: one per column of ``b``, or an addend.
     """
@@ -210,14 +214,14 @@ class IntegerMatMul(Rule):
         self.data, self.weights, self.settings = a, (a, b), all_settings(codes)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """The product's size times that of ``k``."""
+        """Return the size of the product times the size of ``k``."""
         a, b = shapes[self.a], shapes[self.b]
         if a is None or b is None or out is None:
             return 0
         return prod(out) * a[self.terms(node, len(a), len(b))[0].index("k")]
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """The axis that the weight makes, on whichever side it stands."""
+        """Return the axis that the weight contributes, on either side."""
         a, b = shapes[self.a], shapes[self.b]
         if a is None or b is None:
             return rank - 1
@@ -225,12 +229,12 @@ class IntegerMatMul(Rule):
         return made_axis((left, right), out, 0 if weight == self.a else 1)
 
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
-        """By scale and zero point: one for all, of ``a`` one per row, of ``b`` one per column."""
+        """Dequantise; scale and zero point are scalars, or one per row of ``a``, or one per column of ``b``."""
         transposed = node.op == "QGemm" and bool(node.attrs.get("transA" if i == self.a else "transB"))
         return real_numbers(self.codes, i, codes, read, axis=-2 if (i == self.a) != transposed else -1)
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """Of the numbers that both matrices stand for; either may be the weight."""
+        """Return the product of both dequantised matrices as a form; either may be the weight."""
         a, b = shapes[self.a], shapes[self.b]
         if a is None or b is None or data not in (self.a, self.b):
             return None
@@ -240,13 +244,13 @@ class IntegerMatMul(Rule):
         return form
 
     def terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
-        """Subscripts of operands of rank ``a`` and ``b`` and of the result."""
+        """Return subscripts of operands of rank ``a`` and ``b`` and of the result."""
         if node.op == "QGemm":
             return ("km" if node.attrs.get("transA") else "mk"), ("nk" if node.attrs.get("transB") else "kn"), "mn"
         return matmul_terms(a, b)
 
     def propagate(self, step: Step) -> None:
-        """Contract over ``k``, then meet what belongs to rows and columns."""
+        """Contract over ``k``, then unite the operands of rows and columns."""
         left, right = step.shape(self.a), step.shape(self.b)
         x, y, out = self.terms(step.node, len(left), len(right))
         if self.zero is not None and step.has(self.zero) and int(np.prod(step.shape(self.zero))) > 1:
@@ -261,24 +265,24 @@ class IntegerMatMul(Rule):
         step.set(0, broadcast(step.atoms, operands, len(out), step.reason))
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """``a`` over ``k``: zeros in one factor are enough. A range that is found anew is taken over all of it."""
+        """Return ``k`` of ``a``, since zeros in one factor suffice, and all axes of an ``a`` quantised at run time."""
         if self.zero is None:
             return [(self.a, tuple(range(len(step.shape(self.a)))))]
         x, _, _ = self.terms(step.node, len(step.shape(self.a)), len(step.shape(self.b)))
         return [(self.a, (x.index("k"),))]
 
     def neutral(self, step: Step, i: int) -> str | None:
-        """The zero point of ``a``."""
+        """Return the zero point of ``a``."""
         return step.node.inputs[self.zero] if self.zero is not None and step.has(self.zero) else None
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
-        """As numpy's matmul."""
+        """Infer as numpy's matmul."""
         a, b = shapes[self.a], shapes[self.b]
         return None if a is None or b is None else [product(a, b, self.terms(node, len(a), len(b)))]
 
 
 class QuantizedConcat(Rule):
-    """Parts one after the other, each with its scale and zero point: y_scale, y_zero, then (data, scale, zero)..."""
+    """Concatenation of parts with their scales and zero points: y_scale, y_zero, then (data, scale, zero)..."""
 
     def propagate(self, step: Step) -> None:
         """Concatenate the labels."""
@@ -287,7 +291,7 @@ class QuantizedConcat(Rule):
         step.set(0, concatenate(step.atoms, operands, axis, step.reason, step.node.outputs[0]))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
-        """Sizes add up along the axis."""
+        """Add up the sizes along the axis."""
         parts = [shape for shape in shapes[2::3] if shape is not None]
         if len(parts) < len(shapes[2::3]):
             return None
@@ -301,14 +305,14 @@ class QuantizedPool(Rule):
     """Average pooling of codes, channels first or last."""
 
     def propagate(self, step: Step) -> None:
-        """Batch and channels pass."""
+        """Pass batch and channels."""
         labels = step.labels(0)
         channel = len(step.shape(0)) - 1 if step.attr("channels_last", 0) else 1
         labels = step.drop_all_but(labels, (0, channel), "spatial", f"{step.node.op} works along this axis")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
-        """Global pooling leaves 1, windows as many positions as fit."""
+        """Return size 1 for global pooling, else the number of windows."""
         shape = shapes[0]
         if shape is None:
             return None
@@ -323,20 +327,20 @@ class QuantizedPool(Rule):
 
 
 class QuantizedSoftmax(OverAxes):
-    """Softmax on codes; before opset 13, which an attribute tells, everything from ``axis`` on is one axis."""
+    """Softmax on codes; before opset 13, given by an attribute, all axes from ``axis`` on are one axis."""
 
     def axes(self, step: Step) -> list[int]:
-        """One axis, or all from it on."""
+        """Return one axis, or all from it on."""
         if int(step.attr("opset", 13)) >= 13:
             return [step.axis(-1)]
         return list(range(step.axis(1), len(step.shape(0))))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The shape stays."""
+        """Return the shape stays."""
         return [shapes[0]]
 
 
-# Positions of both operands' scales and zero points, in the orders in which operators have them.
+# Positions of both operands' scales and zero points, in the input orders of the operators.
 _LINEAR = {0: Settings(1, 2), 3: Settings(4, 5)}
 _INTEGER = {0: Settings(zero=2), 1: Settings(zero=3)}
 _TO_FLOAT = {0: Settings(2, 4), 1: Settings(3, 5)}
@@ -364,9 +368,9 @@ _STAYS = "codes are packed along this axis"
 
 
 class PackedMatMul(Rule):
-    """MatMulNBits: A [..., K] times codes B [N, blocks, bytes], scales [N, blocks] and zero points, either maybe flat.
+    """MatMulNBits: A [..., K] times codes B [N, blocks, bytes], scales [N, blocks] and zero points, both possibly flat.
 
-    Zero points are packed as the codes are, or numbers like the scales. ``g_idx`` [K] says which scale a position has.
+    Zero points are packed like the codes, or numbers like the scales. ``g_idx`` [K] maps a position to its scale.
     """
 
     weights = (B,)
@@ -400,11 +404,11 @@ class PackedMatMul(Rule):
 
     @staticmethod
     def _per_block(step: Step, i: int) -> bool:
-        """Whether an operand is [N, blocks], neither flat nor packed: its labels say what goes."""
+        """Return whether an operand is [N, blocks], neither flat nor packed, and is sliced by its labels."""
         return len(step.shape(i)) == 2 and (i == SCALES or (i == ZEROS and _plain_zeros(step)))
 
     def _held(self, step: Step) -> str:
-        """Why blocks have to stay; "" where they may go."""
+        """Return the reason why blocks cannot be pruned; "" where they can."""
         bits = int(step.attr("bits", 4))
         if bits not in PACKED_BITS:
             return f"codes of {bits} bits are packed along this axis"
@@ -421,7 +425,7 @@ class PackedMatMul(Rule):
         return ""
 
     def rewrite(self, cut: Cut) -> None:
-        """``N`` and ``K`` follow the codes; what is flat or packed is laid out anew where blocks are gone."""
+        """Set ``N`` and ``K`` from the codes; slice and repack flat or packed operands where blocks were removed."""
         if cut.shape(B)[0] != cut.attr("N"):
             cut.set_attr("N", cut.shape(B)[0])
         keep, rows = cut.keep(cut.node.inputs[B], 1), cut.keep(cut.node.inputs[B], 0)
@@ -442,20 +446,20 @@ class PackedMatMul(Rule):
             cut.derive(ORDER, (size,), lambda value: (np.arange(size) // block).astype(value.dtype))
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """A is summed over its last axis."""
+        """Return the last axis of A."""
         return [(A, (len(step.shape(A)) - 1,))]
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
-        """A's last axis becomes N."""
+        """Return A's shape with N as the last axis."""
         a = shapes[A]
         return None if a is None else [(*a[:-1], int(node.attrs["N"]))]
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """The product's size times K."""
+        """Return the size of the product times K."""
         return 0 if shapes[A] is None or out is None else prod(out) * shapes[A][-1]
 
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
-        """[N, blocks, block_size]; positions behind K are 0."""
+        """Dequantise to [N, blocks, block_size]; positions beyond K are 0."""
         bits, size = int(node.attrs.get("bits", 4)), int(node.attrs["block_size"])
         scale, given = read(SCALES), [len(node.inputs) > at and bool(node.inputs[at]) for at in (ZEROS, ORDER)]
         zero = read(ZEROS) if given[0] else None
@@ -481,7 +485,7 @@ class PackedMatMul(Rule):
         return np.asarray(values)
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """A times what the codes stand for."""
+        """Return the product of A and the dequantised codes."""
         a, b = shapes[A], known(shapes[B])
         if data != A or a is None or b is None or a[-1] is None:
             return None
@@ -489,13 +493,13 @@ class PackedMatMul(Rule):
 
 
 def _plain_zeros(step: Step) -> bool:
-    """Whether zero points are numbers like the scales, not packed like the codes."""
+    """Return whether zero points are numbers like the scales, not packed like the codes."""
     weight = step.table.graph.weights.get(step.node.inputs[ZEROS])
     return weight is not None and weight.dtype != np.uint8
 
 
 def _chosen(value: Array, rows: NDArray[np.bool_], blocks: NDArray[np.bool_], bits: int) -> Array:
-    """Settings of the codes that stay, as [N, blocks] or in bytes of packed ones (``bits`` of each, 0: not packed)."""
+    """Slice settings to the surviving codes, as [N, blocks] or repacked to bytes (``bits`` each, 0: not packed)."""
     each = value.reshape(rows.size, -1)
     if not bits:
         return np.asarray(each[np.ix_(rows, blocks)])
@@ -503,16 +507,16 @@ def _chosen(value: Array, rows: NDArray[np.bool_], blocks: NDArray[np.bool_], bi
 
 
 class PackedGather(Rule):
-    """GatherBlockQuantized: rows of a table of codes [rows, columns], looked up by index, as numbers.
+    """GatherBlockQuantized: rows of a table of codes [rows, columns], looked up by index and dequantised.
 
-    Inputs: codes, indices, scales [rows, blocks], zero points. Codes of bytes lie several in one, with zero points that
-    do as well; of other types every code is an element. Columns go by whole blocks.
+    Inputs: codes, indices, scales [rows, blocks], zeros. Codes of type uint8 are packed, several per byte, and so
+    are their zero points; of other types every element is a code. The unit of pruning is a whole block of columns.
     """
 
     settings = (2, 3)
 
     def propagate(self, step: Step) -> None:
-        """Columns become the last axis of the output; rows stay."""
+        """Map the columns to the last axis of the output; freeze the rows."""
         codes, scales = step.labels(0), step.labels(2)
         shape, wide = step.shape(0), step.out_shape()[-1]
         axis, packed = int(step.attr("gather_axis", 0)), int(step.attr("quantize_axis", 1))
@@ -539,11 +543,11 @@ class PackedGather(Rule):
 
     @staticmethod
     def _packed_zeros(step: Step) -> bool:
-        """Whether several zero points lie in a byte."""
+        """Return whether a byte holds several zero points."""
         return step.has(3) and step.shape(3) != step.shape(2)
 
     def rewrite(self, cut: Cut) -> None:
-        """Zero points that lie in bytes are packed anew."""
+        """Repack zero points that are stored in bytes."""
         keep = cut.keep(cut.node.inputs[2], 1)
         if keep is None or not self._packed_zeros(cut.before):
             return
@@ -552,7 +556,7 @@ class PackedGather(Rule):
         cut.derive(3, shape, partial(_chosen, rows=np.ones(rows, bool), blocks=keep, bits=bits))
 
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
-        """[rows, columns]; of codes in bytes [rows, bytes, codes in each]."""
+        """Dequantise to [rows, columns]; codes in bytes to [rows, bytes, codes per byte]."""
         scale, bits = read(2), int(node.attrs.get("bits", 4))
         if i != 0 or codes.ndim != 2 or scale is None or bits not in PACKED_BITS:
             return None
@@ -565,7 +569,7 @@ class PackedGather(Rule):
         return real.reshape(*codes.shape, -1) if packed else real
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
-        """[*indices, columns], where the number of blocks tells how many codes lie in a byte."""
+        """Return shape [*indices, columns]; the number of blocks determines the codes per byte."""
         codes, indices, scales = shapes[:3]
         size = None if codes is None else codes[-1]
         if codes is None or size is None or indices is None or scales is None:

@@ -25,7 +25,7 @@ class Recurrent(Rule):
     """X [T, N, I], W [dirs, gates*H, I], R [dirs, gates*H, H], B [dirs, 2*gates*H], P [dirs, 3*H], states [dirs, N, H].
 
     With ``layout`` 1 the batch comes first. Hidden unit j is tied through all gates; the two directions of a
-    bidirectional layer lose different units unless something else ties them.
+    bidirectional layer lose different units unless another operator ties them.
 
     Args:
         gates: rows of W per hidden unit (LSTM 4, GRU 3, RNN 1).
@@ -38,15 +38,15 @@ class Recurrent(Rule):
         self.gates = gates
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """Every step of every sequence meets both matrices."""
+        """Count both matrices once per step of every sequence."""
         return recurrent_macs(shapes)
 
     def channels(self, node: Node, shapes: Sequence[Any], out: Any, weight: int) -> Any:
-        """The hidden size, whichever outputs there are."""
+        """Return the hidden size, for any choice of outputs."""
         return shapes[R][-1] if shapes[R] else 0
 
     def propagate(self, step: Step) -> None:
-        """Unite X's last axis with W's; one atom per direction and hidden unit runs through everything else."""
+        """Unite X's last axis with W's; use one atom per direction and hidden unit for all other operands."""
         x, w = step.labels(X), step.labels(W)
         step.fix_all_but(x, (2,), "spatial", f"{step.node.op} runs along this axis")
         step.unite(step.axis_ids(x, 2), step.axis_ids(w, 2), "the layer's input")
@@ -62,7 +62,7 @@ class Recurrent(Rule):
         self._outputs(step, hidden)
 
     def _operands(self, step: Step, hidden: Ids) -> dict[int, Labels]:
-        """The labels of every present operand, by position."""
+        """Return the labels of every present operand, by position."""
         gates = np.tile(hidden, (1, self.gates))
         state = self._at(step, hidden, (0, 2) if not step.attr("layout", 0) else (1, 2), 3)
         every: dict[int, Labels] = {
@@ -77,13 +77,13 @@ class Recurrent(Rule):
 
     @staticmethod
     def _at(step: Step, ids: Ids, axes: tuple[int, int], rank: int) -> Label:
-        """A label from [directions, n] with these two axes of a tensor of ``rank``."""
+        """Return a label from [directions, n] with these two axes of a tensor of ``rank``."""
         shape = [1] * rank
         shape[axes[0]], shape[axes[1]] = ids.shape
         return Label(ids.reshape(shape), axes[1])
 
     def _tie(self, step: Step, i: int, grids: Labels) -> None:
-        """Unite operand ``i`` with the hidden units; a weight of this layer alone takes them over as they are."""
+        """Unite operand ``i`` with the hidden units; replace the labels of a weight that only this layer reads."""
         labels, axes = step.labels(i), tuple(sorted({a for g in grids for a in g.axes}))
         if all(any(x is g for x in labels) for g in grids):
             return  # both initial states are one tensor
@@ -93,7 +93,7 @@ class Recurrent(Rule):
         for grid in grids:
             direction = next((a for a in grid.axes if a != grid.pack), None)
             if direction is not None:
-                # Each direction may lose units of its own: they do not meet.
+                # Each direction may lose units of its own, since directions are never combined here.
                 step.atoms.fix_axis(grid, direction, step.reason("operand", "both directions stay"))
             mine = covering(labels, grid.pack)
             if mine is None:
@@ -101,49 +101,49 @@ class Recurrent(Rule):
             elif chain is None:
                 step.merge(labels, grid)
             else:
-                # The weight's own atoms of that axis have no position of their own any more.
+                # The weight's original atoms on that axis have no positions left.
                 step.atoms.unite(mine.ids.ravel(), grid.ids.take([0], axis=direction).ravel())
         if chain is not None:
             override(step, chain, grids, axes)
 
     def _outputs(self, step: Step, hidden: Ids) -> None:
-        """Y [T, dirs, N, H] or [N, T, dirs, H]; Y_h and Y_c [dirs, N, H] or [N, dirs, H]."""
+        """Set labels of Y [T, dirs, N, H] or [N, T, dirs, H] and of Y_h and Y_c [dirs, N, H] or [N, dirs, H]."""
         batch_first = bool(step.attr("layout", 0))
         step.set(0, (self._at(step, hidden, (2, 3) if batch_first else (1, 3), 4),))
         for o in (1, 2):
             step.set(o, (self._at(step, hidden, (1, 2) if batch_first else (0, 2), 3),))
 
     def rewrite(self, cut: Cut) -> None:
-        """``hidden_size`` follows the recurrence's last axis."""
+        """Set ``hidden_size`` from the recurrence's last axis."""
         size = cut.shape(R)[2]
         if "hidden_size" in cut.node.attrs and size != cut.attr("hidden_size"):
             cut.set_attr("hidden_size", size)
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """The input times W, ahead of the gates."""
+        """Return the product of the input and W, before the gates."""
         w = known(shapes[W])
         if data != X or w is None:
             return None
         return Pairwise(("sbi", "dgi", "sbdg"), w, plain=False)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """X is summed over its features, the state over its units: R carries the mask of the state it multiplies."""
+        """Return the features of X and the units of R, whose columns multiply the state."""
         return [(X, (2,)), (R, (2,))]
 
 
 def recurrent_macs(shapes: Sequence[Any]) -> Any:
-    """Positions of [T, N, I] times the elements of both matrices."""
+    """Return the positions of [T, N, I] times the elements of both matrices."""
     sizes = [s for s in shapes[W : R + 1] if s is not None]
     return 0 if shapes[X] is None else prod(shapes[X][:2]) * sum(prod(s) for s in sizes)
 
 
 def _by_direction(setting: NDArray[Any]) -> NDArray[Any]:
-    """A scale or zero point [directions] or [directions, columns] against [directions, rows, columns]."""
+    """Reshape a setting [directions] or [directions, columns] to broadcast with [directions, rows, columns]."""
     return setting.reshape(len(setting), 1, -1)
 
 
 class DynamicQuantizeLSTM(Rule):
-    """onnxruntime's LSTM over integer weights W [dirs, I, 4*H]: only its input may be cut, its state is quantised.
+    """onnxruntime's LSTM over integer weights W [dirs, I, 4*H]: only its input can be pruned, its state is quantised.
 
     Scales and zero points [dirs] or [dirs, 4*H] of W are inputs 8 and 9, those of R 10 and 11.
     """
@@ -152,15 +152,15 @@ class DynamicQuantizeLSTM(Rule):
     settings = (8, 9, 10, 11)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """Every step of every sequence meets both matrices."""
+        """Count both matrices once per step of every sequence."""
         return recurrent_macs(shapes)
 
     def channels(self, node: Node, shapes: Sequence[Any], out: Any, weight: int) -> Any:
-        """The hidden size."""
+        """Return the hidden size."""
         return shapes[R][1] if shapes[R] else 0
 
     def numbers(self, node: Node, i: int, codes: NDArray[Any], read: Read) -> NDArray[Any] | None:
-        """W and R hold codes, scaled by direction or by column."""
+        """Dequantise W or R, with scales per direction or per column."""
         scale_at = {W: 8, R: 10}.get(i)
         if scale_at is None:
             return None
@@ -168,26 +168,26 @@ class DynamicQuantizeLSTM(Rule):
         return None if scale is None else numbers(codes, scale, zero)
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """The input times W, ahead of the gates."""
+        """Return the product of the input and W, before the gates."""
         w = known(shapes[W])
         return None if data != X or w is None else Pairwise(("sbi", "dig", "sbdg"), w, plain=False)
 
     def propagate(self, step: Step) -> None:
-        """Unite the features of X and W; everything else stays."""
+        """Unite the features of X and W; freeze every other axis."""
         x, w = step.labels(0), step.labels(1)
         step.fix_all_but(x, (2,), "spatial", f"{step.node.op} runs along this axis")
         step.fix_all_but(w, (1,), "normalised", "the hidden state is quantised over all its units at once")
         step.unite(step.axis_ids(x, 2), step.axis_ids(w, 1), "the layer's input")
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
-        """Y [T, dirs, N, H], Y_h and Y_c [dirs, N, H], from R [dirs, H, 4*H]."""
+        """Return shapes Y [T, dirs, N, H], Y_h and Y_c [dirs, N, H], from R [dirs, H, 4*H]."""
         x, r = shapes[X], shapes[R]
         if x is None or r is None:
             return None
         return [(x[0], r[0], x[1], r[1]), (r[0], x[1], r[1]), (r[0], x[1], r[1])]
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """X is summed over its features; a feature that is 0 does not widen the range it is quantised in."""
+        """Return the features of X; a feature that is 0 does not widen the range of quantisation."""
         return [(0, (2,))]
 
 

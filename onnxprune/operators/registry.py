@@ -29,7 +29,7 @@ FOREVER = 1 << 30
 
 
 class Elements(tuple["Shape | None", ...]):
-    """Shapes of the tensors in a sequence: what ``infer`` is given and gives in place of a shape."""
+    """Shapes of the tensors in a sequence: argument and result of ``infer`` in place of a shape."""
 
     __slots__ = ()
 
@@ -39,7 +39,7 @@ ENTRY_POINT = "onnxprune.rules"
 
 
 class Move(Enum):
-    """What becomes of the values of an operator that computes nothing: where its outputs hold those of its input 0."""
+    """Effect on values of an operator that computes nothing: the location of input 0's values in its outputs."""
 
     SAME = "every value where it was"
     CAST = "every value where it was, in another type"
@@ -51,16 +51,16 @@ class Move(Enum):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every value is there once, so that the operator can be undone."""
+        """Return whether every value occurs exactly once, so that the operator is invertible."""
         return self in (Move.SAME, Move.CAST, Move.SHAPE, Move.ORDER)
 
 
 class Inverse(NamedTuple):
-    """How the value at one input of an operator is had from its output.
+    """Inverse of an operator with respect to one input.
 
     Attributes:
         undo: (value of the output, [value of ``addend``], shape of the input) -> value of the input.
-        addend: position of another input that has to be known for it; None where none has.
+        addend: position of another input whose value is required; None where none is.
     """
 
     undo: Callable[[Array, Sequence[Array], Sequence[int]], Array]
@@ -68,121 +68,121 @@ class Inverse(NamedTuple):
 
 
 class Rule:
-    """Everything that is known of one operator: how labels pass, how its node is rewritten, what it costs.
+    """Definition of one operator: propagation of labels, rewriting of its node, shapes, values, cost.
 
-    Subclass and override; the base rule freezes every input, which is always right and never cuts.
+    Subclass and override; the base rule freezes every input, which is always correct and never prunes.
     """
 
     data: int = 0
-    """The input that comes from the rest of the model, where others are weights."""
+    """Position of the activation input; the other inputs may be weights."""
 
     weights: tuple[int, ...] = ()
-    """Inputs that data are multiplied with: where one of them is a weight of the model, the node is a layer."""
+    """Inputs that multiply the data: where one of them is a weight of the model, the node is a layer."""
 
     settings: tuple[int, ...] = ()
-    """Inputs that only say how others are read (scales, zero points): they are not scored by themselves."""
+    """Inputs that parametrise the reading of others (scales, zero points): they are not scored by themselves."""
 
     operands: tuple[int, ...] = ()
-    """Inputs that carry sizes, bounds or indices, checked by ``rewrite``; other sizes used as data keep their value."""
+    """Inputs that hold sizes, bounds or indices, checked by ``rewrite``; other sizes used as data keep their value."""
 
     several_directions: bool = False
-    """Whether operands and outputs hold directions side by side that lose different units."""
+    """Whether operands and outputs hold several directions that lose different units."""
 
     shapeless: bool = False
-    """Whether ``propagate`` copes with tensors whose rank is not known; other rules are then not asked."""
+    """Whether ``propagate`` supports tensors of unknown rank; the engine does not call other rules on them."""
 
     moves: Move | None = None
-    """What the operator does to values where it only moves them; None where it computes."""
+    """Effect on values of an operator that only moves them; None for one that computes."""
 
     pointwise: bool = False
-    """Whether every number of an output is computed from the numbers at its own place."""
+    """Whether every element of an output is computed from the input elements at the same position."""
 
     encodes: bool = False
-    """Whether output 0 holds input 0 as codes: what flows there is looked at in front of the node."""
+    """Whether output 0 holds input 0 as codes: activations are captured in front of the node."""
 
     decodes: bool = False
-    """Whether output 0 holds what the codes of input 0 stand for."""
+    """Whether output 0 holds the dequantised codes of input 0."""
 
     targets: tuple[int, ...] = ()
-    """Inputs that say what shape a result has, and nothing of what it holds."""
+    """Inputs that determine the shape of a result, but none of its values."""
 
     chooses: bool = False
-    """Whether every result is a value of one of the inputs, or a constant: nothing is computed that could round."""
+    """Whether every result is a value of one of the inputs, or a constant, so that no result is rounded."""
 
     averages: bool = False
     """Whether results are means of values of input 0 over some of its axes."""
 
     clamps: bool = False
-    """Whether results are the values of input 0 but where the operator is flat, see ``saturation``."""
+    """Whether results equal the values of input 0 except where the operator is flat, see ``saturation``."""
 
     makes_labels: bool = False
-    """Whether channels are born at this operator, so that it is asked where none of its inputs has any."""
+    """Whether the operator creates channels, so that it is called also without labelled inputs."""
 
     def propagate(self, step: Step) -> None:
-        """Read ``step.labels(i)``, unite and freeze, and state the outputs with ``step.set(o, labels)``.
+        """Read ``step.labels(i)``, unite and freeze, and set the outputs with ``step.set(o, labels)``.
 
         An input whose labels are never read is frozen by the engine.
         """
 
     def rewrite(self, cut: Cut) -> None:
-        """Adapt attributes and shape operands of the node to the new sizes; most operators need nothing."""
+        """Adapt attributes and shape operands of the node to the new sizes; most operators need no change."""
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """(input, axes) pairs that this operator sums over: where the proof multiplies removed channels by 0."""
+        """Return (input, axes) pairs that the operator sums over: there the proof multiplies removed channels by 0."""
         if type(self).reads is not Rule.reads:
             warn(f"{type(self).__name__}.reads is called contracted_axes now.", DeprecationWarning, stacklevel=2)
             return self.reads(step)
         return []
 
     def reads(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """The old name of :meth:`contracted_axes`."""
+        """Return :meth:`contracted_axes` (old name)."""
         warn("Rule.reads is called contracted_axes now.", DeprecationWarning, stacklevel=2)
         return self.contracted_axes(step)
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
-        """Shapes of the outputs; None where they cannot be told, and onnx's own inference is asked where it can.
+        """Infer the shapes of the outputs; None where unknown, and onnx's own inference is used where it applies.
 
         Args:
             node: the node.
-            values: of its inputs, where known.
-            shapes: of its inputs, None where unknown or absent; None within one is a size that depends on data.
+            shapes: shapes of its inputs, None where unknown or absent; None within one is a size that depends on data.
+            values: values of its inputs, None where unknown.
         """
         return None
 
     def evaluate(self, node: Node, values: Sequence[Array | None]) -> Any:
-        """Outputs (an array, or a list of several) of small known inputs; None: onnx's reference evaluator is asked.
+        """Compute the output (an array, or a list of several) of small inputs; None to use onnx's reference evaluator.
 
         Args:
             node: the node.
-            values: of its inputs, None for an absent optional one.
+            values: values of its inputs, None for an absent optional one.
 
         Raises:
-            Exception: of any kind, where the node makes no sense; its outputs are not known then.
+            Exception: of any kind, for an invalid node; its outputs are then unknown.
         """
         return None
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """The operator as a product of its input ``data`` with one constant weight; None where it is none.
+        """Return the operator as a product of its input ``data`` with one constant weight; None where it is none.
 
         Args:
             node: the node.
-            shapes: of its inputs.
+            shapes: shapes of its inputs, None where unknown or absent.
             data: position of the operand that is not constant.
         """
         return None
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
-        """Multiply-accumulates of one run; by default those of the matrix form.
+        """Return the multiply-accumulates of one run; by default those of the matrix form.
 
         Args:
             node: the node.
-            shapes: of its inputs, None where unknown or absent; sizes may be arrays, for many cuts at once, and so is
-                the result then.
-            out: shape of the first output, the same.
+            shapes: shapes of its inputs, None where unknown or absent; sizes may be arrays, for many prunings at once,
+                and the result is then an array as well.
+            out: shape of the first output, likewise.
         """
         if not self.weights or out is None or shapes[self.data] is None:
             return 0
-        # Which axes are summed over does not depend on their sizes.
+        # The summed axes do not depend on their sizes.
         plain: list[Shape | None] = [None if s is None else tuple(int(np.ravel(n)[0]) for n in s) for s in shapes]
         form = self.form(node, plain, self.data)
         if form is None:
@@ -190,45 +190,45 @@ class Rule:
         return prod(out) * prod(shapes[self.data][a] for a in form.axes) * form.taps // form.parts
 
     def output_axis(self, node: Node, shapes: Sequence[Any], rank: int, weight: int) -> int | None:
-        """The axis of the first output along which a layer's channels lie; None where it has one channel.
+        """Return the axis of the first output along which a layer's channels lie; None for a layer with one channel.
 
         Args:
             node: the layer.
-            shapes: of its inputs.
-            rank: of the output.
+            shapes: shapes of its inputs, None where unknown or absent.
+            rank: rank of the output.
             weight: position of the weight.
         """
         return rank - 1
 
     def channels(self, node: Node, shapes: Sequence[Any], out: Any, weight: int) -> Any:
-        """How many channels a layer makes; 0 where that is not known."""
+        """Return the number of channels of a layer; 0 where unknown."""
         if not out:
             return 0
         axis = self.output_axis(node, shapes, len(out), weight)
         return 1 if axis is None else out[axis] or 0
 
     def numbers(self, node: Node, i: int, codes: NDArray[Any], read: Read) -> NDArray[Any] | None:
-        """What the codes at input ``i`` stand for; None where that input holds numbers, or it is not known.
+        """Dequantise the codes at input ``i``; None where that input is not quantised, or the result is unknown.
 
         Args:
             node: the node.
             i: position of the input.
-            codes: its value.
-            read: values of other inputs.
+            codes: value of the input, integers.
+            read: function from the position of another input to its value.
 
         Returns:
-            float32 of the codes' shape; codes that are packed may have more positions along an axis that no channels
-            lie on, or an axis of their own behind the others.
+            float32 of the codes' shape; packed codes may have more positions along an axis without channels, or an
+            additional last axis.
         """
         return None
 
     def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
-        """How input ``i`` is had from output 0; None where that cannot be told.
+        """Return the inverse with respect to input ``i``, from output 0; None where it is unknown.
 
         Args:
             node: the node.
             i: position of the input.
-            constant: floating values of the other inputs.
+            constant: function from the position of another input to its floating-point value.
         """
         if i or any(node.outputs[1:]):
             return None
@@ -239,16 +239,16 @@ class Rule:
         return None
 
     def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
-        """Where the operator is flat as a function of input 0: (level, whether it is flat below that, else above)."""
+        """Return the saturation levels in input 0: (level, True if the operator is flat below it, False if above)."""
         return []
 
     def neutral(self, step: Step, i: int) -> str | None:
-        """Name of the tensor that stands for 0 in input ``i`` (a zero point), where 0 itself does not."""
+        """Return the name of the tensor that represents 0 in input ``i`` (a zero point); None where 0 itself does."""
         return None
 
 
 class NoRule(Rule):
-    """Stands in for operators without a rule."""
+    """Default for operators without a rule."""
 
 
 NO_RULE = NoRule()
@@ -262,7 +262,7 @@ def register(
 ) -> Callable[[T], T]:
     """Register a rule for operators of ``domain`` ("" is ONNX's own) from opset ``since`` to ``until``, exclusive.
 
-    Use it as a class decorator, or pass ``rule=`` an instance.
+    Use it as a class decorator, or pass an instance as ``rule``.
 
     Raises:
         ValueError: the range overlaps one that is already registered.
@@ -290,12 +290,12 @@ def register(
 
 
 def unregister(domain: str, op: str) -> None:
-    """Forget every rule of an operator, so that another can take its place."""
+    """Unregister every rule of an operator, so that another can replace it."""
     _table.pop((domain, op), None)
 
 
 def lookup(domain: str, op: str, version: int) -> Rule:
-    """The rule for an operator at an opset version, or the rule that freezes."""
+    """Return the rule for an operator at an opset version, or the rule that freezes."""
     if not _loaded:
         _load()
     for low, high, rule in _table.get((domain, op), ()):
@@ -305,17 +305,17 @@ def lookup(domain: str, op: str, version: int) -> Rule:
 
 
 def rule_of(node: Node) -> Rule:
-    """The rule of a node."""
+    """Return the rule of a node."""
     return lookup(node.domain, node.op, node.version)
 
 
 def known() -> list[tuple[str, str]]:
-    """(domain, operator) of every registered rule, sorted."""
+    """Return (domain, operator) of every registered rule, sorted."""
     return sorted(_table)
 
 
 def _load() -> None:
-    """Import the rules of this package, and those that others announce under the entry point ``onnxprune.rules``."""
+    """Import the rules of this package, and those registered under the entry point ``onnxprune.rules``."""
     global _loaded
     import_module(BUILT_IN)
     announced(ENTRY_POINT)

@@ -1,7 +1,7 @@
 """Sequences of tensors: every tensor in one keeps its own labels.
 
-They are followed where their length and the positions in them are known. Whatever else reads a sequence, such as a
-loop that carries it, finds the labels of all of its tensors, and freezes them.
+They are tracked where their length and the positions in them are known. Any other operator that reads a sequence, such
+as a loop that carries it, receives the labels of all of its tensors and freezes them.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _UNKNOWN = "what this sequence holds is not known"
 
 
 class Sequence(Rule):
-    """Reads or makes a sequence; without a rule of its own it only asks for its length."""
+    """Operators on sequences; the base class is the rule of those that only read the length."""
 
     shapeless = True
 
     def propagate(self, step: Step) -> None:
-        """A length does not depend on channels."""
+        """Leave the output unlabelled: a length does not depend on channels."""
         for i in range(len(step.node.inputs)):
             step.labels(i)
 
     @staticmethod
     def elements(step: Step) -> list[tuple[Labels, Shape | None]] | None:
-        """Labels and shapes of the tensors of input 0; where they are not known they stay."""
+        """Return labels and shapes of the tensors of input 0; where they are not known, freeze them and return None."""
         labels, known = step.labels(0), step.table.sequence(step.node.inputs[0])
         if known is None:
             step.freeze(labels, "dynamic-shape", _UNKNOWN)
@@ -40,42 +40,42 @@ class Sequence(Rule):
 
     @staticmethod
     def position(value: Any, length: int, default: int) -> int | None:
-        """A position in a sequence counted from the front; None where it is not known."""
+        """Return a position in a sequence counted from the front; None where it is not known."""
         if value is None:
             return None
         at = default if isinstance(value, str) else int(np.ravel(value)[0])
         return at + length if at < 0 else at
 
     def infer(self, node: Node, shapes: list[Any], values: list[Any]) -> list[Any]:
-        """A length is a scalar."""
+        """Return a scalar shape, that of a length."""
         return [()]
 
 
 def _given(node: Node, values: List[Any], i: int) -> Any:
-    """The value of an optional operand, "" where it is absent."""
+    """Return the value of an optional operand, "" where it is absent."""
     return values[i] if i < len(node.inputs) and node.inputs[i] else ""
 
 
 class Construct(Sequence):
-    """Tensors put into a sequence."""
+    """Sequence of the input tensors."""
 
     def propagate(self, step: Step) -> None:
-        """Each with its labels."""
+        """Collect the labels of all inputs."""
         step.table.set_sequence(step.node.outputs[0], [step.labels(i) for i in range(len(step.node.inputs))])
 
     def infer(self, node: Node, shapes: list[Any], values: list[Any]) -> list[Any]:
-        """The shapes of all inputs."""
+        """Return the shapes of all inputs."""
         return [Elements(shapes)]
 
 
 class SplitToSequence(Sequence):
-    """Consecutive parts along one axis."""
+    """Consecutive parts along one axis, as a sequence."""
 
     operands = targets = (1,)
 
     @staticmethod
     def sizes(node: Node, shape: Shape | None, split: Any) -> list[int] | None:
-        """Sizes of the parts; ``split`` is "" where every position is one."""
+        """Return sizes of the parts; ``split`` is "" where every position is a part."""
         axis = int(node.attrs.get("axis", 0))
         size = None if shape is None else shape[axis]
         if size is None or split is None:
@@ -88,7 +88,7 @@ class SplitToSequence(Sequence):
         return [min(step, size - start) for start in range(0, size, step)]
 
     def propagate(self, step: Step) -> None:
-        """The range of each; parts that the axis is divided into evenly are what they were or are stated one by one."""
+        """Take each part's range; parts of an even division are kept equal, or their sizes are written one by one."""
         node, labels = step.node, step.labels(0)
         shape = step.table.facts.shape(node.inputs[0])
         split = step.value(1) if step.has(1) else ""
@@ -110,7 +110,7 @@ class SplitToSequence(Sequence):
         return bool(node.attrs.get("keepdims", 1)) or (len(node.inputs) > 1 and bool(node.inputs[1]))
 
     def rewrite(self, cut: Cut) -> None:
-        """The sizes of the parts that are left, each by itself."""
+        """Write the sizes of the surviving parts one by one."""
         source, shape = cut.node.inputs[0], cut.before.shape(0)
         split = cut.before.value(1) if cut.before.has(1) else ""
         sizes, axis = self.sizes(cut.node, shape, split), cut.before.axis()
@@ -123,7 +123,7 @@ class SplitToSequence(Sequence):
             cut.set_input(1, np.asarray(new, np.int64))
 
     def infer(self, node: Node, shapes: list[Any], values: list[Any]) -> list[Any]:
-        """The data's shape with the size of each part."""
+        """Return the data's shape with the size of each part."""
         x = shapes[0]
         sizes = self.sizes(node, x, _given(node, values, 1))
         if sizes is None:
@@ -137,7 +137,7 @@ class At(Sequence):
     """One tensor of a sequence."""
 
     def propagate(self, step: Step) -> None:
-        """That at a known position; at any other all tensors must be alike, and go together."""
+        """Pass the labels at a known position; otherwise unite all tensors, which must have equal shapes."""
         known = self.elements(step)
         if known is None:
             return
@@ -151,7 +151,7 @@ class At(Sequence):
             step.freeze(step.labels(0), "dynamic-shape", "a tensor at an unknown position of a sequence")
 
     def infer(self, node: Node, shapes: list[Any], values: list[Any]) -> list[Any]:
-        """The shape of that tensor."""
+        """Return the shape of that tensor."""
         known = shapes[0]
         if not isinstance(known, Elements) or not known:
             return [None]
@@ -170,7 +170,7 @@ class Change(Sequence):
         return [*known[:at], new, *known[at:]] if inserts else [*known[:at], *known[at + 1 :]]
 
     def propagate(self, step: Step) -> None:
-        """The labels of those that are there."""
+        """Insert or remove the labels of one tensor."""
         known, inserts = self.elements(step), step.node.op == "SequenceInsert"
         new, i = (step.labels(1), 2) if inserts else ((), 1)
         value = step.value(i) if step.has(i) else ""
@@ -182,7 +182,7 @@ class Change(Sequence):
             step.table.set_sequence(step.node.outputs[0], after)
 
     def infer(self, node: Node, shapes: list[Any], values: list[Any]) -> list[Any]:
-        """The shapes of those that are there."""
+        """Insert or remove the shape of one tensor."""
         inserts = node.op == "SequenceInsert"
         if not isinstance(shapes[0], Elements):
             return [None]
@@ -192,10 +192,10 @@ class Change(Sequence):
 
 
 class Concat(Sequence):
-    """ConcatFromSequence: its tensors one behind the other, or along a new axis."""
+    """ConcatFromSequence: concatenation along an axis, or stacking along a new axis."""
 
     def propagate(self, step: Step) -> None:
-        """As Concat; along a new axis they meet position by position."""
+        """Propagate as Concat; along a new axis, unite the tensors position by position."""
         known = self.elements(step)
         shapes = [] if known is None else [shape for _, shape in known if shape is not None and None not in shape]
         if known is None or not known or len(shapes) != len(known):
@@ -210,7 +210,7 @@ class Concat(Sequence):
         step.set(0, insert_axis(labels, step.axis(0, rank + 1)))
 
     def infer(self, node: Node, shapes: list[Any], values: list[Any]) -> list[Any]:
-        """The sum of the sizes along the axis, or a new axis as long as the sequence."""
+        """Return the sum of the sizes along the axis, or a new axis of the sequence's length."""
         known = shapes[0]
         if not isinstance(known, Elements) or not known or None in known:
             return [None]

@@ -1,4 +1,4 @@
-"""Shapes of outputs for operators that onnx has no inference for: broadcasting, products, sliding windows."""
+"""Output shapes for operators that onnx has no inference for: broadcasting, products, sliding windows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from onnxprune.labels.algebra import Shape
 
 
 def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:
-    """numpy's broadcasting; a size that depends on data gives way to a known one other than 1. None where unknown, or
-    where shapes do not fit.
+    """Broadcast shapes by numpy's rules; a known size other than 1 takes precedence over one that depends on data.
+
+    Returns:
+        The shape; None where a shape is unknown, or where shapes do not fit.
     """
     if not shapes or any(s is None for s in shapes):
         return None
@@ -27,7 +29,7 @@ def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:
 
 
 def window_sizes(sizes: Shape, kernel: Shape, attrs: Mapping[str, Any]) -> Shape:
-    """Spatial sizes after a convolution or pooling window slid over ``sizes``, by ONNX's attributes."""
+    """Return the spatial sizes after a convolution or pooling window slides over ``sizes``, by ONNX's attributes."""
     rank = len(sizes)
     strides, dilations = attrs.get("strides") or [1] * rank, attrs.get("dilations") or [1] * rank
     pads, mode = attrs.get("pads") or [0] * (2 * rank), attrs.get("auto_pad", "NOTSET")
@@ -45,7 +47,7 @@ def window_sizes(sizes: Shape, kernel: Shape, attrs: Mapping[str, Any]) -> Shape
 
 
 def product(a: Shape | None, b: Shape | None, terms: tuple[str, str, str]) -> Shape | None:
-    """Shape of ``einsum`` over two operands with subscripts (left, right, output); batch letters broadcast.
+    """Return the shape of ``einsum`` over two operands with subscripts (left, right, output); batch letters broadcast.
 
     None where a shape is not known, or where they do not fit.
     """

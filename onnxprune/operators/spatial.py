@@ -20,7 +20,7 @@ class Local(Rule):
     """Batch and channel labels pass, spatial axes keep their size."""
 
     def propagate(self, step: Step) -> None:
-        """Fix what is spatial."""
+        """Freeze the spatial axes."""
         labels = step.labels(0)
         whole = step.node.op.startswith("Global")
         for axis in range(2, len(step.shape(0))):
@@ -30,7 +30,7 @@ class Local(Rule):
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
-        """As many positions as windows fit, or one."""
+        """Return the number of windows along every spatial axis, or 1."""
         x = shapes[0]
         if node.op.startswith("Global"):
             return [(*x[:2], *(1,) * (len(x) - 2))]
@@ -39,13 +39,13 @@ class Local(Rule):
 
 
 class Resize(Rule):
-    """Resize and Upsample: axes whose positions all stay where they are pass."""
+    """Resize and Upsample: axes without resampling pass."""
 
     operands = (1, 2, 3)
     targets = (3,)
 
     def _moved(self, step: Step) -> list[int]:
-        """Axes along which positions may move: sampled anew, cropped, or of a size that follows from another's."""
+        """Return axes whose positions may move: resampled, cropped, or of a size derived from another axis."""
         rank = len(step.shape(0))
         chosen = [int(a) % rank for a in step.attr("axes") or range(rank)]
         if step.has(3) and step.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
@@ -62,7 +62,7 @@ class Resize(Rule):
 
     @staticmethod
     def _where(axes: list[int], values: NDArray[Any] | None, wanted: list[float]) -> list[int]:
-        """Axes whose value is another than the wanted one; all of them where values are not known."""
+        """Return axes whose value differs from the wanted one; all of them where values are not known."""
         if values is None or values.size != len(wanted):
             return axes
         return [a for a, x, y in zip(axes, values.ravel().tolist(), wanted, strict=True) if x != y]
@@ -78,14 +78,14 @@ class Resize(Rule):
         return step.table.facts.static_value(step.node.inputs[i]) if step.has(i) else None
 
     def propagate(self, step: Step) -> None:
-        """Fix the axes along which positions move."""
+        """Freeze the axes whose positions move."""
         labels: Labels = step.labels(0)
         for axis in self._moved(step):
             labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} changes this axis")
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
-        """Sizes, when they are the operand, name the new number of channels."""
+        """Write the new number of channels into the sizes, where they are the operand."""
         if not cut.before.has(3) or cut.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
             return
         sizes, axes, new = cut.value(3), cut.attr("axes"), cut.out_shape()
@@ -95,10 +95,10 @@ class Resize(Rule):
 
 
 class GridSample(Rule):
-    """Samples positions; the grid of positions keeps its size."""
+    """Sampling at given positions; the grid of positions keeps its size."""
 
     def propagate(self, step: Step) -> None:
-        """Channels of input 0 pass."""
+        """Pass the channels of input 0."""
         labels = step.labels(0)
         for axis in (0, *range(2, len(step.shape(0)))):
             labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} samples this axis")
@@ -106,10 +106,10 @@ class GridSample(Rule):
 
 
 class RoiAlign(Rule):
-    """Regions replace the batch; channels pass."""
+    """Crops of regions, which replace the batch; channels pass."""
 
     def propagate(self, step: Step) -> None:
-        """Only channels pass."""
+        """Pass the channels alone."""
         labels = step.labels(0)
         for axis in (0, *range(2, len(step.shape(0)))):
             labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} samples this axis")
@@ -117,10 +117,10 @@ class RoiAlign(Rule):
 
 
 class Blocks(Rule):
-    """Channels and pixels are laid out anew, in blocks."""
+    """Rearrangement between channels and pixels, in blocks."""
 
     def parts(self, step: Step) -> tuple[Labels, Ids | None]:
-        """Labels of the batch, which pass, and the atoms of the channels."""
+        """Return the labels of the batch, which pass, and the atoms of the channels."""
         why = "blocks of channels and positions of this axis change places"
         labels = step.drop_all_but(step.labels(0), (0, 1), "spatial", why)
         if any(x.is_grid for x in labels):
@@ -129,17 +129,17 @@ class Blocks(Rule):
         return tuple(x for x in labels if x.axes == (0,)), ids
 
     def state(self, step: Step, batch: Labels, out: Ids) -> None:
-        """The output's labels from those of its channels."""
+        """Set the output's labels from those of its channels."""
         step.set(0, (*batch, along(out, 1, len(step.out_shape()))))
 
 
 class DepthToSpace(Blocks):
-    """Blocks of channels become pixels: the channels of one block go together. Modes DCR and CRD."""
+    """Blocks of channels become pixels: the channels of one block are tied. Modes DCR and CRD."""
 
     chooses = True
 
     def propagate(self, step: Step) -> None:
-        """Tie the block's channels; the output has one atom per block."""
+        """Tie the channels of a block; the output has one atom per block."""
         batch, ids = self.parts(step)
         if ids is None:
             step.set(0, batch)
@@ -154,12 +154,12 @@ class DepthToSpace(Blocks):
 
 
 class SpaceToDepth(Blocks):
-    """Blocks of pixels become channels: every channel appears once per position in the block."""
+    """Blocks of pixels become channels: every channel occurs once per position in the block."""
 
     chooses = True
 
     def propagate(self, step: Step) -> None:
-        """The output repeats the atoms, block after block."""
+        """Repeat the atoms in the output, block after block."""
         batch, ids = self.parts(step)
         if ids is None:
             step.set(0, batch)
@@ -168,7 +168,7 @@ class SpaceToDepth(Blocks):
 
 
 class Largest(Local):
-    """The largest value of all positions."""
+    """Maximum over all positions."""
 
     chooses = True
 
@@ -189,12 +189,12 @@ register("", "DepthToSpace", rule=DepthToSpace())
 register("", "SpaceToDepth", rule=SpaceToDepth())
 
 
-# What a MaxPool's positions pass through as they are; spatial axes may be sliced.
+# Operators that pass a MaxPool's positions unchanged; spatial axes may be sliced.
 _PASSING = ("Identity", "Slice")
 
 
 def pooled_from(graph: Graph, name: str) -> Node | None:
-    """The MaxPool that positions come from, where nothing but slices lies between."""
+    """Return the MaxPool that produces positions, through slices alone."""
     for _ in range(16):
         node = graph.producer.get(name)
         if node is None or node.domain:
@@ -208,12 +208,12 @@ def pooled_from(graph: Graph, name: str) -> Node | None:
 
 
 class MaxPool(Local):
-    """Pooling that may say where the largest values were: positions in the whole tensor, all channels counted."""
+    """Max pooling with optional positions of the maxima, flat indices into the whole tensor including channels."""
 
     chooses = True
 
     def propagate(self, step: Step) -> None:
-        """Positions have the channels of the data where they only serve to put values back, or as differences."""
+        """Pass the labels; the positions have the data's channels if they only feed MaxUnpool or differences."""
         labels = step.labels(0)
         for axis in range(2, len(step.shape(0))):
             labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} works along this axis")
@@ -224,7 +224,7 @@ class MaxPool(Local):
         step.set(1, labels)
 
     def _serves(self, graph: Graph, name: str, data: str) -> bool:
-        """Whether nobody sees the positions themselves: as numbers they count channels that may go."""
+        """Return whether no consumer reads the positions as numbers, which depend on the number of channels."""
         if name in graph.outputs or name in graph.captured:
             return False
         return all(self._reads(graph, node, i, data) for node, i in graph.consumers.get(name, ()))
@@ -234,19 +234,19 @@ class MaxPool(Local):
             return False
         if node.op == "MaxUnpool":
             return i == 1
-        if node.op == "Sub":  # of positions in the same tensor channels cancel
+        if node.op == "Sub":  # in a difference of positions in the same tensor channels cancel
             sources = [pooled_from(graph, n) for n in node.inputs]
             return all(s is not None and s.inputs[0] == data for s in sources)
         return node.op in _PASSING and i == 0 and self._serves(graph, node.outputs[0], data)
 
 
 class MaxUnpool(Rule):
-    """Values put back to where a MaxPool found them."""
+    """Values scattered to the positions that a MaxPool reported."""
 
     operands = targets = (2,)
 
     def propagate(self, step: Step) -> None:
-        """Values and positions share their channels, where the result has those that the pooled tensor had."""
+        """Unite the channels of values and positions, where the result has the shape of the pooled tensor."""
         values, positions = step.labels(0), step.labels(1)
         pool = pooled_from(step.table.graph, step.node.inputs[1])
         source = None if pool is None or step.table.graph.producer[step.node.inputs[1]] is not pool else pool.inputs[0]
@@ -265,13 +265,13 @@ class MaxUnpool(Rule):
         step.set(0, broadcast(step.atoms, [(labels, shape) for labels in parts], len(shape), step.reason))
 
     def rewrite(self, cut: Cut) -> None:
-        """The shape of the result, where it is an operand."""
+        """Write the new shape of the result, where it is an operand."""
         target = cut.value(2) if cut.before.has(2) else None
         if cut.before.has(2) and (target is None or tuple(target.tolist()) != cut.out_shape()):
             cut.set_target(2, cut.out_shape())
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """As stated, else the smallest shape that the windows cover."""
+        """Return the given shape, else the smallest shape that the windows cover."""
         x, attrs = shapes[0], node.attrs
         if len(node.inputs) > 2 and node.inputs[2]:
             return [None if values[2] is None else tuple(int(n) for n in values[2])]
@@ -285,12 +285,12 @@ class MaxUnpool(Rule):
 
 
 class Col2Im(Rule):
-    """Columns [N, C * block, L] added up into an image [N, C, ...]: a channel goes with its whole block."""
+    """Columns [N, C * block, L] summed into an image [N, C, ...]: a channel is pruned with its whole block."""
 
     operands = (1, 2)
 
     def propagate(self, step: Step) -> None:
-        """The block of a channel is a row, whose cells go together."""
+        """Tie the cells of a channel's block, a row of the grid."""
         labels, block = step.labels(0), step.value(2)
         labels = step.drop_axis(labels, 2, "spatial", "Col2Im adds up along this axis")
         label = covering(labels, 1)
@@ -306,7 +306,7 @@ class Col2Im(Rule):
         step.set(0, (Label(grid[:, 0].reshape(1, -1, *(1,) * (rank - 2)), 1),))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """[N, C, ...], where the image and the block are known."""
+        """Return shape [N, C, ...], where the image and the block are known."""
         x, image, block = shapes[0], values[1], values[2]
         if x is None or x[1] is None or image is None or block is None:
             return [None]
@@ -314,16 +314,16 @@ class Col2Im(Rule):
 
 
 class AffineGrid(Rule):
-    """A grid of positions of an image [N, C, ...], of whose sizes it reads all but the channels."""
+    """A grid of positions of an image [N, C, ...]; it reads the image's sizes except that of the channels."""
 
     operands = (1,)
 
     def propagate(self, step: Step) -> None:
-        """Matrices keep their numbers; the result has no channels."""
+        """Freeze the matrices; the result has no channels."""
         step.freeze(step.labels(0), "fixed-size", "AffineGrid takes every number of its matrices")
 
     def rewrite(self, cut: Cut) -> None:
-        """Sizes other than that of channels stay what they were."""
+        """Keep the sizes other than that of the channels."""
         old, new = cut.before.table.facts.value(cut.node.inputs[1]), cut.value(1)
         if old is None or new is None:
             cut.fail("the size of the image is not known")
@@ -332,7 +332,7 @@ class AffineGrid(Rule):
 
 
 class CenterCropPad(Rule):
-    """The middle of some axes, or zeros around them."""
+    """The centre of some axes, or zeros around them."""
 
     operands = targets = (1,)
 
@@ -342,7 +342,7 @@ class CenterCropPad(Rule):
         return [int(a) % rank for a in step.attr("axes", range(rank))]
 
     def propagate(self, step: Step) -> None:
-        """Axes that keep their size pass."""
+        """Pass the axes that keep their size."""
         labels, after = step.labels(0), step.out_shape()
         for axis in self._axes(step):
             if after[axis] != step.shape(0)[axis] or step.table.facts.varies(step.node.outputs[0], axis):
@@ -350,13 +350,13 @@ class CenterCropPad(Rule):
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
-        """The sizes that are stated follow."""
+        """Update the size operand."""
         target, sizes = [cut.out_shape()[a] for a in self._axes(cut.before)], cut.value(1)
         if None not in target and (sizes is None or sizes.ravel().tolist() != target):
             cut.set_target(1, target)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """The sizes stated, the data's on the other axes."""
+        """Return the given sizes, and the data's on the other axes."""
         x, sizes = shapes[0], values[1]
         if x is None or sizes is None:
             return [None]
