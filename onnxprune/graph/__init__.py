@@ -1,3 +1,3 @@
-"""The graph of a model: its view, what is known of shapes and values, what layers cost, and exact preparations."""
+"""The graph of a model: its view, known shapes and values, costs of layers, and exact preparations."""
 
 from __future__ import annotations

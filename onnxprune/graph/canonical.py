@@ -1,11 +1,11 @@
 """Exact preparations before the analysis: fold weights, hoist selections, unshare constants.
 
-``Reshape [.., 3*H*D] -> [.., 3, H, D]``, movement, then one Gather per part equals one Split of the flat axis, then
-for every part a Reshape to ``[.., 1, H, D]`` and the same movement: positions ``i:j`` of the outermost factor of an
+A Reshape ``[.., 3*H*D] -> [.., 3, H, D]``, movement, and one Gather per part equal one Split of the flat axis followed,
+for every part, by a Reshape to ``[.., 1, H, D]`` and the same movement: positions ``i:j`` of the outermost factor of an
 axis are its positions ``i*stride:j*stride``.
 
-A constant that holds one value everywhere may take any size, so every reader gets a copy of its own before labels are
-pushed; copies that a cut leaves alone are joined again.
+A constant of one repeated value may take any size, so every reader gets its own copy before labels are propagated;
+copies that pruning did not change are joined again.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.operators.operands import slice_of
 from onnxprune.operators.registry import Move, rule_of
 
-# Weights pass through few operators before use; a longer way leads to an activation.
+# Weights pass through few operators before use; a longer chain leads to an activation.
 _DEEPEST = 12
 
 
 def weight_of(graph: Graph, name: str, depth: int = _DEEPEST) -> NDArray[Any] | None:
-    """The value of a weight that comes through a chain of small operators (Transpose, DequantizeLinear); else None."""
+    """Return the value of a weight behind a chain of small operators (Transpose, DequantizeLinear); else None."""
     if name in graph.weights:
         return graph.weights[name].read()
     node = graph.producer.get(name)
@@ -60,8 +60,8 @@ _FEW = 1 << 12
 class Fold:
     """A node whose outputs became weights.
 
-    ``nodes``: it and all that it was computed by; ``folded``: its outputs, as weights; ``sources``: the weights of the
-    original that went into it; ``operand``: whether no layer multiplies with it.
+    ``nodes``: the node and all nodes that it depends on; ``folded``: its outputs, as weights; ``sources``: the weights
+    of the original that it was computed from; ``operand``: whether no layer multiplies with it.
     """
 
     nodes: tuple[Node, ...]
@@ -71,11 +71,11 @@ class Fold:
 
 
 def fold(graph: Graph) -> tuple[Graph, list[Fold]]:
-    """The graph with computed weights in place of their computations, and what was done; the same graph if nothing was.
+    """Replace computed weights by their values; return the graph and the folds, the same graph if there are none.
 
-    Only floating numbers are folded that a contraction reads, or that others read and no label would come to; only
-    where computing takes part, and only where the model does not grow by much. What a body reads, what is an output
-    and what a caller may override stays.
+    Folded are floats that a contraction reads, or that other operators read where no label would reach them; only where
+    arithmetic takes part, and only where the model does not grow by much. Tensors that bodies read, outputs and
+    initializers that a caller may override are not folded.
     """
     if not has_bare_initializers(graph.proto):
         return graph, []
@@ -101,7 +101,7 @@ def fold(graph: Graph) -> tuple[Graph, list[Fold]]:
 
 
 def _constant(graph: Graph) -> set[str]:
-    """Tensors that are computed from weights alone."""
+    """Return the tensors that are computed from weights alone."""
     known: set[str] = set()
     for node in graph.steps:
         if node.domain or not node.inputs or not all(not n or n in known or n in graph.weights for n in node.inputs):
@@ -112,8 +112,9 @@ def _constant(graph: Graph) -> set[str]:
 
 
 def _operands(graph: Graph, constant: set[str]) -> Iterator[Node]:
-    """The last nodes of what is computed from weights alone and read beside data, such as positions that are added,
-    where no labels would get there.
+    """Yield the last nodes of weight-only computations that are read beside data where no labels would reach them.
+
+    An example is positions that are added to data.
     """
     hidden: set[str] = set()
     values: dict[str, Array] = {}
@@ -134,8 +135,9 @@ def _operands(graph: Graph, constant: set[str]) -> Iterator[Node]:
 
 
 def _hides(graph: Graph, node: Node) -> bool:
-    """Whether what an operator gives has no labels although it was computed from weights: indices that become numbers,
-    anything that mixes what it reads.
+    """Return whether an operator's output has no labels although weights alone determine it.
+
+    Such operators turn indices into numbers, or mix the elements that they read.
     """
     rule = rule_of(node)
     if rule.makes_labels and node.op == "ConstantOfShape":
@@ -147,7 +149,10 @@ def _hides(graph: Graph, node: Node) -> bool:
 
 
 def _weights(graph: Graph, constant: set[str]) -> Iterator[Node]:
-    """The last node before a contraction that does more than move its weight; its data must be no constant too."""
+    """Yield the last node before a contraction that computes its weight rather than moving it.
+
+    Its data are not constant.
+    """
     for node in graph.steps:
         rule = rule_of(node)
         if not rule.weights or node.outputs[0] in constant:
@@ -161,25 +166,25 @@ def _weights(graph: Graph, constant: set[str]) -> Iterator[Node]:
 
 
 def hands_on(node: Node) -> bool:
-    """Whether an operator may stand between a folded weight and what contracts with it: every value arrives there."""
+    """Return whether an operator may stand between a folded weight and its contraction: every value passes through."""
     moves = rule_of(node).moves
     return moves is not None and moves.keeps_all
 
 
 def _codes(node: Node) -> bool:
-    """Whether an operator makes codes of numbers or numbers of codes: dequantised weights must stay in their codes."""
+    """Return whether an operator converts between codes and numbers: dequantised weights must keep their codes."""
     rule = rule_of(node)
     return rule.encodes or rule.decodes
 
 
 def _moved(node: Node) -> bool:
-    """Whether labels are pushed through an operator as they are, so that there is nothing to fold."""
+    """Return whether labels pass through an operator unchanged, so that folding is not needed."""
     rule = rule_of(node)
     return rule.encodes or rule.moves not in (None, Move.REPEAT)
 
 
 def _mixes(graph: Graph, node: Node) -> bool:
-    """Whether a reshape of a stored weight merges axes or splits one: labels of single axes do not survive that."""
+    """Return whether a reshape of a stored weight merges or splits axes: labels of single axes do not survive that."""
     if rule_of(node).moves is not Move.SHAPE or node.inputs[0] not in graph.weights:
         return False
     operands = [graph.weights[n].read() for n in node.inputs[1:] if n in graph.weights]
@@ -192,7 +197,7 @@ def _mixes(graph: Graph, node: Node) -> bool:
 
 
 def _region(graph: Graph, end: Node) -> tuple[Node, ...]:
-    """``end`` and everything that it is computed by, in graph order; Constant nodes count as weights."""
+    """Return ``end`` and every node that it depends on, in graph order; Constant nodes count as weights."""
     found = {end.index: end}
     queue = [end]
     while queue:
@@ -227,7 +232,7 @@ def _fold(graph: Graph, end: Node, operand: bool) -> Fold | None:
 
 
 def _evaluate(graph: Graph, nodes: tuple[Node, ...]) -> dict[str, Array] | None:
-    """Values of every tensor of a region, or None where a node cannot be evaluated."""
+    """Return values of every tensor of a region, or None where a node cannot be evaluated."""
     values: dict[str, Array] = {}
     for node in nodes:
         results = _results(graph, node, values)
@@ -238,12 +243,12 @@ def _evaluate(graph: Graph, nodes: tuple[Node, ...]) -> dict[str, Array] | None:
 
 
 def _few(graph: Graph, name: str) -> bool:
-    """Whether a weight has few numbers."""
+    """Return whether a weight has few elements."""
     return name in graph.weights and math.prod(graph.weights[name].shape) <= _FEW
 
 
 def _results(graph: Graph, node: Node, values: dict[str, Array]) -> dict[str, Array] | None:
-    """What a node makes of values and weights, by name; None where it cannot be evaluated."""
+    """Evaluate a node on values and weights; return its outputs by name, None where it cannot be evaluated."""
     if node.op in ("Shape", "Size") and node.inputs[0] in graph.weights:
         # Only the sizes matter, however large it is.
         results = evaluate(node, [np.broadcast_to(np.zeros((), np.int8), graph.weights[node.inputs[0]].shape)])
@@ -265,7 +270,7 @@ def _results(graph: Graph, node: Node, values: dict[str, Array]) -> dict[str, Ar
 
 
 def _gone(graph: Graph, folds: dict[int, Fold]) -> set[int]:
-    """Indices of nodes that nothing needs once the folded outputs are weights; Constant nodes included."""
+    """Return indices of nodes without readers once the folded outputs are weights; Constant nodes included."""
     held = graph.captured.union(graph.outputs)
     gone = set(folds)
     region = {n.index: n for f in folds.values() for n in f.nodes}
@@ -284,7 +289,7 @@ def _unread(graph: Graph, name: str, held: set[str], gone: set[int]) -> bool:
 
 
 def _growing(graph: Graph, folds: dict[int, Fold], gone: set[int]) -> set[int]:
-    """Folds whose weights need more room than what goes with them."""
+    """Return the folds whose weights need more room than the weights that they replace."""
     held = graph.captured.union(graph.outputs)
     claimed: set[str] = set()
     growing = set()
@@ -320,7 +325,7 @@ _MOVES = {"Transpose", "Unsqueeze", "Squeeze", "Identity"}
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """Positions ``start:stop`` taken by a node; ``scalar``: their axis is dropped."""
+    """Positions ``start:stop`` that a node selects; ``scalar``: the node drops their axis."""
 
     node: Node
     output: str
@@ -331,9 +336,9 @@ class Pick:
 
 @dataclass(frozen=True, slots=True)
 class Selections:
-    """A reshape, the movement behind it, and the selections that read the end of it.
+    """A reshape, the movement behind it, and the selections that read its end.
 
-    ``places``: where the selected axis lies in the reshape's output and behind every move; ``flat``: the axis of the
+    ``places``: position of the selected axis in the reshape's output and behind every move; ``flat``: the axis of the
     reshape's input of which it is the outermost factor.
     """
 
@@ -345,7 +350,7 @@ class Selections:
 
 
 def selections(graph: Graph, facts: Facts) -> Iterator[Selections]:
-    """All reshapes whose output is only read by selections, perhaps after movement, on one axis that was split off.
+    """Return all reshapes that split off one axis which only selections read, possibly behind movement.
 
     Interleaved forms, where the selected factor is not the outermost one of its axis, do not commute and are left out.
     """
@@ -375,20 +380,20 @@ def _find(graph: Graph, facts: Facts, node: Node, held: set[str]) -> Selections 
     if axis < 0 or any(c is None or c[0] != axis for c in chosen) or _overlap(picks):
         return None
     if graph.has_bodies and len({graph.around[n.index] for n in (node, *moves, *(p.node for p in picks))}) > 1:
-        return None  # what is put in front of one selection would not be there for another
+        return None  # a node inserted in front of one selection is not there for another
     places = _places(facts, moves, axis)
     flat = None if places is None else _flat_axis(facts, node, places[0])
     return None if places is None or flat is None else Selections(node, moves, places, picks, flat)
 
 
 def _overlap(picks: Sequence[Pick]) -> bool:
-    """Whether ranges overlap without being equal, or are empty."""
+    """Return whether ranges overlap without being equal, or are empty."""
     spans = sorted({(p.start, p.stop) for p in picks})
     return any(a >= b for a, b in spans) or any(x[1] > y[0] for x, y in pairwise(spans))
 
 
 def _picks(graph: Graph, facts: Facts, node: Node) -> tuple[int, list[Pick]] | None:
-    """(axis, selections) of a Gather, Slice or Split with constant positions along one axis."""
+    """Return (axis, selections) of a Gather, Slice or Split with constant positions along one axis."""
     shape = facts.shape(node.inputs[0])
     if shape is None or not shape or any(n and n not in graph.weights for n in node.inputs[1:]):
         return None
@@ -426,7 +431,7 @@ def _slice(facts: Facts, node: Node, shape: Sequence[Any]) -> tuple[int, list[Pi
 
 
 def _places(facts: Facts, moves: Sequence[Node], axis: int) -> list[int] | None:
-    """Where ``axis`` of the last tensor lies in the reshape's output and behind every move, in graph order."""
+    """Trace ``axis`` of the last tensor to the reshape's output and behind every move, in graph order."""
     places = [axis]
     for node in reversed(moves):
         before, after = facts.shape(node.inputs[0]), facts.shape(node.outputs[0])
@@ -439,7 +444,7 @@ def _places(facts: Facts, moves: Sequence[Node], axis: int) -> list[int] | None:
             if axes is None and len(node.inputs) > 1 and node.inputs[1]:
                 value = facts.static_value(node.inputs[1])
                 axes = None if value is None else value.ravel().tolist()
-            if axes is None:  # a Squeeze of whatever has size 1 would take a part's axis too
+            if axes is None:  # a Squeeze of all axes of size 1 would drop a part's axis too
                 return None
             rank = max(len(before), len(after))
             moved = {a % rank for a in axes}
@@ -455,7 +460,10 @@ def _places(facts: Facts, moves: Sequence[Node], axis: int) -> list[int] | None:
 
 
 def _flat_axis(facts: Facts, reshape: Node, axis: int) -> int | None:
-    """The input axis whose outermost factor is ``axis`` of the output, at every probe; None where there is none."""
+    """Return the input axis whose outermost factor is ``axis`` of the output, at every probe.
+
+    None where there is none.
+    """
     found: set[int | None] = set()
     for probe in facts.probes:
         before, after = probe.shapes.get(reshape.inputs[0]), probe.shapes.get(reshape.outputs[0])
@@ -475,7 +483,7 @@ def _flat_axis(facts: Facts, reshape: Node, axis: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What took the place of a selection: ``view`` is the output of its own reshape, ``size`` its share of the axis."""
+    """Replacement of a selection: ``view`` is the output of its own reshape, ``size`` its share of the axis."""
 
     view: str
     size: int
@@ -483,14 +491,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Hoist:
-    """What was replaced by what.
+    """A hoisted selection: the original nodes and their replacements.
 
     Attributes:
         nodes: the original reshape, movement and selections, in graph order.
         split: first output of the new split.
-        made: every tensor that only exists since.
-        axis, rank: the parts' axis in the reshape's output, and that one's rank.
-        sizes: of the split's parts, in steps of ``stride`` positions of the flat axis.
+        made: every tensor that the replacement added.
+        axis, rank: the parts' axis in the reshape's output, and the rank of that output.
+        sizes: sizes of the split's parts, in steps of ``stride`` positions of the flat axis.
         literal: whether the original target states the size of the parts' axis as a constant.
     """
 
@@ -511,9 +519,9 @@ class Hoist:
 
 
 def hoist(graph: Graph, facts: Facts) -> tuple[Graph, list[Hoist]]:
-    """The graph with selections hoisted and what was done; the same graph if nothing was.
+    """Hoist selections in front of reshapes; return the graph and the replacements, the same graph if there are none.
 
-    Outputs of the selections keep their names; ``facts`` learn the tensors that are new.
+    Outputs of the selections keep their names; ``facts`` are extended by the new tensors.
     """
     if graph.opsets.get("", 1) < 7:
         return graph, []
@@ -523,7 +531,7 @@ def hoist(graph: Graph, facts: Facts) -> tuple[Graph, list[Hoist]]:
 
 
 class _Build:
-    """New nodes and constants, and what is known of them."""
+    """New nodes and constants, with their known shapes and values."""
 
     def __init__(self, graph: Graph, facts: Facts) -> None:
         self._graph, self._facts = graph, facts
@@ -533,7 +541,7 @@ class _Build:
         self._nodes: dict[int, list[onnx.NodeProto]] = {}
 
     def replace(self, found: Selections) -> Hoist | None:
-        """Make the parts of one reshape; None where its target cannot be stated for a part."""
+        """Build the parts of one reshape; None where its target cannot be stated for a part."""
         reshape, axis = found.reshape, found.places[0]
         source, target = reshape.inputs[:2]
         whole = self._facts.shape(reshape.outputs[0])[axis]
@@ -557,7 +565,7 @@ class _Build:
         return done
 
     def _part(self, found: Selections, pick: Pick, name: str, nodes: list[onnx.NodeProto], made: set[str]) -> Part:
-        """One part's own reshape, movement and, for a scalar selection, the squeeze of its axis."""
+        """Build one part's own reshape, movement and, for a scalar selection, the squeeze of its axis."""
         size = pick.stop - pick.start
         steps = [found.reshape, *found.moves]
         target = self._target(found.reshape, found.places[0], size, nodes, made)
@@ -581,7 +589,7 @@ class _Build:
         return Part(view, size)
 
     def _can_state(self, reshape: Node, axis: int) -> bool:
-        """Whether replacing one entry of the target gives every part's shape: no 0 in it copies the flat axis."""
+        """Return whether replacing one entry of the target gives every part's shape: no 0 copies the flat axis."""
         name = reshape.inputs[1]
         for probe in self._facts.probes:
             value = probe.values.get(name)
@@ -619,7 +627,7 @@ class _Build:
         return result
 
     def _is_literal(self, target: str, axis: int) -> bool:
-        """Whether that entry of a target is a constant: one of the weights, or a constant piece of a Concat."""
+        """Return whether that entry of a target is a constant: one of the weights, or a constant piece of a Concat."""
         if target in self._graph.weights:
             return True
         node = self._graph.producer.get(target)
@@ -647,7 +655,7 @@ class _Build:
         return onnx.helper.make_node("Squeeze", [source, axes], [output], name=f"{label}_squeeze")
 
     def _learn(self, name: str, like: str, axis: int, size: int) -> None:
-        """``name`` is like another tensor but for one size."""
+        """Record the facts of ``name``: those of another tensor but for one size."""
         for probe in self._facts.probes:
             shape = probe.shapes[like]
             probe.shapes[name] = (*shape[:axis], size, *shape[axis + 1 :])
@@ -672,7 +680,7 @@ class _Build:
         return name
 
     def graph(self, done: Sequence[Hoist]) -> Graph:
-        """The new graph; constants that only the replaced nodes read stay, for they may come back."""
+        """Return the new graph; constants that only the replaced nodes read stay, since restoring may need them."""
         graph = self._graph
         gone = {n.index for h in done for n in h.nodes}
         model = onnx.ModelProto()
@@ -699,10 +707,10 @@ _LIMIT = 1 << 16
 
 
 def unshare(graph: Graph) -> tuple[Graph, dict[str, str]]:
-    """The graph with uniform constants unshared, and {copy: constant it was copied from}.
+    """Copy uniform constants for each reader; return the graph and {copy: constant that it was copied from}.
 
-    Only initializers with more than one reader and at most 65,536 elements are looked at, and none of 64-bit integers:
-    those are shapes and axes.
+    Candidates are initializers with more than one reader and at most 65,536 elements, except 64-bit integers, which are
+    shapes and axes.
     """
     initializers = {t.name for t in graph.proto.graph.initializer}
     shared = [name for name in graph.weights if name in initializers and _is_shared(graph, name)]
@@ -736,7 +744,7 @@ def _is_shared(graph: Graph, name: str) -> bool:
 
 
 def rejoin(proto: onnx.ModelProto, weights: dict[str, Weight], copies: dict[str, str]) -> None:
-    """Join what has the same size again after a cut; ``proto`` and ``weights`` change."""
+    """Join copies of equal size again after pruning; ``proto`` and ``weights`` are changed in place."""
     first: dict[tuple[str, tuple[int, ...]], str] = {}
     back: dict[str, str] = {}
     for name in (*dict.fromkeys(copies.values()), *copies):

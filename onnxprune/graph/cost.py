@@ -1,4 +1,4 @@
-"""What a layer costs: parameters (elements of its weights) and multiply-accumulates at the probe shape."""
+"""Costs of layers: parameters (elements of their weights) and multiply-accumulates at the probe shape."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ ShapeOf = Callable[[str], Any]
 
 
 def macs(node: Node, shape: ShapeOf) -> Any:
-    """Multiply-accumulates of one node; 0 for operators that do not contract or whose shapes are not known.
+    """Count the multiply-accumulates of one node; 0 for operators without contraction or of unknown shapes.
 
-    Sizes in ``shape`` may be arrays that broadcast, for many cuts at once: so is the result. What lies in the body of a
-    Loop or Scan counts as often as it runs, once where the sizes do not say how often; both branches of an If count.
+    Sizes in ``shape`` may be arrays that broadcast, one entry per candidate, and then the result is such an array.
+    Nodes in the body of a Loop or Scan count as often as it runs, once where the sizes do not determine how often; both
+    branches of an If count.
     """
     if not node.outputs:
         return 0
@@ -24,28 +25,28 @@ def macs(node: Node, shape: ShapeOf) -> Any:
 
 
 def known(shape: Any) -> bool:
-    """Whether a shape and all of its sizes are known."""
+    """Return whether a shape and all of its sizes are known."""
     return shape is not None and all(n is not None for n in shape)
 
 
 def _known(names: list[str], shape: ShapeOf) -> list[Any]:
-    """Shapes of tensors, None for those that are absent or not known in full."""
+    """Return shapes of tensors, None for those that are absent or not fully known."""
     shapes = [shape(name) if name else None for name in names]
     return [s if known(s) else None for s in shapes]
 
 
 def multiplies(node: Node) -> bool:
-    """Whether an operator multiplies data with what may be weights of the model."""
+    """Return whether an operator multiplies data with operands that may be weights of the model."""
     return bool(rule_of(node).weights)
 
 
 def is_layer(node: Node, graph: Graph) -> bool:
-    """Whether a node contracts with a weight of the model, directly or through a short chain (dequantisation)."""
+    """Return whether a node contracts with a weight of the model, directly or by a short chain (dequantisation)."""
     return weight_position(node, graph) is not None
 
 
 def weight_position(node: Node, graph: Graph) -> int | None:
-    """Position of the weight that a layer's data are multiplied with, the last of several; None for other nodes."""
+    """Return the position of the weight that multiplies a layer's data, the last of several; None for other nodes."""
     inputs = node.inputs
     for i in reversed(rule_of(node).weights):
         if i < len(inputs) and inputs[i] and constant_source(graph, inputs[i]) is not None:
@@ -54,7 +55,7 @@ def weight_position(node: Node, graph: Graph) -> int | None:
 
 
 def constant_source(graph: Graph, name: str, depth: int = 6) -> str | None:
-    """The weight that a tensor is made of by single-input operators, or None where it is an activation."""
+    """Return the weight behind a tensor through single-input operators, or None where it is an activation."""
     for _ in range(depth):
         if name in graph.weights:
             return name if graph.weights[name].shape else None
@@ -68,13 +69,13 @@ def constant_source(graph: Graph, name: str, depth: int = 6) -> str | None:
 
 
 def layer_weights(node: Node, graph: Graph) -> list[str]:
-    """Names of the weights that a layer reads."""
+    """Return the names of the weights that a layer reads."""
     found = [constant_source(graph, name) for name in node.inputs if name]
     return list(dict.fromkeys(name for name in found if name is not None))
 
 
 def out_channels(node: Node, graph: Graph, shape: ShapeOf) -> int:
-    """How many channels a layer makes; 0 where that is not known."""
+    """Return the number of a layer's output channels; 0 where it is not known."""
     weight = weight_position(node, graph)
     if weight is None:
         return 0
@@ -84,7 +85,7 @@ def out_channels(node: Node, graph: Graph, shape: ShapeOf) -> int:
 
 
 def channel_axis(node: Node, graph: Graph, shape: ShapeOf) -> int | None:
-    """Axis of a layer's output along which its channels lie, None where there is none."""
+    """Return the axis of a layer's output along which its channels lie, None where there is none."""
     weight, out = weight_position(node, graph), shape(node.outputs[0]) if node.outputs[0] else None
     if weight is None or not out:
         return None

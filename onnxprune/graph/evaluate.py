@@ -1,6 +1,6 @@
 """Evaluate one node on known small values: shape arithmetic, index tables, scalars.
 
-Rules compute the frequent operators with numpy; the others go through onnx's reference evaluator.
+Rules compute the frequent operators with numpy; onnx's reference evaluator computes the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnxprune.graph.shapes import output_shapes
 from onnxprune.graph.view import CONTROL, Node
 from onnxprune.operators.registry import rule_of
 
-# Before opset 13 these ran over all axes from theirs on, which the evaluator does not know.
+# Before opset 13 these flattened all axes from theirs on, which the evaluator does not implement.
 _COERCING = {"Softmax", "LogSoftmax", "Hardmax"}
 
 Values = list["np.ndarray | None"]
@@ -33,13 +33,13 @@ RANDOM = {
 }
 
 
-# What is computed may have so many elements, or so many times those that it is computed from.
+# Limits on the elements of a result: absolute, and as a multiple of the elements of its inputs.
 _MOST, _TIMES = 1 << 22, 16
-_OPERAND = 1 << 10  # elements of what may say a shape
+_OPERAND = 1 << 10  # elements of a tensor that may hold a shape
 
 
 def _elements(node: Node, values: Values) -> int:
-    """How many elements a node would give, by what it is told; 0 where it gives no more than it gets."""
+    """Estimate the elements of a node's outputs from its operands; 0 where they do not exceed those of its inputs."""
     moves = rule_of(node).moves
     if moves is not None and moves.keeps_all:
         return 0
@@ -48,7 +48,7 @@ def _elements(node: Node, values: Values) -> int:
 
 
 def _inferred_elements(node: Node, values: Values) -> int:
-    """What onnx infers of a node; where that is nothing, the largest number that the node reads as an integer."""
+    """Estimate elements by onnx's inference; without it, by the largest number that the node reads as an integer."""
     types, data = {}, {}
     for name, value in zip(node.inputs, values, strict=True):
         if name and value is not None:
@@ -68,12 +68,12 @@ def _inferred_elements(node: Node, values: Values) -> int:
 
 
 def _largest(values: Values) -> int:
-    """The largest integer among known values."""
+    """Return the largest integer among known values."""
     return max((int(v.max()) for v in values if v is not None and v.size and v.dtype.kind in "iu"), default=0)
 
 
 def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
-    """Outputs of ``node`` on known inputs, None for an absent optional one; None where it cannot be evaluated."""
+    """Evaluate ``node`` on known inputs, None for an absent optional one; return None where it cannot be evaluated."""
     # An empty sequence is no array.
     if node.op in RANDOM or node.op in CONTROL or node.op == "SequenceEmpty":
         return None
@@ -85,14 +85,14 @@ def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
             if result is None:
                 return _reference(node, values)
             return result if isinstance(result, list) else [np.asarray(result)]
-    except Exception:  # any failure only means that the value stays unknown, which costs compression at most
+    except Exception:  # any failure leaves the value unknown, which costs compression at most
         return None
 
 
 def _reference(node: Node, values: Sequence[np.ndarray | None]) -> list[np.ndarray] | None:
     if node.domain != "" or (node.op in _COERCING and node.version < 13):
         return None
-    # A model around the node: for a lone node the evaluator takes the newest form, whatever opset it is told.
+    # A model around the node: for a lone node the evaluator takes the newest form, whatever opset it is given.
     feeds = {name: value for name, value in zip(node.inputs, values, strict=True) if name and value is not None}
     inputs, outputs = ([onnx.ValueInfoProto(name=n) for n in names] for names in (feeds, filter(None, node.outputs)))
     graph = onnx.helper.make_graph([node.proto], "node", inputs, outputs)

@@ -1,4 +1,4 @@
-"""What is known at the probe sizes: shapes, small values, and the range of every integer input."""
+"""Facts of a model at the probe sizes: shapes, small values, and the range of every integer input."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["Facts", "Infer", "Probe", "Values", "small", "study"]
 
 @dataclass(slots=True)
 class Facts:
-    """The probes of a model; the first is the one that labels are pushed through.
+    """The probes of a model; labels are propagated at the first.
 
     Attributes:
         bound: sizes of the open dimensions at every probe.
-        conflict: where the model contradicts them, if it does.
-        refused: numbers of the probes at whose sizes the model turned out not to run, though it declares them open.
+        conflict: the node at which these sizes contradict each other, if any.
+        refused: indices of the probes at whose sizes the model failed to run, though it declares them open.
     """
 
     probes: tuple[Probe, ...]
@@ -37,11 +37,11 @@ class Facts:
 
     @property
     def running(self) -> list[Probe]:
-        """The probes at whose sizes the model runs, as far as anybody tried."""
+        """Return the probes at whose sizes the model runs, as far as it was run."""
         return [probe for number, probe in enumerate(self.probes) if number not in self.refused]
 
     def elsewhere(self) -> Iterator[Probe]:
-        """Probes at sizes that no other probe has, wherever the model leaves them open; likeliest first."""
+        """Yield probes at sizes that no other probe has, wherever the model leaves them open; likeliest first."""
         if len(self.bound) < 2:
             return
         for wish in beyond(self.settler.dimensions, *self.bound):
@@ -50,20 +50,20 @@ class Facts:
                 yield found.probe
 
     def shape(self, name: str) -> Any:
-        """Shape at the first probe: a tuple with None for data-dependent sizes, or None."""
+        """Return the shape at the first probe: a tuple with None for data-dependent sizes, or None."""
         return self.probes[0].shapes.get(name)
 
     def elements(self, name: str) -> Any:
-        """Shapes of the tensors in a sequence at the first probe, None where it is not known how many they are."""
+        """Return shapes of the tensors in a sequence at the first probe, None where their number is not known."""
         found = [probe.elements.get(name) for probe in self.probes]
         return found[0] if len({None if e is None else len(e) for e in found}) == 1 else None
 
     def value(self, name: str) -> np.ndarray | None:
-        """Value at the first probe, where known."""
+        """Return the value at the first probe, where known."""
         return self.probes[0].values.get(name)
 
     def static_value(self, name: str) -> np.ndarray | None:
-        """Value where it is known and the same at every probe."""
+        """Return the value where it is known and the same at every probe."""
         value = self.value(name)
         if value is None:
             return None
@@ -74,7 +74,10 @@ class Facts:
         return value
 
     def entries(self, name: str) -> list[int | None] | None:
-        """Integers of a known operand, each None where it differs between the probes; None where it is not known."""
+        """Return integers of a known operand, each None where it differs between the probes.
+
+        None where it is not known.
+        """
         values = [probe.values.get(name) for probe in self.probes]
         first = values[0]
         if first is None or any(v is None or v.shape != first.shape for v in values):
@@ -83,24 +86,24 @@ class Facts:
         return [int(column[0]) if len(set(column)) == 1 else None for column in columns]
 
     def is_open(self, name: str) -> bool:
-        """Whether a tensor's shape differs between the probes."""
+        """Return whether a tensor's shape differs between the probes."""
         first = self.probes[0].shapes.get(name)
         return any(probe.shapes.get(name) != first for probe in self.probes[1:])
 
     def same_size(self, name: str, axis: int, other: str, other_axis: int) -> bool:
-        """Whether two axes have the same size at every probe."""
+        """Return whether two axes have the same size at every probe."""
         pairs = ((probe.shapes.get(name), probe.shapes.get(other)) for probe in self.probes)
         return all(a is not None and b is not None and a[axis] == b[other_axis] for a, b in pairs)
 
     def period(self, name: str, axis: int) -> int:
-        """The largest number that divides the size of that axis at every probe; 0 where it is not known."""
+        """Return the largest number that divides the size of that axis at every probe; 0 where it is not known."""
         shapes = [probe.shapes.get(name) or () for probe in self.probes]
         if any(len(s) != len(shapes[0]) or s[axis] is None for s in shapes):
             return 0
         return math.gcd(*(int(s[axis]) for s in shapes))
 
     def varies(self, name: str, axis: int) -> bool:
-        """Whether the size of that axis differs between the probes, i.e. is dynamic."""
+        """Return whether the size of that axis differs between the probes, i.e. is dynamic."""
         if len(self.probes) == 1:
             return False
         first, second = self.probes[0].shapes.get(name), self.probes[1].shapes.get(name)
@@ -108,11 +111,12 @@ class Facts:
 
 
 def study(graph: Graph, sizes: OpenSizes, infer: Infer | None = None) -> Facts:
-    """Shapes and values at the likeliest sizes that make sense for the graph (else at the very first).
+    """Infer shapes and values at the likeliest sizes without contradictions in the graph (else at the very first).
 
     Args:
-        sizes: of the open dimensions.
-        infer: asked where onnx has no schema.
+        graph: the model's view.
+        sizes: sizes to try for the open dimensions.
+        infer: callback that returns shapes of operators without an onnx schema.
     """
     settler = Settler(graph, sizes.dimensions, infer)
     best: tuple[Facts, Pair] | None = None
@@ -131,7 +135,7 @@ def study(graph: Graph, sizes: OpenSizes, infer: Infer | None = None) -> Facts:
 
 
 def _another(settler: Settler, facts: Facts, wishes: Iterable[dict[Key, int]]) -> Settled | None:
-    """The first of some sizes that make sense and are not those of a probe."""
+    """Return the first of some sizes that has no contradiction and differs from the probes."""
     for wish in wishes:
         found = settler.settle(wish, {}, facts.probes[0])
         if found.sizes not in facts.bound and (found.conflict is None or facts.conflict is not None):
@@ -143,9 +147,10 @@ _TABLES = {("Gather", 1), ("GatherElements", 1), ("GatherND", 1), ("OneHot", 0)}
 
 
 def integer_bounds(graph: Graph, facts: Facts) -> dict[str, tuple[int, int]]:
-    """{input: (lowest, highest)} for graph inputs that reach the index of a table by moves and constant offsets.
+    """Return {input: (lowest, highest)} for graph inputs that reach the index of a table by moves and constant offsets.
 
-    An input of one number that is only compared with a constant, such as a sampling rate, is that constant.
+    An input of one number that is only compared with a constant, such as a sampling rate, has that constant as its
+    range.
     """
     result: dict[str, tuple[int, int]] = {}
     for name in graph.inputs:
@@ -160,7 +165,7 @@ def integer_bounds(graph: Graph, facts: Facts) -> dict[str, tuple[int, int]]:
 
 
 def _named(graph: Graph, facts: Facts, name: str) -> int | None:
-    """The only number that a scalar is held against."""
+    """Return the only number that a scalar is compared with."""
     shape, readers = facts.shape(name), graph.consumers.get(name, ())
     if shape is None or None in shape or size_of(shape) != 1:
         return None

@@ -1,9 +1,9 @@
-"""Shape inference: onnx's own, then node by node where computed operands or branches need it.
+"""Infer shapes: by onnx, then node by node where computed operands or branches require it.
 
-What is true of a state on entry need not be true in the second iteration: a state keeps those sizes that the body gives
-back as it got them, which then hold in every iteration; the others are not known.
+A property of a state on entry need not hold in the second iteration: a state keeps those sizes that the body returns
+unchanged, which then hold in every iteration; its other sizes are unknown.
 
-A second binding of the dynamic sizes follows the first node by node, where sizes or values differ.
+For a second binding of the dynamic sizes, nodes are visited again only where sizes or values differ.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Walk = Callable[[Sequence[Node]], None]
 
 
 def infer_marker(graph: Graph, node: Node, probe: Probe, walk: Walk) -> None:
-    """Shapes and types of what a marker gives."""
+    """Infer shapes and types of a marker's outputs."""
     op = node.op
     if op == markers.OPEN:
         kinds = (onnx.TensorProto.BOOL, onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
@@ -68,14 +68,14 @@ def _result(graph: Graph, node: Node, probe: Probe) -> Any:
 
 
 def _common(a: Any, b: Any) -> Any:
-    """What two shapes have in common: None for a size that differs, None for the whole where the rank does."""
+    """Return the common shape of two: None for a size that differs, None for the whole where the rank does."""
     if a is None or b is None or len(a) != len(b):
         return None
     return tuple(n if n == m else None for n, m in zip(a, b, strict=True))
 
 
 def _note_idle(graph: Graph, node: Node, probe: Probe) -> None:
-    """Remember the nodes of a branch that is not taken."""
+    """Record the nodes of a branch that does not run."""
     chosen = probe.values.get(node.inputs[0])
     if chosen is not None and bool(chosen.ravel()[0]) != (node.op == markers.OPEN):
         outside = len(graph.around[node.index])
@@ -86,7 +86,7 @@ def _note_idle(graph: Graph, node: Node, probe: Probe) -> None:
 
 
 def _settle(graph: Graph, end: Node, probe: Probe, walk: Walk) -> None:
-    """Forget sizes of states that the body changes, and what followed from them, until nothing changes any more."""
+    """Forget sizes of states that the body changes, and all facts derived from them, until nothing changes any more."""
     ties = []
     for node in graph.nodes[end.index + 1 :]:
         if node.op == markers.CLOSE:
@@ -113,14 +113,14 @@ def _settle(graph: Graph, end: Node, probe: Probe, walk: Walk) -> None:
 
 
 def _body(graph: Graph, end: Node) -> list[Node]:
-    """The nodes of the body that ends here, without the markers through which values enter it."""
+    """Return the nodes of the body that ends here, without the markers through which values enter it."""
     own, entries = graph.around[end.index], (markers.CARRY, markers.SLICE)
     nodes = graph.nodes[own[-1].start + 1 : end.index]
     return [n for n in nodes if n.marker not in entries or graph.around[n.index] != own]
 
 
 def _stacked(graph: Graph, node: Node, probe: Probe) -> int | None:
-    """How many values a scan output holds; None where it is not known."""
+    """Return the number of values in a scan output; None where it is not known."""
     if node.kind == "Scan":
         scanned = probe.shapes.get(node.inputs[1])
         return None if scanned is None else scanned[int(node.attrs["along"])]
@@ -129,7 +129,7 @@ def _stacked(graph: Graph, node: Node, probe: Probe) -> int | None:
 
 
 def _trips(graph: Graph, end: Node, count: str, condition: str, probe: Probe) -> int | None:
-    """How often a Loop runs, where its condition is known to stay true."""
+    """Return how often a Loop runs, where its condition is known to stay true."""
     most = probe.values.get(count) if count else None
     if most is None or not _stays_true(graph, end, condition, probe):
         return None
@@ -137,7 +137,7 @@ def _trips(graph: Graph, end: Node, count: str, condition: str, probe: Probe) ->
 
 
 def _stays_true(graph: Graph, end: Node, condition: str, probe: Probe) -> bool:
-    """Whether the body hands its condition on, or gives a constant that is true."""
+    """Return whether the body passes its condition on, or returns a constant that is true."""
     name = end.inputs[0]
     while not _is_true(name, probe):
         producer = graph.producer.get(name)
@@ -157,7 +157,7 @@ def _is_true(name: str, probe: Probe) -> bool:
 
 
 def count_repeats(graph: Graph, probe: Probe) -> None:
-    """State how often every node runs: as often as the Loops and Scans around it, where their sizes say so."""
+    """Record how often every node runs: as often as the Loops and Scans around it, where sizes determine that."""
     times: dict[int, int] = {}
     for node in graph.nodes:
         around = graph.around[node.index]
@@ -167,7 +167,7 @@ def count_repeats(graph: Graph, probe: Probe) -> None:
 
 
 def _runs(graph: Graph, node: Node, probe: Probe) -> int | None:
-    """How often the body that begins here runs."""
+    """Return how often the body that begins here runs."""
     for other in graph.nodes[node.index + 1 :]:
         if other.name != node.name or other.domain != markers.DOMAIN:
             continue
@@ -189,9 +189,9 @@ Infer = Callable[[Node, list[Any], list[Any]], "list[Any] | None"]
 def probe_at(
     graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None, first: Probe | None = None
 ) -> Probe:
-    """Shapes and values at one binding of the inputs; ``infer`` is asked where onnx has no schema.
+    """Infer shapes and values at one binding of the inputs; ``infer`` handles operators without an onnx schema.
 
-    ``first`` is another binding's probe, whose values serve wherever they are the same.
+    ``first`` is another binding's probe, whose values are reused wherever they are the same.
     """
     if first is not None:
         probe = _follow(graph, inputs, infer, first)
@@ -207,7 +207,7 @@ def probe_at(
 
 
 def _fill(graph: Graph, probe: Probe, infer: Infer | None, *, propagate: bool) -> None:
-    """Shapes and values of a probe. ``propagate`` False: find out first whether onnx can propagate values."""
+    """Fill shapes and values of a probe. ``propagate`` False: check first whether onnx can propagate values."""
     if not propagate:
         first = Probe(inputs=probe.inputs, values=Values(graph))
         _fill_once(graph, first, infer, propagate=False)
@@ -223,7 +223,7 @@ def _fill_once(graph: Graph, probe: Probe, infer: Infer | None, *, propagate: bo
 
 
 def _ranked(graph: Graph, inputs: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes without those of inputs that nothing is known of, which look like scalars."""
+    """Return the shapes without those of inputs of unknown rank, which look like scalars."""
     if all(inputs.values()):
         return inputs
     scalars = {i.name for i in graph.proto.graph.input if i.type.tensor_type.HasField("shape")}
@@ -233,9 +233,9 @@ def _ranked(graph: Graph, inputs: dict[str, tuple[int, ...]]) -> dict[str, tuple
 def probe_of(
     graph: Graph, nodes: Sequence[Node], inputs: dict[str, tuple[int, ...]], near: Probe, infer: Infer | None
 ) -> Probe:
-    """What some nodes, in order and with all that they are computed by, are at one binding of the inputs.
+    """Infer some nodes, given in order with all that they depend on, at one binding of the inputs.
 
-    ``near`` is the probe of another binding, which knows the types.
+    ``near`` is the probe of another binding, which provides the types.
     """
     known = {**{name: weight.shape for name, weight in graph.weights.items()}, **_ranked(graph, inputs)}
     probe = Probe(inputs, known, near.dtypes)
@@ -245,12 +245,12 @@ def probe_of(
 
 
 def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | None, first: Probe) -> Probe | None:
-    """The first probe with what other inputs change; None where less can be told of a node than at the first."""
+    """Derive a probe from the first one for other inputs; None where a node would be known less than at the first."""
     shapes, values = {**first.shapes, **_ranked(graph, inputs)}, Values(graph, first.values)
     probe = Probe(inputs, shapes, first.dtypes, values, first.sizes, dict(first.elements))
     changed = {name for name, shape in inputs.items() if shape != first.inputs[name]}
     if graph.captured or graph.has_bodies or any(node.op in CONTROL for node in graph.steps):
-        return None  # what bodies read is no input of their node, and what is taken or carried may differ
+        return None  # tensors that bodies read are no inputs of their node, and branches or carried states may differ
     for node in graph.steps:
         if changed.isdisjoint(node.inputs):
             continue
@@ -271,12 +271,12 @@ def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | Non
 
 
 def _open(shape: tuple[int | None, ...]) -> list[int]:
-    """The axes whose size is not known."""
+    """Return the axes whose size is not known."""
     return [a for a, n in enumerate(shape) if n is None] if None in shape else []
 
 
 def _walk(graph: Graph, nodes: Sequence[Node], probe: Probe, infer: Infer | None) -> None:
-    """Values and missing shapes of nodes in order."""
+    """Infer values and missing shapes of nodes in order."""
     values, shapes, sizes = probe.values, probe.shapes, probe.sizes
     for node in nodes:
         values.step(node, shapes)
@@ -294,13 +294,13 @@ def _walk(graph: Graph, nodes: Sequence[Node], probe: Probe, infer: Infer | None
 
 
 def _from_sizes(node: Node, sizes: set[str]) -> bool:
-    """Whether a node reads sizes as what they are, not as the shape that a result is to have."""
+    """Return whether a node reads sizes as sizes, not as the shape of its result."""
     targets = rule_of(node).targets
     return any(name in sizes and i not in targets for i, name in enumerate(node.inputs))
 
 
 def _infer_whole(graph: Graph, probe: Probe, propagate: bool) -> None:
-    """onnx's shape inference over the skeleton with the dynamic input dimensions bound."""
+    """Run onnx's shape inference over the skeleton with the dynamic input dimensions bound."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
     ranked = _ranked(graph, probe.inputs)
@@ -316,18 +316,18 @@ def _infer_whole(graph: Graph, probe: Probe, propagate: bool) -> None:
         output.type.tensor_type.ClearField("shape")
     try:
         model = onnx.shape_inference.infer_shapes(model, data_prop=propagate)
-    except Exception:  # inference errors on odd graphs leave the node-by-node way
+    except Exception:  # inference errors on odd graphs leave the node-by-node pass
         return
     known: dict[bytes, _Said] = {}
     for info in [*model.graph.value_info, *model.graph.output]:
         kind = info.type
-        key = kind.SerializeToString()  # types repeat, and this takes a fraction of the time of taking one apart
+        key = kind.SerializeToString()  # types repeat, and a cache lookup takes a fraction of the time of decoding one
         said = known.get(key)
         if said is None:
             known[key] = said = _said(kind)
         _learn(info.name, said, probe)
     for name, kind in stated.items():
-        if name in graph.inner:  # what is declared of a state may hold for its first value alone
+        if name in graph.inner:  # the declared shape of a state may hold for its first value alone
             probe.dtypes[name] = kind.tensor_type.elem_type
         elif probe.shapes.get(name) is None:
             _note(name, kind, probe)
@@ -338,7 +338,7 @@ def _note(name: str, kind: onnx.TypeProto, probe: Probe) -> None:
 
 
 def _said(kind: onnx.TypeProto) -> _Said:
-    """The element type, None of what is no tensor, and the shape, None where nothing is said of it."""
+    """Return the declared element type (None for other than tensors) and shape (None where undeclared)."""
     if not kind.HasField("tensor_type"):
         return None, None
     tensor = kind.tensor_type
@@ -356,14 +356,17 @@ def _learn(name: str, said: _Said, probe: Probe) -> None:
 
 
 def _gives_codes(node: Node) -> bool:
-    """Whether the results are codes: a product of matrices gives them only where it has an output scale."""
+    """Return whether the results are codes: a product of matrices returns codes only with an output scale."""
     if node.op == "QGemm":
         return len(node.inputs) > 7 and bool(node.inputs[7])
     return node.op.startswith("QLinear") or node.op == "QuantizeLinear"
 
 
 def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None:
-    """Shapes of an operator that onnx does not know; results have the type of its first input of floats (or codes)."""
+    """Infer shapes of an operator without onnx schema.
+
+    Results have the type of its first input of floats (or codes).
+    """
     shapes = [probe.elements.get(name, probe.shapes.get(name)) if name else None for name in node.inputs]
     results = infer(node, shapes, [probe.values.get(name) if name else None for name in node.inputs])
     kinds = [probe.dtypes.get(name) or _dtype_of(graph, name) for name in node.inputs if name]
@@ -375,13 +378,13 @@ def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None
             if isinstance(shape, Elements):
                 probe.elements[name] = shape
                 continue
-            # What the file states may leave sizes open that follow here.
+            # The file may leave sizes open that follow here.
             if shape is not None and (probe.shapes.get(name) is None or None not in shape):
                 probe.shapes[name] = tuple(shape)
 
 
 def _infer_node(graph: Graph, node: Node, probe: Probe, infer: Infer | None) -> None:
-    """Inference of a single node from what is known by now: computed targets of Reshape, Expand, Slice and so on."""
+    """Infer a single node from the facts so far: computed targets of Reshape, Expand, Slice and so on."""
     if node.domain == markers.DOMAIN:
         infer_marker(graph, node, probe, lambda nodes: _walk(graph, nodes, probe, infer))
         return
@@ -398,7 +401,7 @@ def _unsure(shape: Any) -> bool:
 
 
 def _infer_quickly(node: Node, probe: Probe) -> bool:
-    """Whether the types are known and the shapes follow without onnx."""
+    """Return whether the types are known and the shapes follow without onnx."""
     for name in node.outputs:
         if name and name not in probe.dtypes:
             return False
@@ -417,7 +420,7 @@ def _infer_quickly(node: Node, probe: Probe) -> bool:
 
 
 def _operands(graph: Graph, node: Node, probe: Probe) -> tuple[dict[str, onnx.TypeProto], dict[str, onnx.TensorProto]]:
-    """Types and values of a node's inputs. Raises ValueError for a size of more than 64 bits."""
+    """Return types and values of a node's inputs. Raises ValueError for a size of more than 64 bits."""
     types: dict[str, onnx.TypeProto] = {}
     data: dict[str, onnx.TensorProto] = {}
     for name in node.inputs:
@@ -441,7 +444,7 @@ def _operands(graph: Graph, node: Node, probe: Probe) -> tuple[dict[str, onnx.Ty
 
 
 def _infer_known(graph: Graph, node: Node, probe: Probe, schema: onnx.defs.OpSchema) -> None:
-    """onnx's own inference of one node."""
+    """Run onnx's own inference of one node."""
     try:
         types, data = _operands(graph, node, probe)
         results = onnx.shape_inference.infer_node_outputs(

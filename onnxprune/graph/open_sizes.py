@@ -1,7 +1,7 @@
-"""Open dimensions solved from weights and from each other.
+"""Solve open dimensions from weights and from each other.
 
-A size is guessed first. Where two sizes then contradict each other at a node (the channels of an image and those of a
-kernel, a mask and the keys that it hides), the open dimension that one of them follows is changed until they agree.
+Sizes are guessed first. Where two sizes then contradict each other at a node (the channels of an image and those of a
+kernel, a mask and the keys that it hides), the open dimension that one of them depends on is changed until they agree.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Function = Callable[[Node, Shapes, Known], Iterator[Pair]]
 
 
 def pairs(node: Node, shapes: Shapes, known: Known) -> list[Pair]:
-    """What has to be equal at a node, always in the same order; empty where nothing is asked or known.
+    """Return pairs of sizes that have to be equal at a node, in a fixed order; empty without constraints or facts.
 
     Args:
         node: a node.
-        shapes: of its inputs, None where absent or unknown.
+        shapes: shapes of its inputs, None where absent or unknown.
         known: values of its inputs, by position.
     """
     function = _FUNCTIONS.get((node.domain, node.op))
@@ -39,7 +39,7 @@ def pairs(node: Node, shapes: Shapes, known: Known) -> list[Pair]:
         return []
     try:
         return [(0, 0) if None in pair else pair for pair in function(node, shapes, known)]
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):  # sizes or forms that are not known
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):  # unknown sizes or forms
         return []
 
 
@@ -113,7 +113,7 @@ def _channels(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
 
 
 def _broadcast(*shapes: Any) -> Iterator[Pair]:
-    """Pairs of what meets, from the last axis on; a size of 1 agrees with all."""
+    """Return pairs of broadcast sizes, from the last axis on; a size of 1 agrees with all."""
     first = shapes[0]
     for other in shapes[1:]:
         joined = []
@@ -199,7 +199,7 @@ def _grouped_attention(node: Node, shapes: Shapes, known: Known) -> Iterator[Pai
 
 
 def _heads_attention(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
-    """com.microsoft's MultiHeadAttention: caches are [batch, heads, past, head size]."""
+    """Return pairs of com.microsoft's MultiHeadAttention: caches are [batch, heads, past, head size]."""
     heads, query = node.attrs["num_heads"], shapes[0]
     for cache in shapes[6:8]:
         if cache is not None and len(cache) == 4 and len(query) == 3:
@@ -213,7 +213,7 @@ def _packed_attention(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair
 
 
 def _attention(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
-    """ONNX's Attention: caches are [batch, heads, past, head size], keys and values of rank 3 or 4."""
+    """Return pairs of ONNX's Attention: caches are [batch, heads, past, head size], keys and values of rank 3 or 4."""
     query, key, mask, caches = shapes[0], shapes[1], (*shapes, None, None, None)[3], (*shapes[4:6], None, None)[:2]
     heads = key[1] if len(key) == 4 else node.attrs["kv_num_heads"]
     for operand, cache in zip(shapes[1:3], caches, strict=True):
@@ -276,8 +276,8 @@ _FUNCTIONS: dict[tuple[str, str], Function] = {
 }
 
 
-_ROUNDS = 24  # sizes that are solved for, one after the other
-_LARGEST = 1 << 15  # no open dimension is taken to be larger than this, unless a user says so
+_ROUNDS = 24  # limit on the sizes that are solved for, one after the other
+_LARGEST = 1 << 15  # largest size tried for an open dimension, unless a user gives one
 _Residual = Callable[[int], "int | None"]
 _Find = Callable[[_Residual, int, int], "int | None"]
 """(what is between two sizes as a function of an unknown, the unknown now, what is between them now) -> its root."""
@@ -285,7 +285,7 @@ _Find = Callable[[_Residual, int, int], "int | None"]
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """A node that cannot run at some sizes: ``have`` contradicts ``want`` there; both 0 where it is no such pair."""
+    """A node that cannot run at some sizes: ``have`` contradicts ``want``; both 0 where the reason is no pair."""
 
     node: Node
     place: int = -1
@@ -293,7 +293,7 @@ class Conflict:
     want: int = 0
 
     def __str__(self) -> str:
-        """A sentence for people."""
+        """Return the conflict as a readable sentence."""
         where = f"{self.node.kind} {self.node.label!r}"
         return (
             f"At {where} a size of {self.have} meets one of {self.want}."
@@ -304,7 +304,7 @@ class Conflict:
 
 @dataclass(slots=True)
 class Settled:
-    """Sizes of open dimensions, what follows from them, and the first contradiction that is left."""
+    """Sizes of open dimensions, the probe inferred from them, and the first remaining contradiction."""
 
     sizes: dict[Key, int]
     probe: Probe
@@ -313,12 +313,12 @@ class Settled:
 
 @dataclass(slots=True)
 class Settler:
-    """Finds sizes that a graph runs at.
+    """Find sizes at which a graph runs.
 
     Args:
-        graph: the model.
-        dimensions: of its inputs.
-        infer: asked where onnx has no schema.
+        graph: the model's view.
+        dimensions: open dimensions of its inputs.
+        infer: callback that returns shapes of operators without an onnx schema.
     """
 
     graph: Graph
@@ -327,11 +327,11 @@ class Settler:
     _ancestors: dict[int, list[Node]] = field(default_factory=dict)
 
     def settle(self, sizes: Sizes, fixed: Sizes, first: Probe | None = None) -> Settled:
-        """Sizes near the given ones without contradictions, if there are any.
+        """Find sizes near the given ones without contradictions, if there are any.
 
         Args:
-            sizes: of every open dimension.
-            fixed: those that stay.
+            sizes: size of every open dimension.
+            fixed: sizes that must not change.
             first: another binding's probe, to save work.
         """
         sizes = self.dimensions.completed(sizes, fixed)
@@ -347,7 +347,7 @@ class Settler:
         return Settled(dict(sizes), probe, conflict)
 
     def _conflict(self, probe: Probe) -> Conflict | None:
-        """The first node at which sizes contradict each other."""
+        """Return the first node at which sizes contradict each other."""
         shapes = probe.shapes
         for node in self.graph.steps:
             if node.index in probe.idle:
@@ -367,7 +367,7 @@ class Settler:
         return None
 
     def _runs(self, node: Node, probe: Probe) -> bool:
-        """Whether a node certainly runs: sizes in a branch that nobody knows to be taken need not fit."""
+        """Return whether a node certainly runs: sizes in a branch that may not run need not fit."""
         if not self.graph.has_bodies:
             return True
         return all(probe.values.get(name) is not None for name, _ in self.graph.conditions(node.index))
@@ -384,7 +384,7 @@ class Settler:
     def _resolved(
         self, conflict: Conflict, sizes: Sizes, fixed: Sizes, solved: set[Key], probe: Probe
     ) -> dict[Key, int] | None:
-        """Sizes at which that contradiction is none."""
+        """Return sizes without that contradiction."""
         if conflict.place < 0:
             return None
         here = conflict.have - conflict.want
@@ -401,8 +401,10 @@ class Settler:
         return None
 
     def _unknowns(self, sizes: Sizes, fixed: Sizes, solved: set[Key]) -> Iterator[tuple[list[Key], _Find]]:
-        """What may be changed, and how its size is found: a dimension that is itself one of the two sizes (of those in
-        the fewest inputs first), extents of a map together, any dimension that has to do with it.
+        """Yield dimensions that may be changed, each with a method to find its size.
+
+        The order is: a dimension that is itself one of the two sizes (those in the fewest inputs first), extents of a
+        map together, any dimension that the contradiction depends on.
         """
         dimensions = self.dimensions
         free = [k for k in dimensions.places if k not in fixed and not dimensions.is_sum(k, sizes)]
@@ -416,7 +418,7 @@ class Settler:
         yield from (([key], _root) for key in single)
 
     def _residual(self, conflict: Conflict, sizes: Sizes, near: Probe) -> int | None:
-        """What is between the two sizes of a contradiction at other sizes of the inputs; None where nobody knows."""
+        """Return the difference of the two contradicting sizes at other sizes of the inputs; None where unknown."""
         bound, node = self.dimensions.shapes(sizes), conflict.node
         probe = None
         if not self.graph.has_bodies:
@@ -430,7 +432,7 @@ class Settler:
         return None if have is None or want is None else have - want
 
     def _before(self, node: Node) -> list[Node]:
-        """What a node is computed by, in graph order."""
+        """Return the nodes that a node depends on, in graph order."""
         known = self._ancestors.get(node.index)
         if known is None:
             found: dict[int, Node] = {}
@@ -446,7 +448,7 @@ class Settler:
 
 
 def _direct(residual: _Residual, now: int, here: int) -> int | None:
-    """The size that is asked for, where the unknown is itself one of the two sizes that have to agree."""
+    """Return the required size, where the unknown is itself one of the two sizes that have to agree."""
     there = residual(now + 1)
     if there is None or abs(there - here) != 1:
         return None
@@ -455,7 +457,7 @@ def _direct(residual: _Residual, now: int, here: int) -> int | None:
 
 
 def _root(residual: _Residual, now: int, here: int) -> int | None:
-    """The smallest size near which a residual vanishes, None where it does not depend on the size or never does.
+    """Return the smallest size near which a residual vanishes, None where it does not depend on the size or never does.
 
     Residuals are mostly linear (two numbers of channels) or rise with steps (positions of a map of patches).
     """
@@ -481,7 +483,7 @@ def _root(residual: _Residual, now: int, here: int) -> int | None:
 
 
 def _short(value: int | None, rising: bool) -> bool:
-    """Whether a size is too small for a residual to vanish; at sizes too small to run at all, too."""
+    """Return whether a size is too small for a residual to vanish, or too small to run at all."""
     return value is None or (value < 0 if rising else value > 0)
 
 

@@ -1,4 +1,4 @@
-"""How coarse the arithmetic on the way to a tensor is, and which operators choose or draw."""
+"""Precision of the arithmetic on the way to a tensor, and the operators that choose or draw."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _QUANTISED = ("Quantize", "QLinear", "QGemm", "QAttention", "QMoE", "MatMulInteg
 
 
 def epsilons(graph: Graph, kinds: Mapping[str, int]) -> dict[str, float]:
-    """The epsilon of the coarsest float type that values were computed in on the way to every tensor.
+    """Return the epsilon of the coarsest float type in the computation of every tensor.
 
-    What is only kept in half precision (an embedding, a weight that is cast) counts as exact, and so do weights. Types
-    of 8 bits and fewer do not count: they round so much that a comparison would be none. What they round to is a choice
-    (:func:`chooses`).
+    Tensors that are only stored in half precision (an embedding, a weight that is cast) count as exact, and so do
+    weights. Types of 8 bits and fewer do not count: their rounding would make a comparison meaningless. Rounding to
+    them is a choice (:func:`chooses`).
 
     Args:
-        kinds: element types, by name.
+        graph: the model's view.
+        kinds: element types by tensor name.
     """
     found: dict[str, float] = {}
     data = set(graph.inputs)
@@ -40,13 +41,13 @@ def epsilons(graph: Graph, kinds: Mapping[str, int]) -> dict[str, float]:
 
 
 def _hands_on(node: Node) -> bool:
-    """Whether values go through a node as they are: the type they are kept in rounds nothing."""
+    """Return whether values pass through a node unchanged: the type that stores them rounds nothing."""
     rule = rule_of(node)
     return rule.chooses or rule.moves not in (None, Move.CAST) or (node.op == "Neg" and not node.domain)
 
 
 def _epsilon(kind: int) -> float:
-    """Of an element type; 0 for what is no float of 16 bits or more."""
+    """Return the epsilon of an element type; 0 for all but floats of 16 bits or more."""
     try:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
     except (KeyError, ValueError):
@@ -58,27 +59,27 @@ _EPSILONS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "flo
 
 
 def quantises(op: str) -> bool:
-    """Whether an operator computes in integers of 8 bits or fewer, or changes to or from them."""
+    """Return whether an operator computes in integers of 8 bits or fewer, or converts to or from them."""
     return any(part in op for part in _QUANTISED)
 
 
-# Small differences in front of these are large ones behind them; others are known by types, see :func:`chooses`.
+# Small differences in front of these are large ones behind them; :func:`chooses` finds others by their types.
 _CHOICES = {
     "NonMaxSuppression", "TopK", "ArgMax", "ArgMin", "Round", "Floor", "Ceil", "Sign", "Hardmax", "Unique", "NonZero",
     "Mod", "ThresholdedRelu", "Shrink", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention", "MaxRoiPool",
 }  # fmt: skip
 _SIZES = {"Shape", "Size"}
-# Integers of these are sums over integers, which are exact.
+# Integer results of these are sums over integers, which are exact.
 _SUMS = ("QLinear", "QGemm")
 
 
 def chooses(op: str, reads: set[int], makes: set[int]) -> bool:
-    """Whether an operator jumps: chooses by values, compares, or rounds to integers or to floats of 8 bits or fewer.
+    """Return whether an operator is discontinuous: it selects, compares, or rounds to integers or 8-bit floats.
 
     Args:
-        op: its type.
+        op: operator type.
         reads: element types of its data.
-        makes: of its outputs.
+        makes: element types of its outputs.
     """
     if op in _SIZES or op.startswith(_SUMS) or not any(_epsilon(kind) for kind in reads):
         return False
@@ -90,10 +91,11 @@ _DROPS = {"Dropout", "BiasDropout", "BitmaskDropout", "BitmaskBiasDropout"}
 
 
 def draws(node: onnx.NodeProto, value: Mapping[str, Any] = {}) -> bool:
-    """Whether a node may draw random numbers: so does a Dropout that is left in training mode.
+    """Return whether a node may draw random numbers; a Dropout in training mode does.
 
     Args:
-        value: arrays of constants, by name; what is not known may be anything.
+        node: the node.
+        value: arrays of constants, by name; a tensor without entry may have any value.
     """
     if node.op_type in _DRAWS:
         return True

@@ -29,7 +29,7 @@ class InputSpec:
     """One input of a model: its name, numpy dtype (strings: object) and shape.
 
     A dimension is a size, the name of a dynamic dimension, or None for an unnamed one. onnxruntime reports an input of
-    unknown rank like a scalar, as the empty shape; ``scalar`` says that the model declares it to be one.
+    unknown rank as the empty shape, like a scalar; ``scalar`` is True where the model declares a scalar.
     """
 
     name: str
@@ -45,14 +45,14 @@ Binding = dict[str, tuple[int, ...]]
 
 
 class Dimensions:
-    """The open dimensions of a model's inputs: which there are, what is known of them, shapes from sizes.
+    """The open dimensions of a model's inputs: their names and places, their kinds, and shapes from sizes.
 
     Args:
         specs: the inputs.
-        overrides: whole shapes by input name, which also say the rank of an input without one.
+        overrides: whole shapes by input name, which also fix the rank of an input without one.
 
     Attributes:
-        places: where each open dimension stands: {key: [(input, axis)]}.
+        places: positions of each open dimension: {key: [(input, axis)]}.
         fixed: sizes that the overrides give.
 
     Raises:
@@ -77,12 +77,12 @@ class Dimensions:
         self._sums = {key: tree for key in names if (tree := _formula(key)) is not None}
 
     def guess(self, batch: int, sequence: int) -> dict[Key, int]:
-        """A size for every open dimension: what was given, else what its name and its place suggest."""
+        """Return a size for every open dimension: a given one, else one suggested by its name and its place."""
         sizes = {key: _guess(*self._first(key), batch, sequence) for key in self.places}
         return self.completed({**self.with_totals({**sizes, **self.fixed}), **self.fixed}, self.fixed)
 
     def with_totals(self, sizes: Sizes) -> dict[Key, int]:
-        """Sizes in which a total length is that of the past and the present, where dimensions have such names."""
+        """Set total lengths to the sum of past and present, where dimensions have such names."""
         result = dict(sizes)
         for key in self.places:
             rest = key.removeprefix("total_") if isinstance(key, str) else key
@@ -91,29 +91,29 @@ class Dimensions:
         return result
 
     def completed(self, sizes: Sizes, fixed: Sizes | None = None) -> dict[Key, int]:
-        """Sizes with sums of other dimensions computed, unless they are ``fixed``."""
+        """Compute sums of other dimensions, unless they are ``fixed``."""
         named: dict[Key, int] = {k: n for k, n in sizes.items() if isinstance(k, str) and k not in self._sums}
         sums = {key: _evaluate(tree, named) for key, tree in self._sums.items() if key not in (fixed or {})}
         return {**sizes, **{key: size for key, size in sums.items() if size is not None and size > 0}}
 
     def is_sum(self, key: Key, sizes: Sizes) -> bool:
-        """Whether a dimension follows from others."""
+        """Return whether a dimension is a sum of others."""
         named: dict[Key, int] = {k: n for k, n in sizes.items() if isinstance(k, str) and k not in self._sums}
         return key in self._sums and _evaluate(self._sums[key], named) is not None
 
     def shapes(self, sizes: Sizes) -> Binding:
-        """A full shape for every input."""
+        """Return a full shape for every input."""
         return {
             spec.name: tuple(d if isinstance(d, int) else sizes[d or (spec.name, a)] for a, d in enumerate(spec.shape))
             for spec in self.specs
         }
 
     def kind(self, key: Key) -> str:
-        """What a dimension counts: ``batch``, ``sequence`` or ``extent`` (of a map)."""
+        """Return the kind of a dimension: ``batch``, ``sequence`` or ``extent`` (of a map)."""
         return _kind(*self._first(key))
 
     def extents(self) -> list[list[Key]]:
-        """Open extents of one input, where there are several: maps are mostly square."""
+        """Return open extents of one input, where there are several: maps are mostly square."""
         keys = ([d or (s.name, a) for a, d in enumerate(s.shape) if not isinstance(d, int)] for s in self.specs)
         return [found for own in keys if len(found := [k for k in own if self.kind(k) == "extent"]) > 1]
 
@@ -125,13 +125,12 @@ class Dimensions:
 def bind_shapes(
     specs: Sequence[InputSpec], *, batch: int, sequence: int, overrides: Mapping[str, Sequence[int]]
 ) -> Binding:
-    """A full shape for every input, the same size wherever the same dynamic dimension is named.
+    """Return a full shape for every input, the same size wherever the same dynamic dimension is named.
 
     Sizes come, in this order, from ``overrides`` (whole shapes by input name; they bind the names they meet for the
-    other inputs too), from what a dimension's name says (batch, sequence, sums of other names), from its place: a
-    leading one is ``batch``, so is the middle one of three where the others are fixed (a state), later ones are
-    ``sequence`` in inputs of rank 2 and 3 and a map's extent (224 for images of 1, 3 or 4 channels, else 64) in inputs
-    of rank 4 and more.
+    other inputs too), from a dimension's name (batch, sequence, sums of other names), from its place: a leading one is
+    ``batch``, so is the middle one of three where the others are fixed (a state), later ones are ``sequence`` in inputs
+    of rank 2 and 3 and a map's extent (224 for images of 1, 3 or 4 channels, else 64) in inputs of rank 4 and more.
 
     Raises:
         UsageError: an override that does not fit, see :class:`Dimensions`.
@@ -141,7 +140,7 @@ def bind_shapes(
 
 
 def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[Key, int]) -> InputSpec:
-    """Check one override against the input's own shape, bind the dimensions it meets; the input with a rank."""
+    """Check one override against the input's own shape, bind its dimensions, and return the input with a rank."""
     given, declared = ",".join(map(str, sizes)), show(spec.shape)
     # the empty shape may be an unknown rank, which allows everything
     if spec.shape and len(sizes) != len(spec.shape):
@@ -164,7 +163,7 @@ def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[Key, int]) -> 
 
 
 def _formula(dim: str) -> ast.expr | None:
-    """The arithmetic in a dimension's name, such as ``past_length + length``; None when it is a plain name."""
+    """Parse the arithmetic in a dimension's name, such as ``past_length + length``; None when it is a plain name."""
     try:
         tree = ast.parse(dim, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -173,7 +172,7 @@ def _formula(dim: str) -> ast.expr | None:
 
 
 def _evaluate(tree: ast.expr | None, bound: Sizes) -> int | None:
-    """The value of a dimension's arithmetic, None when a name is unbound or an operator is not one of + - * //."""
+    """Evaluate a dimension's arithmetic; None when a name is unbound or an operator is not one of + - * //."""
     if isinstance(tree, ast.Name):
         return bound.get(tree.id)
     if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
@@ -187,7 +186,7 @@ def _evaluate(tree: ast.expr | None, bound: Sizes) -> int | None:
 
 
 def _kind(spec: InputSpec, axis: int) -> str:
-    """What a dynamic dimension counts, from its name and its place."""
+    """Return the kind of a dynamic dimension, from its name and its place."""
     dim, rank = spec.shape[axis], len(spec.shape)
     name = dim.lower() if isinstance(dim, str) else ""
     if "batch" in name:
@@ -203,13 +202,13 @@ def _kind(spec: InputSpec, axis: int) -> str:
 
 
 def _guess(spec: InputSpec, axis: int, batch: int, sequence: int) -> int:
-    """A size for a dynamic dimension."""
+    """Return a size for a dynamic dimension."""
     kind = _kind(spec, axis)
     return batch if kind == "batch" else sequence if kind == "sequence" else _extent(spec)
 
 
 def _extent(spec: InputSpec) -> int:
-    """The extent of a map: a fixed one of the same input, an image's when the channels are, else a small one."""
+    """Return the extent of a map: a fixed one of the same input, 224 for channels of an image, else a small one."""
     rank = len(spec.shape)
     channel_axis = next((a for a in (1, rank - 1) if spec.shape[a] in (1, 3, 4)), None)
     extents = [d for a, d in enumerate(spec.shape) if a not in (0, 1, channel_axis) and isinstance(d, int) and d > 1]
@@ -219,20 +218,20 @@ def _extent(spec: InputSpec) -> int:
 
 
 def show(shape: Sequence[int | str | None]) -> str:
-    """A shape as people write it: ``[N, 3, ?, ?]``."""
+    """Format a shape as people write it: ``[N, 3, ?, ?]``."""
     return "[" + ", ".join("?" if dim is None else str(dim) for dim in shape) + "]"
 
 
 Pair = tuple[tuple[int, int], tuple[int, int]]
 _KINDS = ("batch", "sequence", "extent")
-# (batch, sequence) of the two probes: what differs between them is dynamic, and a baked-in size is caught.
+# (batch, sequence) of the two probes: a size that differs between them is dynamic, and a constant size is caught.
 _SIZES = ((2, 16), (3, 24))
-# A batch of 1 is often baked into a graph that declares it free; audio models want longer sequences.
+# A batch of 1 is often constant in a graph that declares it free; audio models need longer sequences.
 _FALLBACKS = (((1, 16), (1, 24)), ((2, 512), (3, 640)), ((1, 512), (1, 640)), ((1, 16000), (1, 20000)))
 
 
 def input_specs(graph: Graph) -> list[InputSpec]:
-    """Name, dtype (strings: object) and declared shape of every graph input that is a tensor."""
+    """Return name, dtype (strings: object) and declared shape of every graph input that is a tensor."""
     specs = []
     for info in graph.proto.graph.input:
         if info.name not in graph.inputs or info.type.WhichOneof("value") != "tensor_type":
@@ -256,7 +255,7 @@ class OpenSizes:
     dimensions: Dimensions
 
     def pairs(self) -> Iterator[Pair]:
-        """(batch, sequence) at two probes, likeliest first, those that come to the same left out."""
+        """Return (batch, sequence) at two probes, likeliest first, without pairs that give the same sizes."""
         seen = set()
         for pair in (_SIZES, *_FALLBACKS):
             key = repr([sorted(self.dimensions.guess(*one).items(), key=repr) for one in pair])
@@ -265,11 +264,11 @@ class OpenSizes:
                 yield pair
 
     def first(self, pair: Pair) -> dict[Key, int]:
-        """Guesses, and what the user gave."""
+        """Return guessed sizes, and the sizes that the user gave."""
         return self.dimensions.guess(*pair[0])
 
     def others(self, bound: Sizes, pair: Pair) -> Iterator[dict[Key, int]]:
-        """Other sizes than those of the first probe: of all open dimensions, then of some."""
+        """Yield sizes that differ from those of the first probe: of all open dimensions, then of some."""
         batch = pair[0][0] != pair[1][0]
         for kinds in (_KINDS, ("sequence", "extent"), ("batch", "sequence"), ("batch",), ("sequence",), ("extent",)):
             if batch or "batch" not in kinds:
@@ -281,17 +280,17 @@ class OpenSizes:
         return self.dimensions.kind(key)
 
     def _other(self, key: Key, size: int) -> int:
-        """Another size of that kind: none that the first divides, where labels that repeat could hide a mistake."""
+        """Return another size of that kind that the first does not divide: labels that repeat could hide a fault."""
         match self._counts(key):
             case "batch":
                 return size + 1
             case "sequence":
                 return size + max(1, size // (2 if size < 256 else 4))
-        return size + 32  # what is halved five times on the way still fits
+        return size + 32  # a map that is halved five times still fits
 
 
 def open_sizes(graph: Graph, overrides: Mapping[str, Sequence[int]] | None = None) -> OpenSizes:
-    """The open dimensions of a graph's inputs. Overrides hold for the first probe: the model leaves them open still.
+    """Return the open dimensions of a graph's inputs. Overrides hold for the first probe: the model leaves them open.
 
     Raises:
         UsageError: an override names no input, has the wrong rank or contradicts a static dimension.
@@ -300,7 +299,7 @@ def open_sizes(graph: Graph, overrides: Mapping[str, Sequence[int]] | None = Non
 
 
 def beyond(dimensions: Dimensions, first: Sizes, second: Sizes) -> Iterator[dict[Key, int]]:
-    """Sizes that neither of two probes has where these differ: a single sample, shorter sequences, other maps."""
+    """Return sizes of neither probe where the two differ: a single sample, shorter sequences, other maps."""
     for kinds in (_KINDS, ("batch",), ("sequence", "extent")):
         wish = {
             key: _third(dimensions.kind(key), size, second[key])

@@ -1,4 +1,4 @@
-"""Undo preparations where a cut did not need them: the saved model keeps every node that did not need to change."""
+"""Undo preparations that pruning did not need: the saved model keeps every node that did not have to change."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def restore(
     folds: Sequence[Fold] = (),
     hoists: Sequence[Hoist] = (),
 ) -> None:
-    """Put original nodes back, in place, where the cut can be said with them.
+    """Put original nodes back, in place, where they can express the pruned model.
 
     Args:
-        proto, weights: the cut model.
-        original: the graph before it was prepared.
-        folds: undone where the folded weights are as they were.
-        hoists: undone where every part lost the same share.
+        proto: the pruned model; changed in place.
+        weights: its weights by name; changed in place.
+        original: the graph before its preparation.
+        folds: folds to undo where the folded weights are unchanged.
+        hoists: hoisted selections to undo where every part lost the same share.
     """
     if not folds and not hoists:
         return
@@ -49,7 +50,7 @@ def restore(
 
 
 class _Model:
-    """A cut model under restoration; nodes by their first output."""
+    """A pruned model under restoration; nodes by their first output."""
 
     def __init__(self, proto: onnx.ModelProto, weights: dict[str, Weight], original: Graph) -> None:
         self.proto, self.weights, self.original = proto, weights, original
@@ -64,20 +65,20 @@ class _Model:
         """What was read and may no longer be."""
 
     def value(self, name: str) -> NDArray[Any] | None:
-        """The value of a constant, None for other tensors."""
+        """Return the value of a constant, None for other tensors."""
         weight = self.weights.get(name)
         if weight is None and name in self.producer:
             weight = weight_from_constant(self.producer[name])
         return None if weight is None else weight.read()
 
     def changed(self, name: str) -> bool:
-        """Whether a constant of the original is still there and holds something else."""
+        """Return whether a constant of the original still exists with other values."""
         if name in self.original.producer:
             return self.edited(self.original.producer[name])
         return name in self.weights and self.weights[name] is not self.original.weights.get(name)
 
     def edited(self, node: Node) -> bool:
-        """Whether a node of the original is still there and is another now."""
+        """Return whether a node of the original still exists in another form."""
         here = self.producer.get(next(filter(None, node.outputs), ""))
         return here is not None and here != node.proto
 
@@ -91,7 +92,7 @@ class _Model:
             self.producer[name] = node
 
     def constant(self, stem: str, value: NDArray[Any]) -> str:
-        """A new constant."""
+        """Add a constant and return its name."""
         name = self.free(stem)
         weight = ArrayWeight(name, value)
         if has_bare_initializers(self.proto):
@@ -101,7 +102,7 @@ class _Model:
         return name
 
     def free(self, stem: str) -> str:
-        """A name that neither the model nor the original has."""
+        """Return a name that neither the model nor the original uses."""
         name, k = stem, 1
         taken = (self.producer, self.initializers, self.original.producer, self.original.weights)
         while any(name in names for names in taken):
@@ -109,23 +110,23 @@ class _Model:
         return name
 
     def describe(self, names: Iterable[str]) -> None:
-        """Bring back the original's declared shapes of tensors that are back as they were."""
+        """Restore the original's declared shapes of tensors that are restored."""
         back = set(names) - self.infos.keys()
         self.infos.update({i.name: i for i in self.original.proto.graph.value_info if i.name in back})
 
     def _place(self, key: str) -> int | None:
-        """Where the original has the node that makes the same."""
+        """Return the index of the original's node with the same first output."""
         for name in self._names[key][1]:
             if name in self.original.producer:
                 return self.original.producer[name].index
         return None
 
     def finish(self) -> None:
-        """Nodes in their original order, without what is no longer read."""
+        """Sort nodes into their original order, and remove those without readers."""
         order, place = [], len(self.original.nodes)
         for key in reversed(self.nodes):
             known = self._place(key)
-            place = place if known is None else known  # new nodes stand in front of the one they serve
+            place = place if known is None else known  # new nodes stand in front of their reader
             order.append((place, key))
         order.reverse()
         order.sort(key=lambda item: item[0])
@@ -134,7 +135,7 @@ class _Model:
         uses.update([o.name for o in self.proto.graph.output])
         uses.update(chain.from_iterable(self._names[key][0] for key in keys))
         alive = []
-        # Backwards: what a node without readers read may have none either, and comes before it.
+        # Backwards: the inputs of a node without readers may have none either, and come before it.
         for key in reversed(keys):
             inputs, outputs = self._names[key]
             made = [o for o in outputs if o]
@@ -157,27 +158,27 @@ class _Model:
 
 
 def _refill(held: Any, messages: list[Any]) -> None:
-    """Hold these messages instead; they may be among those held so far, whose memory they keep."""
+    """Replace the messages of a repeated field; the new ones may be among the old ones, whose memory they share."""
     del held[:]
     held.extend(messages)
 
 
 def _in_order(items: dict[str, T], order: Iterable[str]) -> list[tuple[str, T]]:
-    """Items in the order of their names, those without a place last."""
+    """Sort items by the order of their names, those without a place last."""
     place = {name: k for k, name in enumerate(order)}
     return sorted(items.items(), key=lambda item: place.get(item[0], len(place)))
 
 
 def _unfold(model: _Model, item: Fold) -> None:
-    """The computation instead of its result, where the result is the one that was computed."""
+    """Restore a folded computation where its result equals the folded weight."""
     if any(model.weights.get(name) is not weight for name, weight in item.folded.items()):
         return
     others = model.initializers.keys() - item.folded.keys()
     if any(o in others for node in item.nodes for o in node.outputs):
-        return  # it goes through another folded weight, which was cut
+        return  # it passes through another folded weight, which was pruned
     graph = model.original
     if any(model.changed(name) for name in item.sources) or any(model.edited(node) for node in item.nodes):
-        return  # what it was computed from also serves others, and is another now
+        return  # its source also serves other nodes, and has changed
     for name in item.folded:
         del model.initializers[name], model.weights[name]
     for source in item.sources:
@@ -193,7 +194,7 @@ def _unfold(model: _Model, item: Fold) -> None:
 
 
 def _unhoist(model: _Model, item: Hoist) -> None:
-    """The reshape and its selections instead of the parts, where all parts have the same share of their sizes."""
+    """Restore the reshape and its selections, where all parts have the same share of their sizes."""
     sizes = _split_sizes(model, item)
     targets = [_target(model, item, part.view) for part in item.parts]
     first = targets[0]
@@ -221,7 +222,7 @@ def _unhoist(model: _Model, item: Hoist) -> None:
 
 
 def _split_sizes(model: _Model, item: Hoist) -> list[int] | None:
-    """Sizes of the parts after the cut."""
+    """Return sizes of the parts after pruning."""
     node = model.producer.get(item.split)
     if node is None:
         return None
@@ -233,13 +234,13 @@ def _split_sizes(model: _Model, item: Hoist) -> list[int] | None:
 
 
 def _target(model: _Model, item: Hoist, view: str) -> Target | None:
-    """The target of a part's reshape in terms of the original one."""
+    """Express the target of a part's reshape in terms of the original one."""
     node = model.producer.get(view)
     return None if node is None else _resolve(model, item, node.input[1])
 
 
 def _resolve(model: _Model, item: Hoist, name: str) -> Target | None:
-    """A target in terms of the original one, through the Where nodes that hoisting and cutting put in."""
+    """Express a target in terms of the original one, through the Where nodes that hoisting and pruning added."""
     value = model.value(name)
     if value is not None:
         return np.zeros(value.shape, bool), value
@@ -260,7 +261,7 @@ def _same(one: Target, other: Target, rest: NDArray[np.bool_]) -> bool:
 
 
 def _whole_target(model: _Model, item: Hoist, target: Target, rest: NDArray[np.bool_], whole: bool) -> str:
-    """The name of a target like a part's but for the entry of the parts' axis, which is the original's."""
+    """Return the name of a target like a part's except for the entry of the parts' axis, which is the original's."""
     keep, fixed = target
     name = item.reshape.inputs[1]
     weight = model.original.weights.get(name)

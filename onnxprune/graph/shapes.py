@@ -1,4 +1,4 @@
-"""Shapes of a node's outputs by its rule: what onnx's inference says, at a fraction of its cost.
+"""Compute shapes of a node's outputs by its rule: the results of onnx's inference, at a fraction of its cost.
 
 onnx infers a single node by way of several protobuf messages. Exported models have thousands of nodes whose shapes only
 follow once computed sizes are known, and a second binding of the dynamic sizes changes most activations.
@@ -20,7 +20,7 @@ Known = Callable[[int], "np.ndarray | None"]
 
 
 class Asked(Sequence[Any]):
-    """Values of a node's inputs, each looked up when it is asked for."""
+    """Values of a node's inputs, each looked up on first access."""
 
     __slots__ = ("_count", "_known")
 
@@ -36,16 +36,16 @@ class Asked(Sequence[Any]):
 
 
 def known_sizes(shape: Any) -> Shape | None:
-    """The shape, where every size is known."""
+    """Return the shape, where every size is known."""
     return None if shape is None or None in shape else tuple(shape)
 
 
 def output_shapes(node: Node, shapes: Sequence[Any], known: Known) -> list[Shape] | None:
-    """Shapes of all outputs; None where the rule cannot tell, or where the node makes no sense.
+    """Compute shapes of all outputs; None where the rule cannot, or where the node is invalid.
 
     Args:
         node: a node.
-        shapes: of its inputs, None where absent.
+        shapes: shapes of its inputs, None where absent.
         known: values of its inputs.
     """
     for shape, name in zip(shapes, node.inputs, strict=True):
@@ -53,7 +53,7 @@ def output_shapes(node: Node, shapes: Sequence[Any], known: Known) -> list[Shape
             return None
     try:
         results = rule_of(node).infer(node, list(shapes), Asked(known, len(node.inputs)))
-    except (LookupError, TypeError, ValueError, ArithmeticError):  # a form of the operator that is not expected
+    except (LookupError, TypeError, ValueError, ArithmeticError):  # an unexpected form of the operator
         return None
     if results is None or len(results) != len(node.outputs) or any(isinstance(s, Elements) for s in results):
         return None

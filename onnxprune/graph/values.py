@@ -1,6 +1,6 @@
-"""Values of small tensors at the probe sizes, and limits on what is computed.
+"""Values of small tensors at the probe sizes, and limits on computation.
 
-What a node would make is estimated before it is evaluated, before onnx propagates values, and before a model is run.
+The size of a result is estimated before a node is evaluated, before onnx propagates values, and before a model is run.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ INT_LIMIT, FLOAT_LIMIT = 1 << 20, 1 << 12
 
 
 def size_of(shape: Sequence[int]) -> int:
-    """Number of elements of a shape."""
+    """Return the number of elements of a shape."""
     return math.prod(shape)
 
 
 class Shapes(Protocol):
-    """Shapes by tensor name, computed when asked for or held in a mapping."""
+    """Shapes by tensor name, computed on demand or held in a mapping."""
 
     def get(self, name: str, /) -> Any:
-        """The shape of a tensor, None where it is not known."""
+        """Return the shape of a tensor, None where it is not known."""
 
 
 class Values:
-    """Values of small tensors, filled node by node in graph order; weights are read when first asked for.
+    """Values of small tensors, filled node by node in graph order; weights are read on first access.
 
-    With ``base``, the values of another walk over the same graph, only what differs from there is held and computed:
-    a second binding of the dynamic sizes, or the cut model, shares most values with the first.
+    With ``base``, the values of another walk over the same graph, only differing values are held and computed:
+    a second binding of the dynamic sizes, or the pruned model, shares most values with the first.
     """
 
     def __init__(self, graph: Graph, base: Values | None = None) -> None:
@@ -47,7 +47,7 @@ class Values:
         self._known: dict[str, np.ndarray | Weight | None] = {}
 
     def get(self, name: str) -> np.ndarray | None:
-        """The value of a tensor where it is known and small, else None."""
+        """Return the value of a tensor where it is known and small, else None."""
         if name in self._known:
             known = self._known[name]
             if known is not None and not isinstance(known, np.ndarray):
@@ -63,15 +63,15 @@ class Values:
         return value
 
     def set(self, name: str, value: np.ndarray | None) -> None:
-        """State (or forget, with None) the value of a tensor."""
+        """Set (or forget, with None) the value of a tensor."""
         self._known[name] = value
 
     def change(self, name: str, weight: Weight) -> None:
-        """State what became of a weight; it is read when asked for."""
+        """Set the changed value of a weight; it is read on demand."""
         self._known[name] = weight
 
     def differs(self, *names: str) -> bool:
-        """Whether the value of one of these tensors is another than in the base."""
+        """Return whether the value of one of these tensors differs from the base."""
         return not self._known.keys().isdisjoint(names)
 
     def step(self, node: Node, shapes: Shapes) -> None:
@@ -112,7 +112,7 @@ class Values:
 
 
 def _size_value(node: Node, shape: Any) -> np.ndarray | None:
-    """What Shape or Size gives for a tensor of this shape."""
+    """Return the output of Shape or Size for a tensor of this shape."""
     if shape is None:
         return None
     part = shape if node.op == "Size" else shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
@@ -137,7 +137,7 @@ def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 
 def small(shape: Sequence[int], dtype: np.dtype[Any]) -> bool:
-    """Whether a tensor is small enough to be a known value: integers up to 2^20 elements, floats up to 2^12."""
+    """Return whether a tensor is small enough to be a known value: integers up to 2^20 elements, floats up to 2^12."""
     size = size_of(shape)
     return size <= (INT_LIMIT if dtype.kind in "iub" else FLOAT_LIMIT)
 
@@ -169,12 +169,12 @@ _COMPUTED, _TIMES = 1 << 26, 16
 _RUNS = 1 << 26
 # Vectors of this length are no shapes; onnx propagates each entry of one as an object.
 _VECTOR = 1 << 20
-# Constants from here on may make such vectors.
+# Constants from here on may produce such vectors.
 _SUSPICIOUS, _TO_THE_END = 1 << 12, (1 << 63) - 1
 
 
 def check_extents(graph: Graph, probe: Probe) -> None:
-    """Whether a machine can hold every tensor that the model makes, and run every node as often as it asks.
+    """Check that a machine can hold every tensor of the model, and run every node as often as the model asks.
 
     Raises:
         ModelError: it cannot; names the node.
@@ -209,7 +209,7 @@ def _check(what: str, shape: Sequence[int | None] | None, most: int) -> None:
 
 
 def propagates(proto: onnx.ModelProto) -> bool:
-    """Whether onnx can propagate values through a model for sure without filling the memory: no long vectors."""
+    """Return whether onnx can propagate values through a model within memory for sure: no long vectors."""
     infos = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
     shapes = (info.type.tensor_type.shape.dim for info in infos if info.type.HasField("tensor_type"))
     if any(len(dims) == 1 and dims[0].dim_value > _VECTOR for dims in shapes):
@@ -218,7 +218,7 @@ def propagates(proto: onnx.ModelProto) -> bool:
 
 
 def _integers(graph: onnx.GraphProto) -> Iterator[int]:
-    """The largest entry of every small constant of integers."""
+    """Yield the largest entry of every small constant of integers."""
     for tensor in _small_tensors(graph):
         if tensor.data_type in (TensorProto.INT64, TensorProto.INT32) and size_of(tensor.dims) <= 1024:
             try:
@@ -240,5 +240,5 @@ def _small_tensors(graph: onnx.GraphProto) -> Iterable[TensorProto]:
 
 
 def has_long_vectors(probe: Probe) -> bool:
-    """Whether some vector is so long that onnx must not propagate its entries."""
+    """Return whether some vector is so long that onnx must not propagate its entries."""
     return any(s is not None and len(s) == 1 and (s[0] or 0) > _VECTOR for s in probe.shapes.values())

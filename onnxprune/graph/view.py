@@ -38,23 +38,23 @@ class Node:
         return self._attrs
 
     def at(self, index: int, proto: onnx.NodeProto) -> Node:
-        """The same node at another place, where ``proto`` is its copy."""
+        """Return the same node at another place, where ``proto`` is its copy."""
         args = (self.op, self.domain, self.version, self.name, self.inputs, self.outputs)
         return Node(index, *args, proto, self._attrs, self.repeats)
 
     @property
     def kind(self) -> str:
-        """The operator a person would look for: of a marker that of its control-flow node."""
+        """The operator that a person would look for: of a marker that of its control-flow node."""
         return str(self.attrs.get("kind", self.op)) if self.domain == markers.DOMAIN else self.op
 
     @property
     def marker(self) -> str:
-        """The marker that it is, "" where it is none."""
+        """The type of the marker, "" where the node is none."""
         return self.op if self.domain == markers.DOMAIN else ""
 
     @property
     def label(self) -> str:
-        """The name a person would look for: the node's own, else that of its first output."""
+        """The name that a person would look for: the node's own, else that of its first output."""
         return self.name or next((o for o in self.outputs if o), f"#{self.index}")
 
 
@@ -83,8 +83,8 @@ class Graph:
     """The main graph of a model.
 
     ``proto`` is the skeleton (no bulk data); ``weights`` maps every initializer and Constant output to its lazily read
-    data; ``captured`` holds the names that bodies of control-flow nodes which stayed closed read from outside. The
-    nodes of other bodies are nodes of the graph, between markers (:mod:`onnxprune.io.markers`).
+    data; ``captured`` holds the names that closed bodies of control-flow nodes read from outside. Nodes of inlined
+    bodies are nodes of the graph, between markers (:mod:`onnxprune.io.markers`).
     """
 
     proto: onnx.ModelProto
@@ -109,11 +109,11 @@ class Graph:
         known: Iterable[Node] = (),
         names: Sequence[tuple[list[str], list[str]]] = (),
     ) -> Graph:
-        """The view of ``proto``; Constant nodes join the weights.
+        """Build the view of ``proto``; Constant nodes join the weights.
 
         ``known`` are nodes of another view of which ``proto`` may hold copies, in the same order: they are recognised
         by their outputs and not decoded again, so none of them may have been changed. ``names`` are the inputs and
-        outputs of all nodes, where somebody has them.
+        outputs of all nodes, where the caller has them.
         """
         graph = cls(proto=proto, weights=dict(weights))
         graph.opsets = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in proto.opset_import}
@@ -132,7 +132,7 @@ class Graph:
         return graph
 
     def altered(self, proto: onnx.ModelProto, weights: dict[str, Weight], changed: Iterable[int]) -> Graph:
-        """The view of a copy whose nodes are the same, at the same places, but for what the ``changed`` ones read."""
+        """Build the view of a copy with the same nodes at the same places, where ``changed`` ones read other tensors."""
         new = {
             i: self._decode(i, proto.graph.node[i], list(proto.graph.node[i].input), self.nodes[i].outputs)
             for i in changed
@@ -185,7 +185,7 @@ class Graph:
 
     @property
     def around(self) -> Sequence[tuple[markers.Body, ...]]:
-        """By node: the bodies that it lies in, outermost first."""
+        """Bodies around each node, outermost first, by node."""
         return self._enclose()[0]
 
     @property
@@ -194,7 +194,7 @@ class Graph:
         return self._enclose()[1] if self.has_bodies else frozenset()
 
     def conditions(self, index: int) -> tuple[tuple[str, bool], ...]:
-        """What has to hold in the Ifs around a node for it to run: (tensor, value), outermost first."""
+        """Return conditions of the Ifs around a node for it to run: (tensor, value), outermost first."""
         return tuple((self.nodes[b.start].inputs[0], b.side) for b in self.around[index] if b.kind == "If")
 
     def _enclose(self) -> tuple[Sequence[tuple[markers.Body, ...]], frozenset[str]]:
@@ -206,7 +206,7 @@ class Graph:
 
 
 def body_reads(body: onnx.GraphProto) -> Iterator[str]:
-    """Names a body reads, its own included: that costs compression at worst, since bodies rarely reuse outer names."""
+    """Return names that a body reads, its own included: that costs compression at worst, since names rarely repeat."""
     for node in body.node:
         yield from (name for name in node.input if name)
         for attribute in node.attribute:
@@ -216,7 +216,7 @@ def body_reads(body: onnx.GraphProto) -> Iterator[str]:
 
 
 def reads(node: Node) -> list[str]:
-    """Names a node reads, those that its bodies take from outside included."""
+    """Return names that a node reads, including those that its bodies read from outside."""
     names = list(node.inputs)
     for attribute in node.proto.attribute if node.domain or node.op in CONTROL else ():
         for body in [attribute.g, *attribute.graphs]:
