@@ -132,7 +132,7 @@ class Graph:
         return graph
 
     def altered(self, proto: onnx.ModelProto, weights: dict[str, Weight], changed: Iterable[int]) -> Graph:
-        """Build the view of a copy with the same nodes at the same places, where ``changed`` ones read other tensors."""
+        """Build the view of a copy with the same nodes and places, where ``changed`` ones read other tensors."""
         new = {
             i: self._decode(i, proto.graph.node[i], list(proto.graph.node[i].input), self.nodes[i].outputs)
             for i in changed
