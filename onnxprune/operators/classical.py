@@ -40,7 +40,7 @@ class PerFeature(Rule):
                 cut.set_attr(name, np.asarray(values)[keep].tolist())
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """Return the shape stays."""
+        """Return the shape of the data."""
         return [shapes[0]]
 
 

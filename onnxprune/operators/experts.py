@@ -19,7 +19,7 @@ MS = "com.microsoft"
 
 
 FIRST, SECOND, THIRD = 2, 4, 6
-"""Where the layers' weights are; a bias follows each."""
+"""Positions of the layers' weights; a bias follows each."""
 INNER = {2: 1, 3: 1, 4: 2, 6: 1, 7: 1}
 """Axis of the inner channels by input."""
 

@@ -64,7 +64,7 @@ class Quantize(Rule):
             step.unite(step.axis_ids(labels, a), ids, _PER_CHANNEL)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """Return the shape stays."""
+        """Return the shape of the data."""
         return [shapes[0]]
 
 
@@ -336,7 +336,7 @@ class QuantizedSoftmax(OverAxes):
         return list(range(step.axis(1), len(step.shape(0))))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """Return the shape stays."""
+        """Return the shape of the data."""
         return [shapes[0]]
 
 
