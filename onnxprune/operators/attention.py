@@ -473,7 +473,7 @@ class RotaryEmbedding(Rule):
 
     @staticmethod
     def _heads(step: Step) -> int:
-        """Return the number of heads: the attribute, or in com.microsoft's form the width of the cosines, input 2."""
+        """Return the number of heads from the attribute or the width of the cosines, input 2; 0 where unknown."""
         stated = int(step.attr("num_heads", 0))
         if stated or step.node.domain == "":
             return stated
@@ -758,7 +758,7 @@ class CausalConv(Rule):
                 step.set(o, (along(found[0], axis, rank),))
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """Return windows that end at their own position, where no state precedes the data."""
+        """Return windows that end at their own position; None where a state precedes the data."""
         w, attrs = known(shapes[1]), node.attrs
         begins = len(node.inputs) < 4 or not node.inputs[3]
         if data != 0 or w is None or len(w) != 3 or not begins or attrs.get("channels_last", 0):
@@ -768,7 +768,7 @@ class CausalConv(Rule):
         return Windows(w[2:], dilations=(apart,), pads=((w[2] - 1) * apart, 0), group=w[0], plain=plain)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """Return the data's shape and, of the state, the kernel's reach in positions."""
+        """Return the data's shape and, of the state, that of (kernel - 1) * dilation positions."""
         x, w = shapes[0], shapes[1]
         if x is None or w is None or len(x) < 3:
             return [x]

@@ -64,7 +64,7 @@ class Linear(Rule):
         return [(0, (len(step.shape(0)) - 1,))]
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
-        """Return shape [N, targets]; of a classifier the classes [N] and the scores [N, targets]."""
+        """Return shape [N, targets]; of a classifier the labels [N] and the scores [N, classes]."""
         x = shapes[0]
         samples = None if x is None else x[0] if len(x) > 1 else 1
         if node.op == "LinearRegressor":

@@ -82,7 +82,7 @@ class LayerNorm(OverAxes):
         return list(range(step.axis(-1), len(step.shape(0))))
 
     def propagate(self, step: Step) -> None:
-        """Propagate as any normalisation; freeze every input if the statistics are requested as outputs."""
+        """Propagate as any normalisation; freeze the data if the statistics are requested as outputs."""
         super().propagate(step)
         if any(step.node.outputs[1:]):
             step.freeze(step.labels(0), "unsupported-form", "the normalisation's statistics are used")

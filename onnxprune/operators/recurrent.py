@@ -93,7 +93,7 @@ class Recurrent(Rule):
         for grid in grids:
             direction = next((a for a in grid.axes if a != grid.pack), None)
             if direction is not None:
-                # Each direction may lose units of its own, since directions are never combined here.
+                # Each direction may lose units of its own: units of different directions are not aligned.
                 step.atoms.fix_axis(grid, direction, step.reason("operand", "both directions stay"))
             mine = covering(labels, grid.pack)
             if mine is None:
@@ -101,7 +101,7 @@ class Recurrent(Rule):
             elif chain is None:
                 step.merge(labels, grid)
             else:
-                # The weight's original atoms on that axis have no positions left.
+                # The grid replaces the weight's own atoms on that axis.
                 step.atoms.unite(mine.ids.ravel(), grid.ids.take([0], axis=direction).ravel())
         if chain is not None:
             override(step, chain, grids, axes)
