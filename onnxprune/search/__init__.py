@@ -1,1 +1,1 @@
-"""The search for the cut that keeps most within a budget: answers are made, carried out, repaired and compared."""
+"""The search for the best model within a budget: candidates are made, pruned, recovered, evaluated and compared."""

@@ -1,4 +1,4 @@
-"""Budget: find the counts that keep most within targets, prune and recover; the smallest model within a drop."""
+"""Budget: find the best counts within targets, prune and recover; or the smallest model within a permitted drop."""
 
 from __future__ import annotations
 
@@ -39,31 +39,32 @@ Array = NDArray[np.float64]
 WITH_DATA, WITHOUT = "ziplm", "l2"
 # How often a budget is halved towards the smallest that works.
 _HALVINGS = 6
-# Noise of the outputs below which no candidate is worth looking for that has less.
+# Noise of the outputs below which the search for better candidates stops.
 _FAITHFUL = 1e-4
 
 
 class Budget(Pass):
-    """Cut to targets.
+    """Prune to targets.
 
-    Counts per group come from knapsacks over scores, over what cutting each group alone does to the outputs (with data)
-    or over measured sensitivities, and costs, see :mod:`onnxprune.allocation.knapsack`. They are held against the
-    same share for every group: all are cut, repaired from 128 samples and measured. Others are tried around the best,
-    see :class:`onnxprune.search.refine.Refine`, and the best of all is repaired from all data. Where wished, layers may
-    be taken apart as well, see :class:`onnxprune.search.mixture.Mixture`.
+    Counts per group come from knapsacks over costs and scores, output sensitivities (with data: the change of the
+    outputs when each group is pruned alone) or measured sensitivities, see :mod:`onnxprune.allocation.knapsack`. They
+    compete with the same share for every group: each candidate is pruned, recovered from 128 samples and evaluated.
+    Further candidates are tried around the best, see :class:`onnxprune.search.refine.Refine`, and the best of all is
+    recovered from all data. On request layers are factorized as well, see
+    :class:`onnxprune.search.mixture.Mixture`.
 
     Args:
         wishes: targets and gates.
-        criterion: what scores units; ``ziplm`` with data, ``l2`` without.
-        recover: how to repair
-        why: who says so, for the report.
-        approximate: also cut through normalisations.
-        options: of :class:`onnxprune.allocation.settings.Request` that say which groups are cut and how their units are
-            scored.
+        criterion: importance criterion of units; ``ziplm`` with data, ``l2`` without.
+        recover: mode of the recovery.
+        why: origin of that mode, for the report.
+        approximate: also prune through normalisations.
+        options: those of :class:`onnxprune.allocation.settings.Request` that select the groups to prune and the scoring
+            of their units.
 
     Raises:
-        BudgetError: a target cannot be reached or a gate not be met: with the best that was, what limits it, and the
-            nearest budget that works.
+        BudgetError: a target cannot be reached or a gate not be met; the error carries the best result, what limits it,
+            and the nearest budget that works.
     """
 
     requires: Sequence[Requirement] = (UNPRUNED,)
@@ -91,16 +92,16 @@ class Budget(Pass):
 
     @property
     def label(self) -> str:
-        """The pass with its mode of recovery."""
+        """Return the name of the pass with its mode of recovery."""
         return f"recover {self.mode!r}"
 
     def prune(self, context: Context) -> Prune:
-        """What scores the units."""
+        """Return the pass that scores the units."""
         criterion = self.criterion or default_criterion(context)
         return Prune(criterion, 0.5, approximate=self.approximate, **self.options)
 
     def __call__(self, context: Context, model: Model) -> PassResult:
-        """Find, cut, repair."""
+        """Search, prune and recover."""
         prune = self.prune(context)
         analysis = prune.prepared(context, model)
         before = points_of_original(analysis, self.wishes.metric)
@@ -115,7 +116,7 @@ class Budget(Pass):
     def _outcome(
         self, context: Context, prune: Prune, found: SearchResult, before: float
     ) -> tuple[Model, Sequence[Fact]]:
-        """The best model, and what is to be said of it."""
+        """Return the best model and its facts for the report."""
         analysis, best, final = found.problem.analysis, found.best, found.final
         plan = make_plan(analysis, best.removed, prune.name)
         plan.factorized = final.model.plan.factorized
@@ -124,7 +125,7 @@ class Budget(Pass):
         facts = [
             Settings({"criterion": prune.name, **prune.request.settings, "scope": "budget"}),
             *describe_removal(context, pruned, found.problem.selector),
-            # Settings of trials are none that anyone asked for.
+            # The user did not choose the settings of trials.
             *(f for f in final.facts if not isinstance(f, (Settings, Recovered))),
             Recovered(recovery, final.recovery.layers),
             self._facts(found, before),
@@ -132,7 +133,7 @@ class Budget(Pass):
         return pruned, facts
 
     def _search(self, context: Context, analysis: Analysis, prune: Prune, before: float) -> SearchResult:
-        """The best within targets and gates; a node that cannot be rewritten is frozen, and all is searched anew."""
+        """Return the best result within targets and gates; freeze a node that cannot be rewritten and search anew."""
         for _ in range(len(analysis.graph.nodes) + 1):
             try:
                 with context.stage("budget"):
@@ -157,12 +158,12 @@ class Budget(Pass):
 
 
 def default_criterion(context: Context) -> str:
-    """The criterion where nobody says: what others can make up for, or what needs no data."""
+    """Return the default criterion: recoverable error with data, magnitude without."""
     return WITHOUT if context.calibration is None else WITH_DATA
 
 
 def _best_by_name(found: SearchResult) -> list[Evaluated]:
-    """The best candidate of every name."""
+    """Return the best candidate of every name."""
     by_name: dict[str, Evaluated] = {}
     for candidate, evaluation in found.evaluated:
         known = by_name.get(candidate.name)
@@ -177,14 +178,14 @@ def _best_by_name(found: SearchResult) -> list[Evaluated]:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What a search has found.
+    """The result of a search.
 
     Attributes:
-        problem: with the corrections of its limits.
+        problem: the problem with its corrected limits.
         evaluated: the candidates that were compared.
-        best: of these, with what it costs when recovered from all data.
+        best: the best of these, with its costs after recovery from all data.
         final: its evaluation.
-        failure: the gate that it does not pass.
+        failure: description of the gate that it does not pass, empty for none.
     """
 
     problem: SearchProblem
@@ -214,7 +215,7 @@ class Search:
         self._mixture_of: Mixture | None = None
 
     def run(self) -> SearchResult:
-        """The best within the targets and gates.
+        """Return the best result within the targets and gates.
 
         Raises:
             BudgetError: a target is out of reach, or a gate is not met.
@@ -231,7 +232,7 @@ class Search:
         return self._smallest(problem)
 
     def problem(self, targets: Sequence[Target]) -> SearchProblem:
-        """The groups with their scores, and the targets with their costs."""
+        """Return the groups with their scores, and the targets with their costs."""
         context, analysis, table = self.context, self.analysis, None
         if any(t.kind == "latency" for t in targets):
             sizes = rewritable_sizes(analysis)
@@ -244,7 +245,7 @@ class Search:
         return SearchProblem.of(context, selector, targets, table, curves, sensitivity)
 
     def _curves(self, selector: Selector) -> Curves | None:
-        """Measured losses by group, where they were asked for."""
+        """Return measured losses by group, where they were requested."""
         given = self.wishes.sensitivity
         if given is None:
             return None
@@ -257,7 +258,7 @@ class Search:
         return found.losses()
 
     def _output_sensitivity(self, selector: Selector) -> dict[int, Array] | None:
-        """Scores that add up to what cuts do to the outputs, where there are data to measure it on in time."""
+        """Return scores that sum to each group's output sensitivity, where data and time permit measuring it."""
         context, analysis = self.context, selector.analysis
         if context.calibration is None or selector.request.normalize == "measured":
             return None
@@ -266,12 +267,12 @@ class Search:
         effort = measuring_effort(sample_macs(analysis), [g.steps for g in groups])
         if effort is None:
             return None
-        with suppress(UsageError):  # too few samples, or outputs that say nothing
+        with suppress(UsageError):  # too few samples, or constant outputs
             return output_sensitivity(context, analysis, groups, scores, *effort)
         return None
 
     def within(self, problem: SearchProblem) -> SearchResult:
-        """The best candidate within the targets, recovered from all data; limits are tightened where that adds to it.
+        """Return the best candidate within the targets, recovered from all data; tighten limits that recovery exceeds.
 
         Raises:
             BudgetError: a target is out of reach.
@@ -286,7 +287,7 @@ class Search:
                 over = problem.over(problem.with_costs_of(*_best(evaluated)))
                 problem = problem.tightened(over)
                 if max(over.values()) > 1 and not last:
-                    continue  # a recovery added to the size: a little less is kept, before the effort of all data
+                    continue  # recovery added to the size: keep a little less, before the effort of all data
             evaluated += self._refined(problem, evaluated, best)
             best = _best(evaluated)[0] if evaluated else best
             final = self._evaluate(problem, best, trial=False)
@@ -300,10 +301,10 @@ class Search:
     def _evaluated(
         self, problem: SearchProblem, candidates: Sequence[Candidate]
     ) -> tuple[list[Evaluated], SearchProblem]:
-        """Candidates recovered from a few samples, with those that factorize layers; none where there is no choice.
+        """Recover candidates from a few samples, also with factorized layers; return none where there is no choice.
 
         Returns:
-            the candidates, and the problem led by the choices that did best.
+            the candidates, and the problem led by the best choices.
         """
         if len(candidates) < 2 and not self.wishes.factorize:
             return [], problem
@@ -317,7 +318,7 @@ class Search:
         return evaluated, problem
 
     def _refined(self, problem: SearchProblem, evaluated: Sequence[Evaluated], best: Candidate) -> list[Evaluated]:
-        """Candidates around the best one; by default where a recovery tells what a cut costs, and something is lost."""
+        """Return candidates around the best one; by default only with recovery and where quality was lost."""
         trials = self.wishes.trials
         if trials is None:
             faithful = self.wishes.metric is None and any(e.quality.fine > -_FAITHFUL for _, e in evaluated)
@@ -334,7 +335,7 @@ class Search:
         return Refine(space, judge, trials, whole).around([pair for pair in evaluated if pair[0] is best])
 
     def _judge(self, problem: SearchProblem) -> Callable[[Candidate], Evaluation | None]:
-        """Evaluates candidates from a few samples; gives None where no ranks save enough."""
+        """Return a function that evaluates candidates from a few samples; it returns None where no ranks save enough."""
 
         def judge(candidate: Candidate) -> Evaluation | None:
             with suppress(BudgetError):
@@ -344,7 +345,7 @@ class Search:
         return judge
 
     def _mixture(self, problem: SearchProblem) -> Mixture | None:
-        """What factorizes layers as well, where that was asked for; opened once for problems of the same costs."""
+        """Return the mixture that factorizes layers as well, where requested; reused for problems of the same costs."""
         if not self.wishes.factorize:
             return None
         if self._mixture_of is None or self._mixture_of.costs is not problem.costs:
@@ -360,14 +361,14 @@ class Search:
 
     @property
     def _shrinks(self) -> str:
-        """What is made as little as gates allow where no target says what: MACs, or parameters of a model without."""
+        """Return the kind of cost to minimise where no target names one: MACs, or parameters of a model without MACs."""
         return "macs" if sample_macs(self.analysis) else "params"
 
     def _missing(self, final: Evaluation) -> str:
-        """What a gate has against a model; empty where it passes."""
+        """Return a description of the gate that a model does not pass; empty where it passes."""
         wishes, quality, before = self.wishes, final.quality, self.before
         what = points_name(wishes.metric, quality.fidelity)
-        # A comparison with NaN is false: where nothing could be compared, no gate is passed.
+        # A comparison with NaN is false: a model without a comparable output passes no gate.
         if wishes.max_drop is not None and not before - quality.points <= wishes.max_drop + 1e-9:
             lost = before - quality.points
             allowed = f"{argument('max_drop')} {wishes.max_drop:g}"
@@ -378,15 +379,15 @@ class Search:
         return ""
 
     def _smallest(self, problem: SearchProblem) -> SearchResult:
-        """The fewest MACs (parameters, where there are none) within the gates, by bisection on the share kept.
+        """Return the fewest MACs (or parameters, without MACs) within the gates, by bisection on the share kept.
 
         Raises:
-            BudgetError: not even the smallest cut keeps within them.
+            BudgetError: the smallest change already exceeds them.
         """
         kind = self._shrinks
         low, high = problem.reachable(kind) / problem.originals[kind], 1.0
         found, why = None, "No cut was found"
-        if self.wishes.factorize or len(problem.choices) > 1:  # what losses to go by, and at what rate
+        if self.wishes.factorize or len(problem.choices) > 1:  # determine the losses and the rate of exchange
             halfway = problem.with_targets(Target(kind, 0.5 * (low + high)))
             problem = replace(problem, lead=self._evaluated(halfway, halfway.candidates())[1].lead)
         for _ in range(_HALVINGS):
@@ -407,7 +408,7 @@ class Search:
         return found
 
     def _most_promising(self, problem: SearchProblem) -> Evaluated | None:
-        """The candidate that promises most, recovered from all data; None where none was found."""
+        """Recover the most promising candidate from all data; None where there is no candidate."""
         mixture = self._mixture(problem)
         with suppress(BudgetError):
             candidate = None if mixture is None else mixture.candidate(problem)
@@ -418,7 +419,7 @@ class Search:
         return None
 
     def _nearest(self, problem: SearchProblem) -> tuple[Target, ...] | None:
-        """The budget between the one asked for and the whole model that is nearest to it and passes the gates."""
+        """Return the budget nearest to the requested one, towards the whole model, that passes the gates."""
         low, high = 0.0, 1.0
         passing: tuple[Target, ...] | None = None
         for _ in range(_HALVINGS - 1):
@@ -433,41 +434,45 @@ class Search:
 
 
 def _best(evaluated: Sequence[Evaluated]) -> Evaluated:
-    """The pair of the highest quality."""
+    """Return the candidate of the highest quality."""
     return max(evaluated, key=lambda pair: pair[1].quality.fine)
 
 
-# -- how much work a model is worth: counted and not on a clock, so that a run can be repeated -------------------------
+# -- the effort spent on a model: counted and not timed, so that a run can be repeated ---------------------------------
 
-# What all trials together may take, in seconds on the machine that the figures below are from.
+# Limit of all trials together, in seconds on the machine that the figures below are from.
 _SECONDS = 30.0
-# An answer cut, repaired and judged: at least, and for a billion multiply-accumulates.
+# Seconds to prune, recover and evaluate a candidate: at least, and per billion multiply-accumulates.
 _EACH, _PER_BILLION = 1.0, 80.0
-# A group cut alone: opened, and run on a sample for a billion multiply-accumulates.
+# Seconds to prune a group alone: to load it, and to run it on a sample per billion multiply-accumulates.
 _OPENED, _RUN = 0.05, 0.03
-# The sizes to cut groups to, best first; fewer samples than that say too little.
+# The shares to prune groups to, best first, and the fewest samples for a reliable measurement.
 _SHARES, _FEWEST = (SHARES, (0.25, 0.5), (0.5,)), 16
 
 
 def sample_macs(analysis: Analysis) -> float:
-    """Multiply-accumulates of the model for one sample."""
+    """Return the multiply-accumulates of the model for one sample."""
     batch = max(min((shape[0] for shape in analysis.facts.probes[0].inputs.values() if shape), default=1), 1)
     return sum(layer.macs_before for layer in analysis.layers) / batch
 
 
 def trials_of(macs: float) -> int:
-    """How many answers around the best one to try. ``macs``: multiply-accumulates of a sample."""
+    """Return the number of candidates to try around the best one.
+
+    Args:
+        macs: multiply-accumulates of a sample.
+    """
     return int(_SECONDS / (_EACH + _PER_BILLION * macs * 1e-9))
 
 
 def measuring_effort(macs: float, steps: Sequence[int]) -> tuple[Sequence[float], int] | None:
-    """Shares of every group to cut alone, and samples to run each cut on; None where that takes too long.
+    """Return shares of every group to prune alone, and samples to run each on; None where that takes too long.
 
-    It may take as long as all trials, or as one where that is longer.
+    The limit is the time of all trials, or of one where that is longer.
 
     Args:
         macs: multiply-accumulates of a sample.
-        steps: in how many steps every group can be cut.
+        steps: number of steps in which each group can be pruned, one per group.
     """
     allowed = max(_SECONDS, _EACH + _PER_BILLION * macs * 1e-9)
     for shares in _SHARES:

@@ -1,4 +1,4 @@
-"""The evaluation of a candidate: prune, factorize, recover, and measure how good the model is."""
+"""Evaluation of candidates: prune, factorize, recover, and measure the quality of the model."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Quality:
     """A model's quality.
 
     Attributes:
-        points: what ``--max-drop`` counts in: the metric, or per cent of top-1 agreement, else of cosine.
-        fine: what candidates are compared by; higher is better.
+        points: the unit of ``--max-drop``: the metric, or per cent of top-1 agreement, else of cosine.
+        fine: the value that candidates are compared by; higher is better.
         fidelity: to the original, where it was measured.
     """
 
@@ -52,14 +52,14 @@ class Quality:
 
 
 def _of_fidelity(facts: Fidelity) -> Quality:
-    """Quality without a metric: points are the agreement with the original, compared is the noise."""
+    """Return the quality without a metric: points are the agreement with the original, ``fine`` is the noise."""
     shares = [o.top1 for o in facts.outputs if o.top1 is not None]
     points = 100 * min(shares) if shares and len(shares) == len(facts.outputs) else 100 * facts.worst_cosine
     return Quality(points, -noise(facts), facts)
 
 
 def points_name(metric: Metric | None, facts: Fidelity | None) -> str:
-    """What the points are."""
+    """Return the name of the points."""
     if metric is not None:
         return str(getattr(metric, "label", getattr(metric, "__name__", "metric")))
     tops = facts is not None and facts.outputs and all(o.top1 is not None for o in facts.outputs)
@@ -67,10 +67,10 @@ def points_name(metric: Metric | None, facts: Fidelity | None) -> str:
 
 
 def measure_metric(metric: Metric, path: Path) -> float:
-    """The metric of a model file, which it may change or remove: nothing else must need the file any more.
+    """Return the metric of a model file, which the metric may change or delete: no other code may need the file later.
 
     Raises:
-        UsageError: it raises, or gives no finite number.
+        UsageError: the metric raises, or returns no finite number.
     """
     label = getattr(metric, "label", getattr(metric, "__name__", "metric"))
     folder = Path.cwd()
@@ -98,22 +98,22 @@ def measure_metric(metric: Metric, path: Path) -> float:
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    """Whether an exception comes from the user, or the system, and not from the metric itself."""
+    """Return whether an exception comes from the user or the system, and not from the metric itself."""
     if not isinstance(error, KeyboardInterrupt):
         return isinstance(error, MemoryError)
-    # Handlers of our own raise a kind of their own.
+    # The package's signal handlers raise their own exception class.
     return type(error) is not KeyboardInterrupt or signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def _words(error: BaseException) -> str:
-    """An exception as words."""
+    """Return an exception as text."""
     if isinstance(error, SystemExit):
         return f"it called sys.exit({'' if error.code is None else repr(error.code)})"
     return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
 def load_metric(text: str) -> Metric:
-    """The function that ``script.py:function`` names.
+    """Load the function that ``script.py:function`` names.
 
     Raises:
         UsageError: no such file or function, or a file that does not run.
@@ -150,17 +150,17 @@ class ScriptMetric:
     label: str
 
     def __call__(self, path: str) -> float:
-        """The metric of a model file."""
+        """Return the metric of a model file."""
         return self.function(path)
 
     def __reduce__(self) -> tuple[Callable[[str], Metric], tuple[str]]:
-        """Workers load the script themselves."""
+        """Return the name alone: workers load the script themselves."""
         return load_metric, (self.label,)
 
 
 @contextmanager
 def _modules_beside(path: Path) -> Iterator[None]:
-    """A script finds modules that lie beside it."""
+    """Put a script's folder on the import path, so that it can import modules beside it."""
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:
@@ -177,10 +177,10 @@ class Evaluation:
     """A pruned and recovered model, and what it costs.
 
     Attributes:
-        model: as it could be saved.
-        facts: what passes have found on the way.
-        quality: how good it is.
-        size, params: as saved, in bytes and elements.
+        model: the model, ready to be saved.
+        facts: the facts of all passes.
+        quality: its quality.
+        size, params: bytes of the saved file, and elements of its weights.
         macs: multiply-accumulates.
     """
 
@@ -193,7 +193,7 @@ class Evaluation:
 
     @property
     def recovery(self) -> Recovered:
-        """What the recovery did."""
+        """Return the facts of the recovery."""
         return next((fact for fact in self.facts if isinstance(fact, Recovered)), Recovered(Recovery()))
 
 
@@ -208,7 +208,7 @@ def evaluate(
     near: bool = False,
     factorize: Factorize | None = None,
 ) -> Evaluation:
-    """Prune, factorize, recover and measure, without touching the run.
+    """Prune, factorize, recover and measure, without changing the run.
 
     Args:
         context: the run.
@@ -216,9 +216,9 @@ def evaluate(
         removed: mask over atoms.
         mode: of the recovery.
         metric: the user's, None for fidelity.
-        split: how many samples to recover from and to measure on; None for all, measured on what the recovery held out.
-        near: recover only the layers that read less.
-        factorize: the pass to run behind the cut; its products are checked where all data are used.
+        split: samples to recover from and to measure on; None for all, measured on the recovery's hold-out.
+        near: recover only the layers whose inputs were pruned.
+        factorize: the pass to run after pruning; its products are checked where all data are used.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails.
@@ -249,7 +249,7 @@ def evaluate(
 def prune_and_factorize(
     context: Context, analysis: Analysis, removed: Mask, factorize: Factorize | None = None
 ) -> PassResult:
-    """The model pruned, and factorized where that is part of a candidate; not recovered.
+    """Prune the model, and factorize it where that is part of the candidate, without recovery.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes. BudgetError: no ranks save as much as they are to.
@@ -259,7 +259,7 @@ def prune_and_factorize(
 
 
 def _recovered_fidelity(facts: Sequence[Fact], inputs: Sequence[Feed]) -> Fidelity | None:
-    """What a recovery measured on the samples that it held out; None where there was none, or others to measure on."""
+    """Return the fidelity on the recovery's hold-out; None without one, or with other inputs to measure on."""
     whole = next((fact.whole for fact in facts if isinstance(fact, Recovered)), None)
     if whole is None or inputs:
         return None
@@ -267,14 +267,14 @@ def _recovered_fidelity(facts: Sequence[Fact], inputs: Sequence[Feed]) -> Fideli
 
 
 def _fidelity(context: Context, trial: Trial, path: Path, inputs: Sequence[Feed]) -> Fidelity:
-    """Fidelity on these inputs, else on the first that there are."""
+    """Return the fidelity on these inputs, else on the first calibration samples."""
     feeds = inputs or (TrialSplit().first(context, trial.analysis) if context.calibration is not None else [])
     feeds = feeds or synthetic_feeds(context, trial.analysis)
     return fidelity(trial.original, path, feeds, together=not trial.heavy)
 
 
 def points_of_original(analysis: Analysis, metric: Metric | None) -> float:
-    """The points of the original: the metric, 100 without one."""
+    """Return the points of the original: the metric, 100 without one."""
     if metric is None:
         return 100.0
     with Trial.of(analysis) as trial:

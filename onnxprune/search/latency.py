@@ -1,4 +1,4 @@
-"""Latency tables: taken from a file, kept of an earlier run, or measured; and what they say of a model, to read."""
+"""Latency tables: read from a file, from the cache of an earlier run, or measured; and a summary for the report."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from onnxprune.runtime.latency import Device, in_turn, profile
 from onnxprune.runtime.sessions import Feed
 
 SECONDS = 60.0
-"""How long measuring may take where nobody says."""
+"""Default duration of the measurement in seconds."""
 _CUTS, _FEWEST, _CHECKS = 96, 12, 6
-# Runs of one cut: as many as fit into so many seconds, within bounds. The mean of the shortest is taken: disturbances
-# only make a run longer.
+# Runs of one pruned model: as many as fit into so many seconds, within bounds. The result is the mean of the shortest:
+# disturbances only make a run longer.
 _RUN_SECONDS, _LEAST_RUNS, _MOST_RUNS, _SHORTEST = 0.1, 9, 60, 0.4
-# How far the times of a profile are brought to what a whole run says.
+# Limits of the factor that scales the times of a profile to the time of a whole run.
 _STEADY = (0.4, 1.5)
-# Rounds of reweighting, and an error below which all count alike.
+# Rounds of reweighting, and an error below which all have the same weight.
 _ROUNDS, _CLOSE = 20, 0.01
-# Seconds that whole runs of one cut and of the original may take together.
+# Seconds that whole runs of one pruned model and of the original may take together.
 _WHOLE_SECONDS = 1.0
-# Levels per group; in between, times are joined. Kernels take 4, 8 or 16 channels at once.
+# Levels per group; in between, times are interpolated. Kernels process 4, 8 or 16 channels at once.
 _LEVELS, _BLOCK = 16, 4
-# Levels next to a share that counts are drawn from.
+# Number of levels next to a share that counts are drawn from.
 _NEAR = 4
-# Kinds of nodes whose steps are shown, and levels of each.
+# Number of node kinds whose steps are shown, and of levels of each.
 _KINDS, _SHOWN = 4, 16
 
 
@@ -56,10 +56,10 @@ _KINDS, _SHOWN = 4, 16
 
 
 def rewritable_sizes(analysis: Analysis) -> Sizes:
-    """Sizes over the groups that can be cut, of the analysis in which nodes that cannot be rewritten are frozen.
+    """Return sizes over the groups that can be pruned, after freezing the nodes that cannot be rewritten.
 
     Raises:
-        BudgetError: nothing can be cut.
+        BudgetError: no group can be pruned.
     """
     for _ in range(len(analysis.graph.nodes) + 1):
         groups = [g for g in analysis.units.groups if g.prunable]
@@ -84,9 +84,14 @@ def latency_table(
     seconds: float = SECONDS,
     anew: bool = False,
 ) -> LatencyTable:
-    """The table ``given``, else the one kept for this model on this machine, else a new one, which is then kept.
+    """Return the table ``given``, else the cached one for this model on this machine, else measure and cache a new one.
 
-    It is kept in ``context.cache``, else in the user's cache folder. ``anew``: measure whatever is kept.
+    Args:
+        context: the run; its ``cache``, else the user's cache folder, holds the table.
+        sizes: sizes of all tensors as functions of counts.
+        given: a table or its file.
+        seconds: duration of the measurement.
+        anew: measure even if a table is cached.
 
     Raises:
         UsageError: the given table cannot be read or is another model's. ModelError: the model does not run.
@@ -98,7 +103,7 @@ def latency_table(
         return table
     file = _table_file(context, analysis)
     if not anew and file.is_file():
-        with suppress(UsageError):  # a damaged one is measured anew
+        with suppress(UsageError):  # measure a damaged table again
             table = LatencyTable.load(file)
             table.check_model(analysis.loaded.sha256, "")
             return table
@@ -110,7 +115,7 @@ def latency_table(
 
 
 def _table_file(context: Context, analysis: Analysis) -> Path:
-    """The file of the table for this model, its input sizes and this device."""
+    """Return the file of the table for this model, its input sizes and this device."""
     shapes = {name: list(shape) for name, shape in analysis.facts.probes[0].inputs.items()}
     key = json.dumps([VERSION, analysis.loaded.sha256, shapes, context.device.facts()], sort_keys=True)
     folder = context.cache or user_cache()
@@ -121,16 +126,18 @@ def _table_file(context: Context, analysis: Analysis) -> Path:
 
 
 def block_levels(steps: int) -> Counts:
-    """Counts of kept steps at which kernels are measured: multiples of 4 or more, and the whole."""
+    """Return counts of kept steps at which kernels are measured: multiples of 4 or more, and the whole."""
     block = _BLOCK * max(1, -(-steps // (_BLOCK * _LEVELS))) if steps >= 2 * _BLOCK else 1
     return np.unique(np.append(np.arange(block, steps + 1, block), steps))
 
 
 def measure_table(context: Context, sizes: Sizes, *, seconds: float = SECONDS) -> LatencyTable:
-    """Times of all nodes at random counts, and a check of whole runs at counts that were not measured before.
+    """Measure times of all nodes at random counts, and check the model against whole runs at other counts.
 
     Args:
-        seconds: how long to measure; at least 12 cuts are, whatever it takes.
+        context: the run.
+        sizes: sizes of all tensors as functions of counts.
+        seconds: duration of the measurement; at least 12 pruned models are measured, however long they take.
 
     Raises:
         ModelError: the model does not run.
@@ -144,7 +151,7 @@ def measure_table(context: Context, sizes: Sizes, *, seconds: float = SECONDS) -
         table = LatencyTable(analysis.loaded.sha256, dict(context.device.facts()), shapes, 0.0)
         timed, nodes, wholes = [], [], []
         start = time.perf_counter()
-        # The first cut removes nothing: the original but for what every result is spared, such as subnormal weights.
+        # The first model is unpruned: the original after the clean-up of every result, such as of subnormal weights.
         for number, kept in enumerate((sizes.steps, *_cuts(sizes, draw))):
             if number > _FEWEST and time.perf_counter() - start > seconds:
                 break
@@ -162,7 +169,7 @@ def measure_table(context: Context, sizes: Sizes, *, seconds: float = SECONDS) -
 
 
 class Bench:
-    """Cuts of one model as files, and how long they take."""
+    """Pruned models of one original as files, and their times."""
 
     def __init__(self, analysis: Analysis, sizes: Sizes, device: Device, feed: Feed, trial: Trial) -> None:
         self._analysis, self._sizes, self._device, self._feed, self._trial = analysis, sizes, device, feed, trial
@@ -170,32 +177,32 @@ class Bench:
         self.original = trial.original
 
     def cut(self, kept: Counts, stem: str = "timed") -> Path:
-        """The model cut to counts [groups], whichever units go."""
+        """Write the model pruned to counts [groups]; which units are removed does not matter."""
         removed = removal(self._analysis, self._sizes, kept)
         return self._trial.write(*flush(cut_model(self._analysis, removed))[0], stem)[0]
 
     def nodes(self, path: Path) -> dict[str, float]:
-        """Seconds of the original's nodes in a cut of it."""
+        """Return seconds of the original's nodes in a pruned model."""
         times = profile(path, [self._feed], runs=self._runs, device=self._device, share=_SHORTEST)
         once = sum(t.seconds for t in times)
         self._runs = int(np.clip(_RUN_SECONDS / max(once, 1e-6), _LEAST_RUNS, _MOST_RUNS))
         return spread(self._analysis, [(t.name, t.op, t.seconds) for t in times])
 
     def beside(self, path: Path) -> tuple[float, float]:
-        """Seconds of a whole run of the original and of a cut, the two in turn."""
+        """Return seconds of a whole run of the original and of a pruned model, measured in turn."""
         before, after = self.whole([self.original, path], runs=self._runs, budget_s=_WHOLE_SECONDS)
         if not before:
             raise ModelError("the clock is too coarse to time this model")
         return float(before), float(after)
 
     def whole(self, paths: Sequence[Path], runs: int = 60, budget_s: float = 10.0) -> NDArray[np.float64]:
-        """Seconds per run of several models, measured in turn."""
+        """Return seconds per run of several models, measured in turn."""
         times = in_turn(paths, [self._feed], self._device, runs=runs, budget_s=budget_s, steady=True)
         return np.array([np.sort(t)[: max(1, round(_SHORTEST * len(t)))].mean() for t in times]) * 1e-3
 
 
 def removal(analysis: Analysis, sizes: Sizes, kept: Counts) -> NDArray[np.bool_]:
-    """Mask over atoms of a cut to counts [groups]: the last units of every group go."""
+    """Return the mask over atoms for counts [groups]: the last units of every group are removed."""
     ranked = {
         g.id: RankedGroup(-np.arange(g.size, dtype=np.float64), g.classes, g.steps, np.arange(g.steps), 0.0)
         for g in sizes.groups
@@ -205,7 +212,7 @@ def removal(analysis: Analysis, sizes: Sizes, kept: Counts) -> NDArray[np.bool_]
 
 
 def _cuts(sizes: Sizes, draw: np.random.Generator) -> Iterator[Counts]:
-    """Counts to measure: few and many channels throughout, mixed ones, and every fourth time any numbers at all."""
+    """Yield counts to measure: few and many channels throughout, mixed ones, and every fourth time arbitrary ones."""
     for number in range(_CUTS):
         if number % 4 == 3:
             yield np.asarray(draw.integers(1, sizes.steps + 1))
@@ -214,7 +221,7 @@ def _cuts(sizes: Sizes, draw: np.random.Generator) -> Iterator[Counts]:
 
 
 def _drawn(sizes: Sizes, draw: np.random.Generator, share: float | None = None) -> Counts:
-    """Random counts [groups] that kernels like: any, or with ``share`` about so much of every group."""
+    """Draw counts [groups] that suit kernels: arbitrary, or with ``share`` about that share of every group."""
     found = []
     for steps in sizes.steps.tolist():
         levels = block_levels(steps)
@@ -230,13 +237,13 @@ Whole = tuple[float, float]
 
 
 def steadied(nodes: Sequence[Mapping[str, float]], wholes: Sequence[Whole]) -> NDArray[np.float64]:
-    """Factors on the times of the nodes of every cut [cuts] that bring their sum to what its whole run says.
+    """Return factors [cuts] that scale the node times of every pruned model to the time of its whole run.
 
-    A profile is written while the machine is as busy as it is; whole runs are held against the original's beside them.
-    So the profile says how the time is shared out over the nodes, and the whole run how much it is.
+    The load of the machine varies between profiles, whereas whole runs are measured next to the original's. The profile
+    therefore determines the distribution of the time over the nodes, and the whole run its sum.
 
     Args:
-        nodes: seconds by node.
+        nodes: seconds by node, for every pruned model.
         wholes: seconds of whole runs of the original and of every cut.
     """
     sums = np.array([sum(times.values()) for times in nodes])
@@ -255,12 +262,14 @@ def steadied(nodes: Sequence[Mapping[str, float]], wholes: Sequence[Whole]) -> N
 
 
 def fit_runs(table: LatencyTable, places: Places, timed: Counts, wholes: Sequence[Whole]) -> None:
-    """Fit what a run takes besides its nodes.
+    """Fit the overhead of a run besides its nodes.
 
     Args:
+        table: the table to update.
+        places: the nodes by what their time depends on.
         timed: counts [cuts, groups] whose nodes were timed.
-        wholes: seconds of whole runs of the original and of every cut. Of each the share counts: how busy the machine
-            is changes both alike.
+        wholes: seconds of whole runs of the original and of every pruned model. Only their ratio is used: the load of
+            the machine changes both alike.
     """
     table.seconds = float(np.median([before for before, _ in wholes]))
     shares = np.array([after / before for before, after in wholes])
@@ -268,16 +277,16 @@ def fit_runs(table: LatencyTable, places: Places, timed: Counts, wholes: Sequenc
 
 
 def check_runs(table: LatencyTable, places: Places, cuts: Counts, wholes: Sequence[Whole]) -> None:
-    """Hold predictions against whole runs of cuts [cuts, groups] not measured before."""
+    """Compare predictions with whole runs at counts [cuts, groups] not measured before."""
     predicted = Latency(places, table).rows(cuts)[:, 0]
     shares = np.array([after / before for before, after in wholes])
     table.checks = list(zip(predicted.tolist(), (shares * table.seconds).tolist(), strict=True))
 
 
 def line(nodes: NDArray[np.float64], measured: NDArray[np.float64]) -> tuple[float, float]:
-    """(overhead, slope) of measured = overhead + slope * nodes, relative errors least, slope between 0.5 and 2.
+    """Fit measured = overhead + slope * nodes with least relative error, slope between 0.5 and 2; (overhead, slope).
 
-    The overhead is below 0 where writing the profile takes longer than what a run does besides its nodes.
+    The overhead is below 0 where writing the profile takes longer than a run needs besides its nodes.
     """
     weight = 1.0 / measured
     design = np.stack([weight, nodes * weight], axis=1)
@@ -291,7 +300,7 @@ def line(nodes: NDArray[np.float64], measured: NDArray[np.float64]) -> tuple[flo
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Profiled:
-    """What a profile found: ``facts`` to read, ``table`` to reckon with."""
+    """The result of a profile: ``facts`` for the report, ``table`` for predictions."""
 
     facts: Profile
     table: LatencyTable
@@ -309,7 +318,7 @@ class Profiled:
 
 
 def profiled(sizes: Sizes, table: LatencyTable, model: str) -> Profile:
-    """The facts of a table, in milliseconds."""
+    """Return the facts of a table, in milliseconds."""
     places = Places(sizes)
     latency = Latency(places, table)
     whole = latency.of_nodes(sizes.steps)
@@ -326,13 +335,13 @@ def profiled(sizes: Sizes, table: LatencyTable, model: str) -> Profile:
 
 
 def _alike(sizes: Sizes, share: float) -> Counts:
-    """Counts [groups]: of every group the measured level nearest to the share."""
+    """Return counts [groups]: of every group the measured level nearest to the share."""
     levels = [block_levels(int(s)) for s in sizes.steps]
     return np.array([x[np.argmin(np.abs(x - share * s))] for x, s in zip(levels, sizes.steps, strict=True)])
 
 
 def _steps(places: Places, table: LatencyTable, whole: dict[str, float]) -> list[KindSteps]:
-    """The kinds that take most time in all, by the channels that they read and make."""
+    """Return the kinds that take most time in all, by the channels that they read and make."""
     kinds: dict[str, list[Node]] = defaultdict(list)
     for node in places.moving:
         kinds[places.kinds[node.label]].append(node)
@@ -353,5 +362,5 @@ def _steps(places: Places, table: LatencyTable, whole: dict[str, float]) -> list
 
 
 def _some(levels: Counts) -> Counts:
-    """So many of the levels, evenly."""
+    """Return some of the levels, evenly spaced."""
     return np.asarray(levels[np.unique(np.linspace(0, levels.size - 1, _SHOWN).round().astype(int))])

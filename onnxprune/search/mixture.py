@@ -1,4 +1,4 @@
-"""Prune groups or factorize layers: one knapsack over both, whose losses are brought to one scale by trials."""
+"""Prune groups and factorize layers: one knapsack over both, whose losses trials bring to one scale."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ Judge = Callable[[Candidate], Evaluation | None]
 
 ALONE, TOGETHER = "knapsack over layers", "knapsack over groups and layers"
 WEIGHED = f"{TOGETHER}, weighed by trial"
-# How far rates of exchange lie apart that are tried, and how many are.
+# Ratio between the rates of exchange that are tried, and their number.
 _STEPS, _TRIALS = (4.0, 2.0), 7
-# How often a limit on time is moved until what is measured fits.
+# How often a limit on time is corrected until the measured time fits.
 _CORRECTIONS = 4
-# Part of the way to the target at which losses are weighed against each other, and the step that tells a slope.
+# Part of the way to the target at which losses are compared, and the step for the slope.
 _HALF, _SLOPE = 0.5, 0.05
-# A limit that is none.
+# A limit without effect.
 _WHOLE = 0.99
 
 
 class Mixture:
     """Candidates that prune some groups and factorize some layers.
 
-    A group's loss is a score and a layer's a share of energy: nobody knows what one is worth in the other. Where both
-    would give alike at half the way, the last unit of cost costs them the same: from there rates are tried up and down,
-    every candidate carried out, recovered and measured, as long as the outputs come closer to the original's. The
-    knapsack says how much is pruned; ranks are then chosen for the layers as they are after the cut. Where time is the
-    target, what layers gain is measured layer by layer, and every candidate is timed before it is recovered.
+    A group's loss is a score and a layer's loss a share of energy, with an unknown rate of exchange. The search starts
+    at the rate at which the last unit of cost has the same loss in both, half the way to the targets. From there it tries
+    lower and higher rates and evaluates every candidate, as long as the outputs come closer to the original's. The
+    knapsack determines how much is pruned; ranks are then chosen for the pruned layers. For a target on time, each
+    layer's gain is measured, and every candidate is timed before it is recovered.
 
     Args:
         context: the run.
@@ -56,11 +56,11 @@ class Mixture:
         options: ``include``, ``exclude`` and ``round_to`` hold for layers, too.
 
     Attributes:
-        costs: of the problems that candidates may be asked for.
-        gains: what a layer's error counts, by its name.
+        costs: costs of the problems that candidates may be requested for.
+        gains: weight of a layer's error, by its name.
 
     Raises:
-        UsageError: time is a target, and another device's.
+        UsageError: the target is a time of another device.
     """
 
     def __init__(self, context: Context, problem: SearchProblem, options: Options) -> None:
@@ -92,11 +92,11 @@ class Mixture:
         self._rate: tuple[str, float] | None = None
 
     def trials(self, problem: SearchProblem, judge: Judge) -> list[Evaluated]:
-        """Candidates within the targets with their evaluations, by rising and falling rates around the even one.
+        """Return evaluated candidates within the targets, by rising and falling rates around the initial one.
 
         Args:
             problem: with the costs that this was opened for.
-            judge: evaluates; None where a candidate cannot be made.
+            judge: evaluates a candidate; returns None where it cannot be made.
         """
         evaluated: list[Evaluated] = []
         known: dict[tuple[bytes, str], float] = {}
@@ -125,13 +125,13 @@ class Mixture:
         return evaluated
 
     def rate(self, problem: SearchProblem) -> float:
-        """What a group's loss counts against a layer's: as it was tried last, else where both give alike."""
+        """Return the weight of a group's loss against a layer's: the last one tried, else the initial one."""
         if self._rate is None or self._rate[0] != problem.lead:
             self._rate = problem.lead, self._even(problem)
         return self._rate[1]
 
     def space(self, problem: SearchProblem) -> Space:
-        """Groups and layers at the rate that did best, for candidates in which some count for more or less."""
+        """Return groups and layers at the best rate, for candidates with other loss weights."""
         rate = self.rate(problem)
         wanted = with_parts(problem.choices[problem.lead], self._parts, rate)
         limits = problem.corrected_limits()
@@ -140,13 +140,14 @@ class Mixture:
     def candidate(
         self, problem: SearchProblem, rate: float | None = None, weights: Array | None = None
     ) -> Candidate | None:
-        """Counts at a rate of exchange, and the ranks that make up for the rest; None where nothing fits, or cuts alone
-        are enough.
+        """Return counts at a rate of exchange, and the ranks that save the rest.
+
+        None where nothing fits, or pruning alone is enough.
 
         Args:
-            problem: with the costs that this was opened for.
-            rate: what a group's loss counts against a layer's.
-            weights: what the losses of every group and then of every layer count besides [groups + layers].
+            problem: a problem with the costs of this mixture.
+            rate: weight of a group's loss against a layer's.
+            weights: further loss weights of every group and then of every layer, [groups + layers].
 
         Raises:
             CannotRewrite: a node has no form with the new sizes.
@@ -161,7 +162,7 @@ class Mixture:
                 break
             try:
                 seconds = self._seconds(problem, candidate)
-            except BudgetError:  # after the cut no ranks save what they did before
+            except BudgetError:  # no ranks of the pruned layers save as much as before
                 break
             candidate = replace(candidate, costs={**candidate.costs, "latency": seconds})
             over = seconds / most
@@ -173,7 +174,7 @@ class Mixture:
         return best
 
     def _candidate(self, problem: SearchProblem, rate: float, factor: float, weights: Array | None) -> Candidate | None:
-        """As ``candidate``, with a limit on time that is tightened or eased by a factor."""
+        """Return a candidate as ``candidate`` does, with a limit on time that is multiplied by a factor."""
         choices = problem.choices[problem.lead]
         wanted = none_cut(choices, self._parts) if np.isinf(rate) else with_parts(choices, self._parts, rate)
         if weights is not None:
@@ -196,21 +197,21 @@ class Mixture:
         return Candidate(name, Allocation(kept, allocation.loss, allocation.bound), removed, costs, factorize=factorize)
 
     def _seconds(self, problem: SearchProblem, candidate: Candidate) -> float:
-        """Seconds of a run of a candidate carried out; a recovery changes values alone."""
+        """Return seconds of a run of a candidate; recovery changes values alone."""
         assert candidate.factorize is not None
         own = self._context.for_trial(MAX_TRIAL)
         result = prune_and_factorize(own, problem.analysis, candidate.removed, candidate.factorize.unchecked())
         return problem.measured_model(result.model.parts, {"latency"})["latency"]
 
     def _weighed(self, weights: Array) -> dict[str, float]:
-        """What a layer's error counts, times the weights [layers] of those that may be taken apart."""
+        """Return the weight of each layer's error, times the weights [layers] of the layers that may be factorized."""
         names = [opened.layer.name for opened, _ in self._candidates]
         return self.gains | {name: self.gains[name] * float(w) for name, w in zip(names, weights, strict=True)}
 
     def _as_counted(
         self, costs: Mapping[str, float], limits: Mapping[str, float], gains: Mapping[str, float]
     ) -> Factorize | None:
-        """Ranks that save what a cut leaves to save; None where that is nothing, or all there is."""
+        """Return ranks that save what pruning leaves to save; None where that is nothing, or the whole cost."""
         kind = min(limits, key=lambda k: limits[k] / costs[k])
         saved = 1.0 - limits[kind] / costs[kind]
         if not 0 < saved < 1:
@@ -219,7 +220,7 @@ class Mixture:
         return Factorize("auto", gains=gains, **options)
 
     def _as_timed(self, levels: Counts) -> Factorize | None:
-        """The methods and shares of the work that were timed, for layers as they are after the cut."""
+        """Return the methods and shares of the work that were timed, for the layers after pruning."""
         wanted: dict[str, tuple[str, float]] = {}
         for level, (opened, candidates) in zip(levels.tolist(), self._candidates, strict=True):
             if level < len(candidates):
@@ -231,7 +232,7 @@ class Mixture:
         return Factorize("auto", wanted=wanted, **options)
 
     def _even(self, problem: SearchProblem) -> float:
-        """The rate at which cuts and factors give alike half the way to the targets."""
+        """Return the rate at which groups and layers have the same marginal loss half the way to the targets."""
         choices = problem.choices[problem.lead]
         cut = _slope(problem, choices, problem.costs)
         factors = _slope(problem, none_cut(choices, self._parts), self._costs)
@@ -239,7 +240,7 @@ class Mixture:
 
 
 def _slope(problem: SearchProblem, choices: Choices, costs: Mapping[str, Cost]) -> float:
-    """What a step further costs half the way to the targets; 0 where that is out of reach."""
+    """Return the loss of one more step half the way to the targets; 0 where that is out of reach."""
     losses = []
     for way in (_HALF - _SLOPE, _HALF + _SLOPE):
         limits = {}
@@ -252,23 +253,23 @@ def _slope(problem: SearchProblem, choices: Choices, costs: Mapping[str, Cost]) 
 
 
 def _furthest(problem: SearchProblem) -> str:
-    """What of the targets is furthest away, as a factorization counts it."""
+    """Return the kind of the target that is furthest away, as a factorization counts it."""
     kinds = {k: most / problem.base(k) for k, most in problem.limits().items()}
     return _counted_as(min(kinds, key=kinds.__getitem__))
 
 
 def _counted_as(kind: str) -> str:
-    """What of a layer a target of that kind goes by."""
+    """Return the kind of a layer's cost that a target of that kind depends on."""
     return "macs" if kind in ("macs", "latency") else "params"
 
 
 def _ordered(opened: Opened, found: Sequence[LayerCandidate]) -> list[Timed]:
-    """Candidates that save anything, by rising cost; their times are not known."""
+    """Return candidates that reduce the cost, by rising cost; their times are not known."""
     return [Timed(c, np.nan) for c in sorted(found, key=lambda c: c.cost) if c.cost < opened.whole]
 
 
 def _part(opened: Opened, gain: float, found: Sequence[Timed], known: Mapping[str, Node]) -> Part | None:
-    """A layer with its candidates, and itself; None where there are none, or its node is another now."""
+    """Return a layer with its candidates, and itself; None without candidates, or where its node has changed."""
     nodes = tuple(known[use.node.label] for use in opened.layer.uses if use.node.label in known)
     if not found or len(nodes) < len(opened.layer.uses):
         return None
@@ -281,7 +282,7 @@ def _part(opened: Opened, gain: float, found: Sequence[Timed], known: Mapping[st
 
 # Shares of a layer's cost at which candidates are timed.
 _SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
-# Less than this is saved: within noise.
+# Smaller savings are within noise.
 _FASTER = 0.97
 
 
@@ -293,7 +294,7 @@ class Timed(NamedTuple):
 
 
 def timed_options(work: Work, joint: JointBudget) -> list[list[Timed]]:
-    """Per layer the candidates that are faster than it, by rising time; of two the slower one loses less."""
+    """Return per layer the candidates that are faster than it, by rising time; slower ones lose less."""
     found = []
     total = max(len(joint.opened), 1)
     for number, (opened, options) in enumerate(zip(joint.opened, joint.options, strict=True)):
@@ -309,7 +310,7 @@ def timed_options(work: Work, joint: JointBudget) -> list[list[Timed]]:
 
 
 def _some(opened: Opened, options: Sequence[LayerCandidate]) -> list[LayerCandidate]:
-    """Of every method the candidates nearest to the shares, each once."""
+    """Return, of every method, the candidates nearest to the shares, each once."""
     found: dict[tuple[str, tuple[int, ...]], LayerCandidate] = {}
     for method in dict.fromkeys(c.method for c in options):
         own = [c for c in options if c.method == method and c.cost < opened.whole]
@@ -320,7 +321,7 @@ def _some(opened: Opened, options: Sequence[LayerCandidate]) -> list[LayerCandid
 
 
 def _worth(timed: Sequence[Timed]) -> list[Timed]:
-    """Those that are faster, without any that loses more than a faster one."""
+    """Return the faster candidates, without any that loses more than a faster one."""
     kept: list[Timed] = []
     for one in sorted((t for t in timed if t.share < _FASTER), key=lambda t: (t.share, t.candidate.loss)):
         if not kept or one.candidate.loss < kept[-1].candidate.loss:

@@ -1,4 +1,4 @@
-"""A budget as a problem over counts: groups with their scores, targets with their costs, and candidates for both."""
+"""A budget as a problem over counts: groups with scores, targets with costs, candidates, limit correction, and errors."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ Solve = Callable[[Choices, Sequence[Limit]], Allocation | None]
 Curves = Mapping[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 TOLERANCE = {"latency": 0.05}
-"""How far above its limit a measured cost may be, as a share; 0.02 for what can be counted."""
+"""How far above its limit a measured cost may be, as a share; 0.02 for costs that can be counted."""
 _COUNTED = 0.02
 _CORRECTIONS = 7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """Counts [groups] for the targets, and what of each kind they cost (as far as measured).
+    """Counts [groups] for the targets, and their costs by kind (as far as measured).
 
     Attributes:
-        name: where the counts come from.
+        name: origin of the counts.
         allocation: the counts.
         removed: mask over atoms.
         costs: by kind.
-        source: which of the problem's choices it is optimal for; empty where it follows from something else.
-        factorize: the pass behind the cut, where that is part of the candidate; costs are then of the cut alone, until
-            it was carried out.
+        source: the problem's choices that it is optimal for; empty for another origin.
+        factorize: the pass after pruning, where that is part of the candidate; costs are then those of pruning alone,
+            until the candidate is evaluated.
     """
 
     name: str
@@ -73,20 +73,20 @@ Evaluated = tuple[Candidate, Evaluation]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SearchProblem:
-    """Groups, scores, costs and targets of one model; other targets are another problem.
+    """Groups, scores, costs and targets of one model; other targets make another problem.
 
     Attributes:
         context: the run.
-        selector: has scored the units.
+        selector: the scored units.
         groups: the scored groups, by their number.
         sizes: of all tensors as functions of counts.
         costs: of counts, by kind.
-        originals: what the original costs.
-        choices: what every group may do, by where the losses come from: ``scores``, and what was measured.
+        originals: costs of the original, by kind.
+        choices: levels and losses of every group, by origin of the losses: ``scores``, and measurements.
         targets: what the model may cost.
-        lead: of which choices candidates are expected, or known, to keep most.
+        lead: the choices whose candidates are expected, or known, to have the best quality.
         table: of times, where one is asked for.
-        corrections: factors on the limits, of kinds of which a recovered model has cost more than it may.
+        corrections: factors on the limits of those kinds of which a recovered model has exceeded its limit.
     """
 
     context: Context
@@ -111,7 +111,7 @@ class SearchProblem:
         curves: Curves | None = None,
         sensitivity: Mapping[int, NDArray[np.float64]] | None = None,
     ) -> SearchProblem:
-        """The problem of one model.
+        """Build the problem of one model.
 
         Args:
             context: the run.
@@ -119,10 +119,10 @@ class SearchProblem:
             targets: what the model may cost.
             table: of times.
             curves: measured losses {group: (shares removed, losses)}, where there are any.
-            sensitivity: scores [units] by group that add up to what a group alone does to the outputs, if measured.
+            sensitivity: scores [units] by group that sum to the group's output sensitivity, if measured.
 
         Raises:
-            UsageError: the model costs nothing of a kind that a target is of.
+            UsageError: the model has no cost of a target's kind.
         """
         scored = selector.pool()
         groups = [selector.analysis.units.groups[n] for n in scored]
@@ -145,30 +145,30 @@ class SearchProblem:
 
     @property
     def analysis(self) -> Analysis:
-        """Of the model."""
+        """Return the analysis of the model."""
         return self.selector.analysis
 
     @property
     def is_measured_here(self) -> bool:
-        """Whether times can be measured on this machine."""
+        """Return whether times can be measured on this machine."""
         return self.table is not None and self.table.device == self.context.device.facts()
 
     def limits(self) -> dict[str, float]:
-        """The most that is allowed of every kind."""
+        """Return the limit of every kind."""
         return {t.kind: t.limit(self.base(t.kind)) for t in self.targets}
 
     def corrected_limits(self) -> dict[str, float]:
-        """The limits, times what recovered models have shown."""
+        """Return the limits times their corrections from recovered models."""
         return {k: most * self.corrections.get(k, 1.0) for k, most in self.limits().items()}
 
     def base(self, kind: str) -> float:
-        """What shares are of: the measured time of the original, else what it is counted to cost."""
+        """Return the cost that shares refer to: the measured time of the original, else its counted cost."""
         return self.table.seconds if kind == "latency" and self.table is not None else self.originals[kind]
 
     def candidates(self) -> list[Candidate]:
-        """Counts within the targets, the most promising first, the same share for all groups last; none that are equal.
+        """Return distinct counts within the targets, the most promising first, the same share for all groups last.
 
-        Empty where none was found.
+        The list is empty where no counts fit.
         """
         first = sorted(self.choices, key=lambda name: name != self.lead)
         every = [self._candidate(f"knapsack over {name}", name, allocate) for name in first]
@@ -180,7 +180,7 @@ class SearchProblem:
         return list(unique.values())
 
     def _candidate(self, name: str, source: str, solve: Solve) -> Candidate | None:
-        """Counts that fit as measured: where a cost turns out otherwise than predicted, its limit is corrected."""
+        """Return counts that fit as measured: where a cost differs from its prediction, its limit is corrected."""
         choices = self.choices[source or "scores"]
         limits, best = self.limits(), None
         correction = LimitCorrection({kind: self.corrections.get(kind, 1.0) for kind in self.costs})
@@ -188,7 +188,7 @@ class SearchProblem:
             wanted = [Limit(self.costs[k], most * correction.now[k]) for k, most in limits.items()]
             allocation = solve(choices, wanted)
             if allocation is None:
-                # A time is predicted to be out of reach: what takes least may be within it all the same.
+                # A time is predicted to be out of reach: the fastest counts may be within it all the same.
                 allocation = self._least(choices) if best is None and "latency" in limits else None
                 correction.end()
                 if allocation is None:
@@ -203,13 +203,13 @@ class SearchProblem:
         return best
 
     def _least(self, choices: Choices) -> Allocation:
-        """The counts that are predicted to take least time."""
+        """Return the counts of the least predicted time."""
         kept = least(choices, self.costs["latency"])
         levels = [int(np.searchsorted(k, n)) for k, n in zip(choices.kept, kept, strict=True)]
         return Allocation(kept, choices.loss(levels), -np.inf)
 
     def with_costs_of(self, candidate: Candidate, evaluation: Evaluation) -> Candidate:
-        """A candidate with what it costs as it was recovered."""
+        """Return a candidate with its costs after recovery."""
         costs = {"size": float(evaluation.size), "params": float(evaluation.params)}
         if candidate.factorize is not None:
             costs["macs"] = float(evaluation.macs)
@@ -218,40 +218,42 @@ class SearchProblem:
         return replace(candidate, costs={**candidate.costs, **{k: v for k, v in costs.items() if k in self.costs}})
 
     def over(self, candidate: Candidate) -> dict[str, float]:
-        """Costs as shares of their limits."""
+        """Return costs as shares of their limits."""
         return {k: candidate.costs[k] / most for k, most in self.limits().items()}
 
     def tightened(self, over: Mapping[str, float]) -> SearchProblem:
-        """The problem that allows less of what has cost more than it may, {kind: share of its limit}."""
+        """Return the problem with lower limits for the kinds that were exceeded, {kind: share of its limit}."""
         wrong = {k: self.corrections.get(k, 1.0) * SAFE / share for k, share in over.items() if share > 1}
         return replace(self, corrections={**self.corrections, **wrong})
 
     def with_targets(self, *targets: Target) -> SearchProblem:
-        """The problem with other targets of the same kinds."""
+        """Return the problem with other targets of the same kinds."""
         return replace(self, targets=targets)
 
     def towards_whole(self, way: float) -> tuple[Target, ...]:
-        """The targets, so far of the way from what they are (0) to what the original costs (1)."""
+        """Return targets part of the way from the present ones (0) to the cost of the original (1)."""
         bases, limits = {t.kind: self.base(t.kind) for t in self.targets}, self.limits()
         return tuple(
             t.with_limit(limits[t.kind] + way * (bases[t.kind] - limits[t.kind]), bases[t.kind]) for t in self.targets
         )
 
     def how(self, kind: str) -> str:
-        """Where the cost of that kind comes from."""
+        """Return the origin of the costs of that kind."""
         if kind != "latency":
             return "counted"
         return "measured" if self.is_measured_here else "predicted"
 
     def removed(self, kept: Counts) -> Mask:
-        """Mask over atoms of what goes for counts [groups]: the units with the lowest scores."""
+        """Return the mask over atoms for counts [groups]: the units with the lowest scores are removed."""
         gone = [int(s - k) for s, k in zip(self.sizes.steps, kept, strict=True)]
         return atoms_removed(self.analysis.units, take(self.analysis, self.groups, gone))
 
     def measured(self, kept: Counts, removed: Mask, *, timed: bool = True) -> dict[str, float]:
-        """Costs of the cut before any repair: counted on the cut model, timed where this machine is the one meant.
+        """Return costs before any recovery: counted on the pruned model, timed if this is the target machine.
 
         Args:
+            kept: counts [groups].
+            removed: mask over atoms for these counts.
             timed: measure time, too, in place of predicting it.
 
         Raises:
@@ -266,7 +268,7 @@ class SearchProblem:
         return found
 
     def measured_model(self, model: ModelParts, kinds: Collection[str]) -> dict[str, float]:
-        """Costs of a model, of those kinds that are known of a file: counted, and timed beside the original."""
+        """Return costs of a model, of the kinds that a file determines: counted, and timed beside the original."""
         with Trial.of(self.analysis) as trial:
             proto, weights = flush(model)[0]
             path, size = trial.write(proto, weights, "measured")
@@ -279,7 +281,7 @@ class SearchProblem:
         return {kind: cost for kind, cost in found.items() if kind in kinds}
 
     def reachable(self, kind: str) -> float:
-        """The least that the model can cost of a kind, all else aside; a time as measured where it can be.
+        """Return the least cost of a kind, with other limits ignored; a measured time where possible.
 
         Raises:
             CannotRewrite: a node has no form with the new sizes.
@@ -296,7 +298,7 @@ def _cost(sizes: Sizes, kind: str, table: LatencyTable | None) -> Cost:
 
 
 def _costs_nothing(kind: str) -> UsageError:
-    """The error for a target of a kind that the model has nothing of."""
+    """Return the error for a target of a kind that the model has no cost of."""
     what = "no operator multiplies data with its weights" if kind == "macs" else "nothing of it is stored"
     return UsageError(
         f"A target of {kind} has no meaning for this model: {what}, so it counts 0.",
@@ -305,23 +307,23 @@ def _costs_nothing(kind: str) -> UsageError:
 
 
 def tolerance(kind: str) -> float:
-    """How far above its limit a measured cost of that kind may be, as a share."""
+    """Return how far above its limit a measured cost of that kind may be, as a share."""
     return TOLERANCE.get(kind, _COUNTED)
 
 
 # -- limits that measurements correct ----------------------------------------------------------------------------------
 
-# A time that turns out below this share of its limit leaves something on the table; corrections stop a little short,
-# and end where something fits and the next one would change less than this.
+# A measured time below this share of its limit leaves room for less pruning; corrections stop a little short of the
+# limit, and end where a candidate fits and the next correction would change less than this.
 _SLACK, SAFE, _SMALL = 0.95, 0.995, 0.01
 _MAX_RISE = 1.5
 
 
 class LimitCorrection:
-    """Factors on limits by kind, moved between what fitted and what did not.
+    """Limit correction: factors on limits by kind, moved between those that fitted and those that did not.
 
     Attributes:
-        now: the factors to try next.
+        now: the factors to try next, by kind.
     """
 
     def __init__(self, start: Mapping[str, float]) -> None:
@@ -331,9 +333,9 @@ class LimitCorrection:
         self._ended = False
 
     def update(self, over: Mapping[str, float]) -> bool:
-        """Take in costs as shares of their limits; whether there is something else worth trying.
+        """Record costs as shares of their limits; return whether another correction is worth trying.
 
-        A cost above its limit is allowed less. A time far below it, where all else fits, is allowed more.
+        The limit of an exceeded cost is lowered. The limit of a time far below it, where all else fits, is raised.
         """
         fits = all(o <= 1 for o in over.values())
         moved = False
@@ -347,11 +349,11 @@ class LimitCorrection:
         return moved and not self._ended
 
     def end(self) -> None:
-        """What is tried now is the last."""
+        """Mark the present factors as the last ones to try."""
         self._ended = True
 
     def _move(self, kind: str, share: float) -> bool:
-        """Aim at what would fit if cost and limit moved alike, but within what is known."""
+        """Move a factor to where the cost would fit if it moved with its limit, within the known bounds."""
         before = self.now[kind]
         after = min(before * SAFE / share, before * _MAX_RISE)
         low, high = self._fitted.get(kind), self._failed.get(kind)
@@ -363,7 +365,7 @@ class LimitCorrection:
 
 # -- errors of a budget that is not met --------------------------------------------------------------------------------
 
-# Room above the least that can be reached, so that the suggested budget does work.
+# Room above the least reachable cost, so that the suggested budget can be met.
 _ROOM = 1.03
 _MAX_NAMED = 3
 
@@ -375,7 +377,7 @@ class BudgetErrors:
         self._problem = problem
 
     def unreachable(self) -> BudgetError:
-        """No counts are within the targets."""
+        """Return the error for targets that no counts are within."""
         problem, limits = self._problem, self._problem.limits()
         reached = {t: problem.reachable(t.kind) for t in problem.targets}
         bad = {t: r for t, r in reached.items() if r > limits[t.kind]}
@@ -396,7 +398,7 @@ class BudgetErrors:
         )
 
     def missed(self, best: Candidate) -> BudgetError:
-        """The final model costs more than it may, after all corrections."""
+        """Return the error for a final model that exceeds a limit after all corrections."""
         limits, problem = self._problem.limits(), self._problem
         bad = [t for t in problem.targets if best.costs[t.kind] > limits[t.kind]]
         reached = ", ".join(str(t.with_limit(best.costs[t.kind], problem.base(t.kind))) for t in bad)
@@ -407,7 +409,7 @@ class BudgetErrors:
         )
 
     def gate(self, why: str, nearest: tuple[Target, ...] | None) -> BudgetError:
-        """The targets are met, the quality is not."""
+        """Return the error for a model within the targets that does not pass a gate on quality."""
         works = " ".join(argument("target", str(t)) for t in nearest) if nearest else ""
         hint = f"The nearest budget that works: {works}" if works else "No cut was found that passes."
         return BudgetError(f"{why}.", hint=f"Nothing was written. {hint}")
@@ -416,7 +418,7 @@ class BudgetErrors:
         return target.with_limit(cost * _ROOM, self._problem.base(target.kind))
 
     def _limits(self, kind: str) -> str:
-        """What holds most of what is left, in a sentence."""
+        """Return a sentence that names the largest remaining parts of a cost."""
         problem = self._problem
         analysis = problem.analysis
         cost = problem.costs[kind]
@@ -445,7 +447,7 @@ class BudgetErrors:
 
 
 def _largest(parts: Mapping[str, float], reasons: Mapping[str, str] | None = None) -> str:
-    """The largest parts by name with their shares, and why they stay."""
+    """Return the largest parts by name with their shares, and why they stay."""
     total, why = sum(parts.values()) or 1, reasons or {}
     top = sorted(parts, key=parts.__getitem__, reverse=True)[:_MAX_NAMED]
     said = (f"{name} ({100 * parts[name] / total:.0f} %{', ' + why[name] if why.get(name) else ''})" for name in top)

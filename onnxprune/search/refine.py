@@ -1,4 +1,4 @@
-"""Candidates around the best one: a little more for one group or layer at a time, carried out and evaluated."""
+"""Candidates around the best one: change the loss weight of one group or layer at a time, and evaluate."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from onnxprune.search.problem import Candidate, Evaluated, SearchProblem
 Array = NDArray[np.float64]
 
 NAME = "knapsack with groups weighed by trial"
-# How much more or less a group's loss counts in a trial, first and later.
+# Factors on a group's loss weight in a trial, first and later.
 _FACTORS = (3.0, 1.6)
-# The share of what the best answer loses that others have to promise to lose less.
+# The least predicted gain of a candidate, as a share of the best one's loss.
 _PROMISING = 0.02
-# Weights of single groups beyond this say that a slope could not be read.
+# Loss weights beyond this mean that the slope is unknown.
 _EXTREME = 1e3
 
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Where candidates are looked for: columns of counts with what they lose and cost.
+    """The search space: columns of counts with their losses and costs.
 
     Attributes:
-        choices: what every column may do.
+        choices: levels and losses of every column.
         costs: of counts [cuts, columns], by kind.
-        limits: the most of every kind.
-        candidate: made of an allocation, given the weights [columns] that led to it; None where that cannot be.
+        limits: the limit of every kind.
+        candidate: makes a candidate of an allocation and its loss weights [columns]; None where that is impossible.
         source: weights of 1 lead to candidates of that source, and to those that factorize layers.
     """
 
@@ -43,14 +43,14 @@ class Space:
     source: str
 
     def allocate(self, weights: Array) -> Allocation | None:
-        """Counts [columns] where the losses of every column count so much."""
+        """Return counts [columns] for these loss weights of the columns."""
         losses = [w * x for w, x in zip(weights, self.choices.losses, strict=True)]
         limits = [Limit(self.costs[k], most) for k, most in self.limits.items()]
         return allocate(Choices(self.choices.kept, losses), limits)
 
 
 def cuts(problem: SearchProblem) -> Space:
-    """The groups of a problem."""
+    """Return the search space of a problem's groups."""
 
     def candidate(_: Array, allocation: Allocation) -> Candidate | None:
         removed = problem.removed(allocation.kept)
@@ -61,19 +61,19 @@ def cuts(problem: SearchProblem) -> Space:
 
 
 class Refine:
-    """A search over what the loss of each group counts, by coordinates and by what the evaluations on the way tell.
+    """A search over the loss weights of groups, by coordinates and by a fit to the evaluations.
 
-    Scores see a group alone; what it is worth beside the others shows when all are cut. A knapsack with one group's
-    losses multiplied takes from it or gives to it what others can best give or take, within the limits; such candidates
-    are tried for the dearest groups first, and kept where the outputs come closer to the original's. In between,
-    weights that would explain all evaluations so far (see :class:`onnxprune.allocation.knapsack.Learned`) are tried,
-    as long as that helps.
+    Scores measure a group alone; its interaction with others shows when all are pruned. A knapsack with one group's
+    losses multiplied trades units between that group and others within the limits. Such candidates are tried for the
+    most expensive groups first, and kept where the outputs come closer to the original's. In between, loss weights
+    fitted to all evaluations so far (see :class:`onnxprune.allocation.knapsack.Learned`) are tried, as long as they
+    improve the result.
 
     Args:
         space: groups, and layers that may be factorized.
-        judge: evaluates; gives None where a candidate cannot be made.
-        trials: how many candidates.
-        whole: how good the original is.
+        judge: evaluates a candidate; returns None where it cannot be made.
+        trials: number of candidates to try.
+        whole: quality of the original.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Refine:
         self._known: set[bytes] = set()
 
     def around(self, evaluated: Sequence[Evaluated]) -> list[Evaluated]:
-        """Candidates that are evaluated besides.
+        """Return further evaluated candidates.
 
         Args:
-            evaluated: those that are known, of which the best is where it starts.
+            evaluated: the known candidates; the search starts at the best of them.
         """
         best_candidate, best_evaluation = max(evaluated, key=lambda pair: pair[1].quality.fine)
         self._known = {a.allocation.kept.tobytes() for a, _ in evaluated}
@@ -131,7 +131,7 @@ class Refine:
         return added
 
     def _learnt(self) -> Array | None:
-        """Weights that all evaluations so far speak for; None where they promise next to nothing, or nothing new."""
+        """Return loss weights fitted to all evaluations; None where they predict almost no gain, or a known candidate."""
         weights = self._learned.weights()
         allocation = self._space.allocate(weights)
         if allocation is None or allocation.kept.tobytes() in self._known:
@@ -139,7 +139,7 @@ class Refine:
         return weights if self._learned.gain(allocation.kept, weights) > _PROMISING else None
 
     def _try(self, weights: Array) -> Evaluated | None:
-        """The candidate at these weights, evaluated; None where it is known, or no trial is left."""
+        """Evaluate the candidate at these weights; None where it is known, or no trial is left."""
         if self._left <= 0:
             return None
         allocation = self._space.allocate(weights)
@@ -154,12 +154,12 @@ class Refine:
         return None if candidate is None or evaluation is None else (candidate, evaluation)
 
     def _order(self) -> list[int]:
-        """Columns with a choice, those first whose units cost most in all."""
+        """Return columns with a choice, those first whose units cost most in all."""
         saved = self._slopes(np.array([k[-1] for k in self._choices.kept]))[0] * [k[-1] for k in self._choices.kept]
         return [int(g) for g in np.argsort(-saved, kind="stable") if self._choices.kept[g].size > 1]
 
     def _weights(self, candidate: Candidate) -> Array:
-        """Weights with which the knapsack gives a candidate: cost over loss of the last unit of a group."""
+        """Return the loss weights of a candidate in the knapsack: cost over loss of the last unit of a group."""
         if candidate.factorize is not None or candidate.source == self._space.source:
             return np.ones(len(self._choices.kept))
         cost, loss = self._slopes(candidate.allocation.kept)
@@ -169,7 +169,7 @@ class Refine:
         return np.asarray(np.clip(np.nan_to_num(weights / middle, nan=1.0), 1 / _EXTREME, _EXTREME))
 
     def _slopes(self, kept: NDArray[np.int64]) -> tuple[Array, Array]:
-        """(cost, loss) [columns] of one unit of every column at some counts; the cost in shares of the limits."""
+        """Return (cost, loss) [columns] of one unit of every column at some counts; the cost in shares of the limits."""
         low, high, losses = [], [], []
         for group, (levels, loss) in enumerate(zip(self._choices.kept, self._choices.losses, strict=True)):
             at = int(np.argmin(np.abs(levels - kept[group])))

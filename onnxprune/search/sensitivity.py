@@ -1,4 +1,4 @@
-"""Sensitivity: cut each group alone at several shares, repair what reads it, and measure the whole model."""
+"""Sensitivity: prune each group alone at several shares, recover its consumers, and measure the whole model."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from onnxprune.runtime.sessions import Feed
 from onnxprune.search.evaluation import Metric, evaluate, points_name, points_of_original
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
-"""Shares of a group's units that are cut where nobody says."""
+"""Default shares of a group's units to prune."""
 _MAX_VALIDATION = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker needs to cut one group alone at several shares and measure; all of it can be sent elsewhere.
+    """The input of a worker that prunes one group alone at several shares and measures; it can be pickled.
 
     Attributes:
         model: path or bytes.
-        feeds: to repair from and then to judge by; None for synthetic inputs.
+        feeds: inputs to recover from and to evaluate on; None for synthetic inputs.
         removed: {share: packed mask over atoms}.
-        atoms: their number.
+        atoms: number of atoms.
     """
 
     model: str | bytes
@@ -59,7 +59,7 @@ class Job:
 
 
 def run_job(job: Job) -> list[tuple[float, float, str]]:
-    """(noise, points, what the points are) for every share; runs in a worker."""
+    """Return (noise, points, name of the points) for every share; runs in a worker."""
     context = _context(_Key(job))
     analysis = context.analysis.with_reshape_axis(job.reshape_axis)
     found = []
@@ -80,7 +80,7 @@ def run_job(job: Job) -> list[tuple[float, float, str]]:
 
 
 class _Key:
-    """A job as a key of the cache below: jobs of one model are equal, whatever they cut."""
+    """A job as a key of the cache below: jobs of one model are equal, whatever they prune."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -102,7 +102,7 @@ def _alike(one: tuple[Feed, ...] | None, other: tuple[Feed, ...] | None) -> bool
 
 @lru_cache(maxsize=1)
 def _context(key: _Key) -> Context:
-    """The run of one model, analysed once per worker."""
+    """Return the run of one model, analysed once per worker."""
     job = key.job
     data = None if job.feeds is None else list(job.feeds)
     return Context.of(job.model, input_shapes=job.input_shapes, data=data, seed=job.seed, approximate=job.approximate)
@@ -118,12 +118,17 @@ def measure_sensitivity(
     jobs: int | None = None,
     anew: bool = False,
 ) -> Sensitivity:
-    """Curves of all groups, from the cache where they are there; see :class:`Sensitivity`.
+    """Measure curves of all groups, or read them from the cache; see :class:`Sensitivity`.
 
     Args:
-        mode: how to repair.
-        jobs: workers at a time, None for what ``joblib.parallel_config`` says, else one. The work goes through joblib,
-            so that a backend of Dask or Ray spreads it over machines.
+        context: the run.
+        selector: the scored units.
+        mode: mode of the recovery.
+        metric: the user's metric, None for fidelity.
+        shares: shares of each group's units to prune, each between 0 and 1.
+        jobs: workers at a time, None for that of ``joblib.parallel_config``, else one. The work goes through joblib, so
+            that a backend of Dask or Ray spreads it over machines.
+        anew: measure even if the cache holds curves.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails, data does not fit.
@@ -132,7 +137,7 @@ def measure_sensitivity(
     settings = _settings(context, selector, mode, metric, shares)
     kept = _kept(context, analysis.loaded.sha256, settings, metric)
     if kept is not None and not anew and kept.is_file():
-        with suppress(UsageError):  # damaged ones are measured anew
+        with suppress(UsageError):  # measure damaged curves again
             known = Sensitivity.load(kept)
             known.check_model(analysis.loaded.sha256, "")
             if known.settings == json.loads(json.dumps(settings)):
@@ -173,7 +178,7 @@ def measure_sensitivity(
 
 
 def _mask(selector: Selector, number: int, count: int) -> NDArray[np.bool_]:
-    """Mask over atoms of what goes when one group alone loses so many steps."""
+    """Return the mask over atoms when one group alone loses this number of steps."""
     chosen = take(selector.analysis, {number: selector.pool_of[number]}, [count])
     return atoms_removed(selector.analysis.units, chosen)
 
@@ -196,7 +201,7 @@ def _job(
 
 
 def _feeds(context: Context, selector: Selector) -> tuple[Feed, ...] | None:
-    """The data that workers get: enough to repair and to judge."""
+    """Return the data for workers: enough to recover from and to evaluate on."""
     if context.calibration is None:
         return None
     feeds, seen = [], 0
@@ -225,7 +230,7 @@ def _settings(
 
 
 def _kept(context: Context, sha256: str, settings: dict[str, Any], metric: Metric | None) -> Path | None:
-    """The file of these curves; None where data or metric cannot be told from others."""
+    """Return the file of these curves; None where data or metric have no digest."""
     data = "" if context.calibration is None else CalibrationBatches(context, context.analysis).fingerprint()
     code = "" if metric is None else _source_of(metric)
     if data is None or code is None:
@@ -236,7 +241,7 @@ def _kept(context: Context, sha256: str, settings: dict[str, Any], metric: Metri
 
 
 def _source_of(metric: Metric) -> str | None:
-    """The text of the file that a metric is in, so that a changed one is asked anew."""
+    """Return the text of the file that a metric is in, so that curves of a changed metric are measured again."""
     function = getattr(metric, "function", metric)
     with suppress(OSError, TypeError):
         return Path(inspect.getfile(function)).read_text(encoding="utf-8", errors="replace")

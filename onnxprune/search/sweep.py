@@ -1,4 +1,4 @@
-"""Sweep: the best model for every budget of a row, and which of them no other beats."""
+"""Sweep: the best model for every budget of a series, and the Pareto frontier among them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def sweep(
     context: Context, budget: Budget, shares: Sequence[float], *, kind: str = "macs", timed: bool = True,
     folder: Path | None = None,
 ) -> SweepFacts:  # fmt: skip
-    """Cut to every share in turn; times of all models are measured at the end, in turn.
+    """Prune to every share in turn; measure times of all models at the end, in turn.
 
     Args:
         context: the run.
-        budget: how.
-        shares: of the original.
-        kind: of the cost they are shares of.
+        budget: the pass that prunes to one budget.
+        shares: shares of the original's cost.
+        kind: kind of that cost.
         timed: measure times.
-        folder: to keep the models in.
+        folder: folder for the models.
 
     Raises:
         BudgetError: none of the budgets can be met.
@@ -80,7 +80,7 @@ def sweep(
 
 
 def mark(points: Sequence[SweepPoint]) -> None:
-    """Say which points are the frontier: of those with as many points or more, none has fewer MACs."""
+    """Mark the points of the frontier: of those with as many points or more, none has fewer MACs."""
     there = [p for p in points if not p.error]
     for one in there:
         one.best = not any(
@@ -100,7 +100,7 @@ def _point(target: Target, candidate: Candidate, final: Evaluation) -> SweepPoin
 
 
 def _keep(file: Path, folder: Path, stem: str, share: float) -> Path:
-    """A copy of a model (and its external data) in the user's folder."""
+    """Copy a model (and its external data) to the user's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{stem}.{share:.3g}.onnx"
     shutil.copyfile(file, target)

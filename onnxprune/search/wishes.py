@@ -1,4 +1,4 @@
-"""What a budget is asked for: targets, gates on quality, and where times and sensitivities come from."""
+"""The request of a budget: targets, gates on quality, and origin of times and sensitivities."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from onnxprune.settings import check_needs, checked
 from onnxprune.targets import Target
 
 FACTORED = ("macs", "params", "size", "latency")
-"""Kinds of targets for which layers may be taken apart as well."""
+"""Kinds of targets for which layers may be factorized as well."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """Checked when it is made.
+    """Targets, gates and options of a budget, checked on construction.
 
     Attributes:
-        targets: what the model may cost; empty for the smallest model within ``max_drop``. Kinds are ``macs``,
+        targets: limits on costs; empty for the smallest model within ``max_drop``. Kinds are ``macs``,
             ``params``, ``size``, ``latency`` and ``peak-memory``, a value is a share of the original or an amount.
-        min_fidelity: the smallest cosine that an output may have to the original's.
+        min_fidelity: the smallest permitted cosine between an output and the original's.
         metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``.
-        max_drop: what the metric may lose, without one how many points of fidelity.
+        max_drop: permitted drop of the metric, or of the points of fidelity without one.
         latency_table: times of another device, as ``onnxprune profile`` wrote them.
-        sensitivity: what cutting each group alone did, as ``onnxprune sensitivity`` wrote it, or ``"measure"``: counts
-            are then chosen by it, too.
-        jobs: processes to measure it in.
-        factorize: take layers apart as well, where that keeps more than cutting them; not for ``peak-memory``.
-        trials: answers to try around the best cut; None: with a repair about half a minute's worth of work, else none.
+        sensitivity: curves of groups pruned alone, as ``onnxprune sensitivity`` wrote them, or ``"measure"``: counts
+            are then chosen by them, too.
+        jobs: number of processes that measure it.
+        factorize: factorize layers as well, where that has a better quality than pruning; not for ``peak-memory``.
+        trials: candidates to try around the best one; None: with recovery about half a minute of work, else none.
     """
 
     targets: tuple[Target, ...] = ()
@@ -59,10 +59,10 @@ class Wishes:
         factorize: bool = False,
         trials: int | None = None,
     ) -> Wishes:
-        """What a call says.
+        """Build the request from the arguments of a call.
 
         Raises:
-            UsageError: a value makes no sense, alone or with the others.
+            UsageError: a value is not allowed, alone or with the others.
         """
         wanted = () if target is None else checked("target", target)
         given: dict[str, Any] = {
@@ -80,12 +80,12 @@ class Wishes:
 
     @property
     def any(self) -> bool:
-        """Whether a budget was asked for at all; ``min_fidelity`` alone is a gate on any cut."""
+        """Return whether a budget was requested at all; ``min_fidelity`` alone is a gate on any pruning."""
         return bool(self.targets) or self.max_drop is not None
 
 
 def _check_factorization(wanted: Sequence[Target]) -> None:
-    """Whether layers may be taken apart for these targets; raises UsageError."""
+    """Check that layers may be factorized for these targets; raise UsageError otherwise."""
     other = next((t for t in wanted if t.kind not in FACTORED), None)
     if other is not None:
         raise UsageError(
