@@ -335,7 +335,7 @@ class Search:
         return Refine(space, judge, trials, whole).around([pair for pair in evaluated if pair[0] is best])
 
     def _judge(self, problem: SearchProblem) -> Callable[[Candidate], Evaluation | None]:
-        """Return a function that evaluates candidates from a few samples; it returns None where no ranks save enough."""
+        """Return a function that evaluates candidates from a few samples; its result is None without suitable ranks."""
 
         def judge(candidate: Candidate) -> Evaluation | None:
             with suppress(BudgetError):
@@ -361,7 +361,7 @@ class Search:
 
     @property
     def _shrinks(self) -> str:
-        """Return the kind of cost to minimise where no target names one: MACs, or parameters of a model without MACs."""
+        """Return the kind of cost to minimise where no target names one: MACs, or parameters without MACs."""
         return "macs" if sample_macs(self.analysis) else "params"
 
     def _missing(self, final: Evaluation) -> str:

@@ -45,7 +45,7 @@ class Mixture:
     """Candidates that prune some groups and factorize some layers.
 
     A group's loss is a score and a layer's loss a share of energy, with an unknown rate of exchange. The search starts
-    at the rate at which the last unit of cost has the same loss in both, half the way to the targets. From there it tries
+    at the rate at which the last unit of cost has the same loss in both, half the way to the targets. It then tries
     lower and higher rates and evaluates every candidate, as long as the outputs come closer to the original's. The
     knapsack determines how much is pruned; ranks are then chosen for the pruned layers. For a target on time, each
     layer's gain is measured, and every candidate is timed before it is recovered.

@@ -131,7 +131,7 @@ class Refine:
         return added
 
     def _learnt(self) -> Array | None:
-        """Return loss weights fitted to all evaluations; None where they predict almost no gain, or a known candidate."""
+        """Return loss weights fitted to all evaluations; None where they predict almost no gain, or nothing new."""
         weights = self._learned.weights()
         allocation = self._space.allocate(weights)
         if allocation is None or allocation.kept.tobytes() in self._known:
@@ -169,7 +169,7 @@ class Refine:
         return np.asarray(np.clip(np.nan_to_num(weights / middle, nan=1.0), 1 / _EXTREME, _EXTREME))
 
     def _slopes(self, kept: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Return (cost, loss) [columns] of one unit of every column at some counts; the cost in shares of the limits."""
+        """Return (cost, loss) [columns] of one unit of every column at some counts; cost in shares of the limits."""
         low, high, losses = [], [], []
         for group, (levels, loss) in enumerate(zip(self._choices.kept, self._choices.losses, strict=True)):
             at = int(np.argmin(np.abs(levels - kept[group])))
