@@ -1,4 +1,4 @@
-"""What a model costs as a function of the counts that each group keeps: MACs, parameters, bytes, peak memory."""
+"""Costs of a model as functions of the counts that each group keeps: MACs, parameters, bytes, peak memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AxisSize:
     terms: dict[Term, int]
 
     def at(self, shares: Shares) -> NDArray[np.int64]:
-        """Sizes [cuts] for shares [cuts, groups]."""
+        """Return sizes [cuts] for shares [cuts, groups]."""
         total = np.zeros(len(shares))
         for columns, positions in self.terms.items():
             total += positions * reduce(np.multiply, (shares[:, c] for c in columns), np.ones(len(shares)))
@@ -44,7 +44,7 @@ class AxisSize:
 
     @property
     def columns(self) -> set[int]:
-        """The groups that the size depends on."""
+        """Return the groups that the size depends on."""
         return {c for term in self.terms for c in term}
 
 
@@ -56,7 +56,7 @@ class Sizes:
 
     Args:
         analysis: of the original.
-        groups: those that may be cut; their order is that of the columns of counts.
+        groups: the groups that may be pruned, in the order of the columns of counts.
     """
 
     def __init__(self, analysis: Analysis, groups: Sequence[Group]) -> None:
@@ -76,23 +76,23 @@ class Sizes:
 
     @property
     def whole(self) -> Counts:
-        """Counts [1, groups] of the original."""
+        """Return the counts [1, groups] of the original."""
         return self.steps[None, :]
 
     def touched(self, name: str) -> bool:
-        """Whether the size of the tensor depends on any count."""
+        """Return whether the size of the tensor depends on any count."""
         return name in self._axes
 
     def axes(self, name: str) -> list[int]:
-        """The axes of a tensor whose size depends on counts."""
+        """Return the axes of a tensor whose size depends on counts."""
         return [axis.axis for axis in self._axes.get(name, ())]
 
     def columns(self, name: str) -> set[int]:
-        """The groups that the size of a tensor depends on."""
+        """Return the groups that the size of a tensor depends on."""
         return {c for axis in self._axes.get(name, ()) for c in axis.columns}
 
     def at(self, kept: Counts) -> ShapeOf:
-        """Shapes for counts [cuts, groups] of kept steps: a size that depends on them is an array [cuts]."""
+        """Return shapes for counts [cuts, groups] of kept steps: a size that depends on them is an array [cuts]."""
         shares = kept / self.steps
         made: dict[str, Any] = {}
 
@@ -109,16 +109,16 @@ class Sizes:
         for size in self._axes.get(name, ()):
             now = size.at(shares)
             held = result[size.axis]
-            # Two labels of a weight may share an axis: what both leave stays.
+            # Two labels of a weight may share an axis: positions that survive both remain.
             result[size.axis] = np.minimum(held, now) if isinstance(held, np.ndarray) else now
         return tuple(result)
 
 
 class _Owners:
-    """Which of the wanted groups decide about a component, and which of their units it goes with.
+    """The selected groups that a component belongs to, and the units of theirs that it is pruned with.
 
     Attributes:
-        column, unit: [components, depth]: its own group first, then those of the rows it lies in; -1 where none.
+        column, unit: [components, depth]: its own group first, then those of its rows; -1 for none.
     """
 
     def __init__(self, units: Units, groups: Sequence[Group]) -> None:
@@ -137,7 +137,7 @@ class _Owners:
 
 
 def _put(layers: list[tuple[Ids, Ids]], cells: Ids, columns: Ids, units: Ids) -> None:
-    """Note an owner of cells in the first layer that is free there; an owner that is known already is not noted."""
+    """Record an owner of cells in the first layer that is free there, unless it is recorded already."""
     left = columns >= 0
     for column, unit in layers:
         left &= column[cells] != columns
@@ -150,10 +150,10 @@ def _put(layers: list[tuple[Ids, Ids]], cells: Ids, columns: Ids, units: Ids) ->
 
 
 def _axes_of(owners: _Owners, component: Ids, label: Label) -> list[AxisSize]:
-    """The axes of a label whose size depends on counts.
+    """Return the axes of a label whose size depends on counts.
 
-    Along the pack axis go cells, along an outer one whole rows: a group decides about the first axis, from the pack
-    axis outwards, along which its units differ.
+    Cells are pruned along the pack axis, whole rows along an outer axis: a group determines the first axis, from the
+    pack axis outwards, along which its units differ.
     """
     where = component[label.ids]
     column, unit = owners.column[where], owners.unit[where]
@@ -178,7 +178,7 @@ def _axes_of(owners: _Owners, component: Ids, label: Label) -> list[AxisSize]:
     return result
 
 
-# What a runtime does not copy.
+# Operators whose output shares the memory of the input.
 _VIEWS = (Move.SAME, Move.SHAPE)
 _FLOAT = 1
 
@@ -187,12 +187,12 @@ class Memory:
     """Bytes of activations alive while each node runs, at the first probe's shapes, nodes in the order of the graph.
 
     A tensor is alive from the node that makes it to the last that reads it, an input from the start, an output to the
-    end; what only changes a shape shares its input's memory. What a runtime saves besides by working in place, or
-    spends on scratch space, is its own affair and not counted. Tensors whose size is not known count as nothing.
+    end; a node that only changes a shape shares its input's memory. In-place execution and scratch space of a runtime
+    are not counted. Tensors of unknown size count as 0 bytes.
 
     Attributes:
         moments: the nodes in order.
-        rows: those that the rows of ``alive`` stand for.
+        rows: the moments of the rows of ``alive``.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -207,13 +207,13 @@ class Memory:
         self._each = {name: self._element(name) for name in names}
         still = _during(spans, fixed, len(self.moments)) @ np.array([self._bytes(shape(n), n) for n in fixed])
         during = _during(spans, moving, len(self.moments))
-        # Moments with the same tensors alive, and no more besides, are one row.
+        # Moments with the same tensors alive, and no further memory, are one row.
         rows = _distinct(during, still)
         self._still, self._during, self._moving = still[rows], during[rows], moving
         self.rows = [self.moments[i] for i in rows]
 
     def alive(self, kept: Counts) -> np.ndarray:
-        """Bytes [cuts, distinct moments] for counts [cuts, groups] of kept steps."""
+        """Return bytes [cuts, distinct moments] for counts [cuts, groups] of kept steps."""
         shape = self._sizes.at(kept)
         each = [np.broadcast_to(self._bytes(shape(n), n), len(kept)) for n in self._moving]
         moving = np.stack(each, axis=0) if each else np.zeros((0, len(kept)))
@@ -228,7 +228,7 @@ class Memory:
 
 
 def _spans(graph: Graph) -> dict[str, tuple[int, int]]:
-    """First and last moment of every tensor that holds memory of its own."""
+    """Return the first and last moment of every tensor that holds memory of its own."""
     home = {name: name for name in graph.inputs}
     spans = {name: [0, 0] for name in graph.inputs}
     for moment, node in enumerate(graph.steps):
@@ -249,7 +249,7 @@ def _spans(graph: Graph) -> dict[str, tuple[int, int]]:
 
 
 def _during(spans: dict[str, tuple[int, int]], names: list[str], moments: int) -> csr_matrix:
-    """[moments, names]: 1 while the tensor is alive."""
+    """Return the incidence matrix [moments, names]: 1 while the tensor is alive."""
     rows = [np.arange(spans[n][0], spans[n][1] + 1) for n in names]
     columns = np.repeat(np.arange(len(names)), [r.size for r in rows])
     at = np.concatenate(rows) if rows else np.zeros(0, np.int64)
@@ -257,7 +257,7 @@ def _during(spans: dict[str, tuple[int, int]], names: list[str], moments: int) -
 
 
 def _distinct(during: csr_matrix, still: np.ndarray) -> np.ndarray:
-    """One moment for every set of moving tensors: that with most memory besides."""
+    """Return one moment for every set of tensors of variable size: the one with most fixed memory."""
     keys = [row.indices.tobytes() for row in during]
     order = np.argsort(-still, kind="stable")
     best: dict[bytes, int] = {}
@@ -270,10 +270,10 @@ Costs = NDArray[np.float64]
 
 
 class Cost(Protocol):
-    """A cost of the model. The model costs what its dearest row does: a peak has one row per moment, a sum one row."""
+    """A cost of the model: the largest of its rows. A peak has one row per moment, a sum one row."""
 
     def rows(self, kept: Counts) -> Costs:
-        """Costs [cuts, rows] for counts [cuts, groups] of kept steps."""
+        """Return costs [cuts, rows] for counts [cuts, groups] of kept steps."""
         ...
 
 
@@ -290,7 +290,7 @@ class Macs:
         self._fixed = sum(cost.macs(n, sizes.analysis.facts.shape) for n in layers if n.index not in moving)
 
     def rows(self, kept: Counts) -> Costs:
-        """Multiply-accumulates [cuts, 1]."""
+        """Return multiply-accumulates [cuts, 1]."""
         shape = self._sizes.at(kept)
         total = sum((cost.macs(node, shape) for node in self._moving), start=np.full(len(kept), self._fixed))
         return np.asarray(total, dtype=np.float64)[:, None]
@@ -299,7 +299,7 @@ class Macs:
 class Stored:
     """Elements or bytes of all weights, one row.
 
-    Constants that a cut adds, and the few bytes by which names and shapes in the file change, are not counted.
+    Constants that pruning adds, and the few bytes by which names and shapes in the file change, are not counted.
 
     Args:
         what: ``params``, ``size`` (the file's bytes) or ``weights`` (bytes of the weights alone).
@@ -319,7 +319,7 @@ class Stored:
         self._fixed = whole[what] - sum(self._of(w, prod(w.shape)) for w in self._moving.values())
 
     def rows(self, kept: Counts) -> Costs:
-        """Elements or bytes [cuts, 1]."""
+        """Return elements or bytes [cuts, 1]."""
         shape = self._sizes.at(kept)
         parts = (self._of(w, prod(shape(name))) for name, w in self._moving.items())
         return np.asarray(sum(parts, start=np.full(len(kept), float(self._fixed))))[:, None]
@@ -329,7 +329,7 @@ class Stored:
 
 
 def _bytes(weight: Weight, elements: Any) -> Any:
-    """Bytes of so many elements; 0 for text."""
+    """Return the bytes of a number of elements; 0 for text."""
     if weight.dtype.kind == "O":
         return 0
     return elements * PACKED_BITS.get(weight.onnx_type, 8 * weight.dtype.itemsize) / 8
@@ -342,11 +342,11 @@ class Peak:
         self._weights, self._memory = Stored(sizes, "weights"), Memory(sizes)
 
     def rows(self, kept: Counts) -> Costs:
-        """Bytes [cuts, moments]."""
+        """Return bytes [cuts, moments]."""
         return np.asarray(self._weights.rows(kept) + self._memory.alive(kept))
 
     def dearest(self, kept: Counts) -> tuple[str, float]:
-        """The node at which most is alive for counts [groups], and which share of that the activations are."""
+        """Return the node of the peak for counts [groups], and the share of activations in the peak."""
         alive = self._memory.alive(kept[None])[0]
         most = int(np.argmax(alive))
         whole = alive[most] + float(self._weights.rows(kept[None])[0, 0])
@@ -354,12 +354,12 @@ class Peak:
 
 
 def costs_of(analysis: Analysis, sizes: Sizes, kind: str) -> Cost:
-    """The countable cost of that kind: ``macs``, ``params``, ``size`` or ``peak-memory``."""
+    """Return the countable cost of that kind: ``macs``, ``params``, ``size`` or ``peak-memory``."""
     if kind == "macs":
         return Macs(sizes)
     return Peak(sizes) if kind == "peak-memory" else Stored(sizes, kind)
 
 
 def total(cost_of: Cost, kept: Counts) -> Costs:
-    """The cost [cuts] of the model: its dearest row."""
+    """Return the cost [cuts] of the model: its largest row."""
     return np.asarray(cost_of.rows(kept).max(axis=1))

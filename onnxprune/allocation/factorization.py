@@ -1,4 +1,4 @@
-"""Layers that may be taken apart as further columns of counts, beside the groups that may be cut."""
+"""Layers that may be factorized as further columns of counts, beside the groups that may be pruned."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A layer that may be taken apart.
+    """A layer that may be factorized.
 
     Attributes:
-        nodes: those that read its weight.
-        weight: its name.
-        losses: [levels], by rising cost; the last one is 0, of the layer as it is.
-        macs, params: shares [levels] of what it costs whole.
-        times: the same of the time it takes, where that was measured.
+        nodes: the nodes that read its weight.
+        weight: name of its weight.
+        losses: [levels], by rising cost; the last one is 0, that of the layer unchanged.
+        macs, params: shares [levels] of its cost unchanged.
+        times: shares [levels] of its time, where that was measured.
     """
 
     nodes: tuple[Node, ...]
@@ -37,7 +37,7 @@ class Part:
     times: Array | None = None
 
     def shares(self, kind: str) -> Array:
-        """What is left of a cost of that kind [levels]."""
+        """Return the shares [levels] of a cost of that kind that remain."""
         if kind == "latency" and self.times is not None:
             return self.times
         return self.macs if kind == "macs" else self.params
@@ -46,11 +46,11 @@ class Part:
 class Apart:
     """A cost of groups and layers together: counts [cuts, groups + parts], the last columns number levels of parts.
 
-    A layer that is cut as well is taken to keep the share that it has at the level: what its factors cost follows its
-    channels as the layer itself does.
+    A pruned layer is assumed to keep its share at the level: the cost of its factors scales with its channels as the
+    cost of the layer does.
 
     Args:
-        whole: the cost of the groups alone.
+        whole: cost of the groups alone.
         kind: ``macs``, ``params`` or ``size``; ``latency`` where parts know times.
     """
 
@@ -59,7 +59,7 @@ class Apart:
         self._shares = [p.shares(kind) for p in parts]
 
     def rows(self, kept: Counts) -> Costs:
-        """Costs [cuts, rows]."""
+        """Return costs [cuts, rows]."""
         groups = kept.shape[1] - len(self._parts)
         counts = kept[:, :groups]
         shape = self._sizes.at(counts)
@@ -79,12 +79,12 @@ class Apart:
 
 
 def with_parts(choices: Choices, parts: Sequence[Part], rate: float) -> Choices:
-    """What groups and layers may do; ``rate`` is what a group's loss counts against a layer's."""
+    """Return choices of groups and layers; ``rate`` is the weight of a group's loss against a layer's."""
     levels = [np.arange(p.losses.size, dtype=np.int64) for p in parts]
     return Choices([*choices.kept, *levels], [*(rate * x for x in choices.losses), *(p.losses for p in parts)])
 
 
 def none_cut(choices: Choices, parts: Sequence[Part]) -> Choices:
-    """What layers may do where every group keeps all that it may."""
+    """Return choices of layers where every group keeps its largest count."""
     only = Choices([k[-1:] for k in choices.kept], [x[-1:] for x in choices.losses])
     return with_parts(only, parts, 1.0)

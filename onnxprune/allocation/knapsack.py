@@ -1,4 +1,4 @@
-"""Counts that keep most within a budget: multiple-choice knapsacks over linearised costs."""
+"""Counts of the best quality within a budget: multiple-choice knapsacks over linearised costs, and loss weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ VERSION = 2
 
 @dataclass(slots=True)
 class GroupCurve:
-    """One group cut alone, at rising shares: ``noise`` is what its outputs differ by from the original's.
+    """One group pruned alone, at rising shares: ``noise`` is the difference of the outputs from the original's.
 
     Attributes:
-        group, name, units: which.
-        shares: of its units that went.
+        group, name, units: number, name and number of units of the group.
+        shares: shares of its units that were removed.
         noise: |a - b|^2 / |a|^2, at most 1, the mean over outputs.
         points: the metric, or per cent of agreement.
     """
@@ -44,11 +44,11 @@ class Sensitivity:
     """Curves of all groups of a model.
 
     Attributes:
-        model_sha256: of the model.
-        settings: criterion, way to repair, data and metric that were used.
-        what: what the points are.
-        original: the original's points.
-        metric: whether they are the user's metric.
+        model_sha256: digest of the model.
+        settings: criterion, mode of recovery, data and metric of the measurement.
+        what: name of the points.
+        original: points of the original.
+        metric: whether the points are the user's metric.
     """
 
     model_sha256: str
@@ -62,9 +62,9 @@ class Sensitivity:
         return f"<Sensitivity: {len(self.curves)} groups, {self.what}>"
 
     def losses(self) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """{group: (shares removed, losses)}: what the metric lost in place of noise, where there is one.
+        """Return {group: (shares removed, losses)}: the drop of the metric where there is one, else noise.
 
-        Noise stays in it as a share of what the metric may lose at most, to tell apart what the metric does not.
+        Noise is added as a share of the largest possible drop, to distinguish points of equal metric.
         """
         scale = max((self.original - min(c.points) for c in self.curves if c.points), default=0.0)
         found = {}
@@ -87,7 +87,7 @@ class Sensitivity:
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
-        """Read curves.
+        """Read curves from JSON.
 
         Raises:
             UsageError: missing, not JSON, or not sensitivities of this version.
@@ -112,7 +112,7 @@ class Sensitivity:
         return result
 
     def check_model(self, sha256: str, source: str) -> None:
-        """Whether the curves are of the model with this digest.
+        """Check that the curves are of the model with this digest.
 
         Raises:
             UsageError: they are another model's.
@@ -131,7 +131,7 @@ Levels = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A choice [groups] of levels, its loss, and a bound: no choice within the limits loses less."""
+    """A choice [groups] of levels, its loss, and a lower bound on the loss of any choice within the limits."""
 
     levels: Levels
     loss: float
@@ -139,7 +139,7 @@ class Packed:
 
 
 def pack(losses: Sequence[Array], costs: Sequence[Array], limits: Array) -> Packed | None:
-    """Levels that lose next to the least, and the least that any could lose; None where nothing fits.
+    """Return levels of nearly least loss, and a lower bound on the loss; None where nothing fits.
 
     min sum_g losses[g][l_g] such that sum_g costs[g][l_g, r] <= limits[r], where a group may first be split over
     levels: a linear program, solved by HiGHS (Huangfu and Hall, 2018). Its optimum is the bound. No more groups than
@@ -156,7 +156,7 @@ def pack(losses: Sequence[Array], costs: Sequence[Array], limits: Array) -> Pack
     owner = np.repeat(np.arange(len(losses)), [len(x) for x in losses])
     loss, cost = np.concatenate(losses), np.concatenate(costs)
     each = (np.arange(len(losses))[:, None] == owner).astype(np.float64)
-    # Rows of very different sizes (bytes, seconds) are brought to 1: tolerances are absolute.
+    # Rows of very different sizes (bytes, seconds) are scaled to 1: tolerances are absolute.
     scale = np.maximum(np.abs(cost).max(axis=0), np.abs(limits))
     scale = np.where(scale > 0, scale, 1.0)
     unit = float(np.abs(loss).max()) or 1.0
@@ -180,38 +180,38 @@ def pack(losses: Sequence[Array], costs: Sequence[Array], limits: Array) -> Pack
 
 
 _ROUNDS = 12
-# Rows of a peak beyond this many say little that the dearest ones do not.
+# Number of rows of a peak that are kept: the largest ones.
 _MOST_ROWS = 64
 _HALVINGS = 30
 
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What every group may do: keep ``kept`` [levels] of its steps, ascending, at a loss [levels].
+    """The choices of every group: keep ``kept`` [levels] of its steps, ascending, at a loss [levels].
 
-    Nothing here knows what a step is: a layer that may be taken apart as well would be another column of counts, whose
-    levels are its ranks, with a cost that reads them.
+    A step may be anything: a layer that may be factorized is another column of counts, whose levels are its ranks,
+    with a cost that depends on them.
     """
 
     kept: list[Counts]
     losses: list[Array]
 
     def counts(self, levels: Sequence[int] | NDArray[np.int64]) -> Counts:
-        """Counts [groups] of levels [groups]."""
+        """Return counts [groups] of levels [groups]."""
         return np.array([k[i] for k, i in zip(self.kept, levels, strict=True)], dtype=np.int64)
 
     def loss(self, levels: Sequence[int] | NDArray[np.int64]) -> float:
-        """The loss of levels [groups]."""
+        """Return the loss of levels [groups]."""
         return float(sum(x[i] for x, i in zip(self.losses, levels, strict=True)))
 
     def nearest(self, share: float) -> NDArray[np.int64]:
-        """Levels [groups] nearest to the same share kept of every group."""
+        """Return levels [groups] nearest to the same share kept of every group."""
         return np.array([int(np.argmin(np.abs(k - share * k[-1]))) for k in self.kept], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A cost and the most it may be."""
+    """A cost and its largest permitted value."""
 
     cost: Cost
     most: float
@@ -219,7 +219,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """Counts [groups] with their loss; ``bound``: with the costs linearised there, no counts within it lose less."""
+    """Counts [groups] with their loss; ``bound``: lower bound on the loss with the costs linearised there."""
 
     kept: Counts
     loss: float
@@ -227,17 +227,17 @@ class Allocation:
 
     @property
     def gap(self) -> float:
-        """How far the loss is above the bound, as a share of the loss."""
+        """Return how far the loss is above the bound, as a share of the loss."""
         return max(0.0, 1.0 - self.bound / self.loss) if self.loss > 0 else 0.0
 
 
 def allocate(choices: Choices, limits: Sequence[Limit]) -> Allocation | None:
-    """Counts within the limits that lose least; None where none were found.
+    """Return counts of least loss within the limits; None where none were found.
 
-    What a layer costs depends on the group it reads and on the one it makes, so costs do not add up over groups. Each
-    round takes costs as sums of what single groups save at the last counts, solves that knapsack, and holds the answer
-    against the true costs; the limits of the next knapsack make up for the difference. The best answer within
-    the true limits is then improved by single steps, as long as one fits.
+    A layer's cost depends on the groups of its inputs and of its outputs, so costs do not add up over groups. Each
+    round linearises costs as sums of the savings of single groups at the last counts, solves that knapsack, and
+    compares the solution with the true costs; the limits of the next knapsack compensate for the difference. The best
+    solution within the true limits is then improved by single steps, as long as one fits.
     """
     levels = _start(choices, limits)
     if levels is None:
@@ -263,9 +263,9 @@ def allocate(choices: Choices, limits: Sequence[Limit]) -> Allocation | None:
 
 
 def uniform(choices: Choices, limits: Sequence[Limit]) -> Allocation | None:
-    """The largest share that every group can keep alike within the limits; None where none was found.
+    """Return the largest share that every group can keep alike within the limits; None where none was found.
 
-    What rounding to whole steps leaves of the limits is given to single groups, as long as a step fits.
+    The room that rounding to whole steps leaves is given to single groups, as long as a step fits.
     """
     levels = _start(choices, limits)
     if levels is None:
@@ -275,7 +275,7 @@ def uniform(choices: Choices, limits: Sequence[Limit]) -> Allocation | None:
 
 
 def least(choices: Choices, cost: Cost) -> Counts:
-    """Counts [groups] at which the cost is near its least: of single changes, none lowers it."""
+    """Return counts [groups] at which the cost is near its least: no single change lowers it."""
     levels = np.zeros(len(choices.kept), dtype=np.int64)
     for _ in range(_ROUNDS):
         before = levels.copy()
@@ -289,7 +289,7 @@ def least(choices: Choices, cost: Cost) -> Counts:
 
 
 def _start(choices: Choices, limits: Sequence[Limit]) -> NDArray[np.int64] | None:
-    """The largest share kept alike that fits, by bisection; else the counts at which costs are least."""
+    """Return the largest share kept alike that fits, by bisection; else the counts at which costs are least."""
     high, low = 1.0, 0.0
     fits: NDArray[np.int64] | None = None
     for _ in range(_HALVINGS):
@@ -314,13 +314,13 @@ def _start(choices: Choices, limits: Sequence[Limit]) -> NDArray[np.int64] | Non
 
 
 def _overrun(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int64]) -> Array:
-    """Costs over limits [limits]."""
+    """Return costs over limits [limits]."""
     kept = choices.counts(levels)[None]
     return np.array([float(x.cost.rows(kept).max()) / x.most for x in limits])
 
 
 def _round(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int64], pressure: Array) -> Packed | None:
-    """The knapsack with costs linearised at some levels; ``pressure`` scales the limits."""
+    """Solve the knapsack with costs linearised at some levels; ``pressure`` scales the limits."""
     here = choices.counts(levels)
     owner = np.repeat(np.arange(len(choices.kept)), [k.size for k in choices.kept])
     tried = np.repeat(here[None], owner.size, axis=0)
@@ -337,7 +337,7 @@ def _round(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int64],
 
 
 def _binding(rows: Costs, base: Array, most: float) -> NDArray[np.int64]:
-    """Rows that may come to exceed the limit: the dearest ones."""
+    """Return rows that may exceed the limit: the largest ones."""
     dearest = np.maximum(rows.max(axis=0), base)
     order = np.argsort(-dearest, kind="stable")[:_MOST_ROWS]
     over = order[dearest[order] > most]
@@ -345,7 +345,7 @@ def _binding(rows: Costs, base: Array, most: float) -> NDArray[np.int64]:
 
 
 def _polished(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Levels after the single changes that lower the loss most, as long as one fits."""
+    """Return levels after the single changes that lower the loss most, as long as one fits."""
     levels = levels.copy()
     owner = np.repeat(np.arange(len(choices.kept)), [k.size for k in choices.kept])
     level = np.concatenate([np.arange(k.size) for k in choices.kept])
@@ -365,15 +365,16 @@ def _polished(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int6
     return levels
 
 
-# Levels of a group beyond which single ones hardly matter, and what all groups together may have.
+# Largest number of levels of a group, and of all groups together.
 _LEVELS, _ALL_LEVELS = 64, 3000
 
 
 def levels_of(ranked: Sequence[RankedGroup], only: Sequence[Counts] | None = None) -> list[Counts]:
-    """Steps that every group may keep, ascending: a group with a ratio of its own has no choice.
+    """Return steps that every group may keep, ascending: a group with a ratio of its own has no choice.
 
     Args:
-        only: per group, the counts to take where there are any among the allowed ones.
+        ranked: the groups.
+        only: per group, the counts to use where any of them are allowed.
     """
     most = max(8, min(_LEVELS, _ALL_LEVELS // max(1, len(ranked))))
     found = []
@@ -390,7 +391,7 @@ def levels_of(ranked: Sequence[RankedGroup], only: Sequence[Counts] | None = Non
 
 
 def by_scores(ranked: Sequence[RankedGroup], kept: Sequence[Counts]) -> Choices:
-    """Losses that are sums of the scores of what goes."""
+    """Return losses that are sums of the scores of the removed units."""
     losses = []
     for group, levels in zip(ranked, kept, strict=True):
         scores = step_scores(group, add=True)
@@ -403,10 +404,10 @@ def by_scores(ranked: Sequence[RankedGroup], kept: Sequence[Counts]) -> Choices:
 def by_curves(
     ranked: Sequence[RankedGroup], kept: Sequence[Counts], curves: Mapping[int, tuple[Array, Array]], ids: Sequence[int]
 ) -> Choices:
-    """Losses read off measured curves {group: (shares removed, losses)}; groups without one lose by their scores.
+    """Return losses from measured curves {group: (shares removed, losses)}; groups without a curve use scores.
 
-    Between measured shares the loss rises as the scores do, scaled to what was measured at both ends: what goes first
-    matters least, which a straight line would not know.
+    Between measured shares the loss rises as the scores do, scaled to the measurements at both ends: the units removed
+    first matter least, which a straight line would ignore.
     """
     scored = by_scores(ranked, kept)
     losses = []
@@ -421,11 +422,11 @@ def by_curves(
 
 
 def _along(group: RankedGroup, levels: Counts, shares: Array, measured: Array) -> Array:
-    """The measured curve at the levels, monotone, with the scores' shape between its points."""
+    """Return the measured curve at the levels, monotone, with the scores' shape between its points."""
     scores = step_scores(group, add=True)
     scores = scores - min(0.0, float(scores.min(initial=0.0)))
     total = np.concatenate([[0.0], np.cumsum(scores)])
-    # The whole group has no measured loss: beyond the last point the curve goes on as the scores do.
+    # The whole group has no measured loss: beyond the last point the curve rises as the scores do.
     gone = np.concatenate([[0.0], shares]) * group.steps
     height = np.concatenate([[0.0], np.maximum.accumulate(np.maximum(measured, 0.0))])
     at = np.interp(gone, np.arange(total.size), total)
@@ -438,7 +439,7 @@ def _along(group: RankedGroup, levels: Counts, shares: Array, measured: Array) -
 
 
 def _unit(ranked: Sequence[RankedGroup], curves: Mapping[int, tuple[Array, Array]], ids: Sequence[int]) -> float:
-    """Measured loss per score, over the groups that were measured."""
+    """Return the measured loss per score, over the groups that were measured."""
     ratios = []
     for number, group in zip(ids, ranked, strict=True):
         if number in curves:
@@ -450,22 +451,22 @@ def _unit(ranked: Sequence[RankedGroup], curves: Mapping[int, tuple[Array, Array
     return float(np.median(ratios)) if ratios else 1.0
 
 
-# How much an answer tells beside the belief that all losses count alike, and how far they may differ.
+# Strength of the prior that all loss weights are equal, and the range of the weights.
 _BELIEF, _WIDEST = 0.05, 30.0
-# The least that an answer can have lost, as a share of what the worst one did: no answer tells more than others.
+# The least loss of a candidate, as a share of the largest: it bounds the influence of a single candidate.
 _LEAST = 0.01
 
 
 class Learned:
-    """Losses of columns with weights, so that their weighted sum is what answers lost when they were carried out.
+    """Per-column loss weights, fitted to the measured losses of evaluated candidates.
 
-    A knapsack adds up what every column loses alone. What is lost together is modelled by the same sum with weights
-    m >= 0, from all answers i with losses L_ic that lost n_i:
-    min sum_i ((sum_c m_c L_ic - n_i) / n_i)^2 + 0.05 sum_c (m_c / s - 1)^2, s the weight that all would have alike.
+    A knapsack adds up the losses of columns pruned alone. The joint loss is modelled by the same sum with loss weights
+    m >= 0, fitted to all candidates i with column losses L_ic and measured losses n_i:
+    min sum_i ((sum_c m_c L_ic - n_i) / n_i)^2 + 0.05 sum_c (m_c / s - 1)^2, with s the best common weight.
 
     Args:
-        choices: what every column may do.
-        whole: how good the original is; 0 where noise counts, below 0.
+        choices: levels and losses of every column.
+        whole: quality of the original; 0 where quality is noise, which is below 0.
     """
 
     def __init__(self, choices: Choices, whole: float = 0.0) -> None:
@@ -474,12 +475,12 @@ class Learned:
         self._fine: list[float] = []
 
     def add(self, kept: Counts, fine: float) -> None:
-        """An answer: counts [columns], and how good it was; higher is better."""
+        """Record a candidate: counts [columns], and its quality; higher is better."""
         self._losses.append(self._of(kept))
         self._fine.append(fine)
 
     def weights(self) -> Array:
-        """What the losses of every column count [columns], as multiples of what they count on the whole."""
+        """Fit the loss weights [columns], as multiples of their common value."""
         losses, lost = np.array(self._losses), self._lost()
         told = losses.sum(axis=1) > 0
         if not told.any():
@@ -493,16 +494,16 @@ class Learned:
         return np.asarray(np.clip(nnls(rows, wanted)[0], 1 / _WIDEST, _WIDEST))
 
     def gain(self, kept: Counts, weights: Array) -> float:
-        """How much less than the best answer so far another would lose, as a share of it."""
+        """Return how much less a candidate is predicted to lose than the best so far, as a share of its loss."""
         best = float(self._losses[int(np.argmax(self._fine))] @ weights)
         return 1.0 - float(self._of(kept) @ weights) / best if best > 0 else 0.0
 
     def _of(self, kept: Counts) -> Array:
-        """Losses [columns] at counts; between levels as if they fell evenly."""
+        """Return losses [columns] at counts; linear between levels."""
         pairs = zip(kept, self._choices.kept, self._choices.losses, strict=True)
         return np.array([np.interp(n, levels, losses) for n, levels, losses in pairs], dtype=np.float64)
 
     def _lost(self) -> Array:
-        """What every answer lost, above 0 even where one does as well as the original."""
+        """Return the measured loss of every candidate, above 0 even for one as good as the original."""
         lost = self._whole - np.array(self._fine)
         return np.asarray(np.maximum(lost, max(_LEAST * lost.max(), 1e-12)))

@@ -1,4 +1,4 @@
-"""Time of a model as a function of the counts that each group keeps, from a table of measured times."""
+"""Latency model: time of a model as a function of the counts that each group keeps, from a table of measured times."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from onnxprune.operators.registry import rule_of
 
 Array = NDArray[np.float64]
 
-# Times below are the clock's resolution.
+# Shorter times are below the clock's resolution.
 _LEAST = 2e-7
-# Weight of the straight line in the logarithm against what single levels add to it, in samples.
+# Weight of the straight line in the logarithm against the offsets of single levels, in samples.
 _RIDGE = 0.3
 
 
@@ -34,8 +34,8 @@ class Surface:
 
     Attributes:
         reads, makes: levels, ascending.
-        own_reads, own_makes: what each adds to the line.
-        rest: [reads, makes], what is left of the measured pairs, 0 elsewhere.
+        own_reads, own_makes: offset of each level from the line.
+        rest: [reads, makes], residuals of the measured pairs, 0 elsewhere.
         line: constant and slopes over the logarithms.
     """
 
@@ -47,7 +47,7 @@ class Surface:
     line: Array
 
     def at(self, reads: NDArray[np.int64], makes: NDArray[np.int64]) -> Array:
-        """Seconds [points]; between levels the logarithms of the nearest ones are joined by lines."""
+        """Return seconds [points]; logarithms are interpolated linearly between levels."""
         x, y = np.log(np.maximum(reads, 1)), np.log(np.maximum(makes, 1))
         value = self.line[0] + self.line[1] * x + self.line[2] * y
         value = value + np.interp(x, self.reads, self.own_reads) + np.interp(y, self.makes, self.own_makes)
@@ -57,10 +57,10 @@ class Surface:
 
 
 def fit(reads: Array, makes: Array, seconds: Array) -> Surface:
-    """A surface through samples [samples]: ridge regression of the logarithm on the two levels and a line.
+    """Fit a surface to samples [samples]: ridge regression of the logarithm on the two levels and a line.
 
-    Kernels that take channels in blocks make steps, which levels of their own can follow. Pairs that were measured keep
-    the mean of what the levels leave unexplained.
+    Kernels that process channels in blocks have steps, which the offsets of levels model. Measured pairs keep the mean
+    of the residuals.
     """
     x, y, t = np.log(np.maximum(reads, 1)), np.log(np.maximum(makes, 1)), np.log(np.maximum(seconds, _LEAST))
     levels_x, i = np.unique(x, return_inverse=True)
@@ -81,7 +81,7 @@ def fit(reads: Array, makes: Array, seconds: Array) -> Surface:
 
 
 def _level(levels: Array, values: Array) -> NDArray[np.int64]:
-    """Number of the level that each value is, -1 where it is none."""
+    """Return the number of the level that each value is, -1 for none."""
     place = np.minimum(np.searchsorted(levels, values - 1e-12), levels.size - 1)
     return np.asarray(np.where(np.abs(levels[place] - values) < 1e-9, place, -1))
 
@@ -90,7 +90,7 @@ VERSION = 3
 
 
 class Sample(NamedTuple):
-    """Seconds that a node took once where it read and made so many channels."""
+    """Seconds of one run of a node, with the numbers of channels that it read and wrote."""
 
     node: str
     reads: int
@@ -100,16 +100,16 @@ class Sample(NamedTuple):
 
 @dataclass(slots=True)
 class LatencyTable:
-    """What was measured of one model on one device.
+    """Measurements of one model on one device.
 
     Attributes:
-        model_sha256: of the model.
-        device: what the times depend on besides.
-        inputs: shapes that were run.
-        seconds: the whole original per run.
+        model_sha256: digest of the model.
+        device: description of the device.
+        inputs: shapes of the inputs.
+        seconds: time of one run of the whole original.
         overhead, slope: a run takes overhead + slope * (sum of its nodes' times).
-        error: largest error of that at the counts where whole runs were measured, as a share.
-        checks: (predicted, measured) seconds of those.
+        error: largest relative error of the model at the counts where whole runs were measured.
+        checks: (predicted, measured) seconds at those counts.
     """
 
     model_sha256: str
@@ -123,7 +123,7 @@ class LatencyTable:
 
     @property
     def error(self) -> float:
-        """Largest difference between predicted and measured, as a share of the measured."""
+        """Return the largest difference between predicted and measured, as a share of the measured."""
         return max((abs(p - m) / m for p, m in self.checks), default=0.0)
 
     def save(self, path: str | Path) -> None:
@@ -142,7 +142,7 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
-        """Read a table.
+        """Read a table from JSON.
 
         Raises:
             UsageError: missing, not JSON, or not a table of this version.
@@ -162,7 +162,7 @@ class LatencyTable:
         return table
 
     def check_model(self, sha256: str, source: str) -> None:
-        """Whether the table is of the model with this digest.
+        """Check that the table is of the model with this digest.
 
         Raises:
             UsageError: it is another model's.
@@ -178,28 +178,28 @@ class LatencyTable:
 ShapeOf = Callable[[str], Any]
 
 
-# A run takes no less than this share of what its nodes take under the profiler.
+# The least time of a run, as a share of the sum of its nodes under the profiler.
 _MIN_SECONDS = 0.2
 
 
 class Places:
-    """The nodes of a model by what their time depends on.
+    """The nodes of a model, grouped by the properties that their time depends on.
 
-    Nodes of one kind (operator, attributes, sizes other than channels, what reads the result) share their samples: a
-    network has few different layers, which makes few runs tell much.
+    Nodes of one kind (operator, attributes, sizes other than channels, consumers of the result) share their samples: a
+    network has few distinct layers, so that few runs suffice.
     """
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         graph, shape = sizes.analysis.graph, sizes.analysis.facts.shape
-        # What a control-flow node takes besides its bodies is told of one of its markers.
+        # The time of a control-flow node besides its bodies belongs to one of its markers.
         timed = (n for n in graph.steps if n.domain != markers.DOMAIN or n.op == markers.OPEN)
         self.nodes = [n for n in timed if all(known(shape(o)) for o in n.outputs if o)]
         self.kinds = {n.label: self._kind(n) for n in self.nodes}
         self.moving = [n for n in self.nodes if any(sizes.touched(x) for x in (*n.inputs, *n.outputs))]
 
     def channels(self, node: Node, shape: ShapeOf) -> tuple[Any, Any]:
-        """What of a node's data and of its result a cut changes: elements on axes that may shrink, and such alone."""
+        """Return elements on the axes of a node's data and of its result that pruning may shrink."""
         rule = rule_of(node)
         data = node.inputs[rule.data] if rule.weights and node.inputs else ""
         data = data or next((n for n in node.inputs if self.sizes.touched(n)), "")
@@ -221,11 +221,11 @@ class Places:
 
 
 class Latency:
-    """Seconds per run, one row; a sum of the nodes' times and what a run costs besides.
+    """Seconds per run, one row; the sum of the nodes' times and the overhead of a run.
 
     Args:
         places: the nodes.
-        table: what was measured.
+        table: the measurements.
     """
 
     def __init__(self, places: Places, table: LatencyTable) -> None:
@@ -237,7 +237,7 @@ class Latency:
         self._fixed = sum(float(self._time(n, shape, 1)[0]) for n in fixed)
 
     def rows(self, kept: Counts) -> Costs:
-        """Seconds [cuts, 1] for counts [cuts, groups] of kept steps."""
+        """Return seconds [cuts, 1] for counts [cuts, groups] of kept steps."""
         shape = self.places.sizes.at(kept)
         total = np.full(len(kept), float(self._fixed))
         for node in self.places.moving:
@@ -246,11 +246,11 @@ class Latency:
         return np.asarray(np.maximum(whole, _MIN_SECONDS * total))[:, None]
 
     def of(self, nodes: Iterable[Node], shape: ShapeOf, cuts: int) -> Array:
-        """What some nodes add to the seconds of a run [cuts], for shapes of so many cuts."""
+        """Return the time [cuts] in seconds that some nodes add to a run, for shapes of so many pruned models."""
         return np.asarray(self.table.slope * sum(self._time(node, shape, cuts) for node in nodes))
 
     def of_nodes(self, kept: Counts) -> dict[str, float]:
-        """Seconds of every node for counts [groups]."""
+        """Return seconds of every node for counts [groups]."""
         shape = self.places.sizes.at(kept[None])
         return {n.label: float(self._time(n, shape, 1)[0]) for n in self.places.nodes}
 
@@ -263,7 +263,7 @@ class Latency:
 
 
 def surfaces(places: Places, samples: Iterable[Sample]) -> dict[str, Surface]:
-    """A surface over (channels read, channels made) for every kind of node that was measured."""
+    """Fit a surface over (channels read, channels written) for every kind of node that was measured."""
     by_kind: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         if sample.node in places.kinds:
@@ -275,7 +275,7 @@ def surfaces(places: Places, samples: Iterable[Sample]) -> dict[str, Surface]:
 
 
 def samples_of(places: Places, kept: Counts, seconds: Mapping[str, float]) -> list[Sample]:
-    """What one run tells: a sample per node that has a time, for counts [groups] of kept steps."""
+    """Return one sample per timed node of a run, for counts [groups] of kept steps."""
     shape = places.sizes.at(kept[None])
     found = []
     for node in places.nodes:

@@ -1,4 +1,4 @@
-"""From scores to the units that go: ratios, ranking scopes, savings, rows and cells of grids."""
+"""Selection of the units to prune, from their scores: ratios, ranking scopes, savings, rows and cells of grids."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from onnxprune.labels.label import Ids, Label
 
 
 def removed_share(ratio: float, schedule: str, done: float) -> float:
-    """Share of units that is gone when ``done`` of the steps (0 to 1) are; rises from 0 to ``ratio``.
+    """Return the share of units removed when ``done`` of the steps (0 to 1) are; rises from 0 to ``ratio``.
 
     Args:
-        schedule: ``linear``; ``exp``: every step takes the same share of what is left; ``cos``: half a cosine wave,
-            slow at both ends; ``cube``: ratio (1 - (1 - done)^3), most of it early (Zhu and Gupta, 2017).
+        ratio: the share to remove in all, 0 <= ratio < 1.
+        schedule: ``linear``; ``exp``: every step removes the same share of the rest; ``cos``: half a cosine wave, slow
+            at both ends; ``cube``: ratio (1 - (1 - done)^3), most of it early (Zhu and Gupta, 2017).
+        done: share of the steps that are done, 0 to 1.
     """
     if done >= 1:
         return ratio
@@ -42,7 +44,7 @@ def removed_share(ratio: float, schedule: str, done: float) -> float:
 
 
 def ranking_scopes(analysis: Analysis, groups: Sequence[Group]) -> dict[int, Hashable]:
-    """A key per group; groups with equal keys are isomorphic, {group: key}.
+    """Return a key per group; groups with equal keys are isomorphic, {group: key}.
 
     Fang et al., Isomorphic Pruning for Vision Models, ECCV 2024, compare structures that are alike. The key counts
     (operator, input or output, its number, axes) over the nodes that the group's channels run through.
@@ -69,21 +71,21 @@ Mask = NDArray[np.bool_]
 ShapeOf = Callable[[str], Any]
 Cost = Callable[[ShapeOf], float]
 
-# Units that appear in other numbers elsewhere save other amounts; beyond this many kinds the last stands for the rest.
+# Units of different multiplicity save different amounts; beyond this many kinds the last represents the rest.
 _KINDS = 16
 
 
 def macs_after(analysis: Analysis, removed: Mask) -> int:
-    """Multiply-accumulates of the model without what ``removed`` (mask over atoms) takes, at the first probe's shapes.
+    """Return the multiply-accumulates of the model after pruning ``removed`` (mask over atoms), at the first probe.
 
-    Nothing is cut: sizes follow from the labels.
+    The model is not rewritten: sizes follow from the labels.
     """
     shape = After(analysis.table, removed).shape
     return sum(cost.macs(node, shape) for node in _layers(analysis))
 
 
 def params_after(analysis: Analysis, removed: Mask) -> int:
-    """Elements of all weights without what ``removed`` (mask over atoms) takes; constants that a cut may add aside."""
+    """Return the elements of all weights after pruning ``removed`` (mask over atoms), without added constants."""
     after, graph = After(analysis.table, removed), analysis.graph
     lost = {n: _size(graph.weights[n].shape) - _size(after.shape(n)) for n in graph.weights if after.touched(n)}
     return analysis.parameters - sum(lost.values())
@@ -92,13 +94,15 @@ def params_after(analysis: Analysis, removed: Mask) -> int:
 def savings(
     analysis: Analysis, groups: Sequence[Group], what: str, seconds: Mapping[str, float] | None = None
 ) -> dict[int, Array]:
-    """What the removal of each unit saves, [units] by group id; more than 0.
+    """Return what the removal of each unit saves, [units] by group id; more than 0.
 
-    Counted exactly, for one unit of every kind: its share of each tensor that it lies on, and where a layer reads and
-    makes channels of the same group, both. In a group of several rows a unit stands for its part of a step, which takes
-    a unit of every row.
+    The saving is exact for one unit of every kind: its share of each tensor that it lies on, and of both sides of a
+    layer whose input and output channels belong to the same group. In a group of several rows a unit represents its
+    part of a step, which removes a unit of every row.
 
     Args:
+        analysis: the analysis of the model.
+        groups: the groups to compute savings for.
         what: ``macs``, ``params`` or ``latency``.
         seconds: measured time of every node by its label, for ``latency``.
     """
@@ -121,13 +125,14 @@ def savings(
 
 
 def spread(analysis: Analysis, measured: Iterable[tuple[str, str, float]]) -> dict[str, float]:
-    """Seconds of every node of the model by its label, from what a runtime measured.
+    """Return seconds of every node of the model by its label, from the times that a runtime measured.
 
-    A runtime renames what it fuses: such a time goes to the node whose label, or whose output's name, the name holds,
-    or to the nearest node in front of it that is of the measured operator. What is left is shared out over the nodes
-    without a time of their own, by their multiply-accumulates.
+    A runtime renames fused nodes: such a time goes to the node whose label, or whose output's name, is part of the
+    name, or to the nearest node in front of it that is of the measured operator. The rest is distributed over the nodes
+    without a time of their own, in proportion to their multiply-accumulates.
 
     Args:
+        analysis: the analysis of the model.
         measured: (name, operator, seconds) of every node that was run.
     """
     nodes = analysis.graph.nodes
@@ -151,7 +156,7 @@ def spread(analysis: Analysis, measured: Iterable[tuple[str, str, float]]) -> di
 
 
 def _fused_into(analysis: Analysis, node: Node, op: str) -> Node:
-    """The node of operator ``op`` that ``node`` was fused into: itself, or a few steps in front of it."""
+    """Return the node of operator ``op`` that ``node`` was fused into: itself, or a few steps in front of it."""
     found = node
     for _ in range(8):
         if op.removeprefix("Fused") == found.op:
@@ -176,7 +181,7 @@ def _elements(name: str) -> Cost:
 
 
 def _work(analysis: Analysis, node: Node, what: str, seconds: Mapping[str, float]) -> Cost | None:
-    """The cost of a node as a function of the shapes; None where it has none."""
+    """Return the cost of a node as a function of the shapes; None where it has none."""
     if what == "macs":
         return (lambda shape: float(cost.macs(node, shape))) if cost.is_layer(node, analysis.graph) else None
     if not seconds.get(node.label):
@@ -193,7 +198,7 @@ def _work(analysis: Analysis, node: Node, what: str, seconds: Mapping[str, float
 
 
 def _tensors(analysis: Analysis) -> dict[int, list[str]]:
-    """Names of the tensors that units of each group lie on."""
+    """Return the names of the tensors that units of each group lie on."""
     result: dict[int, list[str]] = {}
     known: dict[int, tuple[Label, Ids]] = {}
     for name, labels in analysis.table.items().items():
@@ -208,7 +213,7 @@ def _tensors(analysis: Analysis) -> dict[int, list[str]]:
 
 
 def _of_group(analysis: Analysis, group: Group, costs: Sequence[Cost], names: Sequence[str]) -> Array:
-    """Savings [units] of one group, from the costs of what it touches as functions of the shapes."""
+    """Return savings [units] of one group, from the costs of its nodes and weights as functions of the shapes."""
     units, kinds = analysis.units, _kinds(analysis, group, names)
     before = [c(analysis.facts.shape) for c in costs]
     result = np.zeros(group.size)
@@ -219,13 +224,13 @@ def _of_group(analysis: Analysis, group: Group, costs: Sequence[Cost], names: Se
         chosen[group.units[step]] = True
         shape = After(analysis.table, atoms_removed(units, chosen)).shape
         result[mine] = sum(b - c(shape) for b, c in zip(before, costs, strict=True)) / step.size
-    # A unit that saves nothing that was counted still has to compare: it counts as the least that any other saves.
+    # A unit without a counted saving must still compare: it gets the least saving of any other.
     least = result[result > 0].min() if (result > 0).any() else 1.0
     return np.where(result > 0, result, least)
 
 
 def _kinds(analysis: Analysis, group: Group, names: Sequence[str]) -> Ids:
-    """Units that appear equally often on the same tensors are of one kind, [units]; all, where rows must agree."""
+    """Return the kind of each unit, [units]: units of a kind appear equally often on the same tensors."""
     if group.size != group.steps:
         return np.zeros(group.size, np.int64)
     component = analysis.units.component
@@ -244,17 +249,17 @@ def _kinds(analysis: Analysis, group: Group, names: Sequence[str]) -> Ids:
 
 @dataclass(frozen=True, slots=True)
 class RankedGroup:
-    """One group as the allocation sees it.
+    """One group with the scores and counts that the allocation reads.
 
     Attributes:
-        values: [units], the lowest go first; -inf where a unit is gone already, NaN where its whole row is.
+        values: [units], the lowest are removed first; -inf for removed units, NaN where the whole row is removed.
         classes: [units], every class loses the same share.
-        steps: in how many equal steps it can be cut.
-        counts: numbers of steps that may go, ascending, see :func:`allowed_counts`.
-        ratio: share to remove.
-        alone: the ratio holds for this group, whatever the scope.
-        ranking_scope: groups with equal ranking_scopes share a threshold.
-        gone: steps that are gone already.
+        steps: number of equal steps in which it can be pruned.
+        counts: numbers of steps that may be removed, ascending, see :func:`allowed_counts`.
+        ratio: share to remove, 0 <= ratio < 1.
+        alone: whether the ratio holds for this group by itself, whatever the scope.
+        ranking_scope: groups of equal ranking scope share a threshold.
+        gone: number of steps that are removed already.
     """
 
     values: Array
@@ -268,17 +273,19 @@ class RankedGroup:
 
     @property
     def per_step(self) -> int:
-        """Units that one step takes."""
+        """Return the number of units that one step removes."""
         return self.values.size // self.steps
 
 
 def allowed_counts(size: int, steps: int, *, round_to: int = 1, step: int = 1, widest: float = 1.0) -> Ids:
-    """Numbers of steps that may go from a group of ``size`` units, ascending, at least one; never all of them.
+    """Return numbers of steps that may be removed from a group, ascending, at least one; never all of them.
 
     Args:
-        round_to: what is kept is a multiple where it can be had.
-        step: what goes is a multiple, always.
-        widest: the largest share to remove.
+        size: number of units.
+        steps: number of equal steps in which the group can be pruned.
+        round_to: the number of remaining units is a multiple of it where possible.
+        step: the number of removed units is always a multiple of it.
+        widest: the largest share to remove, 0 to 1.
     """
     counts = np.arange(steps)
     if round_to == step == 1 and widest >= 1:
@@ -290,7 +297,7 @@ def allowed_counts(size: int, steps: int, *, round_to: int = 1, step: int = 1, w
 
 
 def nearest_count(counts: Ids, target: float, rounding: str) -> int:
-    """The allowed count for a wanted number of steps, which is rarely whole; ties go to the smaller cut."""
+    """Return the allowed count for a requested number of steps, which is rarely whole; ties prune less."""
     if target <= 0:
         return 0
     if rounding == "up":
@@ -303,9 +310,9 @@ def nearest_count(counts: Ids, target: float, rounding: str) -> int:
 
 
 def in_order(values: Array, classes: Ids) -> tuple[Ids, Ids]:
-    """Units sorted by class and then by score, and the rank that each unit (in its own place) has in its class."""
+    """Return units sorted by class and then by score, and the rank of each unit (in its own place) in its class."""
     sizes = np.bincount(classes)
-    # Both are stable, and put what is gone (NaN) last.
+    # Both are stable, and put removed units (NaN) last.
     order = np.argsort(values, kind="stable") if sizes.size == 1 else np.lexsort((values, classes))
     rank = np.empty(values.size, dtype=np.int64)
     rank[order] = np.arange(values.size) - (np.cumsum(sizes) - sizes)[classes[order]]
@@ -313,7 +320,7 @@ def in_order(values: Array, classes: Ids) -> tuple[Ids, Ids]:
 
 
 def weakest(values: Array, classes: Ids, steps: int, count: int) -> Ids:
-    """The units (numbers within the group) that go in ``count`` steps: the lowest of every class that is alive."""
+    """Return the units (numbers within the group) of ``count`` steps: the lowest of every remaining class."""
     sizes = np.bincount(classes)
     if sizes.size == 1:
         return _least(values, values.size // steps * count)
@@ -322,10 +329,10 @@ def weakest(values: Array, classes: Ids, steps: int, count: int) -> Ids:
 
 
 def _least(values: Array, count: int) -> Ids:
-    """Positions of the ``count`` least of some numbers, those in front of equal ones; NaN is never among them."""
+    """Return positions of the ``count`` least numbers, the first among equal ones; NaN is never among them."""
     if not count:
         return np.zeros(0, np.int64)
-    # A threshold takes time in proportion to the numbers, sorting them all does not; NaN counts as the largest.
+    # Selecting by a threshold takes linear time, unlike sorting; NaN counts as the largest.
     bound = np.partition(values, count - 1)[count - 1]
     if np.isnan(bound):
         return np.flatnonzero(~np.isnan(values))
@@ -336,7 +343,7 @@ def _least(values: Array, count: int) -> Ids:
 
 
 def step_scores(ranked_group: RankedGroup, add: bool = False) -> Array:
-    """Scores [steps] of a group's steps, ascending: one unit of every class that is alive, averaged or added up."""
+    """Return scores [steps] of a group's steps, ascending: one unit of every remaining class, averaged or summed."""
     sizes = np.bincount(ranked_group.classes)
     _, rank = in_order(ranked_group.values, ranked_group.classes)
     at = rank // (sizes // ranked_group.steps)[ranked_group.classes]
@@ -348,10 +355,10 @@ def step_scores(ranked_group: RankedGroup, add: bool = False) -> Array:
 
 
 def lamp(values: Array) -> Array:
-    """Scores [units] that compare across layers: s_u^2 / sum of s_v^2 over the units v with s_v >= s_u.
+    """Return scores [units] that compare across layers: s_u^2 / sum of s_v^2 over the units v with s_v >= s_u.
 
     Lee et al., Layer-Adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021, with units in place of weights.
-    Scores below 0 are moved up so that the least is 0; what is not finite stays.
+    Scores below 0 are shifted so that the least is 0; scores that are not finite are unchanged.
     """
     result = values.copy()
     alive = np.flatnonzero(np.isfinite(values))
@@ -361,22 +368,22 @@ def lamp(values: Array) -> Array:
     order = np.argsort(scores, kind="stable")
     square = np.square(scores[order])
     tail = np.cumsum(square[::-1])[::-1]
-    # Units with equal scores count each other.
+    # Units with equal scores are in each other's sum.
     tail = tail[np.searchsorted(scores[order], scores[order], side="left")]
     result[alive[order]] = np.divide(square, tail, out=np.zeros_like(square), where=tail > 0)
     return result
 
 
 def local_counts(ranked: Sequence[RankedGroup], rounding: str) -> list[int]:
-    """Steps that every group loses by its own ratio."""
+    """Return steps that every group loses by its own ratio."""
     return [max(nearest_count(c.counts, c.ratio * c.steps, rounding), c.gone) for c in ranked]
 
 
 def threshold_counts(ranked: Sequence[RankedGroup], rounding: str, add: bool = False) -> list[int]:
-    """Steps that every group loses under one threshold: the cheapest steps first, until as many units are gone as the
-    groups' ratios add up to.
+    """Return steps that every group loses under one threshold.
 
-    A group goes from one of its allowed counts to the next at once, at the mean score of the steps between.
+    The steps of the lowest scores are removed first, until as many units are removed as the groups' ratios sum to. A
+    group moves from one of its allowed counts to the next at once, at the mean score of the steps between.
     """
     owner, scores, units, reach = [], [], [], []
     for number, ranked_group in enumerate(ranked):
@@ -402,16 +409,16 @@ def threshold_counts(ranked: Sequence[RankedGroup], rounding: str, add: bool = F
 
 
 def _prefix(taken: Ids, target: float, rounding: str) -> int:
-    """How many of the steps to take, given the units that are gone after each number of them, [steps + 1]."""
+    """Return how many of the steps to remove, given the units removed after each number of them, [steps + 1]."""
     return int(np.searchsorted(taken, nearest_count(taken, target, rounding)))
 
 
 def allocate(ranked: Sequence[RankedGroup], scope: str, rounding: str, add: bool = False) -> list[int]:
-    """Steps that every group loses.
+    """Return steps that every group loses.
 
     Args:
         ranked: the groups.
-        scope: ``local``, else one threshold per ranking_scope.
+        scope: ``local``, else one threshold per ranking scope.
         rounding: ``nearest``, ``up`` or ``down``.
         add: a step's score is the sum of its units' scores, not the mean.
     """
@@ -429,30 +436,30 @@ def allocate(ranked: Sequence[RankedGroup], scope: str, rounding: str, add: bool
 
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
-"""Shares of a group to cut alone and measure."""
+"""Shares of a group to prune alone and measure."""
 
 
 def counts(steps: int, shares: Sequence[float] = SHARES) -> list[int]:
-    """Numbers of steps to measure of a group that can lose up to ``steps - 1``; at least one, where it can lose any."""
+    """Return numbers of steps to measure of a group that can lose up to ``steps - 1``; at least one if possible."""
     found = {min(max(round(share * steps), 1), steps - 1) for share in shares}
     return sorted(n for n in found if n > 0)
 
 
 def along(values: Array, classes: Ids, steps: int, drifts: Mapping[int, float]) -> Array:
-    """Scores [units] in the order of ``values``, so that those of a cut add up to its measured drift.
+    """Return scores [units] in the order of ``values`` whose sums equal the measured output sensitivity.
 
-    Between measured counts, drift grows as the sum of ``values`` does; beyond the last as it did before that. A step
-    never scores less than one that goes before it.
+    Between measured counts, the sensitivity rises as the sum of ``values`` does; beyond the last at the rate before it.
+    A step never scores less than one removed before it.
 
     Args:
         values: scores that rank the units [units], none below 0.
-        classes: units that stand in for each other, [units].
-        steps: in how many equal steps the group can be cut.
-        drifts: {steps gone: drift}, not empty.
+        classes: units that may replace each other have the same class, [units].
+        steps: number of equal steps in which the group can be pruned.
+        drifts: {steps removed: output sensitivity}, not empty.
     """
     _, rank = in_order(values, classes)
     step = rank // (np.bincount(classes) // steps)[classes]
-    # Where all scores are 0 (nothing seen), every step counts the same.
+    # Where all scores are 0, every step counts the same.
     summed = np.bincount(step, weights=values, minlength=steps)
     summed = np.maximum(summed, 1e-9 * summed.max() if summed.max() > 0 else 1.0)
     sums = np.concatenate([[0.0], np.cumsum(summed)])
@@ -463,7 +470,7 @@ def along(values: Array, classes: Ids, steps: int, drifts: Mapping[int, float]) 
     slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
     grown += slope * np.maximum(sums - x[-1], 0.0)
     each = np.maximum.accumulate(np.diff(grown)) / np.bincount(step, minlength=steps)
-    # Steps that count the same still go in the order of their scores.
+    # Steps of equal sensitivity are still removed in the order of their scores.
     each = each + 1e-9 * (each[-1] + 1e-30) * np.arange(steps)
     order = np.argsort(np.argsort(values, kind="stable"), kind="stable")
     return np.asarray(each[step] * (1.0 + 1e-12 * order))
@@ -471,13 +478,13 @@ def along(values: Array, classes: Ids, steps: int, drifts: Mapping[int, float]) 
 
 @dataclass(slots=True)
 class Candidates:
-    """The groups that may lose units.
+    """The groups that may be pruned.
 
     Attributes:
-        asked: the ratio of every group that can be cut, None where it is excluded.
+        asked: the ratio of every group that can be pruned, None where it is excluded.
         alone: groups with a ratio of their own.
-        halved: groups whose rows and cells are both cut, so that each takes 1 - sqrt(1 - ratio).
-        kept: groups that an option leaves whole, with the reason.
+        halved: groups whose rows and cells are both pruned, so that each loses 1 - sqrt(1 - ratio).
+        kept: groups that an option excludes from pruning, with the reason.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -488,7 +495,7 @@ class Candidates:
 
 
 def candidates(analysis: Analysis, request: Request) -> Candidates:
-    """Which groups take part, and with which ratio."""
+    """Return the groups to prune, and their ratios."""
     found = Candidates()
     groups = analysis.units.groups
     for group in groups:
@@ -512,7 +519,7 @@ def candidates(analysis: Analysis, request: Request) -> Candidates:
 
 
 def batches(groups: Sequence[Group]) -> list[list[Group]]:
-    """The groups in lots, so that rows and the cells beneath them are never in one: each cell counts for both."""
+    """Split groups into batches without rows and their cells in the same one: each cell counts for both."""
     own = {g.id for g in groups}
     above = [g for g in groups if own & set(g.children)]
     lots = [[g for g in groups if g not in above]]
@@ -538,17 +545,20 @@ def rank_groups(
     gone: Mask | None = None,
     done: float = 1.0,
 ) -> dict[int, RankedGroup]:
-    """The groups that have scores, as the allocation sees them, by group id.
+    """Return the groups that have scores with the inputs of the allocation, by group id.
 
     Args:
-        scores: [units] by group.
-        savings: what a unit's removal saves, [units] by group.
-        gone: mask over components of what earlier steps removed.
-        done: share of the steps after this one.
+        analysis: the analysis of the model.
+        request: the settings.
+        found: the groups to prune.
+        scores: scores [units] by group.
+        savings: saving of each unit's removal, [units] by group.
+        gone: mask over components that earlier steps removed.
+        done: share of the steps after this one, 0 to 1.
     """
     groups = [g for g in found.groups if g.id in scores]
     alike = ranking_scopes(analysis, groups) if request.scope == "isomorphic" else {}
-    # Scores below 0 would turn the division by what is saved around.
+    # Division by the saving would invert the order of scores below 0.
     low = min((float(scores[g.id].min()) for g in groups), default=0.0) if savings else 0.0
     result = {}
     for group in groups:
@@ -578,7 +588,7 @@ def rank_groups(
 
 
 def _over_columns(group: Group, values: Array, policy: str) -> Array:
-    """The grid's policy over the units that are left; columns go as a whole, so that each row misses the same ones."""
+    """Apply the grid policy to the remaining units; columns are removed as a whole, the same ones of each row."""
     if policy not in ("sum", "average"):
         return values
     left = ~np.isnan(values)
@@ -590,7 +600,7 @@ def _over_columns(group: Group, values: Array, policy: str) -> Array:
 
 
 def _gone(group: Group, gone: Mask | None) -> tuple[Mask, Mask]:
-    """Masks over the units: gone by themselves, and gone because their whole class is."""
+    """Return masks over the units: removed by themselves, and removed with their whole class."""
     if gone is None:
         return np.zeros(group.size, bool), np.zeros(group.size, bool)
     own = gone[group.units]
@@ -608,17 +618,17 @@ def _steps_gone(group: Group, own: Mask, dead: Mask) -> int:
 
 
 def choose(analysis: Analysis, request: Request, ranked: Mapping[int, RankedGroup]) -> Mask:
-    """Mask over components of what goes."""
+    """Return the mask over components to remove."""
     counts = allocate(list(ranked.values()), request.scope, request.rounding, request.group_policy == "sum")
     return take(analysis, ranked, counts)
 
 
 def take(analysis: Analysis, ranked: Mapping[int, RankedGroup], counts: Sequence[int]) -> Mask:
-    """Mask over components of what goes when every group, in the order of ``ranked``, loses so many steps."""
+    """Return the mask over components to remove when every group, in the order of ``ranked``, loses so many steps."""
     units = analysis.units
     numbers = list(ranked)
     chosen = np.zeros(units.frozen.size, dtype=bool)
-    # Rows before the cells beneath them: cells of rows that go do not compete.
+    # Rows before the cells beneath them: cells of removed rows do not compete.
     order = sorted(range(len(numbers)), key=lambda i: (not units.groups[numbers[i]].children, i))
     closed = False
     for i in order:
@@ -635,7 +645,7 @@ def take(analysis: Analysis, ranked: Mapping[int, RankedGroup], counts: Sequence
 
 
 def split_rows(analysis: Analysis, found: Candidates) -> list[int]:
-    """Groups of rows to be cut together with their cells, of which a row takes only a part of some class along."""
+    """Return groups of rows to prune with their cells, of which a row shares only a part of some class."""
     units = analysis.units
     bad = []
     for group in found.groups:
@@ -653,5 +663,5 @@ def split_rows(analysis: Analysis, found: Candidates) -> list[int]:
 
 
 def scaled(ranked: Mapping[int, RankedGroup], ratios: Mapping[int, float]) -> dict[int, RankedGroup]:
-    """The same groups with other ratios: scores need not be made again."""
+    """Return the same groups with other ratios, without new scores."""
     return {number: replace(ranked_group, ratio=ratios[number]) for number, ranked_group in ranked.items()}

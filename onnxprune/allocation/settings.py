@@ -1,4 +1,4 @@
-"""What is asked of an allocation: how scores become units, how many go and from where."""
+"""Settings of an allocation: how scores become units, how many units to prune, and in which groups."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from onnxprune.settings import checked, default
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a glob matches a name, case-sensitively."""
+    """Return whether a glob matches a name, case-sensitively."""
     return name == pattern or fnmatchcase(name, pattern)
 
 
 def check(given: Iterable[tuple[str, Collection[str]]], names: Iterable[str]) -> None:
-    """Every pattern must match some node or weight of the model.
+    """Check that every pattern matches some node or weight of the model.
 
     Args:
         given: pairs of an option and its patterns.
-        names: of nodes and weights.
+        names: names of nodes and weights.
 
     Raises:
         UsageError: one does not; the nearest name is suggested.
@@ -35,7 +35,7 @@ def check(given: Iterable[tuple[str, Collection[str]]], names: Iterable[str]) ->
 
 
 def _wider(pattern: str, known: Sequence[str]) -> str:
-    """A hint for a pattern without a match: the same with stars around it where that matches, else the nearest name."""
+    """Return a hint for a pattern without a match: the pattern between stars if that matches, else the nearest name."""
     wide = f"*{pattern.strip('*')}*"
     if wide != "**" and any(matches(name, wide) for name in known):
         return f"A pattern matches whole names. Did you mean {wide!r}?"
@@ -47,7 +47,7 @@ WIDEST = 0.9
 
 
 class Options(TypedDict, total=False):
-    """What calls take by name beside criterion and ratio; :class:`Request` explains the fields."""
+    """Keyword arguments of calls beside criterion and ratio; :class:`Request` explains the fields."""
 
     layers: Mapping[str, float] | None
     include: Sequence[str]
@@ -71,25 +71,25 @@ _CHOICES = ("policy", "normalize", "group_policy", "reshape_axis", "scope", "rou
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for.
+    """The user's settings of an allocation.
 
     Attributes:
         ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all groups together, see ``scope``.
         layers: {glob over node or weight names: ratio}.
         include, exclude: such globs.
-        round_to: keep a multiple of this many units per group where it can be had.
-        policy: how the scores that a unit has in several weights become one.
-        normalize: what the scores of one weight are divided by, so that weights compare; ``auto`` is ``none`` for
-            criteria whose scores compare as they are, else ``mean``, and is settled by ``Prune``.
-        group_policy: what cuts of a grid with several rows have in common.
-        reshape_axis: what goes of a grid: cells of every row, whole rows, or both.
+        round_to: keep a multiple of this many units per group where possible.
+        policy: aggregation of a unit's scores in several weights.
+        normalize: normalisation of the scores of one weight, so that weights compare; ``auto`` is ``none`` for criteria
+            whose scores compare without it, else ``mean``, and is resolved by ``Prune``.
+        group_policy: constraint on pruning the rows of a grid.
+        reshape_axis: the prunable parts of a grid: cells of every row, whole rows, or both.
         scope: which units compete with each other.
         max_ratio: the largest share that one group loses; None: all but one unit, or 0.9 where groups compete.
-        step: units leave a group in multiples of this many.
+        step: units of a group are removed in multiples of this many.
         rounding: of the counts that follow from ratios.
-        cost: what removing a unit saves, which its score is divided by.
-        steps: how often to score and cut
-        schedule: how the removed share grows from one to the next.
+        cost: kind of the saving that a unit's score is divided by.
+        steps: how often to score and prune.
+        schedule: growth of the removed share from one step to the next.
 
     Raises:
         UsageError: a value is not allowed.
@@ -118,19 +118,19 @@ class Request:
 
     @property
     def widest(self) -> float:
-        """The largest share that one group loses; something always stays besides."""
+        """Return the largest share that one group loses; at least one step remains besides."""
         if self.max_ratio is not None:
             return self.max_ratio
         return 1.0 if self.scope == "local" else WIDEST
 
     @property
     def patterned(self) -> bool:
-        """Whether names decide anything."""
+        """Return whether any setting depends on names."""
         return bool(self.layers or self.include or self.exclude)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The choices by name, for the report."""
+        """Return the settings by name, for the report."""
         return {
             **{name: getattr(self, name) for name in _CHOICES},
             **{name: getattr(self, name) for name in ("ratio", "max_ratio", "round_to", "step", "steps")},
@@ -138,10 +138,10 @@ class Request:
 
 
 def request_of(ratio: float, options: Options) -> Request:
-    """The request of a call.
+    """Build the request of a call.
 
     Raises:
-        UsageError: a value is not allowed. ArgumentError: an option that there is not; the nearest is suggested.
+        UsageError: a value is not allowed. ArgumentError: an unknown option; the nearest is suggested.
     """
     known = ("criterion", "ratio", "plan", "approximate", *Options.__annotations__)
     for name in options:
@@ -153,7 +153,7 @@ def request_of(ratio: float, options: Options) -> Request:
 
 
 def check_patterns(request: Request, names: Iterable[str]) -> None:
-    """Every pattern must match some node or weight of the model.
+    """Check that every pattern matches some node or weight of the model.
 
     Raises:
         UsageError: one does not; the nearest name is suggested.
@@ -163,13 +163,13 @@ def check_patterns(request: Request, names: Iterable[str]) -> None:
 
 
 def is_excluded(names: Sequence[str], request: Request) -> bool:
-    """Whether a group that has these node and weight names is left out by ``exclude`` or ``include``."""
+    """Return whether ``exclude`` or ``include`` excludes a group that has these node and weight names."""
     if any(matches(n, p) for n in names for p in request.exclude):
         return True
     return bool(request.include) and not any(matches(n, p) for n in names for p in request.include)
 
 
 def own_ratio(names: Sequence[str], request: Request) -> float | None:
-    """The ratio that ``layers`` gives to a group that has these names, later patterns first; None where none does."""
+    """Return the ratio that ``layers`` gives to a group with these names, later patterns first; None for none."""
     found = [ratio for pattern, ratio in request.layers.items() if any(matches(n, pattern) for n in names)]
     return found[-1] if found else None

@@ -1,4 +1,4 @@
-"""A budget as a problem over counts: groups with scores, targets with costs, candidates, limit correction and errors."""
+"""A budget as a problem over counts: groups with scores, targets with costs, candidates, limit correction, errors."""
 
 from __future__ import annotations
 
