@@ -1,3 +1,3 @@
-"""Model files: lazy reading, weights that are read when needed, atomic writing, subgraphs, interchange."""
+"""Model files: lazy reading, weights read on demand, atomic writing, subgraphs, interchange."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Constant nodes as weights, and weights as Constant nodes."""
+"""Convert Constant nodes to weights, and weights to Constant nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_UNFOLDED = 1 << 26
 
 
 def weight_from_constant(node: NodeProto) -> Weight | None:
-    """The value of a Constant node under the name of its output; None for other nodes.
+    """Return the value of a Constant node as a weight named after its output; None for other nodes.
 
     Raises:
         ModelError: when the value's data do not fit its type and dims.
@@ -43,36 +43,39 @@ def weight_from_constant(node: NodeProto) -> Weight | None:
 
 
 def set_constant(node: NodeProto, weight: Weight) -> None:
-    """Let a Constant node hold the values of a weight in place of its own."""
+    """Replace the value of a Constant node by that of a weight."""
     del node.attribute[:]
     node.attribute.append(helper.make_attribute("value", numpy_helper.from_array(weight.read())))
 
 
 def has_bare_initializers(proto: ModelProto) -> bool:
-    """Whether initializers may be constants of their own: before IR 4 every one is an input of the model, too."""
+    """Return whether initializers may exist without an input: before IR 4 every initializer is an input as well."""
     return bool(proto.ir_version >= 4)
 
 
 def placeholder(weight: Weight) -> TensorProto:
-    """The skeleton's entry for a weight: with its data where they are few."""
+    """Return the skeleton's entry for a weight: small data are included."""
     if weight.nbytes <= INLINE_LIMIT:
         return to_proto(weight)
     return TensorProto(name=weight.name, data_type=weight.onnx_type, dims=weight.shape)
 
 
 def constant_node(weight: Weight) -> NodeProto:
-    """A weight as a Constant node."""
+    """Return a weight as a Constant node."""
     return helper.make_node("Constant", [], [weight.name], value=to_proto(weight))
 
 
 def add_constant(
     model: ModelProto, weights: dict[str, Weight], name: str, value: Array, *, behind: bool = False
 ) -> None:
-    """Write a constant into a skeleton: an initializer with its weight, or where there is none alone, a Constant node.
+    """Write a constant into a skeleton: an initializer and its weight, or a Constant node where IR 4 is not available.
 
     Args:
-        model, weights: both change.
-        behind: put a node behind those that there are, else in front of them.
+        model: the skeleton; changed in place.
+        weights: weights by name; changed in place.
+        name: name of the tensor.
+        value: its elements.
+        behind: append a Constant node behind the existing nodes; False: insert it in front of them.
     """
     weight = ArrayWeight(name, value)
     if has_bare_initializers(model):

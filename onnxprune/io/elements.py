@@ -64,7 +64,7 @@ PACKED_BITS = {number: _NAMED_BITS[name] for name, number in TensorProto.DataTyp
 
 
 def stored_bytes(onnx_type: int, shape: Sequence[int]) -> int:
-    """How many bytes ONNX needs to store a tensor of a fixed-size type; types under 8 bits are packed."""
+    """Return the number of bytes of a tensor of a fixed-size type in ONNX; types under 8 bits are packed."""
     bits = PACKED_BITS.get(onnx_type)
     if bits is None:
         return math.prod(shape) * DTYPES[onnx_type].itemsize
@@ -72,25 +72,25 @@ def stored_bytes(onnx_type: int, shape: Sequence[int]) -> int:
 
 
 def as_dtype(array: Array, dtype: np.dtype[Any]) -> Array:
-    """The array with the given dtype, itself when it has it."""
+    """Return the array with the given dtype, itself when it has it."""
     return array if array.dtype == dtype else array.astype(dtype)
 
 
 def aligned(array: Array) -> Array:
-    """The array where its type can be read quickly: itself, or a copy.
+    """Return an array that can be read quickly: itself, or an aligned copy.
 
-    Data lie anywhere in a file; arithmetic on numbers at odd addresses is up to ten times slower than elsewhere.
+    Data may start anywhere in a file; arithmetic at unaligned addresses is up to ten times slower than at aligned ones.
     """
     return array if array.flags.aligned else array.copy()
 
 
 def raw(array: Array) -> Array:
-    """A view of elements as plain bytes, for moving them: at odd addresses that spares a copy."""
+    """Return a view of elements as plain bytes, for moving them: at unaligned addresses that avoids a copy."""
     return array if array.flags.aligned else array.view(f"V{array.itemsize}")
 
 
 def unpack(data: bytes | memoryview, onnx_type: int, shape: Sequence[int]) -> Array:
-    """The array of bytes in ONNX's storage form; shares the memory of ``data`` unless the type is packed."""
+    """Decode ONNX's storage form into an array; it shares the memory of ``data`` unless the type is packed."""
     dtype = DTYPES[onnx_type]
     if onnx_type in PACKED_BITS:
         proto = TensorProto(data_type=onnx_type, dims=shape, raw_data=bytes(data))
@@ -99,7 +99,7 @@ def unpack(data: bytes | memoryview, onnx_type: int, shape: Sequence[int]) -> Ar
 
 
 def pack(array: Array, onnx_type: int) -> memoryview | bytes:
-    """The bytes in which ONNX stores an array of numbers; shares the memory of ``array`` where it can."""
+    """Encode an array of numbers in ONNX's storage form; the bytes share the memory of ``array`` where possible."""
     if onnx_type in PACKED_BITS:
         return numpy_helper.from_array(array).raw_data
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

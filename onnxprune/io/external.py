@@ -1,4 +1,4 @@
-"""Data of a model that lie in other files: where they may be, and how they are described."""
+"""External data of a model: permitted locations, and their description in tensors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from onnxprune.io.weights import FileWeight
 
 
 def is_external(tensor: TensorProto) -> bool:
-    """Whether a tensor's data lie in another file."""
+    """Return whether a tensor's data lie in another file."""
     return tensor.data_location == TensorProto.EXTERNAL
 
 
 def external_weight(tensor: TensorProto, folder: Path | None) -> FileWeight:
-    """The weight of a tensor whose data lie in another file.
+    """Return the weight of a tensor whose data lie in another file.
 
     Args:
-        tensor: with ``external_data`` as onnx's ExternalData.md describes it.
+        tensor: tensor with ``external_data`` as onnx's ExternalData.md describes it.
         folder: the model's folder; None when the model came without one.
 
     Raises:
@@ -63,7 +63,7 @@ def _number(keys: dict[str, str], key: str, tensor: str) -> int | None:
 
 
 def attribute_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor that is not an initializer of the main graph: attributes, bodies, functions, sparse initializers."""
+    """Yield tensors that are no initializers of the main graph: in attributes, bodies, functions, sparse forms."""
     yield from _sparse(model.graph)
     yield from _node_tensors(model.graph.node)
     for function in model.functions:
@@ -79,7 +79,7 @@ def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
     for node in nodes:
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
-                if attribute.HasField("t"):  # a function's attribute may refer to one of the call's instead
+                if attribute.HasField("t"):  # a function's attribute may refer to an attribute of the call
                     yield attribute.t
             elif attribute.type == AttributeProto.TENSORS:
                 yield from attribute.tensors
@@ -91,7 +91,7 @@ def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
 
 
 def bring_inline(tensor: TensorProto, folder: Path | None) -> Path:
-    """Reads an external tensor's data into the tensor itself; the file they came from. Raises as external_weight."""
+    """Read an external tensor's data into the tensor; return their file. Raises as :func:`external_weight` does."""
     weight = external_weight(tensor, folder)
     tensor.raw_data = bytes(weight.stored())
     tensor.ClearField("external_data")

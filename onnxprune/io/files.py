@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, read with a message for everything that can be wrong.
+"""Write files whole or not at all, and read them with a message for every fault.
 
-Locks say who is at work: a file or folder whose lock can be taken belongs to a run that is over. Where a file system
-has no locks, nothing of other runs is removed.
+Locks show which runs are active: a file or folder whose lock is free belongs to a run that has ended. Where a file
+system has no locks, files of other runs are never removed.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ _PREFIX, _LOCK = "onnxprune-", ".onnxprune-lock"
 _DIGEST = 8
 _ANNOUNCED = b"onnxprune is about to write or remove"
 _FICLONE = 0x40049409  # of Linux: one file shares the blocks of another until either is changed
-_SECONDS = 60  # in which a run has taken the lock of a file that it made
+_SECONDS = 60  # marks a folder in which a run has locked a file of its own
 
 
 def user_cache() -> Path:
-    """Where measurements are kept between runs: ``onnxprune`` in the cache folder that the system gives the user."""
-    # XDG_CACHE_HOME is asked on every system: who sets it means it.
+    """Return the folder for measurements kept between runs: ``onnxprune`` in the system's cache folder of the user."""
+    # XDG_CACHE_HOME is read on every system: whoever sets it means it.
     home = os.environ.get("XDG_CACHE_HOME")
     return Path(home) / "onnxprune" if home else Path(platformdirs.user_cache_dir("onnxprune", appauthor=False))
 
 
 def is_text(name: str) -> bool:
-    """Whether a name of a file is UTF-8."""
+    """Return whether a file's name is UTF-8."""
     return not any("\ud800" <= sign <= "\udfff" for sign in name)
 
 
 def shortened(name: str, limit: int) -> str:
-    """The beginning of a name, at most ``limit`` bytes of it as the file system counts them."""
+    """Return the beginning of a name, at most ``limit`` bytes in the file system's encoding."""
     while len(os.fsencode(name)) > limit:
         name = name[:-1]
     return name
 
 
 def beside(target: Path, suffix: str) -> Path:
-    """The path with ``suffix`` behind its name; of a name that is no text, or too long for that, a part is a digest."""
+    """Return the path with ``suffix`` appended; a name that is not UTF-8 or too long is partly replaced by a digest."""
     name = "".join("_" if "\ud800" <= sign <= "\udfff" else sign for sign in target.name)
     if name != target.name or len(os.fsencode(name + suffix)) > LONGEST_NAME:
         digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:_DIGEST]
@@ -72,7 +72,7 @@ def beside(target: Path, suffix: str) -> Path:
 
 
 def may_be_data_of(target: Path, name: str) -> bool:
-    """Whether a name is one that data of ``target`` get."""
+    """Return whether a name is one of those given to data of ``target``."""
     start, end = beside(target, f".{'0' * _DIGEST}.data").name.rsplit("0" * _DIGEST, 1)
     digest = rf"{re.escape(start)}[0-9a-f]{{{_DIGEST}}}{re.escape(end)}"
     return name == beside(target, ".data").name or bool(re.fullmatch(digest, name))
@@ -94,11 +94,11 @@ def clone(source: Path, target: Path) -> None:
 
 
 class Replacement:
-    """A file to be written under a temporary name and to take the place of ``target``, with what belongs to it.
+    """A file written under a temporary name that takes the place of ``target`` with its companions.
 
-    Whatever moment a run is killed at, ``target`` is the old file or the new one, and the data it refers to are there:
-    new data never take the name of others. Their name is ``target`` with ``.data`` behind it where that is free, else
-    it has a digest of them in it too; those that only the old file referred to are removed behind it.
+    Whenever a run is killed, ``target`` is the old file or the new one, and the data that it refers to exist: new data
+    never take the name of existing data. Their name is ``target`` with ``.data`` appended where that is free, else with
+    a digest of the data as well; data that only the old file referred to are removed afterwards.
     """
 
     def __init__(self, target: Path) -> None:
@@ -107,20 +107,20 @@ class Replacement:
         self._data: Path | None = None
         self._write: Callable[[BinaryIO, str], None] | None = None
         self._companions: dict[Path, Path] = {}  # target -> temporary
-        self._set_aside: dict[Path, Path] = {}  # companion -> where its former file waits
+        self._set_aside: dict[Path, Path] = {}  # companion -> backup of its former file
         self._temporaries: list[Path] = []
         self._locks = ExitStack()
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The file that will be ``target``. Raises OSError."""
+        """Open the file that becomes ``target``. Raises OSError."""
         with self._open(self.target) as (path, file):
             yield file
             self._main = path
 
     @contextmanager
     def open_data(self, write: Callable[[BinaryIO, str], None]) -> Iterator[BinaryIO]:
-        """A file of data that the main one refers to by its name. Raises OSError.
+        """Open a file of data that the main one refers to by its name. Raises OSError.
 
         Args:
             write: writes the main file, given the name of its data.
@@ -131,7 +131,7 @@ class Replacement:
 
     @contextmanager
     def open_companion(self, target: Path) -> Iterator[BinaryIO]:
-        """A file that describes the main one: an old one is never left beside a new main file. Raises OSError."""
+        """Open a file that describes the main one: a new main file never stays beside an old one. Raises OSError."""
         target = Path(os.path.realpath(target))
         with self._open(target) as (path, file):
             yield file
@@ -139,8 +139,8 @@ class Replacement:
 
     @contextmanager
     def _open(self, target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-        """A new temporary file and its path; on leaving, its bytes are on the disk."""
-        # Not tempfile: its files are readable by their owner only, these are to have the usual permissions.
+        """Open a temporary file and yield it with its path; on exit, its bytes are on the disk."""
+        # tempfile makes files that only their owner can read; these need the usual permissions.
         path = _beside(target, "tmp")
         unlocked = path.with_suffix(".new")  # a run that cleans up must not take it for a leftover
         with unlocked.open("xb") as file:
@@ -153,7 +153,7 @@ class Replacement:
             os.fsync(file.fileno())
 
     def commit(self) -> None:
-        """Put every file in its target's place. Raises OSError, with every target as it was before."""
+        """Move every file to its target's place. Raises OSError, with every target restored."""
         with _folder_lock(self.target.parent) as alone:
             data = self._data_target()
             made = data is not None and not data.exists()
@@ -175,7 +175,7 @@ class Replacement:
                     for target, aside in self._set_aside.items():
                         aside.replace(target)
                     self._set_aside.clear()
-                else:  # an interrupt came a moment too late
+                else:  # an interrupt came too late
                     self._place_companions()
                 raise
             self._place_companions()
@@ -183,7 +183,7 @@ class Replacement:
                 self._remove_leftovers(data, referred)
 
     def _data_target(self) -> Path | None:
-        """Where the data go: to a name that is free, or whose file is the same."""
+        """Return the path of the data: a free name, or one whose file has the same content."""
         if self._data is None:
             return None
         plain = beside(self.target, ".data")
@@ -192,12 +192,12 @@ class Replacement:
         return beside(self.target, f".{_digest(self._data)}.data")
 
     def _candidates(self) -> list[Path]:
-        """Files with names that data of ``target`` may have."""
+        """Return files with names that data of ``target`` may have."""
         names = [entry.name for entry in os.scandir(self.target.parent) if entry.name.endswith(".data")]
         return [self.target.with_name(name) for name in names if may_be_data_of(self.target, name)]
 
     def _announce(self, data: Sequence[Path]) -> None:
-        """Note on the disk which data are about to appear or to go, so that a later run can finish that."""
+        """Record on the disk which data are to be added or removed, so that a later run can finish the work."""
         if data:
             with self._open(self.target) as (_, file):
                 file.write(b"\0".join([_ANNOUNCED, *(os.fsencode(path.name) for path in data)]))
@@ -214,7 +214,7 @@ class Replacement:
             temporary.replace(target)
 
     def _remove_leftovers(self, data: Path | None, referred: Iterable[Path]) -> None:
-        """Remove data that the old file referred to, and what runs that were killed have left of these targets."""
+        """Remove data that only the old file referred to, and files that killed runs left for these targets."""
         unused = set(referred)
         for target in (self.target, *self._companions):
             pattern = re.compile(rf"\.{re.escape(_stem(target))}\.[0-9a-f]{{{_DIGEST}}}\.(?:tmp|new)")
@@ -228,7 +228,7 @@ class Replacement:
                 path.unlink()
 
     def clean(self) -> None:
-        """Remove whatever temporary file there still is."""
+        """Remove all remaining temporary files."""
         with self._locks:
             for leftover in (*self._temporaries, *self._set_aside.values()):
                 with suppress(OSError):
@@ -237,7 +237,7 @@ class Replacement:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Replacement]:
-    """Files that take their targets' places when the block ends well, and leave no trace when it does not."""
+    """Yield a replacement: files take their targets' places when the block succeeds, and are removed when it fails."""
     files = Replacement(target)
     try:
         yield files
@@ -260,12 +260,12 @@ def _digest(path: Path) -> str:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two files hold the same."""
+    """Return whether two files have the same content."""
     return one.stat().st_size == other.stat().st_size and _digest(one) == _digest(other)
 
 
 def _mentions(path: Path, name: str) -> bool:
-    """Whether a file has a name somewhere in it."""
+    """Return whether a file contains a name."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return content.find(os.fsencode(name)) >= 0
@@ -274,7 +274,7 @@ def _mentions(path: Path, name: str) -> bool:
 
 
 def _lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Take the lock of an open file; False where another has it, or where there are no locks."""
+    """Take the lock of an open file; return False where another run has it, or where there are no locks."""
     if fcntl is None:  # pragma: no cover - Windows
         return False
     try:
@@ -286,7 +286,7 @@ def _lock(descriptor: int, *, wait: bool = False) -> bool:
 
 @contextmanager
 def _folder_lock(folder: Path) -> Iterator[bool]:
-    """Hold off other runs that replace files of a folder; whether that could be done."""
+    """Lock a folder against other runs that replace its files; return whether that is possible."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # no folder can be opened on Windows
@@ -299,7 +299,7 @@ def _folder_lock(folder: Path) -> Iterator[bool]:
 
 
 def _remove_if_free(path: Path) -> set[Path]:
-    """Remove a file that no run holds the lock of, or is about to take it of; the files of data that it announced."""
+    """Remove a file that no run has locked or is about to lock, and the files of data that it recorded."""
     with path.open("rb") as file:
         fresh = path.suffix == ".new" and time.time() - os.fstat(file.fileno()).st_mtime < _SECONDS
         if fresh or not _lock(file.fileno()):
@@ -312,14 +312,14 @@ def _remove_if_free(path: Path) -> set[Path]:
 
 @contextmanager
 def workspace() -> Iterator[Path]:
-    """A folder of the run's own for a while. It goes when the block ends, or with the next run where this is killed."""
+    """Yield a working folder of the run. The end of the block removes it, or the next run if this one is killed."""
     _remove_stale_once()
     with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         unlocked = folder / "lock"
         with unlocked.open("xb") as file:
             _lock(file.fileno())
-            unlocked.rename(folder / _LOCK)  # now a run that cleans up may look at it
+            unlocked.rename(folder / _LOCK)  # from now on a run that cleans up may examine it
             yield folder
 
 
@@ -338,11 +338,11 @@ def remove_stale() -> None:
 
 
 def _remove_if_stale(folder: Path) -> None:
-    """Remove a working folder of this user whose run is over; raises OSError where it is none."""
+    """Remove a working folder of this user whose run has ended; raises OSError where it is none."""
     if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
         return
     with (folder / _LOCK).open("rb") as file:
-        # An empty folder is one that is being made.
+        # An empty folder is being created.
         if _lock(file.fileno()):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -361,16 +361,19 @@ def write_text(path: Path, text: str, what: str = "") -> None:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8; parts of file names that are not UTF-8 are written as their escapes."""
+    """Encode text as UTF-8; parts of file names that are not UTF-8 are written as their escapes."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def read_json(path: Path, what: str, kind: str, *, missing: str = "", hint: str = "") -> Any:
-    """The data of a JSON file.
+    """Read the data of a JSON file.
 
     Args:
-        what, kind: it and what it is, such as "the plan" and "plan file".
-        missing, hint: the next step where there is no such file, and where it is not JSON.
+        path: the file.
+        what: what the file holds, such as "the plan".
+        kind: what kind of file it is, such as "plan file".
+        missing: the next step where the file does not exist.
+        hint: the next step where the file is not JSON.
 
     Raises:
         UsageError: missing, unreadable, or not JSON.
@@ -419,7 +422,7 @@ def _finite(text: str) -> float:
 
 
 def _depth(data: Any) -> int:
-    """How deeply lists and objects are nested."""
+    """Return how deeply lists and objects are nested."""
     depth, level = 0, [data]
     while level:
         depth += 1
@@ -432,17 +435,17 @@ def _depth(data: Any) -> int:
 
 
 def parse(kind: type[_T], data: Any, where: str, hint: str = "") -> _T:
-    """Plain data as an object of the type that it is declared to be.
+    """Convert plain data to an object of a declared type.
 
     Args:
         kind: a dataclass, whose fields may be missing where they have a default, ``int`` (of 64 bits), ``float``
             (finite), ``str``, ``bool``, ``list[...]``, ``dict[..., ...]``, ``tuple[...]``, ``... | None`` or ``Any``.
-        data: what JSON gives.
-        where: what it is of, such as "the plan".
-        hint: the next step where it has another form.
+        data: decoded JSON.
+        where: what the data belong to, such as "the plan".
+        hint: the next step where they have another form.
 
     Raises:
-        UsageError: something is missing or has another type; says where it stands.
+        UsageError: a value is missing or has another type; the message names its place.
     """
     try:
         result: _T = _parse(kind, data, "")
@@ -453,7 +456,7 @@ def parse(kind: type[_T], data: Any, where: str, hint: str = "") -> _T:
 
 
 class _Misfit(Exception):
-    """Data that do not have their declared form: where, and what is wrong."""
+    """Data that do not have their declared form: the place, and the fault."""
 
     def __init__(self, place: str, problem: str) -> None:
         super().__init__(place, problem)
@@ -498,7 +501,7 @@ def _parse_fields(kind: Any, data: Any, place: str) -> Any:
 
 
 def _key(kind: type, name: Any, place: str) -> Any:
-    """A key of an object; JSON makes texts of numbers."""
+    """Convert a key of an object: in JSON, numbers are written as text."""
     if kind is int and isinstance(name, str) and len(name) < 19 and name.removeprefix("-").isdecimal():
         return int(name)
     return _parse_plain(kind, name, f"a key of {place.lstrip('.')}")
@@ -521,7 +524,7 @@ def _parse_plain(kind: type, data: Any, place: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message."""
+    """Return a value as shown in a message."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # more digits, or more levels, than Python writes

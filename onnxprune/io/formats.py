@@ -12,7 +12,7 @@ from onnxprune.io.wire import Buffer
 
 
 class Format(NamedTuple):
-    """A file format by name, and what to do with a file of it."""
+    """A file format by name, and the next step for a file of that format."""
 
     name: str
     hint: str
@@ -107,7 +107,7 @@ _SUFFIXES = {
 
 
 def guess_format(data: Buffer) -> Format | None:
-    """The format that a file's bytes belong to; None when they may be a serialized ONNX model."""
+    """Return the format of a file by its bytes; None when they may be a serialized ONNX model."""
     head = bytes(data[:4096])
     for start, known in _STARTS:
         if head.startswith(start):
@@ -133,12 +133,12 @@ def guess_format(data: Buffer) -> Format | None:
 
 
 def guess_by_name(path: Path | None) -> Format | None:
-    """The format that a file's name speaks of, for a file that is no ONNX model; None where it speaks of none."""
+    """Return the format that a file's name suggests, for a file that is no ONNX model; None where it suggests none."""
     return _SUFFIXES.get(path.suffix.lower()) if path is not None else None
 
 
 def guess_folder(folder: Path) -> Format | None:
-    """The format that a folder is; None where it may be any folder."""
+    """Return the format of a folder; None where it may be any folder."""
     if (folder / "saved_model.pb").is_file():
         return Format("a TensorFlow SavedModel", _FROM_TF.format("--saved-model FOLDER"))
     if folder.suffix.lower() == ".mlpackage":
@@ -147,7 +147,7 @@ def guess_folder(folder: Path) -> Format | None:
 
 
 def _archive(data: Buffer) -> Format:
-    """What a zip archive holds."""
+    """Return the format of a zip archive by its members."""
     try:
         file: Any = io.BytesIO(data) if isinstance(data, bytes) else data
         with zipfile.ZipFile(file) as archive:

@@ -1,4 +1,4 @@
-"""Model-local functions: bind their attributes call by call, then inline them."""
+"""Inline model-local functions, after binding their attributes call by call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from onnxprune.errors import ModelError
 
-# What functions may make where they are called.
+# Limits on what the calls of functions may add to a model.
 _MOST_NODES, _MOST_BYTES, _TIMES = 1 << 18, 1 << 28, 16
 
 Key = tuple[str, str, str]
@@ -17,12 +17,12 @@ Bindings = Mapping[str, AttributeProto]
 
 
 def inlined(proto: ModelProto) -> ModelProto:
-    """The model with calls of its local functions replaced by their bodies; ``proto`` is not changed.
+    """Return the model with calls of its local functions replaced by their bodies; ``proto`` is not changed.
 
-    onnx's inliner (1.23) forgets the default values of a function's attributes, and every value that a chain of
-    references (``ref_attr_name``) leads to from there: nodes of the body fall back to their operators' defaults, and
-    the model computes something else without a word. So every call gets a function of its own first, in which all
-    references are replaced by values; what is left for the inliner is the names of tensors.
+    onnx's inliner (1.23) ignores the default values of a function's attributes, and every value that a chain of
+    references (``ref_attr_name``) passes on from there: nodes of the body use the defaults of their operators, and the
+    model computes something else without an error. Every call is therefore first given a function of its own, in which
+    all references are replaced by values; the inliner only has to rename tensors.
 
     Raises:
         ModelError: a function calls itself, two have the same name, or the inliner refuses.
@@ -38,12 +38,12 @@ def inlined(proto: ModelProto) -> ModelProto:
 
 
 def _check_extent(proto: ModelProto) -> None:
-    """Functions that call others twice double with every level: refuse what no export has, before it is there."""
+    """Refuse functions that call others twice at every level, before inlining makes the model exceed all limits."""
     functions = {_key(function): function for function in proto.functions}
     extents: dict[Key, tuple[int, int]] = {}
 
     def extent(nodes: Iterable[NodeProto], within: tuple[Key, ...]) -> tuple[int, int]:
-        """Nodes and bytes once every call is replaced."""
+        """Return the numbers of nodes and bytes after replacing every call."""
         count = size = 0
         for node in _all_nodes(nodes):
             key = _key(node)
@@ -74,7 +74,7 @@ def _domain(name: str) -> str:
 
 
 def _key(node: NodeProto | FunctionProto) -> Key:
-    """What a call and its function have in common: domain, name and overload."""
+    """Return the key that a call and its function share: domain, name and overload."""
     name = node.op_type if isinstance(node, NodeProto) else node.name
     return _domain(node.domain), name, node.overload
 
@@ -84,10 +84,10 @@ def _graphs(attribute: AttributeProto) -> Sequence[GraphProto]:
 
 
 class _Binding:
-    """A model in which no function has attributes: one function per set of values that it is called with.
+    """A model whose functions have no attributes: one function per set of attribute values in its calls.
 
-    The first function of every name keeps it, so that the names of inlined tensors, which the inliner makes of it, do
-    not depend on attributes.
+    The first function of every name keeps it, so that the names of inlined tensors, which the inliner derives from it,
+    do not depend on attributes.
     """
 
     def __init__(self, proto: ModelProto) -> None:
@@ -105,7 +105,10 @@ class _Binding:
         self._bind(self.model.graph.node, {})
 
     def _bind(self, nodes: Iterable[NodeProto], values: Bindings) -> None:
-        """Replace the references of nodes, and of the bodies in them, by values; point calls at functions without."""
+        """Replace the references of nodes, and of the bodies in them, by values.
+
+        Point calls at functions without attributes.
+        """
         for node in nodes:
             _resolve(node, values)
             for attribute in node.attribute:
@@ -117,7 +120,7 @@ class _Binding:
                 del node.attribute[:]
 
     def _function(self, key: Key, given: Bindings) -> str:
-        """The name of a function without attributes that computes what ``key`` does with these."""
+        """Return the name of a function without attributes that computes what ``key`` does with these values."""
         source = self._functions[key]
         values = {a.name: a for a in source.attribute_proto}  # their default values
         values.update((name, given[name]) for name in (*source.attribute, *values) if name in given)
@@ -150,7 +153,10 @@ class _Binding:
         return f"{name}_{number}"
 
     def _adopt_version(self, function: FunctionProto) -> None:
-        """Take the model's operator sets where they define every operator of the body alike: others stay calls."""
+        """Use the model's operator sets where they define every operator of the body alike.
+
+        Else the call is not inlined.
+        """
         for opset in function.opset_import:
             here = self._versions.get(_domain(opset.domain), opset.version)
             mine = (n for n in _all_nodes(function.node) if _domain(n.domain) == _domain(opset.domain))
@@ -160,7 +166,7 @@ class _Binding:
 
 
 def _resolve(node: NodeProto, values: Bindings) -> None:
-    """Replace references by values; one without a value leaves its attribute out."""
+    """Replace references by values; a reference without a value removes its attribute."""
     attributes = []
     for attribute in node.attribute:
         value = values.get(attribute.ref_attr_name) if attribute.ref_attr_name else attribute
@@ -175,7 +181,7 @@ def _resolve(node: NodeProto, values: Bindings) -> None:
 
 
 def _name_outputs(function: FunctionProto) -> None:
-    """Outputs that are inputs of the function pass through an Identity: the inliner would leave them undefined."""
+    """Insert an Identity for outputs that are inputs of the function: the inliner would leave them undefined."""
     taken = {*function.input, *(name for n in function.node for name in (*n.input, *n.output))}
     for i, name in enumerate(function.output):
         if name in function.input:
@@ -196,7 +202,7 @@ def _all_nodes(nodes: Iterable[NodeProto]) -> Iterable[NodeProto]:
 
 
 def _alike(op: str, domain: str, one: int, other: int) -> bool:
-    """Whether two versions of an operator set define an operator the same."""
+    """Return whether two versions of an operator set define an operator the same."""
     try:
         first, second = (onnx.defs.get_schema(op, version, domain).since_version for version in (one, other))
     except onnx.defs.SchemaError:
@@ -205,7 +211,7 @@ def _alike(op: str, domain: str, one: int, other: int) -> bool:
 
 
 def _import_domains(model: ModelProto, functions: Iterable[FunctionProto]) -> None:
-    """Import the operator sets that bodies brought along."""
+    """Import the operator sets that inlined bodies need."""
     known = {_domain(o.domain) for o in model.opset_import}
     used = {_domain(node.domain) for node in _all_nodes(model.graph.node)}
     for function in functions:

@@ -1,6 +1,6 @@
-"""Models in the form of other packages: onnx_graphsurgeon.Graph and onnx_ir.Model.
+"""Convert models of other packages: onnx_graphsurgeon.Graph and onnx_ir.Model.
 
-Neither package is imported before a model of it comes in or is asked for.
+Either package is imported only when a model of it is given or requested.
 
 A graph of onnx-graphsurgeon has no place for a part of an ONNX model (metadata, domain, version, quantisation
 annotations, doc strings). :func:`to_graphsurgeon` attaches that part to the graph, and :func:`to_onnx` writes it back.
@@ -113,7 +113,7 @@ def _is_onnx_ir(model: object) -> bool:
 
 
 def _is_a(model: object, package: str, name: str) -> bool:
-    """Whether an object is of a class, told without importing the package."""
+    """Return whether an object is of a class, without importing the package."""
     return any(base.__name__ == name and base.__module__.split(".")[0] == package for base in type(model).__mro__)
 
 
@@ -171,7 +171,7 @@ def _unrepresented(proto: onnx.ModelProto) -> Unrepresented:
 
 
 def _put_back(proto: onnx.ModelProto, kept: Unrepresented) -> None:
-    """Write what a graph has no place for, as far as the tensors that it belongs to are still there."""
+    """Write back the parts that a graph has no place for, for tensors that still exist."""
     proto.domain, proto.model_version = kept.model.domain, kept.model.model_version
     proto.doc_string = kept.model.doc_string
     proto.metadata_props.extend(kept.model.metadata_props)

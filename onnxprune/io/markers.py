@@ -1,4 +1,4 @@
-"""The nodes that mark where bodies of If, Loop and Scan begin and end in a graph that lays them open.
+"""Marker nodes: the beginning and end of If, Loop and Scan bodies in a graph that inlines them.
 
 Everything between ``OPEN`` and ``CLOSE`` belongs to a body. A graph with bodies reads, for a Loop or Scan::
 
@@ -17,7 +17,7 @@ and for an If::
     JOIN [of the then-branch, of the else-branch, cond] -> [result]
     CLOSE [] -> [mark]
 
-No runtime knows them: :func:`onnxprune.io.subgraphs.close_bodies` puts every body back before a model is written.
+No runtime knows them: :func:`onnxprune.io.subgraphs.close_bodies` outlines every body before a model is written.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ RESULTS = (TIE, STACK, JOIN)
 
 
 def has_bodies(proto: ModelProto) -> bool:
-    """Whether the graph has bodies laid open in it."""
+    """Return whether the graph has inlined bodies."""
     return any(opset.domain == DOMAIN for opset in proto.opset_import)
 
 
 class Body(NamedTuple):
-    """A body around a node: index of the ``OPEN`` that its control-flow node starts with, and its ``side`` of it.
+    """A body around a node: index of the ``OPEN`` marker of its control-flow node, and its ``side`` of that node.
 
     ``side`` is False in the else-branch of an If, ``kind`` the operator of the control-flow node.
     """
@@ -55,21 +55,21 @@ class Body(NamedTuple):
 
 
 def marker_of(node: NodeProto) -> tuple[str, str]:
-    """The marker that a node is, "" where it is none, and the operator of the control-flow node that it belongs to."""
+    """Return the marker type of a node, "" where it is none, and the operator of its control-flow node."""
     if node.domain != DOMAIN:
         return "", ""
     return node.op_type, next((a.s.decode() for a in node.attribute if a.name == "kind"), "")
 
 
 def repeating(around: Sequence[Body]) -> int | None:
-    """Which of these bodies is that of the outermost Loop or Scan."""
+    """Return the index of the body of the outermost Loop or Scan among these, None where there is none."""
     return next((k for k, body in enumerate(around) if body.kind != "If"), None)
 
 
 def enclosures(nodes: Iterable[tuple[str, str]]) -> Iterator[tuple[Body, ...]]:
-    """Around every node, given as :func:`marker_of` does, the bodies that it lies in, outermost first.
+    """Yield the bodies around every node, given as :func:`marker_of` does, outermost first.
 
-    Markers that end a body or give its results lie outside of it, but for ``END``; so does the one that begins it.
+    Markers that end a body or produce its results lie outside of it, except ``END``; so does the one that begins it.
     """
     around: tuple[Body, ...] = ()
     for index, (op, kind) in enumerate(nodes):

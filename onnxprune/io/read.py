@@ -1,7 +1,7 @@
-"""Read a model without its bulk data, and check that its names fit together.
+"""Read a model without its bulk data, and check that its names are consistent.
 
-Some tools write nodes in another order than they run in (onnxruntime's converter to half precision appends its casts,
-for one); onnxruntime sorts them, and so does :func:`sort_nodes`.
+Some tools write nodes out of order (onnxruntime's converter to half precision appends its casts, for one); onnxruntime
+sorts them, and so does :func:`sort_nodes`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Names = list[tuple[list[str], list[str]]]
 
 
 class Unsorted(ModelError):
-    """A node reads what a later one makes."""
+    """A node reads a tensor that a later node computes."""
 
 
 def same_nodes(one: ModelProto, other: ModelProto) -> bool:
-    """Whether two models have the same nodes, those of bodies too, in whatever order, and the same inputs and outputs.
+    """Return whether two models have the same nodes (bodies included, in any order) and the same inputs and outputs.
 
-    Of initializers names, types and sizes are compared in the main graph, values as well in bodies.
+    Initializers are compared by name, type and size in the main graph, by value as well in bodies.
     """
     return _face(one.graph) == _face(other.graph) and _nodes(one.graph) == _nodes(other.graph)
 
@@ -51,7 +51,7 @@ def _face(graph: GraphProto) -> tuple[list[str], list[str], list[tuple[str, int,
 
 
 def _nodes(graph: GraphProto) -> list[bytes]:
-    """Every node as bytes that do not depend on the order of nodes or on how tensors are stored."""
+    """Yield every node as bytes that do not depend on the order of nodes or on how tensors are stored."""
     return sorted(_plain(node) for node in graph.node)
 
 
@@ -81,7 +81,7 @@ def _bodies_of(attribute: AttributeProto) -> Iterable[GraphProto]:
 
 
 def ordered(proto: ModelProto) -> Names:
-    """Checks names as :func:`check_structure` does; where nodes are out of order, sorts them in place first."""
+    """Check names as :func:`check_structure` does; where nodes are out of order, sort them in place first."""
     try:
         return check_structure(proto)
     except Unsorted:
@@ -90,9 +90,9 @@ def ordered(proto: ModelProto) -> Names:
 
 
 def sort_nodes(proto: ModelProto) -> None:
-    """Sort the nodes of every graph, body and function in place: each behind what it reads, else in their old order.
+    """Sort the nodes of every graph, body and function in place: producers first, else in their old order.
 
-    Nodes that read each other in a circle stay where they are, for :func:`check_structure` to refuse.
+    Nodes on a cycle keep their places, so that :func:`check_structure` refuses them.
     """
     _sort(proto.graph)
     for function in proto.functions:
@@ -139,7 +139,7 @@ def _bodies(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def _reads(node: NodeProto) -> Iterator[str]:
-    """Names that a node reads, and those in its bodies, whose own names no graph around them has."""
+    """Yield names that a node reads, and those of its bodies; names that a body defines do not occur around it."""
     yield from node.input
     for body in _bodies(node):
         for inner in body.node:
@@ -148,13 +148,13 @@ def _reads(node: NodeProto) -> Iterator[str]:
 
 
 def check_structure(proto: ModelProto) -> Names:
-    """Checks names and order of a model's graphs; needs no weights, takes time linear in the nodes.
+    """Check names and order of a model's graphs; needs no weights, takes time linear in the nodes.
 
     Returns:
         the names that the nodes of the main graph read and make.
 
     Raises:
-        ModelError: a name that is not text, a tensor defined twice, read before it is made, or never made.
+        ModelError: a name is not text, or a tensor is defined twice, read before its definition, or never defined.
     """
     return _check_graph(proto.graph, ())
 
@@ -223,7 +223,7 @@ def _check_once(kind: str, names: list[str]) -> None:
 
 
 def _check_text(where: str, names: Iterable[object]) -> None:
-    # protobuf hands out bytes for a name that is not UTF-8, whatever its type says.
+    # protobuf returns bytes for a name that is not UTF-8, whatever its type declares.
     for name in names:
         if not isinstance(name, str):
             raise _not_text(where, name)
@@ -260,9 +260,9 @@ def _label(node: NodeProto) -> str:
 INLINE_LIMIT = 1024
 """Data of at most so many bytes stay in the skeleton (shapes, axes, scalars), so that shape inference finds them."""
 
-_WHOLE_FILE_LIMIT = 128 << 20  # up to here a file is read once into memory, beyond each weight is read by itself
+_WHOLE_FILE_LIMIT = 128 << 20  # smaller files are read once, of larger ones each weight by itself
 
-# Elements of a sparse tensor, or so many times the bytes of the model.
+# Limits on the elements of a sparse tensor: absolute, and as a multiple of the bytes of the model.
 _MOST_UNFOLDED, _TIMES = 1 << 26, 64
 
 _TYPED = {
@@ -275,17 +275,17 @@ _TYPED = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model as it was read; nothing in it has been changed but local functions, which are inlined, and bodies of If,
-    Loop and Scan, which are laid open (:mod:`onnxprune.io.markers`).
+    """A model as it was read; only local functions and the bodies of If, Loop and Scan are inlined
+    (:mod:`onnxprune.io.markers`).
 
     Attributes:
         proto: the skeleton: everything but the bulk data of initializers.
-        weights: every initializer by name, those of bodies that were laid open too.
+        weights: every initializer by name, those of inlined bodies included.
         path: the model file; None for bytes and a ModelProto.
-        digest: the SHA-256 of the model file's bytes, or of a ModelProto's skeleton and weights; computed when asked.
+        digest: the SHA-256 of the model file's bytes, or of a ModelProto's skeleton and weights; computed on demand.
         size: bytes of the model file and of the files with its external data.
         external: the files with its external data.
-        as_read: the skeleton with local functions, and bodies in their nodes: what ``proto`` is held against.
+        as_read: the skeleton with local functions, and bodies in their nodes: the reference for ``proto``.
         data: the bytes that were given in place of a file.
         names: inputs and outputs of every node of the graph, where they are known already; else empty.
     """
@@ -302,12 +302,12 @@ class Loaded:
 
     @cached_property
     def sha256(self) -> str:
-        """The hexadecimal digest that names the model in plans."""
+        """Return the hexadecimal digest that names the model in plans."""
         return self.digest()
 
 
 def load(source: ModelSource) -> Loaded:
-    """Reads a model from a path, from the bytes of a file, or from a ModelProto (which is not changed).
+    """Read a model from a path, from the bytes of a file, or from a ModelProto (which is not changed).
 
     Raises:
         UsageError: no such file, or a folder.
@@ -400,7 +400,7 @@ def _parsed(data: Buffer) -> tuple[ModelProto, dict[int, Span]]:
     proto = ModelProto()
     try:
         proto.ParseFromString(stripped)
-    except Exception as error:  # protobuf's DecodeError has no common base with anything
+    except Exception as error:  # protobuf's DecodeError shares no base class with other errors
         raise ModelError(f"not an ONNX model: {error}", hint="The file is truncated or of another format.") from error
     _check_kind(proto)
     return proto, spans
@@ -445,7 +445,7 @@ def _digest_in_memory(proto: ModelProto, weights: Iterable[Weight], sparse: Iter
 
 
 def _small(tensor: TensorProto) -> bool:
-    # Counted in elements first: nothing is allocated for dims that a damaged file made absurd.
+    # Counted in elements first: nothing is allocated for the absurd dims of a damaged file.
     count = 1
     for size in tensor.dims:
         count *= max(size, 0)
@@ -510,7 +510,7 @@ def _finish(
 
 
 def _unfold_sparse(proto: ModelProto, weights: dict[str, Weight], size: int) -> None:
-    """Make weights like any other of sparse initializers; they are written as they came."""
+    """Convert sparse initializers to ordinary weights; they are written in sparse form again."""
     for sparse in proto.graph.sparse_initializer:
         whole = SparseTensorProto()
         whole.CopyFrom(sparse)
@@ -524,7 +524,7 @@ def _unfold_sparse(proto: ModelProto, weights: dict[str, Weight], size: int) -> 
 
 
 def _take_data(tensor: TensorProto) -> Weight:
-    """The weight of an initializer that still has its data; bulk data leave the skeleton."""
+    """Return the weight of an initializer with its data; bulk data are removed from the skeleton."""
     if tensor.HasField("raw_data") and not tensor.HasField("segment"):  # most are small: no more than their bytes
         data = tensor.raw_data
         if len(data) <= INLINE_LIMIT and tensor.data_type != TensorProto.STRING:

@@ -1,4 +1,4 @@
-"""Copies of a model's parts that leave the bulk data behind; the originals are never changed."""
+"""Copy parts of a model without the bulk data; the originals are never changed."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ _DESCRIPTION = frozenset({"name", "data_type", "dims", "doc_string", "metadata_p
 
 
 def without_graph(model: ModelProto) -> ModelProto:
-    """A copy of everything around the graph: versions, metadata, functions."""
+    """Copy everything around the graph: versions, metadata, functions."""
     copy = ModelProto()
     _copy_fields(model, copy, "graph")
     return copy
 
 
 def without_initializers(graph: GraphProto) -> GraphProto:
-    """A copy of a graph's nodes, values and texts."""
+    """Copy a graph's nodes, values and texts."""
     copy = GraphProto()
     _copy_fields(graph, copy, "initializer")
     return copy
 
 
 def outline(graph: GraphProto) -> GraphProto:
-    """A copy of a graph's declared values and texts, without its nodes and initializers."""
+    """Copy a graph's declared values and texts, without its nodes and initializers."""
     copy = GraphProto()
     _copy_fields(graph, copy, "initializer", "node")
     return copy
 
 
 def without_nodes(graph: GraphProto) -> GraphProto:
-    """A copy of everything of a graph but its nodes."""
+    """Copy everything of a graph except its nodes."""
     copy = GraphProto()
     _copy_fields(graph, copy, "node")
     return copy
 
 
 def without_data(tensor: TensorProto) -> TensorProto:
-    """A copy of a tensor's name, type, dims and documentation."""
+    """Copy a tensor's name, type, dims and documentation."""
     copy = TensorProto()
     for field, value in tensor.ListFields():
         if field.name in _DESCRIPTION:
@@ -59,7 +59,7 @@ def _copy_field(target: ModelProto | GraphProto | TensorProto, field: Any, value
     if hasattr(held, "MergeFrom"):
         held.MergeFrom(value)
     elif isinstance(value, bytes):
-        # Text that is not UTF-8, as some tools write into doc_string: protobuf reads it but lets nobody assign it.
+        # Text that is not UTF-8, as some tools write into doc_string: protobuf reads it but cannot assign it.
         target.MergeFromString(prefix(field.number, len(value)) + value)
     else:
         setattr(target, field.name, value)

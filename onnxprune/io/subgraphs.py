@@ -1,7 +1,8 @@
 """Subgraphs of If, Loop and Scan: inline them into the main graph, outline them again, expose their tensors.
 
-What the iterations of a Loop or Scan give is stacked in front, once per node that repeats. Where an If takes the other
-branch, its result is empty; within a Loop or Scan, where every iteration has to give as much, zeros of the same shape.
+Results of the iterations of a Loop or Scan are stacked in front, one axis per repeating node. Where an If takes the
+other branch, the result is empty; within a Loop or Scan, whose iterations need equal sizes, it is zeros of the same
+shape.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ Scope = ChainMap[str, str]
 
 
 def open_bodies(proto: ModelProto) -> ModelProto:
-    """The model with its bodies laid open; the same object where it has none that can be.
+    """Inline the bodies of a model; return the same object where no body can be inlined.
 
-    Names stay what they are where no other tensor (node) of the model has them; else they are put behind the name of
-    the control-flow node and its branch: ``If_0/else_branch/conv``. New initializers come behind the model's own.
+    Names stay unchanged where no other tensor (node) of the model has them; else they are prefixed with the name of the
+    control-flow node and its branch: ``If_0/else_branch/conv``. New initializers follow the model's own.
 
-    A body stays closed where it holds nodes with bodies that have no form here (SequenceMap, Scan before opset 9,
-    foreign operators), sparse constants, or does not have the inputs and outputs that the operator asks for.
+    A body stays closed where its nodes have bodies that cannot be inlined (SequenceMap, Scan before opset 9,
+    operators of other domains), where it has sparse constants, or where its inputs and outputs do not fit the operator.
     """
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
     if not any(_is_open(node, opset) for node in proto.graph.node):
@@ -41,7 +42,7 @@ def open_bodies(proto: ModelProto) -> ModelProto:
 
 
 def _is_open(node: NodeProto, opset: int) -> bool:
-    """Whether a node holds bodies and all of them can be laid open."""
+    """Return whether a node has bodies and all of them can be inlined."""
     names = _BODIES.get(node.op_type)
     if names is None or node.domain not in ("", "ai.onnx"):
         return False
@@ -52,7 +53,7 @@ def _is_open(node: NodeProto, opset: int) -> bool:
 
 
 def _fits(node: NodeProto, bodies: list[GraphProto], opset: int) -> bool:
-    """Whether the bodies have the inputs and outputs that their node gives and takes."""
+    """Return whether the inputs and outputs of the bodies fit those of their node."""
     given, made = len(node.input), len(node.output)
     if node.op_type == "If":
         return given == 1 and all(not b.input and len(b.output) == made for b in bodies)
@@ -65,7 +66,7 @@ def _fits(node: NodeProto, bodies: list[GraphProto], opset: int) -> bool:
 
 
 def _plain(body: GraphProto, opset: int) -> bool:
-    """Whether every node of a body is free of bodies itself, or its bodies can be laid open as well."""
+    """Return whether every node of a body has no bodies itself, or bodies that can be inlined as well."""
     if body.sparse_initializer or {t.name for t in body.initializer} & {i.name for i in body.input}:
         return False
     for node in body.node:
@@ -85,7 +86,7 @@ def _ints(node: NodeProto, name: str, count: int) -> list[int]:
 
 
 class _Opening:
-    """The flat model while it is written."""
+    """The flat model under construction."""
 
     def __init__(self, proto: ModelProto, opset: int) -> None:
         graph = proto.graph
@@ -114,14 +115,14 @@ class _Opening:
         return result
 
     def _define(self, name: str, scope: Scope, path: str) -> str:
-        """The flat name of a tensor that a body defines."""
+        """Return the flat name of a tensor that a body defines."""
         if not name:
             return ""
         scope.maps[0][name] = flat = self._free(self._tensors, name, path)
         return flat
 
     def _mark(self, op: str, inputs: Iterable[str], outputs: Iterable[str], label: str, **more: Any) -> NodeProto:
-        """A marker; one without outputs of its own gets one that nobody reads."""
+        """Add a marker; one without outputs is given an output without readers."""
         made = [o or self._free(self._tensors, "", f"{label}/{op}") for o in outputs]
         node: NodeProto = self.model.graph.node.add()
         node.CopyFrom(helper.make_node(op, list(inputs), made, name=label, domain=markers.DOMAIN, **more))
@@ -130,7 +131,7 @@ class _Opening:
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def _add(self, node: NodeProto, scope: Scope, path: str) -> None:
-        """One node of the model or, where ``path`` names one, of a body."""
+        """Add one node of the model or, where ``path`` names one, of a body."""
         if _is_open(node, self._opset):
             self._open(node, scope, path)
             return
@@ -147,14 +148,14 @@ class _Opening:
                 copy.name = self._name(node.name, path)
 
     def _name(self, name: str, path: str) -> str:
-        """The flat name of a node of a body."""
+        """Return the flat name of a node of a body."""
         flat = self._free(self._nodes, name, path)
         if flat != name:
             self._renamed += [flat, name]
         return flat
 
     def _constant(self, node: NodeProto, value: TensorProto, scope: Scope, path: str) -> None:
-        """A Constant node whose value becomes an initializer."""
+        """Add the value of a Constant node as an initializer."""
         hollow, flat = NodeProto(), self._define(node.output[0], scope, path)
         hollow.CopyFrom(node)
         for attribute in hollow.attribute:
@@ -169,7 +170,7 @@ class _Opening:
         copy.name = flat
 
     def _open(self, node: NodeProto, scope: Scope, path: str) -> None:
-        """A control-flow node as markers, with its bodies between them."""
+        """Inline a control-flow node: its bodies between markers."""
         label = node.name or next((o for o in node.output if o), node.op_type)
         whole = _Whole(node, self._name(label, path) if path else label, [scope.get(n, n) for n in node.input])
         if node.op_type == "If":
@@ -179,7 +180,7 @@ class _Opening:
         self._mark(markers.CLOSE, [], [""], whole.label, kind=node.op_type)
 
     def _outer(self, whole: _Whole, scope: Scope, path: str) -> list[str]:
-        """The flat names of what a control-flow node gives: also of what nobody wants."""
+        """Return the flat names of a control-flow node's outputs, those without readers included."""
         names = []
         for name in whole.node.output:
             if not name:
@@ -189,7 +190,7 @@ class _Opening:
         return names
 
     def _choose(self, whole: _Whole, scope: Scope, path: str) -> None:
-        """An If: one branch after the other, and what one of them gives."""
+        """Inline an If: one branch after the other, and the result of one of them."""
         results = []
         for kind, name in ((markers.OPEN, "then_branch"), (markers.ELSE, "else_branch")):
             inner = scope.new_child()
@@ -201,7 +202,7 @@ class _Opening:
             self._mark(markers.JOIN, read, [output], whole.label, kind="If", at=at)
 
     def _repeat(self, whole: _Whole, scope: Scope, path: str) -> None:
-        """A Loop or Scan: states, what is scanned, the body and its results."""
+        """Inline a Loop or Scan: states, scanned inputs, the body and its results."""
         node, body, inputs, inner = whole.node, whole.bodies["body"], whole.inputs, scope.new_child()
         loop, label = node.op_type == "Loop", whole.label
         first, kind = 2 if loop else 0, node.op_type
@@ -240,7 +241,7 @@ class _Opening:
         outputs: list[str],
         enter: Callable[[], None] = lambda: None,
     ) -> None:
-        """A marker with all that is needed to close the body again, and the body's weights and nodes."""
+        """Add an ``OPEN`` marker with all data that outlining the body needs, and the body's weights and nodes."""
         body, path, before = whole.bodies[name], f"{whole.label}/{name}", len(self._renamed)
         held = [self._define(t.name, scope, path) for t in body.initializer]
         marker = self._mark(kind, inputs, ["", *outputs], whole.label, kind=whole.node.op_type, body=name)
@@ -270,7 +271,7 @@ class _Opening:
 
 @dataclass(slots=True)
 class _Whole:
-    """A control-flow node that is being laid open: its flat name, and those of its inputs."""
+    """A control-flow node that is being inlined: its flat name, and those of its inputs."""
 
     node: NodeProto
     label: str
@@ -278,11 +279,11 @@ class _Whole:
 
     @property
     def bodies(self) -> dict[str, GraphProto]:
-        """Its bodies by the name of their attribute."""
+        """Return its bodies by the name of their attribute."""
         return {a.name: a.g for a in self.node.attribute if a.type == AttributeProto.GRAPH}
 
     def hollow(self) -> bytes:
-        """The node with bodies that hold declared values and texts alone."""
+        """Return the node, serialized, with bodies reduced to declared values and texts."""
         hollow = NodeProto()
         hollow.CopyFrom(self.node)
         for attribute in hollow.attribute:
@@ -294,12 +295,14 @@ class _Whole:
 def close_bodies(
     proto: ModelProto, weights: Mapping[str, Weight], *, branches: bool = True
 ) -> tuple[ModelProto, Mapping[str, Weight]]:
-    """The model as runtimes know it, and the weights of its main graph; the same objects where no body is open.
+    """Outline all bodies; return the model and the weights of its main graph, the same objects without inlined bodies.
 
     Weights of bodies are put into them, so the model holds their data.
 
     Args:
-        branches: whether to close every If; False: those that lie in no Loop or Scan stay open.
+        proto: the flat model.
+        weights: its weights by name.
+        branches: whether to outline every If; False: those that lie in no Loop or Scan stay inlined.
     """
     if not markers.has_bodies(proto):
         return proto, weights
@@ -309,7 +312,7 @@ def close_bodies(
 
 @dataclass(slots=True)
 class _Body:
-    """A body while it is filled. ``flat``: the flat names of what it defines under another name."""
+    """A body under construction. ``flat``: flat names of the tensors that it defines under another name."""
 
     graph: GraphProto
     initializers: list[str]
@@ -320,14 +323,14 @@ class _Body:
 
 @dataclass(slots=True)
 class _Frame:
-    """A control-flow node while its bodies are filled."""
+    """A control-flow node whose bodies are under construction."""
 
     node: NodeProto
     bodies: list[_Body] = field(default_factory=list)
 
 
 class _Closing:
-    """The walk over a flat graph, with the nodes that are open at the moment."""
+    """The walk over a flat graph, with the control-flow nodes that are open at the current position."""
 
     def __init__(self, proto: ModelProto, weights: Mapping[str, Weight], branches: bool) -> None:
         self._source, self._all = proto.graph, weights
@@ -352,7 +355,7 @@ class _Closing:
         self.weights = {name: weight for name, weight in weights.items() if name not in self._held}
 
     def _learn(self, marker: NodeProto) -> None:
-        """What a marker says of names, ahead of everything else."""
+        """Record the names that a marker holds, before the walk begins."""
         self._names.update(_pairs(_texts(marker, "tensors")))
         self._labels.update(_pairs(_texts(marker, "nodes")))
         self._held.update(_texts(marker, "initializers"))
@@ -374,7 +377,7 @@ class _Closing:
         return model
 
     def _read(self, name: str) -> str:
-        """A tensor's name in its own body."""
+        """Return a tensor's name in its own body."""
         return self._names.get(name, name)
 
     def _put(self, node: NodeProto) -> None:
@@ -412,7 +415,7 @@ class _Closing:
             self._tie(node, self._open[-1])
 
     def _begin(self, marker: NodeProto) -> None:
-        """A new body."""
+        """Begin a body."""
         name = _texts(marker, "body")[0]
         frame = self._open[-1]
         graph = next(a.g for a in frame.node.attribute if a.type == AttributeProto.GRAPH and a.name == name)
@@ -421,7 +424,7 @@ class _Closing:
         self._inner.update(marker.output)
 
     def _tie(self, node: NodeProto, frame: _Frame) -> None:
-        """Where a value enters or leaves a body: the node's inputs and the body's outputs."""
+        """Connect a value that enters or leaves a body: the node's inputs and the body's outputs."""
         at = next((int(a.i) for a in node.attribute if a.name == "at"), 0)
         body = frame.bodies[-1]
         if node.op_type in (markers.CARRY, markers.SLICE):
@@ -440,11 +443,11 @@ class _Closing:
             self._grow(node, frame, at)
 
     def _grow(self, node: NodeProto, frame: _Frame, at: int) -> None:
-        """One more result than the node came with, see :mod:`onnxprune.io.subgraphs`."""
+        """Add a result that the node did not have before, see :mod:`onnxprune.io.subgraphs`."""
         if at < len(frame.bodies[0].graph.output):
             return
         numbers = {a.name: int(a.i) for a in node.attribute}
-        # Only Scan asks for a rank; the results of an If may differ in theirs.
+        # Only Scan needs a rank; the results of an If may differ in theirs.
         sizes = [None] * numbers["rank"] if frame.node.op_type == "Scan" else None
         for body in frame.bodies:
             body.graph.output.append(helper.make_tensor_value_info("", numbers["type"], sizes))
@@ -457,7 +460,7 @@ class _Closing:
                 attribute.ints.append(0)
 
     def _constant(self, marker: NodeProto) -> None:
-        """A Constant node with the value it has by now; none where nothing reads it any more."""
+        """Return a Constant node with its current value; none where it has no reader any more."""
         name = _texts(marker, "tensor")[0]
         if name not in self._tensors:
             return
@@ -469,7 +472,7 @@ class _Closing:
         self._put(node)
 
     def _filled(self, flat: str, name: str) -> TensorProto:
-        """An initializer with its data."""
+        """Return an initializer with its data."""
         tensor, weight = TensorProto(), self._all.get(flat)
         tensor.CopyFrom(self._tensors[flat])
         if weight is not None and weight.onnx_type != TensorProto.STRING:
@@ -483,7 +486,7 @@ class _Closing:
     # -- bodies ----------------------------------------------------------------------------------------------------
 
     def _finish(self, body: _Body) -> None:
-        """Nodes, weights, outputs and declared sizes of one body."""
+        """Fill the nodes, weights, outputs and declared sizes of one body."""
         graph = body.graph
         names = [n for n in body.initializers if n in self._tensors]
         graph.initializer.extend(self._filled(n, self._read(n)) for n in names)
@@ -501,7 +504,7 @@ class _Closing:
                 _resize(info, now)
 
     def _output(self, body: _Body, at: int, flat: str) -> None:
-        """What a body gives under another name than before: a constant of the main graph goes through an Identity."""
+        """Connect an output whose name changed: a constant of the main graph passes through an Identity."""
         output, name = body.graph.output[at], self._read(flat)
         if name == output.name:
             return
@@ -514,7 +517,7 @@ class _Closing:
 
 
 def _of_branches(proto: ModelProto) -> set[int]:
-    """Markers of Ifs that lie in no Loop or Scan."""
+    """Return the markers of Ifs that lie in no Loop or Scan."""
     found = [markers.marker_of(node) for node in proto.graph.node]
     around = markers.enclosures(found)
     return {
@@ -525,7 +528,7 @@ def _of_branches(proto: ModelProto) -> set[int]:
 
 
 def _resize(info: ValueInfoProto, now: ValueInfoProto) -> None:
-    """Sizes that the flat graph declares by now."""
+    """Set the sizes that the flat graph declares."""
     ours, theirs = info.type.tensor_type.shape.dim, now.type.tensor_type.shape.dim
     if len(ours) == len(theirs):
         for dim, new in zip(ours, theirs, strict=True):
@@ -553,8 +556,7 @@ Size = int | tuple[str, int, int]
 
 
 class Inner(NamedTuple):
-    """What has to be known of a tensor to show it: its element type, rank and, where it may lie in an If within a Loop
-    or Scan, its sizes."""
+    """Facts for exposing a tensor: element type, rank and, where it may lie in an If within a Loop or Scan, sizes."""
 
     kind: int
     rank: int
@@ -563,7 +565,7 @@ class Inner(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """An inner tensor as a result: the ``output`` it comes out as, and how many axes were ``stacked`` in front."""
+    """An exposed inner tensor: its ``output``, and how many axes were ``stacked`` in front."""
 
     output: str
     stacked: int
@@ -571,7 +573,7 @@ class Shown:
 
 @dataclass(slots=True)
 class _ExposedFrame:
-    """A node with bodies: where its markers stand, and how many results it has."""
+    """A node with bodies: the indices of its markers, and its number of results."""
 
     kind: str
     label: str
@@ -584,13 +586,13 @@ class _ExposedFrame:
 
 @dataclass(slots=True)
 class _Places:
-    """All nodes with bodies, and around every inner tensor the nodes with the side it lies on, outermost first."""
+    """All nodes with bodies, and around every inner tensor the nodes with its side of each, outermost first."""
 
     around: dict[str, tuple[tuple[_ExposedFrame, bool], ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, proto: ModelProto) -> _Places:
-        """Those of a flat model."""
+        """Return the places of a flat model."""
         found, stack = cls(), list[tuple[_ExposedFrame, bool]]()
         for index, node in enumerate(proto.graph.node):
             marker = node.op_type if node.domain == markers.DOMAIN else ""
@@ -617,7 +619,7 @@ class _Places:
 
 
 def hidden(proto: ModelProto, types: Mapping[str, Inner]) -> frozenset[str]:
-    """Those tensors that cannot be shown: in an If within a Loop or Scan, and their sizes are not known."""
+    """Return the tensors that cannot be exposed: in an If within a Loop or Scan, and of unknown sizes."""
     if not markers.has_bodies(proto):
         return frozenset()
     around = _Places.of(proto).around
@@ -627,7 +629,7 @@ def hidden(proto: ModelProto, types: Mapping[str, Inner]) -> frozenset[str]:
 
 
 def _can_be_shown(kinds: list[str], inner: Inner) -> bool:
-    """Whether every If outside of which something repeats can say how large what it does not give would be."""
+    """Return whether a tensor can be exposed: every If within a repetition can give zeros of known size instead."""
     first = next((k for k, kind in enumerate(kinds) if kind != "If"), len(kinds))
     if "If" not in kinds[first:]:
         return True
@@ -638,11 +640,12 @@ def _can_be_shown(kinds: list[str], inner: Inner) -> bool:
 def show(
     proto: ModelProto, types: Mapping[str, Inner], *, branches: bool = True
 ) -> tuple[ModelProto, dict[str, Shown]]:
-    """The model with inner tensors as results of the nodes around them, and what they come out as.
+    """Expose inner tensors as results of the nodes around them; return the model and their outputs.
 
     Args:
-        types: of the tensors to show; those that lie in no body are left out. None of them is ``hidden``.
-        branches: whether to show them outside of every If; False: where the outermost Loop or Scan around them runs.
+        proto: the flat model.
+        types: facts of the tensors to expose, none of them ``hidden``; tensors outside of bodies are left out.
+        branches: whether to expose them outside of every If; False: where the outermost Loop or Scan around them runs.
     """
     around = _Places.of(proto).around if markers.has_bodies(proto) else {}
     shown: dict[str, Shown] = {}
@@ -654,7 +657,7 @@ def show(
             frames = tuple(dropwhile(lambda placed: placed[0].kind == "If", frames))
         for number, (frame, side) in enumerate(reversed(frames)):
             output = f"{name}__shown{number}"
-            # A copy: runtimes may let a state that is a result as well be overwritten.
+            # A copy: runtimes may overwrite a state that is a result as well.
             own = frame.otherwise if frame.kind == "If" and side else frame.end
             before.setdefault(own, []).append(helper.make_node("Identity", [now], [f"{output}_copy"], name=output))
             now = f"{output}_copy"
@@ -689,7 +692,7 @@ def _marker(op: str, inputs: list[str], output: str, label: str, **more: Any) ->
 
 
 def _zeros(name: str, kind: int, sizes: tuple[Size, ...]) -> list[NodeProto]:
-    """Nodes that make a tensor of zeros."""
+    """Return nodes that produce a tensor of zeros."""
     nodes, parts = [], []
     for axis, size in enumerate(sizes):
         parts.append(part := f"{name}_{axis}")

@@ -1,4 +1,4 @@
-"""Weights that are read when they are needed and let go afterwards."""
+"""Weights that are read on demand and released afterwards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Weight(ABC):
     __slots__ = ("dtype", "name", "onnx_type", "shape")
 
     def __init__(self, name: str, onnx_type: int, shape: Sequence[int]) -> None:
-        """Raises ModelError for a type or a shape that no array can have."""
+        """Set name, type and shape. Raises ModelError for a type or a shape that no array can have."""
         dtype = DTYPES.get(onnx_type)
         if dtype is None:
             raise ModelError(
@@ -49,17 +49,17 @@ class Weight(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes the data take where ONNX stores them; for strings, of their UTF-8 text."""
+        """Bytes of the data in ONNX's storage form; for strings, of their UTF-8 text."""
         if self.onnx_type == TensorProto.STRING:
             return sum(len(str(text).encode()) for text in self.read().flat)
         return stored_bytes(self.onnx_type, self.shape)
 
     @abstractmethod
     def read(self) -> Array:
-        """The values: read-only or fresh, for the moment; callers must not change them."""
+        """Return the values: read-only or fresh, valid for the moment; callers must not change them."""
 
     def stored(self) -> memoryview | bytes:
-        """The values as ONNX stores them in raw_data: little-endian, row-major, packed. Not for strings."""
+        """Return the values in ONNX's raw_data form: little-endian, row-major, packed. Not for strings."""
         return pack(self.read(), self.onnx_type)
 
     def __repr__(self) -> str:
@@ -83,17 +83,17 @@ class BufferWeight(Weight):
     __slots__ = ("_data",)
 
     def __init__(self, name: str, onnx_type: int, shape: Sequence[int], data: bytes | memoryview) -> None:
-        """Raises ModelError when ``data`` is not as long as type and shape need."""
+        """Hold the bytes ``data``. Raises ModelError when their length does not fit type and shape."""
         super().__init__(name, onnx_type, shape)
         self._require(len(data))
         self._data = data
 
     def read(self) -> Array:
-        """The values, read-only."""
+        """Return the values, read-only."""
         return unpack(self._data, self.onnx_type, self.shape)
 
     def stored(self) -> memoryview | bytes:
-        """The bytes given."""
+        """Return the bytes given."""
         return self._data
 
 
@@ -103,7 +103,7 @@ class TensorWeight(Weight):
     __slots__ = ("_proto",)
 
     def __init__(self, proto: TensorProto, name: str | None = None) -> None:
-        """Raises ModelError when the proto's data do not fit its type and dims. ``name`` replaces the proto's own."""
+        """Hold a proto; ``name`` replaces its own. Raises ModelError when its data do not fit its type and dims."""
         super().__init__(proto.name if name is None else name, proto.data_type, proto.dims)
         self._proto = proto
         if proto.HasField("segment"):
@@ -130,7 +130,7 @@ class TensorWeight(Weight):
             )
 
     def read(self) -> Array:
-        """The values. Raises ModelError for text that is not UTF-8."""
+        """Return the values. Raises ModelError for text that is not UTF-8."""
         if self._proto.HasField("raw_data") and self.onnx_type != TensorProto.STRING:
             return unpack(self._proto.raw_data, self.onnx_type, self.shape)
         try:
@@ -147,7 +147,7 @@ class FileWeight(Weight):
     def __init__(
         self, name: str, onnx_type: int, shape: Sequence[int], path: Path, offset: int, length: int | None = None
     ) -> None:
-        """Raises ModelError when ``length`` does not fit type and shape, or the file is missing or too short."""
+        """Refer to a range of a file. Raises ModelError for a wrong ``length`` or a missing or short file."""
         super().__init__(name, onnx_type, shape)
         self.path = path
         self.offset = offset
@@ -175,7 +175,7 @@ class FileWeight(Weight):
         return found.st_size, found.st_mtime_ns
 
     def stored(self) -> memoryview | bytes:
-        """The bytes of the range. Raises ModelError when the file is gone, too short, or not what it was."""
+        """Read the bytes of the range. Raises ModelError when the file is missing, too short, or has changed."""
         data = np.empty(self.length, np.uint8)
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -194,7 +194,7 @@ class FileWeight(Weight):
         return view
 
     def read(self) -> Array:
-        """The values, fresh. Raises ModelError as ``stored`` does."""
+        """Return the values, as a fresh array. Raises ModelError as ``stored`` does."""
         return unpack(self.stored(), self.onnx_type, self.shape)
 
 
@@ -204,7 +204,7 @@ class ArrayWeight(Weight):
     __slots__ = ("_array",)
 
     def __init__(self, name: str, array: Array) -> None:
-        """Raises ModelError when ONNX has no element type for the array's dtype."""
+        """Hold an array. Raises ModelError when ONNX has no element type for its dtype."""
         if array.dtype.kind in "US":
             array = array.astype(object)
         dtype = array.dtype.newbyteorder("=") if array.dtype.kind in "iufc" else array.dtype
@@ -215,23 +215,23 @@ class ArrayWeight(Weight):
         self._array.flags.writeable = False
 
     def read(self) -> Array:
-        """The array, read-only."""
+        """Return the array, read-only."""
         return self._array
 
 
 class SparseWeight(Weight):
-    """A weight of which only some entries are stored; all others are 0. It is unfolded each time that it is read.
+    """A weight of which only some entries are stored; all others are 0. It is expanded at every reading.
 
     Args:
-        proto: as ONNX stores it; must stay as it is.
-        name: of the tensor.
-        most: elements that it may have once it is unfolded.
+        proto: the stored form; must not be changed.
+        name: name of the tensor.
+        most: largest number of elements after expansion.
     """
 
     __slots__ = ("_places", "proto")
 
     def __init__(self, proto: SparseTensorProto, name: str, most: int) -> None:
-        """Raises ModelError for places outside of the shape, and for more elements than allowed."""
+        """Hold a proto. Raises ModelError for indices outside of the shape, and for more elements than allowed."""
         values = TensorWeight(proto.values)
         super().__init__(name, values.onnx_type, proto.dims)
         self.proto = proto
@@ -261,14 +261,14 @@ class SparseWeight(Weight):
         self._places = np.ravel_multi_index(tuple(places), self.shape) if wide else indices
 
     def read(self) -> Array:
-        """The values with all zeros, fresh."""
+        """Return the values with all zeros, as a fresh array."""
         whole = np.zeros(math.prod(self.shape), self.dtype)
         whole[self._places] = TensorWeight(self.proto.values).read()
         return whole.reshape(self.shape)
 
 
 def sparse_form(weight: Weight) -> SparseTensorProto | None:
-    """A sparse weight, or entries of one, as ONNX stores it; None for others."""
+    """Return ONNX's storage form of a sparse weight, or of entries of one; None for others."""
     if isinstance(weight, SparseWeight):
         return weight.proto
     base = weight
@@ -283,20 +283,20 @@ def sparse_form(weight: Weight) -> SparseTensorProto | None:
 
 
 class GatheredWeight(Weight):
-    """Another weight with some of its entries, in a new order; nothing is read before it is asked for.
+    """Entries of another weight, in a new order; nothing is read before a reading is requested.
 
     Args:
-        base: the weight to take from.
-        steps: pairs of an axis and an index, applied one after the other. A one-dimensional index takes along the axis
-            (result: its length); an index of the weight's own rank takes for every position of the other axes on its
-            own, as numpy.take_along_axis does, and has size 1 on the axes it does not depend on. Indices count from 0
-            and are not negative.
+        base: the weight to gather from.
+        steps: pairs of an axis and an index, applied one after the other. A one-dimensional index gathers along the
+            axis (size of the result: its length); an index of the weight's own rank gathers separately at every
+            position of the other axes, as numpy.take_along_axis does, and has size 1 on the axes it does not depend on.
+            Indices count from 0 and are not negative.
     """
 
     __slots__ = ("base", "steps")
 
     def __init__(self, base: Weight, steps: Sequence[Step]) -> None:
-        """Raises ValueError for a step that does not fit the shape it meets."""
+        """Refer to ``base``. Raises ValueError for a step that does not fit the shape it applies to."""
         shape = list(base.shape)
         for axis, index in steps:
             _check_step(base.name, shape, axis, index)
@@ -306,7 +306,7 @@ class GatheredWeight(Weight):
         self.steps = tuple(steps)
 
     def read(self) -> Array:
-        """The chosen values: a view of the base's where the index is a contiguous run, else fresh."""
+        """Return the gathered values: a view of the base's where the index is a contiguous run, else fresh."""
         array = raw(self.base.read())
         for axis, index in self.steps:
             array = _take(array, axis, index) if index.ndim == 1 else _take_along(array, axis, index)
@@ -314,12 +314,12 @@ class GatheredWeight(Weight):
 
 
 class DerivedWeight(Weight):
-    """A function of another weight, of the same type; nothing is read or computed before it is asked for.
+    """A function of another weight, of the same type; nothing is read or computed before a reading is requested.
 
     Args:
         base: the other weight.
-        shape: of the result.
-        function: its value -> a value of as many elements as ``shape``.
+        shape: shape of the result.
+        function: maps its value to a value of as many elements as ``shape``.
     """
 
     __slots__ = ("base", "function")
@@ -329,7 +329,7 @@ class DerivedWeight(Weight):
         self.base, self.function = base, function
 
     def read(self) -> Array:
-        """The values, fresh."""
+        """Return the values, as a fresh array."""
         return np.ascontiguousarray(self.function(self.base.read()), self.dtype).reshape(self.shape)
 
 
@@ -356,7 +356,7 @@ def _take(array: Array, axis: int, index: Array) -> Array:
 
 
 def _take_along(array: Array, axis: int, index: Array) -> Array:
-    # Axes behind the last one that matters are left to numpy as whole blocks, which it copies much faster.
+    # Axes behind the last one that matters are copied by numpy as whole blocks, which is much faster.
     last = max([axis, *(a for a, size in enumerate(index.shape) if size > 1)])
     picks: list[Array] = []
     for a in range(last + 1):
@@ -368,7 +368,7 @@ def _take_along(array: Array, axis: int, index: Array) -> Array:
 
 
 def to_proto(weight: Weight) -> TensorProto:
-    """The weight as a TensorProto with its data inline."""
+    """Return the weight as a TensorProto with its data inline."""
     if weight.onnx_type == TensorProto.STRING:
         return numpy_helper.from_array(weight.read(), weight.name)
     data = weight.stored()

@@ -1,7 +1,8 @@
-"""The protobuf wire format of a model file, as far as bulk weights can be left where they are.
+"""Parse the protobuf wire format of a model file without copying bulk weights.
 
-Parsing a whole model copies every weight once and protobuf never gives that memory back. Walking over the length
-prefixes instead yields a small model without bulk data, and the byte ranges in which the data lie.
+Parsing a whole model copies every weight once, and protobuf never returns that memory. Walking over the length
+prefixes instead yields a small model without bulk data, and the byte ranges of the data.
+
 Source: https://protobuf.dev/programming-guides/encoding/ and the field numbers of onnx.proto.
 """
 
@@ -45,7 +46,7 @@ class Span(NamedTuple):
 
 
 def encode_varint(value: int) -> bytes:
-    """A non-negative integer as a protobuf varint."""
+    """Encode a non-negative integer as a protobuf varint."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -55,7 +56,7 @@ def encode_varint(value: int) -> bytes:
 
 
 def prefix(number: int, length: int) -> bytes:
-    """Tag and length that precede a length-delimited field of ``length`` bytes."""
+    """Return tag and length that precede a length-delimited field of ``length`` bytes."""
     return encode_varint(number << 3 | _LENGTH) + encode_varint(length)
 
 
@@ -79,7 +80,7 @@ def _broken(at: int) -> ModelError:
 
 
 def fields(buffer: Buffer, start: int, end: int) -> Iterator[Field]:
-    """The fields of the message in buffer[start:end], in order. Raises ModelError where the bytes are no message."""
+    """Yield the fields of the message in buffer[start:end], in order. Raises ModelError for bytes that are none."""
     at = start
     while at < end:
         # Nearly every number here is one byte long: those need no call.
@@ -108,11 +109,11 @@ def fields(buffer: Buffer, start: int, end: int) -> Iterator[Field]:
 
 
 def strip(buffer: Buffer, limit: int) -> tuple[bytes, dict[int, Span]]:
-    """The serialized ModelProto without the bulk data of its main graph's initializers, and where those data lie.
+    """Serialize the ModelProto without the bulk data of its main graph's initializers; return it with the data's spans.
 
     Args:
         buffer: a serialized ModelProto.
-        limit: data of at most so many bytes stay inline.
+        limit: largest number of bytes of data that stay inline.
 
     Returns:
         The bytes of the smaller model, and a map from an initializer's index in the graph to its data's span.

@@ -1,4 +1,4 @@
-"""Writing a model: one weight in memory at a time, and a file that appears whole or not at all."""
+"""Write a model: one weight in memory at a time, and a file that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Entry:
 
 
 def assemble(skeleton: ModelProto, weights: Mapping[str, Weight]) -> ModelProto:
-    """The whole model in memory, with one copy of the weights; ``skeleton`` is not changed.
+    """Build the whole model in memory, with one copy of the weights; ``skeleton`` is not changed.
 
     Raises:
         ModelError: an initializer has no data, neither in the skeleton nor in ``weights``.
@@ -57,14 +57,17 @@ def assemble(skeleton: ModelProto, weights: Mapping[str, Weight]) -> ModelProto:
 def referring(
     skeleton: ModelProto, weights: Mapping[str, Weight], folder: Path, stored: Mapping[int, FileWeight], limit: int
 ) -> ModelProto | None:
-    """The model with large weights as external data in files of ``folder`` that hold them already.
+    """Build the model with large weights as external data in files of ``folder`` that hold them already.
 
     Args:
-        stored: where weights are, by their identity, besides those that are read from such files themselves.
-        limit: bytes that may be in the model itself.
+        skeleton: the model; not changed.
+        weights: weights by the initializer's name.
+        folder: the folder that external locations are relative to.
+        stored: file ranges of weights by their identity, besides weights that are read from such files themselves.
+        limit: largest size of the model itself, in bytes.
 
     Returns:
-        None where more would have to be.
+        the model; None where it would be larger than ``limit``.
     """
     skeleton, weights = _closed(skeleton, weights)
     model = without_graph(skeleton)
@@ -90,7 +93,7 @@ def referring(
 
 
 def lies_in(weight: Weight, folder: Path) -> bool:
-    """Whether a weight is read from a file of a folder, from where a runtime can map it."""
+    """Return whether a weight is read from a file of a folder, from where a runtime can map it."""
     return (
         isinstance(weight, FileWeight)
         and weight.offset % _ALIGN == 0
@@ -107,18 +110,18 @@ def save(
     prefer_external: bool = False,
     companions: Mapping[Path, bytes] | None = None,
 ) -> int:
-    """Writes a model, its weights one by one; returns the bytes of the model and its data.
+    """Write a model, its weights one by one; return the bytes of the model and its data.
 
-    The files take their names when they are complete; until then an earlier output stays as it was. A link is followed.
+    The files take their names when they are complete; until then an earlier output stays unchanged. A link is followed.
 
     Args:
         skeleton: the model; initializers named in ``weights`` take shape, type and data from there.
-        weights: by the initializer's name.
-        path: the model file; external data go to ``NAME.onnx.data`` beside it, or to a name that has a digest of them
-            in it, too, where that is in use: an old model and its data are whole until the new one takes its name.
+        weights: weights by the initializer's name.
+        path: the model file; external data are written to ``NAME.onnx.data`` beside it, or with a digest in the name
+            where that is in use: an old model and its data are whole until the new one takes its name.
         external: whether tensors of 1 KiB and more go to the data file. None: when the model is too large for one file,
             or with ``prefer_external``.
-        prefer_external: the model came with external data.
+        prefer_external: whether the model came with external data.
         companions: files that describe the model, by their paths; they are replaced with it.
 
     Raises:
@@ -157,12 +160,12 @@ def save(
 
 
 def data_path(path: Path) -> Path:
-    """Where the external data of the model at ``path`` are written."""
+    """Return the path of the external data of the model at ``path``."""
     return files.beside(path, ".data")
 
 
 def _closed(skeleton: ModelProto, weights: Mapping[str, Weight]) -> tuple[ModelProto, Mapping[str, Weight]]:
-    """The model as it is written: bodies in their nodes, sparse weights that are still so in their own list."""
+    """Return the model in its written form: bodies in their nodes, unchanged sparse weights in their own list."""
     skeleton, weights = close_bodies(skeleton, weights)
     sparse = {name: form for name, weight in weights.items() if (form := sparse_form(weight)) is not None}
     if not sparse:
@@ -202,7 +205,7 @@ def _data(weight: Weight, nbytes: int) -> memoryview | bytes:
 
 
 def _move_out(entries: list[_Entry], file: BinaryIO) -> list[_Moved]:
-    """Writes the data of the larger entries to ``file``; returns their headers with offset and length there."""
+    """Write the data of the larger entries to ``file``; return their headers with offset and length there."""
     end, moved = 0, []
     for entry in entries:
         if entry.weight is None or entry.nbytes < _EXTERNAL_FROM:
@@ -219,14 +222,14 @@ def _move_out(entries: list[_Entry], file: BinaryIO) -> list[_Moved]:
 def _write_referring(
     file: BinaryIO, location: str, *, skeleton: ModelProto, entries: list[_Entry], moved: list[_Moved]
 ) -> None:
-    """Writes the model with the places of its data in the file ``location``."""
+    """Write the model with references to its data in the file ``location``."""
     for header, offset, length in moved:
         _place(header, location, offset, length)
     _write_model(file, skeleton, entries)
 
 
 def _place(header: TensorProto, location: str, offset: int, length: int) -> None:
-    """Say where a tensor's data are."""
+    """Record the location of a tensor's data."""
     header.data_location = TensorProto.EXTERNAL
     header.ClearField("external_data")
     for key, value in (("location", location), ("offset", offset), ("length", length)):
@@ -234,7 +237,7 @@ def _place(header: TensorProto, location: str, offset: int, length: int) -> None
 
 
 def _write_model(file: BinaryIO, skeleton: ModelProto, entries: list[_Entry]) -> None:
-    """The model in protobuf's wire format, piece by piece: serializing a whole ModelProto holds its weights twice."""
+    """Write the model in protobuf's wire format piece by piece; serializing it as a whole holds its weights twice."""
     rest = without_initializers(skeleton.graph).SerializeToString()
     heads = []
     for entry in entries:
@@ -254,7 +257,7 @@ def _write_model(file: BinaryIO, skeleton: ModelProto, entries: list[_Entry]) ->
 
 
 def check_output(path: str | Path, input_path: str | Path | None, sources: Iterable[Path] = ()) -> None:
-    """Whether a model can be written to ``path`` without harm to what is there; to be asked before any work is done.
+    """Check, before any work, that a model can be written to ``path`` without harm to existing files.
 
     Args:
         path: the model file to write; its external data would be ``NAME.onnx.data``.
