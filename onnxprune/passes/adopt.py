@@ -1,4 +1,4 @@
-"""Adopt: take a model that was cut before, with the plan that says how, in place of cutting."""
+"""Adopt: load a pruned model and its plan in place of pruning."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from onnxprune.report.facts import Exactness, Settings
 
 
 class Adopt(Pass):
-    """Go on from a cut model in a file: what a plan makes of the original, with the same weights or trained further.
+    """Load a pruned model: the original pruned by a plan, with the same weights or trained further.
 
     Args:
-        cut: the cut model: path, bytes or ModelProto.
+        cut: the pruned model: path, bytes or ModelProto.
         plan: a plan or its file.
-        approximate: the cut was made through normalisations.
+        approximate: whether channels were removed through normalisations.
 
     Raises:
-        UsageError: the plan is another model's, or does not lead from the original to this cut.
-        ValidationError: the cut model, as it was read, does not compute what its file does.
+        UsageError: the plan is another model's, or does not lead from the original to this pruned model.
+        ValidationError: the prepared graph of the pruned model computes other outputs than its file.
     """
 
     requires = (UNPRUNED,)
@@ -45,7 +45,7 @@ class Adopt(Pass):
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
 
     def __call__(self, context: Context, model: Model) -> PassResult:
-        """Take the cut model in place of the original."""
+        """Return the pruned model in place of the original."""
         if self.plan.factorized:
             raise UsageError(
                 "This plan takes layers apart, too: such a model is not repaired afterwards",
@@ -61,7 +61,7 @@ class Adopt(Pass):
                 raise UsageError(f"The plan cannot be carried out on the original: {stop}.") from stop
             changed, of = check_pair(wanted, Graph.of(loaded.proto, loaded.weights))
         with context.stage("compare"), Trial.of(analysis, loaded) as trial, trial.blaming():
-            # What the repair starts from, subnormal weights as 0, is what the file computes.
+            # The recovery starts from the function of the file, with subnormal weights as 0.
             start = flush((loaded.proto, dict(loaded.weights)))[0]
             hold_against_file(analysis, trial, start, synthetic_feeds(context, analysis))
         same = "its weights are the original's" if not changed else f"{changed} of its {of} weights were changed"
@@ -79,13 +79,13 @@ class Adopt(Pass):
 
 
 def check_pair(wanted: Graph, given: Graph) -> tuple[int, int]:
-    """Hold a cut model against what the plan makes of the original; how many floating weights differ, of how many.
+    """Compare a pruned model with the original pruned by the plan; returns differing and all floating weights.
 
-    Weights may have other values. What an earlier repair did is no difference either: a bias where there was none, and
-    constants of their own for nodes that shared one.
+    Weights may have other values. Changes by an earlier recovery are allowed too: a bias where there was none, and
+    separate constants for nodes that shared one.
 
     Raises:
-        UsageError: another tensor, shape or operator; names the first.
+        UsageError: another tensor, shape or operator; the message names the first.
     """
     pairs, added = _check_nodes(wanted, given)
     for name in wanted.weights:

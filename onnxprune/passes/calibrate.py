@@ -1,4 +1,4 @@
-"""Capture the feature maps that a criterion asks for, of the original or of what is left of it."""
+"""Capture the feature maps that a criterion needs, of the original or of the pruned model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from onnxprune.runtime.capture import MEMORY, Checkpoint, Request, capture, to_m
 _LARGEST_GRAM = 256 << 20
 # Rows of a Gram matrix to rank channels by: per column, and at least. Three times as many rank no better.
 _PER_COLUMN, _ROWS = 10, 1 << 12
-# Samples to reckon with where nobody knows how many come: were there fewer, rows would be wanting.
+# Assumed number of samples where it is unknown: with fewer samples, rows would be missing.
 _SAMPLES = 128
 
 
@@ -110,7 +110,7 @@ def _forms_after(
 
 
 class _Requests:
-    """Requests so far, each statistic of a place once, and what takes their results to where they belong."""
+    """Requests so far, each statistic of a tensor once, and the functions that store their results."""
 
     def __init__(self, needs: Sequence[str], samples: int | None) -> None:
         self._needs, self._samples = needs, samples
@@ -119,14 +119,14 @@ class _Requests:
         self._known: set[tuple[Hashable, str]] = set()
 
     def add(self, site: Site, captured: CapturedMaps, form: Form | None) -> None:
-        """Whatever of the needs this site can have; ``form`` is the contraction's in the model that is run."""
+        """Add the needs that this site supports; ``form`` is the contraction's in the model that is run."""
         for need in self._needs:
             if statistics.get(need).columns:
                 self._add_columns(need, site, form, captured)
             else:
                 self._add_maps(need, site.maps_key, (site.tensor, site.axes), site, captured)
         if site.partner is not None:
-            # What stands in for a weight there, whatever the criterion reads besides.
+            # Replaces a weight there, whatever else the criterion reads.
             self._add_maps("square", site.maps_key, (site.tensor, site.axes), site, captured)
             self._add_maps("square", site.partner_key, site.partner, site, captured)
 
@@ -161,7 +161,7 @@ class _Requests:
         self._known.add((key, need))
         statistic = request.statistic
         into = captured.columns if statistics.get(need).columns else captured.maps
-        # A class of a user's own need not say that its batches may be joined.
+        # A user's own class may lack the attribute that its batches may be joined.
         joins = request.joins and getattr(statistic, "additive", False)
         request = replace(request, name=f"{need} {key!r}", joins=joins)
         self.made.append(request)
@@ -179,12 +179,12 @@ def decoded(site: Site, arrange: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def columns_of(form: Form, per_sample: int) -> Callable[[Any], Any]:
-    """Columns of the contraction's input, of enough rows."""
+    """Return a function that gives columns of the contraction's input, with enough rows."""
     return lambda value: form.columns(value, pick(form, value, per_sample))
 
 
 def shared_columns(axes: Sequence[int], parts: int) -> Callable[[Any], Any]:
-    """Channels as columns, one row per position: the positions of a kernel share their Gram."""
+    """Return a function that gives channels as columns, one row per position: kernel positions share their Gram."""
     maps = to_maps(axes)
 
     def arrange(value: Any) -> Any:
@@ -196,7 +196,7 @@ def shared_columns(axes: Sequence[int], parts: int) -> Callable[[Any], Any]:
 
 
 def bytes_per_sample(analysis: Analysis, requests: Sequence[Request]) -> dict[str, int]:
-    """Bytes of a tensor per sample, from the first probe's shapes."""
+    """Return the bytes of a tensor per sample, from the first probe's shapes."""
     probe = analysis.facts.probes[0]
     batch = max(1, min((s[0] for s in probe.inputs.values() if s), default=1))
     shapes = {r.tensor: probe.shapes.get(r.tensor) for r in requests}

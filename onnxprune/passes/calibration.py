@@ -1,4 +1,4 @@
-"""The user's inputs in calls that the model can take, and which of them are held out of a fit."""
+"""The user's inputs as calls of the model, and the hold-out split of a fit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from onnxprune.pipeline import Context, HoldOut
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed
 
-# Of every so many batches one is held out: of a recovery, which needs most to fit to; and where the effect of single
-# cuts is measured, which needs many to tell them apart.
+# One batch of this many is held out: of a recovery, which needs most for the fit; and of measurements of the sensitivity
+# of single groups, which need many to resolve differences.
 HELD_OUT_OF_RECOVERY, HELD_OUT_OF_SENSITIVITY = 8, 3
 MAX_VALIDATION = 256
-"""Samples that are enough to measure on."""
+"""Largest number of samples to measure on."""
 MIN_VALIDATION = 32
-"""Samples below which the model of a trial is measured on what its recovery held out."""
+"""Number of samples below which the model of a trial is measured on the hold-out of its recovery."""
 MAX_TRIAL = 128
-"""Samples that are enough to tell one candidate from another."""
+"""Number of samples that resolves the difference of two candidates."""
 
 
 class CalibrationBatches:
@@ -28,8 +28,8 @@ class CalibrationBatches:
     every call has that size, and samples that fill no call are left out.
 
     Attributes:
-        fixed: the number of samples that every call has to have, None where any number will do.
-        max_size: samples per call that the user wants at most, where any number will do.
+        fixed: required number of samples per call, None where any number is allowed.
+        max_size: largest number of samples per call, where any number is allowed.
     """
 
     def __init__(self, context: Context, analysis: Analysis, limit: int | None = None) -> None:
@@ -50,7 +50,7 @@ class CalibrationBatches:
 
     @property
     def samples(self) -> int | None:
-        """Samples of one pass, None where they are not known before."""
+        """The number of samples of one pass, None where it is unknown before."""
         known = self._data.samples
         return known // self.fixed * self.fixed if known and self.fixed else known
 
@@ -66,7 +66,7 @@ class CalibrationBatches:
 
 
 def is_held_out(number: int, every: int) -> bool:
-    """Whether a batch is held out: the last one of every so many, so that a few batches are all fitted to."""
+    """Return whether a batch is held out: the last one of every so many, so that few batches are all used to fit."""
     return number % every == every - 1
 
 
@@ -77,7 +77,7 @@ class CalibrationSplit:
     Attributes:
         fit: batches to fit to.
         validation: batches to compare results on; those of ``fit`` where there are too few.
-        synthetic: what ``fit`` is where it is not the user's inputs.
+        synthetic: description of ``fit`` where it is not the user's inputs, else empty.
     """
 
     fit: Sequence[Feed]
@@ -90,8 +90,8 @@ class CalibrationSplit:
 
         Args:
             batches: the inputs.
-            name: what to call them.
-            synthetic: what they are where they are not the user's.
+            name: their name in reports.
+            synthetic: their description where they are not the user's, else empty.
         """
         fit: list[Feed] = []
         held_out: list[Feed] = []
@@ -108,22 +108,22 @@ class CalibrationSplit:
 
     @property
     def num_fit(self) -> int:
-        """Samples to fit to."""
+        """The number of samples to fit to."""
         return sum(map(count, self.fit))
 
     @property
     def num_held_out(self) -> int:
-        """Samples that are not fitted to."""
+        """The number of hold-out samples."""
         return 0 if self.validation.inputs is self.fit else sum(map(count, self.validation.inputs))
 
 
 @dataclass(frozen=True, slots=True)
 class TrialSplit:
-    """Inputs of a trial: the first samples are fitted to, those behind them measured on.
+    """Inputs of a trial: the first samples are for the fit, those behind them for validation.
 
     Attributes:
-        max_fit: samples to fit to, at most, and no more than half of what there are.
-        max_validation: samples to measure on, at most.
+        max_fit: largest number of samples to fit to, at most half of all.
+        max_validation: largest number of samples to measure on.
     """
 
     max_fit: int = MAX_TRIAL

@@ -1,4 +1,4 @@
-"""Tensors that a recovery can compare between the original and the pruned model, and the branches that data come to."""
+"""Tensors that a recovery can compare between the original and the pruned model, and branch coverage of the data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def comparable_tensors(context: Context, model: Model) -> Iterator[str]:
     full, graph = context.analysis.graph, model.analysis.graph
     unseen = hidden(full.proto, inside(model.analysis))
     for node in full.nodes:
-        # Of layers in Loops that were taken apart nobody knows the shapes.
+        # Shapes of factorized layers in Loops are unknown.
         if not (model.is_factorized and markers.repeating(full.around[node.index]) is not None):
             yield from (o for o in node.outputs if o in graph.producer and o not in unseen)
 
@@ -48,7 +48,7 @@ def inside(analysis: Analysis, now: Callable[[str], Any] | None = None) -> dict[
 
 
 def _sizes(facts: Facts, name: str, now: Callable[[str], Any] | None) -> tuple[Size, ...] | None:
-    """Every size of a tensor as a number, or as a multiple of an input's; None where one is neither."""
+    """Return every size of a tensor as a number or as a multiple of an input's; None where one is neither."""
     shapes = [p.shapes.get(name) for p in facts.probes]
     current = shapes[0] if now is None else now(name)
     if current is None or any(s is None or None in s or len(s) != len(current) for s in shapes):
@@ -74,7 +74,7 @@ def _of_input(facts: Facts, sizes: list[int]) -> Size | None:
 
 
 def can_follow(analysis: Analysis, after: After, name: str) -> bool:
-    """Whether survivors stand at the same positions at any batch size: not where heads and samples share an axis."""
+    """Return whether survivors have the same positions at any batch size: not where heads and samples share an axis."""
     for axis, index in after.steps(name):
         axes = {axis} if index.ndim == 1 else {axis, *(a for a, n in enumerate(index.shape) if n > 1)}
         if any(analysis.facts.varies(name, a) for a in axes):
@@ -94,12 +94,12 @@ def survivors(full: Get, after: After, name: str, batch: int) -> Array:
 
 
 UNREACHED = "no calibration sample takes"
-"""Begins the reason of every layer that is left since the data never come to it."""
+"""Prefix of the reason of every layer in a branch that no sample takes."""
 NEVER = f"{UNREACHED} the branch that it lies in"
 
 
 def untaken(graph: Graph, taken: Sequence[Way], aim: RecoveryTarget) -> str:
-    """Why a layer is left that no batch comes to; empty for others."""
+    """Return the reason of a layer that runs on no batch; empty for others."""
     if any(takes(graph, aim.node.index, way) for way in taken):
         return ""
     around = graph.around[aim.node.index]

@@ -21,8 +21,8 @@ def rounding_of(analysis: Analysis, base: float) -> Rounding:
     """Return the rounding differences that the arithmetic of a model explains.
 
     Args:
-        analysis: of the model.
-        base: the tolerance of float32.
+        analysis: analysis of the model.
+        base: tolerance of float32, relative to the largest value of an output.
     """
     graph = analysis.graph
     quantized = any(quantises(node.op) for node in graph.nodes)
@@ -36,14 +36,15 @@ def kinds_of(analysis: Analysis) -> Mapping[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A reference, and a model that should compute the same.
+    """A reference, and a model that should be equivalent.
 
     Args:
-        trial: lends the models.
+        trial: trial that lends the models.
         kinds: element types by name.
-        rounding: what differences are allowed.
-        survivors: what the other model has of a tensor.
-        file, final: the reference and the other model where they are files already.
+        rounding: allowed differences.
+        survivors: function that returns the surviving part of a tensor in the other model.
+        file: file of the reference, if there is one.
+        final: file of the other model, if there is one.
     """
 
     trial: Trial

@@ -1,4 +1,4 @@
-"""A model laid open for factorization: its layers, second moments of their inputs, and factors of choices."""
+"""A model prepared for factorization: its layers, second moments of their inputs, and factors of choices."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from onnxprune.runtime.sessions import spread
 
 @dataclass(slots=True)
 class Done:
-    """One layer taken apart, and what that did.
+    """One factorized layer, its error and its latency.
 
     Attributes:
         kernel: the product of the factors.
-        error: share of the energy at the layer's output that it does not give back.
-        timed: the layer on its own, as it was and taken apart.
+        error: share of the energy at the layer's output that is lost.
+        timed: latency of the layer on its own, whole and factorized.
     """
 
     opened: Opened
@@ -56,13 +56,13 @@ class Done:
 
     @property
     def name(self) -> str:
-        """The layer's."""
+        """The name of the layer."""
         return self.opened.layer.name
 
 
 @dataclass(slots=True)
 class Work:
-    """A model laid open, and what is known of its layers."""
+    """A model prepared for factorization, its layers and the moments of their inputs."""
 
     context: Context
     analysis: Analysis
@@ -82,10 +82,10 @@ class Work:
         return Opened(layer, kernel, self.moments[layer.name].metric, self.context.seed, self.request.cost)
 
     def carry_out(self, taken: Mapping[str, Candidate]) -> list[Done]:
-        """Factors of every choice, {name of the layer: candidate}; nothing is done twice.
+        """Factorize by every choice, {name of the layer: candidate}; equal factorizations are computed once.
 
         Raises:
-            UsageError: CP has no best approximation of that rank, and Tucker none that is as cheap.
+            UsageError: CP has no best approximation of that rank, and Tucker none of at most that cost.
         """
         keys = {(name, c.method, c.ranks): (name, c) for name, c in taken.items()}
         missing = [key for key in keys if key not in self._done]
@@ -157,7 +157,7 @@ _EXCLUDED = "excluded: by its name"
 
 
 def _refusal(model: Prepared, layer: Layer, methods: Sequence[str]) -> str:
-    """Why nothing can be done to a layer, so that nothing is captured for it."""
+    """Return why a layer cannot be factorized, so that nothing is captured for it."""
     whys = [METHODS[name].refusal(layer.shape) for name in methods]
     if all(whys):
         return next(iter(whys), "nothing was asked of it")
@@ -175,12 +175,12 @@ _ALL, _ONE = 2 << 30, 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class InputMoments:
-    """What the data show of a layer's input.
+    """Moments of a layer's input.
 
     Attributes:
-        metric: for errors of its weights.
-        mean: of its columns [parts, n], where a bias can take up what the mean causes: the metric is then about the
-            mean.
+        metric: metric of the errors of its weights.
+        mean: mean of its columns [parts, n], where a bias can absorb the effect of the mean: the metric is then about
+            the mean.
     """
 
     metric: Metric
@@ -190,7 +190,7 @@ class InputMoments:
 def input_moments(
     context: Context, analysis: Analysis, graph: Graph, weights: Mapping[str, Weight], layers: Sequence[Layer]
 ) -> dict[str, InputMoments]:
-    """Second moments of what every layer reads, {name of the layer: what is seen}; without data the identity.
+    """Capture the second moments of every layer's input, {name of the layer: moments}; without data the identity.
 
     Raises:
         UsageError: the data do not fit. ModelError: the model does not run, or holds NaN.
@@ -202,7 +202,7 @@ def input_moments(
     requests: dict[tuple[Any, ...], CaptureRequest] = {}
     keys: dict[str, list[tuple[Any, ...]]] = {}
     shared: dict[str, bool] = {}
-    # Of a model that was cut meanwhile the sizes are not those of the analysis.
+    # A model that was pruned meanwhile has other sizes than the analysis.
     types = {name: inner._replace(sizes=None) for name, inner in inside(analysis).items()}
     types = {**dict.fromkeys(graph.inner, Inner(TensorProto.FLOAT, 0)), **types}
     unseen = hidden(graph.proto, types)
@@ -250,7 +250,7 @@ def _bytes(layer: Layer, whole: bool) -> int:
 
 
 def _whole(layer: Layer, left: int) -> bool | None:
-    """Whether there is room for the moments of all columns; if not for those of channels either, None."""
+    """Return whether memory suffices for the moments of all columns; None where not even for those of channels."""
     if _bytes(layer, True) <= min(left, _ONE):
         return True
     return False if _bytes(layer, False) <= min(left, _ONE) else None
@@ -284,9 +284,9 @@ def _moments_of(
 
 
 def _takes_shift(layer: Layer, weights: Mapping[str, Weight]) -> bool:
-    """Whether every node that reads the weight has a place for a bias of its own, one constant per output."""
+    """Return whether every node that reads the weight can take a bias of its own, one constant per output."""
     position, form = layer.operator.bias(layer.uses[0].node), layer.described.form
-    # Gemm's bias lies along its last axis, and so have the outputs to.
+    # Gemm's bias lies along its last axis, and so must the outputs.
     if position is None or form is None or form.output_axis(2) != 1:
         return False
     for use in layer.uses:

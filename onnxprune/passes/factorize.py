@@ -1,4 +1,4 @@
-"""Factorize: take layers apart into smaller ones, by SVD, Tucker, CP or spatial SVD."""
+"""Factorize: replace layers by products of smaller ones, by SVD, Tucker, CP or spatial SVD."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from onnxprune.runtime.sessions import spread
 
 
 class Factorize(Pass):
-    """Replace layers by chains of smaller ones that say nearly the same.
+    """Replace layers by chains of smaller ones with nearly the same outputs.
 
-    With data, errors count at the layer's output (second moments of what it reads); without, all weights count alike.
+    With data, errors are measured at the layer's output (second moments of its input); without, in the weights.
 
     Args:
-        method: ``svd``, ``tucker``, ``cp``, ``spatial-svd``, or ``auto``: per layer whichever errs least.
+        method: ``svd``, ``tucker``, ``cp``, ``spatial-svd``, or ``auto``: per layer the method with the least error.
         plan: a plan or its file, whose ``factorized`` is replayed instead of choosing.
-        check: run the result against the product of its new weights.
-        gains: what the error of each layer counts, {name: gain}, where ``auto`` need not measure that.
-        wanted: {name: (method, share of the layer's cost)} in place of choosing: the ranks that lose least within it.
-        options: ``ratio`` (0.3), ``rank``, ``energy`` or ``vbmf`` say how far to go; ``layers``, ``include``,
+        check: compare the result with the product of its new weights.
+        gains: weight of each layer's error, {name: gain}, where ``auto`` need not measure it.
+        wanted: {name: (method, share of the layer's cost)} in place of choosing: the ranks of least loss within it.
+        options: ``ratio`` (0.3), ``rank``, ``energy`` or ``vbmf`` set the ranks; ``layers``, ``include``,
             ``exclude``, ``round_to``, ``scope``, ``cost`` and ``timed`` are explained at
             :class:`onnxprune.factorization.settings.Request`.
 
     Raises:
         UsageError: a value out of range, options that contradict each other, a pattern that matches nothing, a plan
             that does not fit.
-        BudgetError: nothing can be taken apart like this, the ratio cannot be reached, or nothing gets faster.
-        ValidationError: the new layers do not compute what the product of their weights does.
+        BudgetError: no layer can be factorized like this, the ratio cannot be reached, or nothing gets faster.
+        ValidationError: the outputs of the new layers differ from those of the product of their weights.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Factorize(Pass):
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
 
     def __call__(self, context: Context, model: Model) -> PassResult:
-        """Choose layers and ranks, take them apart, check the products."""
+        """Choose layers and ranks, factorize, check the products."""
         before = model.parts
         with context.stage("factorize"):
             work = lay_open(context, model, self.request, self._methods(), every=self.plan is not None)
@@ -96,7 +96,7 @@ class Factorize(Pass):
 
     @property
     def _timed(self) -> bool:
-        """Whether what brings no speed is left alone."""
+        """Whether layers stay whole that do not get faster."""
         return self.request.timed and self.request.method == "auto" and self.plan is None
 
     def _methods(self) -> Sequence[str]:
@@ -142,15 +142,15 @@ def _replaced(before: ModelParts, done: Sequence[Done]) -> ModelParts:
 
 
 def _slower(timed: Latency | None) -> bool:
-    """Whether the whole model lost speed, where that could be measured."""
+    """Return whether the whole model became slower, where that could be measured."""
     return timed is not None and timed.speedup < 1.0
 
 
 def _require_speed(context: Context, analysis: Analysis, before: ModelParts, after: ModelParts) -> None:
-    """Layers that are faster on their own may not be so together: what stands between them was fused before.
+    """Check the speed of the whole model: layers that are faster alone may lose fusions with their neighbours.
 
     Raises:
-        BudgetError: the whole is no faster.
+        BudgetError: the whole model is not faster.
     """
     timed = model_latency(context, analysis, before, after)
     if timed is not None and _slower(timed):
@@ -203,7 +203,7 @@ def describe_factors(
 
 
 def _layers(work: Work, done: Sequence[Done], left: Mapping[str, str]) -> Iterator[FactorizedLayer]:
-    """Layers in the order of the graph, then those that have no node of their own."""
+    """Iterate over layers in the order of the graph, then those without a node of their own."""
     by_name = {d.opened.layer.name: _layer(d) for d in done}
     graph = work.model.graph
     for node in graph.steps:

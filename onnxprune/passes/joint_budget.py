@@ -1,4 +1,4 @@
-"""One budget for the ranks of all layers: by what errors do to the outputs, and by what gets faster."""
+"""One budget for the ranks of all layers, from the output sensitivity of their errors and from measured speed."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from onnxprune.runtime.latency import Device, in_turn, latency
 from onnxprune.runtime.segments import part_model
 from onnxprune.runtime.sessions import Feed, measures, open_session, run, spread
 
-# A layer that is slower on its own is left alone; whether the whole gets faster is asked at the end.
+# A layer that is slower on its own stays whole; the speed of the whole model is checked at the end.
 _FASTER = 1.0
-# A loss that may be rounding: two of those say nothing about each other.
+# A loss that may be rounding: two such losses cannot be compared.
 _ROUNDING = 1e-9
-# How often expected losses are set right by those of what was chosen.
+# Rounds of correcting expected losses by the losses of the chosen factorizations.
 _CORRECTIONS = 2
-# An error is measured at the outputs with one layer changed alone; errors of many add up and saturate, which a root of
-# the figure stands for. The fourth root does best on residual networks, the figure itself where few layers matter much.
+# An error is measured at the outputs with one layer changed alone; errors of many layers add up and saturate, which a
+# root of the gain models. The fourth root is best on residual networks, the gain itself where few layers matter much.
 _POWERS = (0.25, 1.0)
-# The share of the change at the outputs that another way has to stay below: a few samples say no more.
+# Share of the output change below which another weighting is better: a few samples resolve no more.
 _CLEARLY = 0.5
-# How often layers that turn out slower may be chosen again by another method; then they are left alone.
+# Rounds in which layers that turn out slower are chosen again with another method; then they stay whole.
 _ROUNDS = 4
-# A layer's error that shows at the outputs, and how many times that of the first choice is too much to pay for speed.
+# Relevant error of a layer, and the factor over the first choice's error that is too much to pay for speed.
 _MATTERS, _MUCH = 0.05, 3.0
 _TAKEN = (
     "some layers are taken apart that get no faster on their own: without them the largest error of a layer would be "
@@ -54,7 +54,7 @@ _SPARED = (
     "layers that get no faster are left alone, and others pay for it: the largest error of a layer is {spared:.0%} in "
     "place of {kept:.1%}; take a smaller ratio, or go by work alone, untimed"
 )
-# Bytes of weights up to which models are run once per layer to learn what its errors do.
+# Bytes of weights up to which models are run once per layer to measure the effect of its errors.
 _MEASURED = 1 << 30
 
 
@@ -62,16 +62,16 @@ class JointBudget:
     """Choices for all layers together.
 
     Args:
-        work: the model.
-        methods: names of those to choose from.
-        chosen: filled.
-        gains: what a layer's error counts, {name: gain}, where that is known already.
+        work: layers of the model and the moments of their inputs.
+        methods: names of the methods to choose from.
+        chosen: mapping that receives the choice.
+        gains: weight of a layer's error, {name: gain}, where it is known already.
 
     Attributes:
         opened: the layers.
-        options: what could stand in the place of each.
-        gains: what the loss of each counts.
-        remarks: what the user should know of the choice.
+        options: candidates of each layer.
+        gains: weight of the loss of each layer.
+        remarks: remarks about the choice, for the user.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class JointBudget:
         self.remarks: list[str] = []
 
     def share_out(self, slower: frozenset[tuple[str, str]] = frozenset()) -> None:
-        """Choose, in the first way that gains may count or one that changes the outputs clearly less.
+        """Choose under the first weighting of the gains, or under one that changes the outputs clearly less.
 
         Args:
-            slower: pairs of layer and method that brought no speed.
+            slower: pairs of layer and method that were not faster.
 
         Raises:
             BudgetError: no choice is cheap enough.
@@ -120,7 +120,7 @@ class JointBudget:
         return self._outputs.change([(d.opened.layer, d.kernel) for d in self._carried_out()])
 
     def _settle(self, slower: frozenset[tuple[str, str]]) -> None:
-        """Choose, and again with what the choice really lost."""
+        """Choose, and choose again with the measured losses of the choice."""
         for _ in range(_CORRECTIONS):
             self._allocate(slower)
             self._correct()
@@ -143,7 +143,7 @@ class JointBudget:
         chosen.taken = {o.layer.name: c for o, c in zip(self.opened, taken, strict=True) if c is not None}
 
     def _explain(self, slower: frozenset[tuple[str, str]]) -> None:
-        """Say why layers stay."""
+        """Record why layers stay whole."""
         for one in self.opened:
             name = one.layer.name
             self._chosen.left.pop(name, None)
@@ -153,7 +153,7 @@ class JointBudget:
                 self._chosen.left[name] = why
 
     def _correct(self) -> None:
-        """Losses are bounds and estimates: where a choice was carried out, its method's are scaled to what it lost."""
+        """Scale the estimated losses of a method to the measured loss where a choice was carried out."""
         for done in self._work.carry_out(self._chosen.taken):
             scale = (done.error + _ROUNDING) / (done.candidate.loss + _ROUNDING)
             k = next(i for i, o in enumerate(self.opened) if o.layer.name == done.name)
@@ -162,15 +162,15 @@ class JointBudget:
             ]
 
     def faster(self, quick: Callable[[Sequence[Done]], bool]) -> list[Done]:
-        """Carry out, time every layer on its own, and choose again without what brings no speed.
+        """Factorize, time every layer on its own, and choose again without the candidates that are not faster.
 
-        Where others would pay much for that, it ends as soon as the whole is faster.
+        Where that raises the errors of other layers much, the search ends as soon as the whole model is faster.
 
         Args:
-            quick: whether the whole model is faster with this done.
+            quick: function that returns whether the whole model is faster with these factorizations.
 
         Raises:
-            BudgetError: what is left is not cheap enough.
+            BudgetError: the remaining candidates are not cheap enough.
         """
         slower: frozenset[tuple[str, str]] = frozenset()
         cheap: list[Done] | None = None
@@ -198,7 +198,7 @@ class JointBudget:
         return self._work.carry_out(self._chosen.taken)
 
     def _slow(self, done: Sequence[Done]) -> list[Done]:
-        """Those that are slower on their own, as timed now."""
+        """Return the factorized layers that are slower on their own, as measured."""
         for one in done:
             one.timed = self.latency(one)
         return [d for d in done if d.timed is not None and d.timed.speedup < _FASTER]
@@ -217,7 +217,7 @@ class JointBudget:
             return [usual([gain**power for gain in gains]) for power in _POWERS]
 
     def latency(self, one: Done) -> Latency | None:
-        """Of a layer on its own, as it is and taken apart; measured once for layers of one form and size."""
+        """Return the latency of a layer on its own, whole and factorized; measured once per form and size."""
         layer, candidate, work = one.opened.layer, one.candidate, self._work
         node = layer.uses[0].node
         form = (node.op, str(node.attrs), layer.shape, layer.described.geometry)
@@ -235,13 +235,13 @@ def _worst(done: Sequence[Done]) -> float:
 
 
 def _macs_of(work: Work) -> int:
-    """Multiply-accumulates of all layers, as reports count them: a product of two activations is none."""
+    """Return the multiply-accumulates of all layers as in reports, without products of two activations."""
     graph = work.model.graph
     return sum(macs(node, work.shape) for node in graph.steps if is_layer(node, graph))
 
 
 def _cost_of(work: Work) -> int:
-    """Cost of the whole model."""
+    """Return the cost of the whole model."""
     if work.request.cost == "macs":
         return _macs_of(work)
     return sum(int(np.prod(w.shape)) for w in work.model.weights.values())
@@ -250,20 +250,20 @@ def _cost_of(work: Work) -> int:
 # -- what an error at a layer's output does to the model's outputs -----------------------------------------------------
 
 
-# Multiply-accumulates that all measurements together may take, and samples that are enough.
+# Multiply-accumulates that all measurements together may take, and the number of samples.
 _WORK, ENOUGH, _FEWEST = 1.5e12, 64, 4
-# Shares of a layer's cost at which it is tried, the first at which it loses something.
+# Shares of a layer's cost to try, up to the first with a loss.
 _TRIED = (0.6, 0.3, 0.15, 0.08, 0.04, 0.02)
-# A loss that is rounding: what comes of it at the outputs tells nothing.
+# A loss that is rounding: its effect at the outputs is not significant.
 _NOTHING = 1e-9
 
 
 class Outputs:
-    """A model's outputs on a few samples, to hold those of changed weights against; of probabilities the square roots.
+    """A model's outputs on a few samples, as a reference for changed weights; square roots of probabilities.
 
     Args:
-        model: as it is.
-        feeds: the samples.
+        model: the unchanged model.
+        feeds: the samples as calls of the model.
     """
 
     def __init__(self, model: Prepared, feeds: Sequence[Feed]) -> None:
@@ -272,9 +272,7 @@ class Outputs:
         self._before = self._run(model.weights)
 
     def change(self, kernels: Sequence[tuple[Layer, Real]]) -> float:
-        """Energy of the change with these kernels in the layers' place, as a share of an output's variance, mean over
-        outputs.
-        """
+        """Return the energy of the output change with these kernels, as a share of variance, mean over the outputs."""
         weights = dict(self._model.weights)
         for layer, kernel in kernels:
             weights[layer.weight] = composed_weight(layer, kernel, weights[layer.weight])
@@ -318,7 +316,7 @@ def output_gains(outputs: Outputs, layers: Sequence[Opened], names: Sequence[str
 
 
 def few(feeds: Sequence[Feed], work: float) -> list[Feed]:
-    """As many calls as the measurements may run, ``work`` multiply-accumulates each for one sample."""
+    """Return as many calls as the measurements may run, ``work`` multiply-accumulates each for one sample."""
     size = len(next(iter(feeds[0].values()))) if feeds else 1
     samples = int(np.clip(_WORK / max(work, 1.0), _FEWEST, ENOUGH))
     return list(islice(feeds, max(1, samples // max(size, 1))))
@@ -339,14 +337,14 @@ def _difference(
 # -- times -------------------------------------------------------------------------------------------------------------
 
 
-# Runs of either form, and seconds they may take together.
+# Runs of either form, and the seconds they may take together.
 _RUNS, _SECONDS = 15, 0.4
 # Runs of whole models.
 _WHOLE = 30
 
 
 def model_latency(context: Context, analysis: Analysis, before: ModelParts, after: ModelParts) -> Latency | None:
-    """Milliseconds of two whole models on one input, medians; None where they are too large."""
+    """Measure the median milliseconds of two whole models on one input; None where they are too large."""
     with Trial.of(context.analysis) as trial:
         if trial.large:
             return None
@@ -359,7 +357,7 @@ def model_latency(context: Context, analysis: Analysis, before: ModelParts, afte
 def layer_latency(
     graph: Graph, weights: Mapping[str, Weight], shape: ShapeOf, item: Factorized, seed: int, where: Device
 ) -> Latency | None:
-    """Milliseconds of the layer and of its factors at the probe sizes, lower quartiles; None where it cannot run."""
+    """Measure the milliseconds of a layer and of its factors, lower quartiles; None where the layer cannot run."""
     layer: Layer = item.layer
     node = layer.uses[0].node
     fed = [n for n in dict.fromkeys(node.inputs) if n and n not in weights]
@@ -377,8 +375,8 @@ def layer_latency(
     try:
         changed = bytes(assemble(after.proto, own).SerializeToString())
         times = in_turn([before, changed], [{fed[0]: value}], where, runs=_RUNS, budget_s=_SECONDS)
-    except ModelError:  # no kernel for this type: then nothing can be said
+    except ModelError:  # no kernel for this type: no measurement
         return None
-    # A layer's run is short: what other programs on the machine add to some of the runs is left out.
+    # A layer's run is short: the lower quartile leaves out runs that other programs delayed.
     (one, one_more), (other, other_more) = (np.percentile(t, [25, 75]).tolist() for t in times)
     return Latency(one, other, one_more - one, other_more - other, len(times[0]), where.threads)

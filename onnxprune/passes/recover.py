@@ -52,11 +52,11 @@ from onnxprune.runtime.sessions import Feed, spread
 # -- what a recovery is worth ------------------------------------------------------------------------------------------
 
 
-# Samples below which a repair is worth a warning, and from which on they should be of several classes.
+# Samples below which a recovery is worth a warning, and from which on they should be of several classes.
 _FEW, _TELLING = 64, 16
-# Held-out error that is rounding: the cut did not reach the layer.
+# Hold-out error that is rounding: the removal did not affect the layer.
 _UNTOUCHED = 1e-9
-# A repair that leaves more noise than this share of what there was is undone.
+# A recovery that leaves more than this share of the noise is undone.
 _WORSE = 1.01
 
 
@@ -97,7 +97,7 @@ def _single_class(analysis: Analysis, feeds: Sequence[Feed]) -> str:
 
 
 def _gaps(repairs: Sequence[Repair]) -> list[str]:
-    """Layers that the data say too little of."""
+    """Return the layers with too little data."""
     found = []
     reached = [r for r in repairs if r.unknowns and r.before > _UNTOUCHED]
     short = [r for r in reached if r.rows < r.unknowns]
@@ -122,7 +122,7 @@ def _layers(which: Sequence[Repair]) -> str:
 
 
 def _constant(feeds: Sequence[Feed]) -> bool:
-    """Whether every sample of every input is the same."""
+    """Return whether every sample of every input is the same."""
     for name, value in feeds[0].items():
         for feed in feeds:
             if value.ndim == 0 or feed[name].shape[1:] != value.shape[1:] or (feed[name] != value[:1]).any():
@@ -131,7 +131,7 @@ def _constant(feeds: Sequence[Feed]) -> bool:
 
 
 def compare_with_original(analysis: Analysis, models: Sequence[ModelParts], hold_out: HoldOut) -> list[Fidelity]:
-    """Fidelity of several models to the original on the same inputs."""
+    """Measure the fidelity of several models to the original on the same inputs."""
     facts = []
     with Trial.of(analysis) as trial:
         for number, model in enumerate(models):
@@ -142,7 +142,7 @@ def compare_with_original(analysis: Analysis, models: Sequence[ModelParts], hold
 
 
 def is_worse(after: Fidelity, before: Fidelity) -> bool:
-    """Whether outputs are further from the original's: mean share of noise, that of an output at most 1."""
+    """Return whether the outputs are less faithful: a larger mean share of noise, at most 1 per output."""
     return noise(after) > _WORSE * noise(before)
 
 
@@ -189,8 +189,8 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
     """Return the inputs for a mode of recovery.
 
     Args:
-        context: the run.
-        analysis: of the model that was pruned.
+        context: context of the run.
+        analysis: analysis of the model before pruning.
         mode: see :class:`onnxprune.passes.Recover`.
 
     Raises:
@@ -242,15 +242,15 @@ FORMAT = 1
 """Raised whenever layers are fitted in another way."""
 
 Fitted = tuple[Solution, tuple[int, int, int]]
-"""A layer's new weights, and the rows, unknowns and directions they were fitted from."""
+"""A layer's new weights, and the number of rows, the unknowns and the rank of the fit."""
 
 
 class Checkpoints:
-    """Solutions level by level, in a folder of their own for everything that they depend on.
+    """Solutions level by level, in one folder per model, data and settings.
 
     Args:
-        folder: made where it does not exist.
-        key: names model, data and settings, see :func:`fingerprint_of`.
+        folder: parent folder, made where it does not exist.
+        key: fingerprint of model, data and settings, see :func:`fingerprint_of`.
 
     Raises:
         UsageError: the folder cannot be made or written.
@@ -295,7 +295,7 @@ def _read(file: Mapping[str, np.ndarray], i: int) -> Fitted:
 
 
 def fingerprint_of(proto: onnx.ModelProto, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> str:
-    """SHA-256 of a model and of inputs."""
+    """Return the SHA-256 of a model and of inputs."""
     digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
     for name in sorted(weights):
         weight = weights[name]
@@ -312,11 +312,11 @@ def fingerprint_of(proto: onnx.ModelProto, weights: Mapping[str, Weight], feeds:
 # -- the pass ----------------------------------------------------------------------------------------------------------
 
 
-# Bytes of activations to hold in memory where nobody says how many.
+# Default of the bytes of activations to hold in memory.
 _MEMORY = 2 << 30
 # Unknowns per output from which on products are shared between BLAS threads.
 _WIDE = 1024
-# Share of noise below which nothing is left to repair.
+# Share of noise below which no recovery is needed.
 _EXACT = 1e-9
 
 
@@ -329,7 +329,7 @@ _Values = tuple[Get, Get, Any, Sequence[int], int]
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What a recovery did: its layers, the model (None: as before), and fidelity before and after."""
+    """Result of a recovery: its layers, the model (None: unchanged), and fidelity before and after."""
 
     repairs: Sequence[Repair] = ()
     left: Mapping[str, str] = field(default_factory=dict)
@@ -340,28 +340,28 @@ class _Outcome:
 
 
 class Recover(Pass):
-    """Repair a cut model in closed form.
+    """Recover a pruned model in closed form.
 
-    Every contraction is fitted by least squares, in the order in which data flows: from the cut and already repaired
-    model's input of the layer to what the original had at its output, or at the sum that its output goes into.
+    Every contraction is fitted by least squares, in the order in which data flows: from the layer's input in the pruned
+    and so far recovered model to its output in the original, or to the sum that reads the output.
 
     Args:
-        mode: ``none``, ``bias`` (means), ``bn`` (a scale and shift per output), ``lstsq`` (weights, every layer aimed
-            at its own output), ``full`` (whichever errs least on held-out data, aimed at sums) or ``datafree`` (the
-            same from inputs that are made up, see :func:`onnxprune.passes.synthetic.make_up`: much weaker; data are
-            used to compare on, where there are any).
+        mode: ``none``, ``bias`` (means), ``bn`` (a scale and shift per output), ``lstsq`` (weights, every layer fitted
+            to its own output), ``full`` (the candidate with the least hold-out error, fitted to sums) or ``datafree``
+            (the same from synthetic inputs, see :func:`onnxprune.passes.synthetic.make_up`: much weaker; data are
+            only used for comparison, where there are any).
         memory_limit: bytes of activations to hold in memory, else the run's, else 2 GiB; more go to temporary files.
-        symmetric: fit layers from the original's inputs where the cut left them, not from the cut model's, so that no
-            layer makes up for what others lost; worse, and there for comparison.
-        why: who chose the mode, for the report.
-        near: fit only the layers that read less than they did, and do not judge the result: cheap where little was cut,
-            for those who judge it themselves.
+        symmetric: fit layers from the surviving inputs of the original, not from those of the pruned model, so that no
+            layer compensates errors of others; worse, for comparison only.
+        why: reason of the mode, for the report.
+        near: fit only the layers that lost input channels, and do not evaluate the result: cheap after small removals,
+            for callers that evaluate it themselves.
 
-    Without data BatchNormalizations have, as long as layers are fitted, the statistics of what is made up, see
+    Without data, BatchNormalizations have the statistics of the synthetic inputs while layers are fitted, see
     :class:`onnxprune.passes.recalibrated.Recalibrated`.
 
-    Every eighth batch of the data is kept from the fit, to compare the result with the original on. A repair that
-    takes the outputs further from it there is undone.
+    Every eighth batch of the data is a hold-out on which the result is compared with the original. A recovery that
+    lowers the fidelity there is undone.
 
     Raises:
         UsageError: an unknown mode, no data, or data that does not fit.
@@ -428,7 +428,7 @@ class Recover(Pass):
         return best
 
     def _key(self, context: Context, model: Model, split: CalibrationSplit) -> str:
-        """Everything that fitted layers depend on; empty where they are not kept."""
+        """Return a key of everything that fitted layers depend on; empty where no checkpoint is kept."""
         if context.cache is None or self.near:
             return ""
         settings = model.analysis.loaded.sha256, self.mode, self.symmetric, model.is_factorized
@@ -441,7 +441,7 @@ class Recover(Pass):
 
     @property
     def _fitting(self) -> str:
-        """What is tried for a layer."""
+        """Return the mode of the fit of a layer."""
         return "full" if self.mode == "datafree" else self.mode
 
     def _targets(
@@ -483,7 +483,7 @@ class Recover(Pass):
         analysis, graph, weights = pruned.analysis, model.graph, model.weights
         mode = self._fitting
         after = After(analysis.table, pruned.removal)
-        # Both models' activations are held, so that each may have half.
+        # Activations of both models are held: half of the memory for each.
         memory = (self.memory_limit or context.memory_limit or _MEMORY) // 2
         full = context.analysis.graph
         full_weights = full.weights
@@ -501,7 +501,7 @@ class Recover(Pass):
         full_run = Segments(full, full_weights, wanted, store[1], within, taken)
         for run in (cut_run, full_run):
             run.feed(feeds)
-        # Labels are of the model that was cut: of layers that were taken apart they know nothing.
+        # Labels belong to the model before pruning and do not cover factorized layers.
         pairwise = self.mode == "full" and not pruned.is_factorized
         pairs = find_pairs(analysis.table, analysis.units.component, after, aims) if pairwise else []
         mixed: dict[int, Mixing] = {}
@@ -560,21 +560,21 @@ def _written(layer: Layer, fitted: Fitted) -> Repair:
 
 
 def _shapes_now(analysis: Analysis, graph: Graph) -> Callable[[str], Any]:
-    """Shapes in the model as it is: factorized layers have tensors that the original never had."""
+    """Return the shapes in the current model: factorized layers have tensors that the original lacks."""
     return probe_at(graph, analysis.facts.probes[0].inputs, infer_by_rule).shapes.get
 
 
 def _recalibrations(mode: str, analysis: Analysis) -> list[bool]:
-    """Whether to recalibrate normalisations, one attempt after the other until one is exact.
+    """Return whether to recalibrate normalisations, for one attempt after the other until one is exact.
 
-    A channel that others say exactly is found under the statistics that were trained, which it belongs to. What is
-    only alike is weighed better under those of the inputs, where there are normalisations.
+    A channel that is an exact combination of others is recovered under the trained statistics. Channels that are only
+    correlated are weighted better under the statistics of the inputs, where there are normalisations.
     """
     return [False, True] if mode == "datafree" and normalisations(analysis.graph) else [False]
 
 
 def _columns(shape: Sequence[int]) -> int:
-    """Unknowns per output of a layer whose weight has this shape."""
+    """Return the unknowns per output of a layer whose weight has this shape."""
     return int(np.prod(shape)) // max(shape[:2]) if len(shape) > 1 else 1
 
 
@@ -586,7 +586,7 @@ def check_mode(mode: str) -> str:
 
 
 def settle_mode(recover: str | None, data: bool, validate: bool) -> tuple[str, str]:
-    """How to repair, and who says so.
+    """Return the mode of recovery and its reason.
 
     Raises:
         UsageError: an unknown mode, or one that needs data where there is none.

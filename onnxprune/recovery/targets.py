@@ -1,6 +1,6 @@
 """What a recovery fits: every contraction, the tensor it is fitted to, and the path between the two.
 
-A layer is not aimed at its own output but at the sum it goes into, so that a branch repairs what other branches lost.
+The target of a layer is not its own output but the sum that reads it, so that a branch recovers errors of others.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _SETTINGS = {1: "scale", 2: "zero_point"}
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One constant that a node reads, which can be read and given new values.
+    """One constant that a node reads, whose values can be read and replaced.
 
     Attributes:
         root: name of the constant that holds the numbers or codes.
-        chain: the operators between it and its reader, in the order in which it passes them.
+        chain: the operators between the root and its reader, in execution order.
     """
 
     root: str
@@ -65,7 +65,7 @@ class Stored:
 
     @property
     def quantised(self) -> Node | None:
-        """The operator that turns codes into numbers, if there is one."""
+        """The operator that dequantizes codes, if there is one."""
         return next((node for node in self.chain if rule_of(node).decodes), None)
 
     def read(self, weights: Mapping[str, Weight]) -> Real:
@@ -73,11 +73,11 @@ class Stored:
         return self._values(weights)[-1].astype(np.float64)
 
     def shape(self, weights: Mapping[str, Weight]) -> tuple[int, ...]:
-        """Their shape."""
+        """Return the shape of the numbers."""
         return self._values(weights)[-1].shape if self.chain else weights[self.root].shape
 
     def detach(self, graph: Graph, weights: MutableMapping[str, Weight]) -> None:
-        """Give codes a scale and zero point of their own where others read them too, and would get the new ones."""
+        """Copy the scale and zero point of codes where other nodes read them too."""
         node = self.quantised
         if node is None:
             return
@@ -88,7 +88,7 @@ class Stored:
                 graph.consumers[name] = [c for c in graph.consumers[name] if c[0] is not node]
 
     def write(self, weights: MutableMapping[str, Weight], value: Real, ratio: Array | None = None) -> Array | None:
-        """Put in other numbers of the same shape.
+        """Write other numbers of the same shape.
 
         Codes get the scale, and unsigned ones the zero point, that uses all of their range; or, with ``ratio``, the
         old scale times it, as biases have whose scale has to be that of the product they are added to.
@@ -111,7 +111,7 @@ class Stored:
         values: list[Array] = [weights[self.root].read()]
         for node in self.chain:
             result = _applied(node, [values[-1], *(weights[n].read() if n else None for n in node.inputs[1:])])
-            assert result is not None  # it could be computed when the constant was found
+            assert result is not None  # it was computable when the constant was found
             values.append(result)
         return values
 
@@ -122,7 +122,7 @@ def _applied(node: Node, operands: list[Array | None]) -> Array | None:
 
 
 def _copied(graph: Graph, weights: MutableMapping[str, Weight], name: str, wanted: str) -> str:
-    """Another constant with the values of ``name``, under the wanted name or one like it."""
+    """Copy the constant ``name`` under the wanted name or a similar free one."""
     while wanted in weights or wanted in graph.producer:
         wanted += "_"
     value = weights[name]
@@ -150,7 +150,7 @@ def _undo(node: Node, inner: Array, value: Real) -> Real:
     if rule_of(node).moves is not Move.ORDER:
         return value.reshape(inner.shape)
     places = evaluate(node, [np.arange(inner.size).reshape(inner.shape)])
-    assert places is not None  # what stands behind it could be computed
+    assert places is not None  # the values behind it were computable
     result = np.empty(inner.size)
     result[places[0].ravel()] = value.ravel()
     return result.reshape(inner.shape)
@@ -159,7 +159,7 @@ def _undo(node: Node, inner: Array, value: Real) -> Real:
 def _requantise(
     node: Node, weights: MutableMapping[str, Weight], codes: Array, value: Real, ratio: Array | None
 ) -> tuple[Real, Array]:
-    """Codes of a value, with new scales and zero points in ``weights``, and new scales / old ones."""
+    """Return the codes of a value, with new scales and zero points in ``weights``, and new scales / old ones."""
     scale_name, zero_name = (*node.inputs, "")[1:3]
     old = weights[scale_name].read().astype(np.float64)
     zero = weights[zero_name].read().astype(np.float64) if zero_name else np.zeros_like(old)
@@ -216,16 +216,16 @@ Undo = Callable[[Array, Sequence[Array], Sequence[int]], Array]
 
 @dataclass(slots=True)
 class InvertiblePath:
-    """Operators between a contraction's output and its aim.
+    """Operators between a contraction's output and its target tensor.
 
     Attributes:
-        aim: the tensor that is aimed at.
-        undo: what takes its value back to the contraction's output, last first.
-        addends: activations that are added on the way, in the cut model.
-        through: the operators.
-        flats: edges of the flat parts of the activation that reads the aim, (level, whether it is flat below).
-        moved: whether one of them moves values about.
-        pooled: whether a mean over positions is all that reads the aim, or the activation behind it.
+        aim: name of the target tensor.
+        undo: inverse operators from its value to the contraction's output, last operator first.
+        addends: names of activations of the pruned model that are added on the path.
+        through: the operators of the path.
+        flats: saturation edges of the activation that reads the target, (level, whether it saturates below).
+        moved: whether an operator rearranges values.
+        pooled: whether only a mean over positions reads the target, or the activation behind it.
     """
 
     aim: str
@@ -268,7 +268,7 @@ def tail_of(graph: Graph, start: str, ready: Callable[[str], bool], shape: Calla
 
 
 def _is_pooled(graph: Graph, aim: str, shape: Callable[[str], Any]) -> bool:
-    """Whether all that reads the aim is a mean over positions, maybe behind an activation that is flat or passes on."""
+    """Return whether only a mean over positions reads the target, possibly behind a piecewise linear activation."""
     for _ in range(2):
         readers = graph.consumers.get(aim, ())
         if len(readers) != 1 or aim in graph.outputs or aim in graph.captured:
@@ -281,7 +281,7 @@ def _is_pooled(graph: Graph, aim: str, shape: Callable[[str], Any]) -> bool:
 
 
 def _extend(graph: Graph, tail: InvertiblePath, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> bool:
-    """Go one operator further; whether that was possible."""
+    """Extend the path by one operator; returns whether that was possible."""
     readers = graph.consumers.get(tail.aim, ())
     if len(readers) != 1 or tail.aim in graph.outputs or tail.aim in graph.captured:
         return False
@@ -310,7 +310,7 @@ def _extend(graph: Graph, tail: InvertiblePath, ready: Callable[[str], bool], sh
 
 
 def _is_mean(node: Node, shape: Callable[[str], Any]) -> bool:
-    """Whether the node takes the mean over all positions."""
+    """Return whether the node takes the mean over all positions."""
     if not rule_of(node).averages:
         return False
     before, after = shape(node.inputs[0]), shape(node.outputs[0])
@@ -320,7 +320,7 @@ def _is_mean(node: Node, shape: Callable[[str], Any]) -> bool:
 
 
 def _flats(graph: Graph, aim: str) -> list[tuple[float, bool]]:
-    """Edges of the flat parts of the activation that alone reads the aim."""
+    """Return the saturation edges of the activation that is the only reader of the target."""
     readers = graph.consumers.get(aim, ())
     if len(readers) != 1 or aim in graph.outputs or aim in graph.captured or readers[0][1] != 0:
         return []
@@ -329,7 +329,7 @@ def _flats(graph: Graph, aim: str) -> list[tuple[float, bool]]:
 
 
 def constants(graph: Graph, node: Node) -> Read:
-    """Floating constants that a node reads, by position."""
+    """Return the floating constants that a node reads, by position."""
 
     def read(i: int) -> Array | None:
         value = weight_of(graph, node.inputs[i]) if i < len(node.inputs) and node.inputs[i] else None
@@ -344,15 +344,17 @@ _ACROSS = "it lies in a body, and the first axis of what it reads or gives does 
 
 
 class Bodies:
-    """What a layer in a Loop or Scan is fitted to is the original's input as it survives: what the cut model feeds it
-    depends, by way of the states, on what the layer itself gave before, and a fit to that drifts away.
+    """The bodies of the pruned graph, and the order of recovery of their layers.
 
-    The order of repairs where a Loop or Scan runs as one: behind all that it reads, ahead of all it gives. What lies in
-    the branch of an If is like any other layer, fitted to the samples that take the branch.
+    A layer in a Loop or Scan is fitted to the surviving inputs of the original: its inputs in the pruned model depend,
+    through the states, on its own earlier outputs, so that a fit to those diverges.
+
+    A Loop or Scan is recovered as one: behind all its inputs, ahead of all its outputs. A layer in the branch of an If
+    is like any other layer, fitted to the samples that take the branch.
 
     Args:
-        graph: of the cut graph.
-        level: of every tensor so far, filled meanwhile.
+        graph: the pruned graph.
+        level: {tensor: level} so far, extended by the caller.
     """
 
     def __init__(self, graph: Graph, level: Mapping[str, int]) -> None:
@@ -380,7 +382,7 @@ class Bodies:
             self._most[start] = max(self._most.get(start, 0), reach)
 
     def refusal(self, node: Node, form: Form, known: Collection[str], shape: Callable[[str], Any]) -> str:
-        """Why a layer cannot be repaired where it lies; empty where it can."""
+        """Return why a layer cannot be recovered in its body, or an empty string."""
         if not self.encloses(node):
             return ""
         data, result = node.inputs[form.data], node.outputs[0]
@@ -396,12 +398,11 @@ class Bodies:
         return _ACROSS if across else ""
 
     def encloses(self, node: Node) -> bool:
-        """Whether a node lies in a Loop or Scan."""
+        """Return whether a node lies in a Loop or Scan."""
         return bool(self._around) and markers.repeating(self._around[node.index]) is not None
 
     def may_follow(self, node: Node, tail: InvertiblePath) -> bool:
-        """Whether a layer may be aimed there: not into or out of a Loop or Scan, nor in one at a sum with what the cut
-        left there."""
+        """Return whether the path may be used: not across a Loop or Scan, nor in one to a sum with pruned addends."""
         if not self._around:
             return True
         return self.together(node, [tail.aim]) and not (tail.addends and self.encloses(node))
@@ -412,7 +413,7 @@ class Bodies:
         return tuple((self._graph.nodes[body.start].inputs[0], body.side) for body in inner)
 
     def together(self, node: Node, names: Iterable[str]) -> bool:
-        """Whether tensors have one value for every time that ``node`` runs."""
+        """Return whether tensors have one value for every run of ``node``."""
         return not self._around or all(self._home(name) == self._own(node) for name in names)
 
     def _own(self, node: Node) -> tuple[markers.Body, ...]:
@@ -462,16 +463,16 @@ Shapes = Callable[[str], Any]
 
 @dataclass(slots=True)
 class RecoveryTarget:
-    """One contraction to repair.
+    """One contraction to recover.
 
     Attributes:
-        node: in the cut graph.
+        node: node of the pruned graph.
         form: the node as a matrix product.
-        tail: from its output to its aim.
-        level: aims of one level do not depend on each other; those of lower levels are repaired before.
+        tail: path from its output to its target.
+        level: targets of one level do not depend on each other; lower levels are recovered first.
         weight, bias: where its constants lie; no bias where it has none.
         recurrent: whether it lies in a Loop or Scan, see :class:`Bodies`.
-        where: what holds in the iterations in which it runs there, (tensor, value).
+        where: conditions of the iterations in which it runs there, (tensor, value).
     """
 
     node: Node
@@ -485,42 +486,42 @@ class RecoveryTarget:
 
     @property
     def data(self) -> str:
-        """Name of the contraction's input."""
+        """The name of the contraction's input."""
         return self.node.inputs[self.form.data]
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What has to be known of the cut model before the contraction can be repaired."""
+        """The tensors of the pruned model that the recovery of the contraction needs."""
         return () if self.recurrent else (self.data, *self.tail.addends)
 
 
 @dataclass(slots=True)
 class RecoveryTargets:
-    """All aims in levels, and why other contractions are left alone, {node: reason}."""
+    """All recovery targets in levels, and the reasons of contractions without one, {node: reason}."""
 
     levels: list[list[RecoveryTarget]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
     def leave(self, why: Callable[[RecoveryTarget], str]) -> None:
-        """Leave alone what there is a reason for."""
+        """Drop the targets for which there is a reason."""
         reasons = {aim.node.label: reason for level in self.levels for aim in level if (reason := why(aim))}
         self.left.update(reasons)
         self.keep(lambda aim: aim.node.label not in reasons)
 
     def keep(self, wanted: Callable[[RecoveryTarget], bool]) -> None:
-        """Forget other aims."""
+        """Drop all other targets."""
         levels = [[aim for aim in level if wanted(aim)] for level in self.levels]
         self.levels = [level for level in levels if level]
 
 
 def find_targets(graph: Graph, known: Collection[str], shape: Shapes, *, joint: bool = True) -> RecoveryTargets:
-    """Every contraction of the cut graph that can be repaired.
+    """Find every contraction of the pruned graph that can be recovered.
 
     Args:
-        graph: of the cut graph.
-        known: names of tensors that the original has too, and whose values can be had.
-        shape: shapes in the cut model.
-        joint: aim at sums; False: every contraction is aimed at its own output.
+        graph: the pruned graph.
+        known: names of its tensors with comparable values in the original.
+        shape: function that returns a shape in the pruned model.
+        joint: fit to sums; False: fit every contraction to its own output.
     """
     found = RecoveryTargets()
     level: dict[str, int] = dict.fromkeys(graph.inputs, 0)
@@ -582,7 +583,7 @@ def _is_constant(graph: Graph, name: str) -> bool:
 
 
 def _own(graph: Graph, node: Node, form: Form) -> tuple[Stored, Stored | None] | str:
-    """Where a layer's weight and bias lie, or why they are left as they are."""
+    """Return the constants of a layer's weight and bias, or why they cannot be changed."""
     if not form.plain:
         return "its output is not a plain product of data and weight"
     weight = Stored.of(graph, node.inputs[form.weight])
@@ -604,12 +605,12 @@ def _own(graph: Graph, node: Node, form: Form) -> tuple[Stored, Stored | None] |
 
 
 class Layer:
-    """One contraction of a cut model whose weights are read and written.
+    """One contraction of a pruned model whose weights are read and written.
 
     Args:
-        graph: of the cut model.
-        weights: of the cut model, changed by ``write``.
-        aim: the contraction.
+        graph: graph of the pruned model.
+        weights: weights of the pruned model, changed by ``write``.
+        aim: recovery target of the contraction.
     """
 
     def __init__(self, graph: Graph, weights: MutableMapping[str, Weight], aim: RecoveryTarget) -> None:
@@ -619,7 +620,7 @@ class Layer:
 
     @property
     def fixed_bias(self) -> bool:
-        """Whether the layer has no place for a bias."""
+        """Whether the layer cannot take a bias."""
         return self._home is None
 
     @property
@@ -628,7 +629,7 @@ class Layer:
         return self.aim.weight.shape(self._weights)
 
     def read(self) -> tuple[RealArray, RealArray]:
-        """Matrix [parts, n, o] and bias [parts, o], as the layer multiplies and adds, float64."""
+        """Read the matrix [parts, n, o] and the bias [parts, o] that the layer applies, in float64."""
         weight = self.aim.weight.read(self._weights)
         if isinstance(self.form, Scale):
             gain, mean = self._statistics()
@@ -643,7 +644,7 @@ class Layer:
         return matrix, bias
 
     def write(self, matrix: RealArray, bias: RealArray) -> None:
-        """Put them into the model, in the weights' own types; codes get new scales."""
+        """Write matrix and bias to the model, in the weights' own types; codes get new scales."""
         stored = self.aim.weight
         for constant in (stored, self.aim.bias):
             if constant is not None:
@@ -660,7 +661,7 @@ class Layer:
         if self._home == "own":
             self._write_bias(bias.reshape(-1) / self.form.bias_scale, ratio)
         elif self._home is not None:
-            # The bias of a product without one lies in the addition behind it: what is new comes on top.
+            # The bias of a product without one lies in the addition behind it: the change is added there.
             value = self._weights[self._home]
             extra = bias.reshape(-1)
             shape = value.shape if value.shape and value.shape[-1] == extra.size else (extra.size,)
@@ -714,14 +715,14 @@ class Layer:
                 tensor.dims.extend(value.shape)
 
     def _statistics(self) -> tuple[RealArray, RealArray]:
-        """1 / standard deviation and mean of a BatchNormalization."""
+        """Return 1 / standard deviation and the mean of a BatchNormalization."""
         mean, variance = (self._weights[n].read().astype(np.float64) for n in self.node.inputs[3:5])
         return 1.0 / np.sqrt(variance + float(self.node.attrs.get("epsilon", 1e-5))), mean
 
     def _find_home(self) -> str | None:
-        """Where a bias goes: ``own``, the name of a constant that is added right behind, or None."""
+        """Return the place of a bias: ``own``, the name of a constant that is added right behind, or None."""
         if self.form.bias is not None:
-            # A bias of floats behind codes would take the layer out of the integers that runtimes multiply.
+            # A float bias behind codes would prevent runtimes from multiplying the layer in integers.
             return None if self.aim.bias is None and self.aim.weight.quantised is not None else "own"
         if not isinstance(self.form, Pairwise):
             return None
