@@ -10,8 +10,8 @@ from onnxprune.pipeline import Context, HoldOut
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed
 
-# One batch of this many is held out: of a recovery, which needs most for the fit; and of measurements of the sensitivity
-# of single groups, which need many to resolve differences.
+# One batch of this many is held out: of a recovery, which needs most for the fit; and of measurements of sensitivity
+# to single groups, which need many to resolve differences.
 HELD_OUT_OF_RECOVERY, HELD_OUT_OF_SENSITIVITY = 8, 3
 MAX_VALIDATION = 256
 """Largest number of samples to measure on."""
