@@ -1,4 +1,4 @@
-"""onnxprune: cut ONNX models exactly.
+"""onnxprune: prune ONNX models exactly.
 
 >>> import onnxprune as op
 >>> result = op.prune("model.onnx", criterion="gm", ratio=0.3)  # doctest: +SKIP

@@ -24,8 +24,8 @@ def argument(name: str, value: Any = None, *, key: str = "") -> str:
     """Return the name of an argument for a message: ``max_drop``, ``recover='bn'`` or ``layers['conv1']``.
 
     Args:
-        name: as Python calls it.
-        value: one of its values; None for the argument as such.
+        name: name of the argument in Python.
+        value: one of its values; None for the argument itself.
         key: one of its keys, where it is a mapping.
     """
     at = f"{_KEY}{key}" if key else ""
@@ -64,12 +64,12 @@ class OnnxpruneError(Exception):
     """Base of every error onnxprune raises on purpose.
 
     Args:
-        message: what is wrong, with the offending value in it, and arguments named by :func:`argument`.
+        message: description of the error with the offending value, and arguments named by :func:`argument`.
         hint: the next step for the user, one sentence; shown on its own line.
         report: the :class:`~onnxprune.report.facts.Report` of a run that was finished and then not good enough.
 
     Attributes:
-        argument: the Python name of the argument that the message is about; empty where it is about none.
+        argument: the Python name of the argument in the message; empty where there is none.
     """
 
     exit_code = 3
@@ -81,7 +81,7 @@ class OnnxpruneError(Exception):
         self.message, self.hint, self.report = Note(message), Note(hint), report
 
     def spelled(self, spell: Spelling) -> tuple[str, str]:
-        """Message and hint for readers who write arguments in another way."""
+        """Return message and hint with arguments in another spelling."""
         return spelled(self.message.marked, spell), spelled(self.hint.marked, spell)
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ class UsageError(OnnxpruneError):
 
 
 class ArgumentError(UsageError, TypeError):
-    """A call with arguments that there are not, or not so many of (exit code 2)."""
+    """A call with unknown or too many arguments (exit code 2)."""
 
 
 class ExtensionError(UsageError):
@@ -109,23 +109,23 @@ class ModelError(OnnxpruneError):
 
 
 class ValidationError(OnnxpruneError):
-    """The cut model differs from the masked original, or fails a structural check (exit code 4)."""
+    """The pruned model differs from the masked original, or fails a structural check (exit code 4)."""
 
     exit_code = 4
 
 
 class BudgetError(OnnxpruneError):
-    """A budget or a gate that was not met, or nothing could be cut at all (exit code 5)."""
+    """A budget or a gate that was not met, or nothing could be pruned at all (exit code 5)."""
 
     exit_code = 5
 
 
 class PreconditionError(UsageError):
-    """A pass was called without what it requires: the order of passes, or the call, is wrong (exit code 2)."""
+    """A requirement of a pass is not met: the order of passes, or the call, is wrong (exit code 2)."""
 
 
 class PostconditionError(ValidationError):
-    """A pass does not keep what it ensures: the pass is wrong (exit code 4)."""
+    """A pass does not keep its guarantee: the pass is wrong (exit code 4)."""
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:

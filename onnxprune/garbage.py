@@ -1,4 +1,4 @@
-"""Python's search for cyclic garbage, held off while a model is taken in."""
+"""Python's cyclic garbage collection, paused while a model is read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """No search while the body runs, which makes many small objects that all stay.
+    """Pause the collection while the body runs, which makes many small long-lived objects.
 
-    Each search walks over every object there is: over a graph of thousands of nodes again and again, for nothing.
-    Memory without cycles is freed as ever.
+    Each collection traverses all objects, in vain over a graph of thousands of nodes. Memory without cycles is freed
+    as usual.
     """
     active = gc.isenabled()
     gc.disable()

@@ -1,8 +1,8 @@
-"""A run: one context, passes from model to model, and the facts that they find.
+"""A run: one context, passes from model to model, and the facts that they return.
 
-``Pass(context, model) -> PassResult(model, facts, changed)``. The context and every model are immutable: a pass gives
-another model, a trial is another model, and nothing that one pass does reaches a second one in any other way. What a
-pass requires of a model and what it ensures is declared on the pass and checked around every call.
+``Pass(context, model) -> PassResult(model, facts, changed)``. The context and every model are immutable: a pass returns
+another model, a trial is another model, and passes have no other way to affect each other. The requirements and
+guarantees of a pass are declared on it and checked around every call.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Calibration:
 
     Args:
         data: see :func:`onnxprune.prune`.
-        analysis: of the model that takes them.
-        samples: how many to use, None for all.
-        batch_size: samples per call where the model leaves that open.
-        images: how images become arrays.
+        analysis: analysis of the model.
+        samples: number of samples to use, 1 or more; None for all.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Calibration:
         """Open the inputs.
 
         Raises:
-            UsageError: they do not fit the model.
+            UsageError: the inputs do not fit the model.
         """
         if self._opened is None:
             specs = input_specs(self._analysis.graph)
@@ -90,13 +90,13 @@ class Calibration:
 
 
 class Stages:
-    """Times the stages of a run and tells a listener how far they are.
+    """Clock of the stages of a run, and their progress.
 
     Args:
-        listener: called with (stage, fraction).
+        listener: progress callback, called with (stage, fraction).
 
     Attributes:
-        seconds: time per stage.
+        seconds: seconds per stage, by name.
     """
 
     def __init__(self, listener: Progress | None = None) -> None:
@@ -113,24 +113,24 @@ class Stages:
         self.tell(name, 1.0)
 
     def tell(self, name: str, fraction: float) -> None:
-        """Tell the listener, if there is one."""
+        """Call the listener, if there is one."""
         if self._listener is not None:
             self._listener(name, fraction)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
-    """What a run is given; the same for all of its passes.
+    """The arguments of a run; the same for all of its passes.
 
     Attributes:
-        analysis: of the original.
-        source: the original as it was given.
-        input_shapes: {input: shape}.
+        analysis: analysis of the original.
+        source: the original: path, bytes or ModelProto.
+        input_shapes: {input: shape} for dynamic inputs.
         calibration: the user's inputs; None without.
-        seed: of everything random.
-        cache: folder to keep statistics in.
-        memory_limit: bytes of activations to hold at a time.
-        device: where time is measured.
+        seed: seed of all random numbers, 0 or more.
+        cache: folder of statistics; None: not kept.
+        memory_limit: bytes of activations to hold at a time; None: the default of each pass.
+        device: device on which time is measured.
         stages: the clock and the progress bar.
     """
 
@@ -165,7 +165,7 @@ class Context:
         """Analyse a model for a run; the arguments are those of :meth:`Pipeline.run`.
 
         Raises:
-            UsageError: an argument makes no sense. ModelError: the model cannot be read.
+            UsageError: an argument is invalid. ModelError: the model cannot be read.
         """
         given = {"data": data, "samples": samples, "batch_size": batch_size, "images": images, "seed": seed}
         for name, value in given.items():
@@ -183,7 +183,7 @@ class Context:
         """Open the user's inputs.
 
         Raises:
-            UsageError: there are none, or they do not fit.
+            UsageError: there are no inputs, or they do not fit.
         """
         if self.calibration is None:
             raise UsageError(
@@ -196,7 +196,7 @@ class Context:
         """Return the context of a trial, with a clock of its own whose progress is not shown.
 
         Args:
-            samples: use only so many of the inputs.
+            samples: largest number of samples to use.
         """
         calibration = self.calibration
         if calibration is not None and samples is not None:
@@ -208,7 +208,7 @@ class Context:
         return self.stages.stage(name)
 
     def tell(self, name: str, fraction: float) -> None:
-        """Tell how far a stage is."""
+        """Report the progress of a stage, 0 to 1."""
         self.stages.tell(name, fraction)
 
 
@@ -217,11 +217,11 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class HoldOut:
-    """Inputs that a recovery did not see, to compare the result on.
+    """Inputs held out of the fit of a recovery, to compare the result on.
 
     Attributes:
         inputs: batches.
-        name: what to call them in reports.
+        name: their name in reports.
     """
 
     inputs: Sequence[Feed]
@@ -230,18 +230,18 @@ class HoldOut:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """A model on its way through a pipeline. A pass gives another one, and never changes this.
+    """A model in a pipeline. A pass returns another one, and never changes this.
 
     Attributes:
         proto: the model without the data of its initializers.
-        weights: these, by name.
-        analysis: of the model that channels are removed from.
-        removed: mask over the atoms of ``analysis`` of what was removed; None where no pass removed anything.
-        plan: what was removed from where, and which layers were factorized at which ranks.
+        weights: its weights, by name.
+        analysis: analysis of the model before pruning.
+        removed: mask over the removed atoms of ``analysis`` [atoms], bool; None where no pass removed any.
+        plan: the removed channels, and the factorized layers with their ranks.
         proof: whether the removal is exact; None where no pass has asked yet.
-        as_pruned: the model before weights were changed for another reason, which ``proof`` is about; None for this.
-        hold_out: inputs to compare the result on, where a recovery has used the others.
-        files: files that weights are read from, besides the original's.
+        as_pruned: the model that ``proof`` is about, before weights were changed for another reason; None: this one.
+        hold_out: inputs to compare the result on, where a recovery was fitted to the others.
+        files: files from which weights are read, besides the original's.
     """
 
     proto: onnx.ModelProto
@@ -279,8 +279,8 @@ class Model:
         """Return the model with another graph and all of its weights.
 
         Args:
-            parts: the two.
-            changes: other fields.
+            parts: graph and weights.
+            changes: changes of other fields, by name.
         """
         return replace(self, proto=parts[0], weights=parts[1], **changes)
 
@@ -291,7 +291,7 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all weights."""
+        """The number of elements of all weights."""
         return sum(int(np.prod(weight.shape)) for weight in self.weights.values())
 
     @property
@@ -306,29 +306,29 @@ class Model:
 
     @property
     def is_unproved(self) -> bool:
-        """Whether there is a removal that nobody asked exactness of."""
+        """Whether there is a removal whose exactness was not checked."""
         return self.removed is not None and self.proof is None
 
     @property
     def is_analyzed(self) -> bool:
-        """Whether this is the very model that ``analysis`` is of."""
+        """Whether ``analysis`` is the analysis of this very model."""
         known = self.analysis.loaded
         return self.proto is known.proto and all(known.weights.get(n) is w for n, w in self.weights.items())
 
     @property
     def removal(self) -> Mask:
-        """Mask over the atoms of ``analysis`` of what was removed; of none where nothing was."""
+        """The mask over the removed atoms of ``analysis`` [atoms], bool; all False where none was removed."""
         return np.zeros(self.analysis.table.atoms.count, bool) if self.removed is None else self.removed
 
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a pass gives back.
+    """The result of a pass.
 
     Attributes:
-        model: the model to go on with.
-        facts: what was found out, see :data:`onnxprune.report.facts.Fact`.
-        changed: whether ``model`` is another one than the pass was given.
+        model: the model for the next pass.
+        facts: facts of the pass, see :data:`onnxprune.report.facts.Fact`.
+        changed: whether ``model`` differs from the input of the pass.
     """
 
     model: Model
@@ -341,13 +341,13 @@ class PassResult:
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """What a pass needs.
+    """A requirement of a pass.
 
     Attributes:
         what: completes "<the pass> needs ...".
-        holds: whether it is there.
+        holds: function that returns whether it is met.
         hint: the next step for the user.
-        of_context: the context alone decides, so that it is asked before the first pass runs.
+        of_context: whether it depends on the context alone, and is checked before the first pass runs.
     """
 
     what: str
@@ -358,11 +358,11 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class Guarantee:
-    """What a pass promises.
+    """A guarantee of a pass.
 
     Attributes:
         what: completes "<the pass> promises ...".
-        holds: whether it is true of the model before and behind the pass.
+        holds: function of the models before and after the pass that returns whether it is kept.
     """
 
     what: str
@@ -382,9 +382,9 @@ class Pass(ABC):
     """A stage of a pipeline: a call from model to model.
 
     Attributes:
-        requires: asked before the call.
-        ensures: asked after it.
-        approximate: whether channels may be removed through normalisations, which the analysis has to know.
+        requires: requirements, checked before the call.
+        ensures: guarantees, checked after the call.
+        approximate: whether channels may be removed through normalisations, which the analysis depends on.
     """
 
     requires: Sequence[Requirement] = ()
@@ -393,11 +393,11 @@ class Pass(ABC):
 
     @abstractmethod
     def __call__(self, context: Context, model: Model) -> PassResult:
-        """Do the stage's work, or raise an OnnxpruneError."""
+        """Run the stage, or raise an OnnxpruneError."""
 
     @property
     def label(self) -> str:
-        """What messages call the pass."""
+        """The name of the pass in messages."""
         return f"pass {type(self).__name__}"
 
     def __repr__(self) -> str:
@@ -408,7 +408,7 @@ class FunctionPass(Pass):
     """A function of context and model as a pass.
 
     Args:
-        function: gives a :class:`PassResult`; may have ``requires`` and ``ensures`` of its own.
+        function: function that returns a :class:`PassResult`; may have attributes ``requires`` and ``ensures``.
     """
 
     def __init__(self, function: Callable[[Context, Model], PassResult]) -> None:
@@ -457,7 +457,7 @@ _CONTRACT = "A pass is called with (context, model) and gives PassResult(model, 
 
 
 def _num_arguments(function: Callable[..., Any]) -> int | None:
-    """How many arguments by position a callable needs; None where that is any number, or nobody knows."""
+    """Return the number of positional arguments that a callable needs; None where it is any number, or unknown."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -498,7 +498,7 @@ def register(name: str) -> Callable[[T], T]:
 
 
 def unregister(name: str) -> None:
-    """Forget a pass, so that another can take its name."""
+    """Unregister a pass, so that another can take its name."""
     _named.remove(name)
 
 
@@ -506,14 +506,14 @@ def get(name: str) -> Pass:
     """Return the pass of that name.
 
     Raises:
-        UsageError: there is none; the nearest name is suggested.
+        UsageError: there is no such pass; the nearest name is suggested.
     """
     stage = _named.get(name)
     return as_pass(stage() if isinstance(stage, type) else stage)
 
 
 def names() -> list[str]:
-    """All passes, sorted."""
+    """Return the names of all passes, sorted."""
     return _named.names()
 
 
@@ -599,12 +599,12 @@ class Pipeline:
 
 
 def apply(stage: Pass, context: Context, model: Model) -> PassResult:
-    """Call one pass, and ask what it requires and ensures.
+    """Call one pass, and check its requirements and guarantees.
 
     Raises:
-        PreconditionError: something that it requires is missing: the order of passes, or the call, is wrong.
-        PostconditionError: it does not keep what it ensures: the pass is wrong.
-        OnnxpruneError: whatever the pass raises.
+        PreconditionError: a requirement is not met: the order of passes, or the call, is wrong.
+        PostconditionError: a guarantee is not kept: the pass is wrong.
+        OnnxpruneError: any error of the pass.
     """
     _require(stage, context, model, of_context=False)
     try:
@@ -635,10 +635,10 @@ def _require(stage: Pass, context: Context, model: Model, *, of_context: bool) -
 
 
 def _check_weights(stage: Pass, before: Model, after: Model) -> None:
-    """Every new weight has a place in the graph.
+    """Check that every new weight has a place in the graph.
 
     Raises:
-        PostconditionError: one has none.
+        PostconditionError: a weight has none.
     """
     added = after.weights.keys() - before.weights.keys()
     known = {tensor.name for tensor in after.proto.graph.initializer} if added else set()
@@ -656,13 +656,13 @@ def _first(stage: Pass) -> str:
 
 
 class Result:
-    """What a run gives back: ``model``, ``plan``, ``report``, and ``save``.
+    """The result of a run: ``model``, ``plan``, ``report``, and ``save``.
 
     Attributes:
-        context: what the run was given.
+        context: context of the run.
         final: the model behind the last pass.
-        facts: of all passes, in order.
-        plan: what was removed from where.
+        facts: facts of all passes, in order.
+        plan: the removed channels, and the factorized layers with their ranks.
         report: sizes, exactness, fidelity, speed, groups and barriers: the sum of the facts.
     """
 
@@ -681,7 +681,7 @@ class Result:
 
     @property
     def model(self) -> onnx.ModelProto:
-        """The final model in memory, put together when first asked for. For large models prefer ``save``."""
+        """The final model in memory, assembled on first access. For large models prefer ``save``."""
         if self._assembled is None:
             self._assembled = assemble(*self.final.parts)
         return self._assembled
@@ -709,11 +709,11 @@ class Result:
         """Write the final model; weights are streamed, an existing file is replaced at once or not at all.
 
         Args:
-            path: the model file.
-            plan: where to write the plan, which is replaced together with the model.
+            path: path of the model file.
+            plan: path of the plan, which is replaced together with the model; None: no plan is written.
 
         Returns:
-            bytes of the model written, external data included.
+            number of bytes of the model written, external data included.
 
         Raises:
             UsageError: the target is the input, or cannot be written.

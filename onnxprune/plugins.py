@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def announced(group: str) -> dict[str, Any]:
-    """{name: object} of an entry point group, loaded.
+    """Load the extensions of an entry point group, {name: object}.
 
     Raises:
-        UsageError: one cannot be loaded; says which package it is of.
+        UsageError: one cannot be loaded; the message names its package.
     """
     found = {}
     for point in entry_points(group=group):
@@ -35,9 +35,9 @@ class Named(Generic[T]):
     """A table of extensions of one kind; those of an entry point group join it when names are first looked at.
 
     Args:
-        kind: what one of them is called in messages.
-        group: the entry point group.
-        built_in: those there are from the start; as ``package.module:name`` where they are imported when asked for.
+        kind: name of the kind in messages.
+        group: name of the entry point group.
+        built_in: built-in extensions by name; as ``package.module:name`` where they are imported on first use.
     """
 
     def __init__(self, kind: str, group: str, built_in: Mapping[str, T] | None = None) -> None:
@@ -45,7 +45,7 @@ class Named(Generic[T]):
         self._table: dict[str, T] = dict(built_in or {})
 
     def add(self, name: str, extension: T) -> None:
-        """Enter an extension.
+        """Add an extension.
 
         Raises:
             ValueError: the name is taken.
@@ -55,14 +55,14 @@ class Named(Generic[T]):
         self._table[name] = extension
 
     def remove(self, name: str) -> None:
-        """Forget an extension, so that another can take its name."""
+        """Remove an extension, so that another can take its name."""
         self._table.pop(name, None)
 
     def get(self, name: str) -> T:
         """Return the extension of that name.
 
         Raises:
-            UsageError: there is none; the nearest name is suggested.
+            UsageError: there is no such extension; the nearest name is suggested.
         """
         known = self.names()
         if name not in self._table:
@@ -73,7 +73,7 @@ class Named(Generic[T]):
         return extension
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         if not self._loaded:
             for name, extension in announced(self._group).items():
                 self._table.setdefault(name, extension)

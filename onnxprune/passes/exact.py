@@ -72,7 +72,7 @@ def check_exactness(
     for number, (probe, feed) in enumerate(zip(analysis.facts.running, feeds, strict=True)):
         try:
             worst = _worse(worst, check.at(probe, feed))
-        except ModelError:  # it declares more than it can do: other sizes are asked below
+        except ModelError:  # the model declares sizes at which it does not run: other sizes are tried below
             if not number:
                 raise
             analysis.facts.refused.add(number)
@@ -123,7 +123,7 @@ def _without_rounding(model: Model) -> Model:
 
 @dataclass(slots=True)
 class _Check:
-    """The comparison of one cut with the masked original, at one probe after the other."""
+    """The comparison of one pruned model with the masked original, at one probe after the other."""
 
     analysis: Analysis
     trial: Trial
@@ -137,7 +137,7 @@ class _Check:
         self._rounding = rounding_of(self.analysis, TOLERANCE)
 
     def _pair(self, probe: Probe, masked: Model, model: Model, final: Path | None = None) -> Pair:
-        """Models to compare at the sizes of one probe."""
+        """Return the models to compare at the sizes of one probe."""
         survivors = Witnesses(self.analysis.table, self.removed, probe, masked, model).survivors
         return Pair(self.trial, masked, model, kinds_of(self.analysis), self._rounding, survivors, final=final)
 
@@ -205,7 +205,7 @@ class _Check:
         return worst
 
     def _inside(self, probe: Probe, masked: Model, feeds: Sequence[Feed], found: compare.Comparison) -> Exactness:
-        """Compare tensors in front of the outputs that never vary; what was found already where there are none."""
+        """Compare tensors in front of the outputs that never vary; returns the given facts where there are none."""
         witnesses = Witnesses(self.analysis.table, self.removed, probe, masked, self.model)
         names = witnesses.upstream(found.idle)
         if names:
@@ -244,13 +244,13 @@ PROVED = Guarantee("a proof of every removal", lambda _, after: not after.is_unp
 
 
 class Exact(Pass):
-    """Compare the cut with the original whose removed channels are multiplied by 0.
+    """Compare the pruned model with the masked original, whose removed channels are multiplied by 0.
 
-    A recovery changes weights on purpose: behind one, the model as it was pruned is compared. Every removal is proved
-    once, so that ``Validate`` behind this pass does not ask again.
+    A recovery changes weights on purpose: after one, the model before the recovery is compared. Every removal is proved
+    once, so that ``Validate`` behind this pass does not repeat the comparison.
 
     Raises:
-        ValidationError: the cut is not exact, or is not a valid model.
+        ValidationError: the removal is not exact, or the result is not a valid model.
     """
 
     ensures: Sequence[Guarantee] = (SAME_REMOVAL, PROVED)
@@ -265,16 +265,16 @@ class Exact(Pass):
 
 
 def prove(context: Context, model: RunModel, trial: Trial, written: Path | None = None) -> Exactness:
-    """Ask whether the removal is exact.
+    """Prove that the removal is exact.
 
     Args:
-        context: the run.
-        model: pruned.
-        trial: of the model that was pruned.
-        written: the present model's file, if any.
+        context: context of the run.
+        model: the pruned model.
+        trial: trial of the model before pruning.
+        written: file of the pruned model; None: it is written.
 
     Raises:
-        ValidationError: it is not.
+        ValidationError: the removal is not exact.
     """
     assert model.removed is not None
     parts = model.as_pruned or model.parts

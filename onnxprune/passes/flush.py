@@ -1,4 +1,4 @@
-"""Flush: subnormal weights become 0, which makes some trained models several times as fast."""
+"""Flush: set subnormal weights to 0, which makes some trained models several times as fast."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from onnxprune.report.facts import Flushed
 
 
 class Flush(Pass):
-    """Set weights of layers to 0 where they are too small for a processor to be quick about.
+    """Set subnormal weights of layers to 0, which processors multiply slowly.
 
     Training with weight decay leaves values below the smallest normal number (1.2e-38 in single precision). A product
-    with one of them takes a hundred times as long as any other, while no output can tell it from 0.
+    with one of them takes a hundred times as long as any other, while no output differs from that with 0.
     """
 
     ensures = (SAME_REMOVAL,)
 
     def __call__(self, context: Context, model: Model) -> PassResult:
-        """Change such weights."""
+        """Flush the weights of the model."""
         with context.stage("flush"):
             parts, count = flush(model.parts)
         if not count:

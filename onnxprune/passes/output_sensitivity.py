@@ -1,4 +1,4 @@
-"""Output sensitivity: what pruning each group alone does to the outputs, measured on samples held out of the fit."""
+"""Output sensitivity: change of the outputs when one group is pruned alone, measured on hold-out samples."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from onnxprune.runtime.sessions import Array, Feed, measures, open_session, run
 Scores = NDArray[np.float64]
 
 MAX_SAMPLES = 64
-"""Samples that are measured on, at most."""
-# Samples per call, so that there are ten calls if that can be.
+"""Largest number of samples to measure on."""
+# Samples per call, for ten calls where possible.
 _CALL = 8
 
 
@@ -97,7 +97,7 @@ def output_sensitivity(
 
 
 class _SplitBatches(CalibrationBatches):
-    """The calls that are held out, or the others."""
+    """The calls of the hold-out, or the others."""
 
     def __init__(self, context: Context, analysis: Analysis, held: bool) -> None:
         super().__init__(context, analysis)
@@ -134,12 +134,12 @@ class _SplitBatches(CalibrationBatches):
 
 @dataclass(slots=True)
 class _PrunedRuns:
-    """Runs cuts of the model with the contractions behind them corrected.
+    """Runs of pruned models with the contractions behind the removed channels corrected.
 
     Args:
         captured: Gram matrices in front of contractions.
-        feeds: to run on.
-        path: where the model of a moment goes.
+        feeds: calls of the model.
+        path: path of the temporary model file.
     """
 
     analysis: Analysis
@@ -151,7 +151,7 @@ class _PrunedRuns:
     _probable: set[str] | None = None
 
     def sensitivity(self, units: NDArray[np.int64]) -> float:
-        """Mean sensitivity of the outputs without these components, each at most 1."""
+        """Measure the mean sensitivity of the outputs to the removal of these components, each at most 1."""
         units_of = self.analysis.units
         chosen = np.zeros(units_of.frozen.size, dtype=bool)
         chosen[units] = True
@@ -200,7 +200,7 @@ class _PrunedRuns:
         return open_session(self.path, spin=False)
 
     def _correct(self, site: Site, after: After, weights: dict[str, Weight]) -> None:
-        """Make up for what went in front of one contraction, where that can be done."""
+        """Correct one contraction for the channels removed in front of it, where possible."""
         form, maps = site.form, self.captured.columns.get(site.columns_key, {})
         if form is None or "gram" not in maps or after.mask(site.label) is None:
             return
@@ -233,7 +233,7 @@ class _PrunedRuns:
 
 
 def _square(found: Array, wanted: Array) -> float:
-    """Sum of squares of the difference where the original is finite; all of it where shapes differ."""
+    """Return the sum of squares of the difference where the original is finite; of the original where shapes differ."""
     if found.shape != wanted.shape:
         return float("inf")
     known = np.isfinite(wanted)
@@ -242,7 +242,7 @@ def _square(found: Array, wanted: Array) -> float:
 
 
 def _spread(values: Sequence[Array]) -> float:
-    """Sum of squares about the mean over samples; about the mean of all, where calls differ in shape."""
+    """Return the sum of squares about the mean over samples; about the mean of all, where calls differ in shape."""
     if len({a.shape[1:] for a in values}) == 1 and all(a.ndim for a in values):
         every = np.concatenate(values).astype(np.float64)
         every = np.where(np.isfinite(every), every, 0.0)

@@ -1,8 +1,8 @@
-"""Is the prepared graph, of which cut and masked original are made, still the model of the file?
+"""Check that the prepared graph, from which pruned model and masked original are made, is equivalent to the file.
 
-Functions are inlined, bodies laid open, weights computed, selections hoisted and constants unshared before anything is
-cut. The masked original goes through all that as well, so a mistake there would be in both models and be seen by nobody
-who compares these two. Here the file itself is what counts.
+Functions and bodies are inlined, weights computed, selections hoisted and constants unshared before pruning. The masked
+original is prepared in the same way, so that an error of the preparation would be in both models, and a comparison of
+these two would not detect it. This check compares with the file itself.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from onnxprune.runtime import compare
 from onnxprune.runtime.inputs import variations
 from onnxprune.runtime.sessions import Feed
 
-# Nothing is left out on the way to the prepared graph: there is less to round than in a cut.
+# The prepared graph has all channels: there is less rounding than after pruning.
 _ALLOWED = 1e-5
 
 
 def check_preparation(analysis: Analysis, trial: Trial, feeds: Sequence[Feed], seed: int) -> None:
     """Run the file and the prepared graph of the analysis on seeded inputs, one feed per probe.
 
-    A large model is not run where its nodes are the file's own, to the letter. Where bodies are not, or were changed
-    since, every branch is run.
+    A large model is not run where its nodes are identical to the file's. Where bodies differ, or were changed since,
+    every branch is run.
 
     Raises:
         ValidationError: they differ.
@@ -84,7 +84,7 @@ def hold_against_file(
         for probe, feed in enumerate(feeds):
             try:
                 found = pair.compared([feed])
-            except ModelError:  # it declares more sizes open than it can run at
+            except ModelError:  # the model declares more sizes open than it can run at
                 if not probe:
                     raise
                 continue
@@ -96,7 +96,7 @@ def hold_against_file(
 
 @dataclass(frozen=True, slots=True)
 class _Forced:
-    """Run two models with the same branches; nothing is asked where the reference does not run there."""
+    """Comparison of two models with the same branches forced; skipped where the reference does not run."""
 
     analysis: Analysis
     trial: Trial
@@ -114,7 +114,7 @@ class _Forced:
 
 
 def other_feeds(analysis: Analysis, seed: int) -> Callable[[Probe], Iterator[Feed]]:
-    """Other seeded inputs than the first, at the sizes of a probe."""
+    """Draw other seeded inputs than the first, at the sizes of a probe."""
     graph, facts = analysis.graph, analysis.facts
     bounds = integer_bounds(graph, facts)
     return lambda probe: variations(input_specs(graph), probe.inputs, bounds=bounds, seed=seed)

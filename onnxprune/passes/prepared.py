@@ -1,4 +1,4 @@
-"""A model laid open so that its weights can be changed, and put together again as it was written."""
+"""A model with bodies inlined so that its weights can be changed, and its assembly in the original form."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def cut_model(analysis: Analysis, removed: Mask) -> Parts:
 
 
 class Prepared:
-    """A copy of a model in which equal constants are apart and computed weights are weights.
+    """A copy of a model in which shared constants are separate and computed weights are weights.
 
     Attributes:
         graph: the copy.
-        weights: all of its constants, those of Constant nodes too; to be changed.
+        weights: all of its constants by name, those of Constant nodes too; may be changed.
     """
 
     def __init__(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> None:
@@ -59,7 +59,7 @@ class Prepared:
             self._hide_new()
         weights = {t.name: self.weights[t.name] for t in proto.graph.initializer if t.name in self.weights}
         restore(proto, weights, self._unshared, self._folds)
-        # A copy that took other values is no copy any more, nor are those of a constant that did.
+        # A copy with other values is no copy any more, nor are the copies of a constant with other values.
         same = {c: n for c, n in self._copies.items() if not self._changed(c) and not self._changed(n)}
         rejoin(proto, weights, same)
         return proto, weights
@@ -68,7 +68,7 @@ class Prepared:
         return name in self.weights and self.weights[name] is not self._before.get(name)
 
     def _hide_new(self) -> None:
-        """Before IR 4 every initializer is an input of the model as well: new ones become Constant nodes."""
+        """Turn new initializers into Constant nodes: before IR 4 every initializer is an input of the model as well."""
         graph = self.graph.proto.graph
         added = [t.name for t in graph.initializer if t.name not in self._stored]
         kept = [t for t in graph.initializer if t.name in self._stored]

@@ -1,4 +1,4 @@
-"""Do the new layers compute what the product of their weights does in the old layer's place?"""
+"""Check that the new layers are equivalent to the product of their weights in the old layer."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def check_products(
 ) -> Exactness:
     """Compare the factorized model with the one whose layers hold the products, on seeded inputs of every probe size.
 
-    That is strides, pads, groups, biases and order: everything but the approximation itself.
+    This checks strides, pads, groups, biases and order: everything but the approximation itself.
 
     Args:
-        context: the run.
-        model: before.
-        after: the factorized one.
-        chosen: what was replaced, and the products.
+        context: context of the run.
+        model: the model before.
+        after: the factorized model.
+        chosen: the replaced layers, and the products.
 
     Raises:
-        ValidationError: they differ, or preparing the model changed what it computes.
+        ValidationError: they differ, or the preparation of the model changed its outputs.
     """
     analysis = context.analysis
     feeds = synthetic_feeds(context, model.analysis)
     reference = Prepared(*model.parts)
     with Trial.of(analysis) as trial:
-        if model.removed is None and model.as_pruned is None:  # else that was held against the file before
+        if model.removed is None and model.as_pruned is None:  # else the preparation was compared with the file before
             hold_against_file(analysis, trial, (reference.graph.proto, reference.weights), feeds)
         compose_layers(reference.graph, reference.weights, [i for i, _ in chosen], [k for _, k in chosen])
         pair = Pair(trial, reference.model(), after, kinds_of(analysis), rounding_of(analysis, TOLERANCE))
         try:
             facts = pair.compared(feeds).said()
-        except ModelError:  # it declares sizes open that it does not run at
+        except ModelError:  # the model declares sizes open at which it does not run
             if len(feeds) < 2:
                 raise
             facts = pair.compared(feeds[:1]).said()

@@ -1,4 +1,4 @@
-"""Prune: score, choose, cut, and say what was removed."""
+"""Prune: score, choose, remove, and describe the removal."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ Mask = NDArray[np.bool_]
 
 
 class Prune(Pass):
-    """Remove the units that matter least.
+    """Remove the least important units.
 
     Args:
         criterion: a name, or a function from a slot (and its maps) to scores [channels].
         ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all together, see ``scope``.
         plan: a plan or its file, replayed instead of scoring.
-        approximate: also cut through normalisations, which is not exact.
+        approximate: also prune through normalisations, which is not exact.
         options: fields of :class:`onnxprune.allocation.settings.Request`, such as ``layers``, ``scope`` or ``policy``;
             ``onnxprune.prune`` explains them.
 
     Raises:
         UsageError: a value out of range, a pattern that matches nothing, a plan that does not fit, data that a
             criterion needs and that are not there.
-        BudgetError: nothing could be cut.
+        BudgetError: nothing could be pruned.
     """
 
     requires = (UNPRUNED,)
@@ -74,7 +74,7 @@ class Prune(Pass):
         return f"<Prune: {what}>"
 
     def __call__(self, context: Context, model: Model) -> PassResult:
-        """Choose units, cut the model, describe what was removed."""
+        """Choose units, prune the model, describe the removal."""
         # Scoring from data runs the model, for long; everything else makes what stays.
         with nullcontext() if self.plan is None and needs_of(self.criterion) else paused():
             analysis = self.prepared(context, model)
@@ -110,7 +110,7 @@ class Prune(Pass):
         return analysis
 
     def _cut(self, context: Context, analysis: Analysis) -> tuple[Analysis, Mask, ModelParts, Selector | None]:
-        """Cut; a node that has no form with the new sizes is frozen, and the choice is made again without it."""
+        """Prune; a node without a form at the new sizes is frozen, and the units are chosen again."""
         seconds: dict[str, float] = {}
         for _ in range(len(analysis.graph.nodes) + 1):
             selector = None
@@ -128,7 +128,7 @@ class Prune(Pass):
                 removed = atoms_removed(analysis.units, chosen)
                 return analysis, removed, cut_model(analysis, removed), selector
             except CannotRewrite as stop:
-                # Feature maps of a model that is cut in several steps are taken from the cut model.
+                # Feature maps of a model that is pruned in several steps are captured in the pruned model.
                 attempted = removed if removed.any() or selector is None else selector.removed
                 analysis = frozen_at(analysis, stop, attempted)
         raise AssertionError("every node was frozen")  # pragma: no cover
@@ -174,7 +174,7 @@ def frozen_at(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_
                 component = analysis.units.component
                 ids = np.flatnonzero(np.isin(component, np.unique(component[label.ids])))
                 freezes.append((ids, why))
-    if not freezes:  # the node only sees sizes: whatever they were taken from has to stay
+    if not freezes:  # the node only reads sizes: the channels of their tensors are frozen
         ids = _sized(analysis, stop, removed)
         freezes.append((ids if ids.size else np.flatnonzero(removed), why))
     return analysis.with_frozen(freezes)
@@ -201,12 +201,12 @@ def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) 
 
 
 def describe_removal(context: Context, model: Model, selector: Selector | None = None) -> Iterable[Fact]:
-    """Facts about what was removed.
+    """Describe the removal as facts.
 
     Args:
-        context: the run.
-        model: pruned, with its plan.
-        selector: chose the units; None where a plan did.
+        context: context of the run.
+        model: the pruned model, with its plan.
+        selector: selector of the units; None where they come from a plan.
     """
     analysis, original = model.analysis, context.analysis
     num_removed = {g.id: len(g.removed or ()) for g in model.plan.groups}
@@ -232,7 +232,7 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
 
 
 def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:
-    """Every layer before and after, with the reason why it was not touched."""
+    """Return every layer before and after, with the reason where it is unchanged."""
     analysis = model.analysis
     after = After(analysis.table, model.removal)
 
