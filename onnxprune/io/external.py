@@ -63,7 +63,7 @@ def _number(keys: dict[str, str], key: str, tensor: str) -> int | None:
 
 
 def attribute_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Yield tensors that are no initializers of the main graph: in attributes, bodies, functions, sparse forms."""
+    """Yield tensors outside the main graph's initializers: in attributes, bodies, functions, sparse initializers."""
     yield from _sparse(model.graph)
     yield from _node_tensors(model.graph.node)
     for function in model.functions:

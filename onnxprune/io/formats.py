@@ -1,4 +1,4 @@
-"""What a file that is no ONNX model most likely is instead, so that the message can say what to do."""
+"""Guess the format of a file that is no ONNX model, so that the message can name the next step."""
 
 from __future__ import annotations
 

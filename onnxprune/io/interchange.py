@@ -30,7 +30,7 @@ _Proto = TypeVar("_Proto", onnx.NodeProto, onnx.ValueInfoProto, onnx.TensorProto
 
 @dataclass(frozen=True, slots=True)
 class Unrepresented:
-    """What a model holds and a graph of onnx-graphsurgeon does not, without nodes and weights.
+    """Parts of a model that a graph of onnx-graphsurgeon cannot hold, without nodes and weights.
 
     Attributes:
         model: producer, IR version, domain, version, doc string, metadata and training information.
@@ -74,7 +74,7 @@ def to_onnx(model: Any) -> onnx.ModelProto:
 
 
 def to_graphsurgeon(proto: onnx.ModelProto) -> Any:
-    """Convert a model to an onnx_graphsurgeon.Graph that keeps what it has no place for.
+    """Convert a model to an onnx_graphsurgeon.Graph that keeps the parts it has no place for.
 
     Args:
         proto: the model; it is not changed.

@@ -8,7 +8,7 @@ Everything between ``OPEN`` and ``CLOSE`` belongs to a body. A graph with bodies
     ... the body's nodes ...
     END [cond that the body gives] -> [mark]
     TIE [state in the body, next state] -> [final state]      one per state
-    STACK [what the body gives, what tells how often] -> [all of them]
+    STACK [value that the body gives, tensor that determines the number of iterations] -> [stacked values]
     CLOSE [] -> [mark]
 
 and for an If::

@@ -1,4 +1,4 @@
-"""A label: one integer array that says which atom stands at each position of some axes of a tensor."""
+"""A label: one integer array that records which atom stands at each position of some axes of a tensor."""
 
 from __future__ import annotations
 
