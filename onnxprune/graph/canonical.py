@@ -50,8 +50,8 @@ def weight_of(graph: Graph, name: str, depth: int = _DEEPEST) -> NDArray[Any] | 
     return np.asarray(results[node.outputs.index(name)]) if results else None
 
 
-# Bytes by which a folded weight may exceed its sources (a blur kernel repeated for every channel), and the divisor of all
-# weights' bytes that limits a folded operand (positions), which has to be stored before the rest can shrink.
+# Bytes by which a folded weight may exceed its sources (a blur kernel repeated for every channel), and the divisor of
+# all weights' bytes that limits a folded operand (positions), which has to be stored before the rest can shrink.
 FREE, SHARE = 1 << 17, 8
 _FEW = 1 << 12
 
