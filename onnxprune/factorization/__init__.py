@@ -1,1 +1,1 @@
-"""factorization."""
+"""Factorization of layers: decompositions, choice of ranks, and rewriting."""

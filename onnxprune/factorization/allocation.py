@@ -1,4 +1,4 @@
-"""Which layer is factorized at which rank, so that together they cost no more than asked and lose least."""
+"""Choice of the layers to factorize and of their ranks, with least loss within a common budget."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from onnxprune.factorization.ranks import Choice, by_energy, by_vbmf, within
 from onnxprune.factorization.settings import Request
 
 AUTO = ("svd", "tucker", "spatial-svd")
-"""What ``auto`` tries. Not CP: its rank has to be known before anything is, and its filters are slow for their work."""
+"""Methods that ``auto`` tries. CP is excluded: its rank must be known before the fit, and its filters are slow."""
 # Shares of a layer's cost at which ``auto`` looks for ranks.
 SHARES = tuple(np.round(np.arange(0.05, 1.0, 0.05), 2))
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One method at some ranks: ``cost`` in what the budget counts, ``loss`` as a share of the output's energy."""
+    """One method at some ranks: ``cost`` in units of the budget, ``loss`` as a share of the output's energy."""
 
     method: str
     ranks: Ranks
@@ -31,7 +31,7 @@ class Candidate:
 
 @dataclass(slots=True)
 class Opened:
-    """A layer with its weight read, and the fits of methods made when first asked for."""
+    """A layer with its weight loaded, and the fits of methods, computed on first use."""
 
     layer: Layer
     kernel: Real
@@ -42,31 +42,31 @@ class Opened:
 
     @property
     def whole(self) -> int:
-        """Cost of the layer as it is."""
+        """Return the cost of the unchanged layer."""
         stages = [self.layer.shape.whole()]
         return self.layer.macs(stages) if self.cost == "macs" else elements(stages)
 
     def fit(self, name: str) -> Fit:
-        """The kernel laid open for one method."""
+        """Fit one method to the kernel."""
         if name not in self._fits:
             self._fits[name] = METHODS[name].fit(self.kernel, self.metric, self.seed)
         return self._fits[name]
 
     def refusal(self, name: str) -> str:
-        """Why a method cannot take the layer apart; empty where it can."""
+        """Return why a method cannot factorize the layer; empty where it can."""
         return METHODS[name].refusal(self.layer.shape)
 
     def priced(self, name: str, ranks: Ranks) -> Candidate:
-        """A candidate at given ranks; its loss is not known."""
+        """Return a candidate at given ranks; its loss is not known."""
         return Candidate(name, ranks, self._cost(METHODS[name], ranks), 1.0)
 
     def within(self, name: str, limit: float, step: int) -> Candidate | None:
-        """The candidate that loses least and costs at most ``limit``; None where there is none."""
+        """Return the candidate of least loss that costs at most ``limit``; None where there is none."""
         found = within(METHODS[name], self._cost, self.fit(name), limit, step)
         return None if found is None else _candidate(name, found)
 
     def choices(self, names: Sequence[str], step: int) -> Iterator[Candidate]:
-        """Candidates of several methods over the whole range of cost."""
+        """Yield candidates of several methods over the whole range of cost."""
         for name in names:
             if self.refusal(name):
                 continue
@@ -78,7 +78,7 @@ class Opened:
                     yield found
 
     def share(self, candidate: Candidate, cost: str) -> float:
-        """What of the layer's ``macs`` or ``params`` a candidate has."""
+        """Return the share of the layer's ``macs`` or ``params`` that a candidate has."""
         stages, whole = METHODS[candidate.method].stages(self.layer.shape, candidate.ranks), [self.layer.shape.whole()]
         if cost == "macs":
             return self.layer.macs(stages) / max(self.layer.macs(whole), 1)
@@ -100,23 +100,23 @@ _STEPS = 10_000
 def allocate(
     wholes: Sequence[int], options: Sequence[Sequence[Candidate]], gains: Sequence[float], budget: float
 ) -> list[Candidate | None] | None:
-    """One candidate per layer, or None to leave it; None for all where even the cheapest cost too much.
+    """Return one candidate per layer (None: unchanged), or None where even the cheapest exceed the budget.
 
     The multiple-choice knapsack by dynamic programming over the budget in 10,000 steps (Dudzinski and Walukiewicz,
-    European Journal of Operational Research 28, 1987), then what rounding left over is spent where it brings most.
+    European Journal of Operational Research 28, 1987), then the room that rounding leaves is spent where it gains most.
 
     Args:
-        wholes: cost of every layer as it is.
-        options: what could stand in its place.
-        gains: what a layer's loss counts, per layer.
-        budget: what all layers may cost together.
+        wholes: cost of every unchanged layer.
+        options: candidates of every layer.
+        gains: weight of each layer's loss.
+        budget: largest cost of all layers together.
     """
     if reach(wholes, options) > budget:
         return None
     if sum(wholes) <= budget:
         return [None] * len(wholes)
     chosen = _knapsack(wholes, options, gains, budget)
-    if chosen is None:  # only rounding is in the way
+    if chosen is None:  # only rounding prevents a solution
         chosen = [min((None, *own), key=lambda c: _cost(c, w)) for w, own in zip(wholes, options, strict=True)]
     spent = sum(_cost(c, w) for c, w in zip(chosen, wholes, strict=True))
     return _spent(chosen, wholes, options, gains, budget - spent)
@@ -129,7 +129,7 @@ def _cost(candidate: Candidate | None, whole: int) -> int:
 def _knapsack(
     wholes: Sequence[int], options: Sequence[Sequence[Candidate]], gains: Sequence[float], budget: float
 ) -> list[Candidate | None] | None:
-    """Least loss for every number of steps spent, layer by layer; then back from the whole budget."""
+    """Compute the least loss for every number of steps spent, layer by layer; then trace back from the whole budget."""
     loss = np.zeros(_STEPS + 1)
     picked = []
     ways: list[list[Candidate | None]] = [[None, *own] for own in options]
@@ -161,7 +161,7 @@ def _spent(
     gains: Sequence[float],
     room: float,
 ) -> list[Candidate | None]:
-    """Spend what is left of the budget where it brings most, one layer after the other."""
+    """Spend the rest of the budget where it gains most, one layer after the other."""
     while room > 0:
         best: tuple[float, int, Candidate | None] = (0.0, -1, None)
         for k, now in enumerate(chosen):
@@ -181,12 +181,12 @@ def _spent(
 
 
 def reach(wholes: Sequence[int], options: Sequence[Sequence[Candidate]]) -> int:
-    """The least that all layers can cost together."""
+    """Return the least cost of all layers together."""
     return sum(min([w, *(c.cost for c in own)]) for w, own in zip(wholes, options, strict=True))
 
 
 def usual(gains: Sequence[float]) -> list[float]:
-    """Gains with those that could not be measured set to the median of the others."""
+    """Replace gains that could not be measured by the median of the others."""
     known = [g for g in gains if np.isfinite(g)]
     middle = float(np.median(known)) if known else 1.0
     return [g if np.isfinite(g) else middle for g in gains]
@@ -194,14 +194,14 @@ def usual(gains: Sequence[float]) -> list[float]:
 
 @dataclass(slots=True)
 class Chosen:
-    """Choices by the layer's name, and why other layers stay."""
+    """Choices by the layer's name, and why other layers are unchanged."""
 
     taken: dict[str, Candidate] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
 
 def choose_local(opened: Opened, request: Request, chosen: Chosen) -> None:
-    """Decide for one layer on its own.
+    """Choose the ranks of one layer on its own.
 
     Raises:
         UsageError: a rank that a pattern names is out of range.
@@ -235,7 +235,7 @@ def choose_local(opened: Opened, request: Request, chosen: Chosen) -> None:
 def choose_wanted(
     opened: Mapping[str, Opened], wanted: Mapping[str, tuple[str, float]], step: int, chosen: Chosen
 ) -> None:
-    """Ranks for layers whose method and share of the cost are known, {name: (method, share)}; multiples of ``step``."""
+    """Choose ranks for layers of known method and share of the cost, {name: (method, share)}; multiples of ``step``."""
     for name, one in opened.items():
         method, share = wanted.get(name, ("", 0.0))
         found = one.within(method, share * one.whole, step) if method and not one.refusal(method) else None
@@ -246,7 +246,7 @@ def choose_wanted(
 
 
 def _by_vbmf(opened: Opened, request: Request) -> Ranks:
-    """Ranks above noise; CP takes the larger one of the channel modes, as its terms have to span both."""
+    """Return ranks above noise; CP uses the larger of the channel modes, as its terms have to span both."""
     assert request.vbmf is not None
     if request.method != "cp":
         return by_vbmf(opened.fit(request.method), request.vbmf, request.round_to)
@@ -254,7 +254,7 @@ def _by_vbmf(opened: Opened, request: Request) -> Ranks:
 
 
 def _asked(opened: Opened, request: Request, names: Sequence[str]) -> Candidate | str:
-    """The ranks that were named for this layer."""
+    """Return the candidate with the ranks that were given for this layer, or an error text."""
     asked = request.ranks_of(names)
     if asked is None:
         return "no rank is given for it"
@@ -275,7 +275,7 @@ def _asked(opened: Opened, request: Request, names: Sequence[str]) -> Candidate 
 
 
 def read_choices(opened: Mapping[str, Opened], entries: Sequence[tuple[str, str, Ranks]]) -> dict[str, Candidate]:
-    """The choices of a plan, [(name of the layer, method, ranks)].
+    """Return the choices of a plan, [(name of the layer, method, ranks)].
 
     Raises:
         UsageError: no such layer or method, or ranks that do not fit.

@@ -24,9 +24,9 @@ class Stage:
     """The shape of a factor: ``parts`` convolutions side by side, each from ``inputs`` to ``outputs`` channels.
 
     Attributes:
-        role: where it stands (``in``, ``core``, ``out``, ...), part of the names of what is made from it.
+        role: its place (``in``, ``core``, ``out``, ...), part of the names of its node and weight.
         kernel: its size along every spatial axis of the layer, 1 along those that it does not slide over.
-        axes: the spatial axes that it takes the layer's strides, pads and dilations of; every axis is one factor's.
+        axes: the spatial axes whose strides, pads and dilations it applies; every axis belongs to one factor.
     """
 
     role: str
@@ -38,7 +38,7 @@ class Stage:
 
     @property
     def elements(self) -> int:
-        """Number of weights."""
+        """Return the number of weights."""
         return self.parts * self.inputs * prod(self.kernel) * self.outputs
 
 
@@ -51,21 +51,22 @@ class Factor:
 
     @classmethod
     def of(cls, role: str, array: Array, axes: Sequence[int] = ()) -> Factor:
-        """A factor from its weights [parts, inputs, *kernel, outputs]."""
+        """Build a factor from its weights [parts, inputs, *kernel, outputs]."""
         parts, inputs, *kernel, outputs = array.shape
         return cls(Stage(role, parts, inputs, tuple(kernel), outputs, tuple(axes)), np.asarray(array, np.float64))
 
     def split(self, parts: int) -> Array:
-        """[parts, own parts / parts, inputs, *kernel, outputs]."""
+        """Return the weights as [parts, own parts / parts, inputs, *kernel, outputs]."""
         return self.array.reshape(parts, -1, *self.array.shape[1:])
 
 
 def compose(factors: Sequence[Factor], parts: int, channels: int) -> Real:
-    """What the factors amount to, [parts, channels, *kernel, outputs]: one convolution with the product of kernels.
+    """Return the product of factors, [parts, channels, *kernel, outputs]: one convolution with the product of kernels.
 
     Args:
-        parts: of the layer.
-        channels: that one part of it reads.
+        factors: the factors in sequence.
+        parts: number of parts of the layer.
+        channels: number of channels that one part of it reads.
     """
     rank = len(factors[0].stage.kernel)
     whole = np.broadcast_to(np.eye(channels), (parts, channels, channels)).reshape(parts, channels, *[1] * rank, -1)
@@ -75,7 +76,7 @@ def compose(factors: Sequence[Factor], parts: int, channels: int) -> Real:
         left = whole.reshape(parts, channels * prod(before), inner, own.shape[2]).transpose(0, 2, 1, 3)
         right = own.reshape(parts, inner, own.shape[2], -1)
         product = (left @ right).reshape(parts, inner, channels, *before, *behind, -1)
-        # Axes of both kernels in turn: along each of them one of the two has size 1.
+        # Interleave the axes of both kernels: along each of them one of the two has size 1.
         pairs = [a for i in range(rank) for a in (3 + i, 3 + rank + i)]
         spread = product.transpose(0, 2, *pairs, 1, 3 + 2 * rank)
         sizes = [a * b for a, b in zip(before, behind, strict=True)]
@@ -84,11 +85,11 @@ def compose(factors: Sequence[Factor], parts: int, channels: int) -> Real:
 
 
 def features(prefix: Sequence[Factor], array: Array) -> Real:
-    """T^T A for what the prefix makes of the columns: [parts, features, *kernel left, m].
+    """Return T^T A, the prefix T applied to the columns: [parts, features, *kernel left, m].
 
     Args:
-        prefix: factors, T together.
-        array: A [parts, channels, *kernel, m]; kernel axes that the prefix slides over are used up, the others stay.
+        prefix: factors whose product is T.
+        array: A [parts, channels, *kernel, m]; kernel axes that the prefix slides over are contracted.
     """
     parts, width = array.shape[0], array.shape[-1]
     for factor in prefix:
@@ -104,18 +105,18 @@ def features(prefix: Sequence[Factor], array: Array) -> Real:
     return np.asarray(array)
 
 
-# Rounds of higher-order orthogonal iteration; the first brings nearly all of it.
+# Rounds of higher-order orthogonal iteration; the first one has nearly all of the gain.
 _ITERATIONS = 2
-# Rounds of alternating least squares, and the change in error that is not worth another.
+# Rounds of alternating least squares, and the change in error below which they stop.
 _ROUNDS, _ENOUGH = 60, 1e-5
-# Terms that together weigh so many times what they add up to cancel each other: such weights run away and overflow.
+# Ratio between the norms of terms and of their sum above which terms cancel each other: such weights diverge.
 _CANCELLING = 1000.0
-# Pull of every vector towards 0, for a kernel of norm 1: keeps terms from growing against each other.
+# Ridge on every vector, for a kernel of norm 1: it keeps terms from growing against each other.
 _PULL = 1e-6
 
 
 def orthogonal_iteration(kernel: Real, ranks: Mapping[int, int], seed: int) -> list[Real]:
-    """Orthonormal bases [size, rank] of some modes of a tensor, {mode: rank}.
+    """Return orthonormal bases [size, rank] of some modes of a tensor, {mode: rank}.
 
     Higher-order orthogonal iteration. De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21, 2000.
     """
@@ -127,12 +128,14 @@ def orthogonal_iteration(kernel: Real, ranks: Mapping[int, int], seed: int) -> l
 
 
 def least_squares(kernel: Real, rank: int, seed: int, start: str) -> tuple[list[Real], float]:
-    """Unit vectors [size, rank] of every mode, and the squared error; infinite where terms cancel each other.
+    """Return unit vectors [size, rank] of every mode, and the squared error; infinite where terms cancel each other.
 
     Alternating least squares. Carroll and Chang, Psychometrika 35, 1970; Harshman, 1970.
 
     Args:
         kernel: of norm 1.
+        rank: number of terms.
+        seed: seed of the random start.
         start: ``svd`` or ``random``.
     """
     try:
@@ -152,7 +155,7 @@ def least_squares(kernel: Real, rank: int, seed: int, start: str) -> tuple[list[
 
 
 def _leading(matrix: Any, n_eigenvecs: int | None = None, **_: Any) -> tuple[Real, Real, Real]:
-    """Leading singular vectors from the eigenvectors of the smaller product: far faster than an SVD, exact enough."""
+    """Return leading singular vectors from the eigenvectors of the smaller product: far faster than an SVD."""
     count = n_eigenvecs or min(matrix.shape)
     values, vectors = np.linalg.eigh(matrix @ matrix.T)
     left = vectors[:, ::-1][:, :count]
@@ -162,7 +165,7 @@ def _leading(matrix: Any, n_eigenvecs: int | None = None, **_: Any) -> tuple[Rea
 
 
 RIDGE = 1e-3
-"""Share of the mean diagonal added to second moments: what the data never show has to stay roughly right too."""
+"""Share of the mean diagonal added to second moments: it bounds the error in directions without data."""
 
 
 class Metric:
@@ -182,11 +185,11 @@ class Metric:
 
     @property
     def plain(self) -> bool:
-        """Whether no data are behind it."""
+        """Return whether the metric is the identity, without data."""
         return self.full is None and self.shared is None
 
     def times(self, kernel: Array) -> Real:
-        """G A for A [parts, channels, *kernel, m]."""
+        """Return G A for A [parts, channels, *kernel, m]."""
         if self.full is not None:
             return np.asarray((self.full @ kernel.reshape(*self.full.shape[:2], -1)).reshape(kernel.shape))
         if self.shared is not None:
@@ -194,24 +197,24 @@ class Metric:
         return np.asarray(kernel, np.float64)
 
     def energy(self, kernel: Array) -> float:
-        """trace(A^T G A)."""
+        """Return trace(A^T G A)."""
         return float(np.vdot(kernel, self.times(kernel)))
 
     def error(self, kernel: Array, other: Array) -> float:
-        """Energy of the difference as a share of the energy of ``kernel``; 0 for a kernel of zeros."""
+        """Return the energy of the difference as a share of the energy of ``kernel``; 0 for a kernel of zeros."""
         whole = self.energy(kernel)
         return max(self.energy(kernel - other), 0.0) / whole if whole > 0 else 0.0
 
     def channels(self, kernel: Sequence[int]) -> Real | None:
-        """Second moments of the channels, mean over the positions of the kernel; None for the identity."""
+        """Return second moments of the channels, mean over the positions of the kernel; None for the identity."""
         return self.along(kernel, ())
 
     def along(self, kernel: Sequence[int], axes: Sequence[int]) -> Real | None:
-        """Second moments of channels x the kernel's positions along some axes, mean over its other axes.
+        """Return second moments of channels x the kernel's positions along some axes, mean over its other axes.
 
         Args:
             kernel: sizes of the kernel.
-            axes: which of them stay.
+            axes: the axes that are kept.
 
         Returns:
             [parts, m, m], m = channels x sizes along ``axes``; None for the identity.
@@ -233,10 +236,10 @@ class Metric:
         return np.asarray(mean.reshape(parts, side, side))
 
     def seen(self, prefix: Sequence[Factor], kernel: Sequence[int]) -> tuple[Real | None, bool]:
-        """T^T G T for a prefix T, and whether it holds for every position of the kernel that is left, on its own.
+        """Return T^T G T for a prefix T, and whether it holds separately for every remaining position of the kernel.
 
         Returns:
-            [parts, f, f] with f the features (and positions left, where they do not stand alone); None: the identity.
+            [parts, f, f] with f the features (and remaining positions, unless separate); None: the identity.
         """
         if self.full is not None:
             if not prefix:
@@ -255,7 +258,7 @@ class Metric:
 
 
 def root(moments: Real) -> Real:
-    """L of G = L L^T [parts, n, n], with a larger ridge where rounding left G without a root.
+    """Return L of G = L L^T [parts, n, n], with a larger ridge where rounding made G indefinite.
 
     Sums in float32 are off by a few millionths of the largest eigenvalue, which can be more than the ridge there is.
 
@@ -271,7 +274,7 @@ def root(moments: Real) -> Real:
 
 
 def ridged(gram: Array, ridge: float = RIDGE) -> Real:
-    """A matrix with a ridge on its diagonal, parts apart; with the usual one, zero ones become the identity."""
+    """Add a ridge to the diagonal, parts separately; with the usual one, zero matrices become the identity."""
     n = gram.shape[-1]
     mean = np.einsum("...ii->...", gram) / n
     mean = np.where(mean > 0, mean, 1.0)
@@ -280,7 +283,7 @@ def ridged(gram: Array, ridge: float = RIDGE) -> Real:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A matrix M [parts, n, o] = core @ out by its directions of most output energy; cut at any rank.
+    """A matrix M [parts, n, o] = core @ out by its directions of most output energy; truncated at any rank.
 
     Attributes:
         core: [parts, n, r].
@@ -293,14 +296,16 @@ class Split:
     energies: Real
 
     def at(self, rank: int) -> tuple[Real, Real]:
-        """The best factors of that rank."""
+        """Return the best factors of that rank."""
         return self.core[..., :rank], self.out[:, :rank]
 
 
 def fitted(metric: Metric, prefix: Sequence[Factor], kernel: Real) -> tuple[Real, Real | None, bool]:
-    """M = argmin |X (K - T M)|^2 = (T^T G T)^-1 T^T G K for a prefix T.
+    """Fit M = argmin |X (K - T M)|^2 = (T^T G T)^-1 T^T G K for a prefix T.
 
     Args:
+        metric: the metric of the error, |X E|^2 = trace(E^T G E).
+        prefix: factors whose product is T.
         kernel: K [parts, channels, *kernel, o].
 
     Returns:
@@ -312,7 +317,7 @@ def fitted(metric: Metric, prefix: Sequence[Factor], kernel: Real) -> tuple[Real
         return kernel, seen, alone
     cross = features(prefix, metric.times(kernel))
     assert seen is not None
-    # Columns of a prefix may depend on each other: the smallest solution then.
+    # Columns of a prefix may be linearly dependent: use the minimum-norm solution.
     flat = cross.reshape(len(cross), seen.shape[-1], -1)
     scale = np.einsum("pii->p", seen)[:, None, None] / seen.shape[-1]
     damped = seen + 1e-10 * np.where(scale > 0, scale, 1.0) * np.eye(seen.shape[-1])
@@ -321,14 +326,16 @@ def fitted(metric: Metric, prefix: Sequence[Factor], kernel: Real) -> tuple[Real
 
 
 def split(matrix: Real, seen: Real | None, alone: bool) -> Split:
-    """Directions of the output Y = X M by energy: eigenvectors of M^T G M, or for wide outputs of G^T/2 M M^T G^1/2.
+    """Return directions of the output Y = X M by energy: eigenvectors of M^T G M.
 
-    Reduced-rank regression; with G the identity, the singular value decomposition of M. Zhang et al., Accelerating Very
-    Deep Convolutional Networks, TPAMI 2016, section 3.1; Wang et al., SVD-LLM, ICLR 2025, for the whitened form.
+    For wide outputs those of G^T/2 M M^T G^1/2. This is reduced-rank regression; with G the identity, the singular
+    value decomposition of M. Zhang et al., Accelerating Very Deep Convolutional Networks, TPAMI 2016, section 3.1; Wang
+    et al., SVD-LLM, ICLR 2025, for the whitened form.
 
     Args:
         matrix: M [parts, features, *kernel left, o].
-        seen, alone: G, see ``Metric.seen``.
+        seen: G, see ``Metric.seen``; None for the identity.
+        alone: whether G holds separately per position, see ``Metric.seen``.
     """
     parts, outputs = len(matrix), matrix.shape[-1]
     flat = matrix.reshape(parts, -1, outputs)
@@ -347,7 +354,7 @@ def split(matrix: Real, seen: Real | None, alone: bool) -> Split:
 
 
 def _apply(gram: Real | None, matrix: Real, alone: bool) -> Real:
-    """G M as [parts, n, o]; where G holds per position, for every one of them."""
+    """Return G M as [parts, n, o], separately per position where G holds per position."""
     parts, outputs = len(matrix), matrix.shape[-1]
     if gram is None:
         return matrix.reshape(parts, -1, outputs)
@@ -356,7 +363,7 @@ def _apply(gram: Real | None, matrix: Real, alone: bool) -> Real:
 
 
 def falling(matrix: Real) -> tuple[Real, Real]:
-    """Eigenvalues of symmetric matrices [parts, n, n] from the largest, summed over parts, and their vectors."""
+    """Return eigenvalues of symmetric matrices [parts, n, n] from the largest, summed over parts, and their vectors."""
     values, vectors = np.linalg.eigh((matrix + matrix.transpose(0, 2, 1)) / 2)
     return np.maximum(values[:, ::-1], 0.0).sum(axis=0), np.ascontiguousarray(vectors[..., ::-1])
 
@@ -375,16 +382,16 @@ class Shape:
 
     @property
     def columns(self) -> int:
-        """Rows of the kernel as a matrix."""
+        """Return the number of rows of the kernel as a matrix."""
         return self.inputs * prod(self.kernel)
 
     @property
     def wide(self) -> list[int]:
-        """The spatial axes along which the kernel has more than one position."""
+        """Return the spatial axes along which the kernel has more than one position."""
         return [i for i, k in enumerate(self.kernel) if k > 1]
 
     def whole(self) -> Stage:
-        """The layer as one stage."""
+        """Return the layer as one stage."""
         return Stage("whole", self.parts, self.inputs, self.kernel, self.outputs, tuple(range(len(self.kernel))))
 
 
@@ -393,9 +400,9 @@ class Mode:
     """One rank of a decomposition.
 
     Attributes:
-        name: what it is the rank of.
-        size: the largest that makes sense.
-        energies: what every step adds to the energy kept, falling; None where there is no such order.
+        name: name of the ranked axis.
+        size: the largest useful rank.
+        energies: energy that every step adds, falling; None where there is no such order.
         other: the longer side of the matrix whose singular values squared these are.
     """
 
@@ -406,22 +413,22 @@ class Mode:
 
 
 class Fit(ABC):
-    """A kernel laid open so that factors of any rank can be read off."""
+    """A decomposed kernel that gives factors of any rank."""
 
     modes: tuple[Mode, ...]
     note: str = ""
 
     @abstractmethod
     def factors(self, ranks: Ranks) -> list[Factor]:
-        """The factors at these ranks, one per mode."""
+        """Return the factors at these ranks, one per mode."""
 
 
 class Method(ABC):
-    """One way to take a kernel apart.
+    """One way to factorize a kernel.
 
     Attributes:
-        name: of the command line.
-        modes: what its ranks count, in their order.
+        name: name on the command line.
+        modes: names of its ranks, in their order.
     """
 
     name: str
@@ -429,39 +436,39 @@ class Method(ABC):
 
     @abstractmethod
     def refusal(self, shape: Shape) -> str:
-        """Why kernels of this shape cannot be taken apart like this; empty where they can."""
+        """Return why kernels of this shape cannot be factorized by this method; empty where they can."""
 
     @abstractmethod
     def limits(self, shape: Shape) -> Ranks:
-        """The largest rank of every mode: there the factors say what the kernel says."""
+        """Return the largest rank of every mode, at which the factors equal the kernel."""
 
     @abstractmethod
     def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
-        """Shapes of the factors at these ranks."""
+        """Return shapes of the factors at these ranks."""
 
     @abstractmethod
     def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
-        """Lay a kernel [parts, inputs, *kernel, outputs] open, so that errors under ``metric`` are small."""
+        """Decompose a kernel [parts, inputs, *kernel, outputs] with small errors under ``metric``."""
 
 
 def shape_of(kernel: Real) -> Shape:
-    """Sizes of a kernel [parts, inputs, *kernel, outputs]."""
+    """Return the sizes of a kernel [parts, inputs, *kernel, outputs]."""
     return Shape(kernel.shape[0], kernel.shape[1], tuple(kernel.shape[2:-1]), kernel.shape[-1])
 
 
 def last(shape: Shape, inputs: int, axes: Sequence[int], role: str, outputs: int) -> Stage:
-    """The stage that slides over ``axes`` with what the kernel has there, from ``inputs`` channels of every part."""
+    """Return the stage that applies the kernel along ``axes``, from ``inputs`` channels of every part."""
     kernel = tuple(k if i in axes else 1 for i, k in enumerate(shape.kernel))
     return Stage(role, shape.parts, inputs, kernel, outputs, tuple(axes))
 
 
 def pointwise(shape: Shape, role: str, inputs: int, outputs: int) -> Stage:
-    """A stage that mixes channels at every position on its own."""
+    """Return a stage that mixes channels at every position on its own."""
     return Stage(role, shape.parts, inputs, (1,) * len(shape.kernel), outputs)
 
 
 def placed(stages: Sequence[Stage], arrays: Sequence[Real]) -> list[Factor]:
-    """Factors of these stages from their weights in any shape of the same order."""
+    """Return factors of these stages from their weights in any shape of the same order."""
     made = []
     for stage, array in zip(stages, arrays, strict=True):
         made.append(Factor(stage, array.reshape(stage.parts, stage.inputs, *stage.kernel, stage.outputs)))
@@ -469,7 +476,7 @@ def placed(stages: Sequence[Stage], arrays: Sequence[Real]) -> list[Factor]:
 
 
 class Whitener:
-    """With second moments G = L L^T: ``into`` gives L^T A, ``back`` a basis of what A's columns L^-T A span.
+    """With second moments G = L L^T: ``into`` returns L^T A, ``back`` a basis of the span of L^-T V.
 
     Args:
         moments: G [parts, n, n], positive definite; None for the identity.
@@ -479,11 +486,11 @@ class Whitener:
         self._root = None if moments is None else root(moments)
 
     def into(self, matrix: Array) -> Real:
-        """L^T A for A [parts, n, m]."""
+        """Return L^T A for A [parts, n, m]."""
         return np.asarray(matrix if self._root is None else self._root.transpose(0, 2, 1) @ matrix, np.float64)
 
     def back(self, vectors: Array) -> Real:
-        """L^-T V for V [parts, n, m], columns of length 1: a prefix may have any scale, the last factor follows."""
+        """Return L^-T V for V [parts, n, m], columns of length 1: the last factor compensates the scale of a prefix."""
         if self._root is None:
             return np.asarray(vectors, np.float64)
         solved = [solve_triangular(r, v, trans="T", lower=True) for r, v in zip(self._root, vectors, strict=True)]
@@ -497,7 +504,7 @@ _STARTS = 2
 
 
 class Degenerate(Exception):
-    """Every start ended in terms that cancel each other; there is no best approximation of that rank."""
+    """Every start led to terms that cancel each other; there is no best approximation of that rank."""
 
 
 class Cp(Method):
@@ -509,29 +516,29 @@ class Cp(Method):
     name = "cp"
 
     def refusal(self, shape: Shape) -> str:
-        """A kernel with positions, and channels to mix."""
+        """Return why CP does not apply: it needs a kernel with positions, and channels to mix."""
         if not shape.wide:
             return "its kernel is one position: svd says all there is to say"
         return "every part of it has a single channel on one side" if min(shape.inputs, shape.outputs) < 2 else ""
 
     def limits(self, shape: Shape) -> Ranks:
-        """Where any kernel can be written so: all pairs of all modes but the longest."""
+        """Return the rank at which any kernel is exact: the product of the sizes of all modes but the longest."""
         modes = [shape.inputs, *shape.kernel, shape.outputs]
         return (int(np.prod(modes, dtype=np.int64)) // max(modes),)
 
     def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
-        """1x1, one filter per channel along every axis, 1x1."""
+        """Return 1x1, one filter per channel along every axis, 1x1."""
         rank, axes = ranks[0], shape.wide
         made = [pointwise(shape, "in", shape.inputs, rank)]
         for i in axes:
             kernel = tuple(k if j == i else 1 for j, k in enumerate(shape.kernel))
-            # Axes along which nothing slides go with the first filter, so that their strides come early.
+            # The first filter also has the axes of kernel size 1, so that their strides apply early.
             own = [j for j in range(len(shape.kernel)) if j == i or (i == axes[0] and j not in axes)]
             made.append(Stage(f"axis{i}", shape.parts * rank, 1, kernel, 1, tuple(own)))
         return [*made, pointwise(shape, "out", rank, shape.outputs)]
 
     def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
-        """Nothing is known before the rank is."""
+        """Return a fit that computes nothing until the rank is known."""
         return _CpFit(self, kernel, metric, seed)
 
 
@@ -544,10 +551,10 @@ class _CpFit(Fit):
         self.modes = (Mode("rank", method.limits(self._shape)[0]),)
 
     def factors(self, ranks: Ranks) -> list[Factor]:
-        """The factors.
+        """Return the factors.
 
         Raises:
-            Degenerate: see there.
+            Degenerate: the terms of every start cancel each other.
         """
         shape, stages = self._shape, self._method.stages(self._shape, ranks)
         terms = [_terms(part, ranks[0], self._seed) for part in self._seen]
@@ -559,9 +566,9 @@ class _CpFit(Fit):
 
 
 def _terms(kernel: Real, rank: int, seed: int) -> list[Real]:
-    """Unit vectors of every mode but the outputs', [size, rank] each, of the start that errs least.
+    """Return unit vectors of every mode but the outputs', [size, rank] each, of the start with least error.
 
-    Long modes are first cut to the rank by their leading directions, in which the rest then happens.
+    Long modes are first projected to their leading directions, as many as the rank, in which the terms are computed.
     """
     if rank * max(kernel.shape) >= kernel.size:
         return _unit_terms(kernel, rank)
@@ -574,7 +581,7 @@ def _terms(kernel: Real, rank: int, seed: int) -> list[Real]:
             basis = falling(flat @ flat.transpose(0, 2, 1))[1][0, :, :rank]
             kernel = np.moveaxis(np.tensordot(kernel, basis, (mode, 0)), -1, mode)
             bases[mode] = basis
-    # Imported where it is needed: tensorly takes a while to load.
+    # Imported on use: tensorly takes a while to load.
 
     best, error = None, np.inf
     for start in range(1 + _STARTS):
@@ -587,7 +594,7 @@ def _terms(kernel: Real, rank: int, seed: int) -> list[Real]:
 
 
 def _unit_terms(kernel: Real, rank: int) -> list[Real]:
-    """One term for every place of all modes but the longest, which holds the values: any kernel is their sum."""
+    """Return one term for every position of all modes but the longest, which has the values: exact for any kernel."""
     longest = int(np.argmax(kernel.shape))
     others = [n if mode != longest else 1 for mode, n in enumerate(kernel.shape)]
     places = np.indices(others).reshape(kernel.ndim, -1)
@@ -609,16 +616,16 @@ class SpatialSvd(Method):
     name = "spatial-svd"
 
     def refusal(self, shape: Shape) -> str:
-        """Two axes to tell apart."""
+        """Return why spatial SVD does not apply: it needs two spatial axes."""
         return "" if len(shape.wide) > 1 else "its kernel lies along fewer than two axes"
 
     def limits(self, shape: Shape) -> Ranks:
-        """The shorter side of the matrix."""
+        """Return the shorter side of the matrix."""
         first = shape.inputs * shape.kernel[shape.wide[0]]
         return (min(first, shape.columns // first * shape.inputs * shape.outputs),)
 
     def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
-        """Along one axis to r channels, along the others to the outputs."""
+        """Return a stage along one axis to r channels, and one along the others to the outputs."""
         first, rest = _axes(shape)
         return [
             last(shape, shape.inputs, first, "first", ranks[0]),
@@ -626,12 +633,12 @@ class SpatialSvd(Method):
         ]
 
     def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
-        """Directions of channels x k1 by energy."""
+        """Decompose into directions of channels x k1 by energy."""
         return _SpatialFit(self, kernel, metric)
 
 
 def _axes(shape: Shape) -> tuple[list[int], list[int]]:
-    """Axes of the first factor (and those along which nothing slides: their strides come early), and the others."""
+    """Return axes of the first factor (with those of kernel size 1: their strides apply early), and the others."""
     rest = shape.wide[1:]
     return [i for i in range(len(shape.kernel)) if i not in rest], rest
 
@@ -666,15 +673,15 @@ class Svd(Method):
     name = "svd"
 
     def refusal(self, shape: Shape) -> str:
-        """There have to be two sides to go between."""
+        """Return why SVD does not apply: it needs a matrix of two sides."""
         return "every part of it has a single channel on one side" if min(self.limits(shape)) < 2 else ""
 
     def limits(self, shape: Shape) -> Ranks:
-        """The shorter side of the matrix."""
+        """Return the shorter side of the matrix."""
         return (min(shape.columns, shape.outputs),)
 
     def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
-        """The layer with r outputs, then 1x1."""
+        """Return the layer with r outputs, then 1x1."""
         everywhere = range(len(shape.kernel))
         return [
             last(shape, shape.inputs, everywhere, "core", ranks[0]),
@@ -682,7 +689,7 @@ class Svd(Method):
         ]
 
     def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
-        """The directions of the output by energy."""
+        """Decompose into the directions of the output by energy."""
         return _SvdFit(self, kernel, metric)
 
 
@@ -698,31 +705,31 @@ class _SvdFit(Fit):
 
 
 LARGE = 5
-"""Positions along an axis from which on its own rank is looked for."""
+"""Least number of positions along an axis that gets a rank of its own."""
 
 
 class Tucker(Method):
     """K = core x_in U_in x_out U_out: 1x1, the core, 1x1. Kim et al., ICLR 2016.
 
     Ranks are those of the input and output channels; further ones, of spatial axes, make the core smaller there:
-    every channel is then first filtered along that axis. A rank of 0 leaves a mode as it is.
+    every channel is then first filtered along that axis. A rank of 0 keeps a mode whole.
     """
 
     name = "tucker"
     modes = ("in", "out")
 
     def refusal(self, shape: Shape) -> str:
-        """A matrix has no more than two modes, and SVD is best there."""
+        """Return why Tucker does not apply: a matrix has no more than two modes, for which SVD is optimal."""
         if not shape.wide:
             return "its kernel is one position: svd says all there is to say"
         return "every part of it has a single channel" if max(shape.inputs, shape.outputs) < 2 else ""
 
     def limits(self, shape: Shape) -> Ranks:
-        """All channels."""
+        """Return all channels."""
         return shape.inputs, min(shape.columns, shape.outputs)
 
     def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
-        """1x1, filters along the axes with a rank of their own, the core with what is left of the kernel, 1x1."""
+        """Return 1x1, filters along the axes with a rank of their own, the core with the rest of the kernel, 1x1."""
         into, out, *spatial = ranks
         made, width = list[Stage](), shape.inputs
         if into:
@@ -737,7 +744,7 @@ class Tucker(Method):
         return [*made, pointwise(shape, "out", out, shape.outputs)] if out else made
 
     def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
-        """Directions of every mode by energy."""
+        """Decompose into directions of every mode by energy."""
         return _TuckerFit(self, kernel, metric, seed)
 
 
@@ -748,7 +755,7 @@ class _TuckerFit(Fit):
         self._white = Whitener(metric.channels(shape.kernel))
         flat = kernel.reshape(shape.parts, shape.inputs, -1)
         seen = self._white.into(flat)
-        # The kernel in channels that all count alike: [parts, inputs, *kernel, outputs].
+        # The kernel in whitened channels: [parts, inputs, *kernel, outputs].
         self._seen = seen.reshape(kernel.shape)
         energies, _ = falling(seen @ seen.transpose(0, 2, 1))
         out = split(*fitted(metric, (), kernel)).energies
@@ -762,7 +769,7 @@ class _TuckerFit(Fit):
         )
 
     def _axis(self, i: int) -> Mode:
-        """A spatial axis; of a short one no rank is looked for."""
+        """Return the mode of a spatial axis; a short one gets no rank of its own."""
         size = self._shape.kernel[i]
         moved = np.moveaxis(self._seen, 2 + i, 1).reshape(self._shape.parts, size, -1)
         energies = falling(moved @ moved.transpose(0, 2, 1))[0]
@@ -786,8 +793,8 @@ class _TuckerFit(Fit):
         return [*prefix, *placed(stages[len(arrays) :], split(matrix, seen, alone).at(out))]
 
     def _iterated(self, into: int, out: int, spatial: list[int]) -> dict[int, Real]:
-        """Bases of the modes, {0: [parts, inputs, r], 1 + axis: [parts, k, r]}, by HOOI (De Lathauwer et al., 2000)."""
-        # Imported where it is needed: tensorly takes a while to load.
+        """Return bases of modes, {0: [parts, inputs, r], 1 + axis: [parts, k, r]}, by HOOI (De Lathauwer et al., 2000)."""
+        # Imported on use: tensorly takes a while to load.
 
         modes = {0: into, **{1 + i: r for i, r in enumerate(spatial)}, self._seen.ndim - 2: out}
         wanted = {mode: rank for mode, rank in modes.items() if rank}
@@ -825,13 +832,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Where a layer runs.
+    """The geometry of a layer.
 
     Attributes:
-        rows: samples times whatever else the kernel does not slide over.
+        rows: samples times the sizes of all axes that the kernel does not slide over.
         before, after: positions along every spatial axis of its input and of its output.
-        spreading: it is a transposed convolution, whose work is per position of its input.
-        looked_up: its first stage looks rows up and multiplies nothing.
+        spreading: whether it is a transposed convolution, whose work is per position of its input.
+        looked_up: whether its first stage looks rows up without multiplication.
     """
 
     rows: int
@@ -841,7 +848,7 @@ class Geometry:
     looked_up: bool = False
 
     def macs(self, stages: Sequence[Stage]) -> int:
-        """Multiply-accumulates of stages in turn."""
+        """Return the multiply-accumulates of stages in sequence."""
         total, sizes = 0, list(self.before)
         for number, stage in enumerate(stages):
             if self.looked_up and number == 0:
@@ -855,5 +862,5 @@ class Geometry:
 
 
 def elements(stages: Sequence[Stage]) -> int:
-    """Weights of stages together."""
+    """Return the number of weights of all stages."""
     return sum(stage.elements for stage in stages)

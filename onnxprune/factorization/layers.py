@@ -1,4 +1,4 @@
-"""Layers that can be factorized: nodes that read one weight, the weight as a kernel, and the factors in its place."""
+"""Layers that can be factorized: nodes that read one weight, the weight as a kernel, and the factors to replace it."""
 
 from __future__ import annotations
 
@@ -32,46 +32,47 @@ class Use:
 
 
 class Operator(ABC):
-    """How one operator lays its weight open, and which nodes can stand in its place."""
+    """The kernel of one operator's weight, and the nodes that can replace the operator."""
 
     @abstractmethod
     def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
-        """The kernel's shape and where it runs, or why it stays.
+        """Return the kernel's shape and geometry, or the reason why the node cannot be factorized.
 
         Args:
-            position: of the weight among the inputs.
+            node: the node.
+            position: position of the weight among the inputs.
             form: the node as a product, None where it is none.
-            shapes: of inputs and then outputs.
+            shapes: shapes of inputs and then outputs.
         """
 
     def kernel(self, weight: Array, described: Described) -> Real:
-        """The weight as [parts, inputs, *kernel, outputs] in float64."""
+        """Return the weight as [parts, inputs, *kernel, outputs] in float64."""
         shape, form = described.shape, described.form
         matrix = np.asarray(weight, np.float64) if form is None else form.matrix(np.asarray(weight, np.float64))
         return np.ascontiguousarray(matrix).reshape(shape.parts, shape.inputs, *shape.kernel, shape.outputs)
 
     def weight(self, kernel: Real, described: Described, like: Array) -> Array:
-        """The inverse of ``kernel``: a weight of the shape of ``like``."""
+        """Return the inverse of ``kernel``: a weight of the shape of ``like``."""
         shape, form = described.shape, described.form
         matrix = kernel.reshape(shape.parts, shape.columns, shape.outputs)
         return matrix.reshape(like.shape) if form is None else form.restore(matrix, like)
 
     @abstractmethod
     def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
-        """Weights of the new nodes, one per factor; ``like``: shape of the weight there was."""
+        """Return weights of the new nodes, one per factor; ``like``: shape of the old weight."""
 
     @abstractmethod
     def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
-        """Nodes in the place of ``node`` that read these weights, one per factor; the last one makes its outputs."""
+        """Return nodes that replace ``node`` and read these weights, one per factor; the last has its outputs."""
 
     def bias(self, node: Node) -> int | None:
-        """Position of an input that is added per output channel, of this node and of the last one in its place."""
+        """Return the input position of a per-channel bias, of this node and of the last one that replaces it."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What an operator says of one node: the kernel's shape, where it runs, and its form."""
+    """The description of one node: the kernel's shape, its geometry, and its form."""
 
     shape: Shape
     geometry: Geometry
@@ -80,7 +81,7 @@ class Described:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Names for what is new: ``tensor`` and ``node`` give one for a role, ``constant`` takes in a value."""
+    """Names of new elements: ``tensor`` and ``node`` return one for a role, ``constant`` adds a value."""
 
     tensor: Callable[[str], str]
     node: Callable[[str], str]
@@ -91,13 +92,13 @@ class Made:
 
 @dataclass(slots=True)
 class Layer:
-    """A weight that can be taken apart.
+    """A weight that can be factorized.
 
     Attributes:
-        name: of the first node that reads it.
-        weight: its name.
-        position: of the weight among the nodes' inputs.
-        operator, described: of the first node.
+        name: name of the first node that reads it.
+        weight: name of the weight.
+        position: position of the weight among the nodes' inputs.
+        operator, described: operator and description of the first node.
         uses: every node that reads it.
     """
 
@@ -110,16 +111,16 @@ class Layer:
 
     @property
     def shape(self) -> Shape:
-        """Sizes of the kernel."""
+        """Return the sizes of the kernel."""
         return self.described.shape
 
     def macs(self, stages: Sequence[Any]) -> int:
-        """Multiply-accumulates of stages in the place of every node that reads the weight."""
+        """Return multiply-accumulates of stages in the place of every node that reads the weight."""
         return sum(use.node.repeats * use.geometry.macs(stages) for use in self.uses)
 
     @property
     def names(self) -> Iterator[str]:
-        """What patterns are matched against."""
+        """Yield the names that patterns are matched against."""
         yield from (use.node.label for use in self.uses)
         yield self.weight
 
@@ -131,7 +132,7 @@ class Convolution(Operator):
     """Conv of any rank, stride, dilation, padding and number of groups, and its transpose."""
 
     def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
-        """Windows with a plain product."""
+        """Describe a convolution that is a plain product of windows."""
         if not isinstance(form, Windows):
             return (
                 "its output size is an attribute" if node.op == "ConvTranspose" else "its data come in another layout"
@@ -148,12 +149,12 @@ class Convolution(Operator):
         return Described(shape, Geometry(data[0], tuple(data[2:]), tuple(out[2:]), spreading), form)
 
     def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
-        """[O, C / group, *kernel] each; of a transposed one that slides [C, O / group, *kernel], flipped."""
+        """Return [O, C / group, *kernel] each; flipped [C, O / group, *kernel] for a transposed one that slides."""
         spreading = described.geometry.spreading
         return [_transposed(f) if spreading and f.stage.axes else _plain(f) for f in factors]
 
     def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
-        """One convolution per factor; the last one has the bias."""
+        """Return one convolution per factor; the last one has the bias."""
         result, source = [], node.inputs[0]
         for factor, weight in zip(factors, weights, strict=True):
             last = factor is factors[-1]
@@ -169,7 +170,7 @@ class Convolution(Operator):
         return result
 
     def bias(self, node: Node) -> int | None:
-        """The third input."""
+        """Return the position of the third input."""
         return _BIAS
 
 
@@ -186,7 +187,7 @@ def _transposed(factor: Factor) -> Array:
 
 
 def _attributes(node: Node, stage: Stage) -> dict[str, Any]:
-    """The layer's attributes along the stage's axes, nothing along the others."""
+    """Return the layer's attributes along the stage's axes, and defaults along the others."""
     rank = len(stage.kernel)
     result: dict[str, Any] = {"kernel_shape": list(stage.kernel), "group": stage.parts}
     if not stage.axes:
@@ -203,7 +204,7 @@ def _attributes(node: Node, stage: Stage) -> dict[str, Any]:
 
 
 def _copied(node: Node, **changes: Any) -> onnx.NodeProto:
-    """The node with other attributes; those that are None go."""
+    """Return the node with other attributes; attributes that are None are removed."""
     proto = onnx.NodeProto()
     proto.CopyFrom(node.proto)
     for name, value in changes.items():
@@ -226,7 +227,7 @@ class Product(Operator):
     """MatMul, Gemm and onnxruntime's FusedMatMul: the same operator twice."""
 
     def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
-        """A product whose weight is one matrix, or one per batch."""
+        """Describe a product whose weight is one matrix, or one per batch."""
         if not isinstance(form, Pairwise):
             return "its weight is broadcast against its data"
         if not form.plain:
@@ -238,7 +239,7 @@ class Product(Operator):
         return _described(form, shapes)
 
     def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
-        """Laid out as the weight was."""
+        """Return the factors in the layout of the weight."""
         form = described.form
         assert isinstance(form, Pairwise)
         letters, rank = form.terms[1], factors[0].stage.outputs
@@ -252,7 +253,7 @@ class Product(Operator):
         ]
 
     def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
-        """First without bias and scale; the second reads what the first made, which is transposed no more."""
+        """Return two products: the first without bias and scale; the second does not transpose its data."""
         form, between = made.described.form, made.tensor("core")
         assert form is not None
         transposed = "transA" if form.data == 0 else "transB"
@@ -270,28 +271,28 @@ class Product(Operator):
         ]
 
     def bias(self, node: Node) -> int | None:
-        """Gemm's third input."""
+        """Return the position of Gemm's third input."""
         return 2 if node.op == "Gemm" else None
 
 
 class Equation(Product):
-    """Einsum: the matrix between gets a letter of its own."""
+    """Einsum: the rank axis gets a letter of its own."""
 
     def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
-        """Any product of data and weight."""
+        """Describe any product of data and weight."""
         if not isinstance(form, Pairwise):
             return "its equation is no product of data and one weight"
         return _described(form, shapes)
 
     def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
-        """[parts, summed, rank] and [parts, rank, made], letter by letter."""
+        """Return [parts, summed, rank] and [parts, rank, made], letter by letter."""
         form, rank = described.form, factors[0].stage.outputs
         assert isinstance(form, Pairwise)
         parts, summed, made = ([form.size[c] for c in group] for group in (form.part_letters, form.summed, form.made))
         return [factors[0].array.reshape(*parts, *summed, rank), factors[1].array.reshape(*parts, rank, *made)]
 
     def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
-        """Data and core to everything but what is summed, then on to the output."""
+        """Return a product of data and core over the summed letters, then one of its result with the second factor."""
         form, between = made.described.form, made.tensor("core")
         assert isinstance(form, Pairwise)
         left, _, out = form.terms
@@ -305,24 +306,24 @@ class Equation(Product):
         ]
 
     def bias(self, node: Node) -> int | None:
-        """There is none."""
+        """Return None: Einsum has no bias."""
         return None
 
 
 class Recurrent(Operator):
-    """LSTM, GRU, RNN: the weights of what is read; all gates and directions share the first factor.
+    """LSTM, GRU, RNN: the weights of the input; all gates and directions share the first factor.
 
-    The weights of the state stay: the operator multiplies by them at every step, inside.
+    The recurrent weights are not factorized: the operator multiplies by them at every step, inside.
     """
 
     def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
-        """W alone, with the sequence or the batch first."""
+        """Describe W alone, with the sequence or the batch first."""
         if position == 2:
             return "the operator multiplies its state by it inside, at every step"
         return _described(form, shapes) if isinstance(form, Pairwise) else "its sizes are not known"
 
     def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
-        """[I, r], and W [directions, gates, r]."""
+        """Return [I, r], and W [directions, gates, r]."""
         form = described.form
         assert form is not None
         rank = factors[0].stage.outputs
@@ -330,7 +331,7 @@ class Recurrent(Operator):
         return [factors[0].array[0], form.restore(factors[1].array, shorter)]
 
     def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
-        """A product in front of the same operator."""
+        """Return a product in front of the same operator."""
         between = made.tensor("core")
         first = onnx.helper.make_node("MatMul", [node.inputs[0], weights[0]], [between], name=made.node("core"))
         second = _copied(node)
@@ -342,7 +343,7 @@ class Embedding(Operator):
     """Gather of rows of a table: rows of a narrower one, widened by a product."""
 
     def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
-        """Rows of a matrix."""
+        """Describe rows of a matrix."""
         table, out = shapes[0], shapes[len(node.inputs)]
         if position != 0 or len(table) != 2 or node.attrs.get("axis", 0) not in (0, -2):
             return "it is no table of rows"
@@ -351,11 +352,11 @@ class Embedding(Operator):
         return Described(Shape(1, table[0], (), table[1]), Geometry(prod(out[:-1]), looked_up=True), None)
 
     def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
-        """[rows, r] and [r, width]."""
+        """Return [rows, r] and [r, width]."""
         return [factor.array[0] for factor in factors]
 
     def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
-        """Gather, then MatMul."""
+        """Return Gather, then MatMul."""
         between = made.tensor("core")
         return [
             _wired(_copied(node), [weights[0], node.inputs[1]], between, made.node("core")),
@@ -387,18 +388,18 @@ OPERATORS: dict[tuple[str, str], Operator] = {
 
 @dataclass(slots=True)
 class Found:
-    """Layers that can be taken apart, and why others cannot, {name of the node: reason}."""
+    """Layers that can be factorized, and why others cannot, {name of the node: reason}."""
 
     layers: list[Layer] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
 
 def find_layers(graph: Graph, shape: ShapeOf) -> Found:
-    """Every weight that nodes of one kind read in one way.
+    """Find every weight that nodes of one kind read in one way.
 
     Args:
-        graph: with weights that are computed from constants folded.
-        shape: of every tensor at the probe sizes.
+        graph: the graph, with weights computed from constants folded.
+        shape: shape of every tensor at the probe sizes.
     """
     found = Found()
     by_weight: dict[str, Layer] = {}
@@ -409,7 +410,7 @@ def find_layers(graph: Graph, shape: ShapeOf) -> Found:
         if operator is None:
             found.left[node.label] = f"{node.op} holds its weights in a way of its own"
             continue
-        # A table that is looked up is no layer, and still a weight.
+        # A lookup table is not a layer, but a weight.
         for position in rule_of(node).weights[:2] or (0,):
             name = node.inputs[position] if position < len(node.inputs) else ""
             if name and _matrix(graph, name):
@@ -431,7 +432,7 @@ def _reads_weight(graph: Graph, node: Node) -> bool:
 
 
 def _matrix(graph: Graph, name: str) -> bool:
-    """Whether a tensor is a weight with two sides, stored or computed from stored ones."""
+    """Return whether a tensor is a weight with two sides, stored or computed from stored ones."""
     if name in graph.weights:
         return len(graph.weights[name].shape) > 1
     producer = graph.producer.get(name)
@@ -447,7 +448,7 @@ def _take(
     found: Found,
     by_weight: dict[str, Layer],
 ) -> None:
-    """Enter one weight of one node, or say why not."""
+    """Add one weight of one node to the layers, or record why it cannot be factorized."""
     name = node.inputs[position]
     label = node.label if position < 2 else f"{node.label} (state)"
     weight = graph.weights.get(name)
@@ -455,7 +456,7 @@ def _take(
     shapes = [shape(n) if n else None for n in (*node.inputs, *node.outputs)]
     described: Described | str = why
     if not why:
-        # Where one operand is the weight, the other one is the data.
+        # One operand is the weight, the other one is the data.
         rule = rule_of(node)
         data = rule.data if rule.data not in rule.weights else 1 - position
         form = rule.form(node, shapes[: len(node.inputs)], data)
@@ -478,7 +479,7 @@ def _unfit(weight: Weight | None) -> str:
 
 
 def _shared(graph: Graph, layer: Layer) -> str:
-    """Why a weight cannot be replaced although every node that was entered could be; empty where it can."""
+    """Return why a weight cannot be replaced although each of its recorded nodes could be; empty where it can."""
     readers = [(n.index, i) for n, i in graph.consumers.get(layer.weight, ())]
     own = {use.node.index for use in layer.uses}
     if any(index not in own or i != layer.position for index, i in readers):
@@ -492,6 +493,6 @@ def _shared(graph: Graph, layer: Layer) -> str:
 
 
 def _layout(node: Node) -> tuple[Any, ...]:
-    """What says how a weight is read: nodes that agree on it can read the same factors."""
+    """Return a key of how a weight is read: nodes with equal keys can read the same factors."""
     names = ("group", "transA", "transB", "equation", "hidden_size", "direction")
     return tuple(node.attrs.get(name) for name in names)

@@ -13,11 +13,11 @@ from onnxprune.factorization.decompositions import Array, Fit, Method, Mode, Ran
 
 
 def vbmf_rank(energies: Array, long: int, total: float | None = None) -> int:
-    """Rank of the empirical variational Bayes solution of matrix factorization.
+    """Return the rank of the empirical variational Bayes solution of matrix factorization.
 
     With aspect a = short / long, the noise variance v is the minimiser of the free energy, and the values above
-    sqrt(long v (1 + t)(1 + a / t)), t = 2.5129 sqrt(a), stay. Nakajima, Sugiyama, Babacan and Tomioka, Global Analytic
-    Solution of Fully-observed Variational Bayesian Matrix Factorization, JMLR 2013, Theorem 2 and Corollary 4.
+    sqrt(long v (1 + t)(1 + a / t)), t = 2.5129 sqrt(a), remain. Nakajima, Sugiyama, Babacan and Tomioka, Global
+    Analytic Solution of Fully-observed Variational Bayesian Matrix Factorization, JMLR 2013, Theorem 2 and Corollary 4.
 
     Args:
         energies: squared singular values of the matrix, falling, [short].
@@ -37,7 +37,7 @@ def vbmf_rank(energies: Array, long: int, total: float | None = None) -> int:
     long = max(long, short)
     tau = 2.5129 * np.sqrt(aspect)
     edge = (1.0 + tau) * (1.0 + aspect / tau)
-    # No more components than this can be told from noise.
+    # No more components than this can be distinguished from noise.
     most = min(int(np.ceil(short / (1.0 + aspect))) - 1, known)
     tail = values[most:]
     low = max(float(tail.mean()) / long if tail.size else 0.0, float(values[min(most, short - 1)]) / (long * edge))
@@ -54,7 +54,7 @@ def vbmf_rank(energies: Array, long: int, total: float | None = None) -> int:
 
 
 def _free_energy(values: Real, noise: float, long: int, aspect: float, edge: float) -> float:
-    """The free energy of noise variance ``noise``, but for constants: sum of psi over all values."""
+    """Return the free energy of noise variance ``noise``, up to constants: the sum of psi over all values."""
     x = values / (long * noise)
     x = np.maximum(x, 1e-300)
     signal = x[x > edge]
@@ -66,7 +66,7 @@ def _free_energy(values: Real, noise: float, long: int, aspect: float, edge: flo
 
 
 def calibrated(rank: int, full: int, ratio: float) -> int:
-    """A rank moved towards the full one (``ratio`` up to 1) or towards none (down to -1), as NetsPresso does.
+    """Move a rank towards the full one (``ratio`` up to 1) or towards none (down to -1), as NetsPresso does.
 
     Remaining + removed x ratio for ratio > 0, remaining + remaining x ratio below; from 1 to ``full``.
     """
@@ -79,7 +79,7 @@ Cost = Callable[[Method, Ranks], int]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Ranks with what they cost and the share of the output's energy that they are expected to lose at least."""
+    """Ranks with their cost and a lower estimate of the share of the output's energy that they lose."""
 
     ranks: Ranks
     cost: int
@@ -87,19 +87,22 @@ class Choice:
 
 
 def rounded(rank: int, step: int, most: int) -> int:
-    """The nearest multiple of ``step`` up to ``most``, at least one; ``most`` itself where that is nearer."""
+    """Return the nearest multiple of ``step`` up to ``most``, at least one; ``most`` itself where that is nearer."""
     if step <= 1 or rank >= most:
         return max(1, min(rank, most))
     return max(min(step, most), min(most, round(rank / step) * step))
 
 
 def within(method: Method, cost: Cost, fit: Fit, limit: float, step: int = 1) -> Choice | None:
-    """The ranks that keep most energy at a cost of at most ``limit``; None where no rank is that cheap.
+    """Return the ranks of most energy at a cost of at most ``limit``; None where no ranks are that cheap.
 
-    Methods with several modes are gone through in full: the loss of a choice is at most the sum of what its modes lose.
+    Methods with several modes are searched in full: the loss of a choice is at most the sum of its modes' losses.
 
     Args:
-        cost: of a method's factors at some ranks, linear in each of them.
+        method: the decomposition.
+        cost: cost of a method's factors at some ranks, linear in each of them.
+        fit: the decomposed kernel.
+        limit: the largest cost.
         step: ranks are multiples of it.
     """
     if len(fit.modes) == 1:
@@ -116,12 +119,12 @@ def within(method: Method, cost: Cost, fit: Fit, limit: float, step: int = 1) ->
 
 
 def _order(choice: Choice) -> tuple[float, int]:
-    """The cheaper one where losses differ by rounding."""
+    """Return a sort key that prefers the cheaper one where losses differ by rounding."""
     return round(choice.loss, 9), choice.cost
 
 
 def tails(mode: Mode) -> Real:
-    """Share of the energy that is lost at rank 0, 1, ... [size + 1]."""
+    """Return the share of the energy that is lost at rank 0, 1, ... [size + 1]."""
     assert mode.energies is not None
     total = float(mode.energies.sum())
     kept = np.concatenate([[0.0], np.cumsum(mode.energies[: mode.size])])
@@ -129,7 +132,7 @@ def tails(mode: Mode) -> Real:
 
 
 def _single(method: Method, cost: Cost, mode: Mode, limit: float, step: int) -> Choice | None:
-    """Cost is in proportion to the only rank."""
+    """Choose the only rank, to which the cost is proportional."""
     rank = min(int(limit // max(cost(method, (1,)), 1)), mode.size)
     rank -= rank % step if rank >= step else 0
     if rank < 1 or (step > 1 and rank % step and rank < mode.size):
@@ -139,7 +142,7 @@ def _single(method: Method, cost: Cost, mode: Mode, limit: float, step: int) -> 
 
 
 def _pair(method: Method, cost: Cost, modes: Sequence[Mode], rest: Ranks, limit: float, step: int) -> Choice | None:
-    """Two channel modes: cost is a i + b i o + c o in their ranks; either may be left whole (rank 0)."""
+    """Choose two channel ranks, with cost a i + b i o + c o; either mode may stay whole (rank 0)."""
 
     def at(i: int, o: int) -> int:
         return cost(method, (i, o, *rest))
@@ -170,14 +173,14 @@ def _pair(method: Method, cost: Cost, modes: Sequence[Mode], rest: Ranks, limit:
 
 
 def _alone(first: int, second: int, most: int, limit: float, step: int) -> int:
-    """The largest rank of one mode, the other left whole, from its cost at ranks 1 and 2; 0 where none will do."""
+    """Return the largest rank of one mode, the other whole, from its cost at ranks 1 and 2; 0 where none fits."""
     slope = second - first
     rank = min(int((limit - first + slope) // max(slope, 1)), most)
     return max(rank - rank % step, 0)
 
 
 def by_energy(fit: Fit, share: float, step: int = 1) -> Ranks:
-    """The smallest ranks that keep ``share`` of the energy of every mode; spatial axes keep theirs."""
+    """Return the smallest ranks that keep ``share`` of the energy of every mode; spatial axes stay whole."""
     ranks = []
     for mode in fit.modes[:2]:
         enough = np.flatnonzero(1.0 - tails(mode) >= share - 1e-12)
@@ -187,7 +190,7 @@ def by_energy(fit: Fit, share: float, step: int = 1) -> Ranks:
 
 
 def by_vbmf(fit: Fit, ratio: float = 0.0, step: int = 1) -> Ranks:
-    """The ranks above noise, see :func:`vbmf_rank`, moved by a calibration ratio from -1 to 1."""
+    """Return the ranks above noise, see :func:`vbmf_rank`, moved by a calibration ratio from -1 to 1."""
     ranks = []
     for mode in fit.modes[:2]:
         assert mode.energies is not None
@@ -197,5 +200,5 @@ def by_vbmf(fit: Fit, ratio: float = 0.0, step: int = 1) -> Ranks:
 
 
 def _values(energies: Array, other: int) -> Array:
-    """No more values than the shorter side has."""
+    """Return no more values than the shorter side has."""
     return energies[: max(other, 1)]

@@ -1,4 +1,4 @@
-"""Put factors in the place of layers: nodes, weights and names."""
+"""Replace layers by their factors: nodes, weights and names."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from onnxprune.io.weights import ArrayWeight, Weight
 
 @dataclass(frozen=True, slots=True)
 class Factorized:
-    """A layer and what is put in its place.
+    """A layer and its replacement.
 
     Attributes:
-        method: its name, for the names of nodes and weights.
-        factors: in the order in which they run.
-        shift: what is added to the layer's bias, [outputs]; None for nothing.
+        method: name of the method, for the names of nodes and weights.
+        factors: the factors in the order in which they run.
+        shift: correction of the layer's bias, [outputs]; None for none.
     """
 
     layer: Layer
@@ -34,7 +34,7 @@ class Factorized:
 
 
 def replace_layers(graph: Graph, weights: MutableMapping[str, Weight], chosen: Sequence[Factorized]) -> None:
-    """Replace layers in ``graph.proto`` and ``weights``, in place; what nothing reads any more goes."""
+    """Replace layers in ``graph.proto`` and ``weights``, in place; unused weights are removed."""
     writer = _Writer(graph, weights)
     replaced: dict[str, list[onnx.NodeProto]] = {}
     for item in chosen:
@@ -61,7 +61,7 @@ class _Writer:
         self._labels = {node.name for node in graph.nodes}
 
     def nodes(self, item: Factorized) -> dict[str, list[onnx.NodeProto]]:
-        """Nodes in the place of every node that reads the layer's weight, by the first output of that."""
+        """Return nodes in the place of every node that reads the layer's weight, by the first output of that node."""
         layer = item.layer
         old = self._weights[layer.weight]
         arrays = layer.operator.constants(item.factors, layer.described, old.shape)
@@ -87,7 +87,7 @@ class _Writer:
         return result
 
     def shift(self, node: onnx.NodeProto, layer: Layer, shift: Real, dtype: Any) -> None:
-        """Add to the bias of a node that has a place for one."""
+        """Add to the bias of a node that has a bias input."""
         position = layer.operator.bias(layer.uses[0].node)
         assert position is not None
         given = node.input[position] if position < len(node.input) else ""
@@ -113,7 +113,7 @@ class _Writer:
         return name
 
     def drop(self, names: set[str]) -> None:
-        """Remove constants that nothing reads any more: weights that were replaced, biases that were shifted."""
+        """Remove unused constants: weights that were replaced, biases that were shifted."""
         graph = self._graph.proto.graph
         read = {n for node in graph.node for n in node.input} | {o.name for o in graph.output} | self._graph.captured
         consumed = {n for n in self._graph.consumers if n in self._weights} | names
@@ -134,9 +134,12 @@ class _Writer:
 def compose_layers(
     graph: Graph, weights: MutableMapping[str, Weight], chosen: Sequence[Factorized], kernels: Sequence[Real]
 ) -> None:
-    """The same change without new layers, in place: every weight becomes what its factors amount to.
+    """Replace weights by the products of their factors, in place and without new layers.
 
     Args:
+        graph: the graph of the layers.
+        weights: weights by name, changed in place.
+        chosen: the layers and their factors.
         kernels: the products of the factors, [parts, inputs, *kernel, outputs] each.
     """
     writer = _Writer(graph, weights)
@@ -151,6 +154,6 @@ def compose_layers(
 
 
 def composed_weight(layer: Layer, kernel: Real, old: Weight) -> Weight:
-    """A kernel [parts, inputs, *kernel, outputs] as the layer's own weight."""
+    """Return a kernel [parts, inputs, *kernel, outputs] in the layout of the layer's own weight."""
     value = layer.operator.weight(kernel, layer.described, old.read())
     return ArrayWeight(old.name, np.ascontiguousarray(value.astype(old.dtype)))

@@ -1,4 +1,4 @@
-"""What was asked of a factorization: by which method, at which ranks, of which layers."""
+"""Settings of a factorization: the method, the ranks, and the layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AUTO = "auto"
 
 
 class Options(TypedDict, total=False):
-    """What :class:`Request` may be given by name."""
+    """Keyword arguments of :class:`Request`."""
 
     ratio: float | None
     rank: int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
@@ -32,20 +32,20 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for. One of ``ratio``, ``ranks``, ``energy`` and ``vbmf`` says how far to go.
+    """The user's settings. One of ``ratio``, ``ranks``, ``energy`` and ``vbmf`` determines the ranks.
 
     Attributes:
-        method: a name, or ``auto``: per layer whichever errs least for the work it saves.
+        method: a name, or ``auto``: per layer the method of least error for the work it saves.
         ratio: share of the cost to save, 0 < ratio < 1: of every layer, or of the whole model, see ``scope``.
-        ranks: {glob over node or weight names: ranks}, one per mode of the method; 0 leaves a mode as it is.
+        ranks: {glob over node or weight names: ranks}, one per mode of the method; 0 keeps a mode whole.
         energy: share of every mode's energy to keep, 0 < energy <= 1.
-        vbmf: ranks above noise, moved towards all (1) or none (-1) by this much.
+        vbmf: ranks above noise, moved towards the full rank (1) or none (-1) by this ratio.
         layers: {glob: ratio}.
         include, exclude: such globs.
         round_to: ranks are multiples of this.
         scope: ``local`` or ``global``.
-        cost: what the ratio is of, ``macs`` or ``params``.
-        timed: ``auto`` leaves alone what does not get faster, as measured.
+        cost: cost that the ratio refers to, ``macs`` or ``params``.
+        timed: ``auto`` skips layers that do not get faster, as measured.
 
     Raises:
         UsageError: a value is not allowed, or two contradict each other.
@@ -96,12 +96,12 @@ class Request:
 
     @property
     def share(self) -> float:
-        """The ratio where it decides."""
+        """Return the ratio where it determines the ranks."""
         return float(default("ratio")) if self.ratio is None else self.ratio
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The choices by name, for the report."""
+        """Return the settings by name, for the report."""
         said: dict[str, Any] = {"method": self.method, "cost": self.cost, "round_to": self.round_to}
         if self.ranks:
             return {**said, "rank": {p: list(r) for p, r in self.ranks.items()}}
@@ -110,27 +110,27 @@ class Request:
         return {**said, "ratio": self.share, "scope": self.scope}
 
     def excluded(self, names: Sequence[str]) -> bool:
-        """Whether a layer with these names is left out by ``exclude`` or ``include``."""
+        """Return whether ``exclude`` or ``include`` excludes a layer with these names."""
         if any(matches(n, p) for n in names for p in self.exclude):
             return True
         return bool(self.include) and not any(matches(n, p) for n in names for p in self.include)
 
     def ratio_of(self, names: Sequence[str]) -> float:
-        """The ratio of a layer with these names: that of the last pattern in ``layers``, else the common one."""
+        """Return the ratio of a layer with these names: that of the last pattern in ``layers``, else the common one."""
         found = [r for p, r in self.layers.items() if any(matches(n, p) for n in names)]
         return found[-1] if found else self.share
 
     def ranks_of(self, names: Sequence[str]) -> tuple[str, Ranks] | None:
-        """The last pattern that matches and its ranks."""
+        """Return the last pattern that matches, and its ranks."""
         found = [(p, r) for p, r in self.ranks.items() if any(matches(n, p) for n in names)]
         return found[-1] if found else None
 
 
 def request_of(method: str, options: Options) -> Request:
-    """The request of a call.
+    """Build the request of a call.
 
     Raises:
-        UsageError: a value is not allowed. ArgumentError: an option that there is not; the nearest is suggested.
+        UsageError: a value is not allowed. ArgumentError: an unknown option; the nearest is suggested.
     """
     known = ("method", "plan", "check", *Options.__annotations__)
     for name in options:
