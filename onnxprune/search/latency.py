@@ -244,7 +244,7 @@ def steadied(nodes: Sequence[Mapping[str, float]], wholes: Sequence[Whole]) -> N
 
     Args:
         nodes: seconds by node, for every pruned model.
-        wholes: seconds of whole runs of the original and of every cut.
+        wholes: seconds of whole runs of the original and of every pruned model.
     """
     sums = np.array([sum(times.values()) for times in nodes])
     runs = np.median([before for before, _ in wholes]) * np.array([after / before for before, after in wholes])
