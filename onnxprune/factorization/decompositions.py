@@ -793,7 +793,7 @@ class _TuckerFit(Fit):
         return [*prefix, *placed(stages[len(arrays) :], split(matrix, seen, alone).at(out))]
 
     def _iterated(self, into: int, out: int, spatial: list[int]) -> dict[int, Real]:
-        """Return bases of modes, {0: [parts, inputs, r], 1 + axis: [parts, k, r]}, by HOOI (De Lathauwer, 2000)."""
+        """Return mode bases {0: [parts, inputs, r], 1 + axis: [parts, k, r]}, by HOOI (De Lathauwer et al., 2000)."""
         # Imported on use: tensorly takes a while to load.
 
         modes = {0: into, **{1 + i: r for i, r in enumerate(spatial)}, self._seen.ndim - 2: out}
