@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class Kind:
-    """What a setting may be: ``check`` takes what a caller gives in Python, ``parse`` what a user types.
+    """Type of a setting: ``check`` validates a value of Python, ``parse`` a text of the command line.
 
     Attributes:
         metavar: the value in help texts.
@@ -1338,7 +1338,7 @@ def called(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def spell(command: str) -> Callable[[str, str, str], str]:
-    """How messages write arguments for users of a command: as options."""
+    """Return the spelling of arguments for users of a command: as options."""
     known = settings_of(command) if command in HEADINGS else {}
     every = {setting.name: setting for setting in SETTINGS}
 

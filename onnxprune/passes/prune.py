@@ -135,7 +135,7 @@ class Prune(Pass):
 
 
 def reasons(analysis: Analysis) -> str:
-    """Why nothing can be cut, for a hint."""
+    """Return why nothing can be pruned, for a hint."""
     shapeless = [spec.name for spec in analysis.facts.settler.dimensions.specs if not spec.shape and not spec.scalar]
     if shapeless:
         return (

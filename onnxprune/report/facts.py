@@ -152,11 +152,11 @@ class Profile:
 
 @dataclass(slots=True)
 class Repair:
-    """What became of one layer that was repaired: held-out errors as shares of its target's variance.
+    """Recovery of one layer: hold-out errors as shares of its target's variance.
 
-    ``how`` says what was fitted, ``kept`` that nothing was better than the weights there were, ``left: why`` that the
-    layer was not tried. It was fitted to ``rows`` with ``unknowns`` per output; ``directions`` is the rank of the Gram
-    matrix (of at most 1024 columns, in proportion): what varies too little to be told apart is not counted.
+    ``how`` names the fit; ``kept``: no candidate was better than the present weights; ``left: why``: the layer was not
+    fitted. The fit used ``rows`` with ``unknowns`` per output; ``directions`` is the numerical rank of the Gram matrix
+    (of at most 1024 columns, in proportion).
     """
 
     layer: str
@@ -175,7 +175,7 @@ class Repair:
 
 @dataclass(slots=True)
 class Recovery:
-    """What was asked of a repair and what it did to the whole model.
+    """Recovery of a model: its mode, and fidelity before and after.
 
     ``why`` says who chose the mode; ``inputs`` what was fitted to where it was not data; ``samples`` were fitted to and
     ``aside`` kept from the fit, or data to compare on where the fit had none; ``before`` is the
@@ -195,11 +195,11 @@ class Recovery:
 
 @dataclass(slots=True)
 class FactorizedLayer:
-    """One layer that was looked at for taking apart.
+    """One layer that was considered for factorization.
 
-    ``method`` is empty where the layer stays, and ``reason`` then says why. ``error`` is what of the output's energy
-    (about its mean, on the data; without data of the weights') the factors do not give back. Milliseconds are those of
-    the layer on its own, where they were measured. ``note`` says what else happened, such as a method that fell back.
+    ``method`` is empty where the layer stays whole, for ``reason``. ``error`` is the share of the output's energy
+    (about its mean, on the data; without data of the weights') that the factors lose. Milliseconds are those of the
+    layer on its own, where they were measured. ``note`` describes other events, such as a fallback of the method.
     """
 
     name: str
@@ -219,7 +219,7 @@ class FactorizedLayer:
 
 @dataclass(slots=True)
 class TargetFacts:
-    """What was asked of one kind of cost, and what came of it; in MACs, parameters, bytes or seconds."""
+    """Target of one kind of cost, and the cost reached; in MACs, parameters, bytes or seconds."""
 
     kind: str
     asked: str
@@ -237,7 +237,7 @@ class TargetFacts:
 
 @dataclass(slots=True)
 class AnswerFacts:
-    """One way to choose counts that was cut, repaired and compared: ``fine`` is what was compared, higher is better."""
+    """One evaluated candidate, pruned, recovered and compared: ``fine`` is its score, higher is better."""
 
     name: str
     fine: float
@@ -316,7 +316,7 @@ class Report:
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
     factorized: list[FactorizedLayer] = field(default_factory=list)
-    """What became of every layer that a factorization looked at; empty where none was asked for."""
+    """Every layer that was considered for factorization; empty where none was requested."""
     product: Exactness | None = None
     """Whether factorized layers compute the product of their weights; None where there are none."""
     flushed: int = 0
@@ -337,7 +337,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a pass was asked for, by name."""
+    """Settings of a pass, by name."""
 
     values: Mapping[str, Any]
 
@@ -373,7 +373,7 @@ class Factorization:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a recovery did to the whole model, and to every layer."""
+    """Recovery of the whole model, and of every layer."""
 
     whole: Recovery
     layers: list[Repair] = field(default_factory=list)
@@ -421,8 +421,8 @@ def report_of(facts: Iterable[Fact], *, model: str = "") -> Report:
     """Merge facts into a report: the last fact of a kind holds; settings, sizes and warnings add up.
 
     Args:
-        facts: in the order in which they were found.
-        model: the path of the model, empty where there is none.
+        facts: facts of all passes, in order.
+        model: path of the model, empty where there is none.
 
     Raises:
         TypeError: a record of another kind.

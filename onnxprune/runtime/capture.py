@@ -70,7 +70,7 @@ def counted(value: Array, stacked: int, conditions: Sequence[tuple[Array, bool, 
 
 
 def _holds(condition: Array, wanted: bool, stacked: int, shape: tuple[int, ...]) -> Array:
-    """Whether a condition is what is wanted in iterations that are stacked like this.
+    """Return in which of the stacked iterations a condition has the required value.
 
     A tensor that iterations further in read alone counts as soon as it holds in one of them.
     """
@@ -82,14 +82,14 @@ def _holds(condition: Array, wanted: bool, stacked: int, shape: tuple[int, ...])
 
 
 FORMAT = 3
-"""Raised whenever statistics are measured in another way, so that what an older package left is not gone on from."""
+"""Version of the statistics, incremented with every change of their definition, so that old files are not used."""
 
 
 class Checkpoint:
     """One file per set of statistics, named by a hash of the model, the data, what is asked of them, and the package.
 
     Args:
-        folder: made where it does not exist.
+        folder: folder of the file, made where it does not exist.
         key: everything that the result depends on.
 
     Raises:
@@ -166,9 +166,9 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 Told = Callable[[float], None]
-# Bytes of inner tensors that one call may hand out.
+# Bytes of inner tensors that one call may return.
 MEMORY = 512 << 20
-# Bytes of inner tensors, and calls, that are gathered before statistics take them in: many small updates cost time.
+# Bytes of inner tensors, and calls, that are collected before statistics are updated: many small updates cost time.
 _GATHERED = 8 << 20
 _CALLS = 32
 # Bytes of windows to lay out at a time.
@@ -327,9 +327,9 @@ def _one_pass(
 
 
 class _Gathered:
-    """Values of a few calls, handed to the statistics together, while the model already runs on what comes next.
+    """Values of a few calls, added to the statistics together, while the model already runs on the next calls.
 
-    When they are handed over depends on nothing but the data, so that a run that was resumed adds in the same order.
+    The grouping depends only on the data, so that a resumed run adds in the same order.
     """
 
     def __init__(self, requests: Sequence[Request], pool: ThreadPoolExecutor, stacked: Mapping[str, int]) -> None:
@@ -436,7 +436,7 @@ def to_maps(axes: Sequence[int]) -> Callable[[Array], Array]:
 
 
 Way = Mapping[str, bool]
-"""What conditions of Ifs are, {name of the condition: value}; without those that a batch does not come to."""
+"""Branch assignment: {condition of an If: value}, without conditions that a batch does not reach."""
 
 
 def ways(graph: Graph, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> list[dict[str, bool]]:
@@ -468,11 +468,11 @@ def _of_one(values: Iterable[tuple[str, Array]]) -> dict[str, bool]:
 
 
 def takes(graph: Graph, index: int, way: Way) -> bool:
-    """Whether the node at ``index``, or the Loop or Scan around it, runs on a way."""
+    """Return whether the node at ``index``, or the Loop or Scan around it, runs under a branch assignment."""
     return reaches(graph, graph.around[index], way)
 
 
 def reaches(graph: Graph, around: Sequence[markers.Body], way: Way) -> bool:
-    """Whether bodies run on a way, as far as Ifs outside of every Loop and Scan decide it."""
+    """Return whether bodies run under a branch assignment, as far as Ifs outside of every Loop and Scan decide it."""
     branches = takewhile(lambda body: body.kind == "If", around)
     return all(way.get(graph.nodes[body.start].inputs[0]) == body.side for body in branches)

@@ -1,4 +1,4 @@
-"""Compare two models by what they compute: exactness of a cut."""
+"""Compare the outputs of two models: exactness of a removal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SMALLEST_PEAK = 1e-6
 
 @dataclass(slots=True)
 class Output:
-    """What was seen of one output over all batches."""
+    """Differences of one output over all batches."""
 
     name: str
     eps: float = 0.0
@@ -46,7 +46,7 @@ class Output:
 
     @property
     def vacuous(self) -> str:
-        """Why equality of this output proves nothing, empty when it does."""
+        """The reason why equality of this output proves nothing, or an empty string."""
         if not self.elements:
             return "is empty"
         if self.low > self.high:
@@ -60,7 +60,7 @@ class Output:
 
 
 def add(want: Feed, have: Feed, quantized: bool, outputs: dict[str, Output]) -> None:
-    """Add one batch's outputs to what was seen."""
+    """Add the differences of one batch."""
     for name in [*want, *(n for n in have if n not in want)]:
         output = outputs.setdefault(name, Output(name))
         if name not in want or name not in have:
@@ -134,7 +134,7 @@ def varying(model: Openable, feeds: Sequence[Feed]) -> set[str]:
 
 
 def waking(model: Openable, idle: Iterable[str], feeds: Sequence[Feed], others: Iterable[Feed]) -> list[Feed]:
-    """Those of ``others`` that make an output of ``idle`` vary, beside what it is on ``feeds``; stops when all do."""
+    """Return the feeds of ``others`` on which outputs of ``idle`` differ from ``feeds``, until all outputs vary."""
     session = open_session(model, optimize=False)
     seen: dict[str, Output] = {}
     for feed in feeds:
@@ -167,12 +167,12 @@ _CAP = 1e-2  # what a model's own sensitivity may raise the tolerance to
 _QUANTIZED_CAP = 5e-2  # one rounding flip of an 8-bit activation is already a step of 1/255
 _FLOOR_FACTOR = 10.0
 HELD = "__held"
-"""How inputs end that are no disturbance's to move: what operators choose by, see :mod:`onnxprune.pruning.holding`."""
+"""Suffix of inputs that are not disturbed: held choices of operators, see :mod:`onnxprune.pruning.holding`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What differences the arithmetic of two models explains.
+    """Differences that the arithmetic of two models explains.
 
     Attributes:
         base: the tolerance of float32.
@@ -194,7 +194,7 @@ _MADE, _EQUAL = "__made", 1e-9  # what is made of the same values by the same op
 
 
 class Comparison(NamedTuple):
-    """What two models gave: the facts, and why equality proves nothing of some of the ``outputs`` they share.
+    """A comparison of two models: the facts, and why equality proves nothing of some of the shared ``outputs``.
 
     ``failed`` names the outputs that differ by more than is allowed.
     """
@@ -225,7 +225,7 @@ def exactness(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Exactness:
-    """Whether the cut model computes what the reference (the original with masks) does, on every batch of ``feeds``.
+    """Compare the pruned model with the reference (the masked original) on every batch of ``feeds``.
 
     Both run with graph optimisations off, one after the other, so that only one model is in memory. Per output and
     batch the error is ``max|a - b| / max(1e-6, max|a|)`` over the finite positions. NaN and infinities (values at the
@@ -278,7 +278,7 @@ def compared(
         actual = _outputs(cut, others or feeds, threads=threads, progress=_part(progress, 0.5))
         for index, (want, have) in enumerate(zip(expected, actual, strict=True)):
             add(want, have, rounding.quantized, outputs)
-            expected[index] = {}  # compared: let it go
+            expected[index] = {}  # compared: free the memory
     except ModelError as error:
         note = f"the reference runs, the cut model does not: {error.message}"
         return Comparison(Exactness(False, math.inf, tolerance or TOLERANCE, batches, note=note), {}, 0)
@@ -297,13 +297,13 @@ def compared(
 
 
 def _only_errors(outputs: dict[str, Output]) -> bool:
-    """Whether some float error is over its tolerance and nothing is wrong that no tolerance mends."""
+    """Return whether a float error exceeds its tolerance, and no other difference does."""
     broken = any(output.broken for output in outputs.values())
     return not broken and any(output.error > output.tolerance for output in outputs.values())
 
 
 def _widen(outputs: dict[str, Output], floor: float, quantized: bool) -> None:
-    """Raise tolerances to what the reference's own sensitivity to rounding explains, within the cap."""
+    """Raise tolerances to the reference's own sensitivity to rounding, within the cap."""
     for output in outputs.values():
         if output.name.endswith(_MADE):
             continue
@@ -323,7 +323,7 @@ def _verdict(outputs: dict[str, Output], batches: list[int]) -> Comparison:
 
 
 def noise_floor(reference: Openable, feeds: Sequence[Feed], *, threads: int | None = None) -> float:
-    """How far rounding alone moves a model's outputs: the largest relative error of ``exactness`` in two disturbances.
+    """Measure the effect of rounding on a model's outputs: the largest error of ``exactness`` in two disturbances.
 
     One run has all graph optimisations (other kernels, other orders of summation), one has its float inputs moved by
     at most two units of their rounding, seeded. Both are compared with the plain run. Integer outputs do not count.

@@ -515,9 +515,9 @@ def open_data(
             iterable that gives a fresh iterator each time is iterated in every pass; of an iterator, and of a reader
             without ``rewind``, the first pass keeps what it reads, beyond 64 MiB in a temporary file.
         specs: inputs of the model.
-        samples: use this many, no more and no less; None: all. Give it for a source without an end.
-        batch_size: samples per call where the model leaves that open; 16.
-        images: how images become arrays.
+        samples: exact number of samples to use, 1 or more; None: all. Required for an endless source.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
 
     Floats are cast to the model's float type, integers to its integer type where every value fits; nothing else is
     cast. Files, arrays and lists are checked at once as far as shapes go, other sources while they are read.

@@ -26,7 +26,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """How images become arrays; what is None follows from the model's input.
+    """Conversion of images to arrays; values of None follow from the model's input.
 
     An image is scaled, with its proportions kept, until it covers ``size``, and what stands out is cut off at both
     sides (bilinear, antialiased). Its values 0..255 are multiplied by ``scale``, then ``mean`` is subtracted and the
@@ -34,8 +34,9 @@ class ImageOptions:
 
     Args:
         size: height and width, or one number for both; None: the model's fixed ones.
-        mean, std: one number per channel, in the order in which the model takes channels, or one for all; in units of
-            scaled values, so 0..1 by default.
+        mean: one number per channel, in the order of the model's channels, or one for all; in units of scaled values,
+            so 0..1 by default.
+        std: as ``mean``, more than 0.
         layout: ``nchw`` or ``nhwc``; None: where the model has 1 or 3 channels.
         scale: None: 1/255.
         order: of the channels, ``rgb`` or ``bgr``.
@@ -124,7 +125,7 @@ class Folder:
     form: Form = field(init=False)
 
     def __post_init__(self) -> None:
-        """Find out what the model wants."""
+        """Derive the layout from the model's input."""
         _pillow()
         self.options = self.options or ImageOptions()
         if len(self.specs) != 1:
@@ -173,7 +174,7 @@ class Folder:
                     yield block
 
     def _array(self, path: Path) -> Array:
-        """One image as the model takes it."""
+        """Return one image in the model's layout."""
         form, options = self.form, self.options
         assert options is not None
         pixels = _decode(path, form)

@@ -41,7 +41,7 @@ _INSTEAD = "pip uninstall onnxruntime && pip install {}"
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """How to run a model when its time counts.
+    """Device on which time is measured.
 
     Attributes:
         providers: of onnxruntime, in order of preference.

@@ -26,7 +26,7 @@ class Store:
 
     Args:
         limit: bytes to hold in memory.
-        folder: where files go.
+        folder: folder of the temporary files.
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
@@ -55,7 +55,7 @@ class Store:
         return sorted(set.intersection(*(set(self._values.get(name, ())) for name in names)))
 
     def drop(self, names: Iterable[str]) -> None:
-        """Forget tensors and their files."""
+        """Delete tensors and their files."""
         for name in names:
             for value in self._values.pop(name, {}).values():
                 if isinstance(value, np.memmap):
@@ -71,9 +71,9 @@ class Segments:
         graph: the whole graph.
         wanted: names of activations, piece by piece.
         weights: read anew for every piece.
-        inside: wanted tensors inside of Loops and Scans, and what they are. Their values are those of all iterations,
+        inside: wanted tensors inside of Loops and Scans, and their types. Their values are those of all iterations,
             joined along the first axis; the node around them runs once more, when the first is wanted.
-        ways: which branches every batch takes. Those run like all other nodes then, and their tensors can be wanted;
+        ways: branch assignment of every batch. Branches then run like other nodes, and their tensors can be wanted;
             None: every If runs as one, wherever it goes.
     """
 
@@ -125,7 +125,7 @@ class Segments:
         return Graph.of(proto, {n: w for n, w in left.items() if n in stored}), shown
 
     def feed(self, feeds: Iterable[Feed]) -> None:
-        """Take in the inputs of every batch."""
+        """Store the inputs of every batch."""
         for values in feeds:
             for name in self._graph.inputs:
                 if name in values:
@@ -171,7 +171,7 @@ class Segments:
         self._store.add(own, joined, batch)
 
     def done(self, piece: int) -> None:
-        """Let go of what no later piece needs."""
+        """Delete the tensors that no later piece needs."""
         self._store.drop([self._shown.get(n, (n, 0))[0] for n, last in self._last.items() if last <= piece])
 
     def _is_known(self, name: str) -> bool:
@@ -210,7 +210,7 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A piece on one way, with what it reads and what is kept of it."""
+    """A piece under one branch assignment, with its inputs and the outputs to store."""
 
     session: ort.InferenceSession
     inputs: Sequence[str]
