@@ -28,7 +28,7 @@ class Kind:
 
     Attributes:
         metavar: the value in help texts.
-        allowed: what is allowed, in a few words, for the page of settings.
+        allowed: description of the allowed values in a few words, for the page of settings.
     """
 
     metavar = "VALUE"
@@ -510,7 +510,7 @@ def _number(text: str, whole: bool = False) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What gives a setting a meaning.
+    """Precondition of a setting.
 
     Attributes:
         of: a key of :data:`CONDITIONS`.
@@ -529,19 +529,19 @@ class Setting:
 
     Attributes:
         name: the argument in Python.
-        kind: what it may be.
-        typed: the same on the command line, where that differs.
-        help: what it is, one or two sentences.
+        kind: type of its values.
+        typed: type on the command line, where that differs.
+        help: description, one or two sentences.
         on: {command: heading of its help}; an empty heading: the call in Python alone has it.
         default: None where nothing is given.
         option: on the command line; by default ``--name`` with hyphens.
         short: a letter for it.
         python: whether the calls in Python have it.
         many: whether the option may be repeated.
-        needs: what gives it a meaning.
-        conflicts: what decides it instead, ``plan`` or ``budget``.
+        needs: its precondition.
+        conflicts: arguments that decide it instead, ``plan`` or ``budget``.
         into: ``images.NAME`` for options that are parts of one argument.
-        variants: {command: what differs there}.
+        variants: {command: fields that differ there}.
     """
 
     name: str

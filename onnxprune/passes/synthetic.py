@@ -36,18 +36,18 @@ _LOOKS, _FEWEST, _SEEN, _BATCH = 128, 32, 1 << 19, 32
 
 
 class Imagined(NamedTuple):
-    """Inputs that were made up, and in which range (empty where no input has one to choose)."""
+    """Synthetic inputs, and the name of their range (empty where no input has one to choose)."""
 
     feeds: list[Feed]
     spread: str
 
 
 def make_up(context: Context, analysis: Analysis) -> Imagined:
-    """Seeded inputs for a repair without data.
+    """Draw seeded inputs for a recovery without data.
 
-    A model does not say what range its inputs have. Several are tried on the original: the one with which the inputs
-    of its BatchNormalizations are nearest to the means and variances that these have kept, and where there is none the
-    one that its layers make most of, see :func:`onnxprune.recovery.plausible.interest`.
+    The range of a model's inputs is unknown. Several ranges are tried on the original: selected is the one with which
+    the inputs of its BatchNormalizations are nearest to the stored means and variances, and without BatchNormalization
+    the most plausible one, see :func:`onnxprune.recovery.plausible.interest`.
 
     Raises:
         ModelError: the original does not run on any.
@@ -93,7 +93,7 @@ def _shapes(analysis: Analysis, trial: Trial, make: Make, batch: int) -> Shapes:
     }
     try:
         run(open_session(trial.original, spin=False), make(_PLAIN, wanted, 0))
-    except ModelError:  # sizes that are tied to the number of samples in a way nobody said
+    except ModelError:  # sizes that depend on the number of samples in an undeclared way
         return shapes
     return wanted
 
@@ -134,7 +134,7 @@ _ROWS, _HEAVY, _FEW = 4096, 256 << 20, 4
 
 
 class Gauge:
-    """Judges inputs by what the original does with them.
+    """Measure of input plausibility from activations of the original.
 
     Attributes:
         names: the tensors to look at.

@@ -1,4 +1,4 @@
-"""Validate: is the result a model, is the cut exact, how faithful is the result, how fast is it."""
+"""Validate: check structure and exactness of the result, measure its fidelity and latency."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from onnxprune.pipeline import SAME_MODEL, SAME_REMOVAL, Context, Model, Pass, P
 from onnxprune.report.facts import Exactness, Fact, Remark, Sizes
 from onnxprune.runtime import fidelity, latency
 
-# Inputs of the user that tell enough, where nobody says how many to take.
+# Default number of the user's samples to measure on.
 ENOUGH = 256
 
 
 class Validate(Pass):
     """Check the structure; compare with the masked original and with the original; time both.
 
-    Exactness is asked of the cut, before any recovery, and only if no pass in front has asked; fidelity and latency are
-    those of the model as it is now. Behind a recovery, fidelity is measured on the inputs that it held out.
+    Exactness is checked for the pruned model before any recovery, and only if no earlier pass has checked it; fidelity
+    and latency are those of the current model. After a recovery, fidelity is measured on its hold-out.
 
     Args:
-        exact, faithful, timed: which questions to ask. With none, nothing is run: sizes alone are checked.
+        exact: whether to check exactness.
+        faithful: whether to measure fidelity.
+        timed: whether to measure latency. Without all three, nothing is run: sizes alone are checked.
 
     Raises:
-        ValidationError: the cut is not exact, or the result is not a valid model.
+        ValidationError: the removal is not exact, or the result is not a valid model.
     """
 
     ensures = (SAME_MODEL, SAME_REMOVAL)
@@ -38,7 +40,7 @@ class Validate(Pass):
         self.exact, self.faithful, self.timed = exact, faithful, timed
 
     def __call__(self, context: Context, model: Model) -> PassResult:
-        """Find out exactness, fidelity and latency."""
+        """Check exactness, measure fidelity and latency."""
         with context.stage("structure"):
             check_sizes(model.analysis.graph.proto, model.proto)
         if not (self.exact or self.faithful or self.timed):

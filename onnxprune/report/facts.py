@@ -177,10 +177,10 @@ class Repair:
 class Recovery:
     """Recovery of a model: its mode, and fidelity before and after.
 
-    ``why`` says who chose the mode; ``inputs`` what was fitted to where it was not data; ``samples`` were fitted to and
-    ``aside`` kept from the fit, or data to compare on where the fit had none; ``before`` is the
-    fidelity of the cut before the repair and ``after`` behind it, on the same inputs (those set aside, where there
-    are); ``undone`` says that the repair made outputs worse and the cut was left as it was.
+    ``why`` is the reason of the mode; ``inputs`` names the inputs of the fit where they were not data; ``samples`` is
+    the number of samples in the fit and ``aside`` in the hold-out, or in the data to compare on where the fit used
+    none; ``before`` and ``after`` are the fidelity of the pruned model before and after the recovery, on the same
+    inputs (the hold-out, where there is one); ``undone``: the recovery lowered the fidelity and was reverted.
     """
 
     mode: str = "none"
@@ -299,7 +299,7 @@ class SweepFacts:
 
 @dataclass(slots=True, repr=False)
 class Report:
-    """Everything a run found out. ``to_dict`` gives the machine-readable object of ``--json``."""
+    """All facts of a run. ``to_dict`` returns the machine-readable object of ``--json``."""
 
     model: str = ""
     output: str = ""
@@ -388,7 +388,7 @@ class Flushed:
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """A warning: what the user should know, as a sentence."""
+    """A warning for the user, as a sentence."""
 
     text: str
 
@@ -414,7 +414,7 @@ Fact = (
     | Latency
     | BudgetFacts
 )
-"""What a pass may find out; a report is the sum of these."""
+"""The facts that a pass may return; a report is the sum of these."""
 
 
 def report_of(facts: Iterable[Fact], *, model: str = "") -> Report:

@@ -87,7 +87,7 @@ def untouched(layer: LayerFacts) -> bool:
 
 
 def reason(layer: LayerFacts) -> str:
-    """Why the layer was not touched, with the reason that its own size is."""
+    """Return why the layer is unchanged, including its own size as a reason."""
     return layer.reason or ("single" if layer.channels_before <= 1 and untouched(layer) else "")
 
 
@@ -263,13 +263,13 @@ _BY = {
     "datafree": "by least squares",
 }
 _HOW = {"bias": "means", "affine": "scale and shift", "lstsq": "least squares", "kept": "kept"}
-# Held-out error, as a share of the variance, that is rounding: the cut did not reach the layer.
+# Hold-out error, as a share of the variance, that is rounding: the removal did not affect the layer.
 _UNTOUCHED = 1e-9
 _NO_BETTER = "Nothing that was tried lowered the error on held-out samples."
 
 
 def summary(report: Report) -> Text | None:
-    """One line: was the cut repaired, from what, and what that did to the outputs."""
+    """Return one line on the recovery: its inputs, and its effect on the outputs."""
     facts = report.recovery
     if not facts.why:
         return None
@@ -290,7 +290,7 @@ def summary(report: Report) -> Text | None:
 
 
 def _counts(repairs: Sequence[Repair]) -> tuple[int, int]:
-    """Layers with new weights, and layers that the cut reached."""
+    """Count the layers with new weights, and the layers affected by the removal."""
     return sum(r.done for r in repairs), sum(not _untouched(r) for r in repairs)
 
 
@@ -340,7 +340,7 @@ def _share(error: float) -> str:
 
 
 def left(repairs: Sequence[Repair], *, name_width: int) -> list[RenderableType]:
-    """Layers that a repair left as they were, those with the same reason together."""
+    """Render the layers that a recovery left unchanged, grouped by reason."""
     by_reason: dict[str, list[str]] = {}
     for item in repairs:
         if item.how.startswith("left"):
@@ -412,7 +412,7 @@ def _alone(item: FactorizedLayer) -> str:
 
 
 def unfactorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int) -> list[RenderableType]:
-    """Layers that stay, those with the same reason together."""
+    """Render the layers that were not factorized, grouped by reason."""
     by_reason: dict[str, list[str]] = {}
     for item in facts:
         if not item.method:
@@ -433,7 +433,7 @@ def _settings(report: Report) -> Text:
 
 
 def product(report: Report) -> Text:
-    """Whether the new layers compute what they should."""
+    """Return one line on the check of the new layers."""
     facts = report.product
     assert facts is not None
     if facts.passed is None:
@@ -476,7 +476,7 @@ def render(facts: BudgetFacts | None) -> list[RenderableType]:
 
 
 def verdict(target: TargetFacts) -> str:
-    """Whether the target was met, and who says so."""
+    """Return whether the target was met, and whether its cost was counted, measured or predicted."""
     if target.met_before:
         return f"met before the cut, {target.how}"
     return f"{'met' if target.after <= target.limit else 'met within tolerance'}, {target.how}"
@@ -553,7 +553,7 @@ def groups(records: Iterable[Mapping[str, Any]], *, name_width: int, most: int |
     """Render the groups that can be pruned, most units first; the others are counted with their reasons."""
     found = list(records)
     free = sorted((group for group in found if group.get("prunable", True)), key=lambda group: -_units(group))
-    # What is covered is cut all the same, as the group that covers it.
+    # A covered group is pruned as well, with the group that covers it.
     fixed = [group for group in found if not group.get("prunable", True) and _cause(group) != "covered"]
     cut = any(group.get("removed") for group in free)
     table = table_of(
