@@ -1283,7 +1283,7 @@ def checked(name: str, value: Any, command: str = "prune") -> Any:
 
 
 def check_needs(command: str, values: Mapping[str, Any]) -> None:
-    """Whether everything that was given has what gives it a meaning.
+    """Return whether everything that was given has what gives it a meaning.
 
     Args:
         command: whose values.
@@ -1388,7 +1388,7 @@ Every option of the command line and every argument of `onnxprune.prune` and its
 
 
 def _is_new(setting: Setting, command: str, heading: str) -> bool:
-    """Whether no command before this one has the same under the same heading."""
+    """Return whether no command before this one has the same under the same heading."""
     mine = setting.at(command)
     before = (c for c in COMMANDS[: COMMANDS.index(command)] if setting.on.get(c) == heading)
     return all(_shown(setting.at(c)) != _shown(mine) for c in before)

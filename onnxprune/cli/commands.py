@@ -86,7 +86,7 @@ def _advise(given: Given, report: Report) -> None:
 
 
 def _asked(given: Given, names: Sequence[str]) -> float | None:
-    """The least that was asked of a group with these names: the last of ``layers`` that matches, else the ratio.
+    """Return the smallest ratio set for a group with these names: the last match in ``layers``, else the ratio.
 
     0 where a plan, a budget or a threshold over several groups decides; None when the group is excluded.
     """

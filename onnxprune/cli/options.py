@@ -104,7 +104,7 @@ class Given:
         return found
 
     def check_together(self) -> None:
-        """Whether options go with each other, and files are there; raises UsageError."""
+        """Check whether options go with each other, and files are there; raises UsageError."""
         for name, what in _READ.items():
             path = self.values.get(name)
             if path is not None and path != "measure":
@@ -123,7 +123,7 @@ class Given:
             device(self.providers, self.threads)
 
     def check_recovery(self) -> None:
-        """Whether there are data to recover from; raises UsageError."""
+        """Check whether there are data to recover from; raises UsageError."""
         if self.data is None and self.recover not in (None, "none", "datafree"):
             raise UsageError(
                 f"{argument('recover', self.recover)} needs calibration data, and there is none",
@@ -275,7 +275,7 @@ def existing(path: Path, what: str, *, folder_allowed: bool = False) -> Path:
 
 
 def check_criterion(given: Given) -> None:
-    """Whether there is such a criterion, and what it needs; raises UsageError."""
+    """Check whether there is such a criterion, and what it needs; raises UsageError."""
     if given.criterion is None:
         return
     from onnxprune.importance import criteria

@@ -46,7 +46,7 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
 
 
 def check_page(model: Path, *targets: Path | None) -> None:
-    """Whether these files can be written without harm; raises UsageError."""
+    """Check whether these files can be written without harm; raises UsageError."""
     from onnxprune.io.write import check_output
 
     given = [target for target in targets if target is not None]
@@ -57,7 +57,7 @@ def check_page(model: Path, *targets: Path | None) -> None:
 
 
 def check_plan(plan: Path, target: Path, model: Path, sources: Sequence[Path]) -> None:
-    """Whether a plan can be written to ``plan`` beside the model at ``target``; raises UsageError."""
+    """Check whether a plan can be written to ``plan`` beside the model at ``target``; raises UsageError."""
     from onnxprune.io.write import check_output
 
     if plan.resolve() == target.resolve():

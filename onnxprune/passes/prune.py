@@ -249,7 +249,7 @@ def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:
 
 
 def _reasons(analysis: Analysis, selector: Selector) -> dict[str, str]:
-    """Why layers were left out of the choice, by their names."""
+    """Return why layers were left out of the choice, by their names."""
     excluded = {n.label for i, ratio in selector.asked.items() if ratio is None for n in analysis.producers.get(i, ())}
     reasons = dict.fromkeys(excluded, "excluded: by its name")
     return reasons | {n.label: why for i, why in selector.kept.items() for n in analysis.producers.get(i, ())}

@@ -178,7 +178,7 @@ class Selector:
         return "none" if getattr(self.criterion, "comparable", False) else "mean"
 
     def _takes_part(self, group: Group) -> bool:
-        """Whether the group can lose anything at all, so that its scores matter."""
+        """Return whether the group can lose anything at all, so that its scores matter."""
         ratio = self.asked[group.id] or 0.0
         if self._every:
             return True

@@ -263,7 +263,7 @@ class Cutter:
         return 1 if self._free(steps) else next(iter(steps.values()), 1)
 
     def _free(self, steps: Mapping[str, int]) -> bool:
-        """Whether the last batch can be cut short: every leading size is free."""
+        """Return whether the last batch can be cut short: every leading size is free."""
         fixed = (spec.name in steps and spec.shape and isinstance(spec.shape[0], int) for spec in self.specs)
         return not any(fixed)
 

@@ -152,7 +152,7 @@ class Folder:
         return 1 if self.form.batched else self.form.shape[0]
 
     def part(self) -> Part:
-        """All images as one array."""
+        """Return all images as one array."""
         tail = self.form.shape if self.form.batched else self.form.shape[1:]
         dtype = np.dtype(np.uint8 if self.form.dtype.kind in "iu" else np.float32)
         shape = (len(self.files) * self.unit, *tail)
@@ -165,7 +165,7 @@ class Folder:
             yield images if self.form.batched else images.reshape(-1, *images.shape[2:])
 
     def stamp(self, count: int) -> Iterator[bytes]:
-        """Bytes that stand for the first images: the files, the options, and the decoder's version."""
+        """Return the bytes that stand for the first images: the files, the options, and the decoder's version."""
         yield repr((self.options, _pillow().__version__)).encode()
         for path in islice(self.files, count):
             yield path.stat().st_size.to_bytes(8, "little")

@@ -174,7 +174,7 @@ def imagined(
 
 
 def is_pattern(spec: InputSpec) -> bool:
-    """Whether an input holds what was measured, not indices or masks."""
+    """Return whether an input holds what was measured, not indices or masks."""
     if "mask" in spec.name.lower():
         return False
     return spec.dtype.kind in "fV" or (spec.dtype.kind in "iu" and spec.dtype.itemsize == 1 and len(spec.shape) >= 3)

@@ -218,7 +218,7 @@ class _Part:
 
 
 def _needs(node: Node) -> Sequence[str]:
-    """Names that a node reads: of what joins two branches not the condition, which is known."""
+    """Return the names that a node reads: of what joins two branches not the condition, which is known."""
     return node.inputs[:2] if node.marker == markers.JOIN else reads(node)
 
 

@@ -31,7 +31,7 @@ def eps(dtype: np.dtype[Any]) -> float:
 
 
 def measures(dtype: np.dtype[Any]) -> bool:
-    """Whether numbers of this type have sizes to compare: floats, and codes of 8 bits, as quantised models give.
+    """Return whether numbers of this type have sizes to compare: floats, and codes of 8 bits, as quantised models give.
 
     Longer integers are mostly labels, indices and counts.
     """
@@ -154,7 +154,7 @@ Openable = Path | bytes | Referring
 
 @cache
 def refers() -> bool:
-    """Whether this onnxruntime takes external data of models that are no files from a folder of one's choice."""
+    """Return whether this onnxruntime takes external data of models that are no files from a folder of one's choice."""
     tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[1])
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="w.data")
@@ -307,7 +307,7 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Feed:
 
 
 def runs(model: Openable, feed: Mapping[str, Array]) -> bool:
-    """Whether a model runs on this feed."""
+    """Return whether a model runs on this feed."""
     try:
         run(open_session(model), feed)
     except ModelError:
