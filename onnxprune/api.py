@@ -287,7 +287,7 @@ def recover(
     Example:
         ::
 
-            result = onnxprune.repair("model.onnx", "small.onnx", plan="small.plan.json", data="calibration.npz")
+            result = onnxprune.recover("model.onnx", "small.onnx", plan="small.plan.json", data="calibration.npz")
             result.save("recovered.onnx")
     """
     if data is None and check_mode(recover) != "datafree":
