@@ -154,17 +154,18 @@ class DepthToSpace(Blocks):
 
 
 class SpaceToDepth(Blocks):
-    """Blocks of pixels become channels: every channel occurs once per position in the block."""
+    """Blocks of pixels become channels: every channel occurs once per position in the block. Modes DCR and CRD."""
 
     chooses = True
 
     def propagate(self, step: Step) -> None:
-        """Repeat the atoms in the output, block after block."""
+        """Repeat the atoms in the output, block after block or channel after channel."""
         batch, ids = self.parts(step)
         if ids is None:
             step.set(0, batch)
             return
-        self.state(step, batch, np.tile(ids, int(step.attr("blocksize")) ** 2))
+        block = int(step.attr("blocksize")) ** 2
+        self.state(step, batch, np.repeat(ids, block) if step.attr("mode", "DCR") == "CRD" else np.tile(ids, block))
 
 
 class Largest(Local):

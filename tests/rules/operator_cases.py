@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 MS = "com.microsoft"
@@ -398,7 +399,9 @@ def depth_to_space(draw: Draw, name: str) -> Case:
 
 @case("SpaceToDepth")
 def space_to_depth(draw: Draw, name: str) -> Case:
-    return Case([Operand((2, draw.pick([2, 3, 6]), 4, 6))], {"blocksize": 2})
+    modes = [{"mode": "DCR"}, {"mode": "CRD"}] if onnx.defs.onnx_opset_version() >= 28 else []
+    mode = draw.pick([{}, *modes])
+    return Case([Operand((2, draw.pick([2, 3, 6]), 4, 6))], {"blocksize": 2, **mode}, opset=28 if mode else 0)
 
 
 @case("Shape", "Size", "NonZero", "EyeLike", "Unique", "OneHot", "Range", "ConstantOfShape", "NonMaxSuppression")
