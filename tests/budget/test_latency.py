@@ -233,3 +233,15 @@ def test_a_profile_in_python(tmp_path: Path) -> None:
         json.loads((tmp_path / "device.json").read_text())["model_sha256"]
         == op.analyze(MODELS / "recurrent.onnx").loaded.sha256
     )
+
+
+def test_a_measured_pair_keeps_its_residual() -> None:
+    """One pair far from what its levels add up to: it is predicted there, and moves no other pair."""
+    reads, makes = (a.ravel().astype(float) for a in np.meshgrid([8, 16, 32, 64], [8, 16, 32, 64], indexing="ij"))
+    seconds = 1e-6 * reads * makes
+    seconds[5] *= 4
+    surface = fit(np.repeat(reads, 9), np.repeat(makes, 9), np.repeat(seconds, 9))
+    predicted = surface.at(reads.astype(int), makes.astype(int))
+    assert np.abs(np.log(predicted / seconds)).max() < 0.1
+    between = surface.at(np.array([17]), np.array([16]))
+    assert between < 0.7 * predicted[5]

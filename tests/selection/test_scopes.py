@@ -133,3 +133,24 @@ def test_what_is_gone_stays_gone() -> None:
 def test_nothing_asked_nothing_taken(rounding: str) -> None:
     assert allocate([ranked_group([1, 2, 3], 0.0)], "local", rounding) == [0]
     assert allocate([ranked_group([1, 2, 3], 0.0)], "global", rounding) == [0]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_of_equal_units_the_first_go(rows: int) -> None:
+    """As many as asked, whichever way they are found: by a threshold in one row, by rank in several."""
+    values = np.tile([2.0, 1.0, 1.0, 1.0, 0.0], rows)
+    classes = np.repeat(np.arange(rows), 5)
+    for count, places in enumerate([[], [4], [1, 4], [1, 2, 4], [1, 2, 3, 4]]):
+        expected = np.concatenate([np.add(places, 5 * row, dtype=float) for row in range(rows)])
+        assert np.array_equal(np.sort(weakest(values, classes, 5, count)), expected.astype(int))
+
+
+def test_equal_scores_are_in_each_others_sum() -> None:
+    assert np.allclose(lamp(np.array([1.0, 1.0])), [0.5, 0.5])
+    assert np.allclose(lamp(np.array([3.0, 1.0, 1.0, 2.0])), [1.0, 1 / 15, 1 / 15, 4 / 13])
+
+
+def test_groups_with_equal_scores_give_in_order() -> None:
+    """One threshold over two groups of equal scores: the first group is asked first, and the sum is what was asked."""
+    ranked = [RankedGroup(np.ones(4), np.zeros(4, int), 4, np.arange(4), 0.25) for _ in range(2)]
+    assert allocate(ranked, "global", "nearest") == [2, 0]
