@@ -142,8 +142,16 @@ def test_full_rank_says_the_same(build: Build, name: str, ranks: Ranks, settings
     for a, b in zip(outputs(model, feed), outputs(made, feed), strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
     if not data and not any(n.op_type in ("LSTM", "GRU", "RNN", "ConvTranspose") for n in model.graph.node):
+        if is_mispadded(model):
+            return
         for a, b in zip(outputs(model, feed), ReferenceEvaluator(made).run(None, feed), strict=True):
             np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
+
+
+def is_mispadded(model: onnx.ModelProto) -> bool:
+    """Whether onnx's reference evaluator pads the model in another way than ONNX states: auto_pad before onnx 1.22."""
+    old = tuple(int(part) for part in onnx.__version__.split(".")[:2]) < (1, 22)
+    return old and any(a.name == "auto_pad" for node in model.graph.node for a in node.attribute)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, BFLOAT16])
