@@ -18,7 +18,7 @@ from onnxprune.errors import ValidationError
 from onnxprune.graph import canonical, restore
 from onnxprune.graph.canonical import Fold, Pick, Selections
 from onnxprune.io import functions, read, subgraphs
-from onnxprune.io.weights import ArrayWeight, BufferWeight, Weight
+from onnxprune.io.weights import BufferWeight, Weight
 from onnxprune.passes import prepared
 from onnxprune.pruning.subnormals import FlushedWeight
 
@@ -163,9 +163,12 @@ def exchange_what_is_hoisted(patch: Patch) -> None:
 
 
 def copy_something_else(patch: Patch) -> None:
-    patch.setattr(
-        canonical, "ArrayWeight", lambda name, value: ArrayWeight(name, value * np.asarray(1.01, value.dtype))
-    )
+    right = canonical.add_constant
+
+    def wrong(proto: Any, weights: Any, name: str, value: Any) -> None:
+        right(proto, weights, name, value * np.asarray(1.01, value.dtype))
+
+    patch.setattr(canonical, "add_constant", wrong)
 
 
 def restore_something_else(patch: Patch) -> None:
