@@ -45,11 +45,22 @@ UNSUPPORTED = (
 
 def is_unsupported(error: BaseException | None) -> bool:
     """Whether an older onnxruntime refuses a model for what it does not know yet."""
-    if error is None or tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= NEWEST_TRIED:
+    if error is None or not is_old():
         return False
     if any(text in str(error) for text in UNSUPPORTED):
         return True
     return is_unsupported(error.__cause__ or error.__context__)
+
+
+def is_old() -> bool:
+    """Whether the installed onnxruntime is older than the newest tried."""
+    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < NEWEST_TRIED
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test at whose models an older onnxruntime is wrong or ends the process."""
+    if item.get_closest_marker("newest_runtime") and is_old():
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} does not run the models of this test rightly")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -64,6 +75,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "newest_runtime: an older onnxruntime is wrong or crashes on these models")
     config.addinivalue_line("markers", "lenient: a rule that raises freezes its node, as for users")
 
 

@@ -51,6 +51,7 @@ def test_inner_and_hidden_channels_go(activation: str, rank: int, biases: bool) 
     assert not biases or (found["b1"], found["b2"]) == ((E, INNER // 2), (E, HIDDEN // 2))
 
 
+@pytest.mark.newest_runtime
 @pytest.mark.parametrize("fusion", [1, 2])
 def test_a_fused_gate_goes_with_its_channel(fusion: int) -> None:
     # onnxruntime's kernel for processors knows the interleaved form alone; the other one is cut without being run.
@@ -113,6 +114,7 @@ def test_macs_count_the_experts_that_a_token_visits() -> None:
     assert layer.macs_before == 2 * 2 * 2 * HIDDEN * INNER  # two tokens, two experts, two layers
 
 
+@pytest.mark.newest_runtime
 @pytest.mark.parametrize(("block", "fusion", "zeros"), [(0, 0, False), (0, 1, False), (16, 0, False), (16, 1, True)])
 def test_inner_channels_of_packed_experts_go_by_bytes_or_blocks(block: int, fusion: int, zeros: bool) -> None:
     """QMoE: every expert loses the same number of bytes, or of blocks that share scales; hidden channels stay."""

@@ -90,6 +90,7 @@ def test_resize_to_constant_sizes() -> None:
     check(net, net.op("Resize", produce(net, "nchw", batch=2), "", "", net.const([2, 6, 8, 9]), mode="linear"))
 
 
+@pytest.mark.newest_runtime
 @pytest.mark.parametrize("scales", [True, False])
 def test_resize_of_chosen_axes(scales: bool) -> None:
     net = Net(18)

@@ -172,6 +172,7 @@ def test_a_weight_that_is_a_graph_output_stays() -> None:
     assert_exact_cut(net.model(y, net.op("Identity", w)), expect_cut=False)
 
 
+@pytest.mark.newest_runtime
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, BFLOAT16], ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("layout", ["nchw", "nlc"])
 def test_element_types(dtype: np.dtype, layout: str) -> None:

@@ -90,6 +90,7 @@ def test_fused_matmul_with_batch_transposes(trans: tuple[int, int], batch: tuple
     assert shapes(result.model) == [(6, 4), (6, 4)]
 
 
+@pytest.mark.newest_runtime
 def test_fused_conv_with_an_addend() -> None:
     net = Net(17)
     x = net.input("x", ["N", 3, 9, 8])
@@ -232,6 +233,7 @@ def test_triangles_and_inverses_hold_their_axes() -> None:
     assert shapes(result.model) == [(6, 8), (8, 5), (5, 5)]
 
 
+@pytest.mark.newest_runtime
 def test_a_new_axis_moves_labels() -> None:
     net = Net(17)
     x = net.op("MatMul", net.input("x", ["N", 6]), net.weight(6, 12))

@@ -72,6 +72,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.newest_runtime
 @pytest.mark.parametrize("case", CASES, ids=lambda c: " ".join(map(str, c.values())))
 def test_whole_blocks_go(case: dict[str, Any]) -> None:
     """Of what the codes stand for exactly the rows of the removed blocks and columns are missing."""
@@ -128,6 +129,7 @@ def test_value_heads_of_packed_products(heads: int, size: int, block: int, left:
     assert helper.get_node_attr_value(last, "K") == left
 
 
+@pytest.mark.newest_runtime
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("criterion", ["l2", "gm"])
 def test_columns_of_packed_tables_go_by_blocks(zeros: bool, criterion: str) -> None:

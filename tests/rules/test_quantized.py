@@ -120,6 +120,7 @@ def test_convolutions_with_channels_last() -> None:
     assert [shapes(model, "QLinearConv", i)[3] for i in (0, 1)] == [(3, 3, 3, 3), (2, 3, 3, 3)]
 
 
+@pytest.mark.newest_runtime
 @given(
     left=st.sampled_from([np.uint8, np.int8]),
     right=st.sampled_from([np.uint8, np.int8]),

@@ -93,6 +93,7 @@ DAMAGES = [damage_node, damage_node, damage_tensor, damage_size, damage_value]
 pytestmark = pytest.mark.lenient  # rules that fail freeze channels, as outside of tests
 
 
+@pytest.mark.newest_runtime
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_models_end_in_errors_of_their_own(seed: int) -> None:
     draw, whole, ends = random.Random(seed), model(), Counter[int]()
