@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,6 @@ from onnxprune.cli.options import Given, beside, check_criterion, command, exist
 from onnxprune.errors import Note, UsageError, argument
 from onnxprune.io import files
 from onnxprune.report import numbers, page, reasons, tables
-from onnxprune.report import tables as shown
 from onnxprune.report.console import Screen, plain
 from onnxprune.report.facts import Report
 from onnxprune.settings import settings_of
@@ -26,33 +25,71 @@ from onnxprune.settings import settings_of
 def prune(screen: Screen, given: Given) -> None:
     """Cut channels out of an ONNX model, exactly, and verify the result in onnxruntime."""
     target = given.output or beside(given.model, "pruned")
-    _check(given, target)
+    _check(given, target, check_criterion)
     result = _cut(given, screen)
     report: Report = result.report
     _advise(given, report)
     hint = f"Take a smaller {argument('ratio')}, another {argument('criterion')}, or {argument('exclude')} the "
     hint += "sensitive layers."
-    output.check(report, given.min_fidelity, lambda: screen.show(*_parts(given, report, screen), Text("")), hint)
-    result.save(target, plan=given.plan_file)
-    screen.wrote.extend([path for path in (target, given.plan_file) if path is not None])
+    plan = str(given.plan_file) if given.plan_file else None
+    _finish(screen, given, result, target, lambda: _parts(given, report, screen), hint, {"plan": plan}, given.plan_file)
+
+
+def _finish(
+    screen: Screen,
+    given: Given,
+    result: Any,
+    target: Path,
+    parts: Callable[[], Sequence[RenderableType]],
+    hint: str,
+    names: Mapping[str, str | None],
+    plan_file: Path | None = None,
+) -> None:
+    """Ask the gate, write the model and its plan, and show the report.
+
+    Args:
+        screen: where the report goes.
+        given: the options.
+        result: of the run.
+        target: the model file to write.
+        parts: makes the report as renderables.
+        hint: the next step where the gate is not met.
+        names: files that JSON names beside the report.
+        plan_file: where to write the plan, None for nowhere.
+
+    Raises:
+        BudgetError: the gate is not met; nothing is written.
+    """
+    report: Report = result.report
+    output.check(report, given.min_fidelity, lambda: screen.show(*parts(), Text("")), hint)
+    result.save(target, plan=plan_file)
+    screen.wrote.extend([path for path in (target, plan_file) if path is not None])
     report.output = str(target)
     if screen.as_json:
-        screen.emit({**report.to_dict(), "plan": str(given.plan_file) if given.plan_file else None})
+        screen.emit({**report.to_dict(), **names})
     for warning in report.warnings:
         screen.warn(warning)
-    wrote = [("wrote     ", target)] + ([("plan      ", given.plan_file)] if given.plan_file else [])
-    written = [Text.assemble((label, "bold"), str(path)) for label, path in wrote]
-    screen.show(*_parts(given, report, screen), *written)
+    wrote = [("wrote     ", target)] + ([("plan      ", plan_file)] if plan_file else [])
+    screen.show(*parts(), *(Text.assemble((label, "bold"), str(path)) for label, path in wrote))
 
 
-def _check(given: Given, target: Path) -> None:
-    """Everything that can be found wrong before the work starts; raises UsageError."""
+def _check(given: Given, target: Path, further: Callable[[Given], None] = lambda given: None) -> None:
+    """Check everything that can be found wrong before the work starts.
+
+    Args:
+        given: the options.
+        target: the model file to write.
+        further: checks what this command alone has, before the files.
+
+    Raises:
+        UsageError: something is wrong.
+    """
     from onnxprune.io.write import check_output
 
     existing(given.model, "model")
     given.check_together()
     given.check_recovery()
-    check_criterion(given)
+    further(given)
     check_output(target, given.model, given.sources)
     if given.plan_file is not None:
         output.check_plan(given.plan_file, target, given.model, given.sources)
@@ -130,37 +167,14 @@ def _parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]
 def factorize(screen: Screen, given: Given) -> None:
     """Take layers apart into smaller ones: SVD, Tucker, CP, spatial SVD."""
     target = given.output or beside(given.model, "factorized")
-    _check_factorization(given, target)
+    _check(given, target)
     result = _factorized(given, screen)
     report: Report = result.report
     hint = (
         f"Take a smaller {argument('ratio')}, give {argument('data')}, or {argument('exclude')} the sensitive layers."
     )
-    output.check(
-        report, given.min_fidelity, lambda: screen.show(*_factorization_parts(given, report, screen), Text("")), hint
-    )
-    result.save(target, plan=given.plan_file)
-    screen.wrote.extend([path for path in (target, given.plan_file) if path is not None])
-    report.output = str(target)
-    if screen.as_json:
-        screen.emit({**report.to_dict(), "plan": str(given.plan_file) if given.plan_file else None})
-    for warning in report.warnings:
-        screen.warn(warning)
-    wrote = [("wrote     ", target)] + ([("plan      ", given.plan_file)] if given.plan_file else [])
-    written = [Text.assemble((label, "bold"), str(path)) for label, path in wrote]
-    screen.show(*_factorization_parts(given, report, screen), *written)
-
-
-def _check_factorization(given: Given, target: Path) -> None:
-    """Everything that can be found wrong before the work starts; raises UsageError."""
-    from onnxprune.io.write import check_output
-
-    existing(given.model, "model")
-    given.check_together()
-    given.check_recovery()
-    check_output(target, given.model, given.sources)
-    if given.plan_file is not None:
-        output.check_plan(given.plan_file, target, given.model, given.sources)
+    plan, parts = str(given.plan_file) if given.plan_file else None, _factorization_parts
+    _finish(screen, given, result, target, lambda: parts(given, report, screen), hint, {"plan": plan}, given.plan_file)
 
 
 def _factorized(given: Given, screen: Screen) -> Any:
@@ -189,18 +203,8 @@ def recover(screen: Screen, given: Given) -> None:
     result = _repair(given, screen)
     report: Report = result.report
     hint = f"Give more {argument('data')}, or cut less."
-    output.check(
-        report, given.min_fidelity, lambda: screen.show(*_recovery_parts(given, report, screen), Text("")), hint
-    )
-    result.save(target)
-    screen.wrote.append(target)
-    report.output = str(target)
-    if screen.as_json:
-        screen.emit({**report.to_dict(), "cut": str(given.cut), "plan": str(given.plan)})
-    for warning in report.warnings:
-        screen.warn(warning)
-    wrote = Text.assemble(("wrote     ", "bold"), str(target))
-    screen.show(*_recovery_parts(given, report, screen), wrote)
+    names = {"cut": str(given.cut), "plan": str(given.plan)}
+    _finish(screen, given, result, target, lambda: _recovery_parts(given, report, screen), hint, names)
 
 
 def _check_recovery(given: Given, target: Path) -> None:
@@ -302,7 +306,7 @@ def profile(screen: Screen, given: Given) -> None:
     if screen.as_json:
         screen.emit({**plain(found.facts), "table": str(output) if output else None})
     wrote = [Text.assemble(("wrote     ", "bold"), str(output))] if output else []
-    screen.show(*shown.profile_table(found.facts, name_width=screen.name_width, every=screen.verbosity > 0), *wrote)
+    screen.show(*tables.profile_table(found.facts, name_width=screen.name_width, every=screen.verbosity > 0), *wrote)
 
 
 @command("sensitivity", model="MODEL.onnx")

@@ -105,15 +105,8 @@ class GridSample(Rule):
         step.set(0, labels)
 
 
-class RoiAlign(Rule):
-    """Crops of regions, which replace the batch; channels pass."""
-
-    def propagate(self, step: Step) -> None:
-        """Pass the channels alone."""
-        labels = step.labels(0)
-        for axis in (0, *range(2, len(step.shape(0)))):
-            labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} samples this axis")
-        step.set(0, labels)
+class RoiAlign(GridSample):
+    """Crops of regions, which replace the batch; channels pass, the axes that are sampled keep their sizes."""
 
 
 class Blocks(Rule):
