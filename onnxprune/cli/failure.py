@@ -96,7 +96,9 @@ def describe(error: BaseException, command_path: str = "onnxprune") -> Failure:
 
 
 def _click_message(error: click.ClickException) -> str:
-    # NoSuchOption and NoSuchCommand carry their suggestions in format_message(); these go into the hint instead.
+    if isinstance(error, click.NoSuchOption):  # releases of click word it in different ways
+        return f"no such option '{error.option_name}'"
+    # Errors carry their suggestions in format_message(); these go into the hint instead.
     text = error.message if getattr(error, "possibilities", None) else error.format_message()
     text = text.strip().rstrip(".")
     return text[:1].lower() + text[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,16 @@ class DefaultGroup(click.Group):
         """Return whether a command is misspelled (``inspekt model.onnx``): a bare word, no file, followed by words."""
         word = args[0]
         return word.isalpha() and not Path(word).exists() and any(not other.startswith("-") for other in args[1:2])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the subcommand; an unknown one is named beside the nearest there is, whichever release of click runs."""
+        if args[0] not in self.commands:
+            near = get_close_matches(args[0], self.commands, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"'{ctx.command_path} --help' lists what can be given."
+            raise UsageError(f"no such command '{args[0]}'", hint=hint)
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; any failure ends here."""

@@ -303,6 +303,10 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Feed:
     results: Feed = {}
     for info, value in zip(outputs, values, strict=True):
         _flatten(info.name, value, results)
+    # onnxruntime 1.22 returns an input that is an output, too, in the caller's memory, without a hold on it.
+    for name, array in results.items():
+        if any(np.may_share_memory(array, fed) for fed in feeds.values() if isinstance(fed, np.ndarray)):
+            results[name] = array.copy()
     return results
 
 
