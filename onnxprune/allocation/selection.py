@@ -19,7 +19,7 @@ from onnxprune.channels.survivors import After
 from onnxprune.graph import cost
 from onnxprune.graph.view import Node
 from onnxprune.importance.scores import columns, over_columns
-from onnxprune.labels.atoms import mix
+from onnxprune.labels.atoms import Reason, mix
 from onnxprune.labels.label import Ids, Label
 
 
@@ -512,7 +512,7 @@ def candidates(analysis: Analysis, request: Request) -> Candidates:
         if found.asked[group.id] is None:
             continue
         if request.group_policy == "none" and group.size != group.steps:
-            found.kept[group.id] = "kept-whole: group_policy none leaves channels in several rows alone"
+            found.kept[group.id] = f"{Reason.KEPT_WHOLE}: group_policy none leaves channels in several rows alone"
         else:
             found.groups.append(group)
     return found

@@ -22,14 +22,14 @@ from onnxprune.graph.values import check_extents
 from onnxprune.graph.view import Graph, Node
 from onnxprune.io.interchange import ModelSource
 from onnxprune.io.read import Loaded, load
-from onnxprune.labels.atoms import Barrier
+from onnxprune.labels.atoms import Barrier, Reason
 from onnxprune.labels.label import Ids, Label
 from onnxprune.operators.context import Table
 from onnxprune.operators.registry import rule_of
 from onnxprune.report.facts import LayerFacts
 
 # Kernels and settings of operators are no channels: a user need not read that they stay.
-_NOT_CHANNELS = {"kernel", "operand"}
+_NOT_CHANNELS = {Reason.KERNEL, Reason.OPERAND}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class Analysis:
         """(operator, channels) that would become removable if that operator held none of them, largest first."""
         held: Counter[str] = Counter()
         for barrier in self.barriers:
-            if barrier.code not in ("graph-output", "graph-input", "captured-by-subgraph", "spatial"):
+            if barrier.code not in (Reason.GRAPH_OUTPUT, Reason.CAPTURED_BY_SUBGRAPH, Reason.SPATIAL):
                 held[barrier.op or barrier.code] += barrier.channels
         return held.most_common()
 
@@ -290,14 +290,14 @@ class Analysis:
         if group.prunable:
             return ""
         if group.covered:
-            return "covered: whole heads or groups are cut instead"
+            return f"{Reason.COVERED}: whole heads or groups are cut instead"
         if any(self.units.groups[c].prunable for c in group.children):
-            return "covered: the channels within are cut instead"
+            return f"{Reason.COVERED}: the channels within are cut instead"
         if group.size < 2:
-            return "tied-together: all of them are one unit"
+            return f"{Reason.TIED_TOGETHER}: all of them are one unit"
         if group.id in self._unstored:
-            return "not-stored: no weight of the file belongs to it"
-        return "grid-unbalanced: no equal share can be taken from every row"
+            return f"{Reason.NOT_STORED}: no weight of the file belongs to it"
+        return f"{Reason.GRID_UNBALANCED}: no equal share can be taken from every row"
 
     def _reason(self, node: Node) -> str:
         """Return the reason why channels of a layer's output have to stay; empty when none has to."""
@@ -317,7 +317,7 @@ class Analysis:
         groups = [
             self.units.groups[k] for k in np.unique(self.units.group_of[self.units.component[label.ids]]) if k >= 0
         ]
-        if not groups or any(g.prunable or self._why(g).startswith("covered") for g in groups):
+        if not groups or any(g.prunable or self._why(g).startswith(Reason.COVERED) for g in groups):
             return ""
         return self._why(groups[0])
 
@@ -349,7 +349,7 @@ class Analysis:
         Anchors, grids of positions and entries of a vocabulary are born on constants that only meet channels.
         """
         births = self.table.atoms.births
-        stuck = {barrier.node for barrier in self.table.atoms.barriers if barrier.code == "no-rule"}
+        stuck = {barrier.node for barrier in self.table.atoms.barriers if barrier.code == Reason.NO_RULE}
 
         def holds(name: str) -> bool:
             unknown = any(node.label in stuck for node, _ in self.graph.consumers.get(name, ()))

@@ -7,7 +7,7 @@ from typing import Any
 
 from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph, Node
-from onnxprune.labels.atoms import Atoms
+from onnxprune.labels.atoms import Atoms, Reason
 from onnxprune.operators.context import Step, Table
 from onnxprune.operators.registry import NO_RULE, lookup
 
@@ -28,10 +28,10 @@ def push_labels(graph: Graph, facts: Facts, *, approximate: bool = False) -> Tab
     for node in graph.steps:
         _push(node, table)
     for name in graph.outputs:
-        _freeze(table, name, "graph-output", "a graph output keeps its shape")
+        _freeze(table, name, Reason.GRAPH_OUTPUT, "a graph output keeps its shape")
     for name in sorted(graph.captured):
         if name in graph.producer or name in graph.weights:
-            _freeze(table, name, "captured-by-subgraph", f"the body of a control-flow node reads {name!r}")
+            _freeze(table, name, Reason.CAPTURED_BY_SUBGRAPH, f"the body of a control-flow node reads {name!r}")
     return table
 
 
@@ -56,19 +56,19 @@ def _push(node: Node, table: Table) -> None:
     step = Step(node, table)
     if rule is NO_RULE:
         domain = node.domain or "ai.onnx"
-        _freeze_inputs(step, "no-rule", f"no rule for {domain}.{node.op} (opset {node.version})")
+        _freeze_inputs(step, Reason.NO_RULE, f"no rule for {domain}.{node.op} (opset {node.version})")
         return
     shapes = table.facts.probes[0].shapes
     for name in () if rule.shapeless else (*node.inputs, *node.outputs):
         if name and shapes.get(name) is None:
-            _freeze_inputs(step, "dynamic-shape", f"the shape of a tensor at {node.op} is not known")
+            _freeze_inputs(step, Reason.DYNAMIC_SHAPE, f"the shape of a tensor at {node.op} is not known")
             return
     try:
         rule.propagate(step)
     except Exception as error:
         if STRICT:
             raise
-        _freeze_inputs(step, "unsupported-form", f"{type(error).__name__}: {error}")
+        _freeze_inputs(step, Reason.UNSUPPORTED_FORM, f"{type(error).__name__}: {error}")
         for name in node.outputs:
             if name:
                 table.set(name, ())

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from onnxprune.labels.atoms import Atoms
+from onnxprune.labels.atoms import Atoms, Reason
 from onnxprune.labels.label import NONE, Ids, Label, Labels, covering, drop
 
 Shape = tuple["int | None", ...]
-Reason = Callable[[str, str], int]
+NewBarrier = Callable[[str, str], int]
 """(code, detail) -> index of the barrier, for the node at hand."""
 
 
@@ -29,7 +29,7 @@ def align(labels: Labels, shift: int) -> Labels:
 
 
 def broadcast(
-    atoms: Atoms, operands: Sequence[tuple[Labels, Shape]], rank: int, reason: Reason, skip: Sequence[int] = ()
+    atoms: Atoms, operands: Sequence[tuple[Labels, Shape]], rank: int, reason: NewBarrier, skip: Sequence[int] = ()
 ) -> Labels:
     """Return labels of the result of operands that broadcast (numpy's rules) into a tensor of ``rank``.
 
@@ -55,7 +55,7 @@ def broadcast(
                 met = covering(result, axis)
                 if met is not None:
                     atoms.fix_axis(
-                        met, axis, reason("unlabelled-operand", f"axis {axis} meets a tensor without labels")
+                        met, axis, reason(Reason.UNLABELLED_OPERAND, f"axis {axis} meets a tensor without labels")
                     )
     return result
 
@@ -68,7 +68,7 @@ def _apart(labels: Labels) -> bool:
     return len(set(axes)) == len(axes)
 
 
-def merge(atoms: Atoms, labels: Labels, label: Label, reason: Reason) -> Labels:
+def merge(atoms: Atoms, labels: Labels, label: Label, reason: NewBarrier) -> Labels:
     """Return ``labels`` with one more label of the same tensor, uniting the atoms of overlapping labels."""
     if not label.axes:
         return labels
@@ -90,7 +90,7 @@ def merge(atoms: Atoms, labels: Labels, label: Label, reason: Reason) -> Labels:
         return (*labels, label)
     if len(overlapping) == 1 and covered <= set(overlapping[0].axes):
         return labels
-    why = reason("unsupported-form", "grids over different axes meet")
+    why = reason(Reason.UNSUPPORTED_FORM, "grids over different axes meet")
     for x in (*overlapping, label):
         atoms.freeze(x.ids, why)
     # Labels that meet these axes later must meet frozen atoms there.
@@ -99,7 +99,7 @@ def merge(atoms: Atoms, labels: Labels, label: Label, reason: Reason) -> Labels:
 
 
 def concatenate(
-    atoms: Atoms, operands: Sequence[tuple[Labels, Shape]], axis: int, reason: Reason, tensor: str
+    atoms: Atoms, operands: Sequence[tuple[Labels, Shape]], axis: int, reason: NewBarrier, tensor: str
 ) -> Labels:
     """Return labels of operands joined along ``axis``."""
     rank = len(operands[0][1])
@@ -117,7 +117,7 @@ def concatenate(
     if not spans:
         return result
     if any(covering(result, a) is not None for a in extra) or (extra and len(every) > len(operands)):
-        why = reason("unsupported-form", "a grid is concatenated with a tensor that is labelled otherwise")
+        why = reason(Reason.UNSUPPORTED_FORM, "a grid is concatenated with a tensor that is labelled otherwise")
         for labels, _ in every:
             for x in labels:
                 atoms.freeze(x.ids, why)
@@ -128,7 +128,7 @@ def concatenate(
         full = tuple(int(shape[axis] or 0) if a == axis else n for a, n in enumerate(outer))
         if found is None:
             filler = atoms.new(int(np.prod(full)), tensor, axis)
-            atoms.freeze(filler, reason("unlabelled-operand", "a concatenated part has no removable channels"))
+            atoms.freeze(filler, reason(Reason.UNLABELLED_OPERAND, "a concatenated part has no removable channels"))
             parts.append(filler.reshape(full))
         else:
             parts.append(np.broadcast_to(found.ids, full))
@@ -165,7 +165,7 @@ def insert_axis(labels: Labels, axis: int) -> Labels:
     return tuple(Label(np.expand_dims(x.ids, axis), x.pack + (x.pack >= axis), x.start) for x in labels)
 
 
-def take(atoms: Atoms, labels: Labels, axis: int, index: Ids, reason: Reason) -> Labels:
+def take(atoms: Atoms, labels: Labels, axis: int, index: Ids, reason: NewBarrier) -> Labels:
     """Return labels of the positions ``index`` (1-D) along ``axis``.
 
     The axis stays, with size 1 for a single position.
@@ -189,9 +189,9 @@ def take(atoms: Atoms, labels: Labels, axis: int, index: Ids, reason: Reason) ->
     return (*rest, Label(part, label.pack))
 
 
-def _pick_one(atoms: Atoms, label: Label, axis: int, part: Ids, reason: Reason) -> Labels:
+def _pick_one(atoms: Atoms, label: Label, axis: int, part: Ids, reason: NewBarrier) -> Labels:
     if not label.is_grid:
-        atoms.freeze(part, reason("fixed-size", "a single channel is picked out by its position"))
+        atoms.freeze(part, reason(Reason.FIXED_SIZE, "a single channel is picked out by its position"))
         return ()
     if axis != label.pack:
         return (Label(part, label.pack),)
@@ -236,7 +236,7 @@ def runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], l
     return result
 
 
-def reshape(atoms: Atoms, labels: Labels, before: Sequence[int], after: Sequence[int], reason: Reason) -> Labels:
+def reshape(atoms: Atoms, labels: Labels, before: Sequence[int], after: Sequence[int], reason: NewBarrier) -> Labels:
     """Return labels after a reshape between known sizes. Only runs that a label depends on are materialised."""
     if not labels:
         return labels
@@ -249,7 +249,7 @@ def reshape(atoms: Atoms, labels: Labels, before: Sequence[int], after: Sequence
     return result
 
 
-def _one_per_run(atoms: Atoms, labels: Labels, parts: list[tuple[list[int], list[int]]], reason: Reason) -> Labels:
+def _one_per_run(atoms: Atoms, labels: Labels, parts: list[tuple[list[int], list[int]]], reason: NewBarrier) -> Labels:
     """Fix the smaller of two labels that a reshape would multiply into one axis: only one of them can remain."""
     kept: Labels = labels
     for ins, outs in parts:
@@ -259,7 +259,7 @@ def _one_per_run(atoms: Atoms, labels: Labels, parts: list[tuple[list[int], list
         if len(touching) > 1:  # repetitions of the channels, such as once per sample, do not count
             touching.sort(key=lambda x: np.unique(x.ids).size)
         for label in touching[:-1]:
-            why = reason("unsupported-form", "two independently removable axes are merged into one")
+            why = reason(Reason.UNSUPPORTED_FORM, "two independently removable axes are merged into one")
             atoms.freeze(label.ids, why)
             kept = drop(kept, label)
     return kept
@@ -271,7 +271,7 @@ def _reshape_one(
     parts: list[tuple[list[int], list[int]]],
     before: Sequence[int],
     after: Sequence[int],
-    reason: Reason,
+    reason: NewBarrier,
 ) -> Label | None:
     whole = _moved_whole(label, parts, before, after)
     if whole is not None:
@@ -293,7 +293,7 @@ def _reshape_one(
                 atoms.couple(label)
             new_pack = -2 - parts.index((ins, outs))
     if int(np.prod(source, dtype=np.int64)) > LARGEST:
-        atoms.freeze(label.ids, reason("spatial", "channels are merged with many spatial positions"))
+        atoms.freeze(label.ids, reason(Reason.SPATIAL, "channels are merged with many spatial positions"))
         return None
     ids = np.broadcast_to(label.ids, source).reshape(target)
     for axis in range(ids.ndim):
@@ -302,7 +302,7 @@ def _reshape_one(
     outs = parts[-2 - new_pack][1]
     inner = [b for b in outs if ids.shape[b] > 1] or [b for b in range(ids.ndim) if ids.shape[b] > 1]
     if not inner:
-        atoms.freeze(ids, reason("unsupported-form", "a reshape leaves no axis to cut"))
+        atoms.freeze(ids, reason(Reason.UNSUPPORTED_FORM, "a reshape leaves no axis to cut"))
         return None
     return Label(ids, inner[-1])
 

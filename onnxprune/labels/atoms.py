@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,48 @@ from onnxprune.labels.label import Ids, Label
 _MOST = 1 << 26
 
 
+class Reason(StrEnum):
+    """Codes of the reasons why channels or layers keep their size; plans, JSON and reports hold their values.
+
+    ``onnxprune.report.reasons`` has the words of each. A rule of another package may use a code of its own, any string:
+    reports show it as it is.
+    """
+
+    # Stated while labels are propagated
+    GRAPH_OUTPUT = "graph-output"
+    CAPTURED_BY_SUBGRAPH = "captured-by-subgraph"
+    NO_RULE = "no-rule"
+    DYNAMIC_SHAPE = "dynamic-shape"
+    MISSING_CONSTANT = "missing-constant"
+    NORMALISED = "normalised"
+    FIXED_SIZE = "fixed-size"
+    HEAD_SIZE = "head-size"
+    ROTARY = "rotary"
+    SPATIAL = "spatial"
+    UNLABELLED_OPERAND = "unlabelled-operand"
+    UNSUPPORTED_FORM = "unsupported-form"
+    # Axes that never were channels: lists of barriers leave them out
+    KERNEL = "kernel"
+    OPERAND = "operand"
+    # Of groups as a whole
+    COVERED = "covered"
+    TIED_TOGETHER = "tied-together"
+    NOT_STORED = "not-stored"
+    GRID_UNBALANCED = "grid-unbalanced"
+    SINGLE = "single"
+    # Asked for by the caller
+    EXCLUDED = "excluded"
+    KEPT_WHOLE = "kept-whole"
+    NO_SCORE = "no-score"
+
+
 @dataclass(frozen=True, slots=True)
 class Barrier:
     """Reason why atoms may not be removed.
 
-    ``code`` is a stable short word, ``node``/``op`` the place where it arose ("" for graph inputs and outputs),
-    ``detail`` a sentence, ``channels`` the number of atoms it holds (filled when groups are built).
+    ``code`` is a :class:`Reason` or a string of another package's rule, ``node``/``op`` the place where it arose (""
+    for graph inputs and outputs), ``detail`` a sentence, ``channels`` the number of atoms it holds (filled when groups
+    are built).
     """
 
     code: str

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnxprune.graph.view import Node
 from onnxprune.labels import algebra
 from onnxprune.labels.algebra import Shape, align, broadcast, known
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.operators.codes import numbers
 from onnxprune.operators.context import Cut, Step
@@ -39,7 +40,7 @@ def _viewed(step: Step, labels: Labels, before: Shape, after: Shape) -> Part:
     """Reshape the trailing axes alone; the leading ones may depend on the data."""
     ahead = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
     for axis in range(ahead):
-        labels = step.drop_axis(labels, axis, "fixed-size", "attention runs along this axis")
+        labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "attention runs along this axis")
     ones = [1] * ahead
     source, target = [*ones, *(n or 1 for n in before[ahead:])], [*ones, *(n or 1 for n in after[ahead:])]
     moved = algebra.reshape(step.atoms, labels, source, target, step.reason)
@@ -74,7 +75,7 @@ def attend(step: Step, q: Part, k: Part, v: Part, bias: Part | None = None) -> t
         heads = (1, int(qs[2] or 0), 1, 1)
         own = bias[0]
         for axis in (0, 2, 3):
-            own = step.drop_axis(own, axis, "fixed-size", "attention runs along this axis")
+            own = step.drop_axis(own, axis, Reason.FIXED_SIZE, "attention runs along this axis")
         shape = tuple(n if a == 1 else 1 for a, n in enumerate(bias[1]))
         scores = broadcast(step.atoms, [(scores, heads), (own, shape)], 4, step.reason)
     return scores, contract(step, [(scores, (1, qs[2], 1, 1), "bhsl"), (vl, vs, "blhv")], "bshv")
@@ -109,7 +110,7 @@ def with_past(step: Step, part: Part, past: int) -> Part:
 def along_heads(step: Step, labels: Labels) -> Labels:
     """Reduce labels [batch, sequence, heads, size] to heads and size; freeze the other axes."""
     for axis in (0, 1):
-        labels = step.drop_axis(labels, axis, "fixed-size", "attention runs along this axis")
+        labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "attention runs along this axis")
     return labels
 
 
@@ -169,7 +170,7 @@ class Attention(Heads):
         wide = (1, 1, step.shape(1)[1])
         x, axes = step.labels(0), (0, 1)
         for axis in axes:
-            x = step.drop_axis(x, axis, "fixed-size", "attention runs along this axis")
+            x = step.drop_axis(x, axis, Reason.FIXED_SIZE, "attention runs along this axis")
         joint = contract(step, [(x, (1, 1, step.shape(0)[2]), "bsi"), (step.labels(1), step.shape(1), "io")], "bso")
         if step.has(2):
             joint = broadcast(step.atoms, [(joint, wide), (step.labels(2), step.shape(2))], 3, step.reason)
@@ -180,7 +181,7 @@ class Attention(Heads):
         q, k, v = parts
         if step.attr("do_rotary", 0):
             for labels, _ in (q, k):
-                step.fix(labels, 3, "rotary", "rotary positions pair these channels")
+                step.fix(labels, 3, Reason.ROTARY, "rotary positions pair these channels")
         bias = as_rank_4(step.labels(5), step.shape(5)) if step.has(5) else None
         _, out = attend(step, q, k, v, bias)
         step.set(0, flattened(step, out, heads, int(v[1][3] or 0)))
@@ -386,7 +387,7 @@ class GroupQueryAttention(Rule):
                 labels = step.take(labels, 2, np.arange(start, start + n * size))
                 start += n * size
             part = to_heads(step, labels, (1, 1, n * size), n)
-            step.fix(part[0], 3, "head-size", "this kernel wants one head size for queries, keys and values")
+            step.fix(part[0], 3, Reason.HEAD_SIZE, "this kernel wants one head size for queries, keys and values")
             result.append(part)
         return result
 
@@ -419,7 +420,7 @@ class GroupQueryAttention(Rule):
         labels = step.labels(i)
         for other in range(len(step.shape(i))):
             if other != axis:
-                labels = step.drop_axis(labels, other, "fixed-size", "attention runs along this axis")
+                labels = step.drop_axis(labels, other, Reason.FIXED_SIZE, "attention runs along this axis")
         if step.shape(i)[axis] == heads > 1:
             step.unite(rows, step.axis_ids(labels, axis), "a head")
 
@@ -467,8 +468,8 @@ class RotaryEmbedding(Rule):
         else:
             grid = by_head(labels)
         for axis in (0, 1):  # cosines, sines and positions have these axes too
-            step.fix(grid, axis, "rotary", "rotary positions run along this axis")
-        step.fix(grid, 3, "rotary", "rotary positions pair these channels")
+            step.fix(grid, axis, Reason.ROTARY, "rotary positions run along this axis")
+        step.fix(grid, 3, Reason.ROTARY, "rotary positions pair these channels")
         step.set(0, labels)
 
     @staticmethod
@@ -517,7 +518,7 @@ class QAttention(Attention):
         heads, wide = int(step.attr("num_heads")), (1, 1, step.shape(1)[1])
         x = step.labels(0)
         for axis in (0, 1):
-            x = step.drop_axis(x, axis, "fixed-size", ALONG)
+            x = step.drop_axis(x, axis, Reason.FIXED_SIZE, ALONG)
         operands: list[tuple[Labels, Shape]] = [
             (contract(step, [(x, (1, 1, step.shape(0)[2]), "bsi"), self._weight(step)], "bso"), wide)
         ]
@@ -528,7 +529,7 @@ class QAttention(Attention):
         )
         if step.attr("do_rotary", 0):
             for labels, _ in (q, k):
-                step.fix(labels, 3, "rotary", "rotary positions pair these channels")
+                step.fix(labels, 3, Reason.ROTARY, "rotary positions pair these channels")
         _, out = attend(step, q, k, v)
         keys, values = covering(k[0], 3), covering(out, 3)
         step.unite(
@@ -561,7 +562,7 @@ class PackedAttention(Attention):
     def propagate(self, step: Step) -> None:
         """Contract input and weight, then split the product into queries, keys and values."""
         heads, wide = int(step.attr("num_heads")), step.shape(1)[1]
-        x = step.drop_axis(step.labels(0), 0, "fixed-size", ALONG)
+        x = step.drop_axis(step.labels(0), 0, Reason.FIXED_SIZE, ALONG)
         joint = contract(step, [(x, (1, step.shape(0)[1]), "si"), (step.labels(1), step.shape(1), "io")], "so")
         joint = broadcast(step.atoms, [(joint, (1, wide)), (step.labels(2), step.shape(2))], 2, step.reason)
         joint = algebra.insert_axis(joint, 0)
@@ -656,7 +657,7 @@ class DecoderMaskedMultiHeadAttention(MultiHeadAttention):
         heads = int(step.attr("num_heads"))
         for i in range(3):
             part = to_heads(step, step.labels(i), step.shape(i), heads)
-            step.fix(part[0], 3, "head-size", "this kernel wants one head size for queries, keys and values")
+            step.fix(part[0], 3, Reason.HEAD_SIZE, "this kernel wants one head size for queries, keys and values")
         super().propagate(step)
 
 
@@ -749,7 +750,7 @@ class CausalConv(Rule):
         for i, at in ((0, axis), (1, 0), (2, 0), (3, axis)):
             if step.has(i):
                 labels = step.labels(i)
-                step.fix_all_but(labels, (at,), "spatial", "a convolution slides over this axis")
+                step.fix_all_but(labels, (at,), Reason.SPATIAL, "a convolution slides over this axis")
                 found.append(step.axis_ids(labels, at))
         for ids in found[1:]:
             step.unite(found[0], ids, "a channel of a depthwise convolution")

@@ -11,6 +11,7 @@ import numpy as np
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.algebra import Shape, concatenate
+from onnxprune.labels.atoms import Reason
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.registry import Rule, register
@@ -26,9 +27,9 @@ class PerFeature(Rule):
     def propagate(self, step: Step) -> None:
         """Pass the features, which are on the last axis."""
         labels, last = step.labels(0), len(step.shape(0)) - 1
-        step.fix_all_but(labels, (last,), "fixed-size", "samples keep their places")
+        step.fix_all_but(labels, (last,), Reason.FIXED_SIZE, "samples keep their places")
         if len(step.attr("imputed_value_int64s") or []) > 1:
-            step.freeze(labels, "unsupported-form", "integers are filled in by position")
+            step.freeze(labels, Reason.UNSUPPORTED_FORM, "integers are filled in by position")
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
@@ -49,7 +50,7 @@ class Linear(Rule):
 
     def propagate(self, step: Step) -> None:
         """Sum over the features, which end here."""
-        step.fix_all_but(step.labels(0), (len(step.shape(0)) - 1,), "fixed-size", "samples keep their places")
+        step.fix_all_but(step.labels(0), (len(step.shape(0)) - 1,), Reason.FIXED_SIZE, "samples keep their places")
 
     def rewrite(self, cut: Cut) -> None:
         """Slice the coefficients to the surviving features."""
@@ -103,7 +104,7 @@ class Learned(Rule):
     def propagate(self, step: Step) -> None:
         """Freeze every input."""
         for i in range(len(step.node.inputs)):
-            step.freeze(step.labels(i), "fixed-size", f"{step.node.op} knows its features by position")
+            step.freeze(step.labels(i), Reason.FIXED_SIZE, f"{step.node.op} knows its features by position")
 
 
 register(DOMAIN, "Scaler", "Imputer", rule=PerFeature())

@@ -13,7 +13,7 @@ from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph, Node
 from onnxprune.labels import algebra
 from onnxprune.labels.algebra import broadcast, merge
-from onnxprune.labels.atoms import Atoms
+from onnxprune.labels.atoms import Atoms, Reason
 from onnxprune.labels.label import NONE, Ids, Label, Labels, covering
 from onnxprune.operators.registry import Move, rule_of
 
@@ -122,7 +122,9 @@ class Table:
                 continue
             node = self.graph.producer.get(name)
             label_of, kind = ("", "") if node is None else (node.label, node.kind)
-            why = self.atoms.barrier("dynamic-shape", label_of, kind, "the size of this axis follows that of an input")
+            why = self.atoms.barrier(
+                Reason.DYNAMIC_SHAPE, label_of, kind, "the size of this axis follows that of an input"
+            )
             labels = without_axis(self.atoms, labels, axis, why)
         return labels
 
@@ -247,7 +249,9 @@ class Step:
         """Return whether normalising over a pruned ``axis`` is enabled; its groups are then marked as not exact."""
         label = covering(labels, axis)
         if self.table.approximate and label is not None:
-            self.atoms.approximate.append((label.ids.ravel(), self.reason("normalised", "cut through a normalisation")))
+            self.atoms.approximate.append(
+                (label.ids.ravel(), self.reason(Reason.NORMALISED, "cut through a normalisation"))
+            )
         return self.table.approximate
 
     def unite(self, a: Ids | None, b: Ids | None, what: str = "this axis") -> None:
@@ -258,7 +262,7 @@ class Step:
         for ids in (a, b):
             if ids is not None:
                 self.atoms.freeze(
-                    ids, self.reason("unlabelled-operand", f"{what} meets a tensor without removable channels")
+                    ids, self.reason(Reason.UNLABELLED_OPERAND, f"{what} meets a tensor without removable channels")
                 )
 
     # -- shorthands ------------------------------------------------------------------------------------------------
@@ -293,7 +297,7 @@ class Step:
         for i, name in enumerate(self.node.inputs):
             if not name or (i in self._read and i not in operands) or not self._matters(name):
                 continue
-            code = "operand" if i in operands else "unsupported-form"
+            code = Reason.OPERAND if i in operands else Reason.UNSUPPORTED_FORM
             self.freeze(self.table.get(name), code, f"input {i} of {self.node.op} must keep its size")
 
     def _matters(self, name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from onnxprune.io import markers
 from onnxprune.labels import algebra
 from onnxprune.labels.algebra import broadcast
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Labels, covering
 from onnxprune.operators.context import Step
 from onnxprune.operators.registry import Rule, register
@@ -27,11 +28,11 @@ class Carry(Marker):
         """Pass the labels, where the state keeps its size from one iteration to the next."""
         labels, shape = step.labels(0), step.table.facts.shape(step.node.outputs[0])
         if shape is None:
-            step.freeze(labels, "dynamic-shape", _CHANGES)
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, _CHANGES)
             return
         for axis, size in enumerate(shape):
             if size is None:
-                labels = step.drop_axis(labels, axis, "dynamic-shape", _CHANGES)
+                labels = step.drop_axis(labels, axis, Reason.DYNAMIC_SHAPE, _CHANGES)
         step.set(0, labels)
 
 
@@ -45,10 +46,10 @@ class Slice(Marker):
         """Freeze the scanned axis, which the subgraph does not have."""
         labels, shape = step.labels(0), step.table.facts.shape(step.node.inputs[0])
         if shape is None:
-            step.freeze(labels, "dynamic-shape", "the shape of what is scanned is not known")
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, "the shape of what is scanned is not known")
             return
         axis = step.axis(0, len(shape))
-        labels = step.drop_axis(labels, axis, "spatial", f"{step.node.kind} runs along this axis")
+        labels = step.drop_axis(labels, axis, Reason.SPATIAL, f"{step.node.kind} runs along this axis")
         step.set(0, algebra.remove_axis(labels, axis))
 
 
@@ -61,7 +62,7 @@ class Stack(Marker):
         for i in range(1, len(step.node.inputs)):
             step.labels(i)  # it only holds the number of iterations
         if shape is None:
-            step.freeze(labels, "dynamic-shape", "the shape of what an iteration gives is not known")
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, "the shape of what an iteration gives is not known")
             return
         step.set(0, algebra.insert_axis(labels, step.axis(0, len(shape) + 1)))
 
@@ -95,13 +96,13 @@ def _united(step: Step, why: str) -> Labels:
     a, b = (facts.shape(n) for n in step.node.inputs[:2])
     if a is None or b is None or len(a) != len(b):
         for labels in both:
-            step.freeze(labels, "dynamic-shape", why)
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, why)
         return ()
     for axis, (n, m) in enumerate(zip(a, b, strict=True)):
         if n != m or n is None:
             for k, labels in enumerate(both):
                 if covering(labels, axis) is not None:
-                    both[k] = step.drop_axis(labels, axis, "dynamic-shape", why)
+                    both[k] = step.drop_axis(labels, axis, Reason.DYNAMIC_SHAPE, why)
     return broadcast(step.atoms, [(both[0], a), (both[1], b)], len(a), step.reason)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.algebra import Shape, broadcast, known
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step, override, owned
 from onnxprune.operators.contractions import Form, Transposed, Windows
@@ -64,8 +65,8 @@ class Conv(Rule):
         """Unite the data's channels with the weight's; the output takes the weight's other axis."""
         x, w = step.labels(self.data), step.labels(self.weight)
         axis, inner = self.axis(step), self.weight_axis(step)
-        step.fix_all_but(x, (0, axis), "spatial", "a convolution slides over this axis")
-        step.fix_all_but(w, (0, inner), "kernel", "the kernel keeps its size")
+        step.fix_all_but(x, (0, axis), Reason.SPATIAL, "a convolution slides over this axis")
+        step.fix_all_but(w, (0, inner), Reason.KERNEL, "the kernel keeps its size")
         if self.groups(step) == 1:
             step.unite(step.axis_ids(x, axis), step.axis_ids(w, inner), "the convolution's input")
             out = step.axis_ids(w, 0)
@@ -81,7 +82,7 @@ class Conv(Rule):
         labels: Labels = () if out is None else (along(out, self.axis(step), rank),)
         batch = covering(x, 0)
         if batch is not None and batch.is_grid:
-            step.fix(x, 0, "unsupported-form", "a grid lies along the batch axis of a convolution")
+            step.fix(x, 0, Reason.UNSUPPORTED_FORM, "a grid lies along the batch axis of a convolution")
         elif batch is not None:  # channels folded into the batch: each is convolved by itself
             labels = (*labels, along(batch.ids.ravel(), 0, rank))
         if self.addend is not None and step.has(self.addend):
@@ -96,7 +97,7 @@ class Conv(Rule):
         per_in = step.shape(self.weight)[self.weight_axis(step)]
         if ins is None or outs is None:
             step.freeze(
-                (*x, *w), "unlabelled-operand", "a grouped convolution reads a tensor without removable channels"
+                (*x, *w), Reason.UNLABELLED_OPERAND, "a grouped convolution reads a tensor without removable channels"
             )
             return None
         grid_in, grid_out = ins.reshape(group, -1), outs.reshape(group, -1)
@@ -131,7 +132,7 @@ class Conv(Rule):
         for link in chain:
             old = covering(step.table.get(link), axis)
             if old is not None:
-                step.atoms.freeze(old.ids, step.reason("operand", "replaced by the grid over groups"))
+                step.atoms.freeze(old.ids, step.reason(Reason.OPERAND, "replaced by the grid over groups"))
         override(step, chain, (grid,), (axis,))
 
     def rewrite(self, cut: Cut) -> None:
@@ -186,8 +187,8 @@ class ConvTranspose(Conv):
     def propagate(self, step: Step) -> None:
         """Unite the data's channels with the weight's first axis; the output takes the second, per group."""
         x, w = step.labels(self.data), step.labels(self.weight)
-        step.fix_all_but(x, (0, 1), "spatial", "a convolution slides over this axis")
-        step.fix_all_but(w, (0, 1), "kernel", "the kernel keeps its size")
+        step.fix_all_but(x, (0, 1), Reason.SPATIAL, "a convolution slides over this axis")
+        step.fix_all_but(w, (0, 1), Reason.KERNEL, "the kernel keeps its size")
         ins, group = step.axis_ids(x, 1), self.groups(step)
         step.unite(ins, step.axis_ids(w, 0), "the convolution's input")
         if group == 1:
@@ -199,15 +200,15 @@ class ConvTranspose(Conv):
         shape = step.shape(self.weight)
         name = step.node.inputs[self.weight]
         if ins is None:
-            step.freeze(w, "unlabelled-operand", "a grouped convolution reads a tensor without removable channels")
+            step.freeze(w, Reason.UNLABELLED_OPERAND, "a grouped convolution reads a tensor without removable channels")
             return None
         if shape[0] == group:
             # Depthwise: all outputs of an input channel are pruned with it.
-            step.fix(w, 1, "fixed-size", "the channel multiplier keeps its size")
+            step.fix(w, 1, Reason.FIXED_SIZE, "the channel multiplier keeps its size")
             return np.repeat(ins, shape[1])
         if name not in step.table.graph.weights or len(step.table.graph.consumers[name]) > 1:
             step.freeze(
-                (*step.labels(self.data), *w), "unsupported-form", "a grouped ConvTranspose with a computed weight"
+                (*step.labels(self.data), *w), Reason.UNSUPPORTED_FORM, "a grouped ConvTranspose with a computed weight"
             )
             return None
         out = step.atoms.new(group * shape[1], name, 1)
@@ -219,7 +220,7 @@ class ConvTranspose(Conv):
         grid = Label(ids.reshape(*ids.shape, *(1,) * (len(shape) - 2)), 1)
         old = covering(w, 1)
         if old is not None:
-            step.atoms.freeze(old.ids, step.reason("operand", "replaced by the grid over groups"))
+            step.atoms.freeze(old.ids, step.reason(Reason.OPERAND, "replaced by the grid over groups"))
         step.table.set(name, (*(x for x in w if x is not old), grid))
         return out
 
@@ -249,7 +250,7 @@ class DeformConv(Conv):
 
     def propagate(self, step: Step) -> None:
         """Propagate as a convolution; offsets and masks vary with the position, the tap and the sample."""
-        step.fix(step.labels(0), 0, "fixed-size", "every sample has offsets of its own")
+        step.fix(step.labels(0), 0, Reason.FIXED_SIZE, "every sample has offsets of its own")
         super().propagate(step)
         groups = int(step.attr("offset_group", 1))
         ins = step.axis_ids(step.labels(0), 1)
@@ -263,7 +264,7 @@ class DeformConv(Conv):
             if rows is None or other is None:
                 for ids in (rows, other):
                     if ids is not None:
-                        step.atoms.freeze(ids, step.reason("fixed-size", "the taps of a deformable convolution"))
+                        step.atoms.freeze(ids, step.reason(Reason.FIXED_SIZE, "the taps of a deformable convolution"))
             else:
                 step.unite(rows, other, "an offset group")
 
@@ -271,7 +272,7 @@ class DeformConv(Conv):
     def _taps(step: Step, i: int, groups: int) -> Ids | None:
         """Return atoms of the offset groups, the outer axis of offsets or masks; the taps are tied to them."""
         labels = step.labels(i)
-        step.fix_all_but(labels, (1,), "spatial", "a convolution slides over this axis")
+        step.fix_all_but(labels, (1,), Reason.SPATIAL, "a convolution slides over this axis")
         ids = step.axis_ids(labels, 1)
         if ids is None:
             return None

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.algebra import Shape
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Ids, Label, along, covering
 from onnxprune.operators.codes import PACKED_BITS, numbers, unpack
 from onnxprune.operators.context import Step, override, owned
@@ -51,10 +52,10 @@ class MoE(Rule):
         last = len(step.shape(0)) - 1
         x = step.labels(0)
         for axis in range(last):
-            x = step.drop_axis(x, axis, "fixed-size", "tokens are routed one by one")
-        step.freeze(step.labels(1), "fixed-size", "experts are chosen by their scores")
+            x = step.drop_axis(x, axis, Reason.FIXED_SIZE, "tokens are routed one by one")
+        step.freeze(step.labels(1), Reason.FIXED_SIZE, "experts are chosen by their scores")
         for i in (i for i in range(2, 8) if step.has(i)):
-            step.fix(step.labels(i), 0, "fixed-size", "experts are chosen by their scores")
+            step.fix(step.labels(i), 0, Reason.FIXED_SIZE, "experts are chosen by their scores")
         hidden = step.axis_ids(x, last)
         for i in (i for i in (FIRST, THIRD) if step.has(i)):
             step.unite(hidden, step.axis_ids(step.labels(i), 2), "the experts' input")
@@ -73,12 +74,12 @@ class MoE(Rule):
         if None in chains.values() or times not in (1, 2) or min(experts, size) < 2:
             for i in present:
                 why = "weights of experts that are computed or shared"
-                step.fix(step.labels(i), INNER[i], "unsupported-form", why)
+                step.fix(step.labels(i), INNER[i], Reason.UNSUPPORTED_FORM, why)
             return
         ids = step.atoms.new(experts * size, step.node.inputs[FIRST], 1).reshape(experts, size)
         grid = Label(ids, 1)
         step.atoms.view(grid)
-        step.atoms.fix_axis(grid, 0, step.reason("fixed-size", "experts are chosen by their scores"))
+        step.atoms.fix_axis(grid, 0, step.reason(Reason.FIXED_SIZE, "experts are chosen by their scores"))
         if times == 2:
             fused = np.repeat(ids, 2, axis=1) if step.attr("swiglu_fusion", 0) == 1 else np.tile(ids, (1, 2))
         else:
@@ -90,7 +91,7 @@ class MoE(Rule):
             for link in chains[i] or ():
                 old = covering(step.table.get(link), axis)
                 if old is not None:
-                    step.atoms.freeze(old.ids, step.reason("operand", "replaced by the grid over experts"))
+                    step.atoms.freeze(old.ids, step.reason(Reason.OPERAND, "replaced by the grid over experts"))
             override(step, chains[i] or [], (Label(cells.reshape(shape), axis),), (axis,))
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
@@ -119,7 +120,7 @@ class QMoE(Rule):
         for i in range(len(step.node.inputs)):
             labels = step.labels(i)
             rest = tuple(x for x in labels if i not in inner or not set(x.axes) <= {inner[i]})
-            step.freeze(rest, "unsupported-form", "codes of experts are packed along this axis")
+            step.freeze(rest, Reason.UNSUPPORTED_FORM, "codes of experts are packed along this axis")
         units = gcd(*(step.shape(i)[axis] for i, axis in inner.items()))
         experts, size = step.shape(SECOND_CODES)[0], self._size(step)
         times = step.shape(FIRST)[1] // size
@@ -127,13 +128,13 @@ class QMoE(Rule):
         if None in chains.values() or times not in (1, 2) or size % units or min(experts, units) < 2:
             for i, axis in inner.items():
                 step.fix(
-                    step.labels(i), axis, "unsupported-form", "inner channels of experts lie in one block of codes"
+                    step.labels(i), axis, Reason.UNSUPPORTED_FORM, "inner channels of experts lie in one block of codes"
                 )
             return
         ids = step.atoms.new(experts * units, step.node.inputs[FIRST], 1).reshape(experts, units)
         grid = Label(ids, 1)
         step.atoms.view(grid)
-        step.atoms.fix_axis(grid, 0, step.reason("fixed-size", "experts are chosen by their scores"))
+        step.atoms.fix_axis(grid, 0, step.reason(Reason.FIXED_SIZE, "experts are chosen by their scores"))
         for i, axis in inner.items():
             n = step.shape(i)[axis]
             apart = times == 2 and i in _FIRST_OPERANDS and step.attr("swiglu_fusion", 0) != 1
@@ -148,7 +149,7 @@ class QMoE(Rule):
         for link in chain:
             old = covering(step.table.get(link), axis)
             if old is not None:
-                step.atoms.freeze(old.ids, step.reason("operand", "replaced by the grid over experts"))
+                step.atoms.freeze(old.ids, step.reason(Reason.OPERAND, "replaced by the grid over experts"))
         override(step, chain, (Label(cells.reshape(shape), axis),), (axis,))
 
     @staticmethod

@@ -16,6 +16,7 @@ from onnxprune.graph.view import Node
 from onnxprune.labels import algebra
 from onnxprune.labels.algebra import Shape as AxisSizes
 from onnxprune.labels.algebra import align, broadcast
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.operands import Values, axis_of, given, listed, needed, where_known, whole_numbers
@@ -33,7 +34,7 @@ class Gather(Rule):
         rank = len(step.shape(1))
         index = step.table.facts.static_value(step.node.inputs[1])
         if covering(labels, axis) is not None and (index is None or rank > 1):
-            labels = step.drop_axis(labels, axis, "fixed-size", "positions of this axis are looked up by index")
+            labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "positions of this axis are looked up by index")
         elif index is not None and covering(labels, axis) is not None:
             labels = step.take(labels, axis, np.atleast_1d(index).astype(np.int64) % step.shape(0)[axis])
         step.set(0, self._place(labels, axis, rank))
@@ -126,7 +127,7 @@ class Unlabelled(Rule):
     def propagate(self, step: Step) -> None:
         """Freeze every input with channels."""
         for i in range(len(step.node.inputs)):
-            step.freeze(step.labels(i), "fixed-size", f"{step.node.op} depends on the size of its input")
+            step.freeze(step.labels(i), Reason.FIXED_SIZE, f"{step.node.op} depends on the size of its input")
 
 
 class Range(Unlabelled):
@@ -151,7 +152,7 @@ class Trilu(Rule):
         """Pass the batch axes."""
         labels, rank = step.labels(0), len(step.shape(0))
         for axis in (rank - 2, rank - 1):
-            labels = step.drop_axis(labels, axis, "fixed-size", "a triangle of this axis is taken")
+            labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "a triangle of this axis is taken")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
@@ -209,7 +210,7 @@ class _Elements(Rule):
         """Drop a label whose grid spans the indexed axis, and any label of that axis where positions are not known."""
         label = covering(labels, axis)
         if label is not None and (line is None or label.is_grid):
-            labels = step.drop_axis(labels, axis, "fixed-size", _BY_INDEX)
+            labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, _BY_INDEX)
         return labels
 
     @staticmethod
@@ -225,7 +226,7 @@ class _Elements(Rule):
     def _met(step: Step, operands: list[Labels], axis: int) -> Labels:
         """Unite labels beside the indexed axis; a known index is broadcast with the operands."""
         sizes = step.shape(1)
-        index = step.drop_axis(step.labels(1), axis, "fixed-size", "an index along this axis")
+        index = step.drop_axis(step.labels(1), axis, Reason.FIXED_SIZE, "an index along this axis")
         known = _known(step, 1) is not None
         own = tuple(1 if a == axis or (known and covering(index, a) is None) else n for a, n in enumerate(sizes))
         whole = tuple(1 if a == axis else n for a, n in enumerate(sizes))
@@ -379,10 +380,10 @@ class _Slices(Rule):
         if label is None:
             return labels
         if columns is None or label.is_grid or (columns.computed and columns.axes[k] is None):
-            return step.drop_axis(labels, axis, "fixed-size", _BY_INDEX)
+            return step.drop_axis(labels, axis, Reason.FIXED_SIZE, _BY_INDEX)
         if columns.axes[k] is None:
             named = label.ids.ravel()[columns.addressed(k, label.ids.size)]
-            step.atoms.freeze(named, step.reason("fixed-size", "positions of this axis are addressed one by one"))
+            step.atoms.freeze(named, step.reason(Reason.FIXED_SIZE, "positions of this axis are addressed one by one"))
         return labels
 
     def _rewrite(self, cut: Cut, beside: str, first: int) -> None:
@@ -412,7 +413,7 @@ class GatherND(_Slices):
         first, rank = batch + depth, len(step.out_shape())
         shift = len(step.shape(1)) - 1 - first
         for axis in range(batch):
-            labels = step.drop_axis(labels, axis, "fixed-size", "a batch axis of what is looked up by index")
+            labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "a batch axis of what is looked up by index")
         result: Labels = ()
         for k in range(depth):
             labels = self._addressed(step, labels, columns, batch, k)
@@ -454,7 +455,7 @@ class ScatterND(_Slices):
             for part, at in ((data, depth), (updates, ahead))
             for x in part
         ):
-            step.freeze((*data, *updates), "unsupported-form", "a grid is written by index")
+            step.freeze((*data, *updates), Reason.UNSUPPORTED_FORM, "a grid is written by index")
             return
         written = set()
         for k in range(depth):
@@ -469,7 +470,9 @@ class ScatterND(_Slices):
             written.add(axis)
         for axis in range(ahead):
             if axis not in written:
-                updates = step.drop_axis(updates, axis, "fixed-size", "positions of this axis are written by index")
+                updates = step.drop_axis(
+                    updates, axis, Reason.FIXED_SIZE, "positions of this axis are written by index"
+                )
         parts = [
             (self._behind(x, at), s[at:])
             for x, at, s in ((data, depth, step.shape(0)), (updates, ahead, step.shape(2)))
@@ -508,7 +511,7 @@ class TensorScatter(Rule):
         axis, both = step.axis(-2), [step.labels(0), step.labels(1)]
         for k in range(2):
             for a in (0, axis):
-                both[k] = step.drop_axis(both[k], a, "fixed-size", "a cache is written along this axis")
+                both[k] = step.drop_axis(both[k], a, Reason.FIXED_SIZE, "a cache is written along this axis")
         shape = tuple(1 if a in (0, axis) else n for a, n in enumerate(step.shape(0)))
         step.set(0, broadcast(step.atoms, [(labels, shape) for labels in both], len(shape), step.reason))
 
@@ -521,11 +524,11 @@ class Compress(Rule):
         labels, shape = step.labels(0), step.shape(0)
         axis = step.attr("axis")
         if axis is None:
-            step.freeze(labels, "fixed-size", "Compress picks single elements")
+            step.freeze(labels, Reason.FIXED_SIZE, "Compress picks single elements")
             return
         at, condition = int(axis) % len(shape), step.table.facts.static_value(step.node.inputs[1])
         if condition is None:
-            labels = step.drop_axis(labels, at, "fixed-size", _BY_INDEX)
+            labels = step.drop_axis(labels, at, Reason.FIXED_SIZE, _BY_INDEX)
         else:
             labels = step.take(labels, at, np.flatnonzero(condition))
         step.set(0, labels)

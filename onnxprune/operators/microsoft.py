@@ -14,6 +14,7 @@ import numpy as np
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.algebra import Shape, broadcast, insert_axis
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Label, Labels, along
 from onnxprune.operators import indexing, movement, quantization, spatial
 from onnxprune.operators.attention import to_heads
@@ -22,7 +23,7 @@ from onnxprune.operators.contraction import MatMul, contract, letter_macs, matmu
 from onnxprune.operators.contractions import Form
 from onnxprune.operators.convolution import Conv, ConvTranspose
 from onnxprune.operators.elementwise import Elementwise
-from onnxprune.operators.normalization import NORMALISED, GroupNorm, LayerNorm, OverAxes
+from onnxprune.operators.normalization import GroupNorm, LayerNorm, OverAxes
 from onnxprune.operators.registry import Rule, register
 from onnxprune.operators.sizes import broadcast_shapes, product, window_sizes
 
@@ -41,7 +42,7 @@ class SkipLayerNorm(LayerNorm):
         OverAxes.propagate(self, step)
         labels = step.table.get(step.node.outputs[0])
         if any(o and step.table.graph.consumers.get(o) for o in step.node.outputs[1:3]):
-            step.freeze(labels, "unsupported-form", "the normalisation's statistics are used")
+            step.freeze(labels, Reason.UNSUPPORTED_FORM, "the normalisation's statistics are used")
         step.set(3, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
@@ -62,11 +63,11 @@ class EmbedLayerNorm(Rule):
                 continue
             labels, rank = step.labels(i), len(step.shape(i))
             if rank == 2:
-                labels = step.drop_axis(labels, 0, "fixed-size", "rows of this table are looked up by index")
+                labels = step.drop_axis(labels, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
             for label in labels:
                 joint = step.merge(joint, Label(label.ids.reshape(1, 1, -1), 2))
         if not step.approximate(joint, 2):
-            step.fix(joint, 2, NORMALISED, f"{step.node.op} normalises over these channels")
+            step.fix(joint, 2, Reason.NORMALISED, f"{step.node.op} normalises over these channels")
         step.set(0, joint)
         step.set(2, joint)
 
@@ -119,7 +120,7 @@ class NhwcPool(Rule):
         """Pass the channels."""
         labels = step.labels(0)
         channel = len(step.shape(0)) - 1
-        labels = step.drop_all_but(labels, (0, channel), "spatial", f"{step.node.op} works along this axis")
+        labels = step.drop_all_but(labels, (0, channel), Reason.SPATIAL, f"{step.node.op} works along this axis")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
@@ -150,7 +151,7 @@ class GroupNormFused(GroupNorm):
             if step.has(i):
                 own, rank = step.labels(i), len(step.shape(i))
                 at = axis if rank == len(step.shape(0)) else rank - 1
-                step.fix_all_but(own, (0, at), NORMALISED, f"{step.node.op} normalises over these positions")
+                step.fix_all_but(own, (0, at), Reason.NORMALISED, f"{step.node.op} normalises over these positions")
                 step.unite(ids, step.axis_ids(own, at), "what is added")
         step.set(1, labels)
 
@@ -242,7 +243,7 @@ class Matrices(Rule):
         """Pass the batch axes."""
         labels, rank = step.labels(0), len(step.shape(0))
         for axis in (rank - 2, rank - 1):
-            labels = step.drop_axis(labels, axis, "fixed-size", f"{step.node.op} mixes this axis")
+            labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, f"{step.node.op} mixes this axis")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
@@ -287,7 +288,7 @@ class RelativePositionBias(Rule):
 
     def propagate(self, step: Step) -> None:
         """Map the table's heads to axis 1."""
-        labels = step.drop_axis(step.labels(0), 0, "fixed-size", "rows of this table are looked up by index")
+        labels = step.drop_axis(step.labels(0), 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
         ids = step.axis_ids(labels, 1)
         if ids is not None:
             step.set(0, (along(ids, 1, 4),))
@@ -350,13 +351,13 @@ class GatedRMSNorm(Rule):
         """Prune whole heads with their gate; all heads share the scale."""
         labels, shape, size = step.broadcast([0, 2]), step.shape(0), step.shape(1)[0]
         why = f"{step.node.op} normalises over these channels"
-        step.fix(step.labels(1), 0, NORMALISED, why)
+        step.fix(step.labels(1), 0, Reason.NORMALISED, why)
         if shape[-1] == size:
-            step.fix(labels, len(shape) - 1, NORMALISED, why)
+            step.fix(labels, len(shape) - 1, Reason.NORMALISED, why)
         elif len(shape) == 3:
-            step.fix(to_heads(step, labels, shape, shape[-1] // size)[0], 3, NORMALISED, why)
+            step.fix(to_heads(step, labels, shape, shape[-1] // size)[0], 3, Reason.NORMALISED, why)
         else:
-            step.freeze(labels, NORMALISED, why)
+            step.freeze(labels, Reason.NORMALISED, why)
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
@@ -372,13 +373,13 @@ class BranchwiseRMSNorm(Rule):
         labels, rank = step.labels(0), len(step.shape(0))
         scale = step.labels(1)
         paired = step.has(1) and len(step.shape(1)) == 2 and not step.attr("num_branches", 0)
-        step.fix(labels, rank - 1, NORMALISED, f"{step.node.op} normalises over these channels")
+        step.fix(labels, rank - 1, Reason.NORMALISED, f"{step.node.op} normalises over these channels")
         if paired:
             labels = broadcast(step.atoms, [(labels, step.shape(0)), (scale, step.shape(1))], rank, step.reason)
         elif step.has(1):
-            step.freeze(scale, NORMALISED, f"{step.node.op} scales these channels")
+            step.freeze(scale, Reason.NORMALISED, f"{step.node.op} scales these channels")
             if step.shape(1)[0] != step.shape(0)[-1]:
-                labels = step.drop_axis(labels, rank - 2, NORMALISED, "scales of all branches in a row")
+                labels = step.drop_axis(labels, rank - 2, Reason.NORMALISED, "scales of all branches in a row")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
@@ -442,7 +443,7 @@ class UnfoldTensor(Rule):
         """Pass the other axes."""
         rank = len(step.shape(0))
         axis = int(step.attr("dim", -1)) % rank
-        labels = step.drop_axis(step.labels(0), axis, "spatial", "windows slide along this axis")
+        labels = step.drop_axis(step.labels(0), axis, Reason.SPATIAL, "windows slide along this axis")
         step.set(0, insert_axis(labels, rank))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
@@ -487,7 +488,7 @@ class TorchEmbedding(Rule):
 
     def propagate(self, step: Step) -> None:
         """Pass the columns, freeze the rows."""
-        labels = step.drop_axis(step.labels(0), 0, "fixed-size", "rows of this table are looked up by index")
+        labels = step.drop_axis(step.labels(0), 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
         for _ in range(len(step.shape(1)) - 1):
             labels = insert_axis(labels, 0)
         step.set(0, labels)
@@ -545,7 +546,7 @@ class Blocked(Rule):
         """Freeze every input."""
         for i in range(len(step.node.inputs)):
             why = "channels are stored in blocks for one kind of processor; cut the model as it was before that"
-            step.freeze(step.labels(i), "unsupported-form", why)
+            step.freeze(step.labels(i), Reason.UNSUPPORTED_FORM, why)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """Infer as the operators of the same names, on [N, C, ...]."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnxprune.graph.view import Node
 from onnxprune.labels import algebra
 from onnxprune.labels.algebra import Shape, broadcast, concatenate, split_points
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import NONE, Label, Labels, along, covering, drop
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.operands import (
@@ -70,7 +71,7 @@ class SameData(Rule):
         labels = step.labels(0)
         before, after = step.shape(0), step.out_shape()
         if labels and (None in before or None in after):
-            step.freeze(labels, "dynamic-shape", "the sizes around this reshape depend on the data")
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, "the sizes around this reshape depend on the data")
             return
         step.set(0, algebra.reshape(step.atoms, labels, before, after, step.reason))
 
@@ -217,7 +218,7 @@ class Tile(Rule):
         """Tile the labels along the axes they depend on."""
         labels, before, after = step.labels(0), step.shape(0), step.out_shape()
         if labels and (None in before or None in after):
-            step.freeze(labels, "dynamic-shape", "the number of repeats depends on the data")
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, "the number of repeats depends on the data")
             return
         result: Labels = ()
         for x in labels:
@@ -304,7 +305,7 @@ class Split(Rule):
         axis, labels = step.axis(), step.labels(0)
         sizes = [step.table.facts.shape(o)[axis] for o in step.node.outputs if o]
         if len(sizes) != len(step.node.outputs) or None in sizes:
-            step.freeze(labels, "dynamic-shape", "the sizes of the parts are not known")
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, "the sizes of the parts are not known")
             return
         for o, (start, stop) in enumerate(split_points(sizes)):
             step.set(o, step.take(labels, axis, np.arange(start, stop)))
@@ -390,13 +391,13 @@ class Slice(Rule):
             known = step.value(3) if step.has(3) else None
             axes = range(len(shape)) if known is None else [int(a) % len(shape) for a in known.ravel()]
             for axis in axes:
-                labels = step.drop_axis(labels, axis, "missing-constant", "this axis is sliced at computed bounds")
+                labels = step.drop_axis(labels, axis, Reason.MISSING_CONSTANT, "this axis is sliced at computed bounds")
             step.set(0, labels)
             return
         for axis, start, end, stride in bounds:
             if start is None or end is None or stride is None:
                 labels = step.drop_axis(
-                    labels, axis, "dynamic-shape", "this axis is sliced at bounds that follow the size of an input"
+                    labels, axis, Reason.DYNAMIC_SHAPE, "this axis is sliced at bounds that follow the size of an input"
                 )
             elif covering(labels, axis) is not None:
                 index = np.arange(shape[axis])[slice_of(start, end, stride, shape[axis])]
@@ -556,17 +557,17 @@ class Pad(Rule):
         labels = step.labels(0)
         pads = self.pads(step)
         if pads is None:
-            step.freeze(labels, "missing-constant", "the padding is not known")
+            step.freeze(labels, Reason.MISSING_CONSTANT, "the padding is not known")
             return
         for axis, (low, high) in enumerate(pads):
             label = covering(labels, axis)
             if label is None or (low, high) == (0, 0):
                 continue
             if low is None or high is None:
-                labels = step.drop_axis(labels, axis, "dynamic-shape", "its padding follows the size of an input")
+                labels = step.drop_axis(labels, axis, Reason.DYNAMIC_SHAPE, "its padding follows the size of an input")
                 continue
             if label.is_grid or step.attr("mode", "constant") != "constant" or low < 0 or high < 0:
-                labels = step.drop_axis(labels, axis, "fixed-size", "this axis is padded")
+                labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "this axis is padded")
                 continue
             born = step.atoms.new(low + high, step.node.outputs[0], axis)
             ids = np.concatenate([born[:low], label.ids.ravel(), born[low:]])

@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.algebra import Shape, remove_axis
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Labels
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.contractions import Form, Scale
@@ -16,7 +17,6 @@ from onnxprune.operators.elementwise import divided
 from onnxprune.operators.operands import Values, axes_of, axis_of, given, listed, where_known
 from onnxprune.operators.registry import Array, Inverse, Read, Rule, register
 
-NORMALISED = "normalised"
 _REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceProd": np.prod,
     "ReduceSum": np.sum,
@@ -48,7 +48,7 @@ class OverAxes(Rule):
             if self.exact or (self.approximate and step.approximate(labels, axis)):
                 step.tie(labels, axis)
             else:
-                step.fix(labels, axis, NORMALISED, f"{step.node.op} normalises over these channels")
+                step.fix(labels, axis, Reason.NORMALISED, f"{step.node.op} normalises over these channels")
         step.set(0, labels)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
@@ -85,7 +85,7 @@ class LayerNorm(OverAxes):
         """Propagate as any normalisation; freeze the data if the statistics are requested as outputs."""
         super().propagate(step)
         if any(step.node.outputs[1:]):
-            step.freeze(step.labels(0), "unsupported-form", "the normalisation's statistics are used")
+            step.freeze(step.labels(0), Reason.UNSUPPORTED_FORM, "the normalisation's statistics are used")
 
 
 class InstanceNorm(Rule):
@@ -98,7 +98,7 @@ class InstanceNorm(Rule):
             if step.approximate(labels, axis):
                 step.tie(labels, axis)
             else:
-                step.fix(labels, axis, NORMALISED, f"{step.node.op} normalises over these positions")
+                step.fix(labels, axis, Reason.NORMALISED, f"{step.node.op} normalises over these positions")
         for i in range(1, len(step.node.inputs)):
             if step.has(i):
                 step.unite(step.axis_ids(labels, 1), step.axis_ids(step.labels(i), 0), "a per-channel operand")
@@ -144,7 +144,7 @@ class GroupNorm(Rule):
     def propagate(self, step: Step) -> None:
         """Tie the channels of each group; scale and bias have one value per channel or per group."""
         labels, axis = step.labels(0), self.channel_axis(step)
-        step.fix_all_but(labels, (0, axis), NORMALISED, f"{step.node.op} normalises over these positions")
+        step.fix_all_but(labels, (0, axis), Reason.NORMALISED, f"{step.node.op} normalises over these positions")
         step.tie(labels, axis)
         ids, group = step.axis_ids(labels, axis), int(step.attr(self.group_attribute()))
         if ids is not None and not step.approximate(labels, axis):
@@ -194,7 +194,7 @@ class BatchNorm(Rule):
         vectors = [step.labels(i) for i in range(1, 5)]
         if step.attr("training_mode", 0) or any(step.node.outputs[1:]):
             for x in (labels, *vectors):
-                step.freeze(x, "unsupported-form", "BatchNormalization in training mode")
+                step.freeze(x, Reason.UNSUPPORTED_FORM, "BatchNormalization in training mode")
             return
         if len(step.shape(0)) > 1:
             ids = step.axis_ids(labels, 1)
@@ -235,12 +235,12 @@ class Reduce(Rule):
         """Remove the reduced axes from the labels; freeze them first unless the reduction is a contraction."""
         axes, labels = self.axes(step), step.labels(0)
         if axes is None:
-            step.freeze(labels, "missing-constant", "the reduced axes are not known")
+            step.freeze(labels, Reason.MISSING_CONSTANT, "the reduced axes are not known")
             return
         for axis in axes:
             if self.contraction or (self.approximate and step.approximate(labels, axis)):
                 continue
-            step.fix(labels, axis, NORMALISED, f"{step.node.op} mixes these channels")
+            step.fix(labels, axis, Reason.NORMALISED, f"{step.node.op} mixes these channels")
         result: Labels = ()
         for label in labels:
             stay = tuple(a for a in label.axes if a not in axes)
@@ -293,10 +293,10 @@ class AlongAxes(Rule):
         """Freeze these axes, pass the others."""
         axes, labels = self.axes(step), step.labels(0)
         if axes is None:
-            step.freeze(labels, "missing-constant", "the axis is not known")
+            step.freeze(labels, Reason.MISSING_CONSTANT, "the axis is not known")
             return
         for axis in axes:
-            labels = step.drop_axis(labels, axis, NORMALISED, f"{step.node.op} mixes these channels")
+            labels = step.drop_axis(labels, axis, Reason.NORMALISED, f"{step.node.op} mixes these channels")
         step.set(0, labels)
 
 
@@ -337,7 +337,7 @@ class Determinant(AlongAxes):
         """Pass the batch axes."""
         labels = step.labels(0)
         for axis in self.axes(step)[::-1]:
-            labels = step.drop_axis(labels, axis, NORMALISED, "Det mixes these channels")
+            labels = step.drop_axis(labels, axis, Reason.NORMALISED, "Det mixes these channels")
             labels = remove_axis(labels, axis)
         step.set(0, labels)
 
@@ -353,11 +353,13 @@ class Pick(Rule):
         if step.node.op in ("CumSum", "CumProd"):
             value = step.value(1)
             if value is None:
-                step.freeze(labels, "missing-constant", "the axis is not known")
+                step.freeze(labels, Reason.MISSING_CONSTANT, "the axis is not known")
                 return
             axis = int(value.ravel()[0])
         axis %= rank
-        labels = step.drop_axis(labels, axis, NORMALISED, f"{step.node.op} depends on the position of these channels")
+        labels = step.drop_axis(
+            labels, axis, Reason.NORMALISED, f"{step.node.op} depends on the position of these channels"
+        )
         if step.node.op in ("ArgMax", "ArgMin") and not step.attr("keepdims", 1):
             labels = remove_axis(labels, axis)
         for o in range(len(step.node.outputs)):

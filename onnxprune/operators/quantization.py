@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.algebra import Shape, broadcast, concatenate, insert_axis, known
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Labels, along
 from onnxprune.operators.codes import NARROW, PACKED_BITS, numbers, pack, unpack
 from onnxprune.operators.context import Cut, Step
@@ -254,7 +255,9 @@ class IntegerMatMul(Rule):
         left, right = step.shape(self.a), step.shape(self.b)
         x, y, out = self.terms(step.node, len(left), len(right))
         if self.zero is not None and step.has(self.zero) and int(np.prod(step.shape(self.zero))) > 1:
-            step.fix(step.labels(self.a), x.index("k"), "unsupported-form", "every row has a zero point of its own")
+            step.fix(
+                step.labels(self.a), x.index("k"), Reason.UNSUPPORTED_FORM, "every row has a zero point of its own"
+            )
         result = contract(step, [(step.labels(self.a), left, x), (step.labels(self.b), right, y)], out)
         operands: list[tuple[Labels, Shape]] = [(result, step.out_shape())]
         for i in (i for i in (*self.rows, *self.columns) if step.has(i)):
@@ -308,7 +311,7 @@ class QuantizedPool(Rule):
         """Pass batch and channels."""
         labels = step.labels(0)
         channel = len(step.shape(0)) - 1 if step.attr("channels_last", 0) else 1
-        labels = step.drop_all_but(labels, (0, channel), "spatial", f"{step.node.op} works along this axis")
+        labels = step.drop_all_but(labels, (0, channel), Reason.SPATIAL, f"{step.node.op} works along this axis")
         step.set(0, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
@@ -379,7 +382,7 @@ class PackedMatMul(Rule):
     def propagate(self, step: Step) -> None:
         """Contract over K, block by block; unite N through all operands."""
         b, size = step.labels(B), step.shape(B)[0]
-        step.fix_all_but(b, (0, 1), "operand", _STAYS)
+        step.fix_all_but(b, (0, 1), Reason.OPERAND, _STAYS)
         columns, blocks = step.axis_ids(b, 0), step.axis_ids(b, 1)
         for i in (i for i in (SCALES, ZEROS, BIAS) if step.has(i)):
             own, shape = step.labels(i), step.shape(i)
@@ -389,11 +392,11 @@ class PackedMatMul(Rule):
             if self._per_block(step, i):
                 step.unite(blocks, step.axis_ids(own, 1), _SETTING)
             else:
-                step.fix_all_but(own, (0,), "operand", "one value per block of codes")
+                step.fix_all_but(own, (0,), Reason.OPERAND, "one value per block of codes")
         step.labels(ORDER)
         why = self._held(step)
         if why and blocks is not None:
-            step.fix(b, 1, "fixed-size", why)
+            step.fix(b, 1, Reason.FIXED_SIZE, why)
         k = step.shape(A)[-1]
         weight: Labels = () if columns is None else (along(columns, 0, 2),)
         if blocks is not None:
@@ -523,19 +526,19 @@ class PackedGather(Rule):
         if len(shape) != 2 or axis % 2 != 0 or packed % 2 != 1 or wide % shape[1]:
             return
         for labels in (codes, scales):
-            step.fix(labels, 0, "fixed-size", "rows of this table are looked up by index")
+            step.fix(labels, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
         ids, own = step.axis_ids(codes, 1), step.axis_ids(scales, 1)
         block = int(step.attr("block_size", 128))
         if own is None or (self._packed_zeros(step) and not step.alone(3)):
-            step.fix(codes, 1, "fixed-size", _STAYS)
+            step.fix(codes, 1, Reason.FIXED_SIZE, _STAYS)
         else:
             step.unite(ids, own[np.arange(shape[1]) * (wide // shape[1]) // block], _SETTING)
         if step.has(3):
             zeros = step.labels(3)
             if self._packed_zeros(step):
-                step.fix_all_but(zeros, (), "operand", "zero points are packed along this axis")
+                step.fix_all_but(zeros, (), Reason.OPERAND, "zero points are packed along this axis")
             else:
-                step.fix(zeros, 0, "fixed-size", "rows of this table are looked up by index")
+                step.fix(zeros, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
                 step.unite(step.axis_ids(zeros, 1), own, _SETTING)
         if ids is not None:
             rank = len(step.out_shape())

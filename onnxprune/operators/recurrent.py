@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.algebra import Shape, known
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Ids, Label, Labels, covering
 from onnxprune.operators.codes import numbers
 from onnxprune.operators.context import Cut, Step, override, owned
@@ -48,13 +49,13 @@ class Recurrent(Rule):
     def propagate(self, step: Step) -> None:
         """Unite X's last axis with W's; use one atom per direction and hidden unit for all other operands."""
         x, w = step.labels(X), step.labels(W)
-        step.fix_all_but(x, (2,), "spatial", f"{step.node.op} runs along this axis")
+        step.fix_all_but(x, (2,), Reason.SPATIAL, f"{step.node.op} runs along this axis")
         step.unite(step.axis_ids(x, 2), step.axis_ids(w, 2), "the layer's input")
         directions, _, size = step.shape(R)
         if size == 1:
             for i in range(1, len(step.node.inputs)):
                 rest = tuple(label for label in step.labels(i) if i != W or label.axes != (2,))
-                step.freeze(rest, "fixed-size", "a single hidden unit")
+                step.freeze(rest, Reason.FIXED_SIZE, "a single hidden unit")
             return
         hidden = step.atoms.new(directions * size, step.node.inputs[W], 1).reshape(directions, size)
         for i, grids in self._operands(step, hidden).items():
@@ -88,16 +89,18 @@ class Recurrent(Rule):
         if all(any(x is g for x in labels) for g in grids):
             return  # both initial states are one tensor
         packs = [g.pack for g in grids]
-        step.fix_all_but(labels, [*packs, 2] if i == W else packs, "operand", "directions and batch keep their size")
+        step.fix_all_but(
+            labels, [*packs, 2] if i == W else packs, Reason.OPERAND, "directions and batch keep their size"
+        )
         chain = owned(step, i, axes) if any(g.is_grid for g in grids) else None
         for grid in grids:
             direction = next((a for a in grid.axes if a != grid.pack), None)
             if direction is not None:
                 # Each direction may lose units of its own: units of different directions are not aligned.
-                step.atoms.fix_axis(grid, direction, step.reason("operand", "both directions stay"))
+                step.atoms.fix_axis(grid, direction, step.reason(Reason.OPERAND, "both directions stay"))
             mine = covering(labels, grid.pack)
             if mine is None:
-                step.fix((grid,), grid.pack, "unlabelled-operand", _UNLABELLED)
+                step.fix((grid,), grid.pack, Reason.UNLABELLED_OPERAND, _UNLABELLED)
             elif chain is None:
                 step.merge(labels, grid)
             else:
@@ -175,8 +178,8 @@ class DynamicQuantizeLSTM(Rule):
     def propagate(self, step: Step) -> None:
         """Unite the features of X and W; freeze every other axis."""
         x, w = step.labels(0), step.labels(1)
-        step.fix_all_but(x, (2,), "spatial", f"{step.node.op} runs along this axis")
-        step.fix_all_but(w, (1,), "normalised", "the hidden state is quantised over all its units at once")
+        step.fix_all_but(x, (2,), Reason.SPATIAL, f"{step.node.op} runs along this axis")
+        step.fix_all_but(w, (1,), Reason.NORMALISED, "the hidden state is quantised over all its units at once")
         step.unite(step.axis_ids(x, 2), step.axis_ids(w, 1), "the layer's input")
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from onnxprune.graph.view import Node
 from onnxprune.labels.algebra import Shape, broadcast, concatenate, insert_axis, remove_axis, split_points
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Labels, covering
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.registry import Elements, Rule, register
@@ -35,7 +36,7 @@ class Sequence(Rule):
         """Return labels and shapes of the tensors of input 0; where they are not known, freeze them and return None."""
         labels, known = step.labels(0), step.table.sequence(step.node.inputs[0])
         if known is None:
-            step.freeze(labels, "dynamic-shape", _UNKNOWN)
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, _UNKNOWN)
         return known
 
     @staticmethod
@@ -94,12 +95,12 @@ class SplitToSequence(Sequence):
         split = step.value(1) if step.has(1) else ""
         sizes = self.sizes(node, shape, split)
         if sizes is None:
-            step.freeze(labels, "dynamic-shape", "the sizes of the parts are not known")
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, "the sizes of the parts are not known")
             return
         axis = step.axis(0, len(shape or ()))
         label = covering(labels, axis)
         if label is not None and axis != label.pack:
-            step.fix(labels, axis, "fixed-size", "rows of a grid become tensors of their own")
+            step.fix(labels, axis, Reason.FIXED_SIZE, "rows of a grid become tensors of their own")
         parts = [step.take(labels, axis, np.arange(a, b)) for a, b in split_points(sizes)]
         if not self._keeps(node):
             parts = [remove_axis(part, axis) for part in parts]
@@ -148,7 +149,7 @@ class At(Sequence):
             operands = [(labels, shape) for labels, shape in known if shape is not None]
             step.set(0, broadcast(step.atoms, operands, len(operands[0][1]), step.reason))
         else:
-            step.freeze(step.labels(0), "dynamic-shape", "a tensor at an unknown position of a sequence")
+            step.freeze(step.labels(0), Reason.DYNAMIC_SHAPE, "a tensor at an unknown position of a sequence")
 
     def infer(self, node: Node, shapes: list[Any], values: list[Any]) -> list[Any]:
         """Return the shape of that tensor."""
@@ -177,7 +178,7 @@ class Change(Sequence):
         after = None if known is None else self._changed(step.node, [labels for labels, _ in known], value, new)
         if after is None:
             for labels in (step.labels(0), new):
-                step.freeze(labels, "dynamic-shape", _UNKNOWN)
+                step.freeze(labels, Reason.DYNAMIC_SHAPE, _UNKNOWN)
         else:
             step.table.set_sequence(step.node.outputs[0], after)
 
@@ -199,7 +200,7 @@ class Concat(Sequence):
         known = self.elements(step)
         shapes = [] if known is None else [shape for _, shape in known if shape is not None and None not in shape]
         if known is None or not known or len(shapes) != len(known):
-            step.freeze(step.labels(0), "dynamic-shape", _UNKNOWN)
+            step.freeze(step.labels(0), Reason.DYNAMIC_SHAPE, _UNKNOWN)
             return
         operands = [(labels, shape) for (labels, _), shape in zip(known, shapes, strict=True)]
         rank = len(shapes[0])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.view import Graph, Node
 from onnxprune.labels.algebra import Shape, broadcast
+from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.operands import Values, where_known, windows
@@ -24,7 +25,7 @@ class Local(Rule):
         labels = step.labels(0)
         whole = step.node.op.startswith("Global")
         for axis in range(2, len(step.shape(0))):
-            code = "normalised" if whole else "spatial"
+            code = Reason.NORMALISED if whole else Reason.SPATIAL
             labels = step.drop_axis(labels, axis, code, f"{step.node.op} works along this axis")
         step.set(0, labels)
 
@@ -81,7 +82,7 @@ class Resize(Rule):
         """Freeze the axes whose positions move."""
         labels: Labels = step.labels(0)
         for axis in self._moved(step):
-            labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} changes this axis")
+            labels = step.drop_axis(labels, axis, Reason.SPATIAL, f"{step.node.op} changes this axis")
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
@@ -101,7 +102,7 @@ class GridSample(Rule):
         """Pass the channels of input 0."""
         labels = step.labels(0)
         for axis in (0, *range(2, len(step.shape(0)))):
-            labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} samples this axis")
+            labels = step.drop_axis(labels, axis, Reason.SPATIAL, f"{step.node.op} samples this axis")
         step.set(0, labels)
 
 
@@ -115,9 +116,9 @@ class Blocks(Rule):
     def parts(self, step: Step) -> tuple[Labels, Ids | None]:
         """Return the labels of the batch, which pass, and the atoms of the channels."""
         why = "blocks of channels and positions of this axis change places"
-        labels = step.drop_all_but(step.labels(0), (0, 1), "spatial", why)
+        labels = step.drop_all_but(step.labels(0), (0, 1), Reason.SPATIAL, why)
         if any(x.is_grid for x in labels):
-            labels = step.drop_axis(labels, 0, "unsupported-form", "channels are labelled together with the batch")
+            labels = step.drop_axis(labels, 0, Reason.UNSUPPORTED_FORM, "channels are labelled together with the batch")
         ids = step.axis_ids(labels, 1)
         return tuple(x for x in labels if x.axes == (0,)), ids
 
@@ -142,7 +143,7 @@ class DepthToSpace(Blocks):
         step.atoms.unite(grid, np.broadcast_to(grid[:, :1], grid.shape))
         out = grid[:, 0]
         if out.size == 1:
-            step.atoms.freeze(ids, step.reason("fixed-size", "a single output channel needs the whole block"))
+            step.atoms.freeze(ids, step.reason(Reason.FIXED_SIZE, "a single output channel needs the whole block"))
         self.state(step, batch, out)
 
 
@@ -210,10 +211,10 @@ class MaxPool(Local):
         """Pass the labels; the positions have the data's channels if they only feed MaxUnpool or differences."""
         labels = step.labels(0)
         for axis in range(2, len(step.shape(0))):
-            labels = step.drop_axis(labels, axis, "spatial", f"{step.node.op} works along this axis")
+            labels = step.drop_axis(labels, axis, Reason.SPATIAL, f"{step.node.op} works along this axis")
         name = step.node.outputs[1] if len(step.node.outputs) > 1 else ""
         if name and not self._serves(step.table.graph, name, step.node.inputs[0]):
-            step.freeze(labels, "unsupported-form", "the positions that MaxPool reports depend on all channels")
+            step.freeze(labels, Reason.UNSUPPORTED_FORM, "the positions that MaxPool reports depend on all channels")
         step.set(0, labels)
         step.set(1, labels)
 
@@ -247,13 +248,13 @@ class MaxUnpool(Rule):
         if source is None or tuple(step.table.facts.shape(source) or ()) != step.out_shape():
             for labels in (values, positions):
                 step.freeze(
-                    labels, "unsupported-form", "positions in a tensor of another size than that of the MaxPool"
+                    labels, Reason.UNSUPPORTED_FORM, "positions in a tensor of another size than that of the MaxPool"
                 )
             return
         parts = []
         for labels in (values, positions):
             for axis in range(2, len(step.shape(0))):
-                labels = step.drop_axis(labels, axis, "spatial", "MaxUnpool works along this axis")
+                labels = step.drop_axis(labels, axis, Reason.SPATIAL, "MaxUnpool works along this axis")
             parts.append(labels)
         shape = (*step.shape(0)[:2], *(1,) * (len(step.shape(0)) - 2))
         step.set(0, broadcast(step.atoms, [(labels, shape) for labels in parts], len(shape), step.reason))
@@ -286,16 +287,16 @@ class Col2Im(Rule):
     def propagate(self, step: Step) -> None:
         """Tie the cells of a channel's block, a row of the grid."""
         labels, block = step.labels(0), step.value(2)
-        labels = step.drop_axis(labels, 2, "spatial", "Col2Im adds up along this axis")
+        labels = step.drop_axis(labels, 2, Reason.SPATIAL, "Col2Im adds up along this axis")
         label = covering(labels, 1)
         if label is None or block is None or label.is_grid or prod(block.tolist()) > label.ids.size:
-            step.freeze(labels, "unsupported-form", "the columns of a block are not known")
+            step.freeze(labels, Reason.UNSUPPORTED_FORM, "the columns of a block are not known")
             return
         grid = label.ids.reshape(-1, prod(block.tolist()))
         step.atoms.unite(grid, np.broadcast_to(grid[:, :1], grid.shape))
         rank = len(step.out_shape())
         if len(grid) == 1:
-            step.freeze((label,), "fixed-size", "a single channel")
+            step.freeze((label,), Reason.FIXED_SIZE, "a single channel")
             return
         step.set(0, (Label(grid[:, 0].reshape(1, -1, *(1,) * (rank - 2)), 1),))
 
@@ -314,7 +315,7 @@ class AffineGrid(Rule):
 
     def propagate(self, step: Step) -> None:
         """Freeze the matrices; the result has no channels."""
-        step.freeze(step.labels(0), "fixed-size", "AffineGrid takes every number of its matrices")
+        step.freeze(step.labels(0), Reason.FIXED_SIZE, "AffineGrid takes every number of its matrices")
 
     def rewrite(self, cut: Cut) -> None:
         """Keep the sizes other than that of the channels."""
@@ -340,7 +341,7 @@ class CenterCropPad(Rule):
         labels, after = step.labels(0), step.out_shape()
         for axis in self._axes(step):
             if after[axis] != step.shape(0)[axis] or step.table.facts.varies(step.node.outputs[0], axis):
-                labels = step.drop_axis(labels, axis, "spatial", "this axis is cropped or padded")
+                labels = step.drop_axis(labels, axis, Reason.SPATIAL, "this axis is cropped or padded")
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:

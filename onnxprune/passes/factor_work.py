@@ -24,6 +24,7 @@ from onnxprune.graph.view import Graph, Node
 from onnxprune.importance import statistics
 from onnxprune.io.subgraphs import Inner, hidden
 from onnxprune.io.weights import Weight
+from onnxprune.labels.atoms import Reason
 from onnxprune.operators.contractions import Form, rows_per_sample
 from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns
 from onnxprune.passes.calibration import CalibrationBatches
@@ -153,7 +154,7 @@ def lay_open(context: Context, current: Model, request: Request, methods: Sequen
     return Work(context, analysis, request, model, shape, found, moments)
 
 
-_EXCLUDED = "excluded: by its name"
+_EXCLUDED = f"{Reason.EXCLUDED}: by its name"
 
 
 def _refusal(model: Prepared, layer: Layer, methods: Sequence[str]) -> str:

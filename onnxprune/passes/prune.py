@@ -21,7 +21,7 @@ from onnxprune.garbage import paused
 from onnxprune.graph.view import CONTROL
 from onnxprune.importance.criteria import Criterion, get, needs_of
 from onnxprune.io.write import assemble
-from onnxprune.labels.atoms import Barrier
+from onnxprune.labels.atoms import Barrier, Reason
 from onnxprune.labels.label import Ids
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
@@ -166,7 +166,7 @@ def frozen_at(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_
         stop: error that was raised for the node.
         removed: mask over atoms [atoms], bool: the removal that failed.
     """
-    why = Barrier("unsupported-form", stop.node.label, stop.node.kind, stop.detail)
+    why = Barrier(Reason.UNSUPPORTED_FORM, stop.node.label, stop.node.kind, stop.detail)
     freezes: list[tuple[Ids, Barrier]] = []
     for name in (*stop.node.inputs, *stop.node.outputs):
         for label in analysis.table.get(name) if name else ():
@@ -251,7 +251,7 @@ def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:
 def _reasons(analysis: Analysis, selector: Selector) -> dict[str, str]:
     """Return why layers were left out of the choice, by their names."""
     excluded = {n.label for i, ratio in selector.asked.items() if ratio is None for n in analysis.producers.get(i, ())}
-    reasons = dict.fromkeys(excluded, "excluded: by its name")
+    reasons = dict.fromkeys(excluded, f"{Reason.EXCLUDED}: by its name")
     return reasons | {n.label: why for i, why in selector.kept.items() for n in analysis.producers.get(i, ())}
 
 

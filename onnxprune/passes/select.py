@@ -39,6 +39,7 @@ from onnxprune.importance.scores import (
     without,
 )
 from onnxprune.importance.slots import Placed, Squares, map_slots, weight_slots, weight_squares
+from onnxprune.labels.atoms import Reason
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.output_sensitivity import output_sensitivity
@@ -163,7 +164,7 @@ class Selector:
             scores = {n: scores.get(n, np.zeros(sizes[n])) for n in self._last}
         for group in groups:
             if group.id not in scores:
-                self.kept[group.id] = f"no-score: {self._unscored(group.id)}"
+                self.kept[group.id] = f"{Reason.NO_SCORE}: {self._unscored(group.id)}"
         return rank_groups(self.analysis, self.request, self.found, scores, savings=weighed, gone=gone, done=done)
 
     def _unscored(self, group: int) -> str:

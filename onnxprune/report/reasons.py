@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from onnxprune.labels.atoms import Reason
 from onnxprune.report import numbers
 from onnxprune.report.facts import LayerFacts
 
@@ -25,107 +26,103 @@ class Words:
 
 
 BARRIERS: dict[str, Words] = {
-    "graph-input": Words(
-        "is a model input",
-        "These channels come straight from a model input, and whoever feeds the model counts on its shape.",
-    ),
-    "graph-output": Words(
+    Reason.GRAPH_OUTPUT: Words(
         "is a model output",
-        "These channels are a model output, and whoever reads the model counts on its shape.",
+        "These channels are a model output, and programs that run the model depend on its shape.",
     ),
-    "captured-by-subgraph": Words(
+    Reason.CAPTURED_BY_SUBGRAPH: Words(
         "used inside a body",
-        "The body of a control-flow node reads these channels from outside, and what lies in that body cannot be laid "
-        "open (SequenceMap, Scan before opset 9, sparse constants in it, foreign operators that hold bodies).",
+        "The body of a control-flow node reads these channels from outside, and that body cannot be inlined "
+        "(SequenceMap, Scan before opset 9, sparse constants, foreign operators with bodies).",
     ),
-    "no-rule": Words(
+    Reason.NO_RULE: Words(
         "operator without a rule",
-        "The channels pass through an operator that has no rule, so nothing is known about what it does with them.",
-        "A rule can be registered from outside the package, see CONTRIBUTING.",
+        "The channels pass through an operator without a rule, so its effect on them is not known.",
+        "Register a rule for the operator: see CONTRIBUTING, 'Add a rule'.",
     ),
-    "dynamic-shape": Words(
+    Reason.DYNAMIC_SHAPE: Words(
         "shape not known",
-        "The shape here depends on the data or on an input dimension that is not known.",
+        "The shape depends on the data or on an unknown input dimension.",
         "Give the shape with --input-shape NAME=2,3,224,224.",
     ),
-    "missing-constant": Words(
+    Reason.MISSING_CONSTANT: Words(
         "value computed at run time",
-        "The operator takes a shape, an axis or an index that is computed at run time, so it cannot be followed.",
+        "The operator reads a shape, an axis or an index that the model computes at run time.",
         "Give the input shapes with --input-shape, or fold constants before pruning.",
     ),
-    "normalised": Words(
+    Reason.NORMALISED: Words(
         "normalised over these channels",
-        "A LayerNorm, Softmax, mean or the like is taken over these channels: with fewer of them every other value "
-        "changes, so the cut would not be exact.",
-        "--approximate allows it where it can be defined (LayerNorm, RMSNorm, GroupNorm, channel means).",
+        "A LayerNorm, Softmax, mean or similar operator runs over these channels. With fewer channels all other values "
+        "would change, so the pruned model would not be exact.",
+        "--approximate prunes them where the operator stays defined (LayerNorm, RMSNorm, GroupNorm, channel means).",
     ),
-    "fixed-size": Words(
+    Reason.FIXED_SIZE: Words(
         "axis must keep its size",
         "An operator needs this axis at exactly this size.",
     ),
-    "unlabelled-operand": Words(
-        "meets a tensor that cannot shrink",
-        "The channels are combined with a tensor that has no removable channels of its own (an input, or a constant of "
-        "the full size).",
+    Reason.HEAD_SIZE: Words(
+        "heads must keep one common size",
+        "The attention kernel needs the same head size for queries, keys and values.",
+        "Prune whole heads: --reshape-axis heads.",
     ),
-    "grid-unbalanced": Words(
-        "groups would become unequal",
-        "The channels are arranged in equal rows (heads, convolution groups), and no cut keeps the rows equal here.",
+    Reason.ROTARY: Words(
+        "paired by rotary positions",
+        "Rotary position embeddings pair these channels, so no single one can be removed.",
+        "Prune whole heads: --reshape-axis heads.",
     ),
-    "not-stored": Words(
-        "no stored weights",
-        "What makes these channels is filled in or repeated while the model runs: the file holds nothing to cut.",
-    ),
-    "spatial": Words(
+    Reason.SPATIAL: Words(
         "used as positions, not channels",
-        "A later operator treats this axis as positions (height, width, time), so its entries cannot be taken out one "
-        "by one.",
+        "A later operator treats this axis as positions (height, width, time), not as channels.",
     ),
-    "shape-value": Words(
-        "its size is used as a number",
-        "The model reads the size of this axis at run time and computes with it, so the size cannot change.",
+    Reason.UNLABELLED_OPERAND: Words(
+        "meets a tensor that cannot shrink",
+        "The channels are combined with a tensor without removable channels (a model input, or a constant of the full "
+        "size).",
     ),
-    "excluded": Words(
-        "excluded by option",
-        "The layer was left out by --exclude, or is not among those of --include.",
-        "Change --exclude or --include to cut it.",
-    ),
-    "no-score": Words(
-        "not scored by the criterion",
-        "The criterion has nothing to say about these channels, so there was nothing to choose by.",
-        "Another --criterion may have: l2 and gm score every weight.",
-    ),
-    "kept-whole": Words(
-        "kept whole by option",
-        "The channels lie in several rows (heads, convolution groups), and --group-policy none leaves such alone.",
-        "Choose another --group-policy to cut them.",
-    ),
-    "recurrent-state": Words(
-        "recurrent state",
-        "The channels are the state of a recurrent layer that is also given from, or handed to, the outside.",
-    ),
-    "quantization-block": Words(
-        "quantized in blocks",
-        "The weights are quantized in blocks along this axis, and single channels cannot leave a block.",
-        "Prune first and quantize afterwards, or use --round-to with the block size.",
-    ),
-    "unsupported-form": Words(
+    Reason.UNSUPPORTED_FORM: Words(
         "form of operator not supported",
-        "The operator has a rule, but not for the form in which it is used here.",
+        "The operator has a rule, but the rule does not support the form used here.",
     ),
-    "covered": Words(
-        "cut as another group",
-        "The same channels are cut as another group: whole heads or rows instead of single channels, or the other way.",
+    Reason.KERNEL: Words(
+        "is a kernel size",
+        "This axis is the height, width or depth of a kernel, and pruning removes channels only.",
     ),
-    "tied-together": Words(
-        "only go all at once",
-        "Each of these channels takes all others along (they overlap, or are added to each other in another order), so "
-        "that none would be left.",
+    Reason.OPERAND: Words(
+        "holds settings, not channels",
+        "This axis belongs to an operand that holds sizes or settings of the operator, not channels.",
     ),
-    "single": Words("has one channel", "The layer has a single channel, and the last one always stays."),
-    "duplicate-write": Words(
-        "written more than once",
-        "Two places would have to cut the same tensor in different ways.",
+    Reason.COVERED: Words(
+        "pruned as another group",
+        "Another group prunes the same channels: as whole heads or rows instead of single channels, or the reverse.",
+    ),
+    Reason.TIED_TOGETHER: Words(
+        "can only be removed all at once",
+        "These channels are tied to each other (they overlap, or are added in another order), so removing one would "
+        "remove all.",
+    ),
+    Reason.NOT_STORED: Words(
+        "no stored weights",
+        "The model fills in or repeats these channels at run time, so the file holds no weights to prune.",
+    ),
+    Reason.GRID_UNBALANCED: Words(
+        "groups would become unequal",
+        "The channels form equal rows (heads, convolution groups), and no removal keeps these rows equal.",
+    ),
+    Reason.SINGLE: Words("has one channel", "The layer has one channel, and a group always keeps its last unit."),
+    Reason.EXCLUDED: Words(
+        "excluded by option",
+        "The layer matches --exclude, or does not match --include.",
+        "Change --exclude or --include to prune it.",
+    ),
+    Reason.KEPT_WHOLE: Words(
+        "kept whole by option",
+        "The channels form several rows (heads, convolution groups), and --group-policy none prunes no such groups.",
+        "Choose another --group-policy to prune them.",
+    ),
+    Reason.NO_SCORE: Words(
+        "not scored by the criterion",
+        "The criterion has no score for these channels.",
+        "Choose another --criterion: l2 and gm score every weight.",
     ),
 }
 
@@ -208,7 +205,7 @@ def shortfalls(
         share = asked(names)
         # Halves may be rounded either way, so the smaller of the two counts is what was asked at least.
         want = math.ceil((share or 0.0) * layer.channels_before - 0.5)
-        reason = layer.reason or ("excluded" if share is None else "")
+        reason = layer.reason or (Reason.EXCLUDED if share is None else "")
         # A reason on a layer that lost nothing is told even where no ratio was asked for (a plan applied by index).
         if lost >= want and (lost or not reason):
             continue

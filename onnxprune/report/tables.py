@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from onnxprune.labels.atoms import Reason
 from onnxprune.report import numbers, reasons
 from onnxprune.report.facts import (
     SHARES,
@@ -88,7 +89,7 @@ def untouched(layer: LayerFacts) -> bool:
 
 def reason(layer: LayerFacts) -> str:
     """Return why the layer is unchanged, including its own size as a reason."""
-    return layer.reason or ("single" if layer.channels_before <= 1 and untouched(layer) else "")
+    return layer.reason or (Reason.SINGLE if layer.channels_before <= 1 and untouched(layer) else "")
 
 
 def layers(facts: Sequence[LayerFacts], *, name_width: int, fold: bool) -> list[RenderableType]:
@@ -554,7 +555,7 @@ def groups(records: Iterable[Mapping[str, Any]], *, name_width: int, most: int |
     found = list(records)
     free = sorted((group for group in found if group.get("prunable", True)), key=lambda group: -_units(group))
     # A covered group is pruned as well, with the group that covers it.
-    fixed = [group for group in found if not group.get("prunable", True) and _cause(group) != "covered"]
+    fixed = [group for group in found if not group.get("prunable", True) and _cause(group) != Reason.COVERED]
     cut = any(group.get("removed") for group in free)
     table = table_of(
         ("group", "right"),
@@ -623,7 +624,7 @@ def held(records: Iterable[Mapping[str, Any]]) -> int:
 
 def _kernel(barrier: Mapping[str, Any]) -> bool:
     """Return whether a barrier is the height or width of a kernel, which were never channels."""
-    return _code(barrier) == "spatial" and "kernel" in str(barrier.get("detail", ""))
+    return _code(barrier) == Reason.SPATIAL and Reason.KERNEL in str(barrier.get("detail", ""))
 
 
 def _barrier_table(found: Sequence[Mapping[str, Any]], *, name_width: int, every: bool) -> Table:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+import onnxprune
+from onnxprune.labels.atoms import Atoms, Reason
 from onnxprune.report import numbers, reasons
 
 
@@ -49,6 +54,39 @@ def test_names_keep_their_end() -> None:
     assert numbers.shorten("/layer4/conv2/Conv", 12) == "…/conv2/Conv"
     assert numbers.shorten("short", 12) == "short"
     assert numbers.shorten("a/MatMul;a/BiasAdd;a/bias", 50) == "a/MatMul;…"
+
+
+def test_every_reason_has_words_and_no_words_are_without_a_reason() -> None:
+    assert set(reasons.BARRIERS) == set(Reason)
+
+
+def test_every_reason_has_an_emitter_and_no_emitter_spells_a_code_out() -> None:
+    root = Path(onnxprune.__file__).parent
+    emitted, spelled = set(), []
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root).as_posix()
+        if place == "report/reasons.py" or place.startswith(("settings", "allocation/settings")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Reason":
+                emitted.add(node.attr)
+            text = node.value if isinstance(node, ast.Constant) else None
+            if (
+                isinstance(text, str)
+                and "-" in text
+                and text.partition(":")[0] in set(Reason)
+                and place != "labels/atoms.py"
+            ):
+                spelled.append(f"{place}:{node.lineno} {text!r}")
+    assert {reason.name for reason in Reason} == emitted
+    assert not spelled
+
+
+def test_a_rule_of_another_package_may_give_a_code_of_its_own() -> None:
+    atoms = Atoms()
+    atoms.freeze(np.arange(2), atoms.barrier("packed-by-acme", "n", "Acme", "why"))
+    assert atoms.barriers[0].code == "packed-by-acme"
+    assert reasons.short("packed-by-acme: why") == "packed-by-acme (why)"
 
 
 @pytest.mark.parametrize("code", sorted(reasons.BARRIERS))
