@@ -536,6 +536,7 @@ class Setting:
         default: None where nothing is given.
         option: on the command line; by default ``--name`` with hyphens.
         short: a letter for it.
+        brief: its line in the short help, for the few that most runs need; empty: only the whole help lists it.
         python: whether the calls in Python have it.
         many: whether the option may be repeated.
         needs: its precondition.
@@ -552,6 +553,7 @@ class Setting:
     typed: Kind | None = None
     option: str = ""
     short: str = ""
+    brief: str = ""
     python: bool = True
     many: bool = False
     needs: Need | None = None
@@ -593,22 +595,13 @@ def _kinds(values: Mapping[str, Any], kind: str) -> bool:
     return any(getattr(target, "kind", None) == kind for target in values.get("target") or ())
 
 
-WHAT, COST, HOW = "What to cut", "What the model may cost", "How to choose"
-COSTS, MEASURING, PAIR = "What the models may cost", "How to measure", "The pair"
-METHOD, FAR, WHICH = "How to take layers apart", "How far", "Which layers"
-INPUT, RECOVER, CHECKS, OUTPUT = "Input", "Recover accuracy", "Checks", "Output"
+METHOD, PAIR = "Method", "The pair of models"
+WHAT, AMOUNT, HOW, COST = "What to prune", "How much", "Scoring", "Budgets"
+INPUT, RECOVER, CHECKS, MACHINE, OUTPUT = "Data", "Recovery", "Checks", "Machine", "Output"
 
-HEADINGS: dict[str, tuple[str, ...]] = {
-    "prune": (WHAT, COST, CHECKS, HOW, INPUT, RECOVER, OUTPUT),
-    "recover": (PAIR, INPUT, RECOVER, CHECKS, OUTPUT),
-    "factorize": (METHOD, FAR, WHICH, INPUT, RECOVER, CHECKS, OUTPUT),
-    "inspect": (INPUT, OUTPUT),
-    "profile": (MEASURING, INPUT, OUTPUT),
-    "sensitivity": (WHAT, CHECKS, INPUT, RECOVER, OUTPUT),
-    "sweep": (COSTS, CHECKS, INPUT, RECOVER, OUTPUT),
-}
-"""The commands, and the headings under which their help lists options."""
-COMMANDS = tuple(HEADINGS)
+GROUPS = (METHOD, PAIR, AMOUNT, WHAT, HOW, COST, INPUT, RECOVER, CHECKS, MACHINE, OUTPUT)
+"""The groups of settings, in the order in which help lists them."""
+COMMANDS = ("prune", "recover", "factorize", "inspect", "profile", "sensitivity", "sweep")
 
 MODES = ("none", "bias", "bn", "lstsq", "full", "datafree")
 METHODS = ("auto", "svd", "tucker", "cp", "spatial-svd")
@@ -645,15 +638,28 @@ _REMOVED = Share("A ratio R is the share of units to remove")
 SETTINGS: tuple[Setting, ...] = (
     # What goes
     Setting(
-        "targets", CostShares(), "Shares of the original's cost.", {"sweep": COSTS}, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+        "targets",
+        CostShares(),
+        "Shares of the original's cost.",
+        {"sweep": COST},
+        (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
+        brief="Shares of the original's cost.",
     ),
-    Setting("kind", Word(*TARGET_KINDS), "Of which cost.", {"sweep": COSTS}, "macs"),
+    Setting(
+        "kind",
+        Word(*TARGET_KINDS),
+        "Of which cost.",
+        {"sweep": COST},
+        "macs",
+        brief="macs, params, size, latency or peak-memory.",
+    ),
     Setting(
         "ratios",
         Shares("R", _REMOVED, zero="cuts nothing"),
         "Shares to cut.",
-        {"sensitivity": WHAT},
+        {"sensitivity": AMOUNT},
         (0.25, 0.5, 0.75, 0.9),
+        brief="Shares of each group to remove.",
     ),
     Setting(
         "method",
@@ -662,12 +668,13 @@ SETTINGS: tuple[Setting, ...] = (
         {"factorize": METHOD},
         "auto",
         conflicts=_PLAN,
+        brief="auto, svd, tucker, cp or spatial-svd.",
     ),
     Setting(
         "ratio",
         _REMOVED,
         f"Share of units to remove: of every group, or of all together, see {argument('scope')}.",
-        {"prune": WHAT, "factorize": FAR},
+        {"prune": AMOUNT, "factorize": AMOUNT},
         0.3,
         conflicts=_BUDGET,
         variants={
@@ -676,29 +683,32 @@ SETTINGS: tuple[Setting, ...] = (
                 "help": "Share of the cost to save, of every layer or (auto) of the model; default 0.3.",
                 "default": None,
                 "conflicts": _PLAN,
+                "brief": "Share of the cost to save.",
             }
         },
+        brief="Share of the channels to remove.",
     ),
     Setting(
         "rank",
         Ranks(),
         "Ranks, of all layers or those whose name matches; one per mode, 0 leaves one; repeatable.",
-        {"factorize": FAR},
+        {"factorize": AMOUNT},
         many=True,
         conflicts=_PLAN,
+        brief="Ranks in place of a ratio.",
     ),
     Setting(
         "energy",
         Number(0, 1, "the share of the energy to keep", open_low=True, metavar="E", example="0.95"),
         "Keep this share of the energy of every mode.",
-        {"factorize": FAR},
+        {"factorize": AMOUNT},
         conflicts=_PLAN,
     ),
     Setting(
         "vbmf",
         Number(-1, 1, "how far to move the ranks: to all (1) or to none (-1)", metavar="C"),
         "Keep what is more than noise (variational Bayes).",
-        {"factorize": FAR},
+        {"factorize": AMOUNT},
         typed=Flag(),
         conflicts=_PLAN,
     ),
@@ -706,7 +716,7 @@ SETTINGS: tuple[Setting, ...] = (
         "calibration",
         Number(-1, 1, "how far to move the ranks: to all (1) or to none (-1)", metavar="C"),
         f"Move the ranks of {argument('vbmf')} towards all (1) or none (-1); default 0.",
-        {"factorize": FAR},
+        {"factorize": AMOUNT},
         python=False,
         conflicts=_PLAN,
     ),
@@ -716,15 +726,16 @@ SETTINGS: tuple[Setting, ...] = (
         f"What matters least; default l2, for a budget with {argument('data')} ziplm. By weights: l1, l2, gm, lamp, "
         f"bn, random; by feature maps of {argument('data')}: wanda, obs, variance, activation, apoz, nuclear, hrank, "
         "cosine, snp, ziplm; or a registered name.",
-        {"prune": WHAT, "sensitivity": WHAT, "sweep": COSTS},
+        {"prune": HOW, "sensitivity": HOW, "sweep": HOW},
         conflicts=_PLAN,
         variants={"sensitivity": {"help": _LEAST}, "sweep": {"help": _LEAST}},
+        brief="How channels are scored, for example l2 or wanda.",
     ),
     Setting(
         "layers",
         LayerShares(_REMOVED),
         "Another ratio for the layers or weights whose name matches; repeatable.",
-        {"prune": WHAT, "factorize": WHICH, "sensitivity": "", "sweep": ""},
+        {"prune": AMOUNT, "factorize": AMOUNT, "sensitivity": "", "sweep": ""},
         option="--layer",
         many=True,
         conflicts=_PLAN,
@@ -734,17 +745,18 @@ SETTINGS: tuple[Setting, ...] = (
         "exclude",
         Patterns(),
         "Leave these layers or weights alone; repeatable.",
-        {"prune": WHAT, "factorize": WHICH, "sensitivity": WHAT, "sweep": COSTS},
+        {"prune": WHAT, "factorize": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         (),
         many=True,
         conflicts=_PLAN,
         variants={"factorize": {"help": "Not these layers; repeatable."}},
+        brief="Do not touch these layers; repeatable.",
     ),
     Setting(
         "include",
         Patterns(),
         "Cut only these layers or weights; repeatable.",
-        {"prune": WHAT, "factorize": WHICH, "sensitivity": WHAT, "sweep": COSTS},
+        {"prune": WHAT, "factorize": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         (),
         many=True,
         conflicts=_PLAN,
@@ -754,7 +766,7 @@ SETTINGS: tuple[Setting, ...] = (
         "timed",
         Flag(),
         "auto: leave alone what does not get faster here, as measured (default), or go by work alone.",
-        {"factorize": WHICH},
+        {"factorize": WHAT},
         True,
         option="--timed/--untimed",
         conflicts=_PLAN,
@@ -763,7 +775,7 @@ SETTINGS: tuple[Setting, ...] = (
         "approximate",
         Flag(),
         f"{_NO_LAYER_NORM}, where the result is not exact.",
-        {"prune": WHAT, "recover": PAIR, "inspect": INPUT, "sensitivity": WHAT, "sweep": COSTS},
+        {"prune": WHAT, "recover": PAIR, "inspect": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         False,
         variants={
             "recover": {"help": f"The cut was made with {argument('approximate')}."},
@@ -776,7 +788,7 @@ SETTINGS: tuple[Setting, ...] = (
         "plan",
         PathTo("FILE.json", "a plan or its file"),
         "Remove what this plan says (prune by index).",
-        {"prune": WHAT, "factorize": WHICH, "recover": PAIR},
+        {"prune": WHAT, "factorize": WHAT, "recover": PAIR},
         option="--apply-plan",
         conflicts=("budget",),
         variants={
@@ -784,6 +796,7 @@ SETTINGS: tuple[Setting, ...] = (
             "recover": {
                 "help": "What was removed from where: the plan of the cut.",
                 "option": "--plan",
+                "brief": "The plan that was saved with the pruned model.",
                 "conflicts": (),
             },
         },
@@ -796,6 +809,7 @@ SETTINGS: tuple[Setting, ...] = (
         "params=0.4, size=3MB, latency=0.6 or 12ms, peak-memory=64MB; repeatable.",
         {"prune": COST},
         many=True,
+        brief="A budget: macs=0.5, size=3MB, latency=12ms.",
     ),
     Setting(
         "max_drop",
@@ -827,7 +841,7 @@ SETTINGS: tuple[Setting, ...] = (
         "jobs",
         Jobs(),
         "Processes to measure sensitivities in; default one per processor.",
-        {"prune": CHECKS, "sensitivity": CHECKS},
+        {"prune": MACHINE, "sensitivity": MACHINE},
         typed=Whole(1, "how many processes to use"),
         needs=Need(
             "measured sensitivity",
@@ -839,7 +853,7 @@ SETTINGS: tuple[Setting, ...] = (
         "factorize",
         Flag(),
         "Take layers apart as well, where that keeps more than cutting them; for all kinds but peak-memory.",
-        {"prune": COST, "sweep": COSTS},
+        {"prune": COST, "sweep": COST},
         False,
         needs=Need(
             "budget or points",
@@ -853,7 +867,7 @@ SETTINGS: tuple[Setting, ...] = (
         "trials",
         Whole(0, "how many answers to try"),
         "Answers to try around the best cut; default: with a repair about half a minute's worth, else none.",
-        {"prune": COST, "sweep": COSTS},
+        {"prune": COST, "sweep": COST},
         needs=Need(
             "target",
             "looks for better answers to targets, and there is none",
@@ -881,28 +895,29 @@ SETTINGS: tuple[Setting, ...] = (
         "providers",
         Providers(),
         "Execution providers of onnxruntime to time with; default cpu.",
-        {"prune": COST, "profile": MEASURING, "sweep": CHECKS, "sensitivity": ""},
+        {"prune": MACHINE, "profile": MACHINE, "sweep": MACHINE, "sensitivity": ""},
     ),
     Setting(
         "threads",
         Whole(1, "how many threads an operator may use"),
         "Threads inside an operator when time is measured; default all processors.",
-        {"prune": COST, "profile": MEASURING, "sweep": CHECKS, "sensitivity": ""},
+        {"prune": MACHINE, "profile": MACHINE, "sweep": MACHINE, "sensitivity": ""},
     ),
     Setting(
         "seconds",
         Number(0, math.inf, "how many seconds to measure", metavar="N", open_low=True),
         "How long to measure; 12 cuts are in any case.",
-        {"profile": MEASURING},
+        {"profile": MACHINE},
         60,
         typed=Whole(1, "how many seconds to measure"),
+        brief="How long to measure.",
     ),
     # How units are chosen
     Setting(
         "scope",
         Word("local", "global", "isomorphic", "slamp"),
         "Who competes: the units of each group, of all groups, of groups of the same structure, or all by SLAMP.",
-        {"prune": HOW, "factorize": FAR, "sensitivity": "", "sweep": ""},
+        {"prune": HOW, "factorize": AMOUNT, "sensitivity": "", "sweep": ""},
         "local",
         conflicts=_BUDGET,
         variants={
@@ -951,14 +966,14 @@ SETTINGS: tuple[Setting, ...] = (
         "max_ratio",
         Share("The share of its units that a group may lose", zero=False, one=True),
         "No group loses more than this share; default 0.9 where groups compete, else all but one unit.",
-        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
         conflicts=_PLAN,
     ),
     Setting(
         "cost",
         Word("none", "macs", "params", "latency"),
         "Divide scores by what removing the unit saves.",
-        {"prune": HOW, "factorize": FAR, "sensitivity": "", "sweep": ""},
+        {"prune": HOW, "factorize": AMOUNT, "sensitivity": "", "sweep": ""},
         "none",
         conflicts=_BUDGET,
         variants={
@@ -974,7 +989,7 @@ SETTINGS: tuple[Setting, ...] = (
         "round_to",
         _KEEP_MULTIPLE,
         "Keep a multiple of N per group where it can be had.",
-        {"prune": HOW, "factorize": FAR, "sweep": COSTS, "sensitivity": ""},
+        {"prune": AMOUNT, "factorize": AMOUNT, "sweep": AMOUNT, "sensitivity": ""},
         1,
         conflicts=_PLAN,
         variants={
@@ -985,7 +1000,7 @@ SETTINGS: tuple[Setting, ...] = (
         "step",
         Whole(1, "what to remove a multiple of"),
         "Remove a multiple of N units per group.",
-        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
         1,
         conflicts=_PLAN,
     ),
@@ -993,7 +1008,7 @@ SETTINGS: tuple[Setting, ...] = (
         "rounding",
         Word("nearest", "up", "down"),
         "How counts that follow from ratios are rounded.",
-        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
         "nearest",
         conflicts=_BUDGET,
     ),
@@ -1001,7 +1016,7 @@ SETTINGS: tuple[Setting, ...] = (
         "steps",
         Whole(1, "a number of steps"),
         "Score and remove in N steps, each on what the last one left.",
-        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
         1,
         conflicts=_BUDGET,
     ),
@@ -1009,7 +1024,7 @@ SETTINGS: tuple[Setting, ...] = (
         "schedule",
         Word("linear", "exp", "cos", "cube"),
         f"How the removed share grows over {argument('steps')}.",
-        {"prune": HOW, "sensitivity": "", "sweep": ""},
+        {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
         "linear",
         conflicts=_BUDGET,
     ),
@@ -1021,7 +1036,12 @@ SETTINGS: tuple[Setting, ...] = (
         _EVERY,
         option="--input-shape",
         many=True,
-        variants={"inspect": {"help": "Shape of an input, for every size."}},
+        variants={
+            "inspect": {
+                "help": "Shape of an input, for every size.",
+                "brief": "Shape of an input whose sizes are open.",
+            }
+        },
     ),
     Setting(
         "data",
@@ -1035,6 +1055,7 @@ SETTINGS: tuple[Setting, ...] = (
             "sensitivity": {"help": _MEASURED_ON},
             "sweep": {"help": _MEASURED_ON},
         },
+        brief="Inputs to calibrate on: .npz, .npy, images.",
     ),
     Setting("samples", Whole(1, "how many samples to use"), "Use N samples of the data.", _RUN, needs=_DATA),
     Setting(
@@ -1105,7 +1126,7 @@ SETTINGS: tuple[Setting, ...] = (
         "cache",
         PathTo("DIR", "a folder"),
         "Keep what is found out here: a repeated or interrupted run goes on from there.",
-        {"prune": INPUT, "recover": INPUT, "sensitivity": INPUT, "sweep": INPUT, "profile": ""},
+        {"prune": MACHINE, "recover": MACHINE, "sensitivity": MACHINE, "sweep": MACHINE, "profile": ""},
         variants={
             "prune": {
                 "needs": Need(
@@ -1116,7 +1137,7 @@ SETTINGS: tuple[Setting, ...] = (
             }
         },
     ),
-    Setting("seed", Whole(0, "a seed"), "Seed of everything random.", _RUN, 0),
+    Setting("seed", Whole(0, "a seed"), "Seed of everything random.", dict.fromkeys(_RUN, MACHINE), 0),
     # What is repaired and checked
     Setting(
         "recover",
@@ -1129,7 +1150,7 @@ SETTINGS: tuple[Setting, ...] = (
         "memory_limit",
         Bytes(),
         "Activations to hold in memory at a time, for example 2GB; more go to temporary files.",
-        {command: RECOVER for command in _RUN if command != "profile"},
+        {command: MACHINE for command in _RUN if command != "profile"},
         needs=Need(
             "data or datafree",
             f"is about data that runs through the model, and there is no {argument('data')}",
@@ -1154,6 +1175,7 @@ SETTINGS: tuple[Setting, ...] = (
             "runs", f"needs the models to run, and {argument('validate', False)} forbids it", "Drop one of the two."
         ),
         variants={"recover": {"python": False}, "factorize": {"python": False}},
+        brief="Write nothing if fidelity falls below X.",
     ),
     Setting(
         "latency",
@@ -1182,6 +1204,7 @@ SETTINGS: tuple[Setting, ...] = (
                 "help": f"Write the curves, for {argument('sensitivity')}.",
             },
         },
+        brief="Where to write.",
     ),
     Setting(
         "folder",
@@ -1217,8 +1240,16 @@ SETTINGS: tuple[Setting, ...] = (
         "Also write a page with the plot; it needs nothing else.",
         {"sensitivity": OUTPUT, "sweep": OUTPUT},
         python=False,
+        brief="Also write a page with the plot.",
     ),
-    Setting("json", Flag(), "One JSON object on stdout, all else on stderr.", _SHOWN, False, python=False),
+    Setting(
+        "json",
+        Flag(),
+        "One JSON object on stdout, all else on stderr.",
+        _SHOWN,
+        False,
+        python=False,
+    ),
     Setting("quiet", Flag(), "Say nothing but errors.", _SHOWN, False, short="-q", python=False),
     Setting(
         "verbose",
@@ -1252,7 +1283,7 @@ def settings_of(command: str) -> Mapping[str, Setting]:
 def options_of(command: str) -> list[Setting]:
     """Return the settings that a command has as options, in the order of its help."""
     there = [setting for setting in settings_of(command).values() if setting.on[command]]
-    return sorted(there, key=lambda setting: HEADINGS[command].index(setting.on[command]))
+    return sorted(there, key=lambda setting: GROUPS.index(setting.on[command]))
 
 
 def default(name: str, command: str = "prune") -> Any:
@@ -1339,7 +1370,7 @@ def called(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def spell(command: str) -> Callable[[str, str, str], str]:
     """Return the spelling of arguments for users of a command: as options."""
-    known = settings_of(command) if command in HEADINGS else {}
+    known = settings_of(command) if command in COMMANDS else {}
     every = {setting.name: setting for setting in SETTINGS}
 
     def one(name: str, key: str, value: str) -> str:
@@ -1357,7 +1388,7 @@ def spell(command: str) -> Callable[[str, str, str], str]:
 def reference() -> str:
     """Return the page of settings, in Markdown."""
     lines = [_INTRODUCTION]
-    for heading in dict.fromkeys(heading for headings in HEADINGS.values() for heading in headings):
+    for heading in GROUPS:
         rows = [
             _row(setting.at(command), command)
             for setting in SETTINGS

@@ -20,8 +20,38 @@ from onnxprune.report.console import Screen, plain
 from onnxprune.report.facts import Report
 from onnxprune.settings import settings_of
 
+_EXAMPLES: dict[str, tuple[str, ...]] = {
+    "prune": (
+        "onnxprune model.onnx --ratio 0.3",
+        "onnxprune model.onnx --ratio 0.5 --data images/ -o small.onnx",
+        "onnxprune model.onnx --target macs=0.5 --data calibration.npz",
+    ),
+    "factorize": (
+        "onnxprune factorize model.onnx --ratio 0.5",
+        "onnxprune factorize model.onnx --method svd --energy 0.95 --data inputs.npz",
+    ),
+    "recover": ("onnxprune recover model.onnx small.onnx --plan small.json --data inputs.npz",),
+    "inspect": (
+        "onnxprune inspect model.onnx",
+        "onnxprune inspect model.onnx --input-shape x=1,3,224,224 -v",
+    ),
+    "profile": (
+        "onnxprune profile model.onnx -o device.json",
+        "onnxprune model.onnx --target latency=0.6 --latency-table device.json",
+    ),
+    "sensitivity": (
+        "onnxprune sensitivity model.onnx --data calibration.npz -o curves.json",
+        "onnxprune model.onnx --target macs=0.5 --sensitivity curves.json",
+    ),
+    "sweep": (
+        "onnxprune sweep model.onnx --data calibration.npz --html sweep.html",
+        "onnxprune sweep model.onnx --targets 0.75,0.5,0.25 --models pruned/",
+    ),
+}
+"""Calls that the help of a command shows."""
 
-@command("prune", model="MODEL.onnx")
+
+@command("prune", "Prune the channels of a model (the default command).", _EXAMPLES["prune"], model="MODEL.onnx")
 def prune(screen: Screen, given: Given) -> None:
     """Cut channels out of an ONNX model, exactly, and verify the result in onnxruntime."""
     target = given.output or beside(given.model, "pruned")
@@ -163,7 +193,9 @@ def _parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]
     return parts + tables.cut(report, name_width=width, verbose=verbose)
 
 
-@command("factorize", model="MODEL.onnx")
+@command(
+    "factorize", "Factorize layers into smaller ones: SVD, Tucker, CP.", _EXAMPLES["factorize"], model="MODEL.onnx"
+)
 def factorize(screen: Screen, given: Given) -> None:
     """Take layers apart into smaller ones: SVD, Tucker, CP, spatial SVD."""
     target = given.output or beside(given.model, "factorized")
@@ -195,7 +227,13 @@ def _factorization_parts(given: Given, report: Report, screen: Screen) -> list[R
     return parts + tables.whole(report, name_width=width, verbose=screen.verbosity > 0)
 
 
-@command("recover", original="ORIGINAL.onnx", cut="CUT.onnx")
+@command(
+    "recover",
+    "Recover the accuracy of a model that was pruned before.",
+    _EXAMPLES["recover"],
+    original="ORIGINAL.onnx",
+    cut="CUT.onnx",
+)
 def recover(screen: Screen, given: Given) -> None:
     """Repair a model that was cut before, from its original, the plan of the cut and inputs without labels."""
     target = given.output or beside(given.cut, "recovered")
@@ -249,7 +287,7 @@ def _recovery_parts(given: Given, report: Report, screen: Screen) -> list[Render
 MOST_GROUPS = 20
 
 
-@command("inspect", model="MODEL.onnx")
+@command("inspect", "Show what can be pruned, and what cannot and why.", _EXAMPLES["inspect"], model="MODEL.onnx")
 def inspect(screen: Screen, given: Given) -> None:
     """Show what can be cut from a model, and what cannot and why."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
@@ -288,7 +326,7 @@ def _inspection_parts(screen: Screen, facts: Mapping[str, Any], layers: Any) -> 
     return parts
 
 
-@command("profile", model="MODEL.onnx")
+@command("profile", "Measure the time of each layer by its channel count.", _EXAMPLES["profile"], model="MODEL.onnx")
 def profile(screen: Screen, given: Given) -> None:
     """Measure on this machine what every layer takes at how many channels."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
@@ -309,7 +347,9 @@ def profile(screen: Screen, given: Given) -> None:
     screen.show(*tables.profile_table(found.facts, name_width=screen.name_width, every=screen.verbosity > 0), *wrote)
 
 
-@command("sensitivity", model="MODEL.onnx")
+@command(
+    "sensitivity", "Prune each group alone and measure what is lost.", _EXAMPLES["sensitivity"], model="MODEL.onnx"
+)
 def sensitivity(screen: Screen, given: Given) -> None:
     """Cut each group alone at several ratios, repair what reads it, and measure the whole model."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
@@ -334,7 +374,7 @@ def sensitivity(screen: Screen, given: Given) -> None:
     screen.show(*page.sensitivity_table(facts, name_width=screen.name_width, every=screen.verbosity > 0), *written)
 
 
-@command("sweep", model="MODEL.onnx")
+@command("sweep", "Prune to several budgets and compare quality and cost.", _EXAMPLES["sweep"], model="MODEL.onnx")
 def sweep(screen: Screen, given: Given) -> None:
     """Cut the model to a row of budgets and show what it loses by what it costs."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good

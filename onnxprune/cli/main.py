@@ -13,6 +13,7 @@ import click
 
 from onnxprune.cli import failure
 from onnxprune.cli.commands import factorize, inspect, profile, prune, recover, sensitivity, sweep
+from onnxprune.cli.options import WHOLE, HeadedCommand, help_all, write_examples
 from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
 from onnxprune.settings import COMMANDS, spell
@@ -20,13 +21,7 @@ from onnxprune.settings import COMMANDS, spell
 DEFAULT = "prune"
 _NOTHING = "onnxprune.cli.nothing_given"
 _LOUD_AND_QUIET = "onnxprune.cli.loud_and_quiet"
-_CALLS = (
-    "inspect MODEL.onnx [options]",
-    "profile MODEL.onnx [-o FILE.json] [options]",
-    "sensitivity MODEL.onnx --data FILE [options]",
-    "sweep MODEL.onnx --data FILE --targets 0.9,0.8,... [options]",
-)
-_OWN_FLAGS = ("-h", "--help", "--version")
+_OWN_FLAGS = ("-h", "--help", "--help-all", "--version")
 
 
 class DefaultGroup(click.Group):
@@ -83,24 +78,30 @@ class DefaultGroup(click.Group):
         return result
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Format the help of the whole program: how to call it, then the options of pruning."""
-        formatter.write_usage(ctx.command_path, "MODEL.onnx [-o OUT.onnx] [options]")
-        formatter.write_usage(ctx.command_path, "factorize MODEL.onnx [-o OUT.onnx] [options]", prefix="       ")
-        pair = "recover ORIGINAL.onnx CUT.onnx --plan FILE --data FILE [options]"
-        formatter.write_usage(ctx.command_path, pair, prefix="       ")
-        for call in _CALLS:
-            formatter.write_usage(ctx.command_path, call, prefix="       ")
+        """Write the help of the whole program: how to call it, then the options of pruning, then the other commands."""
         command = self.commands[DEFAULT]
+        assert isinstance(command, HeadedCommand)
+        formatter.write_usage(ctx.command_path, "MODEL.onnx [options]")
+        formatter.write_usage(ctx.command_path, "COMMAND ... [options]", prefix="       ")
         command.format_help_text(ctx, formatter)
-        with click.Context(command, info_name=DEFAULT, parent=ctx) as inner:
-            command.format_options(inner, formatter)
+        write_examples(formatter, command.examples)
+        names = ctx.help_option_names
+        with click.Context(command, parent=ctx.parent, info_name=ctx.info_name, help_option_names=names) as inner:
+            inner.meta.update(ctx.meta)
+            if ctx.meta.get(WHOLE):
+                command.write_groups(inner, formatter)
+            else:
+                command.write_essential(inner, formatter)
+        whole = ctx.meta.get(WHOLE)
+        listed = [(n, entry.get_short_help_str(64)) for n, entry in self.commands.items() if whole or n != DEFAULT]
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.get_short_help_str(90)) for name, entry in self.commands.items()])
-        with formatter.section("Exit codes"):
-            formatter.write_text(
-                "0 done, 2 usage or bad input, 3 model not processable, 4 validation failed, 5 gate not met. "
-                "On anything but 0 nothing is written."
-            )
+            formatter.write_dl(listed)
+        formatter.write_paragraph()
+        if whole:
+            codes = "Exit codes: 0 done, 2 bad input, 3 model not processable, 4 validation failed, 5 gate not met. "
+            formatter.write_text(f"{codes}On anything but 0 nothing is written.")
+        else:
+            formatter.write_text("COMMAND --help explains a command, --help-all lists all options.")
 
 
 def _screen(args: list[str]) -> Screen:
@@ -145,6 +146,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
 )
+@help_all()
 def main() -> None:
     """Cut channels out of an ONNX model, exactly, and verify the result in onnxruntime."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,26 +28,96 @@ from onnxprune.settings import (
 
 
 class HeadedOption(click.Option):
-    """An option that belongs under ``heading`` in the help."""
+    """An option of a group of settings.
 
-    def __init__(self, *args: Any, heading: str = "Options", **kwargs: Any) -> None:
+    Args:
+        heading: the group that the whole help lists it under.
+        brief: its line in the short help; empty: the short help is without it.
+    """
+
+    def __init__(self, *args: Any, heading: str = "Options", brief: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.heading = heading
+        self.heading, self.brief = heading, brief
 
 
 class HeadedCommand(click.Command):
-    """A command that shows its options by heading, in the order in which the headings first occur."""
+    """A command with two helps: one screen of what most runs need, and everything in groups.
+
+    Args:
+        examples: calls, as a user types them.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write usage, purpose, examples and options."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        write_examples(formatter, self.examples)
+        self.format_options(ctx, formatter)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section per heading."""
+        """Write all options in their groups, or the essential ones and where the others are."""
+        if ctx.meta.get(WHOLE):
+            self.write_groups(ctx, formatter)
+            return
+        self.write_essential(ctx, formatter)
+        formatter.write_paragraph()
+        formatter.write_text(f"'{ctx.command_path} --help-all' lists all {len(self._options(ctx))} options.")
+
+    def write_groups(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section per group, in the order in which the groups first occur."""
         sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            record = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
+        for param in self._options(ctx):
+            record = param.get_help_record(ctx)
             if record is not None:
-                sections.setdefault(getattr(param, "heading", "Other"), []).append(record)
+                sections.setdefault(getattr(param, "heading", "Help"), []).append(record)
         for heading, records in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+    def write_essential(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a line per option that most runs need."""
+        brief = [param for param in self._options(ctx) if isinstance(param, HeadedOption) and param.brief]
+        with formatter.section("Options"):
+            formatter.write_dl([(_short_record(param), param.brief) for param in brief])
+
+    def _options(self, ctx: click.Context) -> list[click.Parameter]:
+        return [param for param in self.get_params(ctx) if not isinstance(param, click.Argument)]
+
+
+def _short_record(param: HeadedOption) -> str:
+    """Return an option with its value; a long list of words is called by the option's name."""
+    value = param.metavar or ""
+    named = f"{param.name or 'value'}".upper() if len(value) > _LONG_VALUE else value
+    return ", ".join(param.opts) + (f" {named}" if named else "")
+
+
+_LONG_VALUE = 20
+WHOLE = "onnxprune.cli.whole_help"
+
+
+def help_all() -> Callable[..., Any]:
+    """Return the option that shows the whole help."""
+
+    def show(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            ctx.meta[WHOLE] = True
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+
+    described: dict[str, Any] = {"help": "Show all options, in groups, and exit."}
+    return click.option("--help-all", is_flag=True, is_eager=True, expose_value=False, callback=show, **described)
+
+
+def write_examples(formatter: click.HelpFormatter, examples: Sequence[str]) -> None:
+    """Write calls, one per line."""
+    if examples:
+        with formatter.section("Examples"):
+            for call in examples:
+                formatter.write(f"{'':>{formatter.current_indent}}{call}\n")
 
 
 if TYPE_CHECKING:
@@ -198,15 +268,19 @@ _READ = {
 """Settings that are files to read, and what they are called in messages."""
 
 
-def command(name: str, **positional: str) -> Callable[[Callable[[Screen, Given], None]], click.Command]:
+def command(
+    name: str, short: str, examples: Sequence[str], **positional: str
+) -> Callable[[Callable[[Screen, Given], None]], HeadedCommand]:
     """Return a decorator that makes a function a command with the options of its settings.
 
     Args:
         name: of the command.
+        short: its purpose in one line, for the list of commands.
+        examples: calls for its help, as a user types them.
         positional: {argument: what help calls it}.
     """
 
-    def decorate(function: Callable[[Screen, Given], None]) -> click.Command:
+    def decorate(function: Callable[[Screen, Given], None]) -> HeadedCommand:
         @click.pass_context
         def run(ctx: click.Context, /, **values: Any) -> None:
             said = [key for key in values if ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE]
@@ -216,9 +290,12 @@ def command(name: str, **positional: str) -> Callable[[Callable[[Screen, Given],
         path = click.Path(path_type=Path)
         puts = [click.argument(key, type=path, metavar=metavar) for key, metavar in positional.items()]
         puts += [_option(setting, name) for setting in options_of(name)]
+        puts.append(help_all())
         wrapped: Any = functools.reduce(lambda inner, put: put(inner), reversed(puts), run)
-        settings = {"help_option_names": ["-h", "--help"]}
-        return click.command(name, cls=HeadedCommand, context_settings=settings)(wrapped)
+        settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+        described: dict[str, Any] = {"examples": examples, "short_help": short, "context_settings": settings}
+        made: HeadedCommand = click.command(name, cls=HeadedCommand, **described)(wrapped)
+        return made
 
     return decorate
 
@@ -226,7 +303,7 @@ def command(name: str, **positional: str) -> Callable[[Callable[[Screen, Given],
 def _option(setting: Setting, command: str) -> Callable[..., Any]:
     """Return the click option of a setting."""
     names = [*filter(None, [setting.short]), setting.option or setting.flag, setting.name]
-    shared: dict[str, Any] = {"cls": HeadedOption, "heading": setting.on[command]}
+    shared: dict[str, Any] = {"cls": HeadedOption, "heading": setting.on[command], "brief": setting.brief}
     shared["help"] = spelled(setting.help, spell(command))
     kind = setting.typed or setting.kind
     if setting.name == "verbose":

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from onnxprune.report import tables
 from onnxprune.report.facts import Latency, LayerFacts, OutputFidelity, Totals
+from onnxprune.settings import COMMANDS, GROUPS, options_of
 
 
 def test_model_without_subcommand_prunes(api, run, model) -> None:
@@ -42,14 +43,37 @@ def test_no_arguments_says_how_to_start(run) -> None:
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_shows_both_ways_to_call_and_every_option(run, flag) -> None:
+def test_help_shows_both_ways_to_call(run, flag) -> None:
     result = run(flag)
     assert result.exit_code == 0
-    text = result.stdout
-    for part in ("onnxprune MODEL.onnx", "onnxprune inspect MODEL.onnx", "--ratio R", "--apply-plan", "Exit codes"):
-        assert part in text
-    assert "--approximate" in run("inspect", flag).stdout
+    for part in ("onnxprune MODEL.onnx", "onnxprune COMMAND", "--ratio R", "Examples:", "inspect", "--help-all"):
+        assert part in result.stdout
+    assert "--input-shape" in run("inspect", flag).stdout
     assert "--min-fidelity" in run("prune", flag).stdout
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda c: " ".join(c) or "none")
+def test_help_is_one_screen_with_examples_that_parse(run, command) -> None:
+    result = run(*command, "--help")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and result.stderr == ""
+    assert len(lines) <= 32 and max(map(len, lines)) <= 80
+    assert "--help-all" in result.stdout
+    examples = [line.split()[1:] for line in lines if line.startswith("  onnxprune ")]
+    assert examples or not any(setting.brief for setting in options_of((command or ["prune"])[0]))
+    for words in examples:  # the files are missing, the options exist
+        done = run(*words)
+        assert done.exit_code in (0, 2) and "no such option" not in done.stderr, done.stderr
+        assert done.exit_code == 0 or "not found" in done.stderr, done.stderr
+
+
+def test_the_whole_help_has_every_group_and_the_exit_codes(run) -> None:
+    result = run("--help-all")
+    assert result.exit_code == 0
+    groups = {setting.on["prune"] for setting in options_of("prune")}
+    listed = [line[:-1] for line in result.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert listed == ["Examples", *(group for group in GROUPS if group in groups), "Help", "Commands"]
+    assert "Exit codes: 0 done" in result.stdout
 
 
 def test_version(run) -> None:

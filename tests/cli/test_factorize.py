@@ -106,6 +106,6 @@ def test_data_of_another_model(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_help_has_its_headings() -> None:
-    done = run("--help")
+    done = run("--help-all")
     assert done.exit_code == 0
-    assert all(h in done.stdout for h in ("How to take layers apart", "How far", "Which layers", "Recover accuracy"))
+    assert all(f"{h}:" in done.stdout for h in ("Method", "How much", "What to prune", "Recovery"))
