@@ -5,8 +5,10 @@ Add your own with :func:`register`, see CONTRIBUTING.
 
 from onnxprune.importance.criteria import (
     Criterion,
+    Description,
     Maps,
     Slot,
+    describe,
     get,
     names,
     needs,
@@ -15,4 +17,16 @@ from onnxprune.importance.criteria import (
     unregister,
 )
 
-__all__ = ["Criterion", "Maps", "Slot", "get", "names", "needs", "needs_of", "register", "unregister"]
+__all__ = [
+    "Criterion",
+    "Description",
+    "Maps",
+    "Slot",
+    "describe",
+    "get",
+    "names",
+    "needs",
+    "needs_of",
+    "register",
+    "unregister",
+]

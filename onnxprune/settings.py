@@ -601,14 +601,15 @@ INPUT, RECOVER, CHECKS, MACHINE, OUTPUT = "Data", "Recovery", "Checks", "Machine
 
 GROUPS = (METHOD, PAIR, AMOUNT, WHAT, HOW, COST, INPUT, RECOVER, CHECKS, MACHINE, OUTPUT)
 """The groups of settings, in the order in which help lists them."""
-COMMANDS = ("prune", "recover", "factorize", "inspect", "profile", "sensitivity", "sweep")
+COMMANDS = ("prune", "recover", "factorize", "inspect", "profile", "sensitivity", "sweep", "criteria")
+_OF_MODELS = COMMANDS[:-1]
 
 MODES = ("none", "bias", "bn", "lstsq", "full", "datafree")
 METHODS = ("auto", "svd", "tucker", "cp", "spatial-svd")
 TARGET_KINDS = ("macs", "params", "size", "latency", "peak-memory")
 
-_EVERY = dict.fromkeys(COMMANDS, INPUT)
-_RUN = {command: INPUT for command in COMMANDS if command != "inspect"}
+_EVERY = dict.fromkeys(_OF_MODELS, INPUT)
+_RUN = {command: INPUT for command in _OF_MODELS if command != "inspect"}
 _SHOWN = dict.fromkeys(COMMANDS, OUTPUT)
 _PLAN, _BUDGET = ("plan",), ("plan", "budget")
 _DATA = Need(

@@ -1,4 +1,4 @@
-"""The commands: prune, factorize, recover, inspect, profile, sensitivity, sweep."""
+"""The commands: prune, factorize, recover, inspect, profile, sensitivity, sweep, criteria."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "onnxprune sensitivity model.onnx --data calibration.npz -o curves.json",
         "onnxprune model.onnx --target macs=0.5 --sensitivity curves.json",
     ),
+    "criteria": ("onnxprune criteria", "onnxprune criteria --json"),
     "sweep": (
         "onnxprune sweep model.onnx --data calibration.npz --html sweep.html",
         "onnxprune sweep model.onnx --targets 0.75,0.5,0.25 --models pruned/",
@@ -392,3 +393,14 @@ def sweep(screen: Screen, given: Given) -> None:
     if screen.as_json:
         screen.emit(plain(asdict(found)))
     screen.show(*page.render(found), *(Text.assemble(("wrote     ", "bold"), str(path)) for path in paths))
+
+
+@command("criteria", "List the criteria that channels can be scored by.", _EXAMPLES["criteria"])
+def criteria(screen: Screen, given: Given) -> None:
+    """List the criteria that channels can be scored by, what each measures, and its source."""
+    from onnxprune.importance.criteria import describe, names  # heavy: waits until it is needed
+
+    described = [describe(name) for name in names()]
+    if screen.as_json:
+        screen.emit({"criteria": [asdict(one) for one in described]})
+    screen.show(tables.criteria(described))

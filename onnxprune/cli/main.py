@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from onnxprune.cli import failure
-from onnxprune.cli.commands import factorize, inspect, profile, prune, recover, sensitivity, sweep
+from onnxprune.cli.commands import criteria, factorize, inspect, profile, prune, recover, sensitivity, sweep
 from onnxprune.cli.options import WHOLE, HeadedCommand, help_all, write_examples
 from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
@@ -53,10 +54,22 @@ class DefaultGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the subcommand; an unknown one is named beside the nearest there is, whichever release of click runs."""
         if args[0] not in self.commands:
+            if ctx.resilient_parsing:
+                return None, None, []
             near = get_close_matches(args[0], self.commands, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"'{ctx.command_path} --help' lists what can be given."
             raise UsageError(f"no such command '{args[0]}'", hint=hint)
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the first argument: a command, an option of pruning, or the model file."""
+        found = super().shell_complete(ctx, incomplete)
+        command = self.commands[DEFAULT]
+        with command.make_context(DEFAULT, [], parent=ctx, resilient_parsing=True) as inner:
+            own = command.shell_complete(inner, incomplete)
+        known = {item.value for item in found}
+        found += [item for item in own if item.value not in known]
+        return found if incomplete.startswith("-") else [*found, CompletionItem(incomplete, type="file")]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; any failure ends here."""
@@ -158,3 +171,4 @@ main.add_command(inspect)
 main.add_command(profile)
 main.add_command(sensitivity)
 main.add_command(sweep)
+main.add_command(criteria)

@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from onnxprune.errors import UsageError, argument, nearest, spelled
 from onnxprune.report.console import Screen
 from onnxprune.settings import (
+    TARGET_KINDS,
     Flag,
+    PathTo,
     Patterns,
     PerName,
     Setting,
     Targets,
     Whole,
+    Word,
     check_needs,
     options_of,
     settings_of,
@@ -81,6 +85,8 @@ class HeadedCommand(click.Command):
     def write_essential(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a line per option that most runs need."""
         brief = [param for param in self._options(ctx) if isinstance(param, HeadedOption) and param.brief]
+        if not brief:
+            return
         with formatter.section("Options"):
             formatter.write_dl([(_short_record(param), param.brief) for param in brief])
 
@@ -138,6 +144,28 @@ class SettingType(_ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the checked value; raises UsageError."""
         return self.kind.parse(value, argument(self.argument)) if isinstance(value, str) else value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the words, names or files that a value may begin with."""
+        kind = self.kind
+        if isinstance(kind, PathTo) or "FILE" in kind.metavar:
+            found = [CompletionItem(incomplete, type="dir" if kind.metavar == "DIR" else "file")]
+            words: Sequence[str] = ("measure",) if "measure" in kind.metavar else ()
+        else:
+            found = []
+            words = kind.words if isinstance(kind, Word) else _words_of(self.argument)
+        return found + [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def _words_of(name: str) -> Sequence[str]:
+    """Return what values of an open-ended setting may begin with."""
+    if name == "target":
+        return [f"{kind}=" for kind in TARGET_KINDS]
+    if name == "criterion":
+        from onnxprune.importance import criteria  # heavy: waits until it is needed
+
+        return criteria.names()
+    return ()
 
 
 class Given:

@@ -6,6 +6,7 @@ In attention, a query slot's weights are the root mean square of the keys that t
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,40 @@ def names() -> list[str]:
     return _named.names()
 
 
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a criterion is, for lists: from its docstring.
+
+    Attributes:
+        name: what ``--criterion`` takes.
+        measures: what its scores are, in a few words.
+        needs: statistics of feature maps that it reads, so that it needs data; empty: weights alone.
+        paper: authors, title, venue and year of its source; empty where the docstring names none.
+    """
+
+    name: str
+    measures: str
+    needs: tuple[str, ...]
+    paper: str
+
+
+_PAPER = re.compile(r"[A-Z]\w+ (?:et al\.|& [A-Z]\w+), [^.;]+? \d{4}\b")
+
+
+def describe(name: str) -> Description:
+    """Describe the criterion of that name.
+
+    Raises:
+        UsageError: there is none; the nearest name is suggested.
+    """
+    criterion = get(name)
+    text = " ".join((inspect.getdoc(criterion) or "").split())
+    first = re.split(r"[.,:;] | \[|\.$", text, maxsplit=1)[0]
+    found = _PAPER.search(text)
+    measures = re.sub(r"^(?:Return|Draw|Compute) (?:the |a )?", "", first)
+    return Description(name, measures, needs_of(criterion), found[0] if found else "")
+
+
 @dataclass(slots=True)
 class Slot:
     """One weight along the channels of one group of units.
@@ -167,8 +202,10 @@ class Slot:
 
 __all__ = [
     "Criterion",
+    "Description",
     "Maps",
     "Slot",
+    "describe",
     "get",
     "names",
     "needs",

@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from onnxprune.importance.criteria import Description
 from onnxprune.labels.atoms import Reason
 from onnxprune.report import numbers, reasons
 from onnxprune.report.facts import (
@@ -74,6 +75,15 @@ def table_of(*columns: tuple[str, str]) -> Table:
         table.add_column(
             title, justify="right" if side == "right" else "left", no_wrap=side == "right", overflow="fold"
         )
+    return table
+
+
+def criteria(described: Sequence[Description]) -> Table:
+    """Return a table of criteria, one line each."""
+    table = table_of(("criterion", "left"), ("from", "left"), ("scores channels by", "left"), ("source", "left"))
+    for one in described:
+        source = f"{one.paper.split()[0]} {one.paper.split()[-1]}" if one.paper else ""
+        table.add_row(one.name, "data" if one.needs else "weights", one.measures, source)
     return table
 
 
