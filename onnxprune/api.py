@@ -179,18 +179,20 @@ def prune(
         "steps": steps,
         "schedule": schedule,
     }
-    way = settle_mode(recover, data is not None, validate)
+    mode_and_reason = settle_mode(recover, data is not None, validate)
     if wishes.any:
         _alone(ratio, plan)
-        first: Any = Budget(wishes, criterion, recover=way[0], why=way[1], approximate=approximate, **choosing)
+        first: Any = Budget(
+            wishes, criterion, recover=mode_and_reason[0], why=mode_and_reason[1], approximate=approximate, **choosing
+        )
     else:
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion or "l2", share, plan=plan, approximate=approximate, **choosing)
-    pipe = Pipeline(_stages(first, way, validate, validate and latency))
+    pipe = Pipeline(_stages(first, mode_and_reason, validate, validate and latency))
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
-    where: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
-    result = pipe.run(model, **reading, **running, **where)
+    execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
+    result = pipe.run(model, **reading, **running, **execution)
     if wishes.any:
         _warn_of_targets_met_before(result.report)
     _faithful(result, wishes)
@@ -205,11 +207,11 @@ def _warn_of_targets_met_before(report: Report) -> None:
             report.warnings.append(f"{target.asked} was met before the cut: the original has {original}")
 
 
-def _stages(cut: Any, way: tuple[str, str], validate: bool, timed: bool) -> list[Any]:
+def _stages(cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool) -> list[Any]:
     """Return the passes of a run: pruning, checks before the recovery, and a recovery if pruning does none."""
     factors = [Factorize(plan=cut.plan, check=validate)] if isinstance(cut, Prune) and _factorizes(cut.plan) else []
-    exact = [Exact()] if validate and (way[0] != "none" or factors or isinstance(cut, Budget)) else []
-    repair = [] if isinstance(cut, Budget) else [Recover(way[0], why=way[1])]
+    exact = [Exact()] if validate and (mode_and_reason[0] != "none" or factors or isinstance(cut, Budget)) else []
+    repair = [] if isinstance(cut, Budget) else [Recover(mode_and_reason[0], why=mode_and_reason[1])]
     return [cut, Flush(), *exact, *factors, *repair, Validate(exact=validate, faithful=validate, timed=timed)]
 
 
@@ -219,8 +221,8 @@ def _factorizes(plan: Plan | None) -> bool:
 
 def _alone(ratio: float | None, plan: Any) -> None:
     """Reject a ratio or a plan beside a budget; raises UsageError."""
-    for name, given in (("ratio", ratio), ("plan", plan)):
-        if given is not None:
+    for name, value in (("ratio", ratio), ("plan", plan)):
+        if value is not None:
             raise UsageError(
                 f"a budget and {argument(name)} were both given: each says how much goes",
                 hint="Drop one of the two: a budget finds the ratios by itself.",
@@ -233,12 +235,12 @@ def _faithful(result: Result, wishes: Wishes) -> None:
         return
     facts = result.report.fidelity
     if facts is None or not facts.outputs:
-        said = f"{argument('min_fidelity')} {wishes.min_fidelity:g}: fidelity could not be measured."
+        message = f"{argument('min_fidelity')} {wishes.min_fidelity:g}: fidelity could not be measured."
         hint = f"Give {argument('data')}, and let models be run."
-        raise BudgetError(said, hint=hint, report=result.report)
+        raise BudgetError(message, hint=hint, report=result.report)
     if not all(output.cosine >= wishes.min_fidelity for output in facts.outputs):
-        said = f"worst cosine {facts.worst_cosine:.4f} is below {argument('min_fidelity')} {wishes.min_fidelity:g}."
-        raise BudgetError(said, hint="Cut less.", report=result.report)
+        message = f"worst cosine {facts.worst_cosine:.4f} is below {argument('min_fidelity')} {wishes.min_fidelity:g}."
+        raise BudgetError(message, hint="Cut less.", report=result.report)
 
 
 @called("recover")
@@ -379,7 +381,7 @@ def factorize(
             result = onnxprune.factorize("model.onnx", method="svd", ratio=0.5)
             result.save("small.onnx")
     """
-    mode, why = settle_mode(recover, data is not None, validate)
+    mode, reason = settle_mode(recover, data is not None, validate)
     plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if plan is not None and plan.groups:
         raise UsageError(
@@ -393,7 +395,7 @@ def factorize(
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
-    return Pipeline([Flush(), take, Recover(mode, why=why), check]).run(
+    return Pipeline([Flush(), take, Recover(mode, why=reason), check]).run(
         model, input_shapes=input_shapes, **reading, **running
     )
 
@@ -476,8 +478,8 @@ def profile(
             onnxprune.prune("model.onnx", target="latency=0.7", latency_table=times.table)
     """
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    where: dict[str, Any] = {"providers": providers, "threads": threads, "cache": cache}
-    context = Context.of(model, input_shapes=input_shapes, seed=seed, progress=progress, **reading, **where)
+    execution: dict[str, Any] = {"providers": providers, "threads": threads, "cache": cache}
+    context = Context.of(model, input_shapes=input_shapes, seed=seed, progress=progress, **reading, **execution)
     sizes = rewritable_sizes(context.analysis)
     table = latency_table(context, sizes, seconds=seconds, anew=True)
     return Profiled(profiled(sizes, table, str(context.analysis.loaded.path or "the model")), table)
@@ -606,9 +608,9 @@ def sensitivity(
     }
     running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    where: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
+    execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
     mode, _ = settle_mode(recover, data is not None, True)
-    context = Context.of(model, approximate=approximate, **reading, **running, **where)
+    context = Context.of(model, approximate=approximate, **reading, **running, **execution)
     name = criterion or default_criterion(context)
     choosing["max_ratio"] = WIDEST if max_ratio is None else max_ratio
     prune = Prune(name, 0.5, approximate=approximate, **choosing)
@@ -746,11 +748,11 @@ def sweep(
     }
     running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    where: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
-    mode, why = settle_mode(recover, data is not None, True)
-    wanted = [parse(f"{kind}={share}", "targets") for share in targets]
-    wishes = Wishes.of([wanted[0]] if wanted else None, metric=metric, factorize=factorize, trials=trials)
-    budget = Budget(wishes, criterion, recover=mode, why=why, approximate=approximate, **choosing)
-    context = Context.of(model, approximate=approximate, **reading, **running, **where)
+    execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
+    mode, reason = settle_mode(recover, data is not None, True)
+    budgets = [parse(f"{kind}={share}", "targets") for share in targets]
+    wishes = Wishes.of([budgets[0]] if budgets else None, metric=metric, factorize=factorize, trials=trials)
+    budget = Budget(wishes, criterion, recover=mode, why=reason, approximate=approximate, **choosing)
+    context = Context.of(model, approximate=approximate, **reading, **running, **execution)
     home = Path(folder) if folder is not None else None
-    return run_sweep(context, budget, [t.value for t in wanted], kind=kind, timed=latency, folder=home)
+    return run_sweep(context, budget, [t.value for t in budgets], kind=kind, timed=latency, folder=home)

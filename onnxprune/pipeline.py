@@ -84,9 +84,9 @@ class Calibration:
 
     def first(self, samples: int) -> Calibration:
         """Return the same inputs limited to this many samples."""
-        part = Calibration(self._data, self._analysis, self.limit, self.batch_size, self._images)
-        part._opened = self.open().first(samples)
-        return part
+        first = Calibration(self._data, self._analysis, self.limit, self.batch_size, self._images)
+        first._opened = self.open().first(samples)
+        return first
 
 
 class Stages:
@@ -167,17 +167,17 @@ class Context:
         Raises:
             UsageError: an argument is invalid. ModelError: the model cannot be read.
         """
-        given = {"data": data, "samples": samples, "batch_size": batch_size, "images": images, "seed": seed}
-        for name, value in given.items():
+        values = {"data": data, "samples": samples, "batch_size": batch_size, "images": images, "seed": seed}
+        for name, value in values.items():
             checked(name, value)
-        check_needs("prune", given)
+        check_needs("prune", values)
         checked("memory_limit", memory_limit)
-        where, stages = device(providers, threads), Stages(progress)
+        execution, stages = device(providers, threads), Stages(progress)
         with stages.stage("analyze"), explained(model):
             analysis = Analysis(model, input_shapes=input_shapes, approximate=approximate)
         calibration = None if data is None else Calibration(data, analysis, samples, batch_size, images)
-        kept = None if cache is None else Path(cache)
-        return cls(analysis, model, input_shapes, calibration, seed, kept, memory_limit, where, stages)
+        cache_folder = None if cache is None else Path(cache)
+        return cls(analysis, model, input_shapes, calibration, seed, cache_folder, memory_limit, execution, stages)
 
     def inputs(self) -> Samples:
         """Open the user's inputs.
@@ -312,8 +312,8 @@ class Model:
     @property
     def is_analyzed(self) -> bool:
         """Whether ``analysis`` is the analysis of this very model."""
-        known = self.analysis.loaded
-        return self.proto is known.proto and all(known.weights.get(n) is w for n, w in self.weights.items())
+        loaded = self.analysis.loaded
+        return self.proto is loaded.proto and all(loaded.weights.get(n) is w for n, w in self.weights.items())
 
     @property
     def removal(self) -> Mask:
@@ -640,12 +640,12 @@ def _check_weights(stage: Pass, before: Model, after: Model) -> None:
     Raises:
         PostconditionError: a weight has none.
     """
-    added = after.weights.keys() - before.weights.keys()
-    known = {tensor.name for tensor in after.proto.graph.initializer} if added else set()
-    lost = next((name for name in sorted(added) if name not in known), None)
-    if lost is not None:
+    new_names = after.weights.keys() - before.weights.keys()
+    initializers = {tensor.name for tensor in after.proto.graph.initializer} if new_names else set()
+    undeclared = next((name for name in sorted(new_names) if name not in initializers), None)
+    if undeclared is not None:
         raise PostconditionError(
-            f"{_first(stage)} gave a weight {lost!r} that is no initializer of the model.",
+            f"{_first(stage)} gave a weight {undeclared!r} that is no initializer of the model.",
             hint="Add the initializer to a copy of model.proto as well, or take a name that is there.",
         )
 

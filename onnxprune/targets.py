@@ -59,8 +59,8 @@ class Target:
             units.pop("B")
         fitting = [u for u, f in units.items() if self.value >= f] or list(units)[:1]
         unit = max(fitting, key=units.__getitem__)
-        shown = unit.lower() if self.kind == "latency" else unit.replace("KB", "kB")
-        return f"{self.kind}={self.value / units[unit]:.4g}{shown}"
+        unit_name = unit.lower() if self.kind == "latency" else unit.replace("KB", "kB")
+        return f"{self.kind}={self.value / units[unit]:.4g}{unit_name}"
 
 
 def parse(text: str, option: str = argument("target")) -> Target:
@@ -81,28 +81,28 @@ def parse(text: str, option: str = argument("target")) -> Target:
 
 
 def _target(kind: str, text: str, option: str) -> Target:
-    what, either = (
+    kind_and_rest, either = (
         f"{option} {kind}",
         f"Give a share of the original such as 0.5, or an amount such as {EXAMPLES[kind]}.",
     )
     if text.endswith("%"):
-        raise UsageError(f"{what}: {text!r} has a percent sign", hint=_as_share(kind, text[:-1]) or either)
-    found = _NUMBER.fullmatch(text)
-    if found is None:
-        raise UsageError(f"{what}: {text!r} is not a value", hint=either)
-    number, unit = float(found[1]), found[2].upper()
+        raise UsageError(f"{kind_and_rest}: {text!r} has a percent sign", hint=_as_share(kind, text[:-1]) or either)
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{kind_and_rest}: {text!r} is not a value", hint=either)
+    number, unit = float(match[1]), match[2].upper()
     if not math.isfinite(number) or number <= 0:
-        raise UsageError(f"{what}: {text} is out of range", hint=f"A target is more than 0. {either}")
+        raise UsageError(f"{kind_and_rest}: {text} is out of range", hint=f"A target is more than 0. {either}")
     if unit not in UNITS[kind] and unit:
-        allowed = ", ".join(filter(None, UNITS[kind]))
-        raise UsageError(f"{what}: {found[2]!r} is no unit of {kind}", hint=f"Allowed: {allowed}. {either}")
+        units = ", ".join(filter(None, UNITS[kind]))
+        raise UsageError(f"{kind_and_rest}: {match[2]!r} is no unit of {kind}", hint=f"Allowed: {units}. {either}")
     if unit:
         return Target(kind, number * UNITS[kind][unit], absolute=True)
     if number <= 1:
         return Target(kind, number)
     if "" in UNITS[kind] and number > _MOST_PERCENT:
         return Target(kind, number, absolute=True)
-    raise UsageError(f"{what}: {text} is no share of the original", hint=_as_share(kind, text) or either)
+    raise UsageError(f"{kind_and_rest}: {text} is no share of the original", hint=_as_share(kind, text) or either)
 
 
 def _as_share(kind: str, text: str) -> str:
@@ -119,24 +119,24 @@ def _as_share(kind: str, text: str) -> str:
 Given = str | Target | Mapping[str, float | str] | Iterable[str | Target]
 
 
-def targets(given: Given, option: str = argument("target")) -> tuple[Target, ...]:
+def targets(values: Given, option: str = argument("target")) -> tuple[Target, ...]:
     """Parse the targets of a call: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "latency": "12ms"}``.
 
     Raises:
         UsageError: one is not a target, none is given, or a kind is given twice with different values.
     """
-    if isinstance(given, (str, Target)):
-        given = [given]
-    if isinstance(given, Mapping):
-        given = [f"{kind}={value}" for kind, value in given.items()]
-    found: dict[str, Target] = {}
-    for item in given:
+    if isinstance(values, (str, Target)):
+        values = [values]
+    if isinstance(values, Mapping):
+        values = [f"{kind}={value}" for kind, value in values.items()]
+    result: dict[str, Target] = {}
+    for item in values:
         target = item if isinstance(item, Target) else parse(str(item), option)
-        if found.setdefault(target.kind, target) != target:
+        if result.setdefault(target.kind, target) != target:
             raise UsageError(f"{option} {target.kind} is given twice, with different values", hint="Give it once.")
-    if not found:
+    if not result:
         raise UsageError(f"{option} names no target", hint="For example macs=0.5.")
-    return tuple(found.values())
+    return tuple(result.values())
 
 
 def shares(text: str, option: str = argument("targets")) -> Sequence[float]:
@@ -145,10 +145,10 @@ def shares(text: str, option: str = argument("targets")) -> Sequence[float]:
     Raises:
         UsageError: one is not a share.
     """
-    found = []
+    result = []
     for part in text.split(","):
         target = _target("macs", part.strip(), option)
         if target.absolute:
             raise UsageError(f"{option}: {part.strip()} is no share of the original", hint="For example 0.9,0.7,0.5.")
-        found.append(target.value)
-    return sorted(set(found), reverse=True)
+        result.append(target.value)
+    return sorted(set(result), reverse=True)

@@ -64,15 +64,15 @@ class Sizes:
         self.steps = np.array([g.steps for g in groups], dtype=np.int64)
         owners = _Owners(analysis.units, groups)
         self._axes: dict[str, list[AxisSize]] = {}
-        known: dict[int, tuple[Label, list[AxisSize]]] = {}
+        sizes_of: dict[int, tuple[Label, list[AxisSize]]] = {}
         for name, labels in analysis.table.items().items():
-            found: list[AxisSize] = []
+            axis_sizes: list[AxisSize] = []
             for label in labels:
-                if id(label) not in known:
-                    known[id(label)] = label, _axes_of(owners, analysis.units.component, label)
-                found += known[id(label)][1]
-            if found:
-                self._axes[name] = found
+                if id(label) not in sizes_of:
+                    sizes_of[id(label)] = label, _axes_of(owners, analysis.units.component, label)
+                axis_sizes += sizes_of[id(label)][1]
+            if axis_sizes:
+                self._axes[name] = axis_sizes
 
     @property
     def whole(self) -> Counts:
@@ -91,16 +91,16 @@ class Sizes:
         """Return the groups that the size of a tensor depends on."""
         return {c for axis in self._axes.get(name, ()) for c in axis.columns}
 
-    def at(self, kept: Counts) -> ShapeOf:
+    def at(self, counts: Counts) -> ShapeOf:
         """Return shapes for counts [cuts, groups] of kept steps: a size that depends on them is an array [cuts]."""
-        shares = kept / self.steps
-        made: dict[str, Any] = {}
+        shares = counts / self.steps
+        shapes: dict[str, Any] = {}
 
         def shape(name: str) -> Any:
-            if name not in made:
+            if name not in shapes:
                 before = self.analysis.facts.shape(name)
-                made[name] = before if before is None else self._shape(name, before, shares)
-            return made[name]
+                shapes[name] = before if before is None else self._shape(name, before, shares)
+            return shapes[name]
 
         return shape
 
@@ -108,9 +108,9 @@ class Sizes:
         result = list(before)
         for size in self._axes.get(name, ()):
             now = size.at(shares)
-            held = result[size.axis]
+            size_before = result[size.axis]
             # Two labels of a weight may share an axis: positions that survive both remain.
-            result[size.axis] = np.minimum(held, now) if isinstance(held, np.ndarray) else now
+            result[size.axis] = np.minimum(size_before, now) if isinstance(size_before, np.ndarray) else now
         return tuple(result)
 
 
@@ -129,24 +129,24 @@ class _Owners:
         for rows in reversed(units.atoms.rows):
             above, cells = units.component[rows.rows], units.component[rows.cells]
             for column, unit in tuple(layers):
-                mine = np.broadcast_to(column[above][:, None], cells.shape)
-                theirs = np.broadcast_to(unit[above][:, None], cells.shape)
-                _put(layers, cells, mine, theirs)
+                own_column = np.broadcast_to(column[above][:, None], cells.shape)
+                own_unit = np.broadcast_to(unit[above][:, None], cells.shape)
+                _put(layers, cells, own_column, own_unit)
         self.column = np.stack([c for c, _ in layers], axis=1)
         self.unit = np.stack([u for _, u in layers], axis=1)
 
 
 def _put(layers: list[tuple[Ids, Ids]], cells: Ids, columns: Ids, units: Ids) -> None:
     """Record an owner of cells in the first layer that is free there, unless it is recorded already."""
-    left = columns >= 0
+    mask = columns >= 0
     for column, unit in layers:
-        left &= column[cells] != columns
-        free = left & (column[cells] < 0)
+        mask &= column[cells] != columns
+        free = mask & (column[cells] < 0)
         column[cells[free]], unit[cells[free]] = columns[free], units[free]
-        left &= ~free
-    if left.any():
+        mask &= ~free
+    if mask.any():
         layers.append((np.full_like(layers[0][0], -1), np.full_like(layers[0][1], -1)))
-        _put(layers, np.where(left, cells, cells[left][0]), np.where(left, columns, -1), units)
+        _put(layers, np.where(mask, cells, cells[mask][0]), np.where(mask, columns, -1), units)
 
 
 def _axes_of(owners: _Owners, component: Ids, label: Label) -> list[AxisSize]:
@@ -155,24 +155,24 @@ def _axes_of(owners: _Owners, component: Ids, label: Label) -> list[AxisSize]:
     Cells are pruned along the pack axis, whole rows along an outer axis: a group determines the first axis, from the
     pack axis outwards, along which its units differ.
     """
-    where = component[label.ids]
-    column, unit = owners.column[where], owners.unit[where]
-    rest = [a for a in reversed(label.axes) if a != label.pack]
-    order = [label.pack, *rest] if label.pack in label.axes else rest
-    taken: set[int] = set()
+    components = component[label.ids]
+    column, unit = owners.column[components], owners.unit[components]
+    other_axes = [a for a in reversed(label.axes) if a != label.pack]
+    order = [label.pack, *other_axes] if label.pack in label.axes else other_axes
+    assigned: set[int] = set()
     result = []
     for axis in order:
         line = tuple(slice(None) if a == axis else 0 for a in range(label.ids.ndim))
-        mine, units = column[line], unit[line]
+        columns, units = column[line], unit[line]
         decides = {
             int(c)
-            for c in np.unique(mine[mine >= 0])
-            if c not in taken and (len(order) == 1 or np.unique(units[mine == c]).size > 1)
+            for c in np.unique(columns[columns >= 0])
+            if c not in assigned and (len(order) == 1 or np.unique(units[columns == c]).size > 1)
         }
         if decides:
-            taken |= decides
-            held = np.sort(np.where(np.isin(mine, list(decides)), mine, -1), axis=1)
-            kinds, positions = np.unique(held, axis=0, return_counts=True)
+            assigned |= decides
+            deciding = np.sort(np.where(np.isin(columns, list(decides)), columns, -1), axis=1)
+            kinds, positions = np.unique(deciding, axis=0, return_counts=True)
             terms = {tuple(c for c in k if c >= 0): n for k, n in zip(kinds.tolist(), positions.tolist(), strict=True)}
             result.append(AxisSize(axis, terms))
     return result
@@ -203,20 +203,22 @@ class Memory:
         shape = sizes.analysis.facts.shape
         names = [n for n in spans if known(shape(n))]
         moving = [n for n in names if sizes.touched(n)]
-        fixed = [n for n in names if not sizes.touched(n)]
+        unchanged = [n for n in names if not sizes.touched(n)]
         self._each = {name: self._element(name) for name in names}
-        still = _during(spans, fixed, len(self.moments)) @ np.array([self._bytes(shape(n), n) for n in fixed])
+        constant_bytes = _during(spans, unchanged, len(self.moments)) @ np.array(
+            [self._bytes(shape(n), n) for n in unchanged]
+        )
         during = _during(spans, moving, len(self.moments))
         # Moments with the same tensors alive, and no further memory, are one row.
-        rows = _distinct(during, still)
-        self._still, self._during, self._moving = still[rows], during[rows], moving
+        rows = _distinct(during, constant_bytes)
+        self._still, self._during, self._moving = constant_bytes[rows], during[rows], moving
         self.rows = [self.moments[i] for i in rows]
 
-    def alive(self, kept: Counts) -> np.ndarray:
+    def alive(self, counts: Counts) -> np.ndarray:
         """Return bytes [cuts, distinct moments] for counts [cuts, groups] of kept steps."""
-        shape = self._sizes.at(kept)
-        each = [np.broadcast_to(self._bytes(shape(n), n), len(kept)) for n in self._moving]
-        moving = np.stack(each, axis=0) if each else np.zeros((0, len(kept)))
+        shape = self._sizes.at(counts)
+        each = [np.broadcast_to(self._bytes(shape(n), n), len(counts)) for n in self._moving]
+        moving = np.stack(each, axis=0) if each else np.zeros((0, len(counts)))
         return np.asarray((self._during @ moving).T + self._still)
 
     def _bytes(self, shape: tuple[int, ...], name: str) -> float:
@@ -252,14 +254,14 @@ def _during(spans: dict[str, tuple[int, int]], names: list[str], moments: int) -
     """Return the incidence matrix [moments, names]: 1 while the tensor is alive."""
     rows = [np.arange(spans[n][0], spans[n][1] + 1) for n in names]
     columns = np.repeat(np.arange(len(names)), [r.size for r in rows])
-    at = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-    return csr_matrix((np.ones(at.size), (at, columns)), shape=(moments, len(names)))
+    indices = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    return csr_matrix((np.ones(indices.size), (indices, columns)), shape=(moments, len(names)))
 
 
-def _distinct(during: csr_matrix, still: np.ndarray) -> np.ndarray:
+def _distinct(during: csr_matrix, constant_bytes: np.ndarray) -> np.ndarray:
     """Return one moment for every set of tensors of variable size: the one with most fixed memory."""
     keys = [row.indices.tobytes() for row in during]
-    order = np.argsort(-still, kind="stable")
+    order = np.argsort(-constant_bytes, kind="stable")
     best: dict[bytes, int] = {}
     for i in order.tolist():
         best.setdefault(keys[i], i)
@@ -272,7 +274,7 @@ Costs = NDArray[np.float64]
 class Cost(Protocol):
     """A cost of the model: the largest of its rows. A peak has one row per moment, a sum one row."""
 
-    def rows(self, kept: Counts) -> Costs:
+    def rows(self, counts: Counts) -> Costs:
         """Return costs [cuts, rows] for counts [cuts, groups] of kept steps."""
         ...
 
@@ -289,10 +291,10 @@ class Macs:
         moving = {n.index for n in self._moving}
         self._fixed = sum(cost.macs(n, sizes.analysis.facts.shape) for n in layers if n.index not in moving)
 
-    def rows(self, kept: Counts) -> Costs:
+    def rows(self, counts: Counts) -> Costs:
         """Return multiply-accumulates [cuts, 1]."""
-        shape = self._sizes.at(kept)
-        total = sum((cost.macs(node, shape) for node in self._moving), start=np.full(len(kept), self._fixed))
+        shape = self._sizes.at(counts)
+        total = sum((cost.macs(node, shape) for node in self._moving), start=np.full(len(counts), self._fixed))
         return np.asarray(total, dtype=np.float64)[:, None]
 
 
@@ -305,24 +307,24 @@ class Stored:
         what: ``params``, ``size`` (the file's bytes) or ``weights`` (bytes of the weights alone).
     """
 
-    def __init__(self, sizes: Sizes, what: str) -> None:
-        self._sizes, self._what = sizes, what
+    def __init__(self, sizes: Sizes, kind: str) -> None:
+        self._sizes, self._what = sizes, kind
         analysis = sizes.analysis
-        made = analysis.copies.keys() | {name for item in analysis.hoists for name in item.made}
-        weights = {n: w for n, w in analysis.graph.weights.items() if n not in made}
+        temporary = analysis.copies.keys() | {name for item in analysis.hoists for name in item.made}
+        weights = {n: w for n, w in analysis.graph.weights.items() if n not in temporary}
         self._moving = {n: w for n, w in weights.items() if sizes.touched(n)}
-        whole = {
+        unchanged = {
             "params": analysis.parameters,
             "size": analysis.loaded.size,
             "weights": sum(_bytes(w, prod(w.shape)) for w in weights.values()),
         }
-        self._fixed = whole[what] - sum(self._of(w, prod(w.shape)) for w in self._moving.values())
+        self._fixed = unchanged[kind] - sum(self._of(w, prod(w.shape)) for w in self._moving.values())
 
-    def rows(self, kept: Counts) -> Costs:
+    def rows(self, counts: Counts) -> Costs:
         """Return elements or bytes [cuts, 1]."""
-        shape = self._sizes.at(kept)
+        shape = self._sizes.at(counts)
         parts = (self._of(w, prod(shape(name))) for name, w in self._moving.items())
-        return np.asarray(sum(parts, start=np.full(len(kept), float(self._fixed))))[:, None]
+        return np.asarray(sum(parts, start=np.full(len(counts), float(self._fixed))))[:, None]
 
     def _of(self, weight: Weight, elements: Any) -> Any:
         return elements if self._what == "params" else _bytes(weight, elements)
@@ -341,16 +343,16 @@ class Peak:
     def __init__(self, sizes: Sizes) -> None:
         self._weights, self._memory = Stored(sizes, "weights"), Memory(sizes)
 
-    def rows(self, kept: Counts) -> Costs:
+    def rows(self, counts: Counts) -> Costs:
         """Return bytes [cuts, moments]."""
-        return np.asarray(self._weights.rows(kept) + self._memory.alive(kept))
+        return np.asarray(self._weights.rows(counts) + self._memory.alive(counts))
 
-    def dearest(self, kept: Counts) -> tuple[str, float]:
+    def dearest(self, counts: Counts) -> tuple[str, float]:
         """Return the node of the peak for counts [groups], and the share of activations in the peak."""
-        alive = self._memory.alive(kept[None])[0]
-        most = int(np.argmax(alive))
-        whole = alive[most] + float(self._weights.rows(kept[None])[0, 0])
-        return self._memory.rows[most].label, float(alive[most]) / max(whole, 1.0)
+        alive = self._memory.alive(counts[None])[0]
+        moment = int(np.argmax(alive))
+        peak = alive[moment] + float(self._weights.rows(counts[None])[0, 0])
+        return self._memory.rows[moment].label, float(alive[moment]) / max(peak, 1.0)
 
 
 def costs_of(analysis: Analysis, sizes: Sizes, kind: str) -> Cost:
@@ -360,6 +362,6 @@ def costs_of(analysis: Analysis, sizes: Sizes, kind: str) -> Cost:
     return Peak(sizes) if kind == "peak-memory" else Stored(sizes, kind)
 
 
-def total(cost_of: Cost, kept: Counts) -> Costs:
+def total(cost_of: Cost, counts: Counts) -> Costs:
     """Return the cost [cuts] of the model: its largest row."""
-    return np.asarray(cost_of.rows(kept).max(axis=1))
+    return np.asarray(cost_of.rows(counts).max(axis=1))

@@ -54,8 +54,8 @@ class Apart:
         kind: ``macs``, ``params`` or ``size``; ``latency`` where parts know times.
     """
 
-    def __init__(self, whole: Cost, kind: str, sizes: Sizes, parts: Sequence[Part]) -> None:
-        self._whole, self._kind, self._sizes, self._parts = whole, kind, sizes, parts
+    def __init__(self, original: Cost, kind: str, sizes: Sizes, parts: Sequence[Part]) -> None:
+        self._whole, self._kind, self._sizes, self._parts = original, kind, sizes, parts
         self._shares = [p.shares(kind) for p in parts]
 
     def rows(self, kept: Counts) -> Costs:

@@ -67,12 +67,12 @@ class Sensitivity:
         Noise is added as a share of the largest possible drop, to distinguish points of equal metric.
         """
         scale = max((self.original - min(c.points) for c in self.curves if c.points), default=0.0)
-        found = {}
+        result = {}
         for curve in self.curves:
-            noise, lost = np.array(curve.noise), np.maximum(self.original - np.array(curve.points), 0.0)
-            loss = lost + 0.1 * max(scale, 1e-12) * noise if self.metric else noise
-            found[curve.group] = np.array(curve.shares), loss
-        return found
+            noise, drops = np.array(curve.noise), np.maximum(self.original - np.array(curve.points), 0.0)
+            loss = drops + 0.1 * max(scale, 1e-12) * noise if self.metric else noise
+            result[curve.group] = np.array(curve.shares), loss
+        return result
 
     def save(self, path: str | Path) -> None:
         """Write the curves as JSON.
@@ -160,7 +160,7 @@ def pack(losses: Sequence[Array], costs: Sequence[Array], limits: Array) -> Pack
     scale = np.maximum(np.abs(cost).max(axis=0), np.abs(limits))
     scale = np.where(scale > 0, scale, 1.0)
     unit = float(np.abs(loss).max()) or 1.0
-    found = linprog(
+    solution = linprog(
         loss / unit,
         A_ub=(cost / scale).T,
         b_ub=limits / scale,
@@ -169,14 +169,14 @@ def pack(losses: Sequence[Array], costs: Sequence[Array], limits: Array) -> Pack
         bounds=(0, 1),
         method="highs",
     )
-    if found.x is None or not found.success:
+    if solution.x is None or not solution.success:
         return None
-    dearness = (cost / scale) @ np.maximum(-np.asarray(found.ineqlin.marginals), 0.0)
+    dearness = (cost / scale) @ np.maximum(-np.asarray(solution.ineqlin.marginals), 0.0)
     first = np.searchsorted(owner, np.arange(len(losses)))
-    order = np.lexsort((loss, dearness, found.x < 1e-6, owner))
+    order = np.lexsort((loss, dearness, solution.x < 1e-6, owner))
     levels = order[first] - first
     total = float(loss[order[first]].sum())
-    return Packed(levels, total, min(float(found.fun or 0.0) * unit, total))
+    return Packed(levels, total, min(float(solution.fun or 0.0) * unit, total))
 
 
 _ROUNDS = 12
@@ -243,19 +243,19 @@ def allocate(choices: Choices, limits: Sequence[Limit]) -> Allocation | None:
     if levels is None:
         return None
     best, bound = levels, -np.inf
-    pressure = np.ones(len(limits))
+    tightening = np.ones(len(limits))
     for _ in range(_ROUNDS):
-        packed = _round(choices, limits, levels, pressure)
+        packed = _round(choices, limits, levels, tightening)
         if packed is None:
-            pressure = 0.5 * (1 + pressure)
+            tightening = 0.5 * (1 + tightening)
             continue
         before, levels = levels, packed.levels
-        found = _overrun(choices, limits, levels)
-        if found.max() <= 1 and choices.loss(levels) <= choices.loss(best):
+        overrun = _overrun(choices, limits, levels)
+        if overrun.max() <= 1 and choices.loss(levels) <= choices.loss(best):
             best, bound = levels, packed.bound
-        if (levels == before).all() and found.max() <= 1:
+        if (levels == before).all() and overrun.max() <= 1:
             break
-        pressure = np.clip(pressure / found, 0.5, 1.5)
+        tightening = np.clip(tightening / overrun, 0.5, 1.5)
     best = _polished(choices, limits, best)
     last = _round(choices, limits, best, np.ones(len(limits)))
     bound = last.bound if last is not None else bound
@@ -279,10 +279,10 @@ def least(choices: Choices, cost: Cost) -> Counts:
     levels = np.zeros(len(choices.kept), dtype=np.int64)
     for _ in range(_ROUNDS):
         before = levels.copy()
-        for group, kept in enumerate(choices.kept):
-            tried = np.repeat(choices.counts(levels)[None], kept.size, axis=0)
-            tried[:, group] = kept
-            levels[group] = int(np.argmin(cost.rows(tried).max(axis=1)))
+        for group, counts in enumerate(choices.kept):
+            trials = np.repeat(choices.counts(levels)[None], counts.size, axis=0)
+            trials[:, group] = counts
+            levels[group] = int(np.argmin(cost.rows(trials).max(axis=1)))
         if (levels == before).all():
             break
     return choices.counts(levels)
@@ -306,8 +306,8 @@ def _start(choices: Choices, limits: Sequence[Limit]) -> NDArray[np.int64] | Non
     if fits is not None:
         return fits
     for limit in limits:
-        kept = least(choices, limit.cost)
-        levels = np.array([int(np.searchsorted(k, n)) for k, n in zip(choices.kept, kept, strict=True)])
+        counts = least(choices, limit.cost)
+        levels = np.array([int(np.searchsorted(k, n)) for k, n in zip(choices.kept, counts, strict=True)])
         if _overrun(choices, limits, levels).max() <= 1:
             return levels
     return None
@@ -315,32 +315,32 @@ def _start(choices: Choices, limits: Sequence[Limit]) -> NDArray[np.int64] | Non
 
 def _overrun(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int64]) -> Array:
     """Return costs over limits [limits]."""
-    kept = choices.counts(levels)[None]
-    return np.array([float(x.cost.rows(kept).max()) / x.most for x in limits])
+    counts = choices.counts(levels)[None]
+    return np.array([float(x.cost.rows(counts).max()) / x.most for x in limits])
 
 
-def _round(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int64], pressure: Array) -> Packed | None:
+def _round(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int64], tightening: Array) -> Packed | None:
     """Solve the knapsack with costs linearised at some levels; ``pressure`` scales the limits."""
-    here = choices.counts(levels)
+    current = choices.counts(levels)
     owner = np.repeat(np.arange(len(choices.kept)), [k.size for k in choices.kept])
-    tried = np.repeat(here[None], owner.size, axis=0)
-    tried[np.arange(owner.size), owner] = np.concatenate(choices.kept)
-    columns, most = [], []
-    for limit, press in zip(limits, pressure, strict=True):
-        base, rows = limit.cost.rows(here[None])[0], limit.cost.rows(tried)
-        chosen = _binding(rows, base, limit.most)
-        columns.append((rows - base)[:, chosen])
-        most.append(limit.most * press - base[chosen])
+    trials = np.repeat(current[None], owner.size, axis=0)
+    trials[np.arange(owner.size), owner] = np.concatenate(choices.kept)
+    columns, maxima = [], []
+    for limit, press in zip(limits, tightening, strict=True):
+        base, rows = limit.cost.rows(current[None])[0], limit.cost.rows(trials)
+        binding = _binding(rows, base, limit.most)
+        columns.append((rows - base)[:, binding])
+        maxima.append(limit.most * press - base[binding])
     change = np.concatenate(columns, axis=1)
     splits = np.cumsum([k.size for k in choices.kept])[:-1]
-    return pack(choices.losses, np.split(change, splits), np.concatenate(most))
+    return pack(choices.losses, np.split(change, splits), np.concatenate(maxima))
 
 
-def _binding(rows: Costs, base: Array, most: float) -> NDArray[np.int64]:
+def _binding(rows: Costs, base: Array, maximum: float) -> NDArray[np.int64]:
     """Return rows that may exceed the limit: the largest ones."""
     dearest = np.maximum(rows.max(axis=0), base)
     order = np.argsort(-dearest, kind="stable")[:_MOST_ROWS]
-    over = order[dearest[order] > most]
+    over = order[dearest[order] > maximum]
     return np.asarray(over if over.size else order[:1])
 
 
@@ -349,15 +349,15 @@ def _polished(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int6
     levels = levels.copy()
     owner = np.repeat(np.arange(len(choices.kept)), [k.size for k in choices.kept])
     level = np.concatenate([np.arange(k.size) for k in choices.kept])
-    loss, kept = np.concatenate(choices.losses), np.concatenate(choices.kept)
+    loss, counts = np.concatenate(choices.losses), np.concatenate(choices.kept)
     for _ in range(4 * len(choices.kept)):
         gain = np.array([x[i] for x, i in zip(choices.losses, levels, strict=True)])[owner] - loss
         better = np.flatnonzero(gain > 1e-12 * max(1.0, float(np.abs(loss).max())))
         if not better.size:
             break
-        tried = np.repeat(choices.counts(levels)[None], better.size, axis=0)
-        tried[np.arange(better.size), owner[better]] = kept[better]
-        fits = np.all([x.cost.rows(tried).max(axis=1) <= x.most for x in limits], axis=0)
+        trials = np.repeat(choices.counts(levels)[None], better.size, axis=0)
+        trials[np.arange(better.size), owner[better]] = counts[better]
+        fits = np.all([x.cost.rows(trials).max(axis=1) <= x.most for x in limits], axis=0)
         if not fits.any():
             break
         best = better[fits][np.argmax(gain[better][fits])]
@@ -376,49 +376,52 @@ def levels_of(ranked: Sequence[RankedGroup], only: Sequence[Counts] | None = Non
         ranked: the groups.
         only: per group, the counts to use where any of them are allowed.
     """
-    most = max(8, min(_LEVELS, _ALL_LEVELS // max(1, len(ranked))))
-    found = []
+    max_levels = max(8, min(_LEVELS, _ALL_LEVELS // max(1, len(ranked))))
+    result = []
     for number, group in enumerate(ranked):
         if group.alone:
-            kept = np.array([group.steps - nearest_count(group.counts, group.ratio * group.steps, "nearest")])
+            counts = np.array([group.steps - nearest_count(group.counts, group.ratio * group.steps, "nearest")])
         else:
-            kept = group.steps - group.counts[::-1]
-            wanted = kept if only is None else kept[np.isin(kept, only[number])]
-            kept = wanted if wanted.size > 1 else kept
-            kept = kept[np.unique(np.linspace(0, kept.size - 1, most).round().astype(np.int64))]
-        found.append(kept.astype(np.int64))
-    return found
+            counts = group.steps - group.counts[::-1]
+            restricted = counts if only is None else counts[np.isin(counts, only[number])]
+            counts = restricted if restricted.size > 1 else counts
+            counts = counts[np.unique(np.linspace(0, counts.size - 1, max_levels).round().astype(np.int64))]
+        result.append(counts.astype(np.int64))
+    return result
 
 
-def by_scores(ranked: Sequence[RankedGroup], kept: Sequence[Counts]) -> Choices:
+def by_scores(ranked: Sequence[RankedGroup], counts: Sequence[Counts]) -> Choices:
     """Return losses that are sums of the scores of the removed units."""
     losses = []
-    for group, levels in zip(ranked, kept, strict=True):
+    for group, levels in zip(ranked, counts, strict=True):
         scores = step_scores(group, add=True)
         scores = scores - min(0.0, float(scores.min(initial=0.0)))
         total = np.concatenate([[0.0], np.cumsum(scores)])
         losses.append(total[group.steps - levels])
-    return Choices(list(kept), losses)
+    return Choices(list(counts), losses)
 
 
 def by_curves(
-    ranked: Sequence[RankedGroup], kept: Sequence[Counts], curves: Mapping[int, tuple[Array, Array]], ids: Sequence[int]
+    ranked: Sequence[RankedGroup],
+    counts: Sequence[Counts],
+    curves: Mapping[int, tuple[Array, Array]],
+    ids: Sequence[int],
 ) -> Choices:
     """Return losses from measured curves {group: (shares removed, losses)}; groups without a curve use scores.
 
     Between measured shares the loss rises as the scores do, scaled to the measurements at both ends: the units removed
     first matter least, which a straight line would ignore.
     """
-    scored = by_scores(ranked, kept)
+    scored = by_scores(ranked, counts)
     losses = []
     unit = _unit(ranked, curves, ids)
-    for number, group, levels, loss in zip(ids, ranked, kept, scored.losses, strict=True):
+    for number, group, levels, loss in zip(ids, ranked, counts, scored.losses, strict=True):
         if number not in curves:
             losses.append(loss * unit)
             continue
         shares, measured = curves[number]
         losses.append(_along(group, levels, shares, measured))
-    return Choices(list(kept), losses)
+    return Choices(list(counts), losses)
 
 
 def _along(group: RankedGroup, levels: Counts, shares: Array, measured: Array) -> Array:
@@ -427,15 +430,15 @@ def _along(group: RankedGroup, levels: Counts, shares: Array, measured: Array) -
     scores = scores - min(0.0, float(scores.min(initial=0.0)))
     total = np.concatenate([[0.0], np.cumsum(scores)])
     # The whole group has no measured loss: beyond the last point the curve rises as the scores do.
-    gone = np.concatenate([[0.0], shares]) * group.steps
+    num_removed = np.concatenate([[0.0], shares]) * group.steps
     height = np.concatenate([[0.0], np.maximum.accumulate(np.maximum(measured, 0.0))])
-    at = np.interp(gone, np.arange(total.size), total)
-    wanted = total[group.steps - levels]
-    if at[-1] <= 0:
-        return np.asarray(np.interp(group.steps - levels, gone, height))
-    last = height[-1] / at[-1]
-    inside = np.interp(wanted, at, height)
-    return np.asarray(np.where(wanted > at[-1], height[-1] + last * (wanted - at[-1]), inside))
+    measured_at = np.interp(num_removed, np.arange(total.size), total)
+    losses = total[group.steps - levels]
+    if measured_at[-1] <= 0:
+        return np.asarray(np.interp(group.steps - levels, num_removed, height))
+    last = height[-1] / measured_at[-1]
+    inside = np.interp(losses, measured_at, height)
+    return np.asarray(np.where(losses > measured_at[-1], height[-1] + last * (losses - measured_at[-1]), inside))
 
 
 def _unit(ranked: Sequence[RankedGroup], curves: Mapping[int, tuple[Array, Array]], ids: Sequence[int]) -> float:
@@ -445,9 +448,9 @@ def _unit(ranked: Sequence[RankedGroup], curves: Mapping[int, tuple[Array, Array
         if number in curves:
             shares, measured = curves[number]
             total = np.cumsum(step_scores(group, add=True))
-            at = float(total[min(total.size, max(1, round(shares[-1] * group.steps))) - 1])
-            if at > 0:
-                ratios.append(float(measured[-1]) / at)
+            score = float(total[min(total.size, max(1, round(shares[-1] * group.steps))) - 1])
+            if score > 0:
+                ratios.append(float(measured[-1]) / score)
     return float(np.median(ratios)) if ratios else 1.0
 
 
@@ -469,41 +472,41 @@ class Learned:
         whole: quality of the original; 0 where quality is noise, which is below 0.
     """
 
-    def __init__(self, choices: Choices, whole: float = 0.0) -> None:
-        self._choices, self._whole = choices, whole
+    def __init__(self, choices: Choices, original_fine: float = 0.0) -> None:
+        self._choices, self._whole = choices, original_fine
         self._losses: list[Array] = []
         self._fine: list[float] = []
 
-    def add(self, kept: Counts, fine: float) -> None:
+    def add(self, counts: Counts, fine: float) -> None:
         """Record a candidate: counts [columns], and its quality; higher is better."""
-        self._losses.append(self._of(kept))
+        self._losses.append(self._of(counts))
         self._fine.append(fine)
 
     def weights(self) -> Array:
         """Fit the loss weights [columns], as multiples of their common value."""
-        losses, lost = np.array(self._losses), self._lost()
-        told = losses.sum(axis=1) > 0
-        if not told.any():
+        losses, drops = np.array(self._losses), self._lost()
+        informative = losses.sum(axis=1) > 0
+        if not informative.any():
             return np.ones(losses.shape[1])
-        losses, lost = losses[told], lost[told]
-        alike = float(np.median(lost / losses.sum(axis=1)))
+        losses, drops = losses[informative], drops[informative]
+        alike = float(np.median(drops / losses.sum(axis=1)))
         columns = losses.shape[1]
         belief = np.sqrt(_BELIEF)
-        rows = np.vstack([alike * losses / lost[:, None], belief * np.eye(columns)])
-        wanted = np.concatenate([np.ones(len(lost)), np.full(columns, belief)])
-        return np.asarray(np.clip(nnls(rows, wanted)[0], 1 / _WIDEST, _WIDEST))
+        rows = np.vstack([alike * losses / drops[:, None], belief * np.eye(columns)])
+        target = np.concatenate([np.ones(len(drops)), np.full(columns, belief)])
+        return np.asarray(np.clip(nnls(rows, target)[0], 1 / _WIDEST, _WIDEST))
 
-    def gain(self, kept: Counts, weights: Array) -> float:
+    def gain(self, counts: Counts, weights: Array) -> float:
         """Return how much less a candidate is predicted to lose than the best so far, as a share of its loss."""
         best = float(self._losses[int(np.argmax(self._fine))] @ weights)
-        return 1.0 - float(self._of(kept) @ weights) / best if best > 0 else 0.0
+        return 1.0 - float(self._of(counts) @ weights) / best if best > 0 else 0.0
 
-    def _of(self, kept: Counts) -> Array:
+    def _of(self, counts: Counts) -> Array:
         """Return losses [columns] at counts; linear between levels."""
-        pairs = zip(kept, self._choices.kept, self._choices.losses, strict=True)
+        pairs = zip(counts, self._choices.kept, self._choices.losses, strict=True)
         return np.array([np.interp(n, levels, losses) for n, levels, losses in pairs], dtype=np.float64)
 
     def _lost(self) -> Array:
         """Return the measured loss of every candidate, above 0 even for one as good as the original."""
-        lost = self._whole - np.array(self._fine)
-        return np.asarray(np.maximum(lost, max(_LEAST * lost.max(), 1e-12)))
+        drops = self._whole - np.array(self._fine)
+        return np.asarray(np.maximum(drops, max(_LEAST * drops.max(), 1e-12)))

@@ -52,8 +52,8 @@ class Surface:
         value = self.line[0] + self.line[1] * x + self.line[2] * y
         value = value + np.interp(x, self.reads, self.own_reads) + np.interp(y, self.makes, self.own_makes)
         i, j = _level(self.reads, x), _level(self.makes, y)
-        known = (i >= 0) & (j >= 0)
-        return np.asarray(np.exp(value + np.where(known, self.rest[i, j], 0.0)))
+        measured = (i >= 0) & (j >= 0)
+        return np.asarray(np.exp(value + np.where(measured, self.rest[i, j], 0.0)))
 
 
 def fit(reads: Array, makes: Array, seconds: Array) -> Surface:
@@ -65,19 +65,19 @@ def fit(reads: Array, makes: Array, seconds: Array) -> Surface:
     x, y, t = np.log(np.maximum(reads, 1)), np.log(np.maximum(makes, 1)), np.log(np.maximum(seconds, _LEAST))
     levels_x, i = np.unique(x, return_inverse=True)
     levels_y, j = np.unique(y, return_inverse=True)
-    one = np.ones((x.size, 1))
+    ones = np.ones((x.size, 1))
     levels = [np.eye(levels_x.size)[i], np.eye(levels_y.size)[j]]
-    design = np.hstack([one, x[:, None], y[:, None], *levels])
+    design = np.hstack([ones, x[:, None], y[:, None], *levels])
     penalty = np.concatenate([[1e-9, 1e-3, 1e-3], np.full(levels_x.size + levels_y.size, _RIDGE)])
     weights = np.linalg.solve(design.T @ design + np.diag(penalty), design.T @ t)
-    left = t - design @ weights
+    residual = t - design @ weights
     total = np.zeros((levels_x.size, levels_y.size))
     count = np.zeros_like(total)
-    np.add.at(total, (i, j), left)
+    np.add.at(total, (i, j), residual)
     np.add.at(count, (i, j), 1.0)
-    rest = total / (count + 0.5)
+    offsets = total / (count + 0.5)
     cut = 3 + levels_x.size
-    return Surface(levels_x, levels_y, weights[3:cut], weights[cut:], rest, weights[:3])
+    return Surface(levels_x, levels_y, weights[3:cut], weights[cut:], offsets, weights[:3])
 
 
 def _level(levels: Array, values: Array) -> NDArray[np.int64]:
@@ -137,7 +137,7 @@ class LatencyTable:
         for node, reads, makes, seconds in self.samples:
             nodes.setdefault(node, []).append([reads, makes, float(f"{seconds:.4g}")])
         head = json.dumps({"version": VERSION, **{k: v for k, v in data.items() if v is not None}})
-        body = ",\n ".join(f"{json.dumps(node)}: {json.dumps(found)}" for node, found in nodes.items())
+        body = ",\n ".join(f"{json.dumps(node)}: {json.dumps(values)}" for node, values in nodes.items())
         files.write_text(Path(path), f'{head[:-1]},\n"nodes": {{{body}}}}}\n', "the latency table")
 
     @classmethod
@@ -193,8 +193,8 @@ class Places:
         self.sizes = sizes
         graph, shape = sizes.analysis.graph, sizes.analysis.facts.shape
         # The time of a control-flow node besides its bodies belongs to one of its markers.
-        timed = (n for n in graph.steps if n.domain != markers.DOMAIN or n.op == markers.OPEN)
-        self.nodes = [n for n in timed if all(known(shape(o)) for o in n.outputs if o)]
+        nodes = (n for n in graph.steps if n.domain != markers.DOMAIN or n.op == markers.OPEN)
+        self.nodes = [n for n in nodes if all(known(shape(o)) for o in n.outputs if o)]
         self.kinds = {n.label: self._kind(n) for n in self.nodes}
         self.moving = [n for n in self.nodes if any(sizes.touched(x) for x in (*n.inputs, *n.outputs))]
 
@@ -207,8 +207,8 @@ class Places:
 
     def _moving(self, name: str, shape: ShapeOf) -> Any:
         axes = self.sizes.axes(name)
-        found = shape(name) if axes else None
-        return prod(found[a] for a in axes) if found is not None else 1
+        dims = shape(name) if axes else None
+        return prod(dims[a] for a in axes) if dims is not None else 1
 
     def _kind(self, node: Node) -> str:
         def still(name: str) -> Any:
@@ -233,25 +233,25 @@ class Latency:
         self._surfaces = surfaces(places, table.samples)
         shape = places.sizes.analysis.facts.shape
         moving = {n.index for n in places.moving}
-        fixed = [n for n in places.nodes if n.index not in moving]
-        self._fixed = sum(float(self._time(n, shape, 1)[0]) for n in fixed)
+        unchanged = [n for n in places.nodes if n.index not in moving]
+        self._fixed = sum(float(self._time(n, shape, 1)[0]) for n in unchanged)
 
-    def rows(self, kept: Counts) -> Costs:
+    def rows(self, counts: Counts) -> Costs:
         """Return seconds [cuts, 1] for counts [cuts, groups] of kept steps."""
-        shape = self.places.sizes.at(kept)
-        total = np.full(len(kept), float(self._fixed))
+        shape = self.places.sizes.at(counts)
+        total = np.full(len(counts), float(self._fixed))
         for node in self.places.moving:
-            total += self._time(node, shape, len(kept))
-        whole = self.table.overhead + self.table.slope * total
-        return np.asarray(np.maximum(whole, _MIN_SECONDS * total))[:, None]
+            total += self._time(node, shape, len(counts))
+        seconds = self.table.overhead + self.table.slope * total
+        return np.asarray(np.maximum(seconds, _MIN_SECONDS * total))[:, None]
 
     def of(self, nodes: Iterable[Node], shape: ShapeOf, cuts: int) -> Array:
         """Return the time [cuts] in seconds that some nodes add to a run, for shapes of so many pruned models."""
         return np.asarray(self.table.slope * sum(self._time(node, shape, cuts) for node in nodes))
 
-    def of_nodes(self, kept: Counts) -> dict[str, float]:
+    def of_nodes(self, counts: Counts) -> dict[str, float]:
         """Return seconds of every node for counts [groups]."""
-        shape = self.places.sizes.at(kept[None])
+        shape = self.places.sizes.at(counts[None])
         return {n.label: float(self._time(n, shape, 1)[0]) for n in self.places.nodes}
 
     def _time(self, node: Node, shape: ShapeOf, cuts: int) -> Array:
@@ -269,17 +269,19 @@ def surfaces(places: Places, samples: Iterable[Sample]) -> dict[str, Surface]:
         if sample.node in places.kinds:
             by_kind[places.kinds[sample.node]].append(sample)
     return {
-        kind: fit(*(np.array([getattr(s, f) for s in found], dtype=np.float64) for f in ("reads", "makes", "seconds")))
-        for kind, found in by_kind.items()
+        kind: fit(
+            *(np.array([getattr(s, f) for s in kind_samples], dtype=np.float64) for f in ("reads", "makes", "seconds"))
+        )
+        for kind, kind_samples in by_kind.items()
     }
 
 
-def samples_of(places: Places, kept: Counts, seconds: Mapping[str, float]) -> list[Sample]:
+def samples_of(places: Places, counts: Counts, seconds: Mapping[str, float]) -> list[Sample]:
     """Return one sample per timed node of a run, for counts [groups] of kept steps."""
-    shape = places.sizes.at(kept[None])
-    found = []
+    shape = places.sizes.at(counts[None])
+    samples = []
     for node in places.nodes:
         if node.label in seconds:
             reads, makes = (int(np.broadcast_to(n, 1)[0]) for n in places.channels(node, shape))
-            found.append(Sample(node.label, reads, makes, seconds[node.label]))
-    return found
+            samples.append(Sample(node.label, reads, makes, seconds[node.label]))
+    return samples

@@ -23,24 +23,24 @@ from onnxprune.labels.atoms import Reason, mix
 from onnxprune.labels.label import Ids, Label
 
 
-def removed_share(ratio: float, schedule: str, done: float) -> float:
-    """Return the share of units removed when ``done`` of the steps (0 to 1) are; rises from 0 to ``ratio``.
+def removed_share(ratio: float, schedule: str, progress: float) -> float:
+    """Return the share of units removed when ``progress`` of the steps (0 to 1) are; rises from 0 to ``ratio``.
 
     Args:
         ratio: the share to remove in all, 0 <= ratio < 1.
         schedule: ``linear``; ``exp``: every step removes the same share of the rest; ``cos``: half a cosine wave, slow
             at both ends; ``cube``: ratio (1 - (1 - done)^3), most of it early (Zhu and Gupta, 2017).
-        done: share of the steps that are done, 0 to 1.
+        progress: share of the steps that are done, 0 to 1.
     """
-    if done >= 1:
+    if progress >= 1:
         return ratio
     if schedule == "exp":
-        return 1.0 - math.pow(1.0 - ratio, done)
+        return 1.0 - math.pow(1.0 - ratio, progress)
     if schedule == "cos":
-        return ratio * (1.0 - math.cos(math.pi * done)) / 2.0
+        return ratio * (1.0 - math.cos(math.pi * progress)) / 2.0
     if schedule == "cube":
-        return ratio * (1.0 - (1.0 - done) ** 3)
-    return ratio * done
+        return ratio * (1.0 - (1.0 - progress) ** 3)
+    return ratio * progress
 
 
 def ranking_scopes(analysis: Analysis, groups: Sequence[Group]) -> dict[int, Hashable]:
@@ -87,12 +87,14 @@ def macs_after(analysis: Analysis, removed: Mask) -> int:
 def params_after(analysis: Analysis, removed: Mask) -> int:
     """Return the elements of all weights after pruning ``removed`` (mask over atoms), without added constants."""
     after, graph = After(analysis.table, removed), analysis.graph
-    lost = {n: _size(graph.weights[n].shape) - _size(after.shape(n)) for n in graph.weights if after.touched(n)}
-    return analysis.parameters - sum(lost.values())
+    removed_params = {
+        n: _size(graph.weights[n].shape) - _size(after.shape(n)) for n in graph.weights if after.touched(n)
+    }
+    return analysis.parameters - sum(removed_params.values())
 
 
 def savings(
-    analysis: Analysis, groups: Sequence[Group], what: str, seconds: Mapping[str, float] | None = None
+    analysis: Analysis, groups: Sequence[Group], kind: str, seconds: Mapping[str, float] | None = None
 ) -> dict[int, Array]:
     """Return what the removal of each unit saves, [units] by group id; more than 0.
 
@@ -103,7 +105,7 @@ def savings(
     Args:
         analysis: the analysis of the model.
         groups: the groups to compute savings for.
-        what: ``macs``, ``params`` or ``latency``.
+        kind: ``macs``, ``params`` or ``latency``.
         seconds: measured time of every node by its label, for ``latency``.
     """
     tensors = _tensors(analysis)
@@ -114,12 +116,12 @@ def savings(
     result = {}
     for group in groups:
         names = sorted({n for g in (group.id, *group.children) for n in tensors.get(g, ())})
-        if what == "params":
+        if kind == "params":
             weights = [n for n in names if n in analysis.graph.weights and n not in analysis.copies]
             costs: list[Cost | None] = [_elements(n) for n in weights]
         else:
             near = {node.index: node for n in names for node in nodes.get(n, ())}
-            costs = [_work(analysis, node, what, seconds or {}) for node in near.values()]
+            costs = [_work(analysis, node, kind, seconds or {}) for node in near.values()]
         result[group.id] = _of_group(analysis, group, [c for c in costs if c is not None], names)
     return result
 
@@ -139,32 +141,32 @@ def spread(analysis: Analysis, measured: Iterable[tuple[str, str, float]]) -> di
     named = {name: node for node in nodes for name in (*node.outputs, node.label) if name}
     longest = sorted(named, key=len, reverse=True)
     result: dict[str, float] = {}
-    rest = 0.0
+    remainder = 0.0
     for name, op, time in measured:
         node = named.get(name) or next((named[x] for x in longest if x in name), None)
         if node is None:
-            rest += time
+            remainder += time
         else:
             home = _fused_into(analysis, node, op).label
             result[home] = result.get(home, 0.0) + time
     macs = {n.label: cost.macs(n, analysis.facts.shape) for n in nodes}
-    waiting = {n: m for n, m in macs.items() if m and n not in result} or {n: m for n, m in macs.items() if m}
-    total = sum(waiting.values())
-    for name, share in waiting.items():
-        result[name] = result.get(name, 0.0) + rest * share / total
+    macs_of = {n: m for n, m in macs.items() if m and n not in result} or {n: m for n, m in macs.items() if m}
+    total = sum(macs_of.values())
+    for name, share in macs_of.items():
+        result[name] = result.get(name, 0.0) + remainder * share / total
     return result
 
 
 def _fused_into(analysis: Analysis, node: Node, op: str) -> Node:
     """Return the node of operator ``op`` that ``node`` was fused into: itself, or a few steps in front of it."""
-    found = node
+    fused = node
     for _ in range(8):
-        if op.removeprefix("Fused") == found.op:
-            return found
-        before = [analysis.graph.producer.get(n) for n in found.inputs[:1]]
+        if op.removeprefix("Fused") == fused.op:
+            return fused
+        before = [analysis.graph.producer.get(n) for n in fused.inputs[:1]]
         if not before or before[0] is None:
             break
-        found = before[0]
+        fused = before[0]
     return node
 
 
@@ -180,9 +182,9 @@ def _elements(name: str) -> Cost:
     return lambda shape: float(_size(shape(name)))
 
 
-def _work(analysis: Analysis, node: Node, what: str, seconds: Mapping[str, float]) -> Cost | None:
+def _work(analysis: Analysis, node: Node, kind: str, seconds: Mapping[str, float]) -> Cost | None:
     """Return the cost of a node as a function of the shapes; None where it has none."""
-    if what == "macs":
+    if kind == "macs":
         return (lambda shape: float(cost.macs(node, shape))) if cost.is_layer(node, analysis.graph) else None
     if not seconds.get(node.label):
         return None
@@ -200,14 +202,14 @@ def _work(analysis: Analysis, node: Node, what: str, seconds: Mapping[str, float
 def _tensors(analysis: Analysis) -> dict[int, list[str]]:
     """Return the names of the tensors that units of each group lie on."""
     result: dict[int, list[str]] = {}
-    known: dict[int, tuple[Label, Ids]] = {}
+    atoms_of: dict[int, tuple[Label, Ids]] = {}
     for name, labels in analysis.table.items().items():
-        found: set[int] = set()
+        groups_of: set[int] = set()
         for label in labels:
-            if id(label) not in known:
-                known[id(label)] = label, np.unique(analysis.units.group_of[analysis.units.component[label.ids]])
-            found.update(known[id(label)][1].tolist())
-        for number in found - {-1}:
+            if id(label) not in atoms_of:
+                atoms_of[id(label)] = label, np.unique(analysis.units.group_of[analysis.units.component[label.ids]])
+            groups_of.update(atoms_of[id(label)][1].tolist())
+        for number in groups_of - {-1}:
             result.setdefault(number, []).append(name)
     return result
 
@@ -218,12 +220,12 @@ def _of_group(analysis: Analysis, group: Group, costs: Sequence[Cost], names: Se
     before = [c(analysis.facts.shape) for c in costs]
     result = np.zeros(group.size)
     for kind in range(int(kinds.max()) + 1):
-        mine = np.flatnonzero(kinds == kind)
-        chosen = np.zeros(units.frozen.size, dtype=bool)
-        step = mine[:1] if group.size == group.steps else np.flatnonzero(columns(group.classes, group.steps) == 0)
-        chosen[group.units[step]] = True
-        shape = After(analysis.table, atoms_removed(units, chosen)).shape
-        result[mine] = sum(b - c(shape) for b, c in zip(before, costs, strict=True)) / step.size
+        members = np.flatnonzero(kinds == kind)
+        removed = np.zeros(units.frozen.size, dtype=bool)
+        step = members[:1] if group.size == group.steps else np.flatnonzero(columns(group.classes, group.steps) == 0)
+        removed[group.units[step]] = True
+        shape = After(analysis.table, atoms_removed(units, removed)).shape
+        result[members] = sum(b - c(shape) for b, c in zip(before, costs, strict=True)) / step.size
     # A unit without a counted saving must still compare: it gets the least saving of any other.
     least = result[result > 0].min() if (result > 0).any() else 1.0
     return np.where(result > 0, result, least)
@@ -240,8 +242,8 @@ def _kinds(analysis: Analysis, group: Group, names: Sequence[str]) -> Ids:
     number = 0
     for name in names:
         for label in analysis.table.get(name):
-            found = place[component[label.ids.ravel()]]
-            counts = np.bincount(found[found >= 0], minlength=group.size)
+            places = place[component[label.ids.ravel()]]
+            counts = np.bincount(places[places >= 0], minlength=group.size)
             keys += mix(counts * 1_000_003 + number)
             number += 1
     return np.minimum(np.unique(keys, return_inverse=True)[1].astype(np.int64), _KINDS - 1)
@@ -291,9 +293,9 @@ def allowed_counts(size: int, steps: int, *, round_to: int = 1, step: int = 1, w
     if round_to == step == 1 and widest >= 1:
         return counts
     units = counts * (size // steps)
-    held = (units % step == 0) & (units <= widest * size + 1e-9)
-    even = held & ((size - units) % round_to == 0)
-    return np.asarray(counts[even if even.any() else held])
+    allowed = (units % step == 0) & (units <= widest * size + 1e-9)
+    even = allowed & ((size - units) % round_to == 0)
+    return np.asarray(counts[even if even.any() else allowed])
 
 
 def nearest_count(counts: Ids, target: float, rounding: str) -> int:
@@ -336,21 +338,23 @@ def _least(values: Array, count: int) -> Ids:
     bound = np.partition(values, count - 1)[count - 1]
     if np.isnan(bound):
         return np.flatnonzero(~np.isnan(values))
-    taken = values < bound
-    ties = np.flatnonzero(values == bound)[: count - np.count_nonzero(taken)]
-    taken[ties] = True
-    return np.flatnonzero(taken)
+    below = values < bound
+    ties = np.flatnonzero(values == bound)[: count - np.count_nonzero(below)]
+    below[ties] = True
+    return np.flatnonzero(below)
 
 
 def step_scores(ranked_group: RankedGroup, add: bool = False) -> Array:
     """Return scores [steps] of a group's steps, ascending: one unit of every remaining class, averaged or summed."""
     sizes = np.bincount(ranked_group.classes)
     _, rank = in_order(ranked_group.values, ranked_group.classes)
-    at = rank // (sizes // ranked_group.steps)[ranked_group.classes]
+    step = rank // (sizes // ranked_group.steps)[ranked_group.classes]
     alive = ~np.isnan(ranked_group.values)
-    total = np.bincount(at[alive], weights=ranked_group.values[alive], minlength=ranked_group.steps).astype(np.float64)
+    total = np.bincount(step[alive], weights=ranked_group.values[alive], minlength=ranked_group.steps).astype(
+        np.float64
+    )
     if not add:
-        total /= np.maximum(np.bincount(at[alive], minlength=ranked_group.steps), 1)
+        total /= np.maximum(np.bincount(step[alive], minlength=ranked_group.steps), 1)
     return np.asarray(np.maximum.accumulate(total))
 
 
@@ -367,10 +371,10 @@ def lamp(values: Array) -> Array:
     scores = values[alive] - min(0.0, float(values[alive].min()))
     order = np.argsort(scores, kind="stable")
     square = np.square(scores[order])
-    tail = np.cumsum(square[::-1])[::-1]
+    suffix_sums = np.cumsum(square[::-1])[::-1]
     # Units with equal scores are in each other's sum.
-    tail = tail[np.searchsorted(scores[order], scores[order], side="left")]
-    result[alive[order]] = np.divide(square, tail, out=np.zeros_like(square), where=tail > 0)
+    suffix_sums = suffix_sums[np.searchsorted(scores[order], scores[order], side="left")]
+    result[alive[order]] = np.divide(square, suffix_sums, out=np.zeros_like(square), where=suffix_sums > 0)
     return result
 
 
@@ -398,19 +402,19 @@ def threshold_counts(ranked: Sequence[RankedGroup], rounding: str, add: bool = F
     result = [0] * len(ranked)
     if not owner:
         return result
-    who, score, size, count = (np.concatenate(x) for x in (owner, scores, units, reach))
+    owners, score, size, count = (np.concatenate(x) for x in (owner, scores, units, reach))
     order = np.argsort(score, kind="stable")
-    taken = np.concatenate([[0], np.cumsum(size[order])])
+    cumulated = np.concatenate([[0], np.cumsum(size[order])])
     target = sum(c.ratio * c.values.size for c in ranked)
-    stop = max(_prefix(taken, target, rounding), int(np.isneginf(score).sum()))
+    stop = max(_prefix(cumulated, target, rounding), int(np.isneginf(score).sum()))
     for i in order[:stop]:
-        result[who[i]] = int(count[i])
+        result[owners[i]] = int(count[i])
     return result
 
 
-def _prefix(taken: Ids, target: float, rounding: str) -> int:
+def _prefix(cumulated: Ids, target: float, rounding: str) -> int:
     """Return how many of the steps to remove, given the units removed after each number of them, [steps + 1]."""
-    return int(np.searchsorted(taken, nearest_count(taken, target, rounding)))
+    return int(np.searchsorted(cumulated, nearest_count(cumulated, target, rounding)))
 
 
 def allocate(ranked: Sequence[RankedGroup], scope: str, rounding: str, add: bool = False) -> list[int]:
@@ -441,11 +445,11 @@ SHARES = (0.125, 0.25, 0.5, 0.75)
 
 def counts(steps: int, shares: Sequence[float] = SHARES) -> list[int]:
     """Return numbers of steps to measure of a group that can lose up to ``steps - 1``; at least one if possible."""
-    found = {min(max(round(share * steps), 1), steps - 1) for share in shares}
-    return sorted(n for n in found if n > 0)
+    result = {min(max(round(share * steps), 1), steps - 1) for share in shares}
+    return sorted(n for n in result if n > 0)
 
 
-def along(values: Array, classes: Ids, steps: int, drifts: Mapping[int, float]) -> Array:
+def along(values: Array, classes: Ids, steps: int, sensitivities: Mapping[int, float]) -> Array:
     """Return scores [units] in the order of ``values`` whose sums equal the measured output sensitivity.
 
     Between measured counts, the sensitivity rises as the sum of ``values`` does; beyond the last at the rate before it.
@@ -455,7 +459,7 @@ def along(values: Array, classes: Ids, steps: int, drifts: Mapping[int, float]) 
         values: scores that rank the units [units], none below 0.
         classes: units that may replace each other have the same class, [units].
         steps: number of equal steps in which the group can be pruned.
-        drifts: {steps removed: output sensitivity}, not empty.
+        sensitivities: {steps removed: output sensitivity}, not empty.
     """
     _, rank = in_order(values, classes)
     step = rank // (np.bincount(classes) // steps)[classes]
@@ -463,13 +467,13 @@ def along(values: Array, classes: Ids, steps: int, drifts: Mapping[int, float]) 
     summed = np.bincount(step, weights=values, minlength=steps)
     summed = np.maximum(summed, 1e-9 * summed.max() if summed.max() > 0 else 1.0)
     sums = np.concatenate([[0.0], np.cumsum(summed)])
-    known = sorted(drifts)
-    x = sums[[0, *known]]
-    y = np.maximum.accumulate([0.0, *(max(drifts[n], 0.0) for n in known)])
-    grown = np.interp(sums, x, y)
+    measured = sorted(sensitivities)
+    x = sums[[0, *measured]]
+    y = np.maximum.accumulate([0.0, *(max(sensitivities[n], 0.0) for n in measured)])
+    interpolated = np.interp(sums, x, y)
     slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
-    grown += slope * np.maximum(sums - x[-1], 0.0)
-    each = np.maximum.accumulate(np.diff(grown)) / np.bincount(step, minlength=steps)
+    interpolated += slope * np.maximum(sums - x[-1], 0.0)
+    each = np.maximum.accumulate(np.diff(interpolated)) / np.bincount(step, minlength=steps)
     # Steps of equal sensitivity are still removed in the order of their scores.
     each = each + 1e-9 * (each[-1] + 1e-30) * np.arange(steps)
     order = np.argsort(np.argsort(values, kind="stable"), kind="stable")
@@ -496,39 +500,39 @@ class Candidates:
 
 def candidates(analysis: Analysis, request: Request) -> Candidates:
     """Return the groups to prune, and their ratios."""
-    found = Candidates()
+    result = Candidates()
     groups = analysis.units.groups
     for group in groups:
         if not group.prunable:
             continue
         for child in group.children:
             if groups[child].prunable:
-                found.halved |= {group.id, child}
+                result.halved |= {group.id, child}
         names = analysis.names_of(group) if request.patterned else []
-        own = own_ratio(names, request)
-        found.asked[group.id] = None if is_excluded(names, request) else request.ratio if own is None else own
-        if own is not None:
-            found.alone.add(group.id)
-        if found.asked[group.id] is None:
+        ratio = own_ratio(names, request)
+        result.asked[group.id] = None if is_excluded(names, request) else request.ratio if ratio is None else ratio
+        if ratio is not None:
+            result.alone.add(group.id)
+        if result.asked[group.id] is None:
             continue
         if request.group_policy == "none" and group.size != group.steps:
-            found.kept[group.id] = f"{Reason.KEPT_WHOLE}: group_policy none leaves channels in several rows alone"
+            result.kept[group.id] = f"{Reason.KEPT_WHOLE}: group_policy none leaves channels in several rows alone"
         else:
-            found.groups.append(group)
-    return found
+            result.groups.append(group)
+    return result
 
 
 def batches(groups: Sequence[Group]) -> list[list[Group]]:
     """Split groups into batches without rows and their cells in the same one: each cell counts for both."""
-    own = {g.id for g in groups}
-    above = [g for g in groups if own & set(g.children)]
-    lots = [[g for g in groups if g not in above]]
+    ids = {g.id for g in groups}
+    above = [g for g in groups if ids & set(g.children)]
+    disjoint = [[g for g in groups if g not in above]]
     for group in above:
-        lot = next((x for x in lots[1:] if not any(_related(group, g) for g in x)), None)
-        if lot is None:
-            lots.append(lot := [])
-        lot.append(group)
-    return [lot for lot in lots if lot]
+        batch = next((x for x in disjoint[1:] if not any(_related(group, g) for g in x)), None)
+        if batch is None:
+            disjoint.append(batch := [])
+        batch.append(group)
+    return [batch for batch in disjoint if batch]
 
 
 def _related(a: Group, b: Group) -> bool:
@@ -538,51 +542,51 @@ def _related(a: Group, b: Group) -> bool:
 def rank_groups(
     analysis: Analysis,
     request: Request,
-    found: Candidates,
+    pool: Candidates,
     scores: Mapping[int, Array],
     *,
     savings: Mapping[int, Array] | None = None,
-    gone: Mask | None = None,
-    done: float = 1.0,
+    removed: Mask | None = None,
+    progress: float = 1.0,
 ) -> dict[int, RankedGroup]:
     """Return the groups that have scores with the inputs of the allocation, by group id.
 
     Args:
         analysis: the analysis of the model.
         request: the settings.
-        found: the groups to prune.
+        pool: the groups to prune.
         scores: scores [units] by group.
         savings: saving of each unit's removal, [units] by group.
-        gone: mask over components that earlier steps removed.
-        done: share of the steps after this one, 0 to 1.
+        removed: mask over components that earlier steps removed.
+        progress: share of the steps after this one, 0 to 1.
     """
-    groups = [g for g in found.groups if g.id in scores]
+    groups = [g for g in pool.groups if g.id in scores]
     alike = ranking_scopes(analysis, groups) if request.scope == "isomorphic" else {}
     # Division by the saving would invert the order of scores below 0.
     low = min((float(scores[g.id].min()) for g in groups), default=0.0) if savings else 0.0
     result = {}
     for group in groups:
-        own, dead = _gone(group, gone)
+        removed_units, dead = _gone(group, removed)
         values = scores[group.id] - min(0.0, low)
-        if gone is not None:
-            values[own | dead] = np.nan
+        if removed is not None:
+            values[removed_units | dead] = np.nan
         values = _over_columns(group, values, request.group_policy)
-        if request.scope == "slamp" and group.id not in found.alone:
+        if request.scope == "slamp" and group.id not in pool.alone:
             values = lamp(values)
         if savings:
             values = values / savings[group.id]
-        if gone is not None:
-            values[own], values[dead] = -np.inf, np.nan
-        ratio = found.asked[group.id] or 0.0
-        ratio = removed_share(ratio, request.schedule, done)
-        if group.id in found.halved:
+        if removed is not None:
+            values[removed_units], values[dead] = -np.inf, np.nan
+        ratio = pool.asked[group.id] or 0.0
+        ratio = removed_share(ratio, request.schedule, progress)
+        if group.id in pool.halved:
             ratio = 1.0 - math.sqrt(1.0 - ratio)
         counts = allowed_counts(
             group.size, group.steps, round_to=request.round_to, step=request.step, widest=request.widest
         )
-        alone, before = group.id in found.alone, 0 if gone is None else _steps_gone(group, own, dead)
+        is_local, before = group.id in pool.alone, 0 if removed is None else _steps_gone(group, removed_units, dead)
         result[group.id] = RankedGroup(
-            values, group.classes, group.steps, counts, ratio, alone, alike.get(group.id), before
+            values, group.classes, group.steps, counts, ratio, is_local, alike.get(group.id), before
         )
     return result
 
@@ -591,30 +595,30 @@ def _over_columns(group: Group, values: Array, policy: str) -> Array:
     """Apply the grid policy to the remaining units; columns are removed as a whole, the same ones of each row."""
     if policy not in ("sum", "average"):
         return values
-    left = ~np.isnan(values)
-    known = np.where(left, values, 0.0)
-    total = over_columns(known, group.classes, group.steps, "sum")
+    is_present = ~np.isnan(values)
+    finite_values = np.where(is_present, values, 0.0)
+    total = over_columns(finite_values, group.classes, group.steps, "sum")
     if policy == "average":
-        total = total / np.maximum(over_columns(left.astype(np.float64), group.classes, group.steps, "sum"), 1.0)
-    return np.where(left, total, np.nan) if group.size != group.steps else values
+        total = total / np.maximum(over_columns(is_present.astype(np.float64), group.classes, group.steps, "sum"), 1.0)
+    return np.where(is_present, total, np.nan) if group.size != group.steps else values
 
 
-def _gone(group: Group, gone: Mask | None) -> tuple[Mask, Mask]:
+def _gone(group: Group, removed: Mask | None) -> tuple[Mask, Mask]:
     """Return masks over the units: removed by themselves, and removed with their whole class."""
-    if gone is None:
+    if removed is None:
         return np.zeros(group.size, bool), np.zeros(group.size, bool)
-    own = gone[group.units]
-    whole = np.bincount(group.classes, weights=own) == np.bincount(group.classes)
-    dead = whole[group.classes]
-    return own & ~dead, dead
+    removed_units = removed[group.units]
+    removed_columns = np.bincount(group.classes, weights=removed_units) == np.bincount(group.classes)
+    dead = removed_columns[group.classes]
+    return removed_units & ~dead, dead
 
 
-def _steps_gone(group: Group, own: Mask, dead: Mask) -> int:
+def _steps_gone(group: Group, removed_units: Mask, dead: Mask) -> int:
     alive = np.flatnonzero(~dead)
     if not alive.size:
         return 0
     first = group.classes == group.classes[alive[0]]
-    return int(own[first].sum() * group.steps // first.sum())
+    return int(removed_units[first].sum() * group.steps // first.sum())
 
 
 def choose(analysis: Analysis, request: Request, ranked: Mapping[int, RankedGroup]) -> Mask:
@@ -627,7 +631,7 @@ def take(analysis: Analysis, ranked: Mapping[int, RankedGroup], counts: Sequence
     """Return the mask over components to remove when every group, in the order of ``ranked``, loses so many steps."""
     units = analysis.units
     numbers = list(ranked)
-    chosen = np.zeros(units.frozen.size, dtype=bool)
+    removed = np.zeros(units.frozen.size, dtype=bool)
     # Rows before the cells beneath them: cells of removed rows do not compete.
     order = sorted(range(len(numbers)), key=lambda i: (not units.groups[numbers[i]].children, i))
     closed = False
@@ -635,27 +639,27 @@ def take(analysis: Analysis, ranked: Mapping[int, RankedGroup], counts: Sequence
         group, ranked_group = units.groups[numbers[i]], ranked[numbers[i]]
         if not counts[i]:
             continue
-        if not closed and not group.children and chosen.any():
-            chosen, closed = units.close(chosen), True
+        if not closed and not group.children and removed.any():
+            removed, closed = units.close(removed), True
         values = ranked_group.values.copy()
         if closed:
-            values[_gone(group, chosen)[1]] = np.nan
-        chosen[group.units[weakest(values, ranked_group.classes, ranked_group.steps, counts[i])]] = True
-    return chosen
+            values[_gone(group, removed)[1]] = np.nan
+        removed[group.units[weakest(values, ranked_group.classes, ranked_group.steps, counts[i])]] = True
+    return removed
 
 
-def split_rows(analysis: Analysis, found: Candidates) -> list[int]:
+def split_rows(analysis: Analysis, pool: Candidates) -> list[int]:
     """Return groups of rows to prune with their cells, of which a row shares only a part of some class."""
     units = analysis.units
     bad = []
-    for group in found.groups:
-        below = [units.groups[c] for c in group.children if c in found.halved]
-        if group.id not in found.halved or not below:
+    for group in pool.groups:
+        below = [units.groups[c] for c in group.children if c in pool.halved]
+        if group.id not in pool.halved or not below:
             continue
         for unit in group.units:
-            chosen = np.zeros(units.frozen.size, dtype=bool)
-            chosen[unit] = True
-            closed = units.close(chosen)
+            removed = np.zeros(units.frozen.size, dtype=bool)
+            removed[unit] = True
+            closed = units.close(removed)
             if any(_gone(child, closed)[0].any() for child in below):
                 bad.append(group.id)
                 break

@@ -16,30 +16,30 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern)
 
 
-def check(given: Iterable[tuple[str, Collection[str]]], names: Iterable[str]) -> None:
+def check(requested: Iterable[tuple[str, Collection[str]]], names: Iterable[str]) -> None:
     """Check that every pattern matches some node or weight of the model.
 
     Args:
-        given: pairs of an option and its patterns.
+        requested: pairs of an option and its patterns.
         names: names of nodes and weights.
 
     Raises:
         UsageError: one does not; the nearest name is suggested.
     """
-    given = [(option, patterns) for option, patterns in given if patterns]
-    known = sorted({n for n in names if n}) if given else []
-    for option, patterns in given:
+    requested = [(option, patterns) for option, patterns in requested if patterns]
+    existing = sorted({n for n in names if n}) if requested else []
+    for option, patterns in requested:
         for pattern in patterns:
-            if not any(matches(name, pattern) for name in known):
-                raise UsageError(f"{option} {pattern!r} matches no node or weight.", hint=_wider(pattern, known))
+            if not any(matches(name, pattern) for name in existing):
+                raise UsageError(f"{option} {pattern!r} matches no node or weight.", hint=_wider(pattern, existing))
 
 
-def _wider(pattern: str, known: Sequence[str]) -> str:
+def _wider(pattern: str, existing: Sequence[str]) -> str:
     """Return a hint for a pattern without a match: the pattern between stars if that matches, else the nearest name."""
-    wide = f"*{pattern.strip('*')}*"
-    if wide != "**" and any(matches(name, wide) for name in known):
-        return f"A pattern matches whole names. Did you mean {wide!r}?"
-    return nearest(pattern, known)
+    wildcard = f"*{pattern.strip('*')}*"
+    if wildcard != "**" and any(matches(name, wildcard) for name in existing):
+        return f"A pattern matches whole names. Did you mean {wildcard!r}?"
+    return nearest(pattern, existing)
 
 
 WIDEST = 0.9
@@ -143,13 +143,13 @@ def request_of(ratio: float, options: Options) -> Request:
     Raises:
         UsageError: a value is not allowed. ArgumentError: an unknown option; the nearest is suggested.
     """
-    known = ("criterion", "ratio", "plan", "approximate", *Options.__annotations__)
+    allowed = ("criterion", "ratio", "plan", "approximate", *Options.__annotations__)
     for name in options:
         if name not in Options.__annotations__:
-            raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, known))
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    given |= {name: checked(name, given[name]) for name in ("include", "exclude") if name in given}
-    return Request(ratio, **given)
+            raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, allowed))
+    values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    values |= {name: checked(name, values[name]) for name in ("include", "exclude") if name in values}
+    return Request(ratio, **values)
 
 
 def check_patterns(request: Request, names: Iterable[str]) -> None:
@@ -171,5 +171,5 @@ def is_excluded(names: Sequence[str], request: Request) -> bool:
 
 def own_ratio(names: Sequence[str], request: Request) -> float | None:
     """Return the ratio that ``layers`` gives to a group with these names, later patterns first; None for none."""
-    found = [ratio for pattern, ratio in request.layers.items() if any(matches(n, pattern) for n in names)]
-    return found[-1] if found else None
+    ratios = [ratio for pattern, ratio in request.layers.items() if any(matches(n, pattern) for n in names)]
+    return ratios[-1] if ratios else None

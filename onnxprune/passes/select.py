@@ -165,7 +165,9 @@ class Selector:
         for group in groups:
             if group.id not in scores:
                 self.kept[group.id] = f"{Reason.NO_SCORE}: {self._unscored(group.id)}"
-        return rank_groups(self.analysis, self.request, self.found, scores, savings=weighed, gone=gone, done=done)
+        return rank_groups(
+            self.analysis, self.request, self.found, scores, savings=weighed, removed=gone, progress=done
+        )
 
     def _unscored(self, group: int) -> str:
         if not self._reached.get(group, True):

@@ -105,30 +105,30 @@ class Budget(Pass):
         prune = self.prune(context)
         analysis = prune.prepared(context, model)
         before = points_of_original(analysis, self.wishes.metric)
-        found = self._search(context, analysis, prune, before)
-        pruned, facts = self._outcome(context, prune, found, before)
-        if found.failure is not None:
-            quality = [found.final.quality.fidelity] if found.final.quality.fidelity is not None else []
-            found.failure.report = Result(context, pruned, [*facts, *quality]).report
-            raise found.failure
+        result = self._search(context, analysis, prune, before)
+        pruned, facts = self._outcome(context, prune, result, before)
+        if result.failure is not None:
+            quality = [result.final.quality.fidelity] if result.final.quality.fidelity is not None else []
+            result.failure.report = Result(context, pruned, [*facts, *quality]).report
+            raise result.failure
         return PassResult(pruned, facts)
 
     def _outcome(
-        self, context: Context, prune: Prune, found: SearchResult, before: float
+        self, context: Context, prune: Prune, result: SearchResult, before: float
     ) -> tuple[Model, Sequence[Fact]]:
         """Return the best model and its facts for the report."""
-        analysis, best, final = found.problem.analysis, found.best, found.final
+        analysis, best, final = result.problem.analysis, result.best, result.final
         plan = make_plan(analysis, best.removed, prune.name)
         plan.factorized = final.model.plan.factorized
         pruned = replace(final.model, plan=plan)
         recovery = replace(final.recovery.whole, mode=self.mode, why=self.why)
         facts = [
             Settings({"criterion": prune.name, **prune.request.settings, "scope": "budget"}),
-            *describe_removal(context, pruned, found.problem.selector),
+            *describe_removal(context, pruned, result.problem.selector),
             # The user did not choose the settings of trials.
             *(f for f in final.facts if not isinstance(f, (Settings, Recovered))),
             Recovered(recovery, final.recovery.layers),
-            self._facts(found, before),
+            self._facts(result, before),
         ]
         return pruned, facts
 
@@ -142,19 +142,21 @@ class Budget(Pass):
                 analysis = frozen_at(analysis, stop, np.ones(analysis.units.component.size, dtype=bool))
         raise AssertionError("every node was frozen")  # pragma: no cover
 
-    def _facts(self, found: SearchResult, before: float) -> BudgetFacts:
-        problem, best = found.problem, found.best
+    def _facts(self, result: SearchResult, before: float) -> BudgetFacts:
+        problem, best = result.problem, result.best
         limits = problem.limits()
-        asked = {t.kind: str(t) for t in self.wishes.targets}
-        targets = [TargetFacts(k, asked[k], limits[k], problem.base(k), best.costs[k], problem.how(k)) for k in asked]
-        compared = _best_by_name(found) or [(best, found.final)]
+        requested = {t.kind: str(t) for t in self.wishes.targets}
+        targets = [
+            TargetFacts(k, requested[k], limits[k], problem.base(k), best.costs[k], problem.how(k)) for k in requested
+        ]
+        compared = _best_by_name(result) or [(best, result.final)]
         answers = [
             AnswerFacts(c.name, e.quality.fine, e.quality.points, chosen=c.removed is best.removed) for c, e in compared
         ]
         gap = best.allocation.gap if np.isfinite(best.allocation.bound) else None
-        quality = found.final.quality
-        what = points_name(self.wishes.metric, quality.fidelity)
-        return BudgetFacts(targets, answers, gap, what, before, quality.points, self.wishes.max_drop)
+        quality = result.final.quality
+        metric_name = points_name(self.wishes.metric, quality.fidelity)
+        return BudgetFacts(targets, answers, gap, metric_name, before, quality.points, self.wishes.max_drop)
 
 
 def default_criterion(context: Context) -> str:
@@ -162,13 +164,13 @@ def default_criterion(context: Context) -> str:
     return WITHOUT if context.calibration is None else WITH_DATA
 
 
-def _best_by_name(found: SearchResult) -> list[Evaluated]:
+def _best_by_name(result: SearchResult) -> list[Evaluated]:
     """Return the best candidate of every name."""
     by_name: dict[str, Evaluated] = {}
-    for candidate, evaluation in found.evaluated:
-        known = by_name.get(candidate.name)
-        chosen = candidate.removed is found.best.removed
-        if chosen or known is None or evaluation.quality.fine > known[1].quality.fine:
+    for candidate, evaluation in result.evaluated:
+        current = by_name.get(candidate.name)
+        is_best = candidate.removed is result.best.removed
+        if is_best or current is None or evaluation.quality.fine > current[1].quality.fine:
             by_name[candidate.name] = candidate, evaluation
     return list(by_name.values())
 
@@ -224,11 +226,11 @@ class Search:
         wishes = self.wishes
         problem = self.problem(wishes.targets or (Target(self._shrinks, 1.0),))
         if wishes.targets:
-            found = self.within(problem)
-            gap = self._missing(found.final)
+            result = self.within(problem)
+            gap = self._missing(result.final)
             if gap:
-                return replace(found, failure=BudgetErrors(problem).gate(gap, self._nearest(found.problem)))
-            return found
+                return replace(result, failure=BudgetErrors(problem).gate(gap, self._nearest(result.problem)))
+            return result
         return self._smallest(problem)
 
     def problem(self, targets: Sequence[Target]) -> SearchProblem:
@@ -236,7 +238,7 @@ class Search:
         context, analysis, table = self.context, self.analysis, None
         if any(t.kind == "latency" for t in targets):
             sizes = rewritable_sizes(analysis)
-            table, analysis = latency_table(context, sizes, given=self.wishes.latency_table), sizes.analysis
+            table, analysis = latency_table(context, sizes, source=self.wishes.latency_table), sizes.analysis
         selector = self.prune.selector(context, analysis)
         if not any(ratio is not None for ratio in selector.asked.values()):
             raise BudgetError("No channel of this model can be removed.", hint=reasons(selector.analysis))
@@ -246,16 +248,16 @@ class Search:
 
     def _curves(self, selector: Selector) -> Curves | None:
         """Return measured losses by group, where they were requested."""
-        given = self.wishes.sensitivity
-        if given is None:
+        source = self.wishes.sensitivity
+        if source is None:
             return None
-        if isinstance(given, str) and given == "measure":
+        if isinstance(source, str) and source == "measure":
             mode, metric, jobs = self.mode, self.wishes.metric, self.wishes.jobs
             return measure_sensitivity(self.context, selector, mode=mode, metric=metric, jobs=jobs).losses()
-        found = given if isinstance(given, Sensitivity) else Sensitivity.load(given)
-        where = "" if isinstance(given, Sensitivity) else repr(str(given))
-        found.check_model(selector.analysis.loaded.sha256, where)
-        return found.losses()
+        curves = source if isinstance(source, Sensitivity) else Sensitivity.load(source)
+        file = "" if isinstance(source, Sensitivity) else repr(str(source))
+        curves.check_model(selector.analysis.loaded.sha256, file)
+        return curves.losses()
 
     def _output_sensitivity(self, selector: Selector) -> dict[int, Array] | None:
         """Return scores that sum to each group's output sensitivity, where data and time permit measuring it."""
@@ -309,9 +311,9 @@ class Search:
         if len(candidates) < 2 and not self.wishes.factorize:
             return [], problem
         evaluated = [(candidate, self._evaluate(problem, candidate)) for candidate in candidates]
-        led = [pair for pair in evaluated if pair[0].source]
-        if led:
-            problem = replace(problem, lead=_best(led)[0].source)
+        with_source = [pair for pair in evaluated if pair[0].source]
+        if with_source:
+            problem = replace(problem, lead=_best(with_source)[0].source)
         mixture = self._mixture(problem)
         if mixture is not None:
             evaluated += mixture.trials(problem, self._judge(problem))
@@ -327,12 +329,12 @@ class Search:
         if not trials or not evaluated or best.name == ALONE:
             return []
         judge = self._judge(problem)
-        whole = 0.0 if self.wishes.metric is None else self.before
+        original_fine = 0.0 if self.wishes.metric is None else self.before
         if best.factorize is None or mixture is None:
-            around = [pair for pair in evaluated if pair[0].factorize is None]
-            return Refine(cuts(problem), judge, trials, whole).around(around)
+            pruned_only = [pair for pair in evaluated if pair[0].factorize is None]
+            return Refine(cuts(problem), judge, trials, original_fine).around(pruned_only)
         space = mixture.space(problem)
-        return Refine(space, judge, trials, whole).around([pair for pair in evaluated if pair[0] is best])
+        return Refine(space, judge, trials, original_fine).around([pair for pair in evaluated if pair[0] is best])
 
     def _judge(self, problem: SearchProblem) -> Callable[[Candidate], Evaluation | None]:
         """Return a function that evaluates candidates from a few samples; its result is None without suitable ranks."""
@@ -350,14 +352,20 @@ class Search:
             return None
         if self._mixture_of is None or self._mixture_of.costs is not problem.costs:
             request = self.prune.request
-            own: FactorOptions = {"include": request.include, "exclude": request.exclude, "round_to": request.round_to}
-            self._mixture_of = Mixture(self.context, problem, own)
+            options: FactorOptions = {
+                "include": request.include,
+                "exclude": request.exclude,
+                "round_to": request.round_to,
+            }
+            self._mixture_of = Mixture(self.context, problem, options)
         return self._mixture_of
 
     def _evaluate(self, problem: SearchProblem, candidate: Candidate, *, trial: bool = True) -> Evaluation:
         mode = self.mode if candidate.removed.any() or candidate.factorize is not None else "none"
-        how: dict[str, Any] = {"mode": mode, "metric": self.wishes.metric, "factorize": candidate.factorize}
-        return evaluate(self.context, problem.analysis, candidate.removed, split=TrialSplit() if trial else None, **how)
+        options: dict[str, Any] = {"mode": mode, "metric": self.wishes.metric, "factorize": candidate.factorize}
+        return evaluate(
+            self.context, problem.analysis, candidate.removed, split=TrialSplit() if trial else None, **options
+        )
 
     @property
     def _shrinks(self) -> str:
@@ -367,12 +375,12 @@ class Search:
     def _missing(self, final: Evaluation) -> str:
         """Return a description of the gate that a model does not pass; empty where it passes."""
         wishes, quality, before = self.wishes, final.quality, self.before
-        what = points_name(wishes.metric, quality.fidelity)
+        metric_name = points_name(wishes.metric, quality.fidelity)
         # A comparison with NaN is false: a model without a comparable output passes no gate.
         if wishes.max_drop is not None and not before - quality.points <= wishes.max_drop + 1e-9:
-            lost = before - quality.points
-            allowed = f"{argument('max_drop')} {wishes.max_drop:g}"
-            return f"{what} fell from {before:.4g} to {quality.points:.4g}: {lost:.3g} > {allowed}"
+            drop = before - quality.points
+            limit = f"{argument('max_drop')} {wishes.max_drop:g}"
+            return f"{metric_name} fell from {before:.4g} to {quality.points:.4g}: {drop:.3g} > {limit}"
         cosine = 1.0 if quality.fidelity is None else quality.fidelity.worst_cosine
         if wishes.min_fidelity is not None and not cosine >= wishes.min_fidelity:
             return f"worst cosine {cosine:.4f} is below {argument('min_fidelity')} {wishes.min_fidelity:g}"
@@ -386,26 +394,26 @@ class Search:
         """
         kind = self._shrinks
         low, high = problem.reachable(kind) / problem.originals[kind], 1.0
-        found, why = None, "No cut was found"
+        result, failure = None, "No cut was found"
         if self.wishes.factorize or len(problem.choices) > 1:  # determine the losses and the rate of exchange
             halfway = problem.with_targets(Target(kind, 0.5 * (low + high)))
             problem = replace(problem, lead=self._evaluated(halfway, halfway.candidates())[1].lead)
         for _ in range(_HALVINGS):
             share = 0.5 * (low + high)
-            aimed = problem.with_targets(Target(kind, share))
-            evaluated = self._most_promising(aimed)
+            subproblem = problem.with_targets(Target(kind, share))
+            evaluated = self._most_promising(subproblem)
             if evaluated is None:
                 low = share
                 continue
             candidate, final = evaluated
-            why = self._missing(final)
-            if why:
+            failure = self._missing(final)
+            if failure:
                 low = share
             else:
-                high, found = share, SearchResult(problem, [], candidate, final)
-        if found is None:
-            raise BudgetErrors(problem).gate(why, None)
-        return found
+                high, result = share, SearchResult(problem, [], candidate, final)
+        if result is None:
+            raise BudgetErrors(problem).gate(failure, None)
+        return result
 
     def _most_promising(self, problem: SearchProblem) -> Evaluated | None:
         """Recover the most promising candidate from all data; None where there is no candidate."""
@@ -474,10 +482,10 @@ def measuring_effort(macs: float, steps: Sequence[int]) -> tuple[Sequence[float]
         macs: multiply-accumulates of a sample.
         steps: number of steps in which each group can be pruned, one per group.
     """
-    allowed = max(_SECONDS, _EACH + _PER_BILLION * macs * 1e-9)
+    max_seconds = max(_SECONDS, _EACH + _PER_BILLION * macs * 1e-9)
     for shares in _SHARES:
         cuts = max(1, sum(len(counts(n, shares)) for n in steps))
-        samples = int((allowed / cuts - _OPENED) / (_RUN * max(macs, 1.0) * 1e-9))
+        samples = int((max_seconds / cuts - _OPENED) / (_RUN * max(macs, 1.0) * 1e-9))
         if samples >= _FEWEST:
             return shares, min(samples, MAX_SAMPLES)
     return None

@@ -137,8 +137,8 @@ def load_metric(text: str) -> Metric:
         raise UsageError(f"{argument('metric')}: {path} does not run: {_words(error)}", hint=hint) from error
     function = getattr(module, name, None)
     if not callable(function):
-        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise UsageError(f"{argument('metric')}: {path} has no function {name!r}", hint=nearest(name, known) or hint)
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise UsageError(f"{argument('metric')}: {path} has no function {name!r}", hint=nearest(name, names) or hint)
     return ScriptMetric(function, text)
 
 
@@ -260,10 +260,10 @@ def prune_and_factorize(
 
 def _recovered_fidelity(facts: Sequence[Fact], inputs: Sequence[Feed]) -> Fidelity | None:
     """Return the fidelity on the recovery's hold-out; None without one, or with other inputs to measure on."""
-    whole = next((fact.whole for fact in facts if isinstance(fact, Recovered)), None)
-    if whole is None or inputs:
+    fidelity = next((fact.whole for fact in facts if isinstance(fact, Recovered)), None)
+    if fidelity is None or inputs:
         return None
-    return whole.before if whole.undone else whole.after
+    return fidelity.before if fidelity.undone else fidelity.after
 
 
 def _fidelity(context: Context, trial: Trial, path: Path, inputs: Sequence[Feed]) -> Fidelity:

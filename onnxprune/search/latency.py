@@ -80,16 +80,16 @@ def latency_table(
     context: Context,
     sizes: Sizes,
     *,
-    given: str | Path | LatencyTable | None = None,
+    source: str | Path | LatencyTable | None = None,
     seconds: float = SECONDS,
     anew: bool = False,
 ) -> LatencyTable:
-    """Return the table ``given``, else the cached one for this model on this machine, else measure and cache a new one.
+    """Return the table ``source``, else the cached one of this model on this machine, else measure and cache a new one.
 
     Args:
         context: the run; its ``cache``, else the user's cache folder, holds the table.
         sizes: sizes of all tensors as functions of counts.
-        given: a table or its file.
+        source: a table or its file.
         seconds: duration of the measurement.
         anew: measure even if a table is cached.
 
@@ -97,9 +97,9 @@ def latency_table(
         UsageError: the given table cannot be read or is another model's. ModelError: the model does not run.
     """
     analysis = sizes.analysis
-    if given is not None:
-        table = given if isinstance(given, LatencyTable) else LatencyTable.load(given)
-        table.check_model(analysis.loaded.sha256, "" if isinstance(given, LatencyTable) else repr(str(given)))
+    if source is not None:
+        table = source if isinstance(source, LatencyTable) else LatencyTable.load(source)
+        table.check_model(analysis.loaded.sha256, "" if isinstance(source, LatencyTable) else repr(str(source)))
         return table
     file = _table_file(context, analysis)
     if not anew and file.is_file():
@@ -149,22 +149,22 @@ def measure_table(context: Context, sizes: Sizes, *, seconds: float = SECONDS) -
         bench = Bench(analysis, sizes, context.device, feed, trial)
         shapes = {name: list(value.shape) for name, value in feed.items()}
         table = LatencyTable(analysis.loaded.sha256, dict(context.device.facts()), shapes, 0.0)
-        timed, nodes, wholes = [], [], []
+        all_counts, nodes, runs = [], [], []
         start = time.perf_counter()
         # The first model is unpruned: the original after the clean-up of every result, such as of subnormal weights.
-        for number, kept in enumerate((sizes.steps, *_cuts(sizes, draw))):
+        for number, counts in enumerate((sizes.steps, *_cuts(sizes, draw))):
             if number > _FEWEST and time.perf_counter() - start > seconds:
                 break
-            path = bench.cut(kept)
-            timed.append(kept)
+            path = bench.cut(counts)
+            all_counts.append(counts)
             nodes.append(bench.nodes(path))
-            wholes.append(bench.beside(path))
+            runs.append(bench.beside(path))
             context.tell("profile", 0.9 * number / _CUTS)
-        for kept, times, factor in zip(timed, nodes, steadied(nodes, wholes), strict=True):
-            table.samples += samples_of(places, kept, {name: factor * t for name, t in times.items()})
+        for counts, times, factor in zip(all_counts, nodes, steadied(nodes, runs), strict=True):
+            table.samples += samples_of(places, counts, {name: factor * t for name, t in times.items()})
         checks = [sizes.steps, *(_drawn(sizes, draw, i / _CHECKS) for i in range(_CHECKS))]
-        fit_runs(table, places, np.stack(timed), wholes)
-        check_runs(table, places, np.stack(checks), [bench.beside(bench.cut(kept)) for kept in checks])
+        fit_runs(table, places, np.stack(all_counts), runs)
+        check_runs(table, places, np.stack(checks), [bench.beside(bench.cut(counts)) for counts in checks])
     return table
 
 
@@ -176,9 +176,9 @@ class Bench:
         self._runs = _LEAST_RUNS
         self.original = trial.original
 
-    def cut(self, kept: Counts, stem: str = "timed") -> Path:
+    def cut(self, counts: Counts, stem: str = "timed") -> Path:
         """Write the model pruned to counts [groups]; which units are removed does not matter."""
-        removed = removal(self._analysis, self._sizes, kept)
+        removed = removal(self._analysis, self._sizes, counts)
         return self._trial.write(*flush(cut_model(self._analysis, removed))[0], stem)[0]
 
     def nodes(self, path: Path) -> dict[str, float]:
@@ -201,14 +201,14 @@ class Bench:
         return np.array([np.sort(t)[: max(1, round(_SHORTEST * len(t)))].mean() for t in times]) * 1e-3
 
 
-def removal(analysis: Analysis, sizes: Sizes, kept: Counts) -> NDArray[np.bool_]:
+def removal(analysis: Analysis, sizes: Sizes, counts: Counts) -> NDArray[np.bool_]:
     """Return the mask over atoms for counts [groups]: the last units of every group are removed."""
     ranked = {
         g.id: RankedGroup(-np.arange(g.size, dtype=np.float64), g.classes, g.steps, np.arange(g.steps), 0.0)
         for g in sizes.groups
     }
-    gone = [int(s - k) for s, k in zip(sizes.steps, kept, strict=True)]
-    return atoms_removed(analysis.units, take(analysis, ranked, gone))
+    num_removed = [int(s - k) for s, k in zip(sizes.steps, counts, strict=True)]
+    return atoms_removed(analysis.units, take(analysis, ranked, num_removed))
 
 
 def _cuts(sizes: Sizes, draw: np.random.Generator) -> Iterator[Counts]:
@@ -222,21 +222,21 @@ def _cuts(sizes: Sizes, draw: np.random.Generator) -> Iterator[Counts]:
 
 def _drawn(sizes: Sizes, draw: np.random.Generator, share: float | None = None) -> Counts:
     """Draw counts [groups] that suit kernels: arbitrary, or with ``share`` about that share of every group."""
-    found = []
+    drawn_counts = []
     for steps in sizes.steps.tolist():
         levels = block_levels(steps)
         if share is None:
-            found.append(draw.choice(levels))
+            drawn_counts.append(draw.choice(levels))
         else:
             near = np.argsort(np.abs(levels - share * steps), kind="stable")[:_NEAR]
-            found.append(levels[draw.choice(near)])
-    return np.array(found, dtype=np.int64)
+            drawn_counts.append(levels[draw.choice(near)])
+    return np.array(drawn_counts, dtype=np.int64)
 
 
 Whole = tuple[float, float]
 
 
-def steadied(nodes: Sequence[Mapping[str, float]], wholes: Sequence[Whole]) -> NDArray[np.float64]:
+def steadied(nodes: Sequence[Mapping[str, float]], model_runs: Sequence[Whole]) -> NDArray[np.float64]:
     """Return factors [cuts] that scale the node times of every pruned model to the time of its whole run.
 
     The load of the machine varies between profiles, whereas whole runs are measured next to the original's. The profile
@@ -244,10 +244,10 @@ def steadied(nodes: Sequence[Mapping[str, float]], wholes: Sequence[Whole]) -> N
 
     Args:
         nodes: seconds by node, for every pruned model.
-        wholes: seconds of whole runs of the original and of every pruned model.
+        model_runs: seconds of whole runs of the original and of every pruned model.
     """
     sums = np.array([sum(times.values()) for times in nodes])
-    runs = np.median([before for before, _ in wholes]) * np.array([after / before for before, after in wholes])
+    runs = np.median([before for before, _ in model_runs]) * np.array([after / before for before, after in model_runs])
     if not (sums > 0).all():
         return np.ones(sums.size)
     weight = 1.0 / runs
@@ -261,25 +261,25 @@ def steadied(nodes: Sequence[Mapping[str, float]], wholes: Sequence[Whole]) -> N
     return np.asarray(np.clip((runs - overhead) / (slope * sums), *_STEADY))
 
 
-def fit_runs(table: LatencyTable, places: Places, timed: Counts, wholes: Sequence[Whole]) -> None:
+def fit_runs(table: LatencyTable, places: Places, counts: Counts, runs: Sequence[Whole]) -> None:
     """Fit the overhead of a run besides its nodes.
 
     Args:
         table: the table to update.
         places: the nodes by what their time depends on.
-        timed: counts [cuts, groups] whose nodes were timed.
-        wholes: seconds of whole runs of the original and of every pruned model. Only their ratio is used: the load of
+        counts: counts [cuts, groups] whose nodes were timed.
+        runs: seconds of whole runs of the original and of every pruned model. Only their ratio is used: the load of
             the machine changes both alike.
     """
-    table.seconds = float(np.median([before for before, _ in wholes]))
-    shares = np.array([after / before for before, after in wholes])
-    table.overhead, table.slope = line(Latency(places, table).rows(timed)[:, 0], shares * table.seconds)
+    table.seconds = float(np.median([before for before, _ in runs]))
+    shares = np.array([after / before for before, after in runs])
+    table.overhead, table.slope = line(Latency(places, table).rows(counts)[:, 0], shares * table.seconds)
 
 
-def check_runs(table: LatencyTable, places: Places, cuts: Counts, wholes: Sequence[Whole]) -> None:
+def check_runs(table: LatencyTable, places: Places, cuts: Counts, runs: Sequence[Whole]) -> None:
     """Compare predictions with whole runs at counts [cuts, groups] not measured before."""
     predicted = Latency(places, table).rows(cuts)[:, 0]
-    shares = np.array([after / before for before, after in wholes])
+    shares = np.array([after / before for before, after in runs])
     table.checks = list(zip(predicted.tolist(), (shares * table.seconds).tolist(), strict=True))
 
 
@@ -291,8 +291,8 @@ def line(nodes: NDArray[np.float64], measured: NDArray[np.float64]) -> tuple[flo
     weight = 1.0 / measured
     design = np.stack([weight, nodes * weight], axis=1)
     slope = float(np.clip(np.linalg.lstsq(design, np.ones_like(measured), rcond=None)[0][1], 0.5, 2.0))
-    rest = (measured - slope * nodes) * weight
-    return float((rest * weight).sum() / np.square(weight).sum()), slope
+    residual = (measured - slope * nodes) * weight
+    return float((residual * weight).sum() / np.square(weight).sum()), slope
 
 
 # -- reading one -------------------------------------------------------------------------------------------------------
@@ -321,16 +321,16 @@ def profiled(sizes: Sizes, table: LatencyTable, model: str) -> Profile:
     """Return the facts of a table, in milliseconds."""
     places = Places(sizes)
     latency = Latency(places, table)
-    whole = latency.of_nodes(sizes.steps)
+    full = latency.of_nodes(sizes.steps)
     parts = [latency.of_nodes(_alike(sizes, share)) for share in SHARES]
     nodes = [
-        NodeTime(n.label, n.kind, 1e3 * whole[n.label], [1e3 * part[n.label] for part in parts])
+        NodeTime(n.label, n.kind, 1e3 * full[n.label], [1e3 * part[n.label] for part in parts])
         for n in places.nodes
-        if whole.get(n.label)
+        if full.get(n.label)
     ]
     nodes.sort(key=lambda node: -node.ms)
     checks = [(1e3 * p, 1e3 * m) for p, m in table.checks]
-    steps = _steps(places, table, whole)
+    steps = _steps(places, table, full)
     return Profile(model, table.device, table.inputs, 1e3 * table.seconds, table.error, checks, nodes, steps)
 
 
@@ -340,25 +340,25 @@ def _alike(sizes: Sizes, share: float) -> Counts:
     return np.array([x[np.argmin(np.abs(x - share * s))] for x, s in zip(levels, sizes.steps, strict=True)])
 
 
-def _steps(places: Places, table: LatencyTable, whole: dict[str, float]) -> list[KindSteps]:
+def _steps(places: Places, table: LatencyTable, full: dict[str, float]) -> list[KindSteps]:
     """Return the kinds that take most time in all, by the channels that they read and make."""
     kinds: dict[str, list[Node]] = defaultdict(list)
     for node in places.moving:
         kinds[places.kinds[node.label]].append(node)
-    dearest = sorted(kinds, key=lambda k: -sum(whole.get(n.label, 0.0) for n in kinds[k]))[:_KINDS]
-    found, shape = [], places.sizes.analysis.facts.shape
+    dearest = sorted(kinds, key=lambda k: -sum(full.get(n.label, 0.0) for n in kinds[k]))[:_KINDS]
+    result, shape = [], places.sizes.analysis.facts.shape
     for kind in dearest:
         surface = surfaces(places, [s for s in table.samples if places.kinds.get(s.node) == kind]).get(kind)
         if surface is None:
             continue
         reads, makes = (int(n) for n in places.channels(kinds[kind][0], shape))
-        for by, held in (("reads", surface.reads), ("makes", surface.makes)):
-            levels = _some(np.rint(np.exp(held)).astype(np.int64))
+        for by, sizes in (("reads", surface.reads), ("makes", surface.makes)):
+            levels = _some(np.rint(np.exp(sizes)).astype(np.int64))
             same = np.full(levels.size, makes if by == "reads" else reads)
             ms = 1e3 * (surface.at(levels, same) if by == "reads" else surface.at(same, levels))
             if levels.size > 1:
-                found.append(KindSteps(kinds[kind][0].op, len(kinds[kind]), by, levels.tolist(), ms.tolist()))
-    return found
+                result.append(KindSteps(kinds[kind][0].op, len(kinds[kind]), by, levels.tolist(), ms.tolist()))
+    return result
 
 
 def _some(levels: Counts) -> Counts:

@@ -73,20 +73,20 @@ class Mixture:
                 "of another device",
                 hint="Drop one of the two, or aim at macs.",
             )
-        own, whole = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)
+        trial_context, model = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)
         request = request_of("auto", {**options, "ratio": 0.5, "cost": _furthest(problem), "timed": False})
-        work = lay_open(own, whole, request, AUTO, every=False)
+        work = lay_open(trial_context, model, request, AUTO, every=False)
         joint = JointBudget(work, AUTO, Chosen())
         self.gains = {o.layer.name: g for o, g in zip(joint.opened, joint.gains, strict=True)}
         pairs = zip(joint.opened, joint.options, strict=True)
         options_of = timed_options(work, joint) if self._timed else [_ordered(o, c) for o, c in pairs]
-        known = {node.label: node for node in problem.analysis.graph.steps}
+        nodes = {node.label: node for node in problem.analysis.graph.steps}
         self._parts, self._candidates = [], []
-        for opened, gain, timed in zip(joint.opened, joint.gains, options_of, strict=True):
-            part = _part(opened, gain, timed, known)
+        for layer_fits, gain, timed in zip(joint.opened, joint.gains, options_of, strict=True):
+            part = _part(layer_fits, gain, timed, nodes)
             if part is not None:
                 self._parts.append(part)
-                self._candidates.append((opened, [one.candidate for one in timed]))
+                self._candidates.append((layer_fits, [option.candidate for option in timed]))
         self._costs = {k: Apart(cost, k, problem.sizes, self._parts) for k, cost in problem.costs.items()}
         self._correction: Mapping[str, float] = {"latency": 1.0}
         self._rate: tuple[str, float] | None = None
@@ -99,7 +99,7 @@ class Mixture:
             judge: evaluates a candidate; returns None where it cannot be made.
         """
         evaluated: list[Evaluated] = []
-        known: dict[tuple[bytes, str], float] = {}
+        losses: dict[tuple[bytes, str], float] = {}
 
         def value(rate: float) -> float:
             candidate = self.candidate(problem, rate)
@@ -108,20 +108,20 @@ class Mixture:
             factorize = candidate.factorize
             assert factorize is not None
             key = candidate.removed.tobytes(), repr(factorize.wanted or factorize.request.share)
-            if key not in known:
+            if key not in losses:
                 evaluation = judge(candidate)
-                known[key] = -np.inf if evaluation is None else evaluation.quality.fine
+                losses[key] = -np.inf if evaluation is None else evaluation.quality.fine
                 evaluated.extend([(candidate, evaluation)] if evaluation is not None else [])
-            return known[key]
+            return losses[key]
 
         value(np.inf)
-        here = self.rate(problem)
-        best = value(here)
+        current_rate = self.rate(problem)
+        best = value(current_rate)
         for step in _STEPS:
-            for way in (step, 1.0 / step):
-                while len(known) < _TRIALS and (after := value(here * way)) > best:
-                    best, here = after, here * way
-        self._rate = problem.lead, here
+            for factor in (step, 1.0 / step):
+                while len(losses) < _TRIALS and (after := value(current_rate * factor)) > best:
+                    best, current_rate = after, current_rate * factor
+        self._rate = problem.lead, current_rate
         return evaluated
 
     def rate(self, problem: SearchProblem) -> float:
@@ -133,9 +133,9 @@ class Mixture:
     def space(self, problem: SearchProblem) -> Space:
         """Return groups and layers at the best rate, for candidates with other loss weights."""
         rate = self.rate(problem)
-        wanted = with_parts(problem.choices[problem.lead], self._parts, rate)
+        weighted = with_parts(problem.choices[problem.lead], self._parts, rate)
         limits = problem.corrected_limits()
-        return Space(wanted, self._costs, limits, lambda weights, _: self.candidate(problem, rate, weights), "")
+        return Space(weighted, self._costs, limits, lambda weights, _: self.candidate(problem, rate, weights), "")
 
     def candidate(
         self, problem: SearchProblem, rate: float | None = None, weights: Array | None = None
@@ -155,7 +155,7 @@ class Mixture:
         rate = self.rate(problem) if rate is None else rate
         if not self._timed:
             return self._candidate(problem, rate, 1.0, weights)
-        correction, most, best = LimitCorrection(self._correction), problem.limits()["latency"], None
+        correction, maximum, best = LimitCorrection(self._correction), problem.limits()["latency"], None
         for _ in range(_CORRECTIONS):
             candidate = self._candidate(problem, rate, correction.now["latency"], weights)
             if candidate is None:
@@ -165,7 +165,7 @@ class Mixture:
             except BudgetError:  # no ranks of the pruned layers save as much as before
                 break
             candidate = replace(candidate, costs={**candidate.costs, "latency": seconds})
-            over = seconds / most
+            over = seconds / maximum
             if over <= 1 and (best is None or candidate.allocation.loss < best.allocation.loss):
                 best = candidate
             if not correction.update({"latency": over}):
@@ -176,36 +176,40 @@ class Mixture:
     def _candidate(self, problem: SearchProblem, rate: float, factor: float, weights: Array | None) -> Candidate | None:
         """Return a candidate as ``candidate`` does, with a limit on time that is multiplied by a factor."""
         choices = problem.choices[problem.lead]
-        wanted = none_cut(choices, self._parts) if np.isinf(rate) else with_parts(choices, self._parts, rate)
+        weighted = none_cut(choices, self._parts) if np.isinf(rate) else with_parts(choices, self._parts, rate)
         if weights is not None:
-            wanted = Choices(wanted.kept, [w * x for w, x in zip(weights, wanted.losses, strict=True)])
+            weighted = Choices(weighted.kept, [w * x for w, x in zip(weights, weighted.losses, strict=True)])
         limits = problem.corrected_limits()
         if self._timed:
             limits["latency"] *= factor
-        allocation = allocate(wanted, [Limit(self._costs[k], most) for k, most in limits.items()])
+        allocation = allocate(weighted, [Limit(self._costs[k], maximum) for k, maximum in limits.items()])
         if allocation is None:
             return None
         groups = len(choices.kept)
-        kept, levels = allocation.kept[:groups], allocation.kept[groups:]
-        removed = problem.removed(kept)
-        costs = problem.measured(kept, removed, timed=not self._timed)
+        counts, levels = allocation.kept[:groups], allocation.kept[groups:]
+        removed = problem.removed(counts)
+        costs = problem.measured(counts, removed, timed=not self._timed)
         gains = self.gains if weights is None else self._weighed(weights[groups:])
         factorize = self._as_timed(levels) if self._timed else self._as_counted(costs, limits, gains)
         if factorize is None:
             return None
         name = ALONE if np.isinf(rate) else TOGETHER if weights is None else WEIGHED
-        return Candidate(name, Allocation(kept, allocation.loss, allocation.bound), removed, costs, factorize=factorize)
+        return Candidate(
+            name, Allocation(counts, allocation.loss, allocation.bound), removed, costs, factorize=factorize
+        )
 
     def _seconds(self, problem: SearchProblem, candidate: Candidate) -> float:
         """Return seconds of a run of a candidate; recovery changes values alone."""
         assert candidate.factorize is not None
-        own = self._context.for_trial(MAX_TRIAL)
-        result = prune_and_factorize(own, problem.analysis, candidate.removed, candidate.factorize.unchecked())
+        trial_context = self._context.for_trial(MAX_TRIAL)
+        result = prune_and_factorize(
+            trial_context, problem.analysis, candidate.removed, candidate.factorize.unchecked()
+        )
         return problem.measured_model(result.model.parts, {"latency"})["latency"]
 
     def _weighed(self, weights: Array) -> dict[str, float]:
         """Return the weight of each layer's error, times the weights [layers] of the layers that may be factorized."""
-        names = [opened.layer.name for opened, _ in self._candidates]
+        names = [layer_fits.layer.name for layer_fits, _ in self._candidates]
         return self.gains | {name: self.gains[name] * float(w) for name, w in zip(names, weights, strict=True)}
 
     def _as_counted(
@@ -221,15 +225,15 @@ class Mixture:
 
     def _as_timed(self, levels: Counts) -> Factorize | None:
         """Return the methods and shares of the work that were timed, for the layers after pruning."""
-        wanted: dict[str, tuple[str, float]] = {}
-        for level, (opened, candidates) in zip(levels.tolist(), self._candidates, strict=True):
+        requested: dict[str, tuple[str, float]] = {}
+        for level, (layer_fits, candidates) in zip(levels.tolist(), self._candidates, strict=True):
             if level < len(candidates):
-                chosen = candidates[level]
-                wanted[opened.layer.name] = chosen.method, opened.share(chosen, "macs")
-        if not wanted:
+                choice = candidates[level]
+                requested[layer_fits.layer.name] = choice.method, layer_fits.share(choice, "macs")
+        if not requested:
             return None
         options: Options = {**self._options, "ratio": 0.5, "timed": False, "cost": "macs"}
-        return Factorize("auto", wanted=wanted, **options)
+        return Factorize("auto", wanted=requested, **options)
 
     def _even(self, problem: SearchProblem) -> float:
         """Return the rate at which groups and layers have the same marginal loss half the way to the targets."""
@@ -242,19 +246,19 @@ class Mixture:
 def _slope(problem: SearchProblem, choices: Choices, costs: Mapping[str, Cost]) -> float:
     """Return the loss of one more step half the way to the targets; 0 where that is out of reach."""
     losses = []
-    for way in (_HALF - _SLOPE, _HALF + _SLOPE):
+    for factor in (_HALF - _SLOPE, _HALF + _SLOPE):
         limits = {}
-        for kind, most in problem.corrected_limits().items():
+        for kind, maximum in problem.corrected_limits().items():
             base = problem.base(kind)
-            limits[kind] = base * (1 - way) + way * (most if most < _WHOLE * base else _HALF * base)
-        allocation = allocate(choices, [Limit(costs[k], most) for k, most in limits.items()])
+            limits[kind] = base * (1 - factor) + factor * (maximum if maximum < _WHOLE * base else _HALF * base)
+        allocation = allocate(choices, [Limit(costs[k], maximum) for k, maximum in limits.items()])
         losses.append(np.nan if allocation is None else allocation.loss)
     return float(np.nan_to_num(losses[1] - losses[0]))
 
 
 def _furthest(problem: SearchProblem) -> str:
     """Return the kind of the target that is furthest away, as a factorization counts it."""
-    kinds = {k: most / problem.base(k) for k, most in problem.limits().items()}
+    kinds = {k: maximum / problem.base(k) for k, maximum in problem.limits().items()}
     return _counted_as(min(kinds, key=kinds.__getitem__))
 
 
@@ -263,19 +267,19 @@ def _counted_as(kind: str) -> str:
     return "macs" if kind in ("macs", "latency") else "params"
 
 
-def _ordered(opened: Opened, found: Sequence[LayerCandidate]) -> list[Timed]:
+def _ordered(layer_fits: Opened, options: Sequence[LayerCandidate]) -> list[Timed]:
     """Return candidates that reduce the cost, by rising cost; their times are not known."""
-    return [Timed(c, np.nan) for c in sorted(found, key=lambda c: c.cost) if c.cost < opened.whole]
+    return [Timed(c, np.nan) for c in sorted(options, key=lambda c: c.cost) if c.cost < layer_fits.whole]
 
 
-def _part(opened: Opened, gain: float, found: Sequence[Timed], known: Mapping[str, Node]) -> Part | None:
+def _part(layer_fits: Opened, gain: float, options: Sequence[Timed], node_of: Mapping[str, Node]) -> Part | None:
     """Return a layer with its candidates, and itself; None without candidates, or where its node has changed."""
-    nodes = tuple(known[use.node.label] for use in opened.layer.uses if use.node.label in known)
-    if not found or len(nodes) < len(opened.layer.uses):
+    nodes = tuple(node_of[use.node.label] for use in layer_fits.layer.uses if use.node.label in node_of)
+    if not options or len(nodes) < len(layer_fits.layer.uses):
         return None
-    macs, params = (np.array([*(opened.share(c, k) for c, _ in found), 1.0]) for k in ("macs", "params"))
-    losses, times = [gain * c.loss for c, _ in found], [share for _, share in found]
-    return Part(nodes, opened.layer.weight, np.array([*losses, 0.0]), macs, params, np.array([*times, 1.0]))
+    macs, params = (np.array([*(layer_fits.share(c, k) for c, _ in options), 1.0]) for k in ("macs", "params"))
+    losses, times = [gain * c.loss for c, _ in options], [share for _, share in options]
+    return Part(nodes, layer_fits.layer.weight, np.array([*losses, 0.0]), macs, params, np.array([*times, 1.0]))
 
 
 # -- candidates of a layer that make it faster -------------------------------------------------------------------------
@@ -297,33 +301,33 @@ def timed_options(work: Work, joint: JointBudget) -> list[list[Timed]]:
     """Return per layer the candidates that are faster than it, by rising time; slower ones lose less."""
     found = []
     total = max(len(joint.opened), 1)
-    for number, (opened, options) in enumerate(zip(joint.opened, joint.options, strict=True)):
-        timed = []
-        for candidate in _some(opened, options):
-            (done,) = work.carry_out({opened.layer.name: candidate})
-            latency = joint.latency(done)
-            if latency is not None and done.candidate is candidate:
-                timed.append(Timed(candidate, latency.after_ms / latency.before_ms))
-        found.append(_worth(timed))
+    for number, (layer_fits, options) in enumerate(zip(joint.opened, joint.options, strict=True)):
+        layer_options = []
+        for candidate in _some(layer_fits, options):
+            (result,) = work.carry_out({layer_fits.layer.name: candidate})
+            latency = joint.latency(result)
+            if latency is not None and result.candidate is candidate:
+                layer_options.append(Timed(candidate, latency.after_ms / latency.before_ms))
+        found.append(_worth(layer_options))
         work.context.tell("layers apart", (number + 1) / total)
     return found
 
 
-def _some(opened: Opened, options: Sequence[LayerCandidate]) -> list[LayerCandidate]:
+def _some(layer_fits: Opened, selected: Sequence[LayerCandidate]) -> list[LayerCandidate]:
     """Return, of every method, the candidates nearest to the shares, each once."""
     found: dict[tuple[str, tuple[int, ...]], LayerCandidate] = {}
-    for method in dict.fromkeys(c.method for c in options):
-        own = [c for c in options if c.method == method and c.cost < opened.whole]
-        for share in _SHARES if own else ():
-            one = min(own, key=lambda c: abs(c.cost - share * opened.whole))
-            found[method, tuple(one.ranks)] = one
+    for method in dict.fromkeys(c.method for c in selected):
+        affordable = [c for c in selected if c.method == method and c.cost < layer_fits.whole]
+        for share in _SHARES if affordable else ():
+            nearest = min(affordable, key=lambda c: abs(c.cost - share * layer_fits.whole))
+            found[method, tuple(nearest.ranks)] = nearest
     return list(found.values())
 
 
-def _worth(timed: Sequence[Timed]) -> list[Timed]:
+def _worth(options: Sequence[Timed]) -> list[Timed]:
     """Return the faster candidates, without any that loses more than a faster one."""
-    kept: list[Timed] = []
-    for one in sorted((t for t in timed if t.share < _FASTER), key=lambda t: (t.share, t.candidate.loss)):
-        if not kept or one.candidate.loss < kept[-1].candidate.loss:
-            kept.append(one)
-    return kept
+    pareto: list[Timed] = []
+    for option in sorted((t for t in options if t.share < _FASTER), key=lambda t: (t.share, t.candidate.loss)):
+        if not pareto or option.candidate.loss < pareto[-1].candidate.loss:
+            pareto.append(option)
+    return pareto

@@ -129,17 +129,17 @@ class SearchProblem:
         sizes = Sizes(selector.analysis, groups)
         costs = {t.kind: _cost(sizes, t.kind, table) for t in targets}
         originals = {kind: float(total(cost, sizes.whole)[0]) for kind, cost in costs.items()}
-        for kind, whole in originals.items():
-            if whole <= 0 and kind != "latency":
+        for kind, original in originals.items():
+            if original <= 0 and kind != "latency":
                 raise _costs_nothing(kind)
         ranked = list(scored.values())
         blocks = [block_levels(g.steps) for g in groups] if table and selector.request.round_to == 1 else None
-        kept = levels_of(ranked, blocks)
-        choices = {"scores": by_scores(ranked, kept)}
+        levels = levels_of(ranked, blocks)
+        choices = {"scores": by_scores(ranked, levels)}
         if sensitivity:
-            choices["drifts"] = by_scores([replace(c, values=sensitivity[n]) for n, c in scored.items()], kept)
+            choices["drifts"] = by_scores([replace(c, values=sensitivity[n]) for n, c in scored.items()], levels)
         if curves:
-            choices["sensitivities"] = by_curves(ranked, kept, curves, list(scored))
+            choices["sensitivities"] = by_curves(ranked, levels, curves, list(scored))
         lead = list(choices)[-1]
         return cls(context, selector, scored, sizes, costs, originals, choices, tuple(targets), lead, table)
 
@@ -159,7 +159,7 @@ class SearchProblem:
 
     def corrected_limits(self) -> dict[str, float]:
         """Return the limits times their corrections from recovered models."""
-        return {k: most * self.corrections.get(k, 1.0) for k, most in self.limits().items()}
+        return {k: maximum * self.corrections.get(k, 1.0) for k, maximum in self.limits().items()}
 
     def base(self, kind: str) -> float:
         """Return the cost that shares refer to: the measured time of the original, else its counted cost."""
@@ -171,10 +171,10 @@ class SearchProblem:
         The list is empty where no counts fit.
         """
         first = sorted(self.choices, key=lambda name: name != self.lead)
-        every = [self._candidate(f"knapsack over {name}", name, allocate) for name in first]
-        every.append(self._candidate("uniform", "", uniform))
+        candidates = [self._candidate(f"knapsack over {name}", name, allocate) for name in first]
+        candidates.append(self._candidate("uniform", "", uniform))
         unique: dict[bytes, Candidate] = {}
-        for candidate in every:
+        for candidate in candidates:
             if candidate is not None:
                 unique.setdefault(candidate.allocation.kept.tobytes(), candidate)
         return list(unique.values())
@@ -185,8 +185,8 @@ class SearchProblem:
         limits, best = self.limits(), None
         correction = LimitCorrection({kind: self.corrections.get(kind, 1.0) for kind in self.costs})
         for _ in range(_CORRECTIONS):
-            wanted = [Limit(self.costs[k], most * correction.now[k]) for k, most in limits.items()]
-            allocation = solve(choices, wanted)
+            constraints = [Limit(self.costs[k], maximum * correction.now[k]) for k, maximum in limits.items()]
+            allocation = solve(choices, constraints)
             if allocation is None:
                 # A time is predicted to be out of reach: the fastest counts may be within it all the same.
                 allocation = self._least(choices) if best is None and "latency" in limits else None
@@ -195,7 +195,7 @@ class SearchProblem:
                     break
             removed = self.removed(allocation.kept)
             candidate = Candidate(name, allocation, removed, self.measured(allocation.kept, removed), source)
-            over = {k: candidate.costs[k] / most for k, most in limits.items()}
+            over = {k: candidate.costs[k] / maximum for k, maximum in limits.items()}
             if max(over.values()) <= 1 and (best is None or allocation.loss < best.allocation.loss):
                 best = candidate
             if not correction.update(over):
@@ -204,9 +204,9 @@ class SearchProblem:
 
     def _least(self, choices: Choices) -> Allocation:
         """Return the counts of the least predicted time."""
-        kept = least(choices, self.costs["latency"])
-        levels = [int(np.searchsorted(k, n)) for k, n in zip(choices.kept, kept, strict=True)]
-        return Allocation(kept, choices.loss(levels), -np.inf)
+        counts = least(choices, self.costs["latency"])
+        levels = [int(np.searchsorted(k, n)) for k, n in zip(choices.kept, counts, strict=True)]
+        return Allocation(counts, choices.loss(levels), -np.inf)
 
     def with_costs_of(self, candidate: Candidate, evaluation: Evaluation) -> Candidate:
         """Return a candidate with its costs after recovery."""
@@ -219,7 +219,7 @@ class SearchProblem:
 
     def over(self, candidate: Candidate) -> dict[str, float]:
         """Return costs as shares of their limits."""
-        return {k: candidate.costs[k] / most for k, most in self.limits().items()}
+        return {k: candidate.costs[k] / maximum for k, maximum in self.limits().items()}
 
     def tightened(self, over: Mapping[str, float]) -> SearchProblem:
         """Return the problem with lower limits for the kinds that were exceeded, {kind: share of its limit}."""
@@ -230,11 +230,11 @@ class SearchProblem:
         """Return the problem with other targets of the same kinds."""
         return replace(self, targets=targets)
 
-    def towards_whole(self, way: float) -> tuple[Target, ...]:
+    def towards_whole(self, share: float) -> tuple[Target, ...]:
         """Return targets part of the way from the present ones (0) to the cost of the original (1)."""
         bases, limits = {t.kind: self.base(t.kind) for t in self.targets}, self.limits()
         return tuple(
-            t.with_limit(limits[t.kind] + way * (bases[t.kind] - limits[t.kind]), bases[t.kind]) for t in self.targets
+            t.with_limit(limits[t.kind] + share * (bases[t.kind] - limits[t.kind]), bases[t.kind]) for t in self.targets
         )
 
     def how(self, kind: str) -> str:
@@ -243,42 +243,42 @@ class SearchProblem:
             return "counted"
         return "measured" if self.is_measured_here else "predicted"
 
-    def removed(self, kept: Counts) -> Mask:
+    def removed(self, counts: Counts) -> Mask:
         """Return the mask over atoms for counts [groups]: the units with the lowest scores are removed."""
-        gone = [int(s - k) for s, k in zip(self.sizes.steps, kept, strict=True)]
-        return atoms_removed(self.analysis.units, take(self.analysis, self.groups, gone))
+        num_removed = [int(s - k) for s, k in zip(self.sizes.steps, counts, strict=True)]
+        return atoms_removed(self.analysis.units, take(self.analysis, self.groups, num_removed))
 
-    def measured(self, kept: Counts, removed: Mask, *, timed: bool = True) -> dict[str, float]:
+    def measured(self, counts: Counts, removed: Mask, *, timed: bool = True) -> dict[str, float]:
         """Return costs before any recovery: counted on the pruned model, timed if this is the target machine.
 
         Args:
-            kept: counts [groups].
+            counts: counts [groups].
             removed: mask over atoms for these counts.
             timed: measure time, too, in place of predicting it.
 
         Raises:
             CannotRewrite: a node has no form with the new sizes.
         """
-        found = {kind: float(total(cost, kept[None])[0]) for kind, cost in self.costs.items()}
-        if "macs" in found:
-            found["macs"] = float(macs_after(self.analysis, removed))
-        kinds = found.keys() & {"params", "size", "latency"} - (set() if timed else {"latency"})
+        costs = {kind: float(total(cost, counts[None])[0]) for kind, cost in self.costs.items()}
+        if "macs" in costs:
+            costs["macs"] = float(macs_after(self.analysis, removed))
+        kinds = costs.keys() & {"params", "size", "latency"} - (set() if timed else {"latency"})
         if kinds:
-            found |= self.measured_model(cut_model(self.analysis, removed), kinds)
-        return found
+            costs |= self.measured_model(cut_model(self.analysis, removed), kinds)
+        return costs
 
     def measured_model(self, model: ModelParts, kinds: Collection[str]) -> dict[str, float]:
         """Return costs of a model, of the kinds that a file determines: counted, and timed beside the original."""
         with Trial.of(self.analysis) as trial:
             proto, weights = flush(model)[0]
             path, size = trial.write(proto, weights, "measured")
-            found = {"size": float(size), "params": float(sum(int(np.prod(w.shape)) for w in weights.values()))}
+            costs = {"size": float(size), "params": float(sum(int(np.prod(w.shape)) for w in weights.values()))}
             if "latency" in kinds and self.is_measured_here:
                 feed = timing_feed(self.context, trial)
                 bench = Bench(self.analysis, self.sizes, self.context.device, feed, trial)
                 before, after = bench.whole([trial.original, path])
-                found["latency"] = float(after / before) * self.base("latency")
-        return {kind: cost for kind, cost in found.items() if kind in kinds}
+                costs["latency"] = float(after / before) * self.base("latency")
+        return {kind: cost for kind, cost in costs.items() if kind in kinds}
 
     def reachable(self, kind: str) -> float:
         """Return the least cost of a kind, with other limits ignored; a measured time where possible.
@@ -286,8 +286,8 @@ class SearchProblem:
         Raises:
             CannotRewrite: a node has no form with the new sizes.
         """
-        kept = least(self.choices["scores"], self.costs[kind])
-        return self.measured(kept, self.removed(kept))[kind]
+        counts = least(self.choices["scores"], self.costs[kind])
+        return self.measured(counts, self.removed(counts))[kind]
 
 
 def _cost(sizes: Sizes, kind: str, table: LatencyTable | None) -> Cost:
@@ -299,9 +299,9 @@ def _cost(sizes: Sizes, kind: str, table: LatencyTable | None) -> Cost:
 
 def _costs_nothing(kind: str) -> UsageError:
     """Return the error for a target of a kind that the model has no cost of."""
-    what = "no operator multiplies data with its weights" if kind == "macs" else "nothing of it is stored"
+    reason = "no operator multiplies data with its weights" if kind == "macs" else "nothing of it is stored"
     return UsageError(
-        f"A target of {kind} has no meaning for this model: {what}, so it counts 0.",
+        f"A target of {kind} has no meaning for this model: {reason}, so it counts 0.",
         hint="Aim at another kind: params, size, latency or peak-memory.",
     )
 
@@ -338,15 +338,15 @@ class LimitCorrection:
         The limit of an exceeded cost is lowered. The limit of a time far below it, where all else fits, is raised.
         """
         fits = all(o <= 1 for o in over.values())
-        moved = False
+        changed = False
         for kind, share in over.items():
             if share > 1:
                 self._failed[kind] = min(self.now[kind], self._failed.get(kind, self.now[kind]))
             elif fits and kind == "latency":
                 self._fitted[kind] = max(self.now[kind], self._fitted.get(kind, 0.0))
             if share > 1 or (fits and kind == "latency" and share < _SLACK):
-                moved |= self._move(kind, share)
-        return moved and not self._ended
+                changed |= self._move(kind, share)
+        return changed and not self._ended
 
     def end(self) -> None:
         """Mark the present factors as the last ones to try."""
@@ -379,12 +379,12 @@ class BudgetErrors:
     def unreachable(self) -> BudgetError:
         """Return the error for targets that no counts are within."""
         problem, limits = self._problem, self._problem.limits()
-        reached = {t: problem.reachable(t.kind) for t in problem.targets}
-        bad = {t: r for t, r in reached.items() if r > limits[t.kind]}
+        minima = {t: problem.reachable(t.kind) for t in problem.targets}
+        bad = {t: r for t, r in minima.items() if r > limits[t.kind]}
         if not bad:
-            what = " and ".join(map(str, problem.targets))
+            requested = " and ".join(map(str, problem.targets))
             return BudgetError(
-                f"{what} cannot be reached together, though each can alone.",
+                f"{requested} cannot be reached together, though each can alone.",
                 hint=f"Nothing was written. Loosen one of them. {self._limits(problem.targets[0].kind)}",
             )
         first = next(iter(bad))
@@ -401,18 +401,18 @@ class BudgetErrors:
         """Return the error for a final model that exceeds a limit after all corrections."""
         limits, problem = self._problem.limits(), self._problem
         bad = [t for t in problem.targets if best.costs[t.kind] > limits[t.kind]]
-        reached = ", ".join(str(t.with_limit(best.costs[t.kind], problem.base(t.kind))) for t in bad)
+        costs = ", ".join(str(t.with_limit(best.costs[t.kind], problem.base(t.kind))) for t in bad)
         nearest = " ".join(argument("target", str(self._roomy(t, best.costs[t.kind]))) for t in bad)
         return BudgetError(
-            f"{', '.join(map(str, bad))} was not met: the best that was reached is {reached}.",
+            f"{', '.join(map(str, bad))} was not met: the best that was reached is {costs}.",
             hint=f"Nothing was written. {self._limits(bad[0].kind)} The nearest budget that works: {nearest}",
         )
 
-    def gate(self, why: str, nearest: tuple[Target, ...] | None) -> BudgetError:
+    def gate(self, failure: str, nearest: tuple[Target, ...] | None) -> BudgetError:
         """Return the error for a model within the targets that does not pass a gate on quality."""
         works = " ".join(argument("target", str(t)) for t in nearest) if nearest else ""
         hint = f"The nearest budget that works: {works}" if works else "No cut was found that passes."
-        return BudgetError(f"{why}.", hint=f"Nothing was written. {hint}")
+        return BudgetError(f"{failure}.", hint=f"Nothing was written. {hint}")
 
     def _roomy(self, target: Target, cost: float) -> Target:
         return target.with_limit(cost * _ROOM, self._problem.base(target.kind))
@@ -422,23 +422,23 @@ class BudgetErrors:
         problem = self._problem
         analysis = problem.analysis
         cost = problem.costs[kind]
-        kept = least(problem.choices["scores"], cost)
+        counts = least(problem.choices["scores"], cost)
         widest = problem.selector.request.widest
         more = f" No group loses more than {widest:g} of its units ({argument('max_ratio')})." if widest < 1 else ""
         if isinstance(cost, Peak):
-            name, share = cost.dearest(kept)
+            name, share = cost.dearest(counts)
             return f"Of what is left, {100 * share:.0f} % are activations, most of them alive at {name}.{more}"
         if isinstance(cost, Latency):
-            return f"What is left takes most time in {_largest(cost.of_nodes(kept))}.{more}"
-        shape = problem.sizes.at(kept[None])
+            return f"What is left takes most time in {_largest(cost.of_nodes(counts))}.{more}"
+        shape = problem.sizes.at(counts[None])
 
         def elements(name: str) -> int:
-            found = shape(name) or ()
-            return int(prod(int(n[0]) if hasattr(n, "shape") else n for n in found))
+            dims = shape(name) or ()
+            return int(prod(int(n[0]) if hasattr(n, "shape") else n for n in dims))
 
         def whole(name: str) -> object:
-            found = shape(name)
-            return found and tuple(int(n[0]) if hasattr(n, "shape") else n for n in found)
+            dims = shape(name)
+            return dims and tuple(int(n[0]) if hasattr(n, "shape") else n for n in dims)
 
         layers = analysis.layer_facts(whole, elements)
         after = {x.name: x.macs_after if kind == "macs" else x.params_after for x in layers}
@@ -448,7 +448,9 @@ class BudgetErrors:
 
 def _largest(parts: Mapping[str, float], reasons: Mapping[str, str] | None = None) -> str:
     """Return the largest parts by name with their shares, and why they stay."""
-    total, why = sum(parts.values()) or 1, reasons or {}
+    total, notes = sum(parts.values()) or 1, reasons or {}
     top = sorted(parts, key=parts.__getitem__, reverse=True)[:_MAX_NAMED]
-    said = (f"{name} ({100 * parts[name] / total:.0f} %{', ' + why[name] if why.get(name) else ''})" for name in top)
-    return ", ".join(said)
+    shares = (
+        f"{name} ({100 * parts[name] / total:.0f} %{', ' + notes[name] if notes.get(name) else ''})" for name in top
+    )
+    return ", ".join(shares)

@@ -45,7 +45,7 @@ class Space:
     def allocate(self, weights: Array) -> Allocation | None:
         """Return counts [columns] for these loss weights of the columns."""
         losses = [w * x for w, x in zip(weights, self.choices.losses, strict=True)]
-        limits = [Limit(self.costs[k], most) for k, most in self.limits.items()]
+        limits = [Limit(self.costs[k], maximum) for k, maximum in self.limits.items()]
         return allocate(Choices(self.choices.kept, losses), limits)
 
 
@@ -54,8 +54,8 @@ def cuts(problem: SearchProblem) -> Space:
 
     def candidate(_: Array, allocation: Allocation) -> Candidate | None:
         removed = problem.removed(allocation.kept)
-        one = Candidate(NAME, allocation, removed, problem.measured(allocation.kept, removed))
-        return one if max(problem.over(one).values()) <= 1 else None
+        candidate = Candidate(NAME, allocation, removed, problem.measured(allocation.kept, removed))
+        return candidate if max(problem.over(candidate).values()) <= 1 else None
 
     return Space(problem.choices[problem.lead], problem.costs, problem.corrected_limits(), candidate, problem.lead)
 
@@ -77,11 +77,11 @@ class Refine:
     """
 
     def __init__(
-        self, space: Space, judge: Callable[[Candidate], Evaluation | None], trials: int, whole: float = 0.0
+        self, space: Space, judge: Callable[[Candidate], Evaluation | None], trials: int, original_fine: float = 0.0
     ) -> None:
         self._space, self._judge, self._left = space, judge, trials
         self._choices = space.choices
-        self._learned = Learned(space.choices, whole)
+        self._learned = Learned(space.choices, original_fine)
         self._known: set[bytes] = set()
 
     def around(self, evaluated: Sequence[Evaluated]) -> list[Evaluated]:
@@ -92,23 +92,23 @@ class Refine:
         """
         best_candidate, best_evaluation = max(evaluated, key=lambda pair: pair[1].quality.fine)
         self._known = {a.allocation.kept.tobytes() for a, _ in evaluated}
-        best, here = best_evaluation.quality.fine, self._weights(best_candidate)
-        start = self._space.allocate(here) if best_candidate.factorize is not None else None
+        best, center = best_evaluation.quality.fine, self._weights(best_candidate)
+        start = self._space.allocate(center) if best_candidate.factorize is not None else None
         self._known |= set() if start is None else {start.kept.tobytes()}
         for candidate, evaluation in evaluated:
-            kept = candidate.allocation.kept if start is None else start.kept
-            self._learned.add(kept, evaluation.quality.fine)
-        added: list[Evaluated] = []
+            counts = candidate.allocation.kept if start is None else start.kept
+            self._learned.add(counts, evaluation.quality.fine)
+        new_pairs: list[Evaluated] = []
 
         def better(weights: Array) -> bool:
-            nonlocal best, here
-            one = self._try(weights)
-            if one is None:
+            nonlocal best, center
+            candidate_pair = self._try(weights)
+            if candidate_pair is None:
                 return False
-            added.append(one)
-            if one[1].quality.fine <= best:
+            new_pairs.append(candidate_pair)
+            if candidate_pair[1].quality.fine <= best:
                 return False
-            best, here = one[1].quality.fine, weights
+            best, center = candidate_pair[1].quality.fine, weights
             return True
 
         def follow() -> None:
@@ -116,19 +116,19 @@ class Refine:
                 pass
 
         follow()
-        others = [self._weights(a) for a, _ in evaluated if a is not best_candidate]
-        for other in others:  # half the way between two candidates
-            better(np.sqrt(here * other))
+        other_weights = [self._weights(a) for a, _ in evaluated if a is not best_candidate]
+        for rival in other_weights:  # half the way between two candidates
+            better(np.sqrt(center * rival))
         for factor in _FACTORS:
             for group in self._order():
                 for step in (factor, 1.0 / factor):
-                    moved = False
-                    while self._left > 0 and better(_scaled(here, group, step)):
-                        moved = True
-                    if moved:
+                    improved = False
+                    while self._left > 0 and better(_scaled(center, group, step)):
+                        improved = True
+                    if improved:
                         break
                 follow()
-        return added
+        return new_pairs
 
     def _learnt(self) -> Array | None:
         """Return loss weights fitted to all evaluations; None where they predict almost no gain, or nothing new."""
@@ -168,22 +168,22 @@ class Refine:
         middle = np.exp(np.nanmean(np.log(weights))) if np.isfinite(weights).any() else 1.0
         return np.asarray(np.clip(np.nan_to_num(weights / middle, nan=1.0), 1 / _EXTREME, _EXTREME))
 
-    def _slopes(self, kept: NDArray[np.int64]) -> tuple[Array, Array]:
+    def _slopes(self, counts: NDArray[np.int64]) -> tuple[Array, Array]:
         """Return (cost, loss) [columns] of one unit of every column at some counts; cost in shares of the limits."""
         low, high, losses = [], [], []
         for group, (levels, loss) in enumerate(zip(self._choices.kept, self._choices.losses, strict=True)):
-            at = int(np.argmin(np.abs(levels - kept[group])))
-            i, j = max(at - 1, 0), min(at + 1, levels.size - 1)
-            pair = np.repeat(kept[None], 2, axis=0)
+            index = int(np.argmin(np.abs(levels - counts[group])))
+            i, j = max(index - 1, 0), min(index + 1, levels.size - 1)
+            pair = np.repeat(counts[None], 2, axis=0)
             pair[:, group] = levels[[i, j]]
             low.append(pair[0])
             high.append(pair[1])
             losses.append((loss[i] - loss[j]) / max(levels[j] - levels[i], 1))
         width = np.maximum((np.array(high) - np.array(low)).sum(axis=1), 1)
         costs = np.zeros(width.size)
-        for kind, most in self._space.limits.items():
+        for kind, maximum in self._space.limits.items():
             cost = self._space.costs[kind]
-            costs += (cost.rows(np.array(high)).max(axis=1) - cost.rows(np.array(low)).max(axis=1)) / most / width
+            costs += (cost.rows(np.array(high)).max(axis=1) - cost.rows(np.array(low)).max(axis=1)) / maximum / width
         return costs, np.array(losses)
 
 

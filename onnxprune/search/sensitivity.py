@@ -62,7 +62,7 @@ def run_job(job: Job) -> list[tuple[float, float, str]]:
     """Return (noise, points, name of the points) for every share; runs in a worker."""
     context = _context(_Key(job))
     analysis = context.analysis.with_reshape_axis(job.reshape_axis)
-    found = []
+    points = []
     for packed in job.removed.values():
         removed = np.unpackbits(np.frombuffer(packed, np.uint8), count=job.atoms).astype(bool)
         quality = evaluate(
@@ -75,8 +75,8 @@ def run_job(job: Job) -> list[tuple[float, float, str]]:
             near=True,
         ).quality
         assert quality.fidelity is not None
-        found.append((noise(quality.fidelity), quality.points, points_name(job.metric, quality.fidelity)))
-    return found
+        points.append((noise(quality.fidelity), quality.points, points_name(job.metric, quality.fidelity)))
+    return points
 
 
 class _Key:
@@ -93,11 +93,11 @@ class _Key:
         return isinstance(other, _Key) and self._same == other._same and _alike(self.job.feeds, other.job.feeds)
 
 
-def _alike(one: tuple[Feed, ...] | None, other: tuple[Feed, ...] | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    pairs = zip(one, other, strict=False)
-    return len(one) == len(other) and all(np.array_equal(a[n], b[n]) for a, b in pairs for n in a)
+def _alike(left_feeds: tuple[Feed, ...] | None, right_feeds: tuple[Feed, ...] | None) -> bool:
+    if left_feeds is None or right_feeds is None:
+        return left_feeds is right_feeds
+    pairs = zip(left_feeds, right_feeds, strict=False)
+    return len(left_feeds) == len(right_feeds) and all(np.array_equal(a[n], b[n]) for a, b in pairs for n in a)
 
 
 @lru_cache(maxsize=1)
@@ -135,13 +135,13 @@ def measure_sensitivity(
     """
     analysis = selector.analysis
     settings = _settings(context, selector, mode, metric, shares)
-    kept = _kept(context, analysis.loaded.sha256, settings, metric)
-    if kept is not None and not anew and kept.is_file():
+    cache_file = _kept(context, analysis.loaded.sha256, settings, metric)
+    if cache_file is not None and not anew and cache_file.is_file():
         with suppress(UsageError):  # measure damaged curves again
-            known = Sensitivity.load(kept)
-            known.check_model(analysis.loaded.sha256, "")
-            if known.settings == json.loads(json.dumps(settings)):
-                return known
+            cached = Sensitivity.load(cache_file)
+            cached.check_model(analysis.loaded.sha256, "")
+            if cached.settings == json.loads(json.dumps(settings)):
+                return cached
     ranked = selector.pool()
     feeds = _feeds(context, selector)
     work: list[tuple[GroupCurve, Job]] = []
@@ -161,26 +161,26 @@ def measure_sensitivity(
     with context.stage("sensitivity"):
         original = points_of_original(analysis, metric)
         run = joblib.Parallel(n_jobs=jobs, return_as="generator")
-        what = points_name(metric, None)
-        for done, ((curve, _), found) in enumerate(
+        metric_name = points_name(metric, None)
+        for num_done, ((curve, _), points) in enumerate(
             zip(work, run(joblib.delayed(run_job)(job) for _, job in work), strict=True)
         ):
-            curve.noise, curve.points = [x[0] for x in found], [x[1] for x in found]
-            what = found[0][2]
-            context.tell("sensitivity", (done + 1) / len(work))
+            curve.noise, curve.points = [x[0] for x in points], [x[1] for x in points]
+            metric_name = points[0][2]
+            context.tell("sensitivity", (num_done + 1) / len(work))
     curves = [curve for curve, _ in work]
-    result = Sensitivity(analysis.loaded.sha256, settings, what, original, metric is not None, curves)
-    if kept is not None:
+    result = Sensitivity(analysis.loaded.sha256, settings, metric_name, original, metric is not None, curves)
+    if cache_file is not None:
         with suppress(OSError, UsageError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            result.save(kept)
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            result.save(cache_file)
     return result
 
 
 def _mask(selector: Selector, number: int, count: int) -> NDArray[np.bool_]:
     """Return the mask over atoms when one group alone loses this number of steps."""
-    chosen = take(selector.analysis, {number: selector.pool_of[number]}, [count])
-    return atoms_removed(selector.analysis.units, chosen)
+    removed = take(selector.analysis, {number: selector.pool_of[number]}, [count])
+    return atoms_removed(selector.analysis.units, removed)
 
 
 def _job(
@@ -195,20 +195,20 @@ def _job(
     model = source.SerializeToString() if isinstance(source, onnx.ModelProto) else source
     packed = {share: np.packbits(mask).tobytes() for share, mask in masks.items()}
     atoms = next(iter(masks.values())).size
-    where = model if isinstance(model, bytes) else str(Path(model).resolve())
+    model_source = model if isinstance(model, bytes) else str(Path(model).resolve())
     axis, approximate = selector.analysis.reshape_axis, selector.analysis.approximate
-    return Job(where, context.input_shapes, feeds, approximate, axis, mode, metric, context.seed, atoms, packed)
+    return Job(model_source, context.input_shapes, feeds, approximate, axis, mode, metric, context.seed, atoms, packed)
 
 
 def _feeds(context: Context, selector: Selector) -> tuple[Feed, ...] | None:
     """Return the data for workers: enough to recover from and to evaluate on."""
     if context.calibration is None:
         return None
-    feeds, seen = [], 0
+    feeds, num_samples = [], 0
     for feed in CalibrationBatches(context, selector.analysis).batches():
         feeds.append(feed)
-        seen += count(feed)
-        if seen >= MAX_TRIAL + _MAX_VALIDATION:
+        num_samples += count(feed)
+        if num_samples >= MAX_TRIAL + _MAX_VALIDATION:
             break
     return tuple(feeds)
 

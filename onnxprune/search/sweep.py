@@ -42,10 +42,10 @@ def sweep(
     metric = budget.wishes.metric
     before = points_of_original(analysis, metric)
     search = Search(context, analysis, budget.wishes, prune, budget.mode, before)
-    whole = SweepPoint("", sum(x.macs_before for x in analysis.layers), analysis.parameters, analysis.loaded.size)
-    whole.points, whole.cosine = before, 1.0
+    original = SweepPoint("", sum(x.macs_before for x in analysis.layers), analysis.parameters, analysis.loaded.size)
+    original.points, original.cosine = before, 1.0
     facts = SweepFacts(
-        str(analysis.loaded.path or "the model"), points_name(metric, None), context.device.threads, points=[whole]
+        str(analysis.loaded.path or "the model"), points_name(metric, None), context.device.threads, points=[original]
     )
     facts.settings = {"criterion": prune.name, "recover": budget.mode, "kind": kind}
     with context.stage("sweep"), Trial.of(analysis) as trial:
@@ -55,14 +55,14 @@ def sweep(
             target = Target(kind, share)
             problem = replace(problem, targets=(target,), corrections={})
             try:
-                found = search.within(problem)
+                result = search.within(problem)
             except BudgetError as error:
                 facts.points.append(SweepPoint(str(target), error=error.message))
                 continue
-            problem = replace(problem, lead=found.problem.lead)
-            point = _point(target, found.best, found.final)
-            facts.what = points_name(metric, found.final.quality.fidelity)
-            small, _ = flush(found.final.model.parts)
+            problem = replace(problem, lead=result.problem.lead)
+            point = _point(target, result.best, result.final)
+            facts.what = points_name(metric, result.final.quality.fidelity)
+            small, _ = flush(result.final.model.parts)
             files.append(trial.write(*small, f"sweep{number}")[0])
             if folder is not None:
                 point.file = str(_keep(files[-1], folder, trial.original.stem, share))
@@ -81,13 +81,13 @@ def sweep(
 
 def mark(points: Sequence[SweepPoint]) -> None:
     """Mark the points of the frontier: of those with as many points or more, none has fewer MACs."""
-    there = [p for p in points if not p.error]
-    for one in there:
-        one.best = not any(
-            other.points >= one.points
-            and other.macs <= one.macs
-            and (other.points, other.macs) != (one.points, one.macs)
-            for other in there
+    valid = [p for p in points if not p.error]
+    for point in valid:
+        point.best = not any(
+            other.points >= point.points
+            and other.macs <= point.macs
+            and (other.points, other.macs) != (point.points, point.macs)
+            for other in valid
         )
 
 

@@ -64,19 +64,19 @@ class Wishes:
         Raises:
             UsageError: a value is not allowed, alone or with the others.
         """
-        wanted = () if target is None else checked("target", target)
-        given: dict[str, Any] = {
+        targets = () if target is None else checked("target", target)
+        values: dict[str, Any] = {
             "max_drop": max_drop,
             "min_fidelity": min_fidelity,
             "metric": metric,
             "sensitivity": sensitivity,
         }
-        given |= {"latency_table": latency_table, "factorize": factorize, "trials": trials}
-        check_needs("prune", {"target": wanted, **{name: checked(name, value) for name, value in given.items()}})
+        values |= {"latency_table": latency_table, "factorize": factorize, "trials": trials}
+        check_needs("prune", {"target": targets, **{name: checked(name, value) for name, value in values.items()}})
         if factorize:
-            _check_factorization(wanted)
+            _check_factorization(targets)
         function = load_metric(metric) if isinstance(metric, str) else metric
-        return cls(wanted, min_fidelity, function, max_drop, latency_table, sensitivity, jobs, factorize, trials)
+        return cls(targets, min_fidelity, function, max_drop, latency_table, sensitivity, jobs, factorize, trials)
 
     @property
     def any(self) -> bool:
@@ -84,12 +84,12 @@ class Wishes:
         return bool(self.targets) or self.max_drop is not None
 
 
-def _check_factorization(wanted: Sequence[Target]) -> None:
+def _check_factorization(targets: Sequence[Target]) -> None:
     """Check that layers may be factorized for these targets; raise UsageError otherwise."""
-    other = next((t for t in wanted if t.kind not in FACTORED), None)
-    if other is not None:
+    unsupported = next((t for t in targets if t.kind not in FACTORED), None)
+    if unsupported is not None:
         raise UsageError(
-            f"{argument('factorize')} cannot aim at {other}: what a model with new layers holds at once is not "
+            f"{argument('factorize')} cannot aim at {unsupported}: what a model with new layers holds at once is not "
             "known in advance",
             hint=f"Drop one of the two; it goes with {', '.join(FACTORED)}.",
         )

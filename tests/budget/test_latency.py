@@ -219,7 +219,7 @@ def test_a_table_is_measured_once_per_device(tmp_path: Path) -> None:
     assert again.checks == table.checks and kept.stat().st_mtime_ns == before
     latency_table(replace(context, device=device(threads=2)), sizes, seconds=0.1)
     assert len(list(tmp_path.glob("latency-*.json"))) == 2
-    given = latency_table(context, sizes, given=kept)
+    given = latency_table(context, sizes, source=kept)
     assert given.device["threads"] == 1
 
 
