@@ -1244,6 +1244,15 @@ SETTINGS: tuple[Setting, ...] = (
         brief="Also write a page with the plot.",
     ),
     Setting(
+        "config",
+        PathTo("FILE.toml", "a TOML file"),
+        "Read settings from this file; default: the nearest onnxprune.toml, or pyproject.toml with [tool.onnxprune], "
+        "from the working directory upwards. Options on the command line win.",
+        _SHOWN,
+        python=False,
+    ),
+    Setting("no_config", Flag(), "Read no file of settings.", _SHOWN, False, python=False),
+    Setting(
         "json",
         Flag(),
         "One JSON object on stdout, all else on stderr.",

@@ -133,7 +133,7 @@ def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") 
             "exit_code": failure.exit_code,
         }
         report = getattr(error, "report", None)
-        screen.emit({**(report.to_dict() if report is not None else {}), "error": record})
+        screen.emit({**(report.to_dict() if report is not None else {}), "error": record}, failure.exit_code)
     return failure.exit_code
 
 

@@ -73,7 +73,6 @@ class DefaultGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; any failure ends here."""
-        screen: Screen = ctx.obj
         with failure.stoppable():
             try:
                 if ctx.meta[_LOUD_AND_QUIET]:
@@ -83,11 +82,11 @@ class DefaultGroup(click.Group):
                         "no model given", hint="For example: onnxprune model.onnx --ratio 0.3, or onnxprune --help."
                     )
                 result = super().invoke(ctx)
-                failure.check_shown(screen)
+                failure.check_shown(ctx.obj)
             except click.exceptions.Exit:
                 raise
             except BaseException as error:
-                ctx.exit(failure.show(error, screen, ctx.command_path))
+                ctx.exit(failure.show(error, ctx.obj, ctx.command_path))
         return result
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from onnxprune.errors import UsageError, argument, nearest, spelled
+from onnxprune.cli import config
+from onnxprune.errors import Note, UsageError, argument, nearest, spelled
 from onnxprune.report.console import Screen
 from onnxprune.settings import (
     TARGET_KINDS,
@@ -312,7 +314,9 @@ def command(
         @click.pass_context
         def run(ctx: click.Context, /, **values: Any) -> None:
             said = [key for key in values if ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE]
-            function(ctx.obj, Given(name, values, said))
+            given, screen = _with_config(name, values, said, ctx.obj)
+            ctx.find_root().obj = screen
+            function(screen, given)
 
         run.__doc__ = function.__doc__
         path = click.Path(path_type=Path)
@@ -326,6 +330,37 @@ def command(
         return made
 
     return decorate
+
+
+def _with_config(name: str, values: dict[str, Any], said: Sequence[str], screen: Screen) -> tuple[Given, Screen]:
+    """Return what was given on the command line and by a file of settings, and the screen as both want it.
+
+    Raises:
+        UsageError: the file is missing or wrong.
+    """
+    named: Path | None = values["config"]
+    if values["no_config"] and named is not None:
+        raise UsageError(f"{argument('config')} and {argument('no_config')} contradict each other", hint="Drop one.")
+    path = None if values["no_config"] else named and existing(named, "file of settings")
+    if path is None and not values["no_config"]:
+        path = config.find(Path.cwd())
+    more = config.configured(name, path, values, said)
+    loud = int(more.values.get("verbose", 0)) - int(more.values.get("quiet", False))
+    screen = replace(
+        screen,
+        as_json=screen.as_json or more.values.get("json", False),
+        verbosity=screen.verbosity if {"quiet", "verbose"} & set(said) else loud,
+    )
+    for key in more.values:
+        screen.note(f"{screen.spelled(Note(argument(key)))}: set in {path}")
+    for key, why in more.ignored.items():
+        screen.note(screen.spelled(Note(f"{argument(key)} in {path} is ignored: it {why}")))
+    typed = {s.name for s in options_of(name)} & set(said)
+    screen.about["settings_from"] = {
+        **dict.fromkeys(sorted(typed), "command line"),
+        **dict.fromkeys(more.values, str(path)),
+    }
+    return Given(name, {**values, **more.values}, {*said, *more.values}), screen
 
 
 def _option(setting: Setting, command: str) -> Callable[..., Any]:

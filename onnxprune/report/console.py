@@ -120,6 +120,8 @@ class Screen:
     verbosity: int = 0
     wrote: list[Path] = field(default_factory=list)
     """Files that the command has written."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What ``--json`` says of the run itself, in front of what came out."""
     loss: _Loss = field(default_factory=_Loss)
     spell: Spelling | None = None
     """How messages write arguments; None: as Python does."""
@@ -160,10 +162,11 @@ class Screen:
                     console.print(part, soft_wrap=isinstance(part, Text))
                 console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
-    def emit(self, record: Mapping[str, Any]) -> None:
+    def emit(self, record: Mapping[str, Any], exit_status: int = 0) -> None:
         """Write the one JSON object of ``--json`` to stdout; NaN and infinity become null."""
+        whole = {**self.about, "exit_status": exit_status, **record}
         with self.loss.noted(self.out):
-            self.out.file.write(json.dumps(self._shown(plain(record)), indent=2, allow_nan=False) + "\n")
+            self.out.file.write(json.dumps(self._shown(plain(whole)), indent=2, allow_nan=False) + "\n")
 
     def _shown(self, value: Any) -> Any:
         """Plain data with every text as the user writes it."""
