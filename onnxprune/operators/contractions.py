@@ -16,6 +16,10 @@ Array = NDArray[Any]
 Picked = NDArray[np.int64] | None
 
 
+# Windows are gathered one by one where they hold less than one in this many positions of the data.
+_SPARSE = 4
+
+
 class Form(ABC):
     """An operator as ``rows(output) = columns(data) @ matrix(weight) + bias``, in independent ``parts``.
 
@@ -323,9 +327,10 @@ class Windows(Form):
 
     def _slide(self, data: Array, pairs: Sequence[tuple[int, int]], strides: Sequence[int], pick: Picked) -> Array:
         """Unfold padded data into [parts, N * positions, C / parts * taps]; negative padding crops."""
+        if pick is not None and _SPARSE * pick.size * self.taps <= data.shape[0] * prod(data.shape[2:]):
+            return self._gather(data, pairs, strides, pick)
         crop = tuple(slice(max(-a, 0), n - max(-b, 0)) for (a, b), n in zip(pairs, data.shape[2:], strict=True))
-        border = [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in pairs)]
-        data = np.pad(data[(slice(None), slice(None), *crop)], border)
+        data = _bordered(data[(slice(None), slice(None), *crop)], [(max(a, 0), max(b, 0)) for a, b in pairs])
         rank = len(self.kernel)
         reach = tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
         windows = sliding_window_view(data, reach, axis=tuple(range(2, 2 + rank)))
@@ -343,6 +348,24 @@ class Windows(Form):
             rows = windows[chosen].reshape(pick.size, channels, self.taps)
         rows = rows.reshape(len(rows), self.parts, -1)
         return rows.transpose(1, 0, 2)
+
+    def _gather(
+        self, data: Array, pairs: Sequence[tuple[int, int]], strides: Sequence[int], pick: NDArray[np.int64]
+    ) -> Array:
+        """Unfold a few windows as ``_slide`` does, without a copy of all data."""
+        sizes = data.shape[2:]
+        axes = list(zip(sizes, pairs, strides, self.kernel, self.dilations, strict=True))
+        space = [(n + a + b - (k - 1) * d - 1) // s + 1 for n, (a, b), s, k, d in axes]
+        sample, *where = np.unravel_index(pick, (data.shape[0], *space))
+        flat, inside = np.zeros((pick.size, 1), np.int64), np.ones((pick.size, 1), bool)
+        for first, (n, (before, _), s, k, d) in zip(where, axes, strict=True):
+            at = first[:, None] * s - before + d * np.arange(k)
+            flat = (flat[:, :, None] * n + np.clip(at, 0, n - 1)[:, None, :]).reshape(pick.size, -1)
+            inside = (inside[:, :, None] & ((at >= 0) & (at < n))[:, None, :]).reshape(pick.size, -1)
+        # The slice between the indices moves the indexed axes to the front: [picked, taps, channels].
+        rows = data.reshape(*data.shape[:2], -1)[sample[:, None], :, flat]
+        rows[~inside] = 0
+        return rows.transpose(0, 2, 1).reshape(pick.size, self.parts, -1).transpose(1, 0, 2)
 
     def columns(self, data: Array, pick: Picked = None) -> Array:
         """Unfold the data, one row per position of the output."""
@@ -391,6 +414,17 @@ class Windows(Form):
     def output_axis(self, rank: int) -> int | None:
         """Return axis 1, the channels."""
         return 1
+
+
+def _bordered(data: Array, border: Sequence[tuple[int, int]]) -> Array:
+    """Return the data [N, C, *space] with zeros around every spatial axis; the data themselves where there are none."""
+    if not any(a or b for a, b in border):
+        return data
+    sizes = [n + a + b for n, (a, b) in zip(data.shape[2:], border, strict=True)]
+    padded = np.zeros((*data.shape[:2], *sizes), data.dtype)
+    inner = tuple(slice(a, a + n) for n, (a, _) in zip(data.shape[2:], border, strict=True))
+    padded[(slice(None), slice(None), *inner)] = data
+    return padded
 
 
 class Transposed(Windows):

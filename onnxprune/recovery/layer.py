@@ -18,10 +18,10 @@ from onnxprune.recovery.regression import (
     RIDGES,
     WORTH,
     Real,
+    RidgeRegression,
     Solution,
     Sums,
     is_held,
-    least_squares,
     solve,
 )
 from onnxprune.recovery.targets import RecoveryTarget
@@ -168,12 +168,14 @@ class Problem:
             edge = max(1, count - max(1, count // HELD))
             yield whole.part(slice(edge, None) if held else slice(0, edge))
             return
+        size = 0
         for number, batch in enumerate(self.batches):
             if held == is_held(number, len(self.batches)):
                 waiting.append(self._read(batch))
-                if sum(rows.nbytes for rows in waiting) > _BLOCK:
+                size += waiting[-1].nbytes
+                if size > _BLOCK:
                     yield Rows.joined(waiting)
-                    waiting = []
+                    waiting, size = [], 0
         if waiting:
             yield Rows.joined(waiting)
 
@@ -413,18 +415,21 @@ def _rounded(problem: Problem, matrix: Real, bias: Real, found: Solution, as_sto
 def _pointwise(problem: Problem, matrix: Real, bias: Real, mode: str, fixed_bias: bool) -> Solution:
     """Recover the layer from its rows, each on its own."""
     train, held = problem.sums(False), problem.sums(True)
-    linear = solve(train, held, matrix, bias, mode=mode, fixed_bias=fixed_bias)
-    linear = _finer(train, held, matrix, bias, linear, fixed_bias)
+    regression = RidgeRegression(train, matrix, bias, fixed_bias) if mode in ("lstsq", "full") else None
+    linear = solve(train, held, matrix, bias, mode=mode, fixed_bias=fixed_bias, regression=regression)
+    if regression is None or linear.ridge is None:
+        return linear
+    linear = _finer(regression, held, linear)
     if mode != "full" or not problem.aim.tail.flats or linear.ridge is None:
         return linear
-    found = _rounds(problem, train, matrix, bias, linear.ridge, fixed_bias)
+    found = _rounds(problem, regression, linear, matrix, bias)
     if not found.number:
         return linear
     how = f"{linear.how}, {found.number} rounds"
     return Solution(found.matrix, found.bias, found.before / held.scale, found.after / held.scale, how, linear.ridge)
 
 
-def _finer(train: Sums, held: Sums, matrix: Real, bias: Real, found: Solution, fixed_bias: bool) -> Solution:
+def _finer(regression: RidgeRegression, held: Sums, found: Solution) -> Solution:
     """Return the solution, or one with a smaller ridge where the smallest ridge of the grid is the best so far.
 
     Where the survivors determine the removed channels exactly, the ridge is the only source of error.
@@ -433,7 +438,7 @@ def _finer(train: Sums, held: Sums, matrix: Real, bias: Real, found: Solution, f
         return found
     for ridge in _FINER:
         try:
-            fitted, shifted = least_squares(train, matrix, bias, ridge, fixed_bias)
+            fitted, shifted = regression.fit(ridge)
             error = float(held.error(fitted, shifted).sum()) / held.scale
             if error >= found.after * (1.0 - WORTH):
                 break
@@ -454,13 +459,14 @@ class _Found:
     after: float
 
 
-def _rounds(problem: Problem, train: Sums, matrix: Real, bias: Real, ridge: float, fixed_bias: bool) -> _Found:
+def _rounds(problem: Problem, regression: RidgeRegression, linear: Solution, matrix: Real, bias: Real) -> _Found:
     """Refit on the training rows, round by round, as long as the hold-out error falls."""
+    assert linear.ridge is not None
     before = loss(problem.rows(True), matrix, bias)
-    w, b = least_squares(train, matrix, bias, ridge, fixed_bias)
+    w, b = linear.matrix, linear.bias
     found = _Found(w, b, 0, before, min(before, loss(problem.rows(True), w, b)) * (1.0 - WORTH))
     for number in range(1, _ROUNDS + 1):
-        w, b = _round(problem.rows(False), train, w, b, matrix, bias, ridge, fixed_bias)
+        w, b = _round(problem.rows(False), regression, w, b, linear.ridge)
         error = loss(problem.rows(True), w, b)
         if error >= found.after:
             break
@@ -468,13 +474,11 @@ def _rounds(problem: Problem, train: Sums, matrix: Real, bias: Real, ridge: floa
     return found
 
 
-def _round(
-    rows: Iterator[Rows], sums: Sums, w: Real, b: Real, matrix: Real, bias: Real, ridge: float, fixed_bias: bool
-) -> tuple[Real, Real]:
+def _round(rows: Iterator[Rows], regression: RidgeRegression, w: Real, b: Real, ridge: float) -> tuple[Real, Real]:
     """Refit to targets that follow the last fit where the activation is saturated."""
-    xy, y = np.zeros_like(sums.xy), np.zeros_like(sums.y)
+    xy, y = np.zeros_like(w), np.zeros_like(b)
     for batch in rows:
         wanted = batch.wanted(fit(batch.data, w, b))
         xy += np.matmul(batch.data.transpose(0, 2, 1), wanted.astype(batch.data.dtype))
         y += wanted.sum(axis=1, dtype=np.float64)
-    return least_squares(Sums(sums.rows, sums.x, y, sums.xx, xy, sums.yy), matrix, bias, ridge, fixed_bias)
+    return regression.fit(ridge, xy, y)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,6 +137,8 @@ def _turned(left: NDArray[Any], right: NDArray[Any]) -> Real:
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Shares of the Gram matrix' mean diagonal that are tried as ridge."""
+# Unknowns per output from which on ridges are tried from the middle of the grid outwards, as far as the error falls.
+_DESCENT = 256
 # A recovery has to lower the hold-out error by this share, or the weights stay unchanged.
 WORTH = 1e-3
 NOTHING = 1e-11
@@ -167,7 +170,14 @@ class Solution:
 
 
 def solve(
-    train: Sums, held: Sums, matrix: Real, bias: Real, *, mode: str = "full", fixed_bias: bool = False
+    train: Sums,
+    held: Sums,
+    matrix: Real,
+    bias: Real,
+    *,
+    mode: str = "full",
+    fixed_bias: bool = False,
+    regression: RidgeRegression | None = None,
 ) -> Solution:
     """Return the candidate of ``mode`` with the least error on ``held``.
 
@@ -185,21 +195,52 @@ def solve(
         bias: present biases, [parts, o].
         mode: ``bias``, ``bn``, ``lstsq`` or ``full`` (all of them).
         fixed_bias: whether the bias has to stay 0.
+        regression: that of these weights to ``train``, None to set it up here.
     """
     scale = held.scale
     before = float(held.error(matrix, bias).sum()) / scale
     if before <= NOTHING:
         return Solution(matrix, bias, before, before, "kept")
     limit, chosen = before * (1.0 - WORTH), Solution(matrix, bias, before, before, "kept")
-    for candidate in candidates(mode, fixed_bias):
+
+    def judge(candidate: Candidate) -> float:
+        nonlocal limit, chosen
         try:
             fitted, shifted = candidate.fit(train, matrix, bias)
         except LinAlgError:
-            continue
+            return np.inf
         error = float(held.error(fitted, shifted).sum()) / scale
         if error < limit:
             limit, chosen = error, Solution(fitted, shifted, before, error, candidate.name, candidate.ridge)
+        return error
+
+    for candidate in candidates(mode, fixed_bias):
+        judge(candidate)
+    if mode in ("lstsq", "full"):
+        of = regression or RidgeRegression(train, matrix, bias, fixed_bias)
+        ridges = [Candidate(f"lstsq {r:g}", _fit_of(of, r), r) for r in RIDGES]
+        if matrix.shape[1] >= _DESCENT:
+            _descend([partial(judge, candidate) for candidate in ridges])
+        else:
+            for candidate in ridges:
+                judge(candidate)
     return chosen
+
+
+def _fit_of(regression: RidgeRegression, ridge: float) -> Fit:
+    return lambda *_: regression.fit(ridge)
+
+
+def _descend(errors: Sequence[Callable[[], float]]) -> None:
+    """Call the functions of a series from its middle outwards, as far as the errors fall: up, or else down."""
+    middle = len(errors) // 2
+    first = errors[middle]()
+    for step in (1, -1):
+        least, at = first, middle + step
+        while 0 <= at < len(errors) and (error := errors[at]()) < least:
+            least, at = error, at + step
+        if least < first:
+            return
 
 
 class Candidate(NamedTuple):
@@ -211,18 +252,11 @@ class Candidate(NamedTuple):
 
 
 def candidates(mode: str, fixed_bias: bool = False) -> Iterator[Candidate]:
-    """Iterate over the candidates of a mode."""
+    """Iterate over the candidates of a mode that are no least squares."""
     if mode in ("bias", "full") and not fixed_bias:
         yield Candidate("bias", shift)
     if mode in ("bn", "full"):
         yield Candidate("affine", lambda sums, w, b: affine(sums, w, b, fixed_bias))
-    if mode in ("lstsq", "full"):
-        for ridge in RIDGES:
-            yield Candidate(f"lstsq {ridge:g}", _ridge(ridge, fixed_bias), ridge)
-
-
-def _ridge(ridge: float, fixed_bias: bool) -> Fit:
-    return lambda sums, w, b: least_squares(sums, w, b, ridge, fixed_bias)
 
 
 def shift(sums: Sums, matrix: Real, bias: Real) -> tuple[Real, Real]:
@@ -246,29 +280,62 @@ def affine(sums: Sums, matrix: Real, bias: Real, fixed_bias: bool = False) -> tu
 
 def least_squares(sums: Sums, matrix: Real, bias: Real, ridge: float, fixed_bias: bool = False) -> tuple[Real, Real]:
     """Return W + (G + r m I)^-1 X^T (Y - X W), G and the residual centred, m the mean diagonal of G."""
-    if fixed_bias:
-        gram, cross = sums.xx, sums.xy
-    else:
-        gram = _centred(sums.xx, sums.x, sums.x, sums.rows)
-        cross = _centred(sums.xy, sums.x, sums.y, sums.rows)
-    change = solve_ridge(gram, cross - gram @ matrix, ridge)
-    fitted = matrix + change
-    return (fitted, bias) if fixed_bias else shift(sums, fitted, bias)
+    return RidgeRegression(sums, matrix, bias, fixed_bias).fit(ridge)
 
 
-def solve_ridge(gram: Real, cross: Real, ridge: float) -> Real:
-    """Return (G + r m I)^-1 C for every part; m is the mean of G's diagonal over all parts. Raises LinAlgError."""
-    parts, n, _ = gram.shape
-    mean = float(np.einsum("pii->", gram)) / (parts * n)
-    step = ridge * mean if mean > 0 else 1.0
-    if n <= 32:
-        return np.asarray(np.linalg.solve(gram + step * np.eye(n), cross))
-    result = np.empty_like(cross)
-    for i in range(parts):
-        damped = gram[i].copy()
-        damped.flat[:: n + 1] += step
-        result[i] = cho_solve(cho_factor(damped, overwrite_a=True, check_finite=False), cross[i], check_finite=False)
-    return result
+class RidgeRegression:
+    """Ridge regressions towards the same weights: W + (G + r m I)^-1 X^T (Y - X W) for several r, or other targets Y.
+
+    G and the residual are centred where the bias is free; m is the mean of G's diagonal over all parts.
+
+    Args:
+        sums: sums over the rows.
+        matrix: W [parts, n, o].
+        bias: b [parts, o].
+        fixed_bias: whether the bias has to stay as it is.
+    """
+
+    def __init__(self, sums: Sums, matrix: Real, bias: Real, fixed_bias: bool = False) -> None:
+        self._sums, self._matrix, self._bias, self._fixed = sums, matrix, bias, fixed_bias
+        self._gram = sums.xx if fixed_bias else _centred(sums.xx, sums.x, sums.x, sums.rows)
+        self._product = self._gram @ matrix
+        parts, n, _ = self._gram.shape
+        mean = float(np.einsum("pii->", self._gram)) / (parts * n)
+        self._mean = mean if mean > 0 else 0.0
+        self._factored: tuple[float, list[Any]] | None = None
+
+    def fit(self, ridge: float, xy: Real | None = None, y: Real | None = None) -> tuple[Real, Real]:
+        """Return new weights and bias.
+
+        Args:
+            ridge: r.
+            xy: X^T Y of another target, [parts, n, o]; None: of the sums.
+            y: its sum, [parts, o].
+
+        Raises:
+            LinAlgError: G + r m I has no Cholesky factor.
+        """
+        sums = self._sums if xy is None or y is None else replace(self._sums, xy=xy, y=y)
+        cross = sums.xy if self._fixed else _centred(sums.xy, sums.x, sums.y, sums.rows)
+        fitted = self._matrix + self._solve(cross - self._product, ridge)
+        return (fitted, self._bias) if self._fixed else shift(sums, fitted, self._bias)
+
+    def _solve(self, cross: Real, ridge: float) -> Real:
+        """Return (G + r m I)^-1 C for every part."""
+        n = self._gram.shape[1]
+        step = ridge * self._mean if self._mean > 0 else 1.0
+        if n <= 32:
+            return np.asarray(np.linalg.solve(self._gram + step * np.eye(n), cross))
+        if self._factored is None or self._factored[0] != ridge:
+            self._factored = None  # free the memory of the last one
+            factors = []
+            for gram in self._gram:
+                damped = gram.copy()
+                damped.flat[:: n + 1] += step
+                factors.append(cho_factor(damped, overwrite_a=True, check_finite=False))
+            self._factored = ridge, factors
+        solved = [cho_solve(f, c, check_finite=False) for f, c in zip(self._factored[1], cross, strict=True)]
+        return np.asarray(np.stack(solved))
 
 
 def _centred(product: Real, left: Real, right: Real, rows: int) -> Real:

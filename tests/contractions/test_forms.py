@@ -313,6 +313,23 @@ def test_all_rows_are_taken_where_there_are_few() -> None:
     assert pick(Windows([3, 3]), draw_array(0, 2, 2, 12, 12), 100) is None
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_few_windows_are_those_of_all(data: st.DataObject) -> None:
+    """Windows that are gathered one by one, with padding, cropping, strides and dilations."""
+    rank = data.draw(st.integers(1, 3))
+    sizes = data.draw(st.lists(st.integers(7, 10), min_size=rank, max_size=rank))
+    kernel, strides, dilations = (
+        data.draw(st.lists(st.integers(1, most), min_size=rank, max_size=rank)) for most in (3, 2, 2)
+    )
+    pads = data.draw(st.lists(st.integers(-1, 2), min_size=2 * rank, max_size=2 * rank))
+    form = Windows(kernel, strides=strides, dilations=dilations, pads=pads, group=data.draw(st.sampled_from([1, 2])))
+    values = draw_array(1, 6, 4, *sizes)
+    every = form.columns(values)
+    for some in (np.array([every.shape[1] - 1]), np.arange(0, every.shape[1], 3)):
+        assert np.array_equal(form.columns(values, some), every[:, some])
+
+
 def test_rows_of_all_samples_together_are_enough() -> None:
     form = Windows([3, 3], group=2)
     assert rows_per_sample(form, 512, 64, 30) * 64 >= 30 * 256 * 9

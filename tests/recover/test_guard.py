@@ -15,7 +15,7 @@ from planted import Planted, draw, error, how, outputs, plan, repaired, weights
 
 import onnxprune as op
 from onnxprune.channels.plan import Plan
-from onnxprune.recovery.regression import RIDGES, Sums, affine, least_squares, shift, solve
+from onnxprune.recovery.regression import RIDGES, RidgeRegression, Sums, affine, least_squares, shift, solve
 
 Array = NDArray[Any]
 Case = tuple[onnx.ModelProto, Plan]
@@ -227,3 +227,32 @@ def test_large_products_in_short_runs_are_as_good(monkeypatch: pytest.MonkeyPatc
     single = Sums.of(data, target)
     for name in ("x", "y", "xx", "xy", "yy"):
         np.testing.assert_allclose(getattr(single, name), getattr(double, name), rtol=1e-5)
+
+
+class Counted(RidgeRegression):
+    """A regression that lists the ridges it is fitted with."""
+
+    def fit(self, ridge: float, xy: Any = None, y: Any = None) -> Any:
+        self.__dict__.setdefault("tried", []).append(ridge)
+        return super().fit(ridge, xy, y)
+
+
+@pytest.mark.parametrize("noise", (1e-3, 30.0, 300.0))
+def test_wide_layers_try_ridges_from_the_middle_outwards(noise: float) -> None:
+    """The same choice as with all of them, from fewer fits; and the factor of a ridge serves further targets."""
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((1, 600, 300)) @ rng.standard_normal((1, 300, 300))
+    target = data @ rng.standard_normal((1, 300, 2)) + noise * rng.standard_normal((1, 600, 2))
+    train, held = Sums.of(data[:, :450], target[:, :450]), Sums.of(data[:, 450:], target[:, 450:])
+    matrix, bias = np.zeros((1, 300, 2)), np.zeros((1, 2))
+    regression = Counted(train, matrix, bias)
+    found = solve(train, held, matrix, bias, mode="lstsq", regression=regression)
+    errors = [held.error(*least_squares(train, matrix, bias, r)).sum() for r in RIDGES]
+    assert found.ridge == RIDGES[int(np.argmin(errors))]
+    tried = regression.__dict__["tried"]
+    assert len(tried) == len(set(tried)) <= len(RIDGES) - 1
+    other = Sums.of(data[:, :450], 2 * target[:, :450])
+    again, shifted = regression.fit(0.1, other.xy, other.y)
+    expected, offset = least_squares(other, matrix, bias, 0.1)
+    np.testing.assert_allclose(again, expected, rtol=1e-9)
+    np.testing.assert_allclose(shifted, offset, rtol=1e-9, atol=1e-9)
