@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 if TYPE_CHECKING:
-    from onnxprune import criteria, passes, rules, statistics
+    from onnxprune import criteria, devices, passes, rules, statistics
     from onnxprune.api import analyze, factorize, profile, prune, recover, sensitivity, sweep
     from onnxprune.channels.analysis import Analysis
     from onnxprune.channels.plan import Plan
@@ -58,7 +58,7 @@ _HOME = {
 }
 _RENAMED = {"repair": "recover"}
 """Old public names, which still work and warn."""
-_PACKAGES = ("criteria", "passes", "rules", "statistics")
+_PACKAGES = ("criteria", "devices", "passes", "rules", "statistics")
 __all__ = [
     "Analysis",
     "ArgumentError",
@@ -76,6 +76,7 @@ __all__ = [
     "ValidationError",
     "analyze",
     "criteria",
+    "devices",
     "factorize",
     "passes",
     "profile",

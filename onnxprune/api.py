@@ -8,6 +8,7 @@ from typing import Any
 
 from onnxprune.allocation.knapsack import Sensitivity
 from onnxprune.allocation.latency_model import LatencyTable
+from onnxprune.allocation.rounding import Kernels
 from onnxprune.allocation.settings import WIDEST, Options
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan
@@ -49,7 +50,8 @@ def prune(
     reshape_axis: str = "head_dim",
     max_ratio: float | None = None,
     cost: str = "none",
-    round_to: int = 1,
+    round_to: int | str = "auto",
+    device: str | Kernels | None = None,
     step: int = 1,
     rounding: str = "nearest",
     steps: int = 1,
@@ -104,7 +106,9 @@ def prune(
         max_ratio: largest share of a group to remove, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
             compete.
         cost: cost that divides the score of a unit: ``none`` (default), ``macs``, ``params``, ``latency``.
-        round_to: keep a multiple of this many units per group where possible, 1 or more; 1.
+        round_to: keep a multiple of this many units per group where possible, 1 or more; auto: multiples that the
+            kernels of the device like; auto.
+        device: for auto: a name such as avx512, arm64 or tensorrt, a JSON file, or multiples; None for this machine.
         step: remove a multiple of this many units per group, 1 or more; 1.
         rounding: rounding of the counts that follow from ratios: ``nearest`` (default), ``up``, ``down``.
         steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more; 1.
@@ -174,6 +178,7 @@ def prune(
         "max_ratio": max_ratio,
         "cost": cost,
         "round_to": round_to,
+        "device": device,
         "step": step,
         "rounding": rounding,
         "steps": steps,
@@ -503,7 +508,8 @@ def sensitivity(
     reshape_axis: str = "head_dim",
     max_ratio: float | None = None,
     cost: str = "none",
-    round_to: int = 1,
+    round_to: int | str = "auto",
+    device: str | Kernels | None = None,
     step: int = 1,
     rounding: str = "nearest",
     steps: int = 1,
@@ -553,7 +559,9 @@ def sensitivity(
         max_ratio: largest share of a group to remove, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
             compete.
         cost: cost that divides the score of a unit: ``none`` (default), ``macs``, ``params``, ``latency``.
-        round_to: keep a multiple of this many units per group where possible, 1 or more; 1.
+        round_to: keep a multiple of this many units per group where possible, 1 or more; auto: multiples that the
+            kernels of the device like; auto.
+        device: for auto: a name such as avx512, arm64 or tensorrt, a JSON file, or multiples; None for this machine.
         step: remove a multiple of this many units per group, 1 or more; 1.
         rounding: rounding of the counts that follow from ratios: ``nearest`` (default), ``up``, ``down``.
         steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more; 1.
@@ -601,6 +609,7 @@ def sensitivity(
         "max_ratio": max_ratio,
         "cost": cost,
         "round_to": round_to,
+        "device": device,
         "step": step,
         "rounding": rounding,
         "steps": steps,
@@ -640,7 +649,8 @@ def sweep(
     reshape_axis: str = "head_dim",
     max_ratio: float | None = None,
     cost: str = "none",
-    round_to: int = 1,
+    round_to: int | str = "auto",
+    device: str | Kernels | None = None,
     step: int = 1,
     rounding: str = "nearest",
     steps: int = 1,
@@ -691,7 +701,9 @@ def sweep(
         max_ratio: largest share of a group to remove, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
             compete.
         cost: cost that divides the score of a unit: ``none`` (default), ``macs``, ``params``, ``latency``.
-        round_to: keep a multiple of this many units per group where possible, 1 or more; 1.
+        round_to: keep a multiple of this many units per group where possible, 1 or more; auto: multiples that the
+            kernels of the device like; auto.
+        device: for auto: a name such as avx512, arm64 or tensorrt, a JSON file, or multiples; None for this machine.
         step: remove a multiple of this many units per group, 1 or more; 1.
         rounding: rounding of the counts that follow from ratios: ``nearest`` (default), ``up``, ``down``.
         steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more; 1.
@@ -741,6 +753,7 @@ def sweep(
         "max_ratio": max_ratio,
         "cost": cost,
         "round_to": round_to,
+        "device": device,
         "step": step,
         "rounding": rounding,
         "steps": steps,

@@ -107,6 +107,33 @@ class Whole(Kind):
             return self.check(text, name)
 
 
+class Multiple(Whole):
+    """A whole number from 1, or ``auto``."""
+
+    metavar = "N|auto"
+
+    def __init__(self, meaning: str) -> None:
+        super().__init__(1, meaning)
+        self.allowed = "a whole number from 1, or `auto`"
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the checked number or ``auto``; raises UsageError."""
+        return "auto" if isinstance(value, str) and value.lower() == "auto" else super().check(value, name)
+
+
+class DeviceName(Kind):
+    """A device whose kernels decide the multiples."""
+
+    metavar = "NAME|FILE.json"
+    allowed = "a name, a JSON file of multiples, or in Python the multiples themselves"
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the checked device; raises UsageError."""
+        if not isinstance(value, str) and not hasattr(value, "writes"):
+            raise UsageError(f"{name}: {value!r} is no device", hint=f"Give {self.allowed}.")
+        return value
+
+
 class Jobs(Kind):
     """A number of processes as joblib takes it: below 0 counts from all processors."""
 
@@ -632,7 +659,7 @@ def _inputs(use: str) -> str:
 _MEASURED_ON = _inputs("to repair from and to measure on (default: no repair, seeded synthetic ones).")
 _LEAST = f"What matters least; default ziplm with {argument('data')}, else l2."
 _NO_LAYER_NORM = "Also cut through LayerNorm, RMSNorm and the like"
-_KEEP_MULTIPLE = Whole(1, "what to keep a multiple of")
+_KEEP_MULTIPLE = Multiple("what to keep a multiple of")
 _NO_BUDGET = f"Give {argument('target')} or {argument('max_drop')}, or drop it."
 _REMOVED = Share("A ratio R is the share of units to remove")
 
@@ -989,13 +1016,25 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "round_to",
         _KEEP_MULTIPLE,
-        "Keep a multiple of N per group where it can be had.",
+        "Keep a multiple of N per group where it can be had; auto: per layer what the device's kernels like.",
         {"prune": AMOUNT, "factorize": AMOUNT, "sweep": AMOUNT, "sensitivity": ""},
-        1,
+        "auto",
         conflicts=_PLAN,
         variants={
-            "factorize": {"kind": Whole(1, "what ranks are a multiple of"), "help": "Ranks are multiples of N."},
+            "factorize": {
+                "kind": Whole(1, "what ranks are a multiple of"),
+                "help": "Ranks are multiples of N.",
+                "default": 1,
+            },
         },
+    ),
+    Setting(
+        "device",
+        DeviceName(),
+        f"Where the result is to be fast, for {argument('round_to', 'auto')}: avx512, avx2, arm64, tensorrt, hexagon, "
+        "ethos-u, ascend, xnnpack, openvino, coreml, or a file of multiples; default this machine.",
+        {"prune": AMOUNT, "sweep": AMOUNT, "sensitivity": ""},
+        conflicts=_PLAN,
     ),
     Setting(
         "step",

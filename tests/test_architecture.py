@@ -26,7 +26,7 @@ STAGES = [
     {"factorization.decompositions", "factorization.ranks", "importance.statistics"},
     {"importance.criteria"},
     {"importance", "criteria", "statistics"},
-    {"allocation"},
+    {"allocation", "devices"},
     {"pruning"},
     {"recovery", "factorization"},
     {"runtime"},

@@ -1,6 +1,6 @@
 """Is a cut model as much faster as it is smaller? Measured speed-up against the reduction in MACs, trained models.
 
-python tools/bench_latency.py TRAINED/models                      convolutional models, ratio 0.5, kept in eights
+python tools/bench_latency.py TRAINED/models                      convolutional models, ratio 0.5, the default rounding
 python tools/bench_latency.py TRAINED/models --only cifar10 --threads 1 --out latency.jsonl
 python tools/bench_latency.py TRAINED/models --why                and where the rest of the reduction is lost
 
@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
     path: Path
     ratio: float
-    round_to: int
+    round_to: int | str
     threads: int
     seconds: float
     why: bool
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder of *.onnx")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="part of a name, or glob")
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--round-to", type=int, default=8)
+    parser.add_argument("--round-to", type=lambda text: text if text == "auto" else int(text), default="auto")
     parser.add_argument("--threads", type=int, default=1, help="of onnxruntime")
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring per model")
     parser.add_argument("--why", action="store_true", help="show where the rest of the reduction is lost")

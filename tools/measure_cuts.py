@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from measure_models import FOLDER, load_test_set, measure
 
@@ -51,8 +52,9 @@ def row(name: str, criteria: Sequence[str], ratio: float, round_to: int) -> str:
 def shares(name: str, criterion: str, ratio: float, mode: str) -> list[float]:
     """Accuracy of the original, of the cut, and of the cut after a repair from the calibration digits."""
     path, (images, labels) = FOLDER / f"{name}.onnx", load_test_set()
-    cut = op.prune(path, criterion=criterion, ratio=ratio, latency=False)
-    mended = op.prune(path, criterion=criterion, ratio=ratio, data=CALIBRATION, recover=mode, latency=False)
+    settings: Any = {"criterion": criterion, "ratio": ratio, "round_to": 1, "latency": False}
+    cut = op.prune(path, **settings)
+    mended = op.prune(path, data=CALIBRATION, recover=mode, **settings)
     models = [path, cut.model.SerializeToString(), mended.model.SerializeToString()]
     return [measure(model, images, labels).share for model in models]
 

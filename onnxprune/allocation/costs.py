@@ -87,6 +87,10 @@ class Sizes:
         """Return the axes of a tensor whose size depends on counts."""
         return [axis.axis for axis in self._axes.get(name, ())]
 
+    def terms(self, name: str, axis: int) -> dict[Term, int]:
+        """Return {columns of counts: positions} of one axis of a tensor; empty where no count changes its size."""
+        return next((a.terms for a in self._axes.get(name, ()) if a.axis == axis), {})
+
     def columns(self, name: str) -> set[int]:
         """Return the groups that the size of a tensor depends on."""
         return {c for axis in self._axes.get(name, ()) for c in axis.columns}

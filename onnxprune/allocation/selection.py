@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.allocation.rounding import Rounding, rounded_counts
 from onnxprune.allocation.settings import Request, is_excluded, own_ratio
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.groups import Group
@@ -548,6 +549,7 @@ def rank_groups(
     savings: Mapping[int, Array] | None = None,
     removed: Mask | None = None,
     progress: float = 1.0,
+    multiples: Mapping[int, int] | None = None,
 ) -> dict[int, RankedGroup]:
     """Return the groups that have scores with the inputs of the allocation, by group id.
 
@@ -559,6 +561,7 @@ def rank_groups(
         savings: saving of each unit's removal, [units] by group.
         removed: mask over components that earlier steps removed.
         progress: share of the steps after this one, 0 to 1.
+        multiples: of the remaining steps of each group, where the device decides them.
     """
     groups = [g for g in pool.groups if g.id in scores]
     alike = ranking_scopes(analysis, groups) if request.scope == "isomorphic" else {}
@@ -581,14 +584,20 @@ def rank_groups(
         ratio = removed_share(ratio, request.schedule, progress)
         if group.id in pool.halved:
             ratio = 1.0 - math.sqrt(1.0 - ratio)
-        counts = allowed_counts(
-            group.size, group.steps, round_to=request.round_to, step=request.step, widest=request.widest
-        )
+        counts = counts_of(group, request, None if multiples is None else multiples[group.id])
         is_local, before = group.id in pool.alone, 0 if removed is None else _steps_gone(group, removed_units, dead)
         result[group.id] = RankedGroup(
             values, group.classes, group.steps, counts, ratio, is_local, alike.get(group.id), before
         )
     return result
+
+
+def counts_of(group: Group, request: Request, multiple: int | None = None) -> Ids:
+    """Return numbers of steps that may be removed from a group; ``multiple``: of the remaining ones, if not asked."""
+    step, widest = request.step, request.widest
+    if multiple is not None:
+        return rounded_counts(group.size, group.steps, multiple, step=step, widest=widest)
+    return allowed_counts(group.size, group.steps, round_to=request.least_multiple, step=step, widest=widest)
 
 
 def _over_columns(group: Group, values: Array, policy: str) -> Array:
@@ -621,9 +630,14 @@ def _steps_gone(group: Group, removed_units: Mask, dead: Mask) -> int:
     return int(removed_units[first].sum() * group.steps // first.sum())
 
 
-def choose(analysis: Analysis, request: Request, ranked: Mapping[int, RankedGroup]) -> Mask:
-    """Return the mask over components to remove."""
+def choose(
+    analysis: Analysis, request: Request, ranked: Mapping[int, RankedGroup], rounding: Rounding | None = None
+) -> Mask:
+    """Return the mask over components to remove; ``rounding`` makes up for what rounding to its multiples changes."""
     counts = allocate(list(ranked.values()), request.scope, request.rounding, request.group_policy == "sum")
+    if rounding is not None and request.scope == "local" and request.rounding == "nearest" and ranked:
+        free = [replace(c, counts=counts_of(analysis.units.groups[n], request)) for n, c in ranked.items()]
+        counts = rounding.balanced(ranked, counts, local_counts(free, request.rounding))
     return take(analysis, ranked, counts)
 
 

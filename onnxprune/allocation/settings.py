@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, TypedDict
 
+from onnxprune.allocation.rounding import Kernels, kernels_of
 from onnxprune.errors import ArgumentError, UsageError, argument, nearest
 from onnxprune.settings import checked, default
 
@@ -52,7 +53,8 @@ class Options(TypedDict, total=False):
     layers: Mapping[str, float] | None
     include: Sequence[str]
     exclude: Sequence[str]
-    round_to: int
+    round_to: int | str
+    device: str | Kernels | None
     policy: str
     normalize: str
     group_policy: str
@@ -77,7 +79,9 @@ class Request:
         ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all groups together, see ``scope``.
         layers: {glob over node or weight names: ratio}.
         include, exclude: such globs.
-        round_to: keep a multiple of this many units per group where possible.
+        round_to: keep a multiple of this many units per group where possible; ``auto``: multiples that the kernels of
+            the device like, see :mod:`onnxprune.allocation.rounding`.
+        device: for ``auto``: its name, its file or its multiples; None for where the model is timed, else this machine.
         policy: aggregation of a unit's scores in several weights.
         normalize: normalisation of the scores of one weight, so that weights compare; ``auto`` is ``none`` for criteria
             whose scores compare without it, else ``mean``, and is resolved by ``Prune``.
@@ -99,7 +103,8 @@ class Request:
     layers: Mapping[str, float] = field(default_factory=dict)
     include: Sequence[str] = default("include")
     exclude: Sequence[str] = default("exclude")
-    round_to: int = default("round_to")
+    round_to: int | str = default("round_to")
+    device: str | Kernels | None = None
     policy: str = default("policy")
     normalize: str = "mean"
     group_policy: str = default("group_policy")
@@ -115,6 +120,8 @@ class Request:
     def __post_init__(self) -> None:
         for entry in fields(self):
             checked(entry.name, getattr(self, entry.name))
+        if self.device is not None:
+            kernels_of(self.device)
 
     @property
     def widest(self) -> float:
@@ -122,6 +129,11 @@ class Request:
         if self.max_ratio is not None:
             return self.max_ratio
         return 1.0 if self.scope == "local" else WIDEST
+
+    @property
+    def least_multiple(self) -> int:
+        """Return the multiple that was asked for as a number, 1 for ``auto``."""
+        return self.round_to if isinstance(self.round_to, int) else 1
 
     @property
     def patterned(self) -> bool:

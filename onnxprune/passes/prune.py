@@ -86,7 +86,8 @@ class Prune(Pass):
         pruned = model.with_parts(
             parts, analysis=analysis, removed=removed, plan=plan, proof=None, as_pruned=None, hold_out=None
         )
-        settings = Settings({"criterion": criterion, **(self.request.settings if self.plan is None else {})})
+        chosen = {} if selector is None else selector.settings
+        settings = Settings({"criterion": criterion, **chosen})
         return PassResult(pruned, [settings, *describe_removal(context, pruned, selector)])
 
     def selector(self, context: Context, analysis: Analysis) -> Selector:
@@ -213,7 +214,10 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
     layers = _layer_facts(model, selector)
     ratios = {} if selector is None else selector.asked
     whole = {} if selector is None else selector.kept
-    groups = [_group_facts(g, num_removed.get(g.id, 0), ratios.get(g.id)) for g in analysis.groups]
+    multiples = {} if selector is None else selector.multiples
+    groups = [
+        _group_facts(g, num_removed.get(g.id, 0), ratios.get(g.id), multiples.get(g.id, 1)) for g in analysis.groups
+    ]
     for group in groups:
         group["reason"] = group["reason"] or whole.get(group["id"], "")
     yield Pruned(layers, groups, [asdict(b) for b in analysis.barriers])
@@ -255,8 +259,8 @@ def _reasons(analysis: Analysis, selector: Selector) -> dict[str, str]:
     return reasons | {n.label: why for i, why in selector.kept.items() for n in analysis.producers.get(i, ())}
 
 
-def _group_facts(group: GroupView, removed: int, asked: float | None) -> dict[str, Any]:
+def _group_facts(group: GroupView, removed: int, asked: float | None, multiple: int) -> dict[str, Any]:
     """One group as plain data. Spelled out, since dataclasses.asdict copies deeply and groups have many slots."""
     slots = [{"tensor": s.tensor, "axis": s.axis, "size": s.size} for s in group.slots]
     facts = {f.name: getattr(group, f.name) for f in fields(group)}
-    return {**facts, "slots": slots, "removed": removed, "asked": asked}
+    return {**facts, "slots": slots, "removed": removed, "asked": asked, "multiple": multiple}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.allocation.rounding import AUTO, Rounding, kernels_of
 from onnxprune.allocation.selection import (
     Array,
     RankedGroup,
@@ -67,6 +69,7 @@ class Selector:
         kept: groups that were left whole although they may be cut, with the reason.
         warnings: what the user should know about the choice.
         pool_of: the groups once ``pool`` was called.
+        rounding: the multiples that the device likes; None where a multiple was asked for.
     """
 
     def __init__(
@@ -100,6 +103,10 @@ class Selector:
         self._seconds = {} if seconds is None else seconds
         self._every = False
         self._last: dict[int, RankedGroup] = {}
+        self.rounding: Rounding | None = None
+        if request.round_to == AUTO:
+            kernels = kernels_of(request.device, context.device.providers)
+            self.rounding = Rounding(analysis, self.found.groups, kernels)
         self._reached: dict[int, bool] = {}
         self.pool_of: dict[int, RankedGroup] = {}
 
@@ -114,9 +121,23 @@ class Selector:
             if gone is not None:
                 self.removed = np.asarray(gone[self.analysis.units.component])
             self._last = self._rank(gone, i / steps, weighed)
-            chosen = choose(self.analysis, self.request, self._last)
+            chosen = choose(self.analysis, self.request, self._last, self.rounding)
         self._warn(chosen)
         return chosen
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the choice by name, for the report; the device where it decided the multiples."""
+        where = {} if self.rounding is None else {"device": self.rounding.kernels.name}
+        return {**self.request.settings, **where}
+
+    @property
+    def multiples(self) -> dict[int, int]:
+        """Return the multiple of remaining units that was kept to where possible, by group id."""
+        if self.rounding is None:
+            return dict.fromkeys(self.asked, self.request.least_multiple)
+        groups = self.analysis.units.groups
+        return {n: m * groups[n].size // groups[n].steps for n, m in self.rounding.multiples.items()}
 
     def pool(self) -> dict[int, RankedGroup]:
         """Every group that may lose units, with its scores, by group id; how much goes is for the caller to say.
@@ -141,7 +162,7 @@ class Selector:
             self._last = self._rank(None, 1.0, self._savings())
         asked = candidates(self.analysis, request).asked
         again = {n: replace(c, ratio=self._share(asked[n] or 0.0, n)) for n, c in self._last.items()}
-        return atoms_removed(self.analysis.units, choose(self.analysis, request, again))
+        return atoms_removed(self.analysis.units, choose(self.analysis, request, again, self.rounding))
 
     def _share(self, ratio: float, number: int) -> float:
         return 1.0 - (1.0 - ratio) ** 0.5 if number in self.found.halved else ratio
@@ -165,8 +186,16 @@ class Selector:
         for group in groups:
             if group.id not in scores:
                 self.kept[group.id] = f"{Reason.NO_SCORE}: {self._unscored(group.id)}"
+        multiples = None if self.rounding is None else self.rounding.multiples
         return rank_groups(
-            self.analysis, self.request, self.found, scores, savings=weighed, removed=gone, progress=done
+            self.analysis,
+            self.request,
+            self.found,
+            scores,
+            savings=weighed,
+            removed=gone,
+            progress=done,
+            multiples=multiples,
         )
 
     def _unscored(self, group: int) -> str:
@@ -187,7 +216,7 @@ class Selector:
             return True
         if self.request.scope != "local" and group.id not in self.found.alone:
             return ratio > 0
-        return ratio > 0 and (self.request.round_to > 1 or group.steps > 1)
+        return ratio > 0 and (self.request.round_to != 1 or group.steps > 1)
 
     def _scored(self, groups: Sequence[Group], gone: Mask | None) -> list[Scored]:
         """Raw scores of every slot, less what is gone."""

@@ -187,7 +187,7 @@ def shortfalls(
     facts: Sequence[LayerFacts],
     groups: Sequence[Mapping[str, Any]],
     asked: Callable[[Sequence[str]], float | None],
-    round_to: int = 1,
+    round_to: int | str = 1,
 ) -> list[Shortfall]:
     """Layers that lost less than asked, with the reason.
 
@@ -195,7 +195,7 @@ def shortfalls(
         facts: the layers after the cut.
         groups: the groups with ``removed`` units each.
         asked: from the node and tensor names of a group to the ratio asked for it; None where it is excluded.
-        round_to: the multiple that was to be kept.
+        round_to: the multiple that was to be kept; ``auto``: that of each group.
     """
     found = []
     for layer in facts:
@@ -226,14 +226,15 @@ def _home(layer: LayerFacts, groups: Sequence[Mapping[str, Any]]) -> Mapping[str
     return {}
 
 
-def _constraint(layer: LayerFacts, group: Mapping[str, Any], round_to: int) -> str:
+def _constraint(layer: LayerFacts, group: Mapping[str, Any], round_to: int | str) -> str:
     """Return why a group that may be cut was cut less: its steps, ``--round-to``, the last unit."""
     size = int(group.get("size", layer.channels_before))
     steps = int(group.get("steps", size))
     if layer.channels_after == 1 or steps == 1:
         return "The last unit of a group always stays."
-    if round_to > 1:
-        return f"--round-to {round_to} keeps a multiple of {round_to}, and the nearest such count is this one."
+    multiple = round_to if isinstance(round_to, int) else int(group.get("multiple", 1))
+    if multiple > 1:
+        return f"--round-to {round_to} keeps a multiple of {multiple}, and the nearest such count is this one."
     if 0 < steps < layer.channels_before:
         return f"Its group goes in {steps} equal steps only, and the nearest step is this one."
     return "It shares its channels with other layers, or its group was given a smaller ratio."

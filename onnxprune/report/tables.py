@@ -733,6 +733,8 @@ def settings(report: Report) -> Text | None:
     how += [f"{name.replace('_', ' ')} {said[name]}" for name in ("scope", "policy", "normalize")]
     usual = {"group_policy": "count", "reshape_axis": "head_dim", "cost": "none"}
     how += [f"{name.replace('_', ' ')} {said[name]}" for name, value in usual.items() if said[name] != value]
+    if said.get("device", "") not in ("", None):
+        how.append(f"multiples for {said['device']}")
     if said["steps"] > 1:
         how.append(f"{said['steps']} steps, {said['schedule']}")
     return Text.assemble(("chosen    ", "bold"), "by ", ", ".join(how))

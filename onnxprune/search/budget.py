@@ -355,7 +355,7 @@ class Search:
             options: FactorOptions = {
                 "include": request.include,
                 "exclude": request.exclude,
-                "round_to": request.round_to,
+                "round_to": request.least_multiple,
             }
             self._mixture_of = Mixture(self.context, problem, options)
         return self._mixture_of

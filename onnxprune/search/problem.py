@@ -22,7 +22,8 @@ from onnxprune.allocation.knapsack import (
     uniform,
 )
 from onnxprune.allocation.latency_model import Latency, LatencyTable, Places
-from onnxprune.allocation.selection import RankedGroup, macs_after, take
+from onnxprune.allocation.rounding import AUTO
+from onnxprune.allocation.selection import RankedGroup, counts_of, macs_after, take
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.selection import atoms_removed
 from onnxprune.errors import BudgetError, UsageError, argument
@@ -126,6 +127,9 @@ class SearchProblem:
         """
         scored = selector.pool()
         groups = [selector.analysis.units.groups[n] for n in scored]
+        free = table is not None and selector.request.round_to in (1, AUTO)
+        if free:  # the table knows better than the multiples of a device
+            scored = {g.id: replace(scored[g.id], counts=counts_of(g, selector.request)) for g in groups}
         sizes = Sizes(selector.analysis, groups)
         costs = {t.kind: _cost(sizes, t.kind, table) for t in targets}
         originals = {kind: float(total(cost, sizes.whole)[0]) for kind, cost in costs.items()}
@@ -133,7 +137,7 @@ class SearchProblem:
             if original <= 0 and kind != "latency":
                 raise _costs_nothing(kind)
         ranked = list(scored.values())
-        blocks = [block_levels(g.steps) for g in groups] if table and selector.request.round_to == 1 else None
+        blocks = [block_levels(g.steps) for g in groups] if free else None
         levels = levels_of(ranked, blocks)
         choices = {"scores": by_scores(ranked, levels)}
         if sensitivity:

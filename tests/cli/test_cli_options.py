@@ -96,7 +96,20 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
     args += ["--scope", "slamp", "--policy", "max", "--normalize", "tss", "--group-policy", "sum", "--step", "4"]
     args += ["--reshape-axis", "both", "--max-ratio", "0.8", "--rounding", "down", "--cost", "macs"]
     args += ["--steps", "3", "--schedule", "cube"]
-    args += ["--exclude", "e1", "--exclude", "e2", "--round-to", "8", "--input-shape", "x=2,3", "--seed", "7"]
+    args += [
+        "--exclude",
+        "e1",
+        "--exclude",
+        "e2",
+        "--round-to",
+        "8",
+        "--device",
+        "avx2",
+        "--input-shape",
+        "x=2,3",
+        "--seed",
+        "7",
+    ]
     args += ["--data", data, "--samples", "9", "--batch-size", "4"]
     args += ["--recover", "bn", "--memory-limit", "2GB", "--cache", model.parent / "kept"]
     args += ["--providers", "cpu,CPUExecutionProvider", "--threads", "3"]
@@ -117,6 +130,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "reshape_axis": "both",
         "max_ratio": 0.8,
         "round_to": 8,
+        "device": "avx2",
         "step": 4,
         "rounding": "down",
         "cost": "macs",
@@ -152,7 +166,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
 def test_defaults(api, run, model) -> None:
     assert run(model).exit_code == 0
     (call,) = api.calls
-    assert (call["criterion"], call["ratio"], call["round_to"], call["seed"]) == (None, 0.3, 1, 0)
+    assert (call["criterion"], call["ratio"], call["round_to"], call["seed"]) == (None, 0.3, "auto", 0)
     assert (call["layers"], call["input_shapes"], call["plan"], call["data"]) == (None, None, None, None)
     assert (call["recover"], call["memory_limit"], call["cache"]) == (None, None, None)
     assert model.with_name("m.pruned.onnx").read_bytes() == b"cut model"
