@@ -154,19 +154,19 @@ class Analysis:
     @cached_property
     def barriers(self) -> list[Barrier]:
         """Every reason that holds channels, with their number, largest first."""
-        held = Counter(self.units.barrier_of[self._weight_components()].tolist())
-        found = [replace(self.table.atoms.barriers[i], channels=n) for i, n in held.items() if i >= 0]
-        found = [b for b in found if b.code not in _NOT_CHANNELS]
-        return sorted(found, key=lambda b: (-b.channels, b.node, b.code))
+        counts = Counter(self.units.barrier_of[self._weight_components()].tolist())
+        barriers = [replace(self.table.atoms.barriers[i], channels=n) for i, n in counts.items() if i >= 0]
+        barriers = [b for b in barriers if b.code not in _NOT_CHANNELS]
+        return sorted(barriers, key=lambda b: (-b.channels, b.node, b.code))
 
     @cached_property
     def unlocks(self) -> list[tuple[str, int]]:
         """(operator, channels) that would become removable if that operator held none of them, largest first."""
-        held: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for barrier in self.barriers:
             if barrier.code not in (Reason.GRAPH_OUTPUT, Reason.CAPTURED_BY_SUBGRAPH, Reason.SPATIAL):
-                held[barrier.op or barrier.code] += barrier.channels
-        return held.most_common()
+                counts[barrier.op or barrier.code] += barrier.channels
+        return counts.most_common()
 
     @cached_property
     def layers(self) -> list[LayerFacts]:
@@ -217,8 +217,8 @@ class Analysis:
                     result.setdefault(number, []).append(node)
         for group in self.units.groups:
             for child in group.children:
-                own = result.setdefault(group.id, [])
-                own.extend(n for n in result.get(child, ()) if n not in own)
+                group_producers = result.setdefault(group.id, [])
+                group_producers.extend(n for n in result.get(child, ()) if n not in group_producers)
         return result
 
     @cached_property
@@ -227,13 +227,13 @@ class Analysis:
         return {name: item.sources for item in self.folds for name in item.folded}
 
     def _groups_on(self, names: Sequence[str]) -> set[int]:
-        found: set[int] = set()
+        ids: set[int] = set()
         for name in names:
             for label in self.table.get(name) if name else ():
                 numbers = self.units.group_of[label.of(self.units.component)]
                 low, high = int(numbers.min()), int(numbers.max())
-                found.update((low,) if low == high else np.unique(numbers).tolist())
-        return found - {-1}
+                ids.update((low,) if low == high else np.unique(numbers).tolist())
+        return ids - {-1}
 
     def names_of(self, group: Group) -> list[str]:
         """Return the names that patterns match: layers that produce a group's channels, and their weights."""
@@ -259,11 +259,11 @@ class Analysis:
         slot of its own.
         """
         result: dict[int, list[SlotView]] = {}
-        made = self.copies.keys() | {name for item in self.hoists for name in item.made}
+        internal = self.copies.keys() | {name for item in self.hoists for name in item.made}
         known: dict[int, tuple[Label, Ids]] = {}
         for name, labels in self.table.items().items():
             for label in labels:
-                if name in made or (label.is_grid and name not in self._directed):
+                if name in internal or (label.is_grid and name not in self._directed):
                     continue
                 cached = known.get(id(label))
                 if cached is None:
@@ -304,10 +304,10 @@ class Analysis:
         axis = cost.channel_axis(node, self.graph, self.facts.shape)
         for label in self.table.get(node.outputs[0]) if axis is not None else ():
             if axis in label.axes:
-                held = self.units.barrier_of[self.units.component[label.ids]].ravel()
-                held = held[held >= 0]
-                if held.size:
-                    barrier = self.table.atoms.barriers[int(held[0])]
+                barrier_ids = self.units.barrier_of[self.units.component[label.ids]].ravel()
+                barrier_ids = barrier_ids[barrier_ids >= 0]
+                if barrier_ids.size:
+                    barrier = self.table.atoms.barriers[int(barrier_ids[0])]
                     return f"{barrier.code}: {barrier.detail} ({barrier.op} {barrier.node})".replace("( ", "(")
                 return self._stuck(label)
         return ""
@@ -349,11 +349,11 @@ class Analysis:
         Anchors, grids of positions and entries of a vocabulary are born on constants that only meet channels.
         """
         births = self.table.atoms.births
-        stuck = {barrier.node for barrier in self.table.atoms.barriers if barrier.code == Reason.NO_RULE}
+        unsupported = {barrier.node for barrier in self.table.atoms.barriers if barrier.code == Reason.NO_RULE}
 
         def holds(name: str) -> bool:
-            unknown = any(node.label in stuck for node, _ in self.graph.consumers.get(name, ()))
-            return name in self.graph.weights and (unknown or bool(self._readers(name)))
+            is_unsupported = any(node.label in unsupported for node, _ in self.graph.consumers.get(name, ()))
+            return name in self.graph.weights and (is_unsupported or bool(self._readers(name)))
 
         channels = {name: holds(name) for name in {b.tensor for b in births}}
         marks = np.repeat([channels[b.tensor] for b in births], [b.stop - b.start for b in births])

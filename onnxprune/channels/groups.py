@@ -71,7 +71,7 @@ class Units:
 
 def views_of(atoms: Atoms, component: Ids) -> list[Ids]:
     """Return every grid as rows of components, each once; for rows removed as a whole, the axis of rows counts."""
-    found: dict[tuple[tuple[int, ...], bytes], Ids] = {}
+    ids_by_view: dict[tuple[tuple[int, ...], bytes], Ids] = {}
     for label in atoms.views.values():
         ids, axes, pack = component[label.ids], list(label.axes), label.pack
         while len(axes) > 1 and (ids == ids.take([0], axis=pack)).all():
@@ -80,8 +80,8 @@ def views_of(atoms: Atoms, component: Ids) -> list[Ids]:
             pack = axes[-1]
         if len(axes) > 1:
             rows = np.moveaxis(ids, pack, -1).reshape(-1, ids.shape[pack])
-            found.setdefault((rows.shape, rows.tobytes()), rows)
-    return list(found.values())
+            ids_by_view.setdefault((rows.shape, rows.tobytes()), rows)
+    return list(ids_by_view.values())
 
 
 def _counts(rows: Ids, values: Ids) -> dict[int, Ids]:
@@ -94,15 +94,15 @@ def link(group_of: Ids, views: list[Ids], frozen: NDArray[np.bool_]) -> tuple[Id
     group_of = group_of.copy()
     blocked: set[int] = set()
     for view in views:
-        uneven = [g for g, c in _counts(view, group_of[view]).items() if (c != c[0]).any()]
-        if not uneven:
+        uneven_groups = [g for g, c in _counts(view, group_of[view]).items() if (c != c[0]).any()]
+        if not uneven_groups:
             continue
-        real = [g for g in uneven if g >= 0]
+        real = [g for g in uneven_groups if g >= 0]
         for other in real[1:]:
             group_of[group_of == other] = real[0]
             if other in blocked:
                 blocked.add(real[0])
-        if real and -1 in uneven:
+        if real and -1 in uneven_groups:
             blocked.add(real[0])
     return group_of, blocked
 
@@ -113,18 +113,18 @@ def classes_of(units: Ids, views: Sequence[Ids]) -> Ids:
     order = np.argsort(units)
     for number, view in enumerate(views):
         where = _place(units, order, view)
-        inside = where >= 0
-        if inside.any():
+        is_member = where >= 0
+        if is_member.any():
             rows = np.broadcast_to(np.arange(len(view))[:, None] + (number + 1) * 1_000_003, view.shape)
-            np.add.at(keys, where[inside], mix(rows[inside]))
+            np.add.at(keys, where[is_member], mix(rows[is_member]))
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 
 
-def _place(values: Ids, order: Ids, wanted: Ids) -> Ids:
-    """Return the index in ``values`` (sorted by ``order``) of each of ``wanted``, -1 where absent."""
-    found = np.minimum(np.searchsorted(values, wanted, sorter=order), values.size - 1)
-    place = order[found]
-    return np.where(values[place] == wanted, place, -1)
+def _place(values: Ids, order: Ids, ids: Ids) -> Ids:
+    """Return the index in ``values`` (sorted by ``order``) of each of ``ids``, -1 where absent."""
+    places = np.minimum(np.searchsorted(values, ids, sorter=order), values.size - 1)
+    place = order[places]
+    return np.where(values[place] == ids, place, -1)
 
 
 def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "head_dim") -> None:
@@ -136,18 +136,20 @@ def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "h
         axis: ``head_dim``: rows (heads) are pruned only where the cells beneath them cannot be; ``heads``: wherever
             they can be, in place of the cells; ``both``: rows, and cells of the remaining rows.
     """
-    beneath, stuck = _children(units)
-    touching = defaultdict[int, list[int]](list)
+    children_of, blocked = _children(units)
+    rows_by_group = defaultdict[int, list[int]](list)
     for number, rows in enumerate(units.atoms.rows):
         for child in np.unique(units.group_of[units.component[rows.cells]]):
-            touching[int(child)].append(number)
-    for parent, children in beneath.items():
+            rows_by_group[int(child)].append(number)
+    for parent, children in children_of.items():
         real, group = {c for c in children if c >= 0}, units.groups[parent]
         group.children = sorted(real)
-        cells_work = parent not in stuck and real and all(units.groups[c].prunable for c in real) and -1 not in children
-        taken = any(units.groups[c].covered for c in real)
-        group.prunable &= not (taken or (cells_work and axis == "head_dim"))
-        group.prunable = group.prunable and _go_whole(units, group, views, touching)
+        cells_work = (
+            parent not in blocked and real and all(units.groups[c].prunable for c in real) and -1 not in children
+        )
+        is_covered = any(units.groups[c].covered for c in real)
+        group.prunable &= not (is_covered or (cells_work and axis == "head_dim"))
+        group.prunable = group.prunable and _go_whole(units, group, views, rows_by_group)
         if group.prunable and not (cells_work and axis == "both"):
             for c in real:
                 units.groups[c].prunable, units.groups[c].covered = False, True
@@ -155,55 +157,55 @@ def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "h
 
 def _children(units: Units) -> tuple[dict[int, set[int]], set[int]]:
     """Return the groups of cells beneath every group of rows, and the groups of rows that hold cells of their own."""
-    beneath: dict[int, set[int]] = defaultdict(set)
-    stuck: set[int] = set()
+    children_of: dict[int, set[int]] = defaultdict(set)
+    blocked: set[int] = set()
     for rows in units.atoms.rows:
         parents = units.group_of[units.component[rows.rows]]
         children = units.group_of[units.component[rows.cells]]
         for parent in np.unique(parents[parents >= 0]):
-            own = children[parents == parent]
-            beneath[int(parent)].update(int(c) for c in np.unique(own) if c != parent)
-            if (own == parent).any():
-                stuck.add(int(parent))
-    return beneath, stuck
+            own_children = children[parents == parent]
+            children_of[int(parent)].update(int(c) for c in np.unique(own_children) if c != parent)
+            if (own_children == parent).any():
+                blocked.add(int(parent))
+    return children_of, blocked
 
 
 def _go_whole(
-    units: Units, group: Group, views: Mapping[int, Sequence[Ids]], touching: Mapping[int, Sequence[int]]
+    units: Units, group: Group, views: Mapping[int, Sequence[Ids]], rows_by_group: Mapping[int, Sequence[int]]
 ) -> bool:
     """Return whether each row of every grid over the same cells belongs to one unit of the group, or to none."""
-    cells, owners = _owned(units, group, touching)
+    cells, owners = _owned(units, group, rows_by_group)
     order = np.argsort(cells)
     for child in group.children:
         for view in views.get(child, ()):
             if not _same(_owner(cells, owners, order, view)).all():
                 return False
-        for number in touching.get(child, ()):
+        for number in rows_by_group.get(child, ()):
             rows = units.atoms.rows[number]
             owner = _owner(cells, owners, order, units.component[rows.cells])
-            whole = _same(owner) & (owner[:, 0] >= 0)
-            if units.frozen[units.component[rows.rows[whole]]].any():
+            is_whole = _same(owner) & (owner[:, 0] >= 0)
+            if units.frozen[units.component[rows.rows[is_whole]]].any():
                 return False
     return True
 
 
-def _owned(units: Units, group: Group, touching: Mapping[int, Sequence[int]]) -> tuple[Ids, Ids]:
+def _owned(units: Units, group: Group, rows_by_group: Mapping[int, Sequence[int]]) -> tuple[Ids, Ids]:
     """Return components of the cells beneath a group of rows, and the unit that removes each."""
     order = np.argsort(group.units)
     cells, owners = [group.units], [np.arange(group.size)]
-    for number in sorted({n for c in group.children for n in touching.get(c, ())}):
+    for number in sorted({n for c in group.children for n in rows_by_group.get(c, ())}):
         rows = units.atoms.rows[number]
         place = _place(group.units, order, units.component[rows.rows])
-        mine = place >= 0
-        below = units.component[rows.cells[mine]]
-        cells.append(below.ravel())
-        owners.append(np.repeat(place[mine], below.shape[1]))
-    found, first = np.unique(np.concatenate(cells), return_index=True)
-    return found, np.concatenate(owners)[first]
+        is_member = place >= 0
+        row_cells = units.component[rows.cells[is_member]]
+        cells.append(row_cells.ravel())
+        owners.append(np.repeat(place[is_member], row_cells.shape[1]))
+    unique_cells, first = np.unique(np.concatenate(cells), return_index=True)
+    return unique_cells, np.concatenate(owners)[first]
 
 
-def _owner(cells: Ids, owners: Ids, order: Ids, wanted: Ids) -> Ids:
-    place = _place(cells, order, wanted)
+def _owner(cells: Ids, owners: Ids, order: Ids, ids: Ids) -> Ids:
+    place = _place(cells, order, ids)
     return np.where(place >= 0, owners[place], -1)
 
 
@@ -221,23 +223,23 @@ def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
     component, count = _components(atoms)
     barrier_of = _frozen(atoms, component, count)
     frozen = barrier_of >= 0
-    birth = np.repeat(np.arange(len(atoms.births)), [b.stop - b.start for b in atoms.births])
-    group_of = _group(component, birth, count)
+    birth_of = np.repeat(np.arange(len(atoms.births)), [b.stop - b.start for b in atoms.births])
+    group_of = _group(component, birth_of, count)
     is_row = np.zeros(count, bool)
     for rows in atoms.rows:
         is_row[component[rows.rows]] = True
     group_of[frozen] = -1
     views = views_of(atoms, component)
     group_of, blocked = link(group_of, views, frozen)
-    touched: dict[int, list[Ids]] = defaultdict(list)
+    rows_by_group: dict[int, list[Ids]] = defaultdict(list)
     for view in views:
         for g in np.unique(group_of[view]):
-            touched[int(g)].append(view)
-    groups = _groups(component, birth, group_of, is_row, touched, blocked)
+            rows_by_group[int(g)].append(view)
+    groups = _groups(component, birth_of, group_of, is_row, rows_by_group, blocked)
     index = np.full(int(group_of.max(initial=-1)) + 1, -1)
     for group in groups:
         index[group_of[group.units[0]]] = group.id
-    by_group = {int(index[g]): v for g, v in touched.items() if g >= 0}
+    by_group = {int(index[g]): v for g, v in rows_by_group.items() if g >= 0}
     if groups:
         group_of = np.where(group_of >= 0, index[group_of], -1)
     units = Units(component, frozen, barrier_of, group_of, groups, atoms)
@@ -250,21 +252,21 @@ def _components(atoms: Atoms) -> tuple[Ids, int]:
     component, count, edges = _joined_births(atoms)
     if edges:
         a, b = (component[np.concatenate(side)] for side in zip(*edges, strict=True))
-        again, count = _joined(count, a, b)
-        component = again[component]
+        joint, count = _joined(count, a, b)
+        component = joint[component]
     if not atoms.rows:
         return component, count
     # Removing a row removes its cells, but not the other way round; rows over the same components are united.
     a = np.concatenate([np.repeat(r.rows, r.cells.shape[1]) for r in atoms.rows])
     b = np.concatenate([r.cells.ravel() for r in atoms.rows])
     while True:
-        again, count = _joined(count, component[a], component[b], both=False)
-        component = again[component]
+        joint, count = _joined(count, component[a], component[b], strong=False)
+        component = joint[component]
         left, right = _same_rows(atoms, component)
         if not left.size:
             return component, count
-        again, count = _joined(count, component[left], component[right])
-        component = again[component]
+        joint, count = _joined(count, component[left], component[right])
+        component = joint[component]
 
 
 def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
@@ -272,7 +274,7 @@ def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
 
     Most edges unite whole births, and births are few where atoms are many. A component has the place of its first atom.
     """
-    every, births = np.arange(atoms.count), atoms.births
+    all_atoms, births = np.arange(atoms.count), atoms.births
     numbers = {birth.start: k for k, birth in enumerate(births)}
     root = list(range(len(births)))
 
@@ -280,36 +282,36 @@ def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
         k = numbers.get(ids.item(0))
         if k is None or births[k].stop - births[k].start != ids.size:
             return None
-        run = every[births[k].start : births[k].stop]
+        run = all_atoms[births[k].start : births[k].stop]
         if np.count_nonzero(ids == run) != ids.size:
             return None
         while root[k] != k:
             root[k] = k = root[root[k]]
         return k
 
-    rest: list[tuple[Ids, Ids]] = []
+    other_edges: list[tuple[Ids, Ids]] = []
     for a, b in atoms.edges:
         first = second = None
         if a.size >= _MANY:
             first, second = root_of(a), root_of(b)
         if first is None or second is None:
-            rest.append((a, b))
+            other_edges.append((a, b))
         else:
             root[max(first, second)] = min(first, second)
-    first_atom = every.copy()
+    first_atom = all_atoms.copy()
     for k, birth in enumerate(births):  # a root comes before the atoms that depend on it
         if root[k] != k:
             root[k] = root[root[k]]
             start = births[root[k]].start
-            first_atom[birth.start : birth.stop] = every[start : start + birth.stop - birth.start]
-    own = first_atom == every
-    return (np.cumsum(own) - 1)[first_atom], int(np.count_nonzero(own)), rest
+            first_atom[birth.start : birth.stop] = all_atoms[start : start + birth.stop - birth.start]
+    is_first = first_atom == all_atoms
+    return (np.cumsum(is_first) - 1)[first_atom], int(np.count_nonzero(is_first)), other_edges
 
 
-def _joined(n: int, a: Ids, b: Ids, both: bool = True) -> tuple[Ids, int]:
+def _joined(n: int, a: Ids, b: Ids, strong: bool = True) -> tuple[Ids, int]:
     """Return component [n] of every node and their number; edges from ``a`` to ``b`` lead both ways or one way only."""
     matrix = coo_matrix((np.ones(a.size), (a.astype(np.int32), b.astype(np.int32))), shape=(n, n))
-    count, component = connected_components(matrix, directed=not both, connection="strong")
+    count, component = connected_components(matrix, directed=not strong, connection="strong")
     return component.astype(np.int64), int(count)
 
 
@@ -320,10 +322,10 @@ def _same_rows(atoms: Atoms, component: Ids) -> tuple[Ids, Ids]:
     rows = np.concatenate([r.rows for r in atoms.rows])
     keys = np.concatenate([mix(component[r.cells]).sum(axis=1) for r in atoms.rows])
     first = np.concatenate([r.cells[:, 0] for r in atoms.rows])
-    alone = np.concatenate([(component[r.cells] == component[r.cells[:, :1]]).all(axis=1) for r in atoms.rows])
+    is_uniform = np.concatenate([(component[r.cells] == component[r.cells[:, :1]]).all(axis=1) for r in atoms.rows])
     _, where, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    left = np.concatenate([rows, rows[alone]])
-    right = np.concatenate([rows[where[inverse]], first[alone]])
+    left = np.concatenate([rows, rows[is_uniform]])
+    right = np.concatenate([rows[where[inverse]], first[is_uniform]])
     new = component[left] != component[right]
     return left[new], right[new]
 
@@ -338,18 +340,18 @@ def _frozen(atoms: Atoms, component: Ids, count: int) -> Ids:
         changed = False
         for rows in atoms.rows:
             cells = barrier[component[rows.cells]].max(axis=1)
-            mine = component[rows.rows]
-            new = (cells >= 0) & (barrier[mine] < 0)
+            row_components = component[rows.rows]
+            new = (cells >= 0) & (barrier[row_components] < 0)
             if new.any():
-                barrier[mine[new]] = cells[new]
+                barrier[row_components[new]] = cells[new]
                 changed = True
     return barrier
 
 
-def _group(component: Ids, birth: Ids, count: int) -> Ids:
+def _group(component: Ids, birth_of: Ids, count: int) -> Ids:
     """Return the group of every component: components born of the same axes, equally often, compete."""
     keys = np.zeros(count, dtype=np.uint64)
-    np.add.at(keys, component, mix(np.arange(int(birth.max(initial=-1)) + 1))[birth])
+    np.add.at(keys, component, mix(np.arange(int(birth_of.max(initial=-1)) + 1))[birth_of])
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     rank = np.empty(first.size, dtype=np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(first.size)
@@ -358,27 +360,27 @@ def _group(component: Ids, birth: Ids, count: int) -> Ids:
 
 def _groups(
     component: Ids,
-    birth: Ids,
+    birth_of: Ids,
     group_of: Ids,
     is_row: NDArray[np.bool_],
-    touched: Mapping[int, list[Ids]],
+    rows_by_group: Mapping[int, list[Ids]],
     blocked: set[int],
 ) -> list[Group]:
     count = group_of.size
-    alive = np.flatnonzero(group_of >= 0)
-    if not alive.size:
+    members = np.flatnonzero(group_of >= 0)
+    if not members.size:
         return []
-    order = alive[np.argsort(group_of[alive], kind="stable")]
+    order = members[np.argsort(group_of[members], kind="stable")]
     first_atom = np.empty(count, np.int64)
     first_atom[component[::-1]] = np.arange(component.size)[::-1]  # of equal ones the last, the first atom, stays
-    births_of = _births_of(group_of[component], birth)
+    births_of = _births_of(group_of[component], birth_of)
     groups: list[Group] = []
     bounds = np.flatnonzero(np.diff(group_of[order], prepend=-2))
     for start, stop in zip(bounds, [*bounds[1:], order.size], strict=True):
         units = order[start:stop]
         units = units[np.argsort(first_atom[units], kind="stable")]
         number = int(group_of[units[0]])
-        views = touched.get(number)
+        views = rows_by_group.get(number)
         classes = classes_of(units, views) if views else np.zeros(units.size, np.int64)
         sizes = np.bincount(classes)
         steps = int(np.gcd.reduce(sizes))
@@ -388,16 +390,18 @@ def _groups(
     return groups
 
 
-def _births_of(group: Ids, birth: Ids) -> dict[int, Ids]:
+def _births_of(group: Ids, birth_of: Ids) -> dict[int, Ids]:
     """Return the births that the atoms of every group come from."""
-    count = int(birth.max(initial=0)) + 1
+    count = int(birth_of.max(initial=0)) + 1
     # Atoms of one birth lie together and mostly belong to one group: only boundaries between groups are sorted.
-    change = np.flatnonzero((group[1:] != group[:-1]) | (birth[1:] != birth[:-1])) + 1
+    change = np.flatnonzero((group[1:] != group[:-1]) | (birth_of[1:] != birth_of[:-1])) + 1
     change = np.concatenate([np.zeros(min(1, group.size), np.int64), change])
-    keys = np.unique(group[change] * count + birth[change])
+    keys = np.unique(group[change] * count + birth_of[change])
     groups, births = np.divmod(keys, count)
-    cuts = np.flatnonzero(np.diff(groups)) + 1
-    return {int(g[0]): b for g, b in zip(np.split(groups, cuts), np.split(births, cuts), strict=True) if g.size}
+    boundaries = np.flatnonzero(np.diff(groups)) + 1
+    return {
+        int(g[0]): b for g, b in zip(np.split(groups, boundaries), np.split(births, boundaries), strict=True) if g.size
+    }
 
 
 def _mark_approximate(units: Units) -> None:

@@ -130,5 +130,5 @@ def _lines(data: Mapping[str, Any]) -> str:
     text = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items() if v is not None)
     barriers = block([json.dumps(barrier) for barrier in data["barriers"]], "\n ]")
     factors = [json.dumps(item) for item in data.get("factorized", ())]
-    behind = f',\n "factorized": {block(factors, chr(10) + " ]")}' if factors else ""
-    return f'{{{text},\n "groups": {block(groups, chr(10) + " ]")},\n "barriers": {barriers}{behind}}}\n'
+    tail = f',\n "factorized": {block(factors, chr(10) + " ]")}' if factors else ""
+    return f'{{{text},\n "groups": {block(groups, chr(10) + " ]")},\n "barriers": {barriers}{tail}}}\n'

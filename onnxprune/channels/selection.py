@@ -29,26 +29,26 @@ def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
     Where several groups share an axis (a concatenation), each lists its own positions there.
     """
     units = analysis.units
-    gone = np.zeros(units.frozen.size, dtype=bool)
-    gone[units.component[removed]] = True
-    cut = [g for g in units.groups if g.prunable and gone[g.units].any()]
+    mask = np.zeros(units.frozen.size, dtype=bool)
+    mask[units.component[removed]] = True
+    cut = [g for g in units.groups if g.prunable and mask[g.units].any()]
     owner = np.full(len(units.groups) + 1, -1, dtype=np.int64)
     for group in cut:
         owner[group.children] = group.id
     for group in cut:  # rows and the cells beneath them may both be pruned: each then lists its own
         owner[group.id] = group.id
     for group in units.groups:  # rows without remaining cells are removed with their cells
-        if owner[group.id] < 0 and gone[group.units].any():
-            near = [c.id for c in cut if c.id in group.children or set(c.children) & set(group.children)]
-            owner[group.id] = min(near, key=lambda c: c not in group.children, default=-1)
+        if owner[group.id] < 0 and mask[group.units].any():
+            related = [c.id for c in cut if c.id in group.children or set(c.children) & set(group.children)]
+            owner[group.id] = min(related, key=lambda c: c not in group.children, default=-1)
     by_atom = np.where(removed, owner[units.group_of[units.component]], -1)
     slots = analysis.slots
     groups = []
     for group in cut:
-        own = [s for g in np.flatnonzero(owner == group.id) for s in slots.get(int(g), ())]
-        mine = {(s.tensor, s.axis, *s.at.items()): s for s in own}
-        found = [_slot(analysis, slot, by_atom, group.id) for slot in mine.values()]
-        groups.append(PlanGroup(group.id, group.size, np.flatnonzero(gone[group.units]).tolist(), found))
+        group_slots = [s for g in np.flatnonzero(owner == group.id) for s in slots.get(int(g), ())]
+        unique_slots = {(s.tensor, s.axis, *s.at.items()): s for s in group_slots}
+        plan_slots = [_slot(analysis, slot, by_atom, group.id) for slot in unique_slots.values()]
+        groups.append(PlanGroup(group.id, group.size, np.flatnonzero(mask[group.units]).tolist(), plan_slots))
     return Plan(analysis.loaded.sha256, criterion, groups, [asdict(b) for b in analysis.barriers])
 
 
@@ -91,24 +91,24 @@ def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
     if any(not g.prunable for g in rows):  # made where whole rows of grids were pruned
         analysis = analysis.with_reshape_axis("both")
     units = analysis.units
-    chosen = np.zeros(units.frozen.size, dtype=bool)
+    mask = np.zeros(units.frozen.size, dtype=bool)
     for item in plan.groups:
         by_slots = _from_slots(analysis, item)
         if item.removed is None:
-            chosen |= by_slots
+            mask |= by_slots
             continue
-        mine = _from_units(units, item)
-        own = np.zeros_like(chosen)
-        own[mine] = True
-        closed = units.close(own)
+        units_removed = _from_units(units, item)
+        group_mask = np.zeros_like(mask)
+        group_mask[units_removed] = True
+        closed = units.close(group_mask)
         if item.slots and (by_slots & ~closed).any():
             raise UsageError(
                 f"Group {item.id} of the plan contradicts itself: its slots remove more than its 'removed'.",
                 hint="Edit 'removed', or delete it to go by the slots.",
             )
-        chosen |= own
-    _check_balance(units, chosen)
-    return analysis, chosen
+        mask |= group_mask
+    _check_balance(units, mask)
+    return analysis, mask
 
 
 def _from_units(units: Units, item: PlanGroup) -> NDArray[np.int64]:
@@ -117,15 +117,17 @@ def _from_units(units: Units, item: PlanGroup) -> NDArray[np.int64]:
     group = units.groups[item.id]
     if item.units and item.units != group.size:
         raise UsageError(f"Group {item.id} of the plan has {item.units} units, the model's has {group.size}.")
-    bad = [r for r in item.removed or () if not 0 <= r < group.size]
-    if bad:
-        raise UsageError(f"Group {item.id} of the plan removes unit {bad[0]}.", hint=f"Allowed: 0 to {group.size - 1}.")
+    invalid = [r for r in item.removed or () if not 0 <= r < group.size]
+    if invalid:
+        raise UsageError(
+            f"Group {item.id} of the plan removes unit {invalid[0]}.", hint=f"Allowed: 0 to {group.size - 1}."
+        )
     return group.units[np.asarray(item.removed, dtype=np.int64)]
 
 
 def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
     units = analysis.units
-    chosen = np.zeros(units.frozen.size, dtype=bool)
+    mask = np.zeros(units.frozen.size, dtype=bool)
     for slot in item.slots:
         labels = analysis.table.items().get(slot.tensor)
         if labels is None:
@@ -146,10 +148,10 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
                 f"The plan takes axis {slot.axis} of {slot.tensor!r} to have {slot.size} channels, it has {size}.",
                 hint="Give the plan that was written for this model.",
             )
-        bad = [p for p in slot.removed if not 0 <= p < size]
-        if bad:
+        invalid = [p for p in slot.removed if not 0 <= p < size]
+        if invalid:
             raise UsageError(
-                f"The plan removes position {bad[0]} of axis {slot.axis} of {slot.tensor!r}.",
+                f"The plan removes position {invalid[0]} of axis {slot.axis} of {slot.tensor!r}.",
                 hint=f"Allowed: 0 to {size - 1}.",
             )
         shape = label.ids.shape
@@ -159,40 +161,40 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
                 hint="'at' is {axis: position} of another axis of the tensor.",
             )
         ids = _at(label.ids, slot.at).take(np.asarray(slot.removed, dtype=np.int64), axis=slot.axis)
-        found = np.unique(units.component[ids])
-        stuck = found[units.frozen[found]]
-        if stuck.size:
-            barrier = analysis.table.atoms.barriers[int(units.barrier_of[stuck[0]])]
+        components = np.unique(units.component[ids])
+        frozen = components[units.frozen[components]]
+        if frozen.size:
+            barrier = analysis.table.atoms.barriers[int(units.barrier_of[frozen[0]])]
             raise UsageError(
                 f"The plan removes channels of {slot.tensor!r} that must stay: {barrier.code}, {barrier.detail}.",
                 hint="'onnxprune inspect' lists every such reason.",
             )
-        chosen[found] = True
-    return chosen
+        mask[components] = True
+    return mask
 
 
-def _check_balance(units: Units, chosen: Mask) -> None:
+def _check_balance(units: Units, mask: Mask) -> None:
     """Check that every class of a group loses the same share and keeps a unit, except classes removed with a row."""
-    whole = _with_rows(units, chosen)
+    with_rows = _with_rows(units, mask)
     for group in units.groups:
-        mine = chosen[group.units]
-        if not mine.any():
+        removed = mask[group.units]
+        if not removed.any():
             continue
-        counts = np.bincount(group.classes, weights=mine)
+        counts = np.bincount(group.classes, weights=removed)
         sizes = np.bincount(group.classes)
-        stays = np.bincount(group.classes, weights=whole[group.units]) < sizes
-        if (counts == sizes)[stays].any() or mine.all():
+        is_kept = np.bincount(group.classes, weights=with_rows[group.units]) < sizes
+        if (counts == sizes)[is_kept].any() or removed.all():
             raise UsageError(f"The plan removes every unit of group {group.id} (or of one of its rows): one must stay.")
-        if group.kind == "channels" and _uneven(counts[stays], sizes[stays]):
+        if group.kind == "channels" and _uneven(counts[is_kept], sizes[is_kept]):
             raise UsageError(
                 f"The plan takes unequal shares from the rows of group {group.id}: {counts.astype(int).tolist()}.",
                 hint=f"Take the same number from each of its {len(sizes)} rows.",
             )
 
 
-def _with_rows(units: Units, chosen: Mask) -> Mask:
+def _with_rows(units: Units, mask: Mask) -> Mask:
     """Return a mask over components that are removed with their rows, where rows may be pruned."""
-    closed, rows = units.close(chosen), np.zeros_like(chosen)
+    closed, rows = units.close(mask), np.zeros_like(mask)
     for group in units.groups:
         if group.prunable and group.kind == "heads":
             rows[group.units] = closed[group.units]

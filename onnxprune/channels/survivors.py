@@ -36,13 +36,13 @@ class After:
         """
         known = self._kept.get(id(label))
         if known is None:
-            gone = label.of(self.removed)
-            lost = int(np.count_nonzero(gone))
-            keep = np.logical_not(gone) if lost else None
+            removed = label.of(self.removed)
+            num_removed = int(np.count_nonzero(removed))
+            keep = np.logical_not(removed) if num_removed else None
             if keep is None:
                 sizes: dict[int, int] | None = {}
             elif label.axes == (label.pack,):
-                sizes = {label.pack: gone.size - lost} if lost < gone.size else None
+                sizes = {label.pack: removed.size - num_removed} if num_removed < removed.size else None
             else:
                 sizes = kept_sizes(keep, label.pack)
             self._kept[id(label)] = known = (label, keep, sizes)
@@ -91,8 +91,8 @@ class After:
         if axis != label.pack:
             return np.asarray(keep.any(axis=others))
         rows = np.moveaxis(keep, axis, -1).reshape(-1, keep.shape[axis])
-        alive = rows[rows.any(axis=1)]
-        return np.asarray(alive[0])
+        nonempty_rows = rows[rows.any(axis=1)]
+        return np.asarray(nonempty_rows[0])
 
     def kept_between(self, name: str, axis: int, start: int, stop: int) -> int:
         """Return surviving positions of ``start:stop`` along an axis, per surviving row."""
@@ -104,19 +104,19 @@ class After:
         labels = [(x, k) for x in self._table.get(name) if (k := self.mask(x)) is not None]
         if all(x.axes == (x.pack,) for x, _ in labels) and len({x.pack for x, _ in labels}) == len(labels):
             return [(x.pack, keep.ravel().nonzero()[0]) for x, keep in labels]
-        whole: dict[int, Mask] = {}
+        row_masks: dict[int, Mask] = {}
         for label, keep in labels:
             for axis in label.outer() if label.is_grid else label.axes:
-                alive = keep.ravel()
+                row_mask = keep.ravel()
                 if label.is_grid:
-                    alive = np.asarray(keep.any(axis=tuple(a for a in range(keep.ndim) if a != axis)))
-                whole[axis] = whole[axis] & alive if axis in whole else alive
-        steps = [(axis, np.flatnonzero(alive)) for axis, alive in whole.items() if not alive.all()]
+                    row_mask = np.asarray(keep.any(axis=tuple(a for a in range(keep.ndim) if a != axis)))
+                row_masks[axis] = row_masks[axis] & row_mask if axis in row_masks else row_mask
+        steps = [(axis, np.flatnonzero(row_mask)) for axis, row_mask in row_masks.items() if not row_mask.all()]
         for label, keep in labels:
             if not label.is_grid:
                 continue
             for axis in label.outer():
-                keep = keep.take(np.flatnonzero(whole[axis]), axis=axis)
+                keep = keep.take(np.flatnonzero(row_masks[axis]), axis=axis)
             width = int(keep.sum(axis=label.pack).max())
             if width == keep.shape[label.pack]:
                 continue

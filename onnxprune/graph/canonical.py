@@ -80,24 +80,24 @@ def fold(graph: Graph) -> tuple[Graph, list[Fold]]:
     if not has_bare_initializers(graph.proto):
         return graph, []
     folds: dict[int, Fold] = {}
-    refused: set[int] = set()
+    rejected: set[int] = set()
     constant = _constant(graph)
     ends = {n.index: (n, True) for n in _operands(graph, constant)}
     ends |= {n.index: (n, False) for n in _weights(graph, constant)}
     while True:
-        for index in sorted(ends.keys() - folds.keys() - refused):
-            found = _fold(graph, *ends[index])
-            if found is None:
-                refused.add(index)
+        for index in sorted(ends.keys() - folds.keys() - rejected):
+            candidate = _fold(graph, *ends[index])
+            if candidate is None:
+                rejected.add(index)
             else:
-                folds[index] = found
-        gone = _gone(graph, folds)
-        growing = _growing(graph, folds, gone)
-        if not growing:
+                folds[index] = candidate
+        removed = _gone(graph, folds)
+        too_large = _growing(graph, folds, removed)
+        if not too_large:
             break
-        refused |= growing
-        folds = {i: f for i, f in folds.items() if i not in growing}
-    return (_write(graph, folds, gone), list(folds.values())) if folds else (graph, [])
+        rejected |= too_large
+        folds = {i: f for i, f in folds.items() if i not in too_large}
+    return (_write(graph, folds, removed), list(folds.values())) if folds else (graph, [])
 
 
 def _constant(graph: Graph) -> set[str]:
@@ -121,8 +121,8 @@ def _operands(graph: Graph, constant: set[str]) -> Iterator[Node]:
     for node in graph.steps:
         if any(o in constant for o in node.outputs):
             if _hides(graph, node) or not hidden.isdisjoint(node.inputs):
-                few = all(n in values or _few(graph, n) for n in node.inputs if n)
-                if few or (node.op in ("Shape", "Size") and node.inputs[0] in graph.weights):
+                are_small = all(n in values or _few(graph, n) for n in node.inputs if n)
+                if are_small or (node.op in ("Shape", "Size") and node.inputs[0] in graph.weights):
                     values.update(_results(graph, node, values) or {})
                 # A single number, such as a scale from a size, meets channels as any number does.
                 hidden.update(o for o in node.outputs if o not in values or values[o].size > 1)
@@ -198,37 +198,37 @@ def _mixes(graph: Graph, node: Node) -> bool:
 
 def _region(graph: Graph, end: Node) -> tuple[Node, ...]:
     """Return ``end`` and every node that it depends on, in graph order; Constant nodes count as weights."""
-    found = {end.index: end}
+    nodes = {end.index: end}
     queue = [end]
     while queue:
         for name in queue.pop().inputs:
             node = graph.producer.get(name)
-            if node is not None and name not in graph.weights and node.index not in found:
-                found[node.index] = node
+            if node is not None and name not in graph.weights and node.index not in nodes:
+                nodes[node.index] = node
                 queue.append(node)
-    return tuple(found[i] for i in sorted(found))
+    return tuple(nodes[i] for i in sorted(nodes))
 
 
 def _fold(graph: Graph, end: Node, operand: bool) -> Fold | None:
     nodes = _region(graph, end)
-    moved = all(_moved(n) and not _mixes(graph, n) for n in nodes)
-    if (moved and not operand) or any(_codes(n) for n in nodes):
+    only_moves = all(_moved(n) and not _mixes(graph, n) for n in nodes)
+    if (only_moves and not operand) or any(_codes(n) for n in nodes):
         return None
     read = {name for node in nodes for name in node.inputs if name in graph.weights}
     if read & {i.name for i in graph.proto.graph.input}:
         return None
-    held = graph.captured.union(graph.outputs)
-    wanted = [o for o in end.outputs if o in graph.consumers]
-    if any(o in held for o in end.outputs):
+    protected = graph.captured.union(graph.outputs)
+    outputs = [o for o in end.outputs if o in graph.consumers]
+    if any(o in protected for o in end.outputs):
         return None
     values = _evaluate(graph, nodes)
-    if values is None or any(values[o].dtype.kind not in "fV" for o in wanted):
+    if values is None or any(values[o].dtype.kind not in "fV" for o in outputs):
         return None
-    if operand and all(values[o].size < 2 for o in wanted):
+    if operand and all(values[o].size < 2 for o in outputs):
         return None  # a single number has no channels
-    if operand and not all(np.isfinite(values[o].astype(np.float64)).all() for o in wanted):
+    if operand and not all(np.isfinite(values[o].astype(np.float64)).all() for o in outputs):
         return None  # a mask
-    return Fold(nodes, {o: ArrayWeight(o, values[o]) for o in wanted}, tuple(sorted(read)), operand)
+    return Fold(nodes, {o: ArrayWeight(o, values[o]) for o in outputs}, tuple(sorted(read)), operand)
 
 
 def _evaluate(graph: Graph, nodes: tuple[Node, ...]) -> dict[str, Array] | None:
@@ -260,64 +260,64 @@ def _results(graph: Graph, node: Node, values: dict[str, Array]) -> dict[str, Ar
     if results is None:
         return None
     kinds = {values[n].dtype for n in node.inputs if n in values and values[n].dtype.kind in "fV"}
-    found: dict[str, Array] = {}
+    by_name: dict[str, Array] = {}
     for name, result in zip(node.outputs, results, strict=False):
         # Arithmetic stays in the type of its operands, whatever the evaluator computed in.
         if len(kinds) == 1 and result.dtype.kind in "fV" and node.op not in ("Cast", "CastLike"):
             result = result.astype(next(iter(kinds)), copy=False)
-        found[name] = result
-    return None if any(o and o not in found for o in node.outputs) else found
+        by_name[name] = result
+    return None if any(o and o not in by_name for o in node.outputs) else by_name
 
 
 def _gone(graph: Graph, folds: dict[int, Fold]) -> set[int]:
     """Return indices of nodes without readers once the folded outputs are weights; Constant nodes included."""
-    held = graph.captured.union(graph.outputs)
-    gone = set(folds)
+    protected = graph.captured.union(graph.outputs)
+    removed = set(folds)
     region = {n.index: n for f in folds.values() for n in f.nodes}
     for source in {s for f in folds.values() for s in f.sources}:
         if source in graph.producer:
             region[graph.producer[source].index] = graph.producer[source]
     # Constant nodes may stand anywhere, so they come last.
     for index in sorted(region, key=lambda i: (region[i].op == "Constant", -i)):
-        if all(_unread(graph, o, held, gone) for o in region[index].outputs):
-            gone.add(index)
-    return gone
+        if all(_unread(graph, o, protected, removed) for o in region[index].outputs):
+            removed.add(index)
+    return removed
 
 
-def _unread(graph: Graph, name: str, held: set[str], gone: set[int]) -> bool:
-    return name not in held and all(n.index in gone for n, _ in graph.consumers.get(name, ()))
+def _unread(graph: Graph, name: str, protected: set[str], removed: set[int]) -> bool:
+    return name not in protected and all(n.index in removed for n, _ in graph.consumers.get(name, ()))
 
 
-def _growing(graph: Graph, folds: dict[int, Fold], gone: set[int]) -> set[int]:
+def _growing(graph: Graph, folds: dict[int, Fold], removed: set[int]) -> set[int]:
     """Return the folds whose weights need more room than the weights that they replace."""
-    held = graph.captured.union(graph.outputs)
-    claimed: set[str] = set()
-    growing = set()
-    every = sum(w.nbytes for w in graph.weights.values()) // SHARE
+    protected = graph.captured.union(graph.outputs)
+    counted: set[str] = set()
+    too_large = set()
+    model_share = sum(w.nbytes for w in graph.weights.values()) // SHARE
     for index, item in folds.items():
-        freed = {s for s in item.sources if s not in claimed and _unread(graph, s, held, gone)}
-        claimed |= freed
-        needed = sum(w.nbytes for w in item.folded.values())
-        room = max(FREE, every) if item.operand else FREE
-        if needed > room + sum(graph.weights[s].nbytes for s in freed):
-            growing.add(index)
-    return growing
+        freed_weights = {s for s in item.sources if s not in counted and _unread(graph, s, protected, removed)}
+        counted |= freed_weights
+        num_bytes = sum(w.nbytes for w in item.folded.values())
+        limit = max(FREE, model_share) if item.operand else FREE
+        if num_bytes > limit + sum(graph.weights[s].nbytes for s in freed_weights):
+            too_large.add(index)
+    return too_large
 
 
-def _write(graph: Graph, folds: dict[int, Fold], gone: set[int]) -> Graph:
-    held = graph.captured.union(graph.outputs)
-    dead = {s for f in folds.values() for s in f.sources if _unread(graph, s, held, gone)}
+def _write(graph: Graph, folds: dict[int, Fold], removed: set[int]) -> Graph:
+    protected = graph.captured.union(graph.outputs)
+    unread_weights = {s for f in folds.values() for s in f.sources if _unread(graph, s, protected, removed)}
     folded = {name: weight for f in folds.values() for name, weight in f.folded.items()}
-    lost = {o for i in gone for o in graph.nodes[i].outputs}
+    removed_tensors = {o for i in removed for o in graph.nodes[i].outputs}
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
     del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
-    model.graph.node.extend(n.proto for n in graph.nodes if n.index not in gone)
-    model.graph.initializer.extend(t for t in graph.proto.graph.initializer if t.name not in dead)
+    model.graph.node.extend(n.proto for n in graph.nodes if n.index not in removed)
+    model.graph.initializer.extend(t for t in graph.proto.graph.initializer if t.name not in unread_weights)
     model.graph.initializer.extend(placeholder(w) for w in folded.values())
-    model.graph.value_info.extend(v for v in graph.proto.graph.value_info if v.name not in lost)
-    weights = {n: w for n, w in graph.weights.items() if n not in dead and n not in lost}
-    return Graph.of(model, {**weights, **folded}, [n for n in graph.nodes if n.index not in gone])
+    model.graph.value_info.extend(v for v in graph.proto.graph.value_info if v.name not in removed_tensors)
+    weights = {n: w for n, w in graph.weights.items() if n not in unread_weights and n not in removed_tensors}
+    return Graph.of(model, {**weights, **folded}, [n for n in graph.nodes if n.index not in removed])
 
 
 _MOVES = {"Transpose", "Unsqueeze", "Squeeze", "Identity"}
@@ -354,30 +354,30 @@ def selections(graph: Graph, facts: Facts) -> Iterator[Selections]:
 
     Interleaved forms, where the selected factor is not the outermost one of its axis, do not commute and are left out.
     """
-    held = graph.captured.union(graph.outputs)
+    protected = graph.captured.union(graph.outputs)
     for node in graph.steps:
         source = node.inputs[0] if node.op == "Reshape" and not node.domain else ""
         if source in graph.producer and source not in graph.weights:
-            found = _find(graph, facts, node, held)
-            if found is not None:
-                yield found
+            candidate = _find(graph, facts, node, protected)
+            if candidate is not None:
+                yield candidate
 
 
-def _find(graph: Graph, facts: Facts, node: Node, held: set[str]) -> Selections | None:
+def _find(graph: Graph, facts: Facts, node: Node, protected: set[str]) -> Selections | None:
     moves: list[Node] = []
     name = node.outputs[0]
     while True:
         readers = graph.consumers.get(name, [])
-        if not readers or name in held or any(i != 0 or n.domain for n, i in readers):
+        if not readers or name in protected or any(i != 0 or n.domain for n, i in readers):
             return None
         if len(readers) > 1 or readers[0][0].op not in _MOVES:
             break
         moves.append(readers[0][0])
         name = moves[-1].outputs[0]
-    chosen = [_picks(graph, facts, n) for n, _ in readers]
-    axis = chosen[0][0] if chosen[0] is not None else -1
-    picks = [p for c in chosen if c is not None and c[0] == axis for p in c[1]]
-    if axis < 0 or any(c is None or c[0] != axis for c in chosen) or _overlap(picks):
+    picks_by_reader = [_picks(graph, facts, n) for n, _ in readers]
+    axis = picks_by_reader[0][0] if picks_by_reader[0] is not None else -1
+    picks = [p for c in picks_by_reader if c is not None and c[0] == axis for p in c[1]]
+    if axis < 0 or any(c is None or c[0] != axis for c in picks_by_reader) or _overlap(picks):
         return None
     if graph.has_bodies and len({graph.around[n.index] for n in (node, *moves, *(p.node for p in picks))}) > 1:
         return None  # a node inserted in front of one selection is not there for another
@@ -447,14 +447,14 @@ def _places(facts: Facts, moves: Sequence[Node], axis: int) -> list[int] | None:
             if axes is None:  # a Squeeze of all axes of size 1 would drop a part's axis too
                 return None
             rank = max(len(before), len(after))
-            moved = {a % rank for a in axes}
-            rest = [a for a in range(rank) if a not in moved]
+            changed_axes = {a % rank for a in axes}
+            other_axes = [a for a in range(rank) if a not in changed_axes]
             if node.op == "Squeeze":
-                axis = rest[axis]
-            elif axis in moved:
+                axis = other_axes[axis]
+            elif axis in changed_axes:
                 return None
             else:
-                axis = rest.index(axis)
+                axis = other_axes.index(axis)
         places.append(axis)
     return places[::-1]
 
@@ -464,7 +464,7 @@ def _flat_axis(facts: Facts, reshape: Node, axis: int) -> int | None:
 
     None where there is none.
     """
-    found: set[int | None] = set()
+    candidates: set[int | None] = set()
     for probe in facts.probes:
         before, after = probe.shapes.get(reshape.inputs[0]), probe.shapes.get(reshape.outputs[0])
         if before is None or after is None or None in before or None in after or 0 in before:
@@ -474,8 +474,8 @@ def _flat_axis(facts: Facts, reshape: Node, axis: int) -> int | None:
             factors = [math.prod(after[axis:e]) for e in range(axis + 2, len(after) + 1)]
             if math.prod(before[:b]) == math.prod(after[:axis]) and 1 < after[axis] < size and size in factors:
                 flat = b
-        found.add(flat)
-    flat = found.pop() if len(found) == 1 else None
+        candidates.add(flat)
+    flat = candidates.pop() if len(candidates) == 1 else None
     if flat is None or facts.varies(reshape.inputs[0], flat) or facts.varies(reshape.outputs[0], axis):
         return None
     return flat
@@ -526,8 +526,8 @@ def hoist(graph: Graph, facts: Facts) -> tuple[Graph, list[Hoist]]:
     if graph.opsets.get("", 1) < 7:
         return graph, []
     build = _Build(graph, facts)
-    done = [h for found in selections(graph, facts) if (h := build.replace(found)) is not None]
-    return (build.graph(done), done) if done else (graph, [])
+    hoists = [h for selection in selections(graph, facts) if (h := build.replace(selection)) is not None]
+    return (build.graph(hoists), hoists) if hoists else (graph, [])
 
 
 class _Build:
@@ -540,37 +540,39 @@ class _Build:
         self._targets: dict[str, str] = {}
         self._nodes: dict[int, list[onnx.NodeProto]] = {}
 
-    def replace(self, found: Selections) -> Hoist | None:
+    def replace(self, selection: Selections) -> Hoist | None:
         """Build the parts of one reshape; None where its target cannot be stated for a part."""
-        reshape, axis = found.reshape, found.places[0]
+        reshape, axis = selection.reshape, selection.places[0]
         source, target = reshape.inputs[:2]
-        whole = self._facts.shape(reshape.outputs[0])[axis]
-        stride = self._facts.shape(source)[found.flat] // whole
-        cuts = sorted({0, whole, *(p.start for p in found.picks), *(p.stop for p in found.picks)})
-        sizes = np.diff(cuts).tolist()
+        axis_size = self._facts.shape(reshape.outputs[0])[axis]
+        stride = self._facts.shape(source)[selection.flat] // axis_size
+        boundaries = sorted({0, axis_size, *(p.start for p in selection.picks), *(p.stop for p in selection.picks)})
+        sizes = np.diff(boundaries).tolist()
         if not self._can_state(reshape, axis):
             return None
         nodes: list[onnx.NodeProto] = []
         stem = reshape.outputs[0]
         names = [self._name(f"{stem}_part{k}") for k in range(len(sizes))]
         for name, size in zip(names, sizes, strict=True):
-            self._learn(name, source, found.flat, size * stride)
-        nodes.append(self._split(source, names, [s * stride for s in sizes], found.flat, reshape.label))
-        picking = list({p.node.index: p.node for p in found.picks}.values())
+            self._learn(name, source, selection.flat, size * stride)
+        nodes.append(self._split(source, names, [s * stride for s in sizes], selection.flat, reshape.label))
+        picking = list({p.node.index: p.node for p in selection.picks}.values())
         rank, literal = len(self._facts.shape(stem)), self._is_literal(target, axis)
-        done = Hoist([reshape, *found.moves, *picking], names[0], axis, rank, sizes, stride, literal, made={*names})
-        for pick in found.picks:
-            done.parts.append(self._part(found, pick, names[cuts.index(pick.start)], nodes, done.made))
+        hoisted = Hoist(
+            [reshape, *selection.moves, *picking], names[0], axis, rank, sizes, stride, literal, made={*names}
+        )
+        for pick in selection.picks:
+            hoisted.parts.append(self._part(selection, pick, names[boundaries.index(pick.start)], nodes, hoisted.made))
         self._nodes[min(n.index for n in picking)] = nodes
-        return done
+        return hoisted
 
-    def _part(self, found: Selections, pick: Pick, name: str, nodes: list[onnx.NodeProto], made: set[str]) -> Part:
+    def _part(self, selection: Selections, pick: Pick, name: str, nodes: list[onnx.NodeProto], added: set[str]) -> Part:
         """Build one part's own reshape, movement and, for a scalar selection, the squeeze of its axis."""
         size = pick.stop - pick.start
-        steps = [found.reshape, *found.moves]
-        target = self._target(found.reshape, found.places[0], size, nodes, made)
+        steps = [selection.reshape, *selection.moves]
+        target = self._target(selection.reshape, selection.places[0], size, nodes, added)
         view = ""
-        for k, (step, axis) in enumerate(zip(steps, found.places, strict=True)):
+        for k, (step, axis) in enumerate(zip(steps, selection.places, strict=True)):
             last = k == len(steps) - 1 and not pick.scalar
             output = pick.output if last else self._name(f"{pick.output}_from_{step.outputs[0]}")
             node = onnx.NodeProto()
@@ -580,12 +582,12 @@ class _Build:
             if k == 0:
                 node.input[1], view = target, output
             if not last:
-                made.add(output)
+                added.add(output)
                 self._learn(output, step.outputs[0], axis, size)
             nodes.append(node)
             name = output
         if pick.scalar:
-            nodes.append(self._squeeze(name, pick.output, found.places[-1], pick.node.label))
+            nodes.append(self._squeeze(name, pick.output, selection.places[-1], pick.node.label))
         return Part(view, size)
 
     def _can_state(self, reshape: Node, axis: int) -> bool:
@@ -602,26 +604,26 @@ class _Build:
                 return False
         return name in self._graph.weights or self._graph.opsets[""] >= 9
 
-    def _target(self, reshape: Node, axis: int, size: int, nodes: list[onnx.NodeProto], made: set[str]) -> str:
+    def _target(self, reshape: Node, axis: int, size: int, nodes: list[onnx.NodeProto], added: set[str]) -> str:
         name = reshape.inputs[1]
         if name in self._graph.weights:
-            stated = np.array(self._facts.value(name))
-            stated[axis] = stated[axis] if stated[axis] == -1 else size
-            return self._constant(f"{name}_{size}_of_{reshape.outputs[0]}", stated)
-        keep = np.arange(len(self._facts.shape(reshape.outputs[0]))) != axis
-        entry = np.full(len(keep), size, np.int64)
-        mask = self._constant(f"{name}_kept_for_{reshape.outputs[0]}", keep)
+            stated_target = np.array(self._facts.value(name))
+            stated_target[axis] = stated_target[axis] if stated_target[axis] == -1 else size
+            return self._constant(f"{name}_{size}_of_{reshape.outputs[0]}", stated_target)
+        is_other_axis = np.arange(len(self._facts.shape(reshape.outputs[0]))) != axis
+        entry = np.full(len(is_other_axis), size, np.int64)
+        mask = self._constant(f"{name}_kept_for_{reshape.outputs[0]}", is_other_axis)
         fixed = self._constant(f"{name}_{size}_of_{reshape.outputs[0]}", entry)
         known = self._targets.get(fixed)
         if known is not None:
             return known
         result = self._targets[fixed] = self._name(f"{fixed}_target")
         nodes.append(onnx.helper.make_node("Where", [mask, name, fixed], [result], name=result))
-        made.add(result)
+        added.add(result)
         for probe in self._facts.probes:
             value = probe.values.get(name)
-            probe.values.set(result, None if value is None else np.where(keep, value, entry))
-            probe.shapes[result], probe.dtypes[result] = keep.shape, onnx.TensorProto.INT64
+            probe.values.set(result, None if value is None else np.where(is_other_axis, value, entry))
+            probe.shapes[result], probe.dtypes[result] = is_other_axis.shape, onnx.TensorProto.INT64
             if name in probe.sizes:
                 probe.sizes.add(result)
         return result
@@ -654,13 +656,13 @@ class _Build:
         axes = self._constant(f"{output}_axes", np.asarray([axis], np.int64))
         return onnx.helper.make_node("Squeeze", [source, axes], [output], name=f"{label}_squeeze")
 
-    def _learn(self, name: str, like: str, axis: int, size: int) -> None:
+    def _learn(self, name: str, template: str, axis: int, size: int) -> None:
         """Record the facts of ``name``: those of another tensor but for one size."""
         for probe in self._facts.probes:
-            shape = probe.shapes[like]
+            shape = probe.shapes[template]
             probe.shapes[name] = (*shape[:axis], size, *shape[axis + 1 :])
-            if like in probe.dtypes:
-                probe.dtypes[name] = probe.dtypes[like]
+            if template in probe.dtypes:
+                probe.dtypes[name] = probe.dtypes[template]
 
     def _constant(self, stem: str, value: np.ndarray) -> str:
         if np.array_equal(self._constants.get(stem, ()), value):
@@ -679,10 +681,10 @@ class _Build:
         self._taken.add(name)
         return name
 
-    def graph(self, done: Sequence[Hoist]) -> Graph:
+    def graph(self, hoists: Sequence[Hoist]) -> Graph:
         """Return the new graph; constants that only the replaced nodes read stay, since restoring may need them."""
         graph = self._graph
-        gone = {n.index for h in done for n in h.nodes}
+        removed = {n.index for h in hoists for n in h.nodes}
         model = onnx.ModelProto()
         model.CopyFrom(graph.proto)
         del model.graph.node[:]
@@ -692,15 +694,15 @@ class _Build:
         nodes: list[onnx.NodeProto] = []
         for node in graph.nodes:
             nodes.extend(self._nodes.get(node.index, ()))
-            if node.index not in gone:
+            if node.index not in removed:
                 nodes.append(node.proto)
         model.graph.node.extend(nodes)
-        after = {o for nodes in self._nodes.values() for n in nodes for o in n.output}
-        lost = {o for h in done for n in h.nodes for o in n.outputs} - after
+        new_tensors = {o for nodes in self._nodes.values() for n in nodes for o in n.output}
+        removed_tensors = {o for h in hoists for n in h.nodes for o in n.outputs} - new_tensors
         for k in reversed(range(len(model.graph.value_info))):
-            if model.graph.value_info[k].name in lost:
+            if model.graph.value_info[k].name in removed_tensors:
                 del model.graph.value_info[k]
-        return Graph.of(model, weights, [n for n in graph.nodes if n.index not in gone])
+        return Graph.of(model, weights, [n for n in graph.nodes if n.index not in removed])
 
 
 _LIMIT = 1 << 16
@@ -749,9 +751,9 @@ def rejoin(proto: onnx.ModelProto, weights: dict[str, Weight], copies: dict[str,
     back: dict[str, str] = {}
     for name in (*dict.fromkeys(copies.values()), *copies):
         if name in weights:
-            kept = first.setdefault((copies.get(name, name), weights[name].shape), name)
-            if kept != name:
-                back[name] = kept
+            representative = first.setdefault((copies.get(name, name), weights[name].shape), name)
+            if representative != name:
+                back[name] = representative
     if not back:
         return
     for node in proto.graph.node:

@@ -70,8 +70,8 @@ def constant_source(graph: Graph, name: str, depth: int = 6) -> str | None:
 
 def layer_weights(node: Node, graph: Graph) -> list[str]:
     """Return the names of the weights that a layer reads."""
-    found = [constant_source(graph, name) for name in node.inputs if name]
-    return list(dict.fromkeys(name for name in found if name is not None))
+    sources = [constant_source(graph, name) for name in node.inputs if name]
+    return list(dict.fromkeys(name for name in sources if name is not None))
 
 
 def out_channels(node: Node, graph: Graph, shape: ShapeOf) -> int:

@@ -60,8 +60,8 @@ def _inferred_elements(node: Node, values: Values) -> int:
         return _largest(values)
     schema = onnx.defs.get_schema(node.op, node.version, node.domain)
     opset = onnx.helper.make_opsetid(node.domain, node.version)
-    found = onnx.shape_inference.infer_node_outputs(schema, node.proto, types, data, opset_imports=[opset])
-    dims = [kind.tensor_type.shape.dim for kind in found.values() if kind.tensor_type.HasField("shape")]
+    inferred = onnx.shape_inference.infer_node_outputs(schema, node.proto, types, data, opset_imports=[opset])
+    dims = [kind.tensor_type.shape.dim for kind in inferred.values() if kind.tensor_type.HasField("shape")]
     if len(dims) == len([o for o in node.outputs if o]) and all(d.HasField("dim_value") for s in dims for d in s):
         return max((math.prod(int(d.dim_value) for d in s) for s in dims), default=0)
     return _largest(values)
@@ -98,5 +98,5 @@ def _reference(node: Node, values: Sequence[np.ndarray | None]) -> list[np.ndarr
     graph = onnx.helper.make_graph([node.proto], "node", inputs, outputs)
     opset = onnx.helper.make_opsetid("", node.version)
     results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[opset])).run(None, feeds)
-    found = iter(results)
-    return [np.asarray(next(found)) if name else np.zeros(0) for name in node.outputs]
+    computed = iter(results)
+    return [np.asarray(next(computed)) if name else np.zeros(0) for name in node.outputs]

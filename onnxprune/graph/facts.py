@@ -44,10 +44,10 @@ class Facts:
         """Yield probes at sizes that no other probe has, wherever the model leaves them open; likeliest first."""
         if len(self.bound) < 2:
             return
-        for wish in beyond(self.settler.dimensions, *self.bound):
-            found = _another(self.settler, self, [wish])
-            if found is not None:
-                yield found.probe
+        for sizes in beyond(self.settler.dimensions, *self.bound):
+            settled = _another(self.settler, self, [sizes])
+            if settled is not None:
+                yield settled.probe
 
     def shape(self, name: str) -> Any:
         """Return the shape at the first probe: a tuple with None for data-dependent sizes, or None."""
@@ -55,8 +55,8 @@ class Facts:
 
     def elements(self, name: str) -> Any:
         """Return shapes of the tensors in a sequence at the first probe, None where their number is not known."""
-        found = [probe.elements.get(name) for probe in self.probes]
-        return found[0] if len({None if e is None else len(e) for e in found}) == 1 else None
+        shapes = [probe.elements.get(name) for probe in self.probes]
+        return shapes[0] if len({None if e is None else len(e) for e in shapes}) == 1 else None
 
     def value(self, name: str) -> np.ndarray | None:
         """Return the value at the first probe, where known."""
@@ -134,12 +134,12 @@ def study(graph: Graph, sizes: OpenSizes, infer: Infer | None = None) -> Facts:
     return replace(facts, probes=(*facts.probes, other.probe), bound=(*facts.bound, other.sizes))
 
 
-def _another(settler: Settler, facts: Facts, wishes: Iterable[dict[Key, int]]) -> Settled | None:
+def _another(settler: Settler, facts: Facts, candidates: Iterable[dict[Key, int]]) -> Settled | None:
     """Return the first of some sizes that has no contradiction and differs from the probes."""
-    for wish in wishes:
-        found = settler.settle(wish, {}, facts.probes[0])
-        if found.sizes not in facts.bound and (found.conflict is None or facts.conflict is not None):
-            return found
+    for sizes in candidates:
+        settled = settler.settle(sizes, {}, facts.probes[0])
+        if settled.sizes not in facts.bound and (settled.conflict is None or facts.conflict is not None):
+            return settled
     return None
 
 
@@ -154,9 +154,9 @@ def integer_bounds(graph: Graph, facts: Facts) -> dict[str, tuple[int, int]]:
     """
     result: dict[str, tuple[int, int]] = {}
     for name in graph.inputs:
-        named = _named(graph, facts, name)
-        if named is not None:
-            result[name] = named, named
+        compared = _named(graph, facts, name)
+        if compared is not None:
+            result[name] = compared, compared
             continue
         high = _highest(graph, facts, name)
         if high is not None:
@@ -170,13 +170,13 @@ def _named(graph: Graph, facts: Facts, name: str) -> int | None:
     if shape is None or None in shape or size_of(shape) != 1:
         return None
     values = [facts.static_value(n.inputs[1 - i]) if n.op == "Equal" else None for n, i in readers]
-    found = {int(v.ravel()[0]) for v in values if v is not None and v.size == 1 and v.dtype.kind in "iu"}
-    return found.pop() if len(found) == 1 and None not in [v if v is None else 0 for v in values] else None
+    numbers = {int(v.ravel()[0]) for v in values if v is not None and v.size == 1 and v.dtype.kind in "iu"}
+    return numbers.pop() if len(numbers) == 1 and None not in [v if v is None else 0 for v in values] else None
 
 
 def _highest(graph: Graph, facts: Facts, name: str) -> int | None:
     best: int | None = None
-    queue, seen = [(name, 0)], {name}
+    queue, visited = [(name, 0)], {name}
     while queue:
         tensor, offset = queue.pop()
         for node, i in graph.consumers.get(tensor, ()):
@@ -187,8 +187,8 @@ def _highest(graph: Graph, facts: Facts, name: str) -> int | None:
             if step is None:
                 continue
             for out in node.outputs:
-                if out and out not in seen:
-                    seen.add(out)
+                if out and out not in visited:
+                    visited.add(out)
                     queue.append((out, offset + step))
     return best
 
@@ -207,8 +207,8 @@ def _limit(node: Node, i: int, facts: Facts) -> int | None:
 
 def _offset(node: Node, i: int, facts: Facts) -> int | None:
     rule = rule_of(node)
-    hands_on = rule.chooses or rule.moves is not None
-    if hands_on and (i == 0 or rule.moves is Move.JOIN or rule.pointwise):
+    keeps_order = rule.chooses or rule.moves is not None
+    if keeps_order and (i == 0 or rule.moves is Move.JOIN or rule.pointwise):
         return 0
     if node.op in ("Add", "Sub"):
         others = [p.values.get(node.inputs[1 - i]) for p in facts.probes]

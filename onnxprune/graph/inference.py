@@ -54,9 +54,9 @@ def _result(graph: Graph, node: Node, probe: Probe) -> Any:
     if node.op == markers.TIE:
         return _common(shape, probe.shapes.get(node.inputs[1]))
     if node.op == markers.JOIN:
-        taken = probe.values.get(node.inputs[2])
+        condition = probe.values.get(node.inputs[2])
         other = probe.shapes.get(node.inputs[1])
-        return _common(shape, other) if taken is None else shape if taken.ravel()[0] else other
+        return _common(shape, other) if condition is None else shape if condition.ravel()[0] else other
     if shape is None or node.op == markers.CARRY:
         return shape
     axis = int(node.attrs["axis"])
@@ -76,11 +76,11 @@ def _common(a: Any, b: Any) -> Any:
 
 def _note_idle(graph: Graph, node: Node, probe: Probe) -> None:
     """Record the nodes of a branch that does not run."""
-    chosen = probe.values.get(node.inputs[0])
-    if chosen is not None and bool(chosen.ravel()[0]) != (node.op == markers.OPEN):
-        outside = len(graph.around[node.index])
+    condition = probe.values.get(node.inputs[0])
+    if condition is not None and bool(condition.ravel()[0]) != (node.op == markers.OPEN):
+        depth = len(graph.around[node.index])
         for inner in graph.nodes[node.index + 1 :]:
-            if len(graph.around[inner.index]) <= outside:
+            if len(graph.around[inner.index]) <= depth:
                 return
             probe.idle.add(inner.index)
 
@@ -114,26 +114,26 @@ def _settle(graph: Graph, end: Node, probe: Probe, walk: Walk) -> None:
 
 def _body(graph: Graph, end: Node) -> list[Node]:
     """Return the nodes of the body that ends here, without the markers through which values enter it."""
-    own, entries = graph.around[end.index], (markers.CARRY, markers.SLICE)
-    nodes = graph.nodes[own[-1].start + 1 : end.index]
-    return [n for n in nodes if n.marker not in entries or graph.around[n.index] != own]
+    bodies, entries = graph.around[end.index], (markers.CARRY, markers.SLICE)
+    nodes = graph.nodes[bodies[-1].start + 1 : end.index]
+    return [n for n in nodes if n.marker not in entries or graph.around[n.index] != bodies]
 
 
 def _stacked(graph: Graph, node: Node, probe: Probe) -> int | None:
     """Return the number of values in a scan output; None where it is not known."""
     if node.kind == "Scan":
-        scanned = probe.shapes.get(node.inputs[1])
-        return None if scanned is None else scanned[int(node.attrs["along"])]
+        scan_shape = probe.shapes.get(node.inputs[1])
+        return None if scan_shape is None else scan_shape[int(node.attrs["along"])]
     end = next(n for n in reversed(graph.nodes[: node.index]) if n.op == markers.END and n.name == node.name)
     return _trips(graph, end, node.inputs[1], node.inputs[2], probe)
 
 
 def _trips(graph: Graph, end: Node, count: str, condition: str, probe: Probe) -> int | None:
     """Return how often a Loop runs, where its condition is known to stay true."""
-    most = probe.values.get(count) if count else None
-    if most is None or not _stays_true(graph, end, condition, probe):
+    max_trips = probe.values.get(count) if count else None
+    if max_trips is None or not _stays_true(graph, end, condition, probe):
         return None
-    return max(int(most.ravel()[0]), 0)
+    return max(int(max_trips.ravel()[0]), 0)
 
 
 def _stays_true(graph: Graph, end: Node, condition: str, probe: Probe) -> bool:
@@ -172,8 +172,8 @@ def _runs(graph: Graph, node: Node, probe: Probe) -> int | None:
         if other.name != node.name or other.domain != markers.DOMAIN:
             continue
         if other.op == markers.SLICE:
-            scanned = probe.shapes.get(other.inputs[0])
-            return None if scanned is None else scanned[int(other.attrs["axis"])]
+            scan_shape = probe.shapes.get(other.inputs[0])
+            return None if scan_shape is None else scan_shape[int(other.attrs["axis"])]
         if other.op == markers.END:
             return _trips(graph, other, node.inputs[0], node.inputs[1], probe) if node.kind == "Loop" else None
     return None
@@ -231,14 +231,14 @@ def _ranked(graph: Graph, inputs: dict[str, tuple[int, ...]]) -> dict[str, tuple
 
 
 def probe_of(
-    graph: Graph, nodes: Sequence[Node], inputs: dict[str, tuple[int, ...]], near: Probe, infer: Infer | None
+    graph: Graph, nodes: Sequence[Node], inputs: dict[str, tuple[int, ...]], base: Probe, infer: Infer | None
 ) -> Probe:
     """Infer some nodes, given in order with all that they depend on, at one binding of the inputs.
 
-    ``near`` is the probe of another binding, which provides the types.
+    ``base`` is the probe of another binding, which provides the types.
     """
     known = {**{name: weight.shape for name, weight in graph.weights.items()}, **_ranked(graph, inputs)}
-    probe = Probe(inputs, known, near.dtypes)
+    probe = Probe(inputs, known, base.dtypes)
     probe.values = Values(graph)
     _walk(graph, nodes, probe, infer)
     return probe
@@ -248,11 +248,11 @@ def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | Non
     """Derive a probe from the first one for other inputs; None where a node would be known less than at the first."""
     shapes, values = {**first.shapes, **_ranked(graph, inputs)}, Values(graph, first.values)
     probe = Probe(inputs, shapes, first.dtypes, values, first.sizes, dict(first.elements))
-    changed = {name for name, shape in inputs.items() if shape != first.inputs[name]}
+    resized = {name for name, shape in inputs.items() if shape != first.inputs[name]}
     if graph.captured or graph.has_bodies or any(node.op in CONTROL for node in graph.steps):
         return None  # tensors that bodies read are no inputs of their node, and branches or carried states may differ
     for node in graph.steps:
-        if changed.isdisjoint(node.inputs):
+        if resized.isdisjoint(node.inputs):
             continue
         for name in node.outputs:
             probe.shapes.pop(name, None)
@@ -262,11 +262,11 @@ def _follow(graph: Graph, inputs: dict[str, tuple[int, ...]], infer: Infer | Non
             before, after = first.shapes.get(name), probe.shapes.get(name)
             if before == after:
                 if probe.values.differs(name) or probe.elements.get(name) != first.elements.get(name):
-                    changed.add(name)
+                    resized.add(name)
                 continue
             if before is None or after is None or len(before) != len(after) or _open(before) != _open(after):
                 return None
-            changed.add(name)
+            resized.add(name)
     return probe
 
 
@@ -310,7 +310,7 @@ def _infer_whole(graph: Graph, probe: Probe, propagate: bool) -> None:
             del shape.dim[:]
             for size in probe.inputs[declared.name]:
                 shape.dim.add().dim_value = size
-    stated = {i.name: i.type for i in [*model.graph.value_info, *model.graph.output]}
+    types = {i.name: i.type for i in [*model.graph.value_info, *model.graph.output]}
     del model.graph.value_info[:]
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
@@ -322,11 +322,11 @@ def _infer_whole(graph: Graph, probe: Probe, propagate: bool) -> None:
     for info in [*model.graph.value_info, *model.graph.output]:
         kind = info.type
         key = kind.SerializeToString()  # types repeat, and a cache lookup takes a fraction of the time of decoding one
-        said = known.get(key)
-        if said is None:
-            known[key] = said = _said(kind)
-        _learn(info.name, said, probe)
-    for name, kind in stated.items():
+        inferred = known.get(key)
+        if inferred is None:
+            known[key] = inferred = _said(kind)
+        _learn(info.name, inferred, probe)
+    for name, kind in types.items():
         if name in graph.inner:  # the declared shape of a state may hold for its first value alone
             probe.dtypes[name] = kind.tensor_type.elem_type
         elif probe.shapes.get(name) is None:
@@ -347,8 +347,8 @@ def _said(kind: onnx.TypeProto) -> _Said:
     return tensor.elem_type, tuple([d.dim_value or (0 if d.HasField("dim_value") else None) for d in tensor.shape.dim])
 
 
-def _learn(name: str, said: _Said, probe: Probe) -> None:
-    dtype, shape = said
+def _learn(name: str, inferred: _Said, probe: Probe) -> None:
+    dtype, shape = inferred
     if dtype is not None:
         probe.dtypes[name] = dtype
     if shape is not None:
@@ -370,8 +370,8 @@ def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None
     shapes = [probe.elements.get(name, probe.shapes.get(name)) if name else None for name in node.inputs]
     results = infer(node, shapes, [probe.values.get(name) if name else None for name in node.inputs])
     kinds = [probe.dtypes.get(name) or _dtype_of(graph, name) for name in node.inputs if name]
-    wanted = _CODES if _gives_codes(node) else _FLOATS
-    kind = next((k for k in kinds if k in wanted), kinds[0] if kinds else onnx.TensorProto.FLOAT)
+    allowed_kinds = _CODES if _gives_codes(node) else _FLOATS
+    kind = next((k for k in kinds if k in allowed_kinds), kinds[0] if kinds else onnx.TensorProto.FLOAT)
     for name, shape in zip(node.outputs, results or (), strict=False):
         if name:
             probe.dtypes.setdefault(name, kind)

@@ -116,19 +116,21 @@ def _broadcast(*shapes: Any) -> Iterator[Pair]:
     """Return pairs of broadcast sizes, from the last axis on; a size of 1 agrees with all."""
     first = shapes[0]
     for other in shapes[1:]:
-        joined = []
+        size_pairs = []
         for a, b in zip_longest(reversed(first), reversed(other), fillvalue=1):
             yield (a, b) if 1 not in (a, b) else (a, a)
-            joined.append(b if a == 1 else a)
-        first = joined[::-1]
+            size_pairs.append(b if a == 1 else a)
+        first = size_pairs[::-1]
 
 
 def _elementwise(*places: int) -> Function:
     def run(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
         if not node.domain and node.version < 8:
             return iter(())
-        chosen = [shapes[i] for i in places] if places else [s for s, n in zip(shapes, node.inputs, strict=True) if n]
-        return _broadcast(*chosen)
+        operand_shapes = (
+            [shapes[i] for i in places] if places else [s for s, n in zip(shapes, node.inputs, strict=True) if n]
+        )
+        return _broadcast(*operand_shapes)
 
     return run
 
@@ -146,8 +148,8 @@ def _reshape(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
     target = node.attrs["shape"] if node.version < 5 else [int(n) for n in np.ravel(value)]  # type: ignore[arg-type]
     if not node.attrs.get("allowzero", 0):
         target = [shapes[0][i] if n == 0 else n for i, n in enumerate(target)]
-    total, rest = prod(shapes[0]), prod(n for n in target if n != -1)
-    yield total, total - total % rest if -1 in target else rest
+    total, known_product = prod(shapes[0]), prod(n for n in target if n != -1)
+    yield total, total - total % known_product if -1 in target else known_product
 
 
 def _expand(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
@@ -155,12 +157,12 @@ def _expand(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
 
 
 def _split(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
-    whole = shapes[0][node.attrs.get("axis", 0)]
+    axis_size = shapes[0][node.attrs.get("axis", 0)]
     sizes = node.attrs.get("split") if node.version < 13 else known(1)
     if sizes is not None:
-        yield whole, int(np.sum(sizes))
+        yield axis_size, int(np.sum(sizes))
     elif node.version < 18:
-        yield whole, whole - whole % len(node.outputs)
+        yield axis_size, axis_size - axis_size % len(node.outputs)
 
 
 def _squeeze(node: Node, shapes: Shapes, known: Known) -> Iterator[Pair]:
@@ -335,15 +337,15 @@ class Settler:
             first: another binding's probe, to save work.
         """
         sizes = self.dimensions.completed(sizes, fixed)
-        tried, solved = set(), set[Key]()
+        tried_sizes, solved = set(), set[Key]()
         for _ in range(_ROUNDS):
             probe = probe_at(self.graph, self.dimensions.shapes(sizes), self.infer, first)
             conflict = self._conflict(probe)
-            better = None if conflict is None else self._resolved(conflict, sizes, fixed, solved, probe)
-            if better is None or tuple(better.values()) in tried:
+            new_sizes = None if conflict is None else self._resolved(conflict, sizes, fixed, solved, probe)
+            if new_sizes is None or tuple(new_sizes.values()) in tried_sizes:
                 break
-            tried.add(tuple(better.values()))
-            sizes = better
+            tried_sizes.add(tuple(new_sizes.values()))
+            sizes = new_sizes
         return Settled(dict(sizes), probe, conflict)
 
     def _conflict(self, probe: Probe) -> Conflict | None:
@@ -387,17 +389,17 @@ class Settler:
         """Return sizes without that contradiction."""
         if conflict.place < 0:
             return None
-        here = conflict.have - conflict.want
+        difference = conflict.have - conflict.want
         for keys, find in self._unknowns(sizes, fixed, solved):
 
             def residual(size: int, keys: Sequence[Key] = keys) -> int | None:
-                changed = self.dimensions.completed({**sizes, **dict.fromkeys(keys, size)}, fixed)
-                return self._residual(conflict, changed, probe)
+                new_sizes = self.dimensions.completed({**sizes, **dict.fromkeys(keys, size)}, fixed)
+                return self._residual(conflict, new_sizes, probe)
 
-            found = find(residual, sizes[keys[0]], here)
-            if found is not None:
+            new_size = find(residual, sizes[keys[0]], difference)
+            if new_size is not None:
                 solved.update(keys)
-                return self.dimensions.completed({**sizes, **dict.fromkeys(keys, found)}, fixed)
+                return self.dimensions.completed({**sizes, **dict.fromkeys(keys, new_size)}, fixed)
         return None
 
     def _unknowns(self, sizes: Sizes, fixed: Sizes, solved: set[Key]) -> Iterator[tuple[list[Key], _Find]]:
@@ -412,79 +414,79 @@ class Settler:
         single = sorted(free, key=order.__getitem__)
         yield from (([key], _direct) for key in single)
         for keys in dimensions.extents():
-            both = [key for key in keys if key in free and key not in solved]
-            if len(both) > 1:
-                yield both, _root
+            extents = [key for key in keys if key in free and key not in solved]
+            if len(extents) > 1:
+                yield extents, _root
         yield from (([key], _root) for key in single)
 
-    def _residual(self, conflict: Conflict, sizes: Sizes, near: Probe) -> int | None:
+    def _residual(self, conflict: Conflict, sizes: Sizes, base: Probe) -> int | None:
         """Return the difference of the two contradicting sizes at other sizes of the inputs; None where unknown."""
         bound, node = self.dimensions.shapes(sizes), conflict.node
         probe = None
         if not self.graph.has_bodies:
-            probe = probe_of(self.graph, self._before(node), bound, near, self.infer)
-        found = [] if probe is None else self._pairs(node, probe)
-        if not found:
-            found = self._pairs(node, probe_at(self.graph, bound, self.infer))
-        if len(found) <= conflict.place:
+            probe = probe_of(self.graph, self._before(node), bound, base, self.infer)
+        size_pairs = [] if probe is None else self._pairs(node, probe)
+        if not size_pairs:
+            size_pairs = self._pairs(node, probe_at(self.graph, bound, self.infer))
+        if len(size_pairs) <= conflict.place:
             return None
-        have, want = found[conflict.place]
+        have, want = size_pairs[conflict.place]
         return None if have is None or want is None else have - want
 
     def _before(self, node: Node) -> list[Node]:
         """Return the nodes that a node depends on, in graph order."""
         known = self._ancestors.get(node.index)
         if known is None:
-            found: dict[int, Node] = {}
+            nodes: dict[int, Node] = {}
             queue = [node]
             while queue:
                 for name in queue.pop().inputs:
                     maker = self.graph.producer.get(name)
-                    if maker is not None and name not in self.graph.weights and maker.index not in found:
-                        found[maker.index] = maker
+                    if maker is not None and name not in self.graph.weights and maker.index not in nodes:
+                        nodes[maker.index] = maker
                         queue.append(maker)
-            known = self._ancestors[node.index] = [found[k] for k in sorted(found)]
+            known = self._ancestors[node.index] = [nodes[k] for k in sorted(nodes)]
         return known
 
 
-def _direct(residual: _Residual, now: int, here: int) -> int | None:
+def _direct(residual: _Residual, current_size: int, difference: int) -> int | None:
     """Return the required size, where the unknown is itself one of the two sizes that have to agree."""
-    there = residual(now + 1)
-    if there is None or abs(there - here) != 1:
+    next_difference = residual(current_size + 1)
+    if next_difference is None or abs(next_difference - difference) != 1:
         return None
-    size = now - here * (there - here)
+    size = current_size - difference * (next_difference - difference)
     return size if 1 <= size <= _LARGEST and residual(size) == 0 else None
 
 
-def _root(residual: _Residual, now: int, here: int) -> int | None:
+def _root(residual: _Residual, current_size: int, difference: int) -> int | None:
     """Return the smallest size near which a residual vanishes, None where it does not depend on the size or never does.
 
     Residuals are mostly linear (two numbers of channels) or rise with steps (positions of a map of patches).
     """
-    other = 2 * now
-    there = residual(other)
-    if there is None or there == here:
+    other = 2 * current_size
+    other_difference = residual(other)
+    if other_difference is None or other_difference == difference:
         return None
-    direct = now - here * (other - now) / (there - here)
-    for size in (int(direct), int(direct) + 1):
+    estimate = current_size - difference * (other - current_size) / (other_difference - difference)
+    for size in (int(estimate), int(estimate) + 1):
         if 1 <= size <= _LARGEST and residual(size) == 0:
             return size
-    rising = there > here
-    low, high = (0, now) if (here > 0) == rising else (now, other)
-    while high < _LARGEST and low == now and _short(residual(high), rising):
+    increasing = other_difference > difference
+    low, high = (0, current_size) if (difference > 0) == increasing else (current_size, other)
+    while high < _LARGEST and low == current_size and _short(residual(high), increasing):
         high *= 2
     while high - low > 1:
         middle = (low + high) // 2
-        if _short(residual(middle), rising):
+        if _short(residual(middle), increasing):
             low = middle
         else:
             high = middle
     return high if 1 <= high <= _LARGEST and residual(high) == 0 else None
 
 
-def _short(value: int | None, rising: bool) -> bool:
+def _short(value: int | None, increasing: bool) -> bool:
     """Return whether a size is too small for a residual to vanish, or too small to run at all."""
-    return value is None or (value < 0 if rising else value > 0)
+    return value is None or (value < 0 if increasing else value > 0)
 
 
 def _reflects_too_much(node: Node, probe: Probe) -> bool:

@@ -25,19 +25,19 @@ def epsilons(graph: Graph, kinds: Mapping[str, int]) -> dict[str, float]:
         graph: the model's view.
         kinds: element types by tensor name.
     """
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     data = set(graph.inputs)
     for node in graph.nodes:
         reads = [name for name in node.inputs if name in data]
         if not reads:
             continue
-        before = max((found.get(name, 0.0) for name in reads), default=0.0)
+        before = max((result.get(name, 0.0) for name in reads), default=0.0)
         rounds = not (node.marker or _hands_on(node))
         for name in node.outputs:
-            own = _epsilon(kinds.get(name, 0)) if rounds else 0.0
-            found[name] = max(before, own)
+            node_epsilon = _epsilon(kinds.get(name, 0)) if rounds else 0.0
+            result[name] = max(before, node_epsilon)
             data.add(name)
-    return found
+    return result
 
 
 def _hands_on(node: Node) -> bool:

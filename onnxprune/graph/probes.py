@@ -63,10 +63,10 @@ class Dimensions:
     def __init__(self, specs: Sequence[InputSpec], overrides: Mapping[str, Sequence[int]] | None = None) -> None:
         by_name = {spec.name: spec for spec in specs}
         self.fixed: dict[Key, int] = {}
-        for name, given in (overrides or {}).items():
+        for name, sizes in (overrides or {}).items():
             if name not in by_name:
                 raise UsageError(f"input shape for {name!r}: the model has no such input", hint=nearest(name, by_name))
-            by_name[name] = _bind_override(by_name[name], [int(size) for size in given], self.fixed)
+            by_name[name] = _bind_override(by_name[name], [int(size) for size in sizes], self.fixed)
         self.specs = list(by_name.values())
         self.places: dict[Key, list[tuple[str, int]]] = {}
         for spec in self.specs:
@@ -85,21 +85,21 @@ class Dimensions:
         """Set total lengths to the sum of past and present, where dimensions have such names."""
         result = dict(sizes)
         for key in self.places:
-            rest = key.removeprefix("total_") if isinstance(key, str) else key
-            if rest != key and rest in sizes and f"past_{rest}" in sizes:
-                result[key] = sizes[rest] + sizes[f"past_{rest}"]
+            name = key.removeprefix("total_") if isinstance(key, str) else key
+            if name != key and name in sizes and f"past_{name}" in sizes:
+                result[key] = sizes[name] + sizes[f"past_{name}"]
         return result
 
     def completed(self, sizes: Sizes, fixed: Sizes | None = None) -> dict[Key, int]:
         """Compute sums of other dimensions, unless they are ``fixed``."""
-        named: dict[Key, int] = {k: n for k, n in sizes.items() if isinstance(k, str) and k not in self._sums}
-        sums = {key: _evaluate(tree, named) for key, tree in self._sums.items() if key not in (fixed or {})}
+        named_sizes: dict[Key, int] = {k: n for k, n in sizes.items() if isinstance(k, str) and k not in self._sums}
+        sums = {key: _evaluate(tree, named_sizes) for key, tree in self._sums.items() if key not in (fixed or {})}
         return {**sizes, **{key: size for key, size in sums.items() if size is not None and size > 0}}
 
     def is_sum(self, key: Key, sizes: Sizes) -> bool:
         """Return whether a dimension is a sum of others."""
-        named: dict[Key, int] = {k: n for k, n in sizes.items() if isinstance(k, str) and k not in self._sums}
-        return key in self._sums and _evaluate(self._sums[key], named) is not None
+        named_sizes: dict[Key, int] = {k: n for k, n in sizes.items() if isinstance(k, str) and k not in self._sums}
+        return key in self._sums and _evaluate(self._sums[key], named_sizes) is not None
 
     def shapes(self, sizes: Sizes) -> Binding:
         """Return a full shape for every input."""
@@ -141,24 +141,24 @@ def bind_shapes(
 
 def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[Key, int]) -> InputSpec:
     """Check one override against the input's own shape, bind its dimensions, and return the input with a rank."""
-    given, declared = ",".join(map(str, sizes)), show(spec.shape)
+    stated, declared = ",".join(map(str, sizes)), show(spec.shape)
     # the empty shape may be an unknown rank, which allows everything
     if spec.shape and len(sizes) != len(spec.shape):
         raise UsageError(
-            f"input shape {spec.name}={given} has {len(sizes)} sizes; the input has {len(spec.shape)}: {declared}"
+            f"input shape {spec.name}={stated} has {len(sizes)} sizes; the input has {len(spec.shape)}: {declared}"
         )
     for axis, size in enumerate(sizes):
         dim = spec.shape[axis] if spec.shape else None
         key = dim if isinstance(dim, str) else (spec.name, axis)
         if size < 1:
-            raise UsageError(f"input shape {spec.name}={given}: sizes must be 1 or more, axis {axis} is {size}")
+            raise UsageError(f"input shape {spec.name}={stated}: sizes must be 1 or more, axis {axis} is {size}")
         if isinstance(dim, int) and dim != size:
             raise UsageError(
-                f"input shape {spec.name}={given}: axis {axis} is fixed to {dim} in the model, not {size}",
+                f"input shape {spec.name}={stated}: axis {axis} is fixed to {dim} in the model, not {size}",
                 hint=f"The input is {declared}; only its named or '?' dimensions can be chosen.",
             )
         if not isinstance(dim, int) and bound.setdefault(key, size) != size:
-            raise UsageError(f"input shape {spec.name}={given}: {dim!r} is {size} here, {bound[key]} in another shape")
+            raise UsageError(f"input shape {spec.name}={stated}: {dim!r} is {size} here, {bound[key]} in another shape")
     return spec if spec.shape else replace(spec, shape=(None,) * len(sizes))
 
 
@@ -256,11 +256,11 @@ class OpenSizes:
 
     def pairs(self) -> Iterator[Pair]:
         """Return (batch, sequence) at two probes, likeliest first, without pairs that give the same sizes."""
-        seen = set()
+        tried = set()
         for pair in (_SIZES, *_FALLBACKS):
             key = repr([sorted(self.dimensions.guess(*one).items(), key=repr) for one in pair])
-            if key not in seen:
-                seen.add(key)
+            if key not in tried:
+                tried.add(key)
                 yield pair
 
     def first(self, pair: Pair) -> dict[Key, int]:
@@ -301,13 +301,13 @@ def open_sizes(graph: Graph, overrides: Mapping[str, Sequence[int]] | None = Non
 def beyond(dimensions: Dimensions, first: Sizes, second: Sizes) -> Iterator[dict[Key, int]]:
     """Return sizes of neither probe where the two differ: a single sample, shorter sequences, other maps."""
     for kinds in (_KINDS, ("batch",), ("sequence", "extent")):
-        wish = {
+        candidate = {
             key: _third(dimensions.kind(key), size, second[key])
             if size != second[key] and dimensions.kind(key) in kinds
             else size
             for key, size in first.items()
         }
-        yield dimensions.with_totals(wish)
+        yield dimensions.with_totals(candidate)
 
 
 def _third(kind: str, first: int, second: int) -> int:

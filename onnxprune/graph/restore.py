@@ -41,11 +41,11 @@ def restore(
     if not folds and not hoists:
         return
     model = _Model(proto, weights, original)
-    for hoisted in hoists:
-        model.suspects.update(name for node in hoisted.nodes for name in node.inputs)
-        _unhoist(model, hoisted)
-    for folded in folds:
-        _unfold(model, folded)
+    for item in hoists:
+        model.suspects.update(name for node in item.nodes for name in node.inputs)
+        _unhoist(model, item)
+    for fold in folds:
+        _unfold(model, fold)
     model.finish()
 
 
@@ -79,8 +79,8 @@ class _Model:
 
     def edited(self, node: Node) -> bool:
         """Return whether a node of the original still exists in another form."""
-        here = self.producer.get(next(filter(None, node.outputs), ""))
-        return here is not None and here != node.proto
+        candidate = self.producer.get(next(filter(None, node.outputs), ""))
+        return candidate is not None and candidate != node.proto
 
     def add(self, node: onnx.NodeProto) -> None:
         """Add a node behind the others, or in the place of one with the same output."""
@@ -104,8 +104,8 @@ class _Model:
     def free(self, stem: str) -> str:
         """Return a name that neither the model nor the original uses."""
         name, k = stem, 1
-        taken = (self.producer, self.initializers, self.original.producer, self.original.weights)
-        while any(name in names for names in taken):
+        used_names = (self.producer, self.initializers, self.original.producer, self.original.weights)
+        while any(name in names for names in used_names):
             name, k = f"{stem}{k}", k + 1
         return name
 
@@ -134,33 +134,33 @@ class _Model:
         uses = Counter(self.original.captured)
         uses.update([o.name for o in self.proto.graph.output])
         uses.update(chain.from_iterable(self._names[key][0] for key in keys))
-        alive = []
+        live_nodes = []
         # Backwards: the inputs of a node without readers may have none either, and come before it.
         for key in reversed(keys):
             inputs, outputs = self._names[key]
-            made = [o for o in outputs if o]
+            outputs_made = [o for o in outputs if o]
             marker = self.nodes[key].domain == markers.DOMAIN
-            if marker or self.suspects.isdisjoint(made) or any(uses[o] for o in made):
-                alive.append(self.nodes[key])
+            if marker or self.suspects.isdisjoint(outputs_made) or any(uses[o] for o in outputs_made):
+                live_nodes.append(self.nodes[key])
             else:
                 uses.subtract(inputs)
-        dropped = {name for name in self.initializers if not uses[name] and name in self.suspects}
-        for name in dropped:
+        unused = {name for name in self.initializers if not uses[name] and name in self.suspects}
+        for name in unused:
             self.weights.pop(name, None)
-        alive.reverse()
+        live_nodes.reverse()
         tensors = (t.name for t in self.original.proto.graph.initializer)
         infos = (i.name for i in self.original.proto.graph.value_info)
         graph = self.proto.graph
-        _refill(graph.node, alive)
-        _refill(graph.initializer, [t for n, t in _in_order(self.initializers, tensors) if n not in dropped])
-        _refill(graph.input, [i for i in graph.input if i.name not in dropped])
+        _refill(graph.node, live_nodes)
+        _refill(graph.initializer, [t for n, t in _in_order(self.initializers, tensors) if n not in unused])
+        _refill(graph.input, [i for i in graph.input if i.name not in unused])
         _refill(graph.value_info, [info for _, info in _in_order(self.infos, infos)])
 
 
-def _refill(held: Any, messages: list[Any]) -> None:
+def _refill(container: Any, messages: list[Any]) -> None:
     """Replace the messages of a repeated field; the new ones may be among the old ones, whose memory they share."""
-    del held[:]
-    held.extend(messages)
+    del container[:]
+    container.extend(messages)
 
 
 def _in_order(items: dict[str, T], order: Iterable[str]) -> list[tuple[str, T]]:
@@ -204,20 +204,20 @@ def _unhoist(model: _Model, item: Hoist) -> None:
         or any(s * item.sizes[0] != sizes[0] * n for s, n in zip(sizes, item.sizes, strict=True))
     ):
         return
-    rest = np.arange(first[0].size) != item.axis
-    if not all(t is not None and _same(t, first, rest) for t in targets):
+    other_axes = np.arange(first[0].size) != item.axis
+    if not all(t is not None and _same(t, first, other_axes) for t in targets):
         return
-    lost = item.made.union(o for node in item.nodes for o in node.outputs)
-    for key in [k for k in model.nodes if k in lost]:
+    removed = item.made.union(o for node in item.nodes for o in node.outputs)
+    for key in [k for k in model.nodes if k in removed]:
         del model.nodes[key]
     reshape = onnx.NodeProto()
     reshape.CopyFrom(item.reshape.proto)
-    whole = sizes == [s * item.stride for s in item.sizes]
-    reshape.input[1] = _whole_target(model, item, first, rest, whole)
+    is_whole = sizes == [s * item.stride for s in item.sizes]
+    reshape.input[1] = _whole_target(model, item, first, other_axes, is_whole)
     model.add(reshape)
     for node in item.nodes[1:]:
         model.add(node.proto)
-    if whole and reshape.input[1] == item.reshape.inputs[1]:
+    if is_whole and reshape.input[1] == item.reshape.inputs[1]:
         model.describe(o for node in item.nodes for o in node.outputs)
 
 
@@ -249,31 +249,31 @@ def _resolve(model: _Model, item: Hoist, name: str) -> Target | None:
     node = model.producer.get(name)
     if node is None or node.op_type != "Where":
         return None
-    keep, base, fixed = model.value(node.input[0]), _resolve(model, item, node.input[1]), model.value(node.input[2])
-    if keep is None or fixed is None or base is None:
+    mask, base, fixed = model.value(node.input[0]), _resolve(model, item, node.input[1]), model.value(node.input[2])
+    if mask is None or fixed is None or base is None:
         return None
-    return keep & base[0], np.where(keep, base[1], fixed)
+    return mask & base[0], np.where(mask, base[1], fixed)
 
 
-def _same(one: Target, other: Target, rest: NDArray[np.bool_]) -> bool:
-    fixed = rest & ~one[0]
-    return bool((one[0] == other[0])[rest].all() and (one[1] == other[1])[fixed].all())
+def _same(first: Target, second: Target, other_axes: NDArray[np.bool_]) -> bool:
+    fixed = other_axes & ~first[0]
+    return bool((first[0] == second[0])[other_axes].all() and (first[1] == second[1])[fixed].all())
 
 
-def _whole_target(model: _Model, item: Hoist, target: Target, rest: NDArray[np.bool_], whole: bool) -> str:
+def _whole_target(model: _Model, item: Hoist, target: Target, other_axes: NDArray[np.bool_], is_whole: bool) -> str:
     """Return the name of a target like a part's except for the entry of the parts' axis, which is the original's."""
-    keep, fixed = target
+    other_mask, fixed = target
     name = item.reshape.inputs[1]
     weight = model.original.weights.get(name)
     if weight is not None:
-        value = np.where(rest, fixed, weight.read())
+        value = np.where(other_axes, fixed, weight.read())
         return name if np.array_equal(value, weight.read()) else model.constant(f"{name}_cut", value)
-    if keep[rest].all() and (item.literal or whole):
+    if other_mask[other_axes].all() and (item.literal or is_whole):
         return name
-    value = np.where(rest, fixed, sum(item.sizes))
-    if not keep[rest].any():
+    value = np.where(other_axes, fixed, sum(item.sizes))
+    if not other_mask[other_axes].any():
         return model.constant(f"{name}_cut", value)
-    mask, sizes = model.constant(f"{name}_dynamic", keep & rest), model.constant(f"{name}_sizes", value)
+    mask, sizes = model.constant(f"{name}_dynamic", other_mask & other_axes), model.constant(f"{name}_sizes", value)
     result = model.free(f"{name}_for_{item.reshape.outputs[0]}")
     model.add(onnx.helper.make_node("Where", [mask, name, sizes], [result], name=f"{item.reshape.label}_target"))
     return result

@@ -83,8 +83,8 @@ class Values:
 
     def _evaluate(self, node: Node, shapes: Shapes) -> Sequence[np.ndarray | None]:
         if node.op == markers.JOIN:
-            chosen = self.get(node.inputs[2])
-            return () if chosen is None else (self.get(node.inputs[0 if chosen.ravel()[0] else 1]),)
+            condition = self.get(node.inputs[2])
+            return () if condition is None else (self.get(node.inputs[0 if condition.ravel()[0] else 1]),)
         values = []
         for name in node.inputs:
             value = self.get(name) if name else None
@@ -179,7 +179,7 @@ def check_extents(graph: Graph, probe: Probe) -> None:
     Raises:
         ModelError: it cannot; names the node.
     """
-    held = sum(size_of(weight.shape) for weight in graph.weights.values())
+    num_stored = sum(size_of(weight.shape) for weight in graph.weights.values())
     constant: set[str] = set()
     for name, shape in probe.inputs.items():
         _check(f"input {name!r} has", shape, MOST_ELEMENTS)
@@ -190,20 +190,24 @@ def check_extents(graph: Graph, probe: Probe) -> None:
                 hint="The number of iterations of a Loop or Scan around it is wrong.",
             )
         computed = not node.domain and all(not n or n in constant or n in graph.weights for n in node.inputs)
-        most = max(_COMPUTED, _TIMES * held) if computed else MOST_ELEMENTS
+        max_elements = max(_COMPUTED, _TIMES * num_stored) if computed else MOST_ELEMENTS
         for name in filter(None, node.outputs):
             if computed:
                 constant.add(name)
-            _check(f"node {node.label!r} ({node.op}) gives a tensor", probe.shapes.get(name), min(most, MOST_ELEMENTS))
+            _check(
+                f"node {node.label!r} ({node.op}) gives a tensor",
+                probe.shapes.get(name),
+                min(max_elements, MOST_ELEMENTS),
+            )
 
 
-def _check(what: str, shape: Sequence[int | None] | None, most: int) -> None:
+def _check(what: str, shape: Sequence[int | None] | None, max_elements: int) -> None:
     if shape is None or None in shape:
         return
     elements = size_of([int(n or 0) for n in shape])
-    if elements >= most:
+    if elements >= max_elements:
         raise ModelError(
-            f"{what} the shape {list(shape)}: {elements:,} elements, where fewer than {most:,} are allowed",
+            f"{what} the shape {list(shape)}: {elements:,} elements, where fewer than {max_elements:,} are allowed",
             hint=f"The sizes in the file are wrong, or an {argument('input_shapes')} is too large.",
         )
 

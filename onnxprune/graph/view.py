@@ -147,7 +147,7 @@ class Graph:
                     consumers[name].append((node, k))
         for name in {n for node in new.values() for n in node.inputs if n}:
             consumers[name].sort(key=lambda reader: (reader[0].index, reader[1]))
-        nodes, steps = ([new.get(n.index, n) for n in given] for given in (self.nodes, self.steps))
+        nodes, steps = ([new.get(n.index, n) for n in old_nodes] for old_nodes in (self.nodes, self.steps))
         read = {name: readers for name, readers in consumers.items() if readers}
         return replace(self, proto=proto, weights=weights, nodes=nodes, steps=steps, producer=producer, consumers=read)
 
@@ -200,8 +200,8 @@ class Graph:
     def _enclose(self) -> tuple[Sequence[tuple[markers.Body, ...]], frozenset[str]]:
         if self._enclosed is None:
             around = list(markers.enclosures((n.marker, n.kind) for n in self.nodes))
-            within = (n for n in self.nodes if around[n.index] or n.marker == markers.OPEN)
-            self._enclosed = around, frozenset(o for n in within for o in n.outputs if o)
+            inner_nodes = (n for n in self.nodes if around[n.index] or n.marker == markers.OPEN)
+            self._enclosed = around, frozenset(o for n in inner_nodes for o in n.outputs if o)
         return self._enclosed
 
 

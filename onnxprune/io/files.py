@@ -87,8 +87,8 @@ def write(target: Path, data: bytes) -> None:
 def clone(source: Path, target: Path) -> None:
     """Copy a file, without a second copy on the disk where the file system can share it. Raises OSError."""
     if fcntl is not None:
-        with suppress(OSError), source.open("rb") as one, target.open("wb") as other:
-            fcntl.ioctl(other, _FICLONE, one.fileno())
+        with suppress(OSError), source.open("rb") as reader, target.open("wb") as writer:
+            fcntl.ioctl(writer, _FICLONE, reader.fileno())
             return
     shutil.copyfile(source, target)
 
@@ -142,35 +142,37 @@ class Replacement:
         """Open a temporary file and yield it with its path; on exit, its bytes are on the disk."""
         # tempfile makes files that only their owner can read; these need the usual permissions.
         path = _beside(target, "tmp")
-        unlocked = path.with_suffix(".new")  # a run that cleans up must not take it for a leftover
-        with unlocked.open("xb") as file:
-            self._temporaries += [unlocked, path]
+        unlocked_path = path.with_suffix(".new")  # a run that cleans up must not take it for a leftover
+        with unlocked_path.open("xb") as file:
+            self._temporaries += [unlocked_path, path]
             if _lock(file.fileno()):
                 self._locks.callback(os.close, os.dup(file.fileno()))
-            unlocked.rename(path)
+            unlocked_path.rename(path)
             yield path, file
             file.flush()
             os.fsync(file.fileno())
 
     def commit(self) -> None:
         """Move every file to its target's place. Raises OSError, with every target restored."""
-        with _folder_lock(self.target.parent) as alone:
+        with _folder_lock(self.target.parent) as exclusive:
             data = self._data_target()
-            made = data is not None and not data.exists()
+            is_new = data is not None and not data.exists()
             try:
                 if data is not None and self._write is not None and self._data is not None:
                     with self.open() as file:
                         self._write(file, data.name)
-                referred = [path for path in self._candidates() if path != data and _mentions(self.target, path.name)]
-                self._announce([*([data] if made and data is not None else []), *referred])
-                if made and data is not None and self._data is not None:
+                referenced_files = [
+                    path for path in self._candidates() if path != data and _mentions(self.target, path.name)
+                ]
+                self._announce([*([data] if is_new and data is not None else []), *referenced_files])
+                if is_new and data is not None and self._data is not None:
                     self._data.rename(data)
                 self._set_companions_aside()
                 assert self._main is not None
                 self._main.replace(self.target)
             except BaseException:
                 if self._main is None or self._main.exists():
-                    if made and data is not None:
+                    if is_new and data is not None:
                         data.unlink(missing_ok=True)
                     for target, aside in self._set_aside.items():
                         aside.replace(target)
@@ -179,8 +181,8 @@ class Replacement:
                     self._place_companions()
                 raise
             self._place_companions()
-            if alone:
-                self._remove_leftovers(data, referred)
+            if exclusive:
+                self._remove_leftovers(data, referenced_files)
 
     def _data_target(self) -> Path | None:
         """Return the path of the data: a free name, or one whose file has the same content."""
@@ -213,17 +215,17 @@ class Replacement:
         for target, temporary in self._companions.items():
             temporary.replace(target)
 
-    def _remove_leftovers(self, data: Path | None, referred: Iterable[Path]) -> None:
+    def _remove_leftovers(self, data: Path | None, referenced_files: Iterable[Path]) -> None:
         """Remove data that only the old file referred to, and files that killed runs left for these targets."""
-        unused = set(referred)
+        unused_files = set(referenced_files)
         for target in (self.target, *self._companions):
             pattern = re.compile(rf"\.{re.escape(_stem(target))}\.[0-9a-f]{{{_DIGEST}}}\.(?:tmp|new)")
             for entry in os.scandir(target.parent):
                 path = target.with_name(entry.name)
                 if pattern.fullmatch(entry.name) and path not in self._temporaries:
                     with suppress(OSError):
-                        unused |= _remove_if_free(path)
-        for path in unused - {data}:
+                        unused_files |= _remove_if_free(path)
+        for path in unused_files - {data}:
             with suppress(OSError):
                 path.unlink()
 
@@ -259,9 +261,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGEST]
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same(first: Path, second: Path) -> bool:
     """Return whether two files have the same content."""
-    return one.stat().st_size == other.stat().st_size and _digest(one) == _digest(other)
+    return first.stat().st_size == second.stat().st_size and _digest(first) == _digest(second)
 
 
 def _mentions(path: Path, name: str) -> bool:
@@ -316,10 +318,10 @@ def workspace() -> Iterator[Path]:
     _remove_stale_once()
     with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        unlocked = folder / "lock"
-        with unlocked.open("xb") as file:
+        unlocked_path = folder / "lock"
+        with unlocked_path.open("xb") as file:
             _lock(file.fileno())
-            unlocked.rename(folder / _LOCK)  # from now on a run that cleans up may examine it
+            unlocked_path.rename(folder / _LOCK)  # from now on a run that cleans up may examine it
             yield folder
 
 
@@ -491,13 +493,13 @@ def _parse(kind: Any, data: Any, place: str) -> Any:
 def _parse_fields(kind: Any, data: Any, place: str) -> Any:
     if not isinstance(data, Mapping):
         raise _Misfit(place, f"is {_shown(data)}, an object was expected")
-    types, given = get_type_hints(kind), {}
+    types, arguments = get_type_hints(kind), {}
     for entry in fields(kind):
         if entry.name in data:
-            given[entry.name] = _parse(types[entry.name], data[entry.name], f"{place}.{entry.name}")
+            arguments[entry.name] = _parse(types[entry.name], data[entry.name], f"{place}.{entry.name}")
         elif entry.default is MISSING and entry.default_factory is MISSING:
             raise _Misfit(place, f"has no {entry.name!r}")
-    return kind(**given)
+    return kind(**arguments)
 
 
 def _key(kind: type, name: Any, place: str) -> Any:
@@ -508,17 +510,17 @@ def _key(kind: type, name: Any, place: str) -> Any:
 
 
 def _parse_plain(kind: type, data: Any, place: str) -> Any:
-    fits = isinstance(data, bool) == (kind is bool) and isinstance(data, (int, float) if kind is float else kind)
-    if fits and kind is int:
-        fits = -(1 << 63) <= data < 1 << 63
-    if fits and kind is float:
+    is_plain = isinstance(data, bool) == (kind is bool) and isinstance(data, (int, float) if kind is float else kind)
+    if is_plain and kind is int:
+        is_plain = -(1 << 63) <= data < 1 << 63
+    if is_plain and kind is float:
         try:
             data = float(data)
         except OverflowError:
-            fits = False
+            is_plain = False
         else:
-            fits = math.isfinite(data)
-    if not fits:
+            is_plain = math.isfinite(data)
+    if not is_plain:
         raise _Misfit(place, f"is {_shown(data)}, {_WORDS[kind]} was expected")
     return data
 

@@ -154,9 +154,9 @@ def _archive(data: Buffer) -> Format:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         names = []
-    inside = next((name for name in names if name.endswith(".onnx")), None)
-    if inside is not None:
-        return Format("a zip archive", f"Unpack it first: it holds {inside!r}.")
+    model_name = next((name for name in names if name.endswith(".onnx")), None)
+    if model_name is not None:
+        return Format("a zip archive", f"Unpack it first: it holds {model_name!r}.")
     if any(name.endswith(("data.pkl", "constants.pkl")) for name in names):
         return _TORCH
     if any(name.endswith(("model.weights.h5", "config.json")) for name in names):

@@ -42,17 +42,17 @@ def _check_extent(proto: ModelProto) -> None:
     functions = {_key(function): function for function in proto.functions}
     extents: dict[Key, tuple[int, int]] = {}
 
-    def extent(nodes: Iterable[NodeProto], within: tuple[Key, ...]) -> tuple[int, int]:
+    def extent(nodes: Iterable[NodeProto], callers: tuple[Key, ...]) -> tuple[int, int]:
         """Return the numbers of nodes and bytes after replacing every call."""
         count = size = 0
         for node in _all_nodes(nodes):
             key = _key(node)
             count, size = count + 1, size + (0 if any(map(_graphs, node.attribute)) else node.ByteSize())
-            if key in functions and key in within:
+            if key in functions and key in callers:
                 raise _refused(f"the function {key[1]!r} calls itself")
             if key in functions:
                 if key not in extents:
-                    extents[key] = extent(functions[key].node, (*within, key))
+                    extents[key] = extent(functions[key].node, (*callers, key))
                 count, size = count + extents[key][0], size + extents[key][1]
         return count, size
 
@@ -158,11 +158,13 @@ class _Binding:
         Else the call is not inlined.
         """
         for opset in function.opset_import:
-            here = self._versions.get(_domain(opset.domain), opset.version)
-            mine = (n for n in _all_nodes(function.node) if _domain(n.domain) == _domain(opset.domain))
-            ops = {n.op_type for n in mine} - self._names
-            if here != opset.version and all(_alike(op, _domain(opset.domain), opset.version, here) for op in ops):
-                opset.version = here
+            model_version = self._versions.get(_domain(opset.domain), opset.version)
+            nodes = (n for n in _all_nodes(function.node) if _domain(n.domain) == _domain(opset.domain))
+            ops = {n.op_type for n in nodes} - self._names
+            if model_version != opset.version and all(
+                _alike(op, _domain(opset.domain), opset.version, model_version) for op in ops
+            ):
+                opset.version = model_version
 
 
 def _resolve(node: NodeProto, values: Bindings) -> None:
@@ -171,10 +173,10 @@ def _resolve(node: NodeProto, values: Bindings) -> None:
     for attribute in node.attribute:
         value = values.get(attribute.ref_attr_name) if attribute.ref_attr_name else attribute
         if value is not None:
-            own = AttributeProto()
-            own.CopyFrom(value)
-            own.name = attribute.name
-            attributes.append(own)
+            resolved = AttributeProto()
+            resolved.CopyFrom(value)
+            resolved.name = attribute.name
+            attributes.append(resolved)
     if any(attribute.ref_attr_name for attribute in node.attribute):
         del node.attribute[:]
         node.attribute.extend(attributes)
@@ -182,15 +184,15 @@ def _resolve(node: NodeProto, values: Bindings) -> None:
 
 def _name_outputs(function: FunctionProto) -> None:
     """Insert an Identity for outputs that are inputs of the function: the inliner would leave them undefined."""
-    taken = {*function.input, *(name for n in function.node for name in (*n.input, *n.output))}
+    names = {*function.input, *(name for n in function.node for name in (*n.input, *n.output))}
     for i, name in enumerate(function.output):
         if name in function.input:
-            own = f"{name}_out"
-            while own in taken:
-                own += "_"
-            taken.add(own)
-            function.node.add().CopyFrom(onnx.helper.make_node("Identity", [name], [own]))
-            function.output[i] = own
+            copy = f"{name}_out"
+            while copy in names:
+                copy += "_"
+            names.add(copy)
+            function.node.add().CopyFrom(onnx.helper.make_node("Identity", [name], [copy]))
+            function.output[i] = copy
 
 
 def _all_nodes(nodes: Iterable[NodeProto]) -> Iterable[NodeProto]:
@@ -201,10 +203,12 @@ def _all_nodes(nodes: Iterable[NodeProto]) -> Iterable[NodeProto]:
                 yield from _all_nodes(graph.node)
 
 
-def _alike(op: str, domain: str, one: int, other: int) -> bool:
+def _alike(op: str, domain: str, own_version: int, other_version: int) -> bool:
     """Return whether two versions of an operator set define an operator the same."""
     try:
-        first, second = (onnx.defs.get_schema(op, version, domain).since_version for version in (one, other))
+        first, second = (
+            onnx.defs.get_schema(op, version, domain).since_version for version in (own_version, other_version)
+        )
     except onnx.defs.SchemaError:
         return False
     return bool(first == second)

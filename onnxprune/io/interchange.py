@@ -133,13 +133,16 @@ def _from_graphsurgeon(graph: Any) -> onnx.ModelProto:
             f"onnx-graphsurgeon cannot export the graph {graph.name!r}: {error}",
             hint="Inputs and outputs need a dtype, and every node's inputs a producer: try graph.cleanup().toposort().",
         ) from error
-    kept = getattr(graph, _ATTACHED, None)
-    if isinstance(kept, Unrepresented):
+    unrepresented = getattr(graph, _ATTACHED, None)
+    if isinstance(unrepresented, Unrepresented):
         # Graphs have a producer and an IR version of their own from 0.6 on, which the user may have changed.
         if not hasattr(graph, "ir_version"):
-            proto.ir_version = kept.model.ir_version
-            proto.producer_name, proto.producer_version = kept.model.producer_name, kept.model.producer_version
-        _put_back(proto, kept)
+            proto.ir_version = unrepresented.model.ir_version
+            proto.producer_name, proto.producer_version = (
+                unrepresented.model.producer_name,
+                unrepresented.model.producer_version,
+            )
+        _put_back(proto, unrepresented)
     return proto
 
 
@@ -170,29 +173,29 @@ def _unrepresented(proto: onnx.ModelProto) -> Unrepresented:
     return Unrepresented(model, graph, nodes, values, weights)
 
 
-def _put_back(proto: onnx.ModelProto, kept: Unrepresented) -> None:
+def _put_back(proto: onnx.ModelProto, unrepresented: Unrepresented) -> None:
     """Write back the parts that a graph has no place for, for tensors that still exist."""
-    proto.domain, proto.model_version = kept.model.domain, kept.model.model_version
-    proto.doc_string = kept.model.doc_string
-    proto.metadata_props.extend(kept.model.metadata_props)
-    proto.training_info.extend(kept.model.training_info)
-    _extend(proto.graph, kept.graph.metadata_props)
+    proto.domain, proto.model_version = unrepresented.model.domain, unrepresented.model.model_version
+    proto.doc_string = unrepresented.model.doc_string
+    proto.metadata_props.extend(unrepresented.model.metadata_props)
+    proto.training_info.extend(unrepresented.model.training_info)
+    _extend(proto.graph, unrepresented.graph.metadata_props)
     infos = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
     names = {*(i.name for i in infos), *(t.name for t in proto.graph.initializer)}
     names.update(output for node in proto.graph.node for output in node.output)
-    for annotation in kept.graph.quantization_annotation:
+    for annotation in unrepresented.graph.quantization_annotation:
         parameters = {entry.value for entry in annotation.quant_parameter_tensor_names}
         if annotation.tensor_name in names and parameters <= names:
             proto.graph.quantization_annotation.append(annotation)
     for node in proto.graph.node:
-        if node.output and node.output[0] in kept.nodes:
-            _described(node, kept.nodes[node.output[0]])
+        if node.output and node.output[0] in unrepresented.nodes:
+            _described(node, unrepresented.nodes[node.output[0]])
     for info in infos:
-        if info.name in kept.values:
-            _described(info, kept.values[info.name])
+        if info.name in unrepresented.values:
+            _described(info, unrepresented.values[info.name])
     for tensor in proto.graph.initializer:
-        if tensor.name in kept.weights and not tensor.doc_string:
-            _described(tensor, kept.weights[tensor.name])
+        if tensor.name in unrepresented.weights and not tensor.doc_string:
+            _described(tensor, unrepresented.weights[tensor.name])
 
 
 def _described(target: _Proto, source: Any) -> _Proto:

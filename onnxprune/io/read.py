@@ -37,12 +37,12 @@ class Unsorted(ModelError):
     """A node reads a tensor that a later node computes."""
 
 
-def same_nodes(one: ModelProto, other: ModelProto) -> bool:
+def same_nodes(first: ModelProto, second: ModelProto) -> bool:
     """Return whether two models have the same nodes (bodies included, in any order) and the same inputs and outputs.
 
     Initializers are compared by name, type and size in the main graph, by value as well in bodies.
     """
-    return _face(one.graph) == _face(other.graph) and _nodes(one.graph) == _nodes(other.graph)
+    return _face(first.graph) == _face(second.graph) and _nodes(first.graph) == _nodes(second.graph)
 
 
 def _face(graph: GraphProto) -> tuple[list[str], list[str], list[tuple[str, int, tuple[int, ...]]]]:
@@ -106,22 +106,22 @@ def _sort(graph: Any) -> None:
             _sort(body)
     nodes = list(graph.node)
     maker = {name: k for k, node in enumerate(nodes) for name in node.output if name}
-    waiting = [{maker[name] for name in _reads(node) if name in maker} for node in nodes]
-    if all(max(before, default=-1) < k for k, before in enumerate(waiting)):
+    missing_inputs = [{maker[name] for name in _reads(node) if name in maker} for node in nodes]
+    if all(max(before, default=-1) < k for k, before in enumerate(missing_inputs)):
         return
     readers: dict[int, list[int]] = {}
-    for k, before in enumerate(waiting):
+    for k, before in enumerate(missing_inputs):
         for b in before:
             readers.setdefault(b, []).append(k)
-    ready = [k for k, before in enumerate(waiting) if not before]  # rising, and so a heap
+    ready_nodes = [k for k, before in enumerate(missing_inputs) if not before]  # rising, and so a heap
     order = []
-    while ready:
-        done = heapq.heappop(ready)
-        order.append(done)
-        for k in readers.get(done, ()):
-            waiting[k].discard(done)
-            if not waiting[k]:
-                heapq.heappush(ready, k)
+    while ready_nodes:
+        current = heapq.heappop(ready_nodes)
+        order.append(current)
+        for k in readers.get(current, ()):
+            missing_inputs[k].discard(current)
+            if not missing_inputs[k]:
+                heapq.heappush(ready_nodes, k)
     if len(order) == len(nodes):
         copies = [NodeProto() for _ in nodes]
         for copy, k in zip(copies, order, strict=True):
@@ -215,11 +215,11 @@ def _defined(name: str, scope: _Scope) -> bool:
 def _check_once(kind: str, names: list[str]) -> None:
     if len(set(names)) == len(names):
         return
-    seen: set[str] = set()
+    known_names: set[str] = set()
     for name in names:
-        if name in seen:
+        if name in known_names:
             raise _twice(f"an {kind}" if kind[0] == "i" else f"a {kind}", name)
-        seen.add(name)
+        known_names.add(name)
 
 
 def _check_text(where: str, names: Iterable[object]) -> None:
@@ -342,8 +342,8 @@ def _existing(path: Path) -> Path:
         if path.is_file():
             return path
         folder, exists = path.is_dir(), path.exists()
-        beside = path if folder else path.parent
-        names = [other.name for other in beside.glob("*.onnx")] if beside.is_dir() else []
+        parent = path if folder else path.parent
+        names = [other.name for other in parent.glob("*.onnx")] if parent.is_dir() else []
     except (OSError, ValueError) as error:
         raise UsageError(f"{str(path)!r} is not a usable path: {error}") from error
     if folder:
@@ -353,7 +353,7 @@ def _existing(path: Path) -> Path:
         raise UsageError(f"{str(path)!r} is a folder, a model file is needed", hint=hint)
     if exists:
         raise UsageError(f"{str(path)!r} is no ordinary file", hint="Give a file that can be read twice.")
-    if not beside.is_dir():
+    if not parent.is_dir():
         raise UsageError(f"no file {str(path)!r}: its folder does not exist", hint="Check the path.")
     raise UsageError(f"no file {str(path)!r}", hint=nearest(path.name, names) or "Its folder has no .onnx file.")
 
@@ -361,11 +361,11 @@ def _existing(path: Path) -> Path:
 def _from_bytes(data: bytes, path: Path | None) -> Loaded:
     proto, spans = _skeleton(data, path)
     view = memoryview(data)
-    held: dict[int, Weight] = {}
+    weights: dict[int, Weight] = {}
     for index, span in spans.items():
         tensor = _stub(proto.graph, index, span)
-        held[index] = BufferWeight(tensor.name, tensor.data_type, tensor.dims, view[span.start : span.end])
-    loaded = _finish(proto, held, path, lambda: hashlib.sha256(data).hexdigest(), len(data))
+        weights[index] = BufferWeight(tensor.name, tensor.data_type, tensor.dims, view[span.start : span.end])
+    loaded = _finish(proto, weights, path, lambda: hashlib.sha256(data).hexdigest(), len(data))
     return replace(loaded, data=data) if path is None else loaded
 
 
@@ -373,12 +373,12 @@ def _from_large_file(path: Path) -> Loaded:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         proto, spans = _skeleton(data, path)
         size = len(data)
-    held: dict[int, Weight] = {}
+    weights: dict[int, Weight] = {}
     for index, span in spans.items():
         tensor = _stub(proto.graph, index, span)
         length = span.end - span.start
-        held[index] = FileWeight(tensor.name, tensor.data_type, tensor.dims, path, span.start, length)
-    return _finish(proto, held, path, lambda: _digest_of(path), size)
+        weights[index] = FileWeight(tensor.name, tensor.data_type, tensor.dims, path, span.start, length)
+    return _finish(proto, weights, path, lambda: _digest_of(path), size)
 
 
 def _skeleton(data: Buffer, path: Path | None) -> tuple[ModelProto, dict[int, Span]]:
@@ -417,17 +417,17 @@ def _from_proto(source: ModelProto) -> Loaded:
     _check_kind(source)
     proto = without_graph(source)
     proto.graph.MergeFrom(without_initializers(source.graph))
-    held: dict[int, Weight] = {}
+    weights: dict[int, Weight] = {}
     for index, tensor in enumerate(source.graph.initializer):
         target = proto.graph.initializer.add()
         if is_external(tensor) or tensor.data_type == TensorProto.STRING or _small(tensor):
             target.CopyFrom(tensor)
         else:
             target.CopyFrom(without_data(tensor))
-            held[index] = TensorWeight(tensor)
-    size = proto.ByteSize() + sum(weight.nbytes for weight in held.values())
+            weights[index] = TensorWeight(tensor)
+    size = proto.ByteSize() + sum(weight.nbytes for weight in weights.values())
     sparse = [tensor.SerializeToString(deterministic=True) for tensor in source.graph.sparse_initializer]
-    return _finish(proto, held, None, lambda: _digest_in_memory(proto, held.values(), sparse), size)
+    return _finish(proto, weights, None, lambda: _digest_in_memory(proto, weights.values(), sparse), size)
 
 
 def _digest_of(path: Path) -> str:
@@ -474,21 +474,21 @@ def _too_new(what: str, needed: int, known: int) -> ModelError:
 
 
 def _finish(
-    proto: ModelProto, held: dict[int, Weight], path: Path | None, digest: Callable[[], str], size: int
+    proto: ModelProto, weights_by_tensor: dict[int, Weight], path: Path | None, digest: Callable[[], str], size: int
 ) -> Loaded:
     folder = path.parent if path else None
     weights: dict[str, Weight] = {}
     files: dict[Path, None] = {}
     for index, tensor in enumerate(proto.graph.initializer):
         if is_external(tensor):
-            outside = external_weight(tensor, folder)
-            files[outside.path] = None
+            external = external_weight(tensor, folder)
+            files[external.path] = None
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
-            if outside.nbytes <= INLINE_LIMIT:
-                tensor.raw_data = bytes(outside.stored())
-            held[index] = outside
-        weight = held.get(index) or _take_data(tensor)
+            if external.nbytes <= INLINE_LIMIT:
+                tensor.raw_data = bytes(external.stored())
+            weights_by_tensor[index] = external
+        weight = weights_by_tensor.get(index) or _take_data(tensor)
         if weight.name in weights:
             raise ModelError(f"two initializers have the name {weight.name!r}", hint="Export the model again.")
         weights[weight.name] = weight
@@ -502,19 +502,21 @@ def _finish(
         sort_nodes(proto)
         proto = inlined(proto)
     names = ordered(proto)
-    opened = open_bodies(proto)
-    for tensor in opened.graph.initializer[len(proto.graph.initializer) :]:
+    flat_model = open_bodies(proto)
+    for tensor in flat_model.graph.initializer[len(proto.graph.initializer) :]:
         weights[tensor.name] = _take_data(tensor)
     size += sum(file.stat().st_size for file in files)
-    return Loaded(opened, weights, path, digest, size, as_read, tuple(files), names=names if opened is proto else ())
+    return Loaded(
+        flat_model, weights, path, digest, size, as_read, tuple(files), names=names if flat_model is proto else ()
+    )
 
 
 def _unfold_sparse(proto: ModelProto, weights: dict[str, Weight], size: int) -> None:
     """Convert sparse initializers to ordinary weights; they are written in sparse form again."""
     for sparse in proto.graph.sparse_initializer:
-        whole = SparseTensorProto()
-        whole.CopyFrom(sparse)
-        weight = SparseWeight(whole, sparse.values.name, max(_MOST_UNFOLDED, _TIMES * size))
+        tensor = SparseTensorProto()
+        tensor.CopyFrom(sparse)
+        weight = SparseWeight(tensor, sparse.values.name, max(_MOST_UNFOLDED, _TIMES * size))
         if weight.name in weights:
             raise ModelError(f"two initializers have the name {weight.name!r}", hint="Export the model again.")
         weights[weight.name] = weight
@@ -533,8 +535,8 @@ def _take_data(tensor: TensorProto) -> Weight:
         weight = TensorWeight(tensor)
         if weight.nbytes <= INLINE_LIMIT:
             return ArrayWeight(weight.name, weight.read())
-    whole = TensorProto()
-    whole.CopyFrom(tensor)
+    typed = TensorProto()
+    typed.CopyFrom(tensor)
     if tensor.data_type != TensorProto.STRING:
-        tensor.CopyFrom(without_data(whole))
-    return TensorWeight(whole)
+        tensor.CopyFrom(without_data(typed))
+    return TensorWeight(typed)

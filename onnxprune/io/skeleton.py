@@ -55,9 +55,9 @@ def _copy_fields(source: ModelProto | GraphProto, target: ModelProto | GraphProt
 
 
 def _copy_field(target: ModelProto | GraphProto | TensorProto, field: Any, value: Any) -> None:
-    held = getattr(target, field.name)
-    if hasattr(held, "MergeFrom"):
-        held.MergeFrom(value)
+    entries = getattr(target, field.name)
+    if hasattr(entries, "MergeFrom"):
+        entries.MergeFrom(value)
     elif isinstance(value, bytes):
         # Text that is not UTF-8, as some tools write into doc_string: protobuf reads it but cannot assign it.
         target.MergeFromString(prefix(field.number, len(value)) + value)

@@ -54,15 +54,17 @@ def _is_open(node: NodeProto, opset: int) -> bool:
 
 def _fits(node: NodeProto, bodies: list[GraphProto], opset: int) -> bool:
     """Return whether the inputs and outputs of the bodies fit those of their node."""
-    given, made = len(node.input), len(node.output)
+    num_inputs, num_outputs = len(node.input), len(node.output)
     if node.op_type == "If":
-        return given == 1 and all(not b.input and len(b.output) == made for b in bodies)
+        return num_inputs == 1 and all(not b.input and len(b.output) == num_outputs for b in bodies)
     body = bodies[0]
     if node.op_type == "Loop":
-        return given >= 2 and len(body.input) == given and given - 2 <= made <= len(body.output) - 1
-    scanned = _int(node, "num_scan_inputs", 0)
-    states = given - scanned
-    return opset >= 9 and 0 < scanned <= given == len(body.input) and states <= made <= len(body.output)
+        return (
+            num_inputs >= 2 and len(body.input) == num_inputs and num_inputs - 2 <= num_outputs <= len(body.output) - 1
+        )
+    num_scanned = _int(node, "num_scan_inputs", 0)
+    states = num_inputs - num_scanned
+    return opset >= 9 and 0 < num_scanned <= num_inputs == len(body.input) and states <= num_outputs <= len(body.output)
 
 
 def _plain(body: GraphProto, opset: int) -> bool:
@@ -81,8 +83,8 @@ def _int(node: NodeProto, name: str, default: int) -> int:
 
 
 def _ints(node: NodeProto, name: str, count: int) -> list[int]:
-    found = next((list(a.ints) for a in node.attribute if a.name == name), [])
-    return found if len(found) == count else [0] * count
+    values = next((list(a.ints) for a in node.attribute if a.name == name), [])
+    return values if len(values) == count else [0] * count
 
 
 class _Opening:
@@ -106,12 +108,12 @@ class _Opening:
     # -- names -----------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _free(taken: set[str], name: str, path: str) -> str:
-        result = name if name and name not in taken else f"{path}/{name}"
+    def _free(names: set[str], name: str, path: str) -> str:
+        result = name if name and name not in names else f"{path}/{name}"
         number = 1
-        while result in taken:
+        while result in names:
             result, number = f"{path}/{name}_{number}", number + 1
-        taken.add(result)
+        names.add(result)
         return result
 
     def _define(self, name: str, scope: Scope, path: str) -> str:
@@ -123,9 +125,9 @@ class _Opening:
 
     def _mark(self, op: str, inputs: Iterable[str], outputs: Iterable[str], label: str, **more: Any) -> NodeProto:
         """Add a marker; one without outputs is given an output without readers."""
-        made = [o or self._free(self._tensors, "", f"{label}/{op}") for o in outputs]
+        names = [o or self._free(self._tensors, "", f"{label}/{op}") for o in outputs]
         node: NodeProto = self.model.graph.node.add()
-        node.CopyFrom(helper.make_node(op, list(inputs), made, name=label, domain=markers.DOMAIN, **more))
+        node.CopyFrom(helper.make_node(op, list(inputs), names, name=label, domain=markers.DOMAIN, **more))
         return node
 
     # -- nodes -----------------------------------------------------------------------------------------------------
@@ -156,12 +158,12 @@ class _Opening:
 
     def _constant(self, node: NodeProto, value: TensorProto, scope: Scope, path: str) -> None:
         """Add the value of a Constant node as an initializer."""
-        hollow, flat = NodeProto(), self._define(node.output[0], scope, path)
-        hollow.CopyFrom(node)
-        for attribute in hollow.attribute:
+        stub, flat = NodeProto(), self._define(node.output[0], scope, path)
+        stub.CopyFrom(node)
+        for attribute in stub.attribute:
             if attribute.name == "value":
                 attribute.t.CopyFrom(without_data(value))
-        self._mark(markers.CONSTANT, [], [""], path, node=hollow.SerializeToString(), tensor=flat)
+        self._mark(markers.CONSTANT, [], [""], path, node=stub.SerializeToString(), tensor=flat)
         self._weight(value, flat)
 
     def _weight(self, tensor: TensorProto, flat: str) -> None:
@@ -206,8 +208,8 @@ class _Opening:
         node, body, inputs, inner = whole.node, whole.bodies["body"], whole.inputs, scope.new_child()
         loop, label = node.op_type == "Loop", whole.label
         first, kind = 2 if loop else 0, node.op_type
-        scanned = 0 if loop else _int(node, "num_scan_inputs", 0)
-        states, axes = len(inputs) - first - scanned, _ints(node, "scan_input_axes", scanned)
+        num_scanned = 0 if loop else _int(node, "num_scan_inputs", 0)
+        states, axes = len(inputs) - first - num_scanned, _ints(node, "scan_input_axes", num_scanned)
         names = [self._define(i.name, inner, f"{label}/body") for i in body.input]
 
         def enter() -> None:
@@ -219,17 +221,17 @@ class _Opening:
                     self._mark(markers.SLICE, [inputs[at]], [names[at]], label, kind=kind, at=at, axis=axes[k])
 
         self._enclose(markers.OPEN, whole, "body", inner, inputs[:first], names[:first], enter)
-        given = [inner.get(o.name, o.name) for o in body.output]
-        self._mark(markers.END, given[: first // 2], [""], label, kind=kind)
-        beside, along = (inputs[:2], 0) if loop else (inputs[-1:], axes[-1])
+        results = [inner.get(o.name, o.name) for o in body.output]
+        self._mark(markers.END, results[: first // 2], [""], label, kind=kind)
+        scan_inputs, along = (inputs[:2], 0) if loop else (inputs[-1:], axes[-1])
         stacked = _ints(node, "scan_output_axes", len(body.output) - first // 2 - states)
         for k, output in enumerate(self._outer(whole, scope, path)):
             at = k + first // 2
             if k < states:
-                self._mark(markers.TIE, [names[first + k], given[at]], [output], label, kind=kind, at=at)
+                self._mark(markers.TIE, [names[first + k], results[at]], [output], label, kind=kind, at=at)
             else:
                 places = {"axis": stacked[k - states], "along": along}
-                self._mark(markers.STACK, [given[at], *beside], [output], label, kind=kind, at=at, **places)
+                self._mark(markers.STACK, [results[at], *scan_inputs], [output], label, kind=kind, at=at, **places)
 
     def _enclose(
         self,
@@ -243,23 +245,23 @@ class _Opening:
     ) -> None:
         """Add an ``OPEN`` marker with all data that outlining the body needs, and the body's weights and nodes."""
         body, path, before = whole.bodies[name], f"{whole.label}/{name}", len(self._renamed)
-        held = [self._define(t.name, scope, path) for t in body.initializer]
+        initializers = [self._define(t.name, scope, path) for t in body.initializer]
         marker = self._mark(kind, inputs, ["", *outputs], whole.label, kind=whole.node.op_type, body=name)
-        for tensor, flat in zip(body.initializer, held, strict=True):
+        for tensor, flat in zip(body.initializer, initializers, strict=True):
             self._weight(tensor, flat)
         enter()
         for node in body.node:
             self._add(node, scope, path)
-        own = scope.maps[0]
+        inner_names = scope.maps[0]
         for info in (*body.input, *body.output, *body.value_info):
-            flat = own.get(info.name, "")
+            flat = inner_names.get(info.name, "")
             if flat and flat not in self._infos:
                 self._infos.add(flat)
                 self.model.graph.value_info.add().CopyFrom(info)
                 self.model.graph.value_info[-1].name = flat
         texts: dict[str, list[str] | bytes] = {
-            "initializers": held,
-            "tensors": [n for name, flat in own.items() if name != flat for n in (flat, name)],
+            "initializers": initializers,
+            "tensors": [n for name, flat in inner_names.items() if name != flat for n in (flat, name)],
             "nodes": self._renamed[before:],
         }
         if kind == markers.OPEN:
@@ -284,12 +286,12 @@ class _Whole:
 
     def hollow(self) -> bytes:
         """Return the node, serialized, with bodies reduced to declared values and texts."""
-        hollow = NodeProto()
-        hollow.CopyFrom(self.node)
-        for attribute in hollow.attribute:
+        stub = NodeProto()
+        stub.CopyFrom(self.node)
+        for attribute in stub.attribute:
             if attribute.type == AttributeProto.GRAPH:
                 attribute.g.CopyFrom(outline(attribute.g))
-        return bytes(hollow.SerializeToString())
+        return bytes(stub.SerializeToString())
 
 
 def close_bodies(
@@ -340,14 +342,14 @@ class _Closing:
         self._labels: dict[str, str] = {}
         self._held: set[str] = set()
         self._inner: set[str] = set()
-        kept = set() if branches else _of_branches(proto)
+        branch_markers = set() if branches else _of_branches(proto)
         for index, node in enumerate(proto.graph.node):
-            if node.domain == markers.DOMAIN and index not in kept:
+            if node.domain == markers.DOMAIN and index not in branch_markers:
                 self._learn(node)
         self._top: list[NodeProto] = []
         self._open: list[_Frame] = []
         for index, node in enumerate(proto.graph.node):
-            if index in kept:
+            if index in branch_markers:
                 self._top.append(node)
             else:
                 self._take(node)
@@ -364,10 +366,10 @@ class _Closing:
 
     def _whole(self, proto: ModelProto) -> ModelProto:
         model = without_graph(proto)
-        left = any(node.domain == markers.DOMAIN for node in self._top)
-        kept = [opset for opset in model.opset_import if left or opset.domain != markers.DOMAIN]
+        has_markers = any(node.domain == markers.DOMAIN for node in self._top)
+        opsets = [opset for opset in model.opset_import if has_markers or opset.domain != markers.DOMAIN]
         del model.opset_import[:]
-        model.opset_import.extend(kept)
+        model.opset_import.extend(opsets)
         graph = without_nodes(proto.graph)
         del graph.initializer[:], graph.value_info[:]
         graph.initializer.extend(t for t in proto.graph.initializer if t.name not in self._held)
@@ -397,10 +399,10 @@ class _Closing:
                     copy.name = self._labels[node.name]
             self._put(copy)
         elif node.op_type == markers.OPEN:
-            hollow = NodeProto.FromString(_bytes(node, "node"))
+            stub = NodeProto.FromString(_bytes(node, "node"))
             for at, name in enumerate(node.input):
-                hollow.input[at] = self._read(name)
-            self._open.append(_Frame(hollow))
+                stub.input[at] = self._read(name)
+            self._open.append(_Frame(stub))
             self._begin(node)
         elif node.op_type == markers.ELSE:
             self._begin(node)
@@ -419,7 +421,7 @@ class _Closing:
         name = _texts(marker, "body")[0]
         frame = self._open[-1]
         graph = next(a.g for a in frame.node.attribute if a.type == AttributeProto.GRAPH and a.name == name)
-        flat = {own: flat for flat, own in _pairs(_texts(marker, "tensors"))}
+        flat = {inner_name: flat for flat, inner_name in _pairs(_texts(marker, "tensors"))}
         frame.bodies.append(_Body(graph, _texts(marker, "initializers"), flat))
         self._inner.update(marker.output)
 
@@ -494,44 +496,44 @@ class _Closing:
         graph.node.extend(body.nodes)
         for at, flat in body.outputs.items():
             self._output(body, at, flat)
-        made = {*(o for node in graph.node for o in node.output), *(i.name for i in (*graph.input, *graph.output))}
-        kept = [i for i in graph.value_info if i.name in made]
+        produced = {*(o for node in graph.node for o in node.output), *(i.name for i in (*graph.input, *graph.output))}
+        infos = [i for i in graph.value_info if i.name in produced]
         del graph.value_info[:]
-        graph.value_info.extend(kept)
+        graph.value_info.extend(infos)
         for info in (*graph.input, *graph.output, *graph.value_info):
-            now = self._infos.get(body.flat.get(info.name, info.name))
-            if now is not None:
-                _resize(info, now)
+            current = self._infos.get(body.flat.get(info.name, info.name))
+            if current is not None:
+                _resize(info, current)
 
     def _output(self, body: _Body, at: int, flat: str) -> None:
         """Connect an output whose name changed: a constant of the main graph passes through an Identity."""
         output, name = body.graph.output[at], self._read(flat)
         if name == output.name:
             return
-        made = {o for node in body.graph.node for o in node.output}
-        if name not in made and name not in {i.name for i in (*body.graph.input, *body.graph.initializer)}:
-            through = f"{name}_of_{output.name}"
-            body.graph.node.append(helper.make_node("Identity", [name], [through], name=through))
-            name = through
+        names = {o for node in body.graph.node for o in node.output}
+        if name not in names and name not in {i.name for i in (*body.graph.input, *body.graph.initializer)}:
+            alias = f"{name}_of_{output.name}"
+            body.graph.node.append(helper.make_node("Identity", [name], [alias], name=alias))
+            name = alias
         output.name = name
 
 
 def _of_branches(proto: ModelProto) -> set[int]:
     """Return the markers of Ifs that lie in no Loop or Scan."""
-    found = [markers.marker_of(node) for node in proto.graph.node]
-    around = markers.enclosures(found)
+    node_markers = [markers.marker_of(node) for node in proto.graph.node]
+    around = markers.enclosures(node_markers)
     return {
         k
-        for k, ((op, kind), bodies) in enumerate(zip(found, around, strict=True))
+        for k, ((op, kind), bodies) in enumerate(zip(node_markers, around, strict=True))
         if op and kind in ("If", "") and markers.repeating(bodies) is None
     }
 
 
-def _resize(info: ValueInfoProto, now: ValueInfoProto) -> None:
+def _resize(info: ValueInfoProto, current: ValueInfoProto) -> None:
     """Set the sizes that the flat graph declares."""
-    ours, theirs = info.type.tensor_type.shape.dim, now.type.tensor_type.shape.dim
-    if len(ours) == len(theirs):
-        for dim, new in zip(ours, theirs, strict=True):
+    dims, current_dims = info.type.tensor_type.shape.dim, current.type.tensor_type.shape.dim
+    if len(dims) == len(current_dims):
+        for dim, new in zip(dims, current_dims, strict=True):
             if dim.HasField("dim_value") and new.HasField("dim_value"):
                 dim.dim_value = new.dim_value
 
@@ -593,13 +595,13 @@ class _Places:
     @classmethod
     def of(cls, proto: ModelProto) -> _Places:
         """Return the places of a flat model."""
-        found, stack = cls(), list[tuple[_ExposedFrame, bool]]()
+        result, stack = cls(), list[tuple[_ExposedFrame, bool]]()
         for index, node in enumerate(proto.graph.node):
             marker = node.op_type if node.domain == markers.DOMAIN else ""
             if marker == markers.OPEN:
                 texts = {a.name: a.s for a in node.attribute}
-                hollow = NodeProto.FromString(texts["node"])
-                results = next(len(a.g.output) for a in hollow.attribute if a.HasField("g"))
+                stub = NodeProto.FromString(texts["node"])
+                results = next(len(a.g.output) for a in stub.attribute if a.HasField("g"))
                 stack.append(
                     (
                         _ExposedFrame(texts["kind"].decode(), node.name, node.input[0] if node.input else "", results),
@@ -614,8 +616,8 @@ class _Places:
                 stack.pop()[0].close = index
             around = tuple(stack[: len(stack) - (marker in markers.RESULTS)])
             if around:
-                found.around.update(dict.fromkeys(filter(None, node.output), around))
-        return found
+                result.around.update(dict.fromkeys(filter(None, node.output), around))
+        return result
 
 
 def hidden(proto: ModelProto, types: Mapping[str, Inner]) -> frozenset[str]:
@@ -651,30 +653,32 @@ def show(
     shown: dict[str, Shown] = {}
     before: dict[int, list[NodeProto]] = {}
     for name, (kind, rank, sizes) in types.items():
-        now, stacked = name, 0
+        current, stacked = name, 0
         frames = around.get(name, ())
         if not branches:
             frames = tuple(dropwhile(lambda placed: placed[0].kind == "If", frames))
         for number, (frame, side) in enumerate(reversed(frames)):
             output = f"{name}__shown{number}"
             # A copy: runtimes may overwrite a state that is a result as well.
-            own = frame.otherwise if frame.kind == "If" and side else frame.end
-            before.setdefault(own, []).append(helper.make_node("Identity", [now], [f"{output}_copy"], name=output))
-            now = f"{output}_copy"
+            last_marker = frame.otherwise if frame.kind == "If" and side else frame.end
+            before.setdefault(last_marker, []).append(
+                helper.make_node("Identity", [current], [f"{output}_copy"], name=output)
+            )
+            current = f"{output}_copy"
             at = {"kind": frame.kind, "at": frame.results, "type": kind, "rank": rank + stacked}
             frame.results += 1
             if frame.kind == "If":
-                nothing = f"{output}_nothing"
+                placeholder = f"{output}_nothing"
                 place = frame.end if side else frame.otherwise
-                inside = any(outer.kind != "If" for outer, _ in frames[: len(frames) - 1 - number])
-                before.setdefault(place, []).extend(_zeros(nothing, kind, (sizes or ()) if inside else (0,)))
-                sides = [now, nothing] if side else [nothing, now]
+                is_repeated = any(outer.kind != "If" for outer, _ in frames[: len(frames) - 1 - number])
+                before.setdefault(place, []).extend(_zeros(placeholder, kind, (sizes or ()) if is_repeated else (0,)))
+                sides = [current, placeholder] if side else [placeholder, current]
                 marker = _marker(markers.JOIN, [*sides, frame.condition], output, frame.label, **at)
             else:
-                marker = _marker(markers.STACK, [now], output, frame.label, axis=0, **at)
+                marker = _marker(markers.STACK, [current], output, frame.label, axis=0, **at)
                 stacked += 1
             before.setdefault(frame.close, []).append(marker)
-            now = output
+            current = output
             shown[name] = Shown(output, stacked)
     if not shown:
         return proto, shown
@@ -709,9 +713,9 @@ def _zeros(name: str, kind: int, sizes: tuple[Size, ...]) -> list[NodeProto]:
         ]
     if not parts:
         return [_constant(name, kind, [], [0])]
-    joined = helper.make_node("Concat", parts, [f"{name}_sizes"], axis=0)
+    shape_node = helper.make_node("Concat", parts, [f"{name}_sizes"], axis=0)
     zero = helper.make_tensor(name, kind, [1], [0])
-    return [*nodes, joined, helper.make_node("ConstantOfShape", [f"{name}_sizes"], [name], value=zero)]
+    return [*nodes, shape_node, helper.make_node("ConstantOfShape", [f"{name}_sizes"], [name], value=zero)]
 
 
 def _constant(name: str, kind: int, dims: list[int], values: list[int]) -> NodeProto:

@@ -68,10 +68,10 @@ class Weight(ABC):
     def _require(self, present: int) -> None:
         if self.onnx_type == TensorProto.STRING:
             raise ModelError(f"tensor {self.name!r} is text, which ONNX allows only inside the model")
-        needed = stored_bytes(self.onnx_type, self.shape)
-        if present != needed:
+        num_bytes = stored_bytes(self.onnx_type, self.shape)
+        if present != num_bytes:
             raise ModelError(
-                f"tensor {self.name!r} of type {self.dtype} and shape {list(self.shape)} needs {needed} bytes "
+                f"tensor {self.name!r} of type {self.dtype} and shape {list(self.shape)} needs {num_bytes} bytes "
                 f"of data, its data have {present}",
                 hint="The file is damaged; download or export it again.",
             )
@@ -117,15 +117,15 @@ class TensorWeight(Weight):
 
     def _require_typed(self) -> None:
         field = helper.tensor_dtype_to_field(self.onnx_type)
-        present, needed = len(getattr(self._proto, field)), math.prod(self.shape)
+        num_present, num_entries = len(getattr(self._proto, field)), math.prod(self.shape)
         if self.onnx_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
-            needed *= 2
+            num_entries *= 2
         elif PACKED_BITS.get(self.onnx_type) in (2, 4):
-            needed = stored_bytes(self.onnx_type, self.shape)
-        if present != needed:
+            num_entries = stored_bytes(self.onnx_type, self.shape)
+        if num_present != num_entries:
             raise ModelError(
-                f"tensor {self.name!r} of type {self.dtype} and shape {list(self.shape)} needs {needed} values "
-                f"in {field}, it has {present}",
+                f"tensor {self.name!r} of type {self.dtype} and shape {list(self.shape)} needs {num_entries} values "
+                f"in {field}, it has {num_present}",
                 hint="The file is damaged; download or export it again.",
             )
 
@@ -165,14 +165,14 @@ class FileWeight(Weight):
             hint="Put the data file beside the model, under the name the model gives it.",
         )
 
-    def _check(self, found: os.stat_result) -> tuple[int, int]:
-        if found.st_size < self.offset + self.length:
+    def _check(self, status: os.stat_result) -> tuple[int, int]:
+        if status.st_size < self.offset + self.length:
             raise ModelError(
                 f"{str(self.path)!r} is too short for tensor {self.name!r}: {self.offset + self.length} bytes "
-                f"are needed, {found.st_size} are present",
+                f"are needed, {status.st_size} are present",
                 hint="The file is truncated; download or export it again.",
             )
-        return found.st_size, found.st_mtime_ns
+        return status.st_size, status.st_mtime_ns
 
     def stored(self) -> memoryview | bytes:
         """Read the bytes of the range. Raises ModelError when the file is missing, too short, or has changed."""
@@ -185,12 +185,12 @@ class FileWeight(Weight):
                         hint="Load the model again.",
                     )
                 file.seek(self.offset)
-                view, done = data.data, 0
-                while done < self.length and (count := file.readinto(view[done:])):
-                    done += count
+                view, position = data.data, 0
+                while position < self.length and (count := file.readinto(view[position:])):
+                    position += count
         except OSError as error:
             raise self._unreadable(error) from error
-        self._require(done)
+        self._require(position)
         return view
 
     def read(self) -> Array:
@@ -230,41 +230,41 @@ class SparseWeight(Weight):
 
     __slots__ = ("_places", "proto")
 
-    def __init__(self, proto: SparseTensorProto, name: str, most: int) -> None:
+    def __init__(self, proto: SparseTensorProto, name: str, max_elements: int) -> None:
         """Hold a proto. Raises ModelError for indices outside of the shape, and for more elements than allowed."""
         values = TensorWeight(proto.values)
         super().__init__(name, values.onnx_type, proto.dims)
         self.proto = proto
-        if math.prod(self.shape) > most:
+        if math.prod(self.shape) > max_elements:
             raise ModelError(
                 f"the sparse tensor {name!r} of shape {list(self.shape)} has {math.prod(self.shape):,} elements, "
-                f"{most:,} can be unfolded",
+                f"{max_elements:,} can be unfolded",
                 hint="The file is damaged, or a table of it is too large.",
             )
         indices = TensorWeight(proto.indices).read().astype(np.int64)
-        wide = indices.ndim == 2
-        places = indices.T if wide else indices[None]
-        limits = np.asarray(self.shape if wide else [math.prod(self.shape)], np.int64)
-        fits = (
+        is_matrix = indices.ndim == 2
+        places = indices.T if is_matrix else indices[None]
+        limits = np.asarray(self.shape if is_matrix else [math.prod(self.shape)], np.int64)
+        is_consistent = (
             len(values.shape) == 1
             and indices.ndim in (1, 2)
             and indices.shape[0] == values.shape[0]
             and len(places) == len(limits)
             and ((places >= 0) & (places < limits[:, None])).all()
         )
-        if not fits:
+        if not is_consistent:
             raise ModelError(
                 f"the indices of the sparse tensor {name!r} {list(indices.shape)} do not fit its {values.shape} values "
                 f"and its shape {list(self.shape)}",
                 hint="The file is damaged; download or export it again.",
             )
-        self._places = np.ravel_multi_index(tuple(places), self.shape) if wide else indices
+        self._places = np.ravel_multi_index(tuple(places), self.shape) if is_matrix else indices
 
     def read(self) -> Array:
         """Return the values with all zeros, as a fresh array."""
-        whole = np.zeros(math.prod(self.shape), self.dtype)
-        whole[self._places] = TensorWeight(self.proto.values).read()
-        return whole.reshape(self.shape)
+        values = np.zeros(math.prod(self.shape), self.dtype)
+        values[self._places] = TensorWeight(self.proto.values).read()
+        return values.reshape(self.shape)
 
 
 def sparse_form(weight: Weight) -> SparseTensorProto | None:
@@ -276,9 +276,9 @@ def sparse_form(weight: Weight) -> SparseTensorProto | None:
         base = base.base
     if not isinstance(base, SparseWeight):
         return None
-    whole = weight.read().ravel()
-    places = np.flatnonzero(whole)
-    values = numpy_helper.from_array(whole[places], weight.name)
+    dense = weight.read().ravel()
+    places = np.flatnonzero(dense)
+    values = numpy_helper.from_array(dense[places], weight.name)
     return SparseTensorProto(values=values, indices=numpy_helper.from_array(places), dims=weight.shape)
 
 
@@ -358,13 +358,13 @@ def _take(array: Array, axis: int, index: Array) -> Array:
 def _take_along(array: Array, axis: int, index: Array) -> Array:
     # Axes behind the last one that matters are copied by numpy as whole blocks, which is much faster.
     last = max([axis, *(a for a, size in enumerate(index.shape) if size > 1)])
-    picks: list[Array] = []
+    indices: list[Array] = []
     for a in range(last + 1):
         grid = [1] * (last + 1)
         grid[a] = -1
-        picks.append(index.reshape(index.shape[: last + 1]) if a == axis else np.arange(array.shape[a]).reshape(grid))
-    taken: Array = array[tuple(picks)]
-    return taken
+        indices.append(index.reshape(index.shape[: last + 1]) if a == axis else np.arange(array.shape[a]).reshape(grid))
+    result: Array = array[tuple(indices)]
+    return result
 
 
 def to_proto(weight: Weight) -> TensorProto:

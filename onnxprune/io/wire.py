@@ -136,7 +136,7 @@ def strip(buffer: Buffer, limit: int) -> tuple[bytes, dict[int, Span]]:
 
 def _strip_graph(buffer: Buffer, graph: Field, count: int, limit: int, spans: dict[int, Span]) -> tuple[bytes, int]:
     parts: list[bytes] = []
-    kept = graph.start  # everything before it has been copied to parts
+    copied_to = graph.start  # everything before it has been copied to parts
     for field in fields(buffer, graph.start, graph.end):
         if field.number != GRAPH_INITIALIZER or field.wire != _LENGTH:
             continue
@@ -144,18 +144,18 @@ def _strip_graph(buffer: Buffer, graph: Field, count: int, limit: int, spans: di
             tensor, span = _strip_tensor(buffer, field, limit)
             if span is not None:
                 spans[count] = span
-                parts += (buffer[kept : field.at], prefix(GRAPH_INITIALIZER, len(tensor)), tensor)
-                kept = field.end
+                parts += (buffer[copied_to : field.at], prefix(GRAPH_INITIALIZER, len(tensor)), tensor)
+                copied_to = field.end
         count += 1
-    parts.append(buffer[kept : graph.end])
+    parts.append(buffer[copied_to : graph.end])
     return b"".join(parts), count
 
 
 def _strip_tensor(buffer: Buffer, tensor: Field, limit: int) -> tuple[bytes, Span | None]:
-    held = list(fields(buffer, tensor.start, tensor.end))
-    data = [field for field in held if field.number in _DATA_FIELDS]
+    tensor_fields = list(fields(buffer, tensor.start, tensor.end))
+    data = [field for field in tensor_fields if field.number in _DATA_FIELDS]
     # Data in several pieces are legal and very rare: the parser may join them.
     if len(data) != 1 or data[0].wire != _LENGTH or data[0].end - data[0].start <= limit:
         return b"", None
-    rest = b"".join(buffer[field.at : field.end] for field in held if field is not data[0])
-    return rest, Span(data[0].number, data[0].start, data[0].end)
+    header = b"".join(buffer[field.at : field.end] for field in tensor_fields if field is not data[0])
+    return header, Span(data[0].number, data[0].start, data[0].end)

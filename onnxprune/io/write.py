@@ -72,7 +72,7 @@ def referring(
     skeleton, weights = _closed(skeleton, weights)
     model = without_graph(skeleton)
     model.graph.MergeFrom(without_initializers(skeleton.graph))
-    inside = model.ByteSize()
+    inline_bytes = model.ByteSize()
     for tensor in skeleton.graph.initializer:
         entry = _entry(tensor, weights)
         target = model.graph.initializer.add()
@@ -85,8 +85,8 @@ def referring(
             location = file.path.absolute().relative_to(folder.absolute()).as_posix()
             _place(target, location, file.offset, entry.nbytes)
             continue
-        inside += entry.nbytes
-        if inside > limit:
+        inline_bytes += entry.nbytes
+        if inline_bytes > limit:
             return None
         target.raw_data = bytes(_data(weight, entry.nbytes))
     return model
@@ -140,10 +140,10 @@ def save(
     try:
         with files.replacing(path) as replacement:
             if external and any(entry.nbytes >= _EXTERNAL_FROM for entry in entries):
-                moved: list[_Moved] = []
-                writer = partial(_write_referring, skeleton=skeleton, entries=entries, moved=moved)
+                moved_weights: list[_Moved] = []
+                writer = partial(_write_referring, skeleton=skeleton, entries=entries, moved_weights=moved_weights)
                 with replacement.open_data(writer) as file:
-                    moved += _move_out(entries, file)
+                    moved_weights += _move_out(entries, file)
                     size = file.tell()
             else:
                 with replacement.open() as file:
@@ -206,24 +206,24 @@ def _data(weight: Weight, nbytes: int) -> memoryview | bytes:
 
 def _move_out(entries: list[_Entry], file: BinaryIO) -> list[_Moved]:
     """Write the data of the larger entries to ``file``; return their headers with offset and length there."""
-    end, moved = 0, []
+    end, moved_weights = 0, []
     for entry in entries:
         if entry.weight is None or entry.nbytes < _EXTERNAL_FROM:
             continue
         gap = -end % (_PAGE if entry.nbytes >= _PAGE_FROM else _ALIGN)
         file.write(bytes(gap))
         file.write(_data(entry.weight, entry.nbytes))
-        moved.append((entry.header, end + gap, entry.nbytes))
+        moved_weights.append((entry.header, end + gap, entry.nbytes))
         end += gap + entry.nbytes
         entry.weight = None
-    return moved
+    return moved_weights
 
 
 def _write_referring(
-    file: BinaryIO, location: str, *, skeleton: ModelProto, entries: list[_Entry], moved: list[_Moved]
+    file: BinaryIO, location: str, *, skeleton: ModelProto, entries: list[_Entry], moved_weights: list[_Moved]
 ) -> None:
     """Write the model with references to its data in the file ``location``."""
-    for header, offset, length in moved:
+    for header, offset, length in moved_weights:
         _place(header, location, offset, length)
     _write_model(file, skeleton, entries)
 
@@ -238,18 +238,18 @@ def _place(header: TensorProto, location: str, offset: int, length: int) -> None
 
 def _write_model(file: BinaryIO, skeleton: ModelProto, entries: list[_Entry]) -> None:
     """Write the model in protobuf's wire format piece by piece; serializing it as a whole holds its weights twice."""
-    rest = without_initializers(skeleton.graph).SerializeToString()
+    graph_bytes = without_initializers(skeleton.graph).SerializeToString()
     heads = []
     for entry in entries:
         head = entry.header.SerializeToString()
         if entry.weight is not None:
             head += prefix(TENSOR_RAW_DATA, entry.nbytes)
-        inside = len(head) + (entry.nbytes if entry.weight else 0)
-        heads.append(prefix(GRAPH_INITIALIZER, inside) + head)
+        size = len(head) + (entry.nbytes if entry.weight else 0)
+        heads.append(prefix(GRAPH_INITIALIZER, size) + head)
     data = sum(entry.nbytes for entry in entries if entry.weight)
     file.write(without_graph(skeleton).SerializeToString())
-    file.write(prefix(MODEL_GRAPH, len(rest) + sum(map(len, heads)) + data))
-    file.write(rest)
+    file.write(prefix(MODEL_GRAPH, len(graph_bytes) + sum(map(len, heads)) + data))
+    file.write(graph_bytes)
     for entry, head in zip(entries, heads, strict=True):
         file.write(head)
         if entry.weight is not None:
@@ -291,7 +291,7 @@ def check_output(path: str | Path, input_path: str | Path | None, sources: Itera
                 )
 
 
-def _same_file(one: Path, other: Path) -> bool:
-    if one.resolve() == other.resolve():
+def _same_file(first: Path, second: Path) -> bool:
+    if first.resolve() == second.resolve():
         return True
-    return one.exists() and other.exists() and one.samefile(other)
+    return first.exists() and second.exists() and first.samefile(second)

@@ -52,10 +52,10 @@ def broadcast(
             continue
         for labels, shape in aligned:
             if shape[axis] != 1 and covering(labels, axis) is None:
-                met = covering(result, axis)
-                if met is not None:
+                present = covering(result, axis)
+                if present is not None:
                     atoms.fix_axis(
-                        met, axis, reason(Reason.UNLABELLED_OPERAND, f"axis {axis} meets a tensor without labels")
+                        present, axis, reason(Reason.UNLABELLED_OPERAND, f"axis {axis} meets a tensor without labels")
                     )
     return result
 
@@ -83,12 +83,12 @@ def merge(atoms: Atoms, labels: Labels, label: Label, reason: NewBarrier) -> Lab
             atoms.couple(label)
             atoms.couple(other)
         atoms.unite(atoms.project(other, shared), atoms.project(label, shared))
-    covered = set(label.axes)
-    if all(set(x.axes) <= covered for x in overlapping):
+    label_axes = set(label.axes)
+    if all(set(x.axes) <= label_axes for x in overlapping):
         for other in overlapping:
             labels = drop(labels, other)
         return (*labels, label)
-    if len(overlapping) == 1 and covered <= set(overlapping[0].axes):
+    if len(overlapping) == 1 and label_axes <= set(overlapping[0].axes):
         return labels
     why = reason(Reason.UNSUPPORTED_FORM, "grids over different axes meet")
     for x in (*overlapping, label):
@@ -104,37 +104,39 @@ def concatenate(
     """Return labels of operands joined along ``axis``."""
     rank = len(operands[0][1])
     # Operands without positions along the axis give none, but their other sizes have to fit.
-    every, operands = operands, [x for x in operands if x[1][axis] != 0] or operands
+    all_operands, operands = operands, [x for x in operands if x[1][axis] != 0] or operands
     others: list[tuple[Labels, Shape]] = []
-    for labels, shape in every:
-        rest = tuple(x for x in labels if x.ids.shape[axis] == 1)
-        others.append((rest, (*shape[:axis], 1, *shape[axis + 1 :])))
-    joined = [covering(labels, axis) for labels, _ in operands]
-    spans = {x.axes for x in joined if x is not None}
-    extra = sorted({a for axes in spans for a in axes} - {axis})
+    for labels, shape in all_operands:
+        other_labels = tuple(x for x in labels if x.ids.shape[axis] == 1)
+        others.append((other_labels, (*shape[:axis], 1, *shape[axis + 1 :])))
+    axis_labels = [covering(labels, axis) for labels, _ in operands]
+    spans = {x.axes for x in axis_labels if x is not None}
+    other_axes = sorted({a for axes in spans for a in axes} - {axis})
     # A grid axis is compared through the grid itself, so that its operands need no second label there.
-    result = broadcast(atoms, others, rank, reason, skip=extra)
+    result = broadcast(atoms, others, rank, reason, skip=other_axes)
     if not spans:
         return result
-    if any(covering(result, a) is not None for a in extra) or (extra and len(every) > len(operands)):
+    if any(covering(result, a) is not None for a in other_axes) or (other_axes and len(all_operands) > len(operands)):
         why = reason(Reason.UNSUPPORTED_FORM, "a grid is concatenated with a tensor that is labelled otherwise")
-        for labels, _ in every:
+        for labels, _ in all_operands:
             for x in labels:
                 atoms.freeze(x.ids, why)
         return NONE
-    outer = np.broadcast_shapes(*(tuple(1 if a == axis else n for a, n in enumerate(x.ids.shape)) for x in joined if x))
+    outer = np.broadcast_shapes(
+        *(tuple(1 if a == axis else n for a, n in enumerate(x.ids.shape)) for x in axis_labels if x)
+    )
     parts = []
-    for found, (_, shape) in zip(joined, operands, strict=True):
+    for axis_label, (_, shape) in zip(axis_labels, operands, strict=True):
         full = tuple(int(shape[axis] or 0) if a == axis else n for a, n in enumerate(outer))
-        if found is None:
+        if axis_label is None:
             filler = atoms.new(int(np.prod(full)), tensor, axis)
             atoms.freeze(filler, reason(Reason.UNLABELLED_OPERAND, "a concatenated part has no removable channels"))
             parts.append(filler.reshape(full))
         else:
-            parts.append(np.broadcast_to(found.ids, full))
-    packs = {x.pack for x in joined if x is not None and x.is_grid} or {axis}
+            parts.append(np.broadcast_to(axis_label.ids, full))
+    packs = {x.pack for x in axis_labels if x is not None and x.is_grid} or {axis}
     if len(packs) > 1:
-        for present in joined:
+        for present in axis_labels:
             if present is not None:
                 atoms.couple(present)
     return (*result, Label(np.concatenate(parts, axis=axis), max(packs)))
@@ -173,20 +175,20 @@ def take(atoms: Atoms, labels: Labels, axis: int, index: Ids, reason: NewBarrier
     label = covering(labels, axis)
     if label is None:
         return labels
-    rest = drop(labels, label)
+    other_labels = drop(labels, label)
     part = label.ids.take(index, axis=axis)
     if index.size == 0:
-        return rest
+        return other_labels
     if index.size == 1:
         if label.is_grid and axis == label.pack:
             _view_parts(atoms, label, axis, int(index[0]), int(index[0]) + 1)
-        return (*rest, *_pick_one(atoms, label, axis, part, reason))
+        return (*other_labels, *_pick_one(atoms, label, axis, part, reason))
     if label.is_grid and axis == label.pack:
         if (np.diff(index) != 1).any():
             atoms.couple(label)
         else:
             _view_parts(atoms, label, axis, int(index[0]), int(index[-1]) + 1)
-    return (*rest, Label(part, label.pack))
+    return (*other_labels, Label(part, label.pack))
 
 
 def _pick_one(atoms: Atoms, label: Label, axis: int, part: Ids, reason: NewBarrier) -> Labels:
@@ -243,26 +245,26 @@ def reshape(atoms: Atoms, labels: Labels, before: Sequence[int], after: Sequence
     parts = runs(before, after)
     result: Labels = ()
     for label in _one_per_run(atoms, labels, parts, reason):
-        moved = _reshape_one(atoms, label, parts, before, after, reason)
-        if moved is not None:
-            result = (*result, moved)
+        reshaped = _reshape_one(atoms, label, parts, before, after, reason)
+        if reshaped is not None:
+            result = (*result, reshaped)
     return result
 
 
 def _one_per_run(atoms: Atoms, labels: Labels, parts: list[tuple[list[int], list[int]]], reason: NewBarrier) -> Labels:
     """Fix the smaller of two labels that a reshape would multiply into one axis: only one of them can remain."""
-    kept: Labels = labels
+    result: Labels = labels
     for ins, outs in parts:
         if len(ins) < 2 and len(outs) < 2:
             continue
-        touching = [x for x in kept if any(x.ids.shape[a] > 1 for a in ins)]
-        if len(touching) > 1:  # repetitions of the channels, such as once per sample, do not count
-            touching.sort(key=lambda x: np.unique(x.ids).size)
-        for label in touching[:-1]:
+        run_labels = [x for x in result if any(x.ids.shape[a] > 1 for a in ins)]
+        if len(run_labels) > 1:  # repetitions of the channels, such as once per sample, do not count
+            run_labels.sort(key=lambda x: np.unique(x.ids).size)
+        for label in run_labels[:-1]:
             why = reason(Reason.UNSUPPORTED_FORM, "two independently removable axes are merged into one")
             atoms.freeze(label.ids, why)
-            kept = drop(kept, label)
-    return kept
+            result = drop(result, label)
+    return result
 
 
 def _reshape_one(
@@ -273,23 +275,23 @@ def _reshape_one(
     after: Sequence[int],
     reason: NewBarrier,
 ) -> Label | None:
-    whole = _moved_whole(label, parts, before, after)
-    if whole is not None:
-        return whole
+    unchanged = _moved_whole(label, parts, before, after)
+    if unchanged is not None:
+        return unchanged
     source, target, pack = list(label.ids.shape), [1] * len(after), label.pack
     new_pack = -1
     for ins, outs in parts:
-        touched = [a for a in ins if label.ids.shape[a] > 1]
-        if not touched:
+        labelled_axes = [a for a in ins if label.ids.shape[a] > 1]
+        if not labelled_axes:
             continue
         for a in ins:
             source[a] = before[a]
         for b in outs:
             target[b] = after[b]
-        if pack in touched:
+        if pack in labelled_axes:
             # The rest of the label keeps its order through a merge only where the pack axis is the
             # innermost labelled one.
-            if pack != touched[-1]:
+            if pack != labelled_axes[-1]:
                 atoms.couple(label)
             new_pack = -2 - parts.index((ins, outs))
     if int(np.prod(source, dtype=np.int64)) > LARGEST:

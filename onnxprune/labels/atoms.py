@@ -153,8 +153,8 @@ class Atoms:
         """
         ids, pack = label.ids, label.pack
         first = ids.take([0], axis=pack)
-        rest = [a for a in label.axes if a != pack]
-        outer_pack = rest[-1] if rest else pack
+        other_axes = [a for a in label.axes if a != pack]
+        outer_pack = other_axes[-1] if other_axes else pack
         if (ids == first).all():
             return Label(first, outer_pack)
         keys = np.add.reduce(mix(ids), axis=pack, keepdims=True)
@@ -162,12 +162,12 @@ class Atoms:
         cells = np.moveaxis(ids, pack, -1).reshape(-1, ids.shape[pack])
         known = [self._row_of.get(k, -1) for k in unique.tolist()]
         numbers = np.array(known, dtype=np.int64)
-        missing = np.flatnonzero(numbers < 0)
-        if missing.size:
-            fresh = self.new(missing.size, "", label.pack)
-            numbers[missing] = fresh
-            self._row_of.update(zip(unique[missing].tolist(), fresh.tolist(), strict=True))
-            self.rows.append(Rows(fresh, cells[where[missing]]))
+        new_columns = np.flatnonzero(numbers < 0)
+        if new_columns.size:
+            fresh = self.new(new_columns.size, "", label.pack)
+            numbers[new_columns] = fresh
+            self._row_of.update(zip(unique[new_columns].tolist(), fresh.tolist(), strict=True))
+            self.rows.append(Rows(fresh, cells[where[new_columns]]))
         result = Label(numbers[inverse].reshape(first.shape), outer_pack)
         self.view(result)
         return result
@@ -179,13 +179,13 @@ class Atoms:
         replaces rows by their row atoms.
         """
         while label.axes != axes:
-            dropped = [a for a in label.axes if a not in axes]
+            removed_axes = [a for a in label.axes if a not in axes]
             if label.pack in axes:
-                reduced = label.ids
-                for axis in dropped:
-                    reduced = reduced.take([0], axis=axis)
-                self.unite(label.ids, np.broadcast_to(reduced, label.ids.shape))
-                return reduced
+                ids = label.ids
+                for axis in removed_axes:
+                    ids = ids.take([0], axis=axis)
+                self.unite(label.ids, np.broadcast_to(ids, label.ids.shape))
+                return ids
             if label.axes == (label.pack,):
                 return label.ids.take([0], axis=label.pack)
             label = self.rows_of(label)

@@ -77,15 +77,15 @@ def kept_sizes(keep: NDArray[np.bool_], pack: int) -> dict[int, int] | None:
     sizes: dict[int, int] = {}
     while True:
         counts = keep.sum(axis=pack, keepdims=True)
-        alive = counts > 0
-        if not alive.any():
+        is_nonempty = counts > 0
+        if not is_nonempty.any():
             return None
         width = int(counts.max())
-        if (counts[alive] != width).any():
+        if (counts[is_nonempty] != width).any():
             return None
         sizes[pack] = width
-        keep = alive
-        rest = [a for a, n in enumerate(keep.shape) if n > 1]
-        if not rest:
+        keep = is_nonempty
+        other_axes = [a for a, n in enumerate(keep.shape) if n > 1]
+        if not other_axes:
             return sizes
-        pack = rest[-1]
+        pack = other_axes[-1]

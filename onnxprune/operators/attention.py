@@ -29,24 +29,27 @@ def to_heads(step: Step, labels: Labels, shape: Shape, heads: int) -> Part:
     """Reshape [..., heads * size] to [..., heads, size]; of [batch, heads, sequence, size] swap the middle axes."""
     if len(shape) == 4:
         return algebra.transpose(labels, (0, 2, 1, 3)), (shape[0], shape[2], shape[1], shape[3])
-    wide = int(shape[-1] or 0)
-    if wide % heads:
-        raise ValueError(f"{wide} channels do not divide into {heads} heads")
+    width = int(shape[-1] or 0)
+    if width % heads:
+        raise ValueError(f"{width} channels do not divide into {heads} heads")
     # The survivors of a grid must form a grid: every head keeps the same number of its own channels.
-    return _viewed(step, labels, (*shape[:-1], wide), (*shape[:-1], heads, wide // heads))
+    return _viewed(step, labels, (*shape[:-1], width), (*shape[:-1], heads, width // heads))
 
 
 def _viewed(step: Step, labels: Labels, before: Shape, after: Shape) -> Part:
     """Reshape the trailing axes alone; the leading ones may depend on the data."""
-    ahead = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
-    for axis in range(ahead):
+    num_leading = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+    for axis in range(num_leading):
         labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "attention runs along this axis")
-    ones = [1] * ahead
-    source, target = [*ones, *(n or 1 for n in before[ahead:])], [*ones, *(n or 1 for n in after[ahead:])]
-    moved = algebra.reshape(step.atoms, labels, source, target, step.reason)
-    for label in moved:
+    leading = [1] * num_leading
+    source, target = (
+        [*leading, *(n or 1 for n in before[num_leading:])],
+        [*leading, *(n or 1 for n in after[num_leading:])],
+    )
+    reshaped = algebra.reshape(step.atoms, labels, source, target, step.reason)
+    for label in reshaped:
         step.atoms.view(label)
-    return moved, after
+    return reshaped, after
 
 
 def repeated(step: Step, part: Part, times: int) -> Part:
@@ -57,8 +60,8 @@ def repeated(step: Step, part: Part, times: int) -> Part:
         return part
     if heads is not None:
         step.atoms.view(heads)
-    grown = tuple(Label(np.repeat(x.ids, times, axis=2), x.pack) if x is heads else x for x in labels)
-    return grown, (*shape[:2], int(shape[2] or 0) * times, shape[3])
+    repeated_labels = tuple(Label(np.repeat(x.ids, times, axis=2), x.pack) if x is heads else x for x in labels)
+    return repeated_labels, (*shape[:2], int(shape[2] or 0) * times, shape[3])
 
 
 def attend(step: Step, q: Part, k: Part, v: Part, bias: Part | None = None) -> tuple[Labels, Labels]:
@@ -73,11 +76,11 @@ def attend(step: Step, q: Part, k: Part, v: Part, bias: Part | None = None) -> t
     scores = contract(step, [(ql, qs, "bshd"), (kl, ks, "blhd")], "bhsl")
     if bias is not None:
         heads = (1, int(qs[2] or 0), 1, 1)
-        own = bias[0]
+        bias_labels = bias[0]
         for axis in (0, 2, 3):
-            own = step.drop_axis(own, axis, Reason.FIXED_SIZE, "attention runs along this axis")
+            bias_labels = step.drop_axis(bias_labels, axis, Reason.FIXED_SIZE, "attention runs along this axis")
         shape = tuple(n if a == 1 else 1 for a, n in enumerate(bias[1]))
-        scores = broadcast(step.atoms, [(scores, heads), (own, shape)], 4, step.reason)
+        scores = broadcast(step.atoms, [(scores, heads), (bias_labels, shape)], 4, step.reason)
     return scores, contract(step, [(scores, (1, qs[2], 1, 1), "bhsl"), (vl, vs, "blhv")], "bshv")
 
 
@@ -102,8 +105,8 @@ def with_past(step: Step, part: Part, past: int) -> Part:
     if not step.has(past):
         return part
     cached, shape = to_heads(step, step.labels(past), step.shape(past), 1)
-    one: Shape = (1, 1, *shape[2:])
-    operands = [(along_heads(step, labels), one) for labels in (part[0], cached)]
+    unit_shape: Shape = (1, 1, *shape[2:])
+    operands = [(along_heads(step, labels), unit_shape) for labels in (part[0], cached)]
     return broadcast(step.atoms, operands, 4, step.reason), part[1]
 
 
@@ -124,8 +127,8 @@ def heads_left(cut: Cut, i: int, heads: int, start: int = 0, stop: int | None = 
     if keep is None:
         return heads, (stop - start) // heads
     grid = keep[start:stop].reshape(heads, -1)
-    left = int(grid.any(axis=1).sum())
-    return left, int(grid.sum()) // max(left, 1)
+    num_heads = int(grid.any(axis=1).sum())
+    return num_heads, int(grid.sum()) // max(num_heads, 1)
 
 
 MS = "com.microsoft"
@@ -167,17 +170,17 @@ class Attention(Heads):
         heads = int(step.attr("num_heads"))
         if step.has(4) or any(step.node.outputs[1:]):
             return  # a cache [2, ...] holds keys and values in one tensor: all sizes are frozen
-        wide = (1, 1, step.shape(1)[1])
+        bias_shape = (1, 1, step.shape(1)[1])
         x, axes = step.labels(0), (0, 1)
         for axis in axes:
             x = step.drop_axis(x, axis, Reason.FIXED_SIZE, "attention runs along this axis")
         joint = contract(step, [(x, (1, 1, step.shape(0)[2]), "bsi"), (step.labels(1), step.shape(1), "io")], "bso")
         if step.has(2):
-            joint = broadcast(step.atoms, [(joint, wide), (step.labels(2), step.shape(2))], 3, step.reason)
+            joint = broadcast(step.atoms, [(joint, bias_shape), (step.labels(2), step.shape(2))], 3, step.reason)
         parts = []
         for start, stop in self._parts(step):
-            own = step.take(joint, 2, np.arange(start, stop))
-            parts.append(to_heads(step, own, (1, 1, stop - start), heads))
+            bias_labels = step.take(joint, 2, np.arange(start, stop))
+            parts.append(to_heads(step, bias_labels, (1, 1, stop - start), heads))
         q, k, v = parts
         if step.attr("do_rotary", 0):
             for labels, _ in (q, k):
@@ -192,12 +195,12 @@ class Attention(Heads):
             return
         heads = int(cut.attr("num_heads"))
         parts = self._parts(cut.before)
-        left = [heads_left(cut, 1, heads, *part) for part in parts]
-        sizes = [n * size for n, size in left]
-        cut.set_attr("num_heads", left[0][0])
+        remaining = [heads_left(cut, 1, heads, *part) for part in parts]
+        sizes = [n * size for n, size in remaining]
+        cut.set_attr("num_heads", remaining[0][0])
         if "qkv_hidden_sizes" in cut.node.attrs or len(set(sizes)) > 1:
             cut.set_attr("qkv_hidden_sizes", sizes)
-        self.set_scale(cut, (parts[0][1] - parts[0][0]) // heads, left[0][1])
+        self.set_scale(cut, (parts[0][1] - parts[0][0]) // heads, remaining[0][1])
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
         """Return the product of the input and the packed weight, before the split into heads."""
@@ -262,10 +265,10 @@ class MultiHeadAttention(Heads):
         """Add the bias [Q + K + V] to queries, keys and values."""
         result, start = [], 0
         for labels, shape in parts:
-            wide = heads * int(shape[3] or 0)
-            own = step.take(step.labels(self.bias), 0, np.arange(start, start + wide))
-            start += wide
-            grid = to_heads(step, algebra.insert_axis(algebra.insert_axis(own, 0), 0), (1, 1, wide), heads)
+            width = heads * int(shape[3] or 0)
+            bias_labels = step.take(step.labels(self.bias), 0, np.arange(start, start + width))
+            start += width
+            grid = to_heads(step, algebra.insert_axis(algebra.insert_axis(bias_labels, 0), 0), (1, 1, width), heads)
             result.append((broadcast(step.atoms, [(labels, (1, 1, *shape[2:])), grid], 4, step.reason), shape))
         return result[0], result[1], result[2]
 
@@ -274,8 +277,8 @@ class MultiHeadAttention(Heads):
         heads, shape = int(cut.attr("num_heads")), cut.before.shape(0)
         if not cut.touched():
             return
-        left, size = cut.shape(0)[2::2] if len(shape) == 5 else heads_left(cut, 0, heads)
-        cut.set_attr("num_heads", left)
+        num_heads, size = cut.shape(0)[2::2] if len(shape) == 5 else heads_left(cut, 0, heads)
+        cut.set_attr("num_heads", num_heads)
         self.set_scale(cut, shape[4] if len(shape) == 5 else shape[-1] // heads, size)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
@@ -328,9 +331,9 @@ class OnnxAttention(Heads):
         if not cut.touched():
             return
         heads, kv = self._heads(cut.before)
-        left, size = heads_left(cut, 0, heads)
+        num_heads, size = heads_left(cut, 0, heads)
         if len(cut.before.shape(0)) == 3:
-            cut.set_attr("q_num_heads", left)
+            cut.set_attr("q_num_heads", num_heads)
             cut.set_attr("kv_num_heads", heads_left(cut, 1, kv)[0])
         before = cut.before.shape(0)[-1] // (heads if len(cut.before.shape(0)) == 3 else 1)
         self.set_scale(cut, before, size)
@@ -367,8 +370,8 @@ class GroupQueryAttention(Rule):
             if step.has(i):
                 self._beside(step, i, axis, groups, heads)
         if groups is not None:
-            wide = Label(groups.reshape(1, 1, heads, 1), 2)
-            step.set(0, flattened(step, (wide,), heads, size))
+            group_label = Label(groups.reshape(1, 1, heads, 1), 2)
+            step.set(0, flattened(step, (group_label,), heads, size))
         step.set(1, by_head(k[0]))
         step.set(2, by_head(v[0]))
 
@@ -432,11 +435,11 @@ class GroupQueryAttention(Rule):
         size = self._size(cut.before, heads, kv)
         packed = not cut.before.has(1)
         first = cut.before.shape(0)[2] - (2 * kv * size if packed else 0)
-        left = heads_left(cut, 0, heads, 0, first)
+        remaining = heads_left(cut, 0, heads, 0, first)
         other = heads_left(cut, 0, kv, first, first + kv * size) if packed else heads_left(cut, 1, kv)
-        if left[1] != size or other[1] != size:
+        if remaining[1] != size or other[1] != size:
             cut.fail("a head would lose a part of its channels")
-        cut.set_attr("num_heads", left[0])
+        cut.set_attr("num_heads", remaining[0])
         cut.set_attr("kv_num_heads", other[0])
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
@@ -475,19 +478,19 @@ class RotaryEmbedding(Rule):
     @staticmethod
     def _heads(step: Step) -> int:
         """Return the number of heads from the attribute or the width of the cosines, input 2; 0 where unknown."""
-        stated = int(step.attr("num_heads", 0))
-        if stated or step.node.domain == "":
-            return stated
+        num_heads = int(step.attr("num_heads", 0))
+        if num_heads or step.node.domain == "":
+            return num_heads
         return step.shape(0)[2] // (2 * step.shape(2)[1]) if not step.attr("rotary_embedding_dim", 0) else 0
 
     def rewrite(self, cut: Cut) -> None:
         """Update the number of heads, where the node has it as an attribute."""
         heads = int(cut.attr("num_heads", 0))
         if heads and cut.touched():
-            left, size = heads_left(cut, 0, heads)
+            num_heads, size = heads_left(cut, 0, heads)
             if len(cut.before.shape(0)) == 3 and size != cut.before.shape(0)[2] // heads:
                 cut.fail("a head would lose a part of its channels")
-            cut.set_attr("num_heads", left)
+            cut.set_attr("num_heads", num_heads)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """Return the data's shape."""
@@ -515,12 +518,12 @@ class QAttention(Attention):
         """Contract codes, scales and zero points, split the columns in three and tie equal cells of the three parts."""
         if step.has(8) or any(step.node.outputs[1:]):
             return  # a cache [2, ...] holds keys and values in one tensor: all sizes are frozen
-        heads, wide = int(step.attr("num_heads")), (1, 1, step.shape(1)[1])
+        heads, bias_shape = int(step.attr("num_heads")), (1, 1, step.shape(1)[1])
         x = step.labels(0)
         for axis in (0, 1):
             x = step.drop_axis(x, axis, Reason.FIXED_SIZE, ALONG)
         operands: list[tuple[Labels, Shape]] = [
-            (contract(step, [(x, (1, 1, step.shape(0)[2]), "bsi"), self._weight(step)], "bso"), wide)
+            (contract(step, [(x, (1, 1, step.shape(0)[2]), "bsi"), self._weight(step)], "bso"), bias_shape)
         ]
         operands += [(step.labels(i), step.shape(i)) for i in (2, 4, 7) if step.has(i)]
         joint = broadcast(step.atoms, operands, 3, step.reason)
@@ -561,10 +564,10 @@ class PackedAttention(Attention):
 
     def propagate(self, step: Step) -> None:
         """Contract input and weight, then split the product into queries, keys and values."""
-        heads, wide = int(step.attr("num_heads")), step.shape(1)[1]
+        heads, width = int(step.attr("num_heads")), step.shape(1)[1]
         x = step.drop_axis(step.labels(0), 0, Reason.FIXED_SIZE, ALONG)
         joint = contract(step, [(x, (1, step.shape(0)[1]), "si"), (step.labels(1), step.shape(1), "io")], "so")
-        joint = broadcast(step.atoms, [(joint, (1, wide)), (step.labels(2), step.shape(2))], 2, step.reason)
+        joint = broadcast(step.atoms, [(joint, (1, width)), (step.labels(2), step.shape(2))], 2, step.reason)
         joint = algebra.insert_axis(joint, 0)
         q, k, v = (
             to_heads(step, step.take(joint, 2, np.arange(a, b)), (1, 1, b - a), heads) for a, b in self._parts(step)
@@ -596,10 +599,10 @@ class PackedMultiHeadAttention(MultiHeadAttention):
     def propagate(self, step: Step) -> None:
         """Split every operand into heads, add the bias, attend."""
         heads = int(step.attr("num_heads"))
-        together = len(step.shape(0)) == 4
-        if together and step.has(3):
+        is_packed = len(step.shape(0)) == 4
+        if is_packed and step.has(3):
             return  # kernels differ in the part of the bias that they apply
-        parts = [self._one(step, i) if together else self._apart(step, i, heads) for i in range(3)]
+        parts = [self._one(step, i) if is_packed else self._apart(step, i, heads) for i in range(3)]
         q, k, v = self._biased(step, heads, *parts) if step.has(3) else parts
         bias = as_rank_4(step.labels(6), step.shape(6)) if step.has(6) else None
         _, out = attend(step, q, k, v, bias)
@@ -607,9 +610,9 @@ class PackedMultiHeadAttention(MultiHeadAttention):
 
     @staticmethod
     def _one(step: Step, at: int) -> Part:
-        picked = algebra.remove_axis(step.take(step.labels(0), 2, np.array([at])), 2)
+        selected = algebra.remove_axis(step.take(step.labels(0), 2, np.array([at])), 2)
         tokens, heads, _, size = step.shape(0)
-        return algebra.insert_axis(picked, 0), (1, tokens, heads, size)
+        return algebra.insert_axis(selected, 0), (1, tokens, heads, size)
 
     @staticmethod
     def _apart(step: Step, i: int, heads: int) -> Part:
@@ -620,8 +623,8 @@ class PackedMultiHeadAttention(MultiHeadAttention):
         heads, shape = int(cut.attr("num_heads")), cut.before.shape(0)
         if not cut.touched():
             return
-        left, size = heads_left(cut, 0, heads)
-        cut.set_attr("num_heads", left)
+        num_heads, size = heads_left(cut, 0, heads)
+        cut.set_attr("num_heads", num_heads)
         self.set_scale(cut, shape[-1] if len(shape) == 4 else shape[-1] // heads, size)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
@@ -675,18 +678,18 @@ class LinearAttention(Heads):
         """Sum over the channels that queries, keys and their decay share; pass the values; tie the heads."""
         heads, kv = self._heads(step)
         graph = step.table.graph
-        kept = any(o in graph.consumers or o in graph.outputs for o in step.node.outputs[1:] if o)
-        if step.has(3) or kept or kv > heads:
+        has_state = any(o in graph.consumers or o in graph.outputs for o in step.node.outputs[1:] if o)
+        if step.has(3) or has_state or kv > heads:
             return
         q, k, v = (to_heads(step, step.labels(i), step.shape(i), n) for i, n in ((0, heads), (1, kv), (2, kv)))
         gates = [self._gate(step, i, kv) for i in (4, 5) if step.has(i)]
-        every = [part if part[1][2] == 1 < kv else repeated(step, part, heads // kv) for part in (k, *gates)]
-        operands = [(along_heads(step, labels), (1, 1, *shape[2:]), "bthd") for labels, shape in (q, *every)]
+        keys_and_gates = [part if part[1][2] == 1 < kv else repeated(step, part, heads // kv) for part in (k, *gates)]
+        operands = [(along_heads(step, labels), (1, 1, *shape[2:]), "bthd") for labels, shape in (q, *keys_and_gates)]
         rows: Shape = (1, 1, heads)
-        together = contract(step, operands, "bth")
+        joint = contract(step, operands, "bth")
         labels, shape = repeated(step, v, heads // kv)
-        passed = [(together, rows, "bth"), (along_heads(step, labels), (1, 1, *shape[2:]), "bthv")]
-        step.set(0, flattened(step, contract(step, passed, "bthv"), heads, int(v[1][3] or 0)))
+        value_operands = [(joint, rows, "bth"), (along_heads(step, labels), (1, 1, *shape[2:]), "bthv")]
+        step.set(0, flattened(step, contract(step, value_operands, "bthv"), heads, int(v[1][3] or 0)))
 
     @staticmethod
     def _gate(step: Step, i: int, heads: int) -> Part:
@@ -709,8 +712,8 @@ class LinearAttention(Heads):
         if not cut.touched():
             return
         heads, kv = self._heads(cut.before)
-        left, size = heads_left(cut, 0, heads)
-        cut.set_attr("q_num_heads", left)
+        num_heads, size = heads_left(cut, 0, heads)
+        cut.set_attr("q_num_heads", num_heads)
         cut.set_attr("kv_num_heads", heads_left(cut, 1, kv)[0])
         self.set_scale(cut, cut.before.shape(0)[2] // heads, size)
 
@@ -746,17 +749,17 @@ class CausalConv(Rule):
         axis, rank = 2 if step.attr("channels_last", 0) else 1, len(step.shape(0))
         if step.attr("state_window", 0) or (axis == 2 and rank != 3):
             return  # several states, or channels along several axes
-        found = []
+        candidates = []
         for i, at in ((0, axis), (1, 0), (2, 0), (3, axis)):
             if step.has(i):
                 labels = step.labels(i)
                 step.fix_all_but(labels, (at,), Reason.SPATIAL, "a convolution slides over this axis")
-                found.append(step.axis_ids(labels, at))
-        for ids in found[1:]:
-            step.unite(found[0], ids, "a channel of a depthwise convolution")
-        if found[0] is not None:
+                candidates.append(step.axis_ids(labels, at))
+        for ids in candidates[1:]:
+            step.unite(candidates[0], ids, "a channel of a depthwise convolution")
+        if candidates[0] is not None:
             for o in (0, 1):
-                step.set(o, (along(found[0], axis, rank),))
+                step.set(o, (along(candidates[0], axis, rank),))
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
         """Return windows that end at their own position; None where a state precedes the data."""
@@ -764,9 +767,9 @@ class CausalConv(Rule):
         begins = len(node.inputs) < 4 or not node.inputs[3]
         if data != 0 or w is None or len(w) != 3 or not begins or attrs.get("channels_last", 0):
             return None
-        apart = int(attrs.get("dilation", 1))
+        dilation = int(attrs.get("dilation", 1))
         plain = attrs.get("activation", "none") == "none"
-        return Windows(w[2:], dilations=(apart,), pads=((w[2] - 1) * apart, 0), group=w[0], plain=plain)
+        return Windows(w[2:], dilations=(dilation,), pads=((w[2] - 1) * dilation, 0), group=w[0], plain=plain)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """Return the data's shape and, of the state, that of (kernel - 1) * dilation positions."""

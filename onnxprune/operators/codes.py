@@ -65,10 +65,10 @@ def unpack(packed: Array, bits: int, count: int | None = None) -> NDArray[np.uin
 
 def pack(codes: Array, bits: int) -> NDArray[np.uint8]:
     """Pack codes [..., count] into bytes [..., ceil(count * bits / 8)]: the inverse of ``unpack``, padded with 0."""
-    each = 8 // bits
-    width = -(-codes.shape[-1] // each) * each
+    per_byte = 8 // bits
+    width = -(-codes.shape[-1] // per_byte) * per_byte
     padded = np.zeros((*codes.shape[:-1], width), np.uint8)
     padded[..., : codes.shape[-1]] = codes
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    each_byte = padded.reshape(*codes.shape[:-1], -1, each) << shifts
+    each_byte = padded.reshape(*codes.shape[:-1], -1, per_byte) << shifts
     return np.asarray(np.bitwise_or.reduce(each_byte, axis=-1), np.uint8)

@@ -33,12 +33,12 @@ def without_axis(atoms: Atoms, labels: Labels, axis: int, barrier: int) -> Label
     if label is None:
         return labels
     atoms.fix_axis(label, axis, barrier)
-    rest = tuple(x for x in labels if x is not label)
-    stay = tuple(a for a in label.axes if a != axis)
-    if not stay:
-        return rest
-    pack = label.pack if label.pack in stay else stay[-1]
-    return (*rest, Label(atoms.project(label, stay), pack))
+    other_labels = tuple(x for x in labels if x is not label)
+    other_axes = tuple(a for a in label.axes if a != axis)
+    if not other_axes:
+        return other_labels
+    pack = label.pack if label.pack in other_axes else other_axes[-1]
+    return (*other_labels, Label(atoms.project(label, other_axes), pack))
 
 
 def _repeats(label: Label, axis: int, period: int) -> bool:
@@ -412,5 +412,5 @@ def _passes(step: Step, node: Node, axes: tuple[int, ...]) -> bool:
 def override(step: Step, chain: list[str], labels: tuple[Label, ...], axes: tuple[int, ...]) -> None:
     """Set ``labels`` for every tensor of a chain, in place of its labels on ``axes``."""
     for link in chain:
-        rest = tuple(x for x in step.table.get(link) if not set(x.axes) & set(axes))
-        step.table.set(link, (*rest, *labels))
+        other_labels = tuple(x for x in step.table.get(link) if not set(x.axes) & set(axes))
+        step.table.set(link, (*other_labels, *labels))

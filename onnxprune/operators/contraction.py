@@ -47,11 +47,11 @@ def contract(step: Step, operands: Sequence[tuple[Labels, Shape, str]], output: 
     order = [letters.index(c) for c in output]
     result: Labels = ()
     for label in joint:
-        stay = tuple(a for a in label.axes if letters[a] in output)
-        if not stay:
+        output_axes = tuple(a for a in label.axes if letters[a] in output)
+        if not output_axes:
             continue
-        ids = label.ids if stay == label.axes else step.atoms.project(label, stay)
-        pack = label.pack if label.pack in stay else stay[-1]
+        ids = label.ids if output_axes == label.axes else step.atoms.project(label, output_axes)
+        pack = label.pack if label.pack in output_axes else output_axes[-1]
         ids = ids.transpose(order + [a for a in range(rank) if a not in order]).reshape([ids.shape[a] for a in order])
         result = (*result, Label(ids, order.index(pack)))
     return result
@@ -80,8 +80,8 @@ def letter_macs(terms: Sequence[str], shapes: Sequence[Any]) -> Any:
 def made_axis(terms: Sequence[str], out: str, weight: int) -> int | None:
     """Return the axis of ``out`` that the weight alone contributes, the last of several; None where there is none."""
     others = "".join(term for i, term in enumerate(terms) if i != weight)
-    made = [axis for axis, c in enumerate(out) if c in terms[weight] and c not in others]
-    return made[-1] if made else None
+    axes = [axis for axis, c in enumerate(out) if c in terms[weight] and c not in others]
+    return axes[-1] if axes else None
 
 
 class MatMul(Rule):
@@ -223,16 +223,18 @@ class Einsum(Rule):
         """Return the subscripts for operands of these ranks."""
         left, arrow, out = node.attrs.get("equation", "").replace(" ", "").partition("->")
         terms = left.split(",")
-        extra = max((r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0)
-        dots = "ABCDEFGHIJ"[:extra]
+        num_broadcast = max(
+            (r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0
+        )
+        dots = "ABCDEFGHIJ"[:num_broadcast]
         if not arrow:
             plain = left.replace("...", "").replace(",", "")
             out = ("..." if dots else "") + "".join(sorted(c for c in set(plain) if plain.count(c) == 1))
-        spelled = []
+        explicit_terms = []
         for term, rank in zip(terms, ranks, strict=True):
-            own = rank - len(term.replace("...", ""))
-            spelled.append(term.replace("...", dots[extra - own :] if own else ""))
-        return spelled, out.replace("...", dots)
+            num_own = rank - len(term.replace("...", ""))
+            explicit_terms.append(term.replace("...", dots[num_broadcast - num_own :] if num_own else ""))
+        return explicit_terms, out.replace("...", dots)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
         """Count one per position of all letters; a sum over a single operand multiplies nothing."""

@@ -130,19 +130,19 @@ class Pairwise(Form):
     def _arrange(self, array: Array, term: str, groups: tuple[str, str, str]) -> Array:
         """Merge the axes of the operand into three."""
         order = [term.index(c) for group in groups for c in group]
-        moved = np.transpose(array, order)
-        sizes = dict(zip("".join(groups), moved.shape, strict=True))
-        return moved.reshape([prod(sizes[c] for c in group) for group in groups])
+        transposed = np.transpose(array, order)
+        sizes = dict(zip("".join(groups), transposed.shape, strict=True))
+        return transposed.reshape([prod(sizes[c] for c in group) for group in groups])
 
     def columns(self, data: Array, pick: Picked = None) -> Array:
         """Unfold the data; its own letters are the rows."""
-        every = self._arrange(data, self.terms[0], (self.part_letters, self.free, self.summed))
-        return every if pick is None else every[:, pick]
+        arranged = self._arrange(data, self.terms[0], (self.part_letters, self.free, self.summed))
+        return arranged if pick is None else arranged[:, pick]
 
     def rows(self, output: Array, pick: Picked = None) -> Array:
         """Arrange the output; the letters shared with the data alone are the rows."""
-        every = self._arrange(output, self.terms[2], (self.part_letters, self.free, self.made))
-        return every if pick is None else every[:, pick]
+        arranged = self._arrange(output, self.terms[2], (self.part_letters, self.free, self.made))
+        return arranged if pick is None else arranged[:, pick]
 
     def count(self, data: Sequence[int]) -> int:
         """Return the product of the sizes of the free letters."""
@@ -197,7 +197,9 @@ class Blocks(Pairwise):
         return result
 
 
-def rows_per_sample(form: Form, channels: int, samples: int | None, per_column: int = 30, least: int = 1 << 14) -> int:
+def rows_per_sample(
+    form: Form, channels: int, samples: int | None, per_column: int = 30, min_rows: int = 1 << 14
+) -> int:
     """Return the rows to sample per example, so that all ``samples`` (512 where unknown) together give enough rows.
 
     Args:
@@ -205,22 +207,22 @@ def rows_per_sample(form: Form, channels: int, samples: int | None, per_column: 
         channels: number of channels of the data.
         samples: number of examples; unknown counts as 512.
         per_column: rows per column; estimates from them have a relative error of about 1 / sqrt(per_column).
-        least: lower bound of the rows over all examples, for few columns.
+        min_rows: lower bound of the rows over all examples, for few columns.
     """
     columns = channels // form.parts * form.taps
-    return -(-max(per_column * columns, least) // (samples or 512))
+    return -(-max(per_column * columns, min_rows) // (samples or 512))
 
 
 def pick(form: Form, data: Array, per_sample: int) -> Picked:
     """Select ``per_sample`` rows per sample, deterministic per data; None where that is (nearly) all of them."""
     total = form.count(data.shape)
-    wanted = per_sample * len(data)
-    if wanted * 4 >= total * 3:
+    num_rows = per_sample * len(data)
+    if num_rows * 4 >= total * 3:
         return None
     seed = zlib.crc32(np.ascontiguousarray(data.ravel()[:4096]).tobytes())
     # One random row out of each of equally long runs: spread over samples and positions.
-    edges = np.linspace(0, total, wanted + 1)
-    offsets = np.random.default_rng(seed).random(wanted)
+    edges = np.linspace(0, total, num_rows + 1)
+    offsets = np.random.default_rng(seed).random(num_rows)
     return np.minimum((edges[:-1] + offsets * np.diff(edges)).astype(np.int64), total - 1)
 
 
@@ -344,8 +346,8 @@ class Windows(Form):
         else:
             where = np.unravel_index(pick, (n, *space))
             # The slice between the indices moves the indexed axes to the front: [picked, channels, *kernel].
-            chosen: Any = (where[0], slice(None), *where[1:])
-            rows = windows[chosen].reshape(pick.size, channels, self.taps)
+            slices: Any = (where[0], slice(None), *where[1:])
+            rows = windows[slices].reshape(pick.size, channels, self.taps)
         rows = rows.reshape(len(rows), self.parts, -1)
         return rows.transpose(1, 0, 2)
 
@@ -373,12 +375,16 @@ class Windows(Form):
 
     def rows(self, output: Array, pick: Picked = None) -> Array:
         """Arrange the output as [parts, N * positions, O / parts]."""
-        n, made = output.shape[:2]
+        n, num_outputs = output.shape[:2]
         if pick is None:
-            rows = np.moveaxis(output.reshape(n, made, -1), 1, 2).reshape(-1, self.parts, made // self.parts)
+            rows = np.moveaxis(output.reshape(n, num_outputs, -1), 1, 2).reshape(
+                -1, self.parts, num_outputs // self.parts
+            )
         else:
             where = np.unravel_index(pick, (n, prod(output.shape[2:])))
-            rows = output.reshape(n, made, -1)[where[0], :, where[1]].reshape(-1, self.parts, made // self.parts)
+            rows = output.reshape(n, num_outputs, -1)[where[0], :, where[1]].reshape(
+                -1, self.parts, num_outputs // self.parts
+            )
         return rows.transpose(1, 0, 2)
 
     def count(self, data: Sequence[int]) -> int:
@@ -404,8 +410,8 @@ class Windows(Form):
 
     def matrix(self, weight: Array) -> Array:
         """Arrange the weight as [parts, C / parts * taps, O / parts]."""
-        made, per_part = weight.shape[:2]
-        return weight.reshape(self.parts, made // self.parts, per_part * self.taps).transpose(0, 2, 1)
+        num_outputs, per_part = weight.shape[:2]
+        return weight.reshape(self.parts, num_outputs // self.parts, per_part * self.taps).transpose(0, 2, 1)
 
     def restore(self, matrix: Array, like: Array) -> Array:
         """Convert to a weight [O, C / parts, *kernel]."""

@@ -81,29 +81,29 @@ class Join(Marker):
     def propagate(self, step: Step) -> None:
         """Unite the labels of both branches; of branches with different shapes, use the one taken at every probe."""
         facts = step.table.facts
-        taken = facts.static_value(step.node.inputs[2])
+        condition = facts.static_value(step.node.inputs[2])
         shapes = [facts.shape(n) for n in step.node.inputs[:2]]
-        if taken is not None and shapes[0] != shapes[1]:
+        if condition is not None and shapes[0] != shapes[1]:
             step.labels(0), step.labels(1)
-            step.set(0, step.labels(0 if taken.ravel()[0] else 1))
+            step.set(0, step.labels(0 if condition.ravel()[0] else 1))
         else:
             step.set(0, _united(step, "the branches give different shapes"))
 
 
 def _united(step: Step, why: str) -> Labels:
     """Unite labels of two tensors of one shape, position by position; freeze sizes that differ or are not known."""
-    facts, both = step.table.facts, [step.labels(0), step.labels(1)]
+    facts, operands = step.table.facts, [step.labels(0), step.labels(1)]
     a, b = (facts.shape(n) for n in step.node.inputs[:2])
     if a is None or b is None or len(a) != len(b):
-        for labels in both:
+        for labels in operands:
             step.freeze(labels, Reason.DYNAMIC_SHAPE, why)
         return ()
     for axis, (n, m) in enumerate(zip(a, b, strict=True)):
         if n != m or n is None:
-            for k, labels in enumerate(both):
+            for k, labels in enumerate(operands):
                 if covering(labels, axis) is not None:
-                    both[k] = step.drop_axis(labels, axis, Reason.DYNAMIC_SHAPE, why)
-    return broadcast(step.atoms, [(both[0], a), (both[1], b)], len(a), step.reason)
+                    operands[k] = step.drop_axis(labels, axis, Reason.DYNAMIC_SHAPE, why)
+    return broadcast(step.atoms, [(operands[0], a), (operands[1], b)], len(a), step.reason)
 
 
 register(markers.DOMAIN, markers.OPEN, markers.ELSE, markers.END, markers.CLOSE, markers.CONSTANT, rule=Marker())

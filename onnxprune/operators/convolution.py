@@ -87,26 +87,26 @@ class Conv(Rule):
             labels = (*labels, along(batch.ids.ravel(), 0, rank))
         if self.addend is not None and step.has(self.addend):
             shape = step.out_shape()
-            both = [(labels, shape), (step.labels(self.addend), step.shape(self.addend))]
-            labels = broadcast(step.atoms, both, len(shape), step.reason)
+            operands = [(labels, shape), (step.labels(self.addend), step.shape(self.addend))]
+            labels = broadcast(step.atoms, operands, len(shape), step.reason)
         step.set(0, labels)
 
     def _grouped(self, step: Step, x: Labels, w: Labels) -> Ids | None:
         group = self.groups(step)
-        ins, outs = step.axis_ids(x, self.axis(step)), step.axis_ids(w, 0)
+        input_ids, output_ids = step.axis_ids(x, self.axis(step)), step.axis_ids(w, 0)
         per_in = step.shape(self.weight)[self.weight_axis(step)]
-        if ins is None or outs is None:
+        if input_ids is None or output_ids is None:
             step.freeze(
                 (*x, *w), Reason.UNLABELLED_OPERAND, "a grouped convolution reads a tensor without removable channels"
             )
             return None
-        grid_in, grid_out = ins.reshape(group, -1), outs.reshape(group, -1)
+        grid_in, grid_out = input_ids.reshape(group, -1), output_ids.reshape(group, -1)
         if per_in == 1:
             step.atoms.unite(grid_in, grid_out)
-            return outs
+            return output_ids
         self._tie_rows(step, grid_in, grid_out)
-        self._spread(step, w, grid_in, outs.size)
-        return outs
+        self._spread(step, w, grid_in, output_ids.size)
+        return output_ids
 
     @staticmethod
     def _tie_rows(step: Step, grid_in: Ids, grid_out: Ids) -> None:
@@ -189,23 +189,23 @@ class ConvTranspose(Conv):
         x, w = step.labels(self.data), step.labels(self.weight)
         step.fix_all_but(x, (0, 1), Reason.SPATIAL, "a convolution slides over this axis")
         step.fix_all_but(w, (0, 1), Reason.KERNEL, "the kernel keeps its size")
-        ins, group = step.axis_ids(x, 1), self.groups(step)
-        step.unite(ins, step.axis_ids(w, 0), "the convolution's input")
+        input_ids, group = step.axis_ids(x, 1), self.groups(step)
+        step.unite(input_ids, step.axis_ids(w, 0), "the convolution's input")
         if group == 1:
             self._finish(step, x, step.axis_ids(w, 1))
             return
-        self._finish(step, x, self._outputs(step, w, ins, group))
+        self._finish(step, x, self._outputs(step, w, input_ids, group))
 
-    def _outputs(self, step: Step, w: Labels, ins: Ids | None, group: int) -> Ids | None:
+    def _outputs(self, step: Step, w: Labels, input_ids: Ids | None, group: int) -> Ids | None:
         shape = step.shape(self.weight)
         name = step.node.inputs[self.weight]
-        if ins is None:
+        if input_ids is None:
             step.freeze(w, Reason.UNLABELLED_OPERAND, "a grouped convolution reads a tensor without removable channels")
             return None
         if shape[0] == group:
             # Depthwise: all outputs of an input channel are pruned with it.
             step.fix(w, 1, Reason.FIXED_SIZE, "the channel multiplier keeps its size")
-            return np.repeat(ins, shape[1])
+            return np.repeat(input_ids, shape[1])
         if name not in step.table.graph.weights or len(step.table.graph.consumers[name]) > 1:
             step.freeze(
                 (*step.labels(self.data), *w), Reason.UNSUPPORTED_FORM, "a grouped ConvTranspose with a computed weight"
@@ -213,7 +213,7 @@ class ConvTranspose(Conv):
             return None
         out = step.atoms.new(group * shape[1], name, 1)
         grid_out = out.reshape(group, shape[1])
-        self._tie_rows(step, ins.reshape(group, -1), grid_out)
+        self._tie_rows(step, input_ids.reshape(group, -1), grid_out)
         if shape[1] == 1:
             return out  # one output per group: its rows are the output's channels themselves
         ids = np.repeat(grid_out, shape[0] // group, axis=0)
@@ -253,14 +253,14 @@ class DeformConv(Conv):
         step.fix(step.labels(0), 0, Reason.FIXED_SIZE, "every sample has offsets of its own")
         super().propagate(step)
         groups = int(step.attr("offset_group", 1))
-        ins = step.axis_ids(step.labels(0), 1)
+        input_ids = step.axis_ids(step.labels(0), 1)
         rows = None
-        if ins is not None and groups > 1:
-            grid = Label(ins.reshape(groups, -1), 1)
+        if input_ids is not None and groups > 1:
+            grid = Label(input_ids.reshape(groups, -1), 1)
             step.atoms.view(grid)
             rows = step.atoms.rows_of(grid).ids.ravel()
-        moved = [self._taps(step, i, groups) for i in (2, 4) if step.has(i)]
-        for other in moved:
+        tap_labels = [self._taps(step, i, groups) for i in (2, 4) if step.has(i)]
+        for other in tap_labels:
             if rows is None or other is None:
                 for ids in (rows, other):
                     if ids is not None:

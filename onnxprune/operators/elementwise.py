@@ -45,8 +45,10 @@ class Elementwise(Rule):
         """Return the broadcast shape for every output."""
         if self._inputs is None and node.domain == "" and node.version < 8:
             return [None]  # operators of their own, with an attribute for the broadcasting
-        chosen = [shapes[i] for i in self._inputs or range(len(node.inputs)) if i < len(node.inputs) and node.inputs[i]]
-        return [broadcast_shapes(chosen)] * len(node.outputs)
+        operand_shapes = [
+            shapes[i] for i in self._inputs or range(len(node.inputs)) if i < len(node.inputs) and node.inputs[i]
+        ]
+        return [broadcast_shapes(operand_shapes)] * len(node.outputs)
 
 
 class Sum(Elementwise):
@@ -56,12 +58,12 @@ class Sum(Elementwise):
         """Subtract the other operand, which may be an activation."""
         if len(node.inputs) != 2:
             return None
-        other, turned = constant(1 - i), node.op == "Sub" and i == 1
+        other, is_subtrahend = constant(1 - i), node.op == "Sub" and i == 1
         sign = -1.0 if node.op == "Sub" else 1.0
 
         def undo(value: Array, addends: Sequence[Array], _shape: Sequence[int]) -> Array:
             added = other if other is not None else addends[0]
-            return added - value if turned else (value - added if sign > 0 else value + added)
+            return added - value if is_subtrahend else (value - added if sign > 0 else value + added)
 
         return Inverse(undo, None if other is not None else 1 - i)
 
@@ -81,8 +83,8 @@ class Scaled(Elementwise):
 
 def divided(value: Array, gain: Array) -> Array:
     """Return value / gain, 0 where the gain is 0."""
-    dead = np.abs(gain) < 1e-12
-    return np.where(dead, 0.0, value / np.where(dead, 1.0, gain))
+    is_zero = np.abs(gain) < 1e-12
+    return np.where(is_zero, 0.0, value / np.where(is_zero, 1.0, gain))
 
 
 def quotient(a: Array, b: Array) -> Array:
@@ -147,10 +149,10 @@ class Clip(Elementwise):
         for position, name in enumerate(("min", "max"), start=1):
             value = node.attrs.get(name)
             if value is None and position < len(node.inputs) and node.inputs[position]:
-                given = constant(position)
-                if given is None or given.size != 1:
+                bound = constant(position)
+                if bound is None or bound.size != 1:
                     return []
-                value = given.reshape(())
+                value = bound.reshape(())
             if value is not None and np.isfinite(float(value)) and abs(float(value)) < 1e30:
                 bounds.append((float(value), position == 1))
         return bounds

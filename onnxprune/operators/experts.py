@@ -119,8 +119,8 @@ class QMoE(Rule):
         inner = self._inner(step)
         for i in range(len(step.node.inputs)):
             labels = step.labels(i)
-            rest = tuple(x for x in labels if i not in inner or not set(x.axes) <= {inner[i]})
-            step.freeze(rest, Reason.UNSUPPORTED_FORM, "codes of experts are packed along this axis")
+            other_labels = tuple(x for x in labels if i not in inner or not set(x.axes) <= {inner[i]})
+            step.freeze(other_labels, Reason.UNSUPPORTED_FORM, "codes of experts are packed along this axis")
         units = gcd(*(step.shape(i)[axis] for i, axis in inner.items()))
         experts, size = step.shape(SECOND_CODES)[0], self._size(step)
         times = step.shape(FIRST)[1] // size
@@ -137,9 +137,9 @@ class QMoE(Rule):
         step.atoms.fix_axis(grid, 0, step.reason(Reason.FIXED_SIZE, "experts are chosen by their scores"))
         for i, axis in inner.items():
             n = step.shape(i)[axis]
-            apart = times == 2 and i in _FIRST_OPERANDS and step.attr("swiglu_fusion", 0) != 1
-            cells = np.repeat(ids, n // units // (2 if apart else 1), axis=1)
-            self._lay(step, i, axis, np.tile(cells, (1, 2)) if apart else cells, chains[i] or [])
+            is_split = times == 2 and i in _FIRST_OPERANDS and step.attr("swiglu_fusion", 0) != 1
+            cells = np.repeat(ids, n // units // (2 if is_split else 1), axis=1)
+            self._lay(step, i, axis, np.tile(cells, (1, 2)) if is_split else cells, chains[i] or [])
 
     @staticmethod
     def _lay(step: Step, i: int, axis: int, cells: Ids, chain: list[str]) -> None:
@@ -171,9 +171,9 @@ class QMoE(Rule):
         """Count as MoE; every byte holds several codes."""
         if shapes[0] is None:
             return 0
-        each = 8 // int(node.attrs.get("expert_weight_bits", 4))
+        per_byte = 8 // int(node.attrs.get("expert_weight_bits", 4))
         sizes = [shapes[i] for i in self.weights if i < len(shapes) and shapes[i] is not None]
-        return prod(shapes[0][:-1]) * int(node.attrs.get("k", 1)) * sum(prod(s[1:]) for s in sizes) * each
+        return prod(shapes[0][:-1]) * int(node.attrs.get("k", 1)) * sum(prod(s[1:]) for s in sizes) * per_byte
 
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
         """Dequantise to [E, rows, bytes, codes per byte]."""

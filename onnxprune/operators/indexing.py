@@ -180,8 +180,8 @@ def _known(step: Step, i: int) -> Index | None:
 
 def _only_axis(values: Index) -> int | None:
     """Return the only axis that an array varies along, -1 for a constant array, None for several axes."""
-    varying = [a for a in range(values.ndim) if (values != values.take([0], axis=a)).any()]
-    return None if len(varying) > 1 else varying[0] if varying else -1
+    varying_axes = [a for a in range(values.ndim) if (values != values.take([0], axis=a)).any()]
+    return None if len(varying_axes) > 1 else varying_axes[0] if varying_axes else -1
 
 
 def _line(values: Index, axis: int) -> Index | None:
@@ -228,9 +228,13 @@ class _Elements(Rule):
         sizes = step.shape(1)
         index = step.drop_axis(step.labels(1), axis, Reason.FIXED_SIZE, "an index along this axis")
         known = _known(step, 1) is not None
-        own = tuple(1 if a == axis or (known and covering(index, a) is None) else n for a, n in enumerate(sizes))
-        whole = tuple(1 if a == axis else n for a, n in enumerate(sizes))
-        return broadcast(step.atoms, [*((x, whole) for x in operands), (index, own)], len(sizes), step.reason)
+        index_shape = tuple(
+            1 if a == axis or (known and covering(index, a) is None) else n for a, n in enumerate(sizes)
+        )
+        full_shape = tuple(1 if a == axis else n for a, n in enumerate(sizes))
+        return broadcast(
+            step.atoms, [*((x, full_shape) for x in operands), (index, index_shape)], len(sizes), step.reason
+        )
 
     def rewrite(self, cut: Cut) -> None:
         """Drop entries of removed channels from a known index and renumber it along its axis."""
@@ -256,12 +260,12 @@ class GatherElements(_Elements):
         axis, index = step.axis(), _known(step, 1)
         line = None if index is None else _line(index, axis)
         labels = self._parted(step, step.labels(0), axis, line)
-        picked: Labels = ()
+        selected: Labels = ()
         if line is not None:
             label = covering(labels, axis)
-            picked = step.take(() if label is None else (label,), axis, line % step.shape(0)[axis])
-        rest = self._first(step, labels, axis, step.shape(1))
-        step.set(0, (*self._met(step, [rest], axis), *picked))
+            selected = step.take(() if label is None else (label,), axis, line % step.shape(0)[axis])
+        other_labels = self._first(step, labels, axis, step.shape(1))
+        step.set(0, (*self._met(step, [other_labels], axis), *selected))
 
 
 class ScatterElements(_Elements):
@@ -279,10 +283,10 @@ class ScatterElements(_Elements):
         updates = self._parted(step, step.labels(2), axis, line)
         if line is not None:
             target = step.axis_ids(data, axis)
-            written = None if target is None else target[line % target.size]
-            step.unite(written, step.axis_ids(updates, axis), "what is written by index")
-        rest = tuple(x for x in updates if x.ids.shape[axis] == 1)
-        self._met(step, [self._first(step, data, axis, step.shape(2)), rest], axis)
+            written_ids = None if target is None else target[line % target.size]
+            step.unite(written_ids, step.axis_ids(updates, axis), "what is written by index")
+        other_labels = tuple(x for x in updates if x.ids.shape[axis] == 1)
+        self._met(step, [self._first(step, data, axis, step.shape(2)), other_labels], axis)
         step.set(0, data)
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
@@ -299,9 +303,9 @@ class Columns:
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        found = [_only_axis(index[..., k]) for k in range(index.shape[-1])]
-        moving = [a for k in range(index.shape[-1]) for a in range(index.ndim - 1) if self._varies(k, a)]
-        self.axes = [None if a is not None and a >= 0 and moving.count(a) > 1 else a for a in found]
+        axes = [_only_axis(index[..., k]) for k in range(index.shape[-1])]
+        index_axes = [a for k in range(index.shape[-1]) for a in range(index.ndim - 1) if self._varies(k, a)]
+        self.axes = [None if a is not None and a >= 0 and index_axes.count(a) > 1 else a for a in axes]
         self.computed = False
 
     @classmethod
@@ -347,20 +351,20 @@ class Columns:
 
     def move(self, cut: Cut, beside: str, first: int) -> None:
         """Insert nodes that convert a computed index as ``cut`` does: they drop entries and shift positions."""
-        keeps = [cut.keep(beside, axis) for axis in range(self.index.ndim - 1)]
-        for axis, keep in enumerate(keeps):
+        masks = [cut.keep(beside, axis) for axis in range(self.index.ndim - 1)]
+        for axis, keep in enumerate(masks):
             if keep is not None:
                 cut.pick(1, axis, np.flatnonzero(keep))
-        for k, addressed in enumerate(self.axes):
-            left, line = cut.keep(cut.node.inputs[0], first + k), self.raw(k)
-            if left is None or addressed is None:
+        for k, data_axis in enumerate(self.axes):
+            mask, line = cut.keep(cut.node.inputs[0], first + k), self.raw(k)
+            if mask is None or data_axis is None:
                 continue
-            keep = None if addressed < 0 else keeps[addressed]
+            keep = None if data_axis < 0 else masks[data_axis]
             line = line if keep is None else line[keep]
             shift = np.zeros(
-                (*(line.size if a == addressed else 1 for a in range(len(keeps))), len(self.axes)), np.int64
+                (*(line.size if a == data_axis else 1 for a in range(len(masks))), len(self.axes)), np.int64
             )
-            shift[..., k] = (_renumbered(line, left) - line).reshape(shift.shape[:-1])
+            shift[..., k] = (_renumbered(line, mask) - line).reshape(shift.shape[:-1])
             cut.add(1, shift)
 
 
@@ -382,8 +386,8 @@ class _Slices(Rule):
         if columns is None or label.is_grid or (columns.computed and columns.axes[k] is None):
             return step.drop_axis(labels, axis, Reason.FIXED_SIZE, _BY_INDEX)
         if columns.axes[k] is None:
-            named = label.ids.ravel()[columns.addressed(k, label.ids.size)]
-            step.atoms.freeze(named, step.reason(Reason.FIXED_SIZE, "positions of this axis are addressed one by one"))
+            ids = label.ids.ravel()[columns.addressed(k, label.ids.size)]
+            step.atoms.freeze(ids, step.reason(Reason.FIXED_SIZE, "positions of this axis are addressed one by one"))
         return labels
 
     def _rewrite(self, cut: Cut, beside: str, first: int) -> None:
@@ -449,36 +453,36 @@ class ScatterND(_Slices):
     def propagate(self, step: Step) -> None:
         """Tie written channels to those of the updates; unite the axes behind the addressed ones."""
         data, updates, columns = step.labels(0), step.labels(2), _columns(step)
-        depth, ahead, rank = step.shape(1)[-1], len(step.shape(1)) - 1, len(step.shape(0))
+        depth, num_batch, rank = step.shape(1)[-1], len(step.shape(1)) - 1, len(step.shape(0))
         if any(
             x.is_grid and min(x.axes) < at <= max(x.axes)
-            for part, at in ((data, depth), (updates, ahead))
+            for part, at in ((data, depth), (updates, num_batch))
             for x in part
         ):
             step.freeze((*data, *updates), Reason.UNSUPPORTED_FORM, "a grid is written by index")
             return
-        written = set()
+        written_axes = set()
         for k in range(depth):
             data = self._addressed(step, data, columns, 0, k)
             target = covering(data, k)
             if target is None or columns is None or columns.axes[k] is None:
                 continue
             axis = columns.axes[k]
-            here = target.ids.ravel()[columns.line(k, target.ids.size)]
-            own = None if axis is None or axis < 0 else step.axis_ids(updates, axis)
-            step.unite(here, own, "what is written by index")
-            written.add(axis)
-        for axis in range(ahead):
-            if axis not in written:
+            addressed_ids = target.ids.ravel()[columns.line(k, target.ids.size)]
+            update_ids = None if axis is None or axis < 0 else step.axis_ids(updates, axis)
+            step.unite(addressed_ids, update_ids, "what is written by index")
+            written_axes.add(axis)
+        for axis in range(num_batch):
+            if axis not in written_axes:
                 updates = step.drop_axis(
                     updates, axis, Reason.FIXED_SIZE, "positions of this axis are written by index"
                 )
         parts = [
             (self._behind(x, at), s[at:])
-            for x, at, s in ((data, depth, step.shape(0)), (updates, ahead, step.shape(2)))
+            for x, at, s in ((data, depth, step.shape(0)), (updates, num_batch, step.shape(2)))
         ]
-        behind = broadcast(step.atoms, parts, rank - depth, step.reason)
-        step.set(0, (*(x for x in data if max(x.axes) < depth), *align(behind, depth)))
+        trailing = broadcast(step.atoms, parts, rank - depth, step.reason)
+        step.set(0, (*(x for x in data if max(x.axes) < depth), *align(trailing, depth)))
 
     @staticmethod
     def _behind(labels: Labels, at: int) -> Labels:
@@ -508,12 +512,12 @@ class TensorScatter(Rule):
 
     def propagate(self, step: Step) -> None:
         """Unite all axes of cache and update but the written axis and that of the samples."""
-        axis, both = step.axis(-2), [step.labels(0), step.labels(1)]
+        axis, operands = step.axis(-2), [step.labels(0), step.labels(1)]
         for k in range(2):
             for a in (0, axis):
-                both[k] = step.drop_axis(both[k], a, Reason.FIXED_SIZE, "a cache is written along this axis")
+                operands[k] = step.drop_axis(operands[k], a, Reason.FIXED_SIZE, "a cache is written along this axis")
         shape = tuple(1 if a in (0, axis) else n for a, n in enumerate(step.shape(0)))
-        step.set(0, broadcast(step.atoms, [(labels, shape) for labels in both], len(shape), step.reason))
+        step.set(0, broadcast(step.atoms, [(labels, shape) for labels in operands], len(shape), step.reason))
 
 
 class Compress(Rule):

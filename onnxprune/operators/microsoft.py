@@ -149,10 +149,12 @@ class GroupNormFused(GroupNorm):
         ids = step.axis_ids(labels, axis)
         for i in (3, 4):
             if step.has(i):
-                own, rank = step.labels(i), len(step.shape(i))
+                parameter, rank = step.labels(i), len(step.shape(i))
                 at = axis if rank == len(step.shape(0)) else rank - 1
-                step.fix_all_but(own, (0, at), Reason.NORMALISED, f"{step.node.op} normalises over these positions")
-                step.unite(ids, step.axis_ids(own, at), "what is added")
+                step.fix_all_but(
+                    parameter, (0, at), Reason.NORMALISED, f"{step.node.op} normalises over these positions"
+                )
+                step.unite(ids, step.axis_ids(parameter, at), "what is added")
         step.set(1, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
@@ -372,9 +374,9 @@ class BranchwiseRMSNorm(Rule):
         """Freeze the channels; tie branches to their scales, where each has its own."""
         labels, rank = step.labels(0), len(step.shape(0))
         scale = step.labels(1)
-        paired = step.has(1) and len(step.shape(1)) == 2 and not step.attr("num_branches", 0)
+        has_branches = step.has(1) and len(step.shape(1)) == 2 and not step.attr("num_branches", 0)
         step.fix(labels, rank - 1, Reason.NORMALISED, f"{step.node.op} normalises over these channels")
-        if paired:
+        if has_branches:
             labels = broadcast(step.atoms, [(labels, step.shape(0)), (scale, step.shape(1))], rank, step.reason)
         elif step.has(1):
             step.freeze(scale, Reason.NORMALISED, f"{step.node.op} scales these channels")
@@ -423,8 +425,8 @@ class CropAndResize(spatial.RoiAlign):
         x, regions, size = shapes[0], shapes[1], values[3]
         if x is None or regions is None:
             return [None]
-        wanted = (None, None) if size is None else (int(size[0]), int(size[1]))
-        return [(regions[0], x[1], *wanted)]
+        crop_size = (None, None) if size is None else (int(size[0]), int(size[1]))
+        return [(regions[0], x[1], *crop_size)]
 
 
 class MaxPoolWithMask(spatial.Local):
@@ -451,8 +453,8 @@ class UnfoldTensor(Rule):
         x, size = shapes[0], int(node.attrs["size"])
         if x is None:
             return [None]
-        axis, apart = int(node.attrs.get("dim", -1)) % len(x), int(node.attrs.get("step", 1))
-        windows = [None if n is None else (n - size) // apart + 1 if a == axis else n for a, n in enumerate(x)]
+        axis, stride = int(node.attrs.get("dim", -1)) % len(x), int(node.attrs.get("step", 1))
+        windows = [None if n is None else (n - size) // stride + 1 if a == axis else n for a, n in enumerate(x)]
         return [(*windows, size)]
 
 
@@ -471,8 +473,8 @@ class ConvTransposeWithDynamicPads(ConvTranspose):
         strides, dilations, more = (attrs.get(n) or [d] * rank for n, d in _WINDOW)
         sizes: list[int | None] = []
         for i, (n, k) in enumerate(zip(x[2:], w[2:], strict=True)):
-            whole = None if n is None or k is None else (n - 1) * strides[i] + dilations[i] * (k - 1) + 1 + more[i]
-            sizes.append(None if whole is None else whole - flat[i] - flat[i + rank])
+            full_size = None if n is None or k is None else (n - 1) * strides[i] + dilations[i] * (k - 1) + 1 + more[i]
+            sizes.append(None if full_size is None else full_size - flat[i] - flat[i + rank])
         return [(x[0], None if w[1] is None else w[1] * int(attrs.get("group", 1)), *sizes)]
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:

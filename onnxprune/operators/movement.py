@@ -333,14 +333,14 @@ class Split(Rule):
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return sizes as given, else equal parts, the last of which may be smaller."""
         axis, count = axis_of(node.attrs.get("axis", 0), len(shapes[0])), len(node.outputs)
-        whole = shapes[0][axis]
+        axis_size = shapes[0][axis]
         sizes = listed(node, values, 1, "split", 13)
         if sizes is None:
-            if whole % count and node.version < 18:
+            if axis_size % count and node.version < 18:
                 return None
-            part = -(-whole // count)
-            sizes = [part] * (count - 1) + [whole - part * (count - 1)]
-        return None if sum(sizes) != whole else [(*shapes[0][:axis], n, *shapes[0][axis + 1 :]) for n in sizes]
+            part = -(-axis_size // count)
+            sizes = [part] * (count - 1) + [axis_size - part * (count - 1)]
+        return None if sum(sizes) != axis_size else [(*shapes[0][:axis], n, *shapes[0][axis + 1 :]) for n in sizes]
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's split."""
@@ -374,7 +374,7 @@ class Slice(Rule):
         else:
             starts, ends = step.entries(1), step.entries(2)
             axes, steps = step.entries(3), step.entries(4)
-            if any(step.has(i) and found is None for i, found in ((3, axes), (4, steps))) or None in (axes or ()):
+            if any(step.has(i) and operand is None for i, operand in ((3, axes), (4, steps))) or None in (axes or ()):
                 return None
         if starts is None or ends is None:
             return None
@@ -413,7 +413,7 @@ class Slice(Rule):
             return
         before, source = cut.before.shape(0), cut.node.inputs[0]
         ranges: list[Range] = []
-        picks: list[tuple[int, NDArray[np.int64]]] = []
+        gathers: list[tuple[int, NDArray[np.int64]]] = []
         for k, (axis, start, end, stride) in enumerate(bounds):
             if start is None or end is None or stride is None:
                 ranges.append(self._open(cut, k, (start, end, stride)))
@@ -425,12 +425,12 @@ class Slice(Rule):
                 continue
             index = np.arange(before[axis])[slice_of(*old, before[axis])]
             positions = (np.cumsum(keep) - 1)[index[keep[index]]]
-            fit = _as_range(positions, int(keep.sum()), old, self._stated(cut, k) or old)
-            if fit is None:
-                picks.append((axis, positions))
-            ranges.append(fit or _WHOLE)
-        last = picks.pop() if len(picks) == len(ranges) > 0 else None
-        for axis, positions in picks:
+            range_found = _as_range(positions, int(keep.sum()), old, self._stated(cut, k) or old)
+            if range_found is None:
+                gathers.append((axis, positions))
+            ranges.append(range_found or _WHOLE)
+        last = gathers.pop() if len(gathers) == len(ranges) > 0 else None
+        for axis, positions in gathers:
             cut.pick(0, axis, positions)
         if last is not None:
             cut.replace("Gather", 2, axis=last[0])
@@ -443,11 +443,11 @@ class Slice(Rule):
 
     def _open(self, cut: Cut, k: int, known: Sequence[int | None]) -> Range:
         """Return entry ``k`` of bounds that follow the size of an input, at the sizes of the first probe."""
-        stated = self._stated(cut, k)
-        if stated is None:
+        stated_bounds = self._stated(cut, k)
+        if stated_bounds is None:
             cut.fail("its bounds are computed in a way that cannot follow the new sizes")
             raise AssertionError
-        start, end, step = (now if n is None else n for n, now in zip(known, stated, strict=True))
+        start, end, step = (current if n is None else n for n, current in zip(known, stated_bounds, strict=True))
         return start, end, step
 
     @staticmethod
@@ -462,10 +462,10 @@ class Slice(Rule):
     @staticmethod
     def _state(cut: Cut, ranges: list[Range]) -> None:
         operands = (1, 2, 4) if cut.before.has(4) else (1, 2)
-        for i, wanted in zip(operands, (list(column) for column in zip(*ranges, strict=True)), strict=False):
+        for i, bounds in zip(operands, (list(column) for column in zip(*ranges, strict=True)), strict=False):
             value = cut.value(i)
-            if value is None or value.ravel().tolist() != wanted:
-                cut.set_target(i, wanted)
+            if value is None or value.ravel().tolist() != bounds:
+                cut.set_target(i, bounds)
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
@@ -498,15 +498,15 @@ class Slice(Rule):
 
 def _as_range(positions: NDArray[np.int64], size: int, *known: Range) -> Range | None:
     """Return a range that selects these positions of an axis of ``size``, preferably a known one; None if none does."""
-    apart = set(np.diff(positions).tolist()) or {known[0][2]}
+    strides = set(np.diff(positions).tolist()) or {known[0][2]}
     if not positions.size:
         return (0, 0, known[0][2])
-    if len(apart) > 1:
+    if len(strides) > 1:
         return None
-    step, first, last = apart.pop(), int(positions[0]), int(positions[-1])
+    step, first, last = strides.pop(), int(positions[0]), int(positions[-1])
     stop = last + (1 if step > 0 else -1)
-    tries = [*known[::-1], (first, known[0][1], step), (first, stop if stop >= 0 else -_LAST, step)]
-    return next((t for t in tries if t[2] and _picks(t, size, positions)), None)
+    candidates = [*known[::-1], (first, known[0][1], step), (first, stop if stop >= 0 else -_LAST, step)]
+    return next((t for t in candidates if t[2] and _picks(t, size, positions)), None)
 
 
 def _picks(bound: Range, size: int, positions: NDArray[np.int64]) -> bool:
@@ -540,11 +540,11 @@ class Pad(Rule):
             flat = step.attr("pads", step.attr("paddings"))
         else:
             flat = step.entries(1)
-            chosen = step.value(3)
-            if step.has(3) and chosen is None:
+            axes_value = step.value(3)
+            if step.has(3) and axes_value is None:
                 return None
-            if chosen is not None:
-                axes = [int(a) % rank for a in chosen.ravel()]
+            if axes_value is not None:
+                axes = [int(a) % rank for a in axes_value.ravel()]
         if flat is None:
             return None
         result: list[tuple[int | None, int | None]] = [(0, 0)] * rank
@@ -569,8 +569,8 @@ class Pad(Rule):
             if label.is_grid or step.attr("mode", "constant") != "constant" or low < 0 or high < 0:
                 labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "this axis is padded")
                 continue
-            born = step.atoms.new(low + high, step.node.outputs[0], axis)
-            ids = np.concatenate([born[:low], label.ids.ravel(), born[low:]])
+            padding_ids = step.atoms.new(low + high, step.node.outputs[0], axis)
+            ids = np.concatenate([padding_ids[:low], label.ids.ravel(), padding_ids[low:]])
             shape = [1] * label.ids.ndim
             shape[axis] = ids.size
             labels = (*drop(labels, label), Label(ids.reshape(shape), axis))
@@ -595,9 +595,9 @@ class Pad(Rule):
         else:
             axes = cut.before.value(3)
             order = range(len(new)) if axes is None else [int(a) % len(new) for a in axes.ravel()]
-            wanted = [new[a][0] for a in order] + [new[a][1] for a in order]
+            new_pads = [new[a][0] for a in order] + [new[a][1] for a in order]
             value = cut.value(1)
-            target = [_at(cut, 1, place) if n is None else n for place, n in enumerate(wanted)]
+            target = [_at(cut, 1, place) if n is None else n for place, n in enumerate(new_pads)]
             if value is None or value.ravel().tolist() != target:
                 cut.set_target(1, target)
 

@@ -151,10 +151,15 @@ class GroupNorm(Rule):
             grid = ids.reshape(group, -1)
             step.atoms.unite(grid, np.broadcast_to(grid[:, :1], grid.shape))
         for i in (1, 2):
-            own = step.axis_ids(step.labels(i), 0)
-            if ids is not None and own is not None and own.size == group and own.size != ids.size:
-                own = np.repeat(own, ids.size // group)
-            step.unite(ids, own, "a per-channel operand")
+            parameter_ids = step.axis_ids(step.labels(i), 0)
+            if (
+                ids is not None
+                and parameter_ids is not None
+                and parameter_ids.size == group
+                and parameter_ids.size != ids.size
+            ):
+                parameter_ids = np.repeat(parameter_ids, ids.size // group)
+            step.unite(ids, parameter_ids, "a per-channel operand")
         step.set(0, labels)
 
     def rewrite(self, cut: Cut) -> None:
@@ -175,10 +180,10 @@ class BatchNorm(Rule):
 
     def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
         """Subtract the shift and divide by the gain of every channel."""
-        given = [g for k in range(1, 5) if (g := constant(k)) is not None]
-        if i or node.attrs.get("training_mode", 0) or any(node.outputs[1:]) or len(given) < 4:
+        parameters = [g for k in range(1, 5) if (g := constant(k)) is not None]
+        if i or node.attrs.get("training_mode", 0) or any(node.outputs[1:]) or len(parameters) < 4:
             return None
-        scale, shift, mean, variance = (np.asarray(g, np.float64) for g in given)
+        scale, shift, mean, variance = (np.asarray(g, np.float64) for g in parameters)
         gain = scale / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
         offset = shift - mean * gain
 
@@ -243,10 +248,10 @@ class Reduce(Rule):
             step.fix(labels, axis, Reason.NORMALISED, f"{step.node.op} mixes these channels")
         result: Labels = ()
         for label in labels:
-            stay = tuple(a for a in label.axes if a not in axes)
-            if stay:
-                pack = label.pack if label.pack in stay else stay[-1]
-                ids = label.ids if stay == label.axes else step.atoms.project(label, stay)
+            other_axes = tuple(a for a in label.axes if a not in axes)
+            if other_axes:
+                pack = label.pack if label.pack in other_axes else other_axes[-1]
+                ids = label.ids if other_axes == label.axes else step.atoms.project(label, other_axes)
                 result = (*result, type(label)(ids, pack))
         if not step.attr("keepdims", 1):
             for axis in sorted(axes, reverse=True):

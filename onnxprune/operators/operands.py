@@ -42,8 +42,8 @@ def listed(node: Node, values: Values, position: int, name: str, since: int) -> 
         ValueError: the operand is present, but its value is not known.
     """
     if node.version < since:
-        stated = node.attrs.get(name)
-        return None if stated is None else list(stated)
+        attribute = node.attrs.get(name)
+        return None if attribute is None else list(attribute)
     if len(node.inputs) <= position or not node.inputs[position]:
         return None
     return whole_numbers(given(values, position))
@@ -81,10 +81,10 @@ def joined(shapes: Iterable[Shape]) -> Shape:
     rank = max(map(len, known))
     result = []
     for column in zip(*((1,) * (rank - len(s)) + s for s in known), strict=True):
-        wide = set(column) - {1}
-        if len(wide) > 1:
+        sizes = set(column) - {1}
+        if len(sizes) > 1:
             raise ValueError(column)
-        result.append(wide.pop() if wide else 1)
+        result.append(sizes.pop() if sizes else 1)
     return tuple(result)
 
 
@@ -111,9 +111,9 @@ def windows(node: Node, shape: Shape, kernel: Sequence[int]) -> Shape | None:
 def resolved(target: Sequence[int], source: Shape, allowzero: int) -> Shape:
     """Resolve a Reshape target to a shape; raises ValueError where the target does not fit."""
     sizes = [source[i] if d == 0 and not allowzero else d for i, d in enumerate(target)]
-    rest = math.prod(d for d in sizes if d != -1)
-    if sizes.count(-1) == 1 and math.prod(source) % rest == 0:
-        sizes[sizes.index(-1)] = math.prod(source) // rest
+    known_product = math.prod(d for d in sizes if d != -1)
+    if sizes.count(-1) == 1 and math.prod(source) % known_product == 0:
+        sizes[sizes.index(-1)] = math.prod(source) // known_product
     if math.prod(sizes) != math.prod(source):
         raise ValueError(target)
     return tuple(sizes)

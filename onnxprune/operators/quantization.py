@@ -43,23 +43,25 @@ class Quantize(Rule):
         """Unite the scale's and the zero point's axes with the data's."""
         labels, shape = step.labels(0), step.shape(0)
         for i in (1, 2):
-            own = step.labels(i)
+            parameter_labels = step.labels(i)
             if not step.has(i) or int(np.prod(step.shape(i))) == 1:
                 continue
             if len(step.shape(i)) == 1:
                 axis = step.axis(1)
-                step.unite(step.axis_ids(labels, axis), step.axis_ids(own, 0), _PER_CHANNEL)
+                step.unite(step.axis_ids(labels, axis), step.axis_ids(parameter_labels, 0), _PER_CHANNEL)
             else:
-                self._blocked(step, labels, shape, own, step.shape(i))
+                self._blocked(step, labels, shape, parameter_labels, step.shape(i))
         step.set(0, labels)
 
     @staticmethod
-    def _blocked(step: Step, labels: Labels, shape: tuple[int, ...], own: Labels, blocks: tuple[int, ...]) -> None:
+    def _blocked(
+        step: Step, labels: Labels, shape: tuple[int, ...], parameter_labels: Labels, blocks: tuple[int, ...]
+    ) -> None:
         axis = step.axis(1)
         for a, (n, m) in enumerate(zip(shape, blocks, strict=True)):
             if m == 1:
                 continue
-            ids = step.axis_ids(own, a)
+            ids = step.axis_ids(parameter_labels, a)
             if a == axis and n != m and ids is not None:
                 ids = ids[np.arange(n) // int(step.attr("block_size"))]
             step.unite(step.axis_ids(labels, a), ids, _PER_CHANNEL)
@@ -385,14 +387,14 @@ class PackedMatMul(Rule):
         step.fix_all_but(b, (0, 1), Reason.OPERAND, _STAYS)
         columns, blocks = step.axis_ids(b, 0), step.axis_ids(b, 1)
         for i in (i for i in (SCALES, ZEROS, BIAS) if step.has(i)):
-            own, shape = step.labels(i), step.shape(i)
-            if own or shape[0] > 1:
-                every = None if columns is None else np.repeat(columns, shape[0] // size)
-                step.unite(every, step.axis_ids(own, 0), _SETTING)
+            parameter_labels, shape = step.labels(i), step.shape(i)
+            if parameter_labels or shape[0] > 1:
+                row_ids = None if columns is None else np.repeat(columns, shape[0] // size)
+                step.unite(row_ids, step.axis_ids(parameter_labels, 0), _SETTING)
             if self._per_block(step, i):
-                step.unite(blocks, step.axis_ids(own, 1), _SETTING)
+                step.unite(blocks, step.axis_ids(parameter_labels, 1), _SETTING)
             else:
-                step.fix_all_but(own, (0,), Reason.OPERAND, "one value per block of codes")
+                step.fix_all_but(parameter_labels, (0,), Reason.OPERAND, "one value per block of codes")
         step.labels(ORDER)
         why = self._held(step)
         if why and blocks is not None:
@@ -464,9 +466,9 @@ class PackedMatMul(Rule):
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
         """Dequantise to [N, blocks, block_size]; positions beyond K are 0."""
         bits, size = int(node.attrs.get("bits", 4)), int(node.attrs["block_size"])
-        scale, given = read(SCALES), [len(node.inputs) > at and bool(node.inputs[at]) for at in (ZEROS, ORDER)]
-        zero = read(ZEROS) if given[0] else None
-        if i != B or scale is None or bits not in PACKED_BITS or (given[0] and zero is None):
+        scale, has_input = read(SCALES), [len(node.inputs) > at and bool(node.inputs[at]) for at in (ZEROS, ORDER)]
+        zero = read(ZEROS) if has_input[0] else None
+        if i != B or scale is None or bits not in PACKED_BITS or (has_input[0] and zero is None):
             return None
         n, blocks = codes.shape[:2]
         values = unpack(codes, bits, size).astype(np.float32)
@@ -477,7 +479,7 @@ class PackedMatMul(Rule):
         else:
             offset = zero.reshape(n, blocks).astype(np.float32)
         scale = scale.reshape(n, blocks).astype(np.float32)
-        if not given[1]:
+        if not has_input[1]:
             values = (values - offset[:, :, None]) * scale[:, :, None]
         elif (order := read(ORDER)) is None:
             return None
@@ -503,10 +505,10 @@ def _plain_zeros(step: Step) -> bool:
 
 def _chosen(value: Array, rows: NDArray[np.bool_], blocks: NDArray[np.bool_], bits: int) -> Array:
     """Slice settings to the surviving codes, as [N, blocks] or repacked to bytes (``bits`` each, 0: not packed)."""
-    each = value.reshape(rows.size, -1)
+    rows_of_values = value.reshape(rows.size, -1)
     if not bits:
-        return np.asarray(each[np.ix_(rows, blocks)])
-    return pack(unpack(each, bits, blocks.size)[np.ix_(rows, blocks)], bits)
+        return np.asarray(rows_of_values[np.ix_(rows, blocks)])
+    return pack(unpack(rows_of_values, bits, blocks.size)[np.ix_(rows, blocks)], bits)
 
 
 class PackedGather(Rule):
@@ -521,28 +523,28 @@ class PackedGather(Rule):
     def propagate(self, step: Step) -> None:
         """Map the columns to the last axis of the output; freeze the rows."""
         codes, scales = step.labels(0), step.labels(2)
-        shape, wide = step.shape(0), step.out_shape()[-1]
+        shape, width = step.shape(0), step.out_shape()[-1]
         axis, packed = int(step.attr("gather_axis", 0)), int(step.attr("quantize_axis", 1))
-        if len(shape) != 2 or axis % 2 != 0 or packed % 2 != 1 or wide % shape[1]:
+        if len(shape) != 2 or axis % 2 != 0 or packed % 2 != 1 or width % shape[1]:
             return
         for labels in (codes, scales):
             step.fix(labels, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
-        ids, own = step.axis_ids(codes, 1), step.axis_ids(scales, 1)
+        ids, scale_ids = step.axis_ids(codes, 1), step.axis_ids(scales, 1)
         block = int(step.attr("block_size", 128))
-        if own is None or (self._packed_zeros(step) and not step.alone(3)):
+        if scale_ids is None or (self._packed_zeros(step) and not step.alone(3)):
             step.fix(codes, 1, Reason.FIXED_SIZE, _STAYS)
         else:
-            step.unite(ids, own[np.arange(shape[1]) * (wide // shape[1]) // block], _SETTING)
+            step.unite(ids, scale_ids[np.arange(shape[1]) * (width // shape[1]) // block], _SETTING)
         if step.has(3):
             zeros = step.labels(3)
             if self._packed_zeros(step):
                 step.fix_all_but(zeros, (), Reason.OPERAND, "zero points are packed along this axis")
             else:
                 step.fix(zeros, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
-                step.unite(step.axis_ids(zeros, 1), own, _SETTING)
+                step.unite(step.axis_ids(zeros, 1), scale_ids, _SETTING)
         if ids is not None:
             rank = len(step.out_shape())
-            step.set(0, (along(np.repeat(ids, wide // shape[1]), rank - 1, rank),))
+            step.set(0, (along(np.repeat(ids, width // shape[1]), rank - 1, rank),))
 
     @staticmethod
     def _packed_zeros(step: Step) -> bool:
@@ -577,8 +579,8 @@ class PackedGather(Rule):
         size = None if codes is None else codes[-1]
         if codes is None or size is None or indices is None or scales is None:
             return None
-        block, each = int(node.attrs.get("block_size", 128)), 8 // int(node.attrs.get("bits", 4))
-        fitting = [n for n in (size, size * each) if -(-n // block) == scales[-1]]
+        block, per_byte = int(node.attrs.get("block_size", 128)), 8 // int(node.attrs.get("bits", 4))
+        fitting = [n for n in (size, size * per_byte) if -(-n // block) == scales[-1]]
         return [(*indices, fitting[0])] if len(fitting) == 1 and len(codes) == 2 else None
 
 

@@ -54,8 +54,8 @@ class Recurrent(Rule):
         directions, _, size = step.shape(R)
         if size == 1:
             for i in range(1, len(step.node.inputs)):
-                rest = tuple(label for label in step.labels(i) if i != W or label.axes != (2,))
-                step.freeze(rest, Reason.FIXED_SIZE, "a single hidden unit")
+                other_labels = tuple(label for label in step.labels(i) if i != W or label.axes != (2,))
+                step.freeze(other_labels, Reason.FIXED_SIZE, "a single hidden unit")
             return
         hidden = step.atoms.new(directions * size, step.node.inputs[W], 1).reshape(directions, size)
         for i, grids in self._operands(step, hidden).items():
@@ -66,7 +66,7 @@ class Recurrent(Rule):
         """Return the labels of every present operand, by position."""
         gates = np.tile(hidden, (1, self.gates))
         state = self._at(step, hidden, (0, 2) if not step.attr("layout", 0) else (1, 2), 3)
-        every: dict[int, Labels] = {
+        operands: dict[int, Labels] = {
             W: (self._at(step, gates, (0, 1), 3),),
             R: (self._at(step, gates, (0, 1), 3), self._at(step, hidden, (0, 2), 3)),
             B: (self._at(step, np.tile(gates, (1, 2)), (0, 1), 2),),
@@ -74,7 +74,7 @@ class Recurrent(Rule):
             INITIAL_C: (state,),
             PEEPHOLES: (self._at(step, np.tile(hidden, (1, 3)), (0, 1), 2),),
         }
-        return {i: labels for i, labels in every.items() if step.has(i)}
+        return {i: labels for i, labels in operands.items() if step.has(i)}
 
     @staticmethod
     def _at(step: Step, ids: Ids, axes: tuple[int, int], rank: int) -> Label:
@@ -98,14 +98,14 @@ class Recurrent(Rule):
             if direction is not None:
                 # Each direction may lose units of its own: units of different directions are not aligned.
                 step.atoms.fix_axis(grid, direction, step.reason(Reason.OPERAND, "both directions stay"))
-            mine = covering(labels, grid.pack)
-            if mine is None:
+            state_label = covering(labels, grid.pack)
+            if state_label is None:
                 step.fix((grid,), grid.pack, Reason.UNLABELLED_OPERAND, _UNLABELLED)
             elif chain is None:
                 step.merge(labels, grid)
             else:
                 # The grid replaces the weight's own atoms on that axis.
-                step.atoms.unite(mine.ids.ravel(), grid.ids.take([0], axis=direction).ravel())
+                step.atoms.unite(state_label.ids.ravel(), grid.ids.take([0], axis=direction).ravel())
         if chain is not None:
             override(step, chain, grids, axes)
 

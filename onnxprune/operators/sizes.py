@@ -40,9 +40,9 @@ def window_sizes(sizes: Shape, kernel: Shape, attrs: Mapping[str, Any]) -> Shape
         elif mode.startswith("SAME"):
             result.append(-(-n // stride))
         else:
-            around = pads[i] + pads[i + rank] if mode == "NOTSET" else 0
-            room = n + around - dilations[i] * (k - 1) - 1
-            result.append((-(-room // stride) if attrs.get("ceil_mode", 0) else room // stride) + 1)
+            padding = pads[i] + pads[i + rank] if mode == "NOTSET" else 0
+            span = n + padding - dilations[i] * (k - 1) - 1
+            result.append((-(-span // stride) if attrs.get("ceil_mode", 0) else span // stride) + 1)
     return tuple(result)
 
 

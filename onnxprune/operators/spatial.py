@@ -23,9 +23,9 @@ class Local(Rule):
     def propagate(self, step: Step) -> None:
         """Freeze the spatial axes."""
         labels = step.labels(0)
-        whole = step.node.op.startswith("Global")
+        is_global = step.node.op.startswith("Global")
         for axis in range(2, len(step.shape(0))):
-            code = Reason.NORMALISED if whole else Reason.SPATIAL
+            code = Reason.NORMALISED if is_global else Reason.SPATIAL
             labels = step.drop_axis(labels, axis, code, f"{step.node.op} works along this axis")
         step.set(0, labels)
 
@@ -48,25 +48,25 @@ class Resize(Rule):
     def _moved(self, step: Step) -> list[int]:
         """Return axes whose positions may move: resampled, cropped, or of a size derived from another axis."""
         rank = len(step.shape(0))
-        chosen = [int(a) % rank for a in step.attr("axes") or range(rank)]
+        axes = [int(a) % rank for a in step.attr("axes") or range(rank)]
         if step.has(3) and step.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
-            return chosen  # the largest or smallest of all ratios scales every one of them
+            return axes  # the largest or smallest of all ratios scales every one of them
         before, after, facts = step.node.inputs[0], step.node.outputs[0], step.table.facts
-        moved = {a for a in range(rank) if not facts.same_size(before, a, after, a)}
+        resized = {a for a in range(rank) if not facts.same_size(before, a, after, a)}
         if not step.has(3):
-            moved.update(self._where(chosen, self._scales(step), [1.0] * len(chosen)))
+            resized.update(self._where(axes, self._scales(step), [1.0] * len(axes)))
         if step.attr("coordinate_transformation_mode") == "tf_crop_and_resize":
-            whole = [*[0.0] * len(chosen), *[1.0] * len(chosen)]
-            region = self._where([*chosen, *chosen], self._always(step, 1), whole)
-            moved.update(region)
-        return sorted(moved)
+            identity = [*[0.0] * len(axes), *[1.0] * len(axes)]
+            region = self._where([*axes, *axes], self._always(step, 1), identity)
+            resized.update(region)
+        return sorted(resized)
 
     @staticmethod
-    def _where(axes: list[int], values: NDArray[Any] | None, wanted: list[float]) -> list[int]:
+    def _where(axes: list[int], values: NDArray[Any] | None, identity: list[float]) -> list[int]:
         """Return axes whose value differs from the wanted one; all of them where values are not known."""
-        if values is None or values.size != len(wanted):
+        if values is None or values.size != len(identity):
             return axes
-        return [a for a, x, y in zip(axes, values.ravel().tolist(), wanted, strict=True) if x != y]
+        return [a for a, x, y in zip(axes, values.ravel().tolist(), identity, strict=True) if x != y]
 
     @staticmethod
     def _scales(step: Step) -> NDArray[Any] | None:
@@ -230,8 +230,8 @@ class MaxPool(Local):
         if node.op == "MaxUnpool":
             return i == 1
         if node.op == "Sub":  # in a difference of positions in the same tensor channels cancel
-            sources = [pooled_from(graph, n) for n in node.inputs]
-            return all(s is not None and s.inputs[0] == data for s in sources)
+            pools = [pooled_from(graph, n) for n in node.inputs]
+            return all(s is not None and s.inputs[0] == data for s in pools)
         return node.op in _PASSING and i == 0 and self._serves(graph, node.outputs[0], data)
 
 
@@ -274,9 +274,9 @@ class MaxUnpool(Rule):
             return [None]
         kernel = attrs["kernel_shape"]
         strides, pads = attrs.get("strides") or [1] * len(kernel), attrs.get("pads") or [0] * 2 * len(kernel)
-        around = [low + high for low, high in zip(pads[: len(kernel)], pads[len(kernel) :], strict=True)]
-        rest = zip(x[2:], strides, kernel, around, strict=True)
-        return [(*x[:2], *(None if n is None else (n - 1) * s + k - p for n, s, k, p in rest))]
+        padding = [low + high for low, high in zip(pads[: len(kernel)], pads[len(kernel) :], strict=True)]
+        per_axis = zip(x[2:], strides, kernel, padding, strict=True)
+        return [(*x[:2], *(None if n is None else (n - 1) * s + k - p for n, s, k, p in per_axis))]
 
 
 class Col2Im(Rule):

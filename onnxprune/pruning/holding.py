@@ -70,19 +70,19 @@ class Holding:
 
     def __post_init__(self) -> None:
         self.reference, self.other = close_bodies(*self.reference), close_bodies(*self.other)
-        theirs = {n.output[0]: k for k, n in enumerate(self.other[0].graph.node) if n.output}
+        index_by_output = {n.output[0]: k for k, n in enumerate(self.other[0].graph.node) if n.output}
         data, values = self._data(), _constants(self.reference[0])
         for index, node in enumerate(self.reference[0].graph.node):
-            partner = theirs.get(node.output[0]) if node.output else None
+            partner = index_by_output.get(node.output[0]) if node.output else None
             twin = self.other[0].graph.node[partner] if partner is not None else None
-            fits = twin is not None and twin.op_type == node.op_type
+            is_same_op = twin is not None and twin.op_type == node.op_type
             if draws(node, values):
-                if not (fits and partner is not None and self._draw(index, node, partner, values)):
+                if not (is_same_op and partner is not None and self._draw(index, node, partner, values)):
                     self.unheld += [o for o in node.output if o]
             elif twin is not None and partner is not None and _bodies(node):
                 self._enclose(index, node, partner, data)
             elif twin is not None and partner is not None and self._jumps(node, data):
-                self._differs |= not fits
+                self._differs |= not is_same_op
                 self._choose(index, node, partner, twin, data)
         self.unheld += [o for node in _inner(self.reference[0]) if draws(node, values) for o in node.output if o]
 
@@ -107,32 +107,32 @@ class Holding:
 
     def _choose(self, index: int, node: onnx.NodeProto, partner: int, twin: onnx.NodeProto, data: set[str]) -> None:
         """Hold the float inputs that a node chooses by: all of them, or none."""
-        found = []
+        operands = []
         for i, name in enumerate(node.input):
             if name not in data or not _is_float(self._kind(name)):
                 continue
             steps = self.survivors(_unmasked(name))
             if steps is None or i >= len(twin.input) or twin.input[i] != _unmasked(name):
                 return
-            found.append((i, name, steps))
-        for i, name, steps in found:
+            operands.append((i, name, steps))
+        for i, name, steps in operands:
             self._inputs[name] = _unmasked(name), steps
             self._choices.append((index, partner, i, name))
-        if found and all(name == _unmasked(name) for _, name, _ in found):  # its sums differ
+        if operands and all(name == _unmasked(name) for _, name, _ in operands):  # its sums differ
             places = {name: self.survivors(name) for name in node.output if name}
             self._made.update({name: steps for name, steps in places.items() if steps is not None})
-        if found:
+        if operands:
             self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
 
     def _enclose(self, index: int, node: onnx.NodeProto, partner: int, data: set[str]) -> None:
         """Hold the float tensors that bodies read from around them; nodes in a body may choose in any way."""
-        inside = {name for body in _bodies(node) for inner in _all(body) for name in inner.input}
-        for name in sorted((inside | set(node.input)) & data):
+        names = {name for body in _bodies(node) for inner in _all(body) for name in inner.input}
+        for name in sorted((names | set(node.input)) & data):
             steps = self.survivors(_unmasked(name)) if _is_float(self._kind(name)) else None
             if steps is not None and name == _unmasked(name):
                 self._inputs[name] = name, steps
                 self._enclosed.append((index, partner, name))
-        if any(index == held for held, _, _ in self._enclosed):
+        if any(index == node_index for node_index, _, _ in self._enclosed):
             self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
 
     def _draw(self, index: int, node: onnx.NodeProto, partner: int, values: Mapping[str, Any]) -> bool:
@@ -156,12 +156,12 @@ class Holding:
 
     def depend_on_unheld(self) -> set[str]:
         """Return outputs of the models that depend on random draws that are not held."""
-        graph, tainted = self.reference[0].graph, set(self.unheld)
+        graph, affected = self.reference[0].graph, set(self.unheld)
         for node in graph.node:
-            inside = [n for body in _bodies(node) for inner in _all(body) for n in (*inner.input, *inner.output)]
-            if not tainted.isdisjoint([*node.input, *node.output, *inside]):
-                tainted.update(node.output)
-        return tainted & {o.name for o in graph.output}
+            inner_names = [n for body in _bodies(node) for inner in _all(body) for n in (*inner.input, *inner.output)]
+            if not affected.isdisjoint([*node.input, *node.output, *inner_names]):
+                affected.update(node.output)
+        return affected & {o.name for o in graph.output}
 
     # -- the models ------------------------------------------------------------------------------------------------
 
@@ -202,10 +202,10 @@ class Holding:
         """Return both models with inputs for the held tensors, and outputs for their own values at those points."""
         models = _copy(self.reference), _copy(self.other)
         for side, (proto, weights) in enumerate(models):
-            for name, (own, steps) in self._inputs.items():
+            for name, (other_name, steps) in self._inputs.items():
                 self._add_input(proto, name)
                 output = f"{name}{SEEN}"
-                gather(proto, weights, own if side else name, output, [] if side else steps)
+                gather(proto, weights, other_name if side else name, output, [] if side else steps)
                 proto.graph.output.append(onnx.ValueInfoProto(name=output))
             for name, steps in self._made.items():
                 gather(proto, weights, name, f"{name}{MADE}", [] if side else steps)
@@ -219,14 +219,14 @@ class Holding:
                 self._replace(proto.graph.node[partner if side else index], f"{name}{HELD}", scale)
         return models
 
-    def _replace(self, node: onnx.NodeProto, held: str, scale: float | None) -> None:
+    def _replace(self, node: onnx.NodeProto, input_name: str, scale: float | None) -> None:
         """Return nodes that take held numbers in place of a random draw."""
         output, source = node.output[0], node.input[0] if node.input else ""
         node.Clear()
         if scale is None:
-            node.CopyFrom(onnx.helper.make_node("Identity", [held], [output]))
+            node.CopyFrom(onnx.helper.make_node("Identity", [input_name], [output]))
         else:
-            node.CopyFrom(onnx.helper.make_node("Mul", [source, held], [output]))
+            node.CopyFrom(onnx.helper.make_node("Mul", [source, input_name], [output]))
 
     def _add_input(self, proto: onnx.ModelProto, name: str) -> None:
         info = onnx.helper.make_tensor_value_info(f"{name}{HELD}", self._kind(name), None)
@@ -292,8 +292,8 @@ def drawing(proto: onnx.ModelProto) -> list[str]:
     """Return the types of operators that draw random numbers without a seed, bodies included, one entry per node."""
     values = _constants(proto)
     nodes = [*_all(proto.graph), *(n for f in proto.functions for n in _all(f))]
-    found = [n for n in nodes if draws(n, values)]
-    return [n.op_type for n in found if not any(a.name == "seed" for a in n.attribute)]
+    random_nodes = [n for n in nodes if draws(n, values)]
+    return [n.op_type for n in random_nodes if not any(a.name == "seed" for a in n.attribute)]
 
 
 def seeded(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -57,7 +57,7 @@ def masked_original(
             read = rule.contracted_axes(step)
             for i, axes in read:
                 name = node.inputs[i]
-                others = [(node.inputs[j], beside) for j, beside in read if j != i]
+                others = [(node.inputs[j], position) for j, position in read if j != i]
                 if builder.is_spared(name, axes, others):
                     continue
                 neutral = rule.neutral(step, i)
@@ -130,13 +130,13 @@ class _Masks:
     ) -> list[onnx.NodeProto]:
         """Set removed codes to the zero point; by way of int32, since neither Mul nor Where takes every 8-bit type."""
         self.constants[stem] = keep
-        wide, back, zero = f"{stem}_wide", f"{stem}_masked", f"{stem}_zero"
-        nodes = [onnx.helper.make_node("Cast", [current], [wide], to=onnx.TensorProto.INT32)]
+        decoded, back, zero = f"{stem}_wide", f"{stem}_masked", f"{stem}_zero"
+        nodes = [onnx.helper.make_node("Cast", [current], [decoded], to=onnx.TensorProto.INT32)]
         if neutral is None:
             self.constants[zero] = np.zeros((), np.int32)
         else:
             nodes.append(onnx.helper.make_node("Cast", [neutral], [zero], to=onnx.TensorProto.INT32))
-        nodes.append(onnx.helper.make_node("Where", [stem, wide, zero], [back], name=stem))
+        nodes.append(onnx.helper.make_node("Where", [stem, decoded, zero], [back], name=stem))
         kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
         nodes.append(onnx.helper.make_node("Cast", [back], [f"{stem}_out"], to=kind))
         return nodes
@@ -180,46 +180,50 @@ class Undecided:
         return self.node.outputs[0]
 
 
-def ways(found: Sequence[Undecided]) -> list[dict[str, bool]]:
+def ways(nodes: Sequence[Undecided]) -> list[dict[str, bool]]:
     """Return branch assignments that together run every branch of these nodes, and every Loop."""
-    left = {(o.mark, side) for o in found for side in ((True, False) if o.node.kind == "If" else (True,))}
+    uncovered = {(o.mark, side) for o in nodes for side in ((True, False) if o.node.kind == "If" else (True,))}
     result: list[dict[str, bool]] = []
-    while left and len(result) < _MOST:
-        way: dict[str, bool] = {}
-        for item in sorted(found, key=lambda o: -len(o.within)):  # innermost first: they fix the outer branches
+    while uncovered and len(result) < _MOST:
+        assignment: dict[str, bool] = {}
+        for item in sorted(nodes, key=lambda o: -len(o.within)):  # innermost first: they fix the outer branches
             mark = item.mark
-            sides = [s for s in (way.get(mark), True, False) if s is not None and (s is True or item.node.kind == "If")]
-            wanted = [s for s in sides if (mark, s) in left and way.get(mark, s) == s]
-            reachable = all(way.get(m, side) == side for m, side in item.within.items())
-            if wanted and reachable:
-                way.update(item.within)
-                way[mark] = wanted[0]
+            sides = [
+                s
+                for s in (assignment.get(mark), True, False)
+                if s is not None and (s is True or item.node.kind == "If")
+            ]
+            open_sides = [s for s in sides if (mark, s) in uncovered and assignment.get(mark, s) == s]
+            reachable = all(assignment.get(m, side) == side for m, side in item.within.items())
+            if open_sides and reachable:
+                assignment.update(item.within)
+                assignment[mark] = open_sides[0]
             else:
-                way.setdefault(mark, True)
-        fresh = {(m, s) for m, s in way.items() if (m, s) in left and _reached(found, m, way)}
-        if not fresh:
+                assignment.setdefault(mark, True)
+        covered = {(m, s) for m, s in assignment.items() if (m, s) in uncovered and _reached(nodes, m, assignment)}
+        if not covered:
             break
-        left -= fresh
-        result.append(way)
+        uncovered -= covered
+        result.append(assignment)
     return result
 
 
-def _reached(found: Sequence[Undecided], mark: str, way: Way) -> bool:
-    within = next(o.within for o in found if o.mark == mark)
-    return all(way.get(m) == side for m, side in within.items())
+def _reached(nodes: Sequence[Undecided], mark: str, assignment: Way) -> bool:
+    within = next(o.within for o in nodes if o.mark == mark)
+    return all(assignment.get(m) == side for m, side in within.items())
 
 
 def undecided(graph: Graph, facts: Facts) -> list[Undecided]:
     """Return the If and Loop nodes whose conditions (trip counts) differ between the probes or are unknown."""
-    found: dict[int, Undecided] = {}
+    nodes: dict[int, Undecided] = {}
     for node in graph.nodes:
         if node.marker == markers.OPEN and not all(not n or facts.static_value(n) is not None for n in node.inputs):
-            within = {found[b.start].mark: b.side for b in graph.around[node.index] if b.start in found}
-            found[node.index] = Undecided(node, within)
-    return list(found.values())
+            within = {nodes[b.start].mark: b.side for b in graph.around[node.index] if b.start in nodes}
+            nodes[node.index] = Undecided(node, within)
+    return list(nodes.values())
 
 
-def force(model: Model, way: Way) -> Model:
+def force(model: Model, assignment: Way) -> Model:
     """Return a model in which the conditions of a branch assignment are constants."""
     proto, weights = onnx.ModelProto(), dict(model[1])
     proto.CopyFrom(model[0])
@@ -229,9 +233,9 @@ def force(model: Model, way: Way) -> Model:
         marker = markers.marker_of(node)[0]
         if marker == markers.OPEN:
             marks[node.name] = node.output[0]
-        if marker in (markers.OPEN, markers.ELSE, markers.JOIN) and (mark := marks[node.name]) in way:
+        if marker in (markers.OPEN, markers.ELSE, markers.JOIN) and (mark := marks[node.name]) in assignment:
             condition = len(node.input) - 1
-            constants[f"{mark}__holds"] = np.asarray(way[mark])
+            constants[f"{mark}__holds"] = np.asarray(assignment[mark])
             if condition == 1:
                 constants[f"{mark}__trips"] = np.asarray(_TRIPS)
                 node.input[0] = f"{mark}__trips"
@@ -263,14 +267,14 @@ def _force_nodes(nodes: Iterable[onnx.NodeProto], side: bool) -> None:
                 _force_nodes(body.node, side)
 
 
-def names_of(found: Sequence[Undecided], branches: Collection[tuple[str, bool]]) -> list[str]:
+def names_of(nodes: Sequence[Undecided], branches: Collection[tuple[str, bool]]) -> list[str]:
     """Return readable names of branches, without those that lie within others of them."""
     names = []
-    for item in found:
+    for item in nodes:
         for side in (True, False):
-            if (item.mark, side) in branches and not any(around in branches for around in item.within.items()):
-                which = ("then-branch" if side else "else-branch") if item.node.kind == "If" else "body"
-                names.append(f"the {which} of {item.node.kind} {item.node.label!r}")
+            if (item.mark, side) in branches and not any(branch in branches for branch in item.within.items()):
+                branch_name = ("then-branch" if side else "else-branch") if item.node.kind == "If" else "body"
+                names.append(f"the {branch_name} of {item.node.kind} {item.node.label!r}")
     return names
 
 
@@ -301,36 +305,36 @@ class Witnesses:
 
     def upstream(self, outputs: Iterable[str]) -> list[str]:
         """Return comparable tensors in front of some outputs, nearest first, with a bounded number of elements."""
-        both = {o for node in self._cut[0].graph.node for o in node.output if o}
+        common = {o for node in self._cut[0].graph.node for o in node.output if o}
         place = {name: k for k, name in enumerate(self._producer)}
-        held = {o.name for o in self._reference[0].graph.output}
-        found, left = [], _ELEMENTS
+        output_names = {o.name for o in self._reference[0].graph.output}
+        names, num_elements = [], _ELEMENTS
         for name in sorted(self._behind(outputs), key=lambda n: -place[n]):
-            if name in both and name not in held and self._comparable(name):
-                left -= size_of(self._probe.shapes[name])
-                if left < 0:
+            if name in common and name not in output_names and self._comparable(name):
+                num_elements -= size_of(self._probe.shapes[name])
+                if num_elements < 0:
                     break
-                found.append(name)
-        return found
+                names.append(name)
+        return names
 
     def last(self, outputs: Iterable[str], varying: set[str]) -> list[str]:
         """Return, of tensors whose values vary, the last ones on every path to the outputs (nearest first, a few)."""
         place = {name: k for k, name in enumerate(self._producer)}
-        found = sorted(self._behind(outputs, varying) & varying, key=lambda n: -place[n])
-        return found[:_MAX_WITNESSES]
+        names = sorted(self._behind(outputs, varying) & varying, key=lambda n: -place[n])
+        return names[:_MAX_WITNESSES]
 
     def _behind(self, outputs: Iterable[str], stop: set[str] | frozenset[str] = frozenset()) -> set[str]:
         """Return the tensors that the outputs are computed from, no further than ``stop``."""
-        seen = {o for o in outputs if o in self._producer}
-        queue = list(seen)
+        names = {o for o in outputs if o in self._producer}
+        queue = list(names)
         while queue:
             name = queue.pop()
             if name in stop:
                 continue
-            fresh = {n for n in self._producer[name].input if n in self._producer} - seen
-            seen |= fresh
+            fresh = {n for n in self._producer[name].input if n in self._producer} - names
+            names |= fresh
             queue.extend(fresh)
-        return seen
+        return names
 
     def survivors(self, name: str) -> Steps | None:
         """Return gather steps that select the survivors of a tensor; None where labels do not determine them."""

@@ -39,21 +39,21 @@ class Edits:
     sizes: dict[str, dict[int, int]] = field(default_factory=dict)
     _count: int = 0
 
-    def constant(self, stem: str, value: NDArray[Any], taken: Mapping[str, Any]) -> str:
+    def constant(self, stem: str, value: NDArray[Any], used_names: Mapping[str, Any]) -> str:
         """Add a constant whose name shows its origin, and return the name."""
         while True:
             name = f"{stem}_cut" if self._count == 0 else f"{stem}_cut{self._count}"
-            if name not in taken and name not in self.constants:
+            if name not in used_names and name not in self.constants:
                 break
             self._count += 1
         self.constants[name] = np.asarray(value, order="C")  # keep rank 0 as well
         return name
 
-    def name(self, stem: str, taken: Mapping[str, Any]) -> str:
+    def name(self, stem: str, used_names: Mapping[str, Any]) -> str:
         """Return a name for a new tensor, made of ``stem``."""
-        used = {*self.constants, *(o for nodes in self.before.values() for n in nodes for o in n.output)}
+        own_names = {*self.constants, *(o for nodes in self.before.values() for n in nodes for o in n.output)}
         names = (stem if k == 0 else f"{stem}{k}" for k in count())
-        return next(name for name in names if name not in taken and name not in used)
+        return next(name for name in names if name not in used_names and name not in own_names)
 
     def put_before(self, node: Node, proto: onnx.NodeProto) -> None:
         """Insert a node right in front of another."""
@@ -78,12 +78,12 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
     constants: dict[str, Weight] = {}
     for name, value in edits.constants.items():
         add_constant(model, constants, name, value, behind=True)
-    uses, dead = _uses(graph, edits)
+    uses, unread = _uses(graph, edits)
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
         if node.index in edits.before:
             nodes.extend(edits.before[node.index])
-        if node.index not in dead:
+        if node.index not in unread:
             nodes.append(_edited(node, edits))
     model.graph.node.extend(nodes)
     weights = {name: w for name, w in graph.weights.items() if name in initializers}
@@ -98,8 +98,8 @@ def _edited(node: Node, edits: Edits) -> onnx.NodeProto:
     """Return the node with its edits; the node itself where there are none."""
     constant = node.op == "Constant" and node.outputs[0] in edits.weights
     replaced = edits.replaced.get(node.index)
-    edited = node.index in edits.operands or node.index in edits.attributes
-    if not edited and replaced is None and not constant:
+    is_edited = node.index in edits.operands or node.index in edits.attributes
+    if not is_edited and replaced is None and not constant:
         return node.proto
     target = onnx.NodeProto()
     target.CopyFrom(node.proto)
@@ -154,38 +154,38 @@ def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
             uses.update(proto.input)
     reads = []
     for node in graph.nodes:
-        given = edits.operands.get(node.index)
+        operands = edits.operands.get(node.index)
         names = node.inputs
-        if given is not None:
-            width = max(len(names), *(i + 1 for i in given))
-            names = [given.get(i, names[i] if i < len(names) else "") for i in range(width)]
+        if operands is not None:
+            width = max(len(names), *(i + 1 for i in operands))
+            names = [operands.get(i, names[i] if i < len(names) else "") for i in range(width)]
         if node.index in edits.replaced:
             names = names[: edits.replaced[node.index][1]]
         reads.append(names)
     uses.update(chain.from_iterable(reads))
-    dead = set[int]()
+    unread = set[int]()
     # Backwards: the nodes that a dead node read may be dead too, and come before it.
     for node, names in zip(reversed(graph.nodes), reversed(reads), strict=True):
-        made = [o for o in node.outputs if o]
+        outputs = [o for o in node.outputs if o]
         if node.domain == markers.DOMAIN:
             continue  # a body keeps its inputs and outputs, whoever reads them
-        if made and not any(uses[o] for o in made) and all(o in graph.consumers for o in made):
-            dead.add(node.index)
+        if outputs and not any(uses[o] for o in outputs) and all(o in graph.consumers for o in outputs):
+            unread.add(node.index)
             uses.subtract(names)
-    return uses, dead
+    return uses, unread
 
 
 def _drop_dead(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight], uses: Counter[str]) -> None:
     """Remove initializers that lost their last reader."""
-    dropped: set[str] = set()
+    unread: set[str] = set()
     for i in reversed(range(len(model.graph.initializer))):
         name = model.graph.initializer[i].name
         if not uses[name] and name in graph.consumers:
             del model.graph.initializer[i]
             weights.pop(name, None)
-            dropped.add(name)
+            unread.add(name)
     for i in reversed(range(len(model.graph.input))):
-        if model.graph.input[i].name in dropped:  # before IR 4 every initializer is an input too
+        if model.graph.input[i].name in unread:  # before IR 4 every initializer is an input too
             del model.graph.input[i]
 
 
@@ -235,27 +235,27 @@ class _State:
             raise CannotRewrite(node, f"{name!r} would no longer be rectangular") from None
         weight = self.graph.weights.get(name)
         if weight is not None:
-            gathered = GatheredWeight(weight, self.after.steps(name))
-            self.edits.weights[name] = gathered
+            weight_after = GatheredWeight(weight, self.after.steps(name))
+            self.edits.weights[name] = weight_after
             if small(weight.shape, weight.dtype):  # known before, so the same now at every probe
                 for values in self.values:
-                    values.change(name, gathered)
+                    values.change(name, weight_after)
 
     def visit(self, node: Node) -> None:
         """Rewrite one node, then compute the known values of its outputs."""
-        touched = not (self._untouched(node.inputs) and self._untouched(node.outputs))
-        if not touched and not any(values.differs(*node.inputs) for values in self.values):
+        is_touched = not (self._untouched(node.inputs) and self._untouched(node.outputs))
+        if not is_touched and not any(values.differs(*node.inputs) for values in self.values):
             return  # neither sizes nor values around it differ from the original's
         rule = lookup(node.domain, node.op, node.version)
-        if touched or self._operands_changed(node):
+        if is_touched or self._operands_changed(node):
             rule.rewrite(Cut(node, Step(node, self.table), self))
             self._pin(node, rule.operands)
         inputs, other = self.edits.operands.get(node.index), self.edits.replaced.get(node.index)
         if inputs:
             node = replace(node, inputs=[inputs.get(i, n) for i, n in enumerate(node.inputs)])
         if other:
-            given = self.edits.attributes.get(node.index, {})
-            node = replace(node, op=other[0], inputs=node.inputs[: other[1]], _attrs=given)
+            attributes = self.edits.attributes.get(node.index, {})
+            node = replace(node, op=other[0], inputs=node.inputs[: other[1]], _attrs=attributes)
         for values, shapes in zip(self.values, self._shapes, strict=True):
             values.step(node, shapes)
 
@@ -279,13 +279,13 @@ class _State:
 
     def _pin(self, node: Node, operands: tuple[int, ...]) -> None:
         """Pin a size that flows into data (an attention scale, a position) to its original value."""
-        changed = [(i, n) for i, n in enumerate(node.inputs) if n not in self.graph.weights and self._changed(n)]
-        if not changed:
+        resized_inputs = [(i, n) for i, n in enumerate(node.inputs) if n not in self.graph.weights and self._changed(n)]
+        if not resized_inputs:
             return
         known = all(self.table.facts.value(o) is not None for o in node.outputs if o)
         if known and not any(self.table.get(n) for n in node.inputs if n):
             return
-        for i, name in changed:
+        for i, name in resized_inputs:
             if i not in operands and self.edits.operand(node, i) is None:
                 old = self.table.facts.static_value(name)
                 if old is None:
@@ -332,14 +332,14 @@ class _State:
         self, node: Node, i: int, op: str, constant: NDArray[Any], function: Callable[[Any], Any], **attributes: Any
     ) -> None:
         """Pass operand ``i`` through an operator with a constant."""
-        stem, taken = self.edits.operand(node, i) or node.inputs[i], self.table.facts.probes[0].shapes
-        operand = self.edits.constant(f"{stem}_{op.lower()}", constant, taken)
-        result = self.edits.name(f"{stem}_{op.lower()}_{node.index}", taken)
+        stem, used_names = self.edits.operand(node, i) or node.inputs[i], self.table.facts.probes[0].shapes
+        operand = self.edits.constant(f"{stem}_{op.lower()}", constant, used_names)
+        result = self.edits.name(f"{stem}_{op.lower()}_{node.index}", used_names)
         self.edits.put_before(node, onnx.helper.make_node(op, [stem, operand], [result], name=result, **attributes))
         self.edits.set_operand(node, i, result)
         for values in self.values:
-            now = values.get(stem)
-            values.set(result, None if now is None else function(now))
+            current = values.get(stem)
+            values.set(result, None if current is None else function(current))
 
     def replace(self, node: Node, op: str, inputs: int, attributes: dict[str, Any]) -> None:
         self.edits.replaced[node.index] = (op, inputs)
@@ -365,16 +365,16 @@ class _State:
             self.set_input(node, i, np.asarray(target, dtype=np.int64))
             return
         old = [probe.values.get(name) for probe in self.table.facts.probes]
-        now = self.values[0].get(name)
+        current = self.values[0].get(name)
         first = old[0]
         kind = np.int64 if first is None else first.dtype
         same = first is not None and all(v is not None and np.array_equal(v, first) for v in old)
         if first is not None and same and first.shape == (len(target),):
             self.set_input(node, i, np.asarray(_keep_special(node, i, first.tolist(), target, self), dtype=kind))
         elif node.op == "Reshape":
-            self._mixed_target(node, i, target, old, now)
+            self._mixed_target(node, i, target, old, current)
         else:
-            self._blend(node, i, target, old, now)
+            self._blend(node, i, target, old, current)
 
     def _dynamic(self, old: list[Any], target: tuple[int, ...]) -> NDArray[np.bool_] | None:
         """Return which entries of a computed operand differ between the probes; None where none of it is known."""
@@ -382,71 +382,71 @@ class _State:
             return None
         return np.asarray(old[0] != old[-1])
 
-    def _mixed_target(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], now: Any) -> None:
+    def _mixed_target(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], current: Any) -> None:
         """Rewrite a Reshape target with dynamic entries: at most one of them changes, and becomes -1."""
         axes = np.array([self.table.facts.varies(node.outputs[0], a) for a in range(len(target))])
         same = (
             np.zeros(len(target), bool)
-            if now is None or now.shape != axes.shape
-            else np.asarray(now) == np.asarray(target)
+            if current is None or current.shape != axes.shape
+            else np.asarray(current) == np.asarray(target)
         )
         change = axes & ~same
-        if now is None and axes.sum() <= 1:
+        if current is None and axes.sum() <= 1:
             self.set_input(node, i, np.where(axes, -1, target).astype(np.int64))
-        elif change.sum() <= 1 and now is not None:
+        elif change.sum() <= 1 and current is not None:
             self._where(node, i, np.where(change, -1, target), axes & same)
         else:
             raise CannotRewrite(node, "the target of this reshape is computed from more than one dynamic size")
 
-    def _blend(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], now: Any) -> None:
+    def _blend(self, node: Node, i: int, target: tuple[int, ...], old: list[Any], current: Any) -> None:
         """Rewrite a computed operand: new constants for static entries, the computed entries for dynamic ones."""
-        dynamic = self._dynamic(old, target)
+        is_dynamic = self._dynamic(old, target)
         if (
-            dynamic is None
-            or now is None
-            or now.shape != dynamic.shape
-            or (np.asarray(now) != np.asarray(target))[dynamic].any()
+            is_dynamic is None
+            or current is None
+            or current.shape != is_dynamic.shape
+            or (np.asarray(current) != np.asarray(target))[is_dynamic].any()
         ):
             raise CannotRewrite(node, f"operand {i} is computed in a way that cannot follow the new sizes")
-        self._where(node, i, np.asarray(target), dynamic)
+        self._where(node, i, np.asarray(target), is_dynamic)
 
-    def _where(self, node: Node, i: int, constants: NDArray[Any], dynamic: NDArray[np.bool_]) -> None:
-        if not dynamic.any():
+    def _where(self, node: Node, i: int, constants: NDArray[Any], is_dynamic: NDArray[np.bool_]) -> None:
+        if not is_dynamic.any():
             self.set_input(node, i, constants.astype(np.int64))
             return
         if self.graph.opsets.get("", 1) < 9:
             raise CannotRewrite(node, "a computed operand needs Where, which this opset lacks")
-        taken = self.table.facts.probes[0].shapes
+        used_names = self.table.facts.probes[0].shapes
         stem = node.inputs[i]
-        mask = self.edits.constant(f"{stem}_dynamic", dynamic, taken)
-        fixed = self.edits.constant(f"{stem}_sizes", constants.astype(np.int64), taken)
+        mask = self.edits.constant(f"{stem}_dynamic", is_dynamic, used_names)
+        fixed = self.edits.constant(f"{stem}_sizes", constants.astype(np.int64), used_names)
         result = f"{stem}_for_{node.index}"
         self.edits.before.setdefault(node.index, []).append(
             onnx.helper.make_node("Where", [mask, stem, fixed], [result], name=f"{node.label}_target")
         )
         self.edits.set_operand(node, i, result)
         for values in self.values:
-            now = values.get(stem)
-            values.set(result, None if now is None else np.where(dynamic, now, constants))
+            current = values.get(stem)
+            values.set(result, None if current is None else np.where(is_dynamic, current, constants))
 
 
 def _data(table: Table) -> set[str]:
     """Return tensors computed from labelled ones: sizes may have been used on the way, but they are no sizes."""
-    known, found = table.items(), set[str]()
+    known, names = table.items(), set[str]()
     for node in table.graph.steps:
         sized = node.op in ("Shape", "Size") and not node.domain
-        if not sized and (not found.isdisjoint(node.inputs) or any(known.get(name) for name in node.inputs)):
-            found.update(node.outputs)
-    return found
+        if not sized and (not names.isdisjoint(node.inputs) or any(known.get(name) for name in node.inputs)):
+            names.update(node.outputs)
+    return names
 
 
 def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], state: _State) -> list[int]:
     """Keep entries 0, -1 and 1 of a Reshape or Expand target, and slice ends "to the end", where they are correct."""
     if node.op == "Reshape":
-        kept = [o if o in (0, -1) else t for o, t in zip(old, target, strict=True)]
+        target_kept = [o if o in (0, -1) else t for o, t in zip(old, target, strict=True)]
         source = state.shape(node.inputs[0])
-        if resolve_target(kept, source, node.attrs.get("allowzero", 0)) == tuple(target):
-            return kept
+        if resolve_target(target_kept, source, node.attrs.get("allowzero", 0)) == tuple(target):
+            return target_kept
     if node.op == "Expand":
         return [o if o == 1 else t for o, t in zip(old, target, strict=True)]
     return list(target)

@@ -43,34 +43,34 @@ def flushed(graph: Graph) -> dict[str, tuple[FlushedWeight, int]]:
     (single precision) vanishes beside any other, but a divisor does not, nor does a value that is scaled up before use.
     Weights are read one at a time.
     """
-    found = {}
+    weights = {}
     for name in _of_layers(graph):
         weight = graph.weights[name]
         bits = _BITS.get(weight.dtype.name)
-        if bits is not None and (many := _subnormal(weight.read(), bits)):
-            found[name] = FlushedWeight(weight), many
-    return found
+        if bits is not None and (count := _subnormal(weight.read(), bits)):
+            weights[name] = FlushedWeight(weight), count
+    return weights
 
 
 def _subnormal(array: Array, bits: type[np.unsignedinteger[Any]]) -> int:
     """Count the values that are neither 0 nor as large as the smallest normal number."""
     flat = np.ascontiguousarray(array).reshape(-1).view(bits)
     sign = bits(1) << bits(flat.itemsize * 8 - 1)
-    least = np.asarray(np.finfo(array.dtype).tiny, array.dtype).view(bits)[()]
+    smallest_normal = np.asarray(np.finfo(array.dtype).tiny, array.dtype).view(bits)[()]
     total = 0
     for start in range(0, flat.size, _CHUNK):
         # A magnitude of 0 becomes the largest number there is.
         magnitudes = (flat[start : start + _CHUNK] & ~sign) - bits(1)
-        total += int(np.count_nonzero(magnitudes < least - bits(1)))
+        total += int(np.count_nonzero(magnitudes < smallest_normal - bits(1)))
     return total
 
 
 def _of_layers(graph: Graph) -> Iterator[str]:
     """Return the weights that reach layers and no other operators, with their values."""
-    outside = {*graph.outputs, *graph.captured}
+    external = {*graph.outputs, *graph.captured}
     for name in graph.weights:
         at = name
-        while at not in outside and (readers := graph.consumers.get(at)):
+        while at not in external and (readers := graph.consumers.get(at)):
             if all(multiplies(node) for node, _ in readers):
                 yield name
                 break

@@ -158,14 +158,14 @@ def _stored(path: Path, member: str) -> Rows:
                 with _mapped(stream, shape, dtype) as array:
                     yield from _slices(array, rows)
                 return
-            done = 0
+            num_read = 0
             for start in range(0, shape[0], rows) if shape else (0,):
-                wanted = (min(rows, shape[0] - start), *shape[1:]) if shape else ()
-                raw = stream.read(math.prod(wanted) * dtype.itemsize)
-                done += len(raw)
-                if len(raw) < math.prod(wanted) * dtype.itemsize:
-                    raise UsageError(f"{place} is truncated: {done} of {size} bytes are there")
-                yield np.frombuffer(raw, dtype).reshape(wanted) if raw else np.zeros(wanted, dtype)
+                chunk_shape = (min(rows, shape[0] - start), *shape[1:]) if shape else ()
+                raw = stream.read(math.prod(chunk_shape) * dtype.itemsize)
+                num_read += len(raw)
+                if len(raw) < math.prod(chunk_shape) * dtype.itemsize:
+                    raise UsageError(f"{place} is truncated: {num_read} of {size} bytes are there")
+                yield np.frombuffer(raw, dtype).reshape(chunk_shape) if raw else np.zeros(chunk_shape, dtype)
 
     return Rows(shape, dtype, chunks, place)
 

@@ -61,24 +61,24 @@ def counted(value: Array, stacked: int, conditions: Sequence[tuple[Array, bool, 
     if not value.size:
         return []
     counts = np.ones(value.shape[:stacked], bool)
-    for condition, wanted, axes in conditions:
-        counts &= _holds(condition, wanted, axes, counts.shape)
+    for condition, required, axes in conditions:
+        counts &= _holds(condition, required, axes, counts.shape)
     flat = value.reshape(-1, *value.shape[stacked:])[counts.ravel()]
     if joins and flat.ndim > 1 and len(flat):
         return [flat.reshape(-1, *flat.shape[2:])]
     return list(flat)
 
 
-def _holds(condition: Array, wanted: bool, stacked: int, shape: tuple[int, ...]) -> Array:
+def _holds(condition: Array, required: bool, stacked: int, shape: tuple[int, ...]) -> Array:
     """Return in which of the stacked iterations a condition has the required value.
 
     A tensor that iterations further in read alone counts as soon as it holds in one of them.
     """
     if not condition.size:  # what it decides is not come to
         return np.zeros(shape, bool)
-    found = np.asarray(condition.reshape((*condition.shape[:stacked], -1))[..., 0] == wanted)
-    found = np.any(found, axis=tuple(range(len(shape), stacked)))
-    return np.broadcast_to(found.reshape(found.shape + (1,) * (len(shape) - found.ndim)), shape)
+    matches = np.asarray(condition.reshape((*condition.shape[:stacked], -1))[..., 0] == required)
+    matches = np.any(matches, axis=tuple(range(len(shape), stacked)))
+    return np.broadcast_to(matches.reshape(matches.shape + (1,) * (len(shape) - matches.ndim)), shape)
 
 
 FORMAT = 3
@@ -113,7 +113,7 @@ class Checkpoint:
         file = read_arrays(self._path(statistics))
         states: dict[str, dict[str, Any]] = {name: {} for name in statistics}
         try:
-            done = int(file["batches"]), int(file["samples"])
+            progress = int(file["batches"]), int(file["samples"])
             for entry, array in file.items():
                 if "|" in entry:
                     name, _, part = entry.rpartition("|")
@@ -122,7 +122,7 @@ class Checkpoint:
             return 0, 0
         for name, statistic in statistics.items():
             statistic.state = states[name]
-        return done
+        return progress
 
     def save(self, statistics: Mapping[str, Statistic], batches: int, samples: int) -> None:
         """Write the file, replacing the one before at once."""
@@ -262,24 +262,24 @@ class Share:
     def __call__(self, done: int, total: int | None) -> None:
         """``done`` of ``total`` samples; an unknown total shows as ever slower progress."""
         if self.tell is not None:
-            inside = done / total if total else 1.0 - 1.0 / (1.0 + done / 256)
-            self.tell((self.number + min(inside, 1.0)) / self.passes)
+            fraction = done / total if total else 1.0 - 1.0 / (1.0 + done / 256)
+            self.tell((self.number + min(fraction, 1.0)) / self.passes)
 
 
 def _passes(requests: Sequence[Request], sizes: Mapping[str, int], memory: int) -> list[list[Request]]:
     """Distribute the requests over as few passes as memory allows at one sample a call."""
     passes: list[list[Request]] = []
-    room = 0
-    held: set[str] = set()
+    free_bytes = 0
+    names: set[str] = set()
     for request in sorted(requests, key=lambda r: r.tensor):
-        size = 0 if request.tensor in held else sizes.get(request.tensor, 0)
-        if not passes or size > room:
+        size = 0 if request.tensor in names else sizes.get(request.tensor, 0)
+        if not passes or size > free_bytes:
             passes.append([])
-            room, held = memory, set()
+            free_bytes, names = memory, set()
             size = sizes.get(request.tensor, 0)
         passes[-1].append(request)
-        held.add(request.tensor)
-        room -= size
+        names.add(request.tensor)
+        free_bytes -= size
     return passes
 
 
@@ -306,21 +306,21 @@ def _one_pass(
     states = {r.name: r.statistic for r in requests}
     checkpoint = None if checkpoint is None else checkpoint.at(batch_size)
     skip, samples = checkpoint.load(states) if checkpoint is not None else (0, 0)
-    saved = time.monotonic()
+    saved_at = time.monotonic()
     with cores() as pool:
-        number, gathered = -1, _Gathered(requests, pool, stacked)
+        number, collected = -1, _Gathered(requests, pool, stacked)
         for number, feed in enumerate(source.batches(batch_size)):
             if number < skip:
                 continue
             values = run(session, feed)
-            full = gathered.add({n: values[o] for n, o in outputs.items()}, at_once=number == 0)
+            full = collected.add({n: values[o] for n, o in outputs.items()}, at_once=number == 0)
             samples += count(feed)
             share(samples, source.samples)
-            if full and checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY:
-                gathered.finish()
+            if full and checkpoint is not None and time.monotonic() - saved_at > _SAVE_EVERY:
+                collected.finish()
                 checkpoint.save(states, number + 1, samples)
-                saved = time.monotonic()
-        gathered.finish()
+                saved_at = time.monotonic()
+        collected.finish()
     if checkpoint is not None and number >= skip:
         checkpoint.save(states, number + 1, samples)
     return samples
@@ -373,7 +373,7 @@ class _Gathered:
             return [call[request.tensor] for call in calls]
         values = []
         for call in calls:
-            conditions = [(call[n], wanted, self._stacked.get(n, 0)) for n, wanted in request.where]
+            conditions = [(call[n], required, self._stacked.get(n, 0)) for n, required in request.where]
             values += counted(call[request.tensor], stacked or 0, conditions, request.joins)
         return values
 
@@ -425,12 +425,12 @@ def to_maps(axes: Sequence[int]) -> Callable[[Array], Array]:
     """Arranges a tensor as [samples, channels, *space]: channels along ``axes``, samples along the first axis left."""
 
     def arrange(value: Array) -> Array:
-        rest = [a for a in range(value.ndim) if a not in axes]
-        order = [*rest[:1], *axes, *rest[1:]]
-        moved = np.transpose(value, order)
-        inner = moved.shape[len(rest[:1]) :]
-        samples = moved.shape[0] if rest else 1
-        return moved.reshape(samples, math.prod(inner[: len(axes)]), *inner[len(axes) :])
+        other_axes = [a for a in range(value.ndim) if a not in axes]
+        order = [*other_axes[:1], *axes, *other_axes[1:]]
+        transposed = np.transpose(value, order)
+        inner = transposed.shape[len(other_axes[:1]) :]
+        samples = transposed.shape[0] if other_axes else 1
+        return transposed.reshape(samples, math.prod(inner[: len(axes)]), *inner[len(axes) :])
 
     return arrange
 
@@ -445,34 +445,34 @@ def ways(graph: Graph, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> 
     Raises:
         ModelError: the model does not run.
     """
-    opened = [n for n in graph.nodes if n.marker == markers.OPEN and n.kind == "If"]
-    names = {n.inputs[0] for n in opened if markers.repeating(graph.around[n.index]) is None}
-    found = [_of_one((n, feed[n]) for n in sorted(names & feed.keys())) for feed in feeds]
+    if_nodes = [n for n in graph.nodes if n.marker == markers.OPEN and n.kind == "If"]
+    names = {n.inputs[0] for n in if_nodes if markers.repeating(graph.around[n.index]) is None}
+    assignments = [_of_one((n, feed[n]) for n in sorted(names & feed.keys())) for feed in feeds]
     constants = _of_one((n, weights[n].read()) for n in sorted(names & weights.keys()))
-    made = sorted(names & graph.producer.keys() - weights.keys())
-    if made:
-        proto, shown = show(graph.proto, dict.fromkeys(made, Inner(TensorProto.BOOL, 0)))
-        outputs = {n: shown[n].output if n in shown else n for n in made}
+    computed = sorted(names & graph.producer.keys() - weights.keys())
+    if computed:
+        proto, exposed = show(graph.proto, dict.fromkeys(computed, Inner(TensorProto.BOOL, 0)))
+        outputs = {n: exposed[n].output if n in exposed else n for n in computed}
         with workspace() as folder:
             path = folder / "ways.onnx"
             save(with_outputs(proto, [*outputs.values()]), weights, path)
             session = open_session(path, spin=False)
-            for way, feed in zip(found, feeds, strict=True):
+            for assignment, feed in zip(assignments, feeds, strict=True):
                 values = run(session, feed)
-                way.update(_of_one((n, values[o]) for n, o in outputs.items()))
-    return [{**constants, **way} for way in found]
+                assignment.update(_of_one((n, values[o]) for n, o in outputs.items()))
+    return [{**constants, **assignment} for assignment in assignments]
 
 
 def _of_one(values: Iterable[tuple[str, Array]]) -> dict[str, bool]:
     return {name: bool(value.ravel()[0]) for name, value in values if value.size}
 
 
-def takes(graph: Graph, index: int, way: Way) -> bool:
+def takes(graph: Graph, index: int, assignment: Way) -> bool:
     """Return whether the node at ``index``, or the Loop or Scan around it, runs under a branch assignment."""
-    return reaches(graph, graph.around[index], way)
+    return reaches(graph, graph.around[index], assignment)
 
 
-def reaches(graph: Graph, around: Sequence[markers.Body], way: Way) -> bool:
+def reaches(graph: Graph, bodies: Sequence[markers.Body], assignment: Way) -> bool:
     """Return whether bodies run under a branch assignment, as far as Ifs outside of every Loop and Scan decide it."""
-    branches = takewhile(lambda body: body.kind == "If", around)
-    return all(way.get(graph.nodes[body.start].inputs[0]) == body.side for body in branches)
+    branches = takewhile(lambda body: body.kind == "If", bodies)
+    return all(assignment.get(graph.nodes[body.start].inputs[0]) == body.side for body in branches)

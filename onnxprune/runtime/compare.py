@@ -59,14 +59,14 @@ class Output:
         return ""
 
 
-def add(want: Feed, have: Feed, quantized: bool, outputs: dict[str, Output]) -> None:
+def add(expected: Feed, actual: Feed, quantized: bool, outputs: dict[str, Output]) -> None:
     """Add the differences of one batch."""
-    for name in [*want, *(n for n in have if n not in want)]:
+    for name in [*expected, *(n for n in actual if n not in expected)]:
         output = outputs.setdefault(name, Output(name))
-        if name not in want or name not in have:
-            output.broken = f"only the {'reference' if name in want else 'cut model'} has it"
+        if name not in expected or name not in actual:
+            output.broken = f"only the {'reference' if name in expected else 'cut model'} has it"
             continue
-        a, b = want[name], have[name]
+        a, b = expected[name], actual[name]
         if a.shape != b.shape or a.dtype.kind != b.dtype.kind:
             output.broken = f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}"
             continue
@@ -127,37 +127,37 @@ def varying(model: Openable, feeds: Sequence[Feed]) -> set[str]:
         ModelError: the model does not load or run.
     """
     session = open_session(model, optimize=False)
-    seen: dict[str, Output] = {}
+    outputs_seen: dict[str, Output] = {}
     for feed in feeds:
-        _note(run(session, feed), seen)
-    return {name for name, output in seen.items() if not output.vacuous}
+        _note(run(session, feed), outputs_seen)
+    return {name for name, output in outputs_seen.items() if not output.vacuous}
 
 
 def waking(model: Openable, idle: Iterable[str], feeds: Sequence[Feed], others: Iterable[Feed]) -> list[Feed]:
     """Return the feeds of ``others`` on which outputs of ``idle`` differ from ``feeds``, until all outputs vary."""
     session = open_session(model, optimize=False)
-    seen: dict[str, Output] = {}
+    outputs_by_name: dict[str, Output] = {}
     for feed in feeds:
-        _note(run(session, feed), seen)
-    asleep = {name for name in idle if name in seen}
-    chosen = []
+        _note(run(session, feed), outputs_by_name)
+    constant_names = {name for name in idle if name in outputs_by_name}
+    selected = []
     for feed in others:
         try:
-            _note(run(session, feed), seen)
+            _note(run(session, feed), outputs_by_name)
         except ModelError:  # values that this model cannot take
             continue
-        awake = {name for name in asleep if not seen[name].vacuous}
-        if awake:
-            chosen.append(feed)
-            asleep -= awake
-        if not asleep:
+        varying_names = {name for name in constant_names if not outputs_by_name[name].vacuous}
+        if varying_names:
+            selected.append(feed)
+            constant_names -= varying_names
+        if not constant_names:
             break
-    return chosen
+    return selected
 
 
-def _note(outputs: Feed, seen: dict[str, Output]) -> None:
-    add(outputs, outputs, False, seen)
-    for output in seen.values():
+def _note(outputs: Feed, outputs_by_name: dict[str, Output]) -> None:
+    add(outputs, outputs, False, outputs_by_name)
+    for output in outputs_by_name.values():
         output.tolerance = max(TOLERANCE, 4 * output.eps)
 
 
@@ -208,10 +208,10 @@ class Comparison(NamedTuple):
         """Return the facts with a note that names the outputs on which equality proves nothing."""
         if not self.idle:
             return self.facts
-        names = [f"{name} {why}" for name, why in self.idle.items()]
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        names = [f"{name} {reason}" for name, reason in self.idle.items()]
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         proves = "nothing" if len(names) == self.outputs else "little"
-        note = f"equality proves {proves} where an output does not vary: {shown}"
+        note = f"equality proves {proves} where an output does not vary: {listed}"
         return replace(self.facts, note=f"{self.facts.note}; {note}" if self.facts.note else note)
 
 
@@ -244,8 +244,8 @@ def exactness(
         ModelError: the reference does not load or run.
     """
     rounding = Rounding(quantized=quantized)
-    found = compared(reference, cut, feeds, rounding, tolerance=tolerance, threads=threads, progress=progress)
-    return found.said()
+    comparison = compared(reference, cut, feeds, rounding, tolerance=tolerance, threads=threads, progress=progress)
+    return comparison.said()
 
 
 def compared(
@@ -276,8 +276,8 @@ def compared(
     expected = list(_outputs(reference, feeds, threads=threads, progress=_part(progress, 0.0)))
     try:
         actual = _outputs(cut, others or feeds, threads=threads, progress=_part(progress, 0.5))
-        for index, (want, have) in enumerate(zip(expected, actual, strict=True)):
-            add(want, have, rounding.quantized, outputs)
+        for index, (expected_outputs, actual_outputs) in enumerate(zip(expected, actual, strict=True)):
+            add(expected_outputs, actual_outputs, rounding.quantized, outputs)
             expected[index] = {}  # compared: free the memory
     except ModelError as error:
         note = f"the reference runs, the cut model does not: {error.message}"
@@ -298,8 +298,8 @@ def compared(
 
 def _only_errors(outputs: dict[str, Output]) -> bool:
     """Return whether a float error exceeds its tolerance, and no other difference does."""
-    broken = any(output.broken for output in outputs.values())
-    return not broken and any(output.error > output.tolerance for output in outputs.values())
+    has_broken = any(output.broken for output in outputs.values())
+    return not has_broken and any(output.error > output.tolerance for output in outputs.values())
 
 
 def _widen(outputs: dict[str, Output], floor: float, quantized: bool) -> None:
@@ -316,10 +316,10 @@ def _verdict(outputs: dict[str, Output], batches: list[int]) -> Comparison:
     worst = max(outputs.values(), key=lambda o: o.excess)
     notes = [f"{o.name}: {o.broken}" for o in outputs.values() if o.broken]
     notes += [f"{o.name}: {o.differing} of {o.elements} integers differ" for o in outputs.values() if o.differing]
-    idle = {o.name: o.vacuous for o in outputs.values() if not o.broken and o.vacuous}
+    vacuous = {o.name: o.vacuous for o in outputs.values() if not o.broken and o.vacuous}
     error = math.inf if worst.broken else worst.error
     facts = Exactness(worst.excess <= 1, error, worst.tolerance, batches, worst.name, "; ".join(notes))
-    return Comparison(facts, idle, len(outputs), tuple(o.name for o in outputs.values() if o.excess > 1))
+    return Comparison(facts, vacuous, len(outputs), tuple(o.name for o in outputs.values() if o.excess > 1))
 
 
 def noise_floor(reference: Openable, feeds: Sequence[Feed], *, threads: int | None = None) -> float:
@@ -332,13 +332,15 @@ def noise_floor(reference: Openable, feeds: Sequence[Feed], *, threads: int | No
         ModelError: the model does not load or run with optimisations off.
     """
     plain = list(_outputs(reference, feeds, threads=threads))
-    disturbed = [_disturb(feed) for feed in feeds]
+    disturbed_feeds = [_disturb(feed) for feed in feeds]
     floor = 0.0
-    for optimize, inputs in ((True, feeds), (False, disturbed)):
+    for optimize, inputs in ((True, feeds), (False, disturbed_feeds)):
         outputs: dict[str, Output] = {}
         try:
-            for want, have in zip(plain, _outputs(reference, inputs, threads=threads, optimize=optimize), strict=True):
-                add(want, have, False, outputs)
+            for plain_outputs, disturbed_outputs in zip(
+                plain, _outputs(reference, inputs, threads=threads, optimize=optimize), strict=True
+            ):
+                add(plain_outputs, disturbed_outputs, False, outputs)
         except ModelError:
             if not optimize:
                 raise
@@ -350,14 +352,14 @@ def noise_floor(reference: Openable, feeds: Sequence[Feed], *, threads: int | No
 def _disturb(feed: Feed) -> Feed:
     """Multiply every float of the inputs by 1 + a seeded random share, at most twice its type's epsilon."""
     rng = np.random.default_rng(0)
-    moved: Feed = {}
+    result: Feed = {}
     for name, array in feed.items():
         unit = eps(array.dtype)
         if unit and array.dtype.kind != "c" and not name.endswith(HELD):
-            wide = array.astype(np.float64)
-            array = np.asarray(wide * (1 + rng.uniform(-2 * unit, 2 * unit, array.shape))).astype(array.dtype)
-        moved[name] = array
-    return moved
+            values = array.astype(np.float64)
+            array = np.asarray(values * (1 + rng.uniform(-2 * unit, 2 * unit, array.shape))).astype(array.dtype)
+        result[name] = array
+    return result
 
 
 def _outputs(

@@ -60,19 +60,19 @@ def open_source(source: Any, specs: Sequence[InputSpec], options: images.ImageOp
         if pictures:
             folder = images.Folder(path, pictures, specs, options)
             return Source(lambda: iter([folder.part()]), unit=folder.unit, stamp=folder.stamp)
-        found: Source | None = Source(lambda: _from_files(path, arrays, [spec.name for spec in specs]))
+        opened_source: Source | None = Source(lambda: _from_files(path, arrays, [spec.name for spec in specs]))
     elif isinstance(source, (np.ndarray, Mapping)):
-        found = Source(lambda: iter([_part(source)]))
+        opened_source = Source(lambda: iter([_part(source)]))
     else:
-        found = _from_object(source)
-    if found is None:
+        opened_source = _from_object(source)
+    if opened_source is None:
         raise UsageError(f"data is a {type(source).__name__}: no path, mapping or iterable of mappings", hint=HINT)
     if options is not None:
         raise UsageError(
             "image options (size, mean, std, layout, ...) have no meaning for data of arrays",
             hint="Arrays go into the model as they are: drop these options, or give a folder of images.",
         )
-    return found
+    return opened_source
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -95,9 +95,9 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
 
 def _from_files(path: Path, files: Sequence[Path], names: Sequence[str]) -> Iterator[Part]:
     """One set per file, or one of a folder's files where they are called like the inputs."""
-    named = by_stem(files, names) if path.is_dir() else None
-    if named is not None:
-        yield named
+    files_by_name = by_stem(files, names) if path.is_dir() else None
+    if files_by_name is not None:
+        yield files_by_name
     else:
         yield from map(array_file, files)
 
@@ -142,8 +142,8 @@ def _part(item: Any, index: int | None = None) -> Part:
 
 def _once(items: Iterator[Any]) -> Source:
     """Return a source that can be read once: a pass stores its items for the next."""
-    kept = _Kept(items)
-    return Source(kept.parts, known=False, again=False)
+    stored = _Kept(items)
+    return Source(stored.parts, known=False, again=False)
 
 
 class _Kept:
@@ -232,8 +232,8 @@ class Cutter:
         Raises:
             UsageError: numbers of samples that do not fit each other, values that do not fit an input.
         """
-        for tails, run in groupby(parts, self._tails):
-            if tails is None:
+        for tail_shapes, run in groupby(parts, self._tails):
+            if tail_shapes is None:
                 for part in run:
                     yield from self._alone(part)
             else:
@@ -242,18 +242,18 @@ class Cutter:
     def totals(self, parts: Iterable[Part]) -> Totals:
         """Count the samples that can be split into batches; only shapes are read."""
         sums = Totals()
-        for tails, run in groupby(parts, self._tails):
+        for tail_shapes, run in groupby(parts, self._tails):
             rows = 0
             for part in run:
                 self.place = next(iter(part.values())).place
-                if tails is not None:
+                if tail_shapes is not None:
                     rows += next(iter(part.values())).shape[0]
                     continue
                 steps, count = _steps(part, self.specs, self.size)
                 sums.rows += part[next(iter(steps))].shape[0] if steps else 1
                 sums.step = self._step(steps)
                 sums.usable += part[next(iter(steps))].shape[0] if steps and sums.step == 1 else count * sums.step
-            if tails is not None:
+            if tail_shapes is not None:
                 sums.rows, sums.step = sums.rows + rows, self.fixed or 1
                 sums.usable += rows // sums.step * sums.step
         return sums
@@ -279,20 +279,20 @@ class Cutter:
         """Batches across sets, all of whose arrays have the same number of rows."""
         step = self.fixed or self.size
         names = [spec.name for spec in self.specs]
-        rest: Feed = {}
+        remainder: Feed = {}
         for part in run:
             self.place = next(iter(part.values())).place
             for chunk in self._read(part, dict.fromkeys(names, step)):
-                feed = {n: np.concatenate([rest[n], chunk[n]]) for n in names} if rest else chunk
+                feed = {n: np.concatenate([remainder[n], chunk[n]]) for n in names} if remainder else chunk
                 if len(feed[names[0]]) >= step:
                     yield Batch({n: a[:step] for n, a in feed.items()}, names, not self.fixed)
                     feed = {n: a[step:] for n, a in feed.items()}
                 # a copy: a view would keep the whole set in memory, and some iterators fill one array again and again
-                rest = {n: a.copy() for n, a in feed.items()} if len(feed[names[0]]) else {}
-        if rest and not self.fixed:
-            yield Batch(rest, names, True)
-        elif rest:
-            self.dropped += len(rest[names[0]])
+                remainder = {n: a.copy() for n, a in feed.items()} if len(feed[names[0]]) else {}
+        if remainder and not self.fixed:
+            yield Batch(remainder, names, True)
+        elif remainder:
+            self.dropped += len(remainder[names[0]])
 
     def _alone(self, part: Part) -> Iterator[Batch]:
         """Iterate over the batches of one set."""
@@ -302,13 +302,13 @@ class Cutter:
         if not steps:
             yield Batch(same, (), False)
             return
-        free, used = self._free(steps), 0
+        free, num_used = self._free(steps), 0
         for chunk in islice(self._read(part, steps), count):
             feed = {n: same[n] if n in same else _scalar(chunk[n], spec) for n, spec in by_name.items()}
             batch = Batch(feed, tuple(steps), free)
-            used += batch.rows
+            num_used += batch.rows
             yield batch
-        self.dropped += part[next(iter(steps))].shape[0] - used
+        self.dropped += part[next(iter(steps))].shape[0] - num_used
 
     def _read(self, part: Part, steps: Mapping[str, int]) -> Iterator[Feed]:
         """Read the arrays of a set side by side, in the model's dtypes, each by its own number of rows."""
@@ -330,10 +330,10 @@ def _steps(part: Part, specs: Sequence[InputSpec], batch_size: int) -> tuple[dic
     for name, size in fixed.items():
         if samples[name] < size:
             raise too_few(part[name].place, samples[name], name, size)
-    whole = {spec.name for spec in split if part[spec.name].shape == spec.shape}
-    if any(name not in whole and n > fixed.get(name, 1) for name, n in samples.items()):
-        samples = {name: n for name, n in samples.items() if name not in whole}
-        fixed = {name: size for name, size in fixed.items() if name not in whole}
+    unsplit = {spec.name for spec in split if part[spec.name].shape == spec.shape}
+    if any(name not in unsplit and n > fixed.get(name, 1) for name, n in samples.items()):
+        samples = {name: n for name, n in samples.items() if name not in unsplit}
+        fixed = {name: size for name, size in fixed.items() if name not in unsplit}
     if not samples:
         return {}, 1
     if not fixed:
@@ -382,8 +382,8 @@ def _step_beside(name: str, samples: Mapping[str, int], fixed: Mapping[str, int]
 def _same(counts: Mapping[str, int], what: str) -> None:
     """Every input holds the same number."""
     if len(set(counts.values())) > 1:
-        shown = ", ".join(f"{name!r}: {n}" for name, n in sorted(counts.items())[:6])
-        raise UsageError(f"data holds different numbers of {what} per input: {shown}")
+        counts_text = ", ".join(f"{name!r}: {n}" for name, n in sorted(counts.items())[:6])
+        raise UsageError(f"data holds different numbers of {what} per input: {counts_text}")
 
 
 _BATCH = 16
@@ -450,14 +450,14 @@ class Samples:
         unit = self._source.unit
         limit = None if self._limit is None else self._limit * unit
         cutter = Cutter(self.specs, size if limit is None else min(size, limit))
-        used = 0
+        num_used = 0
         for batch in cutter.batches(self._parts()):
-            short = batch if limit is None else batch.first(limit - used)
-            used += short.rows
-            yield short.feed
-            if limit is not None and used >= limit:
+            cropped = batch if limit is None else batch.first(limit - num_used)
+            num_used += cropped.rows
+            yield cropped.feed
+            if limit is not None and num_used >= limit:
                 return
-        self._enough(used + cutter.dropped, used, cutter)
+        self._enough(num_used + cutter.dropped, num_used, cutter)
 
     def fingerprint(self, batch_size: int | None = None) -> str | None:
         """SHA-256 of the content: names, shapes, dtypes, values, batch size, image options; reads the data once.
@@ -488,10 +488,10 @@ class Samples:
         if not usable:
             name = next(spec.name for spec in self.specs if spec.shape and spec.shape[0] == cutter.fixed)
             raise too_few(cutter.place, rows, name, cutter.fixed)
-        have = rows // self._source.unit
-        if self._needed is not None and have < self._needed:
+        num_units = rows // self._source.unit
+        if self._needed is not None and num_units < self._needed:
             raise UsageError(
-                f"the data holds {have} samples, {self._needed} were asked for",
+                f"the data holds {num_units} samples, {self._needed} were asked for",
                 hint=f"Give more data, or ask for fewer samples ({argument('samples')}).",
             )
 
@@ -530,8 +530,8 @@ def open_data(
     _positive(samples, "number of samples")
     _positive(batch_size, "batch size")
     name = str(source) if isinstance(source, (str, Path)) else "data"
-    opened = open_source(source, specs, images) if specs else Source(lambda: iter(()))
-    return Samples(opened, specs, samples, batch_size, name)
+    data_source = open_source(source, specs, images) if specs else Source(lambda: iter(()))
+    return Samples(data_source, specs, samples, batch_size, name)
 
 
 def load_data(

@@ -98,15 +98,15 @@ def image_files(folder: Path) -> list[Path]:
     So the first n images are spread over the subfolders, however many are asked for. Hidden files are left out, and so
     is what bears an image's name and is a folder, a pipe or a socket.
     """
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and may_be_read(path))
-    names = sorted(path.relative_to(folder) for path in found)
-    seen: Counter[Path] = Counter()
-    turns = []
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and may_be_read(path))
+    names = sorted(path.relative_to(folder) for path in paths)
+    stem_counts: Counter[Path] = Counter()
+    numbered_names = []
     for name in names:
         if not any(piece.startswith(".") for piece in name.parts):
-            seen[name.parent] += 1
-            turns.append((seen[name.parent], name))
-    return [folder / name for _, name in sorted(turns)]
+            stem_counts[name.parent] += 1
+            numbered_names.append((stem_counts[name.parent], name))
+    return [folder / name for _, name in sorted(numbered_names)]
 
 
 @dataclass(slots=True)
@@ -137,8 +137,10 @@ class Folder:
         self.form = _form(self.specs[0], self.options)
         for name, numbers in (("mean", self.options.mean), ("std", self.options.std)):
             if numbers is not None and len(numbers) not in (1, self.form.channels):
-                wanted = f"1 or {self.form.channels}" if self.form.channels > 1 else "1"
-                raise UsageError(f"{name} of the images has {len(numbers)} numbers; the model's channels need {wanted}")
+                allowed = f"1 or {self.form.channels}" if self.form.channels > 1 else "1"
+                raise UsageError(
+                    f"{name} of the images has {len(numbers)} numbers; the model's channels need {allowed}"
+                )
         normalised = self.options.mean or self.options.std or self.options.scale
         if self.form.dtype.kind in "iu" and normalised:
             raise UsageError(
@@ -204,8 +206,8 @@ def _decode(path: Path, form: Form) -> Array:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
-            image: Image.Image = opened
+        with Image.open(path) as picture:
+            image: Image.Image = picture
             if image.mode.startswith("I"):  # 16 bits of grey, which a plain conversion cuts off at 255
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             image = image.convert("L" if form.channels == 1 else "RGB")
@@ -220,55 +222,61 @@ def _decode(path: Path, form: Form) -> Array:
 
 def _form(spec: InputSpec, options: ImageOptions) -> Form:
     """Return the layout of the input, from its shape and, where that is open, the options."""
-    shown = f"input {spec.name!r} {show(spec.shape)}"
+    description = f"input {spec.name!r} {show(spec.shape)}"
     if len(spec.shape) not in (3, 4) or spec.dtype.kind in "OcSb":
-        raise UsageError(f"{shown} of {spec.dtype} takes no images", hint="Give the data as arrays (.npz).")
+        raise UsageError(f"{description} of {spec.dtype} takes no images", hint="Give the data as arrays (.npz).")
     dims = spec.shape[1:] if len(spec.shape) == 4 else spec.shape
     if len(spec.shape) == 3 and not any(isinstance(dims[axis], int) and dims[axis] in (1, 3) for axis in (0, 2)):
         if isinstance(dims[0], int):
-            raise UsageError(f"{shown} takes no images: 1 or 3 channels are needed")
+            raise UsageError(f"{description} takes no images: 1 or 3 channels are needed")
         axis, channels, extent, batched = None, 1, dims[1:], True  # grey images without an axis of channels
     else:
-        axis, batched = _channel_axis(shown, dims, options.layout), len(spec.shape) == 4
+        axis, batched = _channel_axis(description, dims, options.layout), len(spec.shape) == 4
         size = dims[axis]
         channels, extent = (size if isinstance(size, int) else 3), tuple(d for i, d in enumerate(dims) if i != axis)
     if channels not in (1, 3):
-        raise UsageError(f"{shown} has {channels} channels, images have 1 or 3", hint="Give the data as arrays (.npz).")
-    height, width = _extent(shown, extent, options)
+        raise UsageError(
+            f"{description} has {channels} channels, images have 1 or 3", hint="Give the data as arrays (.npz)."
+        )
+    height, width = _extent(description, extent, options)
     return Form(spec.name, axis, channels, height, width, spec.dtype, batched)
 
 
-def _channel_axis(shown: str, dims: Sequence[int | str | None], layout: str | None) -> int:
+def _channel_axis(description: str, dims: Sequence[int | str | None], layout: str | None) -> int:
     """Where the channels stand in an image's shape."""
     if layout is not None:
         axis, other = (0, 2) if layout == "nchw" else (2, 0)
         if dims[axis] not in (1, 3) and dims[other] in (1, 3):
-            raise UsageError(f"{shown} has its channels where layout {layout!r} has none", hint="Drop the layout.")
+            raise UsageError(
+                f"{description} has its channels where layout {layout!r} has none", hint="Drop the layout."
+            )
         return axis
-    likely = [axis for axis in (0, 2) if dims[axis] in (1, 3)]
-    if len(likely) == 1:
-        return likely[0]
-    if not likely and all(isinstance(dims[axis], int) for axis in (0, 2)):
-        raise UsageError(f"{shown} takes no images: 1 or 3 channels are needed", hint="Give the data as arrays (.npz).")
+    candidates = [axis for axis in (0, 2) if dims[axis] in (1, 3)]
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates and all(isinstance(dims[axis], int) for axis in (0, 2)):
+        raise UsageError(
+            f"{description} takes no images: 1 or 3 channels are needed", hint="Give the data as arrays (.npz)."
+        )
     raise UsageError(
-        f"{shown} does not tell which axis is the channels",
+        f"{description} does not tell which axis is the channels",
         hint=f"Say it with {argument('layout')} nchw or nhwc (Python: images=ImageOptions(layout=...)).",
     )
 
 
-def _extent(shown: str, dims: Sequence[int | str | None], options: ImageOptions) -> tuple[int, int]:
+def _extent(description: str, dims: Sequence[int | str | None], options: ImageOptions) -> tuple[int, int]:
     """Height and width of the images."""
-    asked = options.extent
+    extent = options.extent
     sizes = []
     for axis, dim in enumerate(dims):
-        size = dim if isinstance(dim, int) else asked[axis] if asked is not None else None
+        size = dim if isinstance(dim, int) else extent[axis] if extent is not None else None
         if size is None:
             raise UsageError(
-                f"{shown} does not tell the size of its images",
+                f"{description} does not tell the size of its images",
                 hint=f"Give it with {argument('image_size')} HxW (Python: images=ImageOptions(size=...)).",
             )
-        if asked is not None and asked[axis] != size:
-            wanted = "\N{MULTIPLICATION SIGN}".join(map(str, asked))
-            raise UsageError(f"{shown} fixes the size of its images, which is not {wanted}")
+        if extent is not None and extent[axis] != size:
+            extent_text = "\N{MULTIPLICATION SIGN}".join(map(str, extent))
+            raise UsageError(f"{description} fixes the size of its images, which is not {extent_text}")
         sizes.append(size)
     return sizes[0], sizes[1]

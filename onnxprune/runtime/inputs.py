@@ -184,12 +184,12 @@ def pattern(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     """Draw samples along the first axis, each with a mean of about 0 and a standard deviation of about 1."""
     if len(shape) < 2:
         return pattern((1, *shape), rng)[0] if shape else rng.standard_normal(shape)
-    short = tuple(a for a in range(1, len(shape)) if shape[a] < _SHORT)
+    channel_axes = tuple(a for a in range(1, len(shape)) if shape[a] < _SHORT)
     texture = _coloured(shape, _TEXTURE, rng)
-    front, back = (_patches(_coloured(shape, _PATCHES, rng), short, rng) for _ in range(2))
-    covered = _coloured(shape, _PATCHES, rng).mean(axis=short, keepdims=True) > 0
+    foreground, background = (_patches(_coloured(shape, _PATCHES, rng), channel_axes, rng) for _ in range(2))
+    is_foreground = _coloured(shape, _PATCHES, rng).mean(axis=channel_axes, keepdims=True) > 0
     share = rng.random(_single(shape)) ** 2
-    values = _standard((1.0 - share) * np.where(covered, front, back) + 0.7 * share * texture)
+    values = _standard((1.0 - share) * np.where(is_foreground, foreground, background) + 0.7 * share * texture)
     values = np.where(rng.random(_single(shape)) < _NOISE, rng.standard_normal(shape), values)
     contrast, light = rng.uniform(0.4, 1.3, _single(shape)), 0.7 * rng.standard_normal(_single(shape))
     return values * contrast + light
@@ -198,28 +198,28 @@ def pattern(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
 def _coloured(shape: tuple[int, ...], exponents: tuple[float, float], rng: np.random.Generator) -> Array:
     """Noise whose power falls with frequency along long axes; along short ones values go together."""
     noise = rng.standard_normal(shape, dtype=np.float32)
-    long = [a for a in range(1, len(shape)) if shape[a] >= _SHORT]
+    spatial_axes = [a for a in range(1, len(shape)) if shape[a] >= _SHORT]
     for axis in range(1, len(shape)):
         if 1 < shape[axis] < _SHORT:
             noise = 0.35 * noise + noise.take([0], axis=axis)
-    if not long:
+    if not spatial_axes:
         return _standard(noise)
     squares: Any = 0.0
-    for axis in long:
+    for axis in spatial_axes:
         # The transform of real values keeps half of the frequencies along the last axis.
-        steps = np.fft.rfftfreq(shape[axis]) if axis == long[-1] else np.fft.fftfreq(shape[axis])
+        steps = np.fft.rfftfreq(shape[axis]) if axis == spatial_axes[-1] else np.fft.fftfreq(shape[axis])
         squares = squares + np.square(steps).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    frequency = np.maximum(np.sqrt(squares), 1.0 / max(shape[a] for a in long))
-    exponent = rng.uniform(*exponents, _single(shape)) * len(long) / 2
-    waves = np.fft.rfftn(noise, axes=long) * (frequency**-exponent).astype(np.float32)
-    return _standard(np.fft.irfftn(waves, s=[shape[a] for a in long], axes=long))
+    frequency = np.maximum(np.sqrt(squares), 1.0 / max(shape[a] for a in spatial_axes))
+    exponent = rng.uniform(*exponents, _single(shape)) * len(spatial_axes) / 2
+    waves = np.fft.rfftn(noise, axes=spatial_axes) * (frequency**-exponent).astype(np.float32)
+    return _standard(np.fft.irfftn(waves, s=[shape[a] for a in spatial_axes], axes=spatial_axes))
 
 
-def _patches(field: Array, short: tuple[int, ...], rng: np.random.Generator) -> Array:
+def _patches(field: Array, channel_axes: tuple[int, ...], rng: np.random.Generator) -> Array:
     """Quantize the field to a few steps, each with a value (and along short axes a tint) of its own."""
-    grey = _standard(field.mean(axis=short, keepdims=True)) if short else field
+    grey = _standard(field.mean(axis=channel_axes, keepdims=True)) if channel_axes else field
     step = np.clip((grey + 2.0) / 4.0 * _LEVELS, 0, _LEVELS - 1).astype(np.int64)
-    tints = [n if a == 0 or a in short else 1 for a, n in enumerate(field.shape)]
+    tints = [n if a == 0 or a in channel_axes else 1 for a, n in enumerate(field.shape)]
     table = rng.standard_normal((*_single(field.shape), _LEVELS)) + 0.4 * rng.standard_normal((*tints, _LEVELS))
     table = np.broadcast_to(table, (*field.shape, _LEVELS))
     index = np.broadcast_to(step, field.shape)[..., None]

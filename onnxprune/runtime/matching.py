@@ -28,21 +28,21 @@ def match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> Part:
     names = [spec.name for spec in specs]
     missing = [name for name in names if name not in part]
     if missing:
-        strangers = [name for name in part if name not in names]
-        if not strangers:
+        unexpected = [name for name in part if name not in names]
+        if not unexpected:
             raise UsageError(f"data has no array for input {missing[0]!r}", hint=HINT)
         raise UsageError(
-            f"data has array {strangers[0]!r}, which is no input, and none for input {missing[0]!r}",
-            hint=nearest(strangers[0], names),
+            f"data has array {unexpected[0]!r}, which is no input, and none for input {missing[0]!r}",
+            hint=nearest(unexpected[0], names),
         )
-    matched = {spec.name: _with_samples(part[spec.name], spec) for spec in specs}
+    result = {spec.name: _with_samples(part[spec.name], spec) for spec in specs}
     for spec in specs:
-        _check(matched[spec.name], spec)
+        _check(result[spec.name], spec)
     # An empty cache is data; nothing but empty arrays is not.
-    if all(0 in rows.shape for rows in matched.values()):
-        rows = next(iter(matched.values()))
+    if all(0 in rows.shape for rows in result.values()):
+        rows = next(iter(result.values()))
         raise UsageError(f"{rows.place} holds no numbers: its shape is {list(rows.shape)}")
-    return matched
+    return result
 
 
 def _with_samples(rows: Rows, spec: InputSpec) -> Rows:
@@ -55,19 +55,21 @@ def _with_samples(rows: Rows, spec: InputSpec) -> Rows:
 def _check(rows: Rows, spec: InputSpec) -> None:
     """Shape (but for the number of samples) and kind of dtype fit the input."""
     if spec.scalar and len(rows.shape) > 1:
-        wanted = "one number, or one per sample"
-        raise UsageError(f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} takes {wanted}")
+        allowed = "one number, or one per sample"
+        raise UsageError(f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} takes {allowed}")
     # the empty shape of a spec may be an unknown rank
-    fits = not spec.shape or len(rows.shape) == len(spec.shape)
+    has_rank = not spec.shape or len(rows.shape) == len(spec.shape)
     pairs = list(zip(rows.shape, spec.shape, strict=False))[1:]
-    if not fits or any(isinstance(want, int) and want != have for have, want in pairs):
-        wanted = ", ".join("?" if dim is None else str(dim) for dim in ("samples", *spec.shape[1:]))
-        raise UsageError(f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} needs [{wanted}]")
+    if not has_rank or any(
+        isinstance(expected_size, int) and expected_size != actual_size for actual_size, expected_size in pairs
+    ):
+        allowed = ", ".join("?" if dim is None else str(dim) for dim in ("samples", *spec.shape[1:]))
+        raise UsageError(f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} needs [{allowed}]")
     if rows.shape[:1] == (0,):
         raise UsageError(f"{rows.place} holds no samples: its shape is {list(rows.shape)}")
     if not _castable(rows.dtype, spec.dtype):
-        wanted = "strings" if spec.dtype.kind == "O" else str(spec.dtype)
-        raise UsageError(f"{rows.place} has dtype {rows.dtype}; input {spec.name!r} needs {wanted}", hint=_CASTS)
+        allowed = "strings" if spec.dtype.kind == "O" else str(spec.dtype)
+        raise UsageError(f"{rows.place} has dtype {rows.dtype}; input {spec.name!r} needs {allowed}", hint=_CASTS)
 
 
 def _kind(dtype: np.dtype[Any]) -> str:
@@ -79,13 +81,15 @@ def _kind(dtype: np.dtype[Any]) -> str:
     return "f" if dtype.kind != "c" and eps(dtype) else dtype.kind
 
 
-def _raw(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
+def _raw(actual: np.dtype[Any], expected: np.dtype[Any]) -> bool:
     """Whether these are the bytes of a bfloat16 or float8 array: numpy's files forget the type and keep the width."""
-    return _kind(have) == "V" and have.names is None and want.kind == "V" and have.itemsize == want.itemsize
+    return (
+        _kind(actual) == "V" and actual.names is None and expected.kind == "V" and actual.itemsize == expected.itemsize
+    )
 
 
-def _castable(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
-    return _raw(have, want) or _kind(have) == _kind(want)
+def _castable(actual: np.dtype[Any], expected: np.dtype[Any]) -> bool:
+    return _raw(actual, expected) or _kind(actual) == _kind(expected)
 
 
 def cast(array: Array, spec: InputSpec, place: str, first: int | None = None) -> Array:
@@ -107,17 +111,17 @@ def cast(array: Array, spec: InputSpec, place: str, first: int | None = None) ->
         return np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype.kind == "S":
         array = np.char.decode(array, "utf-8", errors="replace")
-    takes = f"input {spec.name!r} ({spec.dtype})"
+    target_text = f"input {spec.name!r} ({spec.dtype})"
     if spec.dtype.kind in "iu" and array.size:
         info = np.iinfo(spec.dtype)
         low, high = int(array.min()), int(array.max())
         if low < info.min or high > info.max:
-            raise UsageError(f"{place} holds values {low}..{high}; {takes} takes {info.min}..{info.max}")
+            raise UsageError(f"{place} holds values {low}..{high}; {target_text} takes {info.min}..{info.max}")
     with np.errstate(over="ignore"):
         result: Array = np.ascontiguousarray(array.astype(spec.dtype)).reshape(array.shape)
     if _kind(spec.dtype) == "f" and not np.array_equal(np.isfinite(result), np.isfinite(array)):
         largest = float(np.abs(array[np.isfinite(array)]).max())
-        raise UsageError(f"{place} holds values up to {largest:g}, too large for {takes}")
+        raise UsageError(f"{place} holds values up to {largest:g}, too large for {target_text}")
     return result
 
 
@@ -137,8 +141,8 @@ def _check_finite(array: Array, spec: InputSpec, place: str, first: int | None) 
     if "mask" in spec.name.lower() and not np.isnan(array).any() and bool((array[~finite] < 0).all()):
         return
     what = "NaN" if np.isnan(array).any() else "infinity"
-    bad = np.flatnonzero(~finite.reshape(len(array), -1).all(axis=1)) if first is not None and array.ndim else None
-    sample = f" in sample {(first or 0) + int(bad[0])}" if bad is not None else ""
+    bad_rows = np.flatnonzero(~finite.reshape(len(array), -1).all(axis=1)) if first is not None and array.ndim else None
+    sample = f" in sample {(first or 0) + int(bad_rows[0])}" if bad_rows is not None else ""
     raise UsageError(
         f"{place} holds {what}{sample} ({int((~finite).sum())} of the {finite.size} values read are not finite); "
         f"input {spec.name!r} takes finite numbers",

@@ -81,18 +81,18 @@ class Segments:
         self,
         graph: Graph,
         weights: Mapping[str, Weight],
-        wanted: Sequence[Iterable[str]],
+        requests: Sequence[Iterable[str]],
         store: Store,
         inside: Mapping[str, Inner] | None = None,
         ways: Sequence[Way] | None = None,
     ) -> None:
         self._flat, self._weights, self._store, self._ways = graph, weights, store, ways
-        self._inside = {n: kind for names in wanted for n in names if (kind := (inside or {}).get(n)) is not None}
+        self._inside = {n: kind for names in requests for n in names if (kind := (inside or {}).get(n)) is not None}
         self._graph, shown = self._closed()
         self._enclosed = graph.weights.keys() - self._graph.weights.keys()
         self._shown = {place.output: (name, place.stacked) for name, place in shown.items()}
         outputs = {name: output for output, (name, _) in self._shown.items()}
-        self._wanted = [{outputs.get(n, n) for n in names} for names in wanted]
+        self._wanted = [{outputs.get(n, n) for n in names} for names in requests]
         self._nodes = self._assign()
         self._last = self._lifetimes()
         self.batches = 0
@@ -107,11 +107,11 @@ class Segments:
             return graph, {}
         weights = {**graph.weights, **self._weights}
         branches = self._ways is None
-        proto, left = close_bodies(graph.proto, weights, branches=branches)
-        exposed, shown = show(graph.proto, self._inside, branches=branches)
-        if shown:
-            closed = close_bodies(exposed, weights, branches=branches)[0]
-            twins = {node.output[0]: node for node in closed.graph.node if node.output}
+        proto, remaining = close_bodies(graph.proto, weights, branches=branches)
+        exposed_proto, places = show(graph.proto, self._inside, branches=branches)
+        if places:
+            closed_proto = close_bodies(exposed_proto, weights, branches=branches)[0]
+            twins = {node.output[0]: node for node in closed_proto.graph.node if node.output}
             nodes = list(proto.graph.node)
             del proto.graph.node[:]
             for node in nodes:
@@ -122,7 +122,7 @@ class Segments:
                         twin.output[k] = f"{twin.output[k]}__again"
                     proto.graph.node.append(twin)
         stored = {t.name for t in proto.graph.initializer}
-        return Graph.of(proto, {n: w for n, w in left.items() if n in stored}), shown
+        return Graph.of(proto, {n: w for n, w in remaining.items() if n in stored}), places
 
     def feed(self, feeds: Iterable[Feed]) -> None:
         """Store the inputs of every batch."""
@@ -140,10 +140,10 @@ class Segments:
             return
         parts: dict[tuple[tuple[int, str], ...], _Part | None] = {}
         for batch in range(self.batches):
-            mine = nodes if self._ways is None else [m for n in nodes if (m := _on(graph, n, self._ways[batch]))]
-            key = tuple((node.index, node.inputs[0] if node.inputs else "") for node in mine)
+            batch_nodes = nodes if self._ways is None else [m for n in nodes if (m := _on(graph, n, self._ways[batch]))]
+            key = tuple((node.index, node.inputs[0] if node.inputs else "") for node in batch_nodes)
             if key not in parts:
-                parts[key] = self._part(graph, mine, piece, batch)
+                parts[key] = self._part(graph, batch_nodes, piece, batch)
             part = parts[key]
             if part is not None:
                 results = run(part.session, {n: np.asarray(self._store.get(n, batch)) for n in part.inputs})
@@ -153,22 +153,24 @@ class Segments:
 
     def _part(self, graph: Graph, nodes: Sequence[Node], piece: int, batch: int) -> _Part | None:
         """Return the nodes of a piece that run under the branch assignment of a batch; None where none is needed."""
-        made = {o for node in nodes for o in node.outputs if o}
-        keep = [n for n in sorted(made) if self._last.get(n, -1) >= piece]
-        read = {n for node in nodes for n in reads(node)} - made
+        outputs = {o for node in nodes for o in node.outputs if o}
+        kept_outputs = [n for n in sorted(outputs) if self._last.get(n, -1) >= piece]
+        read = {n for node in nodes for n in reads(node)} - outputs
         # Bodies also read tensors of their own.
         inputs = sorted(n for n in read if n not in self._weights and self._is_outer(n))
-        if not keep:
+        if not kept_outputs:
             return None
         values = {n: self._store.get(n, batch) for n in inputs}
         weights = {n: w for n, w in self._weights.items() if self._is_known(n)}
-        return _Part(open_session(part_model(graph, weights, nodes, values, keep), spin=False), inputs, keep)
+        return _Part(
+            open_session(part_model(graph, weights, nodes, values, kept_outputs), spin=False), inputs, kept_outputs
+        )
 
     def _keep(self, name: str, value: Array, batch: int) -> None:
-        own, stacked = self._shown.get(name, (name, 0))
+        output, stacked = self._shown.get(name, (name, 0))
         rows = value.shape[: stacked + 1]
-        joined = value.reshape(math.prod(rows), *value.shape[stacked + 1 :]) if stacked else value
-        self._store.add(own, joined, batch)
+        merged = value.reshape(math.prod(rows), *value.shape[stacked + 1 :]) if stacked else value
+        self._store.add(output, merged, batch)
 
     def done(self, piece: int) -> None:
         """Delete the tensors that no later piece needs."""
@@ -183,25 +185,25 @@ class Segments:
 
     def _assign(self) -> list[list[Node]]:
         """Nodes of every piece: what its wanted tensors need and no piece before has computed."""
-        taken: set[int] = set()
+        assigned: set[int] = set()
         result = []
         for names in self._wanted:
-            queue, mine = list(names), set()
+            queue, piece_nodes = list(names), set()
             while queue:
                 node = self._graph.producer.get(queue.pop())
-                if node is not None and node.index not in taken and node.outputs[0] not in self._weights:
-                    taken.add(node.index)
-                    mine.add(node.index)
+                if node is not None and node.index not in assigned and node.outputs[0] not in self._weights:
+                    assigned.add(node.index)
+                    piece_nodes.add(node.index)
                     queue.extend(n for n in _needs(node) if n)
-            result.append([self._graph.nodes[i] for i in sorted(mine)])
+            result.append([self._graph.nodes[i] for i in sorted(piece_nodes)])
         return result
 
     def _lifetimes(self) -> dict[str, int]:
         """Return the last reader piece of every tensor that outlives its own piece."""
         last: dict[str, int] = {}
         for piece, (nodes, names) in enumerate(zip(self._nodes, self._wanted, strict=True)):
-            made = {o for node in nodes for o in node.outputs}
-            for name in {n for node in nodes for n in _needs(node)} - made:
+            outputs = {o for node in nodes for o in node.outputs}
+            for name in {n for node in nodes for n in _needs(node)} - outputs:
                 last[name] = piece
             for name in names:
                 last[name] = piece
@@ -222,15 +224,15 @@ def _needs(node: Node) -> Sequence[str]:
     return node.inputs[:2] if node.marker == markers.JOIN else reads(node)
 
 
-def _on(graph: Graph, node: Node, way: Way) -> Node | None:
+def _on(graph: Graph, node: Node, assignment: Way) -> Node | None:
     """Return a node as it runs under a branch assignment, where it does: a join passes on the branch that runs."""
-    if not takes(graph, node.index, way):
+    if not takes(graph, node.index, assignment):
         return None
     if node.marker != markers.JOIN:
         return node
-    chosen = node.inputs[0 if way[node.inputs[2]] else 1]
-    proto = onnx.helper.make_node("Identity", [chosen], node.outputs, name=node.outputs[0])
-    return Node(node.index, "Identity", "", node.version, proto.name, [chosen], node.outputs, proto)
+    source = node.inputs[0 if assignment[node.inputs[2]] else 1]
+    proto = onnx.helper.make_node("Identity", [source], node.outputs, name=node.outputs[0])
+    return Node(node.index, "Identity", "", node.version, proto.name, [source], node.outputs, proto)
 
 
 def part_model(
@@ -252,7 +254,7 @@ def part_model(
         kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
         model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * value.ndim))
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    used = {n: w for n, w in weights.items() if n in names}
-    for name, weight in used.items():
+    part_weights = {n: w for n, w in weights.items() if n in names}
+    for name, weight in part_weights.items():
         model.graph.initializer.append(onnx.TensorProto(name=name, data_type=weight.onnx_type, dims=weight.shape))
-    return bytes(assemble(model, used).SerializeToString())
+    return bytes(assemble(model, part_weights).SerializeToString())

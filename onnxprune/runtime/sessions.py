@@ -128,13 +128,13 @@ _frugal = ContextVar("frugal", default=False)
 
 
 @contextmanager
-def frugal(wanted: bool = True) -> Iterator[None]:
+def frugal(enabled: bool = True) -> Iterator[None]:
     """Sessions opened meanwhile hold weights once: kernels may not keep copies in an order of their own, and what is
     computed from weights alone (masks, types, codes) is computed when it is needed.
 
     They are slower by that, and never timed. A model of 4 GB takes 6.4 GB otherwise, with masks on its weights 8.6 GB.
     """
-    token = _frugal.set(wanted)
+    token = _frugal.set(enabled)
     try:
         yield
     finally:
@@ -230,10 +230,10 @@ def open_session(
                 )
         raise _load_error(str(error), str(model) if isinstance(model, Path) else "the model") from error
     # onnxruntime goes on without a provider whose libraries do not load, and times would be those of another device.
-    missing = next((name for name in providers if name not in session.get_providers()), None)
-    if missing is not None:
+    missing_provider = next((name for name in providers if name not in session.get_providers()), None)
+    if missing_provider is not None:
         raise UsageError(
-            f"onnxruntime cannot start the provider {missing}",
+            f"onnxruntime cannot start the provider {missing_provider}",
             hint="The libraries that it needs (CUDA and cuDNN, say) are missing, or of another version.",
         )
     return session
@@ -242,10 +242,10 @@ def open_session(
 def _load_error(message: str, model: str) -> ModelError:
     """Return the typed error for onnxruntime's load message."""
     for pattern in _NO_KERNEL:
-        if found := pattern.search(message):
-            version = "" if found["version"].startswith("-") else f" version {found['version']}"
+        if match := pattern.search(message):
+            version = "" if match["version"].startswith("-") else f" version {match['version']}"
             return ModelError(
-                f"onnxruntime has no kernel for operator {found['op']!r}{version}, so {model} cannot be run here: "
+                f"onnxruntime has no kernel for operator {match['op']!r}{version}, so {model} cannot be run here: "
                 f"{shorten(message)}",
                 hint=_CUT_ANYWAY,
             )
@@ -279,8 +279,8 @@ def input_specs(session: ort.InferenceSession) -> list[InputSpec]:
 
 def _element(kind: str) -> str:
     """Return the element type inside ``tensor(...)`` or ``optional(tensor(...))``; empty for sequences and maps."""
-    found = re.fullmatch(r"(?:optional\()?tensor\((\w+)\)+", kind)
-    return found[1] if found else ""
+    match = re.fullmatch(r"(?:optional\()?tensor\((\w+)\)+", kind)
+    return match[1] if match else ""
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Feed:
@@ -305,7 +305,7 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Feed:
         _flatten(info.name, value, results)
     # onnxruntime 1.22 returns an input that is an output, too, in the caller's memory, without a hold on it.
     for name, array in results.items():
-        if any(np.may_share_memory(array, fed) for fed in feeds.values() if isinstance(fed, np.ndarray)):
+        if any(np.may_share_memory(array, array_in) for array_in in feeds.values() if isinstance(array_in, np.ndarray)):
             results[name] = array.copy()
     return results
 
