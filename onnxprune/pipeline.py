@@ -33,6 +33,7 @@ from onnxprune.plugins import Named
 from onnxprune.report.facts import Exactness, Fact, Report, Seconds, Sizes, report_of
 from onnxprune.runtime.data import Samples, open_data
 from onnxprune.runtime.diagnosis import explained
+from onnxprune.runtime.fidelity import Outputs
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.latency import Device, device
 from onnxprune.runtime.sessions import Feed
@@ -132,6 +133,7 @@ class Context:
         memory_limit: bytes of activations to hold at a time; None: the default of each pass.
         device: device on which time is measured.
         stages: the clock and the progress bar.
+        outputs: kinds of outputs that the user set, {output: (kind, axis or None)}.
     """
 
     analysis: Analysis
@@ -143,6 +145,7 @@ class Context:
     memory_limit: int | None = None
     device: Device = field(default_factory=device)
     stages: Stages = field(default_factory=Stages)
+    outputs: Outputs | None = None
 
     @classmethod
     def of(

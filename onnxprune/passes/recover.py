@@ -45,7 +45,7 @@ from onnxprune.recovery.targets import Layer, RecoveryTarget, RecoveryTargets, f
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Remark, Repair
 from onnxprune.runtime import sessions
 from onnxprune.runtime.capture import Way, count, make_folder, read_arrays, ways, write_arrays
-from onnxprune.runtime.fidelity import fidelity
+from onnxprune.runtime.fidelity import Outputs, fidelity, hints_of
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed, spread
 
@@ -130,14 +130,24 @@ def _constant(feeds: Sequence[Feed]) -> bool:
     return True
 
 
-def compare_with_original(analysis: Analysis, models: Sequence[ModelParts], hold_out: HoldOut) -> list[Fidelity]:
-    """Measure the fidelity of several models to the original on the same inputs."""
+def compare_with_original(
+    analysis: Analysis, models: Sequence[ModelParts], hold_out: HoldOut, outputs: Outputs | None = None
+) -> list[Fidelity]:
+    """Measure the fidelity of several models to the original on the same inputs.
+
+    Args:
+        analysis: of the original.
+        models: to compare with it.
+        hold_out: the inputs.
+        outputs: kinds of outputs that a user set.
+    """
     facts = []
     with Trial.of(analysis) as trial:
         for number, model in enumerate(models):
             path, _ = trial.write(*model, f"model{number}")
             together = not trial.heavy
-            facts.append(fidelity(trial.original, path, hold_out.inputs, hold_out.name, together=together))
+            inputs, name, hints = hold_out.inputs, hold_out.name, hints_of(analysis)
+            facts.append(fidelity(trial.original, path, inputs, name, hints=hints, outputs=outputs, together=together))
     return facts
 
 
@@ -419,7 +429,7 @@ class Recover(Pass):
             if self.near:
                 return _Outcome(repairs, left, parts)
             pair = [model.parts, parts or model.parts]
-            was, after = compare_with_original(context.analysis, pair, split.validation)
+            was, after = compare_with_original(context.analysis, pair, split.validation, context.outputs)
             outcome = _Outcome(repairs, left, parts, was, after, is_worse(after, was))
             best = outcome if best is None or best.worse or not outcome.worse else best
             if noise(after) < _EXACT:

@@ -70,7 +70,15 @@ class Validate(Pass):
             with context.stage("fidelity"), trial.lend_original() as original:
                 inputs, name = hold_out
                 with trial.lend(*model.parts, "seeded") if trial.drawing else nullcontext(final) as result:
-                    yield fidelity.fidelity(original, result, inputs, name, together=not trial.heavy)
+                    yield fidelity.fidelity(
+                        original,
+                        result,
+                        inputs,
+                        name,
+                        hints=fidelity.hints_of(context.analysis),
+                        outputs=context.outputs,
+                        together=not trial.heavy,
+                    )
         if self.timed and trial.large:
             yield Remark("Latency was not measured: original and result would be in memory at once.")
         elif self.timed:

@@ -57,6 +57,9 @@ class OutputFidelity:
     """Final model against the original for one output: cosine, signal-to-noise in dB, top-1 agreement or None.
 
     ``hellinger``: mean squared Hellinger distance of class probabilities, 0 to 1; None for any other output.
+    ``centred_cosine``: cosine of the outputs without their means over samples and positions, per channel; of boxes and
+    scores in one output the smaller one. ``kind``, ``axis``: how the output was read, and the axis of its classes or
+    attributes.
     """
 
     output: str
@@ -64,6 +67,9 @@ class OutputFidelity:
     snr_db: float
     top1: float | None = None
     hellinger: float | None = None
+    centred_cosine: float | None = None
+    kind: str = ""
+    axis: int | None = None
 
     @property
     def noise(self) -> float:
@@ -72,17 +78,47 @@ class OutputFidelity:
 
 
 @dataclass(slots=True)
+class AnswerFidelity:
+    """What the final model keeps of one answer: of an output, or of the boxes and scores of a detector together.
+
+    ``points``: 100 times the share of the original's answers that the final model still gives; ``lost`` says what went.
+    """
+
+    outputs: list[str]
+    kind: str
+    points: float
+    lost: str = ""
+
+
+@dataclass(slots=True)
 class Fidelity:
-    """Fidelity of every output; ``source`` says what inputs were used (``synthetic`` or the data's path)."""
+    """Fidelity of every output; ``source`` says what inputs were used (``synthetic`` or the data's path).
+
+    ``points``, 0 to 100, are those of the worst answer, because a model is used by all of its answers and a mean would
+    hide a lost one; None where nothing was compared. States that return as inputs are no answers.
+    """
 
     outputs: list[OutputFidelity] = field(default_factory=list)
     samples: int = 0
     source: str = "synthetic"
     note: str = ""
+    points: float | None = None
+    answers: list[AnswerFidelity] = field(default_factory=list)
+
+    @property
+    def worst(self) -> AnswerFidelity | None:
+        """The answer with the fewest points; None without any."""
+        return min(self.answers, key=lambda answer: answer.points, default=None)
+
+    @property
+    def worst_centred_cosine(self) -> float:
+        """The smallest centred cosine over the outputs, which ``--min-fidelity`` up to 1 gates on; NaN without any."""
+        cosines = [o.cosine if o.centred_cosine is None else o.centred_cosine for o in self.outputs]
+        return min(cosines) if cosines and not any(map(math.isnan, cosines)) else math.nan
 
     @property
     def worst_cosine(self) -> float:
-        """The smallest cosine over the outputs, which ``--min-fidelity`` gates on; NaN when no output was compared."""
+        """The smallest cosine over the outputs; NaN when no output was compared."""
         cosines = [o.cosine for o in self.outputs]
         return min(cosines) if cosines and not any(map(math.isnan, cosines)) else math.nan
 

@@ -25,7 +25,7 @@ from onnxprune.passes.recover import Recover, noise
 from onnxprune.passes.trial import Trial, synthetic_feeds
 from onnxprune.pipeline import Context, Model, PassResult, apply
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Sizes
-from onnxprune.runtime.fidelity import fidelity
+from onnxprune.runtime.fidelity import fidelity, hints_of
 from onnxprune.runtime.sessions import Feed
 
 Mask = NDArray[np.bool_]
@@ -270,7 +270,8 @@ def _fidelity(context: Context, trial: Trial, path: Path, inputs: Sequence[Feed]
     """Return the fidelity on these inputs, else on the first calibration samples."""
     feeds = inputs or (TrialSplit().first(context, trial.analysis) if context.calibration is not None else [])
     feeds = feeds or synthetic_feeds(context, trial.analysis)
-    return fidelity(trial.original, path, feeds, together=not trial.heavy)
+    hints = hints_of(trial.analysis)
+    return fidelity(trial.original, path, feeds, hints=hints, outputs=context.outputs, together=not trial.heavy)
 
 
 def points_of_original(analysis: Analysis, metric: Metric | None) -> float:

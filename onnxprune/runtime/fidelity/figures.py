@@ -1,18 +1,18 @@
-"""Fidelity: how close the outputs of two models are, batch by batch, without keeping any output."""
+"""Figures of single outputs: cosine, signal-to-noise, top-1, Hellinger distance; sums over batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sized
-from dataclasses import dataclass
-from itertools import repeat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.report.facts import Fidelity, OutputFidelity
-from onnxprune.runtime.sessions import Array, Feed, Openable, Progress, eps, measures, open_session, run
+from onnxprune.report.facts import OutputFidelity
+from onnxprune.runtime.fidelity.kinds import Part
+from onnxprune.runtime.sessions import Array, Feed, eps, measures
 
 # How far a row may be from adding up to 1, per class and in machine epsilons.
 _ROUNDING = 64.0
@@ -44,11 +44,11 @@ def roots(probabilities: NDArray[Any]) -> NDArray[np.float64]:
     return np.sqrt(np.maximum(known, 0.0))
 
 
-_SNR_LIMIT = 300.0  # dB; equal outputs would be infinite, which JSON cannot hold
+SNR_LIMIT = 300.0  # dB; equal outputs would be infinite, which JSON cannot hold
 
 
 @dataclass(slots=True)
-class _Sums:
+class Sums:
     """Running sums of one output: products of original a, final b and their difference d; elements; rows of scores.
 
     ``apart``: squared Hellinger distances of rows of probabilities; NaN for what is none.
@@ -65,61 +65,55 @@ class _Sums:
     rows: int = 0
     apart: float = 0.0
     broken: str = ""
+    blocks: dict[Part, Moments] = field(default_factory=dict)
 
 
-def fidelity(
-    original: Openable,
-    final: Openable,
-    feeds: Iterable[Feed],
-    source: str = "synthetic",
-    *,
-    together: bool = True,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Fidelity:
-    """Compare the final model with the original on ``feeds``, output by output, over all batches together.
+@dataclass(slots=True)
+class Moments:
+    """Sums of one block of columns, centred per column at the first batch's mean, by column."""
 
-    Cosine is ``a·b / (|a| |b|)`` and signal-to-noise ``10 log10(|a|² / |a - b|²)`` in dB (within ±300), in float64.
-    Where rows of the original are class probabilities, their Hellinger distance is told as well: see
-    :mod:`onnxprune.runtime.fidelity`. Top-1 is the share of rows with the same argmax over the last axis, for
-    float outputs of rank 2 or 3 whose last axis has 2 or more entries. Positions where the original is not finite are
-    left out; where only the final model is not, its value counts as 0. For integers wider than 8 bits, booleans and
-    strings (classes, indices) cosine and top-1 are the share of equal elements. An output whose shape or presence
-    differs counts as cosine 0 (``note`` says so).
-    With ``together`` both models are open at once and outputs are compared batch by batch; without, the original's
-    outputs are kept and only one model is in memory at a time, for which ``feeds`` is iterated twice.
+    centre: NDArray[np.float64] | None = None
+    count: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
-    Raises:
-        ModelError: one of the models does not load or run.
+    def add(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> None:
+        """Add tables [samples, positions, columns]."""
+        known = np.isfinite(a)
+        b = np.nan_to_num(b, nan=0.0, posinf=0.0, neginf=0.0)
+        if self.centre is None:
+            clean = np.where(known, a, 0.0)
+            self.centre = clean.mean((0, 1)) if a.shape[0] * a.shape[1] > 1 else np.full(a.shape[-1], clean.mean())
+            self.count, self.sums = np.zeros(a.shape[-1]), np.zeros((6, a.shape[-1]))
+        x, y = (np.where(known, v - self.centre, 0.0) for v in (a, b))
+        self.count += known.sum((0, 1))
+        self.sums += [v.sum((0, 1)) for v in (x, y, x * x, y * y, x * y, np.where(known, np.nan_to_num(a), 0.0) ** 2)]
+
+    def cosine(self) -> float:
+        """Return the cosine of the centred columns together; NaN where the original's do not change."""
+        if self.centre is None:
+            return math.nan
+        x, y, xx, yy, xy, aa = self.sums
+        number = np.maximum(self.count, 1.0)
+        alone = bool((number <= 1).all())
+        own, other = (float((s if alone else s - m * m / number).sum()) for s, m in ((xx, x), (yy, y)))
+        both = float((xy if alone else xy - x * y / number).sum())
+        if own <= 1e-9 * float(aa.sum()):
+            return math.nan
+        return max(-1.0, min(1.0, both / math.sqrt(own * other))) if other > 0 else 0.0
+
+
+def add(want: Feed, have: Feed, sums: dict[str, Sums], blocks: Mapping[str, Sequence[Part]]) -> None:
+    """Add one batch to the running sums.
+
+    Args:
+        want: outputs of the original.
+        have: outputs of the final model.
+        sums: by output.
+        blocks: columns of an output that are centred and scaled together, by output.
     """
-    sums: dict[str, _Sums] = {}
-    total, samples = len(feeds) if isinstance(feeds, Sized) else 0, 0
-    before: Any = open_session(original, threads=threads)
-    kept: Iterable[Feed | None] = repeat(None)
-    if not together:
-        kept = [run(before, feed) for feed in feeds]
-        before = None
-    after = open_session(final, threads=threads)
-    for index, (feed, want) in enumerate(zip(feeds, kept, strict=False)):
-        _add(run(before, feed) if want is None else want, run(after, feed), sums)
-        samples += next((int(array.shape[0]) for array in feed.values() if array.ndim), 1)
-        if progress and total:
-            progress("fidelity", (index + 1) / total)
-    notes = [f"{name}: {s.broken}" for name, s in sums.items() if s.broken]
-    silent = [name for name, s in sums.items() if not s.elements and not s.broken]
-    if silent:
-        notes.append(f"left out, the original has no finite value there: {', '.join(silent[:6])}")
-    outputs = [_finish(name, s) for name, s in sums.items() if name not in silent]
-    if not outputs:
-        notes.append("no output could be compared")
-    return Fidelity(outputs, samples, source, "; ".join(notes))
-
-
-def _add(want: Feed, have: Feed, sums: dict[str, _Sums]) -> None:
-    """Add one batch to the running sums."""
     for name in [*want, *(n for n in have if n not in want)]:
         array = want[name] if name in want else have[name]
-        s = sums.setdefault(name, _Sums(numeric=measures(array.dtype)))
+        s = sums.setdefault(name, Sums(numeric=measures(array.dtype)))
         if name not in want or name not in have:
             s.broken = f"only the {'original' if name in want else 'final model'} has it"
             continue
@@ -128,12 +122,14 @@ def _add(want: Feed, have: Feed, sums: dict[str, _Sums]) -> None:
             s.broken = f"shape {list(a.shape)} became {list(b.shape)}"
         elif s.numeric:
             _add_numbers(s, a, b)
+            for part in blocks.get(name, ()):
+                s.blocks.setdefault(part, Moments()).add(part.of(want), part.of(have))
         else:
             s.equal += int((a == b).sum())
             s.elements += a.size
 
 
-def _add_numbers(s: _Sums, a: Array, b: Array) -> None:
+def _add_numbers(s: Sums, a: Array, b: Array) -> None:
     """Add the products of one pair of numeric arrays, and its rows' argmax when they look like logits."""
     # Codes on three axes are more likely an image than scores.
     ranks = (2, 3) if eps(a.dtype) > 0 else (2,)
@@ -157,19 +153,21 @@ def _add_numbers(s: _Sums, a: Array, b: Array) -> None:
     s.dd += float((a - b) @ (a - b))
 
 
-def _finish(name: str, s: _Sums) -> OutputFidelity:
+def finish(name: str, s: Sums) -> OutputFidelity:
     """Compute the figures of one output from its sums."""
     if s.broken:
-        return OutputFidelity(name, 0.0, -_SNR_LIMIT)
+        return OutputFidelity(name, 0.0, -SNR_LIMIT, centred_cosine=0.0)
     if not s.numeric:
         share = s.equal / s.elements
-        snr = _SNR_LIMIT if share == 1 else -10 * math.log10(1 - share)
-        return OutputFidelity(name, share, snr, share)
+        snr = SNR_LIMIT if share == 1 else -10 * math.log10(1 - share)
+        return OutputFidelity(name, share, snr, share, centred_cosine=share)
     top1 = s.agree / s.rows if s.rows else None
     apart = None if math.isnan(s.apart) or not s.rows else min(1.0, s.apart / s.rows)
     if not s.dd:
-        return OutputFidelity(name, 1.0, _SNR_LIMIT, top1, apart)
+        return OutputFidelity(name, 1.0, SNR_LIMIT, top1, apart, centred_cosine=1.0)
     cosine = s.ab / math.sqrt(s.aa) / math.sqrt(s.bb) if s.aa and s.bb else 0.0
-    snr = 10 * (math.log10(s.aa) - math.log10(s.dd)) if s.aa else -_SNR_LIMIT
-    snr = min(_SNR_LIMIT, max(-_SNR_LIMIT, snr))
-    return OutputFidelity(name, min(1.0, max(-1.0, cosine)), snr, top1, apart)
+    snr = 10 * (math.log10(s.aa) - math.log10(s.dd)) if s.aa else -SNR_LIMIT
+    snr = min(SNR_LIMIT, max(-SNR_LIMIT, snr))
+    cosine = min(1.0, max(-1.0, cosine))
+    centred = [c for c in (moments.cosine() for moments in s.blocks.values()) if not math.isnan(c)]
+    return OutputFidelity(name, cosine, snr, top1, apart, centred_cosine=min(centred, default=cosine))

@@ -1,0 +1,8 @@
+"""Fidelity of a model to its original: figures of single outputs, and points by what the outputs mean."""
+
+from onnxprune.runtime.fidelity.figures import are_probabilities, roots
+from onnxprune.runtime.fidelity.hints import hints_of
+from onnxprune.runtime.fidelity.kinds import KINDS, Hint
+from onnxprune.runtime.fidelity.points import Outputs, fidelity
+
+__all__ = ["KINDS", "Hint", "Outputs", "are_probabilities", "fidelity", "hints_of", "roots"]

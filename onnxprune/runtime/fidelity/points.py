@@ -1,0 +1,196 @@
+"""Fidelity: how close the outputs of two models are, batch by batch, without keeping any output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+from onnxprune.report.facts import AnswerFidelity, Fidelity, OutputFidelity
+from onnxprune.runtime.fidelity.figures import Sums, add, finish
+from onnxprune.runtime.fidelity.kinds import Hint, Level, Part, Reading, read_outputs
+from onnxprune.runtime.fidelity.measures import Measure, measure_of
+from onnxprune.runtime.sessions import Feed, Openable, Progress, open_session, run
+
+Outputs = Mapping[str, tuple[str, int | None]]
+"""Kinds of outputs as a user set them: {output: (kind, axis or None)}."""
+
+# Batches that kinds, centres and scales are read off: so many samples, within so many bytes of outputs.
+_SAMPLES, _BYTES = 64, 64 << 20
+
+_Batch = tuple[Feed, Feed, Feed]
+
+
+def fidelity(
+    original: Openable,
+    final: Openable,
+    feeds: Iterable[Feed],
+    source: str = "synthetic",
+    *,
+    hints: Mapping[str, Hint] | None = None,
+    outputs: Outputs | None = None,
+    together: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Fidelity:
+    """Compare the final model with the original on ``feeds``, over all batches together.
+
+    Points are those of :mod:`onnxprune.runtime.fidelity.measures`, by the kind of each answer. The figures of single
+    outputs beside them: cosine ``a·b / (|a| |b|)``, the same of outputs centred per channel, signal-to-noise
+    ``10 log10(|a|² / |a - b|²)`` in dB (within ±300), in float64. Where rows of the original are class probabilities,
+    their Hellinger distance. Top-1 is the share of rows with the same argmax over the last axis, for float outputs of
+    rank 2 or 3 whose last axis has 2 or more entries. Positions where the original is not finite are left out; where
+    only the final model is not, its value counts as 0. For integers wider than 8 bits, booleans and strings (classes,
+    indices) cosine and top-1 are the share of equal elements. An output whose shape or presence differs counts as
+    cosine 0 (``note`` says so). With ``together`` both models are open at once and outputs are compared batch by batch;
+    without, the original's outputs are kept and only one model is in memory at a time, for which ``feeds`` is iterated
+    twice.
+
+    Args:
+        original: the model to be faithful to.
+        final: the model to judge.
+        feeds: inputs, batch by batch.
+        source: name of the inputs.
+        hints: what the graph shows of the outputs; None: kinds are read off values and names alone.
+        outputs: kinds that a user set.
+        together: whether both models may be open at once.
+        threads: of onnxruntime.
+        progress: called with the share done.
+
+    Raises:
+        ModelError: one of the models does not load or run.
+    """
+    judge = _Judge(hints or {}, outputs or {})
+    samples = 0
+    for batch in _batches(original, final, feeds, together, threads, progress):
+        judge.take(batch)
+        samples += next((int(array.shape[0]) for array in batch[0].values() if array.ndim), 1)
+    return judge.facts(samples, source)
+
+
+def _batches(
+    original: Openable,
+    final: Openable,
+    feeds: Iterable[Feed],
+    together: bool,
+    threads: int | None,
+    progress: Progress | None,
+) -> Iterator[_Batch]:
+    """Run both models on every batch of inputs."""
+    total = len(feeds) if isinstance(feeds, Sized) else 0
+    before: Any = open_session(original, threads=threads)
+    kept: Iterable[Feed | None] = repeat(None)
+    if not together:
+        kept = [run(before, feed) for feed in feeds]
+        before = None
+    after = open_session(final, threads=threads)
+    for index, (feed, want) in enumerate(zip(feeds, kept, strict=False)):
+        yield feed, run(before, feed) if want is None else want, run(after, feed)
+        if progress and total:
+            progress("fidelity", (index + 1) / total)
+
+
+class _Judge:
+    """Sums and measures of all outputs; the first batches wait until there are enough to tell kinds by."""
+
+    def __init__(self, hints: Mapping[str, Hint], given: Outputs) -> None:
+        self.hints, self.given = hints, given
+        self.waiting: list[_Batch] | None = []
+        self.sums: dict[str, Sums] = {}
+        self.measures: list[tuple[Reading, Measure]] = []
+        self.blocks: dict[str, list[Part]] = {}
+
+    def take(self, batch: _Batch) -> None:
+        """Add a batch, now or as soon as kinds are known."""
+        if self.waiting is None:
+            self._add(batch)
+            return
+        self.waiting.append(batch)
+        rows = sum(next((a.shape[0] for a in feed.values() if a.ndim), 1) for feed, _, _ in self.waiting)
+        held = sum(a.nbytes for _, *both in self.waiting for side in both for a in side.values())
+        if rows >= _SAMPLES or held >= _BYTES:
+            self._decide()
+
+    def _decide(self) -> None:
+        """Read kinds off the waiting batches, then add these."""
+        waiting, self.waiting = self.waiting or [], None
+        first = [want for _, want, _ in waiting]
+        readings = read_outputs(first, [feed for feed, _, _ in waiting], self.hints, self.given)
+        self.measures = [(reading, measure_of(reading, first)) for reading in readings]
+        self.blocks = {name: parts for reading in readings for name, parts in blocks_of(reading).items()}
+        for batch in waiting:
+            self._add(batch)
+
+    def _add(self, batch: _Batch) -> None:
+        feed, want, have = batch
+        add(want, have, self.sums, self.blocks)
+        for reading, measure in self.measures:
+            if all(name in want for name in reading.outputs):
+                measure.add(feed, want, have)
+
+    def facts(self, samples: int, source: str) -> Fidelity:
+        """Return the result of all batches."""
+        if self.waiting is not None:
+            self._decide()
+        notes = [f"{name}: {s.broken}" for name, s in self.sums.items() if s.broken and not self._is_listed(name)]
+        silent = [name for name, s in self.sums.items() if not s.elements and not s.broken]
+        if silent:
+            notes.append(f"left out, the original has no finite value there: {', '.join(silent[:6])}")
+        outputs = {name: finish(name, s) for name, s in self.sums.items() if name not in silent}
+        if not outputs:
+            notes.append("no output could be compared")
+        answers = [answer for pair in self.measures if (answer := self._answer(*pair, outputs)) is not None]
+        # What only one of the models has, or has at times, is no answer that stayed.
+        judged = {name for reading, _ in self.measures for name in reading.outputs}
+        broken = {name: self.sums[name].broken for name in outputs if name not in judged and self.sums[name].broken}
+        answers += [AnswerFidelity([name], "", 0.0, why) for name, why in broken.items()]
+        points = min((answer.points for answer in answers), default=None)
+        return Fidelity(list(outputs.values()), samples, source, "; ".join(notes), points, answers)
+
+    def _answer(
+        self, reading: Reading, measure: Measure, outputs: Mapping[str, OutputFidelity]
+    ) -> AnswerFidelity | None:
+        """Return the fidelity of an answer, and tell its outputs how they were read; None for what is no answer."""
+        share = measure.share()
+        own = [outputs[name] for name in reading.outputs if name in outputs]
+        points = 0.0 if math.isnan(share) else 100 * min(1.0, max(0.0, share))
+        for output in own:
+            output.kind, output.axis = reading.kind, _part_of(reading, output.output).axis
+            if self._is_listed(output.output):  # rows in another order, or of another number, are no loss
+                output.cosine = output.centred_cosine = points / 100
+        if reading.kind == "state" or not own or math.isnan(share):
+            return None
+        return AnswerFidelity(list(reading.outputs), reading.kind, points, measure.lost())
+
+    def _is_listed(self, name: str) -> bool:
+        """Return whether an output is a list of detections or indices, whose length may change."""
+        levels = [level for reading, _ in self.measures for level in reading.levels]
+        return any(level.listed and name in {p.name for p in parts_of(level)} for level in levels)
+
+
+def parts_of(level: Level) -> Sequence[Part]:
+    """Return all parts of a level."""
+    return [level.boxes, *level.scores, *level.labels, *level.extras]
+
+
+def _part_of(reading: Reading, name: str) -> Part:
+    parts = [reading.part, *(part for level in reading.levels for part in parts_of(level))]
+    return next((part for part in parts if part.name == name), Part(name))
+
+
+def blocks_of(reading: Reading) -> dict[str, list[Part]]:
+    """Return the columns that are centred and scaled together, by output: boxes apart from scores."""
+    if not reading.levels:
+        return {name: [reading.part] for name in reading.outputs} if reading.kind != "labels" else {}
+    blocks: dict[str, list[Part]] = {}
+    for level in reading.levels:
+        for part in (level.boxes, *level.extras):
+            blocks.setdefault(part.name, []).append(part)
+        for name in dict.fromkeys(part.name for part in level.scores):
+            ranges = [part for part in level.scores if part.name == name]
+            spans = [part.columns for part in ranges if part.columns is not None]
+            columns = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else None
+            blocks.setdefault(name, []).append(replace(ranges[0], columns=columns, form="", background=None))
+    return blocks
