@@ -30,6 +30,8 @@ STAGES = [
     {"pruning"},
     {"recovery", "factorization"},
     {"runtime"},
+    {"gradients"},
+    {"train"},
     {"pipeline"},
     {"passes"},
     {"search"},
@@ -133,7 +135,9 @@ def test_imports_have_no_cycles() -> None:
         ("PIL", ("runtime",)),
         (
             "onnx",
-            tuple("io graph channels pruning recovery factorization runtime pipeline passes search api".split()),
+            tuple(
+                "io graph channels pruning recovery factorization runtime gradients pipeline passes search api".split()
+            ),
         ),
         ("rich", ("report", "cli")),
         ("click", ("cli",)),
@@ -177,8 +181,8 @@ def test_there_is_no_drawer_for_everything() -> None:
     assert not {n for n in modules() if n.split(".")[-1] in ("utils", "helpers", "common", "misc")}
 
 
-APART = ("operators", "graph.canonical", "graph.open_sizes")
-"""Rules themselves; what rewrites a pattern of such operators; which sizes of theirs have to agree."""
+APART = ("operators", "gradients", "graph.canonical", "graph.open_sizes")
+"""Rules and gradients themselves; what rewrites a pattern of such operators; which sizes of theirs have to agree."""
 MOVERS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Split", "Expand", "Tile", "Identity"}
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnxprune.plugins import announced
 
 if TYPE_CHECKING:
+    from onnxprune.gradients.tape import Reverse
     from onnxprune.graph.view import Node
     from onnxprune.labels.algebra import Shape
     from onnxprune.operators.context import Cut, Step
@@ -242,6 +243,14 @@ class Rule:
         """Return the saturation levels in input 0: (level, True if the operator is flat below it, False if above)."""
         return []
 
+    def gradient(self, reverse: Reverse) -> None:
+        """Emit the gradients of the inputs as nodes, and hand them over by ``reverse.send(i, tensor)``.
+
+        Where a rule has none, that of :func:`register_gradient` counts; weights behind an operator without either
+        are not trained. An input that gets no gradient is one that the outputs do not depend on, or only in steps.
+        """
+        raise NotImplementedError
+
     def neutral(self, step: Step, i: int) -> str | None:
         """Return the name of the tensor that represents 0 in input ``i`` (a zero point); None where 0 itself does."""
         return None
@@ -252,6 +261,8 @@ class NoRule(Rule):
 
 
 NO_RULE = NoRule()
+Gradient = Callable[["Reverse"], None]
+_gradients: dict[tuple[str, str], Gradient] = {}
 _table: dict[tuple[str, str], list[tuple[int, int, Rule]]] = {}
 _loaded = False
 T = TypeVar("T", bound=type[Rule])
@@ -307,6 +318,31 @@ def lookup(domain: str, op: str, version: int) -> Rule:
 def rule_of(node: Node) -> Rule:
     """Return the rule of a node."""
     return lookup(node.domain, node.op, node.version)
+
+
+def register_gradient(domain: str, *ops: str) -> Callable[[Gradient], Gradient]:
+    """Register, as a decorator, a function that emits the gradient of operators of ``domain``.
+
+    A method ``gradient`` of a rule comes first, so that a rule of another package can bring its own.
+
+    Raises:
+        ValueError: an operator has a gradient already.
+    """
+
+    def decorate(gradient: Gradient) -> Gradient:
+        for op in ops:
+            if (domain, op) in _gradients:
+                raise ValueError(f"{domain or 'ai.onnx'}.{op} has a gradient already")
+            _gradients[domain, op] = gradient
+        return gradient
+
+    return decorate
+
+
+def gradient_of(domain: str, op: str, version: int) -> Gradient | None:
+    """Return what emits the gradient of an operator; None where nothing is registered."""
+    rule = lookup(domain, op, version)
+    return rule.gradient if type(rule).gradient is not Rule.gradient else _gradients.get((domain, op))
 
 
 def known() -> list[tuple[str, str]]:

@@ -1,0 +1,125 @@
+"""Whole graphs: several ways to a weight, what has no gradient, and what is constant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from build import Net
+from differences import check, static, weighted
+
+import onnxprune as op
+from onnxprune.gradients.backward import training_graph
+from onnxprune.operators.registry import gradient_of, unregister
+
+FEED = {"x": np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)}
+
+
+def residual(opset: int = 18) -> onnx.ModelProto:
+    """Convolutions of all kinds around a sum, a product and a head, with a weight that is read twice."""
+    net = Net(opset)
+    x = net.input("x", ["N", 3, 8, 8])
+    stem = net.op("Relu", net.norm(net.conv(x, 3, 4), 4))
+    shared = net.weight(4, 4, 3, 3)
+    one = net.op("Relu", net.op("Conv", stem, shared, pads=[1] * 4))
+    two = net.op("Conv", one, shared, pads=[1] * 4)
+    both = net.op("Sigmoid", net.op("Add", two, stem))
+    down = net.conv(net.conv(both, 4, 4, group=4, strides=[2, 2]), 4, 6, kernel=1, pad=False)
+    pooled = net.op("MaxPool", down, kernel_shape=[2, 2], strides=[2, 2])
+    flat = net.op("Flatten", net.op("GlobalAveragePool", pooled))
+    return net.model(net.op("Softmax", net.linear(flat, 6, 5, gemm=True), axis=1))
+
+
+@pytest.mark.parametrize("opset", [9, 13, 18])
+def test_a_network(opset: int) -> None:
+    training = check(residual(opset), FEED, engine="linear" if opset < 0 else "reference")
+    assert len(training.gradients) > 10
+
+
+def test_batches_of_other_sizes_are_other_graphs() -> None:
+    for size in (1, 3):
+        check(residual(), {"x": FEED["x"][:size]})
+
+
+def nets(op_type: str, **attrs: Any) -> tuple[onnx.ModelProto, list[str]]:
+    """Two ways to the output: one through an operator, the other around it."""
+    net = Net(18)
+    x = net.input("x", ["N", 4])
+    before, around, behind = net.weight(4, 4), net.weight(4, 4), net.weight(4, 4)
+    inner = net.op(op_type, net.op("MatMul", x, before), **attrs)
+    both = net.op("Add", net.op("MatMul", inner, behind), net.op("MatMul", x, around))
+    return net.model(both, check=False, shapes={both: ["N", 4]}), [before, around, behind]
+
+
+def test_an_operator_without_a_gradient_freezes_what_lies_behind_it() -> None:
+    model, (before, around, behind) = nets("Hardmax")
+    graph = static(model, {"x": FEED["x"][:, 0, 0, :4]})
+    training = training_graph(graph, weighted(graph), [before, around, behind])
+    assert set(training.gradients) == {around, behind}
+    assert "Hardmax" in training.frozen[before]
+
+
+def test_a_form_without_a_gradient_freezes_as_well() -> None:
+    net = Net(18)
+    x = net.input("x", ["N", 3, 4, 4])
+    weight = net.weight(3, 3, 1, 1)
+    y = net.op("MaxPool", net.op("Conv", x, weight), kernel_shape=[2, 2], storage_order=1, n=2)[0]
+    behind = net.weight(2, 3, 1, 1)
+    graph = static(net.model(net.op("Conv", y, behind)), {"x": FEED["x"][..., :4, :4]})
+    training = training_graph(graph, weighted(graph), [weight, behind])
+    assert set(training.gradients) == {behind}
+    assert "by column" in training.frozen[weight]
+
+
+def test_steps_send_nothing_and_freeze_nothing() -> None:
+    model, (before, around, behind) = nets("Floor")
+    graph = static(model, {"x": FEED["x"][:, 0, 0, :4]})
+    training = training_graph(graph, weighted(graph), [before, around, behind])
+    assert set(training.gradients) == {around, behind}
+    assert "does not depend" in training.frozen[before]
+
+
+def test_shape_arithmetic_is_constant() -> None:
+    net = Net(18)
+    x = net.input("x", ["N", 3, 8, 8])
+    y = net.conv(x, 3, 4)
+    batch = net.op("Slice", net.op("Shape", y), net.const([0]), net.const([1]))
+    flat = net.op("Reshape", y, net.op("Concat", batch, net.const([-1]), axis=0))
+    graph = static(net.model(net.op("MatMul", flat, net.weight(256, 3))), FEED)
+    assert [n.op for n in graph.nodes] == ["Conv", "Reshape", "MatMul"]
+    training = training_graph(graph, weighted(graph), graph.variables)
+    assert not training.frozen
+
+
+def test_weights_are_found_through_what_reads_them() -> None:
+    net = Net(18)
+    x = net.input("x", ["N", 4])
+    weight = net.weight(3, 4)
+    y = net.op("MatMul", x, net.op("Transpose", net.op("Identity", weight), perm=[1, 0]))
+    check(net.model(y), {"x": FEED["x"][:, 0, 0, :4]}, [weight])
+
+
+def test_a_rule_of_another_package_brings_its_own_gradient() -> None:
+    class Doubled(op.rules.Rule):
+        """2 x."""
+
+        def gradient(self, reverse: Any) -> None:
+            reverse.send(0, reverse.tape.scale(reverse.dy, 2.0))
+
+    op.rules.register("test.gradients", "Doubled", rule=Doubled())
+    try:
+        assert gradient_of("test.gradients", "Doubled", 1) is not None
+        assert gradient_of("test.gradients", "Other", 1) is None
+    finally:
+        unregister("test.gradients", "Doubled")
+
+
+def test_double_registration_is_an_error() -> None:
+    from onnxprune.gradients import built_in
+    from onnxprune.operators.registry import register_gradient
+
+    assert built_in.BUILT_IN
+    with pytest.raises(ValueError, match="Relu has a gradient already"):
+        register_gradient("", "Relu")(lambda reverse: None)
