@@ -12,7 +12,7 @@ from onnxprune.allocation.rounding import Kernels
 from onnxprune.allocation.settings import WIDEST, Options
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan
-from onnxprune.errors import BudgetError, UsageError, argument
+from onnxprune.errors import BudgetError, Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion
 from onnxprune.io.interchange import ModelSource
@@ -200,6 +200,7 @@ def prune(
     result = pipe.run(model, **reading, **running, **execution)
     if wishes.any:
         _warn_of_targets_met_before(result.report)
+    _warn_of_no_gain(result.report)
     _faithful(result, wishes)
     return result
 
@@ -210,6 +211,25 @@ def _warn_of_targets_met_before(report: Report) -> None:
         if target.met_before and target.limit != target.before:
             original = Target(target.kind, target.before, absolute=True)
             report.warnings.append(f"{target.asked} was met before the cut: the original has {original}")
+
+
+def _warn_of_no_gain(report: Report) -> None:
+    """Warn of a result that does less work and is not faster, with what would make it so."""
+    timed, sums = report.latency, report.totals
+    if timed is None or timed.speed_verdict == "faster" or sums.macs_after >= sums.macs_before:
+        return
+    low, high = timed.speedup_interval or (timed.speedup, timed.speedup)
+    times = f"{timed.speedup:.2f} times as fast ({low:.2f} to {high:.2f})"
+    what = "less work but slower" if timed.speed_verdict == "slower" else "less work, but no gain in speed was measured"
+    rounded = report.settings.get("round_to", "auto") == "auto"
+    targets = report.budget.targets if report.budget is not None else ()
+    if not rounded:
+        advice = f"; {argument('round_to', 'auto')} keeps the numbers of channels that kernels here take at a time"
+    elif any(target.kind == "latency" for target in targets):
+        advice = ""
+    else:
+        advice = f"; {argument('target', 'latency=0.8')} chooses the numbers of channels by times measured here"
+    report.warnings.append(Note(f"{what}: {times}{advice}"))
 
 
 def _stages(cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool) -> list[Any]:

@@ -17,6 +17,8 @@ from onnxprune.runtime import fidelity, latency
 
 # Default number of the user's samples to measure on.
 ENOUGH = 256
+# Seconds of timing for models whose runs take less than a few milliseconds.
+_LEAST_SECONDS = 0.4
 
 
 class Validate(Pass):
@@ -84,7 +86,8 @@ class Validate(Pass):
         elif self.timed:
             with context.stage("latency"):
                 feed, where = timing_feed(context, trial), context.device
-                yield latency.latency(trial.original, final, [feed], threads=where.threads, providers=where.providers)
+                conditions: dict[str, Any] = {"threads": where.threads, "providers": where.providers}
+                yield latency.latency(trial.original, final, [feed], least_s=_LEAST_SECONDS, **conditions)
 
 
 def _hold_out(context: Context, model: Model) -> tuple[Iterable[Any], str]:

@@ -125,7 +125,16 @@ class Fidelity:
 
 @dataclass(slots=True)
 class Latency:
-    """Milliseconds per run, original and final model run in turn; ``*_spread`` is the interquartile range."""
+    """Milliseconds per run, original and final model run in turn.
+
+    Attributes:
+        before_ms, after_ms: medians.
+        before_spread_ms, after_spread_ms: interquartile ranges.
+        runs: number of pairs of runs.
+        threads: inside an operator; 0 for the runtime's default.
+        paired: median of the ratios of the pairs; None where runs are not paired.
+        speedup_interval: 95 % confidence interval of that median; None likewise.
+    """
 
     before_ms: float
     after_ms: float
@@ -133,11 +142,34 @@ class Latency:
     after_spread_ms: float
     runs: int
     threads: int
+    paired: float | None = None
+    speedup_interval: tuple[float, float] | None = None
 
     @property
     def speedup(self) -> float:
-        """Median before divided by median after."""
+        """Return how many times as fast the final model is: the median of the pairs, else the ratio of the medians."""
+        if self.paired is not None:
+            return self.paired
         return self.before_ms / self.after_ms if self.after_ms else float("nan")
+
+    @property
+    def speed_verdict(self) -> str:
+        """Return ``faster``, ``slower`` or ``no difference``: only what the whole interval says."""
+        low, high = self.speedup_interval or (self.speedup / _UNPAIRED, self.speedup * _UNPAIRED)
+        if low > 1 + _SAME:
+            return "faster"
+        return "slower" if high < 1 - _SAME else "no difference"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the times as plain data, with the speed-up and its verdict."""
+        interval = None if self.speedup_interval is None else list(self.speedup_interval)
+        said = {"speedup": self.speedup, "speedup_interval": interval, "speed_verdict": self.speed_verdict}
+        return {k: v for k, v in asdict(self).items() if k != "paired"} | said
+
+
+# Differences below this are none: two runs of one file differ as much by where its weights lie in memory. Without pairs
+# of runs the medians have to differ by more.
+_SAME, _UNPAIRED = 0.01, 1.04
 
 
 @dataclass(slots=True)
@@ -368,7 +400,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready plain data."""
-        return asdict(self)
+        plain = asdict(self)
+        return plain if self.latency is None else plain | {"latency": self.latency.to_dict()}
 
 
 @dataclass(frozen=True, slots=True)

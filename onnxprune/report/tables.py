@@ -32,11 +32,7 @@ from onnxprune.report.facts import (
 
 LONG = 30
 """Up to this many layers every one is listed; in a longer model the untouched ones are folded into a count."""
-SLOWER = 0.95
-"""Speed-ups below this are worth a hint; closer to 1 they are noise."""
 _LESS, _MORE = "bold green", "yellow"
-BLOCK = 8
-"""Channels that a vectorised kernel takes at once."""
 
 
 class FittedTable(Table):
@@ -178,7 +174,7 @@ def totals(sums: Totals, latency: Latency | None) -> Table:
     if latency is not None:
         before = numbers.milliseconds(latency.before_ms, latency.before_spread_ms)
         after = numbers.milliseconds(latency.after_ms, latency.after_spread_ms)
-        style = _LESS if latency.speedup > 1 else _MORE if latency.speedup < SLOWER else ""
+        style = {"faster": _LESS, "slower": _MORE}.get(latency.speed_verdict, "")
         table.add_row("latency", before, after, Text(f"{latency.speedup:.2f}{numbers.TIMES} speed", style))
     return table
 
@@ -191,7 +187,11 @@ def latency_note(latency: Latency | None) -> Text | None:
         "1 thread" if latency.threads == 1 else f"{latency.threads} threads" if latency.threads else "default threads"
     )
     spread = f"median {numbers.PLUS_MINUS} interquartile range, {latency.runs} runs in turn"
-    return Text(f"latency: {spread}, onnxruntime, {threads}", style="dim")
+    interval = ""
+    if latency.speedup_interval is not None:
+        low, high = latency.speedup_interval
+        interval = f"; {latency.speed_verdict}: 95 % interval {low:.2f} to {high:.2f} times as fast"
+    return Text(f"latency: {spread}, onnxruntime, {threads}{interval}", style="dim")
 
 
 def flushed(values: int) -> list[Text]:
@@ -202,20 +202,6 @@ def flushed(values: int) -> list[Text]:
     return [
         Text.assemble(("flushed   ", "bold"), f"{values:,} {what} too small for quick arithmetic (subnormal) set to 0")
     ]
-
-
-def speed_note(report: Report) -> Text | None:
-    """Return advice where fewer channels take longer: onnxruntime's kernels work on blocks of channels."""
-    timed, sums = report.latency, report.totals
-    if timed is None or timed.speedup > SLOWER or sums.macs_after >= sums.macs_before:
-        return None
-    cut_layers = [layer for layer in report.layers if layer.channels_after < layer.channels_before]
-    if all(layer.channels_after % BLOCK == 0 for layer in cut_layers):
-        return None
-    return Text(
-        f"less work but slower: kernels take channels in blocks; --round-to {BLOCK} or {2 * BLOCK} often helps",
-        style="yellow",
-    )
 
 
 def _listed(sizes: Sequence[int]) -> str:
@@ -460,7 +446,7 @@ def product(report: Report) -> Text:
 def _speed_note(report: Report) -> Text | None:
     """Return advice where less work takes longer: more layers have to be started."""
     timed, sums = report.latency, report.totals
-    if timed is None or timed.speedup >= SLOWER or sums.macs_after >= sums.macs_before:
+    if timed is None or timed.speed_verdict != "slower" or sums.macs_after >= sums.macs_before:
         return None
     return Text("less work but slower: --method auto takes apart only what gets faster here", style="yellow")
 
@@ -706,9 +692,6 @@ def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableTyp
     note = latency_note(report.latency)
     if note is not None:
         parts.append(note)
-    slower = speed_note(report)
-    if slower is not None:
-        parts.append(slower)
     if report.budget is not None:
         parts += [Text(""), *render(report.budget)]
     chosen = settings(report)

@@ -210,7 +210,7 @@ def _per_node(events: Sequence[dict[str, object]], runs: int, share: float | Non
 
 
 _WARM_UP = 2
-_FEWEST = 5
+_FEWEST, _MOST = 5, 400
 # Seconds that a clock may be coarse by.
 _FINE = 1e-6
 
@@ -225,11 +225,13 @@ def latency(
     providers: Sequence[str] = (CPU,),
     budget_s: float = 10.0,
     steady: bool = False,
+    least_s: float = 0.0,
     progress: Progress | None = None,
 ) -> Latency:
-    """Measure the median milliseconds per run of two models with all graph optimisations, and the interquartile range.
+    """Measure the median milliseconds per run of two models with all graph optimisations, and how they compare.
 
-    The models run in turn, see :func:`in_turn`.
+    The models run in turn, see :func:`in_turn`. Every round is a pair: what disturbs the machine for longer than a run
+    disturbs both, so that the ratio of a pair says more than both medians.
 
     Args:
         before: the first model, a path or bytes.
@@ -240,15 +242,41 @@ def latency(
         providers: onnxruntime providers, in order of preference.
         budget_s: seconds after which measuring stops once five rounds are done.
         steady: see :func:`in_turn`.
+        least_s: see :func:`in_turn`.
         progress: callback, called with (stage, fraction).
 
     Raises:
         ModelError: a model does not load or run, or there is no input to run on.
     """
     device = Device(tuple(providers), threads or processors())
-    times = in_turn([before, after], feeds, device, runs=runs, budget_s=budget_s, steady=steady, progress=progress)
+    times = in_turn(
+        [before, after],
+        feeds,
+        device,
+        runs=runs,
+        budget_s=budget_s,
+        steady=steady,
+        least_s=least_s,
+        progress=progress,
+    )
     (before_ms, before_spread), (after_ms, after_spread) = (_summary(t) for t in times)
-    return Latency(before_ms, after_ms, before_spread, after_spread, len(times[0]), device.threads)
+    paired, interval = paired_speedup(*times)
+    return Latency(before_ms, after_ms, before_spread, after_spread, len(times[0]), device.threads, paired, interval)
+
+
+def paired_speedup(before: Sequence[float], after: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Return the median of the ratios of paired times, and its 95 % confidence interval.
+
+    The interval lies between two of the sorted ratios, by the sign test: it assumes nothing of their distribution. Of 5
+    pairs it is the least and the largest (94 %).
+
+    Args:
+        before: times of the first model [pairs], 1 or more.
+        after: times of the second model in the same rounds [pairs], same unit.
+    """
+    ratios = np.sort(np.asarray(before) / np.maximum(np.asarray(after), _FINE))
+    low = max(0, int(0.5 * ratios.size - 0.98 * np.sqrt(ratios.size)))
+    return float(np.median(ratios)), (float(ratios[low]), float(ratios[ratios.size - 1 - low]))
 
 
 def in_turn(
@@ -259,12 +287,14 @@ def in_turn(
     runs: int = 20,
     budget_s: float = 10.0,
     steady: bool = False,
+    least_s: float = 0.0,
     progress: Progress | None = None,
 ) -> list[list[float]]:
     """Measure the milliseconds of every run of several models on the first of ``feeds``.
 
     The models run in turn, in alternating order, after a warm-up, so that changes of the machine's speed affect all.
-    Measuring stops after ``runs`` rounds, or once ``budget_s`` seconds are spent and five rounds are done.
+    Measuring stops after ``runs`` rounds, later where ``least_s`` seconds are not over by then (at 400 rounds at the
+    latest), or once ``budget_s`` seconds are spent and five rounds are done.
 
     Args:
         models: the models, paths or bytes.
@@ -274,6 +304,7 @@ def in_turn(
         budget_s: seconds after which measuring stops once five rounds are done.
         steady: whether to measure the CPU time of the thread where one CPU thread runs the model, which leaves out
             waiting for other programs; with more threads there is no such clock.
+        least_s: seconds to go on for where the rounds are short, 0 or more.
         progress: callback, called with (stage, fraction).
 
     Raises:
@@ -293,13 +324,14 @@ def in_turn(
             call()
     times: list[list[float]] = [[] for _ in calls]
     wanted = max(runs, _FEWEST)
-    for index in range(wanted):
-        if index >= _FEWEST and time.perf_counter() - start > budget_s:
+    for index in range(max(wanted, _MOST if least_s else 0)):
+        spent = time.perf_counter() - start
+        if index >= _FEWEST and (spent > budget_s or (index >= wanted and spent > least_s)):
             break
         for which in range(len(calls)) if index % 2 == 0 else reversed(range(len(calls))):
             times[which].append(_timed(calls[which], clock))
         if progress:
-            progress("latency", (index + 1) / wanted)
+            progress("latency", min(1.0, (index + 1) / wanted))
     return times
 
 

@@ -130,6 +130,7 @@ def test_layers_of_the_same_name_are_told_apart(api, run, model, count) -> None:
 
 
 def test_what_grows_or_slows_down_is_not_green() -> None:
+    """Between 0.96 and 1.05 times as fast, without pairs of runs, nothing is said."""
     for speed, colour in ((0.58, "yellow"), (0.99, ""), (1.7, "bold green")):
         table = tables.totals(Totals(100, 120, 100, 50), Latency(speed, 1.0, 0.0, 0.0, 20, 1))
         cells = [cell for cell in table.columns[3].cells if isinstance(cell, Text)]
@@ -297,12 +298,14 @@ def test_a_stream_that_knows_only_ascii_gets_ascii(tmp_path) -> None:
     assert done.stdout == "1 -> 2\na +/- b x c ... ?\n"
 
 
-def test_a_cut_that_is_slower_says_what_to_try(api, run, model) -> None:
-    assert "--round-to" not in run(model).stdout
-    api.report.latency.after_ms = 3.0
-    assert "less work but slower: kernels take channels in blocks; --round-to 8 or 16 often helps" in run(model).stdout
-    api.report.layers[0].channels_after = 48
-    assert "--round-to" not in run(model).stdout
+def test_a_speedup_is_said_with_its_interval(api, run, model) -> None:
+    api.report.latency.paired, api.report.latency.speedup_interval = 1.6, (1.52, 1.68)
+    shown = run(model)
+    assert "faster: 95 % interval 1.52 to 1.68 times as fast" in shown.stdout
+    told = json.loads(run(model, "--json").stdout)["latency"]
+    assert (told["speedup"], told["speedup_interval"], told["speed_verdict"]) == (1.6, [1.52, 1.68], "faster")
+    api.report.latency.speedup_interval = (0.4, 2.1)
+    assert "no difference: 95 % interval 0.40 to 2.10 times as fast" in run(model).stdout
 
 
 def test_a_cut_that_removes_nothing_is_no_silent_success(api, run, model) -> None:
