@@ -22,6 +22,7 @@ from onnxprune.pipeline import Context, Model, Progress
 from onnxprune.report.facts import Report, SweepFacts
 from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.images import ImageOptions
+from onnxprune.runtime.sessions import with_custom_ops
 from onnxprune.search.budget import Budget, default_criterion
 from onnxprune.search.evaluation import Metric, load_metric
 from onnxprune.search.latency import Profiled, latency_table, profiled, rewritable_sizes
@@ -34,6 +35,7 @@ from onnxprune.targets import Target, parse
 
 
 @called("prune")
+@with_custom_ops
 def prune(
     model: ModelSource,
     *,
@@ -74,6 +76,7 @@ def prune(
     images: ImageOptions | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
+    custom_op_libraries: Sequence[str | Path] = (),
     recover: str | None = None,
     memory_limit: int | None = None,
     validate: bool = True,
@@ -139,6 +142,7 @@ def prune(
         images: conversion of images to arrays; None: from the model's input.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
+        custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
         recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
@@ -269,6 +273,7 @@ def _faithful(result: Result, wishes: Wishes) -> None:
 
 
 @called("recover")
+@with_custom_ops
 def recover(
     original: ModelSource,
     cut: ModelSource,
@@ -283,6 +288,7 @@ def recover(
     memory_limit: int | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
+    custom_op_libraries: Sequence[str | Path] = (),
     approximate: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -301,6 +307,7 @@ def recover(
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
+        custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
         approximate: whether the model was pruned with ``approximate``; False.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
 
@@ -328,6 +335,7 @@ def recover(
 
 
 @called("factorize")
+@with_custom_ops
 def factorize(
     model: ModelSource,
     *,
@@ -352,6 +360,7 @@ def factorize(
     recover: str | None = None,
     memory_limit: int | None = None,
     seed: int = 0,
+    custom_op_libraries: Sequence[str | Path] = (),
     validate: bool = True,
     latency: bool = True,
     progress: Progress | None = None,
@@ -389,6 +398,7 @@ def factorize(
             the reported fidelity.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
         seed: seed of all random numbers, 0 or more; 0.
+        custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
         validate: run the checks; True.
         latency: measure latency; True.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
@@ -456,6 +466,7 @@ def analyze(
 
 
 @called("profile")
+@with_custom_ops
 def profile(
     model: ModelSource,
     *,
@@ -469,6 +480,7 @@ def profile(
     images: ImageOptions | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
+    custom_op_libraries: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> Profiled:
     """Measure on this machine the time of every node as a function of its numbers of channels.
@@ -488,6 +500,7 @@ def profile(
         images: conversion of images to arrays; None: from the model's input.
         cache: folder to keep the table in; None: the user's cache folder.
         seed: seed of all random numbers, 0 or more; 0.
+        custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
 
     Returns:
@@ -511,6 +524,7 @@ def profile(
 
 
 @called("sensitivity")
+@with_custom_ops
 def sensitivity(
     model: ModelSource,
     *,
@@ -544,6 +558,7 @@ def sensitivity(
     images: ImageOptions | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
+    custom_op_libraries: Sequence[str | Path] = (),
     recover: str | None = None,
     memory_limit: int | None = None,
     progress: Progress | None = None,
@@ -598,6 +613,7 @@ def sensitivity(
         images: conversion of images to arrays; None: from the model's input.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
+        custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
         recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
@@ -650,6 +666,7 @@ def sensitivity(
 
 
 @called("sweep")
+@with_custom_ops
 def sweep(
     model: ModelSource,
     *,
@@ -685,6 +702,7 @@ def sweep(
     images: ImageOptions | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
+    custom_op_libraries: Sequence[str | Path] = (),
     recover: str | None = None,
     memory_limit: int | None = None,
     latency: bool = True,
@@ -740,6 +758,7 @@ def sweep(
         images: conversion of images to arrays; None: from the model's input.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
+        custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
         recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for

@@ -36,7 +36,7 @@ from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.fidelity import Outputs
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.latency import Device, device
-from onnxprune.runtime.sessions import Feed
+from onnxprune.runtime.sessions import Feed, with_custom_ops
 from onnxprune.settings import check_needs, checked
 
 Progress = Callable[[str, float], None]
@@ -540,6 +540,7 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"<Pipeline: {' -> '.join(stage.label for stage in self.passes)}>"
 
+    @with_custom_ops
     def run(
         self,
         model: ModelSource,
@@ -554,6 +555,7 @@ class Pipeline:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         seed: int = 0,
+        custom_op_libraries: Sequence[str | Path] = (),
         progress: Progress | None = None,
     ) -> Result:
         """Run every pass on ``model``.
@@ -570,6 +572,7 @@ class Pipeline:
             providers: onnxruntime providers for measurements of time; None: the CPU.
             threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
             seed: seed of all random numbers, 0 or more.
+            custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime.
             progress: callback, called with (stage, fraction), fraction in [0, 1].
 
         Raises:

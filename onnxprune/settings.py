@@ -244,6 +244,19 @@ class PathTo(Kind):
         return Path(text)
 
 
+class Paths(PathTo):
+    """Paths of files, each given on its own."""
+
+    def check(self, value: Any, name: str) -> Sequence[Any]:
+        """Return the checked paths; raises UsageError."""
+        from pathlib import Path
+
+        given = [value] if isinstance(value, (str, Path)) else value
+        if not isinstance(given, Iterable) or not all(isinstance(p, (str, Path)) for p in given):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint="Give a list of paths.")
+        return tuple(given)
+
+
 class Patterns(Kind):
     """Globs over the names of nodes and weights, each given on its own."""
 
@@ -1178,6 +1191,15 @@ SETTINGS: tuple[Setting, ...] = (
         },
     ),
     Setting("seed", Whole(0, "a seed"), "Seed of everything random.", dict.fromkeys(_RUN, MACHINE), 0),
+    Setting(
+        "custom_op_libraries",
+        Paths("FILE", "paths of shared libraries"),
+        "A shared library of custom operators, known to every session of onnxruntime; repeatable.",
+        dict.fromkeys(_RUN, MACHINE),
+        (),
+        option="--custom-op-library",
+        many=True,
+    ),
     # What is repaired and checked
     Setting(
         "recover",

@@ -19,6 +19,7 @@ from onnxprune.report.console import Screen
 from onnxprune.settings import (
     TARGET_KINDS,
     Flag,
+    Paths,
     PathTo,
     Patterns,
     PerName,
@@ -215,6 +216,8 @@ class Given:
                 raise UsageError(
                     f"{argument(name)} {str(path)!r} is not a folder", hint="Give a folder; a new one is made."
                 )
+        for library in self.values.get("custom_op_libraries", ()):
+            existing(library, "library of operators")
         self._check_decided()
         check_needs(self.command, {**self.values, **self.arguments})
         if self.values.get("providers") is not None:
@@ -247,7 +250,7 @@ class Given:
             return unique(argument(setting.name), value) or None
         if isinstance(kind, Targets):
             return list(value) or None
-        return tuple(value) if isinstance(kind, Patterns) else value
+        return tuple(value) if isinstance(kind, (Paths, Patterns)) else value
 
     def _images(self) -> Any:
         """Return the image options given on the command line, None where there are none."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import ml_dtypes
 import numpy as np
@@ -51,14 +51,21 @@ def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
     return float(info.eps), float(info.max)
 
 
+P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @contextmanager
 def cores() -> Iterator[ThreadPoolExecutor]:
-    """Start a thread per core, with one BLAS thread in each of them."""
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    """Start a thread per core, with one BLAS thread in each of them; sessions opened there are as those opened here."""
+    known, held_once = _libraries.get(), _frugal.get()
+
+    def start() -> None:
+        _libraries.set(known)
+        _frugal.set(held_once)
+
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1, "", start) as pool:
         yield pool
 
 
@@ -141,6 +148,61 @@ def frugal(enabled: bool = True) -> Iterator[None]:
         _frugal.reset(token)
 
 
+_libraries: ContextVar[tuple[str, ...]] = ContextVar("libraries", default=())
+
+
+def libraries() -> tuple[str, ...]:
+    """Return the libraries of custom operators that sessions know at present."""
+    return _libraries.get()
+
+
+@contextmanager
+def custom_ops(files: Iterable[str | Path]) -> Iterator[None]:
+    """Sessions opened meanwhile know the operators of these libraries, besides those that they knew before.
+
+    Args:
+        files: shared libraries that export ``RegisterCustomOps``.
+
+    Raises:
+        UsageError: one is missing, or onnxruntime cannot load it.
+    """
+    found = [str(_library(Path(file))) for file in files]
+    token = _libraries.set(tuple(dict.fromkeys([*_libraries.get(), *found])))
+    try:
+        yield
+    finally:
+        _libraries.reset(token)
+
+
+def with_custom_ops(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a call register the libraries of its argument ``custom_op_libraries`` in its sessions, as a decorator."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = cast("Iterable[str | Path]", kwargs.get("custom_op_libraries") or ())
+        with custom_ops(given):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _library(path: Path) -> Path:
+    """Return the whole path of a library that loads; raises UsageError."""
+    if not path.is_file():
+        raise UsageError(
+            f"{argument('custom_op_libraries')} {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}",
+            hint="Give the shared library that registers the operators: a file .so, .dll or .dylib.",
+        )
+    try:
+        ort.SessionOptions().register_custom_ops_library(str(path.resolve()))
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise UsageError(
+            f"{argument('custom_op_libraries')} {str(path)!r} cannot be loaded: {shorten(str(error))}",
+            hint="It has to be built for this system and this onnxruntime, and to export RegisterCustomOps.",
+        ) from error
+    return path.resolve()
+
+
 class Referring(NamedTuple):
     """A serialised model whose external data lie in files of a folder."""
 
@@ -195,6 +257,8 @@ def open_session(
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    for library in _libraries.get():
+        options.register_custom_ops_library(library)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
@@ -247,7 +311,7 @@ def _load_error(message: str, model: str) -> ModelError:
             return ModelError(
                 f"onnxruntime has no kernel for operator {match['op']!r}{version}, so {model} cannot be run here: "
                 f"{shorten(message)}",
-                hint=_CUT_ANYWAY,
+                hint=f"{_CUT_ANYWAY} A library that has the operator goes to {argument('custom_op_libraries')}.",
             )
     return ModelError(f"onnxruntime cannot load {model}: {shorten(message)}", hint=_CUT_ANYWAY)
 

@@ -26,6 +26,7 @@ from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSpl
 from onnxprune.passes.recover import noise
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import Context
+from onnxprune.runtime import sessions
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Feed
 from onnxprune.search.evaluation import Metric, evaluate, points_name, points_of_original
@@ -56,10 +57,16 @@ class Job:
     seed: int
     atoms: int
     removed: dict[float, bytes]
+    libraries: tuple[str, ...] = ()
 
 
 def run_job(job: Job) -> list[tuple[float, float, str]]:
     """Return (noise, points, name of the points) for every share; runs in a worker."""
+    with sessions.custom_ops(job.libraries):
+        return _measured(job)
+
+
+def _measured(job: Job) -> list[tuple[float, float, str]]:
     context = _context(_Key(job))
     analysis = context.analysis.with_reshape_axis(job.reshape_axis)
     points = []
@@ -197,7 +204,19 @@ def _job(
     atoms = next(iter(masks.values())).size
     model_source = model if isinstance(model, bytes) else str(Path(model).resolve())
     axis, approximate = selector.analysis.reshape_axis, selector.analysis.approximate
-    return Job(model_source, context.input_shapes, feeds, approximate, axis, mode, metric, context.seed, atoms, packed)
+    return Job(
+        model_source,
+        context.input_shapes,
+        feeds,
+        approximate,
+        axis,
+        mode,
+        metric,
+        context.seed,
+        atoms,
+        packed,
+        sessions.libraries(),
+    )
 
 
 def _feeds(context: Context, selector: Selector) -> tuple[Feed, ...] | None:
