@@ -9,6 +9,7 @@ Names are loaded when first used, so that the command line answers at once.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from warnings import warn
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from onnxprune.search.budget import Budget
 
 __version__ = "0.1.0"
+logging.getLogger("onnxprune").addHandler(logging.NullHandler())
 _HOME = {
     "Analysis": "onnxprune.channels.analysis",
     "ArgumentError": "onnxprune.errors",

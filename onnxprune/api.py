@@ -135,8 +135,9 @@ def prune(
         threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
         data: inputs without labels for recovery, validation and criteria that need them: a .npz or .npy file, a folder
-            of such or of images, an array, a mapping of input names to arrays, an iterable of these, or a reader with
-            onnxruntime's ``CalibrationDataReader`` interface. None: seeded synthetic inputs for validation.
+            of such or of images, an array or tensor, a mapping of input names to these, an iterable of these, such as
+            a loader of (inputs, labels), whose labels are left out, or a reader with onnxruntime's
+            ``CalibrationDataReader`` interface. None: seeded synthetic inputs for validation.
         samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
@@ -606,8 +607,9 @@ def sensitivity(
         threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
         data: inputs without labels for recovery, validation and criteria that need them: a .npz or .npy file, a folder
-            of such or of images, an array, a mapping of input names to arrays, an iterable of these, or a reader with
-            onnxruntime's ``CalibrationDataReader`` interface. None: seeded synthetic inputs for validation.
+            of such or of images, an array or tensor, a mapping of input names to these, an iterable of these, such as
+            a loader of (inputs, labels), whose labels are left out, or a reader with onnxruntime's
+            ``CalibrationDataReader`` interface. None: seeded synthetic inputs for validation.
         samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
@@ -751,8 +753,9 @@ def sweep(
         threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
         data: inputs without labels for recovery, validation and criteria that need them: a .npz or .npy file, a folder
-            of such or of images, an array, a mapping of input names to arrays, an iterable of these, or a reader with
-            onnxruntime's ``CalibrationDataReader`` interface. None: seeded synthetic inputs for validation.
+            of such or of images, an array or tensor, a mapping of input names to these, an iterable of these, such as
+            a loader of (inputs, labels), whose labels are left out, or a reader with onnxruntime's
+            ``CalibrationDataReader`` interface. None: seeded synthetic inputs for validation.
         samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.

@@ -8,6 +8,7 @@ guarantees of a pass are declared on it and checked around every call.
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,27 +91,39 @@ class Calibration:
         return first
 
 
+_logger = logging.getLogger("onnxprune")
+
+
+def _unlogged(text: str, *values: object) -> None:
+    """Write nothing."""
+
+
 class Stages:
     """Clock of the stages of a run, and their progress.
 
     Args:
         listener: progress callback, called with (stage, fraction).
+        logged: whether the logger ``onnxprune`` gets a line per stage, at level DEBUG.
 
     Attributes:
         seconds: seconds per stage, by name.
     """
 
-    def __init__(self, listener: Progress | None = None) -> None:
+    def __init__(self, listener: Progress | None = None, *, logged: bool = True) -> None:
         self._listener = listener
+        self._log: Callable[..., None] = _logger.debug if logged else _unlogged
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time what runs inside."""
         self.tell(name, 0.0)
+        self._log("%s: started", name)
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        self._log("%s: done in %.3f s", name, took)
         self.tell(name, 1.0)
 
     def tell(self, name: str, fraction: float) -> None:
@@ -204,7 +217,7 @@ class Context:
         calibration = self.calibration
         if calibration is not None and samples is not None:
             calibration = calibration.first(samples)
-        return replace(self, calibration=calibration, stages=Stages())
+        return replace(self, calibration=calibration, stages=Stages(logged=False))
 
     def stage(self, name: str) -> Any:
         """Time what runs inside, as a stage of that name."""

@@ -66,6 +66,59 @@ def held(array: Array, place: str) -> Rows:
     return Rows(array.shape, array.dtype, lambda rows: _slices(array, rows), place)
 
 
+def is_tensor(value: Any) -> bool:
+    """Return whether a value is one array, of whichever library."""
+    return hasattr(value, "__array__") or hasattr(value, "__dlpack__")
+
+
+def as_array(value: Any, place: str) -> Array:
+    """Return an array, a tensor of torch, tensorflow, jax or CuPy, or nested lists as an array of numpy.
+
+    Args:
+        value: what to convert. No library is imported for it: tensors are asked for their numbers.
+        place: its name in messages.
+
+    Raises:
+        UsageError: it is none of these, or its rows have different lengths.
+    """
+    try:
+        array = _as_array(value)
+    except Exception as error:  # whichever exception the library of a tensor raises
+        lines = str(error).strip().splitlines()
+        ragged = isinstance(error, ValueError) and "inhomogeneous" in str(error)
+        why = "its rows have different lengths" if ragged else lines[0] if lines else type(error).__name__
+        hint = "Pad them to one length, or give one sample per item." if ragged else HINT
+        raise UsageError(f"{place} cannot be read: {why}", hint=hint) from error
+    made = array.dtype.hasobject and not isinstance(value, np.ndarray)
+    if made and not all(isinstance(one, (str, bytes)) for one in array.flat):
+        raise UsageError(f"{place} is a {type(value).__name__}, and no array of numbers or texts", hint=HINT)
+    return array
+
+
+def _as_array(value: Any) -> Array:
+    if isinstance(value, np.ndarray):
+        return np.asarray(value)
+    if isinstance(value, (list, tuple)) and value and is_tensor(value[0]):
+        return np.stack([_as_array(one) for one in value])
+    for step in ("detach", "cpu"):  # torch: out of the graph of gradients, off the accelerator
+        value = getattr(value, step)() if callable(getattr(value, step, None)) else value
+    if callable(getattr(value, "numpy", None)):
+        try:
+            return np.asarray(value.numpy())
+        except (TypeError, RuntimeError):  # a type that numpy lacks: bfloat16
+            if not callable(getattr(value, "float", None)):
+                raise
+            return np.asarray(value.float().numpy())
+    if hasattr(value, "__array__"):
+        try:
+            return np.asarray(value)
+        except TypeError:  # CuPy does not leave its device by itself
+            if not callable(getattr(value, "get", None)):
+                raise
+            return np.asarray(value.get())
+    return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
+
+
 def _slices(array: Array, rows: int) -> Iterator[Array]:
     if not array.ndim:
         yield array

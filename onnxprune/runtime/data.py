@@ -18,7 +18,19 @@ import numpy as np
 from onnxprune.errors import UsageError, argument
 from onnxprune.graph.probes import InputSpec
 from onnxprune.runtime import images
-from onnxprune.runtime.arrays import HINT, SUFFIXES, UNNAMED, Part, array_file, array_files, by_stem, held, may_be_read
+from onnxprune.runtime.arrays import (
+    HINT,
+    SUFFIXES,
+    UNNAMED,
+    Part,
+    array_file,
+    array_files,
+    as_array,
+    by_stem,
+    held,
+    is_tensor,
+    may_be_read,
+)
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.matching import cast, match
 from onnxprune.runtime.sessions import Array, Feed
@@ -61,10 +73,11 @@ def open_source(source: Any, specs: Sequence[InputSpec], options: images.ImageOp
             folder = images.Folder(path, pictures, specs, options)
             return Source(lambda: iter([folder.part()]), unit=folder.unit, stamp=folder.stamp)
         opened_source: Source | None = Source(lambda: _from_files(path, arrays, [spec.name for spec in specs]))
-    elif isinstance(source, (np.ndarray, Mapping)):
-        opened_source = Source(lambda: iter([_part(source)]))
+    elif isinstance(source, Mapping) or is_tensor(source):
+        _check_splits(source, specs)
+        opened_source = Source(lambda: iter([_part(source, specs)]))
     else:
-        opened_source = _from_object(source)
+        opened_source = _from_object(source, specs)
     if opened_source is None:
         raise UsageError(f"data is a {type(source).__name__}: no path, mapping or iterable of mappings", hint=HINT)
     if options is not None:
@@ -102,17 +115,34 @@ def _from_files(path: Path, files: Sequence[Path], names: Sequence[str]) -> Iter
         yield from map(array_file, files)
 
 
-def _from_object(source: Any) -> Source | None:
-    """Open an iterable or a reader as a source; None for anything else."""
+def _check_splits(source: Any, specs: Sequence[InputSpec]) -> None:
+    """Check that a mapping holds arrays, not whole data sets by name; raises UsageError."""
+    if not isinstance(source, Mapping) or not source or any(spec.name in source for spec in specs):
+        return
+    if all(hasattr(one, "__getitem__") and hasattr(one, "features") for one in source.values()):
+        raise UsageError(
+            f"data holds data sets {', '.join(map(repr, list(source)[:4]))}, and one is wanted",
+            hint=f"Give one of them: {argument('data')} = datasets[{next(iter(source))!r}].",
+        )
+
+
+def _from_object(source: Any, specs: Sequence[InputSpec]) -> Source | None:
+    """Open an iterable, a reader, a loader of batches or a data set as a source; None for anything else."""
     if hasattr(source, "get_next"):
         if hasattr(source, "rewind"):
-            return Source(lambda: map(_part, _rewound(source)), known=False)
-        return _once(iter(source.get_next, None))
+            return Source(lambda: (_part(item, specs) for item in _rewound(source)), known=False)
+        return _once(iter(source.get_next, None), specs)
+    if hasattr(source, "as_numpy_iterator"):  # tensorflow's data sets may be shuffled anew in every pass
+        return _once(iter(source.as_numpy_iterator()), specs)
+    if hasattr(source, "batch_sampler") and hasattr(source, "__iter__"):  # so may torch's loaders
+        return _once(iter(source), specs)
     if not hasattr(source, "__iter__"):
-        return None
+        if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+            return None
+        return Source(lambda: _items((source[i] for i in range(len(source))), specs), known=False)
     if isinstance(source, Iterator):
-        return _once(source)
-    return Source(lambda: _items(source), known=isinstance(source, (list, tuple)))
+        return _once(source, specs)
+    return Source(lambda: _items(source, specs), known=isinstance(source, (list, tuple)))
 
 
 def _rewound(reader: Any) -> Iterator[Any]:
@@ -121,28 +151,64 @@ def _rewound(reader: Any) -> Iterator[Any]:
     yield from iter(reader.get_next, None)
 
 
-def _items(source: Iterable[Any]) -> Iterator[Part]:
+def _items(source: Iterable[Any], specs: Sequence[InputSpec]) -> Iterator[Part]:
     """Every item as a set of arrays."""
     for index, item in enumerate(source):
-        yield _part(item, index)
+        yield _part(item, specs, index)
 
 
-def _part(item: Any, index: int | None = None) -> Part:
-    """One item as a set of arrays by name; ``index`` names it in messages where it is one of several."""
+def _part(item: Any, specs: Sequence[InputSpec], index: int | None = None) -> Part:
+    """Return one item as a set of arrays by name; ``index`` names it in messages where it is one of several.
+
+    A tuple or list, as loaders of (inputs, labels) give them, holds the inputs first, in the model's order.
+    """
     where = "" if index is None else f" of data item {index}"
+    if is_tensor(item):
+        return {UNNAMED: held(as_array(item, f"the array{where}"), f"the array{where}")}
     if isinstance(item, Mapping):
-        return {str(name): held(np.asarray(array), f"array {name!r}{where}") for name, array in item.items()}
-    if hasattr(item, "__array__"):
-        return {UNNAMED: held(np.asarray(item), f"the array{where}")}
+        return _named_arrays(item, specs, where)
+    if isinstance(item, (tuple, list)) and item:
+        if all(isinstance(one, (bool, int, float)) for one in item):
+            return {UNNAMED: held(as_array(item, f"the array{where}"), f"the array{where}")}
+        if isinstance(item[0], Mapping) or (isinstance(item[0], (tuple, list)) and not _is_plain(item[0])):
+            return _part(item[0], specs, index)
+        if len(item) < len(specs):
+            raise UsageError(
+                f"data item {index or 0} holds {len(item)} arrays, and the model has {len(specs)} inputs: "
+                f"{', '.join(repr(spec.name) for spec in specs[:6])}",
+                hint="Give {input name: array} per item, or the arrays in this order.",
+            )
+        return _named_arrays({spec.name: one for spec, one in zip(specs, item, strict=False)}, specs, where)
     raise UsageError(
         f"data item {index or 0} is a {type(item).__name__}, not a mapping of arrays",
         hint="Give {input name: array} per item; axis 0 of an array is the samples.",
     )
 
 
-def _once(items: Iterator[Any]) -> Source:
+def _is_plain(item: Any) -> bool:
+    """Return whether nested lists hold plain numbers, which make one array."""
+    return isinstance(item, (bool, int, float, str)) or (
+        isinstance(item, (list, tuple)) and all(_is_plain(one) for one in item)
+    )
+
+
+def _named_arrays(item: Mapping[Any, Any], specs: Sequence[InputSpec], where: str) -> Part:
+    """Return the arrays of a mapping; what is no input (texts, labels of unequal lengths) need not be an array."""
+    inputs = {spec.name for spec in specs}
+    found: Part = {}
+    for key, value in item.items():
+        name, place = str(key), f"array {str(key)!r}{where}"
+        try:
+            found[name] = held(as_array(value, place), place)
+        except UsageError:
+            if name in inputs:
+                raise
+    return found
+
+
+def _once(items: Iterator[Any], specs: Sequence[InputSpec]) -> Source:
     """Return a source that can be read once: a pass stores its items for the next."""
-    stored = _Kept(items)
+    stored = _Kept(items, specs)
     return Source(stored.parts, known=False, again=False)
 
 
@@ -152,8 +218,8 @@ class _Kept:
     The copy is in memory while it is small, else in a temporary file without a name.
     """
 
-    def __init__(self, items: Iterator[Any]) -> None:
-        self._items = _items(items)
+    def __init__(self, items: Iterator[Any], specs: Sequence[InputSpec]) -> None:
+        self._items = _items(items, specs)
         self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115
         self._offsets: list[int] = []
         weakref.finalize(self, self._file.close)
@@ -509,7 +575,8 @@ def open_data(
     Args:
         source: a .npz file (arrays by input name), a .npy file, a folder of such files (or of one .npy per input name),
             a folder of images (or one image), an array, a mapping of input names to arrays, an iterable of arrays or
-            mappings, or a reader like onnxruntime's ``CalibrationDataReader`` (``get_next``, and ``rewind`` where it
+            mappings, tensors of torch, tensorflow or jax in their place, a loader of (inputs, labels), a data set that
+            is indexed, or a reader like onnxruntime's ``CalibrationDataReader`` (``get_next``, and ``rewind`` where it
             has one). Axis 0 of every array is the samples; an array that lacks it is one sample. A model with one input
             takes arrays without a name; arrays that are no input are ignored beside those that are (labels). An
             iterable that gives a fresh iterator each time is iterated in every pass; of an iterator, and of a reader

@@ -112,7 +112,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
     ]
     args += ["--data", data, "--samples", "9", "--batch-size", "4"]
     args += ["--recover", "bn", "--memory-limit", "2GB", "--cache", model.parent / "kept"]
-    args += ["--providers", "cpu,CPUExecutionProvider", "--threads", "3"]
+    args += ["--providers", "cpu,CPUExecutionProvider", "--threads", "3", "--custom-op-library", data]
     assert run(model, *args, "--approximate").exit_code == 0
     (call,) = api.calls
     call.pop("progress")
@@ -157,6 +157,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "providers": ["cpu", "CPUExecutionProvider"],
         "threads": 3,
         "seed": 7,
+        "custom_op_libraries": (data,),
         "approximate": True,
         "validate": True,
         "latency": True,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from build import Net
 
 import onnxprune as op
 from onnxprune.errors import PostconditionError, PreconditionError
@@ -171,3 +172,14 @@ def test_requirements_of_a_function(context: Context) -> None:
     (stage,) = op.Pipeline([seeded]).passes
     with pytest.raises(PreconditionError, match="Pass seeded needs another seed"):
         apply(stage, context, Model.of(context.analysis))
+
+
+def test_stages_are_logged_and_trials_are_not(caplog) -> None:
+    net = Net(17)
+    x = net.op("Relu", net.conv(net.input("x", ["N", 3, 6, 6]), 3, 8))
+    with caplog.at_level("DEBUG", logger="onnxprune"):
+        op.prune(net.model(net.conv(x, 8, 4)), ratio=0.5, latency=False)
+    lines = [record.getMessage() for record in caplog.records]
+    assert {record.name for record in caplog.records} == {"onnxprune"}
+    assert lines[0] == "analyze: started" and lines[1].startswith("analyze: done in ")
+    assert len(lines) == 2 * len({line.partition(":")[0] for line in lines})

@@ -295,8 +295,8 @@ def test_bad_data_has_its_own_message() -> None:
     assert "batch size -1 must be 1 or more" in message(ROWS, batch_size=-1)
     assert "holds no arrays" in message(iter([]))
     assert "holds no arrays" in message(Reader([]))
-    assert "item 1 is a list, not a mapping" in message(iter([ROWS, [1, 2]]))
-    assert "item 0 is a tuple, not a mapping" in message(Rewinding([(ROWS, 1)]))  # type: ignore[list-item]
+    assert "item 1 is a set, not a mapping" in message(iter([ROWS, {1, 2}]))
+    assert "item 0 is a tuple, not a mapping" in message(Rewinding([()]))  # type: ignore[list-item]
     assert "array 'y', which is no input" in message(Reader([{"y": ROWS}]))
     assert "has 3 samples; input 'x' takes 4" in message_of(iter([ROWS[:1]] * 3), spec("x", 4, 3))
     assert "is a int" in message(3)
