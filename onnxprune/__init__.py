@@ -10,6 +10,7 @@ Names are loaded when first used, so that the command line answers at once.
 from __future__ import annotations
 
 import logging
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from warnings import warn
@@ -95,7 +96,9 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"onnxprune.{name}")
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        found = getattr(import_module(_HOME[name]), name)
+        shown = _HOME[name] == "onnxprune.api" and "ipykernel" in sys.modules
+        return import_module("onnxprune.report.progress").watched(found) if shown else found
     if name in _RENAMED:
         new = _RENAMED[name]
         warn(f"onnxprune.{name} is called onnxprune.{new}", DeprecationWarning, stacklevel=2)

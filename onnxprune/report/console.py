@@ -10,17 +10,18 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, TextIO
+from typing import IO, Any, TextIO
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from onnxprune.errors import Note, Spelling, spelled
+from onnxprune.report import progress
 from onnxprune.report.numbers import ARROW, DASH, ELLIPSIS, PLUS_MINUS, TIMES
+from onnxprune.report.progress import ProgressCallback
 
 # A table in a file or a pipe is as wide as an editor shows; text there has no edge to wrap at.
 PIPE_WIDTH = 120
@@ -101,13 +102,6 @@ def _console(stream: TextIO) -> _Console:
         stream.reconfigure(errors="onnxprune.ascii")
     width = None if stream.isatty() else PIPE_WIDTH
     return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
-
-
-class ProgressCallback(Protocol):
-    """What the API calls while it works: the stage's name and how much of it is done, 0 to 1."""
-
-    def __call__(self, stage: str, fraction: float) -> None:
-        """Show that ``fraction`` of ``stage`` is done."""
 
 
 @dataclass(frozen=True)
@@ -191,32 +185,14 @@ class Screen:
         with _Loss().noted(self.err):
             self.err.print(text, soft_wrap=soft_wrap or not self.err.is_terminal)
 
-    @contextmanager
-    def progress(self) -> Iterator[ProgressCallback]:
-        """Return a callback that draws one bar per stage on a terminal; elsewhere it names the stages with ``-v``."""
-        if self.verbosity < 0 or not self.err.is_terminal:
-            yield self._named_stages()
-            return
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.err, transient=True) as bars:
-            tasks: dict[str, TaskID] = {}
-
-            def advance(stage: str, fraction: float) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=1.0)
-                bars.update(tasks[stage], completed=min(max(fraction, 0.0), 1.0))
-
-            yield advance
-
-    def _named_stages(self) -> ProgressCallback:
-        seen: set[str] = set()
-
-        def name(stage: str, fraction: float) -> None:
-            if stage not in seen:
-                seen.add(stage)
-                self.note(f"{stage} ...")
-
-        return name
+    def progress(self) -> AbstractContextManager[ProgressCallback]:
+        """Return a callback that shows stages: as bars on a terminal, as lines in pipes and logs, not when quiet."""
+        if self.verbosity < 0:
+            return nullcontext(lambda stage, fraction: None)
+        # What a log is forced to colour is no terminal yet: bars there would be one frame below the other.
+        if self.err.file.isatty() and not self.err.is_dumb_terminal:
+            return progress.bars(self.err)
+        return progress.lines(lambda line: self.tell(Text(line, style="dim")))
 
 
 def plain(value: Any) -> Any:

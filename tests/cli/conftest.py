@@ -98,7 +98,22 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
+def without_progress(text: str) -> str:
+    """Leave out the lines that name stages."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.endswith(" ...\n"))
+
+
 @pytest.fixture
 def run() -> Callable[..., Result]:
-    """Run the command in this process, as its script does; gives stdout, stderr and the exit code apart."""
-    return lambda *args: CliRunner().invoke(main, [str(arg) for arg in args], prog_name="onnxprune")
+    """Run the command in this process, as its script does; gives stdout, stderr and the exit code apart.
+
+    Without ``-v``, stderr comes without the lines of progress, which are tested for themselves.
+    """
+
+    def invoke(*args: Any) -> Result:
+        result = CliRunner().invoke(main, [str(arg) for arg in args], prog_name="onnxprune")
+        if "-v" not in args and "-vv" not in args:
+            result.stderr_bytes = without_progress(result.stderr).encode()
+        return result
+
+    return invoke

@@ -1,0 +1,173 @@
+"""Progress of a run: bars on a terminal and in a notebook, plain lines in pipes and logs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+EVERY = 10.0
+"""Seconds between two lines of a stage in a log."""
+
+
+class ProgressCallback(Protocol):
+    """What the API calls while it works: the stage's name and how much of it is done, 0 to 1."""
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        """Show that ``fraction`` of ``stage`` is done."""
+
+
+def time_left(elapsed: float, fraction: float) -> float | None:
+    """Return the seconds that a stage still takes if it goes on as it did; None while nothing is done."""
+    return elapsed * (1 - fraction) / fraction if 0 < fraction <= 1 and elapsed > 0 else None
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time in the two largest units."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class _Left(ProgressColumn):
+    """The time that a bar still needs."""
+
+    def render(self, task: Task) -> Text:
+        """Return the time left, nothing where it is not known."""
+        left = time_left(task.elapsed or 0.0, task.completed / (task.total or 1.0))
+        return Text("" if left is None or task.finished else f"{duration(left)} left", style="progress.remaining")
+
+
+@contextmanager
+def bars(console: Console) -> Iterator[ProgressCallback]:
+    """Return a callback that draws one bar per stage, which are gone at the end."""
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), _Left())
+    with Progress(*columns, console=console, transient=True) as shown:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, fraction: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = shown.add_task(stage, total=1.0)
+            elif fraction == 0:
+                shown.reset(tasks[stage])
+            shown.update(tasks[stage], completed=min(max(fraction, 0.0), 1.0))
+
+        yield advance
+
+
+class Lines:
+    """One line when a stage first begins, and one at every tick of what is under way.
+
+    Args:
+        write: function that writes a line.
+        clock: function that returns the time in seconds.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._named: set[str] = set()
+        self._open: dict[str, tuple[float, float]] = {}  # {stage: (time of its beginning, share done)}
+        self._lock = threading.Lock()
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        """Take in that ``fraction`` of ``stage`` is done."""
+        with self._lock:
+            began, before = self._open.get(stage, (self._clock(), 0.0))
+            if fraction >= 1:
+                self._open.pop(stage, None)
+            else:
+                self._open[stage] = (self._clock() if fraction < before else began, max(fraction, 0.0))
+            first = stage not in self._named
+            self._named.add(stage)
+        if first:
+            self._write(f"{stage} ...")
+
+    def tick(self) -> None:
+        """Write how far the longest open stage is, and which stage within it is under way."""
+        with self._lock:
+            stages = list(self._open.items())
+        if not stages:
+            return
+        stage, (began, fraction) = stages[0]
+        elapsed = self._clock() - began
+        left = time_left(elapsed, fraction)
+        parts = [f"{stage}: {100 * fraction:.0f} %", f"{duration(elapsed)} so far"]
+        parts += [] if left is None else [f"about {duration(left)} left"]
+        inner = f" ({stages[-1][0]} {100 * stages[-1][1][1]:.0f} %)" if len(stages) > 1 else ""
+        self._write(", ".join(parts) + inner)
+
+
+@contextmanager
+def lines(write: Callable[[str], None], every: float | None = None) -> Iterator[ProgressCallback]:
+    """Return a callback that writes lines, see :class:`Lines`; a thread ticks, since stages may be silent for long.
+
+    Args:
+        write: function that writes a line.
+        every: seconds between ticks; None: ``EVERY``.
+    """
+    told, done = Lines(write), threading.Event()
+    pause = EVERY if every is None else every
+
+    def tick() -> None:
+        while not done.wait(pause):
+            told.tick()
+
+    thread = threading.Thread(target=tick, name="onnxprune progress", daemon=True)
+    thread.start()
+    try:
+        yield told
+    finally:
+        done.set()
+        thread.join()
+
+
+def in_notebook() -> bool:
+    """Return whether this program is the kernel of a notebook."""
+    return "ipykernel" in sys.modules and Console().is_jupyter
+
+
+def watched(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a call show its progress in a notebook, unless it is given a callback of its own, as a decorator."""
+    if "progress" not in inspect.signature(function).parameters:
+        return function
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("progress") is not None or not in_notebook():
+            return function(*args, **kwargs)
+        # rich draws its bars with ipywidgets
+        shown = bars(Console()) if find_spec("ipywidgets") else lines(_print)
+        with shown as progress:
+            given: dict[str, Any] = {**kwargs, "progress": progress}
+            return function(*args, **given)
+
+    return call
+
+
+def _print(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
