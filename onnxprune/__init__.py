@@ -96,9 +96,9 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"onnxprune.{name}")
     if name in _HOME:
-        found = getattr(import_module(_HOME[name]), name)
+        value = getattr(import_module(_HOME[name]), name)
         shown = _HOME[name] == "onnxprune.api" and "ipykernel" in sys.modules
-        return import_module("onnxprune.report.progress").watched(found) if shown else found
+        return import_module("onnxprune.report.progress").watched(value) if shown else value
     if name in _RENAMED:
         new = _RENAMED[name]
         warn(f"onnxprune.{name} is called onnxprune.{new}", DeprecationWarning, stacklevel=2)

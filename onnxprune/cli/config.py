@@ -76,18 +76,18 @@ def configured(command: str, path: Path | None, values: Mapping[str, Any], typed
     _check_keys(path, table)
     known = {setting.name: setting for setting in options_of(command) if setting.name not in _NEVER}
     own = table.get(command)
-    wanted = {name: value for name, value in table.items() if name in known and not _is_table_of(name, value)}
-    wanted |= own if isinstance(own, Mapping) else {}
-    said = set(typed)
-    found = {n: _value(known[n], v, path) for n, v in wanted.items() if n not in said}
-    ignored = _outvoted(command, said, found)
-    found = {name: value for name, value in found.items() if name not in ignored}
-    merged = {**values, **found}
-    for name in found:
+    raw_values = {name: value for name, value in table.items() if name in known and not _is_table_of(name, value)}
+    raw_values |= own if isinstance(own, Mapping) else {}
+    typed_names = set(typed)
+    configured_values = {n: _value(known[n], v, path) for n, v in raw_values.items() if n not in typed_names}
+    ignored = _outvoted(command, typed_names, configured_values)
+    configured_values = {name: value for name, value in configured_values.items() if name not in ignored}
+    merged = {**values, **configured_values}
+    for name in configured_values:
         need = known[name].needs
         if need is not None and need.of not in _GATES and not CONDITIONS[need.of](merged):
             ignored[name] = need.because
-    return Configured(path, {n: v for n, v in found.items() if n not in ignored}, ignored)
+    return Configured(path, {n: v for n, v in configured_values.items() if n not in ignored}, ignored)
 
 
 def _mentions(path: Path) -> bool:
@@ -199,21 +199,21 @@ def _listed(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _outvoted(command: str, typed: set[str], found: Mapping[str, Any]) -> dict[str, str]:
+def _outvoted(command: str, typed: set[str], values: Mapping[str, Any]) -> dict[str, str]:
     """Return which settings of a file decide what was typed to be decided otherwise: {name: reason}."""
     known = settings_of(command)
     budget = {"target", "max_drop"}
     chosen = [name for name in typed if name in known]
     by_hand = next((n for n in chosen if "budget" in known[n].conflicts), "")
     against_plan = next((n for n in chosen if "plan" in known[n].conflicts), "")
-    lost: dict[str, str] = {}
-    for name in found:
+    reasons: dict[str, str] = {}
+    for name in values:
         if "plan" in known[name].conflicts and "plan" in typed:
-            lost[name] = f"has no meaning with {argument('plan')}"
+            reasons[name] = f"has no meaning with {argument('plan')}"
         elif "budget" in known[name].conflicts and typed & budget:
-            lost[name] = f"has no meaning with {argument(min(typed & budget))}"
+            reasons[name] = f"has no meaning with {argument(min(typed & budget))}"
         elif name in budget and by_hand:
-            lost[name] = f"has no meaning with {argument(by_hand)}"
+            reasons[name] = f"has no meaning with {argument(by_hand)}"
         elif name == "plan" and against_plan:
-            lost[name] = f"has no meaning with {argument(against_plan)}"
-    return lost
+            reasons[name] = f"has no meaning with {argument(against_plan)}"
+    return reasons

@@ -63,13 +63,13 @@ class DefaultGroup(click.Group):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete the first argument: a command, an option of pruning, or the model file."""
-        found = super().shell_complete(ctx, incomplete)
+        items = super().shell_complete(ctx, incomplete)
         command = self.commands[DEFAULT]
         with command.make_context(DEFAULT, [], parent=ctx, resilient_parsing=True) as inner:
             own = command.shell_complete(inner, incomplete)
-        known = {item.value for item in found}
-        found += [item for item in own if item.value not in known]
-        return found if incomplete.startswith("-") else [*found, CompletionItem(incomplete, type="file")]
+        known = {item.value for item in items}
+        items += [item for item in own if item.value not in known]
+        return items if incomplete.startswith("-") else [*items, CompletionItem(incomplete, type="file")]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; any failure ends here."""

@@ -152,12 +152,12 @@ class SettingType(_ParamType):
         """Return the words, names or files that a value may begin with."""
         kind = self.kind
         if isinstance(kind, PathTo) or "FILE" in kind.metavar:
-            found = [CompletionItem(incomplete, type="dir" if kind.metavar == "DIR" else "file")]
+            items = [CompletionItem(incomplete, type="dir" if kind.metavar == "DIR" else "file")]
             words: Sequence[str] = ("measure",) if "measure" in kind.metavar else ()
         else:
-            found = []
+            items = []
             words = kind.words if isinstance(kind, Word) else _words_of(self.argument)
-        return found + [CompletionItem(word) for word in words if word.startswith(incomplete)]
+        return items + [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 
 def _words_of(name: str) -> Sequence[str]:

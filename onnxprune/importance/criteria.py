@@ -143,9 +143,9 @@ def describe(name: str) -> Description:
     criterion = get(name)
     text = " ".join((inspect.getdoc(criterion) or "").split())
     first = re.split(r"[.,:;] | \[|\.$", text, maxsplit=1)[0]
-    found = _PAPER.search(text)
+    paper = _PAPER.search(text)
     measures = re.sub(r"^(?:Return|Draw|Compute) (?:the |a )?", "", first)
-    return Description(name, measures, needs_of(criterion), found[0] if found else "")
+    return Description(name, measures, needs_of(criterion), paper[0] if paper else "")
 
 
 @dataclass(slots=True)

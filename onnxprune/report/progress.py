@@ -160,8 +160,8 @@ def watched(function: Callable[P, R]) -> Callable[P, R]:
         if kwargs.get("progress") is not None or not in_notebook():
             return function(*args, **kwargs)
         # rich draws its bars with ipywidgets
-        shown = bars(Console()) if find_spec("ipywidgets") else lines(_print)
-        with shown as progress:
+        display = bars(Console()) if find_spec("ipywidgets") else lines(_print)
+        with display as progress:
             given: dict[str, Any] = {**kwargs, "progress": progress}
             return function(*args, **given)
 

@@ -195,15 +195,15 @@ def _is_plain(item: Any) -> bool:
 def _named_arrays(item: Mapping[Any, Any], specs: Sequence[InputSpec], where: str) -> Part:
     """Return the arrays of a mapping; what is no input (texts, labels of unequal lengths) need not be an array."""
     inputs = {spec.name for spec in specs}
-    found: Part = {}
+    arrays: Part = {}
     for key, value in item.items():
         name, place = str(key), f"array {str(key)!r}{where}"
         try:
-            found[name] = held(as_array(value, place), place)
+            arrays[name] = held(as_array(value, place), place)
         except UsageError:
             if name in inputs:
                 raise
-    return found
+    return arrays
 
 
 def _once(items: Iterator[Any], specs: Sequence[InputSpec]) -> Source:

@@ -166,8 +166,8 @@ def custom_ops(files: Iterable[str | Path]) -> Iterator[None]:
     Raises:
         UsageError: one is missing, or onnxruntime cannot load it.
     """
-    found = [str(_library(Path(file))) for file in files]
-    token = _libraries.set(tuple(dict.fromkeys([*_libraries.get(), *found])))
+    paths = [str(_library(Path(file))) for file in files]
+    token = _libraries.set(tuple(dict.fromkeys([*_libraries.get(), *paths])))
     try:
         yield
     finally:
