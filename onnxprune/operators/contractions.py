@@ -17,7 +17,7 @@ Picked = NDArray[np.int64] | None
 
 
 # Windows are gathered one by one where they hold less than one in this many positions of the data.
-_SPARSE = 4
+_SPARSE = 2
 
 
 class Form(ABC):

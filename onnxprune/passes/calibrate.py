@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,7 +82,7 @@ def captured_maps(
             source,
             least=source.fixed or 1,
             most=source.fixed or source.max_size,
-            sizes=bytes_per_sample(analysis, requests.made),
+            sizes=bytes_per_sample(analysis, (r.tensor for r in requests.made)),
             types=types,
             memory=min(MEMORY, context.memory_limit or MEMORY),
             checkpoint=checkpoint,
@@ -195,10 +195,10 @@ def shared_columns(axes: Sequence[int], parts: int) -> Callable[[Any], Any]:
     return arrange
 
 
-def bytes_per_sample(analysis: Analysis, requests: Sequence[Request]) -> dict[str, int]:
-    """Return the bytes of a tensor per sample, from the first probe's shapes."""
+def bytes_per_sample(analysis: Analysis, names: Iterable[str]) -> dict[str, int]:
+    """Return the bytes of tensors per sample, from the first probe's shapes; none where a rank is unknown."""
     probe = analysis.facts.probes[0]
     batch = max(1, min((s[0] for s in probe.inputs.values() if s), default=1))
-    shapes = {r.tensor: probe.shapes.get(r.tensor) for r in requests}
+    shapes = {name: probe.shapes.get(name) for name in names}
     times = {n: analysis.graph.producer[n].repeats if n in analysis.graph.producer else 1 for n in shapes}
     return {n: 4 * times[n] * int(np.prod([d or 1 for d in s])) // batch for n, s in shapes.items() if s is not None}

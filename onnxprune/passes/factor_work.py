@@ -228,7 +228,7 @@ def input_moments(
             least=source.fixed or 1,
             most=source.fixed or source.max_size,
             types=types,
-            sizes=bytes_per_sample(analysis, list(requests.values())),
+            sizes=bytes_per_sample(analysis, (r.tensor for r in requests.values())),
             memory=min(MEMORY, context.memory_limit or MEMORY),
             tell=lambda share: context.tell("capture", share),
         )

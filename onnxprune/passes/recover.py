@@ -21,6 +21,7 @@ from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.io.files import workspace
 from onnxprune.io.weights import Weight
+from onnxprune.passes.calibrate import bytes_per_sample
 from onnxprune.passes.calibration import MAX_VALIDATION, CalibrationBatches, CalibrationSplit
 from onnxprune.passes.comparable import (
     NEVER,
@@ -324,6 +325,8 @@ def fingerprint_of(proto: onnx.ModelProto, weights: Mapping[str, Weight], feeds:
 
 # Default of the bytes of activations to hold in memory.
 _MEMORY = 2 << 30
+# Share of this memory, one in so many, up to which activations of the original are computed ahead.
+_AHEAD = 8
 # Unknowns per output from which on products are shared between BLAS threads.
 _WIDE = 1024
 # Share of noise below which no recovery is needed.
@@ -508,7 +511,8 @@ class Recover(Pass):
         within = inside(analysis)
         cut_run = Segments(graph, weights, needs, store[0], within, taken)
         wanted = [[n for a in x for n in self._of_original(a)] for x in aims.levels]
-        full_run = Segments(full, full_weights, wanted, store[1], within, taken)
+        starts = run_ahead(analysis, wanted, sum(map(count, feeds)), memory // _AHEAD)
+        full_run = Segments(full, full_weights, wanted, store[1], within, taken, starts)
         for run in (cut_run, full_run):
             run.feed(feeds)
         # Labels belong to the model before pruning and do not cover factorized layers.
@@ -538,6 +542,29 @@ class Recover(Pass):
         if recalibrated is not None:
             recalibrated.undo()
         return repairs, aims.left
+
+
+def run_ahead(analysis: Analysis, wanted: Sequence[Sequence[str]], samples: int, limit: int) -> list[int]:
+    """Return for every level the first level of the piece in which its tensors of the original are computed.
+
+    Args:
+        analysis: analysis of the model, for the sizes of its tensors.
+        wanted: tensors of every level.
+        samples: number of samples.
+        limit: bytes of tensors to compute at a time, unless a level alone has more.
+    """
+    starts: list[int] = []
+    room = 0
+    sizes = bytes_per_sample(analysis, {n for names in wanted for n in names})
+    for level, names in enumerate(wanted):
+        size = samples * sum(sizes.get(name, limit) for name in set(names))
+        if starts and size <= room:
+            starts.append(starts[-1])
+            room -= size
+        else:
+            starts.append(level)
+            room = limit - size
+    return starts
 
 
 def _fitted_level(

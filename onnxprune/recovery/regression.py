@@ -55,11 +55,14 @@ class Sums:
     def of(cls, data: NDArray[Any], target: NDArray[Any]) -> Sums:
         """Compute the sums of one batch."""
         parts, rows, n = data.shape
-        double = parts * rows * n * (n + target.shape[-1]) <= _DOUBLE
-        xx, xy = _products(data, target, double)
-        y: Real = target.astype(np.float64)
+        wide: Real = target.astype(np.float64)
+        if parts * rows * n * (n + target.shape[-1]) <= _DOUBLE:
+            data = data.astype(np.float64)
+            xx, xy = _turned(data, data), _turned(data, wide)
+        else:
+            xx, xy = _in_runs(data, target)
         x: Real = np.sum(data, axis=1, dtype=np.float64)
-        return cls(rows, x, y.sum(axis=1), xx, xy, np.square(y).sum(axis=1))
+        return cls(rows, x, wide.sum(axis=1), xx, xy, np.einsum("pro,pro->po", wide, wide))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
@@ -116,10 +119,8 @@ class Sums:
         return np.asarray(np.maximum(total, 0.0))
 
 
-def _products(data: NDArray[Any], target: NDArray[Any], double: bool) -> tuple[Real, Real]:
-    if double:
-        wide = data.astype(np.float64)
-        return _turned(wide, wide), _turned(wide, target.astype(np.float64))
+def _in_runs(data: NDArray[Any], target: NDArray[Any]) -> tuple[Real, Real]:
+    """Return X^T X and X^T Y, made in float32 over short runs of rows and added in float64."""
     parts, rows, n = data.shape
     xx, xy = np.zeros((parts, n, n)), np.zeros((parts, n, target.shape[-1]))
     for start in range(0, rows, _RUN):

@@ -67,6 +67,9 @@ class Store:
 class Segments:
     """A graph in pieces: after piece ``k`` the tensors ``wanted[k]`` are known, and no node has run twice.
 
+    Every call of a piece costs time beside that of its nodes. Where weights stay as they are, pieces can run ahead:
+    several as one, when the first of them is asked for.
+
     Args:
         graph: the whole graph.
         wanted: names of activations, piece by piece.
@@ -75,6 +78,7 @@ class Segments:
             joined along the first axis; the node around them runs once more, when the first is wanted.
         ways: branch assignment of every batch. Branches then run like other nodes, and their tensors can be wanted;
             None: every If runs as one, wherever it goes.
+        starts: the piece with which each one runs, [pieces], rising; None: every piece runs by itself.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Segments:
         store: Store,
         inside: Mapping[str, Inner] | None = None,
         ways: Sequence[Way] | None = None,
+        starts: Sequence[int] | None = None,
     ) -> None:
         self._flat, self._weights, self._store, self._ways = graph, weights, store, ways
         self._inside = {n: kind for names in requests for n in names if (kind := (inside or {}).get(n)) is not None}
@@ -92,7 +97,9 @@ class Segments:
         self._enclosed = graph.weights.keys() - self._graph.weights.keys()
         self._shown = {place.output: (name, place.stacked) for name, place in shown.items()}
         outputs = {name: output for output, (name, _) in self._shown.items()}
+        self._stacked = outputs.keys()
         self._wanted = [{outputs.get(n, n) for n in names} for names in requests]
+        self._starts = starts or range(len(self._wanted))
         self._nodes = self._assign()
         self._last = self._lifetimes()
         self.batches = 0
@@ -133,7 +140,7 @@ class Segments:
             self.batches += 1
 
     def run(self, piece: int) -> Iterator[int]:
-        """Compute a piece, batch by batch; gives the number of every finished batch."""
+        """Compute a piece and those that run with it, batch by batch; gives the number of every finished batch."""
         graph = self._closed()[0]
         nodes = [graph.nodes[node.index] for node in self._nodes[piece]]
         if not any(self._last.get(o, -1) >= piece for node in nodes for o in node.outputs):
@@ -186,17 +193,16 @@ class Segments:
     def _assign(self) -> list[list[Node]]:
         """Nodes of every piece: what its wanted tensors need and no piece before has computed."""
         assigned: set[int] = set()
-        result = []
-        for names in self._wanted:
-            queue, piece_nodes = list(names), set()
+        pieces: list[set[int]] = [set() for _ in self._wanted]
+        for start, names in zip(self._starts, self._wanted, strict=True):
+            queue = list(names)
             while queue:
                 node = self._graph.producer.get(queue.pop())
                 if node is not None and node.index not in assigned and node.outputs[0] not in self._weights:
                     assigned.add(node.index)
-                    piece_nodes.add(node.index)
+                    pieces[start].add(node.index)
                     queue.extend(n for n in _needs(node) if n)
-            result.append([self._graph.nodes[i] for i in sorted(piece_nodes)])
-        return result
+        return [[self._graph.nodes[i] for i in sorted(piece)] for piece in pieces]
 
     def _lifetimes(self) -> dict[str, int]:
         """Return the last reader piece of every tensor that outlives its own piece."""
@@ -207,7 +213,8 @@ class Segments:
                 last[name] = piece
             for name in names:
                 last[name] = piece
-        return last
+        # Nodes with bodies read the tensors in these, too, whose values are stored under the same names.
+        return {name: piece for name, piece in last.items() if name not in self._stacked}
 
 
 @dataclass(frozen=True, slots=True)

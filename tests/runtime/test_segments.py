@@ -38,13 +38,18 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def pieces(
-    model: onnx.ModelProto, wanted: Sequence[Sequence[str]], feeds: Sequence[Feed], folder: Path, limit: int = 1 << 30
+    model: onnx.ModelProto,
+    wanted: Sequence[Sequence[str]],
+    feeds: Sequence[Feed],
+    folder: Path,
+    limit: int = 1 << 30,
+    **settings: Any,
 ) -> list[dict[str, list[Array]]]:
     """Values of the wanted tensors, piece by piece and batch by batch, read as soon as they are there."""
     loaded = load(model)
     graph = Graph.of(loaded.proto, loaded.weights)
     store = Store(limit, folder)
-    run = Segments(graph, graph.weights, wanted, store)
+    run = Segments(graph, graph.weights, wanted, store, **settings)
     run.feed(feeds)
     assert run.batches == len(feeds)
     found = []
@@ -90,6 +95,18 @@ def test_every_node_runs_once(tmp_path: Path, ran: list[list[str]]) -> None:
     every = [name for part in ran for name in part]
     assert sorted(every) == sorted(n.output[0] for n in model.graph.node)
     assert len(ran) == 4
+
+
+@pytest.mark.parametrize(("starts", "calls"), [((0, 0, 2, 2), 2), ((0, 0, 0, 0), 1), ((0, 1, 1, 3), 3)])
+def test_pieces_that_run_ahead_hold_the_same(
+    tmp_path: Path, ran: list[list[str]], starts: Sequence[int], calls: int
+) -> None:
+    """Values stay until the piece that wants them, although they are made with an earlier one."""
+    model, (a, b, c, d) = residual()
+    check(model, [[a], [b], [c, a], [d]], draw(3, 2, 3, 8, 8), tmp_path, starts=starts)
+    assert len(ran) == calls
+    every = [name for part in ran for name in part]
+    assert sorted(every) == sorted(n.output[0] for n in model.graph.node)
 
 
 def test_what_nobody_wants_does_not_run(tmp_path: Path, ran: list[list[str]]) -> None:
