@@ -1305,6 +1305,21 @@ SETTINGS: tuple[Setting, ...] = (
         brief="Also write a page with the plot.",
     ),
     Setting(
+        "dry_run",
+        Flag(),
+        "Choose, and report what would be removed, but write no file. Skipped as well, and listed: timing; without a "
+        "budget also the proof of exactness, the comparison of outputs, the gate on it, and recovery.",
+        {"prune": OUTPUT, "factorize": OUTPUT},
+        False,
+        python=False,
+        variants={
+            "factorize": {
+                "help": "Choose, and report what would be factorized, but write no file. Skipped as well, and listed: "
+                "timing of the whole model, the comparison of outputs, the gate on it, and recovery."
+            }
+        },
+    ),
+    Setting(
         "config",
         PathTo("FILE.toml", "a TOML file"),
         "Read settings from this file; default: the nearest onnxprune.toml, or pyproject.toml with [tool.onnxprune], "

@@ -92,6 +92,9 @@ def _finish(
         BudgetError: the gate is not met; nothing is written.
     """
     report: Report = result.report
+    if given.values.get("dry_run"):
+        _show_dry_run(screen, given, report, target, parts, names, plan_file)
+        return
     output.check(report, given.min_fidelity, lambda: screen.show(*parts(), Text("")), hint)
     result.save(target, plan=plan_file)
     screen.wrote.extend([path for path in (target, plan_file) if path is not None])
@@ -102,6 +105,33 @@ def _finish(
         screen.warn(warning)
     wrote = [("wrote     ", target)] + ([("plan      ", plan_file)] if plan_file else [])
     screen.show(*parts(), *(Text.assemble((label, "bold"), str(path)) for label, path in wrote))
+
+
+def _show_dry_run(
+    screen: Screen,
+    given: Given,
+    report: Report,
+    target: Path,
+    parts: Callable[[], Sequence[RenderableType]],
+    names: Mapping[str, str | None],
+    plan_file: Path | None,
+) -> None:
+    """Show the report of a run that writes nothing, and what it left out; the arguments are those of ``_finish``."""
+    skipped = ["timing"]
+    if not given.values.get("target") and given.values.get("max_drop") is None:
+        skipped += ["the proof of exactness"] if given.command == "prune" else []
+        skipped += ["the comparison of outputs"]
+        skipped += ["recovery"] if given.recover not in (None, "none") or given.data is not None else []
+        skipped += [screen.spelled(Note(argument("min_fidelity")))] if given.min_fidelity is not None else []
+    files = [str(path) for path in (target, plan_file) if path is not None]
+    if screen.as_json:
+        absent: dict[str, str | None] = dict.fromkeys(names)
+        screen.emit({**report.to_dict(), **absent, "dry_run": {"skipped": skipped, "would_write": files}})
+    for warning in report.warnings:
+        screen.warn(warning)
+    lines = [Text.assemble(("dry run   ", "bold"), "nothing was written; without --dry-run this run writes ", files[0])]
+    lines += [Text.assemble(("skipped   ", "bold"), ", ".join(skipped))]
+    screen.show(*parts(), *lines)
 
 
 def _check(given: Given, target: Path, further: Callable[[Given], None] = lambda given: None) -> None:
@@ -135,10 +165,12 @@ def _cut(given: Given, screen: Screen) -> Any:
         arguments["ratio"] = None
     if not given.has_budget:
         arguments["min_fidelity"] = None  # a gate on what is shown first
+    if given.dry_run and not given.has_budget:
+        arguments |= {"validate": False, "recover": "none"}
     if given.sensitivity == "measure":
         arguments["jobs"] = given.jobs or -1
     # Quiet without JSON shows no latency, so the time to measure it is saved.
-    latency = given.validate and (screen.verbosity >= 0 or screen.as_json)
+    latency = arguments["validate"] and not given.dry_run and (screen.verbosity >= 0 or screen.as_json)
     with screen.progress() as progress:
         return op.prune(given.model, **arguments, latency=latency, progress=progress)
 
@@ -217,7 +249,9 @@ def _factorized(given: Given, screen: Screen) -> Any:
     decided = {name for name, setting in settings_of("factorize").items() if "plan" in setting.conflicts}
     arguments = {k: v for k, v in given.arguments.items() if given.plan is None or k not in decided}
     # Quiet without JSON shows no latency, so the time to measure it is saved.
-    latency = given.validate and (screen.verbosity >= 0 or screen.as_json)
+    if given.dry_run:
+        arguments |= {"validate": False, "recover": "none"}
+    latency = arguments["validate"] and (screen.verbosity >= 0 or screen.as_json)
     with screen.progress() as progress:
         return op.factorize(given.model, **arguments, latency=latency, progress=progress)
 

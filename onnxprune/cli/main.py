@@ -121,7 +121,9 @@ def _screen(args: list[str]) -> Screen:
     quiet, loud = _volume(args)
     command = args[0] if args and args[0] in COMMANDS else DEFAULT
     verbosity = -1 if quiet and not loud else min(loud, 2)
-    return Screen.open(as_json="--json" in _flags(args), verbosity=verbosity, spell=spell(command))
+    screen = Screen.open(as_json="--json" in _flags(args), verbosity=verbosity, spell=spell(command))
+    screen.about.update(command=command, command_line=list(args), settings_from={})
+    return screen
 
 
 def _volume(args: list[str]) -> tuple[bool, int]:

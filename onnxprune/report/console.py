@@ -8,10 +8,12 @@ import io
 import json
 import math
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -25,6 +27,9 @@ from onnxprune.report.progress import ProgressCallback
 
 # A table in a file or a pipe is as wide as an editor shows; text there has no edge to wrap at.
 PIPE_WIDTH = 120
+SCHEMA_VERSION = 1
+"""Version of what ``--json`` writes: docs/json.md."""
+_RUNTIMES = ("onnxruntime", *(f"onnxruntime-{device}" for device in ("gpu", "openvino", "directml", "qnn", "silicon")))
 WHOLE_NAME = 1000
 _ASCII = {
     ARROW: "->",
@@ -158,7 +163,8 @@ class Screen:
 
     def emit(self, record: Mapping[str, Any], exit_status: int = 0) -> None:
         """Write the one JSON object of ``--json`` to stdout; NaN and infinity become null."""
-        whole = {**self.about, "exit_status": exit_status, **record}
+        whole = {"schema_version": SCHEMA_VERSION, "versions": versions(), **self.about}
+        whole |= {"exit_status": exit_status, **record}
         with self.loss.noted(self.out):
             self.out.file.write(json.dumps(self._shown(plain(whole)), indent=2, allow_nan=False) + "\n")
 
@@ -193,6 +199,22 @@ class Screen:
         if self.err.file.isatty() and not self.err.is_dumb_terminal:
             return progress.bars(self.err)
         return progress.lines(lambda line: self.tell(Text(line, style="dim")))
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of the tool and of what its results depend on; None where something is not installed."""
+    names = ("onnxprune", "numpy", "onnx")
+    known = {"python": platform.python_version(), **{name: _version(name) for name in names}}
+    # onnxruntime is one module and several packages: for processors, graphics cards and vendors.
+    loaded = getattr(sys.modules.get("onnxruntime"), "__version__", None)
+    return {**known, "onnxruntime": loaded or next(filter(None, map(_version, _RUNTIMES)), None)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def plain(value: Any) -> Any:
