@@ -641,8 +641,9 @@ INPUT, RECOVER, CHECKS, MACHINE, OUTPUT = "Data", "Recovery", "Checks", "Machine
 
 GROUPS = (METHOD, PAIR, AMOUNT, WHAT, HOW, COST, INPUT, RECOVER, CHECKS, MACHINE, OUTPUT)
 """The groups of settings, in the order in which help lists them."""
-COMMANDS = ("prune", "recover", "factorize", "inspect", "profile", "sensitivity", "sweep", "criteria")
-_OF_MODELS = COMMANDS[:-1]
+COMMANDS = ("prune", "recover", "factorize", "inspect", "profile", "sensitivity", "sweep", "criteria", "devices")
+_LISTS = ("criteria", "devices")
+_OF_MODELS = tuple(command for command in COMMANDS if command not in _LISTS)
 
 MODES = ("none", "bias", "bn", "lstsq", "full", "datafree")
 METHODS = ("auto", "svd", "tucker", "cp", "spatial-svd")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from onnxprune.allocation.knapsack import GroupCurve, Sensitivity
+from onnxprune.allocation.rounding import Kernels
 from onnxprune.channels.analysis import GroupView, SlotView
 from onnxprune.importance.criteria import Description
 from onnxprune.labels.atoms import Barrier
@@ -75,6 +76,10 @@ COMMANDS: dict[str, tuple[type | None, dict[str, tuple[str, str]]]] = {
     "sensitivity": (Sensitivity, {"model": ("text", "path of the model")}),
     "sweep": (facts.SweepFacts, {}),
     "criteria": (None, {"criteria": ("list of [criterion](#description)", "every criterion, by name")}),
+    "devices": (None, {
+        "devices": ("list of [device](#kernels)", "every device, by name"),
+        "this_machine": ("text", "the device that this machine is"),
+    }),
 }  # fmt: skip
 """The object behind each command, and the fields that the command adds."""
 
@@ -269,7 +274,7 @@ MEANINGS = {
 CLASSES = [facts.LayerFacts, facts.Totals, facts.Exactness, facts.Fidelity, facts.OutputFidelity, facts.AnswerFidelity]
 CLASSES += [facts.Latency, facts.Recovery, facts.Repair, facts.FactorizedLayer, facts.BudgetFacts, facts.TargetFacts]
 CLASSES += [facts.AnswerFacts, facts.NodeTime, facts.KindSteps, facts.SweepPoint, GroupCurve, GroupView, SlotView]
-CLASSES += [Barrier, Description]
+CLASSES += [Barrier, Description, Kernels]
 
 
 def texts_below(cls: type) -> dict[str, str]:

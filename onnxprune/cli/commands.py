@@ -44,6 +44,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "onnxprune model.onnx --target macs=0.5 --sensitivity curves.json",
     ),
     "criteria": ("onnxprune criteria", "onnxprune criteria --json"),
+    "devices": ("onnxprune devices -v", "onnxprune devices --json"),
     "sweep": (
         "onnxprune sweep model.onnx --data calibration.npz --html sweep.html",
         "onnxprune sweep model.onnx --targets 0.75,0.5,0.25 --models pruned/",
@@ -438,3 +439,14 @@ def criteria(screen: Screen, given: Given) -> None:
     if screen.as_json:
         screen.emit({"criteria": [asdict(one) for one in described]})
     screen.show(tables.criteria(described))
+
+
+@command("devices", "List the devices whose kernels --round-to auto can follow.", _EXAMPLES["devices"])
+def devices(screen: Screen, given: Given) -> None:
+    """List the devices whose kernels --round-to auto can follow, and the multiples of channels that each likes."""
+    from onnxprune.allocation.rounding import get, names, this_machine  # heavy: waits until it is needed
+
+    kernels, here = [get(name) for name in names()], this_machine().name
+    if screen.as_json:
+        screen.emit({"devices": [asdict(one) for one in kernels], "this_machine": here})
+    screen.show(tables.devices(kernels, here, sources=screen.verbosity > 0))

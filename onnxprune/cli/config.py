@@ -176,7 +176,7 @@ def _placed(kind: Kind, value: Any, folder: Path) -> Any:
     """Return a path from its file's folder; other values as they are."""
     if isinstance(kind, PathTo):
         return folder / value
-    if "FILE" in kind.metavar and isinstance(value, str) and value != "measure":
+    if "FILE" in kind.metavar and isinstance(value, str) and "." in value:  # other words are names
         return str(folder / value)
     return value
 

@@ -13,7 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from onnxprune.cli import failure
-from onnxprune.cli.commands import criteria, factorize, inspect, profile, prune, recover, sensitivity, sweep
+from onnxprune.cli.commands import criteria, devices, factorize, inspect, profile, prune, recover, sensitivity, sweep
 from onnxprune.cli.options import WHOLE, HeadedCommand, help_all, write_examples
 from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
@@ -173,3 +173,4 @@ main.add_command(profile)
 main.add_command(sensitivity)
 main.add_command(sweep)
 main.add_command(criteria)
+main.add_command(devices)

@@ -153,7 +153,7 @@ class SettingType(_ParamType):
         kind = self.kind
         if isinstance(kind, PathTo) or "FILE" in kind.metavar:
             items = [CompletionItem(incomplete, type="dir" if kind.metavar == "DIR" else "file")]
-            words: Sequence[str] = ("measure",) if "measure" in kind.metavar else ()
+            words = ("measure",) if "measure" in kind.metavar else _words_of(self.argument)
         else:
             items = []
             words = kind.words if isinstance(kind, Word) else _words_of(self.argument)
@@ -162,6 +162,10 @@ class SettingType(_ParamType):
 
 def _words_of(name: str) -> Sequence[str]:
     """Return what values of an open-ended setting may begin with."""
+    if name == "device":
+        from onnxprune.allocation import rounding  # heavy: waits until it is needed
+
+        return rounding.names()
     if name == "target":
         return [f"{kind}=" for kind in TARGET_KINDS]
     if name == "criterion":

@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from onnxprune.allocation.rounding import MULTIPLES, Kernels
 from onnxprune.importance.criteria import Description
 from onnxprune.labels.atoms import Reason
 from onnxprune.report import numbers, reasons
@@ -80,6 +81,21 @@ def criteria(described: Sequence[Description]) -> Table:
     for one in described:
         source = f"{one.paper.split()[0]} {one.paper.split()[-1]}" if one.paper else ""
         table.add_row(one.name, "data" if one.needs else "weights", one.measures, source)
+    return table
+
+
+def devices(kernels: Sequence[Kernels], here: str, *, sources: bool) -> Table:
+    """Return a table of the multiples that devices like, one line each; ``here`` is the device of this machine.
+
+    Args:
+        kernels: the devices.
+        here: name of the one that is this machine.
+        sources: whether to say where each rule comes from.
+    """
+    table = table_of(("device", "left"), *((name, "right") for name in MULTIPLES), ("", "left"))
+    for one in kernels:
+        remark = [*(["this machine"] if one.name == here else []), *([one.source] if sources else [])]
+        table.add_row(one.name, *(str(getattr(one, name)) for name in MULTIPLES), ". ".join(remark))
     return table
 
 

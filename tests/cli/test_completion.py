@@ -48,6 +48,7 @@ def test_values_complete(complete: Complete) -> None:
     assert complete("model.onnx", "--scope", "") == {f"plain,{w}" for w in ("local", "global", "isomorphic", "slamp")}
     assert complete("model.onnx", "--criterion", "wa") == {"plain,wanda"}
     assert {"plain,latency=", "plain,macs="} <= complete("model.onnx", "--target", "")
+    assert {"plain,hexagon", "file,hex"} == complete("m.onnx", "--device", "hex")
     assert {"plain,measure", "file,"} == complete("m.onnx", "--sensitivity", "")
 
 

@@ -30,6 +30,7 @@ def test_a_file_sets_what_was_not_typed(api, run, model, project) -> None:
         """
         ratio = 0.5
         round_to = 8
+        device = "hexagon"
         scope = "global"
         include = ["a*", "b*"]
         exclude = "c*"
@@ -51,6 +52,7 @@ def test_a_file_sets_what_was_not_typed(api, run, model, project) -> None:
     assert (call["include"], call["exclude"], call["layers"]) == (("a*", "b*"), ("c*",), {"*/conv1/*": 0.25})
     assert (call["input_shapes"], call["memory_limit"]) == ({"x": (1, 3, 8, 8)}, 2 * 10**9)
     assert call["data"] == model.parent / "d.npz"
+    assert call["device"] == "hexagon"
     assert (call["approximate"], call["validate"], call["providers"]) == (True, False, ["cpu"])
     assert (call["images"].size, call["images"].mean) == ((8, 9), (0.5, 0.5, 0.5))
 

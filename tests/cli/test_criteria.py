@@ -1,4 +1,4 @@
-"""The list of criteria as a user sees it."""
+"""The lists of criteria and devices as a user sees them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from onnxprune import criteria
+from onnxprune import criteria, devices
+from onnxprune.allocation import rounding
 
 
 def test_every_criterion_has_a_line(run) -> None:
@@ -46,3 +47,16 @@ def test_a_criterion_of_the_callers_own_is_described(run) -> None:
         assert "longest" in run("criteria").stdout
     finally:
         criteria.unregister("longest")
+
+
+def test_every_device_has_a_line(run, monkeypatch) -> None:
+    monkeypatch.setattr(rounding, "this_machine", lambda: devices.get("avx2"))
+    result = run("devices")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == devices.names()
+    assert sum(line.endswith("this machine") for line in lines) == 1 and all(len(line) <= 80 for line in lines)
+    assert "Qualcomm" in run("devices", "-v").stdout
+    listed = json.loads(run("devices", "--json").stdout)
+    assert {one["name"]: one["writes"] for one in listed["devices"]}["hexagon"] == 32
+    assert listed["this_machine"] == "avx2"

@@ -58,6 +58,7 @@ CALLS = {
     "sensitivity": ["m.onnx", "--ratios", "0.5", "--jobs", "1"],
     "sweep": ["m.onnx", "--targets", "0.7", "--trials", "0"],
     "criteria": [],
+    "devices": [],
 }
 
 
