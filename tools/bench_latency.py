@@ -7,8 +7,8 @@ python tools/bench_latency.py TRAINED/models --why                and where the 
 A model counts as convolutional when convolutions do most of its MACs. Original and cut model run in turn in onnxruntime
 with its default optimisations, on inputs of the sizes that the analysis chose for dynamic dimensions. With one thread
 (the default) the time is that which the thread works, so that other programs on the machine disturb least; with more it
-is the clock's. The figure of a model is (median before / median after) / (MACs before / MACs after). A cut model's
-subnormal weights are 0, as in every result; a model that has such is marked with a star.
+is the clock's. The speed-up is the median ratio of the pairs of runs; the figure of a model is that speed-up over (MACs
+before / MACs after). A cut model's subnormal weights are 0, as in every result; such a model is marked with a star.
 
 ``--why`` adds three columns: the share of the original's time that its convolutions take (of the sum over its nodes, by
 onnxruntime's profiler), how much faster these alone became, and the reduction in MACs as wide vector units see it, with
@@ -115,9 +115,11 @@ def run_task(task: Task) -> dict[str, Any]:
         except Exception as error:
             return record | {"status": "failed", "message": f"{type(error).__name__}: {error}"[:200]}
     reduction = totals.macs_before / max(1, totals.macs_after)
-    speedup = times["before_ms"] / times["after_ms"]
+    speedup = times["paired"]
+    low, high = times.pop("speedup_interval")
     removed = 1 - totals.params_after / max(1, totals.params_before)
     figures = {"reduction": reduction, "speedup": speedup, "figure": speedup / reduction, "removed": removed}
+    figures |= {"low": low, "high": high}
     return record | {"status": "ok", **figures, "flushed": result.report.flushed, **times, **why}
 
 
@@ -134,7 +136,7 @@ def show(records: list[dict[str, Any]]) -> int:
         "MACs (M)",
         "before ms",
         "after ms",
-        "spread",
+        "95 % interval",
         "speed-up",
         "MACs before/after",
         "figure",
@@ -143,8 +145,7 @@ def show(records: list[dict[str, Any]]) -> int:
         table.add_column(column, justify="left" if column == "model" else "right")
     measured = sorted((r for r in records if r["status"] == "ok"), key=lambda r: float(r["figure"]))
     for r in measured:
-        spread = f"{r['before_spread_ms'] / r['before_ms']:.0%} {r['after_spread_ms'] / r['after_ms']:.0%}"
-        times = [f"{r['before_ms']:.3f}", f"{r['after_ms']:.3f}", spread]
+        times = [f"{r['before_ms']:.3f}", f"{r['after_ms']:.3f}", f"{r['low']:.2f} to {r['high']:.2f}"]
         table.add_row(
             r["model"] + (" *" if r["flushed"] else ""),
             f"{r['macs'] / 1e6:.1f}",
@@ -160,7 +161,8 @@ def show(records: list[dict[str, Any]]) -> int:
             console.print(f"{r['model']}: {r['status']} {r.get('message', '')}"[:200])
     if measured:
         console.print(
-            f"{len(measured)} convolutional models, median figure {median(r['figure'] for r in measured):.2f}"
+            f"{len(measured)} convolutional models, median figure {median(r['figure'] for r in measured):.2f}, "
+            f"{sum(r['high'] < 1 for r in measured)} slower than before"
         )
     if measured and why:
         console.print(f"of the convolutions alone {median(r['conv_speedup'] / r['reduction'] for r in measured):.2f}")
