@@ -7,11 +7,12 @@ The rule, for ``round_to="auto"``:
    several channels (heads, groups of a convolution, a flattened map), fewer steps make a whole block.
 3. A group of fewer than two multiples takes half the multiple, and again until two fit: 24 channels on AVX-512 may keep
    8 or 16, 16 channels 8, 8 channels 4, 2 channels 1. Any group may stay whole.
-4. Where the cut alone decides (a ratio of every group), each group takes the allowed count nearest to its ratio; then
-   the groups nearest to the middle of two counts take the other one, until the multiply-accumulates of the model (its
-   units, where it has none) are as near as they get to those without rounding: :meth:`Rounding.balanced`.
-   Not for that: a count further than 3/4 of the gap from the ratio, one below a whole block (it saves MACs but hardly
-   time), or another for a group with a ratio of its own.
+4. Where the cut alone decides (a ratio of every group), each group takes the allowed count nearest to its ratio, but
+   one whole block rather than less of it where half a block or more is asked: below a block MACs go and hardly any
+   time. Where that leaves less than 0.4 of the MACs to save, the nearest counts hold after all. Then the groups
+   nearest to the middle of two counts take the other one, until the multiply-accumulates of the model (its units, where
+   it has none) are as near as they get to those without rounding: :meth:`Rounding.balanced`. Not for that: a count
+   further than 3/4 of the gap from the ratio, one below a whole block, or another for a group with a ratio of its own.
 
 Measured by ``tools/bench_rounding.py`` with onnxruntime 1.32.0 on a processor with AVX-512, one thread, 28 x 28
 positions: microseconds of 64 → n → n → 64 channels (matrix products 128 → n → n → 128, 64 rows):
@@ -284,6 +285,8 @@ _QUANTIZED = ("QLinear", "Integer", "DynamicQuantize", "QGemm", "QAttention")
 _FAR = 0.75
 # Groups that are moved to another count at most: each needs a row of costs.
 _MOST_MOVED = 512
+# Share of the MACs to save that has to be left where groups keep whole blocks.
+_TOO_LITTLE = 0.4
 # Groups of which all sets are tried; of more, rounds in which one is moved, or moved back; and the share of the cost
 # that is near enough.
 _FEW, _ROUNDS, _CLOSE = 10, 16, 0.01
@@ -358,14 +361,19 @@ class Rounding:
             counts: steps that each of them loses, the allowed ones nearest to its ratio.
             exact: steps that each of them would lose without multiples.
         """
-        if list(counts) == list(exact):
-            return list(counts)
+        blocks = self._in_blocks(ranked, counts, exact)
+        if blocks == list(exact):
+            return blocks
         columns = {g.id: i for i, g in enumerate(self._groups)}
         who = np.array([columns[n] for n in ranked], dtype=np.int64)
-        given, now = list(ranked.values()), np.asarray(counts, dtype=np.int64)
+        given = list(ranked.values())
         # A group with a ratio of its own is rounded by itself: the others do not make up for it.
-        wanted = np.where([g.alone for g in given], now, exact)
-        target, start = self._costs(who, np.stack([wanted, now]))
+        wanted = np.where([g.alone for g in given], counts, exact)
+        before = [g.gone for g in given]
+        whole, target, start = self._costs(who, np.stack([before, wanted, blocks]).astype(np.int64))
+        if whole - start < _TOO_LITTLE * (whole - target):
+            blocks, start = list(counts), float(self._costs(who, np.array([counts], np.int64))[0])
+        now = np.asarray(blocks, dtype=np.int64)
         more = bool(start > target)
         moves = [_other(c, int(n), self._whole[i], more=more) for (i, c), n in zip(ranked.items(), now, strict=True)]
         order = sorted((far, i, other) for i, move in enumerate(moves) if move is not None for other, far in [move])
@@ -384,6 +392,16 @@ class Rounding:
                 who, now, movable, best ^ np.eye(len(movable) + 1, len(movable), -1, bool), target
             )
         return [int(c) for c in _moved(now, movable, best[None])[0]]
+
+    def _in_blocks(self, ranked: Mapping[int, RankedGroup], counts: Sequence[int], exact: Sequence[int]) -> list[int]:
+        """Return counts that keep one whole block of groups of which less is left, but half of it or more is asked."""
+        result = [int(c) for c in counts]
+        for i, (number, group) in enumerate(ranked.items()):
+            block = self._whole[number]
+            other = group.steps - block
+            if not group.alone and group.steps - result[i] < block <= 2 * (group.steps - exact[i]):
+                result[i] = other if other >= group.gone and other in group.counts else result[i]
+        return result
 
     def _nearest(
         self, who: Ids, now: Ids, movable: Sequence[tuple[int, int]], moved: NDArray[np.bool_], target: float
