@@ -215,7 +215,7 @@ def _warn_of_targets_met_before(report: Report) -> None:
     for target in report.budget.targets if report.budget is not None else ():
         if target.met_before and target.limit != target.before:
             original = Target(target.kind, target.before, absolute=True)
-            report.warnings.append(f"{target.asked} was met before the cut: the original has {original}")
+            report.warnings.append(f"{target.asked} was met before pruning: the original has {original}")
 
 
 def _warn_of_no_gain(report: Report) -> None:
@@ -254,8 +254,8 @@ def _alone(ratio: float | None, plan: Any) -> None:
     for name, value in (("ratio", ratio), ("plan", plan)):
         if value is not None:
             raise UsageError(
-                f"a budget and {argument(name)} were both given: each says how much goes",
-                hint="Drop one of the two: a budget finds the ratios by itself.",
+                f"a budget and {argument(name)} were both given, but each sets how much to remove",
+                hint="Drop one of the two: a budget allocates by itself.",
             )
 
 
@@ -266,11 +266,11 @@ def _faithful(result: Result, wishes: Wishes) -> None:
     facts = result.report.fidelity
     if facts is None or not facts.outputs:
         message = f"{argument('min_fidelity')} {wishes.min_fidelity:g}: fidelity could not be measured."
-        hint = f"Give {argument('data')}, and let models be run."
+        hint = f"Give {argument('data')}, and drop {argument('validate', False)}."
         raise BudgetError(message, hint=hint, report=result.report)
     if not all(output.cosine >= wishes.min_fidelity for output in facts.outputs):
         message = f"worst cosine {facts.worst_cosine:.4f} is below {argument('min_fidelity')} {wishes.min_fidelity:g}."
-        raise BudgetError(message, hint="Cut less.", report=result.report)
+        raise BudgetError(message, hint="Prune less: raise the budget or lower the ratio.", report=result.report)
 
 
 @called("recover")
@@ -421,8 +421,8 @@ def factorize(
     plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if plan is not None and plan.groups:
         raise UsageError(
-            "This plan removes channels, too, and a factorization does not",
-            hint="Replay it with onnxprune.prune(plan=...), on the command line 'onnxprune MODEL --apply-plan FILE'.",
+            "This plan removes channels as well, but factorize changes layers only",
+            hint="Apply it with onnxprune.prune(plan=...), or 'onnxprune MODEL --apply-plan FILE'.",
         )
     options: FactorOptions = {"ratio": ratio, "rank": rank, "energy": energy, "vbmf": vbmf, "layers": layers}
     options |= {"include": include, "exclude": exclude, "round_to": round_to}

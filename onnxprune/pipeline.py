@@ -203,7 +203,7 @@ class Context:
         """
         if self.calibration is None:
             raise UsageError(
-                "this needs calibration data, and there is none",
+                f"this needs calibration data, but {argument('data')} is missing",
                 hint=f"Give it with {argument('data')}: arrays, images or anything that yields inputs.",
             )
         return self.calibration.open()
@@ -386,9 +386,9 @@ class Guarantee:
 
 
 UNPRUNED = Requirement(
-    "a model that no pass has removed channels from",
+    "a model without removed channels",
     lambda _, model: model.removed is None,
-    "Prune once: a plan or several ratios (layers=...) go into one pass.",
+    "Prune once: give one pass a plan or several ratios (layers=...).",
 )
 SAME_MODEL = Guarantee("the same model", lambda before, after: before.parts == after.parts)
 SAME_REMOVAL = Guarantee("the same channels", lambda before, after: before.removed is after.removed)
@@ -454,13 +454,13 @@ def as_pass(stage: Any) -> Pass:
         return stage
     name = getattr(stage, "__name__", type(stage).__name__)
     if isinstance(stage, type):
-        raise UsageError(f"Pass {name} is a class, and an instance was expected.", hint=f"Write {name}().")
+        raise UsageError(f"Pass {name} is a class, expected an instance.", hint=f"Write {name}().")
     if not callable(stage):
-        raise UsageError(f"{stage!r} is no pass.", hint=_CONTRACT)
+        raise UsageError(f"{stage!r} is not a pass.", hint=_CONTRACT)
     count = _num_arguments(stage)
     if count == 1:
         raise UsageError(
-            f"Pass {name} is written for the old contract: it takes one argument, the state of a run.",
+            f"Pass {name} follows the old contract: it takes one argument, the state of a run.",
             hint=f"{_CONTRACT} In place of state.weights[name] = w, return model.with_weights({{name: w}}); facts take "
             "the place of state.report; context.analysis that of state.analyzed().",
         )
@@ -469,7 +469,7 @@ def as_pass(stage: Any) -> Pass:
     return FunctionPass(stage)
 
 
-_CONTRACT = "A pass is called with (context, model) and gives PassResult(model, facts); see CONTRIBUTING, 'Add a pass'."
+_CONTRACT = "A pass takes (context, model) and returns PassResult(model, facts); see CONTRIBUTING, 'Add a pass'."
 
 
 def _num_arguments(function: Callable[..., Any]) -> int | None:
@@ -636,14 +636,16 @@ def apply(stage: Pass, context: Context, model: Model) -> PassResult:
     if not isinstance(result, PassResult):
         raise PostconditionError(f"{_first(stage)} returned {type(result).__name__}.", hint=_CONTRACT)
     if not isinstance(result.model, Model):
-        raise PostconditionError(f"{_first(stage)} gave {type(result.model).__name__} as the model.", hint=_CONTRACT)
+        raise PostconditionError(
+            f"{_first(stage)} returned {type(result.model).__name__} as the model.", hint=_CONTRACT
+        )
     if not result.changed and result.model is not model:
-        raise PostconditionError(f"{_first(stage)} says that nothing changed, and gave another model.")
+        raise PostconditionError(f"{_first(stage)} returned another model with changed=False.")
     if result.changed:
         _check_weights(stage, model, result.model)
     for promise in stage.ensures:
         if not promise.holds(model, result.model):
-            raise PostconditionError(f"{_first(stage)} promises {promise.what}, and gave another.")
+            raise PostconditionError(f"{_first(stage)} ensures {promise.what}, but returned another.")
     return result
 
 
@@ -664,8 +666,8 @@ def _check_weights(stage: Pass, before: Model, after: Model) -> None:
     undeclared = next((name for name in sorted(new_names) if name not in initializers), None)
     if undeclared is not None:
         raise PostconditionError(
-            f"{_first(stage)} gave a weight {undeclared!r} that is no initializer of the model.",
-            hint="Add the initializer to a copy of model.proto as well, or take a name that is there.",
+            f"{_first(stage)} returned a weight {undeclared!r} without an initializer in the model.",
+            hint="Add the initializer to a copy of model.proto as well, or use the name of an existing initializer.",
         )
 
 

@@ -26,7 +26,7 @@ def announced(group: str) -> dict[str, Any]:
             package = point.dist.name if point.dist is not None else point.value
             raise UsageError(
                 f"The extension {point.name!r} of {package} cannot be loaded: {type(error).__name__}: {error}",
-                hint=f"Mend or uninstall {package}.",
+                hint=f"Repair or uninstall {package}.",
             ) from error
     return found
 

@@ -143,7 +143,7 @@ class Jobs(Kind):
     def check(self, value: Any, name: str) -> int:
         """Return the checked number; raises UsageError."""
         if not _is_whole(value) or value == 0:
-            raise UsageError(f"{name}: {value} is not allowed", hint=f"Give how many processes to use: {self.allowed}.")
+            raise UsageError(f"{name}: {value} is not allowed", hint=f"Give the number of processes: {self.allowed}.")
         return int(value)
 
 
@@ -635,7 +635,7 @@ def _kinds(values: Mapping[str, Any], kind: str) -> bool:
     return any(getattr(target, "kind", None) == kind for target in values.get("target") or ())
 
 
-METHOD, PAIR = "Method", "The pair of models"
+METHOD, PAIR = "Method", "Original and pruned model"
 WHAT, AMOUNT, HOW, COST = "What to prune", "How much", "Scoring", "Budgets"
 INPUT, RECOVER, CHECKS, MACHINE, OUTPUT = "Data", "Recovery", "Checks", "Machine", "Output"
 
@@ -654,26 +654,28 @@ _RUN = {command: INPUT for command in _OF_MODELS if command != "inspect"}
 _SHOWN = dict.fromkeys(COMMANDS, OUTPUT)
 _PLAN, _BUDGET = ("plan",), ("plan", "budget")
 _DATA = Need(
-    "data", f"says how to read data, and there is no {argument('data')}", f"Give {argument('data')}, or drop it."
+    "data", f"describes how to read data, but {argument('data')} is not given", f"Give {argument('data')}, or drop it."
 )
 
 
 def _repair(end: str) -> str:
     return (
-        f"Repair from {argument('data')} in closed form: means (bias), scale and shift (bn), weights by least squares "
-        "(lstsq), or the best of them aimed at sums (full); or without data from synthetic inputs, which is "
-        f"weaker (datafree); default {end}."
+        f"Recover accuracy from {argument('data')} in closed form: output means (bias), scale and shift (bn), "
+        "weights by least squares (lstsq), or the best of them per layer (full); without data, from synthetic "
+        f"data, which is weaker (datafree); default {end}."
     )
 
 
 def _inputs(use: str) -> str:
-    return f"Inputs: .npz (one array per input name), .npy, a folder of such, or a folder of images; {use}"
+    return f"Inputs: .npz (one array per input name), .npy, a folder of these, or a folder of images; {use}"
 
 
-_MEASURED_ON = _inputs("to repair from and to measure on (default: no repair, seeded synthetic ones).")
-_LEAST = f"What matters least; default ziplm with {argument('data')}, else l2."
-_NO_LAYER_NORM = "Also cut through LayerNorm, RMSNorm and the like"
-_KEEP_MULTIPLE = Multiple("what to keep a multiple of")
+_MEASURED_ON = _inputs(
+    "for recovery and for measurements (default: no recovery, measurements on seeded synthetic data)."
+)
+_LEAST = f"Importance criterion; default ziplm with {argument('data')}, else l2."
+_NO_LAYER_NORM = "Also prune channels that LayerNorm, RMSNorm and similar operators normalise over"
+_KEEP_MULTIPLE = Multiple("the multiple of units to keep")
 _NO_BUDGET = f"Give {argument('target')} or {argument('max_drop')}, or drop it."
 _REMOVED = Share("A ratio R is the share of units to remove")
 
@@ -682,23 +684,23 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "targets",
         CostShares(),
-        "Shares of the original's cost.",
+        "Budgets: shares of the original's cost.",
         {"sweep": COST},
         (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
-        brief="Shares of the original's cost.",
+        brief="Budgets: shares of the original's cost.",
     ),
     Setting(
         "kind",
         Word(*TARGET_KINDS),
-        "Of which cost.",
+        "Kind of cost that the budgets limit.",
         {"sweep": COST},
         "macs",
         brief="macs, params, size, latency or peak-memory.",
     ),
     Setting(
         "ratios",
-        Shares("R", _REMOVED, zero="cuts nothing"),
-        "Shares to cut.",
+        Shares("R", _REMOVED, zero="prunes nothing"),
+        "Ratios to measure for each group.",
         {"sensitivity": AMOUNT},
         (0.25, 0.5, 0.75, 0.9),
         brief="Shares of each group to remove.",
@@ -706,7 +708,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "method",
         Word(*METHODS),
-        "How to take layers apart; auto: per layer whichever errs least for what it saves.",
+        "Factorization method; auto chooses per layer the method with the smallest error for its saving.",
         {"factorize": METHOD},
         "auto",
         conflicts=_PLAN,
@@ -715,7 +717,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "ratio",
         _REMOVED,
-        f"Share of units to remove: of every group, or of all together, see {argument('scope')}.",
+        f"Share of units to remove, of every group or of all groups together (see {argument('scope')}).",
         {"prune": AMOUNT, "factorize": AMOUNT},
         0.3,
         conflicts=_BUDGET,
@@ -733,7 +735,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "rank",
         Ranks(),
-        "Ranks, of all layers or those whose name matches; one per mode, 0 leaves one; repeatable.",
+        "Ranks of all layers or of layers whose name matches; one per mode, 0 keeps a mode as it is; repeatable.",
         {"factorize": AMOUNT},
         many=True,
         conflicts=_PLAN,
@@ -742,22 +744,22 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "energy",
         Number(0, 1, "the share of the energy to keep", open_low=True, metavar="E", example="0.95"),
-        "Keep this share of the energy of every mode.",
+        "Choose ranks that keep this share of the energy of every mode.",
         {"factorize": AMOUNT},
         conflicts=_PLAN,
     ),
     Setting(
         "vbmf",
-        Number(-1, 1, "how far to move the ranks: to all (1) or to none (-1)", metavar="C"),
-        "Keep what is more than noise (variational Bayes).",
+        Number(-1, 1, "how far to move the ranks: to full rank (1) or to rank 1 (-1)", metavar="C"),
+        "Choose ranks by variational Bayes, which separates signal from noise.",
         {"factorize": AMOUNT},
         typed=Flag(),
         conflicts=_PLAN,
     ),
     Setting(
         "calibration",
-        Number(-1, 1, "how far to move the ranks: to all (1) or to none (-1)", metavar="C"),
-        f"Move the ranks of {argument('vbmf')} towards all (1) or none (-1); default 0.",
+        Number(-1, 1, "how far to move the ranks: to full rank (1) or to rank 1 (-1)", metavar="C"),
+        f"Move the ranks of {argument('vbmf')} towards full rank (1) or rank 1 (-1); default 0.",
         {"factorize": AMOUNT},
         python=False,
         conflicts=_PLAN,
@@ -765,7 +767,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "criterion",
         NamedFunction("NAME", "from a slot (and its maps) to scores [channels]"),
-        f"What matters least; default l2, for a budget with {argument('data')} ziplm. By weights: l1, l2, gm, lamp, "
+        f"Importance criterion; default l2, for a budget with {argument('data')} ziplm. By weights: l1, l2, gm, lamp, "
         f"bn, random; by feature maps of {argument('data')}: wanda, obs, variance, activation, apoz, nuclear, hrank, "
         "cosine, snp, ziplm; or a registered name.",
         {"prune": HOW, "sensitivity": HOW, "sweep": HOW},
@@ -776,7 +778,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "layers",
         LayerShares(_REMOVED),
-        "Another ratio for the layers or weights whose name matches; repeatable.",
+        "Own ratio for layers or weights whose name matches; repeatable.",
         {"prune": AMOUNT, "factorize": AMOUNT, "sensitivity": "", "sweep": ""},
         option="--layer",
         many=True,
@@ -786,28 +788,29 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "exclude",
         Patterns(),
-        "Leave these layers or weights alone; repeatable.",
+        "Do not prune layers or weights whose name matches; repeatable.",
         {"prune": WHAT, "factorize": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         (),
         many=True,
         conflicts=_PLAN,
-        variants={"factorize": {"help": "Not these layers; repeatable."}},
+        variants={"factorize": {"help": "Do not factorize layers whose name matches; repeatable."}},
         brief="Do not touch these layers; repeatable.",
     ),
     Setting(
         "include",
         Patterns(),
-        "Cut only these layers or weights; repeatable.",
+        "Prune only layers or weights whose name matches; repeatable.",
         {"prune": WHAT, "factorize": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         (),
         many=True,
         conflicts=_PLAN,
-        variants={"factorize": {"help": "Only these layers; repeatable."}},
+        variants={"factorize": {"help": "Factorize only layers whose name matches; repeatable."}},
     ),
     Setting(
         "timed",
         Flag(),
-        "auto: leave alone what does not get faster here, as measured (default), or go by work alone.",
+        "With method auto: keep layers that factorization does not make faster on this machine (default), or count "
+        "MACs only.",
         {"factorize": WHAT},
         True,
         option="--timed/--untimed",
@@ -816,11 +819,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "approximate",
         Flag(),
-        f"{_NO_LAYER_NORM}, where the result is not exact.",
+        f"{_NO_LAYER_NORM}; the result is then not exact.",
         {"prune": WHAT, "recover": PAIR, "inspect": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         False,
         variants={
-            "recover": {"help": f"The cut was made with {argument('approximate')}."},
+            "recover": {"help": f"State that the model was pruned with {argument('approximate')}."},
             "inspect": {"help": "Count channels behind LayerNorm, RMSNorm and the like as removable."},
             "sensitivity": {"help": f"{_NO_LAYER_NORM}."},
             "sweep": {"help": f"{_NO_LAYER_NORM}."},
@@ -829,14 +832,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "plan",
         PathTo("FILE.json", "a plan or its file"),
-        "Remove what this plan says (prune by index).",
+        "Remove the channels that this plan lists (prune by index).",
         {"prune": WHAT, "factorize": WHAT, "recover": PAIR},
         option="--apply-plan",
         conflicts=("budget",),
         variants={
-            "factorize": {"help": "Take apart what this plan says.", "conflicts": ()},
+            "factorize": {"help": "Factorize the layers that this plan lists.", "conflicts": ()},
             "recover": {
-                "help": "What was removed from where: the plan of the cut.",
+                "help": "Plan of the pruned model: the channels that were removed.",
                 "option": "--plan",
                 "brief": "The plan that was saved with the pruned model.",
                 "conflicts": (),
@@ -847,108 +850,110 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "target",
         Targets(),
-        f"In place of {argument('ratio')}: what the model may cost, as a share of the original or an amount: macs=0.5, "
-        "params=0.4, size=3MB, latency=0.6 or 12ms, peak-memory=64MB; repeatable.",
+        f"Budget in place of {argument('ratio')}, as a share of the original or an amount: macs=0.5, params=0.4, "
+        "size=3MB, latency=0.6 or 12ms, peak-memory=64MB; repeatable.",
         {"prune": COST},
         many=True,
         brief="A budget: macs=0.5, size=3MB, latency=12ms.",
     ),
     Setting(
         "max_drop",
-        Number(0, math.inf, "what the metric may lose, without one points of per cent", example="1.0"),
-        "What the metric may lose; alone: find the smallest model within it.",
+        Number(
+            0, math.inf, "the allowed loss of the metric, in percentage points where no metric is given", example="1.0"
+        ),
+        "Allowed loss of the metric; without a target, find the smallest model within this loss.",
         {"prune": COST},
     ),
     Setting(
         "metric",
         NamedFunction("FILE.py:FUNCTION", "from the path of a model to a number, higher is better"),
-        "A function from the path of a model to a number, higher is better; default points of fidelity.",
+        "Function from the path of a model to a number, higher is better; default fidelity in points.",
         {"prune": CHECKS, "sensitivity": CHECKS, "sweep": CHECKS},
         needs=Need(
             "budget or points",
-            "says how good a model is, and nothing asks for it",
-            f"Give {argument('max_drop')}, what it may lose, or {argument('target')}, to choose by it.",
+            "measures model quality, but no budget needs it",
+            f"Give {argument('max_drop')}, its allowed loss, or {argument('target')}, to choose by it.",
         ),
     ),
     Setting(
         "sensitivity",
-        PathTo("FILE.json|measure", "a file of sensitivities, one as a call gave it, or `measure`"),
-        "Choose counts by what cutting each group alone did, too: as 'onnxprune sensitivity' wrote it, or measured "
-        "first (minutes; kept for later runs).",
+        PathTo("FILE.json|measure", "a file of sensitivities, the result of `onnxprune.sensitivity`, or `measure`"),
+        "Allocate by the measured sensitivity of each group as well: from a file of 'onnxprune sensitivity', or "
+        "measured first (takes minutes; cached for later runs).",
         {"prune": COST},
         typed=Text("FILE.json|measure"),
-        needs=Need("budget", "says what groups can do without, and there is no budget to meet", _NO_BUDGET),
+        needs=Need("budget", "guides the allocation of a budget, but no budget is given", _NO_BUDGET),
     ),
     Setting(
         "jobs",
         Jobs(),
-        "Processes to measure sensitivities in; default one per processor.",
+        "Number of processes that measure sensitivities; default one per processor.",
         {"prune": MACHINE, "sensitivity": MACHINE},
-        typed=Whole(1, "how many processes to use"),
+        typed=Whole(1, "the number of processes"),
         needs=Need(
             "measured sensitivity",
-            "is about measuring sensitivities",
+            "applies only when sensitivities are measured",
             f"Give {argument('sensitivity', 'measure')}, or drop it.",
         ),
     ),
     Setting(
         "factorize",
         Flag(),
-        "Take layers apart as well, where that keeps more than cutting them; for all kinds but peak-memory.",
+        "Factorize layers where that loses less than pruning them; not with a peak-memory target.",
         {"prune": COST, "sweep": COST},
         False,
         needs=Need(
             "budget or points",
-            "takes layers apart to meet a budget, and there is none",
-            f"Give {argument('target')} or {argument('max_drop')}; 'onnxprune factorize' takes layers apart by a "
-            "ratio.",
+            "factorizes layers to meet a budget, but no budget is given",
+            f"Give {argument('target')} or {argument('max_drop')}; 'onnxprune factorize' factorizes layers by a ratio.",
         ),
-        variants={"sweep": {"help": f"Take layers apart as well, for {argument('kind')} macs, params and size."}},
+        variants={"sweep": {"help": f"Factorize layers as well; for {argument('kind')} macs, params and size."}},
     ),
     Setting(
         "trials",
-        Whole(0, "how many answers to try"),
-        "Answers to try around the best cut; default: with a repair about half a minute's worth, else none.",
+        Whole(0, "how many allocations to try"),
+        "Number of allocations to try around the best one; default with recovery: as many as take about half a "
+        "minute, else none.",
         {"prune": COST, "sweep": COST},
         needs=Need(
             "target",
-            "looks for better answers to targets, and there is none",
+            "refines the allocation for a target, but no target is given",
             f"Give {argument('target')}, or drop it.",
         ),
         variants={
             "sweep": {
-                "help": "Answers to try around the best cut of each; default: with a repair half a minute's worth, "
-                "else none."
+                "help": "Number of allocations to try around the best one of each budget; default with recovery: as "
+                "many as take about half a minute, else none."
             }
         },
     ),
     Setting(
         "latency_table",
         PathTo("FILE.json", "a table of times or its file"),
-        "Times of another device, as 'onnxprune profile MODEL -o FILE.json' wrote them there.",
+        "Layer times of another device, written there by 'onnxprune profile MODEL -o FILE.json'.",
         {"prune": COST},
         needs=Need(
             "latency target",
-            "holds measured times, and there is no target of that kind",
+            "holds measured times, but no latency target is given",
             f"Give {argument('target', 'latency=0.6')}, or drop the table.",
         ),
     ),
     Setting(
         "providers",
         Providers(),
-        "Execution providers of onnxruntime to time with; default cpu.",
+        "Execution providers of onnxruntime for latency measurements; default cpu.",
         {"prune": MACHINE, "profile": MACHINE, "sweep": MACHINE, "sensitivity": ""},
     ),
     Setting(
         "threads",
         Whole(1, "how many threads an operator may use"),
-        "Threads inside an operator when time is measured; default all processors.",
+        "Threads per operator in latency measurements; default all processors.",
         {"prune": MACHINE, "profile": MACHINE, "sweep": MACHINE, "sensitivity": ""},
     ),
     Setting(
         "seconds",
         Number(0, math.inf, "how many seconds to measure", metavar="N", open_low=True),
-        "How long to measure; 12 cuts are in any case.",
+        "How long to measure; at least 12 pruned models are timed.",
         {"profile": MACHINE},
         60,
         typed=Whole(1, "how many seconds to measure"),
@@ -958,14 +963,16 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "scope",
         Word("local", "global", "isomorphic", "slamp"),
-        "Who competes: the units of each group, of all groups, of groups of the same structure, or all by SLAMP.",
+        "Which units compete: those of each group, of all groups, of groups of the same structure, or all by SLAMP "
+        "scores.",
         {"prune": HOW, "factorize": AMOUNT, "sensitivity": "", "sweep": ""},
         "local",
         conflicts=_BUDGET,
         variants={
             "factorize": {
                 "kind": Word("local", "global"),
-                "help": "The ratio in every layer, or one budget; default global for auto, else local.",
+                "help": "Apply the ratio to every layer, or to the model as one budget; default global for auto, else "
+                "local.",
                 "default": None,
                 "conflicts": _PLAN,
             }
@@ -974,7 +981,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "policy",
         Word("sum", "average", "max", "backward"),
-        "How the scores that a unit has in several weights become one.",
+        "How to combine the scores of a unit in several weights.",
         {"prune": HOW, "sensitivity": "", "sweep": ""},
         "sum",
         conflicts=_PLAN,
@@ -982,7 +989,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "normalize",
         Word("auto", "mean", "none", "root", "standard", "tss", "linear", "softmax", "measured"),
-        "What makes the scores of different weights comparable.",
+        "How to make scores of different weights comparable.",
         {"prune": HOW, "sensitivity": "", "sweep": ""},
         "auto",
         conflicts=_PLAN,
@@ -990,8 +997,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "group_policy",
         Word("count", "sum", "average", "none"),
-        "Heads and convolution groups: each loses its own indices (count), all lose the same ones by the sum or the "
-        "average over them, or none loses any.",
+        "Heads and convolution groups: remove own indices in each (count), the same indices in all by the sum or "
+        "average of scores, or none.",
         {"prune": HOW, "sensitivity": "", "sweep": ""},
         "count",
         conflicts=_PLAN,
@@ -999,7 +1006,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "reshape_axis",
         Word("head_dim", "heads", "both"),
-        "Heads: cut channels within, whole heads where possible, or both.",
+        "Attention heads: prune channels within heads, whole heads where possible, or both.",
         {"prune": HOW, "sensitivity": "", "sweep": ""},
         "head_dim",
         conflicts=_PLAN,
@@ -1007,21 +1014,21 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "max_ratio",
         Share("The share of its units that a group may lose", zero=False, one=True),
-        "No group loses more than this share; default 0.9 where groups compete, else all but one unit.",
+        "Largest share that a group may lose; default 0.9 where groups compete, else all but one unit.",
         {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
         conflicts=_PLAN,
     ),
     Setting(
         "cost",
         Word("none", "macs", "params", "latency"),
-        "Divide scores by what removing the unit saves.",
+        "Divide scores by the cost that removing the unit saves.",
         {"prune": HOW, "factorize": AMOUNT, "sensitivity": "", "sweep": ""},
         "none",
         conflicts=_BUDGET,
         variants={
             "factorize": {
                 "kind": Word("macs", "params"),
-                "help": f"What {argument('ratio')} is a share of.",
+                "help": f"Cost that {argument('ratio')} is a share of.",
                 "default": "macs",
                 "conflicts": _PLAN,
             }
@@ -1036,8 +1043,8 @@ SETTINGS: tuple[Setting, ...] = (
         conflicts=_PLAN,
         variants={
             "factorize": {
-                "kind": Whole(1, "what ranks are a multiple of"),
-                "help": "Ranks are multiples of N.",
+                "kind": Whole(1, "the multiple for ranks"),
+                "help": "Choose ranks that are multiples of N.",
                 "default": 1,
             },
         },
@@ -1052,7 +1059,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "step",
-        Whole(1, "what to remove a multiple of"),
+        Whole(1, "the multiple of units to remove"),
         "Remove a multiple of N units per group.",
         {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
         1,
@@ -1061,7 +1068,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "rounding",
         Word("nearest", "up", "down"),
-        "How counts that follow from ratios are rounded.",
+        "How to round the numbers of units that follow from ratios.",
         {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
         "nearest",
         conflicts=_BUDGET,
@@ -1069,7 +1076,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "steps",
         Whole(1, "a number of steps"),
-        "Score and remove in N steps, each on what the last one left.",
+        "Prune in N steps and score again before each.",
         {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
         1,
         conflicts=_BUDGET,
@@ -1092,7 +1099,7 @@ SETTINGS: tuple[Setting, ...] = (
         many=True,
         variants={
             "inspect": {
-                "help": "Shape of an input, for every size.",
+                "help": "Shape of an input, with every size.",
                 "brief": "Shape of an input whose sizes are open.",
             }
         },
@@ -1100,12 +1107,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "data",
         PathTo("FILE|DIR", "a file, a folder, arrays, an iterable of these or a reader"),
-        _inputs("to repair and validate with (default: no repair, seeded synthetic ones)."),
+        _inputs("for recovery and validation (default: no recovery, validation on seeded synthetic data)."),
         _RUN,
         variants={
-            "factorize": {"help": _inputs("errors then count at the layers' outputs, and what is left is repaired.")},
-            "recover": {"help": _inputs("to repair from and to measure on.")},
-            "profile": {"help": _inputs("one sample is run (default: seeded synthetic ones).")},
+            "factorize": {"help": _inputs("measure errors at the outputs of layers, and recover afterwards.")},
+            "recover": {"help": _inputs("for recovery and for measurements.")},
+            "profile": {"help": _inputs("one sample is run (default: seeded synthetic data).")},
             "sensitivity": {"help": _MEASURED_ON},
             "sweep": {"help": _MEASURED_ON},
         },
@@ -1115,14 +1122,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "batch_size",
         Whole(1, "how many samples to run at a time"),
-        "Samples per run where the model leaves it open; default 16.",
+        "Samples per run, where the batch size of the model is open; default 16.",
         _RUN,
         needs=_DATA,
     ),
     Setting(
         "image_size",
         Extent(),
-        "Size of images, cut to it; default the model's.",
+        "Resize and crop images to this size; default the model's.",
         _RUN,
         python=False,
         needs=_DATA,
@@ -1131,7 +1138,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "mean",
         Numbers(),
-        "Subtract this from pixels of 0..1, per channel.",
+        "Subtract this mean per channel, from pixels in 0..1.",
         _RUN,
         python=False,
         needs=_DATA,
@@ -1140,7 +1147,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "std",
         Numbers(zero=False),
-        "Then divide by this, per channel.",
+        "Divide by this standard deviation per channel, after the mean is subtracted.",
         _RUN,
         python=False,
         needs=_DATA,
@@ -1149,7 +1156,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "layout",
         Word("nchw", "nhwc"),
-        "Where images have their channels; default: the axis of size 1 or 3.",
+        "Position of the channel axis of images; default: the axis of size 1 or 3.",
         _RUN,
         python=False,
         needs=_DATA,
@@ -1158,7 +1165,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "pixel_order",
         Word("rgb", "bgr"),
-        "Order of the channels; default rgb.",
+        "Order of the colour channels; default rgb.",
         _RUN,
         python=False,
         needs=_DATA,
@@ -1173,25 +1180,23 @@ SETTINGS: tuple[Setting, ...] = (
         needs=_DATA,
         into="images.scale",
     ),
-    Setting(
-        "images", Kind(), "How images become arrays: `onnxprune.ImageOptions`.", dict.fromkeys(_RUN, ""), needs=_DATA
-    ),
+    Setting("images", Kind(), "Image preprocessing: `onnxprune.ImageOptions`.", dict.fromkeys(_RUN, ""), needs=_DATA),
     Setting(
         "cache",
         PathTo("DIR", "a folder"),
-        "Keep what is found out here: a repeated or interrupted run goes on from there.",
+        "Cache intermediate results in this folder; a repeated or interrupted run resumes from them.",
         {"prune": MACHINE, "recover": MACHINE, "sensitivity": MACHINE, "sweep": MACHINE, "profile": ""},
         variants={
             "prune": {
                 "needs": Need(
                     "data or times",
-                    f"keeps what data say, and there is no {argument('data')}",
+                    f"caches results computed from data, but {argument('data')} is not given",
                     f"Give {argument('data')}, or drop it.",
                 )
             }
         },
     ),
-    Setting("seed", Whole(0, "a seed"), "Seed of everything random.", dict.fromkeys(_RUN, MACHINE), 0),
+    Setting("seed", Whole(0, "a seed"), "Seed of all random numbers.", dict.fromkeys(_RUN, MACHINE), 0),
     Setting(
         "custom_op_libraries",
         Paths("FILE", "paths of shared libraries"),
@@ -1212,22 +1217,22 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "memory_limit",
         Bytes(),
-        "Activations to hold in memory at a time, for example 2GB; more go to temporary files.",
+        "Memory for activations, for example 2GB; the rest goes to temporary files.",
         {command: MACHINE for command in _RUN if command != "profile"},
         needs=Need(
             "data or datafree",
-            f"is about data that runs through the model, and there is no {argument('data')}",
+            f"limits the activations of data, but {argument('data')} is not given",
             f"Give {argument('data')}, or drop it.",
         ),
     ),
     Setting(
         "validate",
         Flag(),
-        "Do not run the models: structural checks only.",
+        "Do not run the models; check their structure only.",
         {"prune": CHECKS, "factorize": CHECKS},
         True,
         option="--no-validate",
-        variants={"factorize": {"help": "Do not compare the models' outputs or time them."}},
+        variants={"factorize": {"help": "Do not compare the outputs of the models or time them."}},
     ),
     Setting(
         "min_fidelity",
@@ -1235,7 +1240,7 @@ SETTINGS: tuple[Setting, ...] = (
         "Write nothing and exit with 5 when an output's cosine falls below X.",
         {"prune": CHECKS, "recover": CHECKS, "factorize": CHECKS},
         needs=Need(
-            "runs", f"needs the models to run, and {argument('validate', False)} forbids it", "Drop one of the two."
+            "runs", f"needs the models to run, but {argument('validate', False)} forbids that", "Drop one of the two."
         ),
         variants={"recover": {"python": False}, "factorize": {"python": False}},
         brief="Write nothing if fidelity falls below X.",
@@ -1243,7 +1248,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "latency",
         Flag(),
-        "Measure speed.",
+        "Measure the latency before and after.",
         {"prune": "", "factorize": "", "sweep": ""},
         True,
     ),
@@ -1251,20 +1256,20 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "output",
         PathTo("OUT.onnx"),
-        "Where to write; default MODEL.pruned.onnx beside the input.",
+        "Output file; default MODEL.pruned.onnx beside the input.",
         {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "profile": OUTPUT, "sensitivity": OUTPUT},
         short="-o",
         python=False,
         variants={
-            "recover": {"help": "Where to write; default CUT.recovered.onnx beside the cut model."},
-            "factorize": {"help": "Where to write; default MODEL.factorized.onnx beside the input."},
+            "recover": {"help": "Output file; default CUT.recovered.onnx beside the pruned model."},
+            "factorize": {"help": "Output file; default MODEL.factorized.onnx beside the input."},
             "profile": {
                 "kind": PathTo("FILE.json"),
-                "help": f"Write the table, for {argument('latency_table')} on another machine.",
+                "help": f"Write the latency table, for {argument('latency_table')} on another machine.",
             },
             "sensitivity": {
                 "kind": PathTo("FILE.json"),
-                "help": f"Write the curves, for {argument('sensitivity')}.",
+                "help": f"Write the sensitivities, for {argument('sensitivity')}.",
             },
         },
         brief="Where to write.",
@@ -1272,35 +1277,35 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "folder",
         PathTo("DIR", "a folder"),
-        "Keep the models here: NAME.SHARE.onnx.",
+        "Write the models of the sweep to this folder: NAME.SHARE.onnx.",
         {"sweep": OUTPUT},
         option="--models",
     ),
     Setting(
         "plan_file",
         PathTo("FILE.json"),
-        "Also write the plan: what is removed from where.",
+        "Write the plan as well: the removed channels of every group.",
         {"prune": OUTPUT, "factorize": OUTPUT},
         option="--plan",
         python=False,
-        variants={"factorize": {"help": "Also write the plan: methods and ranks."}},
+        variants={"factorize": {"help": "Write the plan as well: methods and ranks."}},
     ),
     Setting(
         "explain",
         Flag(),
-        "Say why layers were not cut, or less than asked; show the groups.",
+        "Explain which layers were pruned less than asked, and why; list the groups.",
         {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT},
         False,
         python=False,
         variants={
-            "recover": {"help": "Say why layers were not repaired."},
-            "factorize": {"help": "Say of every layer that stays why it does."},
+            "recover": {"help": "Explain why layers were not recovered."},
+            "factorize": {"help": "Explain why layers were not factorized."},
         },
     ),
     Setting(
         "html",
         PathTo("FILE.html"),
-        "Also write a page with the plot; it needs nothing else.",
+        "Write a self-contained HTML page with the plot as well.",
         {"sensitivity": OUTPUT, "sweep": OUTPUT},
         python=False,
         brief="Also write a page with the plot.",
@@ -1332,12 +1337,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "json",
         Flag(),
-        "One JSON object on stdout, all else on stderr.",
+        "Write one JSON object to stdout and everything else to stderr.",
         _SHOWN,
         False,
         python=False,
     ),
-    Setting("quiet", Flag(), "Say nothing but errors.", _SHOWN, False, short="-q", python=False),
+    Setting("quiet", Flag(), "Print errors only.", _SHOWN, False, short="-q", python=False),
     Setting(
         "verbose",
         Flag(),
@@ -1350,8 +1355,8 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "progress",
-        Function("of a stage and the share of it that is done"),
-        "Called on the way.",
+        Function("of the name of the name of the name of the name of a stage and the share of it that is done"),
+        "Function that is called with the progress of each stage.",
         dict.fromkeys(_RUN, ""),
     ),
 )

@@ -92,21 +92,25 @@ class Sensitivity:
         Raises:
             UsageError: missing, not JSON, or not sensitivities of this version.
         """
-        hint = "'onnxprune sensitivity MODEL --data D -o FILE' writes one."
+        hint = "Write one with 'onnxprune sensitivity MODEL --data D -o FILE'."
         kind = "file of sensitivities"
         data = files.read_json(Path(path), "the sensitivities", kind, missing=hint, hint=hint)
         if not isinstance(data, Mapping) or not isinstance(data.get("curves"), list):
-            raise UsageError(f"{str(path)!r} holds no sensitivities: it has no 'curves'.", hint=hint)
+            raise UsageError(f"{str(path)!r} is not a file of sensitivities: 'curves' is missing.", hint=hint)
         if data.get("version") != VERSION:
-            raise UsageError(f"Sensitivities of version {data.get('version')!r} are not known.", hint=hint)
+            raise UsageError(f"Version {data.get('version')!r} of a file of sensitivities is not supported.", hint=hint)
         result = files.parse(cls, data, repr(str(path)), hint)
         for curve in result.curves:
             if len({len(curve.shares), len(curve.noise), len(curve.points)}) != 1:
-                raise UsageError(f"{str(path)!r} is damaged: group {curve.group} has lists of different lengths.")
+                raise UsageError(
+                    f"{str(path)!r} is damaged: group {curve.group} has lists of different lengths (one value per "
+                    "ratio)."
+                )
             rising = all(a < b for a, b in zip([0.0, *curve.shares], curve.shares, strict=False))
             if not rising or max(curve.shares, default=0.0) > 1 or min(curve.noise, default=0.0) < 0:
                 raise UsageError(
-                    f"{str(path)!r} is damaged: group {curve.group} has negative noise, or shares that do not rise.",
+                    f"{str(path)!r} is damaged: group {curve.group} has negative noise, or ratios that do not "
+                    "increase.",
                     hint=hint,
                 )
         return result
@@ -121,7 +125,7 @@ class Sensitivity:
             raise UsageError(
                 f"The sensitivities {source} belong to another model (SHA-256 {self.model_sha256[:12]}..., "
                 f"this one is {sha256[:12]}...).",
-                hint="Run 'onnxprune sensitivity' on this very file.",
+                hint="Run 'onnxprune sensitivity' on this model.",
             )
 
 

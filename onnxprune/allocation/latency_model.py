@@ -147,18 +147,18 @@ class LatencyTable:
         Raises:
             UsageError: missing, not JSON, or not a table of this version.
         """
-        hint = "'onnxprune profile MODEL -o FILE' writes one."
+        hint = "Write one with 'onnxprune profile MODEL -o FILE'."
         data = files.read_json(Path(path), "the latency table", "latency table", missing=hint, hint=hint)
         if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), Mapping):
-            raise UsageError(f"{str(path)!r} is not a latency table: it has no 'nodes'.", hint=hint)
+            raise UsageError(f"{str(path)!r} is not a latency table: 'nodes' is missing.", hint=hint)
         if data.get("version") != VERSION:
-            raise UsageError(f"Latency table version {data.get('version')!r} is not known.", hint=hint)
+            raise UsageError(f"Version {data.get('version')!r} of a latency table is not supported.", hint=hint)
         nodes = files.parse(dict[str, list[tuple[int, int, float]]], data["nodes"], f"'nodes' of {str(path)!r}", hint)
         table = files.parse(cls, {**data, "samples": []}, repr(str(path)), hint)
         table.samples = [Sample(node, *sample) for node, samples in nodes.items() for sample in samples]
         times = [table.seconds, table.slope, *(measured for _, measured in table.checks)]
         if min(times) <= 0 or any(min(sample[1:]) < 0 for sample in table.samples):
-            raise UsageError(f"{str(path)!r} is a damaged latency table: it has times of 0 or less.", hint=hint)
+            raise UsageError(f"{str(path)!r} is a damaged latency table: times must be more than 0.", hint=hint)
         return table
 
     def check_model(self, sha256: str, source: str) -> None:
@@ -171,7 +171,7 @@ class LatencyTable:
             raise UsageError(
                 f"The latency table {source} belongs to another model (SHA-256 {self.model_sha256[:12]}..., "
                 f"this one is {sha256[:12]}...).",
-                hint="Run 'onnxprune profile' on this very file there.",
+                hint="Run 'onnxprune profile' on this model on the other device.",
             )
 
 

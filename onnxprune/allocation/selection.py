@@ -517,7 +517,7 @@ def candidates(analysis: Analysis, request: Request) -> Candidates:
         if result.asked[group.id] is None:
             continue
         if request.group_policy == "none" and group.size != group.steps:
-            result.kept[group.id] = f"{Reason.KEPT_WHOLE}: group_policy none leaves channels in several rows alone"
+            result.kept[group.id] = f"{Reason.KEPT_WHOLE}: group_policy none prunes no channels in several rows"
         else:
             result.groups.append(group)
     return result

@@ -290,14 +290,14 @@ class Analysis:
         if group.prunable:
             return ""
         if group.covered:
-            return f"{Reason.COVERED}: whole heads or groups are cut instead"
+            return f"{Reason.COVERED}: whole heads or groups are pruned instead"
         if any(self.units.groups[c].prunable for c in group.children):
-            return f"{Reason.COVERED}: the channels within are cut instead"
+            return f"{Reason.COVERED}: the channels within are pruned instead"
         if group.size < 2:
-            return f"{Reason.TIED_TOGETHER}: all of them are one unit"
+            return f"{Reason.TIED_TOGETHER}: all channels form one unit"
         if group.id in self._unstored:
-            return f"{Reason.NOT_STORED}: no weight of the file belongs to it"
-        return f"{Reason.GRID_UNBALANCED}: no equal share can be taken from every row"
+            return f"{Reason.NOT_STORED}: the file holds no weight of this group"
+        return f"{Reason.GRID_UNBALANCED}: no equal share can be removed from every row"
 
     def _reason(self, node: Node) -> str:
         """Return the reason why channels of a layer's output have to stay; empty when none has to."""

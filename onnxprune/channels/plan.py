@@ -106,10 +106,10 @@ class Plan:
         """
         hint = f"Write one with {argument('plan_file')} to see the form."
         if not isinstance(data, Mapping) or not isinstance(data.get("groups"), list):
-            raise UsageError("This is not a plan: it has no list 'groups'.", hint=hint)
+            raise UsageError("This is not a plan: the list 'groups' is missing.", hint=hint)
         if data.get("version", VERSION) != VERSION:
             raise UsageError(
-                f"Plan version {str(data.get('version'))[:40]!r} is not known.",
+                f"Plan version {str(data.get('version'))[:40]!r} is not supported.",
                 hint=f"This onnxprune reads version {VERSION}.",
             )
         groups = [{"id": i, **g} if isinstance(g, Mapping) else g for i, g in enumerate(data["groups"])]

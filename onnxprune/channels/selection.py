@@ -83,8 +83,8 @@ def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
         raise UsageError(
             f"The plan belongs to another model (SHA-256 {plan.model_sha256[:12]}..., "
             f"this one is {analysis.loaded.sha256[:12]}...).",
-            hint="Plans name positions, which mean something else in another model. "
-            "Delete 'model_sha256' to try anyway.",
+            hint="A plan lists positions, which differ between models. Delete 'model_sha256' in the plan to apply it "
+            "anyway.",
         )
     known = analysis.units.groups
     rows = [known[i.id] for i in plan.groups if 0 <= i.id < len(known) and known[i.id].kind == "heads"]
@@ -103,8 +103,9 @@ def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
         closed = units.close(group_mask)
         if item.slots and (by_slots & ~closed).any():
             raise UsageError(
-                f"Group {item.id} of the plan contradicts itself: its slots remove more than its 'removed'.",
-                hint="Edit 'removed', or delete it to go by the slots.",
+                f"Group {item.id} of the plan contradicts itself: its slots remove more channels than its 'removed' "
+                "lists.",
+                hint="Edit 'removed', or delete it to use the slots.",
             )
         mask |= group_mask
     _check_balance(units, mask)
@@ -113,7 +114,7 @@ def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
 
 def _from_units(units: Units, item: PlanGroup) -> NDArray[np.int64]:
     if not 0 <= item.id < len(units.groups) or not units.groups[item.id].prunable:
-        raise UsageError(f"The plan names group {item.id}, which this model does not have or cannot cut.")
+        raise UsageError(f"The plan names group {item.id}, which is not a prunable group of this model.")
     group = units.groups[item.id]
     if item.units and item.units != group.size:
         raise UsageError(f"Group {item.id} of the plan has {item.units} units, the model's has {group.size}.")
@@ -145,7 +146,7 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
         size = label.ids.shape[slot.axis]
         if slot.size not in (0, size):
             raise UsageError(
-                f"The plan takes axis {slot.axis} of {slot.tensor!r} to have {slot.size} channels, it has {size}.",
+                f"The plan expects axis {slot.axis} of {slot.tensor!r} to have {slot.size} channels, it has {size}.",
                 hint="Give the plan that was written for this model.",
             )
         invalid = [p for p in slot.removed if not 0 <= p < size]
@@ -166,8 +167,9 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
         if frozen.size:
             barrier = analysis.table.atoms.barriers[int(units.barrier_of[frozen[0]])]
             raise UsageError(
-                f"The plan removes channels of {slot.tensor!r} that must stay: {barrier.code}, {barrier.detail}.",
-                hint="'onnxprune inspect' lists every such reason.",
+                f"The plan removes channels of {slot.tensor!r} that cannot be removed: {barrier.code}, "
+                f"{barrier.detail}.",
+                hint="List all barriers with 'onnxprune inspect', and remove these channels from the plan.",
             )
         mask[components] = True
     return mask
@@ -184,11 +186,14 @@ def _check_balance(units: Units, mask: Mask) -> None:
         sizes = np.bincount(group.classes)
         is_kept = np.bincount(group.classes, weights=with_rows[group.units]) < sizes
         if (counts == sizes)[is_kept].any() or removed.all():
-            raise UsageError(f"The plan removes every unit of group {group.id} (or of one of its rows): one must stay.")
+            raise UsageError(
+                f"The plan removes every unit of group {group.id} (or of one of its rows), but at least one must "
+                "remain."
+            )
         if group.kind == "channels" and _uneven(counts[is_kept], sizes[is_kept]):
             raise UsageError(
-                f"The plan takes unequal shares from the rows of group {group.id}: {counts.astype(int).tolist()}.",
-                hint=f"Take the same number from each of its {len(sizes)} rows.",
+                f"The plan removes unequal numbers from the rows of group {group.id}: {counts.astype(int).tolist()}.",
+                hint=f"Remove the same number from each of its {len(sizes)} rows.",
             )
 
 

@@ -55,13 +55,13 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
 
 @command("prune", "Prune the channels of a model (the default command).", _EXAMPLES["prune"], model="MODEL.onnx")
 def prune(screen: Screen, given: Given) -> None:
-    """Cut channels out of an ONNX model, exactly, and verify the result in onnxruntime."""
+    """Prune channels of an ONNX model exactly, and verify the result in onnxruntime."""
     target = given.output or beside(given.model, "pruned")
     _check(given, target, check_criterion)
     result = _cut(given, screen)
     report: Report = result.report
     _advise(given, report)
-    hint = f"Take a smaller {argument('ratio')}, another {argument('criterion')}, or {argument('exclude')} the "
+    hint = f"Use a smaller {argument('ratio')}, another {argument('criterion')}, or {argument('exclude')} the "
     hint += "sensitive layers."
     plan = str(given.plan_file) if given.plan_file else None
     _finish(screen, given, result, target, lambda: _parts(given, report, screen), hint, {"plan": plan}, given.plan_file)
@@ -182,7 +182,7 @@ def _advise(given: Given, report: Report) -> None:
     asked = given.plan is None and not given.has_budget and some
     if asked and report.totals.params_before == report.totals.params_after:
         report.warnings.append(
-            Note(f"no channel was removed, the model keeps its size; {argument('explain')} says why")
+            Note(f"no channel was removed, so the model keeps its size; {argument('explain')} shows the reasons")
         )
 
 
@@ -214,16 +214,16 @@ def _parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]
         short = reasons.shortfalls(report.layers, groups, lambda names: _asked(given, names), given.round_to)
         parts += [tables.heading("Groups"), *tables.groups(groups, name_width=width)]
         parts += [
-            tables.heading("Layers that were not cut, or less than asked"),
+            tables.heading("Layers pruned less than asked"),
             *reasons.render(short, name_width=width),
         ]
         if report.barriers:
             parts += [tables.heading("Barriers")]
             parts += tables.barriers(plain(report.barriers), name_width=width, every=verbose)
         if report.repairs:
-            parts += [tables.heading("Layers that were not repaired")]
+            parts += [tables.heading("Layers that were not recovered")]
             parts += tables.left(report.repairs, name_width=width)
-        parts += [tables.heading("Cut")]
+        parts += [tables.heading("Result")]
     return parts + tables.cut(report, name_width=width, verbose=verbose)
 
 
@@ -231,14 +231,12 @@ def _parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]
     "factorize", "Factorize layers into smaller ones: SVD, Tucker, CP.", _EXAMPLES["factorize"], model="MODEL.onnx"
 )
 def factorize(screen: Screen, given: Given) -> None:
-    """Take layers apart into smaller ones: SVD, Tucker, CP, spatial SVD."""
+    """Factorize layers into smaller ones: SVD, Tucker, CP, spatial SVD."""
     target = given.output or beside(given.model, "factorized")
     _check(given, target)
     result = _factorized(given, screen)
     report: Report = result.report
-    hint = (
-        f"Take a smaller {argument('ratio')}, give {argument('data')}, or {argument('exclude')} the sensitive layers."
-    )
+    hint = f"Use a smaller {argument('ratio')}, give {argument('data')}, or {argument('exclude')} the sensitive layers."
     plan, parts = str(given.plan_file) if given.plan_file else None, _factorization_parts
     _finish(screen, given, result, target, lambda: parts(given, report, screen), hint, {"plan": plan}, given.plan_file)
 
@@ -271,12 +269,12 @@ def _factorization_parts(given: Given, report: Report, screen: Screen) -> list[R
     cut="CUT.onnx",
 )
 def recover(screen: Screen, given: Given) -> None:
-    """Repair a model that was cut before, from its original, the plan of the cut and inputs without labels."""
+    """Recover the accuracy of a pruned model from its original, its plan and inputs without labels."""
     target = given.output or beside(given.cut, "recovered")
     _check_recovery(given, target)
     result = _repair(given, screen)
     report: Report = result.report
-    hint = f"Give more {argument('data')}, or cut less."
+    hint = f"Give more {argument('data')}, or prune less."
     names = {"cut": str(given.cut), "plan": str(given.plan)}
     _finish(screen, given, result, target, lambda: _recovery_parts(given, report, screen), hint, names)
 
@@ -289,16 +287,16 @@ def _check_recovery(given: Given, target: Path) -> None:
     existing(given.cut, "cut model")
     if given.plan is None:
         raise UsageError(
-            f"a repair needs the plan of the cut, and there is no {argument('plan')}",
-            hint=f"Give the file that {argument('plan_file')} wrote when the cut was made.",
+            f"recovery needs the plan of the pruned model, but {argument('plan')} is missing",
+            hint=f"Give the file that {argument('plan_file')} wrote when the model was pruned.",
         )
     existing(given.plan, "plan")
     if given.data is None and given.recover != "datafree":
         given.check_together()
         raise UsageError(
-            f"a repair needs calibration data, and there is no {argument('data')}",
-            hint=f"Give inputs with {argument('data')}, a few hundred without labels are enough; or repair without, "
-            f"which is weaker, by {argument('recover', 'datafree')}.",
+            f"recovery needs calibration data, but {argument('data')} is missing",
+            hint=f"Give inputs with {argument('data')} (a few hundred, without labels), or recover from synthetic "
+            f"data, which is weaker: {argument('recover', 'datafree')}.",
         )
     given.check_together()
     check_output(target, given.original, [given.cut, *given.sources])
@@ -315,7 +313,7 @@ def _repair(given: Given, screen: Screen) -> Any:
 def _recovery_parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]:
     width, parts = screen.name_width, list[RenderableType]()
     if given.explain:
-        parts += [tables.heading("Layers that were not repaired"), *tables.left(report.repairs, name_width=width)]
+        parts += [tables.heading("Layers that were not recovered"), *tables.left(report.repairs, name_width=width)]
         parts += [Text("")]
     return parts + tables.repaired(report, name_width=width, verbose=screen.verbosity > 0)
 
@@ -325,7 +323,7 @@ MOST_GROUPS = 20
 
 @command("inspect", "Show what can be pruned, and what cannot and why.", _EXAMPLES["inspect"], model="MODEL.onnx")
 def inspect(screen: Screen, given: Given) -> None:
-    """Show what can be cut from a model, and what cannot and why."""
+    """List the groups that can be pruned, and the reasons for the others."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
     model = existing(given.model, "model")
@@ -352,19 +350,19 @@ def _title(model: Path, analysis: Any) -> Text:
 def _inspection_parts(screen: Screen, facts: Mapping[str, Any], layers: Any) -> list[RenderableType]:
     width, every = screen.name_width, screen.verbosity > 0
     free = [group for group in facts["groups"] if group.get("prunable", True)]
-    parts: list[RenderableType] = [tables.heading(f"Groups that can be cut ({len(free)})")]
+    parts: list[RenderableType] = [tables.heading(f"Prunable groups ({len(free)})")]
     parts += tables.groups(facts["groups"], name_width=width, most=None if every else MOST_GROUPS)
     parts += [tables.heading("Layers"), *tables.inspected(layers, name_width=width, every=every)]
-    parts += [tables.heading(f"Barriers ({tables.held(facts['barriers'])} channels have to stay)")]
+    parts += [tables.heading(f"Barriers ({tables.held(facts['barriers'])} channels cannot be removed)")]
     parts += tables.barriers(facts["barriers"], name_width=width, every=every)
     if facts["unlocks"]:
-        parts += [tables.heading("Operators that would unlock most channels"), tables.unlocks(facts["unlocks"])]
+        parts += [tables.heading("Operators that block most channels"), tables.unlocks(facts["unlocks"])]
     return parts
 
 
 @command("profile", "Measure the time of each layer by its channel count.", _EXAMPLES["profile"], model="MODEL.onnx")
 def profile(screen: Screen, given: Given) -> None:
-    """Measure on this machine what every layer takes at how many channels."""
+    """Measure the latency of every layer on this machine, by number of channels."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
     output = given.output
@@ -387,7 +385,7 @@ def profile(screen: Screen, given: Given) -> None:
     "sensitivity", "Prune each group alone and measure what is lost.", _EXAMPLES["sensitivity"], model="MODEL.onnx"
 )
 def sensitivity(screen: Screen, given: Given) -> None:
-    """Cut each group alone at several ratios, repair what reads it, and measure the whole model."""
+    """Prune each group alone at several ratios, recover its readers, and measure the whole model."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
     existing(given.model, "model")
@@ -412,7 +410,7 @@ def sensitivity(screen: Screen, given: Given) -> None:
 
 @command("sweep", "Prune to several budgets and compare quality and cost.", _EXAMPLES["sweep"], model="MODEL.onnx")
 def sweep(screen: Screen, given: Given) -> None:
-    """Cut the model to a row of budgets and show what it loses by what it costs."""
+    """Compress the model to several budgets and plot accuracy against cost."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
     existing(given.model, "model")

@@ -89,7 +89,7 @@ def describe(error: BaseException, command_path: str = "onnxprune") -> Failure:
             "UsageError", f"{error.strerror.lower()}{where}", "Check the path, its rights and the space left.", USAGE
         )
     if isinstance(error, SystemExit):
-        return Failure("InternalError", f"something that the run called ended it with sys.exit({error.code!r})", "", 3)
+        return Failure("InternalError", f"code called by the run ended it with sys.exit({error.code!r})", "", 3)
     text = " ".join(str(error).split()) or "no message"
     hint = "Please report this with the command and, if you can, the model; -vv shows where it happened."
     return Failure("InternalError", f"{type(error).__name__}: {text}", hint, INTERNAL)
@@ -108,7 +108,7 @@ def _click_hint(error: click.ClickException, command_path: str) -> str:
     near = getattr(error, "possibilities", None)
     if near:
         return f"Did you mean {near[0]}?"
-    return f"'{command_path} --help' lists what can be given."
+    return f"'{command_path} --help' lists all options."
 
 
 def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") -> int:
@@ -149,12 +149,12 @@ def check_shown(screen: Screen) -> None:
     left = isinstance(error, BrokenPipeError)
     if screen.wrote:
         files = ", ".join(map(str, screen.wrote))
-        why = "its reader left" if left else (error.strerror or str(error)).lower()
-        screen.warn(f"wrote {files}, but stdout did not take the whole report: {why}")
+        why = "its reader closed it" if left else (error.strerror or str(error)).lower()
+        screen.warn(f"wrote {files}, but could not write the whole report to stdout: {why}")
     elif not left:
         raise UsageError(
             f"cannot write the report to stdout: {(error.strerror or str(error)).lower()}",
-            hint="Give it somewhere to go.",
+            hint="Redirect stdout to a file or a terminal.",
         )
 
 

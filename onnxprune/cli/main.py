@@ -57,7 +57,7 @@ class DefaultGroup(click.Group):
             if ctx.resilient_parsing:
                 return None, None, []
             near = get_close_matches(args[0], self.commands, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"'{ctx.command_path} --help' lists what can be given."
+            hint = f"Did you mean {near[0]}?" if near else f"'{ctx.command_path} --help' lists all commands."
             raise UsageError(f"no such command '{args[0]}'", hint=hint)
         return super().resolve_command(ctx, args)
 

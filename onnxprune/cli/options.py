@@ -233,9 +233,9 @@ class Given:
         """Check whether there are data to recover from; raises UsageError."""
         if self.data is None and self.recover not in (None, "none", "datafree"):
             raise UsageError(
-                f"{argument('recover', self.recover)} needs calibration data, and there is none",
-                hint=f"Give inputs with {argument('data')}, a few hundred without labels are enough; or repair "
-                f"without, which is weaker, by {argument('recover', 'datafree')}.",
+                f"{argument('recover', self.recover)} needs calibration data, but {argument('data')} is missing",
+                hint=f"Give inputs with {argument('data')} (a few hundred, without labels), or recover from synthetic "
+                f"data, which is weaker: {argument('recover', 'datafree')}.",
             )
 
     @property
@@ -271,7 +271,7 @@ class Given:
         """How far to move ranks above noise, None where these are not asked for."""
         if self.calibration is not None and not self.vbmf:
             raise UsageError(
-                f"{argument('calibration')} moves the ranks that {argument('vbmf')} finds",
+                f"{argument('calibration')} moves the ranks of {argument('vbmf')}, but {argument('vbmf')} is not given",
                 hint=f"Give {argument('vbmf')}, or drop it.",
             )
         return (self.calibration or 0.0) if self.vbmf else None
@@ -284,15 +284,15 @@ class Given:
         if self.values.get("plan") is not None and by_plan is not None:
             raise UsageError(
                 f"{argument(by_plan.name)} has no meaning with {argument('plan')}",
-                hint="The plan already says what is removed and what is taken apart: drop one of the two.",
+                hint="The plan already lists all changes: drop one of the two.",
             )
         by_budget = next((s for s in typed if "budget" in s.conflicts), None)
         if self.has_budget and by_budget is not None:
             name = argument("target" if self.values.get("target") else "max_drop")
             own = argument(by_budget.name)
             raise UsageError(
-                f"{own} and {name} were both given: each says how much goes",
-                hint=f"Drop one of the two: a budget finds the counts by itself; {own} is for cuts without one.",
+                f"{own} and {name} were both given, but each sets how much to remove",
+                hint=f"Drop one of the two: a budget allocates by itself; {own} is for pruning without a budget.",
             )
 
 
@@ -396,7 +396,7 @@ def unique(name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise UsageError(f"{name} {key} is given twice, with different values", hint="Give it once.")
+            raise UsageError(f"{name} {key} is given twice, with different values", hint="Give each one once.")
         found[key] = value
     return found
 

@@ -21,8 +21,8 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
     if report.exactness.passed is False:
         facts = report.exactness
         raise ValidationError(
-            f"the cut model differs from the masked original by {facts.error:.1e} at output {facts.worst_output!r}, "
-            f"allowed {facts.tolerance:.0e}",
+            f"the pruned model differs from the masked original by {facts.error:.1e} at output "
+            f"{facts.worst_output!r}, allowed {facts.tolerance:.0e}",
             hint="This is a bug in onnxprune and nothing was written: please report it with the model.",
             report=report,
         )

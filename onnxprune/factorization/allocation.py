@@ -222,12 +222,12 @@ def choose_local(opened: Opened, request: Request, chosen: Chosen) -> None:
     else:
         limit = (1.0 - request.ratio_of(names)) * opened.whole
         best, must = opened.within(name, limit, request.round_to), False
-        found = best if best is not None else f"no rank saves {request.ratio_of(names):.0%} of its {request.cost}"
+        found = best if best is not None else f"no rank would save {request.ratio_of(names):.0%} of its {request.cost}"
     if isinstance(found, str):
         chosen.left[layer.name] = found
     elif not must and found.cost >= opened.whole:
         ranks = ",".join(map(str, found.ranks))
-        chosen.left[layer.name] = f"at the ranks asked for ({ranks}) it would have no fewer {request.cost}"
+        chosen.left[layer.name] = f"the given ranks ({ranks}) would not save {request.cost}"
     else:
         chosen.taken[layer.name] = found
 
@@ -240,7 +240,7 @@ def choose_wanted(
         method, share = wanted.get(name, ("", 0.0))
         found = one.within(method, share * one.whole, step) if method and not one.refusal(method) else None
         if found is None:
-            chosen.left[name] = "others lose less for what they save"
+            chosen.left[name] = "other layers lose less per saving"
         else:
             chosen.taken[name] = found
 
@@ -257,7 +257,7 @@ def _asked(opened: Opened, request: Request, names: Sequence[str]) -> Candidate 
     """Return the candidate with the ranks that were given for this layer, or an error text."""
     asked = request.ranks_of(names)
     if asked is None:
-        return "no rank is given for it"
+        return "no rank was given for this layer"
     pattern, ranks = asked
     method = METHODS[request.method]
     limits = method.limits(opened.layer.shape)
@@ -269,7 +269,7 @@ def _asked(opened: Opened, request: Request, names: Sequence[str]) -> Candidate 
         rank, most = over[0] if over else (ranks[-1], 0)
         allowed = ",".join(f"1..{n}" for n in sizes)
         if pattern == "*":
-            return f"rank {rank} is more than its largest, {most}"
+            return f"rank {rank} is larger than the largest rank, {most}"
         raise UsageError(f"rank {rank} of {opened.layer.name!r} is out of range.", hint=f"Allowed: {allowed}.")
     return opened.priced(request.method, ranks)
 

@@ -518,8 +518,8 @@ class Cp(Method):
     def refusal(self, shape: Shape) -> str:
         """Return why CP does not apply: it needs a kernel with positions, and channels to mix."""
         if not shape.wide:
-            return "its kernel is one position: svd says all there is to say"
-        return "every part of it has a single channel on one side" if min(shape.inputs, shape.outputs) < 2 else ""
+            return "its kernel has one position: use svd"
+        return "every factor would have a single channel on one side" if min(shape.inputs, shape.outputs) < 2 else ""
 
     def limits(self, shape: Shape) -> Ranks:
         """Return the rank at which any kernel is exact: the product of the sizes of all modes but the longest."""
@@ -617,7 +617,7 @@ class SpatialSvd(Method):
 
     def refusal(self, shape: Shape) -> str:
         """Return why spatial SVD does not apply: it needs two spatial axes."""
-        return "" if len(shape.wide) > 1 else "its kernel lies along fewer than two axes"
+        return "" if len(shape.wide) > 1 else "its kernel extends along fewer than two axes"
 
     def limits(self, shape: Shape) -> Ranks:
         """Return the shorter side of the matrix."""
@@ -674,7 +674,7 @@ class Svd(Method):
 
     def refusal(self, shape: Shape) -> str:
         """Return why SVD does not apply: it needs a matrix of two sides."""
-        return "every part of it has a single channel on one side" if min(self.limits(shape)) < 2 else ""
+        return "every factor would have a single channel on one side" if min(self.limits(shape)) < 2 else ""
 
     def limits(self, shape: Shape) -> Ranks:
         """Return the shorter side of the matrix."""
@@ -721,7 +721,7 @@ class Tucker(Method):
     def refusal(self, shape: Shape) -> str:
         """Return why Tucker does not apply: a matrix has no more than two modes, for which SVD is optimal."""
         if not shape.wide:
-            return "its kernel is one position: svd says all there is to say"
+            return "its kernel has one position: use svd"
         return "every part of it has a single channel" if max(shape.inputs, shape.outputs) < 2 else ""
 
     def limits(self, shape: Shape) -> Ranks:

@@ -135,7 +135,9 @@ class Convolution(Operator):
         """Describe a convolution that is a plain product of windows."""
         if not isinstance(form, Windows):
             return (
-                "its output size is an attribute" if node.op == "ConvTranspose" else "its data come in another layout"
+                "its output size is an attribute"
+                if node.op == "ConvTranspose"
+                else "its data has an unsupported layout"
             )
         if position != form.weight or not form.plain:
             return "an activation is fused into it"
@@ -229,11 +231,11 @@ class Product(Operator):
     def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
         """Describe a product whose weight is one matrix, or one per batch."""
         if not isinstance(form, Pairwise):
-            return "its weight is broadcast against its data"
+            return "its weight broadcasts against its data"
         if not form.plain:
-            return "an activation is fused into it" if node.domain else "the operator multiplies by it inside"
+            return "an activation is fused into it" if node.domain else "the operator multiplies its weight internally"
         if len(form.made) != 1 or len(form.summed) != 1:
-            return "its weight is no matrix"
+            return "its weight is not a matrix"
         if node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0):
             return "its batch axes are transposed"
         return _described(form, shapes)
@@ -281,7 +283,7 @@ class Equation(Product):
     def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
         """Describe any product of data and weight."""
         if not isinstance(form, Pairwise):
-            return "its equation is no product of data and one weight"
+            return "its equation is not a product of data and one weight"
         return _described(form, shapes)
 
     def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
@@ -319,7 +321,7 @@ class Recurrent(Operator):
     def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
         """Describe W alone, with the sequence or the batch first."""
         if position == 2:
-            return "the operator multiplies its state by it inside, at every step"
+            return "the operator multiplies its state by this weight internally, at every step"
         return _described(form, shapes) if isinstance(form, Pairwise) else "its sizes are not known"
 
     def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
@@ -346,7 +348,7 @@ class Embedding(Operator):
         """Describe rows of a matrix."""
         table, out = shapes[0], shapes[len(node.inputs)]
         if position != 0 or len(table) != 2 or node.attrs.get("axis", 0) not in (0, -2):
-            return "it is no table of rows"
+            return "its weight is not a table of rows"
         if out is None or None in out:
             return "its sizes are not known"
         return Described(Shape(1, table[0], (), table[1]), Geometry(prod(out[:-1]), looked_up=True), None)
@@ -408,7 +410,7 @@ def find_layers(graph: Graph, shape: ShapeOf) -> Found:
             continue
         operator = OPERATORS.get((node.domain, node.op))
         if operator is None:
-            found.left[node.label] = f"{node.op} holds its weights in a way of its own"
+            found.left[node.label] = f"{node.op} stores its weights in an unsupported form"
             continue
         # A lookup table is not a layer, but a weight.
         for position in rule_of(node).weights[:2] or (0,):
@@ -472,7 +474,7 @@ def _take(
 
 def _unfit(weight: Weight | None) -> str:
     if weight is None:
-        return "its weight is computed from others (quantised, transposed)"
+        return "its weight is computed from other tensors (quantised, transposed)"
     if weight.dtype.kind not in "fV" or weight.dtype.itemsize < 2:
         return f"its weight is stored as {weight.dtype}"
     return "" if min(weight.shape, default=0) > 0 else "its weight is empty"
@@ -483,12 +485,12 @@ def _shared(graph: Graph, layer: Layer) -> str:
     readers = [(n.index, i) for n, i in graph.consumers.get(layer.weight, ())]
     own = {use.node.index for use in layer.uses}
     if any(index not in own or i != layer.position for index, i in readers):
-        return "its weight is shared with a node that reads it in another way"
+        return "its weight is shared with a node that reads it differently"
     if layer.weight in graph.captured or layer.weight in graph.outputs:
-        return "its weight is also read elsewhere: by a body, or as an output"
+        return "its weight is also read by a body, or is an output"
     kinds = {(use.node.op, use.node.domain, _layout(use.node)) for use in layer.uses}
     if len(kinds) > 1:
-        return "its weight is shared with a node that reads it in another way"
+        return "its weight is shared with a node that reads it differently"
     return ""
 
 

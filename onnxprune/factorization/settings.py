@@ -75,18 +75,20 @@ class Request:
         given = [name for name, value in ways.items() if value is not None]
         if len(given) > 1:
             both = f"{argument(given[0])} and {argument(given[1])}"
-            raise UsageError(f"{both} both say how far to go.", hint="Give one of them.")
+            raise UsageError(f"{both} both set the ranks.", hint="Give one of the two.")
         by_rank = argument(given[0]) if given and given[0] != "ratio" else ""
         if by_rank and (self.method == AUTO or self.scope == "global"):
             what = argument("method", "auto") if self.method == AUTO else argument("scope", "global")
             hint = f"Name a method ({', '.join(METHODS)}) and {argument('scope', 'local')} for {by_rank}."
-            raise UsageError(f"{what} looks for the ranks itself, so {by_rank} has no meaning.", hint=hint)
+            raise UsageError(f"{what} chooses the ranks, so {by_rank} has no effect.", hint=hint)
         if by_rank and self.layers:
-            raise UsageError(f"{argument('layers')} gives ratios, and {by_rank} none.", hint="Drop one of them.")
+            raise UsageError(
+                f"{argument('layers')} gives ratios, but {by_rank} does not use ratios.", hint="Drop one of the two."
+            )
         if self.method == "cp" and (self.energy is not None or self.scope == "global"):
             what = argument("energy") if self.energy is not None else argument("scope", "global")
             raise UsageError(
-                f"CP has no order of energies that {what} could go by.",
+                f"CP does not order its components by energy, so {what} cannot choose the ranks.",
                 hint=f"Give {argument('ratio')}, {argument('rank')} or {argument('vbmf')}.",
             )
         if self.method != AUTO:
@@ -153,7 +155,7 @@ def _check_ranks(method: str, pattern: str, ranks: Ranks, modes: Sequence[str]) 
     if not whole or not any(ranks) or not (len(ranks) in (1, len(modes)) or len(modes) < len(ranks) <= most):
         several = len(modes) > 1
         counts = "one rank for both of its channel modes, or one for each (in,out)" if several else "one rank"
-        zero = ", 0 leaves a mode as it is" if several else ""
+        zero = ", 0 keeps a mode as it is" if several else ""
         raise UsageError(
             f"{argument('rank')} {','.join(map(str, ranks)) or 'nothing'} of {pattern!r} is not allowed.",
             hint=f"{method} takes {counts}: whole numbers from 1{zero}.",

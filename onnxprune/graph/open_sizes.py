@@ -298,7 +298,7 @@ class Conflict:
         """Return the conflict as a readable sentence."""
         where = f"{self.node.kind} {self.node.label!r}"
         return (
-            f"At {where} a size of {self.have} meets one of {self.want}."
+            f"At {where} the sizes {self.have} and {self.want} must agree."
             if self.place >= 0
             else f"Sizes do not fit at {where}."
         )

@@ -65,7 +65,9 @@ class Dimensions:
         self.fixed: dict[Key, int] = {}
         for name, sizes in (overrides or {}).items():
             if name not in by_name:
-                raise UsageError(f"input shape for {name!r}: the model has no such input", hint=nearest(name, by_name))
+                raise UsageError(
+                    f"input shape for {name!r}: the model has no input of this name", hint=nearest(name, by_name)
+                )
             by_name[name] = _bind_override(by_name[name], [int(size) for size in sizes], self.fixed)
         self.specs = list(by_name.values())
         self.places: dict[Key, list[tuple[str, int]]] = {}

@@ -187,7 +187,7 @@ def check_extents(graph: Graph, probe: Probe) -> None:
         if node.repeats > _RUNS:
             raise ModelError(
                 f"node {node.label!r} ({node.kind}) would run {node.repeats:,} times in one run of the model",
-                hint="The number of iterations of a Loop or Scan around it is wrong.",
+                hint="Check the number of iterations of the Loop or Scan around it.",
             )
         computed = not node.domain and all(not n or n in constant or n in graph.weights for n in node.inputs)
         max_elements = max(_COMPUTED, _TIMES * num_stored) if computed else MOST_ELEMENTS
@@ -208,7 +208,7 @@ def _check(what: str, shape: Sequence[int | None] | None, max_elements: int) -> 
     if elements >= max_elements:
         raise ModelError(
             f"{what} the shape {list(shape)}: {elements:,} elements, where fewer than {max_elements:,} are allowed",
-            hint=f"The sizes in the file are wrong, or an {argument('input_shapes')} is too large.",
+            hint=f"Check the sizes in the file, or give smaller {argument('input_shapes')}.",
         )
 
 

@@ -90,7 +90,7 @@ def needs_of(criterion: Criterion) -> tuple[str, ...]:
     if len(required) > 2 or not taken or named:
         raise ExtensionError(
             f"The criterion {getattr(criterion, '__name__', criterion)!r} cannot be called with a slot and maps",
-            hint="It takes one argument, a slot, or two, a slot and the maps in front of it.",
+            hint="Write it with one argument (a slot) or two (a slot and its feature maps).",
         )
     return ("moments",) if len(required) > 1 else ()
 

@@ -121,13 +121,13 @@ def over_columns(scores: Array, classes: Ids, steps: int, policy: str) -> Array:
 V = TypeVar("V", bound=Viewed)
 
 NEEDS: dict[str, str] = {
-    "bn": "'bn' needs BatchNormalization nodes behind the channels; try 'l2' or 'gm'.",
-    "hrank": "'hrank' needs feature maps with two spatial axes, as convolutions have; try 'l2' or 'wanda'.",
-    "nuclear": "'nuclear' needs feature maps with more than one value per channel; try 'l2' or 'wanda'.",
-    "snp": "'snp' needs attention heads, queries that are multiplied with keys; try 'l2' or 'wanda'.",
-    "cosine": "'cosine' needs feature maps of at least two channels in front of a contraction; try 'l2' or 'gm'.",
+    "bn": "'bn' needs BatchNormalization nodes after the channels; choose 'l2' or 'gm'.",
+    "hrank": "'hrank' needs feature maps with two spatial axes, as convolutions have; choose 'l2' or 'wanda'.",
+    "nuclear": "'nuclear' needs feature maps with more than one value per channel; choose 'l2' or 'wanda'.",
+    "snp": "'snp' needs attention heads (a product of queries and keys); choose 'l2' or 'wanda'.",
+    "cosine": "'cosine' needs feature maps of at least two channels before a contraction; choose 'l2' or 'gm'.",
     **{
-        name: f"{name!r} needs channels that a floating-point weight multiplies; try 'l2', 'gm' or 'activation'."
+        name: f"{name!r} needs channels that a floating-point weight multiplies; choose 'l2', 'gm' or 'activation'."
         for name in ("wanda", "obs", "variance")
     },
 }
@@ -164,7 +164,7 @@ def scored(slots: Iterable[Placed[V]], criterion: Callable[[V], NDArray[Any] | N
             continue
         if raw.shape != slot.units.shape:
             raise UsageError(
-                f"The criterion returned shape {raw.shape} for {slot.tensor!r}, {slot.units.shape} was expected.",
+                f"The criterion returned shape {raw.shape} for {slot.tensor!r}, expected {slot.units.shape}.",
                 hint="A criterion returns one score per channel of the slot.",
             )
         _refuse_nan(criterion, slot, raw)
@@ -187,7 +187,7 @@ def _asked(criterion: Callable[[V], NDArray[Any] | None], slot: V) -> NDArray[An
             return None
         scores = np.asarray(raw)
         if scores.dtype.kind in "OSUM":
-            raise TypeError(f"it returned {scores.dtype} in place of numbers")
+            raise TypeError(f"it returned {scores.dtype}, expected numbers")
         return scores
     except (OnnxpruneError, MemoryError):
         raise
@@ -237,16 +237,16 @@ def all_constant(items: Sequence[Scored]) -> bool:
 def nothing_to_say(name: str) -> UsageError:
     """Return the error for a criterion that applies to none of the groups."""
     return UsageError(
-        f"The criterion {name!r} applies to no layer of the model.",
-        hint=NEEDS.get(name, "Another criterion may: 'l2' and 'gm' have a score for every weight."),
+        f"The criterion {name!r} has scores for no layer of the model.",
+        hint=NEEDS.get(name, "Choose another criterion: 'l2' and 'gm' score every weight."),
     )
 
 
 def needs_data(name: str) -> UsageError:
     """Return the error for a criterion that reads feature maps where there are no inputs to run the model on."""
     return UsageError(
-        f"{argument('criterion')} {name} needs data: it scores channels by what flows through them.",
-        hint=f"Give inputs with {argument('data')}, or take a criterion that reads weights, such as l2.",
+        f"{argument('criterion')} {name} needs data: it scores channels by their activations.",
+        hint=f"Give inputs with {argument('data')}, or choose a criterion of weights, such as l2.",
     )
 
 
@@ -258,10 +258,12 @@ def _refuse_nan(criterion: Callable[..., Any], slot: Viewed, scores: NDArray[Any
     if not finite and not np.isfinite(slot.blocks).all():
         raise ModelError(
             f"Weight {slot.tensor!r} holds NaN or infinity.",
-            hint="Scores would be meaningless; export the model again.",
+            hint="It cannot be scored; export the model again.",
         )
     if not finite:
-        raise UsageError(f"The criterion gave NaN or infinity for {slot.tensor!r}.", hint="Scores must be finite.")
+        raise UsageError(
+            f"The criterion gave NaN or infinity for {slot.tensor!r}.", hint="Return finite scores, one per channel."
+        )
 
 
 def by_maps(criterion: Criterion) -> Callable[[Slot], NDArray[Any] | None]:

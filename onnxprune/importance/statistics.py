@@ -122,7 +122,9 @@ class NotFinite(ModelError):
     """NaN or infinity in a feature map. A caller that knows the tensor catches this and names it."""
 
     def __init__(self, message: str = "A feature map holds NaN or infinity.") -> None:
-        super().__init__(message, hint="The model overflows on this data: check its scale, or use other data.")
+        super().__init__(
+            message, hint="The model overflows on this data: check the scale of the data, or use other data."
+        )
 
 
 class Means(Statistic):

@@ -117,7 +117,7 @@ def concatenate(
     if not spans:
         return result
     if any(covering(result, a) is not None for a in other_axes) or (other_axes and len(all_operands) > len(operands)):
-        why = reason(Reason.UNSUPPORTED_FORM, "a grid is concatenated with a tensor that is labelled otherwise")
+        why = reason(Reason.UNSUPPORTED_FORM, "a grid is concatenated with a tensor of another labelling")
         for labels, _ in all_operands:
             for x in labels:
                 atoms.freeze(x.ids, why)
@@ -304,7 +304,7 @@ def _reshape_one(
     outs = parts[-2 - new_pack][1]
     inner = [b for b in outs if ids.shape[b] > 1] or [b for b in range(ids.ndim) if ids.shape[b] > 1]
     if not inner:
-        atoms.freeze(ids, reason(Reason.UNSUPPORTED_FORM, "a reshape leaves no axis to cut"))
+        atoms.freeze(ids, reason(Reason.UNSUPPORTED_FORM, "a reshape leaves no axis with removable channels"))
         return None
     return Label(ids, inner[-1])
 

@@ -102,7 +102,7 @@ class Atoms:
     def new(self, n: int, tensor: str, axis: int) -> Ids:
         """Return ``n`` fresh atoms born on ``axis`` of ``tensor``. Raises ValueError where there would be too many."""
         if self.count + n > _MOST:
-            raise ValueError(f"an axis of {n:,} channels is more than can be told apart")
+            raise ValueError(f"an axis of {n:,} channels is more than the analysis can label")
         start, self.count = self.count, self.count + n
         self.births.append(Birth(start, self.count, tensor, axis))
         return np.arange(start, self.count, dtype=np.int64)

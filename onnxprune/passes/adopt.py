@@ -48,8 +48,8 @@ class Adopt(Pass):
         """Return the pruned model in place of the original."""
         if self.plan.factorized:
             raise UsageError(
-                "This plan takes layers apart, too: such a model is not repaired afterwards",
-                hint=f"Prune the original again with {argument('plan')} and {argument('data')}, which repairs it.",
+                "This plan factorizes layers as well, and such a model cannot be recovered afterwards",
+                hint=f"Prune the original again with {argument('plan')} and {argument('data')}, which recovers it.",
             )
         analysis, chosen = read_plan(model.analysis, self.plan)
         removed = atoms_removed(analysis.units, chosen)
@@ -58,7 +58,7 @@ class Adopt(Pass):
             try:
                 wanted = Graph.of(*cut_model(analysis, removed))
             except CannotRewrite as stop:
-                raise UsageError(f"The plan cannot be carried out on the original: {stop}.") from stop
+                raise UsageError(f"The plan cannot be applied to the original: {stop}.") from stop
             changed, of = check_pair(wanted, Graph.of(loaded.proto, loaded.weights))
         with context.stage("compare"), Trial.of(analysis, loaded) as trial, trial.blaming():
             # The recovery starts from the function of the file, with subnormal weights as 0.
@@ -94,15 +94,15 @@ def check_pair(wanted: Graph, given: Graph) -> tuple[int, int]:
     for name, other in pairs:
         weight, have = wanted.weights[name], given.weights.get(other)
         if have is None:
-            raise _stranger(f"the cut model has no tensor {name!r}")
+            raise _stranger(f"the pruned model has no tensor {name!r}")
         if have.shape != weight.shape:
-            raise _stranger(f"tensor {name!r} is {list(have.shape)}, the plan makes it {list(weight.shape)}")
+            raise _stranger(f"tensor {name!r} has shape {list(have.shape)}, by the plan it has {list(weight.shape)}")
         if have.dtype != weight.dtype:
             raise _stranger(f"tensor {name!r} holds {have.dtype}, the original's {weight.dtype}")
     known = added.union(other for _, other in pairs)
     for name in given.weights:
         if name not in known:
-            raise _stranger(f"the cut model has a tensor {name!r} more")
+            raise _stranger(f"the pruned model has an additional tensor {name!r}")
     return _compare_values(wanted, given, pairs)
 
 
@@ -114,7 +114,7 @@ def _check_nodes(wanted: Graph, given: Graph) -> tuple[list[tuple[str, str]], se
         name = next((o for o in node.outputs if o), "")
         other = given.producer.get(name)
         if other is None:
-            raise _stranger(f"the cut model has no tensor {name!r}")
+            raise _stranger(f"the pruned model has no tensor {name!r}")
         same = (other.op, other.domain) == (node.op, node.domain) and len(other.inputs) >= len(node.inputs)
         for own, theirs in zip(node.inputs, other.inputs, strict=False):
             apart = own in wanted.weights and theirs in given.weights and theirs not in wanted.weights
@@ -122,14 +122,14 @@ def _check_nodes(wanted: Graph, given: Graph) -> tuple[list[tuple[str, str]], se
             if own in wanted.weights:
                 pairs[own, theirs] = None
         if not same:
-            raise _stranger(f"tensor {name!r} is made by another {other.op} than the plan makes it by ({node.op})")
+            raise _stranger(f"tensor {name!r} comes from {other.op}, by the plan from {node.op}")
         own_names = dict(enumerate(node.inputs))
         added.update(n for i, n in enumerate(other.inputs) if n and not own_names.get(i))
     known = {o for node in wanted.steps for o in node.outputs}
     for node in given.steps:
         for name in node.outputs:
             if name and name not in known:
-                raise _stranger(f"the cut model has a tensor {name!r} more")
+                raise _stranger(f"the pruned model has an additional tensor {name!r}")
     return list(pairs), added & given.weights.keys()
 
 
@@ -143,13 +143,13 @@ def _compare_values(wanted: Graph, given: Graph, pairs: Sequence[tuple[str, str]
             names.add(name)
             changed.update(() if same else (name,))
         elif not same:
-            raise _stranger(f"tensor {name!r} (sizes or indices) has other values than the plan gives it")
+            raise _stranger(f"tensor {name!r} (sizes or indices) differs from its values by the plan")
     return len(changed), len(names)
 
 
 def _stranger(what: str) -> UsageError:
     return UsageError(
         f"The plan does not belong to this pair: {what}.",
-        hint="Give the plan that was written when this cut was made, the original of that cut, and "
-        f"{argument('approximate')} if it was given then.",
+        hint=f"Give the plan that was written with this pruned model, its original, and {argument('approximate')} if "
+        "it was given then.",
     )

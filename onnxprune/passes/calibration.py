@@ -103,8 +103,8 @@ class CalibrationSplit:
             else:
                 fit.append(feed)
         if held_out:
-            return cls(fit, HoldOut(held_out, f"{name}, set aside from the repair"), synthetic)
-        return cls(fit, HoldOut(fit, f"{name}, which the repair was fitted to"), synthetic)
+            return cls(fit, HoldOut(held_out, f"{name}, not used by the recovery"), synthetic)
+        return cls(fit, HoldOut(fit, f"{name}, also used by the recovery"), synthetic)
 
     @property
     def num_fit(self) -> int:

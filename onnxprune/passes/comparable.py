@@ -95,7 +95,7 @@ def survivors(full: Get, after: After, name: str, batch: int) -> Array:
 
 UNREACHED = "no calibration sample takes"
 """Prefix of the reason of every layer in a branch that no sample takes."""
-NEVER = f"{UNREACHED} the branch that it lies in"
+NEVER = f"{UNREACHED} the branch around it"
 
 
 def untaken(graph: Graph, taken: Sequence[Way], aim: RecoveryTarget) -> str:

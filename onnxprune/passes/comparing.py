@@ -75,7 +75,7 @@ class Pair:
             found = self._held(holding, feeds) or found
         if found.facts.passed is False and found.failed and holding.depend_on_unheld().issuperset(found.failed):
             names = ", ".join(found.failed[:4])
-            why = f"not provable: random numbers are others in other sizes, and {names} depends on some"
+            why = f"not provable: {names} depends on random numbers, which differ with the sizes"
             return found._replace(facts=Exactness(None, batches=found.facts.batches, note=why), failed=())
         return found
 
@@ -99,7 +99,7 @@ class Pair:
             return None
         idle = {name: why for name, why in found.idle.items() if not name.endswith((SEEN, MADE))}
         operators = _listed(holding.operators)
-        said = f"compared in front of what chooses or draws, and behind it with that held equal: {operators}"
+        said = f"compared before operators that choose or draw, and after them with equal choices: {operators}"
         note = f"{found.facts.note}; {said}" if found.facts.note else said
         worst = found.facts.worst_output.removesuffix(SEEN).removesuffix(MADE)
         return found._replace(facts=replace(found.facts, note=note, worst_output=worst), idle=idle)

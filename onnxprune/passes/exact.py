@@ -84,8 +84,8 @@ def check_exactness(
         worst = check.elsewhere(feeds, worst)
     if worst.passed is False:
         raise ValidationError(
-            f"The cut is not exact: output {worst.worst_output!r} differs by {worst.error:.3g} "
-            f"(allowed {worst.tolerance:.3g}). {worst.note}",
+            f"The pruned model is not exact: output {worst.worst_output!r} differs by {worst.error:.3g} (allowed "
+            f"{worst.tolerance:.3g}). {worst.note}",
             hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
         )
     if trial.drawing:
@@ -93,7 +93,7 @@ def check_exactness(
         worst.note = f"{worst.note}; {note}" if worst.note else note
     if skipped:
         what = "1 group that was" if skipped == 1 else f"{skipped} groups that were"
-        note = f"without {what} cut through a normalisation, where only fidelity can be asked"
+        note = f"without {what} pruned through a normalisation, where fidelity is the only measure"
         worst.note = f"{worst.note}; {note}" if worst.note else note
     return worst
 
@@ -200,7 +200,7 @@ class _Check:
                     return worst
         names = names_of(found_open, missed - run)
         if names:
-            said = f"could not be run at these sizes when its turn came: {_some(names)}"
+            said = f"could not be run at these sizes: {_some(names)}"
             worst.note = f"{worst.note}; {said}" if worst.note else said
         return worst
 
@@ -216,7 +216,9 @@ class _Check:
         reference, shrunk, new = witnesses.pair(names)
         facts = self._pair(probe, reference, shrunk).compared(feeds).facts
         facts.worst_output = new.get(facts.worst_output, facts.worst_output)
-        said = f"{_some([*found.idle])} did not vary on any synthetic input: compared in front of that: {_some(names)}"
+        said = (
+            f"{_some([*found.idle])} did not vary on any synthetic sample; compared instead, before it: {_some(names)}"
+        )
         facts.note = f"{facts.note}; {said}" if facts.note else said
         return facts
 

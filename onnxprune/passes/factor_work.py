@@ -105,7 +105,7 @@ class Work:
             if other is None:
                 raise UsageError(
                     f"CP of rank {candidate.ranks[0]} has no best approximation of layer {name!r}.",
-                    hint=f"Take another rank or {argument('method')}, or {argument('exclude')} the layer.",
+                    hint=f"Give another rank or {argument('method')}, or {argument('exclude')} the layer.",
                 ) from None
             candidate = other
             factors = opened.fit("tucker").factors(other.ranks)
@@ -161,7 +161,7 @@ def _refusal(model: Prepared, layer: Layer, methods: Sequence[str]) -> str:
     """Return why a layer cannot be factorized, so that nothing is captured for it."""
     whys = [METHODS[name].refusal(layer.shape) for name in methods]
     if all(whys):
-        return next(iter(whys), "nothing was asked of it")
+        return next(iter(whys), "no ratio or rank was given for this layer")
     if not np.isfinite(model.weights[layer.weight].read().astype(np.float32)).all():
         return "its weight holds NaN or infinity"
     return ""

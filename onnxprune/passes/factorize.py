@@ -75,11 +75,13 @@ class Factorize(Pass):
             chosen = Chosen(left=dict(work.found.left))
             done, remarks = self._choose(context, before, work, chosen)
             if not done:
-                raise BudgetError("No layer of this model can be factorized like this.", hint=_reasons(chosen))
+                raise BudgetError(
+                    "No layer of this model can be factorized with these settings.", hint=_reasons(chosen)
+                )
             after = _replaced(before, done)
             if self._timed:
                 _require_speed(context, model.analysis, before, after)
-        product = Exactness(note="not asked: models were not run")
+        product = Exactness(note="models were not run")
         if self.check:
             with context.stage("products"):
                 product = check_products(context, model, after, [(d.item, d.kernel) for d in done])
@@ -156,7 +158,7 @@ def _require_speed(context: Context, analysis: Analysis, before: ModelParts, aft
     if timed is not None and _slower(timed):
         raise BudgetError(
             f"The factorized model is no faster here: {timed.before_ms:.3g} ms before, {timed.after_ms:.3g} ms after.",
-            hint=f"Nothing was changed. Take another {argument('ratio')}, prune instead, or go by work alone with "
+            hint=f"Nothing was changed. Give another {argument('ratio')}, prune instead, or skip timing with "
             f"{argument('timed', False)}.",
         )
 
@@ -165,7 +167,7 @@ def _reasons(chosen: Chosen) -> str:
     """Return the most frequent reasons."""
     counts = Counter(chosen.left.values())
     said = "; ".join(f"{n} layer{'s' if n > 1 else ''}: {why}" for why, n in counts.most_common(3))
-    return f"Reasons: {said}." if said else "It has no layers with weights of their own."
+    return f"Reasons: {said}." if said else "The model has no layers with weights of their own."
 
 
 # -- facts about a factorization ---------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def describe_factors(
     yield from (Remark(f"{d.opened.layer.name}: {d.note}") for d in done if d.note)
     bad = [name for name, why in left.items() if "NaN" in why]
     if bad:
-        yield Remark(f"left alone, since weights hold NaN or infinity: {', '.join(bad[:4])}")
+        yield Remark(f"not factorized because weights hold NaN or infinity: {', '.join(bad[:4])}")
     graph = Graph.of(*model.parts)
     shape = probe_at(graph, model.analysis.facts.probes[0].inputs, infer_by_rule).shapes.get
     yield Sizes(

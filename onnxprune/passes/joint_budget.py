@@ -47,12 +47,12 @@ _ROUNDS = 4
 # Relevant error of a layer, and the factor over the first choice's error that is too much to pay for speed.
 _MATTERS, _MUCH = 0.05, 3.0
 _TAKEN = (
-    "some layers are taken apart that get no faster on their own: without them the largest error of a layer would be "
-    "{spared:.0%} in place of {kept:.1%}; a smaller ratio may do without"
+    "some factorized layers get no faster on their own: without them the largest error of a layer would be "
+    "{spared:.0%} in place of {kept:.1%}; a smaller ratio may not need them"
 )
 _SPARED = (
-    "layers that get no faster are left alone, and others pay for it: the largest error of a layer is {spared:.0%} in "
-    "place of {kept:.1%}; take a smaller ratio, or go by work alone, untimed"
+    "layers that get no faster are not factorized, which raises the largest error of a layer to {spared:.0%} from "
+    "{kept:.1%}; give a smaller ratio, or skip timing"
 )
 # Bytes of weights up to which models are run once per layer to measure the effect of its errors.
 _MEASURED = 1 << 30
@@ -137,8 +137,8 @@ class JointBudget:
             without = " without making layers slower" if slower else ""
             raise BudgetError(
                 f"No ranks save {request.share:.0%} of the {request.cost}{without}: at most {best:.0%}.",
-                hint=f"Take a smaller {argument('ratio')}, or prune as well."
-                + (f" {argument('timed', False)} goes by work alone." if slower else ""),
+                hint=f"Give a smaller {argument('ratio')}, or prune as well."
+                + (f" {argument('timed', False)} allows slower layers." if slower else ""),
             )
         chosen.taken = {o.layer.name: c for o, c in zip(self.opened, taken, strict=True) if c is not None}
 
@@ -149,7 +149,7 @@ class JointBudget:
             self._chosen.left.pop(name, None)
             if name not in self._chosen.taken:
                 bad = sorted(m for n, m in slower if n == name)
-                why = f"no faster by {', '.join(bad)}, as measured" if bad else "others lose less for what they save"
+                why = f"no faster by {', '.join(bad)}, as measured" if bad else "other layers lose less per saving"
                 self._chosen.left[name] = why
 
     def _correct(self) -> None:

@@ -70,8 +70,8 @@ def output_sensitivity(
     fit, held = _SplitBatches(context, analysis, False), list(_SplitBatches(context, analysis, True).some(max_samples))
     if not held:
         raise UsageError(
-            f"{argument('normalize', 'measured')} sets samples aside, and there are too few for that.",
-            hint=f"Give ten or more samples, or take {argument('normalize', 'root')}.",
+            f"{argument('normalize', 'measured')} needs hold-out samples, and the data has too few.",
+            hint=f"Give ten or more samples, or choose {argument('normalize', 'root')}.",
         )
     captured = captured_maps(context, analysis, groups, ("gram",), source=fit)
     by_count: dict[int, dict[int, float]] = {}
@@ -182,9 +182,9 @@ class _PrunedRuns:
             self._scale = {name: value for name, value in scale.items() if value > 0}
             if not self._scale:
                 raise UsageError(
-                    f"{argument('normalize', 'measured')} compares outputs, and those of this model do not vary over "
-                    "the data.",
-                    hint=f"Take another {argument('normalize')}, such as root.",
+                    f"{argument('normalize', 'measured')} compares outputs, but the outputs of this model do not "
+                    "vary over the data.",
+                    hint=f"Choose another {argument('normalize')}, such as root.",
                 )
         return self._scale
 

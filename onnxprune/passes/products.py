@@ -51,8 +51,8 @@ def check_products(
             facts = pair.compared(feeds[:1]).said()
     if facts.passed is False:
         raise ValidationError(
-            f"The new layers do not compute the product of their weights: output {facts.worst_output!r} differs by "
-            f"{facts.error:.3g} (allowed {facts.tolerance:.3g}). {facts.note}",
+            f"The factorized layers do not compute the product of their weights: output {facts.worst_output!r} "
+            f"differs by {facts.error:.3g} (allowed {facts.tolerance:.3g}). {facts.note}",
             hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
         )
     return facts

@@ -140,8 +140,8 @@ def reasons(analysis: Analysis) -> str:
     shapeless = [spec.name for spec in analysis.facts.settler.dimensions.specs if not spec.shape and not spec.scalar]
     if shapeless:
         return (
-            f"Input {shapeless[0]!r} declares no shape, so that nothing is known of the sizes behind it: give one, for "
-            f"example {argument('input_shapes')} {shapeless[0]}=1,3,224,224."
+            f"Input {shapeless[0]!r} declares no shape, so later sizes are not known. Give its shape, for example "
+            f"{argument('input_shapes')} {shapeless[0]}=1,3,224,224."
         )
     if analysis.facts.conflict is not None:
         shapes = argument("input_shapes")
@@ -149,11 +149,14 @@ def reasons(analysis: Analysis) -> str:
     top = analysis.barriers[:3]
     said = "; ".join(f"{b.channels} channels: {b.code}, {b.detail}" for b in top)
     if said:
-        return f"Reasons: {said}. 'onnxprune inspect' lists them all."
+        return f"Reasons: {said}. 'onnxprune inspect' lists all barriers."
     closed = next((node for node in analysis.graph.nodes if node.op in CONTROL and not node.domain), None)
     if closed is not None:
-        return f"What lies inside the body of {closed.op} {closed.label!r} is left as it is: it has no form known here."
-    return "The model has no weights to cut."
+        return (
+            f"Layers inside the body of {closed.op} {closed.label!r} are not pruned: this form of body is not "
+            "supported."
+        )
+    return "The model has no weights to prune."
 
 
 # -- nodes that cannot be rewritten ------------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
     approximate = sum(1 for g in analysis.units.groups if not g.exact and num_removed.get(g.id))
     if approximate:
         what = "1 group was" if approximate == 1 else f"{approximate} groups were"
-        yield Remark(Note(f"{what} cut through a normalisation ({argument('approximate')}): not exact there."))
+        yield Remark(Note(f"{what} pruned through a normalisation ({argument('approximate')}) and not exact there."))
 
 
 def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:

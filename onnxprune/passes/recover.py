@@ -67,14 +67,16 @@ def doubts(analysis: Analysis, feeds: Sequence[Feed], repairs: Sequence[Repair])
     samples = sum(map(count, feeds))
     if samples < _FEW:
         what = "1 sample" if samples == 1 else f"{samples} samples"
-        found.append(f"the repair is fitted to {what}: {_FEW} or more are needed to do well, and 256 do better")
+        found.append(f"recovery has {what} only: give {_FEW} or more, better 256")
     if samples > 1 and _constant(feeds):
-        found.append("all calibration samples are the same: a repair can learn next to nothing from them")
+        found.append(
+            "all calibration samples are the same, so recovery can learn almost nothing: give different samples"
+        )
         return found
     if samples >= _TELLING and (output := _single_class(analysis, feeds)):
         found.append(
-            f"the original says the same class for all {samples} calibration samples (largest entry of {output!r}): "
-            "the repair sees nothing of the other classes; give samples of all"
+            f"the original predicts the same class for all {samples} calibration samples (largest entry of "
+            f"{output!r}): recovery has no samples of the other classes; give samples of all classes"
         )
     return found + _gaps(repairs)
 
@@ -105,15 +107,16 @@ def _gaps(repairs: Sequence[Repair]) -> list[str]:
     if short:
         worst = min(short, key=lambda r: r.rows / r.unknowns)
         found.append(
-            f"{_layers(short)} more unknowns than the data have rows (worst: {worst.layer}, {worst.unknowns} and "
-            f"{worst.rows}): their repair stays close to the weights they have; more samples would help"
+            f"{_layers(short)} more unknowns than the data has rows (worst: {worst.layer}, {worst.unknowns} and "
+            f"{worst.rows}): their weights change little; give more samples"
         )
     flat = [r for r in reached if r not in short and r.directions < r.unknowns / 2]
     if flat:
         worst = min(flat, key=lambda r: r.directions / r.unknowns)
         found.append(
             f"{_layers(flat)} inputs that vary in less than half of their directions (worst: {worst.layer}, "
-            f"{worst.directions} of {worst.unknowns}): the others are not repaired; give samples that differ more"
+            f"{worst.directions} of {worst.unknowns}): the other directions are not recovered; give more varied "
+            "samples"
         )
     return found
 
@@ -169,16 +172,16 @@ def remarks(facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str])
     if unreached:
         what = "1 layer lies" if unreached == 1 else f"{unreached} layers lie"
         found.append(
-            f"{what} in branches that no calibration sample takes, and cannot be repaired; {argument('explain')} says "
-            "which"
+            f"{what} in branches that no calibration sample takes, and cannot be recovered; {argument('explain')} "
+            "lists them"
         )
     if facts.undone:
         help = f"inputs of your own ({argument('data')})" if facts.inputs else "more samples"
-        found.append(f"the repair took the outputs further from the original's and was undone: {help} may help")
+        found.append(f"recovery increased the error of the outputs and was undone: {help} may help")
     elif not any(r.done for r in repairs):
-        why = "no layer can be changed" if left and not repairs else "nothing lowered the error on held-out samples"
+        why = "no layer can be changed" if left and not repairs else "no change lowered the error on hold-out samples"
         mode = argument("recover", facts.mode)
-        found.append(f"no layer was repaired ({mode}): {why}; {argument('explain')} says more")
+        found.append(f"no layer was recovered ({mode}): {why}; {argument('explain')} shows the reasons")
     return [Note(text) for text in found]
 
 
@@ -186,14 +189,16 @@ def remarks(facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str])
 
 
 NO_DATA = (
-    f"Give inputs with {argument('data')}, a few hundred without labels are enough; or repair without, "
-    f"which is weaker, by {argument('recover', 'datafree')}."
+    f"Give inputs with {argument('data')} (a few hundred, without labels), or recover from synthetic data, which is "
+    f"weaker: {argument('recover', 'datafree')}."
 )
 
 
 def no_data(mode: str) -> UsageError:
     """Return the error of a recovery without data."""
-    return UsageError(f"{argument('recover', mode)} needs calibration data, and there is none", hint=NO_DATA)
+    return UsageError(
+        f"{argument('recover', mode)} needs calibration data, but {argument('data')} is missing", hint=NO_DATA
+    )
 
 
 def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSplit:
@@ -213,7 +218,7 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
         return CalibrationSplit.of(_batches(context, analysis), context.inputs().name)
     with context.stage("inputs"):
         made, spread = make_up(context, analysis)
-    words = f"synthetic inputs (range {spread})" if spread else "synthetic inputs"
+    words = f"synthetic samples (range {spread})" if spread else "synthetic samples"
     if context.calibration is None:
         return CalibrationSplit.of(made, "synthetic", words)
     source = CalibrationBatches(context, analysis)
@@ -243,7 +248,9 @@ def _batches(context: Context, analysis: Analysis) -> list[Feed]:
 
 
 def _too_few(source: CalibrationBatches) -> UsageError:
-    return UsageError("The data fill no call of the model.", hint=f"It takes {source.fixed or 1} samples at a time.")
+    return UsageError(
+        "The data has too few samples for one call of the model.", hint=f"Its batch size is {source.fixed or 1}."
+    )
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

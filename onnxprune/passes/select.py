@@ -93,9 +93,9 @@ class Selector:
         split = split_rows(analysis, self.found)
         if split:
             raise UsageError(
-                f"{argument('reshape_axis', 'both')} cannot cut group {split[0]}: its rows do not hold whole rows of "
-                "every grid.",
-                hint=f"Take {argument('reshape_axis', 'heads')} or head_dim.",
+                f"{argument('reshape_axis', 'both')} cannot prune group {split[0]}: its rows do not hold whole rows "
+                "of every grid.",
+                hint=f"Choose {argument('reshape_axis', 'heads')} or head_dim.",
             )
         self.asked, self.kept = self.found.asked, dict(self.found.kept)
         self.warnings: list[str] = []
@@ -176,7 +176,7 @@ class Selector:
         if not items and gone is None:
             raise nothing_to_say(self.name)
         if self.needs and gone is None and all_constant(items):
-            self.warnings.append(f"{self.name} gives all channels the same score: are the data constant?")
+            self.warnings.append(f"{self.name} gives all channels the same score: is the data constant?")
         sizes = {g.id: g.size for g in groups}
         scores = unit_scores(items, sizes, self._method(), self.request.policy)
         if self.request.normalize == "measured":
@@ -200,7 +200,7 @@ class Selector:
 
     def _unscored(self, group: int) -> str:
         if not self._reached.get(group, True):
-            return "no sample of the data takes a branch in which these channels are read"
+            return "no sample of the data takes a branch that reads these channels"
         return f"criterion {self.name} has no score for these channels"
 
     def _method(self) -> str:
@@ -246,8 +246,8 @@ class Selector:
         short = captured.shortage()
         if short is not None and removed is None:
             self.warnings.append(
-                f"{self.name} saw {captured.samples} samples, and {short[0]} needs at least {short[1]} to tell which "
-                "channels follow from others: scores there are uncertain."
+                f"{self.name} has {captured.samples} samples, but {short[0]} needs at least {short[1]} to find "
+                "dependent channels: its scores are uncertain."
             )
         for lot in batches(groups):
             for number, (group, slot) in enumerate(map_slots(self.analysis, lot, captured, removed, self.context.seed)):
@@ -280,7 +280,7 @@ class Selector:
         if taken + widest * len({c.ranking_scope for c in pool.values()}) < target:
             self.warnings.append(
                 Note(
-                    f"{taken} of {target:.0f} units asked for were removed: no group may lose more than "
+                    f"{taken} of {target:.0f} requested units were removed: no group may lose more than "
                     f"{self.request.widest:g} of its units ({argument('max_ratio')})"
                 )
             )
@@ -290,14 +290,14 @@ def _check_measurable(context: Context, request: Request) -> None:
     """Raise UsageError where scores cannot be measured."""
     if context.calibration is None:
         raise UsageError(
-            f"{argument('normalize', 'measured')} needs data: it runs the cut model on them.",
-            hint=f"Give inputs with {argument('data')}, or take {argument('normalize', 'root')}.",
+            f"{argument('normalize', 'measured')} needs data: it runs the pruned model on it.",
+            hint=f"Give inputs with {argument('data')}, or choose {argument('normalize', 'root')}.",
         )
     if request.steps > 1:
         raise UsageError(
-            f"{argument('normalize', 'measured')} measures the original once, and {argument('steps')} asks to score "
-            "again.",
-            hint=f"Leave out {argument('steps')}, or take {argument('normalize', 'root')}.",
+            f"{argument('normalize', 'measured')} measures the original once, but {argument('steps')} scores again "
+            "after each step.",
+            hint=f"Drop {argument('steps')}, or choose {argument('normalize', 'root')}.",
         )
 
 

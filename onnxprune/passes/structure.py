@@ -26,7 +26,7 @@ def check_file(path: Path, original: Path) -> None:
     if before == complaint:
         return  # an operator that the checker calls unknown or deprecated: onnxruntime has the last word
     if before is not None:
-        raise ModelError(f"The model is not valid ONNX: {before}", hint="Export it again, or mend it.")
+        raise ModelError(f"The model is not valid ONNX: {before}", hint="Export the model again, or repair the file.")
     raise ValidationError(f"The result is not a valid model: {complaint}", hint=_REPORT)
 
 

@@ -182,9 +182,9 @@ def sizes_refused(analysis: Analysis, error: ModelError) -> ModelError:
         f"{argument('input_shapes')} {s.name}={','.join(map(str, probe.inputs[s.name]))}" for s in chosen[:3]
     )
     return ModelError(
-        f"The model leaves dimensions open and does not run at the sizes tried for them: {shown}{more}.{told} "
+        f"The model has open dimensions and does not run at the sizes that were tried: {shown}{more}.{told} "
         f"{error.message.marked}",
-        hint=f"Give sizes that it runs at, in the form of: {sizes}",
+        hint=f"Give valid sizes, in this form: {sizes}",
     )
 
 

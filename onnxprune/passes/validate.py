@@ -46,7 +46,7 @@ class Validate(Pass):
         with context.stage("structure"):
             check_sizes(model.analysis.graph.proto, model.proto)
         if not (self.exact or self.faithful or self.timed):
-            note = Exactness(note="not asked: models were not run")
+            note = Exactness(note="models were not run")
             return PassResult(model, [note] if model.is_unproved else [], changed=False)
         with Trial.of(context.analysis) as trial:
             facts = list(self._facts(context, model, trial))

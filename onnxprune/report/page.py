@@ -182,19 +182,17 @@ def _row(cell: str, values: Sequence[str], kind: str = "") -> str:
     return f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>"
 
 
-_HEADS = ("target", "MACs", "parameters", "file size", "latency", "points", "cosine", "counts by")
+_HEADS = ("target", "MACs", "parameters", "file size", "latency", "points", "cosine", "allocation by")
 
 
 def render(facts: SweepFacts) -> list[RenderableType]:
     """Render the models of a sweep as a table; non-dominated ones are highlighted."""
-    table = tables.table_of(*((head, "left" if head in ("target", "counts by") else "right") for head in _HEADS))
+    table = tables.table_of(*((head, "left" if head in ("target", "allocation by") else "right") for head in _HEADS))
     table.add_column("")
     for point in facts.points:
         if point.error:
             continue
-        table.add_row(
-            *_cells(facts, point), "on the frontier" if point.best else "", style="bold" if point.best else ""
-        )
+        table.add_row(*_cells(facts, point), "Pareto-optimal" if point.best else "", style="bold" if point.best else "")
     note = f"points: {facts.what}; latency: median, {_threads(facts)}" if _timed(facts) else f"points: {facts.what}"
     parts: list[RenderableType] = [table, Text(""), Text(note, style="dim")]
     parts += [Text(f"{p.target}: {p.error}", style="yellow") for p in facts.points if p.error]
@@ -219,9 +217,9 @@ def sweep_page(facts: SweepFacts) -> str:
     settings = ", ".join(f"{k} {v}" for k, v in facts.settings.items())
     left = [paragraph(f"{p.target}: {p.error}") for p in facts.points if p.error]
     best = [number for number, p in enumerate(good) if p.best]
-    bold = " Bold: no other model here is as good for no more MACs." if best else ""
+    bold = " Bold: Pareto-optimal, no other model is as good at fewer or equal MACs." if best else ""
     parts = [paragraph(f"{settings}.{bold}"), *charts]
-    return page(f"What {name} loses by what it costs", [*parts, table(_HEADS, rows, best), *left])
+    return page(f"Accuracy against cost of {name}", [*parts, table(_HEADS, rows, best), *left])
 
 
 def _series(facts: SweepFacts, points: Sequence[SweepPoint], cost: Callable[[SweepPoint], float]) -> list[Series]:
@@ -232,7 +230,7 @@ def _series(facts: SweepFacts, points: Sequence[SweepPoint], cost: Callable[[Swe
     # The original is what models are compared with, and none of those that compete.
     original = [place(p) for p in points if not p.target and not p.best]
     rest = [place(p) for p in points if p.target and not p.best]
-    named = [("frontier", best, True), ("original", original, False), ("beaten by another", rest, False)]
+    named = [("frontier", best, True), ("original", original, False), ("dominated", rest, False)]
     return [Series(name, found, line=line) for name, found, line in named if found]
 
 
@@ -271,7 +269,7 @@ def sensitivity_table(facts: Mapping[str, Any], *, name_width: int, every: bool)
     curves = _sorted(facts)
     shown = curves if every else curves[:MOST]
     shares = _shares(facts)
-    columns = [(f"cut {share:g}", "right") for share in shares]
+    columns = [(f"ratio {share:g}", "right") for share in shares]
     table = tables.table_of(("group", "left"), ("units", "right"), *columns)
     names = numbers.distinct([curve["name"] for curve in curves])[: len(shown)]
     for name, curve in zip(names, shown, strict=True):
@@ -286,7 +284,7 @@ def sensitivity_table(facts: Mapping[str, Any], *, name_width: int, every: bool)
 def sensitivity_page(facts: Mapping[str, Any], model: str) -> str:
     """Return a self-contained HTML page: the loss of the model over the pruned share of each group."""
     curves, shares = _sorted(facts), _shares(facts)
-    names, cut = numbers.distinct([c["name"] for c in curves]), [f"cut {share:g}" for share in shares]
+    names, cut = numbers.distinct([c["name"] for c in curves]), [f"ratio {share:g}" for share in shares]
     rows = [[n, str(c["units"]), *(_heat_cell(c, s) for s in shares)] for n, c in zip(names, curves, strict=True)]
     parts = [paragraph(str(_title(facts))), *(_lines if len(curves) <= LINES else _map)(facts, names)]
     return page(f"Sensitivity of {model}", [*parts, table(["group", "units", *cut], rows)])
@@ -297,7 +295,7 @@ def _lines(facts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     pairs = list(zip(names, _sorted(facts), strict=True))
     series = [Series(n, [(0.0, facts["original"], "whole"), *_points(facts, c)]) for n, c in pairs]
     noise = [Series(n, [(0.0, 0.0, "whole"), *_noise(c)]) for n, c in pairs]
-    across = "share of the group's units that is cut"
+    across = "ratio: share of the group's units removed"
     return [
         chart(facts["what"], across, facts["what"], series),
         chart("Noise of the outputs", across, "share of the outputs' power", noise),
@@ -307,7 +305,7 @@ def _lines(facts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 def _map(facts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Draw the loss of the model and the noise of its outputs as heat maps, a row for every group."""
     curves, shares = _sorted(facts), _shares(facts)
-    heads = [f"cut {share:g}" for share in shares]
+    heads = [f"ratio {share:g}" for share in shares]
     lost, noise = [], []
     for name, curve in zip(names, curves, strict=True):
         nearest = [_nearest(curve, share) for share in shares]
@@ -315,13 +313,13 @@ def _map(facts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         noise.append((name, [None if i is None else curve["noise"][i] for i in nearest]))
     return [
         heat_map("Noise of the outputs", heads, noise, "share of the outputs' power"),
-        heat_map(f"What is lost of {facts['what']}", heads, lost, "points lost"),
+        heat_map(f"Loss of {facts['what']}", heads, lost, "points lost"),
     ]
 
 
 def _title(facts: Mapping[str, Any]) -> Text:
     settings = facts["settings"]
-    how = f"each group cut alone by {settings['criterion']}, layers that read it repaired ({settings['recover']})"
+    how = f"each group pruned alone by {settings['criterion']}, its readers recovered ({settings['recover']})"
     return Text(
         f"{facts['what']} (original {facts['original']:.4g}) and noise of the outputs; {how}, {settings['data']}"
     )
@@ -351,9 +349,9 @@ def _nearest(curve: Mapping[str, Any], share: float) -> int | None:
 
 def _points(facts: Mapping[str, Any], curve: Mapping[str, Any]) -> list[tuple[float, float, str]]:
     pairs = zip(curve["shares"], curve["points"], strict=True)
-    return [(share, value, f"{share:.2f} cut, {facts['what']} {value:.4g}") for share, value in pairs]
+    return [(share, value, f"ratio {share:.2f}, {facts['what']} {value:.4g}") for share, value in pairs]
 
 
 def _noise(curve: Mapping[str, Any]) -> list[tuple[float, float, str]]:
     pairs = zip(curve["shares"], curve["noise"], strict=True)
-    return [(share, value, f"{share:.2f} cut, noise {value:.3g}") for share, value in pairs]
+    return [(share, value, f"ratio {share:.2f}, noise {value:.3g}") for share, value in pairs]

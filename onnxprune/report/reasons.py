@@ -160,7 +160,7 @@ def advice(reason: str) -> str:
 
 def tally(reasons: Iterable[str], most: int = 4) -> str:
     """Reasons counted by their short words, most frequent first: ``is a model output (3), recurrent state (1)``."""
-    counted = Counter(short(reason) or "not asked, or less than one unit" for reason in reasons).most_common()
+    counted = Counter(short(reason) or "no ratio given, or less than one unit" for reason in reasons).most_common()
     shown = [f"{text} ({count})" for text, count in counted[:most]]
     if len(counted) > most:
         shown.append(f"other ({sum(count for _, count in counted[most:])})")
@@ -231,19 +231,19 @@ def _constraint(layer: LayerFacts, group: Mapping[str, Any], round_to: int | str
     size = int(group.get("size", layer.channels_before))
     steps = int(group.get("steps", size))
     if layer.channels_after == 1 or steps == 1:
-        return "The last unit of a group always stays."
+        return "A group always keeps its last unit."
     multiple = round_to if isinstance(round_to, int) else int(group.get("multiple", 1))
     if multiple > 1:
-        return f"--round-to {round_to} keeps a multiple of {multiple}, and the nearest such count is this one."
+        return f"--round-to {round_to} allows multiples of {multiple} only, and this is the nearest."
     if 0 < steps < layer.channels_before:
-        return f"Its group goes in {steps} equal steps only, and the nearest step is this one."
-    return "It shares its channels with other layers, or its group was given a smaller ratio."
+        return f"Its group can be pruned in {steps} equal steps only, and this is the nearest."
+    return "It shares its channels with other layers, or its group has a smaller ratio."
 
 
 def render(found: Sequence[Shortfall], *, name_width: int) -> list[RenderableType]:
     """Render the limits on pruning, those with the same reason together, most channels first."""
     if not found:
-        return [Text("every layer lost what was asked", style="green")]
+        return [Text("every layer was pruned as asked", style="green")]
     by_reason: dict[tuple[str, str], list[Shortfall]] = {}
     for item in found:
         by_reason.setdefault((item.why, item.advice), []).append(item)

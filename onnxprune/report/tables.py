@@ -133,7 +133,7 @@ def layers(facts: Sequence[LayerFacts], *, name_width: int, fold: bool) -> list[
     parts: list[RenderableType] = [table] if shown else []
     if hidden:
         why = reasons.tally(reason(layer) for layer in hidden)
-        parts.append(Text(f"{len(hidden)} of {len(facts)} layers untouched: {why} (-v lists them)", style="dim"))
+        parts.append(Text(f"{len(hidden)} of {len(facts)} layers unchanged: {why} (-v lists them)", style="dim"))
     return parts
 
 
@@ -216,7 +216,7 @@ def flushed(values: int) -> list[Text]:
         return []
     what = "weight" if values == 1 else "weights"
     return [
-        Text.assemble(("flushed   ", "bold"), f"{values:,} {what} too small for quick arithmetic (subnormal) set to 0")
+        Text.assemble(("flushed   ", "bold"), f"{values:,} {what} set to 0, too small for fast arithmetic (subnormal)")
     ]
 
 
@@ -244,7 +244,7 @@ def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[
     if facts is None or not facts.outputs:
         note = facts.note if facts is not None else ""
         return [Text.assemble(("fidelity  ", "bold"), ("not measured", "yellow"), f": {note}" if note else "")]
-    source = "seeded synthetic inputs" if facts.source == "synthetic" else facts.source
+    source = "seeded synthetic data" if facts.source == "synthetic" else facts.source
     samples = f"{facts.samples} sample{'' if facts.samples == 1 else 's'}, {source}"
     note = f"; {facts.note}" if facts.note else ""
     worst = sorted(facts.outputs, key=lambda output: output.cosine)
@@ -269,7 +269,7 @@ def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[
 
 
 _BY = {
-    "bias": "by their means",
+    "bias": "by output means",
     "bn": "by scale and shift",
     "lstsq": "by least squares",
     "full": "by least squares",
@@ -278,7 +278,7 @@ _BY = {
 _HOW = {"bias": "means", "affine": "scale and shift", "lstsq": "least squares", "kept": "kept"}
 # Hold-out error, as a share of the variance, that is rounding: the removal did not affect the layer.
 _UNTOUCHED = 1e-9
-_NO_BETTER = "Nothing that was tried lowered the error on held-out samples."
+_NO_BETTER = "No recovery lowered the error on hold-out samples."
 
 
 def summary(report: Report) -> Text | None:
@@ -287,19 +287,19 @@ def summary(report: Report) -> Text | None:
     if not facts.why:
         return None
     if facts.mode == "none" or facts.before is None:
-        why = facts.why if facts.mode == "none" else "nothing was cut"
-        advice = "; with --data the cut can be repaired, with --recover datafree less well without"
+        why = facts.why if facts.mode == "none" else "nothing was pruned"
+        advice = "; give --data to recover accuracy, or --recover datafree (weaker, needs no data)"
         advice = advice if facts.why == "no data was given" else ""
-        return Text.assemble(("repaired  ", "bold"), "no: ", why, advice)
+        return Text.assemble(("recovered ", "bold"), "no: ", why, advice)
     done, reached = _counts(report.repairs)
-    chosen = "" if facts.why == "asked for" else f", --recover {facts.mode} since {facts.why}"
+    chosen = "" if facts.why == "asked for" else f", --recover {facts.mode} because {facts.why}"
     samples = f"{facts.samples} sample{'' if facts.samples == 1 else 's'}"
     if facts.inputs:
-        samples = f"{facts.samples} {facts.inputs}, the weaker form (from --data it is better)"
+        samples = f"{facts.samples} {facts.inputs} (--data recovers more)"
     how = f"{done} of {reached} layers {_BY.get(facts.mode, 'by ' + facts.mode)} from {samples}{chosen}"
     if facts.undone:
-        return Text.assemble(("repaired  ", "bold"), ("undone", "yellow"), f": {how}, {_change(facts)}")
-    return Text.assemble(("repaired  ", "bold"), f"{how}: {_change(facts)}")
+        return Text.assemble(("recovered ", "bold"), ("undone", "yellow"), f": {how}, {_change(facts)}")
+    return Text.assemble(("recovered ", "bold"), f"{how}: {_change(facts)}")
 
 
 def _counts(repairs: Sequence[Repair]) -> tuple[int, int]:
@@ -331,14 +331,14 @@ def recovered_layers(repairs: Sequence[Repair], *, name_width: int) -> list[Rend
     """Render the layers that recovery fitted: the mode, and the hold-out error before and after."""
     if all(r.how.startswith("left") or _untouched(r) for r in repairs):
         return []
-    table = table_of(("layer", "left"), ("repaired by", "left"), ("held-out error", "right"))
+    table = table_of(("layer", "left"), ("recovered by", "left"), ("hold-out error", "right"))
     for name, item in zip(numbers.distinct([r.layer for r in repairs]), repairs, strict=True):
         if item.how.startswith("left") or _untouched(item):
             continue
         error = numbers.change(_share(item.before), _share(item.after))
         style = "" if item.done else "dim"
         table.add_row(numbers.shorten(name, name_width), _how(item.how), error, style=style)
-    note = "held-out error: what is left of the original's signal at the layer, as a share of its variance"
+    note = "hold-out error: error at the layer's output on hold-out samples, as a share of its variance"
     return [table, Text(note, style="dim")]
 
 
@@ -365,7 +365,7 @@ def left(repairs: Sequence[Repair], *, name_width: int) -> list[RenderableType]:
     for why, names in sorted(by_reason.items(), key=lambda pair: -len(pair[1])):
         parts.append(Text(why, style="bold"))
         parts += [Text(f"  {numbers.shorten(name, name_width)}") for name in names]
-    return parts or [Text("every layer that the cut reached was repaired", style="green")]
+    return parts or [Text("every layer affected by pruning was recovered", style="green")]
 
 
 def whole(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
@@ -414,7 +414,9 @@ def factorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int, verb
         parts += unfactorized_layers(facts, name_width=name_width)
     elif others:
         why = reasons.tally(f.reason for f in others)
-        parts.append(Text(f"{len(others)} of {len(facts)} layers stay: {why} (--explain names them)", style="dim"))
+        parts.append(
+            Text(f"{len(others)} of {len(facts)} layers not factorized: {why} (--explain lists them)", style="dim")
+        )
     return parts
 
 
@@ -430,7 +432,7 @@ def unfactorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int) ->
     for item in facts:
         if not item.method:
             by_reason.setdefault(f"{item.reason[:1].upper()}{item.reason[1:]}.", []).append(item.name)
-    parts: list[RenderableType] = [heading("Layers that stay as they are")]
+    parts: list[RenderableType] = [heading("Layers that were not factorized")]
     for why, names in sorted(by_reason.items(), key=lambda pair: -len(pair[1])):
         parts.append(Text(why, style="bold"))
         parts += [Text(f"  {numbers.shorten(name, name_width)}") for name in names]
@@ -464,7 +466,9 @@ def _speed_note(report: Report) -> Text | None:
     timed, sums = report.latency, report.totals
     if timed is None or timed.speed_verdict != "slower" or sums.macs_after >= sums.macs_before:
         return None
-    return Text("less work but slower: --method auto takes apart only what gets faster here", style="yellow")
+    return Text(
+        "fewer MACs but slower: --method auto factorizes only layers that get faster on this machine", style="yellow"
+    )
 
 
 def render(facts: BudgetFacts | None) -> list[RenderableType]:
@@ -484,14 +488,14 @@ def render(facts: BudgetFacts | None) -> list[RenderableType]:
     lost = facts.points_before - facts.points_after
     allowed = "" if facts.max_drop is None else f" (allowed {facts.max_drop:g})"
     drop = f"{facts.what} {facts.points_before:.4g} {numbers.ARROW} {facts.points_after:.4g}, {lost:.3g} lost{allowed}"
-    parts.append(Text.assemble(("budget    ", "bold"), f"{drop}; counts by {_answers(facts)}"))
+    parts.append(Text.assemble(("budget    ", "bold"), f"{drop}; allocation by {_answers(facts)}"))
     return parts
 
 
 def verdict(target: TargetFacts) -> str:
     """Return whether the target was met, and whether its cost was counted, measured or predicted."""
     if target.met_before:
-        return f"met before the cut, {target.how}"
+        return f"met before pruning, {target.how}"
     return f"{'met' if target.after <= target.limit else 'met within tolerance'}, {target.how}"
 
 
@@ -506,7 +510,7 @@ def _answers(facts: BudgetFacts) -> str:
     """Render the selected candidate and those it was compared with."""
     best = next((a for a in facts.answers if a.chosen), None)
     if best is None:
-        return "no search"
+        return "no search needed"
     gap = "" if facts.gap is None else f" (within {100 * facts.gap:.1f} % of the bound)"
     others = ", ".join(f"{a.name} {a.fine:.4g}" for a in facts.answers if not a.chosen)
     return f"{best.name}{gap}" + (f", {best.fine:.4g} against {others}" if others else "")
@@ -530,13 +534,13 @@ def profile_table(facts: Profile, *, name_width: int, every: bool) -> list[Rende
         each = [f"{count * ms:.4f}" for ms in node.at_shares]
         name = numbers.shorten(node.name, name_width) + (f" and {count - 1} alike" if count > 1 else "")
         table.add_row(name, node.op, f"{count * node.ms:.4f}", f"{100 * count * node.ms / total:.1f} %", *each)
-    parts: list[RenderableType] = [_title(facts), heading("Nodes, and their time where groups keep a share")]
+    parts: list[RenderableType] = [_title(facts), heading("Latency of nodes, by share of channels kept")]
     parts.append(table)
     left = len(facts.nodes) - sum(map(len, shown))
     if left:
         parts.append(Text(f"and {left} shorter ones (-v lists them)", style="dim"))
     if facts.steps:
-        parts += [heading("Time of one node by its channels"), _steps(facts)]
+        parts += [heading("Latency of one node, by its channels"), _steps(facts)]
     return [*parts, Text(""), _checked(facts)]
 
 
@@ -549,7 +553,7 @@ def _title(facts: Profile) -> Text:
 
 
 def _steps(facts: Profile) -> RenderableType:
-    table = table_of(("op", "left"), ("nodes", "right"), ("by what it", "left"), ("channels: ms", "left"))
+    table = table_of(("op", "left"), ("nodes", "right"), ("varied", "left"), ("channels: ms", "left"))
     for kind in facts.steps:
         points = ", ".join(f"{count}: {ms:.3g}" for count, ms in zip(kind.channels, kind.ms, strict=True))
         table.add_row(kind.op, str(kind.nodes), kind.by, points)
@@ -594,7 +598,7 @@ def groups(records: Iterable[Mapping[str, Any]], *, name_width: int, most: int |
         parts.append(Text(f"and {len(free) - most} smaller groups (-v lists them)", style="dim"))
     if fixed:
         why = reasons.tally(str(group.get("reason", "")) for group in fixed)
-        parts.append(Text(f"{len(fixed)} group{'' if len(fixed) == 1 else 's'} cannot be cut: {why}", style="dim"))
+        parts.append(Text(f"{len(fixed)} group{'' if len(fixed) == 1 else 's'} cannot be pruned: {why}", style="dim"))
     return parts
 
 
@@ -620,12 +624,13 @@ def barriers(records: Iterable[Mapping[str, Any]], *, name_width: int, every: bo
         count = len(every_record) - len(found)
         aside = [
             Text(
-                f"{count} kernel{' keeps its size' if count == 1 else 's keep their size'}; positions are no channels",
+                f"{count} kernel{' keeps its size' if count == 1 else 's keep their size'}: pruning removes "
+                "channels only",
                 style="dim",
             )
         ]
     if not found:
-        return [Text("none: every channel can be removed", style="green"), *aside]
+        return [Text("no barriers: every channel can be removed", style="green"), *aside]
     return [_barrier_table(found, name_width=name_width, every=every), *aside, *_legend(found)]
 
 
@@ -746,6 +751,6 @@ def repaired(report: Report, *, name_width: int, verbose: bool) -> list[Renderab
         parts += [*recovered_layers(report.repairs, name_width=name_width), Text("")]
     parts += [totals(report.totals, None), Text(""), *flushed(report.flushed)]
     if report.exactness.note:
-        parts.append(Text.assemble(("the cut   ", "bold"), report.exactness.note))
+        parts.append(Text.assemble(("plan      ", "bold"), report.exactness.note))
     done = summary(report)
     return [*parts, *([done] if done is not None else []), *fidelity(report.fidelity, name_width=name_width)]

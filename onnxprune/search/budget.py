@@ -85,7 +85,8 @@ class Budget(Pass):
             self.requires = (UNPRUNED, HAS_INPUTS)
         if options.get("steps", 1) != 1:
             raise UsageError(
-                f"{argument('steps')} has no meaning with a budget", hint="Counts are chosen at once: drop it."
+                f"{argument('steps')} has no meaning with a budget",
+                hint=f"A budget prunes in one step: drop {argument('steps')}.",
             )
         if options.get("max_ratio") is None:
             self.options = {**options, "max_ratio": WIDEST}
@@ -394,7 +395,7 @@ class Search:
         """
         kind = self._shrinks
         low, high = problem.reachable(kind) / problem.originals[kind], 1.0
-        result, failure = None, "No cut was found"
+        result, failure = None, "no model was found that passes"
         if self.wishes.factorize or len(problem.choices) > 1:  # determine the losses and the rate of exchange
             halfway = problem.with_targets(Target(kind, 0.5 * (low + high)))
             problem = replace(problem, lead=self._evaluated(halfway, halfway.candidates())[1].lead)

@@ -81,7 +81,7 @@ def measure_metric(metric: Metric, path: Path) -> float:
             raise
         raise UsageError(
             f"The metric {label} failed: {_words(error)}",
-            hint="It is called with the path of a model and returns a number, higher is better.",
+            hint="Write a function from the path of a model to a number, higher is better.",
         ) from error
     finally:
         os.chdir(folder)  # paths of outputs are relative to it
@@ -89,11 +89,11 @@ def measure_metric(metric: Metric, path: Path) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise UsageError(
-            f"The metric {label} returned a {type(value).__name__}, a number was expected.",
-            hint="It is called with the path of a model and returns a number, higher is better.",
+            f"The metric {label} returned a {type(value).__name__}, expected a number.",
+            hint="Write a function from the path of a model to a number, higher is better.",
         ) from None
     if not math.isfinite(number):
-        raise UsageError(f"The metric {label} returned {number}.", hint="It has to be a finite number for every model.")
+        raise UsageError(f"The metric {label} returned {number}.", hint="Return a finite number for every model.")
     return number
 
 
@@ -119,14 +119,14 @@ def load_metric(text: str) -> Metric:
         UsageError: no such file or function, or a file that does not run.
     """
     path, sign, name = text.rpartition(":")
-    hint = "Give script.py:function; it is called with the path of a model and returns a number, higher is better."
+    hint = "Give script.py:function, a function from the path of a model to a number, higher is better."
     if not sign or not path or not name:
         raise UsageError(f"{argument('metric')}: {text!r} is not script.py:function", hint=hint)
     if not Path(path).is_file():
         raise UsageError(f"{argument('metric')}: no file {path!r}", hint=hint)
     spec = importlib.util.spec_from_file_location(f"onnxprune_metric_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{argument('metric')}: {path!r} is no Python file", hint=hint)
+        raise UsageError(f"{argument('metric')}: {path!r} is not a Python file", hint=hint)
     module = importlib.util.module_from_spec(spec)
     try:
         with _modules_beside(Path(path)):

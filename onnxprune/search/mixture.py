@@ -69,9 +69,9 @@ class Mixture:
         self._timed = "latency" in problem.costs
         if self._timed and not problem.is_measured_here:
             raise UsageError(
-                f"{argument('factorize')} with a latency target times new layers, and {argument('latency_table')} is "
-                "of another device",
-                hint="Drop one of the two, or aim at macs.",
+                f"{argument('factorize')} with a latency target measures factorized layers here, but "
+                f"{argument('latency_table')} is of another device",
+                hint="Drop one of the two, or give a target of macs.",
             )
         trial_context, model = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)
         request = request_of("auto", {**options, "ratio": 0.5, "cost": _furthest(problem), "timed": False})

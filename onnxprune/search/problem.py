@@ -303,10 +303,10 @@ def _cost(sizes: Sizes, kind: str, table: LatencyTable | None) -> Cost:
 
 def _costs_nothing(kind: str) -> UsageError:
     """Return the error for a target of a kind that the model has no cost of."""
-    reason = "no operator multiplies data with its weights" if kind == "macs" else "nothing of it is stored"
+    reason = "no operator multiplies data with its weights" if kind == "macs" else "the file stores no weights"
     return UsageError(
-        f"A target of {kind} has no meaning for this model: {reason}, so it counts 0.",
-        hint="Aim at another kind: params, size, latency or peak-memory.",
+        f"A target of {kind} has no effect on this model: {reason}, so its {kind} is 0.",
+        hint="Choose another kind: params, size, latency or peak-memory.",
     )
 
 
@@ -388,7 +388,7 @@ class BudgetErrors:
         if not bad:
             requested = " and ".join(map(str, problem.targets))
             return BudgetError(
-                f"{requested} cannot be reached together, though each can alone.",
+                f"{requested} cannot be reached together, but each can be reached alone.",
                 hint=f"Nothing was written. Loosen one of them. {self._limits(problem.targets[0].kind)}",
             )
         first = next(iter(bad))
@@ -408,14 +408,14 @@ class BudgetErrors:
         costs = ", ".join(str(t.with_limit(best.costs[t.kind], problem.base(t.kind))) for t in bad)
         nearest = " ".join(argument("target", str(self._roomy(t, best.costs[t.kind]))) for t in bad)
         return BudgetError(
-            f"{', '.join(map(str, bad))} was not met: the best that was reached is {costs}.",
+            f"{', '.join(map(str, bad))} was not met: the best model reaches {costs}.",
             hint=f"Nothing was written. {self._limits(bad[0].kind)} The nearest budget that works: {nearest}",
         )
 
     def gate(self, failure: str, nearest: tuple[Target, ...] | None) -> BudgetError:
         """Return the error for a model within the targets that does not pass a gate on quality."""
         works = " ".join(argument("target", str(t)) for t in nearest) if nearest else ""
-        hint = f"The nearest budget that works: {works}" if works else "No cut was found that passes."
+        hint = f"The nearest budget that works: {works}" if works else "No smaller reduction passes either."
         return BudgetError(f"{failure}.", hint=f"Nothing was written. {hint}")
 
     def _roomy(self, target: Target, cost: float) -> Target:
@@ -431,9 +431,9 @@ class BudgetErrors:
         more = f" No group loses more than {widest:g} of its units ({argument('max_ratio')})." if widest < 1 else ""
         if isinstance(cost, Peak):
             name, share = cost.dearest(counts)
-            return f"Of what is left, {100 * share:.0f} % are activations, most of them alive at {name}.{more}"
+            return f"{100 * share:.0f} % of the remaining memory are activations, with their peak at {name}.{more}"
         if isinstance(cost, Latency):
-            return f"What is left takes most time in {_largest(cost.of_nodes(counts))}.{more}"
+            return f"Most of the remaining time is spent in {_largest(cost.of_nodes(counts))}.{more}"
         shape = problem.sizes.at(counts[None])
 
         def elements(name: str) -> int:
@@ -447,7 +447,7 @@ class BudgetErrors:
         layers = analysis.layer_facts(whole, elements)
         after = {x.name: x.macs_after if kind == "macs" else x.params_after for x in layers}
         reasons = {x.name: x.reason.partition(":")[0] for x in layers}
-        return f"What is left lies most in {_largest(after, reasons)}.{more}"
+        return f"Most of the remaining cost is in {_largest(after, reasons)}.{more}"
 
 
 def _largest(parts: Mapping[str, float], reasons: Mapping[str, str] | None = None) -> str:

@@ -162,7 +162,7 @@ def measure_sensitivity(
             work.append((curve, _job(context, selector, mode, metric, feeds, masks)))
     if not work:
         raise BudgetError(
-            "No channel that was asked for can be removed.",
+            "No channel of the selected layers can be removed.",
             hint=f"Check {argument('include')} and {argument('exclude')}.",
         )
     with context.stage("sensitivity"):

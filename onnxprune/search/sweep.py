@@ -74,7 +74,7 @@ def sweep(
             for point, found_ms in zip((p for p in facts.points if not p.error), times, strict=True):
                 point.ms = sorted(found_ms)[len(found_ms) // 2]
     if all(p.error for p in facts.points[1:]):
-        raise BudgetError("None of the budgets can be met.", hint=facts.points[-1].error)
+        raise BudgetError("No budget of the sweep can be met.", hint=facts.points[-1].error)
     mark(facts.points)
     return facts
 

@@ -89,7 +89,7 @@ def _check_factorization(targets: Sequence[Target]) -> None:
     unsupported = next((t for t in targets if t.kind not in FACTORED), None)
     if unsupported is not None:
         raise UsageError(
-            f"{argument('factorize')} cannot aim at {unsupported}: what a model with new layers holds at once is not "
-            "known in advance",
+            f"{argument('factorize')} does not support a target of {unsupported}: the peak memory of factorized "
+            "layers is not known in advance",
             hint=f"Drop one of the two; it goes with {', '.join(FACTORED)}.",
         )

@@ -71,7 +71,7 @@ def test_a_criterion_that_sees_nothing_says_so() -> None:
     assert result.report.exactness.passed
     assert sizes(result.model, "wm")[1] == 8 and sizes(result.model, "wx")[1] == 4
     said = {layer.name: layer.reason for layer in result.report.layers}
-    assert said["m"] == "no-score: no sample of the data takes a branch in which these channels are read"
+    assert said["m"] == "no-score: no sample of the data takes a branch that reads these channels"
 
 
 def test_layers_of_a_recurrence_are_repaired() -> None:

@@ -101,7 +101,7 @@ def test_a_target_out_of_reach_says_what_works() -> None:
     with pytest.raises(BudgetError, match=r"macs=0.001 cannot be reached: the best is macs=0\.\d+") as caught:
         op.prune(MODELS / "residual.onnx", target="macs=0.001", latency=False)
     assert caught.value.exit_code == 5
-    assert "max_ratio" in caught.value.hint and "What is left lies most in" in caught.value.hint
+    assert "max_ratio" in caught.value.hint and "Most of the remaining cost is in" in caught.value.hint
     (nearest,) = re.findall(r"target='([^']+)'", caught.value.hint)
     result = op.prune(MODELS / "residual.onnx", target=nearest, latency=False)
     assert shares(result)["macs"] <= parse(nearest).value * 1.02
@@ -111,12 +111,12 @@ def test_what_limits_memory_and_time(tmp_path: Path) -> None:
     """The node at which most is alive, and those that take most time: by the costs that the search went by."""
     with pytest.raises(BudgetError, match="peak-memory=1kB cannot be reached") as caught:
         op.prune(MODELS / "residual.onnx", target="peak-memory=1kB", latency=False)
-    assert re.search(r"\d+ % are activations, most of them alive at /st", caught.value.hint)
+    assert re.search(r"\d+ % of the remaining memory are activations, with their peak at /st", caught.value.hint)
     found = op.profile(MODELS / "residual.onnx", threads=1, seconds=0.1, cache=tmp_path)
     found.table.device["processor"] = "another one"
     with pytest.raises(BudgetError, match=r"latency=0\.001 cannot be reached") as caught:
         op.prune(MODELS / "residual.onnx", target="latency=0.001", latency_table=found.table, latency=False)
-    assert re.search(r"takes most time in /\S+ \(\d+ %\), ", caught.value.hint)
+    assert re.search(r"remaining time is spent in /\S+ \(\d+ %\), ", caught.value.hint)
 
 
 def test_a_gate_that_fails_says_what_works() -> None:
@@ -154,10 +154,10 @@ def test_what_makes_no_sense_together() -> None:
         ({"target": "macs=0.5", "ratio": 0.3}, "both given"),
         ({"target": "macs=0.5", "plan": op.Plan()}, "both given"),
         ({"target": "macs=0.5", "steps": 3}, "steps has no meaning"),
-        ({"metric": len}, "nothing asks for it"),
+        ({"metric": len}, "no budget needs it"),
         ({"target": "macs=0.5", "trials": -1}, "trials: -1 is not allowed"),
         ({"max_drop": 1.0, "trials": 5}, "there is none"),
-        ({"target": "macs=0.5", "latency_table": "x.json"}, "no target of that kind"),
+        ({"target": "macs=0.5", "latency_table": "x.json"}, "no latency target is given"),
         ({"max_drop": -1.0}, "max_drop: -1.0 is not allowed"),
         ({"target": "macs=0.5", "recover": "full"}, "needs calibration data"),
     ):

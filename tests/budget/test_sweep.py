@@ -54,7 +54,7 @@ def test_a_sweep_that_takes_layers_apart(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_swept() -> None:
-    with pytest.raises(BudgetError, match="None of the budgets"):
+    with pytest.raises(BudgetError, match="No budget of the sweep"):
         op.sweep(MODELS / "residual.onnx", targets=[0.0001], latency=False)
     with pytest.raises(UsageError, match="kind: unknown value 'speed'"):
         op.sweep(MODELS / "residual.onnx", targets=[0.5], kind="speed")

@@ -56,9 +56,9 @@ def test_a_plan_with_layers_apart_replays_to_the_byte(run: Callable[..., Result]
     assert done.exit_code == 0, done.stderr
     assert one.read_bytes() == two.read_bytes()
     done = run("factorize", MODEL, "--apply-plan", plan, *data, "-o", two)
-    assert done.exit_code == 2 and "removes channels, too" in done.stderr
+    assert done.exit_code == 2 and "removes channels as well" in done.stderr
     done = run("recover", MODEL, one, "--plan", plan, *data, "-o", two)
-    assert done.exit_code == 2 and "takes layers apart" in done.stderr
+    assert done.exit_code == 2 and "factorizes layers as well" in done.stderr
 
 
 def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
         (("--target", "macs=50%"), 2, "percent sign"),
         (("--target", "speed=2"), 2, "unknown kind 'speed'"),
         (("--target", "latency=0.5", "--latency-table", tmp_path / "none.json"), 2, "not found"),
-        (("--metric", "x.py:f"), 2, "nothing asks for it"),
+        (("--metric", "x.py:f"), 2, "no budget needs it"),
         (("--max-drop", "all"), 2, "--max-drop: all is not allowed"),
         (("--target", "macs=0.001"), 5, "cannot be reached"),
         (("--target", "macs=0.2", "--min-fidelity", "0.99999"), 5, "The nearest budget that works: --target macs="),
@@ -91,8 +91,8 @@ def test_a_target_that_was_met_before_says_so(run: Callable[..., Result], tmp_pa
     for target in ("size=3MB", "macs=1G"):
         done = run(MODEL, "--target", target, "-o", tmp_path / "o.onnx")
         assert done.exit_code == 0, done.stderr
-        assert "met before the cut" in done.stdout
-        assert f"warning: {target} was met before the cut: the original has" in done.stderr
+        assert "met before pruning" in done.stdout
+        assert f"warning: {target} was met before pruning: the original has" in done.stderr
 
 
 def test_a_gate_of_a_budget_that_fails_keeps_the_report(run: Callable[..., Result], tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ BAD = [
     (["--seed", "-1"], "--seed: -1 is not allowed", "whole number from 0"),
     (["--min-fidelity", "2"], "--min-fidelity: 2 is not allowed", "0 < X <= 1"),
     (["--min-fidelity", "high"], "--min-fidelity: high is not allowed", "0 < X <= 1"),
-    (["--min-fidelity", "0.9", "--no-validate"], "--no-validate forbids it", "drop one of the two"),
+    (["--min-fidelity", "0.9", "--no-validate"], "--no-validate forbids that", "drop one of the two"),
     (["--scope", "globl"], "--scope: unknown value 'globl'", "did you mean 'global'? allowed: local, global"),
     (["--policy", "mean"], "--policy: unknown value 'mean'", "allowed: sum, average, max, backward"),
     (["--normalize", "lineal"], "--normalize: unknown value 'lineal'", "did you mean 'linear'?"),

@@ -36,7 +36,7 @@ def test_curves_a_table_and_a_page(run: Callable[..., Result], tmp_path: Path) -
     curves, page, out = tmp_path / "s.json", tmp_path / "s.html", tmp_path / "o.onnx"
     done = run("sensitivity", MODEL, *FAST, "-o", curves, "--html", page)
     assert done.exit_code == 0, done.stderr
-    for words in ("cut 0.25", "cut 0.5", "top-1 agreement", "repaired (bn)", str(page)):
+    for words in ("cut 0.25", "cut 0.5", "top-1 agreement", "recovered (bn)", str(page)):
         assert words in done.stdout
     shown = Page(page.read_text())
     assert "svg" in shown.tags and "circle" in shown.tags and "script" not in shown.tags and not shown.fetched
@@ -50,7 +50,7 @@ def test_curves_a_table_and_a_page(run: Callable[..., Result], tmp_path: Path) -
 def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
     for arguments, code, words in (
         (("--ratios", "0.5,2"), 2, "--ratios: 2 is out of range"),
-        (("--ratios", "0"), 2, "0 cuts nothing"),
+        (("--ratios", "0"), 2, "0 prunes nothing"),
         (("--metric", "none.py:f"), 2, "no file 'none.py'"),
         (("-o", MODEL), 2, "is the input file"),
         (("-o", tmp_path / "a", "--html", tmp_path / "a"), 2, "two outputs are the same file"),
@@ -62,7 +62,7 @@ def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
     done = run(MODEL, "--sensitivity", tmp_path / "s.json", "--target", "macs=0.5")
     assert done.exit_code == 2 and "not found" in done.stderr
     done = run(MODEL, "--target", "macs=0.5", "--jobs", "2")
-    assert done.exit_code == 2 and "--jobs is about measuring" in done.stderr
+    assert done.exit_code == 2 and "--jobs applies only when" in done.stderr
 
 
 @pytest.mark.parametrize("groups", [LINES, 40])

@@ -98,7 +98,7 @@ def test_report_of_a_cut(api, run, model) -> None:
         "latency: median ± interquartile range, 50 runs in turn, onnxruntime, 1 thread",
         "",
         "exact yes: largest relative difference 3.1e-07 (allowed 1e-05, batch 1 and 3)",
-        "fidelity cosine 0.9312, signal-to-noise 8.4 dB, top-1 agreement 91.2 % (64 samples, seeded synthetic inputs)",
+        "fidelity cosine 0.9312, signal-to-noise 8.4 dB, top-1 agreement 91.2 % (64 samples, seeded synthetic data)",
         f"wrote {model.with_name('m.pruned.onnx')}",
     ]
     assert result.stderr == ""
@@ -141,7 +141,7 @@ def test_long_models_fold_untouched_layers_unless_verbose(api, run, model) -> No
     api.report.layers += [LayerFacts(f"/n{i}", "MatMul", 8, 8, 64, 64, 64, 64, "normalised: /ln") for i in range(40)]
     folded, full = run(model).stdout, run(model, "-v").stdout
     assert "/n7" not in folded
-    assert "41 of 42 layers untouched: normalised over these channels (40), is a model output (1)" in folded
+    assert "41 of 42 layers unchanged: normalised over these channels (40), is a model output (1)" in folded
     assert "/n7 " in full and "untouched" not in full
 
 
@@ -216,34 +216,34 @@ def test_plan_is_written_with_the_rights_of_a_new_file(api, run, model) -> None:
 
 def test_explain_tells_why_in_plain_words(api, run, model) -> None:
     text = run(model, "--explain", "--layer", "/conv1/*=0.5").stdout
-    assert "These channels are a model output, and whoever reads the model counts on its shape." in text
+    assert "These channels are a model output, and programs that run the model depend on its shape." in text
     assert "/head/Conv: 0 of 10 channels removed, 3 asked" in text
     assert "/conv1/Conv: 19 of 64 channels removed, 32 asked" in text
     assert "vendor.Odd" in text and "no-rule: " in text
-    assert "64 → 45" in text.split("Layers that were not cut")[0]
+    assert "64 → 45" in text.split("Layers pruned less than asked")[0]
 
 
 def test_explain_says_so_when_every_layer_lost_what_was_asked(api, run, model) -> None:
     del api.report.layers[1]
-    assert "every layer lost what was asked" in run(model, "--explain").stdout
+    assert "every layer was pruned as asked" in run(model, "--explain").stdout
 
 
 def test_explain_names_steps_and_rounding(api, run, model) -> None:
     api.report.groups[0]["steps"] = 4
     assert "4 equal steps only" in run(model, "--explain", "--ratio", "0.4").stdout
-    assert "keeps a multiple of 16" in run(model, "--explain", "--ratio", "0.4", "--round-to", "16").stdout
+    assert "allows multiples of 16 only" in run(model, "--explain", "--ratio", "0.4", "--round-to", "16").stdout
 
 
 def test_inspect_shows_groups_barriers_and_unlocks(api, run, model) -> None:
     result = run("inspect", model)
     assert result.exit_code == 0
     for part in (
-        "Groups that can be cut (1)",
-        "1 group cannot be cut: is a model output (1)",
-        "Barriers (138 channels have to stay)",
+        "Prunable groups (1)",
+        "1 group cannot be pruned: is a model output (1)",
+        "Barriers (138 channels cannot be removed)",
     ):
         assert part in result.stdout
-    unlock = result.stdout.split("Operators that would unlock most channels")[1]
+    unlock = result.stdout.split("Operators that block most channels")[1]
     assert unlock.split() == ["channels", "operator", "128", "vendor.Odd"]
     assert "logits" in run("inspect", model, "-v").stdout
 
@@ -258,7 +258,7 @@ def test_kernels_are_not_counted_as_channels(api, run, model) -> None:
     }
     api.report.barriers += [kernel, {**kernel, "node": "/reduce", "detail": "mean over time", "channels": 5}]
     text = run("inspect", model).stdout
-    assert "Barriers (143 channels have to stay)" in text
+    assert "Barriers (143 channels cannot be removed)" in text
     assert "1 kernel keeps its size" in text and "/reduce" in text
 
 

@@ -19,7 +19,7 @@ def test_a_sweep(run: Callable[..., Result], tmp_path: Path) -> None:
     page, kept = tmp_path / "sweep.html", tmp_path / "kept"
     done = run("sweep", MODEL, "--targets", "0.5,0.8", "--html", page, "--models", kept, "--threads", "1")
     assert done.exit_code == 0, done.stderr
-    for words in ("original", "macs=0.8", "macs=0.5", "on the frontier", "1 thread", str(page)):
+    for words in ("original", "macs=0.8", "macs=0.5", "Pareto-optimal", "1 thread", str(page)):
         assert words in done.stdout
     assert sorted(p.name for p in kept.iterdir()) == ["residual.0.5.onnx", "residual.0.8.onnx"]
     assert page.read_text().startswith("<!doctype html>")
@@ -35,7 +35,7 @@ def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
     for arguments, code, words in (
         (("--targets", "0.5,90%"), 2, "percent sign"),
         (("--targets", "0.5,2M"), 2, "no share"),
-        (("--targets", "0.0001"), 5, "None of the budgets"),
+        (("--targets", "0.0001"), 5, "No budget of the sweep"),
         (("--kind", "speed"), 2, "'speed'"),
         (("--metric", "x.py"), 2, "script.py:function"),
         (("--models", tmp_path / "file"), 2, "is not a folder"),
@@ -55,6 +55,6 @@ def facts(*points: tuple[str, int, float]) -> SweepFacts:
 def test_the_page_sets_off_what_no_other_beats() -> None:
     """The original is what models are compared with: it is not called beaten, also where a smaller one is as good."""
     text = page(facts(("", 100, 90.0), ("macs=0.5", 50, 91.0), ("macs=0.4", 40, 80.0), ("macs=0.3", 45, 70.0)))
-    assert text.count('<tr class="best">') == 2 and "Bold: no other model" in text
-    assert "original: original" in text and "beaten by another: macs=0.3" in text
-    assert "beaten by another: original" not in text
+    assert text.count('<tr class="best">') == 2 and "Bold: Pareto-optimal" in text
+    assert "original: original" in text and "dominated: macs=0.3" in text
+    assert "dominated: original" not in text

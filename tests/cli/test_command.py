@@ -128,7 +128,7 @@ def test_inspect(path: Path, run: Run) -> None:
     assert sorted(group["size"] for group in record["groups"] if group["prunable"]) == [16, 32]
     assert {layer["name"]: layer["macs_before"] for layer in record["layers"]}["first"] % (16 * 27 * 64) == 0
     text = run("inspect", path).stdout
-    assert "Groups that can be cut (2)" in text and "Barriers" in text
+    assert "Prunable groups (2)" in text and "Barriers" in text
 
 
 def test_as_a_script_with_pipes(path: Path) -> None:

@@ -80,7 +80,7 @@ def test_where_settings_come_from_is_shown(api, run, model, project) -> None:
     path = project("ratio = 0.5\nsamples = 8\nverbose = false\n")
     loud = run(model, "-v", "--seed", "7")
     assert f"--ratio: set in {path}" in loud.stderr
-    assert f"--samples in {path} is ignored: it says how to read data, and there is no --data" in loud.stderr
+    assert f"--samples in {path} is ignored: it describes how to read data, but --data is not given" in loud.stderr
     facts = json.loads(run(model, "--json", "--seed", "7").stdout)
     assert facts["settings_from"] == {"seed": "command line", "json": "command line"} | {
         "ratio": str(path),

@@ -50,7 +50,7 @@ def test_bad_value_is_named_with_what_was_allowed(api, run, model, args, message
 def test_options_about_data_need_data(api, run, model, args) -> None:
     result = run(model, *args)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {args[0]} says how to read data, and there is no --data\n")
+    assert result.stderr.startswith(f"error: {args[0]} describes how to read data, and there is no --data\n")
     assert api.calls == []
 
 
@@ -153,7 +153,7 @@ def test_without_a_number_validation_takes_no_more_than_it_needs(net: Path) -> N
 
 @pytest.mark.parametrize("given", [{"samples": 3}, {"batch_size": 3}, {"images": op.ImageOptions(size=8)}])
 def test_python_refuses_reading_options_without_data(net: Path, given: dict[str, Any]) -> None:
-    with pytest.raises(op.UsageError, match=f"{next(iter(given))} says how to read data"):
+    with pytest.raises(op.UsageError, match=f"{next(iter(given))} describes how to read data"):
         op.prune(net, **given)
     with pytest.raises(op.UsageError, match="needs calibration data"):
         Context.of(net).inputs()

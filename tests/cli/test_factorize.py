@@ -58,7 +58,7 @@ def test_one_object_for_machines(model: Path) -> None:
 def test_explain_names_layers_that_stay(model: Path) -> None:
     done = run(model, "--method", "tucker", "--explain", "--no-validate")
     assert done.exit_code == 0, done.stderr
-    assert "Layers that stay as they are" in done.stdout and "svd says all there is to say" in done.stdout
+    assert "Layers that were not factorized" in done.stdout and "its kernel has one position" in done.stdout
     assert "/head/Gemm" in done.stdout and "product   not checked" in done.stdout
 
 
@@ -69,7 +69,7 @@ def test_explain_names_layers_that_stay(model: Path) -> None:
         (["--ratio", "30"], 2, "For 30 percent give 0.3"),
         (["--ratio", "0"], 2, "0 < R < 1"),
         (["--rank", "x=a"], 2, "is not a rank"),
-        (["--rank", "4"], 2, "looks for the ranks itself"),
+        (["--rank", "4"], 2, "chooses the ranks"),
         (["--method", "svd", "--rank", "4", "--rank", "5"], 2, "is given twice"),
         (["--method", "svd", "--energy", "1.5"], 2, "Give the share of the energy to keep, 0 < E <= 1"),
         (["--method", "svd", "--calibration", "0.5"], 2, "Give --vbmf"),
@@ -79,7 +79,7 @@ def test_explain_names_layers_that_stay(model: Path) -> None:
         (["--apply-plan", "p.json", "--ratio", "0.5"], 2, "not found"),
         (["--no-validate", "--min-fidelity", "0.5"], 2, "Drop one of the two"),
         (["--recover", "full"], 2, "needs calibration data"),
-        (["--method", "svd", "--include", "/head/Gemm", "--ratio", "0.99"], 5, "no rank saves 99%"),
+        (["--method", "svd", "--include", "/head/Gemm", "--ratio", "0.99"], 5, "no rank would save 99%"),
         (["--method", "svd", "--ratio", "0.8", "--min-fidelity", "0.999"], 5, "is below --min-fidelity"),
         (["--untimed", "--ratio", "0.999"], 5, "at most"),
     ],

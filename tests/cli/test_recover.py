@@ -96,10 +96,10 @@ def refused(bench: Bench, result: Result, code: int, *words: str) -> None:
 def test_data_repairs_and_the_report_says_so(bench: Bench, run: Run) -> None:
     result = run(bench.model, "--ratio", "0.5", "--data", bench.data, "-v", "--explain")
     assert result.exit_code == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("repaired"))
+    line = next(line for line in result.stdout.splitlines() if line.startswith("recovered"))
     assert "2 of 2 layers by least squares from 87 samples, --recover full since data was given" in line
-    assert "9 samples" in result.stdout and "set aside from the repair" in result.stdout
-    assert "held-out error" in result.stdout and "every layer that the cut reached was repaired" in result.stdout
+    assert "9 samples" in result.stdout and "not used by the recovery" in result.stdout
+    assert "hold-out error" in result.stdout and "every layer affected by pruning was recovered" in result.stdout
     assert "recover ..." in result.stderr
 
 
@@ -117,7 +117,7 @@ def test_the_record_of_a_repair(bench: Bench, run: Run) -> None:
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        ([], "no data was given; with --data the cut can be repaired, with --recover datafree less well without"),
+        ([], "no data was given; give --data to recover accuracy, or --recover datafree (weaker, needs no data)"),
         (["--data", "d.npz", "--recover", "none"], "asked for"),
         (["--data", "d.npz", "--no-validate"], "models are not run"),
         (["--recover", "none"], "asked for"),
@@ -127,11 +127,11 @@ def test_no_repair_and_why(bench: Bench, run: Run, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(bench.folder)
     result = run(bench.model, "--ratio", "0.5", *args)
     assert result.exit_code == 0, result.stderr
-    assert f"repaired  no: {why}\n" in result.stdout
+    assert f"recovered no: {why}\n" in result.stdout
     assert bench.folder.joinpath("m.pruned.onnx").read_bytes() == bench.before["c.onnx"]
 
 
-@pytest.mark.parametrize(("mode", "words"), [("bias", "by their means"), ("bn", "by scale and shift")])
+@pytest.mark.parametrize(("mode", "words"), [("bias", "by output means"), ("bn", "by scale and shift")])
 def test_a_mode_is_used(bench: Bench, run: Run, mode: str, words: str) -> None:
     result = run(bench.model, "--ratio", "0.5", "--data", bench.data, "--recover", mode)
     assert result.exit_code == 0 and words in result.stdout and "since" not in result.stdout
@@ -141,9 +141,11 @@ def test_a_repair_without_data_says_that_it_is_the_weaker_form(bench: Bench, run
     args = [bench.model, "--ratio", "0.5", "--recover", "datafree"]
     result = run(*args, "--memory-limit", "2GB")
     assert result.exit_code == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("repaired"))
-    assert "2 of 2 layers by least squares from 448 synthetic inputs (range" in line and "the weaker form" in line
-    assert "synthetic, set aside from the repair" in result.stdout and "--data" in line
+    line = next(line for line in result.stdout.splitlines() if line.startswith("recovered"))
+    assert (
+        "2 of 2 layers by least squares from 448 synthetic inputs (range" in line and "(--data recovers more)" in line
+    )
+    assert "synthetic, not used by the recovery" in result.stdout and "--data" in line
     facts = json.loads(run(*args, "--json").stdout)["recovery"]
     assert facts["mode"] == "datafree" and facts["inputs"].startswith("synthetic inputs")
     assert facts["after"]["outputs"][0]["cosine"] > facts["before"]["outputs"][0]["cosine"]
@@ -160,7 +162,7 @@ def test_a_pair_is_repaired_without_data(bench: Bench, run: Run) -> None:
     pair = ["recover", bench.model, bench.cut, "--plan", bench.plan, "--recover", "datafree"]
     result = run(*pair)
     assert result.exit_code == 0, result.stderr
-    assert "the weaker form" in result.stdout
+    assert "(--data recovers more)" in result.stdout
     once = bench.folder / "once.onnx"
     assert run(bench.model, "--ratio", "0.5", "--recover", "datafree", "-o", once).exit_code == 0
     assert bench.folder.joinpath("c.recovered.onnx").read_bytes() == once.read_bytes()
@@ -221,7 +223,7 @@ def test_one_sample_does_no_harm(bench: Bench, run: Run) -> None:
     np.savez(bench.data, x=np.random.default_rng(2).random((1, 3, 8, 8), np.float32))
     result = run(bench.model, "--ratio", "0.5", "--data", bench.data)
     assert result.exit_code == 0, result.stderr
-    assert "which the repair was fitted to" in result.stdout and "fitted to 1 sample:" in result.stderr
+    assert "also used by the recovery" in result.stdout and "fitted to 1 sample:" in result.stderr
 
 
 # -- a pair that was cut before ------------------------------------------------------------------------------------
@@ -295,7 +297,7 @@ def test_a_plan_of_another_cut_names_the_tensor(bench: Bench, run: Run) -> None:
 
     other_plan(bench, less)
     result = run(*bench.pair)
-    refused(bench, result, 2, "does not belong to this pair", "the plan makes it")
+    refused(bench, result, 2, "does not belong to this pair", "by the plan it has")
     assert "'w2'" in result.stderr or "'w3'" in result.stderr
 
 
@@ -308,10 +310,10 @@ def test_the_pair_in_the_wrong_order(bench: Bench, run: Run) -> None:
     ("change", "words"),
     [
         (lambda model: model.graph.node[1].output.__setitem__(0, "zz"), "has no tensor 'r1'"),
-        (lambda model: setattr(model.graph.node[1], "op_type", "Sigmoid"), "tensor 'r1' is made by another Sigmoid"),
+        (lambda model: setattr(model.graph.node[1], "op_type", "Sigmoid"), "tensor 'r1' comes from Sigmoid"),
         (
             lambda model: model.graph.initializer.append(numpy_helper.from_array(np.ones(2, np.float32), "more")),
-            "has a tensor 'more' more",
+            "has an additional tensor 'more'",
         ),
     ],
 )

@@ -111,7 +111,7 @@ def test_ranks_by_pattern_and_rounding() -> None:
     names = [n.name for n in net().graph.node if n.op_type == "Conv"]
     result = run(net(), "tucker", rank={names[1]: 8, names[2]: (6, 12)})
     assert {f.name: f.ranks for f in result.report.factorized if f.method} == {names[1]: [8, 8], names[2]: [6, 12]}
-    assert left(result)[names[0]] == "no rank is given for it"
+    assert left(result)[names[0]] == "no rank was given for this layer"
     rounded = run(net(), "tucker", ratio=0.3, round_to=4)
     assert all(not r % 4 for f in rounded.report.factorized for r in f.ranks)
 
@@ -181,12 +181,12 @@ def test_weights_that_are_not_numbers() -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"method": "tuker"}, "Did you mean 'tucker'"),
     ({"method": "svd", "ratio": 1.5}, "out of range"),
-    ({"method": "svd", "ratio": 0.3, "energy": 0.5}, "both say how far"),
+    ({"method": "svd", "ratio": 0.3, "energy": 0.5}, "both set the ranks"),
     ({"method": "svd", "energy": 0}, "energy: 0 is not allowed"),
     ({"method": "svd", "vbmf": 2.0}, "vbmf: 2.0 is not allowed"),
-    ({"method": "auto", "rank": 4}, "looks for the ranks itself"),
-    ({"method": "svd", "rank": 4, "scope": "global"}, "looks for the ranks itself"),
-    ({"method": "cp", "energy": 0.5}, "no order of energies"),
+    ({"method": "auto", "rank": 4}, "chooses the ranks"),
+    ({"method": "svd", "rank": 4, "scope": "global"}, "chooses the ranks"),
+    ({"method": "cp", "energy": 0.5}, "not order its components by energy"),
     ({"method": "svd", "rank": [4, 4]}, "one rank"),
     ({"method": "tucker", "rank": {"*": [0, 0]}}, "is not allowed"),
     ({"method": "svd", "rank": {"head*": 4}}, "matches no node"),
@@ -209,14 +209,14 @@ def test_a_rank_out_of_range_names_the_layer_and_what_is_allowed() -> None:
     with pytest.raises(op.UsageError, match=r"rank 64 .*out of range") as caught:
         run(net(), "svd", rank={name: 64})
     assert "1..10" in caught.value.hint
-    assert "more than its largest" in left(run(net(), "svd", rank=12))[name]
+    assert "larger than the largest" in left(run(net(), "svd", rank=12))[name]
 
 
 def test_nothing_to_do_is_a_budget_that_is_not_met() -> None:
     made = Net(17)
     model = made.model(made.linear(made.input("x", ["N", 4]), 4, 4))
     cases: list[tuple[str, dict[str, Any], str]] = [
-        ("tucker", {}, "one position"), ("svd", {"ratio": 0.9}, "no rank saves 90%"),
+        ("tucker", {}, "one position"), ("svd", {"ratio": 0.9}, "no rank would save 90%"),
     ]  # fmt: skip
     for method, options, why in cases:
         with pytest.raises(op.BudgetError) as caught:

@@ -83,7 +83,7 @@ def test_a_pass_of_the_old_contract_is_told_how_to_port() -> None:
     def old(state: Any) -> None:
         state.weights.clear()
 
-    with pytest.raises(op.UsageError, match=r"Pass old is written for the old contract.*") as caught:
+    with pytest.raises(op.UsageError, match=r"Pass old follows the old contract.*") as caught:
         op.Pipeline([old])  # type: ignore[list-item]
     assert "(context, model)" in caught.value.hint and "model.with_weights" in caught.value.hint
     with pytest.raises(op.UsageError, match="no more"):
@@ -93,7 +93,7 @@ def test_a_pass_of_the_old_contract_is_told_how_to_port() -> None:
 @pytest.mark.parametrize(("stage", "message"), [
     (P.Prune, "Pass Prune is a class"),
     (lambda a, b, c: None, "takes 3 arguments"),
-    (3, "3 is no pass"),
+    (3, "3 is not a pass"),
     ("prnue", "Unknown pass 'prnue'"),
 ])  # fmt: skip
 def test_what_is_no_pass_is_refused(stage: Any, message: str) -> None:
@@ -102,7 +102,7 @@ def test_what_is_no_pass_is_refused(stage: Any, message: str) -> None:
 
 
 def test_what_a_pass_requires_is_asked_in_front_of_it() -> None:
-    with pytest.raises(PreconditionError, match="a model that no pass has removed channels from") as caught:
+    with pytest.raises(PreconditionError, match="a model without removed channels") as caught:
         op.Pipeline([P.Prune(ratio=0.5), P.Prune(ratio=0.1)]).run(MODEL)
     assert caught.value.exit_code == 2
     calls: list[int] = []
@@ -134,11 +134,11 @@ def silent(context: Context, model: Model) -> PassResult:
 
 
 @pytest.mark.parametrize(("stage", "message"), [
-    (Wrong(), "Pass Wrong promises the same model"),
+    (Wrong(), "Pass Wrong ensures the same model"),
     (lambda context, model: None, "returned NoneType"),
-    (lambda context, model: PassResult(onnx.ModelProto()), "gave ModelProto as the model"),
-    (lost, "weight 'nowhere' that is no initializer"),
-    (silent, "says that nothing changed"),
+    (lambda context, model: PassResult(onnx.ModelProto()), "returned ModelProto as the model"),
+    (lost, "weight 'nowhere' without an initializer"),
+    (silent, "another model with changed=False"),
 ])  # fmt: skip
 def test_what_a_pass_ensures_is_asked_behind_it(stage: Any, message: str) -> None:
     with pytest.raises(PostconditionError, match=message) as caught:

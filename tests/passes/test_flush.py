@@ -125,7 +125,7 @@ def test_every_command_says_how_many_there_were(tmp_path: Path) -> None:
     onnx.save(network(), model)
     quick = ["--seed", "1", "-o"]
     said = CliRunner().invoke(main, [str(model), "--ratio", "0", *quick, str(small)]).output
-    assert "flushed   10 weights too small for quick arithmetic (subnormal) set to 0" in said
+    assert "flushed   10 weights set to 0, too small for fast arithmetic (subnormal)" in said
     taken = ["factorize", str(model), "--method", "svd", "--rank", "2", *quick, str(tmp_path / "factors.onnx")]
     assert "flushed   10 weights" in CliRunner().invoke(main, taken).output
     assert "flushed" not in CliRunner().invoke(main, [str(small), "--ratio", "0.25", *quick, str(model)]).output

@@ -60,5 +60,5 @@ def test_mistakes_are_found_without_masks_on_weights(place: int, monkeypatch: py
         return proto, weights
 
     monkeypatch.setattr(prepared, "cut", wrong)
-    with pytest.raises(ValidationError, match="The cut is not exact"):
+    with pytest.raises(ValidationError, match="The pruned model is not exact"):
         op.prune(model(), ratio=0.5, latency=False)

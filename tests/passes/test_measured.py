@@ -70,8 +70,8 @@ def test_it_runs_on_every_kind_of_graph(name: str, options: dict[str, Any]) -> N
     [
         ({"data": None}, "normalize='measured' needs data"),
         ({"steps": 2}, "normalize='measured' measures the original once"),
-        ({"data": {"x": np.zeros((2, 6), np.float32)}}, "there are too few for that"),
-        ({"data": {"x": np.zeros((40, 6), np.float32)}}, "those of this model do not vary"),
+        ({"data": {"x": np.zeros((2, 6), np.float32)}}, "the data has too few"),
+        ({"data": {"x": np.zeros((40, 6), np.float32)}}, "the outputs of this model do not vary"),
     ],
 )
 def test_what_cannot_be_measured_is_said(options: dict[str, Any], said: str) -> None:

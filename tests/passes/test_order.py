@@ -116,9 +116,9 @@ def test_batches_set_aside_are_not_fitted_to() -> None:
     feeds = [{"x": np.full((4, 2), i)} for i in range(20)]
     split = CalibrationSplit.of(feeds, "d.npz")
     assert [f["x"][0, 0] for f in split.validation.inputs] == [7, 15] and len(split.fit) == 18
-    assert "set aside" in split.validation.name and (split.num_fit, split.num_held_out) == (72, 8)
+    assert "not used by the recovery" in split.validation.name and (split.num_fit, split.num_held_out) == (72, 8)
     split = CalibrationSplit.of(feeds[:5], "d.npz")
-    assert split.validation.inputs is split.fit and "fitted to" in split.validation.name
+    assert split.validation.inputs is split.fit and "also used by the recovery" in split.validation.name
     assert split.num_held_out == 0
     many = [{"x": np.zeros((64, 2))} for _ in range(100)]
     assert sum(len(f["x"]) for f in CalibrationSplit.of(many, "d").validation.inputs) == 256

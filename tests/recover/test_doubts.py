@@ -79,7 +79,7 @@ def test_fewer_rows_than_unknowns() -> None:
     removal = plan((y, 1, 300, range(0, 300, 3)), (z, 1, 200, range(0, 200, 4)))
     found, before, result = warned(model, removal, draw(model, 100))
     (said,) = [w for w in found if "unknowns" in w]
-    assert said.startswith("2 layers have more unknowns than the data have rows") and ", 200 and 80)" in said
+    assert said.startswith("2 layers have more unknowns than the data has rows") and ", 200 and 80)" in said
     no_worse(model, before, result, draw(model, 200, 4))
 
 

@@ -211,7 +211,7 @@ def test_a_criterion_without_a_word_leaves_groups_whole() -> None:
     silent = [g for g in result.report.groups if g["prunable"] and not g["removed"]]
     assert silent and all("criterion bn has no score" in g["reason"] for g in silent)
     assert any(x.reason.startswith("no-score") for x in result.report.layers)
-    with pytest.raises(op.UsageError, match=r"'bn' applies to no layer[^\n]*\n'bn' needs BatchNormalization"):
+    with pytest.raises(op.UsageError, match=r"'bn' has scores for no layer[^\n]*\n'bn' needs BatchNormalization"):
         cut("attention", criterion="bn")
 
 
