@@ -25,13 +25,13 @@ from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.sessions import with_custom_ops
 from onnxprune.search.budget import Budget, default_criterion
 from onnxprune.search.evaluation import Metric, load_metric
-from onnxprune.search.latency import Profiled, latency_table, profiled, rewritable_sizes
+from onnxprune.search.latency import LatencyProfile, describe_times, latency_table, rewritable_sizes
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
+from onnxprune.search.spec import BudgetSpec
 from onnxprune.search.sweep import sweep as run_sweep
-from onnxprune.search.wishes import Wishes
 from onnxprune.settings import called, default
-from onnxprune.targets import Given as Targets
 from onnxprune.targets import Target, parse
+from onnxprune.targets import TargetInput as Targets
 
 
 @called("prune")
@@ -168,7 +168,7 @@ def prune(
             result = onnxprune.prune("model.onnx", ratio=0.3, data="calibration.npz")
             result.save("small.onnx")
     """
-    wishes = Wishes.of(
+    spec = BudgetSpec.of(
         target, min_fidelity, metric, max_drop, latency_table, sensitivity, jobs, factorize=factorize, trials=trials
     )
     choosing: Options = {
@@ -190,10 +190,10 @@ def prune(
         "schedule": schedule,
     }
     mode_and_reason = settle_mode(recover, data is not None, validate)
-    if wishes.any:
+    if spec.any:
         _alone(ratio, plan)
         first: Any = Budget(
-            wishes, criterion, recover=mode_and_reason[0], why=mode_and_reason[1], approximate=approximate, **choosing
+            spec, criterion, recover=mode_and_reason[0], why=mode_and_reason[1], approximate=approximate, **choosing
         )
     else:
         share = default("ratio") if ratio is None else ratio
@@ -203,10 +203,10 @@ def prune(
     running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
     execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
     result = pipe.run(model, **reading, **running, **execution)
-    if wishes.any:
+    if spec.any:
         _warn_of_targets_met_before(result.report)
     _warn_of_no_gain(result.report)
-    _faithful(result, wishes)
+    _faithful(result, spec)
     return result
 
 
@@ -259,17 +259,17 @@ def _alone(ratio: float | None, plan: Any) -> None:
             )
 
 
-def _faithful(result: Result, wishes: Wishes) -> None:
+def _faithful(result: Result, spec: BudgetSpec) -> None:
     """Check ``min_fidelity`` of a run without a budget; raises BudgetError where a cosine is low or not measured."""
-    if wishes.min_fidelity is None or wishes.any:
+    if spec.min_fidelity is None or spec.any:
         return
     facts = result.report.fidelity
     if facts is None or not facts.outputs:
-        message = f"{argument('min_fidelity')} {wishes.min_fidelity:g}: fidelity could not be measured."
+        message = f"{argument('min_fidelity')} {spec.min_fidelity:g}: fidelity could not be measured."
         hint = f"Give {argument('data')}, and drop {argument('validate', False)}."
         raise BudgetError(message, hint=hint, report=result.report)
-    if not all(output.cosine >= wishes.min_fidelity for output in facts.outputs):
-        message = f"worst cosine {facts.worst_cosine:.4f} is below {argument('min_fidelity')} {wishes.min_fidelity:g}."
+    if not all(output.cosine >= spec.min_fidelity for output in facts.outputs):
+        message = f"worst cosine {facts.worst_cosine:.4f} is below {argument('min_fidelity')} {spec.min_fidelity:g}."
         raise BudgetError(message, hint="Prune less: raise the budget or lower the ratio.", report=result.report)
 
 
@@ -483,7 +483,7 @@ def profile(
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
     progress: Progress | None = None,
-) -> Profiled:
+) -> LatencyProfile:
     """Measure on this machine the time of every node as a function of its numbers of channels.
 
     The model is pruned to random counts several times, and every node timed within the whole model, with its fusions
@@ -521,7 +521,7 @@ def profile(
     context = Context.of(model, input_shapes=input_shapes, seed=seed, progress=progress, **reading, **execution)
     sizes = rewritable_sizes(context.analysis)
     table = latency_table(context, sizes, seconds=seconds, anew=True)
-    return Profiled(profiled(sizes, table, str(context.analysis.loaded.path or "the model")), table)
+    return LatencyProfile(describe_times(sizes, table, str(context.analysis.loaded.path or "the model")), table)
 
 
 @called("sensitivity")
@@ -806,8 +806,8 @@ def sweep(
     execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
     mode, reason = settle_mode(recover, data is not None, True)
     budgets = [parse(f"{kind}={share}", "targets") for share in targets]
-    wishes = Wishes.of([budgets[0]] if budgets else None, metric=metric, factorize=factorize, trials=trials)
-    budget = Budget(wishes, criterion, recover=mode, why=reason, approximate=approximate, **choosing)
+    spec = BudgetSpec.of([budgets[0]] if budgets else None, metric=metric, factorize=factorize, trials=trials)
+    budget = Budget(spec, criterion, recover=mode, why=reason, approximate=approximate, **choosing)
     context = Context.of(model, approximate=approximate, **reading, **running, **execution)
     home = Path(folder) if folder is not None else None
     return run_sweep(context, budget, [t.value for t in budgets], kind=kind, timed=latency, folder=home)

@@ -116,10 +116,10 @@ def _as_share(kind: str, text: str) -> str:
     return f"To keep {percent:g} percent give {kind}={percent / 100:g}; an amount is written like {EXAMPLES[kind]}."
 
 
-Given = str | Target | Mapping[str, float | str] | Iterable[str | Target]
+TargetInput = str | Target | Mapping[str, float | str] | Iterable[str | Target]
 
 
-def targets(values: Given, option: str = argument("target")) -> tuple[Target, ...]:
+def targets(values: TargetInput, option: str = argument("target")) -> tuple[Target, ...]:
     """Parse the targets of a call: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "latency": "12ms"}``.
 
     Raises:

@@ -34,7 +34,7 @@ from onnxprune.search import evaluation
 from onnxprune.search.budget import Budget, Search
 from onnxprune.search.evaluation import Evaluation, points_of_original
 from onnxprune.search.latency import latency_table, rewritable_sizes
-from onnxprune.search.wishes import Wishes
+from onnxprune.search.spec import BudgetSpec
 from onnxprune.targets import parse
 
 CONVOLUTIONS = ("Conv", "ConvTranspose", "FusedConv")
@@ -59,12 +59,12 @@ def searching(
     data = recorded(given.folder, name, given.data, given.samples)
     samples = None if data is None else limit(data, given.samples)
     context = Context.of(path, data=data, samples=samples, threads=given.threads, cache=given.out / "cache")
-    wishes = Wishes.of(target, sensitivity=sensitivity, jobs=given.jobs, factorize=factorize, trials=given.trials)
+    spec = BudgetSpec.of(target, sensitivity=sensitivity, jobs=given.jobs, factorize=factorize, trials=given.trials)
     mode = "none" if data is None else "full"
-    budget = Budget(wishes, given.criterion, recover=mode)
+    budget = Budget(spec, given.criterion, recover=mode)
     prune = budget.prune(context)
     analysis = prune.prepared(context, Model.of(context.analysis))
-    return Search(context, analysis, wishes, prune, mode, points_of_original(analysis, wishes.metric))
+    return Search(context, analysis, spec, prune, mode, points_of_original(analysis, spec.metric))
 
 
 def accuracy(given: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def accuracy(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     name = files.name(path)
     search = searching(given, path, f"macs={given.macs}", given.sensitivity)
     start, work = time.perf_counter(), time.process_time()
-    problem = search.problem(search.wishes.targets)
+    problem = search.problem(search.spec.targets)
     found = search.within(problem)
     seconds, work = time.perf_counter() - start, time.process_time() - work
     alike = next(a for a in problem.candidates() if a.name == "uniform" or len(problem.candidates()) == 1)
@@ -99,7 +99,7 @@ def _apart(given: argparse.Namespace, path: Path, before: float, uniform: float)
     """The same budget where layers may be taken apart as well."""
     search = searching(given, path, f"macs={given.macs}", given.sensitivity, factorize=True)
     start = time.perf_counter()
-    problem = search.problem(search.wishes.targets)
+    problem = search.problem(search.spec.targets)
     found = search.within(problem)
     seconds, both = time.perf_counter() - start, metric(given, files.name(path), found.final)
     lost = before - uniform
@@ -120,7 +120,7 @@ def latency(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     if share < 0.5:
         return {"error": "not convolutional"}
     table = latency_table(search.context, rewritable_sizes(search.analysis), seconds=given.seconds)
-    problem = search.problem(search.wishes.targets)
+    problem = search.problem(search.spec.targets)
     reach = search.problem([parse("macs=0.5")]).candidates()
     record: dict[str, Any] = {"ms": 1e3 * table.seconds, "table_error": table.error, "macs_half": bool(reach)}
     answers = problem.candidates()
@@ -145,7 +145,7 @@ def search(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     for what in ("measured", "kept"):
         one = searching(given, path, f"macs={given.macs}", "measure")
         start, work = time.perf_counter(), time.process_time()
-        problem = one.problem(one.wishes.targets)
+        problem = one.problem(one.spec.targets)
         found = one.within(problem)
         record |= {
             f"{what}_s": round(time.perf_counter() - start, 1),

@@ -302,7 +302,7 @@ class Macs:
         return np.asarray(total, dtype=np.float64)[:, None]
 
 
-class Stored:
+class WeightCost:
     """Elements or bytes of all weights, one row.
 
     Constants that pruning adds, and the few bytes by which names and shapes in the file change, are not counted.
@@ -345,7 +345,7 @@ class Peak:
     """Bytes of the weights and of the activations alive at once, one row per moment; see :class:`Memory`."""
 
     def __init__(self, sizes: Sizes) -> None:
-        self._weights, self._memory = Stored(sizes, "weights"), Memory(sizes)
+        self._weights, self._memory = WeightCost(sizes, "weights"), Memory(sizes)
 
     def rows(self, counts: Counts) -> Costs:
         """Return bytes [cuts, moments]."""
@@ -363,7 +363,7 @@ def costs_of(analysis: Analysis, sizes: Sizes, kind: str) -> Cost:
     """Return the countable cost of that kind: ``macs``, ``params``, ``size`` or ``peak-memory``."""
     if kind == "macs":
         return Macs(sizes)
-    return Peak(sizes) if kind == "peak-memory" else Stored(sizes, kind)
+    return Peak(sizes) if kind == "peak-memory" else WeightCost(sizes, kind)
 
 
 def total(cost_of: Cost, counts: Counts) -> Costs:

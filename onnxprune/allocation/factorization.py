@@ -43,7 +43,7 @@ class Part:
         return self.macs if kind == "macs" else self.params
 
 
-class Apart:
+class FactorizedCost:
     """A cost of groups and layers together: counts [cuts, groups + parts], the last columns number levels of parts.
 
     A pruned layer is assumed to keep its share at the level: the cost of its factors scales with its channels as the
@@ -78,13 +78,13 @@ class Apart:
         return elements * (weight.dtype.itemsize if self._kind == "size" else 1)
 
 
-def with_parts(choices: Choices, parts: Sequence[Part], rate: float) -> Choices:
+def add_parts(choices: Choices, parts: Sequence[Part], rate: float) -> Choices:
     """Return choices of groups and layers; ``rate`` is the weight of a group's loss against a layer's."""
     levels = [np.arange(p.losses.size, dtype=np.int64) for p in parts]
-    return Choices([*choices.kept, *levels], [*(rate * x for x in choices.losses), *(p.losses for p in parts)])
+    return Choices([*choices.options, *levels], [*(rate * x for x in choices.losses), *(p.losses for p in parts)])
 
 
-def none_cut(choices: Choices, parts: Sequence[Part]) -> Choices:
+def exclude_parts(choices: Choices, parts: Sequence[Part]) -> Choices:
     """Return choices of layers where every group keeps its largest count."""
-    only = Choices([k[-1:] for k in choices.kept], [x[-1:] for x in choices.losses])
-    return with_parts(only, parts, 1.0)
+    only = Choices([k[-1:] for k in choices.options], [x[-1:] for x in choices.losses])
+    return add_parts(only, parts, 1.0)

@@ -191,18 +191,18 @@ _HALVINGS = 30
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The choices of every group: keep ``kept`` [levels] of its steps, ascending, at a loss [levels].
+    """The choices of every group: keep ``options`` [levels] of its steps, ascending, at a loss [levels].
 
     A step may be anything: a layer that may be factorized is another column of counts, whose levels are its ranks,
     with a cost that depends on them.
     """
 
-    kept: list[Counts]
+    options: list[Counts]
     losses: list[Array]
 
     def counts(self, levels: Sequence[int] | NDArray[np.int64]) -> Counts:
         """Return counts [groups] of levels [groups]."""
-        return np.array([k[i] for k, i in zip(self.kept, levels, strict=True)], dtype=np.int64)
+        return np.array([k[i] for k, i in zip(self.options, levels, strict=True)], dtype=np.int64)
 
     def loss(self, levels: Sequence[int] | NDArray[np.int64]) -> float:
         """Return the loss of levels [groups]."""
@@ -210,7 +210,7 @@ class Choices:
 
     def nearest(self, share: float) -> NDArray[np.int64]:
         """Return levels [groups] nearest to the same share kept of every group."""
-        return np.array([int(np.argmin(np.abs(k - share * k[-1]))) for k in self.kept], dtype=np.int64)
+        return np.array([int(np.argmin(np.abs(k - share * k[-1]))) for k in self.options], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +218,14 @@ class Limit:
     """A cost and its largest permitted value."""
 
     cost: Cost
-    most: float
+    maximum: float
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
     """Counts [groups] with their loss; ``bound``: lower bound on the loss with the costs linearised there."""
 
-    kept: Counts
+    counts: Counts
     loss: float
     bound: float
 
@@ -280,10 +280,10 @@ def uniform(choices: Choices, limits: Sequence[Limit]) -> Allocation | None:
 
 def least(choices: Choices, cost: Cost) -> Counts:
     """Return counts [groups] at which the cost is near its least: no single change lowers it."""
-    levels = np.zeros(len(choices.kept), dtype=np.int64)
+    levels = np.zeros(len(choices.options), dtype=np.int64)
     for _ in range(_ROUNDS):
         before = levels.copy()
-        for group, counts in enumerate(choices.kept):
+        for group, counts in enumerate(choices.options):
             trials = np.repeat(choices.counts(levels)[None], counts.size, axis=0)
             trials[:, group] = counts
             levels[group] = int(np.argmin(cost.rows(trials).max(axis=1)))
@@ -311,7 +311,7 @@ def _start(choices: Choices, limits: Sequence[Limit]) -> NDArray[np.int64] | Non
         return fits
     for limit in limits:
         counts = least(choices, limit.cost)
-        levels = np.array([int(np.searchsorted(k, n)) for k, n in zip(choices.kept, counts, strict=True)])
+        levels = np.array([int(np.searchsorted(k, n)) for k, n in zip(choices.options, counts, strict=True)])
         if _overrun(choices, limits, levels).max() <= 1:
             return levels
     return None
@@ -320,23 +320,23 @@ def _start(choices: Choices, limits: Sequence[Limit]) -> NDArray[np.int64] | Non
 def _overrun(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int64]) -> Array:
     """Return costs over limits [limits]."""
     counts = choices.counts(levels)[None]
-    return np.array([float(x.cost.rows(counts).max()) / x.most for x in limits])
+    return np.array([float(x.cost.rows(counts).max()) / x.maximum for x in limits])
 
 
 def _round(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int64], tightening: Array) -> Packed | None:
     """Solve the knapsack with costs linearised at some levels; ``pressure`` scales the limits."""
     current = choices.counts(levels)
-    owner = np.repeat(np.arange(len(choices.kept)), [k.size for k in choices.kept])
+    owner = np.repeat(np.arange(len(choices.options)), [k.size for k in choices.options])
     trials = np.repeat(current[None], owner.size, axis=0)
-    trials[np.arange(owner.size), owner] = np.concatenate(choices.kept)
+    trials[np.arange(owner.size), owner] = np.concatenate(choices.options)
     columns, maxima = [], []
     for limit, press in zip(limits, tightening, strict=True):
         base, rows = limit.cost.rows(current[None])[0], limit.cost.rows(trials)
-        binding = _binding(rows, base, limit.most)
+        binding = _binding(rows, base, limit.maximum)
         columns.append((rows - base)[:, binding])
-        maxima.append(limit.most * press - base[binding])
+        maxima.append(limit.maximum * press - base[binding])
     change = np.concatenate(columns, axis=1)
-    splits = np.cumsum([k.size for k in choices.kept])[:-1]
+    splits = np.cumsum([k.size for k in choices.options])[:-1]
     return pack(choices.losses, np.split(change, splits), np.concatenate(maxima))
 
 
@@ -351,17 +351,17 @@ def _binding(rows: Costs, base: Array, maximum: float) -> NDArray[np.int64]:
 def _polished(choices: Choices, limits: Sequence[Limit], levels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return levels after the single changes that lower the loss most, as long as one fits."""
     levels = levels.copy()
-    owner = np.repeat(np.arange(len(choices.kept)), [k.size for k in choices.kept])
-    level = np.concatenate([np.arange(k.size) for k in choices.kept])
-    loss, counts = np.concatenate(choices.losses), np.concatenate(choices.kept)
-    for _ in range(4 * len(choices.kept)):
+    owner = np.repeat(np.arange(len(choices.options)), [k.size for k in choices.options])
+    level = np.concatenate([np.arange(k.size) for k in choices.options])
+    loss, counts = np.concatenate(choices.losses), np.concatenate(choices.options)
+    for _ in range(4 * len(choices.options)):
         gain = np.array([x[i] for x, i in zip(choices.losses, levels, strict=True)])[owner] - loss
         better = np.flatnonzero(gain > 1e-12 * max(1.0, float(np.abs(loss).max())))
         if not better.size:
             break
         trials = np.repeat(choices.counts(levels)[None], better.size, axis=0)
         trials[np.arange(better.size), owner[better]] = counts[better]
-        fits = np.all([x.cost.rows(trials).max(axis=1) <= x.most for x in limits], axis=0)
+        fits = np.all([x.cost.rows(trials).max(axis=1) <= x.maximum for x in limits], axis=0)
         if not fits.any():
             break
         best = better[fits][np.argmax(gain[better][fits])]
@@ -383,7 +383,7 @@ def levels_of(ranked: Sequence[RankedGroup], only: Sequence[Counts] | None = Non
     max_levels = max(8, min(_LEVELS, _ALL_LEVELS // max(1, len(ranked))))
     result = []
     for number, group in enumerate(ranked):
-        if group.alone:
+        if group.is_local:
             counts = np.array([group.steps - nearest_count(group.counts, group.ratio * group.steps, "nearest")])
         else:
             counts = group.steps - group.counts[::-1]
@@ -464,7 +464,7 @@ _BELIEF, _WIDEST = 0.05, 30.0
 _LEAST = 0.01
 
 
-class Learned:
+class LossWeights:
     """Per-column loss weights, fitted to the measured losses of evaluated candidates.
 
     A knapsack adds up the losses of columns pruned alone. The joint loss is modelled by the same sum with loss weights
@@ -507,7 +507,7 @@ class Learned:
 
     def _of(self, counts: Counts) -> Array:
         """Return losses [columns] at counts; linear between levels."""
-        pairs = zip(counts, self._choices.kept, self._choices.losses, strict=True)
+        pairs = zip(counts, self._choices.options, self._choices.losses, strict=True)
         return np.array([np.interp(n, levels, losses) for n, levels, losses in pairs], dtype=np.float64)
 
     def _lost(self) -> Array:

@@ -29,13 +29,13 @@ _RIDGE = 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Surface:
+class LatencyModel:
     """log t = line + own_reads[level] + own_makes[level] + rest[pair].
 
     Attributes:
         reads, makes: levels, ascending.
         own_reads, own_makes: offset of each level from the line.
-        rest: [reads, makes], residuals of the measured pairs, 0 elsewhere.
+        offsets: [reads, makes], residuals of the measured pairs, 0 elsewhere.
         line: constant and slopes over the logarithms.
     """
 
@@ -43,7 +43,7 @@ class Surface:
     makes: Array
     own_reads: Array
     own_makes: Array
-    rest: Array
+    offsets: Array
     line: Array
 
     def at(self, reads: NDArray[np.int64], makes: NDArray[np.int64]) -> Array:
@@ -53,10 +53,10 @@ class Surface:
         value = value + np.interp(x, self.reads, self.own_reads) + np.interp(y, self.makes, self.own_makes)
         i, j = _level(self.reads, x), _level(self.makes, y)
         measured = (i >= 0) & (j >= 0)
-        return np.asarray(np.exp(value + np.where(measured, self.rest[i, j], 0.0)))
+        return np.asarray(np.exp(value + np.where(measured, self.offsets[i, j], 0.0)))
 
 
-def fit(reads: Array, makes: Array, seconds: Array) -> Surface:
+def fit_model(reads: Array, makes: Array, seconds: Array) -> LatencyModel:
     """Fit a surface to samples [samples]: ridge regression of the logarithm on the two levels and a line.
 
     Kernels that process channels in blocks have steps, which the offsets of levels model. Measured pairs keep the mean
@@ -77,7 +77,7 @@ def fit(reads: Array, makes: Array, seconds: Array) -> Surface:
     np.add.at(count, (i, j), 1.0)
     offsets = total / (count + 0.5)
     cut = 3 + levels_x.size
-    return Surface(levels_x, levels_y, weights[3:cut], weights[cut:], offsets, weights[:3])
+    return LatencyModel(levels_x, levels_y, weights[3:cut], weights[cut:], offsets, weights[:3])
 
 
 def _level(levels: Array, values: Array) -> NDArray[np.int64]:
@@ -182,7 +182,7 @@ ShapeOf = Callable[[str], Any]
 _MIN_SECONDS = 0.2
 
 
-class Places:
+class NodeKinds:
     """The nodes of a model, grouped by the properties that their time depends on.
 
     Nodes of one kind (operator, attributes, sizes other than channels, consumers of the result) share their samples: a
@@ -228,9 +228,9 @@ class Latency:
         table: the measurements.
     """
 
-    def __init__(self, places: Places, table: LatencyTable) -> None:
+    def __init__(self, places: NodeKinds, table: LatencyTable) -> None:
         self.places, self.table = places, table
-        self._surfaces = surfaces(places, table.samples)
+        self._surfaces = fit_models(places, table.samples)
         shape = places.sizes.analysis.facts.shape
         moving = {n.index for n in places.moving}
         unchanged = [n for n in places.nodes if n.index not in moving]
@@ -262,21 +262,21 @@ class Latency:
         return surface.at(np.broadcast_to(reads, cuts), np.broadcast_to(makes, cuts))
 
 
-def surfaces(places: Places, samples: Iterable[Sample]) -> dict[str, Surface]:
+def fit_models(places: NodeKinds, samples: Iterable[Sample]) -> dict[str, LatencyModel]:
     """Fit a surface over (channels read, channels written) for every kind of node that was measured."""
     by_kind: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         if sample.node in places.kinds:
             by_kind[places.kinds[sample.node]].append(sample)
     return {
-        kind: fit(
+        kind: fit_model(
             *(np.array([getattr(s, f) for s in kind_samples], dtype=np.float64) for f in ("reads", "makes", "seconds"))
         )
         for kind, kind_samples in by_kind.items()
     }
 
 
-def samples_of(places: Places, counts: Counts, seconds: Mapping[str, float]) -> list[Sample]:
+def samples_of(places: NodeKinds, counts: Counts, seconds: Mapping[str, float]) -> list[Sample]:
     """Return one sample per timed node of a run, for counts [groups] of kept steps."""
     shape = places.sizes.at(counts[None])
     samples = []

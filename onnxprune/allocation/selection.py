@@ -260,9 +260,9 @@ class RankedGroup:
         steps: number of equal steps in which it can be pruned.
         counts: numbers of steps that may be removed, ascending, see :func:`allowed_counts`.
         ratio: share to remove, 0 <= ratio < 1.
-        alone: whether the ratio holds for this group by itself, whatever the scope.
+        is_local: whether the ratio holds for this group by itself, whatever the scope.
         ranking_scope: groups of equal ranking scope share a threshold.
-        gone: number of steps that are removed already.
+        num_removed: number of steps that are removed already.
     """
 
     values: Array
@@ -270,9 +270,9 @@ class RankedGroup:
     steps: int
     counts: Ids
     ratio: float
-    alone: bool = False
+    is_local: bool = False
     ranking_scope: Hashable = None
-    gone: int = 0
+    num_removed: int = 0
 
     @property
     def per_step(self) -> int:
@@ -381,7 +381,7 @@ def lamp(values: Array) -> Array:
 
 def local_counts(ranked: Sequence[RankedGroup], rounding: str) -> list[int]:
     """Return steps that every group loses by its own ratio."""
-    return [max(nearest_count(c.counts, c.ratio * c.steps, rounding), c.gone) for c in ranked]
+    return [max(nearest_count(c.counts, c.ratio * c.steps, rounding), c.num_removed) for c in ranked]
 
 
 def threshold_counts(ranked: Sequence[RankedGroup], rounding: str, add: bool = False) -> list[int]:
@@ -430,7 +430,7 @@ def allocate(ranked: Sequence[RankedGroup], scope: str, rounding: str, add: bool
     result = [0] * len(ranked)
     pools: dict[Hashable, list[int]] = {}
     for number, ranked_group in enumerate(ranked):
-        if scope == "local" or ranked_group.alone:
+        if scope == "local" or ranked_group.is_local:
             result[number] = local_counts([ranked_group], rounding)[0]
         else:
             pools.setdefault(ranked_group.ranking_scope, []).append(number)
@@ -486,17 +486,17 @@ class Candidates:
     """The groups that may be pruned.
 
     Attributes:
-        asked: the ratio of every group that can be pruned, None where it is excluded.
-        alone: groups with a ratio of their own.
-        halved: groups whose rows and cells are both pruned, so that each loses 1 - sqrt(1 - ratio).
-        kept: groups that an option excludes from pruning, with the reason.
+        ratios: the ratio of every group that can be pruned, None where it is excluded.
+        local: groups with a ratio of their own.
+        two_way: groups whose rows and cells are both pruned, so that each loses 1 - sqrt(1 - ratio).
+        excluded: groups that an option excludes from pruning, with the reason.
     """
 
     groups: list[Group] = field(default_factory=list)
-    asked: dict[int, float | None] = field(default_factory=dict)
-    alone: set[int] = field(default_factory=set)
-    halved: set[int] = field(default_factory=set)
-    kept: dict[int, str] = field(default_factory=dict)
+    ratios: dict[int, float | None] = field(default_factory=dict)
+    local: set[int] = field(default_factory=set)
+    two_way: set[int] = field(default_factory=set)
+    excluded: dict[int, str] = field(default_factory=dict)
 
 
 def candidates(analysis: Analysis, request: Request) -> Candidates:
@@ -508,16 +508,16 @@ def candidates(analysis: Analysis, request: Request) -> Candidates:
             continue
         for child in group.children:
             if groups[child].prunable:
-                result.halved |= {group.id, child}
+                result.two_way |= {group.id, child}
         names = analysis.names_of(group) if request.patterned else []
         ratio = own_ratio(names, request)
-        result.asked[group.id] = None if is_excluded(names, request) else request.ratio if ratio is None else ratio
+        result.ratios[group.id] = None if is_excluded(names, request) else request.ratio if ratio is None else ratio
         if ratio is not None:
-            result.alone.add(group.id)
-        if result.asked[group.id] is None:
+            result.local.add(group.id)
+        if result.ratios[group.id] is None:
             continue
         if request.group_policy == "none" and group.size != group.steps:
-            result.kept[group.id] = f"{Reason.KEPT_WHOLE}: group_policy none prunes no channels in several rows"
+            result.excluded[group.id] = f"{Reason.KEPT_WHOLE}: group_policy none prunes no channels in several rows"
         else:
             result.groups.append(group)
     return result
@@ -569,23 +569,26 @@ def rank_groups(
     low = min((float(scores[g.id].min()) for g in groups), default=0.0) if savings else 0.0
     result = {}
     for group in groups:
-        removed_units, dead = _gone(group, removed)
+        removed_units, dead = _removed_in(group, removed)
         values = scores[group.id] - min(0.0, low)
         if removed is not None:
             values[removed_units | dead] = np.nan
         values = _over_columns(group, values, request.group_policy)
-        if request.scope == "slamp" and group.id not in pool.alone:
+        if request.scope == "slamp" and group.id not in pool.local:
             values = lamp(values)
         if savings:
             values = values / savings[group.id]
         if removed is not None:
             values[removed_units], values[dead] = -np.inf, np.nan
-        ratio = pool.asked[group.id] or 0.0
+        ratio = pool.ratios[group.id] or 0.0
         ratio = removed_share(ratio, request.schedule, progress)
-        if group.id in pool.halved:
+        if group.id in pool.two_way:
             ratio = 1.0 - math.sqrt(1.0 - ratio)
         counts = counts_of(group, request, None if multiples is None else multiples[group.id])
-        is_local, before = group.id in pool.alone, 0 if removed is None else _steps_gone(group, removed_units, dead)
+        is_local, before = (
+            group.id in pool.local,
+            0 if removed is None else _num_removed_steps(group, removed_units, dead),
+        )
         result[group.id] = RankedGroup(
             values, group.classes, group.steps, counts, ratio, is_local, alike.get(group.id), before
         )
@@ -612,7 +615,7 @@ def _over_columns(group: Group, values: Array, policy: str) -> Array:
     return np.where(is_present, total, np.nan) if group.size != group.steps else values
 
 
-def _gone(group: Group, removed: Mask | None) -> tuple[Mask, Mask]:
+def _removed_in(group: Group, removed: Mask | None) -> tuple[Mask, Mask]:
     """Return masks over the units: removed by themselves, and removed with their whole class."""
     if removed is None:
         return np.zeros(group.size, bool), np.zeros(group.size, bool)
@@ -622,7 +625,7 @@ def _gone(group: Group, removed: Mask | None) -> tuple[Mask, Mask]:
     return removed_units & ~dead, dead
 
 
-def _steps_gone(group: Group, removed_units: Mask, dead: Mask) -> int:
+def _num_removed_steps(group: Group, removed_units: Mask, dead: Mask) -> int:
     alive = np.flatnonzero(~dead)
     if not alive.size:
         return 0
@@ -638,10 +641,10 @@ def choose(
     if rounding is not None and request.scope == "local" and request.rounding == "nearest" and ranked:
         free = [replace(c, counts=counts_of(analysis.units.groups[n], request)) for n, c in ranked.items()]
         counts = rounding.balanced(ranked, counts, local_counts(free, request.rounding))
-    return take(analysis, ranked, counts)
+    return close_selection(analysis, ranked, counts)
 
 
-def take(analysis: Analysis, ranked: Mapping[int, RankedGroup], counts: Sequence[int]) -> Mask:
+def close_selection(analysis: Analysis, ranked: Mapping[int, RankedGroup], counts: Sequence[int]) -> Mask:
     """Return the mask over components to remove when every group, in the order of ``ranked``, loses so many steps."""
     units = analysis.units
     numbers = list(ranked)
@@ -657,7 +660,7 @@ def take(analysis: Analysis, ranked: Mapping[int, RankedGroup], counts: Sequence
             removed, closed = units.close(removed), True
         values = ranked_group.values.copy()
         if closed:
-            values[_gone(group, removed)[1]] = np.nan
+            values[_removed_in(group, removed)[1]] = np.nan
         removed[group.units[weakest(values, ranked_group.classes, ranked_group.steps, counts[i])]] = True
     return removed
 
@@ -667,14 +670,14 @@ def split_rows(analysis: Analysis, pool: Candidates) -> list[int]:
     units = analysis.units
     bad = []
     for group in pool.groups:
-        below = [units.groups[c] for c in group.children if c in pool.halved]
-        if group.id not in pool.halved or not below:
+        below = [units.groups[c] for c in group.children if c in pool.two_way]
+        if group.id not in pool.two_way or not below:
             continue
         for unit in group.units:
             removed = np.zeros(units.frozen.size, dtype=bool)
             removed[unit] = True
             closed = units.close(removed)
-            if any(_gone(child, closed)[0].any() for child in below):
+            if any(_removed_in(child, closed)[0].any() for child in below):
                 bad.append(group.id)
                 break
     return bad

@@ -30,7 +30,7 @@ class Candidate:
 
 
 @dataclass(slots=True)
-class Opened:
+class LayerFits:
     """A layer with its weight loaded, and the fits of methods, computed on first use."""
 
     layer: Layer
@@ -41,7 +41,7 @@ class Opened:
     _fits: dict[str, Fit] = field(default_factory=dict)
 
     @property
-    def whole(self) -> int:
+    def full_cost(self) -> int:
         """Return the cost of the unchanged layer."""
         stages = [self.layer.shape.whole()]
         return self.layer.macs(stages) if self.cost == "macs" else elements(stages)
@@ -56,7 +56,7 @@ class Opened:
         """Return why a method cannot factorize the layer; empty where it can."""
         return METHODS[name].refusal(self.layer.shape)
 
-    def priced(self, name: str, ranks: Ranks) -> Candidate:
+    def candidate_at(self, name: str, ranks: Ranks) -> Candidate:
         """Return a candidate at given ranks; its loss is not known."""
         return Candidate(name, ranks, self._cost(METHODS[name], ranks), 1.0)
 
@@ -72,7 +72,7 @@ class Opened:
                 continue
             seen: set[Ranks] = set()
             for share in SHARES:
-                found = self.within(name, share * self.whole, step)
+                found = self.within(name, share * self.full_cost, step)
                 if found is not None and found.ranks not in seen:
                     seen.add(found.ranks)
                     yield found
@@ -111,7 +111,7 @@ def allocate(
         gains: weight of each layer's loss.
         budget: largest cost of all layers together.
     """
-    if reach(wholes, options) > budget:
+    if min_total_cost(wholes, options) > budget:
         return None
     if sum(wholes) <= budget:
         return [None] * len(wholes)
@@ -180,12 +180,12 @@ def _spent(
     return chosen
 
 
-def reach(wholes: Sequence[int], options: Sequence[Sequence[Candidate]]) -> int:
+def min_total_cost(wholes: Sequence[int], options: Sequence[Sequence[Candidate]]) -> int:
     """Return the least cost of all layers together."""
     return sum(min([w, *(c.cost for c in own)]) for w, own in zip(wholes, options, strict=True))
 
 
-def usual(gains: Sequence[float]) -> list[float]:
+def fill_gains(gains: Sequence[float]) -> list[float]:
     """Replace gains that could not be measured by the median of the others."""
     known = [g for g in gains if np.isfinite(g)]
     middle = float(np.median(known)) if known else 1.0
@@ -193,14 +193,14 @@ def usual(gains: Sequence[float]) -> list[float]:
 
 
 @dataclass(slots=True)
-class Chosen:
+class LayerChoices:
     """Choices by the layer's name, and why other layers are unchanged."""
 
-    taken: dict[str, Candidate] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
-def choose_local(opened: Opened, request: Request, chosen: Chosen) -> None:
+def choose_local(opened: LayerFits, request: Request, chosen: LayerChoices) -> None:
     """Choose the ranks of one layer on its own.
 
     Raises:
@@ -209,43 +209,43 @@ def choose_local(opened: Opened, request: Request, chosen: Chosen) -> None:
     layer, name = opened.layer, request.method
     why = opened.refusal(name)
     if why:
-        chosen.left[layer.name] = why
+        chosen.reasons[layer.name] = why
         return
     names = list(layer.names)
     if request.ranks:
-        found = _asked(opened, request, names)
+        found = _given_ranks(opened, request, names)
         must = True
     elif request.energy is not None:
-        found, must = opened.priced(name, by_energy(opened.fit(name), request.energy, request.round_to)), False
+        found, must = opened.candidate_at(name, by_energy(opened.fit(name), request.energy, request.round_to)), False
     elif request.vbmf is not None:
-        found, must = opened.priced(name, _by_vbmf(opened, request)), False
+        found, must = opened.candidate_at(name, _by_vbmf(opened, request)), False
     else:
-        limit = (1.0 - request.ratio_of(names)) * opened.whole
+        limit = (1.0 - request.ratio_of(names)) * opened.full_cost
         best, must = opened.within(name, limit, request.round_to), False
         found = best if best is not None else f"no rank would save {request.ratio_of(names):.0%} of its {request.cost}"
     if isinstance(found, str):
-        chosen.left[layer.name] = found
-    elif not must and found.cost >= opened.whole:
+        chosen.reasons[layer.name] = found
+    elif not must and found.cost >= opened.full_cost:
         ranks = ",".join(map(str, found.ranks))
-        chosen.left[layer.name] = f"the given ranks ({ranks}) would not save {request.cost}"
+        chosen.reasons[layer.name] = f"the given ranks ({ranks}) would not save {request.cost}"
     else:
-        chosen.taken[layer.name] = found
+        chosen.candidates[layer.name] = found
 
 
-def choose_wanted(
-    opened: Mapping[str, Opened], wanted: Mapping[str, tuple[str, float]], step: int, chosen: Chosen
+def choose_by_share(
+    opened: Mapping[str, LayerFits], wanted: Mapping[str, tuple[str, float]], step: int, chosen: LayerChoices
 ) -> None:
     """Choose ranks for layers of known method and share of the cost, {name: (method, share)}; multiples of ``step``."""
     for name, one in opened.items():
         method, share = wanted.get(name, ("", 0.0))
-        found = one.within(method, share * one.whole, step) if method and not one.refusal(method) else None
+        found = one.within(method, share * one.full_cost, step) if method and not one.refusal(method) else None
         if found is None:
-            chosen.left[name] = "other layers lose less per saving"
+            chosen.reasons[name] = "other layers lose less per saving"
         else:
-            chosen.taken[name] = found
+            chosen.candidates[name] = found
 
 
-def _by_vbmf(opened: Opened, request: Request) -> Ranks:
+def _by_vbmf(opened: LayerFits, request: Request) -> Ranks:
     """Return ranks above noise; CP uses the larger of the channel modes, as its terms have to span both."""
     assert request.vbmf is not None
     if request.method != "cp":
@@ -253,7 +253,7 @@ def _by_vbmf(opened: Opened, request: Request) -> Ranks:
     return (max(by_vbmf(opened.fit("tucker"), request.vbmf, request.round_to)),)
 
 
-def _asked(opened: Opened, request: Request, names: Sequence[str]) -> Candidate | str:
+def _given_ranks(opened: LayerFits, request: Request, names: Sequence[str]) -> Candidate | str:
     """Return the candidate with the ranks that were given for this layer, or an error text."""
     asked = request.ranks_of(names)
     if asked is None:
@@ -271,10 +271,10 @@ def _asked(opened: Opened, request: Request, names: Sequence[str]) -> Candidate 
         if pattern == "*":
             return f"rank {rank} is larger than the largest rank, {most}"
         raise UsageError(f"rank {rank} of {opened.layer.name!r} is out of range.", hint=f"Allowed: {allowed}.")
-    return opened.priced(request.method, ranks)
+    return opened.candidate_at(request.method, ranks)
 
 
-def read_choices(opened: Mapping[str, Opened], entries: Sequence[tuple[str, str, Ranks]]) -> dict[str, Candidate]:
+def read_choices(opened: Mapping[str, LayerFits], entries: Sequence[tuple[str, str, Ranks]]) -> dict[str, Candidate]:
     """Return the choices of a plan, [(name of the layer, method, ranks)].
 
     Raises:
@@ -300,5 +300,5 @@ def read_choices(opened: Mapping[str, Opened], entries: Sequence[tuple[str, str,
         ):
             allowed = ",".join(f"1..{n}" for n in sizes)
             raise UsageError(f"The plan gives layer {name!r} the ranks {list(ranks)}.", hint=f"Allowed: {allowed}.")
-        result[name] = layer.priced(method, ranks)
+        result[name] = layer.candidate_at(method, ranks)
     return result

@@ -35,7 +35,7 @@ class Operator(ABC):
     """The kernel of one operator's weight, and the nodes that can replace the operator."""
 
     @abstractmethod
-    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Description | str:
         """Return the kernel's shape and geometry, or the reason why the node cannot be factorized.
 
         Args:
@@ -45,24 +45,26 @@ class Operator(ABC):
             shapes: shapes of inputs and then outputs.
         """
 
-    def kernel(self, weight: Array, described: Described) -> Real:
+    def kernel(self, weight: Array, described: Description) -> Real:
         """Return the weight as [parts, inputs, *kernel, outputs] in float64."""
         shape, form = described.shape, described.form
         matrix = np.asarray(weight, np.float64) if form is None else form.matrix(np.asarray(weight, np.float64))
         return np.ascontiguousarray(matrix).reshape(shape.parts, shape.inputs, *shape.kernel, shape.outputs)
 
-    def weight(self, kernel: Real, described: Described, like: Array) -> Array:
+    def weight(self, kernel: Real, described: Description, like: Array) -> Array:
         """Return the inverse of ``kernel``: a weight of the shape of ``like``."""
         shape, form = described.shape, described.form
         matrix = kernel.reshape(shape.parts, shape.columns, shape.outputs)
         return matrix.reshape(like.shape) if form is None else form.restore(matrix, like)
 
     @abstractmethod
-    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+    def constants(self, factors: Sequence[Factor], described: Description, like: Sequence[int]) -> list[Array]:
         """Return weights of the new nodes, one per factor; ``like``: shape of the old weight."""
 
     @abstractmethod
-    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+    def nodes(
+        self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: NewNames
+    ) -> list[onnx.NodeProto]:
         """Return nodes that replace ``node`` and read these weights, one per factor; the last has its outputs."""
 
     def bias(self, node: Node) -> int | None:
@@ -71,7 +73,7 @@ class Operator(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class Description:
     """The description of one node: the kernel's shape, its geometry, and its form."""
 
     shape: Shape
@@ -80,13 +82,13 @@ class Described:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class NewNames:
     """Names of new elements: ``tensor`` and ``node`` return one for a role, ``constant`` adds a value."""
 
     tensor: Callable[[str], str]
     node: Callable[[str], str]
     constant: Constant
-    described: Described
+    description: Description
     opset: int
 
 
@@ -106,13 +108,13 @@ class Layer:
     weight: str
     position: int
     operator: Operator
-    described: Described
+    description: Description
     uses: list[Use] = field(default_factory=list)
 
     @property
     def shape(self) -> Shape:
         """Return the sizes of the kernel."""
-        return self.described.shape
+        return self.description.shape
 
     def macs(self, stages: Sequence[Any]) -> int:
         """Return multiply-accumulates of stages in the place of every node that reads the weight."""
@@ -131,7 +133,7 @@ _BIAS = 2
 class Convolution(Operator):
     """Conv of any rank, stride, dilation, padding and number of groups, and its transpose."""
 
-    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Description | str:
         """Describe a convolution that is a plain product of windows."""
         if not isinstance(form, Windows):
             return (
@@ -148,14 +150,16 @@ class Convolution(Operator):
         inputs = (weight[0] if spreading else weight[1] * form.parts) // form.parts
         outputs = (weight[1] * form.parts if spreading else weight[0]) // form.parts
         shape = Shape(form.parts, inputs, tuple(weight[2:]), outputs)
-        return Described(shape, Geometry(data[0], tuple(data[2:]), tuple(out[2:]), spreading), form)
+        return Description(shape, Geometry(data[0], tuple(data[2:]), tuple(out[2:]), spreading), form)
 
-    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+    def constants(self, factors: Sequence[Factor], described: Description, like: Sequence[int]) -> list[Array]:
         """Return [O, C / group, *kernel] each; flipped [C, O / group, *kernel] for a transposed one that slides."""
         spreading = described.geometry.spreading
         return [_transposed(f) if spreading and f.stage.axes else _plain(f) for f in factors]
 
-    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+    def nodes(
+        self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: NewNames
+    ) -> list[onnx.NodeProto]:
         """Return one convolution per factor; the last one has the bias."""
         result, source = [], node.inputs[0]
         for factor, weight in zip(factors, weights, strict=True):
@@ -228,7 +232,7 @@ def _wired(proto: onnx.NodeProto, inputs: Sequence[str], output: str, name: str)
 class Product(Operator):
     """MatMul, Gemm and onnxruntime's FusedMatMul: the same operator twice."""
 
-    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Description | str:
         """Describe a product whose weight is one matrix, or one per batch."""
         if not isinstance(form, Pairwise):
             return "its weight broadcasts against its data"
@@ -240,7 +244,7 @@ class Product(Operator):
             return "its batch axes are transposed"
         return _described(form, shapes)
 
-    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+    def constants(self, factors: Sequence[Factor], described: Description, like: Sequence[int]) -> list[Array]:
         """Return the factors in the layout of the weight."""
         form = described.form
         assert isinstance(form, Pairwise)
@@ -254,9 +258,11 @@ class Product(Operator):
             for factor, size in zip(factors, sizes, strict=True)
         ]
 
-    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+    def nodes(
+        self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: NewNames
+    ) -> list[onnx.NodeProto]:
         """Return two products: the first without bias and scale; the second does not transpose its data."""
-        form, between = made.described.form, made.tensor("core")
+        form, between = made.description.form, made.tensor("core")
         assert form is not None
         transposed = "transA" if form.data == 0 else "transB"
         gone = {"alpha": None, "beta": None} if node.op == "Gemm" else {"alpha": None}
@@ -280,22 +286,24 @@ class Product(Operator):
 class Equation(Product):
     """Einsum: the rank axis gets a letter of its own."""
 
-    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Description | str:
         """Describe any product of data and weight."""
         if not isinstance(form, Pairwise):
             return "its equation is not a product of data and one weight"
         return _described(form, shapes)
 
-    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+    def constants(self, factors: Sequence[Factor], described: Description, like: Sequence[int]) -> list[Array]:
         """Return [parts, summed, rank] and [parts, rank, made], letter by letter."""
         form, rank = described.form, factors[0].stage.outputs
         assert isinstance(form, Pairwise)
         parts, summed, made = ([form.size[c] for c in group] for group in (form.part_letters, form.summed, form.made))
         return [factors[0].array.reshape(*parts, *summed, rank), factors[1].array.reshape(*parts, rank, *made)]
 
-    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+    def nodes(
+        self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: NewNames
+    ) -> list[onnx.NodeProto]:
         """Return a product of data and core over the summed letters, then one of its result with the second factor."""
-        form, between = made.described.form, made.tensor("core")
+        form, between = made.description.form, made.tensor("core")
         assert isinstance(form, Pairwise)
         left, _, out = form.terms
         fresh = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in "".join(form.terms))
@@ -318,13 +326,13 @@ class Recurrent(Operator):
     The recurrent weights are not factorized: the operator multiplies by them at every step, inside.
     """
 
-    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Description | str:
         """Describe W alone, with the sequence or the batch first."""
         if position == 2:
             return "the operator multiplies its state by this weight internally, at every step"
         return _described(form, shapes) if isinstance(form, Pairwise) else "its sizes are not known"
 
-    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+    def constants(self, factors: Sequence[Factor], described: Description, like: Sequence[int]) -> list[Array]:
         """Return [I, r], and W [directions, gates, r]."""
         form = described.form
         assert form is not None
@@ -332,7 +340,9 @@ class Recurrent(Operator):
         shorter = np.broadcast_to(np.zeros(()), (*like[:-1], rank))
         return [factors[0].array[0], form.restore(factors[1].array, shorter)]
 
-    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+    def nodes(
+        self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: NewNames
+    ) -> list[onnx.NodeProto]:
         """Return a product in front of the same operator."""
         between = made.tensor("core")
         first = onnx.helper.make_node("MatMul", [node.inputs[0], weights[0]], [between], name=made.node("core"))
@@ -344,20 +354,22 @@ class Recurrent(Operator):
 class Embedding(Operator):
     """Gather of rows of a table: rows of a narrower one, widened by a product."""
 
-    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Described | str:
+    def describe(self, node: Node, position: int, form: Form | None, shapes: Sequence[Any]) -> Description | str:
         """Describe rows of a matrix."""
         table, out = shapes[0], shapes[len(node.inputs)]
         if position != 0 or len(table) != 2 or node.attrs.get("axis", 0) not in (0, -2):
             return "its weight is not a table of rows"
         if out is None or None in out:
             return "its sizes are not known"
-        return Described(Shape(1, table[0], (), table[1]), Geometry(prod(out[:-1]), looked_up=True), None)
+        return Description(Shape(1, table[0], (), table[1]), Geometry(prod(out[:-1]), looked_up=True), None)
 
-    def constants(self, factors: Sequence[Factor], described: Described, like: Sequence[int]) -> list[Array]:
+    def constants(self, factors: Sequence[Factor], described: Description, like: Sequence[int]) -> list[Array]:
         """Return [rows, r] and [r, width]."""
         return [factor.array[0] for factor in factors]
 
-    def nodes(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Made) -> list[onnx.NodeProto]:
+    def nodes(
+        self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: NewNames
+    ) -> list[onnx.NodeProto]:
         """Return Gather, then MatMul."""
         between = made.tensor("core")
         return [
@@ -366,12 +378,12 @@ class Embedding(Operator):
         ]
 
 
-def _described(form: Pairwise, shapes: Sequence[Any]) -> Described | str:
+def _described(form: Pairwise, shapes: Sequence[Any]) -> Description | str:
     data = shapes[form.data]
     if data is None or None in data:
         return "its sizes are not known"
     summed, made = (prod(form.size[c] for c in group) for group in (form.summed, form.made))
-    return Described(Shape(form.parts, summed, (), made), Geometry(form.count(data)), form)
+    return Description(Shape(form.parts, summed, (), made), Geometry(form.count(data)), form)
 
 
 OPERATORS: dict[tuple[str, str], Operator] = {
@@ -389,38 +401,38 @@ OPERATORS: dict[tuple[str, str], Operator] = {
 
 
 @dataclass(slots=True)
-class Found:
+class LayerScan:
     """Layers that can be factorized, and why others cannot, {name of the node: reason}."""
 
     layers: list[Layer] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
-def find_layers(graph: Graph, shape: ShapeOf) -> Found:
+def find_layers(graph: Graph, shape: ShapeOf) -> LayerScan:
     """Find every weight that nodes of one kind read in one way.
 
     Args:
         graph: the graph, with weights computed from constants folded.
         shape: shape of every tensor at the probe sizes.
     """
-    found = Found()
+    found = LayerScan()
     by_weight: dict[str, Layer] = {}
     for node in graph.steps:
         if not _reads_weight(graph, node):
             continue
         operator = OPERATORS.get((node.domain, node.op))
         if operator is None:
-            found.left[node.label] = f"{node.op} stores its weights in an unsupported form"
+            found.reasons[node.label] = f"{node.op} stores its weights in an unsupported form"
             continue
         # A lookup table is not a layer, but a weight.
         for position in rule_of(node).weights[:2] or (0,):
             name = node.inputs[position] if position < len(node.inputs) else ""
             if name and _matrix(graph, name):
-                _take(graph, node, position, operator, shape, found, by_weight)
+                _add_weight(graph, node, position, operator, shape, found, by_weight)
     for name, layer in list(by_weight.items()):
         why = _shared(graph, layer)
         if why:
-            found.left.update({use.node.label: why for use in layer.uses})
+            found.reasons.update({use.node.label: why for use in layer.uses})
             del by_weight[name]
     found.layers = list(by_weight.values())
     return found
@@ -441,22 +453,22 @@ def _matrix(graph: Graph, name: str) -> bool:
     return producer is not None and all(not n or n in graph.weights for n in producer.inputs)
 
 
-def _take(
+def _add_weight(
     graph: Graph,
     node: Node,
     position: int,
     operator: Operator,
     shape: ShapeOf,
-    found: Found,
+    found: LayerScan,
     by_weight: dict[str, Layer],
 ) -> None:
     """Add one weight of one node to the layers, or record why it cannot be factorized."""
     name = node.inputs[position]
     label = node.label if position < 2 else f"{node.label} (state)"
     weight = graph.weights.get(name)
-    why = _unfit(weight)
+    why = _weight_reason(weight)
     shapes = [shape(n) if n else None for n in (*node.inputs, *node.outputs)]
-    described: Described | str = why
+    described: Description | str = why
     if not why:
         # One operand is the weight, the other one is the data.
         rule = rule_of(node)
@@ -464,7 +476,7 @@ def _take(
         form = rule.form(node, shapes[: len(node.inputs)], data)
         described = operator.describe(node, position, form, shapes)
     if isinstance(described, str):
-        found.left[label] = described
+        found.reasons[label] = described
         return
     layer = by_weight.get(name)
     if layer is None:
@@ -472,7 +484,7 @@ def _take(
     layer.uses.append(Use(node, described.geometry))
 
 
-def _unfit(weight: Weight | None) -> str:
+def _weight_reason(weight: Weight | None) -> str:
     if weight is None:
         return "its weight is computed from other tensors (quantised, transposed)"
     if weight.dtype.kind not in "fV" or weight.dtype.itemsize < 2:

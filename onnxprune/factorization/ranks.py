@@ -110,7 +110,7 @@ def within(method: Method, cost: Cost, fit: Fit, limit: float, step: int = 1) ->
     spatial = fit.modes[2:]
     best: Choice | None = None
     for chosen in product(*([0, *range(1, m.size)] for m in spatial)):
-        lost = sum(tails(m)[r] for m, r in zip(spatial, chosen, strict=True) if r)
+        lost = sum(dropped_energies(m)[r] for m, r in zip(spatial, chosen, strict=True) if r)
         found = _pair(method, cost, fit.modes, chosen, limit, step)
         if found is not None:
             found = Choice(found.ranks, found.cost, found.loss + lost)
@@ -123,7 +123,7 @@ def _order(choice: Choice) -> tuple[float, int]:
     return round(choice.loss, 9), choice.cost
 
 
-def tails(mode: Mode) -> Real:
+def dropped_energies(mode: Mode) -> Real:
     """Return the share of the energy that is lost at rank 0, 1, ... [size + 1]."""
     assert mode.energies is not None
     total = float(mode.energies.sum())
@@ -137,7 +137,7 @@ def _single(method: Method, cost: Cost, mode: Mode, limit: float, step: int) -> 
     rank -= rank % step if rank >= step else 0
     if rank < 1 or (step > 1 and rank % step and rank < mode.size):
         return None
-    loss = 1.0 if mode.energies is None else float(tails(mode)[rank])
+    loss = 1.0 if mode.energies is None else float(dropped_energies(mode)[rank])
     return Choice((rank,), cost(method, (rank,)), loss)
 
 
@@ -155,7 +155,7 @@ def _pair(method: Method, cost: Cost, modes: Sequence[Mode], rest: Ranks, limit:
     i = np.arange(step, into.size + 1, step)
     o = np.minimum((limit - fixed - a * i) // np.maximum(b * i + c, 1), out.size).astype(np.int64)
     o -= o % step
-    lost_in, lost_out = tails(into), tails(out)
+    lost_in, lost_out = dropped_energies(into), dropped_energies(out)
     options: list[tuple[float, Ranks]] = []
     fits = o >= 1
     if fits.any():
@@ -183,7 +183,7 @@ def by_energy(fit: Fit, share: float, step: int = 1) -> Ranks:
     """Return the smallest ranks that keep ``share`` of the energy of every mode; spatial axes stay whole."""
     ranks = []
     for mode in fit.modes[:2]:
-        enough = np.flatnonzero(1.0 - tails(mode) >= share - 1e-12)
+        enough = np.flatnonzero(1.0 - dropped_energies(mode) >= share - 1e-12)
         rank = int(enough[0]) if enough.size else mode.size
         ranks.append(rounded(rank, step, mode.size))
     return tuple(ranks)

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from onnxprune.factorization.decompositions import Array, Factor, Real
-from onnxprune.factorization.layers import Layer, Made
+from onnxprune.factorization.layers import Layer, NewNames
 from onnxprune.graph.view import Graph
 from onnxprune.io.constants import placeholder
 from onnxprune.io.weights import ArrayWeight, Weight
@@ -64,7 +64,7 @@ class _Writer:
         """Return nodes in the place of every node that reads the layer's weight, by the first output of that node."""
         layer = item.layer
         old = self._weights[layer.weight]
-        arrays = layer.operator.constants(item.factors, layer.described, old.shape)
+        arrays = layer.operator.constants(item.factors, layer.description, old.shape)
         roles = [f.stage.role for f in item.factors]
         names = [
             self._constant(f"{layer.weight}/{item.method}_", role, array, old.dtype)
@@ -73,11 +73,11 @@ class _Writer:
         result = {}
         for use in layer.uses:
             label, out = use.node.label, next(o for o in use.node.outputs if o)
-            made = Made(
+            made = NewNames(
                 tensor=partial(self._unused, self._taken, f"{out}/{item.method}_"),
                 node=partial(self._unused, self._labels, f"{label}/{item.method}_"),
                 constant=partial(self._constant, f"{layer.weight}/", dtype=old.dtype),
-                described=layer.described,
+                description=layer.description,
                 opset=self._graph.opsets.get("", 1),
             )
             nodes = layer.operator.nodes(use.node, item.factors, names, made)
@@ -155,5 +155,5 @@ def compose_layers(
 
 def composed_weight(layer: Layer, kernel: Real, old: Weight) -> Weight:
     """Return a kernel [parts, inputs, *kernel, outputs] in the layout of the layer's own weight."""
-    value = layer.operator.weight(kernel, layer.described, old.read())
+    value = layer.operator.weight(kernel, layer.description, old.read())
     return ArrayWeight(old.name, np.ascontiguousarray(value.astype(old.dtype)))

@@ -358,7 +358,7 @@ def cosine(slot: Slot, maps: Maps) -> NDArray[Any] | None:
     square = np.diagonal(maps["similarity"])
     place = np.empty(square.size, dtype=np.int64)
     place[np.argsort(-square, kind="stable")] = np.arange(square.size)
-    return _novelty(maps["similarity"], (place[None, :] < place[:, None]) & _apart(slot.units))
+    return _novelty(maps["similarity"], (place[None, :] < place[:, None]) & _distances(slot.units))
 
 
 @register("snp", needs=("similarity", "square"))
@@ -376,10 +376,10 @@ def snp(slot: Slot, maps: Maps) -> NDArray[Any] | None:
         return np.asarray(np.sqrt(maps["square"]) * partner)
     if slot.classes is None or np.unique(slot.classes).size < 2 or "similarity" not in maps:
         return None
-    return _novelty(maps["similarity"], _apart(slot.classes))
+    return _novelty(maps["similarity"], _distances(slot.classes))
 
 
-def _apart(owner: NDArray[Any]) -> NDArray[np.bool_]:
+def _distances(owner: NDArray[Any]) -> NDArray[np.bool_]:
     """Return which two channels have different owners, [channels, channels]."""
     return np.asarray(owner[:, None] != owner[None, :])
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnxprune.errors import ExtensionError, ModelError, OnnxpruneError, UsageError, argument
 from onnxprune.importance.criteria import Criterion, Slot
-from onnxprune.importance.slots import Placed, Squares, Viewed
+from onnxprune.importance.slots import PlacedSlot, SlotView, Squares
 from onnxprune.labels.label import Ids
 
 Array = NDArray[np.float64]
@@ -118,7 +118,7 @@ def over_columns(scores: Array, classes: Ids, steps: int, policy: str) -> Array:
     return np.asarray(total[column])
 
 
-V = TypeVar("V", bound=Viewed)
+V = TypeVar("V", bound=SlotView)
 
 NEEDS: dict[str, str] = {
     "bn": "'bn' needs BatchNormalization nodes after the channels; choose 'l2' or 'gm'.",
@@ -134,7 +134,7 @@ NEEDS: dict[str, str] = {
 """The layers that each selective criterion applies to, for error messages."""
 
 
-class Scored(NamedTuple):
+class ScoredSlot(NamedTuple):
     """The result of a criterion for one slot: raw scores [channels] of group ``group``."""
 
     group: int
@@ -145,7 +145,7 @@ class Scored(NamedTuple):
     place: tuple[int, ...] = (0,)
 
 
-def scored(slots: Iterable[Placed[V]], criterion: Callable[[V], NDArray[Any] | None]) -> list[Scored]:
+def scored(slots: Iterable[PlacedSlot[V]], criterion: Callable[[V], NDArray[Any] | None]) -> list[ScoredSlot]:
     """Return the raw scores of every slot that the criterion applies to.
 
     Matrices count where there are any; vectors (biases, BatchNorm) only where there are none, unless the criterion
@@ -155,11 +155,11 @@ def scored(slots: Iterable[Placed[V]], criterion: Callable[[V], NDArray[Any] | N
         ModelError: a weight holds NaN or infinity.
         UsageError: the criterion gives scores of another shape, or that are not finite.
     """
-    found: list[Scored] = []
+    found: list[ScoredSlot] = []
     ranks: dict[int, int] = {}
     for placed in slots:
         slot = placed.slot
-        raw = _asked(criterion, slot)
+        raw = _call_criterion(criterion, slot)
         if raw is None:
             continue
         if raw.shape != slot.units.shape:
@@ -171,11 +171,11 @@ def scored(slots: Iterable[Placed[V]], criterion: Callable[[V], NDArray[Any] | N
         ranks[placed.group] = max(ranks.get(placed.group, 0), placed.rank)
         if placed.rank == ranks[placed.group]:
             scores = np.asarray(raw, dtype=np.float64)
-            found.append(Scored(placed.group, slot.tensor, slot.units, scores, placed.rank, placed.place))
+            found.append(ScoredSlot(placed.group, slot.tensor, slot.units, scores, placed.rank, placed.place))
     return [item for item in found if item.rank == ranks[item.group]]
 
 
-def _asked(criterion: Callable[[V], NDArray[Any] | None], slot: V) -> NDArray[Any] | None:
+def _call_criterion(criterion: Callable[[V], NDArray[Any] | None], slot: V) -> NDArray[Any] | None:
     """Call a criterion on a slot and return its scores.
 
     Raises:
@@ -200,20 +200,20 @@ def _asked(criterion: Callable[[V], NDArray[Any] | None], slot: V) -> NDArray[An
         ) from error
 
 
-def without(items: Iterable[Scored], gone: Mapping[int, NDArray[np.bool_]]) -> list[Scored]:
+def without(items: Iterable[ScoredSlot], gone: Mapping[int, NDArray[np.bool_]]) -> list[ScoredSlot]:
     """Remove the scores of pruned units, {group: mask over its units}."""
     kept = []
     for item in items:
         mask = gone.get(item.group)
         if mask is not None and mask[item.units].any():
             alive = ~mask[item.units]
-            item = Scored(item.group, item.tensor, item.units[alive], item.scores[alive], item.rank, item.place)
+            item = ScoredSlot(item.group, item.tensor, item.units[alive], item.scores[alive], item.rank, item.place)
         if item.units.size:
             kept.append(item)
     return kept
 
 
-def unit_scores(items: Sequence[Scored], sizes: Mapping[int, int], method: str, policy: str) -> dict[int, Array]:
+def unit_scores(items: Sequence[ScoredSlot], sizes: Mapping[int, int], method: str, policy: str) -> dict[int, Array]:
     """Return scores [units] of every group that some slot scores, by group id.
 
     Args:
@@ -228,13 +228,13 @@ def unit_scores(items: Sequence[Scored], sizes: Mapping[int, int], method: str, 
     return {number: combine(found, sizes[number], policy) for number, found in parts.items()}
 
 
-def all_constant(items: Sequence[Scored]) -> bool:
+def all_constant(items: Sequence[ScoredSlot]) -> bool:
     """Return whether every slot has the same score for all of its channels."""
     telling = [x for x in items if x.scores.size > 1]
     return bool(telling) and all(np.ptp(x.scores) == 0 for x in telling)
 
 
-def nothing_to_say(name: str) -> UsageError:
+def uninformative(name: str) -> UsageError:
     """Return the error for a criterion that applies to none of the groups."""
     return UsageError(
         f"The criterion {name!r} has scores for no layer of the model.",
@@ -250,7 +250,7 @@ def needs_data(name: str) -> UsageError:
     )
 
 
-def _refuse_nan(criterion: Callable[..., Any], slot: Viewed, scores: NDArray[Any]) -> None:
+def _refuse_nan(criterion: Callable[..., Any], slot: SlotView, scores: NDArray[Any]) -> None:
     """Raise an error for NaN or infinity in a weight, which its scores show unless the criterion reads a part alone."""
     finite = np.count_nonzero(np.isfinite(scores)) == scores.size
     if finite and not getattr(criterion, "reads_all", False):

@@ -107,7 +107,7 @@ class Targets:
 Mask = NDArray[np.bool_]
 
 
-class Viewed(Protocol):
+class SlotView(Protocol):
     """A criterion's view of one weight: a :class:`Slot`, or sums computed beforehand."""
 
     tensor: str
@@ -115,10 +115,10 @@ class Viewed(Protocol):
     units: Ids
 
 
-V = TypeVar("V", bound=Viewed)
+V = TypeVar("V", bound=SlotView)
 
 
-class Placed(NamedTuple, Generic[V]):
+class PlacedSlot(NamedTuple, Generic[V]):
     """A slot of group ``group``. ``rank``: 2 for matrices, 1 for vectors, 0 for maps; ``place``: larger is later."""
 
     group: int
@@ -143,7 +143,7 @@ def weight_slots(
     seed: int = 0,
     removed: Mask | None = None,
     placed: bool = False,
-) -> Iterator[Placed[Slot]]:
+) -> Iterator[PlacedSlot[Slot]]:
     """Yield every weight along the channels of every group in ``groups``; positions of one unit lie side by side.
 
     Args:
@@ -160,7 +160,7 @@ def weight_slots(
         for claim in found:
             slot = _slot(name, claim, array, role, seed)
             if slot is not None:
-                yield Placed(claim.group.id, slot, 2 if array.ndim > 1 else 1, claim.place)
+                yield PlacedSlot(claim.group.id, slot, 2 if array.ndim > 1 else 1, claim.place)
 
 
 def claims(
@@ -294,7 +294,7 @@ class Squares:
 
 def weight_squares(
     table: Table, units: Units, groups: Iterable[Group], removed: Mask | None = None, placed: bool = False
-) -> Iterator[Placed[Squares]]:
+) -> Iterator[PlacedSlot[Squares]]:
     """Yield the sums of squares of every slot of :func:`~onnxprune.importance.slots.weight_slots`."""
     marginals = Marginals()
     for name, found in claims(table, units, groups, removed, placed):
@@ -303,7 +303,7 @@ def weight_squares(
         for claim in found:
             numbers, own = _of_units(claim, sums[claim.label.axes].ravel())
             if numbers.size:
-                yield Placed(
+                yield PlacedSlot(
                     claim.group.id, Squares(name, array, numbers, own), 2 if array.ndim > 1 else 1, claim.place
                 )
 
@@ -384,7 +384,7 @@ def _sum(array: NDArray[Any], left: Axes) -> NDArray[Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class ContractionInput:
     """One activation in front of one contraction.
 
     Attributes:
@@ -395,7 +395,7 @@ class Site:
         label: the label that covers the summed axis.
         form: the contraction as a matrix product; None where the other operand is an activation too.
         partner: (tensor, axes) of that other activation.
-        where: conditions under which the contraction runs, (tensor, value); other samples do not reach it.
+        conditions: conditions under which the contraction runs, (tensor, value); other samples do not reach it.
         decode: dequantizes the activation, where it holds codes.
     """
 
@@ -406,31 +406,31 @@ class Site:
     label: Label
     form: Form | None = None
     partner: tuple[str, tuple[int, ...]] | None = None
-    where: tuple[tuple[str, bool], ...] = ()
+    conditions: tuple[tuple[str, bool], ...] = ()
     decode: Callable[[NDArray[Any]], NDArray[Any]] | None = None
 
     @property
     def maps_key(self) -> Hashable:
         """Return a key that is equal for sites with the same feature maps."""
-        return self.tensor, self.axes, self.where
+        return self.tensor, self.axes, self.conditions
 
     @property
     def partner_key(self) -> Hashable:
         """Return the same key for the feature maps of the other activation."""
         assert self.partner is not None
-        return *self.partner, self.where
+        return *self.partner, self.conditions
 
     @property
     def columns_key(self) -> Hashable:
         """Return a key that is equal for sites with the same columns."""
-        return self.tensor, None if self.form is None else self.form.key, self.where
+        return self.tensor, None if self.form is None else self.form.key, self.conditions
 
     def channels(self, ids: Ids) -> Ids:
         """Return an array of the label's shape as [channels]."""
         return in_order(ids, self.axes)
 
 
-def sites(table: Table, component: Ids) -> Iterator[Site]:
+def contraction_inputs(table: Table, component: Ids) -> Iterator[ContractionInput]:
     """Yield all sites of a graph, in graph order.
 
     Args:
@@ -449,10 +449,10 @@ def sites(table: Table, component: Ids) -> Iterator[Site]:
                 if set(axes) & set(label.axes):
                     site = _with_weight(table, node, position, label) or _pair(table, component, node, position, label)
                     if site is not None:
-                        yield replace(site, where=where) if (where := table.graph.conditions(node.index)) else site
+                        yield replace(site, conditions=where) if (where := table.graph.conditions(node.index)) else site
 
 
-def _with_weight(table: Table, node: Node, position: int, label: Label) -> Site | None:
+def _with_weight(table: Table, node: Node, position: int, label: Label) -> ContractionInput | None:
     """Return the site in front of a product with a weight, where the label distinguishes all of its channels."""
     shapes = [table.facts.shape(n) if n else None for n in node.inputs]
     form = lookup(node.domain, node.op, node.version).form(node, shapes, position)
@@ -464,11 +464,11 @@ def _with_weight(table: Table, node: Node, position: int, label: Label) -> Site 
     name = node.inputs[position]
     encoder = table.graph.producer.get(name)
     if encoder is not None and rule_of(encoder).encodes and any(x is label for x in table.get(encoder.inputs[0])):
-        return Site(node, position, encoder.inputs[0], form.axes, label, form)
-    return Site(node, position, name, form.axes, label, form, decode=decoder(table.graph, node, position))
+        return ContractionInput(node, position, encoder.inputs[0], form.axes, label, form)
+    return ContractionInput(node, position, name, form.axes, label, form, decode=decoder(table.graph, node, position))
 
 
-def _pair(table: Table, component: Ids, node: Node, position: int, label: Label) -> Site | None:
+def _pair(table: Table, component: Ids, node: Node, position: int, label: Label) -> ContractionInput | None:
     """Return the site in front of a product of two activations with the same units in both (queries and keys)."""
     if len(node.inputs) != 2 or label.pack != label.axes[-1]:
         return None
@@ -477,7 +477,7 @@ def _pair(table: Table, component: Ids, node: Node, position: int, label: Label)
     for candidate in table.get(other):
         order = (*candidate.outer(), candidate.pack)
         if candidate.ids.size == mine.size and np.array_equal(component[in_order(candidate.ids, order)], mine):
-            return Site(node, position, node.inputs[position], label.axes, label, None, (other, order))
+            return ContractionInput(node, position, node.inputs[position], label.axes, label, None, (other, order))
     return None
 
 
@@ -505,7 +505,7 @@ def surviving(after: After, label: Label) -> Ids:
 class CapturedMaps:
     """Statistics by site: ``maps`` by ``maps_key``, ``columns`` by ``columns_key``."""
 
-    sites: list[Site] = field(default_factory=list)
+    sites: list[ContractionInput] = field(default_factory=list)
     samples: int = 0
     maps: dict[Hashable, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
     columns: dict[Hashable, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
@@ -567,7 +567,7 @@ def map_slots(
 
 def _map_slot(
     table: Table,
-    site: Site,
+    site: ContractionInput,
     captured: CapturedMaps,
     weight: NDArray[Any] | None,
     chosen: Ids,
@@ -575,7 +575,7 @@ def _map_slot(
     units: Ids,
 ) -> Slot:
     arrays = _arrays(site, captured, chosen, 0 if weight is None else len(weight))
-    maps = Maps(captured.samples if arrays or not site.where else 0, arrays)
+    maps = Maps(captured.samples if arrays or not site.conditions else 0, arrays)
     if weight is None:
         assert site.partner is not None
         square = captured.maps[site.partner_key].get("square")
@@ -599,7 +599,9 @@ def _map_slot(
     )
 
 
-def _arrays(site: Site, captured: CapturedMaps, chosen: Ids, channels: int) -> dict[str, NDArray[np.float64]]:
+def _arrays(
+    site: ContractionInput, captured: CapturedMaps, chosen: Ids, channels: int
+) -> dict[str, NDArray[np.float64]]:
     """Return the site's statistics of the chosen channels."""
     every = not channels or chosen.size == channels
     arrays: dict[str, NDArray[np.float64]] = {}
@@ -615,7 +617,7 @@ def _arrays(site: Site, captured: CapturedMaps, chosen: Ids, channels: int) -> d
     return arrays
 
 
-def _weight(table: Table, after: After, site: Site, positions: Ids) -> NDArray[Any] | None:
+def _weight(table: Table, after: After, site: ContractionInput, positions: Ids) -> NDArray[Any] | None:
     """Return the site's weight as [surviving channels, taps, outputs] with 0 for removed outputs; None for a pair."""
     if site.form is None:
         return None

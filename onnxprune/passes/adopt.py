@@ -17,7 +17,7 @@ from onnxprune.passes.flush import flush
 from onnxprune.passes.preparation import hold_against_file
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.prune import describe_removal
-from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult
 from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import Exactness, Settings
@@ -60,7 +60,7 @@ class Adopt(Pass):
             except CannotRewrite as stop:
                 raise UsageError(f"The plan cannot be applied to the original: {stop}.") from stop
             changed, of = check_pair(wanted, Graph.of(loaded.proto, loaded.weights))
-        with context.stage("compare"), Trial.of(analysis, loaded) as trial, trial.blaming():
+        with context.stage("compare"), Workspace.of(analysis, loaded) as trial, trial.blaming():
             # The recovery starts from the function of the file, with subnormal weights as 0.
             start = flush((loaded.proto, dict(loaded.weights)))[0]
             hold_against_file(analysis, trial, start, synthetic_feeds(context, analysis))

@@ -16,7 +16,7 @@ from onnxprune.channels.groups import Group
 from onnxprune.channels.survivors import After
 from onnxprune.graph.view import Graph
 from onnxprune.importance import statistics
-from onnxprune.importance.slots import CapturedMaps, Site, Targets, sites
+from onnxprune.importance.slots import CapturedMaps, ContractionInput, Targets, contraction_inputs
 from onnxprune.io.subgraphs import hidden
 from onnxprune.operators.contractions import Form, pick, rows_per_sample
 from onnxprune.operators.registry import lookup
@@ -58,13 +58,17 @@ def captured_maps(
     source = source or CalibrationBatches(context, analysis)
     targets = Targets(analysis.units, groups)
     component = analysis.units.component
-    found = [s for s in sites(analysis.table, component) if (targets.group[component[s.label.ids]] >= 0).any()]
+    found = [
+        s for s in contraction_inputs(analysis.table, component) if (targets.group[component[s.label.ids]] >= 0).any()
+    ]
     whole = removed is None or not removed.any()
     graph = analysis.graph
     model = (graph.proto, graph.weights) if whole or removed is None else cut(analysis.table, removed)
     types = inside(analysis, None if whole or removed is None else After(analysis.table, removed).shape)
     unseen = hidden(analysis.graph.proto, types)
-    found = [s for s in found if not unseen & {s.tensor, *(s.partner or ("",))[:1], *(name for name, _ in s.where)}]
+    found = [
+        s for s in found if not unseen & {s.tensor, *(s.partner or ("",))[:1], *(name for name, _ in s.conditions)}
+    ]
     captured = CapturedMaps(found)
     requests = _Requests(needs, source.samples)
     forms = {} if whole or removed is None else _forms_after(analysis, found, model[0], removed)
@@ -94,7 +98,7 @@ def captured_maps(
 
 
 def _forms_after(
-    analysis: Analysis, found: Sequence[Site], proto: onnx.ModelProto, removed: NDArray[np.bool_]
+    analysis: Analysis, found: Sequence[ContractionInput], proto: onnx.ModelProto, removed: NDArray[np.bool_]
 ) -> dict[tuple[int, int], Form | None]:
     """Return the forms of the contractions in the pruned model, which may have fewer convolution groups."""
     after = After(analysis.table, removed)
@@ -118,7 +122,7 @@ class _Requests:
         self.finish: list[Callable[[], None]] = []
         self._known: set[tuple[Hashable, str]] = set()
 
-    def add(self, site: Site, captured: CapturedMaps, form: Form | None) -> None:
+    def add(self, site: ContractionInput, captured: CapturedMaps, form: Form | None) -> None:
         """Add the needs that this site supports; ``form`` is the contraction's in the model that is run."""
         for need in self._needs:
             if statistics.get(need).columns:
@@ -131,14 +135,19 @@ class _Requests:
             self._add_maps("square", site.partner_key, site.partner, site, captured)
 
     def _add_maps(
-        self, need: str, key: Hashable, place: tuple[str, tuple[int, ...]], site: Site, captured: CapturedMaps
+        self,
+        need: str,
+        key: Hashable,
+        place: tuple[str, tuple[int, ...]],
+        site: ContractionInput,
+        captured: CapturedMaps,
     ) -> None:
         tensor, axes = place
         statistic, joins = statistics.get(need)(), 0 not in axes
         arrange = decoded(site, to_maps(axes)) if tensor == site.tensor else to_maps(axes)
-        self._add(need, key, Request("", tensor, arrange, statistic, joins=joins, where=site.where), captured)
+        self._add(need, key, Request("", tensor, arrange, statistic, joins=joins, where=site.conditions), captured)
 
-    def _add_columns(self, need: str, site: Site, form: Form | None, captured: CapturedMaps) -> None:
+    def _add_columns(self, need: str, site: ContractionInput, form: Form | None, captured: CapturedMaps) -> None:
         channels = int(site.label.ids.size)
         if form is None:
             return
@@ -151,7 +160,7 @@ class _Requests:
             return
         joins = 0 not in site.axes
         arrange = decoded(site, arrange)
-        request = Request("", site.tensor, arrange, statistics.get(need)(), growth, joins, where=site.where)
+        request = Request("", site.tensor, arrange, statistics.get(need)(), growth, joins, where=site.conditions)
         self._add(need, site.columns_key, request, captured)
 
     def _add(self, need: str, key: Hashable, request: Request, captured: CapturedMaps) -> None:
@@ -172,7 +181,7 @@ def _gram_bytes(columns: int, parts: int) -> int:
     return 8 * columns * columns // parts
 
 
-def decoded(site: Site, arrange: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def decoded(site: ContractionInput, arrange: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Apply the function to the real numbers that a site's codes represent."""
     decode = site.decode
     return arrange if decode is None else lambda value: arrange(decode(value))

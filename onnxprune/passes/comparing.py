@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import ModelError
 from onnxprune.graph.precision import epsilons, quantises
-from onnxprune.passes.trial import Trial
+from onnxprune.passes.workspace import Workspace
 from onnxprune.pruning.holding import MADE, SEEN, Holding, Survivors, whole
 from onnxprune.pruning.masked import Model
 from onnxprune.report.facts import Exactness
@@ -47,7 +47,7 @@ class Pair:
         final: file of the other model, if there is one.
     """
 
-    trial: Trial
+    trial: Workspace
     reference: Model
     other: Model
     kinds: Mapping[str, int]

@@ -19,7 +19,7 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
 from onnxprune.passes.preparation import check_preparation, other_feeds
 from onnxprune.passes.structure import check_file
-from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import SAME_REMOVAL, Context, Guarantee, Pass, PassResult
 from onnxprune.pipeline import Model as RunModel
 from onnxprune.pruning.masked import Model, Witnesses, force, masked_original, names_of, undecided, ways
@@ -36,7 +36,7 @@ _IN_CODES = 4  # the accuracy level at which products with 4-bit weights round t
 def check_exactness(
     analysis: Analysis,
     removed: NDArray[np.bool_],
-    trial: Trial,
+    trial: Workspace,
     final: Path,
     model: Model,
     feeds: Sequence[Any],
@@ -126,7 +126,7 @@ class _Check:
     """The comparison of one pruned model with the masked original, at one probe after the other."""
 
     analysis: Analysis
-    trial: Trial
+    trial: Workspace
     removed: NDArray[np.bool_]
     final: Path
     model: Model
@@ -261,12 +261,12 @@ class Exact(Pass):
         """Prove the removal, if there is one without a proof."""
         if not model.is_unproved:
             return PassResult(model, changed=False)
-        with Trial.of(model.analysis) as trial:
+        with Workspace.of(model.analysis) as trial:
             proof = prove(context, model, trial)
         return PassResult(replace(model, proof=proof), [proof])
 
 
-def prove(context: Context, model: RunModel, trial: Trial, written: Path | None = None) -> Exactness:
+def prove(context: Context, model: RunModel, trial: Workspace, written: Path | None = None) -> Exactness:
     """Prove that the removal is exact.
 
     Args:

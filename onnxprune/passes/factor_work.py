@@ -14,9 +14,9 @@ from onnxprune.allocation.settings import check
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import UsageError, argument
-from onnxprune.factorization.allocation import Candidate, Opened
+from onnxprune.factorization.allocation import Candidate, LayerFits
 from onnxprune.factorization.decompositions import METHODS, Degenerate, Metric, Ranks, Real, compose
-from onnxprune.factorization.layers import Found, Layer, ShapeOf, find_layers
+from onnxprune.factorization.layers import Layer, LayerScan, ShapeOf, find_layers
 from onnxprune.factorization.rewriting import Factorized
 from onnxprune.factorization.settings import Request
 from onnxprune.graph.inference import probe_at
@@ -38,27 +38,27 @@ from onnxprune.runtime.sessions import spread
 
 
 @dataclass(slots=True)
-class Done:
+class LayerResult:
     """One factorized layer, its error and its latency.
 
     Attributes:
         kernel: the product of the factors.
         error: share of the energy at the layer's output that is lost.
-        timed: latency of the layer on its own, whole and factorized.
+        latency: latency of the layer on its own, whole and factorized.
     """
 
-    opened: Opened
+    layer_fits: LayerFits
     candidate: Candidate
     item: Factorized
     kernel: Real
     error: float
     note: str = ""
-    timed: Latency | None = None
+    latency: Latency | None = None
 
     @property
     def name(self) -> str:
         """The name of the layer."""
-        return self.opened.layer.name
+        return self.layer_fits.layer.name
 
 
 @dataclass(slots=True)
@@ -70,33 +70,35 @@ class Work:
     request: Request
     model: Prepared
     shape: ShapeOf
-    found: Found
+    scan: LayerScan
     moments: Mapping[str, InputMoments]
-    opened: dict[str, Opened] = field(default_factory=dict)
-    _done: dict[tuple[str, str, Ranks], Done] = field(default_factory=dict)
+    layer_fits: dict[str, LayerFits] = field(default_factory=dict)
+    _results: dict[tuple[str, str, Ranks], LayerResult] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.opened = {layer.name: self._open(layer) for layer in self.found.layers}
+        self.layer_fits = {layer.name: self._load(layer) for layer in self.scan.layers}
 
-    def _open(self, layer: Layer) -> Opened:
-        kernel = layer.operator.kernel(self.model.weights[layer.weight].read(), layer.described)
-        return Opened(layer, kernel, self.moments[layer.name].metric, self.context.seed, self.request.cost)
+    def _load(self, layer: Layer) -> LayerFits:
+        kernel = layer.operator.kernel(self.model.weights[layer.weight].read(), layer.description)
+        return LayerFits(layer, kernel, self.moments[layer.name].metric, self.context.seed, self.request.cost)
 
-    def carry_out(self, taken: Mapping[str, Candidate]) -> list[Done]:
+    def factorize(self, taken: Mapping[str, Candidate]) -> list[LayerResult]:
         """Factorize by every choice, {name of the layer: candidate}; equal factorizations are computed once.
 
         Raises:
             UsageError: CP has no best approximation of that rank, and Tucker none of at most that cost.
         """
         keys = {(name, c.method, c.ranks): (name, c) for name, c in taken.items()}
-        missing = [key for key in keys if key not in self._done]
-        heavy = any(self.opened[name].kernel.size >= 1 << 20 for name, _, _ in missing)
-        for key, done in zip(missing, spread(lambda k: self._one(*keys[k]), missing, heavy=heavy), strict=True):
-            self._done[key] = done
-        return [self._done[key] for key in keys]
+        missing = [key for key in keys if key not in self._results]
+        heavy = any(self.layer_fits[name].kernel.size >= 1 << 20 for name, _, _ in missing)
+        for key, done in zip(
+            missing, spread(lambda k: self._factorize_layer(*keys[k]), missing, heavy=heavy), strict=True
+        ):
+            self._results[key] = done
+        return [self._results[key] for key in keys]
 
-    def _one(self, name: str, candidate: Candidate) -> Done:
-        opened, note = self.opened[name], ""
+    def _factorize_layer(self, name: str, candidate: Candidate) -> LayerResult:
+        opened, note = self.layer_fits[name], ""
         try:
             factors = opened.fit(candidate.method).factors(candidate.ranks)
         except Degenerate:
@@ -112,9 +114,9 @@ class Work:
         shape = opened.layer.shape
         kernel = compose(factors, shape.parts, shape.inputs)
         item = Factorized(opened.layer, candidate.method.replace("-", "_"), factors, self._shift(opened, kernel))
-        return Done(opened, candidate, item, kernel, opened.metric.error(opened.kernel, kernel), note)
+        return LayerResult(opened, candidate, item, kernel, opened.metric.error(opened.kernel, kernel), note)
 
-    def _shift(self, opened: Opened, kernel: Real) -> Real | None:
+    def _shift(self, opened: LayerFits, kernel: Real) -> Real | None:
         """Return the bias correction: the change of the kernel times the mean input of the layer."""
         mean = self.moments[opened.layer.name].mean
         if mean is None:
@@ -124,7 +126,7 @@ class Work:
         return np.asarray(np.einsum("pn,pno->po", mean, difference).ravel())
 
 
-def lay_open(context: Context, current: Model, request: Request, methods: Sequence[str], *, every: bool) -> Work:
+def prepare_work(context: Context, current: Model, request: Request, methods: Sequence[str], *, every: bool) -> Work:
     """Find the layers of the model that can be factorized, and capture the moments of their inputs.
 
     Args:
@@ -149,7 +151,7 @@ def lay_open(context: Context, current: Model, request: Request, methods: Sequen
         why = why or _refusal(model, layer, methods)
         if why:
             found.layers.remove(layer)
-            found.left[layer.name] = why
+            found.reasons[layer.name] = why
     moments = input_moments(context, analysis, model.graph, model.weights, found.layers)
     return Work(context, analysis, request, model, shape, found, moments)
 
@@ -209,7 +211,7 @@ def input_moments(
     unseen = hidden(graph.proto, types)
     left = min(_ALL, context.memory_limit or _ALL)
     for layer in layers:
-        form = layer.described.form
+        form = layer.description.form
         whole = None if form is None else _whole(layer, left)
         if form is None or whole is None or any(unseen & _needed_for(graph, use.node, form) for use in layer.uses):
             continue
@@ -286,7 +288,7 @@ def _moments_of(
 
 def _takes_shift(layer: Layer, weights: Mapping[str, Weight]) -> bool:
     """Return whether every node that reads the weight can take a bias of its own, one constant per output."""
-    position, form = layer.operator.bias(layer.uses[0].node), layer.described.form
+    position, form = layer.operator.bias(layer.uses[0].node), layer.description.form
     # Gemm's bias lies along its last axis, and so must the outputs.
     if position is None or form is None or form.output_axis(2) != 1:
         return False

@@ -15,14 +15,14 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan, PlanFactors
 from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import BudgetError, argument
-from onnxprune.factorization.allocation import AUTO, Chosen, choose_local, choose_wanted, read_choices
+from onnxprune.factorization.allocation import AUTO, LayerChoices, choose_by_share, choose_local, read_choices
 from onnxprune.factorization.decompositions import METHODS, elements
 from onnxprune.factorization.rewriting import replace_layers
 from onnxprune.factorization.settings import Options, Request, request_of
 from onnxprune.graph.cost import is_layer, layer_weights, macs
 from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph
-from onnxprune.passes.factor_work import Done, Work, lay_open
+from onnxprune.passes.factor_work import LayerResult, Work, prepare_work
 from onnxprune.passes.joint_budget import JointBudget, model_latency
 from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.products import check_products
@@ -71,8 +71,8 @@ class Factorize(Pass):
         """Choose layers and ranks, factorize, check the products."""
         before = model.parts
         with context.stage("factorize"):
-            work = lay_open(context, model, self.request, self._methods(), every=self.plan is not None)
-            chosen = Chosen(left=dict(work.found.left))
+            work = prepare_work(context, model, self.request, self._methods(), every=self.plan is not None)
+            chosen = LayerChoices(reasons=dict(work.scan.reasons))
             done, remarks = self._choose(context, before, work, chosen)
             if not done:
                 raise BudgetError(
@@ -87,7 +87,7 @@ class Factorize(Pass):
                 product = check_products(context, model, after, [(d.item, d.kernel) for d in done])
         factorized = model.with_parts(after, as_pruned=model.as_pruned or before, plan=_plan(context, model, done))
         settings = Settings({"method": "a plan"} if self.plan is not None else self.request.settings)
-        facts = describe_factors(context, factorized, work, done, chosen.left, product)
+        facts = describe_factors(context, factorized, work, done, chosen.reasons, product)
         return PassResult(factorized, [settings, *map(Remark, remarks), *facts])
 
     def unchecked(self) -> Factorize:
@@ -107,37 +107,37 @@ class Factorize(Pass):
         return AUTO if self.request.method == "auto" else (self.request.method,)
 
     def _choose(
-        self, context: Context, before: ModelParts, work: Work, chosen: Chosen
-    ) -> tuple[list[Done], Sequence[str]]:
+        self, context: Context, before: ModelParts, work: Work, chosen: LayerChoices
+    ) -> tuple[list[LayerResult], Sequence[str]]:
         """Choose the layers to factorize with their methods and ranks, and the remarks about the choice."""
         if self.plan is not None:
             entries = [(f.layer, f.method, tuple(f.ranks)) for f in self.plan.factorized]
-            chosen.taken = read_choices(work.opened, entries)
+            chosen.candidates = read_choices(work.layer_fits, entries)
         elif self.wanted is not None:
-            choose_wanted(work.opened, self.wanted, self.request.round_to, chosen)
+            choose_by_share(work.layer_fits, self.wanted, self.request.round_to, chosen)
         elif self.request.scope == "local" and self.request.method != "auto":
-            spread(lambda one: choose_local(one, self.request, chosen), list(work.opened.values()))
-            chosen.taken = {name: chosen.taken[name] for name in work.opened if name in chosen.taken}
-        elif work.opened:
+            spread(lambda one: choose_local(one, self.request, chosen), list(work.layer_fits.values()))
+            chosen.candidates = {name: chosen.candidates[name] for name in work.layer_fits if name in chosen.candidates}
+        elif work.layer_fits:
             joint = JointBudget(work, self._methods(), chosen, self.gains)
             joint.share_out()
             if self._timed:
 
-                def quick(done: Sequence[Done]) -> bool:
+                def quick(done: Sequence[LayerResult]) -> bool:
                     return not _slower(model_latency(context, work.analysis, before, _replaced(before, done)))
 
                 return joint.faster(quick), joint.remarks
-        return work.carry_out(chosen.taken), ()
+        return work.factorize(chosen.candidates), ()
 
 
-def _plan(context: Context, model: Model, done: Sequence[Done]) -> Plan:
+def _plan(context: Context, model: Model, done: Sequence[LayerResult]) -> Plan:
     """Return the plan so far with the ranks of every layer."""
     factors = [PlanFactors(d.name, d.candidate.method, list(d.candidate.ranks), d.error) for d in done]
     digest = model.plan.model_sha256 or context.analysis.loaded.sha256
     return replace(model.plan, factorized=factors, model_sha256=digest)
 
 
-def _replaced(before: ModelParts, done: Sequence[Done]) -> ModelParts:
+def _replaced(before: ModelParts, done: Sequence[LayerResult]) -> ModelParts:
     target = Prepared(*before)
     replace_layers(target.graph, target.weights, [d.item for d in done])
     return target.model()
@@ -163,9 +163,9 @@ def _require_speed(context: Context, analysis: Analysis, before: ModelParts, aft
         )
 
 
-def _reasons(chosen: Chosen) -> str:
+def _reasons(chosen: LayerChoices) -> str:
     """Return the most frequent reasons."""
-    counts = Counter(chosen.left.values())
+    counts = Counter(chosen.reasons.values())
     said = "; ".join(f"{n} layer{'s' if n > 1 else ''}: {why}" for why, n in counts.most_common(3))
     return f"Reasons: {said}." if said else "The model has no layers with weights of their own."
 
@@ -174,7 +174,7 @@ def _reasons(chosen: Chosen) -> str:
 
 
 def describe_factors(
-    context: Context, model: Model, work: Work, done: Sequence[Done], left: Mapping[str, str], product: Exactness
+    context: Context, model: Model, work: Work, done: Sequence[LayerResult], left: Mapping[str, str], product: Exactness
 ) -> Iterator[Fact]:
     """Describe a factorization as facts.
 
@@ -190,7 +190,7 @@ def describe_factors(
     known = {layer.name for layer in layers}
     layers += [FactorizedLayer(name, "", reason=why) for name, why in left.items() if name not in known]
     yield Factorization(layers, product)
-    yield from (Remark(f"{d.opened.layer.name}: {d.note}") for d in done if d.note)
+    yield from (Remark(f"{d.layer_fits.layer.name}: {d.note}") for d in done if d.note)
     bad = [name for name, why in left.items() if "NaN" in why]
     if bad:
         yield Remark(f"not factorized because weights hold NaN or infinity: {', '.join(bad[:4])}")
@@ -204,9 +204,9 @@ def describe_factors(
     )
 
 
-def _layers(work: Work, done: Sequence[Done], left: Mapping[str, str]) -> Iterator[FactorizedLayer]:
+def _layers(work: Work, done: Sequence[LayerResult], left: Mapping[str, str]) -> Iterator[FactorizedLayer]:
     """Iterate over layers in the order of the graph, then those without a node of their own."""
-    by_name = {d.opened.layer.name: _layer(d) for d in done}
+    by_name = {d.layer_fits.layer.name: _layer(d) for d in done}
     graph = work.model.graph
     for node in graph.steps:
         name = node.label
@@ -220,8 +220,8 @@ def _layers(work: Work, done: Sequence[Done], left: Mapping[str, str]) -> Iterat
     yield from by_name.values()
 
 
-def _layer(done: Done) -> FactorizedLayer:
-    layer, candidate = done.opened.layer, done.candidate
+def _layer(done: LayerResult) -> FactorizedLayer:
+    layer, candidate = done.layer_fits.layer, done.candidate
     stages = [f.stage for f in done.item.factors]
     whole = [layer.shape.whole()]
     return FactorizedLayer(
@@ -234,7 +234,7 @@ def _layer(done: Done) -> FactorizedLayer:
         params_after=elements(stages),
         macs_before=layer.macs(whole),
         macs_after=layer.macs(stages),
-        before_ms=None if done.timed is None else done.timed.before_ms,
-        after_ms=None if done.timed is None else done.timed.after_ms,
+        before_ms=None if done.latency is None else done.latency.before_ms,
+        after_ms=None if done.latency is None else done.latency.after_ms,
         note=done.note,
     )

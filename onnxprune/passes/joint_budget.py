@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import BudgetError, ModelError, argument
-from onnxprune.factorization.allocation import Chosen, Opened, allocate, reach, usual
+from onnxprune.factorization.allocation import LayerChoices, LayerFits, allocate, fill_gains, min_total_cost
 from onnxprune.factorization.decompositions import Real, compose
 from onnxprune.factorization.layers import Layer, ShapeOf
 from onnxprune.factorization.rewriting import Factorized, composed_weight, replace_layers
@@ -21,9 +21,9 @@ from onnxprune.graph.view import Graph
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble
 from onnxprune.passes.calibration import CalibrationBatches
-from onnxprune.passes.factor_work import Done, Work
+from onnxprune.passes.factor_work import LayerResult, Work
 from onnxprune.passes.prepared import Prepared
-from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import Context, ModelParts
 from onnxprune.report.facts import Latency
 from onnxprune.runtime.fidelity import are_probabilities, roots
@@ -68,26 +68,26 @@ class JointBudget:
         gains: weight of a layer's error, {name: gain}, where it is known already.
 
     Attributes:
-        opened: the layers.
+        layer_fits: the layers.
         options: candidates of each layer.
         gains: weight of the loss of each layer.
         remarks: remarks about the choice, for the user.
     """
 
     def __init__(
-        self, work: Work, methods: Sequence[str], chosen: Chosen, gains: Mapping[str, float] | None = None
+        self, work: Work, methods: Sequence[str], chosen: LayerChoices, gains: Mapping[str, float] | None = None
     ) -> None:
         self._work, self._methods, self._chosen = work, methods, chosen
-        self.opened = list(work.opened.values())
+        self.layer_fits = list(work.layer_fits.values())
         step = work.request.round_to
-        self.options = spread(lambda one: list(one.choices(methods, step)), self.opened)
+        self.options = spread(lambda one: list(one.choices(methods, step)), self.layer_fits)
         self._fresh = list(self.options)
         self._total = _cost_of(work)
         self._outputs: Outputs | None = None
         if gains is None:
             self._ways = self._measured()
         else:
-            self._ways = [usual([gains.get(o.layer.name, np.nan) for o in self.opened])]
+            self._ways = [fill_gains([gains.get(o.layer.name, np.nan) for o in self.layer_fits])]
         self.gains = self._ways[0]
         self._times: dict[Hashable, Latency | None] = {}
         self.remarks: list[str] = []
@@ -103,21 +103,21 @@ class JointBudget:
         """
         least = np.inf
         for gains in self._ways:
-            before = self._chosen.taken, self.gains
+            before = self._chosen.candidates, self.gains
             self.gains, self.options = gains, list(self._fresh)
             self._settle(slower)
             change = self._change()
             if change < _CLEARLY * least:
                 least = change
             else:
-                self._chosen.taken, self.gains = before
+                self._chosen.candidates, self.gains = before
         self._explain(slower)
 
     def _change(self) -> float:
         """Return the change of the outputs caused by the choice, where it is known."""
         if self._outputs is None or len(self._ways) < 2:
             return 0.0
-        return self._outputs.change([(d.opened.layer, d.kernel) for d in self._carried_out()])
+        return self._outputs.change([(d.layer_fits.layer, d.kernel) for d in self._carried_out()])
 
     def _settle(self, slower: frozenset[tuple[str, str]]) -> None:
         """Choose, and choose again with the measured losses of the choice."""
@@ -127,41 +127,41 @@ class JointBudget:
         self._allocate(slower)
 
     def _allocate(self, slower: frozenset[tuple[str, str]]) -> None:
-        pairs = list(zip(self.opened, self.options, strict=True))
+        pairs = list(zip(self.layer_fits, self.options, strict=True))
         options = [[c for c in own if (o.layer.name, c.method) not in slower] for o, own in pairs]
-        wholes, request, chosen = [o.whole for o in self.opened], self._work.request, self._chosen
+        wholes, request, chosen = [o.full_cost for o in self.layer_fits], self._work.request, self._chosen
         fixed = self._total - sum(wholes)
         taken = allocate(wholes, options, self.gains, (1.0 - request.share) * self._total - fixed)
         if taken is None:
-            best = 1.0 - (fixed + reach(wholes, options)) / max(self._total, 1)
+            best = 1.0 - (fixed + min_total_cost(wholes, options)) / max(self._total, 1)
             without = " without making layers slower" if slower else ""
             raise BudgetError(
                 f"No ranks save {request.share:.0%} of the {request.cost}{without}: at most {best:.0%}.",
                 hint=f"Give a smaller {argument('ratio')}, or prune as well."
                 + (f" {argument('timed', False)} allows slower layers." if slower else ""),
             )
-        chosen.taken = {o.layer.name: c for o, c in zip(self.opened, taken, strict=True) if c is not None}
+        chosen.candidates = {o.layer.name: c for o, c in zip(self.layer_fits, taken, strict=True) if c is not None}
 
     def _explain(self, slower: frozenset[tuple[str, str]]) -> None:
         """Record why layers stay whole."""
-        for one in self.opened:
+        for one in self.layer_fits:
             name = one.layer.name
-            self._chosen.left.pop(name, None)
-            if name not in self._chosen.taken:
+            self._chosen.reasons.pop(name, None)
+            if name not in self._chosen.candidates:
                 bad = sorted(m for n, m in slower if n == name)
                 why = f"no faster by {', '.join(bad)}, as measured" if bad else "other layers lose less per saving"
-                self._chosen.left[name] = why
+                self._chosen.reasons[name] = why
 
     def _correct(self) -> None:
         """Scale the estimated losses of a method to the measured loss where a choice was carried out."""
-        for done in self._work.carry_out(self._chosen.taken):
+        for done in self._work.factorize(self._chosen.candidates):
             scale = (done.error + _ROUNDING) / (done.candidate.loss + _ROUNDING)
-            k = next(i for i, o in enumerate(self.opened) if o.layer.name == done.name)
+            k = next(i for i, o in enumerate(self.layer_fits) if o.layer.name == done.name)
             self.options[k] = [
                 replace(c, loss=c.loss * scale) if c.method == done.candidate.method else c for c in self.options[k]
             ]
 
-    def faster(self, quick: Callable[[Sequence[Done]], bool]) -> list[Done]:
+    def faster(self, quick: Callable[[Sequence[LayerResult]], bool]) -> list[LayerResult]:
         """Factorize, time every layer on its own, and choose again without the candidates that are not faster.
 
         Where that raises the errors of other layers much, the search ends as soon as the whole model is faster.
@@ -173,7 +173,7 @@ class JointBudget:
             BudgetError: the remaining candidates are not cheap enough.
         """
         slower: frozenset[tuple[str, str]] = frozenset()
-        cheap: list[Done] | None = None
+        cheap: list[LayerResult] | None = None
         done = self._carried_out()
         bearable = max(_MATTERS, _MUCH * _worst(done))
         rounds = 0
@@ -187,40 +187,40 @@ class JointBudget:
                 cheap = before
                 if quick(cheap):
                     self.remarks.append(_TAKEN.format(spared=_worst(done), kept=_worst(cheap)))
-                    self._chosen.taken = {d.name: d.candidate for d in cheap}
+                    self._chosen.candidates = {d.name: d.candidate for d in cheap}
                     self._explain(slower)
                     return cheap
         if cheap is not None:
             self.remarks.append(_SPARED.format(spared=_worst(done), kept=_worst(cheap)))
         return done
 
-    def _carried_out(self) -> list[Done]:
-        return self._work.carry_out(self._chosen.taken)
+    def _carried_out(self) -> list[LayerResult]:
+        return self._work.factorize(self._chosen.candidates)
 
-    def _slow(self, done: Sequence[Done]) -> list[Done]:
+    def _slow(self, done: Sequence[LayerResult]) -> list[LayerResult]:
         """Return the factorized layers that are slower on their own, as measured."""
         for one in done:
-            one.timed = self.latency(one)
-        return [d for d in done if d.timed is not None and d.timed.speedup < _FASTER]
+            one.latency = self.latency(one)
+        return [d for d in done if d.latency is not None and d.latency.speedup < _FASTER]
 
     def _measured(self) -> list[list[float]]:
         """Return the output errors per layer error under every weighting: measured with data, else equal."""
         work, context = self._work, self._work.context
-        if context.calibration is None or context.analysis.loaded.size > _MEASURED or not self.opened:
-            return [[1.0] * len(self.opened)]
+        if context.calibration is None or context.analysis.loaded.size > _MEASURED or not self.layer_fits:
+            return [[1.0] * len(self.layer_fits)]
         with context.stage("gains"):
             feeds = list(islice(CalibrationBatches(context, work.analysis, ENOUGH).batches(4), ENOUGH))
             batch = max(min(s[0] for s in work.analysis.facts.probes[0].inputs.values() if s), 1)
-            runs = _macs_of(work) * len(self.opened) / batch
-            self._outputs = Outputs(work.model, few(feeds, runs))
-            gains = output_gains(self._outputs, self.opened, self._methods)
-            return [usual([gain**power for gain in gains]) for power in _POWERS]
+            runs = _macs_of(work) * len(self.layer_fits) / batch
+            self._outputs = Outputs(work.model, limit_feeds(feeds, runs))
+            gains = output_gains(self._outputs, self.layer_fits, self._methods)
+            return [fill_gains([gain**power for gain in gains]) for power in _POWERS]
 
-    def latency(self, one: Done) -> Latency | None:
+    def latency(self, one: LayerResult) -> Latency | None:
         """Return the latency of a layer on its own, whole and factorized; measured once per form and size."""
-        layer, candidate, work = one.opened.layer, one.candidate, self._work
+        layer, candidate, work = one.layer_fits.layer, one.candidate, self._work
         node = layer.uses[0].node
-        form = (node.op, str(node.attrs), layer.shape, layer.described.geometry)
+        form = (node.op, str(node.attrs), layer.shape, layer.description.geometry)
         key = (*form, candidate.method, candidate.ranks)
         if key not in self._times:
             self._times[key] = layer_latency(
@@ -229,7 +229,7 @@ class JointBudget:
         return self._times[key]
 
 
-def _worst(done: Sequence[Done]) -> float:
+def _worst(done: Sequence[LayerResult]) -> float:
     """Return the largest error of a layer."""
     return max((d.error for d in done), default=0.0)
 
@@ -288,7 +288,7 @@ class Outputs:
         return [{n: roots(v) if n in probable else v.astype(np.float64) for n, v in r.items()} for r in found]
 
 
-def output_gains(outputs: Outputs, layers: Sequence[Opened], names: Sequence[str]) -> list[float]:
+def output_gains(outputs: Outputs, layers: Sequence[LayerFits], names: Sequence[str]) -> list[float]:
     """Measure for every layer the energy of the output change of the model per share of energy lost at the layer.
 
     Every layer is factorized on its own and the model run. NaN where a layer cannot be factorized or loses nothing.
@@ -299,9 +299,9 @@ def output_gains(outputs: Outputs, layers: Sequence[Opened], names: Sequence[str
         names: names of the methods to try.
     """
 
-    def one(opened: Opened) -> float:
+    def one(opened: LayerFits) -> float:
         for share in _TRIED:
-            tried = [c for n in names if not opened.refusal(n) and (c := opened.within(n, share * opened.whole, 1))]
+            tried = [c for n in names if not opened.refusal(n) and (c := opened.within(n, share * opened.full_cost, 1))]
             if not tried:
                 break
             best = min(tried, key=lambda c: c.loss)
@@ -315,7 +315,7 @@ def output_gains(outputs: Outputs, layers: Sequence[Opened], names: Sequence[str
     return spread(one, layers)
 
 
-def few(feeds: Sequence[Feed], work: float) -> list[Feed]:
+def limit_feeds(feeds: Sequence[Feed], work: float) -> list[Feed]:
     """Return as many calls as the measurements may run, ``work`` multiply-accumulates each for one sample."""
     size = len(next(iter(feeds[0].values()))) if feeds else 1
     samples = int(np.clip(_WORK / max(work, 1.0), _FEWEST, ENOUGH))
@@ -345,7 +345,7 @@ _WHOLE = 30
 
 def model_latency(context: Context, analysis: Analysis, before: ModelParts, after: ModelParts) -> Latency | None:
     """Measure the median milliseconds of two whole models on one input; None where they are too large."""
-    with Trial.of(context.analysis) as trial:
+    with Workspace.of(context.analysis) as trial:
         if trial.large:
             return None
         one, _ = trial.write(*before, "before")
@@ -362,7 +362,7 @@ def layer_latency(
     node = layer.uses[0].node
     fed = [n for n in dict.fromkeys(node.inputs) if n and n not in weights]
     sizes = shape(fed[0]) if len(fed) == 1 else None
-    if sizes is None or None in sizes or layer.described.geometry.looked_up:
+    if sizes is None or None in sizes or layer.description.geometry.looked_up:
         return None
     kind = weights[layer.weight].dtype
     value = np.asarray(np.random.default_rng(seed).standard_normal(sizes)).astype(kind)

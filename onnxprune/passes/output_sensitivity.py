@@ -19,7 +19,7 @@ from onnxprune.channels.selection import atoms_removed
 from onnxprune.channels.survivors import After
 from onnxprune.errors import ModelError, UsageError, argument
 from onnxprune.importance.criteria import corrected
-from onnxprune.importance.slots import CapturedMaps, Site
+from onnxprune.importance.slots import CapturedMaps, ContractionInput
 from onnxprune.importance.statistics import Maps
 from onnxprune.io.files import workspace
 from onnxprune.io.weights import ArrayWeight, GatheredWeight, Weight
@@ -199,7 +199,7 @@ class _PrunedRuns:
         save(proto, weights, self.path)
         return open_session(self.path, spin=False)
 
-    def _correct(self, site: Site, after: After, weights: dict[str, Weight]) -> None:
+    def _correct(self, site: ContractionInput, after: After, weights: dict[str, Weight]) -> None:
         """Correct one contraction for the channels removed in front of it, where possible."""
         form, maps = site.form, self.captured.columns.get(site.columns_key, {})
         if form is None or "gram" not in maps or after.mask(site.label) is None:

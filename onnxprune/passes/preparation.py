@@ -18,7 +18,7 @@ from onnxprune.io.functions import inlined
 from onnxprune.io.read import same_nodes
 from onnxprune.io.subgraphs import close_bodies
 from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
-from onnxprune.passes.trial import Trial
+from onnxprune.passes.workspace import Workspace
 from onnxprune.pruning.masked import Model, force, force_closed, undecided, ways
 from onnxprune.report.facts import Exactness
 from onnxprune.runtime import compare
@@ -29,7 +29,7 @@ from onnxprune.runtime.sessions import Feed
 _ALLOWED = 1e-5
 
 
-def check_preparation(analysis: Analysis, trial: Trial, feeds: Sequence[Feed], seed: int) -> None:
+def check_preparation(analysis: Analysis, trial: Workspace, feeds: Sequence[Feed], seed: int) -> None:
     """Run the file and the prepared graph of the analysis on seeded inputs, one feed per probe.
 
     A large model is not run where its nodes are identical to the file's. Where bodies differ, or were changed since,
@@ -59,7 +59,7 @@ def check_preparation(analysis: Analysis, trial: Trial, feeds: Sequence[Feed], s
 
 def hold_against_file(
     analysis: Analysis,
-    trial: Trial,
+    trial: Workspace,
     model: Model,
     feeds: Sequence[Feed],
     others: Callable[[int], Iterable[Feed]] = lambda _: (),
@@ -99,7 +99,7 @@ class _Forced:
     """Comparison of two models with the same branches forced; skipped where the reference does not run."""
 
     analysis: Analysis
-    trial: Trial
+    trial: Workspace
     feeds: Sequence[Feed]
 
     def __call__(self, reference: Model, model: Model) -> None:

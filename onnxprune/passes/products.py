@@ -10,7 +10,7 @@ from onnxprune.factorization.rewriting import Factorized, compose_layers
 from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
 from onnxprune.passes.preparation import hold_against_file
 from onnxprune.passes.prepared import Prepared
-from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import Context, Model, ModelParts
 from onnxprune.report.facts import Exactness
 from onnxprune.runtime.compare import TOLERANCE
@@ -38,7 +38,7 @@ def check_products(
     analysis = context.analysis
     feeds = synthetic_feeds(context, model.analysis)
     reference = Prepared(*model.parts)
-    with Trial.of(analysis) as trial:
+    with Workspace.of(analysis) as trial:
         if model.removed is None and model.as_pruned is None:  # else the preparation was compared with the file before
             hold_against_file(analysis, trial, (reference.graph.proto, reference.weights), feeds)
         compose_layers(reference.graph, reference.weights, [i for i, _ in chosen], [k for _, k in chosen])

@@ -120,7 +120,7 @@ class Prune(Pass):
             else:
                 selector = Selector(context, analysis, self.request, self.criterion, self.name, seconds)
                 analysis = selector.analysis
-                if not selector.asked:
+                if not selector.ratios:
                     raise BudgetError("No channel of this model can be removed.", hint=reasons(analysis))
             removed = np.zeros(analysis.units.component.size, dtype=bool)
             try:
@@ -215,8 +215,8 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
     analysis, original = model.analysis, context.analysis
     num_removed = {g.id: len(g.removed or ()) for g in model.plan.groups}
     layers = _layer_facts(model, selector)
-    ratios = {} if selector is None else selector.asked
-    whole = {} if selector is None else selector.kept
+    ratios = {} if selector is None else selector.ratios
+    whole = {} if selector is None else selector.excluded
     multiples = {} if selector is None else selector.multiples
     groups = [
         _group_facts(g, num_removed.get(g.id, 0), ratios.get(g.id), multiples.get(g.id, 1)) for g in analysis.groups
@@ -257,9 +257,9 @@ def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:
 
 def _reasons(analysis: Analysis, selector: Selector) -> dict[str, str]:
     """Return why layers were left out of the choice, by their names."""
-    excluded = {n.label for i, ratio in selector.asked.items() if ratio is None for n in analysis.producers.get(i, ())}
+    excluded = {n.label for i, ratio in selector.ratios.items() if ratio is None for n in analysis.producers.get(i, ())}
     reasons = dict.fromkeys(excluded, f"{Reason.EXCLUDED}: by its name")
-    return reasons | {n.label: why for i, why in selector.kept.items() for n in analysis.producers.get(i, ())}
+    return reasons | {n.label: why for i, why in selector.excluded.items() for n in analysis.producers.get(i, ())}
 
 
 def _group_facts(group: GroupView, removed: int, asked: float | None, multiple: int) -> dict[str, Any]:

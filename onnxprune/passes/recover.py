@@ -35,12 +35,12 @@ from onnxprune.passes.comparable import (
 )
 from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.recalibrated import Recalibrated, normalisations
-from onnxprune.passes.synthetic import make_up
-from onnxprune.passes.trial import Trial
+from onnxprune.passes.synthetic import draw_calibration
+from onnxprune.passes.workspace import Workspace
 from onnxprune.pipeline import Context, HoldOut, Model, ModelParts, Pass, PassResult, Requirement
 from onnxprune.recovery import MODES
 from onnxprune.recovery.attention import Mixing, find_pairs, mixings
-from onnxprune.recovery.layer import Get, Problem, repair
+from onnxprune.recovery.layer import Get, Problem, recover_layer
 from onnxprune.recovery.regression import HELD, Solution
 from onnxprune.recovery.targets import Layer, RecoveryTarget, RecoveryTargets, find_targets
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Remark, Repair
@@ -85,7 +85,7 @@ def _single_class(analysis: Analysis, feeds: Sequence[Feed]) -> str:
     """Return the first output of class scores whose largest entry is the same for all samples, or an empty string."""
     first: dict[str, int] = {}
     varied: set[str] = set()
-    with Trial.of(analysis) as trial:
+    with Workspace.of(analysis) as trial:
         session = sessions.open_session(trial.original)
         for feed in feeds:
             for name, value in sessions.run(session, feed).items():
@@ -146,7 +146,7 @@ def compare_with_original(
         outputs: kinds of outputs that a user set.
     """
     facts = []
-    with Trial.of(analysis) as trial:
+    with Workspace.of(analysis) as trial:
         for number, model in enumerate(models):
             path, _ = trial.write(*model, f"model{number}")
             together = not trial.heavy
@@ -217,7 +217,7 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
             raise no_data(mode)
         return CalibrationSplit.of(_batches(context, analysis), context.inputs().name)
     with context.stage("inputs"):
-        made, spread = make_up(context, analysis)
+        made, spread = draw_calibration(context, analysis)
     words = f"synthetic samples (range {spread})" if spread else "synthetic samples"
     if context.calibration is None:
         return CalibrationSplit.of(made, "synthetic", words)
@@ -352,7 +352,7 @@ class _Outcome:
     """Result of a recovery: its layers, the model (None: unchanged), and fidelity before and after."""
 
     repairs: Sequence[Repair] = ()
-    left: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
     parts: ModelParts | None = None
     before: Fidelity | None = None
     after: Fidelity | None = None
@@ -368,8 +368,8 @@ class Recover(Pass):
     Args:
         mode: ``none``, ``bias`` (means), ``bn`` (a scale and shift per output), ``lstsq`` (weights, every layer fitted
             to its own output), ``full`` (the candidate with the least hold-out error, fitted to sums) or ``datafree``
-            (the same from synthetic inputs, see :func:`onnxprune.passes.synthetic.make_up`: much weaker; data are
-            only used for comparison, where there are any).
+            (the same from synthetic inputs, see :func:`onnxprune.passes.synthetic.draw_calibration`: much weaker;
+            data are only used for comparison, where there are any).
         memory_limit: bytes of activations to hold in memory, else the run's, else 2 GiB; more go to temporary files.
         symmetric: fit layers from the surviving inputs of the original, not from those of the pruned model, so that no
             layer compensates errors of others; worse, for comparison only.
@@ -416,8 +416,8 @@ class Recover(Pass):
             warnings = [] if split.synthetic else doubts(model.analysis, split.fit, best.repairs)
         whole = Recovery(self.mode, self.why, split.synthetic, split.num_fit, split.num_held_out)
         whole.before, whole.after, whole.undone = best.before, best.after, best.worse
-        warnings += remarks(whole, best.repairs, best.left)
-        left = [Repair(name, f"left: {why}", 0.0, 0.0) for name, why in best.left.items()]
+        warnings += remarks(whole, best.repairs, best.reasons)
+        left = [Repair(name, f"left: {why}", 0.0, 0.0) for name, why in best.reasons.items()]
         facts: list[Fact] = [Recovered(whole, [*best.repairs, *left]), *map(Remark, warnings)]
         recovered = replace(model, hold_out=split.validation)
         if not best.worse and best.parts is not None:
@@ -456,8 +456,8 @@ class Recover(Pass):
 
     def _of_original(self, aim: RecoveryTarget) -> tuple[str, ...]:
         """Return the tensors of the original that the fit of a layer needs."""
-        names = (aim.tail.aim, aim.data) if self.symmetric or aim.recurrent else (aim.tail.aim,)
-        return (*names, *(name for name, _ in aim.where))
+        names = (aim.path.target, aim.data) if self.symmetric or aim.recurrent else (aim.path.target,)
+        return (*names, *(name for name, _ in aim.conditions))
 
     @property
     def _fitting(self) -> str:
@@ -471,7 +471,7 @@ class Recover(Pass):
         known = {name for name in comparable_tensors(context, model) if can_follow(model.analysis, after, name)}
         shape = _shapes_now(model.analysis, graph) if model.is_factorized else after.shape
         aims = find_targets(graph, known, shape, joint=self._fitting == "full")
-        aims.leave(partial(untaken, graph, taken))
+        aims.reject(partial(untaken, graph, taken))
         if self.near:
             aims.keep(lambda aim: after.touched(aim.data))
         return aims
@@ -485,10 +485,10 @@ class Recover(Pass):
         feeds: Sequence[Feed],
     ) -> _Values:
         """Return the tensor values that a problem needs; the store of the pruned model comes first."""
-        get = of_iterations(store[1].get, aim.where, weights) if aim.where else store[1].get
+        get = of_iterations(store[1].get, aim.conditions, weights) if aim.conditions else store[1].get
         data = partial(survivors, get, after) if self.symmetric or aim.recurrent else store[0].get
-        own = [b for b in store[1].batches([aim.tail.aim]) if not aim.where or len(get(aim.tail.aim, b))]
-        return data, get, after.steps(aim.tail.aim), own, sum(count(feeds[b]) for b in own)
+        own = [b for b in store[1].batches([aim.path.target]) if not aim.conditions or len(get(aim.path.target, b))]
+        return data, get, after.steps(aim.path.target), own, sum(count(feeds[b]) for b in own)
 
     def _repair(
         self,
@@ -534,7 +534,7 @@ class Recover(Pass):
                     pass
             values.update({a.node.index: self._values(a, store, full_weights, after, feeds) for a in level})
             layers = [Layer(graph, weights, a) for a in level if values[a.node.index][3]]
-            aims.left.update({a.node.label: NEVER for a in level if not values[a.node.index][3]})
+            aims.reasons.update({a.node.label: NEVER for a in level if not values[a.node.index][3]})
             mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, store[1].batches))
 
             def one(layer: Layer) -> Fitted:
@@ -548,7 +548,7 @@ class Recover(Pass):
             context.tell("recover", (number + 1) / len(aims.levels))
         if recalibrated is not None:
             recalibrated.undo()
-        return repairs, aims.left
+        return repairs, aims.reasons
 
 
 def run_ahead(analysis: Analysis, wanted: Sequence[Sequence[str]], samples: int, limit: int) -> list[int]:
@@ -591,8 +591,8 @@ def _fitted(layer: Layer, values: _Values, mode: str, mixing: Mixing | None) -> 
     """Fit new weights for one layer; ``values`` are those of the problem."""
     matrix, bias = layer.read()
     channels = matrix.shape[0] * matrix.shape[1] // layer.form.taps
-    problem = Problem(layer.aim, layer.shape, channels, *values, mixing=mixing)
-    solution = repair(problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias, as_stored=layer.as_stored)
+    problem = Problem(layer.target, layer.shape, channels, *values, mixing=mixing)
+    solution = recover_layer(problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias, as_stored=layer.as_stored)
     return solution, problem.extent
 
 

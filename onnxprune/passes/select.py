@@ -30,22 +30,22 @@ from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.importance.criteria import Criterion, Slot, needs_of
 from onnxprune.importance.scores import (
-    Scored,
+    ScoredSlot,
     all_constant,
     by_maps,
     by_squares,
     needs_data,
-    nothing_to_say,
     scored,
+    uninformative,
     unit_scores,
     without,
 )
-from onnxprune.importance.slots import Placed, Squares, map_slots, weight_slots, weight_squares
+from onnxprune.importance.slots import PlacedSlot, Squares, map_slots, weight_slots, weight_squares
 from onnxprune.labels.atoms import Reason
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.output_sensitivity import output_sensitivity
-from onnxprune.passes.trial import Trial
+from onnxprune.passes.workspace import Workspace
 from onnxprune.pipeline import Context
 from onnxprune.runtime.inputs import synthetic
 from onnxprune.runtime.latency import profile
@@ -65,8 +65,8 @@ class Selector:
         seconds: kept from one choice to the next: time of every node, filled where ``cost`` asks for it.
 
     Attributes:
-        asked: the ratio asked for each group, None where it is excluded.
-        kept: groups that were left whole although they may be cut, with the reason.
+        ratios: the ratio asked for each group, None where it is excluded.
+        excluded: groups that were left whole although they may be cut, with the reason.
         warnings: what the user should know about the choice.
         pool_of: the groups once ``pool`` was called.
         rounding: the multiples that the device likes; None where a multiple was asked for.
@@ -97,7 +97,7 @@ class Selector:
                 "of every grid.",
                 hint=f"Choose {argument('reshape_axis', 'heads')} or head_dim.",
             )
-        self.asked, self.kept = self.found.asked, dict(self.found.kept)
+        self.ratios, self.excluded = self.found.ratios, dict(self.found.excluded)
         self.warnings: list[str] = []
         self.removed = np.zeros(analysis.units.component.size, dtype=bool)
         self._seconds = {} if seconds is None else seconds
@@ -135,7 +135,7 @@ class Selector:
     def multiples(self) -> dict[int, int]:
         """Return the multiple of remaining units that was kept to where possible, by group id."""
         if self.rounding is None:
-            return dict.fromkeys(self.asked, self.request.least_multiple)
+            return dict.fromkeys(self.ratios, self.request.least_multiple)
         groups = self.analysis.units.groups
         return {n: m * groups[n].size // groups[n].steps for n, m in self.rounding.multiples.items()}
 
@@ -160,12 +160,12 @@ class Selector:
         if not self._every:
             self._every = True
             self._last = self._rank(None, 1.0, self._savings())
-        asked = candidates(self.analysis, request).asked
+        asked = candidates(self.analysis, request).ratios
         again = {n: replace(c, ratio=self._share(asked[n] or 0.0, n)) for n, c in self._last.items()}
         return atoms_removed(self.analysis.units, choose(self.analysis, request, again, self.rounding))
 
     def _share(self, ratio: float, number: int) -> float:
-        return 1.0 - (1.0 - ratio) ** 0.5 if number in self.found.halved else ratio
+        return 1.0 - (1.0 - ratio) ** 0.5 if number in self.found.two_way else ratio
 
     def _rank(self, gone: Mask | None, done: float, weighed: dict[int, Array] | None) -> dict[int, RankedGroup]:
         """Score what is left, and put the groups against each other."""
@@ -174,7 +174,7 @@ class Selector:
             return {}
         items = self._scored(groups, gone)
         if not items and gone is None:
-            raise nothing_to_say(self.name)
+            raise uninformative(self.name)
         if self.needs and gone is None and all_constant(items):
             self.warnings.append(f"{self.name} gives all channels the same score: is the data constant?")
         sizes = {g.id: g.size for g in groups}
@@ -185,7 +185,7 @@ class Selector:
             scores = {n: scores.get(n, np.zeros(sizes[n])) for n in self._last}
         for group in groups:
             if group.id not in scores:
-                self.kept[group.id] = f"{Reason.NO_SCORE}: {self._unscored(group.id)}"
+                self.excluded[group.id] = f"{Reason.NO_SCORE}: {self._unscored(group.id)}"
         multiples = None if self.rounding is None else self.rounding.multiples
         return rank_groups(
             self.analysis,
@@ -211,14 +211,14 @@ class Selector:
 
     def _takes_part(self, group: Group) -> bool:
         """Return whether the group can lose anything at all, so that its scores matter."""
-        ratio = self.asked[group.id] or 0.0
+        ratio = self.ratios[group.id] or 0.0
         if self._every:
             return True
-        if self.request.scope != "local" and group.id not in self.found.alone:
+        if self.request.scope != "local" and group.id not in self.found.local:
             return ratio > 0
         return ratio > 0 and (self.request.round_to != 1 or group.steps > 1)
 
-    def _scored(self, groups: Sequence[Group], gone: Mask | None) -> list[Scored]:
+    def _scored(self, groups: Sequence[Group], gone: Mask | None) -> list[ScoredSlot]:
         """Raw scores of every slot, less what is gone."""
         units = self.analysis.units
         removed = None if gone is None else np.asarray(gone[units.component])
@@ -231,17 +231,17 @@ class Selector:
             items = scored(self._by_weights(groups, removed), self.criterion)
         return items if gone is None else without(items, {g.id: gone[g.units] for g in groups})
 
-    def _by_weights(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed[Slot]]:
+    def _by_weights(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[PlacedSlot[Slot]]:
         placed = self.request.policy == "backward"
         for lot in batches(groups):
             yield from weight_slots(self.analysis.table, self.analysis.units, lot, self.context.seed, removed, placed)
 
-    def _by_squares(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed[Squares]]:
+    def _by_squares(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[PlacedSlot[Squares]]:
         placed = self.request.policy == "backward"
         for lot in batches(groups):
             yield from weight_squares(self.analysis.table, self.analysis.units, lot, removed, placed)
 
-    def _by_maps(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[Placed[Slot]]:
+    def _by_maps(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[PlacedSlot[Slot]]:
         captured = captured_maps(self.context, self.analysis, groups, self.needs, removed)
         short = captured.shortage()
         if short is not None and removed is None:
@@ -252,7 +252,7 @@ class Selector:
         for lot in batches(groups):
             for number, (group, slot) in enumerate(map_slots(self.analysis, lot, captured, removed, self.context.seed)):
                 self._reached[group] = self._reached.get(group, False) or slot.maps is None or slot.maps.samples > 0
-                yield Placed(group, slot, 0, (number,))
+                yield PlacedSlot(group, slot, 0, (number,))
 
     def _savings(self) -> dict[int, Array] | None:
         what = self.request.cost
@@ -265,14 +265,14 @@ class Selector:
         """Time of every node of the original, measured once per run."""
         analysis, context = self.analysis, self.context
         if not self._seconds:
-            with context.stage("profile"), Trial.of(analysis) as trial:
+            with context.stage("profile"), Workspace.of(analysis) as trial:
                 times = profile(trial.original, [_feed(context, analysis)])
             self._seconds.update(spread(analysis, [(t.name, t.op, t.seconds) for t in times]))
         return self._seconds
 
     def _warn(self, chosen: Mask) -> None:
         """Say so where one threshold cannot reach what was asked."""
-        pool = {n: c for n, c in self._last.items() if self.request.scope != "local" and not c.alone}
+        pool = {n: c for n, c in self._last.items() if self.request.scope != "local" and not c.is_local}
         groups = self.analysis.units.groups
         target = sum(c.ratio * c.values.size for c in pool.values())
         taken = sum(int(chosen[groups[n].units].sum()) for n in pool)

@@ -16,9 +16,9 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.graph.view import Graph, Node
 from onnxprune.operators.contractions import Form, Scale
 from onnxprune.passes.recalibrated import normalisations
-from onnxprune.passes.trial import Trial
+from onnxprune.passes.workspace import Workspace
 from onnxprune.pipeline import Context
-from onnxprune.recovery.plausible import divergence, interest
+from onnxprune.recovery.plausibility import measure_divergence, measure_response
 from onnxprune.recovery.targets import RecoveryTarget, find_targets, outputs
 from onnxprune.runtime.capture import count, with_outputs
 from onnxprune.runtime.inputs import RANGES, Spread, imagined, is_pattern
@@ -35,19 +35,19 @@ _PLAIN = RANGES["sd 1"]
 _LOOKS, _FEWEST, _SEEN, _BATCH = 128, 32, 1 << 19, 32
 
 
-class Imagined(NamedTuple):
+class SyntheticCalibration(NamedTuple):
     """Synthetic inputs, and the name of their range (empty where no input has one to choose)."""
 
     feeds: list[Feed]
-    spread: str
+    range_name: str
 
 
-def make_up(context: Context, analysis: Analysis) -> Imagined:
+def draw_calibration(context: Context, analysis: Analysis) -> SyntheticCalibration:
     """Draw seeded inputs for a recovery without data.
 
     The range of a model's inputs is unknown. Several ranges are tried on the original: selected is the one with which
     the inputs of its BatchNormalizations are nearest to the stored means and variances, and without BatchNormalization
-    the most plausible one, see :func:`onnxprune.recovery.plausible.interest`.
+    the most plausible one, see :func:`onnxprune.recovery.plausibility.measure_response`.
 
     Raises:
         ModelError: the original does not run on any.
@@ -58,7 +58,7 @@ def make_up(context: Context, analysis: Analysis) -> Imagined:
     def make(spread: Spread, shapes: Shapes, number: int) -> Feed:
         return imagined(specs, shapes, spread, bounds=bounds, seed=context.seed + 1009 * (number + 1))
 
-    with Trial.of(analysis) as trial:
+    with Workspace.of(analysis) as trial:
         shapes = _shapes(analysis, trial, make, _BATCH)
         chosen = ""
         patterns = [s for s in specs if is_pattern(s) and s.dtype.kind not in "iu"]
@@ -66,17 +66,17 @@ def make_up(context: Context, analysis: Analysis) -> Imagined:
             chosen = _choose(context, analysis, trial, make, {s.name for s in patterns})
     spread = RANGES.get(chosen, _PLAIN)
     one = make(spread, shapes, 0)
-    calls = -(-_afford(one, _NUMBERS, _LEAST, _SAMPLES) // count(one))
-    return Imagined([one, *(make(spread, shapes, n) for n in range(1, calls))], chosen)
+    calls = -(-_num_samples(one, _NUMBERS, _LEAST, _SAMPLES) // count(one))
+    return SyntheticCalibration([one, *(make(spread, shapes, n) for n in range(1, calls))], chosen)
 
 
-def _afford(feed: Feed, numbers: int, least: int, most: int) -> int:
+def _num_samples(feed: Feed, numbers: int, least: int, most: int) -> int:
     """How many samples like those of ``feed`` have that many numbers altogether, within limits."""
     size = sum(value.size for value in feed.values()) / count(feed)
     return int(np.clip(numbers / max(size, 1.0), least, most))
 
 
-def _shapes(analysis: Analysis, trial: Trial, make: Make, batch: int) -> Shapes:
+def _shapes(analysis: Analysis, trial: Workspace, make: Make, batch: int) -> Shapes:
     """Shapes of one call with that many samples, where the model leaves their number open; else the probe's."""
     probes = analysis.facts.probes
     shapes = {name: tuple(shape) for name, shape in probes[0].inputs.items()}
@@ -98,14 +98,14 @@ def _shapes(analysis: Analysis, trial: Trial, make: Make, batch: int) -> Shapes:
     return wanted
 
 
-def _choose(context: Context, analysis: Analysis, trial: Trial, make: Make, patterns: set[str]) -> str:
+def _choose(context: Context, analysis: Analysis, trial: Workspace, make: Make, patterns: set[str]) -> str:
     """Choose the input range with the most plausible features of the original; empty where it runs on none."""
-    gauge = Gauge.of(analysis)
+    gauge = InputPlausibility.of(analysis)
     if not gauge.names:
         return ""
-    shapes = _shapes(analysis, trial, make, gauge.at_once(_LOOKS))
+    shapes = _shapes(analysis, trial, make, gauge.samples_per_call(_LOOKS))
     one = make(_PLAIN, shapes, 0)
-    calls = -(-_afford(one, _SEEN, _FEWEST, _LOOKS) // count(one))
+    calls = -(-_num_samples(one, _SEEN, _FEWEST, _LOOKS) // count(one))
     drawn = [one, *(make(_PLAIN, shapes, n) for n in range(1, calls))]
     found: dict[str, float] = {}
     path, _ = trial.write(with_outputs(analysis.graph.proto, gauge.names), analysis.graph.weights, "looked_at")
@@ -114,7 +114,7 @@ def _choose(context: Context, analysis: Analysis, trial: Trial, make: Make, patt
         context.tell("inputs", number / len(RANGES))
         feeds = ({n: _spread(v, spread) if n in patterns else v for n, v in feed.items()} for feed in drawn)
         try:
-            found[name] = gauge.read((run(session, feed) for feed in feeds), calls)
+            found[name] = gauge.score((run(session, feed) for feed in feeds), calls)
         except ModelError:
             continue
     return max(found, key=lambda name: found[name], default="")
@@ -133,7 +133,7 @@ def _spread(value: Array, spread: Spread) -> Array:
 _ROWS, _HEAVY, _FEW = 4096, 256 << 20, 4
 
 
-class Gauge:
+class InputPlausibility:
     """Measure of input plausibility from activations of the original.
 
     Attributes:
@@ -145,7 +145,7 @@ class Gauge:
         self.names = list(norms or layers)
 
     @classmethod
-    def of(cls, analysis: Analysis) -> Gauge:
+    def of(cls, analysis: Analysis) -> InputPlausibility:
         """Collect the tensors of a model that the gauge observes."""
         graph = analysis.graph
         norms = {node.inputs[0]: node for node in normalisations(graph)}
@@ -155,13 +155,13 @@ class Gauge:
         layers = {aim.node.outputs[0]: aim.form for aim in aims if _outputs(graph, aim) >= _FEW}
         return cls(analysis, layers, norms)
 
-    def at_once(self, samples: int) -> int:
+    def samples_per_call(self, samples: int) -> int:
         """How many samples to look at in one call."""
         shapes = [self._analysis.facts.shape(name) for name in self.names]
         size = 4 * sum(int(np.prod([n or 1 for n in shape[1:]])) for shape in shapes if shape)
         return int(np.clip(_HEAVY // max(size, 1), 1, samples))
 
-    def read(self, calls: Iterator[Feed], number: int) -> float:
+    def score(self, calls: Iterator[Feed], number: int) -> float:
         """How plausible the inputs are that gave these values in that number of calls: higher is better."""
         values: dict[str, list[Array]] = {name: [] for name in self.names}
         for call in calls:
@@ -184,11 +184,11 @@ class Gauge:
         if not np.isfinite(rows).all():
             return -np.inf
         if name not in self._norms:
-            return interest(rows)
+            return measure_response(rows)
         weights = self._analysis.graph.weights
         mean, variance = (weights[n].read().astype(np.float64) for n in self._norms[name].inputs[3:5])
         wide = rows.astype(np.float64)
-        return -divergence(wide.mean(axis=0), wide.var(axis=0), mean, variance)
+        return -measure_divergence(wide.mean(axis=0), wide.var(axis=0), mean, variance)
 
 
 def _outputs(graph: Graph, aim: RecoveryTarget) -> int:

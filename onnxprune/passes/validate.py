@@ -10,7 +10,7 @@ from typing import Any
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.exact import prove
 from onnxprune.passes.structure import check_file, check_sizes
-from onnxprune.passes.trial import Trial, synthetic_feeds, timing_feed
+from onnxprune.passes.workspace import Workspace, synthetic_feeds, timing_feed
 from onnxprune.pipeline import SAME_MODEL, SAME_REMOVAL, Context, Model, Pass, PassResult
 from onnxprune.report.facts import Exactness, Fact, Remark, Sizes
 from onnxprune.runtime import fidelity, latency
@@ -48,14 +48,14 @@ class Validate(Pass):
         if not (self.exact or self.faithful or self.timed):
             note = Exactness(note="models were not run")
             return PassResult(model, [note] if model.is_unproved else [], changed=False)
-        with Trial.of(context.analysis) as trial:
+        with Workspace.of(context.analysis) as trial:
             facts = list(self._facts(context, model, trial))
         proof = next((fact for fact in facts if isinstance(fact, Exactness)), None)
         if proof is None:
             return PassResult(model, facts, changed=False)
         return PassResult(replace(model, proof=proof), facts)
 
-    def _facts(self, context: Context, model: Model, trial: Trial) -> Iterator[Fact]:
+    def _facts(self, context: Context, model: Model, trial: Workspace) -> Iterator[Fact]:
         with context.stage("write"):
             final, size = trial.write(*model.parts, "final")
             check_file(final, trial.original)
@@ -64,7 +64,7 @@ class Validate(Pass):
             if model.analysis.loaded is context.analysis.loaded:
                 yield prove(context, model, trial, final)
             else:
-                with Trial.of(model.analysis) as own:  # what was pruned is not what came in
+                with Workspace.of(model.analysis) as own:  # what was pruned is not what came in
                     yield prove(context, model, own, final)
         with context.stage("inputs"):  # the proof finds out at which sizes the model runs
             hold_out = _hold_out(context, model)

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from onnxprune.channels.survivors import After
 from onnxprune.graph.canonical import weight_of
 from onnxprune.graph.view import Graph
-from onnxprune.importance.slots import Site, in_order, sites, surviving
+from onnxprune.importance.slots import ContractionInput, contraction_inputs, in_order, surviving
 from onnxprune.labels.label import Ids, Label
 from onnxprune.operators.context import Table
 from onnxprune.operators.registry import Move, rule_of
-from onnxprune.recovery.regression import WORTH, Real, is_held
+from onnxprune.recovery.regression import WORTH, Real, is_validation
 from onnxprune.recovery.targets import RecoveryTarget, RecoveryTargets
 
 Array = NDArray[Any]
@@ -31,13 +31,13 @@ class Side:
     """One operand of a product of activations: positions of its channels in the target tensor of its projection.
 
     Attributes:
-        aim: the projection.
+        layer: the projection.
         label: label of the target tensor.
         source: positions of the channels in the original, [heads, d], flat over the label's axes.
         target: positions of the survivors of every head in the pruned tensor.
     """
 
-    aim: RecoveryTarget
+    layer: RecoveryTarget
     label: Label
     source: Ids
     target: Sequence[Ids]
@@ -52,12 +52,12 @@ class Pair:
     """Two projections whose outputs are multiplied. ``kept``: indices of the surviving channels of every head."""
 
     sides: tuple[Side, Side]
-    kept: Sequence[Ids]
+    indices: Sequence[Ids]
 
     @property
     def level(self) -> int:
         """The level at which both are recovered."""
-        return self.sides[0].aim.level
+        return self.sides[0].layer.level
 
 
 @dataclass(slots=True)
@@ -88,25 +88,25 @@ def find_pairs(table: Table, component: Ids, after: After, aims: RecoveryTargets
 
     Only rearrangements and scalar factors may lie between projection and product. Each projection is mixed once.
     """
-    by_name = {aim.tail.aim: aim for level in aims.levels for aim in level}
+    by_name = {aim.path.target: aim for level in aims.levels for aim in level}
     found: list[Pair] = []
     seen: set[int] = set()
     taken: set[tuple[str, int]] = set()
-    for site in sites(table, component):
+    for site in contraction_inputs(table, component):
         if site.partner is None or site.node.index in seen or after.mask(site.label) is None:
             continue
         seen.add(site.node.index)
         pair = _pair(table, after, site, by_name)
         if pair is None:
             continue
-        places = {(s.aim.tail.aim, int(p)) for s in pair.sides for p in s.source.ravel()}
+        places = {(s.layer.path.target, int(p)) for s in pair.sides for p in s.source.ravel()}
         if not places & taken:
             taken |= places
             found.append(pair)
     return found
 
 
-def _pair(table: Table, after: After, site: Site, aims: Mapping[str, RecoveryTarget]) -> Pair | None:
+def _pair(table: Table, after: After, site: ContractionInput, aims: Mapping[str, RecoveryTarget]) -> Pair | None:
     assert site.partner is not None
     other, order = site.partner
     atoms = in_order(site.label.ids, site.label.axes)
@@ -118,7 +118,7 @@ def _pair(table: Table, after: After, site: Site, aims: Mapping[str, RecoveryTar
     first, second = (a.reshape(-1, width) for a in (atoms, mates[0]))
     kept = [np.flatnonzero(~gone) for gone in after.removed[first]]
     found = [_side(table, after, *x, kept, aims) for x in ((site.tensor, first), (other, second))]
-    if found[0] is None or found[1] is None or found[0].aim.level != found[1].aim.level:
+    if found[0] is None or found[1] is None or found[0].layer.level != found[1].layer.level:
         return None
     return Pair((found[0], found[1]), kept)
 
@@ -176,22 +176,24 @@ def mixings(
     """
     result: dict[int, Mixing] = {}
     for pair in pairs:
-        own = batches([side.aim.tail.aim for side in pair.sides])
+        own = batches([side.layer.path.target for side in pair.sides])
         if not own:
             continue
-        for head, kept in enumerate(pair.kept):
+        for head, kept in enumerate(pair.indices):
             if not 0 < kept.size < pair.sides[0].source.shape[1]:
                 continue
             fit, judge = (
-                _products(pair, head, get, [b for k, b in enumerate(own) if is_held(k, len(own)) == h])
+                _products(pair, head, get, [b for k, b in enumerate(own) if is_validation(k, len(own)) == h])
                 for h in (False, True)
             )
             both = best_subspace(*fit, kept)
             whole = both[0] @ both[1].T
-            if drift(*judge, whole) >= (1.0 - WORTH) * drift(*judge, np.diag(np.isin(np.arange(len(whole)), kept))):
+            if measure_drift(*judge, whole) >= (1.0 - WORTH) * measure_drift(
+                *judge, np.diag(np.isin(np.arange(len(whole)), kept))
+            ):
                 continue
             for side, matrix in zip(pair.sides, both, strict=True):
-                mixing = result.setdefault(side.aim.node.index, Mixing(side.label))
+                mixing = result.setdefault(side.layer.node.index, Mixing(side.label))
                 mixing.parts.append((side.source[head], side.target[head], matrix))
     return result
 
@@ -203,7 +205,7 @@ def _products(pair: Pair, head: int, get: Callable[[str, int], Array], batches: 
     for total, side in zip(sums, pair.sides, strict=True):
         count = 0
         for batch in batches:
-            rows = side.rows(get(side.aim.tail.aim, batch), head).astype(np.float64)
+            rows = side.rows(get(side.layer.path.target, batch), head).astype(np.float64)
             total += rows.T @ rows
             count += len(rows)
         total /= max(count, 1)
@@ -233,7 +235,7 @@ def best_subspace(queries: Real, keys: Real, kept: Ids) -> tuple[Real, Real]:
     return back_q @ left @ turn, back_k @ (right * scale) @ np.linalg.inv(turn).T
 
 
-def drift(queries: Real, keys: Real, whole: Real) -> float:
+def measure_drift(queries: Real, keys: Real, whole: Real) -> float:
     """Return the mean square of q (I - T) k^T, T [d, d], over queries and keys."""
     apart = np.eye(len(whole)) - whole
     return float(np.einsum("ij,ij->", apart.T @ queries @ apart, keys))

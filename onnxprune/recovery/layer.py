@@ -21,7 +21,7 @@ from onnxprune.recovery.regression import (
     RidgeRegression,
     Solution,
     Sums,
-    is_held,
+    is_validation,
     solve,
 )
 from onnxprune.recovery.targets import RecoveryTarget
@@ -38,16 +38,16 @@ _BLOCK = 16 << 20
 
 
 @dataclass(slots=True)
-class Flat:
+class Saturation:
     """Saturation of an activation behind the layer: of a saturated output only the side of the edge matters.
 
     Attributes:
-        there: whether the target is saturated, [parts, rows, o], bool.
+        mask: whether the target is saturated, [parts, rows, o], bool.
         edge: output at the edge of saturation, [parts, rows, o], or [parts, 1, o] where all rows have the same.
         rises: whether the output grows away from saturation, shaped as ``edge``, bool.
     """
 
-    there: Array
+    mask: Array
     edge: Array
     rises: Array
 
@@ -62,48 +62,48 @@ class Rows:
 
     data: Array
     target: Array
-    flats: list[Flat]
+    saturations: list[Saturation]
 
     @property
     def nbytes(self) -> int:
         """The bytes of all arrays."""
-        flats = sum(f.there.nbytes + f.edge.nbytes + f.rises.nbytes for f in self.flats)
+        flats = sum(f.mask.nbytes + f.edge.nbytes + f.rises.nbytes for f in self.saturations)
         return self.data.nbytes + self.target.nbytes + flats
 
     def part(self, rows: slice) -> Rows:
         """Return some of the rows."""
         flats = [
-            Flat(f.there[:, rows], *(a if a.shape[1] == 1 else a[:, rows] for a in (f.edge, f.rises)))
-            for f in self.flats
+            Saturation(f.mask[:, rows], *(a if a.shape[1] == 1 else a[:, rows] for a in (f.edge, f.rises)))
+            for f in self.saturations
         ]
         return Rows(self.data[:, rows], self.target[:, rows], flats)
 
     @classmethod
-    def joined(cls, blocks: Sequence[Rows]) -> Rows:
+    def concatenate(cls, blocks: Sequence[Rows]) -> Rows:
         """Concatenate blocks."""
         if len(blocks) == 1:
             return blocks[0]
         flats = []
-        for pieces in zip(*(b.flats for b in blocks), strict=True):
-            one = pieces[0].edge.shape[1] == 1 and pieces[0].there.shape[1] != 1
+        for pieces in zip(*(b.saturations for b in blocks), strict=True):
+            one = pieces[0].edge.shape[1] == 1 and pieces[0].mask.shape[1] != 1
             edge, rises = (
                 getattr(pieces[0], name) if one else np.concatenate([getattr(f, name) for f in pieces], axis=1)
                 for name in ("edge", "rises")
             )
-            flats.append(Flat(np.concatenate([f.there for f in pieces], axis=1), edge, rises))
+            flats.append(Saturation(np.concatenate([f.mask for f in pieces], axis=1), edge, rises))
         data, target = (np.concatenate([getattr(b, name) for b in blocks], axis=1) for name in ("data", "target"))
         return cls(data, target, flats)
 
-    def wanted(self, fitted: Array) -> Array:
+    def expected(self, fitted: Array) -> Array:
         """Return the target; where it is saturated, the fitted output if that is saturated too, else the edge."""
         target = self.target
-        for flat in self.flats:
-            target = np.where(flat.there, np.where(flat.reached(fitted), fitted, flat.edge), target)
+        for flat in self.saturations:
+            target = np.where(flat.mask, np.where(flat.reached(fitted), fitted, flat.edge), target)
         return target
 
-    def clipped(self, output: Array) -> Array:
+    def clip(self, output: Array) -> Array:
         """Move saturated outputs to the edge."""
-        for flat in self.flats:
+        for flat in self.saturations:
             output = np.where(flat.rises, np.maximum(output, flat.edge), np.minimum(output, flat.edge))
         return output
 
@@ -113,7 +113,7 @@ class Problem:
     """Input and target rows of one layer.
 
     Args:
-        aim: recovery target of the layer.
+        layer: recovery target of the layer.
         weight: shape of its weight.
         channels: number of channels of its input.
         cut: function that returns a value in the pruned model.
@@ -124,7 +124,7 @@ class Problem:
         mixing: mixed channels that replace some of the survivors in the target.
     """
 
-    aim: RecoveryTarget
+    layer: RecoveryTarget
     weight: Sequence[int]
     channels: int
     cut: Get
@@ -170,14 +170,14 @@ class Problem:
             return
         size = 0
         for number, batch in enumerate(self.batches):
-            if held == is_held(number, len(self.batches)):
+            if held == is_validation(number, len(self.batches)):
                 waiting.append(self._read(batch))
                 size += waiting[-1].nbytes
                 if size > _BLOCK:
-                    yield Rows.joined(waiting)
+                    yield Rows.concatenate(waiting)
                     waiting, size = [], 0
         if waiting:
-            yield Rows.joined(waiting)
+            yield Rows.concatenate(waiting)
 
     def sums(self, held: bool | None = None) -> Sums:
         """Accumulate sums over batches of data and target as they are."""
@@ -196,17 +196,17 @@ class Problem:
     def every_row(self, held: bool, most: int, limit: int) -> Iterator[tuple[Rows, int]]:
         """Iterate over whole batches and their samples; none beyond ``most`` rows a sample or ``limit`` bytes."""
         for number, batch in enumerate(self.batches if len(self.batches) > 1 else ()):
-            if held == is_held(number, len(self.batches)):
-                shape = self.cut(self.aim.data, batch).shape
-                size = self.aim.form.count(shape) * self.channels * self.aim.form.taps * 4
-                if self.aim.form.count(shape) > most * shape[0] or size * len(self.batches) > limit:
+            if held == is_validation(number, len(self.batches)):
+                shape = self.cut(self.layer.data, batch).shape
+                size = self.layer.form.count(shape) * self.channels * self.layer.form.taps * 4
+                if self.layer.form.count(shape) > most * shape[0] or size * len(self.batches) > limit:
                     return
                 yield self._read(batch, every=True), int(shape[0])
 
     def _read(self, batch: int, every: bool = False) -> Rows:
-        form, tail = self.aim.form, self.aim.tail
-        data = _wide(self.cut(self.aim.data, batch))
-        original = wanted = _wide(self.full(tail.aim, batch))
+        form, tail = self.layer.form, self.layer.path
+        data = _wide(self.cut(self.layer.data, batch))
+        original = wanted = _wide(self.full(tail.target, batch))
         for axis, index in self.steps:
             wanted = wanted.take(index, axis=axis) if index.ndim == 1 else np.take_along_axis(wanted, index, axis=axis)
         if self.mixing is not None:
@@ -221,17 +221,17 @@ class Problem:
             return form.rows(tail.back(value, addends, shape), rows).astype(kind, copy=False)
 
         flats = []
-        for level, below in tail.flats:
+        for level, below in tail.saturations:
             # Rearranged to the layout of the output, without arithmetic.
             there = form.rows(tail.moved_back(wanted <= level if below else wanted >= level, shape), chosen)
             # All rows have the same edge, unless other activations or constants per position lie on the path.
             rows = np.zeros(1, np.int64) if self._even and not every else chosen
             edge = output(np.full_like(wanted, level), rows)
             beyond = output(np.full_like(wanted, level + (1.0 if below else -1.0)), rows)
-            flats.append(Flat(there, edge, beyond > edge))
+            flats.append(Saturation(there, edge, beyond > edge))
         if flats and not self._even and not addends and not every:
             self._even = all(bool((a == a[:, :1]).all()) for f in flats for a in (f.edge, f.rises))
-            flats = [Flat(f.there, f.edge[:, :1], f.rises[:, :1]) for f in flats] if self._even else flats
+            flats = [Saturation(f.mask, f.edge[:, :1], f.rises[:, :1]) for f in flats] if self._even else flats
         return Rows(np.ascontiguousarray(form.columns(data, chosen)), output(wanted), flats)
 
 
@@ -246,7 +246,7 @@ def loss(rows: Iterator[Rows], matrix: Real, bias: Real) -> float:
     total = 0.0
     for batch in rows:
         fitted = fit(batch.data, matrix, bias)
-        total += float(np.square(batch.wanted(fitted) - fitted, dtype=np.float64).sum())
+        total += float(np.square(batch.expected(fitted) - fitted, dtype=np.float64).sum())
     return total
 
 
@@ -277,9 +277,9 @@ class _Means:
     def apart(self, weights: Real, bias: Real) -> tuple[Array, Array]:
         """Return the mean residual of the activations, [samples, o], and where they are not saturated, [rows, o]."""
         fitted = fit(self.rows.data, weights, bias)
-        left = self.rows.clipped(self.rows.target) - self.rows.clipped(fitted)
+        left = self.rows.clip(self.rows.target) - self.rows.clip(fitted)
         passed = np.ones(fitted.shape, bool)
-        for flat in self.rows.flats:
+        for flat in self.rows.saturations:
             passed &= ~flat.reached(fitted)
         samples = left.shape[1] // self.positions
         return left[0].reshape(samples, self.positions, -1).mean(axis=1), passed[0]
@@ -370,7 +370,7 @@ _ROUNDS = 3
 _FINER = (1e-8, 1e-10)
 
 
-def repair(
+def recover_layer(
     problem: Problem,
     matrix: Real,
     bias: Real,
@@ -392,7 +392,7 @@ def repair(
         as_stored: function that rounds weights as writing them as codes does; None: no rounding.
     """
     found = _pointwise(problem, matrix, bias, mode, fixed_bias)
-    if mode == "full" and problem.aim.tail.pooled and matrix.shape[0] == 1 and found.before > NOTHING:
+    if mode == "full" and problem.layer.path.pooled and matrix.shape[0] == 1 and found.before > NOTHING:
         found = sharpen(problem, found, fixed_bias=fixed_bias)
     return found if as_stored is None else _rounded(problem, matrix, bias, found, as_stored)
 
@@ -420,7 +420,7 @@ def _pointwise(problem: Problem, matrix: Real, bias: Real, mode: str, fixed_bias
     if regression is None or linear.ridge is None:
         return linear
     linear = _finer(regression, held, linear)
-    if mode != "full" or not problem.aim.tail.flats or linear.ridge is None:
+    if mode != "full" or not problem.layer.path.saturations or linear.ridge is None:
         return linear
     found = _rounds(problem, regression, linear, matrix, bias)
     if not found.number:
@@ -449,7 +449,7 @@ def _finer(regression: RidgeRegression, held: Sums, found: Solution) -> Solution
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _BestRound:
     """Weights of the round with the least error, its number, and the hold-out errors before and after it."""
 
     matrix: Real
@@ -470,7 +470,7 @@ def _rounds(problem: Problem, regression: RidgeRegression, linear: Solution, mat
         error = loss(problem.rows(True), w, b)
         if error >= found.after:
             break
-        found = _Found(w, b, number, before, error)
+        found = _BestRound(w, b, number, before, error)
     return found
 
 
@@ -478,7 +478,7 @@ def _round(rows: Iterator[Rows], regression: RidgeRegression, w: Real, b: Real, 
     """Refit to targets that follow the last fit where the activation is saturated."""
     xy, y = np.zeros_like(w), np.zeros_like(b)
     for batch in rows:
-        wanted = batch.wanted(fit(batch.data, w, b))
+        wanted = batch.expected(fit(batch.data, w, b))
         xy += np.matmul(batch.data.transpose(0, 2, 1), wanted.astype(batch.data.dtype))
         y += wanted.sum(axis=1, dtype=np.float64)
     return regression.fit(ridge, xy, y)

@@ -16,7 +16,7 @@ HELD = 5
 """One batch in this many belongs to the hold-out."""
 
 
-def is_held(batch: int, batches: int) -> bool:
+def is_validation(batch: int, batches: int) -> bool:
     """Return whether a batch is held out; of few batches the last is, of one none."""
     every = min(HELD, batches)
     return every > 1 and batch % every == every - 1

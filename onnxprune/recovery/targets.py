@@ -33,7 +33,7 @@ _SETTINGS = {1: "scale", 2: "zero_point"}
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class WeightSource:
     """One constant that a node reads, whose values can be read and replaced.
 
     Attributes:
@@ -45,7 +45,7 @@ class Stored:
     chain: tuple[Node, ...] = ()
 
     @staticmethod
-    def of(graph: Graph, name: str) -> Stored | str:
+    def of(graph: Graph, name: str) -> WeightSource | str:
         """Return the constant ``name``, or why it cannot be given new values."""
         chain: list[Node] = []
         if weight_of(graph, name) is None:
@@ -56,7 +56,7 @@ class Stored:
             if name in graph.outputs:
                 return "its weight is an output of the model"
             if name in graph.weights:
-                return _checked(graph, Stored(name, tuple(reversed(chain))))
+                return _checked(graph, WeightSource(name, tuple(reversed(chain))))
             node = graph.producer.get(name)
             if node is None or not _can_undo(graph, node):
                 return "its weight is computed from others"
@@ -132,7 +132,7 @@ def _copied(graph: Graph, weights: MutableMapping[str, Weight], name: str, wante
     return wanted
 
 
-def _checked(graph: Graph, stored: Stored) -> Stored | str:
+def _checked(graph: Graph, stored: WeightSource) -> WeightSource | str:
     weight = graph.weights[stored.root]
     code = stored.quantised
     if code is None and (weight.dtype.kind not in "fV" or weight.dtype.itemsize < 2):
@@ -219,21 +219,21 @@ class InvertiblePath:
     """Operators between a contraction's output and its target tensor.
 
     Attributes:
-        aim: name of the target tensor.
+        target: name of the target tensor.
         undo: inverse operators from its value to the contraction's output, last operator first.
         addends: names of activations of the pruned model that are added on the path.
-        through: the operators of the path.
-        flats: saturation edges of the activation that reads the target, (level, whether it saturates below).
-        moved: whether an operator rearranges values.
+        nodes: the operators of the path.
+        saturations: saturation edges of the activation that reads the target, (level, whether it saturates below).
+        is_rearranged: whether an operator rearranges values.
         pooled: whether only a mean over positions reads the target, or the activation behind it.
     """
 
-    aim: str
+    target: str
     undo: list[tuple[Undo, int]] = field(default_factory=list)
     addends: list[str] = field(default_factory=list)
-    through: list[Node] = field(default_factory=list)
-    flats: list[tuple[float, bool]] = field(default_factory=list)
-    moved: bool = False
+    nodes: list[Node] = field(default_factory=list)
+    saturations: list[tuple[float, bool]] = field(default_factory=list)
+    is_rearranged: bool = False
     moves: list[Undo] = field(default_factory=list)
     pooled: bool = False
 
@@ -250,7 +250,7 @@ class InvertiblePath:
         return value
 
 
-def tail_of(graph: Graph, start: str, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> InvertiblePath:
+def find_path(graph: Graph, start: str, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> InvertiblePath:
     """Return the longest invertible chain of operators from ``start``, each the only reader of its input.
 
     Args:
@@ -262,8 +262,8 @@ def tail_of(graph: Graph, start: str, ready: Callable[[str], bool], shape: Calla
     tail = InvertiblePath(start)
     while _extend(graph, tail, ready, shape):
         pass
-    tail.flats = _flats(graph, tail.aim)
-    tail.pooled = not tail.moved and _is_pooled(graph, tail.aim, shape)
+    tail.saturations = _flats(graph, tail.target)
+    tail.pooled = not tail.is_rearranged and _is_pooled(graph, tail.target, shape)
     return tail
 
 
@@ -282,8 +282,8 @@ def _is_pooled(graph: Graph, aim: str, shape: Callable[[str], Any]) -> bool:
 
 def _extend(graph: Graph, tail: InvertiblePath, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> bool:
     """Extend the path by one operator; returns whether that was possible."""
-    readers = graph.consumers.get(tail.aim, ())
-    if len(readers) != 1 or tail.aim in graph.outputs or tail.aim in graph.captured:
+    readers = graph.consumers.get(tail.target, ())
+    if len(readers) != 1 or tail.target in graph.outputs or tail.target in graph.captured:
         return False
     node, position = readers[0]
     rule = rule_of(node)
@@ -291,10 +291,10 @@ def _extend(graph: Graph, tail: InvertiblePath, ready: Callable[[str], bool], sh
     if inverse is None:
         return False
     # An operand must not widen the value: there would be no one value in front of it.
-    if rule.moves is None and shape(tail.aim) != shape(node.outputs[0]):
+    if rule.moves is None and shape(tail.target) != shape(node.outputs[0]):
         return False
     # A reshape is undone with the shape of the contraction's output: nothing may have moved before it.
-    if rule.moves is Move.SHAPE and tail.moved:
+    if rule.moves is Move.SHAPE and tail.is_rearranged:
         return False
     addend = "" if inverse.addend is None else node.inputs[inverse.addend]
     if addend and not ready(addend):
@@ -302,10 +302,10 @@ def _extend(graph: Graph, tail: InvertiblePath, ready: Callable[[str], bool], sh
     tail.undo.append((inverse.undo, len(tail.addends)))
     tail.addends += [addend] if addend else []
     if rule.moves not in (None, Move.SAME):
-        tail.moved = True
+        tail.is_rearranged = True
         tail.moves.append(inverse.undo)
-    tail.through.append(node)
-    tail.aim = node.outputs[0]
+    tail.nodes.append(node)
+    tail.target = node.outputs[0]
     return True
 
 
@@ -343,7 +343,7 @@ _OUTSIDE = "it lies in a body and reads what lies outside: one value for all ite
 _ACROSS = "it lies in a body, and the first axis of what it reads or gives does not count samples"
 
 
-class Bodies:
+class Subgraphs:
     """The bodies of the pruned graph, and the order of recovery of their layers.
 
     A layer in a Loop or Scan is fitted to the surviving inputs of the original: its inputs in the pruned model depend,
@@ -405,7 +405,7 @@ class Bodies:
         """Return whether the path may be used: not across a Loop or Scan, nor in one to a sum with pruned addends."""
         if not self._around:
             return True
-        return self.together(node, [tail.aim]) and not (tail.addends and self.encloses(node))
+        return self.together(node, [tail.target]) and not (tail.addends and self.encloses(node))
 
     def where(self, node: Node) -> tuple[tuple[str, bool], ...]:
         """Return the conditions under which a node in a Loop or Scan runs in an iteration: (tensor, value)."""
@@ -468,21 +468,21 @@ class RecoveryTarget:
     Attributes:
         node: node of the pruned graph.
         form: the node as a matrix product.
-        tail: path from its output to its target.
+        path: path from its output to its target.
         level: targets of one level do not depend on each other; lower levels are recovered first.
         weight, bias: where its constants lie; no bias where it has none.
-        recurrent: whether it lies in a Loop or Scan, see :class:`Bodies`.
-        where: conditions of the iterations in which it runs there, (tensor, value).
+        recurrent: whether it lies in a Loop or Scan, see :class:`Subgraphs`.
+        conditions: conditions of the iterations in which it runs there, (tensor, value).
     """
 
     node: Node
     form: Form
-    tail: InvertiblePath
+    path: InvertiblePath
     level: int
-    weight: Stored
-    bias: Stored | None = None
+    weight: WeightSource
+    bias: WeightSource | None = None
     recurrent: bool = False
-    where: tuple[tuple[str, bool], ...] = ()
+    conditions: tuple[tuple[str, bool], ...] = ()
 
     @property
     def data(self) -> str:
@@ -492,7 +492,7 @@ class RecoveryTarget:
     @property
     def needs(self) -> tuple[str, ...]:
         """The tensors of the pruned model that the recovery of the contraction needs."""
-        return () if self.recurrent else (self.data, *self.tail.addends)
+        return () if self.recurrent else (self.data, *self.path.addends)
 
 
 @dataclass(slots=True)
@@ -500,12 +500,12 @@ class RecoveryTargets:
     """All recovery targets in levels, and the reasons of contractions without one, {node: reason}."""
 
     levels: list[list[RecoveryTarget]] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
-    def leave(self, why: Callable[[RecoveryTarget], str]) -> None:
+    def reject(self, why: Callable[[RecoveryTarget], str]) -> None:
         """Drop the targets for which there is a reason."""
         reasons = {aim.node.label: reason for level in self.levels for aim in level if (reason := why(aim))}
-        self.left.update(reasons)
+        self.reasons.update(reasons)
         self.keep(lambda aim: aim.node.label not in reasons)
 
     def keep(self, wanted: Callable[[RecoveryTarget], bool]) -> None:
@@ -527,7 +527,7 @@ def find_targets(graph: Graph, known: Collection[str], shape: Shapes, *, joint: 
     level: dict[str, int] = dict.fromkeys(graph.inputs, 0)
     by_level: dict[int, list[RecoveryTarget]] = defaultdict(list)
     passed: set[int] = set()
-    bodies = Bodies(graph, level)
+    bodies = Subgraphs(graph, level)
     for node in graph.nodes:
         inputs = [n for n in node.inputs if n and n not in graph.weights]
         reach = max((level.get(n, 0) for n in inputs), default=0)
@@ -540,16 +540,16 @@ def find_targets(graph: Graph, known: Collection[str], shape: Shapes, *, joint: 
         if form is not None:
             own = bodies.refusal(node, form, known, shape) or own
         if isinstance(own, str):
-            found.left[node.label] = own
+            found.reasons[node.label] = own
         elif form is not None and own is not None:
-            tail = tail_of(graph, node.outputs[0], level.__contains__ if joint else _never, shape)
-            if tail.aim not in known or not bodies.may_follow(node, tail):
+            tail = find_path(graph, node.outputs[0], level.__contains__ if joint else _never, shape)
+            if tail.target not in known or not bodies.may_follow(node, tail):
                 tail = InvertiblePath(node.outputs[0])
-            if tail.aim in known:
+            if tail.target in known:
                 reach = 1 + max([reach, *(level[n] for n in tail.addends)])
                 loop = bodies.encloses(node), bodies.where(node)
                 by_level[reach].append(RecoveryTarget(node, form, tail, reach, *own, *loop))
-                passed.update(n.index for n in tail.through)
+                passed.update(n.index for n in tail.nodes)
         bodies.note(node, reach)
         for name in node.outputs:
             level[name] = reach
@@ -582,16 +582,16 @@ def _is_constant(graph: Graph, name: str) -> bool:
     return name in graph.weights or weight_of(graph, name) is not None
 
 
-def _own(graph: Graph, node: Node, form: Form) -> tuple[Stored, Stored | None] | str:
+def _own(graph: Graph, node: Node, form: Form) -> tuple[WeightSource, WeightSource | None] | str:
     """Return the constants of a layer's weight and bias, or why they cannot be changed."""
     if not form.plain:
         return "its output is not a plain product of data and weight"
-    weight = Stored.of(graph, node.inputs[form.weight])
+    weight = WeightSource.of(graph, node.inputs[form.weight])
     if isinstance(weight, str):
         return weight
     if form.bias is None or form.bias >= len(node.inputs) or not node.inputs[form.bias]:
         return weight, None
-    bias = Stored.of(graph, node.inputs[form.bias])
+    bias = WeightSource.of(graph, node.inputs[form.bias])
     if isinstance(bias, str):
         return bias
     if bias.chain and prod(bias.shape(graph.weights)) != outputs(form, weight.shape(graph.weights)):
@@ -610,11 +610,11 @@ class Layer:
     Args:
         graph: graph of the pruned model.
         weights: weights of the pruned model, changed by ``write``.
-        aim: recovery target of the contraction.
+        target: recovery target of the contraction.
     """
 
     def __init__(self, graph: Graph, weights: MutableMapping[str, Weight], aim: RecoveryTarget) -> None:
-        self._graph, self._weights, self.aim = graph, weights, aim
+        self._graph, self._weights, self.target = graph, weights, aim
         self.node, self.form = aim.node, aim.form
         self._home = self._find_home()
 
@@ -626,11 +626,11 @@ class Layer:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight as the layer reads it."""
-        return self.aim.weight.shape(self._weights)
+        return self.target.weight.shape(self._weights)
 
     def read(self) -> tuple[RealArray, RealArray]:
         """Read the matrix [parts, n, o] and the bias [parts, o] that the layer applies, in float64."""
-        weight = self.aim.weight.read(self._weights)
+        weight = self.target.weight.read(self._weights)
         if isinstance(self.form, Scale):
             gain, mean = self._statistics()
             shift = self._weights[self.node.inputs[2]].read().astype(np.float64)
@@ -638,15 +638,15 @@ class Layer:
             return scaled.reshape(-1, 1, 1), (shift - mean * scaled).reshape(-1, 1)
         matrix = self.form.matrix(weight) * self.form.scale
         bias = np.zeros((matrix.shape[0], matrix.shape[2]))
-        if self.aim.bias is not None:
-            value = self.aim.bias.read(self._weights) * self.form.bias_scale
+        if self.target.bias is not None:
+            value = self.target.bias.read(self._weights) * self.form.bias_scale
             bias = np.broadcast_to(value.reshape(-1), (bias.size,)).reshape(bias.shape).copy()
         return matrix, bias
 
     def write(self, matrix: RealArray, bias: RealArray) -> None:
         """Write matrix and bias to the model, in the weights' own types; codes get new scales."""
-        stored = self.aim.weight
-        for constant in (stored, self.aim.bias):
+        stored = self.target.weight
+        for constant in (stored, self.target.bias):
             if constant is not None:
                 constant.detach(self._graph, self._weights)
         if isinstance(self.form, Scale):
@@ -669,7 +669,7 @@ class Layer:
 
     def as_stored(self, matrix: RealArray, bias: RealArray) -> tuple[RealArray, RealArray]:
         """Return the weights and biases as the layer would apply them once written: codes round them."""
-        stored, own = self.aim.weight, self.aim.bias
+        stored, own = self.target.weight, self.target.bias
         if stored.quantised is None:
             return matrix, bias
         apart = ChainMap[str, Weight]({}, self._weights)  # others write theirs meanwhile
@@ -682,11 +682,11 @@ class Layer:
         return rounded, own.read(apart).reshape(bias.shape) * self.form.bias_scale
 
     def _write_bias(self, bias: RealArray, ratio: RealArray | None) -> None:
-        stored = self.aim.bias
+        stored = self.target.bias
         if stored is not None and stored.chain:
             stored.write(self._weights, bias.reshape(stored.shape(self._weights)), ratio)
             return
-        dtype = self._weights[self.aim.weight.root].dtype if stored is None else self._weights[stored.root].dtype
+        dtype = self._weights[self.target.weight.root].dtype if stored is None else self._weights[stored.root].dtype
         if stored is not None:
             shape = self._weights[stored.root].shape
             self._set(stored.root, bias.reshape(shape) if shape[-1:] == (bias.size,) else bias, dtype)
@@ -723,7 +723,7 @@ class Layer:
         """Return the place of a bias: ``own``, the name of a constant that is added right behind, or None."""
         if self.form.bias is not None:
             # A float bias behind codes would prevent runtimes from multiplying the layer in integers.
-            return None if self.aim.bias is None and self.aim.weight.quantised is not None else "own"
+            return None if self.target.bias is None and self.target.weight.quantised is not None else "own"
         if not isinstance(self.form, Pairwise):
             return None
         # A constant that is added lies along the last axis: outputs have to lie there too.

@@ -32,7 +32,7 @@ from onnxprune.search.mixture import ALONE, Mixture
 from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated, SearchProblem, tolerance
 from onnxprune.search.refine import Refine, cuts
 from onnxprune.search.sensitivity import measure_sensitivity
-from onnxprune.search.wishes import Wishes
+from onnxprune.search.spec import BudgetSpec
 from onnxprune.targets import Target
 
 Array = NDArray[np.float64]
@@ -54,7 +54,7 @@ class Budget(Pass):
     :class:`onnxprune.search.mixture.Mixture`.
 
     Args:
-        wishes: targets and gates.
+        spec: targets and gates.
         criterion: importance criterion of units; ``ziplm`` with data, ``l2`` without.
         recover: mode of the recovery.
         why: origin of that mode, for the report.
@@ -71,7 +71,7 @@ class Budget(Pass):
 
     def __init__(
         self,
-        wishes: Wishes,
+        spec: BudgetSpec,
         criterion: str | Criterion | None = None,
         *,
         recover: str = "none",
@@ -79,7 +79,7 @@ class Budget(Pass):
         approximate: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        self.wishes, self.criterion, self.mode, self.why = wishes, criterion, check_mode(recover), why
+        self.spec, self.criterion, self.mode, self.why = spec, criterion, check_mode(recover), why
         self.approximate, self.options = approximate, options
         if self.mode != "none":
             self.requires = (UNPRUNED, HAS_INPUTS)
@@ -105,7 +105,7 @@ class Budget(Pass):
         """Search, prune and recover."""
         prune = self.prune(context)
         analysis = prune.prepared(context, model)
-        before = points_of_original(analysis, self.wishes.metric)
+        before = points_of_original(analysis, self.spec.metric)
         result = self._search(context, analysis, prune, before)
         pruned, facts = self._outcome(context, prune, result, before)
         if result.failure is not None:
@@ -138,7 +138,7 @@ class Budget(Pass):
         for _ in range(len(analysis.graph.nodes) + 1):
             try:
                 with context.stage("budget"):
-                    return Search(context, analysis, self.wishes, prune, self.mode, before).run()
+                    return Search(context, analysis, self.spec, prune, self.mode, before).run()
             except CannotRewrite as stop:
                 analysis = frozen_at(analysis, stop, np.ones(analysis.units.component.size, dtype=bool))
         raise AssertionError("every node was frozen")  # pragma: no cover
@@ -146,9 +146,10 @@ class Budget(Pass):
     def _facts(self, result: SearchResult, before: float) -> BudgetFacts:
         problem, best = result.problem, result.best
         limits = problem.limits()
-        requested = {t.kind: str(t) for t in self.wishes.targets}
+        requested = {t.kind: str(t) for t in self.spec.targets}
         targets = [
-            TargetFacts(k, requested[k], limits[k], problem.base(k), best.costs[k], problem.how(k)) for k in requested
+            TargetFacts(k, requested[k], limits[k], problem.base(k), best.costs[k], problem.origin(k))
+            for k in requested
         ]
         compared = _best_by_name(result) or [(best, result.final)]
         answers = [
@@ -156,8 +157,8 @@ class Budget(Pass):
         ]
         gap = best.allocation.gap if np.isfinite(best.allocation.bound) else None
         quality = result.final.quality
-        metric_name = points_name(self.wishes.metric, quality.fidelity)
-        return BudgetFacts(targets, answers, gap, metric_name, before, quality.points, self.wishes.max_drop)
+        metric_name = points_name(self.spec.metric, quality.fidelity)
+        return BudgetFacts(targets, answers, gap, metric_name, before, quality.points, self.spec.max_drop)
 
 
 def default_criterion(context: Context) -> str:
@@ -204,16 +205,16 @@ class Search:
     Args:
         context: the run.
         analysis: of the model.
-        wishes: targets and gates.
+        spec: targets and gates.
         prune: scores units.
         mode: of the recovery.
         before: points of the original.
     """
 
     def __init__(
-        self, context: Context, analysis: Analysis, wishes: Wishes, prune: Prune, mode: str, before: float
+        self, context: Context, analysis: Analysis, spec: BudgetSpec, prune: Prune, mode: str, before: float
     ) -> None:
-        self.context, self.analysis, self.wishes, self.prune = context, analysis, wishes, prune
+        self.context, self.analysis, self.spec, self.prune = context, analysis, spec, prune
         self.mode, self.before = mode, before
         self._mixture_of: Mixture | None = None
 
@@ -224,9 +225,9 @@ class Search:
             BudgetError: a target is out of reach, or a gate is not met.
             CannotRewrite: a node has no form with the new sizes.
         """
-        wishes = self.wishes
-        problem = self.problem(wishes.targets or (Target(self._shrinks, 1.0),))
-        if wishes.targets:
+        spec = self.spec
+        problem = self.problem(spec.targets or (Target(self._shrinks, 1.0),))
+        if spec.targets:
             result = self.within(problem)
             gap = self._missing(result.final)
             if gap:
@@ -239,9 +240,9 @@ class Search:
         context, analysis, table = self.context, self.analysis, None
         if any(t.kind == "latency" for t in targets):
             sizes = rewritable_sizes(analysis)
-            table, analysis = latency_table(context, sizes, source=self.wishes.latency_table), sizes.analysis
+            table, analysis = latency_table(context, sizes, source=self.spec.latency_table), sizes.analysis
         selector = self.prune.selector(context, analysis)
-        if not any(ratio is not None for ratio in selector.asked.values()):
+        if not any(ratio is not None for ratio in selector.ratios.values()):
             raise BudgetError("No channel of this model can be removed.", hint=reasons(selector.analysis))
         curves = self._curves(selector)
         sensitivity = None if curves else self._output_sensitivity(selector)
@@ -249,11 +250,11 @@ class Search:
 
     def _curves(self, selector: Selector) -> Curves | None:
         """Return measured losses by group, where they were requested."""
-        source = self.wishes.sensitivity
+        source = self.spec.sensitivity
         if source is None:
             return None
         if isinstance(source, str) and source == "measure":
-            mode, metric, jobs = self.mode, self.wishes.metric, self.wishes.jobs
+            mode, metric, jobs = self.mode, self.spec.metric, self.spec.jobs
             return measure_sensitivity(self.context, selector, mode=mode, metric=metric, jobs=jobs).losses()
         curves = source if isinstance(source, Sensitivity) else Sensitivity.load(source)
         file = "" if isinstance(source, Sensitivity) else repr(str(source))
@@ -309,7 +310,7 @@ class Search:
         Returns:
             the candidates, and the problem led by the best choices.
         """
-        if len(candidates) < 2 and not self.wishes.factorize:
+        if len(candidates) < 2 and not self.spec.factorize:
             return [], problem
         evaluated = [(candidate, self._evaluate(problem, candidate)) for candidate in candidates]
         with_source = [pair for pair in evaluated if pair[0].source]
@@ -322,15 +323,15 @@ class Search:
 
     def _refined(self, problem: SearchProblem, evaluated: Sequence[Evaluated], best: Candidate) -> list[Evaluated]:
         """Return candidates around the best one; by default only with recovery and where quality was lost."""
-        trials = self.wishes.trials
+        trials = self.spec.trials
         if trials is None:
-            faithful = self.wishes.metric is None and any(e.quality.fine > -_FAITHFUL for _, e in evaluated)
+            faithful = self.spec.metric is None and any(e.quality.fine > -_FAITHFUL for _, e in evaluated)
             trials = 0 if self.mode == "none" or faithful else trials_of(sample_macs(problem.analysis))
         mixture = self._mixture(problem)
         if not trials or not evaluated or best.name == ALONE:
             return []
         judge = self._judge(problem)
-        original_fine = 0.0 if self.wishes.metric is None else self.before
+        original_fine = 0.0 if self.spec.metric is None else self.before
         if best.factorize is None or mixture is None:
             pruned_only = [pair for pair in evaluated if pair[0].factorize is None]
             return Refine(cuts(problem), judge, trials, original_fine).around(pruned_only)
@@ -349,7 +350,7 @@ class Search:
 
     def _mixture(self, problem: SearchProblem) -> Mixture | None:
         """Return the mixture that factorizes layers as well, where requested; reused for problems of the same costs."""
-        if not self.wishes.factorize:
+        if not self.spec.factorize:
             return None
         if self._mixture_of is None or self._mixture_of.costs is not problem.costs:
             request = self.prune.request
@@ -363,7 +364,7 @@ class Search:
 
     def _evaluate(self, problem: SearchProblem, candidate: Candidate, *, trial: bool = True) -> Evaluation:
         mode = self.mode if candidate.removed.any() or candidate.factorize is not None else "none"
-        options: dict[str, Any] = {"mode": mode, "metric": self.wishes.metric, "factorize": candidate.factorize}
+        options: dict[str, Any] = {"mode": mode, "metric": self.spec.metric, "factorize": candidate.factorize}
         return evaluate(
             self.context, problem.analysis, candidate.removed, split=TrialSplit() if trial else None, **options
         )
@@ -375,16 +376,16 @@ class Search:
 
     def _missing(self, final: Evaluation) -> str:
         """Return a description of the gate that a model does not pass; empty where it passes."""
-        wishes, quality, before = self.wishes, final.quality, self.before
-        metric_name = points_name(wishes.metric, quality.fidelity)
+        spec, quality, before = self.spec, final.quality, self.before
+        metric_name = points_name(spec.metric, quality.fidelity)
         # A comparison with NaN is false: a model without a comparable output passes no gate.
-        if wishes.max_drop is not None and not before - quality.points <= wishes.max_drop + 1e-9:
+        if spec.max_drop is not None and not before - quality.points <= spec.max_drop + 1e-9:
             drop = before - quality.points
-            limit = f"{argument('max_drop')} {wishes.max_drop:g}"
+            limit = f"{argument('max_drop')} {spec.max_drop:g}"
             return f"{metric_name} fell from {before:.4g} to {quality.points:.4g}: {drop:.3g} > {limit}"
         cosine = 1.0 if quality.fidelity is None else quality.fidelity.worst_cosine
-        if wishes.min_fidelity is not None and not cosine >= wishes.min_fidelity:
-            return f"worst cosine {cosine:.4f} is below {argument('min_fidelity')} {wishes.min_fidelity:g}"
+        if spec.min_fidelity is not None and not cosine >= spec.min_fidelity:
+            return f"worst cosine {cosine:.4f} is below {argument('min_fidelity')} {spec.min_fidelity:g}"
         return ""
 
     def _smallest(self, problem: SearchProblem) -> SearchResult:
@@ -396,7 +397,7 @@ class Search:
         kind = self._shrinks
         low, high = problem.reachable(kind) / problem.originals[kind], 1.0
         result, failure = None, "no model was found that passes"
-        if self.wishes.factorize or len(problem.choices) > 1:  # determine the losses and the rate of exchange
+        if self.spec.factorize or len(problem.choices) > 1:  # determine the losses and the rate of exchange
             halfway = problem.with_targets(Target(kind, 0.5 * (low + high)))
             problem = replace(problem, lead=self._evaluated(halfway, halfway.candidates())[1].lead)
         for _ in range(_HALVINGS):

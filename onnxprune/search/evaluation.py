@@ -22,7 +22,7 @@ from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.recover import Recover, noise
-from onnxprune.passes.trial import Trial, synthetic_feeds
+from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import Context, Model, PassResult, apply
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Sizes
 from onnxprune.runtime.fidelity import fidelity, hints_of
@@ -235,7 +235,7 @@ def evaluate(
         result = apply(Recover(mode, near=near), trial_context, result.model)
         facts += result.facts
     model = result.model
-    with Trial.of(analysis) as trial:
+    with Workspace.of(analysis) as trial:
         path, size = trial.write(*model.parts, "candidate")
         inputs = [] if split is None else split.validation(context, analysis)
         quality = _of_fidelity(_recovered_fidelity(facts, inputs) or _fidelity(context, trial, path, inputs))
@@ -266,7 +266,7 @@ def _recovered_fidelity(facts: Sequence[Fact], inputs: Sequence[Feed]) -> Fideli
     return fidelity.before if fidelity.undone else fidelity.after
 
 
-def _fidelity(context: Context, trial: Trial, path: Path, inputs: Sequence[Feed]) -> Fidelity:
+def _fidelity(context: Context, trial: Workspace, path: Path, inputs: Sequence[Feed]) -> Fidelity:
     """Return the fidelity on these inputs, else on the first calibration samples."""
     feeds = inputs or (TrialSplit().first(context, trial.analysis) if context.calibration is not None else [])
     feeds = feeds or synthetic_feeds(context, trial.analysis)
@@ -278,5 +278,5 @@ def points_of_original(analysis: Analysis, metric: Metric | None) -> float:
     """Return the points of the original: the metric, 100 without one."""
     if metric is None:
         return 100.0
-    with Trial.of(analysis) as trial:
+    with Workspace.of(analysis) as trial:
         return measure_metric(metric, trial.copy_of_original())

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.allocation.costs import Counts, Sizes
-from onnxprune.allocation.latency_model import VERSION, Latency, LatencyTable, Places, samples_of, surfaces
-from onnxprune.allocation.selection import RankedGroup, spread, take
+from onnxprune.allocation.latency_model import VERSION, Latency, LatencyTable, NodeKinds, fit_models, samples_of
+from onnxprune.allocation.selection import RankedGroup, close_selection, spread
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.selection import atoms_removed
 from onnxprune.errors import BudgetError, ModelError, UsageError
@@ -25,7 +25,7 @@ from onnxprune.io.files import user_cache
 from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.prune import frozen_at
-from onnxprune.passes.trial import Trial, timing_feed
+from onnxprune.passes.workspace import Workspace, timing_feed
 from onnxprune.pipeline import Context
 from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import SHARES, KindSteps, NodeTime, Profile
@@ -66,7 +66,7 @@ def rewritable_sizes(analysis: Analysis) -> Sizes:
         if not groups:
             raise BudgetError("No channel of this model can be removed.", hint="'onnxprune inspect' lists the reasons.")
         sizes = Sizes(analysis, groups)
-        removed = removal(analysis, sizes, sizes.steps - 1)
+        removed = removed_mask(analysis, sizes, sizes.steps - 1)
         try:
             cut_model(analysis, removed)
         except CannotRewrite as stop:
@@ -143,8 +143,8 @@ def measure_table(context: Context, sizes: Sizes, *, seconds: float = SECONDS) -
         ModelError: the model does not run.
     """
     draw = np.random.default_rng(context.seed)
-    analysis, places = sizes.analysis, Places(sizes)
-    with context.stage("profile"), Trial.of(analysis) as trial:
+    analysis, places = sizes.analysis, NodeKinds(sizes)
+    with context.stage("profile"), Workspace.of(analysis) as trial:
         feed = timing_feed(context, trial)
         bench = Bench(analysis, sizes, context.device, feed, trial)
         shapes = {name: list(value.shape) for name, value in feed.items()}
@@ -171,14 +171,14 @@ def measure_table(context: Context, sizes: Sizes, *, seconds: float = SECONDS) -
 class Bench:
     """Pruned models of one original as files, and their times."""
 
-    def __init__(self, analysis: Analysis, sizes: Sizes, device: Device, feed: Feed, trial: Trial) -> None:
+    def __init__(self, analysis: Analysis, sizes: Sizes, device: Device, feed: Feed, trial: Workspace) -> None:
         self._analysis, self._sizes, self._device, self._feed, self._trial = analysis, sizes, device, feed, trial
         self._runs = _LEAST_RUNS
         self.original = trial.original
 
     def cut(self, counts: Counts, stem: str = "timed") -> Path:
         """Write the model pruned to counts [groups]; which units are removed does not matter."""
-        removed = removal(self._analysis, self._sizes, counts)
+        removed = removed_mask(self._analysis, self._sizes, counts)
         return self._trial.write(*flush(cut_model(self._analysis, removed))[0], stem)[0]
 
     def nodes(self, path: Path) -> dict[str, float]:
@@ -201,14 +201,14 @@ class Bench:
         return np.array([np.sort(t)[: max(1, round(_SHORTEST * len(t)))].mean() for t in times]) * 1e-3
 
 
-def removal(analysis: Analysis, sizes: Sizes, counts: Counts) -> NDArray[np.bool_]:
+def removed_mask(analysis: Analysis, sizes: Sizes, counts: Counts) -> NDArray[np.bool_]:
     """Return the mask over atoms for counts [groups]: the last units of every group are removed."""
     ranked = {
         g.id: RankedGroup(-np.arange(g.size, dtype=np.float64), g.classes, g.steps, np.arange(g.steps), 0.0)
         for g in sizes.groups
     }
     num_removed = [int(s - k) for s, k in zip(sizes.steps, counts, strict=True)]
-    return atoms_removed(analysis.units, take(analysis, ranked, num_removed))
+    return atoms_removed(analysis.units, close_selection(analysis, ranked, num_removed))
 
 
 def _cuts(sizes: Sizes, draw: np.random.Generator) -> Iterator[Counts]:
@@ -261,7 +261,7 @@ def steadied(nodes: Sequence[Mapping[str, float]], model_runs: Sequence[Whole]) 
     return np.asarray(np.clip((runs - overhead) / (slope * sums), *_STEADY))
 
 
-def fit_runs(table: LatencyTable, places: Places, counts: Counts, runs: Sequence[Whole]) -> None:
+def fit_runs(table: LatencyTable, places: NodeKinds, counts: Counts, runs: Sequence[Whole]) -> None:
     """Fit the overhead of a run besides its nodes.
 
     Args:
@@ -276,7 +276,7 @@ def fit_runs(table: LatencyTable, places: Places, counts: Counts, runs: Sequence
     table.overhead, table.slope = line(Latency(places, table).rows(counts)[:, 0], shares * table.seconds)
 
 
-def check_runs(table: LatencyTable, places: Places, cuts: Counts, runs: Sequence[Whole]) -> None:
+def check_runs(table: LatencyTable, places: NodeKinds, cuts: Counts, runs: Sequence[Whole]) -> None:
     """Compare predictions with whole runs at counts [cuts, groups] not measured before."""
     predicted = Latency(places, table).rows(cuts)[:, 0]
     shares = np.array([after / before for before, after in runs])
@@ -299,7 +299,7 @@ def line(nodes: NDArray[np.float64], measured: NDArray[np.float64]) -> tuple[flo
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Profiled:
+class LatencyProfile:
     """The result of a profile: ``facts`` for the report, ``table`` for predictions."""
 
     facts: Profile
@@ -317,9 +317,9 @@ class Profiled:
         self.table.save(path)
 
 
-def profiled(sizes: Sizes, table: LatencyTable, model: str) -> Profile:
+def describe_times(sizes: Sizes, table: LatencyTable, model: str) -> Profile:
     """Return the facts of a table, in milliseconds."""
-    places = Places(sizes)
+    places = NodeKinds(sizes)
     latency = Latency(places, table)
     full = latency.of_nodes(sizes.steps)
     parts = [latency.of_nodes(_alike(sizes, share)) for share in SHARES]
@@ -340,7 +340,7 @@ def _alike(sizes: Sizes, share: float) -> Counts:
     return np.array([x[np.argmin(np.abs(x - share * s))] for x, s in zip(levels, sizes.steps, strict=True)])
 
 
-def _steps(places: Places, table: LatencyTable, full: dict[str, float]) -> list[KindSteps]:
+def _steps(places: NodeKinds, table: LatencyTable, full: dict[str, float]) -> list[KindSteps]:
     """Return the kinds that take most time in all, by the channels that they read and make."""
     kinds: dict[str, list[Node]] = defaultdict(list)
     for node in places.moving:
@@ -348,7 +348,7 @@ def _steps(places: Places, table: LatencyTable, full: dict[str, float]) -> list[
     dearest = sorted(kinds, key=lambda k: -sum(full.get(n.label, 0.0) for n in kinds[k]))[:_KINDS]
     result, shape = [], places.sizes.analysis.facts.shape
     for kind in dearest:
-        surface = surfaces(places, [s for s in table.samples if places.kinds.get(s.node) == kind]).get(kind)
+        surface = fit_models(places, [s for s in table.samples if places.kinds.get(s.node) == kind]).get(kind)
         if surface is None:
             continue
         reads, makes = (int(n) for n in places.channels(kinds[kind][0], shape))

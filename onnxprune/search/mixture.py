@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.allocation.costs import Cost, Counts
-from onnxprune.allocation.factorization import Apart, Part, none_cut, with_parts
+from onnxprune.allocation.factorization import FactorizedCost, Part, add_parts, exclude_parts
 from onnxprune.allocation.knapsack import Allocation, Choices, Limit, allocate
 from onnxprune.errors import BudgetError, UsageError, argument
-from onnxprune.factorization.allocation import AUTO, Chosen, Opened
+from onnxprune.factorization.allocation import AUTO, LayerChoices, LayerFits
 from onnxprune.factorization.allocation import Candidate as LayerCandidate
 from onnxprune.factorization.settings import Options, request_of
 from onnxprune.graph.view import Node
 from onnxprune.passes.calibration import MAX_TRIAL
-from onnxprune.passes.factor_work import Work, lay_open
+from onnxprune.passes.factor_work import Work, prepare_work
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.joint_budget import JointBudget
 from onnxprune.pipeline import Context, Model
@@ -75,19 +75,19 @@ class Mixture:
             )
         trial_context, model = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)
         request = request_of("auto", {**options, "ratio": 0.5, "cost": _furthest(problem), "timed": False})
-        work = lay_open(trial_context, model, request, AUTO, every=False)
-        joint = JointBudget(work, AUTO, Chosen())
-        self.gains = {o.layer.name: g for o, g in zip(joint.opened, joint.gains, strict=True)}
-        pairs = zip(joint.opened, joint.options, strict=True)
+        work = prepare_work(trial_context, model, request, AUTO, every=False)
+        joint = JointBudget(work, AUTO, LayerChoices())
+        self.gains = {o.layer.name: g for o, g in zip(joint.layer_fits, joint.gains, strict=True)}
+        pairs = zip(joint.layer_fits, joint.options, strict=True)
         options_of = timed_options(work, joint) if self._timed else [_ordered(o, c) for o, c in pairs]
         nodes = {node.label: node for node in problem.analysis.graph.steps}
         self._parts, self._candidates = [], []
-        for layer_fits, gain, timed in zip(joint.opened, joint.gains, options_of, strict=True):
+        for layer_fits, gain, timed in zip(joint.layer_fits, joint.gains, options_of, strict=True):
             part = _part(layer_fits, gain, timed, nodes)
             if part is not None:
                 self._parts.append(part)
                 self._candidates.append((layer_fits, [option.candidate for option in timed]))
-        self._costs = {k: Apart(cost, k, problem.sizes, self._parts) for k, cost in problem.costs.items()}
+        self._costs = {k: FactorizedCost(cost, k, problem.sizes, self._parts) for k, cost in problem.costs.items()}
         self._correction: Mapping[str, float] = {"latency": 1.0}
         self._rate: tuple[str, float] | None = None
 
@@ -133,7 +133,7 @@ class Mixture:
     def space(self, problem: SearchProblem) -> Space:
         """Return groups and layers at the best rate, for candidates with other loss weights."""
         rate = self.rate(problem)
-        weighted = with_parts(problem.choices[problem.lead], self._parts, rate)
+        weighted = add_parts(problem.choices[problem.lead], self._parts, rate)
         limits = problem.corrected_limits()
         return Space(weighted, self._costs, limits, lambda weights, _: self.candidate(problem, rate, weights), "")
 
@@ -176,17 +176,17 @@ class Mixture:
     def _candidate(self, problem: SearchProblem, rate: float, factor: float, weights: Array | None) -> Candidate | None:
         """Return a candidate as ``candidate`` does, with a limit on time that is multiplied by a factor."""
         choices = problem.choices[problem.lead]
-        weighted = none_cut(choices, self._parts) if np.isinf(rate) else with_parts(choices, self._parts, rate)
+        weighted = exclude_parts(choices, self._parts) if np.isinf(rate) else add_parts(choices, self._parts, rate)
         if weights is not None:
-            weighted = Choices(weighted.kept, [w * x for w, x in zip(weights, weighted.losses, strict=True)])
+            weighted = Choices(weighted.options, [w * x for w, x in zip(weights, weighted.losses, strict=True)])
         limits = problem.corrected_limits()
         if self._timed:
             limits["latency"] *= factor
         allocation = allocate(weighted, [Limit(self._costs[k], maximum) for k, maximum in limits.items()])
         if allocation is None:
             return None
-        groups = len(choices.kept)
-        counts, levels = allocation.kept[:groups], allocation.kept[groups:]
+        groups = len(choices.options)
+        counts, levels = allocation.counts[:groups], allocation.counts[groups:]
         removed = problem.removed(counts)
         costs = problem.measured(counts, removed, timed=not self._timed)
         gains = self.gains if weights is None else self._weighed(weights[groups:])
@@ -239,7 +239,7 @@ class Mixture:
         """Return the rate at which groups and layers have the same marginal loss half the way to the targets."""
         choices = problem.choices[problem.lead]
         cut = _slope(problem, choices, problem.costs)
-        factors = _slope(problem, none_cut(choices, self._parts), self._costs)
+        factors = _slope(problem, exclude_parts(choices, self._parts), self._costs)
         return factors / cut if factors > 0 and cut > 0 else 1.0
 
 
@@ -267,12 +267,14 @@ def _counted_as(kind: str) -> str:
     return "macs" if kind in ("macs", "latency") else "params"
 
 
-def _ordered(layer_fits: Opened, options: Sequence[LayerCandidate]) -> list[Timed]:
+def _ordered(layer_fits: LayerFits, options: Sequence[LayerCandidate]) -> list[TimedOption]:
     """Return candidates that reduce the cost, by rising cost; their times are not known."""
-    return [Timed(c, np.nan) for c in sorted(options, key=lambda c: c.cost) if c.cost < layer_fits.whole]
+    return [TimedOption(c, np.nan) for c in sorted(options, key=lambda c: c.cost) if c.cost < layer_fits.full_cost]
 
 
-def _part(layer_fits: Opened, gain: float, options: Sequence[Timed], node_of: Mapping[str, Node]) -> Part | None:
+def _part(
+    layer_fits: LayerFits, gain: float, options: Sequence[TimedOption], node_of: Mapping[str, Node]
+) -> Part | None:
     """Return a layer with its candidates, and itself; None without candidates, or where its node has changed."""
     nodes = tuple(node_of[use.node.label] for use in layer_fits.layer.uses if use.node.label in node_of)
     if not options or len(nodes) < len(layer_fits.layer.uses):
@@ -290,43 +292,43 @@ _SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
 _FASTER = 0.97
 
 
-class Timed(NamedTuple):
+class TimedOption(NamedTuple):
     """A candidate and its time as a share of the layer's."""
 
     candidate: LayerCandidate
     share: float
 
 
-def timed_options(work: Work, joint: JointBudget) -> list[list[Timed]]:
+def timed_options(work: Work, joint: JointBudget) -> list[list[TimedOption]]:
     """Return per layer the candidates that are faster than it, by rising time; slower ones lose less."""
     found = []
-    total = max(len(joint.opened), 1)
-    for number, (layer_fits, options) in enumerate(zip(joint.opened, joint.options, strict=True)):
+    total = max(len(joint.layer_fits), 1)
+    for number, (layer_fits, options) in enumerate(zip(joint.layer_fits, joint.options, strict=True)):
         layer_options = []
         for candidate in _some(layer_fits, options):
-            (result,) = work.carry_out({layer_fits.layer.name: candidate})
+            (result,) = work.factorize({layer_fits.layer.name: candidate})
             latency = joint.latency(result)
             if latency is not None and result.candidate is candidate:
-                layer_options.append(Timed(candidate, latency.after_ms / latency.before_ms))
+                layer_options.append(TimedOption(candidate, latency.after_ms / latency.before_ms))
         found.append(_worth(layer_options))
         work.context.tell("layers apart", (number + 1) / total)
     return found
 
 
-def _some(layer_fits: Opened, selected: Sequence[LayerCandidate]) -> list[LayerCandidate]:
+def _some(layer_fits: LayerFits, selected: Sequence[LayerCandidate]) -> list[LayerCandidate]:
     """Return, of every method, the candidates nearest to the shares, each once."""
     found: dict[tuple[str, tuple[int, ...]], LayerCandidate] = {}
     for method in dict.fromkeys(c.method for c in selected):
-        affordable = [c for c in selected if c.method == method and c.cost < layer_fits.whole]
+        affordable = [c for c in selected if c.method == method and c.cost < layer_fits.full_cost]
         for share in _SHARES if affordable else ():
-            nearest = min(affordable, key=lambda c: abs(c.cost - share * layer_fits.whole))
+            nearest = min(affordable, key=lambda c: abs(c.cost - share * layer_fits.full_cost))
             found[method, tuple(nearest.ranks)] = nearest
     return list(found.values())
 
 
-def _worth(options: Sequence[Timed]) -> list[Timed]:
+def _worth(options: Sequence[TimedOption]) -> list[TimedOption]:
     """Return the faster candidates, without any that loses more than a faster one."""
-    pareto: list[Timed] = []
+    pareto: list[TimedOption] = []
     for option in sorted((t for t in options if t.share < _FASTER), key=lambda t: (t.share, t.candidate.loss)):
         if not pareto or option.candidate.loss < pareto[-1].candidate.loss:
             pareto.append(option)

@@ -21,9 +21,9 @@ from onnxprune.allocation.knapsack import (
     levels_of,
     uniform,
 )
-from onnxprune.allocation.latency_model import Latency, LatencyTable, Places
+from onnxprune.allocation.latency_model import Latency, LatencyTable, NodeKinds
 from onnxprune.allocation.rounding import AUTO
-from onnxprune.allocation.selection import RankedGroup, counts_of, macs_after, take
+from onnxprune.allocation.selection import RankedGroup, close_selection, counts_of, macs_after
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.selection import atoms_removed
 from onnxprune.errors import BudgetError, UsageError, argument
@@ -31,7 +31,7 @@ from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
-from onnxprune.passes.trial import Trial, timing_feed
+from onnxprune.passes.workspace import Workspace, timing_feed
 from onnxprune.pipeline import Context, ModelParts
 from onnxprune.search.evaluation import Evaluation
 from onnxprune.search.latency import Bench, block_levels
@@ -180,7 +180,7 @@ class SearchProblem:
         unique: dict[bytes, Candidate] = {}
         for candidate in candidates:
             if candidate is not None:
-                unique.setdefault(candidate.allocation.kept.tobytes(), candidate)
+                unique.setdefault(candidate.allocation.counts.tobytes(), candidate)
         return list(unique.values())
 
     def _candidate(self, name: str, source: str, solve: Solve) -> Candidate | None:
@@ -197,8 +197,8 @@ class SearchProblem:
                 correction.end()
                 if allocation is None:
                     break
-            removed = self.removed(allocation.kept)
-            candidate = Candidate(name, allocation, removed, self.measured(allocation.kept, removed), source)
+            removed = self.removed(allocation.counts)
+            candidate = Candidate(name, allocation, removed, self.measured(allocation.counts, removed), source)
             over = {k: candidate.costs[k] / maximum for k, maximum in limits.items()}
             if max(over.values()) <= 1 and (best is None or allocation.loss < best.allocation.loss):
                 best = candidate
@@ -209,7 +209,7 @@ class SearchProblem:
     def _least(self, choices: Choices) -> Allocation:
         """Return the counts of the least predicted time."""
         counts = least(choices, self.costs["latency"])
-        levels = [int(np.searchsorted(k, n)) for k, n in zip(choices.kept, counts, strict=True)]
+        levels = [int(np.searchsorted(k, n)) for k, n in zip(choices.options, counts, strict=True)]
         return Allocation(counts, choices.loss(levels), -np.inf)
 
     def with_costs_of(self, candidate: Candidate, evaluation: Evaluation) -> Candidate:
@@ -241,7 +241,7 @@ class SearchProblem:
             t.with_limit(limits[t.kind] + share * (bases[t.kind] - limits[t.kind]), bases[t.kind]) for t in self.targets
         )
 
-    def how(self, kind: str) -> str:
+    def origin(self, kind: str) -> str:
         """Return the origin of the costs of that kind."""
         if kind != "latency":
             return "counted"
@@ -250,7 +250,7 @@ class SearchProblem:
     def removed(self, counts: Counts) -> Mask:
         """Return the mask over atoms for counts [groups]: the units with the lowest scores are removed."""
         num_removed = [int(s - k) for s, k in zip(self.sizes.steps, counts, strict=True)]
-        return atoms_removed(self.analysis.units, take(self.analysis, self.groups, num_removed))
+        return atoms_removed(self.analysis.units, close_selection(self.analysis, self.groups, num_removed))
 
     def measured(self, counts: Counts, removed: Mask, *, timed: bool = True) -> dict[str, float]:
         """Return costs before any recovery: counted on the pruned model, timed if this is the target machine.
@@ -273,7 +273,7 @@ class SearchProblem:
 
     def measured_model(self, model: ModelParts, kinds: Collection[str]) -> dict[str, float]:
         """Return costs of a model, of the kinds that a file determines: counted, and timed beside the original."""
-        with Trial.of(self.analysis) as trial:
+        with Workspace.of(self.analysis) as trial:
             proto, weights = flush(model)[0]
             path, size = trial.write(proto, weights, "measured")
             costs = {"size": float(size), "params": float(sum(int(np.prod(w.shape)) for w in weights.values()))}
@@ -298,7 +298,7 @@ def _cost(sizes: Sizes, kind: str, table: LatencyTable | None) -> Cost:
     if kind != "latency":
         return costs_of(sizes.analysis, sizes, kind)
     assert table is not None
-    return Latency(Places(sizes), table)
+    return Latency(NodeKinds(sizes), table)
 
 
 def _costs_nothing(kind: str) -> UsageError:

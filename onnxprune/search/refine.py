@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.allocation.costs import Cost
-from onnxprune.allocation.knapsack import Allocation, Choices, Learned, Limit, allocate
+from onnxprune.allocation.knapsack import Allocation, Choices, Limit, LossWeights, allocate
 from onnxprune.search.evaluation import Evaluation
 from onnxprune.search.problem import Candidate, Evaluated, SearchProblem
 
@@ -46,15 +46,15 @@ class Space:
         """Return counts [columns] for these loss weights of the columns."""
         losses = [w * x for w, x in zip(weights, self.choices.losses, strict=True)]
         limits = [Limit(self.costs[k], maximum) for k, maximum in self.limits.items()]
-        return allocate(Choices(self.choices.kept, losses), limits)
+        return allocate(Choices(self.choices.options, losses), limits)
 
 
 def cuts(problem: SearchProblem) -> Space:
     """Return the search space of a problem's groups."""
 
     def candidate(_: Array, allocation: Allocation) -> Candidate | None:
-        removed = problem.removed(allocation.kept)
-        candidate = Candidate(NAME, allocation, removed, problem.measured(allocation.kept, removed))
+        removed = problem.removed(allocation.counts)
+        candidate = Candidate(NAME, allocation, removed, problem.measured(allocation.counts, removed))
         return candidate if max(problem.over(candidate).values()) <= 1 else None
 
     return Space(problem.choices[problem.lead], problem.costs, problem.corrected_limits(), candidate, problem.lead)
@@ -66,7 +66,7 @@ class Refine:
     Scores measure a group alone; its interaction with others shows when all are pruned. A knapsack with one group's
     losses multiplied trades units between that group and others within the limits. Such candidates are tried for the
     most expensive groups first, and kept where the outputs come closer to the original's. In between, loss weights
-    fitted to all evaluations so far (see :class:`onnxprune.allocation.knapsack.Learned`) are tried, as long as they
+    fitted to all evaluations so far (see :class:`onnxprune.allocation.knapsack.LossWeights`) are tried, as long as they
     improve the result.
 
     Args:
@@ -81,7 +81,7 @@ class Refine:
     ) -> None:
         self._space, self._judge, self._left = space, judge, trials
         self._choices = space.choices
-        self._learned = Learned(space.choices, original_fine)
+        self._learned = LossWeights(space.choices, original_fine)
         self._known: set[bytes] = set()
 
     def around(self, evaluated: Sequence[Evaluated]) -> list[Evaluated]:
@@ -91,12 +91,12 @@ class Refine:
             evaluated: the known candidates; the search starts at the best of them.
         """
         best_candidate, best_evaluation = max(evaluated, key=lambda pair: pair[1].quality.fine)
-        self._known = {a.allocation.kept.tobytes() for a, _ in evaluated}
+        self._known = {a.allocation.counts.tobytes() for a, _ in evaluated}
         best, center = best_evaluation.quality.fine, self._weights(best_candidate)
         start = self._space.allocate(center) if best_candidate.factorize is not None else None
-        self._known |= set() if start is None else {start.kept.tobytes()}
+        self._known |= set() if start is None else {start.counts.tobytes()}
         for candidate, evaluation in evaluated:
-            counts = candidate.allocation.kept if start is None else start.kept
+            counts = candidate.allocation.counts if start is None else start.counts
             self._learned.add(counts, evaluation.quality.fine)
         new_pairs: list[Evaluated] = []
 
@@ -134,35 +134,37 @@ class Refine:
         """Return loss weights fitted to all evaluations; None where they predict almost no gain, or nothing new."""
         weights = self._learned.weights()
         allocation = self._space.allocate(weights)
-        if allocation is None or allocation.kept.tobytes() in self._known:
+        if allocation is None or allocation.counts.tobytes() in self._known:
             return None
-        return weights if self._learned.gain(allocation.kept, weights) > _PROMISING else None
+        return weights if self._learned.gain(allocation.counts, weights) > _PROMISING else None
 
     def _try(self, weights: Array) -> Evaluated | None:
         """Evaluate the candidate at these weights; None where it is known, or no trial is left."""
         if self._left <= 0:
             return None
         allocation = self._space.allocate(weights)
-        if allocation is None or allocation.kept.tobytes() in self._known:
+        if allocation is None or allocation.counts.tobytes() in self._known:
             return None
-        self._known.add(allocation.kept.tobytes())
+        self._known.add(allocation.counts.tobytes())
         self._left -= 1
         candidate = self._space.candidate(weights, allocation)
         evaluation = None if candidate is None else self._judge(candidate)
         if evaluation is not None:
-            self._learned.add(allocation.kept, evaluation.quality.fine)
+            self._learned.add(allocation.counts, evaluation.quality.fine)
         return None if candidate is None or evaluation is None else (candidate, evaluation)
 
     def _order(self) -> list[int]:
         """Return columns with a choice, those first whose units cost most in all."""
-        saved = self._slopes(np.array([k[-1] for k in self._choices.kept]))[0] * [k[-1] for k in self._choices.kept]
-        return [int(g) for g in np.argsort(-saved, kind="stable") if self._choices.kept[g].size > 1]
+        saved = self._slopes(np.array([k[-1] for k in self._choices.options]))[0] * [
+            k[-1] for k in self._choices.options
+        ]
+        return [int(g) for g in np.argsort(-saved, kind="stable") if self._choices.options[g].size > 1]
 
     def _weights(self, candidate: Candidate) -> Array:
         """Return the loss weights of a candidate in the knapsack: cost over loss of the last unit of a group."""
         if candidate.factorize is not None or candidate.source == self._space.source:
-            return np.ones(len(self._choices.kept))
-        cost, loss = self._slopes(candidate.allocation.kept)
+            return np.ones(len(self._choices.options))
+        cost, loss = self._slopes(candidate.allocation.counts)
         with np.errstate(divide="ignore", invalid="ignore"):
             weights = np.where((cost > 0) & (loss > 0), cost / loss, np.nan)
         middle = np.exp(np.nanmean(np.log(weights))) if np.isfinite(weights).any() else 1.0
@@ -171,7 +173,7 @@ class Refine:
     def _slopes(self, counts: NDArray[np.int64]) -> tuple[Array, Array]:
         """Return (cost, loss) [columns] of one unit of every column at some counts; cost in shares of the limits."""
         low, high, losses = [], [], []
-        for group, (levels, loss) in enumerate(zip(self._choices.kept, self._choices.losses, strict=True)):
+        for group, (levels, loss) in enumerate(zip(self._choices.options, self._choices.losses, strict=True)):
             index = int(np.argmin(np.abs(levels - counts[group])))
             i, j = max(index - 1, 0), min(index + 1, levels.size - 1)
             pair = np.repeat(counts[None], 2, axis=0)

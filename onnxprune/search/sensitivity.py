@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.allocation.knapsack import VERSION, GroupCurve, Sensitivity
-from onnxprune.allocation.selection import nearest_count, take
+from onnxprune.allocation.selection import close_selection, nearest_count
 from onnxprune.channels.selection import atoms_removed
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.io.files import user_cache
@@ -142,7 +142,7 @@ def measure_sensitivity(
     """
     analysis = selector.analysis
     settings = _settings(context, selector, mode, metric, shares)
-    cache_file = _kept(context, analysis.loaded.sha256, settings, metric)
+    cache_file = _cache_file(context, analysis.loaded.sha256, settings, metric)
     if cache_file is not None and not anew and cache_file.is_file():
         with suppress(UsageError):  # measure damaged curves again
             cached = Sensitivity.load(cache_file)
@@ -186,7 +186,7 @@ def measure_sensitivity(
 
 def _mask(selector: Selector, number: int, count: int) -> NDArray[np.bool_]:
     """Return the mask over atoms when one group alone loses this number of steps."""
-    removed = take(selector.analysis, {number: selector.pool_of[number]}, [count])
+    removed = close_selection(selector.analysis, {number: selector.pool_of[number]}, [count])
     return atoms_removed(selector.analysis.units, removed)
 
 
@@ -248,7 +248,7 @@ def _settings(
     }
 
 
-def _kept(context: Context, sha256: str, settings: dict[str, Any], metric: Metric | None) -> Path | None:
+def _cache_file(context: Context, sha256: str, settings: dict[str, Any], metric: Metric | None) -> Path | None:
     """Return the file of these curves; None where data or metric have no digest."""
     data = "" if context.calibration is None else CalibrationBatches(context, context.analysis).fingerprint()
     code = "" if metric is None else _source_of(metric)

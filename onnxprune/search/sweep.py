@@ -9,7 +9,7 @@ from pathlib import Path
 
 from onnxprune.errors import BudgetError
 from onnxprune.passes.flush import flush
-from onnxprune.passes.trial import Trial, timing_feed
+from onnxprune.passes.workspace import Workspace, timing_feed
 from onnxprune.pipeline import Context, Model
 from onnxprune.report.facts import Fidelity, SweepFacts, SweepPoint
 from onnxprune.runtime.latency import in_turn
@@ -39,16 +39,16 @@ def sweep(
     """
     prune = budget.prune(context)
     analysis = rewritable_sizes(prune.prepared(context, Model.of(context.analysis))).analysis
-    metric = budget.wishes.metric
+    metric = budget.spec.metric
     before = points_of_original(analysis, metric)
-    search = Search(context, analysis, budget.wishes, prune, budget.mode, before)
+    search = Search(context, analysis, budget.spec, prune, budget.mode, before)
     original = SweepPoint("", sum(x.macs_before for x in analysis.layers), analysis.parameters, analysis.loaded.size)
     original.points, original.cosine = before, 1.0
     facts = SweepFacts(
         str(analysis.loaded.path or "the model"), points_name(metric, None), context.device.threads, points=[original]
     )
     facts.settings = {"criterion": prune.name, "recover": budget.mode, "kind": kind}
-    with context.stage("sweep"), Trial.of(analysis) as trial:
+    with context.stage("sweep"), Workspace.of(analysis) as trial:
         problem = search.problem([Target(kind, 1.0)])
         files = [trial.original]
         for number, share in enumerate(shares):
@@ -75,11 +75,11 @@ def sweep(
                 point.ms = sorted(found_ms)[len(found_ms) // 2]
     if all(p.error for p in facts.points[1:]):
         raise BudgetError("No budget of the sweep can be met.", hint=facts.points[-1].error)
-    mark(facts.points)
+    mark_pareto(facts.points)
     return facts
 
 
-def mark(points: Sequence[SweepPoint]) -> None:
+def mark_pareto(points: Sequence[SweepPoint]) -> None:
     """Mark the points of the frontier: of those with as many points or more, none has fewer MACs."""
     valid = [p for p in points if not p.error]
     for point in valid:

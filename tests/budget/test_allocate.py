@@ -32,9 +32,9 @@ def drawn(seed: int, groups: int = 4, steps: int = 6) -> tuple[Choices, np.ndarr
 
 
 def best_of_all(choices: Choices, limits: list[Limit]) -> float:
-    levels = np.array(list(product(*(range(k.size) for k in choices.kept))))
-    kept = np.stack([k[levels[:, g]] for g, k in enumerate(choices.kept)], axis=1)
-    fits = np.all([x.cost.rows(kept).max(axis=1) <= x.most for x in limits], axis=0)
+    levels = np.array(list(product(*(range(k.size) for k in choices.options))))
+    kept = np.stack([k[levels[:, g]] for g, k in enumerate(choices.options)], axis=1)
+    fits = np.all([x.cost.rows(kept).max(axis=1) <= x.maximum for x in limits], axis=0)
     losses = sum(x[levels[:, g]] for g, x in enumerate(choices.losses))
     return float(np.asarray(losses)[fits].min())
 
@@ -73,7 +73,7 @@ def test_an_allocation_is_next_to_the_best_of_all(peak: bool, seed: int, share: 
     limits = [Limit(cost, share * whole)]
     found, alike = allocate(choices, limits), uniform(choices, limits)
     assert found is not None and alike is not None
-    assert cost.rows(found.kept[None]).max() <= share * whole
+    assert cost.rows(found.counts[None]).max() <= share * whole
     best = best_of_all(choices, limits)
     assert best - 1e-9 <= found.loss <= alike.loss + 1e-9
     assert found.loss <= 1.35 * best + 1e-9
@@ -88,11 +88,11 @@ def test_several_limits_hold_at_once() -> None:
     found = allocate(choices, limits)
     assert found is not None
     for limit in limits:
-        assert limit.cost.rows(found.kept[None]).max() <= limit.most
+        assert limit.cost.rows(found.counts[None]).max() <= limit.maximum
     # Some limit is used up: another step of any group would not fit.
-    more = found.kept + np.eye(6, dtype=np.int64)
+    more = found.counts + np.eye(6, dtype=np.int64)
     more = more[(more <= 20).all(axis=1)]
-    over = [x.cost.rows(more).max(axis=1) > x.most for x in limits]
+    over = [x.cost.rows(more).max(axis=1) > x.maximum for x in limits]
     assert np.any(over, axis=0).all()
 
 
@@ -107,5 +107,5 @@ def test_a_cost_with_steps() -> None:
     losses = [np.arange(15, -1, -1.0) * k for k in (1.0, 1.1, 5.0)]
     found = allocate(Choices(list(kept), losses), [Limit(Fours(), 9)])
     assert found is not None
-    assert found.kept.tolist() == [4, 16, 16]
+    assert found.counts.tolist() == [4, 16, 16]
     assert Fours().rows(least(Choices(list(kept), losses), Fours())[None])[0, 0] == 3

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import onnxprune as op
 from onnxprune.allocation.costs import Sizes, costs_of, total
-from onnxprune.allocation.selection import RankedGroup, macs_after, params_after, take
+from onnxprune.allocation.selection import RankedGroup, close_selection, macs_after, params_after
 from onnxprune.channels.selection import atoms_removed
 from onnxprune.channels.survivors import After
 from onnxprune.io.write import assemble, save
@@ -31,7 +31,7 @@ def drawn(source: Any, seed: int, axis: str = "head_dim") -> tuple[op.Analysis, 
     draw = np.random.default_rng(seed)
     kept = np.array([draw.integers(1, g.steps + 1) for g in groups], dtype=np.int64)
     ranked = {g.id: RankedGroup(draw.random(g.size), g.classes, g.steps, np.arange(g.steps), 0.5) for g in groups}
-    chosen = take(analysis, ranked, [g.steps - k for g, k in zip(groups, kept, strict=True)])
+    chosen = close_selection(analysis, ranked, [g.steps - k for g, k in zip(groups, kept, strict=True)])
     return analysis, Sizes(analysis, groups), kept, atoms_removed(analysis.units, chosen)
 
 

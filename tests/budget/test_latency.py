@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import onnxprune as op
 from onnxprune.allocation.costs import Sizes
-from onnxprune.allocation.latency_model import Latency, LatencyTable, Places, fit, samples_of
+from onnxprune.allocation.latency_model import Latency, LatencyTable, NodeKinds, fit_model, samples_of
 from onnxprune.errors import UsageError
 from onnxprune.pipeline import Context
 from onnxprune.runtime.latency import device
@@ -35,7 +35,7 @@ def stepped(reads: np.ndarray, makes: np.ndarray) -> np.ndarray:
 def test_a_surface_follows_steps(seed: int) -> None:
     draw = np.random.default_rng(seed)
     reads, makes = draw.integers(1, 65, 600), draw.integers(1, 65, 600)
-    surface = fit(reads.astype(float), makes.astype(float), stepped(reads, makes) * draw.normal(1, 0.02, 600))
+    surface = fit_model(reads.astype(float), makes.astype(float), stepped(reads, makes) * draw.normal(1, 0.02, 600))
     r, m = draw.integers(8, 65, 200), draw.integers(8, 65, 200)
     error = np.abs(surface.at(r, m) / stepped(r, m) - 1)
     assert np.median(error) < 0.05
@@ -43,7 +43,7 @@ def test_a_surface_follows_steps(seed: int) -> None:
 
 
 def test_a_surface_of_one_sample_is_flat() -> None:
-    surface = fit(np.array([8.0]), np.array([16.0]), np.array([1e-4]))
+    surface = fit_model(np.array([8.0]), np.array([16.0]), np.array([1e-4]))
     assert surface.at(np.array([8, 7]), np.array([16, 16])) == pytest.approx([1e-4, 1e-4], rel=0.5)
 
 
@@ -70,14 +70,14 @@ def sizes_of(name: str) -> Sizes:
 
 def table_of(sizes: Sizes, cuts: int = 40) -> LatencyTable:
     """A table whose times are known: what ``stepped`` says of every layer, 1 microsecond for anything else."""
-    places, draw = Places(sizes), np.random.default_rng(0)
+    places, draw = NodeKinds(sizes), np.random.default_rng(0)
     table = LatencyTable(sizes.analysis.loaded.sha256, {"threads": 1}, {"x": [1]}, 1e-3, overhead=1e-5)
     for kept in [sizes.steps, *draw.integers(1, sizes.steps + 1, size=(cuts, sizes.steps.size))]:
         table.samples += samples_of(places, kept, truth(places, kept))
     return table
 
 
-def truth(places: Places, kept: np.ndarray) -> dict[str, float]:
+def truth(places: NodeKinds, kept: np.ndarray) -> dict[str, float]:
     shape, found = places.sizes.at(kept[None]), {}
     for node in places.nodes:
         reads, makes = (np.broadcast_to(n, 1) for n in places.channels(node, shape))
@@ -87,7 +87,7 @@ def truth(places: Places, kept: np.ndarray) -> dict[str, float]:
 
 def test_the_sum_over_nodes_is_predicted() -> None:
     sizes = sizes_of("residual")
-    latency, places = Latency(Places(sizes), table_of(sizes, cuts=200)), Places(sizes)
+    latency, places = Latency(NodeKinds(sizes), table_of(sizes, cuts=200)), NodeKinds(sizes)
     draw = np.random.default_rng(7)
     kept = draw.integers(4, sizes.steps + 1, size=(20, sizes.steps.size))
     want = np.array([1e-5 + sum(truth(places, k).values()) for k in kept])
@@ -99,7 +99,7 @@ def test_the_sum_over_nodes_is_predicted() -> None:
 def test_whole_runs_are_fitted_by_their_shares() -> None:
     """A machine that gets busy takes longer for the original beside every cut: what is predicted stays as it was."""
     sizes = sizes_of("residual")
-    places, table = Places(sizes), table_of(sizes, cuts=200)
+    places, table = NodeKinds(sizes), table_of(sizes, cuts=200)
     table.overhead = 0.0
     draw = np.random.default_rng(3)
     cuts = draw.integers(4, sizes.steps + 1, size=(24, sizes.steps.size))
@@ -132,7 +132,7 @@ def test_profiles_of_a_busy_machine_are_brought_to_whole_runs() -> None:
 
 
 def test_nodes_of_one_kind_share_their_samples() -> None:
-    places = Places(sizes_of("residual"))
+    places = NodeKinds(sizes_of("residual"))
     convolutions = [n for n in places.moving if n.op == "Conv"]
     assert len({places.kinds[n.label] for n in convolutions}) < len(convolutions)
 
@@ -240,7 +240,7 @@ def test_a_measured_pair_keeps_its_residual() -> None:
     reads, makes = (a.ravel().astype(float) for a in np.meshgrid([8, 16, 32, 64], [8, 16, 32, 64], indexing="ij"))
     seconds = 1e-6 * reads * makes
     seconds[5] *= 4
-    surface = fit(np.repeat(reads, 9), np.repeat(makes, 9), np.repeat(seconds, 9))
+    surface = fit_model(np.repeat(reads, 9), np.repeat(makes, 9), np.repeat(seconds, 9))
     predicted = surface.at(reads.astype(int), makes.astype(int))
     assert np.abs(np.log(predicted / seconds)).max() < 0.1
     between = surface.at(np.array([17]), np.array([16]))

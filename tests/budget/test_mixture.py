@@ -12,7 +12,7 @@ from build import Net
 
 import onnxprune as op
 from onnxprune.allocation.costs import Sizes, costs_of
-from onnxprune.allocation.factorization import Apart, Part
+from onnxprune.allocation.factorization import FactorizedCost, Part
 from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factorization.rewriting import Factorized
@@ -54,7 +54,7 @@ def test_a_layer_taken_apart_costs_its_share() -> None:
     half = np.stack([sizes.steps, np.maximum(1, sizes.steps // 2)])
     for kind, share in (("macs", 0.25), ("params", 0.5), ("size", 0.5)):
         alone = costs_of(analysis, sizes, kind)
-        both = Apart(alone, kind, sizes, [part])
+        both = FactorizedCost(alone, kind, sizes, [part])
         left_whole = both.rows(np.hstack([half, np.ones((2, 1), np.int64)]))
         assert np.array_equal(left_whole, alone.rows(half))
         saved = (left_whole - both.rows(np.hstack([half, np.zeros((2, 1), np.int64)])))[:, 0]
@@ -149,7 +149,7 @@ def test_ranks_that_a_cut_leaves_no_room_for_end_no_search(monkeypatch: pytest.M
     """Layers that cannot be taken apart behind a cut as they could before it: cuts alone are the answer then."""
     model = thin(2, 96, 3)
     table = op.profile(model, seconds=0.1).table
-    monkeypatch.setattr(factorize, "choose_wanted", lambda *_: None)
+    monkeypatch.setattr(factorize, "choose_by_share", lambda *_: None)
     result = op.prune(model, target="latency=0.6", factorize=True, latency_table=table, criterion="l2", latency=False)
     assert result.plan.groups and not result.plan.factorized
 
@@ -210,7 +210,7 @@ def test_weights_decide_which_layers_are_taken_apart() -> None:
     problem = SearchProblem.of(context, Prune("l2", 0.5).selector(context, context.analysis), [parse("macs=0.5")])
     mixture = Mixture(context, problem, {})
     space = mixture.space(problem)
-    ones = np.ones(len(space.choices.kept))
+    ones = np.ones(len(space.choices.options))
     plain = mixture.candidate(problem, mixture.rate(problem), ones)
     assert plain is not None and plain.factorize is not None and plain.factorize.gains == mixture.gains
     dear = ones.copy()

@@ -34,7 +34,7 @@ class Judge:
         return self.of(candidate)
 
     def of(self, candidate: Candidate) -> Evaluation:
-        far = -float(np.square(np.log(candidate.allocation.kept / self.wanted)).sum())
+        far = -float(np.square(np.log(candidate.allocation.counts / self.wanted)).sum())
         return Evaluation(None, (), Quality(far, far), 0, 0, 0)  # type: ignore[arg-type]
 
 
@@ -43,14 +43,14 @@ def test_what_groups_are_worth_is_found_by_trial(targets: tuple[str, ...]) -> No
     """The judge wants the group that scores give least to stay whole: no score knows that."""
     one = problem(*targets)
     candidates = one.candidates()
-    wanted = candidates[0].allocation.kept.copy()
+    wanted = candidates[0].allocation.counts.copy()
     group = int(np.argmin(wanted / one.sizes.steps))
     wanted[group] = one.sizes.steps[group]
     judge = Judge(wanted)
     tried = [(a, judge.of(a)) for a in candidates]
     found = Refine(cuts(one), judge, 24).around(tried)
     assert 0 < judge.asked == len(found) <= 24
-    assert len({a.allocation.kept.tobytes() for a, _ in [*tried, *found]}) == len(tried) + len(found)
+    assert len({a.allocation.counts.tobytes() for a, _ in [*tried, *found]}) == len(tried) + len(found)
     for candidate, _ in found:
         assert candidate.name == NAME
         assert all(candidate.costs[k] <= most for k, most in one.limits().items())
@@ -63,7 +63,7 @@ def test_it_starts_from_the_best_whatever_that_is() -> None:
     one = problem("macs=0.5")
     candidates = one.candidates()
     assert candidates[-1].name == "uniform"
-    judge = Judge(candidates[-1].allocation.kept)
+    judge = Judge(candidates[-1].allocation.counts)
     found = Refine(cuts(one), judge, 16).around([(a, judge.of(a)) for a in candidates])
     best = max(found, key=lambda pair: pair[1].quality.fine)
     start = judge.of(candidates[0]).quality.fine

@@ -14,7 +14,7 @@ import onnxprune as op
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.report.facts import SweepPoint
 from onnxprune.report.page import Series, chart, page, sweep_page, table, ticks
-from onnxprune.search.sweep import mark
+from onnxprune.search.sweep import mark_pareto
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_swept() -> None:
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_the_frontier(pairs: list[tuple[int, int]]) -> None:
     points = [SweepPoint("x", macs=m, points=float(p)) for m, p in pairs]
-    mark(points)
+    mark_pareto(points)
     for one in points:
         beaten = any(
             (o.macs < one.macs and o.points >= one.points) or (o.macs <= one.macs and o.points > one.points)

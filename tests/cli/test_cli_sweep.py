@@ -10,7 +10,7 @@ from click.testing import Result
 
 from onnxprune.report.facts import SweepFacts, SweepPoint
 from onnxprune.report.page import sweep_page as page
-from onnxprune.search.sweep import mark
+from onnxprune.search.sweep import mark_pareto
 
 MODEL = Path(__file__).parents[2] / "models" / "residual.onnx"
 
@@ -48,7 +48,7 @@ def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
 def facts(*points: tuple[str, int, float]) -> SweepFacts:
     """A sweep of (target, MACs, points)."""
     found = [SweepPoint(target, macs, macs, macs, 1.0, value, 0.9) for target, macs, value in points]
-    mark(found)
+    mark_pareto(found)
     return SweepFacts("m.onnx", "points", 1, {}, found)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxprune.factorization.decompositions import METHODS, Geometry, Method, Metric, Ranks, Stage, elements, shape_of
-from onnxprune.factorization.ranks import by_energy, by_vbmf, calibrated, rounded, tails, vbmf_rank, within
+from onnxprune.factorization.ranks import by_energy, by_vbmf, calibrated, dropped_energies, rounded, vbmf_rank, within
 
 
 @given(st.floats(0.05, 0.95), st.integers(1, 3), st.sampled_from(["svd", "tucker", "spatial-svd"]))
@@ -29,7 +29,7 @@ def test_within_is_the_best_of_all_ranks(share: float, step: int, name: str) -> 
     for ranks in product(*ways):
         if not any(ranks) or any(r % step for r in ranks) or cost(method, ranks) > limit:
             continue
-        loss = sum(float(tails(m)[r]) for m, r in zip(fit.modes, ranks, strict=False) if r)
+        loss = sum(float(dropped_energies(m)[r]) for m, r in zip(fit.modes, ranks, strict=False) if r)
         best = loss if best is None else min(best, loss)
     if found is None:
         assert best is None
@@ -55,7 +55,7 @@ def test_energy_keeps_what_was_asked_for() -> None:
         fit = METHODS[name].fit(weight, Metric(), 0)
         for share in (0.5, 0.9, 0.99, 1.0):
             for mode, rank in zip(fit.modes, by_energy(fit, share), strict=False):
-                lost = tails(mode)
+                lost = dropped_energies(mode)
                 assert lost[rank] <= 1 - share + 1e-9
                 assert rank == 1 or lost[rank - 1] > 1 - share - 1e-9
 

@@ -108,10 +108,10 @@ def test_losses_are_set_right_by_what_was_lost(expected: float, real: float, sca
     opened = SimpleNamespace(layer=SimpleNamespace(name="a"))
     done = SimpleNamespace(name="a", error=real, candidate=taken)
     budget = SimpleNamespace(
-        opened=[opened],
+        layer_fits=[opened],
         options=[others],
-        _chosen=SimpleNamespace(taken={"a": taken}),
-        _work=SimpleNamespace(carry_out=lambda _: [done]),
+        _chosen=SimpleNamespace(candidates={"a": taken}),
+        _work=SimpleNamespace(factorize=lambda _: [done]),
     )
     joint_budget.JointBudget._correct(budget)  # type: ignore[arg-type]
     (svd, tucker) = budget.options[0]

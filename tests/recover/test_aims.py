@@ -46,8 +46,8 @@ def test_sums_are_aimed_at_by_the_last_branch() -> None:
     total = net.op("Add", first, last)
     _, found = aims(net.model(net.conv(net.op("Relu", total), 8, 4)))
     mine = by_output(found)
-    assert mine[first].tail.aim == first and mine[last].tail.aim == total
-    assert mine[last].tail.addends == [first] and first in mine[last].needs
+    assert mine[first].path.target == first and mine[last].path.target == total
+    assert mine[last].path.addends == [first] and first in mine[last].needs
     assert mine[first].level < mine[last].level
 
 
@@ -60,7 +60,7 @@ def test_a_shortcut_waits_for_the_long_way() -> None:
     total = net.op("Add", short, long)
     _, found = aims(net.model(net.conv(net.op("Relu", total), 8, 4)))
     mine = by_output(found)
-    assert mine[short].tail.aim == total and mine[short].tail.addends == [long]
+    assert mine[short].path.target == total and mine[short].path.addends == [long]
     assert mine[short].level > mine[long].level
 
 
@@ -70,7 +70,7 @@ def test_every_layer_has_its_own_output_where_sums_are_not_asked_for() -> None:
     y = net.op("Add", x, net.conv(x, 8, 8))
     _, found = aims(net.model(net.conv(y, 8, 4)), joint=False)
     for output, aim in by_output(found).items():
-        assert not aim.tail.addends and aim.tail.aim == output
+        assert not aim.path.addends and aim.path.target == output
 
 
 def test_levels_follow_the_data() -> None:
@@ -93,7 +93,7 @@ def test_normalisations_behind_a_layer_are_part_of_its_way() -> None:
     graph, found = aims(net.model(net.conv(net.op("Relu", apart), 16, 4)))
     mine = by_output(found)
     assert apart in mine and behind not in mine
-    assert mine[graph.producer[behind].inputs[0]].tail.aim == behind
+    assert mine[graph.producer[behind].inputs[0]].path.target == behind
 
 
 @pytest.mark.parametrize("how", ["two readers", "output", "activation", "widened", "data", "moved"])
@@ -116,7 +116,7 @@ def test_where_the_way_ends(how: str) -> None:
         end = net.transpose(y, 0, 2, 3, 1)
         z = net.reshape(net.transpose(net.reshape(end, 0, 36, 8), 0, 2, 1), 0, 8, 6, 6)
     _, found = aims(net.model(net.conv(z, 8, 4), *others))
-    assert by_output(found)[y].tail.aim == end
+    assert by_output(found)[y].path.target == end
 
 
 def test_weights_that_may_not_change_are_left_with_a_reason() -> None:
@@ -127,7 +127,7 @@ def test_weights_that_may_not_change_are_left_with_a_reason() -> None:
     two = net.op("MatMul", net.op("Tanh", one), shared)
     last = net.op("MatMul", two, net.op("Concat", net.weight(6, 2), net.weight(6, 2), axis=1))
     graph, found = aims(net.model(last))
-    left = {graph.producer[y].label: found.left.get(graph.producer[y].label, "") for y in (one, two, last)}
+    left = {graph.producer[y].label: found.reasons.get(graph.producer[y].label, "") for y in (one, two, last)}
     assert ["shared" in left[graph.producer[y].label] for y in (one, two)] == [True, True]
     assert "computed from others" in left[graph.producer[last].label]
     assert set(by_output(found)).isdisjoint([one, two, last])
@@ -184,13 +184,13 @@ def test_the_way_back_undoes_the_way(name: str) -> None:
     model = net.model(net.op("Relu", end))
     _, found = aims(model)
     aim = by_output(found)[y]
-    assert aim.tail.aim == end, "the way leads as far as it can"
+    assert aim.path.target == end, "the way leads as far as it can"
     feed = {"x": np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)}
     values = all_values(model, feed)
-    back = aim.tail.back(values[end].astype(np.float64), [values[n] for n in aim.tail.addends], values[y].shape)
+    back = aim.path.back(values[end].astype(np.float64), [values[n] for n in aim.path.addends], values[y].shape)
     np.testing.assert_allclose(back, values[y], rtol=1e-4, atol=1e-5)
     marks = np.arange(values[y].size).reshape(values[y].shape)
-    assert np.array_equal(aim.tail.moved_back(_lay_out(name, marks), marks.shape), marks)
+    assert np.array_equal(aim.path.moved_back(_lay_out(name, marks), marks.shape), marks)
 
 
 def _lay_out(name: str, marks: Array) -> Array:
@@ -213,7 +213,7 @@ def test_a_channel_that_is_multiplied_by_0_wants_nothing() -> None:
     y = net.linear(net.op("Tanh", net.linear(net.input("x", ["N", 4]), 4, 6)), 6, 3, bias=False)
     end = net.op("Mul", y, net.const([1.0, 0.0, 2.0]))
     _, found = aims(net.model(net.op("Tanh", end)))
-    back = by_output(found)[y].tail.back(np.array([[3.0, 0.0, 8.0]], np.float32), [], (1, 3))
+    back = by_output(found)[y].path.back(np.array([[3.0, 0.0, 8.0]], np.float32), [], (1, 3))
     assert np.array_equal(back, [[3.0, 0.0, 4.0]])
 
 
@@ -270,8 +270,8 @@ def test_wanted_outputs_give_what_the_original_gave(activation: str, way: str) -
     wanted, kept, start = [], [], 0
     for rows in batches:
         stop = start + rows.data.shape[1]
-        wanted.append(rows.wanted(fitted[:, start:stop]))
-        kept.append(rows.wanted(original[:, start:stop]))
+        wanted.append(rows.expected(fitted[:, start:stop]))
+        kept.append(rows.expected(original[:, start:stop]))
         start = stop
     shape = (-1, 5, 6)
     goal = act(forward(original.reshape(shape), other))

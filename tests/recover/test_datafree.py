@@ -16,9 +16,9 @@ from test_redundancy import CASES, assert_only_weights_change, residual
 
 import onnxprune as op
 from onnxprune.channels.analysis import Analysis
-from onnxprune.passes.synthetic import make_up
+from onnxprune.passes.synthetic import draw_calibration
 from onnxprune.pipeline import Context
-from onnxprune.recovery.plausible import divergence, interest
+from onnxprune.recovery.plausibility import measure_divergence, measure_response
 from onnxprune.runtime.inputs import RANGES, pattern
 
 Array = NDArray[Any]
@@ -109,7 +109,7 @@ def test_statistics_of_normalisations_stay(norm: bool) -> None:
 
 
 def chosen(model: onnx.ModelProto) -> tuple[str, list[dict[str, Array]]]:
-    feeds, spread = make_up(Context.of(model), Analysis(model))
+    feeds, spread = draw_calibration(Context.of(model), Analysis(model))
     return spread, feeds
 
 
@@ -158,10 +158,10 @@ def test_integers_masks_and_small_batches() -> None:
 @settings(max_examples=40)
 def test_interest_is_a_share_and_knows_no_scale(rows: int, o: int, seed: int, gain: float) -> None:
     values = np.random.default_rng(seed).standard_normal((rows, o))
-    score = interest(values)
+    score = measure_response(values)
     assert 0.0 <= score <= 1.0 + 1e-9
-    assert interest(gain * values) == pytest.approx(score, rel=1e-6)
-    assert interest(values + 100.0) == 0.0
+    assert measure_response(gain * values) == pytest.approx(score, rel=1e-6)
+    assert measure_response(values + 100.0) == 0.0
 
 
 def test_interest_is_the_formula() -> None:
@@ -169,16 +169,16 @@ def test_interest_is_the_formula() -> None:
     own = np.linalg.eigvalsh(np.corrcoef(values.T))
     above = (values > 0).mean(axis=0)
     wanted = own.sum() ** 2 / np.square(own).sum() / 6 * (4 * above * (1 - above)).mean()
-    assert interest(values) == pytest.approx(wanted, rel=1e-9)
-    assert interest(np.tile(values[:, :1], 6)) == pytest.approx((4 * above * (1 - above))[0] / 6)
-    assert interest(values[:3]) <= 3 / 6 + 1e-9
+    assert measure_response(values) == pytest.approx(wanted, rel=1e-9)
+    assert measure_response(np.tile(values[:, :1], 6)) == pytest.approx((4 * above * (1 - above))[0] / 6)
+    assert measure_response(values[:3]) <= 3 / 6 + 1e-9
 
 
 def test_divergence_is_0_for_the_same_and_bounded() -> None:
     mean, variance = np.array([0.3, -2.0]), np.array([0.5, 4.0])
-    assert divergence(mean, variance, mean, variance) == 0.0
-    assert divergence(mean + 1, variance, mean, variance) == pytest.approx(0.5 * np.mean(1 / variance))
-    assert divergence(mean, variance * 0, mean, variance) == 10.0
+    assert measure_divergence(mean, variance, mean, variance) == 0.0
+    assert measure_divergence(mean + 1, variance, mean, variance) == pytest.approx(0.5 * np.mean(1 / variance))
+    assert measure_divergence(mean, variance * 0, mean, variance) == 10.0
 
 
 # -- with data ---------------------------------------------------------------------------------------------------------

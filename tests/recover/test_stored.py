@@ -15,19 +15,19 @@ from planted import Planted, draw, error, how, outputs, plan, repaired
 
 from onnxprune.graph.view import Graph
 from onnxprune.io.weights import ArrayWeight, Weight
-from onnxprune.recovery.targets import Stored
+from onnxprune.recovery.targets import WeightSource
 
 Array = NDArray[Any]
 
 
-def found(net: Net, name: str) -> tuple[Graph, Stored, dict[str, Weight]]:
+def found(net: Net, name: str) -> tuple[Graph, WeightSource, dict[str, Weight]]:
     """The graph of a product with the constant ``name``, how it is stored, and the weights."""
     rows = net.input("x", ["N", 6])
     proto = net.model(net.op("MatMul", rows, name), check=False)
     weights = {t.name: ArrayWeight(t.name, onnx.numpy_helper.to_array(t)) for t in proto.graph.initializer}
     graph = Graph.of(proto, dict(weights))
-    stored = Stored.of(graph, name)
-    assert isinstance(stored, Stored), stored
+    stored = WeightSource.of(graph, name)
+    assert isinstance(stored, WeightSource), stored
     return graph, stored, dict(graph.weights)
 
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_undone_has_a_reason() -> None:
     net = Net(17)
     name = net.op("Exp", net.weight(6, 8))
     graph = Graph.of(net.model(net.op("MatMul", net.input("x", ["N", 6]), name)), {})
-    assert Stored.of(graph, name) == "its weight is computed from others"
+    assert WeightSource.of(graph, name) == "its weight is computed from others"
 
 
 # -- whole models ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from runtime_models import model
 
 import onnxprune as op
 from onnxprune.errors import ModelError
-from onnxprune.passes import trial
+from onnxprune.passes import workspace
 from onnxprune.runtime.sessions import input_specs, open_session, refers, run, shorten
 
 
@@ -63,16 +63,16 @@ def test_large_models_are_held_once(outside: bool, monkeypatch: pytest.MonkeyPat
 
     refers()
     monkeypatch.setattr(ort, "InferenceSession", spy)
-    monkeypatch.setattr(trial, "_HEAVY", 0)
-    monkeypatch.setattr(trial, "_LIGHT", 0 if not refers() else 2048)
+    monkeypatch.setattr(workspace, "_HEAVY", 0)
+    monkeypatch.setattr(workspace, "_LIGHT", 0 if not refers() else 2048)
     assert op.prune(path, ratio=0.5, latency=False).report.exactness.passed
     assert seen and set(seen) == {(False, "1")}
     if refers():
         assert (str(tmp_path) in folders) is outside and any(folders)
     assert {file.name: file.stat() for file in tmp_path.iterdir()} == before
     seen.clear()
-    monkeypatch.setattr(trial, "_HEAVY", 1 << 30)
-    monkeypatch.setattr(trial, "_LIGHT", 0)
+    monkeypatch.setattr(workspace, "_HEAVY", 1 << 30)
+    monkeypatch.setattr(workspace, "_LIGHT", 0)
     assert op.prune(path, ratio=0.5).report.exactness.passed
     assert {arena for arena, _ in seen} == {True}
 

@@ -31,7 +31,7 @@ _MAPPED_FROM = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class Workspace:
     """A folder with models as files.
 
     Attributes:
@@ -46,7 +46,7 @@ class Trial:
 
     @classmethod
     @contextmanager
-    def of(cls, analysis: Analysis, loaded: Loaded | None = None) -> Iterator[Trial]:
+    def of(cls, analysis: Analysis, loaded: Loaded | None = None) -> Iterator[Workspace]:
         """Open a trial of the analysed model, or of another with the same inputs; its files are deleted at the end."""
         loaded = loaded or analysis.loaded
         with workspace() as folder:
@@ -201,7 +201,7 @@ def synthetic_feeds(context: Context, analysis: Analysis) -> list[Any]:
     return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=context.seed) for probe in facts.running]
 
 
-def timing_feed(context: Context, trial: Trial) -> Any:
+def timing_feed(context: Context, trial: Workspace) -> Any:
     """One call with one sample where the model leaves the number open and runs so: the user's data, else synthetic."""
     analysis = trial.analysis
     if context.calibration is not None:

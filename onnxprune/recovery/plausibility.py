@@ -12,7 +12,7 @@ Array = NDArray[Any]
 _MOST = 512
 
 
-def interest(outputs: Array) -> float:
+def measure_response(outputs: Array) -> float:
     """Measure how strongly a trained layer responds to its inputs, 0 to 1: the rank of its outputs, and their mean.
 
     Variety is the participation ratio (tr C)^2 / (o tr C^2) of the outputs' correlation matrix C: 1/o where they all
@@ -41,7 +41,7 @@ def interest(outputs: Array) -> float:
     return float(variety * (4.0 * above * (1.0 - above)).mean())
 
 
-def divergence(mean: Array, variance: Array, wanted_mean: Array, wanted_variance: Array) -> float:
+def measure_divergence(mean: Array, variance: Array, wanted_mean: Array, wanted_variance: Array) -> float:
     """Return the Kullback-Leibler divergence of normal distributions, averaged over channels, at most 10 each.
 
     BatchNormalization stores the mean and variance of its training data; Cai et al., ZeroQ, CVPR 2020, section 3.1.

@@ -19,7 +19,7 @@ FACTORED = ("macs", "params", "size", "latency")
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class BudgetSpec:
     """Targets, gates and options of a budget, checked on construction.
 
     Attributes:
@@ -58,7 +58,7 @@ class Wishes:
         jobs: int | None = None,
         factorize: bool = False,
         trials: int | None = None,
-    ) -> Wishes:
+    ) -> BudgetSpec:
         """Build the request from the arguments of a call.
 
         Raises:
