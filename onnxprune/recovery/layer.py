@@ -459,12 +459,12 @@ class _BestRound:
     after: float
 
 
-def _rounds(problem: Problem, regression: RidgeRegression, linear: Solution, matrix: Real, bias: Real) -> _Found:
+def _rounds(problem: Problem, regression: RidgeRegression, linear: Solution, matrix: Real, bias: Real) -> _BestRound:
     """Refit on the training rows, round by round, as long as the hold-out error falls."""
     assert linear.ridge is not None
     before = loss(problem.rows(True), matrix, bias)
     w, b = linear.matrix, linear.bias
-    found = _Found(w, b, 0, before, min(before, loss(problem.rows(True), w, b)) * (1.0 - WORTH))
+    found = _BestRound(w, b, 0, before, min(before, loss(problem.rows(True), w, b)) * (1.0 - WORTH))
     for number in range(1, _ROUNDS + 1):
         w, b = _round(problem.rows(False), regression, w, b, linear.ridge)
         error = loss(problem.rows(True), w, b)
