@@ -368,7 +368,7 @@ class Rounding:
         who = np.array([columns[n] for n in ranked], dtype=np.int64)
         given = list(ranked.values())
         # A group with a ratio of its own is rounded by itself: the others do not make up for it.
-        wanted = np.where([g.alone for g in given], counts, exact)
+        wanted = np.where([g.is_local for g in given], counts, exact)
         before = [g.gone for g in given]
         whole, target, start = self._costs(who, np.stack([before, wanted, blocks]).astype(np.int64))
         if whole - start < _TOO_LITTLE * (whole - target):
@@ -399,8 +399,8 @@ class Rounding:
         for i, (number, group) in enumerate(ranked.items()):
             block = self._whole[number]
             other = group.steps - block
-            if not group.alone and group.steps - result[i] < block <= 2 * (group.steps - exact[i]):
-                result[i] = other if other >= group.gone and other in group.counts else result[i]
+            if not group.is_local and group.steps - result[i] < block <= 2 * (group.steps - exact[i]):
+                result[i] = other if other >= group.num_removed and other in group.counts else result[i]
         return result
 
     def _nearest(
@@ -446,8 +446,8 @@ def _other(group: RankedGroup, count: int, multiple: int, *, more: bool) -> tupl
     target = group.ratio * group.steps
     counts = group.counts[((group.steps - group.counts) % multiple == 0) | (group.counts == 0)]
     side = counts[counts > count] if more else counts[counts < count]
-    if group.alone or not side.size or (count >= target if more else count <= target):
+    if group.is_local or not side.size or (count >= target if more else count <= target):
         return None
     other = int(side[0] if more else side[-1])
     far = abs(other - target) / abs(other - count)
-    return None if far > _FAR or other < group.gone else (other, far)
+    return None if far > _FAR or other < group.num_removed else (other, far)
