@@ -23,7 +23,7 @@ from onnxprune.report.facts import Report, SweepFacts
 from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.sessions import with_custom_ops
-from onnxprune.search.budget import Budget, default_criterion
+from onnxprune.search.budget import Budget, with_criterion
 from onnxprune.search.evaluation import Metric, load_metric
 from onnxprune.search.latency import LatencyProfile, describe_times, latency_table, rewritable_sizes
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
@@ -658,13 +658,16 @@ def sensitivity(
     execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
     mode, _ = settle_mode(recover, data is not None, True)
     context = Context.of(model, approximate=approximate, **reading, **running, **execution)
-    name = criterion or default_criterion(context)
     choosing["max_ratio"] = WIDEST if max_ratio is None else max_ratio
-    prune = Prune(name, 0.5, approximate=approximate, **choosing)
-    sizes = rewritable_sizes(prune.prepared(context, Model.of(context.analysis)))
     function = load_metric(metric) if isinstance(metric, str) else metric
-    selector = prune.selector(context, sizes.analysis)
-    return measure_sensitivity(context, selector, mode=mode, metric=function, shares=ratios, jobs=jobs)
+
+    def measure(name: str | Criterion) -> Sensitivity:
+        prune = Prune(name, 0.5, approximate=approximate, **choosing)
+        sizes = rewritable_sizes(prune.prepared(context, Model.of(context.analysis)))
+        selector = prune.selector(context, sizes.analysis)
+        return measure_sensitivity(context, selector, mode=mode, metric=function, shares=ratios, jobs=jobs)
+
+    return with_criterion(context, criterion, measure)[0]
 
 
 @called("sweep")

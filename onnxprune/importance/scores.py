@@ -234,9 +234,13 @@ def all_constant(items: Sequence[ScoredSlot]) -> bool:
     return bool(telling) and all(np.ptp(x.scores) == 0 for x in telling)
 
 
-def uninformative(name: str) -> UsageError:
+class NoScore(UsageError):
+    """A criterion that applies to none of the groups (exit code 2)."""
+
+
+def uninformative(name: str) -> NoScore:
     """Return the error for a criterion that applies to none of the groups."""
-    return UsageError(
+    return NoScore(
         f"The criterion {name!r} has scores for no layer of the model.",
         hint=NEEDS.get(name, "Choose another criterion: 'l2' and 'gm' score every weight."),
     )

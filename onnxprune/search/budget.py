@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from onnxprune.channels.selection import make_plan
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion
+from onnxprune.importance.scores import NoScore
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.output_sensitivity import MAX_SAMPLES, output_sensitivity
 from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons
@@ -25,7 +26,7 @@ from onnxprune.passes.recover import HAS_INPUTS, check_mode
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult, Requirement, Result
 from onnxprune.pruning.rewriting import CannotRewrite
-from onnxprune.report.facts import AnswerFacts, BudgetFacts, Fact, Recovered, Settings, TargetFacts
+from onnxprune.report.facts import AnswerFacts, BudgetFacts, Fact, Recovered, Remark, Settings, TargetFacts
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.mixture import ALONE, Mixture
@@ -37,6 +38,7 @@ from onnxprune.targets import Target
 
 Array = NDArray[np.float64]
 WITH_DATA, WITHOUT = "ziplm", "l2"
+T = TypeVar("T")
 # How often a budget is halved towards the smallest that works.
 _HALVINGS = 6
 # Noise of the outputs below which the search for better candidates stops.
@@ -96,14 +98,16 @@ class Budget(Pass):
         """Return the name of the pass with its mode of recovery."""
         return f"recover {self.mode!r}"
 
-    def prune(self, context: Context) -> Prune:
+    def prune(self, criterion: str | Criterion) -> Prune:
         """Return the pass that scores the units."""
-        criterion = self.criterion or default_criterion(context)
         return Prune(criterion, 0.5, approximate=self.approximate, **self.options)
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Search, prune and recover."""
-        prune = self.prune(context)
+        result, note = with_criterion(context, self.criterion, lambda c: self._run(context, model, self.prune(c)))
+        return PassResult(result.model, [*result.facts, Remark(note)]) if note else result
+
+    def _run(self, context: Context, model: Model, prune: Prune) -> PassResult:
         analysis = prune.prepared(context, model)
         before = points_of_original(analysis, self.spec.metric)
         result = self._search(context, analysis, prune, before)
@@ -161,9 +165,21 @@ class Budget(Pass):
         return BudgetFacts(targets, answers, gap, metric_name, before, quality.points, self.spec.max_drop)
 
 
-def default_criterion(context: Context) -> str:
-    """Return the default criterion: recoverable error with data, magnitude without."""
-    return WITHOUT if context.calibration is None else WITH_DATA
+def with_criterion(
+    context: Context, criterion: str | Criterion | None, run: Callable[[str | Criterion], T]
+) -> tuple[T, str]:
+    """Call ``run`` with a criterion; by default recoverable error with data, magnitude without.
+
+    Returns:
+        the result, and a remark where the default has no score for any channel, so that magnitude took its place.
+    """
+    if criterion is not None or context.calibration is None:
+        return run(criterion or WITHOUT), ""
+    try:
+        return run(WITH_DATA), ""
+    except NoScore:
+        note = f"no layer of the model can be scored from data by {WITH_DATA}, the default: scored by {WITHOUT} instead"
+        return run(WITHOUT), note
 
 
 def _best_by_name(result: SearchResult) -> list[Evaluated]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from onnxprune.errors import BudgetError
+from onnxprune.importance.criteria import Criterion
 from onnxprune.passes.flush import flush
+from onnxprune.passes.prune import Prune
 from onnxprune.passes.workspace import Workspace, timing_feed
 from onnxprune.pipeline import Context, Model
 from onnxprune.report.facts import Fidelity, SweepFacts, SweepPoint
 from onnxprune.runtime.latency import in_turn
-from onnxprune.search.budget import Budget, Search
+from onnxprune.search.budget import Budget, Search, with_criterion
 from onnxprune.search.evaluation import Evaluation, points_name, points_of_original
 from onnxprune.search.latency import rewritable_sizes
 from onnxprune.search.problem import Candidate
@@ -37,7 +39,22 @@ def sweep(
     Raises:
         BudgetError: none of the budgets can be met.
     """
-    prune = budget.prune(context)
+    run: Callable[[str | Criterion], SweepFacts] = lambda c: _sweep(  # noqa: E731
+        context, budget, budget.prune(c), shares, kind=kind, timed=timed, folder=folder
+    )
+    return with_criterion(context, budget.criterion, run)[0]
+
+
+def _sweep(
+    context: Context,
+    budget: Budget,
+    prune: Prune,
+    shares: Sequence[float],
+    *,
+    kind: str,
+    timed: bool,
+    folder: Path | None,
+) -> SweepFacts:
     analysis = rewritable_sizes(prune.prepared(context, Model.of(context.analysis))).analysis
     metric = budget.spec.metric
     before = points_of_original(analysis, metric)

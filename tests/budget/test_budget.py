@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from build import Net
 
 import onnxprune as op
 from onnxprune.errors import BudgetError, UsageError
@@ -206,3 +207,16 @@ def test_no_answer_is_looked_for_where_nothing_was_lost() -> None:
     assert NAME not in {a.name for a in facts.answers}
     facts = op.prune(MODELS / "residual.onnx", trials=2, **given).report.budget
     assert facts is not None and NAME in {a.name for a in facts.answers}
+
+
+def test_the_default_criterion_is_magnitude_where_data_score_no_layer() -> None:
+    """Channels that only a sum reads have no reconstruction error of a layer."""
+    net = Net(17)
+    x = net.input("x", ["N", 3, 6, 6])
+    model = net.model(net.op("ReduceSum", net.op("Relu", net.conv(x, 3, 16)), net.const([1], np.int64)))
+    feeds = [{"x": np.random.default_rng(i).standard_normal((4, 3, 6, 6)).astype(np.float32)} for i in range(8)]
+    result = op.prune(model, target="params=0.6", data=feeds, latency=False)
+    assert result.report.settings["criterion"] == "l2"
+    assert any("scored by l2 instead" in w for w in result.report.warnings)
+    with pytest.raises(op.UsageError, match="has scores for no layer"):
+        op.prune(model, target="params=0.6", data=feeds, criterion="ziplm", latency=False)
