@@ -369,7 +369,7 @@ class Rounding:
         given = list(ranked.values())
         # A group with a ratio of its own is rounded by itself: the others do not make up for it.
         wanted = np.where([g.is_local for g in given], counts, exact)
-        before = [g.gone for g in given]
+        before = [g.num_removed for g in given]
         whole, target, start = self._costs(who, np.stack([before, wanted, blocks]).astype(np.int64))
         if whole - start < _TOO_LITTLE * (whole - target):
             blocks, start = list(counts), float(self._costs(who, np.array([counts], np.int64))[0])
