@@ -179,7 +179,7 @@ def _runs(graph: Graph, node: Node, probe: Probe) -> int | None:
     return None
 
 
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 _CODES = tuple(onnx.TensorProto.DataType.Value(name) for name in ("UINT8", "INT8", "UINT16", "INT16"))
 _Said = tuple["int | None", "tuple[int | None, ...] | None"]
 Infer = Callable[[Node, list[Any], list[Any]], "list[Any] | None"]
@@ -370,7 +370,7 @@ def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None
     shapes = [probe.elements.get(name, probe.shapes.get(name)) if name else None for name in node.inputs]
     results = infer(node, shapes, [probe.values.get(name) if name else None for name in node.inputs])
     kinds = [probe.dtypes.get(name) or _dtype_of(graph, name) for name in node.inputs if name]
-    allowed_kinds = _CODES if _gives_codes(node) else _FLOATS
+    allowed_kinds = _CODES if _gives_codes(node) else FLOATS
     kind = next((k for k in kinds if k in allowed_kinds), kinds[0] if kinds else onnx.TensorProto.FLOAT)
     for name, shape in zip(node.outputs, results or (), strict=False):
         if name:

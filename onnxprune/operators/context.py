@@ -370,6 +370,14 @@ class Cut:
         """Add a constant to operand ``i``, by an Add in front of the node."""
         self._state.add(self.node, i, value)
 
+    def scale_input(self, i: int, factor: float) -> None:
+        """Multiply operand ``i`` by a number: within its constant where it is one, else by a Mul in front of the node."""
+        self._state.scale_input(self.node, i, factor)
+
+    def scale_output(self, o: int, factor: float) -> None:
+        """Multiply output ``o`` by a number: within a constant that follows where one can take it, else by a Mul."""
+        self._state.scale_output(self.node, o, factor)
+
     def replace(self, op: str, inputs: int, **attributes: Any) -> None:
         """Replace the node by another operator of the same domain on its first ``inputs`` inputs."""
         self._state.replace(self.node, op, inputs, attributes)

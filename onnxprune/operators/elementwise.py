@@ -12,7 +12,7 @@ from onnxprune.io.elements import DTYPES
 from onnxprune.labels.algebra import Shape
 from onnxprune.operators.context import Step
 from onnxprune.operators.operands import Values, given
-from onnxprune.operators.registry import Array, Inverse, Move, Read, Rule, register
+from onnxprune.operators.registry import Array, Inverse, Move, Read, Rule, Scaling, register
 from onnxprune.operators.sizes import broadcast_shapes
 
 
@@ -67,6 +67,12 @@ class Sum(Elementwise):
 
         return Inverse(undo, None if other is not None else 1 - i)
 
+    def scaling(self, node: Node, i: int, factor: float, constant: Read) -> Scaling | None:
+        """Divide a constant addend by the factor: c x + b = c (x + b / c)."""
+        if len(node.inputs) != 2 or constant(1 - i) is None:
+            return None
+        return Scaling(factor, {1 - i: lambda value: value / factor})
+
 
 class Scaled(Elementwise):
     """Mul and Div: a constant factor can be divided out; a factor of 0 makes the input irrelevant."""
@@ -79,6 +85,17 @@ class Scaled(Elementwise):
         if node.op == "Div":
             return Inverse(lambda value, _addends, _shape: value * other)
         return Inverse(lambda value, _addends, _shape: divided(value, other))
+
+    def scaling(self, node: Node, i: int, factor: float, constant: Read) -> Scaling | None:
+        """Let a constant operand take up the factor; pass it on beside an activation, inverted from a divisor."""
+        if len(node.inputs) != 2 or node.inputs[0] == node.inputs[1]:
+            return None
+        through = 1.0 / factor if node.op == "Div" and i == 1 else factor
+        if constant(1 - i) is None:
+            return Scaling(through)
+        # A constant divisor has to shrink where the quotient grows.
+        change = 1.0 / factor if node.op == "Div" and i == 0 else through
+        return Scaling(1.0, {1 - i: lambda value: value * change})
 
 
 def divided(value: Array, gain: Array) -> Array:
@@ -99,6 +116,29 @@ def power(base: Array, exponent: Array) -> Array:
     return np.asarray(np.power(base, exponent)).astype(base.dtype)
 
 
+class Homogeneous(Elementwise):
+    """An operator on one tensor with f(c x) = c ** degree * f(x) for c > 0."""
+
+    def __init__(self, degree: float, function: Callable[..., Any] | None = None) -> None:
+        super().__init__([0], function)
+        self._degree = degree
+
+    def scaling(self, node: Node, i: int, factor: float, constant: Read) -> Scaling | None:
+        """Raise the factor to the degree."""
+        return Scaling(factor**self._degree)
+
+
+class Power(Elementwise):
+    """x ** y; a constant scalar y is the degree of a homogeneous function."""
+
+    def scaling(self, node: Node, i: int, factor: float, constant: Read) -> Scaling | None:
+        """Raise the factor to a constant power."""
+        exponent = constant(1) if i == 0 else None
+        if exponent is None or exponent.size != 1:
+            return None
+        return Scaling(factor ** float(exponent.reshape(())))
+
+
 class Mod(Elementwise):
     """The remainder, with the sign of the divisor, or with ``fmod`` of the dividend."""
 
@@ -113,6 +153,10 @@ class Relu(Elementwise):
     chooses = True
 
     clamps = True
+
+    def scaling(self, node: Node, i: int, factor: float, constant: Read) -> Scaling | None:
+        """Pass the factor on."""
+        return Scaling(factor)
 
     def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
         """Return level 0, below which the result is flat."""
@@ -175,6 +219,10 @@ class Cast(Elementwise):
 
     moves = Move.CAST
 
+    def scaling(self, node: Node, i: int, factor: float, constant: Read) -> Scaling | None:
+        """Pass the factor on to floats."""
+        return Scaling(factor) if i == 0 and DTYPES[node.attrs["to"]].kind in "fV" else None
+
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's cast."""
         return given(values, 0).astype(DTYPES[node.attrs["to"]])
@@ -182,6 +230,10 @@ class Cast(Elementwise):
 
 class CastLike(Cast):
     """A cast to the type of another tensor, whose channels are irrelevant."""
+
+    def scaling(self, node: Node, i: int, factor: float, constant: Read) -> Scaling | None:
+        """Return None: the type is that of another tensor."""
+        return None
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Return None: onnx's reference evaluator is used."""
@@ -194,17 +246,14 @@ class CastLike(Cast):
 
 
 UNARY = (
-    "Sigmoid Tanh Erf Exp Log Abs Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh LeakyRelu Elu Selu "
+    "Sigmoid Tanh Erf Exp Log Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Elu Selu "
     "Celu Gelu Mish Softplus Softsign ThresholdedRelu Shrink Swish IsNaN IsInf BitwiseNot BitCast"
 ).split()
 BINARY = "Mean Xor PRelu BitShift BitwiseAnd BitwiseOr BitwiseXor".split()
 COMPUTED: dict[str, Callable[..., Any]] = {
-    "Neg": np.negative,
-    "Sqrt": np.sqrt,
     "Floor": np.floor,
     "Ceil": np.ceil,
     "Not": np.logical_not,
-    "Reciprocal": lambda x: np.asarray(1 / x, dtype=x.dtype),
 }
 """Operators on one tensor with a function of their own, for small values."""
 COMPARED: dict[str, Callable[..., Any]] = {
@@ -215,9 +264,16 @@ COMPARED: dict[str, Callable[..., Any]] = {
     "GreaterOrEqual": np.greater_equal,
     "And": np.logical_and,
     "Or": np.logical_or,
-    "Pow": power,
 }
 """The same on tensors that broadcast."""
+HOMOGENEOUS: dict[str, tuple[float, Callable[..., Any] | None]] = {
+    "Neg": (1.0, np.negative),
+    "Abs": (1.0, np.abs),
+    "LeakyRelu": (1.0, None),
+    "Sqrt": (0.5, np.sqrt),
+    "Reciprocal": (-1.0, lambda x: np.asarray(1 / x, dtype=x.dtype)),
+}
+"""Operators on one tensor that pass a positive factor on: degree and function."""
 
 register("", *UNARY, rule=Elementwise([0]))
 register("", *BINARY, rule=Elementwise())
@@ -225,6 +281,9 @@ for name, function in COMPUTED.items():
     register("", name, rule=Elementwise([0], function))
 for name, function in COMPARED.items():
     register("", name, rule=Elementwise(None, function))
+for name, (degree, homogeneous) in HOMOGENEOUS.items():
+    register("", name, rule=Homogeneous(degree, homogeneous))
+register("", "Pow", rule=Power(None, power))
 register("", "Max", "Min", rule=Choice())
 register("", "Where", rule=Choice(None, np.where))
 register("", "Mod", rule=Mod())

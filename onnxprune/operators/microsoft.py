@@ -23,7 +23,7 @@ from onnxprune.operators.contraction import MatMul, contract, letter_macs, matmu
 from onnxprune.operators.contractions import Form
 from onnxprune.operators.convolution import Conv, ConvTranspose
 from onnxprune.operators.elementwise import Elementwise
-from onnxprune.operators.normalization import GroupNorm, LayerNorm, OverAxes
+from onnxprune.operators.normalization import GroupNorm, LayerNorm, OverAxes, RMSNorm
 from onnxprune.operators.registry import Rule, register
 from onnxprune.operators.sizes import broadcast_shapes, product, window_sizes
 
@@ -50,6 +50,10 @@ class SkipLayerNorm(LayerNorm):
         x = shapes[0]
         stats = None if x is None else (*x[:-1], 1)
         return [x, stats, stats, x]
+
+
+class SkipRMSNorm(RMSNorm, SkipLayerNorm):
+    """Root mean square normalisation of input + skip + bias over the last axis; output 3 is the sum itself."""
 
 
 class EmbedLayerNorm(Rule):
@@ -306,9 +310,9 @@ register(DOMAIN, "Gelu", "QuickGelu", rule=Elementwise([0]))
 register(DOMAIN, "BiasGelu", "FastGelu", "BiasAdd", "GatedAdd", "ScaledSiLU", rule=Elementwise())
 register(DOMAIN, "BiasDropout", rule=Elementwise([0, 1, 2]))
 register(DOMAIN, "SkipLayerNormalization", rule=SkipLayerNorm(approximate=True, inputs=(0, 1, 2, 3, 4)))
-register(DOMAIN, "SkipSimplifiedLayerNormalization", rule=SkipLayerNorm(approximate=True, inputs=(0, 1, 2, 3)))
+register(DOMAIN, "SkipSimplifiedLayerNormalization", rule=SkipRMSNorm(2, (0, 1, 2, 3), 1e-12))
 register(DOMAIN, "LayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1, 2)))
-register(DOMAIN, "SimplifiedLayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1)))
+register(DOMAIN, "SimplifiedLayerNormalization", rule=RMSNorm())
 register(DOMAIN, "EmbedLayerNormalization", rule=EmbedLayerNorm())
 register(DOMAIN, "NhwcConv", rule=NhwcConv())
 register(DOMAIN, "NhwcFusedConv", rule=NhwcFusedConv(addend=3))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from onnxprune.graph.inference import FLOATS
 from onnxprune.graph.view import Node
 from onnxprune.labels.algebra import Shape, remove_axis
 from onnxprune.labels.atoms import Reason
@@ -86,6 +88,43 @@ class LayerNorm(OverAxes):
         super().propagate(step)
         if any(step.node.outputs[1:]):
             step.freeze(step.labels(0), Reason.UNSUPPORTED_FORM, "the normalisation's statistics are used")
+
+
+class RMSNorm(LayerNorm):
+    """Division by the root mean square over all axes from ``axis`` on, then a scale.
+
+    Removed channels are 0, so that they change nothing but the number that the sum of squares is divided by. With n of N
+    channels left, x / sqrt(sum / N + eps) = sqrt(N / n) x / sqrt(sum / n + eps N / n).
+
+    Args:
+        scale: position of the scale.
+        inputs: positions of the operands that broadcast with input 0.
+        epsilon: default of the attribute.
+    """
+
+    def __init__(self, scale: int = 1, inputs: Sequence[int] = (0, 1), epsilon: float = 1e-5) -> None:
+        super().__init__(exact=True, inputs=inputs)
+        self._scale, self._epsilon = scale, epsilon
+
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """Return the normalised axes of every operand that is summed before."""
+        axes, rank = self.axes(step), len(step.shape(0))
+        data = [i for i in self.inputs if i != self._scale and step.has(i)]
+        ranks = {i: len(step.shape(i)) for i in data}
+        return [(i, tuple(a - rank + n for a in axes if a - rank + n >= 0)) for i, n in ranks.items()]
+
+    def rewrite(self, cut: Cut) -> None:
+        """Adapt epsilon and the scale to the number of channels left."""
+        share = kept_share(cut, self.axes(cut.before))
+        if share != 1.0:
+            cut.set_attr("epsilon", float(cut.attr("epsilon", self._epsilon)) / share)
+            cut.scale_input(self._scale, 1.0 / math.sqrt(share))
+
+
+def kept_share(cut: Cut, axes: Sequence[int]) -> float:
+    """Return the share of positions along some axes of input 0 that survive."""
+    before, after = cut.before.shape(0), cut.shape(0)
+    return math.prod(after[a] / before[a] for a in axes)
 
 
 class InstanceNorm(Rule):
@@ -382,14 +421,28 @@ class ReduceExtreme(Reduce):
 
 
 class ReduceMean(Reduce):
-    """The mean over axes."""
+    """The mean over axes: a sum with a constant factor, which changes by the share of channels that survive."""
 
     averages = True
+
+    def propagate(self, step: Step) -> None:
+        """Pass the labels as a sum does; freeze those of integers, whose means are truncated."""
+        kind = step.table.facts.probes[0].dtypes.get(step.node.inputs[0])
+        if kind not in FLOATS:
+            for axis in self.axes(step) or ():
+                step.fix(step.labels(0), axis, Reason.NORMALISED, "a mean of integers is truncated")
+        super().propagate(step)
+
+    def rewrite(self, cut: Cut) -> None:
+        """Multiply the mean by the share of values that survive."""
+        share = kept_share(cut, self.axes(cut.before) or ())
+        if share != 1.0:
+            cut.scale_output(0, share)
 
 
 register("", "Softmax", "LogSoftmax", "Hardmax", rule=Softmax())
 register("", "LayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1, 2)))
-register("", "RMSNormalization", "SimplifiedLayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1)))
+register("", "RMSNormalization", "SimplifiedLayerNormalization", rule=RMSNorm())
 register("", "LpNormalization", rule=OverAxes(exact=True))
 register("", "MeanVarianceNormalization", rule=MeanVariance(approximate=True))
 register("", "LRN", rule=Response())
@@ -397,7 +450,7 @@ register("", "InstanceNormalization", rule=InstanceNorm())
 register("", "GroupNormalization", rule=GroupNorm())
 register("", "BatchNormalization", rule=BatchNorm())
 register("", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", rule=Reduce(contraction=True))
-register("", "ReduceMean", rule=ReduceMean(approximate=True))
+register("", "ReduceMean", rule=ReduceMean(contraction=True))
 register("", "ReduceMax", "ReduceMin", rule=ReduceExtreme())
 register("", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", rule=Reduce())
 register("", "ArgMax", "ArgMin", "TopK", "CumSum", "CumProd", rule=Pick())

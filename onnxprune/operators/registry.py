@@ -68,6 +68,18 @@ class Inverse(NamedTuple):
     addend: int | None = None
 
 
+class Scaling(NamedTuple):
+    """Effect of a positive factor on one input of an operator: f(c x) = factor * f(x), with constants adapted.
+
+    Attributes:
+        factor: factor of output 0; 1 where the constants take it up.
+        constants: {position of a constant input: function from its value to the value that takes its place}.
+    """
+
+    factor: float
+    constants: dict[int, Callable[[Array], Array]] = {}
+
+
 class Rule:
     """Definition of one operator: propagation of labels, rewriting of its node, shapes, values, cost.
 
@@ -238,6 +250,18 @@ class Rule:
         if self.moves is Move.SHAPE:
             return Inverse(lambda value, _addends, shape: value.reshape(shape))
         return None
+
+    def scaling(self, node: Node, i: int, factor: float, constant: Read) -> Scaling | None:
+        """Return the effect of a factor on input ``i``; None where it cannot be passed on.
+
+        Args:
+            node: the node.
+            i: position of the input that is ``factor`` times the tensor that the node will read.
+            factor: the factor, more than 0.
+            constant: function from the position of another input to its value, None where that is no small constant.
+        """
+        moved = self.moves not in (None, Move.JOIN) and i == 0 and not any(node.outputs[1:])
+        return Scaling(factor) if moved else None
 
     def saturation(self, node: Node, constant: Read) -> list[tuple[float, bool]]:
         """Return the saturation levels in input 0: (level, True if the operator is flat below it, False if above)."""

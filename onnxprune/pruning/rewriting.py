@@ -20,20 +20,27 @@ from onnxprune.io.constants import add_constant, set_constant
 from onnxprune.io.weights import ArrayWeight, DerivedWeight, GatheredWeight, Weight
 from onnxprune.operators.context import Cut, Step, Table
 from onnxprune.operators.movement import resolve_target
-from onnxprune.operators.registry import lookup
+from onnxprune.operators.registry import Scaling, lookup
+
+
+# Largest constant that takes up a factor, in bytes.
+_SCALED_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
 class Edits:
     """Attributes by (node, name), operands by (node, input), and nodes to insert in front of others.
 
-    ``replaced``: the operator that takes the place of a node, and how many of its inputs it reads.
+    ``replaced``: the operator that takes the place of a node, and how many of its inputs it reads. ``renamed``: new names
+    of tensors that hold other values than before.
     """
 
     attributes: dict[int, dict[str, Any]] = field(default_factory=dict)
     operands: dict[int, dict[int, str]] = field(default_factory=dict)
     before: dict[int, list[onnx.NodeProto]] = field(default_factory=dict)
+    behind: dict[int, list[onnx.NodeProto]] = field(default_factory=dict)
     replaced: dict[int, tuple[str, int]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
     constants: dict[str, NDArray[Any]] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     sizes: dict[str, dict[int, int]] = field(default_factory=dict)
@@ -51,7 +58,8 @@ class Edits:
 
     def name(self, stem: str, used_names: Mapping[str, Any]) -> str:
         """Return a name for a new tensor, made of ``stem``."""
-        own_names = {*self.constants, *(o for nodes in self.before.values() for n in nodes for o in n.output)}
+        own_names = {*self.constants, *self.renamed.values()}
+        own_names |= {o for nodes in (*self.before.values(), *self.behind.values()) for n in nodes for o in n.output}
         names = (stem if k == 0 else f"{stem}{k}" for k in count())
         return next(name for name in names if name not in used_names and name not in own_names)
 
@@ -85,7 +93,9 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
             nodes.extend(edits.before[node.index])
         if node.index not in unread:
             nodes.append(_edited(node, edits))
+            nodes.extend(edits.behind.get(node.index, ()))
     model.graph.node.extend(nodes)
+    _drop_renamed(model, edits)
     weights = {name: w for name, w in graph.weights.items() if name in initializers}
     weights.update({name: w for name, w in edits.weights.items() if name in initializers})
     weights.update(constants)
@@ -99,6 +109,7 @@ def _edited(node: Node, edits: Edits) -> onnx.NodeProto:
     constant = node.op == "Constant" and node.outputs[0] in edits.weights
     replaced = edits.replaced.get(node.index)
     is_edited = node.index in edits.operands or node.index in edits.attributes
+    is_edited = is_edited or not edits.renamed.keys().isdisjoint(node.outputs)
     if not is_edited and replaced is None and not constant:
         return node.proto
     target = onnx.NodeProto()
@@ -110,6 +121,8 @@ def _edited(node: Node, edits: Edits) -> onnx.NodeProto:
         while len(target.input) <= i:
             target.input.append("")
         target.input[i] = name
+    for o, name in enumerate(target.output):
+        target.output[o] = edits.renamed.get(name, name)
     for name, value in edits.attributes.get(node.index, {}).items():
         for k, attribute in enumerate(target.attribute):
             if attribute.name == name:
@@ -120,6 +133,15 @@ def _edited(node: Node, edits: Edits) -> onnx.NodeProto:
     if constant:
         set_constant(target, edits.weights[node.outputs[0]])
     return target
+
+
+def _drop_renamed(model: onnx.ModelProto, edits: Edits) -> None:
+    """Remove the declared types of tensors that no longer exist under their names."""
+    restored = {o for nodes in edits.behind.values() for n in nodes for o in n.output}
+    lost = edits.renamed.keys() - restored
+    for k in reversed(range(len(model.graph.value_info) if lost else 0)):
+        if model.graph.value_info[k].name in lost:
+            del model.graph.value_info[k]
 
 
 def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight]) -> None:
@@ -149,7 +171,7 @@ def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
     """
     uses = Counter(graph.captured)
     uses.update(graph.outputs)
-    for added in edits.before.values():
+    for added in (*edits.before.values(), *edits.behind.values()):
         for proto in added:
             uses.update(proto.input)
     reads = []
@@ -166,10 +188,10 @@ def _uses(graph: Graph, edits: Edits) -> tuple[Counter[str], set[int]]:
     unread = set[int]()
     # Backwards: the nodes that a dead node read may be dead too, and come before it.
     for node, names in zip(reversed(graph.nodes), reversed(reads), strict=True):
-        outputs = [o for o in node.outputs if o]
+        outputs = [edits.renamed.get(o, o) for o in node.outputs if o]
         if node.domain == markers.DOMAIN:
             continue  # a body keeps its inputs and outputs, whoever reads them
-        if outputs and not any(uses[o] for o in outputs) and all(o in graph.consumers for o in outputs):
+        if outputs and not any(uses[o] for o in outputs) and all(o in graph.consumers for o in node.outputs if o):
             unread.add(node.index)
             uses.subtract(names)
     return uses, unread
@@ -220,6 +242,7 @@ class _State:
     def __init__(self, table: Table, after: After) -> None:
         self.table, self.after, self.edits = table, after, Edits()
         self.graph: Graph = table.graph
+        self.factors: dict[str, float] = {}
         self.values = [Values(self.graph, probe.values) for probe in table.facts.probes]
         self._shapes = [_Shapes(table, after, k) for k in range(len(self.values))]
         for name in table.items():
@@ -243,6 +266,8 @@ class _State:
 
     def visit(self, node: Node) -> None:
         """Rewrite one node, then compute the known values of its outputs."""
+        if self.factors and not self.factors.keys().isdisjoint(node.inputs):
+            self._pass_factors(node)
         is_touched = not (self._untouched(node.inputs) and self._untouched(node.outputs))
         if not is_touched and not any(values.differs(*node.inputs) for values in self.values):
             return  # neither sizes nor values around it differ from the original's
@@ -340,6 +365,75 @@ class _State:
         for values in self.values:
             current = values.get(stem)
             values.set(result, None if current is None else function(current))
+
+    def scale_input(self, node: Node, i: int, factor: float) -> None:
+        if not self._scale_constant(node, i, lambda value: value * factor):
+            dtype = self._dtype(node.inputs[i])
+            self._put_in_front(node, i, "Mul", np.asarray(factor, dtype), lambda now: now * factor)
+
+    def scale_output(self, node: Node, o: int, factor: float) -> None:
+        name = node.outputs[o]
+        if self.graph.opsets.get("", 1) < 7:
+            raise CannotRewrite(node, "its result has to be multiplied by a number, for which this opset has no Mul")
+        # Under another name: it no longer is the tensor of that name in the original.
+        taken = self.table.facts.probes[0].shapes
+        self.edits.renamed[name] = self.edits.name(f"{name}_unscaled", taken)
+        readers = list(self.graph.consumers.get(name, ()))
+        alone = len(readers) == 1 and name not in self.graph.outputs and name not in self.graph.captured
+        if alone and self._scaling(readers[0][0], readers[0][1], factor) is not None:
+            self.factors[name] = factor
+            return
+        constant = self.edits.constant(f"{name}_share", np.asarray(factor, self._dtype(name)), taken)
+        inputs = [self.edits.renamed[name], constant]
+        scaled = onnx.helper.make_node("Mul", inputs, [name], name=f"{name}_rescaled")
+        self.edits.behind.setdefault(node.index, []).append(scaled)
+
+    def _scaling(self, node: Node, i: int, factor: float) -> Scaling | None:
+        """Return the effect of a factor on one input; None where the node cannot pass it on."""
+        if node.domain == markers.DOMAIN:
+            return None
+        return lookup(node.domain, node.op, node.version).scaling(node, i, factor, lambda j: self._constant(node, j))
+
+    def _pass_factors(self, node: Node) -> None:
+        """Let the constants of a node, or its result, take up the factors of its inputs."""
+        through = 1.0
+        for i, name in enumerate(node.inputs):
+            factor = self.factors.pop(name, None)
+            scaling = None if factor is None else self._scaling(node, i, factor)
+            if scaling is None:
+                continue
+            self.edits.set_operand(node, i, self.edits.renamed[name])
+            for j, function in scaling.constants.items():
+                self._scale_constant(node, j, function)
+            through *= scaling.factor
+        if through != 1.0:
+            self.scale_output(node, 0, through)
+
+    def _constant(self, node: Node, i: int) -> NDArray[Any] | None:
+        """Return the value of input ``i`` where it is a small weight of floats, in the pruned model."""
+        name = node.inputs[i] if i < len(node.inputs) else ""
+        weight = self.edits.weights.get(name, self.graph.weights.get(name))
+        if weight is None or self.edits.operand(node, i) is not None:
+            return None
+        return weight.read() if weight.nbytes <= _SCALED_BYTES and weight.dtype.kind in "fV" else None
+
+    def _scale_constant(self, node: Node, i: int, function: Callable[[NDArray[Any]], NDArray[Any]]) -> bool:
+        """Replace a small constant by a function of it; returns whether input ``i`` is one."""
+        value = self._constant(node, i)
+        if value is None:
+            return False
+        name, scaled = node.inputs[i], np.asarray(function(value.astype(np.float64))).astype(value.dtype)
+        if len(self.graph.consumers.get(name, ())) > 1 or name in self.graph.captured or name in self.graph.outputs:
+            self.set_input(node, i, scaled)
+            return True
+        self.edits.weights[name] = weight = ArrayWeight(name, scaled)
+        for values in self.values:
+            values.change(name, weight)
+        return True
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        kind = self.table.facts.probes[0].dtypes.get(name) or onnx.TensorProto.FLOAT
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
 
     def replace(self, node: Node, op: str, inputs: int, attributes: dict[str, Any]) -> None:
         self.edits.replaced[node.index] = (op, inputs)

@@ -12,8 +12,8 @@ from sandwich import check, consume, opsets, produce
 
 import onnxprune as op
 
-SUMS = ["ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2"]
-MIXES = ["ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp"]
+SUMS = ["ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceMean"]
+MIXES = ["ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp"]
 
 
 @given(layout=st.sampled_from(["nc", "ncl", "nchw", "ncdhw"]), opset=opsets())
@@ -62,13 +62,83 @@ def test_group_normalization_spelled_out() -> None:
     check(net, y)
 
 
-@pytest.mark.parametrize("kind", ["LayerNormalization", "RMSNormalization"])
 @pytest.mark.parametrize("axis", [-1, 1, 2])
-def test_layer_normalization_is_a_barrier(kind: str, axis: int) -> None:
-    net = Net(max(17, 23 if kind.startswith("RMS") else 17))
+def test_layer_normalization_is_a_barrier(axis: int) -> None:
+    net = Net(17)
     shape = (4, 6) if axis == 1 else (6,)
-    operands = [net.weight(*shape, low=0.5), *([net.weight(*shape)] if kind.startswith("Layer") else [])]
-    check(net, net.op(kind, produce(net, "nlc"), *operands, axis=axis), cut=False)
+    operands = [net.weight(*shape, low=0.5), net.weight(*shape)]
+    check(net, net.op("LayerNormalization", produce(net, "nlc"), *operands, axis=axis), cut=False)
+
+
+@pytest.mark.skipif(newest() < 23, reason="newer than onnxruntime")
+@pytest.mark.parametrize("axis", [-1, 1, 2])
+@pytest.mark.parametrize("epsilon", [None, 0.1])
+def test_rms_normalization_is_cut_through(axis: int, epsilon: float | None) -> None:
+    """A channel that is 0 leaves the sum of squares, so the scale and epsilon take up the new number of channels."""
+    net = Net(23)
+    attributes = {} if epsilon is None else {"epsilon": epsilon}
+    scale = net.weight(*((4, 6) if axis == 1 else (6,)), low=0.5)
+    model = check(net, net.op("RMSNormalization", produce(net, "nlc"), scale, axis=axis, **attributes))
+    result = op.prune(model, ratio=0.5, latency=False)
+    assert [n.op_type for n in result.model.graph.node] == [n.op_type for n in model.graph.node]
+
+
+@pytest.mark.skipif(newest() < 23, reason="newer than onnxruntime")
+def test_rms_normalizations_that_share_a_scale() -> None:
+    """A constant with several readers is copied, and a computed one multiplied."""
+    net = Net(23)
+    x, scale = produce(net, "nlc"), net.weight(6, low=0.5)
+    computed = net.op("Abs", net.op("Add", scale, net.weight(6)))
+    y = net.op("RMSNormalization", net.op("RMSNormalization", x, scale), scale)
+    check(net, y, net.op("RMSNormalization", x, computed))
+
+
+SPELLINGS = {
+    "quotient": lambda net, x, root: net.op("Mul", net.op("Div", x, root), net.weight(6)),
+    "reciprocal": lambda net, x, root: net.op("Mul", net.weight(6), net.op("Mul", x, net.op("Reciprocal", root))),
+    "scaled before": lambda net, x, root: net.op("Div", net.op("Mul", x, net.weight(6)), root),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("square", ["Pow", "Mul"])
+@given(opset=opsets())
+@settings(max_examples=4)
+def test_rms_normalization_spelled_out(spelling: str, square: str, opset: int) -> None:
+    """Epsilon and the scale take up the factor of the mean, where they follow it."""
+    net = Net(opset)
+    x = produce(net, "nlc")
+    squares = net.op("Mul", x, x) if square == "Mul" else net.op("Pow", x, net.const(2.0, net.dtype))
+    mean = net.op("Add", net.reduce("ReduceMean", squares, [-1] if opset >= 11 else [2]), net.const(0.1, net.dtype))
+    model = check(net, SPELLINGS[spelling](net, x, net.op("Sqrt", mean)))
+    kinds = [n.op_type for n in op.prune(model, ratio=0.5, latency=False).model.graph.node]
+    assert len(kinds) == len(model.graph.node) + (spelling == "scaled before")
+
+
+def test_global_response_normalization() -> None:
+    """ConvNeXt V2: norms of channels over positions, divided by their mean over channels."""
+    net = Net(17)
+    x = produce(net, "nhwc")
+    norms = net.reduce("ReduceL2", x, [1, 2])
+    share = net.op("Div", norms, net.op("Add", net.reduce("ReduceMean", norms, [-1]), net.const(1e-6, net.dtype)))
+    y = net.op("Add", net.op("Mul", net.weight(6), net.op("Mul", x, share)), net.weight(6))
+    check(net, net.op("Add", y, x))
+
+
+def test_a_mean_that_several_nodes_read() -> None:
+    """Nothing that follows can take up the factor alone, so the mean itself is multiplied; also as an output."""
+    net = Net(17)
+    x = produce(net, "nlc")
+    mean = net.reduce("ReduceMean", x, [-1])
+    y = net.op("Add", net.op("Sub", x, mean), net.op("Sigmoid", mean))
+    model = net.model(consume(net, y), mean, shapes={mean: ["N", 4, 1]})
+    assert_exact_cut(model)
+
+
+def test_a_mean_of_integers_is_a_barrier() -> None:
+    net = Net(17)
+    x = net.op("Cast", net.op("Round", produce(net, "nlc")), to=6)
+    check(net, net.op("Cast", net.reduce("ReduceMean", x, [-1]), to=1), cut=False)
 
 
 def test_layer_normalization_over_positions_lets_channels_pass() -> None:
@@ -89,13 +159,14 @@ def test_layer_normalization_is_cut_when_asked_for() -> None:
     assert result.report.exactness.passed is None or result.report.warnings
 
 
-def test_layer_normalization_spelled_out_is_a_barrier() -> None:
+def test_layer_normalization_spelled_out() -> None:
+    """Means over channels, in a form that has them as nodes of their own: each takes the factor of its own."""
     net = Net(17)
     x = produce(net, "nlc")
     centred = net.op("Sub", x, net.reduce("ReduceMean", x, [-1]))
     spread = net.reduce("ReduceMean", net.op("Mul", centred, centred), [-1])
     y = net.op("Div", centred, net.op("Sqrt", net.op("Add", spread, net.const(1e-5, net.dtype))))
-    check(net, net.op("Mul", y, net.weight(6)), cut=False)
+    check(net, net.op("Mul", y, net.weight(6)))
 
 
 @pytest.mark.parametrize("kind", ["Softmax", "LogSoftmax", "Hardmax"])
