@@ -371,12 +371,20 @@ class Cut:
         self._state.add(self.node, i, value)
 
     def scale_input(self, i: int, factor: float) -> None:
-        """Multiply operand ``i`` by a number: within its constant where it is one, else by a Mul in front of the node."""
+        """Multiply operand ``i`` by a number: its constant where it is one, else by a Mul in front of the node."""
         self._state.scale_input(self.node, i, factor)
 
     def scale_output(self, o: int, factor: float) -> None:
         """Multiply output ``o`` by a number: within a constant that follows where one can take it, else by a Mul."""
         self._state.scale_output(self.node, o, factor)
+
+    def pad_input(self, i: int, axis: int, size: int) -> None:
+        """Pad operand ``i`` with zeros at the end of an axis up to ``size``."""
+        self._state.pad_input(self.node, i, axis, size)
+
+    def crop_output(self, o: int, sizes: Mapping[int, int]) -> None:
+        """Leave the first positions of output ``o`` along some axes: {axis: number of positions}."""
+        self._state.crop_output(self.node, o, sizes)
 
     def replace(self, op: str, inputs: int, **attributes: Any) -> None:
         """Replace the node by another operator of the same domain on its first ``inputs`` inputs."""

@@ -39,11 +39,8 @@ class SkipLayerNorm(LayerNorm):
 
     def propagate(self, step: Step) -> None:
         """Pass the sum's labels to both results."""
-        OverAxes.propagate(self, step)
-        labels = step.table.get(step.node.outputs[0])
-        if any(o and step.table.graph.consumers.get(o) for o in step.node.outputs[1:3]):
-            step.freeze(labels, Reason.UNSUPPORTED_FORM, "the normalisation's statistics are used")
-        step.set(3, labels)
+        super().propagate(step)
+        step.set(3, step.table.get(step.node.outputs[0]))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """Return the data's shape; statistics have size 1 on the last axis."""
@@ -309,9 +306,9 @@ class RelativePositionBias(Rule):
 register(DOMAIN, "Gelu", "QuickGelu", rule=Elementwise([0]))
 register(DOMAIN, "BiasGelu", "FastGelu", "BiasAdd", "GatedAdd", "ScaledSiLU", rule=Elementwise())
 register(DOMAIN, "BiasDropout", rule=Elementwise([0, 1, 2]))
-register(DOMAIN, "SkipLayerNormalization", rule=SkipLayerNorm(approximate=True, inputs=(0, 1, 2, 3, 4)))
+register(DOMAIN, "SkipLayerNormalization", rule=SkipLayerNorm((2, 3), (0, 1, 2, 3, 4)))
 register(DOMAIN, "SkipSimplifiedLayerNormalization", rule=SkipRMSNorm(2, (0, 1, 2, 3), 1e-12))
-register(DOMAIN, "LayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1, 2)))
+register(DOMAIN, "LayerNormalization", rule=LayerNorm())
 register(DOMAIN, "SimplifiedLayerNormalization", rule=RMSNorm())
 register(DOMAIN, "EmbedLayerNormalization", rule=EmbedLayerNorm())
 register(DOMAIN, "NhwcConv", rule=NhwcConv())

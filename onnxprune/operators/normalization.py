@@ -27,6 +27,10 @@ _REDUCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+# Opset from which Pad and Slice take sizes as inputs, for every type of the tensors that are normalised.
+_PAD_SINCE = 11
+
+
 class OverAxes(Rule):
     """Normalisation over some axes of input 0, with optional operands that broadcast against it.
 
@@ -77,24 +81,69 @@ class Softmax(OverAxes):
 
 
 class LayerNorm(OverAxes):
-    """Normalisation over all axes from ``axis`` on, then a scale and a shift."""
+    """Normalisation over all axes from ``axis`` on, then a scale and a shift.
+
+    Removed channels are 0 and still count in the mean and the variance: the pruned tensor is padded with zeros to the
+    old size, normalised, and cropped. With ``--approximate`` it is normalised over the channels that are left.
+
+    Args:
+        parameters: positions of the scale and the shift.
+        inputs: positions of the operands that broadcast with input 0.
+    """
+
+    def __init__(self, parameters: Sequence[int] = (1, 2), inputs: Sequence[int] = (0, 1, 2)) -> None:
+        super().__init__(approximate=True, exact=True, inputs=inputs)
+        self.parameters = parameters
 
     def axes(self, step: Step) -> list[int]:
         """Return all axes from ``axis`` on."""
         return list(range(step.axis(-1), len(step.shape(0))))
 
+    def is_exact(self, step: Step) -> bool:
+        """Return whether the node can be rewritten for fewer channels without any change of the others' values."""
+        return step.table.graph.opsets.get("", 1) >= _PAD_SINCE
+
     def propagate(self, step: Step) -> None:
-        """Propagate as any normalisation; freeze the data if the statistics are requested as outputs."""
-        super().propagate(step)
-        if any(step.node.outputs[1:]):
-            step.freeze(step.labels(0), Reason.UNSUPPORTED_FORM, "the normalisation's statistics are used")
+        """Pass the labels; freeze normalised axes where padding is impossible or the statistics are outputs."""
+        labels = step.broadcast([i for i in self.inputs if step.has(i)])
+        for axis in self.axes(step):
+            if step.approximate(labels, axis) or self.is_exact(step):
+                step.tie(labels, axis)
+            else:
+                step.fix(labels, axis, Reason.NORMALISED, f"{step.node.op} normalises over these channels")
+        if any(o and step.table.graph.consumers.get(o) for o in step.node.outputs[1:3]):
+            step.freeze(labels, Reason.UNSUPPORTED_FORM, "the normalisation's statistics are used")
+        step.set(0, labels)
+
+    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
+        """Return the normalised axes of every operand that is summed before."""
+        axes, rank = self.axes(step), len(step.shape(0))
+        ranks = {i: len(step.shape(i)) for i in self.inputs if i not in self.parameters and step.has(i)}
+        return [(i, tuple(a - rank + n for a in axes if a - rank + n >= 0)) for i, n in ranks.items()]
+
+    def rewrite(self, cut: Cut) -> None:
+        """Pad the operands to the old size, and crop the results."""
+        before, after = cut.before.shape(0), cut.shape(0)
+        if cut.before.table.approximate:
+            return
+        axes = [a for a in self.axes(cut.before) if before[a] != after[a]]
+        for axis in axes:
+            if cut.before.table.facts.varies(cut.node.inputs[0], axis):
+                cut.fail("the number of channels it normalises over follows the size of an input")
+            for i in self.inputs:
+                own_axis = axis - len(before) + len(cut.shape(i)) if cut.before.has(i) else -1
+                if own_axis >= 0 and cut.shape(i)[own_axis] != 1:
+                    cut.pad_input(i, own_axis, before[axis])
+        for o, name in enumerate(cut.node.outputs):
+            if name and o in (0, 3) and axes:  # the others are statistics, or the sum that was normalised
+                cut.crop_output(o, {axis: after[axis] for axis in axes})
 
 
 class RMSNorm(LayerNorm):
     """Division by the root mean square over all axes from ``axis`` on, then a scale.
 
-    Removed channels are 0, so that they change nothing but the number that the sum of squares is divided by. With n of N
-    channels left, x / sqrt(sum / N + eps) = sqrt(N / n) x / sqrt(sum / n + eps N / n).
+    Removed channels are 0 and change nothing but the number that the sum of squares is divided by. With n of N channels
+    left, x / sqrt(sum / N + eps) = sqrt(N / n) x / sqrt(sum / n + eps N / n).
 
     Args:
         scale: position of the scale.
@@ -103,15 +152,12 @@ class RMSNorm(LayerNorm):
     """
 
     def __init__(self, scale: int = 1, inputs: Sequence[int] = (0, 1), epsilon: float = 1e-5) -> None:
-        super().__init__(exact=True, inputs=inputs)
+        super().__init__((scale,), inputs)
         self._scale, self._epsilon = scale, epsilon
 
-    def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """Return the normalised axes of every operand that is summed before."""
-        axes, rank = self.axes(step), len(step.shape(0))
-        data = [i for i in self.inputs if i != self._scale and step.has(i)]
-        ranks = {i: len(step.shape(i)) for i in data}
-        return [(i, tuple(a - rank + n for a in axes if a - rank + n >= 0)) for i, n in ranks.items()]
+    def is_exact(self, step: Step) -> bool:
+        """Return True."""
+        return True
 
     def rewrite(self, cut: Cut) -> None:
         """Adapt epsilon and the scale to the number of channels left."""
@@ -441,7 +487,7 @@ class ReduceMean(Reduce):
 
 
 register("", "Softmax", "LogSoftmax", "Hardmax", rule=Softmax())
-register("", "LayerNormalization", rule=LayerNorm(approximate=True, inputs=(0, 1, 2)))
+register("", "LayerNormalization", rule=LayerNorm())
 register("", "RMSNormalization", "SimplifiedLayerNormalization", rule=RMSNorm())
 register("", "LpNormalization", rule=OverAxes(exact=True))
 register("", "MeanVarianceNormalization", rule=MeanVariance(approximate=True))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from importlib import import_module
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from warnings import warn
 
@@ -77,7 +78,7 @@ class Scaling(NamedTuple):
     """
 
     factor: float
-    constants: dict[int, Callable[[Array], Array]] = {}
+    constants: Mapping[int, Callable[[Array], Array]] = MappingProxyType({})
 
 
 class Rule:

@@ -22,7 +22,6 @@ from onnxprune.operators.context import Cut, Step, Table
 from onnxprune.operators.movement import resolve_target
 from onnxprune.operators.registry import Scaling, lookup
 
-
 # Largest constant that takes up a factor, in bytes.
 _SCALED_BYTES = 1 << 20
 
@@ -375,18 +374,42 @@ class _State:
         name = node.outputs[o]
         if self.graph.opsets.get("", 1) < 7:
             raise CannotRewrite(node, "its result has to be multiplied by a number, for which this opset has no Mul")
-        # Under another name: it no longer is the tensor of that name in the original.
-        taken = self.table.facts.probes[0].shapes
-        self.edits.renamed[name] = self.edits.name(f"{name}_unscaled", taken)
+        self._rename(name, "unscaled")
         readers = list(self.graph.consumers.get(name, ()))
         alone = len(readers) == 1 and name not in self.graph.outputs and name not in self.graph.captured
         if alone and self._scaling(readers[0][0], readers[0][1], factor) is not None:
             self.factors[name] = factor
+        else:
+            self._put_behind(node, name, "Mul", np.asarray(factor, self._dtype(name)))
+
+    def pad_input(self, node: Node, i: int, axis: int, size: int) -> None:
+        rank, axis_size = len(self.shape(node.inputs[i])), self.shape(node.inputs[i])[axis]
+        value = self._constant(node, i)
+        if value is not None:
+            widths = [(0, size - axis_size if a == axis else 0) for a in range(rank)]
+            self.set_input(node, i, np.pad(value, widths))
             return
-        constant = self.edits.constant(f"{name}_share", np.asarray(factor, self._dtype(name)), taken)
-        inputs = [self.edits.renamed[name], constant]
-        scaled = onnx.helper.make_node("Mul", inputs, [name], name=f"{name}_rescaled")
-        self.edits.behind.setdefault(node.index, []).append(scaled)
+        pads = np.zeros(2 * rank, np.int64)
+        pads[rank + axis] = size - axis_size
+        self._put_in_front(node, i, "Pad", pads, lambda now: None)
+
+    def crop_output(self, node: Node, o: int, sizes: Mapping[int, int]) -> None:
+        name = node.outputs[o]
+        self._rename(name, "padded")
+        bounds = ([0] * len(sizes), list(sizes.values()), list(sizes))
+        self._put_behind(node, name, "Slice", *(np.asarray(n, np.int64) for n in bounds))
+
+    def _rename(self, name: str, suffix: str) -> None:
+        """Give the result of a node another name: it no longer is the tensor of that name in the original."""
+        self.edits.renamed[name] = self.edits.name(f"{name}_{suffix}", self.table.facts.probes[0].shapes)
+
+    def _put_behind(self, node: Node, name: str, op: str, *constants: NDArray[Any]) -> None:
+        """Compute a tensor from the renamed result of its node by an operator with constants."""
+        known_names, behind = self.table.facts.probes[0].shapes, self.edits.behind.setdefault(node.index, [])
+        operands = [self.edits.constant(f"{name}_{op.lower()}", value, known_names) for value in constants]
+        behind.append(
+            onnx.helper.make_node(op, [self.edits.renamed[name], *operands], [name], name=f"{name}_{op.lower()}")
+        )
 
     def _scaling(self, node: Node, i: int, factor: float) -> Scaling | None:
         """Return the effect of a factor on one input; None where the node cannot pass it on."""

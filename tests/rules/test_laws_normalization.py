@@ -63,11 +63,27 @@ def test_group_normalization_spelled_out() -> None:
 
 
 @pytest.mark.parametrize("axis", [-1, 1, 2])
-def test_layer_normalization_is_a_barrier(axis: int) -> None:
+@pytest.mark.parametrize("shift", [True, False])
+def test_layer_normalization_is_cut_through(axis: int, shift: bool) -> None:
+    """Removed channels count as 0 in mean and variance: the others are padded for it, and cropped."""
     net = Net(17)
     shape = (4, 6) if axis == 1 else (6,)
-    operands = [net.weight(*shape, low=0.5), net.weight(*shape)]
-    check(net, net.op("LayerNormalization", produce(net, "nlc"), *operands, axis=axis), cut=False)
+    operands = [net.weight(*shape, low=0.5), *([net.weight(*shape)] if shift else [])]
+    check(net, net.op("LayerNormalization", produce(net, "nlc"), *operands, axis=axis))
+
+
+def test_layer_normalization_after_which_nothing_is_read_twice() -> None:
+    """The padded result has a name of its own; what reads the tensor of the old name gets its survivors."""
+    net = Net(17)
+    x = produce(net, "nlc")
+    y = net.op("LayerNormalization", x, net.weight(6, low=0.5), net.weight(6))
+    check(net, net.op("Add", x, y), net.op("Relu", y))
+
+
+def test_layer_normalization_whose_statistics_are_read_is_a_barrier() -> None:
+    net = Net(17)
+    y, mean = net.op("LayerNormalization", produce(net, "nlc"), net.weight(6, low=0.5), net.weight(6), n=2)
+    check(net, net.op("Add", y, mean), cut=False)
 
 
 @pytest.mark.skipif(newest() < 23, reason="newer than onnxruntime")
