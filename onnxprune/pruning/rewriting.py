@@ -28,10 +28,10 @@ _SCALED_BYTES = 1 << 20
 
 @dataclass(slots=True)
 class Edits:
-    """Attributes by (node, name), operands by (node, input), and nodes to insert in front of others.
+    """Attributes by (node, name), operands by (node, input), and nodes to insert in front of others and behind them.
 
-    ``replaced``: the operator that takes the place of a node, and how many of its inputs it reads. ``renamed``: new names
-    of tensors that hold other values than before.
+    ``replaced``: the operator that takes the place of a node, and how many of its inputs it reads.
+    ``renamed``: new names of tensors that hold other values than before.
     """
 
     attributes: dict[int, dict[str, Any]] = field(default_factory=dict)
