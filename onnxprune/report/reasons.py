@@ -52,9 +52,9 @@ BARRIERS: dict[str, Words] = {
     ),
     Reason.NORMALISED: Words(
         "normalised over these channels",
-        "A LayerNorm, Softmax, mean or similar operator runs over these channels. With fewer channels all other values "
+        "A GroupNorm, Softmax, maximum or similar operator runs over these channels. With fewer channels all other values "
         "would change, so the pruned model would not be exact.",
-        "--approximate prunes them where the operator stays defined (LayerNorm, RMSNorm, GroupNorm, channel means).",
+        "--approximate prunes them where the operator stays defined (GroupNorm, fused embeddings with LayerNorm).",
     ),
     Reason.FIXED_SIZE: Words(
         "axis must keep its size",
