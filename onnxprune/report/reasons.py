@@ -54,7 +54,7 @@ BARRIERS: dict[str, Words] = {
         "normalised over these channels",
         "A GroupNorm, Softmax, maximum or similar operator runs over these channels. With fewer channels all other values "
         "would change, so the pruned model would not be exact.",
-        "--approximate prunes them where the operator stays defined (GroupNorm, fused embeddings with LayerNorm).",
+        "--approximate prunes them where the operator stays defined (GroupNorm, EmbedLayerNormalization).",
     ),
     Reason.FIXED_SIZE: Words(
         "axis must keep its size",
