@@ -674,7 +674,7 @@ _MEASURED_ON = _inputs(
     "for recovery and for measurements (default: no recovery, measurements on seeded synthetic data)."
 )
 _LEAST = f"Importance criterion; default ziplm with {argument('data')}, else l2."
-_NO_LAYER_NORM = "Also prune channels that GroupNorm and similar operators normalise over, and LayerNorm without padding"
+_NO_LAYER_NORM = "Also prune channels that GroupNorm and the like normalise over, and LayerNorm without padding"
 _KEEP_MULTIPLE = Multiple("the multiple of units to keep")
 _NO_BUDGET = f"Give {argument('target')} or {argument('max_drop')}, or drop it."
 _REMOVED = Share("A ratio R is the share of units to remove")

@@ -52,8 +52,8 @@ BARRIERS: dict[str, Words] = {
     ),
     Reason.NORMALISED: Words(
         "normalised over these channels",
-        "A GroupNorm, Softmax, maximum or similar operator runs over these channels. With fewer channels all other values "
-        "would change, so the pruned model would not be exact.",
+        "A GroupNorm, Softmax, maximum or similar operator runs over these channels. With fewer channels all other "
+        "values would change, so the pruned model would not be exact.",
         "--approximate prunes them where the operator stays defined (GroupNorm, EmbedLayerNormalization).",
     ),
     Reason.FIXED_SIZE: Words(
