@@ -1,4 +1,4 @@
-"""The calls of Python: prune, factorize, recover, analyze, profile, sensitivity, sweep."""
+"""The calls of Python: prune, factorize, recover, analyze, compare, profile, sensitivity, sweep."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.sessions import with_custom_ops
 from onnxprune.search.budget import Budget, with_criterion
+from onnxprune.search.comparison import check_gates, compare_models
 from onnxprune.search.evaluation import Metric, load_metric
 from onnxprune.search.latency import LatencyProfile, describe_times, latency_table, rewritable_sizes
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
@@ -74,6 +75,7 @@ def prune(
     samples: int | None = None,
     batch_size: int | None = None,
     images: ImageOptions | None = None,
+    outputs: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
@@ -141,6 +143,8 @@ def prune(
         samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
+        outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
+            by names, values and the graph what an output is; None: none.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -150,8 +154,8 @@ def prune(
             the reported fidelity.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
         validate: run the checks; True.
-        min_fidelity: smallest allowed cosine between an output and the original's, 0 < min_fidelity <= 1; None: no
-            limit.
+        min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
+            original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
         latency: measure latency; True.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
 
@@ -200,6 +204,7 @@ def prune(
         first = Prune(criterion or "l2", share, plan=plan, approximate=approximate, **choosing)
     pipe = Pipeline(_stages(first, mode_and_reason, validate, validate and latency))
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    reading["outputs"] = outputs
     running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
     execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
     result = pipe.run(model, **reading, **running, **execution)
@@ -268,8 +273,9 @@ def _faithful(result: Result, spec: BudgetSpec) -> None:
         message = f"{argument('min_fidelity')} {spec.min_fidelity:g}: fidelity could not be measured."
         hint = f"Give {argument('data')}, and drop {argument('validate', False)}."
         raise BudgetError(message, hint=hint, report=result.report)
-    if not all(output.cosine >= spec.min_fidelity for output in facts.outputs):
-        message = f"worst cosine {facts.worst_cosine:.4f} is below {argument('min_fidelity')} {spec.min_fidelity:g}."
+    short = facts.shortfall(spec.min_fidelity)
+    if short:
+        message = f"{short} is below {argument('min_fidelity')} {spec.min_fidelity:g}."
         raise BudgetError(message, hint="Prune less: raise the budget or lower the ratio.", report=result.report)
 
 
@@ -286,6 +292,7 @@ def recover(
     samples: int | None = None,
     batch_size: int | None = None,
     images: ImageOptions | None = None,
+    outputs: Mapping[str, str] | None = None,
     memory_limit: int | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
@@ -305,6 +312,8 @@ def recover(
         samples: number of samples to use, 1 or more; None: all.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
+        outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
+            by names, values and the graph what an output is; None: none.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
@@ -329,6 +338,7 @@ def recover(
         raise no_data(recover)
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    reading["outputs"] = outputs
     running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
     return Pipeline([take, Flush(), Recover(recover), check]).run(
         original, input_shapes=input_shapes, **reading, **running
@@ -358,6 +368,7 @@ def factorize(
     samples: int | None = None,
     batch_size: int | None = None,
     images: ImageOptions | None = None,
+    outputs: Mapping[str, str] | None = None,
     recover: str | None = None,
     memory_limit: int | None = None,
     seed: int = 0,
@@ -393,6 +404,8 @@ def factorize(
         samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
+        outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
+            by names, values and the graph what an output is; None: none.
         recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
@@ -430,6 +443,7 @@ def factorize(
     take = Factorize(method, plan=plan, check=validate, **options)
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    reading["outputs"] = outputs
     running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
     return Pipeline([Flush(), take, Recover(mode, why=reason), check]).run(
         model, input_shapes=input_shapes, **reading, **running
@@ -464,6 +478,74 @@ def analyze(
     """
     with explained(model):
         return Analysis(model, input_shapes=input_shapes, approximate=approximate)
+
+
+@called("compare")
+@with_custom_ops
+def compare(
+    original: ModelSource,
+    model: ModelSource,
+    *,
+    data: Any = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    images: ImageOptions | None = None,
+    outputs: Mapping[str, str] | None = None,
+    metric: str | Metric | None = None,
+    max_drop: float | None = None,
+    min_fidelity: float | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    custom_op_libraries: Sequence[str | Path] = (),
+    latency: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare two models with the same interface, however the second was made: pruned, quantized, trained further.
+
+    Args:
+        original: the model to be faithful to: path, bytes or ModelProto.
+        model: the model to judge: path, bytes or ModelProto.
+        data: inputs without labels, as for :func:`prune`; None: seeded synthetic inputs.
+        samples: number of samples to use, 1 or more; None: up to 256.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
+            by names, values and the graph what an output is; None: none.
+        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
+            fidelity.
+        max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
+        min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
+            original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        providers: onnxruntime providers for measurements of time; None: the CPU.
+        threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
+        seed: seed of all random numbers, 0 or more; 0.
+        custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
+        latency: measure latency; True.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
+
+    Returns:
+        fidelity with its verdict, sizes, MACs and latency of both.
+
+    Raises:
+        OnnxpruneError: with an ``exit_code``: 2 bad input or different interfaces, 3 a model that cannot be run, 5 a
+            gate that is not met; ``report`` of the error is the whole comparison.
+
+    Example:
+        ::
+
+            report = onnxprune.compare("model.onnx", "small.onnx", data="calibration.npz")
+            print(report.fidelity.points, report.verdict.word)
+    """
+    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
+    function = load_metric(metric) if isinstance(metric, str) else metric
+    context = Context.of(original, outputs=outputs, seed=seed, progress=progress, **reading, **execution)
+    report = compare_models(context, model, metric=function, timed=latency)
+    check_gates(report, max_drop, min_fidelity)
+    return report
 
 
 @called("profile")

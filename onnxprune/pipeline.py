@@ -176,6 +176,7 @@ class Context:
         threads: int | None = None,
         seed: int = 0,
         approximate: bool = False,
+        outputs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> Context:
         """Analyse a model for a run; the arguments are those of :meth:`Pipeline.run`.
@@ -193,7 +194,8 @@ class Context:
             analysis = Analysis(model, input_shapes=input_shapes, approximate=approximate)
         calibration = None if data is None else Calibration(data, analysis, samples, batch_size, images)
         cache_folder = None if cache is None else Path(cache)
-        return cls(analysis, model, input_shapes, calibration, seed, cache_folder, memory_limit, execution, stages)
+        where = (cache_folder, memory_limit, execution, stages)
+        return cls(analysis, model, input_shapes, calibration, seed, *where, checked("outputs", outputs))
 
     def inputs(self) -> Samples:
         """Open the user's inputs.
@@ -568,6 +570,7 @@ class Pipeline:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         seed: int = 0,
+        outputs: Mapping[str, Any] | None = None,
         custom_op_libraries: Sequence[str | Path] = (),
         progress: Progress | None = None,
     ) -> Result:
@@ -585,6 +588,7 @@ class Pipeline:
             providers: onnxruntime providers for measurements of time; None: the CPU.
             threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
             seed: seed of all random numbers, 0 or more.
+            outputs: {output: kind}, such as ``"classes:1"``, where fidelity should not decide by itself.
             custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime.
             progress: callback, called with (stage, fraction), fraction in [0, 1].
 
@@ -603,6 +607,7 @@ class Pipeline:
             providers=providers,
             threads=threads,
             seed=seed,
+            outputs=outputs,
             approximate=any(stage.approximate for stage in self.passes),
             progress=progress,
         )

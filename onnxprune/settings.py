@@ -340,6 +340,42 @@ class Shapes(PerName):
         return key, tuple(int(part) for part in parts)
 
 
+class OutputKinds(PerName):
+    """Kinds of outputs by name, with the axis of their classes or attributes."""
+
+    metavar = form = "NAME=KIND[:AXIS]"
+    example = "scores=classes:1"
+    kinds = ("classes", "boxes", "detections", "embedding", "signal", "sequence")
+    allowed = "{output: kind}, a kind being one of " + ", ".join(f"`{kind}`" for kind in kinds) + ", and `:axis`"
+
+    def check(self, value: Any, name: str) -> Mapping[str, tuple[str, int | None]]:
+        """Return {output: (kind, axis or None)}; raises UsageError."""
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint="Give {output: kind}.")
+        return {str(key): self._kind(str(key), kind) for key, kind in value.items()}
+
+    def parse(self, text: str, name: str) -> tuple[str, str]:
+        """One output and its kind."""
+        key, kind = self.pair(text, name)
+        self._kind(key, kind)
+        return key, kind
+
+    def _kind(self, key: str, value: Any) -> tuple[str, int | None]:
+        if isinstance(value, tuple) and len(value) == 2:  # as this returns them
+            value = value[0] if value[1] is None else f"{value[0]}:{value[1]}"
+        word, sign, axis = str(value).partition(":")
+        where = argument("outputs", key=key)
+        if word not in self.kinds:
+            hint = nearest(word, self.kinds)
+            listed = f"Allowed: {', '.join(self.kinds)}."
+            raise UsageError(
+                f"{where}: unknown kind {word!r}", hint=f"{hint} {listed}" if hint.startswith("Did") else listed
+            )
+        if sign and not re.fullmatch(r"-?\d+", axis):
+            raise UsageError(f"{where}: {axis!r} is not an axis", hint="Give a whole number, such as classes:1.")
+        return word, int(axis) if sign else None
+
+
 class Ranks(PerName):
     """Ranks of all layers, or by pattern."""
 
@@ -641,7 +677,18 @@ INPUT, RECOVER, CHECKS, MACHINE, OUTPUT = "Data", "Recovery", "Checks", "Machine
 
 GROUPS = (METHOD, PAIR, AMOUNT, WHAT, HOW, COST, INPUT, RECOVER, CHECKS, MACHINE, OUTPUT)
 """The groups of settings, in the order in which help lists them."""
-COMMANDS = ("prune", "recover", "factorize", "inspect", "profile", "sensitivity", "sweep", "criteria", "devices")
+COMMANDS = (
+    "prune",
+    "recover",
+    "factorize",
+    "inspect",
+    "compare",
+    "profile",
+    "sensitivity",
+    "sweep",
+    "criteria",
+    "devices",
+)
 _LISTS = ("criteria", "devices")
 _OF_MODELS = tuple(command for command in COMMANDS if command not in _LISTS)
 
@@ -859,16 +906,22 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "max_drop",
         Number(
-            0, math.inf, "the allowed loss of the metric, in percentage points where no metric is given", example="1.0"
+            0, math.inf, "the allowed loss of the metric, in points of fidelity where no metric is given", example="1.0"
         ),
         "Allowed loss of the metric; without a target, find the smallest model within this loss.",
-        {"prune": COST},
+        {"prune": COST, "compare": CHECKS},
+        variants={
+            "compare": {
+                "help": "Exit with 5 if the second model loses more of the metric, else of fidelity.",
+                "brief": "Fail if the metric, or fidelity, loses more.",
+            }
+        },
     ),
     Setting(
         "metric",
         NamedFunction("FILE.py:FUNCTION", "from the path of a model to a number, higher is better"),
         "Function from the path of a model to a number, higher is better; default fidelity in points.",
-        {"prune": CHECKS, "sensitivity": CHECKS, "sweep": CHECKS},
+        {"prune": CHECKS, "compare": CHECKS, "sensitivity": CHECKS, "sweep": CHECKS},
         needs=Need(
             "budget or points",
             "measures model quality, but no budget needs it",
@@ -942,13 +995,13 @@ SETTINGS: tuple[Setting, ...] = (
         "providers",
         Providers(),
         "Execution providers of onnxruntime for latency measurements; default cpu.",
-        {"prune": MACHINE, "profile": MACHINE, "sweep": MACHINE, "sensitivity": ""},
+        {"prune": MACHINE, "compare": MACHINE, "profile": MACHINE, "sweep": MACHINE, "sensitivity": ""},
     ),
     Setting(
         "threads",
         Whole(1, "how many threads an operator may use"),
         "Threads per operator in latency measurements; default all processors.",
-        {"prune": MACHINE, "profile": MACHINE, "sweep": MACHINE, "sensitivity": ""},
+        {"prune": MACHINE, "compare": MACHINE, "profile": MACHINE, "sweep": MACHINE, "sensitivity": ""},
     ),
     Setting(
         "seconds",
@@ -1112,6 +1165,7 @@ SETTINGS: tuple[Setting, ...] = (
         variants={
             "factorize": {"help": _inputs("measure errors at the outputs of layers, and recover afterwards.")},
             "recover": {"help": _inputs("for recovery and for measurements.")},
+            "compare": {"help": _inputs("for measurements (default: seeded synthetic data).")},
             "profile": {"help": _inputs("one sample is run (default: seeded synthetic data).")},
             "sensitivity": {"help": _MEASURED_ON},
             "sweep": {"help": _MEASURED_ON},
@@ -1211,14 +1265,14 @@ SETTINGS: tuple[Setting, ...] = (
         "recover",
         Word(*MODES),
         _repair(f"full with {argument('data')}, else none"),
-        {command: RECOVER for command in _RUN if command != "profile"},
+        {command: RECOVER for command in _RUN if command not in ("profile", "compare")},
         variants={"recover": {"kind": Word(*MODES[1:]), "help": _repair("full"), "default": "full"}},
     ),
     Setting(
         "memory_limit",
         Bytes(),
         "Memory for activations, for example 2GB; the rest goes to temporary files.",
-        {command: MACHINE for command in _RUN if command != "profile"},
+        {command: MACHINE for command in _RUN if command not in ("profile", "compare")},
         needs=Need(
             "data or datafree",
             f"limits the activations of data, but {argument('data')} is not given",
@@ -1236,20 +1290,38 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "min_fidelity",
-        Number(0, 1, "the smallest cosine to accept", open_low=True, example="0.95"),
-        "Write nothing and exit with 5 when an output's cosine falls below X.",
-        {"prune": CHECKS, "recover": CHECKS, "factorize": CHECKS},
+        Number(0, 100, "points of fidelity, or up to 1 a cosine", open_low=True, example="95"),
+        "Write nothing and exit with 5 when fidelity falls below X points, the share of the original's answers in "
+        "percent that stay; X up to 1 is the cosine of each output, centred per channel.",
+        {"prune": CHECKS, "recover": CHECKS, "factorize": CHECKS, "compare": CHECKS},
         needs=Need(
             "runs", f"needs the models to run, but {argument('validate', False)} forbids that", "Drop one of the two."
         ),
-        variants={"recover": {"python": False}, "factorize": {"python": False}},
+        variants={
+            "recover": {"python": False},
+            "factorize": {"python": False},
+            "compare": {
+                "help": "Exit with 5 when fidelity falls below X points, the share of the original's answers in "
+                "percent that stay; X up to 1 is the cosine of each output, centred per channel.",
+                "brief": "Fail if fidelity falls below X points.",
+            },
+        },
         brief="Write nothing if fidelity falls below X.",
+    ),
+    Setting(
+        "outputs",
+        OutputKinds(),
+        "What an output is, where names, values and the graph tell it wrongly, with the axis of its classes or "
+        "attributes; repeatable.",
+        {"prune": CHECKS, "recover": CHECKS, "factorize": CHECKS, "compare": CHECKS},
+        option="--output-kind",
+        many=True,
     ),
     Setting(
         "latency",
         Flag(),
         "Measure the latency before and after.",
-        {"prune": "", "factorize": "", "sweep": ""},
+        {"prune": "", "factorize": "", "compare": "", "sweep": ""},
         True,
     ),
     # What is written and shown

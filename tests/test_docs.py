@@ -16,11 +16,11 @@ import pytest
 
 import onnxprune as op
 from onnxprune.cli import main
-from onnxprune.cli.commands import factorize, inspect, profile, prune, recover, sensitivity, sweep
+from onnxprune.cli.commands import compare, factorize, inspect, profile, prune, recover, sensitivity, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md")
-COMMANDS = (prune, recover, factorize, inspect, profile, sensitivity, sweep)
+COMMANDS = (prune, recover, factorize, inspect, compare, profile, sensitivity, sweep)
 
 
 def sections(page: str) -> dict[str, str]:

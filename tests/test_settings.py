@@ -26,6 +26,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "recover": op.recover,
     "factorize": op.factorize,
     "inspect": op.analyze,
+    "compare": op.compare,
     "profile": op.profile,
     "sensitivity": op.sensitivity,
     "sweep": op.sweep,

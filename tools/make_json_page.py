@@ -52,14 +52,20 @@ EVERY = {
 
 COMMANDS: dict[str, tuple[type | None, dict[str, tuple[str, str]]]] = {
     "prune": (facts.Report, {
+        "verdict": ("[Verdict](#verdict) or null", "verdict on the result; null where fidelity was not measured"),
         "plan": ("text or null", "the plan that was written"),
         "dry_run": ("object", "only with `--dry-run`: `skipped`, what was not done, and `would_write`, the files"),
     }),
     "factorize": (facts.Report, {
+        "verdict": ("[Verdict](#verdict) or null", "verdict on the result; null where fidelity was not measured"),
         "plan": ("text or null", "the plan that was written"),
         "dry_run": ("object", "only with `--dry-run`, as for prune"),
     }),
+    "compare": (facts.Report, {
+        "verdict": ("[Verdict](#verdict) or null", "verdict on the result; null where fidelity was not measured"),
+    }),
     "recover": (facts.Report, {
+        "verdict": ("[Verdict](#verdict) or null", "verdict on the result; null where fidelity was not measured"),
         "cut": ("text", "the pruned model that was recovered"),
         "plan": ("text", "the plan that it was pruned by"),
     }),
@@ -127,6 +133,17 @@ MEANINGS = {
         "note": "remark, empty without one",
         "points": "points of the worst answer, 0 to 100; null where nothing was compared",
         "answers": "every answer",
+    },
+    "Verdict": {
+        "word": "`faithful` from 97 points, `degraded` from 85, else `damaged`",
+        "points": "points of the worst answer",
+        "reason": "the worst answer, and what was lost of it",
+        "next_step": "what to do, empty where nothing is needed",
+        "synthetic": "whether it was judged on made-up inputs",
+    },
+    "MetricFacts": {
+        "name": "name of the metric",
+        "before, after": "the metric of the original and of the other model",
     },
     "Latency": {
         "before_ms, after_ms": "median milliseconds of a run of the original and of the result",
@@ -233,6 +250,7 @@ MEANINGS = {
         "totals": "sums over the whole model",
         "exactness": "the proof that the removal is exact",
         "fidelity": "outputs of the result against the original's; null: not compared",
+        "metric": "the user's metric of both models; null where none was compared",
         "latency": "time of a run; null: not measured",
         "recovery": "recovery of the whole model",
         "repairs": "recovery of every layer",
@@ -272,7 +290,16 @@ MEANINGS = {
 """Meanings of fields that their classes have no text for; several names that belong together stand in one key."""
 
 CLASSES = [facts.LayerFacts, facts.Totals, facts.Exactness, facts.Fidelity, facts.OutputFidelity, facts.AnswerFidelity]
-CLASSES += [facts.Latency, facts.Recovery, facts.Repair, facts.FactorizedLayer, facts.BudgetFacts, facts.TargetFacts]
+CLASSES += [
+    facts.Verdict,
+    facts.MetricFacts,
+    facts.Latency,
+    facts.Recovery,
+    facts.Repair,
+    facts.FactorizedLayer,
+    facts.BudgetFacts,
+    facts.TargetFacts,
+]
 CLASSES += [facts.AnswerFacts, facts.NodeTime, facts.KindSteps, facts.SweepPoint, GroupCurve, GroupView, SlotView]
 CLASSES += [Barrier, Description, Kernels]
 

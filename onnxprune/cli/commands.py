@@ -1,4 +1,4 @@
-"""The commands: prune, factorize, recover, inspect, profile, sensitivity, sweep, criteria."""
+"""The commands: prune, factorize, recover, inspect, compare, profile, sensitivity, sweep, criteria."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from onnxprune.cli import output
 from onnxprune.cli.options import Given, beside, check_criterion, command, existing
-from onnxprune.errors import Note, UsageError, argument
+from onnxprune.errors import BudgetError, Note, UsageError, argument
 from onnxprune.io import files
 from onnxprune.report import numbers, page, reasons, tables
 from onnxprune.report.console import Screen, plain
@@ -34,6 +34,10 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "inspect": (
         "onnxprune inspect model.onnx",
         "onnxprune inspect model.onnx --input-shape x=1,3,224,224 -v",
+    ),
+    "compare": (
+        "onnxprune compare model.onnx small.onnx --data calibration.npz",
+        "onnxprune compare model.onnx int8.onnx --data inputs.npz --min-fidelity 95",
     ),
     "profile": (
         "onnxprune profile model.onnx -o device.json",
@@ -96,16 +100,17 @@ def _finish(
     if given.values.get("dry_run"):
         _show_dry_run(screen, given, report, target, parts, names, plan_file)
         return
-    output.check(report, given.min_fidelity, lambda: screen.show(*parts(), Text("")), hint)
+    head = tables.verdict_line(report.verdict)
+    output.check(report, given.min_fidelity, lambda: screen.show(*head, *parts(), Text("")), hint)
     result.save(target, plan=plan_file)
     screen.wrote.extend([path for path in (target, plan_file) if path is not None])
     report.output = str(target)
     if screen.as_json:
         screen.emit({**report.to_dict(), **names})
-    for warning in report.warnings:
+    for warning in (*report.warnings, *output.damage(report)):
         screen.warn(warning)
     wrote = [("wrote     ", target)] + ([("plan      ", plan_file)] if plan_file else [])
-    screen.show(*parts(), *(Text.assemble((label, "bold"), str(path)) for label, path in wrote))
+    screen.show(*head, *parts(), *(Text.assemble((label, "bold"), str(path)) for label, path in wrote))
 
 
 def _show_dry_run(
@@ -358,6 +363,34 @@ def _inspection_parts(screen: Screen, facts: Mapping[str, Any], layers: Any) -> 
     if facts["unlocks"]:
         parts += [tables.heading("Operators that block most channels"), tables.unlocks(facts["unlocks"])]
     return parts
+
+
+@command(
+    "compare",
+    "Compare two models: fidelity, size, MACs, latency.",
+    _EXAMPLES["compare"],
+    original="ORIGINAL.onnx",
+    model="MODEL.onnx",
+)
+def compare(screen: Screen, given: Given) -> None:
+    """Compare two models with the same inputs and outputs, however the second was made; exit with 5 below a gate."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    existing(given.original, "original")
+    existing(given.model, "model")
+    given.check_together()
+    try:
+        with screen.progress() as progress:
+            report = op.compare(given.original, given.model, **given.arguments, progress=progress)
+    except BudgetError as error:
+        if error.report is not None:
+            screen.show(*tables.compared(error.report, name_width=screen.name_width), Text(""))
+        raise
+    if screen.as_json:
+        screen.emit(report.to_dict())
+    for warning in (*report.warnings, *output.damage(report)):
+        screen.warn(warning)
+    screen.show(*tables.compared(report, name_width=screen.name_width))
 
 
 @command("profile", "Measure the time of each layer by its channel count.", _EXAMPLES["profile"], model="MODEL.onnx")

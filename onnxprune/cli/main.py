@@ -13,7 +13,18 @@ import click
 from click.shell_completion import CompletionItem
 
 from onnxprune.cli import failure
-from onnxprune.cli.commands import criteria, devices, factorize, inspect, profile, prune, recover, sensitivity, sweep
+from onnxprune.cli.commands import (
+    compare,
+    criteria,
+    devices,
+    factorize,
+    inspect,
+    profile,
+    prune,
+    recover,
+    sensitivity,
+    sweep,
+)
 from onnxprune.cli.options import WHOLE, HeadedCommand, help_all, write_examples
 from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
@@ -169,6 +180,7 @@ main.add_command(prune)
 main.add_command(recover)
 main.add_command(factorize)
 main.add_command(inspect)
+main.add_command(compare)
 main.add_command(profile)
 main.add_command(sensitivity)
 main.add_command(sweep)

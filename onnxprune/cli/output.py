@@ -14,7 +14,7 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
 
     Args:
         report: report of the run.
-        least: value of ``--min-fidelity``, a cosine in (0, 1]; None: no limit.
+        least: value of ``--min-fidelity``, a centred cosine up to 1, or points up to 100; None: no limit.
         show: function that prints the report of a result below the limit.
         hint: advice for a result below the limit.
     """
@@ -35,14 +35,22 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
             hint=f"Nothing was written. Give inputs with {argument('data')}, or drop {argument('min_fidelity')}.",
             report=report,
         )
-    # Asked of every output, not of the worst: a cosine that is not a number has to fail the gate too.
-    if not all(output.cosine >= least for output in report.fidelity.outputs):
+    short = report.fidelity.shortfall(least)
+    if short:
         show()
         raise BudgetError(
-            f"worst cosine {report.fidelity.worst_cosine:.4f} is below {argument('min_fidelity')} {least:g}",
+            f"{short} is below {argument('min_fidelity')} {least:g}",
             hint=f"Nothing was written. {hint}",
             report=report,
         )
+
+
+def damage(report: Report) -> list[str]:
+    """Return the warning about a damaged model; empty for any other."""
+    verdict = report.verdict
+    if verdict is None or verdict.word != "damaged":
+        return []
+    return [f"the model is damaged, {verdict.points:.1f} of 100 points: {verdict.reason}"]
 
 
 def check_page(model: Path, *targets: Path | None) -> None:

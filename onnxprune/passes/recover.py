@@ -156,8 +156,13 @@ def compare_with_original(
 
 
 def is_worse(after: Fidelity, before: Fidelity) -> bool:
-    """Return whether the outputs are less faithful: a larger mean share of noise, at most 1 per output."""
-    return noise(after) > _WORSE * noise(before)
+    """Return whether the outputs are less faithful: more answers lost, as points count them, over all answers."""
+    return loss(after) > _WORSE * loss(before)
+
+
+def loss(facts: Fidelity) -> float:
+    """Return the share of the original's answers that are lost, averaged over answers."""
+    return float(np.mean([1 - answer.points / 100 for answer in facts.answers] or [noise(facts)]))
 
 
 def noise(facts: Fidelity) -> float:

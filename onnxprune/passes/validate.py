@@ -7,8 +7,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+from onnxprune.channels.analysis import Analysis
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.exact import prove
+from onnxprune.passes.ranges import range_doubts
 from onnxprune.passes.structure import check_file, check_sizes
 from onnxprune.passes.workspace import Workspace, synthetic_feeds, timing_feed
 from onnxprune.pipeline import SAME_MODEL, SAME_REMOVAL, Context, Model, Pass, PassResult
@@ -69,6 +71,7 @@ class Validate(Pass):
         with context.stage("inputs"):  # the proof finds out at which sizes the model runs
             hold_out = _hold_out(context, model)
         if self.faithful:
+            yield from doubted_ranges(context)
             with context.stage("fidelity"), trial.lend_original() as original:
                 inputs, name = hold_out
                 with trial.lend(*model.parts, "seeded") if trial.drawing else nullcontext(final) as result:
@@ -94,6 +97,19 @@ def _hold_out(context: Context, model: Model) -> tuple[Iterable[Any], str]:
     """Return the hold-out inputs to measure on, and their name."""
     if model.hold_out is not None:
         return model.hold_out.inputs, model.hold_out.name
+    return measured_inputs(context, model.analysis)
+
+
+def measured_inputs(context: Context, analysis: Analysis) -> tuple[Iterable[Any], str]:
+    """Return the inputs to measure a model on, and their name: the user's, else seeded synthetic ones."""
     if context.calibration is None:
-        return synthetic_feeds(context, model.analysis), "synthetic"
-    return CalibrationBatches(context, model.analysis, ENOUGH), context.inputs().name
+        return synthetic_feeds(context, analysis), "synthetic"
+    return CalibrationBatches(context, analysis, ENOUGH), context.inputs().name
+
+
+def doubted_ranges(context: Context) -> list[Fact]:
+    """Return warnings about the range of the user's inputs."""
+    if context.calibration is None:
+        return []
+    feed = next(iter(CalibrationBatches(context, context.analysis).batches()), None)
+    return [] if feed is None else [Remark(text) for text in range_doubts(context.analysis, feed)]

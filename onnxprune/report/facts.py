@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from onnxprune.errors import Note, argument
+
 
 @dataclass(slots=True)
 class LayerFacts:
@@ -34,6 +36,15 @@ class Totals:
     macs_after: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+
+
+@dataclass(slots=True)
+class MetricFacts:
+    """A user's metric of the original and of the final model, higher is better."""
+
+    name: str
+    before: float
+    after: float
 
 
 @dataclass(slots=True)
@@ -105,6 +116,19 @@ class Fidelity:
     points: float | None = None
     answers: list[AnswerFidelity] = field(default_factory=list)
 
+    def shortfall(self, least: float) -> str:
+        """Return what falls below a limit of fidelity, empty where nothing does.
+
+        Args:
+            least: a centred cosine that every output needs, 0 < least <= 1; or points, 1 < least <= 100.
+        """
+        if least > 1:
+            points = math.nan if self.points is None else self.points
+            answer = ", ".join(self.worst.outputs[:4]) if self.worst is not None else ""
+            return "" if points >= least else f"fidelity of {points:.1f} points{f' ({answer})' if answer else ''}"
+        cosine = self.worst_centred_cosine
+        return "" if cosine >= least else f"worst cosine {cosine:.4f}"
+
     @property
     def worst(self) -> AnswerFidelity | None:
         """The answer with the fewest points; None without any."""
@@ -121,6 +145,59 @@ class Fidelity:
         """The smallest cosine over the outputs; NaN when no output was compared."""
         cosines = [o.cosine for o in self.outputs]
         return min(cosines) if cosines and not any(map(math.isnan, cosines)) else math.nan
+
+
+FAITHFUL, DEGRADED = 97.0, 85.0
+"""Points from which on a model is called faithful, and degraded; below it is damaged.
+
+At 97 points a classifier answers nearly as its original does, and loses a few tenths of a percent of accuracy; at 85
+one answer of seven is another one, which is rarely of use without training.
+"""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """The verdict on a model: ``faithful``, ``degraded`` or ``damaged``.
+
+    ``reason``: the worst answer and what was lost of it; ``next_step``: what to do, empty where nothing is needed;
+    ``synthetic``: it was judged on made-up inputs, which are no promise for real ones.
+    """
+
+    word: str
+    points: float
+    reason: str
+    next_step: str = ""
+    synthetic: bool = False
+
+
+def verdict_on(facts: Fidelity, recovery: Any = None) -> Verdict | None:
+    """Return the verdict that points give; None where nothing was compared.
+
+    Args:
+        facts: fidelity of the model.
+        recovery: what was recovered, a :class:`Recovery`; None where the model came from elsewhere.
+    """
+    worst = facts.worst
+    if facts.points is None or worst is None:
+        return None
+    word = "faithful" if facts.points >= FAITHFUL else "degraded" if facts.points >= DEGRADED else "damaged"
+    names = ", ".join(worst.outputs[:3]) + (f" and {len(worst.outputs) - 3} more" if len(worst.outputs) > 3 else "")
+    reason = f"{names}{f' ({worst.kind})' if worst.kind else ''}: {worst.lost}"
+    synthetic = facts.source == "synthetic"
+    return Verdict(word, facts.points, reason, _next_step(word, synthetic, recovery), synthetic)
+
+
+def _next_step(word: str, synthetic: bool, recovery: Any) -> str:
+    """Return what to do about a verdict."""
+    if synthetic:
+        return Note(f"judged on synthetic inputs: give real ones with {argument('data')}")
+    if word == "faithful":
+        return ""
+    if recovery is None or not recovery.why:
+        return "recover it, or train it further"
+    if recovery.mode == "none":
+        return Note(f"recover it: {argument('recover', 'full')}, or remove less")
+    return Note(f"remove less, or let {argument('max_drop', 2)} find how much goes")
 
 
 @dataclass(slots=True)
@@ -378,6 +455,7 @@ class Report:
     exactness: Exactness = field(default_factory=Exactness)
     fidelity: Fidelity | None = None
     latency: Latency | None = None
+    metric: MetricFacts | None = None
     recovery: Recovery = field(default_factory=Recovery)
     repairs: list[Repair] = field(default_factory=list)
     budget: BudgetFacts | None = None
@@ -398,9 +476,15 @@ class Report:
         parameters = f"{totals.params_after:,} of {totals.params_before:,} parameters"
         return f"<Report: {parameters}, {totals.macs_after:,} of {totals.macs_before:,} MACs, {proof}>"
 
+    @property
+    def verdict(self) -> Verdict | None:
+        """The verdict on the final model; None where fidelity was not measured."""
+        return None if self.fidelity is None else verdict_on(self.fidelity, self.recovery)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready plain data."""
-        plain = asdict(self)
+        verdict = self.verdict
+        plain = {**asdict(self), "verdict": None if verdict is None else asdict(verdict)}
         return plain if self.latency is None else plain | {"latency": self.latency.to_dict()}
 
 
@@ -480,6 +564,7 @@ Fact = (
     | Seconds
     | Exactness
     | Fidelity
+    | MetricFacts
     | Latency
     | BudgetFacts
 )
@@ -527,6 +612,8 @@ def _add(report: Report, fact: Fact) -> None:
             report.fidelity = fact
         case Latency():
             report.latency = fact
+        case MetricFacts():
+            report.metric = fact
         case BudgetFacts():
             report.budget = fact
         case _:

@@ -29,6 +29,7 @@ from onnxprune.report.facts import (
     Report,
     TargetFacts,
     Totals,
+    Verdict,
 )
 
 LONG = 30
@@ -239,6 +240,19 @@ def exactness(facts: Exactness) -> Text:
     return Text.assemble(("exact     ", "bold"), verdict, measured)
 
 
+_COLOURS = {"faithful": "bold green", "degraded": "bold yellow", "damaged": "bold red"}
+
+
+def verdict_line(facts: Verdict | None) -> list[Text]:
+    """One line: whether the model still gives the answers of its original, what was lost, and the next step."""
+    if facts is None:
+        return []
+    kept = f", {facts.points:.1f} of 100 points"
+    lost = "" if facts.word == "faithful" and facts.points > 99.95 else f"; {facts.reason}"
+    line = Text.assemble(("verdict   ", "bold"), (facts.word, _COLOURS[facts.word]), kept, lost)
+    return [line.append(f"; {facts.next_step}") if facts.next_step else line]
+
+
 def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[RenderableType]:
     """Compare the final model with the original: one line for one output, else a table of the worst ``most``."""
     if facts is None or not facts.outputs:
@@ -247,21 +261,29 @@ def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[
     source = "seeded synthetic data" if facts.source == "synthetic" else facts.source
     samples = f"{facts.samples} sample{'' if facts.samples == 1 else 's'}, {source}"
     note = f"; {facts.note}" if facts.note else ""
+    points = "" if facts.points is None else f"{facts.points:.1f} points, "
     worst = sorted(facts.outputs, key=lambda output: output.cosine)
     if len(worst) == 1:
         output = worst[0]
         top1 = f", top-1 agreement {100 * output.top1:.1f} %" if output.top1 is not None else ""
         line = f"cosine {output.cosine:.4f}, signal-to-noise {numbers.decibels(output.snr_db)}{top1} ({samples}){note}"
-        return [Text.assemble(("fidelity  ", "bold"), line)]
-    table = table_of(("  output", "left"), ("cosine", "right"), ("signal-to-noise", "right"), ("top-1", "right"))
+        return [Text.assemble(("fidelity  ", "bold"), points, line)]
+    read, cosine, noise, top = (
+        ("read as", "left"),
+        ("cosine", "right"),
+        ("signal-to-noise", "right"),
+        ("top-1", "right"),
+    )
+    table = table_of(("  output", "left"), read, cosine, noise, top)
     for output in worst[:most]:
         table.add_row(
             "  " + numbers.shorten(output.output, name_width),
+            output.kind or numbers.DASH,
             f"{output.cosine:.4f}",
             numbers.decibels(output.snr_db),
             numbers.DASH if output.top1 is None else f"{100 * output.top1:.1f} %",
         )
-    head = f"worst cosine {facts.worst_cosine:.4f} over {len(worst)} outputs ({samples}){note}"
+    head = f"{points}worst cosine {facts.worst_cosine:.4f} over {len(worst)} outputs ({samples}){note}"
     parts: list[RenderableType] = [Text.assemble(("fidelity  ", "bold"), head), table]
     if len(worst) > most:
         parts.append(Text(f"  and {len(worst) - most} outputs with a larger cosine", style="dim"))
@@ -316,7 +338,10 @@ def _change(facts: Recovery) -> str:
     before, after = facts.before, facts.after
     if before is None or after is None or not before.outputs:
         return "fidelity not measured"
-    said = f"fidelity {before.worst_cosine:.4f} {numbers.ARROW} {after.worst_cosine:.4f}"
+    if before.points is None or after.points is None:
+        said = f"fidelity {before.worst_cosine:.4f} {numbers.ARROW} {after.worst_cosine:.4f}"
+    else:
+        said = f"fidelity {before.points:.1f} {numbers.ARROW} {after.points:.1f} points"
     one, other = _top1(before), _top1(after)
     if one is not None and other is not None:
         said += f", top-1 agreement {100 * one:.1f} {numbers.ARROW} {100 * other:.1f} %"
@@ -754,3 +779,14 @@ def repaired(report: Report, *, name_width: int, verbose: bool) -> list[Renderab
         parts.append(Text.assemble(("plan      ", "bold"), report.exactness.note))
     done = summary(report)
     return [*parts, *([done] if done is not None else []), *fidelity(report.fidelity, name_width=name_width)]
+
+
+def compared(report: Report, *, name_width: int) -> list[RenderableType]:
+    """Render a comparison of two models: verdict, sizes, latency, metric, fidelity."""
+    parts: list[RenderableType] = [*verdict_line(report.verdict), totals(report.totals, report.latency)]
+    note = latency_note(report.latency)
+    parts += [] if note is None else [note]
+    if report.metric is not None:
+        change = numbers.change(f"{report.metric.before:.4g}", f"{report.metric.after:.4g}")
+        parts.append(Text.assemble(("metric    ", "bold"), f"{report.metric.name} {change}"))
+    return [*parts, *fidelity(report.fidelity, name_width=name_width)]

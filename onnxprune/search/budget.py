@@ -161,7 +161,7 @@ class Budget(Pass):
         ]
         gap = best.allocation.gap if np.isfinite(best.allocation.bound) else None
         quality = result.final.quality
-        metric_name = points_name(self.spec.metric, quality.fidelity)
+        metric_name = points_name(self.spec.metric)
         return BudgetFacts(targets, answers, gap, metric_name, before, quality.points, self.spec.max_drop)
 
 
@@ -393,16 +393,16 @@ class Search:
     def _missing(self, final: Evaluation) -> str:
         """Return a description of the gate that a model does not pass; empty where it passes."""
         spec, quality, before = self.spec, final.quality, self.before
-        metric_name = points_name(spec.metric, quality.fidelity)
+        metric_name = points_name(spec.metric)
         # A comparison with NaN is false: a model without a comparable output passes no gate.
         if spec.max_drop is not None and not before - quality.points <= spec.max_drop + 1e-9:
             drop = before - quality.points
             limit = f"{argument('max_drop')} {spec.max_drop:g}"
             return f"{metric_name} fell from {before:.4g} to {quality.points:.4g}: {drop:.3g} > {limit}"
-        cosine = 1.0 if quality.fidelity is None else quality.fidelity.worst_cosine
-        if spec.min_fidelity is not None and not cosine >= spec.min_fidelity:
-            return f"worst cosine {cosine:.4f} is below {argument('min_fidelity')} {spec.min_fidelity:g}"
-        return ""
+        if spec.min_fidelity is None or quality.fidelity is None:
+            return ""
+        short = quality.fidelity.shortfall(spec.min_fidelity)
+        return f"{short} is below {argument('min_fidelity')} {spec.min_fidelity:g}" if short else ""
 
     def _smallest(self, problem: SearchProblem) -> SearchResult:
         """Return the fewest MACs (or parameters, without MACs) within the gates, by bisection on the share kept.

@@ -21,7 +21,7 @@ from onnxprune.errors import UsageError, argument, nearest
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.prepared import cut_model
-from onnxprune.passes.recover import Recover, noise
+from onnxprune.passes.recover import Recover, loss
 from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import Context, Model, PassResult, apply
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Sizes
@@ -41,7 +41,7 @@ class Quality:
     """A model's quality.
 
     Attributes:
-        points: the unit of ``--max-drop``: the metric, or per cent of top-1 agreement, else of cosine.
+        points: the unit of ``--max-drop``: the metric, or points of fidelity.
         fine: the value that candidates are compared by; higher is better.
         fidelity: to the original, where it was measured.
     """
@@ -52,18 +52,16 @@ class Quality:
 
 
 def _of_fidelity(facts: Fidelity) -> Quality:
-    """Return the quality without a metric: points are the agreement with the original, ``fine`` is the noise."""
-    shares = [o.top1 for o in facts.outputs if o.top1 is not None]
-    points = 100 * min(shares) if shares and len(shares) == len(facts.outputs) else 100 * facts.worst_cosine
-    return Quality(points, -noise(facts), facts)
+    """Return the quality without a metric: points are those of the worst answer, ``fine`` counts all answers."""
+    points = math.nan if facts.points is None else facts.points
+    return Quality(points, -loss(facts), facts)
 
 
-def points_name(metric: Metric | None, facts: Fidelity | None) -> str:
+def points_name(metric: Metric | None) -> str:
     """Return the name of the points."""
     if metric is not None:
         return str(getattr(metric, "label", getattr(metric, "__name__", "metric")))
-    tops = facts is not None and facts.outputs and all(o.top1 is not None for o in facts.outputs)
-    return "top-1 agreement in %" if tops else "cosine in %"
+    return "points of fidelity"
 
 
 def measure_metric(metric: Metric, path: Path) -> float:

@@ -82,7 +82,7 @@ def _measured(job: Job) -> list[tuple[float, float, str]]:
             near=True,
         ).quality
         assert quality.fidelity is not None
-        points.append((noise(quality.fidelity), quality.points, points_name(job.metric, quality.fidelity)))
+        points.append((noise(quality.fidelity), quality.points, points_name(job.metric)))
     return points
 
 
@@ -168,7 +168,7 @@ def measure_sensitivity(
     with context.stage("sensitivity"):
         original = points_of_original(analysis, metric)
         run = joblib.Parallel(n_jobs=jobs, return_as="generator")
-        metric_name = points_name(metric, None)
+        metric_name = points_name(metric)
         for num_done, ((curve, _), points) in enumerate(
             zip(work, run(joblib.delayed(run_job)(job) for _, job in work), strict=True)
         ):
@@ -236,7 +236,7 @@ def _settings(
     context: Context, selector: Selector, mode: str, metric: Metric | None, shares: Sequence[float]
 ) -> dict[str, Any]:
     data = "synthetic" if context.calibration is None else context.inputs().name
-    label = None if metric is None else points_name(metric, None)
+    label = None if metric is None else points_name(metric)
     request = selector.request.settings
     return {
         "criterion": selector.name,

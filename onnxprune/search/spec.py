@@ -25,7 +25,7 @@ class BudgetSpec:
     Attributes:
         targets: limits on costs; empty for the smallest model within ``max_drop``. Kinds are ``macs``,
             ``params``, ``size``, ``latency`` and ``peak-memory``, a value is a share of the original or an amount.
-        min_fidelity: the smallest permitted cosine between an output and the original's.
+        min_fidelity: the smallest permitted points of fidelity, above 1; or the smallest centred cosine of an output.
         metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``.
         max_drop: permitted drop of the metric, or of the points of fidelity without one.
         latency_table: times of another device, as ``onnxprune profile`` wrote them.

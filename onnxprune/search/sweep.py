@@ -62,7 +62,7 @@ def _sweep(
     original = SweepPoint("", sum(x.macs_before for x in analysis.layers), analysis.parameters, analysis.loaded.size)
     original.points, original.cosine = before, 1.0
     facts = SweepFacts(
-        str(analysis.loaded.path or "the model"), points_name(metric, None), context.device.threads, points=[original]
+        str(analysis.loaded.path or "the model"), points_name(metric), context.device.threads, points=[original]
     )
     facts.settings = {"criterion": prune.name, "recover": budget.mode, "kind": kind}
     with context.stage("sweep"), Workspace.of(analysis) as trial:
@@ -78,7 +78,7 @@ def _sweep(
                 continue
             problem = replace(problem, lead=result.problem.lead)
             point = _point(target, result.best, result.final)
-            facts.what = points_name(metric, result.final.quality.fidelity)
+            facts.what = points_name(metric)
             small, _ = flush(result.final.model.parts)
             files.append(trial.write(*small, f"sweep{number}")[0])
             if folder is not None:
@@ -110,7 +110,7 @@ def mark_pareto(points: Sequence[SweepPoint]) -> None:
 
 def _point(target: Target, candidate: Candidate, final: Evaluation) -> SweepPoint:
     facts: Fidelity | None = final.quality.fidelity
-    cosine = 0.0 if facts is None else facts.worst_cosine
+    cosine = 0.0 if facts is None else facts.worst_centred_cosine
     return SweepPoint(
         str(target), final.macs, final.params, final.size, 0.0, final.quality.points, cosine, candidate.name
     )

@@ -125,7 +125,7 @@ def test_a_gate_that_fails_says_what_works() -> None:
         op.prune(MODELS / "residual.onnx", target="macs=0.3", min_fidelity=0.999, latency=False)
     (nearest,) = re.findall(r"target='([^']+)'", caught.value.hint)
     result = op.prune(MODELS / "residual.onnx", target=nearest, min_fidelity=0.999, latency=False)
-    assert result.report.fidelity is not None and result.report.fidelity.worst_cosine >= 0.999
+    assert result.report.fidelity is not None and result.report.fidelity.worst_centred_cosine >= 0.999
 
 
 def test_the_smallest_model_within_a_drop() -> None:

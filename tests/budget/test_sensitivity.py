@@ -34,7 +34,7 @@ def test_every_group_is_cut_alone(tmp_path: Path) -> None:
         assert curve.shares == pytest.approx([0.25, 0.75], abs=0.02)
         assert all(0 <= n <= 1 for n in curve.noise) and curve.noise[0] < curve.noise[1]
         assert all(0 <= p <= 100 for p in curve.points)
-    assert found.original == 100 and found.what == "top-1 agreement in %"
+    assert found.original == 100 and found.what == "points of fidelity"
 
 
 def test_a_point_is_what_a_cut_of_that_group_alone_does(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ CALLS = {
     "recover": ["m.onnx", "s.onnx", "--plan", "p.json", "--data", "d.npy", "-o", "out.onnx"],
     "factorize": ["m.onnx", "--method", "svd", "--rank", "4", "-o", "out.onnx"],
     "inspect": ["m.onnx"],
+    "compare": ["m.onnx", "s.onnx"],
     "profile": ["m.onnx", "--seconds", "1"],
     "sensitivity": ["m.onnx", "--ratios", "0.5", "--jobs", "1"],
     "sweep": ["m.onnx", "--targets", "0.7", "--trials", "0"],

@@ -281,6 +281,8 @@ def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
 class Detections(Measure):
     """Boxes with scores: overlap 2 sum(st m) / sum(s^2 + t^2) per class over matched pairs, m how well they match.
 
+    A score t below half the original's s counts less by 2 t / s: at most thresholds such a detection is gone.
+
     Boxes that can be read as rectangles are matched by class and intersection over union of at least 0.5, in the order
     of their scores, after suppression of duplicates; m is then the mean of 1 and the overlap. Boxes relative to anchors
     are compared anchor by anchor; m falls with the difference of their numbers. Classes weigh by the root of their
@@ -322,9 +324,10 @@ class Detections(Measure):
         ]
         match = np.ones(s.shape[:2])
         for difference, scale in zip(apart, scales, strict=False):
-            match *= np.exp(-0.5 / len(apart) * np.nan_to_num(difference / scale, nan=1e3, posinf=1e3).mean(-1))
+            far = np.nan_to_num(np.square(difference / scale), nan=1e3, posinf=1e3).mean(-1)
+            match *= np.exp(-far / len(apart))
         axes = (0, 1)
-        inner = (2 * s * t * match[..., None]).sum(axes)
+        inner = (2 * s * t * match[..., None] * np.minimum(1.0, 2 * t / np.maximum(s, _TINY))).sum(axes)
         for c, values in enumerate(zip(inner, (s * s).sum(axes), (t * t).sum(axes), strict=True)):
             self._count(c, *values)
         sure = s > self.sure
@@ -352,7 +355,8 @@ class Detections(Measure):
             for number, (c, score) in enumerate(zip(b[2], b[1], strict=True)):
                 inner = 0.0
                 if partner[number] >= 0:
-                    inner = score * a[1][partner[number]] * (1 + overlap[number])
+                    own = float(a[1][partner[number]])
+                    inner = score * own * (1 + overlap[number]) * min(1.0, 2 * score / max(own, _TINY))
                 self._count(int(c), inner, 0.0, score * score)
             sure = a[1] > self.sure
             matched = np.zeros(len(a[1]), bool)

@@ -1,0 +1,136 @@
+"""Points of fidelity against real metrics: Spearman's rank correlation over levels of damage, model by model.
+
+python tools/bench_fidelity.py TRAINED --only lprnet --only yolox        a folder with models/*.onnx and evaluate.py
+python tools/bench_fidelity.py TRAINED --levels 6 --keep damaged/ --out fidelity.jsonl
+
+Each model is damaged at 12 levels: ratios from 0.02 to 0.6 by several criteria, with and without recovery, and noise on
+its weights. ``evaluate.py NAME --model FILE`` must print one JSON object of metrics, ``--record FILE.npz`` write inputs
+for calibration, other ones than those measured on. Beside the points stands the cosine, smallest over the outputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from bench import files
+from bench.labelled import evaluate, record
+from onnx import numpy_helper
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from onnxprune import compare, errors, prune
+
+
+class Damage(NamedTuple):
+    """A ratio with a criterion and a mode of recovery, or the size of noise on weights, relative to each weight."""
+
+    ratio: float = 0.0
+    criterion: str = "l2"
+    recover: str = "none"
+    noise: float = 0.0
+
+
+LEVELS = (
+    Damage(0.02),
+    Damage(noise=0.03),
+    Damage(0.05, "wanda", "full"),
+    Damage(0.1, "gm", "full"),
+    Damage(0.1),
+    Damage(noise=0.08),
+    Damage(0.2, "wanda", "full"),
+    Damage(0.2, "l1"),
+    Damage(0.3, "l2", "full"),
+    Damage(0.45, "l2", "lstsq"),
+    Damage(0.4, "gm"),
+    Damage(0.6, "wanda", "full"),
+)
+
+
+def damaged(model: Path, level: Damage, data: Path, samples: int, target: Path) -> None:
+    """Write the model with one level of damage."""
+    if level.noise:
+        proto, rng = onnx.load(model), np.random.default_rng(0)
+        for tensor in proto.graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            if array.dtype == np.float32 and array.ndim > 1:
+                noisy = array * (1 + level.noise * rng.standard_normal(array.shape))
+                tensor.CopyFrom(numpy_helper.from_array(noisy.astype(np.float32), tensor.name))
+        onnx.save(proto, target)
+        return
+    reads = level.recover != "none" or level.criterion == "wanda"
+    given: dict[str, Any] = {"data": data, "samples": samples} if reads else {}
+    how = {"ratio": level.ratio, "criterion": level.criterion, "recover": level.recover}
+    prune(model, **how, **given, validate=level.recover != "none", latency=False).save(target)
+
+
+def measure(home: Path, model: Path, given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Return metric, points and cosine of a model at every level."""
+    name, records = files.name(model), list[dict[str, Any]]()
+    data = folder / f"{name}.npz"
+    if not data.exists():
+        record(home, name, data, given.samples)
+    samples = len(next(value for value in np.load(data).values() if value.ndim))
+    for number, level in enumerate(LEVELS[: given.levels]):
+        target = folder / f"{name}.{number}.onnx"
+        try:
+            if not target.exists():
+                damaged(model, level, data, samples, target)
+            metrics = evaluate(home, name, target)
+            facts = compare(model, target, data=data, latency=False).fidelity
+        except (errors.OnnxpruneError, RuntimeError) as error:
+            print(f"{name} {level}: {type(error).__name__}: {error}", flush=True)
+            continue
+        assert facts is not None
+        key = next((key for key in ("mAP50_95", "cos") if key in metrics), next(iter(metrics)))
+        row = {"model": name, **level._asdict(), "metric": key, "value": metrics[key], "points": facts.points}
+        row |= {"cosine": facts.worst_cosine, "centred": facts.worst_centred_cosine}
+        records.append(row)
+        print(json.dumps(row), flush=True)
+    return records
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    """Print the rank correlations of every model."""
+    table = Table(title="Spearman's rank correlation with the metric")
+    for column in ("model", "metric", "levels", "cosine", "centred cosine", "points"):
+        table.add_column(column, justify="left" if column in ("model", "metric") else "right")
+    for name in dict.fromkeys(row["model"] for row in records):
+        rows = [row for row in records if row["model"] == name]
+        values = [row["value"] for row in rows]
+        found = [spearmanr(values, [row[key] for row in rows])[0] for key in ("cosine", "centred", "points")]
+        table.add_row(name, rows[0]["metric"], str(len(rows)), *(f"{value:.3f}" for value in found))
+    Console().print(table)
+
+
+def main() -> int:
+    """Measure and show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder with models/*.onnx and evaluate.py")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="part of a name, or glob")
+    parser.add_argument("--levels", type=int, default=len(LEVELS), help="the first so many levels")
+    parser.add_argument("--samples", type=int, default=64, help="inputs to recover from and to compare on")
+    parser.add_argument("--keep", type=Path, help="folder of the damaged models, which are made once")
+    parser.add_argument("--out", type=Path, help="JSON lines, one per level")
+    given = parser.parse_args()
+    records = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        folder = given.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for model in files.find([given.folder / "models"], given.only):
+            records += measure(given.folder.resolve(), model.resolve(), given, folder)
+    if given.out is not None:
+        given.out.write_text("".join(json.dumps(row) + "\n" for row in records))
+    show(records)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
