@@ -9,7 +9,7 @@ The rule, for ``round_to="auto"``:
    8 or 16, 16 channels 8, 8 channels 4, 2 channels 1. Any group may stay whole.
 4. Where the cut alone decides (a ratio of every group), each group takes the allowed count nearest to its ratio, but
    one whole block rather than less of it where half a block or more is asked: below a block MACs go and hardly any
-   time. Where that leaves less than 0.4 of the MACs to save, the nearest counts hold after all. Then the groups
+   time. Where that leaves less than 0.7 of the MACs to save, the nearest counts hold after all. Then the groups
    nearest to the middle of two counts take the other one, until the multiply-accumulates of the model (its units, where
    it has none) are as near as they get to those without rounding: :meth:`Rounding.balanced`. Not for that: a count
    further than 3/4 of the gap from the ratio, one below a whole block, or another for a group with a ratio of its own.
@@ -286,7 +286,7 @@ _FAR = 0.75
 # Groups that are moved to another count at most: each needs a row of costs.
 _MOST_MOVED = 512
 # Share of the MACs to save that has to be left where groups keep whole blocks.
-_TOO_LITTLE = 0.4
+_TOO_LITTLE = 0.7
 # Groups of which all sets are tried; of more, rounds in which one is moved, or moved back; and the share of the cost
 # that is near enough.
 _FEW, _ROUNDS, _CLOSE = 10, 16, 0.01
