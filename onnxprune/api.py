@@ -152,7 +152,7 @@ def prune(
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
             the reported fidelity.
-        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         validate: run the checks; True.
         min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
             original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
@@ -314,7 +314,7 @@ def recover(
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
             by names, values and the graph what an output is; None: none.
-        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -410,7 +410,7 @@ def factorize(
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
             the reported fidelity.
-        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
         validate: run the checks; True.
@@ -702,7 +702,7 @@ def sensitivity(
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
             the reported fidelity.
-        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
 
     Returns:
@@ -851,7 +851,7 @@ def sweep(
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
             the reported fidelity.
-        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         latency: measure latency; True.
         folder: folder to keep the models in; None: they are deleted.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,7 +33,7 @@ from onnxprune.io.interchange import ModelSource, to_graphsurgeon, to_onnx_ir
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble, check_output, save
 from onnxprune.plugins import Named
-from onnxprune.report.facts import Exactness, Fact, Report, Seconds, Sizes, report_of
+from onnxprune.report.facts import Exactness, Fact, Interrupted, Report, Sizes, StageTime, Timings, report_of
 from onnxprune.runtime.data import Samples, open_data
 from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.fidelity import Outputs
@@ -99,30 +101,38 @@ def _unlogged(text: str, *values: object) -> None:
 
 
 class Stages:
-    """Clock of the stages of a run, and their progress.
+    """Clock of the stages of a run, their progress, and interrupts.
 
     Args:
         listener: progress callback, called with (stage, fraction).
         logged: whether the logger ``onnxprune`` gets a line per stage, at level DEBUG.
+        is_trial: whether it belongs to a trial within a run: an interrupt is then that of the run.
 
     Attributes:
         seconds: seconds per stage, by name.
+        processor_seconds: seconds of all processors per stage, by name, without those of worker processes.
+        interrupted: description of the work that an interrupt ended; empty where there was none.
     """
 
-    def __init__(self, listener: Progress | None = None, *, logged: bool = True) -> None:
-        self._listener = listener
+    def __init__(self, listener: Progress | None = None, *, logged: bool = True, is_trial: bool = False) -> None:
+        self._listener, self._is_trial = listener, is_trial
         self._log: Callable[..., None] = _logger.debug if logged else _unlogged
         self.seconds: dict[str, float] = {}
+        self.processor_seconds: dict[str, float] = {}
+        self.interrupted = ""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time what runs inside."""
         self.tell(name, 0.0)
         self._log("%s: started", name)
-        start = time.perf_counter()
-        yield
-        took = time.perf_counter() - start
-        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        start, processor = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            took, used = time.perf_counter() - start, time.process_time() - processor
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+            self.processor_seconds[name] = self.processor_seconds.get(name, 0.0) + used
         self._log("%s: done in %.3f s", name, took)
         self.tell(name, 1.0)
 
@@ -130,6 +140,106 @@ class Stages:
         """Call the listener, if there is one."""
         if self._listener is not None:
             self._listener(name, fraction)
+
+    def watched(self, listener: Progress) -> Stages:
+        """Return the same clock with a second listener to its progress."""
+
+        def tell(name: str, fraction: float) -> None:
+            self.tell(name, fraction)
+            listener(name, fraction)
+
+        watched = Stages(tell, is_trial=self._is_trial)
+        watched._log = self._log
+        watched.seconds, watched.processor_seconds = self.seconds, self.processor_seconds
+        return watched
+
+    @contextmanager
+    def until_interrupted(self, answer: Callable[[], str]) -> Iterator[None]:
+        """Leave the block at an interrupt (SIGINT) where there is an answer to finish with.
+
+        Args:
+            answer: function that describes the answer so far, for the report; empty where there is none, and the
+                interrupt goes on.
+
+        Raises:
+            KeyboardInterrupt: there is no answer, or the run is to end at once.
+        """
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            # Other signals that end a program are raised as interrupts with a number of their own.
+            ends_at_once = getattr(stop, "number", signal.SIGINT) != signal.SIGINT
+            self.interrupted = "" if self._is_trial or ends_at_once else answer()
+            if not self.interrupted:
+                raise
+            self._log("interrupted: %s", self.interrupted)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let an interrupt (SIGINT) wait for the end of the block."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if waiting:
+            handler(*waiting[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Bounds on the work of a run, counted and not timed, so that a run can be repeated.
+
+    Attributes:
+        seconds: work of all trials of a search, in seconds of the machine that estimates are from.
+        candidates: largest number of candidates to compare before any are tried around the best.
+        trial_samples: largest number of samples that a candidate is recovered from.
+        samples: largest number of samples to recover the result from; None for all.
+        rows: rows per unknown that a layer is fitted to.
+    """
+
+    seconds: float
+    candidates: int
+    trial_samples: int
+    samples: int | None
+    rows: int
+
+
+EFFORTS = {
+    "quick": Effort(8.0, 1, 16, 64, 20),
+    "normal": Effort(30.0, 8, 128, None, 50),
+    "thorough": Effort(120.0, 8, 512, None, 100),
+}
+"""Bounds on the work of a run, by the name of the effort."""
+
+
+class WorkShare:
+    """The share of a stage that is done, by the work of its parts as it is known ahead.
+
+    Args:
+        tell: function that takes the share of the whole, 0 to 1, which never falls.
+        work: work of every part in the order in which they are done, in any unit.
+    """
+
+    def __init__(self, tell: Callable[[float], None], work: Mapping[str, float]) -> None:
+        self._tell, self._work = tell, work
+        self._most = 0.0
+
+    def part(self, name: str, fraction: float) -> None:
+        """Report the share of a part, 0 to 1; the parts ahead of it are done."""
+        names = list(self._work)
+        before = sum(self._work[other] for other in names[: names.index(name)])
+        done = before + min(max(fraction, 0.0), 1.0) * self._work[name]
+        share = done / max(sum(self._work.values()), 1e-9)
+        if share > self._most:
+            self._most = min(share, 1.0)
+            self._tell(self._most)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,6 +256,7 @@ class Context:
         memory_limit: bytes of activations to hold at a time; None: the default of each pass.
         device: device on which time is measured.
         stages: the clock and the progress bar.
+        effort: bounds on the work.
         outputs: kinds of outputs that the user set, {output: (kind, axis or None)}.
     """
 
@@ -210,16 +321,17 @@ class Context:
             )
         return self.calibration.open()
 
-    def for_trial(self, samples: int | None = None) -> Context:
+    def for_trial(self, samples: int | None = None, progress: Progress | None = None) -> Context:
         """Return the context of a trial, with a clock of its own whose progress is not shown.
 
         Args:
             samples: largest number of samples to use.
+            progress: callback for the stages of the trial.
         """
         calibration = self.calibration
         if calibration is not None and samples is not None:
             calibration = calibration.first(samples)
-        return replace(self, calibration=calibration, stages=Stages(logged=False))
+        return replace(self, calibration=calibration, stages=Stages(progress, logged=False, is_trial=True))
 
     def stage(self, name: str) -> Any:
         """Time what runs inside, as a stage of that name."""
@@ -584,7 +696,7 @@ class Pipeline:
             batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
             images: conversion of images to arrays.
             cache: folder of captured statistics, from which an interrupted or repeated run continues.
-            memory_limit: bytes of activations that passes hold in memory at a time, 1,000,000 or more; None: 2 GiB.
+            memory_limit: bytes of activations that passes hold in memory at a time, 1,000,000 or more; None: 512 MiB.
             providers: onnxruntime providers for measurements of time; None: the CPU.
             threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
             seed: seed of all random numbers, 0 or more.
@@ -696,7 +808,10 @@ class Result:
         self.context, self.final = context, final
         original = context.analysis
         sizes = Sizes(params_before=original.parameters, params_after=final.num_parameters)
-        self.facts: tuple[Fact, ...] = (*facts, sizes, Seconds(dict(context.stages.seconds)))
+        stages = context.stages
+        took = Timings({n: StageTime(stages.seconds[n], used) for n, used in stages.processor_seconds.items()})
+        cut_short = [Interrupted(stages.interrupted)] if stages.interrupted else []
+        self.facts: tuple[Fact, ...] = (*facts, sizes, took, *cut_short)
         self.plan: Plan = final.plan
         self.report: Report = report_of(self.facts, model=str(original.loaded.path or ""))
         self._assembled: onnx.ModelProto | None = None

@@ -37,7 +37,7 @@ from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.recalibrated import Recalibrated, normalisations
 from onnxprune.passes.synthetic import draw_calibration
 from onnxprune.passes.workspace import Workspace
-from onnxprune.pipeline import Context, HoldOut, Model, ModelParts, Pass, PassResult, Requirement
+from onnxprune.pipeline import Context, HoldOut, Model, ModelParts, Pass, PassResult, Requirement, uninterrupted
 from onnxprune.recovery import MODES
 from onnxprune.recovery.attention import Mixing, find_pairs, mixings
 from onnxprune.recovery.layer import Get, Problem, recover_layer
@@ -336,13 +336,15 @@ def fingerprint_of(proto: onnx.ModelProto, weights: Mapping[str, Weight], feeds:
 
 
 # Default of the bytes of activations to hold in memory.
-_MEMORY = 2 << 30
+_MEMORY = 512 << 20
 # Share of this memory, one in so many, up to which activations of the original are computed ahead.
 _AHEAD = 8
 # Unknowns per output from which on products are shared between BLAS threads.
 _WIDE = 1024
 # Share of noise below which no recovery is needed.
 _EXACT = 1e-9
+# Reason of the layers that an interrupt left.
+_LATE = "the recovery was interrupted before it came to it"
 
 
 HAS_INPUTS = Requirement(
@@ -375,7 +377,7 @@ class Recover(Pass):
             to its own output), ``full`` (the candidate with the least hold-out error, fitted to sums) or ``datafree``
             (the same from synthetic inputs, see :func:`onnxprune.passes.synthetic.draw_calibration`: much weaker;
             data are only used for comparison, where there are any).
-        memory_limit: bytes of activations to hold in memory, else the run's, else 2 GiB; more go to temporary files.
+        memory_limit: bytes of activations to hold in memory, else the run's, else 512 MiB; more go to temporary files.
         symmetric: fit layers from the surviving inputs of the original, not from those of the pruned model, so that no
             layer compensates errors of others; worse, for comparison only.
         why: reason of the mode, for the report.
@@ -447,7 +449,7 @@ class Recover(Pass):
             was, after = compare_with_original(context.analysis, pair, split.validation, context.outputs)
             outcome = _Outcome(repairs, left, parts, was, after, is_worse(after, was))
             best = outcome if best is None or best.worse or not outcome.worse else best
-            if noise(after) < _EXACT:
+            if noise(after) < _EXACT or context.stages.interrupted:
                 break
         assert best is not None
         return best
@@ -533,27 +535,45 @@ class Recover(Pass):
         mixed: dict[int, Mixing] = {}
         values: dict[int, _Values] = {}
         repairs: list[Repair] = []
-        for number, level in enumerate(aims.levels):
-            for run in (cut_run, full_run):
-                for _ in run.run(number):
-                    pass
-            values.update({a.node.index: self._values(a, store, full_weights, after, feeds) for a in level})
-            layers = [Layer(graph, weights, a) for a in level if values[a.node.index][3]]
-            aims.reasons.update({a.node.label: NEVER for a in level if not values[a.node.index][3]})
-            mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, store[1].batches))
 
-            def one(layer: Layer) -> Fitted:
-                return _fitted(layer, values[layer.node.index], mode, mixed.get(layer.node.index))
+        def one(layer: Layer) -> Fitted:
+            return _fitted(layer, values[layer.node.index], mode, mixed.get(layer.node.index))
 
-            repairs += [
-                _written(*pair) for pair in zip(layers, _fitted_level(one, layers, number, checkpoints), strict=True)
-            ]
-            for run in (cut_run, full_run):
-                run.done(number)
-            context.tell("recover", (number + 1) / len(aims.levels))
+        with context.stages.until_interrupted(lambda: _so_far(repairs, aims)):
+            for number, level in enumerate(aims.levels):
+                _run_piece((cut_run, full_run), number)
+                values.update({a.node.index: self._values(a, store, full_weights, after, feeds) for a in level})
+                layers = [Layer(graph, weights, a) for a in level if values[a.node.index][3]]
+                aims.reasons.update({a.node.label: NEVER for a in level if not values[a.node.index][3]})
+                mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, store[1].batches))
+                fits = _fitted_level(one, layers, number, checkpoints)
+                with uninterrupted():
+                    repairs += [_written(*pair) for pair in zip(layers, fits, strict=True)]
+                for run in (cut_run, full_run):
+                    run.done(number)
+                context.tell("recover", (number + 1) / len(aims.levels))
         if recalibrated is not None:
             recalibrated.undo()
-        return repairs, aims.reasons
+        return repairs, {**aims.reasons, **_unfitted(aims, repairs)}
+
+
+def _run_piece(runs: Sequence[Segments], number: int) -> None:
+    """Run one piece of every model on all batches."""
+    for run in runs:
+        for _ in run.run(number):
+            pass
+
+
+def _so_far(repairs: Sequence[Repair], aims: RecoveryTargets) -> str:
+    """Describe a recovery that ends early; empty where no layer has new weights."""
+    done, every = sum(r.done for r in repairs), sum(map(len, aims.levels))
+    return f"the recovery ended after {len(repairs)} of {every} layers" if done else ""
+
+
+def _unfitted(aims: RecoveryTargets, repairs: Sequence[Repair]) -> dict[str, str]:
+    """Return the reasons of the layers that a recovery that ended early did not come to."""
+    known = {r.layer for r in repairs} | aims.reasons.keys()
+    return {a.node.label: _LATE for level in aims.levels for a in level if a.node.label not in known}
 
 
 def run_ahead(analysis: Analysis, wanted: Sequence[Sequence[str]], samples: int, limit: int) -> list[int]:

@@ -437,6 +437,8 @@ class SweepFacts:
     threads: int
     settings: dict[str, Any] = field(default_factory=dict)
     points: list[SweepPoint] = field(default_factory=list)
+    interrupted: str = ""
+    """Description of the work that an interrupt ended early; empty where there was none."""
 
     def __repr__(self) -> str:
         return f"<SweepFacts: {len(self.points)} models, {self.what}>"
@@ -469,6 +471,11 @@ class Report:
     """Values of weights that were subnormal and are 0 now."""
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    """Time that every stage took on the clock."""
+    timings: dict[str, StageTime] = field(default_factory=dict)
+    """Time that every stage took, on the clock and of processors."""
+    interrupted: str = ""
+    """Description of the work that an interrupt ended early; empty where there was none."""
 
     def __repr__(self) -> str:
         totals, exact = self.totals, self.exactness.passed
@@ -547,10 +554,25 @@ class Remark:
 
 
 @dataclass(frozen=True, slots=True)
-class Seconds:
-    """Time that the stages of a run took, by name."""
+class StageTime:
+    """Seconds of a stage: on the clock, and of all processors, without those of worker processes."""
 
-    stages: Mapping[str, float]
+    seconds: float
+    processor_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Time that the stages of a run took, by name; a stage may lie within another."""
+
+    stages: Mapping[str, StageTime]
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """Work that an interrupt ended early; the run went on with the best answer so far."""
+
+    what: str
 
 
 Fact = (
@@ -561,7 +583,8 @@ Fact = (
     | Recovered
     | Flushed
     | Remark
-    | Seconds
+    | Timings
+    | Interrupted
     | Exactness
     | Fidelity
     | MetricFacts
@@ -604,8 +627,12 @@ def _add(report: Report, fact: Fact) -> None:
             report.flushed += count
         case Remark(text):
             report.warnings.append(text)
-        case Seconds(stages):
-            report.seconds = {**report.seconds, **stages}
+        case Timings(stages):
+            report.timings = {**report.timings, **stages}
+            report.seconds = {name: time.seconds for name, time in report.timings.items()}
+        case Interrupted(what):
+            report.interrupted = what
+            report.warnings.append(f"interrupted: {what}")
         case Exactness():
             report.exactness = fact
         case Fidelity():

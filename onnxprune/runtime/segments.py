@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,24 +32,32 @@ class Store:
 
     def __init__(self, limit: int, folder: Path) -> None:
         self._limit, self._folder, self._held = limit, folder, 0
-        self._values: dict[str, dict[int, Array]] = {}
+        self._values: dict[str, dict[int, Array | _File]] = {}
+        self._lent: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
     def add(self, name: str, value: Array, batch: int) -> None:
         """Add the value of ``name`` for a batch."""
+        stored: Array | _File = value
         if self._held + value.nbytes > self._limit and value.nbytes > 1 << 16 and value.dtype != object:
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
                 np.ascontiguousarray(value).tofile(file)
-            value = np.memmap(file.name, value.dtype, "r", shape=value.shape)
+            stored = _File(Path(file.name), value.dtype, value.shape)
         else:
             self._held += value.nbytes
+        self._values.setdefault(name, {})[batch] = stored
+
+    def lend(self, name: str, value: Array, batch: int) -> None:
+        """Add a value that its owner holds anyway: it takes no room, and never goes to a file."""
+        self._lent.add(name)
         self._values.setdefault(name, {})[batch] = value
 
     def get(self, name: str, batch: int) -> Array:
         """Return the value for one batch."""
-        return self._values[name][batch]
+        stored = self._values[name][batch]
+        return stored.read() if isinstance(stored, _File) else stored
 
     def batches(self, names: Sequence[str]) -> list[int]:
         """List the batches for which all these tensors have values: none of a branch that a batch does not run."""
@@ -57,11 +66,24 @@ class Store:
     def drop(self, names: Iterable[str]) -> None:
         """Delete tensors and their files."""
         for name in names:
-            for value in self._values.pop(name, {}).values():
-                if isinstance(value, np.memmap):
-                    Path(str(value.filename)).unlink(missing_ok=True)
-                else:
-                    self._held -= value.nbytes
+            for stored in self._values.pop(name, {}).values():
+                if isinstance(stored, _File):
+                    stored.path.unlink(missing_ok=True)
+                elif name not in self._lent:
+                    self._held -= stored.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A value in a file. It is read, not mapped: pages of a mapped file count as memory of the program."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def read(self) -> Array:
+        """Read the value."""
+        return np.fromfile(self.path, self.dtype).reshape(self.shape)
 
 
 class Segments:
@@ -136,7 +158,7 @@ class Segments:
         for values in feeds:
             for name in self._graph.inputs:
                 if name in values:
-                    self._store.add(name, values[name], self.batches)
+                    self._store.lend(name, values[name], self.batches)
             self.batches += 1
 
     def run(self, piece: int) -> Iterator[int]:

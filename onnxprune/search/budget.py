@@ -19,12 +19,22 @@ from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion
 from onnxprune.importance.scores import NoScore
-from onnxprune.passes.calibration import TrialSplit
+from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
 from onnxprune.passes.output_sensitivity import MAX_SAMPLES, output_sensitivity
 from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons
 from onnxprune.passes.recover import HAS_INPUTS, check_mode
 from onnxprune.passes.select import Selector
-from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult, Requirement, Result
+from onnxprune.pipeline import (
+    UNPRUNED,
+    Context,
+    Model,
+    Pass,
+    PassResult,
+    Progress,
+    Requirement,
+    Result,
+    WorkShare,
+)
 from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import AnswerFacts, BudgetFacts, Fact, Recovered, Remark, Settings, TargetFacts
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original
@@ -39,6 +49,10 @@ from onnxprune.targets import Target
 Array = NDArray[np.float64]
 WITH_DATA, WITHOUT = "ziplm", "l2"
 T = TypeVar("T")
+# Parts of the work of a search, in order.
+_PARTS = ("scores", "measure", "candidates", "trials", "final")
+# Work of a recovery per sample that it is fitted to, in runs of the model on one.
+_RUNS_OF_RECOVERY = 10.0
 # How often a budget is halved towards the smallest that works.
 _HALVINGS = 6
 # Noise of the outputs below which the search for better candidates stops.
@@ -233,6 +247,9 @@ class Search:
         self.context, self.analysis, self.spec, self.prune = context, analysis, spec, prune
         self.mode, self.before = mode, before
         self._mixture_of: Mixture | None = None
+        self._answers: list[Evaluated] = []
+        self._work = WorkShare(lambda share: context.tell("budget", share), dict.fromkeys(_PARTS, 1.0))
+        self._at = "final", 0, 1
 
     def run(self) -> SearchResult:
         """Return the best result within the targets and gates.
@@ -241,45 +258,68 @@ class Search:
             BudgetError: a target is out of reach, or a gate is not met.
             CannotRewrite: a node has no form with the new sizes.
         """
-        spec = self.spec
+        spec, context = self.spec, self.context
+        self.report_to(lambda share: context.tell("budget", share))
         problem = self.problem(spec.targets or (Target(self._shrinks, 1.0),))
         if spec.targets:
             result = self.within(problem)
             gap = self._missing(result.final)
             if gap:
-                return replace(result, failure=BudgetErrors(problem).gate(gap, self._nearest(result.problem)))
+                nearest = None if context.stages.interrupted else self._nearest(result.problem)
+                return replace(result, failure=BudgetErrors(problem).gate(gap, nearest))
             return result
         return self._smallest(problem)
 
+    def report_to(self, tell: Callable[[float], None]) -> None:
+        """Report the share of the work that is done to a function, from now on and from 0."""
+        self._work = WorkShare(tell, self._work_ahead())
+
+    def _work_ahead(self) -> dict[str, float]:
+        """Return the work of the parts of a search, in runs of one sample, as far as it is known ahead."""
+        context, analysis = self.context, self.analysis
+        if context.calibration is None or self.mode == "none":
+            return dict.fromkeys(_PARTS, 1.0)
+        samples = CalibrationBatches(context, analysis).samples or 2 * MAX_TRIAL
+        trial = _RUNS_OF_RECOVERY * TrialSplit().num_fit(context, analysis)
+        macs = sample_macs(analysis)
+        trials = trials_of(macs) if self.spec.trials is None else self.spec.trials
+        measured = max(_SECONDS, _EACH + _PER_BILLION * macs * 1e-9) / (_RUN * max(macs, 1e6) * 1e-9)
+        final = _RUNS_OF_RECOVERY * samples * (1 if self.spec.targets else _HALVINGS)
+        work = 3.0 * samples, min(measured, 200.0 * MAX_SAMPLES), 3.0 * trial, float(trials * trial), float(final)
+        return dict(zip(_PARTS, work, strict=True))
+
     def problem(self, targets: Sequence[Target]) -> SearchProblem:
         """Return the groups with their scores, and the targets with their costs."""
-        context, analysis, table = self.context, self.analysis, None
+        parts = {"capture": "scores", "measure": "measure", "sensitivity": "measure"}
+        listener: Progress = lambda stage, share: self._work.part(parts[stage], share) if stage in parts else None  # noqa: E731
+        context = replace(self.context, stages=self.context.stages.watched(listener))
+        analysis, table = self.analysis, None
         if any(t.kind == "latency" for t in targets):
             sizes = rewritable_sizes(analysis)
             table, analysis = latency_table(context, sizes, source=self.spec.latency_table), sizes.analysis
         selector = self.prune.selector(context, analysis)
         if not any(ratio is not None for ratio in selector.ratios.values()):
             raise BudgetError("No channel of this model can be removed.", hint=reasons(selector.analysis))
-        curves = self._curves(selector)
-        sensitivity = None if curves else self._output_sensitivity(selector)
-        return SearchProblem.of(context, selector, targets, table, curves, sensitivity)
+        curves = self._curves(context, selector)
+        sensitivity = None if curves else self._output_sensitivity(context, selector)
+        return SearchProblem.of(self.context, selector, targets, table, curves, sensitivity)
 
-    def _curves(self, selector: Selector) -> Curves | None:
+    def _curves(self, context: Context, selector: Selector) -> Curves | None:
         """Return measured losses by group, where they were requested."""
         source = self.spec.sensitivity
         if source is None:
             return None
         if isinstance(source, str) and source == "measure":
             mode, metric, jobs = self.mode, self.spec.metric, self.spec.jobs
-            return measure_sensitivity(self.context, selector, mode=mode, metric=metric, jobs=jobs).losses()
+            return measure_sensitivity(context, selector, mode=mode, metric=metric, jobs=jobs).losses()
         curves = source if isinstance(source, Sensitivity) else Sensitivity.load(source)
         file = "" if isinstance(source, Sensitivity) else repr(str(source))
         curves.check_model(selector.analysis.loaded.sha256, file)
         return curves.losses()
 
-    def _output_sensitivity(self, selector: Selector) -> dict[int, Array] | None:
+    def _output_sensitivity(self, context: Context, selector: Selector) -> dict[int, Array] | None:
         """Return scores that sum to each group's output sensitivity, where data and time permit measuring it."""
-        context, analysis = self.context, selector.analysis
+        analysis = selector.analysis
         if context.calibration is None or selector.request.normalize == "measured":
             return None
         scores = {number: group.values for number, group in selector.pool().items()}
@@ -297,6 +337,36 @@ class Search:
         Raises:
             BudgetError: a target is out of reach.
         """
+        with self.context.stages.until_interrupted(lambda: self._so_far(problem)):
+            return self._within(problem)
+        return self._best_so_far(problem)
+
+    def _so_far(self, problem: SearchProblem) -> str:
+        """Describe a search that ends early; empty where no candidate has met the targets yet."""
+        if not self._fitting(problem):
+            return ""
+        what = "1 candidate" if len(self._answers) == 1 else f"{len(self._answers)} candidates"
+        return f"the search ended after {what}; the best was recovered from the samples of a trial"
+
+    def _best_so_far(self, problem: SearchProblem) -> SearchResult:
+        """Return the best of the candidates evaluated so far that meet the targets."""
+        best, final = _best(self._fitting(problem))
+        if best.factorize is not None:  # products of trials are not checked
+            final = self._evaluate(problem, best, trial=False)
+        return SearchResult(problem, self._answers, best, final)
+
+    def _fitting(self, problem: SearchProblem) -> list[Evaluated]:
+        """Return the candidates evaluated so far that meet the targets, with their costs after recovery."""
+        measured = [(problem.with_costs_of(*pair), pair[1]) for pair in self._answers]
+        return [
+            (candidate, evaluation)
+            for candidate, evaluation in measured
+            if all(share <= 1 + tolerance(kind) for kind, share in problem.over(candidate).items())
+        ]
+
+    def _within(self, problem: SearchProblem) -> SearchResult:
+        """Return the result of a search that is not interrupted."""
+        self._answers = []
         for last in (False, False, True):
             candidates = problem.candidates()
             evaluated, problem = self._evaluated(problem, candidates)
@@ -310,6 +380,7 @@ class Search:
                     continue  # recovery added to the size: keep a little less, before the effort of all data
             evaluated += self._refined(problem, evaluated, best)
             best = _best(evaluated)[0] if evaluated else best
+            self._at = "final", 0, 1
             final = self._evaluate(problem, best, trial=False)
             best = problem.with_costs_of(best, final)
             over = problem.over(best)
@@ -328,13 +399,17 @@ class Search:
         """
         if len(candidates) < 2 and not self.spec.factorize:
             return [], problem
-        evaluated = [(candidate, self._evaluate(problem, candidate)) for candidate in candidates]
+        with self.context.stage("candidates"):
+            evaluated = []
+            for number, candidate in enumerate(candidates):
+                self._at = "candidates", number, len(candidates)
+                evaluated.append((candidate, self._evaluate(problem, candidate)))
         with_source = [pair for pair in evaluated if pair[0].source]
         if with_source:
             problem = replace(problem, lead=_best(with_source)[0].source)
         mixture = self._mixture(problem)
         if mixture is not None:
-            evaluated += mixture.trials(problem, self._judge(problem))
+            evaluated += mixture.trials(problem, self._judge(problem, "candidates", 1))
         return evaluated, problem
 
     def _refined(self, problem: SearchProblem, evaluated: Sequence[Evaluated], best: Candidate) -> list[Evaluated]:
@@ -346,7 +421,7 @@ class Search:
         mixture = self._mixture(problem)
         if not trials or not evaluated or best.name == ALONE:
             return []
-        judge = self._judge(problem)
+        judge = self._judge(problem, "trials", trials)
         original_fine = 0.0 if self.spec.metric is None else self.before
         if best.factorize is None or mixture is None:
             pruned_only = [pair for pair in evaluated if pair[0].factorize is None]
@@ -354,10 +429,18 @@ class Search:
         space = mixture.space(problem)
         return Refine(space, judge, trials, original_fine).around([pair for pair in evaluated if pair[0] is best])
 
-    def _judge(self, problem: SearchProblem) -> Callable[[Candidate], Evaluation | None]:
-        """Return a function that evaluates candidates from a few samples; its result is None without suitable ranks."""
+    def _judge(self, problem: SearchProblem, part: str, trials: int) -> Callable[[Candidate], Evaluation | None]:
+        """Return a function that evaluates candidates from a few samples; its result is None without suitable ranks.
+
+        Args:
+            problem: the groups and targets.
+            part: the part of the search's work.
+            trials: number of candidates that it is expected to be called for.
+        """
+        numbers = iter(range(trials))
 
         def judge(candidate: Candidate) -> Evaluation | None:
+            self._at = part, next(numbers, trials - 1), trials
             with suppress(BudgetError):
                 return self._evaluate(problem, candidate)
             return None
@@ -381,9 +464,18 @@ class Search:
     def _evaluate(self, problem: SearchProblem, candidate: Candidate, *, trial: bool = True) -> Evaluation:
         mode = self.mode if candidate.removed.any() or candidate.factorize is not None else "none"
         options: dict[str, Any] = {"mode": mode, "metric": self.spec.metric, "factorize": candidate.factorize}
-        return evaluate(
-            self.context, problem.analysis, candidate.removed, split=TrialSplit() if trial else None, **options
+        part, number, count = self._at
+
+        def progress(stage: str, share: float) -> None:
+            if stage == "recover":
+                self._work.part(part, (number + share) / count)
+
+        split = TrialSplit() if trial else None
+        evaluation = evaluate(
+            self.context, problem.analysis, candidate.removed, split=split, progress=progress, **options
         )
+        self._answers.append((candidate, evaluation))
+        return evaluation
 
     @property
     def _shrinks(self) -> str:
@@ -416,19 +508,21 @@ class Search:
         if self.spec.factorize or len(problem.choices) > 1:  # determine the losses and the rate of exchange
             halfway = problem.with_targets(Target(kind, 0.5 * (low + high)))
             problem = replace(problem, lead=self._evaluated(halfway, halfway.candidates())[1].lead)
-        for _ in range(_HALVINGS):
-            share = 0.5 * (low + high)
-            subproblem = problem.with_targets(Target(kind, share))
-            evaluated = self._most_promising(subproblem)
-            if evaluated is None:
-                low = share
-                continue
-            candidate, final = evaluated
-            failure = self._missing(final)
-            if failure:
-                low = share
-            else:
-                high, result = share, SearchResult(problem, [], candidate, final)
+        with self.context.stages.until_interrupted(lambda: f"the search ended at {high:.3g} of {kind}" * bool(result)):
+            for number in range(_HALVINGS):
+                share = 0.5 * (low + high)
+                self._at = "final", number, _HALVINGS
+                subproblem = problem.with_targets(Target(kind, share))
+                evaluated = self._most_promising(subproblem)
+                if evaluated is None:
+                    low = share
+                    continue
+                candidate, final = evaluated
+                failure = self._missing(final)
+                if failure:
+                    low = share
+                else:
+                    high, result = share, SearchResult(problem, [], candidate, final)
         if result is None:
             raise BudgetErrors(problem).gate(failure, None)
         return result

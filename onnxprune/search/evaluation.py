@@ -23,7 +23,7 @@ from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.recover import Recover, loss
 from onnxprune.passes.workspace import Workspace, synthetic_feeds
-from onnxprune.pipeline import Context, Model, PassResult, apply
+from onnxprune.pipeline import Context, Model, PassResult, Progress, apply
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Sizes
 from onnxprune.runtime.fidelity import fidelity, hints_of
 from onnxprune.runtime.sessions import Feed
@@ -205,6 +205,7 @@ def evaluate(
     split: TrialSplit | None = None,
     near: bool = False,
     factorize: Factorize | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Prune, factorize, recover and measure, without changing the run.
 
@@ -217,13 +218,14 @@ def evaluate(
         split: samples to recover from and to measure on; None for all, measured on the recovery's hold-out.
         near: recover only the layers whose inputs were pruned.
         factorize: the pass to run after pruning; its products are checked where all data are used.
+        progress: callback for the stages of the recovery.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails.
         BudgetError: no ranks save as much as they are to. ValidationError: new layers are not what they should be.
     """
     num_fit = None if split is None else split.num_fit(context, analysis)
-    trial_context = context.for_trial(num_fit)
+    trial_context = context.for_trial(num_fit, progress)
     if factorize is not None and split is not None:
         factorize = factorize.unchecked()
     result = prune_and_factorize(trial_context, analysis, removed, factorize)

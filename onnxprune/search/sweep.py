@@ -68,23 +68,28 @@ def _sweep(
     with context.stage("sweep"), Workspace.of(analysis) as trial:
         problem = search.problem([Target(kind, 1.0)])
         files = [trial.original]
-        for number, share in enumerate(shares):
-            target = Target(kind, share)
-            problem = replace(problem, targets=(target,), corrections={})
-            try:
-                result = search.within(problem)
-            except BudgetError as error:
-                facts.points.append(SweepPoint(str(target), error=error.message))
-                continue
-            problem = replace(problem, lead=result.problem.lead)
-            point = _point(target, result.best, result.final)
-            facts.what = points_name(metric)
-            small, _ = flush(result.final.model.parts)
-            files.append(trial.write(*small, f"sweep{number}")[0])
-            if folder is not None:
-                point.file = str(_keep(files[-1], folder, trial.original.stem, share))
-            facts.points.append(point)
-            context.tell("sweep", (number + 1) / len(shares))
+        targets = [Target(kind, share) for share in shares]
+        with context.stages.until_interrupted(lambda: _so_far(facts.points[1:], shares)):
+            for number, target in enumerate(targets):
+                search.report_to(lambda done, n=number: context.tell("sweep", (n + done) / len(shares)))  # type: ignore[misc]
+                problem = replace(problem, targets=(target,), corrections={})
+                try:
+                    result = search.within(problem)
+                except BudgetError as error:
+                    facts.points.append(SweepPoint(str(target), error=error.message))
+                    continue
+                problem = replace(problem, lead=result.problem.lead)
+                point = _point(target, result.best, result.final)
+                facts.what = points_name(metric)
+                small, _ = flush(result.final.model.parts)
+                files.append(trial.write(*small, f"sweep{number}")[0])
+                if folder is not None:
+                    point.file = str(_keep(files[-1], folder, trial.original.stem, shares[number]))
+                facts.points.append(point)
+                if context.stages.interrupted:
+                    break
+        facts.interrupted = context.stages.interrupted
+        facts.points += [SweepPoint(str(t), error="interrupted") for t in targets[len(facts.points) - 1 :]]
         if timed:
             feed = timing_feed(context, trial)
             times = in_turn(files, [feed], context.device, runs=30, budget_s=20.0)
@@ -94,6 +99,12 @@ def _sweep(
         raise BudgetError("No budget of the sweep can be met.", hint=facts.points[-1].error)
     mark_pareto(facts.points)
     return facts
+
+
+def _so_far(points: Sequence[SweepPoint], shares: Sequence[float]) -> str:
+    """Describe a sweep that ends early; empty where it has no model yet."""
+    models = sum(not point.error for point in points)
+    return f"the sweep ended after {len(points)} of {len(shares)} budgets" if models else ""
 
 
 def mark_pareto(points: Sequence[SweepPoint]) -> None:
