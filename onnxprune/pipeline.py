@@ -33,7 +33,7 @@ from onnxprune.io.interchange import ModelSource, to_graphsurgeon, to_onnx_ir
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble, check_output, save
 from onnxprune.plugins import Named
-from onnxprune.report.facts import Exactness, Fact, Interrupted, Report, Sizes, StageTime, Timings, report_of
+from onnxprune.report.facts import Exactness, Fact, Report, Sizes, StageTime, Timings, report_of
 from onnxprune.runtime.data import Samples, open_data
 from onnxprune.runtime.diagnosis import explained
 from onnxprune.runtime.fidelity import Outputs
@@ -140,6 +140,11 @@ class Stages:
         """Call the listener, if there is one."""
         if self._listener is not None:
             self._listener(name, fraction)
+
+    def timings(self) -> Timings:
+        """Return the time that every stage took so far."""
+        times = {name: StageTime(self.seconds[name], used) for name, used in self.processor_seconds.items()}
+        return Timings(times, self.interrupted)
 
     def watched(self, listener: Progress) -> Stages:
         """Return the same clock with a second listener to its progress."""
@@ -808,10 +813,7 @@ class Result:
         self.context, self.final = context, final
         original = context.analysis
         sizes = Sizes(params_before=original.parameters, params_after=final.num_parameters)
-        stages = context.stages
-        took = Timings({n: StageTime(stages.seconds[n], used) for n, used in stages.processor_seconds.items()})
-        cut_short = [Interrupted(stages.interrupted)] if stages.interrupted else []
-        self.facts: tuple[Fact, ...] = (*facts, sizes, took, *cut_short)
+        self.facts: tuple[Fact, ...] = (*facts, sizes, context.stages.timings())
         self.plan: Plan = final.plan
         self.report: Report = report_of(self.facts, model=str(original.loaded.path or ""))
         self._assembled: onnx.ModelProto | None = None

@@ -563,16 +563,13 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Time that the stages of a run took, by name; a stage may lie within another."""
+    """Time that the stages of a run took, by name; a stage may lie within another.
+
+    ``interrupted`` describes the work that an interrupt ended early; the run went on with the best answer so far.
+    """
 
     stages: Mapping[str, StageTime]
-
-
-@dataclass(frozen=True, slots=True)
-class Interrupted:
-    """Work that an interrupt ended early; the run went on with the best answer so far."""
-
-    what: str
+    interrupted: str = ""
 
 
 Fact = (
@@ -584,7 +581,6 @@ Fact = (
     | Flushed
     | Remark
     | Timings
-    | Interrupted
     | Exactness
     | Fidelity
     | MetricFacts
@@ -627,12 +623,11 @@ def _add(report: Report, fact: Fact) -> None:
             report.flushed += count
         case Remark(text):
             report.warnings.append(text)
-        case Timings(stages):
+        case Timings(stages, interrupted):
             report.timings = {**report.timings, **stages}
             report.seconds = {name: time.seconds for name, time in report.timings.items()}
-        case Interrupted(what):
-            report.interrupted = what
-            report.warnings.append(f"interrupted: {what}")
+            report.interrupted = interrupted
+            report.warnings += [f"interrupted: {interrupted}"] if interrupted else []
         case Exactness():
             report.exactness = fact
         case Fidelity():

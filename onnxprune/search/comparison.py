@@ -16,7 +16,7 @@ from onnxprune.io.interchange import ModelSource
 from onnxprune.passes.validate import doubted_ranges, measured_inputs
 from onnxprune.passes.workspace import Workspace, timing_feed
 from onnxprune.pipeline import Context
-from onnxprune.report.facts import Exactness, Fact, MetricFacts, Report, Seconds, Sizes, report_of
+from onnxprune.report.facts import Exactness, Fact, MetricFacts, Report, Sizes, report_of
 from onnxprune.runtime.fidelity import fidelity, hints_of
 from onnxprune.runtime.latency import latency
 from onnxprune.search.evaluation import Metric, measure_metric, points_name
@@ -58,7 +58,7 @@ def compare_models(context: Context, model: ModelSource, *, metric: Metric | Non
             with context.stage("metric"):
                 before, after = (measure_metric(metric, workspace.copy_of_original()) for workspace in (one, two))
                 facts.append(MetricFacts(points_name(metric), before, after))
-    facts += [_sizes(context.analysis, other), Seconds(dict(context.stages.seconds))]
+    facts += [_sizes(context.analysis, other), context.stages.timings()]
     report = report_of(facts, model=str(context.analysis.loaded.path or ""))
     report.output = str(other.loaded.path or "")
     return report
