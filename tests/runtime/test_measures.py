@@ -169,6 +169,12 @@ def test_numbers_have_a_scale_per_channel() -> None:
     assert points({"y": a}, {"y": b}) == pytest.approx(50, abs=3)
 
 
+def test_a_single_score_has_to_follow_even_where_its_class_never_changes() -> None:
+    quiet = np.float32(RNG.uniform(0.001, 0.05, (64, 1)))
+    assert points({"prob": quiet}, {"prob": quiet}) == pytest.approx(100)
+    assert points({"prob": quiet}, {"prob": quiet[::-1]}) < 75
+
+
 def test_lists_of_labels_are_aligned() -> None:
     a = np.arange(10)
     assert points({"y": a}, {"y": a}) == 100

@@ -160,13 +160,15 @@ class Classes(Measure):
 class Independent(Measure):
     """Scores that do not exclude each other (tags, masks, heat maps, pitch): overlap 2 sum(st) / sum(s^2 + t^2).
 
-    Squares let high scores count. A single score per sample is a class and its opposite.
+    Squares let high scores count. A single score per sample is a class and its opposite, and half counts by the
+    correlation of its logits, because data of one class alone would hide that the other one is no longer found.
     """
 
     def __init__(self, part: Part) -> None:
         self.part = part
         self.classes = Classes(Part(part.name, part.axis, form="independent"))
         self.single, self.broken = False, 0
+        self.logits = np.zeros(6)
         self.inner = self.outer = 0.0
         self.hits = self.there = 0
 
@@ -181,6 +183,8 @@ class Independent(Measure):
         self.single |= s.shape[1:] == (1, 1)
         if self.single:
             self.classes.add_tables(s, t)
+            x, y = (np.log(np.clip(p, 1e-7, 1 - 1e-7) / (1 - np.clip(p, 1e-7, 1 - 1e-7))) for p in (s, t))
+            self.logits += [x.size, x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
         self.inner += 2 * float((s * t).sum())
         self.outer += float((s * s).sum() + (t * t).sum())
         self.hits += int(((s > 0.5) & (t > 0.5)).sum())
@@ -191,7 +195,11 @@ class Independent(Measure):
         if self.broken:
             return 0.0
         if self.single:
-            return self.classes.share()
+            share, (n, x, y, xx, yy, xy) = self.classes.share(), self.logits
+            own, other, both = xx - x * x / max(n, 1), yy - y * y / max(n, 1), xy - x * y / max(n, 1)
+            if n < 8 or own < 1e-6 * n:
+                return share
+            return (share + max(0.0, both / math.sqrt(own * max(other, _TINY)))) / 2
         return self.inner / self.outer if self.outer > _TINY else 1.0
 
     def lost(self) -> str:
