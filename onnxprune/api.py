@@ -20,7 +20,7 @@ from onnxprune.passes import Adopt, Exact, Factorize, Flush, Pipeline, Prune, Re
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
 from onnxprune.pipeline import Context, Model, Progress
 from onnxprune.report.facts import Report, SweepFacts
-from onnxprune.runtime.diagnosis import explained
+from onnxprune.runtime.diagnosis import explain_failures
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.sessions import with_custom_ops
 from onnxprune.search.budget import Budget, with_criterion
@@ -476,7 +476,7 @@ def analyze(
             analysis = onnxprune.analyze("model.onnx")
             print(len(analysis.groups))
     """
-    with explained(model):
+    with explain_failures(model):
         return Analysis(model, input_shapes=input_shapes, approximate=approximate)
 
 

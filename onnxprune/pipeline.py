@@ -28,14 +28,14 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan
 from onnxprune.errors import OnnxpruneError, PostconditionError, PreconditionError, UsageError, argument
 from onnxprune.graph.probes import input_specs
-from onnxprune.io.files import encoded
+from onnxprune.io.files import encode_text
 from onnxprune.io.interchange import ModelSource, to_graphsurgeon, to_onnx_ir
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble, check_output, save
 from onnxprune.plugins import Named
 from onnxprune.report.facts import Exactness, Fact, Report, Sizes, StageTime, Timings, report_of
 from onnxprune.runtime.data import Samples, open_data
-from onnxprune.runtime.diagnosis import explained
+from onnxprune.runtime.diagnosis import explain_failures
 from onnxprune.runtime.fidelity import Outputs
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.latency import Device, device
@@ -306,7 +306,7 @@ class Context:
         check_needs("prune", values)
         checked("memory_limit", memory_limit)
         execution, stages = device(providers, threads), Stages(progress)
-        with stages.stage("analyze"), explained(model):
+        with stages.stage("analyze"), explain_failures(model):
             analysis = Analysis(model, input_shapes=input_shapes, approximate=approximate)
         calibration = None if data is None else Calibration(data, analysis, samples, batch_size, images)
         cache_folder = None if cache is None else Path(cache)
@@ -749,7 +749,7 @@ def apply(stage: Pass, context: Context, model: Model) -> PassResult:
     """
     _require(stage, context, model, of_context=False)
     try:
-        with explained(context.analysis.loaded, context.analysis):
+        with explain_failures(context.analysis.loaded, context.analysis):
             result = stage(context, model)
     except Exception as error:
         if not isinstance(error, OnnxpruneError):
@@ -863,7 +863,7 @@ class Result:
         """
         loaded = self.context.analysis.loaded
         check_output(path, loaded.path, [*loaded.external, *self.final.files])
-        companions = {Path(plan): encoded(self.plan.text())} if plan is not None else {}
+        companions = {Path(plan): encode_text(self.plan.text())} if plan is not None else {}
         external = bool(loaded.external)
         size = save(*self.final.parts, path, prefer_external=external, companions=companions)
         self.report.totals.bytes_after = size

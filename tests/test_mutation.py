@@ -190,30 +190,30 @@ def sum_without_masks(patch: Patch) -> None:
 
 def skip_one_gather(patch: Patch) -> None:
     """The second weight that should shrink does not."""
-    right, calls = survivors.After.steps, []
+    right, calls = survivors.Survivors.steps, []
 
     def wrong(self: Any, name: str) -> Any:
         steps = right(self, name)
         calls.append(name)
         return [] if len(calls) == 2 else steps
 
-    patch.setattr(survivors.After, "steps", wrong)
+    patch.setattr(survivors.Survivors, "steps", wrong)
 
 
 def gather_wrong_positions(patch: Patch) -> None:
     """Every weight keeps as many positions as it should, but the next ones."""
-    right = survivors.After.steps
+    right = survivors.Survivors.steps
 
     def wrong(self: Any, name: str) -> Any:
         sizes = self._table.facts.shape(name)
         return [(a, (i + 1) % sizes[a] if i.ndim == 1 else i) for a, i in right(self, name)]
 
-    patch.setattr(survivors.After, "steps", wrong)
+    patch.setattr(survivors.Survivors, "steps", wrong)
 
 
 def gather_in_the_wrong_order(patch: Patch) -> None:
     """One matrix has its rows reversed."""
-    right, done = survivors.After.steps, []
+    right, done = survivors.Survivors.steps, []
 
     def wrong(self: Any, name: str) -> Any:
         steps = right(self, name)
@@ -222,17 +222,17 @@ def gather_in_the_wrong_order(patch: Patch) -> None:
             return [(a, i[::-1]) for a, i in steps]
         return steps
 
-    patch.setattr(survivors.After, "steps", wrong)
+    patch.setattr(survivors.Survivors, "steps", wrong)
 
 
 def rows_share_their_positions(patch: Patch) -> None:
     """Every row of a grid is gathered at the first row's positions."""
-    right = survivors.After.steps
+    right = survivors.Survivors.steps
 
     def wrong(self: Any, name: str) -> Any:
         return [(a, i if i.ndim == 1 else np.broadcast_to(i[:1], i.shape)) for a, i in right(self, name)]
 
-    patch.setattr(survivors.After, "steps", wrong)
+    patch.setattr(survivors.Survivors, "steps", wrong)
 
 
 def keep_the_group_attribute(patch: Patch) -> None:

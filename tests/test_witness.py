@@ -82,8 +82,8 @@ def test_other_inputs_are_tried_first(threshold: float) -> None:
 def test_a_lively_model_is_run_once_per_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     from onnxprune.runtime import compare
 
-    monkeypatch.setattr(compare, "waking", None)
-    monkeypatch.setattr(compare, "varying", None)
+    monkeypatch.setattr(compare, "find_varying_feeds", None)
+    monkeypatch.setattr(compare, "varying_outputs", None)
     report = op.Pipeline([Prune(ratio=0.5), EXACT]).run(silent(lambda net, y: y)).report
     assert report.exactness.passed and not report.exactness.note
 

@@ -49,13 +49,13 @@ class Task(NamedTuple):
 
 def reasons(task: Task, pruned: Any, small: Path, feed: Any) -> dict[str, float]:
     """Share of time in convolutions, their own speed-up, and the reduction in MACs that their kernels do."""
-    from onnxprune.channels.survivors import After
+    from onnxprune.channels.survivors import Survivors
     from onnxprune.runtime.latency import profile
 
     found = [[(t.op, t.seconds) for t in profile(path, [feed], runs=30)] for path in (task.path, small)]
     convolutions = [sum(s for op, s in times if op in CONVOLUTIONS) for times in found]
     before = _in_blocks(pruned.analysis, pruned.analysis.facts.shape)
-    after = _in_blocks(pruned.analysis, After(pruned.analysis.table, pruned.removal).shape)
+    after = _in_blocks(pruned.analysis, Survivors(pruned.analysis.table, pruned.removal).shape)
     return {
         "share": convolutions[0] / max(1e-12, sum(s for _, s in found[0])),
         "conv_speedup": convolutions[0] / max(1e-12, convolutions[1]),

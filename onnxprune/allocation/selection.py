@@ -15,8 +15,8 @@ from onnxprune.allocation.rounding import Rounding, rounded_counts
 from onnxprune.allocation.settings import Request, is_excluded, own_ratio
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.groups import Group
-from onnxprune.channels.selection import atoms_removed
-from onnxprune.channels.survivors import After
+from onnxprune.channels.selection import removed_atoms
+from onnxprune.channels.survivors import Survivors
 from onnxprune.graph import cost
 from onnxprune.graph.view import Node
 from onnxprune.importance.scores import columns, over_columns
@@ -81,13 +81,13 @@ def macs_after(analysis: Analysis, removed: Mask) -> int:
 
     The model is not rewritten: sizes follow from the labels.
     """
-    shape = After(analysis.table, removed).shape
+    shape = Survivors(analysis.table, removed).shape
     return sum(cost.macs(node, shape) for node in _layers(analysis))
 
 
 def params_after(analysis: Analysis, removed: Mask) -> int:
     """Return the elements of all weights after pruning ``removed`` (mask over atoms), without added constants."""
-    after, graph = After(analysis.table, removed), analysis.graph
+    after, graph = Survivors(analysis.table, removed), analysis.graph
     removed_params = {
         n: _size(graph.weights[n].shape) - _size(after.shape(n)) for n in graph.weights if after.touched(n)
     }
@@ -225,7 +225,7 @@ def _of_group(analysis: Analysis, group: Group, costs: Sequence[Cost], names: Se
         removed = np.zeros(units.frozen.size, dtype=bool)
         step = members[:1] if group.size == group.steps else np.flatnonzero(columns(group.classes, group.steps) == 0)
         removed[group.units[step]] = True
-        shape = After(analysis.table, atoms_removed(units, removed)).shape
+        shape = Survivors(analysis.table, removed_atoms(units, removed)).shape
         result[members] = sum(b - c(shape) for b, c in zip(before, costs, strict=True)) / step.size
     # A unit without a counted saving must still compare: it gets the least saving of any other.
     least = result[result > 0].min() if (result > 0).any() else 1.0

@@ -149,7 +149,7 @@ def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "h
         )
         is_covered = any(units.groups[c].covered for c in real)
         group.prunable &= not (is_covered or (cells_work and axis == "head_dim"))
-        group.prunable = group.prunable and _go_whole(units, group, views, rows_by_group)
+        group.prunable = group.prunable and _can_go_whole(units, group, views, rows_by_group)
         if group.prunable and not (cells_work and axis == "both"):
             for c in real:
                 units.groups[c].prunable, units.groups[c].covered = False, True
@@ -170,11 +170,11 @@ def _children(units: Units) -> tuple[dict[int, set[int]], set[int]]:
     return children_of, blocked
 
 
-def _go_whole(
+def _can_go_whole(
     units: Units, group: Group, views: Mapping[int, Sequence[Ids]], rows_by_group: Mapping[int, Sequence[int]]
 ) -> bool:
     """Return whether each row of every grid over the same cells belongs to one unit of the group, or to none."""
-    cells, owners = _owned(units, group, rows_by_group)
+    cells, owners = _cells_with_owners(units, group, rows_by_group)
     order = np.argsort(cells)
     for child in group.children:
         for view in views.get(child, ()):
@@ -189,7 +189,7 @@ def _go_whole(
     return True
 
 
-def _owned(units: Units, group: Group, rows_by_group: Mapping[int, Sequence[int]]) -> tuple[Ids, Ids]:
+def _cells_with_owners(units: Units, group: Group, rows_by_group: Mapping[int, Sequence[int]]) -> tuple[Ids, Ids]:
     """Return components of the cells beneath a group of rows, and the unit that removes each."""
     order = np.argsort(group.units)
     cells, owners = [group.units], [np.arange(group.size)]
@@ -221,7 +221,7 @@ _MANY = 64
 def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
     """Resolve units and groups of a ledger, vectorised over atoms; ``axis``: see ``choose_rows``."""
     component, count = _components(atoms)
-    barrier_of = _frozen(atoms, component, count)
+    barrier_of = _spread_barriers(atoms, component, count)
     frozen = barrier_of >= 0
     birth_of = np.repeat(np.arange(len(atoms.births)), [b.stop - b.start for b in atoms.births])
     group_of = _group(component, birth_of, count)
@@ -249,10 +249,10 @@ def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
 
 
 def _components(atoms: Atoms) -> tuple[Ids, int]:
-    component, count, edges = _joined_births(atoms)
+    component, count, edges = _join_births(atoms)
     if edges:
         a, b = (component[np.concatenate(side)] for side in zip(*edges, strict=True))
-        joint, count = _joined(count, a, b)
+        joint, count = _join_components(count, a, b)
         component = joint[component]
     if not atoms.rows:
         return component, count
@@ -260,16 +260,16 @@ def _components(atoms: Atoms) -> tuple[Ids, int]:
     a = np.concatenate([np.repeat(r.rows, r.cells.shape[1]) for r in atoms.rows])
     b = np.concatenate([r.cells.ravel() for r in atoms.rows])
     while True:
-        joint, count = _joined(count, component[a], component[b], strong=False)
+        joint, count = _join_components(count, component[a], component[b], strong=False)
         component = joint[component]
         left, right = _same_rows(atoms, component)
         if not left.size:
             return component, count
-        joint, count = _joined(count, component[left], component[right])
+        joint, count = _join_components(count, component[left], component[right])
         component = joint[component]
 
 
-def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
+def _join_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
     """Unite whole births first; return their components, the number of these, and the edges that unite anything else.
 
     Most edges unite whole births, and births are few where atoms are many. A component has the place of its first atom.
@@ -308,7 +308,7 @@ def _joined_births(atoms: Atoms) -> tuple[Ids, int, list[tuple[Ids, Ids]]]:
     return (np.cumsum(is_first) - 1)[first_atom], int(np.count_nonzero(is_first)), other_edges
 
 
-def _joined(n: int, a: Ids, b: Ids, strong: bool = True) -> tuple[Ids, int]:
+def _join_components(n: int, a: Ids, b: Ids, strong: bool = True) -> tuple[Ids, int]:
     """Return component [n] of every node and their number; edges from ``a`` to ``b`` lead both ways or one way only."""
     matrix = coo_matrix((np.ones(a.size), (a.astype(np.int32), b.astype(np.int32))), shape=(n, n))
     count, component = connected_components(matrix, directed=not strong, connection="strong")
@@ -330,7 +330,7 @@ def _same_rows(atoms: Atoms, component: Ids) -> tuple[Ids, Ids]:
     return left[new], right[new]
 
 
-def _frozen(atoms: Atoms, component: Ids, count: int) -> Ids:
+def _spread_barriers(atoms: Atoms, component: Ids, count: int) -> Ids:
     """Return the first barrier of every component, -1 where none; a row whose cells are frozen is frozen with them."""
     barrier = np.full(count, -1, dtype=np.int64)
     for ids, why in reversed(atoms.frozen):

@@ -18,7 +18,7 @@ from onnxprune.labels.label import Ids, covering
 Mask = NDArray[np.bool_]
 
 
-def atoms_removed(units: Units, components: Mask) -> Mask:
+def removed_atoms(units: Units, components: Mask) -> Mask:
     """Return a mask over atoms of all that the chosen components remove."""
     return np.asarray(units.close(components)[units.component])
 
@@ -190,7 +190,7 @@ def _check_balance(units: Units, mask: Mask) -> None:
                 f"The plan removes every unit of group {group.id} (or of one of its rows), but at least one must "
                 "remain."
             )
-        if group.kind == "channels" and _uneven(counts[is_kept], sizes[is_kept]):
+        if group.kind == "channels" and _is_uneven(counts[is_kept], sizes[is_kept]):
             raise UsageError(
                 f"The plan removes unequal numbers from the rows of group {group.id}: {counts.astype(int).tolist()}.",
                 hint=f"Remove the same number from each of its {len(sizes)} rows.",
@@ -206,5 +206,5 @@ def _with_rows(units: Units, mask: Mask) -> Mask:
     return units.close(rows)
 
 
-def _uneven(counts: NDArray[Any], sizes: NDArray[np.int64]) -> bool:
+def _is_uneven(counts: NDArray[Any], sizes: NDArray[np.int64]) -> bool:
     return bool((counts * sizes[:1] != counts[:1] * sizes).any())

@@ -17,7 +17,7 @@ class Ragged(Exception):
     """A grid would lose its form; carries the tensor."""
 
 
-class After:
+class Survivors:
     """Survivors of every tensor. ``removed`` is a bool mask over atoms."""
 
     def __init__(self, table: Table, removed: Mask) -> None:

@@ -91,8 +91,8 @@ def fold(graph: Graph) -> tuple[Graph, list[Fold]]:
                 rejected.add(index)
             else:
                 folds[index] = candidate
-        removed = _gone(graph, folds)
-        too_large = _growing(graph, folds, removed)
+        removed = _removable_nodes(graph, folds)
+        too_large = _too_large_folds(graph, folds, removed)
         if not too_large:
             break
         rejected |= too_large
@@ -120,8 +120,8 @@ def _operands(graph: Graph, constant: set[str]) -> Iterator[Node]:
     values: dict[str, Array] = {}
     for node in graph.steps:
         if any(o in constant for o in node.outputs):
-            if _hides(graph, node) or not hidden.isdisjoint(node.inputs):
-                are_small = all(n in values or _few(graph, n) for n in node.inputs if n)
+            if _hides_labels(graph, node) or not hidden.isdisjoint(node.inputs):
+                are_small = all(n in values or _is_small(graph, n) for n in node.inputs if n)
                 if are_small or (node.op in ("Shape", "Size") and node.inputs[0] in graph.weights):
                     values.update(_results(graph, node, values) or {})
                 # A single number, such as a scale from a size, meets channels as any number does.
@@ -134,7 +134,7 @@ def _operands(graph: Graph, constant: set[str]) -> Iterator[Node]:
                 yield graph.producer[name]
 
 
-def _hides(graph: Graph, node: Node) -> bool:
+def _hides_labels(graph: Graph, node: Node) -> bool:
     """Return whether an operator's output has no labels although weights alone determine it.
 
     Such operators turn indices into numbers, or mix the elements that they read.
@@ -159,13 +159,15 @@ def _weights(graph: Graph, constant: set[str]) -> Iterator[Node]:
             continue
         for i in (rule.data, *rule.weights):
             name = node.inputs[i] if i < len(node.inputs) else ""
-            while name in constant and hands_on(graph.producer[name]) and not _mixes(graph, graph.producer[name]):
+            while (
+                name in constant and keeps_values(graph.producer[name]) and not _mixes_axes(graph, graph.producer[name])
+            ):
                 name = graph.producer[name].inputs[0]
             if name in constant and not _codes(graph.producer[name]):
                 yield graph.producer[name]
 
 
-def hands_on(node: Node) -> bool:
+def keeps_values(node: Node) -> bool:
     """Return whether an operator may stand between a folded weight and its contraction: every value passes through."""
     moves = rule_of(node).moves
     return moves is not None and moves.keeps_all
@@ -177,13 +179,13 @@ def _codes(node: Node) -> bool:
     return rule.encodes or rule.decodes
 
 
-def _moved(node: Node) -> bool:
+def _only_moves(node: Node) -> bool:
     """Return whether labels pass through an operator unchanged, so that folding is not needed."""
     rule = rule_of(node)
     return rule.encodes or rule.moves not in (None, Move.REPEAT)
 
 
-def _mixes(graph: Graph, node: Node) -> bool:
+def _mixes_axes(graph: Graph, node: Node) -> bool:
     """Return whether a reshape of a stored weight merges or splits axes: labels of single axes do not survive that."""
     if rule_of(node).moves is not Move.SHAPE or node.inputs[0] not in graph.weights:
         return False
@@ -211,7 +213,7 @@ def _region(graph: Graph, end: Node) -> tuple[Node, ...]:
 
 def _fold(graph: Graph, end: Node, operand: bool) -> Fold | None:
     nodes = _region(graph, end)
-    only_moves = all(_moved(n) and not _mixes(graph, n) for n in nodes)
+    only_moves = all(_only_moves(n) and not _mixes_axes(graph, n) for n in nodes)
     if (only_moves and not operand) or any(_codes(n) for n in nodes):
         return None
     read = {name for node in nodes for name in node.inputs if name in graph.weights}
@@ -242,7 +244,7 @@ def _evaluate(graph: Graph, nodes: tuple[Node, ...]) -> dict[str, Array] | None:
     return values
 
 
-def _few(graph: Graph, name: str) -> bool:
+def _is_small(graph: Graph, name: str) -> bool:
     """Return whether a weight has few elements."""
     return name in graph.weights and math.prod(graph.weights[name].shape) <= _FEW
 
@@ -269,7 +271,7 @@ def _results(graph: Graph, node: Node, values: dict[str, Array]) -> dict[str, Ar
     return None if any(o and o not in by_name for o in node.outputs) else by_name
 
 
-def _gone(graph: Graph, folds: dict[int, Fold]) -> set[int]:
+def _removable_nodes(graph: Graph, folds: dict[int, Fold]) -> set[int]:
     """Return indices of nodes without readers once the folded outputs are weights; Constant nodes included."""
     protected = graph.captured.union(graph.outputs)
     removed = set(folds)
@@ -288,7 +290,7 @@ def _unread(graph: Graph, name: str, protected: set[str], removed: set[int]) -> 
     return name not in protected and all(n.index in removed for n, _ in graph.consumers.get(name, ()))
 
 
-def _growing(graph: Graph, folds: dict[int, Fold], removed: set[int]) -> set[int]:
+def _too_large_folds(graph: Graph, folds: dict[int, Fold], removed: set[int]) -> set[int]:
     """Return the folds whose weights need more room than the weights that they replace."""
     protected = graph.captured.union(graph.outputs)
     counted: set[str] = set()
@@ -374,14 +376,14 @@ def _find(graph: Graph, facts: Facts, node: Node, protected: set[str]) -> Select
             break
         moves.append(readers[0][0])
         name = moves[-1].outputs[0]
-    picks_by_reader = [_picks(graph, facts, n) for n, _ in readers]
+    picks_by_reader = [_find_picks(graph, facts, n) for n, _ in readers]
     axis = picks_by_reader[0][0] if picks_by_reader[0] is not None else -1
     picks = [p for c in picks_by_reader if c is not None and c[0] == axis for p in c[1]]
     if axis < 0 or any(c is None or c[0] != axis for c in picks_by_reader) or _overlap(picks):
         return None
     if graph.has_bodies and len({graph.around[n.index] for n in (node, *moves, *(p.node for p in picks))}) > 1:
         return None  # a node inserted in front of one selection is not there for another
-    places = _places(facts, moves, axis)
+    places = _trace_axis(facts, moves, axis)
     flat = None if places is None else _flat_axis(facts, node, places[0])
     return None if places is None or flat is None else Selections(node, moves, places, picks, flat)
 
@@ -392,7 +394,7 @@ def _overlap(picks: Sequence[Pick]) -> bool:
     return any(a >= b for a, b in spans) or any(x[1] > y[0] for x, y in pairwise(spans))
 
 
-def _picks(graph: Graph, facts: Facts, node: Node) -> tuple[int, list[Pick]] | None:
+def _find_picks(graph: Graph, facts: Facts, node: Node) -> tuple[int, list[Pick]] | None:
     """Return (axis, selections) of a Gather, Slice or Split with constant positions along one axis."""
     shape = facts.shape(node.inputs[0])
     if shape is None or not shape or any(n and n not in graph.weights for n in node.inputs[1:]):
@@ -430,7 +432,7 @@ def _slice(facts: Facts, node: Node, shape: Sequence[Any]) -> tuple[int, list[Pi
     return axes[0] % len(shape), [Pick(node, node.outputs[0], part.start, part.stop, False)]
 
 
-def _places(facts: Facts, moves: Sequence[Node], axis: int) -> list[int] | None:
+def _trace_axis(facts: Facts, moves: Sequence[Node], axis: int) -> list[int] | None:
     """Trace ``axis`` of the last tensor to the reshape's output and behind every move, in graph order."""
     places = [axis]
     for node in reversed(moves):
@@ -482,7 +484,7 @@ def _flat_axis(facts: Facts, reshape: Node, axis: int) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class HoistedPart:
     """Replacement of a selection: ``view`` is the output of its own reshape, ``size`` its share of the axis."""
 
     view: str
@@ -509,7 +511,7 @@ class Hoist:
     sizes: list[int]
     stride: int
     literal: bool
-    parts: list[Part] = field(default_factory=list)
+    parts: list[HoistedPart] = field(default_factory=list)
     made: set[str] = field(default_factory=set)
 
     @property
@@ -566,7 +568,9 @@ class _Build:
         self._nodes[min(n.index for n in picking)] = nodes
         return hoisted
 
-    def _part(self, selection: Selections, pick: Pick, name: str, nodes: list[onnx.NodeProto], added: set[str]) -> Part:
+    def _part(
+        self, selection: Selections, pick: Pick, name: str, nodes: list[onnx.NodeProto], added: set[str]
+    ) -> HoistedPart:
         """Build one part's own reshape, movement and, for a scalar selection, the squeeze of its axis."""
         size = pick.stop - pick.start
         steps = [selection.reshape, *selection.moves]
@@ -588,7 +592,7 @@ class _Build:
             name = output
         if pick.scalar:
             nodes.append(self._squeeze(name, pick.output, selection.places[-1], pick.node.label))
-        return Part(view, size)
+        return HoistedPart(view, size)
 
     def _can_state(self, reshape: Node, axis: int) -> bool:
         """Return whether replacing one entry of the target gives every part's shape: no 0 copies the flat axis."""
@@ -745,7 +749,7 @@ def _is_shared(graph: Graph, name: str) -> bool:
     return name not in graph.outputs and has_bare_initializers(graph.proto)
 
 
-def rejoin(proto: onnx.ModelProto, weights: dict[str, Weight], copies: dict[str, str]) -> None:
+def join_copies(proto: onnx.ModelProto, weights: dict[str, Weight], copies: dict[str, str]) -> None:
     """Join copies of equal size again after pruning; ``proto`` and ``weights`` are changed in place."""
     first: dict[tuple[str, tuple[int, ...]], str] = {}
     back: dict[str, str] = {}

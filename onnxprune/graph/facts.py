@@ -12,11 +12,11 @@ import numpy as np
 from onnxprune.graph.inference import Infer
 from onnxprune.graph.open_sizes import Conflict, Settled, Settler
 from onnxprune.graph.probes import Key, OpenSizes, Pair, beyond
-from onnxprune.graph.values import Probe, Values, size_of, small
+from onnxprune.graph.values import Probe, Values, is_small, size_of
 from onnxprune.graph.view import Graph, Node
 from onnxprune.operators.registry import Move, rule_of
 
-__all__ = ["Facts", "Infer", "Probe", "Values", "small", "study"]
+__all__ = ["Facts", "Infer", "Probe", "Values", "is_small", "study"]
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Facts:
         if len(self.bound) < 2:
             return
         for sizes in beyond(self.settler.dimensions, *self.bound):
-            settled = _another(self.settler, self, [sizes])
+            settled = _settle_another(self.settler, self, [sizes])
             if settled is not None:
                 yield settled.probe
 
@@ -128,13 +128,13 @@ def study(graph: Graph, sizes: OpenSizes, infer: Infer | None = None) -> Facts:
             break
     assert best is not None
     facts, pair = best
-    other = _another(settler, facts, sizes.others(facts.bound[0], pair))
+    other = _settle_another(settler, facts, sizes.others(facts.bound[0], pair))
     if other is None:
         return facts
     return replace(facts, probes=(*facts.probes, other.probe), bound=(*facts.bound, other.sizes))
 
 
-def _another(settler: Settler, facts: Facts, candidates: Iterable[dict[Key, int]]) -> Settled | None:
+def _settle_another(settler: Settler, facts: Facts, candidates: Iterable[dict[Key, int]]) -> Settled | None:
     """Return the first of some sizes that has no contradiction and differs from the probes."""
     for sizes in candidates:
         settled = settler.settle(sizes, {}, facts.probes[0])
@@ -154,17 +154,17 @@ def integer_bounds(graph: Graph, facts: Facts) -> dict[str, tuple[int, int]]:
     """
     result: dict[str, tuple[int, int]] = {}
     for name in graph.inputs:
-        compared = _named(graph, facts, name)
+        compared = _compared_number(graph, facts, name)
         if compared is not None:
             result[name] = compared, compared
             continue
-        high = _highest(graph, facts, name)
+        high = _max_index(graph, facts, name)
         if high is not None:
             result[name] = (0, max(high, 0))
     return result
 
 
-def _named(graph: Graph, facts: Facts, name: str) -> int | None:
+def _compared_number(graph: Graph, facts: Facts, name: str) -> int | None:
     """Return the only number that a scalar is compared with."""
     shape, readers = facts.shape(name), graph.consumers.get(name, ())
     if shape is None or None in shape or size_of(shape) != 1:
@@ -174,7 +174,7 @@ def _named(graph: Graph, facts: Facts, name: str) -> int | None:
     return numbers.pop() if len(numbers) == 1 and None not in [v if v is None else 0 for v in values] else None
 
 
-def _highest(graph: Graph, facts: Facts, name: str) -> int | None:
+def _max_index(graph: Graph, facts: Facts, name: str) -> int | None:
     best: int | None = None
     queue, visited = [(name, 0)], {name}
     while queue:

@@ -33,7 +33,7 @@ def infer_marker(graph: Graph, node: Node, probe: Probe, walk: Walk) -> None:
         for name, kind in zip(node.outputs, kinds, strict=False):
             probe.shapes[name], probe.dtypes[name] = (), kind
     if op in (markers.OPEN, markers.ELSE) and node.kind == "If":
-        _note_idle(graph, node, probe)
+        _mark_idle(graph, node, probe)
     elif op == markers.END and node.kind != "If":
         _settle(graph, node, probe, walk)
     elif op in (markers.CARRY, markers.SLICE, *markers.RESULTS):
@@ -74,7 +74,7 @@ def _common(a: Any, b: Any) -> Any:
     return tuple(n if n == m else None for n, m in zip(a, b, strict=True))
 
 
-def _note_idle(graph: Graph, node: Node, probe: Probe) -> None:
+def _mark_idle(graph: Graph, node: Node, probe: Probe) -> None:
     """Record the nodes of a branch that does not run."""
     condition = probe.values.get(node.inputs[0])
     if condition is not None and bool(condition.ravel()[0]) != (node.op == markers.OPEN):
@@ -181,7 +181,7 @@ def _runs(graph: Graph, node: Node, probe: Probe) -> int | None:
 
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 _CODES = tuple(onnx.TensorProto.DataType.Value(name) for name in ("UINT8", "INT8", "UINT16", "INT16"))
-_Said = tuple["int | None", "tuple[int | None, ...] | None"]
+_DeclaredType = tuple["int | None", "tuple[int | None, ...] | None"]
 Infer = Callable[[Node, list[Any], list[Any]], "list[Any] | None"]
 """(node, shapes and values of its inputs) -> shapes of its outputs: for operators that onnx does not know."""
 
@@ -318,26 +318,26 @@ def _infer_whole(graph: Graph, probe: Probe, propagate: bool) -> None:
         model = onnx.shape_inference.infer_shapes(model, data_prop=propagate)
     except Exception:  # inference errors on odd graphs leave the node-by-node pass
         return
-    known: dict[bytes, _Said] = {}
+    known: dict[bytes, _DeclaredType] = {}
     for info in [*model.graph.value_info, *model.graph.output]:
         kind = info.type
         key = kind.SerializeToString()  # types repeat, and a cache lookup takes a fraction of the time of decoding one
         inferred = known.get(key)
         if inferred is None:
-            known[key] = inferred = _said(kind)
+            known[key] = inferred = _declared_type(kind)
         _learn(info.name, inferred, probe)
     for name, kind in types.items():
         if name in graph.inner:  # the declared shape of a state may hold for its first value alone
             probe.dtypes[name] = kind.tensor_type.elem_type
         elif probe.shapes.get(name) is None:
-            _note(name, kind, probe)
+            _record_type(name, kind, probe)
 
 
-def _note(name: str, kind: onnx.TypeProto, probe: Probe) -> None:
-    _learn(name, _said(kind), probe)
+def _record_type(name: str, kind: onnx.TypeProto, probe: Probe) -> None:
+    _learn(name, _declared_type(kind), probe)
 
 
-def _said(kind: onnx.TypeProto) -> _Said:
+def _declared_type(kind: onnx.TypeProto) -> _DeclaredType:
     """Return the declared element type (None for other than tensors) and shape (None where undeclared)."""
     if not kind.HasField("tensor_type"):
         return None, None
@@ -347,7 +347,7 @@ def _said(kind: onnx.TypeProto) -> _Said:
     return tensor.elem_type, tuple([d.dim_value or (0 if d.HasField("dim_value") else None) for d in tensor.shape.dim])
 
 
-def _learn(name: str, inferred: _Said, probe: Probe) -> None:
+def _learn(name: str, inferred: _DeclaredType, probe: Probe) -> None:
     dtype, shape = inferred
     if dtype is not None:
         probe.dtypes[name] = dtype
@@ -458,7 +458,7 @@ def _infer_known(graph: Graph, node: Node, probe: Probe, schema: onnx.defs.OpSch
     except Exception:  # a node that inference refuses keeps an unknown shape, and is frozen later with that reason
         return
     for name, kind in results.items():
-        _note(name, kind, probe)
+        _record_type(name, kind, probe)
 
 
 def _dtype_of(graph: Graph, name: str) -> int:

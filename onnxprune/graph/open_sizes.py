@@ -412,12 +412,12 @@ class Settler:
         free = [k for k in dimensions.places if k not in fixed and not dimensions.is_sum(k, sizes)]
         order = {key: (key in solved, len(dimensions.places[key]), -k) for k, key in enumerate(free)}
         single = sorted(free, key=order.__getitem__)
-        yield from (([key], _direct) for key in single)
+        yield from (([key], _solve_directly) for key in single)
         for keys in dimensions.extents():
             extents = [key for key in keys if key in free and key not in solved]
             if len(extents) > 1:
-                yield extents, _root
-        yield from (([key], _root) for key in single)
+                yield extents, _find_root
+        yield from (([key], _find_root) for key in single)
 
     def _residual(self, conflict: Conflict, sizes: Sizes, base: Probe) -> int | None:
         """Return the difference of the two contradicting sizes at other sizes of the inputs; None where unknown."""
@@ -449,7 +449,7 @@ class Settler:
         return known
 
 
-def _direct(residual: _Residual, current_size: int, difference: int) -> int | None:
+def _solve_directly(residual: _Residual, current_size: int, difference: int) -> int | None:
     """Return the required size, where the unknown is itself one of the two sizes that have to agree."""
     next_difference = residual(current_size + 1)
     if next_difference is None or abs(next_difference - difference) != 1:
@@ -458,7 +458,7 @@ def _direct(residual: _Residual, current_size: int, difference: int) -> int | No
     return size if 1 <= size <= _LARGEST and residual(size) == 0 else None
 
 
-def _root(residual: _Residual, current_size: int, difference: int) -> int | None:
+def _find_root(residual: _Residual, current_size: int, difference: int) -> int | None:
     """Return the smallest size near which a residual vanishes, None where it does not depend on the size or never does.
 
     Residuals are mostly linear (two numbers of channels) or rise with steps (positions of a map of patches).
@@ -473,18 +473,18 @@ def _root(residual: _Residual, current_size: int, difference: int) -> int | None
             return size
     increasing = other_difference > difference
     low, high = (0, current_size) if (difference > 0) == increasing else (current_size, other)
-    while high < _LARGEST and low == current_size and _short(residual(high), increasing):
+    while high < _LARGEST and low == current_size and _is_too_small(residual(high), increasing):
         high *= 2
     while high - low > 1:
         middle = (low + high) // 2
-        if _short(residual(middle), increasing):
+        if _is_too_small(residual(middle), increasing):
             low = middle
         else:
             high = middle
     return high if 1 <= high <= _LARGEST and residual(high) == 0 else None
 
 
-def _short(value: int | None, increasing: bool) -> bool:
+def _is_too_small(value: int | None, increasing: bool) -> bool:
     """Return whether a size is too small for a residual to vanish, or too small to run at all."""
     return value is None or (value < 0 if increasing else value > 0)
 

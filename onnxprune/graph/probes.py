@@ -143,7 +143,7 @@ def bind_shapes(
 
 def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[Key, int]) -> InputSpec:
     """Check one override against the input's own shape, bind its dimensions, and return the input with a rank."""
-    stated, declared = ",".join(map(str, sizes)), show(spec.shape)
+    stated, declared = ",".join(map(str, sizes)), format_shape(spec.shape)
     # the empty shape may be an unknown rank, which allows everything
     if spec.shape and len(sizes) != len(spec.shape):
         raise UsageError(
@@ -219,7 +219,7 @@ def _extent(spec: InputSpec) -> int:
     return _IMAGE_SIZE if rank == 4 and channel_axis is not None else _MAP_SIZE
 
 
-def show(shape: Sequence[int | str | None]) -> str:
+def format_shape(shape: Sequence[int | str | None]) -> str:
     """Format a shape as people write it: ``[N, 3, ?, ?]``."""
     return "[" + ", ".join("?" if dim is None else str(dim) for dim in shape) + "]"
 

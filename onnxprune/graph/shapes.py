@@ -19,7 +19,7 @@ Known = Callable[[int], "np.ndarray | None"]
 """Position of an input -> its value where that is known; None for an absent one too."""
 
 
-class Asked(Sequence[Any]):
+class RequestedShapes(Sequence[Any]):
     """Values of a node's inputs, each looked up on first access."""
 
     __slots__ = ("_count", "_known")
@@ -52,7 +52,7 @@ def output_shapes(node: Node, shapes: Sequence[Any], known: Known) -> list[Shape
         if (shape is None and name) or (shape is not None and None in shape) or isinstance(shape, Elements):
             return None
     try:
-        results = rule_of(node).infer(node, list(shapes), Asked(known, len(node.inputs)))
+        results = rule_of(node).infer(node, list(shapes), RequestedShapes(known, len(node.inputs)))
     except (LookupError, TypeError, ValueError, ArithmeticError):  # an unexpected form of the operator
         return None
     if results is None or len(results) != len(node.outputs) or any(isinstance(s, Elements) for s in results):

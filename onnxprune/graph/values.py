@@ -58,7 +58,7 @@ class Values:
         weight = self._graph.weights.get(name)
         if weight is None:
             return None
-        value = weight.read() if small(weight.shape, weight.dtype) else None
+        value = weight.read() if is_small(weight.shape, weight.dtype) else None
         self._known[name] = value
         return value
 
@@ -103,7 +103,7 @@ class Values:
             return
         for i, name in enumerate(node.outputs):
             value = results[i] if i < len(results) else None
-            if not isinstance(value, np.ndarray) or not small(value.shape, value.dtype):
+            if not isinstance(value, np.ndarray) or not is_small(value.shape, value.dtype):
                 value = None
             if not name or (self._base is None and value is None):
                 continue
@@ -136,7 +136,7 @@ def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
-def small(shape: Sequence[int], dtype: np.dtype[Any]) -> bool:
+def is_small(shape: Sequence[int], dtype: np.dtype[Any]) -> bool:
     """Return whether a tensor is small enough to be a known value: integers up to 2^20 elements, floats up to 2^12."""
     size = size_of(shape)
     return size <= (INT_LIMIT if dtype.kind in "iub" else FLOAT_LIMIT)

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.groups import Group, Units
-from onnxprune.channels.survivors import After
+from onnxprune.channels.survivors import Survivors
 from onnxprune.errors import ModelError
 from onnxprune.graph.canonical import weight_of
 from onnxprune.graph.cost import constant_source, multiplies
 from onnxprune.graph.view import Graph, Node
 from onnxprune.importance.criteria import Slot
 from onnxprune.importance.statistics import Maps
-from onnxprune.io.elements import aligned, raw
+from onnxprune.io.elements import align_array, raw
 from onnxprune.labels.label import Ids, Label
 from onnxprune.operators.context import Step, Table
 from onnxprune.operators.contractions import Form
@@ -155,7 +155,7 @@ def weight_slots(
         placed: locate the producers of each slot's units in the graph (``Placed.place``).
     """
     for name, found in claims(table, units, groups, removed, placed):
-        array = aligned(weight_values(table, name, removed))
+        array = align_array(weight_values(table, name, removed))
         role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
         for claim in found:
             slot = _slot(name, claim, array, role, seed)
@@ -342,7 +342,7 @@ class Marginals:
         """
         with np.errstate(over="ignore"):  # the caller checks for infinity
             if array.nbytes <= _SMALL or array.ndim == 1 or any(len(axes) != 1 for axes in wanted):
-                whole = np.square(aligned(array))
+                whole = np.square(align_array(array))
                 return {axes: _sum(whole, axes) for axes in wanted}
             first = next((a for a, n in enumerate(array.shape) if n > 1), 0)
             rows, columns = self._by_pieces(array.reshape(array.shape[first], -1))
@@ -486,7 +486,7 @@ def in_order(array: Ids, axes: tuple[int, ...]) -> Ids:
     return np.transpose(array, [*axes, *(a for a in range(array.ndim) if a not in axes)]).reshape(-1)
 
 
-def surviving(after: After, label: Label) -> Ids:
+def surviving(after: Survivors, label: Label) -> Ids:
     """Return the positions of the label (flat, of its shape) that survive, in the order of the pruned tensor."""
     keep = after.mask(label)
     ids = np.arange(label.ids.size).reshape(label.ids.shape)
@@ -545,7 +545,7 @@ def map_slots(
     table, units = analysis.table, analysis.units
     wanted = {g.id: g for g in groups}
     targets = Targets(units, wanted.values())
-    after = After(table, np.zeros(units.component.size, bool) if removed is None else removed)
+    after = Survivors(table, np.zeros(units.component.size, bool) if removed is None else removed)
     for site in captured.sites:
         positions = site.channels(surviving(after, site.label))
         component = units.component[site.label.ids.ravel()[positions]]
@@ -617,7 +617,7 @@ def _arrays(
     return arrays
 
 
-def _weight(table: Table, after: After, site: ContractionInput, positions: Ids) -> NDArray[Any] | None:
+def _weight(table: Table, after: Survivors, site: ContractionInput, positions: Ids) -> NDArray[Any] | None:
     """Return the site's weight as [surviving channels, taps, outputs] with 0 for removed outputs; None for a pair."""
     if site.form is None:
         return None
@@ -625,7 +625,7 @@ def _weight(table: Table, after: After, site: ContractionInput, positions: Ids) 
     value = numbers_at(table.graph, site.node, site.form.weight)
     if value is None or value.dtype.kind not in "fV":
         return None
-    value = aligned(value) if value.dtype == np.float64 else value.astype(np.float32)
+    value = align_array(value) if value.dtype == np.float64 else value.astype(np.float32)
     for label in table.get(name):
         keep = after.mask(label)
         if keep is not None:

@@ -76,7 +76,7 @@ def as_dtype(array: Array, dtype: np.dtype[Any]) -> Array:
     return array if array.dtype == dtype else array.astype(dtype)
 
 
-def aligned(array: Array) -> Array:
+def align_array(array: Array) -> Array:
     """Return an array that can be read quickly: itself, or an aligned copy.
 
     Data may start anywhere in a file; arithmetic at unaligned addresses is up to ten times slower than at aligned ones.

@@ -55,27 +55,27 @@ def is_text(name: str) -> bool:
     return not any("\ud800" <= sign <= "\udfff" for sign in name)
 
 
-def shortened(name: str, limit: int) -> str:
+def shorten(name: str, limit: int) -> str:
     """Return the beginning of a name, at most ``limit`` bytes in the file system's encoding."""
     while len(os.fsencode(name)) > limit:
         name = name[:-1]
     return name
 
 
-def beside(target: Path, suffix: str) -> Path:
+def append_suffix(target: Path, suffix: str) -> Path:
     """Return the path with ``suffix`` appended; a name that is not UTF-8 or too long is partly replaced by a digest."""
     name = "".join("_" if "\ud800" <= sign <= "\udfff" else sign for sign in target.name)
     if name != target.name or len(os.fsencode(name + suffix)) > LONGEST_NAME:
         digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:_DIGEST]
-        name = f"{shortened(name, LONGEST_NAME - len(suffix) - _DIGEST - 1)}-{digest}"
+        name = f"{shorten(name, LONGEST_NAME - len(suffix) - _DIGEST - 1)}-{digest}"
     return target.with_name(name + suffix)
 
 
 def may_be_data_of(target: Path, name: str) -> bool:
     """Return whether a name is one of those given to data of ``target``."""
-    start, end = beside(target, f".{'0' * _DIGEST}.data").name.rsplit("0" * _DIGEST, 1)
+    start, end = append_suffix(target, f".{'0' * _DIGEST}.data").name.rsplit("0" * _DIGEST, 1)
     digest = rf"{re.escape(start)}[0-9a-f]{{{_DIGEST}}}{re.escape(end)}"
-    return name == beside(target, ".data").name or bool(re.fullmatch(digest, name))
+    return name == append_suffix(target, ".data").name or bool(re.fullmatch(digest, name))
 
 
 def write(target: Path, data: bytes) -> None:
@@ -188,10 +188,10 @@ class Replacement:
         """Return the path of the data: a free name, or one whose file has the same content."""
         if self._data is None:
             return None
-        plain = beside(self.target, ".data")
+        plain = append_suffix(self.target, ".data")
         if not plain.exists() or _same(plain, self._data):
             return plain
-        return beside(self.target, f".{_digest(self._data)}.data")
+        return append_suffix(self.target, f".{_digest(self._data)}.data")
 
     def _candidates(self) -> list[Path]:
         """Return files with names that data of ``target`` may have."""
@@ -249,7 +249,7 @@ def replacing(target: Path) -> Iterator[Replacement]:
 
 
 def _stem(target: Path) -> str:
-    return shortened(target.name, LONGEST_NAME - _DIGEST - len("...tmp"))
+    return shorten(target.name, LONGEST_NAME - _DIGEST - len("...tmp"))
 
 
 def _beside(target: Path, kind: str) -> Path:
@@ -356,13 +356,13 @@ def write_text(path: Path, text: str, what: str = "") -> None:
         UsageError: the file cannot be written.
     """
     try:
-        write(path, encoded(text))
+        write(path, encode_text(text))
     except OSError as error:
         named = f"{what} to {str(path)!r}" if what else repr(str(path))
         raise UsageError(f"Cannot write {named}: {error.strerror}.") from None
 
 
-def encoded(text: str) -> bytes:
+def encode_text(text: str) -> bytes:
     """Encode text as UTF-8; parts of file names that are not UTF-8 are written as their escapes."""
     return text.encode("utf-8", "backslashreplace")
 
@@ -408,7 +408,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {_shown(next(n for n in data if names.count(n) > 1))} is there twice")
+        raise ValueError(f"the key {_shorten_value(next(n for n in data if names.count(n) > 1))} is there twice")
     return data
 
 
@@ -476,7 +476,7 @@ def _parse(kind: Any, data: Any, place: str) -> Any:
         return _parse_fields(kind, data, place)
     if origin in (list, tuple):
         if not isinstance(data, (list, tuple)):
-            raise _Misfit(place, f"is {_shown(data)}, a list was expected")
+            raise _Misfit(place, f"is {_shorten_value(data)}, a list was expected")
         if origin is list:
             return [_parse(inner[0], item, f"{place}[{i}]") for i, item in enumerate(data)]
         if len(data) != len(inner):
@@ -484,7 +484,7 @@ def _parse(kind: Any, data: Any, place: str) -> Any:
         return tuple(_parse(k, item, f"{place}[{i}]") for i, (k, item) in enumerate(zip(inner, data, strict=True)))
     if origin is dict:
         if not isinstance(data, Mapping):
-            raise _Misfit(place, f"is {_shown(data)}, an object was expected")
+            raise _Misfit(place, f"is {_shorten_value(data)}, an object was expected")
         key = inner[0]
         return {_key(key, name, place): _parse(inner[1], item, f"{place}.{name}"[:80]) for name, item in data.items()}
     return _parse_plain(kind, data, place)
@@ -492,7 +492,7 @@ def _parse(kind: Any, data: Any, place: str) -> Any:
 
 def _parse_fields(kind: Any, data: Any, place: str) -> Any:
     if not isinstance(data, Mapping):
-        raise _Misfit(place, f"is {_shown(data)}, an object was expected")
+        raise _Misfit(place, f"is {_shorten_value(data)}, an object was expected")
     types, arguments = get_type_hints(kind), {}
     for entry in fields(kind):
         if entry.name in data:
@@ -521,11 +521,11 @@ def _parse_plain(kind: type, data: Any, place: str) -> Any:
         else:
             is_plain = math.isfinite(data)
     if not is_plain:
-        raise _Misfit(place, f"is {_shown(data)}, {_WORDS[kind]} was expected")
+        raise _Misfit(place, f"is {_shorten_value(data)}, {_WORDS[kind]} was expected")
     return data
 
 
-def _shown(value: Any) -> str:
+def _shorten_value(value: Any) -> str:
     """Return a value as shown in a message."""
     try:
         text = repr(value)

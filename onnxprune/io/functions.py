@@ -16,7 +16,7 @@ Key = tuple[str, str, str]
 Bindings = Mapping[str, AttributeProto]
 
 
-def inlined(proto: ModelProto) -> ModelProto:
+def inline_functions(proto: ModelProto) -> ModelProto:
     """Return the model with calls of its local functions replaced by their bodies; ``proto`` is not changed.
 
     onnx's inliner (1.23) ignores the default values of a function's attributes, and every value that a chain of
@@ -32,7 +32,7 @@ def inlined(proto: ModelProto) -> ModelProto:
     try:
         result = inliner.inline_local_functions(bound)
     except Exception as error:  # onnx's own errors have no common base
-        raise _refused(str(error)) from error
+        raise _function_error(str(error)) from error
     _import_domains(result, proto.functions)
     return result
 
@@ -49,7 +49,7 @@ def _check_extent(proto: ModelProto) -> None:
             key = _key(node)
             count, size = count + 1, size + (0 if any(map(_graphs, node.attribute)) else node.ByteSize())
             if key in functions and key in callers:
-                raise _refused(f"the function {key[1]!r} calls itself")
+                raise _function_error(f"the function {key[1]!r} calls itself")
             if key in functions:
                 if key not in extents:
                     extents[key] = extent(functions[key].node, (*callers, key))
@@ -65,7 +65,7 @@ def _check_extent(proto: ModelProto) -> None:
         )
 
 
-def _refused(why: str) -> ModelError:
+def _function_error(why: str) -> ModelError:
     return ModelError(f"its local functions cannot be inlined: {why}", hint="Export the model again.")
 
 
@@ -97,7 +97,7 @@ class _Binding:
         self._functions: dict[Key, FunctionProto] = {}
         for function in proto.functions:
             if self._functions.setdefault(_key(function), function) is not function:
-                raise _refused(f"two functions have the name {function.name!r}")
+                raise _function_error(f"two functions have the name {function.name!r}")
         self._names = {key[1] for key in self._functions}
         self._bound: dict[tuple[Key, bytes], str] = {}
         self._open: set[Key] = set()
@@ -129,7 +129,7 @@ class _Binding:
         if known is not None:
             return known
         if key in self._open:
-            raise _refused(f"the function {source.name!r} calls itself")
+            raise _function_error(f"the function {source.name!r} calls itself")
         self._open.add(key)
         function = FunctionProto()
         function.CopyFrom(source)
@@ -162,7 +162,7 @@ class _Binding:
             nodes = (n for n in _all_nodes(function.node) if _domain(n.domain) == _domain(opset.domain))
             ops = {n.op_type for n in nodes} - self._names
             if model_version != opset.version and all(
-                _alike(op, _domain(opset.domain), opset.version, model_version) for op in ops
+                _same_schema(op, _domain(opset.domain), opset.version, model_version) for op in ops
             ):
                 opset.version = model_version
 
@@ -203,7 +203,7 @@ def _all_nodes(nodes: Iterable[NodeProto]) -> Iterable[NodeProto]:
                 yield from _all_nodes(graph.node)
 
 
-def _alike(op: str, domain: str, own_version: int, other_version: int) -> bool:
+def _same_schema(op: str, domain: str, own_version: int, other_version: int) -> bool:
     """Return whether two versions of an operator set define an operator the same."""
     try:
         first, second = (

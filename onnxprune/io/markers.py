@@ -17,7 +17,7 @@ and for an If::
     JOIN [of the then-branch, of the else-branch, cond] -> [result]
     CLOSE [] -> [mark]
 
-No runtime knows them: :func:`onnxprune.io.subgraphs.close_bodies` outlines every body before a model is written.
+No runtime knows them: :func:`onnxprune.io.subgraphs.outline_bodies` outlines every body before a model is written.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensor
 from onnxprune.errors import ModelError, OnnxpruneError, UsageError, nearest
 from onnxprune.io.external import attribute_tensors, bring_inline, external_weight, is_external
 from onnxprune.io.formats import guess_by_name, guess_folder, guess_format
-from onnxprune.io.functions import inlined
+from onnxprune.io.functions import inline_functions
 from onnxprune.io.interchange import ModelSource, to_onnx
 from onnxprune.io.skeleton import without_data, without_graph, without_initializers
-from onnxprune.io.subgraphs import open_bodies
+from onnxprune.io.subgraphs import inline_bodies
 from onnxprune.io.weights import ArrayWeight, BufferWeight, FileWeight, SparseWeight, TensorWeight, Weight, to_proto
 from onnxprune.io.wire import TENSOR_DOUBLE_DATA, TENSOR_FLOAT_DATA, TENSOR_RAW_DATA, Buffer, Span, strip
 
@@ -80,7 +80,7 @@ def _bodies_of(attribute: AttributeProto) -> Iterable[GraphProto]:
     return [attribute.g] if attribute.HasField("g") else attribute.graphs
 
 
-def ordered(proto: ModelProto) -> Names:
+def check_or_sort(proto: ModelProto) -> Names:
     """Check names as :func:`check_structure` does; where nodes are out of order, sort them in place first."""
     try:
         return check_structure(proto)
@@ -176,7 +176,7 @@ def _check_graph(graph: GraphProto, outer: _Scope) -> Names:
         _check_node(node, inputs, outputs, graph, scope)
         for output in outputs:
             if output and output in known:
-                raise _twice(f"{_label(node)} gives", output)
+                raise _duplicate_error(f"{_label(node)} gives", output)
             known.add(output)
     outputs = [value.name for value in graph.output]
     _check_text("the graph", outputs)
@@ -200,10 +200,10 @@ def _check_node(node: NodeProto, inputs: list[str], outputs: list[str], graph: G
     known = scope[-1]
     for name in inputs:
         if name and name not in known and not _defined(name, scope):
-            raise _undefined(node, name, graph)
+            raise _undefined_error(node, name, graph)
     for attribute in node.attribute:
         if not isinstance(attribute.name, str):
-            raise _not_text(_label(node), attribute.name)
+            raise _text_error(_label(node), attribute.name)
     for body in _bodies(node):
         _check_graph(body, scope)
 
@@ -218,7 +218,7 @@ def _check_once(kind: str, names: list[str]) -> None:
     known_names: set[str] = set()
     for name in names:
         if name in known_names:
-            raise _twice(f"an {kind}" if kind[0] == "i" else f"a {kind}", name)
+            raise _duplicate_error(f"an {kind}" if kind[0] == "i" else f"a {kind}", name)
         known_names.add(name)
 
 
@@ -226,21 +226,21 @@ def _check_text(where: str, names: Iterable[object]) -> None:
     # protobuf returns bytes for a name that is not UTF-8, whatever its type declares.
     for name in names:
         if not isinstance(name, str):
-            raise _not_text(where, name)
+            raise _text_error(where, name)
 
 
-def _not_text(where: str, name: object) -> ModelError:
+def _text_error(where: str, name: object) -> ModelError:
     return ModelError(f"{where} has a name that is not UTF-8 text: {name!r}", hint="The file is damaged.")
 
 
-def _twice(what: str, name: str) -> ModelError:
+def _duplicate_error(what: str, name: str) -> ModelError:
     return ModelError(
         f"{what} {name!r}, a name that is in use already; every tensor of a graph needs one definition",
         hint="Rename one of the two, or export the model again.",
     )
 
 
-def _undefined(node: NodeProto, name: str, graph: GraphProto) -> ModelError:
+def _undefined_error(node: NodeProto, name: str, graph: GraphProto) -> ModelError:
     maker = next((other for other in graph.node if name in other.output), None)
     if maker is None:
         return ModelError(
@@ -457,16 +457,16 @@ def _check_kind(proto: ModelProto) -> None:
         what = "its graph has no outputs" if proto.HasField("graph") else "it has no graph"
         raise ModelError(f"not an ONNX model: {what}", hint="Pass the .onnx file an exporter wrote.")
     if proto.ir_version > onnx.IR_VERSION:
-        raise _too_new("IR version", proto.ir_version, onnx.IR_VERSION)
+        raise _version_error("IR version", proto.ir_version, onnx.IR_VERSION)
     if not proto.opset_import and proto.ir_version >= 3:
         raise ModelError("the model names no operator set (opset_import is empty)", hint="Export the model again.")
     for opset in proto.opset_import:
         known = onnx.defs.onnx_opset_version()
         if opset.domain in ("", "ai.onnx") and opset.version > known:
-            raise _too_new("opset", opset.version, known)
+            raise _version_error("opset", opset.version, known)
 
 
-def _too_new(what: str, needed: int, known: int) -> ModelError:
+def _version_error(what: str, needed: int, known: int) -> ModelError:
     return ModelError(
         f"the model needs {what} {needed}, the installed onnx {onnx.__version__} knows up to {known}",
         hint="pip install -U onnx onnxruntime",
@@ -500,9 +500,9 @@ def _finish(
     as_read = proto
     if proto.functions:
         sort_nodes(proto)
-        proto = inlined(proto)
-    names = ordered(proto)
-    flat_model = open_bodies(proto)
+        proto = inline_functions(proto)
+    names = check_or_sort(proto)
+    flat_model = inline_bodies(proto)
     for tensor in flat_model.graph.initializer[len(proto.graph.initializer) :]:
         weights[tensor.name] = _take_data(tensor)
     size += sum(file.stat().st_size for file in files)

@@ -26,7 +26,7 @@ _LARGEST_SETTING = 256
 Scope = ChainMap[str, str]
 
 
-def open_bodies(proto: ModelProto) -> ModelProto:
+def inline_bodies(proto: ModelProto) -> ModelProto:
     """Inline the bodies of a model; return the same object where no body can be inlined.
 
     Names stay unchanged where no other tensor (node) of the model has them; else they are prefixed with the name of the
@@ -38,7 +38,7 @@ def open_bodies(proto: ModelProto) -> ModelProto:
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
     if not any(_is_open(node, opset) for node in proto.graph.node):
         return proto
-    return _Opening(proto, opset).model
+    return _Inliner(proto, opset).model
 
 
 def _is_open(node: NodeProto, opset: int) -> bool:
@@ -87,7 +87,7 @@ def _ints(node: NodeProto, name: str, count: int) -> list[int]:
     return values if len(values) == count else [0] * count
 
 
-class _Opening:
+class _Inliner:
     """The flat model under construction."""
 
     def __init__(self, proto: ModelProto, opset: int) -> None:
@@ -174,14 +174,14 @@ class _Opening:
     def _open(self, node: NodeProto, scope: Scope, path: str) -> None:
         """Inline a control-flow node: its bodies between markers."""
         label = node.name or next((o for o in node.output if o), node.op_type)
-        whole = _Whole(node, self._name(label, path) if path else label, [scope.get(n, n) for n in node.input])
+        whole = _ControlNode(node, self._name(label, path) if path else label, [scope.get(n, n) for n in node.input])
         if node.op_type == "If":
             self._choose(whole, scope, path)
         else:
             self._repeat(whole, scope, path)
         self._mark(markers.CLOSE, [], [""], whole.label, kind=node.op_type)
 
-    def _outer(self, whole: _Whole, scope: Scope, path: str) -> list[str]:
+    def _outer(self, whole: _ControlNode, scope: Scope, path: str) -> list[str]:
         """Return the flat names of a control-flow node's outputs, those without readers included."""
         names = []
         for name in whole.node.output:
@@ -191,7 +191,7 @@ class _Opening:
                 names.append(self._define(name, scope, path) if path else name)
         return names
 
-    def _choose(self, whole: _Whole, scope: Scope, path: str) -> None:
+    def _choose(self, whole: _ControlNode, scope: Scope, path: str) -> None:
         """Inline an If: one branch after the other, and the result of one of them."""
         results = []
         for kind, name in ((markers.OPEN, "then_branch"), (markers.ELSE, "else_branch")):
@@ -203,7 +203,7 @@ class _Opening:
             read = [results[0][at], results[1][at], whole.inputs[0]]
             self._mark(markers.JOIN, read, [output], whole.label, kind="If", at=at)
 
-    def _repeat(self, whole: _Whole, scope: Scope, path: str) -> None:
+    def _repeat(self, whole: _ControlNode, scope: Scope, path: str) -> None:
         """Inline a Loop or Scan: states, scanned inputs, the body and its results."""
         node, body, inputs, inner = whole.node, whole.bodies["body"], whole.inputs, scope.new_child()
         loop, label = node.op_type == "Loop", whole.label
@@ -236,7 +236,7 @@ class _Opening:
     def _enclose(
         self,
         kind: str,
-        whole: _Whole,
+        whole: _ControlNode,
         name: str,
         scope: Scope,
         inputs: list[str],
@@ -272,7 +272,7 @@ class _Opening:
 
 
 @dataclass(slots=True)
-class _Whole:
+class _ControlNode:
     """A control-flow node that is being inlined: its flat name, and those of its inputs."""
 
     node: NodeProto
@@ -294,7 +294,7 @@ class _Whole:
         return bytes(stub.SerializeToString())
 
 
-def close_bodies(
+def outline_bodies(
     proto: ModelProto, weights: Mapping[str, Weight], *, branches: bool = True
 ) -> tuple[ModelProto, Mapping[str, Weight]]:
     """Outline all bodies; return the model and the weights of its main graph, the same objects without inlined bodies.
@@ -308,7 +308,7 @@ def close_bodies(
     """
     if not markers.has_bodies(proto):
         return proto, weights
-    closing = _Closing(proto, weights, branches)
+    closing = _Outliner(proto, weights, branches)
     return closing.model, closing.weights
 
 
@@ -331,7 +331,7 @@ class _Frame:
     bodies: list[_Body] = field(default_factory=list)
 
 
-class _Closing:
+class _Outliner:
     """The walk over a flat graph, with the control-flow nodes that are open at the current position."""
 
     def __init__(self, proto: ModelProto, weights: Mapping[str, Weight], branches: bool) -> None:
@@ -566,7 +566,7 @@ class Inner(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ExposedTensor:
     """An exposed inner tensor: its ``output``, and how many axes were ``stacked`` in front."""
 
     output: str
@@ -587,13 +587,13 @@ class _ExposedFrame:
 
 
 @dataclass(slots=True)
-class _Places:
+class _EnclosingFrames:
     """All nodes with bodies, and around every inner tensor the nodes with its side of each, outermost first."""
 
     around: dict[str, tuple[tuple[_ExposedFrame, bool], ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, proto: ModelProto) -> _Places:
+    def of(cls, proto: ModelProto) -> _EnclosingFrames:
         """Return the places of a flat model."""
         result, stack = cls(), list[tuple[_ExposedFrame, bool]]()
         for index, node in enumerate(proto.graph.node):
@@ -620,17 +620,17 @@ class _Places:
         return result
 
 
-def hidden(proto: ModelProto, types: Mapping[str, Inner]) -> frozenset[str]:
+def hidden_tensors(proto: ModelProto, types: Mapping[str, Inner]) -> frozenset[str]:
     """Return the tensors that cannot be exposed: in an If within a Loop or Scan, and of unknown sizes."""
     if not markers.has_bodies(proto):
         return frozenset()
-    around = _Places.of(proto).around
+    around = _EnclosingFrames.of(proto).around
     return frozenset(
-        n for n, inner in types.items() if not _can_be_shown([f.kind for f, _ in around.get(n, ())], inner)
+        n for n, inner in types.items() if not _can_be_exposed([f.kind for f, _ in around.get(n, ())], inner)
     )
 
 
-def _can_be_shown(kinds: list[str], inner: Inner) -> bool:
+def _can_be_exposed(kinds: list[str], inner: Inner) -> bool:
     """Return whether a tensor can be exposed: every If within a repetition can give zeros of known size instead."""
     first = next((k for k, kind in enumerate(kinds) if kind != "If"), len(kinds))
     if "If" not in kinds[first:]:
@@ -639,18 +639,18 @@ def _can_be_shown(kinds: list[str], inner: Inner) -> bool:
     return inner.sizes is not None and "If" not in kinds[first:last]
 
 
-def show(
+def expose_tensors(
     proto: ModelProto, types: Mapping[str, Inner], *, branches: bool = True
-) -> tuple[ModelProto, dict[str, Shown]]:
+) -> tuple[ModelProto, dict[str, ExposedTensor]]:
     """Expose inner tensors as results of the nodes around them; return the model and their outputs.
 
     Args:
         proto: the flat model.
-        types: facts of the tensors to expose, none of them ``hidden``; tensors outside of bodies are left out.
+        types: facts of the tensors to expose, none of them ``hidden_tensors``; tensors outside of bodies are left out.
         branches: whether to expose them outside of every If; False: where the outermost Loop or Scan around them runs.
     """
-    around = _Places.of(proto).around if markers.has_bodies(proto) else {}
-    shown: dict[str, Shown] = {}
+    around = _EnclosingFrames.of(proto).around if markers.has_bodies(proto) else {}
+    shown: dict[str, ExposedTensor] = {}
     before: dict[int, list[NodeProto]] = {}
     for name, (kind, rank, sizes) in types.items():
         current, stacked = name, 0
@@ -679,7 +679,7 @@ def show(
                 stacked += 1
             before.setdefault(frame.close, []).append(marker)
             current = output
-            shown[name] = Shown(output, stacked)
+            shown[name] = ExposedTensor(output, stacked)
     if not shown:
         return proto, shown
     model = ModelProto()

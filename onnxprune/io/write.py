@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.io import files
 from onnxprune.io.skeleton import without_data, without_graph, without_initializers
-from onnxprune.io.subgraphs import close_bodies
+from onnxprune.io.subgraphs import outline_bodies
 from onnxprune.io.weights import FileWeight, Weight, sparse_form, to_proto
 from onnxprune.io.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, prefix
 
@@ -161,12 +161,12 @@ def save(
 
 def data_path(path: Path) -> Path:
     """Return the path of the external data of the model at ``path``."""
-    return files.beside(path, ".data")
+    return files.append_suffix(path, ".data")
 
 
 def _closed(skeleton: ModelProto, weights: Mapping[str, Weight]) -> tuple[ModelProto, Mapping[str, Weight]]:
     """Return the model in its written form: bodies in their nodes, unchanged sparse weights in their own list."""
-    skeleton, weights = close_bodies(skeleton, weights)
+    skeleton, weights = outline_bodies(skeleton, weights)
     sparse = {name: form for name, weight in weights.items() if (form := sparse_form(weight)) is not None}
     if not sparse:
         return skeleton, weights

@@ -21,11 +21,11 @@ from onnxprune.operators.contraction import contract
 from onnxprune.operators.contractions import Form, Pairwise, Windows
 from onnxprune.operators.registry import Read, Rule, register
 
-Part = tuple[Labels, Shape]
+LabelledTensor = tuple[Labels, Shape]
 """Labels and shape of queries, keys or values, laid out [batch, sequence, heads, head size]."""
 
 
-def to_heads(step: Step, labels: Labels, shape: Shape, heads: int) -> Part:
+def to_heads(step: Step, labels: Labels, shape: Shape, heads: int) -> LabelledTensor:
     """Reshape [..., heads * size] to [..., heads, size]; of [batch, heads, sequence, size] swap the middle axes."""
     if len(shape) == 4:
         return algebra.transpose(labels, (0, 2, 1, 3)), (shape[0], shape[2], shape[1], shape[3])
@@ -36,7 +36,7 @@ def to_heads(step: Step, labels: Labels, shape: Shape, heads: int) -> Part:
     return _viewed(step, labels, (*shape[:-1], width), (*shape[:-1], heads, width // heads))
 
 
-def _viewed(step: Step, labels: Labels, before: Shape, after: Shape) -> Part:
+def _viewed(step: Step, labels: Labels, before: Shape, after: Shape) -> LabelledTensor:
     """Reshape the trailing axes alone; the leading ones may depend on the data."""
     num_leading = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
     for axis in range(num_leading):
@@ -52,7 +52,7 @@ def _viewed(step: Step, labels: Labels, before: Shape, after: Shape) -> Part:
     return reshaped, after
 
 
-def repeated(step: Step, part: Part, times: int) -> Part:
+def repeat_heads(step: Step, part: LabelledTensor, times: int) -> LabelledTensor:
     """Repeat keys or values that have fewer heads than the queries: each head serves ``times`` consecutive queries."""
     labels, shape = part
     heads = covering(labels, 2)
@@ -64,7 +64,9 @@ def repeated(step: Step, part: Part, times: int) -> Part:
     return repeated_labels, (*shape[:2], int(shape[2] or 0) * times, shape[3])
 
 
-def attend(step: Step, q: Part, k: Part, v: Part, bias: Part | None = None) -> tuple[Labels, Labels]:
+def attend(
+    step: Step, q: LabelledTensor, k: LabelledTensor, v: LabelledTensor, bias: LabelledTensor | None = None
+) -> tuple[Labels, Labels]:
     """Return labels of the scores [batch, heads, query, key] and of the result [batch, query, heads, size].
 
     Head sizes of queries and keys are united and summed over; a head is pruned with its query, key, value and bias.
@@ -84,13 +86,13 @@ def attend(step: Step, q: Part, k: Part, v: Part, bias: Part | None = None) -> t
     return scores, contract(step, [(scores, (1, qs[2], 1, 1), "bhsl"), (vl, vs, "blhv")], "bshv")
 
 
-def as_rank_4(labels: Labels, shape: Shape) -> Part:
+def as_rank_4(labels: Labels, shape: Shape) -> LabelledTensor:
     """Give a bias or mask that broadcasts against the scores all four axes."""
     shift = 4 - len(shape)
     return align(labels, shift), (*(1,) * shift, *shape)
 
 
-def flattened(step: Step, labels: Labels, heads: int, size: int) -> Labels:
+def flatten_heads(step: Step, labels: Labels, heads: int, size: int) -> Labels:
     """Merge [1, 1, heads, size] into [1, 1, heads * size]."""
     return algebra.reshape(step.atoms, labels, (1, 1, heads, size), (1, 1, heads * size), step.reason)
 
@@ -100,7 +102,7 @@ def by_head(labels: Labels) -> Labels:
     return algebra.transpose(labels, (0, 2, 1, 3))
 
 
-def with_past(step: Step, part: Part, past: int) -> Part:
+def with_past(step: Step, part: LabelledTensor, past: int) -> LabelledTensor:
     """Append keys or values to cached ones [batch, heads, past, size], which share their channels."""
     if not step.has(past):
         return part
@@ -117,7 +119,7 @@ def along_heads(step: Step, labels: Labels) -> Labels:
     return labels
 
 
-def heads_left(cut: Cut, i: int, heads: int, start: int = 0, stop: int | None = None) -> tuple[int, int]:
+def count_heads(cut: Cut, i: int, heads: int, start: int = 0, stop: int | None = None) -> tuple[int, int]:
     """Return (heads, head size) of ``start:stop`` on the last axis of input ``i`` after pruning."""
     name, shape = cut.node.inputs[i], cut.before.shape(i)
     if len(shape) == 4:
@@ -142,10 +144,12 @@ class Heads(Rule):
         if before != after and not cut.attr("scale", 0.0):
             cut.set_attr("scale", 1.0 / float(np.sqrt(before)))
 
-    def results(self, step: Step, out: Labels, shape: Shape, k: Part, v: Part, scores: Labels) -> None:
+    def results(
+        self, step: Step, out: Labels, shape: Shape, k: LabelledTensor, v: LabelledTensor, scores: Labels
+    ) -> None:
         """Set the labels of the output and, where requested, of the caches (1, 2) and the scores (3)."""
         flat = len(step.out_shape()) == 3
-        step.set(0, flattened(step, out, int(shape[0] or 0), int(shape[1] or 0)) if flat else by_head(out))
+        step.set(0, flatten_heads(step, out, int(shape[0] or 0), int(shape[1] or 0)) if flat else by_head(out))
         step.set(1, by_head(k[0]))
         step.set(2, by_head(v[0]))
         step.set(3, scores)
@@ -187,7 +191,7 @@ class Attention(Heads):
                 step.fix(labels, 3, Reason.ROTARY, "rotary positions pair these channels")
         bias = as_rank_4(step.labels(5), step.shape(5)) if step.has(5) else None
         _, out = attend(step, q, k, v, bias)
-        step.set(0, flattened(step, out, heads, int(v[1][3] or 0)))
+        step.set(0, flatten_heads(step, out, heads, int(v[1][3] or 0)))
 
     def rewrite(self, cut: Cut) -> None:
         """Update the number of heads, the sizes of the three parts, and the scale."""
@@ -195,7 +199,7 @@ class Attention(Heads):
             return
         heads = int(cut.attr("num_heads"))
         parts = self._parts(cut.before)
-        remaining = [heads_left(cut, 1, heads, *part) for part in parts]
+        remaining = [count_heads(cut, 1, heads, *part) for part in parts]
         sizes = [n * size for n, size in remaining]
         cut.set_attr("num_heads", remaining[0][0])
         if "qkv_hidden_sizes" in cut.node.attrs or len(set(sizes)) > 1:
@@ -249,10 +253,10 @@ class MultiHeadAttention(Heads):
         self.results(step, out, v[1][2:], k, v, scores)
 
     @staticmethod
-    def _packed(step: Step) -> tuple[Part, Part, Part]:
+    def _packed(step: Step) -> tuple[LabelledTensor, LabelledTensor, LabelledTensor]:
         """Split packed [B, S, heads, 3, size], or queries and packed keys and values [B, S, heads, 2, size]."""
 
-        def one(i: int, at: int) -> Part:
+        def one(i: int, at: int) -> LabelledTensor:
             labels = algebra.remove_axis(step.take(step.labels(i), 3, np.array([at])), 3)
             shape = step.shape(i)
             return labels, (*shape[:3], shape[4])
@@ -261,7 +265,9 @@ class MultiHeadAttention(Heads):
             return one(0, 0), one(0, 1), one(0, 2)
         return to_heads(step, step.labels(0), step.shape(0), step.shape(1)[2]), one(1, 0), one(1, 1)
 
-    def _biased(self, step: Step, heads: int, *parts: Part) -> tuple[Part, Part, Part]:
+    def _biased(
+        self, step: Step, heads: int, *parts: LabelledTensor
+    ) -> tuple[LabelledTensor, LabelledTensor, LabelledTensor]:
         """Add the bias [Q + K + V] to queries, keys and values."""
         result, start = [], 0
         for labels, shape in parts:
@@ -277,7 +283,7 @@ class MultiHeadAttention(Heads):
         heads, shape = int(cut.attr("num_heads")), cut.before.shape(0)
         if not cut.touched():
             return
-        num_heads, size = cut.shape(0)[2::2] if len(shape) == 5 else heads_left(cut, 0, heads)
+        num_heads, size = cut.shape(0)[2::2] if len(shape) == 5 else count_heads(cut, 0, heads)
         cut.set_attr("num_heads", num_heads)
         self.set_scale(cut, shape[4] if len(shape) == 5 else shape[-1] // heads, size)
 
@@ -323,7 +329,7 @@ class OnnxAttention(Heads):
         q, k, v = (to_heads(step, step.labels(i), step.shape(i), n) for i, n in enumerate((heads, kv, kv)))
         k, v = with_past(step, k, 4), with_past(step, v, 5)
         bias = as_rank_4(step.labels(3), step.shape(3)) if step.has(3) else None
-        scores, out = attend(step, q, repeated(step, k, heads // kv), repeated(step, v, heads // kv), bias)
+        scores, out = attend(step, q, repeat_heads(step, k, heads // kv), repeat_heads(step, v, heads // kv), bias)
         self.results(step, out, (heads, v[1][3]), k, v, scores)
 
     def rewrite(self, cut: Cut) -> None:
@@ -331,10 +337,10 @@ class OnnxAttention(Heads):
         if not cut.touched():
             return
         heads, kv = self._heads(cut.before)
-        num_heads, size = heads_left(cut, 0, heads)
+        num_heads, size = count_heads(cut, 0, heads)
         if len(cut.before.shape(0)) == 3:
             cut.set_attr("q_num_heads", num_heads)
-            cut.set_attr("kv_num_heads", heads_left(cut, 1, kv)[0])
+            cut.set_attr("kv_num_heads", count_heads(cut, 1, kv)[0])
         before = cut.before.shape(0)[-1] // (heads if len(cut.before.shape(0)) == 3 else 1)
         self.set_scale(cut, before, size)
 
@@ -371,7 +377,7 @@ class GroupQueryAttention(Rule):
                 self._beside(step, i, axis, groups, heads)
         if groups is not None:
             group_label = Label(groups.reshape(1, 1, heads, 1), 2)
-            step.set(0, flattened(step, (group_label,), heads, size))
+            step.set(0, flatten_heads(step, (group_label,), heads, size))
         step.set(1, by_head(k[0]))
         step.set(2, by_head(v[0]))
 
@@ -380,7 +386,7 @@ class GroupQueryAttention(Rule):
         return step.shape(0)[2] // (heads if step.has(1) else heads + 2 * kv)
 
     @staticmethod
-    def _parts(step: Step, heads: int, kv: int, size: int) -> list[Part]:
+    def _parts(step: Step, heads: int, kv: int, size: int) -> list[LabelledTensor]:
         result, start = [], 0
         for i, n in enumerate((heads, kv, kv)):
             packed = not step.has(1)
@@ -435,8 +441,8 @@ class GroupQueryAttention(Rule):
         size = self._size(cut.before, heads, kv)
         packed = not cut.before.has(1)
         first = cut.before.shape(0)[2] - (2 * kv * size if packed else 0)
-        remaining = heads_left(cut, 0, heads, 0, first)
-        other = heads_left(cut, 0, kv, first, first + kv * size) if packed else heads_left(cut, 1, kv)
+        remaining = count_heads(cut, 0, heads, 0, first)
+        other = count_heads(cut, 0, kv, first, first + kv * size) if packed else count_heads(cut, 1, kv)
         if remaining[1] != size or other[1] != size:
             cut.fail("a head would lose a part of its channels")
         cut.set_attr("num_heads", remaining[0])
@@ -487,7 +493,7 @@ class RotaryEmbedding(Rule):
         """Update the number of heads, where the node has it as an attribute."""
         heads = int(cut.attr("num_heads", 0))
         if heads and cut.touched():
-            num_heads, size = heads_left(cut, 0, heads)
+            num_heads, size = count_heads(cut, 0, heads)
             if len(cut.before.shape(0)) == 3 and size != cut.before.shape(0)[2] // heads:
                 cut.fail("a head would lose a part of its channels")
             cut.set_attr("num_heads", num_heads)
@@ -538,7 +544,7 @@ class QAttention(Attention):
         step.unite(
             None if keys is None else keys.ids, None if values is None else values.ids, "the size that all three have"
         )
-        step.set(0, flattened(step, out, heads, int(v[1][3] or 0)))
+        step.set(0, flatten_heads(step, out, heads, int(v[1][3] or 0)))
 
     @staticmethod
     def _weight(step: Step) -> tuple[Labels, Shape, str]:
@@ -574,7 +580,7 @@ class PackedAttention(Attention):
         )
         bias = as_rank_4(step.labels(5), step.shape(5)) if step.has(5) else None
         _, out = attend(step, q, k, v, bias)
-        step.set(0, algebra.remove_axis(flattened(step, out, heads, int(v[1][3] or 0)), 0))
+        step.set(0, algebra.remove_axis(flatten_heads(step, out, heads, int(v[1][3] or 0)), 0))
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
         """Return the product of the input and the packed weight, before the split into heads."""
@@ -606,16 +612,16 @@ class PackedMultiHeadAttention(MultiHeadAttention):
         q, k, v = self._biased(step, heads, *parts) if step.has(3) else parts
         bias = as_rank_4(step.labels(6), step.shape(6)) if step.has(6) else None
         _, out = attend(step, q, k, v, bias)
-        step.set(0, algebra.remove_axis(flattened(step, out, heads, int(v[1][3] or 0)), 0))
+        step.set(0, algebra.remove_axis(flatten_heads(step, out, heads, int(v[1][3] or 0)), 0))
 
     @staticmethod
-    def _one(step: Step, at: int) -> Part:
+    def _one(step: Step, at: int) -> LabelledTensor:
         selected = algebra.remove_axis(step.take(step.labels(0), 2, np.array([at])), 2)
         tokens, heads, _, size = step.shape(0)
         return algebra.insert_axis(selected, 0), (1, tokens, heads, size)
 
     @staticmethod
-    def _apart(step: Step, i: int, heads: int) -> Part:
+    def _apart(step: Step, i: int, heads: int) -> LabelledTensor:
         return to_heads(step, algebra.insert_axis(step.labels(i), 0), (1, *step.shape(i)), heads)
 
     def rewrite(self, cut: Cut) -> None:
@@ -623,7 +629,7 @@ class PackedMultiHeadAttention(MultiHeadAttention):
         heads, shape = int(cut.attr("num_heads")), cut.before.shape(0)
         if not cut.touched():
             return
-        num_heads, size = heads_left(cut, 0, heads)
+        num_heads, size = count_heads(cut, 0, heads)
         cut.set_attr("num_heads", num_heads)
         self.set_scale(cut, shape[-1] if len(shape) == 4 else shape[-1] // heads, size)
 
@@ -683,16 +689,18 @@ class LinearAttention(Heads):
             return
         q, k, v = (to_heads(step, step.labels(i), step.shape(i), n) for i, n in ((0, heads), (1, kv), (2, kv)))
         gates = [self._gate(step, i, kv) for i in (4, 5) if step.has(i)]
-        keys_and_gates = [part if part[1][2] == 1 < kv else repeated(step, part, heads // kv) for part in (k, *gates)]
+        keys_and_gates = [
+            part if part[1][2] == 1 < kv else repeat_heads(step, part, heads // kv) for part in (k, *gates)
+        ]
         operands = [(along_heads(step, labels), (1, 1, *shape[2:]), "bthd") for labels, shape in (q, *keys_and_gates)]
         rows: Shape = (1, 1, heads)
         joint = contract(step, operands, "bth")
-        labels, shape = repeated(step, v, heads // kv)
+        labels, shape = repeat_heads(step, v, heads // kv)
         value_operands = [(joint, rows, "bth"), (along_heads(step, labels), (1, 1, *shape[2:]), "bthv")]
-        step.set(0, flattened(step, contract(step, value_operands, "bthv"), heads, int(v[1][3] or 0)))
+        step.set(0, flatten_heads(step, contract(step, value_operands, "bthv"), heads, int(v[1][3] or 0)))
 
     @staticmethod
-    def _gate(step: Step, i: int, heads: int) -> Part:
+    def _gate(step: Step, i: int, heads: int) -> LabelledTensor:
         """Return labels of a decay or rate: one value per key channel, one per head, or a single value for all."""
         labels, shape = step.labels(i), step.shape(i)
         if shape[2] not in (1, heads):
@@ -712,9 +720,9 @@ class LinearAttention(Heads):
         if not cut.touched():
             return
         heads, kv = self._heads(cut.before)
-        num_heads, size = heads_left(cut, 0, heads)
+        num_heads, size = count_heads(cut, 0, heads)
         cut.set_attr("q_num_heads", num_heads)
-        cut.set_attr("kv_num_heads", heads_left(cut, 1, kv)[0])
+        cut.set_attr("kv_num_heads", count_heads(cut, 1, kv)[0])
         self.set_scale(cut, cut.before.shape(0)[2] // heads, size)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:

@@ -77,7 +77,7 @@ def letter_macs(terms: Sequence[str], shapes: Sequence[Any]) -> Any:
     return prod(sizes.values())
 
 
-def made_axis(terms: Sequence[str], out: str, weight: int) -> int | None:
+def output_channel_axis(terms: Sequence[str], out: str, weight: int) -> int | None:
     """Return the axis of ``out`` that the weight alone contributes, the last of several; None where there is none."""
     others = "".join(term for i, term in enumerate(terms) if i != weight)
     axes = [axis for axis, c in enumerate(out) if c in terms[weight] and c not in others]
@@ -110,7 +110,7 @@ class MatMul(Rule):
         if a is None or b is None:
             return rank - 1
         left, right, out = self.node_terms(node, len(a), len(b))
-        return made_axis((left, right), out, weight)
+        return output_channel_axis((left, right), out, weight)
 
     def propagate(self, step: Step) -> None:
         """Contract over ``k``."""
@@ -248,7 +248,7 @@ class Einsum(Rule):
         if any(s is None for s in shapes):
             return rank - 1
         terms, out = self.node_terms(node, [len(s) for s in shapes])
-        return made_axis(terms, out, weight)
+        return output_channel_axis(terms, out, weight)
 
     def propagate(self, step: Step) -> None:
         """Contract over the letters that are missing in the output."""

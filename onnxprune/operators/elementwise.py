@@ -11,7 +11,7 @@ from onnxprune.graph.view import Node
 from onnxprune.io.elements import DTYPES
 from onnxprune.labels.algebra import Shape
 from onnxprune.operators.context import Step
-from onnxprune.operators.operands import Values, given
+from onnxprune.operators.operands import Values, require_value
 from onnxprune.operators.registry import Array, Inverse, Move, Read, Rule, Scaling, register
 from onnxprune.operators.sizes import broadcast_shapes
 
@@ -144,7 +144,7 @@ class Mod(Elementwise):
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's mod or fmod."""
-        return (np.fmod if node.attrs.get("fmod", 0) else np.mod)(given(values, 0), given(values, 1))
+        return (np.fmod if node.attrs.get("fmod", 0) else np.mod)(require_value(values, 0), require_value(values, 1))
 
 
 class Relu(Elementwise):
@@ -225,7 +225,7 @@ class Cast(Elementwise):
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's cast."""
-        return given(values, 0).astype(DTYPES[node.attrs["to"]])
+        return require_value(values, 0).astype(DTYPES[node.attrs["to"]])
 
 
 class CastLike(Cast):

@@ -19,7 +19,15 @@ from onnxprune.labels.algebra import align, broadcast
 from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step
-from onnxprune.operators.operands import Values, axis_of, given, listed, needed, where_known, whole_numbers
+from onnxprune.operators.operands import (
+    Values,
+    axis_of,
+    read_integers,
+    require_integers,
+    require_value,
+    where_known,
+    whole_numbers,
+)
 from onnxprune.operators.registry import Move, Rule, register
 
 
@@ -70,7 +78,9 @@ class Gather(Rule):
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's take."""
-        return given(values, 0).take(given(values, 1).astype(np.int64, copy=False), axis=node.attrs.get("axis", 0))
+        return require_value(values, 0).take(
+            require_value(values, 1).astype(np.int64, copy=False), axis=node.attrs.get("axis", 0)
+        )
 
 
 class Shape(Rule):
@@ -113,12 +123,12 @@ class Fill(Rule):
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return the value of the shape operand."""
-        return [tuple(needed(listed(node, values, 0, "", 1)))]
+        return [tuple(require_integers(read_integers(node, values, 0, "", 1)))]
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Fill an array with the value."""
         fill = node.attrs.get("value", np.zeros(1, np.float32))
-        return np.full(whole_numbers(given(values, 0)), np.ravel(fill)[0], dtype=fill.dtype)
+        return np.full(whole_numbers(require_value(values, 0)), np.ravel(fill)[0], dtype=fill.dtype)
 
 
 class Unlabelled(Rule):
@@ -136,12 +146,12 @@ class Range(Unlabelled):
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return the number of steps."""
-        start, end, step = (float(given(values, i).item()) for i in range(3))
+        start, end, step = (float(require_value(values, i).item()) for i in range(3))
         return [(max(math.ceil((end - start) / step), 0),)]
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's arange, in the start's type."""
-        start, end, step = (given(values, i) for i in range(3))
+        start, end, step = (require_value(values, i) for i in range(3))
         return np.arange(start.item(), end.item(), step.item(), dtype=start.dtype)
 
 

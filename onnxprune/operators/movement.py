@@ -19,11 +19,11 @@ from onnxprune.operators.operands import (
     Values,
     axes_of,
     axis_of,
-    given,
-    joined,
-    listed,
-    needed,
-    resolved,
+    broadcast_sizes,
+    read_integers,
+    require_integers,
+    require_value,
+    resolve_sizes,
     slice_of,
     where_known,
     whole_numbers,
@@ -57,7 +57,7 @@ class Transpose(Rule):
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's transpose."""
-        return np.transpose(given(values, 0), node.attrs.get("perm"))
+        return np.transpose(require_value(values, 0), node.attrs.get("perm"))
 
 
 class SameData(Rule):
@@ -90,13 +90,13 @@ class Reshape(SameData):
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return the resolved target, where it fits."""
-        target = needed(listed(node, values, 1, "shape", 5))
-        return [resolved(target, shapes[0], node.attrs.get("allowzero", 0))]
+        target = require_integers(read_integers(node, values, 1, "shape", 5))
+        return [resolve_sizes(target, shapes[0], node.attrs.get("allowzero", 0))]
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's reshape."""
-        data, zero = given(values, 0), not node.attrs.get("allowzero", 0)
-        target = whole_numbers(given(values, 1))
+        data, zero = require_value(values, 0), not node.attrs.get("allowzero", 0)
+        target = whole_numbers(require_value(values, 1))
         return data.reshape([data.shape[i] if (d == 0 and zero) else d for i, d in enumerate(target)])
 
 
@@ -119,13 +119,13 @@ class Squeeze(SameData):
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return the shape without the given axes, or without all axes of size 1."""
-        axes, shape = listed(node, values, 1, "axes", 13), shapes[0]
+        axes, shape = read_integers(node, values, 1, "axes", 13), shapes[0]
         out = {i for i, n in enumerate(shape) if n == 1} if axes is None else {axis_of(a, len(shape)) for a in axes}
         return None if any(shape[a] != 1 for a in out) else [tuple(n for i, n in enumerate(shape) if i not in out)]
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's squeeze."""
-        return np.squeeze(given(values, 0), axis=axes_of(node, values))
+        return np.squeeze(require_value(values, 0), axis=axes_of(node, values))
 
 
 class Unsqueeze(SameData):
@@ -134,14 +134,14 @@ class Unsqueeze(SameData):
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return the shape with 1 at the given axes, which count in the result."""
-        axes = needed(listed(node, values, 1, "axes", 13))
+        axes = require_integers(read_integers(node, values, 1, "axes", 13))
         rank = len(shapes[0]) + len(axes)
         new, sizes = {axis_of(a, rank) for a in axes}, iter(shapes[0])
         return None if len(new) != len(axes) else [tuple(1 if i in new else next(sizes) for i in range(rank))]
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Reshape the value."""
-        axes, data = axes_of(node, values) or (), given(values, 0)
+        axes, data = axes_of(node, values) or (), require_value(values, 0)
         rank = data.ndim + len(axes)
         new, sizes = {a % rank for a in axes}, iter(data.shape)
         return data.reshape([1 if i in new else next(sizes) for i in range(rank)])
@@ -192,11 +192,11 @@ class Expand(Rule):
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return the broadcast shape of data and target."""
-        return [joined((shapes[0], tuple(needed(listed(node, values, 1, "", 1)))))]
+        return [broadcast_sizes((shapes[0], tuple(require_integers(read_integers(node, values, 1, "", 1)))))]
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's broadcasting."""
-        data, target = given(values, 0), whole_numbers(given(values, 1))
+        data, target = require_value(values, 0), whole_numbers(require_value(values, 1))
         return np.broadcast_to(data, np.broadcast_shapes(data.shape, tuple(target)))
 
 
@@ -243,12 +243,12 @@ class Tile(Rule):
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return sizes times repeats."""
-        repeats = needed(listed(node, values, 1, "", 6))
+        repeats = require_integers(read_integers(node, values, 1, "", 6))
         return [tuple(n * r for n, r in zip(shapes[0], repeats, strict=True))]
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's tile."""
-        return np.tile(given(values, 0), whole_numbers(given(values, 1)))
+        return np.tile(require_value(values, 0), whole_numbers(require_value(values, 1)))
 
 
 class Concat(Rule):
@@ -274,7 +274,7 @@ class Concat(Rule):
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's concatenate."""
-        return np.concatenate([given(values, i) for i in range(len(values))], axis=node.attrs["axis"])
+        return np.concatenate([require_value(values, i) for i in range(len(values))], axis=node.attrs["axis"])
 
 
 register("", "Transpose", rule=Transpose())
@@ -334,7 +334,7 @@ class Split(Rule):
         """Return sizes as given, else equal parts, the last of which may be smaller."""
         axis, count = axis_of(node.attrs.get("axis", 0), len(shapes[0])), len(node.outputs)
         axis_size = shapes[0][axis]
-        sizes = listed(node, values, 1, "split", 13)
+        sizes = read_integers(node, values, 1, "split", 13)
         if sizes is None:
             if axis_size % count and node.version < 18:
                 return None
@@ -344,7 +344,7 @@ class Split(Rule):
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's split."""
-        data, axis = given(values, 0), node.attrs.get("axis", 0)
+        data, axis = require_value(values, 0), node.attrs.get("axis", 0)
         sizes: Any = values[1] if len(values) > 1 and values[1] is not None else node.attrs.get("split")
         if sizes is None:
             count = len(node.outputs)
@@ -470,9 +470,11 @@ class Slice(Rule):
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return the number of positions in each range."""
-        starts, ends = (needed(listed(node, values, i, n, 10)) for i, n in ((1, "starts"), (2, "ends")))
-        axes = listed(node, values, 3, "axes", 10) or list(range(len(starts)))
-        steps = (None if node.version < 10 else listed(node, values, 4, "steps", 10)) or [1] * len(starts)
+        starts, ends = (
+            require_integers(read_integers(node, values, i, n, 10)) for i, n in ((1, "starts"), (2, "ends"))
+        )
+        axes = read_integers(node, values, 3, "axes", 10) or list(range(len(starts)))
+        steps = (None if node.version < 10 else read_integers(node, values, 4, "steps", 10)) or [1] * len(starts)
         result = list(shapes[0])
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
             a = axis_of(axis, len(result))
@@ -481,12 +483,12 @@ class Slice(Rule):
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply numpy's slices."""
-        data = given(values, 0)
+        data = require_value(values, 0)
         if node.version < 10:
             starts, ends = node.attrs["starts"], node.attrs["ends"]
             axes, steps = node.attrs.get("axes", range(len(starts))), [1] * len(starts)
         else:
-            starts, ends = whole_numbers(given(values, 1)), whole_numbers(given(values, 2))
+            starts, ends = whole_numbers(require_value(values, 1)), whole_numbers(require_value(values, 2))
             operands = [*values[3:], None, None]
             axes = range(len(starts)) if operands[0] is None else whole_numbers(operands[0])
             steps = [1] * len(starts) if operands[1] is None else whole_numbers(operands[1])
@@ -604,9 +606,9 @@ class Pad(Rule):
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return sizes plus padding."""
-        pads = needed(listed(node, values, 1, "pads", 11))
+        pads = require_integers(read_integers(node, values, 1, "pads", 11))
         rank = len(shapes[0])
-        axes = (listed(node, values, 3, "", 1) if node.version >= 18 else None) or list(range(rank))
+        axes = (read_integers(node, values, 3, "", 1) if node.version >= 18 else None) or list(range(rank))
         result = list(shapes[0])
         for k, axis in enumerate(axes):
             result[axis_of(axis, rank)] += pads[k] + pads[k + len(axes)]

@@ -16,7 +16,7 @@ from onnxprune.labels.label import Labels
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.contractions import Form, Scale
 from onnxprune.operators.elementwise import divided
-from onnxprune.operators.operands import Values, axes_of, axis_of, given, listed, where_known
+from onnxprune.operators.operands import Values, axes_of, axis_of, read_integers, require_value, where_known
 from onnxprune.operators.registry import Array, Inverse, Read, Rule, register
 
 _REDUCTIONS: dict[str, Callable[..., Any]] = {
@@ -351,7 +351,7 @@ class Reduce(Rule):
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return the shape without the reduced axes, or with size 1 there."""
         shape, since = shapes[0], 13 if node.op == "ReduceSum" else 18
-        axes = listed(node, values, 1, "axes", since)
+        axes = read_integers(node, values, 1, "axes", since)
         if not axes:
             if node.version >= since and node.attrs.get("noop_with_empty_axes", 0):
                 return [shape]
@@ -369,7 +369,7 @@ class Reduce(Rule):
         axes = axes_of(node, values)
         if axes is None and node.attrs.get("noop_with_empty_axes", 0):
             return values[0]
-        return np.asarray(function(given(values, 0), axis=axes, keepdims=bool(node.attrs.get("keepdims", 1))))
+        return np.asarray(function(require_value(values, 0), axis=axes, keepdims=bool(node.attrs.get("keepdims", 1))))
 
 
 class AlongAxes(Rule):

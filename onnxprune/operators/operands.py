@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 Values = Sequence["Array | None"]
 
 
-def given(values: Values, i: int) -> Array:
+def require_value(values: Values, i: int) -> Array:
     """Return the value of an input that the operator always has.
 
     Raises:
@@ -35,7 +35,7 @@ def whole_numbers(value: Array) -> list[int]:
     return [int(n) for n in value.ravel().tolist()]
 
 
-def listed(node: Node, values: Values, position: int, name: str, since: int) -> list[int] | None:
+def read_integers(node: Node, values: Values, position: int, name: str, since: int) -> list[int] | None:
     """Return numbers that are an operand from opset ``since`` on and an attribute before; None where there are none.
 
     Raises:
@@ -46,10 +46,10 @@ def listed(node: Node, values: Values, position: int, name: str, since: int) -> 
         return None if attribute is None else list(attribute)
     if len(node.inputs) <= position or not node.inputs[position]:
         return None
-    return whole_numbers(given(values, position))
+    return whole_numbers(require_value(values, position))
 
 
-def needed(value: list[int] | None) -> list[int]:
+def require_integers(value: list[int] | None) -> list[int]:
     """Return the numbers; raises ValueError where there are none."""
     if value is None:
         raise ValueError("a needed operand is absent")
@@ -72,7 +72,7 @@ def axis_of(axis: int, rank: int) -> int:
     return axis % rank
 
 
-def joined(shapes: Iterable[Shape]) -> Shape:
+def broadcast_sizes(shapes: Iterable[Shape]) -> Shape:
     """Broadcast shapes by numpy's rules; raises ValueError where they do not fit."""
     known = list(shapes)
     first = known[0]
@@ -108,7 +108,7 @@ def windows(node: Node, shape: Shape, kernel: Sequence[int]) -> Shape | None:
     return tuple([extent // stride + 1 for extent, stride in zip(extents, strides, strict=True)])
 
 
-def resolved(target: Sequence[int], source: Shape, allowzero: int) -> Shape:
+def resolve_sizes(target: Sequence[int], source: Shape, allowzero: int) -> Shape:
     """Resolve a Reshape target to a shape; raises ValueError where the target does not fit."""
     sizes = [source[i] if d == 0 and not allowzero else d for i, d in enumerate(target)]
     known_product = math.prod(d for d in sizes if d != -1)

@@ -19,7 +19,7 @@ from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Labels, along
 from onnxprune.operators.codes import NARROW, PACKED_BITS, numbers, pack, unpack
 from onnxprune.operators.context import Cut, Step
-from onnxprune.operators.contraction import contract, made_axis, matmul_terms, product_form
+from onnxprune.operators.contraction import contract, matmul_terms, output_channel_axis, product_form
 from onnxprune.operators.contractions import Blocks, Form, Windows
 from onnxprune.operators.convolution import Conv, window_settings
 from onnxprune.operators.elementwise import Elementwise
@@ -229,7 +229,7 @@ class IntegerMatMul(Rule):
         if a is None or b is None:
             return rank - 1
         left, right, out = self.terms(node, len(a), len(b))
-        return made_axis((left, right), out, 0 if weight == self.a else 1)
+        return output_channel_axis((left, right), out, 0 if weight == self.a else 1)
 
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
         """Dequantise; scale and zero point are scalars, or one per row of ``a``, or one per column of ``b``."""

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from onnxprune.channels.plan import Plan
-from onnxprune.channels.selection import atoms_removed, make_plan, read_plan
+from onnxprune.channels.selection import make_plan, read_plan, removed_atoms
 from onnxprune.errors import UsageError, argument
 from onnxprune.graph.view import Graph
 from onnxprune.io.read import load
@@ -52,7 +52,7 @@ class Adopt(Pass):
                 hint=f"Prune the original again with {argument('plan')} and {argument('data')}, which recovers it.",
             )
         analysis, chosen = read_plan(model.analysis, self.plan)
-        removed = atoms_removed(analysis.units, chosen)
+        removed = removed_atoms(analysis.units, chosen)
         with context.stage("compare"):
             loaded = load(self.cut)
             try:

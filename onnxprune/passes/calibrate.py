@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.groups import Group
-from onnxprune.channels.survivors import After
+from onnxprune.channels.survivors import Survivors
 from onnxprune.graph.view import Graph
 from onnxprune.importance import statistics
 from onnxprune.importance.slots import CapturedMaps, ContractionInput, Targets, contraction_inputs
-from onnxprune.io.subgraphs import hidden
+from onnxprune.io.subgraphs import hidden_tensors
 from onnxprune.operators.contractions import Form, pick, rows_per_sample
 from onnxprune.operators.registry import lookup
 from onnxprune.passes.calibration import CalibrationBatches
@@ -64,8 +64,8 @@ def captured_maps(
     whole = removed is None or not removed.any()
     graph = analysis.graph
     model = (graph.proto, graph.weights) if whole or removed is None else cut(analysis.table, removed)
-    types = inside(analysis, None if whole or removed is None else After(analysis.table, removed).shape)
-    unseen = hidden(analysis.graph.proto, types)
+    types = inside(analysis, None if whole or removed is None else Survivors(analysis.table, removed).shape)
+    unseen = hidden_tensors(analysis.graph.proto, types)
     found = [
         s for s in found if not unseen & {s.tensor, *(s.partner or ("",))[:1], *(name for name, _ in s.conditions)}
     ]
@@ -101,7 +101,7 @@ def _forms_after(
     analysis: Analysis, found: Sequence[ContractionInput], proto: onnx.ModelProto, removed: NDArray[np.bool_]
 ) -> dict[tuple[int, int], Form | None]:
     """Return the forms of the contractions in the pruned model, which may have fewer convolution groups."""
-    after = After(analysis.table, removed)
+    after = Survivors(analysis.table, removed)
     by_output = {node.outputs[0]: node for node in Graph.of(proto, {}).nodes if node.outputs}
     result: dict[tuple[int, int], Form | None] = {}
     for site in found:

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.survivors import After
+from onnxprune.channels.survivors import Survivors
 from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph
 from onnxprune.io import markers
-from onnxprune.io.subgraphs import Inner, Size, hidden
+from onnxprune.io.subgraphs import Inner, Size, hidden_tensors
 from onnxprune.io.weights import Weight
 from onnxprune.pipeline import Context, Model
 from onnxprune.recovery.targets import RecoveryTarget
-from onnxprune.runtime.capture import Way, reaches, takes
+from onnxprune.runtime.capture import BranchAssignment, runs_bodies, runs_node
 from onnxprune.runtime.sessions import Array
 
 Get = Callable[[str, int], Array]
@@ -25,7 +25,7 @@ Get = Callable[[str, int], Array]
 def comparable_tensors(context: Context, model: Model) -> Iterator[str]:
     """Activations of the original whose values can be had, and which the model that was pruned has too."""
     full, graph = context.analysis.graph, model.analysis.graph
-    unseen = hidden(full.proto, inside(model.analysis))
+    unseen = hidden_tensors(full.proto, inside(model.analysis))
     for node in full.nodes:
         # Shapes of factorized layers in Loops are unknown.
         if not (model.is_factorized and markers.repeating(full.around[node.index]) is not None):
@@ -73,7 +73,7 @@ def _of_input(facts: Facts, sizes: list[int]) -> Size | None:
     return None
 
 
-def can_follow(analysis: Analysis, after: After, name: str) -> bool:
+def can_follow(analysis: Analysis, after: Survivors, name: str) -> bool:
     """Return whether survivors have the same positions at any batch size: not where heads and samples share an axis."""
     for axis, index in after.steps(name):
         axes = {axis} if index.ndim == 1 else {axis, *(a for a, n in enumerate(index.shape) if n > 1)}
@@ -82,7 +82,7 @@ def can_follow(analysis: Analysis, after: After, name: str) -> bool:
     return True
 
 
-def survivors(full: Get, after: After, name: str, batch: int) -> Array:
+def survivors(full: Get, after: Survivors, name: str, batch: int) -> Array:
     """Return the surviving channels of a tensor of the original."""
     value = full(name, batch)
     for axis, index in after.steps(name):
@@ -98,12 +98,12 @@ UNREACHED = "no calibration sample takes"
 NEVER = f"{UNREACHED} the branch around it"
 
 
-def untaken(graph: Graph, taken: Sequence[Way], aim: RecoveryTarget) -> str:
+def untaken(graph: Graph, taken: Sequence[BranchAssignment], aim: RecoveryTarget) -> str:
     """Return the reason of a layer that runs on no batch; empty for others."""
-    if any(takes(graph, aim.node.index, way) for way in taken):
+    if any(runs_node(graph, aim.node.index, way) for way in taken):
         return ""
     around = graph.around[aim.node.index]
-    branch = next(k for k in range(len(around)) if not any(reaches(graph, around[: k + 1], way) for way in taken))
+    branch = next(k for k in range(len(around)) if not any(runs_bodies(graph, around[: k + 1], way) for way in taken))
     node, side = graph.nodes[around[branch].start], around[branch].side
     which = "then" if side else "else"
     return f"{UNREACHED} the {which}-branch of If {node.label!r}, which it lies in"

@@ -10,10 +10,10 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import ModelError
 from onnxprune.graph.precision import epsilons, quantises
 from onnxprune.passes.workspace import Workspace
-from onnxprune.pruning.holding import MADE, SEEN, Holding, Survivors, whole
+from onnxprune.pruning.holding import MADE, SEEN, Holding, SurvivorSteps, whole
 from onnxprune.pruning.masked import Model
 from onnxprune.report.facts import Exactness
-from onnxprune.runtime.compare import Comparison, Rounding, compared
+from onnxprune.runtime.compare import Comparison, Rounding, compare_models
 from onnxprune.runtime.sessions import Feed, Openable, open_session, run
 
 
@@ -52,7 +52,7 @@ class Pair:
     other: Model
     kinds: Mapping[str, int]
     rounding: Rounding
-    survivors: Survivors = whole
+    survivors: SurvivorSteps = whole
     file: Openable | None = None
     final: Openable | None = None
 
@@ -67,7 +67,7 @@ class Pair:
             ModelError: the reference does not load or run.
         """
         with self._lent() as (one, other):
-            found = compared(one, other, feeds, self.rounding)
+            found = compare_models(one, other, feeds, self.rounding)
         if found.facts.passed is not False:
             return found
         holding = Holding(self.reference, self.other, self.kinds, self.survivors)
@@ -94,7 +94,7 @@ class Pair:
             firsts = [{**feed, **mine} for feed, (mine, _) in zip(feeds, pairs, strict=True)]
             seconds = [{**feed, **mine} for feed, (_, mine) in zip(feeds, pairs, strict=True)]
             with self.trial.lend(*one, "held") as a, self.trial.lend(*other, "held_too") as b:
-                found = compared(a, b, firsts, self.rounding, others=seconds)
+                found = compare_models(a, b, firsts, self.rounding, others=seconds)
         except (KeyError, ModelError):
             return None
         idle = {name: why for name, why in found.idle.items() if not name.endswith((SEEN, MADE))}

@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.selection import atoms_removed
+from onnxprune.channels.selection import removed_atoms
 from onnxprune.errors import ModelError, ValidationError
 from onnxprune.graph.facts import Probe, integer_bounds
 from onnxprune.graph.probes import input_specs
@@ -22,7 +22,15 @@ from onnxprune.passes.structure import check_file
 from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import SAME_REMOVAL, Context, Guarantee, Pass, PassResult
 from onnxprune.pipeline import Model as RunModel
-from onnxprune.pruning.masked import Model, Witnesses, force, masked_original, names_of, undecided, ways
+from onnxprune.pruning.masked import (
+    Model,
+    Witnesses,
+    branch_assignments,
+    branch_names,
+    force,
+    masked_original,
+    open_conditions,
+)
 from onnxprune.pruning.rewriting import cut
 from onnxprune.report.facts import Exactness
 from onnxprune.runtime import compare
@@ -163,7 +171,9 @@ class _Check:
             return self._in_floats(probe, masked, feed)
         if found.facts.passed and found.idle:
             with pair.lend_reference() as reference:
-                feeds += compare.waking(reference, found.idle, feeds, other_feeds(self.analysis, self.seed)(probe))
+                feeds += compare.find_varying_feeds(
+                    reference, found.idle, feeds, other_feeds(self.analysis, self.seed)(probe)
+                )
             if len(feeds) > 1:
                 found = pair.compared(feeds)
         if not found.facts.passed or not found.idle:
@@ -182,9 +192,9 @@ class _Check:
 
     def elsewhere(self, feeds: Sequence[Feed], worst: Exactness) -> Exactness:
         """Run every branch of an If and the body of every Loop, whatever the inputs select, and return the facts."""
-        found_open = undecided(self.analysis.graph, self.analysis.facts)
+        found_open = open_conditions(self.analysis.graph, self.analysis.facts)
         run, missed = set[tuple[str, bool]](), set[tuple[str, bool]]()
-        for way in ways(found_open):
+        for way in branch_assignments(found_open):
             for probe, feed in zip(self.analysis.facts.running, feeds, strict=False):
                 masked = masked_original(self.analysis.table, self.removed, probe)
                 try:
@@ -198,7 +208,7 @@ class _Check:
                     worst = found
                 if worst.passed is not True:
                     return worst
-        names = names_of(found_open, missed - run)
+        names = branch_names(found_open, missed - run)
         if names:
             said = f"could not be run at these sizes: {_some(names)}"
             worst.note = f"{worst.note}; {said}" if worst.note else said
@@ -210,7 +220,7 @@ class _Check:
         names = witnesses.upstream(found.idle)
         if names:
             with self.trial.lend(*witnesses.tapped(names), "tapped") as path:
-                names = witnesses.last(found.idle, compare.varying(path, feeds) & set(names))
+                names = witnesses.last(found.idle, compare.varying_outputs(path, feeds) & set(names))
         if not names:
             return found.said()
         reference, shrunk, new = witnesses.pair(names)
@@ -239,7 +249,7 @@ def _exact_part(analysis: Analysis, removed: NDArray[np.bool_]) -> tuple[NDArray
             chosen[mine] = True
         elif mine.size:
             skipped += 1
-    return (atoms_removed(units, chosen), skipped) if skipped else (removed, 0)
+    return (removed_atoms(units, chosen), skipped) if skipped else (removed, 0)
 
 
 PROVED = Guarantee("a proof of every removal", lambda _, after: not after.is_unproved)

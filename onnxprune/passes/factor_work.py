@@ -22,7 +22,7 @@ from onnxprune.factorization.settings import Request
 from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph, Node
 from onnxprune.importance import statistics
-from onnxprune.io.subgraphs import Inner, hidden
+from onnxprune.io.subgraphs import Inner, hidden_tensors
 from onnxprune.io.weights import Weight
 from onnxprune.labels.atoms import Reason
 from onnxprune.operators.contractions import Form, rows_per_sample
@@ -208,7 +208,7 @@ def input_moments(
     # A model that was pruned meanwhile has other sizes than the analysis.
     types = {name: inner._replace(sizes=None) for name, inner in inside(analysis).items()}
     types = {**dict.fromkeys(graph.inner, Inner(TensorProto.FLOAT, 0)), **types}
-    unseen = hidden(graph.proto, types)
+    unseen = hidden_tensors(graph.proto, types)
     left = min(_ALL, context.memory_limit or _ALL)
     for layer in layers:
         form = layer.description.form

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from onnxprune.allocation.selection import SHARES, along, counts, weakest
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.groups import Group
-from onnxprune.channels.selection import atoms_removed
-from onnxprune.channels.survivors import After
+from onnxprune.channels.selection import removed_atoms
+from onnxprune.channels.survivors import Survivors
 from onnxprune.errors import ModelError, UsageError, argument
 from onnxprune.importance.criteria import corrected
 from onnxprune.importance.slots import CapturedMaps, ContractionInput
@@ -155,9 +155,9 @@ class _PrunedRuns:
         units_of = self.analysis.units
         chosen = np.zeros(units_of.frozen.size, dtype=bool)
         chosen[units] = True
-        removed = atoms_removed(units_of, chosen)
+        removed = removed_atoms(units_of, chosen)
         proto, weights = cut(self.analysis.table, removed)
-        after = After(self.analysis.table, removed)
+        after = Survivors(self.analysis.table, removed)
         for site in self.captured.sites:
             self._correct(site, after, weights)
         scale = self.original()
@@ -199,7 +199,7 @@ class _PrunedRuns:
         save(proto, weights, self.path)
         return open_session(self.path, spin=False)
 
-    def _correct(self, site: ContractionInput, after: After, weights: dict[str, Weight]) -> None:
+    def _correct(self, site: ContractionInput, after: Survivors, weights: dict[str, Weight]) -> None:
         """Correct one contraction for the channels removed in front of it, where possible."""
         form, maps = site.form, self.captured.columns.get(site.columns_key, {})
         if form is None or "gram" not in maps or after.mask(site.label) is None:

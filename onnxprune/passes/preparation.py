@@ -14,12 +14,12 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import ModelError, ValidationError
 from onnxprune.graph.facts import Probe, integer_bounds
 from onnxprune.graph.probes import input_specs
-from onnxprune.io.functions import inlined
+from onnxprune.io.functions import inline_functions
 from onnxprune.io.read import same_nodes
-from onnxprune.io.subgraphs import close_bodies
+from onnxprune.io.subgraphs import outline_bodies
 from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
 from onnxprune.passes.workspace import Workspace
-from onnxprune.pruning.masked import Model, force, force_closed, undecided, ways
+from onnxprune.pruning.masked import Model, branch_assignments, force, force_closed, open_conditions
 from onnxprune.report.facts import Exactness
 from onnxprune.runtime import compare
 from onnxprune.runtime.inputs import variations
@@ -40,20 +40,20 @@ def check_preparation(analysis: Analysis, trial: Workspace, feeds: Sequence[Feed
     """
     loaded, graph = analysis.loaded, analysis.graph
     prepared: Model = graph.proto, graph.weights
-    if not trial.heavy or not same_nodes(loaded.as_read, close_bodies(*prepared)[0]):
+    if not trial.heavy or not same_nodes(loaded.as_read, outline_bodies(*prepared)[0]):
         others = other_feeds(analysis, seed)
         running = analysis.facts.running
         hold_against_file(analysis, trial, prepared, feeds, lambda number: others(running[number]))
     if not graph.has_bodies:
         return
     hold = _Forced(analysis, trial, feeds)
-    read = inlined(loaded.as_read) if loaded.as_read.functions else loaded.as_read
-    closed = close_bodies(loaded.proto, loaded.weights)
+    read = inline_functions(loaded.as_read) if loaded.as_read.functions else loaded.as_read
+    closed = outline_bodies(loaded.proto, loaded.weights)
     if not same_nodes(read, closed[0]):
         for side in (True, False):
             hold(force_closed((read, loaded.weights), side), force_closed(closed, side))
     if analysis.folds or analysis.hoists or analysis.copies:
-        for way in ways(undecided(graph, analysis.facts)):
+        for way in branch_assignments(open_conditions(graph, analysis.facts)):
             hold(force((loaded.proto, loaded.weights), way), force(prepared, way))
 
 
@@ -77,10 +77,10 @@ def hold_against_file(
         ValidationError: they differ.
     """
     loaded = trial.loaded
-    read = inlined(loaded.as_read) if loaded.as_read.functions else loaded.as_read
+    read = inline_functions(loaded.as_read) if loaded.as_read.functions else loaded.as_read
     rounding, kinds = rounding_of(analysis, _ALLOWED), kinds_of(analysis)
     with trial.lend_original() as file:
-        pair = Pair(trial, (read, loaded.weights), close_bodies(*model), kinds, rounding, file=file)
+        pair = Pair(trial, (read, loaded.weights), outline_bodies(*model), kinds, rounding, file=file)
         for probe, feed in enumerate(feeds):
             try:
                 found = pair.compared([feed])
@@ -88,7 +88,7 @@ def hold_against_file(
                 if not probe:
                     raise
                 continue
-            more = compare.waking(file, found.idle, [feed], others(probe)) if found.idle else []
+            more = compare.find_varying_feeds(file, found.idle, [feed], others(probe)) if found.idle else []
             if more and found.facts.passed:
                 found = pair.compared([feed, *more])
             _require(found.facts)

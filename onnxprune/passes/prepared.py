@@ -9,7 +9,7 @@ import onnx
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.survivors import Mask
 from onnxprune.garbage import paused
-from onnxprune.graph.canonical import fold, rejoin, unshare
+from onnxprune.graph.canonical import fold, join_copies, unshare
 from onnxprune.graph.restore import restore
 from onnxprune.graph.view import Graph
 from onnxprune.io.constants import constant_node, has_bare_initializers, set_constant
@@ -28,7 +28,7 @@ def cut_model(analysis: Analysis, removed: Mask) -> Parts:
     with paused():
         proto, weights = cut(analysis.table, removed)
         restore(proto, weights, analysis.unshared, analysis.folds, analysis.hoists)
-        rejoin(proto, weights, analysis.copies)
+        join_copies(proto, weights, analysis.copies)
     return proto, weights
 
 
@@ -61,7 +61,7 @@ class Prepared:
         restore(proto, weights, self._unshared, self._folds)
         # A copy with other values is no copy any more, nor are the copies of a constant with other values.
         same = {c: n for c, n in self._copies.items() if not self._changed(c) and not self._changed(n)}
-        rejoin(proto, weights, same)
+        join_copies(proto, weights, same)
         return proto, weights
 
     def _changed(self, name: str) -> bool:

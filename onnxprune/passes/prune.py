@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnxprune.allocation.settings import Options, check_patterns, request_of
 from onnxprune.channels.analysis import Analysis, GroupView
 from onnxprune.channels.plan import Plan
-from onnxprune.channels.selection import atoms_removed, make_plan, read_plan
-from onnxprune.channels.survivors import After
+from onnxprune.channels.selection import make_plan, read_plan, removed_atoms
+from onnxprune.channels.survivors import Survivors
 from onnxprune.errors import BudgetError, Note, argument
 from onnxprune.garbage import paused
 from onnxprune.graph.view import CONTROL
@@ -126,7 +126,7 @@ class Prune(Pass):
             try:
                 if selector is not None:
                     chosen = selector()
-                removed = atoms_removed(analysis.units, chosen)
+                removed = removed_atoms(analysis.units, chosen)
                 return analysis, removed, cut_model(analysis, removed), selector
             except CannotRewrite as stop:
                 # Feature maps of a model that is pruned in several steps are captured in the pruned model.
@@ -241,7 +241,7 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
 def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:
     """Return every layer before and after, with the reason where it is unchanged."""
     analysis = model.analysis
-    after = After(analysis.table, model.removal)
+    after = Survivors(analysis.table, model.removal)
 
     def size(name: str) -> int:
         return int(np.prod(after.shape(name) or (), dtype=np.int64))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.channels.survivors import After
+from onnxprune.channels.survivors import Survivors
 from onnxprune.graph.view import Graph, Node
 from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.runtime.segments import Segments, Store
@@ -51,7 +51,7 @@ class Recalibrated:
     def __init__(
         self,
         original: Graph,
-        after: After,
+        after: Survivors,
         graph: Graph,
         weights: dict[str, Weight],
         feeds: Sequence[Feed],

@@ -15,7 +15,7 @@ import onnx
 from onnxprune import __version__
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.propagate import infer_by_rule
-from onnxprune.channels.survivors import After
+from onnxprune.channels.survivors import Survivors
 from onnxprune.errors import Note, UsageError, argument, nearest
 from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph
@@ -45,7 +45,14 @@ from onnxprune.recovery.regression import HELD, Solution
 from onnxprune.recovery.targets import Layer, RecoveryTarget, RecoveryTargets, find_targets
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Remark, Repair
 from onnxprune.runtime import sessions
-from onnxprune.runtime.capture import Way, count, make_folder, read_arrays, ways, write_arrays
+from onnxprune.runtime.capture import (
+    BranchAssignment,
+    branch_assignments,
+    count,
+    make_folder,
+    read_arrays,
+    write_arrays,
+)
 from onnxprune.runtime.fidelity import Outputs, fidelity, hints_of
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed, spread
@@ -472,7 +479,7 @@ class Recover(Pass):
         return "full" if self.mode == "datafree" else self.mode
 
     def _targets(
-        self, context: Context, model: Model, graph: Graph, after: After, taken: Sequence[Way]
+        self, context: Context, model: Model, graph: Graph, after: Survivors, taken: Sequence[BranchAssignment]
     ) -> RecoveryTargets:
         """Return the recovery targets in the pruned model on batches with this branch assignment."""
         known = {name for name in comparable_tensors(context, model) if can_follow(model.analysis, after, name)}
@@ -488,7 +495,7 @@ class Recover(Pass):
         aim: RecoveryTarget,
         store: tuple[Store, Store],
         weights: Mapping[str, Weight],
-        after: After,
+        after: Survivors,
         feeds: Sequence[Feed],
     ) -> _Values:
         """Return the tensor values that a problem needs; the store of the pruned model comes first."""
@@ -509,7 +516,7 @@ class Recover(Pass):
     ) -> tuple[list[Repair], Mapping[str, str]]:
         analysis, graph, weights = pruned.analysis, model.graph, model.weights
         mode = self._fitting
-        after = After(analysis.table, pruned.removal)
+        after = Survivors(analysis.table, pruned.removal)
         # Activations of both models are held: half of the memory for each.
         memory = (self.memory_limit or context.memory_limit or _MEMORY) // 2
         full = context.analysis.graph
@@ -518,7 +525,7 @@ class Recover(Pass):
         if recalibrate:
             recalibrated = Recalibrated(full, after, graph, weights, feeds, Store(memory, folder))
             full_weights = recalibrated.original
-        taken = ways(full, full.weights, feeds)
+        taken = branch_assignments(full, full.weights, feeds)
         aims = self._targets(context, pruned, graph, after, taken)
         store = Store(memory, folder), Store(memory, folder)
         needs = [[n for a in level for n in a.needs] for level in aims.levels]

@@ -24,7 +24,7 @@ from onnxprune.allocation.selection import (
 from onnxprune.allocation.settings import Request
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.groups import Group
-from onnxprune.channels.selection import atoms_removed
+from onnxprune.channels.selection import removed_atoms
 from onnxprune.errors import Note, UsageError, argument
 from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.probes import input_specs
@@ -156,13 +156,13 @@ class Selector:
         request = replace(self.request, ratio=ratio)
         if self.request.steps > 1:
             other = Selector(self.context, self.analysis, request, self.criterion, self.name, self._seconds)
-            return atoms_removed(self.analysis.units, other())
+            return removed_atoms(self.analysis.units, other())
         if not self._every:
             self._every = True
             self._last = self._rank(None, 1.0, self._savings())
         asked = candidates(self.analysis, request).ratios
         again = {n: replace(c, ratio=self._share(asked[n] or 0.0, n)) for n, c in self._last.items()}
-        return atoms_removed(self.analysis.units, choose(self.analysis, request, again, self.rounding))
+        return removed_atoms(self.analysis.units, choose(self.analysis, request, again, self.rounding))
 
     def _share(self, ratio: float, number: int) -> float:
         return 1.0 - (1.0 - ratio) ** 0.5 if number in self.found.two_way else ratio

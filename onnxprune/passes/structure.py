@@ -8,7 +8,7 @@ import onnx
 
 from onnxprune.errors import ModelError, ValidationError
 from onnxprune.graph.values import propagates
-from onnxprune.io.subgraphs import close_bodies
+from onnxprune.io.subgraphs import outline_bodies
 
 _REPORT = "This is a bug in onnxprune; please report it."
 
@@ -36,8 +36,8 @@ def check_sizes(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
     Raises:
         ValidationError: sizes contradict each other in the result alone.
     """
-    complaint = _contradiction(close_bodies(after, {})[0])
-    if complaint is not None and _contradiction(close_bodies(before, {})[0]) is None:
+    complaint = _contradiction(outline_bodies(after, {})[0])
+    if complaint is not None and _contradiction(outline_bodies(before, {})[0]) is None:
         raise ValidationError(f"Sizes in the result contradict each other: {complaint}", hint=_REPORT)
 
 

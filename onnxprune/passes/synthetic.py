@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.survivors import After
+from onnxprune.channels.survivors import Survivors
 from onnxprune.errors import ModelError
 from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.probes import input_specs
@@ -21,7 +21,7 @@ from onnxprune.pipeline import Context
 from onnxprune.recovery.plausibility import measure_divergence, measure_response
 from onnxprune.recovery.targets import RecoveryTarget, find_targets, outputs
 from onnxprune.runtime.capture import count, with_outputs
-from onnxprune.runtime.inputs import RANGES, Spread, imagined, is_pattern
+from onnxprune.runtime.inputs import RANGES, Spread, is_pattern, make_plausible_inputs
 from onnxprune.runtime.sessions import Feed, open_session, run
 
 Array = NDArray[Any]
@@ -56,7 +56,7 @@ def draw_calibration(context: Context, analysis: Analysis) -> SyntheticCalibrati
     bounds = integer_bounds(analysis.graph, analysis.facts)
 
     def make(spread: Spread, shapes: Shapes, number: int) -> Feed:
-        return imagined(specs, shapes, spread, bounds=bounds, seed=context.seed + 1009 * (number + 1))
+        return make_plausible_inputs(specs, shapes, spread, bounds=bounds, seed=context.seed + 1009 * (number + 1))
 
     with Workspace.of(analysis) as trial:
         shapes = _shapes(analysis, trial, make, _BATCH)
@@ -150,7 +150,7 @@ class InputPlausibility:
         graph = analysis.graph
         norms = {node.inputs[0]: node for node in normalisations(graph)}
         made = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
-        whole = After(analysis.table, np.zeros(analysis.units.component.size, dtype=bool))
+        whole = Survivors(analysis.table, np.zeros(analysis.units.component.size, dtype=bool))
         aims = [aim for level in find_targets(graph, made, whole.shape, joint=False).levels for aim in level]
         layers = {aim.node.outputs[0]: aim.form for aim in aims if _outputs(graph, aim) >= _FEW}
         return cls(analysis, layers, norms)

@@ -20,7 +20,7 @@ from onnxprune.io.weights import FileWeight, Weight
 from onnxprune.io.write import assemble, lies_in, referring, save
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.pipeline import Context
-from onnxprune.pruning.holding import drawing, seeded
+from onnxprune.pruning.holding import random_operators, seed_random_nodes
 from onnxprune.runtime import inputs, sessions
 
 # From this size on, the original and the result are never in memory together.
@@ -76,7 +76,7 @@ class Workspace:
     @property
     def drawing(self) -> list[str]:
         """Types of operators that draw random numbers, other ones in every run."""
-        return drawing(self.loaded.as_read)
+        return random_operators(self.loaded.as_read)
 
     @contextmanager
     def lend(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], stem: str) -> Iterator[sessions.Openable]:
@@ -84,7 +84,7 @@ class Workspace:
 
         Random operators get a seed, so that all models that are lent draw the same numbers.
         """
-        proto = seeded(proto)
+        proto = seed_random_nodes(proto)
         if sum(weight.nbytes for weight in weights.values()) <= _LIGHT:
             yield bytes(assemble(proto, weights).SerializeToString())
             return

@@ -19,12 +19,12 @@ import numpy as np
 import onnx
 
 from onnxprune.graph.precision import chooses, draws
-from onnxprune.io.subgraphs import close_bodies
+from onnxprune.io.subgraphs import outline_bodies
 from onnxprune.io.weights import Weight
 from onnxprune.pruning.masked import Model, Steps, gather
 
 Feed = dict[str, Any]
-Survivors = Callable[[str], Steps | None]
+SurvivorSteps = Callable[[str], Steps | None]
 """How a tensor of the reference becomes that of the other model; None where that cannot be said."""
 
 HELD, SEEN, MADE = "__held", "__seen", "__made"
@@ -58,7 +58,7 @@ class Holding:
     reference: Model
     other: Model
     kinds: Mapping[str, int]
-    survivors: Survivors = whole
+    survivors: SurvivorSteps = whole
     operators: dict[str, int] = field(default_factory=dict)
     unheld: list[str] = field(default_factory=list)
     _inputs: dict[str, tuple[str, Steps]] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Holding:
     _differs: bool = False
 
     def __post_init__(self) -> None:
-        self.reference, self.other = close_bodies(*self.reference), close_bodies(*self.other)
+        self.reference, self.other = outline_bodies(*self.reference), outline_bodies(*self.other)
         index_by_output = {n.output[0]: k for k, n in enumerate(self.other[0].graph.node) if n.output}
         data, values = self._data(), _constants(self.reference[0])
         for index, node in enumerate(self.reference[0].graph.node):
@@ -288,7 +288,7 @@ def _all(graph: Any) -> Iterator[onnx.NodeProto]:
             yield from _all(body)
 
 
-def drawing(proto: onnx.ModelProto) -> list[str]:
+def random_operators(proto: onnx.ModelProto) -> list[str]:
     """Return the types of operators that draw random numbers without a seed, bodies included, one entry per node."""
     values = _constants(proto)
     nodes = [*_all(proto.graph), *(n for f in proto.functions for n in _all(f))]
@@ -296,9 +296,9 @@ def drawing(proto: onnx.ModelProto) -> list[str]:
     return [n.op_type for n in random_nodes if not any(a.name == "seed" for a in n.attribute)]
 
 
-def seeded(proto: onnx.ModelProto) -> onnx.ModelProto:
+def seed_random_nodes(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model with a seed for every unseeded random operator: two copies draw alike while sizes are equal."""
-    if not drawing(proto):
+    if not random_operators(proto):
         return proto
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)

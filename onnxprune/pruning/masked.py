@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.channels.survivors import After
+from onnxprune.channels.survivors import Survivors
 from onnxprune.graph.facts import Facts, Probe
 from onnxprune.graph.values import Probe as ProbeValues
 from onnxprune.graph.values import size_of
@@ -44,7 +44,7 @@ def masked_original(
     weights, so that a mistake in either shows as a difference.
     """
     graph: Graph = table.graph
-    builder = _Masks(table, After(table, removed), probe or table.facts.probes[0])
+    builder = _Masks(table, Survivors(table, removed), probe or table.facts.probes[0])
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
     del model.graph.node[:]
@@ -74,7 +74,7 @@ def masked_original(
 class _Masks:
     """Masks built so far, shared between the operators that read the same tensor along the same axes."""
 
-    def __init__(self, table: Table, after: After, probe: Probe) -> None:
+    def __init__(self, table: Table, after: Survivors, probe: Probe) -> None:
         self.table, self.after, self.probe = table, after, probe
         self.constants: dict[str, NDArray[Any]] = {}
 
@@ -160,19 +160,19 @@ class _Masks:
 
 
 Model = tuple[onnx.ModelProto, Mapping[str, Weight]]
-Way = Mapping[str, bool]
+BranchAssignment = Mapping[str, bool]
 """What holds at every node whose condition is open, by the mark that begins it: which branch, or that a Loop runs."""
 
 # Limits on the trips of a Loop with an unknown trip count, and on the branch assignments of a model.
-_TRIPS, _MOST = 3, 16
+_TRIPS, _MAX_ASSIGNMENTS = 3, 16
 
 
 @dataclass(frozen=True, slots=True)
-class Undecided:
+class OpenCondition:
     """A node whose condition depends on the inputs. ``within``: the branches around it, {mark: branch taken}."""
 
     node: Node
-    within: Way
+    within: BranchAssignment
 
     @property
     def mark(self) -> str:
@@ -180,11 +180,11 @@ class Undecided:
         return self.node.outputs[0]
 
 
-def ways(nodes: Sequence[Undecided]) -> list[dict[str, bool]]:
+def branch_assignments(nodes: Sequence[OpenCondition]) -> list[dict[str, bool]]:
     """Return branch assignments that together run every branch of these nodes, and every Loop."""
     uncovered = {(o.mark, side) for o in nodes for side in ((True, False) if o.node.kind == "If" else (True,))}
     result: list[dict[str, bool]] = []
-    while uncovered and len(result) < _MOST:
+    while uncovered and len(result) < _MAX_ASSIGNMENTS:
         assignment: dict[str, bool] = {}
         for item in sorted(nodes, key=lambda o: -len(o.within)):  # innermost first: they fix the outer branches
             mark = item.mark
@@ -200,7 +200,7 @@ def ways(nodes: Sequence[Undecided]) -> list[dict[str, bool]]:
                 assignment[mark] = open_sides[0]
             else:
                 assignment.setdefault(mark, True)
-        covered = {(m, s) for m, s in assignment.items() if (m, s) in uncovered and _reached(nodes, m, assignment)}
+        covered = {(m, s) for m, s in assignment.items() if (m, s) in uncovered and _is_reached(nodes, m, assignment)}
         if not covered:
             break
         uncovered -= covered
@@ -208,22 +208,22 @@ def ways(nodes: Sequence[Undecided]) -> list[dict[str, bool]]:
     return result
 
 
-def _reached(nodes: Sequence[Undecided], mark: str, assignment: Way) -> bool:
+def _is_reached(nodes: Sequence[OpenCondition], mark: str, assignment: BranchAssignment) -> bool:
     within = next(o.within for o in nodes if o.mark == mark)
     return all(assignment.get(m) == side for m, side in within.items())
 
 
-def undecided(graph: Graph, facts: Facts) -> list[Undecided]:
+def open_conditions(graph: Graph, facts: Facts) -> list[OpenCondition]:
     """Return the If and Loop nodes whose conditions (trip counts) differ between the probes or are unknown."""
-    nodes: dict[int, Undecided] = {}
+    nodes: dict[int, OpenCondition] = {}
     for node in graph.nodes:
         if node.marker == markers.OPEN and not all(not n or facts.static_value(n) is not None for n in node.inputs):
             within = {nodes[b.start].mark: b.side for b in graph.around[node.index] if b.start in nodes}
-            nodes[node.index] = Undecided(node, within)
+            nodes[node.index] = OpenCondition(node, within)
     return list(nodes.values())
 
 
-def force(model: Model, assignment: Way) -> Model:
+def force(model: Model, assignment: BranchAssignment) -> Model:
     """Return a model in which the conditions of a branch assignment are constants."""
     proto, weights = onnx.ModelProto(), dict(model[1])
     proto.CopyFrom(model[0])
@@ -267,7 +267,7 @@ def _force_nodes(nodes: Iterable[onnx.NodeProto], side: bool) -> None:
                 _force_nodes(body.node, side)
 
 
-def names_of(nodes: Sequence[Undecided], branches: Collection[tuple[str, bool]]) -> list[str]:
+def branch_names(nodes: Sequence[OpenCondition], branches: Collection[tuple[str, bool]]) -> list[str]:
     """Return readable names of branches, without those that lie within others of them."""
     names = []
     for item in nodes:
@@ -299,7 +299,7 @@ class Witnesses:
     def __init__(
         self, table: Table, removed: NDArray[np.bool_], probe: ProbeValues, reference: Model, cut: Model
     ) -> None:
-        self._table, self._probe, self._after = table, probe, After(table, removed)
+        self._table, self._probe, self._after = table, probe, Survivors(table, removed)
         self._reference, self._cut = reference, cut
         self._producer = {o: node for node in reference[0].graph.node for o in node.output if o}
 

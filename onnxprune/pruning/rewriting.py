@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.channels.survivors import After, Mask, Ragged
-from onnxprune.graph.facts import Values, small
+from onnxprune.channels.survivors import Mask, Ragged, Survivors
+from onnxprune.graph.facts import Values, is_small
 from onnxprune.graph.view import Graph, Node
 from onnxprune.io import markers
 from onnxprune.io.constants import add_constant, set_constant
@@ -228,7 +228,7 @@ def cut(table: Table, removed: Mask) -> tuple[onnx.ModelProto, dict[str, Weight]
     Raises:
         CannotRewrite: a node has no form with the new sizes.
     """
-    state = _State(table, After(table, removed))
+    state = _State(table, Survivors(table, removed))
     for node in table.graph.steps:
         state.visit(node)
     state.check_outputs()
@@ -238,7 +238,7 @@ def cut(table: Table, removed: Mask) -> tuple[onnx.ModelProto, dict[str, Weight]
 class _State:
     """The walk over the graph: edits so far, and the values of small tensors in the pruned model."""
 
-    def __init__(self, table: Table, after: After) -> None:
+    def __init__(self, table: Table, after: Survivors) -> None:
         self.table, self.after, self.edits = table, after, Edits()
         self.graph: Graph = table.graph
         self.factors: dict[str, float] = {}
@@ -259,7 +259,7 @@ class _State:
         if weight is not None:
             weight_after = GatheredWeight(weight, self.after.steps(name))
             self.edits.weights[name] = weight_after
-            if small(weight.shape, weight.dtype):  # known before, so the same now at every probe
+            if is_small(weight.shape, weight.dtype):  # known before, so the same now at every probe
                 for values in self.values:
                     values.change(name, weight_after)
 
@@ -469,7 +469,7 @@ class _State:
         weight = DerivedWeight(self.graph.weights[name], shape, function)
         self.edits.weights[name] = weight
         self.edits.sizes[name] = dict(enumerate(shape))
-        if small(weight.shape, weight.dtype):
+        if is_small(weight.shape, weight.dtype):
             for values in self.values:
                 values.change(name, weight)
 
@@ -572,7 +572,7 @@ def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], s
 class _Shapes:
     """Shapes of the pruned model at one probe, computed on demand."""
 
-    def __init__(self, table: Table, after: After, probe: int) -> None:
+    def __init__(self, table: Table, after: Survivors, probe: int) -> None:
         self._shapes, self._after = table.facts.probes[probe].shapes, after
         self._first = table.facts.probes[0].shapes
 

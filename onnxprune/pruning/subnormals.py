@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.graph.canonical import hands_on
+from onnxprune.graph.canonical import keeps_values
 from onnxprune.graph.cost import multiplies
 from onnxprune.graph.view import Graph
 from onnxprune.io.elements import Array
@@ -75,6 +75,6 @@ def _of_layers(graph: Graph) -> Iterator[str]:
                 yield name
                 break
             node, position = readers[0]
-            if len(readers) > 1 or position or not hands_on(node) or rule_of(node).moves is Move.CAST:
+            if len(readers) > 1 or position or not keeps_values(node) or rule_of(node).moves is Move.CAST:
                 break
             at = node.outputs[0]

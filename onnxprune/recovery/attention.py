@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.channels.survivors import After
+from onnxprune.channels.survivors import Survivors
 from onnxprune.graph.canonical import weight_of
 from onnxprune.graph.view import Graph
 from onnxprune.importance.slots import ContractionInput, contraction_inputs, in_order, surviving
@@ -83,7 +83,7 @@ class Mixing:
         return np.moveaxis(result.reshape(inner), ends, axes)
 
 
-def find_pairs(table: Table, component: Ids, after: After, aims: RecoveryTargets) -> list[Pair]:
+def find_pairs(table: Table, component: Ids, after: Survivors, aims: RecoveryTargets) -> list[Pair]:
     """Find the products of two pruned activations whose projections are recovered together.
 
     Only rearrangements and scalar factors may lie between projection and product. Each projection is mixed once.
@@ -106,7 +106,7 @@ def find_pairs(table: Table, component: Ids, after: After, aims: RecoveryTargets
     return found
 
 
-def _pair(table: Table, after: After, site: ContractionInput, aims: Mapping[str, RecoveryTarget]) -> Pair | None:
+def _pair(table: Table, after: Survivors, site: ContractionInput, aims: Mapping[str, RecoveryTarget]) -> Pair | None:
     assert site.partner is not None
     other, order = site.partner
     atoms = in_order(site.label.ids, site.label.axes)
@@ -124,7 +124,7 @@ def _pair(table: Table, after: After, site: ContractionInput, aims: Mapping[str,
 
 
 def _side(
-    table: Table, after: After, name: str, atoms: Ids, kept: Sequence[Ids], aims: Mapping[str, RecoveryTarget]
+    table: Table, after: Survivors, name: str, atoms: Ids, kept: Sequence[Ids], aims: Mapping[str, RecoveryTarget]
 ) -> Side | None:
     aimed = _origin(table.graph, name, aims)
     if aimed is None:

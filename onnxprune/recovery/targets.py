@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.graph.canonical import hands_on, weight_of
+from onnxprune.graph.canonical import keeps_values, weight_of
 from onnxprune.graph.evaluate import evaluate
 from onnxprune.graph.view import CONTROL, Graph, Node
 from onnxprune.io import markers
@@ -142,7 +142,7 @@ def _checked(graph: Graph, stored: WeightSource) -> WeightSource | str:
 
 def _can_undo(graph: Graph, node: Node) -> bool:
     constants = all(n in graph.weights for n in node.inputs[1:] if n)
-    return constants and (rule_of(node).decodes or hands_on(node))
+    return constants and (rule_of(node).decodes or keeps_values(node))
 
 
 def _undo(node: Node, inner: Array, value: Real) -> Real:

@@ -57,11 +57,11 @@ class Rows:
         return next(self.chunks(max(self.shape[:1], default=1) if rows is None else rows))
 
 
-Part = dict[str, Rows]
+Arrays = dict[str, Rows]
 """Arrays by name whose rows belong together."""
 
 
-def held(array: Array, place: str) -> Rows:
+def rows_in_memory(array: Array, place: str) -> Rows:
     """Return rows of an array already in memory."""
     return Rows(array.shape, array.dtype, lambda rows: _slices(array, rows), place)
 
@@ -137,7 +137,7 @@ def may_be_read(path: Path) -> bool:
     return path.is_file() or not path.exists()
 
 
-def by_stem(files: Sequence[Path], names: Sequence[str]) -> Part | None:
+def by_stem(files: Sequence[Path], names: Sequence[str]) -> Arrays | None:
     """One .npy file per name as one set of arrays; None where the files are not that."""
     stems = {path.stem: path for path in files}
     if not names or any(path.suffix != ".npy" for path in files) or not set(names) <= stems.keys():
@@ -145,7 +145,7 @@ def by_stem(files: Sequence[Path], names: Sequence[str]) -> Part | None:
     return {name: array_file(stems[name])[UNNAMED] for name in names}
 
 
-def array_file(path: Path) -> Part:
+def array_file(path: Path) -> Arrays:
     """Open the arrays of one file as far as their headers."""
     if path.suffix not in SUFFIXES:
         raise UsageError(f"data file {str(path)!r} is neither .npz nor .npy nor an image", hint=HINT)

@@ -22,13 +22,13 @@ from onnxprune.graph.view import Graph
 from onnxprune.importance.statistics import NotFinite, Statistic
 from onnxprune.io import files, markers
 from onnxprune.io.files import workspace
-from onnxprune.io.subgraphs import Inner, show
+from onnxprune.io.subgraphs import Inner, expose_tensors
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import save
 from onnxprune.runtime.sessions import Array, Feed, cores, open_session, run
 
 
-def shown_in(
+def expose_requested(
     proto: onnx.ModelProto, tensors: Iterable[str], conditions: Collection[str], types: Mapping[str, Inner]
 ) -> tuple[onnx.ModelProto, dict[str, str], dict[str, int]]:
     """Expose all requested tensors of a model; returns it, {tensor: output}, and {tensor: axes stacked in front}.
@@ -36,7 +36,7 @@ def shown_in(
     Conditions are outputs under another name: they may be inputs or constants of the model.
     """
     names = dict.fromkeys([*tensors, *sorted(conditions)])
-    proto, shown = show(proto, {n: types[n] for n in names if n in types})
+    proto, shown = expose_tensors(proto, {n: types[n] for n in names if n in types})
     outputs = {n: shown[n].output if n in shown else n for n in names}
     outside = sorted(set(conditions) - shown.keys())
     if outside:
@@ -49,7 +49,9 @@ def shown_in(
     return proto, outputs, {n: s.stacked for n, s in shown.items()}
 
 
-def counted(value: Array, stacked: int, conditions: Sequence[tuple[Array, bool, int]], joins: bool) -> list[Array]:
+def select_executed(
+    value: Array, stacked: int, conditions: Sequence[tuple[Array, bool, int]], joins: bool
+) -> list[Array]:
     """Return the values of the iterations whose conditions hold.
 
     Args:
@@ -62,14 +64,14 @@ def counted(value: Array, stacked: int, conditions: Sequence[tuple[Array, bool, 
         return []
     counts = np.ones(value.shape[:stacked], bool)
     for condition, required, axes in conditions:
-        counts &= _holds(condition, required, axes, counts.shape)
+        counts &= _mask_executed(condition, required, axes, counts.shape)
     flat = value.reshape(-1, *value.shape[stacked:])[counts.ravel()]
     if joins and flat.ndim > 1 and len(flat):
         return [flat.reshape(-1, *flat.shape[2:])]
     return list(flat)
 
 
-def _holds(condition: Array, required: bool, stacked: int, shape: tuple[int, ...]) -> Array:
+def _mask_executed(condition: Array, required: bool, stacked: int, shape: tuple[int, ...]) -> Array:
     """Return in which of the stacked iterations a condition has the required value.
 
     A tensor that iterations further in read alone counts as soon as it holds in one of them.
@@ -165,7 +167,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
         ) from error
 
 
-Told = Callable[[float], None]
+ProgressCallback = Callable[[float], None]
 # Bytes of inner tensors that one call may return.
 MEMORY = 512 << 20
 # Bytes of inner tensors, and calls, that are collected before statistics are updated: many small updates cost time.
@@ -217,7 +219,7 @@ def capture(
     most: int = 16,
     memory: int = MEMORY,
     checkpoint: Checkpoint | None = None,
-    tell: Told | None = None,
+    tell: ProgressCallback | None = None,
 ) -> int:
     """Go through the data once and update every request's statistic; more often only where memory is too small.
 
@@ -243,7 +245,7 @@ def capture(
     samples = 0
     with workspace() as folder:
         for number, part in enumerate(passes):
-            share = Share(tell, number, len(passes))
+            share = PassProgress(tell, number, len(passes))
             batch = max(least, _batch_size(part, sizes, memory, most))
             samples = _one_pass(model, part, source, types or {}, folder, batch, checkpoint, share)
     if requests and not samples:
@@ -252,10 +254,10 @@ def capture(
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class PassProgress:
     """Progress of one pass of several."""
 
-    tell: Told | None
+    tell: ProgressCallback | None
     number: int
     passes: int
 
@@ -296,11 +298,11 @@ def _one_pass(
     folder: Path,
     batch_size: int,
     checkpoint: Checkpoint | None,
-    share: Share,
+    share: PassProgress,
 ) -> int:
     tensors, conditions = (r.tensor for r in requests), {name for r in requests for name, _ in r.where}
     path = folder / "capture.onnx"
-    proto, outputs, stacked = shown_in(model[0], tensors, conditions, types)
+    proto, outputs, stacked = expose_requested(model[0], tensors, conditions, types)
     save(with_outputs(proto, [*outputs.values()]), model[1], path)
     session = open_session(path, spin=False)
     states = {r.name: r.statistic for r in requests}
@@ -308,7 +310,7 @@ def _one_pass(
     skip, samples = checkpoint.load(states) if checkpoint is not None else (0, 0)
     saved_at = time.monotonic()
     with cores() as pool:
-        number, collected = -1, _Gathered(requests, pool, stacked)
+        number, collected = -1, _Collector(requests, pool, stacked)
         for number, feed in enumerate(source.batches(batch_size)):
             if number < skip:
                 continue
@@ -326,7 +328,7 @@ def _one_pass(
     return samples
 
 
-class _Gathered:
+class _Collector:
     """Values of a few calls, added to the statistics together, while the model already runs on the next calls.
 
     The grouping depends only on the data, so that a resumed run adds in the same order.
@@ -364,7 +366,7 @@ class _Gathered:
         self._wait()
         calls, self._calls, self._bytes = self._calls, [], 0
         if calls:
-            self._busy = [self._pool.submit(_take_in, r, self._values(r, calls)) for r in self._requests]
+            self._busy = [self._pool.submit(_update_statistic, r, self._values(r, calls)) for r in self._requests]
 
     def _values(self, request: Request, calls: Sequence[Feed]) -> list[Array]:
         """Return the values of a tensor: in a body one per iteration, or joined, and none where it did not run."""
@@ -374,7 +376,7 @@ class _Gathered:
         values = []
         for call in calls:
             conditions = [(call[n], required, self._stacked.get(n, 0)) for n, required in request.where]
-            values += counted(call[request.tensor], stacked or 0, conditions, request.joins)
+            values += select_executed(call[request.tensor], stacked or 0, conditions, request.joins)
         return values
 
     def _wait(self) -> None:
@@ -383,7 +385,7 @@ class _Gathered:
             future.result()
 
 
-def _take_in(request: Request, values: Sequence[Array]) -> None:
+def _update_statistic(request: Request, values: Sequence[Array]) -> None:
     """Update one statistic with the values of some calls."""
     if request.joins and len(values) > 1 and len({(v.shape[1:], v.dtype) for v in values if v.ndim}) == 1:
         values = [np.concatenate(values)]
@@ -435,11 +437,11 @@ def to_maps(axes: Sequence[int]) -> Callable[[Array], Array]:
     return arrange
 
 
-Way = Mapping[str, bool]
+BranchAssignment = Mapping[str, bool]
 """Branch assignment: {condition of an If: value}, without conditions that a batch does not reach."""
 
 
-def ways(graph: Graph, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> list[dict[str, bool]]:
+def branch_assignments(graph: Graph, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> list[dict[str, bool]]:
     """Return the branch of every If outside Loop and Scan for every batch; no entries where there are none.
 
     Raises:
@@ -451,7 +453,7 @@ def ways(graph: Graph, weights: Mapping[str, Weight], feeds: Sequence[Feed]) -> 
     constants = _of_one((n, weights[n].read()) for n in sorted(names & weights.keys()))
     computed = sorted(names & graph.producer.keys() - weights.keys())
     if computed:
-        proto, exposed = show(graph.proto, dict.fromkeys(computed, Inner(TensorProto.BOOL, 0)))
+        proto, exposed = expose_tensors(graph.proto, dict.fromkeys(computed, Inner(TensorProto.BOOL, 0)))
         outputs = {n: exposed[n].output if n in exposed else n for n in computed}
         with workspace() as folder:
             path = folder / "ways.onnx"
@@ -467,12 +469,12 @@ def _of_one(values: Iterable[tuple[str, Array]]) -> dict[str, bool]:
     return {name: bool(value.ravel()[0]) for name, value in values if value.size}
 
 
-def takes(graph: Graph, index: int, assignment: Way) -> bool:
+def runs_node(graph: Graph, index: int, assignment: BranchAssignment) -> bool:
     """Return whether the node at ``index``, or the Loop or Scan around it, runs under a branch assignment."""
-    return reaches(graph, graph.around[index], assignment)
+    return runs_bodies(graph, graph.around[index], assignment)
 
 
-def reaches(graph: Graph, bodies: Sequence[markers.Body], assignment: Way) -> bool:
+def runs_bodies(graph: Graph, bodies: Sequence[markers.Body], assignment: BranchAssignment) -> bool:
     """Return whether bodies run under a branch assignment, as far as Ifs outside of every Loop and Scan decide it."""
     branches = takewhile(lambda body: body.kind == "If", bodies)
     return all(assignment.get(graph.nodes[body.start].inputs[0]) == body.side for body in branches)

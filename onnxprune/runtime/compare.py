@@ -120,7 +120,7 @@ def _real(array: Array) -> Array:
     return array.view(array.real.dtype).astype(np.float64) if array.dtype.kind == "c" else array.astype(np.float64)
 
 
-def varying(model: Openable, feeds: Sequence[Feed]) -> set[str]:
+def varying_outputs(model: Openable, feeds: Sequence[Feed]) -> set[str]:
     """Return the outputs that vary, within one run or between runs, by more than the tolerance of ``exactness``.
 
     Raises:
@@ -129,21 +129,23 @@ def varying(model: Openable, feeds: Sequence[Feed]) -> set[str]:
     session = open_session(model, optimize=False)
     outputs_seen: dict[str, Output] = {}
     for feed in feeds:
-        _note(run(session, feed), outputs_seen)
+        _add_outputs(run(session, feed), outputs_seen)
     return {name for name, output in outputs_seen.items() if not output.vacuous}
 
 
-def waking(model: Openable, idle: Iterable[str], feeds: Sequence[Feed], others: Iterable[Feed]) -> list[Feed]:
+def find_varying_feeds(
+    model: Openable, idle: Iterable[str], feeds: Sequence[Feed], others: Iterable[Feed]
+) -> list[Feed]:
     """Return the feeds of ``others`` on which outputs of ``idle`` differ from ``feeds``, until all outputs vary."""
     session = open_session(model, optimize=False)
     outputs_by_name: dict[str, Output] = {}
     for feed in feeds:
-        _note(run(session, feed), outputs_by_name)
+        _add_outputs(run(session, feed), outputs_by_name)
     constant_names = {name for name in idle if name in outputs_by_name}
     selected = []
     for feed in others:
         try:
-            _note(run(session, feed), outputs_by_name)
+            _add_outputs(run(session, feed), outputs_by_name)
         except ModelError:  # values that this model cannot take
             continue
         varying_names = {name for name in constant_names if not outputs_by_name[name].vacuous}
@@ -155,13 +157,13 @@ def waking(model: Openable, idle: Iterable[str], feeds: Sequence[Feed], others: 
     return selected
 
 
-def _note(outputs: Feed, outputs_by_name: dict[str, Output]) -> None:
+def _add_outputs(outputs: Feed, outputs_by_name: dict[str, Output]) -> None:
     add(outputs, outputs, False, outputs_by_name)
     for output in outputs_by_name.values():
         output.tolerance = max(TOLERANCE, 4 * output.eps)
 
 
-__all__ = ["Comparison", "Rounding", "compared", "exactness", "fidelity", "noise_floor"]
+__all__ = ["Comparison", "Rounding", "compare_models", "exactness", "fidelity", "noise_floor"]
 
 _CAP = 1e-2  # what a model's own sensitivity may raise the tolerance to
 _QUANTIZED_CAP = 5e-2  # one rounding flip of an 8-bit activation is already a step of 1/255
@@ -244,11 +246,13 @@ def exactness(
         ModelError: the reference does not load or run.
     """
     rounding = Rounding(quantized=quantized)
-    comparison = compared(reference, cut, feeds, rounding, tolerance=tolerance, threads=threads, progress=progress)
+    comparison = compare_models(
+        reference, cut, feeds, rounding, tolerance=tolerance, threads=threads, progress=progress
+    )
     return comparison.said()
 
 
-def compared(
+def compare_models(
     reference: Openable,
     cut: Openable,
     feeds: Sequence[Feed],

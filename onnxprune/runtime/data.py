@@ -22,14 +22,14 @@ from onnxprune.runtime.arrays import (
     HINT,
     SUFFIXES,
     UNNAMED,
-    Part,
+    Arrays,
     array_file,
     array_files,
     as_array,
     by_stem,
-    held,
     is_tensor,
     may_be_read,
+    rows_in_memory,
 )
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.matching import cast, match
@@ -50,7 +50,7 @@ class Source:
         stamp: bytes that stand for the content of the first n samples, where there are cheaper ones than the arrays.
     """
 
-    parts: Callable[[], Iterator[Part]]
+    parts: Callable[[], Iterator[Arrays]]
     known: bool = True
     again: bool = True
     unit: int = 1
@@ -106,7 +106,7 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
     return arrays, pictures
 
 
-def _from_files(path: Path, files: Sequence[Path], names: Sequence[str]) -> Iterator[Part]:
+def _from_files(path: Path, files: Sequence[Path], names: Sequence[str]) -> Iterator[Arrays]:
     """One set per file, or one of a folder's files where they are called like the inputs."""
     files_by_name = by_stem(files, names) if path.is_dir() else None
     if files_by_name is not None:
@@ -131,17 +131,17 @@ def _from_object(source: Any, specs: Sequence[InputSpec]) -> Source | None:
     if hasattr(source, "get_next"):
         if hasattr(source, "rewind"):
             return Source(lambda: (_part(item, specs) for item in _rewound(source)), known=False)
-        return _once(iter(source.get_next, None), specs)
+        return _iterate_once(iter(source.get_next, None), specs)
     if hasattr(source, "as_numpy_iterator"):  # tensorflow's data sets may be shuffled anew in every pass
-        return _once(iter(source.as_numpy_iterator()), specs)
+        return _iterate_once(iter(source.as_numpy_iterator()), specs)
     if hasattr(source, "batch_sampler") and hasattr(source, "__iter__"):  # so may torch's loaders
-        return _once(iter(source), specs)
+        return _iterate_once(iter(source), specs)
     if not hasattr(source, "__iter__"):
         if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
             return None
         return Source(lambda: _items((source[i] for i in range(len(source))), specs), known=False)
     if isinstance(source, Iterator):
-        return _once(source, specs)
+        return _iterate_once(source, specs)
     return Source(lambda: _items(source, specs), known=isinstance(source, (list, tuple)))
 
 
@@ -151,25 +151,25 @@ def _rewound(reader: Any) -> Iterator[Any]:
     yield from iter(reader.get_next, None)
 
 
-def _items(source: Iterable[Any], specs: Sequence[InputSpec]) -> Iterator[Part]:
+def _items(source: Iterable[Any], specs: Sequence[InputSpec]) -> Iterator[Arrays]:
     """Every item as a set of arrays."""
     for index, item in enumerate(source):
         yield _part(item, specs, index)
 
 
-def _part(item: Any, specs: Sequence[InputSpec], index: int | None = None) -> Part:
+def _part(item: Any, specs: Sequence[InputSpec], index: int | None = None) -> Arrays:
     """Return one item as a set of arrays by name; ``index`` names it in messages where it is one of several.
 
     A tuple or list, as loaders of (inputs, labels) give them, holds the inputs first, in the model's order.
     """
     where = "" if index is None else f" of data item {index}"
     if is_tensor(item):
-        return {UNNAMED: held(as_array(item, f"the array{where}"), f"the array{where}")}
+        return {UNNAMED: rows_in_memory(as_array(item, f"the array{where}"), f"the array{where}")}
     if isinstance(item, Mapping):
         return _named_arrays(item, specs, where)
     if isinstance(item, (tuple, list)) and item:
         if all(isinstance(one, (bool, int, float)) for one in item):
-            return {UNNAMED: held(as_array(item, f"the array{where}"), f"the array{where}")}
+            return {UNNAMED: rows_in_memory(as_array(item, f"the array{where}"), f"the array{where}")}
         if isinstance(item[0], Mapping) or (isinstance(item[0], (tuple, list)) and not _is_plain(item[0])):
             return _part(item[0], specs, index)
         if len(item) < len(specs):
@@ -192,27 +192,27 @@ def _is_plain(item: Any) -> bool:
     )
 
 
-def _named_arrays(item: Mapping[Any, Any], specs: Sequence[InputSpec], where: str) -> Part:
+def _named_arrays(item: Mapping[Any, Any], specs: Sequence[InputSpec], where: str) -> Arrays:
     """Return the arrays of a mapping; what is no input (texts, labels of unequal lengths) need not be an array."""
     inputs = {spec.name for spec in specs}
-    arrays: Part = {}
+    arrays: Arrays = {}
     for key, value in item.items():
         name, place = str(key), f"array {str(key)!r}{where}"
         try:
-            arrays[name] = held(as_array(value, place), place)
+            arrays[name] = rows_in_memory(as_array(value, place), place)
         except UsageError:
             if name in inputs:
                 raise
     return arrays
 
 
-def _once(items: Iterator[Any], specs: Sequence[InputSpec]) -> Source:
+def _iterate_once(items: Iterator[Any], specs: Sequence[InputSpec]) -> Source:
     """Return a source that can be read once: a pass stores its items for the next."""
-    stored = _Kept(items, specs)
+    stored = _StoredParts(items, specs)
     return Source(stored.parts, known=False, again=False)
 
 
-class _Kept:
+class _StoredParts:
     """Items of an iterator, read from it once, as far as a pass has come, and after that from a copy.
 
     The copy is in memory while it is small, else in a temporary file without a name.
@@ -224,14 +224,14 @@ class _Kept:
         self._offsets: list[int] = []
         weakref.finalize(self, self._file.close)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[Arrays]:
         """One pass; several may be under way at once."""
         index = 0
         while index < len(self._offsets) or self._more():
             self._file.seek(self._offsets[index])
             # nobody else has the file, so that what is unpickled is what was pickled here
             arrays = pickle.load(self._file)
-            yield {name: held(array, place) for name, (array, place) in arrays.items()}
+            yield {name: rows_in_memory(array, place) for name, (array, place) in arrays.items()}
             index += 1
 
     def _more(self) -> bool:
@@ -292,7 +292,7 @@ class Cutter:
         self.fixed = max((size for size in fixed if isinstance(size, int)), default=0)
         self._joins = len(fixed) <= 1 and (len(specs) == 1 or all(spec.shape for spec in specs))
 
-    def batches(self, parts: Iterable[Part]) -> Iterator[Batch]:
+    def batches(self, parts: Iterable[Arrays]) -> Iterator[Batch]:
         """Every batch; no more than about two are in memory.
 
         Raises:
@@ -305,7 +305,7 @@ class Cutter:
             else:
                 yield from self._joined(run)
 
-    def totals(self, parts: Iterable[Part]) -> Totals:
+    def totals(self, parts: Iterable[Arrays]) -> Totals:
         """Count the samples that can be split into batches; only shapes are read."""
         sums = Totals()
         for tail_shapes, run in groupby(parts, self._tails):
@@ -333,7 +333,7 @@ class Cutter:
         fixed = (spec.name in steps and spec.shape and isinstance(spec.shape[0], int) for spec in self.specs)
         return not any(fixed)
 
-    def _tails(self, part: Part) -> tuple[tuple[int, ...], ...] | None:
+    def _tails(self, part: Arrays) -> tuple[tuple[int, ...], ...] | None:
         """Return the shapes that have to be equal in joined sets; None for a set with rows of its own kind."""
         lengths = {rows.shape[:1] for rows in part.values()}
         filled = sum(part[spec.name].shape == spec.shape for spec in self.specs)
@@ -341,7 +341,7 @@ class Cutter:
             return None
         return tuple(part[spec.name].shape[1:] for spec in self.specs)
 
-    def _joined(self, run: Iterable[Part]) -> Iterator[Batch]:
+    def _joined(self, run: Iterable[Arrays]) -> Iterator[Batch]:
         """Batches across sets, all of whose arrays have the same number of rows."""
         step = self.fixed or self.size
         names = [spec.name for spec in self.specs]
@@ -360,7 +360,7 @@ class Cutter:
         elif remainder:
             self.dropped += len(remainder[names[0]])
 
-    def _alone(self, part: Part) -> Iterator[Batch]:
+    def _alone(self, part: Arrays) -> Iterator[Batch]:
         """Iterate over the batches of one set."""
         steps, count = _steps(part, self.specs, self.size)
         by_name = {spec.name: spec for spec in self.specs}
@@ -376,7 +376,7 @@ class Cutter:
             yield batch
         self.dropped += part[next(iter(steps))].shape[0] - num_used
 
-    def _read(self, part: Part, steps: Mapping[str, int]) -> Iterator[Feed]:
+    def _read(self, part: Arrays, steps: Mapping[str, int]) -> Iterator[Feed]:
         """Read the arrays of a set side by side, in the model's dtypes, each by its own number of rows."""
         specs = [spec for spec in self.specs if spec.name in steps]
         readers = [part[spec.name].chunks(steps[spec.name]) for spec in specs]
@@ -385,7 +385,7 @@ class Cutter:
             yield {s.name: cast(a, s, part[s.name].place, number * steps[s.name]) for s, a in pairs}
 
 
-def _steps(part: Part, specs: Sequence[InputSpec], batch_size: int) -> tuple[dict[str, int], int]:
+def _steps(part: Arrays, specs: Sequence[InputSpec], batch_size: int) -> tuple[dict[str, int], int]:
     """Rows per batch for every input that is split, and the number of batches."""
     scalars = {s.name: part[s.name].shape[0] for s in specs if s.scalar and part[s.name].shape not in ((), (1,))}
     if scalars:
@@ -412,7 +412,7 @@ def _steps(part: Part, specs: Sequence[InputSpec], batch_size: int) -> tuple[dic
 
 
 def _steps_beside_scalars(
-    part: Part, specs: Sequence[InputSpec], scalars: dict[str, int]
+    part: Arrays, specs: Sequence[InputSpec], scalars: dict[str, int]
 ) -> tuple[dict[str, int], int]:
     """Rows per batch where scalar inputs have a value per call: one row of every input whose leading size is free."""
     others = [spec for spec in specs if spec.name not in scalars]
@@ -544,7 +544,7 @@ class Samples:
                 digest.update(_content(array))
         return digest.hexdigest()
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[Arrays]:
         return (match(part, self.specs) for part in self._source.parts())
 
     def _enough(self, rows: int, usable: int, cutter: Cutter) -> None:

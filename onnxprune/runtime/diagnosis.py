@@ -26,7 +26,7 @@ _LARGEST = 1 << 30
 
 
 @contextmanager
-def explained(
+def explain_failures(
     source: str | Path | bytes | onnx.ModelProto | Loaded, analysis: Analysis | None = None
 ) -> Iterator[None]:
     """Turn an unplanned exception, or a wrong result, into a ModelError where the model is at fault.

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import UsageError, argument, nearest
-from onnxprune.graph.probes import InputSpec, show
-from onnxprune.runtime.arrays import UNNAMED, Part, Rows, may_be_read
+from onnxprune.graph.probes import InputSpec, format_shape
+from onnxprune.runtime.arrays import UNNAMED, Arrays, Rows, may_be_read
 from onnxprune.runtime.sessions import Array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -153,7 +153,7 @@ class Folder:
         """Rows of the array that make up one image: more than one where the input has no batch axis."""
         return 1 if self.form.batched else self.form.shape[0]
 
-    def part(self) -> Part:
+    def part(self) -> Arrays:
         """Return all images as one array."""
         tail = self.form.shape if self.form.batched else self.form.shape[1:]
         dtype = np.dtype(np.uint8 if self.form.dtype.kind in "iu" else np.float32)
@@ -222,7 +222,7 @@ def _decode(path: Path, form: Form) -> Array:
 
 def _form(spec: InputSpec, options: ImageOptions) -> Form:
     """Return the layout of the input, from its shape and, where that is open, the options."""
-    description = f"input {spec.name!r} {show(spec.shape)}"
+    description = f"input {spec.name!r} {format_shape(spec.shape)}"
     if len(spec.shape) not in (3, 4) or spec.dtype.kind in "OcSb":
         raise UsageError(f"{description} of {spec.dtype} takes no images", hint="Give the data as arrays (.npz).")
     dims = spec.shape[1:] if len(spec.shape) == 4 else spec.shape

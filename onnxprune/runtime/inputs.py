@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import UsageError, nearest
-from onnxprune.graph.probes import InputSpec, bind_shapes, show
+from onnxprune.graph.probes import InputSpec, bind_shapes, format_shape
 from onnxprune.runtime.data import load_data
 from onnxprune.runtime.sessions import Array, Feed
 
-__all__ = ["bind_shapes", "load_data", "show", "synthetic", "variations"]
+__all__ = ["bind_shapes", "format_shape", "load_data", "synthetic", "variations"]
 
 # Other values of float inputs, made from standard normal ones: another draw, what photographs hold, other scales, and
 # neighbours that are alike. Detectors, counters and saturated networks answer the same to most noise.
@@ -137,7 +137,7 @@ _LEVELS = 8
 _TEXTURE, _PATCHES = (0.5, 2.5), (2.0, 3.5)
 
 
-def imagined(
+def make_plausible_inputs(
     specs: Sequence[InputSpec],
     shapes: Mapping[str, Sequence[int]],
     spread: Spread,

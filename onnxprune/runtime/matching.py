@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxprune.errors import UsageError, nearest
 from onnxprune.graph.probes import InputSpec
-from onnxprune.runtime.arrays import HINT, UNNAMED, Part, Rows
+from onnxprune.runtime.arrays import HINT, UNNAMED, Arrays, Rows
 from onnxprune.runtime.sessions import Array, eps
 
 _CASTS = (
@@ -17,7 +17,7 @@ _CASTS = (
 )
 
 
-def match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> Part:
+def match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> Arrays:
     """Match an array to every input, its shape and dtype checked; other arrays are left out.
 
     Raises:

@@ -15,10 +15,10 @@ import onnxruntime as ort
 
 from onnxprune.graph.view import Graph, Node, reads
 from onnxprune.io import markers
-from onnxprune.io.subgraphs import Inner, Shown, close_bodies, show
+from onnxprune.io.subgraphs import ExposedTensor, Inner, expose_tensors, outline_bodies
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble
-from onnxprune.runtime.capture import Way, takes
+from onnxprune.runtime.capture import BranchAssignment, runs_node
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 
 
@@ -110,7 +110,7 @@ class Segments:
         requests: Sequence[Iterable[str]],
         store: Store,
         inside: Mapping[str, Inner] | None = None,
-        ways: Sequence[Way] | None = None,
+        ways: Sequence[BranchAssignment] | None = None,
         starts: Sequence[int] | None = None,
     ) -> None:
         self._flat, self._weights, self._store, self._ways = graph, weights, store, ways
@@ -126,7 +126,7 @@ class Segments:
         self._last = self._lifetimes()
         self.batches = 0
 
-    def _closed(self) -> tuple[Graph, dict[str, Shown]]:
+    def _closed(self) -> tuple[Graph, dict[str, ExposedTensor]]:
         """Return the graph with bodies outlined, which can be run in pieces, and with the current weights.
 
         Where something inside is wanted, a second node stands beside the first, for that alone.
@@ -136,10 +136,10 @@ class Segments:
             return graph, {}
         weights = {**graph.weights, **self._weights}
         branches = self._ways is None
-        proto, remaining = close_bodies(graph.proto, weights, branches=branches)
-        exposed_proto, places = show(graph.proto, self._inside, branches=branches)
+        proto, remaining = outline_bodies(graph.proto, weights, branches=branches)
+        exposed_proto, places = expose_tensors(graph.proto, self._inside, branches=branches)
         if places:
-            closed_proto = close_bodies(exposed_proto, weights, branches=branches)[0]
+            closed_proto = outline_bodies(exposed_proto, weights, branches=branches)[0]
             twins = {node.output[0]: node for node in closed_proto.graph.node if node.output}
             nodes = list(proto.graph.node)
             del proto.graph.node[:]
@@ -169,7 +169,11 @@ class Segments:
             return
         parts: dict[tuple[tuple[int, str], ...], _Part | None] = {}
         for batch in range(self.batches):
-            batch_nodes = nodes if self._ways is None else [m for n in nodes if (m := _on(graph, n, self._ways[batch]))]
+            batch_nodes = (
+                nodes
+                if self._ways is None
+                else [m for n in nodes if (m := _under_assignment(graph, n, self._ways[batch]))]
+            )
             key = tuple((node.index, node.inputs[0] if node.inputs else "") for node in batch_nodes)
             if key not in parts:
                 parts[key] = self._part(graph, batch_nodes, piece, batch)
@@ -253,9 +257,9 @@ def _needs(node: Node) -> Sequence[str]:
     return node.inputs[:2] if node.marker == markers.JOIN else reads(node)
 
 
-def _on(graph: Graph, node: Node, assignment: Way) -> Node | None:
+def _under_assignment(graph: Graph, node: Node, assignment: BranchAssignment) -> Node | None:
     """Return a node as it runs under a branch assignment, where it does: a join passes on the branch that runs."""
-    if not takes(graph, node.index, assignment):
+    if not runs_node(graph, node.index, assignment):
         return None
     if node.marker != markers.JOIN:
         return node

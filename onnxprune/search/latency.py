@@ -18,7 +18,7 @@ from onnxprune.allocation.costs import Counts, Sizes
 from onnxprune.allocation.latency_model import VERSION, Latency, LatencyTable, NodeKinds, fit_models, samples_of
 from onnxprune.allocation.selection import RankedGroup, close_selection, spread
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.selection import atoms_removed
+from onnxprune.channels.selection import removed_atoms
 from onnxprune.errors import BudgetError, ModelError, UsageError
 from onnxprune.graph.view import Node
 from onnxprune.io.files import user_cache
@@ -208,7 +208,7 @@ def removed_mask(analysis: Analysis, sizes: Sizes, counts: Counts) -> NDArray[np
         for g in sizes.groups
     }
     num_removed = [int(s - k) for s, k in zip(sizes.steps, counts, strict=True)]
-    return atoms_removed(analysis.units, close_selection(analysis, ranked, num_removed))
+    return removed_atoms(analysis.units, close_selection(analysis, ranked, num_removed))
 
 
 def _cuts(sizes: Sizes, draw: np.random.Generator) -> Iterator[Counts]:

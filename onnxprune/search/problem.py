@@ -25,7 +25,7 @@ from onnxprune.allocation.latency_model import Latency, LatencyTable, NodeKinds
 from onnxprune.allocation.rounding import AUTO
 from onnxprune.allocation.selection import RankedGroup, close_selection, counts_of, macs_after
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.selection import atoms_removed
+from onnxprune.channels.selection import removed_atoms
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
@@ -250,7 +250,7 @@ class SearchProblem:
     def removed(self, counts: Counts) -> Mask:
         """Return the mask over atoms for counts [groups]: the units with the lowest scores are removed."""
         num_removed = [int(s - k) for s, k in zip(self.sizes.steps, counts, strict=True)]
-        return atoms_removed(self.analysis.units, close_selection(self.analysis, self.groups, num_removed))
+        return removed_atoms(self.analysis.units, close_selection(self.analysis, self.groups, num_removed))
 
     def measured(self, counts: Counts, removed: Mask, *, timed: bool = True) -> dict[str, float]:
         """Return costs before any recovery: counted on the pruned model, timed if this is the target machine.

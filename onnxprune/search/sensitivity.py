@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from onnxprune.allocation.knapsack import VERSION, GroupCurve, Sensitivity
 from onnxprune.allocation.selection import close_selection, nearest_count
-from onnxprune.channels.selection import atoms_removed
+from onnxprune.channels.selection import removed_atoms
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.io.files import user_cache
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
@@ -187,7 +187,7 @@ def measure_sensitivity(
 def _mask(selector: Selector, number: int, count: int) -> NDArray[np.bool_]:
     """Return the mask over atoms when one group alone loses this number of steps."""
     removed = close_selection(selector.analysis, {number: selector.pool_of[number]}, [count])
-    return atoms_removed(selector.analysis.units, removed)
+    return removed_atoms(selector.analysis.units, removed)
 
 
 def _job(

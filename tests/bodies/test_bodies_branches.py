@@ -16,7 +16,7 @@ import onnxprune as op
 from onnxprune.graph.view import Graph
 from onnxprune.io.read import load
 from onnxprune.io.subgraphs import Inner
-from onnxprune.runtime.capture import ways
+from onnxprune.runtime.capture import branch_assignments
 from onnxprune.runtime.segments import Segments, Store
 
 TWO = """agraph (float[N,4,6] x, bool c) => (float[N,3] y, float[N,6] z)
@@ -172,7 +172,7 @@ def test_values_decide_the_way() -> None:
     model = inner()
     loaded = load(model)
     graph = Graph.of(loaded.proto, loaded.weights)
-    found = ways(graph, graph.weights, drawn(0))
+    found = branch_assignments(graph, graph.weights, drawn(0))
     kinds = [tuple(sorted(way.items())) for way in found]
     assert {len(k) for k in kinds} == {1, 2}, "what is not reached has no value"
     assert len(set(kinds)) == 3
@@ -188,7 +188,7 @@ def test_pieces_hold_what_runs(tmp_path: Path) -> None:
     loaded = load(model)
     graph = Graph.of(loaded.proto, loaded.weights)
     given = drawn(0, 30)
-    taken = ways(graph, graph.weights, given)
+    taken = branch_assignments(graph, graph.weights, given)
     store = Store(1 << 30, tmp_path)
     run_ = Segments(graph, graph.weights, [["a"], ["b", "q"], ["z"], ["y"]], store, {"q": Inner(1, 2)}, taken)
     run_.feed(given)

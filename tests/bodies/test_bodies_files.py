@@ -15,9 +15,9 @@ import onnxprune as op
 from onnxprune.graph.view import Graph
 from onnxprune.io.markers import has_bodies
 from onnxprune.io.read import load
-from onnxprune.io.subgraphs import Inner, close_bodies, hidden, show
+from onnxprune.io.subgraphs import Inner, expose_tensors, hidden_tensors, outline_bodies
 from onnxprune.io.write import assemble, save
-from onnxprune.runtime.capture import counted, with_outputs
+from onnxprune.runtime.capture import select_executed, with_outputs
 
 DEEP = """agraph (float[3,2,4] x, bool c, bool d) => (float[2,4] y, float[3,2,4] z) {
     zero = ConstantOfShape(size)
@@ -106,7 +106,7 @@ def test_the_view_knows_what_lies_inside() -> None:
     assert graph.around[nodes["zero"].index] == graph.around[nodes["y"].index] == ()
     around = [graph.around[nodes[name].index] for name in ("b", "v", "o")]
     assert around[0][:-1] == around[1] == around[2] != (), "what a Loop gives lies where the Loop does"
-    assert Graph.of(close_bodies(loaded.proto, loaded.weights)[0], {}).inner == frozenset()
+    assert Graph.of(outline_bodies(loaded.proto, loaded.weights)[0], {}).inner == frozenset()
 
 
 @pytest.mark.parametrize("what", ["sparse", "old scan", "sequence map", "too many"])
@@ -155,7 +155,7 @@ def test_a_model_with_bodies_is_written_and_read(tmp_path: Any) -> None:
 def shown(model: onnx.ModelProto, names: list[str], feed: dict[str, Any]) -> dict[str, Any]:
     """Values of inner tensors, by name."""
     loaded = load(model)
-    proto, places = show(loaded.proto, dict.fromkeys(names, Inner(onnx.TensorProto.FLOAT, 2)))
+    proto, places = expose_tensors(loaded.proto, dict.fromkeys(names, Inner(onnx.TensorProto.FLOAT, 2)))
     assert list(places) == names
     exposed = with_outputs(proto, [p.output for p in places.values()])
     found = run(assemble(exposed, loaded.weights), feed)
@@ -194,26 +194,29 @@ def test_what_did_not_run_is_empty() -> None:
 
 def test_values_of_iterations_are_taken_apart_or_joined() -> None:
     value = np.arange(24).reshape(2, 3, 4)
-    assert [v.shape for v in counted(value, 1, [], joins=False)] == [(3, 4), (3, 4)]
-    (joined,) = counted(value, 1, [], joins=True)
+    assert [v.shape for v in select_executed(value, 1, [], joins=False)] == [(3, 4), (3, 4)]
+    (joined,) = select_executed(value, 1, [], joins=True)
     assert np.array_equal(joined, value.reshape(6, 4))
-    assert counted(value[:0], 1, [], joins=True) == [] == counted(np.zeros(0), 0, [], joins=False)
+    assert select_executed(value[:0], 1, [], joins=True) == [] == select_executed(np.zeros(0), 0, [], joins=False)
 
 
 def test_values_count_where_conditions_hold() -> None:
     """Conditions of iterations further out stand for all within; one further in counts once; one not come to never."""
     value, odd = np.arange(24).reshape(2, 3, 4), np.asarray([True, False])
-    assert np.array_equal(counted(value, 2, [(odd, False, 1)], joins=True)[0], value[1].ravel())
-    assert [v[0] for v in counted(value, 2, [(odd, True, 1), (value[..., :1] > 0, True, 2)], joins=False)] == [4, 8]
-    assert counted(value, 0, [(odd, True, 1)], joins=True)[0] is not None
-    assert counted(value, 0, [(np.asarray(True), False, 0)], joins=True) == []
-    assert counted(value, 1, [(np.zeros(0, bool), False, 0)], joins=True) == []
+    assert np.array_equal(select_executed(value, 2, [(odd, False, 1)], joins=True)[0], value[1].ravel())
+    assert [v[0] for v in select_executed(value, 2, [(odd, True, 1), (value[..., :1] > 0, True, 2)], joins=False)] == [
+        4,
+        8,
+    ]
+    assert select_executed(value, 0, [(odd, True, 1)], joins=True)[0] is not None
+    assert select_executed(value, 0, [(np.asarray(True), False, 0)], joins=True) == []
+    assert select_executed(value, 1, [(np.zeros(0, bool), False, 0)], joins=True) == []
 
 
 def test_a_branch_within_a_loop_gives_zeros() -> None:
     """Every iteration has to give as much, so that sizes have to be known."""
     model = deep()
-    assert not hidden(load(model).proto, dict.fromkeys(("v", "b", "last0"), Inner(1, 2)))
+    assert not hidden_tensors(load(model).proto, dict.fromkeys(("v", "b", "last0"), Inner(1, 2)))
     text = LOOP.replace(
         "o = Sigmoid(o0)",
         """o = If (flag) <
@@ -225,10 +228,10 @@ def test_a_branch_within_a_loop_gives_zeros() -> None:
     values = {"two": np.asarray(2), "none": np.asarray(0)}
     model = build(text, **{**LOOP_SIZES, **values, "limit": np.float32(99)})
     loaded = load(model)
-    assert hidden(loaded.proto, dict.fromkeys(("o1", "o2", "t"), Inner(1, 2))) == {"o1", "o2"}
+    assert hidden_tensors(loaded.proto, dict.fromkeys(("o1", "o2", "t"), Inner(1, 2))) == {"o1", "o2"}
     types = dict.fromkeys(("o1", "o2"), Inner(1, 2, (("x", 0, 1), 5)))
-    assert not hidden(loaded.proto, types)
-    proto, places = show(loaded.proto, types)
+    assert not hidden_tensors(loaded.proto, types)
+    proto, places = expose_tensors(loaded.proto, types)
     feed = {"x": np.random.default_rng(2).standard_normal((2, 4)).astype(np.float32), "trips": np.asarray(4)}
     found = run(assemble(with_outputs(proto, [p.output for p in places.values()]), loaded.weights), feed)
     one, two = (found[places[name].output] for name in ("o1", "o2"))

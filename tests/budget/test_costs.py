@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import onnxprune as op
 from onnxprune.allocation.costs import Sizes, costs_of, total
 from onnxprune.allocation.selection import RankedGroup, close_selection, macs_after, params_after
-from onnxprune.channels.selection import atoms_removed
-from onnxprune.channels.survivors import After
+from onnxprune.channels.selection import removed_atoms
+from onnxprune.channels.survivors import Survivors
 from onnxprune.io.write import assemble, save
 from onnxprune.passes.prepared import cut_model
 from onnxprune.targets import COUNTABLE
@@ -32,7 +32,7 @@ def drawn(source: Any, seed: int, axis: str = "head_dim") -> tuple[op.Analysis, 
     kept = np.array([draw.integers(1, g.steps + 1) for g in groups], dtype=np.int64)
     ranked = {g.id: RankedGroup(draw.random(g.size), g.classes, g.steps, np.arange(g.steps), 0.5) for g in groups}
     chosen = close_selection(analysis, ranked, [g.steps - k for g, k in zip(groups, kept, strict=True)])
-    return analysis, Sizes(analysis, groups), kept, atoms_removed(analysis.units, chosen)
+    return analysis, Sizes(analysis, groups), kept, removed_atoms(analysis.units, chosen)
 
 
 @pytest.mark.parametrize("axis", ["head_dim", "heads", "both"])
@@ -40,7 +40,7 @@ def drawn(source: Any, seed: int, axis: str = "head_dim") -> tuple[op.Analysis, 
 def test_shapes_are_those_of_the_cut(name: str, axis: str) -> None:
     for seed in range(3):
         analysis, sizes, kept, removed = drawn(MODELS / f"{name}.onnx", seed, axis)
-        after, shape = After(analysis.table, removed), sizes.at(kept[None])
+        after, shape = Survivors(analysis.table, removed), sizes.at(kept[None])
         for tensor in analysis.table.items():
             want = after.shape(tensor)
             assert want is None or tuple(int(np.squeeze(n)) for n in shape(tensor)) == want, tensor

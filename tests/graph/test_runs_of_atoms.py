@@ -44,7 +44,7 @@ def test_components_are_those_of_single_atoms(seed: int, monkeypatch: pytest.Mon
             continue
         atoms.unite(a, b)
     sides = [np.concatenate([np.zeros(0, np.int64), *(edge[k] for edge in atoms.edges)]) for k in (0, 1)]
-    expected, number = groups._joined(atoms.count, sides[0], sides[1])
+    expected, number = groups._join_components(atoms.count, sides[0], sides[1])
     found, count = groups._components(atoms)
     assert count == number
     np.testing.assert_array_equal(found, expected)

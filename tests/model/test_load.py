@@ -17,7 +17,7 @@ import onnxprune as op
 from onnxprune.errors import ModelError, OnnxpruneError, UsageError
 from onnxprune.io import read as load_module
 from onnxprune.io.read import Loaded, check_structure, load, sort_nodes
-from onnxprune.io.subgraphs import close_bodies
+from onnxprune.io.subgraphs import outline_bodies
 from onnxprune.io.weights import FileWeight
 from onnxprune.io.wire import encode_varint, fields, strip
 from onnxprune.io.write import assemble
@@ -54,7 +54,7 @@ def mlp(*, typed: bool = False) -> ModelProto:
 
 
 def same_weights(loaded: Loaded, model: ModelProto) -> None:
-    weights = close_bodies(loaded.proto, loaded.weights)[1]
+    weights = outline_bodies(loaded.proto, loaded.weights)[1]
     assert list(weights) == [tensor.name for tensor in model.graph.initializer]
     for tensor in model.graph.initializer:
         weight, expected = loaded.weights[tensor.name], numpy_helper.to_array(tensor)
@@ -72,7 +72,7 @@ def is_skeleton_of(loaded: Loaded, model: ModelProto) -> None:
                 if field.name.endswith("_data"):
                     tensor.ClearField(field.name)
     found = ModelProto()
-    found.CopyFrom(close_bodies(loaded.proto, loaded.weights)[0])
+    found.CopyFrom(outline_bodies(loaded.proto, loaded.weights)[0])
     assert found == expected
 
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import ModelError
 from onnxprune.io.constants import weight_from_constant
-from onnxprune.io.elements import aligned
+from onnxprune.io.elements import align_array
 from onnxprune.io.weights import ArrayWeight, BufferWeight, FileWeight, GatheredWeight, TensorWeight, to_proto
 
 DTYPES = [
@@ -128,8 +128,8 @@ def test_data_at_odd_addresses(kind: str, odd: int) -> None:
     store[odd:] = array.reshape(-1).view(np.uint8)
     base = BufferWeight("w", ArrayWeight("w", array).onnx_type, array.shape, store.data[odd:])
     assert base.read().flags.aligned == (odd == 0)
-    assert np.array_equal(aligned(base.read()), array) and aligned(base.read()).flags.aligned
-    assert np.shares_memory(aligned(base.read()), store) == (odd == 0)
+    assert np.array_equal(align_array(base.read()), array) and align_array(base.read()).flags.aligned
+    assert np.shares_memory(align_array(base.read()), store) == (odd == 0)
     steps = [(1, np.array([0, 2])), (2, np.array([[[4, 0]], [[1, 2]], [[0, 1]], [[3, 4]]]))]
     taken = GatheredWeight(base, steps).read()
     assert taken.dtype == dtype and taken.flags.aligned

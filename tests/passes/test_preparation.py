@@ -113,19 +113,19 @@ class Wrong(Weight):
 
 def forget_defaults(patch: Patch) -> None:
     """What onnx's inliner does on its own."""
-    patch.setattr(functions, "inlined", onnx.inliner.inline_local_functions)
-    patch.setattr(read, "inlined", onnx.inliner.inline_local_functions)
+    patch.setattr(functions, "inline_functions", onnx.inliner.inline_local_functions)
+    patch.setattr(read, "inline_functions", onnx.inliner.inline_local_functions)
 
 
 def forget_an_attribute_in_a_body(patch: Patch) -> None:
-    right = subgraphs._Opening._add
+    right = subgraphs._Inliner._add
 
     def wrong(self: Any, node: Any, scope: Any, path: str) -> None:
         right(self, node, scope, path)
         if path and self.model.graph.node[-1].op_type == "LeakyRelu":
             del self.model.graph.node[-1].attribute[:]
 
-    patch.setattr(subgraphs._Opening, "_add", wrong)
+    patch.setattr(subgraphs._Inliner, "_add", wrong)
 
 
 def read_wrong_bytes(patch: Patch) -> None:
@@ -185,14 +185,14 @@ def restore_something_else(patch: Patch) -> None:
 
 def rejoin_anything(patch: Patch) -> None:
     """The second reader of the shared vector reads a weight of the same size from then on."""
-    right = prepared.rejoin
+    right = prepared.join_copies
 
     def wrong(proto: Any, weights: Any, copies: Any) -> None:
         right(proto, weights, copies)
         node = next(n for n in proto.graph.node if n.op_type == "Mul")
         node.input[1] = next(n for n, w in weights.items() if w.shape == weights[node.input[1]].shape[::-1] * 2)
 
-    patch.setattr(prepared, "rejoin", wrong)
+    patch.setattr(prepared, "join_copies", wrong)
 
 
 def flush_more(patch: Patch) -> None:

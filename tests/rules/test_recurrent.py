@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from sandwich import consume
 
 import onnxprune as op
-from onnxprune.channels.selection import atoms_removed
+from onnxprune.channels.selection import removed_atoms
 from onnxprune.pruning.masked import masked_original
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -295,7 +295,7 @@ def test_batch_first_layout(kind: str, direction: str) -> None:
     chosen = np.zeros(analysis.units.frozen.size, bool)
     for group in result.plan.groups:
         chosen[analysis.units.groups[group.id].units[group.removed]] = True
-    masked, _ = masked_original(analysis.table, atoms_removed(analysis.units, chosen))
+    masked, _ = masked_original(analysis.table, removed_atoms(analysis.units, chosen))
     for tensor in masked.graph.initializer:
         if tensor.name in weights(model):
             tensor.CopyFrom(numpy_helper.from_array(weights(model)[tensor.name], tensor.name))

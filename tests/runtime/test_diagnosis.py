@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 import onnxprune as op
 from onnxprune.errors import ModelError, OnnxpruneError, ValidationError
-from onnxprune.runtime.diagnosis import explained
+from onnxprune.runtime.diagnosis import explain_failures
 
 ODD = [0, 1, -1, 2, 5, -2, 100, 1 << 20, 1 << 31, (1 << 31) - 1, -(1 << 31), 1 << 62, -(1 << 63), (1 << 63) - 1]
 OPS = ["Shape", "Reshape", "DequantizeLinear", "Split", "Concat", "Einsum", "Gather", "Slice", "GRU", "Resize", "If"]
@@ -134,12 +134,12 @@ def test_what_is_said_of_damaged_models(edit, said: str | None) -> None:
 
 def test_bugs_stay_bugs() -> None:
     for error in (KeyError("x"), ValidationError("wrong")):
-        with pytest.raises(type(error)), explained(model()):
+        with pytest.raises(type(error)), explain_failures(model()):
             raise error
     damaged = model()
     next(n for n in damaged.graph.node if n.op_type == "MatMul").op_type = "Relu"
     for error in (KeyError("x"), ValidationError("wrong")):
-        with pytest.raises(ModelError, match=r"not valid ONNX: .*Relu"), explained(damaged):
+        with pytest.raises(ModelError, match=r"not valid ONNX: .*Relu"), explain_failures(damaged):
             raise error
 
 

@@ -171,7 +171,7 @@ def made(kind: str) -> Any:
 
 
 def test_a_reader_that_can_rewind_is_rewound_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_Kept", None)
+    monkeypatch.setattr(data, "_StoredParts", None)
     reader = Rewinding([{"x": ROWS[:4]}, {"x": ROWS[4:]}])
     reader.get_next()  # someone has looked already
     samples = open_data(reader, [X])
