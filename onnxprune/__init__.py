@@ -17,7 +17,7 @@ from warnings import warn
 
 if TYPE_CHECKING:
     from onnxprune import criteria, devices, passes, rules, statistics
-    from onnxprune.api import analyze, factorize, profile, prune, recover, sensitivity, sweep
+    from onnxprune.api import analyze, factorize, finetune, profile, prune, recover, sensitivity, sweep
     from onnxprune.channels.analysis import Analysis
     from onnxprune.channels.plan import Plan
     from onnxprune.errors import (
@@ -54,6 +54,7 @@ _HOME = {
     "analyze": "onnxprune.api",
     "compare": "onnxprune.api",
     "factorize": "onnxprune.api",
+    "finetune": "onnxprune.api",
     "profile": "onnxprune.api",
     "prune": "onnxprune.api",
     "recover": "onnxprune.api",
@@ -83,6 +84,7 @@ __all__ = [
     "criteria",
     "devices",
     "factorize",
+    "finetune",
     "passes",
     "profile",
     "prune",

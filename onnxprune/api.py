@@ -16,7 +16,7 @@ from onnxprune.errors import BudgetError, Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion
 from onnxprune.io.interchange import ModelSource
-from onnxprune.passes import Adopt, Exact, Factorize, Flush, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.passes import Adopt, Exact, Factorize, Finetune, Flush, Pipeline, Prune, Recover, Result, Validate
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
 from onnxprune.pipeline import Context, Model, Progress
 from onnxprune.report.facts import Report, SweepFacts
@@ -80,6 +80,8 @@ def prune(
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
     recover: str | None = None,
+    finetune: int | str | bool | None = None,
+    labels: Any = None,
     memory_limit: int | None = None,
     validate: bool = True,
     min_fidelity: float | None = None,
@@ -152,6 +154,11 @@ def prune(
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
             the reported fidelity.
+        finetune: then train by gradients to answer as the original does on ``data``: steps (500), time (``"3m"``), or
+            True for 1,000 steps or 3 minutes, whichever ends first; kept only where it is better on the hold-out, see
+            :class:`onnxprune.passes.Finetune`. None: no training.
+        labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
+            the loss of ``finetune`` is then on them. None: without labels.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         validate: run the checks; True.
         min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
@@ -202,7 +209,8 @@ def prune(
     else:
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion or "l2", share, plan=plan, approximate=approximate, **choosing)
-    pipe = Pipeline(_stages(first, mode_and_reason, validate, validate and latency))
+    tuned = _finetuning(finetune, labels)
+    pipe = Pipeline(_stages(first, mode_and_reason, validate, validate and latency, tuned))
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     reading["outputs"] = outputs
     running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
@@ -242,12 +250,21 @@ def _warn_of_no_gain(report: Report) -> None:
     report.warnings.append(Note(f"{what}: {times}{advice}"))
 
 
-def _stages(cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool) -> list[Any]:
+def _stages(
+    cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool, tuned: Sequence[Finetune] = ()
+) -> list[Any]:
     """Return the passes of a run: pruning, checks before the recovery, and a recovery if pruning does none."""
     factors = [Factorize(plan=cut.plan, check=validate)] if isinstance(cut, Prune) and _factorizes(cut.plan) else []
-    exact = [Exact()] if validate and (mode_and_reason[0] != "none" or factors or isinstance(cut, Budget)) else []
+    changed = mode_and_reason[0] != "none" or factors or isinstance(cut, Budget) or tuned
+    exact = [Exact()] if validate and changed else []
     repair = [] if isinstance(cut, Budget) else [Recover(mode_and_reason[0], why=mode_and_reason[1])]
-    return [cut, Flush(), *exact, *factors, *repair, Validate(exact=validate, faithful=validate, timed=timed)]
+    check = Validate(exact=validate, faithful=validate, timed=timed)
+    return [cut, Flush(), *exact, *factors, *repair, *tuned, check]
+
+
+def _finetuning(effort: int | str | bool | None, labels: Any) -> list[Finetune]:
+    """Return the training that was asked for, if any."""
+    return [Finetune(effort, labels=labels)] if effort else []
 
 
 def _factorizes(plan: Plan | None) -> bool:
@@ -288,6 +305,8 @@ def recover(
     plan: Plan | str | Path,
     data: Any = None,
     recover: str = "full",
+    finetune: int | str | bool | None = None,
+    labels: Any = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     samples: int | None = None,
     batch_size: int | None = None,
@@ -308,6 +327,11 @@ def recover(
         plan: the plan that was saved with the pruned model, or its file.
         data: inputs without labels, as for :func:`prune`; None only with ``datafree``.
         recover: mode of the recovery: ``full`` (default), ``lstsq``, ``bn``, ``bias`` or ``datafree``.
+        finetune: then train by gradients to answer as the original does on ``data``: steps (500), time (``"3m"``), or
+            True for 1,000 steps or 3 minutes, whichever ends first; kept only where it is better on the hold-out, see
+            :class:`onnxprune.passes.Finetune`. None: no training.
+        labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
+            the loss of ``finetune`` is then on them. None: without labels.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
         samples: number of samples to use, 1 or more; None: all.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
@@ -340,7 +364,59 @@ def recover(
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     reading["outputs"] = outputs
     running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
-    return Pipeline([take, Flush(), Recover(recover), check]).run(
+    return Pipeline([take, Flush(), Recover(recover), *_finetuning(finetune, labels), check]).run(
+        original, input_shapes=input_shapes, **reading, **running
+    )
+
+
+@called("recover")
+def finetune(
+    original: ModelSource,
+    cut: ModelSource,
+    *,
+    plan: Plan | str | Path,
+    data: Any,
+    finetune: int | str | bool = True,
+    labels: Any = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    images: ImageOptions | None = None,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    approximate: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Train a pruned model by gradients, as it is, to answer as its original does; no closed-form recovery comes first.
+
+    Args:
+        original: the model before pruning: path, bytes or ModelProto; never changed.
+        cut: the pruned model, with its weights as pruned or trained further: path, bytes or ModelProto; never changed.
+        plan: the plan that was saved with the pruned model, or its file.
+        data: inputs, as for :func:`prune`; 64 samples or more, 512 or more do well.
+        finetune: steps (500), time (``"3m"``), or True for 1,000 steps or 3 minutes, whichever ends first.
+        labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file; None:
+            distillation alone.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        samples: number of samples to use, 1 or more; None: all.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
+        seed: seed of all random numbers, 0 or more; 0.
+        approximate: whether the model was pruned with ``approximate``; False.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
+
+    Returns:
+        the trained ``model`` and ``report``; ``save`` writes them. Where training brought nothing on the hold-out, the
+        model has the weights that it came with.
+
+    Raises:
+        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable.
+    """
+    take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
+    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
+    return Pipeline([take, Flush(), Finetune(finetune, labels=labels), check]).run(
         original, input_shapes=input_shapes, **reading, **running
     )
 
@@ -370,6 +446,8 @@ def factorize(
     images: ImageOptions | None = None,
     outputs: Mapping[str, str] | None = None,
     recover: str | None = None,
+    finetune: int | str | bool | None = None,
+    labels: Any = None,
     memory_limit: int | None = None,
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
@@ -410,6 +488,11 @@ def factorize(
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
             the reported fidelity.
+        finetune: then train by gradients to answer as the original does on ``data``: steps (500), time (``"3m"``), or
+            True for 1,000 steps or 3 minutes, whichever ends first; kept only where it is better on the hold-out, see
+            :class:`onnxprune.passes.Finetune`. None: no training.
+        labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
+            the loss of ``finetune`` is then on them. None: without labels.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -445,7 +528,7 @@ def factorize(
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     reading["outputs"] = outputs
     running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
-    return Pipeline([Flush(), take, Recover(mode, why=reason), check]).run(
+    return Pipeline([Flush(), take, Recover(mode, why=reason), *_finetuning(finetune, labels), check]).run(
         model, input_shapes=input_shapes, **reading, **running
     )
 

@@ -608,6 +608,7 @@ _BUILT_IN: dict[str, Any] = {
     "prune": "onnxprune.passes.prune:Prune",
     "factorize": "onnxprune.passes.factorize:Factorize",
     "exact": "onnxprune.passes.exact:Exact",
+    "finetune": "onnxprune.passes.finetune:Finetune",
     "flush": "onnxprune.passes.flush:Flush",
     "recover": "onnxprune.passes.recover:Recover",
     "validate": "onnxprune.passes.validate:Validate",

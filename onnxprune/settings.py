@@ -455,6 +455,42 @@ class CostShares(Kind):
         return tuple(shares(text, name))
 
 
+class EffortOf(Kind):
+    """How long to train: a number of steps, or a time."""
+
+    metavar = "TIME|STEPS"
+    allowed = "steps (`500`), a time (`90s`, `3m`, `1h`), or `auto`: 1,000 steps or 3 minutes"
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the checked effort; raises UsageError."""
+        effort_of(value, name)
+        return value
+
+
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
+DEFAULT_EFFORT = (1000, 180.0)
+"""Steps and seconds of a fine-tuning where nothing else is given."""
+
+
+def effort_of(value: Any, name: str) -> tuple[int | None, float | None]:
+    """Return the steps and the seconds of an effort; True or ``auto``: 1,000 steps or 3 minutes, whichever ends first.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if value is True or value == "auto":
+        return DEFAULT_EFFORT
+    if _is_whole(value) and value > 0:
+        return int(value), None
+    text = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
+    if text is not None and float(text[1]) > 0:
+        if text[2] in _SECONDS:
+            return None, float(text[1]) * _SECONDS[text[2]]
+        if not text[2] and text[1].isdecimal():
+            return int(text[1]), None
+    raise UsageError(f"{name}: {value!r} is not allowed", hint="Give steps (500), or a time (90s, 3m, 1h).")
+
+
 class Bytes(Kind):
     """A number of bytes: whole in Python, with its unit on the command line."""
 
@@ -615,6 +651,7 @@ class Setting:
         brief: its line in the short help, for the few that most runs need; empty: only the whole help lists it.
         python: whether the calls in Python have it.
         many: whether the option may be repeated.
+        bare: its value where the option is given without one; empty: it needs one.
         needs: its precondition.
         conflicts: arguments that decide it instead, ``plan`` or ``budget``.
         into: ``images.NAME`` for options that are parts of one argument.
@@ -632,6 +669,7 @@ class Setting:
     brief: str = ""
     python: bool = True
     many: bool = False
+    bare: str = ""
     needs: Need | None = None
     conflicts: tuple[str, ...] = ()
     into: str = ""
@@ -663,6 +701,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "latency target": lambda v: _kinds(v, "latency"),
     "measured sensitivity": lambda v: v.get("sensitivity") == "measure" or "ratios" in v,
     "runs": lambda v: v.get("validate") is not False,
+    "finetune": lambda v: bool(v.get("finetune")),
 }
 """What a setting may need, by name, asked of the values of a call."""
 
@@ -1269,6 +1308,25 @@ SETTINGS: tuple[Setting, ...] = (
         variants={"recover": {"kind": Word(*MODES[1:]), "help": _repair("full"), "default": "full"}},
     ),
     Setting(
+        "finetune",
+        EffortOf(),
+        f"Then train by gradients to answer as the original does on {argument('data')}, for so many steps or so long; "
+        "kept only where it is better on held-out samples.",
+        dict.fromkeys(("prune", "factorize", "recover"), RECOVER),
+        needs=_DATA,
+        bare="auto",
+        brief="Train towards the original on the data.",
+    ),
+    Setting(
+        "labels",
+        PathTo("FILE", "classes or values of the samples: an array, or a .npy or .npz file"),
+        f"Labels of {argument('data')}, one per sample: half of the loss of {argument('finetune')} is on them.",
+        dict.fromkeys(("prune", "factorize", "recover"), RECOVER),
+        needs=Need(
+            "finetune", f"says what to learn, and there is no {argument('finetune')}", f"Give {argument('finetune')}."
+        ),
+    ),
+    Setting(
         "memory_limit",
         Bytes(),
         "Memory for activations, for example 2GB; the rest goes to temporary files.",
@@ -1489,7 +1547,7 @@ def check_needs(command: str, values: Mapping[str, Any]) -> None:
     """
     for name, setting in settings_of(command).items():
         value, need = values.get(name), setting.needs
-        if need is None or value is None or value == setting.default:
+        if need is None or value is None or (setting.default is not None and value == setting.default):
             continue
         if not CONDITIONS[need.of](values):
             raise UsageError(f"{argument(name)} {need.because}", hint=need.hint)

@@ -135,8 +135,9 @@ def test_imports_have_no_cycles() -> None:
         ("PIL", ("runtime",)),
         (
             "onnx",
-            tuple(
-                "io graph channels pruning recovery factorization runtime gradients pipeline passes search api".split()
+            (
+                *("io", "graph", "channels", "pruning", "recovery", "factorization", "runtime"),
+                *("gradients", "train", "pipeline", "passes", "search", "api"),
             ),
         ),
         ("rich", ("report", "cli")),

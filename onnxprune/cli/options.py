@@ -299,6 +299,7 @@ class Given:
 _READ = {
     "plan": "plan",
     "data": "data",
+    "labels": "labels",
     "latency_table": "latency table",
     "sensitivity": "file of sensitivities",
 }
@@ -388,6 +389,8 @@ def _option(setting: Setting, command: str) -> Callable[..., Any]:
     shown = value is not None and not (isinstance(kind, Whole) and value in (0, 1)) and setting.name != "recover"
     value = ",".join(map(str, value)) if isinstance(value, tuple) else value
     kept: dict[str, Any] = {"default": value, "show_default": shown, "metavar": kind.metavar}
+    if setting.bare:
+        kept |= {"is_flag": False, "flag_value": setting.bare}
     return click.option(*names, type=SettingType(setting), **kept, **shared)
 
 

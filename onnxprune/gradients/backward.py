@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from typing import Any
 
-import numpy as np
 import onnx
 
 from onnxprune.gradients.static import StaticGraph, named_tensor
 from onnxprune.gradients.tape import Array, NoGradient, Reverse, Tape
 from onnxprune.graph.view import Node
 from onnxprune.operators.registry import gradient_of
-
-BUILT_IN = "onnxprune.gradients.built_in"
 
 Loss = Callable[[Tape], str]
 """Emits a scalar from tensors of the forward pass, with the operators of any model, and returns its name."""
@@ -44,7 +41,7 @@ def training_graph(
     loss: Loss,
     weights: Collection[str],
     *,
-    inputs: Mapping[str, tuple[Sequence[int], np.dtype[np.generic]]] | None = None,
+    inputs: Mapping[str, tuple[Sequence[int], Any]] | None = None,
     further: Sequence[str] = (),
 ) -> TrainingGraph:
     """Build the graph that computes a loss and its gradients.
@@ -59,7 +56,6 @@ def training_graph(
     Returns:
         the training graph; a weight whose way to the loss leads through an operator without a gradient is frozen.
     """
-    import_module(BUILT_IN)
     blocked: dict[int, str] = {}
     while True:
         tape = Tape(graph.shapes, graph.kinds)
@@ -67,14 +63,13 @@ def training_graph(
             tape.declare(name, shape, kind)
         value = loss(tape)
         nodes = [*graph.nodes, *_as_nodes(tape, graph)]
-        forward = len(tape.nodes)
         constants = {**graph.constants, **tape.constants}
         try:
             sent, frozen = _Backward(tape, nodes, constants, graph, blocked).run(value, weights)
         except _Blocked as found:
             blocked[found.index] = found.reason
             continue
-        model = _model(graph, tape, forward, value, sent, inputs or {}, further)
+        model = _model(graph, tape, [value, *sent.values(), *further], inputs or (), sent)
         return TrainingGraph(model, value, sent, frozen, list(further))
 
 
@@ -188,17 +183,23 @@ def _read(node: Node) -> list[str]:
     return names
 
 
+def inference_graph(graph: StaticGraph, tape: Tape, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Return the model that gives some tensors of a static graph, or what was computed from them on a tape."""
+    return _model(graph, tape, outputs, (), ())
+
+
 def _model(
-    graph: StaticGraph,
-    tape: Tape,
-    forward: int,
-    loss: str,
-    gradients: Mapping[str, str],
-    inputs: Mapping[str, tuple[Sequence[int], np.dtype[np.generic]]],
-    further: Sequence[str],
+    graph: StaticGraph, tape: Tape, outputs: Sequence[str], inputs: Collection[str], variables: Collection[str]
 ) -> onnx.ModelProto:
-    """Return the model that gives loss, gradients and further outputs; nodes that none of them needs are left out."""
-    outputs = list(dict.fromkeys([loss, *gradients.values(), *further]))
+    """Return the model that gives tensors; nodes that none of them needs are left out.
+
+    Args:
+        graph: the forward pass.
+        tape: nodes behind it.
+        outputs: the tensors.
+        inputs: inputs beside those of the graph.
+        variables: weights that are inputs.
+    """
     protos = [*(_with_outputs(node, tape) for node in graph.nodes), *tape.nodes]
     live, kept = set(outputs), []
     for proto in reversed(protos):
@@ -206,15 +207,13 @@ def _model(
             kept.append(proto)
             live.update(proto.input)
             live.update(n for a in proto.attribute for b in [a.g, *a.graphs] for inner in b.node for n in inner.input)
-    variables = [v for v in gradients if v in live]
     constants = {**graph.constants, **tape.constants}
-    fed = [*(i for i in graph.inputs if i in live), *(i for i in inputs if i in live), *variables]
     return onnx.helper.make_model(
         onnx.helper.make_graph(
             kept[::-1],
             "training",
-            [_info(tape, name) for name in fed],
-            [_info(tape, name) for name in outputs],
+            [_info(tape, name) for name in (*graph.inputs, *inputs, *variables) if name in live],
+            [_info(tape, name) for name in dict.fromkeys(outputs)],
             [named_tensor(name, value) for name, value in constants.items() if name in live and name not in variables],
         ),
         opset_imports=[onnx.helper.make_opsetid(domain, version) for domain, version in graph.opsets.items()],

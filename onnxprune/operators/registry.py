@@ -36,7 +36,7 @@ class Elements(tuple["Shape | None", ...]):
     __slots__ = ()
 
 
-BUILT_IN = "onnxprune.operators.built_in"
+BUILT_IN, GRADIENTS = "onnxprune.operators.built_in", "onnxprune.gradients.built_in"
 ENTRY_POINT = "onnxprune.rules"
 
 
@@ -366,6 +366,7 @@ def register_gradient(domain: str, *ops: str) -> Callable[[Gradient], Gradient]:
 
 def gradient_of(domain: str, op: str, version: int) -> Gradient | None:
     """Return what emits the gradient of an operator; None where nothing is registered."""
+    import_module(GRADIENTS)
     rule = lookup(domain, op, version)
     return rule.gradient if type(rule).gradient is not Rule.gradient else _gradients.get((domain, op))
 

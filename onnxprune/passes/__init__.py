@@ -6,6 +6,7 @@ from onnxprune.errors import UsageError
 from onnxprune.passes.adopt import Adopt
 from onnxprune.passes.exact import Exact
 from onnxprune.passes.factorize import Factorize
+from onnxprune.passes.finetune import Finetune
 from onnxprune.passes.flush import Flush
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.recover import Recover
@@ -30,6 +31,7 @@ __all__ = [
     "Context",
     "Exact",
     "Factorize",
+    "Finetune",
     "Flush",
     "Guarantee",
     "Model",

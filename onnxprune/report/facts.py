@@ -339,6 +339,32 @@ class Recovery:
 
 
 @dataclass(slots=True)
+class Finetuning:
+    """Training of a model towards its original.
+
+    ``batch`` samples a step, drawn from ``samples``; ``aside`` are the hold-out. ``trained`` weights; ``frozen`` ones
+    with the reason. ``losses`` of the first step and of the last 20 on average; ``curve``: (step, distance from the
+    original on the hold-out), where the distance is 100 less the points of fidelity. ``before`` and ``after`` are the
+    fidelity there; ``undone``: nothing was better than before; ``stopped``: why it ended early, else empty.
+    """
+
+    steps: int
+    seconds: float
+    batch: int
+    samples: int
+    aside: int
+    trained: int
+    frozen: dict[str, str]
+    augmentation: str
+    losses: list[float]
+    curve: list[tuple[int, float]]
+    before: Fidelity
+    after: Fidelity
+    undone: bool
+    stopped: str
+
+
+@dataclass(slots=True)
 class FactorizedLayer:
     """One layer that was considered for factorization.
 
@@ -460,6 +486,7 @@ class Report:
     metric: MetricFacts | None = None
     recovery: Recovery = field(default_factory=Recovery)
     repairs: list[Repair] = field(default_factory=list)
+    finetuning: Finetuning | None = None
     budget: BudgetFacts | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
@@ -578,6 +605,7 @@ Fact = (
     | Pruned
     | Factorization
     | Recovered
+    | Finetuning
     | Flushed
     | Remark
     | Timings
@@ -619,6 +647,8 @@ def _add(report: Report, fact: Fact) -> None:
             report.factorized, report.product = factorized, product
         case Recovered(whole, repairs):
             report.recovery, report.repairs = whole, repairs
+        case Finetuning():
+            report.finetuning = fact
         case Flushed(values=count):
             report.flushed += count
         case Remark(text):

@@ -20,6 +20,7 @@ from onnxprune.report.facts import (
     Exactness,
     FactorizedLayer,
     Fidelity,
+    Finetuning,
     Latency,
     LayerFacts,
     NodeTime,
@@ -324,6 +325,18 @@ def summary(report: Report) -> Text | None:
     return Text.assemble(("recovered ", "bold"), f"{how}: {_change(facts)}")
 
 
+def finetuned(facts: Finetuning | None) -> list[Text]:
+    """Return one line on the training: its effort, and its effect on the hold-out; none where there was none."""
+    if facts is None:
+        return []
+    per_step = f"{facts.steps} steps of {facts.batch} in {facts.seconds:.0f} s from {facts.samples} samples"
+    one, other = facts.before.points, facts.after.points
+    change = "" if one is None or other is None else f": {one:.1f} {numbers.ARROW} {other:.1f} points on {facts.aside}"
+    change += " held-out samples" if change else ""
+    undone = ("undone: " if facts.undone else "", "yellow")
+    return [Text.assemble(("finetuned ", "bold"), undone, per_step, change)]
+
+
 def _counts(repairs: Sequence[Repair]) -> tuple[int, int]:
     """Count the layers with new weights, and the layers affected by the removal."""
     return sum(r.done for r in repairs), sum(not _untouched(r) for r in repairs)
@@ -410,6 +423,7 @@ def whole(report: Report, *, name_width: int, verbose: bool) -> list[RenderableT
     repaired = summary(report)
     if repaired is not None:
         parts.append(repaired)
+    parts += finetuned(report.finetuning)
     return [*parts, *fidelity(report.fidelity, name_width=name_width)]
 
 
@@ -748,6 +762,7 @@ def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableTyp
     repaired = summary(report)
     if repaired is not None:
         parts.append(repaired)
+    parts += finetuned(report.finetuning)
     return [*parts, *fidelity(report.fidelity, name_width=name_width)]
 
 
@@ -778,7 +793,8 @@ def repaired(report: Report, *, name_width: int, verbose: bool) -> list[Renderab
     if report.exactness.note:
         parts.append(Text.assemble(("plan      ", "bold"), report.exactness.note))
     done = summary(report)
-    return [*parts, *([done] if done is not None else []), *fidelity(report.fidelity, name_width=name_width)]
+    parts += [*([done] if done is not None else []), *finetuned(report.finetuning)]
+    return [*parts, *fidelity(report.fidelity, name_width=name_width)]
 
 
 def compared(report: Report, *, name_width: int) -> list[RenderableType]:

@@ -32,15 +32,10 @@ def residual(opset: int = 18) -> onnx.ModelProto:
     return net.model(net.op("Softmax", net.linear(flat, 6, 5, gemm=True), axis=1))
 
 
-@pytest.mark.parametrize("opset", [9, 13, 18])
-def test_a_network(opset: int) -> None:
-    training = check(residual(opset), FEED, engine="linear" if opset < 0 else "reference")
+@pytest.mark.parametrize(("opset", "size"), [(9, 1), (18, 2)])
+def test_a_network(opset: int, size: int) -> None:
+    training = check(residual(opset), {"x": FEED["x"][:size]})
     assert len(training.gradients) > 10
-
-
-def test_batches_of_other_sizes_are_other_graphs() -> None:
-    for size in (1, 3):
-        check(residual(), {"x": FEED["x"][:size]})
 
 
 def nets(op_type: str, **attrs: Any) -> tuple[onnx.ModelProto, list[str]]:

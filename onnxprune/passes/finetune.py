@@ -1,0 +1,470 @@
+"""Fine-tune: train a pruned model by gradients to answer as the original does, from inputs alone or with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxprune.channels.survivors import After
+from onnxprune.errors import ModelError, Note, UsageError, argument
+from onnxprune.gradients.backward import inference_graph, training_graph
+from onnxprune.gradients.static import StaticGraph, static_graph
+from onnxprune.gradients.tape import Tape
+from onnxprune.io.constants import set_constant
+from onnxprune.io.weights import ArrayWeight
+from onnxprune.passes.calibration import CalibrationBatches, CalibrationSplit
+from onnxprune.passes.comparable import can_follow
+from onnxprune.passes.recover import HAS_INPUTS, compare_with_original, noise, split_for
+from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult
+from onnxprune.report.facts import Fact, Fidelity, Finetuning, Remark
+from onnxprune.runtime.capture import count
+from onnxprune.runtime.sessions import Array, Feed, open_session, run
+from onnxprune.settings import effort_of
+from onnxprune.train.augment import Augmentation
+from onnxprune.train.loop import Course, Effort, train
+from onnxprune.train.losses import BALANCE, Losses
+from onnxprune.train.parameters import Head, bottlenecks, heads, trainable
+from onnxprune.train.step import Adam, Parameters, Step, step_sizes
+
+RATE = 4e-3
+"""Largest step, in units of each weight's own size."""
+BATCH = 32
+"""Samples of a step."""
+LEAST_SAMPLES = 64
+"""Fewer samples are refused unless their number was asked for."""
+_FEATURES, _FEATURE_SHARE = 4, 0.3  # the share of the outputs' loss at the beginning
+_BOLDNESS = 0.25  # largest step, relative to the random one that would double the loss
+_MEMORY = 2 << 30
+_LIVE = 2.5  # bytes alive during a step, relative to those of all activations
+
+
+class Finetune(Pass):
+    """Train the weights of a pruned model so that it answers as the original does.
+
+    The loss compares scores of classes by the Kullback-Leibler divergence at temperature 4, other outputs and a few
+    tensors between blocks by their relative squared error. Every eighth batch of the data is a hold-out on which the
+    model is compared with the original ten times on the way: the best weights are kept, and where none is better than
+    those before, the training is undone.
+
+    Args:
+        effort: steps (500), time (``"3m"``, ``"90s"``), or None: 1,000 steps or 3 minutes, whichever ends first.
+        labels: classes [samples] or values of the first output, or their file; half of the loss is then on them. None:
+            distillation alone.
+        rate: largest step, in units of each weight's own size, above 0.
+        batch_size: samples of a step, 1 or more.
+        features: number of tensors between blocks to compare, 0 or more.
+        augment: whether to shift and mirror images where the original is indifferent to it.
+
+    Raises:
+        UsageError: no data, fewer than 64 samples, data without variety, or labels that do not fit.
+        ModelError: no weight can be trained, or the model cannot be run as a training graph.
+    """
+
+    requires = (HAS_INPUTS,)
+
+    def __init__(
+        self,
+        effort: int | str | bool | None = None,
+        *,
+        labels: Any = None,
+        rate: float = RATE,
+        batch_size: int = BATCH,
+        features: int = _FEATURES,
+        augment: bool = True,
+    ) -> None:
+        self.effort = Effort(*effort_of(True if effort is None else effort, argument("finetune")))
+        self.labels, self.rate, self.batch_size = labels, rate, batch_size
+        self.features, self.augment = features, augment
+
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Train, and keep the result where it is better."""
+        if not (model.is_pruned or model.is_factorized or self.labels is not None):
+            return PassResult(model, [Remark("nothing was pruned, so there is nothing to fine-tune")], changed=False)
+        split = split_for(context, model.analysis, "full")
+        _check_samples(context, split)
+        with context.stage("finetune"):
+            training = _Training.prepare(self, context, model, split)
+            course = training.run()
+        facts = training.facts(course)
+        remarks: list[Fact] = [facts, *map(Remark, training.remarks(facts))]
+        tuned = replace(model, hold_out=split.validation)
+        if not facts.undone:
+            tuned = tuned.with_parts(training.parts(), as_pruned=model.as_pruned or model.parts)
+        return PassResult(tuned, remarks)
+
+
+def _check_samples(context: Context, split: CalibrationSplit) -> None:
+    """Refuse data that a training would only overfit to; raises UsageError."""
+    samples = split.num_fit + split.num_held_out
+    asked = context.calibration is not None and context.calibration.limit is not None
+    if samples < LEAST_SAMPLES and not asked:
+        raise UsageError(
+            f"{argument('finetune')} needs {LEAST_SAMPLES} samples or more, and there are {samples}",
+            hint=f"Give more with {argument('data')}; 512 and more do well. {argument('samples')} insists on fewer.",
+        )
+    first = split.fit[0]
+    if all(v.ndim == 0 or all((f[n] == v[:1]).all() for f in split.fit) for n, v in first.items()):
+        raise UsageError(
+            f"all samples of {argument('data')} are the same, and {argument('finetune')} can learn nothing from them",
+            hint="Give samples as they come in use.",
+        )
+
+
+class _Samples:
+    """The samples of a split, drawn in random order, each once before any again."""
+
+    def __init__(self, feeds: Sequence[Feed], size: int, fixed: bool, labels: Array | None, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        joined = all(v.ndim and len(v) == count(feed) for feed in feeds for v in feed.values())
+        self._feeds = list(feeds)
+        self._arrays: Feed | None = None
+        if joined and len({tuple(v.shape[1:] for v in f.values()) for f in feeds}) == 1:
+            self._arrays = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
+        self._size, self._labels = size, labels
+        self._order: list[int] = []
+
+    @property
+    def num(self) -> int:
+        """The number of samples, or of whole calls where samples cannot be taken out of them."""
+        return len(self._feeds) if self._arrays is None else len(next(iter(self._arrays.values())))
+
+    def draw(self) -> tuple[Feed, Array | None]:
+        """Return one call, and its labels."""
+        need = 1 if self._arrays is None else self._size
+        while len(self._order) < need:
+            self._order += self._rng.permutation(self.num).tolist()
+        index, self._order = self._order[:need], self._order[need:]
+        if self._arrays is None:
+            return self._feeds[index[0]], None
+        feed = {name: value[index] for name, value in self._arrays.items()}
+        return feed, None if self._labels is None else self._labels[index]
+
+
+@dataclass(slots=True)
+class _Training:
+    """A training of one model: its teacher, samples, step and judge."""
+
+    context: Context
+    model: Model
+    split: CalibrationSplit
+    settings: Finetune
+    samples: _Samples
+    teacher: Callable[[Feed], Feed]
+    parameters: Parameters
+    step: Step
+    frozen: Mapping[str, str]
+    calls: int
+    labels: Mapping[Head, tuple[str, tuple[int, ...]]]
+    before: Fidelity
+    augmentation: Augmentation | None = None
+    after: Fidelity | None = None
+
+    @classmethod
+    def prepare(cls, settings: Finetune, context: Context, model: Model, split: CalibrationSplit) -> _Training:
+        """Build the graphs of both models at the batch size that memory allows.
+
+        Raises:
+            ModelError: no weight can be trained.
+        """
+        (before,) = compare_with_original(context.analysis, [model.parts], split.validation, context.outputs)
+        fixed = CalibrationBatches(context, model.analysis).fixed
+        size = fixed or min(settings.batch_size, split.num_fit)
+        labels = None if settings.labels is None else read_labels(settings.labels, split)
+        samples = _Samples(split.fit, size, fixed is not None, labels, context.seed)
+        feed, _ = samples.draw()
+        student = static_graph(*model.parts, feed)
+        limit = (context.memory_limit or _MEMORY) / _LIVE
+        if fixed is None and (room := int(limit // max(1, _bytes(student) // size))) < size:
+            size = max(1, room)
+            samples = _Samples(split.fit, size, False, labels, context.seed)
+            feed, _ = samples.draw()
+            student = static_graph(*model.parts, feed)
+        loaded = context.analysis.loaded
+        original = static_graph(loaded.proto, loaded.weights, feed)
+        wanted, reasons = trainable(student)
+        fitted = _heads(student, wanted, original, before)
+        steps = _features(student, original, model, [h.tensor for h in fitted], settings.features)
+        teacher, names = _teacher(original, fitted, steps)
+        known = {} if labels is None else _labelled(fitted, student, labels)
+        losses = Losses(
+            {h: names[h.tensor] for h in fitted}, {n: names[n] for n in steps}, {h: n for h, (n, _) in known.items()}
+        )
+        inputs = {names[n]: (student.shapes[n], student.kinds[n]) for n in [*(h.tensor for h in fitted), *steps]}
+        inputs |= {name: (shape, np.dtype(np.float32)) for name, shape in known.values()}
+        inputs[BALANCE] = (), np.dtype(np.float32)
+        graph = training_graph(student, losses.loss, wanted, inputs=inputs)
+        frozen = {**{n: r for n, r in reasons.items() if "parameter" not in r}, **graph.frozen}
+        if not graph.gradients:
+            why = next(iter(frozen.values()), "it has no weights in float32")
+            raise ModelError(f"No weight of the model can be trained: {why}.", hint=f"Drop {argument('finetune')}.")
+        parameters = Parameters({n: student.constants[n] for n in graph.gradients})
+        step = Step(graph, parameters, context.device.threads)
+        calls = max(1, -(-settings.batch_size // size))
+        training = cls(
+            context, model, split, settings, samples, teacher, parameters, step, frozen, calls, known, before
+        )  # fmt: skip
+        if settings.augment:
+            answers = [names[h.tensor] for h in fitted]
+            training.augmentation = Augmentation.suited([samples.draw()[0]], lambda f: [teacher(f)[n] for n in answers])
+        return training
+
+    def run(self) -> Course:
+        """Train."""
+        rng = np.random.default_rng(self.context.seed)
+        balance = np.zeros((), np.float32)
+
+        def draw(number: int) -> list[Feed]:
+            calls = []
+            for _ in range(self.calls):
+                feed, labels = self.samples.draw()
+                if self.augmentation is not None:
+                    feed = self.augmentation(feed, rng)
+                given = (
+                    {name: _as_input(labels, shape) for name, shape in self.labels.values()}
+                    if labels is not None
+                    else {}
+                )
+                calls.append({**feed, **self.teacher(feed), **given, BALANCE: balance})
+            return calls
+
+        best = [distance(self.before)]
+
+        def judge() -> float:
+            (facts,) = compare_with_original(
+                self.context.analysis, [self.parts()], self.split.validation, self.context.outputs
+            )
+            if distance(facts) < best[0]:
+                best[0], self.after = distance(facts), facts
+            return distance(facts)
+
+        def tell(share: float) -> None:
+            self.context.tell("finetune", share)
+
+        first = draw(0)
+        outputs = self.step(first)
+        balance[...] = 1
+        features = self.step(first) - outputs
+        # What lies between is compared on the way to the outputs, and never in their place.
+        balance[...] = _FEATURE_SHARE * outputs / features if features > 1e-6 * outputs else 0
+        sizes, doubling = step_sizes(self.step, first, self.parameters, self.context.seed)
+        rate = min(self.settings.rate, _BOLDNESS * doubling)
+        optimizer = Adam(self.parameters, sizes)
+        return train(self.step, optimizer, self.parameters, draw, judge, self.settings.effort, rate, tell)
+
+    def parts(self) -> ModelParts:
+        """Return the model with the present weights."""
+        views = self.parameters.views(self.parameters.vector)
+        proto, weights = self.model.parts
+        inside = {n: v.copy() for n, v in views.items() if n not in weights}
+        changed = {n: ArrayWeight(n, v.copy()) for n, v in views.items() if n in weights}
+        if inside:  # Constant nodes
+            proto = onnx.ModelProto()
+            proto.CopyFrom(self.model.proto)
+            for node in proto.graph.node:
+                if node.op_type == "Constant" and node.output[0] in inside:
+                    set_constant(node, ArrayWeight(node.output[0], inside[node.output[0]]))
+        return proto, {**weights, **changed}
+
+    def facts(self, course: Course) -> Finetuning:
+        """Return what happened."""
+        return Finetuning(
+            steps=course.steps,
+            seconds=course.seconds,
+            batch=self.settings.batch_size,
+            samples=self.split.num_fit,
+            aside=self.split.num_held_out,
+            trained=len(self.parameters.spans),
+            frozen=dict(self.frozen),
+            augmentation="" if self.augmentation is None else self.augmentation.name,
+            losses=[course.losses[0], float(np.mean(course.losses[-20:]))] if course.losses else [],
+            curve=course.curve,
+            before=self.before,
+            after=self.after or self.before,
+            undone=course.best == 0,
+            stopped=course.stopped,
+        )
+
+    def remarks(self, facts: Finetuning) -> list[str]:
+        """Return warnings."""
+        found = []
+        if facts.undone:
+            found.append(
+                f"{argument('finetune')} brought the outputs no closer to the original's on held-out samples and was "
+                f"undone: more samples ({argument('data')}) or more time may help"
+            )
+        if facts.stopped:
+            found.append(f"fine-tuning ended after {facts.steps} steps: {facts.stopped}")
+        reasons = sorted(set(facts.frozen.values()))
+        if reasons:
+            what = "1 weight was" if len(facts.frozen) == 1 else f"{len(facts.frozen)} weights were"
+            found.append(f"{what} not trained: {reasons[0]}")
+        return [Note(text) for text in found]
+
+
+def distance(facts: Fidelity) -> float:
+    """Return how far a model is from the original: the points it lacks; the share of noise where there are none."""
+    return 100 * noise(facts) if facts.points is None else 100 - facts.points
+
+
+def _bytes(graph: StaticGraph) -> int:
+    """Return the bytes of all activations of one call."""
+    made = [o for node in graph.nodes for o in node.outputs if o in graph.shapes]
+    return sum(int(np.prod(graph.shapes[o], dtype=np.int64)) * graph.kinds[o].itemsize for o in made)
+
+
+# -- what is compared --------------------------------------------------------------------------------------------------
+
+
+def _heads(student: StaticGraph, weights: Sequence[str], original: StaticGraph, before: Fidelity) -> list[Head]:
+    """Return the tensors to fit, of one shape in both models, with the axis of classes where outputs are scores.
+
+    Raises:
+        ModelError: there is none.
+    """
+    kinds = {o.output: o for o in before.outputs}
+    result = []
+    for head in heads(student, weights):
+        if original.shapes.get(head.tensor) != student.shapes[head.tensor] or not student.shapes[head.tensor]:
+            continue
+        known = kinds.get(head.output)
+        bounded = head.tensor in student.producer and student.producer[head.tensor].op == "Sigmoid"
+        if head.axis is None and known is not None and known.kind == "classes" and not bounded:
+            axis = known.axis if known.axis is not None else -1
+            shape = student.shapes[head.tensor]
+            if head.tensor == head.output and -len(shape) <= axis < len(shape) and shape[axis] > 1:
+                head = replace(head, axis=axis % len(shape))
+        result.append(head)
+    if not result:
+        raise ModelError(
+            "No output of the model depends on weights through operators that have a gradient.",
+            hint=f"Drop {argument('finetune')}.",
+        )
+    return result
+
+
+def _features(
+    student: StaticGraph, original: StaticGraph, model: Model, fitted: Sequence[str], number: int
+) -> dict[str, list[tuple[int, Array]]]:
+    """Return tensors between blocks, with the channels of the original that each still has: (axis, indices)."""
+    after = After(model.analysis.table, model.removal)
+    result: dict[str, list[tuple[int, Array]]] = {}
+    for name in bottlenecks(student):
+        if name in fitted or name not in original.shapes or not original.is_float(name):
+            continue
+        if name not in model.analysis.graph.producer or not can_follow(model.analysis, after, name):
+            continue
+        steps = after.steps(name)
+        shape = list(original.shapes[name])
+        for axis, index in steps:
+            shape[axis] = index.shape[axis if index.ndim > 1 else 0]
+        if all(i.ndim == 1 for _, i in steps) and tuple(shape) == student.shapes[name]:
+            result[name] = steps
+    names = list(result)
+    if len(names) > number:
+        chosen = np.unique(np.linspace(0, len(names) - 1, number + 1).round().astype(int)[1:])
+        names = [names[k] for k in chosen]
+    return {name: result[name] for name in names} if number else {}
+
+
+def _teacher(
+    original: StaticGraph, fitted: Sequence[Head], steps: Mapping[str, list[tuple[int, Array]]]
+) -> tuple[Callable[[Feed], Feed], dict[str, str]]:
+    """Return the original as a function from inputs to what a step compares with, and the name of each tensor there."""
+    tape = Tape(original.shapes, original.kinds, "teacher")
+    names = {}
+    for name in [*(head.tensor for head in fitted), *steps]:
+        value = name
+        for axis, index in steps.get(name, ()):
+            shape = list(tape.shape(value))
+            shape[axis] = index.size
+            value = tape.emit("Gather", [value, tape.constant(index.astype(np.int64))], shape, axis=axis)
+        names[name] = tape.emit("Identity", [value], tape.shape(value))
+    session = open_session(inference_graph(original, tape, list(names.values())).SerializeToString(), spin=False)
+    inputs = {i.name for i in session.get_inputs()}
+
+    def answers(feed: Feed) -> Feed:
+        return run(session, {name: value for name, value in feed.items() if name in inputs})
+
+    return answers, names
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+def read_labels(source: Any, split: CalibrationSplit) -> Array:
+    """Return the labels of the samples to fit, in their order.
+
+    Raises:
+        UsageError: the file cannot be read, or there is not one per sample.
+    """
+    values = source
+    if isinstance(source, (str, Path)):
+        try:
+            values = np.load(source, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{argument('labels')}: {str(source)!r} cannot be read: {error}", hint="Give a .npy or .npz file."
+            ) from error
+        if not isinstance(values, np.ndarray):
+            values = values["labels"] if "labels" in values.files else values[values.files[0]]
+    values = np.asarray(values)
+    if values.dtype.kind not in "iuf" or not values.ndim:
+        raise UsageError(f"{argument('labels')}: type {values.dtype} is not allowed", hint="Give classes or values.")
+    held = split.num_held_out
+    total = split.num_fit + held
+    if len(values) < total:
+        raise UsageError(
+            f"{argument('labels')}: {len(values)} labels for {total} samples", hint="Give one per sample, in order."
+        )
+    if not held:
+        return values[: split.num_fit]
+    return _without_hold_out(values, split)
+
+
+def _without_hold_out(values: Array, split: CalibrationSplit) -> Array:
+    """Return the labels of the samples that are not held out, which come in the order of the batches."""
+    fit, held = list(split.fit), list(split.validation.inputs)
+    start, kept, number = 0, [], 0
+    while fit or held:
+        is_held = bool(held) and number % 8 == 7
+        size = count((held if is_held or not fit else fit).pop(0))
+        if not is_held:
+            kept.append(values[start : start + size])
+        start, number = start + size, number + 1
+    return np.concatenate(kept)
+
+
+def _labelled(fitted: Sequence[Head], student: StaticGraph, labels: Array) -> dict[Head, tuple[str, tuple[int, ...]]]:
+    """Return the head that labels belong to, the first that they fit, with the name and shape of their input.
+
+    Raises:
+        UsageError: they fit none, or a class is out of range.
+    """
+    for head in fitted:
+        shape = student.shapes[head.tensor]
+        if head.axis in (None, 1) and labels.dtype.kind in "iu" and labels.ndim == 1 and len(shape) == 2:
+            wrong = labels[(labels < 0) | (labels >= shape[1])]
+            if wrong.size:
+                raise UsageError(
+                    f"{argument('labels')}: class {wrong.ravel()[0]} is out of range",
+                    hint=f"The model has classes 0 to {shape[1] - 1}.",
+                )
+            return {replace(head, axis=1): ("labels", shape)}
+        if head.axis is None and labels.dtype.kind == "f" and labels.shape[1:] == shape[1:]:
+            return {head: ("labels", shape)}
+    raise UsageError(
+        f"{argument('labels')}: {labels.dtype} of shape {list(labels.shape)} fits no output of the model",
+        hint="Give classes [samples] for scores, or values of an output's shape.",
+    )
+
+
+def _as_input(labels: Array, shape: tuple[int, ...]) -> Array:
+    """Return classes as rows of 0 and 1, values as they are."""
+    if labels.dtype.kind == "f":
+        return labels.astype(np.float32)
+    return np.eye(shape[1], dtype=np.float32)[labels.ravel()]

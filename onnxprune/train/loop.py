@@ -1,0 +1,159 @@
+"""The loop: steps until a number or a time is reached, judged on the hold-out, with the best weights kept."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxprune.runtime.sessions import Feed
+from onnxprune.train.step import Adam, Parameters, Step, Vector, rate_at
+
+Draw = Callable[[int], list[Feed]]
+"""Number of a step -> its calls, with everything that the loss reads."""
+Judge = Callable[[], float]
+"""How far the model with the present weights is from the original on the hold-out: smaller is better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to train: the first limit that is reached ends it.
+
+    Attributes:
+        steps: number of steps, 1 or more; None: no limit.
+        seconds: time; None: no limit.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Return the share that is done."""
+        shares = [step / self.steps if self.steps else 0.0, seconds / self.seconds if self.seconds else 0.0]
+        return min(1.0, max(shares))
+
+
+@dataclass(slots=True)
+class Course:
+    """What happened during a training.
+
+    Attributes:
+        steps: number of steps.
+        seconds: time of the steps and their judgements.
+        losses: loss of every step.
+        curve: (step, distance from the original on the hold-out), the first before any step.
+        best: the step whose weights were the best; 0: those before.
+        stopped: why it ended early, empty where it did not.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    best: int = 0
+    stopped: str = ""
+
+
+EVALUATIONS = 10
+"""How often a training is judged on the hold-out."""
+_GROWTH, _MARGIN = 2.0, 1.0  # steps are taken back from this distance on: relative to the best one, and a point more
+_RETREATS = 3
+
+
+def train(
+    step: Step,
+    optimizer: Adam,
+    parameters: Parameters,
+    draw: Draw,
+    judge: Judge,
+    effort: Effort,
+    rate: float,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Course:
+    """Train weights, and leave the best of them in ``parameters``.
+
+    At every tenth of the effort the weights are judged. Where they are more than twice as far from the original as the
+    best ones, or the loss is no number, training goes on from the best ones with half the step size; the third time, it
+    ends.
+    An interruption (SIGINT) ends it, too, and keeps the best.
+    """
+    course = Course()
+    guard = _Guard(parameters, judge, course)
+    guard.look(0)
+    start, retreats, due = time.monotonic(), 0, 1
+    with _interruptible() as interrupted:
+        while (share := effort.progress(course.steps, time.monotonic() - start)) < 1:
+            if interrupted.is_set():
+                course.stopped = "interrupted"
+                break
+            loss = step(draw(course.steps))
+            course.losses.append(loss)
+            course.steps += 1
+            sound = math.isfinite(loss) and bool(np.isfinite(step.gradient).all())
+            if sound:
+                optimizer.update(step.gradient, rate_at(share, rate))
+            share = effort.progress(course.steps, time.monotonic() - start)
+            if sound and share * EVALUATIONS < due and share < 1:
+                continue
+            due = 1 + int(share * EVALUATIONS)
+            progress(share)
+            if not sound or guard.look(course.steps) > _GROWTH * guard.distance + _MARGIN:
+                retreats += 1
+                if retreats == _RETREATS:
+                    course.stopped = "the distance from the original grew" if sound else "the loss was no number"
+                    break
+                guard.restore()
+                optimizer.reset()
+                rate /= 2
+    guard.restore()
+    course.seconds = time.monotonic() - start
+    return course
+
+
+class _Guard:
+    """The best weights so far."""
+
+    def __init__(self, parameters: Parameters, judge: Judge, course: Course) -> None:
+        self._parameters, self._judge, self._course = parameters, judge, course
+        self._best: Vector = parameters.vector.copy()
+        self.distance = math.inf
+
+    def look(self, step: int) -> float:
+        """Judge the present weights, and keep them where they are the best; return their distance."""
+        distance = self._judge() if np.isfinite(self._parameters.vector).all() else math.inf
+        self._course.curve.append((step, distance))
+        if distance < self.distance:
+            self.distance, self._course.best = distance, step
+            self._best[:] = self._parameters.vector
+        return distance
+
+    def restore(self) -> None:
+        """Return to the best weights."""
+        self._parameters.vector[:] = self._best
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Set an event at the first SIGINT; the second one interrupts as usual. In other threads nothing changes."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before: Any = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

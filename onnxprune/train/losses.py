@@ -1,0 +1,97 @@
+"""Losses as nodes: distillation from the original, features on the way, labels where there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from onnxprune.gradients.backward import Loss
+from onnxprune.gradients.tape import Tape
+from onnxprune.train.parameters import Head
+
+BALANCE = "balance"
+"""The input with the factor of the features' loss, a scalar of float32."""
+TEMPERATURE = 4.0
+"""Softness of the distributions that are compared: small probabilities of the original then count as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What a training step adds up.
+
+    Attributes:
+        heads: tensors to fit, and the input with the original's value of each.
+        features: tensors on the way, and the input with the original's value of each.
+        labels: head -> input with the labels: one row of 0 and 1 per row of scores, or values.
+        weight: share of the labels' loss, 0 to 1.
+    """
+
+    heads: Mapping[Head, str]
+    features: Mapping[str, str]
+    labels: Mapping[Head, str]
+    weight: float = 0.5
+
+    def emit(self, tape: Tape) -> str:
+        """Emit the sum of all."""
+        total = _mean(tape, [_distance(tape, head, wanted) for head, wanted in self.heads.items()])
+        if self.features:
+            parts = [deviation(tape, name, wanted) for name, wanted in self.features.items()]
+            total = tape.add(total, tape.mul(_mean(tape, parts), BALANCE))
+        if self.labels:
+            known = _mean(tape, [_labelled(tape, head, given) for head, given in self.labels.items()])
+            total = tape.add(tape.scale(total, 1 - self.weight), tape.scale(known, self.weight))
+        return total
+
+    @property
+    def loss(self) -> Loss:
+        """The function that emits them."""
+        return self.emit
+
+
+def _mean(tape: Tape, parts: Sequence[str]) -> str:
+    total = parts[0]
+    for part in parts[1:]:
+        total = tape.add(total, part)
+    return tape.scale(total, 1 / len(parts))
+
+
+def _distance(tape: Tape, head: Head, wanted: str) -> str:
+    """Return how far a head is from the original's."""
+    if head.axis is None:
+        return deviation(tape, head.tensor, wanted)
+    return divergence(tape, head.tensor, wanted, head.axis)
+
+
+def divergence(tape: Tape, scores: str, wanted: str, axis: int, temperature: float = TEMPERATURE) -> str:
+    """Return T^2 KL(softmax(wanted / T) || softmax(scores / T)), averaged over rows.
+
+    T^2 keeps the size of gradients. Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+    """
+    own, original = (tape.scale(x, 1 / temperature) for x in (scores, wanted))
+    shape = tape.shape(scores)
+    log_q, log_p = (tape.emit("LogSoftmax", [x], shape, axis=axis) for x in (own, original))
+    p = tape.unary("Exp", log_p)
+    rows = max(1, _size(shape) // shape[axis])
+    return tape.scale(tape.total(tape.mul(p, tape.sub(log_p, log_q))), temperature**2 / rows)
+
+
+def deviation(tape: Tape, values: str, wanted: str) -> str:
+    """Return |values - wanted|^2 / |wanted|^2."""
+    square = tape.total(tape.square(tape.sub(values, wanted)))
+    return tape.div(square, tape.shift(tape.total(tape.square(wanted)), 1e-12))
+
+
+def _labelled(tape: Tape, head: Head, given: str) -> str:
+    """Return the cross-entropy of scores, or the mean squared error of values."""
+    shape = tape.shape(head.tensor)
+    if head.axis is None:
+        return tape.scale(tape.total(tape.square(tape.sub(head.tensor, given))), 1 / max(1, _size(shape)))
+    logs = tape.emit("LogSoftmax", [head.tensor], shape, axis=head.axis)
+    return tape.scale(tape.total(tape.mul(given, logs)), -shape[head.axis] / max(1, _size(shape)))
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

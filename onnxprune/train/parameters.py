@@ -1,0 +1,186 @@
+"""Weights to train, tensors to fit, and features to compare on the way: read off a static graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnxprune.gradients.static import StaticGraph
+from onnxprune.graph.view import Node
+from onnxprune.operators.registry import gradient_of, rule_of
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+_TRAINED = {"w", "b", "c", "scale", "bias", "slope", "gamma", "beta"}
+"""Names that onnx's schemas give to parameters which models learn; other constants (bounds, statistics) are fixed."""
+
+
+def trainable(graph: StaticGraph) -> tuple[list[str], dict[str, str]]:
+    """Return the weights to train, and the reason for every other variable.
+
+    A weight is trained where an operator multiplies by it, or names it as its scale or bias, or where it is added to or
+    multiplied with what a layer made: a vector, or any tensor in front of another layer. So constants of preprocessing
+    and tables behind the last layer, such as anchors, keep their values.
+    """
+    own = _of_weights_alone(graph)
+    layers = [n for n in graph.nodes if any(k < len(n.inputs) and n.inputs[k] in own for k in rule_of(n).weights)]
+    behind, before = _downstream(graph, layers), _upstream(graph, layers)
+    names, reasons = [], dict[str, str]()
+    for name in graph.variables:
+        if graph.kinds[name] != np.float32:
+            reasons[name] = f"holds {graph.kinds[name]}, and float32 alone is trained"
+        elif any(_learns(graph, node, i, own, behind, before) for node, i in _readers(graph, name, own)):
+            names.append(name)
+        else:
+            reasons[name] = "is a constant, not a parameter"
+    return names, reasons
+
+
+def _of_weights_alone(graph: StaticGraph) -> set[str]:
+    """Return the tensors that depend on no input: weights, and what is computed from them alone."""
+    own = set(graph.constants) | set(graph.variables)
+    for node in graph.nodes:
+        if all(not i or i in own for i in node.inputs):
+            own.update(o for o in node.outputs if o)
+    return own
+
+
+def _readers(graph: StaticGraph, name: str, own: set[str]) -> Iterable[tuple[Node, int]]:
+    """Yield the nodes that read a weight together with data, through any that compute from weights alone."""
+    queue, done = [name], {name}
+    while queue:
+        for node, i in graph.readers.get(queue.pop(), ()):
+            if any(o in own for o in node.outputs):
+                new = [o for o in node.outputs if o and o not in done]
+                queue += new
+                done.update(new)
+            else:
+                yield node, i
+
+
+def _learns(graph: StaticGraph, node: Node, i: int, own: set[str], behind: set[str], before: set[str]) -> bool:
+    """Return whether a model learns what a node reads at input ``i``."""
+    rule = rule_of(node)
+    if not rule.pointwise:
+        return i in rule.weights or _role(node, i) in _TRAINED
+    if not any(n in behind for n in node.inputs):
+        return False
+    is_vector = sum(size > 1 for size in graph.shapes[node.inputs[i]]) == 1
+    return is_vector or any(o in before for o in node.outputs)
+
+
+def _role(node: Node, i: int) -> str:
+    """Return the name of an input in the operator's schema, in lower case; empty where there is none."""
+    if not onnx.defs.has(node.op, node.version, node.domain):
+        return ""
+    inputs = onnx.defs.get_schema(node.op, node.version, node.domain).inputs
+    return inputs[i].name.lower() if i < len(inputs) else ""
+
+
+def _downstream(graph: StaticGraph, nodes: Sequence[Node]) -> set[str]:
+    reached = {o for node in nodes for o in node.outputs if o}
+    for node in graph.nodes:
+        if any(i in reached for i in node.inputs):
+            reached.update(o for o in node.outputs if o)
+    return reached
+
+
+def _upstream(graph: StaticGraph, nodes: Sequence[Node]) -> set[str]:
+    reached = {i for node in nodes for i in node.inputs if i}
+    for node in reversed(graph.nodes):
+        if any(o in reached for o in node.outputs):
+            reached.update(i for i in node.inputs if i)
+    return reached
+
+
+# -- tensors to fit ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A tensor to fit.
+
+    Attributes:
+        tensor: its name, in both models.
+        output: the model output that it decides.
+        axis: axis of scores of classes that exclude each other; None where the values themselves are fitted.
+    """
+
+    tensor: str
+    output: str
+    axis: int | None = None
+
+
+def heads(graph: StaticGraph, weights: Iterable[str]) -> list[Head]:
+    """Return the last tensors in front of the outputs that gradients can reach, a softmax at the end left out.
+
+    Of an output that is computed without a gradient (a class, the boxes that a suppression chose, codes), these are
+    the tensors that it is computed from.
+
+    Args:
+        graph: the graph.
+        weights: the weights to train.
+    """
+    own, reached = _of_weights_alone(graph), set(weights)
+    for node in graph.nodes:
+        if any(i in reached for i in node.inputs) and gradient_of(node.domain, node.op, node.version) is not None:
+            reached.update(o for o in node.outputs if o and (graph.is_float(o) or rule_of(node).encodes))
+    result: dict[str, Head] = {}
+    for output in graph.outputs:
+        queue, done = [output], {output}
+        while queue:
+            name = queue.pop()
+            node = graph.producer.get(name)
+            if node is None or name in own:
+                continue
+            if graph.is_float(name) and name in reached:
+                head = _before_softmax(graph, name, output)
+                result.setdefault(head.tensor, head)
+                continue
+            new = [i for i in node.inputs if i and i not in done]
+            queue += new
+            done.update(new)
+    return list(result.values())
+
+
+def _before_softmax(graph: StaticGraph, name: str, output: str) -> Head:
+    """Return the scores in front of a softmax that nothing but reshaping follows; else the tensor itself."""
+    current = name
+    while (node := graph.producer.get(current)) is not None:
+        if node.op in ("Softmax", "LogSoftmax") and not node.domain:
+            axis = int(node.attrs.get("axis", -1)) % len(graph.shapes[node.inputs[0]])
+            return Head(node.inputs[0], output, axis)
+        moves = rule_of(node).moves
+        if moves is None or not moves.keeps_all or not graph.is_float(node.inputs[0]):
+            break
+        current = node.inputs[0]
+    return Head(name, output)
+
+
+def bottlenecks(graph: StaticGraph) -> list[str]:
+    """Return the tensors that everything behind them depends through, in order: outputs of blocks.
+
+    Of consecutive ones of one block, an activation behind a sum say, the last comes back, in front of the next layer.
+    """
+    last: dict[str, int] = {}
+    for k, node in enumerate(graph.nodes):
+        last.update({i: k for i in node.inputs if i})
+    last.update({o: len(graph.nodes) for o in graph.outputs})
+    own = _of_weights_alone(graph)
+    open_tensors = {i for i in graph.inputs if i in last}
+    result: list[str] = []
+    for k, node in enumerate(graph.nodes):
+        open_tensors.update(o for o in node.outputs if last.get(o, -1) > k and o not in own)
+        open_tensors -= {i for i in node.inputs if last.get(i) == k}
+        if len(open_tensors) != 1:
+            continue
+        (name,) = open_tensors
+        if name not in graph.producer or not graph.is_float(name):
+            continue
+        followed = any(rule_of(n).weights and i in (rule_of(n).data,) for n, i in graph.readers.get(name, ()))
+        if followed or len(graph.readers.get(name, ())) > 1:
+            result.append(name)
+    return result

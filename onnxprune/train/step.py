@@ -1,0 +1,172 @@
+"""One training step: loss and gradients by onnxruntime, in views of one vector, and the optimiser on that vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.errors import ModelError
+from onnxprune.gradients.backward import TrainingGraph
+from onnxprune.runtime.sessions import CANNOT_RUN, Array, Feed, open_session, shorten
+
+Vector = NDArray[np.float32]
+
+
+class Parameters:
+    """Weights as one vector, with a view for each.
+
+    Args:
+        values: the weights by name, float32.
+    """
+
+    def __init__(self, values: Mapping[str, Array]) -> None:
+        self.shapes = {name: value.shape for name, value in values.items()}
+        bounds = np.cumsum([0, *(value.size for value in values.values())])
+        self.spans = {name: slice(a, b) for name, (a, b) in zip(values, pairwise(bounds.tolist()), strict=True)}
+        self.vector: Vector = np.concatenate([v.ravel() for v in values.values()]).astype(np.float32)
+
+    def views(self, vector: Vector) -> dict[str, Array]:
+        """Return the weights that a vector holds, without copying."""
+        return {name: vector[span].reshape(self.shapes[name]) for name, span in self.spans.items()}
+
+    def scales(self) -> Vector:
+        """Return for every element the root mean square of its weight, at least a tenth of the median over weights."""
+        sizes = {
+            name: float(np.sqrt(np.mean(np.square(self.vector[s], dtype=np.float64)))) for name, s in self.spans.items()
+        }
+        least = 0.1 * float(np.median(list(sizes.values())))
+        result = np.empty_like(self.vector)
+        for name, span in self.spans.items():
+            result[span] = max(sizes[name], least, 1e-8)
+        return result
+
+
+class Step:
+    """Loss and gradients of calls, with weights and gradients bound to vectors.
+
+    Args:
+        graph: the training graph.
+        parameters: the weights; their vector is read at every call.
+        threads: threads inside an operator; None: all processors.
+    """
+
+    def __init__(self, graph: TrainingGraph, parameters: Parameters, threads: int | None = None) -> None:
+        self._graph, self._parameters = graph, parameters
+        self._session = open_session(graph.model.SerializeToString(), threads=threads, spin=False)
+        self._inputs = {i.name for i in self._session.get_inputs()}
+        self.gradient: Vector = np.zeros_like(parameters.vector)
+        self._sum: Vector | None = None
+
+    def __call__(self, calls: Sequence[Feed]) -> float:
+        """Set ``gradient`` to the mean over calls, and return the mean loss."""
+        losses = [self._run(calls[0], self.gradient)]
+        if len(calls) > 1:
+            part = np.empty_like(self.gradient)
+            for feed in calls[1:]:
+                losses.append(self._run(feed, part))
+                self.gradient += part
+            self.gradient /= np.float32(len(calls))
+        return float(np.mean(losses))
+
+    def _run(self, feed: Feed, gradient: Vector) -> float:
+        binding = self._session.io_binding()
+        views = self._parameters.views(self._parameters.vector)
+        for name, value in {**feed, **views}.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value).reshape(value.shape))
+        binding.bind_output(self._graph.loss)
+        for name, view in self._parameters.views(gradient).items():
+            output = self._graph.gradients[name]
+            binding.bind_output(output, "cpu", 0, np.float32, view.shape, view.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise ModelError(f"{CANNOT_RUN} with its gradients: {shorten(str(error))}") from error
+        return float(binding.get_outputs()[0].numpy())
+
+
+class Adam:
+    """Adam with steps in units of given sizes, so that one rate fits layers of any scale.
+
+    w -= rate * size(w) * m / (sqrt(v) + eps), with bias-corrected moments. Kingma and Ba, 2015; relative step sizes as
+    in Adafactor, Shazeer and Stern, 2018.
+
+    Args:
+        parameters: the weights.
+        sizes: size of each element's steps at a rate of 1, see :func:`step_sizes`.
+        first, second: decay of the moments.
+    """
+
+    def __init__(self, parameters: Parameters, sizes: Vector, first: float = 0.9, second: float = 0.999) -> None:
+        self._parameters, self._sizes, self._first, self._second = parameters, sizes, first, second
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all gradients."""
+        self._mean = np.zeros_like(self._parameters.vector)
+        self._square = np.zeros_like(self._parameters.vector)
+        self._count = 0
+
+    def update(self, gradient: Vector, rate: float) -> None:
+        """Change the weights."""
+        self._count += 1
+        one, two = np.float32(1 - self._first), np.float32(1 - self._second)
+        self._mean += one * (gradient - self._mean)
+        self._square += two * (np.square(gradient) - self._square)
+        correction = math.sqrt(1 - self._second**self._count) / (1 - self._first**self._count)
+        move = self._mean / (np.sqrt(self._square) + np.float32(1e-12))
+        move *= self._sizes
+        move *= np.float32(rate * correction)
+        self._parameters.vector -= move
+
+
+_PROBES, _ROUNDS, _PROBE = 3, 2, 1e-3
+_SPREAD = 4.0  # largest curvature of one weight, relative to the median
+
+
+def step_sizes(step: Step, calls: Sequence[Feed], parameters: Parameters, seed: int) -> tuple[Vector, float]:
+    """Return sizes of steps for every element, and the rate at which a random step would double the loss.
+
+    A size is the root mean square of a weight, and less for weights on which the loss depends far more steeply than on
+    others, as on those of a layer that adds up large numbers of opposite signs: the curvature of the loss along every
+    weight, times the square of its size, is limited to a few times the median over weights. It is estimated from
+    differences of gradients at random points nearby (Hutchinson's estimator, 1990).
+    """
+    rng = np.random.default_rng(seed)
+    sizes, start = parameters.scales(), parameters.vector.copy()
+    loss, total = step(calls), 0.0
+    for _ in range(_ROUNDS):
+        bends = dict.fromkeys(parameters.spans, 0.0)
+        for _ in range(_PROBES):
+            direction = sizes * rng.choice(np.asarray([-1, 1], np.float32), len(sizes))
+            ends = []
+            for side in (1, -1):
+                parameters.vector[:] = start + np.float32(side * _PROBE) * direction
+                step(calls)
+                ends.append(step.gradient.copy())
+            bend = direction.astype(np.float64) * (ends[0] - ends[1]) / (2 * _PROBE * _PROBES)
+            bends = {name: value + float(bend[parameters.spans[name]].sum()) for name, value in bends.items()}
+        usual = float(np.median([max(b, 0.0) for b in bends.values()]))
+        for name, bend in bends.items():
+            if bend > _SPREAD * usual > 0:
+                sizes[parameters.spans[name]] *= math.sqrt(_SPREAD * usual / bend)
+        total = sum(min(max(b, 0.0), _SPREAD * usual) for b in bends.values())
+    parameters.vector[:] = start
+    return sizes, math.sqrt(2 * loss / total) if total > 0 and loss > 0 and math.isfinite(total) else math.inf
+
+
+def rate_at(progress: float, peak: float, warm_up: float = 0.15) -> float:
+    """Return the step size: linear warm-up, then half a cosine down to 0.
+
+    Args:
+        progress: share of the training that is done, 0 to 1.
+        peak: largest step size.
+        warm_up: share of the training for the warm-up.
+    """
+    if progress < warm_up:
+        return peak * max(progress, 1e-3) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))

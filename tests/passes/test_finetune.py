@@ -1,0 +1,185 @@
+"""Fine-tuning as a pass and as a call: what it gains, what it leaves alone, what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from build import Net
+
+import onnxprune as op
+
+DATA = {"x": np.random.default_rng(1).standard_normal((192, 3, 8, 8)).astype(np.float32)}
+
+
+def net(opset: int = 18, *, constant: bool = False) -> onnx.ModelProto:
+    """Two blocks and a head; the second half of the hidden channels says little."""
+    draw = Net(opset)
+    x = draw.input("x", ["N", 3, 8, 8])
+    stem = draw.op("Relu", draw.norm(draw.conv(x, 3, 8), 8))
+    inner = draw.op("Relu", draw.conv(stem, 8, 16))
+    block = draw.op("Relu", draw.op("Add", draw.conv(inner, 16, 8), stem))
+    flat = draw.op("Flatten", draw.op("GlobalAveragePool", draw.op("Relu", draw.conv(block, 8, 12))))
+    model = draw.model(draw.op("Softmax", draw.linear(flat, 12, 5, gemm=True), axis=1))
+    if constant:  # every weight in a node of its own
+        nodes = [onnx.helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer]
+        del model.graph.initializer[:]
+        for node in nodes:
+            model.graph.node.insert(0, node)
+    return model
+
+
+def tuned(model: onnx.ModelProto | None = None, **arguments: Any) -> op.Result:
+    given: dict[str, Any] = {"ratio": 0.4, "data": DATA, "recover": "bias", "finetune": 60, "latency": False}
+    return op.prune(model or net(), **{**given, **arguments})
+
+
+def test_it_comes_closer_to_the_original() -> None:
+    result = tuned()
+    facts = result.report.finetuning
+    assert facts is not None and facts.steps == 60 and not facts.undone
+    assert facts.after.points > facts.before.points
+    assert facts.losses[1] < 0.7 * facts.losses[0]
+    assert result.report.exactness.passed
+    assert len(facts.curve) == 11 and facts.curve[0][0] == 0
+    onnx.checker.check_model(result.model)
+
+
+def test_the_graph_stays_as_it_is() -> None:
+    with_training, without = tuned(), tuned(finetune=None)
+    assert without.report.finetuning is None
+    bare = []
+    for model in (with_training.model, without.model):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        for tensor in copy.graph.initializer:
+            tensor.ClearField("raw_data")
+        bare.append(copy)
+    assert bare[0] == bare[1]
+
+
+@pytest.mark.parametrize("opset", [11, 21])
+def test_other_opsets(opset: int) -> None:
+    result = tuned(net(opset), finetune=10)
+    assert result.report.finetuning.trained > 8
+    assert result.model.opset_import[0].version == opset
+
+
+def test_weights_in_constant_nodes_are_trained() -> None:
+    result = tuned(net(constant=True), finetune=30)
+    facts = result.report.finetuning
+    assert not facts.undone and facts.trained > 8
+    assert {n.op_type for n in result.model.graph.node} >= {"Constant"}
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    one, other = (tuned(finetune=10, threads=1).model.SerializeToString() for _ in range(2))
+    assert one == other
+
+
+def test_a_training_that_helps_nothing_is_undone() -> None:
+    """A cut of nothing but dead channels is exact; no step can make it better."""
+    model = net()
+    for tensor in model.graph.initializer:
+        if list(tensor.dims) == [16, 8, 3, 3] or list(tensor.dims) == [16]:
+            values = onnx.numpy_helper.to_array(tensor).copy()
+            values[8:] = 0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    name = next(t.name for t in model.graph.initializer if list(t.dims) == [16, 8, 3, 3])
+    arguments: dict[str, Any] = {"include": [name], "ratio": 0.5, "recover": "none", "finetune": 20}
+    result = tuned(model, **arguments)
+    facts = result.report.finetuning
+    assert facts.undone or facts.after.points >= facts.before.points
+    assert facts.after.points > 99.9
+
+
+def test_labels_take_part() -> None:
+    classes = np.random.default_rng(0).integers(0, 5, 192)
+    result = tuned(labels=classes, finetune=20)
+    assert result.report.finetuning.steps == 20
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(10, np.int64), "10 labels for 192 samples"),
+        (np.full(192, 5), "class 5 is out of range"),
+        (np.full(192, -1), "class -1 is out of range"),
+        (np.zeros((192, 7), np.float32), "fits no output"),
+        (np.array(["a"] * 192), "is not allowed"),
+    ],
+)
+def test_labels_that_do_not_fit(labels: np.ndarray, message: str) -> None:
+    with pytest.raises(op.UsageError, match=message):
+        tuned(labels=labels)
+
+
+def test_few_samples_are_refused_unless_asked_for() -> None:
+    few = {"x": DATA["x"][:40]}
+    with pytest.raises(op.UsageError, match="needs 64 samples or more, and there are 40"):
+        tuned(data=few)
+    assert tuned(data=few, samples=40, finetune=5).report.finetuning.steps == 5
+
+
+def test_data_without_variety_are_refused() -> None:
+    with pytest.raises(op.UsageError, match="are the same"):
+        tuned(data={"x": np.ones((96, 3, 8, 8), np.float32)})
+
+
+@pytest.mark.parametrize("effort", ["soon", "0s", 0, -3, "3 days", 1.5])
+def test_efforts_that_are_none(effort: Any) -> None:
+    with pytest.raises(op.UsageError, match="finetune"):
+        tuned(finetune=effort)
+
+
+def test_a_model_without_trainable_weights() -> None:
+    model = net()
+    for tensor in model.graph.initializer:
+        assert tensor.data_type == onnx.TensorProto.FLOAT
+    draw = Net(18)
+    x = draw.input("x", ["N", 3, 8, 8])
+    y = draw.conv(draw.op("Relu", draw.conv(x, 3, 8)), 8, 4)
+    hard = draw.op("Hardmax", draw.op("Flatten", y), axis=1)
+    kind = draw.op("Gather", hard, draw.const([0, 1]), axis=1)
+    blocked = draw.model(kind)
+    result = tuned(blocked, finetune=5)
+    assert result.report.finetuning.trained > 0
+
+
+def test_a_pair_is_trained_as_it_is() -> None:
+    original = net()
+    pruned = op.prune(original, ratio=0.4, recover="none", latency=False)
+    result = op.finetune(original, pruned.model, plan=pruned.plan, data=DATA, finetune=20)
+    facts = result.report.finetuning
+    assert facts.steps == 20 and facts.after.points >= facts.before.points
+    assert result.report.recovery.mode == "none"
+    both = op.recover(original, pruned.model, plan=pruned.plan, data=DATA, finetune=10)
+    assert both.report.finetuning.steps == 10 and both.report.recovery.mode == "full"
+
+
+def test_factorized_models() -> None:
+    result = op.factorize(net(), ratio=0.4, data=DATA, method="svd", finetune=20, latency=False)
+    assert result.report.finetuning.steps == 20
+
+
+def test_a_model_with_a_fixed_batch() -> None:
+    model = net()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 4
+    facts = tuned(model, finetune=10).report.finetuning
+    assert facts.steps == 10 and not facts.undone
+
+
+def test_little_memory_means_small_calls() -> None:
+    facts = tuned(finetune=10, memory_limit=1_000_000).report.finetuning
+    assert facts.steps == 10 and facts.batch == 32
+
+
+def test_in_a_pipeline() -> None:
+    pipe = op.Pipeline([op.passes.Prune("l2", 0.4), op.passes.Finetune(10), op.passes.Exact(), op.passes.Validate()])
+    result = pipe.run(net(), data=DATA)
+    assert result.report.exactness.passed
+    alone = op.Pipeline([op.passes.Finetune(5)]).run(net(), data=DATA)
+    assert "nothing to fine-tune" in alone.report.warnings[0]
