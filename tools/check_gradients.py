@@ -31,6 +31,7 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.graph.view import Graph
 from onnxprune.io.read import Loaded, load
 from onnxprune.runtime.sessions import Feed, open_session, run
+from onnxprune.train.parameters import heads, trainable
 
 
 def skeletons(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -62,9 +63,9 @@ def inputs(loaded: Loaded, known: dict[str, Any] | None, rng: np.random.Generato
     return feed
 
 
-def loss_of(graph: StaticGraph, rng: np.random.Generator) -> Any:
-    """A random linear function of every float output."""
-    seeds = {n: rng.standard_normal(graph.shapes[n]) for n in graph.outputs if graph.is_float(n)}
+def loss_of(graph: StaticGraph, names: list[str], rng: np.random.Generator) -> Any:
+    """A random linear function of tensors."""
+    seeds = {n: rng.standard_normal(graph.shapes[n]) for n in names}
 
     def loss(tape: Tape) -> str:
         total = ""
@@ -79,9 +80,11 @@ def loss_of(graph: StaticGraph, rng: np.random.Generator) -> Any:
 
 def agreement(graph: StaticGraph, feed: Feed, rng: np.random.Generator) -> tuple[str, float]:
     """Whether the gradients exist and agree, with the relative difference."""
-    if not any(graph.is_float(n) for n in graph.outputs):
-        return "no float output", 0.0
-    training = training_graph(graph, loss_of(graph, rng), graph.variables)
+    wanted, _ = trainable(graph)
+    names = [head.tensor for head in heads(graph, wanted)]
+    if not names:
+        return "nothing to train: no output depends on a weight", 0.0
+    training = training_graph(graph, loss_of(graph, names, rng), wanted)
     blocked = {why for why in training.frozen.values() if "does not depend" not in why}
     session = open_session(training.model.SerializeToString(), threads=1)
     weights = {n: graph.constants[n] for n in training.gradients}

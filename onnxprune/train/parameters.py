@@ -133,14 +133,14 @@ def heads(graph: StaticGraph, weights: Iterable[str]) -> list[Head]:
         queue, done = [output], {output}
         while queue:
             name = queue.pop()
-            node = graph.producer.get(name)
-            if node is None or name in own:
+            maker = graph.producer.get(name)
+            if maker is None or name in own:
                 continue
             if graph.is_float(name) and name in reached:
                 head = _before_softmax(graph, name, output)
                 result.setdefault(head.tensor, head)
                 continue
-            new = [i for i in node.inputs if i and i not in done]
+            new = [i for i in maker.inputs if i and i not in done]
             queue += new
             done.update(new)
     return list(result.values())
