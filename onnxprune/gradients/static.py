@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from onnxprune.errors import ModelError
 from onnxprune.gradients.bodies import expand
+from onnxprune.gradients.recurrent import unroll
 from onnxprune.gradients.tape import Array, Kind, Shape
 from onnxprune.graph.view import Graph, Node
 from onnxprune.io.constants import weight_from_constant
@@ -179,7 +180,9 @@ def _expand_bodies(model: ModelProto, values: _Values, arrays: dict[str, Array],
         body = None
         if gradient_of("" if node.domain == "ai.onnx" else node.domain, node.op_type, opset) is None:
             kinds = {n: _type(values.kinds[n], values.shapes[n]) for n in node.input if n in values.kinds}
-            body = expand(node, opset, kinds) if any(o not in constant for o in node.output if o) else None
+            if any(o not in constant for o in node.output if o):
+                body = expand(node, opset, kinds)
+                body = unroll(node, values.shapes, {**arrays, **values.known}) if body is None else body
         nodes.extend([node] if body is None else body)
     changed = len(nodes) != len(model.graph.node)
     if changed:

@@ -39,7 +39,7 @@ LEAST_SAMPLES = 64
 """Fewer samples are refused unless their number was asked for."""
 _FEATURES, _FEATURE_SHARE = 4, 0.3  # the share of the outputs' loss at the beginning
 _BOLDNESS = 0.25  # largest step, relative to the random one that would double the loss
-_MEMORY = 2 << 30
+_MEMORY = 512 << 20
 _LIVE = 2.5  # bytes alive during a step, relative to those of all activations
 
 

@@ -647,8 +647,6 @@ def _add(report: Report, fact: Fact) -> None:
             report.factorized, report.product = factorized, product
         case Recovered(whole, repairs):
             report.recovery, report.repairs = whole, repairs
-        case Finetuning():
-            report.finetuning = fact
         case Flushed(values=count):
             report.flushed += count
         case Remark(text):
@@ -658,15 +656,18 @@ def _add(report: Report, fact: Fact) -> None:
             report.seconds = {name: time.seconds for name, time in report.timings.items()}
             report.interrupted = interrupted
             report.warnings += [f"interrupted: {interrupted}"] if interrupted else []
-        case Exactness():
-            report.exactness = fact
-        case Fidelity():
-            report.fidelity = fact
-        case Latency():
-            report.latency = fact
-        case MetricFacts():
-            report.metric = fact
-        case BudgetFacts():
-            report.budget = fact
+        case _ if type(fact) in _PLACES:
+            setattr(report, _PLACES[type(fact)], fact)
         case _:
             raise TypeError(f"a report has no place for {type(fact).__name__}")
+
+
+_PLACES: dict[type, str] = {
+    Exactness: "exactness",
+    Fidelity: "fidelity",
+    Finetuning: "finetuning",
+    Latency: "latency",
+    MetricFacts: "metric",
+    BudgetFacts: "budget",
+}
+"""Fields of a report that hold one fact as it is."""
