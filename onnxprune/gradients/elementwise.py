@@ -65,8 +65,8 @@ for _name, _function in _DERIVATIVES.items():
 
 @register_gradient("", "Relu")
 def relu(r: Reverse) -> None:
-    """Pass the gradient where the output is above 0."""
-    r.send(0, r.tape.mask(r.dy, r.tape.positive(r.y)))
+    """Pass the gradient where the output is above 0: its sign is the mask."""
+    r.send(0, r.tape.mul(r.dy, r.tape.unary("Sign", r.y)))
 
 
 @register_gradient("", "Neg")

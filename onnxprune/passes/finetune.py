@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune.channels.survivors import After
+from onnxprune.channels.survivors import Survivors
 from onnxprune.errors import ModelError, Note, UsageError, argument
 from onnxprune.gradients.backward import inference_graph, training_graph
 from onnxprune.gradients.static import StaticGraph, static_graph
@@ -351,7 +351,7 @@ def _features(
     student: StaticGraph, original: StaticGraph, model: Model, fitted: Sequence[str], number: int
 ) -> dict[str, list[tuple[int, Array]]]:
     """Return tensors between blocks, with the channels of the original that each still has: (axis, indices)."""
-    after = After(model.analysis.table, model.removal)
+    after = Survivors(model.analysis.table, model.removal)
     result: dict[str, list[tuple[int, Array]]] = {}
     for name in bottlenecks(student):
         if name in fitted or name not in original.shapes or not original.is_float(name):
