@@ -122,7 +122,7 @@ def test_what_is_wrong_is_named_with_its_place(cut: tuple[bytes, dict[str, Any]]
         Plan.from_dict(plan)
     for axis, size in ((9, 8), (-1, 8), (0, 9)):
         plan["groups"][0]["slots"][0] |= {"axis": axis, "size": size}
-        with pytest.raises(UsageError, match=rf"(from|takes) axis {axis} of"):
+        with pytest.raises(UsageError, match=rf"(from|expects) axis {axis} of"):
             op.prune(model, plan=Plan.from_dict(plan), validate=False)
 
 

@@ -399,7 +399,7 @@ def unique(name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise UsageError(f"{name} {key} is given twice, with different values", hint="Give each one once.")
+            raise UsageError(f"{name} {key} is given twice, with different values", hint="Give it once.")
         found[key] = value
     return found
 

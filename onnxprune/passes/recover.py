@@ -230,7 +230,7 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
         return CalibrationSplit.of(_batches(context, analysis), context.inputs().name)
     with context.stage("inputs"):
         made, spread = draw_calibration(context, analysis)
-    words = f"synthetic samples (range {spread})" if spread else "synthetic samples"
+    words = f"synthetic inputs (range {spread})" if spread else "synthetic inputs"
     if context.calibration is None:
         return CalibrationSplit.of(made, "synthetic", words)
     source = CalibrationBatches(context, analysis)

@@ -49,7 +49,7 @@ class WeightSource:
         """Return the constant ``name``, or why it cannot be given new values."""
         chain: list[Node] = []
         if weight_of(graph, name) is None:
-            return "its weight is computed from others"
+            return "its weight is computed from other tensors"
         while True:
             if len(graph.consumers.get(name, ())) != 1 or name in graph.captured:
                 return "its weight is shared with another node"
@@ -59,7 +59,7 @@ class WeightSource:
                 return _checked(graph, WeightSource(name, tuple(reversed(chain))))
             node = graph.producer.get(name)
             if node is None or not _can_undo(graph, node):
-                return "its weight is computed from others"
+                return "its weight is computed from other tensors"
             chain.append(node)
             name = node.inputs[0]
 
@@ -595,7 +595,7 @@ def _own(graph: Graph, node: Node, form: Form) -> tuple[WeightSource, WeightSour
     if isinstance(bias, str):
         return bias
     if bias.chain and prod(bias.shape(graph.weights)) != outputs(form, weight.shape(graph.weights)):
-        return "one number of its bias is many outputs', and computed from others"
+        return "one number of its bias is many outputs', and computed from other tensors"
     scales = [s.quantised.inputs[1] for s in (weight, bias) if s.quantised is not None]
     sizes = [prod(graph.weights[n].shape) for n in scales]
     # Runtimes add a quantised bias to the sum of codes as it is: its scale has to follow the weight's.

@@ -157,7 +157,7 @@ def test_what_makes_no_sense_together() -> None:
         ({"target": "macs=0.5", "steps": 3}, "steps has no meaning"),
         ({"metric": len}, "no budget needs it"),
         ({"target": "macs=0.5", "trials": -1}, "trials: -1 is not allowed"),
-        ({"max_drop": 1.0, "trials": 5}, "there is none"),
+        ({"max_drop": 1.0, "trials": 5}, "no target is given"),
         ({"target": "macs=0.5", "latency_table": "x.json"}, "no latency target is given"),
         ({"max_drop": -1.0}, "max_drop: -1.0 is not allowed"),
         ({"target": "macs=0.5", "recover": "full"}, "needs calibration data"),

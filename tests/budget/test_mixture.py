@@ -180,7 +180,7 @@ def test_layers_that_are_left_out() -> None:
 
 def test_what_makes_no_sense_with_layers_apart() -> None:
     for arguments, message in (
-        ({}, "there is none"),
+        ({}, "no budget is given"),
         ({"target": ["macs=0.5", "peak-memory=0.5"]}, "does not support a target of peak-memory=0.5"),
     ):
         with pytest.raises(UsageError, match=message):

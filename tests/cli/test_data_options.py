@@ -50,7 +50,7 @@ def test_bad_value_is_named_with_what_was_allowed(api, run, model, args, message
 def test_options_about_data_need_data(api, run, model, args) -> None:
     result = run(model, *args)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {args[0]} describes how to read data, and there is no --data\n")
+    assert result.stderr.startswith(f"error: {args[0]} describes how to read data, but --data is not given\n")
     assert api.calls == []
 
 

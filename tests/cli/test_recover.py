@@ -97,7 +97,7 @@ def test_data_repairs_and_the_report_says_so(bench: Bench, run: Run) -> None:
     result = run(bench.model, "--ratio", "0.5", "--data", bench.data, "-v", "--explain")
     assert result.exit_code == 0, result.stderr
     line = next(line for line in result.stdout.splitlines() if line.startswith("recovered"))
-    assert "2 of 2 layers by least squares from 87 samples, --recover full since data was given" in line
+    assert "2 of 2 layers by least squares from 87 samples, --recover full because data was given" in line
     assert "9 samples" in result.stdout and "not used by the recovery" in result.stdout
     assert "hold-out error" in result.stdout and "every layer affected by pruning was recovered" in result.stdout
     assert "recover ..." in result.stderr
@@ -198,8 +198,8 @@ def test_statistics_are_kept_and_used_again(bench: Bench, run: Run) -> None:
         (["--memory-limit", "2", "--data", "d.npz"], ["--memory-limit: '2' is not a size", "2GB"]),
         (["--memory-limit", "2 apples", "--data", "d.npz"], ["is not a size"]),
         (["--memory-limit", "1kB", "--data", "d.npz"], ["too little", "1MB"]),
-        (["--memory-limit", "2GB"], ["there is no --data"]),
-        (["--cache", "kept"], ["there is no --data"]),
+        (["--memory-limit", "2GB"], ["--data is not given"]),
+        (["--cache", "kept"], ["--data is not given"]),
         (["--cache", "p.json", "--data", "d.npz"], ["is not a folder"]),
     ],
 )
@@ -214,7 +214,7 @@ def test_few_or_constant_samples_are_warned_of(bench: Bench, run: Run) -> None:
     np.savez(bench.data, x=np.ones((20, 3, 8, 8), np.float32))
     result = run(bench.model, "--ratio", "0.5", "--data", bench.data, "--json")
     assert result.exit_code == 0, result.stderr
-    assert "fitted to 18 samples" in result.stderr and "all calibration samples are the same" in result.stderr
+    assert "recovery has 18 samples only" in result.stderr and "all calibration samples are the same" in result.stderr
     facts = json.loads(result.stdout)["recovery"]
     assert facts["after"]["outputs"][0]["snr_db"] >= facts["before"]["outputs"][0]["snr_db"]
 
@@ -223,7 +223,7 @@ def test_one_sample_does_no_harm(bench: Bench, run: Run) -> None:
     np.savez(bench.data, x=np.random.default_rng(2).random((1, 3, 8, 8), np.float32))
     result = run(bench.model, "--ratio", "0.5", "--data", bench.data)
     assert result.exit_code == 0, result.stderr
-    assert "also used by the recovery" in result.stdout and "fitted to 1 sample:" in result.stderr
+    assert "also used by the recovery" in result.stdout and "recovery has 1 sample only:" in result.stderr
 
 
 # -- a pair that was cut before ------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_one_sample_does_no_harm(bench: Bench, run: Run) -> None:
 def test_a_pair_is_repaired_as_it_would_have_been_at_once(bench: Bench, run: Run) -> None:
     result = run(*bench.pair)
     assert result.exit_code == 0, result.stderr
-    assert "the cut   came as a file, its weights are the original's\n" in result.stdout
+    assert "plan      came as a file, its weights are the original's\n" in result.stdout
     assert result.stdout.endswith(f"wrote     {bench.folder / 'c.recovered.onnx'}\n")
     once = bench.folder / "once.onnx"
     assert run(bench.model, "--ratio", "0.5", "--data", bench.data, "-o", once).exit_code == 0
@@ -329,8 +329,8 @@ def test_a_cut_of_something_else(bench: Bench, run: Run, change: Callable[[onnx.
 
 def test_what_a_pair_needs(bench: Bench, run: Run) -> None:
     pair = ["recover", bench.model, bench.cut]
-    refused(bench, run(*pair, "--data", bench.data), 2, "there is no --plan")
-    refused(bench, run(*pair, "--plan", bench.plan), 2, "there is no --data", "--recover datafree")
+    refused(bench, run(*pair, "--data", bench.data), 2, "--plan is missing")
+    refused(bench, run(*pair, "--plan", bench.plan), 2, "--data is missing", "--recover datafree")
     refused(bench, run(*pair, "--plan", bench.folder / "q.json", "--data", bench.data), 2, "not found", "p.json")
     refused(bench, run("recover", bench.model, "--plan", bench.plan, "--data", bench.data), 2, "CUT.onnx")
     refused(bench, run(*bench.pair, "--recover", "none"), 2, "unknown value 'none'")

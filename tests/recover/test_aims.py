@@ -129,7 +129,7 @@ def test_weights_that_may_not_change_are_left_with_a_reason() -> None:
     graph, found = aims(net.model(last))
     left = {graph.producer[y].label: found.reasons.get(graph.producer[y].label, "") for y in (one, two, last)}
     assert ["shared" in left[graph.producer[y].label] for y in (one, two)] == [True, True]
-    assert "computed from others" in left[graph.producer[last].label]
+    assert "computed from other tensors" in left[graph.producer[last].label]
     assert set(by_output(found)).isdisjoint([one, two, last])
 
 

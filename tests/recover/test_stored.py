@@ -114,7 +114,7 @@ def test_what_cannot_be_undone_has_a_reason() -> None:
     net = Net(17)
     name = net.op("Exp", net.weight(6, 8))
     graph = Graph.of(net.model(net.op("MatMul", net.input("x", ["N", 6]), name)), {})
-    assert WeightSource.of(graph, name) == "its weight is computed from others"
+    assert WeightSource.of(graph, name) == "its weight is computed from other tensors"
 
 
 # -- whole models ------------------------------------------------------------------------------------------------------
