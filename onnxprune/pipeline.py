@@ -374,6 +374,7 @@ class Model:
         removed: mask over the removed atoms of ``analysis`` [atoms], bool; None where no pass removed any.
         plan: the removed channels, and the factorized layers with their ranks.
         proof: whether the removal is exact; None where no pass has asked yet.
+        refused: indices of the probes of ``analysis`` at whose sizes the proof found that the model does not run.
         as_pruned: the model that ``proof`` is about, before weights were changed for another reason; None: this one.
         hold_out: inputs to compare the result on, where a recovery was fitted to the others.
         files: files from which weights are read, besides the original's.
@@ -385,6 +386,7 @@ class Model:
     removed: Mask | None = None
     plan: Plan = field(default_factory=Plan)
     proof: Exactness | None = None
+    refused: frozenset[int] = frozenset()
     as_pruned: ModelParts | None = None
     hold_out: HoldOut | None = None
     files: tuple[Path, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,26 +19,19 @@ from onnxprune.operators.registry import Move, rule_of
 __all__ = ["Facts", "Infer", "Probe", "Values", "is_small", "study"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Facts:
-    """The probes of a model; labels are propagated at the first.
+    """The probes of a model; labels are propagated at the first. Nothing that reads them may change them.
 
     Attributes:
         bound: sizes of the open dimensions at every probe.
         conflict: the node at which these sizes contradict each other, if any.
-        refused: indices of the probes at whose sizes the model failed to run, though it declares them open.
     """
 
     probes: tuple[Probe, ...]
     settler: Settler
     bound: tuple[dict[Key, int], ...]
     conflict: Conflict | None = None
-    refused: set[int] = field(default_factory=set)
-
-    @property
-    def running(self) -> list[Probe]:
-        """Return the probes at whose sizes the model runs, as far as it was run."""
-        return [probe for number, probe in enumerate(self.probes) if number not in self.refused]
 
     def elsewhere(self) -> Iterator[Probe]:
         """Yield probes at sizes that no other probe has, wherever the model leaves them open; likeliest first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -41,6 +41,22 @@ from onnxprune.runtime.sessions import Feed
 _IN_CODES = 4  # the accuracy level at which products with 4-bit weights round their activations to 8 bits
 
 
+class Proof(NamedTuple):
+    """The outcome of a proof.
+
+    Attributes:
+        facts: how exact the removal is.
+        refused: indices of the probes at whose sizes the model failed to run, though it declares them open.
+    """
+
+    facts: Exactness
+    refused: frozenset[int]
+
+    def of(self, model: RunModel) -> RunModel:
+        """Return the model with this proof."""
+        return replace(model, proof=self.facts, refused=self.refused)
+
+
 def check_exactness(
     analysis: Analysis,
     removed: NDArray[np.bool_],
@@ -49,7 +65,7 @@ def check_exactness(
     model: Model,
     feeds: Sequence[Any],
     seed: int,
-) -> Exactness:
+) -> Proof:
     """Compare the pruned model, in memory and as the file ``final``, with the masked original on one feed per probe.
 
     Where an output is constant over the inputs, more feeds are tried; where it stays constant, the last tensors in
@@ -76,20 +92,21 @@ def check_exactness(
         model = cut(analysis.table, removed)
         final, _ = trial.write(*model, "exact_part")
     check = _Check(analysis, trial, removed, final, model, seed)
-    worst = Exactness(passed=True)
-    for number, (probe, feed) in enumerate(zip(analysis.facts.running, feeds, strict=True)):
+    worst, refused = Exactness(passed=True), set[int]()
+    calls = list(zip(analysis.facts.probes, feeds, strict=True))
+    for index, (probe, feed) in enumerate(calls):
         try:
             worst = _worse(worst, check.at(probe, feed))
         except ModelError:  # the model declares sizes at which it does not run: other sizes are tried below
-            if not number:
+            if not index:
                 raise
-            analysis.facts.refused.add(number)
+            refused.add(index)
         if not worst.passed:
             break
     if worst.passed:
         worst = check.beyond(worst)
     if worst.passed and analysis.graph.has_bodies:
-        worst = check.elsewhere(feeds, worst)
+        worst = check.elsewhere([call for index, call in enumerate(calls) if index not in refused], worst)
     if worst.passed is False:
         raise ValidationError(
             f"The pruned model is not exact: output {worst.worst_output!r} differs by {worst.error:.3g} (allowed "
@@ -103,7 +120,7 @@ def check_exactness(
         what = "1 group that was" if skipped == 1 else f"{skipped} groups that were"
         note = f"without {what} pruned through a normalisation, where fidelity is the only measure"
         worst.note = f"{worst.note}; {note}" if worst.note else note
-    return worst
+    return Proof(worst, frozenset(refused))
 
 
 def _worse(one: Exactness, other: Exactness) -> Exactness:
@@ -190,12 +207,12 @@ class _Check:
         facts.note = f"{facts.note}; {said}" if facts.note else said
         return facts
 
-    def elsewhere(self, feeds: Sequence[Feed], worst: Exactness) -> Exactness:
+    def elsewhere(self, calls: Sequence[tuple[Probe, Feed]], worst: Exactness) -> Exactness:
         """Run every branch of an If and the body of every Loop, whatever the inputs select, and return the facts."""
         found_open = open_conditions(self.analysis.graph, self.analysis.facts)
         run, missed = set[tuple[str, bool]](), set[tuple[str, bool]]()
         for way in branch_assignments(found_open):
-            for probe, feed in zip(self.analysis.facts.running, feeds, strict=False):
+            for probe, feed in calls:
                 masked = masked_original(self.analysis.table, self.removed, probe)
                 try:
                     found = self._pair(probe, force(masked, way), force(self.model, way)).compared([feed]).facts
@@ -273,10 +290,10 @@ class Exact(Pass):
             return PassResult(model, changed=False)
         with Workspace.of(model.analysis) as trial:
             proof = prove(context, model, trial)
-        return PassResult(replace(model, proof=proof), [proof])
+        return PassResult(proof.of(model), [proof.facts])
 
 
-def prove(context: Context, model: RunModel, trial: Workspace, written: Path | None = None) -> Exactness:
+def prove(context: Context, model: RunModel, trial: Workspace, written: Path | None = None) -> Proof:
     """Prove that the removal is exact.
 
     Args:

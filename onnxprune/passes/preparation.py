@@ -42,8 +42,8 @@ def check_preparation(analysis: Analysis, trial: Workspace, feeds: Sequence[Feed
     prepared: Model = graph.proto, graph.weights
     if not trial.heavy or not same_nodes(loaded.as_read, outline_bodies(*prepared)[0]):
         others = other_feeds(analysis, seed)
-        running = analysis.facts.running
-        hold_against_file(analysis, trial, prepared, feeds, lambda number: others(running[number]))
+        probes = analysis.facts.probes
+        hold_against_file(analysis, trial, prepared, feeds, lambda number: others(probes[number]))
     if not graph.has_bodies:
         return
     hold = _Forced(analysis, trial, feeds)

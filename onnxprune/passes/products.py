@@ -36,7 +36,7 @@ def check_products(
         ValidationError: they differ, or the preparation of the model changed its outputs.
     """
     analysis = context.analysis
-    feeds = synthetic_feeds(context, model.analysis)
+    feeds = synthetic_feeds(context, model.analysis, model.refused)
     reference = Prepared(*model.parts)
     with Workspace.of(analysis) as trial:
         if model.removed is None and model.as_pruned is None:  # else the preparation was compared with the file before

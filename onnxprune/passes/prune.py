@@ -84,7 +84,14 @@ class Prune(Pass):
         plan = make_plan(analysis, removed, criterion)
         plan.factorized = model.plan.factorized
         pruned = model.with_parts(
-            parts, analysis=analysis, removed=removed, plan=plan, proof=None, as_pruned=None, hold_out=None
+            parts,
+            analysis=analysis,
+            removed=removed,
+            plan=plan,
+            proof=None,
+            refused=frozenset(),
+            as_pruned=None,
+            hold_out=None,
         )
         chosen = {} if selector is None else selector.settings
         settings = Settings({"criterion": criterion, **chosen})

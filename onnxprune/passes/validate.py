@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.passes.calibration import CalibrationBatches
-from onnxprune.passes.exact import prove
+from onnxprune.passes.exact import Proof, prove
 from onnxprune.passes.ranges import range_doubts
 from onnxprune.passes.structure import check_file, check_sizes
 from onnxprune.passes.workspace import Workspace, synthetic_feeds, timing_feed
@@ -51,24 +51,20 @@ class Validate(Pass):
             note = Exactness(note="models were not run")
             return PassResult(model, [note] if model.is_unproved else [], changed=False)
         with Workspace.of(context.analysis) as trial:
-            facts = list(self._facts(context, model, trial))
-        proof = next((fact for fact in facts if isinstance(fact, Exactness)), None)
-        if proof is None:
-            return PassResult(model, facts, changed=False)
-        return PassResult(replace(model, proof=proof), facts)
+            with context.stage("write"):
+                final, size = trial.write(*model.parts, "final")
+                check_file(final, trial.original)
+            facts: list[Fact] = [Sizes(bytes_after=size)]
+            is_proved = self.exact and model.is_unproved
+            if is_proved:
+                proof = _proof(context, model, trial, final)
+                model = proof.of(model)
+                facts.append(proof.facts)
+            facts += self._measured(context, model, trial, final)
+        return PassResult(model, facts, changed=is_proved)
 
-    def _facts(self, context: Context, model: Model, trial: Workspace) -> Iterator[Fact]:
-        with context.stage("write"):
-            final, size = trial.write(*model.parts, "final")
-            check_file(final, trial.original)
-        yield Sizes(bytes_after=size)
-        if self.exact and model.is_unproved:
-            if model.analysis.loaded is context.analysis.loaded:
-                yield prove(context, model, trial, final)
-            else:
-                with Workspace.of(model.analysis) as own:  # what was pruned is not what came in
-                    yield prove(context, model, own, final)
-        with context.stage("inputs"):  # the proof finds out at which sizes the model runs
+    def _measured(self, context: Context, model: Model, trial: Workspace, final: Path) -> Iterator[Fact]:
+        with context.stage("inputs"):
             hold_out = _hold_out(context, model)
         if self.faithful:
             yield from doubted_ranges(context)
@@ -93,17 +89,31 @@ class Validate(Pass):
                 yield latency.latency(trial.original, final, [feed], least_s=_LEAST_SECONDS, **conditions)
 
 
+def _proof(context: Context, model: Model, trial: Workspace, final: Path) -> Proof:
+    """Prove the removal of the model that was pruned, which need not be the one that came in."""
+    if model.analysis.loaded is context.analysis.loaded:
+        return prove(context, model, trial, final)
+    with Workspace.of(model.analysis) as own:
+        return prove(context, model, own, final)
+
+
 def _hold_out(context: Context, model: Model) -> tuple[Iterable[Any], str]:
     """Return the hold-out inputs to measure on, and their name."""
     if model.hold_out is not None:
         return model.hold_out.inputs, model.hold_out.name
-    return measured_inputs(context, model.analysis)
+    return measured_inputs(context, model.analysis, model.refused)
 
 
-def measured_inputs(context: Context, analysis: Analysis) -> tuple[Iterable[Any], str]:
-    """Return the inputs to measure a model on, and their name: the user's, else seeded synthetic ones."""
+def measured_inputs(context: Context, analysis: Analysis, refused: Collection[int] = ()) -> tuple[Iterable[Any], str]:
+    """Return the inputs to measure a model on, and their name: the user's, else seeded synthetic ones.
+
+    Args:
+        context: context of the run.
+        analysis: analysis of the model.
+        refused: indices of the probes at whose sizes the model is known not to run.
+    """
     if context.calibration is None:
-        return synthetic_feeds(context, analysis), "synthetic"
+        return synthetic_feeds(context, analysis, refused), "synthetic"
     return CalibrationBatches(context, analysis, ENOUGH), context.inputs().name
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -194,11 +194,18 @@ def _described(spec: InputSpec, sizes: Sequence[int]) -> str:
     return f"input {spec.name!r} [{', '.join(dims)}]"
 
 
-def synthetic_feeds(context: Context, analysis: Analysis) -> list[Any]:
-    """One seeded feed per probe at whose sizes the model runs."""
+def synthetic_feeds(context: Context, analysis: Analysis, refused: Collection[int] = ()) -> list[Any]:
+    """Draw one seeded feed per probe, except the refused ones.
+
+    Args:
+        context: context of the run.
+        analysis: analysis of the model.
+        refused: indices of the probes at whose sizes the model is known not to run.
+    """
     specs, facts = input_specs(analysis.graph), analysis.facts
     bounds = integer_bounds(analysis.graph, facts)
-    return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=context.seed) for probe in facts.running]
+    probes = [probe for index, probe in enumerate(facts.probes) if index not in refused]
+    return [inputs.synthetic(specs, probe.inputs, bounds=bounds, seed=context.seed) for probe in probes]
 
 
 def timing_feed(context: Context, trial: Workspace) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,39 @@ def test_every_cut_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxprune.passes.exact.check_exactness", counted)
     run(prune(), P.Exact(), P.Exact(), P.Recover("bias"), P.Validate(timed=False), P.Exact())
     assert len(calls) == 1
+
+
+TABLE_OF_THREE = """<ir_version: 8, opset_import: ["": 17]>
+g (float[batch, 8] x) => (float[batch, 4] y) <float[3] table = {1.0, 1.0, 1.0}>
+{
+  hidden = MatMul(x, first)
+  shown = Relu(hidden)
+  size = Shape<start = 0, end = 1>(x)
+  factor = Gather(table, size)
+  scaled = Mul(shown, factor)
+  y = MatMul(scaled, second)
+}"""
+
+
+def test_refused_sizes_belong_to_the_proof_not_to_the_analysis() -> None:
+    """It declares a free batch and runs with two samples at most; inputs drawn after the proof have no other sizes."""
+    model, rng = onnx.parser.parse_model(TABLE_OF_THREE), np.random.default_rng(0)
+    for name, shape in (("first", (8, 16)), ("second", (16, 4))):
+        value = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    proved: list[P.Model] = []
+
+    def record(context: P.Context, model: P.Model) -> P.PassResult:
+        proved.append(model)
+        return P.PassResult(model, changed=False)
+
+    result = run(record, prune(), record, P.Exact(), record, P.Validate(timed=False), record, model=model, data=None)
+    assert [p.inputs["x"] for p in proved[0].analysis.facts.probes] == [(2, 8), (3, 8)]
+    assert [sorted(m.refused) for m in proved] == [[], [], [1], [1]]
+    assert result.report.exactness.passed and result.report.exactness.batches == [2, 1]
+    assert result.report.fidelity is not None and result.report.fidelity.samples == 2
+    with pytest.raises(FrozenInstanceError):
+        proved[0].analysis.facts.probes = ()  # type: ignore[misc]
 
 
 def test_a_repair_goes_on_from_what_passes_in_front_left() -> None:
