@@ -62,27 +62,30 @@ class LayerFits:
 
     def within(self, name: str, limit: float, step: int) -> Candidate | None:
         """Return the candidate of least loss that costs at most ``limit``; None where there is none."""
-        found = within(METHODS[name], self._cost, self.fit(name), limit, step)
-        return None if found is None else _candidate(name, found)
+        choice = within(METHODS[name], self._cost, self.fit(name), limit, step)
+        return None if choice is None else _candidate(name, choice)
 
     def choices(self, names: Sequence[str], step: int) -> Iterator[Candidate]:
         """Yield candidates of several methods over the whole range of cost."""
         for name in names:
             if self.refusal(name):
                 continue
-            seen: set[Ranks] = set()
+            yielded: set[Ranks] = set()
             for share in SHARES:
-                found = self.within(name, share * self.full_cost, step)
-                if found is not None and found.ranks not in seen:
-                    seen.add(found.ranks)
-                    yield found
+                candidate = self.within(name, share * self.full_cost, step)
+                if candidate is not None and candidate.ranks not in yielded:
+                    yielded.add(candidate.ranks)
+                    yield candidate
 
     def share(self, candidate: Candidate, cost: str) -> float:
         """Return the share of the layer's ``macs`` or ``params`` that a candidate has."""
-        stages, whole = METHODS[candidate.method].stages(self.layer.shape, candidate.ranks), [self.layer.shape.whole()]
+        stages, full_stages = (
+            METHODS[candidate.method].stages(self.layer.shape, candidate.ranks),
+            [self.layer.shape.whole()],
+        )
         if cost == "macs":
-            return self.layer.macs(stages) / max(self.layer.macs(whole), 1)
-        return elements(stages) / elements(whole)
+            return self.layer.macs(stages) / max(self.layer.macs(full_stages), 1)
+        return elements(stages) / elements(full_stages)
 
     def _cost(self, method: Method, ranks: Ranks) -> int:
         stages = method.stages(self.layer.shape, ranks)
@@ -98,7 +101,7 @@ _STEPS = 10_000
 
 
 def allocate(
-    wholes: Sequence[int], options: Sequence[Sequence[Candidate]], gains: Sequence[float], budget: float
+    full_costs: Sequence[int], options: Sequence[Sequence[Candidate]], gains: Sequence[float], budget: float
 ) -> list[Candidate | None] | None:
     """Return one candidate per layer (None: unchanged), or None where even the cheapest exceed the budget.
 
@@ -106,57 +109,59 @@ def allocate(
     European Journal of Operational Research 28, 1987), then the room that rounding leaves is spent where it gains most.
 
     Args:
-        wholes: cost of every unchanged layer.
+        full_costs: cost of every unchanged layer.
         options: candidates of every layer.
         gains: weight of each layer's loss.
         budget: largest cost of all layers together.
     """
-    if min_total_cost(wholes, options) > budget:
+    if min_total_cost(full_costs, options) > budget:
         return None
-    if sum(wholes) <= budget:
-        return [None] * len(wholes)
-    chosen = _knapsack(wholes, options, gains, budget)
-    if chosen is None:  # only rounding prevents a solution
-        chosen = [min((None, *own), key=lambda c: _cost(c, w)) for w, own in zip(wholes, options, strict=True)]
-    spent = sum(_cost(c, w) for c, w in zip(chosen, wholes, strict=True))
-    return _spent(chosen, wholes, options, gains, budget - spent)
+    if sum(full_costs) <= budget:
+        return [None] * len(full_costs)
+    candidates = _knapsack(full_costs, options, gains, budget)
+    if candidates is None:  # only rounding prevents a solution
+        candidates = [min((None, *own), key=lambda c: _cost(c, w)) for w, own in zip(full_costs, options, strict=True)]
+    spent = sum(_cost(c, w) for c, w in zip(candidates, full_costs, strict=True))
+    return _spent(candidates, full_costs, options, gains, budget - spent)
 
 
-def _cost(candidate: Candidate | None, whole: int) -> int:
-    return whole if candidate is None else candidate.cost
+def _cost(candidate: Candidate | None, full_cost: int) -> int:
+    return full_cost if candidate is None else candidate.cost
 
 
 def _knapsack(
-    wholes: Sequence[int], options: Sequence[Sequence[Candidate]], gains: Sequence[float], budget: float
+    full_costs: Sequence[int], options: Sequence[Sequence[Candidate]], gains: Sequence[float], budget: float
 ) -> list[Candidate | None] | None:
     """Compute the least loss for every number of steps spent, layer by layer; then trace back from the whole budget."""
     loss = np.zeros(_STEPS + 1)
     picked = []
     ways: list[list[Candidate | None]] = [[None, *own] for own in options]
-    costs = [[int(np.ceil(_cost(c, w) * _STEPS / budget)) for c in own] for w, own in zip(wholes, ways, strict=True)]
+    costs = [
+        [int(np.ceil(_cost(c, w) * _STEPS / budget)) for c in own] for w, own in zip(full_costs, ways, strict=True)
+    ]
     for own, steps, gain in zip(ways, costs, gains, strict=True):
         best, pick = np.full(_STEPS + 1, np.inf), np.zeros(_STEPS + 1, np.int32)
         for k, (candidate, step) in enumerate(zip(own, steps, strict=True)):
             if step > _STEPS:
                 continue
-            lost = loss[: _STEPS + 1 - step] + (0.0 if candidate is None else gain * candidate.loss)
-            better = lost < best[step:]
-            best[step:][better], pick[step:][better] = lost[better], k
+            losses = loss[: _STEPS + 1 - step] + (0.0 if candidate is None else gain * candidate.loss)
+            better = losses < best[step:]
+            best[step:][better], pick[step:][better] = losses[better], k
         loss = best
         picked.append(pick)
     if not np.isfinite(loss[-1]):
         return None
-    left, chosen = _STEPS, list[Candidate | None]()
+    remaining, candidates = _STEPS, list[Candidate | None]()
     for own, steps, pick in zip(reversed(ways), reversed(costs), reversed(picked), strict=True):
-        k = int(pick[left])
-        chosen.append(own[k])
-        left -= steps[k]
-    return chosen[::-1]
+        k = int(pick[remaining])
+        candidates.append(own[k])
+        remaining -= steps[k]
+    return candidates[::-1]
 
 
 def _spent(
-    chosen: list[Candidate | None],
-    wholes: Sequence[int],
+    candidates: list[Candidate | None],
+    full_costs: Sequence[int],
     options: Sequence[Sequence[Candidate]],
     gains: Sequence[float],
     room: float,
@@ -164,31 +169,31 @@ def _spent(
     """Spend the rest of the budget where it gains most, one layer after the other."""
     while room > 0:
         best: tuple[float, int, Candidate | None] = (0.0, -1, None)
-        for k, now in enumerate(chosen):
+        for k, now in enumerate(candidates):
             if now is None:
                 continue
             for other in (None, *options[k]):
-                more = _cost(other, wholes[k]) - now.cost
+                more = _cost(other, full_costs[k]) - now.cost
                 brings = gains[k] * (now.loss - (0.0 if other is None else other.loss))
                 if 0 < more <= room and brings > best[0]:
                     best = (brings, k, other)
         if best[1] < 0:
             break
         _, k, other = best
-        room -= _cost(other, wholes[k]) - _cost(chosen[k], wholes[k])
-        chosen[k] = other
-    return chosen
+        room -= _cost(other, full_costs[k]) - _cost(candidates[k], full_costs[k])
+        candidates[k] = other
+    return candidates
 
 
-def min_total_cost(wholes: Sequence[int], options: Sequence[Sequence[Candidate]]) -> int:
+def min_total_cost(full_costs: Sequence[int], options: Sequence[Sequence[Candidate]]) -> int:
     """Return the least cost of all layers together."""
-    return sum(min([w, *(c.cost for c in own)]) for w, own in zip(wholes, options, strict=True))
+    return sum(min([w, *(c.cost for c in own)]) for w, own in zip(full_costs, options, strict=True))
 
 
 def fill_gains(gains: Sequence[float]) -> list[float]:
     """Replace gains that could not be measured by the median of the others."""
-    known = [g for g in gains if np.isfinite(g)]
-    middle = float(np.median(known)) if known else 1.0
+    finite = [g for g in gains if np.isfinite(g)]
+    middle = float(np.median(finite)) if finite else 1.0
     return [g if np.isfinite(g) else middle for g in gains]
 
 
@@ -200,81 +205,87 @@ class LayerChoices:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def choose_local(opened: LayerFits, request: Request, chosen: LayerChoices) -> None:
+def choose_local(fits: LayerFits, request: Request, choices: LayerChoices) -> None:
     """Choose the ranks of one layer on its own.
 
     Raises:
         UsageError: a rank that a pattern names is out of range.
     """
-    layer, name = opened.layer, request.method
-    why = opened.refusal(name)
+    layer, name = fits.layer, request.method
+    why = fits.refusal(name)
     if why:
-        chosen.reasons[layer.name] = why
+        choices.reasons[layer.name] = why
         return
     names = list(layer.names)
     if request.ranks:
-        found = _given_ranks(opened, request, names)
+        candidate = _given_ranks(fits, request, names)
         must = True
     elif request.energy is not None:
-        found, must = opened.candidate_at(name, by_energy(opened.fit(name), request.energy, request.round_to)), False
+        candidate, must = fits.candidate_at(name, by_energy(fits.fit(name), request.energy, request.round_to)), False
     elif request.vbmf is not None:
-        found, must = opened.candidate_at(name, _by_vbmf(opened, request)), False
+        candidate, must = fits.candidate_at(name, _by_vbmf(fits, request)), False
     else:
-        limit = (1.0 - request.ratio_of(names)) * opened.full_cost
-        best, must = opened.within(name, limit, request.round_to), False
-        found = best if best is not None else f"no rank would save {request.ratio_of(names):.0%} of its {request.cost}"
-    if isinstance(found, str):
-        chosen.reasons[layer.name] = found
-    elif not must and found.cost >= opened.full_cost:
-        ranks = ",".join(map(str, found.ranks))
-        chosen.reasons[layer.name] = f"the given ranks ({ranks}) would not save {request.cost}"
+        limit = (1.0 - request.ratio_of(names)) * fits.full_cost
+        best, must = fits.within(name, limit, request.round_to), False
+        candidate = (
+            best if best is not None else f"no rank would save {request.ratio_of(names):.0%} of its {request.cost}"
+        )
+    if isinstance(candidate, str):
+        choices.reasons[layer.name] = candidate
+    elif not must and candidate.cost >= fits.full_cost:
+        ranks = ",".join(map(str, candidate.ranks))
+        choices.reasons[layer.name] = f"the given ranks ({ranks}) would not save {request.cost}"
     else:
-        chosen.candidates[layer.name] = found
+        choices.candidates[layer.name] = candidate
 
 
 def choose_by_share(
-    opened: Mapping[str, LayerFits], wanted: Mapping[str, tuple[str, float]], step: int, chosen: LayerChoices
+    fits: Mapping[str, LayerFits], shares: Mapping[str, tuple[str, float]], step: int, choices: LayerChoices
 ) -> None:
     """Choose ranks for layers of known method and share of the cost, {name: (method, share)}; multiples of ``step``."""
-    for name, one in opened.items():
-        method, share = wanted.get(name, ("", 0.0))
-        found = one.within(method, share * one.full_cost, step) if method and not one.refusal(method) else None
-        if found is None:
-            chosen.reasons[name] = "other layers lose less per saving"
+    for name, layer_fits in fits.items():
+        method, share = shares.get(name, ("", 0.0))
+        candidate = (
+            layer_fits.within(method, share * layer_fits.full_cost, step)
+            if method and not layer_fits.refusal(method)
+            else None
+        )
+        if candidate is None:
+            choices.reasons[name] = "other layers lose less per saving"
         else:
-            chosen.candidates[name] = found
+            choices.candidates[name] = candidate
 
 
-def _by_vbmf(opened: LayerFits, request: Request) -> Ranks:
+def _by_vbmf(fits: LayerFits, request: Request) -> Ranks:
     """Return ranks above noise; CP uses the larger of the channel modes, as its terms have to span both."""
     assert request.vbmf is not None
     if request.method != "cp":
-        return by_vbmf(opened.fit(request.method), request.vbmf, request.round_to)
-    return (max(by_vbmf(opened.fit("tucker"), request.vbmf, request.round_to)),)
+        return by_vbmf(fits.fit(request.method), request.vbmf, request.round_to)
+    return (max(by_vbmf(fits.fit("tucker"), request.vbmf, request.round_to)),)
 
 
-def _given_ranks(opened: LayerFits, request: Request, names: Sequence[str]) -> Candidate | str:
+def _given_ranks(fits: LayerFits, request: Request, names: Sequence[str]) -> Candidate | str:
     """Return the candidate with the ranks that were given for this layer, or an error text."""
-    asked = request.ranks_of(names)
-    if asked is None:
+    entry = request.ranks_of(names)
+    if entry is None:
         return "no rank was given for this layer"
-    pattern, ranks = asked
+    pattern, ranks = entry
     method = METHODS[request.method]
-    limits = method.limits(opened.layer.shape)
+    limits = method.limits(fits.layer.shape)
     if len(ranks) == 1:
         ranks = ranks * len(limits)
-    sizes = (*limits, *opened.layer.shape.kernel)[: max(len(limits), len(ranks))]
-    over = [(r, most) for r, most in zip(ranks, sizes, strict=False) if r > most]
+    sizes = (*limits, *fits.layer.shape.kernel)[: max(len(limits), len(ranks))]
+    over = [(r, max_rank) for r, max_rank in zip(ranks, sizes, strict=False) if r > max_rank]
     if over or len(ranks) > len(sizes):
-        rank, most = over[0] if over else (ranks[-1], 0)
+        rank, max_rank = over[0] if over else (ranks[-1], 0)
         allowed = ",".join(f"1..{n}" for n in sizes)
         if pattern == "*":
-            return f"rank {rank} is larger than the largest rank, {most}"
-        raise UsageError(f"rank {rank} of {opened.layer.name!r} is out of range.", hint=f"Allowed: {allowed}.")
-    return opened.candidate_at(request.method, ranks)
+            return f"rank {rank} is larger than the largest rank, {max_rank}"
+        raise UsageError(f"rank {rank} of {fits.layer.name!r} is out of range.", hint=f"Allowed: {allowed}.")
+    return fits.candidate_at(request.method, ranks)
 
 
-def read_choices(opened: Mapping[str, LayerFits], entries: Sequence[tuple[str, str, Ranks]]) -> dict[str, Candidate]:
+def read_choices(fits: Mapping[str, LayerFits], entries: Sequence[tuple[str, str, Ranks]]) -> dict[str, Candidate]:
     """Return the choices of a plan, [(name of the layer, method, ranks)].
 
     Raises:
@@ -282,7 +293,7 @@ def read_choices(opened: Mapping[str, LayerFits], entries: Sequence[tuple[str, s
     """
     result = {}
     for name, method, ranks in entries:
-        layer = opened.get(name)
+        layer = fits.get(name)
         if layer is None:
             raise UsageError(
                 f"The plan factorizes layer {name!r}, which this model does not have or which cannot be factorized.",

@@ -69,19 +69,19 @@ def compose(factors: Sequence[Factor], parts: int, channels: int) -> Real:
         channels: number of channels that one part of it reads.
     """
     rank = len(factors[0].stage.kernel)
-    whole = np.broadcast_to(np.eye(channels), (parts, channels, channels)).reshape(parts, channels, *[1] * rank, -1)
+    composed = np.broadcast_to(np.eye(channels), (parts, channels, channels)).reshape(parts, channels, *[1] * rank, -1)
     for factor in factors:
-        own = factor.split(parts)
-        inner, before, behind = own.shape[1], whole.shape[2:-1], own.shape[3:-1]
-        left = whole.reshape(parts, channels * prod(before), inner, own.shape[2]).transpose(0, 2, 1, 3)
-        right = own.reshape(parts, inner, own.shape[2], -1)
+        array = factor.split(parts)
+        inner, before, behind = array.shape[1], composed.shape[2:-1], array.shape[3:-1]
+        left = composed.reshape(parts, channels * prod(before), inner, array.shape[2]).transpose(0, 2, 1, 3)
+        right = array.reshape(parts, inner, array.shape[2], -1)
         product = (left @ right).reshape(parts, inner, channels, *before, *behind, -1)
         # Interleave the axes of both kernels: along each of them one of the two has size 1.
         pairs = [a for i in range(rank) for a in (3 + i, 3 + rank + i)]
         spread = product.transpose(0, 2, *pairs, 1, 3 + 2 * rank)
         sizes = [a * b for a, b in zip(before, behind, strict=True)]
-        whole = spread.reshape(parts, channels, *sizes, -1)
-    return np.asarray(whole)
+        composed = spread.reshape(parts, channels, *sizes, -1)
+    return np.asarray(composed)
 
 
 def features(prefix: Sequence[Factor], array: Array) -> Real:
@@ -93,15 +93,15 @@ def features(prefix: Sequence[Factor], array: Array) -> Real:
     """
     parts, width = array.shape[0], array.shape[-1]
     for factor in prefix:
-        own, axes = factor.split(parts), [i for i, k in enumerate(factor.stage.kernel) if k > 1]
+        blocks, axes = factor.split(parts), [i for i, k in enumerate(factor.stage.kernel) if k > 1]
         kernel = array.shape[2:-1]
-        spread = array.reshape(parts, own.shape[1], own.shape[2], *kernel, width)
+        spread = array.reshape(parts, blocks.shape[1], blocks.shape[2], *kernel, width)
         rest = [i for i in range(len(kernel)) if i not in axes]
         spread = spread.transpose(0, 1, 2, *(3 + i for i in axes), *(3 + i for i in rest), 3 + len(kernel))
-        taken = own.reshape(parts, own.shape[1], -1, own.shape[-1])
-        made = taken.transpose(0, 1, 3, 2) @ spread.reshape(parts, own.shape[1], taken.shape[2], -1)
-        left = [1 if i in axes else k for i, k in enumerate(kernel)]
-        array = made.reshape(parts, -1, *left, width)
+        matrix = blocks.reshape(parts, blocks.shape[1], -1, blocks.shape[-1])
+        made = matrix.transpose(0, 1, 3, 2) @ spread.reshape(parts, blocks.shape[1], matrix.shape[2], -1)
+        remaining = [1 if i in axes else k for i, k in enumerate(kernel)]
+        array = made.reshape(parts, -1, *remaining, width)
     return np.asarray(array)
 
 
@@ -146,12 +146,12 @@ def least_squares(kernel: Real, rank: int, seed: int, start: str) -> tuple[list[
             )
     except np.linalg.LinAlgError:
         return [], np.inf
-    found = cp_normalize(terms)
-    whole = cp_to_tensor(found)
-    norm, weight = float(np.vdot(whole, whole)), float(np.vdot(found.weights, found.weights))
+    normalized = cp_normalize(terms)
+    tensor = cp_to_tensor(normalized)
+    norm, weight = float(np.vdot(tensor, tensor)), float(np.vdot(normalized.weights, normalized.weights))
     if not np.isfinite(norm) or weight > _CANCELLING * max(norm, 1e-300):
         return [], np.inf
-    return list(found.factors), float(np.sum(np.square(kernel - whole)))
+    return list(normalized.factors), float(np.sum(np.square(kernel - tensor)))
 
 
 def _leading(matrix: Any, n_eigenvecs: int | None = None, **_: Any) -> tuple[Real, Real, Real]:
@@ -202,8 +202,8 @@ class Metric:
 
     def error(self, kernel: Array, other: Array) -> float:
         """Return the energy of the difference as a share of the energy of ``kernel``; 0 for a kernel of zeros."""
-        whole = self.energy(kernel)
-        return max(self.energy(kernel - other), 0.0) / whole if whole > 0 else 0.0
+        energy = self.energy(kernel)
+        return max(self.energy(kernel - other), 0.0) / energy if energy > 0 else 0.0
 
     def channels(self, kernel: Sequence[int]) -> Real | None:
         """Return second moments of the channels, mean over the positions of the kernel; None for the identity."""
@@ -219,23 +219,23 @@ class Metric:
         Returns:
             [parts, m, m], m = channels x sizes along ``axes``; None for the identity.
         """
-        kept = prod(kernel[a] for a in axes)
+        num_positions = prod(kernel[a] for a in axes)
         if self.shared is not None:
-            return np.asarray(np.kron(self.shared, np.eye(kept)))
+            return np.asarray(np.kron(self.shared, np.eye(num_positions)))
         if self.full is None:
             return None
         rank, parts = len(kernel), len(self.full)
-        whole = self.full.reshape(parts, -1, *kernel, self.full.shape[1] // prod(kernel), *kernel)
+        full = self.full.reshape(parts, -1, *kernel, self.full.shape[1] // prod(kernel), *kernel)
         letters = iter("defghijklmnopqrs")
         first = [next(letters) for _ in range(rank)]
         second = [next(letters) if a in axes else first[a] for a in range(rank)]
         out = [*(first[a] for a in axes)], [*(second[a] for a in axes)]
         terms = f"xa{''.join(first)}b{''.join(second)}->xa{''.join(out[0])}b{''.join(out[1])}"
-        mean = np.einsum(terms, whole) / (prod(kernel) / kept)
-        side = mean.shape[1] * kept
+        mean = np.einsum(terms, full) / (prod(kernel) / num_positions)
+        side = mean.shape[1] * num_positions
         return np.asarray(mean.reshape(parts, side, side))
 
-    def seen(self, prefix: Sequence[Factor], kernel: Sequence[int]) -> tuple[Real | None, bool]:
+    def projected(self, prefix: Sequence[Factor], kernel: Sequence[int]) -> tuple[Real | None, bool]:
         """Return T^T G T for a prefix T, and whether it holds separately for every remaining position of the kernel.
 
         Returns:
@@ -252,9 +252,9 @@ class Metric:
             return self.shared, True
         first = prefix[0].stage
         parts = first.parts if self.shared is None else len(self.shared)
-        whole = compose(prefix, parts, first.parts * first.inputs // parts)
-        flat = whole.reshape(parts, -1, whole.shape[-1])
-        return flat.transpose(0, 2, 1) @ self.times(whole).reshape(flat.shape), True
+        composed = compose(prefix, parts, first.parts * first.inputs // parts)
+        flat = composed.reshape(parts, -1, composed.shape[-1])
+        return flat.transpose(0, 2, 1) @ self.times(composed).reshape(flat.shape), True
 
 
 def root(moments: Real) -> Real:
@@ -309,23 +309,23 @@ def fitted(metric: Metric, prefix: Sequence[Factor], kernel: Real) -> tuple[Real
         kernel: K [parts, channels, *kernel, o].
 
     Returns:
-        M [parts, features, *kernel left, o], and T^T G T with whether it holds per position, see ``Metric.seen``.
+        M [parts, features, *kernel left, o], and T^T G T with whether it holds per position, see ``Metric.projected``.
     """
     sizes = kernel.shape[2:-1]
-    seen, alone = metric.seen(prefix, sizes)
+    gram, per_position = metric.projected(prefix, sizes)
     if not prefix:
-        return kernel, seen, alone
+        return kernel, gram, per_position
     cross = features(prefix, metric.times(kernel))
-    assert seen is not None
+    assert gram is not None
     # Columns of a prefix may be linearly dependent: use the minimum-norm solution.
-    flat = cross.reshape(len(cross), seen.shape[-1], -1)
-    scale = np.einsum("pii->p", seen)[:, None, None] / seen.shape[-1]
-    damped = seen + 1e-10 * np.where(scale > 0, scale, 1.0) * np.eye(seen.shape[-1])
+    flat = cross.reshape(len(cross), gram.shape[-1], -1)
+    scale = np.einsum("pii->p", gram)[:, None, None] / gram.shape[-1]
+    damped = gram + 1e-10 * np.where(scale > 0, scale, 1.0) * np.eye(gram.shape[-1])
     solved: Real = np.asarray(np.linalg.solve(damped, flat), np.float64)
-    return solved.reshape(cross.shape), seen, alone
+    return solved.reshape(cross.shape), gram, per_position
 
 
-def split(matrix: Real, seen: Real | None, alone: bool) -> Split:
+def split(matrix: Real, gram: Real | None, per_position: bool) -> Split:
     """Return directions of the output Y = X M by energy: eigenvectors of M^T G M.
 
     For wide outputs those of G^T/2 M M^T G^1/2. This is reduced-rank regression; with G the identity, the singular
@@ -334,16 +334,16 @@ def split(matrix: Real, seen: Real | None, alone: bool) -> Split:
 
     Args:
         matrix: M [parts, features, *kernel left, o].
-        seen: G, see ``Metric.seen``; None for the identity.
-        alone: whether G holds separately per position, see ``Metric.seen``.
+        gram: G, see ``Metric.projected``; None for the identity.
+        per_position: whether G holds separately per position, see ``Metric.projected``.
     """
     parts, outputs = len(matrix), matrix.shape[-1]
     flat = matrix.reshape(parts, -1, outputs)
     if outputs <= flat.shape[1]:
-        energies, vectors = falling(flat.transpose(0, 2, 1) @ _apply(seen, matrix, alone))
+        energies, vectors = falling(flat.transpose(0, 2, 1) @ _apply(gram, matrix, per_position))
         return Split(flat @ vectors, vectors.transpose(0, 2, 1), energies)
-    half: Real | None = None if seen is None else root(seen)
-    white = flat if half is None else _apply(half.transpose(0, 2, 1), matrix, alone)
+    half: Real | None = None if gram is None else root(gram)
+    white = flat if half is None else _apply(half.transpose(0, 2, 1), matrix, per_position)
     energies, vectors = falling(white @ white.transpose(0, 2, 1))
     core = vectors
     if half is not None:
@@ -353,13 +353,15 @@ def split(matrix: Real, seen: Real | None, alone: bool) -> Split:
     return Split(core, vectors.transpose(0, 2, 1) @ white, energies)
 
 
-def _apply(gram: Real | None, matrix: Real, alone: bool) -> Real:
+def _apply(gram: Real | None, matrix: Real, per_position: bool) -> Real:
     """Return G M as [parts, n, o], separately per position where G holds per position."""
     parts, outputs = len(matrix), matrix.shape[-1]
     if gram is None:
         return matrix.reshape(parts, -1, outputs)
-    rows = matrix.shape[1] if alone else -1
-    return np.asarray((gram @ matrix.reshape(parts, rows if alone else gram.shape[-1], -1)).reshape(parts, -1, outputs))
+    rows = matrix.shape[1] if per_position else -1
+    return np.asarray(
+        (gram @ matrix.reshape(parts, rows if per_position else gram.shape[-1], -1)).reshape(parts, -1, outputs)
+    )
 
 
 def falling(matrix: Real) -> tuple[Real, Real]:
@@ -547,7 +549,7 @@ class _CpFit(Fit):
         self._method, self._kernel, self._metric, self._seed = method, kernel, metric, seed
         self._shape = shape_of(kernel)
         self._white = Whitener(metric.channels(self._shape.kernel))
-        self._seen = self._white.into(kernel.reshape(*kernel.shape[:2], -1)).reshape(kernel.shape)
+        self._whitened = self._white.into(kernel.reshape(*kernel.shape[:2], -1)).reshape(kernel.shape)
         self.modes = (Mode("rank", method.limits(self._shape)[0]),)
 
     def factors(self, ranks: Ranks) -> list[Factor]:
@@ -557,7 +559,7 @@ class _CpFit(Fit):
             Degenerate: the terms of every start cancel each other.
         """
         shape, stages = self._shape, self._method.stages(self._shape, ranks)
-        terms = [_terms(part, ranks[0], self._seed) for part in self._seen]
+        terms = [_terms(part, ranks[0], self._seed) for part in self._whitened]
         arrays = [self._white.back(np.stack([t[0] for t in terms]))]
         arrays += [np.concatenate([t[1 + i].T for t in terms]) for i in shape.wide]
         prefix = placed(stages[:-1], arrays)
@@ -600,10 +602,10 @@ def _unit_terms(kernel: Real, rank: int) -> list[Real]:
     places = np.indices(others).reshape(kernel.ndim, -1)
     vectors = []
     for mode, size in enumerate(kernel.shape[:-1]):
-        chosen = np.eye(size)[:, places[mode]]
+        basis = np.eye(size)[:, places[mode]]
         if mode == longest:
-            chosen = np.moveaxis(kernel, mode, 0).reshape(size, -1)
-        vectors.append(np.pad(chosen, ((0, 0), (0, rank - chosen.shape[1]))))
+            basis = np.moveaxis(kernel, mode, 0).reshape(size, -1)
+        vectors.append(np.pad(basis, ((0, 0), (0, rank - basis.shape[1]))))
     return vectors
 
 
@@ -651,8 +653,8 @@ class _SpatialFit(Fit):
         moved = np.moveaxis(kernel, 2 + axis, 2)
         matrix = moved.reshape(shape.parts, shape.inputs * shape.kernel[axis], -1)
         white = Whitener(metric.along(shape.kernel, [axis]))
-        seen = white.into(matrix)
-        energies, vectors = falling(seen @ seen.transpose(0, 2, 1))
+        whitened = white.into(matrix)
+        energies, vectors = falling(whitened @ whitened.transpose(0, 2, 1))
         self._basis = white.back(vectors)
         size, other = sorted(matrix.shape[1:])
         self.modes = (Mode("rank", size, energies[:size], other),)
@@ -754,24 +756,24 @@ class _TuckerFit(Fit):
         self._shape = shape = shape_of(kernel)
         self._white = Whitener(metric.channels(shape.kernel))
         flat = kernel.reshape(shape.parts, shape.inputs, -1)
-        seen = self._white.into(flat)
+        whitened = self._white.into(flat)
         # The kernel in whitened channels: [parts, inputs, *kernel, outputs].
-        self._seen = seen.reshape(kernel.shape)
-        energies, _ = falling(seen @ seen.transpose(0, 2, 1))
+        self._whitened = whitened.reshape(kernel.shape)
+        energies, _ = falling(whitened @ whitened.transpose(0, 2, 1))
         out = split(*fitted(metric, (), kernel)).energies
-        into, most = method.limits(shape)
+        into, max_out = method.limits(shape)
         large = max(shape.kernel, default=0) >= LARGE
         spatial = [self._axis(i) for i in range(len(shape.kernel))] if large else []
         self.modes = (
             Mode("in", into, energies, flat.shape[2]),
-            Mode("out", most, out[:most], shape.columns),
+            Mode("out", max_out, out[:max_out], shape.columns),
             *spatial,
         )
 
     def _axis(self, i: int) -> Mode:
         """Return the mode of a spatial axis; a short one gets no rank of its own."""
         size = self._shape.kernel[i]
-        moved = np.moveaxis(self._seen, 2 + i, 1).reshape(self._shape.parts, size, -1)
+        moved = np.moveaxis(self._whitened, 2 + i, 1).reshape(self._shape.parts, size, -1)
         energies = falling(moved @ moved.transpose(0, 2, 1))[0]
         return Mode(f"axis{i}", size if size >= LARGE else 1, energies, moved.shape[2])
 
@@ -787,24 +789,24 @@ class _TuckerFit(Fit):
                 arrays.append(np.repeat(bases[1 + i], width, axis=0))
                 width *= rank
         prefix = placed(stages[: len(arrays)], arrays)
-        matrix, seen, alone = fitted(self._metric, prefix, self._kernel)
+        matrix, gram, per_position = fitted(self._metric, prefix, self._kernel)
         if not out:
             return [*prefix, *placed(stages[len(arrays) :], [matrix])]
-        return [*prefix, *placed(stages[len(arrays) :], split(matrix, seen, alone).at(out))]
+        return [*prefix, *placed(stages[len(arrays) :], split(matrix, gram, per_position).at(out))]
 
     def _iterated(self, into: int, out: int, spatial: list[int]) -> dict[int, Real]:
         """Return mode bases {0: [parts, inputs, r], 1 + axis: [parts, k, r]}, by HOOI (De Lathauwer et al., 2000)."""
         # Imported on use: tensorly takes a while to load.
 
-        modes = {0: into, **{1 + i: r for i, r in enumerate(spatial)}, self._seen.ndim - 2: out}
-        wanted = {mode: rank for mode, rank in modes.items() if rank}
-        bases: dict[int, list[Real]] = {mode: [] for mode in wanted}
-        for part in self._seen:
-            if len(wanted) == 1 and out:
+        modes = {0: into, **{1 + i: r for i, r in enumerate(spatial)}, self._whitened.ndim - 2: out}
+        ranks = {mode: rank for mode, rank in modes.items() if rank}
+        bases: dict[int, list[Real]] = {mode: [] for mode in ranks}
+        for part in self._whitened:
+            if len(ranks) == 1 and out:
                 break
-            for mode, basis in zip(wanted, orthogonal_iteration(part, wanted, self._seed), strict=True):
+            for mode, basis in zip(ranks, orthogonal_iteration(part, ranks, self._seed), strict=True):
                 bases[mode].append(basis)
-        return {mode: np.stack(found) for mode, found in bases.items() if found}
+        return {mode: np.stack(parts) for mode, parts in bases.items() if parts}
 
 
 METHODS: dict[str, Method] = {m.name: m for m in (Svd(), Tucker(), Cp(), SpatialSvd())}

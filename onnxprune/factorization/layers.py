@@ -250,8 +250,8 @@ class Product(Operator):
         assert isinstance(form, Pairwise)
         letters, rank = form.terms[1], factors[0].stage.outputs
         sizes = [
-            tuple(rank if c == gone else n for c, n in zip(letters, like, strict=True))
-            for gone in (form.made, form.summed)
+            tuple(rank if c == replaced else n for c, n in zip(letters, like, strict=True))
+            for replaced in (form.made, form.summed)
         ]
         return [
             form.restore(factor.array, np.broadcast_to(np.zeros(()), size))
@@ -265,7 +265,7 @@ class Product(Operator):
         form, between = made.description.form, made.tensor("core")
         assert form is not None
         transposed = "transA" if form.data == 0 else "transB"
-        gone = {"alpha": None, "beta": None} if node.op == "Gemm" else {"alpha": None}
+        dropped = {"alpha": None, "beta": None} if node.op == "Gemm" else {"alpha": None}
         first = [""] * 2
         first[form.data], first[form.weight] = node.inputs[form.data], weights[0]
         if node.op == "Gemm" and made.opset < 11:
@@ -274,7 +274,7 @@ class Product(Operator):
         second[form.data], second[form.weight] = between, weights[1]
         has = transposed in node.attrs
         return [
-            _wired(_copied(node, **gone), first, between, made.node("core")),
+            _wired(_copied(node, **dropped), first, between, made.node("core")),
             _wired(_copied(node, **({transposed: None} if has else {})), second, node.outputs[0], made.node("out")),
         ]
 
@@ -415,27 +415,27 @@ def find_layers(graph: Graph, shape: ShapeOf) -> LayerScan:
         graph: the graph, with weights computed from constants folded.
         shape: shape of every tensor at the probe sizes.
     """
-    found = LayerScan()
+    scan = LayerScan()
     by_weight: dict[str, Layer] = {}
     for node in graph.steps:
         if not _reads_weight(graph, node):
             continue
         operator = OPERATORS.get((node.domain, node.op))
         if operator is None:
-            found.reasons[node.label] = f"{node.op} stores its weights in an unsupported form"
+            scan.reasons[node.label] = f"{node.op} stores its weights in an unsupported form"
             continue
         # A lookup table is not a layer, but a weight.
         for position in rule_of(node).weights[:2] or (0,):
             name = node.inputs[position] if position < len(node.inputs) else ""
             if name and _matrix(graph, name):
-                _add_weight(graph, node, position, operator, shape, found, by_weight)
+                _add_weight(graph, node, position, operator, shape, scan, by_weight)
     for name, layer in list(by_weight.items()):
         why = _shared(graph, layer)
         if why:
-            found.reasons.update({use.node.label: why for use in layer.uses})
+            scan.reasons.update({use.node.label: why for use in layer.uses})
             del by_weight[name]
-    found.layers = list(by_weight.values())
-    return found
+    scan.layers = list(by_weight.values())
+    return scan
 
 
 def _reads_weight(graph: Graph, node: Node) -> bool:
@@ -459,7 +459,7 @@ def _add_weight(
     position: int,
     operator: Operator,
     shape: ShapeOf,
-    found: LayerScan,
+    scan: LayerScan,
     by_weight: dict[str, Layer],
 ) -> None:
     """Add one weight of one node to the layers, or record why it cannot be factorized."""
@@ -476,7 +476,7 @@ def _add_weight(
         form = rule.form(node, shapes[: len(node.inputs)], data)
         described = operator.describe(node, position, form, shapes)
     if isinstance(described, str):
-        found.reasons[label] = described
+        scan.reasons[label] = described
         return
     layer = by_weight.get(name)
     if layer is None:

@@ -30,27 +30,30 @@ def vbmf_rank(energies: Array, long: int, total: float | None = None) -> int:
     short = len(energies)
     values = np.asarray(energies, np.float64)
     total = float(values.sum()) if total is None else total
-    known = int(np.count_nonzero(values > 1e-12 * max(float(values.max(initial=0.0)), 1e-300)))
-    if not known or total <= 0:
+    num_nonzero = int(np.count_nonzero(values > 1e-12 * max(float(values.max(initial=0.0)), 1e-300)))
+    if not num_nonzero or total <= 0:
         return 0
     aspect = short / max(long, short)
     long = max(long, short)
     tau = 2.5129 * np.sqrt(aspect)
     edge = (1.0 + tau) * (1.0 + aspect / tau)
     # No more components than this can be distinguished from noise.
-    most = min(int(np.ceil(short / (1.0 + aspect))) - 1, known)
-    tail = values[most:]
-    low = max(float(tail.mean()) / long if tail.size else 0.0, float(values[min(most, short - 1)]) / (long * edge))
+    max_rank = min(int(np.ceil(short / (1.0 + aspect))) - 1, num_nonzero)
+    noise_values = values[max_rank:]
+    low = max(
+        float(noise_values.mean()) / long if noise_values.size else 0.0,
+        float(values[min(max_rank, short - 1)]) / (long * edge),
+    )
     high = total / (short * long)
     if low <= 0 or low >= high:
         noise = max(high if low >= high else low, 1e-300) if low > 0 else 1e-300
     else:
         bounds = (np.log(low), np.log(high))
-        found = minimize_scalar(
+        minimum = minimize_scalar(
             lambda x: _free_energy(values, float(np.exp(x)), long, aspect, edge), bounds=bounds, method="bounded"
         )
-        noise = float(np.exp(found.x))
-    return min(int(np.count_nonzero(values > long * noise * edge)), known)
+        noise = float(np.exp(minimum.x))
+    return min(int(np.count_nonzero(values > long * noise * edge)), num_nonzero)
 
 
 def _free_energy(values: Real, noise: float, long: int, aspect: float, edge: float) -> float:
@@ -86,11 +89,11 @@ class Choice:
     loss: float
 
 
-def rounded(rank: int, step: int, most: int) -> int:
-    """Return the nearest multiple of ``step`` up to ``most``, at least one; ``most`` itself where that is nearer."""
-    if step <= 1 or rank >= most:
-        return max(1, min(rank, most))
-    return max(min(step, most), min(most, round(rank / step) * step))
+def rounded(rank: int, step: int, max_rank: int) -> int:
+    """Return the nearest multiple of ``step`` from 1 to ``max_rank``, or ``max_rank`` where that is nearer."""
+    if step <= 1 or rank >= max_rank:
+        return max(1, min(rank, max_rank))
+    return max(min(step, max_rank), min(max_rank, round(rank / step) * step))
 
 
 def within(method: Method, cost: Cost, fit: Fit, limit: float, step: int = 1) -> Choice | None:
@@ -109,12 +112,12 @@ def within(method: Method, cost: Cost, fit: Fit, limit: float, step: int = 1) ->
         return _single(method, cost, fit.modes[0], limit, step)
     spatial = fit.modes[2:]
     best: Choice | None = None
-    for chosen in product(*([0, *range(1, m.size)] for m in spatial)):
-        lost = sum(dropped_energies(m)[r] for m, r in zip(spatial, chosen, strict=True) if r)
-        found = _pair(method, cost, fit.modes, chosen, limit, step)
-        if found is not None:
-            found = Choice(found.ranks, found.cost, found.loss + lost)
-            best = found if best is None or _order(found) < _order(best) else best
+    for spatial_ranks in product(*([0, *range(1, m.size)] for m in spatial)):
+        spatial_loss = sum(dropped_energies(m)[r] for m, r in zip(spatial, spatial_ranks, strict=True) if r)
+        choice = _pair(method, cost, fit.modes, spatial_ranks, limit, step)
+        if choice is not None:
+            choice = Choice(choice.ranks, choice.cost, choice.loss + spatial_loss)
+            best = choice if best is None or _order(choice) < _order(best) else best
     return best
 
 
@@ -127,8 +130,8 @@ def dropped_energies(mode: Mode) -> Real:
     """Return the share of the energy that is lost at rank 0, 1, ... [size + 1]."""
     assert mode.energies is not None
     total = float(mode.energies.sum())
-    kept = np.concatenate([[0.0], np.cumsum(mode.energies[: mode.size])])
-    return np.asarray(np.maximum(1.0 - kept / total, 0.0) if total > 0 else np.zeros_like(kept))
+    cumulative = np.concatenate([[0.0], np.cumsum(mode.energies[: mode.size])])
+    return np.asarray(np.maximum(1.0 - cumulative / total, 0.0) if total > 0 else np.zeros_like(cumulative))
 
 
 def _single(method: Method, cost: Cost, mode: Mode, limit: float, step: int) -> Choice | None:
@@ -172,10 +175,10 @@ def _pair(method: Method, cost: Cost, modes: Sequence[Mode], rest: Ranks, limit:
     return Choice(ranks, at(*ranks[:2]), loss_of)
 
 
-def _alone(first: int, second: int, most: int, limit: float, step: int) -> int:
+def _alone(first: int, second: int, max_rank: int, limit: float, step: int) -> int:
     """Return the largest rank of one mode, the other whole, from its cost at ranks 1 and 2; 0 where none fits."""
     slope = second - first
-    rank = min(int((limit - first + slope) // max(slope, 1)), most)
+    rank = min(int((limit - first + slope) // max(slope, 1)), max_rank)
     return max(rank - rank % step, 0)
 
 
@@ -194,8 +197,8 @@ def by_vbmf(fit: Fit, ratio: float = 0.0, step: int = 1) -> Ranks:
     ranks = []
     for mode in fit.modes[:2]:
         assert mode.energies is not None
-        found = vbmf_rank(_values(mode.energies, mode.other), mode.other)
-        ranks.append(rounded(calibrated(found, mode.size, ratio), step, mode.size))
+        rank = vbmf_rank(_values(mode.energies, mode.other), mode.other)
+        ranks.append(rounded(calibrated(rank, mode.size, ratio), step, mode.size))
     return tuple(ranks)
 
 

@@ -33,18 +33,18 @@ class Factorized:
     shift: Real | None = None
 
 
-def replace_layers(graph: Graph, weights: MutableMapping[str, Weight], chosen: Sequence[Factorized]) -> None:
+def replace_layers(graph: Graph, weights: MutableMapping[str, Weight], factorized: Sequence[Factorized]) -> None:
     """Replace layers in ``graph.proto`` and ``weights``, in place; unused weights are removed."""
     writer = _Writer(graph, weights)
     replaced: dict[str, list[onnx.NodeProto]] = {}
-    for item in chosen:
+    for item in factorized:
         replaced.update(writer.nodes(item))
     written = onnx.GraphProto()
     for node in graph.proto.graph.node:
         written.node.extend(replaced.get(_key(node), [node]))
     del graph.proto.graph.node[:]
     graph.proto.graph.node.extend(written.node)
-    writer.drop({item.layer.weight for item in chosen})
+    writer.drop({item.layer.weight for item in factorized})
 
 
 def _key(node: onnx.NodeProto) -> str:
@@ -57,7 +57,7 @@ class _Writer:
     def __init__(self, graph: Graph, weights: MutableMapping[str, Weight]) -> None:
         self._graph, self._weights = graph, weights
         inner = (t.name for t in graph.proto.graph.value_info)
-        self._taken = {*weights, *graph.producer, *graph.inputs, *graph.outputs, *inner}
+        self._used_names = {*weights, *graph.producer, *graph.inputs, *graph.outputs, *inner}
         self._labels = {node.name for node in graph.nodes}
 
     def nodes(self, item: Factorized) -> dict[str, list[onnx.NodeProto]]:
@@ -74,7 +74,7 @@ class _Writer:
         for use in layer.uses:
             label, out = use.node.label, next(o for o in use.node.outputs if o)
             made = NewNames(
-                tensor=partial(self._unused, self._taken, f"{out}/{item.method}_"),
+                tensor=partial(self._unused, self._used_names, f"{out}/{item.method}_"),
                 node=partial(self._unused, self._labels, f"{label}/{item.method}_"),
                 constant=partial(self._constant, f"{layer.weight}/", dtype=old.dtype),
                 description=layer.description,
@@ -90,26 +90,28 @@ class _Writer:
         """Add to the bias of a node that has a bias input."""
         position = layer.operator.bias(layer.uses[0].node)
         assert position is not None
-        given = node.input[position] if position < len(node.input) else ""
+        bias_name = node.input[position] if position < len(node.input) else ""
         value = shift
-        if given:
-            value = self._weights[given].read().astype(np.float64) + shift
+        if bias_name:
+            value = self._weights[bias_name].read().astype(np.float64) + shift
         node.input.extend([""] * (position + 1 - len(node.input)))
-        node.input[position] = self._constant(given or f"{layer.weight}/", "" if given else "bias", value, dtype)
+        node.input[position] = self._constant(
+            bias_name or f"{layer.weight}/", "" if bias_name else "bias", value, dtype
+        )
 
     def _constant(self, stem: str, role: str, value: Array, dtype: Any) -> str:
-        name = self._unused(self._taken, stem, role)
+        name = self._unused(self._used_names, stem, role)
         weight = ArrayWeight(name, np.ascontiguousarray(value.astype(dtype)))
         self._weights[name] = weight
         self._graph.proto.graph.initializer.append(placeholder(weight))
         return name
 
     @staticmethod
-    def _unused(taken: set[str], stem: str, role: str) -> str:
+    def _unused(used_names: set[str], stem: str, role: str) -> str:
         name, k = f"{stem}{role}", 1
-        while name in taken:
+        while name in used_names:
             name, k = f"{stem}{role}_{k}", k + 1
-        taken.add(name)
+        used_names.add(name)
         return name
 
     def drop(self, names: set[str]) -> None:
@@ -117,34 +119,34 @@ class _Writer:
         graph = self._graph.proto.graph
         read = {n for node in graph.node for n in node.input} | {o.name for o in graph.output} | self._graph.captured
         consumed = {n for n in self._graph.consumers if n in self._weights} | names
-        gone = {name for name in consumed if name not in read}
+        unused = {name for name in consumed if name not in read}
         for i in reversed(range(len(graph.initializer))):
-            if graph.initializer[i].name in gone:
+            if graph.initializer[i].name in unused:
                 del graph.initializer[i]
         for i in reversed(range(len(graph.node))):
-            if graph.node[i].op_type == "Constant" and graph.node[i].output[0] in gone:
+            if graph.node[i].op_type == "Constant" and graph.node[i].output[0] in unused:
                 del graph.node[i]
         for i in reversed(range(len(graph.input))):  # before IR 4 every initializer is an input too
-            if graph.input[i].name in gone:
+            if graph.input[i].name in unused:
                 del graph.input[i]
-        for name in gone:
+        for name in unused:
             self._weights.pop(name, None)
 
 
 def compose_layers(
-    graph: Graph, weights: MutableMapping[str, Weight], chosen: Sequence[Factorized], kernels: Sequence[Real]
+    graph: Graph, weights: MutableMapping[str, Weight], factorized: Sequence[Factorized], kernels: Sequence[Real]
 ) -> None:
     """Replace weights by the products of their factors, in place and without new layers.
 
     Args:
         graph: the graph of the layers.
         weights: weights by name, changed in place.
-        chosen: the layers and their factors.
+        factorized: the layers and their factors.
         kernels: the products of the factors, [parts, inputs, *kernel, outputs] each.
     """
     writer = _Writer(graph, weights)
     by_output = {_key(node): node for node in graph.proto.graph.node}
-    for item, kernel in zip(chosen, kernels, strict=True):
+    for item, kernel in zip(factorized, kernels, strict=True):
         layer, old = item.layer, weights[item.layer.weight]
         weights[layer.weight] = composed_weight(layer, kernel, old)
         for use in layer.uses if item.shift is not None else ():

@@ -72,11 +72,11 @@ class Request:
 
     def _check_together(self) -> None:
         ways = {"ratio": self.ratio, "rank": self.ranks or None, "energy": self.energy, "vbmf": self.vbmf}
-        given = [name for name, value in ways.items() if value is not None]
-        if len(given) > 1:
-            both = f"{argument(given[0])} and {argument(given[1])}"
+        arguments = [name for name, value in ways.items() if value is not None]
+        if len(arguments) > 1:
+            both = f"{argument(arguments[0])} and {argument(arguments[1])}"
             raise UsageError(f"{both} both set the ranks.", hint="Give one of the two.")
-        by_rank = argument(given[0]) if given and given[0] != "ratio" else ""
+        by_rank = argument(arguments[0]) if arguments and arguments[0] != "ratio" else ""
         if by_rank and (self.method == AUTO or self.scope == "global"):
             what = argument("method", "auto") if self.method == AUTO else argument("scope", "global")
             hint = f"Name a method ({', '.join(METHODS)}) and {argument('scope', 'local')} for {by_rank}."
@@ -104,12 +104,12 @@ class Request:
     @property
     def settings(self) -> dict[str, Any]:
         """Return the settings by name, for the report."""
-        said: dict[str, Any] = {"method": self.method, "cost": self.cost, "round_to": self.round_to}
+        settings: dict[str, Any] = {"method": self.method, "cost": self.cost, "round_to": self.round_to}
         if self.ranks:
-            return {**said, "rank": {p: list(r) for p, r in self.ranks.items()}}
+            return {**settings, "rank": {p: list(r) for p, r in self.ranks.items()}}
         if self.energy is not None or self.vbmf is not None:
-            return {**said, **({"energy": self.energy} if self.energy is not None else {"vbmf": self.vbmf})}
-        return {**said, "ratio": self.share, "scope": self.scope}
+            return {**settings, **({"energy": self.energy} if self.energy is not None else {"vbmf": self.vbmf})}
+        return {**settings, "ratio": self.share, "scope": self.scope}
 
     def excluded(self, names: Sequence[str]) -> bool:
         """Return whether ``exclude`` or ``include`` excludes a layer with these names."""
@@ -119,13 +119,13 @@ class Request:
 
     def ratio_of(self, names: Sequence[str]) -> float:
         """Return the ratio of a layer with these names: that of the last pattern in ``layers``, else the common one."""
-        found = [r for p, r in self.layers.items() if any(matches(n, p) for n in names)]
-        return found[-1] if found else self.share
+        ratios = [r for p, r in self.layers.items() if any(matches(n, p) for n in names)]
+        return ratios[-1] if ratios else self.share
 
     def ranks_of(self, names: Sequence[str]) -> tuple[str, Ranks] | None:
         """Return the last pattern that matches, and its ranks."""
-        found = [(p, r) for p, r in self.ranks.items() if any(matches(n, p) for n in names)]
-        return found[-1] if found else None
+        entries = [(p, r) for p, r in self.ranks.items() if any(matches(n, p) for n in names)]
+        return entries[-1] if entries else None
 
 
 def request_of(method: str, options: Options) -> Request:
@@ -134,25 +134,27 @@ def request_of(method: str, options: Options) -> Request:
     Raises:
         UsageError: a value is not allowed. ArgumentError: an unknown option; the nearest is suggested.
     """
-    known = ("method", "plan", "check", *Options.__annotations__)
+    allowed = ("method", "plan", "check", *Options.__annotations__)
     for name in options:
         if name not in Options.__annotations__:
-            raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, known))
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    rank = given.pop("rank", None)
+            raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, allowed))
+    arguments: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    rank = arguments.pop("rank", None)
     if rank is not None:
         by_pattern = rank if isinstance(rank, Mapping) else {"*": rank}
-        given["ranks"] = {p: (r,) if isinstance(r, int) else tuple(r) for p, r in by_pattern.items()}
-    if "scope" not in given:
-        given["scope"] = "global" if method == AUTO else "local"
-    given |= {name: checked(name, given[name], "factorize") for name in ("include", "exclude") if name in given}
-    return Request(method, **given)
+        arguments["ranks"] = {p: (r,) if isinstance(r, int) else tuple(r) for p, r in by_pattern.items()}
+    if "scope" not in arguments:
+        arguments["scope"] = "global" if method == AUTO else "local"
+    arguments |= {
+        name: checked(name, arguments[name], "factorize") for name in ("include", "exclude") if name in arguments
+    }
+    return Request(method, **arguments)
 
 
 def _check_ranks(method: str, pattern: str, ranks: Ranks, modes: Sequence[str]) -> None:
-    most = len(modes) + 3 if method == "tucker" else len(modes)
-    whole = all(isinstance(r, int) and not isinstance(r, bool) and r >= 0 for r in ranks)
-    if not whole or not any(ranks) or not (len(ranks) in (1, len(modes)) or len(modes) < len(ranks) <= most):
+    max_ranks = len(modes) + 3 if method == "tucker" else len(modes)
+    valid = all(isinstance(r, int) and not isinstance(r, bool) and r >= 0 for r in ranks)
+    if not valid or not any(ranks) or not (len(ranks) in (1, len(modes)) or len(modes) < len(ranks) <= max_ranks):
         several = len(modes) > 1
         counts = "one rank for both of its channel modes, or one for each (in,out)" if several else "one rank"
         zero = ", 0 keeps a mode as it is" if several else ""
