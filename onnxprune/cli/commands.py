@@ -15,7 +15,7 @@ from onnxprune.cli import output
 from onnxprune.cli.options import Given, beside, check_criterion, command, existing
 from onnxprune.errors import BudgetError, Note, UsageError, argument
 from onnxprune.io import files
-from onnxprune.report import numbers, page, reasons, tables
+from onnxprune.report import numbers, page, reasons, summary, tables
 from onnxprune.report.console import Screen, plain
 from onnxprune.report.facts import Report
 from onnxprune.settings import settings_of
@@ -100,8 +100,7 @@ def _finish(
     if given.values.get("dry_run"):
         _show_dry_run(screen, given, report, target, parts, names, plan_file)
         return
-    head = tables.verdict_line(report.verdict)
-    output.check(report, given.min_fidelity, lambda: screen.show(*head, *parts(), Text("")), hint)
+    output.check(report, given.min_fidelity, lambda: screen.show(*parts(), Text("")), hint)
     result.save(target, plan=plan_file)
     screen.wrote.extend([path for path in (target, plan_file) if path is not None])
     report.output = str(target)
@@ -110,7 +109,7 @@ def _finish(
     for warning in (*report.warnings, *output.damage(report)):
         screen.warn(warning)
     wrote = [("wrote     ", target)] + ([("plan      ", plan_file)] if plan_file else [])
-    screen.show(*head, *parts(), *(Text.assemble((label, "bold"), str(path)) for label, path in wrote))
+    screen.show(*parts(), *(Text.assemble((label, "bold"), str(path)) for label, path in wrote))
 
 
 def _show_dry_run(
@@ -229,7 +228,14 @@ def _parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]
             parts += [tables.heading("Layers that were not recovered")]
             parts += tables.left(report.repairs, name_width=width)
         parts += [tables.heading("Result")]
-    return parts + tables.cut(report, name_width=width, verbose=verbose)
+    return parts + _result_parts(report, screen)
+
+
+def _result_parts(report: Report, screen: Screen) -> list[RenderableType]:
+    """Render the summary, and with ``-v`` the tables before it."""
+    width = screen.name_width
+    details = tables.details(report, name_width=width) if screen.verbosity > 0 else []
+    return [*details, *summary.summary(report, name_width=width)]
 
 
 @command(
@@ -263,7 +269,7 @@ def _factorized(given: Given, screen: Screen) -> Any:
 def _factorization_parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]:
     width = screen.name_width
     parts = tables.unfactorized_layers(report.factorized, name_width=width) if given.explain else []
-    return parts + tables.whole(report, name_width=width, verbose=screen.verbosity > 0)
+    return parts + _result_parts(report, screen)
 
 
 @command(
@@ -320,7 +326,7 @@ def _recovery_parts(given: Given, report: Report, screen: Screen) -> list[Render
     if given.explain:
         parts += [tables.heading("Layers that were not recovered"), *tables.left(report.repairs, name_width=width)]
         parts += [Text("")]
-    return parts + tables.repaired(report, name_width=width, verbose=screen.verbosity > 0)
+    return parts + _result_parts(report, screen)
 
 
 MOST_GROUPS = 20
@@ -384,13 +390,20 @@ def compare(screen: Screen, given: Given) -> None:
             report = op.compare(given.original, given.model, **given.arguments, progress=progress)
     except BudgetError as error:
         if error.report is not None:
-            screen.show(*tables.compared(error.report, name_width=screen.name_width), Text(""))
+            screen.show(*_compared(error.report, screen), Text(""))
         raise
     if screen.as_json:
         screen.emit(report.to_dict())
     for warning in (*report.warnings, *output.damage(report)):
         screen.warn(warning)
-    screen.show(*tables.compared(report, name_width=screen.name_width))
+    screen.show(*_compared(report, screen))
+
+
+def _compared(report: Report, screen: Screen) -> list[RenderableType]:
+    """Render the summary, and below it what each of several outputs lost."""
+    width, facts = screen.name_width, report.fidelity
+    outputs = tables.fidelity(facts, name_width=width)[1:] if facts is not None else []
+    return [*summary.summary(report, name_width=width), *outputs]
 
 
 @command("profile", "Measure the time of each layer by its channel count.", _EXAMPLES["profile"], model="MODEL.onnx")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from os.path import commonprefix
 
 ARROW = "\N{RIGHTWARDS ARROW}"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
@@ -46,6 +47,14 @@ def removed(before: float, after: float) -> str:
     return f"{share:.1f} %" if share > 0 else f"+{-share:.1f} %"
 
 
+def less(before: float, after: float) -> str:
+    """Say how much less there is: ``43.8 % less``, ``2.0 % more``, ``the same``."""
+    if before == after or before <= 0:
+        return "the same" if before == after else DASH
+    share = 100 * (before - after) / before
+    return f"{share:.1f} % less" if share > 0 else f"{-share:.1f} % more"
+
+
 def change(before: str, after: str) -> str:
     """``before → after``, or the one value when they are the same text."""
     return before if before == after else f"{before} {ARROW} {after}"
@@ -57,6 +66,13 @@ def milliseconds(median: float, spread: float) -> str:
         return DASH
     digits = max(0, 2 - math.floor(math.log10(median)))
     return f"{median:.{digits}f} {PLUS_MINUS} {spread:.{digits}f} ms"
+
+
+def short_milliseconds(value: float) -> str:
+    """Milliseconds to three significant figures, without the unit."""
+    if not math.isfinite(value) or value <= 0:
+        return DASH
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def decibels(value: float) -> str:
@@ -90,18 +106,47 @@ def _end(name: str, width: int) -> str:
 
 
 def fitted(names: Sequence[str], width: int) -> list[str]:
-    """Names cut to ``width`` in front; where different names would become the same, both ends of them stay."""
-    ends = [_end(name, width) for name in names]
-    full: dict[str, set[str]] = {}
-    for name, end in zip(names, ends, strict=True):
-        full.setdefault(end, set()).add(name)
-    return [end if len(full[end]) == 1 else _ends(name, width) for name, end in zip(names, ends, strict=True)]
+    """Names shortened to ``width``; different names stay different.
+
+    The end of a name stays. Where different names would become the same, both ends of them stay; where that is not
+    enough, what stands from the first difference on; where that is not either, they are numbered.
+    """
+    result = _shortened(names, width, lambda name, _: _end(name, width))
+    result = _shortened(names, width, lambda name, _: _ends(name, width), result)
+    result = _shortened(names, width, lambda name, alike: _from_difference(name, alike, width), result)
+    return _shortened(names, width, lambda name, alike: _numbered(name, alike, width), result)
+
+
+def _shortened(
+    names: Sequence[str], width: int, how: Callable[[str, Sequence[str]], str], present: Sequence[str] | None = None
+) -> list[str]:
+    """Shorten the names whose present short form stands for different names as well."""
+    present = [""] * len(names) if present is None else present
+    full: dict[str, dict[str, None]] = {}
+    for name, shown in zip(names, present, strict=True):
+        full.setdefault(shown, {})[name] = None
+    alike = {shown: list(group) for shown, group in full.items()}
+    return [
+        how(name, alike[shown]) if shown == "" or len(alike[shown]) > 1 else shown
+        for name, shown in zip(names, present, strict=True)
+    ]
 
 
 def _ends(name: str, width: int) -> str:
     """Return a name without its middle."""
     head = (width - 1) // 2
-    return f"{name[:head]}{ELLIPSIS}{name[len(name) - (width - 1 - head) :]}"
+    return name if len(name) <= width else f"{name[:head]}{ELLIPSIS}{name[len(name) - (width - 1 - head) :]}"
+
+
+def _from_difference(name: str, alike: Sequence[str], width: int) -> str:
+    """Return what stands in a name from a little before its first difference to others, and its end."""
+    shared = max(0, len(commonprefix(list(alike))) - 2)
+    return ELLIPSIS + _ends(name[shared:], width - 1) if shared > 1 else _ends(name, width)
+
+
+def _numbered(name: str, alike: Sequence[str], width: int) -> str:
+    number = f" ({alike.index(name) + 1})"
+    return _end(name, max(width - len(number), 1)) + number
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -112,3 +157,15 @@ def distinct(names: Sequence[str]) -> list[str]:
         met[name] += 1
         result.append(f"{name} ({met[name]})" if total[name] > 1 else name)
     return result
+
+
+def readable(names: Sequence[str]) -> list[str]:
+    """Names by which things can be told apart, without the scopes that all of them share."""
+    return distinct(stripped(names))
+
+
+def stripped(names: Sequence[str]) -> list[str]:
+    """Names without the scopes (parts that end with / or .) at their front that all of them share."""
+    shared = commonprefix(list(names)) if len(set(names)) > 1 else ""
+    end = max(shared.rfind("/"), shared.rfind(".")) + 1
+    return [name[end:] for name in names] if end > 1 and all(len(name) > end for name in names) else list(names)

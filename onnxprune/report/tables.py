@@ -29,13 +29,11 @@ from onnxprune.report.facts import (
     Repair,
     Report,
     TargetFacts,
-    Totals,
     Verdict,
 )
 
 LONG = 30
-"""Up to this many layers every one is listed; in a longer model the untouched ones are folded into a count."""
-_LESS, _MORE = "bold green", "yellow"
+"""Up to this many layers ``inspect`` lists every one; of a longer model the largest."""
 
 
 class FittedTable(Table):
@@ -116,13 +114,11 @@ def reason(layer: LayerFacts) -> str:
     return layer.reason or (Reason.SINGLE if layer.channels_before <= 1 and untouched(layer) else "")
 
 
-def layers(facts: Sequence[LayerFacts], *, name_width: int, fold: bool) -> list[RenderableType]:
-    """Render a table per layer, before → after; ``fold`` merges unchanged layers into one line with their reasons."""
-    hidden = [layer for layer in facts if fold and untouched(layer)]
-    shown = [pair for pair in _named(facts) if not (fold and untouched(pair[1]))]
+def layers(facts: Sequence[LayerFacts], *, name_width: int) -> Table:
+    """Render a table of all layers, before → after."""
     columns = [("layer", "left"), ("op", "left"), ("channels", "right"), ("params", "right"), ("MACs", "right")]
     table = table_of(*columns, ("removed", "left"))
-    for name, layer in shown:
+    for name, layer in _named(facts):
         table.add_row(
             numbers.shorten(name, name_width),
             layer.op,
@@ -132,16 +128,12 @@ def layers(facts: Sequence[LayerFacts], *, name_width: int, fold: bool) -> list[
             _removed_or_why(layer),
             style="dim" if untouched(layer) else "",
         )
-    parts: list[RenderableType] = [table] if shown else []
-    if hidden:
-        why = reasons.tally(reason(layer) for layer in hidden)
-        parts.append(Text(f"{len(hidden)} of {len(facts)} layers unchanged: {why} (-v lists them)", style="dim"))
-    return parts
+    return table
 
 
 def _named(facts: Sequence[LayerFacts]) -> list[tuple[str, LayerFacts]]:
     """Layers with names that tell them apart."""
-    return list(zip(numbers.distinct([layer.name for layer in facts]), facts, strict=True))
+    return list(zip(numbers.readable([layer.name for layer in facts]), facts, strict=True))
 
 
 def _removed_or_why(layer: LayerFacts) -> str:
@@ -174,27 +166,6 @@ def inspected(facts: Sequence[LayerFacts], *, name_width: int, every: bool) -> l
     if hidden:
         parts.append(Text(f"and {hidden} smaller layers (-v lists them)", style="dim"))
     return parts
-
-
-def totals(sums: Totals, latency: Latency | None) -> Table:
-    """Parameters, MACs, file size and latency, before and after, with the share removed."""
-    table = table_of(("", "left"), ("before", "right"), ("after", "right"), ("removed", "right"))
-
-    def row(label: str, before: int, after: int, text: Any) -> None:
-        if before or after:
-            style = _LESS if after < before else _MORE if after > before else ""
-            table.add_row(label, text(before), text(after), Text(numbers.removed(before, after), style))
-
-    row("parameters", sums.params_before, sums.params_after, numbers.count)
-    row("MACs", sums.macs_before, sums.macs_after, numbers.count)
-    if sums.bytes_after:
-        row("file size", sums.bytes_before, sums.bytes_after, numbers.size)
-    if latency is not None:
-        before = numbers.milliseconds(latency.before_ms, latency.before_spread_ms)
-        after = numbers.milliseconds(latency.after_ms, latency.after_spread_ms)
-        style = {"faster": _LESS, "slower": _MORE}.get(latency.speed_verdict, "")
-        table.add_row("latency", before, after, Text(f"{latency.speedup:.2f}{numbers.TIMES} speed", style))
-    return table
 
 
 def latency_note(latency: Latency | None) -> Text | None:
@@ -370,7 +341,7 @@ def recovered_layers(repairs: Sequence[Repair], *, name_width: int) -> list[Rend
     if all(r.how.startswith("left") or _untouched(r) for r in repairs):
         return []
     table = table_of(("layer", "left"), ("recovered by", "left"), ("hold-out error", "right"))
-    for name, item in zip(numbers.distinct([r.layer for r in repairs]), repairs, strict=True):
+    for name, item in zip(numbers.readable([r.layer for r in repairs]), repairs, strict=True):
         if item.how.startswith("left") or _untouched(item):
             continue
         error = numbers.change(_share(item.before), _share(item.after))
@@ -406,27 +377,6 @@ def left(repairs: Sequence[Repair], *, name_width: int) -> list[RenderableType]:
     return parts or [Text("every layer affected by pruning was recovered", style="green")]
 
 
-def whole(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
-    """Render the whole report: layers, sums, correctness of the new layers, fidelity."""
-    parts: list[RenderableType] = [
-        *factorized_layers(report.factorized, name_width=name_width, verbose=verbose),
-        Text(""),
-    ]
-    parts += [totals(report.totals, report.latency)]
-    note = latency_note(report.latency)
-    slower = _speed_note(report)
-    parts += [x for x in (note, slower) if x is not None]
-    parts += [Text(""), _settings(report)]
-    if report.product is not None:
-        parts.append(product(report))
-    parts += flushed(report.flushed)
-    repaired = summary(report)
-    if repaired is not None:
-        parts.append(repaired)
-    parts += finetuned(report.finetuning)
-    return [*parts, *fidelity(report.fidelity, name_width=name_width)]
-
-
 def factorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int, verbose: bool) -> list[RenderableType]:
     """Render the factorized layers; the others are a count with their reasons."""
     table = table_of(
@@ -434,7 +384,7 @@ def factorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int, verb
         ("MACs", "right"), ("error", "right"), ("alone", "right"),
     )  # fmt: skip
     taken = [f for f in facts if f.method]
-    for name, item in zip(numbers.distinct([f.name for f in facts]), facts, strict=True):
+    for name, item in zip(numbers.readable([f.name for f in facts]), facts, strict=True):
         if not item.method:
             continue
         table.add_row(
@@ -478,14 +428,6 @@ def unfactorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int) ->
     return parts if by_reason else []
 
 
-def _settings(report: Report) -> Text:
-    said = dict(report.settings)
-    method = said.pop("method", "")
-    usual = {"cost": "macs", "round_to": 1}
-    how = [f"{name.replace('_', ' ')} {value}" for name, value in said.items() if usual.get(name) != value]
-    return Text.assemble(("by        ", "bold"), ", ".join([str(method), *how]) if method else "a plan")
-
-
 def product(report: Report) -> Text:
     """Return one line on the check of the new layers."""
     facts = report.product
@@ -497,16 +439,6 @@ def product(report: Report) -> Text:
     text = ": new layers compute the product of their weights, largest relative difference"
     return Text.assemble(
         ("product   ", "bold"), ("yes", "bold green"), f"{text} {error} (allowed {facts.tolerance:.0e}){note}"
-    )
-
-
-def _speed_note(report: Report) -> Text | None:
-    """Return advice where less work takes longer: more layers have to be started."""
-    timed, sums = report.latency, report.totals
-    if timed is None or timed.speed_verdict != "slower" or sums.macs_after >= sums.macs_before:
-        return None
-    return Text(
-        "fewer MACs but slower: --method auto factorizes only layers that get faster on this machine", style="yellow"
     )
 
 
@@ -524,11 +456,15 @@ def render(facts: BudgetFacts | None) -> list[RenderableType]:
             amounts = (amount(target.kind, x) for x in (target.before, target.limit, target.after))
             table.add_row(target.asked, *amounts, f"{target.after / target.before:.3f}", verdict(target))
         parts += [table, Text("")]
+    return [*parts, budget_line(facts)]
+
+
+def budget_line(facts: BudgetFacts) -> Text:
+    """One line: what the budget cost, and the candidate that was selected."""
     lost = facts.points_before - facts.points_after
     allowed = "" if facts.max_drop is None else f" (allowed {facts.max_drop:g})"
     drop = f"{facts.what} {facts.points_before:.4g} {numbers.ARROW} {facts.points_after:.4g}, {lost:.3g} lost{allowed}"
-    parts.append(Text.assemble(("budget    ", "bold"), f"{drop}; allocation by {_answers(facts)}"))
-    return parts
+    return Text.assemble(("budget    ", "bold"), f"{drop}; allocation by {_answers(facts)}")
 
 
 def verdict(target: TargetFacts) -> str:
@@ -738,39 +674,35 @@ def unlocks(found: Sequence[tuple[str, int]], most: int = 10) -> Table:
     return table
 
 
-def cut(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
-    """Render the whole report of a pruned model: layers, totals, exactness, fidelity."""
-    fold = not verbose and len(report.layers) > LONG
+def details(report: Report, *, name_width: int) -> list[RenderableType]:
+    """Render what the summary leaves out: every layer, how channels were chosen, and all outputs."""
     parts: list[RenderableType] = []
     if report.layers:
-        parts += [*layers(report.layers, name_width=name_width, fold=fold), Text("")]
+        parts += [layers(report.layers, name_width=name_width), Text("")]
     if report.factorized:
-        parts += [*factorized_layers(report.factorized, name_width=name_width, verbose=verbose), Text("")]
-    if verbose and report.repairs:
+        parts += [*factorized_layers(report.factorized, name_width=name_width, verbose=True), Text("")]
+    if report.repairs:
         parts += [*recovered_layers(report.repairs, name_width=name_width), Text("")]
-    parts += [totals(report.totals, report.latency)]
-    note = latency_note(report.latency)
-    if note is not None:
-        parts.append(note)
     if report.budget is not None:
-        parts += [Text(""), *render(report.budget)]
-    chosen = settings(report)
-    parts += [Text(""), *([chosen] if chosen is not None else []), exactness(report.exactness)]
-    parts += flushed(report.flushed)
-    if report.product is not None:
-        parts.append(product(report))
-    repaired = summary(report)
-    if repaired is not None:
-        parts.append(repaired)
-    parts += finetuned(report.finetuning)
-    return [*parts, *fidelity(report.fidelity, name_width=name_width)]
+        parts += [*render(report.budget), Text("")]
+    notes = [part for part in (settings(report), latency_note(report.latency)) if part is not None]
+    parts += notes
+    if report.fidelity is not None and len(report.fidelity.outputs) > 1:
+        parts += fidelity(report.fidelity, name_width=name_width, most=len(report.fidelity.outputs))
+    return [*parts, Text("")] if notes else parts
 
 
 def settings(report: Report) -> Text | None:
-    """One line: how the units were chosen."""
+    """One line: how units and ranks were chosen."""
     said = report.settings
     if not said:
         return None
+    if "criterion" not in said:
+        usual: dict[str, Any] = {"cost": "macs", "round_to": 1, "method": ""}
+        how = [f"{name.replace('_', ' ')} {value}" for name, value in said.items() if usual.get(name, "") != value]
+        method = [str(said["method"])] if said.get("method") else []
+        how = [*method, *(text for text in how if not text.startswith("method "))]
+        return Text.assemble(("by        ", "bold"), ", ".join(how) if method else "a plan")
     how = [str(said["criterion"])]
     if "scope" not in said:
         return Text.assemble(("chosen    ", "bold"), f"by a plan (criterion {how[0]})")
@@ -782,27 +714,3 @@ def settings(report: Report) -> Text | None:
     if said["steps"] > 1:
         how.append(f"{said['steps']} steps, {said['schedule']}")
     return Text.assemble(("chosen    ", "bold"), "by ", ", ".join(how))
-
-
-def repaired(report: Report, *, name_width: int, verbose: bool) -> list[RenderableType]:
-    """Render the report of recovering a pruned model: sums, effect of the recovery, fidelity."""
-    parts: list[RenderableType] = []
-    if verbose and report.repairs:
-        parts += [*recovered_layers(report.repairs, name_width=name_width), Text("")]
-    parts += [totals(report.totals, None), Text(""), *flushed(report.flushed)]
-    if report.exactness.note:
-        parts.append(Text.assemble(("plan      ", "bold"), report.exactness.note))
-    done = summary(report)
-    parts += [*([done] if done is not None else []), *finetuned(report.finetuning)]
-    return [*parts, *fidelity(report.fidelity, name_width=name_width)]
-
-
-def compared(report: Report, *, name_width: int) -> list[RenderableType]:
-    """Render a comparison of two models: verdict, sizes, latency, metric, fidelity."""
-    parts: list[RenderableType] = [*verdict_line(report.verdict), totals(report.totals, report.latency)]
-    note = latency_note(report.latency)
-    parts += [] if note is None else [note]
-    if report.metric is not None:
-        change = numbers.change(f"{report.metric.before:.4g}", f"{report.metric.after:.4g}")
-        parts.append(Text.assemble(("metric    ", "bold"), f"{report.metric.name} {change}"))
-    return [*parts, *fidelity(report.fidelity, name_width=name_width)]

@@ -1,0 +1,164 @@
+"""The summary of a run: about a dozen lines for whoever decides; tables of layers come with ``-v`` and in pages."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.text import Text
+
+from onnxprune.report import numbers, reasons, tables
+from onnxprune.report.facts import BudgetFacts, Latency, MetricFacts, Report, Totals
+
+LABEL = 10
+"""Characters of the labels in front of the lines."""
+_LESS, _MORE = "bold green", "yellow"
+
+
+class Line(Text):
+    """A line behind a label: where a terminal has to wrap it, its rest stands below the text and not the label."""
+
+    @classmethod
+    def of(cls, text: Text) -> Line:
+        """Return a text that begins with its label as a line."""
+        line = cls(end=text.end)
+        line.append_text(text)
+        return line
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render the line within the width of ``options``."""
+        if options.no_wrap or options.max_width < 3 * LABEL:
+            yield from super().__rich_console__(console, options)
+            return
+        text = Text(end="").append_text(self)
+        label, rest = text[:LABEL], text[LABEL:]
+        for number, part in enumerate(rest.wrap(console, options.max_width - LABEL)):
+            part.rstrip()
+            yield Text.assemble(label if number == 0 else " " * LABEL, part)
+
+
+def summary(report: Report, *, name_width: int) -> list[RenderableType]:
+    """Render the summary: verdict, sizes, speed, fidelity, proof, recovery, and what was not pruned.
+
+    Args:
+        report: of pruning, factorizing or recovering a model.
+        name_width: room for names.
+    """
+    lines = [*tables.verdict_line(report.verdict), *_sizes(report.totals), *_budget(report.budget)]
+    lines += [*_speed(report.latency), *_metric(report.metric)]
+    lines += [part for part in tables.fidelity(report.fidelity, name_width=name_width)[:1] if isinstance(part, Text)]
+    lines += [*_proofs(report), *tables.flushed(report.flushed)]
+    recovered = tables.summary(report)
+    lines += [] if recovered is None else [recovered]
+    lines += [*unpruned(report), *_advice(report)]
+    return [*map(Line.of, lines)]
+
+
+def text(report: Report, *, width: int | None = None) -> str:
+    """Return the summary as plain text.
+
+    Args:
+        report: of a run.
+        width: of a terminal to wrap lines for; None: one line each.
+    """
+    written = io.StringIO()
+    console = Console(file=written, width=width or 1000, no_color=True, highlight=False, markup=False, emoji=False)
+    for part in summary(report, name_width=width or 1000):
+        console.print(part, soft_wrap=width is None)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
+
+
+def labelled(label: str, *parts: str | tuple[str, str]) -> Text:
+    """Return a text behind its label."""
+    return Text.assemble((f"{label:<{LABEL}}", "bold"), *parts)
+
+
+def _sizes(sums: Totals) -> Iterator[Text]:
+    """Parameters, MACs and file size, before and after, with the share removed; values stand below each other."""
+    counted = [
+        ("params", sums.params_before, sums.params_after, numbers.count),
+        ("MACs", sums.macs_before, sums.macs_after, numbers.count),
+        ("file size", sums.bytes_before, sums.bytes_after if sums.bytes_before else 0, numbers.size),
+    ]
+    known = [(label, before, after, show(before), show(after)) for label, before, after, show in counted if after]
+    left, right = (max((len(row[i]) for row in known), default=0) for i in (3, 4))
+    for label, before, after, one, other in known:
+        style = _LESS if after < before else _MORE if after > before else ""
+        change = f"{one:>{left}} {numbers.ARROW} {other:>{right}}"
+        yield labelled(label, change, "  ", (numbers.less(before, after), style))
+
+
+def _budget(facts: BudgetFacts | None) -> Iterator[Text]:
+    """One line for each target, and one for what it cost."""
+    if facts is None:
+        return
+    for target in facts.targets:
+        before, limit, after = (tables.amount(target.kind, x) for x in (target.before, target.limit, target.after))
+        change = f"{before} {numbers.ARROW} {after}, allowed {limit}"
+        yield labelled("target", f"{target.asked}: {change}, {tables.verdict(target)}")
+    yield tables.budget_line(facts)
+
+
+def speed(facts: Latency) -> str:
+    """Return the measured speed in words: only what the interval says."""
+    times = f"{facts.speedup:.2f}{numbers.TIMES}"
+    interval = ""
+    if facts.speedup_interval is not None:
+        low, high = facts.speedup_interval
+        interval = f" (95 % interval {low:.2f} to {high:.2f})"
+    what = facts.speed_verdict
+    said = f"no difference measured: {times}" if what == "no difference" else f"{times} as fast"
+    return said + interval
+
+
+def _speed(facts: Latency | None) -> Iterator[Text]:
+    if facts is None:
+        return
+    style = {"faster": _LESS, "slower": _MORE}.get(facts.speed_verdict, "")
+    threads = "1 thread" if facts.threads == 1 else f"{facts.threads or 'default'} threads"
+    ms = f"{numbers.short_milliseconds(facts.before_ms)} {numbers.ARROW} {numbers.short_milliseconds(facts.after_ms)} ms"
+    yield labelled("speed", (speed(facts), style), f", {ms}, {threads}")
+
+
+def _metric(facts: MetricFacts | None) -> Iterator[Text]:
+    if facts is not None:
+        yield labelled("metric", f"{facts.name} {numbers.change(f'{facts.before:.4g}', f'{facts.after:.4g}')}")
+
+
+def _proofs(report: Report) -> Iterator[Text]:
+    """Lines on exactness: of the removal, of the factorization, of a plan that was applied before."""
+    proof = report.exactness
+    if proof.passed is not None or report.layers:
+        yield tables.exactness(proof)
+    elif proof.note and not report.factorized:
+        yield labelled("plan", proof.note)
+    if report.product is not None:
+        yield tables.product(report)
+
+
+def unpruned(report: Report) -> list[Text]:
+    """Return one line on the layers that kept their size, with the reasons, most frequent first."""
+    whole = [layer for layer in report.layers if layer.channels_before == layer.channels_after]
+    lines = []
+    if whole:
+        why = reasons.tally((tables.reason(layer) for layer in whole), most=3)
+        lines.append(labelled("unpruned", f"{len(whole)} of {_layers(report.layers)}: {why}"))
+    kept = [layer for layer in report.factorized if not layer.method]
+    if kept:
+        why = reasons.tally((layer.reason for layer in kept), most=3)
+        lines.append(labelled("whole", f"{len(kept)} of {_layers(report.factorized)} not factorized: {why}"))
+    return lines
+
+
+def _advice(report: Report) -> Iterator[Text]:
+    """One line where factorized layers take longer with less work: more layers have to be started."""
+    timed, sums = report.latency, report.totals
+    if timed is None or timed.speed_verdict != "slower" or sums.macs_after >= sums.macs_before or report.layers:
+        return
+    advice = "fewer MACs but slower: --method auto factorizes only layers that get faster on this machine"
+    yield Text.assemble((f"{'advice':<{LABEL}}", "bold"), (advice, _MORE))
+
+
+def _layers(facts: Sequence[object]) -> str:
+    return f"{len(facts)} layer{'' if len(facts) == 1 else 's'}"
