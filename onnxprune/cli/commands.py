@@ -235,7 +235,7 @@ def _result_parts(report: Report, screen: Screen) -> list[RenderableType]:
     """Render the summary, and with ``-v`` the tables before it."""
     width = screen.name_width
     details = tables.details(report, name_width=width) if screen.verbosity > 0 else []
-    return [*details, *summary.summary(report, name_width=width)]
+    return [*details, *summary.summary(report, name_width=width, spelled=screen.spelled)]
 
 
 @command(
@@ -403,7 +403,7 @@ def _compared(report: Report, screen: Screen) -> list[RenderableType]:
     """Render the summary, and below it what each of several outputs lost."""
     width, facts = screen.name_width, report.fidelity
     outputs = tables.fidelity(facts, name_width=width)[1:] if facts is not None else []
-    return [*summary.summary(report, name_width=width), *outputs]
+    return [*summary.summary(report, name_width=width, spelled=screen.spelled), *outputs]
 
 
 @command("profile", "Measure the time of each layer by its channel count.", _EXAMPLES["profile"], model="MODEL.onnx")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from os.path import commonprefix
 
 ARROW = "\N{RIGHTWARDS ARROW}"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
@@ -140,7 +139,7 @@ def _ends(name: str, width: int) -> str:
 
 def _from_difference(name: str, alike: Sequence[str], width: int) -> str:
     """Return what stands in a name from a little before its first difference to others, and its end."""
-    shared = max(0, len(commonprefix(list(alike))) - 2)
+    shared = max(0, len(_shared_start(alike)) - 2)
     return ELLIPSIS + _ends(name[shared:], width - 1) if shared > 1 else _ends(name, width)
 
 
@@ -166,6 +165,13 @@ def readable(names: Sequence[str]) -> list[str]:
 
 def stripped(names: Sequence[str]) -> list[str]:
     """Names without the scopes (parts that end with / or .) at their front that all of them share."""
-    shared = commonprefix(list(names)) if len(set(names)) > 1 else ""
+    shared = _shared_start(names) if len(set(names)) > 1 else ""
     end = max(shared.rfind("/"), shared.rfind(".")) + 1
     return [name[end:] for name in names] if end > 1 and all(len(name) > end for name in names) else list(names)
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    """Return the characters that all names begin with."""
+    first, last = min(names), max(names)
+    end = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:end]

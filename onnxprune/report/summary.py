@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
@@ -38,14 +38,15 @@ class Line(Text):
             yield Text.assemble(label if number == 0 else " " * LABEL, part)
 
 
-def summary(report: Report, *, name_width: int) -> list[RenderableType]:
+def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = str) -> list[RenderableType]:
     """Render the summary: verdict, sizes, speed, fidelity, proof, recovery, and what was not pruned.
 
     Args:
         report: of pruning, factorizing or recovering a model.
         name_width: room for names.
+        spelled: writes arguments in texts as the reader does.
     """
-    lines = [*tables.verdict_line(report.verdict), *_sizes(report.totals), *_budget(report.budget)]
+    lines = [*tables.verdict_line(report.verdict, spelled), *_sizes(report.totals), *_budget(report.budget)]
     lines += [*_speed(report.latency), *_metric(report.metric)]
     lines += [part for part in tables.fidelity(report.fidelity, name_width=name_width)[:1] if isinstance(part, Text)]
     lines += [*_proofs(report), *tables.flushed(report.flushed)]
@@ -117,8 +118,8 @@ def _speed(facts: Latency | None) -> Iterator[Text]:
         return
     style = {"faster": _LESS, "slower": _MORE}.get(facts.speed_verdict, "")
     threads = "1 thread" if facts.threads == 1 else f"{facts.threads or 'default'} threads"
-    ms = f"{numbers.short_milliseconds(facts.before_ms)} {numbers.ARROW} {numbers.short_milliseconds(facts.after_ms)} ms"
-    yield labelled("speed", (speed(facts), style), f", {ms}, {threads}")
+    before, after = map(numbers.short_milliseconds, (facts.before_ms, facts.after_ms))
+    yield labelled("speed", (speed(facts), style), f", {before} {numbers.ARROW} {after} ms, {threads}")
 
 
 def _metric(facts: MetricFacts | None) -> Iterator[Text]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -215,14 +215,14 @@ def exactness(facts: Exactness) -> Text:
 _COLOURS = {"faithful": "bold green", "degraded": "bold yellow", "damaged": "bold red"}
 
 
-def verdict_line(facts: Verdict | None) -> list[Text]:
+def verdict_line(facts: Verdict | None, spelled: Callable[[str], str] = str) -> list[Text]:
     """One line: whether the model still gives the answers of its original, what was lost, and the next step."""
     if facts is None:
         return []
     kept = f", {facts.points:.1f} of 100 points"
     lost = "" if facts.word == "faithful" and facts.points > 99.95 else f"; {facts.reason}"
     line = Text.assemble(("verdict   ", "bold"), (facts.word, _COLOURS[facts.word]), kept, lost)
-    return [line.append(f"; {facts.next_step}") if facts.next_step else line]
+    return [line.append(f"; {spelled(facts.next_step)}") if facts.next_step else line]
 
 
 def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[RenderableType]:

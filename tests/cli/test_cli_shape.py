@@ -11,8 +11,8 @@ import sys
 import pytest
 from rich.text import Text
 
-from onnxprune.report import tables
-from onnxprune.report.facts import Latency, LayerFacts, OutputFidelity, Totals
+from onnxprune.report import summary
+from onnxprune.report.facts import Latency, LayerFacts, OutputFidelity, Report, Totals
 from onnxprune.settings import COMMANDS, GROUPS, options_of
 
 
@@ -86,22 +86,26 @@ def test_report_of_a_cut(api, run, model) -> None:
     result = run(model)
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert lines == [
-        "layer op channels params MACs removed",
-        "/conv1/Conv Conv 64 → 45 9.22 K → 6.48 K 590 K → 415 K 29.7 %",
-        "/head/Conv Conv 10 1.44 K 92.2 K is a model output",
-        "",
-        "before after removed",
-        "parameters 10.7 K 7.92 K 25.7 %",
-        "MACs 682 K 507 K 25.7 %",
-        "file size 43.0 kB 32.1 kB 25.3 %",
-        "latency 1.52 ± 0.03 ms 0.910 ± 0.020 ms 1.67\N{MULTIPLICATION SIGN} speed",
-        "latency: median ± interquartile range, 50 runs in turn, onnxruntime, 1 thread",
-        "",
-        "exact yes: largest relative difference 3.1e-07 (allowed 1e-05, batch 1 and 3)",
+        "params 10.7 K → 7.92 K 25.7 % less",
+        "MACs 682 K → 507 K 25.7 % less",
+        "file size 43.0 kB → 32.1 kB 25.3 % less",
+        "speed 1.67\N{MULTIPLICATION SIGN} as fast, 1.52 → 0.910 ms, 1 thread",
         "fidelity cosine 0.9312, signal-to-noise 8.4 dB, top-1 agreement 91.2 % (64 samples, seeded synthetic data)",
+        "exact yes: largest relative difference 3.1e-07 (allowed 1e-05, batch 1 and 3)",
+        "unpruned 1 of 2 layers: is a model output (1)",
         f"wrote {model.with_name('m.pruned.onnx')}",
     ]
     assert result.stderr == ""
+
+
+def test_layers_are_listed_with_v(api, run, model) -> None:
+    lines = [" ".join(line.split()) for line in run(model, "-v").stdout.splitlines()]
+    assert lines[:3] == [
+        "layer op channels params MACs removed",
+        "/conv1/Conv Conv 64 → 45 9.22 K → 6.48 K 590 K → 415 K 29.7 %",
+        "/head/Conv Conv 10 1.44 K 92.2 K is a model output",
+    ]
+    assert "latency: median ± interquartile range, 50 runs in turn, onnxruntime, 1 thread" in lines
 
 
 def test_tables_in_a_pipe_fit_an_editor_and_text_is_not_wrapped(api, run, model) -> None:
@@ -114,8 +118,8 @@ def test_tables_in_a_pipe_fit_an_editor_and_text_is_not_wrapped(api, run, model)
         LayerFacts(f"/other{scope}/conv2/Conv", "Conv", 8, 4, 64, 32, 64, 32, ""),
     ]
     api.report.warnings.append("many words " * 40)
-    done = run(model)
-    assert max(map(len, done.stdout.splitlines())) <= 120
+    done = run(model, "-v")
+    assert max(len(line) for line in done.stdout.splitlines() if "latency" not in line) <= 120
     rows = [line.split()[0] for line in done.stdout.splitlines() if "conv8/Conv" in line or "conv2/Conv" in line]
     assert rows[0].startswith("\N{HORIZONTAL ELLIPSIS}") and rows[0].endswith("/conv8/Conv")
     assert rows[1].startswith("/first/block0") and rows[2].startswith("/other/block0")
@@ -125,23 +129,24 @@ def test_tables_in_a_pipe_fit_an_editor_and_text_is_not_wrapped(api, run, model)
 @pytest.mark.parametrize("count", [2, 5])
 def test_layers_of_the_same_name_are_told_apart(api, run, model, count) -> None:
     api.report.layers = [LayerFacts("/Conv_16", "Conv", 8, 4, 64, 32, 64, 32, "") for _ in range(count)]
-    shown = run(model).stdout
+    shown = run(model, "-v").stdout
     assert all(f"/Conv_16 ({number}) " in shown for number in range(1, count + 1))
 
 
 def test_what_grows_or_slows_down_is_not_green() -> None:
     """Between 0.96 and 1.05 times as fast, without pairs of runs, nothing is said."""
-    for speed, colour in ((0.58, "yellow"), (0.99, ""), (1.7, "bold green")):
-        table = tables.totals(Totals(100, 120, 100, 50), Latency(speed, 1.0, 0.0, 0.0, 20, 1))
-        cells = [cell for cell in table.columns[3].cells if isinstance(cell, Text)]
-        assert [str(cell.style) for cell in cells] == ["yellow", "bold green", colour]
+    for speed, colour in ((0.58, "yellow"), (0.99, None), (1.7, "bold green")):
+        report = Report(totals=Totals(100, 120, 100, 50), latency=Latency(speed, 1.0, 0.0, 0.0, 20, 1))
+        params, macs, fast = (line for line in summary.summary(report, name_width=80)[:3] if isinstance(line, Text))
+        assert [params.spans[-1].style, macs.spans[-1].style] == ["yellow", "bold green"]
+        assert (colour in [span.style for span in fast.spans]) if colour else len(fast.spans) == 1
 
 
-def test_long_models_fold_untouched_layers_unless_verbose(api, run, model) -> None:
+def test_the_summary_counts_layers_that_verbose_lists(api, run, model) -> None:
     api.report.layers += [LayerFacts(f"/n{i}", "MatMul", 8, 8, 64, 64, 64, 64, "normalised: /ln") for i in range(40)]
-    folded, full = run(model).stdout, run(model, "-v").stdout
-    assert "/n7" not in folded
-    assert "41 of 42 layers unchanged: normalised over these channels (40), is a model output (1)" in folded
+    short, full = run(model).stdout, run(model, "-v").stdout
+    assert "/n7" not in short and len(short.splitlines()) <= 12
+    assert "unpruned  41 of 42 layers: normalised over these channels (40), is a model output (1)" in short
     assert "/n7 " in full and "untouched" not in full
 
 
@@ -152,7 +157,7 @@ def test_a_layer_of_one_channel_says_so(api, run, model) -> None:
 
 def test_layer_names_are_not_markup(api, run, model) -> None:
     api.report.layers[0].name = "/a[bold]/:smile:/b[/red]"
-    assert "/a[bold]/:smile:/b[/red]" in run(model).stdout
+    assert "/a[bold]/:smile:/b[/red]" in run(model, "-v").stdout
 
 
 def test_quiet_says_nothing(api, run, model) -> None:
@@ -186,15 +191,14 @@ def test_json_is_one_object_and_holds_no_number_that_json_has_not(api, run, mode
 def test_json_with_verbose_keeps_stdout_clean(api, run, model) -> None:
     result = run(model, "--json", "-v")
     assert json.loads(result.stdout)["totals"]["params_before"] == 10656
-    assert "parameters" in result.stderr and "analyse ..." in result.stderr
+    assert "params" in result.stderr and "analyse ..." in result.stderr
 
 
-def test_several_outputs_make_a_table_with_the_worst_first(api, run, model) -> None:
+def test_several_outputs_make_a_line_and_with_v_a_table_with_the_worst_first(api, run, model) -> None:
     api.report.fidelity.outputs += [OutputFidelity(f"o{i}", 0.99 + i / 1000, float("inf")) for i in range(9)]
-    text = run(model).stdout
-    assert "worst cosine 0.9312 over 10 outputs" in text
-    assert text.index("logits") < text.index("o0") and "o8" not in text
-    assert "and 2 outputs with a larger cosine" in text
+    short, full = run(model).stdout, run(model, "-v").stdout
+    assert "worst cosine 0.9312 over 10 outputs" in short and "o0" not in short
+    assert full.index("logits") < full.index("  o0") < full.index("  o8")
 
 
 def test_unasked_checks_are_said_to_be_unasked(api, run, model) -> None:
@@ -202,7 +206,7 @@ def test_unasked_checks_are_said_to_be_unasked(api, run, model) -> None:
     api.report.fidelity = api.report.latency = None
     text = run(model, "--no-validate").stdout
     assert "not checked: --no-validate" in text and "not measured" in text
-    assert "latency" not in text
+    assert "speed" not in text
 
 
 def test_plan_is_written_with_the_rights_of_a_new_file(api, run, model) -> None:
@@ -301,11 +305,11 @@ def test_a_stream_that_knows_only_ascii_gets_ascii(tmp_path) -> None:
 def test_a_speedup_is_said_with_its_interval(api, run, model) -> None:
     api.report.latency.paired, api.report.latency.speedup_interval = 1.6, (1.52, 1.68)
     shown = run(model)
-    assert "faster: 95 % interval 1.52 to 1.68 times as fast" in shown.stdout
+    assert "1.60\N{MULTIPLICATION SIGN} as fast (95 % interval 1.52 to 1.68)" in shown.stdout
     told = json.loads(run(model, "--json").stdout)["latency"]
     assert (told["speedup"], told["speedup_interval"], told["speed_verdict"]) == (1.6, [1.52, 1.68], "faster")
     api.report.latency.speedup_interval = (0.4, 2.1)
-    assert "no difference: 95 % interval 0.40 to 2.10 times as fast" in run(model).stdout
+    assert "no difference measured: 1.60\N{MULTIPLICATION SIGN} (95 % interval 0.40 to 2.10)" in run(model).stdout
 
 
 def test_a_cut_that_removes_nothing_is_no_silent_success(api, run, model) -> None:

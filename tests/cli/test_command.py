@@ -94,11 +94,11 @@ def test_a_model_is_cut_verified_and_written(path: Path, run: Run) -> None:
 
 
 def test_report_for_people(path: Path, run: Run) -> None:
-    text = run(path, "--ratio", "0.25", "--explain").stdout
+    text = run(path, "--ratio", "0.25", "--explain", "-v").stdout
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert any(row.startswith("first Conv 16 → 12 448 → 336") for row in rows)
-    assert any(row.startswith("parameters 5.42 K 3.20 K 40.9 %") for row in rows)
-    assert "exact     yes" in text and "x speed" in text.replace("\N{MULTIPLICATION SIGN}", "x")
+    assert any(row.startswith("params 5.42 K → 3.20 K 40.9 % less") for row in rows)
+    assert "exact     yes" in text and re.search(r"^speed .*\d ms, \d threads?$", text, re.MULTILINE)
     assert "model output" in text
 
 
