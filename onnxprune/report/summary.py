@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -145,10 +146,12 @@ def unpruned(report: Report) -> list[Text]:
     if whole:
         why = reasons.tally((tables.reason(layer) for layer in whole), most=3)
         lines.append(labelled("unpruned", f"{len(whole)} of {_layers(report.layers)}: {why}"))
-    kept = [layer for layer in report.factorized if not layer.method]
-    if kept:
-        why = reasons.tally((layer.reason for layer in kept), most=3)
-        lines.append(labelled("whole", f"{len(kept)} of {_layers(report.factorized)} not factorized: {why}"))
+    if report.factorized:
+        methods = Counter(layer.method for layer in report.factorized if layer.method)
+        how = ", ".join(f"{name} ({count})" for name, count in methods.most_common())
+        rest = reasons.tally((layer.reason for layer in report.factorized if not layer.method), most=3)
+        done = f"{methods.total()} of {_layers(report.factorized)} factorized"
+        lines.append(labelled("layers", done, f": {how}" if how else "", f"; not: {rest}" if rest else ""))
     return lines
 
 

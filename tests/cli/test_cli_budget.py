@@ -49,7 +49,7 @@ def test_a_plan_of_a_budget_replays(run: Callable[..., Result], tmp_path: Path) 
 def test_a_plan_with_layers_apart_replays_to_the_byte(run: Callable[..., Result], tmp_path: Path) -> None:
     one, two, plan = tmp_path / "a.onnx", tmp_path / "b.onnx", tmp_path / "plan.json"
     data = ("--data", MODELS / "digits_calibration.npz", "--samples", "40", "--recover", "bn")
-    done = run(MODEL, "--target", "macs=0.4", "--factorize", *data, "-o", one, "--plan", plan)
+    done = run(MODEL, "--target", "macs=0.4", "--factorize", *data, "-o", one, "--plan", plan, "-v")
     assert done.exit_code == 0, done.stderr
     assert "knapsack over groups and layers" in done.stdout and "ranks" in done.stdout and "product" in done.stdout
     done = run(MODEL, "--apply-plan", plan, *data, "-o", two)

@@ -50,7 +50,7 @@ def test_the_screen_says_what_was_skipped(small: Path) -> None:
     last = result.stdout.splitlines()[-2:]
     assert last[0].startswith("dry run   nothing was written; without --dry-run this run writes ")
     assert last[1] == "skipped   timing, the proof of exactness, the comparison of outputs, --min-fidelity"
-    assert "parameters" in result.stdout
+    assert "params  " in result.stdout
 
 
 def test_a_budget_is_searched_for_and_only_timing_is_skipped(small: Path) -> None:
