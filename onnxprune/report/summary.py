@@ -52,7 +52,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     lines += [part for part in tables.fidelity(report.fidelity, name_width=name_width)[:1] if isinstance(part, Text)]
     lines += [*_proofs(report), *tables.flushed(report.flushed)]
     recovered = tables.summary(report)
-    lines += [] if recovered is None else [recovered]
+    lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
     lines += [*unpruned(report), *_advice(report)]
     return [*map(Line.of, lines)]
 
