@@ -6,7 +6,8 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from onnxprune.report import numbers, reasons, tables
@@ -27,16 +28,16 @@ class Line(Text):
         line.append_text(text)
         return line
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         """Render the line within the width of ``options``."""
         if options.no_wrap or options.max_width < 3 * LABEL:
-            yield from super().__rich_console__(console, options)
+            yield from Text.__rich_console__(self, console, options)
             return
         text = Text(end="").append_text(self)
         label, rest = text[:LABEL], text[LABEL:]
         for number, part in enumerate(rest.wrap(console, options.max_width - LABEL)):
             part.rstrip()
-            yield Text.assemble(label if number == 0 else " " * LABEL, part)
+            yield from console.render(Text.assemble(label if number == 0 else " " * LABEL, part), options)
 
 
 def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = str) -> list[RenderableType]:
@@ -84,7 +85,8 @@ def _sizes(sums: Totals) -> Iterator[Text]:
         ("file size", sums.bytes_before, sums.bytes_after if sums.bytes_before else 0, numbers.size),
     ]
     known = [(label, before, after, show(before), show(after)) for label, before, after, show in counted if after]
-    left, right = (max((len(row[i]) for row in known), default=0) for i in (3, 4))
+    left = max((len(row[3]) for row in known), default=0)
+    right = max((len(row[4]) for row in known), default=0)
     for label, before, after, one, other in known:
         style = _LESS if after < before else _MORE if after > before else ""
         change = f"{one:>{left}} {numbers.ARROW} {other:>{right}}"
