@@ -25,13 +25,18 @@ def _inverse_root(t: Tape, x: str, epsilon: float) -> str:
 
 @register_gradient("", "BatchNormalization")
 def batch_normalization(r: Reverse) -> None:
-    """Of inference: an affine function of the input."""
-    if r.attr("training_mode", 0):
-        raise NoGradient("normalises by the statistics of the batch")
+    """Of inference: an affine function of the input; by statistics of the batch: a normalisation."""
     t, rank = r.tape, len(r.shape(0))
     scale, _, mean, variance = r.node.inputs[1:5]
-    inverse = _inverse_root(t, variance, r.attr("epsilon", 1e-5))
     others = [k for k in range(rank) if k != 1]
+    if r.attr("training_mode", 0):
+        unit = _normalized(r, others, _along(t, scale, rank))
+        if r.wants(1):
+            r.send(1, t.sum(t.mul(r.dy, unit), others))
+        if r.wants(2):
+            r.send(2, t.sum(r.dy, others))
+        return
+    inverse = _inverse_root(t, variance, r.attr("epsilon", 1e-5))
     if r.wants(0):
         r.send(0, t.mul(r.dy, _along(t, t.mul(scale, inverse), rank)))
     if r.wants(1) or r.wants(4):

@@ -266,6 +266,12 @@ def test_batch_normalization(shape: tuple[int, ...]) -> None:
     check(net.model(net.op("BatchNormalization", *names)), {}, names[:3])
 
 
+def test_batch_normalization_by_statistics_of_the_batch() -> None:
+    net = Net(18)
+    names = [net.weight(4, 3, 5), *(net.weight(3, low=0.5) for _ in range(4))]
+    check(net.model(net.op("BatchNormalization", *names, n=3, training_mode=1)[0]), {}, names[:3])
+
+
 REDUCTIONS = "ReduceSum ReduceMean ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSumExp"
 
 
