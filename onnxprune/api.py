@@ -83,6 +83,7 @@ def prune(
     finetune: int | str | bool | None = None,
     labels: Any = None,
     memory_limit: int | None = None,
+    effort: str = "normal",
     validate: bool = True,
     min_fidelity: float | None = None,
     latency: bool = True,
@@ -160,6 +161,8 @@ def prune(
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
             the loss of ``finetune`` is then on them. None: without labels.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
+        effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
+            report lists what was left out.
         validate: run the checks; True.
         min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
             original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
@@ -213,7 +216,13 @@ def prune(
     pipe = Pipeline(_stages(first, mode_and_reason, validate, validate and latency, tuned))
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     reading["outputs"] = outputs
-    running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
+    running: dict[str, Any] = {
+        "memory_limit": memory_limit,
+        "effort": effort,
+        "cache": cache,
+        "seed": seed,
+        "progress": progress,
+    }
     execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
     result = pipe.run(model, **reading, **running, **execution)
     if spec.any:
@@ -313,6 +322,7 @@ def recover(
     images: ImageOptions | None = None,
     outputs: Mapping[str, str] | None = None,
     memory_limit: int | None = None,
+    effort: str = "normal",
     cache: str | Path | None = None,
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
@@ -339,6 +349,8 @@ def recover(
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
             by names, values and the graph what an output is; None: none.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
+        effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
+            report lists what was left out.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -363,7 +375,13 @@ def recover(
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     reading["outputs"] = outputs
-    running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
+    running: dict[str, Any] = {
+        "memory_limit": memory_limit,
+        "effort": effort,
+        "cache": cache,
+        "seed": seed,
+        "progress": progress,
+    }
     return Pipeline([take, Flush(), Recover(recover), *_finetuning(finetune, labels), check]).run(
         original, input_shapes=input_shapes, **reading, **running
     )
@@ -875,6 +893,7 @@ def sweep(
     custom_op_libraries: Sequence[str | Path] = (),
     recover: str | None = None,
     memory_limit: int | None = None,
+    effort: str = "normal",
     latency: bool = True,
     folder: str | Path | None = None,
     progress: Progress | None = None,
@@ -935,6 +954,8 @@ def sweep(
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
             the reported fidelity.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
+        effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
+            report lists what was left out.
         latency: measure latency; True.
         folder: folder to keep the models in; None: they are deleted.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
@@ -969,7 +990,13 @@ def sweep(
         "steps": steps,
         "schedule": schedule,
     }
-    running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
+    running: dict[str, Any] = {
+        "memory_limit": memory_limit,
+        "effort": effort,
+        "cache": cache,
+        "seed": seed,
+        "progress": progress,
+    }
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
     mode, reason = settle_mode(recover, data is not None, True)

@@ -112,6 +112,7 @@ class Stages:
         seconds: seconds per stage, by name.
         processor_seconds: seconds of all processors per stage, by name, without those of worker processes.
         interrupted: description of the work that an interrupt ended; empty where there was none.
+        left_out: descriptions of the work that bounds on the effort left out.
     """
 
     def __init__(self, listener: Progress | None = None, *, logged: bool = True, is_trial: bool = False) -> None:
@@ -120,6 +121,12 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.processor_seconds: dict[str, float] = {}
         self.interrupted = ""
+        self.left_out: list[str] = []
+
+    def leave_out(self, what: str) -> None:
+        """Record what bounds on the work left out, once, for the report."""
+        if what not in self.left_out:
+            self.left_out.append(what)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -144,7 +151,7 @@ class Stages:
     def timings(self) -> Timings:
         """Return the time that every stage took so far."""
         times = {name: StageTime(self.seconds[name], used) for name, used in self.processor_seconds.items()}
-        return Timings(times, self.interrupted)
+        return Timings(times, self.interrupted, tuple(self.left_out))
 
     def watched(self, listener: Progress) -> Stages:
         """Return the same clock with a second listener to its progress."""
@@ -156,6 +163,7 @@ class Stages:
         watched = Stages(tell, is_trial=self._is_trial)
         watched._log = self._log
         watched.seconds, watched.processor_seconds = self.seconds, self.processor_seconds
+        watched.left_out = self.left_out
         return watched
 
     @contextmanager
@@ -202,24 +210,28 @@ class Effort:
     """Bounds on the work of a run, counted and not timed, so that a run can be repeated.
 
     Attributes:
+        name: its name.
         seconds: work of all trials of a search, in seconds of the machine that estimates are from.
         candidates: largest number of candidates to compare before any are tried around the best.
         trial_samples: largest number of samples that a candidate is recovered from.
-        samples: largest number of samples to recover the result from; None for all.
+        least_samples: fewest samples to measure output sensitivities on.
+        samples: largest number of samples to recover from where the user sets none; None for all.
         rows: rows per unknown that a layer is fitted to.
     """
 
+    name: str
     seconds: float
     candidates: int
     trial_samples: int
+    least_samples: int
     samples: int | None
     rows: int
 
 
 EFFORTS = {
-    "quick": Effort(8.0, 1, 16, 64, 20),
-    "normal": Effort(30.0, 8, 128, None, 50),
-    "thorough": Effort(120.0, 8, 512, None, 100),
+    "quick": Effort("quick", 8.0, 1, 16, 8, 64, 20),
+    "normal": Effort("normal", 30.0, 8, 128, 16, None, 50),
+    "thorough": Effort("thorough", 120.0, 8, 512, 16, None, 100),
 }
 """Bounds on the work of a run, by the name of the effort."""
 
@@ -275,6 +287,7 @@ class Context:
     device: Device = field(default_factory=device)
     stages: Stages = field(default_factory=Stages)
     outputs: Outputs | None = None
+    effort: Effort = EFFORTS["normal"]
 
     @classmethod
     def of(
@@ -293,6 +306,7 @@ class Context:
         seed: int = 0,
         approximate: bool = False,
         outputs: Mapping[str, Any] | None = None,
+        effort: str = "normal",
         progress: Progress | None = None,
     ) -> Context:
         """Analyse a model for a run; the arguments are those of :meth:`Pipeline.run`.
@@ -305,13 +319,16 @@ class Context:
             checked(name, value)
         check_needs("prune", values)
         checked("memory_limit", memory_limit)
+        checked("effort", effort)
         execution, stages = device(providers, threads), Stages(progress)
         with stages.stage("analyze"), explain_failures(model):
             analysis = Analysis(model, input_shapes=input_shapes, approximate=approximate)
         calibration = None if data is None else Calibration(data, analysis, samples, batch_size, images)
         cache_folder = None if cache is None else Path(cache)
         where = (cache_folder, memory_limit, execution, stages)
-        return cls(analysis, model, input_shapes, calibration, seed, *where, checked("outputs", outputs))
+        return cls(
+            analysis, model, input_shapes, calibration, seed, *where, checked("outputs", outputs), EFFORTS[effort]
+        )
 
     def inputs(self) -> Samples:
         """Open the user's inputs.
@@ -336,7 +353,9 @@ class Context:
         calibration = self.calibration
         if calibration is not None and samples is not None:
             calibration = calibration.first(samples)
-        return replace(self, calibration=calibration, stages=Stages(progress, logged=False, is_trial=True))
+        stages = Stages(progress, logged=False, is_trial=True)
+        stages.left_out = self.stages.left_out
+        return replace(self, calibration=calibration, stages=stages)
 
     def stage(self, name: str) -> Any:
         """Time what runs inside, as a stage of that name."""
@@ -692,6 +711,7 @@ class Pipeline:
         seed: int = 0,
         outputs: Mapping[str, Any] | None = None,
         custom_op_libraries: Sequence[str | Path] = (),
+        effort: str = "normal",
         progress: Progress | None = None,
     ) -> Result:
         """Run every pass on ``model``.
@@ -710,6 +730,7 @@ class Pipeline:
             seed: seed of all random numbers, 0 or more.
             outputs: {output: kind}, such as ``"classes:1"``, where fidelity should not decide by itself.
             custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime.
+            effort: bounds on the work: ``quick``, ``normal`` or ``thorough``.
             progress: callback, called with (stage, fraction), fraction in [0, 1].
 
         Raises:
@@ -729,6 +750,7 @@ class Pipeline:
             seed=seed,
             outputs=outputs,
             approximate=any(stage.approximate for stage in self.passes),
+            effort=effort,
             progress=progress,
         )
         current = Model.of(context.analysis)

@@ -1327,6 +1327,15 @@ SETTINGS: tuple[Setting, ...] = (
         ),
     ),
     Setting(
+        "effort",
+        Word("quick", "normal", "thorough"),
+        "Bounds on the work of searches and recoveries: quick for a first answer, with fewer candidates, samples and "
+        "rows; the report lists what was left out.",
+        {"prune": COST, "recover": MACHINE, "sweep": COST},
+        "normal",
+        brief="quick, normal or thorough.",
+    ),
+    Setting(
         "memory_limit",
         Bytes(),
         "Memory for activations, for example 2GB; the rest goes to temporary files.",

@@ -249,7 +249,10 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
 def _batches(context: Context, analysis: Analysis) -> list[Feed]:
     """Return the data in batches, small enough to leave some for the hold-out."""
     assert context.calibration is not None
-    source = CalibrationBatches(context, analysis)
+    every, source = CalibrationBatches(context, analysis), CalibrationBatches(context, analysis, context.effort.samples)
+    if source.samples != every.samples:
+        some = f"{every.samples} samples" if every.samples else "the samples"
+        context.stages.leave_out(f"recovery from more than the first {source.samples} of {some}")
     size = min(32, context.calibration.batch_size or 32)
     if source.samples is not None:
         size = max(1, min(size, source.samples // (2 * HELD)))
@@ -465,7 +468,8 @@ class Recover(Pass):
         """Return a key of everything that fitted layers depend on; empty where no checkpoint is kept."""
         if context.cache is None or self.near:
             return ""
-        settings = model.analysis.loaded.sha256, self.mode, self.symmetric, model.is_factorized
+        how = self.mode, self.symmetric, context.effort.rows
+        settings = model.analysis.loaded.sha256, *how, model.is_factorized
         return f"{settings} {fingerprint_of(*model.parts, split.fit)}"
 
     def _of_original(self, aim: RecoveryTarget) -> tuple[str, ...]:
@@ -544,7 +548,7 @@ class Recover(Pass):
         repairs: list[Repair] = []
 
         def one(layer: Layer) -> Fitted:
-            return _fitted(layer, values[layer.node.index], mode, mixed.get(layer.node.index))
+            return _fitted(layer, values[layer.node.index], mode, mixed.get(layer.node.index), context.effort.rows)
 
         with context.stages.until_interrupted(lambda: _so_far(repairs, aims)):
             for number, level in enumerate(aims.levels):
@@ -619,11 +623,11 @@ def _fitted_level(
     return fits
 
 
-def _fitted(layer: Layer, values: _Values, mode: str, mixing: Mixing | None) -> Fitted:
+def _fitted(layer: Layer, values: _Values, mode: str, mixing: Mixing | None, density: int) -> Fitted:
     """Fit new weights for one layer; ``values`` are those of the problem."""
     matrix, bias = layer.read()
     channels = matrix.shape[0] * matrix.shape[1] // layer.form.taps
-    problem = Problem(layer.target, layer.shape, channels, *values, mixing=mixing)
+    problem = Problem(layer.target, layer.shape, channels, *values, mixing=mixing, density=density)
     solution = recover_layer(problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias, as_stored=layer.as_stored)
     return solution, problem.extent
 

@@ -122,6 +122,7 @@ class Problem:
         batches: indices of the batches in which the layer runs.
         samples: number of samples in these batches.
         mixing: mixed channels that replace some of the survivors in the target.
+        density: largest number of rows per unknown to fit to.
     """
 
     layer: RecoveryTarget
@@ -133,6 +134,7 @@ class Problem:
     batches: Sequence[int]
     samples: int
     mixing: Mixing | None = None
+    density: int = _ROWS
     extent: tuple[int, int, int] = (0, 0, 0)
     """Rows to fit to, unknowns per output and rank of the rows; set by ``sums``."""
     _kept: dict[bool, list[Rows]] = field(default_factory=dict)
@@ -213,7 +215,7 @@ class Problem:
             wanted = self.mixing.apply(original, wanted)
         addends = [_wide(self.cut(n, batch)) for n in tail.addends]
         shape = form.output_shape(data.shape, self.weight)
-        chosen = None if every else pick(form, data, rows_per_sample(form, self.channels, self.samples, _ROWS))
+        chosen = None if every else pick(form, data, rows_per_sample(form, self.channels, self.samples, self.density))
 
         kind = data.dtype
 

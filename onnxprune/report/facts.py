@@ -503,6 +503,8 @@ class Report:
     """Time that every stage took, on the clock and of processors."""
     interrupted: str = ""
     """Description of the work that an interrupt ended early; empty where there was none."""
+    left_out: list[str] = field(default_factory=list)
+    """Work that the effort left out, as phrases."""
 
     def __repr__(self) -> str:
         totals, exact = self.totals, self.exactness.passed
@@ -593,10 +595,12 @@ class Timings:
     """Time that the stages of a run took, by name; a stage may lie within another.
 
     ``interrupted`` describes the work that an interrupt ended early; the run went on with the best answer so far.
+    ``left_out`` describes the work that bounds on the effort left out.
     """
 
     stages: Mapping[str, StageTime]
     interrupted: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 Fact = (
@@ -651,10 +655,10 @@ def _add(report: Report, fact: Fact) -> None:
             report.flushed += count
         case Remark(text):
             report.warnings.append(text)
-        case Timings(stages, interrupted):
+        case Timings(stages, interrupted, left_out):
             report.timings = {**report.timings, **stages}
             report.seconds = {name: time.seconds for name, time in report.timings.items()}
-            report.interrupted = interrupted
+            report.interrupted, report.left_out = interrupted, list(left_out)
             report.warnings += [f"interrupted: {interrupted}"] if interrupted else []
         case _ if type(fact) in _PLACES:
             setattr(report, _PLACES[type(fact)], fact)

@@ -25,8 +25,10 @@ from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons
 from onnxprune.passes.recover import HAS_INPUTS, check_mode
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import (
+    EFFORTS,
     UNPRUNED,
     Context,
+    Effort,
     Model,
     Pass,
     PassResult,
@@ -142,7 +144,9 @@ class Budget(Pass):
         pruned = replace(final.model, plan=plan)
         recovery = replace(final.recovery.whole, mode=self.mode, why=self.why)
         facts = [
-            Settings({"criterion": prune.name, **prune.request.settings, "scope": "budget"}),
+            Settings(
+                {"criterion": prune.name, **prune.request.settings, "scope": "budget", "effort": context.effort.name}
+            ),
             *describe_removal(context, pruned, result.problem.selector),
             # The user did not choose the settings of trials.
             *(f for f in final.facts if not isinstance(f, (Settings, Recovered))),
@@ -280,10 +284,10 @@ class Search:
         if context.calibration is None or self.mode == "none":
             return dict.fromkeys(_PARTS, 1.0)
         samples = CalibrationBatches(context, analysis).samples or 2 * MAX_TRIAL
-        trial = _RUNS_OF_RECOVERY * TrialSplit().num_fit(context, analysis)
+        trial = _RUNS_OF_RECOVERY * TrialSplit(context.effort.trial_samples).num_fit(context, analysis)
         macs = sample_macs(analysis)
-        trials = trials_of(macs) if self.spec.trials is None else self.spec.trials
-        measured = max(_SECONDS, _EACH + _PER_BILLION * macs * 1e-9) / (_RUN * max(macs, 1e6) * 1e-9)
+        trials = trials_of(macs, context.effort) if self.spec.trials is None else self.spec.trials
+        measured = measuring_seconds(macs, context.effort) / (_RUN * max(macs, 1e6) * 1e-9)
         final = _RUNS_OF_RECOVERY * samples * (1 if self.spec.targets else _HALVINGS)
         work = 3.0 * samples, min(measured, 200.0 * MAX_SAMPLES), 3.0 * trial, float(trials * trial), float(final)
         return dict(zip(_PARTS, work, strict=True))
@@ -324,11 +328,15 @@ class Search:
             return None
         scores = {number: group.values for number, group in selector.pool().items()}
         groups = [analysis.units.groups[number] for number in scores]
-        effort = measuring_effort(sample_macs(analysis), [g.steps for g in groups])
-        if effort is None:
+        bounds = measuring_effort(sample_macs(analysis), [g.steps for g in groups], context.effort)
+        if bounds is None:
+            context.stages.leave_out("output sensitivities: there are too many groups for the work of a run")
             return None
+        if bounds[0] != SHARES:
+            shares = ", ".join(f"{share:g}" for share in bounds[0])
+            context.stages.leave_out(f"output sensitivities of groups at shares other than {shares}")
         with suppress(UsageError):  # too few samples, or constant outputs
-            return output_sensitivity(context, analysis, groups, scores, *effort)
+            return output_sensitivity(context, analysis, groups, scores, *bounds)
         return None
 
     def within(self, problem: SearchProblem) -> SearchResult:
@@ -368,7 +376,7 @@ class Search:
         """Return the result of a search that is not interrupted."""
         self._answers = []
         for last in (False, False, True):
-            candidates = problem.candidates()
+            candidates = self._candidates(problem)
             evaluated, problem = self._evaluated(problem, candidates)
             if not candidates and not evaluated:
                 raise BudgetErrors(problem).unreachable()
@@ -388,6 +396,14 @@ class Search:
                 return SearchResult(problem, evaluated, best, final)
             problem = problem.tightened(over)
         raise BudgetErrors(problem).missed(best)
+
+    def _candidates(self, problem: SearchProblem) -> list[Candidate]:
+        """Return the candidates to compare, as many as the effort allows."""
+        candidates, most = problem.candidates(), self.context.effort.candidates
+        if len(candidates) > most:
+            names = ", ".join(candidate.name for candidate in candidates[most:])
+            self.context.stages.leave_out(f"comparison with other candidates ({names})")
+        return candidates[:most]
 
     def _evaluated(
         self, problem: SearchProblem, candidates: Sequence[Candidate]
@@ -417,7 +433,9 @@ class Search:
         trials = self.spec.trials
         if trials is None:
             faithful = self.spec.metric is None and any(e.quality.fine > -_FAITHFUL for _, e in evaluated)
-            trials = 0 if self.mode == "none" or faithful else trials_of(sample_macs(problem.analysis))
+            trials = (
+                0 if self.mode == "none" or faithful else trials_of(sample_macs(problem.analysis), self.context.effort)
+            )
         mixture = self._mixture(problem)
         if not trials or not evaluated or best.name == ALONE:
             return []
@@ -470,7 +488,7 @@ class Search:
             if stage == "recover":
                 self._work.part(part, (number + share) / count)
 
-        split = TrialSplit() if trial else None
+        split = TrialSplit(self.context.effort.trial_samples) if trial else None
         evaluation = evaluate(
             self.context, problem.analysis, candidate.removed, split=split, progress=progress, **options
         )
@@ -560,14 +578,14 @@ def _best(evaluated: Sequence[Evaluated]) -> Evaluated:
 
 # -- the effort spent on a model: counted and not timed, so that a run can be repeated ---------------------------------
 
-# Limit of all trials together, in seconds on the machine that the figures below are from.
-_SECONDS = 30.0
+# Samples that the seconds of a candidate below are for.
+_SAMPLES = 128
 # Seconds to prune, recover and evaluate a candidate: at least, and per billion multiply-accumulates.
-_EACH, _PER_BILLION = 1.0, 80.0
+_EACH, _PER_BILLION = 1.0, 40.0
 # Seconds to prune a group alone: to load it, and to run it on a sample per billion multiply-accumulates.
 _OPENED, _RUN = 0.05, 0.03
-# The shares to prune groups to, best first, and the fewest samples for a reliable measurement.
-_SHARES, _FEWEST = (SHARES, (0.25, 0.5), (0.5,)), 16
+# The shares to prune groups to, best first.
+_SHARES = (SHARES, (0.25, 0.5), (0.5,))
 
 
 def sample_macs(analysis: Analysis) -> float:
@@ -576,28 +594,40 @@ def sample_macs(analysis: Analysis) -> float:
     return sum(layer.macs_before for layer in analysis.layers) / batch
 
 
-def trials_of(macs: float) -> int:
+def trials_of(macs: float, effort: Effort = EFFORTS["normal"]) -> int:
     """Return the number of candidates to try around the best one.
 
     Args:
         macs: multiply-accumulates of a sample.
+        effort: bounds on the work.
     """
-    return int(_SECONDS / (_EACH + _PER_BILLION * macs * 1e-9))
+    return int(effort.seconds / _candidate_seconds(macs, effort))
 
 
-def measuring_effort(macs: float, steps: Sequence[int]) -> tuple[Sequence[float], int] | None:
+def _candidate_seconds(macs: float, effort: Effort) -> float:
+    """Return the seconds that the evaluation of a candidate takes."""
+    return _EACH + _PER_BILLION * macs * 1e-9 * effort.trial_samples / _SAMPLES
+
+
+def measuring_seconds(macs: float, effort: Effort) -> float:
+    """Return the seconds that groups may be measured for: those of all trials, or of one where that is longer."""
+    return max(effort.seconds, _candidate_seconds(macs, effort))
+
+
+def measuring_effort(
+    macs: float, steps: Sequence[int], effort: Effort = EFFORTS["normal"]
+) -> tuple[Sequence[float], int] | None:
     """Return shares of every group to prune alone, and samples to run each on; None where that takes too long.
-
-    The limit is the time of all trials, or of one where that is longer.
 
     Args:
         macs: multiply-accumulates of a sample.
         steps: number of steps in which each group can be pruned, one per group.
+        effort: bounds on the work.
     """
-    max_seconds = max(_SECONDS, _EACH + _PER_BILLION * macs * 1e-9)
+    max_seconds = measuring_seconds(macs, effort)
     for shares in _SHARES:
         cuts = max(1, sum(len(counts(n, shares)) for n in steps))
         samples = int((max_seconds / cuts - _OPENED) / (_RUN * max(macs, 1.0) * 1e-9))
-        if samples >= _FEWEST:
+        if samples >= effort.least_samples:
             return shares, min(samples, MAX_SAMPLES)
     return None

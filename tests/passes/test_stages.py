@@ -10,7 +10,8 @@ import pytest
 from build import Net
 
 import onnxprune as op
-from onnxprune.pipeline import Stages, WorkShare, uninterrupted
+from onnxprune.pipeline import EFFORTS, Stages, WorkShare, uninterrupted
+from onnxprune.search.budget import measuring_seconds, trials_of
 
 
 def test_shares_follow_the_work_known_ahead_and_never_fall() -> None:
@@ -71,3 +72,31 @@ def test_an_interrupt_waits_for_the_end_of_a_block() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         done.append("behind it")
     assert done == ["behind it"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_quick_budget_says_what_it_left_out() -> None:
+    net = Net(17)
+    h = net.op("Relu", net.conv(net.op("Relu", net.conv(net.input("x", ["N", 3, 8, 8]), 3, 16)), 16, 16))
+    model = net.model(net.linear(net.op("Flatten", net.op("GlobalAveragePool", h)), 16, 5))
+    data = np.random.default_rng(0).standard_normal((96, 3, 8, 8)).astype(np.float32)
+    quick, normal = (
+        op.prune(model, target="macs=0.6", round_to=1, trials=0, data=data, latency=False, effort=effort).report
+        for effort in ("quick", "normal")
+    )
+    assert quick.settings["effort"] == "quick" and normal.settings["effort"] == "normal"
+    assert "recovery from more than the first 64 of 96 samples" in quick.left_out and not normal.left_out
+    assert any("other candidates" in text for text in quick.left_out)
+    assert quick.budget is not None and normal.budget is not None
+    assert len(quick.budget.answers) == 1 < len(normal.budget.answers)
+    assert quick.recovery.samples + quick.recovery.aside == 64
+    rows = [max(r.rows for r in report.repairs) for report in (quick, normal)]
+    assert rows[0] <= rows[1]
+
+
+def test_bounds_grow_with_the_effort() -> None:
+    quick, normal, thorough = (EFFORTS[name] for name in ("quick", "normal", "thorough"))
+    for macs in (1e7, 1e9, 1e10):
+        assert trials_of(macs, normal) <= trials_of(macs, thorough)
+        assert measuring_seconds(macs, quick) < measuring_seconds(macs, normal) < measuring_seconds(macs, thorough)
+    with pytest.raises(op.UsageError, match="effort"):
+        op.prune("m.onnx", effort="fast")
