@@ -105,7 +105,7 @@ def test_curves_as_a_file(tmp_path: Path) -> None:
     for text, message in (
         ("{", "not JSON"),
         ("{}", "'curves' is missing"),
-        ('{"curves": [], "version": 9}', "version 9"),
+        ('{"curves": [], "version": 9}', "Version 9"),
     ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UsageError, match=message):

@@ -81,7 +81,7 @@ def test_sparing_goes_on_while_the_whole_is_slower(times: dict[str, float], monk
     (other,) = [f for f in slow.report.factorized if f.method]
     assert other.name != first and "no faster by" in left(slow)[first]
     (said,) = slow.report.warnings
-    assert f"is {other.error:.0%} in place of 0.0%" in said and "raises the largest error" in said
+    assert f"to {other.error:.0%} from 0.0%" in said and "raises the largest error" in said
 
 
 def test_a_whole_that_gets_no_faster_is_refused(times: dict[str, float]) -> None:
