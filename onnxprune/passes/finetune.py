@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,14 +234,13 @@ class _Training:
                 calls.append({**feed, **self.teacher(feed), **given, BALANCE: balance})
             return calls
 
-        best = [distance(self.before)]
+        seen = {distance(self.before): self.before}
 
         def judge() -> float:
             (facts,) = compare_with_original(
                 self.context.analysis, [self.parts()], self.split.validation, self.context.outputs
             )
-            if distance(facts) < best[0]:
-                best[0], self.after = distance(facts), facts
+            seen[distance(facts)] = facts
             return distance(facts)
 
         def tell(share: float) -> None:
@@ -254,7 +255,10 @@ class _Training:
         sizes, doubling = step_sizes(self.step, first, self.parameters, self.context.seed)
         rate = min(self.settings.rate, _BOLDNESS * doubling)
         optimizer = Adam(self.parameters, sizes)
-        return train(self.step, optimizer, self.parameters, draw, judge, self.settings.effort, rate, tell)
+        effort, error = self.settings.effort, partial(standard_error, samples=self.split.num_held_out)
+        course = train(self.step, optimizer, self.parameters, draw, judge, effort, rate, error, tell)
+        self.after = seen[dict(course.curve)[course.best]]
+        return course
 
     def parts(self) -> ModelParts:
         """Return the model with the present weights."""
@@ -309,6 +313,12 @@ class _Training:
 def distance(facts: Fidelity) -> float:
     """Return how far a model is from the original: the points it lacks; the share of noise where there are none."""
     return 100 * noise(facts) if facts.points is None else 100 - facts.points
+
+
+def standard_error(distance: float, samples: int) -> float:
+    """Return the standard error of a distance in points that was measured on so many samples."""
+    share = min(max(distance / 100, 0.0), 1.0)
+    return 100 * math.sqrt(share * (1 - share) / samples) if samples else 0.0
 
 
 def _bytes(graph: StaticGraph) -> int:

@@ -20,6 +20,8 @@ Draw = Callable[[int], list[Feed]]
 """Number of a step -> its calls, with everything that the loss reads."""
 Judge = Callable[[], float]
 """How far the model with the present weights is from the original on the hold-out: smaller is better."""
+Uncertainty = Callable[[float], float]
+"""Standard error of such a distance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ def train(
     judge: Judge,
     effort: Effort,
     rate: float,
+    uncertainty: Uncertainty = lambda distance: 0.0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Course:
     """Train weights, and leave the best of them in ``parameters``.
@@ -82,7 +85,9 @@ def train(
     At every tenth of the effort the weights are judged. Where they are more than twice as far from the original as the
     best ones, or the loss is no number, training goes on from the best ones with half the step size; the third time, it
     ends.
-    An interruption (SIGINT) ends it, too, and keeps the best.
+    An interruption (SIGINT) ends it, too, and keeps the best. Weights at the end of a training that was not broken off
+    have had the smallest steps: they are kept where they are as good as the best within the uncertainty of that, and
+    better than those before.
     """
     course = Course()
     guard = _Guard(parameters, judge, course)
@@ -112,7 +117,7 @@ def train(
                 guard.restore()
                 optimizer.reset()
                 rate /= 2
-    guard.restore()
+    guard.settle(uncertainty)
     course.seconds = time.monotonic() - start
     return course
 
@@ -133,6 +138,15 @@ class _Guard:
             self.distance, self._course.best = distance, step
             self._best[:] = self._parameters.vector
         return distance
+
+    def settle(self, uncertainty: Uncertainty) -> None:
+        """Keep the present weights where the training was finished with them and they are as good; else the best."""
+        (_, before), (step, last) = self._course.curve[0], self._course.curve[-1]
+        finished = step == self._course.steps and not self._course.stopped
+        if finished and last < before and last <= self.distance + uncertainty(self.distance):
+            self._course.best = step
+            return
+        self.restore()
 
     def restore(self) -> None:
         """Return to the best weights."""

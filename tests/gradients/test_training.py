@@ -101,7 +101,9 @@ def test_blocks_end_where_everything_passes() -> None:
     assert bottlenecks(static(net.model(y), feed)) == [stem, block]
 
 
-def distilled(steps: int = 60, judge: Any = None, rate: float = 2e-2, **effort: Any) -> tuple[Course, Parameters, Any]:
+def distilled(
+    steps: int | None = 60, judge: Any = None, rate: float = 2e-2, error: float = 0.0, **effort: Any
+) -> tuple[Course, Parameters, Any]:
     """Train one network to answer as another one does."""
     student, teacher = mlp(0), mlp(1)
     (head,) = heads(student, student.variables)
@@ -116,7 +118,7 @@ def distilled(steps: int = 60, judge: Any = None, rate: float = 2e-2, **effort: 
     sizes, _ = step_sizes(step, [call], parameters, 0)
     judge = judge or (lambda: step([call]))
     adam = Adam(parameters, sizes)
-    course = train(step, adam, parameters, lambda k: [call], judge, Effort(steps, **effort), rate)
+    course = train(step, adam, parameters, lambda k: [call], judge, Effort(steps, **effort), rate, lambda _: error)
     assert teacher.variables
     return course, parameters, step([call])
 
@@ -142,6 +144,16 @@ def test_growth_is_taken_back_and_ends_it() -> None:
     assert course.best == 0 and "grew" in course.stopped and course.steps < 60
     start, names = mlp(0), list(parameters.spans)
     np.testing.assert_array_equal(parameters.views(parameters.vector)[names[0]], start.constants[names[0]])
+
+
+def test_the_end_is_kept_where_it_is_as_good_as_the_best() -> None:
+    values = [1.0, 0.5, 0.3, 0.6, 0.6, 0.6, 0.6, 0.5, 0.5, 0.4, 0.35]
+    for error, best in ((0.1, 60), (0.01, 12)):
+        judged = iter(values)
+        course, _, _ = distilled(60, judge=lambda judged=judged: next(judged), error=error)
+        assert course.best == best
+    judged = iter([0.3, *values[1:]])
+    assert distilled(60, judge=lambda: next(judged), error=1.0)[0].best == 0
 
 
 def test_numbers_that_are_none_are_taken_back() -> None:
