@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,59 @@ def test_operators_are_listed_by_their_rules_alone(name: str) -> None:
             elements = node.keys if isinstance(node, ast.Dict) else node.elts
             listed = {e.value for e in elements if isinstance(e, ast.Constant) and isinstance(e.value, str)}
             assert len(listed & MOVERS) < 3, sorted(listed)
+
+
+VIEW = {"inputs", "outputs", "attrs", "repeats", "consumers", "producer", "weights", "nodes", "steps", "captured"}
+"""Fields of nodes and of the graph view."""
+VIEWS = {"graph", "node", "reader", "producer", "consumer", "original"}
+"""Last part of the names of nodes and graph views, underscores aside; types tell mypy of the others."""
+CHANGES = set("append extend insert pop popitem remove clear update setdefault add discard sort reverse".split())
+CHANGES |= {"CopyFrom", "MergeFrom", "SetInParent", "ClearField"}
+
+
+def changed(node: ast.AST) -> Iterator[ast.expr]:
+    """What code changes: targets of assignments and deletions, and owners of methods that change them."""
+    if isinstance(node, (ast.Assign, ast.Delete)):
+        for target in node.targets:
+            yield from target.elts if isinstance(target, ast.Tuple) else [target]
+    elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+        yield node.target
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+        yield node.func.value
+
+
+def belongs_to_a_view(target: ast.expr) -> bool:
+    """Whether an expression is a field of a node or of the graph view, an entry of one, or their protos."""
+    parts = []
+    while isinstance(target, (ast.Attribute, ast.Subscript, ast.Call)):
+        if isinstance(target, ast.Attribute):
+            parts.append(target.attr)
+        target = target.func if isinstance(target, ast.Call) else target.value
+    parts.append(target.id if isinstance(target, ast.Name) else "")
+    path = [part.strip("_") for part in reversed(parts)]
+    owners = pairwise(path)
+    return any(owner in VIEWS and field in {*VIEW, "proto"} for owner, field in owners)
+
+
+def test_the_graph_view_is_changed_by_its_editor_alone() -> None:
+    for name in modules():
+        if name != "graph.view":
+            nodes = ast.walk(tree(modules()[name]))
+            found = [ast.unparse(t) for node in nodes for t in changed(node) if belongs_to_a_view(t)]
+            assert not found, f"{name} changes {found}: let graph.view.GraphEditor do it"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "node.inputs[0] = name",
+        "self._graph.consumers[name] = []",
+        "del graph.proto.graph.node[:]",
+        "weights[cut] = graph.weights[cut] = weight",
+        "node.repeats += 1",
+        "self.node.proto.input.extend([name])",
+        "graph.consumers.setdefault(name, []).append(reader)",
+    ],
+)
+def test_changes_of_a_view_are_recognised(source: str) -> None:
+    assert any(belongs_to_a_view(target) for node in ast.walk(ast.parse(source)) for target in changed(node))

@@ -12,8 +12,7 @@ import onnx
 
 from onnxprune.factorization.decompositions import Array, Factor, Real
 from onnxprune.factorization.layers import Layer, NewNames
-from onnxprune.graph.view import Graph
-from onnxprune.io.constants import placeholder
+from onnxprune.graph.view import Graph, GraphEditor, connect
 from onnxprune.io.weights import ArrayWeight, Weight
 
 
@@ -39,25 +38,19 @@ def replace_layers(graph: Graph, weights: MutableMapping[str, Weight], factorize
     replaced: dict[str, list[onnx.NodeProto]] = {}
     for item in factorized:
         replaced.update(writer.nodes(item))
-    written = onnx.GraphProto()
-    for node in graph.proto.graph.node:
-        written.node.extend(replaced.get(_key(node), [node]))
-    del graph.proto.graph.node[:]
-    graph.proto.graph.node.extend(written.node)
+    writer.editor.replace_nodes(replaced)
     writer.drop({item.layer.weight for item in factorized})
-
-
-def _key(node: onnx.NodeProto) -> str:
-    return next((o for o in node.output if o), "")
 
 
 class _Writer:
     """New names and constants of one rewriting."""
 
     def __init__(self, graph: Graph, weights: MutableMapping[str, Weight]) -> None:
+        self.editor = GraphEditor(graph, weights)
         self._graph, self._weights = graph, weights
         inner = (t.name for t in graph.proto.graph.value_info)
         self._used_names = {*weights, *graph.producer, *graph.inputs, *graph.outputs, *inner}
+        self._consumed = set(graph.consumers)
         self._labels = {node.name for node in graph.nodes}
 
     def nodes(self, item: Factorized) -> dict[str, list[onnx.NodeProto]]:
@@ -82,28 +75,24 @@ class _Writer:
             )
             nodes = layer.operator.nodes(use.node, item.factors, names, made)
             if item.shift is not None:
-                self.shift(nodes[-1], layer, item.shift, old.dtype)
+                connect(nodes[-1], *self.shifted(nodes[-1].input, layer, item.shift, old.dtype))
             result[out] = nodes
         return result
 
-    def shift(self, node: onnx.NodeProto, layer: Layer, shift: Real, dtype: Any) -> None:
-        """Add to the bias of a node that has a bias input."""
+    def shifted(self, inputs: Sequence[str], layer: Layer, shift: Real, dtype: Any) -> tuple[int, str]:
+        """Return the position of the bias of a node that has one, and the name of the bias with the shift."""
         position = layer.operator.bias(layer.uses[0].node)
         assert position is not None
-        bias_name = node.input[position] if position < len(node.input) else ""
+        bias_name = inputs[position] if position < len(inputs) else ""
         value = shift
         if bias_name:
             value = self._weights[bias_name].read().astype(np.float64) + shift
-        node.input.extend([""] * (position + 1 - len(node.input)))
-        node.input[position] = self._constant(
-            bias_name or f"{layer.weight}/", "" if bias_name else "bias", value, dtype
-        )
+        stem, role = (bias_name, "") if bias_name else (f"{layer.weight}/", "bias")
+        return position, self._constant(stem, role, value, dtype)
 
     def _constant(self, stem: str, role: str, value: Array, dtype: Any) -> str:
         name = self._unused(self._used_names, stem, role)
-        weight = ArrayWeight(name, np.ascontiguousarray(value.astype(dtype)))
-        self._weights[name] = weight
-        self._graph.proto.graph.initializer.append(placeholder(weight))
+        self.editor.add_constant(ArrayWeight(name, np.ascontiguousarray(value.astype(dtype))))
         return name
 
     @staticmethod
@@ -116,21 +105,7 @@ class _Writer:
 
     def drop(self, names: set[str]) -> None:
         """Remove unused constants: weights that were replaced, biases that were shifted."""
-        graph = self._graph.proto.graph
-        read = {n for node in graph.node for n in node.input} | {o.name for o in graph.output} | self._graph.captured
-        consumed = {n for n in self._graph.consumers if n in self._weights} | names
-        unused = {name for name in consumed if name not in read}
-        for i in reversed(range(len(graph.initializer))):
-            if graph.initializer[i].name in unused:
-                del graph.initializer[i]
-        for i in reversed(range(len(graph.node))):
-            if graph.node[i].op_type == "Constant" and graph.node[i].output[0] in unused:
-                del graph.node[i]
-        for i in reversed(range(len(graph.input))):  # before IR 4 every initializer is an input too
-            if graph.input[i].name in unused:
-                del graph.input[i]
-        for name in unused:
-            self._weights.pop(name, None)
+        self.editor.drop_unread({n for n in self._consumed if n in self._weights} | names)
 
 
 def compose_layers(
@@ -145,13 +120,13 @@ def compose_layers(
         kernels: the products of the factors, [parts, inputs, *kernel, outputs] each.
     """
     writer = _Writer(graph, weights)
-    by_output = {_key(node): node for node in graph.proto.graph.node}
     for item, kernel in zip(factorized, kernels, strict=True):
         layer, old = item.layer, weights[item.layer.weight]
         weights[layer.weight] = composed_weight(layer, kernel, old)
         for use in layer.uses if item.shift is not None else ():
             assert item.shift is not None
-            writer.shift(by_output[next(o for o in use.node.outputs if o)], layer, item.shift, old.dtype)
+            node = graph.producer[next(o for o in use.node.outputs if o)]
+            writer.editor.connect(node, *writer.shifted(node.inputs, layer, item.shift, old.dtype))
     writer.drop(set())
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -286,7 +287,7 @@ def _removable_nodes(graph: Graph, folds: dict[int, Fold]) -> set[int]:
     return removed
 
 
-def _unread(graph: Graph, name: str, protected: set[str], removed: set[int]) -> bool:
+def _unread(graph: Graph, name: str, protected: AbstractSet[str], removed: set[int]) -> bool:
     return name not in protected and all(n.index in removed for n, _ in graph.consumers.get(name, ()))
 
 
@@ -365,7 +366,7 @@ def selections(graph: Graph, facts: Facts) -> Iterator[Selections]:
                 yield candidate
 
 
-def _find(graph: Graph, facts: Facts, node: Node, protected: set[str]) -> Selections | None:
+def _find(graph: Graph, facts: Facts, node: Node, protected: AbstractSet[str]) -> Selections | None:
     moves: list[Node] = []
     name = node.outputs[0]
     while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from onnxprune.graph.view import Graph, Node
@@ -29,7 +29,7 @@ def known(shape: Any) -> bool:
     return shape is not None and all(n is not None for n in shape)
 
 
-def _known(names: list[str], shape: ShapeOf) -> list[Any]:
+def _known(names: Sequence[str], shape: ShapeOf) -> list[Any]:
     """Return shapes of tensors, None for those that are absent or not fully known."""
     shapes = [shape(name) if name else None for name in names]
     return [s if known(s) else None for s in shapes]

@@ -158,12 +158,14 @@ def _is_true(name: str, probe: Probe) -> bool:
 
 def count_repeats(graph: Graph, probe: Probe) -> None:
     """Record how often every node runs: as often as the Loops and Scans around it, where sizes determine that."""
-    times: dict[int, int] = {}
+    times, counts = dict[int, int](), dict[int, int]()
     for node in graph.nodes:
         around = graph.around[node.index]
-        node.repeats = times[around[-1].start] if around else 1
+        if around:
+            counts[node.index] = times[around[-1].start]
         if node.marker == markers.OPEN:
-            times[node.index] = node.repeats * (_runs(graph, node, probe) or 1)
+            times[node.index] = counts.get(node.index, 1) * (_runs(graph, node, probe) or 1)
+    graph.record_repeats(counts)
 
 
 def _runs(graph: Graph, node: Node, probe: Probe) -> int | None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.channels.survivors import Survivors
-from onnxprune.graph.view import Graph, Node
+from onnxprune.graph.view import Graph, GraphEditor, Node
 from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed
@@ -61,6 +61,7 @@ class Recalibrated:
         self._weights, self._before = weights, dict[str, Weight]()
         mine = {node.outputs[0]: node for node in normalisations(graph)}
         nodes = [node for node in normalisations(original) if node.outputs[0] in mine]
+        editor = GraphEditor(graph, weights)
         run = Segments(original, self.original, [[node.inputs[0]] for node in nodes], store)
         run.feed(feeds)
         for piece, node in enumerate(nodes):
@@ -77,7 +78,7 @@ class Recalibrated:
                 for _axis, index in after.steps(name):
                     values = values.take(index)
                 self._before[cut] = weights[cut]
-                weights[cut] = graph.weights[cut] = ArrayWeight(cut, values.astype(weights[cut].dtype))
+                editor.set_constant(ArrayWeight(cut, values.astype(weights[cut].dtype)))
 
     def undo(self) -> None:
         """Give the cut model its statistics back."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import Any
@@ -283,7 +283,7 @@ class _State:
         for values, shapes in zip(self.values, self._shapes, strict=True):
             values.step(node, shapes)
 
-    def _untouched(self, names: list[str]) -> bool:
+    def _untouched(self, names: Sequence[str]) -> bool:
         return self.edits.sizes.keys().isdisjoint(names)
 
     def check_outputs(self) -> None:

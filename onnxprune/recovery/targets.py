@@ -13,12 +13,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from onnxprune.graph.canonical import keeps_values, weight_of
 from onnxprune.graph.evaluate import evaluate
-from onnxprune.graph.view import CONTROL, Graph, Node
+from onnxprune.graph.view import CONTROL, Graph, GraphEditor, Node
 from onnxprune.io import markers
 from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.operators.codes import spread
@@ -76,16 +75,17 @@ class WeightSource:
         """Return the shape of the numbers."""
         return self._values(weights)[-1].shape if self.chain else weights[self.root].shape
 
-    def detach(self, graph: Graph, weights: MutableMapping[str, Weight]) -> None:
+    def detach(self, editor: GraphEditor) -> None:
         """Copy the scale and zero point of codes where other nodes read them too."""
         node = self.quantised
         if node is None:
             return
         for at in _SETTINGS:
             name = node.inputs[at] if at < len(node.inputs) else ""
-            if name and len(graph.consumers.get(name, ())) > 1:
-                node.inputs[at] = node.proto.input[at] = _copied(graph, weights, name, f"{self.root}.{_SETTINGS[at]}")
-                graph.consumers[name] = [c for c in graph.consumers[name] if c[0] is not node]
+            if name and len(editor.graph.consumers.get(name, ())) > 1:
+                copy = ArrayWeight(editor.unused_name(f"{self.root}.{_SETTINGS[at]}"), editor.weights[name].read())
+                editor.add_constant(copy)
+                editor.connect(node, at, copy.name)
 
     def write(self, weights: MutableMapping[str, Weight], value: Real, ratio: Array | None = None) -> Array | None:
         """Write other numbers of the same shape.
@@ -119,17 +119,6 @@ class WeightSource:
 def _applied(node: Node, operands: list[Array | None]) -> Array | None:
     made = evaluate(node, operands)
     return np.asarray(made[0]) if made else None
-
-
-def _copied(graph: Graph, weights: MutableMapping[str, Weight], name: str, wanted: str) -> str:
-    """Copy the constant ``name`` under the wanted name or a similar free one."""
-    while wanted in weights or wanted in graph.producer:
-        wanted += "_"
-    value = weights[name]
-    weights[wanted] = ArrayWeight(wanted, value.read())
-    initializer = onnx.TensorProto(name=wanted, data_type=value.onnx_type, dims=value.shape)
-    graph.proto.graph.initializer.append(initializer)
-    return wanted
 
 
 def _checked(graph: Graph, stored: WeightSource) -> WeightSource | str:
@@ -614,6 +603,7 @@ class Layer:
     """
 
     def __init__(self, graph: Graph, weights: MutableMapping[str, Weight], aim: RecoveryTarget) -> None:
+        self._editor = GraphEditor(graph, weights)
         self._graph, self._weights, self.target = graph, weights, aim
         self.node, self.form = aim.node, aim.form
         self._home = self._find_home()
@@ -648,7 +638,7 @@ class Layer:
         stored = self.target.weight
         for constant in (stored, self.target.bias):
             if constant is not None:
-                constant.detach(self._graph, self._weights)
+                constant.detach(self._editor)
         if isinstance(self.form, Scale):
             gain, mean = self._statistics()
             scaled = matrix.reshape(-1)
@@ -693,26 +683,14 @@ class Layer:
             return
         if not bias.any():
             return
-        name = f"{self.node.inputs[self.form.weight]}.bias"
-        while name in self._weights or name in self._graph.producer:
-            name += "_"
+        name = self._editor.unused_name(f"{self.node.inputs[self.form.weight]}.bias")
         position = self.form.bias
         assert position is not None
-        proto = self.node.proto
-        proto.input.extend([""] * (position + 1 - len(proto.input)))
-        proto.input[position] = name
-        self.node.inputs[:] = proto.input
-        self._weights[name] = ArrayWeight(name, bias.astype(dtype))
-        self._graph.proto.graph.initializer.append(
-            onnx.TensorProto(name=name, data_type=self._weights[name].onnx_type, dims=[bias.size])
-        )
+        self._editor.add_constant(ArrayWeight(name, bias.astype(dtype)))
+        self._editor.connect(self.node, position, name)
 
     def _set(self, name: str, value: RealArray, dtype: np.dtype[np.generic]) -> None:
-        self._weights[name] = ArrayWeight(name, np.ascontiguousarray(value.astype(dtype)))
-        for tensor in self._graph.proto.graph.initializer:
-            if tensor.name == name:
-                del tensor.dims[:]
-                tensor.dims.extend(value.shape)
+        self._editor.reshape_constant(ArrayWeight(name, np.ascontiguousarray(value.astype(dtype))))
 
     def _statistics(self) -> tuple[RealArray, RealArray]:
         """Return 1 / standard deviation and the mean of a BatchNormalization."""
