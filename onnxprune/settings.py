@@ -1646,7 +1646,7 @@ def reference() -> str:
 _INTRODUCTION = """# Settings
 
 Every option of the command line and every argument of `onnxprune.prune` and its siblings. This page is made from
-`onnxprune/settings.py`: `python -m onnxprune.settings > SETTINGS.md`."""
+`onnxprune/settings.py`: `python -m onnxprune.settings > docs/settings.md`."""
 
 
 def _is_new(setting: Setting, command: str, heading: str) -> bool:

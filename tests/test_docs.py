@@ -1,10 +1,11 @@
-"""README and CONTRIBUTING: every Python block runs, every command exists, every room of the house is named."""
+"""Pages: every Python block runs, every command exists, links lead somewhere, every room of the house is named."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from onnxprune.cli import main
 from onnxprune.cli.commands import compare, factorize, inspect, profile, prune, recover, sensitivity, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md")
+GENERATED = ("docs/json.md", "docs/settings.md")
+"""Pages that other tests hold to the code."""
+SITE = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))
+PAGES = ("README.md", "CONTRIBUTING.md", *(page for page in SITE if page not in GENERATED))
 COMMANDS = (prune, recover, factorize, inspect, compare, profile, sensitivity, sweep)
 
 
@@ -33,7 +37,22 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-PYTHON = [(page, title) for page in PAGES for title, text in sections(page).items() if blocks(text, "python")]
+def scripts() -> dict[str, str]:
+    """{name: blocks to run one after the other}: by section of README and CONTRIBUTING, of other pages by folder.
+
+    Pages of a folder share an interpreter, which takes longer to start than most of them to run, but no names.
+    """
+    found = {f"{page}: {title}": text for page in PAGES[:2] for title, text in sections(page).items()}
+    found = {name: "\n".join(blocks(text, "python")) for name, text in found.items() if blocks(text, "python")}
+    for page in PAGES[2:]:
+        text = "\n".join(blocks((ROOT / page).read_text(), "python"))
+        if text:
+            folder = Path(page).parent.as_posix()
+            found[folder] = found.get(folder, "") + f"exec(compile({text!r}, {page!r}, 'exec'), {{}})\n"
+    return found
+
+
+SCRIPTS = scripts()
 
 
 def python(folder: Path, *arguments: str, path: tuple[Path, ...] = (ROOT / "tests",)) -> str:
@@ -53,10 +72,52 @@ def python(folder: Path, *arguments: str, path: tuple[Path, ...] = (ROOT / "test
     return done.stdout
 
 
-@pytest.mark.parametrize(("page", "title"), PYTHON, ids=[f"{page}: {title}" for page, title in PYTHON])
-def test_python_blocks_run(page: str, title: str, tmp_path: Path) -> None:
-    """The blocks of a section run one after the other, as a reader would type them."""
-    python(tmp_path, "-c", "\n".join(blocks(sections(page)[title], "python")))
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_python_blocks_run(name: str, tmp_path: Path) -> None:
+    """The blocks run one after the other, as a reader would type them."""
+    python(tmp_path, "-c", SCRIPTS[name])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_run(path: Path, tmp_path: Path) -> None:
+    printed = python(tmp_path, str(path))
+    assert path.name in (ROOT / "docs" / "recipes.md").read_text()
+    if path.stem == "prune_and_quantize":
+        table = dict(re.findall(r"^(\w[\w, ]+?)  +\d+ kB +([\d.]+) %$", printed, re.MULTILINE))
+        assert float(table["pruned, then quantized"]) > 95 and float(table["quantized, then pruned"]) > 95
+
+
+def test_pages_are_short() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150 and len(readme.split()) <= 1200
+    for page in PAGES[2:]:
+        text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+        assert len(text.split()) < 800 or page.startswith("docs/benchmarks/"), page
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(f"docs/{page}" for page in listed) == SITE
+
+
+def typed() -> list[str]:
+    """Commands on the pages that are run on a model of the repository."""
+    lines = [line for page in PAGES for block in blocks((ROOT / page).read_text(), "sh") for line in block.splitlines()]
+    return sorted({line for line in lines if line.startswith("onnxprune ") and "models/" in line})
+
+
+@pytest.mark.parametrize("line", typed())
+def test_commands_on_the_pages_are_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option with its value is accepted; nothing is run."""
+    words = shlex.split(line)[1:]
+    name = words.pop(0) if words[0] in main.commands else "prune"
+    for word in words:
+        if word.endswith((".onnx", ".npz", ".json")):
+            (tmp_path / word).parent.mkdir(exist_ok=True)
+            (tmp_path / word).touch()
+    monkeypatch.chdir(tmp_path)
+    with main.commands[name].make_context(name, words):
+        pass
 
 
 def test_the_package_that_contributing_describes_is_found(tmp_path: Path) -> None:
@@ -99,8 +160,9 @@ def test_options_that_the_pages_name_exist(page: str) -> None:
     assert named | set(spans) <= known | {"--record"}, (named | set(spans)) - known
 
 
-def test_every_option_is_explained_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_every_option_is_explained_on_a_page() -> None:
+    """Beside the list of settings, which is made from the code."""
+    text = "".join((ROOT / page).read_text() for page in PAGES)
     missing = [name for name in sorted(_options(*COMMANDS)) if name.startswith("--") and f"`{name}" not in text]
     assert not missing
 
@@ -113,18 +175,17 @@ def test_every_room_is_named() -> None:
     assert (rooms, files) == named
 
 
-def test_links_between_files_lead_somewhere() -> None:
-    for page in (*PAGES, "CHANGELOG.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
-            assert (ROOT / target).exists(), f"{page}: {target}"
+def test_files_that_the_pages_name_exist() -> None:
     for page in PAGES:
-        for target in re.findall(r"`((?:tests|tools|onnxprune|models|\.ci)/[\w./*-]*)`", (ROOT / page).read_text()):
-            assert list(ROOT.glob(target.rstrip("/"))), f"{page}: {target}"
+        text = (ROOT / page).read_text()
+        for target in re.findall(r"`((?:tests|tools|onnxprune|models|examples|\.ci)/[\w./*-]*)`", text):
+            made = target.endswith((".pruned.onnx", ".recovered.onnx"))
+            assert made or list(ROOT.glob(target.rstrip("/"))), f"{page}: {target}"
 
 
-def test_sizes_in_the_readme_are_those_of_today() -> None:
+def test_sizes_on_the_page_are_those_of_today() -> None:
     """Where this fails for a good reason: python tools/measure_cuts.py prints the new table."""
-    cost = sections("README.md")["What a cut costs"]
+    cost = sections("docs/benchmarks/small.md")["What pruning costs"]
     rows = re.findall(r"^\| `(\w+\.onnx)` \| (.+?) \| (.+?) \| (.+?) \|", cost, re.MULTILINE)
     assert {name for name, *_ in rows} == {
         f"{name}.onnx" for name in json.loads((ROOT / "models/accuracy.json").read_text())
@@ -136,9 +197,9 @@ def test_sizes_in_the_readme_are_those_of_today() -> None:
 
 
 @pytest.mark.parametrize("name", ["depthwise", "attention", "recurrent"])
-def test_what_a_repair_wins_back_is_what_the_readme_says(name: str, tmp_path: Path) -> None:
+def test_what_recovery_gains_is_what_the_page_has(name: str, tmp_path: Path) -> None:
     """Where this fails for a good reason: python tools/measure_cuts.py --recover prints the new table."""
-    table = sections("README.md")["Use it"].partition("### Recover accuracy")[2]
+    table = sections("docs/benchmarks/small.md")["What recovery gains"]
     (row,) = re.findall(rf"^\| `{name}\.onnx` \| (.+) % \| (.+) % \| (.+) % \|$", table, re.MULTILINE)
     script = f"import measure_cuts; print(*measure_cuts.shares({name!r}, 'l2', 0.5, 'full'))"
     shares = python(tmp_path, "-c", script, path=(ROOT / "tools", ROOT)).split()
@@ -159,14 +220,20 @@ def test_plans_on_the_pages_are_plans() -> None:
     assert [slot.removed for slot in plans[0].groups[0].slots] == [[3, 17], [3, 17]]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
-    """Anchors are headings of the same page, other links are files."""
-    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     heads = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *GENERATED, "CHANGELOG.md", "SECURITY.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    """Links are files, seen from the page; anchors are headings."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        if link.startswith("#"):
-            assert link[1:] in anchors, link
-        elif "://" not in link:
-            assert (ROOT / link.partition("#")[0]).exists(), link
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link

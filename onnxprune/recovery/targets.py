@@ -575,6 +575,8 @@ def _own(graph: Graph, node: Node, form: Form) -> tuple[WeightSource, WeightSour
     """Return the constants of a layer's weight and bias, or why they cannot be changed."""
     if not form.plain:
         return "its output is not a plain product of data and weight"
+    if isinstance(form, Scale) and any(name not in graph.weights for name in node.inputs[2:5]):
+        return "its shift and statistics are not stored as they are used"  # quantized, for example
     weight = WeightSource.of(graph, node.inputs[form.weight])
     if isinstance(weight, str):
         return weight

@@ -192,8 +192,8 @@ def test_every_option_of_a_budget_reaches_the_api(api, run, model) -> None:
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:
-    page = Path(__file__).parents[2] / "SETTINGS.md"
-    assert page.read_text() == reference(), "write it again: python -m onnxprune.settings > SETTINGS.md"
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text() == reference(), "write it again: python -m onnxprune.settings > docs/settings.md"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

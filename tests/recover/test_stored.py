@@ -205,3 +205,15 @@ def test_a_scale_that_others_read_stays_as_it_is() -> None:
     fresh = draw(model, 32, seed=9)
     assert error(model, before, fresh) > 0.1
     assert error(model, result.model, fresh) < 0.03
+
+
+def test_a_normalisation_whose_shift_is_stored_as_codes_is_left_alone() -> None:
+    """Tools for quantization store the shift of a BatchNormalization as codes; reading it as numbers is no option."""
+    net = Planted(17)
+    x = net.conv(net.input("x", ["N", 3, 6, 6]), 3, 6)
+    shift = net.op("DequantizeLinear", net.const(np.arange(6), np.int8), net.const(0.01), net.const(0, np.int8))
+    rest = [net.const(np.full(6, value)) for value in (0.1, 1.5)]
+    y = net.op("BatchNormalization", net.op("Relu", x), net.const(np.linspace(0.5, 1.5, 6)), shift, *rest)
+    model = net.model(net.conv(net.op("Relu", y), 6, 4, 1))
+    _, result = repaired(model, plan((x, 1, 6, [1, 4])), draw(model, 64))
+    assert any("not stored as they are used" in reason for reason in how(result).values()), result.report.repairs
