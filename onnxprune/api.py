@@ -12,7 +12,7 @@ from onnxprune.allocation.rounding import Kernels
 from onnxprune.allocation.settings import WIDEST, Options
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan
-from onnxprune.errors import BudgetError, Note, UsageError, argument
+from onnxprune.errors import Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion
 from onnxprune.io.interchange import ModelSource
@@ -24,7 +24,7 @@ from onnxprune.runtime.diagnosis import explain_failures
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.sessions import with_custom_ops
 from onnxprune.search.budget import Budget, with_criterion
-from onnxprune.search.comparison import check_gates, compare_models
+from onnxprune.search.comparison import MeasureMetric, check_gates, compare_models
 from onnxprune.search.evaluation import Metric, load_metric
 from onnxprune.search.latency import LatencyProfile, describe_times, latency_table, rewritable_sizes
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
@@ -291,18 +291,13 @@ def _alone(ratio: float | None, plan: Any) -> None:
 
 
 def _faithful(result: Result, spec: BudgetSpec) -> None:
-    """Check ``min_fidelity`` of a run without a budget; raises BudgetError where a cosine is low or not measured."""
+    """Check ``min_fidelity`` of a run without a budget; raises BudgetError where it is not met or not measured."""
     if spec.min_fidelity is None or spec.any:
         return
     facts = result.report.fidelity
-    if facts is None or not facts.outputs:
-        message = f"{argument('min_fidelity')} {spec.min_fidelity:g}: fidelity could not be measured."
-        hint = f"Give {argument('data')}, and drop {argument('validate', False)}."
-        raise BudgetError(message, hint=hint, report=result.report)
-    short = facts.shortfall(spec.min_fidelity)
-    if short:
-        message = f"{short} is below {argument('min_fidelity')} {spec.min_fidelity:g}."
-        raise BudgetError(message, hint="Prune less: raise the budget or lower the ratio.", report=result.report)
+    advice = f"Give {argument('data')}, and drop {argument('validate', False)}."
+    hint = "Prune less: raise the budget or lower the ratio." if facts is not None and facts.outputs else advice
+    check_gates(result.report, min_fidelity=spec.min_fidelity, max_drop=None, hint=hint)
 
 
 @called("recover")
@@ -321,6 +316,9 @@ def recover(
     batch_size: int | None = None,
     images: ImageOptions | None = None,
     outputs: Mapping[str, str] | None = None,
+    metric: str | Metric | None = None,
+    max_drop: float | None = None,
+    min_fidelity: float | None = None,
     memory_limit: int | None = None,
     effort: str = "normal",
     cache: str | Path | None = None,
@@ -348,6 +346,11 @@ def recover(
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
             by names, values and the graph what an output is; None: none.
+        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
+            fidelity.
+        max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
+        min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
+            original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
             report lists what was left out.
@@ -362,7 +365,7 @@ def recover(
 
     Raises:
         OnnxpruneError: with an ``exit_code``: 2 bad input or a plan that does not lead from one model to the other, 3
-            model not processable, 4 the result is not a valid model.
+            model not processable, 4 the result is not a valid model, 5 a gate that is not met.
 
     Example:
         ::
@@ -382,9 +385,16 @@ def recover(
         "seed": seed,
         "progress": progress,
     }
-    return Pipeline([take, Flush(), Recover(recover), *_finetuning(finetune, labels), check]).run(
-        original, input_shapes=input_shapes, **reading, **running
-    )
+    stages = [take, Flush(), Recover(recover), *_finetuning(finetune, labels), check, *_measures(metric)]
+    result = Pipeline(stages).run(original, input_shapes=input_shapes, **reading, **running)
+    check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
+    return result
+
+
+def _measures(metric: str | Metric | None) -> list[MeasureMetric]:
+    """Return the pass that measures a metric, if there is one."""
+    function = load_metric(metric) if isinstance(metric, str) else metric
+    return [] if function is None else [MeasureMetric(function)]
 
 
 @called("recover")
@@ -463,6 +473,9 @@ def factorize(
     batch_size: int | None = None,
     images: ImageOptions | None = None,
     outputs: Mapping[str, str] | None = None,
+    metric: str | Metric | None = None,
+    max_drop: float | None = None,
+    min_fidelity: float | None = None,
     recover: str | None = None,
     finetune: int | str | bool | None = None,
     labels: Any = None,
@@ -502,6 +515,11 @@ def factorize(
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
             by names, values and the graph what an output is; None: none.
+        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
+            fidelity.
+        max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
+        min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
+            original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
         recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
@@ -523,7 +541,7 @@ def factorize(
 
     Raises:
         OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed, 5 nothing to
-            factorize, a ratio that no rank reaches, or nothing that gets faster.
+            factorize, a ratio that no rank reaches, nothing that gets faster, or a gate that is not met.
 
     Example:
         ::
@@ -546,9 +564,10 @@ def factorize(
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     reading["outputs"] = outputs
     running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
-    return Pipeline([Flush(), take, Recover(mode, why=reason), *_finetuning(finetune, labels), check]).run(
-        model, input_shapes=input_shapes, **reading, **running
-    )
+    stages = [Flush(), take, Recover(mode, why=reason), *_finetuning(finetune, labels), check, *_measures(metric)]
+    result = Pipeline(stages).run(model, input_shapes=input_shapes, **reading, **running)
+    check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
+    return result
 
 
 @called("inspect")
@@ -645,7 +664,7 @@ def compare(
     function = load_metric(metric) if isinstance(metric, str) else metric
     context = Context.of(original, outputs=outputs, seed=seed, progress=progress, **reading, **execution)
     report = compare_models(context, model, metric=function, timed=latency)
-    check_gates(report, max_drop, min_fidelity)
+    check_gates(report, min_fidelity=min_fidelity, max_drop=max_drop)
     return report
 
 
@@ -740,6 +759,7 @@ def sensitivity(
     samples: int | None = None,
     batch_size: int | None = None,
     images: ImageOptions | None = None,
+    outputs: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
@@ -796,6 +816,8 @@ def sensitivity(
         samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
+        outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
+            by names, values and the graph what an output is; None: none.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -838,6 +860,7 @@ def sensitivity(
     }
     running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    reading["outputs"] = outputs
     execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
     mode, _ = settle_mode(recover, data is not None, True)
     context = Context.of(model, approximate=approximate, **reading, **running, **execution)
@@ -888,6 +911,7 @@ def sweep(
     samples: int | None = None,
     batch_size: int | None = None,
     images: ImageOptions | None = None,
+    outputs: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
@@ -946,6 +970,8 @@ def sweep(
         samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
+        outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
+            by names, values and the graph what an output is; None: none.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -998,6 +1024,7 @@ def sweep(
         "progress": progress,
     }
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    reading["outputs"] = outputs
     execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
     mode, reason = settle_mode(recover, data is not None, True)
     budgets = [parse(f"{kind}={share}", "targets") for share in targets]

@@ -702,6 +702,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "measured sensitivity": lambda v: v.get("sensitivity") == "measure" or "ratios" in v,
     "runs": lambda v: v.get("validate") is not False,
     "finetune": lambda v: bool(v.get("finetune")),
+    "runs or metric": lambda v: v.get("validate") is not False or v.get("metric") is not None,
 }
 """What a setting may need, by name, asked of the values of a call."""
 
@@ -763,6 +764,7 @@ _LEAST = f"Importance criterion; default ziplm with {argument('data')}, else l2.
 _NO_LAYER_NORM = "Also prune channels that GroupNorm and the like normalise over, and LayerNorm without padding"
 _KEEP_MULTIPLE = Multiple("the multiple of units to keep")
 _NO_BUDGET = f"Give {argument('target')} or {argument('max_drop')}, or drop it."
+_MOST_LOST = "Write nothing and exit with 5 if the result loses more of the metric, else more points of fidelity."
 _REMOVED = Share("A ratio R is the share of units to remove")
 
 SETTINGS: tuple[Setting, ...] = (
@@ -948,19 +950,36 @@ SETTINGS: tuple[Setting, ...] = (
             0, math.inf, "the allowed loss of the metric, in points of fidelity where no metric is given", example="1.0"
         ),
         "Allowed loss of the metric; without a target, find the smallest model within this loss.",
-        {"prune": COST, "compare": CHECKS},
+        {"prune": COST, "recover": CHECKS, "factorize": CHECKS, "compare": CHECKS},
         variants={
+            "recover": {"help": _MOST_LOST, "brief": "Write nothing if more is lost."},
+            "factorize": {
+                "help": _MOST_LOST,
+                "brief": "Write nothing if more is lost.",
+                "needs": Need(
+                    "runs or metric",
+                    f"needs the models to run, but {argument('validate', False)} forbids that",
+                    f"Drop one of the two, or give {argument('metric')}.",
+                ),
+            },
             "compare": {
                 "help": "Exit with 5 if the second model loses more of the metric, else of fidelity.",
                 "brief": "Fail if the metric, or fidelity, loses more.",
-            }
+            },
         },
     ),
     Setting(
         "metric",
         NamedFunction("FILE.py:FUNCTION", "from the path of a model to a number, higher is better"),
         "Function from the path of a model to a number, higher is better; default fidelity in points.",
-        {"prune": CHECKS, "compare": CHECKS, "sensitivity": CHECKS, "sweep": CHECKS},
+        {
+            "prune": CHECKS,
+            "recover": CHECKS,
+            "factorize": CHECKS,
+            "compare": CHECKS,
+            "sensitivity": CHECKS,
+            "sweep": CHECKS,
+        },
         needs=Need(
             "budget or points",
             "measures model quality, but no budget needs it",
@@ -1365,8 +1384,6 @@ SETTINGS: tuple[Setting, ...] = (
             "runs", f"needs the models to run, but {argument('validate', False)} forbids that", "Drop one of the two."
         ),
         variants={
-            "recover": {"python": False},
-            "factorize": {"python": False},
             "compare": {
                 "help": "Exit with 5 when fidelity falls below X points, the share of the original's answers in "
                 "percent that stay; X up to 1 is the cosine of each output, centred per channel.",
@@ -1380,7 +1397,7 @@ SETTINGS: tuple[Setting, ...] = (
         OutputKinds(),
         "What an output is, where names, values and the graph tell it wrongly, with the axis of its classes or "
         "attributes; repeatable.",
-        {"prune": CHECKS, "recover": CHECKS, "factorize": CHECKS, "compare": CHECKS},
+        {command: CHECKS for command in _RUN if command != "profile"},
         option="--output-kind",
         many=True,
     ),

@@ -100,7 +100,8 @@ def _finish(
     if given.values.get("dry_run"):
         _show_dry_run(screen, given, report, target, parts, names, plan_file)
         return
-    output.check(report, given.min_fidelity, lambda: screen.show(*parts(), Text("")), hint)
+    gates = {"min_fidelity": given.min_fidelity, "max_drop": None if given.has_budget else given.max_drop}
+    output.check(report, lambda: screen.show(*parts(), Text("")), hint, **gates)
     result.save(target, plan=plan_file)
     screen.wrote.extend([path for path in (target, plan_file) if path is not None])
     report.output = str(target)
@@ -123,11 +124,12 @@ def _show_dry_run(
 ) -> None:
     """Show the report of a run that writes nothing, and what it left out; the arguments are those of ``_finish``."""
     skipped = ["timing"]
-    if not given.values.get("target") and given.values.get("max_drop") is None:
+    if not given.has_budget:
         skipped += ["the proof of exactness"] if given.command == "prune" else []
         skipped += ["the comparison of outputs"]
         skipped += ["recovery"] if given.recover not in (None, "none") or given.data is not None else []
-        skipped += [screen.spelled(Note(argument("min_fidelity")))] if given.min_fidelity is not None else []
+        gates = [name for name in ("min_fidelity", "metric", "max_drop") if given.values.get(name) is not None]
+        skipped += [screen.spelled(Note(argument(name))) for name in gates]
     files = [str(path) for path in (target, plan_file) if path is not None]
     if screen.as_json:
         absent: dict[str, str | None] = dict.fromkeys(names)
@@ -137,6 +139,10 @@ def _show_dry_run(
     lines = [Text.assemble(("dry run   ", "bold"), "nothing was written; without --dry-run this run writes ", files[0])]
     lines += [Text.assemble(("skipped   ", "bold"), ", ".join(skipped))]
     screen.show(*parts(), *lines)
+
+
+_GATES = ("min_fidelity", "max_drop")
+"""Gates of recoveries and factorizations; the command asks them itself, after it has the report to show."""
 
 
 def _check(given: Given, target: Path, further: Callable[[Given], None] = lambda given: None) -> None:
@@ -258,9 +264,10 @@ def _factorized(given: Given, screen: Screen) -> Any:
 
     decided = {name for name, setting in settings_of("factorize").items() if "plan" in setting.conflicts}
     arguments = {k: v for k, v in given.arguments.items() if given.plan is None or k not in decided}
-    # Quiet without JSON shows no latency, so the time to measure it is saved.
+    arguments |= dict.fromkeys(_GATES)
     if given.dry_run:
-        arguments |= {"validate": False, "recover": "none"}
+        arguments |= {"validate": False, "recover": "none", "metric": None}
+    # Quiet without JSON shows no latency, so the time to measure it is saved.
     latency = arguments["validate"] and (screen.verbosity >= 0 or screen.as_json)
     with screen.progress() as progress:
         return op.factorize(given.model, **arguments, latency=latency, progress=progress)
@@ -317,8 +324,9 @@ def _repair(given: Given, screen: Screen) -> Any:
     """Run the API on what was given."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
+    arguments = {**given.arguments, **dict.fromkeys(_GATES)}
     with screen.progress() as progress:
-        return op.recover(given.original, given.cut, **given.arguments, progress=progress)
+        return op.recover(given.original, given.cut, **arguments, progress=progress)
 
 
 def _recovery_parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]:

@@ -246,7 +246,8 @@ class Given:
     @property
     def has_budget(self) -> bool:
         """Whether a budget was asked for."""
-        return bool(self.values.get("target")) or self.values.get("max_drop") is not None
+        prunes = "target" in self.values  # elsewhere the drop is a gate
+        return prunes and (bool(self.values["target"]) or self.values.get("max_drop") is not None)
 
     def _argument(self, setting: Setting) -> Any:
         value, kind = self.values[setting.name], setting.kind

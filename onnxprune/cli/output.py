@@ -9,14 +9,17 @@ from onnxprune.errors import BudgetError, UsageError, ValidationError, argument
 from onnxprune.report.facts import Report
 
 
-def check(report: Report, least: float | None, show: Callable[[], None], hint: str) -> None:
+def check(
+    report: Report, show: Callable[[], None], hint: str, *, min_fidelity: float | None, max_drop: float | None
+) -> None:
     """Stop before anything is written when the cut is wrong (ValidationError) or not faithful enough (BudgetError).
 
     Args:
         report: report of the run.
-        least: value of ``--min-fidelity``, a centred cosine up to 1, or points up to 100; None: no limit.
-        show: function that prints the report of a result below the limit.
-        hint: advice for a result below the limit.
+        show: function that prints the report of a result that does not pass a gate.
+        hint: advice for such a result.
+        min_fidelity: gate on fidelity, see :meth:`Report.shortfall`; None: no limit.
+        max_drop: gate on the metric or the points; None: no limit.
     """
     if report.exactness.passed is False:
         facts = report.exactness
@@ -26,23 +29,14 @@ def check(report: Report, least: float | None, show: Callable[[], None], hint: s
             hint="This is a bug in onnxprune and nothing was written: please report it with the model.",
             report=report,
         )
-    if least is None:
+    short = report.shortfall(min_fidelity, max_drop)
+    if not short:
         return
-    if report.fidelity is None or not report.fidelity.outputs:
-        note = report.fidelity.note if report.fidelity is not None else ""
-        raise BudgetError(
-            f"{argument('min_fidelity')} {least:g}: fidelity could not be measured{': ' + note if note else ''}",
-            hint=f"Nothing was written. Give inputs with {argument('data')}, or drop {argument('min_fidelity')}.",
-            report=report,
-        )
-    short = report.fidelity.shortfall(least)
-    if short:
-        show()
-        raise BudgetError(
-            f"{short} is below {argument('min_fidelity')} {least:g}",
-            hint=f"Nothing was written. {hint}",
-            report=report,
-        )
+    asked = argument("max_drop" if min_fidelity is None else "min_fidelity")
+    show()
+    if report.metric is None and (report.fidelity is None or not report.fidelity.outputs):
+        hint = f"Give inputs with {argument('data')}, or drop {asked}."
+    raise BudgetError(short, hint=f"Nothing was written. {hint}", report=report)
 
 
 def damage(report: Report) -> list[str]:

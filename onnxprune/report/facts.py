@@ -517,6 +517,39 @@ class Report:
         """The verdict on the final model; None where fidelity was not measured."""
         return None if self.fidelity is None else verdict_on(self.fidelity, self.recovery)
 
+    def shortfall(self, min_fidelity: float | None = None, max_drop: float | None = None) -> str:
+        """Return which gate is not met and why, empty where all are met.
+
+        Args:
+            min_fidelity: points above 1, or the centred cosine that every output needs; None: no limit.
+            max_drop: what the metric may lose, points of fidelity where none was measured; None: no limit.
+        """
+        facts, metric = self.fidelity, self.metric
+        if min_fidelity is not None:
+            gate = f"{argument('min_fidelity')} {min_fidelity:g}"
+            if facts is None or not facts.outputs:
+                return f"{gate}: {self._unmeasured}"
+            below = facts.shortfall(min_fidelity)
+            if below:
+                return f"{below} is below {gate}"
+        if max_drop is None:
+            return ""
+        gate = f"{argument('max_drop')} {max_drop:g}"
+        points = None if facts is None else facts.points
+        if metric is None and points is None:
+            return f"{gate}: {self._unmeasured}"
+        measured = metric or MetricFacts("points of fidelity", 100.0, points or 0.0)
+        lost = measured.before - measured.after
+        if lost <= max_drop + 1e-9:
+            return ""
+        change = f"{measured.name} fell from {measured.before:.4g} to {measured.after:.4g}"
+        return f"{change}: {lost:.3g} lost, more than {gate}"
+
+    @property
+    def _unmeasured(self) -> str:
+        note = "" if self.fidelity is None else self.fidelity.note
+        return f"fidelity could not be measured{f': {note}' if note else ''}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready plain data."""
         verdict = self.verdict

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import onnx
 
 from onnxprune.channels.analysis import Analysis
-from onnxprune.errors import BudgetError, UsageError, argument
+from onnxprune.errors import BudgetError, UsageError
 from onnxprune.graph.probes import input_specs
 from onnxprune.io.interchange import ModelSource
 from onnxprune.passes.validate import doubted_ranges, measured_inputs
 from onnxprune.passes.workspace import Workspace, timing_feed
-from onnxprune.pipeline import Context
+from onnxprune.pipeline import SAME_MODEL, SAME_REMOVAL, Context, Model, Pass, PassResult
 from onnxprune.report.facts import Exactness, Fact, MetricFacts, Report, Sizes, report_of
 from onnxprune.runtime.fidelity import fidelity, hints_of
 from onnxprune.runtime.latency import latency
@@ -75,32 +74,40 @@ def _sizes(one: Analysis, other: Analysis) -> Sizes:
     return Sizes(one.parameters, other.parameters, before, after, one.loaded.size, other.loaded.size)
 
 
-def check_gates(report: Report, max_drop: float | None, min_fidelity: float | None) -> None:
-    """Check the gates of a comparison.
+class MeasureMetric(Pass):
+    """Measure the user's metric of the original and of the result.
 
     Args:
-        report: of the comparison.
-        max_drop: what the metric may lose, points of fidelity without one; None: no limit.
-        min_fidelity: points above 1, or the centred cosine of every output; None: no limit.
+        metric: function from the path of a model to a number, higher is better.
+
+    Raises:
+        UsageError: the metric fails.
+    """
+
+    ensures = (SAME_MODEL, SAME_REMOVAL)
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Write both models and measure them."""
+        with context.stage("metric"), Workspace.of(context.analysis) as trial:
+            before = measure_metric(self.metric, trial.copy_of_original())
+            result, _ = trial.write(*model.parts, "result")
+            after = measure_metric(self.metric, result)
+        return PassResult(model, [MetricFacts(points_name(self.metric), before, after)], changed=False)
+
+
+def check_gates(report: Report, *, min_fidelity: float | None, max_drop: float | None, hint: str = "") -> None:
+    """Check the gates on a result; the arguments are those of :meth:`Report.shortfall`, and a hint.
 
     Raises:
         BudgetError: one is not met; the error has the report.
     """
-    short = ""
-    facts, metric = report.fidelity, report.metric
-    if min_fidelity is not None:
-        below = "fidelity could not be measured" if facts is None else facts.shortfall(min_fidelity)
-        short = f"{below}, {argument('min_fidelity')} {min_fidelity:g}" if below else ""
-    if max_drop is not None and not short:
-        name = points_name(None) if metric is None else metric.name
-        points = math.nan if facts is None or facts.points is None else facts.points
-        before, after = (100.0, points) if metric is None else (metric.before, metric.after)
-        drop = before - after
-        if not drop <= max_drop + 1e-9:
-            short = f"{name} fell from {before:.4g} to {after:.4g}: {drop:.3g} > {argument('max_drop')} {max_drop:g}"
+    short, verdict = report.shortfall(min_fidelity, max_drop), report.verdict
     if short:
-        verdict = report.verdict
-        raise BudgetError(short, hint="" if verdict is None else f"Lost: {verdict.reason}.", report=report)
+        lost = "" if verdict is None else f"Lost: {verdict.reason}."
+        raise BudgetError(short, hint=" ".join(filter(None, (lost, hint))), report=report)
 
 
 def check_interfaces(one: Analysis, other: Analysis) -> None:

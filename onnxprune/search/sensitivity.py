@@ -28,6 +28,7 @@ from onnxprune.passes.select import Selector
 from onnxprune.pipeline import Context
 from onnxprune.runtime import sessions
 from onnxprune.runtime.capture import count
+from onnxprune.runtime.fidelity import Outputs
 from onnxprune.runtime.sessions import Feed
 from onnxprune.search.evaluation import Metric, evaluate, points_name, points_of_original
 
@@ -58,6 +59,7 @@ class Job:
     atoms: int
     removed: dict[float, bytes]
     libraries: tuple[str, ...] = ()
+    outputs: Outputs | None = None
 
 
 def run_job(job: Job) -> list[tuple[float, float, str]]:
@@ -91,7 +93,7 @@ class _Key:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._same = (job.model, repr(job.input_shapes), job.approximate, job.reshape_axis, job.seed)
+        self._same = (job.model, repr(job.input_shapes), job.approximate, job.reshape_axis, job.seed, repr(job.outputs))
 
     def __hash__(self) -> int:
         return hash(self._same)
@@ -112,7 +114,8 @@ def _context(key: _Key) -> Context:
     """Return the run of one model, analysed once per worker."""
     job = key.job
     data = None if job.feeds is None else list(job.feeds)
-    return Context.of(job.model, input_shapes=job.input_shapes, data=data, seed=job.seed, approximate=job.approximate)
+    how: dict[str, Any] = {"input_shapes": job.input_shapes, "approximate": job.approximate, "outputs": job.outputs}
+    return Context.of(job.model, data=data, seed=job.seed, **how)
 
 
 def measure_sensitivity(
@@ -216,6 +219,7 @@ def _job(
         atoms,
         packed,
         sessions.libraries(),
+        context.outputs,
     )
 
 
@@ -238,12 +242,14 @@ def _settings(
     data = "synthetic" if context.calibration is None else context.inputs().name
     label = None if metric is None else points_name(metric)
     request = selector.request.settings
+    kinds = {} if context.outputs is None else {"outputs": dict(context.outputs)}
     return {
         "criterion": selector.name,
         "recover": mode,
         "data": data,
         "metric": label,
         "shares": list(shares),
+        **kinds,
         **{name: request[name] for name in ("policy", "normalize", "group_policy", "reshape_axis", "round_to", "step")},
     }
 
