@@ -182,7 +182,8 @@ def try_mutant(mutant: Mutant, place: Path, tests: tuple[str, ...], limit: float
 
 def copy_tree(place: Path) -> Path:
     """A copy of what the tests need, to be broken."""
-    for name in (PACKAGE, "tests", "tools", "models", "README.md", "CONTRIBUTING.md", "pyproject.toml"):
+    pages = ("docs", "examples", "mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+    for name in (PACKAGE, "tests", "tools", "models", *pages, "pyproject.toml"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, place / name, ignore=shutil.ignore_patterns("__pycache__"))
