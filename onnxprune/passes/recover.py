@@ -70,22 +70,22 @@ _WORSE = 1.01
 
 def doubts(analysis: Analysis, feeds: Sequence[Feed], repairs: Sequence[Repair]) -> list[str]:
     """Return warnings about the data used for fitting: each warning once, with the layer where it is worst."""
-    found = []
+    warnings = []
     samples = sum(map(count, feeds))
     if samples < _FEW:
         what = "1 sample" if samples == 1 else f"{samples} samples"
-        found.append(f"recovery has {what} only: give {_FEW} or more, better 256")
+        warnings.append(f"recovery has {what} only: give {_FEW} or more, better 256")
     if samples > 1 and _constant(feeds):
-        found.append(
+        warnings.append(
             "all calibration samples are the same, so recovery can learn almost nothing: give different samples"
         )
-        return found
+        return warnings
     if samples >= _TELLING and (output := _single_class(analysis, feeds)):
-        found.append(
+        warnings.append(
             f"the original predicts the same class for all {samples} calibration samples (largest entry of "
             f"{output!r}): recovery has no samples of the other classes; give samples of all classes"
         )
-    return found + _gaps(repairs)
+    return warnings + _gaps(repairs)
 
 
 def _single_class(analysis: Analysis, feeds: Sequence[Feed]) -> str:
@@ -108,24 +108,24 @@ def _single_class(analysis: Analysis, feeds: Sequence[Feed]) -> str:
 
 def _gaps(repairs: Sequence[Repair]) -> list[str]:
     """Return the layers with too little data."""
-    found = []
+    warnings = []
     reached = [r for r in repairs if r.unknowns and r.before > _UNTOUCHED]
     short = [r for r in reached if r.rows < r.unknowns]
     if short:
         worst = min(short, key=lambda r: r.rows / r.unknowns)
-        found.append(
+        warnings.append(
             f"{_layers(short)} more unknowns than the data has rows (worst: {worst.layer}, {worst.unknowns} and "
             f"{worst.rows}): their weights change little; give more samples"
         )
-    flat = [r for r in reached if r not in short and r.directions < r.unknowns / 2]
-    if flat:
-        worst = min(flat, key=lambda r: r.directions / r.unknowns)
-        found.append(
-            f"{_layers(flat)} inputs that vary in less than half of their directions (worst: {worst.layer}, "
+    narrow = [r for r in reached if r not in short and r.directions < r.unknowns / 2]
+    if narrow:
+        worst = min(narrow, key=lambda r: r.directions / r.unknowns)
+        warnings.append(
+            f"{_layers(narrow)} inputs that vary in less than half of their directions (worst: {worst.layer}, "
             f"{worst.directions} of {worst.unknowns}): the other directions are not recovered; give more varied "
             "samples"
         )
-    return found
+    return warnings
 
 
 def _layers(which: Sequence[Repair]) -> str:
@@ -177,24 +177,26 @@ def noise(facts: Fidelity) -> float:
     return float(np.mean([o.noise for o in facts.outputs] or [0.0]))
 
 
-def remarks(facts: Recovery, repairs: Sequence[Repair], left: Mapping[str, str]) -> list[str]:
+def remarks(facts: Recovery, repairs: Sequence[Repair], reasons: Mapping[str, str]) -> list[str]:
     """Return warnings about a recovery that had little effect."""
-    unreached = sum(why.startswith(UNREACHED) for why in left.values())
-    found = []
+    unreached = sum(why.startswith(UNREACHED) for why in reasons.values())
+    warnings = []
     if unreached:
         what = "1 layer lies" if unreached == 1 else f"{unreached} layers lie"
-        found.append(
+        warnings.append(
             f"{what} in branches that no calibration sample takes, and cannot be recovered; {argument('explain')} "
             "lists them"
         )
     if facts.undone:
         help = f"inputs of your own ({argument('data')})" if facts.inputs else "more samples"
-        found.append(f"recovery increased the error of the outputs and was undone: {help} may help")
+        warnings.append(f"recovery increased the error of the outputs and was undone: {help} may help")
     elif not any(r.done for r in repairs):
-        why = "no layer can be changed" if left and not repairs else "no change lowered the error on hold-out samples"
+        why = (
+            "no layer can be changed" if reasons and not repairs else "no change lowered the error on hold-out samples"
+        )
         mode = argument("recover", facts.mode)
-        found.append(f"no layer was recovered ({mode}): {why}; {argument('explain')} shows the reasons")
-    return [Note(text) for text in found]
+        warnings.append(f"no layer was recovered ({mode}): {why}; {argument('explain')} shows the reasons")
+    return [Note(text) for text in warnings]
 
 
 # -- its inputs --------------------------------------------------------------------------------------------------------
@@ -235,15 +237,15 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
         return CalibrationSplit.of(made, "synthetic", words)
     source = CalibrationBatches(context, analysis)
     samples = 0
-    given: list[Feed] = []
+    feeds: list[Feed] = []
     for feed in source.batches():
-        given.append(feed)
+        feeds.append(feed)
         samples += count(feed)
         if context.calibration.limit is None and samples >= MAX_VALIDATION:
             break
-    if not given:
+    if not feeds:
         raise _too_few(source)
-    return CalibrationSplit(made, HoldOut(given, context.inputs().name), words)
+    return CalibrationSplit(made, HoldOut(feeds, context.inputs().name), words)
 
 
 def _batches(context: Context, analysis: Analysis) -> list[Feed]:
@@ -431,11 +433,11 @@ class Recover(Pass):
         with context.stage("recover"):
             best = self._best(context, model, split)
             warnings = [] if split.synthetic else doubts(model.analysis, split.fit, best.repairs)
-        whole = Recovery(self.mode, self.why, split.synthetic, split.num_fit, split.num_held_out)
-        whole.before, whole.after, whole.undone = best.before, best.after, best.worse
-        warnings += remarks(whole, best.repairs, best.reasons)
-        left = [Repair(name, f"left: {why}", 0.0, 0.0) for name, why in best.reasons.items()]
-        facts: list[Fact] = [Recovered(whole, [*best.repairs, *left]), *map(Remark, warnings)]
+        recovery = Recovery(self.mode, self.why, split.synthetic, split.num_fit, split.num_held_out)
+        recovery.before, recovery.after, recovery.undone = best.before, best.after, best.worse
+        warnings += remarks(recovery, best.repairs, best.reasons)
+        skipped = [Repair(name, f"left: {why}", 0.0, 0.0) for name, why in best.reasons.items()]
+        facts: list[Fact] = [Recovered(recovery, [*best.repairs, *skipped]), *map(Remark, warnings)]
         recovered = replace(model, hold_out=split.validation)
         if not best.worse and best.parts is not None:
             recovered = recovered.with_parts(best.parts, as_pruned=model.as_pruned or model.parts)
@@ -451,13 +453,13 @@ class Recover(Pass):
                 Checkpoints(context.cache, f"{recalibrate} {key}") if context.cache is not None and key else None
             )
             with workspace() as folder:
-                repairs, left = self._repair(context, model, prepared, split.fit, folder, recalibrate, checkpoints)
+                repairs, reasons = self._repair(context, model, prepared, split.fit, folder, recalibrate, checkpoints)
             parts = prepared.model() if any(r.done for r in repairs) else None
             if self.near:
-                return _Outcome(repairs, left, parts)
+                return _Outcome(repairs, reasons, parts)
             pair = [model.parts, parts or model.parts]
             was, after = compare_with_original(context.analysis, pair, split.validation, context.outputs)
-            outcome = _Outcome(repairs, left, parts, was, after, is_worse(after, was))
+            outcome = _Outcome(repairs, reasons, parts, was, after, is_worse(after, was))
             best = outcome if best is None or best.worse or not outcome.worse else best
             if noise(after) < _EXACT or context.stages.interrupted:
                 break
@@ -472,10 +474,10 @@ class Recover(Pass):
         settings = model.analysis.loaded.sha256, *how, model.is_factorized
         return f"{settings} {fingerprint_of(*model.parts, split.fit)}"
 
-    def _of_original(self, aim: RecoveryTarget) -> tuple[str, ...]:
+    def _of_original(self, target: RecoveryTarget) -> tuple[str, ...]:
         """Return the tensors of the original that the fit of a layer needs."""
-        names = (aim.path.target, aim.data) if self.symmetric or aim.recurrent else (aim.path.target,)
-        return (*names, *(name for name, _ in aim.conditions))
+        names = (target.path.target, target.data) if self.symmetric or target.recurrent else (target.path.target,)
+        return (*names, *(name for name, _ in target.conditions))
 
     @property
     def _fitting(self) -> str:
@@ -483,30 +485,34 @@ class Recover(Pass):
         return "full" if self.mode == "datafree" else self.mode
 
     def _targets(
-        self, context: Context, model: Model, graph: Graph, after: Survivors, taken: Sequence[BranchAssignment]
+        self, context: Context, model: Model, graph: Graph, after: Survivors, branches: Sequence[BranchAssignment]
     ) -> RecoveryTargets:
         """Return the recovery targets in the pruned model on batches with this branch assignment."""
-        known = {name for name in comparable_tensors(context, model) if can_follow(model.analysis, after, name)}
+        comparable = {name for name in comparable_tensors(context, model) if can_follow(model.analysis, after, name)}
         shape = _shapes_now(model.analysis, graph) if model.is_factorized else after.shape
-        aims = find_targets(graph, known, shape, joint=self._fitting == "full")
-        aims.reject(partial(untaken, graph, taken))
+        targets = find_targets(graph, comparable, shape, joint=self._fitting == "full")
+        targets.reject(partial(untaken, graph, branches))
         if self.near:
-            aims.keep(lambda aim: after.touched(aim.data))
-        return aims
+            targets.keep(lambda target: after.touched(target.data))
+        return targets
 
     def _values(
         self,
-        aim: RecoveryTarget,
+        target: RecoveryTarget,
         store: tuple[Store, Store],
         weights: Mapping[str, Weight],
         after: Survivors,
         feeds: Sequence[Feed],
     ) -> _Values:
         """Return the tensor values that a problem needs; the store of the pruned model comes first."""
-        get = of_iterations(store[1].get, aim.conditions, weights) if aim.conditions else store[1].get
-        data = partial(survivors, get, after) if self.symmetric or aim.recurrent else store[0].get
-        own = [b for b in store[1].batches([aim.path.target]) if not aim.conditions or len(get(aim.path.target, b))]
-        return data, get, after.steps(aim.path.target), own, sum(count(feeds[b]) for b in own)
+        get = of_iterations(store[1].get, target.conditions, weights) if target.conditions else store[1].get
+        data = partial(survivors, get, after) if self.symmetric or target.recurrent else store[0].get
+        own = [
+            b
+            for b in store[1].batches([target.path.target])
+            if not target.conditions or len(get(target.path.target, b))
+        ]
+        return data, get, after.steps(target.path.target), own, sum(count(feeds[b]) for b in own)
 
     def _repair(
         self,
@@ -529,20 +535,20 @@ class Recover(Pass):
         if recalibrate:
             recalibrated = Recalibrated(full, after, graph, weights, feeds, Store(memory, folder))
             full_weights = recalibrated.original
-        taken = branch_assignments(full, full.weights, feeds)
-        aims = self._targets(context, pruned, graph, after, taken)
+        branches = branch_assignments(full, full.weights, feeds)
+        targets = self._targets(context, pruned, graph, after, branches)
         store = Store(memory, folder), Store(memory, folder)
-        needs = [[n for a in level for n in a.needs] for level in aims.levels]
+        needs = [[n for a in level for n in a.needs] for level in targets.levels]
         within = inside(analysis)
-        cut_run = Segments(graph, weights, needs, store[0], within, taken)
-        wanted = [[n for a in x for n in self._of_original(a)] for x in aims.levels]
-        starts = run_ahead(analysis, wanted, sum(map(count, feeds)), memory // _AHEAD)
-        full_run = Segments(full, full_weights, wanted, store[1], within, taken, starts)
+        cut_run = Segments(graph, weights, needs, store[0], within, branches)
+        needs_of_original = [[n for a in x for n in self._of_original(a)] for x in targets.levels]
+        starts = run_ahead(analysis, needs_of_original, sum(map(count, feeds)), memory // _AHEAD)
+        full_run = Segments(full, full_weights, needs_of_original, store[1], within, branches, starts)
         for run in (cut_run, full_run):
             run.feed(feeds)
         # Labels belong to the model before pruning and do not cover factorized layers.
         pairwise = self.mode == "full" and not pruned.is_factorized
-        pairs = find_pairs(analysis.table, analysis.units.component, after, aims) if pairwise else []
+        pairs = find_pairs(analysis.table, analysis.units.component, after, targets) if pairwise else []
         mixed: dict[int, Mixing] = {}
         values: dict[int, _Values] = {}
         repairs: list[Repair] = []
@@ -550,22 +556,22 @@ class Recover(Pass):
         def one(layer: Layer) -> Fitted:
             return _fitted(layer, values[layer.node.index], mode, mixed.get(layer.node.index), context.effort.rows)
 
-        with context.stages.until_interrupted(lambda: _so_far(repairs, aims)):
-            for number, level in enumerate(aims.levels):
+        with context.stages.until_interrupted(lambda: _so_far(repairs, targets)):
+            for number, level in enumerate(targets.levels):
                 _run_piece((cut_run, full_run), number)
                 values.update({a.node.index: self._values(a, store, full_weights, after, feeds) for a in level})
                 layers = [Layer(graph, weights, a) for a in level if values[a.node.index][3]]
-                aims.reasons.update({a.node.label: NEVER for a in level if not values[a.node.index][3]})
+                targets.reasons.update({a.node.label: NEVER for a in level if not values[a.node.index][3]})
                 mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, store[1].batches))
                 fits = _fitted_level(one, layers, number, checkpoints)
                 with uninterrupted():
                     repairs += [_written(*pair) for pair in zip(layers, fits, strict=True)]
                 for run in (cut_run, full_run):
                     run.done(number)
-                context.tell("recover", (number + 1) / len(aims.levels))
+                context.tell("recover", (number + 1) / len(targets.levels))
         if recalibrated is not None:
             recalibrated.undo()
-        return repairs, {**aims.reasons, **_unfitted(aims, repairs)}
+        return repairs, {**targets.reasons, **_unfitted(targets, repairs)}
 
 
 def _run_piece(runs: Sequence[Segments], number: int) -> None:
@@ -575,31 +581,31 @@ def _run_piece(runs: Sequence[Segments], number: int) -> None:
             pass
 
 
-def _so_far(repairs: Sequence[Repair], aims: RecoveryTargets) -> str:
+def _so_far(repairs: Sequence[Repair], targets: RecoveryTargets) -> str:
     """Describe a recovery that ends early; empty where no layer has new weights."""
-    done, every = sum(r.done for r in repairs), sum(map(len, aims.levels))
+    done, every = sum(r.done for r in repairs), sum(map(len, targets.levels))
     return f"the recovery ended after {len(repairs)} of {every} layers" if done else ""
 
 
-def _unfitted(aims: RecoveryTargets, repairs: Sequence[Repair]) -> dict[str, str]:
+def _unfitted(targets: RecoveryTargets, repairs: Sequence[Repair]) -> dict[str, str]:
     """Return the reasons of the layers that a recovery that ended early did not come to."""
-    known = {r.layer for r in repairs} | aims.reasons.keys()
-    return {a.node.label: _LATE for level in aims.levels for a in level if a.node.label not in known}
+    listed = {r.layer for r in repairs} | targets.reasons.keys()
+    return {a.node.label: _LATE for level in targets.levels for a in level if a.node.label not in listed}
 
 
-def run_ahead(analysis: Analysis, wanted: Sequence[Sequence[str]], samples: int, limit: int) -> list[int]:
+def run_ahead(analysis: Analysis, names_by_level: Sequence[Sequence[str]], samples: int, limit: int) -> list[int]:
     """Return for every level the first level of the piece in which its tensors of the original are computed.
 
     Args:
         analysis: analysis of the model, for the sizes of its tensors.
-        wanted: tensors of every level.
+        names_by_level: tensors of every level.
         samples: number of samples.
         limit: bytes of tensors to compute at a time, unless a level alone has more.
     """
     starts: list[int] = []
     room = 0
-    sizes = bytes_per_sample(analysis, {n for names in wanted for n in names})
-    for level, names in enumerate(wanted):
+    sizes = bytes_per_sample(analysis, {n for names in names_by_level for n in names})
+    for level, names in enumerate(names_by_level):
         size = samples * sum(sizes.get(name, limit) for name in set(names))
         if starts and size <= room:
             starts.append(starts[-1])

@@ -49,7 +49,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two projections whose outputs are multiplied. ``kept``: indices of the surviving channels of every head."""
+    """Two projections whose outputs are multiplied; ``indices`` are those of the surviving channels of every head."""
 
     sides: tuple[Side, Side]
     indices: Sequence[Ids]
@@ -83,30 +83,30 @@ class Mixing:
         return np.moveaxis(result.reshape(inner), ends, axes)
 
 
-def find_pairs(table: Table, component: Ids, after: Survivors, aims: RecoveryTargets) -> list[Pair]:
+def find_pairs(table: Table, component: Ids, after: Survivors, targets: RecoveryTargets) -> list[Pair]:
     """Find the products of two pruned activations whose projections are recovered together.
 
     Only rearrangements and scalar factors may lie between projection and product. Each projection is mixed once.
     """
-    by_name = {aim.path.target: aim for level in aims.levels for aim in level}
-    found: list[Pair] = []
-    seen: set[int] = set()
-    taken: set[tuple[str, int]] = set()
+    by_name = {layer.path.target: layer for level in targets.levels for layer in level}
+    pairs: list[Pair] = []
+    visited: set[int] = set()
+    mixed: set[tuple[str, int]] = set()
     for site in contraction_inputs(table, component):
-        if site.partner is None or site.node.index in seen or after.mask(site.label) is None:
+        if site.partner is None or site.node.index in visited or after.mask(site.label) is None:
             continue
-        seen.add(site.node.index)
+        visited.add(site.node.index)
         pair = _pair(table, after, site, by_name)
         if pair is None:
             continue
         places = {(s.layer.path.target, int(p)) for s in pair.sides for p in s.source.ravel()}
-        if not places & taken:
-            taken |= places
-            found.append(pair)
-    return found
+        if not places & mixed:
+            mixed |= places
+            pairs.append(pair)
+    return pairs
 
 
-def _pair(table: Table, after: Survivors, site: ContractionInput, aims: Mapping[str, RecoveryTarget]) -> Pair | None:
+def _pair(table: Table, after: Survivors, site: ContractionInput, targets: Mapping[str, RecoveryTarget]) -> Pair | None:
     assert site.partner is not None
     other, order = site.partner
     atoms = in_order(site.label.ids, site.label.axes)
@@ -116,20 +116,20 @@ def _pair(table: Table, after: Survivors, site: ContractionInput, aims: Mapping[
     if not mates:
         return None
     first, second = (a.reshape(-1, width) for a in (atoms, mates[0]))
-    kept = [np.flatnonzero(~gone) for gone in after.removed[first]]
-    found = [_side(table, after, *x, kept, aims) for x in ((site.tensor, first), (other, second))]
-    if found[0] is None or found[1] is None or found[0].layer.level != found[1].layer.level:
+    indices = [np.flatnonzero(~removed) for removed in after.removed[first]]
+    both = [_side(table, after, *x, indices, targets) for x in ((site.tensor, first), (other, second))]
+    if both[0] is None or both[1] is None or both[0].layer.level != both[1].layer.level:
         return None
-    return Pair((found[0], found[1]), kept)
+    return Pair((both[0], both[1]), indices)
 
 
 def _side(
-    table: Table, after: Survivors, name: str, atoms: Ids, kept: Sequence[Ids], aims: Mapping[str, RecoveryTarget]
+    table: Table, after: Survivors, name: str, atoms: Ids, indices: Sequence[Ids], targets: Mapping[str, RecoveryTarget]
 ) -> Side | None:
-    aimed = _origin(table.graph, name, aims)
-    if aimed is None:
+    origin = _origin(table.graph, name, targets)
+    if origin is None:
         return None
-    for label in table.get(aimed):
+    for label in table.get(origin):
         flat = label.ids.ravel()
         order = np.argsort(flat, kind="stable")
         at = np.searchsorted(flat[order], atoms.ravel())
@@ -138,17 +138,17 @@ def _side(
             continue
         source = order[at].reshape(atoms.shape)
         place = np.full(flat.size, -1)
-        left = surviving(after, label).ravel()
-        place[left] = np.arange(left.size)
-        target = [place[row[k]] for row, k in zip(source, kept, strict=True)]
+        survivors = surviving(after, label).ravel()
+        place[survivors] = np.arange(survivors.size)
+        target = [place[row[k]] for row, k in zip(source, indices, strict=True)]
         if all((t >= 0).all() for t in target):
-            return Side(aims[aimed], label, source, target)
+            return Side(targets[origin], label, source, target)
     return None
 
 
-def _origin(graph: Graph, name: str, aims: Mapping[str, RecoveryTarget]) -> str | None:
+def _origin(graph: Graph, name: str, targets: Mapping[str, RecoveryTarget]) -> str | None:
     """Return the target tensor whose values ``name`` holds, rearranged and multiplied by one number."""
-    while name not in aims:
+    while name not in targets:
         node = graph.producer.get(name)
         if node is None or node.domain:
             return None
@@ -179,17 +179,17 @@ def mixings(
         own = batches([side.layer.path.target for side in pair.sides])
         if not own:
             continue
-        for head, kept in enumerate(pair.indices):
-            if not 0 < kept.size < pair.sides[0].source.shape[1]:
+        for head, indices in enumerate(pair.indices):
+            if not 0 < indices.size < pair.sides[0].source.shape[1]:
                 continue
             fit, judge = (
                 _products(pair, head, get, [b for k, b in enumerate(own) if is_validation(k, len(own)) == h])
                 for h in (False, True)
             )
-            both = best_subspace(*fit, kept)
-            whole = both[0] @ both[1].T
-            if measure_drift(*judge, whole) >= (1.0 - WORTH) * measure_drift(
-                *judge, np.diag(np.isin(np.arange(len(whole)), kept))
+            both = best_subspace(*fit, indices)
+            product = both[0] @ both[1].T
+            if measure_drift(*judge, product) >= (1.0 - WORTH) * measure_drift(
+                *judge, np.diag(np.isin(np.arange(len(product)), indices))
             ):
                 continue
             for side, matrix in zip(pair.sides, both, strict=True):
@@ -212,7 +212,7 @@ def _products(pair: Pair, head: int, get: Callable[[str, int], Array], batches: 
     return sums[0], sums[1]
 
 
-def best_subspace(queries: Real, keys: Real, kept: Ids) -> tuple[Real, Real]:
+def best_subspace(queries: Real, keys: Real, indices: Ids) -> tuple[Real, Real]:
     """Return T_q, T_k [d, kept] with q T_q (k T_k)^T nearest to q k^T over all queries and keys, in the mean square.
 
     With C the mean products of queries and of keys (taken as independent) and U S V^T = C_q^1/2 C_k^1/2:
@@ -223,22 +223,22 @@ def best_subspace(queries: Real, keys: Real, kept: Ids) -> tuple[Real, Real]:
     Args:
         queries: mean products of the queries, [d, d].
         keys: mean products of the keys, [d, d].
-        kept: indices of the surviving channels.
+        indices: indices of the surviving channels.
     """
     (root_q, back_q), (root_k, back_k) = _root(queries), _root(keys)
     left, scale, right = np.linalg.svd(root_q @ root_k)
-    left, scale, right = left[:, : kept.size], scale[: kept.size], right[: kept.size].T
-    turn = left.T @ root_q[:, kept]
+    left, scale, right = left[:, : indices.size], scale[: indices.size], right[: indices.size].T
+    turn = left.T @ root_q[:, indices]
     if np.linalg.cond(turn) > 1e4:
         ends = np.linalg.svd(turn)
         turn = ends[0] @ ends[2]
     return back_q @ left @ turn, back_k @ (right * scale) @ np.linalg.inv(turn).T
 
 
-def measure_drift(queries: Real, keys: Real, whole: Real) -> float:
+def measure_drift(queries: Real, keys: Real, mixing: Real) -> float:
     """Return the mean square of q (I - T) k^T, T [d, d], over queries and keys."""
-    apart = np.eye(len(whole)) - whole
-    return float(np.einsum("ij,ij->", apart.T @ queries @ apart, keys))
+    difference = np.eye(len(mixing)) - mixing
+    return float(np.einsum("ij,ij->", difference.T @ queries @ difference, keys))
 
 
 def _root(products: Real) -> tuple[Real, Real]:

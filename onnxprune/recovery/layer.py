@@ -67,44 +67,46 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """The bytes of all arrays."""
-        flats = sum(f.mask.nbytes + f.edge.nbytes + f.rises.nbytes for f in self.saturations)
-        return self.data.nbytes + self.target.nbytes + flats
+        saturations = sum(f.mask.nbytes + f.edge.nbytes + f.rises.nbytes for f in self.saturations)
+        return self.data.nbytes + self.target.nbytes + saturations
 
     def part(self, rows: slice) -> Rows:
         """Return some of the rows."""
-        flats = [
+        saturations = [
             Saturation(f.mask[:, rows], *(a if a.shape[1] == 1 else a[:, rows] for a in (f.edge, f.rises)))
             for f in self.saturations
         ]
-        return Rows(self.data[:, rows], self.target[:, rows], flats)
+        return Rows(self.data[:, rows], self.target[:, rows], saturations)
 
     @classmethod
     def concatenate(cls, blocks: Sequence[Rows]) -> Rows:
         """Concatenate blocks."""
         if len(blocks) == 1:
             return blocks[0]
-        flats = []
+        saturations = []
         for pieces in zip(*(b.saturations for b in blocks), strict=True):
             one = pieces[0].edge.shape[1] == 1 and pieces[0].mask.shape[1] != 1
             edge, rises = (
                 getattr(pieces[0], name) if one else np.concatenate([getattr(f, name) for f in pieces], axis=1)
                 for name in ("edge", "rises")
             )
-            flats.append(Saturation(np.concatenate([f.mask for f in pieces], axis=1), edge, rises))
+            saturations.append(Saturation(np.concatenate([f.mask for f in pieces], axis=1), edge, rises))
         data, target = (np.concatenate([getattr(b, name) for b in blocks], axis=1) for name in ("data", "target"))
-        return cls(data, target, flats)
+        return cls(data, target, saturations)
 
     def expected(self, fitted: Array) -> Array:
         """Return the target; where it is saturated, the fitted output if that is saturated too, else the edge."""
         target = self.target
-        for flat in self.saturations:
-            target = np.where(flat.mask, np.where(flat.reached(fitted), fitted, flat.edge), target)
+        for saturation in self.saturations:
+            target = np.where(saturation.mask, np.where(saturation.reached(fitted), fitted, saturation.edge), target)
         return target
 
     def clip(self, output: Array) -> Array:
         """Move saturated outputs to the edge."""
-        for flat in self.saturations:
-            output = np.where(flat.rises, np.maximum(output, flat.edge), np.minimum(output, flat.edge))
+        for saturation in self.saturations:
+            output = np.where(
+                saturation.rises, np.maximum(output, saturation.edge), np.minimum(output, saturation.edge)
+            )
         return output
 
 
@@ -137,42 +139,42 @@ class Problem:
     density: int = _ROWS
     extent: tuple[int, int, int] = (0, 0, 0)
     """Rows to fit to, unknowns per output and rank of the rows; set by ``sums``."""
-    _kept: dict[bool, list[Rows]] = field(default_factory=dict)
+    _cached: dict[bool, list[Rows]] = field(default_factory=dict)
     _even: bool = False
 
-    def rows(self, held: bool | None = None) -> Iterator[Rows]:
+    def rows(self, held_out: bool | None = None) -> Iterator[Rows]:
         """Iterate over blocks of rows of hold-out batches, of the others, or (None) of all; few rows are cached."""
-        if held is None:
+        if held_out is None:
             yield from self.rows(False)
             yield from self.rows(True)
             return
-        kept = self._kept.get(held)
-        if kept is not None:
-            yield from kept
+        cached = self._cached.get(held_out)
+        if cached is not None:
+            yield from cached
             return
         blocks: list[Rows] | None = []
-        size = sum(b.nbytes for known in self._kept.values() for b in known)
-        for block in self._blocks(held):
+        size = sum(b.nbytes for rows in self._cached.values() for b in rows)
+        for block in self._blocks(held_out):
             yield block
             size += block.nbytes
             if blocks is not None:
                 blocks.append(block)
                 blocks = blocks if size <= _KEPT else None
         if blocks is not None:
-            self._kept[held] = blocks
+            self._cached[held_out] = blocks
 
-    def _blocks(self, held: bool) -> Iterator[Rows]:
+    def _blocks(self, held_out: bool) -> Iterator[Rows]:
         """Iterate over joined batches, since products of few rows are slow. Of few batches the last is the hold-out."""
         waiting: list[Rows] = []
         if len(self.batches) == 1:
-            whole = self._read(self.batches[0])
-            count = whole.data.shape[1]
+            rows = self._read(self.batches[0])
+            count = rows.data.shape[1]
             edge = max(1, count - max(1, count // HELD))
-            yield whole.part(slice(edge, None) if held else slice(0, edge))
+            yield rows.part(slice(edge, None) if held_out else slice(0, edge))
             return
         size = 0
         for number, batch in enumerate(self.batches):
-            if held == is_validation(number, len(self.batches)):
+            if held_out == is_validation(number, len(self.batches)):
                 waiting.append(self._read(batch))
                 size += waiting[-1].nbytes
                 if size > _BLOCK:
@@ -181,60 +183,62 @@ class Problem:
         if waiting:
             yield Rows.concatenate(waiting)
 
-    def sums(self, held: bool | None = None) -> Sums:
+    def sums(self, held_out: bool | None = None) -> Sums:
         """Accumulate sums over batches of data and target as they are."""
         total: Sums | None = None
-        for rows in self.rows(held):
+        for rows in self.rows(held_out):
             one = Sums.of(rows.data, rows.target)
             if total is None:
                 total = one
             else:
                 total.add(one)
         assert total is not None
-        if held is False:
+        if held_out is False:
             self.extent = total.rows, total.x.shape[1], total.directions()
         return total
 
-    def every_row(self, held: bool, most: int, limit: int) -> Iterator[tuple[Rows, int]]:
-        """Iterate over whole batches and their samples; none beyond ``most`` rows a sample or ``limit`` bytes."""
+    def every_row(self, held_out: bool, max_rows: int, limit: int) -> Iterator[tuple[Rows, int]]:
+        """Iterate over whole batches and their samples; none beyond ``max_rows`` rows a sample or ``limit`` bytes."""
         for number, batch in enumerate(self.batches if len(self.batches) > 1 else ()):
-            if held == is_validation(number, len(self.batches)):
+            if held_out == is_validation(number, len(self.batches)):
                 shape = self.cut(self.layer.data, batch).shape
                 size = self.layer.form.count(shape) * self.channels * self.layer.form.taps * 4
-                if self.layer.form.count(shape) > most * shape[0] or size * len(self.batches) > limit:
+                if self.layer.form.count(shape) > max_rows * shape[0] or size * len(self.batches) > limit:
                     return
                 yield self._read(batch, every=True), int(shape[0])
 
     def _read(self, batch: int, every: bool = False) -> Rows:
-        form, tail = self.layer.form, self.layer.path
+        form, path = self.layer.form, self.layer.path
         data = _wide(self.cut(self.layer.data, batch))
-        original = wanted = _wide(self.full(tail.target, batch))
+        original = target = _wide(self.full(path.target, batch))
         for axis, index in self.steps:
-            wanted = wanted.take(index, axis=axis) if index.ndim == 1 else np.take_along_axis(wanted, index, axis=axis)
+            target = target.take(index, axis=axis) if index.ndim == 1 else np.take_along_axis(target, index, axis=axis)
         if self.mixing is not None:
-            wanted = self.mixing.apply(original, wanted)
-        addends = [_wide(self.cut(n, batch)) for n in tail.addends]
+            target = self.mixing.apply(original, target)
+        addends = [_wide(self.cut(n, batch)) for n in path.addends]
         shape = form.output_shape(data.shape, self.weight)
-        chosen = None if every else pick(form, data, rows_per_sample(form, self.channels, self.samples, self.density))
+        picked = None if every else pick(form, data, rows_per_sample(form, self.channels, self.samples, self.density))
 
         kind = data.dtype
 
-        def output(value: Array, rows: Picked = chosen) -> Array:
-            return form.rows(tail.back(value, addends, shape), rows).astype(kind, copy=False)
+        def output(value: Array, rows: Picked = picked) -> Array:
+            return form.rows(path.back(value, addends, shape), rows).astype(kind, copy=False)
 
-        flats = []
-        for level, below in tail.saturations:
+        saturations = []
+        for level, below in path.saturations:
             # Rearranged to the layout of the output, without arithmetic.
-            there = form.rows(tail.moved_back(wanted <= level if below else wanted >= level, shape), chosen)
+            there = form.rows(path.moved_back(target <= level if below else target >= level, shape), picked)
             # All rows have the same edge, unless other activations or constants per position lie on the path.
-            rows = np.zeros(1, np.int64) if self._even and not every else chosen
-            edge = output(np.full_like(wanted, level), rows)
-            beyond = output(np.full_like(wanted, level + (1.0 if below else -1.0)), rows)
-            flats.append(Saturation(there, edge, beyond > edge))
-        if flats and not self._even and not addends and not every:
-            self._even = all(bool((a == a[:, :1]).all()) for f in flats for a in (f.edge, f.rises))
-            flats = [Saturation(f.mask, f.edge[:, :1], f.rises[:, :1]) for f in flats] if self._even else flats
-        return Rows(np.ascontiguousarray(form.columns(data, chosen)), output(wanted), flats)
+            rows = np.zeros(1, np.int64) if self._even and not every else picked
+            edge = output(np.full_like(target, level), rows)
+            beyond = output(np.full_like(target, level + (1.0 if below else -1.0)), rows)
+            saturations.append(Saturation(there, edge, beyond > edge))
+        if saturations and not self._even and not addends and not every:
+            self._even = all(bool((a == a[:, :1]).all()) for f in saturations for a in (f.edge, f.rises))
+            saturations = (
+                [Saturation(f.mask, f.edge[:, :1], f.rises[:, :1]) for f in saturations] if self._even else saturations
+            )
+        return Rows(np.ascontiguousarray(form.columns(data, picked)), output(target), saturations)
 
 
 def _wide(value: Array) -> Array:
@@ -276,15 +280,15 @@ class _Means:
     rows: Rows
     positions: int
 
-    def apart(self, weights: Real, bias: Real) -> tuple[Array, Array]:
+    def residuals(self, weights: Real, bias: Real) -> tuple[Array, Array]:
         """Return the mean residual of the activations, [samples, o], and where they are not saturated, [rows, o]."""
         fitted = fit(self.rows.data, weights, bias)
-        left = self.rows.clip(self.rows.target) - self.rows.clip(fitted)
+        residual = self.rows.clip(self.rows.target) - self.rows.clip(fitted)
         passed = np.ones(fitted.shape, bool)
-        for flat in self.rows.saturations:
-            passed &= ~flat.reached(fitted)
-        samples = left.shape[1] // self.positions
-        return left[0].reshape(samples, self.positions, -1).mean(axis=1), passed[0]
+        for saturation in self.rows.saturations:
+            passed &= ~saturation.reached(fitted)
+        samples = residual.shape[1] // self.positions
+        return residual[0].reshape(samples, self.positions, -1).mean(axis=1), passed[0]
 
 
 def sharpen(problem: Problem, solution: Solution, *, fixed_bias: bool = False) -> Solution:
@@ -300,31 +304,31 @@ def sharpen(problem: Problem, solution: Solution, *, fixed_bias: bool = False) -
         solution: weights [1, n, o], bias [1, o].
         fixed_bias: whether the bias has to stay 0.
     """
-    train, held = list(_means(problem, False)), list(_means(problem, True))
-    if not train or not held:
+    train, hold_out = list(_means(problem, False)), list(_means(problem, True))
+    if not train or not hold_out:
         return solution
-    first = best = _error(held, solution.matrix, solution.bias)
-    found, limit = solution, first * (1.0 - WORTH)
+    first = best = _error(hold_out, solution.matrix, solution.bias)
+    best_solution, limit = solution, first * (1.0 - WORTH)
     for ridge in _RIDGES:
         weights, bias = solution.matrix, solution.bias
         for step in range(1, _STEPS + 1):
             weights, bias = _step(train, weights, bias, ridge, fixed_bias)
-            error = _error(held, weights, bias)
+            error = _error(hold_out, weights, bias)
             if error >= min(best, limit):
                 break
             best, how = error, f"{solution.how}, mean {ridge:g} x {step}"
-            found = replace(solution, matrix=weights, bias=bias, how=how)
-    return found
+            best_solution = replace(solution, matrix=weights, bias=bias, how=how)
+    return best_solution
 
 
-def _means(problem: Problem, held: bool) -> Iterator[_Means]:
+def _means(problem: Problem, held_out: bool) -> Iterator[_Means]:
     """Return all rows, batch by batch; none where there are too many."""
-    for rows, samples in problem.every_row(held, _MOST, _BYTES):
+    for rows, samples in problem.every_row(held_out, _MOST, _BYTES):
         yield _Means(rows, rows.data.shape[1] // samples)
 
 
 def _error(parts: list[_Means], weights: Real, bias: Real) -> float:
-    return float(sum(np.square(p.apart(weights, bias)[0], dtype=np.float64).sum() for p in parts))
+    return float(sum(np.square(p.residuals(weights, bias)[0], dtype=np.float64).sum() for p in parts))
 
 
 def _step(parts: list[_Means], weights: Real, bias: Real, ridge: float, fixed_bias: bool) -> tuple[Real, Real]:
@@ -334,8 +338,8 @@ def _step(parts: list[_Means], weights: Real, bias: Real, ridge: float, fixed_bi
     of the means, m the mean square of J_o's rows."""
     samples = sum(p.rows.data.shape[1] // p.positions for p in parts)
     n, outputs = weights.shape[1:]
-    left, passed = zip(*(p.apart(weights, bias) for p in parts), strict=True)
-    errors = np.concatenate(left).astype(np.float64)
+    residuals, passed = zip(*(p.residuals(weights, bias) for p in parts), strict=True)
+    errors = np.concatenate(residuals).astype(np.float64)
     new, shifted = weights.copy(), bias.copy()
     some = max(1, _POOLED_BLOCK // (8 * samples * (n + samples)))
     for start in range(0, outputs, some):
@@ -393,61 +397,63 @@ def recover_layer(
         fixed_bias: whether the bias has to stay 0.
         as_stored: function that rounds weights as writing them as codes does; None: no rounding.
     """
-    found = _pointwise(problem, matrix, bias, mode, fixed_bias)
-    if mode == "full" and problem.layer.path.pooled and matrix.shape[0] == 1 and found.before > NOTHING:
-        found = sharpen(problem, found, fixed_bias=fixed_bias)
-    return found if as_stored is None else _rounded(problem, matrix, bias, found, as_stored)
+    solution = _pointwise(problem, matrix, bias, mode, fixed_bias)
+    if mode == "full" and problem.layer.path.pooled and matrix.shape[0] == 1 and solution.before > NOTHING:
+        solution = sharpen(problem, solution, fixed_bias=fixed_bias)
+    return solution if as_stored is None else _rounded(problem, matrix, bias, solution, as_stored)
 
 
-def _rounded(problem: Problem, matrix: Real, bias: Real, found: Solution, as_stored: Stores) -> Solution:
+def _rounded(problem: Problem, matrix: Real, bias: Real, solution: Solution, as_stored: Stores) -> Solution:
     """Return the solution as it is stored, where its error stays below that of the present weights."""
-    fitted, shifted = as_stored(found.matrix, found.bias)
-    if fitted is found.matrix or found.how == "kept":
-        return found
+    fitted, shifted = as_stored(solution.matrix, solution.bias)
+    if fitted is solution.matrix or solution.how == "kept":
+        return solution
     before = loss(problem.rows(True), matrix, bias)
     after = loss(problem.rows(True), fitted, shifted)
     if after >= before * (1.0 - WORTH):
-        return Solution(matrix, bias, found.before, found.before, "kept")
+        return Solution(matrix, bias, solution.before, solution.before, "kept")
     # The rounding error is a share of the hold-out scale of the fit, which may differ from these rows' sum of squares.
-    unrounded = loss(problem.rows(True), found.matrix, found.bias)
-    worse = found.after * after / unrounded if unrounded > 0 else found.after
-    return Solution(fitted, shifted, found.before, worse, f"{found.how}, rounded", found.ridge)
+    unrounded = loss(problem.rows(True), solution.matrix, solution.bias)
+    worse = solution.after * after / unrounded if unrounded > 0 else solution.after
+    return Solution(fitted, shifted, solution.before, worse, f"{solution.how}, rounded", solution.ridge)
 
 
 def _pointwise(problem: Problem, matrix: Real, bias: Real, mode: str, fixed_bias: bool) -> Solution:
     """Recover the layer from its rows, each on its own."""
-    train, held = problem.sums(False), problem.sums(True)
+    train, hold_out = problem.sums(False), problem.sums(True)
     regression = RidgeRegression(train, matrix, bias, fixed_bias) if mode in ("lstsq", "full") else None
-    linear = solve(train, held, matrix, bias, mode=mode, fixed_bias=fixed_bias, regression=regression)
+    linear = solve(train, hold_out, matrix, bias, mode=mode, fixed_bias=fixed_bias, regression=regression)
     if regression is None or linear.ridge is None:
         return linear
-    linear = _finer(regression, held, linear)
+    linear = _finer(regression, hold_out, linear)
     if mode != "full" or not problem.layer.path.saturations or linear.ridge is None:
         return linear
-    found = _rounds(problem, regression, linear, matrix, bias)
-    if not found.number:
+    best = _rounds(problem, regression, linear, matrix, bias)
+    if not best.number:
         return linear
-    how = f"{linear.how}, {found.number} rounds"
-    return Solution(found.matrix, found.bias, found.before / held.scale, found.after / held.scale, how, linear.ridge)
+    how = f"{linear.how}, {best.number} rounds"
+    return Solution(
+        best.matrix, best.bias, best.before / hold_out.scale, best.after / hold_out.scale, how, linear.ridge
+    )
 
 
-def _finer(regression: RidgeRegression, held: Sums, found: Solution) -> Solution:
+def _finer(regression: RidgeRegression, hold_out: Sums, solution: Solution) -> Solution:
     """Return the solution, or one with a smaller ridge where the smallest ridge of the grid is the best so far.
 
     Where the survivors determine the removed channels exactly, the ridge is the only source of error.
     """
-    if found.ridge != RIDGES[0]:
-        return found
+    if solution.ridge != RIDGES[0]:
+        return solution
     for ridge in _FINER:
         try:
             fitted, shifted = regression.fit(ridge)
-            error = float(held.error(fitted, shifted).sum()) / held.scale
-            if error >= found.after * (1.0 - WORTH):
+            error = float(hold_out.error(fitted, shifted).sum()) / hold_out.scale
+            if error >= solution.after * (1.0 - WORTH):
                 break
         except LinAlgError:
             break
-        found = Solution(fitted, shifted, found.before, error, f"lstsq {ridge:g}", ridge)
-    return found
+        solution = Solution(fitted, shifted, solution.before, error, f"lstsq {ridge:g}", ridge)
+    return solution
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,21 +472,21 @@ def _rounds(problem: Problem, regression: RidgeRegression, linear: Solution, mat
     assert linear.ridge is not None
     before = loss(problem.rows(True), matrix, bias)
     w, b = linear.matrix, linear.bias
-    found = _BestRound(w, b, 0, before, min(before, loss(problem.rows(True), w, b)) * (1.0 - WORTH))
+    best = _BestRound(w, b, 0, before, min(before, loss(problem.rows(True), w, b)) * (1.0 - WORTH))
     for number in range(1, _ROUNDS + 1):
         w, b = _round(problem.rows(False), regression, w, b, linear.ridge)
         error = loss(problem.rows(True), w, b)
-        if error >= found.after:
+        if error >= best.after:
             break
-        found = _BestRound(w, b, number, before, error)
-    return found
+        best = _BestRound(w, b, number, before, error)
+    return best
 
 
 def _round(rows: Iterator[Rows], regression: RidgeRegression, w: Real, b: Real, ridge: float) -> tuple[Real, Real]:
     """Refit to targets that follow the last fit where the activation is saturated."""
     xy, y = np.zeros_like(w), np.zeros_like(b)
     for batch in rows:
-        wanted = batch.expected(fit(batch.data, w, b))
-        xy += np.matmul(batch.data.transpose(0, 2, 1), wanted.astype(batch.data.dtype))
-        y += wanted.sum(axis=1, dtype=np.float64)
+        target = batch.expected(fit(batch.data, w, b))
+        xy += np.matmul(batch.data.transpose(0, 2, 1), target.astype(batch.data.dtype))
+        y += target.sum(axis=1, dtype=np.float64)
     return regression.fit(ridge, xy, y)

@@ -77,8 +77,8 @@ class Sums:
     def add(self, other: Sums) -> None:
         """Add another batch in place."""
         self.rows += other.rows
-        for mine, theirs in ((self.x, other.x), (self.y, other.y), (self.yy, other.yy)):
-            mine += theirs
+        for own, theirs in ((self.x, other.x), (self.y, other.y), (self.yy, other.yy)):
+            own += theirs
         self.xx += other.xx
         self.xy += other.xy
 
@@ -172,7 +172,7 @@ class Solution:
 
 def solve(
     train: Sums,
-    held: Sums,
+    hold_out: Sums,
     matrix: Real,
     bias: Real,
     *,
@@ -180,10 +180,10 @@ def solve(
     fixed_bias: bool = False,
     regression: RidgeRegression | None = None,
 ) -> Solution:
-    """Return the candidate of ``mode`` with the least error on ``held``.
+    """Return the candidate of ``mode`` with the least error on ``hold_out``.
 
-    The candidate is not fitted again to ``held``: the inputs of later layers would then be better on these samples than
-    on any other, and the hold-out errors of those layers too low.
+    The candidate is not fitted again to ``hold_out``: the inputs of later layers would then be better on these samples
+    than on any other, and the hold-out errors of those layers too low.
 
     Candidates: new biases; a new scale and bias per output; W + D with D = argmin |Y - X (W + D) - b|^2 + r |D|^2 for
     several r, biases free. He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, section
@@ -191,28 +191,28 @@ def solve(
 
     Args:
         train: sums over the samples to fit to.
-        held: sums over the hold-out samples, disjoint from those.
+        hold_out: sums over the hold-out samples, disjoint from those.
         matrix: present weights, [parts, n, o].
         bias: present biases, [parts, o].
         mode: ``bias``, ``bn``, ``lstsq`` or ``full`` (all of them).
         fixed_bias: whether the bias has to stay 0.
         regression: that of these weights to ``train``, None to set it up here.
     """
-    scale = held.scale
-    before = float(held.error(matrix, bias).sum()) / scale
+    scale = hold_out.scale
+    before = float(hold_out.error(matrix, bias).sum()) / scale
     if before <= NOTHING:
         return Solution(matrix, bias, before, before, "kept")
-    limit, chosen = before * (1.0 - WORTH), Solution(matrix, bias, before, before, "kept")
+    limit, best = before * (1.0 - WORTH), Solution(matrix, bias, before, before, "kept")
 
     def judge(candidate: Candidate) -> float:
-        nonlocal limit, chosen
+        nonlocal limit, best
         try:
             fitted, shifted = candidate.fit(train, matrix, bias)
         except LinAlgError:
             return np.inf
-        error = float(held.error(fitted, shifted).sum()) / scale
+        error = float(hold_out.error(fitted, shifted).sum()) / scale
         if error < limit:
-            limit, chosen = error, Solution(fitted, shifted, before, error, candidate.name, candidate.ridge)
+            limit, best = error, Solution(fitted, shifted, before, error, candidate.name, candidate.ridge)
         return error
 
     for candidate in candidates(mode, fixed_bias):
@@ -225,7 +225,7 @@ def solve(
         else:
             for candidate in ridges:
                 judge(candidate)
-    return chosen
+    return best
 
 
 def _fit_of(regression: RidgeRegression, ridge: float) -> Fit:

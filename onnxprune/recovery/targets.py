@@ -97,14 +97,14 @@ class WeightSource:
             new scales / old ones, where there are codes.
         """
         values = self._values(weights)
-        found = None
+        scale_ratio = None
         for node, inner in zip(reversed(self.chain), reversed(values[:-1]), strict=True):
             if rule_of(node).decodes:
-                value, found = _requantise(node, weights, inner, value, ratio)
+                value, scale_ratio = _requantise(node, weights, inner, value, ratio)
             else:
                 value = _undo(node, inner, value)
         _set(weights, self.root, value)
-        return found
+        return scale_ratio
 
     def _values(self, weights: Mapping[str, Weight]) -> list[Array]:
         """Return the root's value, and that behind every operator of the chain."""
@@ -156,15 +156,15 @@ def _requantise(
     if ratio is not None:
         scale = old * ratio
     else:
-        least, most = (_extremes(node, value, old, f) for f in (np.minimum, np.maximum))
+        lows, highs = (_extremes(node, value, old, f) for f in (np.minimum, np.maximum))
         if low == 0 and zero_name:
-            scale = (most - least) / (high - low)
-            zero = np.clip(np.round(-least / np.where(scale > 0, scale, 1.0)), low, high)
+            scale = (highs - lows) / (high - low)
+            zero = np.clip(np.round(-lows / np.where(scale > 0, scale, 1.0)), low, high)
         else:
-            down = np.where(zero > low, -least / np.maximum(zero - low, 1.0), 0.0)
+            down = np.where(zero > low, -lows / np.maximum(zero - low, 1.0), 0.0)
             # The lowest code has no opposite: symmetric codes do without it.
-            down = np.where(zero == 0, -least / high, down)
-            scale = np.maximum(most / np.maximum(high - zero, 1.0), down)
+            down = np.where(zero == 0, -lows / high, down)
+            scale = np.maximum(highs / np.maximum(high - zero, 1.0), down)
         scale = np.where(scale > 0, scale, old)
     _set(weights, scale_name, scale)
     if zero_name:
@@ -185,13 +185,13 @@ def _extremes(node: Node, value: Real, like: Real, least_or_most: np.ufunc) -> R
     """Return the least or largest of 0 and the values that share a scale, in the scales' shape."""
     axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
     if like.size == 1:
-        found = np.asarray(least_or_most.reduce(value, axis=None)).reshape(like.shape)
+        extremes = np.asarray(least_or_most.reduce(value, axis=None)).reshape(like.shape)
     elif block:
-        found = least_or_most.reduceat(value, np.arange(0, value.shape[axis], block), axis=axis)
+        extremes = least_or_most.reduceat(value, np.arange(0, value.shape[axis], block), axis=axis)
     else:
         axis %= value.ndim
-        found = least_or_most.reduce(value, axis=tuple(a for a in range(value.ndim) if a != axis))
-    return np.asarray(least_or_most(found, 0.0), np.float64)
+        extremes = least_or_most.reduce(value, axis=tuple(a for a in range(value.ndim) if a != axis))
+    return np.asarray(least_or_most(extremes, 0.0), np.float64)
 
 
 def _set(weights: MutableMapping[str, Weight], name: str, value: Real) -> None:
@@ -248,31 +248,31 @@ def find_path(graph: Graph, start: str, ready: Callable[[str], bool], shape: Cal
         ready: function that returns whether a tensor is known before the contraction is recovered.
         shape: function that returns the shape of a tensor, or None.
     """
-    tail = InvertiblePath(start)
-    while _extend(graph, tail, ready, shape):
+    path = InvertiblePath(start)
+    while _extend(graph, path, ready, shape):
         pass
-    tail.saturations = _flats(graph, tail.target)
-    tail.pooled = not tail.is_rearranged and _is_pooled(graph, tail.target, shape)
-    return tail
+    path.saturations = _saturations(graph, path.target)
+    path.pooled = not path.is_rearranged and _is_pooled(graph, path.target, shape)
+    return path
 
 
-def _is_pooled(graph: Graph, aim: str, shape: Callable[[str], Any]) -> bool:
+def _is_pooled(graph: Graph, target: str, shape: Callable[[str], Any]) -> bool:
     """Return whether only a mean over positions reads the target, possibly behind a piecewise linear activation."""
     for _ in range(2):
-        readers = graph.consumers.get(aim, ())
-        if len(readers) != 1 or aim in graph.outputs or aim in graph.captured:
+        readers = graph.consumers.get(target, ())
+        if len(readers) != 1 or target in graph.outputs or target in graph.captured:
             return False
         node = readers[0][0]
         if not rule_of(node).clamps:
             return _is_mean(node, shape)
-        aim = node.outputs[0]
+        target = node.outputs[0]
     return False
 
 
-def _extend(graph: Graph, tail: InvertiblePath, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> bool:
+def _extend(graph: Graph, path: InvertiblePath, ready: Callable[[str], bool], shape: Callable[[str], Any]) -> bool:
     """Extend the path by one operator; returns whether that was possible."""
-    readers = graph.consumers.get(tail.target, ())
-    if len(readers) != 1 or tail.target in graph.outputs or tail.target in graph.captured:
+    readers = graph.consumers.get(path.target, ())
+    if len(readers) != 1 or path.target in graph.outputs or path.target in graph.captured:
         return False
     node, position = readers[0]
     rule = rule_of(node)
@@ -280,21 +280,21 @@ def _extend(graph: Graph, tail: InvertiblePath, ready: Callable[[str], bool], sh
     if inverse is None:
         return False
     # An operand must not widen the value: there would be no one value in front of it.
-    if rule.moves is None and shape(tail.target) != shape(node.outputs[0]):
+    if rule.moves is None and shape(path.target) != shape(node.outputs[0]):
         return False
     # A reshape is undone with the shape of the contraction's output: nothing may have moved before it.
-    if rule.moves is Move.SHAPE and tail.is_rearranged:
+    if rule.moves is Move.SHAPE and path.is_rearranged:
         return False
     addend = "" if inverse.addend is None else node.inputs[inverse.addend]
     if addend and not ready(addend):
         return False
-    tail.undo.append((inverse.undo, len(tail.addends)))
-    tail.addends += [addend] if addend else []
+    path.undo.append((inverse.undo, len(path.addends)))
+    path.addends += [addend] if addend else []
     if rule.moves not in (None, Move.SAME):
-        tail.is_rearranged = True
-        tail.moves.append(inverse.undo)
-    tail.nodes.append(node)
-    tail.target = node.outputs[0]
+        path.is_rearranged = True
+        path.moves.append(inverse.undo)
+    path.nodes.append(node)
+    path.target = node.outputs[0]
     return True
 
 
@@ -308,10 +308,10 @@ def _is_mean(node: Node, shape: Callable[[str], Any]) -> bool:
     return all(n == 1 for n in after[2:]) and not any(node.attrs.get("pads") or ())
 
 
-def _flats(graph: Graph, aim: str) -> list[tuple[float, bool]]:
+def _saturations(graph: Graph, target: str) -> list[tuple[float, bool]]:
     """Return the saturation edges of the activation that is the only reader of the target."""
-    readers = graph.consumers.get(aim, ())
-    if len(readers) != 1 or aim in graph.outputs or aim in graph.captured or readers[0][1] != 0:
+    readers = graph.consumers.get(target, ())
+    if len(readers) != 1 or target in graph.outputs or target in graph.captured or readers[0][1] != 0:
         return []
     node = readers[0][0]
     return rule_of(node).saturation(node, constants(graph, node))
@@ -349,38 +349,38 @@ class Subgraphs:
     def __init__(self, graph: Graph, level: Mapping[str, int]) -> None:
         self._graph, self._level = graph, level
         self._around = graph.around if graph.has_bodies else []
-        self._given = {*graph.inputs, *graph.weights} if graph.has_bodies else set[str]()
-        self._least: dict[int, int] = {}
-        self._most: dict[int, int] = {}
+        self._outer_values = {*graph.inputs, *graph.weights} if graph.has_bodies else set[str]()
+        self._min_level: dict[int, int] = {}
+        self._max_level: dict[int, int] = {}
 
-    def least(self, node: Node) -> int:
+    def min_level(self, node: Node) -> int:
         """Return the level of the inputs of the outermost Loop or Scan around ``node``."""
         start = self._start(node)
         if start is None:
             return 0
-        if start not in self._least:
-            self._least[start] = max((self._level.get(n, 0) for n in self._read(start)), default=0)
+        if start not in self._min_level:
+            self._min_level[start] = max((self._level.get(n, 0) for n in self._read(start)), default=0)
         if node.marker in markers.RESULTS and not self.encloses(node):
-            return max(self._least[start], self._most.get(start, 0))
-        return self._least[start]
+            return max(self._min_level[start], self._max_level.get(start, 0))
+        return self._min_level[start]
 
-    def note(self, node: Node, reach: int) -> None:
+    def record(self, node: Node, reach: int) -> None:
         """Record the level of ``node``."""
         start = self._start(node)
         if start is not None:
-            self._most[start] = max(self._most.get(start, 0), reach)
+            self._max_level[start] = max(self._max_level.get(start, 0), reach)
 
-    def refusal(self, node: Node, form: Form, known: Collection[str], shape: Callable[[str], Any]) -> str:
+    def refusal(self, node: Node, form: Form, comparable: Collection[str], shape: Callable[[str], Any]) -> str:
         """Return why a layer cannot be recovered in its body, or an empty string."""
         if not self.encloses(node):
             return ""
         data, result = node.inputs[form.data], node.outputs[0]
         conditions = (name for name, _ in self.where(node))
-        if result not in known or not all(name in known or name in self._given for name in conditions):
+        if result not in comparable or not all(name in comparable or name in self._outer_values for name in conditions):
             return _UNSEEN
         # What lies around the node's branches has a value for every time that these are asked for.
         home = self._home(data)
-        if data not in known or any(body.kind != "If" for body in self._own(node)[len(home) :]) or not home:
+        if data not in comparable or any(body.kind != "If" for body in self._own(node)[len(home) :]) or not home:
             return _OUTSIDE
         rank = len(shape(result) or ())
         across = rank < 2 or isinstance(form, Scale) or 0 in form.axes or form.output_axis(rank) == 0
@@ -390,11 +390,11 @@ class Subgraphs:
         """Return whether a node lies in a Loop or Scan."""
         return bool(self._around) and markers.repeating(self._around[node.index]) is not None
 
-    def may_follow(self, node: Node, tail: InvertiblePath) -> bool:
+    def may_follow(self, node: Node, path: InvertiblePath) -> bool:
         """Return whether the path may be used: not across a Loop or Scan, nor in one to a sum with pruned addends."""
         if not self._around:
             return True
-        return self.together(node, [tail.target]) and not (tail.addends and self.encloses(node))
+        return self.together(node, [path.target]) and not (path.addends and self.encloses(node))
 
     def where(self, node: Node) -> tuple[tuple[str, bool], ...]:
         """Return the conditions under which a node in a Loop or Scan runs in an iteration: (tensor, value)."""
@@ -433,10 +433,10 @@ class Subgraphs:
             return around[first].start
         if not node.marker or node.kind == "If":
             return None
-        found = node
-        while found.marker != markers.OPEN or self.encloses(found):
-            found = self._graph.nodes[found.index - 1]
-        return found.index
+        marker = node
+        while marker.marker != markers.OPEN or self.encloses(marker):
+            marker = self._graph.nodes[marker.index - 1]
+        return marker.index
 
     def _read(self, start: int) -> Iterable[str]:
         outside = len(self._around[start])
@@ -493,26 +493,26 @@ class RecoveryTargets:
 
     def reject(self, why: Callable[[RecoveryTarget], str]) -> None:
         """Drop the targets for which there is a reason."""
-        reasons = {aim.node.label: reason for level in self.levels for aim in level if (reason := why(aim))}
+        reasons = {target.node.label: reason for level in self.levels for target in level if (reason := why(target))}
         self.reasons.update(reasons)
-        self.keep(lambda aim: aim.node.label not in reasons)
+        self.keep(lambda target: target.node.label not in reasons)
 
-    def keep(self, wanted: Callable[[RecoveryTarget], bool]) -> None:
+    def keep(self, is_kept: Callable[[RecoveryTarget], bool]) -> None:
         """Drop all other targets."""
-        levels = [[aim for aim in level if wanted(aim)] for level in self.levels]
+        levels = [[target for target in level if is_kept(target)] for level in self.levels]
         self.levels = [level for level in levels if level]
 
 
-def find_targets(graph: Graph, known: Collection[str], shape: Shapes, *, joint: bool = True) -> RecoveryTargets:
+def find_targets(graph: Graph, comparable: Collection[str], shape: Shapes, *, joint: bool = True) -> RecoveryTargets:
     """Find every contraction of the pruned graph that can be recovered.
 
     Args:
         graph: the pruned graph.
-        known: names of its tensors with comparable values in the original.
+        comparable: names of its tensors with comparable values in the original.
         shape: function that returns a shape in the pruned model.
         joint: fit to sums; False: fit every contraction to its own output.
     """
-    found = RecoveryTargets()
+    targets = RecoveryTargets()
     level: dict[str, int] = dict.fromkeys(graph.inputs, 0)
     by_level: dict[int, list[RecoveryTarget]] = defaultdict(list)
     passed: set[int] = set()
@@ -522,28 +522,28 @@ def find_targets(graph: Graph, known: Collection[str], shape: Shapes, *, joint: 
         reach = max((level.get(n, 0) for n in inputs), default=0)
         if node.op in CONTROL:
             reach = max([reach, *(level.get(n, 0) for n in graph.captured)])
-        reach = max(reach, bodies.least(node))
+        reach = max(reach, bodies.min_level(node))
         # A BatchNormalization behind a contraction is undone there: its scale and shift are the contraction's to fit.
         form = _form(graph, node, shape) if node.index not in passed else None
-        own = None if form is None else _own(graph, node, form)
+        weight_and_bias = None if form is None else _own(graph, node, form)
         if form is not None:
-            own = bodies.refusal(node, form, known, shape) or own
-        if isinstance(own, str):
-            found.reasons[node.label] = own
-        elif form is not None and own is not None:
-            tail = find_path(graph, node.outputs[0], level.__contains__ if joint else _never, shape)
-            if tail.target not in known or not bodies.may_follow(node, tail):
-                tail = InvertiblePath(node.outputs[0])
-            if tail.target in known:
-                reach = 1 + max([reach, *(level[n] for n in tail.addends)])
+            weight_and_bias = bodies.refusal(node, form, comparable, shape) or weight_and_bias
+        if isinstance(weight_and_bias, str):
+            targets.reasons[node.label] = weight_and_bias
+        elif form is not None and weight_and_bias is not None:
+            path = find_path(graph, node.outputs[0], level.__contains__ if joint else _never, shape)
+            if path.target not in comparable or not bodies.may_follow(node, path):
+                path = InvertiblePath(node.outputs[0])
+            if path.target in comparable:
+                reach = 1 + max([reach, *(level[n] for n in path.addends)])
                 loop = bodies.encloses(node), bodies.where(node)
-                by_level[reach].append(RecoveryTarget(node, form, tail, reach, *own, *loop))
-                passed.update(n.index for n in tail.nodes)
-        bodies.note(node, reach)
+                by_level[reach].append(RecoveryTarget(node, form, path, reach, *weight_and_bias, *loop))
+                passed.update(n.index for n in path.nodes)
+        bodies.record(node, reach)
         for name in node.outputs:
             level[name] = reach
-    found.levels = [by_level[k] for k in sorted(by_level)]
-    return found
+    targets.levels = [by_level[k] for k in sorted(by_level)]
+    return targets
 
 
 def _never(_name: str) -> bool:
@@ -604,10 +604,10 @@ class Layer:
         target: recovery target of the contraction.
     """
 
-    def __init__(self, graph: Graph, weights: MutableMapping[str, Weight], aim: RecoveryTarget) -> None:
+    def __init__(self, graph: Graph, weights: MutableMapping[str, Weight], target: RecoveryTarget) -> None:
         self._editor = GraphEditor(graph, weights)
-        self._graph, self._weights, self.target = graph, weights, aim
-        self.node, self.form = aim.node, aim.form
+        self._graph, self._weights, self.target = graph, weights, target
+        self.node, self.form = target.node, target.form
         self._home = self._find_home()
 
     @property
@@ -661,17 +661,17 @@ class Layer:
 
     def as_stored(self, matrix: RealArray, bias: RealArray) -> tuple[RealArray, RealArray]:
         """Return the weights and biases as the layer would apply them once written: codes round them."""
-        stored, own = self.target.weight, self.target.bias
+        stored, bias_source = self.target.weight, self.target.bias
         if stored.quantised is None:
             return matrix, bias
-        apart = ChainMap[str, Weight]({}, self._weights)  # others write theirs meanwhile
-        restored = self.form.restore(matrix / self.form.scale, stored.read(apart))
-        ratio = stored.write(apart, np.asarray(restored, np.float64))
-        rounded = self.form.matrix(stored.read(apart)) * self.form.scale
-        if own is None or own.quantised is None:
+        overlay = ChainMap[str, Weight]({}, self._weights)  # others write theirs meanwhile
+        restored = self.form.restore(matrix / self.form.scale, stored.read(overlay))
+        ratio = stored.write(overlay, np.asarray(restored, np.float64))
+        rounded = self.form.matrix(stored.read(overlay)) * self.form.scale
+        if bias_source is None or bias_source.quantised is None:
             return rounded, bias
-        own.write(apart, (bias / self.form.bias_scale).reshape(own.shape(apart)), ratio)
-        return rounded, own.read(apart).reshape(bias.shape) * self.form.bias_scale
+        bias_source.write(overlay, (bias / self.form.bias_scale).reshape(bias_source.shape(overlay)), ratio)
+        return rounded, bias_source.read(overlay).reshape(bias.shape) * self.form.bias_scale
 
     def _write_bias(self, bias: RealArray, ratio: RealArray | None) -> None:
         stored = self.target.bias
@@ -719,5 +719,5 @@ class Layer:
         weight = self._weights.get(name)
         alone = len(self._graph.consumers.get(name, ())) == 1
         alone = alone and name not in self._graph.captured and name not in self._graph.outputs
-        flat = weight is not None and alone and weight.dtype.kind == "f" and all(n == 1 for n in weight.shape[:-1])
-        return name if flat else None
+        is_bias = weight is not None and alone and weight.dtype.kind == "f" and all(n == 1 for n in weight.shape[:-1])
+        return name if is_bias else None
