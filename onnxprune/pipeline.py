@@ -71,7 +71,7 @@ class Calibration:
     ) -> None:
         self.limit, self.batch_size = samples, batch_size
         self._data, self._analysis, self._images = data, analysis, images
-        self._opened: Samples | None = None
+        self._samples: Samples | None = None
 
     def open(self) -> Samples:
         """Open the inputs.
@@ -79,17 +79,17 @@ class Calibration:
         Raises:
             UsageError: the inputs do not fit the model.
         """
-        if self._opened is None:
+        if self._samples is None:
             specs = input_specs(self._analysis.graph)
-            self._opened = open_data(
+            self._samples = open_data(
                 self._data, specs, samples=self.limit, batch_size=self.batch_size, images=self._images
             )
-        return self._opened
+        return self._samples
 
     def first(self, samples: int) -> Calibration:
         """Return the same inputs limited to this many samples."""
         first = Calibration(self._data, self._analysis, self.limit, self.batch_size, self._images)
-        first._opened = self.open().first(samples)
+        first._samples = self.open().first(samples)
         return first
 
 
@@ -246,7 +246,7 @@ class WorkShare:
 
     def __init__(self, tell: Callable[[float], None], work: Mapping[str, float]) -> None:
         self._tell, self._work = tell, work
-        self._most = 0.0
+        self._max_share = 0.0
 
     def part(self, name: str, fraction: float) -> None:
         """Report the share of a part, 0 to 1; the parts ahead of it are done."""
@@ -254,9 +254,9 @@ class WorkShare:
         before = sum(self._work[other] for other in names[: names.index(name)])
         done = before + min(max(fraction, 0.0), 1.0) * self._work[name]
         share = done / max(sum(self._work.values()), 1e-9)
-        if share > self._most:
-            self._most = min(share, 1.0)
-            self._tell(self._most)
+        if share > self._max_share:
+            self._max_share = min(share, 1.0)
+            self._tell(self._max_share)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -76,18 +76,18 @@ def needs_of(criterion: Criterion) -> tuple[str, ...]:
 
     A function that is neither registered nor marked needs ``moments`` if it takes two arguments, else nothing.
     """
-    said = getattr(criterion, "needs", None)
-    if said is not None:
-        return tuple(said)
+    declared = getattr(criterion, "needs", None)
+    if declared is not None:
+        return tuple(declared)
     try:
         parameters = list(inspect.signature(criterion).parameters.values())
     except (TypeError, ValueError):  # builtins and compiled functions may have no signature
         return ()
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p for p in parameters if p.kind in by_position and p.default is p.empty]
-    taken = [p for p in parameters if p.kind in by_position or p.kind is p.VAR_POSITIONAL]
+    positional = [p for p in parameters if p.kind in by_position or p.kind is p.VAR_POSITIONAL]
     named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    if len(required) > 2 or not taken or named:
+    if len(required) > 2 or not positional or named:
         raise ExtensionError(
             f"The criterion {getattr(criterion, '__name__', criterion)!r} cannot be called with a slot and maps",
             hint="Write it with one argument (a slot) or two (a slot and its feature maps).",
@@ -447,8 +447,10 @@ def _add_part(
             # The inverse holds its lower triangle alone, and columns ascend.
             lower = np.tril(inverse[at[:, :, None], at[:, None, :]])
             block = lower + np.tril(lower, -1).swapaxes(1, 2)
-            mine = weights[at] * used[at][:, :, None]
-            total[units[some]] += np.einsum("kco,kco->k", mine, np.linalg.solve(block, mine.astype(np.float64)))
+            unit_weights = weights[at] * used[at][:, :, None]
+            total[units[some]] += np.einsum(
+                "kco,kco->k", unit_weights, np.linalg.solve(block, unit_weights.astype(np.float64))
+            )
 
 
 def _inverse(gram: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
@@ -531,7 +533,7 @@ def _belief(maps: Maps, columns: int) -> float:
     return float(counted / (counted + columns))
 
 
-def corrected(maps: Maps, weights: Real, gone: NDArray[np.bool_], *, biased: bool) -> tuple[Real, Real]:
+def corrected(maps: Maps, weights: Real, mask: NDArray[np.bool_], *, biased: bool) -> tuple[Real, Real]:
     """Return weights that correct for removed columns, W_K + (H_KK)^-1 H_KR W_R and 0, and the biases to add.
 
     H is that of :func:`ziplm`; it is not centred where the contraction has no bias.
@@ -539,22 +541,22 @@ def corrected(maps: Maps, weights: Real, gone: NDArray[np.bool_], *, biased: boo
     Args:
         maps: ``gram``, ``column_mean`` and ``rows`` of the contraction.
         weights: [parts, n, outputs].
-        gone: mask over the removed columns, [parts, n].
+        mask: mask over the removed columns, [parts, n].
         biased: whether the contraction has biases.
     """
     gram, mean = maps["gram"], maps["column_mean"]
     parts, n, outputs = weights.shape
-    result, shift = np.where(gone[:, :, None], 0.0, weights), np.zeros((parts, outputs))
+    result, shift = np.where(mask[:, :, None], 0.0, weights), np.zeros((parts, outputs))
     believed = _belief(maps, n)
-    for part in np.flatnonzero(gone.any(axis=1)):
-        lost, kept = np.flatnonzero(gone[part]), np.flatnonzero(~gone[part])
+    for part in np.flatnonzero(mask.any(axis=1)):
+        removed, survivors = np.flatnonzero(mask[part]), np.flatnonzero(~mask[part])
         products = gram[part] - np.outer(mean[part], mean[part]) if biased else gram[part]
         power = float(np.trace(products)) / n
-        if kept.size and power > 0:
-            block = believed * products[np.ix_(kept, kept)]
-            block.flat[:: kept.size + 1] = np.diagonal(products)[kept] + DAMPING * power
-            across = believed * products[np.ix_(kept, lost)] @ weights[part, lost]
-            result[part, kept] += np.linalg.solve(block, across)
+        if survivors.size and power > 0:
+            block = believed * products[np.ix_(survivors, survivors)]
+            block.flat[:: survivors.size + 1] = np.diagonal(products)[survivors] + DAMPING * power
+            across = believed * products[np.ix_(survivors, removed)] @ weights[part, removed]
+            result[part, survivors] += np.linalg.solve(block, across)
         if biased:
             shift[part] = mean[part] @ (weights[part] - result[part])
     return result, shift
@@ -570,29 +572,29 @@ def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: i
         size: number of units.
         damping: value added to the diagonal.
     """
-    scores, left = np.zeros(size), list(units_by_columns(owner))
+    scores, remaining = np.zeros(size), list(units_by_columns(owner))
     inverse = np.asarray(np.linalg.inv(covariance + damping * np.eye(len(covariance))), np.float64)
     weights, highest = weights.copy(), 0.0
-    while left:
-        errors = [_errors(inverse, weights, columns) for _, columns in left]
-        count = max(1, sum(u.size for u, _ in left) // _ROUNDS)
+    while remaining:
+        errors = [_errors(inverse, weights, columns) for _, columns in remaining]
+        count = max(1, sum(u.size for u, _ in remaining) // _ROUNDS)
         limit = np.partition(np.concatenate(errors), count - 1)[count - 1]
-        gone = [np.flatnonzero(e <= limit)[:count] for e in errors]
-        columns = np.concatenate([c[g].ravel() for (_, c), g in zip(left, gone, strict=True)])
-        for (units, _), own, chosen in zip(left, errors, gone, strict=True):
-            scores[units[chosen]] = np.maximum(own[chosen], highest)
+        weakest = [np.flatnonzero(e <= limit)[:count] for e in errors]
+        columns = np.concatenate([c[g].ravel() for (_, c), g in zip(remaining, weakest, strict=True)])
+        for (units, _), own, indices in zip(remaining, errors, weakest, strict=True):
+            scores[units[indices]] = np.maximum(own[indices], highest)
         highest = max(highest, float(limit))
         _remove(inverse, weights, columns)
-        kept = [(np.delete(u, g), np.delete(c, g, axis=0)) for (u, c), g in zip(left, gone, strict=True)]
-        left = [(u, c) for u, c in kept if u.size]
+        reduced = [(np.delete(u, g), np.delete(c, g, axis=0)) for (u, c), g in zip(remaining, weakest, strict=True)]
+        remaining = [(u, c) for u, c in reduced if u.size]
     return scores
 
 
 def _errors(inverse: Real, weights: Real, columns: NDArray[np.int64]) -> Real:
     """Return the error that pruning each unit [k] with columns [k, c] would add now."""
-    mine = weights[columns]
-    solved = np.linalg.solve(inverse[columns[:, :, None], columns[:, None, :]], mine)
-    return np.asarray(np.einsum("kco,kco->k", mine, solved))
+    unit_weights = weights[columns]
+    solved = np.linalg.solve(inverse[columns[:, :, None], columns[:, None, :]], unit_weights)
+    return np.asarray(np.einsum("kco,kco->k", unit_weights, solved))
 
 
 def _remove(inverse: Real, weights: Real, columns: NDArray[np.int64]) -> None:

@@ -155,7 +155,7 @@ def scored(slots: Iterable[PlacedSlot[V]], criterion: Callable[[V], NDArray[Any]
         ModelError: a weight holds NaN or infinity.
         UsageError: the criterion gives scores of another shape, or that are not finite.
     """
-    found: list[ScoredSlot] = []
+    items: list[ScoredSlot] = []
     ranks: dict[int, int] = {}
     for placed in slots:
         slot = placed.slot
@@ -171,8 +171,8 @@ def scored(slots: Iterable[PlacedSlot[V]], criterion: Callable[[V], NDArray[Any]
         ranks[placed.group] = max(ranks.get(placed.group, 0), placed.rank)
         if placed.rank == ranks[placed.group]:
             scores = np.asarray(raw, dtype=np.float64)
-            found.append(ScoredSlot(placed.group, slot.tensor, slot.units, scores, placed.rank, placed.place))
-    return [item for item in found if item.rank == ranks[item.group]]
+            items.append(ScoredSlot(placed.group, slot.tensor, slot.units, scores, placed.rank, placed.place))
+    return [item for item in items if item.rank == ranks[item.group]]
 
 
 def _call_criterion(criterion: Callable[[V], NDArray[Any] | None], slot: V) -> NDArray[Any] | None:
@@ -192,25 +192,25 @@ def _call_criterion(criterion: Callable[[V], NDArray[Any] | None], slot: V) -> N
     except (OnnxpruneError, MemoryError):
         raise
     except Exception as error:
-        said = " ".join(str(error).split()) or "no message"
+        reason = " ".join(str(error).split()) or "no message"
         raise ExtensionError(
             f"The criterion {getattr(criterion, '__name__', 'of the caller')} failed for {slot.tensor!r}: "
-            f"{type(error).__name__}: {said}",
+            f"{type(error).__name__}: {reason}",
             hint="It is called with a slot (and maps, where it takes two arguments) and returns a number per channel.",
         ) from error
 
 
-def without(items: Iterable[ScoredSlot], gone: Mapping[int, NDArray[np.bool_]]) -> list[ScoredSlot]:
+def without(items: Iterable[ScoredSlot], masks: Mapping[int, NDArray[np.bool_]]) -> list[ScoredSlot]:
     """Remove the scores of pruned units, {group: mask over its units}."""
-    kept = []
+    result = []
     for item in items:
-        mask = gone.get(item.group)
+        mask = masks.get(item.group)
         if mask is not None and mask[item.units].any():
             alive = ~mask[item.units]
             item = ScoredSlot(item.group, item.tensor, item.units[alive], item.scores[alive], item.rank, item.place)
         if item.units.size:
-            kept.append(item)
-    return kept
+            result.append(item)
+    return result
 
 
 def unit_scores(items: Sequence[ScoredSlot], sizes: Mapping[int, int], method: str, policy: str) -> dict[int, Array]:
@@ -225,7 +225,7 @@ def unit_scores(items: Sequence[ScoredSlot], sizes: Mapping[int, int], method: s
     parts: dict[int, list[Part]] = {}
     for item in items:
         parts.setdefault(item.group, []).append(Part(item.units, normalize(item.scores, method), item.place))
-    return {number: combine(found, sizes[number], policy) for number, found in parts.items()}
+    return {number: combine(group_parts, sizes[number], policy) for number, group_parts in parts.items()}
 
 
 def all_constant(items: Sequence[ScoredSlot]) -> bool:

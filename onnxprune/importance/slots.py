@@ -97,11 +97,11 @@ class Targets:
             self.unit[group.units] = np.arange(group.size)
         for rows in reversed(units.atoms.rows):
             above = units.component[rows.rows]
-            mine = self.group[above] >= 0
-            cells = units.component[rows.cells[mine]]
+            in_group = self.group[above] >= 0
+            cells = units.component[rows.cells[in_group]]
             fresh = self.group[cells] < 0
             for values in (self.group, self.unit):
-                values[cells[fresh]] = np.broadcast_to(values[above[mine]][:, None], cells.shape)[fresh]
+                values[cells[fresh]] = np.broadcast_to(values[above[in_group]][:, None], cells.shape)[fresh]
 
 
 Mask = NDArray[np.bool_]
@@ -154,10 +154,10 @@ def weight_slots(
         removed: mask over atoms that are already removed: the weights are 0 there, and no slot has their units.
         placed: locate the producers of each slot's units in the graph (``Placed.place``).
     """
-    for name, found in claims(table, units, groups, removed, placed):
+    for name, weight_claims in claims(table, units, groups, removed, placed):
         array = align_array(weight_values(table, name, removed))
         role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
-        for claim in found:
+        for claim in weight_claims:
             slot = _slot(name, claim, array, role, seed)
             if slot is not None:
                 yield PlacedSlot(claim.group.id, slot, 2 if array.ndim > 1 else 1, claim.place)
@@ -167,13 +167,13 @@ def claims(
     table: Table, units: Units, groups: Iterable[Group], removed: Mask | None = None, placed: bool = False
 ) -> Iterator[tuple[str, list[Claim]]]:
     """Yield weights with the labels of each group on them; the arguments are those of :func:`weight_slots`."""
-    wanted = {g.id: g for g in groups}
-    targets = Targets(units, wanted.values())
+    by_id = {g.id: g for g in groups}
+    targets = Targets(units, by_id.values())
     group_of, unit_of = targets.group[units.component], targets.unit[units.component]
     for name, labels in list(table.items().items()):
         if name not in table.graph.weights or is_setting(table.graph, name):
             continue
-        found: list[Claim] = []
+        weight_claims: list[Claim] = []
         for label in labels:
             numbers = label.of(group_of)
             only = _only(numbers)
@@ -188,9 +188,9 @@ def claims(
             for number in present:
                 if number >= 0:
                     owner = unit if only is not None else np.where(numbers == number, unit, -1)
-                    found.append(Claim(label, wanted[number], owner, place))
-        if found:
-            yield name, found
+                    weight_claims.append(Claim(label, by_id[number], owner, place))
+        if weight_claims:
+            yield name, weight_claims
 
 
 def _only(numbers: Ids) -> int | None:
@@ -227,11 +227,11 @@ def weight_values(table: Table, name: str, removed: Mask | None) -> NDArray[Any]
 def _zeroed(array: NDArray[Any], labels: Iterable[Label], removed: Mask) -> NDArray[Any]:
     """Return a weight with 0 at every removed position along each of its labelled axes."""
     for label in labels:
-        gone = label.of(removed)
-        if gone.any():
+        mask = label.of(removed)
+        if mask.any():
             # Packed codes have an axis of their own behind the others.
-            gone = gone.reshape(gone.shape + (1,) * (array.ndim - gone.ndim))
-            array = np.where(gone, array.dtype.type(0), array)
+            mask = mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
+            array = np.where(mask, array.dtype.type(0), array)
     return array
 
 
@@ -239,19 +239,19 @@ def _slot(name: str, claim: Claim, array: NDArray[Any], role: list[tuple[str, in
     label, size, drawn = claim.label, claim.group.size, (seed, claim.group.id)
     flat = claim.owner.ravel()
     in_order = np.arange(size)
-    chosen = (flat >= 0).nonzero()[0]
-    if not chosen.size:
+    positions = (flat >= 0).nonzero()[0]
+    if not positions.size:
         return None
-    runs = None if label.is_grid else runs_of(flat, chosen, in_order)
+    runs = None if label.is_grid else runs_of(flat, positions, in_order)
     if runs is not None:
         # No gather: the weight's own memory, or a copy in large pieces where runs lie side by side (queries and keys).
-        axis, start = label.pack, chosen.item(0)
-        whole = array.reshape(math.prod(array.shape[:axis]), array.shape[axis], -1)
-        blocks = whole[:, start : start + chosen.size].reshape(len(whole) * runs, size, -1)
+        axis, start = label.pack, positions.item(0)
+        merged = array.reshape(math.prod(array.shape[:axis]), array.shape[axis], -1)
+        blocks = merged[:, start : start + positions.size].reshape(len(merged) * runs, size, -1)
         return Slot(name, axis, blocks, role, in_order, size, drawn)
     axes = label.axes
     rows = np.moveaxis(array, axes, range(len(axes))).reshape(flat.size, -1)
-    order = chosen[np.argsort(flat[chosen], kind="stable")]
+    order = positions[np.argsort(flat[positions], kind="stable")]
     who = flat[order]
     counts = np.bincount(who, minlength=size)
     present = np.flatnonzero(counts)
@@ -262,13 +262,13 @@ def _slot(name: str, claim: Claim, array: NDArray[Any], role: list[tuple[str, in
     return Slot(name, label.pack, rows[order][None], role, who, size, drawn)
 
 
-def runs_of(flat: Ids, chosen: Ids, in_order: Ids) -> int | None:
-    """Return how often all units follow each other ``in_order`` where ``chosen`` [positions] is one run; else None."""
-    count, rest = divmod(chosen.size, in_order.size)
-    start = chosen.item(0)
-    if rest or chosen.item(-1) - start != chosen.size - 1:
+def runs_of(flat: Ids, positions: Ids, in_order: Ids) -> int | None:
+    """Return how often all units follow each other ``in_order`` where ``positions`` is one run; else None."""
+    count, rest = divmod(positions.size, in_order.size)
+    start = positions.item(0)
+    if rest or positions.item(-1) - start != positions.size - 1:
         return None
-    units = flat[start : start + chosen.size].reshape(count, in_order.size)
+    units = flat[start : start + positions.size].reshape(count, in_order.size)
     return count if np.count_nonzero(units == in_order) == units.size else None
 
 
@@ -297,10 +297,10 @@ def weight_squares(
 ) -> Iterator[PlacedSlot[Squares]]:
     """Yield the sums of squares of every slot of :func:`~onnxprune.importance.slots.weight_slots`."""
     marginals = Marginals()
-    for name, found in claims(table, units, groups, removed, placed):
+    for name, weight_claims in claims(table, units, groups, removed, placed):
         array = weight_values(table, name, removed)
-        sums = marginals(array, {claim.label.axes for claim in found})
-        for claim in found:
+        sums = marginals(array, {claim.label.axes for claim in weight_claims})
+        for claim in weight_claims:
             numbers, own = _of_units(claim, sums[claim.label.axes].ravel())
             if numbers.size:
                 yield PlacedSlot(
@@ -313,14 +313,14 @@ def _of_units(claim: Claim, sums: NDArray[Any]) -> tuple[Ids, NDArray[Any]]:
     flat, in_order = claim.owner.ravel(), np.arange(claim.group.size)
     if flat.size == in_order.size and np.count_nonzero(flat == in_order) == flat.size:  # as nearly everywhere
         return in_order, sums
-    chosen = (flat >= 0).nonzero()[0]
-    if not chosen.size:
-        return chosen, sums[chosen]
-    runs = runs_of(flat, chosen, in_order)
+    positions = (flat >= 0).nonzero()[0]
+    if not positions.size:
+        return positions, sums[positions]
+    runs = runs_of(flat, positions, in_order)
     if runs is not None:
-        start = chosen.item(0)
-        return in_order, sums[start : start + chosen.size].reshape(runs, in_order.size).sum(axis=0)
-    order = chosen[np.argsort(flat[chosen], kind="stable")]
+        start = positions.item(0)
+        return in_order, sums[start : start + positions.size].reshape(runs, in_order.size).sum(axis=0)
+    order = positions[np.argsort(flat[positions], kind="stable")]
     who = flat[order]
     counts = np.bincount(who)
     present = np.flatnonzero(counts)
@@ -335,19 +335,19 @@ class Marginals:
     def __init__(self) -> None:
         self._piece, self._ones = np.empty(0, np.uint8), np.empty(0)
 
-    def __call__(self, array: NDArray[Any], wanted: Collection[Axes]) -> dict[Axes, NDArray[Any]]:
+    def __call__(self, array: NDArray[Any], axis_sets: Collection[Axes]) -> dict[Axes, NDArray[Any]]:
         """Return sum W^2 over all axes but some, for each of these sets of axes, in their order.
 
         The array is read once, piece by piece, and squared and summed in the processor's cache.
         """
         with np.errstate(over="ignore"):  # the caller checks for infinity
-            if array.nbytes <= _SMALL or array.ndim == 1 or any(len(axes) != 1 for axes in wanted):
-                whole = np.square(align_array(array))
-                return {axes: _sum(whole, axes) for axes in wanted}
+            if array.nbytes <= _SMALL or array.ndim == 1 or any(len(axes) != 1 for axes in axis_sets):
+                squares = np.square(align_array(array))
+                return {axes: _sum(squares, axes) for axes in axis_sets}
             first = next((a for a, n in enumerate(array.shape) if n > 1), 0)
             rows, columns = self._by_pieces(array.reshape(array.shape[first], -1))
             columns = columns.reshape((1,) * (first + 1) + array.shape[first + 1 :])
-            return {axes: rows if axes == (first,) else _sum(columns, axes) for axes in wanted}
+            return {axes: rows if axes == (first,) else _sum(columns, axes) for axes in axis_sets}
 
     def _by_pieces(self, matrix: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return sums of squares along the rows, and along the columns, of a matrix."""
@@ -377,9 +377,9 @@ class Marginals:
         return self._piece[:needed].view(dtype).reshape(height, width), self._ones
 
 
-def _sum(array: NDArray[Any], left: Axes) -> NDArray[Any]:
-    """Sum an array over all axes but ``left``."""
-    others = tuple([a for a, n in enumerate(array.shape) if n > 1 and a not in left])
+def _sum(array: NDArray[Any], axes: Axes) -> NDArray[Any]:
+    """Sum an array over all axes but these."""
+    others = tuple([a for a, n in enumerate(array.shape) if n > 1 and a not in axes])
     return np.asarray(np.add.reduce(array, axis=others)) if others else array
 
 
@@ -473,10 +473,10 @@ def _pair(table: Table, component: Ids, node: Node, position: int, label: Label)
     if len(node.inputs) != 2 or label.pack != label.axes[-1]:
         return None
     other = node.inputs[1 - position]
-    mine = component[in_order(label.ids, label.axes)]
+    units = component[in_order(label.ids, label.axes)]
     for candidate in table.get(other):
         order = (*candidate.outer(), candidate.pack)
-        if candidate.ids.size == mine.size and np.array_equal(component[in_order(candidate.ids, order)], mine):
+        if candidate.ids.size == units.size and np.array_equal(component[in_order(candidate.ids, order)], units):
             return ContractionInput(node, position, node.inputs[position], label.axes, label, None, (other, order))
     return None
 
@@ -492,12 +492,12 @@ def surviving(after: Survivors, label: Label) -> Ids:
     ids = np.arange(label.ids.size).reshape(label.ids.shape)
     if keep is None:
         return ids
-    kept = keep
+    mask = keep
     for axis in label.outer():
-        alive = np.flatnonzero(kept.any(axis=tuple(a for a in range(kept.ndim) if a != axis)))
-        ids, kept = ids.take(alive, axis=axis), kept.take(alive, axis=axis)
-    width = int(kept.sum(axis=label.pack).max())
-    order = np.argsort(~kept, axis=label.pack, kind="stable").take(np.arange(width), axis=label.pack)
+        alive = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        ids, mask = ids.take(alive, axis=axis), mask.take(alive, axis=axis)
+    width = int(mask.sum(axis=label.pack).max())
+    order = np.argsort(~mask, axis=label.pack, kind="stable").take(np.arange(width), axis=label.pack)
     return np.take_along_axis(ids, order, axis=label.pack)
 
 
@@ -517,9 +517,9 @@ class CapturedMaps:
         """
         worst: tuple[str, int] | None = None
         for site in self.sites:
-            found = self.columns.get(site.columns_key, {})
-            if "rows" in found and "gram" in found:
-                rows, columns = float(found["rows"]), found["gram"].shape[-1]
+            statistics = self.columns.get(site.columns_key, {})
+            if "rows" in statistics and "gram" in statistics:
+                rows, columns = float(statistics["rows"]), statistics["gram"].shape[-1]
                 needed = int(np.ceil(self.samples * columns / max(rows, 1.0)))
                 if rows < columns and (worst is None or needed > worst[1]):
                     worst = site.node.label, needed
@@ -543,23 +543,23 @@ def map_slots(
         seed: seed of criteria that draw.
     """
     table, units = analysis.table, analysis.units
-    wanted = {g.id: g for g in groups}
-    targets = Targets(units, wanted.values())
+    by_id = {g.id: g for g in groups}
+    targets = Targets(units, by_id.values())
     after = Survivors(table, np.zeros(units.component.size, bool) if removed is None else removed)
     for site in captured.sites:
         positions = site.channels(surviving(after, site.label))
         component = units.component[site.label.ids.ravel()[positions]]
         numbers = targets.group[component]
-        found = np.unique(numbers[numbers >= 0])
-        if not found.size:
+        group_ids = np.unique(numbers[numbers >= 0])
+        if not group_ids.size:
             continue
         weight = _weight(table, after, site, positions)
         if weight is None and site.form is not None:
             continue
-        for number in found:
-            chosen = np.flatnonzero(numbers == number)
+        for number in group_ids:
+            indices = np.flatnonzero(numbers == number)
             slot = _map_slot(
-                table, site, captured, weight, chosen, wanted[int(number)], targets.unit[component[chosen]]
+                table, site, captured, weight, indices, by_id[int(number)], targets.unit[component[indices]]
             )
             slot.seed = (seed, int(number))
             yield int(number), slot
@@ -570,20 +570,20 @@ def _map_slot(
     site: ContractionInput,
     captured: CapturedMaps,
     weight: NDArray[Any] | None,
-    chosen: Ids,
+    indices: Ids,
     group: Group,
     units: Ids,
 ) -> Slot:
-    arrays = _arrays(site, captured, chosen, 0 if weight is None else len(weight))
+    arrays = _arrays(site, captured, indices, 0 if weight is None else len(weight))
     maps = Maps(captured.samples if arrays or not site.conditions else 0, arrays)
     if weight is None:
         assert site.partner is not None
         square = captured.maps[site.partner_key].get("square")
-        rms = np.ones(chosen.size) if square is None else np.sqrt(square[chosen])
+        rms = np.ones(indices.size) if square is None else np.sqrt(square[indices])
         blocks, taps, name = rms[None, :, None], 1, site.tensor
     else:
         assert site.form is not None
-        blocks, taps = weight[chosen].reshape(1, chosen.size, -1), site.form.taps
+        blocks, taps = weight[indices].reshape(1, indices.size, -1), site.form.taps
         name = site.node.inputs[site.form.weight]
     return Slot(
         tensor=name,
@@ -600,19 +600,19 @@ def _map_slot(
 
 
 def _arrays(
-    site: ContractionInput, captured: CapturedMaps, chosen: Ids, channels: int
+    site: ContractionInput, captured: CapturedMaps, indices: Ids, channels: int
 ) -> dict[str, NDArray[np.float64]]:
     """Return the site's statistics of the chosen channels."""
-    every = not channels or chosen.size == channels
+    every = not channels or indices.size == channels
     arrays: dict[str, NDArray[np.float64]] = {}
     for name, value in captured.maps.get(site.maps_key, {}).items():
-        arrays[name] = value if every else (value[np.ix_(chosen, chosen)] if value.ndim == 2 else value[chosen])
+        arrays[name] = value if every else (value[np.ix_(indices, indices)] if value.ndim == 2 else value[indices])
     for name, value in captured.columns.get(site.columns_key, {}).items():
         if every or not value.ndim:
             arrays[name] = value
         elif len(value) == 1:  # one part: the chosen channels' columns are a matrix of their own
             taps = value.shape[-1] // channels
-            index = (chosen[:, None] * taps + np.arange(taps)).ravel()
+            index = (indices[:, None] * taps + np.arange(taps)).ravel()
             arrays[name] = value[:, index][..., index] if value.ndim == 3 else value[:, index]
     return arrays
 

@@ -165,8 +165,8 @@ class Means(Statistic):
         if not weight:
             return
         with np.errstate(over="ignore", invalid="ignore"):
-            whole = all(math.isfinite(value.sum()) for value in sums.values())
-        if self.tells and not whole:  # sums may also overflow over finite values
+            finite = all(math.isfinite(value.sum()) for value in sums.values())
+        if self.tells and not finite:  # sums may also overflow over finite values
             check_finite(maps)
         # Add into the new arrays, never into the old ones, so that a state that a caller holds does not change.
         for name, value in sums.items():
@@ -238,9 +238,9 @@ class Moments(Means):
         sums = np.zeros((len(self.parts), channels))
         with np.errstate(over="ignore", invalid="ignore"):
             for values, some in _laid_out(maps):
-                found = _sums(values, self.parts)
+                totals = _sums(values, self.parts)
                 for row, part in zip(sums[:, some], self.parts, strict=True):
-                    row += found[part].reshape(row.size, -1).sum(axis=1)
+                    row += totals[part].reshape(row.size, -1).sum(axis=1)
         return maps.size // channels, dict(zip(self.parts, sums, strict=True))
 
 
@@ -283,8 +283,8 @@ def _laid_out(maps: Array) -> Iterator[tuple[Array, slice]]:
     flat = maps.reshape(samples, channels, -1)
     positions = flat.shape[2]
     if positions >= _FEW and flat.strides[2] == flat.itemsize:
-        for few, some in _pieces(flat.shape):
-            yield flat[few, some], some
+        for sample_slice, channel_slice in _pieces(flat.shape):
+            yield flat[sample_slice, channel_slice], channel_slice
         return
     if positions >= _FEW or flat.strides[1] == flat.itemsize:  # channels are contiguous
         turned = np.moveaxis(flat, 1, 2)
@@ -292,11 +292,11 @@ def _laid_out(maps: Array) -> Iterator[tuple[Array, slice]]:
     else:
         rows, columns = flat.reshape(samples, channels * positions), positions
     step = max(1, PIECE // max(1, min(len(rows), _BYTE)) // columns)
-    for left in range(0, channels, step):
-        some = slice(left, min(left + step, channels))
-        high = max(1, PIECE // ((some.stop - left) * columns))
+    for start in range(0, channels, step):
+        channel_slice = slice(start, min(start + step, channels))
+        high = max(1, PIECE // ((channel_slice.stop - start) * columns))
         for top in range(0, len(rows), high):
-            yield rows[top : top + high, left * columns : some.stop * columns], some
+            yield rows[top : top + high, start * columns : channel_slice.stop * columns], channel_slice
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
@@ -305,33 +305,33 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
     high = min(samples, _BYTE)
     wide = max(1, PIECE // max(1, high * positions))
     for top in range(0, samples, high):
-        for left in range(0, channels, wide):
-            yield slice(top, top + high), slice(left, left + wide)
+        for first in range(0, channels, wide):
+            yield slice(top, top + high), slice(first, first + wide)
 
 
 def _sums(values: Array, parts: Sequence[str]) -> dict[str, Real]:
     """Return the requested sums over samples and positions [s, channels, p], or over rows [rows, columns]."""
-    found: dict[str, Real] = {}
+    totals: dict[str, Real] = {}
     if "active" in parts:
-        found["active"] = _count(values != 0)
+        totals["active"] = _count(values != 0)
     if "mean" in parts:
-        found["mean"] = _total(values)
+        totals["mean"] = _total(values)
     if "magnitude" in parts:
         # Behind a ReLU values are their own magnitudes.
-        plain = "mean" in found and values.min() >= 0
-        found["magnitude"] = found["mean"] if plain else _total(np.abs(values))
+        plain = "mean" in totals and values.min() >= 0
+        totals["magnitude"] = totals["mean"] if plain else _total(np.abs(values))
     if "square" in parts:
-        found["square"] = _squares(values)
-    if values.dtype != np.float64 and not _kept(found, values):
+        totals["square"] = _squares(values)
+    if values.dtype != np.float64 and not _is_precise(totals, values):
         return _sums(values.astype(np.float64), parts)
-    return found
+    return totals
 
 
-def _kept(found: dict[str, Real], values: Array) -> bool:
+def _is_precise(totals: dict[str, Real], values: Array) -> bool:
     """Return whether float32 sums kept their digits: finite values may leave its range, squares at either end."""
-    if not all(math.isfinite(sums.sum()) for sums in found.values()):
+    if not all(math.isfinite(sums.sum()) for sums in totals.values()):
         return False
-    low = found["square"] <= _TINY if "square" in found else np.zeros(0, bool)
+    low = totals["square"] <= _TINY if "square" in totals else np.zeros(0, bool)
     # A channel that is 0 throughout is exact.
     return not low.any() or not values[:, low].any()
 
@@ -367,8 +367,8 @@ def _count(busy: NDArray[np.bool_]) -> Real:
         counted = np.add.reduce(some, axis=0, dtype=np.uint8)
         if counted.ndim == 2:
             length = counted.shape[1]
-            most = min(_BYTE // len(some), length // _RUN)
-            folds = next((k for k in range(most, 1, -1) if length % k == 0), 1)
+            max_folds = min(_BYTE // len(some), length // _RUN)
+            folds = next((k for k in range(max_folds, 1, -1) if length % k == 0), 1)
             counted = np.add.reduce(counted.reshape(-1, folds, length // folds), axis=1, dtype=np.uint8)
             total += _total(counted.astype(np.float32)[None])
         else:
@@ -388,9 +388,9 @@ def _runs(values: Array, axis: int) -> list[Array]:
     count = next((k for k in range(fewest, 2 * fewest) if length % k == 0), fewest)
     run = length // count
     if axis == 0:
-        whole = count * run
-        spread = values[:whole].reshape(count, run, values.shape[1])
-        return [spread] if whole == length else [spread, values[None, whole:]]
+        num_in_runs = count * run
+        spread = values[:num_in_runs].reshape(count, run, values.shape[1])
+        return [spread] if num_in_runs == length else [spread, values[None, num_in_runs:]]
     if count * run == length:
         return [values.reshape(*values.shape[:2], count, run)]
     spread = values[..., : count * run].reshape(*values.shape[:2], count, run)

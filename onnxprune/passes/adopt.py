@@ -51,15 +51,15 @@ class Adopt(Pass):
                 "This plan factorizes layers as well, and such a model cannot be recovered afterwards",
                 hint=f"Prune the original again with {argument('plan')} and {argument('data')}, which recovers it.",
             )
-        analysis, chosen = read_plan(model.analysis, self.plan)
-        removed = removed_atoms(analysis.units, chosen)
+        analysis, selected = read_plan(model.analysis, self.plan)
+        removed = removed_atoms(analysis.units, selected)
         with context.stage("compare"):
             loaded = load(self.cut)
             try:
-                wanted = Graph.of(*cut_model(analysis, removed))
+                expected = Graph.of(*cut_model(analysis, removed))
             except CannotRewrite as stop:
                 raise UsageError(f"The plan cannot be applied to the original: {stop}.") from stop
-            changed, of = check_pair(wanted, Graph.of(loaded.proto, loaded.weights))
+            changed, of = check_pair(expected, Graph.of(loaded.proto, loaded.weights))
         with context.stage("compare"), Workspace.of(analysis, loaded) as trial, trial.blaming():
             # The recovery starts from the function of the file, with subnormal weights as 0.
             start = flush((loaded.proto, dict(loaded.weights)))[0]
@@ -78,7 +78,7 @@ class Adopt(Pass):
         return PassResult(pruned, [settings, *describe_removal(context, pruned), proof])
 
 
-def check_pair(wanted: Graph, given: Graph) -> tuple[int, int]:
+def check_pair(expected: Graph, actual: Graph) -> tuple[int, int]:
     """Compare a pruned model with the original pruned by the plan; returns differing and all floating weights.
 
     Weights may have other values. Changes by an earlier recovery are allowed too: a bias where there was none, and
@@ -87,58 +87,60 @@ def check_pair(wanted: Graph, given: Graph) -> tuple[int, int]:
     Raises:
         UsageError: another tensor, shape or operator; the message names the first.
     """
-    pairs, added = _check_nodes(wanted, given)
-    for name in wanted.weights:
+    pairs, added = _check_nodes(expected, actual)
+    for name in expected.weights:
         if all(name != own for own, _ in pairs):  # read by the body of an If, Loop or Scan, or by nobody
             pairs.append((name, name))
     for name, other in pairs:
-        weight, have = wanted.weights[name], given.weights.get(other)
-        if have is None:
+        weight, actual_weight = expected.weights[name], actual.weights.get(other)
+        if actual_weight is None:
             raise _stranger(f"the pruned model has no tensor {name!r}")
-        if have.shape != weight.shape:
-            raise _stranger(f"tensor {name!r} has shape {list(have.shape)}, by the plan it has {list(weight.shape)}")
-        if have.dtype != weight.dtype:
-            raise _stranger(f"tensor {name!r} holds {have.dtype}, the original's {weight.dtype}")
-    known = added.union(other for _, other in pairs)
-    for name in given.weights:
-        if name not in known:
+        if actual_weight.shape != weight.shape:
+            raise _stranger(
+                f"tensor {name!r} has shape {list(actual_weight.shape)}, by the plan it has {list(weight.shape)}"
+            )
+        if actual_weight.dtype != weight.dtype:
+            raise _stranger(f"tensor {name!r} holds {actual_weight.dtype}, the original's {weight.dtype}")
+    paired = added.union(other for _, other in pairs)
+    for name in actual.weights:
+        if name not in paired:
             raise _stranger(f"the pruned model has an additional tensor {name!r}")
-    return _compare_values(wanted, given, pairs)
+    return _compare_values(expected, actual, pairs)
 
 
-def _check_nodes(wanted: Graph, given: Graph) -> tuple[list[tuple[str, str]], set[str]]:
+def _check_nodes(expected: Graph, actual: Graph) -> tuple[list[tuple[str, str]], set[str]]:
     """Check that nodes have equal operators and inputs; returns pairs of weights and the names of added weights."""
     pairs: dict[tuple[str, str], None] = {}
     added: set[str] = set()
-    for node in wanted.steps:
+    for node in expected.steps:
         name = next((o for o in node.outputs if o), "")
-        other = given.producer.get(name)
+        other = actual.producer.get(name)
         if other is None:
             raise _stranger(f"the pruned model has no tensor {name!r}")
         same = (other.op, other.domain) == (node.op, node.domain) and len(other.inputs) >= len(node.inputs)
         for own, theirs in zip(node.inputs, other.inputs, strict=False):
-            apart = own in wanted.weights and theirs in given.weights and theirs not in wanted.weights
+            apart = own in expected.weights and theirs in actual.weights and theirs not in expected.weights
             same &= own == theirs or apart or not own
-            if own in wanted.weights:
+            if own in expected.weights:
                 pairs[own, theirs] = None
         if not same:
             raise _stranger(f"tensor {name!r} comes from {other.op}, by the plan from {node.op}")
         own_names = dict(enumerate(node.inputs))
         added.update(n for i, n in enumerate(other.inputs) if n and not own_names.get(i))
-    known = {o for node in wanted.steps for o in node.outputs}
-    for node in given.steps:
+    expected_names = {o for node in expected.steps for o in node.outputs}
+    for node in actual.steps:
         for name in node.outputs:
-            if name and name not in known:
+            if name and name not in expected_names:
                 raise _stranger(f"the pruned model has an additional tensor {name!r}")
-    return list(pairs), added & given.weights.keys()
+    return list(pairs), added & actual.weights.keys()
 
 
-def _compare_values(wanted: Graph, given: Graph, pairs: Sequence[tuple[str, str]]) -> tuple[int, int]:
+def _compare_values(expected: Graph, actual: Graph, pairs: Sequence[tuple[str, str]]) -> tuple[int, int]:
     changed: set[str] = set()
     names: set[str] = set()
     for name, other in pairs:
-        weight = wanted.weights[name]
-        same = np.array_equal(weight.read(), given.weights[other].read())
+        weight = expected.weights[name]
+        same = np.array_equal(weight.read(), actual.weights[other].read())
         if weight.dtype.kind in "fV" or weight.dtype.itemsize == 1:
             names.add(name)
             changed.update(() if same else (name,))

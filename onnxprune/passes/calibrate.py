@@ -58,26 +58,26 @@ def captured_maps(
     source = source or CalibrationBatches(context, analysis)
     targets = Targets(analysis.units, groups)
     component = analysis.units.component
-    found = [
+    sites = [
         s for s in contraction_inputs(analysis.table, component) if (targets.group[component[s.label.ids]] >= 0).any()
     ]
-    whole = removed is None or not removed.any()
+    unpruned = removed is None or not removed.any()
     graph = analysis.graph
-    model = (graph.proto, graph.weights) if whole or removed is None else cut(analysis.table, removed)
-    types = inside(analysis, None if whole or removed is None else Survivors(analysis.table, removed).shape)
+    model = (graph.proto, graph.weights) if unpruned or removed is None else cut(analysis.table, removed)
+    types = inside(analysis, None if unpruned or removed is None else Survivors(analysis.table, removed).shape)
     unseen = hidden_tensors(analysis.graph.proto, types)
-    found = [
-        s for s in found if not unseen & {s.tensor, *(s.partner or ("",))[:1], *(name for name, _ in s.conditions)}
+    sites = [
+        s for s in sites if not unseen & {s.tensor, *(s.partner or ("",))[:1], *(name for name, _ in s.conditions)}
     ]
-    captured = CapturedMaps(found)
+    captured = CapturedMaps(sites)
     requests = _Requests(needs, source.samples)
-    forms = {} if whole or removed is None else _forms_after(analysis, found, model[0], removed)
-    for site in found:
+    forms = {} if unpruned or removed is None else _forms_after(analysis, sites, model[0], removed)
+    for site in sites:
         requests.add(site, captured, forms.get((site.node.index, site.position), site.form))
     checkpoint = None
     if context.cache is not None and (print_ := source.fingerprint()) is not None:
-        gone = b"" if whole or removed is None else np.packbits(removed).tobytes()
-        key = ":".join([analysis.loaded.sha256, print_, hashlib.sha256(gone).hexdigest()])
+        mask = b"" if unpruned or removed is None else np.packbits(removed).tobytes()
+        key = ":".join([analysis.loaded.sha256, print_, hashlib.sha256(mask).hexdigest()])
         checkpoint = Checkpoint(context.cache, key)
     with context.stage("capture"):
         captured.samples = capture(
@@ -98,13 +98,13 @@ def captured_maps(
 
 
 def _forms_after(
-    analysis: Analysis, found: Sequence[ContractionInput], proto: onnx.ModelProto, removed: NDArray[np.bool_]
+    analysis: Analysis, sites: Sequence[ContractionInput], proto: onnx.ModelProto, removed: NDArray[np.bool_]
 ) -> dict[tuple[int, int], Form | None]:
     """Return the forms of the contractions in the pruned model, which may have fewer convolution groups."""
     after = Survivors(analysis.table, removed)
     by_output = {node.outputs[0]: node for node in Graph.of(proto, {}).nodes if node.outputs}
     result: dict[tuple[int, int], Form | None] = {}
-    for site in found:
+    for site in sites:
         node = by_output.get(site.node.outputs[0])
         if node is not None and site.form is not None:
             shapes = [after.shape(n) if n else None for n in site.node.inputs]
@@ -120,7 +120,7 @@ class _Requests:
         self._needs, self._samples = needs, samples
         self.made: list[Request] = []
         self.finish: list[Callable[[], None]] = []
-        self._known: set[tuple[Hashable, str]] = set()
+        self._requested: set[tuple[Hashable, str]] = set()
 
     def add(self, site: ContractionInput, captured: CapturedMaps, form: Form | None) -> None:
         """Add the needs that this site supports; ``form`` is the contraction's in the model that is run."""
@@ -165,9 +165,9 @@ class _Requests:
 
     def _add(self, need: str, key: Hashable, request: Request, captured: CapturedMaps) -> None:
         """Add the request unless an equal one exists, and record where its result goes."""
-        if (key, need) in self._known:
+        if (key, need) in self._requested:
             return
-        self._known.add((key, need))
+        self._requested.add((key, need))
         statistic = request.statistic
         into = captured.columns if statistics.get(need).columns else captured.maps
         # A user's own class may lack the attribute that its batches may be joined.

@@ -51,8 +51,8 @@ class CalibrationBatches:
     @property
     def samples(self) -> int | None:
         """The number of samples of one pass, None where it is unknown before."""
-        known = self._data.samples
-        return known // self.fixed * self.fixed if known and self.fixed else known
+        declared = self._data.samples
+        return declared // self.fixed * self.fixed if declared and self.fixed else declared
 
     def batches(self, batch_size: int | None = None) -> Iterator[Feed]:
         """One pass over the data."""

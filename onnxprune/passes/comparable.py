@@ -53,14 +53,14 @@ def _sizes(facts: Facts, name: str, now: Callable[[str], Any] | None) -> tuple[S
     current = shapes[0] if now is None else now(name)
     if current is None or any(s is None or None in s or len(s) != len(current) for s in shapes):
         return None
-    found: list[Size] = []
+    sizes: list[Size] = []
     for axis, size in enumerate(current):
         every = [0 if s is None else s[axis] for s in shapes]
         one = size if len(set(every)) == 1 else _of_input(facts, every) if size == every[0] else None
         if one is None:
             return None
-        found.append(one)
-    return tuple(found)
+        sizes.append(one)
+    return tuple(sizes)
 
 
 def _of_input(facts: Facts, sizes: list[int]) -> Size | None:
@@ -98,12 +98,14 @@ UNREACHED = "no calibration sample takes"
 NEVER = f"{UNREACHED} the branch around it"
 
 
-def untaken(graph: Graph, taken: Sequence[BranchAssignment], aim: RecoveryTarget) -> str:
+def untaken(graph: Graph, branches: Sequence[BranchAssignment], target: RecoveryTarget) -> str:
     """Return the reason of a layer that runs on no batch; empty for others."""
-    if any(runs_node(graph, aim.node.index, way) for way in taken):
+    if any(runs_node(graph, target.node.index, way) for way in branches):
         return ""
-    around = graph.around[aim.node.index]
-    branch = next(k for k in range(len(around)) if not any(runs_bodies(graph, around[: k + 1], way) for way in taken))
+    around = graph.around[target.node.index]
+    branch = next(
+        k for k in range(len(around)) if not any(runs_bodies(graph, around[: k + 1], way) for way in branches)
+    )
     node, side = graph.nodes[around[branch].start], around[branch].side
     which = "then" if side else "else"
     return f"{UNREACHED} the {which}-branch of If {node.label!r}, which it lies in"
@@ -118,13 +120,13 @@ def of_iterations(get: Get, where: Sequence[tuple[str, bool]], weights: Mapping[
         weights: constants of the model, by name.
     """
 
-    def chosen(name: str, batch: int) -> Array:
+    def selected(name: str, batch: int) -> Array:
         value = get(name, batch)
         counts = np.ones(len(value), bool)
-        for condition, wanted in where:
-            found = weights[condition].read() if condition in weights else get(condition, batch)
+        for condition, required in where:
+            values = weights[condition].read() if condition in weights else get(condition, batch)
             # Iterations follow one another: each condition stands for as many rows.
-            counts &= np.repeat(found.ravel() == wanted, len(value) // max(found.size, 1))
+            counts &= np.repeat(values.ravel() == required, len(value) // max(values.size, 1))
         return value[counts]
 
-    return chosen
+    return selected

@@ -67,17 +67,21 @@ class Pair:
             ModelError: the reference does not load or run.
         """
         with self._lent() as (one, other):
-            found = compare_models(one, other, feeds, self.rounding)
-        if found.facts.passed is not False:
-            return found
+            comparison = compare_models(one, other, feeds, self.rounding)
+        if comparison.facts.passed is not False:
+            return comparison
         holding = Holding(self.reference, self.other, self.kinds, self.survivors)
         if holding:
-            found = self._held(holding, feeds) or found
-        if found.facts.passed is False and found.failed and holding.depend_on_unheld().issuperset(found.failed):
-            names = ", ".join(found.failed[:4])
+            comparison = self._held(holding, feeds) or comparison
+        if (
+            comparison.facts.passed is False
+            and comparison.failed
+            and holding.depend_on_unheld().issuperset(comparison.failed)
+        ):
+            names = ", ".join(comparison.failed[:4])
             why = f"not provable: {names} depends on random numbers, which differ with the sizes"
-            return found._replace(facts=Exactness(None, batches=found.facts.batches, note=why), failed=())
-        return found
+            return comparison._replace(facts=Exactness(None, batches=comparison.facts.batches, note=why), failed=())
+        return comparison
 
     def _held(self, holding: Holding, feeds: Sequence[Feed]) -> Comparison | None:
         """Compare with discrete choices held equal; None where the reference does not run with them."""
@@ -91,18 +95,18 @@ class Pair:
                     pairs.append(holding.feeds({name: values[name] for name in names}))
                 del session
             one, other = holding.pair()
-            firsts = [{**feed, **mine} for feed, (mine, _) in zip(feeds, pairs, strict=True)]
-            seconds = [{**feed, **mine} for feed, (_, mine) in zip(feeds, pairs, strict=True)]
+            firsts = [{**feed, **choices} for feed, (choices, _) in zip(feeds, pairs, strict=True)]
+            seconds = [{**feed, **choices} for feed, (_, choices) in zip(feeds, pairs, strict=True)]
             with self.trial.lend(*one, "held") as a, self.trial.lend(*other, "held_too") as b:
-                found = compare_models(a, b, firsts, self.rounding, others=seconds)
+                comparison = compare_models(a, b, firsts, self.rounding, others=seconds)
         except (KeyError, ModelError):
             return None
-        idle = {name: why for name, why in found.idle.items() if not name.endswith((SEEN, MADE))}
+        idle = {name: why for name, why in comparison.idle.items() if not name.endswith((SEEN, MADE))}
         operators = _listed(holding.operators)
-        said = f"compared before operators that choose or draw, and after them with equal choices: {operators}"
-        note = f"{found.facts.note}; {said}" if found.facts.note else said
-        worst = found.facts.worst_output.removesuffix(SEEN).removesuffix(MADE)
-        return found._replace(facts=replace(found.facts, note=note, worst_output=worst), idle=idle)
+        remark = f"compared before operators that choose or draw, and after them with equal choices: {operators}"
+        note = f"{comparison.facts.note}; {remark}" if comparison.facts.note else remark
+        worst = comparison.facts.worst_output.removesuffix(SEEN).removesuffix(MADE)
+        return comparison._replace(facts=replace(comparison.facts, note=note, worst_output=worst), idle=idle)
 
     @contextmanager
     def lend_reference(self) -> Iterator[Openable]:

@@ -183,19 +183,19 @@ class _Check:
         masked = masked_original(self.analysis.table, self.removed, probe)
         # A file with random numbers would draw others than the reference.
         pair = self._pair(probe, masked, self.model, None if self.trial.drawing else self.final)
-        found, feeds = pair.compared([feed]), [feed]
-        if not found.facts.passed and _rounds(masked):
+        comparison, feeds = pair.compared([feed]), [feed]
+        if not comparison.facts.passed and _rounds(masked):
             return self._in_floats(probe, masked, feed)
-        if found.facts.passed and found.idle:
+        if comparison.facts.passed and comparison.idle:
             with pair.lend_reference() as reference:
                 feeds += compare.find_varying_feeds(
-                    reference, found.idle, feeds, other_feeds(self.analysis, self.seed)(probe)
+                    reference, comparison.idle, feeds, other_feeds(self.analysis, self.seed)(probe)
                 )
             if len(feeds) > 1:
-                found = pair.compared(feeds)
-        if not found.facts.passed or not found.idle:
-            return found.said()
-        return self._inside(probe, masked, feeds, found)
+                comparison = pair.compared(feeds)
+        if not comparison.facts.passed or not comparison.idle:
+            return comparison.said()
+        return self._inside(probe, masked, feeds, comparison)
 
     def _in_floats(self, probe: Probe, masked: Model, feed: Feed) -> Exactness:
         """Return the facts where products with 4-bit weights take floats.
@@ -203,50 +203,52 @@ class _Check:
         With activations rounded to 8 bits, a rounding to the other side is as large as a real error.
         """
         facts = self._pair(probe, _without_rounding(masked), _without_rounding(self.model)).compared([feed]).said()
-        said = "with activations of 4-bit products in floats"
-        facts.note = f"{facts.note}; {said}" if facts.note else said
+        remark = "with activations of 4-bit products in floats"
+        facts.note = f"{facts.note}; {remark}" if facts.note else remark
         return facts
 
     def elsewhere(self, calls: Sequence[tuple[Probe, Feed]], worst: Exactness) -> Exactness:
         """Run every branch of an If and the body of every Loop, whatever the inputs select, and return the facts."""
-        found_open = open_conditions(self.analysis.graph, self.analysis.facts)
+        conditions = open_conditions(self.analysis.graph, self.analysis.facts)
         run, missed = set[tuple[str, bool]](), set[tuple[str, bool]]()
-        for way in branch_assignments(found_open):
+        for way in branch_assignments(conditions):
             for probe, feed in calls:
                 masked = masked_original(self.analysis.table, self.removed, probe)
                 try:
-                    found = self._pair(probe, force(masked, way), force(self.model, way)).compared([feed]).facts
+                    exactness = self._pair(probe, force(masked, way), force(self.model, way)).compared([feed]).facts
                 except ModelError:  # with these sizes the original does not run there either
                     missed.update(way.items())
                     break
                 run.update(way.items())
-                if found.passed is not True or found.error > worst.error:
-                    found.batches, found.note = worst.batches, "; ".join(filter(None, (worst.note, found.note)))
-                    worst = found
+                if exactness.passed is not True or exactness.error > worst.error:
+                    exactness.batches, exactness.note = (
+                        worst.batches,
+                        "; ".join(filter(None, (worst.note, exactness.note))),
+                    )
+                    worst = exactness
                 if worst.passed is not True:
                     return worst
-        names = branch_names(found_open, missed - run)
+        names = branch_names(conditions, missed - run)
         if names:
-            said = f"could not be run at these sizes: {_some(names)}"
-            worst.note = f"{worst.note}; {said}" if worst.note else said
+            remark = f"could not be run at these sizes: {_some(names)}"
+            worst.note = f"{worst.note}; {remark}" if worst.note else remark
         return worst
 
-    def _inside(self, probe: Probe, masked: Model, feeds: Sequence[Feed], found: compare.Comparison) -> Exactness:
+    def _inside(self, probe: Probe, masked: Model, feeds: Sequence[Feed], comparison: compare.Comparison) -> Exactness:
         """Compare tensors in front of the outputs that never vary; returns the given facts where there are none."""
         witnesses = Witnesses(self.analysis.table, self.removed, probe, masked, self.model)
-        names = witnesses.upstream(found.idle)
+        names = witnesses.upstream(comparison.idle)
         if names:
             with self.trial.lend(*witnesses.tapped(names), "tapped") as path:
-                names = witnesses.last(found.idle, compare.varying_outputs(path, feeds) & set(names))
+                names = witnesses.last(comparison.idle, compare.varying_outputs(path, feeds) & set(names))
         if not names:
-            return found.said()
+            return comparison.said()
         reference, shrunk, new = witnesses.pair(names)
         facts = self._pair(probe, reference, shrunk).compared(feeds).facts
         facts.worst_output = new.get(facts.worst_output, facts.worst_output)
-        said = (
-            f"{_some([*found.idle])} did not vary on any synthetic sample; compared instead, before it: {_some(names)}"
-        )
-        facts.note = f"{facts.note}; {said}" if facts.note else said
+        idle = _some([*comparison.idle])
+        remark = f"{idle} did not vary on any synthetic sample; compared instead, before it: {_some(names)}"
+        facts.note = f"{facts.note}; {remark}" if facts.note else remark
         return facts
 
 
@@ -257,16 +259,16 @@ def _some(names: Sequence[str]) -> str:
 def _exact_part(analysis: Analysis, removed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], int]:
     """Return the mask without groups that run through a normalisation, and how many such groups were pruned."""
     units = analysis.units
-    gone = np.zeros(units.frozen.size, dtype=bool)
-    gone[units.component[removed]] = True
-    chosen, skipped = np.zeros_like(gone), 0
+    mask = np.zeros(units.frozen.size, dtype=bool)
+    mask[units.component[removed]] = True
+    exact, skipped = np.zeros_like(mask), 0
     for group in units.groups:
-        mine = group.units[gone[group.units]]
+        units_removed = group.units[mask[group.units]]
         if group.exact:
-            chosen[mine] = True
-        elif mine.size:
+            exact[units_removed] = True
+        elif units_removed.size:
             skipped += 1
-    return (removed_atoms(units, chosen), skipped) if skipped else (removed, 0)
+    return (removed_atoms(units, exact), skipped) if skipped else (removed, 0)
 
 
 PROVED = Guarantee("a proof of every removal", lambda _, after: not after.is_unproved)

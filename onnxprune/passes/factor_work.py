@@ -82,13 +82,13 @@ class Work:
         kernel = layer.operator.kernel(self.model.weights[layer.weight].read(), layer.description)
         return LayerFits(layer, kernel, self.moments[layer.name].metric, self.context.seed, self.request.cost)
 
-    def factorize(self, taken: Mapping[str, Candidate]) -> list[LayerResult]:
+    def factorize(self, candidates: Mapping[str, Candidate]) -> list[LayerResult]:
         """Factorize by every choice, {name of the layer: candidate}; equal factorizations are computed once.
 
         Raises:
             UsageError: CP has no best approximation of that rank, and Tucker none of at most that cost.
         """
-        keys = {(name, c.method, c.ranks): (name, c) for name, c in taken.items()}
+        keys = {(name, c.method, c.ranks): (name, c) for name, c in candidates.items()}
         missing = [key for key in keys if key not in self._results]
         heavy = any(self.layer_fits[name].kernel.size >= 1 << 20 for name, _, _ in missing)
         for key, done in zip(
@@ -98,31 +98,31 @@ class Work:
         return [self._results[key] for key in keys]
 
     def _factorize_layer(self, name: str, candidate: Candidate) -> LayerResult:
-        opened, note = self.layer_fits[name], ""
+        fits, note = self.layer_fits[name], ""
         try:
-            factors = opened.fit(candidate.method).factors(candidate.ranks)
+            factors = fits.fit(candidate.method).factors(candidate.ranks)
         except Degenerate:
             note = f"cp of rank {candidate.ranks[0]} is degenerate: tucker at no more cost"
-            other = opened.within("tucker", candidate.cost, self.request.round_to)
+            other = fits.within("tucker", candidate.cost, self.request.round_to)
             if other is None:
                 raise UsageError(
                     f"CP of rank {candidate.ranks[0]} has no best approximation of layer {name!r}.",
                     hint=f"Give another rank or {argument('method')}, or {argument('exclude')} the layer.",
                 ) from None
             candidate = other
-            factors = opened.fit("tucker").factors(other.ranks)
-        shape = opened.layer.shape
+            factors = fits.fit("tucker").factors(other.ranks)
+        shape = fits.layer.shape
         kernel = compose(factors, shape.parts, shape.inputs)
-        item = Factorized(opened.layer, candidate.method.replace("-", "_"), factors, self._shift(opened, kernel))
-        return LayerResult(opened, candidate, item, kernel, opened.metric.error(opened.kernel, kernel), note)
+        item = Factorized(fits.layer, candidate.method.replace("-", "_"), factors, self._shift(fits, kernel))
+        return LayerResult(fits, candidate, item, kernel, fits.metric.error(fits.kernel, kernel), note)
 
-    def _shift(self, opened: LayerFits, kernel: Real) -> Real | None:
+    def _shift(self, fits: LayerFits, kernel: Real) -> Real | None:
         """Return the bias correction: the change of the kernel times the mean input of the layer."""
-        mean = self.moments[opened.layer.name].mean
+        mean = self.moments[fits.layer.name].mean
         if mean is None:
             return None
-        shape = opened.layer.shape
-        difference = (opened.kernel - kernel).reshape(shape.parts, -1, shape.outputs)
+        shape = fits.layer.shape
+        difference = (fits.kernel - kernel).reshape(shape.parts, -1, shape.outputs)
         return np.asarray(np.einsum("pn,pno->po", mean, difference).ravel())
 
 
@@ -142,18 +142,18 @@ def prepare_work(context: Context, current: Model, request: Request, methods: Se
     analysis = current.analysis
     model = Prepared(*current.parts)
     shape = probe_at(model.graph, analysis.facts.probes[0].inputs, infer_by_rule).shapes.get
-    found = find_layers(model.graph, shape)
+    scan = find_layers(model.graph, shape)
     names = (*model.weights, *(n.label for n in model.graph.nodes))
-    given = [(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")]
-    check([*given, (argument("rank"), request.ranks)], names)
-    for layer in list(found.layers):
+    patterns = [(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")]
+    check([*patterns, (argument("rank"), request.ranks)], names)
+    for layer in list(scan.layers):
         why = "" if every or not request.excluded(list(layer.names)) else _EXCLUDED
         why = why or _refusal(model, layer, methods)
         if why:
-            found.layers.remove(layer)
-            found.reasons[layer.name] = why
-    moments = input_moments(context, analysis, model.graph, model.weights, found.layers)
-    return Work(context, analysis, request, model, shape, found, moments)
+            scan.layers.remove(layer)
+            scan.reasons[layer.name] = why
+    moments = input_moments(context, analysis, model.graph, model.weights, scan.layers)
+    return Work(context, analysis, request, model, shape, scan, moments)
 
 
 _EXCLUDED = f"{Reason.EXCLUDED}: by its name"
@@ -209,19 +209,19 @@ def input_moments(
     types = {name: inner._replace(sizes=None) for name, inner in inside(analysis).items()}
     types = {**dict.fromkeys(graph.inner, Inner(TensorProto.FLOAT, 0)), **types}
     unseen = hidden_tensors(graph.proto, types)
-    left = min(_ALL, context.memory_limit or _ALL)
+    remaining = min(_ALL, context.memory_limit or _ALL)
     for layer in layers:
         form = layer.description.form
-        whole = None if form is None else _whole(layer, left)
-        if form is None or whole is None or any(unseen & _needed_for(graph, use.node, form) for use in layer.uses):
+        full = None if form is None else _fits_in_full(layer, remaining)
+        if form is None or full is None or any(unseen & _needed_for(graph, use.node, form) for use in layer.uses):
             continue
-        shared[layer.name] = not whole
+        shared[layer.name] = not full
         for use in layer.uses:
-            key = (use.node.inputs[form.data], form.key, whole, graph.conditions(use.node.index))
+            key = (use.node.inputs[form.data], form.key, full, graph.conditions(use.node.index))
             keys.setdefault(layer.name, []).append(key)
             if key not in requests:
-                requests[key] = _request(key, layer, form, whole, source.samples)
-                left -= _bytes(layer, whole)
+                requests[key] = _request(key, layer, form, full, source.samples)
+                remaining -= _bytes(layer, full)
     with context.stage("capture"):
         capture(
             (graph.proto, weights),
@@ -247,27 +247,27 @@ def _needed_for(graph: Graph, node: Node, form: Form) -> set[str]:
     return {node.inputs[form.data], *(name for name, _ in graph.conditions(node.index))}
 
 
-def _bytes(layer: Layer, whole: bool) -> int:
+def _bytes(layer: Layer, full: bool) -> int:
     shape = layer.shape
-    return 8 * shape.parts * (shape.columns if whole else shape.inputs) ** 2
+    return 8 * shape.parts * (shape.columns if full else shape.inputs) ** 2
 
 
-def _whole(layer: Layer, left: int) -> bool | None:
+def _fits_in_full(layer: Layer, remaining: int) -> bool | None:
     """Return whether memory suffices for the moments of all columns; None where not even for those of channels."""
-    if _bytes(layer, True) <= min(left, _ONE):
+    if _bytes(layer, True) <= min(remaining, _ONE):
         return True
-    return False if _bytes(layer, False) <= min(left, _ONE) else None
+    return False if _bytes(layer, False) <= min(remaining, _ONE) else None
 
 
-def _request(key: tuple[Any, ...], layer: Layer, form: Form, whole: bool, samples: int | None) -> CaptureRequest:
+def _request(key: tuple[Any, ...], layer: Layer, form: Form, full: bool, samples: int | None) -> CaptureRequest:
     arrange = (
         columns_of(form, rows_per_sample(form, layer.shape.inputs * form.parts, samples))
-        if whole
+        if full
         else shared_columns(form.axes, form.parts)
     )
     statistic = statistics.get("gram")()
     return CaptureRequest(
-        f"gram {key!r}", key[0], arrange, statistic, form.taps if whole else 1, 0 not in form.axes, key[3]
+        f"gram {key!r}", key[0], arrange, statistic, form.taps if full else 1, 0 not in form.axes, key[3]
     )
 
 
@@ -293,8 +293,8 @@ def _takes_shift(layer: Layer, weights: Mapping[str, Weight]) -> bool:
     if position is None or form is None or form.output_axis(2) != 1:
         return False
     for use in layer.uses:
-        given = use.node.inputs[position] if position < len(use.node.inputs) else ""
+        bias = use.node.inputs[position] if position < len(use.node.inputs) else ""
         scaled = any(float(use.node.attrs.get(name, 1.0)) != 1.0 for name in ("alpha", "beta"))
-        if scaled or (given and given not in weights):
+        if scaled or (bias and bias not in weights):
             return False
     return True

@@ -72,11 +72,11 @@ class Factorize(Pass):
         before = model.parts
         with context.stage("factorize"):
             work = prepare_work(context, model, self.request, self._methods(), every=self.plan is not None)
-            chosen = LayerChoices(reasons=dict(work.scan.reasons))
-            done, remarks = self._choose(context, before, work, chosen)
+            choices = LayerChoices(reasons=dict(work.scan.reasons))
+            done, remarks = self._choose(context, before, work, choices)
             if not done:
                 raise BudgetError(
-                    "No layer of this model can be factorized with these settings.", hint=_reasons(chosen)
+                    "No layer of this model can be factorized with these settings.", hint=_reasons(choices)
                 )
             after = _replaced(before, done)
             if self._timed:
@@ -87,7 +87,7 @@ class Factorize(Pass):
                 product = check_products(context, model, after, [(d.item, d.kernel) for d in done])
         factorized = model.with_parts(after, as_pruned=model.as_pruned or before, plan=_plan(context, model, done))
         settings = Settings({"method": "a plan"} if self.plan is not None else self.request.settings)
-        facts = describe_factors(context, factorized, work, done, chosen.reasons, product)
+        facts = describe_factors(context, factorized, work, done, choices.reasons, product)
         return PassResult(factorized, [settings, *map(Remark, remarks), *facts])
 
     def unchecked(self) -> Factorize:
@@ -107,19 +107,21 @@ class Factorize(Pass):
         return AUTO if self.request.method == "auto" else (self.request.method,)
 
     def _choose(
-        self, context: Context, before: ModelParts, work: Work, chosen: LayerChoices
+        self, context: Context, before: ModelParts, work: Work, choices: LayerChoices
     ) -> tuple[list[LayerResult], Sequence[str]]:
         """Choose the layers to factorize with their methods and ranks, and the remarks about the choice."""
         if self.plan is not None:
             entries = [(f.layer, f.method, tuple(f.ranks)) for f in self.plan.factorized]
-            chosen.candidates = read_choices(work.layer_fits, entries)
+            choices.candidates = read_choices(work.layer_fits, entries)
         elif self.wanted is not None:
-            choose_by_share(work.layer_fits, self.wanted, self.request.round_to, chosen)
+            choose_by_share(work.layer_fits, self.wanted, self.request.round_to, choices)
         elif self.request.scope == "local" and self.request.method != "auto":
-            spread(lambda one: choose_local(one, self.request, chosen), list(work.layer_fits.values()))
-            chosen.candidates = {name: chosen.candidates[name] for name in work.layer_fits if name in chosen.candidates}
+            spread(lambda one: choose_local(one, self.request, choices), list(work.layer_fits.values()))
+            choices.candidates = {
+                name: choices.candidates[name] for name in work.layer_fits if name in choices.candidates
+            }
         elif work.layer_fits:
-            joint = JointBudget(work, self._methods(), chosen, self.gains)
+            joint = JointBudget(work, self._methods(), choices, self.gains)
             joint.share_out()
             if self._timed:
 
@@ -127,7 +129,7 @@ class Factorize(Pass):
                     return not _slower(model_latency(context, work.analysis, before, _replaced(before, done)))
 
                 return joint.faster(quick), joint.remarks
-        return work.factorize(chosen.candidates), ()
+        return work.factorize(choices.candidates), ()
 
 
 def _plan(context: Context, model: Model, done: Sequence[LayerResult]) -> Plan:
@@ -163,18 +165,23 @@ def _require_speed(context: Context, analysis: Analysis, before: ModelParts, aft
         )
 
 
-def _reasons(chosen: LayerChoices) -> str:
+def _reasons(choices: LayerChoices) -> str:
     """Return the most frequent reasons."""
-    counts = Counter(chosen.reasons.values())
-    said = "; ".join(f"{n} layer{'s' if n > 1 else ''}: {why}" for why, n in counts.most_common(3))
-    return f"Reasons: {said}." if said else "The model has no layers with weights of their own."
+    counts = Counter(choices.reasons.values())
+    text = "; ".join(f"{n} layer{'s' if n > 1 else ''}: {why}" for why, n in counts.most_common(3))
+    return f"Reasons: {text}." if text else "The model has no layers with weights of their own."
 
 
 # -- facts about a factorization ---------------------------------------------------------------------------------------
 
 
 def describe_factors(
-    context: Context, model: Model, work: Work, done: Sequence[LayerResult], left: Mapping[str, str], product: Exactness
+    context: Context,
+    model: Model,
+    work: Work,
+    done: Sequence[LayerResult],
+    reasons: Mapping[str, str],
+    product: Exactness,
 ) -> Iterator[Fact]:
     """Describe a factorization as facts.
 
@@ -183,15 +190,15 @@ def describe_factors(
         model: the factorized model.
         work: layers of the model before, with the moments of their inputs.
         done: factorized layers.
-        left: {layer: reason} of the layers that were not factorized.
+        reasons: {layer: reason} of the layers that were not factorized.
         product: result of the check of the products.
     """
-    layers = list(_layers(work, done, left))
-    known = {layer.name for layer in layers}
-    layers += [FactorizedLayer(name, "", reason=why) for name, why in left.items() if name not in known]
+    layers = list(_layers(work, done, reasons))
+    listed = {layer.name for layer in layers}
+    layers += [FactorizedLayer(name, "", reason=why) for name, why in reasons.items() if name not in listed]
     yield Factorization(layers, product)
     yield from (Remark(f"{d.layer_fits.layer.name}: {d.note}") for d in done if d.note)
-    bad = [name for name, why in left.items() if "NaN" in why]
+    bad = [name for name, why in reasons.items() if "NaN" in why]
     if bad:
         yield Remark(f"not factorized because weights hold NaN or infinity: {', '.join(bad[:4])}")
     graph = Graph.of(*model.parts)
@@ -204,7 +211,7 @@ def describe_factors(
     )
 
 
-def _layers(work: Work, done: Sequence[LayerResult], left: Mapping[str, str]) -> Iterator[FactorizedLayer]:
+def _layers(work: Work, done: Sequence[LayerResult], reasons: Mapping[str, str]) -> Iterator[FactorizedLayer]:
     """Iterate over layers in the order of the graph, then those without a node of their own."""
     by_name = {d.layer_fits.layer.name: _layer(d) for d in done}
     graph = work.model.graph
@@ -212,27 +219,27 @@ def _layers(work: Work, done: Sequence[LayerResult], left: Mapping[str, str]) ->
         name = node.label
         if name in by_name:
             yield by_name.pop(name)
-        elif name in left and is_layer(node, graph):
+        elif name in reasons and is_layer(node, graph):
             params = sum(int(np.prod(graph.weights[w].shape)) for w in layer_weights(node, graph))
             cost = macs(node, work.shape)
             sizes = {"params_before": params, "params_after": params, "macs_before": cost, "macs_after": cost}
-            yield FactorizedLayer(name, node.op, reason=left[name], **sizes)
+            yield FactorizedLayer(name, node.op, reason=reasons[name], **sizes)
     yield from by_name.values()
 
 
 def _layer(done: LayerResult) -> FactorizedLayer:
     layer, candidate = done.layer_fits.layer, done.candidate
     stages = [f.stage for f in done.item.factors]
-    whole = [layer.shape.whole()]
+    full_stages = [layer.shape.whole()]
     return FactorizedLayer(
         name=layer.name,
         op=layer.uses[0].node.op,
         method=candidate.method,
         ranks=list(candidate.ranks),
         error=done.error,
-        params_before=elements(whole),
+        params_before=elements(full_stages),
         params_after=elements(stages),
-        macs_before=layer.macs(whole),
+        macs_before=layer.macs(full_stages),
         macs_after=layer.macs(stages),
         before_ms=None if done.latency is None else done.latency.before_ms,
         after_ms=None if done.latency is None else done.latency.after_ms,

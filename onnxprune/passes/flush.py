@@ -32,16 +32,16 @@ class Flush(Pass):
 def flush(model: ModelParts) -> tuple[ModelParts, int]:
     """Flush such weights to zero in a copy of the model; returns it and the number of values changed."""
     proto, weights = model
-    found = flushed(Graph.of(proto, weights))
-    if not found:
+    flushed_weights = flushed(Graph.of(proto, weights))
+    if not flushed_weights:
         return model, 0
-    constants = found.keys() - weights.keys()
+    constants = flushed_weights.keys() - weights.keys()
     if constants:
         own = onnx.ModelProto()
         own.CopyFrom(proto)
         for node in own.graph.node:
             if node.output and node.output[0] in constants:
-                set_constant(node, found[node.output[0]][0])
+                set_constant(node, flushed_weights[node.output[0]][0])
         proto = own
-    changed = {name: weight for name, (weight, _) in found.items() if name not in constants}
-    return (proto, {**weights, **changed}), sum(count for _, count in found.values())
+    changed = {name: weight for name, (weight, _) in flushed_weights.items() if name not in constants}
+    return (proto, {**weights, **changed}), sum(count for _, count in flushed_weights.values())

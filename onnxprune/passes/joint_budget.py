@@ -75,9 +75,9 @@ class JointBudget:
     """
 
     def __init__(
-        self, work: Work, methods: Sequence[str], chosen: LayerChoices, gains: Mapping[str, float] | None = None
+        self, work: Work, methods: Sequence[str], choices: LayerChoices, gains: Mapping[str, float] | None = None
     ) -> None:
-        self._work, self._methods, self._chosen = work, methods, chosen
+        self._work, self._methods, self._choices = work, methods, choices
         self.layer_fits = list(work.layer_fits.values())
         step = work.request.round_to
         self.options = spread(lambda one: list(one.choices(methods, step)), self.layer_fits)
@@ -85,10 +85,10 @@ class JointBudget:
         self._total = _cost_of(work)
         self._outputs: Outputs | None = None
         if gains is None:
-            self._ways = self._measured()
+            self._weightings = self._measured()
         else:
-            self._ways = [fill_gains([gains.get(o.layer.name, np.nan) for o in self.layer_fits])]
-        self.gains = self._ways[0]
+            self._weightings = [fill_gains([gains.get(o.layer.name, np.nan) for o in self.layer_fits])]
+        self.gains = self._weightings[0]
         self._times: dict[Hashable, Latency | None] = {}
         self.remarks: list[str] = []
 
@@ -102,20 +102,20 @@ class JointBudget:
             BudgetError: no choice is cheap enough.
         """
         least = np.inf
-        for gains in self._ways:
-            before = self._chosen.candidates, self.gains
+        for gains in self._weightings:
+            before = self._choices.candidates, self.gains
             self.gains, self.options = gains, list(self._fresh)
             self._settle(slower)
             change = self._change()
             if change < _CLEARLY * least:
                 least = change
             else:
-                self._chosen.candidates, self.gains = before
+                self._choices.candidates, self.gains = before
         self._explain(slower)
 
     def _change(self) -> float:
         """Return the change of the outputs caused by the choice, where it is known."""
-        if self._outputs is None or len(self._ways) < 2:
+        if self._outputs is None or len(self._weightings) < 2:
             return 0.0
         return self._outputs.change([(d.layer_fits.layer, d.kernel) for d in self._carried_out()])
 
@@ -129,32 +129,34 @@ class JointBudget:
     def _allocate(self, slower: frozenset[tuple[str, str]]) -> None:
         pairs = list(zip(self.layer_fits, self.options, strict=True))
         options = [[c for c in own if (o.layer.name, c.method) not in slower] for o, own in pairs]
-        wholes, request, chosen = [o.full_cost for o in self.layer_fits], self._work.request, self._chosen
-        fixed = self._total - sum(wholes)
-        taken = allocate(wholes, options, self.gains, (1.0 - request.share) * self._total - fixed)
-        if taken is None:
-            best = 1.0 - (fixed + min_total_cost(wholes, options)) / max(self._total, 1)
+        full_costs, request, choices = [o.full_cost for o in self.layer_fits], self._work.request, self._choices
+        fixed = self._total - sum(full_costs)
+        candidates = allocate(full_costs, options, self.gains, (1.0 - request.share) * self._total - fixed)
+        if candidates is None:
+            best = 1.0 - (fixed + min_total_cost(full_costs, options)) / max(self._total, 1)
             without = " without making layers slower" if slower else ""
             raise BudgetError(
                 f"No ranks save {request.share:.0%} of the {request.cost}{without}: at most {best:.0%}.",
                 hint=f"Give a smaller {argument('ratio')}, or prune as well."
                 + (f" {argument('timed', False)} allows slower layers." if slower else ""),
             )
-        chosen.candidates = {o.layer.name: c for o, c in zip(self.layer_fits, taken, strict=True) if c is not None}
+        choices.candidates = {
+            o.layer.name: c for o, c in zip(self.layer_fits, candidates, strict=True) if c is not None
+        }
 
     def _explain(self, slower: frozenset[tuple[str, str]]) -> None:
         """Record why layers stay whole."""
         for one in self.layer_fits:
             name = one.layer.name
-            self._chosen.reasons.pop(name, None)
-            if name not in self._chosen.candidates:
+            self._choices.reasons.pop(name, None)
+            if name not in self._choices.candidates:
                 bad = sorted(m for n, m in slower if n == name)
                 why = f"no faster by {', '.join(bad)}, as measured" if bad else "other layers lose less per saving"
-                self._chosen.reasons[name] = why
+                self._choices.reasons[name] = why
 
     def _correct(self) -> None:
         """Scale the estimated losses of a method to the measured loss where a choice was carried out."""
-        for done in self._work.factorize(self._chosen.candidates):
+        for done in self._work.factorize(self._choices.candidates):
             scale = (done.error + _ROUNDING) / (done.candidate.loss + _ROUNDING)
             k = next(i for i, o in enumerate(self.layer_fits) if o.layer.name == done.name)
             self.options[k] = [
@@ -187,7 +189,7 @@ class JointBudget:
                 cheap = before
                 if quick(cheap):
                     self.remarks.append(_TAKEN.format(spared=_worst(done), kept=_worst(cheap)))
-                    self._chosen.candidates = {d.name: d.candidate for d in cheap}
+                    self._choices.candidates = {d.name: d.candidate for d in cheap}
                     self._explain(slower)
                     return cheap
         if cheap is not None:
@@ -195,7 +197,7 @@ class JointBudget:
         return done
 
     def _carried_out(self) -> list[LayerResult]:
-        return self._work.factorize(self._chosen.candidates)
+        return self._work.factorize(self._choices.candidates)
 
     def _slow(self, done: Sequence[LayerResult]) -> list[LayerResult]:
         """Return the factorized layers that are slower on their own, as measured."""
@@ -281,11 +283,11 @@ class Outputs:
     def _run(self, weights: Mapping[str, Weight]) -> list[dict[str, NDArray[np.float64]]]:
         session = open_session(bytes(assemble(self._model.graph.proto, weights).SerializeToString()), threads=1)
         results = (run(session, feed) for feed in self._feeds)
-        found = [{n: v for n, v in r.items() if measures(v.dtype) and v.dtype.kind != "c"} for r in results]
+        outputs = [{n: v for n, v in r.items() if measures(v.dtype) and v.dtype.kind != "c"} for r in results]
         if self._probable is None:  # the original comes first
-            self._probable = {n for n, v in found[0].items() if are_probabilities(v)} if found else set()
+            self._probable = {n for n, v in outputs[0].items() if are_probabilities(v)} if outputs else set()
         probable = self._probable
-        return [{n: roots(v) if n in probable else v.astype(np.float64) for n, v in r.items()} for r in found]
+        return [{n: roots(v) if n in probable else v.astype(np.float64) for n, v in r.items()} for r in outputs]
 
 
 def output_gains(outputs: Outputs, layers: Sequence[LayerFits], names: Sequence[str]) -> list[float]:
@@ -299,17 +301,17 @@ def output_gains(outputs: Outputs, layers: Sequence[LayerFits], names: Sequence[
         names: names of the methods to try.
     """
 
-    def one(opened: LayerFits) -> float:
+    def one(fits: LayerFits) -> float:
         for share in _TRIED:
-            tried = [c for n in names if not opened.refusal(n) and (c := opened.within(n, share * opened.full_cost, 1))]
+            tried = [c for n in names if not fits.refusal(n) and (c := fits.within(n, share * fits.full_cost, 1))]
             if not tried:
                 break
             best = min(tried, key=lambda c: c.loss)
-            factors = opened.fit(best.method).factors(best.ranks)
-            kernel = compose(factors, opened.layer.shape.parts, opened.layer.shape.inputs)
-            lost = opened.metric.error(opened.kernel, kernel)
-            if lost > _NOTHING:
-                return outputs.change([(opened.layer, kernel)]) / lost
+            factors = fits.fit(best.method).factors(best.ranks)
+            kernel = compose(factors, fits.layer.shape.parts, fits.layer.shape.inputs)
+            loss = fits.metric.error(fits.kernel, kernel)
+            if loss > _NOTHING:
+                return outputs.change([(fits.layer, kernel)]) / loss
         return float("nan")
 
     return spread(one, layers)

@@ -67,8 +67,11 @@ def output_sensitivity(
     Raises:
         UsageError: no data, too few of them, or outputs that are constant. ModelError: the model does not run.
     """
-    fit, held = _SplitBatches(context, analysis, False), list(_SplitBatches(context, analysis, True).some(max_samples))
-    if not held:
+    fit, hold_out = (
+        _SplitBatches(context, analysis, False),
+        list(_SplitBatches(context, analysis, True).some(max_samples)),
+    )
+    if not hold_out:
         raise UsageError(
             f"{argument('normalize', 'measured')} needs hold-out samples, and the data has too few.",
             hint=f"Give ten or more samples, or choose {argument('normalize', 'root')}.",
@@ -76,32 +79,32 @@ def output_sensitivity(
     captured = captured_maps(context, analysis, groups, ("gram",), source=fit)
     by_count: dict[int, dict[int, float]] = {}
     with context.stage("measure"), workspace() as folder:
-        runs = _PrunedRuns(analysis, captured, held, folder / "cut.onnx")
+        runs = _PrunedRuns(analysis, captured, hold_out, folder / "cut.onnx")
         runs.original()
-        wanted = [(g, n) for g in groups if g.id in scores for n in counts(g.steps, shares)]
-        for number, (group, gone) in enumerate(wanted):
-            units = group.units[weakest(scores[group.id], group.classes, group.steps, gone)]
+        removals = [(g, n) for g in groups if g.id in scores for n in counts(g.steps, shares)]
+        for number, (group, num_removed) in enumerate(removals):
+            units = group.units[weakest(scores[group.id], group.classes, group.steps, num_removed)]
             with suppress(CannotRewrite, ModelError):
-                by_count.setdefault(group.id, {})[gone] = runs.sensitivity(units)
-            context.tell("measure", (number + 1) / len(wanted))
-    every = [d for found in by_count.values() for d in found.values()]
+                by_count.setdefault(group.id, {})[num_removed] = runs.sensitivity(units)
+            context.tell("measure", (number + 1) / len(removals))
+    every = [d for by_num_removed in by_count.values() for d in by_num_removed.values()]
     if not every:
         return dict(scores)
     result = {}
     for group in groups:
         if group.id in scores:
             values = scores[group.id] - min(0.0, float(scores[group.id].min()))
-            found = by_count.get(group.id) or {max(group.steps - 1, 1): float(np.mean(every))}
-            result[group.id] = along(values, group.classes, group.steps, found)
+            by_num_removed = by_count.get(group.id) or {max(group.steps - 1, 1): float(np.mean(every))}
+            result[group.id] = along(values, group.classes, group.steps, by_num_removed)
     return result
 
 
 class _SplitBatches(CalibrationBatches):
     """The calls of the hold-out, or the others."""
 
-    def __init__(self, context: Context, analysis: Analysis, held: bool) -> None:
+    def __init__(self, context: Context, analysis: Analysis, held_out: bool) -> None:
         super().__init__(context, analysis)
-        self._held = held
+        self._held_out = held_out
         samples = super().samples
         self._size = self.fixed or max(1, min(_CALL, self.max_size, (samples or 10 * _CALL) // 10))
 
@@ -114,22 +117,24 @@ class _SplitBatches(CalibrationBatches):
         calls = None if samples is None else -(-samples // self._size)
         for number, feed in enumerate(super().batches(self._size)):
             run = number if calls is None or calls < 10 else number * 10 // calls
-            if is_held_out(run % 10, HELD_OUT_OF_SENSITIVITY) == self._held:
+            if is_held_out(run % 10, HELD_OUT_OF_SENSITIVITY) == self._held_out:
                 yield feed
 
     def some(self, samples: int) -> Iterator[Feed]:
         """Iterate over calls with about this many samples."""
-        seen = 0
+        num_samples = 0
         for feed in self.batches():
             yield feed
-            seen += count(feed)
-            if seen >= samples:
+            num_samples += count(feed)
+            if num_samples >= samples:
                 break
 
     def fingerprint(self) -> str | None:
         """Return the fingerprint of all data, marked."""
-        found = super().fingerprint()
-        return None if found is None else f"{found}:{'held' if self._held else 'fit'} runs of {self._size}"
+        fingerprint = super().fingerprint()
+        return (
+            None if fingerprint is None else f"{fingerprint}:{'held' if self._held_out else 'fit'} runs of {self._size}"
+        )
 
 
 @dataclass(slots=True)
@@ -146,16 +151,16 @@ class _PrunedRuns:
     captured: CapturedMaps
     feeds: Sequence[Feed]
     path: Path
-    _wanted: Sequence[dict[str, Array]] = ()
+    _expected: Sequence[dict[str, Array]] = ()
     _scale: Mapping[str, float] | None = None
     _probable: set[str] | None = None
 
     def sensitivity(self, units: NDArray[np.int64]) -> float:
         """Measure the mean sensitivity of the outputs to the removal of these components, each at most 1."""
         units_of = self.analysis.units
-        chosen = np.zeros(units_of.frozen.size, dtype=bool)
-        chosen[units] = True
-        removed = removed_atoms(units_of, chosen)
+        mask = np.zeros(units_of.frozen.size, dtype=bool)
+        mask[units] = True
+        removed = removed_atoms(units_of, mask)
         proto, weights = cut(self.analysis.table, removed)
         after = Survivors(self.analysis.table, removed)
         for site in self.captured.sites:
@@ -163,10 +168,10 @@ class _PrunedRuns:
         scale = self.original()
         session = self._session(proto, weights)
         errors = dict.fromkeys(scale, 0.0)
-        for feed, wanted in zip(self.feeds, self._wanted, strict=True):
-            found = self._outputs(session, feed)
+        for feed, expected in zip(self.feeds, self._expected, strict=True):
+            outputs = self._outputs(session, feed)
             for name in scale:
-                errors[name] += _square(found[name], wanted[name])
+                errors[name] += _square(outputs[name], expected[name])
         return float(np.mean([min(errors[n] / scale[n], 1.0) for n in scale]))
 
     def original(self) -> Mapping[str, float]:
@@ -174,11 +179,11 @@ class _PrunedRuns:
         if self._scale is None:
             graph = self.analysis.graph
             session = self._session(graph.proto, graph.weights)
-            self._wanted = [
+            self._expected = [
                 {n: a for n, a in self._outputs(session, feed).items() if measures(a.dtype) and a.dtype.kind != "c"}
                 for feed in self.feeds
             ]
-            scale = {name: _spread([w[name] for w in self._wanted]) for name in self._wanted[0]}
+            scale = {name: _spread([w[name] for w in self._expected]) for name in self._expected[0]}
             self._scale = {name: value for name, value in scale.items() if value > 0}
             if not self._scale:
                 raise UsageError(
@@ -190,10 +195,10 @@ class _PrunedRuns:
 
     def _outputs(self, session: Any, feed: Feed) -> dict[str, Array]:
         """Run the model and return its outputs, with the square roots of class probabilities."""
-        found = run(session, feed)
+        outputs = run(session, feed)
         if self._probable is None:  # the original comes first
-            self._probable = {name for name, value in found.items() if are_probabilities(value)}
-        return {name: roots(value) if name in self._probable else value for name, value in found.items()}
+            self._probable = {name for name, value in outputs.items() if are_probabilities(value)}
+        return {name: roots(value) if name in self._probable else value for name, value in outputs.items()}
 
     def _session(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> Any:
         save(proto, weights, self.path)
@@ -214,14 +219,14 @@ class _PrunedRuns:
         matrix = form.matrix(old.astype(np.float64))
         parts, n, outputs = matrix.shape
         taps = n * parts // site.label.ids.size
-        gone = after.removed[site.channels(site.label.ids)].reshape(parts, -1)
+        mask = after.removed[site.channels(site.label.ids)].reshape(parts, -1)
         gram = maps["gram"]
         if gram.shape == (parts, n, n):
-            matrix, gone, taps = matrix, np.repeat(gone, taps, axis=1), 1
+            matrix, mask, taps = matrix, np.repeat(mask, taps, axis=1), 1
         elif gram.shape != (parts, n // taps, n // taps):
             return
         flat = matrix.reshape(parts, n // taps, taps * outputs)
-        fitted, shift = corrected(Maps(self.captured.samples, maps), flat, gone, biased=bool(bias))
+        fitted, shift = corrected(Maps(self.captured.samples, maps), flat, mask, biased=bool(bias))
         fitted = form.restore(fitted.reshape(parts, n, outputs), old).astype(old.dtype)
         weights[name] = GatheredWeight(ArrayWeight(name, fitted), after.steps(name))
         if bias:
@@ -232,13 +237,13 @@ class _PrunedRuns:
                 weights[bias] = GatheredWeight(ArrayWeight(bias, value), after.steps(bias))
 
 
-def _square(found: Array, wanted: Array) -> float:
+def _square(actual: Array, expected: Array) -> float:
     """Return the sum of squares of the difference where the original is finite; of the original where shapes differ."""
-    if found.shape != wanted.shape:
+    if actual.shape != expected.shape:
         return float("inf")
-    known = np.isfinite(wanted)
-    apart = np.where(known, found, 0).astype(np.float64) - np.where(known, wanted, 0)
-    return float(np.square(np.nan_to_num(apart, nan=0.0, posinf=1e30, neginf=1e30)).sum())
+    finite = np.isfinite(expected)
+    difference = np.where(finite, actual, 0).astype(np.float64) - np.where(finite, expected, 0)
+    return float(np.square(np.nan_to_num(difference, nan=0.0, posinf=1e30, neginf=1e30)).sum())
 
 
 def _spread(values: Sequence[Array]) -> float:

@@ -83,15 +83,15 @@ def hold_against_file(
         pair = Pair(trial, (read, loaded.weights), outline_bodies(*model), kinds, rounding, file=file)
         for probe, feed in enumerate(feeds):
             try:
-                found = pair.compared([feed])
+                comparison = pair.compared([feed])
             except ModelError:  # the model declares more sizes open than it can run at
                 if not probe:
                     raise
                 continue
-            more = compare.find_varying_feeds(file, found.idle, [feed], others(probe)) if found.idle else []
-            if more and found.facts.passed:
-                found = pair.compared([feed, *more])
-            _require(found.facts)
+            more = compare.find_varying_feeds(file, comparison.idle, [feed], others(probe)) if comparison.idle else []
+            if more and comparison.facts.passed:
+                comparison = pair.compared([feed, *more])
+            _require(comparison.facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +107,10 @@ class _Forced:
         pair = Pair(self.trial, reference, model, kinds_of(self.analysis), rounding_of(self.analysis, _ALLOWED))
         for feed in self.feeds:
             try:
-                found = pair.compared([feed])
+                comparison = pair.compared([feed])
             except ModelError:
                 continue
-            _require(found.facts)
+            _require(comparison.facts)
 
 
 def other_feeds(analysis: Analysis, seed: int) -> Callable[[Probe], Iterator[Feed]]:

@@ -71,8 +71,8 @@ class Prepared:
         """Turn new initializers into Constant nodes: before IR 4 every initializer is an input of the model as well."""
         graph = self.graph.proto.graph
         added = [t.name for t in graph.initializer if t.name not in self._stored]
-        kept = [t for t in graph.initializer if t.name in self._stored]
+        present = [t for t in graph.initializer if t.name in self._stored]
         del graph.initializer[:]
-        graph.initializer.extend(kept)
+        graph.initializer.extend(present)
         for name in added:
             graph.node.insert(0, constant_node(self.weights[name]))

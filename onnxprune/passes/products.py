@@ -20,7 +20,7 @@ def check_products(
     context: Context,
     model: Model,
     after: ModelParts,
-    chosen: Sequence[tuple[Factorized, Real]],
+    factorized: Sequence[tuple[Factorized, Real]],
 ) -> Exactness:
     """Compare the factorized model with the one whose layers hold the products, on seeded inputs of every probe size.
 
@@ -30,7 +30,7 @@ def check_products(
         context: context of the run.
         model: the model before.
         after: the factorized model.
-        chosen: the replaced layers, and the products.
+        factorized: the replaced layers, and the products.
 
     Raises:
         ValidationError: they differ, or the preparation of the model changed its outputs.
@@ -41,7 +41,7 @@ def check_products(
     with Workspace.of(analysis) as trial:
         if model.removed is None and model.as_pruned is None:  # else the preparation was compared with the file before
             hold_against_file(analysis, trial, (reference.graph.proto, reference.weights), feeds)
-        compose_layers(reference.graph, reference.weights, [i for i, _ in chosen], [k for _, k in chosen])
+        compose_layers(reference.graph, reference.weights, [i for i, _ in factorized], [k for _, k in factorized])
         pair = Pair(trial, reference.model(), after, kinds_of(analysis), rounding_of(analysis, TOLERANCE))
         try:
             facts = pair.compared(feeds).said()

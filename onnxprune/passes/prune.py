@@ -93,8 +93,8 @@ class Prune(Pass):
             as_pruned=None,
             hold_out=None,
         )
-        chosen = {} if selector is None else selector.settings
-        settings = Settings({"criterion": criterion, **chosen})
+        selection = {} if selector is None else selector.settings
+        settings = Settings({"criterion": criterion, **selection})
         return PassResult(pruned, [settings, *describe_removal(context, pruned, selector)])
 
     def selector(self, context: Context, analysis: Analysis) -> Selector:
@@ -123,7 +123,7 @@ class Prune(Pass):
         for _ in range(len(analysis.graph.nodes) + 1):
             selector = None
             if self.plan is not None:
-                analysis, chosen = read_plan(analysis, self.plan)
+                analysis, mask = read_plan(analysis, self.plan)
             else:
                 selector = Selector(context, analysis, self.request, self.criterion, self.name, seconds)
                 analysis = selector.analysis
@@ -132,8 +132,8 @@ class Prune(Pass):
             removed = np.zeros(analysis.units.component.size, dtype=bool)
             try:
                 if selector is not None:
-                    chosen = selector()
-                removed = removed_atoms(analysis.units, chosen)
+                    mask = selector()
+                removed = removed_atoms(analysis.units, mask)
                 return analysis, removed, cut_model(analysis, removed), selector
             except CannotRewrite as stop:
                 # Feature maps of a model that is pruned in several steps are captured in the pruned model.
@@ -154,9 +154,9 @@ def reasons(analysis: Analysis) -> str:
         shapes = argument("input_shapes")
         return f"{analysis.facts.conflict} Give sizes of the open dimensions that fit with {shapes} NAME=N,C,..."
     top = analysis.barriers[:3]
-    said = "; ".join(f"{b.channels} channels: {b.code}, {b.detail}" for b in top)
-    if said:
-        return f"Reasons: {said}. 'onnxprune inspect' lists all barriers."
+    text = "; ".join(f"{b.channels} channels: {b.code}, {b.detail}" for b in top)
+    if text:
+        return f"Reasons: {text}. 'onnxprune inspect' lists all barriers."
     closed = next((node for node in analysis.graph.nodes if node.op in CONTROL and not node.domain), None)
     if closed is not None:
         return (
@@ -193,19 +193,19 @@ def frozen_at(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_
 
 def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Return the removed atoms on tensors whose size reaches the node by computation."""
-    queue, seen, found = list(stop.node.inputs), set(stop.node.inputs), [np.zeros(0, np.int64)]
+    queue, visited, atoms = list(stop.node.inputs), set(stop.node.inputs), [np.zeros(0, np.int64)]
     while queue:
         producer = analysis.graph.producer.get(queue.pop())
         if producer is None:
             continue
         if producer.op == "Shape":
             labels = analysis.table.get(producer.inputs[0])
-            found.extend(x.ids[removed[x.ids]] for x in labels)
+            atoms.extend(x.ids[removed[x.ids]] for x in labels)
             continue
-        fresh = [n for n in producer.inputs if n and n not in seen]
-        seen.update(fresh)
+        fresh = [n for n in producer.inputs if n and n not in visited]
+        visited.update(fresh)
         queue.extend(fresh)
-    return np.unique(np.concatenate([f.ravel() for f in found]))
+    return np.unique(np.concatenate([f.ravel() for f in atoms]))
 
 
 # -- facts about a removal ---------------------------------------------------------------------------------------------
@@ -223,13 +223,13 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
     num_removed = {g.id: len(g.removed or ()) for g in model.plan.groups}
     layers = _layer_facts(model, selector)
     ratios = {} if selector is None else selector.ratios
-    whole = {} if selector is None else selector.excluded
+    excluded = {} if selector is None else selector.excluded
     multiples = {} if selector is None else selector.multiples
     groups = [
         _group_facts(g, num_removed.get(g.id, 0), ratios.get(g.id), multiples.get(g.id, 1)) for g in analysis.groups
     ]
     for group in groups:
-        group["reason"] = group["reason"] or whole.get(group["id"], "")
+        group["reason"] = group["reason"] or excluded.get(group["id"], "")
     yield Pruned(layers, groups, [asdict(b) for b in analysis.barriers])
     yield Sizes(
         params_before=original.parameters,

@@ -67,5 +67,5 @@ def _factor(graph: Graph, node: Node, value: np.ndarray) -> float:
     mean, variance = (graph.weights[name].read().astype(np.float64) for name in node.inputs[3:5])
     rows = np.moveaxis(value, 1, 0).reshape(value.shape[1], -1).astype(np.float64)
     own, trained = np.square(rows).mean(1), variance + np.square(mean)
-    known = trained > 1e-6 * float(trained.max(initial=0.0))
-    return float(np.median(np.sqrt(own[known] / trained[known]))) if known.any() else 0.0
+    significant = trained > 1e-6 * float(trained.max(initial=0.0))
+    return float(np.median(np.sqrt(own[significant] / trained[significant]))) if significant.any() else 0.0

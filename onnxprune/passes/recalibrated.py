@@ -59,8 +59,8 @@ class Recalibrated:
     ) -> None:
         self.original = dict(original.weights)
         self._weights, self._before = weights, dict[str, Weight]()
-        mine = {node.outputs[0]: node for node in normalisations(graph)}
-        nodes = [node for node in normalisations(original) if node.outputs[0] in mine]
+        by_output = {node.outputs[0]: node for node in normalisations(graph)}
+        nodes = [node for node in normalisations(original) if node.outputs[0] in by_output]
         editor = GraphEditor(graph, weights)
         run = Segments(original, self.original, [[node.inputs[0]] for node in nodes], store)
         run.feed(feeds)
@@ -71,7 +71,7 @@ class Recalibrated:
             run.done(piece)
             trained: Real = self.original[node.inputs[4]].read().astype(np.float64)
             variance = np.where(variance > _STILL * float(variance.max(initial=0.0)), variance, trained)
-            own = mine[node.outputs[0]]
+            own = by_output[node.outputs[0]]
             for position, values in ((3, mean), (4, variance)):
                 name, cut = node.inputs[position], own.inputs[position]
                 self.original[name] = ArrayWeight(name, values.astype(self.original[name].dtype))

@@ -89,15 +89,15 @@ class Selector:
             raise needs_data(name)
         if request.normalize == "measured":
             _check_measurable(context, request)
-        self.found = candidates(analysis, request)
-        split = split_rows(analysis, self.found)
+        self.candidates = candidates(analysis, request)
+        split = split_rows(analysis, self.candidates)
         if split:
             raise UsageError(
                 f"{argument('reshape_axis', 'both')} cannot prune group {split[0]}: its rows do not hold whole rows "
                 "of every grid.",
                 hint=f"Choose {argument('reshape_axis', 'heads')} or head_dim.",
             )
-        self.ratios, self.excluded = self.found.ratios, dict(self.found.excluded)
+        self.ratios, self.excluded = self.candidates.ratios, dict(self.candidates.excluded)
         self.warnings: list[str] = []
         self.removed = np.zeros(analysis.units.component.size, dtype=bool)
         self._seconds = {} if seconds is None else seconds
@@ -106,24 +106,24 @@ class Selector:
         self.rounding: Rounding | None = None
         if request.round_to == AUTO:
             kernels = kernels_of(request.device, context.device.providers)
-            self.rounding = Rounding(analysis, self.found.groups, kernels)
+            self.rounding = Rounding(analysis, self.candidates.groups, kernels)
         self._reached: dict[int, bool] = {}
         self.pool_of: dict[int, RankedGroup] = {}
 
     def __call__(self) -> Mask:
         """Mask over components of what goes, after all steps."""
-        steps, chosen = self.request.steps, np.zeros(self.analysis.units.frozen.size, dtype=bool)
+        steps, mask = self.request.steps, np.zeros(self.analysis.units.frozen.size, dtype=bool)
         weighed = self._savings()
         for i in range(1, steps + 1):
             if steps > 1:
                 self.context.tell("score", (i - 1) / steps)
-            gone = self.analysis.units.close(chosen) if chosen.any() else None
-            if gone is not None:
-                self.removed = np.asarray(gone[self.analysis.units.component])
-            self._last = self._rank(gone, i / steps, weighed)
-            chosen = choose(self.analysis, self.request, self._last, self.rounding)
-        self._warn(chosen)
-        return chosen
+            removed = self.analysis.units.close(mask) if mask.any() else None
+            if removed is not None:
+                self.removed = np.asarray(removed[self.analysis.units.component])
+            self._last = self._rank(removed, i / steps, weighed)
+            mask = choose(self.analysis, self.request, self._last, self.rounding)
+        self._warn(mask)
+        return mask
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -160,28 +160,28 @@ class Selector:
         if not self._every:
             self._every = True
             self._last = self._rank(None, 1.0, self._savings())
-        asked = candidates(self.analysis, request).ratios
-        again = {n: replace(c, ratio=self._share(asked[n] or 0.0, n)) for n, c in self._last.items()}
+        ratios = candidates(self.analysis, request).ratios
+        again = {n: replace(c, ratio=self._share(ratios[n] or 0.0, n)) for n, c in self._last.items()}
         return removed_atoms(self.analysis.units, choose(self.analysis, request, again, self.rounding))
 
     def _share(self, ratio: float, number: int) -> float:
-        return 1.0 - (1.0 - ratio) ** 0.5 if number in self.found.two_way else ratio
+        return 1.0 - (1.0 - ratio) ** 0.5 if number in self.candidates.two_way else ratio
 
-    def _rank(self, gone: Mask | None, done: float, weighed: dict[int, Array] | None) -> dict[int, RankedGroup]:
+    def _rank(self, removed: Mask | None, done: float, weighed: dict[int, Array] | None) -> dict[int, RankedGroup]:
         """Score what is left, and put the groups against each other."""
-        groups = [g for g in self.found.groups if self._takes_part(g)]
+        groups = [g for g in self.candidates.groups if self._takes_part(g)]
         if not groups:
             return {}
-        items = self._scored(groups, gone)
-        if not items and gone is None:
+        items = self._scored(groups, removed)
+        if not items and removed is None:
             raise uninformative(self.name)
-        if self.needs and gone is None and all_constant(items):
+        if self.needs and removed is None and all_constant(items):
             self.warnings.append(f"{self.name} gives all channels the same score: is the data constant?")
         sizes = {g.id: g.size for g in groups}
         scores = unit_scores(items, sizes, self._method(), self.request.policy)
         if self.request.normalize == "measured":
             scores = output_sensitivity(self.context, self.analysis, groups, scores)
-        if gone is not None:  # what was chosen before stays chosen, whether or not there is something left to score
+        if removed is not None:  # what was chosen before stays chosen, whether or not there is something left to score
             scores = {n: scores.get(n, np.zeros(sizes[n])) for n in self._last}
         for group in groups:
             if group.id not in scores:
@@ -190,10 +190,10 @@ class Selector:
         return rank_groups(
             self.analysis,
             self.request,
-            self.found,
+            self.candidates,
             scores,
             savings=weighed,
-            removed=gone,
+            removed=removed,
             progress=done,
             multiples=multiples,
         )
@@ -214,14 +214,14 @@ class Selector:
         ratio = self.ratios[group.id] or 0.0
         if self._every:
             return True
-        if self.request.scope != "local" and group.id not in self.found.local:
+        if self.request.scope != "local" and group.id not in self.candidates.local:
             return ratio > 0
         return ratio > 0 and (self.request.round_to != 1 or group.steps > 1)
 
-    def _scored(self, groups: Sequence[Group], gone: Mask | None) -> list[ScoredSlot]:
+    def _scored(self, groups: Sequence[Group], mask: Mask | None) -> list[ScoredSlot]:
         """Raw scores of every slot, less what is gone."""
         units = self.analysis.units
-        removed = None if gone is None else np.asarray(gone[units.component])
+        removed = None if mask is None else np.asarray(mask[units.component])
         squared = by_squares(self.criterion)
         if self.needs:
             items = scored(self._by_maps(groups, removed), by_maps(self.criterion))
@@ -229,7 +229,7 @@ class Selector:
             items = scored(self._by_squares(groups, removed), squared)
         else:
             items = scored(self._by_weights(groups, removed), self.criterion)
-        return items if gone is None else without(items, {g.id: gone[g.units] for g in groups})
+        return items if mask is None else without(items, {g.id: mask[g.units] for g in groups})
 
     def _by_weights(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[PlacedSlot[Slot]]:
         placed = self.request.policy == "backward"
@@ -259,7 +259,7 @@ class Selector:
         if what == "none":
             return None
         seconds = self._measured() if what == "latency" else None
-        return savings(self.analysis, self.found.groups, what, seconds)
+        return savings(self.analysis, self.candidates.groups, what, seconds)
 
     def _measured(self) -> dict[str, float]:
         """Time of every node of the original, measured once per run."""
@@ -270,17 +270,17 @@ class Selector:
             self._seconds.update(spread(analysis, [(t.name, t.op, t.seconds) for t in times]))
         return self._seconds
 
-    def _warn(self, chosen: Mask) -> None:
+    def _warn(self, mask: Mask) -> None:
         """Say so where one threshold cannot reach what was asked."""
         pool = {n: c for n, c in self._last.items() if self.request.scope != "local" and not c.is_local}
         groups = self.analysis.units.groups
         target = sum(c.ratio * c.values.size for c in pool.values())
-        taken = sum(int(chosen[groups[n].units].sum()) for n in pool)
+        num_removed = sum(int(mask[groups[n].units].sum()) for n in pool)
         widest = max((int(np.diff(c.counts).max(initial=1)) * c.per_step for c in pool.values()), default=0)
-        if taken + widest * len({c.ranking_scope for c in pool.values()}) < target:
+        if num_removed + widest * len({c.ranking_scope for c in pool.values()}) < target:
             self.warnings.append(
                 Note(
-                    f"{taken} of {target:.0f} requested units were removed: no group may lose more than "
+                    f"{num_removed} of {target:.0f} requested units were removed: no group may lose more than "
                     f"{self.request.widest:g} of its units ({argument('max_ratio')})"
                 )
             )

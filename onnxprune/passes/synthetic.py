@@ -60,20 +60,20 @@ def draw_calibration(context: Context, analysis: Analysis) -> SyntheticCalibrati
 
     with Workspace.of(analysis) as trial:
         shapes = _shapes(analysis, trial, make, _BATCH)
-        chosen = ""
+        range_name = ""
         patterns = [s for s in specs if is_pattern(s) and s.dtype.kind not in "iu"]
         if patterns:
-            chosen = _choose(context, analysis, trial, make, {s.name for s in patterns})
-    spread = RANGES.get(chosen, _PLAIN)
+            range_name = _choose(context, analysis, trial, make, {s.name for s in patterns})
+    spread = RANGES.get(range_name, _PLAIN)
     one = make(spread, shapes, 0)
     calls = -(-_num_samples(one, _NUMBERS, _LEAST, _SAMPLES) // count(one))
-    return SyntheticCalibration([one, *(make(spread, shapes, n) for n in range(1, calls))], chosen)
+    return SyntheticCalibration([one, *(make(spread, shapes, n) for n in range(1, calls))], range_name)
 
 
-def _num_samples(feed: Feed, numbers: int, least: int, most: int) -> int:
+def _num_samples(feed: Feed, numbers: int, min_samples: int, max_samples: int) -> int:
     """How many samples like those of ``feed`` have that many numbers altogether, within limits."""
     size = sum(value.size for value in feed.values()) / count(feed)
-    return int(np.clip(numbers / max(size, 1.0), least, most))
+    return int(np.clip(numbers / max(size, 1.0), min_samples, max_samples))
 
 
 def _shapes(analysis: Analysis, trial: Workspace, make: Make, batch: int) -> Shapes:
@@ -84,7 +84,7 @@ def _shapes(analysis: Analysis, trial: Workspace, make: Make, batch: int) -> Sha
     if len(probes) < 2 or not leads or len(set(leads[0])) < 2:
         return shapes
     # Wherever sizes change from one probe to the other as the first axis does, there are samples.
-    wanted = {
+    batched = {
         name: tuple(
             batch if tuple(p.inputs[name][axis] for p in probes) == leads[0] else size
             for axis, size in enumerate(shape)
@@ -92,10 +92,10 @@ def _shapes(analysis: Analysis, trial: Workspace, make: Make, batch: int) -> Sha
         for name, shape in shapes.items()
     }
     try:
-        run(open_session(trial.original, spin=False), make(_PLAIN, wanted, 0))
+        run(open_session(trial.original, spin=False), make(_PLAIN, batched, 0))
     except ModelError:  # sizes that depend on the number of samples in an undeclared way
         return shapes
-    return wanted
+    return batched
 
 
 def _choose(context: Context, analysis: Analysis, trial: Workspace, make: Make, patterns: set[str]) -> str:
@@ -107,17 +107,17 @@ def _choose(context: Context, analysis: Analysis, trial: Workspace, make: Make, 
     one = make(_PLAIN, shapes, 0)
     calls = -(-_num_samples(one, _SEEN, _FEWEST, _LOOKS) // count(one))
     drawn = [one, *(make(_PLAIN, shapes, n) for n in range(1, calls))]
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     path, _ = trial.write(with_outputs(analysis.graph.proto, gauge.names), analysis.graph.weights, "looked_at")
     session = open_session(path, spin=False)
     for number, (name, spread) in enumerate(RANGES.items()):
         context.tell("inputs", number / len(RANGES))
         feeds = ({n: _spread(v, spread) if n in patterns else v for n, v in feed.items()} for feed in drawn)
         try:
-            found[name] = gauge.score((run(session, feed) for feed in feeds), calls)
+            scores[name] = gauge.score((run(session, feed) for feed in feeds), calls)
         except ModelError:
             continue
-    return max(found, key=lambda name: found[name], default="")
+    return max(scores, key=lambda name: scores[name], default="")
 
 
 def _spread(value: Array, spread: Spread) -> Array:
@@ -150,9 +150,11 @@ class InputPlausibility:
         graph = analysis.graph
         norms = {node.inputs[0]: node for node in normalisations(graph)}
         made = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
-        whole = Survivors(analysis.table, np.zeros(analysis.units.component.size, dtype=bool))
-        aims = [aim for level in find_targets(graph, made, whole.shape, joint=False).levels for aim in level]
-        layers = {aim.node.outputs[0]: aim.form for aim in aims if _outputs(graph, aim) >= _FEW}
+        survivors = Survivors(analysis.table, np.zeros(analysis.units.component.size, dtype=bool))
+        targets = [
+            target for level in find_targets(graph, made, survivors.shape, joint=False).levels for target in level
+        ]
+        layers = {target.node.outputs[0]: target.form for target in targets if _outputs(graph, target) >= _FEW}
         return cls(analysis, layers, norms)
 
     def samples_per_call(self, samples: int) -> int:
@@ -170,7 +172,7 @@ class InputPlausibility:
         scores = [self._score(name, np.concatenate(rows)) for name, rows in values.items()]
         return float(np.mean(scores)) if np.isfinite(scores).all() else -np.inf
 
-    def _rows(self, name: str, value: Array, most: int) -> Array:
+    def _rows(self, name: str, value: Array, max_rows: int) -> Array:
         """Return some rows [rows, channels] of a tensor."""
         if name in self._norms:
             rows = np.moveaxis(value, 1, -1).reshape(-1, value.shape[1])
@@ -178,7 +180,7 @@ class InputPlausibility:
             parts = self._layers[name].rows(value)
             rows = parts.transpose(1, 0, 2).reshape(parts.shape[1], -1)
         # A stride that is odd does not fall into step with positions.
-        return rows[:: max(1, len(rows) // most) | 1]
+        return rows[:: max(1, len(rows) // max_rows) | 1]
 
     def _score(self, name: str, rows: Array) -> float:
         if not np.isfinite(rows).all():
@@ -191,8 +193,8 @@ class InputPlausibility:
         return -measure_divergence(wide.mean(axis=0), wide.var(axis=0), mean, variance)
 
 
-def _outputs(graph: Graph, aim: RecoveryTarget) -> int:
+def _outputs(graph: Graph, target: RecoveryTarget) -> int:
     """Return the number of outputs of a layer; 0 for a scale per channel, whose outputs depend as its inputs do."""
-    if isinstance(aim.form, Scale):
+    if isinstance(target.form, Scale):
         return 0
-    return outputs(aim.form, aim.weight.shape(graph.weights))
+    return outputs(target.form, target.weight.shape(graph.weights))

@@ -169,20 +169,20 @@ class Workspace:
 def sizes_refused(analysis: Analysis, error: ModelError) -> ModelError:
     """Return the error of a model that did not run on synthetic inputs, naming open dimensions as possible reasons."""
     probe = analysis.facts.probes[0]
-    chosen = [
+    open_specs = [
         spec for spec in analysis.facts.settler.dimensions.specs if not all(isinstance(d, int) for d in spec.shape)
     ]
-    if not chosen or not error.message.startswith(sessions.CANNOT_RUN):
+    if not open_specs or not error.message.startswith(sessions.CANNOT_RUN):
         return error
-    shown = "; ".join(_described(spec, probe.inputs[spec.name]) for spec in chosen[:3])
-    more = f" and {len(chosen) - 3} more inputs" if len(chosen) > 3 else ""
+    shown = "; ".join(_described(spec, probe.inputs[spec.name]) for spec in open_specs[:3])
+    more = f" and {len(open_specs) - 3} more inputs" if len(open_specs) > 3 else ""
     conflict = analysis.facts.conflict
-    told = "" if conflict is None else f" {conflict}"
+    conflict_text = "" if conflict is None else f" {conflict}"
     sizes = " ".join(
-        f"{argument('input_shapes')} {s.name}={','.join(map(str, probe.inputs[s.name]))}" for s in chosen[:3]
+        f"{argument('input_shapes')} {s.name}={','.join(map(str, probe.inputs[s.name]))}" for s in open_specs[:3]
     )
     return ModelError(
-        f"The model has open dimensions and does not run at the sizes that were tried: {shown}{more}.{told} "
+        f"The model has open dimensions and does not run at the sizes that were tried: {shown}{more}.{conflict_text} "
         f"{error.message.marked}",
         hint=f"Give valid sizes, in this form: {sizes}",
     )

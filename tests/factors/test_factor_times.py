@@ -110,7 +110,7 @@ def test_losses_are_set_right_by_what_was_lost(expected: float, real: float, sca
     budget = SimpleNamespace(
         layer_fits=[opened],
         options=[others],
-        _chosen=SimpleNamespace(candidates={"a": taken}),
+        _choices=SimpleNamespace(candidates={"a": taken}),
         _work=SimpleNamespace(factorize=lambda _: [done]),
     )
     joint_budget.JointBudget._correct(budget)  # type: ignore[arg-type]
