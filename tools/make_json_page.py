@@ -174,6 +174,10 @@ MEANINGS = {
         "nodes": "time per node",
         "steps": "time per kind of node by its channels",
     },
+    "SmallerRatio": {
+        "ratio": "the ratio",
+        "points": "points of fidelity of the model pruned by it, recovered in the same way",
+    },
     "Repair": {
         "layer": "name of the layer",
         "how": "the fit; `kept`: none was better than the present weights; `left: reason`: not fitted",
@@ -317,7 +321,7 @@ CLASSES += [
     facts.TargetFacts,
 ]
 CLASSES += [facts.AnswerFacts, facts.NodeTime, facts.KindSteps, facts.SweepPoint, GroupCurve, GroupView, SlotView]
-CLASSES += [Barrier, Description, Kernels]
+CLASSES += [Barrier, Description, Kernels, facts.SmallerRatio]
 
 
 def texts_below(cls: type) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,11 +15,11 @@ from rich.text import Text
 
 from onnxprune.cli import output
 from onnxprune.cli.options import Given, beside, check_criterion, command, existing
-from onnxprune.errors import BudgetError, Note, UsageError, argument
+from onnxprune.errors import BudgetError, Note, OnnxpruneError, UsageError, argument
 from onnxprune.io import files
 from onnxprune.report import numbers, page, reasons, summary, tables
 from onnxprune.report.console import Screen, plain
-from onnxprune.report.facts import Report
+from onnxprune.report.facts import Report, SmallerRatio
 from onnxprune.settings import settings_of
 
 _EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -65,6 +67,8 @@ def prune(screen: Screen, given: Given) -> None:
     result = _cut(given, screen)
     report: Report = result.report
     _advise(given, report)
+    if screen.verbosity >= 0 or screen.as_json:
+        _try_smaller(given, report)
     hint = f"Use a smaller {argument('ratio')}, another {argument('criterion')}, or {argument('exclude')} the "
     hint += "sensitive layers."
     plan = str(given.plan_file) if given.plan_file else None
@@ -184,6 +188,34 @@ def _cut(given: Given, screen: Screen) -> Any:
     latency = arguments["validate"] and not given.dry_run and (screen.verbosity >= 0 or screen.as_json)
     with screen.progress() as progress:
         return op.prune(given.model, **arguments, latency=latency, progress=progress)
+
+
+TRIAL_SECONDS = 2.0
+"""Time to spend on finding out which smaller ratio would be faithful."""
+
+
+def _try_smaller(given: Given, report: Report) -> None:
+    """Try half and a quarter of the ratio where the model lost too much and runs are short; note the first good one.
+
+    The trials are whole runs from the same data, so that what they keep is measured and not guessed.
+    """
+    verdict = report.verdict
+    decided = given.has_budget or given.plan is not None or given.layers or given.dry_run or given.data is None
+    if decided or verdict is None or verdict.word == "faithful" or report.interrupted:
+        return
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    each = sum(seconds for stage, seconds in report.seconds.items() if stage != "latency")
+    arguments = {**given.arguments, "min_fidelity": None}
+    for number, part in enumerate((2, 4), 1):
+        share = math.floor(100 * given.ratio / part) / 100
+        if share <= 0 or number * each > TRIAL_SECONDS:
+            return
+        with suppress(OnnxpruneError):
+            tried: Report = op.prune(given.model, **{**arguments, "ratio": share}, latency=False).report
+            if tried.verdict is not None and tried.verdict.word == "faithful":
+                report.smaller = SmallerRatio(share, tried.verdict.points)
+                return
 
 
 def _advise(given: Given, report: Report) -> None:

@@ -44,7 +44,7 @@ def damage(report: Report) -> list[str]:
     verdict = report.verdict
     if verdict is None or verdict.word != "damaged":
         return []
-    return [f"the model is damaged, {verdict.points:.1f} of 100 points: {verdict.reason}"]
+    return [f"the model is damaged, {verdict.points:.1f} of 100 points of fidelity: {verdict.reason}"]
 
 
 def check_page(model: Path, *targets: Path | None) -> None:

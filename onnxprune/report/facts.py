@@ -170,12 +170,20 @@ class Verdict:
     synthetic: bool = False
 
 
-def verdict_on(facts: Fidelity, recovery: Any = None) -> Verdict | None:
+@dataclass(slots=True)
+class SmallerRatio:
+    """A smaller ratio that was tried, and the points that it keeps."""
+
+    ratio: float
+    points: float
+
+
+def verdict_on(facts: Fidelity, next_step: str = "") -> Verdict | None:
     """Return the verdict that points give; None where nothing was compared.
 
     Args:
         facts: fidelity of the model.
-        recovery: what was recovered, a :class:`Recovery`; None where the model came from elsewhere.
+        next_step: what to do where the model is not faithful.
     """
     worst = facts.worst
     if facts.points is None or worst is None:
@@ -184,20 +192,11 @@ def verdict_on(facts: Fidelity, recovery: Any = None) -> Verdict | None:
     names = ", ".join(worst.outputs[:3]) + (f" and {len(worst.outputs) - 3} more" if len(worst.outputs) > 3 else "")
     reason = f"{names}{f' ({worst.kind})' if worst.kind else ''}: {worst.lost}"
     synthetic = facts.source == "synthetic"
-    return Verdict(word, facts.points, reason, _next_step(word, synthetic, recovery), synthetic)
-
-
-def _next_step(word: str, synthetic: bool, recovery: Any) -> str:
-    """Return what to do about a verdict."""
     if synthetic:
-        return Note(f"judged on synthetic inputs: give real ones with {argument('data')}")
-    if word == "faithful":
-        return ""
-    if recovery is None or not recovery.why:
-        return "recover it, or train it further"
-    if recovery.mode == "none":
-        return Note(f"recover it: {argument('recover', 'full')}, or remove less")
-    return Note(f"remove less, or let {argument('max_drop', 2)} find how much goes")
+        next_step = Note(f"measured on synthetic inputs: give real ones with {argument('data')}")
+    elif word == "faithful":
+        next_step = ""
+    return Verdict(word, facts.points, reason, next_step, synthetic)
 
 
 @dataclass(slots=True)
@@ -488,6 +487,8 @@ class Report:
     repairs: list[Repair] = field(default_factory=list)
     finetuning: Finetuning | None = None
     budget: BudgetFacts | None = None
+    smaller: SmallerRatio | None = None
+    """A smaller ratio that was tried where the model lost too much, and its points; null where none was tried."""
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
     factorized: list[FactorizedLayer] = field(default_factory=list)
@@ -515,7 +516,24 @@ class Report:
     @property
     def verdict(self) -> Verdict | None:
         """The verdict on the final model; None where fidelity was not measured."""
-        return None if self.fidelity is None else verdict_on(self.fidelity, self.recovery)
+        return None if self.fidelity is None else verdict_on(self.fidelity, self._next_step())
+
+    def _next_step(self) -> str:
+        """Return what to do where real inputs show a loss, by what made the model."""
+        if self.smaller is not None:
+            return Note(f"a smaller {argument('ratio')}: {self.smaller.ratio:g} keeps {self.smaller.points:.1f}")
+        if not self.recovery.why:
+            return "recover it, or train it further"
+        if self.recovery.mode == "none":
+            return Note(f"recover it: {argument('recover', 'full')}, or remove less")
+        if self.budget is not None:
+            size, gate = ("larger", "target") if self.budget.targets else ("smaller", "max_drop")
+            return Note(f"a {size} {argument(gate)}")
+        if self.factorized:
+            return Note(f"a smaller {argument('ratio')}, or {argument('exclude')} the sensitive layers")
+        if "scope" not in self.settings:  # a plan decided
+            return Note(f"give more {argument('data')}, or prune less")
+        return Note(f"a smaller {argument('ratio')}, or {argument('max_drop', 2)} to find how much can be removed")
 
     def shortfall(self, min_fidelity: float | None = None, max_drop: float | None = None) -> str:
         """Return which gate is not met and why, empty where all are met.

@@ -95,3 +95,21 @@ def test_kinds_reach_sensitivities_and_sweeps(run, tmp_path: Path) -> None:
     assert facts[0].points[-1].points != facts[1].points[-1].points
     for command in ("sensitivity", "sweep"):
         assert run(command, MODEL, "--output-kind", f"{name}=classs").exit_code == 2
+
+
+def test_the_verdict_names_a_ratio_that_was_tried(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxprune.cli.commands.TRIAL_SECONDS", 1e9)
+    call = [MODEL, "--ratio", "0.4", *SHARED, "--recover", "bias", "-o", tmp_path / "out.onnx"]
+    record = json.loads(run(*call, "--json").stdout)
+    smaller = record["smaller"]
+    assert smaller is not None and smaller["ratio"] in (0.2, 0.1) and smaller["points"] >= 97, record["verdict"]
+    assert record["verdict"]["next_step"].endswith(f"{smaller['ratio']:g} keeps {smaller['points']:.1f}")
+    again = op.prune(MODEL, ratio=smaller["ratio"], data=DATA, samples=64, recover="bias", latency=False).report
+    assert again.fidelity is not None and again.fidelity.points == pytest.approx(smaller["points"])
+
+
+def test_no_ratio_is_tried_where_runs_take_long(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxprune.cli.commands.TRIAL_SECONDS", 0)
+    done = run(MODEL, "--ratio", "0.9", *SHARED, "--recover", "bias", "-o", tmp_path / "out.onnx")
+    words = " ".join(done.stdout.split())
+    assert "a smaller --ratio, or --max-drop 2 to find how much can be removed" in words
