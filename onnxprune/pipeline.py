@@ -841,6 +841,7 @@ class Result:
         self.facts: tuple[Fact, ...] = (*facts, sizes, context.stages.timings())
         self.plan: Plan = final.plan
         self.report: Report = report_of(self.facts, model=str(original.loaded.path or ""))
+        self.report.network = original.network
         self._assembled: onnx.ModelProto | None = None
 
     def __repr__(self) -> str:
@@ -853,6 +854,13 @@ class Result:
         if self._assembled is None:
             self._assembled = assemble(*self.final.parts)
         return self._assembled
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the page of the report."""
+        return self.report._repr_html_()
 
     def graphsurgeon(self) -> Any:
         """Return the final model as an onnx_graphsurgeon.Graph, to go on with in a script that edits graphs.

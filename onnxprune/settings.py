@@ -1467,6 +1467,20 @@ SETTINGS: tuple[Setting, ...] = (
         brief="Also write a page with the plot.",
     ),
     Setting(
+        "report",
+        PathTo("FILE.html"),
+        "Write a self-contained HTML page as well: verdict, sizes, the network, every layer, what stayed and why.",
+        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "compare": OUTPUT},
+        python=False,
+    ),
+    Setting(
+        "markdown",
+        PathTo("FILE|-"),
+        "Write the report as Markdown as well, for a comment on a pull request; - prints it in place of the summary.",
+        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "compare": OUTPUT},
+        python=False,
+    ),
+    Setting(
         "dry_run",
         Flag(),
         "Choose, and report what would be removed, but write no file. Skipped as well, and listed: timing; without a "

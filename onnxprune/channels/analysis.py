@@ -26,7 +26,7 @@ from onnxprune.labels.atoms import Barrier, Reason
 from onnxprune.labels.label import Ids, Label
 from onnxprune.operators.context import Table
 from onnxprune.operators.registry import rule_of
-from onnxprune.report.facts import LayerFacts
+from onnxprune.report.facts import LayerFacts, Network, NetworkNode
 
 # Kernels and settings of operators are no channels: a user need not read that they stay.
 _NOT_CHANNELS = {Reason.KERNEL, Reason.OPERAND}
@@ -172,6 +172,16 @@ class Analysis:
     def layers(self) -> list[LayerFacts]:
         """Channels, parameters and MACs of every layer; sizes before and after are equal."""
         return self.layer_facts(self.facts.shape, self._weight_size)
+
+    @cached_property
+    def network(self) -> Network:
+        """Nodes and what they read from each other, for drawings."""
+        at: dict[str, int] = {}
+        nodes = []
+        for i, node in enumerate(self.graph.steps):
+            nodes.append(NetworkNode(node.label, node.kind, tuple(at[name] for name in node.inputs if name in at)))
+            at |= dict.fromkeys(filter(None, node.outputs), i)
+        return Network(tuple(nodes))
 
     def layer_facts(self, shape_after: Any, weight_after: Any) -> list[LayerFacts]:
         """Return layers with their sizes before and after pruning.

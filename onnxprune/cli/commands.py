@@ -105,16 +105,24 @@ def _finish(
         _show_dry_run(screen, given, report, target, parts, names, plan_file)
         return
     gates = {"min_fidelity": given.min_fidelity, "max_drop": None if given.has_budget else given.max_drop}
-    output.check(report, lambda: screen.show(*parts(), Text("")), hint, **gates)
+
+    def show_failure() -> None:
+        screen.show(*parts(), Text(""))
+        output.write_pages(screen, given, report)
+
+    output.check(report, show_failure, hint, **gates)
     result.save(target, plan=plan_file)
     screen.wrote.extend([path for path in (target, plan_file) if path is not None])
     report.output = str(target)
+    pages = output.write_pages(screen, given, report)
     if screen.as_json:
         screen.emit({**report.to_dict(), **names})
     for warning in (*report.warnings, *output.damage(report)):
         screen.warn(warning)
     wrote = [("wrote     ", target)] + ([("plan      ", plan_file)] if plan_file else [])
-    screen.show(*parts(), *(Text.assemble((label, "bold"), str(path)) for label, path in wrote))
+    wrote += [("report    ", path) for path in pages]
+    if not output.prints_markdown(given):
+        screen.show(*parts(), *(Text.assemble((label, "bold"), str(path)) for label, path in wrote))
 
 
 def _show_dry_run(
@@ -167,6 +175,7 @@ def _check(given: Given, target: Path, further: Callable[[Given], None] = lambda
     given.check_recovery()
     further(given)
     check_output(target, given.model, given.sources)
+    output.check_pages(given, target, given.plan_file, given.model)
     if given.plan_file is not None:
         output.check_plan(given.plan_file, target, given.model, given.sources)
 
@@ -350,6 +359,7 @@ def _check_recovery(given: Given, target: Path) -> None:
         )
     given.check_together()
     check_output(target, given.original, [given.cut, *given.sources])
+    output.check_pages(given, target, given.plan, given.original, given.cut)
 
 
 def _repair(given: Given, screen: Screen) -> Any:
@@ -425,18 +435,22 @@ def compare(screen: Screen, given: Given) -> None:
     existing(given.original, "original")
     existing(given.model, "model")
     given.check_together()
+    output.check_pages(given, given.original, given.model)
     try:
         with screen.progress() as progress:
             report = op.compare(given.original, given.model, **given.arguments, progress=progress)
     except BudgetError as error:
         if error.report is not None:
             screen.show(*_compared(error.report, screen), Text(""))
+            output.write_pages(screen, given, error.report)
         raise
     if screen.as_json:
         screen.emit(report.to_dict())
     for warning in (*report.warnings, *output.damage(report)):
         screen.warn(warning)
-    screen.show(*_compared(report, screen))
+    pages = output.write_pages(screen, given, report)
+    if not output.prints_markdown(given):
+        screen.show(*_compared(report, screen), *(Text.assemble(("report    ", "bold"), str(p)) for p in pages))
 
 
 def _compared(report: Report, screen: Screen) -> list[RenderableType]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from onnxprune.cli.options import Given
 from onnxprune.errors import BudgetError, UsageError, ValidationError, argument
+from onnxprune.io import files
+from onnxprune.report import run_page
+from onnxprune.report.console import Screen, versions
 from onnxprune.report.facts import Report
 
 
@@ -56,6 +60,70 @@ def check_page(model: Path, *targets: Path | None) -> None:
         raise UsageError("two outputs are the same file", hint="Give different paths.")
     for target in given:
         check_output(target, model)
+
+
+def check_pages(given: Given, *others: Path | None) -> None:
+    """Check whether the report and the Markdown can be written beside other files.
+
+    Args:
+        given: the options.
+        others: files that the command reads or writes.
+
+    Raises:
+        UsageError: a page is one of the others, cannot be written, or would share stdout with JSON.
+    """
+    from onnxprune.io.write import check_output
+
+    if prints_markdown(given) and given.values.get("json"):
+        raise UsageError(
+            f"{argument('markdown', '-')} and {argument('json')} both write to stdout",
+            hint=f"Give a file with {argument('markdown')}.",
+        )
+    known = {path.resolve() for path in others if path is not None}
+    for name in ("report", "markdown"):
+        path: Path | None = given.values.get(name)
+        if path is None or str(path) == "-":
+            continue
+        if path.resolve() in known:
+            raise UsageError(
+                f"{argument(name)}: {str(path)!r} is a file that the command reads or writes", hint="Give another path."
+            )
+        known.add(path.resolve())
+        check_output(path, path.with_name(path.name + ".onnx"))
+
+
+def prints_markdown(given: Given) -> bool:
+    """Return whether Markdown takes the place of the summary on stdout."""
+    return str(given.values.get("markdown")) == "-"
+
+
+def write_pages(screen: Screen, given: Given, report: Report) -> list[Path]:
+    """Write the report and the Markdown that were asked for, also of a model that misses a gate.
+
+    Args:
+        screen: where Markdown for ``-`` goes.
+        given: the options.
+        report: of the run.
+
+    Returns:
+        the files that were written.
+    """
+    pages: list[Path] = []
+    path: Path | None = given.values.get("report")
+    if path is not None:
+        about = {"command line": ["onnxprune", *screen.about.get("command_line", ())], "versions": versions()}
+        files.write_text(path, run_page.run_page(report, about, screen.spelled), "the report")
+        pages.append(path)
+    path = given.values.get("markdown")
+    if path is not None:
+        text = run_page.markdown(report, screen.spelled)
+        if str(path) == "-":
+            screen.out.file.write(text)
+        else:
+            files.write_text(path, text, "the Markdown")
+            pages.append(path)
+    screen.wrote.extend(pages)
+    return pages
 
 
 def check_plan(plan: Path, target: Path, model: Path, sources: Sequence[Path]) -> None:

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from onnxprune.errors import Note, Spelling, spelled
@@ -109,6 +109,27 @@ def _console(stream: TextIO) -> _Console:
     return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
+LABEL = 10
+"""Characters of the labels in front of lines."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A text that begins with a label: where a terminal has to wrap it, its rest stands below the text."""
+
+    text: Text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render the line within the width of ``options``."""
+        if options.no_wrap or options.max_width < 3 * LABEL:
+            yield self.text
+            return
+        label, rest = self.text[:LABEL], self.text[LABEL:]
+        for number, part in enumerate(rest.wrap(console, options.max_width - LABEL)):
+            part.rstrip()
+            yield Text.assemble(label if number == 0 else " " * LABEL, part)
+
+
 @dataclass(frozen=True)
 class Screen:
     """The two streams and how much to say: ``verbosity`` is -1 (errors only), 0, 1 or 2 (tracebacks too)."""
@@ -158,7 +179,7 @@ class Screen:
                     continue
                 # Cells are padded to their column; in a file that is only trailing space.
                 with console.capture() as captured:
-                    console.print(part, soft_wrap=isinstance(part, Text))
+                    console.print(part, soft_wrap=isinstance(part, (Text, Line)))
                 console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def emit(self, record: Mapping[str, Any], exit_status: int = 0) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from html import escape
+from importlib import import_module
 from typing import Any
 
-from onnxprune.errors import Note, argument
+from onnxprune.errors import Note, UsageError, argument
 
 
 @dataclass(slots=True)
@@ -24,6 +26,22 @@ class LayerFacts:
     macs_after: int
     reason: str = ""
     """Why the layer was not touched; empty when it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkNode:
+    """One node of the original network: ``inputs`` are the places of the nodes whose values it reads."""
+
+    name: str
+    op: str
+    inputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The nodes of the original network in the order in which they run, for drawings."""
+
+    nodes: tuple[NetworkNode, ...]
 
 
 @dataclass(slots=True)
@@ -469,6 +487,11 @@ class SweepFacts:
         return f"<SweepFacts: {len(self.points)} models, {self.what}>"
 
 
+def _shown(name: str) -> Any:
+    """Return a module of the stage that shows facts; it stands above this one, and waits until it is needed."""
+    return import_module(f"onnxprune.report.{name}")
+
+
 @dataclass(slots=True, repr=False)
 class Report:
     """All facts of a run. ``to_dict`` returns the machine-readable object of ``--json``."""
@@ -506,6 +529,45 @@ class Report:
     """Description of the work that an interrupt ended early; empty where there was none."""
     left_out: list[str] = field(default_factory=list)
     """Work that the effort left out, as phrases."""
+    network: Network | None = field(default=None, compare=False)
+    """The original network, for drawings; no part of ``to_dict``."""
+
+    def __str__(self) -> str:
+        text: str = _shown("summary").text(self)
+        return text
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the whole page, in a frame of its own so that styles stay inside."""
+        return f'<iframe srcdoc="{escape(self.to_html())}" style="width:100%;height:40em;border:0"></iframe>'
+
+    def to_html(self, about: Mapping[str, Any] | None = None) -> str:
+        """Return a self-contained HTML page: verdict, sizes, the network, every layer, what was not pruned and why.
+
+        Args:
+            about: more to tell of the run, {name: value}; None: the versions of packages.
+        """
+        known = {"versions": _shown("console").versions()} if about is None else about
+        html: str = _shown("run_page").run_page(self, known)
+        return html
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown, for a comment on a pull request."""
+        text: str = _shown("run_page").markdown(self)
+        return text
+
+    def to_dataframe(self) -> Any:
+        """Return the layers as a pandas.DataFrame, one row for each, without an index of names.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        try:
+            pandas = import_module("pandas")
+        except ImportError:
+            raise UsageError("a DataFrame needs pandas, which is not installed", hint="pip install pandas") from None
+        rows: list[Any] = [*self.layers] or [*self.factorized]
+        names = [f.name for f in fields(rows[0] if rows else LayerFacts)]
+        return pandas.DataFrame([[getattr(row, name) for name in names] for row in rows], columns=names)
 
     def __repr__(self) -> str:
         totals, exact = self.totals, self.exactness.passed
@@ -571,7 +633,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready plain data."""
         verdict = self.verdict
-        plain = {**asdict(self), "verdict": None if verdict is None else asdict(verdict)}
+        facts = asdict(replace(self, network=None))
+        del facts["network"]
+        plain = {**facts, "verdict": None if verdict is None else asdict(verdict)}
         return plain if self.latency is None else plain | {"latency": self.latency.to_dict()}
 
 

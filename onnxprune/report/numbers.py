@@ -113,7 +113,7 @@ def fitted(names: Sequence[str], width: int) -> list[str]:
     result = _shortened(names, width, lambda name, _: _end(name, width))
     result = _shortened(names, width, lambda name, _: _ends(name, width), result)
     result = _shortened(names, width, lambda name, alike: _from_difference(name, alike, width), result)
-    return _shortened(names, width, lambda name, alike: _numbered(name, alike, width), result)
+    return _numbered(names, result, width)
 
 
 def _shortened(
@@ -143,9 +143,19 @@ def _from_difference(name: str, alike: Sequence[str], width: int) -> str:
     return ELLIPSIS + _ends(name[shared:], width - 1) if shared > 1 else _ends(name, width)
 
 
-def _numbered(name: str, alike: Sequence[str], width: int) -> str:
-    number = f" ({alike.index(name) + 1})"
-    return _end(name, max(width - len(number), 1)) + number
+def _numbered(names: Sequence[str], shown: Sequence[str], width: int) -> list[str]:
+    """Add numbers to different names that still look alike."""
+    full: dict[str, set[str]] = {}
+    for name, short in zip(names, shown, strict=True):
+        full.setdefault(short, set()).add(name)
+    numbers: dict[str, int] = {}
+    result = []
+    for name, short in zip(names, shown, strict=True):
+        if len(full[short]) > 1:
+            number = f" ({numbers.setdefault(name, len(numbers) + 1)})"
+            short = _ends(name, max(width - len(number), 3)) + number
+        result.append(short)
+    return result
 
 
 def distinct(names: Sequence[str]) -> list[str]:

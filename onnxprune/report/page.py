@@ -1,4 +1,4 @@
-"""Pages with plots: one file, no scripts, nothing to fetch."""
+"""Pages with plots: one file, light and dark, nothing to fetch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ from onnxprune.report.facts import SweepFacts, SweepPoint
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 560, 320, 64, 44, 52, 18
 COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b #e377c2 #7f7f7f #bcbd22 #003f5c #a05195".split()
 _MOST_NAMED = 24
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; }
-table { border-collapse: collapse; margin: 1em 0; } td, th { padding: 0.2em 0.9em; text-align: right; }
-th { border-bottom: 1px solid #888; } td:first-child, th:first-child { text-align: left; } svg { max-width: 100%; }
-tr.best td { font-weight: bold; }"""
+_STYLE = """:root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --quiet: #59636e; --line: #d1d9e0;
+  --soft: #f0f2f4; --grey: #9aa4ae; --strong: #2f6fd0; --warm: #f4b183; --cool: #b9dcc0; --grid: #e5e5e5; }
+@media (prefers-color-scheme: dark) { :root { --paper: #0f1318; --ink: #e6edf3; --quiet: #9aa7b4; --line: #343b44;
+  --soft: #1c222a; --grey: #66717d; --strong: #5e9bff; --warm: #96511f; --cool: #23583a; --grid: #2a3038; } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: var(--ink);
+  background: var(--paper); overflow-wrap: anywhere; }
+main.wide { display: block; } table { border-collapse: collapse; margin: 1em 0; }
+td, th { padding: 0.2em 0.9em; text-align: right; } th { border-bottom: 1px solid var(--grey); }
+td:first-child, th:first-child { text-align: left; } svg { max-width: 100%; height: auto; }
+svg text:not([fill]) { fill: var(--ink); } svg path[stroke="#e5e5e5"] { stroke: var(--grid); }
+tr.best td { font-weight: bold; } .scroll { overflow-x: auto; }"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +109,25 @@ def _cell(x: float, y: float, value: float, depth: float, said: str) -> str:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], best: Collection[int] = ()) -> str:
     """Return an HTML table; the rows ``best`` are highlighted."""
-    lines = ["<table>", _row("th", heads)]
+    lines = ['<div class="scroll"><table>', _row("th", heads)]
     lines += [_row("td", row, "best" if number in best else "") for number, row in enumerate(rows)]
-    return "\n".join([*lines, "</table>"])
+    return "\n".join([*lines, "</table></div>"])
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """Return a whole HTML page; the parts are HTML already."""
+def page(title: str, parts: Sequence[str], *, heading: bool = True, style: str = "") -> str:
+    """Return a whole HTML page; the parts are HTML already.
+
+    Args:
+        title: of the page.
+        parts: of its body, HTML.
+        heading: whether the title stands above the parts.
+        style: more rules of CSS.
+    """
     name = escape(title)
     head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-    body = "\n".join(parts)
-    return f"{head}\n<style>{_STYLE}</style></head>\n<body>\n<h1>{name}</h1>\n{body}\n</body></html>\n"
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    body = "\n".join([f"<h1>{name}</h1>", *parts] if heading else parts)
+    return f"{head}\n<style>{_STYLE}{style}</style></head>\n<body>\n{body}\n</body></html>\n"
 
 
 def paragraph(text: str) -> str:

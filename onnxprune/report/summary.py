@@ -6,38 +6,14 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from onnxprune.report import numbers, reasons, tables
+from onnxprune.report.console import LABEL, Line
 from onnxprune.report.facts import BudgetFacts, Latency, MetricFacts, Report, Totals
 
-LABEL = 10
-"""Characters of the labels in front of the lines."""
 _LESS, _MORE = "bold green", "yellow"
-
-
-class Line(Text):
-    """A line behind a label: where a terminal has to wrap it, its rest stands below the text and not the label."""
-
-    @classmethod
-    def of(cls, text: Text) -> Line:
-        """Return a text that begins with its label as a line."""
-        line = cls(end=text.end)
-        line.append_text(text)
-        return line
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
-        """Render the line within the width of ``options``."""
-        if options.no_wrap or options.max_width < 3 * LABEL:
-            yield from Text.__rich_console__(self, console, options)
-            return
-        text = Text(end="").append_text(self)
-        label, rest = text[:LABEL], text[LABEL:]
-        for number, part in enumerate(rest.wrap(console, options.max_width - LABEL)):
-            part.rstrip()
-            yield from console.render(Text.assemble(label if number == 0 else " " * LABEL, part), options)
 
 
 def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = str) -> list[RenderableType]:
@@ -55,7 +31,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     recovered = tables.summary(report)
     lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
     lines += [*unpruned(report), *_advice(report)]
-    return [*map(Line.of, lines)]
+    return [*map(Line, lines)]
 
 
 def text(report: Report, *, width: int | None = None) -> str:

@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from rich.text import Text
 
 from onnxprune.report import summary
-from onnxprune.report.facts import Latency, LayerFacts, OutputFidelity, Report, Totals
+from onnxprune.report.console import Line
+from onnxprune.report.facts import Exactness, Latency, LayerFacts, OutputFidelity, Report, Totals
 from onnxprune.settings import COMMANDS, GROUPS, options_of
 
 
@@ -137,9 +137,17 @@ def test_what_grows_or_slows_down_is_not_green() -> None:
     """Between 0.96 and 1.05 times as fast, without pairs of runs, nothing is said."""
     for speed, colour in ((0.58, "yellow"), (0.99, None), (1.7, "bold green")):
         report = Report(totals=Totals(100, 120, 100, 50), latency=Latency(speed, 1.0, 0.0, 0.0, 20, 1))
-        params, macs, fast = (line for line in summary.summary(report, name_width=80)[:3] if isinstance(line, Text))
+        params, macs, fast = (
+            line.text for line in summary.summary(report, name_width=80)[:3] if isinstance(line, Line)
+        )
         assert [params.spans[-1].style, macs.spans[-1].style] == ["yellow", "bold green"]
         assert (colour in [span.style for span in fast.spans]) if colour else len(fast.spans) == 1
+
+
+def test_a_line_wraps_below_its_text() -> None:
+    report = Report(totals=Totals(9, 8), exactness=Exactness(True, 1e-7, 1e-5, [1, 3], "y"))
+    lines = summary.text(report, width=50).splitlines()
+    assert max(map(len, lines)) <= 50 and lines[-1].startswith(" " * 10) and lines[-1][10] != " "
 
 
 def test_the_summary_counts_layers_that_verbose_lists(api, run, model) -> None:
