@@ -31,6 +31,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     recovered = tables.summary(report)
     lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
     lines += [*unpruned(report), *_advice(report)]
+    lines += [labelled("left out", ", ".join(report.left_out))] if report.left_out else []
     return [*map(Line, lines)]
 
 
