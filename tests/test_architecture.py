@@ -183,8 +183,8 @@ def test_there_is_no_drawer_for_everything() -> None:
     assert not {n for n in modules() if n.split(".")[-1] in ("utils", "helpers", "common", "misc")}
 
 
-APART = ("operators", "gradients", "graph.canonical", "graph.open_sizes")
-"""Rules and gradients themselves; what rewrites a pattern of such operators; which sizes of theirs have to agree."""
+APART = ("operators", "gradients", "graph.canonical")
+"""Rules and gradients themselves; what rewrites a pattern of such operators."""
 MOVERS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Split", "Expand", "Tile", "Identity"}
 
 

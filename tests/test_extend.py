@@ -15,6 +15,7 @@ import pytest
 from build import Net
 
 import onnxprune as op
+from onnxprune.channels.analysis import Analysis
 
 MODELS = Path(__file__).parents[1] / "models"
 
@@ -269,3 +270,20 @@ def test_an_old_name_still_works_and_warns() -> None:
     with pytest.warns(DeprecationWarning, match="onnxprune.recover"):
         assert op.repair is op.recover
     assert "repair" not in dir(op)
+
+
+def test_a_rule_of_ones_own_says_which_sizes_have_to_agree() -> None:
+    """An open dimension gets the size at which the vendor's operator runs."""
+
+    class Lookup(op.rules.Rule):
+        def agreements(self, node, shapes, read):  # type: ignore[no-untyped-def]
+            yield shapes[0][-1], shapes[1][0]
+
+    net = Net(17)
+    x, table = net.input("x", ["N", "width"]), net.const(np.ones((11, 4), np.float32))
+    y = net.op("Lookup", x, table, domain=ACME)
+    model = net.model(y, check=False, shapes={y: ["N", 4]})
+    free = Analysis(model).facts.probes[0].inputs["x"]
+    op.rules.register(ACME, "Lookup", rule=Lookup())
+    probes = Analysis(model).facts.probes
+    assert free[1] != 11 and all(probe.inputs["x"][1] == 11 for probe in probes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -20,6 +20,7 @@ from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.contraction import contract
 from onnxprune.operators.contractions import Form, Pairwise, Windows
 from onnxprune.operators.registry import Read, Rule, register
+from onnxprune.operators.sizes import broadcast_pairs
 
 LabelledTensor = tuple[Labels, Shape]
 """Labels and shape of queries, keys or values, laid out [batch, sequence, heads, head size]."""
@@ -160,6 +161,10 @@ class Attention(Heads):
 
     weights = (1,)
 
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of the data and of the packed weight."""
+        yield shapes[0][-1], shapes[1][0]
+
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
         """Return the cost of the product with the packed weight; attention itself multiplies no weight."""
         return 0 if shapes[0] is None or shapes[1] is None else prod(shapes[0][:-1]) * prod(shapes[1])
@@ -234,6 +239,15 @@ class MultiHeadAttention(Heads):
     """
 
     bias, added, past = 3, 5, (6, 7)
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of the query and of caches [batch, heads, past, head size]."""
+        heads, query = node.attrs["num_heads"], shapes[0]
+        for cache in (shapes[i] for i in self.past if i < len(shapes)):
+            if cache is not None and len(cache) == 4 and len(query) == 3:
+                yield cache[3], query[-1] // heads
+                yield cache[1], heads
+                yield cache[0], query[0]
 
     def propagate(self, step: Step) -> None:
         """Split every operand into heads, add the bias, attend."""
@@ -318,6 +332,22 @@ class MultiHeadAttention(Heads):
 class OnnxAttention(Heads):
     """ONNX's Attention (opset 23 on): 3-D or 4-D, optionally fewer heads of keys and values, an optional cache."""
 
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of operands of rank 3 or 4, of caches [batch, heads, past, head size] and of the mask."""
+        query, key, mask, caches = shapes[0], shapes[1], (*shapes, None, None, None)[3], (*shapes[4:6], None, None)[:2]
+        heads = key[1] if len(key) == 4 else node.attrs["kv_num_heads"]
+        for operand, cache in zip(shapes[1:3], caches, strict=True):
+            if cache is not None:
+                yield cache[3], operand[3] if len(operand) == 4 else operand[2] // heads
+                yield cache[1], heads
+                yield cache[0], operand[0]
+        if caches[0] is not None and caches[1] is not None:
+            yield caches[0][2], caches[1][2]
+        if mask is not None:
+            past = caches[0][2] if caches[0] is not None else 0
+            yield from broadcast_pairs(mask[-1:], [past + key[-2]])
+            yield from broadcast_pairs(mask[-2:-1], [query[-2]])
+
     def _heads(self, step: Step) -> tuple[int, int]:
         if len(step.shape(0)) == 4:
             return step.shape(0)[1], step.shape(1)[1]
@@ -357,6 +387,25 @@ register("", "Attention", rule=OnnxAttention())
 
 class GroupQueryAttention(Rule):
     """com.microsoft.GroupQueryAttention: kernels require one head size, so query heads or whole groups are pruned."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of data and caches."""
+        heads, shared = node.attrs["num_heads"], node.attrs["kv_num_heads"]
+        query, key, past = shapes[0], shapes[1], (*shapes[3:5], None, None)[:2]
+        size = query[-1] // heads if key is not None else query[-1] // (heads + 2 * shared)
+        for cache in past:
+            if cache is not None:
+                yield cache[3], size
+                yield cache[1], shared
+                yield cache[0], query[0]
+        if past[0] is not None and past[1] is not None:
+            yield past[0][2], past[1][2]
+        total = read(6)
+        if total is not None and query[0] > 1 and query[1] > 1:
+            yield int(total.ravel()[0]), query[1]  # onnxruntime: several samples of several positions have no past
+        lengths = shapes[5]
+        if lengths is not None:
+            yield prod(lengths), query[0]
 
     def propagate(self, step: Step) -> None:
         """Tie a group of query heads to its key and value; every group loses the same number of query heads."""
@@ -601,6 +650,10 @@ class PackedAttention(Attention):
 
 class PackedMultiHeadAttention(MultiHeadAttention):
     """Packed attention on queries, keys and values, [T, H] each or one tensor [T, heads, 3, size]; bias [Q + K + V]."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return nothing: there are no caches."""
+        return ()
 
     def propagate(self, step: Step) -> None:
         """Split every operand into heads, add the bias, attend."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -13,8 +13,8 @@ from onnxprune.labels.algebra import Shape, broadcast, known
 from onnxprune.labels.label import Label, Labels
 from onnxprune.operators.context import Step
 from onnxprune.operators.contractions import Form, Pairwise
-from onnxprune.operators.registry import Rule, register
-from onnxprune.operators.sizes import product
+from onnxprune.operators.registry import Read, Rule, register
+from onnxprune.operators.sizes import gemm_pairs, matmul_pairs, product
 
 
 def into_letters(labels: Labels, term: str, letters: str) -> Labels:
@@ -89,6 +89,10 @@ class MatMul(Rule):
 
     weights = (0, 1)
 
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of both operands."""
+        return matmul_pairs(shapes[0], shapes[1])
+
     def terms(self, step: Step) -> tuple[str, str, str]:
         """Return the subscripts of the two operands and the output."""
         return self.node_terms(step.node, len(step.shape(0)), len(step.shape(1)))
@@ -160,6 +164,10 @@ class Gemm(Rule):
 
     weights = (0, 1)
 
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the summed sizes."""
+        return gemm_pairs(node, shapes[0], shapes[1])
+
     def terms(self, step: Step) -> tuple[str, str]:
         """Return the subscripts of A and B."""
         return self.node_terms(step.node)
@@ -213,6 +221,16 @@ class Einsum(Rule):
     """Einsum without repeated subscripts inside one operand."""
 
     weights = tuple(range(8))
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of every letter."""
+        terms = node.attrs["equation"].replace(" ", "").split("->")[0].split(",")
+        sizes: dict[str, int] = {}
+        for term, shape in zip(terms, shapes, strict=True):
+            if "." in term:
+                return
+            for letter, n in zip(term, shape, strict=True):
+                yield (n, sizes[letter]) if 1 not in (n, sizes.setdefault(letter, n)) else (n, n)
 
     def terms(self, step: Step) -> tuple[list[str], str]:
         """Return the subscripts of every operand and of the output, ellipses expanded to upper-case letters."""
@@ -273,6 +291,15 @@ class Einsum(Rule):
 
 class FusedMatMul(MatMul):
     """onnxruntime's FusedMatMul: MatMul with transposed operands."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of both operands, either of which may be transposed."""
+        a, b = list(shapes[0]), list(shapes[1])
+        if node.attrs.get("transA", 0):
+            a[-2:] = a[:-3:-1]
+        if node.attrs.get("transB", 0):
+            b[-2:] = b[:-3:-1]
+        return matmul_pairs(a, b)
 
     def node_terms(self, node: Node, a: int, b: int) -> tuple[str, str, str]:
         """Return subscripts with the last two axes of either operand swapped on request."""

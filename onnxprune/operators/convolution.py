@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -14,7 +14,7 @@ from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step, override, owned
 from onnxprune.operators.contractions import Form, Transposed, Windows
-from onnxprune.operators.registry import Rule, register
+from onnxprune.operators.registry import Read, Rule, register
 from onnxprune.operators.sizes import window_sizes
 
 
@@ -39,6 +39,10 @@ class Conv(Rule):
     ) -> None:
         self.data, self.weight, self.bias, self.per_output, self.addend = data, weight, bias, per_output, addend
         self.weights = (weight,)
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the channels of the data and those that the kernel reads."""
+        yield shapes[self.data][1], shapes[self.weight][1] * node.attrs.get("group", 1)
 
     def groups(self, step: Step) -> int:
         """Return the number of groups."""
@@ -178,6 +182,10 @@ def window_settings(node: Node) -> dict[str, Any]:
 
 class ConvTranspose(Conv):
     """Data [N, C, ...] with weight [C, O/group, ...]."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the channels of the data and those of the kernel."""
+        yield shapes[0][1], shapes[1][0]
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
         """Count one kernel per element of the data and output channel of its group."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnxprune.labels.algebra import Shape
 from onnxprune.operators.context import Step
 from onnxprune.operators.operands import Values, require_value
 from onnxprune.operators.registry import Array, Inverse, Move, Read, Rule, Scaling, register
-from onnxprune.operators.sizes import broadcast_shapes
+from onnxprune.operators.sizes import broadcast_pairs, broadcast_shapes
 
 
 class Elementwise(Rule):
@@ -29,6 +29,13 @@ class Elementwise(Rule):
 
     def __init__(self, inputs: Sequence[int] | None = None, function: Callable[..., Any] | None = None) -> None:
         self._inputs, self._function = inputs, function
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of the operands that broadcast."""
+        if self._inputs is None and node.domain == "" and node.version < 8:
+            return ()
+        places = self._inputs or range(len(node.inputs))
+        return broadcast_pairs(*(shapes[i] for i in places if i < len(node.inputs) and node.inputs[i]))
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Apply the function, where there is one."""

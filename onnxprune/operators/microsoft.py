@@ -6,7 +6,7 @@ does not record the block size. These weights cannot be pruned; the remaining op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -24,14 +24,19 @@ from onnxprune.operators.contractions import Form
 from onnxprune.operators.convolution import Conv, ConvTranspose
 from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.normalization import GroupNorm, LayerNorm, OverAxes, RMSNorm
-from onnxprune.operators.registry import Rule, register
-from onnxprune.operators.sizes import broadcast_shapes, product, window_sizes
+from onnxprune.operators.registry import Read, Rule, register
+from onnxprune.operators.sizes import broadcast_pairs, broadcast_shapes, product, window_sizes
 
 DOMAIN = "com.microsoft"
 
 
 class SkipLayerNorm(LayerNorm):
     """(Simplified) LayerNormalization of input + skip + bias over the last axis; output 3 is the sum itself."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of data, skip and scale."""
+        yield shapes[0][-1], shapes[2][-1]
+        yield from broadcast_pairs(shapes[0], shapes[1])
 
     def axes(self, step: Step) -> list[int]:
         """Return the last axis."""
@@ -82,6 +87,10 @@ class EmbedLayerNorm(Rule):
 
 class NhwcFusedConv(Conv):
     """Convolution of [N, ..., C] with a weight [O, C/group, ...], an activation and an addend."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the channels of the data, on the last axis, and those that the kernel reads."""
+        yield shapes[0][-1], shapes[1][1] * node.attrs.get("group", 1)
 
     def axis(self, step: Step) -> int:
         """Return the last axis, that of the channels."""
@@ -134,6 +143,10 @@ class NhwcPool(Rule):
 
 class GroupNormFused(GroupNorm):
     """GroupNorm with an activation, channels last by default; SkipGroupNorm first adds a skip and a bias."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the channels of the data, on the last axis by default, and those of the scale."""
+        yield shapes[0][-1 if node.attrs.get("channels_last", 1) else 1], shapes[1][0]
 
     def group_attribute(self) -> str:
         """Return the name of the attribute with the number of groups."""

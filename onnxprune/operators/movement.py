@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,8 @@ from onnxprune.operators.operands import (
     where_known,
     whole_numbers,
 )
-from onnxprune.operators.registry import Inverse, Move, Read, Rule, register
+from onnxprune.operators.registry import Array, Inverse, Move, Read, Rule, register
+from onnxprune.operators.sizes import broadcast_pairs
 
 
 class Transpose(Rule):
@@ -79,6 +80,14 @@ class SameData(Rule):
 class Reshape(SameData):
     """Reshape to an operand; 0 and -1 are preserved."""
 
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the number of elements before and after."""
+        target = node.attrs["shape"] if node.version < 5 else [int(n) for n in np.ravel(cast(Array, read(1)))]
+        if not node.attrs.get("allowzero", 0):
+            target = [shapes[0][i] if n == 0 else n for i, n in enumerate(target)]
+        total, known_product = prod(shapes[0]), prod(n for n in target if n != -1)
+        yield total, total - total % known_product if -1 in target else known_product
+
     def rewrite(self, cut: Cut) -> None:
         """Write the new sizes into the target."""
         if None in cut.out_shape():
@@ -115,6 +124,12 @@ class Flatten(SameData):
 
 class Squeeze(SameData):
     """Removal of axes of size 1."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the removed axes, which have a size of 1."""
+        axes = node.attrs.get("axes") if node.version < 13 else read(1)
+        for axis in () if axes is None else np.ravel(axes):
+            yield shapes[0][int(axis)], 1
 
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
@@ -173,6 +188,10 @@ class Expand(Rule):
     operands = targets = (1,)
     moves = Move.REPEAT
     makes_labels = True
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of the data and those they are expanded to."""
+        return broadcast_pairs(shapes[0], [int(n) for n in np.ravel(cast(Array, read(1)))])
 
     def propagate(self, step: Step) -> None:
         """Align labels to the output's rank; create atoms for every repeated axis of static size."""
@@ -256,6 +275,14 @@ class Concat(Rule):
 
     moves = Move.JOIN
 
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of all inputs on the other axes."""
+        axis = node.attrs.get("axis", 1) % len(shapes[0])
+        for shape in shapes[1:]:
+            for a, (one, other) in enumerate(zip(shapes[0], shape, strict=True)):
+                if a != axis:
+                    yield one, other
+
     def propagate(self, step: Step) -> None:
         """Concatenate the labels; a part without labels is kept whole."""
         rank = len(step.out_shape())
@@ -299,6 +326,15 @@ class Split(Rule):
 
     operands = targets = (1,)
     moves = Move.SOME
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the size of the axis and the sum of the parts."""
+        axis_size = shapes[0][node.attrs.get("axis", 0)]
+        sizes = node.attrs.get("split") if node.version < 13 else read(1)
+        if sizes is not None:
+            yield axis_size, int(np.sum(sizes))
+        elif node.version < 18:
+            yield axis_size, axis_size - axis_size % len(node.outputs)
 
     def propagate(self, step: Step) -> None:
         """Take each part's range."""

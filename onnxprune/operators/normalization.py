@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from onnxprune.operators.contractions import Form, Scale
 from onnxprune.operators.elementwise import divided
 from onnxprune.operators.operands import Values, axes_of, axis_of, read_integers, require_value, where_known
 from onnxprune.operators.registry import Array, Inverse, Read, Rule, register
+from onnxprune.operators.sizes import broadcast_pairs
 
 _REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceProd": np.prod,
@@ -94,6 +95,12 @@ class LayerNorm(OverAxes):
     def __init__(self, parameters: Sequence[int] = (1, 2), inputs: Sequence[int] = (0, 1, 2)) -> None:
         super().__init__(approximate=True, exact=True, inputs=inputs)
         self.parameters = parameters
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the normalised sizes and those of the scale."""
+        axis = node.attrs.get("axis", -1)
+        axis = axis + len(shapes[0]) if axis < 0 else axis
+        return broadcast_pairs(shapes[0][axis:], shapes[1])
 
     def axes(self, step: Step) -> list[int]:
         """Return all axes from ``axis`` on."""
@@ -176,6 +183,10 @@ def kept_share(cut: Cut, axes: Sequence[int]) -> float:
 class InstanceNorm(Rule):
     """Normalisation of every channel over its own positions."""
 
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the channels of data and scale."""
+        yield shapes[0][1], shapes[1][0]
+
     def propagate(self, step: Step) -> None:
         """Pass the channels; freeze their positions (the positions of a decomposed GroupNorm include channels)."""
         labels = step.labels(0)
@@ -213,6 +224,11 @@ class Response(OverAxes):
 
 class GroupNorm(Rule):
     """Normalisation within groups of channels: whole groups may be pruned."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the channels of data and scale; before opset 21 there is one scale per group."""
+        if node.version >= 21:
+            yield shapes[0][1], shapes[1][0]
 
     def group_attribute(self) -> str:
         """Return the name of the attribute with the number of groups."""
@@ -258,6 +274,10 @@ class GroupNorm(Rule):
 
 class BatchNorm(Rule):
     """Normalisation with one scale, shift, mean and variance per channel."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the channels of data and scale."""
+        yield shapes[0][1], shapes[1][0]
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
         """Return a form with one weight per channel, into which the statistics are folded."""

@@ -5,7 +5,7 @@ Along the packed axis the smallest unit of pruning is a whole block: its codes, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.normalization import OverAxes
 from onnxprune.operators.operands import Values
 from onnxprune.operators.registry import Read, Rule, register
-from onnxprune.operators.sizes import product, window_sizes
+from onnxprune.operators.sizes import gemm_pairs, matmul_pairs, product, window_sizes
 
 _PER_CHANNEL = "a scale or zero point"
 
@@ -162,6 +162,11 @@ class IntegerConv(Conv):
         self.codes, self.zero = codes, codes[data].zero
         self.settings = all_settings(codes)
 
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the channels of the data and those that the kernel reads."""
+        channels = shapes[self.data][-1 if node.attrs.get("channels_last", 0) else 1]
+        yield channels, shapes[self.weight][1] * node.attrs.get("group", 1)
+
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
         """Dequantise; the weight has one scale and zero point, or one per output channel."""
         return real_numbers(self.codes, i, codes, read, axis=0)
@@ -215,6 +220,11 @@ class IntegerMatMul(Rule):
         self.a, self.b, self.codes, self.rows, self.columns = a, b, codes, rows, columns
         self.zero = codes[a].zero if a in codes else None
         self.data, self.weights, self.settings = a, (a, b), all_settings(codes)
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of both matrices."""
+        a, b = shapes[self.a], shapes[self.b]
+        return gemm_pairs(node, a, b) if node.op == "QGemm" else matmul_pairs(a, b)
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
         """Return the size of the product times the size of ``k``."""
@@ -380,6 +390,10 @@ class PackedMatMul(Rule):
 
     weights = (B,)
     settings = (SCALES, ZEROS, ORDER)
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the size of a row of the data and that of the packed matrix."""
+        yield shapes[0][-1], node.attrs["K"]
 
     def propagate(self, step: Step) -> None:
         """Contract over K, block by block; unite N through all operands."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -37,6 +37,20 @@ class Recurrent(Rule):
 
     def __init__(self, gates: int) -> None:
         self.gates = gates
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of data, weights and states."""
+        data, weight = shapes[0], shapes[1]
+        if len(data) != 3:
+            return
+        batch = 0 if node.attrs.get("layout", 0) else 1
+        yield data[2], weight[2]
+        for i in (5, 6) if node.op == "LSTM" else (5,):
+            state = shapes[i] if i < len(shapes) else None
+            if state is not None:
+                yield state[2], shapes[2][2]
+                yield state[batch], data[batch]
+                yield state[1 - batch], weight[0]
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
         """Count both matrices once per step of every sequence."""
@@ -153,6 +167,10 @@ class DynamicQuantizeLSTM(Rule):
 
     weights = (W, R)
     settings = (8, 9, 10, 11)
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the sizes of the data and of the weight that reads them."""
+        yield shapes[0][2], shapes[1][1]
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
         """Count both matrices once per step of every sequence."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from importlib import import_module
 from math import prod
@@ -184,6 +184,22 @@ class Rule:
             data: position of the operand that is not constant.
         """
         return None
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return pairs of sizes that have to be equal for the node to run, always in one order.
+
+        Open dimensions of the model's inputs are chosen so that they are. A size of 1 that broadcasts is paired with
+        itself.
+
+        Args:
+            node: the node.
+            shapes: shapes of its inputs, None where unknown or absent; None within one is an unknown size.
+            read: function from the position of an input to its value.
+
+        Raises:
+            LookupError, TypeError, ValueError, ArithmeticError, AttributeError: sizes are unknown, or of another form.
+        """
+        return ()
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
         """Return the multiply-accumulates of one run; by default those of the matrix form.

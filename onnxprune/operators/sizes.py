@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 from onnxprune.labels.algebra import Shape
+
+if TYPE_CHECKING:
+    from onnxprune.graph.view import Node
 
 
 def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:
@@ -26,6 +30,28 @@ def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:
             return None
         result.append(fixed[0] if fixed else (None if None in sizes else 1))
     return tuple(result)
+
+
+def broadcast_pairs(*shapes: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield pairs of sizes that broadcast, from the last axis on; a size of 1 agrees with all."""
+    first = shapes[0]
+    for other in shapes[1:]:
+        size_pairs = []
+        for a, b in zip_longest(reversed(first), reversed(other), fillvalue=1):
+            yield (a, b) if 1 not in (a, b) else (a, a)
+            size_pairs.append(b if a == 1 else a)
+        first = size_pairs[::-1]
+
+
+def matmul_pairs(a: Sequence[Any], b: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield pairs of sizes of two operands of a MatMul: the summed axes, then those of the batch."""
+    yield a[-1], b[-2] if len(b) > 1 else b[-1]
+    yield from broadcast_pairs(a[:-2], b[:-2])
+
+
+def gemm_pairs(node: Node, a: Sequence[Any], b: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield the summed sizes of two matrices, of which a Gemm may transpose either."""
+    yield a[0 if node.attrs.get("transA", 0) else 1], b[1 if node.attrs.get("transB", 0) else 0]
 
 
 def window_sizes(sizes: Shape, kernel: Shape, attrs: Mapping[str, Any]) -> Shape:
