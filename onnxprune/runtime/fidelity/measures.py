@@ -206,7 +206,7 @@ class Independent(Measure):
         """Say how many scores above one half are no longer."""
         if self.single:
             return self.classes.lost()
-        return f"{self.there - self.hits} of {self.there} scores above 0.5 fell below it"
+        return f"{self.there - self.hits} of {self.there} scores above 0.5 fell below 0.5"
 
 
 class Sequences(Measure):
@@ -257,7 +257,7 @@ class Sequences(Measure):
         return (characters + self.classes.distributions()) / 2
 
     def lost(self) -> str:
-        """Say how many sequences read otherwise."""
+        """Say how many sequences decode differently."""
         blank = self.blank()
         if blank is None:
             return self.classes.lost()
@@ -542,7 +542,7 @@ class Deviation(Measure):
 
     def lost(self) -> str:
         """Say how large the difference is."""
-        return f"values differ by {100 * (1 - self.share()):.3g} % of what the original adds"
+        return f"values differ by {100 * (1 - self.share()):.3g} % of the original's variation"
 
 
 class Embedding(Measure):
@@ -589,7 +589,7 @@ class Embedding(Measure):
 
     def lost(self) -> str:
         """Say how far vectors moved."""
-        return f"vectors and their neighbours agree by {100 * self.share():.3g} %"
+        return f"embeddings and their nearest neighbours agree to {100 * self.share():.3g} %"
 
 
 _VECTORS = 256
