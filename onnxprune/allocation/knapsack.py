@@ -121,12 +121,12 @@ class Sensitivity:
         Raises:
             UsageError: they are another model's.
         """
-        if self.model_sha256 != sha256:
-            raise UsageError(
-                f"The sensitivities {source} belong to another model (SHA-256 {self.model_sha256[:12]}..., "
-                f"this one is {sha256[:12]}...).",
-                hint="Run 'onnxprune sensitivity' on this model.",
-            )
+        files.check_model(
+            f"The sensitivities {source} belong to another model",
+            self.model_sha256,
+            sha256,
+            hint="Run 'onnxprune sensitivity' on this model.",
+        )
 
 
 Array = NDArray[np.float64]

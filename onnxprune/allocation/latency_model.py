@@ -167,12 +167,12 @@ class LatencyTable:
         Raises:
             UsageError: it is another model's.
         """
-        if self.model_sha256 != sha256:
-            raise UsageError(
-                f"The latency table {source} belongs to another model (SHA-256 {self.model_sha256[:12]}..., "
-                f"this one is {sha256[:12]}...).",
-                hint="Run 'onnxprune profile' on this model on the other device.",
-            )
+        files.check_model(
+            f"The latency table {source} belongs to another model",
+            self.model_sha256,
+            sha256,
+            hint="Run 'onnxprune profile' on this model on the other device.",
+        )
 
 
 ShapeOf = Callable[[str], Any]

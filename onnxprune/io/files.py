@@ -457,6 +457,22 @@ def parse(kind: type[_T], data: Any, where: str, hint: str = "") -> _T:
     return result
 
 
+def check_model(claim: str, recorded: str, sha256: str, hint: str) -> None:
+    """Check that a file was written for a model.
+
+    Args:
+        claim: start of the message where it was not, such as "The plan belongs to another model".
+        recorded: SHA-256 in the file.
+        sha256: SHA-256 of the model.
+        hint: the next step then.
+
+    Raises:
+        UsageError: the digests differ.
+    """
+    if recorded != sha256:
+        raise UsageError(f"{claim} (SHA-256 {recorded[:12]}..., this one is {sha256[:12]}...).", hint=hint)
+
+
 class _Misfit(Exception):
     """Data that do not have their declared form: the place, and the fault."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, Unpack
+from warnings import warn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +78,7 @@ class Budget(Pass):
         recover: mode of the recovery.
         why: origin of that mode, for the report.
         approximate: also prune through normalisations.
+        wishes: former name of ``spec``.
         options: those of :class:`onnxprune.allocation.settings.Request` that select the groups to prune and the scoring
             of their units.
 
@@ -89,14 +91,20 @@ class Budget(Pass):
 
     def __init__(
         self,
-        spec: BudgetSpec,
+        spec: BudgetSpec | None = None,
         criterion: str | Criterion | None = None,
         *,
         recover: str = "none",
         why: str = "asked for",
         approximate: bool = False,
+        wishes: BudgetSpec | None = None,
         **options: Unpack[Options],
     ) -> None:
+        if wishes is not None:
+            warn("The argument wishes of Budget is called spec", DeprecationWarning, stacklevel=2)
+            spec = wishes if spec is None else spec
+        if spec is None:
+            raise TypeError("Budget.__init__() missing 1 required positional argument: 'spec'")
         self.spec, self.criterion, self.mode, self.why = spec, criterion, check_mode(recover), why
         self.approximate, self.options = approximate, options
         if self.mode != "none":

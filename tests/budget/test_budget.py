@@ -14,6 +14,7 @@ from build import Net
 import onnxprune as op
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.search.refine import NAME
+from onnxprune.search.spec import BudgetSpec
 from onnxprune.targets import parse
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -220,3 +221,12 @@ def test_the_default_criterion_is_magnitude_where_data_score_no_layer() -> None:
     assert any("scored by l2 instead" in w for w in result.report.warnings)
     with pytest.raises(op.UsageError, match="has scores for no layer"):
         op.prune(model, target="params=0.6", data=feeds, criterion="ziplm", latency=False)
+
+
+def test_the_former_name_of_the_targets_still_works() -> None:
+    """``wishes`` is ``spec`` and warns; without targets there is no pass."""
+    spec = BudgetSpec((parse("macs=0.5"),))
+    with pytest.warns(DeprecationWarning, match="spec"):
+        assert op.Budget(wishes=spec).spec is spec
+    with pytest.raises(TypeError, match="spec"):
+        op.Budget()
