@@ -45,7 +45,7 @@ class CalibrationBatches:
         self._data = data.first(max(limit or 1, self.fixed or 1)) if limited else data
 
     def __iter__(self) -> Iterator[Feed]:
-        """One pass in batches of the usual size."""
+        """Iterate over the data once, in batches of the usual size."""
         return self.batches()
 
     @property
@@ -55,7 +55,7 @@ class CalibrationBatches:
         return declared // self.fixed * self.fixed if declared and self.fixed else declared
 
     def batches(self, batch_size: int | None = None) -> Iterator[Feed]:
-        """One pass over the data."""
+        """Iterate over the data once."""
         for feed in self._data.batches(self.fixed or batch_size):
             if all(len(feed[name]) >= size for name, size in self._sizes.items() if name in feed):
                 yield feed

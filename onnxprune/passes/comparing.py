@@ -119,7 +119,7 @@ class Pair:
 
     @contextmanager
     def _lent(self) -> Iterator[tuple[Openable, Openable]]:
-        """Both models, opened or to be opened."""
+        """Lend both models, as open sessions or as sources of such."""
         with self.lend_reference() as one:
             if self.final is not None:
                 yield one, self.final
@@ -129,6 +129,6 @@ class Pair:
 
 
 def _listed(operators: Mapping[str, int]) -> str:
-    """Operators and how often they are there."""
+    """Return a list of operators with their counts."""
     names = [f"{op} ({n})" if n > 1 else op for op, n in operators.items()]
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -111,7 +111,7 @@ class Selector:
         self.pool_of: dict[int, RankedGroup] = {}
 
     def __call__(self) -> Mask:
-        """Mask over components of what goes, after all steps."""
+        """Return a mask over the components to remove, after all steps."""
         steps, mask = self.request.steps, np.zeros(self.analysis.units.frozen.size, dtype=bool)
         weighed = self._savings()
         for i in range(1, steps + 1):
@@ -140,10 +140,10 @@ class Selector:
         return {n: m * groups[n].size // groups[n].steps for n, m in self.rounding.multiples.items()}
 
     def pool(self) -> dict[int, RankedGroup]:
-        """Every group that may lose units, with its scores, by group id; how much goes is for the caller to say.
+        """Score every group that may lose units, {group id: scored group}; the caller chooses how many to remove.
 
         Raises:
-            UsageError: the criterion has nothing to say about any of them.
+            UsageError: the criterion scores none of them.
         """
         if not self.pool_of:
             self._every = True
@@ -152,7 +152,7 @@ class Selector:
         return self.pool_of
 
     def at(self, ratio: float) -> Mask:
-        """Mask over atoms of what would go at another ratio; where there is one step, scores are made only once."""
+        """Return a mask over the atoms to remove at another ratio; with one step, scores are computed only once."""
         request = replace(self.request, ratio=ratio)
         if self.request.steps > 1:
             other = Selector(self.context, self.analysis, request, self.criterion, self.name, self._seconds)
@@ -168,7 +168,7 @@ class Selector:
         return 1.0 - (1.0 - ratio) ** 0.5 if number in self.candidates.two_way else ratio
 
     def _rank(self, removed: Mask | None, done: float, weighed: dict[int, Array] | None) -> dict[int, RankedGroup]:
-        """Score what is left, and put the groups against each other."""
+        """Score the remaining units, and rank the groups."""
         groups = [g for g in self.candidates.groups if self._takes_part(g)]
         if not groups:
             return {}
@@ -219,7 +219,7 @@ class Selector:
         return ratio > 0 and (self.request.round_to != 1 or group.steps > 1)
 
     def _scored(self, groups: Sequence[Group], mask: Mask | None) -> list[ScoredSlot]:
-        """Raw scores of every slot, less what is gone."""
+        """Return the raw scores of every slot without the removed units."""
         units = self.analysis.units
         removed = None if mask is None else np.asarray(mask[units.component])
         squared = by_squares(self.criterion)
@@ -262,7 +262,7 @@ class Selector:
         return savings(self.analysis, self.candidates.groups, what, seconds)
 
     def _measured(self) -> dict[str, float]:
-        """Time of every node of the original, measured once per run."""
+        """Measure the time of every node of the original, once per run."""
         analysis, context = self.analysis, self.context
         if not self._seconds:
             with context.stage("profile"), Workspace.of(analysis) as trial:
@@ -271,7 +271,7 @@ class Selector:
         return self._seconds
 
     def _warn(self, mask: Mask) -> None:
-        """Say so where one threshold cannot reach what was asked."""
+        """Warn where one threshold cannot remove the requested number of units."""
         pool = {n: c for n, c in self._last.items() if self.request.scope != "local" and not c.is_local}
         groups = self.analysis.units.groups
         target = sum(c.ratio * c.values.size for c in pool.values())
@@ -302,7 +302,7 @@ def _check_measurable(context: Context, request: Request) -> None:
 
 
 def _feed(context: Context, analysis: Analysis) -> Feed:
-    """One call of the model: the user's inputs, else synthetic ones."""
+    """Return one call of the model: the user's inputs, else synthetic ones."""
     if context.calibration is not None:
         return next(iter(CalibrationBatches(context, analysis, 1)))
     bounds = integer_bounds(analysis.graph, analysis.facts)

@@ -71,13 +71,13 @@ def draw_calibration(context: Context, analysis: Analysis) -> SyntheticCalibrati
 
 
 def _num_samples(feed: Feed, numbers: int, min_samples: int, max_samples: int) -> int:
-    """How many samples like those of ``feed`` have that many numbers altogether, within limits."""
+    """Return the number of samples like those of ``feed`` that have so many numbers in total, within limits."""
     size = sum(value.size for value in feed.values()) / count(feed)
     return int(np.clip(numbers / max(size, 1.0), min_samples, max_samples))
 
 
 def _shapes(analysis: Analysis, trial: Workspace, make: Make, batch: int) -> Shapes:
-    """Shapes of one call with that many samples, where the model leaves their number open; else the probe's."""
+    """Return the shapes of one call with so many samples where the model leaves that open; else the probe's."""
     probes = analysis.facts.probes
     shapes = {name: tuple(shape) for name, shape in probes[0].inputs.items()}
     leads = [tuple(p.inputs[name][0] for p in probes) for name, shape in shapes.items() if len(shape) > 1]
@@ -146,7 +146,7 @@ class InputPlausibility:
 
     @classmethod
     def of(cls, analysis: Analysis) -> InputPlausibility:
-        """Collect the tensors of a model that the gauge observes."""
+        """Collect the tensors of a model from which plausibility is measured."""
         graph = analysis.graph
         norms = {node.inputs[0]: node for node in normalisations(graph)}
         made = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
@@ -158,13 +158,13 @@ class InputPlausibility:
         return cls(analysis, layers, norms)
 
     def samples_per_call(self, samples: int) -> int:
-        """How many samples to look at in one call."""
+        """Return the number of samples per call."""
         shapes = [self._analysis.facts.shape(name) for name in self.names]
         size = 4 * sum(int(np.prod([n or 1 for n in shape[1:]])) for shape in shapes if shape)
         return int(np.clip(_HEAVY // max(size, 1), 1, samples))
 
     def score(self, calls: Iterator[Feed], number: int) -> float:
-        """How plausible the inputs are that gave these values in that number of calls: higher is better."""
+        """Return the plausibility of the inputs of these values, from so many calls: higher is better."""
         values: dict[str, list[Array]] = {name: [] for name in self.names}
         for call in calls:
             for name, value in call.items():

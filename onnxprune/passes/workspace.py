@@ -158,7 +158,7 @@ class Workspace:
 
     @contextmanager
     def blaming(self) -> Iterator[None]:
-        """Where a model does not run, say so of the user's own file, and of the sizes of its open dimensions."""
+        """Explain failures to run by the user's own file, or by the sizes of its open dimensions."""
         try:
             yield
         except ModelError as error:

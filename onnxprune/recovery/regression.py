@@ -89,7 +89,7 @@ class Sums:
         return variance if variance > 0 else max(float(self.yy.sum()), 1e-30)
 
     def directions(self) -> int:
-        """Rank of the data about their mean, averaged over parts; linear combinations are not counted.
+        """Return the rank of the data about their mean, averaged over parts; linear combinations are not counted.
 
         Of more than 1024 columns or 16 parts only as many are used, and the rank is scaled.
         """

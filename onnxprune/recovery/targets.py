@@ -617,7 +617,7 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight as the layer reads it."""
+        """The shape of the weight as the layer reads it."""
         return self.target.weight.shape(self._weights)
 
     def read(self) -> tuple[RealArray, RealArray]:
