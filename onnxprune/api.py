@@ -17,13 +17,14 @@ from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion
 from onnxprune.io.interchange import ModelSource
 from onnxprune.passes import Adopt, Exact, Factorize, Finetune, Flush, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.passes.prune import with_criterion
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
 from onnxprune.pipeline import Context, Model, Progress
 from onnxprune.report.facts import Report, SweepFacts
 from onnxprune.runtime.diagnosis import explain_failures
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.sessions import with_custom_ops
-from onnxprune.search.budget import Budget, with_criterion
+from onnxprune.search.budget import Budget
 from onnxprune.search.comparison import MeasureMetric, check_gates, compare_models
 from onnxprune.search.evaluation import Metric, load_metric
 from onnxprune.search.latency import LatencyProfile, describe_times, latency_table, rewritable_sizes
@@ -46,13 +47,13 @@ def prune(
     layers: Mapping[str, float] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    scope: str = "local",
+    scope: str = "auto",
     policy: str = "sum",
     normalize: str = "auto",
     group_policy: str = "count",
     reshape_axis: str = "head_dim",
     max_ratio: float | None = None,
-    cost: str = "none",
+    cost: str = "auto",
     round_to: int | str = "auto",
     device: str | Kernels | None = None,
     step: int = 1,
@@ -94,15 +95,16 @@ def prune(
     Args:
         model: path, bytes or ModelProto; never changed.
         criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
-            [channels]; some need ``data``. None: ``l2``, with data and a budget ``ziplm``.
+            [channels]; some need ``data``. None: ``ziplm`` with data, else ``l2``.
         ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; None: 0.3.
         plan: a plan or its file, replayed instead of scoring; None: score.
         layers: {glob over node or weight names: ratio}, 0 <= ratio < 1; the last match applies. None: ``ratio``
             everywhere.
         include: globs; only groups with a node or weight of such a name are pruned. Empty: all groups.
         exclude: globs; no group with a node or weight of such a name is pruned. Empty: none is excluded.
-        scope: ranking scope: the units of each group (``local``, the default), of all groups (``global``), of groups of
-            the same structure (``isomorphic``), or of all groups by SLAMP (``slamp``).
+        scope: ranking scope: the units of each group (``local``), of all groups (``global``), of groups of
+            the same structure (``isomorphic``), or of all groups by SLAMP (``slamp``);
+            ``auto`` (default): ``global`` under the default criterion with ``data``, else ``local``.
         policy: aggregation of the scores of a unit over several weights: ``sum`` (default), ``average``, ``max``,
             ``backward``.
         normalize: normalization of scores across weights: ``auto`` (default), ``mean``, ``none``, ``root``,
@@ -113,7 +115,8 @@ def prune(
             ``both``.
         max_ratio: largest share of a group to remove, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
             compete.
-        cost: cost that divides the score of a unit: ``none`` (default), ``macs``, ``params``, ``latency``.
+        cost: cost that divides the score of a unit: ``none``, ``macs``, ``params``, ``latency``; ``auto`` (default):
+            ``macs`` under the default criterion with ``data``, else ``none``.
         round_to: keep a multiple of this many units per group where possible, 1 or more; auto: multiples that the
             kernels of the device like; auto.
         device: for auto: a name such as avx512, arm64 or tensorrt, a JSON file, or multiples; None for this machine.
@@ -211,7 +214,7 @@ def prune(
         )
     else:
         share = default("ratio") if ratio is None else ratio
-        first = Prune(criterion or "l2", share, plan=plan, approximate=approximate, **choosing)
+        first = Prune(criterion, share, plan=plan, approximate=approximate, **choosing)
     tuned = _finetuning(finetune, labels)
     pipe = Pipeline(_stages(first, mode_and_reason, validate, validate and latency, tuned))
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
@@ -738,13 +741,13 @@ def sensitivity(
     layers: Mapping[str, float] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    scope: str = "local",
+    scope: str = "auto",
     policy: str = "sum",
     normalize: str = "auto",
     group_policy: str = "count",
     reshape_axis: str = "head_dim",
     max_ratio: float | None = None,
-    cost: str = "none",
+    cost: str = "auto",
     round_to: int | str = "auto",
     device: str | Kernels | None = None,
     step: int = 1,
@@ -785,8 +788,9 @@ def sensitivity(
             everywhere.
         include: globs; only groups with a node or weight of such a name are pruned. Empty: all groups.
         exclude: globs; no group with a node or weight of such a name is pruned. Empty: none is excluded.
-        scope: ranking scope: the units of each group (``local``, the default), of all groups (``global``), of groups of
-            the same structure (``isomorphic``), or of all groups by SLAMP (``slamp``).
+        scope: ranking scope: the units of each group (``local``), of all groups (``global``), of groups of
+            the same structure (``isomorphic``), or of all groups by SLAMP (``slamp``);
+            ``auto`` (default): ``global`` under the default criterion with ``data``, else ``local``.
         policy: aggregation of the scores of a unit over several weights: ``sum`` (default), ``average``, ``max``,
             ``backward``.
         normalize: normalization of scores across weights: ``auto`` (default), ``mean``, ``none``, ``root``,
@@ -797,7 +801,8 @@ def sensitivity(
             ``both``.
         max_ratio: largest share of a group to remove, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
             compete.
-        cost: cost that divides the score of a unit: ``none`` (default), ``macs``, ``params``, ``latency``.
+        cost: cost that divides the score of a unit: ``none``, ``macs``, ``params``, ``latency``; ``auto`` (default):
+            ``macs`` under the default criterion with ``data``, else ``none``.
         round_to: keep a multiple of this many units per group where possible, 1 or more; auto: multiples that the
             kernels of the device like; auto.
         device: for auto: a name such as avx512, arm64 or tensorrt, a JSON file, or multiples; None for this machine.
@@ -890,13 +895,13 @@ def sweep(
     layers: Mapping[str, float] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    scope: str = "local",
+    scope: str = "auto",
     policy: str = "sum",
     normalize: str = "auto",
     group_policy: str = "count",
     reshape_axis: str = "head_dim",
     max_ratio: float | None = None,
-    cost: str = "none",
+    cost: str = "auto",
     round_to: int | str = "auto",
     device: str | Kernels | None = None,
     step: int = 1,
@@ -939,8 +944,9 @@ def sweep(
             everywhere.
         include: globs; only groups with a node or weight of such a name are pruned. Empty: all groups.
         exclude: globs; no group with a node or weight of such a name is pruned. Empty: none is excluded.
-        scope: ranking scope: the units of each group (``local``, the default), of all groups (``global``), of groups of
-            the same structure (``isomorphic``), or of all groups by SLAMP (``slamp``).
+        scope: ranking scope: the units of each group (``local``), of all groups (``global``), of groups of
+            the same structure (``isomorphic``), or of all groups by SLAMP (``slamp``);
+            ``auto`` (default): ``global`` under the default criterion with ``data``, else ``local``.
         policy: aggregation of the scores of a unit over several weights: ``sum`` (default), ``average``, ``max``,
             ``backward``.
         normalize: normalization of scores across weights: ``auto`` (default), ``mean``, ``none``, ``root``,
@@ -951,7 +957,8 @@ def sweep(
             ``both``.
         max_ratio: largest share of a group to remove, 0 < max_ratio <= 1; None: all but one unit, 0.9 where groups
             compete.
-        cost: cost that divides the score of a unit: ``none`` (default), ``macs``, ``params``, ``latency``.
+        cost: cost that divides the score of a unit: ``none``, ``macs``, ``params``, ``latency``; ``auto`` (default):
+            ``macs`` under the default criterion with ``data``, else ``none``.
         round_to: keep a multiple of this many units per group where possible, 1 or more; auto: multiples that the
             kernels of the device like; auto.
         device: for auto: a name such as avx512, arm64 or tensorrt, a JSON file, or multiples; None for this machine.

@@ -855,7 +855,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "criterion",
         NamedFunction("NAME", "from a slot (and its maps) to scores [channels]"),
-        f"Importance criterion; default l2, for a budget with {argument('data')} ziplm. By weights: l1, l2, gm, lamp, "
+        f"Importance criterion; default ziplm with {argument('data')}, else l2. By weights: l1, l2, gm, lamp, "
         f"bn, random; by feature maps of {argument('data')}: wanda, obs, variance, activation, apoz, nuclear, hrank, "
         "cosine, snp, ziplm; or a registered name.",
         {"prune": HOW, "sensitivity": HOW, "sweep": HOW},
@@ -1073,11 +1073,11 @@ SETTINGS: tuple[Setting, ...] = (
     # How units are chosen
     Setting(
         "scope",
-        Word("local", "global", "isomorphic", "slamp"),
+        Word("auto", "local", "global", "isomorphic", "slamp"),
         "Which units compete: those of each group, of all groups, of groups of the same structure, or all by SLAMP "
-        "scores.",
+        f"scores; auto: local, or global under the default criterion with {argument('data')}.",
         {"prune": HOW, "factorize": AMOUNT, "sensitivity": "", "sweep": ""},
-        "local",
+        "auto",
         conflicts=_BUDGET,
         variants={
             "factorize": {
@@ -1131,10 +1131,11 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "cost",
-        Word("none", "macs", "params", "latency"),
-        "Divide scores by the cost that removing the unit saves.",
+        Word("auto", "none", "macs", "params", "latency"),
+        "Divide scores by the cost that removing the unit saves; auto: none, or macs under the default criterion with "
+        f"{argument('data')}.",
         {"prune": HOW, "factorize": AMOUNT, "sensitivity": "", "sweep": ""},
-        "none",
+        "auto",
         conflicts=_BUDGET,
         variants={
             "factorize": {

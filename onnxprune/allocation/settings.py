@@ -68,6 +68,9 @@ class Options(TypedDict, total=False):
     schedule: str
 
 
+AUTO = "auto"
+# What "auto" stands for where no criterion from data decides otherwise.
+_PLAIN = {"scope": "local", "cost": "none"}
 _CHOICES = ("policy", "normalize", "group_policy", "reshape_axis", "scope", "rounding", "cost", "schedule")
 
 
@@ -109,11 +112,11 @@ class Request:
     normalize: str = "mean"
     group_policy: str = default("group_policy")
     reshape_axis: str = default("reshape_axis")
-    scope: str = default("scope")
+    scope: str = "local"
     max_ratio: float | None = default("max_ratio")
     step: int = default("step")
     rounding: str = default("rounding")
-    cost: str = default("cost")
+    cost: str = "none"
     steps: int = default("steps")
     schedule: str = default("schedule")
 
@@ -160,6 +163,7 @@ def request_of(ratio: float, options: Options) -> Request:
         if name not in Options.__annotations__:
             raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, allowed))
     values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    values |= {name: plain for name, plain in _PLAIN.items() if values.get(name) == AUTO}
     values |= {name: checked(name, values[name]) for name in ("include", "exclude") if name in values}
     return Request(ratio, **values)
 

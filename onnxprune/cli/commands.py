@@ -189,6 +189,8 @@ def _cut(given: Given, screen: Screen) -> Any:
         arguments["ratio"] = None
     if not given.has_budget:
         arguments["min_fidelity"] = None  # a gate on what is shown first
+    if not arguments["validate"] and arguments["criterion"] is None and not given.has_budget:
+        arguments["criterion"] = "l2"  # the default for data runs the model
     if given.dry_run and not given.has_budget:
         arguments |= {"validate": False, "recover": "none"}
     if given.sensitivity == "measure":
@@ -247,7 +249,8 @@ def _asked(given: Given, names: Sequence[str]) -> float | None:
     if _match(names, given.exclude) or (given.include and not _match(names, given.include)):
         return None
     matching = [share for pattern, share in given.layers if _match(names, [pattern])]
-    if not matching and given.scope != "local":
+    competing = given.data is not None and given.criterion is None if given.scope == "auto" else given.scope != "local"
+    if not matching and competing:
         return 0.0
     share: float = matching[-1] if matching else given.ratio
     return min(share, given.max_ratio or 1.0)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.allocation.settings import Options, check_patterns, request_of
+from onnxprune.allocation.settings import AUTO, Options, check_patterns, request_of
 from onnxprune.channels.analysis import Analysis, GroupView
 from onnxprune.channels.plan import Plan
 from onnxprune.channels.selection import make_plan, read_plan, removed_atoms
@@ -20,6 +20,7 @@ from onnxprune.errors import BudgetError, Note, argument
 from onnxprune.garbage import paused
 from onnxprune.graph.view import CONTROL
 from onnxprune.importance.criteria import Criterion, get, needs_of
+from onnxprune.importance.scores import NoScore
 from onnxprune.io.write import assemble
 from onnxprune.labels.atoms import Barrier, Reason
 from onnxprune.labels.label import Ids
@@ -30,13 +31,20 @@ from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import Fact, LayerFacts, Pruned, Remark, Settings, Sizes
 
 Mask = NDArray[np.bool_]
+T = TypeVar("T")
+WITH_DATA, WITHOUT = "ziplm", "l2"
+"""Default criteria with and without calibration data."""
+COMPETING = {"scope": "global", "cost": "macs"}
+"""How units compete by default under the criterion from data."""
 
 
 class Prune(Pass):
     """Remove the least important units.
 
     Args:
-        criterion: a name, or a function from a slot (and its maps) to scores [channels].
+        criterion: a name, or a function from a slot (and its maps) to scores [channels]; None: with calibration data
+            the recoverable error (``ziplm``), where units of all groups compete per MAC unless ``scope`` or ``cost``
+            differ from ``auto``, and without data magnitude (``l2``) within each group.
         ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all together, see ``scope``.
         plan: a plan or its file, replayed instead of scoring.
         approximate: also prune through normalisations, which is not exact.
@@ -53,13 +61,16 @@ class Prune(Pass):
 
     def __init__(
         self,
-        criterion: str | Criterion = "l2",
+        criterion: str | Criterion | None = None,
         ratio: float = 0.3,
         *,
         plan: Plan | str | Path | None = None,
         approximate: bool = False,
         **options: Unpack[Options],
     ) -> None:
+        self._arguments: dict[str, Any] = {"ratio": ratio, "plan": plan, "approximate": approximate, **options}
+        self._is_default = criterion is None and plan is None
+        criterion = WITHOUT if criterion is None else criterion
         self.criterion = get(criterion) if isinstance(criterion, str) else criterion
         self.request = request_of(ratio, options)
         if options.get("normalize", "auto") == "auto":
@@ -75,6 +86,9 @@ class Prune(Pass):
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Choose units, prune the model, describe the removal."""
+        if self._is_default and context.calibration is not None:
+            result, note = with_criterion(context, None, lambda c: self._with(c)(context, model))
+            return replace(result, facts=[*result.facts, Remark(note)]) if note else result
         # Scoring from data runs the model, for long; everything else makes what stays.
         with nullcontext() if self.plan is None and needs_of(self.criterion) else paused():
             analysis = self.prepared(context, model)
@@ -96,6 +110,13 @@ class Prune(Pass):
         selection = {} if selector is None else selector.settings
         settings = Settings({"criterion": criterion, **selection})
         return PassResult(pruned, [settings, *describe_removal(context, pruned, selector)])
+
+    def _with(self, criterion: str | Criterion) -> Prune:
+        """Return the pass with a criterion of the defaults; scores from data compare between groups."""
+        options = dict(self._arguments)
+        if criterion == WITH_DATA:
+            options |= {name: value for name, value in COMPETING.items() if options.get(name, AUTO) in (None, AUTO)}
+        return Prune(criterion, **options)
 
     def selector(self, context: Context, analysis: Analysis) -> Selector:
         """Return the selector of units, to select units without pruning: ``selector(...).at(ratio)``."""
@@ -164,6 +185,23 @@ def reasons(analysis: Analysis) -> str:
             "supported."
         )
     return "The model has no weights to prune."
+
+
+def with_criterion(
+    context: Context, criterion: str | Criterion | None, run: Callable[[str | Criterion], T]
+) -> tuple[T, str]:
+    """Call ``run`` with a criterion; by default recoverable error with data, magnitude without.
+
+    Returns:
+        the result, and a remark where the default has no score for any channel, so that magnitude took its place.
+    """
+    if criterion is not None or context.calibration is None:
+        return run(criterion or WITHOUT), ""
+    try:
+        return run(WITH_DATA), ""
+    except NoScore:
+        note = f"no layer of the model can be scored from data by {WITH_DATA}, the default: scored by {WITHOUT} instead"
+        return run(WITHOUT), note
 
 
 # -- nodes that cannot be rewritten ------------------------------------------------------------------------------------

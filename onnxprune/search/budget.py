@@ -19,10 +19,9 @@ from onnxprune.channels.selection import make_plan
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion
-from onnxprune.importance.scores import NoScore
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
 from onnxprune.passes.output_sensitivity import MAX_SAMPLES, output_sensitivity
-from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons
+from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons, with_criterion
 from onnxprune.passes.recover import HAS_INPUTS, check_mode
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import (
@@ -50,7 +49,6 @@ from onnxprune.search.spec import BudgetSpec
 from onnxprune.targets import Target
 
 Array = NDArray[np.float64]
-WITH_DATA, WITHOUT = "ziplm", "l2"
 T = TypeVar("T")
 # Parts of the work of a search, in order.
 _PARTS = ("scores", "measure", "candidates", "trials", "final")
@@ -189,23 +187,6 @@ class Budget(Pass):
         quality = result.final.quality
         metric_name = points_name(self.spec.metric)
         return BudgetFacts(targets, answers, gap, metric_name, before, quality.points, self.spec.max_drop)
-
-
-def with_criterion(
-    context: Context, criterion: str | Criterion | None, run: Callable[[str | Criterion], T]
-) -> tuple[T, str]:
-    """Call ``run`` with a criterion; by default recoverable error with data, magnitude without.
-
-    Returns:
-        the result, and a remark where the default has no score for any channel, so that magnitude took its place.
-    """
-    if criterion is not None or context.calibration is None:
-        return run(criterion or WITHOUT), ""
-    try:
-        return run(WITH_DATA), ""
-    except NoScore:
-        note = f"no layer of the model can be scored from data by {WITH_DATA}, the default: scored by {WITHOUT} instead"
-        return run(WITHOUT), note
 
 
 def _best_by_name(result: SearchResult) -> list[Evaluated]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from onnxprune.errors import BudgetError
 from onnxprune.importance.criteria import Criterion
 from onnxprune.passes.flush import flush
-from onnxprune.passes.prune import Prune
+from onnxprune.passes.prune import Prune, with_criterion
 from onnxprune.passes.workspace import Workspace, timing_feed
 from onnxprune.pipeline import Context, Model
 from onnxprune.report.facts import Fidelity, SweepFacts, SweepPoint
 from onnxprune.runtime.latency import in_turn
-from onnxprune.search.budget import Budget, Search, with_criterion
+from onnxprune.search.budget import Budget, Search
 from onnxprune.search.evaluation import Evaluation, points_name, points_of_original
 from onnxprune.search.latency import rewritable_sizes
 from onnxprune.search.problem import Candidate

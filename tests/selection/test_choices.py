@@ -296,7 +296,7 @@ def test_every_value_runs(command: Callable[..., Any], option: str, value: str) 
     flag = f"--{option.replace('_', '-')}"
     more = ["--steps", "2"] if option == "schedule" else []
     for name in NAMES:
-        result = command(name, flag, value, *more, "--explain")
+        result = command(name, flag, value, *more, "--explain", "-v")
         assert result.exit_code == 0, result.stderr
         assert f"scope {value if option == 'scope' else 'local'}" in result.stdout
 
