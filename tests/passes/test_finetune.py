@@ -32,7 +32,14 @@ def net(opset: int = 18, *, constant: bool = False) -> onnx.ModelProto:
 
 
 def tuned(model: onnx.ModelProto | None = None, **arguments: Any) -> op.Result:
-    given: dict[str, Any] = {"ratio": 0.4, "data": DATA, "recover": "bias", "finetune": 60, "latency": False}
+    given: dict[str, Any] = {
+        "ratio": 0.4,
+        "criterion": "l2",
+        "data": DATA,
+        "recover": "bias",
+        "finetune": 60,
+        "latency": False,
+    }
     return op.prune(model or net(), **{**given, **arguments})
 
 

@@ -192,12 +192,12 @@ def chain(*, ir: int = 8, constants: bool = False, shared: bool = False) -> onnx
 def test_weights_wherever_they_lie(form: dict[str, Any], tmp_path: Path) -> None:
     model = chain(**form)
     data = np.random.default_rng(1).random((80, 3, 6, 6), np.float32)
-    result = op.prune(model, ratio=0.5, data=data, latency=False)
+    result = op.prune(model, ratio=0.5, criterion="l2", data=data, latency=False)
     assert {r.layer for r in result.report.repairs if r.done} == {"conv1", "conv2"}
     facts = result.report.recovery
     assert facts.before is not None and facts.after is not None
     assert facts.after.outputs[0].snr_db > facts.before.outputs[0].snr_db + 3
-    plain = op.prune(chain(), ratio=0.5, data=data, latency=False).report.recovery.after
+    plain = op.prune(chain(), ratio=0.5, criterion="l2", data=data, latency=False).report.recovery.after
     assert plain is not None and facts.after.outputs[0].snr_db == pytest.approx(plain.outputs[0].snr_db, abs=0.01)
     result.save(tmp_path / "o.onnx")
     onnx.checker.check_model(str(tmp_path / "o.onnx"))

@@ -260,7 +260,7 @@ def test_the_report_says_what_was_used() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"scope": "globl"}, "scope: unknown value 'globl'\nDid you mean 'global'? Allowed: local, global"),
+    ({"scope": "globl"}, "scope: unknown value 'globl'\nDid you mean 'global'? Allowed: auto, local, global"),
     ({"normalize": 3}, "normalize: unknown value '3'\nAllowed: auto, mean, none"),
     ({"steps": 0}, "steps: 0 is not allowed"),
     ({"step": 1.5}, "step: 1.5 is not allowed"),
