@@ -139,7 +139,7 @@ class LayerNorm(OverAxes):
                 cut.fail("the number of channels it normalises over follows the size of an input")
             for i in self.inputs:
                 own_axis = axis - len(before) + len(cut.shape(i)) if cut.before.has(i) else -1
-                if own_axis >= 0 and cut.shape(i)[own_axis] != 1:
+                if own_axis >= 0 and cut.before.shape(i)[own_axis] != 1:
                     cut.pad_input(i, own_axis, before[axis])
         for o, name in enumerate(cut.node.outputs):
             if name and o in (0, 3) and axes:  # the others are statistics, or the sum that was normalised

@@ -80,6 +80,16 @@ def test_layer_normalization_after_which_nothing_is_read_twice() -> None:
     check(net, net.op("Add", x, y), net.op("Relu", y))
 
 
+@pytest.mark.parametrize("kind", ["LayerNormalization", "SkipLayerNormalization"])
+def test_a_normalization_of_which_one_channel_is_left(kind: str) -> None:
+    """An axis of one channel is padded as well: it is not one that broadcasts."""
+    net = Net(17)
+    x, parameters = produce(net, "nlc"), [net.weight(6, low=0.5), net.weight(6)]
+    skip = [net.linear(x, 6, 6)] if kind.startswith("Skip") else []
+    y = net.op(kind, x, *skip, *parameters, domain="com.microsoft" if skip else "")
+    check(net, net.hint(y, ["N", 4, 6]), ratio=0.84)
+
+
 def test_layer_normalization_whose_statistics_are_read_is_a_barrier() -> None:
     net = Net(17)
     y, mean = net.op("LayerNormalization", produce(net, "nlc"), net.weight(6, low=0.5), net.weight(6), n=2)
