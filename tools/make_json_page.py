@@ -368,6 +368,8 @@ def fields(cls: type) -> Iterator[tuple[str, str, str]]:
     """Name, type and meaning of every field of a class."""
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if field.name == "network":  # for drawings, no part of the object
+            continue
         yield field.name, kind(types[field.name]), meaning(cls, field.name)
 
 

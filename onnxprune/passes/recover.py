@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -163,8 +164,14 @@ def compare_with_original(
 
 
 def is_worse(after: Fidelity, before: Fidelity) -> bool:
-    """Return whether the outputs are less faithful: more answers lost, as points count them, over all answers."""
-    return loss(after) > _WORSE * loss(before)
+    """Return whether the outputs are less faithful: more answers are lost, or within chance the outputs differ more.
+
+    Answers are counted on few samples: a difference below their standard error, sqrt(p (1 - p) / n), is chance.
+    """
+    now, was = loss(after), loss(before)
+    if abs(now - was) > math.sqrt(max(was * (1.0 - was), 0.0) / max(before.samples, 1)):
+        return now > _WORSE * was
+    return noise(after) > _WORSE * noise(before)
 
 
 def loss(facts: Fidelity) -> float:

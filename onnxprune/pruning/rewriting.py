@@ -384,11 +384,6 @@ class _State:
 
     def pad_input(self, node: Node, i: int, axis: int, size: int) -> None:
         rank, axis_size = len(self.shape(node.inputs[i])), self.shape(node.inputs[i])[axis]
-        value = self._constant(node, i)
-        if value is not None:
-            widths = [(0, size - axis_size if a == axis else 0) for a in range(rank)]
-            self.set_input(node, i, np.pad(value, widths))
-            return
         pads = np.zeros(2 * rank, np.int64)
         pads[rank + axis] = size - axis_size
         self._put_in_front(node, i, "Pad", pads, lambda now: None)

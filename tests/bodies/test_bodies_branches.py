@@ -270,8 +270,8 @@ def test_branches_within_a_recurrence_are_seen(criterion: str) -> None:
     """Each of them on the iterations that take it."""
     model = steps()
     plain, mended = (
-        op.prune(model, criterion=criterion, ratio=0.3, data=sequences(0), recover=r, latency=False)
-        for r in ("none", "full")
+        op.prune(model, criterion=criterion, ratio=0.3, exclude=["e"], data=sequences(0), recover=r, latency=False)
+        for r in ("none", "full")  # the conditions depend on the mean of what e computes
     )
     assert mended.report.exactness.passed
     assert not any("no-score" in (layer.reason or "") for layer in mended.report.layers)

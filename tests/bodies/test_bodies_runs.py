@@ -84,8 +84,8 @@ def test_layers_of_a_recurrence_are_repaired() -> None:
         **{"ws": (rng.standard_normal((24, 24)) / 8).astype(np.float32), "wo": (24, 7), "w1": (24, 3)},
     }
     model = build(SCAN.replace("float[2,6]", "float[2,24]"), **{**SCAN_SIZES, **wide}, inside=("ws", "wo"))
-    plain = op.prune(model, ratio=0.3, data=calls(), recover="none", latency=False)
-    mended = op.prune(model, ratio=0.3, data=calls(), recover="full", latency=False)
+    plain = op.prune(model, ratio=0.3, criterion="l2", data=calls(), recover="none", latency=False)
+    mended = op.prune(model, ratio=0.3, criterion="l2", data=calls(), recover="full", latency=False)
     assert {"us", "ss", "o", "y", "z"} <= {r.layer for r in mended.report.repairs if r.done}
     assert mended.report.exactness.passed
     noise = [[10 ** (-o.snr_db / 10) for o in r.report.fidelity.outputs] for r in (plain, mended)]

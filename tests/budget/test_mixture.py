@@ -197,7 +197,7 @@ def test_what_groups_and_layers_count_together_is_found_by_trial() -> None:
     facts, totals = result.report.budget, result.report.totals
     assert facts is not None
     found = {a.name: a for a in facts.answers}
-    assert WEIGHED in found
+    assert any("weighed by trial" in name for name in found)
     chosen = next(a for a in facts.answers if a.chosen)
     assert chosen.fine == max(a.fine for a in facts.answers)
     assert totals.macs_after / totals.macs_before <= 0.4 * 1.02

@@ -36,7 +36,7 @@ def test_curves_a_table_and_a_page(run: Callable[..., Result], tmp_path: Path) -
     curves, page, out = tmp_path / "s.json", tmp_path / "s.html", tmp_path / "o.onnx"
     done = run("sensitivity", MODEL, *FAST, "-o", curves, "--html", page)
     assert done.exit_code == 0, done.stderr
-    for words in ("ratio 0.25", "ratio 0.5", "top-1 agreement", "recovered (bn)", str(page)):
+    for words in ("ratio 0.25", "ratio 0.5", "points of fidelity", "recovered (bn)", str(page)):
         assert words in done.stdout
     shown = Page(page.read_text())
     assert "svg" in shown.tags and "circle" in shown.tags and "script" not in shown.tags and not shown.fetched

@@ -33,7 +33,7 @@ def test_options_complete_without_and_with_the_subcommand(complete: Complete) ->
     assert complete("--rat") == {"plain,--ratio"}
     assert {"plain,--help", "plain,--help-all"} <= complete("--help")
     assert complete("inspect", "model.onnx", "--cri") == set()
-    assert complete("--ratio", "0.5", "--outp") == {"plain,--output"}
+    assert complete("--ratio", "0.5", "--outp") == {"plain,--output", "plain,--output-kind"}
 
 
 def test_the_first_word_is_a_command_or_a_file(complete: Complete) -> None:
@@ -45,7 +45,9 @@ def test_the_first_word_is_a_command_or_a_file(complete: Complete) -> None:
 
 
 def test_values_complete(complete: Complete) -> None:
-    assert complete("model.onnx", "--scope", "") == {f"plain,{w}" for w in ("local", "global", "isomorphic", "slamp")}
+    assert complete("model.onnx", "--scope", "") == {
+        f"plain,{w}" for w in ("auto", "local", "global", "isomorphic", "slamp")
+    }
     assert complete("model.onnx", "--criterion", "wa") == {"plain,wanda"}
     assert {"plain,latency=", "plain,macs="} <= complete("model.onnx", "--target", "")
     assert {"plain,hexagon", "file,hex"} == complete("m.onnx", "--device", "hex")

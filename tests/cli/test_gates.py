@@ -99,12 +99,14 @@ def test_kinds_reach_sensitivities_and_sweeps(run, tmp_path: Path) -> None:
 
 def test_the_verdict_names_a_ratio_that_was_tried(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxprune.cli.commands.TRIAL_SECONDS", 1e9)
-    call = [MODEL, "--ratio", "0.4", *SHARED, "--recover", "bias", "-o", tmp_path / "out.onnx"]
+    call = [MODEL, "--ratio", "0.4", "--criterion", "l2", *SHARED, "--recover", "bias", "-o", tmp_path / "out.onnx"]
     record = json.loads(run(*call, "--json").stdout)
     smaller = record["smaller"]
     assert smaller is not None and smaller["ratio"] in (0.2, 0.1) and smaller["points"] >= 97, record["verdict"]
     assert record["verdict"]["next_step"].endswith(f"{smaller['ratio']:g} keeps {smaller['points']:.1f}")
-    again = op.prune(MODEL, ratio=smaller["ratio"], data=DATA, samples=64, recover="bias", latency=False).report
+    again = op.prune(
+        MODEL, ratio=smaller["ratio"], criterion="l2", data=DATA, samples=64, recover="bias", latency=False
+    ).report
     assert again.fidelity is not None and again.fidelity.points == pytest.approx(smaller["points"])
 
 

@@ -125,7 +125,7 @@ def test_the_record_of_a_repair(bench: Bench, run: Run) -> None:
 )
 def test_no_repair_and_why(bench: Bench, run: Run, monkeypatch: pytest.MonkeyPatch, args: list[str], why: str) -> None:
     monkeypatch.chdir(bench.folder)
-    result = run(bench.model, "--ratio", "0.5", *args)
+    result = run(bench.model, "--ratio", "0.5", "--criterion", "l2", *args)
     assert result.exit_code == 0, result.stderr
     assert f"recovered no: {why}\n" in result.stdout
     assert bench.folder.joinpath("m.pruned.onnx").read_bytes() == bench.before["c.onnx"]
@@ -235,7 +235,8 @@ def test_a_pair_is_repaired_as_it_would_have_been_at_once(bench: Bench, run: Run
     assert "not checked: came as a file, its weights are the original's\n" in result.stdout
     assert result.stdout.endswith(f"wrote     {bench.folder / 'c.recovered.onnx'}\n")
     once = bench.folder / "once.onnx"
-    assert run(bench.model, "--ratio", "0.5", "--data", bench.data, "-o", once).exit_code == 0
+    once_args = ["--ratio", "0.5", "--criterion", "l2", "--data", bench.data]
+    assert run(bench.model, *once_args, "-o", once).exit_code == 0
     assert bench.folder.joinpath("c.recovered.onnx").read_bytes() == once.read_bytes()
     assert {n: c for n, c in bench.files().items() if n in bench.before} == bench.before
 

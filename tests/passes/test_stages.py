@@ -68,6 +68,7 @@ def test_other_interrupts_go_on(is_trial: bool, number: int, answer: str) -> Non
 
 def test_an_interrupt_waits_for_the_end_of_a_block() -> None:
     done = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever another test has left
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
         done.append("behind it")

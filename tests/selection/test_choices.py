@@ -62,11 +62,11 @@ def test_every_scope_takes_what_was_asked(name: str, scope: str) -> None:
     steps = {g["id"]: g["size"] // g["steps"] for g in result.report.groups}
     gone = removed(result)
     share = sum(len(v) for v in gone.values()) / sum(sizes.values())
-    slack = max(steps.values()) * (len(sizes) if scope in ("local", "isomorphic") else 1) / 2
+    slack = max(steps.values()) * (len(sizes) if scope in ("auto", "local", "isomorphic") else 1) / 2
     assert abs(share - 0.4) <= slack / sum(sizes.values()) + 1e-9
     for number, units in gone.items():
         assert 0 < len(units) < sizes[number] and len(units) % steps[number] == 0
-        assert scope == "local" or len(units) <= 0.9 * sizes[number]
+        assert scope in ("auto", "local") or len(units) <= 0.9 * sizes[number]
 
 
 def test_global_is_the_sort_of_all_scores() -> None:
@@ -317,7 +317,7 @@ def test_units_of_a_packed_projection_are_seen_whole() -> None:
     seen: list[tuple[int, np.ndarray]] = []
 
     def watch(slot: Slot) -> np.ndarray:
-        if slot.tensor == packed:
+        if slot.tensor == packed and slot.size == 12:  # its rows are another group's
             seen.append((slot.size, np.stack([np.sort(row) for row in slot.matrix])[np.argsort(slot.units)]))
         return np.abs(slot.matrix).sum(axis=1)
 

@@ -99,7 +99,7 @@ def test_a_cohort_has_its_own_threshold() -> None:
 
 
 def test_a_ratio_of_its_own_is_kept_in_every_scope() -> None:
-    own = ranked_group([1, 2, 3, 4], 0.25, alone=True)
+    own = ranked_group([1, 2, 3, 4], 0.25, is_local=True)
     assert allocate([own, ranked_group([10, 20, 30, 40])], "global", "nearest") == [1, 2]
 
 
@@ -124,7 +124,7 @@ def test_what_is_gone_stays_gone() -> None:
     values = np.array([np.nan, np.nan, -np.inf, 2.0, 1.0, 3.0])
     half = RankedGroup(values, np.array([0, 0, 1, 1, 2, 2]), 2, np.arange(2), 0.1)
     assert weakest(values, half.classes, 2, 1).tolist() == [2, 4]
-    again = ranked_group([-np.inf, -np.inf, 5.0, 6.0], 0.25, gone=2)
+    again = ranked_group([-np.inf, -np.inf, 5.0, 6.0], 0.25, num_removed=2)
     assert allocate([again], "local", "nearest") == [2]
     assert allocate([again], "global", "nearest") == [2]
 

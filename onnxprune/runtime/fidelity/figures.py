@@ -65,7 +65,7 @@ class Sums:
     rows: int = 0
     apart: float = 0.0
     broken: str = ""
-    blocks: dict[Part, Moments] = field(default_factory=dict)
+    blocks: dict[tuple[Part, int], Moments] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -123,7 +123,8 @@ def add(want: Feed, have: Feed, sums: dict[str, Sums], blocks: Mapping[str, Sequ
         elif s.numeric:
             _add_numbers(s, a, b)
             for part in blocks.get(name, ()):
-                s.blocks.setdefault(part, Moments()).add(part.of(want), part.of(have))
+                table = part.of(want)  # of another width where the number of columns follows the sizes of a batch
+                s.blocks.setdefault((part, table.shape[-1]), Moments()).add(table, part.of(have))
         else:
             s.equal += int((a == b).sum())
             s.elements += a.size

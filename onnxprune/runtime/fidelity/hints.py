@@ -39,7 +39,8 @@ def _channel_axis(labels: Sequence[Label]) -> int | None:
         for axis in label.axes:
             lines: Any = np.moveaxis(label.ids, axis, 0).reshape(label.ids.shape[axis], -1)
             shares[axis] = max(shares.get(axis, 0.0), len(np.unique(lines[:, 0])) / len(lines))
-    best = max(shares, key=lambda axis: shares[axis], default=None)
+    # The first axis holds samples: it is labelled as well where a weight, such as a first state, has one row for each.
+    best = max(shares, key=lambda axis: (shares[axis], axis > 0), default=None)
     return best if best is not None and shares[best] >= 0.4 else None
 
 

@@ -55,10 +55,56 @@ def measure_of(reading: Reading, first: Sequence[Feed]) -> Measure:
         reading: what the answer is.
         first: outputs of the original in some batches, to fix centres and scales by.
     """
+    if reading.kind in ("detections", "boxes") and reading.levels:
+        return Detections(reading.levels, first)
+    return Labels(reading.part.name) if reading.kind == "labels" else ByWidth(reading, first)
+
+
+class ByWidth(Measure):
+    """One measure per number of columns, which may follow the sizes of a batch; the mean over the samples.
+
+    Args:
+        reading: what the answer is.
+        first: outputs of the original in some batches, to fix centres and scales by.
+    """
+
+    def __init__(self, reading: Reading, first: Sequence[Feed]) -> None:
+        self._reading, self._first = reading, first
+        self._measures: dict[int, Measure] = {}
+        self._samples: dict[int, int] = {}
+
+    def add(self, inputs: Feed, want: Feed, have: Feed) -> None:
+        """Add one batch."""
+        width, samples = self._width(want), len(want[self._reading.part.name]) if self._width(want) else 1
+        if width not in self._measures:
+            alike = [feed for feed in self._first if self._reading.part.name in feed and self._width(feed) == width]
+            self._measures[width] = _measure_of(self._reading, alike or [want])
+        self._measures[width].add(inputs, want, have)
+        self._samples[width] = self._samples.get(width, 0) + samples
+
+    def _width(self, feed: Feed) -> int:
+        part = self._reading.part
+        array = feed[part.name]
+        return table(array, part.axis).shape[-1] if array.ndim and array.size else 0
+
+    def share(self) -> float:
+        """Return the mean of the shares over the samples; NaN where nothing was compared."""
+        shares = {width: share for width, m in self._measures.items() if not math.isnan(share := m.share())}
+        if not shares:
+            return math.nan
+        weights = [self._samples[width] for width in shares]
+        return float(np.average(list(shares.values()), weights=weights))
+
+    def lost(self) -> str:
+        """Say what the width lost that lost most."""
+        shares = {width: share for width, m in self._measures.items() if not math.isnan(share := m.share())}
+        return self._measures[min(shares, key=shares.__getitem__)].lost() if shares else ""
+
+
+def _measure_of(reading: Reading, first: Sequence[Feed]) -> Measure:
+    """Return the measure of an answer of one number of columns."""
     part = reading.part
     match reading.kind:
-        case "detections" | "boxes" if reading.levels:
-            return Detections(reading.levels, first)
         case "classes" | "sequence" if part.form in ("independent", "binary logits"):
             return Independent(part)
         case "sequence":
@@ -69,8 +115,6 @@ def measure_of(reading: Reading, first: Sequence[Feed]) -> Measure:
             return Embedding(part, first)
         case "signal":
             return Deviation(part, together=True)
-        case "labels":
-            return Labels(part.name)
         case _:
             return Deviation(part)
 
