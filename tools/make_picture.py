@@ -20,7 +20,7 @@ def figures() -> list[tuple[str, float, float, str, str]]:
     """(name, before, after, both as text) of every row."""
     original = FOLDER / "residual.onnx"
     data = FOLDER / "digits_calibration.npz"
-    result = op.prune(original, data=data, device="avx512", latency=False)
+    result = op.prune(original, ratio=0.35, data=data, device="avx512", latency=False)
     with tempfile.TemporaryDirectory() as folder:
         small = Path(folder) / "small.onnx"
         result.save(small)

@@ -160,7 +160,7 @@ def advice(reason: str) -> str:
 
 def tally(reasons: Iterable[str], most: int = 4) -> str:
     """Reasons counted by their short words, most frequent first: ``is a model output (3), recurrent state (1)``."""
-    counted = Counter(short(reason) or "no ratio given, or less than one unit" for reason in reasons).most_common()
+    counted = Counter(short(reason) or "not chosen, or less than one unit" for reason in reasons).most_common()
     shown = [f"{text} ({count})" for text, count in counted[:most]]
     if len(counted) > most:
         shown.append(f"other ({sum(count for _, count in counted[most:])})")
