@@ -141,7 +141,9 @@ class SearchProblem:
         levels = levels_of(ranked, blocks)
         choices = {"scores": by_scores(ranked, levels)}
         if sensitivity:
-            choices["drifts"] = by_scores([replace(c, values=sensitivity[n]) for n, c in scored.items()], levels)
+            choices["output sensitivities"] = by_scores(
+                [replace(c, values=sensitivity[n]) for n, c in scored.items()], levels
+            )
         if curves:
             choices["sensitivities"] = by_curves(ranked, levels, curves, list(scored))
         lead = list(choices)[-1]

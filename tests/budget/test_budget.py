@@ -65,7 +65,12 @@ def test_the_better_answer_is_kept() -> None:
     assert facts is not None and len(facts.answers) == 4
     chosen = next(a for a in facts.answers if a.chosen)
     assert chosen.fine == max(a.fine for a in facts.answers)
-    assert {a.name for a in facts.answers} == {"knapsack over scores", "knapsack over drifts", "uniform", NAME}
+    assert {a.name for a in facts.answers} == {
+        "knapsack over scores",
+        "knapsack over output sensitivities",
+        "uniform",
+        NAME,
+    }
     assert facts.gap is None or 0 <= facts.gap <= 1
 
 

@@ -35,7 +35,7 @@ def test_the_branch_that_hardly_reaches_the_outputs_goes_first() -> None:
     facts = result.report.budget
     assert facts is not None
     found = {a.name: a for a in facts.answers}
-    drifts, scores = found["knapsack over drifts"], found["knapsack over scores"]
+    drifts, scores = found["knapsack over output sensitivities"], found["knapsack over scores"]
     assert drifts.chosen and drifts.fine > 0.5 * scores.fine and scores.fine < -1e-3
     kept = sorted(w.dims[1] for w in result.model.graph.initializer if len(w.dims) == 2 and w.dims[0] == 12)
     assert kept[0] < WIDE // 2 < kept[1]
@@ -44,13 +44,13 @@ def test_the_branch_that_hardly_reaches_the_outputs_goes_first() -> None:
 def test_too_few_samples_leave_scores_to_go_by() -> None:
     result = op.prune(unequal(), target="macs=0.6", data=data(2), trials=0, latency=False)
     facts = result.report.budget
-    assert facts is not None and not any("drifts" in a.name for a in facts.answers)
+    assert facts is not None and not any("sensitivities" in a.name for a in facts.answers)
 
 
 def test_measured_scores_are_not_measured_again() -> None:
     result = op.prune(unequal(), target="macs=0.6", data=data(64), normalize="measured", trials=0, latency=False)
     facts = result.report.budget
-    assert facts is not None and not any("drifts" in a.name for a in facts.answers)
+    assert facts is not None and not any("sensitivities" in a.name for a in facts.answers)
 
 
 def test_measuring_is_cut_short_for_large_models() -> None:
