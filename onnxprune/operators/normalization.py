@@ -48,11 +48,15 @@ class OverAxes(Rule):
         """Return the normalised axes."""
         return [step.axis(-1)]
 
+    def is_exact(self, step: Step) -> bool:
+        """Return whether the node has a form for fewer channels that leaves the values of the others unchanged."""
+        return self.exact
+
     def propagate(self, step: Step) -> None:
         """Pass the labels; freeze normalised axes unless pruning them is exact or enabled; tie the rows of grids."""
         labels = step.broadcast([i for i in self.inputs if step.has(i)])
         for axis in self.axes(step):
-            if self.exact or (self.approximate and step.approximate(labels, axis)):
+            if self.is_exact(step) or (self.approximate and step.approximate(labels, axis)):
                 step.tie(labels, axis)
             else:
                 step.fix(labels, axis, Reason.NORMALISED, f"{step.node.op} normalises over these channels")
@@ -93,7 +97,7 @@ class LayerNorm(OverAxes):
     """
 
     def __init__(self, parameters: Sequence[int] = (1, 2), inputs: Sequence[int] = (0, 1, 2)) -> None:
-        super().__init__(approximate=True, exact=True, inputs=inputs)
+        super().__init__(approximate=True, inputs=inputs)
         self.parameters = parameters
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
@@ -107,20 +111,15 @@ class LayerNorm(OverAxes):
         return list(range(step.axis(-1), len(step.shape(0))))
 
     def is_exact(self, step: Step) -> bool:
-        """Return whether the node can be rewritten for fewer channels without any change of the others' values."""
-        return step.table.graph.opsets.get("", 1) >= _PAD_SINCE
+        """Return whether the node is padded: from the opset on that can, unless less work is enough."""
+        return not step.table.approximate and step.table.graph.opsets.get("", 1) >= _PAD_SINCE
 
     def propagate(self, step: Step) -> None:
-        """Pass the labels; freeze normalised axes where padding is impossible or the statistics are outputs."""
-        labels = step.broadcast([i for i in self.inputs if step.has(i)])
-        for axis in self.axes(step):
-            if step.approximate(labels, axis) or self.is_exact(step):
-                step.tie(labels, axis)
-            else:
-                step.fix(labels, axis, Reason.NORMALISED, f"{step.node.op} normalises over these channels")
+        """Propagate as any normalisation; freeze the data where the statistics are read."""
+        super().propagate(step)
         if any(o and step.table.graph.consumers.get(o) for o in step.node.outputs[1:3]):
-            step.freeze(labels, Reason.UNSUPPORTED_FORM, "the normalisation's statistics are used")
-        step.set(0, labels)
+            why = "the normalisation's statistics are used"
+            step.freeze(step.table.get(step.node.outputs[0]), Reason.UNSUPPORTED_FORM, why)
 
     def contracted_axes(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
         """Return the normalised axes of every operand that is summed before."""
@@ -131,7 +130,7 @@ class LayerNorm(OverAxes):
     def rewrite(self, cut: Cut) -> None:
         """Pad the operands to the old size, and crop the results."""
         before, after = cut.before.shape(0), cut.shape(0)
-        if cut.before.table.approximate:
+        if not self.is_exact(cut.before):
             return
         axes = [a for a in self.axes(cut.before) if before[a] != after[a]]
         for axis in axes:

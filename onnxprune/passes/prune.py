@@ -87,8 +87,7 @@ class Prune(Pass):
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Choose units, prune the model, describe the removal."""
         if self._is_default and context.calibration is not None:
-            result, note = with_criterion(context, None, lambda c: self._with(c)(context, model))
-            return replace(result, facts=[*result.facts, Remark(note)]) if note else result
+            return run_by_criterion(context, None, lambda c: self._with(c)(context, model))
         # Scoring from data runs the model, for long; everything else makes what stays.
         with nullcontext() if self.plan is None and needs_of(self.criterion) else paused():
             analysis = self.prepared(context, model)
@@ -202,6 +201,14 @@ def with_criterion(
     except NoScore:
         note = f"no layer of the model can be scored from data by {WITH_DATA}, the default: scored by {WITHOUT} instead"
         return run(WITHOUT), note
+
+
+def run_by_criterion(
+    context: Context, criterion: str | Criterion | None, run: Callable[[str | Criterion], PassResult]
+) -> PassResult:
+    """Call ``run`` with a criterion as :func:`with_criterion` does; its remark becomes one of the facts."""
+    result, note = with_criterion(context, criterion, run)
+    return replace(result, facts=[*result.facts, Remark(note)]) if note else result
 
 
 # -- nodes that cannot be rewritten ------------------------------------------------------------------------------------

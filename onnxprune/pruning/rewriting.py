@@ -44,6 +44,7 @@ class Edits:
     weights: dict[str, Weight] = field(default_factory=dict)
     sizes: dict[str, dict[int, int]] = field(default_factory=dict)
     _count: int = 0
+    _names: set[str] = field(default_factory=set)
 
     def constant(self, stem: str, value: NDArray[Any], used_names: Mapping[str, Any]) -> str:
         """Add a constant whose name shows its origin, and return the name."""
@@ -57,10 +58,10 @@ class Edits:
 
     def name(self, stem: str, used_names: Mapping[str, Any]) -> str:
         """Return a name for a new tensor, made of ``stem``."""
-        own_names = {*self.constants, *self.renamed.values()}
-        own_names |= {o for nodes in (*self.before.values(), *self.behind.values()) for n in nodes for o in n.output}
         names = (stem if k == 0 else f"{stem}{k}" for k in count())
-        return next(name for name in names if name not in used_names and name not in own_names)
+        name = next(n for n in names if n not in used_names and n not in self.constants and n not in self._names)
+        self._names.add(name)
+        return name
 
     def put_before(self, node: Node, proto: onnx.NodeProto) -> None:
         """Insert a node right in front of another."""
@@ -417,9 +418,11 @@ class _State:
         through = 1.0
         for i, name in enumerate(node.inputs):
             factor = self.factors.pop(name, None)
-            scaling = None if factor is None else self._scaling(node, i, factor)
-            if scaling is None:
+            if factor is None:
                 continue
+            scaling = self._scaling(node, i, factor)
+            if scaling is None:  # it could when the factor was left to it
+                raise CannotRewrite(node, f"input {i} is to be multiplied by a number, which it cannot pass on")
             self.edits.set_operand(node, i, self.edits.renamed[name])
             for j, function in scaling.constants.items():
                 self._scale_constant(node, j, function)
@@ -532,10 +535,9 @@ class _State:
         stem = node.inputs[i]
         mask = self.edits.constant(f"{stem}_dynamic", is_dynamic, used_names)
         fixed = self.edits.constant(f"{stem}_sizes", constants.astype(np.int64), used_names)
-        result = f"{stem}_for_{node.index}"
-        self.edits.before.setdefault(node.index, []).append(
-            onnx.helper.make_node("Where", [mask, stem, fixed], [result], name=f"{node.label}_target")
-        )
+        result = self.edits.name(f"{stem}_for_{node.index}", used_names)
+        where = onnx.helper.make_node("Where", [mask, stem, fixed], [result], name=f"{node.label}_target")
+        self.edits.put_before(node, where)
         self.edits.set_operand(node, i, result)
         for values in self.values:
             current = values.get(stem)

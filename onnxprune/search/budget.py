@@ -21,7 +21,7 @@ from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
 from onnxprune.passes.output_sensitivity import MAX_SAMPLES, output_sensitivity
-from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons, with_criterion
+from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons, run_by_criterion
 from onnxprune.passes.recover import HAS_INPUTS, check_mode
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import (
@@ -38,7 +38,7 @@ from onnxprune.pipeline import (
     WorkShare,
 )
 from onnxprune.pruning.rewriting import CannotRewrite
-from onnxprune.report.facts import AnswerFacts, BudgetFacts, Fact, Recovered, Remark, Settings, TargetFacts
+from onnxprune.report.facts import AnswerFacts, BudgetFacts, Fact, Recovered, Settings, TargetFacts
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.mixture import ALONE, Mixture
@@ -126,8 +126,7 @@ class Budget(Pass):
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Search, prune and recover."""
-        result, note = with_criterion(context, self.criterion, lambda c: self._run(context, model, self.prune(c)))
-        return PassResult(result.model, [*result.facts, Remark(note)]) if note else result
+        return run_by_criterion(context, self.criterion, lambda c: self._run(context, model, self.prune(c)))
 
     def _run(self, context: Context, model: Model, prune: Prune) -> PassResult:
         analysis = prune.prepared(context, model)

@@ -75,7 +75,7 @@ class ByWidth(Measure):
 
     def add(self, inputs: Feed, want: Feed, have: Feed) -> None:
         """Add one batch."""
-        width, samples = self._width(want), len(want[self._reading.part.name]) if self._width(want) else 1
+        width, samples = self._width(want), len(np.atleast_1d(want[self._reading.part.name]))
         if width not in self._measures:
             alike = [feed for feed in self._first if self._reading.part.name in feed and self._width(feed) == width]
             self._measures[width] = _measure_of(self._reading, alike or [want])
@@ -83,9 +83,9 @@ class ByWidth(Measure):
         self._samples[width] = self._samples.get(width, 0) + samples
 
     def _width(self, feed: Feed) -> int:
-        part = self._reading.part
-        array = feed[part.name]
-        return table(array, part.axis).shape[-1] if array.ndim and array.size else 0
+        """Return the number of columns of the table of an output."""
+        shape, axis = feed[self._reading.part.name].shape, self._reading.part.axis
+        return 1 if axis is None or axis >= len(shape) else shape[axis]
 
     def share(self) -> float:
         """Return the mean of the shares over the samples; NaN where nothing was compared."""
