@@ -8,10 +8,10 @@ from typing import Any
 
 from onnxprune.allocation.knapsack import Sensitivity
 from onnxprune.allocation.latency_model import LatencyTable
-from onnxprune.allocation.rounding import Kernels
 from onnxprune.allocation.settings import WIDEST, Options
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan
+from onnxprune.devices import Kernels
 from onnxprune.errors import Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion

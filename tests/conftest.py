@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from hypothesis import HealthCheck, settings
 
-from onnxprune.allocation import rounding
+from onnxprune import devices
 
 NIGHTLY = 50
 """How many times as many examples the profile "nightly" draws, HYPOTHESIS_PROFILE=nightly, from random seeds."""
@@ -79,9 +79,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 @pytest.fixture(scope="session", autouse=True)
 def any_count_is_fast() -> Generator[None]:
     """Cuts are the same on every machine: the one that runs the tests likes any number of channels."""
-    plain = rounding.Kernels("plain", *[1] * len(rounding.MULTIPLES))
+    plain = devices.Kernels("plain", *[1] * len(devices.MULTIPLES))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding, "this_machine", lambda: plain)
+        patch.setattr(devices, "this_machine", lambda: plain)
         yield
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from onnxprune.allocation.knapsack import GroupCurve, Sensitivity
-from onnxprune.allocation.rounding import Kernels
 from onnxprune.channels.analysis import GroupView, SlotView
+from onnxprune.devices import Kernels
 from onnxprune.importance.criteria import Description
 from onnxprune.labels.atoms import Barrier
 from onnxprune.report import facts

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog, nnls
 
 from onnxprune.allocation.costs import Cost, Costs, Counts
-from onnxprune.allocation.selection import RankedGroup, nearest_count, step_scores
+from onnxprune.allocation.ranked import RankedGroup
+from onnxprune.allocation.selection import nearest_count, step_scores
 from onnxprune.errors import UsageError
 from onnxprune.io import files
 

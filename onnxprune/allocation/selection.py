@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.allocation.ranked import RankedGroup
 from onnxprune.allocation.rounding import Rounding, rounded_counts
 from onnxprune.allocation.settings import Request, is_excluded, own_ratio
 from onnxprune.channels.analysis import Analysis
@@ -248,36 +249,6 @@ def _kinds(analysis: Analysis, group: Group, names: Sequence[str]) -> Ids:
             keys += mix(counts * 1_000_003 + number)
             number += 1
     return np.minimum(np.unique(keys, return_inverse=True)[1].astype(np.int64), _KINDS - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class RankedGroup:
-    """One group with the scores and counts that the allocation reads.
-
-    Attributes:
-        values: [units], the lowest are removed first; -inf for removed units, NaN where the whole row is removed.
-        classes: [units], every class loses the same share.
-        steps: number of equal steps in which it can be pruned.
-        counts: numbers of steps that may be removed, ascending, see :func:`allowed_counts`.
-        ratio: share to remove, 0 <= ratio < 1.
-        is_local: whether the ratio holds for this group by itself, whatever the scope.
-        ranking_scope: groups of equal ranking scope share a threshold.
-        num_removed: number of steps that are removed already.
-    """
-
-    values: Array
-    classes: Ids
-    steps: int
-    counts: Ids
-    ratio: float
-    is_local: bool = False
-    ranking_scope: Hashable = None
-    num_removed: int = 0
-
-    @property
-    def per_step(self) -> int:
-        """Return the number of units that one step removes."""
-        return self.values.size // self.steps
 
 
 def allowed_counts(size: int, steps: int, *, round_to: int = 1, step: int = 1, widest: float = 1.0) -> Ids:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, TypedDict
 
-from onnxprune.allocation.rounding import Kernels, kernels_of
+from onnxprune.devices import Kernels, kernels_of
 from onnxprune.errors import ArgumentError, UsageError, argument, nearest
 from onnxprune.settings import checked, default
 
@@ -83,7 +83,7 @@ class Request:
         layers: {glob over node or weight names: ratio}.
         include, exclude: such globs.
         round_to: keep a multiple of this many units per group where possible; ``auto``: multiples that the kernels of
-            the device like, see :mod:`onnxprune.allocation.rounding`.
+            the device like, see :mod:`onnxprune.devices`.
         device: for ``auto``: its name, its file or its multiples; None for where the model is timed, else this machine.
         policy: aggregation of a unit's scores in several weights.
         normalize: normalisation of the scores of one weight, so that weights compare; ``auto`` is ``none`` for criteria

@@ -545,7 +545,7 @@ def criteria(screen: Screen, given: Given) -> None:
 @command("devices", "List the devices whose kernels --round-to auto can follow.", _EXAMPLES["devices"])
 def devices(screen: Screen, given: Given) -> None:
     """List the devices whose kernels --round-to auto can follow, and the multiples of channels that each likes."""
-    from onnxprune.allocation.rounding import get, names, this_machine  # heavy: waits until it is needed
+    from onnxprune.devices import get, names, this_machine  # heavy: waits until it is needed
 
     kernels, here = [get(name) for name in names()], this_machine().name
     if screen.as_json:

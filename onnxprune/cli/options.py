@@ -163,9 +163,9 @@ class SettingType(_ParamType):
 def _words_of(name: str) -> Sequence[str]:
     """Return what values of an open-ended setting may begin with."""
     if name == "device":
-        from onnxprune.allocation import rounding  # heavy: waits until it is needed
+        from onnxprune import devices  # heavy: waits until it is needed
 
-        return rounding.names()
+        return devices.names()
     if name == "target":
         return [f"{kind}=" for kind in TARGET_KINDS]
     if name == "criterion":

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.allocation.rounding import AUTO, Rounding, kernels_of
+from onnxprune.allocation.ranked import RankedGroup
+from onnxprune.allocation.rounding import AUTO, Rounding
 from onnxprune.allocation.selection import (
     Array,
-    RankedGroup,
     batches,
     candidates,
     choose,
@@ -25,6 +25,7 @@ from onnxprune.allocation.settings import Request
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.groups import Group
 from onnxprune.channels.selection import removed_atoms
+from onnxprune.devices import kernels_of
 from onnxprune.errors import Note, UsageError, argument
 from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.probes import input_specs

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from onnxprune.allocation.rounding import MULTIPLES, Kernels
+from onnxprune.devices import MULTIPLES, Kernels
 from onnxprune.importance.criteria import Description
 from onnxprune.labels.atoms import Reason
 from onnxprune.report import numbers, reasons

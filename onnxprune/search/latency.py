@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from onnxprune.allocation.costs import Counts, Sizes
 from onnxprune.allocation.latency_model import VERSION, Latency, LatencyTable, NodeKinds, fit_models, samples_of
-from onnxprune.allocation.selection import RankedGroup, close_selection, spread
+from onnxprune.allocation.ranked import RankedGroup
+from onnxprune.allocation.selection import close_selection, spread
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.selection import removed_atoms
 from onnxprune.errors import BudgetError, ModelError, UsageError

@@ -22,8 +22,9 @@ from onnxprune.allocation.knapsack import (
     uniform,
 )
 from onnxprune.allocation.latency_model import Latency, LatencyTable, NodeKinds
+from onnxprune.allocation.ranked import RankedGroup
 from onnxprune.allocation.rounding import AUTO
-from onnxprune.allocation.selection import RankedGroup, close_selection, counts_of, macs_after
+from onnxprune.allocation.selection import close_selection, counts_of, macs_after
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.selection import removed_atoms
 from onnxprune.errors import BudgetError, UsageError, argument

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import onnxprune as op
 from onnxprune.allocation.costs import Sizes, costs_of, total
-from onnxprune.allocation.selection import RankedGroup, close_selection, macs_after, params_after
+from onnxprune.allocation.ranked import RankedGroup
+from onnxprune.allocation.selection import close_selection, macs_after, params_after
 from onnxprune.channels.selection import removed_atoms
 from onnxprune.channels.survivors import Survivors
 from onnxprune.io.write import assemble, save

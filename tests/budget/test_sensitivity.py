@@ -12,7 +12,7 @@ import pytest
 
 import onnxprune as op
 from onnxprune.allocation.knapsack import GroupCurve, Sensitivity, by_curves, by_scores
-from onnxprune.allocation.selection import RankedGroup
+from onnxprune.allocation.ranked import RankedGroup
 from onnxprune.errors import UsageError
 
 MODELS = Path(__file__).parents[2] / "models"

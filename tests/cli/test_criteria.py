@@ -7,7 +7,6 @@ import json
 import pytest
 
 from onnxprune import criteria, devices
-from onnxprune.allocation import rounding
 
 
 def test_every_criterion_has_a_line(run) -> None:
@@ -50,7 +49,7 @@ def test_a_criterion_of_the_callers_own_is_described(run) -> None:
 
 
 def test_every_device_has_a_line(run, monkeypatch) -> None:
-    monkeypatch.setattr(rounding, "this_machine", lambda: devices.get("avx2"))
+    monkeypatch.setattr(devices, "this_machine", lambda: devices.get("avx2"))
     result = run("devices")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()

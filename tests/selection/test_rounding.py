@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import onnxprune as op
-from onnxprune.allocation import rounding
-from onnxprune.allocation.rounding import DEVICES, MULTIPLES, Kernels, halved, kernels_of, rounded_counts
+from onnxprune import devices
+from onnxprune.allocation.rounding import halved, rounded_counts
+from onnxprune.devices import DEVICES, MULTIPLES, Kernels, kernels_of
 
 MODELS = Path(__file__).resolve().parent.parent.parent / "models"
 
@@ -175,9 +176,9 @@ def test_a_file_that_holds_something_else(told: str, tmp_path: Path) -> None:
 
 def test_every_preset_has_its_source() -> None:
     assert {"avx512", "avx2", "arm64", "tensorrt", "hexagon", "ethos-u", "ascend", "xnnpack"} < set(op.devices.names())
-    for kernels in DEVICES.values():
-        assert len(kernels.source) > 20
-        assert all(kernels.of(kind, quantized=True) >= 1 for kind in MULTIPLES)
+    for device in DEVICES.values():
+        assert len(device.source) > 20
+        assert all(device.of(kind, quantized=True) >= 1 for kind in MULTIPLES)
 
 
 @pytest.mark.parametrize(
@@ -191,9 +192,9 @@ def test_every_preset_has_its_source() -> None:
     ],
 )
 def test_the_machine_is_known(machine: str, features: set[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding.platform, "machine", lambda: machine)
-    monkeypatch.setattr(rounding, "_features", lambda: features)
-    assert rounding.instruction_set.__wrapped__() == expected
+    monkeypatch.setattr(devices.platform, "machine", lambda: machine)
+    monkeypatch.setattr(devices, "_features", lambda: features)
+    assert devices.instruction_set.__wrapped__() == expected
 
 
 def test_the_place_of_timing_decides_where_no_device_is_named() -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.allocation.selection import RankedGroup, allocate, allowed_counts, lamp, step_scores, weakest
+from onnxprune.allocation.ranked import RankedGroup
+from onnxprune.allocation.selection import allocate, allowed_counts, lamp, step_scores, weakest
 
 
 @st.composite
