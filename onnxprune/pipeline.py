@@ -397,6 +397,7 @@ class Model:
         as_pruned: the model that ``proof`` is about, before weights were changed for another reason; None: this one.
         hold_out: inputs to compare the result on, where a recovery was fitted to the others.
         files: files from which weights are read, besides the original's.
+        locked: names of weights whose zeros stay 0 where other passes change them.
     """
 
     proto: onnx.ModelProto
@@ -409,6 +410,7 @@ class Model:
     as_pruned: ModelParts | None = None
     hold_out: HoldOut | None = None
     files: tuple[Path, ...] = ()
+    locked: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
@@ -420,7 +422,7 @@ class Model:
 
     def __repr__(self) -> str:
         nodes, parameters = len(self.proto.graph.node), self.num_parameters
-        steps = ["pruned"] * self.is_pruned + ["factorized"] * self.is_factorized
+        steps = ["pruned"] * self.is_pruned + ["factorized"] * self.is_factorized + ["sparse"] * bool(self.locked)
         return f"<Model: {nodes} nodes, {parameters:,} parameters{''.join(', ' + step for step in steps)}>"
 
     def with_weights(self, weights: Mapping[str, Weight]) -> Model:

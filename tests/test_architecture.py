@@ -29,7 +29,7 @@ STAGES = [
     {"importance", "criteria", "statistics"},
     {"allocation", "devices"},
     {"pruning"},
-    {"recovery", "factorization"},
+    {"recovery", "factorization", "sparsification"},
     {"runtime"},
     {"gradients"},
     {"train"},
@@ -143,7 +143,7 @@ def test_imports_have_no_cycles() -> None:
         ),
         ("rich", ("report", "cli")),
         ("click", ("cli",)),
-        ("scipy", ("channels", "importance", "factorization", "allocation", "recovery")),
+        ("scipy", ("channels", "importance", "factorization", "allocation", "recovery", "sparsification")),
         ("tensorly", ("factorization",)),
     ],
 )

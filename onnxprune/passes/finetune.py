@@ -85,7 +85,7 @@ class Finetune(Pass):
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Train, and keep the result where it is better."""
-        if not (model.is_pruned or model.is_factorized or self.labels is not None):
+        if not (model.is_pruned or model.is_factorized or model.locked or self.labels is not None):
             return PassResult(model, [Remark("nothing was pruned, so there is nothing to fine-tune")], changed=False)
         split = split_for(context, model.analysis, "full")
         _check_samples(context, split)
@@ -204,7 +204,7 @@ class _Training:
         if not graph.gradients:
             why = next(iter(frozen.values()), "it has no weights in float32")
             raise ModelError(f"No weight of the model can be trained: {why}.", hint=f"Drop {argument('finetune')}.")
-        parameters = Parameters({n: student.constants[n] for n in graph.gradients})
+        parameters = Parameters({n: student.constants[n] for n in graph.gradients}, model.locked)
         step = Step(graph, parameters, context.device.threads)
         calls = max(1, -(-settings.batch_size // size))
         training = cls(

@@ -434,7 +434,7 @@ class Recover(Pass):
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Replace the pruned model's weights."""
-        if self.mode == "none" or not (model.is_pruned or model.is_factorized):
+        if self.mode == "none" or not (model.is_pruned or model.is_factorized or model.locked):
             return PassResult(model, [Recovered(Recovery(self.mode, self.why))], changed=False)
         split = split_for(context, model.analysis, self.mode)
         with context.stage("recover"):
@@ -478,7 +478,7 @@ class Recover(Pass):
         if context.cache is None or self.near:
             return ""
         how = self.mode, self.symmetric, context.effort.rows
-        settings = model.analysis.loaded.sha256, *how, model.is_factorized
+        settings = model.analysis.loaded.sha256, *how, model.is_factorized, sorted(model.locked)
         return f"{settings} {fingerprint_of(*model.parts, split.fit)}"
 
     def _of_original(self, target: RecoveryTarget) -> tuple[str, ...]:
@@ -561,7 +561,9 @@ class Recover(Pass):
         repairs: list[Repair] = []
 
         def one(layer: Layer) -> Fitted:
-            return _fitted(layer, values[layer.node.index], mode, mixed.get(layer.node.index), context.effort.rows)
+            problem = values[layer.node.index]
+            locked = layer.target.weight.root in pruned.locked
+            return _fitted(layer, problem, mode, mixed.get(layer.node.index), context.effort.rows, locked)
 
         with context.stages.until_interrupted(lambda: _so_far(repairs, targets)):
             for number, level in enumerate(targets.levels):
@@ -636,11 +638,12 @@ def _fitted_level(
     return fits
 
 
-def _fitted(layer: Layer, values: _Values, mode: str, mixing: Mixing | None, density: int) -> Fitted:
-    """Fit new weights for one layer; ``values`` are those of the problem."""
+def _fitted(layer: Layer, values: _Values, mode: str, mixing: Mixing | None, density: int, locked: bool) -> Fitted:
+    """Fit new weights for one layer; ``values`` are those of the problem, ``locked``: whether zeros stay 0."""
     matrix, bias = layer.read()
     channels = matrix.shape[0] * matrix.shape[1] // layer.form.taps
-    problem = Problem(layer.target, layer.shape, channels, *values, mixing=mixing, density=density)
+    mask = matrix != 0 if locked else None
+    problem = Problem(layer.target, layer.shape, channels, *values, mixing=mixing, density=density, mask=mask)
     solution = recover_layer(problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias, as_stored=layer.as_stored)
     return solution, problem.extent
 

@@ -17,6 +17,7 @@ from onnxprune.recovery.regression import (
     NOTHING,
     RIDGES,
     WORTH,
+    Mask,
     Real,
     RidgeRegression,
     Solution,
@@ -125,6 +126,7 @@ class Problem:
         samples: number of samples in these batches.
         mixing: mixed channels that replace some of the survivors in the target.
         density: largest number of rows per unknown to fit to.
+        mask: weights that may change, [parts, n, o]; None: all.
     """
 
     layer: RecoveryTarget
@@ -137,6 +139,7 @@ class Problem:
     samples: int
     mixing: Mixing | None = None
     density: int = _ROWS
+    mask: Mask | None = None
     extent: tuple[int, int, int] = (0, 0, 0)
     """Rows to fit to, unknowns per output and rank of the rows; set by ``sums``."""
     _cached: dict[bool, list[Rows]] = field(default_factory=dict)
@@ -312,7 +315,7 @@ def sharpen(problem: Problem, solution: Solution, *, fixed_bias: bool = False) -
     for ridge in _RIDGES:
         weights, bias = solution.matrix, solution.bias
         for step in range(1, _STEPS + 1):
-            weights, bias = _step(train, weights, bias, ridge, fixed_bias)
+            weights, bias = _step(train, weights, bias, ridge, fixed_bias, problem.mask)
             error = _error(hold_out, weights, bias)
             if error >= min(best, limit):
                 break
@@ -331,11 +334,13 @@ def _error(parts: list[_Means], weights: Real, bias: Real) -> float:
     return float(sum(np.square(p.residuals(weights, bias)[0], dtype=np.float64).sum() for p in parts))
 
 
-def _step(parts: list[_Means], weights: Real, bias: Real, ridge: float, fixed_bias: bool) -> tuple[Real, Real]:
+def _step(
+    parts: list[_Means], weights: Real, bias: Real, ridge: float, fixed_bias: bool, mask: Mask | None
+) -> tuple[Real, Real]:
     """Return W + D, D_o = J_o^T (J_o J_o^T + r m I)^-1 e_o for every output o.
 
     J_o is the mean over positions of the rows at which its activation is not saturated, [samples, n], e_o the residual
-    of the means, m the mean square of J_o's rows."""
+    of the means, m the mean square of J_o's rows; columns outside of the mask are 0."""
     samples = sum(p.rows.data.shape[1] // p.positions for p in parts)
     n, outputs = weights.shape[1:]
     residuals, passed = zip(*(p.residuals(weights, bias) for p in parts), strict=True)
@@ -345,8 +350,10 @@ def _step(parts: list[_Means], weights: Real, bias: Real, ridge: float, fixed_bi
     for start in range(0, outputs, some):
         at = slice(start, start + some)
         rows = np.concatenate(
-            [_rows(p, mask[:, at], fixed_bias) for p, mask in zip(parts, passed, strict=True)], axis=1
+            [_rows(p, through[:, at], fixed_bias) for p, through in zip(parts, passed, strict=True)], axis=1
         )
+        if mask is not None:
+            rows[:, :, :n] *= mask[0, :, at].T[:, None, :]
         products = rows @ rows.transpose(0, 2, 1)
         power = np.einsum("oii->o", products) / samples
         products += (ridge * power + (power <= 0))[:, None, None] * np.eye(samples)
@@ -421,7 +428,7 @@ def _rounded(problem: Problem, matrix: Real, bias: Real, solution: Solution, as_
 def _pointwise(problem: Problem, matrix: Real, bias: Real, mode: str, fixed_bias: bool) -> Solution:
     """Recover the layer from its rows, each on its own."""
     train, hold_out = problem.sums(False), problem.sums(True)
-    regression = RidgeRegression(train, matrix, bias, fixed_bias) if mode in ("lstsq", "full") else None
+    regression = RidgeRegression(train, matrix, bias, fixed_bias, problem.mask) if mode in ("lstsq", "full") else None
     linear = solve(train, hold_out, matrix, bias, mode=mode, fixed_bias=fixed_bias, regression=regression)
     if regression is None or linear.ridge is None:
         return linear

@@ -23,6 +23,7 @@ def is_validation(batch: int, batches: int) -> bool:
 
 
 Real = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 # Multiply-adds up to which products are made in float64; beyond, in float32 over short runs of rows.
 _DOUBLE = 10**10
 _RUN = 2048
@@ -179,6 +180,7 @@ def solve(
     mode: str = "full",
     fixed_bias: bool = False,
     regression: RidgeRegression | None = None,
+    mask: Mask | None = None,
 ) -> Solution:
     """Return the candidate of ``mode`` with the least error on ``hold_out``.
 
@@ -197,6 +199,7 @@ def solve(
         mode: ``bias``, ``bn``, ``lstsq`` or ``full`` (all of them).
         fixed_bias: whether the bias has to stay 0.
         regression: that of these weights to ``train``, None to set it up here.
+        mask: weights that may change, [parts, n, o]; None: all. The others are 0.
     """
     scale = hold_out.scale
     before = float(hold_out.error(matrix, bias).sum()) / scale
@@ -218,9 +221,9 @@ def solve(
     for candidate in candidates(mode, fixed_bias):
         judge(candidate)
     if mode in ("lstsq", "full"):
-        of = regression or RidgeRegression(train, matrix, bias, fixed_bias)
+        of = regression or RidgeRegression(train, matrix, bias, fixed_bias, mask)
         ridges = [Candidate(f"lstsq {r:g}", _fit_of(of, r), r) for r in RIDGES]
-        if matrix.shape[1] >= _DESCENT:
+        if matrix.shape[1] >= _DESCENT or of.is_masked:
             _descend([partial(judge, candidate) for candidate in ridges])
         else:
             for candidate in ridges:
@@ -294,16 +297,24 @@ class RidgeRegression:
         matrix: W [parts, n, o].
         bias: b [parts, o].
         fixed_bias: whether the bias has to stay as it is.
+        mask: weights that may change, [parts, n, o]; None: all. Each output then has unknowns of its own.
     """
 
-    def __init__(self, sums: Sums, matrix: Real, bias: Real, fixed_bias: bool = False) -> None:
-        self._sums, self._matrix, self._bias, self._fixed = sums, matrix, bias, fixed_bias
+    def __init__(
+        self, sums: Sums, matrix: Real, bias: Real, fixed_bias: bool = False, mask: Mask | None = None
+    ) -> None:
+        self._sums, self._matrix, self._bias, self._fixed, self._mask = sums, matrix, bias, fixed_bias, mask
         self._gram = sums.xx if fixed_bias else _centred(sums.xx, sums.x, sums.x, sums.rows)
         self._product = self._gram @ matrix
         parts, n, _ = self._gram.shape
         mean = float(np.einsum("pii->", self._gram)) / (parts * n)
         self._mean = mean if mean > 0 else 0.0
         self._factored: tuple[float, list[Any]] | None = None
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some weights stay as they are."""
+        return self._mask is not None
 
     def fit(self, ridge: float, xy: Real | None = None, y: Real | None = None) -> tuple[Real, Real]:
         """Return new weights and bias.
@@ -325,6 +336,8 @@ class RidgeRegression:
         """Return (G + r m I)^-1 C for every part."""
         n = self._gram.shape[1]
         step = ridge * self._mean if self._mean > 0 else 1.0
+        if self._mask is not None:
+            return masked_solve(self._gram, cross, step, self._mask)
         if n <= 32:
             return np.asarray(np.linalg.solve(self._gram + step * np.eye(n), cross))
         if self._factored is None or self._factored[0] != ridge:
@@ -337,6 +350,43 @@ class RidgeRegression:
             self._factored = ridge, factors
         solved = [cho_solve(f, c, check_finite=False) for f, c in zip(self._factored[1], cross, strict=True)]
         return np.asarray(np.stack(solved))
+
+
+# Columns up to which conjugate gradients run to the end; steps for more; and the share of the residual to stop at.
+_EXACT, _STEPS, _SMALL = 64, 40, 1e-7
+
+
+def masked_solve(gram: Real, cross: Real, ridge: float, mask: Mask) -> Real:
+    """Return D, 0 outside of the mask, that brings tr(D^T (G + r I) D) - 2 tr(D^T C) close to its minimum.
+
+    Every output has unknowns of its own, and so a Gram matrix of its own. Conjugate gradients within the mask serve all
+    at once, by one product with G a step; from D = 0 the value never rises.
+
+    Args:
+        gram: G [parts, n, n].
+        cross: C [parts, n, o].
+        ridge: r.
+        mask: [parts, n, o].
+    """
+    scale = 1.0 / (np.einsum("pii->pi", gram) + ridge)[:, :, None]
+    solution = np.zeros_like(cross)
+    residual = np.where(mask, cross, 0.0)
+    direction = scaled = residual * scale
+    norm = np.einsum("pno,pno->po", residual, scaled)
+    first = norm.copy()
+    for _ in range(_STEPS if gram.shape[1] > _EXACT else 2 * gram.shape[1]):
+        if (norm <= _SMALL**2 * first).all():
+            break
+        product = np.where(mask, gram @ direction + ridge * direction, 0.0)
+        bend = np.einsum("pno,pno->po", direction, product)
+        length = np.divide(norm, bend, out=np.zeros_like(norm), where=bend > 0)[:, None]
+        solution += length * direction
+        residual = residual - length * product
+        scaled = residual * scale
+        before, norm = norm, np.einsum("pno,pno->po", residual, scaled)
+        ratio = np.divide(norm, before, out=np.zeros_like(norm), where=before > 0)[:, None]
+        direction = scaled + ratio * direction
+    return solution
 
 
 def _centred(product: Real, left: Real, right: Real, rows: int) -> Real:

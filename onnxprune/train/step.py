@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -21,20 +21,31 @@ class Parameters:
 
     Args:
         values: the weights by name, float32.
+        locked: names of the weights whose zeros stay 0.
     """
 
-    def __init__(self, values: Mapping[str, Array]) -> None:
+    def __init__(self, values: Mapping[str, Array], locked: Collection[str] = ()) -> None:
         self.shapes = {name: value.shape for name, value in values.items()}
         bounds = np.cumsum([0, *(value.size for value in values.values())])
         self.spans = {name: slice(a, b) for name, (a, b) in zip(values, pairwise(bounds.tolist()), strict=True)}
         self.vector: Vector = np.concatenate([v.ravel() for v in values.values()]).astype(np.float32)
+        held = [v.ravel() == 0 if name in locked else np.zeros(v.size, bool) for name, v in values.items()]
+        self.zeros: NDArray[np.bool_] | None = np.concatenate(held) if any(h.any() for h in held) else None
 
     def views(self, vector: Vector) -> dict[str, Array]:
         """Return the weights that a vector holds, without copying."""
         return {name: vector[span].reshape(self.shapes[name]) for name, span in self.spans.items()}
 
+    def keep_zeros(self) -> None:
+        """Set to 0 again what is locked there."""
+        if self.zeros is not None:
+            self.vector[self.zeros] = 0
+
     def scales(self) -> Vector:
-        """Return for every element the root mean square of its weight, at least a tenth of the median over weights."""
+        """Return for every element the root mean square of its weight, at least a tenth of the median over weights.
+
+        Elements that are locked at 0 have none.
+        """
         sizes = {
             name: float(np.sqrt(np.mean(np.square(self.vector[s], dtype=np.float64)))) for name, s in self.spans.items()
         }
@@ -42,6 +53,8 @@ class Parameters:
         result = np.empty_like(self.vector)
         for name, span in self.spans.items():
             result[span] = max(sizes[name], least, 1e-8)
+        if self.zeros is not None:
+            result[self.zeros] = 0
         return result
 
 
@@ -122,6 +135,7 @@ class Adam:
         move *= self._sizes
         move *= np.float32(rate * correction)
         self._parameters.vector -= move
+        self._parameters.keep_zeros()
 
 
 _PROBES, _ROUNDS, _PROBE = 3, 2, 1e-3

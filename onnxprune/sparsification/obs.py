@@ -1,0 +1,106 @@
+"""The update of Optimal Brain Surgeon, column by column: every zero is made up for by the columns behind it.
+
+Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, ICML 2023, algorithm 1:
+with U the upper Cholesky factor of the inverse of H = X^T X, a weight w of column j that becomes 0 changes the columns
+k > j of its output by -w U_jk / U_jj. One factorization serves all columns and outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.linalg import LinAlgError, cholesky
+from scipy.linalg.lapack import dtrtri
+
+from onnxprune.sparsification.patterns import LOCKED, Mask, Pattern, Real
+
+BLOCK = 128
+"""Columns whose zeros are chosen together, and whose updates of the columns behind are one product."""
+DAMPING = 0.01
+"""Share of the mean diagonal of H that is added to it."""
+_CACHED = 256  # outputs at a time, so that a block of columns stays in the processor's cache
+_STRONGER = (1.0, 10.0, 100.0, 1e4)
+
+
+def inverse_factor(gram: Real, damping: float = DAMPING) -> Real:
+    """Return U, upper, with U^T U = (G + d m I)^-1, m the mean of the diagonal; d grows until that is regular.
+
+    With J the reversal of the order, J G J = L L^T gives G = R R^T for the upper R = J L J, and U = R^-1: one Cholesky
+    factorization and one triangular inverse.
+
+    Args:
+        gram: G [n, n], symmetric, positive semidefinite.
+        damping: d.
+    """
+    n = len(gram)
+    mean = float(np.trace(gram)) / n
+    mean = mean if mean > 0 else 1.0
+    for factor in _STRONGER:
+        damped = gram[::-1, ::-1].copy(order="F")
+        damped.flat[:: n + 1] += factor * damping * mean
+        try:
+            lower = cholesky(damped, lower=True, overwrite_a=True, check_finite=False)
+        except LinAlgError:
+            continue
+        inverse, info = dtrtri(np.asfortranarray(lower[::-1, ::-1]), lower=0, overwrite_c=1)
+        if not info:
+            return np.ascontiguousarray(np.triu(inverse))
+    raise LinAlgError("the Gram matrix is not positive semidefinite")
+
+
+def prune_columns(matrix: Real, factor: Real, pattern: Pattern, count: int, frozen: Mask) -> Real:
+    """Return the matrix with zeros in the pattern and the other weights updated.
+
+    Args:
+        matrix: W [n, o], columns of the paper along axis 0.
+        factor: U [n, n].
+        pattern: the pattern, which fits n and o.
+        count: number of blocks to set to 0; without a meaning for N:M.
+        frozen: what is 0 and stays 0, [n, o].
+    """
+    new = np.array(matrix, np.float64, order="C")
+    n, outputs = new.shape
+    step = max(pattern.width, BLOCK // pattern.width * pattern.width)
+    total, pruned = n * outputs // pattern.block, 0
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        part, local, held = new[start:stop], factor[start:stop, start:stop], frozen[start:stop]
+        zeros = held.copy()
+        if not pattern.nonzero:
+            due = round(count * (stop * outputs // pattern.block) / total) - pruned
+            zeros |= _chosen(part, np.diagonal(local), pattern, due, held)
+            pruned += due
+        errors = np.empty_like(part)
+        for left in range(0, outputs, _CACHED):
+            some = np.s_[:, left : left + _CACHED]
+            errors[some] = _sweep(part[some], local, pattern, zeros[some])
+        new[stop:] -= factor[start:stop, stop:].T @ errors
+    return new
+
+
+def _sweep(part: Real, local: Real, pattern: Pattern, zeros: Mask) -> Real:
+    """Set zeros column by column and update the rest of the block in place; return the errors for the columns behind.
+
+    Args:
+        part: the columns of a block, of some outputs.
+        local: U of these columns.
+        pattern: the pattern.
+        zeros: where zeros go; for N:M what is 0 already, to which the others are added.
+    """
+    own, errors = np.ascontiguousarray(part), np.empty_like(part, order="C")
+    diagonal = np.diagonal(local)
+    for j in range(len(own)):
+        if pattern.nonzero and j % pattern.group == 0:
+            group = slice(j, j + pattern.group)
+            zeros[group] |= _chosen(own[group], diagonal[group], pattern, 0, zeros[group])
+        errors[j] = np.where(zeros[j], own[j], 0.0) / local[j, j]
+        own[j][zeros[j]] = 0.0
+        if j + 1 < len(own):
+            own[j + 1 :] -= local[j, j + 1 :, None] * errors[j]
+    part[:] = own
+    return errors
+
+
+def _chosen(part: Real, diagonal: Real, pattern: Pattern, count: int, frozen: Mask) -> Mask:
+    """Return the zeros of a few columns by w^2 / U_jj^2, the error that each leaves."""
+    scores = np.where(frozen, LOCKED, np.square(part / diagonal[:, None]))
+    return np.asarray(pattern.zeros(scores[None], count)[0])
