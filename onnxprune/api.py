@@ -14,7 +14,8 @@ from onnxprune.channels.plan import Plan
 from onnxprune.devices import Kernels
 from onnxprune.errors import Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
-from onnxprune.importance.criteria import Criterion
+from onnxprune.importance.criteria import Criterion, get, needs_of
+from onnxprune.importance.statistics import GRADIENTS
 from onnxprune.io.interchange import ModelSource
 from onnxprune.passes import Adopt, Exact, Factorize, Finetune, Flush, Pipeline, Prune, Recover, Result, Validate
 from onnxprune.passes.prune import with_criterion
@@ -162,7 +163,7 @@ def prune(
             True for 1,000 steps or 3 minutes, whichever ends first; kept only where it is better on the hold-out, see
             :class:`onnxprune.passes.Finetune`. None: no training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
-            the loss of ``finetune`` is then on them. None: without labels.
+            the loss of ``finetune`` is then on them, and criteria of gradients take their loss. None: without labels.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
             report lists what was left out.
@@ -216,6 +217,7 @@ def prune(
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion, share, plan=plan, approximate=approximate, **choosing)
     tuned = _finetuning(finetune, labels)
+    _check_labels(labels, first, tuned)
     pipe = Pipeline(_stages(first, mode_and_reason, validate, validate and latency, tuned))
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     reading["outputs"] = outputs
@@ -224,6 +226,7 @@ def prune(
         "effort": effort,
         "cache": cache,
         "seed": seed,
+        "labels": labels,
         "progress": progress,
     }
     execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
@@ -277,6 +280,18 @@ def _stages(
 def _finetuning(effort: int | str | bool | None, labels: Any) -> list[Finetune]:
     """Return the training that was asked for, if any."""
     return [Finetune(effort, labels=labels)] if effort else []
+
+
+def _check_labels(labels: Any, first: Any, tuned: Sequence[Finetune]) -> None:
+    """Refuse labels that nothing reads; raises UsageError."""
+    criterion = get(first.criterion) if isinstance(first.criterion, str) else first.criterion
+    scores_gradients = criterion is not None and set(needs_of(criterion)) & set(GRADIENTS)
+    if labels is not None and not tuned and not scores_gradients:
+        raise UsageError(
+            f"{argument('labels')} says what to learn, but neither {argument('finetune')} nor a criterion of gradients "
+            "reads it",
+            hint=f"Give {argument('finetune')}, or {argument('criterion', 'taylor')}.",
+        )
 
 
 def _factorizes(plan: Plan | None) -> bool:

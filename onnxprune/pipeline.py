@@ -113,10 +113,11 @@ class Stages:
         processor_seconds: seconds of all processors per stage, by name, without those of worker processes.
         interrupted: description of the work that an interrupt ended; empty where there was none.
         left_out: descriptions of the work that bounds on the effort left out.
+        is_trial: whether it belongs to a trial within a run.
     """
 
     def __init__(self, listener: Progress | None = None, *, logged: bool = True, is_trial: bool = False) -> None:
-        self._listener, self._is_trial = listener, is_trial
+        self._listener, self.is_trial = listener, is_trial
         self._log: Callable[..., None] = _logger.debug if logged else _unlogged
         self.seconds: dict[str, float] = {}
         self.processor_seconds: dict[str, float] = {}
@@ -160,7 +161,7 @@ class Stages:
             self.tell(name, fraction)
             listener(name, fraction)
 
-        watched = Stages(tell, is_trial=self._is_trial)
+        watched = Stages(tell, is_trial=self.is_trial)
         watched._log = self._log
         watched.seconds, watched.processor_seconds = self.seconds, self.processor_seconds
         watched.left_out = self.left_out
@@ -182,7 +183,7 @@ class Stages:
         except KeyboardInterrupt as stop:
             # Other signals that end a program are raised as interrupts with a number of their own.
             ends_at_once = getattr(stop, "number", signal.SIGINT) != signal.SIGINT
-            self.interrupted = "" if self._is_trial or ends_at_once else answer()
+            self.interrupted = "" if self.is_trial or ends_at_once else answer()
             if not self.interrupted:
                 raise
             self._log("interrupted: %s", self.interrupted)
@@ -275,6 +276,7 @@ class Context:
         stages: the clock and the progress bar.
         effort: bounds on the work.
         outputs: kinds of outputs that the user set, {output: (kind, axis or None)}.
+        labels: labels of the inputs, an array or its file; None without.
     """
 
     analysis: Analysis
@@ -288,6 +290,7 @@ class Context:
     stages: Stages = field(default_factory=Stages)
     outputs: Outputs | None = None
     effort: Effort = EFFORTS["normal"]
+    labels: Any = None
 
     @classmethod
     def of(
@@ -307,6 +310,7 @@ class Context:
         approximate: bool = False,
         outputs: Mapping[str, Any] | None = None,
         effort: str = "normal",
+        labels: Any = None,
         progress: Progress | None = None,
     ) -> Context:
         """Analyse a model for a run; the arguments are those of :meth:`Pipeline.run`.
@@ -326,9 +330,8 @@ class Context:
         calibration = None if data is None else Calibration(data, analysis, samples, batch_size, images)
         cache_folder = None if cache is None else Path(cache)
         where = (cache_folder, memory_limit, execution, stages)
-        return cls(
-            analysis, model, input_shapes, calibration, seed, *where, checked("outputs", outputs), EFFORTS[effort]
-        )
+        asked = (checked("outputs", outputs), EFFORTS[effort], labels)
+        return cls(analysis, model, input_shapes, calibration, seed, *where, *asked)
 
     def inputs(self) -> Samples:
         """Open the user's inputs.
@@ -714,6 +717,7 @@ class Pipeline:
         outputs: Mapping[str, Any] | None = None,
         custom_op_libraries: Sequence[str | Path] = (),
         effort: str = "normal",
+        labels: Any = None,
         progress: Progress | None = None,
     ) -> Result:
         """Run every pass on ``model``.
@@ -733,6 +737,7 @@ class Pipeline:
             outputs: {output: kind}, such as ``"classes:1"``, where fidelity should not decide by itself.
             custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime.
             effort: bounds on the work: ``quick``, ``normal`` or ``thorough``.
+            labels: labels of ``data``, classes or values, or their .npy or .npz file, for passes that learn from them.
             progress: callback, called with (stage, fraction), fraction in [0, 1].
 
         Raises:
@@ -753,6 +758,7 @@ class Pipeline:
             outputs=outputs,
             approximate=any(stage.approximate for stage in self.passes),
             effort=effort,
+            labels=labels,
             progress=progress,
         )
         current = Model.of(context.analysis)

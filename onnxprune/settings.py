@@ -701,7 +701,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "latency target": lambda v: _kinds(v, "latency"),
     "measured sensitivity": lambda v: v.get("sensitivity") == "measure" or "ratios" in v,
     "runs": lambda v: v.get("validate") is not False,
-    "finetune": lambda v: bool(v.get("finetune")),
+    "learns": lambda v: bool(v.get("finetune")) or v.get("criterion") is not None,
     "runs or metric": lambda v: v.get("validate") is not False or v.get("metric") is not None,
 }
 """What a setting may need, by name, asked of the values of a call."""
@@ -1340,10 +1340,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "labels",
         PathTo("FILE", "classes or values of the samples: an array, or a .npy or .npz file"),
-        f"Labels of {argument('data')}, one per sample: half of the loss of {argument('finetune')} is on them.",
+        f"Labels of {argument('data')}, one per sample: half of the loss of {argument('finetune')} is on them, and "
+        "criteria of gradients take their loss.",
         dict.fromkeys(("prune", "factorize", "recover"), RECOVER),
         needs=Need(
-            "finetune", f"says what to learn, and there is no {argument('finetune')}", f"Give {argument('finetune')}."
+            "learns", f"says what to learn, and there is no {argument('finetune')}", f"Give {argument('finetune')}."
         ),
     ),
     Setting(

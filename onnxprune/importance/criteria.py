@@ -607,3 +607,76 @@ def _remove(inverse: Real, weights: Real, columns: NDArray[np.int64]) -> None:
     weights[columns] = 0.0
     inverse[columns] = 0.0
     inverse[:, columns] = 0.0
+
+
+# -- gradients of the loss -------------------------------------------------------------------------------------------
+
+
+@register("gradient", needs=("gradient",), reads_all=True)
+def gradient(slot: Slot, maps: Maps) -> Scores:
+    """Return the sum of absolute gradients of the loss, sum_f |g_cf|. Shape [channels].
+
+    g is the gradient of the mean loss over the data.
+    """
+    return np.abs(maps["gradient"]).sum(axis=(0, 2)) if "gradient" in maps else None
+
+
+@register("snip", needs=("gradient",), reads_all=True, comparable=True)
+def snip(slot: Slot, maps: Maps) -> Scores:
+    """Return the connection sensitivity of weights, sum_f |W_cf g_cf|. Shape [channels].
+
+    g is the gradient of the mean loss over the data.
+    Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, ICLR 2019, summed over a channel's
+    weights.
+    """
+    return _products(slot, maps["gradient"]) if "gradient" in maps else None
+
+
+@register("snip-momentum", needs=("gradient_total",), reads_all=True, comparable=True)
+def snip_momentum(slot: Slot, maps: Maps) -> Scores:
+    """Return the connection sensitivity, added up over calls: score_n = score_(n-1) + 0.9 |W g_n|. Shape [channels].
+
+    g_n is the gradient of the mean loss over the n-th call; scores of weights are summed over a channel. As in Intel's
+    Neural Compressor, for weights that stay as they are.
+    """
+    return 0.9 * _products(slot, maps["gradient_total"]) if "gradient_total" in maps else None
+
+
+@register("taylor", needs=("gate_magnitude",), reads_all=True, comparable=True)
+def taylor(slot: Slot, maps: Maps) -> Scores:
+    """Return the first-order change of the loss without a channel, E_n |sum_f W_cf g_ncf|. Shape [channels].
+
+    g_n is the gradient of the loss of the n-th sample.
+    Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, with magnitudes in place of squares.
+    """
+    return maps.get("gate_magnitude")
+
+
+@register("fisher", needs=("gate_square",), reads_all=True, comparable=True)
+def fisher(slot: Slot, maps: Maps) -> Scores:
+    """Return the second-order change of the loss without a channel, E_n (sum_f W_cf g_ncf)^2 / 2. Shape [channels].
+
+    The mean of squares of gradients of single samples, their classes drawn from the model's own probabilities, is the
+    Fisher information of the channel's gate.
+    Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018.
+    """
+    return 0.5 * maps["gate_square"] if "gate_square" in maps else None
+
+
+@register("obd", needs=("gradient_square",), reads_all=True, comparable=True)
+def obd(slot: Slot, maps: Maps) -> Scores:
+    """Return the second-order change of the loss without each weight, sum_f h_cf W_cf^2 / 2. Shape [channels].
+
+    h is the diagonal of the Gauss-Newton matrix of the loss, the mean of g_n^2 over samples whose classes are drawn
+    from the model's own probabilities.
+    LeCun et al., Optimal Brain Damage, NeurIPS 1989.
+    """
+    if "gradient_square" not in maps:
+        return None
+    square = np.square(slot.blocks, dtype=np.float64)
+    return np.asarray(0.5 * np.einsum("pcf,pcf->c", square, maps["gradient_square"]))
+
+
+def _products(slot: Slot, gradients: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the sum of |weights times gradients| of every channel."""
+    return np.asarray(np.abs(slot.blocks.astype(np.float64) * gradients).sum(axis=(0, 2)))

@@ -130,6 +130,11 @@ NEEDS: dict[str, str] = {
         name: f"{name!r} needs channels that a floating-point weight multiplies; choose 'l2', 'gm' or 'activation'."
         for name in ("wanda", "obs", "variance")
     },
+    **{
+        name: f"{name!r} needs weights in float32 from which operators with gradients lead to the outputs; choose "
+        "'ziplm' or 'l2'."
+        for name in ("gradient", "snip", "snip-momentum", "taylor", "fisher", "obd")
+    },
 }
 """The layers that each selective criterion applies to, for error messages."""
 

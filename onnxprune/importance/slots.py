@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -270,6 +270,60 @@ def runs_of(flat: Ids, positions: Ids, in_order: Ids) -> int | None:
         return None
     units = flat[start : start + positions.size].reshape(count, in_order.size)
     return count if np.count_nonzero(units == in_order) == units.size else None
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Statistics of gradients, see :data:`onnxprune.importance.statistics.GRADIENTS`.
+
+    Attributes:
+        samples: number of samples.
+        weights: {statistic: {weight: array of its shape}}.
+        gates: {statistic: {index into the claims: array [channels]}}.
+    """
+
+    samples: int
+    weights: dict[str, dict[str, NDArray[Any]]]
+    gates: dict[str, dict[int, NDArray[Any]]]
+
+
+def gradient_slots(
+    table: Table,
+    every_claim: Sequence[tuple[str, Claim]],
+    gradients: Gradients,
+    seed: int = 0,
+    removed: Mask | None = None,
+) -> Iterator[PlacedSlot[Slot]]:
+    """Yield the slots of weights that have gradients, with statistics of these in ``Slot.maps``.
+
+    Args:
+        table: the labels of all tensors.
+        every_claim: weights and claims, see :func:`claims`.
+        gradients: statistics, of the same claims.
+        seed: seed of criteria that draw.
+        removed: mask over the atoms that are already removed.
+    """
+    for number, (name, claim) in enumerate(every_claim):
+        elementwise = {need: values[name] for need, values in gradients.weights.items() if name in values}
+        per_channel = {need: values[number] for need, values in gradients.gates.items() if number in values}
+        if not elementwise and not per_channel:
+            continue
+        array = align_array(weight_values(table, name, removed))
+        role = [(node.op, i) for node, i in table.graph.consumers.get(name, ())]
+        slot = _slot(name, claim, array, role, seed)
+        if slot is None:
+            continue
+        for need, values in elementwise.items():
+            same = _slot(name, claim, np.ascontiguousarray(values).reshape(array.shape), role, seed)
+            assert same is not None
+            per_channel[need] = same.blocks
+        slot.maps = Maps(gradients.samples, per_channel)
+        yield PlacedSlot(claim.group.id, slot, 2 if array.ndim > 1 else 1, claim.place)
+
+
+def channel_sums(claim: Claim, array: NDArray[Any]) -> NDArray[Any]:
+    """Return the sum over the elements of every channel of a claim's slot, [channels]."""
+    return _of_units(claim, _sum(array, claim.label.axes).ravel())[1]
 
 
 Axes = tuple[int, ...]

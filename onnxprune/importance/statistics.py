@@ -25,7 +25,8 @@ class Maps:
             each is a statistic of its own too; ``nuclear`` and ``rank`` give themselves, [channels]; ``similarity``
             gives ``similarity`` [channels, channels], the mean of products of two channels; ``gram`` gives ``gram``
             [parts, n, n], the mean of products of two columns of the contraction's input, see ``Slot.taps``, and
-            ``column_mean`` [parts, n]. A statistic that could not be computed is missing.
+            ``column_mean`` [parts, n]; ``GRADIENTS`` are statistics of gradients. A statistic that could not be
+            computed is missing.
     """
 
     samples: int = 0
@@ -45,6 +46,15 @@ class Maps:
     def variance(self) -> NDArray[Any]:
         """Return the mean of squares less the square of the mean, [channels]; never negative."""
         return np.maximum(self.arrays["square"] - np.square(self.arrays["mean"]), 0.0)
+
+
+GRADIENTS = ("gradient", "gradient_total", "gradient_square", "gate_magnitude", "gate_square")
+"""Statistics of the gradient g of the loss with respect to the weights w of one slot, for criteria of weights.
+
+``gradient`` is that of the mean loss, ``gradient_total`` the sum of |g| over calls, ``gradient_square`` the mean of g^2
+over samples, all of the shape of ``Slot.blocks``; ``gate_magnitude`` is the mean of |sum_f w_cf g_cf| over samples and
+``gate_square`` that of its square, [channels]. The loss is that of labels where they are given; else of the class that
+the model itself finds likeliest, and for squares of classes drawn from its probabilities."""
 
 
 class Statistic(Protocol):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from onnxprune.io.constants import set_constant
 from onnxprune.io.weights import ArrayWeight
 from onnxprune.passes.calibration import CalibrationBatches, CalibrationSplit
 from onnxprune.passes.comparable import can_follow
+from onnxprune.passes.gradients import fitted_heads
+from onnxprune.passes.labels import as_targets, labelled_head, read_labels
 from onnxprune.passes.recover import HAS_INPUTS, compare_with_original, noise, split_for
 from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult
 from onnxprune.report.facts import Fact, Fidelity, Finetuning, Remark
@@ -30,7 +31,7 @@ from onnxprune.settings import effort_of
 from onnxprune.train.augment import Augmentation
 from onnxprune.train.loop import Course, Effort, train
 from onnxprune.train.losses import BALANCE, Losses
-from onnxprune.train.parameters import Head, bottlenecks, heads, trainable
+from onnxprune.train.parameters import Head, bottlenecks, trainable
 from onnxprune.train.step import Adam, Parameters, Step, step_sizes
 
 RATE = 4e-3
@@ -176,7 +177,8 @@ class _Training:
         (before,) = compare_with_original(context.analysis, [model.parts], split.validation, context.outputs)
         fixed = CalibrationBatches(context, model.analysis).fixed
         size = fixed or min(settings.batch_size, split.num_fit)
-        labels = None if settings.labels is None else read_labels(settings.labels, split)
+        given = settings.labels if settings.labels is not None else context.labels
+        labels = None if given is None else without_hold_out(read_labels(given, context, model.analysis), split)
         samples = _Samples(split.fit, size, fixed is not None, labels, context.seed)
         feed, _ = samples.draw()
         student = static_graph(*model.parts, feed)
@@ -189,7 +191,7 @@ class _Training:
         loaded = context.analysis.loaded
         original = static_graph(loaded.proto, loaded.weights, feed)
         wanted, reasons = trainable(student)
-        fitted = _heads(student, wanted, original, before)
+        fitted = fitted_heads(student, wanted, original, before, f"Drop {argument('finetune')}.")
         steps = _features(student, original, model, [h.tensor for h in fitted], settings.features)
         teacher, names = _teacher(original, fitted, steps)
         known = {} if labels is None else _labelled(fitted, student, labels)
@@ -227,7 +229,7 @@ class _Training:
                 if self.augmentation is not None:
                     feed = self.augmentation(feed, rng)
                 given = (
-                    {name: _as_input(labels, shape) for name, shape in self.labels.values()}
+                    {name: as_targets(labels, shape) for name, shape in self.labels.values()}
                     if labels is not None
                     else {}
                 )
@@ -330,33 +332,6 @@ def _bytes(graph: StaticGraph) -> int:
 # -- what is compared --------------------------------------------------------------------------------------------------
 
 
-def _heads(student: StaticGraph, weights: Sequence[str], original: StaticGraph, before: Fidelity) -> list[Head]:
-    """Return the tensors to fit, of one shape in both models, with the axis of classes where outputs are scores.
-
-    Raises:
-        ModelError: there is none.
-    """
-    kinds = {o.output: o for o in before.outputs}
-    result = []
-    for head in heads(student, weights):
-        if original.shapes.get(head.tensor) != student.shapes[head.tensor] or not student.shapes[head.tensor]:
-            continue
-        known = kinds.get(head.output)
-        bounded = head.tensor in student.producer and student.producer[head.tensor].op == "Sigmoid"
-        if head.axis is None and known is not None and known.kind == "classes" and not bounded:
-            axis = known.axis if known.axis is not None else -1
-            shape = student.shapes[head.tensor]
-            if head.tensor == head.output and -len(shape) <= axis < len(shape) and shape[axis] > 1:
-                head = replace(head, axis=axis % len(shape))
-        result.append(head)
-    if not result:
-        raise ModelError(
-            "No output of the model depends on weights through operators that have a gradient.",
-            hint=f"Drop {argument('finetune')}.",
-        )
-    return result
-
-
 def _features(
     student: StaticGraph, original: StaticGraph, model: Model, fitted: Sequence[str], number: int
 ) -> dict[str, list[tuple[int, Array]]]:
@@ -406,38 +381,10 @@ def _teacher(
 # -- labels ------------------------------------------------------------------------------------------------------------
 
 
-def read_labels(source: Any, split: CalibrationSplit) -> Array:
-    """Return the labels of the samples to fit, in their order.
-
-    Raises:
-        UsageError: the file cannot be read, or there is not one per sample.
-    """
-    values = source
-    if isinstance(source, (str, Path)):
-        try:
-            values = np.load(source, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{argument('labels')}: {str(source)!r} cannot be read: {error}", hint="Give a .npy or .npz file."
-            ) from error
-        if not isinstance(values, np.ndarray):
-            values = values["labels"] if "labels" in values.files else values[values.files[0]]
-    values = np.asarray(values)
-    if values.dtype.kind not in "iuf" or not values.ndim:
-        raise UsageError(f"{argument('labels')}: type {values.dtype} is not allowed", hint="Give classes or values.")
-    held = split.num_held_out
-    total = split.num_fit + held
-    if len(values) < total:
-        raise UsageError(
-            f"{argument('labels')}: {len(values)} labels for {total} samples", hint="Give one per sample, in order."
-        )
-    if not held:
-        return values[: split.num_fit]
-    return _without_hold_out(values, split)
-
-
-def _without_hold_out(values: Array, split: CalibrationSplit) -> Array:
+def without_hold_out(values: Array, split: CalibrationSplit) -> Array:
     """Return the labels of the samples that are not held out, which come in the order of the batches."""
+    if not split.num_held_out:
+        return values[: split.num_fit]
     fit, held = list(split.fit), list(split.validation.inputs)
     start, kept, number = 0, [], 0
     while fit or held:
@@ -450,31 +397,6 @@ def _without_hold_out(values: Array, split: CalibrationSplit) -> Array:
 
 
 def _labelled(fitted: Sequence[Head], student: StaticGraph, labels: Array) -> dict[Head, tuple[str, tuple[int, ...]]]:
-    """Return the head that labels belong to, the first that they fit, with the name and shape of their input.
-
-    Raises:
-        UsageError: they fit none, or a class is out of range.
-    """
-    for head in fitted:
-        shape = student.shapes[head.tensor]
-        if head.axis in (None, 1) and labels.dtype.kind in "iu" and labels.ndim == 1 and len(shape) == 2:
-            wrong = labels[(labels < 0) | (labels >= shape[1])]
-            if wrong.size:
-                raise UsageError(
-                    f"{argument('labels')}: class {wrong.ravel()[0]} is out of range",
-                    hint=f"The model has classes 0 to {shape[1] - 1}.",
-                )
-            return {replace(head, axis=1): ("labels", shape)}
-        if head.axis is None and labels.dtype.kind == "f" and labels.shape[1:] == shape[1:]:
-            return {head: ("labels", shape)}
-    raise UsageError(
-        f"{argument('labels')}: {labels.dtype} of shape {list(labels.shape)} fits no output of the model",
-        hint="Give classes [samples] for scores, or values of an output's shape.",
-    )
-
-
-def _as_input(labels: Array, shape: tuple[int, ...]) -> Array:
-    """Return classes as rows of 0 and 1, values as they are."""
-    if labels.dtype.kind == "f":
-        return labels.astype(np.float32)
-    return np.eye(shape[1], dtype=np.float32)[labels.ravel()]
+    """Return the head that labels belong to, with the name and shape of their input."""
+    head = labelled_head(fitted, student, labels)
+    return {head: ("labels", student.shapes[head.tensor])}

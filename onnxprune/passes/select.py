@@ -41,10 +41,20 @@ from onnxprune.importance.scores import (
     unit_scores,
     without,
 )
-from onnxprune.importance.slots import PlacedSlot, Squares, map_slots, weight_slots, weight_squares
+from onnxprune.importance.slots import (
+    PlacedSlot,
+    Squares,
+    claims,
+    gradient_slots,
+    map_slots,
+    weight_slots,
+    weight_squares,
+)
+from onnxprune.importance.statistics import GRADIENTS
 from onnxprune.labels.atoms import Reason
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.passes.calibration import CalibrationBatches
+from onnxprune.passes.gradients import score_gradients
 from onnxprune.passes.output_sensitivity import output_sensitivity
 from onnxprune.passes.workspace import Workspace
 from onnxprune.pipeline import Context
@@ -224,7 +234,9 @@ class Selector:
         units = self.analysis.units
         removed = None if mask is None else np.asarray(mask[units.component])
         squared = by_squares(self.criterion)
-        if self.needs:
+        if set(self.needs) & set(GRADIENTS):
+            items = scored(self._by_gradients(groups, removed), by_maps(self.criterion))
+        elif self.needs:
             items = scored(self._by_maps(groups, removed), by_maps(self.criterion))
         elif squared is not None:
             items = scored(self._by_squares(groups, removed), squared)
@@ -241,6 +253,18 @@ class Selector:
         placed = self.request.policy == "backward"
         for lot in batches(groups):
             yield from weight_squares(self.analysis.table, self.analysis.units, lot, removed, placed)
+
+    def _by_gradients(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[PlacedSlot[Slot]]:
+        placed = self.request.policy == "backward"
+        analysis = self.analysis
+        every = [
+            (name, claim)
+            for lot in batches(groups)
+            for name, some in claims(analysis.table, analysis.units, lot, removed, placed)
+            for claim in some
+        ]
+        gradients = score_gradients(self.context, analysis, self.needs, every, removed)
+        yield from gradient_slots(analysis.table, every, gradients, self.context.seed, removed)
 
     def _by_maps(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[PlacedSlot[Slot]]:
         captured = captured_maps(self.context, self.analysis, groups, self.needs, removed)

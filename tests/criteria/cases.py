@@ -34,6 +34,22 @@ class Case:
         split = shifted.reshape(samples, self.parts, channels // self.parts * taps, height * width)
         return split.transpose(1, 0, 3, 2).reshape(self.parts, samples * height * width, -1)
 
+    @property
+    def gradients(self) -> Array:
+        """Of every sample, [samples, channels, taps, outputs]: those of a linear layer with given errors of outputs."""
+        samples, (channels, taps, outputs) = len(self.maps), self.weights.shape
+        columns = self.columns.reshape(self.parts, samples, -1, channels // self.parts, taps)
+        errors = np.cos(np.arange(samples * columns.shape[2] * outputs)).reshape(samples, columns.shape[2], outputs)
+        return np.einsum("psrct,sro->spcto", columns, errors).reshape(samples, channels, taps, outputs)
+
+    def of_gradients(self) -> dict[str, Array]:
+        """Statistics of gradients, a call for every sample."""
+        own, shape = self.gradients, self.slot().blocks.shape
+        gates = np.einsum("scto,cto->sc", own, self.weights)
+        whole = {"gradient": own.mean(0), "gradient_total": abs(own).sum(0), "gradient_square": (own**2).mean(0)}
+        blocks = {name: value.reshape(shape) for name, value in whole.items()}
+        return {**blocks, "gate_magnitude": abs(gates).mean(0), "gate_square": (gates**2).mean(0)}
+
     def statistics(self, without: str = "") -> Maps:
         """Everything that can be measured, but for what the statistic ``without`` gives."""
         found = {}
@@ -41,6 +57,7 @@ class Case:
             statistic = statistics.get(name)()
             statistic.update(self.columns if statistic.columns else self.maps)
             found[name] = statistic.result()
+        found |= {name: {name: value} for name, value in self.of_gradients().items()}
         missing = found.get(without, {})
         return Maps(len(self.maps), {k: v for part in found.values() for k, v in part.items() if k not in missing})
 

@@ -31,9 +31,17 @@ POWERS = {
     "ziplm": (1, 1),
     "cosine": (0, 0),
     "snp": (0, 0),
+    "gradient": (0, 1),
+    "snip": (1, 1),
+    "snip-momentum": (1, 1),
+    "taylor": (1, 1),
+    "fisher": (2, 2),
+    "obd": (2, 2),
 }
-NOTHING_WITHOUT_WEIGHTS = ("l1", "l2", "bn", "lamp", "variance", "wanda", "obs", "ziplm")
+OF_GRADIENTS = ("snip", "snip-momentum", "taylor", "fisher", "obd")
+NOTHING_WITHOUT_WEIGHTS = ("l1", "l2", "bn", "lamp", "variance", "wanda", "obs", "ziplm", *OF_GRADIENTS)
 NOTHING_WITHOUT_MAPS = ("nuclear", "hrank", "apoz", "activation", "variance", "wanda", "obs", "ziplm", "cosine", "snp")
+NOTHING_WITHOUT_MAPS += ("gradient", *OF_GRADIENTS)
 
 
 def silent(name: str, layout: str) -> bool:

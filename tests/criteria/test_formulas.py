@@ -140,6 +140,51 @@ def snp(case: Case, c: int) -> float:
     return 1.0 - max(cosine_of(case, c, j) for j in range(case.units.size) if case.classes[j] != case.classes[c])
 
 
+def gradients_of(case: Case, sample: int, c: int) -> list[float]:
+    return [float(g) for g in case.gradients[sample, c].ravel()]
+
+
+def mean_gradients(case: Case, c: int) -> list[float]:
+    return [mean(list(own)) for own in zip(*(gradients_of(case, n, c) for n in range(len(case.maps))), strict=True)]
+
+
+def gradient(case: Case, c: int) -> float:
+    return math.fsum(abs(g) for g in mean_gradients(case, c))
+
+
+def snip(case: Case, c: int) -> float:
+    return math.fsum(abs(w * g) for w, g in zip(weights_of(case, c), mean_gradients(case, c), strict=True))
+
+
+def snip_momentum(case: Case, c: int) -> float:
+    score = 0.0
+    for n in range(len(case.maps)):
+        score = score + 0.9 * math.fsum(
+            abs(w * g) for w, g in zip(weights_of(case, c), gradients_of(case, n, c), strict=True)
+        )
+    return score
+
+
+def gate(case: Case, n: int, c: int) -> float:
+    return math.fsum(w * g for w, g in zip(weights_of(case, c), gradients_of(case, n, c), strict=True))
+
+
+def taylor(case: Case, c: int) -> float:
+    return mean([abs(gate(case, n, c)) for n in range(len(case.maps))])
+
+
+def fisher(case: Case, c: int) -> float:
+    return mean([gate(case, n, c) ** 2 / 2 for n in range(len(case.maps))])
+
+
+def obd(case: Case, c: int) -> float:
+    total = 0.0
+    for n in range(len(case.maps)):
+        pairs = zip(weights_of(case, c), gradients_of(case, n, c), strict=True)
+        total += math.fsum(w * w * g * g / 2 for w, g in pairs)
+    return total / len(case.maps)
+
+
 FORMULAS: dict[str, Callable[[Case, int], float]] = {
     "l1": l1,
     "l2": l2,
@@ -156,6 +201,12 @@ FORMULAS: dict[str, Callable[[Case, int], float]] = {
     "ziplm": ziplm,
     "cosine": cosine,
     "snp": snp,
+    "gradient": gradient,
+    "snip": snip,
+    "snip-momentum": snip_momentum,
+    "taylor": taylor,
+    "fisher": fisher,
+    "obd": obd,
 }
 
 

@@ -29,7 +29,7 @@ def of_maps(slot: Slot, maps: Maps) -> Any:
 
 def test_every_need_of_a_built_in_criterion_is_a_statistic() -> None:
     for name in criteria.names():
-        assert set(needs_of(criteria.get(name))) <= set(statistics.names())
+        assert set(needs_of(criteria.get(name))) <= {*statistics.names(), *statistics.GRADIENTS}
     assert needs_of(criteria.get("l2")) == ()
     assert needs_of(criteria.get("obs")) == ("gram", "square")
 
