@@ -32,7 +32,7 @@ class Parameters:
         held = [v.ravel() == 0 if name in locked else np.zeros(v.size, bool) for name, v in values.items()]
         self.zeros: NDArray[np.bool_] | None = np.concatenate(held) if any(h.any() for h in held) else None
 
-    def views(self, vector: Vector) -> dict[str, Array]:
+    def views(self, vector: Array) -> dict[str, Array]:
         """Return the weights that a vector holds, without copying."""
         return {name: vector[span].reshape(self.shapes[name]) for name, span in self.spans.items()}
 
