@@ -8,6 +8,7 @@ from collections.abc import Generator
 import onnxruntime
 import pytest
 from hypothesis import HealthCheck, settings
+from threadpoolctl import threadpool_limits
 
 from onnxprune import devices
 
@@ -88,6 +89,13 @@ def any_count_is_fast() -> Generator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "newest_runtime: an older onnxruntime is wrong or crashes on these models")
     config.addinivalue_line("markers", "lenient: a rule that raises freezes its node, as for users")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_core_per_worker() -> Generator[None]:
+    """Where several workers share the cores, threads of numpy's products would only wait for each other."""
+    with threadpool_limits(limits=1 if "PYTEST_XDIST_WORKER" in os.environ else None, user_api="blas"):
+        yield
 
 
 @pytest.fixture(autouse=True)

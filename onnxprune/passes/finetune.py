@@ -369,7 +369,7 @@ def _teacher(
             shape[axis] = index.size
             value = tape.emit("Gather", [value, tape.constant(index.astype(np.int64))], shape, axis=axis)
         names[name] = tape.emit("Identity", [value], tape.shape(value))
-    session = open_session(inference_graph(original, tape, list(names.values())).SerializeToString(), spin=False)
+    session = open_session(inference_graph(original, tape, list(names.values())).SerializeToString())
     inputs = {i.name for i in session.get_inputs()}
 
     def answers(feed: Feed) -> Feed:

@@ -202,7 +202,7 @@ class _PrunedRuns:
 
     def _session(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> Any:
         save(proto, weights, self.path)
-        return open_session(self.path, spin=False)
+        return open_session(self.path)
 
     def _correct(self, site: ContractionInput, after: Survivors, weights: dict[str, Weight]) -> None:
         """Correct one contraction for the channels removed in front of it, where possible."""

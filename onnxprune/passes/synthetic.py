@@ -92,7 +92,7 @@ def _shapes(analysis: Analysis, trial: Workspace, make: Make, batch: int) -> Sha
         for name, shape in shapes.items()
     }
     try:
-        run(open_session(trial.original, spin=False), make(_PLAIN, batched, 0))
+        run(open_session(trial.original), make(_PLAIN, batched, 0))
     except ModelError:  # sizes that depend on the number of samples in an undeclared way
         return shapes
     return batched
@@ -109,7 +109,7 @@ def _choose(context: Context, analysis: Analysis, trial: Workspace, make: Make, 
     drawn = [one, *(make(_PLAIN, shapes, n) for n in range(1, calls))]
     scores: dict[str, float] = {}
     path, _ = trial.write(with_outputs(analysis.graph.proto, gauge.names), analysis.graph.weights, "looked_at")
-    session = open_session(path, spin=False)
+    session = open_session(path)
     for number, (name, spread) in enumerate(RANGES.items()):
         context.tell("inputs", number / len(RANGES))
         feeds = ({n: _spread(v, spread) if n in patterns else v for n, v in feed.items()} for feed in drawn)

@@ -304,7 +304,7 @@ def _one_pass(
     path = folder / "capture.onnx"
     proto, outputs, stacked = expose_requested(model[0], tensors, conditions, types)
     save(with_outputs(proto, [*outputs.values()]), model[1], path)
-    session = open_session(path, spin=False)
+    session = open_session(path)
     states = {r.name: r.statistic for r in requests}
     checkpoint = None if checkpoint is None else checkpoint.at(batch_size)
     skip, samples = checkpoint.load(states) if checkpoint is not None else (0, 0)
@@ -458,7 +458,7 @@ def branch_assignments(graph: Graph, weights: Mapping[str, Weight], feeds: Seque
         with workspace() as folder:
             path = folder / "ways.onnx"
             save(with_outputs(proto, [*outputs.values()]), weights, path)
-            session = open_session(path, spin=False)
+            session = open_session(path)
             for assignment, feed in zip(assignments, feeds, strict=True):
                 values = run(session, feed)
                 assignment.update(_of_one((n, values[o]) for n, o in outputs.items()))

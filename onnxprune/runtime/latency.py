@@ -158,7 +158,7 @@ def profile(
     device = device or Device()
     with workspace() as folder:
         prefix = str(folder / "profile")
-        session = open_session(model, threads=device.threads, providers=device.providers, profile=prefix)
+        session = open_session(model, threads=device.threads, spin=True, providers=device.providers, profile=prefix)
         try:
             run(session, feeds[0])
             call = prepare(session, feeds[0])
@@ -315,7 +315,7 @@ def in_turn(
     clock = _own_time() if steady and device == Device() else time.perf_counter
     calls: list[Callable[[], object]] = []
     for model in models:
-        session = open_session(model, threads=device.threads, providers=device.providers)
+        session = open_session(model, threads=device.threads, spin=True, providers=device.providers)
         run(session, feeds[0])  # the first run allocates; it also turns a failing model into a typed error
         calls.append(prepare(session, feeds[0]))
     start = time.perf_counter()

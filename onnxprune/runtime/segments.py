@@ -195,9 +195,7 @@ class Segments:
             return None
         values = {n: self._store.get(n, batch) for n in inputs}
         weights = {n: w for n, w in self._weights.items() if self._is_known(n)}
-        return _Part(
-            open_session(part_model(graph, weights, nodes, values, kept_outputs), spin=False), inputs, kept_outputs
-        )
+        return _Part(open_session(part_model(graph, weights, nodes, values, kept_outputs)), inputs, kept_outputs)
 
     def _keep(self, name: str, value: Array, batch: int) -> None:
         output, stacked = self._shown.get(name, (name, 0))

@@ -237,7 +237,7 @@ def open_session(
     *,
     optimize: bool = True,
     threads: int | None = None,
-    spin: bool = True,
+    spin: bool = False,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     profile: str = "",
 ) -> ort.InferenceSession:
@@ -248,7 +248,9 @@ def open_session(
         optimize: False turns every graph optimisation off; fusions change rounding, so exactness runs go without. A
             model that only loads without them is opened without them.
         threads: threads inside an operator; None leaves the choice to onnxruntime.
-        spin: threads that wait for work keep their core busy, which is faster as long as nothing else wants it.
+        spin: threads that wait for work keep their core busy, as onnxruntime's own settings have it. Measured
+            times need it: it takes three times the processor time, and a run takes many times as long where other
+            programs want the cores.
         providers: in order of preference.
         profile: where the times of all nodes are written to, if anywhere.
 

@@ -69,7 +69,7 @@ class Step:
 
     def __init__(self, graph: TrainingGraph, parameters: Parameters, threads: int | None = None) -> None:
         self._graph, self._parameters = graph, parameters
-        self._session = open_session(graph.model.SerializeToString(), threads=threads, spin=False)
+        self._session = open_session(graph.model.SerializeToString(), threads=threads)
         self._inputs = {i.name for i in self._session.get_inputs()}
         self.gradient: Vector = np.zeros_like(parameters.vector)
         self._sum: Vector | None = None

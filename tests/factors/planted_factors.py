@@ -30,6 +30,7 @@ def draw(model: onnx.ModelProto, samples: int, seed: int = 0) -> dict[str, Array
 def outputs(model: onnx.ModelProto, feed: dict[str, Array]) -> list[Array]:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
     options.log_severity_level = 4
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return [np.asarray(y) for y in session.run(None, feed)]

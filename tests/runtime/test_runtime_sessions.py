@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from runtime_models import model
 import onnxprune as op
 from onnxprune.errors import ModelError
 from onnxprune.passes import workspace
+from onnxprune.runtime import latency
 from onnxprune.runtime.sessions import input_specs, open_session, refers, run, shorten
 
 
@@ -215,3 +217,22 @@ def test_an_input_that_is_an_output_is_a_copy() -> None:
     values = run(session, {"x": fed})
     fed[:] = np.nan
     assert (values["x"] == 1).all()
+
+
+def test_threads_keep_cores_busy_only_where_times_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    spins: list[bool] = []
+
+    def opened(*args: Any, **options: Any) -> ort.InferenceSession:
+        session = open_session(*args, **options)
+        try:
+            entry = session.get_session_options().get_session_config_entry("session.intra_op.allow_spinning")
+        except RuntimeError:  # onnxruntime's own setting
+            entry = "1"
+        spins.append(entry == "1")
+        return session
+
+    content = model("agraph (float[N,3] x) => (float[N,3] y) { y = Relu(x) }")
+    opened(content)
+    monkeypatch.setattr(latency, "open_session", opened)
+    latency.in_turn([content], [{"x": np.ones((1, 3), np.float32)}], latency.Device(), runs=1)
+    assert spins == [False, True]
