@@ -32,7 +32,7 @@ from onnxprune.search.latency import LatencyProfile, describe_times, latency_tab
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
 from onnxprune.search.sweep import sweep as run_sweep
-from onnxprune.settings import called, default
+from onnxprune.settings import called, default, has_budget
 from onnxprune.targets import Target, parse
 from onnxprune.targets import TargetInput as Targets
 
@@ -129,7 +129,8 @@ def prune(
         target: a budget in place of a ratio: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "size": "3MB"}``; kinds
             are ``macs``, ``params``, ``size``, ``latency`` and ``peak-memory``. None: no budget.
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in percentage points of fidelity.
-            Without targets the smallest model within it is searched for. None: no limit.
+            Without targets, ratio, layers and plan the smallest model within it is searched for, else the result is
+            checked. None: no limit.
         metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
             fidelity.
         sensitivity: measured sensitivities of the groups, which then also decide the counts, or their file, or
@@ -186,8 +187,10 @@ def prune(
             result = onnxprune.prune("model.onnx", ratio=0.3, data="calibration.npz")
             result.save("small.onnx")
     """
+    searches = has_budget({"target": target, "max_drop": max_drop, "ratio": ratio, "plan": plan, "layers": layers})
+    quality = (metric, max_drop) if searches else (None, None)
     spec = BudgetSpec.of(
-        target, min_fidelity, metric, max_drop, latency_table, sensitivity, jobs, factorize=factorize, trials=trials
+        target, min_fidelity, *quality, latency_table, sensitivity, jobs, factorize=factorize, trials=trials
     )
     choosing: Options = {
         "layers": layers,
@@ -218,7 +221,8 @@ def prune(
         first = Prune(criterion, share, plan=plan, approximate=approximate, **choosing)
     tuned = _finetuning(finetune, labels)
     _check_labels(labels, first, tuned)
-    pipe = Pipeline(_stages(first, mode_and_reason, validate, validate and latency, tuned))
+    stages = _stages(first, mode_and_reason, validate, validate and latency, tuned)
+    pipe = Pipeline(stages if searches else [*stages, *_measures(metric)])
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     reading["outputs"] = outputs
     running: dict[str, Any] = {
@@ -234,7 +238,8 @@ def prune(
     if spec.any:
         _warn_of_targets_met_before(result.report)
     _warn_of_no_gain(result.report)
-    _faithful(result, spec)
+    if not searches:
+        _check_quality(result, min_fidelity, max_drop)
     return result
 
 
@@ -308,14 +313,13 @@ def _alone(ratio: float | None, plan: Any) -> None:
             )
 
 
-def _faithful(result: Result, spec: BudgetSpec) -> None:
-    """Check ``min_fidelity`` of a run without a budget; raises BudgetError where it is not met or not measured."""
-    if spec.min_fidelity is None or spec.any:
-        return
-    facts = result.report.fidelity
+def _check_quality(result: Result, min_fidelity: float | None, max_drop: float | None) -> None:
+    """Check the gates of a run without a budget; raises BudgetError where one is not met or not measured."""
+    facts, metric = result.report.fidelity, result.report.metric
+    measured = metric is not None or (facts is not None and facts.outputs)
     advice = f"Give {argument('data')}, and drop {argument('validate', False)}."
-    hint = "Prune less: raise the budget or lower the ratio." if facts is not None and facts.outputs else advice
-    check_gates(result.report, min_fidelity=spec.min_fidelity, max_drop=None, hint=hint)
+    hint = f"Prune less: lower {argument('ratio')}." if measured else advice
+    check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop, hint=hint)
 
 
 @called("recover")
@@ -416,6 +420,7 @@ def _measures(metric: str | Metric | None) -> list[MeasureMetric]:
 
 
 @called("recover")
+@with_custom_ops
 def finetune(
     original: ModelSource,
     cut: ModelSource,
@@ -428,8 +433,13 @@ def finetune(
     samples: int | None = None,
     batch_size: int | None = None,
     images: ImageOptions | None = None,
+    outputs: Mapping[str, str] | None = None,
+    metric: str | Metric | None = None,
+    max_drop: float | None = None,
+    min_fidelity: float | None = None,
     memory_limit: int | None = None,
     seed: int = 0,
+    custom_op_libraries: Sequence[str | Path] = (),
     approximate: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -447,8 +457,16 @@ def finetune(
         samples: number of samples to use, 1 or more; None: all.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
+        outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
+            by names, values and the graph what an output is; None: none.
+        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
+            fidelity.
+        max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
+        min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
+            original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         seed: seed of all random numbers, 0 or more; 0.
+        custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
         approximate: whether the model was pruned with ``approximate``; False.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
 
@@ -457,14 +475,16 @@ def finetune(
         model has the weights that it came with.
 
     Raises:
-        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable.
+        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 5 a gate that is not met.
     """
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
+    reading["outputs"] = outputs
     running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
-    return Pipeline([take, Flush(), Finetune(finetune, labels=labels), check]).run(
-        original, input_shapes=input_shapes, **reading, **running
-    )
+    stages = [take, Flush(), Finetune(finetune, labels=labels), check, *_measures(metric)]
+    result = Pipeline(stages).run(original, input_shapes=input_shapes, **reading, **running)
+    check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
+    return result
 
 
 @called("factorize")

@@ -685,8 +685,13 @@ class Setting:
         return replace(self, **self.variants[command], variants={}) if command in self.variants else self
 
 
-def _budget(values: Mapping[str, Any]) -> bool:
-    return bool(values.get("target")) or values.get("max_drop") is not None
+def has_budget(values: Mapping[str, Any]) -> bool:
+    """Return whether a budget decides how much is removed: a target, or a loss without anything that says how much.
+
+    Beside a ratio, a plan or ratios of layers, ``max_drop`` is a gate.
+    """
+    decided = any(values.get(name) for name in ("plan", "layers")) or values.get("ratio") is not None
+    return bool(values.get("target")) or (values.get("max_drop") is not None and not decided)
 
 
 CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
@@ -695,14 +700,15 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "data or times": lambda v: (
         v.get("data") is not None or v.get("recover") == "datafree" or _kinds(v, "latency") or "targets" in v
     ),
-    "budget": _budget,
+    "budget": has_budget,
     "target": lambda v: bool(v.get("target")) or "targets" in v,
-    "budget or points": lambda v: _budget(v) or "target" not in v,
     "latency target": lambda v: _kinds(v, "latency"),
     "measured sensitivity": lambda v: v.get("sensitivity") == "measure" or "ratios" in v,
     "runs": lambda v: v.get("validate") is not False,
     "learns": lambda v: bool(v.get("finetune")) or v.get("criterion") is not None,
-    "runs or metric": lambda v: v.get("validate") is not False or v.get("metric") is not None,
+    "runs or metric": lambda v: (
+        v.get("validate") is not False or v.get("metric") is not None or ("target" in v and has_budget(v))
+    ),
 }
 """What a setting may need, by name, asked of the values of a call."""
 
@@ -949,19 +955,17 @@ SETTINGS: tuple[Setting, ...] = (
         Number(
             0, math.inf, "the allowed loss of the metric, in points of fidelity where no metric is given", example="1.0"
         ),
-        "Allowed loss of the metric; without a target, find the smallest model within this loss.",
+        f"Allowed loss of the metric; without {argument('target')}, {argument('ratio')} or a plan, find the smallest "
+        "model within this loss.",
         {"prune": COST, "recover": CHECKS, "factorize": CHECKS, "compare": CHECKS},
+        needs=Need(
+            "runs or metric",
+            f"needs the models to run, but {argument('validate', False)} forbids that",
+            f"Drop one of the two, or give {argument('metric')}.",
+        ),
         variants={
             "recover": {"help": _MOST_LOST, "brief": "Write nothing if more is lost."},
-            "factorize": {
-                "help": _MOST_LOST,
-                "brief": "Write nothing if more is lost.",
-                "needs": Need(
-                    "runs or metric",
-                    f"needs the models to run, but {argument('validate', False)} forbids that",
-                    f"Drop one of the two, or give {argument('metric')}.",
-                ),
-            },
+            "factorize": {"help": _MOST_LOST, "brief": "Write nothing if more is lost."},
             "compare": {
                 "help": "Exit with 5 if the second model loses more of the metric, else of fidelity.",
                 "brief": "Fail if the metric, or fidelity, loses more.",
@@ -980,11 +984,6 @@ SETTINGS: tuple[Setting, ...] = (
             "sensitivity": CHECKS,
             "sweep": CHECKS,
         },
-        needs=Need(
-            "budget or points",
-            "measures model quality, but no budget needs it",
-            f"Give {argument('max_drop')}, its allowed loss, or {argument('target')}, to choose by it.",
-        ),
     ),
     Setting(
         "sensitivity",

@@ -5,7 +5,9 @@ python tools/bench_fidelity.py TRAINED --levels 6 --keep damaged/ --out fidelity
 
 Each model is damaged at 12 levels: ratios from 0.02 to 0.6 by several criteria, with and without recovery, and noise on
 its weights. ``evaluate.py NAME --model FILE`` must print one JSON object of metrics, ``--record FILE.npz`` write inputs
-for calibration, other ones than those measured on. Beside the points stands the cosine, smallest over the outputs.
+for calibration, other ones than those measured on: models are recovered from one half of them and compared on the other
+half, for outputs on inputs that a model was fitted to look better than others. Beside the points stands the cosine,
+smallest over the outputs.
 """
 
 from __future__ import annotations
@@ -54,7 +56,21 @@ LEVELS = (
 )
 
 
-def damaged(model: Path, level: Damage, data: Path, samples: int, target: Path) -> None:
+def halves(home: Path, name: str, samples: int, folder: Path) -> tuple[Path, Path]:
+    """Return the files of two sets of inputs: those to recover from, and as many others to compare on."""
+    fit, others = folder / f"{name}.fit.npz", folder / f"{name}.others.npz"
+    if not (fit.exists() and others.exists()):
+        data = folder / f"{name}.npz"
+        record(home, name, data, 2 * samples)
+        with np.load(data) as file:
+            arrays = {key: file[key] for key in file.files}
+        for number, target in enumerate((fit, others)):
+            parts = {k: np.array_split(v, 2)[number] if v.ndim and len(v) > 1 else v for k, v in arrays.items()}
+            np.savez(target, **parts)
+    return fit, others
+
+
+def damaged(model: Path, level: Damage, data: Path, target: Path) -> None:
     """Write the model with one level of damage."""
     if level.noise:
         proto, rng = onnx.load(model), np.random.default_rng(0)
@@ -66,25 +82,31 @@ def damaged(model: Path, level: Damage, data: Path, samples: int, target: Path) 
         onnx.save(proto, target)
         return
     reads = level.recover != "none" or level.criterion == "wanda"
-    given: dict[str, Any] = {"data": data, "samples": samples} if reads else {}
-    how = {"ratio": level.ratio, "criterion": level.criterion, "recover": level.recover}
+    given: dict[str, Any] = {"data": data} if reads else {}
+    how = {"ratio": level.ratio, "criterion": level.criterion, "recover": level.recover, "round_to": 1}
     prune(model, **how, **given, validate=level.recover != "none", latency=False).save(target)
+
+
+def evaluated(home: Path, name: str, target: Path) -> dict[str, float]:
+    """Return the metrics of a damaged model, from the file beside it where there is one."""
+    stored = target.with_suffix(".json")
+    if not stored.exists():
+        stored.write_text(json.dumps(evaluate(home, name, target)))
+    metrics: dict[str, float] = json.loads(stored.read_text())
+    return metrics
 
 
 def measure(home: Path, model: Path, given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Return metric, points and cosine of a model at every level."""
     name, records = files.name(model), list[dict[str, Any]]()
-    data = folder / f"{name}.npz"
-    if not data.exists():
-        record(home, name, data, given.samples)
-    samples = len(next(value for value in np.load(data).values() if value.ndim))
+    data, others = halves(home, name, given.samples, folder)
     for number, level in enumerate(LEVELS[: given.levels]):
         target = folder / f"{name}.{number}.onnx"
         try:
             if not target.exists():
-                damaged(model, level, data, samples, target)
-            metrics = evaluate(home, name, target)
-            facts = compare(model, target, data=data, latency=False).fidelity
+                damaged(model, level, data, target)
+            metrics = evaluated(home, name, target)
+            facts = compare(model, target, data=others, latency=False).fidelity
         except (errors.OnnxpruneError, RuntimeError) as error:
             print(f"{name} {level}: {type(error).__name__}: {error}", flush=True)
             continue
@@ -116,8 +138,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder with models/*.onnx and evaluate.py")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="part of a name, or glob")
     parser.add_argument("--levels", type=int, default=len(LEVELS), help="the first so many levels")
-    parser.add_argument("--samples", type=int, default=64, help="inputs to recover from and to compare on")
-    parser.add_argument("--keep", type=Path, help="folder of the damaged models, which are made once")
+    parser.add_argument("--samples", type=int, default=64, help="inputs to recover from, and as many to compare on")
+    parser.add_argument("--keep", type=Path, help="folder of the damaged models and their metrics, which are made once")
     parser.add_argument("--out", type=Path, help="JSON lines, one per level")
     given = parser.parse_args()
     records = []

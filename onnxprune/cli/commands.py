@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -64,7 +64,8 @@ def prune(screen: Screen, given: Given) -> None:
     """Prune channels of an ONNX model exactly, and verify the result in onnxruntime."""
     target = given.output or beside(given.model, "pruned")
     _check(given, target, check_criterion)
-    result = _cut(given, screen)
+    with _showing_failure(given, screen, lambda report: _parts(given, report, screen)):
+        result = _cut(given, screen)
     report: Report = result.report
     _advise(given, report)
     if screen.verbosity >= 0 or screen.as_json:
@@ -73,6 +74,20 @@ def prune(screen: Screen, given: Given) -> None:
     hint += "sensitive layers."
     plan = str(given.plan_file) if given.plan_file else None
     _finish(screen, given, result, target, lambda: _parts(given, report, screen), hint, {"plan": plan}, given.plan_file)
+
+
+@contextmanager
+def _showing_failure(
+    given: Given, screen: Screen, parts: Callable[[Report], Sequence[RenderableType]]
+) -> Iterator[None]:
+    """Show the report of a result that does not meet its gates, and write its pages, before the error goes on."""
+    try:
+        yield
+    except BudgetError as error:
+        if error.report is not None:
+            screen.show(*parts(error.report), Text(""))
+            output.write_pages(screen, given, error.report)
+        raise
 
 
 def _finish(
@@ -154,7 +169,7 @@ def _show_dry_run(
 
 
 _GATES = ("min_fidelity", "max_drop")
-"""Gates of recoveries and factorizations; the command asks them itself, after it has the report to show."""
+"""Gates of runs without a budget; the command asks them itself, after it has the report to show."""
 
 
 def _check(given: Given, target: Path, further: Callable[[Given], None] = lambda given: None) -> None:
@@ -188,11 +203,11 @@ def _cut(given: Given, screen: Screen) -> Any:
     if given.has_budget or given.plan is not None:
         arguments["ratio"] = None
     if not given.has_budget:
-        arguments["min_fidelity"] = None  # a gate on what is shown first
+        arguments |= dict.fromkeys(_GATES)  # they apply to what is shown first
     if not arguments["validate"] and arguments["criterion"] is None and not given.has_budget:
         arguments["criterion"] = "l2"  # the default for data runs the model
     if given.dry_run and not given.has_budget:
-        arguments |= {"validate": False, "recover": "none"}
+        arguments |= {"validate": False, "recover": "none", "metric": None}
     if given.sensitivity == "measure":
         arguments["jobs"] = given.jobs or -1
     # Quiet without JSON shows no latency, so the time to measure it is saved.
@@ -217,7 +232,7 @@ def _try_smaller(given: Given, report: Report) -> None:
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
     each = sum(seconds for stage, seconds in report.seconds.items() if stage != "latency")
-    arguments = {**given.arguments, "min_fidelity": None}
+    arguments = {**given.arguments, **dict.fromkeys((*_GATES, "metric"))}
     for number, part in enumerate((2, 4), 1):
         share = math.floor(100 * given.ratio / part) / 100
         if share <= 0 or number * each > TRIAL_SECONDS:
@@ -439,14 +454,8 @@ def compare(screen: Screen, given: Given) -> None:
     existing(given.model, "model")
     given.check_together()
     output.check_pages(given, given.original, given.model)
-    try:
-        with screen.progress() as progress:
-            report = op.compare(given.original, given.model, **given.arguments, progress=progress)
-    except BudgetError as error:
-        if error.report is not None:
-            screen.show(*_compared(error.report, screen), Text(""))
-            output.write_pages(screen, given, error.report)
-        raise
+    with _showing_failure(given, screen, lambda report: _compared(report, screen)), screen.progress() as progress:
+        report = op.compare(given.original, given.model, **given.arguments, progress=progress)
     if screen.as_json:
         screen.emit(report.to_dict())
     for warning in (*report.warnings, *output.damage(report)):

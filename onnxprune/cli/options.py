@@ -28,6 +28,7 @@ from onnxprune.settings import (
     Whole,
     Word,
     check_needs,
+    has_budget,
     options_of,
     settings_of,
     spell,
@@ -223,7 +224,8 @@ class Given:
         for library in self.values.get("custom_op_libraries", ()):
             existing(library, "library of operators")
         self._check_decided()
-        check_needs(self.command, {**self.values, **self.arguments})
+        typed = {} if "ratio" in self.said else {"ratio": None}
+        check_needs(self.command, {**self.values, **self.arguments, **typed})
         if self.values.get("providers") is not None:
             from onnxprune.runtime.latency import device  # heavy: waits until it is needed
 
@@ -246,8 +248,8 @@ class Given:
     @property
     def has_budget(self) -> bool:
         """Whether a budget was asked for."""
-        prunes = "target" in self.values  # elsewhere the drop is a gate
-        return prunes and (bool(self.values["target"]) or self.values.get("max_drop") is not None)
+        typed = {} if "ratio" in self.said else {"ratio": None}
+        return "target" in self.values and has_budget({**self.values, **typed})  # elsewhere the drop is a gate
 
     def _argument(self, setting: Setting) -> Any:
         value, kind = self.values[setting.name], setting.kind

@@ -161,7 +161,6 @@ def test_what_makes_no_sense_together() -> None:
         ({"target": "macs=0.5", "ratio": 0.3}, "both given"),
         ({"target": "macs=0.5", "plan": op.Plan()}, "both given"),
         ({"target": "macs=0.5", "steps": 3}, "steps has no meaning"),
-        ({"metric": len}, "no budget needs it"),
         ({"target": "macs=0.5", "trials": -1}, "trials: -1 is not allowed"),
         ({"max_drop": 1.0, "trials": 5}, "no target is given"),
         ({"target": "macs=0.5", "latency_table": "x.json"}, "no latency target is given"),

@@ -66,11 +66,11 @@ def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
     for arguments, code, words in (
         (("--target", "macs=0.5", "--ratio", "0.3"), 2, "--ratio and --target were both given"),
         (("--target", "macs=0.5", "--scope", "global"), 2, "--scope and --target were both given"),
-        (("--max-drop", "1", "--ratio", "0.3"), 2, "--ratio and --max-drop were both given"),
+        (("--max-drop", "1", "--scope", "global"), 2, "--scope and --max-drop were both given"),
         (("--target", "macs=50%"), 2, "percent sign"),
         (("--target", "speed=2"), 2, "unknown kind 'speed'"),
         (("--target", "latency=0.5", "--latency-table", tmp_path / "none.json"), 2, "not found"),
-        (("--metric", "x.py:f"), 2, "no budget needs it"),
+        (("--metric", "x.py:f"), 2, "no file 'x.py'"),
         (("--max-drop", "all"), 2, "--max-drop: all is not allowed"),
         (("--target", "macs=0.001"), 5, "cannot be reached"),
         (("--target", "macs=0.2", "--min-fidelity", "0.99999"), 5, "The nearest budget that works: --target macs="),
@@ -96,8 +96,11 @@ def test_a_target_that_was_met_before_says_so(run: Callable[..., Result], tmp_pa
 
 
 def test_a_gate_of_a_budget_that_fails_keeps_the_report(run: Callable[..., Result], tmp_path: Path) -> None:
-    done = run(MODEL, "--target", "macs=0.3", "--min-fidelity", "0.9999", "-o", tmp_path / "o.onnx", "--json")
+    pages = ("--report", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
+    call = ("--target", "macs=0.3", "--min-fidelity", "0.9999", "-o", tmp_path / "o.onnx", "--json")
+    done = run(MODEL, *call, *pages)
     record = json.loads(done.stdout)
+    assert all("points" in path.read_text() for path in pages[1::2])
     assert done.exit_code == record["error"]["exit_code"] == 5 and not (tmp_path / "o.onnx").exists()
     assert record["budget"]["targets"][0]["kind"] == "macs" and record["layers"] and record["fidelity"]["outputs"]
     assert "--min-fidelity 0.9999" in record["error"]["message"] and "--target" in record["error"]["hint"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
 import onnxprune as op
+from onnxprune.cli.main import main
 from onnxprune.errors import BudgetError
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -33,10 +35,25 @@ def cut(tmp_path: Path) -> Path:
 def arguments(command: str, cut: Path) -> list[object]:
     if command == "recover":
         return [command, MODEL, cut, "--plan", cut.with_suffix(".json"), *SHARED]
+    if command == "prune":
+        return [command, MODEL, "--ratio", "0.5", "--criterion", "l2", "--recover", "bias", *SHARED]
     return [command, MODEL, "--method", "svd", "--ratio", "0.5", *SHARED]
 
 
-@pytest.mark.parametrize("command", ["recover", "factorize"])
+WRITERS = ("prune", "recover", "factorize")
+
+
+def test_all_that_write_models_take_the_gates() -> None:
+    gates = {"metric", "max_drop", "min_fidelity", "outputs"}
+    for call in (op.prune, op.recover, op.factorize, op.finetune, op.compare):
+        assert gates <= set(inspect.signature(call).parameters), call.__name__
+    for name, command in main.commands.items():
+        known = {parameter.name for parameter in command.params}
+        if "output" in known and not {"seconds", "ratios"} & known:  # tables and curves are no models
+            assert gates | {"report", "markdown"} <= known, name
+
+
+@pytest.mark.parametrize("command", WRITERS)
 def test_a_metric_gates_every_command(run, command: str, cut: Path, score: str, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     call = [*arguments(command, cut), "-o", out, "--metric", score]
@@ -52,7 +69,7 @@ def test_a_metric_gates_every_command(run, command: str, cut: Path, score: str, 
     assert done.exit_code == 0 and out.exists() and "\nmetric    " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["recover", "factorize"])
+@pytest.mark.parametrize("command", WRITERS)
 def test_points_are_the_gate_without_a_metric(run, command: str, cut: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     call = [*arguments(command, cut), "-o", out]
@@ -65,6 +82,9 @@ def test_calls_raise_with_the_report(cut: Path, score: str) -> None:
     plan = cut.with_suffix(".json")
     with pytest.raises(BudgetError, match="max_drop 5") as caught:
         op.recover(MODEL, cut, plan=plan, data=DATA, samples=64, metric=score, max_drop=5)
+    assert caught.value.report.metric.before > caught.value.report.metric.after
+    with pytest.raises(BudgetError, match="max_drop 5") as caught:
+        op.finetune(MODEL, cut, plan=plan, data=DATA, samples=64, finetune=1, metric=score, max_drop=5)
     assert caught.value.report.metric.before > caught.value.report.metric.after
     with pytest.raises(BudgetError, match="min_fidelity 100") as caught:
         op.factorize(MODEL, method="svd", ratio=0.5, latency=False, min_fidelity=100)
@@ -101,6 +121,7 @@ def test_the_verdict_names_a_ratio_that_was_tried(run, tmp_path: Path, monkeypat
     monkeypatch.setattr("onnxprune.cli.commands.TRIAL_SECONDS", 1e9)
     call = [MODEL, "--ratio", "0.4", "--criterion", "l2", *SHARED, "--recover", "bias", "-o", tmp_path / "out.onnx"]
     record = json.loads(run(*call, "--json").stdout)
+    assert "error" not in record, record["error"]
     smaller = record["smaller"]
     assert smaller is not None and smaller["ratio"] in (0.2, 0.1) and smaller["points"] >= 97, record["verdict"]
     assert record["verdict"]["next_step"].endswith(f"{smaller['ratio']:g} keeps {smaller['points']:.1f}")
