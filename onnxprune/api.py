@@ -18,6 +18,7 @@ from onnxprune.importance.criteria import Criterion, get, needs_of
 from onnxprune.importance.statistics import GRADIENTS
 from onnxprune.io.interchange import ModelSource
 from onnxprune.passes import Adopt, Exact, Factorize, Finetune, Flush, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.passes.finetune import ShortFinetune
 from onnxprune.passes.prune import with_criterion
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
 from onnxprune.pipeline import Context, Model, Progress
@@ -162,7 +163,8 @@ def prune(
             the reported fidelity.
         finetune: then train by gradients to answer as the original does on ``data``: steps (500), time (``"3m"``), or
             True for 1,000 steps or 3 minutes, whichever ends first; kept only where it is better on the hold-out, see
-            :class:`onnxprune.passes.Finetune`. None: no training.
+            :class:`onnxprune.passes.Finetune`. None: with 512 samples or more as long as ``effort`` allows; False: no
+            training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
             the loss of ``finetune`` is then on them, and criteria of gradients take their loss. None: without labels.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
@@ -221,7 +223,9 @@ def prune(
         first = Prune(criterion, share, plan=plan, approximate=approximate, **choosing)
     tuned = _finetuning(finetune, labels)
     _check_labels(labels, first, tuned)
-    stages = _stages(first, mode_and_reason, validate, validate and latency, tuned)
+    by_default = finetune is None and mode_and_reason == ("full", "data was given")
+    trained = [ShortFinetune()] if by_default else tuned
+    stages = _stages(first, mode_and_reason, validate, validate and latency, trained)
     pipe = Pipeline(stages if searches else [*stages, *_measures(metric)])
     reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
     reading["outputs"] = outputs
@@ -271,7 +275,7 @@ def _warn_of_no_gain(report: Report) -> None:
 
 
 def _stages(
-    cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool, tuned: Sequence[Finetune] = ()
+    cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool, tuned: Sequence[Any] = ()
 ) -> list[Any]:
     """Return the passes of a run: pruning, checks before the recovery, and a recovery if pruning does none."""
     factors = [Factorize(plan=cut.plan, check=validate)] if isinstance(cut, Prune) and _factorizes(cut.plan) else []
@@ -284,7 +288,7 @@ def _stages(
 
 def _finetuning(effort: int | str | bool | None, labels: Any) -> list[Finetune]:
     """Return the training that was asked for, if any."""
-    return [Finetune(effort, labels=labels)] if effort else []
+    return [] if effort in (None, False, "none") else [Finetune(effort, labels=labels)]
 
 
 def _check_labels(labels: Any, first: Any, tuned: Sequence[Finetune]) -> None:

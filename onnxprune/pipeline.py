@@ -218,6 +218,7 @@ class Effort:
         least_samples: fewest samples to measure output sensitivities on.
         samples: largest number of samples to recover from where the user sets none; None for all.
         rows: rows per unknown that a layer is fitted to.
+        training: multiply-accumulates of a training that nobody asked for, forward and backward; 0: none.
     """
 
     name: str
@@ -227,12 +228,13 @@ class Effort:
     least_samples: int
     samples: int | None
     rows: int
+    training: float = 0.0
 
 
 EFFORTS = {
     "quick": Effort("quick", 8.0, 1, 16, 8, 64, 20),
-    "normal": Effort("normal", 30.0, 8, 128, 16, None, 50),
-    "thorough": Effort("thorough", 120.0, 8, 512, 16, None, 100),
+    "normal": Effort("normal", 30.0, 8, 128, 16, None, 50, 1.5e12),
+    "thorough": Effort("thorough", 120.0, 8, 512, 16, None, 100, 1.5e13),
 }
 """Bounds on the work of a run, by the name of the effort."""
 

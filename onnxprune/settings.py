@@ -50,6 +50,10 @@ class Kind:
         """
         return self.check(text, name)
 
+    def is_off(self, value: Any) -> bool:
+        """Return whether a value switches the setting off, so that it needs nothing."""
+        return False
+
 
 class Flag(Kind):
     """True or false."""
@@ -459,12 +463,18 @@ class EffortOf(Kind):
     """How long to train: a number of steps, or a time."""
 
     metavar = "TIME|STEPS"
-    allowed = "steps (`500`), a time (`90s`, `3m`, `1h`), or `auto`: 1,000 steps or 3 minutes"
+    allowed = "steps (`500`), a time (`90s`, `3m`, `1h`), `auto` (1,000 steps or 3 minutes), or `none`"
 
     def check(self, value: Any, name: str) -> Any:
         """Return the checked effort; raises UsageError."""
+        if self.is_off(value):
+            return False
         effort_of(value, name)
         return value
+
+    def is_off(self, value: Any) -> bool:
+        """Return whether nothing is to be trained."""
+        return value is False or value == "none"
 
 
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
@@ -488,7 +498,7 @@ def effort_of(value: Any, name: str) -> tuple[int | None, float | None]:
             return None, float(text[1]) * _SECONDS[text[2]]
         if not text[2] and text[1].isdecimal():
             return int(text[1]), None
-    raise UsageError(f"{name}: {value!r} is not allowed", hint="Give steps (500), or a time (90s, 3m, 1h).")
+    raise UsageError(f"{name}: {value!r} is not allowed", hint="Give steps (500), a time (90s, 3m, 1h), or none.")
 
 
 class Bytes(Kind):
@@ -705,7 +715,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "latency target": lambda v: _kinds(v, "latency"),
     "measured sensitivity": lambda v: v.get("sensitivity") == "measure" or "ratios" in v,
     "runs": lambda v: v.get("validate") is not False,
-    "learns": lambda v: bool(v.get("finetune")) or v.get("criterion") is not None,
+    "learns": lambda v: v.get("finetune") not in (None, False, "none") or v.get("criterion") is not None,
     "runs or metric": lambda v: (
         v.get("validate") is not False or v.get("metric") is not None or ("target" in v and has_budget(v))
     ),
@@ -749,6 +759,13 @@ _PLAN, _BUDGET = ("plan",), ("plan", "budget")
 _DATA = Need(
     "data", f"describes how to read data, but {argument('data')} is not given", f"Give {argument('data')}, or drop it."
 )
+
+
+def _training(default: str) -> str:
+    return (
+        f"Then train by gradients to answer as the original does on {argument('data')}, for so many steps or so long, "
+        f"or not at all (none); kept only where it is better on held-out samples. {default}"
+    )
 
 
 def _repair(end: str) -> str:
@@ -1329,11 +1346,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "finetune",
         EffortOf(),
-        f"Then train by gradients to answer as the original does on {argument('data')}, for so many steps or so long; "
-        "kept only where it is better on held-out samples.",
+        _training(f"Default with 512 samples or more: as long as {argument('effort')} allows."),
         dict.fromkeys(("prune", "factorize", "recover"), RECOVER),
         needs=_DATA,
         bare="auto",
+        variants={command: {"help": _training("Default none.")} for command in ("factorize", "recover")},
         brief="Train towards the original on the data.",
     ),
     Setting(
@@ -1589,6 +1606,8 @@ def check_needs(command: str, values: Mapping[str, Any]) -> None:
     for name, setting in settings_of(command).items():
         value, need = values.get(name), setting.needs
         if need is None or value is None or (setting.default is not None and value == setting.default):
+            continue
+        if setting.kind.is_off(value):
             continue
         if not CONDITIONS[need.of](values):
             raise UsageError(f"{argument(name)} {need.because}", hint=need.hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -43,6 +44,9 @@ LEAST_SAMPLES = 64
 _FEATURES, _FEATURE_SHARE = 4, 0.3  # the share of the outputs' loss at the beginning
 _BOLDNESS = 0.25  # largest step, relative to the random one that would double the loss
 _MEMORY = 512 << 20
+_SHORT_SAMPLES, _MOST_STEPS, _LEAST_STEPS = 512, 2000, 50
+_CLOSE = 0.5  # points lost below which a training is not worth its time
+_PASSES = 3  # multiply-accumulates of a step, in runs of the model
 _LIVE = 2.5  # bytes alive during a step, relative to those of all activations
 
 
@@ -99,6 +103,40 @@ class Finetune(Pass):
         if not facts.undone:
             tuned = tuned.with_parts(training.parts(), as_pruned=model.as_pruned or model.parts)
         return PassResult(tuned, remarks)
+
+
+class ShortFinetune(Pass):
+    """Train for as many steps as the effort allows, where that can be expected to help; else change nothing.
+
+    It needs 512 samples or more, an effort whose work is 50 steps or more, and a model that answers otherwise than the
+    original. What prevents a training that was asked for is no error here.
+    """
+
+    requires = (HAS_INPUTS,)
+
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Train, and keep the result where it is better."""
+        untouched = PassResult(model, changed=False)
+        steps = short_steps(context, model)
+        if not (model.is_pruned or model.is_factorized) or context.stages.interrupted or steps < _LEAST_STEPS:
+            return untouched
+        with suppress(UsageError, ModelError):
+            split = split_for(context, model.analysis, "full")
+            if split.num_fit + split.num_held_out < _SHORT_SAMPLES or not split.num_held_out:
+                return untouched
+            (before,) = compare_with_original(context.analysis, [model.parts], split.validation, context.outputs)
+            if distance(before) < _CLOSE:
+                return untouched
+            return Finetune(steps)(context, model)
+        return untouched
+
+
+def short_steps(context: Context, model: Model) -> int:
+    """Return the number of steps that the effort of a run allows for this model, by its multiply-accumulates."""
+    inputs = model.analysis.facts.probes[0].inputs
+    batch = max(min((shape[0] for shape in inputs.values() if shape), default=1), 1)
+    macs = sum(layer.macs_before for layer in model.analysis.layers) / batch
+    return int(min(_MOST_STEPS, context.effort.training / (_PASSES * BATCH * max(macs, 1.0))))
 
 
 def _check_samples(context: Context, split: CalibrationSplit) -> None:

@@ -190,3 +190,27 @@ def test_in_a_pipeline() -> None:
     assert result.report.exactness.passed
     alone = op.Pipeline([op.passes.Finetune(5)]).run(net(), data=DATA)
     assert "nothing to fine-tune" in alone.report.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("samples", "arguments", "steps"),
+    [
+        (512, {}, 60),
+        (512, {"finetune": False}, 0),
+        (512, {"finetune": "none"}, 0),
+        (512, {"effort": "quick"}, 0),
+        (511, {}, 0),
+        (512, {"recover": "full"}, 0),  # somebody who chooses a recovery gets that one
+    ],
+)
+def test_with_many_samples_it_runs_by_itself(
+    samples: int, arguments: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxprune.passes.finetune._MOST_STEPS", 60)
+    monkeypatch.setattr("onnxprune.passes.finetune._CLOSE", 0.0)
+    data = {"x": np.random.default_rng(1).standard_normal((samples, 3, 8, 8)).astype(np.float32)}
+    result = op.prune(net(), ratio=0.6, criterion="l2", data=data, latency=False, **arguments)
+    facts = result.report.finetuning
+    assert (0 if facts is None else facts.steps) == steps
+    if facts is not None:
+        assert facts.after.points >= facts.before.points
