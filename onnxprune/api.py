@@ -21,7 +21,7 @@ from onnxprune.passes import Adopt, Exact, Factorize, Finetune, Flush, Pipeline,
 from onnxprune.passes.finetune import ShortFinetune
 from onnxprune.passes.prune import with_criterion
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
-from onnxprune.pipeline import Context, Model, Progress
+from onnxprune.pipeline import Context, Model, Progress, RunSettings
 from onnxprune.report.facts import Report, SweepFacts
 from onnxprune.runtime.diagnosis import explain_failures
 from onnxprune.runtime.images import ImageOptions
@@ -33,7 +33,7 @@ from onnxprune.search.latency import LatencyProfile, describe_times, latency_tab
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
 from onnxprune.search.sweep import sweep as run_sweep
-from onnxprune.settings import called, default, has_budget
+from onnxprune.settings import called, default, has_budget, record_of
 from onnxprune.targets import Target, parse
 from onnxprune.targets import TargetInput as Targets
 
@@ -189,56 +189,27 @@ def prune(
             result = onnxprune.prune("model.onnx", ratio=0.3, data="calibration.npz")
             result.save("small.onnx")
     """
+    options, run = record_of(Options, locals()), record_of(RunSettings, locals())
     searches = has_budget({"target": target, "max_drop": max_drop, "ratio": ratio, "plan": plan, "layers": layers})
     quality = (metric, max_drop) if searches else (None, None)
     spec = BudgetSpec.of(
         target, min_fidelity, *quality, latency_table, sensitivity, jobs, factorize=factorize, trials=trials
     )
-    choosing: Options = {
-        "layers": layers,
-        "include": include,
-        "exclude": exclude,
-        "scope": scope,
-        "policy": policy,
-        "normalize": normalize,
-        "group_policy": group_policy,
-        "reshape_axis": reshape_axis,
-        "max_ratio": max_ratio,
-        "cost": cost,
-        "round_to": round_to,
-        "device": device,
-        "step": step,
-        "rounding": rounding,
-        "steps": steps,
-        "schedule": schedule,
-    }
-    mode_and_reason = settle_mode(recover, data is not None, validate)
+    mode_and_reason = mode, reason = settle_mode(recover, data is not None, validate)
+    common = {"approximate": approximate, **options.arguments}
     if spec.any:
         _alone(ratio, plan)
-        first: Any = Budget(
-            spec, criterion, recover=mode_and_reason[0], why=mode_and_reason[1], approximate=approximate, **choosing
-        )
+        first: Any = Budget(spec, criterion, recover=mode, why=reason, **common)
     else:
         share = default("ratio") if ratio is None else ratio
-        first = Prune(criterion, share, plan=plan, approximate=approximate, **choosing)
+        first = Prune(criterion, share, plan=plan, **common)
     tuned = _finetuning(finetune, labels)
     _check_labels(labels, first, tuned)
     by_default = finetune is None and mode_and_reason == ("full", "data was given")
     trained = [ShortFinetune()] if by_default else tuned
     stages = _stages(first, mode_and_reason, validate, validate and latency, trained)
     pipe = Pipeline(stages if searches else [*stages, *_measures(metric)])
-    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    reading["outputs"] = outputs
-    running: dict[str, Any] = {
-        "memory_limit": memory_limit,
-        "effort": effort,
-        "cache": cache,
-        "seed": seed,
-        "labels": labels,
-        "progress": progress,
-    }
-    execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
-    result = pipe.run(model, **reading, **running, **execution)
+    result = pipe.execute(model, run)
     if spec.any:
         _warn_of_targets_met_before(result.report)
     _warn_of_no_gain(result.report)
@@ -278,7 +249,8 @@ def _stages(
     cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool, tuned: Sequence[Any] = ()
 ) -> list[Any]:
     """Return the passes of a run: pruning, checks before the recovery, and a recovery if pruning does none."""
-    factors = [Factorize(plan=cut.plan, check=validate)] if isinstance(cut, Prune) and _factorizes(cut.plan) else []
+    plan = cut.replayed if isinstance(cut, Prune) else None
+    factors = [Factorize(plan=plan, check=validate)] if _factorizes(plan) else []
     changed = mode_and_reason[0] != "none" or factors or isinstance(cut, Budget) or tuned
     exact = [Exact()] if validate and changed else []
     repair = [] if isinstance(cut, Budget) else [Recover(mode_and_reason[0], why=mode_and_reason[1])]
@@ -399,20 +371,12 @@ def recover(
             result = onnxprune.recover("model.onnx", "small.onnx", plan="small.plan.json", data="calibration.npz")
             result.save("recovered.onnx")
     """
+    run = record_of(RunSettings, locals())
     if data is None and check_mode(recover) != "datafree":
         raise no_data(recover)
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
-    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    reading["outputs"] = outputs
-    running: dict[str, Any] = {
-        "memory_limit": memory_limit,
-        "effort": effort,
-        "cache": cache,
-        "seed": seed,
-        "progress": progress,
-    }
     stages = [take, Flush(), Recover(recover), *_finetuning(finetune, labels), check, *_measures(metric)]
-    result = Pipeline(stages).run(original, input_shapes=input_shapes, **reading, **running)
+    result = Pipeline(stages).execute(original, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result
 
@@ -481,12 +445,10 @@ def finetune(
     Raises:
         OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 5 a gate that is not met.
     """
+    run = record_of(RunSettings, locals())
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
-    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    reading["outputs"] = outputs
-    running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
     stages = [take, Flush(), Finetune(finetune, labels=labels), check, *_measures(metric)]
-    result = Pipeline(stages).run(original, input_shapes=input_shapes, **reading, **running)
+    result = Pipeline(stages).execute(original, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result
 
@@ -591,6 +553,7 @@ def factorize(
             result = onnxprune.factorize("model.onnx", method="svd", ratio=0.5)
             result.save("small.onnx")
     """
+    options, run = record_of(FactorOptions, locals()), record_of(RunSettings, locals())
     mode, reason = settle_mode(recover, data is not None, validate)
     plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if plan is not None and plan.groups:
@@ -598,16 +561,10 @@ def factorize(
             "This plan removes channels as well, but factorize changes layers only",
             hint="Apply it with onnxprune.prune(plan=...), or 'onnxprune MODEL --apply-plan FILE'.",
         )
-    options: FactorOptions = {"ratio": ratio, "rank": rank, "energy": energy, "vbmf": vbmf, "layers": layers}
-    options |= {"include": include, "exclude": exclude, "round_to": round_to}
-    options |= {"scope": scope, "cost": cost, "timed": timed}
-    take = Factorize(method, plan=plan, check=validate, **options)
+    take = Factorize(method, plan=plan, check=validate, **options.arguments)
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
-    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    reading["outputs"] = outputs
-    running: dict[str, Any] = {"memory_limit": memory_limit, "seed": seed, "progress": progress}
     stages = [Flush(), take, Recover(mode, why=reason), *_finetuning(finetune, labels), check, *_measures(metric)]
-    result = Pipeline(stages).run(model, input_shapes=input_shapes, **reading, **running)
+    result = Pipeline(stages).execute(model, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result
 
@@ -701,10 +658,8 @@ def compare(
             report = onnxprune.compare("model.onnx", "small.onnx", data="calibration.npz")
             print(report.fidelity.points, report.verdict.word)
     """
-    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
+    context = Context.of(original, record_of(RunSettings, locals()))
     function = load_metric(metric) if isinstance(metric, str) else metric
-    context = Context.of(original, outputs=outputs, seed=seed, progress=progress, **reading, **execution)
     report = compare_models(context, model, metric=function, timed=latency)
     check_gates(report, min_fidelity=min_fidelity, max_drop=max_drop)
     return report
@@ -760,9 +715,7 @@ def profile(
             times = onnxprune.profile("model.onnx", seconds=30)
             onnxprune.prune("model.onnx", target="latency=0.7", latency_table=times.table)
     """
-    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    execution: dict[str, Any] = {"providers": providers, "threads": threads, "cache": cache}
-    context = Context.of(model, input_shapes=input_shapes, seed=seed, progress=progress, **reading, **execution)
+    context = Context.of(model, record_of(RunSettings, locals()))
     sizes = rewritable_sizes(context.analysis)
     table = latency_table(context, sizes, seconds=seconds, anew=True)
     return LatencyProfile(describe_times(sizes, table, str(context.analysis.loaded.path or "the model")), table)
@@ -884,35 +837,14 @@ def sensitivity(
             curves = onnxprune.sensitivity("model.onnx", data="calibration.npz")
             onnxprune.prune("model.onnx", target="macs=0.5", sensitivity=curves)
     """
-    choosing: Options = {
-        "layers": layers,
-        "include": include,
-        "exclude": exclude,
-        "scope": scope,
-        "policy": policy,
-        "normalize": normalize,
-        "group_policy": group_policy,
-        "reshape_axis": reshape_axis,
-        "max_ratio": max_ratio,
-        "cost": cost,
-        "round_to": round_to,
-        "device": device,
-        "step": step,
-        "rounding": rounding,
-        "steps": steps,
-        "schedule": schedule,
-    }
-    running: dict[str, Any] = {"memory_limit": memory_limit, "cache": cache, "seed": seed, "progress": progress}
-    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    reading["outputs"] = outputs
-    execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
+    options, run = record_of(Options, locals()), record_of(RunSettings, locals())
     mode, _ = settle_mode(recover, data is not None, True)
-    context = Context.of(model, approximate=approximate, **reading, **running, **execution)
-    choosing["max_ratio"] = WIDEST if max_ratio is None else max_ratio
+    context = Context.of(model, run, approximate=approximate)
+    widest = WIDEST if max_ratio is None else max_ratio
     function = load_metric(metric) if isinstance(metric, str) else metric
 
     def measure(name: str | Criterion) -> Sensitivity:
-        prune = Prune(name, 0.5, approximate=approximate, **choosing)
+        prune = Prune(name, 0.5, approximate=approximate, **{**options.arguments, "max_ratio": widest})
         sizes = rewritable_sizes(prune.prepared(context, Model.of(context.analysis)))
         selector = prune.selector(context, sizes.analysis)
         return measure_sensitivity(context, selector, mode=mode, metric=function, shares=ratios, jobs=jobs)
@@ -1044,38 +976,11 @@ def sweep(
             facts = onnxprune.sweep("model.onnx", targets=(0.75, 0.5), data="calibration.npz")
             print([(point.target, point.cosine) for point in facts.points])
     """
-    choosing: Options = {
-        "layers": layers,
-        "include": include,
-        "exclude": exclude,
-        "scope": scope,
-        "policy": policy,
-        "normalize": normalize,
-        "group_policy": group_policy,
-        "reshape_axis": reshape_axis,
-        "max_ratio": max_ratio,
-        "cost": cost,
-        "round_to": round_to,
-        "device": device,
-        "step": step,
-        "rounding": rounding,
-        "steps": steps,
-        "schedule": schedule,
-    }
-    running: dict[str, Any] = {
-        "memory_limit": memory_limit,
-        "effort": effort,
-        "cache": cache,
-        "seed": seed,
-        "progress": progress,
-    }
-    reading: dict[str, Any] = {"data": data, "samples": samples, "batch_size": batch_size, "images": images}
-    reading["outputs"] = outputs
-    execution: dict[str, Any] = {"providers": providers, "threads": threads, "input_shapes": input_shapes}
+    options, run = record_of(Options, locals()), record_of(RunSettings, locals())
     mode, reason = settle_mode(recover, data is not None, True)
     budgets = [parse(f"{kind}={share}", "targets") for share in targets]
     spec = BudgetSpec.of([budgets[0]] if budgets else None, metric=metric, factorize=factorize, trials=trials)
-    budget = Budget(spec, criterion, recover=mode, why=reason, approximate=approximate, **choosing)
-    context = Context.of(model, approximate=approximate, **reading, **running, **execution)
+    budget = Budget(spec, criterion, recover=mode, why=reason, approximate=approximate, **options.arguments)
+    context = Context.of(model, run, approximate=approximate)
     home = Path(folder) if folder is not None else None
     return run_sweep(context, budget, [t.value for t in budgets], kind=kind, timed=latency, folder=home)

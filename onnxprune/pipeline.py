@@ -40,7 +40,7 @@ from onnxprune.runtime.fidelity import Outputs
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.latency import Device, device
 from onnxprune.runtime.sessions import Feed, with_custom_ops
-from onnxprune.settings import check_needs, checked
+from onnxprune.settings import check_needs, checked, record_of
 
 Progress = Callable[[str, float], None]
 Mask = NDArray[np.bool_]
@@ -262,6 +262,50 @@ class WorkShare:
             self._tell(self._max_share)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What every run may be given beside the model and its passes: each once.
+
+    Attributes:
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        data: inputs without labels, see :func:`onnxprune.prune`; None: without.
+        samples: number of samples to use, 1 or more; None: the default of each pass.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        outputs: {output: kind}, such as ``"classes:1"``, where fidelity should not decide by itself; None: none.
+        cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
+        providers: onnxruntime providers for measurements of time; None: the CPU.
+        threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
+        seed: seed of all random numbers, 0 or more.
+        effort: bounds on the work: ``quick``, ``normal`` or ``thorough``.
+        labels: labels of the samples in the order of ``data``, see :func:`onnxprune.prune`; None: without.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
+    """
+
+    input_shapes: Mapping[str, Sequence[int]] | None = None
+    data: Any = None
+    samples: int | None = None
+    batch_size: int | None = None
+    images: ImageOptions | None = None
+    outputs: Mapping[str, Any] | None = None
+    cache: str | Path | None = None
+    memory_limit: int | None = None
+    providers: Sequence[str] | None = None
+    threads: int | None = None
+    seed: int = 0
+    effort: str = "normal"
+    labels: Any = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        names = ("data", "samples", "batch_size", "images", "seed")
+        values = {name: checked(name, getattr(self, name)) for name in names}
+        check_needs("prune", values)
+        checked("memory_limit", self.memory_limit)
+        checked("effort", self.effort)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
     """The arguments of a run; the same for all of its passes.
@@ -295,45 +339,36 @@ class Context:
     labels: Any = None
 
     @classmethod
-    def of(
-        cls,
-        model: ModelSource,
-        *,
-        input_shapes: Mapping[str, Sequence[int]] | None = None,
-        data: Any = None,
-        samples: int | None = None,
-        batch_size: int | None = None,
-        images: ImageOptions | None = None,
-        cache: str | Path | None = None,
-        memory_limit: int | None = None,
-        providers: Sequence[str] | None = None,
-        threads: int | None = None,
-        seed: int = 0,
-        approximate: bool = False,
-        outputs: Mapping[str, Any] | None = None,
-        effort: str = "normal",
-        labels: Any = None,
-        progress: Progress | None = None,
-    ) -> Context:
-        """Analyse a model for a run; the arguments are those of :meth:`Pipeline.run`.
+    def of(cls, model: ModelSource, run: RunSettings | None = None, *, approximate: bool = False) -> Context:
+        """Analyse a model for a run.
+
+        Args:
+            model: path, bytes or ModelProto.
+            run: settings of the run; None: the defaults.
+            approximate: whether channels may be removed through normalisations.
 
         Raises:
             UsageError: an argument is invalid. ModelError: the model cannot be read.
         """
-        values = {"data": data, "samples": samples, "batch_size": batch_size, "images": images, "seed": seed}
-        for name, value in values.items():
-            checked(name, value)
-        check_needs("prune", values)
-        checked("memory_limit", memory_limit)
-        checked("effort", effort)
-        execution, stages = device(providers, threads), Stages(progress)
+        run = run or RunSettings()
+        execution, stages = device(run.providers, run.threads), Stages(run.progress)
         with stages.stage("analyze"), explain_failures(model):
-            analysis = Analysis(model, input_shapes=input_shapes, approximate=approximate)
-        calibration = None if data is None else Calibration(data, analysis, samples, batch_size, images)
-        cache_folder = None if cache is None else Path(cache)
-        where = (cache_folder, memory_limit, execution, stages)
-        asked = (checked("outputs", outputs), EFFORTS[effort], labels)
-        return cls(analysis, model, input_shapes, calibration, seed, *where, *asked)
+            analysis = Analysis(model, input_shapes=run.input_shapes, approximate=approximate)
+        data = run.data, analysis, run.samples, run.batch_size, run.images
+        return cls(
+            analysis,
+            model,
+            run.input_shapes,
+            calibration=None if run.data is None else Calibration(*data),
+            seed=run.seed,
+            cache=None if run.cache is None else Path(run.cache),
+            memory_limit=run.memory_limit,
+            device=execution,
+            stages=stages,
+            outputs=checked("outputs", run.outputs),
+            effort=EFFORTS[run.effort],
+            labels=run.labels,
+        )
 
     def inputs(self) -> Samples:
         """Open the user's inputs.
@@ -745,24 +780,11 @@ class Pipeline:
         Raises:
             OnnxpruneError: bad input, a model that cannot be processed, or a check that failed.
         """
-        context = Context.of(
-            model,
-            input_shapes=input_shapes,
-            data=data,
-            samples=samples,
-            batch_size=batch_size,
-            images=images,
-            cache=cache,
-            memory_limit=memory_limit,
-            providers=providers,
-            threads=threads,
-            seed=seed,
-            outputs=outputs,
-            approximate=any(stage.approximate for stage in self.passes),
-            effort=effort,
-            labels=labels,
-            progress=progress,
-        )
+        return self.execute(model, record_of(RunSettings, locals()))
+
+    def execute(self, model: ModelSource, run: RunSettings) -> Result:
+        """Run every pass on ``model``, with settings as a record; see :meth:`run`."""
+        context = Context.of(model, run, approximate=any(stage.approximate for stage in self.passes))
         current = Model.of(context.analysis)
         for stage in self.passes:
             _require(stage, context, current, of_context=True)

@@ -7,10 +7,12 @@ a setting, add a :class:`Setting` to :data:`SETTINGS` and the argument to the ca
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
@@ -19,6 +21,7 @@ from onnxprune.errors import ArgumentError, UsageError, argument, nearest, spell
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 # -- what a value may be -----------------------------------------------------------------------------------------------
 
@@ -1626,15 +1629,7 @@ def called(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name in kwargs:
-                if name not in signature.parameters:
-                    raise ArgumentError(
-                        f"{function.__name__}() has no argument {name!r}", hint=nearest(name, signature.parameters)
-                    )
-            try:
-                bound = signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise ArgumentError(f"{function.__name__}(): {error}", hint=f"It takes {signature}.") from None
+            bound = _bound(function.__name__, signature, args, kwargs)
             for name, value in bound.arguments.items():
                 setting = known.get(name)
                 if setting is not None and not (value is None and signature.parameters[name].default is None):
@@ -1645,6 +1640,66 @@ def called(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
+
+
+def named_arguments(**renamed: str) -> Callable[[type[T]], type[T]]:
+    """Make a class compare misspelt arguments with all that it has, as a decorator.
+
+    Args:
+        renamed: {former name: name} of arguments; a former name warns and is taken.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        construct = cls.__init__
+        whole = inspect.signature(construct)
+        signature = whole.replace(parameters=list(whole.parameters.values())[1:])
+
+        @functools.wraps(construct)
+        def init(self: T, *args: Any, **kwargs: Any) -> None:
+            for former, name in renamed.items():
+                if former in kwargs:
+                    warnings.warn(
+                        f"The argument {former} of {cls.__name__} is called {name}", DeprecationWarning, stacklevel=2
+                    )
+                    value = kwargs.pop(former)
+                    kwargs.setdefault(name, value)
+            _bound(cls.__name__, signature, args, kwargs)
+            construct(self, *args, **kwargs)
+
+        cls.__init__ = init  # type: ignore[assignment, method-assign]
+        return cls
+
+    return decorate
+
+
+def _bound(
+    name: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """Bind arguments to a signature.
+
+    Raises:
+        ArgumentError: an argument is unknown, missing, or one too many.
+    """
+    for key in kwargs:
+        if key not in signature.parameters:
+            raise ArgumentError(f"{name}() has no argument {key!r}", hint=nearest(key, signature.parameters))
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"{name}(): {error}", hint=f"It takes {signature}.") from None
+
+
+def record_of(cls: type[T], arguments: Mapping[str, Any]) -> T:
+    """Build a record from those arguments of a call that its fields are named after; others keep their defaults.
+
+    Public calls write their arguments out, so that editors show them; a record declares what becomes of them once.
+
+    Args:
+        cls: a dataclass.
+        arguments: {name: value}, such as ``locals()`` at the beginning of a call.
+    """
+    names = (entry.name for entry in dataclasses.fields(cls))  # type: ignore[arg-type]
+    return cls(**{name: arguments[name] for name in names if name in arguments})
 
 
 # -- showing them ------------------------------------------------------------------------------------------------------

@@ -7,14 +7,18 @@ import inspect
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import onnxprune as op
+from onnxprune.allocation.settings import Options
 from onnxprune.errors import ArgumentError, Note, UsageError, argument, spelled
 from onnxprune.factorization.decompositions import METHODS
+from onnxprune.factorization.settings import Options as FactorOptions
+from onnxprune.pipeline import RunSettings
 from onnxprune.recovery import MODES
 from onnxprune.runtime.images import LAYOUTS, ORDERS
 from onnxprune.settings import SETTINGS, checked, default, settings_of, spell, words
@@ -130,8 +134,49 @@ def test_passes_compare_names_as_well() -> None:
     for wrong, meant in (({"criteron": "l2"}, "criterion"), ({"scop": "local"}, "scope"), ({"rato": 0.3}, "ratio")):
         with pytest.raises(ArgumentError, match=f"Did you mean '{meant}'"):
             op.passes.Prune(**wrong)
-    with pytest.raises(ArgumentError, match="Did you mean 'method'"):
-        op.passes.Factorize(metod="svd")  # type: ignore[call-arg]
+    for stage, wrong, meant in (
+        (op.passes.Factorize, {"metod": "svd"}, "method"),
+        (op.passes.Recover, {"mod": "bn"}, "mode"),
+        (op.passes.Validate, {"timd": False}, "timed"),
+    ):
+        with pytest.raises(ArgumentError, match=f"Did you mean '{meant}'"):
+            stage(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"), [(op.passes.Prune, Options), (op.Budget, Options), (op.passes.Factorize, FactorOptions)]
+)
+def test_signatures_of_passes_show_every_option_by_name(stage: type, options: type) -> None:
+    parameters = inspect.signature(stage).parameters
+    assert not [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+    for entry in fields(options):
+        assert parameters[entry.name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[entry.name].default == entry.default
+
+
+def test_arguments_of_calls_are_declared_once() -> None:
+    """Calls write out what records declare: an argument has one type and one default, wherever it stands."""
+    calls = [(call, (Options, RunSettings)) for call in (op.prune, op.sensitivity, op.sweep)]
+    calls += [(op.factorize, (FactorOptions, RunSettings)), (op.passes.Pipeline.run, (RunSettings,))]
+    calls += [(call, (RunSettings,)) for call in (op.recover, op.finetune, op.compare, op.profile)]
+    for call, records in calls:
+        parameters = inspect.signature(call).parameters
+        for entry in (entry for record in records for entry in fields(record)):
+            if entry.name in parameters and (call, entry.name) != (op.finetune, "data"):
+                assert parameters[entry.name].default == entry.default, (call, entry.name)
+                if entry.name != "outputs":
+                    assert parameters[entry.name].annotation == entry.type, (call, entry.name)
+    for entry in fields(Options):
+        assert entry.name in inspect.signature(op.sweep).parameters
+
+
+def test_records_and_passes_are_not_changed_after_construction() -> None:
+    stage = op.passes.Prune("l1", 0.5, scope="global")
+    with pytest.raises(AttributeError):
+        stage.ratio = 0.9  # type: ignore[misc]
+    other = replace(stage, ratio=0.25)
+    assert (other.request.ratio, other.request.scope, stage.request.ratio) == (0.25, "global", 0.5)
+    assert stage != op.passes.Prune("l1", 0.5, scope="global") and repr(op.passes.Factorize()) == "<pass Factorize>"
 
 
 def test_one_text_is_one_pattern() -> None:

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from onnxprune.errors import OnnxpruneError
 from onnxprune.io.write import save
-from onnxprune.pipeline import Context, Model
+from onnxprune.pipeline import Context, Model, RunSettings
 from onnxprune.search import evaluation
 from onnxprune.search.budget import Budget, Search
 from onnxprune.search.evaluation import Evaluation, points_of_original
@@ -58,7 +58,9 @@ def searching(
     name = files.name(path)
     data = recorded(given.folder, name, given.data, given.samples)
     samples = None if data is None else limit(data, given.samples)
-    context = Context.of(path, data=data, samples=samples, threads=given.threads, cache=given.out / "cache")
+    context = Context.of(
+        path, RunSettings(data=data, samples=samples, threads=given.threads, cache=given.out / "cache")
+    )
     spec = BudgetSpec.of(target, sensitivity=sensitivity, jobs=given.jobs, factorize=factorize, trials=given.trials)
     mode = "none" if data is None else "full"
     budget = Budget(spec, given.criterion, recover=mode)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any, TypedDict
+from typing import Any
 
 from onnxprune.devices import Kernels, kernels_of
-from onnxprune.errors import ArgumentError, UsageError, argument, nearest
+from onnxprune.errors import UsageError, argument, nearest
 from onnxprune.settings import checked, default
 
 
@@ -47,56 +47,67 @@ WIDEST = 0.9
 """The largest share that a group loses where groups compete with each other, unless ``max_ratio`` says otherwise."""
 
 
-class Options(TypedDict, total=False):
-    """Keyword arguments of calls beside criterion and ratio; :class:`Request` explains the fields."""
-
-    layers: Mapping[str, float] | None
-    include: Sequence[str]
-    exclude: Sequence[str]
-    round_to: int | str
-    device: str | Kernels | None
-    policy: str
-    normalize: str
-    group_policy: str
-    reshape_axis: str
-    scope: str
-    max_ratio: float | None
-    step: int
-    rounding: str
-    cost: str
-    steps: int
-    schedule: str
-
-
 AUTO = "auto"
 # What "auto" stands for where no criterion from data decides otherwise.
 _PLAIN = {"scope": "local", "cost": "none"}
 _CHOICES = ("policy", "normalize", "group_policy", "reshape_axis", "scope", "rounding", "cost", "schedule")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The user's settings of an allocation.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Options:
+    """Options of every call and pass that prunes, beside the ratio: each once.
 
     Attributes:
-        ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all groups together, see ``scope``.
-        layers: {glob over node or weight names: ratio}.
-        include, exclude: such globs.
+        layers: {glob over node or weight names: ratio}; the last match applies.
+        include, exclude: such globs: only groups with such a name are pruned, or none of them.
+        scope: which units compete with each other; ``auto``: those of a group, unless the criterion is a default that
+            compares them all.
+        policy: aggregation of a unit's scores in several weights.
+        normalize: normalisation of the scores of one weight, so that weights compare; ``auto`` is ``none`` for criteria
+            whose scores compare without it, else ``mean``.
+        group_policy: constraint on pruning the rows of a grid.
+        reshape_axis: the prunable parts of a grid: cells of every row, whole rows, or both.
+        max_ratio: the largest share that one group loses; None: all but one unit, or 0.9 where groups compete.
+        cost: kind of the saving that a unit's score is divided by; ``auto``: none, unless the criterion is a default
+            that divides by MACs.
         round_to: keep a multiple of this many units per group where possible; ``auto``: multiples that the kernels of
             the device like, see :mod:`onnxprune.devices`.
         device: for ``auto``: its name, its file or its multiples; None for where the model is timed, else this machine.
-        policy: aggregation of a unit's scores in several weights.
-        normalize: normalisation of the scores of one weight, so that weights compare; ``auto`` is ``none`` for criteria
-            whose scores compare without it, else ``mean``, and is resolved by ``Prune``.
-        group_policy: constraint on pruning the rows of a grid.
-        reshape_axis: the prunable parts of a grid: cells of every row, whole rows, or both.
-        scope: which units compete with each other.
-        max_ratio: the largest share that one group loses; None: all but one unit, or 0.9 where groups compete.
         step: units of a group are removed in multiples of this many.
         rounding: of the counts that follow from ratios.
-        cost: kind of the saving that a unit's score is divided by.
         steps: how often to score and prune.
         schedule: growth of the removed share from one step to the next.
+    """
+
+    layers: Mapping[str, float] | None = default("layers")
+    include: Sequence[str] = default("include")
+    exclude: Sequence[str] = default("exclude")
+    scope: str = default("scope")
+    policy: str = default("policy")
+    normalize: str = default("normalize")
+    group_policy: str = default("group_policy")
+    reshape_axis: str = default("reshape_axis")
+    max_ratio: float | None = default("max_ratio")
+    cost: str = default("cost")
+    round_to: int | str = default("round_to")
+    device: str | Kernels | None = None
+    step: int = default("step")
+    rounding: str = default("rounding")
+    steps: int = default("steps")
+    schedule: str = default("schedule")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return these options by name, for another call."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(Options)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Options):
+    """Ratio and options of an allocation, checked, without ``auto`` but for ``round_to``.
+
+    Attributes:
+        ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all groups together, see ``scope``.
 
     Raises:
         UsageError: a value is not allowed.
@@ -104,21 +115,9 @@ class Request:
 
     ratio: float = default("ratio")
     layers: Mapping[str, float] = field(default_factory=dict)
-    include: Sequence[str] = default("include")
-    exclude: Sequence[str] = default("exclude")
-    round_to: int | str = default("round_to")
-    device: str | Kernels | None = None
-    policy: str = default("policy")
     normalize: str = "mean"
-    group_policy: str = default("group_policy")
-    reshape_axis: str = default("reshape_axis")
-    scope: str = "local"
-    max_ratio: float | None = default("max_ratio")
-    step: int = default("step")
-    rounding: str = default("rounding")
-    cost: str = "none"
-    steps: int = default("steps")
-    schedule: str = default("schedule")
+    scope: str = _PLAIN["scope"]
+    cost: str = _PLAIN["cost"]
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -156,16 +155,12 @@ def request_of(ratio: float, options: Options) -> Request:
     """Build the request of a call.
 
     Raises:
-        UsageError: a value is not allowed. ArgumentError: an unknown option; the nearest is suggested.
+        UsageError: a value is not allowed.
     """
-    allowed = ("criterion", "ratio", "plan", "approximate", *Options.__annotations__)
-    for name in options:
-        if name not in Options.__annotations__:
-            raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, allowed))
-    values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    values = {name: value for name, value in options.arguments.items() if value is not None}
     values |= {name: plain for name, plain in _PLAIN.items() if values.get(name) == AUTO}
-    values |= {name: checked(name, values[name]) for name in ("include", "exclude") if name in values}
-    return Request(ratio, **values)
+    values |= {name: checked(name, values[name]) for name in ("include", "exclude")}
+    return Request(ratio=ratio, **values)
 
 
 def check_patterns(request: Request, names: Iterable[str]) -> None:

@@ -4,69 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any
 
 from onnxprune.allocation.settings import matches
-from onnxprune.errors import ArgumentError, UsageError, argument, nearest
+from onnxprune.errors import UsageError, argument
 from onnxprune.factorization.decompositions import METHODS, Ranks
 from onnxprune.settings import checked, default
 
 AUTO = "auto"
 
 
-class Options(TypedDict, total=False):
-    """Keyword arguments of :class:`Request`."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Options:
+    """Options of every call and pass that factorizes, beside the method: each once.
 
-    ratio: float | None
-    rank: int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
-    energy: float | None
-    vbmf: float | None
-    layers: Mapping[str, float] | None
-    include: Sequence[str]
-    exclude: Sequence[str]
-    round_to: int
-    scope: str | None
-    cost: str
-    timed: bool
+    One of ``ratio``, ``rank``, ``energy`` and ``vbmf`` determines the ranks.
+
+    Attributes:
+        ratio: share of the cost to save, 0 < ratio < 1: of every layer, or of the whole model, see ``scope``; None: 0.3
+            where no other determines the ranks.
+        rank: ranks, one per mode of the method or one for all, or {glob over node or weight names: ranks}; 0 keeps a
+            mode whole.
+        energy: share of every mode's energy to keep, 0 < energy <= 1.
+        vbmf: ranks above noise, moved towards the full rank (1) or none (-1) by this ratio.
+        layers: {glob: ratio}; the last match applies.
+        include, exclude: such globs: only layers with such a name are factorized, or none of them.
+        round_to: ranks are multiples of this.
+        scope: ``local`` or ``global``; None: ``global`` under ``auto``, else ``local``.
+        cost: cost that the ratio refers to, ``macs`` or ``params``.
+        timed: ``auto`` skips layers that do not get faster, as measured.
+    """
+
+    ratio: float | None = None
+    rank: int | Sequence[int] | Mapping[str, int | Sequence[int]] | None = None
+    energy: float | None = None
+    vbmf: float | None = None
+    layers: Mapping[str, float] | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    round_to: int = 1
+    scope: str | None = None
+    cost: str = "macs"
+    timed: bool = True
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return these options by name, for another call."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(Options)}
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The user's settings. One of ``ratio``, ``ranks``, ``energy`` and ``vbmf`` determines the ranks.
+@dataclass(frozen=True, kw_only=True)
+class Request(Options):
+    """Method and options of a factorization, checked.
 
     Attributes:
         method: a name, or ``auto``: per layer the method of least error for the work it saves.
-        ratio: share of the cost to save, 0 < ratio < 1: of every layer, or of the whole model, see ``scope``.
         ranks: {glob over node or weight names: ranks}, one per mode of the method; 0 keeps a mode whole.
-        energy: share of every mode's energy to keep, 0 < energy <= 1.
-        vbmf: ranks above noise, moved towards the full rank (1) or none (-1) by this ratio.
-        layers: {glob: ratio}.
-        include, exclude: such globs.
-        round_to: ranks are multiples of this.
-        scope: ``local`` or ``global``.
-        cost: cost that the ratio refers to, ``macs`` or ``params``.
-        timed: ``auto`` skips layers that do not get faster, as measured.
 
     Raises:
         UsageError: a value is not allowed, or two contradict each other.
     """
 
     method: str = AUTO
-    ratio: float | None = None
     ranks: Mapping[str, Ranks] = field(default_factory=dict)
-    energy: float | None = None
-    vbmf: float | None = None
     layers: Mapping[str, float] = field(default_factory=dict)
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    round_to: int = 1
     scope: str = "local"
-    cost: str = "macs"
-    timed: bool = True
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            if entry.name != "ranks":
+            if entry.name not in ("rank", "ranks"):
                 checked(entry.name, getattr(self, entry.name), "factorize")
         self._check_together()
 
@@ -132,23 +138,16 @@ def request_of(method: str, options: Options) -> Request:
     """Build the request of a call.
 
     Raises:
-        UsageError: a value is not allowed. ArgumentError: an unknown option; the nearest is suggested.
+        UsageError: a value is not allowed.
     """
-    allowed = ("method", "plan", "check", *Options.__annotations__)
-    for name in options:
-        if name not in Options.__annotations__:
-            raise ArgumentError(f"there is no argument {name!r}.", hint=nearest(name, allowed))
-    arguments: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    arguments = {name: value for name, value in options.arguments.items() if value is not None}
     rank = arguments.pop("rank", None)
     if rank is not None:
         by_pattern = rank if isinstance(rank, Mapping) else {"*": rank}
         arguments["ranks"] = {p: (r,) if isinstance(r, int) else tuple(r) for p, r in by_pattern.items()}
-    if "scope" not in arguments:
-        arguments["scope"] = "global" if method == AUTO else "local"
-    arguments |= {
-        name: checked(name, arguments[name], "factorize") for name in ("include", "exclude") if name in arguments
-    }
-    return Request(method, **arguments)
+    arguments.setdefault("scope", "global" if method == AUTO else "local")
+    arguments |= {name: checked(name, arguments[name], "factorize") for name in ("include", "exclude")}
+    return Request(method=method, **arguments)
 
 
 def _check_ranks(method: str, pattern: str, ranks: Ranks, modes: Sequence[str]) -> None:

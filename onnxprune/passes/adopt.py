@@ -21,8 +21,10 @@ from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult
 from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import Exactness, Settings
+from onnxprune.settings import named_arguments
 
 
+@named_arguments()
 class Adopt(Pass):
     """Load a pruned model: the original pruned by a plan, with the same weights or trained further.
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Unpack
 
 import numpy as np
 
@@ -29,9 +28,12 @@ from onnxprune.passes.products import check_products
 from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult
 from onnxprune.report.facts import Exactness, Fact, Factorization, FactorizedLayer, Latency, Remark, Settings, Sizes
 from onnxprune.runtime.sessions import spread
+from onnxprune.settings import named_arguments
 
 
-class Factorize(Pass):
+@named_arguments(wanted="shares")
+@dataclass(frozen=True, repr=False, eq=False)
+class Factorize(Pass, Options):
     """Replace layers by chains of smaller ones with nearly the same outputs.
 
     With data, errors are measured at the layer's output (second moments of its input); without, in the weights.
@@ -41,10 +43,11 @@ class Factorize(Pass):
         plan: a plan or its file, whose ``factorized`` is replayed instead of choosing.
         check: compare the result with the product of its new weights.
         gains: weight of each layer's error, {name: gain}, where ``auto`` need not measure it.
-        wanted: {name: (method, share of the layer's cost)} in place of choosing: the ranks of least loss within it.
-        options: ``ratio`` (0.3), ``rank``, ``energy`` or ``vbmf`` set the ranks; ``layers``, ``include``,
-            ``exclude``, ``round_to``, ``scope``, ``cost`` and ``timed`` are explained at
-            :class:`onnxprune.factorization.settings.Request`.
+        shares: {name: (method, share of the layer's cost)} in place of choosing: the ranks of least loss within it.
+
+    ``ratio`` (0.3), ``rank``, ``energy`` or ``vbmf`` set the ranks; these and ``layers``, ``include``, ``exclude``,
+    ``round_to``, ``scope``, ``cost`` and ``timed`` are explained at
+    :class:`onnxprune.factorization.settings.Options`.
 
     Raises:
         UsageError: a value out of range, options that contradict each other, a pattern that matches nothing, a plan
@@ -53,25 +56,31 @@ class Factorize(Pass):
         ValidationError: the outputs of the new layers differ from those of the product of their weights.
     """
 
-    def __init__(
-        self,
-        method: str = "auto",
-        *,
-        plan: Plan | str | Path | None = None,
-        check: bool = True,
-        gains: Mapping[str, float] | None = None,
-        wanted: Mapping[str, tuple[str, float]] | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        self.request: Request = request_of(method, options)
-        self.check, self.gains, self.wanted = check, gains, wanted
-        self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    method: str = "auto"
+    _: KW_ONLY
+    plan: Plan | str | Path | None = None
+    check: bool = True
+    gains: Mapping[str, float] | None = None
+    shares: Mapping[str, tuple[str, float]] | None = None
+
+    def __post_init__(self) -> None:
+        self.request, self.replayed  # noqa: B018  # wrong values are errors of the construction
+
+    @cached_property
+    def request(self) -> Request:
+        """The settings, checked."""
+        return request_of(self.method, self)
+
+    @cached_property
+    def replayed(self) -> Plan | None:
+        """The plan, read from its file."""
+        return Plan.load(self.plan) if isinstance(self.plan, (str, Path)) else self.plan
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Choose layers and ranks, factorize, check the products."""
         before = model.parts
         with context.stage("factorize"):
-            work = prepare_work(context, model, self.request, self._methods(), every=self.plan is not None)
+            work = prepare_work(context, model, self.request, self._methods(), every=self.replayed is not None)
             choices = LayerChoices(reasons=dict(work.scan.reasons))
             done, remarks = self._choose(context, before, work, choices)
             if not done:
@@ -86,35 +95,33 @@ class Factorize(Pass):
             with context.stage("products"):
                 product = check_products(context, model, after, [(d.item, d.kernel) for d in done])
         factorized = model.with_parts(after, as_pruned=model.as_pruned or before, plan=_plan(context, model, done))
-        settings = Settings({"method": "a plan"} if self.plan is not None else self.request.settings)
+        settings = Settings({"method": "a plan"} if self.replayed is not None else self.request.settings)
         facts = describe_factors(context, factorized, work, done, choices.reasons, product)
         return PassResult(factorized, [settings, *map(Remark, remarks), *facts])
 
     def unchecked(self) -> Factorize:
         """Return the same pass without the check of products, for trials."""
-        other = copy(self)
-        other.check = False
-        return other
+        return replace(self, check=False)
 
     @property
     def _timed(self) -> bool:
         """Whether layers stay whole that do not get faster."""
-        return self.request.timed and self.request.method == "auto" and self.plan is None
+        return self.request.timed and self.request.method == "auto" and self.replayed is None
 
     def _methods(self) -> Sequence[str]:
-        if self.plan is not None:
-            return sorted({f.method for f in self.plan.factorized} & METHODS.keys())
+        if self.replayed is not None:
+            return sorted({f.method for f in self.replayed.factorized} & METHODS.keys())
         return AUTO if self.request.method == "auto" else (self.request.method,)
 
     def _choose(
         self, context: Context, before: ModelParts, work: Work, choices: LayerChoices
     ) -> tuple[list[LayerResult], Sequence[str]]:
         """Choose the layers to factorize with their methods and ranks, and the remarks about the choice."""
-        if self.plan is not None:
-            entries = [(f.layer, f.method, tuple(f.ranks)) for f in self.plan.factorized]
+        if self.replayed is not None:
+            entries = [(f.layer, f.method, tuple(f.ranks)) for f in self.replayed.factorized]
             choices.candidates = read_choices(work.layer_fits, entries)
-        elif self.wanted is not None:
-            choose_by_share(work.layer_fits, self.wanted, self.request.round_to, choices)
+        elif self.shares is not None:
+            choose_by_share(work.layer_fits, self.shares, self.request.round_to, choices)
         elif self.request.scope == "local" and self.request.method != "auto":
             spread(lambda one: choose_local(one, self.request, choices), list(work.layer_fits.values()))
             choices.candidates = {

@@ -28,7 +28,7 @@ from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult
 from onnxprune.report.facts import Fact, Fidelity, Finetuning, Remark
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
-from onnxprune.settings import effort_of
+from onnxprune.settings import effort_of, named_arguments
 from onnxprune.train.augment import Augmentation
 from onnxprune.train.loop import Course, Effort, train
 from onnxprune.train.losses import BALANCE, Losses
@@ -50,6 +50,7 @@ _PASSES = 3  # multiply-accumulates of a step, in runs of the model
 _LIVE = 2.5  # bytes alive during a step, relative to those of all activations
 
 
+@named_arguments()
 class Finetune(Pass):
     """Train the weights of a pruned model so that it answers as the original does.
 

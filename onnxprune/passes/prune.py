@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.allocation.settings import AUTO, Options, check_patterns, request_of
+from onnxprune.allocation.settings import AUTO, Options, Request, check_patterns, request_of
 from onnxprune.channels.analysis import Analysis, GroupView
 from onnxprune.channels.plan import Plan
 from onnxprune.channels.selection import make_plan, read_plan, removed_atoms
@@ -29,6 +30,7 @@ from onnxprune.passes.select import Selector
 from onnxprune.pipeline import UNPRUNED, Context, Model, ModelParts, Pass, PassResult
 from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import Fact, LayerFacts, Pruned, Remark, Settings, Sizes
+from onnxprune.settings import default, named_arguments
 
 Mask = NDArray[np.bool_]
 T = TypeVar("T")
@@ -38,7 +40,9 @@ COMPETING = {"scope": "global", "cost": "macs"}
 """How units compete by default under the criterion from data."""
 
 
-class Prune(Pass):
+@named_arguments()
+@dataclass(frozen=True, repr=False, eq=False)
+class Prune(Pass, Options):
     """Remove the least important units.
 
     Args:
@@ -48,8 +52,9 @@ class Prune(Pass):
         ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all together, see ``scope``.
         plan: a plan or its file, replayed instead of scoring.
         approximate: also prune through normalisations, which is not exact.
-        options: fields of :class:`onnxprune.allocation.settings.Request`, such as ``layers``, ``scope`` or ``policy``;
-            ``onnxprune.prune`` explains them.
+
+    Further arguments (``layers``, ``scope``, ``policy`` and so on) are those of
+    :class:`onnxprune.allocation.settings.Options`; ``onnxprune.prune`` explains them.
 
     Raises:
         UsageError: a value out of range, a pattern that matches nothing, a plan that does not fit, data that a
@@ -59,41 +64,54 @@ class Prune(Pass):
 
     requires = (UNPRUNED,)
 
-    def __init__(
-        self,
-        criterion: str | Criterion | None = None,
-        ratio: float = 0.3,
-        *,
-        plan: Plan | str | Path | None = None,
-        approximate: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        self._arguments: dict[str, Any] = {"ratio": ratio, "plan": plan, "approximate": approximate, **options}
-        self._is_default = criterion is None and plan is None
-        criterion = WITHOUT if criterion is None else criterion
-        self.criterion = get(criterion) if isinstance(criterion, str) else criterion
-        self.request = request_of(ratio, options)
-        if options.get("normalize", "auto") == "auto":
-            method = "none" if getattr(self.criterion, "comparable", False) else "mean"
-            self.request = replace(self.request, normalize=method)
-        self.name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom")
-        self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
-        self.approximate = approximate
+    criterion: str | Criterion | None = None
+    ratio: float = default("ratio")
+    _: KW_ONLY
+    plan: Plan | str | Path | None = None
+    approximate: bool = False
+
+    def __post_init__(self) -> None:
+        self.request, self.replayed  # noqa: B018  # wrong values are errors of the construction
+
+    @cached_property
+    def score(self) -> Criterion:
+        """The function that scores slots."""
+        criterion = WITHOUT if self.criterion is None else self.criterion
+        return get(criterion) if isinstance(criterion, str) else criterion
+
+    @property
+    def name(self) -> str:
+        """The name of the criterion."""
+        criterion = WITHOUT if self.criterion is None else self.criterion
+        return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom")
+
+    @cached_property
+    def request(self) -> Request:
+        """The settings, checked."""
+        request = request_of(self.ratio, self)
+        if self.normalize != AUTO:
+            return request
+        return replace(request, normalize="none" if getattr(self.score, "comparable", False) else "mean")
+
+    @cached_property
+    def replayed(self) -> Plan | None:
+        """The plan, read from its file."""
+        return Plan.load(self.plan) if isinstance(self.plan, (str, Path)) else self.plan
 
     def __repr__(self) -> str:
-        what = "plan" if self.plan is not None else f"{self.name}, ratio {self.request.ratio:g}"
+        what = "plan" if self.replayed is not None else f"{self.name}, ratio {self.request.ratio:g}"
         return f"<Prune: {what}>"
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Choose units, prune the model, describe the removal."""
-        if self._is_default and context.calibration is not None:
-            return run_by_criterion(context, None, lambda c: self._with(c)(context, model))
+        if self.criterion is None and self.plan is None and context.calibration is not None:
+            return run_by_criterion(context, None, lambda c: self.by(c)(context, model))
         # Scoring from data runs the model, for long; everything else makes what stays.
-        with nullcontext() if self.plan is None and needs_of(self.criterion) else paused():
+        with nullcontext() if self.replayed is None and needs_of(self.score) else paused():
             analysis = self.prepared(context, model)
             with context.stage("cut"):
                 analysis, removed, parts, selector = self._cut(context, analysis)
-        criterion = self.name if self.plan is None else self.plan.criterion
+        criterion = self.name if self.replayed is None else self.replayed.criterion
         plan = make_plan(analysis, removed, criterion)
         plan.factorized = model.plan.factorized
         pruned = model.with_parts(
@@ -110,16 +128,16 @@ class Prune(Pass):
         settings = Settings({"criterion": criterion, **selection})
         return PassResult(pruned, [settings, *describe_removal(context, pruned, selector)])
 
-    def _with(self, criterion: str | Criterion) -> Prune:
+    def by(self, criterion: str | Criterion) -> Prune:
         """Return the pass with a criterion of the defaults; scores from data compare between groups."""
-        options = dict(self._arguments)
+        competing: dict[str, Any] = {}
         if criterion == WITH_DATA:
-            options |= {name: value for name, value in COMPETING.items() if options.get(name, AUTO) in (None, AUTO)}
-        return Prune(criterion, **options)
+            competing = {name: value for name, value in COMPETING.items() if getattr(self, name) in (None, AUTO)}
+        return replace(self, criterion=criterion, **competing)
 
     def selector(self, context: Context, analysis: Analysis) -> Selector:
         """Return the selector of units, to select units without pruning: ``selector(...).at(ratio)``."""
-        return Selector(context, analysis, self.request, self.criterion, self.name)
+        return Selector(context, analysis, self.request, self.score, self.name)
 
     def prepared(self, context: Context, model: Model) -> Analysis:
         """Return the analysis of the current model, renewed where a pass has changed the model since.
@@ -142,10 +160,10 @@ class Prune(Pass):
         seconds: dict[str, float] = {}
         for _ in range(len(analysis.graph.nodes) + 1):
             selector = None
-            if self.plan is not None:
-                analysis, mask = read_plan(analysis, self.plan)
+            if self.replayed is not None:
+                analysis, mask = read_plan(analysis, self.replayed)
             else:
-                selector = Selector(context, analysis, self.request, self.criterion, self.name, seconds)
+                selector = Selector(context, analysis, self.request, self.score, self.name, seconds)
                 analysis = selector.analysis
                 if not selector.ratios:
                     raise BudgetError("No channel of this model can be removed.", hint=reasons(analysis))

@@ -57,6 +57,7 @@ from onnxprune.runtime.capture import (
 from onnxprune.runtime.fidelity import Outputs, fidelity, hints_of
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed, spread
+from onnxprune.settings import named_arguments
 
 # -- what a recovery is worth ------------------------------------------------------------------------------------------
 
@@ -385,6 +386,7 @@ class _Outcome:
     worse: bool = False
 
 
+@named_arguments()
 class Recover(Pass):
     """Recover a pruned model in closed form.
 

@@ -16,6 +16,7 @@ from onnxprune.passes.workspace import Workspace, synthetic_feeds, timing_feed
 from onnxprune.pipeline import SAME_MODEL, SAME_REMOVAL, Context, Model, Pass, PassResult
 from onnxprune.report.facts import Exactness, Fact, Remark, Sizes
 from onnxprune.runtime import fidelity, latency
+from onnxprune.settings import named_arguments
 
 # Default number of the user's samples to measure on.
 ENOUGH = 256
@@ -23,6 +24,7 @@ ENOUGH = 256
 _LEAST_SECONDS = 0.4
 
 
+@named_arguments()
 class Validate(Pass):
     """Check the structure; compare with the masked original and with the original; time both.
 

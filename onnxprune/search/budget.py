@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar, Unpack
-from warnings import warn
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,6 @@ from onnxprune.pipeline import (
     Pass,
     PassResult,
     Progress,
-    Requirement,
     Result,
     WorkShare,
 )
@@ -46,6 +44,7 @@ from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated,
 from onnxprune.search.refine import Refine, cuts
 from onnxprune.search.sensitivity import measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
+from onnxprune.settings import named_arguments
 from onnxprune.targets import Target
 
 Array = NDArray[np.float64]
@@ -60,7 +59,9 @@ _HALVINGS = 6
 _FAITHFUL = 1e-4
 
 
-class Budget(Pass):
+@named_arguments(wishes="spec")
+@dataclass(frozen=True, repr=False, eq=False)
+class Budget(Pass, Options):
     """Prune to targets.
 
     Counts per group come from knapsacks over costs and scores, output sensitivities (with data: the change of the
@@ -76,53 +77,42 @@ class Budget(Pass):
         recover: mode of the recovery.
         why: origin of that mode, for the report.
         approximate: also prune through normalisations.
-        wishes: former name of ``spec``.
-        options: those of :class:`onnxprune.allocation.settings.Request` that select the groups to prune and the scoring
-            of their units.
+
+    Further arguments (``layers``, ``scope``, ``policy`` and so on) are those of
+    :class:`onnxprune.allocation.settings.Options`; ``steps`` has no meaning here.
 
     Raises:
         BudgetError: a target cannot be reached or a gate not be met; the error carries the best result, what limits it,
             and the nearest budget that works.
     """
 
-    requires: Sequence[Requirement] = (UNPRUNED,)
+    requires = (UNPRUNED,)
 
-    def __init__(
-        self,
-        spec: BudgetSpec | None = None,
-        criterion: str | Criterion | None = None,
-        *,
-        recover: str = "none",
-        why: str = "asked for",
-        approximate: bool = False,
-        wishes: BudgetSpec | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        if wishes is not None:
-            warn("The argument wishes of Budget is called spec", DeprecationWarning, stacklevel=2)
-            spec = wishes if spec is None else spec
-        if spec is None:
-            raise TypeError("Budget.__init__() missing 1 required positional argument: 'spec'")
-        self.spec, self.criterion, self.mode, self.why = spec, criterion, check_mode(recover), why
-        self.approximate, self.options = approximate, options
-        if self.mode != "none":
-            self.requires = (UNPRUNED, HAS_INPUTS)
-        if options.get("steps", 1) != 1:
+    spec: BudgetSpec
+    criterion: str | Criterion | None = None
+    _: KW_ONLY
+    recover: str = "none"
+    why: str = "asked for"
+    approximate: bool = False
+
+    def __post_init__(self) -> None:
+        if check_mode(self.recover) != "none":
+            object.__setattr__(self, "requires", (UNPRUNED, HAS_INPUTS))
+        if self.steps != 1:
             raise UsageError(
                 f"{argument('steps')} has no meaning with a budget",
                 hint=f"A budget prunes in one step: drop {argument('steps')}.",
             )
-        if options.get("max_ratio") is None:
-            self.options = {**options, "max_ratio": WIDEST}
 
     @property
     def label(self) -> str:
         """Return the name of the pass with its mode of recovery."""
-        return f"recover {self.mode!r}"
+        return f"recover {self.recover!r}"
 
     def prune(self, criterion: str | Criterion) -> Prune:
         """Return the pass that scores the units."""
-        return Prune(criterion, 0.5, approximate=self.approximate, **self.options)
+        widest = WIDEST if self.max_ratio is None else self.max_ratio
+        return Prune(criterion, 0.5, approximate=self.approximate, **{**self.arguments, "max_ratio": widest})
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Search, prune and recover."""
@@ -147,7 +137,7 @@ class Budget(Pass):
         plan = make_plan(analysis, best.removed, prune.name)
         plan.factorized = final.model.plan.factorized
         pruned = replace(final.model, plan=plan)
-        recovery = replace(final.recovery.whole, mode=self.mode, why=self.why)
+        recovery = replace(final.recovery.whole, mode=self.recover, why=self.why)
         facts = [
             Settings(
                 {"criterion": prune.name, **prune.request.settings, "scope": "budget", "effort": context.effort.name}
@@ -165,7 +155,7 @@ class Budget(Pass):
         for _ in range(len(analysis.graph.nodes) + 1):
             try:
                 with context.stage("budget"):
-                    return Search(context, analysis, self.spec, prune, self.mode, before).run()
+                    return Search(context, analysis, self.spec, prune, self.recover, before).run()
             except CannotRewrite as stop:
                 analysis = frozen_at(analysis, stop, np.ones(analysis.units.component.size, dtype=bool))
         raise AssertionError("every node was frozen")  # pragma: no cover
@@ -459,11 +449,7 @@ class Search:
             return None
         if self._mixture_of is None or self._mixture_of.costs is not problem.costs:
             request = self.prune.request
-            options: FactorOptions = {
-                "include": request.include,
-                "exclude": request.exclude,
-                "round_to": request.least_multiple,
-            }
+            options = FactorOptions(include=request.include, exclude=request.exclude, round_to=request.least_multiple)
             self._mixture_of = Mixture(self.context, problem, options)
         return self._mixture_of
 

@@ -74,7 +74,7 @@ class Mixture:
                 hint="Drop one of the two, or give a target of macs.",
             )
         trial_context, model = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)
-        request = request_of("auto", {**options, "ratio": 0.5, "cost": _furthest(problem), "timed": False})
+        request = request_of("auto", replace(options, ratio=0.5, cost=_furthest(problem), timed=False))
         work = prepare_work(trial_context, model, request, AUTO, every=False)
         joint = JointBudget(work, AUTO, LayerChoices())
         self.gains = {o.layer.name: g for o, g in zip(joint.layer_fits, joint.gains, strict=True)}
@@ -107,7 +107,7 @@ class Mixture:
                 return -np.inf
             factorize = candidate.factorize
             assert factorize is not None
-            key = candidate.removed.tobytes(), repr(factorize.wanted or factorize.request.share)
+            key = candidate.removed.tobytes(), repr(factorize.shares or factorize.request.share)
             if key not in losses:
                 evaluation = judge(candidate)
                 losses[key] = -np.inf if evaluation is None else evaluation.quality.fine
@@ -220,8 +220,8 @@ class Mixture:
         saved = 1.0 - limits[kind] / costs[kind]
         if not 0 < saved < 1:
             return None
-        options: Options = {**self._options, "ratio": saved, "timed": False, "cost": _counted_as(kind)}
-        return Factorize("auto", gains=gains, **options)
+        options = replace(self._options, ratio=saved, timed=False, cost=_counted_as(kind))
+        return Factorize("auto", gains=gains, **options.arguments)
 
     def _as_timed(self, levels: Counts) -> Factorize | None:
         """Return the methods and shares of the work that were timed, for the layers after pruning."""
@@ -232,8 +232,8 @@ class Mixture:
                 requested[layer_fits.layer.name] = choice.method, layer_fits.share(choice, "macs")
         if not requested:
             return None
-        options: Options = {**self._options, "ratio": 0.5, "timed": False, "cost": "macs"}
-        return Factorize("auto", wanted=requested, **options)
+        options = replace(self._options, ratio=0.5, timed=False, cost="macs")
+        return Factorize("auto", shares=requested, **options.arguments)
 
     def _even(self, problem: SearchProblem) -> float:
         """Return the rate at which groups and layers have the same marginal loss half the way to the targets."""

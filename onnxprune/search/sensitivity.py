@@ -25,7 +25,7 @@ from onnxprune.io.files import user_cache
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
 from onnxprune.passes.recover import noise
 from onnxprune.passes.select import Selector
-from onnxprune.pipeline import Context
+from onnxprune.pipeline import Context, RunSettings
 from onnxprune.runtime import sessions
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import Outputs
@@ -114,8 +114,8 @@ def _context(key: _Key) -> Context:
     """Return the run of one model, analysed once per worker."""
     job = key.job
     data = None if job.feeds is None else list(job.feeds)
-    how: dict[str, Any] = {"input_shapes": job.input_shapes, "approximate": job.approximate, "outputs": job.outputs}
-    return Context.of(job.model, data=data, seed=job.seed, **how)
+    run = RunSettings(data=data, seed=job.seed, input_shapes=job.input_shapes, outputs=job.outputs)
+    return Context.of(job.model, run, approximate=job.approximate)
 
 
 def measure_sensitivity(

@@ -58,13 +58,13 @@ def _sweep(
     analysis = rewritable_sizes(prune.prepared(context, Model.of(context.analysis))).analysis
     metric = budget.spec.metric
     before = points_of_original(analysis, metric)
-    search = Search(context, analysis, budget.spec, prune, budget.mode, before)
+    search = Search(context, analysis, budget.spec, prune, budget.recover, before)
     original = SweepPoint("", sum(x.macs_before for x in analysis.layers), analysis.parameters, analysis.loaded.size)
     original.points, original.cosine = before, 1.0
     facts = SweepFacts(
         str(analysis.loaded.path or "the model"), points_name(metric), context.device.threads, points=[original]
     )
-    facts.settings = {"criterion": prune.name, "recover": budget.mode, "kind": kind}
+    facts.settings = {"criterion": prune.name, "recover": budget.recover, "kind": kind}
     with context.stage("sweep"), Workspace.of(analysis) as trial:
         problem = search.problem([Target(kind, 1.0)])
         files = [trial.original]

@@ -17,7 +17,7 @@ import onnxprune as op
 from onnxprune.allocation.costs import Sizes
 from onnxprune.allocation.latency_model import Latency, LatencyTable, NodeKinds, fit_model, samples_of
 from onnxprune.errors import UsageError
-from onnxprune.pipeline import Context
+from onnxprune.pipeline import Context, RunSettings
 from onnxprune.runtime.latency import device
 from onnxprune.runtime.sessions import open_session
 from onnxprune.search.latency import block_levels, check_runs, fit_runs, latency_table, line, rewritable_sizes, steadied
@@ -209,7 +209,7 @@ def test_a_provider_that_does_not_start_is_no_other_device(monkeypatch: pytest.M
 
 
 def test_a_table_is_measured_once_per_device(tmp_path: Path) -> None:
-    context = Context.of(MODELS / "recurrent.onnx", cache=tmp_path, threads=1)
+    context = Context.of(MODELS / "recurrent.onnx", RunSettings(cache=tmp_path, threads=1))
     sizes = rewritable_sizes(context.analysis)
     table = latency_table(context, sizes, seconds=0.1)
     assert table.seconds > 0 and table.samples and len(table.checks) > 3

@@ -13,7 +13,7 @@ import onnxprune as op
 from onnxprune.channels.analysis import Analysis
 from onnxprune.importance.slots import claims
 from onnxprune.passes.gradients import score_gradients, weight_scores
-from onnxprune.pipeline import Context
+from onnxprune.pipeline import Context, RunSettings
 
 SAMPLES, CLASSES = 6, 3
 X = np.random.default_rng(3).standard_normal((SAMPLES, 5)).astype(np.float32)
@@ -28,7 +28,8 @@ def mlp(softmax: bool = True) -> onnx.ModelProto:
 
 
 def context(labels: Any = None, **arguments: Any) -> Context:
-    return Context.of(mlp(), data={"x": X}, labels=labels, batch_size=2, seed=7, **arguments)
+    run = RunSettings(data={"x": X}, labels=labels, batch_size=2, seed=7, **arguments)
+    return Context.of(mlp(), run)
 
 
 def scores_of(weights: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from onnxprune.graph.probes import InputSpec
 from onnxprune.importance import statistics
 from onnxprune.importance.slots import CapturedMaps
 from onnxprune.passes.calibrate import captured_maps
-from onnxprune.pipeline import Context
+from onnxprune.pipeline import Context, RunSettings
 from onnxprune.runtime import capture as module
 from onnxprune.runtime.capture import Checkpoint, Request, capture, count, to_maps
 from onnxprune.runtime.data import open_data
@@ -57,7 +57,7 @@ def network(width: int = 8, seed: int = 0) -> onnx.ModelProto:
 def taken(
     data: Any, model: onnx.ModelProto | None = None, needs: tuple[str, ...] = ("moments", "gram"), **settings: Any
 ) -> CapturedMaps:
-    context = Context.of(network() if model is None else model, data=data, **settings)
+    context = Context.of(network() if model is None else model, RunSettings(data=data, **settings))
     analysis = context.analysis
     return captured_maps(context, analysis, analysis.units.groups, needs)
 
@@ -295,7 +295,7 @@ def test_a_cache_of_something_else_is_not_used(
 
 
 def test_what_was_cut_before_makes_a_cache_of_its_own(tmp_path: Path, calls: list[int]) -> None:
-    context = Context.of(network(), data=Stream(4), cache=tmp_path)
+    context = Context.of(network(), RunSettings(data=Stream(4), cache=tmp_path))
     analysis = context.analysis
     groups = analysis.units.groups
     whole = captured_maps(context, analysis, groups, ("moments",))
@@ -356,7 +356,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(monkeypatch: pytest.Mon
     model = network(32)
 
     def peak(samples: int) -> int:
-        context = Context.of(model, data=Stream(samples), batch_size=8)
+        context = Context.of(model, RunSettings(data=Stream(samples), batch_size=8))
         analysis = context.analysis
         tracemalloc.start()
         captured_maps(context, analysis, analysis.units.groups, ("moments", "gram"))

@@ -21,7 +21,7 @@ from onnxprune.importance.criteria import Slot
 from onnxprune.importance.slots import CapturedMaps, map_slots
 from onnxprune.passes import Prune
 from onnxprune.passes.calibrate import captured_maps
-from onnxprune.pipeline import Context, Model, Result
+from onnxprune.pipeline import Context, Model, Result, RunSettings
 
 Array = NDArray[Any]
 NEEDS = ("moments", "similarity", "gram")
@@ -132,7 +132,7 @@ def make(build: Callable[[Net], str], seed: int = 0) -> tuple[onnx.ModelProto, d
 
 
 def started(model: onnx.ModelProto, data: Any, **settings: Any) -> tuple[Context, Analysis]:
-    context = Context.of(model, data=data, **settings)
+    context = Context.of(model, RunSettings(data=data, **settings))
     return context, context.analysis
 
 

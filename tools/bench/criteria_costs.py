@@ -32,12 +32,12 @@ def capture_overhead(path: Path, data: Path, samples: int, needs: Sequence[str])
     front of contractions besides.
     """
     from onnxprune.io.write import save
-    from onnxprune.passes import Context
+    from onnxprune.passes import Context, RunSettings
     from onnxprune.passes.calibrate import captured_maps
     from onnxprune.passes.calibration import CalibrationBatches
     from onnxprune.runtime.sessions import open_session, run
 
-    context = Context.of(path, data=data, samples=limit(data, samples))
+    context = Context.of(path, RunSettings(data=data, samples=limit(data, samples)))
     analysis = context.analysis
     groups = [g for g in analysis.units.groups if g.prunable]
     source = CalibrationBatches(context, analysis)

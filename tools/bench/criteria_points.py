@@ -117,6 +117,6 @@ def nearest_cut(cut: Any, kept: Any, share: float) -> tuple[float, float, Any]:
 @lru_cache(maxsize=1)
 def _context(path: Path, data: Path | None, samples: int, cache: Path) -> Any:
     """One analysis per model and worker; captured statistics are kept in ``cache``."""
-    from onnxprune.passes import Context
+    from onnxprune.passes import Context, RunSettings
 
-    return Context.of(path, data=data, samples=limit(data, samples) if data else None, cache=cache)
+    return Context.of(path, RunSettings(data=data, samples=limit(data, samples) if data else None, cache=cache))

@@ -57,9 +57,9 @@ def _result(job: Job) -> Any:
     if job.way == PRUNE:
         from bench.criteria_points import Combination, choosing, nearest_cut
         from onnxprune.channels.selection import make_plan
-        from onnxprune.passes import Context
+        from onnxprune.passes import Context, RunSettings
 
-        context = Context.of(job.path, data=job.data, samples=limit(job.data, job.samples))
+        context = Context.of(job.path, RunSettings(data=job.data, samples=limit(job.data, job.samples)))
         criterion = "l2" if data is None else "ziplm"
         cut, kept = choosing(context, Combination(criterion, "global", "default" if data is None else "none", "macs"))
         take: Any = op.passes.Prune(plan=make_plan(context.analysis, nearest_cut(cut, kept, job.share)[2], criterion))

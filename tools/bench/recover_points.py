@@ -44,10 +44,10 @@ def run_job(job: Job) -> dict[str, Any]:
 
 def _choose(job: Job) -> tuple[Any, float, float]:
     from onnxprune.channels.selection import make_plan
-    from onnxprune.passes import Context
+    from onnxprune.passes import Context, RunSettings
 
     start = time.perf_counter()
-    context = Context.of(job.path, data=job.data, samples=limit(job.data, job.samples), cache=job.cache)
+    context = Context.of(job.path, RunSettings(data=job.data, samples=limit(job.data, job.samples), cache=job.cache))
     cut, kept_by = choosing(context, job.combination)
     _, kept, mask = nearest_cut(cut, kept_by, job.share)
     seconds = time.perf_counter() - start
