@@ -18,7 +18,7 @@ LONGEST_FUNCTION = 60
 STAGES = [
     {"errors", "plugins", "garbage", "targets", "report.facts", "io.files"},
     {"settings"},
-    {"operators.registry", "operators.codes", "operators.operands", "operators.contractions"},
+    {"operators.registry", "operators.codes", "operators.operands", "operators.contractions", "operators.kernels"},
     {"io"},
     {"graph"},
     {"labels"},
@@ -158,8 +158,9 @@ def test_packages_have_owners(package: str, owners: tuple[str, ...]) -> None:
         ("importance.criteria", ("importance.criteria", "importance.statistics", "errors", "plugins")),
         ("importance.statistics", ("importance.statistics", "errors", "plugins")),
         ("operators.contractions", ("operators.contractions",)),
-        ("factorization.decompositions", ("factorization.decompositions",)),
-        ("factorization.ranks", ("factorization.decompositions",)),
+        ("operators.kernels", ()),
+        ("factorization.decompositions", ("operators.kernels",)),
+        ("factorization.ranks", ("factorization.decompositions", "operators.kernels")),
     ],
 )
 def test_some_modules_know_arrays_only(name: str, allowed: tuple[str, ...]) -> None:

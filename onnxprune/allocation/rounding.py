@@ -49,6 +49,7 @@ from onnxprune.devices import Kernels
 from onnxprune.graph import cost
 from onnxprune.graph.view import Node
 from onnxprune.labels.label import Ids
+from onnxprune.operators.registry import rule_of
 
 AUTO = "auto"
 
@@ -87,9 +88,6 @@ def halved(multiple: int, steps: int) -> int:
 
 # -- the groups of a model ---------------------------------------------------------------------------------------------
 
-_CONVOLUTIONS = ("Conv", "ConvTranspose", "QLinearConv", "ConvInteger", "FusedConv", "NhwcConv", "NhwcFusedConv")
-_CHANNELS_LAST = ("NhwcConv", "NhwcFusedConv")
-_QUANTIZED = ("QLinear", "Integer", "DynamicQuantize", "QGemm", "QAttention")
 # Share of the gap between two allowed counts that the one taken may be away from the ratio.
 _FAR = 0.75
 # Groups that are moved to another count at most: each needs a row of costs.
@@ -128,23 +126,23 @@ class Rounding:
 
     def _wanted(self, node: Node) -> list[tuple[str, int, int]]:
         """Return (tensor, axis, multiple of its channels) for what a layer writes and reads."""
-        graph, shape = self._analysis.graph, self._analysis.facts.shape
-        data, out = node.inputs[0], node.outputs[0]
+        graph, shape, rule = self._analysis.graph, self._analysis.facts.shape, rule_of(node)
+        data, out = node.inputs[rule.data], node.outputs[0]
         producer = graph.producer.get(data)
-        quantized = any(q in node.op for q in _QUANTIZED) or (
-            producer is not None and producer.op == "DequantizeLinear"
-        )
+        quantized = rule.integer or (producer is not None and rule_of(producer).decodes)
         multiple = functools.partial(self.kernels.of, quantized=quantized)
         before, after = shape(data), shape(out)
         if not before or not after:
             return []
-        if node.op not in _CONVOLUTIONS:
-            axis = cost.channel_axis(node, graph, shape)
-            last = 0 if node.op == "Gemm" and node.attrs.get("transA", 0) else len(before) - 1
+        axis = cost.channel_axis(node, graph, shape)
+        if not rule.slides:
+            form = rule.form(node, [shape(n) if n else None for n in node.inputs], rule.data)
+            inner = len(before) - 1 if form is None else form.axes[-1]
             written = [] if axis is None else [(out, axis, multiple("features"))]
-            return [*written, (data, last, multiple("inner"))]
-        last = node.op in _CHANNELS_LAST or bool(node.attrs.get("channels_last", 0))
-        axis, other = (len(after) - 1, len(before) - 1) if last else (1, 1)
+            return [*written, (data, inner, multiple("inner"))]
+        if axis is None:
+            return []
+        other = 1 if axis == 1 else len(before) - 1
         groups = int(node.attrs.get("group", 1))
         if groups == 1:
             return [(out, axis, multiple("writes")), (data, other, multiple("reads"))]

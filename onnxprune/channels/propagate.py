@@ -9,7 +9,7 @@ from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph, Node
 from onnxprune.labels.atoms import Atoms, Reason
 from onnxprune.operators.context import Step, Table
-from onnxprune.operators.registry import NO_RULE, lookup
+from onnxprune.operators.registry import NoRule, lookup
 
 # A rule that raises is a bug; users still get a correct model because the node is frozen. Tests set this to
 # see the bug.
@@ -54,7 +54,7 @@ def _push(node: Node, table: Table) -> None:
         if not rule.makes_labels:
             return
     step = Step(node, table)
-    if rule is NO_RULE:
+    if isinstance(rule, NoRule):
         domain = node.domain or "ai.onnx"
         _freeze_inputs(step, Reason.NO_RULE, f"no rule for {domain}.{node.op} (opset {node.version})")
         return

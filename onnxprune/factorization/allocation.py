@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxprune.errors import UsageError
-from onnxprune.factorization.decompositions import METHODS, Fit, Method, Metric, Ranks, Real, elements
+from onnxprune.factorization.decompositions import METHODS, Fit, Method, Metric, Ranks
 from onnxprune.factorization.layers import Layer
 from onnxprune.factorization.ranks import Choice, by_energy, by_vbmf, within
 from onnxprune.factorization.settings import Request
+from onnxprune.operators.kernels import Real, elements
 
 AUTO = ("svd", "tucker", "spatial-svd")
 """Methods that ``auto`` tries. CP is excluded: its rank must be known before the fit, and its filters are slow."""

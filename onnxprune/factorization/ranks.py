@@ -9,7 +9,8 @@ from itertools import product
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from onnxprune.factorization.decompositions import Array, Fit, Method, Mode, Ranks, Real
+from onnxprune.factorization.decompositions import Fit, Method, Mode, Ranks
+from onnxprune.operators.kernels import Array, Real
 
 
 def vbmf_rank(energies: Array, long: int, total: float | None = None) -> int:

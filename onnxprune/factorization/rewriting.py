@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
 
-from onnxprune.factorization.decompositions import Array, Factor, Real
-from onnxprune.factorization.layers import Layer, NewNames
+from onnxprune.factorization.layers import Layer
 from onnxprune.graph.view import Graph, GraphEditor, connect
 from onnxprune.io.weights import ArrayWeight, Weight
+from onnxprune.operators.factoring import Description
+from onnxprune.operators.kernels import Array, Factor, Real
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,43 @@ def replace_layers(graph: Graph, weights: MutableMapping[str, Weight], factorize
     writer.drop({item.layer.weight for item in factorized})
 
 
+@dataclass(slots=True)
+class _Nodes:
+    """The nodes in the place of one layer: what :class:`onnxprune.operators.factoring.Replacement` asks for."""
+
+    proto: onnx.NodeProto
+    description: Description
+    opset: int
+    tensor_name: Callable[[str], str]
+    node_name: Callable[[str], str]
+    constant_name: Callable[[str, Array], str]
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+
+    def tensor(self, role: str) -> str:
+        return self.tensor_name(role)
+
+    def constant(self, role: str, values: Array) -> str:
+        return self.constant_name(role, values)
+
+    def add(self, role: str, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
+        node = onnx.helper.make_node(op, inputs, [output], name=self.node_name(role), **attributes)
+        self.nodes.append(node)
+
+    def copy(self, role: str, inputs: Sequence[str], outputs: Sequence[str], **changes: Any) -> None:
+        node = onnx.NodeProto()
+        node.CopyFrom(self.proto)
+        for name, value in changes.items():
+            for attribute in [a for a in node.attribute if a.name == name]:
+                node.attribute.remove(attribute)
+            if value is not None:
+                node.attribute.append(onnx.helper.make_attribute(name, value))
+        del node.input[:], node.output[:]
+        node.input.extend(inputs)
+        node.output.extend(outputs)
+        node.name = self.node_name(role)
+        self.nodes.append(node)
+
+
 class _Writer:
     """New names and constants of one rewriting."""
 
@@ -57,7 +95,7 @@ class _Writer:
         """Return nodes in the place of every node that reads the layer's weight, by the first output of that node."""
         layer = item.layer
         old = self._weights[layer.weight]
-        arrays = layer.operator.constants(item.factors, layer.description, old.shape)
+        arrays = layer.factoring.constants(item.factors, layer.description, old.shape)
         roles = [f.stage.role for f in item.factors]
         names = [
             self._constant(f"{layer.weight}/{item.method}_", role, array, old.dtype)
@@ -66,22 +104,23 @@ class _Writer:
         result = {}
         for use in layer.uses:
             label, out = use.node.label, next(o for o in use.node.outputs if o)
-            made = NewNames(
-                tensor=partial(self._unused, self._used_names, f"{out}/{item.method}_"),
-                node=partial(self._unused, self._labels, f"{label}/{item.method}_"),
-                constant=partial(self._constant, f"{layer.weight}/", dtype=old.dtype),
-                description=layer.description,
-                opset=self._graph.opsets.get("", 1),
+            made = _Nodes(
+                use.node.proto,
+                layer.description,
+                self._graph.opsets.get("", 1),
+                tensor_name=partial(self._unused, self._used_names, f"{out}/{item.method}_"),
+                node_name=partial(self._unused, self._labels, f"{label}/{item.method}_"),
+                constant_name=partial(self._constant, f"{layer.weight}/", dtype=old.dtype),
             )
-            nodes = layer.operator.nodes(use.node, item.factors, names, made)
+            layer.factoring.replace(use.node, item.factors, names, made)
             if item.shift is not None:
-                connect(nodes[-1], *self.shifted(nodes[-1].input, layer, item.shift, old.dtype))
-            result[out] = nodes
+                connect(made.nodes[-1], *self.shifted(made.nodes[-1].input, layer, item.shift, old.dtype))
+            result[out] = made.nodes
         return result
 
     def shifted(self, inputs: Sequence[str], layer: Layer, shift: Real, dtype: Any) -> tuple[int, str]:
         """Return the position of the bias of a node that has one, and the name of the bias with the shift."""
-        position = layer.operator.bias(layer.uses[0].node)
+        position = layer.factoring.bias(layer.uses[0].node)
         assert position is not None
         bias_name = inputs[position] if position < len(inputs) else ""
         value = shift
@@ -132,5 +171,5 @@ def compose_layers(
 
 def composed_weight(layer: Layer, kernel: Real, old: Weight) -> Weight:
     """Return a kernel [parts, inputs, *kernel, outputs] in the layout of the layer's own weight."""
-    value = layer.operator.weight(kernel, layer.description, old.read())
+    value = layer.factoring.weight(kernel, layer.description, old.read())
     return ArrayWeight(old.name, np.ascontiguousarray(value.astype(old.dtype)))

@@ -123,7 +123,7 @@ def _operands(graph: Graph, constant: set[str]) -> Iterator[Node]:
         if any(o in constant for o in node.outputs):
             if _hides_labels(graph, node) or not hidden.isdisjoint(node.inputs):
                 are_small = all(n in values or _is_small(graph, n) for n in node.inputs if n)
-                if are_small or (node.op in ("Shape", "Size") and node.inputs[0] in graph.weights):
+                if are_small or (rule_of(node).reads_sizes and node.inputs[0] in graph.weights):
                     values.update(_results(graph, node, values) or {})
                 # A single number, such as a scale from a size, meets channels as any number does.
                 hidden.update(o for o in node.outputs if o not in values or values[o].size > 1)
@@ -252,7 +252,7 @@ def _is_small(graph: Graph, name: str) -> bool:
 
 def _results(graph: Graph, node: Node, values: dict[str, Array]) -> dict[str, Array] | None:
     """Evaluate a node on values and weights; return its outputs by name, None where it cannot be evaluated."""
-    if node.op in ("Shape", "Size") and node.inputs[0] in graph.weights:
+    if rule_of(node).reads_sizes and node.inputs[0] in graph.weights:
         # Only the sizes matter, however large it is.
         results = evaluate(node, [np.broadcast_to(np.zeros((), np.int8), graph.weights[node.inputs[0]].shape)])
     else:

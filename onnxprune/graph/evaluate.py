@@ -16,22 +16,7 @@ from onnxprune.graph.shapes import output_shapes
 from onnxprune.graph.view import CONTROL, Node
 from onnxprune.operators.registry import rule_of
 
-# Before opset 13 these flattened all axes from theirs on, which the evaluator does not implement.
-_COERCING = {"Softmax", "LogSoftmax", "Hardmax"}
-
 Values = list["np.ndarray | None"]
-
-# Nodes that must not be folded although all their inputs are known: their result is not a function of their inputs.
-RANDOM = {
-    "RandomNormal",
-    "RandomUniform",
-    "RandomNormalLike",
-    "RandomUniformLike",
-    "Bernoulli",
-    "Multinomial",
-    "Dropout",
-}
-
 
 # Limits on the elements of a result: absolute, and as a multiple of the elements of its inputs.
 _MOST, _TIMES = 1 << 22, 16
@@ -74,14 +59,15 @@ def _largest(values: Values) -> int:
 
 def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
     """Evaluate ``node`` on known inputs, None for an absent optional one; return None where it cannot be evaluated."""
-    # An empty sequence is no array.
-    if node.op in RANDOM or node.op in CONTROL or node.op == "SequenceEmpty":
+    rule = rule_of(node)
+    # Nothing random is folded: its result is not a function of its inputs.
+    if rule.random or rule.training is not None or node.op in CONTROL:
         return None
     try:
         if _elements(node, values) > max(_MOST, _TIMES * sum(v.size for v in values if v is not None)):
             return None
         with np.errstate(all="ignore"):
-            result = rule_of(node).evaluate(node, values)
+            result = rule.evaluate(node, values)
             if result is None:
                 return _reference(node, values)
             return result if isinstance(result, list) else [np.asarray(result)]
@@ -90,7 +76,7 @@ def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
 
 
 def _reference(node: Node, values: Sequence[np.ndarray | None]) -> list[np.ndarray] | None:
-    if node.domain != "" or (node.op in _COERCING and node.version < 13):
+    if node.domain != "":
         return None
     # A model around the node: for a lone node the evaluator takes the newest form, whatever opset it is given.
     feeds = {name: value for name, value in zip(node.inputs, values, strict=True) if name and value is not None}

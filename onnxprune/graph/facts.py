@@ -12,9 +12,9 @@ import numpy as np
 from onnxprune.graph.inference import Infer
 from onnxprune.graph.open_sizes import Conflict, Settled, Settler
 from onnxprune.graph.probes import Key, OpenSizes, Pair, beyond
-from onnxprune.graph.values import Probe, Values, is_small, size_of
+from onnxprune.graph.values import Probe, Values, is_small, operands_at, size_of
 from onnxprune.graph.view import Graph, Node
-from onnxprune.operators.registry import Move, rule_of
+from onnxprune.operators.registry import rule_of
 
 __all__ = ["Facts", "Infer", "Probe", "Values", "is_small", "study"]
 
@@ -136,9 +136,6 @@ def _settle_another(settler: Settler, facts: Facts, candidates: Iterable[dict[Ke
     return None
 
 
-_TABLES = {("Gather", 1), ("GatherElements", 1), ("GatherND", 1), ("OneHot", 0)}
-
-
 def integer_bounds(graph: Graph, facts: Facts) -> dict[str, tuple[int, int]]:
     """Return {input: (lowest, highest)} for graph inputs that reach the index of a table by moves and constant offsets.
 
@@ -187,25 +184,12 @@ def _max_index(graph: Graph, facts: Facts, name: str) -> int | None:
 
 
 def _limit(node: Node, i: int, facts: Facts) -> int | None:
-    if (node.op, i) not in _TABLES:
-        return None
-    if node.op == "OneHot":
-        depths = [p.values.get(node.inputs[1]) for p in facts.probes]
-        return min((int(d.ravel()[0]) - 1 for d in depths if d is not None), default=None)
-    shapes = [p.shapes.get(node.inputs[0]) for p in facts.probes]
-    axis = 0 if node.op == "GatherND" else node.attrs.get("axis", 0)
-    # A table that is read up to an open length is as long as the shortest of them.
-    return min((int(s[axis]) - 1 for s in shapes if s is not None and s[axis] is not None), default=None)
+    """Return the largest index that input ``i`` may hold; a table of an open length is as long as the shortest."""
+    limits = (rule_of(node).index_limit(node, i, *operands_at(node, probe)) for probe in facts.probes)
+    return min((limit - 1 for limit in limits if limit is not None), default=None)
 
 
 def _offset(node: Node, i: int, facts: Facts) -> int | None:
-    rule = rule_of(node)
-    keeps_order = rule.chooses or rule.moves is not None
-    if keeps_order and (i == 0 or rule.moves is Move.JOIN or rule.pointwise):
-        return 0
-    if node.op in ("Add", "Sub"):
-        others = [p.values.get(node.inputs[1 - i]) for p in facts.probes]
-        known = [int(np.max(v)) for v in others if v is not None and v.size]
-        if known:
-            return max(known) if node.op == "Add" else 0
-    return None
+    """Return the most that results exceed the integers of input ``i`` by; None where that is not known."""
+    shifts = (rule_of(node).index_shift(node, i, operands_at(node, probe)[1]) for probe in facts.probes)
+    return max((shift for shift in shifts if shift is not None), default=None)

@@ -282,7 +282,7 @@ def _walk(graph: Graph, nodes: Sequence[Node], probe: Probe, infer: Infer | None
     values, shapes, sizes = probe.values, probe.shapes, probe.sizes
     for node in nodes:
         values.step(node, shapes)
-        if node.op in ("Shape", "Size") or (not sizes.isdisjoint(node.inputs) and _from_sizes(node, sizes)):
+        if rule_of(node).reads_sizes or (not sizes.isdisjoint(node.inputs) and _from_sizes(node, sizes)):
             sizes.update([o for o in node.outputs if o and values.get(o) is not None])
         for name in node.outputs:
             if not name:
@@ -357,13 +357,6 @@ def _learn(name: str, inferred: _DeclaredType, probe: Probe) -> None:
         probe.shapes[name] = shape
 
 
-def _gives_codes(node: Node) -> bool:
-    """Return whether the results are codes: a product of matrices returns codes only with an output scale."""
-    if node.op == "QGemm":
-        return len(node.inputs) > 7 and bool(node.inputs[7])
-    return node.op.startswith("QLinear") or node.op == "QuantizeLinear"
-
-
 def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None:
     """Infer shapes of an operator without onnx schema.
 
@@ -372,7 +365,7 @@ def _infer_foreign(graph: Graph, node: Node, probe: Probe, infer: Infer) -> None
     shapes = [probe.elements.get(name, probe.shapes.get(name)) if name else None for name in node.inputs]
     results = infer(node, shapes, [probe.values.get(name) if name else None for name in node.inputs])
     kinds = [probe.dtypes.get(name) or _dtype_of(graph, name) for name in node.inputs if name]
-    allowed_kinds = _CODES if _gives_codes(node) else FLOATS
+    allowed_kinds = _CODES if rule_of(node).gives_codes(node) else FLOATS
     kind = next((k for k in kinds if k in allowed_kinds), kinds[0] if kinds else onnx.TensorProto.FLOAT)
     for name, shape in zip(node.outputs, results or (), strict=False):
         if name:

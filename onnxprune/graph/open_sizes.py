@@ -6,7 +6,7 @@ kernel, a mask and the keys that it hides), the open dimension that one of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +14,12 @@ import numpy as np
 
 from onnxprune.graph.inference import Infer, probe_at, probe_of
 from onnxprune.graph.probes import Dimensions, Key, Sizes
-from onnxprune.graph.values import Probe, size_of
+from onnxprune.graph.values import Probe, operands_at
 from onnxprune.graph.view import Graph, Node
 from onnxprune.operators.registry import rule_of
 
 Shapes = Sequence[Any]
 Known = Callable[[int], "np.ndarray | None"]
-
-
-_PACKED = {"MatMulBnb4", "MatMulFpQ4"}
-"""Products with packed weights that no rule prunes; the size of a row is an attribute."""
 
 
 def pairs(node: Node, shapes: Shapes, known: Known) -> list[tuple[int, int]]:
@@ -35,10 +31,7 @@ def pairs(node: Node, shapes: Shapes, known: Known) -> list[tuple[int, int]]:
         known: values of its inputs, by position.
     """
     try:
-        if node.op in _PACKED and node.domain == "com.microsoft":
-            sizes: Iterable[tuple[Any, Any]] = [(shapes[0][-1], node.attrs["K"])]
-        else:
-            sizes = rule_of(node).agreements(node, shapes, known)
+        sizes = rule_of(node).agreements(node, shapes, known)
         return [(0, 0) if None in pair else pair for pair in sizes]
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):  # unknown sizes or forms
         return []
@@ -126,12 +119,8 @@ class Settler:
             shape = shapes.get(node.outputs[0]) if node.outputs else None
             if shape is None or None in shape:
                 continue
-            if min(shape, default=0) < 0 or (node.op == "Pad" and not node.domain and _reflects_too_much(node, probe)):
+            if min(shape, default=0) < 0 or not _fits(node, probe, shape):
                 return Conflict(node)
-            if node.op == "Reshape" and not node.domain:
-                source = shapes.get(node.inputs[0])
-                if source is not None and None not in source and size_of(source) != size_of(shape):
-                    return Conflict(node)
         return None
 
     def _runs(self, node: Node, probe: Probe) -> bool:
@@ -142,12 +131,7 @@ class Settler:
 
     @staticmethod
     def _pairs(node: Node, probe: Probe) -> Sequence[tuple[int, int]]:
-        shapes, values, names = probe.shapes, probe.values, node.inputs
-        return pairs(
-            node,
-            [shapes.get(n) if n else None for n in names],
-            lambda i: values.get(names[i]) if i < len(names) and names[i] else None,
-        )
+        return pairs(node, *operands_at(node, probe))
 
     def _resolved(
         self, conflict: Conflict, sizes: Sizes, fixed: Sizes, solved: set[Key], probe: Probe
@@ -255,12 +239,7 @@ def _is_too_small(value: int | None, increasing: bool) -> bool:
     return value is None or (value < 0 if increasing else value > 0)
 
 
-def _reflects_too_much(node: Node, probe: Probe) -> bool:
-    shape = probe.shapes.get(node.inputs[0])
-    if node.attrs.get("mode", "constant") != "reflect" or shape is None or len(node.inputs) > 3:
-        return False
-    value = probe.values.get(node.inputs[1]) if len(node.inputs) > 1 else None
-    pads = node.attrs.get("pads", []) if value is None else value.ravel().tolist()
-    return len(pads) == 2 * len(shape) and any(
-        n is not None and p >= n for p, n in zip(pads, (*shape, *shape), strict=True)
-    )
+def _fits(node: Node, probe: Probe, out: Sequence[int]) -> bool:
+    """Return whether a node runs at a probe, as far as its rule says."""
+    shapes, read = operands_at(node, probe)
+    return rule_of(node).fits(node, shapes, out, read)

@@ -1,4 +1,4 @@
-"""Precision of the arithmetic on the way to a tensor, and the operators that choose or draw."""
+"""Precision of the arithmetic on the way to a tensor, and the operators that jump or draw."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy as np
 import onnx
 
 from onnxprune.graph.view import Graph, Node
-from onnxprune.operators.registry import Move, rule_of
-
-_QUANTISED = ("Quantize", "QLinear", "QGemm", "QAttention", "QMoE", "MatMulInteger", "ConvInteger", "MatMulNBits")
+from onnxprune.operators.registry import Move, Rule, lookup, rule_of
 
 
 def epsilons(graph: Graph, kinds: Mapping[str, int]) -> dict[str, float]:
@@ -19,7 +17,7 @@ def epsilons(graph: Graph, kinds: Mapping[str, int]) -> dict[str, float]:
 
     Tensors that are only stored in half precision (an embedding, a weight that is cast) count as exact, and so do
     weights. Types of 8 bits and fewer do not count: their rounding would make a comparison meaningless. Rounding to
-    them is a choice (:func:`chooses`).
+    them is a choice (:func:`jumps`).
 
     Args:
         graph: the model's view.
@@ -43,7 +41,7 @@ def epsilons(graph: Graph, kinds: Mapping[str, int]) -> dict[str, float]:
 def _hands_on(node: Node) -> bool:
     """Return whether values pass through a node unchanged: the type that stores them rounds nothing."""
     rule = rule_of(node)
-    return rule.chooses or rule.moves not in (None, Move.CAST) or (node.op == "Neg" and not node.domain)
+    return rule.unrounded or rule.chooses or rule.moves not in (None, Move.CAST)
 
 
 def _epsilon(kind: int) -> float:
@@ -58,36 +56,19 @@ def _epsilon(kind: int) -> float:
 _EPSILONS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
-def quantises(op: str) -> bool:
-    """Return whether an operator computes in integers of 8 bits or fewer, or converts to or from them."""
-    return any(part in op for part in _QUANTISED)
-
-
-# Small differences in front of these are large ones behind them; :func:`chooses` finds others by their types.
-_CHOICES = {
-    "NonMaxSuppression", "TopK", "ArgMax", "ArgMin", "Round", "Floor", "Ceil", "Sign", "Hardmax", "Unique", "NonZero",
-    "Mod", "ThresholdedRelu", "Shrink", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention", "MaxRoiPool",
-}  # fmt: skip
-_SIZES = {"Shape", "Size"}
-# Integer results of these are sums over integers, which are exact.
-_SUMS = ("QLinear", "QGemm")
-
-
-def chooses(op: str, reads: set[int], makes: set[int]) -> bool:
+def jumps(rule: Rule, reads: set[int], makes: set[int]) -> bool:
     """Return whether an operator is discontinuous: it selects, compares, or rounds to integers or 8-bit floats.
 
     Args:
-        op: operator type.
+        rule: rule of the operator.
         reads: element types of its data.
         makes: element types of its outputs.
     """
-    if op in _SIZES or op.startswith(_SUMS) or not any(_epsilon(kind) for kind in reads):
+    # Integer results of products and elementwise operators on codes are sums over integers, which are exact.
+    sums = rule.quantized and not (rule.encodes or rule.jumps)
+    if rule.reads_sizes or sums or not any(_epsilon(kind) for kind in reads):
         return False
-    return op in _CHOICES or any(kind and not _epsilon(kind) and kind != onnx.TensorProto.STRING for kind in makes)
-
-
-_DRAWS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
-_DROPS = {"Dropout", "BiasDropout", "BitmaskDropout", "BitmaskBiasDropout"}
+    return rule.jumps or any(kind and not _epsilon(kind) and kind != onnx.TensorProto.STRING for kind in makes)
 
 
 def draws(node: onnx.NodeProto, value: Mapping[str, Any] = {}) -> bool:
@@ -97,10 +78,11 @@ def draws(node: onnx.NodeProto, value: Mapping[str, Any] = {}) -> bool:
         node: the node.
         value: arrays of constants, by name; a tensor without entry may have any value.
     """
-    if node.op_type in _DRAWS:
+    rule = lookup(node.domain, node.op_type)
+    if rule.random:
         return True
-    mode = node.input[2 if node.op_type == "Dropout" else -1] if len(node.input) > 2 else ""
-    if node.op_type not in _DROPS or not mode:
+    flag = "" if rule.training is None or rule.training >= len(node.input) else node.input[rule.training]
+    if not flag:
         return False
-    known = value.get(mode)
+    known = value.get(flag)
     return known is None or bool(np.any(known))

@@ -19,6 +19,7 @@ from onnxprune.graph.evaluate import evaluate
 from onnxprune.graph.view import Graph, Node
 from onnxprune.io import markers
 from onnxprune.io.weights import Weight
+from onnxprune.operators.registry import Read, rule_of
 
 INT_LIMIT, FLOAT_LIMIT = 1 << 20, 1 << 12
 
@@ -75,8 +76,8 @@ class Values:
         return not self._known.keys().isdisjoint(names)
 
     def step(self, node: Node, shapes: Shapes) -> None:
-        """Evaluate ``node`` where its inputs are known; ``shapes`` serves Shape and Size."""
-        if node.op in ("Shape", "Size") and node.domain == "":
+        """Evaluate ``node`` where its inputs are known; ``shapes`` serves operators that read sizes."""
+        if rule_of(node).reads_sizes:
             self._learn(node, [_size_value(node, shapes.get(node.inputs[0]))])
         elif node.op != "Constant" and (self._base is None or not self._known.keys().isdisjoint(node.inputs)):
             self._learn(node, self._evaluate(node, shapes))
@@ -112,15 +113,12 @@ class Values:
 
 
 def _size_value(node: Node, shape: Any) -> np.ndarray | None:
-    """Return the output of Shape or Size for a tensor of this shape."""
+    """Return the output of an operator that reads sizes for a tensor of this shape."""
     if shape is None:
         return None
-    part = shape if node.op == "Size" else shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
-    if None in part:
-        return None
     try:
-        return np.asarray(size_of(part) if node.op == "Size" else part, dtype=np.int64)
-    except OverflowError:  # more than 64 bits can say
+        return rule_of(node).size_values(node, shape)
+    except OverflowError:  # the number of elements has more than 64 bits
         return None
 
 
@@ -160,6 +158,13 @@ class Probe:
     """Shapes of the tensors in every sequence whose length is known, see ``Elements``."""
     idle: set[int] = field(default_factory=set)
     """Nodes in branches that are not taken at these sizes."""
+
+
+def operands_at(node: Node, probe: Probe) -> tuple[list[Any], Read]:
+    """Return the shapes of a node's inputs at a probe, and a function from their positions to their values."""
+    names, values = node.inputs, probe.values
+    shapes = [probe.shapes.get(n) if n else None for n in names]
+    return shapes, lambda i: values.get(names[i]) if i < len(names) and names[i] else None
 
 
 MOST_ELEMENTS = 1 << 31

@@ -567,6 +567,8 @@ class QAttention(Attention):
     scales, a mask, both zero points, a cache.
     """
 
+    quantized = integer = True
+    jumps = True
     settings = (3, 4, 6, 7)
 
     def propagate(self, step: Step) -> None:

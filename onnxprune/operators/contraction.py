@@ -13,7 +13,8 @@ from onnxprune.labels.algebra import Shape, broadcast, known
 from onnxprune.labels.label import Label, Labels
 from onnxprune.operators.context import Step
 from onnxprune.operators.contractions import Form, Pairwise
-from onnxprune.operators.registry import Read, Rule, register
+from onnxprune.operators.factoring import Equation, MatrixProduct, Product
+from onnxprune.operators.registry import Read, Rule, register, with_facts
 from onnxprune.operators.sizes import gemm_pairs, matmul_pairs, product
 
 
@@ -322,8 +323,9 @@ class FusedMatMul(MatMul):
         return [None if a is None or b is None else product(a, b, self.node_terms(node, len(a), len(b)))]
 
 
-register("", "MatMul", rule=MatMul())
-register("", "Gemm", rule=Gemm())
-register("", "Einsum", rule=Einsum())
-register("com.microsoft", "FusedMatMul", "FusedMatMulActivation", "TransposeMatMul", rule=FusedMatMul())
+register("", "MatMul", rule=with_facts(MatMul(), factoring=Product()))
+register("", "Gemm", rule=with_facts(Gemm(), factoring=MatrixProduct()))
+register("", "Einsum", rule=with_facts(Einsum(), factoring=Equation()))
+register("com.microsoft", "FusedMatMul", rule=with_facts(FusedMatMul(), factoring=Product()))
+register("com.microsoft", "FusedMatMulActivation", "TransposeMatMul", rule=FusedMatMul())
 register("com.microsoft", "FusedGemm", rule=Gemm())

@@ -14,7 +14,8 @@ from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step, override, owned
 from onnxprune.operators.contractions import Form, Transposed, Windows
-from onnxprune.operators.registry import Read, Rule, register
+from onnxprune.operators.factoring import Convolution, TransposedConvolution
+from onnxprune.operators.registry import Read, Rule, register, with_facts
 from onnxprune.operators.sizes import window_sizes
 
 
@@ -28,6 +29,8 @@ class Conv(Rule):
         per_output: further inputs with one value per output channel (scales and zero points of quantised forms).
         addend: position of an input that is added to the result (FusedConv), or None.
     """
+
+    slides = True
 
     def __init__(
         self,
@@ -300,7 +303,7 @@ class DeformConv(Conv):
         return None
 
 
-register("", "Conv", rule=Conv())
+register("", "Conv", rule=with_facts(Conv(), factoring=Convolution()))
 register("", "DeformConv", rule=DeformConv(bias=3))
-register("", "ConvTranspose", rule=ConvTranspose())
+register("", "ConvTranspose", rule=with_facts(ConvTranspose(), factoring=TransposedConvolution()))
 register("com.microsoft", "FusedConv", rule=Conv(addend=3))

@@ -12,7 +12,7 @@ from onnxprune.io.elements import DTYPES
 from onnxprune.labels.algebra import Shape
 from onnxprune.operators.context import Step
 from onnxprune.operators.operands import Values, require_value
-from onnxprune.operators.registry import Array, Inverse, Move, Read, Rule, Scaling, register
+from onnxprune.operators.registry import Array, Inverse, Move, NoRule, Read, Rule, Scaling, register, with_facts
 from onnxprune.operators.sizes import broadcast_pairs, broadcast_shapes
 
 
@@ -79,6 +79,13 @@ class Sum(Elementwise):
         if len(node.inputs) != 2 or constant(1 - i) is None:
             return None
         return Scaling(factor, {1 - i: lambda value: value / factor})
+
+    def index_shift(self, node: Node, i: int, read: Read) -> int | None:
+        """Return the largest addend; 0 for a difference, whose subtrahend is taken not to be negative."""
+        other = read(1 - i) if len(node.inputs) == 2 and node.op in ("Add", "Sub") else None
+        if other is None or not other.size:
+            return None
+        return int(np.max(other)) if node.op == "Add" else 0
 
 
 class Scaled(Elementwise):
@@ -253,16 +260,19 @@ class CastLike(Cast):
 
 
 UNARY = (
-    "Sigmoid Tanh Erf Exp Log Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Elu Selu "
-    "Celu Gelu Mish Softplus Softsign ThresholdedRelu Shrink Swish IsNaN IsInf BitwiseNot BitCast"
+    "Tanh Erf Exp Log Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Elu Selu "
+    "Celu Gelu Mish Softplus Softsign Swish IsNaN IsInf BitwiseNot BitCast"
 ).split()
 BINARY = "Mean Xor PRelu BitShift BitwiseAnd BitwiseOr BitwiseXor".split()
-COMPUTED: dict[str, Callable[..., Any]] = {
+ROUNDED: dict[str, Callable[..., Any] | None] = {
     "Floor": np.floor,
     "Ceil": np.ceil,
-    "Not": np.logical_not,
+    "Round": None,
+    "Sign": None,
+    "ThresholdedRelu": None,
+    "Shrink": None,
 }
-"""Operators on one tensor with a function of their own, for small values."""
+"""Operators on one tensor that jump, and their functions for small values, None for those of onnx's evaluator."""
 COMPARED: dict[str, Callable[..., Any]] = {
     "Equal": np.equal,
     "Less": np.less,
@@ -284,19 +294,21 @@ HOMOGENEOUS: dict[str, tuple[float, Callable[..., Any] | None]] = {
 
 register("", *UNARY, rule=Elementwise([0]))
 register("", *BINARY, rule=Elementwise())
-for name, function in COMPUTED.items():
-    register("", name, rule=Elementwise([0], function))
+register("", "Sigmoid", rule=with_facts(Elementwise([0]), bounded=True))
+register("", "Not", rule=Elementwise([0], np.logical_not))
+for name, rounded in ROUNDED.items():
+    register("", name, rule=with_facts(Elementwise([0], rounded), jumps=True))
 for name, function in COMPARED.items():
     register("", name, rule=Elementwise(None, function))
 for name, (degree, homogeneous) in HOMOGENEOUS.items():
-    register("", name, rule=Homogeneous(degree, homogeneous))
+    register("", name, rule=with_facts(Homogeneous(degree, homogeneous), unrounded=name in ("Neg", "Abs")))
 register("", "Pow", rule=Power(None, power))
 register("", "Max", "Min", rule=Choice())
 register("", "Where", rule=Choice(None, np.where))
-register("", "Mod", rule=Mod())
+register("", "Mod", rule=with_facts(Mod(), jumps=True))
 register("", "Relu", rule=Relu([0]))
 register("", "HardSwish", rule=HardSwish([0]))
-register("", "HardSigmoid", rule=HardSigmoid([0]))
+register("", "HardSigmoid", rule=with_facts(HardSigmoid([0]), bounded=True))
 register("", "Clip", rule=Clip([0]))
 register("", "Add", rule=Sum(None, np.add))
 register("", "Sub", rule=Sum(None, np.subtract))
@@ -304,11 +316,14 @@ register("", "Sum", rule=Sum())
 register("", "Mul", rule=Scaled(None, np.multiply))
 register("", "Div", rule=Scaled(None, quotient))
 register("", "Identity", rule=Same([0], lambda x: x))
-register("", "Dropout", rule=Same([0]))
+register("", "Dropout", rule=with_facts(Same([0]), training=2))
 register("", "Cast", rule=Cast([0]))
 register("", "CastLike", rule=CastLike([0]))
 # Noise of a tensor's sizes (its values, if any, are probabilities per position): pruned with the channels.
-register("", "RandomNormalLike", "RandomUniformLike", "Bernoulli", rule=Elementwise([0]))
+register("", "RandomNormalLike", "RandomUniformLike", rule=with_facts(Elementwise([0]), random=True))
+register("", "Bernoulli", rule=with_facts(Elementwise([0]), random=True, draws_by=0))
+register("", "RandomNormal", "RandomUniform", rule=with_facts(NoRule(), random=True))
+register("", "Multinomial", rule=with_facts(NoRule(), random=True, draws_by=0))
 register("", "SwiGLU", rule=Elementwise())
 # Activations of the oldest opsets and of onnxruntime, with parameters shared by all channels.
 register("", "Affine", "ParametricSoftplus", "Scale", "ScaledTanh", rule=Elementwise([0]))

@@ -111,6 +111,7 @@ class QMoE(Rule):
     whole byte of inner channels, or a whole block where scales belong to blocks of the second layer's inner channels.
     """
 
+    quantized = True
     weights = (2, 5, 8)
     settings = (3, 6, 9, 11, 12, 13)
 

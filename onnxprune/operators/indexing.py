@@ -7,7 +7,8 @@ passes channels where it has the same channels itself: Expand or Tile repeated i
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from onnxprune.labels.algebra import align, broadcast
 from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.factoring import Embedding
 from onnxprune.operators.operands import (
     Values,
     axis_of,
@@ -28,7 +30,7 @@ from onnxprune.operators.operands import (
     where_known,
     whole_numbers,
 )
-from onnxprune.operators.registry import Move, Rule, register
+from onnxprune.operators.registry import Move, Read, Rule, register, with_facts
 
 
 class Gather(Rule):
@@ -82,9 +84,15 @@ class Gather(Rule):
             require_value(values, 1).astype(np.int64, copy=False), axis=node.attrs.get("axis", 0)
         )
 
+    def index_limit(self, node: Node, i: int, shapes: Sequence[Any], read: Read) -> int | None:
+        """Return the size of the gathered axis."""
+        return None if i != 1 or shapes[0] is None else shapes[0][node.attrs.get("axis", 0)]
+
 
 class Shape(Rule):
     """Sizes of a tensor; the engine tracks the consumers of sizes."""
+
+    reads_sizes = True
 
     def propagate(self, step: Step) -> None:
         """Leave the output unlabelled."""
@@ -93,8 +101,29 @@ class Shape(Rule):
     @where_known
     def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
         """Return one number per requested axis, or a single one for the number of elements."""
-        part = shapes[0][node.attrs.get("start", 0) : node.attrs.get("end", len(shapes[0]))]
-        return [() if node.op == "Size" else (len(part),)]
+        return [(len(self._part(node, shapes[0])),)]
+
+    def size_values(self, node: Node, shape: Sequence[int | None]) -> NDArray[Any] | None:
+        """Return the requested sizes."""
+        part = self._part(node, shape)
+        return None if None in part else np.asarray(part, dtype=np.int64)
+
+    @staticmethod
+    def _part(node: Node, shape: Sequence[int | None]) -> Sequence[int | None]:
+        return shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
+
+
+class Size(Shape):
+    """The number of elements of a tensor."""
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """Return the shape of one number."""
+        return [()]
+
+    def size_values(self, node: Node, shape: Sequence[int | None]) -> NDArray[Any] | None:
+        """Return the product of the sizes."""
+        return None if None in shape else np.asarray(math.prod(cast("Sequence[int]", shape)), dtype=np.int64)
 
 
 class Fill(Rule):
@@ -140,6 +169,15 @@ class Unlabelled(Rule):
             step.freeze(step.labels(i), Reason.FIXED_SIZE, f"{step.node.op} depends on the size of its input")
 
 
+class OneHot(Unlabelled):
+    """Rows of 0 with a 1 at an index."""
+
+    def index_limit(self, node: Node, i: int, shapes: Sequence[Any], read: Read) -> int | None:
+        """Return the depth."""
+        depth = read(1) if i == 0 else None
+        return None if depth is None else int(depth.ravel()[0])
+
+
 class Range(Unlabelled):
     """Numbers from a start to an end."""
 
@@ -170,11 +208,14 @@ class Trilu(Rule):
         return [shapes[0]]
 
 
-register("", "Gather", rule=Gather())
-register("", "Shape", "Size", rule=Shape())
+register("", "Gather", rule=with_facts(Gather(), factoring=Embedding()))
+register("", "Shape", rule=Shape())
+register("", "Size", rule=Size())
 register("", "ConstantOfShape", rule=Fill())
 register("", "Range", rule=Range())
-register("", "NonZero", "NonMaxSuppression", "OneHot", "EyeLike", "Unique", rule=Unlabelled())
+register("", "NonZero", "NonMaxSuppression", "Unique", rule=with_facts(Unlabelled(), jumps=True))
+register("", "EyeLike", rule=Unlabelled())
+register("", "OneHot", rule=OneHot())
 register("", "Trilu", rule=Trilu())
 
 
@@ -276,6 +317,10 @@ class GatherElements(_Elements):
             selected = step.take(() if label is None else (label,), axis, line % step.shape(0)[axis])
         other_labels = self._first(step, labels, axis, step.shape(1))
         step.set(0, (*self._met(step, [other_labels], axis), *selected))
+
+    def index_limit(self, node: Node, i: int, shapes: Sequence[Any], read: Read) -> int | None:
+        """Return the size of the axis that is gathered from."""
+        return None if i != 1 or shapes[0] is None else shapes[0][node.attrs.get("axis", 0)]
 
 
 class ScatterElements(_Elements):
@@ -453,6 +498,14 @@ class GatherND(_Slices):
     def rewrite(self, cut: Cut) -> None:
         """Drop entries of removed channels from a known index and renumber it."""
         self._rewrite(cut, cut.node.outputs[0], int(cut.attr("batch_dims", 0)))
+
+    def index_limit(self, node: Node, i: int, shapes: Sequence[Any], read: Read) -> int | None:
+        """Return the smallest size of the axes that are gathered from."""
+        if i != 1 or None in shapes[:2] or shapes[1][-1] is None:
+            return None
+        first = node.attrs.get("batch_dims", 0)
+        sizes = [n for n in shapes[0][first : first + shapes[1][-1]] if n is not None]
+        return min(sizes, default=None)
 
 
 class ScatterND(_Slices):

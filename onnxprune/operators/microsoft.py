@@ -24,7 +24,7 @@ from onnxprune.operators.contractions import Form
 from onnxprune.operators.convolution import Conv, ConvTranspose
 from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.normalization import GroupNorm, LayerNorm, OverAxes, RMSNorm
-from onnxprune.operators.registry import Read, Rule, register
+from onnxprune.operators.registry import NoRule, Read, Rule, register, with_facts
 from onnxprune.operators.sizes import broadcast_pairs, broadcast_shapes, product, window_sizes
 
 DOMAIN = "com.microsoft"
@@ -318,7 +318,9 @@ class RelativePositionBias(Rule):
 
 register(DOMAIN, "Gelu", "QuickGelu", rule=Elementwise([0]))
 register(DOMAIN, "BiasGelu", "FastGelu", "BiasAdd", "GatedAdd", "ScaledSiLU", rule=Elementwise())
-register(DOMAIN, "BiasDropout", rule=Elementwise([0, 1, 2]))
+register(DOMAIN, "BiasDropout", rule=with_facts(Elementwise([0, 1, 2]), training=4))
+register(DOMAIN, "BitmaskBiasDropout", rule=with_facts(NoRule(), training=4))
+register(DOMAIN, "BitmaskDropout", rule=with_facts(NoRule(), training=2))
 register(DOMAIN, "SkipLayerNormalization", rule=SkipLayerNorm((2, 3), (0, 1, 2, 3, 4)))
 register(DOMAIN, "SkipSimplifiedLayerNormalization", rule=SkipRMSNorm(2, (0, 1, 2, 3), 1e-12))
 register(DOMAIN, "LayerNormalization", rule=LayerNorm())
@@ -538,7 +540,8 @@ register(DOMAIN, "ConvTransposeWithDynamicPads", rule=ConvTransposeWithDynamicPa
 register(DOMAIN, "TorchEmbedding", rule=TorchEmbedding())
 register(DOMAIN, "GatherND", rule=GatherND())
 register(DOMAIN, "MatMulInteger16", rule=quantization.IntegerMatMul(0, 1, {}))
-register(DOMAIN, "Range", "Unique", rule=indexing.Unlabelled())
+register(DOMAIN, "Range", rule=indexing.Unlabelled())
+register(DOMAIN, "Unique", rule=with_facts(indexing.Unlabelled(), jumps=True))
 
 
 BLOCKED_DOMAIN = "com.microsoft.nchwc"
@@ -546,6 +549,8 @@ BLOCKED_DOMAIN = "com.microsoft.nchwc"
 
 class Blocked(Rule):
     """Operators in the blocked layout: all inputs are frozen; sizes are inferred to analyse the rest of the model."""
+
+    slides = True
 
     def __init__(self, weights: tuple[int, ...] = ()) -> None:
         self.weights = weights

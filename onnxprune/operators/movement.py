@@ -80,6 +80,18 @@ class SameData(Rule):
 class Reshape(SameData):
     """Reshape to an operand; 0 and -1 are preserved."""
 
+    infers_size = True
+
+    def fits(self, node: Node, shapes: Sequence[Any], out: Sequence[int], read: Read) -> bool:
+        """Return whether the number of elements stays."""
+        return shapes[0] is None or None in shapes[0] or prod(shapes[0]) == prod(out)
+
+    def target_entries(self, node: Node, old: Sequence[int], target: Sequence[int], source: Sequence[int]) -> list[int]:
+        """Keep 0 and -1 where they stand for the new sizes."""
+        entries = [o if o in (0, -1) else t for o, t in zip(old, target, strict=True)]
+        resolved = resolve_target(entries, tuple(source), node.attrs.get("allowzero", 0))
+        return entries if resolved == tuple(target) else list(target)
+
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the number of elements before and after."""
         target = node.attrs["shape"] if node.version < 5 else [int(n) for n in np.ravel(cast(Array, read(1)))]
@@ -188,6 +200,10 @@ class Expand(Rule):
     operands = targets = (1,)
     moves = Move.REPEAT
     makes_labels = True
+
+    def target_entries(self, node: Node, old: Sequence[int], target: Sequence[int], source: Sequence[int]) -> list[int]:
+        """Keep 1, which leaves an axis as it is."""
+        return [o if o == 1 else t for o, t in zip(old, target, strict=True)]
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the sizes of the data and those they are expanded to."""
@@ -568,6 +584,15 @@ class Pad(Rule):
     operands = (1, 3)
     by_operand = False
     """Whether the padding is an operand at every version."""
+
+    def fits(self, node: Node, shapes: Sequence[Any], out: Sequence[int], read: Read) -> bool:
+        """Return whether no axis is reflected by its size or more."""
+        if node.attrs.get("mode", "constant") != "reflect" or shapes[0] is None or len(node.inputs) > 3:
+            return True
+        value = read(1)
+        pads = node.attrs.get("pads", []) if value is None else value.ravel().tolist()
+        sizes = (*shapes[0], *shapes[0])
+        return len(pads) != len(sizes) or all(n is None or p < n for p, n in zip(pads, sizes, strict=True))
 
     def pads(self, step: Step) -> list[tuple[int | None, int | None]] | None:
         """Return (before, after) of every axis, None where it follows the size of an input; None if unknown."""

@@ -17,7 +17,7 @@ from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.contractions import Form, Scale
 from onnxprune.operators.elementwise import divided
 from onnxprune.operators.operands import Values, axes_of, axis_of, read_integers, require_value, where_known
-from onnxprune.operators.registry import Array, Inverse, Read, Rule, register
+from onnxprune.operators.registry import Array, Inverse, Read, Rule, register, with_facts
 from onnxprune.operators.sizes import broadcast_pairs
 
 _REDUCTIONS: dict[str, Callable[..., Any]] = {
@@ -83,6 +83,31 @@ class Softmax(OverAxes):
         if step.node.version >= 13:
             return [step.axis(-1)]
         return list(range(step.axis(1), len(step.shape(0))))
+
+    def score_axis(self, node: Node, rank: int) -> int | None:
+        """Return the axis, where it is one."""
+        axis = int(node.attrs.get("axis", -1 if node.version >= 13 else 1)) % rank
+        return axis if node.version >= 13 or axis == rank - 1 else None
+
+    def evaluate(self, node: Node, values: Values) -> Any:
+        """Leave the work to onnx's reference evaluator.
+
+        Raises:
+            NotImplementedError: it does not know the form before opset 13.
+        """
+        if node.version < 13:
+            raise NotImplementedError
+        return None
+
+
+class Hardmax(Softmax):
+    """1 at the largest value, 0 elsewhere."""
+
+    jumps = True
+
+    def score_axis(self, node: Node, rank: int) -> int | None:
+        """Return None: the results are no probabilities."""
+        return None
 
 
 class LayerNorm(OverAxes):
@@ -273,6 +298,8 @@ class GroupNorm(Rule):
 
 class BatchNorm(Rule):
     """Normalisation with one scale, shift, mean and variance per channel."""
+
+    statistics = (3, 4)
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the channels of data and scale."""
@@ -505,7 +532,8 @@ class ReduceMean(Reduce):
             cut.scale_output(0, share)
 
 
-register("", "Softmax", "LogSoftmax", "Hardmax", rule=Softmax())
+register("", "Softmax", "LogSoftmax", rule=Softmax())
+register("", "Hardmax", rule=Hardmax())
 register("", "LayerNormalization", rule=LayerNorm())
 register("", "RMSNormalization", "SimplifiedLayerNormalization", rule=RMSNorm())
 register("", "LpNormalization", rule=OverAxes(exact=True))
@@ -518,7 +546,8 @@ register("", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", rule=Reduce
 register("", "ReduceMean", rule=ReduceMean(contraction=True))
 register("", "ReduceMax", "ReduceMin", rule=ReduceExtreme())
 register("", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", rule=Reduce())
-register("", "ArgMax", "ArgMin", "TopK", "CumSum", "CumProd", rule=Pick())
+register("", "ArgMax", "ArgMin", "TopK", rule=with_facts(Pick(), jumps=True))
+register("", "CumSum", "CumProd", rule=Pick())
 register("", "DFT", rule=Fourier())
 register("", "ReverseSequence", rule=Reversal())
 register("", "Det", rule=Determinant())

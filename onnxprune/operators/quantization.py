@@ -25,7 +25,7 @@ from onnxprune.operators.convolution import Conv, window_settings
 from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.normalization import OverAxes
 from onnxprune.operators.operands import Values
-from onnxprune.operators.registry import Read, Rule, register
+from onnxprune.operators.registry import NoRule, Read, Rule, register, with_facts
 from onnxprune.operators.sizes import gemm_pairs, matmul_pairs, product, window_sizes
 
 _PER_CHANNEL = "a scale or zero point"
@@ -74,6 +74,7 @@ class Quantize(Rule):
 class DynamicQuantize(Rule):
     """Quantisation in the range of the smallest to the largest number, 0 included: a channel of 0 does not widen it."""
 
+    quantized = True
     encodes = True
 
     def propagate(self, step: Step) -> None:
@@ -88,12 +89,14 @@ class DynamicQuantize(Rule):
 class Encode(Quantize):
     """QuantizeLinear."""
 
+    quantized = True
     encodes = True
 
 
 class Decode(Quantize):
     """DequantizeLinear."""
 
+    quantized = True
     decodes = True
 
     def numbers(self, node: Node, i: int, codes: NDArray[Any], read: Read) -> NDArray[Any] | None:
@@ -155,12 +158,18 @@ class IntegerConv(Conv):
         codes: positions of scale and zero point, by position of the quantised operand.
     """
 
+    quantized = integer = True
+
     def __init__(
         self, data: int, weight: int, bias: int | None, per_output: tuple[int, ...], codes: Mapping[int, Settings]
     ) -> None:
         super().__init__(data, weight, bias, per_output)
         self.codes, self.zero = codes, codes[data].zero
         self.settings = all_settings(codes)
+
+    def gives_codes(self, node: Node) -> bool:
+        """Return whether the operator has a scale of its results."""
+        return node.op == "QLinearConv"
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the channels of the data and those that the kernel reads."""
@@ -209,6 +218,8 @@ class IntegerMatMul(Rule):
         columns: positions of operands that broadcast against the result: one per column of ``b``, or an addend.
     """
 
+    quantized = integer = True
+
     def __init__(
         self,
         a: int,
@@ -220,6 +231,10 @@ class IntegerMatMul(Rule):
         self.a, self.b, self.codes, self.rows, self.columns = a, b, codes, rows, columns
         self.zero = codes[a].zero if a in codes else None
         self.data, self.weights, self.settings = a, (a, b), all_settings(codes)
+
+    def gives_codes(self, node: Node) -> bool:
+        """Return whether the operator has a scale of its results."""
+        return node.op == "QLinearMatMul" or (node.op == "QGemm" and len(node.inputs) > 7 and bool(node.inputs[7]))
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the sizes of both matrices."""
@@ -296,8 +311,24 @@ class IntegerMatMul(Rule):
         return None if a is None or b is None else [product(a, b, self.terms(node, len(a), len(b)))]
 
 
+class QuantizedElementwise(Elementwise):
+    """An elementwise operator on codes, with scales and zero points of operands and results."""
+
+    quantized = integer = True
+
+    def gives_codes(self, node: Node) -> bool:
+        """Return True."""
+        return True
+
+
 class QuantizedConcat(Rule):
     """Concatenation of parts with their scales and zero points: y_scale, y_zero, then (data, scale, zero)..."""
+
+    quantized = integer = True
+
+    def gives_codes(self, node: Node) -> bool:
+        """Return True."""
+        return True
 
     def propagate(self, step: Step) -> None:
         """Concatenate the labels."""
@@ -318,6 +349,12 @@ class QuantizedConcat(Rule):
 
 class QuantizedPool(Rule):
     """Average pooling of codes, channels first or last."""
+
+    quantized = integer = True
+
+    def gives_codes(self, node: Node) -> bool:
+        """Return True."""
+        return True
 
     def propagate(self, step: Step) -> None:
         """Pass batch and channels."""
@@ -344,6 +381,12 @@ class QuantizedPool(Rule):
 class QuantizedSoftmax(OverAxes):
     """Softmax on codes; before opset 13, given by an attribute, all axes from ``axis`` on are one axis."""
 
+    quantized = integer = True
+
+    def gives_codes(self, node: Node) -> bool:
+        """Return True."""
+        return True
+
     def axes(self, step: Step) -> list[int]:
         """Return one axis, or all from it on."""
         if int(step.attr("opset", 13)) >= 13:
@@ -366,11 +409,15 @@ register("", "ConvInteger", rule=IntegerConv(0, 1, None, (3,), _INTEGER))
 register("", "QLinearMatMul", rule=IntegerMatMul(0, 3, _LINEAR, rows=(1, 2, 6, 7), columns=(4, 5)))
 register("", "MatMulInteger", rule=IntegerMatMul(0, 1, _INTEGER, rows=(2,), columns=(3,)))
 register("com.microsoft", "QGemm", rule=IntegerMatMul(0, 3, _LINEAR, columns=(4, 5, 6)))
-register("com.microsoft", "DynamicQuantizeMatMul", rule=IntegerMatMul(0, 1, {1: Settings(2, 3)}, columns=(2, 3, 4)))
+register(
+    "com.microsoft",
+    "DynamicQuantizeMatMul",
+    rule=with_facts(IntegerMatMul(0, 1, {1: Settings(2, 3)}, columns=(2, 3, 4)), jumps=True),
+)
 register("com.microsoft", "MatMulIntegerToFloat", rule=IntegerMatMul(0, 1, _TO_FLOAT, rows=(2, 4), columns=(3, 5, 6)))
-register("com.microsoft", "QLinearAdd", "QLinearMul", rule=Elementwise([0, 3]))
-register("com.microsoft", "QLinearSigmoid", "QLinearLeakyRelu", rule=Elementwise([0]))
-register("com.microsoft", "QLinearWhere", rule=Elementwise([0, 1, 4]))
+register("com.microsoft", "QLinearAdd", "QLinearMul", rule=QuantizedElementwise([0, 3]))
+register("com.microsoft", "QLinearSigmoid", "QLinearLeakyRelu", rule=QuantizedElementwise([0]))
+register("com.microsoft", "QLinearWhere", rule=QuantizedElementwise([0, 1, 4]))
 register("com.microsoft", "QLinearConcat", rule=QuantizedConcat())
 register("com.microsoft", "QLinearGlobalAveragePool", "QLinearAveragePool", rule=QuantizedPool())
 register("com.microsoft", "QLinearSoftmax", rule=QuantizedSoftmax())
@@ -388,6 +435,7 @@ class PackedMatMul(Rule):
     Zero points are packed like the codes, or numbers like the scales. ``g_idx`` [K] maps a position to its scale.
     """
 
+    quantized = True
     weights = (B,)
     settings = (SCALES, ZEROS, ORDER)
 
@@ -532,6 +580,7 @@ class PackedGather(Rule):
     are their zero points; of other types every element is a code. The unit of pruning is a whole block of columns.
     """
 
+    quantized = True
     settings = (2, 3)
 
     def propagate(self, step: Step) -> None:
@@ -600,3 +649,21 @@ class PackedGather(Rule):
 
 register(MS, "MatMulNBits", rule=PackedMatMul())
 register(MS, "GatherBlockQuantized", rule=PackedGather())
+register(
+    MS,
+    *("QLinearReduceMean", "QEmbedLayerNormalization", "QOrderedMatMul", "QOrderedGelu", "QOrderedAttention"),
+    *("QOrderedLayerNormalization", "QOrderedLongformerAttention", "QuantizeWithOrder", "DequantizeWithOrder"),
+    *("QuantizeBFP", "DequantizeBFP"),
+    rule=with_facts(NoRule(), quantized=True),
+)
+
+
+class PackedRows(NoRule):
+    """Products with packed weights; the size of a row is an attribute."""
+
+    def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
+        """Return the last size of the data and that of a row."""
+        yield shapes[0][-1], node.attrs["K"]
+
+
+register(MS, "MatMulBnb4", "MatMulFpQ4", rule=PackedRows())

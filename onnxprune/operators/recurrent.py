@@ -16,7 +16,8 @@ from onnxprune.labels.label import Ids, Label, Labels, covering
 from onnxprune.operators.codes import numbers
 from onnxprune.operators.context import Cut, Step, override, owned
 from onnxprune.operators.contractions import Form, Pairwise
-from onnxprune.operators.registry import Read, Rule, register
+from onnxprune.operators.factoring import Recurrence
+from onnxprune.operators.registry import Read, Rule, register, with_facts
 
 X, W, R, B, INITIAL_H, INITIAL_C, PEEPHOLES = 0, 1, 2, 3, 5, 6, 7
 _UNLABELLED = "the hidden size meets a tensor without removable channels"
@@ -165,6 +166,8 @@ class DynamicQuantizeLSTM(Rule):
     Scales and zero points [dirs] or [dirs, 4*H] of W are inputs 8 and 9, those of R 10 and 11.
     """
 
+    quantized = integer = True
+    jumps = True
     weights = (W, R)
     settings = (8, 9, 10, 11)
 
@@ -212,7 +215,7 @@ class DynamicQuantizeLSTM(Rule):
         return [(0, (2,))]
 
 
-register("", "LSTM", rule=Recurrent(4))
-register("", "GRU", rule=Recurrent(3))
-register("", "RNN", rule=Recurrent(1))
+register("", "LSTM", rule=with_facts(Recurrent(4), factoring=Recurrence()))
+register("", "GRU", rule=with_facts(Recurrent(3), factoring=Recurrence()))
+register("", "RNN", rule=with_facts(Recurrent(1), factoring=Recurrence()))
 register("com.microsoft", "DynamicQuantizeLSTM", rule=DynamicQuantizeLSTM())

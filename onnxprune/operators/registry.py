@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnxprune.labels.algebra import Shape
     from onnxprune.operators.context import Cut, Step
     from onnxprune.operators.contractions import Form
+    from onnxprune.operators.factoring import Factoring
 
 
 Array = NDArray[Any]
@@ -129,6 +130,45 @@ class Rule:
     clamps: bool = False
     """Whether results equal the values of input 0 except where the operator is flat, see ``saturation``."""
 
+    jumps: bool = False
+    """Whether a small difference of an input may become a large one of a result: the operator selects or rounds."""
+
+    unrounded: bool = False
+    """Whether no result is rounded by more than the type that stores it, though the operator computes."""
+
+    quantized: bool = False
+    """Whether the operator reads or writes codes of 8 bits or fewer."""
+
+    integer: bool = False
+    """Whether the operator computes in integers of 8 bits or fewer."""
+
+    slides: bool = False
+    """Whether the operator is a convolution: it slides a kernel over its data, in ``group`` parts."""
+
+    reads_sizes: bool = False
+    """Whether the results are sizes of input 0, see ``size_values``: its values do not matter."""
+
+    infers_size: bool = False
+    """Whether -1 in the operand of ``targets`` stands for the size that the other entries leave."""
+
+    random: bool = False
+    """Whether results are drawn at random."""
+
+    draws_by: int | None = None
+    """Input that holds the probabilities of what is drawn."""
+
+    training: int | None = None
+    """Input with a flag under which positions are dropped at random; their share is the input in front of it."""
+
+    statistics: tuple[int, ...] = ()
+    """Inputs that hold the mean and the variance of every channel of input 0, on its axis 1."""
+
+    bounded: bool = False
+    """Whether every result is a probability by itself, between 0 and 1."""
+
+    factoring: Factoring | None = None
+    """Weight as a kernel, and the nodes that take the operator's place; None where it cannot be factorized."""
+
     makes_labels: bool = False
     """Whether the operator creates channels, so that it is called also without labelled inputs."""
 
@@ -172,6 +212,72 @@ class Rule:
 
         Raises:
             Exception: of any kind, for an invalid node; its outputs are then unknown.
+        """
+        return None
+
+    def size_values(self, node: Node, shape: Sequence[int | None]) -> Array | None:
+        """Return output 0 of an operator that ``reads_sizes``; None where a size is not known.
+
+        Args:
+            node: the node.
+            shape: shape of input 0; None within it is an unknown size.
+        """
+        return None
+
+    def fits(self, node: Node, shapes: Sequence[Any], out: Sequence[int], read: Read) -> bool:
+        """Return whether the node runs at these sizes, as far as ``agreements`` do not say.
+
+        Args:
+            node: the node.
+            shapes: shapes of its inputs, None where unknown or absent; None within one is an unknown size.
+            out: shape of output 0, known.
+            read: function from the position of an input to its value.
+        """
+        return True
+
+    def target_entries(self, node: Node, old: Sequence[int], target: Sequence[int], source: Sequence[int]) -> list[int]:
+        """Return the entries of an operand that holds the shape of the result, with special ones where they hold.
+
+        Args:
+            node: the node.
+            old: entries before, such as 0 and -1.
+            target: new shape of the result.
+            source: new shape of input 0.
+        """
+        return list(target)
+
+    def index_limit(self, node: Node, i: int, shapes: Sequence[Any], read: Read) -> int | None:
+        """Return the number of positions that the integers of input ``i`` select from; None where they are no indices.
+
+        Args:
+            node: the node.
+            i: position of the input.
+            shapes: shapes of the inputs, None where unknown or absent; None within one is an unknown size.
+            read: function from the position of an input to its value.
+        """
+        return None
+
+    def index_shift(self, node: Node, i: int, read: Read) -> int | None:
+        """Return the most that results exceed the integers of input ``i`` by; None where that is not known.
+
+        Args:
+            node: the node.
+            i: position of the input.
+            read: function from the position of an input to its value.
+        """
+        ordered = self.chooses or self.moves is not None
+        return 0 if ordered and (i == 0 or self.moves is Move.JOIN or self.pointwise) else None
+
+    def gives_codes(self, node: Node) -> bool:
+        """Return whether the results are codes, of the type of the first input of codes."""
+        return self.encodes
+
+    def score_axis(self, node: Node, rank: int) -> int | None:
+        """Return the axis of input 0 whose values are scores; the results are probabilities or their logarithms.
+
+        Args:
+            node: the node.
+            rank: rank of input 0.
         """
         return None
 
@@ -298,7 +404,7 @@ class Rule:
 
 
 class NoRule(Rule):
-    """Default for operators without a rule."""
+    """Operators whose channels are not followed: any without a rule, and those of which only facts are known."""
 
 
 NO_RULE = NoRule()
@@ -307,6 +413,7 @@ _gradients: dict[tuple[str, str], Gradient] = {}
 _table: dict[tuple[str, str], list[tuple[int, int, Rule]]] = {}
 _loaded = False
 T = TypeVar("T", bound=type[Rule])
+R = TypeVar("R", bound=Rule)
 
 
 def register(
@@ -341,15 +448,34 @@ def register(
     return decorate
 
 
+def with_facts(rule: R, **facts: Any) -> R:
+    """Return a rule with facts of its own, for operators that share a class: ``with_facts(Pick(), jumps=True)``.
+
+    Args:
+        rule: the rule, changed.
+        facts: attributes of :class:`Rule`.
+
+    Raises:
+        AttributeError: a rule has no such attribute.
+    """
+    for name, value in facts.items():
+        getattr(rule, name)
+        setattr(rule, name, value)
+    return rule
+
+
 def unregister(domain: str, op: str) -> None:
     """Unregister every rule of an operator, so that another can replace it."""
     _table.pop((domain, op), None)
 
 
-def lookup(domain: str, op: str, version: int) -> Rule:
-    """Return the rule for an operator at an opset version, or the rule that freezes."""
+def lookup(domain: str, op: str, version: int | None = None) -> Rule:
+    """Return the rule for an operator at an opset version, or the rule that freezes; None: at the newest."""
     if not _loaded:
         _load()
+    if version is None:
+        entries = _table.get(("" if domain == "ai.onnx" else domain, op), ())
+        return max(entries, key=lambda entry: entry[0])[2] if entries else NO_RULE
     for low, high, rule in _table.get((domain, op), ()):
         if low <= version < high:
             return rule
@@ -388,8 +514,8 @@ def gradient_of(domain: str, op: str, version: int) -> Gradient | None:
 
 
 def known() -> list[tuple[str, str]]:
-    """Return (domain, operator) of every registered rule, sorted."""
-    return sorted(_table)
+    """Return (domain, operator) of every registered rule that follows channels, sorted."""
+    return sorted(key for key, entries in _table.items() if any(not isinstance(rule, NoRule) for *_, rule in entries))
 
 
 def _load() -> None:

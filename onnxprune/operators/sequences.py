@@ -60,6 +60,14 @@ def _given(node: Node, values: List[Any], i: int) -> Any:
 class Construct(Sequence):
     """Sequence of the input tensors."""
 
+    def evaluate(self, node: Node, values: List[Any]) -> Any:
+        """Leave the value unknown.
+
+        Raises:
+            NotImplementedError: a sequence is no array.
+        """
+        raise NotImplementedError
+
     def propagate(self, step: Step) -> None:
         """Collect the labels of all inputs."""
         step.table.set_sequence(step.node.outputs[0], [step.labels(i) for i in range(len(step.node.inputs))])

@@ -14,7 +14,7 @@ from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.operands import Values, where_known, windows
-from onnxprune.operators.registry import Rule, register
+from onnxprune.operators.registry import Rule, register, with_facts
 
 
 class Local(Rule):
@@ -179,7 +179,8 @@ register("", "GlobalMaxPool", rule=Largest())
 register("", "AveragePool", "GlobalAveragePool", rule=Average())
 register("", "Resize", "Upsample", rule=Resize())
 register("", "GridSample", rule=GridSample())
-register("", "RoiAlign", "MaxRoiPool", rule=RoiAlign())
+register("", "RoiAlign", rule=RoiAlign())
+register("", "MaxRoiPool", rule=with_facts(RoiAlign(), jumps=True))
 register("", "DepthToSpace", rule=DepthToSpace())
 register("", "SpaceToDepth", rule=SpaceToDepth())
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import ModelError
-from onnxprune.graph.precision import epsilons, quantises
+from onnxprune.graph.precision import epsilons
+from onnxprune.operators.registry import rule_of
 from onnxprune.passes.workspace import Workspace
 from onnxprune.pruning.holding import MADE, SEEN, Holding, SurvivorSteps, whole
 from onnxprune.pruning.masked import Model
@@ -25,7 +26,7 @@ def rounding_of(analysis: Analysis, base: float) -> Rounding:
         base: tolerance of float32, relative to the largest value of an output.
     """
     graph = analysis.graph
-    quantized = any(quantises(node.op) for node in graph.nodes)
+    quantized = any(rule_of(node).quantized for node in graph.nodes)
     return Rounding(base, quantized, epsilons(graph, kinds_of(analysis)))
 
 

@@ -15,7 +15,7 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import UsageError, argument
 from onnxprune.factorization.allocation import Candidate, LayerFits
-from onnxprune.factorization.decompositions import METHODS, Degenerate, Metric, Ranks, Real, compose
+from onnxprune.factorization.decompositions import METHODS, Degenerate, Metric, Ranks, compose
 from onnxprune.factorization.layers import Layer, LayerScan, ShapeOf, find_layers
 from onnxprune.factorization.rewriting import Factorized
 from onnxprune.factorization.settings import Request
@@ -26,6 +26,7 @@ from onnxprune.io.subgraphs import Inner, hidden_tensors
 from onnxprune.io.weights import Weight
 from onnxprune.labels.atoms import Reason
 from onnxprune.operators.contractions import Form, rows_per_sample
+from onnxprune.operators.kernels import Real
 from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.comparable import inside
@@ -79,7 +80,7 @@ class Work:
         self.layer_fits = {layer.name: self._load(layer) for layer in self.scan.layers}
 
     def _load(self, layer: Layer) -> LayerFits:
-        kernel = layer.operator.kernel(self.model.weights[layer.weight].read(), layer.description)
+        kernel = layer.factoring.kernel(self.model.weights[layer.weight].read(), layer.description)
         return LayerFits(layer, kernel, self.moments[layer.name].metric, self.context.seed, self.request.cost)
 
     def factorize(self, candidates: Mapping[str, Candidate]) -> list[LayerResult]:
@@ -288,7 +289,7 @@ def _moments_of(
 
 def _takes_shift(layer: Layer, weights: Mapping[str, Weight]) -> bool:
     """Return whether every node that reads the weight can take a bias of its own, one constant per output."""
-    position, form = layer.operator.bias(layer.uses[0].node), layer.description.form
+    position, form = layer.factoring.bias(layer.uses[0].node), layer.description.form
     # Gemm's bias lies along its last axis, and so must the outputs.
     if position is None or form is None or form.output_axis(2) != 1:
         return False

@@ -15,12 +15,13 @@ from onnxprune.channels.plan import Plan, PlanFactors
 from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import BudgetError, argument
 from onnxprune.factorization.allocation import AUTO, LayerChoices, choose_by_share, choose_local, read_choices
-from onnxprune.factorization.decompositions import METHODS, elements
+from onnxprune.factorization.decompositions import METHODS
 from onnxprune.factorization.rewriting import replace_layers
 from onnxprune.factorization.settings import Options, Request, request_of
 from onnxprune.graph.cost import is_layer, layer_weights, macs
 from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph
+from onnxprune.operators.kernels import elements
 from onnxprune.passes.factor_work import LayerResult, Work, prepare_work
 from onnxprune.passes.joint_budget import JointBudget, model_latency
 from onnxprune.passes.prepared import Prepared

@@ -15,6 +15,7 @@ from onnxprune.gradients.static import StaticGraph, static_graph
 from onnxprune.gradients.tape import Tape
 from onnxprune.importance.slots import Claim, Gradients, Mask, channel_sums, weight_values
 from onnxprune.io.weights import ArrayWeight, Weight
+from onnxprune.operators.registry import rule_of
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.labels import as_targets, labelled_head, read_labels
 from onnxprune.passes.recover import compare_with_original
@@ -115,7 +116,7 @@ def fitted_heads(
         if original.shapes.get(head.tensor) != student.shapes[head.tensor] or not student.shapes[head.tensor]:
             continue
         known = kinds.get(head.output)
-        bounded = head.tensor in student.producer and student.producer[head.tensor].op == "Sigmoid"
+        bounded = head.tensor in student.producer and rule_of(student.producer[head.tensor]).bounded
         if head.axis is None and known is not None and known.kind == "classes" and not bounded:
             axis = known.axis if known.axis is not None else -1
             shape = student.shapes[head.tensor]

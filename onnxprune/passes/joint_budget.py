@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import BudgetError, ModelError, argument
 from onnxprune.factorization.allocation import LayerChoices, LayerFits, allocate, fill_gains, min_total_cost
-from onnxprune.factorization.decompositions import Real, compose
+from onnxprune.factorization.decompositions import compose
 from onnxprune.factorization.layers import Layer, ShapeOf
 from onnxprune.factorization.rewriting import Factorized, composed_weight, replace_layers
 from onnxprune.graph.cost import is_layer, macs
 from onnxprune.graph.view import Graph
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble
+from onnxprune.operators.kernels import Real
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.factor_work import LayerResult, Work
 from onnxprune.passes.prepared import Prepared

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxprune.errors import ModelError, ValidationError
-from onnxprune.factorization.decompositions import Real
 from onnxprune.factorization.rewriting import Factorized, compose_layers
+from onnxprune.operators.kernels import Real
 from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
 from onnxprune.passes.preparation import hold_against_file
 from onnxprune.passes.prepared import Prepared

@@ -25,6 +25,7 @@ from onnxprune.importance.scores import NoScore
 from onnxprune.io.write import assemble
 from onnxprune.labels.atoms import Barrier, Reason
 from onnxprune.labels.label import Ids
+from onnxprune.operators.registry import rule_of
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import UNPRUNED, Context, Model, ModelParts, Pass, PassResult
@@ -261,7 +262,7 @@ def _sized(analysis: Analysis, stop: CannotRewrite, removed: NDArray[np.bool_]) 
         producer = analysis.graph.producer.get(queue.pop())
         if producer is None:
             continue
-        if producer.op == "Shape":
+        if rule_of(producer).reads_sizes:
             labels = analysis.table.get(producer.inputs[0])
             atoms.extend(x.ids[removed[x.ids]] for x in labels)
             continue

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnxprune.channels.survivors import Survivors
 from onnxprune.graph.view import Graph, GraphEditor, Node
 from onnxprune.io.weights import ArrayWeight, Weight
+from onnxprune.operators.registry import rule_of
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed
 
@@ -24,9 +25,11 @@ def normalisations(graph: Graph) -> list[Node]:
     return [
         node
         for node in graph.nodes
-        if node.op == "BatchNormalization" and node.domain == "" and len(node.inputs) == 5 and node.inputs[0] in made
+        if (statistics := rule_of(node).statistics) and max(statistics) < len(node.inputs) and node.inputs[0] in made
         if not (graph.has_bodies and graph.around[node.index])
-        if all(name in graph.weights and len(graph.consumers.get(name, ())) == 1 for name in node.inputs[3:])
+        if all(
+            node.inputs[i] in graph.weights and len(graph.consumers.get(node.inputs[i], ())) == 1 for i in statistics
+        )
     ]
 
 
@@ -69,10 +72,11 @@ class Recalibrated:
                 pass
             mean, variance = _moments(store, node.inputs[0], run.batches)
             run.done(piece)
-            trained: Real = self.original[node.inputs[4]].read().astype(np.float64)
+            positions = rule_of(node).statistics
+            trained: Real = self.original[node.inputs[positions[1]]].read().astype(np.float64)
             variance = np.where(variance > _STILL * float(variance.max(initial=0.0)), variance, trained)
             own = by_output[node.outputs[0]]
-            for position, values in ((3, mean), (4, variance)):
+            for position, values in zip(positions, (mean, variance), strict=True):
                 name, cut = node.inputs[position], own.inputs[position]
                 self.original[name] = ArrayWeight(name, values.astype(self.original[name].dtype))
                 for _axis, index in after.steps(name):

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune.graph.precision import chooses, draws
+from onnxprune.graph.precision import draws, jumps
 from onnxprune.io.subgraphs import outline_bodies
 from onnxprune.io.weights import Weight
+from onnxprune.operators.registry import lookup
 from onnxprune.pruning.masked import Model, Steps, gather
 
 Feed = dict[str, Any]
@@ -100,7 +101,7 @@ class Holding:
 
     def _jumps(self, node: onnx.NodeProto, data: set[str]) -> bool:
         reads = {self._kind(name) for name in node.input if name in data}
-        return chooses(node.op_type, reads, {self._kind(name) for name in node.output if name})
+        return jumps(lookup(node.domain, node.op_type), reads, {self._kind(name) for name in node.output if name})
 
     def _kind(self, name: str) -> int:
         return self.kinds.get(_unmasked(name), 0)
@@ -137,19 +138,21 @@ class Holding:
 
     def _draw(self, index: int, node: onnx.NodeProto, partner: int, values: Mapping[str, Any]) -> bool:
         """Hold the random numbers that a node draws; return whether that is possible."""
-        steps, scale = self.survivors(node.output[0]), None
-        if node.op_type == "Dropout":
-            share = float(values.get(node.input[1], np.nan)) if node.input[1] else 0.5
+        steps, scale, rule = self.survivors(node.output[0]), None, lookup(node.domain, node.op_type)
+        if rule.training is not None:
+            ratio = node.input[rule.training - 1]
+            share = float(values.get(ratio, np.nan)) if ratio else 0.5
             if not 0 <= share < 1 or any(node.output[1:]):
                 return False
             scale = 1 / (1 - share)
         if steps is None or node.domain not in ("", "ai.onnx") or not self._kind(node.output[0]):
             return False
-        if node.op_type in ("Bernoulli", "Multinomial"):  # by probabilities: draws are not compared
-            before = self.survivors(_unmasked(node.input[0]))
+        if rule.draws_by is not None:  # by probabilities: draws are not compared
+            probabilities = node.input[rule.draws_by]
+            before = self.survivors(_unmasked(probabilities))
             if before is None:
                 return False
-            self._inputs[node.input[0]] = _unmasked(node.input[0]), before
+            self._inputs[probabilities] = _unmasked(probabilities), before
         self._drawn[node.output[0]] = index, partner, steps, scale
         self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
         return True
@@ -304,6 +307,7 @@ def seed_random_nodes(proto: onnx.ModelProto) -> onnx.ModelProto:
     copy.CopyFrom(proto)
     for node in [*_all(copy.graph), *(n for f in copy.functions for n in _all(f))]:
         if draws(node) and not any(a.name == "seed" for a in node.attribute):
-            value: int | float = _SEED if "ropout" in node.op_type else float(_SEED)
+            drops = lookup(node.domain, node.op_type).training is not None
+            value: int | float = _SEED if drops else float(_SEED)
             node.attribute.append(onnx.helper.make_attribute("seed", value))
     return copy

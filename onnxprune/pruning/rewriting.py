@@ -19,8 +19,7 @@ from onnxprune.io import markers
 from onnxprune.io.constants import add_constant, set_constant
 from onnxprune.io.weights import ArrayWeight, DerivedWeight, GatheredWeight, Weight
 from onnxprune.operators.context import Cut, Step, Table
-from onnxprune.operators.movement import resolve_target
-from onnxprune.operators.registry import Scaling, lookup
+from onnxprune.operators.registry import Scaling, lookup, rule_of
 
 # Largest constant that takes up a factor, in bytes.
 _SCALED_BYTES = 1 << 20
@@ -485,8 +484,9 @@ class _State:
         kind = np.int64 if first is None else first.dtype
         same = first is not None and all(v is not None and np.array_equal(v, first) for v in old)
         if first is not None and same and first.shape == (len(target),):
-            self.set_input(node, i, np.asarray(_keep_special(node, i, first.tolist(), target, self), dtype=kind))
-        elif node.op == "Reshape":
+            entries = rule_of(node).target_entries(node, first.tolist(), target, self.shape(node.inputs[0]))
+            self.set_input(node, i, np.asarray(entries, dtype=kind))
+        elif rule_of(node).infers_size:
             self._mixed_target(node, i, target, old, current)
         else:
             self._blend(node, i, target, old, current)
@@ -548,22 +548,10 @@ def _data(table: Table) -> set[str]:
     """Return tensors computed from labelled ones: sizes may have been used on the way, but they are no sizes."""
     known, names = table.items(), set[str]()
     for node in table.graph.steps:
-        sized = node.op in ("Shape", "Size") and not node.domain
+        sized = rule_of(node).reads_sizes
         if not sized and (not names.isdisjoint(node.inputs) or any(known.get(name) for name in node.inputs)):
             names.update(node.outputs)
     return names
-
-
-def _keep_special(node: Node, i: int, old: list[int], target: tuple[int, ...], state: _State) -> list[int]:
-    """Keep entries 0, -1 and 1 of a Reshape or Expand target, and slice ends "to the end", where they are correct."""
-    if node.op == "Reshape":
-        target_kept = [o if o in (0, -1) else t for o, t in zip(old, target, strict=True)]
-        source = state.shape(node.inputs[0])
-        if resolve_target(target_kept, source, node.attrs.get("allowzero", 0)) == tuple(target):
-            return target_kept
-    if node.op == "Expand":
-        return [o if o == 1 else t for o, t in zip(old, target, strict=True)]
-    return list(target)
 
 
 class _Shapes:

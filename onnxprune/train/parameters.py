@@ -150,10 +150,11 @@ def _before_softmax(graph: StaticGraph, name: str, output: str) -> Head:
     """Return the scores in front of a softmax that nothing but reshaping follows; else the tensor itself."""
     current = name
     while (node := graph.producer.get(current)) is not None:
-        if node.op in ("Softmax", "LogSoftmax") and not node.domain:
-            axis = int(node.attrs.get("axis", -1)) % len(graph.shapes[node.inputs[0]])
+        rule = rule_of(node)
+        axis = rule.score_axis(node, len(graph.shapes[node.inputs[0]]))
+        if axis is not None:
             return Head(node.inputs[0], output, axis)
-        moves = rule_of(node).moves
+        moves = rule.moves
         if moves is None or not moves.keeps_all or not graph.is_float(node.inputs[0]):
             break
         current = node.inputs[0]

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune.factorization.decompositions import METHODS, Geometry, Method, Metric, Ranks, Stage, elements, shape_of
+from onnxprune.factorization.decompositions import METHODS, Method, Metric, Ranks, shape_of
 from onnxprune.factorization.ranks import by_energy, by_vbmf, calibrated, dropped_energies, rounded, vbmf_rank, within
+from onnxprune.operators.kernels import Geometry, Stage, elements
 
 
 @given(st.floats(0.05, 0.95), st.integers(1, 3), st.sampled_from(["svd", "tucker", "spatial-svd"]))

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from planted_factors import draw, factorized, names_of, outputs
 
-from onnxprune.factorization.decompositions import METHODS, Ranks, Shape
+from onnxprune.factorization.decompositions import METHODS, Ranks
+from onnxprune.operators.kernels import Shape
 
 Build = Callable[[Net], str]
 Case = tuple[str, Build, Shape, dict[str, Any]]
