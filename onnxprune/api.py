@@ -89,7 +89,7 @@ def prune(
     effort: str = "normal",
     validate: bool = True,
     min_fidelity: float | None = None,
-    latency: bool = True,
+    latency: bool | str = True,
     progress: Progress | None = None,
 ) -> Result:
     """Prune a model, prove that the removal is exact, and with ``data`` recover accuracy.
@@ -173,7 +173,7 @@ def prune(
         validate: run the checks; True.
         min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
             original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
-        latency: measure latency; True.
+        latency: measure latency, with ``"layers"`` also that of each layer, which pages colour by; True.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
 
     Returns:
@@ -246,7 +246,7 @@ def _warn_of_no_gain(report: Report) -> None:
 
 
 def _stages(
-    cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool, tuned: Sequence[Any] = ()
+    cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool | str, tuned: Sequence[Any] = ()
 ) -> list[Any]:
     """Return the passes of a run: pruning, checks before the recovery, and a recovery if pruning does none."""
     plan = cut.replayed if isinstance(cut, Prune) else None
@@ -487,7 +487,7 @@ def factorize(
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
     validate: bool = True,
-    latency: bool = True,
+    latency: bool | str = True,
     progress: Progress | None = None,
 ) -> Result:
     """Factorize layers into products of smaller ones, check the products, and with ``data`` recover accuracy.
@@ -537,7 +537,7 @@ def factorize(
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
         validate: run the checks; True.
-        latency: measure latency; True.
+        latency: measure latency, with ``"layers"`` also that of each layer, which pages colour by; True.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
 
     Returns:

@@ -71,6 +71,19 @@ class Flag(Kind):
         return value
 
 
+class FlagOr(Flag):
+    """True, false, or a word that asks for more."""
+
+    def __init__(self, word: str) -> None:
+        self.word, self.allowed = word, f"true, false or `{word}`"
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the checked flag or word; raises UsageError."""
+        if not isinstance(value, bool) and value != self.word:
+            raise UsageError(f"{name}: {value!r} is not allowed", hint=f"Give True, False or {self.word!r}.")
+        return value
+
+
 class Word(Kind):
     """One of a few words."""
 
@@ -1428,6 +1441,13 @@ SETTINGS: tuple[Setting, ...] = (
         "Measure the latency before and after.",
         {"prune": "", "factorize": "", "compare": "", "sweep": ""},
         True,
+        variants={
+            command: {
+                "kind": FlagOr("layers"),
+                "help": "Measure the latency before and after; `layers`: also that of each layer, for the page.",
+            }
+            for command in ("prune", "factorize")
+        },
     ),
     # What is written and shown
     Setting(

@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,25 +57,45 @@ LEVELS = (
 )
 
 
-def halves(home: Path, name: str, samples: int, folder: Path) -> tuple[Path, Path]:
-    """Return the files of two sets of inputs: those to recover from, and as many others to compare on."""
-    fit, others = folder / f"{name}.fit.npz", folder / f"{name}.others.npz"
-    if not (fit.exists() and others.exists()):
-        data = folder / f"{name}.npz"
+Inputs = list[dict[str, Any]]
+
+
+def halves(home: Path, model: Path, samples: int, folder: Path) -> tuple[Inputs, Inputs]:
+    """Return two lists of calls: those to recover from, and as many others to compare on."""
+    name = files.name(model)
+    data = folder / f"{name}.{2 * samples}.npz"
+    if not data.exists():
         record(home, name, data, 2 * samples)
-        with np.load(data) as file:
-            arrays = {key: file[key] for key in file.files}
-        for number, target in enumerate((fit, others)):
-            parts = {k: np.array_split(v, 2)[number] if v.ndim and len(v) > 1 else v for k, v in arrays.items()}
-            np.savez(target, **parts)
-    return fit, others
+    with np.load(data) as file:
+        arrays = {key: file[key] for key in file.files}
+    rows = {}  # of each input in a call: where the model fixes the first axis it is not the axis of samples alone
+    for value in onnx.load(model, load_external_data=False).graph.input:
+        shape = value.type.tensor_type.shape.dim
+        rows[value.name] = max(1, shape[0].dim_value) if shape else 0
+    number = min(len(array) // rows[key] for key, array in arrays.items() if rows.get(key) and array.ndim)
+    calls = [
+        {k: v[i * rows[k] : (i + 1) * rows[k]] if v.ndim and rows.get(k) else v for k, v in arrays.items()}
+        for i in range(number)
+    ]
+    return calls[: number // 2], calls[number // 2 :]
 
 
-def damaged(model: Path, level: Damage, data: Path, target: Path) -> None:
+def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield the weights of a graph and of the bodies in it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from tensors(attribute.g)
+            elif node.op_type == "Constant" and attribute.HasField("t"):
+                yield attribute.t
+
+
+def damaged(model: Path, level: Damage, data: Inputs, target: Path) -> None:
     """Write the model with one level of damage."""
     if level.noise:
         proto, rng = onnx.load(model), np.random.default_rng(0)
-        for tensor in proto.graph.initializer:
+        for tensor in tensors(proto.graph):
             array = numpy_helper.to_array(tensor)
             if array.dtype == np.float32 and array.ndim > 1:
                 noisy = array * (1 + level.noise * rng.standard_normal(array.shape))
@@ -99,7 +120,7 @@ def evaluated(home: Path, name: str, target: Path) -> dict[str, float]:
 def measure(home: Path, model: Path, given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Return metric, points and cosine of a model at every level."""
     name, records = files.name(model), list[dict[str, Any]]()
-    data, others = halves(home, name, given.samples, folder)
+    data, others = halves(home, model, given.samples, folder)
     for number, level in enumerate(LEVELS[: given.levels]):
         target = folder / f"{name}.{number}.onnx"
         try:

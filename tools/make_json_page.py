@@ -221,12 +221,30 @@ MEANINGS = {
     },
     "BudgetFacts": {
         "targets": "every target",
-        "answers": "every candidate that was evaluated",
+        "answers": "the best candidate of every origin of its counts",
         "gap": "no choice of counts loses less than (1 - gap) of this one, costs linearised; null where not known",
         "what": "name of the points",
         "points_before, points_after": "points of the original and of the result",
         "max_drop": "largest allowed drop; null: no limit",
+        "cost": "kind of cost of the candidates",
+        "candidates": "every model that was evaluated, in order",
+        "losses_by": "origin of the losses that counts were chosen by",
+        "losses": "loss of every group where it alone is pruned",
     },
+    "CandidateFacts": {
+        "name": "origin of its counts",
+        "cost": "its cost as a share of the original's",
+        "points": "points of its outputs or of the metric",
+        "trial": "whether it was recovered from the samples of a trial, not from all",
+        "chosen": "whether it is the result",
+    },
+    "GroupLosses": {
+        "name": "name of the group",
+        "units": "number of its units",
+        "shares": "removed shares of the units",
+        "losses": "loss at each share",
+    },
+    "LayerTimes": {"before, after": "{node of the original: milliseconds in the original, and in the result}"},
     "Finetuning": {
         "steps": "steps of the optimiser",
         "seconds": "time of the training",
@@ -321,6 +339,7 @@ CLASSES += [
     facts.TargetFacts,
 ]
 CLASSES += [facts.AnswerFacts, facts.NodeTime, facts.KindSteps, facts.SweepPoint, GroupCurve, GroupView, SlotView]
+CLASSES += [facts.CandidateFacts, facts.GroupLosses, facts.LayerTimes]
 CLASSES += [Barrier, Description, Kernels, facts.SmallerRatio]
 
 

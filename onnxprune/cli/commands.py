@@ -211,9 +211,16 @@ def _cut(given: Given, screen: Screen) -> Any:
     if given.sensitivity == "measure":
         arguments["jobs"] = given.jobs or -1
     # Quiet without JSON shows no latency, so the time to measure it is saved.
-    latency = arguments["validate"] and not given.dry_run and (screen.verbosity >= 0 or screen.as_json)
+    latency = arguments["validate"] and not given.dry_run and _timing(screen, given)
     with screen.progress() as progress:
         return op.prune(given.model, **arguments, latency=latency, progress=progress)
+
+
+def _timing(screen: Screen, given: Given) -> bool | str:
+    """Return whether to measure latency, and ``layers`` where a page shows the time of each layer."""
+    if given.values.get("report") is not None:
+        return "layers"
+    return screen.verbosity >= 0 or screen.as_json
 
 
 TRIAL_SECONDS = 2.0
@@ -327,7 +334,7 @@ def _factorized(given: Given, screen: Screen) -> Any:
     if given.dry_run:
         arguments |= {"validate": False, "recover": "none", "metric": None}
     # Quiet without JSON shows no latency, so the time to measure it is saved.
-    latency = arguments["validate"] and (screen.verbosity >= 0 or screen.as_json)
+    latency = arguments["validate"] and _timing(screen, given)
     with screen.progress() as progress:
         return op.factorize(given.model, **arguments, latency=latency, progress=progress)
 

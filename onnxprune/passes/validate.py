@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from onnxprune.allocation.selection import spread
 from onnxprune.channels.analysis import Analysis
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.exact import Proof, prove
@@ -14,10 +15,13 @@ from onnxprune.passes.ranges import range_doubts
 from onnxprune.passes.structure import check_file, check_sizes
 from onnxprune.passes.workspace import Workspace, synthetic_feeds, timing_feed
 from onnxprune.pipeline import SAME_MODEL, SAME_REMOVAL, Context, Model, Pass, PassResult
-from onnxprune.report.facts import Exactness, Fact, Remark, Sizes
+from onnxprune.report.facts import Exactness, Fact, Latency, LayerTimes, Remark, Sizes
 from onnxprune.runtime import fidelity, latency
+from onnxprune.runtime.sessions import Feed
 from onnxprune.settings import named_arguments
 
+LAYERS = "layers"
+"""Value of ``timed`` that asks for the times of single layers, too."""
 # Default number of the user's samples to measure on.
 ENOUGH = 256
 # Seconds of timing for models whose runs take less than a few milliseconds.
@@ -34,7 +38,8 @@ class Validate(Pass):
     Args:
         exact: whether to check exactness.
         faithful: whether to measure fidelity.
-        timed: whether to measure latency. Without all three, nothing is run: sizes alone are checked.
+        timed: whether to measure latency; ``"layers"`` also measures that of each layer. Without all three, nothing is
+            run: sizes alone are checked.
 
     Raises:
         ValidationError: the removal is not exact, or the result is not a valid model.
@@ -42,7 +47,7 @@ class Validate(Pass):
 
     ensures = (SAME_MODEL, SAME_REMOVAL)
 
-    def __init__(self, *, exact: bool = True, faithful: bool = True, timed: bool = True) -> None:
+    def __init__(self, *, exact: bool = True, faithful: bool = True, timed: bool | str = True) -> None:
         self.exact, self.faithful, self.timed = exact, faithful, timed
 
     def __call__(self, context: Context, model: Model) -> PassResult:
@@ -88,7 +93,21 @@ class Validate(Pass):
             with context.stage("latency"):
                 feed, where = timing_feed(context, trial), context.device
                 conditions: dict[str, Any] = {"threads": where.threads, "providers": where.providers}
-                yield latency.latency(trial.original, final, [feed], least_s=_LEAST_SECONDS, **conditions)
+                whole = latency.latency(trial.original, final, [feed], least_s=_LEAST_SECONDS, **conditions)
+                yield whole
+                if self.timed == LAYERS:
+                    yield _layer_times(context, (trial.original, final), feed, whole)
+
+
+def _layer_times(context: Context, files: tuple[Path, Path], feed: Feed, whole: Latency) -> LayerTimes:
+    """Measure the milliseconds of the nodes of both models, by the names of the original's."""
+    both = []
+    for path, total in zip(files, (whole.before_ms, whole.after_ms), strict=True):
+        times = latency.profile(path, [feed], device=context.device)
+        nodes = spread(context.analysis, [(t.name, t.op, t.seconds) for t in times])
+        scale = total / (sum(t.seconds for t in times) or 1.0)
+        both.append({name: scale * seconds for name, seconds in nodes.items()})
+    return LayerTimes(*both)
 
 
 def _proof(context: Context, model: Model, trial: Workspace, final: Path) -> Proof:

@@ -267,6 +267,17 @@ _SAME, _UNPAIRED = 0.01, 1.04
 
 
 @dataclass(slots=True)
+class LayerTimes:
+    """Milliseconds of every node of the original, by name, in the original and in the final model.
+
+    They are scaled so that their sums are the latencies of the models; a fused node counts for the nodes within it.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+@dataclass(slots=True)
 class NodeTime:
     """Milliseconds of one node: as it is, and where every group keeps ``SHARES`` of its units."""
 
@@ -434,11 +445,37 @@ class AnswerFacts:
 
 
 @dataclass(slots=True)
+class CandidateFacts:
+    """One model that a search evaluated: its cost as a share of the original's, and its points.
+
+    ``trial``: it was recovered from the samples of a trial, not from all; ``chosen``: it is the result.
+    """
+
+    name: str
+    cost: float
+    points: float
+    trial: bool = False
+    chosen: bool = False
+
+
+@dataclass(slots=True)
+class GroupLosses:
+    """Loss of the model where one group alone is pruned, at ``shares`` of its units removed."""
+
+    name: str
+    units: int
+    shares: list[float]
+    losses: list[float]
+
+
+@dataclass(slots=True)
 class BudgetFacts:
     """How counts were found for targets.
 
     ``points`` is what ``what`` says, before and after. ``gap``: with costs linearised at the answer, no choice of
-    counts loses less than (1 - gap) of what this one does, by the losses it was chosen by.
+    counts loses less than (1 - gap) of what this one does, by the losses it was chosen by. ``candidates`` are all
+    models that were evaluated, with their cost of the kind ``cost``; ``losses`` are those of the groups that counts
+    were chosen by, from ``losses_by``.
     """
 
     targets: list[TargetFacts] = field(default_factory=list)
@@ -448,6 +485,10 @@ class BudgetFacts:
     points_before: float = 0.0
     points_after: float = 0.0
     max_drop: float | None = None
+    cost: str = ""
+    candidates: list[CandidateFacts] = field(default_factory=list)
+    losses_by: str = ""
+    losses: list[GroupLosses] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -505,6 +546,8 @@ class Report:
     exactness: Exactness = field(default_factory=Exactness)
     fidelity: Fidelity | None = None
     latency: Latency | None = None
+    layer_times: LayerTimes | None = None
+    """Times of single layers; null where they were not asked for."""
     metric: MetricFacts | None = None
     recovery: Recovery = field(default_factory=Recovery)
     repairs: list[Repair] = field(default_factory=list)
@@ -732,6 +775,7 @@ Fact = (
     | Fidelity
     | MetricFacts
     | Latency
+    | LayerTimes
     | BudgetFacts
 )
 """The facts that a pass may return; a report is the sum of these."""
@@ -786,6 +830,7 @@ _PLACES: dict[type, str] = {
     Fidelity: "fidelity",
     Finetuning: "finetuning",
     Latency: "latency",
+    LayerTimes: "layer_times",
     MetricFacts: "metric",
     BudgetFacts: "budget",
 }

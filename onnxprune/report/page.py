@@ -40,11 +40,11 @@ class Series:
     line: bool = True
 
 
-def chart(title: str, across: str, up: str, series: Sequence[Series]) -> str:
+def chart(title: str, across: str, up: str, series: Sequence[Series], *, legend: bool = True) -> str:
     """Draw an SVG of some series over one pair of axes; points that are not finite are left out."""
     found = [p for s in series for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]
     scale = _Scale([p[0] for p in found] or [0.0, 1.0], [p[1] for p in found] or [0.0, 1.0])
-    named = series[:_MOST_NAMED] if len(series) > 1 else []
+    named = series[:_MOST_NAMED] if legend and len(series) > 1 else []
     down = max(TOP + HEIGHT + BOTTOM, TOP + LEGEND * (len(named) + 1))
     parts = [_text(LEFT, 22, title, size=15), *_frame(scale, across, up)]
     for number, one in enumerate(series):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import PurePath
 from typing import Any
@@ -12,7 +14,7 @@ from rich.text import Text
 
 from onnxprune.report import network, numbers, page, reasons, summary, tables
 from onnxprune.report.console import LABEL, Line
-from onnxprune.report.facts import LayerFacts, Report
+from onnxprune.report.facts import BudgetFacts, LayerFacts, LayerTimes, Report
 
 _MOST = 10
 """Layers that Markdown lists: those that lost most parameters."""
@@ -36,6 +38,8 @@ def run_page(report: Report, about: Mapping[str, Any] | None = None, spelled: Ca
         _section("Network", _network(report)),
         _section("Layers", _layers(report) + _factors(report)),
         _section("Candidates of the budget", _candidates(report)),
+        _section("Sensitivity of the groups", _sensitivity(report)),
+        _section("Recovery of the layers", _recovered(report)),
         _section("Warnings", "".join(page.paragraph(spelled(text)) for text in report.warnings)),
         _section("Settings and versions", _about(report, about or {})),
         f"</main><script>{_SCRIPT}</script>",
@@ -156,10 +160,12 @@ def _lines(report: Report) -> str:
 def _unpruned(report: Report) -> str:
     """List the layers that kept their channels, grouped by reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
+    whole = "No ratio was given, or it comes to less than one unit."
+    whole = whole if report.budget is None else "The budget keeps all of their units."
     named = numbers.readable([layer.name for layer in report.layers])
     for name, layer in zip(named, report.layers, strict=True):
         if layer.channels_before == layer.channels_after:
-            why = reasons.in_words(tables.reason(layer)) or "No ratio was given, or it comes to less than one unit."
+            why = reasons.in_words(tables.reason(layer)) or whole
             advice = reasons.advice(tables.reason(layer))
             by_reason[f"{why} {advice}".strip()].append(name)
     for factor in report.factorized:
@@ -194,7 +200,20 @@ def _boxes(report: Report) -> list[network.Box]:
             kept = item.params_after / item.params_before if item.method and item.params_before else 1.0
             work = ((item.macs_after if item.method else item.macs_before) / most) ** 0.5
             boxes.append(network.Box(item.name, ranks.get(item.name, ""), said, kept, min(work, 1.0)))
-    return boxes
+    times = report.layer_times
+    return boxes if times is None else [_timed(box, times) for box in boxes]
+
+
+def _timed(box: network.Box, times: LayerTimes) -> network.Box:
+    """Return a box with its share of the longest time of a layer."""
+    longest = max(times.after.values(), default=0.0) or 1.0
+    title = f"{box.title}, {_ms(times, box.name)} ms"
+    return replace(box, title=title, time=times.after.get(box.name, 0.0) / longest)
+
+
+def _ms(times: LayerTimes, name: str) -> str:
+    """Return the milliseconds of a layer before and after."""
+    return numbers.change(*(numbers.short_milliseconds(side.get(name, 0.0)) for side in (times.before, times.after)))
 
 
 def _network(report: Report) -> str:
@@ -202,6 +221,7 @@ def _network(report: Report) -> str:
     if not drawn:
         return ""
     colours = '<option value="kept">share kept</option><option value="work">work (MACs) after</option>'
+    colours += '<option value="time">time after</option>' if report.layer_times is not None else ""
     tools = (
         '<input id="find" type="search" placeholder="find a layer" aria-label="find a layer"> '
         f'<label>colour by <select id="colour">{colours}</select></label> '
@@ -240,14 +260,17 @@ def _layers(report: Report) -> str:
             _pair(layer.params_before, layer.params_after),
             _pair(layer.macs_before, layer.macs_after),
             (removed, share),
+            *([] if times is None else [(_ms(times, layer.name), times.after.get(layer.name, 0.0))]),
             (why, why),
         ]
 
+    times = report.layer_times
     if not report.layers:
         return ""
     names = numbers.readable([layer.name for layer in report.layers])
     rows = [row(name, layer) for name, layer in zip(names, report.layers, strict=True)]
-    return _table(("layer", "op", "channels", "params", "MACs", "removed", "reason"), rows)
+    timed = [] if times is None else ["ms"]
+    return _table(("layer", "op", "channels", "params", "MACs", "removed", *timed, "reason"), rows)
 
 
 def _factors(report: Report) -> str:
@@ -281,7 +304,80 @@ def _candidates(report: Report) -> str:
         ]
         for a in facts.answers
     ]
-    return lines + (_table(("allocation", "score", "points"), rows) if rows else "")
+    return _pareto(facts) + lines + (_table(("allocation", "score", "points"), rows) if rows else "")
+
+
+def _pareto(facts: BudgetFacts) -> str:
+    """Draw the points of all candidates over their cost, with those that no other one beats joined by a line."""
+    places = [(c.cost, c.points, f"{c.name}{' (trial)' if c.trial else ''}: {c.points:.4g}") for c in facts.candidates]
+    chosen = [place for c, place in zip(facts.candidates, places, strict=True) if c.chosen]
+    if len(places) < 2:
+        return ""
+    original = (1.0, facts.points_before, f"original: {facts.points_before:.4g}")
+    best: list[tuple[float, float, str]] = []
+    for place in sorted([*places, original], key=lambda p: (p[0], -p[1])):
+        if not best or place[1] > best[-1][1]:
+            best.append(place)
+    series = [
+        page.Series("no other is better at its cost", best),
+        page.Series("other candidates", [p for p in places if p not in best], line=False),
+        page.Series("selected", chosen, line=False),
+    ]
+    kind = "MACs" if facts.cost == "macs" else facts.cost.replace("params", "parameters").replace("-", " ")
+    drawn = page.chart("", f"share of the original's {kind}", facts.what, series, legend=False)
+    names = " ".join(
+        f'<i style="background:{colour}"></i> {escape(one.name)}'
+        for one, colour in zip(series, page.COLOURS, strict=False)
+        if one.points
+    )
+    note = "Candidates of a trial were recovered from fewer samples." if any(c.trial for c in facts.candidates) else ""
+    return f'<div class="plot">{drawn}</div><p class="legend">{names}. {note}</p>'
+
+
+def _sensitivity(report: Report) -> str:
+    """Return a heat map: a row for every group, and the loss of pruning it alone to a few shares."""
+    facts = report.budget
+    if facts is None or not facts.losses:
+        return ""
+    known = [loss for group in facts.losses for loss in group.losses if math.isfinite(loss) and loss > 0]
+    most, least = max(known, default=1.0), max(min(known, default=1.0), 1e-6 * max(known, default=1.0))
+
+    def cell(share: float, loss: float) -> str:
+        depth = math.log(max(loss, least) / least) / math.log(most / least) if most > least and loss > 0 else 0.0
+        style = f"--depth:{100 * min(1.0, depth):.0f}%"
+        return f'<td style="{style}" title="{100 * share:.0f} % removed">{loss:.2g} <small>{share:.2f}</small></td>'
+
+    names = numbers.readable([group.name for group in facts.losses])
+    pairs = sorted(zip(names, facts.losses, strict=True), key=lambda pair: -sum(pair[1].losses))
+    wide = max(len(group.losses) for group in facts.losses)
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{group.units}</td>"
+        + "".join(cell(s, x) for s, x in zip(group.shares, group.losses, strict=True))
+        + "<td></td>" * (wide - len(group.losses))
+        + "</tr>"
+        for name, group in pairs
+    )
+    head = f'<tr><th>group</th><th>units</th><th colspan="{wide}">loss <small>at a share removed</small></th></tr>'
+    said = (
+        f"Loss where one group alone is pruned, from {facts.losses_by}; the darker, the more is lost, on a logarithm."
+    )
+    return f'{page.paragraph(said)}<div class="scroll"><table class="heat">{head}{rows}</table></div>'
+
+
+def _recovered(report: Report) -> str:
+    """List the layers that recovery looked at, with their error before and after."""
+    names = numbers.readable([layer.layer for layer in report.repairs])
+    rows: list[list[tuple[str, float | str]]] = [
+        [
+            (name, name),
+            (layer.how, layer.how),
+            (f"{100 * layer.before:.2f} %", layer.before),
+            (f"{100 * layer.after:.2f} %", layer.after),
+        ]
+        for name, layer in zip(names, report.repairs, strict=True)
+        if not layer.how.startswith("left")
+    ]
+    return _table(("layer", "fit", "error before", "after"), rows) if rows else ""
 
 
 def _about(report: Report, about: Mapping[str, Any]) -> str:
@@ -301,6 +397,7 @@ def _value(value: Any) -> str:
 
 
 _STYLE = """
+body { max-width: 72em; }
 .verdict { font-size: 1.1em; } .badge { border-radius: 1em; padding: .15em .8em; background: #777; color: #fff; }
 .badge.faithful { background: #1a7f37; } .badge.degraded { background: #9a6700; }
 .badge.damaged { background: #cf222e; }
@@ -330,12 +427,17 @@ th[aria-sort=ascending]::after { content: " \\25B4"; } th[aria-sort=descending]:
 #view.kept .layer { fill: color-mix(in srgb, var(--cool) calc(var(--kept) * 100%), var(--warm)); }
 #view.work .layer { fill: color-mix(in srgb, var(--warm) calc(var(--work) * 100%), var(--cool)); }
 #view .hit .layer, #view .hit .join { stroke: var(--strong); stroke-width: 3.5; }
+#view.time .layer { fill: color-mix(in srgb, var(--warm) calc(var(--time) * 100%), var(--cool)); }
+.plot { overflow-x: auto; } .plot svg { max-width: none; } .heat td, .heat th { white-space: nowrap; }
+.heat td[style] { background: color-mix(in srgb, var(--warm) var(--depth), var(--paper)); }
+small { color: var(--quiet); }
 .legend { color: var(--quiet); font-size: .9em; } .legend i { display: inline-block; width: 1em; height: 1em;
   vertical-align: -.1em; border: 1px solid var(--grey); background: var(--warm); }
-.legend i.high { background: var(--cool); } .work-legend .low { background: var(--cool); }
-.work-legend .high { background: var(--warm); }
+.legend i.high, .legend.work-legend i.low { background: var(--cool); }
+.legend.work-legend i.high { background: var(--warm); }
 @media (max-width: 600px) { .pair { grid-template-columns: 1fr; } dl { grid-template-columns: minmax(0, 1fr); }
-  dd { margin-bottom: .5em; } .sorts td:first-child { min-width: 9em; } }
+  dd { margin-bottom: .5em; } td, th { padding: .2em .5em; } .sorts td:first-child, .heat td:first-child {
+  min-width: 8em; max-width: 11em; white-space: normal; font-size: .9em; } }
 """
 
 _SCRIPT = """
@@ -379,7 +481,7 @@ if (view) {
     x -= (event.clientX - last.clientX) / zoom; y -= (event.clientY - last.clientY) / zoom; last = event; draw(); });
   for (const end of ['pointerup', 'pointercancel']) view.addEventListener(end, () => { last = null; });
   document.getElementById('colour').onchange = event => { view.className = event.target.value;
-    document.querySelector('.legend').classList.toggle('work-legend', event.target.value === 'work'); };
+    document.querySelector('#view + .legend').classList.toggle('work-legend', event.target.value !== 'kept'); };
   document.getElementById('find').addEventListener('input', event => {
     const word = event.target.value.toLowerCase(); let first = null, count = 0;
     for (const node of svg.querySelectorAll('g')) {

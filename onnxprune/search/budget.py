@@ -36,11 +36,20 @@ from onnxprune.pipeline import (
     WorkShare,
 )
 from onnxprune.pruning.rewriting import CannotRewrite
-from onnxprune.report.facts import AnswerFacts, BudgetFacts, Fact, Recovered, Settings, TargetFacts
+from onnxprune.report.facts import (
+    AnswerFacts,
+    BudgetFacts,
+    CandidateFacts,
+    Fact,
+    GroupLosses,
+    Recovered,
+    Settings,
+    TargetFacts,
+)
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.mixture import ALONE, Mixture
-from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated, SearchProblem, tolerance
+from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated, Mask, SearchProblem, tolerance
 from onnxprune.search.refine import Refine, cuts
 from onnxprune.search.sensitivity import measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
@@ -175,7 +184,38 @@ class Budget(Pass, Options):
         gap = best.allocation.gap if np.isfinite(best.allocation.bound) else None
         quality = result.final.quality
         metric_name = points_name(self.spec.metric)
-        return BudgetFacts(targets, answers, gap, metric_name, before, quality.points, self.spec.max_drop)
+        facts = BudgetFacts(targets, answers, gap, metric_name, before, quality.points, self.spec.max_drop)
+        facts.cost = next(iter(problem.costs))
+        last = max((i for i, (mask, _) in enumerate(result.tried) if mask is best.removed), default=-1)
+        facts.candidates = [replace(c, chosen=i == last) for i, (_, c) in enumerate(result.tried)]
+        facts.losses_by = list(problem.choices)[-1]
+        facts.losses = _losses(problem, facts.losses_by)
+        return facts
+
+
+def _tried(problem: SearchProblem, candidate: Candidate, evaluation: Evaluation, trial: bool) -> CandidateFacts:
+    """Return the facts of a candidate that was evaluated, at its cost of the first kind."""
+    kind = next(iter(problem.costs))
+    counted = {"size": evaluation.size, "params": evaluation.params}
+    cost = evaluation.macs if kind == "macs" and candidate.factorize is not None else counted.get(kind)
+    share = (candidate.costs[kind] if cost is None else cost) / problem.base(kind)
+    return CandidateFacts(candidate.name, share, evaluation.quality.points, trial)
+
+
+# Shares of the units of a group at which a page shows its losses.
+_SHOWN = (0.25, 0.5, 0.75, 0.9)
+
+
+def _losses(problem: SearchProblem, by: str) -> list[GroupLosses]:
+    """Return the losses of every group at a few shares, from one of the origins of losses."""
+    choices, result = problem.choices[by], list[GroupLosses]()
+    for number, options, losses in zip(problem.groups, choices.options, choices.losses, strict=True):
+        shares = 1 - options / options[-1]
+        levels = sorted({int(np.argmin(np.abs(shares - share))) for share in _SHOWN}, reverse=True)
+        group = problem.analysis.units.groups[number]
+        name = next((v.name for v in problem.analysis.groups if v.id == number), str(number))
+        result.append(GroupLosses(name, group.size, shares[levels].tolist(), losses[levels].tolist()))
+    return result
 
 
 def _best_by_name(result: SearchResult) -> list[Evaluated]:
@@ -202,6 +242,7 @@ class SearchResult:
         best: the best of these, with its costs after recovery from all data.
         final: its evaluation.
         failure: description of the gate that it does not pass, empty for none.
+        tried: all candidates that were evaluated: the mask of what each removes, and its facts.
     """
 
     problem: SearchProblem
@@ -209,6 +250,7 @@ class SearchResult:
     best: Candidate
     final: Evaluation
     failure: BudgetError | None = None
+    tried: Sequence[tuple[Mask, CandidateFacts]] = ()
 
 
 class Search:
@@ -230,6 +272,7 @@ class Search:
         self.mode, self.before = mode, before
         self._mixture_of: Mixture | None = None
         self._answers: list[Evaluated] = []
+        self._tried: list[tuple[Mask, CandidateFacts]] = []
         self._work = WorkShare(lambda share: context.tell("budget", share), dict.fromkeys(_PARTS, 1.0))
         self._at = "final", 0, 1
 
@@ -243,14 +286,14 @@ class Search:
         spec, context = self.spec, self.context
         self.report_to(lambda share: context.tell("budget", share))
         problem = self.problem(spec.targets or (Target(self._shrinks, 1.0),))
-        if spec.targets:
-            result = self.within(problem)
-            gap = self._missing(result.final)
-            if gap:
-                nearest = None if context.stages.interrupted else self._nearest(result.problem)
-                return replace(result, failure=BudgetErrors(problem).gate(gap, nearest))
-            return result
-        return self._smallest(problem)
+        if not spec.targets:
+            return replace(self._smallest(problem), tried=self._tried)
+        result = self.within(problem)
+        gap = self._missing(result.final)
+        if gap:
+            nearest = None if context.stages.interrupted else self._nearest(result.problem)
+            result = replace(result, failure=BudgetErrors(problem).gate(gap, nearest))
+        return replace(result, tried=self._tried)
 
     def report_to(self, tell: Callable[[float], None]) -> None:
         """Report the share of the work that is done to a function, from now on and from 0."""
@@ -467,6 +510,7 @@ class Search:
             self.context, problem.analysis, candidate.removed, split=split, progress=progress, **options
         )
         self._answers.append((candidate, evaluation))
+        self._tried.append((candidate.removed, _tried(problem, candidate, evaluation, trial)))
         return evaluation
 
     @property

@@ -101,6 +101,10 @@ def test_a_gate_of_a_budget_that_fails_keeps_the_report(run: Callable[..., Resul
     done = run(MODEL, *call, *pages)
     record = json.loads(done.stdout)
     assert all("points" in path.read_text() for path in pages[1::2])
+    facts = record["budget"]
+    assert sum(c["chosen"] for c in facts["candidates"]) == 1 and facts["cost"] == "macs" and facts["losses_by"]
+    assert all(0 < c["cost"] <= 1 and c["points"] <= 100 for c in facts["candidates"]) and len(facts["candidates"]) > 1
+    assert all(0 <= loss["shares"][0] < loss["shares"][-1] for loss in facts["losses"])
     assert done.exit_code == record["error"]["exit_code"] == 5 and not (tmp_path / "o.onnx").exists()
     assert record["budget"]["targets"][0]["kind"] == "macs" and record["layers"] and record["fidelity"]["outputs"]
     assert "--min-fidelity 0.9999" in record["error"]["message"] and "--target" in record["error"]["hint"]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -17,7 +18,16 @@ from click.testing import Result
 import onnxprune as op
 from onnxprune.errors import UsageError
 from onnxprune.report import network, numbers
-from onnxprune.report.facts import LayerFacts, Network, NetworkNode, Report
+from onnxprune.report.facts import (
+    BudgetFacts,
+    CandidateFacts,
+    GroupLosses,
+    LayerFacts,
+    LayerTimes,
+    Network,
+    NetworkNode,
+    Report,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "residual.onnx"
@@ -28,9 +38,14 @@ addEventListener('load', () => setTimeout(() => {{
     const page = frame.contentDocument, root = page.documentElement, find = page.getElementById('find');
     const first = () => page.querySelector('.sorts td').textContent;
     const before = first(); page.querySelector('.sorts th').click(); page.querySelector('.sorts th').click();
+    const colour = page.getElementById('colour'), fill = () => frame.contentWindow.getComputedStyle(
+      page.querySelector('.layer')).fill, kept = fill(); colour.value = 'time'; colour.onchange({{ target: colour }});
+    const heat = [...page.querySelectorAll('.heat td[style]')].map(
+      cell => frame.contentWindow.getComputedStyle(cell).backgroundColor);
     const box = () => page.querySelector('#network').getAttribute('viewBox'), place = box();
     find.value = 'head'; find.dispatchEvent(new Event('input'));
     return {{ wide: root.scrollWidth, view: root.clientWidth, sorted: first(), moved: box() !== place,
+      timed: fill() !== kept, heats: new Set(heat).size, dots: page.querySelectorAll('.plot circle').length,
       hits: page.getElementById('hits').textContent, errors: frame.contentWindow.failures,
       paper: frame.contentWindow.getComputedStyle(page.body).backgroundColor, boxes: page.querySelectorAll('g').length,
       outside: performance.getEntriesByType('resource').filter(e => /^https?:/.test(e.name)).length }};
@@ -68,11 +83,23 @@ def in_browser(page: str, folder: Path, *, dark: bool) -> list[dict[str, object]
 @pytest.mark.skipif(BROWSER is None, reason="no browser")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_shows_the_page(result: op.Result, tmp_path: Path, dark: bool) -> None:
-    for shown, wide in zip(in_browser(result.report.to_html(), tmp_path, dark=dark), (400, 1280), strict=True):
+    names = [layer.name for layer in result.report.layers]
+    times = LayerTimes(dict.fromkeys(names, 2.0), {name: number / 8 for number, name in enumerate(names)})
+    tried = [("a", 0.5, 98.0), ("b", 0.6, 97.0), ("c", 0.8, 99.0)]
+    budget = BudgetFacts(
+        cost="macs",
+        what="points of fidelity",
+        points_before=100.0,
+        candidates=[CandidateFacts(*place, chosen=place[0] == "a") for place in tried],
+        losses=[GroupLosses("g", 8, [0.25, 0.5], [1e-4, 1e-2]), GroupLosses("h", 8, [0.5], [1.0])],
+    )
+    page = replace(result.report, layer_times=times, budget=budget).to_html()
+    for shown, wide in zip(in_browser(page, tmp_path, dark=dark), (400, 1280), strict=True):
         assert shown["wide"] <= shown["view"] == wide and shown["errors"] == []
         assert shown["paper"] == ("rgb(15, 19, 24)" if dark else "rgb(255, 255, 255)")
         assert shown["hits"] == "1 found" and shown["moved"] and shown["boxes"] > 14 and shown["outside"] == 0
         assert shown["sorted"] == "/head/Gemm"
+        assert shown["timed"] and shown["heats"] == 3 and shown["dots"] == 5
 
 
 def test_a_page_needs_nothing_else_and_escapes_names(result: op.Result) -> None:
@@ -106,7 +133,7 @@ def test_commands_write_pages(command: str, run: Callable[..., Result], tmp_path
     html, text = page.read_text(), note.read_text()
     assert "command line" in html and "numpy" in html and "--markdown" in html
     assert text.startswith("### ") and "| MACs |" in text and "points" in text
-    assert ('id="network"' in html) == (command != "compare")
+    assert ('id="network"' in html) == ('value="time"' in html) == (command != "compare")
 
 
 def test_a_gate_that_fails_keeps_the_page(run: Callable[..., Result], tmp_path: Path) -> None:
