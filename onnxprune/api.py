@@ -17,7 +17,7 @@ from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion, get, needs_of
 from onnxprune.importance.statistics import GRADIENTS
 from onnxprune.io.interchange import ModelSource
-from onnxprune.passes import Adopt, Exact, Factorize, Finetune, Flush, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.passes import Adopt, Depth, Exact, Factorize, Finetune, Flush, Pipeline, Prune, Recover, Result, Validate
 from onnxprune.passes.finetune import ShortFinetune
 from onnxprune.passes.prune import with_criterion
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
@@ -45,6 +45,7 @@ def prune(
     *,
     criterion: str | Criterion | None = None,
     ratio: float | None = None,
+    depth: float | None = None,
     plan: Plan | str | Path | None = None,
     layers: Mapping[str, float] | None = None,
     include: Sequence[str] = (),
@@ -98,7 +99,10 @@ def prune(
         model: path, bytes or ModelProto; never changed.
         criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
             [channels]; some need ``data``. None: ``ziplm`` with data, else ``l2``.
-        ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; None: 0.3.
+        ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; None: 0.3, or
+            no units where ``depth`` is given.
+        depth: residual branches to remove as a whole, a number from 1 or the share of all, 0 < depth < 1: those whose
+            removal changes the outputs on ``data`` least, see :class:`onnxprune.passes.Depth`. None: none.
         plan: a plan or its file, replayed instead of scoring; None: score.
         layers: {glob over node or weight names: ratio}, 0 <= ratio < 1; the last match applies. None: ``ratio``
             everywhere.
@@ -203,11 +207,14 @@ def prune(
     else:
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion, share, plan=plan, **common)
+    shorter = _shortening(depth, first, include, exclude, validate)
+    if shorter and not (ratio is not None or layers or spec.any or _lists_more(first.plan)):
+        first = None
     tuned = _finetuning(finetune, labels)
     _check_labels(labels, first, tuned)
     by_default = finetune is None and mode_and_reason == ("full", "data was given")
     trained = [ShortFinetune()] if by_default else tuned
-    stages = _stages(first, mode_and_reason, validate, validate and latency, trained)
+    stages = [*shorter, *_stages(first, mode_and_reason, validate, validate and latency, trained)]
     pipe = Pipeline(stages if searches else [*stages, *_measures(metric)])
     result = pipe.execute(model, run)
     if spec.any:
@@ -255,7 +262,23 @@ def _stages(
     exact = [Exact()] if validate and changed else []
     repair = [] if isinstance(cut, Budget) else [Recover(mode_and_reason[0], why=mode_and_reason[1])]
     check = Validate(exact=validate, faithful=validate, timed=timed)
-    return [cut, Flush(), *exact, *factors, *repair, *tuned, check]
+    first = [] if cut is None else [cut]
+    return [*first, Flush(), *exact, *factors, *repair, *tuned, check]
+
+
+def _shortening(
+    depth: float | None, first: Any, include: Sequence[str], exclude: Sequence[str], validate: bool
+) -> list[Depth]:
+    """Return the removal of branches that was asked for, if any."""
+    plan = first.plan if isinstance(first, Prune) else None
+    if plan is not None and plan.branches:
+        return [Depth(plan=plan, check=validate)]
+    return [] if depth is None else [Depth(depth, include=include, exclude=exclude, check=validate)]
+
+
+def _lists_more(plan: Plan | None) -> bool:
+    """Return whether a plan lists more than branches."""
+    return plan is not None and bool(plan.groups or plan.factorized)
 
 
 def _finetuning(effort: int | str | bool | None, labels: Any) -> list[Finetune]:

@@ -462,7 +462,8 @@ class Model:
 
     def __repr__(self) -> str:
         nodes, parameters = len(self.proto.graph.node), self.num_parameters
-        steps = ["pruned"] * self.is_pruned + ["factorized"] * self.is_factorized + ["sparse"] * bool(self.locked)
+        steps = ["shortened"] * self.is_shortened + ["pruned"] * self.is_pruned + ["factorized"] * self.is_factorized
+        steps += ["sparse"] * bool(self.locked)
         return f"<Model: {nodes} nodes, {parameters:,} parameters{''.join(', ' + step for step in steps)}>"
 
     def with_weights(self, weights: Mapping[str, Weight]) -> Model:
@@ -496,6 +497,16 @@ class Model:
     def is_pruned(self) -> bool:
         """Whether any channel was removed."""
         return self.removed is not None and bool(self.removed.any())
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether any residual branch was removed."""
+        return bool(self.plan.branches)
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether anything was taken from the model that a recovery can make up for."""
+        return self.is_pruned or self.is_shortened or self.is_factorized or bool(self.locked)
 
     @property
     def is_factorized(self) -> bool:
@@ -668,6 +679,7 @@ def _num_arguments(function: Callable[..., Any]) -> int | None:
 T = TypeVar("T", bound="Pass | type[Pass] | Callable[[Context, Model], PassResult]")
 ENTRY_POINT = "onnxprune.passes"
 _BUILT_IN: dict[str, Any] = {
+    "depth": "onnxprune.passes.depth:Depth",
     "prune": "onnxprune.passes.prune:Prune",
     "factorize": "onnxprune.passes.factorize:Factorize",
     "exact": "onnxprune.passes.exact:Exact",

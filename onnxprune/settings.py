@@ -242,6 +242,26 @@ class Share(Kind):
         return f"For {percent:g} percent give {(percent or 0) / 100:g}; allowed is {self.allowed}." if told else ""
 
 
+class BranchAmount(Kind):
+    """A number of branches, or a share of them."""
+
+    metavar = "N|R"
+    allowed = "a whole number from 1, or a share 0 < R < 1"
+
+    def check(self, value: Any, name: str) -> float:
+        """Return the checked number (int) or share (float); raises UsageError."""
+        if _is_whole(value) and value >= 1:
+            return int(value)
+        if _is_whole(value) or not _is_number(value) or not 0 < value < 1:
+            hint = "Give how many branches to remove, for example 2, or the share of all branches, for example 0.2."
+            raise UsageError(f"{name}: {value} is not allowed", hint=hint)
+        return float(value)
+
+    def parse(self, text: str, name: str) -> float:
+        """Parse the number or share of a text."""
+        return self.check(text if _number(text) is None else _number(text, whole=True), name)
+
+
 class Text(Kind):
     """Any text."""
 
@@ -858,6 +878,16 @@ SETTINGS: tuple[Setting, ...] = (
             }
         },
         brief="Share of the channels to remove.",
+    ),
+    Setting(
+        "depth",
+        BranchAmount(),
+        f"Remove residual branches (y = x + f(x)) as a whole, so many or this share of all, by what the outputs on "
+        f"{argument('data')} lose; channels stay unless {argument('ratio')} or {argument('target')} is given too.",
+        {"prune": AMOUNT},
+        conflicts=_PLAN,
+        needs=Need("data", "chooses by what the outputs lose, and there is no data", f"Give {argument('data')}."),
+        brief="Residual branches to remove: a number or a share.",
     ),
     Setting(
         "rank",

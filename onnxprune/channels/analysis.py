@@ -64,7 +64,7 @@ class Analysis:
     """A model with its labels, units and groups. Immutable: other choices and more frozen nodes give another analysis.
 
     Args:
-        source: path, bytes or ModelProto.
+        source: path, bytes or ModelProto, or a model that was read.
         input_shapes: sizes for dynamic inputs, {name: shape}.
         approximate: let groups run through normalisations that stay defined over fewer channels.
 
@@ -87,13 +87,13 @@ class Analysis:
 
     def __init__(
         self,
-        source: ModelSource,
+        source: ModelSource | Loaded,
         *,
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         approximate: bool = False,
     ) -> None:
         with paused():
-            loaded = load(source)
+            loaded = source if isinstance(source, Loaded) else load(source)
             # Preparations, each undone after pruning where it was not needed: see restore and rejoin.
             unshared, copies = unshare(Graph.of(loaded.proto, loaded.weights, names=loaded.names))
             folded, folds = fold(unshared)

@@ -49,6 +49,14 @@ class PlanFactors:
     error: float = 0.0
 
 
+@dataclass(slots=True)
+class PlanBranch:
+    """A residual branch that is removed: the tensor of the input model that it ends in, and the node that adds it."""
+
+    tensor: str
+    sum: str = ""
+
+
 @dataclass(slots=True, repr=False)
 class Plan:
     """A frozen decision for one model, named by the SHA-256 of its file."""
@@ -59,20 +67,23 @@ class Plan:
     barriers: list[dict[str, Any]] = field(default_factory=list)
     version: int = VERSION
     factorized: list[PlanFactors] = field(default_factory=list)
+    branches: list[PlanBranch] = field(default_factory=list)
 
     def __repr__(self) -> str:
         units = sum(len(group.removed or ()) for group in self.groups)
         factors = f", {len(self.factorized)} layers factorized" if self.factorized else ""
-        return f"<Plan: {units} units removed from {len(self.groups)} groups{factors}>"
+        branches = f", {len(self.branches)} branches removed" if self.branches else ""
+        return f"<Plan: {units} units removed from {len(self.groups)} groups{branches}{factors}>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-ready plain data, in the file's key order."""
         data = asdict(self)
         for slot in (slot for group in data["groups"] for slot in group["slots"] if not slot["at"]):
             del slot["at"]
-        if not self.factorized:
-            del data["factorized"]
-        names = ("version", "model_sha256", "criterion", "groups", "barriers", "factorized")
+        for name in ("branches", "factorized"):
+            if not data[name]:
+                del data[name]
+        names = ("version", "model_sha256", "criterion", "branches", "groups", "barriers", "factorized")
         return {k: data[k] for k in names if k in data}
 
     def save(self, path: str | Path) -> None:
@@ -126,9 +137,11 @@ def _lines(data: Mapping[str, Any]) -> str:
     for group in data["groups"]:
         slots = block(["  " + json.dumps(slot) for slot in group["slots"]], "]")
         groups.append(f"{json.dumps({**group, 'slots': None})[: -len('null}')]}{slots}}}")
-    parts = {**data, "groups": None, "barriers": None, "factorized": None}
+    parts = {**data, "branches": None, "groups": None, "barriers": None, "factorized": None}
     text = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items() if v is not None)
     barriers = block([json.dumps(barrier) for barrier in data["barriers"]], "\n ]")
     factors = [json.dumps(item) for item in data.get("factorized", ())]
     tail = f',\n "factorized": {block(factors, chr(10) + " ]")}' if factors else ""
+    branches = block([json.dumps(item) for item in data.get("branches", ())], "\n ]")
+    text += f',\n "branches": {branches}' if data.get("branches") else ""
     return f'{{{text},\n "groups": {block(groups, chr(10) + " ]")},\n "barriers": {barriers}{tail}}}\n'

@@ -200,7 +200,8 @@ def _cut(given: Given, screen: Screen) -> Any:
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
     arguments = dict(given.arguments)
-    if given.has_budget or given.plan is not None:
+    only_depth = given.depth is not None and "ratio" not in given.said
+    if given.has_budget or given.plan is not None or only_depth:
         arguments["ratio"] = None
     if not given.has_budget:
         arguments |= dict.fromkeys(_GATES)  # they apply to what is shown first
@@ -234,6 +235,7 @@ def _try_smaller(given: Given, report: Report) -> None:
     """
     verdict = report.verdict
     decided = given.has_budget or given.plan is not None or given.layers or given.dry_run or given.data is None
+    decided = decided or given.depth is not None
     if decided or verdict is None or verdict.word == "faithful" or report.interrupted:
         return
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good

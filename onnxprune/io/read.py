@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from onnxprune.io.formats import guess_by_name, guess_folder, guess_format
 from onnxprune.io.functions import inline_functions
 from onnxprune.io.interchange import ModelSource, to_onnx
 from onnxprune.io.skeleton import without_data, without_graph, without_initializers
-from onnxprune.io.subgraphs import inline_bodies
+from onnxprune.io.subgraphs import inline_bodies, outline_bodies
 from onnxprune.io.weights import ArrayWeight, BufferWeight, FileWeight, SparseWeight, TensorWeight, Weight, to_proto
 from onnxprune.io.wire import TENSOR_DOUBLE_DATA, TENSOR_FLOAT_DATA, TENSOR_RAW_DATA, Buffer, Span, strip
 
@@ -304,6 +304,20 @@ class Loaded:
     def sha256(self) -> str:
         """Return the hexadecimal digest that names the model in plans."""
         return self.digest()
+
+
+def with_parts(loaded: Loaded, proto: ModelProto, weights: Mapping[str, Weight]) -> Loaded:
+    """Return another graph with weights as a model of its own, which has no file yet, under the digest of the first.
+
+    Args:
+        loaded: the model that it was made of.
+        proto: the skeleton, bodies inlined.
+        weights: all of its initializers, by name.
+    """
+    size = sum(weight.nbytes for weight in weights.values()) + proto.ByteSize()
+    as_read = outline_bodies(proto, weights)[0]
+    parts = {"proto": proto, "weights": dict(weights), "as_read": as_read, "size": size}
+    return replace(loaded, path=None, data=None, names=(), digest=lambda: loaded.sha256, **parts)
 
 
 def load(source: ModelSource) -> Loaded:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,19 @@ from onnxprune.io.elements import DTYPES
 from onnxprune.labels.algebra import Shape
 from onnxprune.operators.context import Step
 from onnxprune.operators.operands import Values, require_value
-from onnxprune.operators.registry import Array, Inverse, Move, NoRule, Read, Rule, Scaling, register, with_facts
+from onnxprune.operators.registry import (
+    Array,
+    Inverse,
+    Move,
+    NewNode,
+    NoRule,
+    Read,
+    Rule,
+    Scaling,
+    WithoutAddends,
+    register,
+    with_facts,
+)
 from onnxprune.operators.sizes import broadcast_pairs, broadcast_shapes
 
 
@@ -73,6 +85,19 @@ class Sum(Elementwise):
             return added - value if is_subtrahend else (value - added if sign > 0 else value + added)
 
         return Inverse(undo, None if other is not None else 1 - i)
+
+    def addends(self, node: Node) -> Sequence[int]:
+        """Return all inputs: those of a difference are added with a sign."""
+        return range(len(node.inputs))
+
+    def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
+        """Return the one other input, or a smaller sum; nothing for a minuend."""
+        rest = [name for i, name in enumerate(node.inputs) if i not in positions]
+        if node.op == "Sub" and 0 in positions:
+            return None
+        if len(rest) == 1:
+            return WithoutAddends([], {node.outputs[0]: rest[0]})
+        return WithoutAddends([NewNode(node.op, rest, [node.outputs[0]], node.name)], {})
 
     def scaling(self, node: Node, i: int, factor: float, constant: Read) -> Scaling | None:
         """Divide a constant addend by the factor: c x + b = c (x + b / c)."""

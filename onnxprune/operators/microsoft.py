@@ -6,7 +6,7 @@ does not record the block size. These weights cannot be pruned; the remaining op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -24,7 +24,7 @@ from onnxprune.operators.contractions import Form
 from onnxprune.operators.convolution import Conv, ConvTranspose
 from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.normalization import GroupNorm, LayerNorm, OverAxes, RMSNorm
-from onnxprune.operators.registry import NoRule, Read, Rule, register, with_facts
+from onnxprune.operators.registry import NewNode, NoRule, Read, Rule, WithoutAddends, register, with_facts
 from onnxprune.operators.sizes import broadcast_pairs, broadcast_shapes, product, window_sizes
 
 DOMAIN = "com.microsoft"
@@ -53,9 +53,45 @@ class SkipLayerNorm(LayerNorm):
         stats = None if x is None else (*x[:-1], 1)
         return [x, stats, stats, x]
 
+    own, own_since, bias_at = "LayerNormalization", 17, 4
+    """ONNX's own operator for one tensor, the opset that brought it, and the position of the bias."""
+
+    def addends(self, node: Node) -> Sequence[int]:
+        """Return input and skip."""
+        return (0, 1)
+
+    def total(self, node: Node) -> str:
+        """Return output 3 where there is one."""
+        return (len(node.outputs) > 3 and node.outputs[3]) or node.outputs[0]
+
+    def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
+        """Return the normalisation of the other addend; output 3 is that addend, plus the bias where there is one."""
+        rest = next(name for i, name in enumerate(node.inputs[:2]) if i not in positions)
+        outputs = [*node.outputs, "", "", ""][:4]
+        if any(outputs[1:3]):
+            return None
+        bias = node.inputs[self.bias_at] if len(node.inputs) > self.bias_at else ""
+        nodes: list[NewNode] = []
+        same = {outputs[3]: rest} if outputs[3] and not bias else {}
+        if bias:
+            total = outputs[3] or f"{outputs[0]}_sum"
+            nodes.append(NewNode("Add", [rest, bias], [total], node.name and f"{node.name}_sum"))
+            rest = total
+        return WithoutAddends([*nodes, self._of_one(node, rest, opset)], same)
+
+    def _of_one(self, node: Node, x: str, opset: int) -> NewNode:
+        """Return a node that normalises one tensor: ONNX's own, or before that x + x with 4 epsilon, which is equal."""
+        settings = [n for n in node.inputs[2 : self.bias_at] if n]
+        epsilon, output = float(node.attrs.get("epsilon", 1e-12)), [node.outputs[0]]
+        if opset >= self.own_since:
+            return NewNode(self.own, [x, *settings], output, node.name, "", {"axis": -1, "epsilon": epsilon})
+        return NewNode(node.op, [x, x, *settings], output, node.name, DOMAIN, {"epsilon": 4 * epsilon})
+
 
 class SkipRMSNorm(RMSNorm, SkipLayerNorm):
     """Root mean square normalisation of input + skip + bias over the last axis; output 3 is the sum itself."""
+
+    own, own_since, bias_at = "RMSNormalization", 23, 3
 
 
 class EmbedLayerNorm(Rule):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from importlib import import_module
 from math import prod
@@ -401,6 +401,47 @@ class Rule:
     def neutral(self, step: Step, i: int) -> str | None:
         """Return the name of the tensor that represents 0 in input ``i`` (a zero point); None where 0 itself does."""
         return None
+
+    def addends(self, node: Node) -> Sequence[int]:
+        """Return the positions of the inputs that enter the results by their sum alone; none by default."""
+        return ()
+
+    def total(self, node: Node) -> str:
+        """Return the output that is the sum of the addends, or that is computed from it where none is."""
+        return node.outputs[0]
+
+    def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
+        """Return what computes the same results where some addends are 0; None where nothing simpler does.
+
+        Args:
+            node: the node.
+            positions: of the addends that are 0; at least one other remains.
+            opset: version of ONNX's own operators in the model.
+        """
+        return None
+
+
+class NewNode(NamedTuple):
+    """A node to be made."""
+
+    op: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    name: str = ""
+    domain: str = ""
+    attributes: Mapping[str, Any] = MappingProxyType({})
+
+
+class WithoutAddends(NamedTuple):
+    """What takes the place of a node without some of its addends.
+
+    Attributes:
+        nodes: new nodes, none where a remaining input is the result.
+        same: {output: input that it equals}.
+    """
+
+    nodes: list[NewNode]
+    same: dict[str, str]
 
 
 class NoRule(Rule):

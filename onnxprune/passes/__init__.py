@@ -4,6 +4,7 @@ from typing import Any
 
 from onnxprune.errors import UsageError
 from onnxprune.passes.adopt import Adopt
+from onnxprune.passes.depth import Depth
 from onnxprune.passes.exact import Exact
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.finetune import Finetune
@@ -30,6 +31,7 @@ from onnxprune.pipeline import (
 __all__ = [
     "Adopt",
     "Context",
+    "Depth",
     "Exact",
     "Factorize",
     "Finetune",

@@ -91,7 +91,7 @@ class Finetune(Pass):
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Train, and keep the result where it is better."""
-        if not (model.is_pruned or model.is_factorized or model.locked or self.labels is not None):
+        if not (model.is_reduced or self.labels is not None):
             return PassResult(model, [Remark("nothing was pruned, so there is nothing to fine-tune")], changed=False)
         split = split_for(context, model.analysis, "full")
         _check_samples(context, split)

@@ -171,7 +171,7 @@ class _PrunedRuns:
         for feed, expected in zip(self.feeds, self._expected, strict=True):
             outputs = self._outputs(session, feed)
             for name in scale:
-                errors[name] += _square(outputs[name], expected[name])
+                errors[name] += square_error(outputs[name], expected[name])
         return float(np.mean([min(errors[n] / scale[n], 1.0) for n in scale]))
 
     def original(self) -> Mapping[str, float]:
@@ -183,7 +183,7 @@ class _PrunedRuns:
                 {n: a for n, a in self._outputs(session, feed).items() if measures(a.dtype) and a.dtype.kind != "c"}
                 for feed in self.feeds
             ]
-            scale = {name: _spread([w[name] for w in self._expected]) for name in self._expected[0]}
+            scale = {name: spread_about_mean([w[name] for w in self._expected]) for name in self._expected[0]}
             self._scale = {name: value for name, value in scale.items() if value > 0}
             if not self._scale:
                 raise UsageError(
@@ -237,7 +237,7 @@ class _PrunedRuns:
                 weights[bias] = GatheredWeight(ArrayWeight(bias, value), after.steps(bias))
 
 
-def _square(actual: Array, expected: Array) -> float:
+def square_error(actual: Array, expected: Array) -> float:
     """Return the sum of squares of the difference where the original is finite; of the original where shapes differ."""
     if actual.shape != expected.shape:
         return float("inf")
@@ -246,7 +246,7 @@ def _square(actual: Array, expected: Array) -> float:
     return float(np.square(np.nan_to_num(difference, nan=0.0, posinf=1e30, neginf=1e30)).sum())
 
 
-def _spread(values: Sequence[Array]) -> float:
+def spread_about_mean(values: Sequence[Array]) -> float:
     """Return the sum of squares about the mean over samples; about the mean of all, where calls differ in shape."""
     if len({a.shape[1:] for a in values}) == 1 and all(a.ndim for a in values):
         every = np.concatenate(values).astype(np.float64)

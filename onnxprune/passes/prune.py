@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from functools import cached_property
@@ -114,7 +114,7 @@ class Prune(Pass, Options):
                 analysis, removed, parts, selector = self._cut(context, analysis)
         criterion = self.name if self.replayed is None else self.replayed.criterion
         plan = make_plan(analysis, removed, criterion)
-        plan.factorized = model.plan.factorized
+        plan.factorized, plan.branches = model.plan.factorized, model.plan.branches
         pruned = model.with_parts(
             parts,
             analysis=analysis,
@@ -285,7 +285,7 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
     """
     analysis, original = model.analysis, context.analysis
     num_removed = {g.id: len(g.removed or ()) for g in model.plan.groups}
-    layers = _layer_facts(model, selector)
+    layers = with_layers_of_branches(original, model, _layer_facts(model, selector))
     ratios = {} if selector is None else selector.ratios
     excluded = {} if selector is None else selector.excluded
     multiples = {} if selector is None else selector.multiples
@@ -307,6 +307,23 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
     if approximate:
         what = "1 group was" if approximate == 1 else f"{approximate} groups were"
         yield Remark(Note(f"{what} pruned through a normalisation ({argument('approximate')}) and not exact there."))
+
+
+def with_layers_of_branches(original: Analysis, model: Model, layers: Sequence[LayerFacts]) -> list[LayerFacts]:
+    """Return layers of a model in the order of the original, with those that went with branches, of which none is left.
+
+    Args:
+        original: analysis of the original.
+        model: the model.
+        layers: its layers.
+    """
+    if not model.is_shortened:
+        return [*layers]
+    present = {layer.name for layer in layers}
+    removed = [layer for layer in original.layers if layer.name not in present]
+    gone = [replace(layer, channels_after=0, params_after=0, macs_after=0, reason="") for layer in removed]
+    order = {layer.name: k for k, layer in enumerate(original.layers)}
+    return sorted([*layers, *gone], key=lambda layer: order.get(layer.name, len(order)))
 
 
 def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:

@@ -436,7 +436,7 @@ class Recover(Pass):
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Replace the pruned model's weights."""
-        if self.mode == "none" or not (model.is_pruned or model.is_factorized or model.locked):
+        if self.mode == "none" or not model.is_reduced:
             return PassResult(model, [Recovered(Recovery(self.mode, self.why))], changed=False)
         split = split_for(context, model.analysis, self.mode)
         with context.stage("recover"):

@@ -57,6 +57,26 @@ class Totals:
 
 
 @dataclass(slots=True)
+class BranchFacts:
+    """A residual branch: the tensor that it ends in, and the node that adds it.
+
+    ``error``: noise of the outputs, a share of their variance, when it was removed behind the branches before it; null
+    where a plan decided. ``source``: the tensor beside it. ``cache``: inputs and outputs that were removed with it.
+    """
+
+    name: str
+    sum: str
+    source: str
+    layers: list[str] = field(default_factory=list)
+    macs: int = 0
+    params: int = 0
+    error: float | None = None
+    removed: bool = True
+    reason: str = ""
+    cache: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class MetricFacts:
     """A user's metric of the original and of the final model, higher is better."""
 
@@ -555,6 +575,8 @@ class Report:
     budget: BudgetFacts | None = None
     smaller: SmallerRatio | None = None
     """A smaller ratio that was tried where the model lost too much, and its points; null where none was tried."""
+    branches: list[BranchFacts] = field(default_factory=list)
+    """Every residual branch, the removed ones first, in the order of their removal; empty where none was asked for."""
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
     factorized: list[FactorizedLayer] = field(default_factory=list)
@@ -636,6 +658,8 @@ class Report:
             return Note(f"a {size} {argument(gate)}")
         if self.factorized:
             return Note(f"a smaller {argument('ratio')}, or {argument('exclude')} the sensitive layers")
+        if "depth" in self.settings and "scope" not in self.settings:
+            return Note(f"fewer branches: a smaller {argument('depth')}")
         if "scope" not in self.settings:  # a plan decided
             return Note(f"give more {argument('data')}, or prune less")
         return Note(f"a smaller {argument('ratio')}, or {argument('max_drop', 2)} to find how much can be removed")
@@ -711,6 +735,13 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
+class Shortened:
+    """Every branch of a model that branches were removed from, removed ones first."""
+
+    branches: list[BranchFacts]
+
+
+@dataclass(frozen=True, slots=True)
 class Factorization:
     """Every layer that a factorization looked at, and whether new layers compute the product of their weights."""
 
@@ -765,6 +796,7 @@ Fact = (
     Settings
     | Sizes
     | Pruned
+    | Shortened
     | Factorization
     | Recovered
     | Finetuning
@@ -806,6 +838,8 @@ def _add(report: Report, fact: Fact) -> None:
             report.totals = replace(report.totals, **known)
         case Pruned(layers, groups, barriers):
             report.layers, report.groups, report.barriers = layers, groups, barriers
+        case Shortened(branches):
+            report.branches = branches
         case Factorization(layers=factorized, product=product):
             report.factorized, report.product = factorized, product
         case Recovered(whole, repairs):

@@ -37,6 +37,7 @@ def run_page(report: Report, about: Mapping[str, Any] | None = None, spelled: Ca
         _section("Not pruned, and why", _unpruned(report)),
         _section("Network", _network(report)),
         _section("Layers", _layers(report) + _factors(report)),
+        _section("Branches", _branches(report)),
         _section("Candidates of the budget", _candidates(report)),
         _section("Sensitivity of the groups", _sensitivity(report)),
         _section("Recovery of the layers", _recovered(report)),
@@ -271,6 +272,21 @@ def _layers(report: Report) -> str:
     rows = [row(name, layer) for name, layer in zip(names, report.layers, strict=True)]
     timed = [] if times is None else ["ms"]
     return _table(("layer", "op", "channels", "params", "MACs", "removed", *timed, "reason"), rows)
+
+
+def _branches(report: Report) -> str:
+    names = numbers.readable([branch.name for branch in report.branches])
+    rows: list[list[tuple[str, float | str]]] = [
+        [
+            (name, name),
+            (", ".join(branch.layers), float(len(branch.layers))),
+            (numbers.count(branch.params), float(branch.params)),
+            (numbers.count(branch.macs), float(branch.macs)),
+            (tables.branch_fate(branch), tables.branch_fate(branch)),
+        ]
+        for name, branch in zip(names, report.branches, strict=True)
+    ]
+    return _table(("branch", "layers", "params", "MACs", ""), rows) if rows else ""
 
 
 def _factors(report: Report) -> str:

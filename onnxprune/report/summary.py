@@ -30,7 +30,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     lines += [*_proofs(report), *tables.flushed(report.flushed)]
     recovered = tables.summary(report)
     lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
-    lines += [*unpruned(report), *_advice(report)]
+    lines += [*tables.branches_line(report.branches), *unpruned(report), *_advice(report)]
     lines += [labelled("left out", ", ".join(report.left_out))] if report.left_out else []
     return [*map(Line, lines)]
 
@@ -122,7 +122,7 @@ def unpruned(report: Report) -> list[Text]:
     """Return one line on the layers that kept their size, with the reasons, most frequent first."""
     whole = [layer for layer in report.layers if layer.channels_before == layer.channels_after]
     lines = []
-    if whole:
+    if whole and (report.groups or not report.branches):
         why = reasons.tally((tables.reason(layer) for layer in whole), most=3)
         lines.append(labelled("unpruned", f"{len(whole)} of {_layers(report.layers)}: {why}"))
     if report.factorized:

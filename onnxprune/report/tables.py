@@ -16,6 +16,7 @@ from onnxprune.labels.atoms import Reason
 from onnxprune.report import numbers, reasons
 from onnxprune.report.facts import (
     SHARES,
+    BranchFacts,
     BudgetFacts,
     Exactness,
     FactorizedLayer,
@@ -60,7 +61,7 @@ class FittedTable(Table):
                 column.no_wrap = column is named
 
 
-NAMES = {"layer", "layers", "node", "group", "for example", "output"}
+NAMES = {"layer", "layers", "branch", "node", "group", "for example", "output"}
 """Titles of columns that hold names of nodes."""
 _GAP, _PROSE, _LEAST_NAME = 2, 36, 24
 
@@ -294,6 +295,39 @@ def summary(report: Report) -> Text | None:
     if facts.undone:
         return Text.assemble(("recovered ", "bold"), ("undone", "yellow"), f": {how}, {_change(facts)}")
     return Text.assemble(("recovered ", "bold"), f"{how}: {_change(facts)}")
+
+
+def branches_line(facts: Sequence[BranchFacts]) -> list[Text]:
+    """Return one line on removed residual branches: how many, what they took of the work, and their names."""
+    removed = [branch for branch in facts if branch.removed]
+    if not removed:
+        return []
+    names = ", ".join(branch.name for branch in removed[:3]) + (
+        f" and {len(removed) - 3} more" if len(removed) > 3 else ""
+    )
+    macs = numbers.count(sum(branch.macs for branch in removed))
+    caches = sum(len(branch.cache) for branch in removed)
+    ends = f"; {caches} inputs and outputs of their caches went too" if caches else ""
+    said = f"{len(removed)} of {len(facts)} removed, {macs} MACs: {names}{ends}"
+    return [Text.assemble(("branches  ", "bold"), said)]
+
+
+def branches(facts: Sequence[BranchFacts]) -> list[RenderableType]:
+    """Return a table of all residual branches: what each took, what the outputs lost without it, or why it is left."""
+    if not facts:
+        return []
+    table = table_of(("branch", "left"), ("holds", "right"), ("params", "right"), ("MACs", "right"), ("", "left"))
+    for name, branch in zip(numbers.readable([branch.name for branch in facts]), facts, strict=True):
+        sizes = f"{len(branch.layers)} layers", numbers.count(branch.params), numbers.count(branch.macs)
+        table.add_row(name, *sizes, branch_fate(branch))
+    return [table, Text("")]
+
+
+def branch_fate(branch: BranchFacts) -> str:
+    """Say whether a branch was removed, and what the outputs lost, or why it is left."""
+    if not branch.removed:
+        return branch.reason
+    return "removed" if branch.error is None else f"removed; outputs changed by {_share(branch.error)}"
 
 
 def finetuned(facts: Finetuning | None) -> list[Text]:
@@ -679,6 +713,7 @@ def details(report: Report, *, name_width: int) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if report.layers:
         parts += [layers(report.layers, name_width=name_width), Text("")]
+    parts += branches(report.branches)
     if report.factorized:
         parts += [*factorized_layers(report.factorized, name_width=name_width, verbose=True), Text("")]
     if report.repairs:
@@ -702,7 +737,7 @@ def settings(report: Report) -> Text | None:
         how = [f"{name.replace('_', ' ')} {value}" for name, value in said.items() if usual.get(name, "") != value]
         method = [str(said["method"])] if said.get("method") else []
         how = [*method, *(text for text in how if not text.startswith("method "))]
-        return Text.assemble(("by        ", "bold"), ", ".join(how) if method else "a plan")
+        return Text.assemble(("by        ", "bold"), ", ".join(how) if method or "depth" in said else "a plan")
     how = [str(said["criterion"])]
     if "scope" not in said:
         return Text.assemble(("chosen    ", "bold"), f"by a plan (criterion {how[0]})")

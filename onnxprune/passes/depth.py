@@ -1,0 +1,418 @@
+"""Depth: remove whole residual branches, chosen by what the outputs lose, and prove the removal."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxprune.allocation.settings import check, matches
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.plan import Plan, PlanBranch
+from onnxprune.errors import BudgetError, ModelError, UsageError, ValidationError, argument, nearest
+from onnxprune.graph.facts import Probe, integer_bounds
+from onnxprune.graph.probes import input_specs
+from onnxprune.graph.view import Graph
+from onnxprune.io.read import with_parts
+from onnxprune.io.subgraphs import outline_bodies
+from onnxprune.passes.calibration import CalibrationBatches
+from onnxprune.passes.comparing import kinds_of, rounding_of
+from onnxprune.passes.output_sensitivity import MAX_SAMPLES, spread_about_mean, square_error
+from onnxprune.passes.preparation import hold_against_file
+from onnxprune.passes.prune import with_layers_of_branches
+from onnxprune.passes.workspace import Workspace, synthetic_feeds
+from onnxprune.pipeline import UNPRUNED, Context, Model, ModelParts, Pass, PassResult
+from onnxprune.pruning.branches import Branch, Branches, masked_branches, without_branches
+from onnxprune.report.facts import BranchFacts, Exactness, Fact, Pruned, Settings, Shortened, Sizes
+from onnxprune.runtime.capture import count
+from onnxprune.runtime.compare import TOLERANCE, compare_models
+from onnxprune.runtime.fidelity import are_probabilities, roots
+from onnxprune.runtime.inputs import synthetic
+from onnxprune.runtime.sessions import Array, Feed, measures, open_session, run
+from onnxprune.settings import checked
+
+AUTO = "auto"
+# Samples per call of a measurement, branches to measure again before each removal, and seconds of a run: to load a
+# model, and per billion multiply-accumulates of a sample.
+_CALL, _AGAIN = 8, 4
+_OPENED, _RUN = 0.1, 0.03
+
+
+class Depth(Pass):
+    """Remove residual branches: what a sum adds to a tensor, one layer or a whole block.
+
+    The branch whose removal changes the outputs on the data least goes first; the others are measured again behind it.
+
+    Args:
+        amount: number of branches from 1, or the share of all branches, 0 < share < 1.
+        plan: a plan or its file, whose branches are removed instead of choosing.
+        include: globs; only branches with a node or weight of such a name may go. Empty: all.
+        exclude: globs; no branch with a node or weight of such a name goes. Empty: none is excluded.
+        check: prove that the removal is exact.
+
+    Raises:
+        UsageError: a value out of range, no data, a pattern that matches nothing, a plan that does not fit.
+        BudgetError: there are not so many branches.
+        ValidationError: the removal is not exact.
+    """
+
+    requires = (UNPRUNED,)
+
+    def __init__(
+        self,
+        amount: float = 1,
+        *,
+        plan: Plan | str | Path | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        check: bool = True,
+    ) -> None:
+        self.amount = checked("depth", amount)
+        self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+        self.include, self.exclude, self.check = tuple(include), tuple(exclude), check
+
+    def __call__(self, context: Context, model: Model) -> PassResult:
+        """Choose branches, remove them, prove the removal."""
+        with context.stage("depth"):
+            work = Shortening(context, self.include, self.exclude)
+            removed = work.of_plan(self.plan) if self.plan is not None else work.chosen(self.amount)
+            short, facts = work.result(removed, {} if self.plan is not None else {"depth": self.amount})
+        if self.check:
+            with context.stage("exactness"):
+                facts.append(prove_branches(context, [branch.tensor for branch in removed], short.parts))
+        return PassResult(short, facts)
+
+
+@dataclass(slots=True)
+class Shortening:
+    """The branches of a model, what the outputs lose without them, and the model without some.
+
+    Args:
+        context: context of the run.
+        include, exclude: globs over names.
+    """
+
+    context: Context
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    graph: Graph = field(init=False)
+    branches: list[Branch] = field(init=False)
+    reasons: dict[str, str] = field(init=False)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        analysis = self.context.analysis
+        loaded = analysis.loaded
+        self.graph = Graph.of(loaded.proto, loaded.weights)
+        scan = Branches(self.graph, analysis.facts)
+        self.branches, self.reasons = scan.find(), scan.reasons
+        labels = [node.label for node in analysis.graph.nodes]
+        ends = [name for branch in self.branches for name in branch.names]
+        patterns = [(argument(name), getattr(self, name)) for name in ("include", "exclude")]
+        check(patterns, [*loaded.weights, *analysis.graph.weights, *labels, *ends])
+
+    @property
+    def free(self) -> list[Branch]:
+        """The branches that patterns let go; ``reasons`` has why others do not."""
+        free = []
+        for branch in self.branches:
+            names = branch.names
+            if any(matches(n, p) for n in names for p in self.exclude):
+                self.reasons[branch.tensor] = "excluded"
+            elif self.include and not any(matches(n, p) for n in names for p in self.include):
+                self.reasons[branch.tensor] = "not included"
+            else:
+                free.append(branch)
+        return free
+
+    def of_plan(self, plan: Plan) -> list[Branch]:
+        """Return the branches that a plan lists.
+
+        Raises:
+            UsageError: the plan is another model's, or lists a tensor in which no branch ends.
+        """
+        digest = self.context.analysis.loaded.sha256
+        if plan.model_sha256 and plan.model_sha256 != digest:
+            raise UsageError(
+                f"The plan belongs to another model (SHA-256 {plan.model_sha256[:12]}..., this one is "
+                f"{digest[:12]}...).",
+                hint="Delete 'model_sha256' in the plan to apply it anyway.",
+            )
+        known = {branch.tensor: branch for branch in self.branches}
+        for item in plan.branches:
+            if item.tensor not in known:
+                why = self.reasons.get(item.tensor)
+                raise UsageError(
+                    f"The plan removes the branch that ends in {item.tensor!r}, which is no branch of this model"
+                    f"{f': {why}' if why else ''}.",
+                    hint=nearest(item.tensor, known) if known else "The model has no branches.",
+                )
+        return [known[item.tensor] for item in plan.branches]
+
+    def num_to_remove(self, amount: float) -> int:
+        """Return how many branches go.
+
+        Raises:
+            BudgetError: there are none, or not so many.
+        """
+        free = self.free
+        if not free:
+            raise BudgetError("The model has no residual branch that can be removed.", hint=self._why())
+        number = amount if isinstance(amount, int) else max(1, round(amount * len(free)))
+        if number > len(free):
+            raise BudgetError(
+                f"{argument('depth', amount)}: the model has {len(free)} branches that can be removed.",
+                hint="Give a smaller number, or a share of them such as 0.3.",
+            )
+        return int(number)
+
+    def _why(self) -> str:
+        """Return reasons, for a hint."""
+        some = [f"{name}: {why}" for name, why in self.reasons.items()][:3]
+        if some:
+            return f"Reasons: {'; '.join(some)}."
+        return "A branch is what a sum adds to a tensor that it is computed from, and holds a layer: y = x + f(x)."
+
+    def chosen(self, amount: float) -> list[Branch]:
+        """Return the branches to remove, in the order of their removal; ``errors`` has what each costs."""
+        return list(self.sequence(self.num_to_remove(amount)))
+
+    def sequence(self, number: int) -> Iterator[Branch]:
+        """Yield up to so many branches in the order in which they go, each measured behind those before it."""
+        measure = _Measure(self.context, self.graph)
+        free = self.free
+        guesses = measure.cosines(free)
+        limit = max(number + _AGAIN, int(self.context.effort.seconds / measure.seconds))
+        first = sorted(free, key=lambda b: guesses.get(b.tensor, 0.0))[:limit]
+        if len(first) < len(free):
+            self.context.stages.leave_out(f"measuring {len(free) - len(first)} of {len(free)} branches by their effect")
+        stale: dict[str, float] = {}
+        for done, branch in enumerate(first):
+            stale[branch.tensor] = measure.without([branch.tensor])
+            self.context.tell("depth", (done + 1) / (len(first) + _AGAIN * number))
+        by_tensor = {branch.tensor: branch for branch in free}
+        removed: list[Branch] = []
+        while stale and len(removed) < number:
+            best = self._next(measure, removed, stale)
+            if best is None:
+                break
+            removed.append(by_tensor[best])
+            self.context.tell("depth", (len(first) + _AGAIN * len(removed)) / (len(first) + _AGAIN * number))
+            yield removed[-1]
+
+    def _next(self, measure: _Measure, removed: Sequence[Branch], stale: dict[str, float]) -> str | None:
+        """Return the branch to remove next: the best of a few, of those that looked best before the last removal."""
+        tensors = [branch.tensor for branch in removed]
+        within = {n for branch in removed for n in branch.nodes}
+        for name in [name for name in stale if self._ends_in(name) in within]:
+            del stale[name]  # it went with a branch around it
+        fresh: dict[str, float] = {}
+        for name in sorted(stale, key=stale.__getitem__):
+            if len(fresh) == _AGAIN or (fresh and min(fresh.values()) <= stale[name]):
+                break
+            with suppress(UsageError):  # the other addend of a sum went already
+                fresh[name] = measure.without([*tensors, name]) if tensors else stale[name]
+                continue
+            stale[name] = np.inf
+        stale.update(fresh)
+        if not fresh:
+            return None
+        best = min(fresh, key=fresh.__getitem__)
+        self.errors[best] = stale.pop(best)
+        return best
+
+    def _ends_in(self, tensor: str) -> int:
+        return self.graph.producer[tensor].index
+
+    def model(self, removed: Sequence[Branch]) -> Model:
+        """Return the model without branches, analysed."""
+        context, analysis = self.context, self.context.analysis
+        parts = without_branches(self.graph, analysis.loaded.weights, [b.tensor for b in removed])
+        loaded = with_parts(analysis.loaded, *parts)
+        short = Analysis(loaded, input_shapes=context.input_shapes, approximate=analysis.approximate)
+        plan = Plan(loaded.sha256, branches=[PlanBranch(b.tensor, b.sum) for b in removed])
+        return replace(Model.of(short), plan=plan)
+
+    def result(self, removed: Sequence[Branch], settings: Mapping[str, Any]) -> tuple[Model, list[Fact]]:
+        """Return the model without branches and the facts about it."""
+        short = self.model(removed)
+        original = self.context.analysis
+        every = [_facts(branch, self.errors.get(branch.tensor), removed=True) for branch in removed]
+        names = {branch.tensor for branch in removed}
+        every += [
+            _facts(branch, None, removed=False, reason=self.reasons.get(branch.tensor, ""))
+            for branch in self.branches
+            if branch.tensor not in names
+        ]
+        sizes = Sizes(
+            params_before=original.parameters,
+            params_after=short.num_parameters,
+            macs_before=sum(layer.macs_before for layer in original.layers),
+            macs_after=sum(layer.macs_before for layer in short.analysis.layers),
+        )
+        layers = with_layers_of_branches(original, short, short.analysis.layers)
+        return short, [Settings(settings), Shortened(every), Pruned(layers, [], []), sizes]
+
+
+def _facts(branch: Branch, error: float | None, *, removed: bool, reason: str = "") -> BranchFacts:
+    layers = list(branch.layers)
+    return BranchFacts(
+        branch.tensor, branch.sum, branch.source, layers, branch.macs, branch.params, error, removed, reason
+    )
+
+
+# -- what the outputs lose ---------------------------------------------------------------------------------------------
+
+
+class _Measure:
+    """Runs without branches on a few samples.
+
+    Args:
+        context: context of the run, with data.
+        graph: view of the model.
+    """
+
+    def __init__(self, context: Context, graph: Graph) -> None:
+        self._context, self._graph = context, graph
+        batches = CalibrationBatches(context, context.analysis)
+        feeds: list[Feed] = []
+        for feed in batches.batches(_CALL):
+            feeds.append(feed)
+            if sum(map(count, feeds)) >= MAX_SAMPLES:
+                break
+        if not feeds:
+            raise UsageError("The data has too few samples for one call of the model.")
+        self._feeds = feeds
+        self._expected = [self._values(out) for out in self._outputs(graph.proto, self._weights, feeds)]
+        scale = {name: spread_about_mean([w[name] for w in self._expected]) for name in self._expected[0]}
+        self._scale = {name: value for name, value in scale.items() if value > 0}
+        if not self._scale:
+            raise UsageError(
+                f"{argument('depth')} compares outputs, but the outputs of this model do not vary over the data.",
+                hint="Give more, and more varied, samples.",
+            )
+
+    @property
+    def _weights(self) -> Mapping[str, Any]:
+        return self._context.analysis.loaded.weights
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that a run without a branch takes, about."""
+        per_call = sum(layer.macs_before for layer in self._context.analysis.layers)
+        return _OPENED + _RUN * per_call * 1e-9 * len(self._feeds)
+
+    def _outputs(self, proto: onnx.ModelProto, weights: Mapping[str, Any], feeds: Sequence[Feed]) -> Iterator[Feed]:
+        parts = outline_bodies(proto, weights)
+        with Workspace.of(self._context.analysis) as trial, trial.lend(*parts, "short") as model:
+            session = open_session(model, spin=False)
+            for feed in feeds:
+                yield run(session, feed)
+
+    def _values(self, outputs: Feed) -> dict[str, Array]:
+        """Return the outputs that are numbers; of class probabilities the square roots."""
+        floats = {n: a for n, a in outputs.items() if measures(a.dtype) and a.dtype.kind != "c"}
+        return {name: roots(a) if are_probabilities(a) else a for name, a in floats.items()}
+
+    def without(self, tensors: Collection[str]) -> float:
+        """Return |y' - y|^2 / |y - mean y|^2 without branches, averaged over the outputs.
+
+        Raises:
+            UsageError: nothing would be left of a sum.
+        """
+        parts = without_branches(self._graph, self._weights, tensors)
+        errors = dict.fromkeys(self._scale, 0.0)
+        try:
+            for outputs, expected in zip(self._outputs(*parts, self._feeds), self._expected, strict=True):
+                values = self._values(outputs)
+                for name in errors:
+                    if name in values:
+                        errors[name] += square_error(values[name], expected[name])
+        except ModelError:
+            return float("inf")
+        return float(np.mean([errors[n] / self._scale[n] for n in self._scale]))
+
+    def cosines(self, branches: Sequence[Branch]) -> dict[str, float]:
+        """Return 1 - cosine of the sum with the tensor beside the branch, by branch, in one run of the original."""
+        shown = [b for b in branches if b.result not in self._graph.inner and b.source not in self._graph.inner]
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self._graph.proto)
+        present = {output.name for output in proto.graph.output}
+        wanted = dict.fromkeys(name for b in shown for name in (b.source, b.result))
+        inputs = set(self._graph.inputs)
+        added = [name for name in wanted if name not in present and name not in inputs]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)
+        feed = self._feeds[0]
+        try:
+            outputs = {**feed, **next(self._outputs(proto, self._weights, [feed]))}
+        except ModelError:
+            return {}
+        return {b.tensor: 1.0 - _cosine(outputs[b.source], outputs[b.result]) for b in shown}
+
+
+def _cosine(one: Array, other: Array) -> float:
+    """Return the cosine of two tensors of one shape, 0 where one of them is 0."""
+    a, b = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norm if norm > 0 and np.isfinite(norm) else 0.0
+
+
+# -- the proof ---------------------------------------------------------------------------------------------------------
+
+
+def prove_branches(context: Context, tensors: Sequence[str], short: ModelParts) -> Exactness:
+    """Compare the model without branches with the original whose branches are multiplied with 0.
+
+    Both run at the sizes of every probe, and at others where the model leaves sizes open.
+
+    Raises:
+        ValidationError: they differ.
+    """
+    analysis = context.analysis
+    loaded = analysis.loaded
+    graph = Graph.of(loaded.proto, loaded.weights)
+    masked = outline_bodies(*masked_branches(graph, loaded.weights, tensors, kinds_of(analysis)))
+    result = outline_bodies(*short)
+    feeds = synthetic_feeds(context, analysis)
+    calls: list[tuple[Feed, bool]] = [(feed, not k) for k, feed in enumerate(feeds)]
+    calls += [(feed, False) for feed in _beyond(context)]
+    worst: Exactness | None = None
+    with Workspace.of(analysis) as trial, trial.blaming():
+        if loaded.as_read is not loaded.proto:
+            hold_against_file(analysis, trial, (loaded.proto, loaded.weights), feeds)
+        with trial.lend(*masked, "masked") as one, trial.lend(*result, "short") as other:
+            for feed, is_needed in calls:
+                try:
+                    now = compare_models(one, other, [feed], rounding_of(analysis, TOLERANCE)).said()
+                except ModelError:  # the model declares more sizes open than it runs at
+                    if is_needed:
+                        raise
+                    continue
+                batches = [*(worst.batches if worst else []), *now.batches]
+                worst = now if worst is None or not now.passed or now.error >= worst.error else worst
+                worst.batches = list(dict.fromkeys(batches))
+                if worst.passed is False:
+                    break
+    assert worst is not None
+    if worst.passed is False:
+        raise ValidationError(
+            f"The model without branches is not exact: output {worst.worst_output!r} differs by {worst.error:.3g} "
+            f"(allowed {worst.tolerance:.3g}). {worst.note}",
+            hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
+        )
+    return worst
+
+
+def _beyond(context: Context) -> Iterator[Feed]:
+    """Yield a call at sizes that no probe has, where the model leaves sizes open."""
+    facts, graph = context.analysis.facts, context.analysis.graph
+    probe: Probe
+    for probe in facts.elsewhere():
+        bounds = integer_bounds(graph, replace(facts, probes=(*facts.probes, probe)))
+        yield synthetic(input_specs(graph), probe.inputs, bounds=bounds, seed=context.seed)
+        return

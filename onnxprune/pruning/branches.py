@@ -1,0 +1,369 @@
+"""Residual branches: addends of sums that can go as a whole, found on the data flow, and the model without them.
+
+An addend t of a sum is a branch where another addend, of the shape of the sum, depends on a tensor that t is computed
+from as well: ``y = x + f(x)``, ``y = g(x) + f(x)``. Nodes whose every path to an output runs through t belong to it,
+and are removed with it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import onnx
+
+from onnxprune.errors import UsageError
+from onnxprune.graph import cost
+from onnxprune.graph.facts import Facts
+from onnxprune.graph.view import Graph, Node, reads
+from onnxprune.io import markers
+from onnxprune.io.constants import add_constant
+from onnxprune.io.weights import Weight
+from onnxprune.operators.registry import NewNode, WithoutAddends, rule_of
+
+Model = tuple[onnx.ModelProto, dict[str, Weight]]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One branch.
+
+    Attributes:
+        tensor: the addend that it ends in, its name in plans.
+        sum: label of the node that adds it.
+        source: tensor beside it in the sum.
+        result: the sum.
+        nodes: indices of the nodes that go with it.
+        layers: labels of the layers among them.
+        weights: constants that only these nodes read.
+        macs, params: multiply-accumulates at the first probe, and elements of the weights.
+    """
+
+    tensor: str
+    sum: str
+    source: str
+    result: str
+    nodes: frozenset[int]
+    layers: tuple[str, ...]
+    weights: tuple[str, ...]
+    macs: int
+    params: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that patterns match: of the addend, the sum, the layers and their weights."""
+        return (self.tensor, self.sum, *self.layers, *self.weights)
+
+
+class Branches:
+    """The branches of a model.
+
+    Args:
+        graph: view of the model.
+        facts: shapes and small values of its tensors.
+
+    Attributes:
+        reasons: why addends with layers of their own are no branches, by tensor.
+    """
+
+    def __init__(self, graph: Graph, facts: Facts) -> None:
+        self.graph, self._facts = graph, facts
+        self.reasons: dict[str, str] = {}
+        self._opset = graph.opsets.get("", 1)
+        names = [*graph.inputs, *(o for node in graph.nodes for o in node.outputs if o)]
+        self._bits = {name: 1 << k for k, name in enumerate(dict.fromkeys(names))}
+        self._before: dict[str, int] = {}
+        """The tensors that each one is computed from, itself and other results of its node included, as bits."""
+        for node in graph.nodes:
+            outputs = [o for o in node.outputs if o]
+            bits = sum(self._bits[o] for o in outputs)
+            for name in node.inputs:
+                bits |= self._before.get(name, self._bits.get(name, 0))
+            self._before.update(dict.fromkeys(outputs, bits))
+
+    def find(self) -> list[Branch]:
+        """Return every branch in the order of the graph."""
+        return [branch for node in self.graph.steps for branch in self._of_sum(node)]
+
+    def _of_sum(self, node: Node) -> Iterator[Branch]:
+        positions = [i for i in rule_of(node).addends(node) if i < len(node.inputs) and node.inputs[i]]
+        positions = [i for i in positions if not self._is_known(node.inputs[i])]
+        for i in positions if len(positions) > 1 else ():
+            branch = self._branch(node, i, [node.inputs[k] for k in positions if k != i])
+            if branch is not None:
+                yield branch
+
+    def _branch(self, node: Node, i: int, others: Sequence[str]) -> Branch | None:
+        """Return the branch that ends in input ``i`` of a node; None where that is none."""
+        graph, tensor = self.graph, node.inputs[i]
+        nodes = self._exclusive(node, i)
+        layers = [graph.nodes[n] for n in sorted(nodes) if cost.is_layer(graph.nodes[n], graph)]
+        macs = sum(int(cost.macs(layer, self._facts.shape)) for layer in layers)
+        if not macs or not self._have_common_source(nodes, others):
+            return None
+        without = rule_of(node).without(node, {i}, self._opset)
+        source = next((name for name in others if self._has_shape_of_sum(node, name)), None)
+        if any(graph.nodes[n].domain == markers.DOMAIN for n in nodes):
+            self.reasons[tensor] = "it holds a body of If, Loop or Scan"
+        elif source is None:
+            self.reasons[tensor] = "nothing beside it has the shape of the sum"
+        elif without is None:
+            self.reasons[tensor] = f"{node.op} has no form without it"
+        else:
+            result = rule_of(node).total(node)
+            weights = tuple(_own_weights(graph, nodes))
+            params = sum(prod(graph.weights[w].shape) for w in weights)
+            labels = tuple(layer.label for layer in layers)
+            return Branch(tensor, node.label, source, result, nodes, labels, weights, macs, params)
+        return None
+
+    def _is_known(self, name: str) -> bool:
+        """Return whether a tensor does not depend on data: a constant, or computed from sizes."""
+        return name in self.graph.weights or all(probe.values.get(name) is not None for probe in self._facts.probes)
+
+    def _has_shape_of_sum(self, node: Node, name: str) -> bool:
+        """Return whether a tensor has the shape of the sum at every probe: without the rest, nothing widens it."""
+        shapes = [(probe.shapes.get(name), probe.shapes.get(node.outputs[0])) for probe in self._facts.probes]
+        return all(a is not None and None not in a and a == b for a, b in shapes)
+
+    def _exclusive(self, node: Node, i: int) -> frozenset[int]:
+        """Return the nodes whose every path to an output runs through input ``i`` of a node."""
+        graph, around = self.graph, self.graph.around
+        result: set[int] = set()
+        queue: list[int] = []
+
+        def enter(name: str) -> None:
+            producer = graph.producer.get(name)
+            if producer is not None and around[producer.index] == around[node.index]:
+                heapq.heappush(queue, -producer.index)
+
+        enter(node.inputs[i])
+        last = -1
+        while queue:  # a node comes after all of its readers
+            index = -heapq.heappop(queue)
+            if index != last and self._goes_with(graph.nodes[index], result, (node.index, i)):
+                result.add(index)
+                for name in graph.nodes[index].inputs:
+                    enter(name)
+            last = index
+        return frozenset(result)
+
+    def _goes_with(self, node: Node, nodes: Collection[int], edge: tuple[int, int]) -> bool:
+        """Return whether only some nodes and one input of another read the results of a node."""
+        for name in filter(None, node.outputs):
+            if name in self.graph.outputs or name in self.graph.captured:
+                return False
+            readers = self.graph.consumers.get(name, ())
+            if not all(reader.index in nodes or (reader.index, k) == edge for reader, k in readers):
+                return False
+        return True
+
+    def _have_common_source(self, nodes: Collection[int], others: Sequence[str]) -> bool:
+        """Return whether the nodes read data that another addend is computed from."""
+        entries = 0
+        for name in {name for n in nodes for name in self.graph.nodes[n].inputs if name}:
+            producer = self.graph.producer.get(name)
+            if (producer is None or producer.index not in nodes) and not self._is_known(name):
+                entries |= self._bits.get(name, 0)
+        return any(self._before.get(name, self._bits.get(name, 0)) & entries for name in others)
+
+
+def _own_weights(graph: Graph, nodes: Collection[int]) -> Iterator[str]:
+    """Yield the constants that no other node reads."""
+    for name in dict.fromkeys(name for n in sorted(nodes) for name in graph.nodes[n].inputs):
+        is_inner = name in graph.weights and name not in graph.outputs and name not in graph.captured
+        if is_inner and all(reader.index in nodes for reader, _ in graph.consumers[name]):
+            yield name
+
+
+# -- the model without branches ----------------------------------------------------------------------------------------
+
+
+def without_branches(graph: Graph, weights: Mapping[str, Weight], tensors: Collection[str]) -> Model:
+    """Return the model without branches: each sum is what it is without them, and what nothing reads any more is gone.
+
+    A sum without its branch equals the tensor beside it. Both then have the name of the sum, where that is possible, so
+    that a recovery fits what is left to the sum of the original. Of two activations that follow each other then, and
+    are the same as one, one is left.
+
+    Args:
+        graph: view of the model.
+        weights: its initializers.
+        tensors: addends that the branches end in.
+
+    Raises:
+        UsageError: they are all addends of one sum.
+    """
+    return _Removal(graph, frozenset(tensors)).written(weights)
+
+
+class _Removal:
+    """Reduced sums, the nodes that are still needed, and tensors that are equal now, by their first name."""
+
+    def __init__(self, graph: Graph, tensors: frozenset[str]) -> None:
+        self._graph, self._tensors = graph, tensors
+        self._exposed = {*graph.outputs, *graph.captured}
+        self._reduced: dict[int, WithoutAddends | None] = {}
+        self._root: dict[str, str] = {}
+        self._members: dict[str, list[str]] = {}
+        opset = graph.opsets.get("", 1)
+        for node in graph.steps:
+            addends = [i for i in rule_of(node).addends(node) if i < len(node.inputs) and node.inputs[i]]
+            positions = {i for i in addends if node.inputs[i] in tensors}
+            if positions:
+                whole = len(positions) == len(addends)
+                self._reduced[node.index] = None if whole else rule_of(node).without(node, positions, opset)
+        for reduced in self._reduced.values():
+            for output, source in () if reduced is None else reduced.same.items():
+                self._equate(output, source)
+        self._live = self._needed()
+        for index, reduced in self._reduced.items():
+            if index in self._live and reduced is None:
+                names = [n for n in graph.nodes[index].inputs if n in tensors]
+                raise UsageError(
+                    f"Nothing would be left of the sum {graph.nodes[index].label!r}: {', '.join(names)} are all of it.",
+                    hint="Leave one of them in.",
+                )
+        self._skip_repeated()
+
+    def _equate(self, output: str, source: str) -> None:
+        """Record that an output equals an earlier tensor."""
+        root = self._root.get(source, source)
+        members = self._members.setdefault(root, [root])
+        for name in self._members.pop(output, [output]):
+            self._root[name] = root
+            members.append(name)
+
+    def _needed(self) -> set[int]:
+        """Return the nodes that outputs or bodies still need, and those that nothing needed before."""
+        graph = self._graph
+        needed, live = {self._root.get(name, name) for name in self._exposed}, set[int]()
+        for node in reversed(graph.nodes):
+            outputs = [o for o in node.outputs if o]
+            unread = not any(o in graph.consumers or o in self._exposed for o in outputs)
+            if unread or node.domain == markers.DOMAIN or any(self._root.get(o, o) in needed for o in outputs):
+                live.add(node.index)
+                reduced = self._reduced.get(node.index)
+                names = reads(node) if reduced is None else [n for new in reduced.nodes for n in new.inputs]
+                needed.update(self._root.get(n, n) for n in names)
+        return live
+
+    def _skip_repeated(self) -> None:
+        """Leave out a Relu in front of a removed sum that only Relus read now: the second does the work of both."""
+        for root in list(self._members):
+            first = self._graph.producer.get(root)
+            if first is None or not _is_relu(first) or not self._exposed.isdisjoint(self._members[root]):
+                continue
+            readers = [reader for name in self._members[root] for reader in self._readers(name)]
+            if readers and all(map(_is_relu, readers)):
+                self._live.discard(first.index)
+                self._equate(root, first.inputs[0])
+
+    def _readers(self, name: str) -> Iterator[Node]:
+        """Yield the nodes that still read a tensor under this name."""
+        for node, _ in self._graph.consumers.get(name, ()):
+            reduced = self._reduced.get(node.index)
+            if node.index in self._live and (reduced is None or any(name in new.inputs for new in reduced.nodes)):
+                yield node
+
+    def _names(self) -> dict[str, str]:
+        """Return the new names of tensors that are equal now: the first that something reads, where it can be given."""
+        names = {}
+        for root, members in self._members.items():
+            producer = self._graph.producer.get(root)
+            fixed = producer is None or producer.index not in self._live or producer.domain == markers.DOMAIN
+            wanted = (m for m in members if m in self._exposed or any(True for _ in self._readers(m)))
+            final = root if fixed else next(wanted, root)
+            names.update(dict.fromkeys(members, final))
+        return names
+
+    def written(self, weights: Mapping[str, Weight]) -> Model:
+        """Return the model."""
+        graph, names = self._graph, self._names()
+        model = onnx.ModelProto()
+        model.CopyFrom(graph.proto)
+        del model.graph.node[:]
+        for node in graph.nodes:
+            reduced = self._reduced.get(node.index)
+            if node.index in self._live:
+                protos = [node.proto] if reduced is None else map(_made, reduced.nodes)
+                model.graph.node.extend(_renamed(proto, names) for proto in protos)
+            for output in () if reduced is None else reduced.same:
+                if output in self._exposed and names[output] != output:
+                    copy = onnx.helper.make_node("Identity", [names[output]], [output], name=output)
+                    model.graph.node.append(copy)
+        return _without_unread(model, graph, dict(weights))
+
+
+def _made(new: NewNode) -> onnx.NodeProto:
+    inputs, outputs = list(new.inputs), list(new.outputs)
+    return onnx.helper.make_node(new.op, inputs, outputs, new.name, domain=new.domain, **new.attributes)
+
+
+def _is_relu(node: Node) -> bool:
+    return node.op == "Relu" and not node.domain
+
+
+def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
+    """Return a node with other names of its tensors; the node itself where none changes."""
+    if names.keys().isdisjoint([*proto.input, *proto.output]):
+        return proto
+    node = onnx.NodeProto()
+    node.CopyFrom(proto)
+    if not node.name:  # patterns and reports know it by its first output
+        node.name = next((o for o in node.output if o), "")
+    for group in (node.input, node.output):
+        for k, name in enumerate(group):
+            group[k] = names.get(name, name)
+    return node
+
+
+def _without_unread(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight]) -> Model:
+    """Remove what only removed nodes read, and the declared types of tensors that are no longer there."""
+    read = {name for node in Graph.of(model, {}).nodes for name in reads(node)} | {o.name for o in model.graph.output}
+    made = {o for node in model.graph.node for o in node.output} | read
+    lost = {name for name in weights if name not in read and (name in graph.consumers or name in graph.captured)}
+    for field in (model.graph.initializer, model.graph.input, model.graph.value_info):
+        for k in reversed(range(len(field))):
+            if field[k].name in lost or (field is model.graph.value_info and field[k].name not in made):
+                del field[k]
+    return model, {name: weight for name, weight in weights.items() if name not in lost}
+
+
+# -- the reference of the proof ----------------------------------------------------------------------------------------
+
+
+def masked_branches(
+    graph: Graph, weights: Mapping[str, Weight], tensors: Collection[str], kinds: Mapping[str, int]
+) -> Model:
+    """Return the original with branches multiplied with 0 in front of their sums; NaN and infinity are 0 as well.
+
+    Args:
+        graph: view of the model.
+        weights: its initializers.
+        tensors: addends that the branches end in.
+        kinds: element types of tensors, by name.
+    """
+    model, own = onnx.ModelProto(), dict(weights)
+    model.CopyFrom(graph.proto)
+    del model.graph.node[:]
+    for node in graph.nodes:
+        positions = [i for i in rule_of(node).addends(node) if i < len(node.inputs) and node.inputs[i] in tensors]
+        proto = onnx.NodeProto()
+        proto.CopyFrom(node.proto)
+        for i in positions:
+            name = node.inputs[i]
+            masked, zero = f"{name}__mask_out", f"{name}__mask_zero"
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(kinds.get(name, onnx.TensorProto.FLOAT))
+            add_constant(model, own, zero, np.zeros((), dtype))
+            inputs, operator = [name, zero], "Mul"
+            if graph.opsets.get("", 1) >= 9:
+                add_constant(model, own, f"{name}__mask_keep", np.zeros((), np.bool_))
+                inputs, operator = [f"{name}__mask_keep", name, zero], "Where"
+            model.graph.node.append(onnx.helper.make_node(operator, inputs, [masked], name=masked))
+            proto.input[i] = masked
+        model.graph.node.append(proto if positions else node.proto)
+    return model, own

@@ -1,0 +1,299 @@
+"""Residual branches as a whole: found in any graph, removed exactly, chosen by what the outputs lose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from build import Net, newest
+from click.testing import CliRunner
+from onnx.reference import ReferenceEvaluator
+
+import onnxprune as op
+from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.plan import Plan, PlanBranch
+from onnxprune.cli.main import main
+from onnxprune.errors import BudgetError, UsageError
+from onnxprune.graph.view import Graph
+from onnxprune.passes import Depth, Pipeline
+from onnxprune.pruning.branches import Branch, Branches
+
+
+def conv_blocks(net: Net) -> str:
+    """y = relu(x + f(x)), a block with another shortcut, a block within a block, and a sum of three."""
+    x = net.op("Relu", net.conv(net.input("x", ["N", 3, 6, 6]), 3, 4))
+    for _ in range(2):
+        x = net.op("Relu", net.op("Add", net.conv(net.op("Relu", net.conv(x, 4, 4)), 4, 4), x))
+    x = net.op("Relu", net.op("Add", net.conv(x, 4, 6, 1), net.conv(net.op("Relu", net.conv(x, 4, 6)), 6, 6)))
+    inner = net.conv(x, 6, 6)
+    inner = net.op("Add", inner, net.conv(net.op("Tanh", inner), 6, 6))
+    x = net.op("Add", x, net.conv(inner, 6, 6, 1))
+    x = net.op("Sum", x, net.conv(x, 6, 6), net.op("Tanh", net.conv(x, 6, 6, 1)))
+    return net.conv(net.op("Sub", x, net.conv(x, 6, 6)), 6, 2)
+
+
+def attention(net: Net, x: str, d: int = 8) -> str:
+    """Two heads; the sizes of a batch come from shape arithmetic."""
+    q, k, v = (net.reshape(net.linear(x, d, d), 0, 0, 2, d // 2) for _ in range(3))
+    q, v = (net.transpose(t, 0, 2, 1, 3) for t in (q, v))
+    weights = net.op("Softmax", net.op("MatMul", q, net.transpose(k, 0, 2, 3, 1)), axis=-1)
+    context = net.transpose(net.op("MatMul", weights, v), 0, 2, 1, 3)
+    return net.linear(net.reshape(context, 0, 0, d), d, d)
+
+
+def mlp(net: Net, x: str, d: int = 8) -> str:
+    return net.linear(net.op("Tanh", net.linear(x, d, 12)), 12, d)
+
+
+def layer_norm(net: Net, x: str, d: int = 8) -> str:
+    scales = net.weight(d, scale=0.3, low=0.5), net.weight(d, scale=0.3)
+    return net.op("LayerNormalization", x, *scales, axis=-1)
+
+
+def pre_norm(net: Net) -> str:
+    x = net.linear(net.input("x", ["N", "T", 5]), 5, 8)
+    for _ in range(2):
+        x = net.op("Add", x, attention(net, layer_norm(net, x)))
+        x = net.op("Add", x, mlp(net, layer_norm(net, x)))
+    return net.linear(layer_norm(net, x), 8, 3)
+
+
+def post_norm(net: Net) -> str:
+    x = net.linear(net.input("x", ["N", "T", 5]), 5, 8)
+    for _ in range(2):
+        x = layer_norm(net, net.op("Add", x, attention(net, x)))
+        x = layer_norm(net, net.op("Add", mlp(net, x), x))
+    return net.linear(x, 8, 3)
+
+
+def parallel(net: Net) -> str:
+    """Attention and network side by side read one normalised tensor, which a later sum adds once more."""
+    x = net.linear(net.input("x", ["N", "T", 5]), 5, 8)
+    first = x
+    for _ in range(2):
+        normed = layer_norm(net, x)
+        x = net.op("Add", x, net.op("Add", attention(net, normed), mlp(net, normed)))
+    return net.linear(net.op("Add", x, first), 8, 3)
+
+
+def fused(net: Net, *, kind: str = "SkipLayerNormalization", bias: bool = True) -> str:
+    """Sums inside a normalisation that gives the sum as well."""
+    x = net.linear(net.input("x", ["N", "T", 5]), 5, 8)
+    branch = mlp(net, layer_norm(net, x))
+    for _ in range(2):
+        settings = [net.weight(8, scale=0.3, low=0.5)]
+        if kind == "SkipLayerNormalization":
+            settings.append(net.weight(8, scale=0.3) if bias else "")
+        settings += [net.weight(8, scale=0.3)] if bias else []
+        while not settings[-1]:
+            settings.pop()
+        y, *_, x = net.op(kind, x, branch, *settings, n=4, domain="com.microsoft", epsilon=1e-3)
+        net.nodes[-1].output[1] = net.nodes[-1].output[2] = ""
+        branch = mlp(net, y)
+    return net.linear(net.op("Add", x, branch), 8, 3)
+
+
+MODELS: dict[str, tuple[Callable[[Net], str], int, int]] = {
+    "convolutions": (conv_blocks, 17, 9),
+    "pre-norm": (pre_norm, 17, 4),
+    "post-norm": (post_norm, 17, 4),
+    "parallel": (parallel, 17, 7),
+    "old sums": (conv_blocks, 8, 9),
+    "newest": (pre_norm, newest(), 4),
+    "fused": (fused, 17, 3),
+    "fused, old": (lambda net: fused(net, bias=False), 16, 3),
+    "fused RMS": (lambda net: fused(net, kind="SkipSimplifiedLayerNormalization"), 17, 3),
+}
+
+
+def made(name: str) -> onnx.ModelProto:
+    build, opset, _ = MODELS[name]
+    net = Net(opset)
+    last = build(net)
+    return net.model(last, check="fused" not in name, shapes={last: ["N", "T", 3]})
+
+
+def branches(model: onnx.ModelProto) -> list[Branch]:
+    analysis = Analysis(model)
+    return Branches(Graph.of(analysis.loaded.proto, analysis.loaded.weights), analysis.facts).find()
+
+
+def without(model: onnx.ModelProto, *tensors: str) -> op.Result:
+    plan = Plan(branches=[PlanBranch(tensor) for tensor in tensors])
+    return Pipeline([Depth(plan=plan)]).run(model)
+
+
+def masked(model: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:
+    """The original with these tensors multiplied with 0 wherever they are read."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.node[:]
+    copy.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((), np.float32), "zero"))
+    for node in model.graph.node:
+        copy.graph.node.add().CopyFrom(node)
+        for i, name in enumerate(copy.graph.node[-1].output):
+            if name in tensors:
+                copy.graph.node[-1].output[i] = f"{name}_full"
+                copy.graph.node.append(onnx.helper.make_node("Mul", [f"{name}_full", "zero"], [name]))
+    return copy
+
+
+def outputs(model: onnx.ModelProto, feed: dict[str, np.ndarray], *, reference: bool) -> list[np.ndarray]:
+    if reference:
+        return list(ReferenceEvaluator(model).run(None, feed))
+    return list(ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feed))
+
+
+def assert_same(model: onnx.ModelProto, small: onnx.ModelProto, tensors: list[str], *, reference: bool) -> None:
+    """At sizes that the tool has no probe of."""
+    shape = [d.dim_value or (5 if i == 0 else 7) for i, d in enumerate(model.graph.input[0].type.tensor_type.shape.dim)]
+    feed = {"x": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
+    for runtime in (False, True) if reference else (False,):
+        want, have = (outputs(m, feed, reference=runtime) for m in (masked(model, tensors), small))
+        for a, b in zip(want, have, strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_branch_goes_exactly(name: str) -> None:
+    model = made(name)
+    found = branches(model)
+    assert len(found) == MODELS[name][2]
+    for branch in found:
+        result = without(model, branch.tensor)
+        report = result.report
+        assert report.exactness.passed
+        assert report.totals.macs_before - report.totals.macs_after == branch.macs
+        assert report.totals.params_before - report.totals.params_after >= branch.params
+        assert_same(model, result.model, [branch.tensor], reference="fused" not in name)
+
+
+@pytest.mark.parametrize("name", ["pre-norm", "post-norm", "fused", "fused, old", "fused RMS"])
+def test_all_branches_go_together(name: str) -> None:
+    model = made(name)
+    tensors = [branch.tensor for branch in branches(model)]
+    result = without(model, *tensors)
+    layers = [layer for layer in result.report.layers if layer.macs_after]
+    assert len(layers) == 2  # the first and the last
+    assert_same(model, result.model, tensors, reference="fused" not in name)
+
+
+def test_the_second_of_two_activations_does_the_work_of_both() -> None:
+    model = made("convolutions")
+    first = branches(model)[0]
+    before = [node.op_type for node in model.graph.node]
+    after = [node.op_type for node in without(model, first.tensor).model.graph.node]
+    assert before.count("Relu") - after.count("Relu") == 2  # of the branch, and in front of it
+    assert before.count("Identity") == after.count("Identity") == 0
+
+
+def test_outputs_of_the_model_keep_their_names() -> None:
+    net = Net()
+    x = net.conv(net.input("x", ["N", 3, 6, 6]), 3, 4)
+    y = net.op("Add", x, net.conv(x, 4, 4))
+    z = net.op("Add", y, net.conv(y, 4, 4))
+    model = net.model(x, y, z)
+    tensors = [branch.tensor for branch in branches(model)]
+    result = without(model, *tensors)
+    assert [o.name for o in result.model.graph.output] == [x, y, z]
+    assert_same(model, result.model, tensors, reference=True)
+
+
+def test_sums_that_are_no_branches_are_left() -> None:
+    net = Net()
+    x, y = net.conv(net.input("x", ["N", 3, 6, 6]), 3, 4), net.conv(net.input("y", ["N", 3, 6, 6]), 3, 4)
+    z = net.op("Add", x, y)  # of two inputs, which have nothing in common
+    z = net.op("Add", z, net.op("Tanh", z))  # without a layer
+    shared = net.conv(z, 4, 4)
+    z = net.op("Add", z, shared)  # which is an output as well
+    narrow = net.reduce("ReduceMean", z, [2, 3])
+    z = net.op("Add", narrow, net.op("Mul", net.conv(z, 4, 4), narrow))  # which is wider than what it is added to
+    assert not branches(net.model(net.op("Relu", z), shared))
+
+
+@cache
+def trained() -> onnx.ModelProto:
+    """Four blocks, of which the third adds next to nothing."""
+    net = Net(17, seed=3)
+    x = net.op("Relu", net.conv(net.input("x", ["N", 3, 6, 6]), 3, 6))
+    for k in range(4):
+        w = net.weight(6, 6, 3, 3, scale=1e-3 if k == 2 else 0.1)
+        y = net.op("Conv", net.op("Relu", net.conv(x, 6, 6)), w, pads=[1] * 4)
+        x = net.op("Relu", net.op("Add", x, y))
+    return net.model(net.linear(net.op("Flatten", net.op("GlobalAveragePool", x)), 6, 5))
+
+
+SAMPLES = np.random.default_rng(0).standard_normal((96, 3, 6, 6)).astype(np.float32)
+
+
+def test_the_branch_that_outputs_need_least_goes_and_the_rest_is_recovered() -> None:
+    found = branches(trained())
+    result = op.prune(trained(), depth=1, data=SAMPLES, recover="none", latency=False)
+    removed, *rest = result.report.branches
+    assert removed.name == found[2].tensor and removed.removed and removed.error < 0.01
+    assert not any(branch.removed for branch in rest) and len(rest) == 3
+    two = op.prune(trained(), depth=0.5, data=SAMPLES, recover="none", latency=False)
+    assert two.report.branches[0].name == removed.name
+    assert len(two.plan.branches) == 2
+    fitted = op.prune(trained(), plan=two.plan, data=SAMPLES, latency=False)
+    was, now = fitted.report.recovery.before.outputs[0].noise, fitted.report.recovery.after.outputs[0].noise
+    assert now < 0.2 * was
+    assert json.loads(two.plan.text())["branches"][0]["tensor"] == removed.name
+
+
+def test_branches_and_channels_go_together_and_come_back_from_a_plan() -> None:
+    result = op.prune(trained(), depth=1, ratio=0.3, data=SAMPLES, recover="none", latency=False)
+    assert result.plan.branches and result.plan.groups and result.report.exactness.passed
+    again = op.prune(trained(), plan=Plan.from_dict(result.plan.to_dict()), latency=False)
+    assert again.model.SerializeToString() == result.model.SerializeToString()
+    before = [(layer.name, layer.params_before) for layer in op.analyze(trained()).layers]
+    assert [(layer.name, layer.params_before) for layer in again.report.layers] == before
+
+
+def test_patterns_hold() -> None:
+    found = branches(trained())
+    for patterns in ({"exclude": [found[2].layers[0]]}, {"include": [found[1].tensor, found[1].sum]}):
+        result = op.prune(trained(), depth=1, data=SAMPLES, recover="none", latency=False, **patterns)
+        assert result.report.branches[0].name != found[2].tensor
+    with pytest.raises(BudgetError, match="has 1 branch"):
+        op.prune(trained(), depth=2, data=SAMPLES, include=[found[1].sum])
+
+
+@pytest.mark.parametrize("amount", [0, -1, 1.0, 1.5, True, "many", float("nan")])
+def test_amounts_that_are_none(amount: object) -> None:
+    with pytest.raises(UsageError, match="depth"):
+        op.prune(trained(), depth=amount, data=SAMPLES)
+
+
+def test_what_is_wrong_is_said() -> None:
+    with pytest.raises(UsageError, match="no data"):
+        op.prune(trained(), depth=1)
+    net = Net()
+    plain = net.model(net.conv(net.input("x", ["N", 3, 6, 6]), 3, 4))
+    with pytest.raises(BudgetError, match="no residual branch"):
+        op.prune(plain, depth=1, data=SAMPLES)
+    with pytest.raises(UsageError, match="'nothing', which is no branch"):
+        without(trained(), "nothing")
+    model = made("convolutions")
+    both = [b.tensor for b in branches(model) if b.sum == branches(model)[2].sum]
+    with pytest.raises(UsageError, match="Nothing would be left of the sum"):
+        without(model, *both)
+
+
+def test_the_command_writes_a_model_and_a_plan(tmp_path: Path) -> None:
+    onnx.save(trained(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=SAMPLES)
+    arguments = [str(tmp_path / "m.onnx"), "--depth", "1", "--data", str(tmp_path / "x.npz")]
+    more = ["--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "small.onnx")]
+    run = CliRunner().invoke(main, [*arguments, *more])
+    assert run.exit_code == 0, run.output
+    assert "1 of 4 removed" in run.output and "exact     yes" in run.output
+    small = onnx.load(tmp_path / "small.onnx")
+    assert sum(node.op_type == "Conv" for node in small.graph.node) == 7
+    assert json.loads((tmp_path / "plan.json").read_text())["branches"]
