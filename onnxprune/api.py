@@ -288,7 +288,8 @@ def _finetuning(effort: int | str | bool | None, labels: Any) -> list[Finetune]:
 
 def _check_labels(labels: Any, first: Any, tuned: Sequence[Finetune]) -> None:
     """Refuse labels that nothing reads; raises UsageError."""
-    criterion = get(first.criterion) if isinstance(first.criterion, str) else first.criterion
+    criterion = None if first is None else first.criterion
+    criterion = get(criterion) if isinstance(criterion, str) else criterion
     scores_gradients = criterion is not None and set(needs_of(criterion)) & set(GRADIENTS)
     if labels is not None and not tuned and not scores_gradients:
         raise UsageError(
