@@ -208,7 +208,7 @@ def prune(
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion, share, plan=plan, **common)
     shorter = _shortening(depth, first, include, exclude, validate)
-    if shorter and not (ratio is not None or layers or spec.any or _lists_more(first.plan)):
+    if shorter and not (ratio is not None or layers or spec.any or _lists_more(first.replayed)):
         first = None
     tuned = _finetuning(finetune, labels)
     _check_labels(labels, first, tuned)
@@ -270,7 +270,7 @@ def _shortening(
     depth: float | None, first: Any, include: Sequence[str], exclude: Sequence[str], validate: bool
 ) -> list[Depth]:
     """Return the removal of branches that was asked for, if any."""
-    plan = first.plan if isinstance(first, Prune) else None
+    plan = first.replayed if isinstance(first, Prune) else None
     if plan is not None and plan.branches:
         return [Depth(plan=plan, check=validate)]
     return [] if depth is None else [Depth(depth, include=include, exclude=exclude, check=validate)]
