@@ -429,6 +429,7 @@ def finetune(
     metric: str | Metric | None = None,
     max_drop: float | None = None,
     min_fidelity: float | None = None,
+    cache: str | Path | None = None,
     memory_limit: int | None = None,
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
@@ -456,6 +457,7 @@ def finetune(
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
         min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
             original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
+        cache: folder from which a training that was interrupted goes on, on the same data; None: not kept.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.

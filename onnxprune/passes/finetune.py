@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
+from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.survivors import Survivors
 from onnxprune.errors import ModelError, Note, UsageError, argument
 from onnxprune.gradients.backward import inference_graph, training_graph
@@ -24,9 +27,10 @@ from onnxprune.passes.comparable import can_follow
 from onnxprune.passes.gradients import fitted_heads
 from onnxprune.passes.labels import as_targets, labelled_head, read_labels
 from onnxprune.passes.recover import HAS_INPUTS, compare_with_original, noise, split_for
-from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult
+from onnxprune.passes.workspace import Workspace
+from onnxprune.pipeline import EFFORTS, Context, Model, ModelParts, Pass, PassResult
 from onnxprune.report.facts import Fact, Fidelity, Finetuning, Remark
-from onnxprune.runtime.capture import count
+from onnxprune.runtime.capture import count, make_folder, read_arrays, write_arrays
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.settings import effort_of, named_arguments
 from onnxprune.train.augment import Augmentation
@@ -57,12 +61,13 @@ class Finetune(Pass):
     The loss compares scores of classes by the Kullback-Leibler divergence at temperature 4, other outputs and a few
     tensors between blocks by their relative squared error. Every eighth batch of the data is a hold-out on which the
     model is compared with the original ten times on the way: the best weights are kept, and where none is better than
-    those before, the training is undone.
+    those before, the training is undone. With a cache folder, an interrupted training goes on from where it was.
 
     Args:
-        effort: steps (500), time (``"3m"``, ``"90s"``), or None: 1,000 steps or 3 minutes, whichever ends first.
+        effort: steps (500), time (``"3m"``, ``"90s"``), or None: 1,000 steps or 3 minutes, whichever ends first, less
+            or more where the run has another effort than ``normal``.
         labels: classes [samples] or values of the first output, or their file; half of the loss is then on them. None:
-            distillation alone.
+            those of the run; without any, distillation alone. The hold-out is then judged half by its labels.
         rate: largest step, in units of each weight's own size, above 0.
         batch_size: samples of a step, 1 or more.
         features: number of tensors between blocks to compare, 0 or more.
@@ -85,6 +90,7 @@ class Finetune(Pass):
         features: int = _FEATURES,
         augment: bool = True,
     ) -> None:
+        self.is_auto = effort is None or effort is True or effort == "auto"
         self.effort = Effort(*effort_of(True if effort is None else effort, argument("finetune")))
         self.labels, self.rate, self.batch_size = labels, rate, batch_size
         self.features, self.augment = features, augment
@@ -160,27 +166,31 @@ def _check_samples(context: Context, split: CalibrationSplit) -> None:
 class _Samples:
     """The samples of a split, drawn in random order, each once before any again."""
 
-    def __init__(self, feeds: Sequence[Feed], size: int, fixed: bool, labels: Array | None, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
+    def __init__(self, feeds: Sequence[Feed], size: int, labels: Array | None, seed: int) -> None:
         joined = all(v.ndim and len(v) == count(feed) for feed in feeds for v in feed.values())
         self._feeds = list(feeds)
         self._arrays: Feed | None = None
         if joined and len({tuple(v.shape[1:] for v in f.values()) for f in feeds}) == 1:
             self._arrays = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
-        self._size, self._labels = size, labels
-        self._order: list[int] = []
+        if labels is not None and self._arrays is None:
+            raise UsageError(
+                f"{argument('labels')}: inputs of several sizes cannot be trained on labels",
+                hint=f"Drop {argument('labels')}, or give inputs of one size.",
+            )
+        self._size, self._labels, self._seed = size, labels, seed
 
     @property
     def num(self) -> int:
         """The number of samples, or of whole calls where samples cannot be taken out of them."""
         return len(self._feeds) if self._arrays is None else len(next(iter(self._arrays.values())))
 
-    def draw(self) -> tuple[Feed, Array | None]:
-        """Return one call, and its labels."""
+    def draw(self, number: int) -> tuple[Feed, Array | None]:
+        """Return one call and its labels; the same ones for the same number."""
         need = 1 if self._arrays is None else self._size
-        while len(self._order) < need:
-            self._order += self._rng.permutation(self.num).tolist()
-        index, self._order = self._order[:need], self._order[need:]
+        first, last = number * need // self.num, ((number + 1) * need - 1) // self.num
+        rounds = [np.random.default_rng([self._seed, k]).permutation(self.num) for k in range(first, last + 1)]
+        start = number * need - first * self.num
+        index = np.concatenate(rounds)[start : start + need]
         if self._arrays is None:
             return self._feeds[index[0]], None
         feed = {name: value[index] for name, value in self._arrays.items()}
@@ -202,9 +212,11 @@ class _Training:
     frozen: Mapping[str, str]
     calls: int
     labels: Mapping[Head, tuple[str, tuple[int, ...]]]
+    held_labels: Array | None
     before: Fidelity
     augmentation: Augmentation | None = None
     after: Fidelity | None = None
+    by_labels: list[float] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, settings: Finetune, context: Context, model: Model, split: CalibrationSplit) -> _Training:
@@ -217,15 +229,17 @@ class _Training:
         fixed = CalibrationBatches(context, model.analysis).fixed
         size = fixed or min(settings.batch_size, split.num_fit)
         given = settings.labels if settings.labels is not None else context.labels
-        labels = None if given is None else without_hold_out(read_labels(given, context, model.analysis), split)
-        samples = _Samples(split.fit, size, fixed is not None, labels, context.seed)
-        feed, _ = samples.draw()
+        labels, held = (
+            (None, None) if given is None else split_labels(read_labels(given, context, model.analysis), split)
+        )
+        samples = _Samples(split.fit, size, labels, context.seed)
+        feed, _ = samples.draw(0)
         student = static_graph(*model.parts, feed)
         limit = (context.memory_limit or _MEMORY) / _LIVE
         if fixed is None and (room := int(limit // max(1, _bytes(student) // size))) < size:
             size = max(1, room)
-            samples = _Samples(split.fit, size, False, labels, context.seed)
-            feed, _ = samples.draw()
+            samples = _Samples(split.fit, size, labels, context.seed)
+            feed, _ = samples.draw(0)
             student = static_graph(*model.parts, feed)
         loaded = context.analysis.loaded
         original = static_graph(loaded.proto, loaded.weights, feed)
@@ -249,24 +263,25 @@ class _Training:
         step = Step(graph, parameters, context.device.threads)
         calls = max(1, -(-settings.batch_size // size))
         training = cls(
-            context, model, split, settings, samples, teacher, parameters, step, frozen, calls, known, before
+            context, model, split, settings, samples, teacher, parameters, step, frozen, calls, known, held, before
         )  # fmt: skip
         if settings.augment:
             answers = [names[h.tensor] for h in fitted]
-            training.augmentation = Augmentation.suited([samples.draw()[0]], lambda f: [teacher(f)[n] for n in answers])
+            training.augmentation = Augmentation.suited(
+                [samples.draw(0)[0]], lambda f: [teacher(f)[n] for n in answers]
+            )
         return training
 
     def run(self) -> Course:
         """Train."""
-        rng = np.random.default_rng(self.context.seed)
         balance = np.zeros((), np.float32)
 
         def draw(number: int) -> list[Feed]:
             calls = []
-            for _ in range(self.calls):
-                feed, labels = self.samples.draw()
+            for k in range(self.calls):
+                feed, labels = self.samples.draw(number * self.calls + k)
                 if self.augmentation is not None:
-                    feed = self.augmentation(feed, rng)
+                    feed = self.augmentation(feed, np.random.default_rng([self.context.seed, number, k]))
                 given = (
                     {name: as_targets(labels, shape) for name, shape in self.labels.values()}
                     if labels is not None
@@ -275,14 +290,12 @@ class _Training:
                 calls.append({**feed, **self.teacher(feed), **given, BALANCE: balance})
             return calls
 
-        seen = {distance(self.before): self.before}
+        judged: dict[float, _Judgement] = {}
 
         def judge() -> float:
-            (facts,) = compare_with_original(
-                self.context.analysis, [self.parts()], self.split.validation, self.context.outputs
-            )
-            seen[distance(facts)] = facts
-            return distance(facts)
+            judgement = self.judgement()
+            judged[judgement.distance] = judgement
+            return judgement.distance
 
         def tell(share: float) -> None:
             self.context.tell("finetune", share)
@@ -296,10 +309,43 @@ class _Training:
         sizes, doubling = step_sizes(self.step, first, self.parameters, self.context.seed)
         rate = min(self.settings.rate, _BOLDNESS * doubling)
         optimizer = Adam(self.parameters, sizes)
-        effort, error = self.settings.effort, partial(standard_error, samples=self.split.num_held_out)
-        course = train(self.step, optimizer, self.parameters, draw, judge, effort, rate, error, tell)
-        self.after = seen[dict(course.curve)[course.best]]
+        effort, error = self.effort(), partial(standard_error, samples=self.split.num_held_out)
+        start, keeper = None if self.held_labels is None else self.judgement(), self.keeper()
+        course = train(self.step, optimizer, self.parameters, draw, judge, effort, rate, error, tell, keeper)
+        end = judged.get(dict(course.curve)[course.best]) or self.judgement()
+        self.after = end.fidelity
+        self.by_labels = [x.by_labels for x in (start, end) if x is not None and x.by_labels is not None]
         return course
+
+    def effort(self) -> Effort:
+        """Return how long to train: what was asked for, else as much as the effort of the run allows."""
+        asked, usual = self.settings.effort, EFFORTS["normal"]
+        if not self.settings.is_auto or self.context.effort.name == usual.name:
+            return asked
+        scale = self.context.effort.seconds / usual.seconds
+        if scale < 1:
+            self.context.stages.leave_out(f"fine-tuning for more than {scale:.0%} of the usual steps")
+        return Effort(round((asked.steps or 0) * scale) or None, (asked.seconds or 0) * scale or None)
+
+    def keeper(self) -> _Checkpoint | None:
+        """Return where the state of the training is kept; None without a folder, or for data that are read once."""
+        context, settings = self.context, self.settings
+        data = CalibrationBatches(context, self.model.analysis).fingerprint() if context.cache is not None else None
+        if context.cache is None or data is None:
+            return None
+        words = [context.analysis.loaded.sha256, context.seed, settings.rate, settings.batch_size, settings.features]
+        words += [settings.augment, self.effort(), self.held_labels is not None, self.parameters.shapes, FORMAT]
+        name = hashlib.sha256(repr(words).encode()).hexdigest()[:32]
+        return _Checkpoint(context.cache / f"finetune-{name}.npz", data, self.parameters.vector)
+
+    def judgement(self) -> _Judgement:
+        """Judge the present weights on the hold-out, by the original's answers and by labels."""
+        parts, split = self.parts(), self.split
+        (facts,) = compare_with_original(self.context.analysis, [parts], split.validation, self.context.outputs)
+        if self.held_labels is None:
+            return _Judgement(facts)
+        (head,) = self.labels
+        return _Judgement(facts, label_points(self.context.analysis, parts, split, head, self.held_labels))
 
     def parts(self) -> ModelParts:
         """Return the model with the present weights."""
@@ -332,6 +378,7 @@ class _Training:
             after=self.after or self.before,
             undone=course.best == 0,
             stopped=course.stopped,
+            by_labels=self.by_labels,
         )
 
     def remarks(self, facts: Finetuning) -> list[str]:
@@ -349,6 +396,68 @@ class _Training:
             what = "1 weight was" if len(facts.frozen) == 1 else f"{len(facts.frozen)} weights were"
             found.append(f"{what} not trained: {reasons[0]}")
         return [Note(text) for text in found]
+
+
+@dataclass(frozen=True, slots=True)
+class _Judgement:
+    """What the hold-out says.
+
+    Attributes:
+        fidelity: to the original.
+        by_labels: points by the labels, 0 to 100; None without labels.
+    """
+
+    fidelity: Fidelity
+    by_labels: float | None = None
+
+    @property
+    def distance(self) -> float:
+        """How far the model is from what it should say: half by the original, half by the labels."""
+        own = distance(self.fidelity)
+        return own if self.by_labels is None else (own + 100 - self.by_labels) / 2
+
+
+FORMAT = 1
+"""Raised whenever the state of a training has another meaning."""
+
+
+class _Checkpoint:
+    """The state of one training in a file.
+
+    Args:
+        path: the file.
+        data: fingerprint of the data.
+        weights: the weights before any step.
+    """
+
+    def __init__(self, path: Path, data: str, weights: Array) -> None:
+        make_folder(path.parent)
+        self._path, self._data = path, data
+        self._weights = hashlib.sha256(weights.tobytes()).hexdigest()
+
+    def load(self) -> Mapping[str, Any] | None:
+        """Return the state of a training that was broken off; None where there is none.
+
+        Raises:
+            UsageError: it was one on other data.
+        """
+        kept = read_arrays(self._path)
+        if not kept or "data" not in kept:
+            return None
+        if str(kept["data"]) != self._data:
+            raise UsageError(
+                f"{argument('finetune')} was interrupted on other data, and cannot go on with these",
+                hint=f"Give the same {argument('data')}, or delete {str(self._path)!r} to begin anew.",
+            )
+        return kept if str(kept["start"]) == self._weights else None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep the state in place of the one before."""
+        write_arrays(self._path, {**state, "data": np.asarray(self._data), "start": np.asarray(self._weights)})
+
+    def clear(self) -> None:
+        """Delete the file."""
+        self._path.unlink(missing_ok=True)
 
 
 def distance(facts: Fidelity) -> float:
@@ -420,19 +529,50 @@ def _teacher(
 # -- labels ------------------------------------------------------------------------------------------------------------
 
 
-def without_hold_out(values: Array, split: CalibrationSplit) -> Array:
-    """Return the labels of the samples that are not held out, which come in the order of the batches."""
+def split_labels(values: Array, split: CalibrationSplit) -> tuple[Array, Array | None]:
+    """Return the labels of the samples to fit, and those of the hold-out; both come in the order of the batches.
+
+    Args:
+        values: labels of all samples.
+        split: the samples.
+    """
     if not split.num_held_out:
-        return values[: split.num_fit]
-    fit, held = list(split.fit), list(split.validation.inputs)
-    start, kept, number = 0, [], 0
-    while fit or held:
-        is_held = bool(held) and number % 8 == 7
-        size = count((held if is_held or not fit else fit).pop(0))
-        if not is_held:
-            kept.append(values[start : start + size])
+        return values[: split.num_fit], values[: split.num_fit]
+    queues = {True: list(split.validation.inputs), False: list(split.fit)}
+    parts: dict[bool, list[Array]] = {True: [], False: []}
+    start, number = 0, 0
+    while queues[True] or queues[False]:
+        is_held = bool(queues[True]) and (number % 8 == 7 or not queues[False])
+        size = count(queues[is_held].pop(0))
+        parts[is_held].append(values[start : start + size])
         start, number = start + size, number + 1
-    return np.concatenate(kept)
+    return np.concatenate(parts[False]), np.concatenate(parts[True])
+
+
+def label_points(
+    analysis: Analysis, parts: ModelParts, split: CalibrationSplit, head: Head, labels: Array
+) -> float | None:
+    """Return how well an output agrees with the labels of the hold-out: accuracy in percent, or 100 R^2, 0 or more.
+
+    Args:
+        analysis: of the original.
+        parts: the model.
+        split: the samples.
+        head: what the labels belong to.
+        labels: of the hold-out.
+    """
+    with Workspace.of(analysis) as trial:
+        session = open_session(trial.write(*parts, "labelled")[0], spin=False)
+        values = np.concatenate([run(session, feed)[head.output] for feed in split.validation.inputs])
+    if labels.dtype.kind != "f":
+        if values.ndim < 2 or len(values) != len(labels):
+            return None
+        return 100 * float(np.mean(values.reshape(len(values), -1).argmax(1) == labels.ravel()))
+    if values.shape != labels.shape:
+        return None
+    error = float(np.square(values.astype(np.float64) - labels).sum())
+    spread = float(np.square(labels - labels.mean(axis=0, dtype=np.float64)).sum())
+    return 100 * max(0.0, 1 - error / spread) if spread > 0 else None
 
 
 def _labelled(fitted: Sequence[Head], student: StaticGraph, labels: Array) -> dict[Head, tuple[str, tuple[int, ...]]]:

@@ -72,7 +72,7 @@ def labelled_head(fitted: Sequence[Head], student: StaticGraph, labels: Array) -
     Args:
         fitted: the heads.
         student: the graph.
-        labels: classes [samples], or values of the shape of an output.
+        labels: classes [samples], or values or probabilities of the shape of an output.
 
     Raises:
         UsageError: they fit none, or a class is out of range.
@@ -89,12 +89,17 @@ def labelled_head(fitted: Sequence[Head], student: StaticGraph, labels: Array) -
                     hint=f"The model has classes 0 to {shape[1] - 1}.",
                 )
             return replace(head, axis=1)
-        if head.axis is None and labels.dtype.kind == "f" and labels.shape[1:] == shape[1:]:
+        fits = labels.dtype.kind == "f" and labels.shape[1:] == shape[1:]
+        if fits and (head.axis is None or _are_probabilities(labels, head.axis)):
             return head
     raise UsageError(
         f"{argument('labels')}: {labels.dtype} of shape {list(labels.shape)} fits no output of the model",
         hint="Give classes [samples] for scores, or values of an output's shape.",
     )
+
+
+def _are_probabilities(labels: Array, axis: int) -> bool:
+    return bool((labels >= 0).all() and np.allclose(labels.sum(axis), 1, atol=1e-3))
 
 
 def as_targets(labels: Array, shape: Sequence[int]) -> Array:

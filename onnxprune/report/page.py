@@ -33,11 +33,13 @@ tr.best td { font-weight: bold; } .scroll { overflow-x: auto; }"""
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: its name, points (x, y, what is said where the pointer rests); ``line``: joined, else dots alone."""
+    """One line: its name, points (x, y, what is said where the pointer rests); ``line``: joined, else dots alone;
+    ``dashed``: broken, without dots."""
 
     name: str
     points: Sequence[tuple[float, float, str]]
     line: bool = True
+    dashed: bool = False
 
 
 def chart(title: str, across: str, up: str, series: Sequence[Series], *, legend: bool = True) -> str:
@@ -181,8 +183,9 @@ def _drawn(series: Series, scale: _Scale, colour: str) -> list[str]:
     parts = []
     if series.line and len(places) > 1:
         at = " L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places)
-        parts.append(f'<path d="M{at}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-    for x, y, said in places:
+        dashes = ' stroke-dasharray="6 4"' if series.dashed else ""
+        parts.append(f'<path d="M{at}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>')
+    for x, y, said in [] if series.dashed else places:
         title = f"<title>{escape(series.name)}: {escape(said)}</title>"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}">{title}</circle>')
     return parts

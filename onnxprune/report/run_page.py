@@ -34,6 +34,7 @@ def run_page(report: Report, about: Mapping[str, Any] | None = None, spelled: Ca
         _verdict(report, spelled),
         _section("Before and after", _bars(report)),
         _section("Checks", _lines(report)),
+        _section("Fine-tuning", _training(report)),
         _section("Not pruned, and why", _unpruned(report)),
         _section("Network", _network(report)),
         _section("Layers", _layers(report) + _factors(report)),
@@ -156,6 +157,20 @@ def _said(report: Report) -> list[tuple[str, str]]:
 def _lines(report: Report) -> str:
     rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in _said(report))
     return f"<dl>{rows}</dl>" if rows else ""
+
+
+def _training(report: Report) -> str:
+    """Draw the points on the hold-out over the steps of a training, beside those before it."""
+    facts = report.finetuning
+    if facts is None or len(facts.curve) < 2:
+        return ""
+    points = [(float(step), 100 - far, f"step {step}: {100 - far:.1f}") for step, far in facts.curve]
+    before, last = points[0][1], points[-1][0]
+    series = [
+        page.Series("while training", points),
+        page.Series("before", [(0.0, before, ""), (last, before, "")], dashed=True),
+    ]
+    return page.chart("Held-out samples", "steps", "points", series)
 
 
 def _unpruned(report: Report) -> str:

@@ -338,6 +338,9 @@ def finetuned(facts: Finetuning | None) -> list[Text]:
     one, other = facts.before.points, facts.after.points
     change = "" if one is None or other is None else f": {one:.1f} {numbers.ARROW} {other:.1f} points on {facts.aside}"
     change += " held-out samples" if change else ""
+    if len(facts.by_labels) == 2:
+        one, other = facts.by_labels
+        change += f", {one:.1f} {numbers.ARROW} {other:.1f} by their labels"
     undone = ("undone: " if facts.undone else "", "yellow")
     return [Text.assemble(("finetuned ", "bold"), undone, per_step, change)]
 

@@ -6,10 +6,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -63,6 +63,19 @@ class Course:
     stopped: str = ""
 
 
+class Keeper(Protocol):
+    """Where the state of a training is kept, so that one that was broken off goes on from there."""
+
+    def load(self) -> Mapping[str, Any] | None:
+        """Return the arrays that were saved last; None where there are none."""
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep arrays in place of those before."""
+
+    def clear(self) -> None:
+        """Forget what was kept: the training is finished."""
+
+
 EVALUATIONS = 10
 """How often a training is judged on the hold-out."""
 _GROWTH, _MARGIN = 2.0, 1.0  # steps are taken back from this distance on: relative to the best one, and a point more
@@ -79,20 +92,25 @@ def train(
     rate: float,
     uncertainty: Uncertainty = lambda distance: 0.0,
     progress: Callable[[float], None] = lambda share: None,
+    keeper: Keeper | None = None,
 ) -> Course:
     """Train weights, and leave the best of them in ``parameters``.
 
     At every tenth of the effort the weights are judged. Where they are more than twice as far from the original as the
     best ones, or the loss is no number, training goes on from the best ones with half the step size; the third time, it
     ends.
-    An interruption (SIGINT) ends it, too, and keeps the best. Weights at the end of a training that was not broken off
+    An interruption (SIGINT) ends it, too, and keeps the best. With a keeper, its state is saved at every judgement and
+    at an interruption, and a training that was broken off goes on from there: ``draw`` has to give the same calls for
+    the same number. Weights at the end of a training that was not broken off
     have had the smallest steps: they are kept where they are as good as the best within the uncertainty of that, and
     better than those before.
     """
     course = Course()
     guard = _Guard(parameters, judge, course)
-    guard.look(0)
-    start, retreats, due = time.monotonic(), 0, 1
+    state = _State(course, guard, optimizer, parameters, rate, keeper)
+    if not state.resume():
+        guard.look(0)
+    start = time.monotonic() - course.seconds
     with _interruptible() as interrupted:
         while (share := effort.progress(course.steps, time.monotonic() - start)) < 1:
             if interrupted.is_set():
@@ -103,23 +121,85 @@ def train(
             course.steps += 1
             sound = math.isfinite(loss) and bool(np.isfinite(step.gradient).all())
             if sound:
-                optimizer.update(step.gradient, rate_at(share, rate))
+                optimizer.update(step.gradient, rate_at(share, state.rate))
             share = effort.progress(course.steps, time.monotonic() - start)
-            if sound and share * EVALUATIONS < due and share < 1:
+            if sound and share * EVALUATIONS < state.due and share < 1:
                 continue
-            due = 1 + int(share * EVALUATIONS)
+            state.due = 1 + int(share * EVALUATIONS)
             progress(share)
             if not sound or guard.look(course.steps) > _GROWTH * guard.distance + _MARGIN:
-                retreats += 1
-                if retreats == _RETREATS:
+                state.retreats += 1
+                if state.retreats == _RETREATS:
                     course.stopped = "the distance from the original grew" if sound else "the loss was no number"
                     break
                 guard.restore()
                 optimizer.reset()
-                rate /= 2
-    guard.settle(uncertainty)
+                state.rate /= 2
+            course.seconds = time.monotonic() - start
+            state.save()
     course.seconds = time.monotonic() - start
+    state.end()
+    guard.settle(uncertainty)
     return course
+
+
+@dataclass(slots=True)
+class _State:
+    """Everything that a training goes on from."""
+
+    course: Course
+    guard: _Guard
+    optimizer: Adam
+    parameters: Parameters
+    rate: float
+    keeper: Keeper | None
+    retreats: int = 0
+    due: int = 1
+
+    def save(self) -> None:
+        """Keep the state, where there is a keeper."""
+        if self.keeper is None:
+            return
+        course = self.course
+        numbers = [course.steps, course.best, self.retreats, self.due, self.optimizer.count]
+        self.keeper.save(
+            {
+                "numbers": np.asarray(numbers, np.int64),
+                "reals": np.asarray([course.seconds, self.rate, self.guard.distance]),
+                "losses": np.asarray(course.losses),
+                "curve": np.asarray(course.curve, np.float64).reshape(-1, 2),
+                "weights": self.parameters.vector,
+                "best": self.guard.best,
+                "mean": self.optimizer.mean,
+                "square": self.optimizer.square,
+            }
+        )
+
+    def resume(self) -> bool:
+        """Go on from what was kept; return whether there was something that fits."""
+        kept = None if self.keeper is None else self.keeper.load()
+        if kept is None or np.shape(kept["weights"]) != self.parameters.vector.shape:
+            return False
+        course, optimizer = self.course, self.optimizer
+        course.steps, course.best, self.retreats, self.due, optimizer.count = (int(n) for n in kept["numbers"])
+        course.seconds, self.rate, self.guard.distance = (float(x) for x in kept["reals"])
+        course.losses = [float(x) for x in kept["losses"]]
+        course.curve = [(int(a), float(b)) for a, b in kept["curve"]]
+        for target, name in (
+            (self.parameters.vector, "weights"),
+            (self.guard.best, "best"),
+            (optimizer.mean, "mean"),
+            (optimizer.square, "square"),
+        ):
+            target[:] = kept[name]
+        return True
+
+    def end(self) -> None:
+        """Keep the state of a training that was interrupted, and forget that of one that was finished."""
+        if self.course.stopped == "interrupted":
+            self.save()
+        elif self.keeper is not None:
+            self.keeper.clear()
 
 
 class _Guard:
@@ -127,7 +207,7 @@ class _Guard:
 
     def __init__(self, parameters: Parameters, judge: Judge, course: Course) -> None:
         self._parameters, self._judge, self._course = parameters, judge, course
-        self._best: Vector = parameters.vector.copy()
+        self.best: Vector = parameters.vector.copy()
         self.distance = math.inf
 
     def look(self, step: int) -> float:
@@ -136,7 +216,7 @@ class _Guard:
         self._course.curve.append((step, distance))
         if distance < self.distance:
             self.distance, self._course.best = distance, step
-            self._best[:] = self._parameters.vector
+            self.best[:] = self._parameters.vector
         return distance
 
     def settle(self, uncertainty: Uncertainty) -> None:
@@ -150,7 +230,7 @@ class _Guard:
 
     def restore(self) -> None:
         """Return to the best weights."""
-        self._parameters.vector[:] = self._best
+        self._parameters.vector[:] = self.best
 
 
 @contextmanager

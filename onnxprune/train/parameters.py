@@ -21,9 +21,10 @@ _TRAINED = {"w", "b", "c", "scale", "bias", "slope", "gamma", "beta"}
 def trainable(graph: StaticGraph) -> tuple[list[str], dict[str, str]]:
     """Return the weights to train, and the reason for every other variable.
 
-    A weight is trained where an operator multiplies by it, or names it as its scale or bias, or where it is added to or
-    multiplied with what a layer made: a vector, or any tensor in front of another layer. So constants of preprocessing
-    and tables behind the last layer, such as anchors, keep their values.
+    A weight is trained where an operator contracts with it, or names it as its scale or bias, or where it is a vector
+    that is added to or multiplied with what a layer made: one value per channel of that layer, or any vector in front
+    of another layer. So constants of preprocessing, tables of positions (rotary ones too), masks, and anchors and
+    strides behind the last layer keep their values.
     """
     own = _of_weights_alone(graph)
     layers = [n for n in graph.nodes if any(k < len(n.inputs) and n.inputs[k] in own for k in rule_of(n).weights)]
@@ -32,7 +33,11 @@ def trainable(graph: StaticGraph) -> tuple[list[str], dict[str, str]]:
     for name in graph.variables:
         if graph.kinds[name] != np.float32:
             reasons[name] = f"holds {graph.kinds[name]}, and float32 alone is trained"
-        elif any(_learns(graph, node, i, own, behind, before) for node, i in _readers(graph, name, own)):
+        elif any(
+            _learns(graph, node, i, own, behind, before)
+            for node, i in _readers(graph, name, own)
+            if not rule_of(node).pointwise or _is_vector(graph.shapes[name])
+        ):
             names.append(name)
         else:
             reasons[name] = "is a constant, not a parameter"
@@ -65,11 +70,44 @@ def _learns(graph: StaticGraph, node: Node, i: int, own: set[str], behind: set[s
     """Return whether a model learns what a node reads at input ``i``."""
     rule = rule_of(node)
     if not rule.pointwise:
+        if i in rule.weights and not any(n in behind for n in node.inputs):
+            return not _is_outer_product(graph, node, i)
         return i in rule.weights or _role(node, i) in _TRAINED
-    if not any(n in behind for n in node.inputs):
+    if not any(n in behind for n in node.inputs) or not _is_vector(graph.shapes[node.inputs[i]]):
         return False
-    is_vector = sum(size > 1 for size in graph.shapes[node.inputs[i]]) == 1
-    return is_vector or any(o in before for o in node.outputs)
+    return any(o in before for o in node.outputs) or _is_per_channel(graph, node, i, own)
+
+
+def _is_vector(shape: Sequence[int]) -> bool:
+    return sum(size > 1 for size in shape) == 1
+
+
+def _is_outer_product(graph: StaticGraph, node: Node, i: int) -> bool:
+    """Return whether a product sums over nothing: frequencies times positions are a table, and no layer."""
+    data = next((k for k, name in enumerate(node.inputs) if name and k != i), None)
+    shapes: list[tuple[int | None, ...] | None] = [graph.shapes.get(n) for n in node.inputs]
+    form = None if data is None else rule_of(node).form(node, shapes, data)
+    if data is None or form is None or form.taps > 1:
+        return False
+    size = graph.shapes[node.inputs[data]]
+    return all(size[a] == 1 for a in form.axes) and _is_vector(graph.shapes[node.inputs[i]])
+
+
+def _is_per_channel(graph: StaticGraph, node: Node, i: int, own: set[str]) -> bool:
+    """Return whether a vector has one value for each channel of the layer in front, through pointwise operators."""
+    out = graph.shapes[node.outputs[0]]
+    shape = graph.shapes[node.inputs[i]]
+    axis = len(out) - len(shape) + next(k for k, size in enumerate(shape) if size > 1)
+    current: Node | None = node
+    while current is not None and rule_of(current).pointwise:
+        producers = [graph.producer.get(n) for n in current.inputs]
+        current = next((p for p in producers if p is not None and graph.shapes.get(p.outputs[0]) == out), None)
+    if current is None or not rule_of(current).weights:
+        return False
+    rule = rule_of(current)
+    shapes = [graph.shapes.get(n) for n in current.inputs]
+    weights = [w for w in rule.weights if w < len(shapes) and current.inputs[w] in own]
+    return any(rule.output_axis(current, shapes, len(out), w) == axis for w in weights)
 
 
 def _role(node: Node, i: int) -> str:

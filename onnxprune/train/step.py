@@ -120,18 +120,18 @@ class Adam:
 
     def reset(self) -> None:
         """Forget all gradients."""
-        self._mean = np.zeros_like(self._parameters.vector)
-        self._square = np.zeros_like(self._parameters.vector)
-        self._count = 0
+        self.mean = np.zeros_like(self._parameters.vector)
+        self.square = np.zeros_like(self._parameters.vector)
+        self.count = 0
 
     def update(self, gradient: Vector, rate: float) -> None:
         """Change the weights."""
-        self._count += 1
+        self.count += 1
         one, two = np.float32(1 - self._first), np.float32(1 - self._second)
-        self._mean += one * (gradient - self._mean)
-        self._square += two * (np.square(gradient) - self._square)
-        correction = math.sqrt(1 - self._second**self._count) / (1 - self._first**self._count)
-        move = self._mean / (np.sqrt(self._square) + np.float32(1e-12))
+        self.mean += one * (gradient - self.mean)
+        self.square += two * (np.square(gradient) - self.square)
+        correction = math.sqrt(1 - self._second**self.count) / (1 - self._first**self.count)
+        move = self.mean / (np.sqrt(self.square) + np.float32(1e-12))
         move *= self._sizes
         move *= np.float32(rate * correction)
         self._parameters.vector -= move

@@ -90,6 +90,21 @@ def test_constants_are_no_parameters() -> None:
     assert len(names) == 7 - ("low" in reasons)
 
 
+def test_tables_are_no_parameters() -> None:
+    """Positions, rotations, masks and strides behind the last layer keep their values; biases are trained."""
+    net = Net(18)
+    x = net.input("x", ["N", 4, 6])
+    angles = net.op("MatMul", net.weight(3, 1, name="frequencies"), net.const(np.ones((1, 4), np.float32), name="at"))
+    table = net.op("Transpose", net.op("Concat", angles, angles, axis=0))
+    q = net.op("Mul", net.op("MatMul", x, net.weight(6, 6, name="wq")), net.op("Cos", table))
+    k = net.op("Mul", net.op("MatMul", x, net.weight(6, 6, name="wk")), net.weight(4, 6, name="rotary"))
+    scores = net.op("Add", net.op("MatMul", q, net.op("Transpose", k, perm=[0, 2, 1])), net.weight(4, 4, name="mask"))
+    y = net.op("MatMul", net.op("MatMul", net.op("Softmax", scores), x), net.weight(6, 5, name="last"))
+    y = net.op("Mul", net.op("Add", y, net.weight(5, name="bias")), net.weight(4, 1, name="strides"))
+    names, _ = trainable(static(net.model(y), {"x": X[:8].reshape(2, 4, 6)}))
+    assert set(names) == {"wq", "wk", "last", "bias"}
+
+
 def test_blocks_end_where_everything_passes() -> None:
     net = Net(18)
     x = net.input("x", ["N", 3, 8, 8])
@@ -102,7 +117,13 @@ def test_blocks_end_where_everything_passes() -> None:
 
 
 def distilled(
-    steps: int | None = 60, judge: Any = None, rate: float = 2e-2, error: float = 0.0, **effort: Any
+    steps: int | None = 60,
+    judge: Any = None,
+    rate: float = 2e-2,
+    error: float = 0.0,
+    keeper: Any = None,
+    draws: Any = None,
+    **effort: Any,
 ) -> tuple[Course, Parameters, Any]:
     """Train one network to answer as another one does."""
     student, teacher = mlp(0), mlp(1)
@@ -118,7 +139,9 @@ def distilled(
     sizes, _ = step_sizes(step, [call], parameters, 0)
     judge = judge or (lambda: step([call]))
     adam = Adam(parameters, sizes)
-    course = train(step, adam, parameters, lambda k: [call], judge, Effort(steps, **effort), rate, lambda _: error)
+    draw = draws or (lambda number: [call])
+    more = {"keeper": keeper}
+    course = train(step, adam, parameters, draw, judge, Effort(steps, **effort), rate, lambda _: error, **more)
     assert teacher.variables
     return course, parameters, step([call])
 
@@ -179,6 +202,36 @@ def test_an_interruption_keeps_the_best() -> None:
     course, _, _ = distilled(60, judge=judge)
     assert course.stopped == "interrupted" and course.steps < 60 and course.best > 0
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupted_training_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kept(dict):
+        def load(self) -> Any:
+            return self or None
+
+        def save(self, state: Any) -> None:
+            self.update({name: np.copy(value) for name, value in state.items()})
+
+    def draws(number: int) -> Any:
+        if number == 31 and not broken:
+            broken.append(number)
+            raise KeyboardInterrupt
+        return [{"x": X * np.float32(1 + number / 100), "wanted": np.ones((16, 3), np.float32)}]
+
+    def trained(keeper: Any) -> Any:
+        monkeypatch.setitem(globals(), "RNG", np.random.default_rng(5))
+        return distilled(60, draws=draws, keeper=keeper)
+
+    broken = [0]
+    whole, weights, _ = trained(None)
+    broken.clear()
+    kept = Kept()
+    with pytest.raises(KeyboardInterrupt):
+        trained(kept)
+    assert int(kept["numbers"][0]) == 30
+    rest, resumed, _ = trained(kept)
+    assert (rest.losses, rest.best, not kept) == (whole.losses, whole.best, True)
+    np.testing.assert_array_equal(resumed.vector, weights.vector)
 
 
 def test_calls_add_up_to_one_step() -> None:

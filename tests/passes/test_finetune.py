@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from build import Net
 
@@ -102,10 +106,45 @@ def test_a_training_that_helps_nothing_is_undone() -> None:
     assert facts.after.points > 99.9
 
 
-def test_labels_take_part() -> None:
-    classes = np.random.default_rng(0).integers(0, 5, 192)
-    result = tuned(labels=classes, finetune=20)
-    assert result.report.finetuning.steps == 20
+def test_labels_take_part_and_judge() -> None:
+    model = net()
+    session = ort.InferenceSession(model.SerializeToString())
+    (scores,) = session.run(None, DATA)
+    facts = tuned(model, labels=scores.argmax(1), finetune=20).report.finetuning
+    assert facts.steps == 20
+    before, after = facts.by_labels
+    assert 0 <= before <= after <= 100
+    assert facts.curve[0][1] == pytest.approx((200 - facts.before.points - before) / 2)
+    values = tuned(model, labels=scores, finetune=5).report.finetuning  # the labels are the outputs themselves
+    assert values.by_labels[1] <= 100
+
+
+def test_a_training_that_was_interrupted_goes_on_with_the_same_data_alone(tmp_path: Path) -> None:
+    original = net()
+    pruned = op.prune(original, ratio=0.4, criterion="l2", recover="none", latency=False)
+
+    def train(data: Any = DATA, **more: Any) -> Any:
+        given = {"plan": pruned.plan, "data": data, "finetune": 20, "cache": tmp_path, **more}
+        return op.finetune(original, pruned.model, **given).report.finetuning
+
+    def interrupt(stage: str, share: float) -> None:
+        if stage == "finetune" and 0.5 <= share < 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = train(cache=None)
+    first = train(progress=interrupt)
+    assert first.stopped == "interrupted" and first.steps < 20
+    with pytest.raises(op.UsageError, match="interrupted on other data"):
+        train({"x": DATA["x"][::-1]})
+    second = train()
+    assert second.steps == 20 and second.curve == whole.curve and not second.stopped
+    assert not list(tmp_path.glob("finetune-*"))
+
+
+def test_the_effort_of_the_run_bounds_it() -> None:
+    result = tuned(finetune=True, effort="quick", samples=64)
+    assert result.report.finetuning.steps == 267
+    assert any("fine-tuning for more than 27%" in text for text in result.report.left_out)
 
 
 @pytest.mark.parametrize(
