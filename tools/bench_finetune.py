@@ -63,8 +63,8 @@ def run_job(job: Job) -> dict[str, Any]:
     name = files.name(job.path)
     own = {"model": name, "share": job.share, "samples": job.samples, "effort": job.effort}
     given: dict[str, Any] = {"data": job.data, "samples": limit(job.data, job.samples)}
-    stem = job.out / f"{name}-{job.share:g}-{job.samples}"
-    small, plan = stem.with_suffix(".onnx"), stem.with_suffix(".plan.json")
+    stem = f"{name}-{job.share:g}-{job.samples}"
+    small, plan = job.out / f"{stem}.onnx", job.out / f"{stem}.plan.json"
     try:
         if not small.exists():
             _prune(job, given, small, plan)
