@@ -17,7 +17,7 @@ from warnings import warn
 
 if TYPE_CHECKING:
     from onnxprune import criteria, devices, passes, rules, statistics
-    from onnxprune.api import analyze, factorize, finetune, profile, prune, recover, sensitivity, sweep
+    from onnxprune.api import analyze, factorize, finetune, profile, prune, recover, sensitivity, sparsify, sweep
     from onnxprune.channels.analysis import Analysis
     from onnxprune.channels.plan import Plan
     from onnxprune.errors import (
@@ -59,6 +59,7 @@ _HOME = {
     "prune": "onnxprune.api",
     "recover": "onnxprune.api",
     "sensitivity": "onnxprune.api",
+    "sparsify": "onnxprune.api",
     "sweep": "onnxprune.api",
 }
 _RENAMED = {"repair": "recover"}
@@ -91,6 +92,7 @@ __all__ = [
     "recover",
     "rules",
     "sensitivity",
+    "sparsify",
     "statistics",
     "sweep",
 ]

@@ -1,4 +1,4 @@
-"""The calls of Python: prune, factorize, recover, analyze, compare, profile, sensitivity, sweep."""
+"""The calls of Python: prune, factorize, sparsify, recover, analyze, compare, profile, sensitivity, sweep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,22 @@ from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion, get, needs_of
 from onnxprune.importance.statistics import GRADIENTS
 from onnxprune.io.interchange import ModelSource
-from onnxprune.passes import Adopt, Depth, Exact, Factorize, Finetune, Flush, Pipeline, Prune, Recover, Result, Validate
+from onnxprune.passes import (
+    Adopt,
+    Depth,
+    Exact,
+    Factorize,
+    Finetune,
+    Flush,
+    LockZeros,
+    Pipeline,
+    Prune,
+    Recover,
+    Result,
+    Sparsify,
+    StoreZeros,
+    Validate,
+)
 from onnxprune.passes.finetune import ShortFinetune
 from onnxprune.passes.prune import with_criterion
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
@@ -34,6 +49,8 @@ from onnxprune.search.sensitivity import SHARES, measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
 from onnxprune.search.sweep import sweep as run_sweep
 from onnxprune.settings import called, default, has_budget, record_of
+from onnxprune.sparsification.scores import GRADIENTS as GRADIENT_SCORES
+from onnxprune.sparsification.settings import Options as SparseOptions
 from onnxprune.targets import Target, parse
 from onnxprune.targets import TargetInput as Targets
 
@@ -86,6 +103,7 @@ def prune(
     recover: str | None = None,
     finetune: int | str | bool | None = None,
     labels: Any = None,
+    pattern_lock: bool | None = None,
     memory_limit: int | None = None,
     effort: str = "normal",
     validate: bool = True,
@@ -171,6 +189,8 @@ def prune(
             training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
             the loss of ``finetune`` is then on them, and criteria of gradients take their loss. None: without labels.
+        pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
+            but then fine-tuning a model that holds a pattern of zeros is refused.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
             report lists what was left out.
@@ -214,7 +234,8 @@ def prune(
     _check_labels(labels, first, tuned)
     by_default = finetune is None and mode_and_reason == ("full", "data was given")
     trained = [ShortFinetune()] if by_default else tuned
-    stages = [*shorter, *_stages(first, mode_and_reason, validate, validate and latency, trained)]
+    locks = _locking(pattern_lock, mode, tuned)
+    stages = [*locks, *shorter, *_stages(first, mode_and_reason, validate, validate and latency, trained)]
     pipe = Pipeline(stages if searches else [*stages, *_measures(metric)])
     result = pipe.execute(model, run)
     if spec.any:
@@ -286,17 +307,28 @@ def _finetuning(effort: int | str | bool | None, labels: Any) -> list[Finetune]:
     return [] if effort in (None, False, "none") else [Finetune(effort, labels=labels)]
 
 
+def _locking(lock: bool | None, recover: str, tuned: Sequence[Finetune]) -> list[LockZeros]:
+    """Return the pass that keeps zeros, or looks whether there are any that would be lost."""
+    changes = recover != "none" or bool(tuned)
+    return [LockZeros(lock, trained=bool(tuned))] if changes and lock is not False else []
+
+
 def _check_labels(labels: Any, first: Any, tuned: Sequence[Finetune]) -> None:
     """Refuse labels that nothing reads; raises UsageError."""
     criterion = None if first is None else first.criterion
     criterion = get(criterion) if isinstance(criterion, str) else criterion
     scores_gradients = criterion is not None and set(needs_of(criterion)) & set(GRADIENTS)
     if labels is not None and not tuned and not scores_gradients:
-        raise UsageError(
-            f"{argument('labels')} says what to learn, but neither {argument('finetune')} nor a criterion of gradients "
-            "reads it",
-            hint=f"Give {argument('finetune')}, or {argument('criterion', 'taylor')}.",
-        )
+        raise _unread_labels()
+
+
+def _unread_labels() -> UsageError:
+    """Return the error of labels that nothing reads."""
+    return UsageError(
+        f"{argument('labels')} says what to learn, but neither {argument('finetune')} nor a criterion of gradients "
+        "reads it",
+        hint=f"Give {argument('finetune')}, or {argument('criterion', 'taylor')}.",
+    )
 
 
 def _factorizes(plan: Plan | None) -> bool:
@@ -333,6 +365,7 @@ def recover(
     recover: str = "full",
     finetune: int | str | bool | None = None,
     labels: Any = None,
+    pattern_lock: bool | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     samples: int | None = None,
     batch_size: int | None = None,
@@ -362,6 +395,8 @@ def recover(
             :class:`onnxprune.passes.Finetune`. None: no training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
             the loss of ``finetune`` is then on them. None: without labels.
+        pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
+            but then fine-tuning a model that holds a pattern of zeros is refused.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
         samples: number of samples to use, 1 or more; None: all.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
@@ -399,7 +434,9 @@ def recover(
     if data is None and check_mode(recover) != "datafree":
         raise no_data(recover)
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
-    stages = [take, Flush(), Recover(recover), *_finetuning(finetune, labels), check, *_measures(metric)]
+    tuned = _finetuning(finetune, labels)
+    locks = _locking(pattern_lock, recover, tuned)
+    stages = [take, Flush(), *locks, Recover(recover), *tuned, check, *_measures(metric)]
     result = Pipeline(stages).execute(original, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result
@@ -509,6 +546,7 @@ def factorize(
     recover: str | None = None,
     finetune: int | str | bool | None = None,
     labels: Any = None,
+    pattern_lock: bool | None = None,
     memory_limit: int | None = None,
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
@@ -559,6 +597,8 @@ def factorize(
             :class:`onnxprune.passes.Finetune`. None: no training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
             the loss of ``finetune`` is then on them. None: without labels.
+        pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
+            but then fine-tuning a model that holds a pattern of zeros is refused.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -589,7 +629,135 @@ def factorize(
         )
     take = Factorize(method, plan=plan, check=validate, **options.arguments)
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
-    stages = [Flush(), take, Recover(mode, why=reason), *_finetuning(finetune, labels), check, *_measures(metric)]
+    tuned = _finetuning(finetune, labels)
+    locks = _locking(pattern_lock, mode, tuned)
+    stages = [Flush(), *locks, take, Recover(mode, why=reason), *tuned, check, *_measures(metric)]
+    result = Pipeline(stages).execute(model, run)
+    check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
+    return result
+
+
+@called("sparsify")
+@with_custom_ops
+def sparsify(
+    model: ModelSource,
+    *,
+    pattern: str = "unstructured",
+    ratio: float | None = None,
+    energy: float | None = None,
+    criterion: str | None = None,
+    layers: Mapping[str, float] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    scope: str = "local",
+    steps: int = 1,
+    schedule: str = "linear",
+    device: str | Kernels | None = None,
+    storage: str = "dense",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    data: Any = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    images: ImageOptions | None = None,
+    outputs: Mapping[str, str] | None = None,
+    metric: str | Metric | None = None,
+    max_drop: float | None = None,
+    min_fidelity: float | None = None,
+    recover: str | None = None,
+    finetune: int | str | bool | None = None,
+    labels: Any = None,
+    pattern_lock: bool = True,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    custom_op_libraries: Sequence[str | Path] = (),
+    validate: bool = True,
+    latency: bool | str = True,
+    progress: Progress | None = None,
+) -> Result:
+    """Set single weights to 0 in a pattern, update the others, and with ``data`` recover accuracy within the pattern.
+
+    Shapes stay as they are. Zeros make a model faster only on devices with kernels for their pattern, see
+    docs/methods/sparsify.md; everywhere they make it smaller when compressed.
+
+    Args:
+        model: path, bytes or ModelProto; never changed.
+        pattern: where zeros lie: ``unstructured`` (default), N:M such as ``2:4`` (of every M neighbouring input
+            channels N stay), or blocks NxM such as ``4x1`` (N outputs, M input channels).
+        ratio: share of weights to set to 0, 0 < ratio < 1; None: 0.5 where neither the pattern nor ``energy`` sets it.
+        energy: in place of a ratio: as many zeros per layer as leave this share of its scores, 0 < energy <= 1; None:
+            not used.
+        criterion: how single weights are scored: ``magnitude``, ``wanda``, ``obs``, ``gradient``, ``snip``,
+            ``snip-momentum`` or ``taylor``; ``obs`` also updates the weights that stay. None: ``obs`` with data, else
+            ``magnitude``.
+        layers: {glob over node or weight names: ratio}, 0 < ratio < 1; the last match applies, also to layers that are
+            left out otherwise. None: ``ratio`` everywhere.
+        include: globs; only layers with such a name become sparse, also those that are left out otherwise. Empty: all
+            but the first and last, depthwise, embeddings and small ones.
+        exclude: globs; no layer with such a name becomes sparse. Empty: none is excluded.
+        scope: ``local`` (default): the ratio holds for every layer; ``global``: the weights of all layers compete by
+            their shares of their layers' scores.
+        steps: number of rounds of scoring and setting zeros, 1 or more; 1.
+        schedule: growth of the share of zeros over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
+        device: where the result is to run, for a warning where zeros in this pattern are worth nothing; None for this
+            machine.
+        storage: ``dense`` (default), or ``sparse``: tensors that are smaller so become sparse initializers.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        data: inputs without labels, as for :func:`prune`: weights are then scored by what they are multiplied with, and
+            the remaining error is recovered. None: scores of the weights alone.
+        samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
+            by names, values and the graph what an output is; None: none.
+        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
+            fidelity.
+        max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
+        min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
+            original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
+        recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
+            :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
+            comparison. None: ``full`` with data and ``validate``, else ``none``. Zeros stay 0.
+        finetune: then train by gradients to answer as the original does on ``data``: steps (500), time (``"3m"``), or
+            True for 1,000 steps or 3 minutes, whichever ends first; kept only where it is better on the hold-out, see
+            :class:`onnxprune.passes.Finetune`. Zeros stay 0. None: no training.
+        labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
+            the loss of ``finetune`` is then on them, and criteria of gradients take their loss. None: without labels.
+        pattern_lock: whether zeros stay 0 in recovery and fine-tuning, which are refused otherwise; True.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
+        seed: seed of all random numbers, 0 or more; 0.
+        custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
+        validate: run the checks; True.
+        latency: measure latency, with ``"layers"`` also that of each layer, which pages colour by; True.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
+
+    Returns:
+        the sparse ``model``, and ``report`` with the pattern and the zeros of every layer; ``save`` writes them.
+
+    Raises:
+        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed, 5 no layer
+            that can become sparse, or a gate that is not met.
+
+    Example:
+        ::
+
+            result = onnxprune.sparsify("model.onnx", pattern="2:4", data="calibration.npz")
+            result.save("sparse.onnx")
+    """
+    options, run = record_of(SparseOptions, locals()), record_of(RunSettings, locals())
+    mode, reason = settle_mode(recover, data is not None, validate)
+    tuned = _finetuning(finetune, labels)
+    if not pattern_lock and (mode != "none" or tuned):
+        what = argument("finetune") if tuned else argument("recover", mode)
+        raise UsageError(
+            f"{argument('pattern_lock', False)} lets {what} fill the zeros that this run makes.",
+            hint=f"Drop it, or give {argument('recover', 'none')} and no {argument('finetune')}.",
+        )
+    take, store = Sparsify(pattern, **options.arguments), StoreZeros(storage, device)
+    by = take.request.scored_by(data is not None)
+    if labels is not None and not tuned and by not in GRADIENT_SCORES:
+        raise _unread_labels()
+    check = Validate(exact=False, faithful=validate, timed=validate and latency)
+    stages = [Flush(), take, Recover(mode, why=reason), *tuned, store, check, *_measures(metric)]
     result = Pipeline(stages).execute(model, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result

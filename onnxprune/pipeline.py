@@ -33,7 +33,7 @@ from onnxprune.io.interchange import ModelSource, to_graphsurgeon, to_onnx_ir
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble, check_output, save
 from onnxprune.plugins import Named
-from onnxprune.report.facts import Exactness, Fact, Report, Sizes, StageTime, Timings, report_of
+from onnxprune.report.facts import Exactness, Fact, Report, Sizes, SparsifiedLayer, StageTime, Timings, report_of
 from onnxprune.runtime.data import Samples, open_data
 from onnxprune.runtime.diagnosis import explain_failures
 from onnxprune.runtime.fidelity import Outputs
@@ -438,6 +438,7 @@ class Model:
         hold_out: inputs to compare the result on, where a recovery was fitted to the others.
         files: files from which weights are read, besides the original's.
         locked: names of weights whose zeros stay 0 where other passes change them.
+        sparsified: weights that a sparsification looked at, and what it made of them.
     """
 
     proto: onnx.ModelProto
@@ -451,6 +452,7 @@ class Model:
     hold_out: HoldOut | None = None
     files: tuple[Path, ...] = ()
     locked: frozenset[str] = frozenset()
+    sparsified: tuple[SparsifiedLayer, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
@@ -686,6 +688,7 @@ _BUILT_IN: dict[str, Any] = {
     "finetune": "onnxprune.passes.finetune:Finetune",
     "flush": "onnxprune.passes.flush:Flush",
     "recover": "onnxprune.passes.recover:Recover",
+    "sparsify": "onnxprune.passes.sparsify:Sparsify",
     "validate": "onnxprune.passes.validate:Validate",
 }
 _named: Named[Any] = Named("pass", ENTRY_POINT, _BUILT_IN)

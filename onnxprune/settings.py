@@ -495,6 +495,42 @@ class CostShares(Kind):
         return tuple(shares(text, name))
 
 
+class PatternOf(Kind):
+    """Where zeros may lie: anywhere, N of M, or in blocks."""
+
+    metavar = "PATTERN"
+    allowed = "`unstructured`; `2:4` or any N:M, N of M input channels that stay; `4x1` or any block, outputs x inputs"
+
+    def check(self, value: Any, name: str) -> str:
+        """Return the checked pattern; raises UsageError."""
+        text = value.strip().lower() if isinstance(value, str) else ""
+        if text == "channel":
+            raise UsageError(
+                f"{name}: 'channel' removes whole channels, which is pruning",
+                hint="Run 'onnxprune MODEL --ratio R' (onnxprune.prune): the model then gets smaller and faster.",
+            )
+        sizes = re.fullmatch(r"(\d+)([:x])(\d+)", text)
+        if text != "unstructured" and sizes is None:
+            hint = nearest(text, ("unstructured", "2:4", "1:4", "4:8", "4x1", "1x4", "8x8"))
+            raise UsageError(
+                f"{name}: unknown pattern {value!r}",
+                hint=f"{hint if hint.startswith('Did') else ''} Give unstructured, N:M (2:4) or NxM (4x1).".strip(),
+            )
+        if sizes is None:
+            return text
+        first, sign, second = int(sizes[1]), sizes[2], int(sizes[3])
+        if not first or not second:
+            raise UsageError(
+                f"{name}: {text} has a 0 in it", hint="Sizes are whole numbers from 1, such as 2:4 or 4x1."
+            )
+        if sign == ":" and first >= second:
+            what = "keeps more than there are" if first > second else "keeps everything"
+            raise UsageError(
+                f"{name}: {text} {what}", hint="N:M keeps N of M neighbouring input channels, N < M, such as 2:4."
+            )
+        return "unstructured" if text == "1x1" else f"{first}{sign}{second}"
+
+
 class EffortOf(Kind):
     """How long to train: a number of steps, or a time."""
 
@@ -773,6 +809,7 @@ COMMANDS = (
     "prune",
     "recover",
     "factorize",
+    "sparsify",
     "inspect",
     "compare",
     "profile",
@@ -786,6 +823,7 @@ _OF_MODELS = tuple(command for command in COMMANDS if command not in _LISTS)
 
 MODES = ("none", "bias", "bn", "lstsq", "full", "datafree")
 METHODS = ("auto", "svd", "tucker", "cp", "spatial-svd")
+WEIGHT_CRITERIA = ("magnitude", "wanda", "obs", "gradient", "snip", "snip-momentum", "taylor")
 TARGET_KINDS = ("macs", "params", "size", "latency", "peak-memory")
 
 _EVERY = dict.fromkeys(_OF_MODELS, INPUT)
@@ -825,6 +863,7 @@ _KEEP_MULTIPLE = Multiple("the multiple of units to keep")
 _NO_BUDGET = f"Give {argument('target')} or {argument('max_drop')}, or drop it."
 _MOST_LOST = "Write nothing and exit with 5 if the result loses more of the metric, else more points of fidelity."
 _REMOVED = Share("A ratio R is the share of units to remove")
+_ZEROS = Share("A ratio R is the share of weights to set to 0", zero=False)
 
 SETTINGS: tuple[Setting, ...] = (
     # What goes
@@ -862,10 +901,19 @@ SETTINGS: tuple[Setting, ...] = (
         brief="auto, svd, tucker, cp or spatial-svd.",
     ),
     Setting(
+        "pattern",
+        PatternOf(),
+        "Where zeros lie: anywhere (unstructured); 2:4 or N:M, of every M neighbouring input channels N stay; 4x1 or "
+        "NxM, blocks of N outputs and M inputs.",
+        {"sparsify": METHOD},
+        "unstructured",
+        brief="unstructured, 2:4, N:M, or blocks such as 4x1.",
+    ),
+    Setting(
         "ratio",
         _REMOVED,
         f"Share of units to remove, of every group or of all groups together (see {argument('scope')}).",
-        {"prune": AMOUNT, "factorize": AMOUNT},
+        {"prune": AMOUNT, "factorize": AMOUNT, "sparsify": AMOUNT},
         0.3,
         conflicts=_BUDGET,
         variants={
@@ -875,7 +923,15 @@ SETTINGS: tuple[Setting, ...] = (
                 "default": None,
                 "conflicts": _PLAN,
                 "brief": "Share of the cost to save.",
-            }
+            },
+            "sparsify": {
+                "kind": _ZEROS,
+                "help": "Share of weights to set to 0, of every layer or of all together (see "
+                f"{argument('scope')}); default 0.5; N:M sets it.",
+                "default": None,
+                "conflicts": (),
+                "brief": "Share of weights to set to 0.",
+            },
         },
         brief="Share of the channels to remove.",
     ),
@@ -902,8 +958,13 @@ SETTINGS: tuple[Setting, ...] = (
         "energy",
         Number(0, 1, "the share of the energy to keep", open_low=True, metavar="E", example="0.95"),
         "Choose ranks that keep this share of the energy of every mode.",
-        {"factorize": AMOUNT},
+        {"factorize": AMOUNT, "sparsify": AMOUNT},
         conflicts=_PLAN,
+        variants={
+            "sparsify": {
+                "help": f"In place of {argument('ratio')}: as many zeros per layer as leave this share of its scores."
+            }
+        },
     ),
     Setting(
         "vbmf",
@@ -927,41 +988,68 @@ SETTINGS: tuple[Setting, ...] = (
         f"Importance criterion; default ziplm with {argument('data')}, else l2. By weights: l1, l2, gm, lamp, "
         f"bn, random; by feature maps of {argument('data')}: wanda, obs, variance, activation, apoz, nuclear, hrank, "
         "cosine, snp, ziplm; or a registered name.",
-        {"prune": HOW, "sensitivity": HOW, "sweep": HOW},
+        {"prune": HOW, "sensitivity": HOW, "sweep": HOW, "sparsify": HOW},
         conflicts=_PLAN,
-        variants={"sensitivity": {"help": _LEAST}, "sweep": {"help": _LEAST}},
+        variants={
+            "sensitivity": {"help": _LEAST},
+            "sweep": {"help": _LEAST},
+            "sparsify": {
+                "kind": Word(*WEIGHT_CRITERIA, metavar="NAME"),
+                "help": f"How single weights are scored; default obs with {argument('data')}, else magnitude. wanda "
+                "and obs read what flows into a layer, and obs updates the weights that stay; gradient, snip, "
+                "snip-momentum and taylor read gradients.",
+                "conflicts": (),
+                "brief": "magnitude, wanda, obs, snip, taylor, ...",
+            },
+        },
         brief="How channels are scored, for example l2 or wanda.",
     ),
     Setting(
         "layers",
         LayerShares(_REMOVED),
         "Own ratio for layers or weights whose name matches; repeatable.",
-        {"prune": AMOUNT, "factorize": AMOUNT, "sensitivity": "", "sweep": ""},
+        {"prune": AMOUNT, "factorize": AMOUNT, "sparsify": AMOUNT, "sensitivity": "", "sweep": ""},
         option="--layer",
         many=True,
         conflicts=_PLAN,
-        variants={"factorize": {"kind": LayerShares(Share("A ratio R is the share of the cost to save", zero=False))}},
+        variants={
+            "factorize": {"kind": LayerShares(Share("A ratio R is the share of the cost to save", zero=False))},
+            "sparsify": {
+                "kind": LayerShares(_ZEROS),
+                "help": "Own ratio for layers or weights whose name matches, also those that are left out otherwise; "
+                "repeatable.",
+            },
+        },
     ),
     Setting(
         "exclude",
         Patterns(),
         "Do not prune layers or weights whose name matches; repeatable.",
-        {"prune": WHAT, "factorize": WHAT, "sensitivity": WHAT, "sweep": WHAT},
+        {"prune": WHAT, "factorize": WHAT, "sparsify": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         (),
         many=True,
         conflicts=_PLAN,
-        variants={"factorize": {"help": "Do not factorize layers whose name matches; repeatable."}},
+        variants={
+            "factorize": {"help": "Do not factorize layers whose name matches; repeatable."},
+            "sparsify": {"help": "Leave out layers whose name matches; repeatable."},
+        },
         brief="Do not touch these layers; repeatable.",
     ),
     Setting(
         "include",
         Patterns(),
         "Prune only layers or weights whose name matches; repeatable.",
-        {"prune": WHAT, "factorize": WHAT, "sensitivity": WHAT, "sweep": WHAT},
+        {"prune": WHAT, "factorize": WHAT, "sparsify": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         (),
         many=True,
         conflicts=_PLAN,
-        variants={"factorize": {"help": "Factorize only layers whose name matches; repeatable."}},
+        variants={
+            "factorize": {"help": "Factorize only layers whose name matches; repeatable."},
+            "sparsify": {
+                "help": "Take only layers whose name matches, also those that are left out otherwise (first and last, "
+                "depthwise, small); repeatable."
+            },
+        },
     ),
     Setting(
         "timed",
@@ -1020,7 +1108,7 @@ SETTINGS: tuple[Setting, ...] = (
         ),
         f"Allowed loss of the metric; without {argument('target')}, {argument('ratio')} or a plan, find the smallest "
         "model within this loss.",
-        {"prune": COST, "recover": CHECKS, "factorize": CHECKS, "compare": CHECKS},
+        {"prune": COST, "recover": CHECKS, "factorize": CHECKS, "sparsify": CHECKS, "compare": CHECKS},
         needs=Need(
             "runs or metric",
             f"needs the models to run, but {argument('validate', False)} forbids that",
@@ -1029,6 +1117,7 @@ SETTINGS: tuple[Setting, ...] = (
         variants={
             "recover": {"help": _MOST_LOST, "brief": "Write nothing if more is lost."},
             "factorize": {"help": _MOST_LOST, "brief": "Write nothing if more is lost."},
+            "sparsify": {"help": _MOST_LOST, "brief": "Write nothing if more is lost."},
             "compare": {
                 "help": "Exit with 5 if the second model loses more of the metric, else of fidelity.",
                 "brief": "Fail if the metric, or fidelity, loses more.",
@@ -1043,6 +1132,7 @@ SETTINGS: tuple[Setting, ...] = (
             "prune": CHECKS,
             "recover": CHECKS,
             "factorize": CHECKS,
+            "sparsify": CHECKS,
             "compare": CHECKS,
             "sensitivity": CHECKS,
             "sweep": CHECKS,
@@ -1138,17 +1228,24 @@ SETTINGS: tuple[Setting, ...] = (
         Word("auto", "local", "global", "isomorphic", "slamp"),
         "Which units compete: those of each group, of all groups, of groups of the same structure, or all by SLAMP "
         f"scores; auto: local, or global under the default criterion with {argument('data')}.",
-        {"prune": HOW, "factorize": AMOUNT, "sensitivity": "", "sweep": ""},
+        {"prune": HOW, "factorize": AMOUNT, "sparsify": AMOUNT, "sensitivity": "", "sweep": ""},
         "auto",
         conflicts=_BUDGET,
         variants={
+            "sparsify": {
+                "kind": Word("local", "global"),
+                "help": "Apply the ratio to every layer (local), or let the weights of all layers compete by their "
+                "shares of their layers' scores (global).",
+                "default": "local",
+                "conflicts": (),
+            },
             "factorize": {
                 "kind": Word("local", "global"),
                 "help": "Apply the ratio to every layer, or to the model as one budget; default global for auto, else "
                 "local.",
                 "default": None,
                 "conflicts": _PLAN,
-            }
+            },
         },
     ),
     Setting(
@@ -1228,8 +1325,15 @@ SETTINGS: tuple[Setting, ...] = (
         DeviceName(),
         f"Where the result is to be fast, for {argument('round_to', 'auto')}: avx512, avx2, arm64, tensorrt, hexagon, "
         "ethos-u, ascend, xnnpack, openvino, coreml, or a file of multiples; default this machine.",
-        {"prune": AMOUNT, "sweep": AMOUNT, "sensitivity": ""},
+        {"prune": AMOUNT, "sweep": AMOUNT, "sparsify": MACHINE, "sensitivity": ""},
         conflicts=_PLAN,
+        variants={
+            "sparsify": {
+                "help": "Where the result is to run: warns where zeros in this pattern are worth nothing; default "
+                "this machine's processor.",
+                "conflicts": (),
+            }
+        },
     ),
     Setting(
         "step",
@@ -1251,17 +1355,19 @@ SETTINGS: tuple[Setting, ...] = (
         "steps",
         Whole(1, "a number of steps"),
         "Prune in N steps and score again before each.",
-        {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
+        {"prune": AMOUNT, "sparsify": AMOUNT, "sensitivity": "", "sweep": ""},
         1,
         conflicts=_BUDGET,
+        variants={"sparsify": {"help": "Set zeros in N steps and score again before each.", "conflicts": ()}},
     ),
     Setting(
         "schedule",
         Word("linear", "exp", "cos", "cube"),
         f"How the removed share grows over {argument('steps')}.",
-        {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
+        {"prune": AMOUNT, "sparsify": AMOUNT, "sensitivity": "", "sweep": ""},
         "linear",
         conflicts=_BUDGET,
+        variants={"sparsify": {"help": f"How the share of zeros grows over {argument('steps')}.", "conflicts": ()}},
     ),
     # What is read
     Setting(
@@ -1285,6 +1391,7 @@ SETTINGS: tuple[Setting, ...] = (
         _RUN,
         variants={
             "factorize": {"help": _inputs("measure errors at the outputs of layers, and recover afterwards.")},
+            "sparsify": {"help": _inputs("score weights by what they are multiplied with, and recover afterwards.")},
             "recover": {"help": _inputs("for recovery and for measurements.")},
             "compare": {"help": _inputs("for measurements (default: seeded synthetic data).")},
             "profile": {"help": _inputs("one sample is run (default: seeded synthetic data).")},
@@ -1393,10 +1500,10 @@ SETTINGS: tuple[Setting, ...] = (
         "finetune",
         EffortOf(),
         _training(f"Default with 512 samples or more: as long as {argument('effort')} allows."),
-        dict.fromkeys(("prune", "factorize", "recover"), RECOVER),
+        dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
         needs=_DATA,
         bare="auto",
-        variants={command: {"help": _training("Default none.")} for command in ("factorize", "recover")},
+        variants={command: {"help": _training("Default none.")} for command in ("factorize", "sparsify", "recover")},
         brief="Train towards the original on the data.",
     ),
     Setting(
@@ -1404,10 +1511,25 @@ SETTINGS: tuple[Setting, ...] = (
         PathTo("FILE", "classes or values of the samples: an array, or a .npy or .npz file"),
         f"Labels of {argument('data')}, one per sample: half of the loss of {argument('finetune')} is on them, and "
         "criteria of gradients take their loss.",
-        dict.fromkeys(("prune", "factorize", "recover"), RECOVER),
+        dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
         needs=Need(
             "learns", f"says what to learn, and there is no {argument('finetune')}", f"Give {argument('finetune')}."
         ),
+    ),
+    Setting(
+        "pattern_lock",
+        Flag(),
+        "Keep zeros of weights at 0 in recovery and fine-tuning, or let them change; without either, fine-tuning "
+        "a model that holds a pattern of zeros is refused.",
+        dict.fromkeys(("prune", "factorize", "recover", "sparsify"), RECOVER),
+        option="--pattern-lock/--no-pattern-lock",
+        variants={
+            "sparsify": {
+                "help": "Keep zeros of weights at 0 in recovery and fine-tuning (default), or let recovery and "
+                "fine-tuning be refused.",
+                "default": True,
+            }
+        },
     ),
     Setting(
         "effort",
@@ -1433,17 +1555,20 @@ SETTINGS: tuple[Setting, ...] = (
         "validate",
         Flag(),
         "Do not run the models; check their structure only.",
-        {"prune": CHECKS, "factorize": CHECKS},
+        {"prune": CHECKS, "factorize": CHECKS, "sparsify": CHECKS},
         True,
         option="--no-validate",
-        variants={"factorize": {"help": "Do not compare the outputs of the models or time them."}},
+        variants={
+            "factorize": {"help": "Do not compare the outputs of the models or time them."},
+            "sparsify": {"help": "Do not compare the outputs of the models or time them."},
+        },
     ),
     Setting(
         "min_fidelity",
         Number(0, 100, "points of fidelity, or up to 1 a cosine", open_low=True, example="95"),
         "Write nothing and exit with 5 when fidelity falls below X points, the share of the original's answers in "
         "percent that stay; X up to 1 is the cosine of each output, centred per channel.",
-        {"prune": CHECKS, "recover": CHECKS, "factorize": CHECKS, "compare": CHECKS},
+        {"prune": CHECKS, "recover": CHECKS, "factorize": CHECKS, "sparsify": CHECKS, "compare": CHECKS},
         needs=Need(
             "runs", f"needs the models to run, but {argument('validate', False)} forbids that", "Drop one of the two."
         ),
@@ -1469,14 +1594,14 @@ SETTINGS: tuple[Setting, ...] = (
         "latency",
         Flag(),
         "Measure the latency before and after.",
-        {"prune": "", "factorize": "", "compare": "", "sweep": ""},
+        {"prune": "", "factorize": "", "sparsify": "", "compare": "", "sweep": ""},
         True,
         variants={
             command: {
                 "kind": FlagOr("layers"),
                 "help": "Measure the latency before and after; `layers`: also that of each layer, for the page.",
             }
-            for command in ("prune", "factorize")
+            for command in ("prune", "factorize", "sparsify")
         },
     ),
     # What is written and shown
@@ -1484,12 +1609,16 @@ SETTINGS: tuple[Setting, ...] = (
         "output",
         PathTo("OUT.onnx"),
         "Output file; default MODEL.pruned.onnx beside the input.",
-        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "profile": OUTPUT, "sensitivity": OUTPUT},
+        {
+            **dict.fromkeys(("prune", "recover", "factorize", "sparsify"), OUTPUT),
+            **dict.fromkeys(("profile", "sensitivity"), OUTPUT),
+        },
         short="-o",
         python=False,
         variants={
             "recover": {"help": "Output file; default CUT.recovered.onnx beside the pruned model."},
             "factorize": {"help": "Output file; default MODEL.factorized.onnx beside the input."},
+            "sparsify": {"help": "Output file; default MODEL.sparse.onnx beside the input."},
             "profile": {
                 "kind": PathTo("FILE.json"),
                 "help": f"Write the latency table, for {argument('latency_table')} on another machine.",
@@ -1500,6 +1629,14 @@ SETTINGS: tuple[Setting, ...] = (
             },
         },
         brief="Where to write.",
+    ),
+    Setting(
+        "storage",
+        Word("dense", "sparse"),
+        "How zeros are stored: dense, which every runtime reads, or as sparse initializers where that is smaller "
+        "(onnxruntime turns them into dense ones when it loads the model).",
+        {"sparsify": OUTPUT},
+        "dense",
     ),
     Setting(
         "folder",
@@ -1521,10 +1658,11 @@ SETTINGS: tuple[Setting, ...] = (
         "explain",
         Flag(),
         "Explain which layers were pruned less than asked, and why; list the groups.",
-        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT},
+        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "sparsify": OUTPUT},
         False,
         python=False,
         variants={
+            "sparsify": {"help": "Explain why layers were left out."},
             "recover": {"help": "Explain why layers were not recovered."},
             "factorize": {"help": "Explain why layers were not factorized."},
         },
@@ -1541,14 +1679,14 @@ SETTINGS: tuple[Setting, ...] = (
         "report",
         PathTo("FILE.html"),
         "Write a self-contained HTML page as well: verdict, sizes, the network, every layer, what stayed and why.",
-        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "compare": OUTPUT},
+        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "sparsify": OUTPUT, "compare": OUTPUT},
         python=False,
     ),
     Setting(
         "markdown",
         PathTo("FILE|-"),
         "Write the report as Markdown as well, for a comment on a pull request; - prints it in place of the summary.",
-        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "compare": OUTPUT},
+        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "sparsify": OUTPUT, "compare": OUTPUT},
         python=False,
     ),
     Setting(
@@ -1556,14 +1694,18 @@ SETTINGS: tuple[Setting, ...] = (
         Flag(),
         "Choose, and report what would be removed, but write no file. Skipped as well, and listed: timing; without a "
         "budget also the proof of exactness, the comparison of outputs, the gate on it, and recovery.",
-        {"prune": OUTPUT, "factorize": OUTPUT},
+        {"prune": OUTPUT, "factorize": OUTPUT, "sparsify": OUTPUT},
         False,
         python=False,
         variants={
             "factorize": {
                 "help": "Choose, and report what would be factorized, but write no file. Skipped as well, and listed: "
                 "timing of the whole model, the comparison of outputs, the gate on it, and recovery."
-            }
+            },
+            "sparsify": {
+                "help": "Choose, and report which weights would become 0, but write no file. Skipped as well, and "
+                "listed: timing, the comparison of outputs, the gate on it, and recovery."
+            },
         },
     ),
     Setting(

@@ -29,6 +29,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "prune": op.prune,
     "recover": op.recover,
     "factorize": op.factorize,
+    "sparsify": op.sparsify,
     "inspect": op.analyze,
     "compare": op.compare,
     "profile": op.profile,

@@ -1,4 +1,4 @@
-"""The commands: prune, factorize, recover, inspect, compare, profile, sensitivity, sweep, criteria."""
+"""The commands: prune, factorize, sparsify, recover, inspect, compare, profile, sensitivity, sweep, criteria."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnxprune.cli import output
 from onnxprune.cli.options import Given, beside, check_criterion, command, existing
 from onnxprune.errors import BudgetError, Note, OnnxpruneError, UsageError, argument
 from onnxprune.io import files
-from onnxprune.report import numbers, page, reasons, summary, tables
+from onnxprune.report import numbers, page, reasons, sparsity, summary, tables
 from onnxprune.report.console import Screen, plain
 from onnxprune.report.facts import Report, SmallerRatio
 from onnxprune.settings import settings_of
@@ -31,6 +31,10 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "factorize": (
         "onnxprune factorize model.onnx --ratio 0.5",
         "onnxprune factorize model.onnx --method svd --energy 0.95 --data inputs.npz",
+    ),
+    "sparsify": (
+        "onnxprune sparsify model.onnx --pattern 2:4 --data inputs.npz",
+        "onnxprune sparsify model.onnx --ratio 0.7 --data images/ -o sparse.onnx",
     ),
     "recover": ("onnxprune recover model.onnx small.onnx --plan small.json --data inputs.npz",),
     "inspect": (
@@ -190,9 +194,10 @@ def _check(given: Given, target: Path, further: Callable[[Given], None] = lambda
     given.check_recovery()
     further(given)
     check_output(target, given.model, given.sources)
-    output.check_pages(given, target, given.plan_file, given.model)
-    if given.plan_file is not None:
-        output.check_plan(given.plan_file, target, given.model, given.sources)
+    plan_file = given.values.get("plan_file")
+    output.check_pages(given, target, plan_file, given.model)
+    if plan_file is not None:
+        output.check_plan(plan_file, target, given.model, given.sources)
 
 
 def _cut(given: Given, screen: Screen) -> Any:
@@ -309,6 +314,8 @@ def _result_parts(report: Report, screen: Screen) -> list[RenderableType]:
     """Render the summary, and with ``-v`` the tables before it."""
     width = screen.name_width
     details = tables.details(report, name_width=width) if screen.verbosity > 0 else []
+    if report.sparsified and screen.verbosity > 0:
+        details = [*sparsity.layers(report.sparsified, name_width=width), Text(""), *details]
     return [*details, *summary.summary(report, name_width=width, spelled=screen.spelled)]
 
 
@@ -345,6 +352,38 @@ def _factorization_parts(given: Given, report: Report, screen: Screen) -> list[R
     width = screen.name_width
     parts = tables.unfactorized_layers(report.factorized, name_width=width) if given.explain else []
     return parts + _result_parts(report, screen)
+
+
+@command("sparsify", "Set single weights to 0: anywhere, 2:4, blocks.", _EXAMPLES["sparsify"], model="MODEL.onnx")
+def sparsify(screen: Screen, given: Given) -> None:
+    """Set single weights to 0 in a pattern that a device has kernels for, and update the weights that stay."""
+    target = given.output or beside(given.model, "sparse")
+    _check(given, target)
+    result = _sparse(given, screen)
+    report: Report = result.report
+    hint = f"Use a smaller {argument('ratio')}, give {argument('data')}, or {argument('exclude')} the sensitive layers."
+
+    def parts() -> list[RenderableType]:
+        width = screen.name_width
+        explained = sparsity.left_out(report.sparsified, name_width=width) if given.explain else []
+        return [*explained, *_result_parts(report, screen)]
+
+    _finish(screen, given, result, target, parts, hint, {})
+
+
+def _sparse(given: Given, screen: Screen) -> Any:
+    """Run the API on what was given."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+    from onnxprune.sparsification.scores import GRADIENTS as GRADIENT_SCORES
+
+    arguments = {**given.arguments, **dict.fromkeys(_GATES)}
+    if given.dry_run:
+        arguments |= {"validate": False, "recover": "none", "finetune": None, "metric": None}
+        arguments |= {"labels": None} if given.criterion not in GRADIENT_SCORES else {}
+    # Quiet without JSON shows no latency, so the time to measure it is saved.
+    latency = arguments["validate"] and (screen.verbosity >= 0 or screen.as_json)
+    with screen.progress() as progress:
+        return op.sparsify(given.model, **arguments, latency=latency, progress=progress)
 
 
 @command(
@@ -413,18 +452,22 @@ MOST_GROUPS = 20
 def inspect(screen: Screen, given: Given) -> None:
     """List the groups that can be pruned, and the reasons for the others."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+    from onnxprune.passes.sparsity import measure_sparsity
 
     model = existing(given.model, "model")
     arguments = given.arguments
     with screen.progress() as progress:
         progress("analyze", 0.0)
         analysis = op.analyze(model, **arguments)
+        zeros = measure_sparsity(analysis)
         progress("analyze", 1.0)
     facts = {name: plain(getattr(analysis, name)) for name in ("groups", "barriers", "layers", "unlocks")}
     if screen.as_json:
         sums = {"bytes": model.stat().st_size, "parameters": analysis.parameters}
-        screen.emit({"model": str(model), **sums, **facts})
-    screen.show(_title(model, analysis), *_inspection_parts(screen, facts, analysis.layers))
+        screen.emit({"model": str(model), **sums, **facts, "sparsity": plain(zeros)})
+    width, every = screen.name_width, screen.verbosity > 0
+    shown = sparsity.inspected(zeros, name_width=width, every=every)
+    screen.show(_title(model, analysis), *_inspection_parts(screen, facts, analysis.layers), *shown)
 
 
 def _title(model: Path, analysis: Any) -> Text:

@@ -23,6 +23,7 @@ from onnxprune.cli.commands import (
     prune,
     recover,
     sensitivity,
+    sparsify,
     sweep,
 )
 from onnxprune.cli.options import WHOLE, HeadedCommand, help_all, write_examples
@@ -179,6 +180,7 @@ def main() -> None:
 main.add_command(prune)
 main.add_command(recover)
 main.add_command(factorize)
+main.add_command(sparsify)
 main.add_command(inspect)
 main.add_command(compare)
 main.add_command(profile)

@@ -385,7 +385,8 @@ def _option(setting: Setting, command: str) -> Callable[..., Any]:
     if isinstance(kind, Flag):
         if setting.default and "/" not in setting.option:  # an option that turns something off
             return click.option(*names, is_flag=True, callback=lambda _ctx, _param, value: not value, **shared)
-        return click.option(*names, is_flag=True, default=bool(setting.default), **shared)
+        undecided = setting.default is None and "/" in setting.option
+        return click.option(*names, is_flag=True, default=None if undecided else bool(setting.default), **shared)
     if setting.many:
         return click.option(*names, type=SettingType(setting), multiple=True, metavar=kind.metavar, **shared)
     value = setting.default

@@ -138,8 +138,10 @@ class Recurrent(Rule):
             cut.set_attr("hidden_size", size)
 
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
-        """Return the product of the input and W, before the gates."""
-        w = known(shapes[W])
+        """Return the product of the input and W, or of the state and R, before the gates."""
+        w, r = known(shapes[W]), known(shapes[R])
+        if data == INITIAL_H and r is not None:
+            return Pairwise(("dbh", "dgh", "dbg"), r, data=INITIAL_H, weight=R, plain=False)
         if data != X or w is None:
             return None
         return Pairwise(("sbi", "dgi", "sbdg"), w, plain=False)

@@ -11,7 +11,9 @@ from onnxprune.passes.finetune import Finetune
 from onnxprune.passes.flush import Flush
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.recover import Recover
+from onnxprune.passes.sparsify import Sparsify
 from onnxprune.passes.validate import Validate
+from onnxprune.passes.zeros import LockZeros, StoreZeros
 from onnxprune.pipeline import (
     Context,
     Guarantee,
@@ -37,6 +39,7 @@ __all__ = [
     "Finetune",
     "Flush",
     "Guarantee",
+    "LockZeros",
     "Model",
     "Pass",
     "PassResult",
@@ -46,6 +49,8 @@ __all__ = [
     "Requirement",
     "Result",
     "RunSettings",
+    "Sparsify",
+    "StoreZeros",
     "Validate",
     "get",
     "names",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from onnxprune.allocation.settings import check
 from onnxprune.channels.analysis import Analysis
@@ -20,22 +18,16 @@ from onnxprune.factorization.layers import Layer, LayerScan, ShapeOf, find_layer
 from onnxprune.factorization.rewriting import Factorized
 from onnxprune.factorization.settings import Request
 from onnxprune.graph.inference import probe_at
-from onnxprune.graph.view import Graph, Node
-from onnxprune.importance import statistics
-from onnxprune.io.subgraphs import Inner, hidden_tensors
+from onnxprune.graph.view import Graph
 from onnxprune.io.weights import Weight
 from onnxprune.labels.atoms import Reason
-from onnxprune.operators.contractions import Form, rows_per_sample
 from onnxprune.operators.kernels import Real
-from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_columns
-from onnxprune.passes.calibration import CalibrationBatches
-from onnxprune.passes.comparable import inside
+from onnxprune.passes.grams import input_grams
 from onnxprune.passes.prepared import Prepared
 from onnxprune.pipeline import Context, Model
 from onnxprune.report.facts import Latency
-from onnxprune.runtime.capture import MEMORY, capture
-from onnxprune.runtime.capture import Request as CaptureRequest
 from onnxprune.runtime.sessions import spread
+from onnxprune.sparsification.scores import InputGram
 
 
 @dataclass(slots=True)
@@ -173,10 +165,6 @@ def _refusal(model: Prepared, layer: Layer, methods: Sequence[str]) -> str:
 # -- second moments of what layers read --------------------------------------------------------------------------------
 
 
-# Bytes of all second moments together, and of those of one layer: beyond, positions of a kernel share their moments.
-_ALL, _ONE = 2 << 30, 256 << 20
-
-
 @dataclass(frozen=True, slots=True)
 class InputMoments:
     """Moments of a layer's input.
@@ -202,89 +190,24 @@ def input_moments(
     plain = {layer.name: InputMoments(Metric()) for layer in layers}
     if context.calibration is None:
         return plain
-    source = CalibrationBatches(context, analysis)
-    requests: dict[tuple[Any, ...], CaptureRequest] = {}
-    keys: dict[str, list[tuple[Any, ...]]] = {}
-    shared: dict[str, bool] = {}
-    # A model that was pruned meanwhile has other sizes than the analysis.
-    types = {name: inner._replace(sizes=None) for name, inner in inside(analysis).items()}
-    types = {**dict.fromkeys(graph.inner, Inner(TensorProto.FLOAT, 0)), **types}
-    unseen = hidden_tensors(graph.proto, types)
-    remaining = min(_ALL, context.memory_limit or _ALL)
-    for layer in layers:
-        form = layer.description.form
-        full = None if form is None else _fits_in_full(layer, remaining)
-        if form is None or full is None or any(unseen & _needed_for(graph, use.node, form) for use in layer.uses):
-            continue
-        shared[layer.name] = not full
-        for use in layer.uses:
-            key = (use.node.inputs[form.data], form.key, full, graph.conditions(use.node.index))
-            keys.setdefault(layer.name, []).append(key)
-            if key not in requests:
-                requests[key] = _request(key, layer, form, full, source.samples)
-                remaining -= _bytes(layer, full)
-    with context.stage("capture"):
-        capture(
-            (graph.proto, weights),
-            list(requests.values()),
-            source,
-            least=source.fixed or 1,
-            most=source.fixed or source.max_size,
-            types=types,
-            sizes=bytes_per_sample(analysis, (r.tensor for r in requests.values())),
-            memory=min(MEMORY, context.memory_limit or MEMORY),
-            tell=lambda share: context.tell("capture", share),
-        )
-    results = {key: request.statistic.result() for key, request in requests.items()}
-    return plain | {
-        layer.name: _moments_of(layer, [results[k] for k in keys[layer.name]], shared[layer.name], weights)
+    readers = {
+        layer.name: [(use.node, layer.description.form, layer.shape.inputs) for use in layer.uses]
         for layer in layers
-        if layer.name in keys
+        if layer.description.form is not None
+    }
+    grams = input_grams(context, analysis, graph, weights, readers)
+    return plain | {
+        layer.name: _moments_of(layer, grams[layer.name], weights) for layer in layers if layer.name in grams
     }
 
 
-def _needed_for(graph: Graph, node: Node, form: Form) -> set[str]:
-    """Return the tensors to capture for a layer: its inputs, and the conditions under which it runs."""
-    return {node.inputs[form.data], *(name for name, _ in graph.conditions(node.index))}
-
-
-def _bytes(layer: Layer, full: bool) -> int:
-    shape = layer.shape
-    return 8 * shape.parts * (shape.columns if full else shape.inputs) ** 2
-
-
-def _fits_in_full(layer: Layer, remaining: int) -> bool | None:
-    """Return whether memory suffices for the moments of all columns; None where not even for those of channels."""
-    if _bytes(layer, True) <= min(remaining, _ONE):
-        return True
-    return False if _bytes(layer, False) <= min(remaining, _ONE) else None
-
-
-def _request(key: tuple[Any, ...], layer: Layer, form: Form, full: bool, samples: int | None) -> CaptureRequest:
-    arrange = (
-        columns_of(form, rows_per_sample(form, layer.shape.inputs * form.parts, samples))
-        if full
-        else shared_columns(form.axes, form.parts)
-    )
-    statistic = statistics.get("gram")()
-    return CaptureRequest(
-        f"gram {key!r}", key[0], arrange, statistic, form.taps if full else 1, 0 not in form.axes, key[3]
-    )
-
-
-def _moments_of(
-    layer: Layer, results: Sequence[dict[str, Any]], shared: bool, weights: Mapping[str, Weight]
-) -> InputMoments:
-    """Return the input moments of one layer, over all nodes that read its weight."""
-    if not all(results):
-        return InputMoments(Metric())
-    gram = np.mean([r["gram"] for r in results], axis=0)
-    mean = np.mean([r["column_mean"] for r in results], axis=0)
-    centred = not shared and _takes_shift(layer, weights)
-    if centred:
-        gram = gram - mean[:, :, None] * mean[:, None, :]
-    metric = Metric(shared=gram) if shared else Metric(full=gram)
-    return InputMoments(metric, mean if centred else None)
+def _moments_of(layer: Layer, gram: InputGram, weights: Mapping[str, Weight]) -> InputMoments:
+    """Return the metric of a layer's errors, about the mean of its input where a bias can absorb that."""
+    if gram.full is None:
+        return InputMoments(Metric(shared=gram.shared))
+    if not _takes_shift(layer, weights):
+        return InputMoments(Metric(full=gram.full))
+    return InputMoments(Metric(full=gram.full - gram.mean[:, :, None] * gram.mean[:, None, :]), gram.mean)
 
 
 def _takes_shift(layer: Layer, weights: Mapping[str, Weight]) -> bool:

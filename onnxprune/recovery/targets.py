@@ -71,6 +71,11 @@ class WeightSource:
         """Read the numbers as the contraction reads them."""
         return self._values(weights)[-1].astype(np.float64)
 
+    def arranged(self, values: Array, weights: Mapping[str, Weight]) -> Real:
+        """Return values of the root's elements where the contraction reads these; the chain must only rearrange."""
+        overlay = ChainMap[str, Weight]({self.root: ArrayWeight(self.root, values)}, dict(weights))
+        return self._values(overlay)[-1].astype(np.float64)
+
     def shape(self, weights: Mapping[str, Weight]) -> tuple[int, ...]:
         """Return the shape of the numbers."""
         return self._values(weights)[-1].shape if self.chain else weights[self.root].shape

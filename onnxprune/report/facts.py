@@ -440,6 +440,73 @@ class FactorizedLayer:
 
 
 @dataclass(slots=True)
+class SparsifiedLayer:
+    """One weight that was considered for sparsification.
+
+    ``pattern`` is empty where it was left out, for ``reason``; ``weight`` is the name of its constant, ``shape`` that
+    of its matrix: parts, contracted, outputs. ``zeros_before`` and ``zeros`` count elements. ``error`` is the share of
+    the energy of the layer's output (on the data; without data of the weights) that was lost, before any recovery; null
+    where it was not measured. ``note`` says what was done otherwise than asked.
+    """
+
+    name: str
+    op: str
+    weight: str = ""
+    pattern: str = ""
+    shape: list[int] = field(default_factory=list)
+    elements: int = 0
+    zeros_before: int = 0
+    zeros: int = 0
+    error: float | None = None
+    reason: str = ""
+    note: str = ""
+
+    @property
+    def density(self) -> float:
+        """The share of elements that are not 0."""
+        return 1 - self.zeros / self.elements if self.elements else 1.0
+
+
+@dataclass(slots=True)
+class SparsityFacts:
+    """The zeros of one weight in a file.
+
+    ``pattern`` is what they show: N:M, blocks, ``unstructured``; empty without zeros. ``expected`` is the N:M that most
+    sparse layers hold, where this one could hold it as well, else empty; ``holds``: whether it does.
+    """
+
+    name: str
+    op: str
+    weight: str
+    elements: int
+    zeros: int
+    pattern: str = ""
+    expected: str = ""
+    holds: bool = False
+
+
+@dataclass(slots=True)
+class ZerosFacts:
+    """The zeros of a whole model: of its layers' weights, and what they are worth.
+
+    ``elements`` and ``zeros`` count over all weights that are matrices; ``storage`` is ``dense`` or ``sparse``, with
+    ``sparse_tensors`` stored by their nonzero entries; ``weight_bytes`` and ``deflated_bytes`` are those of all
+    weights, as stored and after deflate; ``device`` is where the model is to run, ``advice`` why zeros
+    bring no speed there, empty where they do, and ``where`` which layers then gain.
+    """
+
+    elements: int = 0
+    zeros: int = 0
+    storage: str = "dense"
+    sparse_tensors: int = 0
+    weight_bytes: int = 0
+    deflated_bytes: int = 0
+    device: str = ""
+    advice: str = ""
+    where: str = ""
+
+
+@dataclass(slots=True)
 class TargetFacts:
     """Target of one kind of cost, and the cost reached; in MACs, parameters, bytes or seconds."""
 
@@ -584,6 +651,10 @@ class Report:
     barriers: list[dict[str, Any]] = field(default_factory=list)
     factorized: list[FactorizedLayer] = field(default_factory=list)
     """Every layer that was considered for factorization; empty where none was requested."""
+    sparsified: list[SparsifiedLayer] = field(default_factory=list)
+    """Every weight that was considered for sparsification; empty where none was requested."""
+    zeros: ZerosFacts | None = None
+    """The zeros of a model that was sparsified, and what they are worth; None for others."""
     product: Exactness | None = None
     """Whether factorized layers compute the product of their weights; None where there are none."""
     flushed: int = 0
@@ -633,7 +704,7 @@ class Report:
             pandas = import_module("pandas")
         except ImportError:
             raise UsageError("a DataFrame needs pandas, which is not installed", hint="pip install pandas") from None
-        rows: list[Any] = [*self.layers] or [*self.factorized]
+        rows: list[Any] = [*self.layers] or [*self.factorized] or [*self.sparsified]
         names = [f.name for f in fields(rows[0] if rows else LayerFacts)]
         return pandas.DataFrame([[getattr(row, name) for name in names] for row in rows], columns=names)
 
@@ -659,7 +730,7 @@ class Report:
         if self.budget is not None:
             size, gate = ("larger", "target") if self.budget.targets else ("smaller", "max_drop")
             return Note(f"a {size} {argument(gate)}")
-        if self.factorized:
+        if self.factorized or self.sparsified:
             return Note(f"a smaller {argument('ratio')}, or {argument('exclude')} the sensitive layers")
         if "depth" in self.settings and "scope" not in self.settings:
             return Note(f"fewer branches: a smaller {argument('depth')}")
@@ -753,6 +824,13 @@ class Factorization:
 
 
 @dataclass(frozen=True, slots=True)
+class Sparsification:
+    """Every weight that a sparsification looked at."""
+
+    layers: list[SparsifiedLayer]
+
+
+@dataclass(frozen=True, slots=True)
 class Recovered:
     """Recovery of the whole model, and of every layer."""
 
@@ -801,6 +879,8 @@ Fact = (
     | Pruned
     | Shortened
     | Factorization
+    | Sparsification
+    | ZerosFacts
     | Recovered
     | Finetuning
     | Flushed
@@ -845,6 +925,8 @@ def _add(report: Report, fact: Fact) -> None:
             report.branches = branches
         case Factorization(layers=factorized, product=product):
             report.factorized, report.product = factorized, product
+        case Sparsification(layers=sparsified):
+            report.sparsified = sparsified
         case Recovered(whole, repairs):
             report.recovery, report.repairs = whole, repairs
         case Flushed(values=count):
@@ -864,6 +946,7 @@ def _add(report: Report, fact: Fact) -> None:
 
 _PLACES: dict[type, str] = {
     Exactness: "exactness",
+    ZerosFacts: "zeros",
     Fidelity: "fidelity",
     Finetuning: "finetuning",
     Latency: "latency",

@@ -37,7 +37,7 @@ def run_page(report: Report, about: Mapping[str, Any] | None = None, spelled: Ca
         _section("Fine-tuning", _training(report)),
         _section("Not pruned, and why", _unpruned(report)),
         _section("Network", _network(report)),
-        _section("Layers", _layers(report) + _factors(report)),
+        _section("Layers", _layers(report) + _factors(report) + _sparse(report)),
         _section("Branches", _branches(report)),
         _section("Candidates of the budget", _candidates(report)),
         _section("Sensitivity of the groups", _sensitivity(report)),
@@ -184,9 +184,10 @@ def _unpruned(report: Report) -> str:
             why = reasons.in_words(tables.reason(layer)) or whole
             advice = reasons.advice(tables.reason(layer))
             by_reason[f"{why} {advice}".strip()].append(name)
-    for factor in report.factorized:
-        if not factor.method:
-            by_reason[f"{factor.reason[:1].upper()}{factor.reason[1:]}."].append(factor.name)
+    unchanged = [(f.name, f.reason) for f in report.factorized if not f.method]
+    unchanged += [(item.name, item.reason) for item in report.sparsified if not item.pattern]
+    for name, reason in unchanged:
+        by_reason[f"{reason[:1].upper()}{reason[1:]}."].append(name)
     parts = []
     for why, names in sorted(by_reason.items(), key=lambda pair: -len(pair[1])):
         items = "".join(f"<li>{escape(name)}</li>" for name in names)
@@ -320,6 +321,23 @@ def _factors(report: Report) -> str:
         if item.method and item.ranks
     ]
     return _table(("layer", "op", "method", "ranks", "params", "MACs", "error"), rows) if rows else ""
+
+
+def _sparse(report: Report) -> str:
+    names = numbers.readable([layer.name for layer in report.sparsified])
+    rows: list[list[tuple[str, float | str]]] = [
+        [
+            (name, name),
+            (item.op, item.op),
+            (item.pattern, item.pattern),
+            (numbers.count(item.elements), float(item.elements)),
+            (f"{100 * (1 - item.density):.1f} %", 1 - item.density),
+            ("" if item.error is None else f"{100 * item.error:.2f} %", item.error or 0.0),
+        ]
+        for name, item in zip(names, report.sparsified, strict=True)
+        if item.pattern
+    ]
+    return _table(("layer", "op", "pattern", "weights", "zeros", "error"), rows) if rows else ""
 
 
 def _candidates(report: Report) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from onnxprune.report import numbers, reasons, tables
+from onnxprune.report import numbers, reasons, sparsity, tables
 from onnxprune.report.console import LABEL, Line
 from onnxprune.report.facts import BudgetFacts, Latency, MetricFacts, Report, Totals
 
@@ -30,7 +30,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     lines += [*_proofs(report), *tables.flushed(report.flushed)]
     recovered = tables.summary(report)
     lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
-    lines += [*tables.branches_line(report.branches), *unpruned(report), *_advice(report)]
+    lines += [*tables.branches_line(report.branches), *unpruned(report), *sparsity.lines(report), *_advice(report)]
     lines += [labelled("left out", ", ".join(report.left_out))] if report.left_out else []
     return [*map(Line, lines)]
 

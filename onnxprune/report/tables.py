@@ -741,6 +741,9 @@ def settings(report: Report) -> Text | None:
         method = [str(said["method"])] if said.get("method") else []
         how = [*method, *(text for text in how if not text.startswith("method "))]
         return Text.assemble(("by        ", "bold"), ", ".join(how) if method or "depth" in said else "a plan")
+    if "pattern" in said:
+        values = (f"{name} {value}" for name, value in said.items() if name not in ("pattern", "criterion"))
+        return Text.assemble(("chosen    ", "bold"), f"{said['pattern']} by {said['criterion']}, ", ", ".join(values))
     how = [str(said["criterion"])]
     if "scope" not in said:
         return Text.assemble(("chosen    ", "bold"), f"by a plan (criterion {how[0]})")

@@ -87,6 +87,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
     fake = FakeApi()
     monkeypatch.setattr("onnxprune.prune", fake.prune, raising=False)
     monkeypatch.setattr("onnxprune.analyze", fake.analyze, raising=False)
+    monkeypatch.setattr("onnxprune.passes.sparsity.measure_sparsity", lambda analysis: [])
     return fake
 
 

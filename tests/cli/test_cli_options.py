@@ -157,6 +157,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "effort": "normal",
         "finetune": None,
         "labels": None,
+        "pattern_lock": None,
         "outputs": None,
         "providers": ["cpu", "CPUExecutionProvider"],
         "threads": 3,

@@ -37,15 +37,17 @@ def arguments(command: str, cut: Path) -> list[object]:
         return [command, MODEL, cut, "--plan", cut.with_suffix(".json"), *SHARED]
     if command == "prune":
         return [command, MODEL, "--ratio", "0.5", "--criterion", "l2", "--recover", "bias", *SHARED]
+    if command == "sparsify":
+        return [command, MODEL, "--ratio", "0.8", "--storage", "sparse", "--recover", "bias", *SHARED]
     return [command, MODEL, "--method", "svd", "--ratio", "0.5", *SHARED]
 
 
-WRITERS = ("prune", "recover", "factorize")
+WRITERS = ("prune", "recover", "factorize", "sparsify")
 
 
 def test_all_that_write_models_take_the_gates() -> None:
     gates = {"metric", "max_drop", "min_fidelity", "outputs"}
-    for call in (op.prune, op.recover, op.factorize, op.finetune, op.compare):
+    for call in (op.prune, op.recover, op.factorize, op.sparsify, op.finetune, op.compare):
         assert gates <= set(inspect.signature(call).parameters), call.__name__
     for name, command in main.commands.items():
         known = {parameter.name for parameter in command.params}

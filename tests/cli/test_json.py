@@ -52,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CALLS = {
     "prune": ["m.onnx", "--target", "macs=0.7", "--trials", "1", "--data", "d.npy", "-o", "out.onnx"],
     "recover": ["m.onnx", "s.onnx", "--plan", "p.json", "--data", "d.npy", "-o", "out.onnx"],
+    "sparsify": ["m.onnx", "--ratio", "0.5", "--include", "*", "-o", "out.onnx"],
     "factorize": ["m.onnx", "--method", "svd", "--rank", "4", "-o", "out.onnx"],
     "inspect": ["m.onnx"],
     "compare": ["m.onnx", "s.onnx"],
