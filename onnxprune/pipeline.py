@@ -36,7 +36,7 @@ from onnxprune.plugins import Named
 from onnxprune.report.facts import Exactness, Fact, Report, Sizes, SparsifiedLayer, StageTime, Timings, report_of
 from onnxprune.runtime.data import Samples, open_data
 from onnxprune.runtime.diagnosis import explain_failures
-from onnxprune.runtime.fidelity import Outputs
+from onnxprune.runtime.fidelity import KnownOutputs, Outputs
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.latency import Device, device
 from onnxprune.runtime.sessions import Feed, with_custom_ops
@@ -323,6 +323,7 @@ class Context:
         effort: bounds on the work.
         outputs: kinds of outputs that the user set, {output: (kind, axis or None)}.
         labels: labels of the inputs, an array or its file; None without.
+        known: outputs of the original that were computed so far.
     """
 
     analysis: Analysis
@@ -337,6 +338,7 @@ class Context:
     outputs: Outputs | None = None
     effort: Effort = EFFORTS["normal"]
     labels: Any = None
+    known: KnownOutputs = field(default_factory=KnownOutputs)
 
     @classmethod
     def of(cls, model: ModelSource, run: RunSettings | None = None, *, approximate: bool = False) -> Context:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -14,10 +15,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Picked = NDArray[np.int64] | None
-
-
-# Windows are gathered one by one where they hold less than one in this many positions of the data.
-_SPARSE = 2
 
 
 class Form(ABC):
@@ -221,9 +218,16 @@ def pick(form: Form, data: Array, per_sample: int) -> Picked:
         return None
     seed = zlib.crc32(np.ascontiguousarray(data.ravel()[:4096]).tobytes())
     # One random row out of each of equally long runs: spread over samples and positions.
-    edges = np.linspace(0, total, num_rows + 1)
+    starts, lengths = _runs(total, num_rows)
     offsets = np.random.default_rng(seed).random(num_rows)
-    return np.minimum((edges[:-1] + offsets * np.diff(edges)).astype(np.int64), total - 1)
+    return np.minimum((starts + offsets * lengths).astype(np.int64), total - 1)
+
+
+@lru_cache(maxsize=64)
+def _runs(total: int, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the starts and the lengths of ``count`` equally long runs of ``total`` rows."""
+    edges = np.linspace(0, total, count + 1)
+    return edges[:-1], np.diff(edges)
 
 
 class Scale(Form):
@@ -329,7 +333,7 @@ class Windows(Form):
 
     def _slide(self, data: Array, pairs: Sequence[tuple[int, int]], strides: Sequence[int], pick: Picked) -> Array:
         """Unfold padded data into [parts, N * positions, C / parts * taps]; negative padding crops."""
-        if pick is not None and _SPARSE * pick.size * self.taps <= data.shape[0] * prod(data.shape[2:]):
+        if pick is not None:
             return self._gather(data, pairs, strides, pick)
         crop = tuple(slice(max(-a, 0), n - max(-b, 0)) for (a, b), n in zip(pairs, data.shape[2:], strict=True))
         data = _bordered(data[(slice(None), slice(None), *crop)], [(max(a, 0), max(b, 0)) for a, b in pairs])
@@ -341,13 +345,7 @@ class Windows(Form):
         windows = windows[index]
         n, channels = windows.shape[:2]
         space = windows.shape[2 : 2 + rank]
-        if pick is None:
-            rows = np.moveaxis(windows, 1, 1 + rank).reshape(n * prod(space), channels, self.taps)
-        else:
-            where = np.unravel_index(pick, (n, *space))
-            # The slice between the indices moves the indexed axes to the front: [picked, channels, *kernel].
-            slices: Any = (where[0], slice(None), *where[1:])
-            rows = windows[slices].reshape(pick.size, channels, self.taps)
+        rows = np.moveaxis(windows, 1, 1 + rank).reshape(n * prod(space), channels, self.taps)
         rows = rows.reshape(len(rows), self.parts, -1)
         return rows.transpose(1, 0, 2)
 
@@ -364,10 +362,15 @@ class Windows(Form):
             at = first[:, None] * s - before + d * np.arange(k)
             flat = (flat[:, :, None] * n + np.clip(at, 0, n - 1)[:, None, :]).reshape(pick.size, -1)
             inside = (inside[:, :, None] & ((at >= 0) & (at < n))[:, None, :]).reshape(pick.size, -1)
-        # The slice between the indices moves the indexed axes to the front: [picked, taps, channels].
-        rows = data.reshape(*data.shape[:2], -1)[sample[:, None], :, flat]
-        rows[~inside] = 0
-        return rows.transpose(0, 2, 1).reshape(pick.size, self.parts, -1).transpose(1, 0, 2)
+        rows = np.empty((data.shape[1], pick.size, self.taps), data.dtype)
+        maps = data.reshape(*data.shape[:2], -1)
+        # One sample after the other: taking from a map is many times faster than indices of samples and positions.
+        for number in np.unique(sample):
+            own = slice(None) if len(data) == 1 else np.flatnonzero(sample == number)
+            places = flat[own]
+            rows[:, own] = maps[number].take(places.ravel(), axis=1).reshape(-1, *places.shape)
+        rows[:, ~inside] = 0
+        return rows.reshape(self.parts, -1, pick.size, self.taps).swapaxes(1, 2).reshape(self.parts, pick.size, -1)
 
     def columns(self, data: Array, pick: Picked = None) -> Array:
         """Unfold the data, one row per position of the output."""

@@ -54,7 +54,7 @@ from onnxprune.runtime.capture import (
     read_arrays,
     write_arrays,
 )
-from onnxprune.runtime.fidelity import Outputs, fidelity, hints_of
+from onnxprune.runtime.fidelity import KnownOutputs, Outputs, fidelity, hints_of
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed, spread
 from onnxprune.settings import named_arguments
@@ -144,7 +144,11 @@ def _constant(feeds: Sequence[Feed]) -> bool:
 
 
 def compare_with_original(
-    analysis: Analysis, models: Sequence[ModelParts], hold_out: HoldOut, outputs: Outputs | None = None
+    analysis: Analysis,
+    models: Sequence[ModelParts],
+    hold_out: HoldOut,
+    outputs: Outputs | None = None,
+    known: KnownOutputs | None = None,
 ) -> list[Fidelity]:
     """Measure the fidelity of several models to the original on the same inputs.
 
@@ -153,14 +157,16 @@ def compare_with_original(
         models: to compare with it.
         hold_out: the inputs.
         outputs: kinds of outputs that a user set.
+        known: outputs of the original that are known from elsewhere; None: none.
     """
-    facts = []
+    facts: list[Fidelity] = []
+    known = KnownOutputs() if known is None else known
     with Workspace.of(analysis) as trial:
+        settings: dict[str, Any] = {"hints": hints_of(analysis), "outputs": outputs, "together": not trial.heavy}
+        settings["known"] = None if trial.drawing else known
         for number, model in enumerate(models):
             path, _ = trial.write(*model, f"model{number}")
-            together = not trial.heavy
-            inputs, name, hints = hold_out.inputs, hold_out.name, hints_of(analysis)
-            facts.append(fidelity(trial.original, path, inputs, name, hints=hints, outputs=outputs, together=together))
+            facts.append(fidelity(trial.original, path, hold_out.inputs, hold_out.name, **settings))
     return facts
 
 
@@ -466,8 +472,11 @@ class Recover(Pass):
             parts = prepared.model() if any(r.done for r in repairs) else None
             if self.near:
                 return _Outcome(repairs, reasons, parts)
-            pair = [model.parts, parts or model.parts]
-            was, after = compare_with_original(context.analysis, pair, split.validation, context.outputs)
+            pair = [model.parts] if parts is None else [model.parts, parts]
+            was, *rest = compare_with_original(
+                context.analysis, pair, split.validation, context.outputs, known=context.known
+            )
+            after = rest[0] if rest else was
             outcome = _Outcome(repairs, reasons, parts, was, after, is_worse(after, was))
             best = outcome if best is None or best.worse or not outcome.worse else best
             if noise(after) < _EXACT or context.stages.interrupted:

@@ -86,6 +86,7 @@ class Validate(Pass):
                         hints=fidelity.hints_of(context.analysis),
                         outputs=context.outputs,
                         together=not trial.heavy,
+                        known=None if trial.drawing else context.known,
                     )
         if self.timed and trial.large:
             yield Remark("Latency was not measured: original and result would be in memory at once.")

@@ -31,8 +31,9 @@ Array = NDArray[Any]
 Get = Callable[[str, int], Array]
 """(tensor, number of the batch) -> value."""
 
-# Largest number of rows per unknown to fit a layer to.
-_ROWS = 50
+# Largest number of rows per unknown to fit a layer to. A layer of few unknowns has the rows of so many unknowns, since
+# rows of one sample are alike; half as many where each part has them for itself (a depthwise convolution).
+_ROWS, _FEW = 50, 160
 # Bytes of rows to keep between passes over them, and to join into one block.
 _KEPT = 256 << 20
 _BLOCK = 16 << 20
@@ -210,6 +211,12 @@ class Problem:
                     return
                 yield self._read(batch, every=True), int(shape[0])
 
+    def _pick(self, data: Array) -> Picked:
+        """Select the rows of a batch to fit to."""
+        form = self.layer.form
+        least = self.density * _FEW // (2 if form.parts > 1 else 1)
+        return pick(form, data, rows_per_sample(form, self.channels, self.samples, self.density, least))
+
     def _read(self, batch: int, every: bool = False) -> Rows:
         form, path = self.layer.form, self.layer.path
         data = _wide(self.cut(self.layer.data, batch))
@@ -220,7 +227,7 @@ class Problem:
             target = self.mixing.apply(original, target)
         addends = [_wide(self.cut(n, batch)) for n in path.addends]
         shape = form.output_shape(data.shape, self.weight)
-        picked = None if every else pick(form, data, rows_per_sample(form, self.channels, self.samples, self.density))
+        picked = None if every else self._pick(data)
 
         kind = data.dtype
 

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import ml_dtypes
 import numpy as np
@@ -359,7 +360,6 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Feed:
     Raises:
         ModelError: the run failed (onnxruntime's message, shortened), or a value cannot be exchanged with onnxruntime.
     """
-    outputs = session.get_outputs()
     try:
         values = prepare(session, feeds)()
     except (MemoryError, ModelError):
@@ -367,8 +367,8 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Feed:
     except Exception as error:
         raise ModelError(f"{CANNOT_RUN}: {shorten(str(error))}") from error
     results: Feed = {}
-    for info, value in zip(outputs, values, strict=True):
-        _flatten(info.name, value, results)
+    for name, value in zip(_interface(session).outputs, values, strict=True):
+        _flatten(name, value, results)
     # onnxruntime 1.22 returns an input that is an output, too, in the caller's memory, without a hold on it.
     for name, array in results.items():
         if any(np.may_share_memory(array, array_in) for array_in in feeds.values() if isinstance(array_in, np.ndarray)):
@@ -393,13 +393,35 @@ def prepare(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Callab
     """
     options = ort.RunOptions()
     options.log_severity_level = 4  # a failed run raises; the log line would only repeat it on stderr
-    infos = {info.name: info.type for info in session.get_inputs()}
-    elements = [_element(kind) for kind in infos.values()] + [_element(o.type) for o in session.get_outputs()]
-    if not any(element in _CARRIERS or element in _PACKED for element in elements):
+    interface = _interface(session)
+    if not interface.is_narrow:
         arrays = {name: np.asarray(array) for name, array in feeds.items()}
         return lambda: list(session.run(None, arrays, options))
-    values = {name: _ort_value(name, np.asarray(array), infos.get(name, "")) for name, array in feeds.items()}
+    inputs = interface.inputs
+    values = {name: _ort_value(name, np.asarray(array), inputs.get(name, "")) for name, array in feeds.items()}
     return lambda: list(session.run_with_ort_values(None, values, options))
+
+
+class _Interface(NamedTuple):
+    """What a session takes and gives: types by input, outputs in order, and whether numpy lacks one of the types."""
+
+    inputs: Mapping[str, str]
+    outputs: Sequence[str]
+    is_narrow: bool
+
+
+_interfaces: WeakKeyDictionary[ort.InferenceSession, _Interface] = WeakKeyDictionary()
+
+
+def _interface(session: ort.InferenceSession) -> _Interface:
+    """Return the inputs and outputs of a session, read once: pieces of models are run thousands of times."""
+    known = _interfaces.get(session)
+    if known is None:
+        inputs, outputs = ({i.name: i.type for i in infos} for infos in (session.get_inputs(), session.get_outputs()))
+        types = {_element(kind) for kind in (*inputs.values(), *outputs.values())}
+        known = _Interface(inputs, list(outputs), bool(types & {*_CARRIERS, *_PACKED}))
+        _interfaces[session] = known
+    return known
 
 
 def _ort_value(name: str, array: Array, kind: str) -> Any:

@@ -270,8 +270,15 @@ def _fidelity(context: Context, trial: Workspace, path: Path, inputs: Sequence[F
     """Return the fidelity on these inputs, else on the first calibration samples."""
     feeds = inputs or (TrialSplit().first(context, trial.analysis) if context.calibration is not None else [])
     feeds = feeds or synthetic_feeds(context, trial.analysis)
-    hints = hints_of(trial.analysis)
-    return fidelity(trial.original, path, feeds, hints=hints, outputs=context.outputs, together=not trial.heavy)
+    return fidelity(
+        trial.original,
+        path,
+        feeds,
+        hints=hints_of(trial.analysis),
+        outputs=context.outputs,
+        together=not trial.heavy,
+        known=None if trial.drawing else context.known,
+    )
 
 
 def points_of_original(analysis: Analysis, metric: Metric | None) -> float:

@@ -9,7 +9,8 @@ import pytest
 from runtime_models import mlp, model
 
 from onnxprune.errors import ModelError
-from onnxprune.runtime.fidelity import fidelity
+from onnxprune.runtime.fidelity import KnownOutputs, fidelity, points
+from onnxprune.runtime.sessions import open_session
 
 
 def through(text: str, kind: str = "float[N,3]", out: str = "float[N,3]") -> bytes:
@@ -139,3 +140,25 @@ def test_only_probabilities_have_that_distance() -> None:
     once = [{"x": np.float32([[0.5, 0.25, 0.25]])}, *sums]
     assert fidelity(IDENTITY, IDENTITY, once[:1], "s").outputs[0].hellinger == 0.0
     assert fidelity(IDENTITY, IDENTITY, once, "s").outputs[0].hellinger is None
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_outputs_of_the_original_are_computed_once(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons with known outputs have the figures of those without; other inputs are not taken for the same."""
+    original, others = mlp(RNG), [mlp(RNG), mlp(RNG)]
+    feeds = [{"x": RNG.standard_normal((n, 4)).astype(np.float32)} for n in (3, 6)]
+    plain = [fidelity(original, other, feeds, together=together) for other in others]
+    known, opened = KnownOutputs(), []
+    monkeypatch.setattr(points, "open_session", lambda m, **rest: opened.append(m) or open_session(m, **rest))
+    assert [fidelity(original, other, feeds, together=together, known=known) for other in others] == plain
+    assert opened.count(original) == 1
+    altered = [{"x": feeds[0]["x"] + 1}, feeds[1]]
+    expected = fidelity(original, others[0], altered, together=together)
+    assert fidelity(original, others[0], altered, together=together, known=known) == expected != plain[0]
+
+
+def test_known_outputs_stay_within_their_limit() -> None:
+    known = KnownOutputs(limit=20)
+    known.add({"x": np.zeros(1)}, {"y": np.zeros(2)})
+    known.add({"x": np.ones(1)}, {"y": np.zeros(2)})
+    assert known.get({"x": np.zeros(1)}) is not None and known.get({"x": np.ones(1)}) is None

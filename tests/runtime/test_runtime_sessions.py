@@ -47,7 +47,7 @@ def test_large_models_are_held_once(outside: bool, monkeypatch: pytest.MonkeyPat
     path.write_bytes(small)
     if outside:
         onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="m.data", size_threshold=0)
-    before = {file.name: file.stat() for file in tmp_path.iterdir()}
+    before = {file.name: (file.stat().st_mtime_ns, file.stat().st_size) for file in tmp_path.iterdir()}
     seen: list[tuple[bool, str]] = []
     folders: list[str] = []
     real = ort.InferenceSession
@@ -71,7 +71,7 @@ def test_large_models_are_held_once(outside: bool, monkeypatch: pytest.MonkeyPat
     assert seen and set(seen) == {(False, "1")}
     if refers():
         assert (str(tmp_path) in folders) is outside and any(folders)
-    assert {file.name: file.stat() for file in tmp_path.iterdir()} == before
+    assert {f.name: (f.stat().st_mtime_ns, f.stat().st_size) for f in tmp_path.iterdir()} == before
     seen.clear()
     monkeypatch.setattr(workspace, "_HEAVY", 1 << 30)
     monkeypatch.setattr(workspace, "_LIGHT", 0)

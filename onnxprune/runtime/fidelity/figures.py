@@ -79,14 +79,16 @@ class Moments:
     def add(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> None:
         """Add tables [samples, positions, columns]."""
         known = np.isfinite(a)
-        b = np.nan_to_num(b, nan=0.0, posinf=0.0, neginf=0.0)
+        b, clean = _finite(b), a if known.all() else np.where(known, a, 0.0)
         if self.centre is None:
-            clean = np.where(known, a, 0.0)
             self.centre = clean.mean((0, 1)) if a.shape[0] * a.shape[1] > 1 else np.full(a.shape[-1], clean.mean())
             self.count, self.sums = np.zeros(a.shape[-1]), np.zeros((6, a.shape[-1]))
-        x, y = (np.where(known, v - self.centre, 0.0) for v in (a, b))
+        x, y = clean - self.centre, b - self.centre
+        if clean is not a:
+            x, y = (np.where(known, v, 0.0) for v in (x, y))
         self.count += known.sum((0, 1))
-        self.sums += [v.sum((0, 1)) for v in (x, y, x * x, y * y, x * y, np.where(known, np.nan_to_num(a), 0.0) ** 2)]
+        products = [np.einsum("spc,spc->c", *pair) for pair in ((x, x), (y, y), (x, y), (clean, clean))]
+        self.sums += [x.sum((0, 1)), y.sum((0, 1)), *products]
 
     def cosine(self) -> float:
         """Return the cosine of the centred columns together; NaN where the original's do not change."""
@@ -140,18 +142,25 @@ def _add_numbers(s: Sums, a: Array, b: Array) -> None:
     probable = are_probabilities(a)
     a, b = a.astype(np.float64), b.astype(np.float64)
     if scores and a.size:
-        order_a, order_b = (np.where(np.isnan(x), -np.inf, x).argmax(-1) for x in (a, b))
+        order_a, order_b = ((np.where(nan, -np.inf, x) if (nan := np.isnan(x)).any() else x).argmax(-1) for x in (a, b))
         s.agree += int((order_a == order_b).sum())
         s.rows += order_a.size
     s.apart += 0.5 * float(np.square(roots(a) - roots(b)).sum()) if probable else math.nan
     known = np.isfinite(a)
-    a, b = a[known], b[known]
-    b = np.where(np.isfinite(b), b, 0.0)
+    a, b = (a.ravel(), b.ravel()) if known.all() else (a[known], b[known])
+    b = _finite(b)
+    difference = a - b
     s.elements += a.size
     s.aa += float(a @ a)
     s.bb += float(b @ b)
     s.ab += float(a @ b)
-    s.dd += float((a - b) @ (a - b))
+    s.dd += float(difference @ difference)
+
+
+def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return values with 0 in place of what is not finite."""
+    known = np.isfinite(values)
+    return values if known.all() else np.where(known, values, 0.0)
 
 
 def finish(name: str, s: Sums) -> OutputFidelity:

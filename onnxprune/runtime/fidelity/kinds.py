@@ -69,8 +69,13 @@ class Part:
 
     def of(self, outputs: Feed) -> Numbers:
         """Return the columns [samples, positions, columns], float64."""
-        values = table(outputs[self.name], self.axis, self.batched)
-        return values if self.columns is None else values[..., self.columns[0] : self.columns[1]]
+        array, axis = outputs[self.name], self.axis
+        if self.columns is None:
+            return table(array, axis, self.batched)
+        own = slice(*self.columns)
+        if axis is not None and 0 <= axis < array.ndim:  # other columns need no conversion
+            return table(array[(slice(None),) * axis + (own,)], axis, self.batched)
+        return table(array, axis, self.batched)[..., own]
 
     def scores(self, outputs: Feed) -> Numbers:
         """Return the columns as scores from 0 to 1, without the background."""
@@ -142,7 +147,9 @@ def as_scores(values: Numbers, form: str) -> Numbers:
         return 1 / (1 + np.exp(-np.clip(np.nan_to_num(values, nan=-60, neginf=-60, posinf=60), -60, 60)))
     if form == "logits":
         return softmax(values)
-    known = np.nan_to_num(values, nan=0.0, posinf=1.0, neginf=0.0)
+    known = values
+    if not np.isfinite(values).all():
+        known = np.nan_to_num(values, nan=0.0, posinf=1.0, neginf=0.0)
     if form == "codes":
         known = known - min(0.0, float(known.min(initial=0.0)))
         return np.asarray(known / np.maximum(known.sum(-1, keepdims=True), 1e-12))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from itertools import repeat
-from typing import Any
+
+import numpy as np
 
 from onnxprune.report.facts import AnswerFidelity, Fidelity, OutputFidelity
 from onnxprune.runtime.fidelity.figures import Sums, add, finish
@@ -21,6 +23,44 @@ Outputs = Mapping[str, tuple[str, int | None]]
 _SAMPLES, _BYTES = 64, 64 << 20
 
 _Batch = tuple[Feed, Feed, Feed]
+# Bytes of outputs of the original that a run holds.
+_KNOWN = 128 << 20
+
+
+class KnownOutputs:
+    """Outputs of one model by inputs: every stage and candidate of a run is compared with the same outputs.
+
+    Args:
+        limit: bytes of outputs to hold; further ones are computed whenever they are needed.
+    """
+
+    def __init__(self, limit: int = _KNOWN) -> None:
+        self._limit, self._held = limit, 0
+        self._by_inputs: dict[bytes, Feed] = {}
+
+    def get(self, feed: Feed) -> Feed | None:
+        """Return the outputs for these inputs; None where they are not known."""
+        return self._by_inputs.get(_digest(feed)) if self._by_inputs else None
+
+    def add(self, feed: Feed, outputs: Feed) -> None:
+        """Hold the outputs for these inputs, which nobody may change from now on, where there is room."""
+        size = sum(value.nbytes for value in outputs.values())
+        if self._held + size > self._limit or any(value.dtype == object for value in outputs.values()):
+            return
+        for value in outputs.values():
+            value.setflags(write=False)
+        self._held += size
+        self._by_inputs[_digest(feed)] = outputs
+
+
+def _digest(feed: Feed) -> bytes:
+    """Return a digest of inputs by name, type, shape and value."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(feed.items()):
+        array = np.asarray(value)
+        digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
+        digest.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())
+    return digest.digest()
 
 
 def fidelity(
@@ -34,6 +74,7 @@ def fidelity(
     together: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
+    known: KnownOutputs | None = None,
 ) -> Fidelity:
     """Compare the final model with the original on ``feeds``, over all batches together.
 
@@ -58,20 +99,42 @@ def fidelity(
         together: whether both models may be open at once.
         threads: of onnxruntime.
         progress: called with the share done.
+        known: outputs of the original that earlier comparisons made, and that this one adds to; None: none.
 
     Raises:
         ModelError: one of the models does not load or run.
     """
     judge = _Judge(hints or {}, outputs or {})
     samples = 0
-    for batch in _batches(original, final, feeds, together, threads, progress):
+    known = KnownOutputs(0) if known is None else known
+    for batch in _batches(_Original(original, threads, known), final, feeds, together, threads, progress):
         judge.take(batch)
         samples += next((int(array.shape[0]) for array in batch[0].values() if array.ndim), 1)
     return judge.facts(samples, source)
 
 
+class _Original:
+    """The original, opened once it has to run."""
+
+    def __init__(self, model: Openable, threads: int | None, known: KnownOutputs) -> None:
+        self._model, self._threads, self._known, self._session = model, threads, known, None
+
+    def outputs(self, feed: Feed) -> Feed:
+        """Return its outputs for these inputs."""
+        outputs = self._known.get(feed)
+        if outputs is None:
+            self._session = self._session or open_session(self._model, threads=self._threads)
+            outputs = run(self._session, feed)
+            self._known.add(feed, outputs)
+        return outputs
+
+    def close(self) -> None:
+        """Free the memory of its session."""
+        self._session = None
+
+
 def _batches(
-    original: Openable,
+    original: _Original,
     final: Openable,
     feeds: Iterable[Feed],
     together: bool,
@@ -80,14 +143,13 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Run both models on every batch of inputs."""
     total = len(feeds) if isinstance(feeds, Sized) else 0
-    before: Any = open_session(original, threads=threads)
     kept: Iterable[Feed | None] = repeat(None)
     if not together:
-        kept = [run(before, feed) for feed in feeds]
-        before = None
+        kept = [original.outputs(feed) for feed in feeds]
+        original.close()
     after = open_session(final, threads=threads)
     for index, (feed, want) in enumerate(zip(feeds, kept, strict=False)):
-        yield feed, run(before, feed) if want is None else want, run(after, feed)
+        yield feed, original.outputs(feed) if want is None else want, run(after, feed)
         if progress and total:
             progress("fidelity", (index + 1) / total)
 
