@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 
+from onnxprune.gradients.lowering import lowered
 from onnxprune.gradients.static import StaticGraph, named_tensor
 from onnxprune.gradients.tape import Array, NoGradient, Reverse, Tape
 from onnxprune.graph.view import Node
@@ -57,6 +58,7 @@ def training_graph(
         the training graph; a weight whose way to the loss leads through an operator without a gradient is frozen.
     """
     blocked: dict[int, str] = {}
+    graph = lowered(graph)
     while True:
         tape = Tape(graph.shapes, graph.kinds)
         for name, (shape, kind) in (inputs or {}).items():

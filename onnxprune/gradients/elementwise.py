@@ -66,7 +66,7 @@ for _name, _function in _DERIVATIVES.items():
 @register_gradient("", "Relu")
 def relu(r: Reverse) -> None:
     """Pass the gradient where the output is above 0: its sign is the mask."""
-    r.send(0, r.tape.mul(r.dy, r.tape.unary("Sign", r.y)))
+    r.send(0, r.tape.mul(r.dy, r.tape.step(r.y)))
 
 
 @register_gradient("", "Neg")

@@ -156,6 +156,12 @@ class Tape:
         """Return x > 0, bool."""
         return self.compare("Greater", x, self.scalar(0, x))
 
+    def step(self, x: str) -> str:
+        """Return 1 where x > 0 and 0 where x is 0, for x that is never negative."""
+        if self.kinds[x] == np.float32:  # six times as fast as Sign in onnxruntime, which has it for float32 alone
+            return self.emit("HardSigmoid", [x], self.shape(x), alpha=1e38, beta=0.0)
+        return self.unary("Sign", x)
+
     def cast(self, x: str, kind: Any) -> str:
         """Return x in another type."""
         if self.kinds[x] == kind:

@@ -34,6 +34,7 @@ from onnxprune.runtime.capture import count, make_folder, read_arrays, write_arr
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.settings import effort_of, named_arguments
 from onnxprune.train.augment import Augmentation
+from onnxprune.train.curvature import CALLS, Curvature
 from onnxprune.train.loop import Course, Effort, train
 from onnxprune.train.losses import BALANCE, Losses
 from onnxprune.train.parameters import Head, bottlenecks, trainable
@@ -206,6 +207,7 @@ class _Training:
     split: CalibrationSplit
     settings: Finetune
     samples: _Samples
+    student: StaticGraph
     teacher: Callable[[Feed], Feed]
     parameters: Parameters
     step: Step
@@ -262,9 +264,8 @@ class _Training:
         parameters = Parameters({n: student.constants[n] for n in graph.gradients}, model.locked)
         step = Step(graph, parameters, context.device.threads)
         calls = max(1, -(-settings.batch_size // size))
-        training = cls(
-            context, model, split, settings, samples, teacher, parameters, step, frozen, calls, known, held, before
-        )  # fmt: skip
+        graphs, labelled = (student, teacher, parameters, step), (known, held)
+        training = cls(context, model, split, settings, samples, *graphs, frozen, calls, *labelled, before)
         if settings.augment:
             answers = [names[h.tensor] for h in fitted]
             training.augmentation = Augmentation.suited(
@@ -308,7 +309,8 @@ class _Training:
         balance[...] = _FEATURE_SHARE * outputs / features if features > 1e-6 * outputs else 0
         sizes, doubling = step_sizes(self.step, first, self.parameters, self.context.seed)
         rate = min(self.settings.rate, _BOLDNESS * doubling)
-        optimizer = Adam(self.parameters, sizes)
+        feeds = (self.samples.draw(k)[0] for k in range(CALLS))
+        optimizer = Adam(self.parameters, sizes, coordinates=Curvature.measured(self.student, self.parameters, feeds))
         effort, error = self.effort(), partial(standard_error, samples=self.split.num_held_out)
         start, keeper = None if self.held_labels is None else self.judgement(), self.keeper()
         course = train(self.step, optimizer, self.parameters, draw, judge, effort, rate, error, tell, keeper)
@@ -417,7 +419,7 @@ class _Judgement:
         return own if self.by_labels is None else (own + 100 - self.by_labels) / 2
 
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the state of a training has another meaning."""
 
 

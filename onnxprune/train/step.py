@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +103,16 @@ class Step:
         return float(binding.get_outputs()[0].numpy())
 
 
+class Coordinates(Protocol):
+    """Other coordinates for vectors of weights, see :class:`onnxprune.train.curvature.Curvature`."""
+
+    def turned(self, gradient: Vector) -> Vector:
+        """Return a gradient in the coordinates."""
+
+    def back(self, move: Vector) -> Vector:
+        """Return a step in the coordinates as a change of the weights."""
+
+
 class Adam:
     """Adam with steps in units of given sizes, so that one rate fits layers of any scale.
 
@@ -112,10 +123,19 @@ class Adam:
         parameters: the weights.
         sizes: size of each element's steps at a rate of 1, see :func:`step_sizes`.
         first, second: decay of the moments.
+        coordinates: coordinates in which moments are taken; None: those of the weights themselves.
     """
 
-    def __init__(self, parameters: Parameters, sizes: Vector, first: float = 0.9, second: float = 0.999) -> None:
+    def __init__(
+        self,
+        parameters: Parameters,
+        sizes: Vector,
+        first: float = 0.9,
+        second: float = 0.999,
+        coordinates: Coordinates | None = None,
+    ) -> None:
         self._parameters, self._sizes, self._first, self._second = parameters, sizes, first, second
+        self._coordinates = coordinates
         self.reset()
 
     def reset(self) -> None:
@@ -127,11 +147,15 @@ class Adam:
     def update(self, gradient: Vector, rate: float) -> None:
         """Change the weights."""
         self.count += 1
+        if self._coordinates is not None:
+            gradient = self._coordinates.turned(gradient)
         one, two = np.float32(1 - self._first), np.float32(1 - self._second)
         self.mean += one * (gradient - self.mean)
         self.square += two * (np.square(gradient) - self.square)
         correction = math.sqrt(1 - self._second**self.count) / (1 - self._first**self.count)
-        move = self.mean / (np.sqrt(self.square) + np.float32(1e-12))
+        move: Vector = np.asarray(self.mean / (np.sqrt(self.square) + np.float32(1e-12)), np.float32)
+        if self._coordinates is not None:
+            move = self._coordinates.back(move)
         move *= self._sizes
         move *= np.float32(rate * correction)
         self._parameters.vector -= move

@@ -6,9 +6,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from build import Net
-from differences import check, gradients
+from differences import check, gradients, static
+
+from onnxprune.gradients.backward import inference_graph
+from onnxprune.gradients.lowering import lowered
+from onnxprune.gradients.tape import Tape
 
 POINTWISE = {
     "Relu": {}, "LeakyRelu": {"alpha": 0.2}, "Sigmoid": {}, "Tanh": {}, "Exp": {}, "Neg": {}, "Abs": {}, "Sin": {},
@@ -158,6 +163,34 @@ def test_conv(case: dict[str, Any], group: int | str) -> None:
 def test_wide_depthwise_convolutions_go_block_by_block() -> None:
     for attrs in ({"pads": [1, 1, 1, 1]}, {"strides": [1, 2], "pads": [1, 0, 1, 2]}, {"dilations": [2, 2]}):
         one("Conv", (1, 2, 5, 75), (2, 1, 3, 3), group=2, engine="linear", **attrs)
+
+
+@pytest.mark.parametrize("size", [(5, 6), (7, 30)])  # one product for all positions, and one per row
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {"pads": [1, 1, 1, 1]},
+        {"strides": [2, 2], "pads": [0, 1, 2, 1]},
+        {"dilations": [2, 1]},
+        {"strides": [2, 2], "auto_pad": "SAME_UPPER"},
+        {"strides": [1, 2], "auto_pad": "SAME_LOWER"},
+        {"auto_pad": "VALID"},
+    ],
+    ids=str,
+)
+def test_depthwise_convolutions_as_products(attrs: dict[str, Any], bias: bool, size: tuple[int, int]) -> None:
+    """The forward pass of training gives what the convolution gives."""
+    net, rng = Net(18), np.random.default_rng(1)
+    inputs = [net.input("x", ["N", 3, *size]), net.weight(3, 1, 3, 2), *([net.weight(3)] if bias else [])]
+    y = net.op("Conv", *inputs, group=3, **attrs)
+    model = net.model(y)
+    feed = {"x": rng.standard_normal((2, 3, *size)).astype(np.float32)}
+    graph = lowered(static(model, feed))
+    assert graph.producer[y].op in ("Transpose", "Reshape")
+    session = ort.InferenceSession(inference_graph(graph, Tape(graph.shapes, graph.kinds), [y]).SerializeToString())
+    (wanted,) = ort.InferenceSession(model.SerializeToString()).run([y], feed)
+    np.testing.assert_allclose(session.run([y], feed)[0], wanted, rtol=1e-5, atol=1e-5)
 
 
 TRANSPOSED = [

@@ -16,6 +16,7 @@ from onnxprune.gradients.backward import training_graph
 from onnxprune.gradients.static import StaticGraph
 from onnxprune.gradients.tape import Tape
 from onnxprune.train.augment import Augmentation, image_axes
+from onnxprune.train.curvature import Curvature
 from onnxprune.train.loop import Course, Effort, train
 from onnxprune.train.losses import Losses, deviation, divergence
 from onnxprune.train.parameters import Head, bottlenecks, heads, trainable
@@ -266,6 +267,35 @@ def test_steep_weights_get_small_steps() -> None:
     sizes, doubling = step_sizes(Step(training, parameters, threads=1), [call], parameters, 0)
     assert (sizes <= parameters.scales() * (1 + 1e-6)).all() and 0 < doubling < np.inf
     np.testing.assert_array_equal(parameters.vector, start)
+
+
+def test_steps_along_the_axes_of_the_inputs_learn_what_adam_does_not() -> None:
+    """Two inputs that are nearly equal, and a target that depends on their difference."""
+    rng = np.random.default_rng(3)
+    common, single = rng.standard_normal((2, 64, 1))
+    data = np.concatenate([common, common + 0.2 * single], 1).astype(np.float32)
+    target = single.astype(np.float32) + np.zeros((64, 3), np.float32)
+    net = Net(18)
+    y = net.linear(net.input("x", ["N", 2]), 2, 3, gemm=True)
+    graph = static(net.model(y), {"x": data})
+    loss = Losses({Head(y, y): "wanted"}, {}, {})
+    training = training_graph(graph, loss.emit, graph.variables, inputs={"wanted": ((64, 3), np.dtype(np.float32))})
+    call, ends = {"x": data, "wanted": target}, []
+    for turned in (False, True):
+        parameters = Parameters({n: graph.constants[n] for n in training.gradients})
+        step = Step(training, parameters, threads=1)
+        curvature = Curvature.measured(graph, parameters, [call] if turned else [])
+        assert len(curvature.axes) == turned
+        moved = rng.standard_normal(parameters.vector.size).astype(np.float32)
+        for own in curvature.axes.values():
+            np.testing.assert_allclose(own.vectors @ own.vectors.swapaxes(1, 2), np.eye(2)[None], atol=1e-5)
+        assert curvature.back(curvature.turned(moved)).shape == moved.shape
+        adam = Adam(parameters, parameters.scales(), coordinates=curvature)
+        for _ in range(100):
+            step([call])
+            adam.update(step.gradient, 0.02)
+        ends.append(step([call]))
+    assert ends[1] < 0.5 * ends[0], ends
 
 
 def test_rates_warm_up_and_fall() -> None:
