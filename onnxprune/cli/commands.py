@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from rich.console import RenderableType
@@ -19,7 +20,7 @@ from onnxprune.errors import BudgetError, Note, OnnxpruneError, UsageError, argu
 from onnxprune.io import files
 from onnxprune.report import numbers, page, reasons, sparsity, summary, tables
 from onnxprune.report.console import Screen, plain
-from onnxprune.report.facts import Report, SmallerRatio
+from onnxprune.report.facts import FAITHFUL, Report, SmallerRatio
 from onnxprune.settings import settings_of
 
 _EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -68,12 +69,13 @@ def prune(screen: Screen, given: Given) -> None:
     """Prune channels of an ONNX model exactly, and verify the result in onnxruntime."""
     target = given.output or beside(given.model, "pruned")
     _check(given, target, check_criterion)
+    start = monotonic()
     with _showing_failure(given, screen, lambda report: _parts(given, report, screen)):
         result = _cut(given, screen)
     report: Report = result.report
     _advise(given, report)
     if screen.verbosity >= 0 or screen.as_json:
-        _try_smaller(given, report)
+        _try_smaller(given, screen, report, monotonic() - start)
     hint = f"Use a smaller {argument('ratio')}, another {argument('criterion')}, or {argument('exclude')} the "
     hint += "sensitive layers."
     plan = str(given.plan_file) if given.plan_file else None
@@ -229,33 +231,51 @@ def _timing(screen: Screen, given: Given) -> bool | str:
     return screen.verbosity >= 0 or screen.as_json
 
 
-TRIAL_SECONDS = 2.0
-"""Time to spend on finding out which smaller ratio would be faithful."""
+TRIAL_SECONDS, TRIAL_SHARE = 60.0, 1.2
+"""Time to spend at most on finding out which smaller ratio would do, in seconds and in runs."""
 
 
-def _try_smaller(given: Given, report: Report) -> None:
-    """Try half and a quarter of the ratio where the model lost too much and runs are short; note the first good one.
+def _try_smaller(given: Given, screen: Screen, report: Report, took: float) -> None:
+    """Try smaller ratios where the model lost too much, as far as time allows; note the best one and what it keeps.
 
     The trials are whole runs from the same data, so that what they keep is measured and not guessed.
+
+    Args:
+        given: the options.
+        screen: where progress goes.
+        report: of the run; the answer is put into it.
+        took: seconds of the run.
     """
     verdict = report.verdict
     decided = given.has_budget or given.plan is not None or given.layers or given.dry_run or given.data is None
-    decided = decided or given.depth is not None
+    decided = decided or given.depth is not None or given.effort == "quick"
     if decided or verdict is None or verdict.word == "faithful" or report.interrupted:
         return
+    each, begin = took - report.seconds.get("latency", 0.0), monotonic()
+    end, part = begin + min(TRIAL_SECONDS, max(1.0, TRIAL_SHARE * took)), 2 if verdict.word == "degraded" else 4
+    for _ in range(2):
+        share = math.floor(100 * given.ratio / part) / 100
+        if share <= 0 or monotonic() + each > end:
+            return
+        with screen.progress() as progress, suppress(OnnxpruneError):
+            progress("a smaller ratio", 0.0)
+            points = _points_at(given, share)
+            progress("a smaller ratio", 1.0)
+            best = verdict.points if report.smaller is None else report.smaller.points
+            if points >= FAITHFUL or points > best:
+                report.smaller = SmallerRatio(share, points)
+            if points >= FAITHFUL and part < 4:
+                return
+            part = 2 if points >= FAITHFUL and part == 4 else 2 * part
+
+
+def _points_at(given: Given, ratio: float) -> float:
+    """Return the points of fidelity that another ratio keeps; 0 where none are measured."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
-    each = sum(seconds for stage, seconds in report.seconds.items() if stage != "latency")
     arguments = {**given.arguments, **dict.fromkeys((*_GATES, "metric"))}
-    for number, part in enumerate((2, 4), 1):
-        share = math.floor(100 * given.ratio / part) / 100
-        if share <= 0 or number * each > TRIAL_SECONDS:
-            return
-        with suppress(OnnxpruneError):
-            tried: Report = op.prune(given.model, **{**arguments, "ratio": share}, latency=False).report
-            if tried.verdict is not None and tried.verdict.word == "faithful":
-                report.smaller = SmallerRatio(share, tried.verdict.points)
-                return
+    verdict = op.prune(given.model, **{**arguments, "ratio": ratio}, latency=False).report.verdict
+    return 0.0 if verdict is None else verdict.points
 
 
 def _advise(given: Given, report: Report) -> None:

@@ -274,10 +274,17 @@ class Selector:
                 f"{self.name} has {captured.samples} samples, but {short[0]} needs at least {short[1]} to find "
                 "dependent channels: its scores are uncertain."
             )
-        for lot in batches(groups):
-            for number, (group, slot) in enumerate(map_slots(self.analysis, lot, captured, removed, self.context.seed)):
-                self._reached[group] = self._reached.get(group, False) or slot.maps is None or slot.maps.samples > 0
-                yield PlacedSlot(group, slot, 0, (number,))
+        # Scores that solve for dependent channels take the cube of their number.
+        work, done = {g.id: float(g.size) ** 3 for g in groups}, 0.0
+        total = sum(work.values()) or 1.0
+        with self.context.stage("score"):
+            for lot in batches(groups):
+                slots = map_slots(self.analysis, lot, captured, removed, self.context.seed)
+                for number, (group, slot) in enumerate(slots):
+                    self._reached[group] = self._reached.get(group, False) or slot.maps is None or slot.maps.samples > 0
+                    yield PlacedSlot(group, slot, 0, (number,))
+                    done += work.pop(group, 0.0)
+                    self.context.tell("score", min(0.99, done / total))
 
     def _savings(self) -> dict[int, Array] | None:
         what = self.request.cost

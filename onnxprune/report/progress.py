@@ -107,17 +107,18 @@ class Lines:
             self._write(f"{stage} ...")
 
     def tick(self) -> None:
-        """Write how far the longest open stage is, and which stage within it is under way."""
+        """Write how far the longest open stage is that knows, and which stage within it is under way."""
         with self._lock:
             stages = list(self._open.items())
         if not stages:
             return
-        stage, (began, fraction) = stages[0]
+        start = next((i for i, (_, (_, share)) in enumerate(stages) if share > 0), len(stages) - 1)
+        stage, (began, fraction) = stages[start]
         elapsed = self._clock() - began
         left = time_left(elapsed, fraction)
         parts = [f"{stage}: {100 * fraction:.0f} %", f"{duration(elapsed)} so far"]
         parts += [] if left is None else [f"about {duration(left)} left"]
-        inner = f" ({stages[-1][0]} {100 * stages[-1][1][1]:.0f} %)" if len(stages) > 1 else ""
+        inner = f" ({stages[-1][0]} {100 * stages[-1][1][1]:.0f} %)" if len(stages) > start + 1 else ""
         self._write(", ".join(parts) + inner)
 
 

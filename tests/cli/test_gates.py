@@ -120,7 +120,8 @@ def test_kinds_reach_sensitivities_and_sweeps(run, tmp_path: Path) -> None:
 
 
 def test_the_verdict_names_a_ratio_that_was_tried(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxprune.cli.commands.TRIAL_SECONDS", 1e9)
+    for name in ("TRIAL_SECONDS", "TRIAL_SHARE"):
+        monkeypatch.setattr(f"onnxprune.cli.commands.{name}", 1e9)
     call = [MODEL, "--ratio", "0.4", "--criterion", "l2", *SHARED, "--recover", "bias", "-o", tmp_path / "out.onnx"]
     record = json.loads(run(*call, "--json").stdout)
     assert "error" not in record, record["error"]

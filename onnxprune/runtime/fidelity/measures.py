@@ -339,6 +339,10 @@ class Detections(Measure):
     of their scores, after suppression of duplicates; m is then the mean of 1 and the overlap. Boxes relative to anchors
     are compared anchor by anchor; m falls with the difference of their numbers. Classes weigh by the root of their
     squared scores.
+
+    Where rows are anchors, which both models have in the same order, the result is the geometric mean of that overlap
+    and of r^2, the share of the variance of scores over all anchors that those of the other model explain (0 for
+    r < 0): the order of detections follows their scores, and the few pairs that match in a few images are luck.
     """
 
     def __init__(self, levels: Sequence[Level], first: Sequence[Feed]) -> None:
@@ -348,6 +352,7 @@ class Detections(Measure):
         self.own: dict[int, float] = {}
         self.other: dict[int, float] = {}
         self.hits = self.there = self.broken = 0
+        self.fields: dict[int, Numbers] = {}
         self.top = max(
             [float(_scores(level, feed).max(initial=0.0)) for feed in first for level in levels], default=1.0
         )
@@ -358,10 +363,21 @@ class Detections(Measure):
             parts = [level.boxes, *level.scores, *level.labels]
             if any(part.name not in have for part in parts):
                 self.broken += 1
-            elif level.form == "raw":
+                continue
+            if not level.listed:
+                self._add_fields(level, want, have)
+            if level.form == "raw":
                 self._add_anchors(level, scales, want, have)
             else:
                 self._add_boxes(level, want, have)
+
+    def _add_fields(self, level: Level, want: Feed, have: Feed) -> None:
+        """Add the products of the scores of all anchors, [samples, anchors, classes]."""
+        if all(want[part.name].shape == have[part.name].shape for part in level.scores):
+            s, t = (x.reshape(-1, x.shape[-1]) for x in (_scores(level, want), _scores(level, have)))
+            sums = np.stack([np.full(s.shape[-1], len(s)), *(x.sum(0) for x in (s, t, s * t, s * s, t * t))])
+            known = self.fields.get(s.shape[-1])
+            self.fields[s.shape[-1]] = sums if known is None else known + sums
 
     def _add_anchors(self, level: Level, scales: Sequence[Numbers], want: Feed, have: Feed) -> None:
         """Compare anchor by anchor."""
@@ -427,7 +443,14 @@ class Detections(Measure):
             if both > _TINY:
                 total += math.sqrt(both) * min(1.0, inner / both)
                 weights += math.sqrt(both)
-        return total / weights if weights else 1.0
+        overlap = total / weights if weights else 1.0
+        inner = own = other = 0.0
+        for n, s, t, st, ss, tt in self.fields.values():
+            inner += float((st - s * t / n).sum())
+            own, other = own + float((ss - s * s / n).sum()), other + float((tt - t * t / n).sum())
+        if own <= _TINY:
+            return overlap
+        return max(0.0, inner) * math.sqrt(overlap / (own * max(other, _TINY)))
 
     def lost(self) -> str:
         """Say how many detections went."""
