@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -130,6 +131,20 @@ class Line:
             yield Text.assemble(label if number == 0 else " " * LABEL, part)
 
 
+_LONGEST_WORD = 72
+"""Characters of a word in a warning; some converters join the names of all operators that a layer was made of."""
+
+
+def _middle_out(word: re.Match[str]) -> str:
+    """Return the beginning and the end of a long name; paths stay, since they may be copied."""
+    text = word[0]
+    path = Path(text.strip("'\"(),:;"))
+    with suppress(OSError):  # too long a name for a path
+        if path.exists() or (path.is_absolute() and path.parent != Path("/") and path.parent.is_dir()):
+            return text
+    return f"{text[:24]}\N{HORIZONTAL ELLIPSIS}{text[24 - _LONGEST_WORD :]}"
+
+
 @dataclass(frozen=True)
 class Screen:
     """The two streams and how much to say: ``verbosity`` is -1 (errors only), 0, 1 or 2 (tracebacks too)."""
@@ -200,7 +215,8 @@ class Screen:
     def warn(self, message: str) -> None:
         """Write a warning line to stderr, unless quiet."""
         if self.verbosity >= 0:
-            self.tell(Text.assemble(("warning: ", "yellow"), self.spelled(message)))
+            short = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", _middle_out, self.spelled(message))
+            self.tell(Text.assemble(("warning: ", "yellow"), short))
 
     def note(self, message: str) -> None:
         """Write a line to stderr with ``-v``."""

@@ -12,6 +12,7 @@ import pytest
 import onnxprune
 from onnxprune.labels.atoms import Atoms, Reason
 from onnxprune.report import numbers, reasons
+from onnxprune.report.console import Screen
 
 
 @pytest.mark.parametrize(
@@ -109,3 +110,13 @@ def test_tally_counts_and_folds() -> None:
     told = ["graph-output"] * 3 + ["normalised: /a", "normalised: /b", "c1", "c2", "c3"]
     assert reasons.tally(told, most=2) == "is a model output (3), normalised over these channels (2), other (3)"
     assert reasons.tally([""]) == "not chosen, or less than one unit (1)"
+
+
+def test_long_names_of_layers_are_cut_in_warnings_and_paths_are_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    name = ";".join(f"MobileNet/Conv2d_{number}/BiasAdd" for number in range(20))
+    file = tmp_path / ("long" * 20 + ".onnx")
+    Screen.open().warn(f"{name} needs more samples than {file} has")
+    said = capsys.readouterr().err
+    assert str(file) in said and name not in said and "MobileNet/Conv2d_0" in said and "Conv2d_19/BiasAdd needs" in said
