@@ -130,6 +130,7 @@ MEANINGS = {
         "kind": "how they were read",
         "points": "100 times the share of the original's answers that the model still gives",
         "lost": "what went, in words",
+        "distance": "what candidates are compared by, 0 to 1: noise of the scores of classes, the lost share of others",
     },
     "Fidelity": {
         "outputs": "every output",

@@ -126,7 +126,11 @@ class ShortFinetune(Pass):
         """Train, and keep the result where it is better."""
         untouched = PassResult(model, changed=False)
         steps = short_steps(context, model)
-        if not (model.is_pruned or model.is_factorized) or context.stages.interrupted or steps < _LEAST_STEPS:
+        if not (model.is_pruned or model.is_factorized) or context.stages.interrupted:
+            return untouched
+        if steps < _LEAST_STEPS:
+            if (CalibrationBatches(context, model.analysis).samples or 0) >= _SHORT_SAMPLES:
+                context.stages.leave_out("training towards the original")
             return untouched
         with suppress(UsageError, ModelError):
             split = split_for(context, model.analysis, "full")

@@ -131,12 +131,15 @@ class AnswerFidelity:
     """What the final model keeps of one answer: of an output, or of the boxes and scores of a detector together.
 
     ``points``: 100 times the share of the original's answers that the final model still gives; ``lost`` says what went.
+    ``distance``, 0 to 1, is what candidates of a search are compared by: of classes, of which a sample has one, the
+    noise of the scores, since few samples resolve no small difference of counts; of all others the lost share.
     """
 
     outputs: list[str]
     kind: str
     points: float
     lost: str = ""
+    distance: float = 0.0
 
 
 @dataclass(slots=True)

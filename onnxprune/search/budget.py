@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnxprune.allocation.selection import SHARES, counts
 from onnxprune.allocation.settings import WIDEST, Options
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.selection import make_plan
-from onnxprune.errors import BudgetError, UsageError, argument
+from onnxprune.errors import BudgetError, Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
@@ -43,6 +44,7 @@ from onnxprune.report.facts import (
     Fact,
     GroupLosses,
     Recovered,
+    Remark,
     Settings,
     TargetFacts,
 )
@@ -66,6 +68,8 @@ _RUNS_OF_RECOVERY = 10.0
 _HALVINGS = 6
 # Noise of the outputs below which the search for better candidates stops.
 _FAITHFUL = 1e-4
+# Loss from which on rounding is looked at, and the share of it that has to be left without rounding to be worth a word.
+_MUCH, _CLEARLY = 0.02, 0.8
 
 
 @named_arguments(wishes="spec")
@@ -156,6 +160,7 @@ class Budget(Pass, Options):
             *(f for f in final.facts if not isinstance(f, (Settings, Recovered))),
             Recovered(recovery, final.recovery.layers),
             self._facts(result, before),
+            *(Remark(Note(text)) for text in result.remarks),
         ]
         return pruned, facts
 
@@ -243,6 +248,7 @@ class SearchResult:
         final: its evaluation.
         failure: description of the gate that it does not pass, empty for none.
         tried: all candidates that were evaluated: the mask of what each removes, and its facts.
+        remarks: what the user should know about the search.
     """
 
     problem: SearchProblem
@@ -251,6 +257,7 @@ class SearchResult:
     final: Evaluation
     failure: BudgetError | None = None
     tried: Sequence[tuple[Mask, CandidateFacts]] = ()
+    remarks: Sequence[str] = ()
 
 
 class Search:
@@ -273,6 +280,7 @@ class Search:
         self._mixture_of: Mixture | None = None
         self._answers: list[Evaluated] = []
         self._tried: list[tuple[Mask, CandidateFacts]] = []
+        self._unrounded: Callable[..., SearchProblem] | None = None
         self._work = WorkShare(lambda share: context.tell("budget", share), dict.fromkeys(_PARTS, 1.0))
         self._at = "final", 0, 1
 
@@ -327,7 +335,8 @@ class Search:
             raise BudgetError("No channel of this model can be removed.", hint=reasons(selector.analysis))
         curves = self._curves(context, selector)
         sensitivity = None if curves else self._output_sensitivity(context, selector)
-        return SearchProblem.of(self.context, selector, targets, table, curves, sensitivity)
+        self._unrounded = partial(SearchProblem.of, self.context, selector, targets, table, curves, sensitivity)
+        return self._unrounded()
 
     def _curves(self, context: Context, selector: Selector) -> Curves | None:
         """Return measured losses by group, where they were requested."""
@@ -409,14 +418,40 @@ class Search:
                     continue  # recovery added to the size: keep a little less, before the effort of all data
             evaluated += self._refined(problem, evaluated, best)
             best = _best(evaluated)[0] if evaluated else best
+            remarks = self._rounding_costs(problem, best, evaluated)
             self._at = "final", 0, 1
             final = self._evaluate(problem, best, trial=False)
             best = problem.with_costs_of(best, final)
             over = problem.over(best)
             if all(share <= 1 + tolerance(kind) for kind, share in over.items()):
-                return SearchResult(problem, evaluated, best, final)
+                return SearchResult(problem, evaluated, best, final, remarks=remarks)
             problem = problem.tightened(over)
         raise BudgetErrors(problem).missed(best)
+
+    def _rounding_costs(self, problem: SearchProblem, best: Candidate, evaluated: Sequence[Evaluated]) -> list[str]:
+        """Return a remark where multiples that the device likes cost much quality, by one candidate without them."""
+        of_device = problem.selector.rounding is not None and problem.table is None and best.factorize is None
+        if not of_device or self.spec.trials == 0 or self.spec.metric is not None or self._unrounded is None:
+            return []
+        if self.mode == "none" or self.context.effort.candidates < 2:
+            return []
+        answers, tried = list(self._answers), list(self._tried)
+        self._at = "trials", 0, 1
+        try:
+            rounded = _best(evaluated)[1] if evaluated else self._evaluate(problem, best)
+            candidates = replace(self._unrounded(rounded=False), lead=problem.lead).candidates()
+            if rounded.quality.fine > -_MUCH or not candidates:
+                return []
+            free = self._evaluate(problem, candidates[0])
+        finally:
+            self._answers, self._tried = answers, tried  # nobody asked for that one
+        if free.quality.fine < _CLEARLY * rounded.quality.fine:
+            return []
+        return [
+            f"multiples of channels that kernels here like cost accuracy: without them ({argument('round_to', 1)}) a "
+            f"trial kept {free.quality.points:.1f} in place of {rounded.quality.points:.1f} points at the same target; "
+            "it may be slower"
+        ]
 
     def _candidates(self, problem: SearchProblem) -> list[Candidate]:
         """Return the candidates to compare, as many as the effort allows."""

@@ -21,7 +21,7 @@ from onnxprune.errors import UsageError, argument, nearest
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.prepared import cut_model
-from onnxprune.passes.recover import Recover, loss
+from onnxprune.passes.recover import Recover, noise
 from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import Context, Model, PassResult, Progress, apply
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Sizes
@@ -52,9 +52,10 @@ class Quality:
 
 
 def _of_fidelity(facts: Fidelity) -> Quality:
-    """Return the quality without a metric: points are those of the worst answer, ``fine`` counts all answers."""
+    """Return the quality without a metric: points are those of the worst answer, ``fine`` is the distance of all."""
     points = math.nan if facts.points is None else facts.points
-    return Quality(points, -loss(facts), facts)
+    distances = [answer.distance for answer in facts.answers] or [noise(facts)]
+    return Quality(points, -sum(distances) / len(distances), facts)
 
 
 def points_name(metric: Metric | None) -> str:

@@ -112,6 +112,8 @@ class SearchProblem:
         table: LatencyTable | None = None,
         curves: Curves | None = None,
         sensitivity: Mapping[int, NDArray[np.float64]] | None = None,
+        *,
+        rounded: bool = True,
     ) -> SearchProblem:
         """Build the problem of one model.
 
@@ -122,6 +124,7 @@ class SearchProblem:
             table: of times.
             curves: measured losses {group: (shares removed, losses)}, where there are any.
             sensitivity: scores [units] by group that sum to the group's output sensitivity, if measured.
+            rounded: whether groups keep multiples that the device likes.
 
         Raises:
             UsageError: the model has no cost of a target's kind.
@@ -129,7 +132,7 @@ class SearchProblem:
         scored = selector.pool()
         groups = [selector.analysis.units.groups[n] for n in scored]
         free = table is not None and selector.request.round_to in (1, AUTO)
-        if free:  # the table knows better than the multiples of a device
+        if free or not rounded:  # the table knows better than the multiples of a device
             scored = {g.id: replace(scored[g.id], counts=counts_of(g, selector.request)) for g in groups}
         sizes = Sizes(selector.analysis, groups)
         costs = {t.kind: _cost(sizes, t.kind, table) for t in targets}

@@ -62,3 +62,16 @@ def test_measuring_is_cut_short_for_large_models() -> None:
     assert 0 < len(shares) < len(SHARES) and samples >= 16
     assert measuring_effort(1e9, [64] * 5000) is None
     assert trials_of(0) > trials_of(1e8) > trials_of(1e9) == 0
+
+
+def test_a_budget_says_what_multiples_of_kernels_cost() -> None:
+    net = Net(17, seed=SEED)
+    x = net.input("x", ["N", 3, 8, 8])
+    for before, after in ((3, 16), (16, 32), (32, 16)):
+        x = net.op("Relu", net.conv(x, before, after))
+    model = net.model(net.linear(net.op("Flatten", net.op("GlobalAveragePool", x)), 16, 8, gemm=True))
+    images = {"x": np.random.default_rng(0).standard_normal((128, 3, 8, 8)).astype(np.float32)}
+    report = op.prune(model, target="macs=0.5", data=images, trials=1, device="avx512", latency=False).report
+    (remark,) = (text for text in report.warnings if "multiples" in text)
+    assert "round_to=1" in remark
+    assert report.budget is not None and sum(answer.chosen for answer in report.budget.answers) == 1

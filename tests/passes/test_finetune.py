@@ -251,5 +251,7 @@ def test_with_many_samples_it_runs_by_itself(
     result = op.prune(net(), ratio=0.6, criterion="l2", data=data, latency=False, **arguments)
     facts = result.report.finetuning
     assert (0 if facts is None else facts.steps) == steps
+    left_out = "training towards the original" in result.report.left_out
+    assert left_out == (arguments.get("effort") == "quick")
     if facts is not None:
         assert facts.after.points >= facts.before.points

@@ -47,6 +47,10 @@ class Measure(ABC):
     def lost(self) -> str:
         """Say what was lost in a few words."""
 
+    def is_coarse(self) -> bool:
+        """Return whether the share counts answers of which a sample has one, so that few samples resolve little."""
+        return False
+
 
 def measure_of(reading: Reading, first: Sequence[Feed]) -> Measure:
     """Return the measure of an answer.
@@ -94,6 +98,10 @@ class ByWidth(Measure):
             return math.nan
         weights = [self._samples[width] for width in shares]
         return float(np.average(list(shares.values()), weights=weights))
+
+    def is_coarse(self) -> bool:
+        """Return whether the measure of any width is."""
+        return any(measure.is_coarse() for measure in self._measures.values())
 
     def lost(self) -> str:
         """Say what the width lost that lost most."""
@@ -194,6 +202,10 @@ class Classes(Measure):
         if self.broken:
             return 0.0
         return (self.answers() + self.distributions()) / 2 if self.rows else math.nan
+
+    def is_coarse(self) -> bool:
+        """Return whether there is one position per sample."""
+        return not self.dense and not self.broken
 
     def lost(self) -> str:
         """Say how often the class is another one."""

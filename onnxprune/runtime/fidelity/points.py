@@ -207,7 +207,7 @@ class _Judge:
         # What only one of the models has, or has at times, is no answer that stayed.
         judged = {name for reading, _ in self.measures for name in reading.outputs}
         broken = {name: self.sums[name].broken for name in outputs if name not in judged and self.sums[name].broken}
-        answers += [AnswerFidelity([name], "", 0.0, why) for name, why in broken.items()]
+        answers += [AnswerFidelity([name], "", 0.0, why, 1.0) for name, why in broken.items()]
         points = min((answer.points for answer in answers), default=None)
         return Fidelity(list(outputs.values()), samples, source, "; ".join(notes), points, answers)
 
@@ -224,7 +224,8 @@ class _Judge:
                 output.cosine = output.centred_cosine = points / 100
         if reading.kind == "state" or not own or math.isnan(share):
             return None
-        return AnswerFidelity(list(reading.outputs), reading.kind, points, measure.lost())
+        distance = sum(o.noise for o in own) / len(own) if measure.is_coarse() else 1 - points / 100
+        return AnswerFidelity(list(reading.outputs), reading.kind, points, measure.lost(), distance)
 
     def _is_listed(self, name: str) -> bool:
         """Return whether an output is a list of detections or indices, whose length may change."""
