@@ -162,3 +162,13 @@ def test_known_outputs_stay_within_their_limit() -> None:
     known.add({"x": np.zeros(1)}, {"y": np.zeros(2)})
     known.add({"x": np.ones(1)}, {"y": np.zeros(2)})
     assert known.get({"x": np.zeros(1)}) is not None and known.get({"x": np.ones(1)}) is None
+
+
+def test_candidates_are_compared_by_more_than_answers_on_a_few_samples() -> None:
+    feeds = [{"x": np.random.default_rng(2).standard_normal((64, 3)).astype(np.float32)}]
+    same_answers = fidelity(IDENTITY, through("y = Mul(x, two)"), feeds)
+    (answer,) = same_answers.answers
+    assert answer.kind == "classes" and same_answers.outputs[0].top1 == 1.0
+    assert answer.distance == pytest.approx(same_answers.outputs[0].noise) and answer.distance == pytest.approx(1.0)
+    (values,) = fidelity(IDENTITY, through("y = Mul(x, two)"), feeds, outputs={"y": ("embedding", None)}).answers
+    assert values.distance == pytest.approx(1 - values.points / 100)
