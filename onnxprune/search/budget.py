@@ -55,6 +55,7 @@ from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated,
 from onnxprune.search.refine import Refine, cuts
 from onnxprune.search.sensitivity import measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
+from onnxprune.search.workers import evaluate_together
 from onnxprune.settings import named_arguments
 from onnxprune.targets import Target
 
@@ -472,8 +473,8 @@ class Search:
         if len(candidates) < 2 and not self.spec.factorize:
             return [], problem
         with self.context.stage("candidates"):
-            evaluated = []
-            for number, candidate in enumerate(candidates):
+            evaluated = self._evaluated_apart(problem, candidates)
+            for number, candidate in enumerate(candidates[len(evaluated) :]):
                 self._at = "candidates", number, len(candidates)
                 evaluated.append((candidate, self._evaluate(problem, candidate)))
         with_source = [pair for pair in evaluated if pair[0].source]
@@ -483,6 +484,18 @@ class Search:
         if mixture is not None:
             evaluated += mixture.trials(problem, self._judge(problem, "candidates", 1))
         return evaluated, problem
+
+    def _evaluated_apart(self, problem: SearchProblem, candidates: Sequence[Candidate]) -> list[Evaluated]:
+        """Recover candidates from a few samples in workers; none where joblib has one worker only."""
+        settings: dict[str, Any] = {"mode": self.mode, "metric": self.spec.metric, "jobs": self.spec.jobs}
+        removals = [candidate.removed for candidate in candidates]
+        evaluations = evaluate_together(self.context, problem.analysis, removals, **settings) or ()
+        evaluated: list[Evaluated] = []
+        for pair in zip(candidates, evaluations, strict=False):
+            evaluated.append(pair)
+            self._answers.append(pair)
+            self._work.part("candidates", len(evaluated) / len(candidates))
+        return evaluated
 
     def _refined(self, problem: SearchProblem, evaluated: Sequence[Evaluated], best: Candidate) -> list[Evaluated]:
         """Return candidates around the best one; by default only with recovery and where quality was lost."""

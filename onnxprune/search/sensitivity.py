@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from onnxprune.allocation.knapsack import VERSION, GroupCurve, Sensitivity
@@ -25,12 +23,10 @@ from onnxprune.io.files import user_cache
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
 from onnxprune.passes.recover import noise
 from onnxprune.passes.select import Selector
-from onnxprune.pipeline import Context, RunSettings
+from onnxprune.pipeline import Context
 from onnxprune.runtime import sessions
-from onnxprune.runtime.capture import count
-from onnxprune.runtime.fidelity import Outputs
-from onnxprune.runtime.sessions import Feed
 from onnxprune.search.evaluation import Metric, evaluate, points_name, points_of_original
+from onnxprune.search.workers import WorkerRun, unpacked
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 """Default shares of a group's units to prune."""
@@ -39,45 +35,37 @@ _MAX_VALIDATION = 64
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The input of a worker that prunes one group alone at several shares and measures; it can be pickled.
+    """The input of a worker that prunes one group alone at several shares and measures.
 
     Attributes:
-        model: path or bytes.
-        feeds: inputs to recover from and to evaluate on; None for synthetic inputs.
-        removed: {share: packed mask over atoms}.
+        run: the run that the worker opens.
+        mode: mode of the recovery.
+        metric: the user's metric, None for fidelity.
         atoms: number of atoms.
+        removed: {share: packed mask over atoms}.
     """
 
-    model: str | bytes
-    input_shapes: Mapping[str, Sequence[int]] | None
-    feeds: tuple[Feed, ...] | None
-    approximate: bool
-    reshape_axis: str
+    run: WorkerRun
     mode: str
     metric: Metric | None
-    seed: int
     atoms: int
     removed: dict[float, bytes]
-    libraries: tuple[str, ...] = ()
-    outputs: Outputs | None = None
 
 
 def run_job(job: Job) -> list[tuple[float, float, str]]:
     """Return (noise, points, name of the points) for every share; runs in a worker."""
-    with sessions.custom_ops(job.libraries):
+    with sessions.custom_ops(job.run.libraries):
         return _measured(job)
 
 
 def _measured(job: Job) -> list[tuple[float, float, str]]:
-    context = _context(_Key(job))
-    analysis = context.analysis.with_reshape_axis(job.reshape_axis)
+    context, analysis = job.run.open()
     points = []
     for packed in job.removed.values():
-        removed = np.unpackbits(np.frombuffer(packed, np.uint8), count=job.atoms).astype(bool)
         quality = evaluate(
             context,
             analysis,
-            removed,
+            unpacked(packed, job.atoms),
             mode=job.mode,
             metric=job.metric,
             split=TrialSplit(max_validation=_MAX_VALIDATION),
@@ -86,36 +74,6 @@ def _measured(job: Job) -> list[tuple[float, float, str]]:
         assert quality.fidelity is not None
         points.append((noise(quality.fidelity), quality.points, points_name(job.metric)))
     return points
-
-
-class _Key:
-    """A job as a key of the cache below: jobs of one model are equal, whatever they prune."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self._same = (job.model, repr(job.input_shapes), job.approximate, job.reshape_axis, job.seed, repr(job.outputs))
-
-    def __hash__(self) -> int:
-        return hash(self._same)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._same == other._same and _alike(self.job.feeds, other.job.feeds)
-
-
-def _alike(left_feeds: tuple[Feed, ...] | None, right_feeds: tuple[Feed, ...] | None) -> bool:
-    if left_feeds is None or right_feeds is None:
-        return left_feeds is right_feeds
-    pairs = zip(left_feeds, right_feeds, strict=False)
-    return len(left_feeds) == len(right_feeds) and all(np.array_equal(a[n], b[n]) for a, b in pairs for n in a)
-
-
-@lru_cache(maxsize=1)
-def _context(key: _Key) -> Context:
-    """Return the run of one model, analysed once per worker."""
-    job = key.job
-    data = None if job.feeds is None else list(job.feeds)
-    run = RunSettings(data=data, seed=job.seed, input_shapes=job.input_shapes, outputs=job.outputs)
-    return Context.of(job.model, run, approximate=job.approximate)
 
 
 def measure_sensitivity(
@@ -153,7 +111,7 @@ def measure_sensitivity(
             if cached.settings == json.loads(json.dumps(settings)):
                 return cached
     ranked = selector.pool()
-    feeds = _feeds(context, selector)
+    worker_run = WorkerRun.of(context, analysis, MAX_TRIAL + _MAX_VALIDATION)
     work: list[tuple[GroupCurve, Job]] = []
     for number, ranked_group in ranked.items():
         group = analysis.units.groups[number]
@@ -162,7 +120,8 @@ def measure_sensitivity(
         if masks:
             view = next(g for g in analysis.groups if g.id == number)
             curve = GroupCurve(number, view.name, group.size, list(masks))
-            work.append((curve, _job(context, selector, mode, metric, feeds, masks)))
+            packed = {share: np.packbits(mask).tobytes() for share, mask in masks.items()}
+            work.append((curve, Job(worker_run, mode, metric, next(iter(masks.values())).size, packed)))
     if not work:
         raise BudgetError(
             "No channel of the selected layers can be removed.",
@@ -193,49 +152,6 @@ def _mask(selector: Selector, number: int, count: int) -> NDArray[np.bool_]:
     return removed_atoms(selector.analysis.units, removed)
 
 
-def _job(
-    context: Context,
-    selector: Selector,
-    mode: str,
-    metric: Metric | None,
-    feeds: tuple[Feed, ...] | None,
-    masks: dict[float, NDArray[np.bool_]],
-) -> Job:
-    source = context.source
-    model = source.SerializeToString() if isinstance(source, onnx.ModelProto) else source
-    packed = {share: np.packbits(mask).tobytes() for share, mask in masks.items()}
-    atoms = next(iter(masks.values())).size
-    model_source = model if isinstance(model, bytes) else str(Path(model).resolve())
-    axis, approximate = selector.analysis.reshape_axis, selector.analysis.approximate
-    return Job(
-        model_source,
-        context.input_shapes,
-        feeds,
-        approximate,
-        axis,
-        mode,
-        metric,
-        context.seed,
-        atoms,
-        packed,
-        sessions.libraries(),
-        context.outputs,
-    )
-
-
-def _feeds(context: Context, selector: Selector) -> tuple[Feed, ...] | None:
-    """Return the data for workers: enough to recover from and to evaluate on."""
-    if context.calibration is None:
-        return None
-    feeds, num_samples = [], 0
-    for feed in CalibrationBatches(context, selector.analysis).batches():
-        feeds.append(feed)
-        num_samples += count(feed)
-        if num_samples >= MAX_TRIAL + _MAX_VALIDATION:
-            break
-    return tuple(feeds)
-
-
 def _settings(
     context: Context, selector: Selector, mode: str, metric: Metric | None, shares: Sequence[float]
 ) -> dict[str, Any]:
@@ -260,7 +176,8 @@ def _cache_file(context: Context, sha256: str, settings: dict[str, Any], metric:
     code = "" if metric is None else _source_of(metric)
     if data is None or code is None:
         return None
-    key = json.dumps([VERSION, sha256, settings, data, code, context.seed, repr(context.input_shapes)], sort_keys=True)
+    run = context.seed, context.effort.name, repr(context.input_shapes)
+    key = json.dumps([VERSION, sha256, settings, data, code, *run], sort_keys=True)
     folder = context.cache or user_cache()
     return folder / f"sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 

@@ -14,6 +14,8 @@ import onnxprune as op
 from onnxprune.allocation.knapsack import GroupCurve, Sensitivity, by_curves, by_scores
 from onnxprune.allocation.ranked import RankedGroup
 from onnxprune.errors import UsageError
+from onnxprune.search import budget
+from onnxprune.search.evaluation import evaluate
 
 MODELS = Path(__file__).parents[2] / "models"
 DIGITS = MODELS / "digits_calibration.npz"
@@ -72,15 +74,41 @@ def test_backends_of_joblib_agree(backend: str, tmp_path: Path) -> None:
         assert one.noise == pytest.approx(other.noise, rel=1e-3, abs=1e-7)
 
 
+def budgeted() -> tuple[dict[str, float], int]:
+    """Losses by candidate, and how many were evaluated in this process."""
+    here: list[Any] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        here.append(options["split"])
+        return evaluate(*args, **options)
+
+    given: dict[str, Any] = {"data": DIGITS, "samples": 96, "recover": "bn", "trials": 0, "latency": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "evaluate", counted)
+        facts = op.prune(MODELS / "recurrent.onnx", target="macs=0.6", **given).report.budget
+    assert facts is not None
+    return {a.name: a.fine for a in facts.answers}, sum(split is not None for split in here)
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_candidates_of_a_budget_are_spread_as_well(backend: str) -> None:
+    (alone, here) = budgeted()
+    assert here == len(alone) > 1
+    with joblib.parallel_config(backend=backend, n_jobs=2):
+        spread, here = budgeted()
+    assert here == 0 and spread == pytest.approx(alone, rel=1e-3, abs=1e-7)
+
+
 def test_a_cluster_of_dask(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
-    alone = measured(cache=tmp_path / "one")
+    alone, losses = measured(cache=tmp_path / "one"), budgeted()[0]
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         distributed.Client(cluster),
         joblib.parallel_config(backend="dask"),
     ):
         spread = measured(cache=tmp_path / "two")
+        assert budgeted() == (pytest.approx(losses, rel=1e-3, abs=1e-7), 0)
     for one, other in zip(alone.curves, spread.curves, strict=True):
         assert one.noise == pytest.approx(other.noise, rel=1e-3, abs=1e-7)
 
