@@ -28,6 +28,7 @@ from onnxprune.passes import (
     Pipeline,
     Prune,
     Recover,
+    RemoveDead,
     Result,
     Sparsify,
     StoreZeros,
@@ -48,7 +49,7 @@ from onnxprune.search.latency import LatencyProfile, describe_times, latency_tab
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
 from onnxprune.search.sweep import sweep as run_sweep
-from onnxprune.settings import called, default, has_budget, record_of
+from onnxprune.settings import called, check_dead_alone, default, has_budget, record_of
 from onnxprune.sparsification.scores import GRADIENTS as GRADIENT_SCORES
 from onnxprune.sparsification.settings import Options as SparseOptions
 from onnxprune.targets import Target, parse
@@ -64,6 +65,7 @@ def prune(
     ratio: float | None = None,
     depth: float | None = None,
     plan: Plan | str | Path | None = None,
+    remove_dead: bool = False,
     layers: Mapping[str, float] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -122,6 +124,8 @@ def prune(
         depth: residual branches to remove as a whole, a number from 1 or the share of all, 0 < depth < 1: those whose
             removal changes the outputs on ``data`` least, see :class:`onnxprune.passes.Depth`. None: none.
         plan: a plan or its file, replayed instead of scoring; None: score.
+        remove_dead: remove only units that change no output, whatever the inputs are, in place of a ratio, see
+            :class:`onnxprune.passes.RemoveDead`; False.
         layers: {glob over node or weight names: ratio}, 0 <= ratio < 1; the last match applies. None: ``ratio``
             everywhere.
         include: globs; only groups with a node or weight of such a name are pruned. Empty: all groups.
@@ -214,16 +218,22 @@ def prune(
             result.save("small.onnx")
     """
     options, run = record_of(Options, locals()), record_of(RunSettings, locals())
-    searches = has_budget({"target": target, "max_drop": max_drop, "ratio": ratio, "plan": plan, "layers": layers})
+    amounts = {"target": target, "max_drop": max_drop, "ratio": ratio, "plan": plan, "layers": layers}
+    searches = has_budget({**amounts, "remove_dead": remove_dead})
     quality = (metric, max_drop) if searches else (None, None)
     spec = BudgetSpec.of(
         target, min_fidelity, *quality, latency_table, sensitivity, jobs, factorize=factorize, trials=trials
     )
     mode_and_reason = mode, reason = settle_mode(recover, data is not None, validate)
     common = {"approximate": approximate, **options.arguments}
-    if spec.any:
+    first: Any
+    if remove_dead:
+        patterns = {"include": include or None, "exclude": exclude or None}
+        check_dead_alone({**amounts, **patterns, "criterion": criterion, "depth": depth, "max_drop": None})
+        first, mode_and_reason = RemoveDead(check=validate), ("none", "nothing is lost")
+    elif spec.any:
         _alone(ratio, plan)
-        first: Any = Budget(spec, criterion, recover=mode, why=reason, **common)
+        first = Budget(spec, criterion, recover=mode, why=reason, **common)
     else:
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion, share, plan=plan, **common)
@@ -234,8 +244,9 @@ def prune(
     _check_labels(labels, first, tuned)
     by_default = finetune is None and mode_and_reason == ("full", "data was given")
     trained = [ShortFinetune()] if by_default else tuned
-    locks = _locking(pattern_lock, mode, tuned)
+    locks = _locking(pattern_lock, mode_and_reason[0], tuned)
     stages = [*locks, *shorter, *_stages(first, mode_and_reason, validate, validate and latency, trained)]
+    stages = [Flush(), *stages] if remove_dead else stages  # what is next to 0 may be all that a unit has
     pipe = Pipeline(stages if searches else [*stages, *_measures(metric)])
     result = pipe.execute(model, run)
     if spec.any:
@@ -315,7 +326,7 @@ def _locking(lock: bool | None, recover: str, tuned: Sequence[Finetune]) -> list
 
 def _check_labels(labels: Any, first: Any, tuned: Sequence[Finetune]) -> None:
     """Refuse labels that nothing reads; raises UsageError."""
-    criterion = None if first is None else first.criterion
+    criterion = getattr(first, "criterion", None)
     criterion = get(criterion) if isinstance(criterion, str) else criterion
     scores_gradients = criterion is not None and set(needs_of(criterion)) & set(GRADIENTS)
     if labels is not None and not tuned and not scores_gradients:

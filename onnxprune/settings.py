@@ -772,7 +772,7 @@ def has_budget(values: Mapping[str, Any]) -> bool:
 
     Beside a ratio, a plan or ratios of layers, ``max_drop`` is a gate.
     """
-    decided = any(values.get(name) for name in ("plan", "layers")) or values.get("ratio") is not None
+    decided = any(values.get(name) for name in ("plan", "layers", "remove_dead")) or values.get("ratio") is not None
     return bool(values.get("target")) or (values.get("max_drop") is not None and not decided)
 
 
@@ -1073,6 +1073,15 @@ SETTINGS: tuple[Setting, ...] = (
             "sensitivity": {"help": f"{_NO_LAYER_NORM}."},
             "sweep": {"help": f"{_NO_LAYER_NORM}."},
         },
+    ),
+    Setting(
+        "remove_dead",
+        Flag(),
+        "Remove only units that change no output, whatever the inputs are, in place of a ratio; constants that they "
+        "add become part of biases.",
+        {"prune": WHAT},
+        False,
+        conflicts=_BUDGET,
     ),
     Setting(
         "plan",
@@ -1806,6 +1815,23 @@ def check_needs(command: str, values: Mapping[str, Any]) -> None:
             continue
         if not CONDITIONS[need.of](values):
             raise UsageError(f"{argument(name)} {need.because}", hint=need.hint)
+
+
+def check_dead_alone(chosen: Mapping[str, Any]) -> None:
+    """Reject arguments that choose units beside ``remove_dead``, which leaves no choice.
+
+    Args:
+        chosen: values of such arguments, by name; a ratio of 0 and None choose nothing.
+
+    Raises:
+        UsageError: there is one.
+    """
+    name = next((n for n, value in chosen.items() if value is not None and not (n == "ratio" and value == 0)), "")
+    if name:
+        raise UsageError(
+            f"{argument(name)} has no meaning with {argument('remove_dead')}, which removes what changes no output",
+            hint=f"Drop one of the two; to prune further, give the result to a second run with {argument(name)}.",
+        )
 
 
 def called(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

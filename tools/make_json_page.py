@@ -308,6 +308,13 @@ MEANINGS = {
         "undone": "whether nothing was better than before",
         "stopped": "why it ended early; empty: it did not",
     },
+    "DeadChannels": {
+        "units": "units of all groups that can be pruned",
+        "found": "units among these whose removal changes no output",
+        "removed": "those that are gone: groups keep their form, and a unit",
+        "folded": "constant channels that became part of a bias",
+        "reasons": "why constant channels stay, by the node that reads them",
+    },
     "SweepPoint": {
         "target": "target of the model; empty for the original",
         "macs": "multiply-accumulates",
@@ -384,6 +391,7 @@ CLASSES += [
     facts.Repair,
     facts.Finetuning,
     facts.BranchFacts,
+    facts.DeadChannels,
     facts.FactorizedLayer,
     facts.SparsifiedLayer,
     facts.ZerosFacts,

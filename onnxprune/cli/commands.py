@@ -208,11 +208,12 @@ def _cut(given: Given, screen: Screen) -> Any:
 
     arguments = dict(given.arguments)
     only_depth = given.depth is not None and "ratio" not in given.said
-    if given.has_budget or given.plan is not None or only_depth:
+    if given.has_budget or given.plan is not None or only_depth or given.remove_dead:
         arguments["ratio"] = None
     if not given.has_budget:
         arguments |= dict.fromkeys(_GATES)  # they apply to what is shown first
-    if not arguments["validate"] and arguments["criterion"] is None and not given.has_budget:
+    fixed = given.has_budget or given.remove_dead
+    if not arguments["validate"] and arguments["criterion"] is None and not fixed:
         arguments["criterion"] = "l2"  # the default for data runs the model
     if given.dry_run and not given.has_budget:
         arguments |= {"validate": False, "recover": "none", "metric": None}
@@ -248,7 +249,7 @@ def _try_smaller(given: Given, screen: Screen, report: Report, took: float) -> N
     """
     verdict = report.verdict
     decided = given.has_budget or given.plan is not None or given.layers or given.dry_run or given.data is None
-    decided = decided or given.depth is not None or given.effort == "quick"
+    decided = decided or given.depth is not None or given.remove_dead or given.effort == "quick"
     if decided or verdict is None or verdict.word == "faithful" or report.interrupted:
         return
     each, begin = took - report.seconds.get("latency", 0.0), monotonic()
@@ -280,7 +281,7 @@ def _points_at(given: Given, ratio: float) -> float:
 
 def _advise(given: Given, report: Report) -> None:
     """Warn where a cut was asked for and nothing was cut: a run that changes nothing must not look like a success."""
-    some = given.ratio > 0 or any(share > 0 for _, share in given.layers)
+    some = not given.remove_dead and (given.ratio > 0 or any(share > 0 for _, share in given.layers))
     asked = given.plan is None and not given.has_budget and some
     if asked and report.totals.params_before == report.totals.params_after:
         report.warnings.append(
@@ -293,7 +294,7 @@ def _asked(given: Given, names: Sequence[str]) -> float | None:
 
     0 where a plan, a budget or a threshold over several groups decides; None when the group is excluded.
     """
-    if given.plan is not None or given.has_budget:
+    if given.plan is not None or given.has_budget or given.remove_dead:
         return 0.0
     if _match(names, given.exclude) or (given.include and not _match(names, given.include)):
         return None

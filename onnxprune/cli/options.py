@@ -27,6 +27,7 @@ from onnxprune.settings import (
     Targets,
     Whole,
     Word,
+    check_dead_alone,
     check_needs,
     has_budget,
     options_of,
@@ -289,6 +290,9 @@ class Given:
                 f"{argument(by_plan.name)} has no meaning with {argument('plan')}",
                 hint="The plan already lists all changes: drop one of the two.",
             )
+        if self.values.get("remove_dead"):
+            chosen = [s for s in typed if "plan" in s.conflicts and s.name != "remove_dead"]
+            check_dead_alone({s.name: self.values[s.name] for s in chosen})
         by_budget = next((s for s in typed if "budget" in s.conflicts), None)
         if self.has_budget and by_budget is not None:
             name = argument("target" if self.values.get("target") else "max_drop")

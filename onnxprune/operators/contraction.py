@@ -89,6 +89,7 @@ class MatMul(Rule):
     """Batched matrix product; the summed axes are united, heads on batch axes are aligned."""
 
     weights = (0, 1)
+    multiplies = True
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the sizes of both operands."""
@@ -164,6 +165,7 @@ class Gemm(Rule):
     """alpha * A' B' + beta * C with optional transposes."""
 
     weights = (0, 1)
+    multiplies = True
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the summed sizes."""
@@ -222,6 +224,7 @@ class Einsum(Rule):
     """Einsum without repeated subscripts inside one operand."""
 
     weights = tuple(range(8))
+    multiplies = True
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the sizes of every letter."""

@@ -47,6 +47,11 @@ class Form(ABC):
     def key(self) -> Hashable:
         """Return a key: operators with equal keys unfold the same data into the same columns."""
 
+    @property
+    def is_uniform(self) -> bool:
+        """Return whether a channel that is the same everywhere has the same columns everywhere, borders included."""
+        return True
+
     @abstractmethod
     def columns(self, data: Array, pick: Picked = None) -> Array:
         """Unfold the data into [parts, rows, channels / parts * taps], only the rows in ``pick`` where given."""
@@ -317,6 +322,13 @@ class Windows(Form):
         """Return a key of the layout of the windows."""
         return "windows", self.kernel, self.strides, self.dilations, self.pads, self.parts
 
+    @property
+    def is_uniform(self) -> bool:
+        """Return whether no window reaches beyond the data, at whatever size."""
+        if isinstance(self.pads, str):
+            return self.pads == "VALID" or self.taps == 1
+        return not any(self.pads)
+
     def _pairs(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
         """Return the padding before and after every spatial axis."""
         rank = len(self.kernel)
@@ -451,6 +463,11 @@ class Transposed(Windows):
     def key(self) -> Hashable:
         """Return a key of the layout of the windows."""
         return "transposed", super().key, self.output_padding
+
+    @property
+    def is_uniform(self) -> bool:
+        """Return whether every output reads one position: others read more of them inside than at the border."""
+        return self.taps == 1 and set(self.strides) == {1} and not any((*self.pads, *self.output_padding))
 
     def columns(self, data: Array, pick: Picked = None) -> Array:
         """Unfold the data, one row per position of the output."""

@@ -169,6 +169,9 @@ class Rule:
     factoring: Factoring | None = None
     """Weight as a kernel, and the nodes that take the operator's place; None where it cannot be factorized."""
 
+    multiplies: bool = False
+    """Whether the contracted axes are those of the factors of one product, which is 0 where any of them is."""
+
     makes_labels: bool = False
     """Whether the operator creates channels, so that it is called also without labelled inputs."""
 

@@ -555,6 +555,23 @@ def _never(_name: str) -> bool:
     return False
 
 
+def layer_target(graph: Graph, node: Node, shape: Shapes) -> RecoveryTarget | str:
+    """Return one contraction as a target whose weights can be read and written, or why they cannot be changed.
+
+    Args:
+        graph: graph with the contraction.
+        node: node of the contraction.
+        shape: function that returns the shape of a tensor.
+    """
+    form = _form(graph, node, shape)
+    if form is None:
+        return "its weight is computed from other tensors"
+    constants = _own(graph, node, form)
+    if isinstance(constants, str):
+        return constants
+    return RecoveryTarget(node, form, InvertiblePath(node.outputs[0]), 0, *constants)
+
+
 def _form(graph: Graph, node: Node, shape: Shapes) -> Form | None:
     """Return the node as a product of data and a constant weight."""
     form: Form | None = None

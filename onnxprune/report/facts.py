@@ -660,6 +660,8 @@ class Report:
     """The zeros of a model that was sparsified, and what they are worth; None for others."""
     product: Exactness | None = None
     """Whether factorized layers compute the product of their weights; None where there are none."""
+    dead: DeadChannels | None = None
+    """Units whose removal changes no output; null where none were looked for."""
     flushed: int = 0
     """Values of weights that were subnormal and are 0 now."""
     warnings: list[str] = field(default_factory=list)
@@ -849,6 +851,22 @@ class Flushed:
 
 
 @dataclass(frozen=True, slots=True)
+class DeadChannels:
+    """Units whose removal changes no output.
+
+    ``units``: units of all groups that can be pruned; ``found``: dead ones among these; ``removed``: those that are
+    gone, as far as groups keep their form and a unit; ``folded``: constant channels that became part of a bias;
+    ``reasons``: why constant channels stay, by the node that reads them.
+    """
+
+    units: int
+    found: int
+    removed: int
+    folded: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Remark:
     """A warning for the user, as a sentence."""
 
@@ -887,6 +905,7 @@ Fact = (
     | Recovered
     | Finetuning
     | Flushed
+    | DeadChannels
     | Remark
     | Timings
     | Exactness
@@ -948,6 +967,7 @@ def _add(report: Report, fact: Fact) -> None:
 
 
 _PLACES: dict[type, str] = {
+    DeadChannels: "dead",
     Exactness: "exactness",
     ZerosFacts: "zeros",
     Fidelity: "fidelity",

@@ -18,6 +18,7 @@ from onnxprune.report.facts import (
     SHARES,
     BranchFacts,
     BudgetFacts,
+    DeadChannels,
     Exactness,
     FactorizedLayer,
     Fidelity,
@@ -192,6 +193,19 @@ def flushed(values: int) -> list[Text]:
     return [
         Text.assemble(("flushed   ", "bold"), f"{values:,} {what} set to 0, too small for fast arithmetic (subnormal)")
     ]
+
+
+def dead(facts: DeadChannels | None) -> list[Text]:
+    """Render a line about dead units, and one for every layer that keeps some."""
+    if facts is None:
+        return []
+    parts = [f"{facts.found:,} of {facts.units:,} units change no output"]
+    parts += [f"{facts.removed:,} were removed"] if facts.found else []
+    parts += [f"{facts.folded:,} constants became part of a bias"] if facts.folded else []
+    lines = [Text.assemble(("dead      ", "bold"), "; ".join(parts))]
+    lines += [Text(f"          {name}: {why}", style="dim") for name, why in list(facts.reasons.items())[:4]]
+    more = len(facts.reasons) - 4
+    return lines + ([Text(f"          and {more} more layers", style="dim")] if more > 0 else [])
 
 
 def _listed(sizes: Sequence[int]) -> str:
