@@ -297,7 +297,7 @@ def _nonzero_constants(constants: Constants, component: Ids, name: str, label: L
         return np.zeros(0, np.int64)
     here = known.known & (known.value != 0)
     shape = np.broadcast_shapes(label.ids.shape, here.shape)
-    return np.broadcast_to(component[label.ids], shape)[np.broadcast_to(here, shape)]
+    return np.asarray(np.broadcast_to(component[label.ids], shape)[np.broadcast_to(here, shape)])
 
 
 def _summed(product: Product, step: Step) -> set[int]:
