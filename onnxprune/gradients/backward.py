@@ -185,9 +185,18 @@ def _read(node: Node) -> list[str]:
     return names
 
 
-def inference_graph(graph: StaticGraph, tape: Tape, outputs: Sequence[str]) -> onnx.ModelProto:
-    """Return the model that gives some tensors of a static graph, or what was computed from them on a tape."""
-    return _model(graph, tape, outputs, (), ())
+def inference_graph(
+    graph: StaticGraph, tape: Tape, outputs: Sequence[str], variables: Collection[str] = ()
+) -> onnx.ModelProto:
+    """Return the model that gives some tensors of a static graph, or what was computed from them on a tape.
+
+    Args:
+        graph: the graph.
+        tape: nodes behind it.
+        outputs: the tensors.
+        variables: weights that are inputs of the model.
+    """
+    return _model(graph, tape, outputs, (), variables)
 
 
 def _model(

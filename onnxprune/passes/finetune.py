@@ -36,7 +36,7 @@ from onnxprune.settings import effort_of, named_arguments
 from onnxprune.train.augment import Augmentation
 from onnxprune.train.curvature import CALLS, Curvature
 from onnxprune.train.loop import Course, Effort, train
-from onnxprune.train.losses import BALANCE, Losses
+from onnxprune.train.losses import BALANCE, OFFSET, Losses
 from onnxprune.train.parameters import Head, bottlenecks, trainable
 from onnxprune.train.step import Adam, Parameters, Step, step_sizes
 
@@ -53,6 +53,9 @@ _SHORT_SAMPLES, _MOST_STEPS, _LEAST_STEPS = 512, 2000, 50
 _CLOSE = 0.5  # points lost below which a training is not worth its time
 _PASSES = 3  # multiply-accumulates of a step, in runs of the model
 _LIVE = 2.5  # bytes alive during a step, relative to those of all activations
+
+
+UserLoss = Callable[[Mapping[str, Array], Mapping[str, Array], Array | None], tuple[float, Mapping[str, Array]]]
 
 
 @named_arguments()
@@ -73,6 +76,9 @@ class Finetune(Pass):
         batch_size: samples of a step, 1 or more.
         features: number of tensors between blocks to compare, 0 or more.
         augment: whether to shift and mirror images where the original is indifferent to it.
+        loss: a loss of your own in place of the labels', half of the whole: ``f(outputs, targets, labels)`` gets the
+            values of the model and of its original, {output: array}, in front of a softmax at the end, and the labels
+            of the samples (None without); it returns its value and the gradients, {output: array}. None: none.
 
     Raises:
         UsageError: no data, fewer than 64 samples, data without variety, or labels that do not fit.
@@ -90,11 +96,12 @@ class Finetune(Pass):
         batch_size: int = BATCH,
         features: int = _FEATURES,
         augment: bool = True,
+        loss: UserLoss | None = None,
     ) -> None:
         self.is_auto = effort is None or effort is True or effort == "auto"
         self.effort = Effort(*effort_of(True if effort is None else effort, argument("finetune")))
         self.labels, self.rate, self.batch_size = labels, rate, batch_size
-        self.features, self.augment = features, augment
+        self.features, self.augment, self.loss = features, augment, loss
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Train, and keep the result where it is better."""
@@ -202,6 +209,66 @@ class _Samples:
         return feed, None if self._labels is None else self._labels[index]
 
 
+class _OwnLoss:
+    """A loss of the user's own: its gradients are inputs of the training graph.
+
+    Args:
+        function: see :class:`Finetune`.
+        student: the model.
+        weights: the weights to train.
+        fitted: the tensors that it gets.
+        names: names of the original's values of these tensors.
+    """
+
+    def __init__(
+        self,
+        function: UserLoss,
+        student: StaticGraph,
+        weights: Sequence[str],
+        fitted: Sequence[Head],
+        names: Mapping[str, str],
+    ) -> None:
+        self._function, self._names = function, names
+        self.given = {head: f"given.{k}" for k, head in enumerate(fitted)}
+        self.inputs = {name: (student.shapes[h.tensor], np.dtype(np.float32)) for h, name in self.given.items()}
+        tape = Tape(student.shapes, student.kinds, "own")
+        self._shown = {h: tape.emit("Identity", [h.tensor], tape.shape(h.tensor)) for h in fitted}
+        graph = inference_graph(student, tape, list(self._shown.values()), weights)
+        self._session = open_session(graph.SerializeToString(), spin=False)
+        self._accepted = {i.name for i in self._session.get_inputs()}
+
+    def __call__(self, feed: Feed, parameters: Parameters, labels: Array | None) -> Feed:
+        """Return the gradients and the offset for one call.
+
+        Raises:
+            UsageError: the loss is no number, or a gradient does not fit.
+        """
+        given = {**feed, **parameters.views(parameters.vector)}
+        values = run(self._session, {n: v for n, v in given.items() if n in self._accepted})
+        outputs = {head.output: values[shown] for head, shown in self._shown.items()}
+        targets = {head.output: feed[self._names[head.tensor]] for head in self._shown}
+        value, gradients = self._function(outputs, targets, labels)
+        if not np.isfinite(value):
+            raise UsageError(
+                f"{argument('loss')} returned {value}",
+                hint="Return a finite number for every batch: divide by its size.",
+            )
+        result: Feed = {}
+        linear = 0.0
+        for head, name in self.given.items():
+            own = outputs[head.output]
+            gradient = np.asarray(gradients.get(head.output, np.zeros_like(own)), np.float32)
+            if gradient.shape != own.shape or not np.isfinite(gradient).all():
+                raise UsageError(
+                    f"{argument('loss')} returned a gradient of shape {list(gradient.shape)} for output "
+                    f"{head.output!r} of {list(own.shape)}, or NaN in it",
+                    hint="Return finite gradients of the shape of each output.",
+                )
+            result[name] = gradient
+            linear += float(np.vdot(gradient, own))
+        return {**result, OFFSET: np.asarray(float(value) - linear, np.float32)}
+
+
 @dataclass(slots=True)
 class _Training:
     """A training of one model: its teacher, samples, step and judge."""
@@ -220,6 +287,7 @@ class _Training:
     labels: Mapping[Head, tuple[str, tuple[int, ...]]]
     held_labels: Array | None
     before: Fidelity
+    own_loss: _OwnLoss | None = None
     augmentation: Augmentation | None = None
     after: Fidelity | None = None
     by_labels: list[float] = field(default_factory=list)
@@ -254,12 +322,17 @@ class _Training:
         steps = _features(student, original, model, [h.tensor for h in fitted], settings.features)
         teacher, names = _teacher(original, fitted, steps)
         known = {} if labels is None else _labelled(fitted, student, labels)
+        own = None if settings.loss is None else _OwnLoss(settings.loss, student, wanted, fitted, names)
         losses = Losses(
-            {h: names[h.tensor] for h in fitted}, {n: names[n] for n in steps}, {h: n for h, (n, _) in known.items()}
+            {h: names[h.tensor] for h in fitted},
+            {n: names[n] for n in steps},
+            {} if own is not None else {h: n for h, (n, _) in known.items()},
+            given={} if own is None else own.given,
         )
         inputs = {names[n]: (student.shapes[n], student.kinds[n]) for n in [*(h.tensor for h in fitted), *steps]}
         inputs |= {name: (shape, np.dtype(np.float32)) for name, shape in known.values()}
-        inputs[BALANCE] = (), np.dtype(np.float32)
+        inputs |= {name: ((), np.dtype(np.float32)) for name in (BALANCE, OFFSET)}
+        inputs |= {} if own is None else own.inputs
         graph = training_graph(student, losses.loss, wanted, inputs=inputs)
         frozen = {**{n: r for n, r in reasons.items() if "parameter" not in r}, **graph.frozen}
         if not graph.gradients:
@@ -269,7 +342,7 @@ class _Training:
         step = Step(graph, parameters, context.device.threads)
         calls = max(1, -(-settings.batch_size // size))
         graphs, labelled = (student, teacher, parameters, step), (known, held)
-        training = cls(context, model, split, settings, samples, *graphs, frozen, calls, *labelled, before)
+        training = cls(context, model, split, settings, samples, *graphs, frozen, calls, *labelled, before, own)
         if settings.augment:
             answers = [names[h.tensor] for h in fitted]
             training.augmentation = Augmentation.suited(
@@ -292,7 +365,10 @@ class _Training:
                     if labels is not None
                     else {}
                 )
-                calls.append({**feed, **self.teacher(feed), **given, BALANCE: balance})
+                feed |= self.teacher(feed)
+                if self.own_loss is not None:
+                    given = self.own_loss(feed, self.parameters, labels)
+                calls.append({**feed, **given, BALANCE: balance})
             return calls
 
         judged: dict[float, _Judgement] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnxprune.gradients.backward import Loss
 from onnxprune.gradients.tape import Tape
@@ -11,6 +11,8 @@ from onnxprune.train.parameters import Head
 
 BALANCE = "balance"
 """The input with the factor of the features' loss, a scalar of float32."""
+OFFSET = "offset"
+"""The input with the user's loss less its linear part, a scalar of float32."""
 TEMPERATURE = 4.0
 """Softness of the distributions that are compared: small probabilities of the original then count as well."""
 
@@ -23,13 +25,15 @@ class Losses:
         heads: tensors to fit, and the input with the original's value of each.
         features: tensors on the way, and the input with the original's value of each.
         labels: head -> input with the labels: one row of 0 and 1 per row of scores, or values.
-        weight: share of the labels' loss, 0 to 1.
+        weight: share of the labels' loss, or of the user's, 0 to 1.
+        given: tensors of a loss that the user computes, and the input with its gradient for each; empty without.
     """
 
     heads: Mapping[Head, str]
     features: Mapping[str, str]
     labels: Mapping[Head, str]
     weight: float = 0.5
+    given: Mapping[Head, str] = field(default_factory=dict)
 
     def emit(self, tape: Tape) -> str:
         """Emit the sum of all."""
@@ -39,6 +43,12 @@ class Losses:
             total = tape.add(total, tape.mul(_mean(tape, parts), BALANCE))
         if self.labels:
             known = _mean(tape, [_labelled(tape, head, given) for head, given in self.labels.items()])
+            total = tape.add(tape.scale(total, 1 - self.weight), tape.scale(known, self.weight))
+        if self.given:
+            # Linear in the tensors, with the gradient of the user's loss, and its value with the offset.
+            known = OFFSET
+            for head, gradient in self.given.items():
+                known = tape.add(known, tape.total(tape.mul(head.tensor, gradient)))
             total = tape.add(tape.scale(total, 1 - self.weight), tape.scale(known, self.weight))
         return total
 

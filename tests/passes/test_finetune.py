@@ -119,6 +119,28 @@ def test_labels_take_part_and_judge() -> None:
     assert values.by_labels[1] <= 100
 
 
+def squares(outputs: Any, targets: Any, labels: Any) -> Any:
+    """Half the squared error of scores, over the number of samples."""
+    (name,) = outputs
+    error = outputs[name] - targets[name]
+    return 0.5 * float((error**2).sum()) / len(error), {name: error / len(error)}
+
+
+def test_a_loss_of_the_users_own() -> None:
+    def run(loss: Any, steps: int = 30) -> Any:
+        passes = [op.passes.Prune("l2", 0.4), op.passes.Finetune(steps, features=0, augment=False, loss=loss)]
+        return op.Pipeline(passes).run(net(), data=DATA).report.finetuning
+
+    facts = run(squares)
+    assert facts.losses[1] < facts.losses[0] and facts.after.points > facts.before.points
+    for wrong, message in (
+        (lambda o, t, y: (float("nan"), {}), "loss returned nan"),
+        (lambda o, t, y: (1.0, {n: v[:1] for n, v in o.items()}), "returned a gradient of shape"),
+    ):
+        with pytest.raises(op.UsageError, match=message):
+            run(wrong, 2)
+
+
 def test_a_training_that_was_interrupted_goes_on_with_the_same_data_alone(tmp_path: Path) -> None:
     original = net()
     pruned = op.prune(original, ratio=0.4, criterion="l2", recover="none", latency=False)
