@@ -122,12 +122,13 @@ def show(records: list[dict[str, Any]]) -> None:
             continue
         totals, latency, recovery = record["totals"], record["latency"] or {}, record["recovery"]
         inputs = (recovery.get("samples") or 0) + (recovery.get("aside") or 0)
+        speedup = latency.get("paired") or latency.get("speedup") or float("nan")
         low, high = latency.get("speedup_interval") or (float("nan"),) * 2
         macs, size = (f"{totals[f'{k}_after'] / totals[f'{k}_before']:.2f}" for k in ("macs", "bytes"))
         print(
             f"| {row.name} | {row.target} | {inputs} | {row.metric} | {record['before'][row.metric]:.3f} "
             f"| {record['after'][row.metric]:.3f} | {kept(row, record)} | {macs} | {size} "
-            f"| {latency.get('paired') or float('nan'):.2f} ({low:.2f} to {high:.2f}) | {record['seconds'] / 60:.1f} |"
+            f"| {speedup:.2f} ({low:.2f} to {high:.2f}) | {record['seconds'] / 60:.1f} |"
         )
 
 
