@@ -64,6 +64,7 @@ def prune(
     criterion: str | Criterion | None = None,
     ratio: float | None = None,
     depth: float | None = None,
+    keep_cache: bool = False,
     plan: Plan | str | Path | None = None,
     remove_dead: bool = False,
     layers: Mapping[str, float] | None = None,
@@ -123,6 +124,8 @@ def prune(
             no units where ``depth`` is given.
         depth: residual branches to remove as a whole, a number from 1 or the share of all, 0 < depth < 1: those whose
             removal changes the outputs on ``data`` least, see :class:`onnxprune.passes.Depth`. None: none.
+        keep_cache: leave inputs and outputs for the caches of branches that ``depth`` removes, each output being the
+            input; False: they go as well.
         plan: a plan or its file, replayed instead of scoring; None: score.
         remove_dead: remove only units that change no output, whatever the inputs are, in place of a ratio, see
             :class:`onnxprune.passes.RemoveDead`; False.
@@ -237,7 +240,8 @@ def prune(
     else:
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion, share, plan=plan, **common)
-    shorter = _shortening(depth, first, include, exclude, validate)
+    which = {"include": include, "exclude": exclude, "keep_cache": keep_cache}
+    shorter = _shortening(depth, first, validate, which)
     if shorter and not (ratio is not None or layers or spec.any or _lists_more(first.replayed)):
         first = None
     tuned = _finetuning(finetune, labels)
@@ -298,14 +302,12 @@ def _stages(
     return [*first, Flush(), *exact, *factors, *repair, *tuned, check]
 
 
-def _shortening(
-    depth: float | None, first: Any, include: Sequence[str], exclude: Sequence[str], validate: bool
-) -> list[Depth]:
+def _shortening(depth: float | None, first: Any, validate: bool, which: dict[str, Any]) -> list[Depth]:
     """Return the removal of branches that was asked for, if any."""
     plan = first.replayed if isinstance(first, Prune) else None
     if plan is not None and plan.branches:
         return [Depth(plan=plan, check=validate)]
-    return [] if depth is None else [Depth(depth, include=include, exclude=exclude, check=validate)]
+    return [] if depth is None else [Depth(depth, check=validate, **which)]
 
 
 def _lists_more(plan: Plan | None) -> bool:

@@ -782,6 +782,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "data or times": lambda v: (
         v.get("data") is not None or v.get("recover") == "datafree" or _kinds(v, "latency") or "targets" in v
     ),
+    "depth": lambda v: v.get("depth") is not None,
     "budget": has_budget,
     "target": lambda v: bool(v.get("target")) or "targets" in v,
     "latency target": lambda v: _kinds(v, "latency"),
@@ -944,6 +945,15 @@ SETTINGS: tuple[Setting, ...] = (
         conflicts=_PLAN,
         needs=Need("data", "chooses by what the outputs lose, and there is no data", f"Give {argument('data')}."),
         brief="Residual branches to remove: a number or a share.",
+    ),
+    Setting(
+        "keep_cache",
+        Flag(),
+        f"Leave inputs and outputs for the caches of branches that {argument('depth')} removes: each output is the "
+        "input.",
+        {"prune": WHAT},
+        False,
+        needs=Need("depth", "is about the caches of removed branches", f"Give {argument('depth')}, or drop it."),
     ),
     Setting(
         "rank",

@@ -51,10 +51,14 @@ class PlanFactors:
 
 @dataclass(slots=True)
 class PlanBranch:
-    """A residual branch that is removed: the tensor of the input model that it ends in, and the node that adds it."""
+    """A residual branch that is removed: the tensor of the input model that it ends in, and the node that adds it.
+
+    ``keep_cache``: whether the caches of removed branches stay as inputs and outputs.
+    """
 
     tensor: str
     sum: str = ""
+    keep_cache: bool = False
 
 
 @dataclass(slots=True, repr=False)
@@ -80,6 +84,9 @@ class Plan:
         data = asdict(self)
         for slot in (slot for group in data["groups"] for slot in group["slots"] if not slot["at"]):
             del slot["at"]
+        for branch in data["branches"]:
+            if not branch["keep_cache"]:
+                del branch["keep_cache"]
         for name in ("branches", "factorized"):
             if not data[name]:
                 del data[name]

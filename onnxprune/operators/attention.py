@@ -160,6 +160,7 @@ class Attention(Heads):
     """com.microsoft.Attention: input [B, S, in], weights [in, Q + K + V], bias [Q + K + V]."""
 
     weights = (1,)
+    caches = ((4, 1),)
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the sizes of the data and of the packed weight."""
@@ -239,6 +240,7 @@ class MultiHeadAttention(Heads):
     """
 
     bias, added, past = 3, 5, (6, 7)
+    caches = (6, 1), (7, 2)
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the sizes of the query and of caches [batch, heads, past, head size]."""
@@ -332,6 +334,8 @@ class MultiHeadAttention(Heads):
 class OnnxAttention(Heads):
     """ONNX's Attention (opset 23 on): 3-D or 4-D, optionally fewer heads of keys and values, an optional cache."""
 
+    caches = (4, 1), (5, 2)
+
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the sizes of operands of rank 3 or 4, of caches [batch, heads, past, head size] and of the mask."""
         query, key, mask, caches = shapes[0], shapes[1], (*shapes, None, None, None)[3], (*shapes[4:6], None, None)[:2]
@@ -387,6 +391,8 @@ register("", "Attention", rule=OnnxAttention())
 
 class GroupQueryAttention(Rule):
     """com.microsoft.GroupQueryAttention: kernels require one head size, so query heads or whole groups are pruned."""
+
+    caches = (3, 1), (4, 2)
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the sizes of data and caches."""
@@ -713,6 +719,7 @@ class DecoderMaskedMultiHeadAttention(MultiHeadAttention):
     """com.microsoft.DecoderMaskedMultiHeadAttention: one query per call; kernels want one head size for all."""
 
     bias, added, past = 10, 4, (5, 6)
+    caches = (5, 1), (6, 2)
 
     def propagate(self, step: Step) -> None:
         """Prune whole heads as MultiHeadAttention does, where keys and values are separate."""

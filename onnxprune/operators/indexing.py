@@ -327,6 +327,7 @@ class ScatterElements(_Elements):
     """One element written per entry of the index, replacing the old value or reduced with it."""
 
     chooses = True
+    caches = ((0, 0),)
 
     beside = 2
 
@@ -512,6 +513,7 @@ class ScatterND(_Slices):
     """Slices written into a tensor, replacing the old values or reduced with them."""
 
     chooses = True
+    caches = ((0, 0),)
 
     def propagate(self, step: Step) -> None:
         """Tie written channels to those of the updates; unite the axes behind the addressed ones."""
@@ -572,6 +574,8 @@ class ScatterND(_Slices):
 
 class TensorScatter(Rule):
     """Updates of a cache, written at one position per sample along one axis."""
+
+    caches = ((0, 0),)
 
     def propagate(self, step: Step) -> None:
         """Unite all axes of cache and update but the written axis and that of the samples."""

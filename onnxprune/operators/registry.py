@@ -172,6 +172,9 @@ class Rule:
     multiplies: bool = False
     """Whether the contracted axes are those of the factors of one product, which is 0 where any of them is."""
 
+    caches: tuple[tuple[int, int], ...] = ()
+    """Pairs of an input and an output that is its next value: positions are appended, or overwritten."""
+
     makes_labels: bool = False
     """Whether the operator creates channels, so that it is called also without labelled inputs."""
 

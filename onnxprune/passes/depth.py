@@ -51,6 +51,7 @@ class Depth(Pass):
     Args:
         amount: number of branches from 1, or the share of all branches, 0 < share < 1.
         plan: a plan or its file, whose branches are removed instead of choosing.
+        keep_cache: leave inputs and outputs for the caches of removed branches, each output being the input.
         include: globs; only branches with a node or weight of such a name may go. Empty: all.
         exclude: globs; no branch with a node or weight of such a name goes. Empty: none is excluded.
         check: prove that the removal is exact.
@@ -70,8 +71,10 @@ class Depth(Pass):
         plan: Plan | str | Path | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        keep_cache: bool = False,
         check: bool = True,
     ) -> None:
+        self.keep_cache = keep_cache
         self.amount = checked("depth", amount)
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         self.include, self.exclude, self.check = tuple(include), tuple(exclude), check
@@ -79,12 +82,12 @@ class Depth(Pass):
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Choose branches, remove them, prove the removal."""
         with context.stage("depth"):
-            work = Shortening(context, self.include, self.exclude)
+            work = Shortening(context, self.include, self.exclude, keep_cache=self.keep_cache)
             removed = work.of_plan(self.plan) if self.plan is not None else work.chosen(self.amount)
             short, facts = work.result(removed, {} if self.plan is not None else {"depth": self.amount})
         if self.check:
             with context.stage("exactness"):
-                facts.append(prove_branches(context, [branch.tensor for branch in removed], short.parts))
+                facts.append(prove_branches(context, removed, short.parts))
         return PassResult(short, facts)
 
 
@@ -95,12 +98,14 @@ class Shortening:
     Args:
         context: context of the run.
         include, exclude: globs over names.
+        keep_cache: whether caches of removed branches stay as inputs and outputs.
     """
 
     context: Context
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    graph: Graph = field(init=False)
+    keep_cache: bool = False
+    scan: Branches = field(init=False)
     branches: list[Branch] = field(init=False)
     reasons: dict[str, str] = field(init=False)
     errors: dict[str, float] = field(default_factory=dict)
@@ -108,9 +113,8 @@ class Shortening:
     def __post_init__(self) -> None:
         analysis = self.context.analysis
         loaded = analysis.loaded
-        self.graph = Graph.of(loaded.proto, loaded.weights)
-        scan = Branches(self.graph, analysis.facts)
-        self.branches, self.reasons = scan.find(), scan.reasons
+        self.scan = Branches(Graph.of(loaded.proto, loaded.weights), analysis.facts)
+        self.branches, self.reasons = self.scan.find(), self.scan.reasons
         labels = [node.label for node in analysis.graph.nodes]
         ends = [name for branch in self.branches for name in branch.names]
         patterns = [(argument(name), getattr(self, name)) for name in ("include", "exclude")]
@@ -152,6 +156,7 @@ class Shortening:
                     f"{f': {why}' if why else ''}.",
                     hint=nearest(item.tensor, known) if known else "The model has no branches.",
                 )
+        self.keep_cache |= any(item.keep_cache for item in plan.branches)
         return [known[item.tensor] for item in plan.branches]
 
     def num_to_remove(self, amount: float) -> int:
@@ -184,7 +189,7 @@ class Shortening:
 
     def sequence(self, number: int) -> Iterator[Branch]:
         """Yield up to so many branches in the order in which they go, each measured behind those before it."""
-        measure = _Measure(self.context, self.graph)
+        measure = _Measure(self.context, self.scan)
         free = self.free
         guesses = measure.cosines(free)
         limit = max(number + _AGAIN, int(self.context.effort.seconds / measure.seconds))
@@ -193,49 +198,50 @@ class Shortening:
             self.context.stages.leave_out(f"measuring {len(free) - len(first)} of {len(free)} branches by their effect")
         stale: dict[str, float] = {}
         for done, branch in enumerate(first):
-            stale[branch.tensor] = measure.without([branch.tensor])
+            with suppress(UsageError):  # nothing else gives the sizes of its cache
+                stale[branch.tensor] = measure.without([branch])
             self.context.tell("depth", (done + 1) / (len(first) + _AGAIN * number))
         by_tensor = {branch.tensor: branch for branch in free}
         removed: list[Branch] = []
         while stale and len(removed) < number:
-            best = self._next(measure, removed, stale)
+            best = self._next(measure, removed, [by_tensor[name] for name in stale], stale)
             if best is None:
                 break
-            removed.append(by_tensor[best])
+            removed.append(best)
             self.context.tell("depth", (len(first) + _AGAIN * len(removed)) / (len(first) + _AGAIN * number))
             yield removed[-1]
 
-    def _next(self, measure: _Measure, removed: Sequence[Branch], stale: dict[str, float]) -> str | None:
+    def _next(
+        self, measure: _Measure, removed: Sequence[Branch], others: Sequence[Branch], stale: dict[str, float]
+    ) -> Branch | None:
         """Return the branch to remove next: the best of a few, of those that looked best before the last removal."""
-        tensors = [branch.tensor for branch in removed]
         within = {n for branch in removed for n in branch.nodes}
-        for name in [name for name in stale if self._ends_in(name) in within]:
-            del stale[name]  # it went with a branch around it
         fresh: dict[str, float] = {}
-        for name in sorted(stale, key=stale.__getitem__):
+        for branch in sorted(others, key=lambda b: stale[b.tensor]):
+            name = branch.tensor
+            if self.scan.graph.producer[name].index in within:
+                del stale[name]  # it went with a branch around it
+                continue
             if len(fresh) == _AGAIN or (fresh and min(fresh.values()) <= stale[name]):
                 break
-            with suppress(UsageError):  # the other addend of a sum went already
-                fresh[name] = measure.without([*tensors, name]) if tensors else stale[name]
-                continue
-            stale[name] = np.inf
+            try:
+                fresh[name] = measure.without([*removed, branch]) if removed else stale[name]
+            except UsageError:  # the other addend of a sum went already, or the last cache would
+                del stale[name]
         stale.update(fresh)
         if not fresh:
             return None
         best = min(fresh, key=fresh.__getitem__)
         self.errors[best] = stale.pop(best)
-        return best
-
-    def _ends_in(self, tensor: str) -> int:
-        return self.graph.producer[tensor].index
+        return next(branch for branch in others if branch.tensor == best)
 
     def model(self, removed: Sequence[Branch]) -> Model:
         """Return the model without branches, analysed."""
         context, analysis = self.context, self.context.analysis
-        parts = without_branches(self.graph, analysis.loaded.weights, [b.tensor for b in removed])
+        parts = without_branches(self.scan, analysis.loaded.weights, removed, keep_cache=self.keep_cache)
         loaded = with_parts(analysis.loaded, *parts)
         short = Analysis(loaded, input_shapes=context.input_shapes, approximate=analysis.approximate)
-        plan = Plan(loaded.sha256, branches=[PlanBranch(b.tensor, b.sum) for b in removed])
+        plan = Plan(loaded.sha256, branches=[PlanBranch(b.tensor, b.sum, self.keep_cache) for b in removed])
         return replace(Model.of(short), plan=plan)
 
     def result(self, removed: Sequence[Branch], settings: Mapping[str, Any]) -> tuple[Model, list[Fact]]:
@@ -243,6 +249,8 @@ class Shortening:
         short = self.model(removed)
         original = self.context.analysis
         every = [_facts(branch, self.errors.get(branch.tensor), removed=True) for branch in removed]
+        for facts, branch in zip(every, () if self.keep_cache else removed, strict=False):
+            facts.cache = [name for cache in branch.caches for name in cache.names]
         names = {branch.tensor for branch in removed}
         every += [
             _facts(branch, None, removed=False, reason=self.reasons.get(branch.tensor, ""))
@@ -274,11 +282,12 @@ class _Measure:
 
     Args:
         context: context of the run, with data.
-        graph: view of the model.
+        scan: the branches of the model.
     """
 
-    def __init__(self, context: Context, graph: Graph) -> None:
-        self._context, self._graph = context, graph
+    def __init__(self, context: Context, scan: Branches) -> None:
+        self._context, self._scan = context, scan
+        self._graph = graph = scan.graph
         batches = CalibrationBatches(context, context.analysis)
         feeds: list[Feed] = []
         for feed in batches.batches(_CALL):
@@ -319,13 +328,13 @@ class _Measure:
         floats = {n: a for n, a in outputs.items() if measures(a.dtype) and a.dtype.kind != "c"}
         return {name: roots(a) if are_probabilities(a) else a for name, a in floats.items()}
 
-    def without(self, tensors: Collection[str]) -> float:
+    def without(self, removed: Sequence[Branch]) -> float:
         """Return |y' - y|^2 / |y - mean y|^2 without branches, averaged over the outputs.
 
         Raises:
             UsageError: nothing would be left of a sum.
         """
-        parts = without_branches(self._graph, self._weights, tensors)
+        parts = without_branches(self._scan, self._weights, removed)
         errors = dict.fromkeys(self._scale, 0.0)
         try:
             for outputs, expected in zip(self._outputs(*parts, self._feeds), self._expected, strict=True):
@@ -335,7 +344,8 @@ class _Measure:
                         errors[name] += square_error(values[name], expected[name])
         except ModelError:
             return float("inf")
-        return float(np.mean([errors[n] / self._scale[n] for n in self._scale]))
+        gone = {cache.present for branch in removed for cache in branch.caches}
+        return float(np.mean([errors[n] / self._scale[n] for n in self._scale if n not in gone]))
 
     def cosines(self, branches: Sequence[Branch]) -> dict[str, float]:
         """Return 1 - cosine of the sum with the tensor beside the branch, by branch, in one run of the original."""
@@ -365,7 +375,7 @@ def _cosine(one: Array, other: Array) -> float:
 # -- the proof ---------------------------------------------------------------------------------------------------------
 
 
-def prove_branches(context: Context, tensors: Sequence[str], short: ModelParts) -> Exactness:
+def prove_branches(context: Context, removed: Sequence[Branch], short: ModelParts) -> Exactness:
     """Compare the model without branches with the original whose branches are multiplied with 0.
 
     Both run at the sizes of every probe, and at others where the model leaves sizes open.
@@ -376,8 +386,10 @@ def prove_branches(context: Context, tensors: Sequence[str], short: ModelParts) 
     analysis = context.analysis
     loaded = analysis.loaded
     graph = Graph.of(loaded.proto, loaded.weights)
+    tensors = [branch.tensor for branch in removed]
+    presents = {cache.present for branch in removed for cache in branch.caches}
     masked = outline_bodies(*masked_branches(graph, loaded.weights, tensors, kinds_of(analysis)))
-    result = outline_bodies(*short)
+    masked, result = (_without_outputs(*model, presents) for model in (masked, outline_bodies(*short)))
     feeds = synthetic_feeds(context, analysis)
     calls: list[tuple[Feed, bool]] = [(feed, not k) for k, feed in enumerate(feeds)]
     calls += [(feed, False) for feed in _beyond(context)]
@@ -406,6 +418,15 @@ def prove_branches(context: Context, tensors: Sequence[str], short: ModelParts) 
             hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
         )
     return worst
+
+
+def _without_outputs(proto: onnx.ModelProto, weights: Mapping[str, Any], names: Collection[str]) -> ModelParts:
+    """Return a model without some of its outputs: what a cache holds of a removed branch is of no use."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    del copy.graph.output[:]
+    copy.graph.output.extend(output for output in proto.graph.output if output.name not in names)
+    return copy, weights
 
 
 def _beyond(context: Context) -> Iterator[Feed]:

@@ -8,7 +8,7 @@ and are removed with it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +17,7 @@ import onnx
 
 from onnxprune.errors import UsageError
 from onnxprune.graph import cost
+from onnxprune.graph.caches import Cache, find_caches
 from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph, Node, reads
 from onnxprune.io import markers
@@ -40,6 +41,7 @@ class Branch:
         layers: labels of the layers among them.
         weights: constants that only these nodes read.
         macs, params: multiply-accumulates at the first probe, and elements of the weights.
+        caches: inputs and outputs of the model that go with it, in pairs.
     """
 
     tensor: str
@@ -51,6 +53,7 @@ class Branch:
     weights: tuple[str, ...]
     macs: int
     params: int
+    caches: tuple[Cache, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,6 +75,9 @@ class Branches:
     def __init__(self, graph: Graph, facts: Facts) -> None:
         self.graph, self._facts = graph, facts
         self.reasons: dict[str, str] = {}
+        self.caches = find_caches(graph)
+        self._presents = {cache.present for cache in self.caches}
+        self._aside = self._only_to_caches()
         self._opset = graph.opsets.get("", 1)
         names = [*graph.inputs, *(o for node in graph.nodes for o in node.outputs if o)]
         self._bits = {name: 1 << k for k, name in enumerate(dict.fromkeys(names))}
@@ -81,7 +87,7 @@ class Branches:
             outputs = [o for o in node.outputs if o]
             bits = sum(self._bits[o] for o in outputs)
             for name in node.inputs:
-                bits |= self._before.get(name, self._bits.get(name, 0))
+                bits |= 0 if self._is_known(name) else self._before.get(name, self._bits.get(name, 0))
             self._before.update(dict.fromkeys(outputs, bits))
 
     def find(self) -> list[Branch]:
@@ -104,6 +110,7 @@ class Branches:
         macs = sum(int(cost.macs(layer, self._facts.shape)) for layer in layers)
         if not macs or not self._have_common_source(nodes, others):
             return None
+        caches = tuple(cache for cache in self.caches if self._comes_from(cache.present, nodes))
         without = rule_of(node).without(node, {i}, self._opset)
         source = next((name for name in others if self._has_shape_of_sum(node, name)), None)
         if any(graph.nodes[n].domain == markers.DOMAIN for n in nodes):
@@ -112,12 +119,33 @@ class Branches:
             self.reasons[tensor] = "nothing beside it has the shape of the sum"
         elif without is None:
             self.reasons[tensor] = f"{node.op} has no form without it"
+        elif (why := self._why_cache_stays(caches, nodes)) is not None:
+            self.reasons[tensor] = why
         else:
             result = rule_of(node).total(node)
             weights = tuple(_own_weights(graph, nodes))
             params = sum(prod(graph.weights[w].shape) for w in weights)
             labels = tuple(layer.label for layer in layers)
-            return Branch(tensor, node.label, source, result, nodes, labels, weights, macs, params)
+            return Branch(tensor, node.label, source, result, nodes, labels, weights, macs, params, caches)
+        return None
+
+    def _why_cache_stays(self, caches: Sequence[Cache], nodes: Collection[int]) -> str | None:
+        """Return why a cache cannot go with some nodes; None where all can."""
+        for cache in caches:
+            within = {*nodes, *self._aside}
+            others = [n for n, _ in self.graph.consumers.get(cache.past, ()) if n.index not in within]
+            if any(n.op != "Shape" for n in others):
+                return f"{others[0].op} {others[0].label!r} reads its cache {cache.past!r} too"
+            if others and not self.alike(cache.past, {c.past for c in caches}):
+                return f"the model takes sizes from its cache {cache.past!r}, and has no other of these sizes"
+        return None
+
+    def alike(self, past: str, removed: Collection[str]) -> str | None:
+        """Return the input of another cache that has the same sizes; None where there is none."""
+        for cache in self.caches:
+            shapes = [(p.shapes.get(past), p.shapes.get(cache.past)) for p in self._facts.probes]
+            if cache.past not in removed and all(a is not None and a == b for a, b in shapes):
+                return cache.past
         return None
 
     def _is_known(self, name: str) -> bool:
@@ -154,12 +182,38 @@ class Branches:
     def _goes_with(self, node: Node, nodes: Collection[int], edge: tuple[int, int]) -> bool:
         """Return whether only some nodes and one input of another read the results of a node."""
         for name in filter(None, node.outputs):
-            if name in self.graph.outputs or name in self.graph.captured:
+            is_output = name in self.graph.outputs and name not in self._presents
+            if is_output or name in self.graph.captured:
                 return False
             readers = self.graph.consumers.get(name, ())
-            if not all(reader.index in nodes or (reader.index, k) == edge for reader, k in readers):
+            if not all(self._goes(reader.index, k, nodes, edge) for reader, k in readers):
                 return False
         return True
+
+    def _goes(self, reader: int, position: int, nodes: Collection[int], edge: tuple[int, int]) -> bool:
+        return reader in nodes or reader in self._aside or (reader, position) == edge
+
+    def _only_to_caches(self) -> set[int]:
+        """Return the nodes whose results only outputs of caches need."""
+        graph, result = self.graph, set[int]()
+        others = {*graph.outputs, *graph.captured} - self._presents
+        for node in reversed(graph.nodes) if self.caches else ():
+            outputs = [o for o in node.outputs if o]
+            readers = [reader.index for o in outputs for reader, _ in graph.consumers.get(o, ())]
+            if others.isdisjoint(outputs) and node.domain != markers.DOMAIN and result.issuperset(readers):
+                result.add(node.index)
+        return result
+
+    def _comes_from(self, name: str, nodes: Collection[int]) -> bool:
+        """Return whether an output of a cache is computed from some nodes, by none or by nodes that serve it alone."""
+        queue = [name]
+        while queue:
+            node = self.graph.producer.get(queue.pop())
+            if node is not None and node.index in nodes:
+                return True
+            if node is not None and node.index in self._aside:
+                queue.extend(n for n in node.inputs if n)
+        return False
 
     def _have_common_source(self, nodes: Collection[int], others: Sequence[str]) -> bool:
         """Return whether the nodes read data that another addend is computed from."""
@@ -182,30 +236,37 @@ def _own_weights(graph: Graph, nodes: Collection[int]) -> Iterator[str]:
 # -- the model without branches ----------------------------------------------------------------------------------------
 
 
-def without_branches(graph: Graph, weights: Mapping[str, Weight], tensors: Collection[str]) -> Model:
+def without_branches(
+    scan: Branches, weights: Mapping[str, Weight], removed: Sequence[Branch], *, keep_cache: bool = False
+) -> Model:
     """Return the model without branches: each sum is what it is without them, and what nothing reads any more is gone.
 
     A sum without its branch equals the tensor beside it. Both then have the name of the sum, where that is possible, so
     that a recovery fits what is left to the sum of the original. Of two activations that follow each other then, and
-    are the same as one, one is left.
+    are the same as one, one is left. Caches of the branches go as well; sizes that others take from them are then those
+    of another cache.
 
     Args:
-        graph: view of the model.
+        scan: the branches of the model.
         weights: its initializers.
-        tensors: addends that the branches end in.
+        removed: branches to remove.
+        keep_cache: whether caches stay as inputs and outputs of the model, each output being the input.
 
     Raises:
-        UsageError: they are all addends of one sum.
+        UsageError: the branches are all addends of one sum, or nothing else gives the sizes of a cache.
     """
-    return _Removal(graph, frozenset(tensors)).written(weights)
+    return _Removal(scan, removed).written(weights, keep_cache)
 
 
 class _Removal:
     """Reduced sums, the nodes that are still needed, and tensors that are equal now, by their first name."""
 
-    def __init__(self, graph: Graph, tensors: frozenset[str]) -> None:
-        self._graph, self._tensors = graph, tensors
-        self._exposed = {*graph.outputs, *graph.captured}
+    def __init__(self, scan: Branches, removed: Sequence[Branch]) -> None:
+        graph = self._graph = scan.graph
+        tensors = {branch.tensor for branch in removed}
+        self._caches = dict.fromkeys(cache for branch in removed for cache in branch.caches)
+        presents = {cache.present for cache in self._caches}
+        self._exposed = {*(name for name in graph.outputs if name not in presents), *graph.captured}
         self._reduced: dict[int, WithoutAddends | None] = {}
         self._root: dict[str, str] = {}
         self._members: dict[str, list[str]] = {}
@@ -228,6 +289,21 @@ class _Removal:
                     hint="Leave one of them in.",
                 )
         self._skip_repeated()
+        self._sizes = self._sizes_elsewhere(scan)
+
+    def _sizes_elsewhere(self, scan: Branches) -> dict[str, str]:
+        """Return the input that gives the sizes of every cache that goes, where something still asks for them."""
+        pasts, others = {cache.past for cache in self._caches}, {}
+        for past in pasts:
+            if any(True for _ in self._readers(past)):
+                other = scan.alike(past, pasts)
+                if other is None:
+                    raise UsageError(
+                        f"The model takes sizes from the cache {past!r}, and no other of these sizes would be left.",
+                        hint="Leave one branch with a cache in.",
+                    )
+                others[past] = other
+        return others
 
     def _equate(self, output: str, source: str) -> None:
         """Record that an output equals an earlier tensor."""
@@ -243,7 +319,7 @@ class _Removal:
         needed, live = {self._root.get(name, name) for name in self._exposed}, set[int]()
         for node in reversed(graph.nodes):
             outputs = [o for o in node.outputs if o]
-            unread = not any(o in graph.consumers or o in self._exposed for o in outputs)
+            unread = not any(o in graph.consumers or o in graph.captured or o in graph.outputs for o in outputs)
             if unread or node.domain == markers.DOMAIN or any(self._root.get(o, o) in needed for o in outputs):
                 live.add(node.index)
                 reduced = self._reduced.get(node.index)
@@ -280,9 +356,9 @@ class _Removal:
             names.update(dict.fromkeys(members, final))
         return names
 
-    def written(self, weights: Mapping[str, Weight]) -> Model:
+    def written(self, weights: Mapping[str, Weight], keep_cache: bool) -> Model:
         """Return the model."""
-        graph, names = self._graph, self._names()
+        graph, names = self._graph, {**self._names(), **self._sizes}
         model = onnx.ModelProto()
         model.CopyFrom(graph.proto)
         del model.graph.node[:]
@@ -295,7 +371,28 @@ class _Removal:
                 if output in self._exposed and names[output] != output:
                     copy = onnx.helper.make_node("Identity", [names[output]], [output], name=output)
                     model.graph.node.append(copy)
+        if keep_cache:
+            _pass_on(model, self._caches)
+        else:
+            _drop_values(model, self._caches)
         return _without_unread(model, graph, dict(weights))
+
+
+def _pass_on(model: onnx.ModelProto, caches: Iterable[Cache]) -> None:
+    """Give back every cache as it came in."""
+    types = {value.name: value.type for value in model.graph.input}
+    for cache in caches:
+        model.graph.node.append(onnx.helper.make_node("Identity", [cache.past], [cache.present], name=cache.present))
+        next(o for o in model.graph.output if o.name == cache.present).type.CopyFrom(types[cache.past])
+
+
+def _drop_values(model: onnx.ModelProto, caches: Iterable[Cache]) -> None:
+    """Remove caches from the inputs and outputs of the model."""
+    names = {name for cache in caches for name in cache.names}
+    for field in (model.graph.input, model.graph.output):
+        for k in reversed(range(len(field))):
+            if field[k].name in names:
+                del field[k]
 
 
 def _made(new: NewNode) -> onnx.NodeProto:

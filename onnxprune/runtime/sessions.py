@@ -388,12 +388,15 @@ def runs(model: Openable, feed: Mapping[str, Array]) -> bool:
 def prepare(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Callable[[], list[Any]]:
     """Return a call that only runs the model on ``feeds``: conversions are done here, once.
 
+    Values for inputs that the model lacks are left out: caches go with the layers that they belong to.
+
     Raises:
         ModelError: an input's element type cannot be handed to onnxruntime.
     """
     options = ort.RunOptions()
     options.log_severity_level = 4  # a failed run raises; the log line would only repeat it on stderr
     interface = _interface(session)
+    feeds = {name: array for name, array in feeds.items() if name in interface.inputs}
     if not interface.is_narrow:
         arrays = {name: np.asarray(array) for name, array in feeds.items()}
         return lambda: list(session.run(None, arrays, options))

@@ -297,3 +297,69 @@ def test_the_command_writes_a_model_and_a_plan(tmp_path: Path) -> None:
     small = onnx.load(tmp_path / "small.onnx")
     assert sum(node.op_type == "Conv" for node in small.graph.node) == 7
     assert json.loads((tmp_path / "plan.json").read_text())["branches"]
+
+
+def decoder(net: Net, *, layers: int = 2) -> onnx.ModelProto:
+    """Keys and values are appended to caches; positions begin at the length of the first cache."""
+    x, outputs, d = net.linear(net.input("x", ["N", "S", 5]), 5, 8), [], 8
+    caches = [[net.input(f"past.{k}.{part}", ["N", 2, "P", 4]) for part in ("key", "value")] for k in range(layers)]
+    start = net.gather(net.op("Shape", caches[0][0]), [2], 0)
+    stop = net.op("Add", start, net.gather(net.op("Shape", x), [1], 0))
+    x = net.op("Add", x, net.op("Slice", net.weight(64, d), start, stop, net.const([0])))
+    for pasts in caches:
+        normed, parts = layer_norm(net, x), []
+        for past in ("", *pasts):
+            heads = net.transpose(net.reshape(net.linear(normed, d, d), 0, 0, 2, 4), 0, 2, 1, 3)
+            parts.append(net.op("Concat", past, heads, axis=2) if past else heads)
+        weights = net.op("Softmax", net.op("MatMul", parts[0], net.transpose(parts[1], 0, 1, 3, 2)), axis=-1)
+        context = net.transpose(net.op("MatMul", weights, parts[2]), 0, 2, 1, 3)
+        x = net.op("Add", x, net.linear(net.reshape(context, 0, 0, d), d, d))
+        x = net.op("Add", x, mlp(net, layer_norm(net, x)))
+        outputs += [net.op("Identity", part) for part in parts[1:]]  # nothing else reads what leaves the model
+    logits = net.linear(layer_norm(net, x), d, 6)
+    return net.model(logits, *outputs)
+
+
+def generated(model: onnx.ModelProto, steps: int = 3) -> list[np.ndarray]:
+    """Logits of a few steps, every time with the caches that came out."""
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    pasts = [value.name for value in session.get_inputs()][1:]
+    feed = {name: np.zeros((3, 2, 0, 4), np.float32) for name in pasts}
+    draw, logits = np.random.default_rng(0), []
+    for size in [4, *[1] * (steps - 1)]:
+        x = draw.standard_normal((3, size, 5)).astype(np.float32)
+        first, *presents = session.run(None, {"x": x, **feed})
+        feed = dict(zip(pasts, presents, strict=True))
+        logits.append(first)
+    return logits
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_decoder_without_a_layer_generates_as_the_masked_one_does(keep: bool) -> None:
+    model = decoder(Net())
+    found = branches(model)
+    assert [len(branch.caches) for branch in found] == [2, 0, 2, 0]
+    plan = Plan(branches=[PlanBranch(branch.tensor, keep_cache=keep) for branch in found[:2]])
+    result = Pipeline([Depth(plan=plan)]).run(model)
+    assert result.report.exactness.passed
+    names = [value.name for value in result.model.graph.input]
+    assert len(result.model.graph.output) == len(names) == (5 if keep else 3)
+    assert sum(node.op_type == "Concat" for node in result.model.graph.node) == 2
+    assert result.report.branches[0].cache == ([] if keep else [*found[0].caches[0].names, *found[0].caches[1].names])
+    want = generated(masked(model, [branch.tensor for branch in found[:2]]))
+    for a, b in zip(want, generated(result.model), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_of_a_decoder_is_chosen_and_compared_without_its_cache() -> None:
+    model, draw = decoder(Net(seed=2)), np.random.default_rng(0)
+    data = {"x": draw.standard_normal((24, 3, 5)).astype(np.float32)}
+    data |= {v.name: draw.standard_normal((24, 2, 2, 4)).astype(np.float32) for v in model.graph.input[1:]}
+    named = [branch.tensor for branch in branches(model) if branch.caches][:1]
+    result = op.prune(model, depth=1, include=named, data=data, recover="lstsq", latency=False)
+    assert result.report.branches[0].cache[0] == "past.0.key" and len(result.model.graph.output) == 3
+    assert not any("only the original" in note for note in (result.report.fidelity.note,))
+    with pytest.raises(UsageError, match="would be left"):  # no cache is left that has the length
+        without(model, *(branch.tensor for branch in branches(model)))
+    with pytest.raises(UsageError, match="keep_cache"):
+        op.prune(model, data=data, keep_cache=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.graph import cost
+from onnxprune.graph.caches import find_caches
 from onnxprune.graph.view import Graph
 from onnxprune.labels.label import Label
 from onnxprune.runtime.fidelity.kinds import Hint
@@ -21,12 +22,13 @@ _DEPTH = 24
 def hints_of(analysis: Analysis) -> dict[str, Hint]:
     """Return what the graph shows of every output, by its name."""
     names = [output.name for output in analysis.graph.proto.graph.output]
-    return {name: _hint(name, analysis) for name in names}
+    pasts = {cache.present: cache.past for cache in find_caches(analysis.graph)}
+    return {name: _hint(name, analysis, pasts.get(name, "")) for name in names}
 
 
-def _hint(name: str, analysis: Analysis) -> Hint:
+def _hint(name: str, analysis: Analysis, past: str) -> Hint:
     ends, listed = _ends(name, analysis.graph)
-    return Hint(_channel_axis(analysis.table.get(name)), ends, listed)
+    return Hint(_channel_axis(analysis.table.get(name)), ends, listed, past)
 
 
 def _channel_axis(labels: Sequence[Label]) -> int | None:

@@ -39,11 +39,13 @@ class Hint:
         axis: axis of the channels (classes, attributes) of the layers that made it; None: not known.
         ends: types of the operators between those layers and the output.
         listed: whether it is a list whose rows were selected by their values.
+        past: input of which it is the next value, where it is a cache; else empty.
     """
 
     axis: int | None = None
     ends: frozenset[str] = frozenset()
     listed: bool = False
+    past: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,8 @@ def fidelity(
     judge = _Judge(hints or {}, outputs or {})
     samples = 0
     known = KnownOutputs(0) if known is None else known
-    for batch in _batches(_Original(original, threads, known), final, feeds, together, threads, progress):
+    reference = _Original(original, threads, known)
+    for batch in _batches(reference, final, feeds, hints or {}, together, threads, progress):
         judge.take(batch)
         samples += next((int(array.shape[0]) for array in batch[0].values() if array.ndim), 1)
     return judge.facts(samples, source)
@@ -137,19 +138,23 @@ def _batches(
     original: _Original,
     final: Openable,
     feeds: Iterable[Feed],
+    hints: Mapping[str, Hint],
     together: bool,
     threads: int | None,
     progress: Progress | None,
 ) -> Iterator[_Batch]:
-    """Run both models on every batch of inputs."""
+    """Run both models on every batch of inputs; caches without input and output in the final model are left out."""
     total = len(feeds) if isinstance(feeds, Sized) else 0
     kept: Iterable[Feed | None] = repeat(None)
     if not together:
         kept = [original.outputs(feed) for feed in feeds]
         original.close()
     after = open_session(final, threads=threads)
-    for index, (feed, want) in enumerate(zip(feeds, kept, strict=False)):
-        yield feed, original.outputs(feed) if want is None else want, run(after, feed)
+    names = {value.name for value in (*after.get_inputs(), *after.get_outputs())}
+    gone = {name for name, hint in hints.items() if hint.past and names.isdisjoint((name, hint.past))}
+    for index, (feed, values) in enumerate(zip(feeds, kept, strict=False)):
+        want = original.outputs(feed) if values is None else values
+        yield feed, {name: value for name, value in want.items() if name not in gone}, run(after, feed)
         if progress and total:
             progress("fidelity", (index + 1) / total)
 
