@@ -63,7 +63,7 @@ def prune(
     *,
     criterion: str | Criterion | None = None,
     ratio: float | None = None,
-    depth: float | None = None,
+    depth: float | str | None = None,
     keep_cache: bool = False,
     plan: Plan | str | Path | None = None,
     remove_dead: bool = False,
@@ -123,7 +123,8 @@ def prune(
         ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; None: 0.3, or
             no units where ``depth`` is given.
         depth: residual branches to remove as a whole, a number from 1 or the share of all, 0 < depth < 1: those whose
-            removal changes the outputs on ``data`` least, see :class:`onnxprune.passes.Depth`. None: none.
+            removal changes the outputs on ``data`` least, see :class:`onnxprune.passes.Depth`; or ``"auto"``: as many
+            as ``target`` is best met with. None: none.
         keep_cache: leave inputs and outputs for the caches of branches that ``depth`` removes, each output being the
             input; False: they go as well.
         plan: a plan or its file, replayed instead of scoring; None: score.
@@ -229,6 +230,7 @@ def prune(
     )
     mode_and_reason = mode, reason = settle_mode(recover, data is not None, validate)
     common = {"approximate": approximate, **options.arguments}
+    _check_depth(depth, spec, keep_cache)
     first: Any
     if remove_dead:
         patterns = {"include": include or None, "exclude": exclude or None}
@@ -236,7 +238,7 @@ def prune(
         first, mode_and_reason = RemoveDead(check=validate), ("none", "nothing is lost")
     elif spec.any:
         _alone(ratio, plan)
-        first = Budget(spec, criterion, recover=mode, why=reason, **common)
+        first = Budget(spec, criterion, recover=mode, why=reason, shorter=depth == "auto", **common)
     else:
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion, share, plan=plan, **common)
@@ -302,12 +304,26 @@ def _stages(
     return [*first, Flush(), *exact, *factors, *repair, *tuned, check]
 
 
-def _shortening(depth: float | None, first: Any, validate: bool, which: dict[str, Any]) -> list[Depth]:
+def _check_depth(depth: float | str | None, spec: BudgetSpec, keep_cache: bool) -> None:
+    """Refuse what a number of branches that a budget chooses cannot be combined with; raises UsageError."""
+    if depth == "auto" and not spec.targets:
+        raise UsageError(
+            f"{argument('depth', 'auto')} needs a target",
+            hint=f"Give {argument('target')}, such as macs=0.5, or a number of branches.",
+        )
+    if depth == "auto" and keep_cache:
+        raise UsageError(
+            f"{argument('keep_cache')} has no meaning with {argument('depth', 'auto')}",
+            hint="Give a number of branches.",
+        )
+
+
+def _shortening(depth: float | str | None, first: Any, validate: bool, which: dict[str, Any]) -> list[Depth]:
     """Return the removal of branches that was asked for, if any."""
     plan = first.replayed if isinstance(first, Prune) else None
     if plan is not None and plan.branches:
         return [Depth(plan=plan, check=validate)]
-    return [] if depth is None else [Depth(depth, check=validate, **which)]
+    return [] if depth is None or isinstance(depth, str) else [Depth(depth, check=validate, **which)]
 
 
 def _lists_more(plan: Plan | None) -> bool:

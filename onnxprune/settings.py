@@ -243,13 +243,15 @@ class Share(Kind):
 
 
 class BranchAmount(Kind):
-    """A number of branches, or a share of them."""
+    """A number of branches, a share of them, or ``auto``."""
 
-    metavar = "N|R"
-    allowed = "a whole number from 1, or a share 0 < R < 1"
+    metavar = "N|R|auto"
+    allowed = "a whole number from 1, a share 0 < R < 1, or `auto`"
 
-    def check(self, value: Any, name: str) -> float:
-        """Return the checked number (int) or share (float); raises UsageError."""
+    def check(self, value: Any, name: str) -> Any:
+        """Return the checked number (int) or share (float), or ``auto``; raises UsageError."""
+        if isinstance(value, str) and value.lower() == "auto":
+            return "auto"
         if _is_whole(value) and value >= 1:
             return int(value)
         if _is_whole(value) or not _is_number(value) or not 0 < value < 1:
@@ -257,7 +259,7 @@ class BranchAmount(Kind):
             raise UsageError(f"{name}: {value} is not allowed", hint=hint)
         return float(value)
 
-    def parse(self, text: str, name: str) -> float:
+    def parse(self, text: str, name: str) -> Any:
         """Parse the number or share of a text."""
         return self.check(text if _number(text) is None else _number(text, whole=True), name)
 
@@ -940,7 +942,8 @@ SETTINGS: tuple[Setting, ...] = (
         "depth",
         BranchAmount(),
         f"Remove residual branches (y = x + f(x)) as a whole, so many or this share of all, by what the outputs on "
-        f"{argument('data')} lose; channels stay unless {argument('ratio')} or {argument('target')} is given too.",
+        f"{argument('data')} lose; channels stay unless {argument('ratio')} or {argument('target')} is given too; "
+        f"auto: as many as a {argument('target')} is best met with.",
         {"prune": AMOUNT},
         conflicts=_PLAN,
         needs=Need("data", "chooses by what the outputs lose, and there is no data", f"Give {argument('data')}."),

@@ -99,12 +99,14 @@ class Shortening:
         context: context of the run.
         include, exclude: globs over names.
         keep_cache: whether caches of removed branches stay as inputs and outputs.
+        by_cost: whether the order is that of the loss per multiply-accumulate.
     """
 
     context: Context
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     keep_cache: bool = False
+    by_cost: bool = False
     scan: Branches = field(init=False)
     branches: list[Branch] = field(init=False)
     reasons: dict[str, str] = field(init=False)
@@ -217,12 +219,14 @@ class Shortening:
         """Return the branch to remove next: the best of a few, of those that looked best before the last removal."""
         within = {n for branch in removed for n in branch.nodes}
         fresh: dict[str, float] = {}
-        for branch in sorted(others, key=lambda b: stale[b.tensor]):
+        weight = {b.tensor: 1.0 / b.macs if self.by_cost else 1.0 for b in others}
+        for branch in sorted(others, key=lambda b: stale[b.tensor] * weight[b.tensor]):
             name = branch.tensor
             if self.scan.graph.producer[name].index in within:
                 del stale[name]  # it went with a branch around it
                 continue
-            if len(fresh) == _AGAIN or (fresh and min(fresh.values()) <= stale[name]):
+            looks = stale[name] * weight[name]
+            if len(fresh) == _AGAIN or any(error * weight[n] <= looks for n, error in fresh.items()):
                 break
             try:
                 fresh[name] = measure.without([*removed, branch]) if removed else stale[name]
@@ -231,7 +235,7 @@ class Shortening:
         stale.update(fresh)
         if not fresh:
             return None
-        best = min(fresh, key=fresh.__getitem__)
+        best = min(fresh, key=lambda n: fresh[n] * weight[n])
         self.errors[best] = stale.pop(best)
         return next(branch for branch in others if branch.tensor == best)
 
@@ -248,12 +252,12 @@ class Shortening:
         """Return the model without branches and the facts about it."""
         short = self.model(removed)
         original = self.context.analysis
-        every = [_facts(branch, self.errors.get(branch.tensor), removed=True) for branch in removed]
+        every = [facts_of(branch, self.errors.get(branch.tensor), removed=True) for branch in removed]
         for facts, branch in zip(every, () if self.keep_cache else removed, strict=False):
             facts.cache = [name for cache in branch.caches for name in cache.names]
         names = {branch.tensor for branch in removed}
         every += [
-            _facts(branch, None, removed=False, reason=self.reasons.get(branch.tensor, ""))
+            facts_of(branch, None, removed=False, reason=self.reasons.get(branch.tensor, ""))
             for branch in self.branches
             if branch.tensor not in names
         ]
@@ -267,7 +271,8 @@ class Shortening:
         return short, [Settings(settings), Shortened(every), Pruned(layers, [], []), sizes]
 
 
-def _facts(branch: Branch, error: float | None, *, removed: bool, reason: str = "") -> BranchFacts:
+def facts_of(branch: Branch, error: float | None, *, removed: bool, reason: str = "") -> BranchFacts:
+    """Return the facts about a branch."""
     layers = list(branch.layers)
     return BranchFacts(
         branch.tensor, branch.sum, branch.source, layers, branch.macs, branch.params, error, removed, reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -15,6 +15,7 @@ from onnxprune.allocation.knapsack import Sensitivity
 from onnxprune.allocation.selection import SHARES, counts
 from onnxprune.allocation.settings import WIDEST, Options
 from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.plan import PlanBranch
 from onnxprune.channels.selection import make_plan
 from onnxprune.errors import BudgetError, Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
@@ -48,6 +49,7 @@ from onnxprune.report.facts import (
     Settings,
     TargetFacts,
 )
+from onnxprune.search.depth import ChosenDepth, as_amounts, choose_depth, originals_of
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.mixture import ALONE, Mixture
@@ -108,6 +110,7 @@ class Budget(Pass, Options):
     recover: str = "none"
     why: str = "asked for"
     approximate: bool = False
+    shorter: bool = False
 
     def __post_init__(self) -> None:
         if check_mode(self.recover) != "none":
@@ -134,9 +137,32 @@ class Budget(Pass, Options):
 
     def _run(self, context: Context, model: Model, prune: Prune) -> PassResult:
         analysis = prune.prepared(context, model)
-        before = points_of_original(analysis, self.spec.metric)
-        result = self._search(context, analysis, prune, before)
-        pruned, facts = self._outcome(context, prune, result, before)
+        before = points_of_original(context.analysis, self.spec.metric)
+        if not (self.shorter or model.is_shortened):
+            return self._completed(context, prune, self._search(context, analysis, prune, before), before)
+        originals = originals_of(context, self.spec)
+        spec = replace(self.spec, targets=as_amounts(self.spec.targets, originals))
+        chosen = ChosenDepth(replace(model, analysis=analysis), (), ())
+        if self.shorter:
+            with context.stage("depth"):
+                chosen = choose_depth(context, model, prune, spec, self.recover)
+        branches = chosen.model.plan.branches
+        result = replace(self, spec=spec)._search(context, chosen.model.analysis, prune, before, branches)
+        done = self._completed(context, prune, result, before, originals)
+        budget = next(fact for fact in done.facts if isinstance(fact, BudgetFacts))
+        budget.answers = [*chosen.answers, *budget.answers]
+        return replace(done, facts=[*chosen.facts, *done.facts])
+
+    def _completed(
+        self,
+        context: Context,
+        prune: Prune,
+        result: SearchResult,
+        before: float,
+        originals: Mapping[str, float] | None = None,
+    ) -> PassResult:
+        """Return the result of a search; raises BudgetError, with the report, where a gate is not met."""
+        pruned, facts = self._outcome(context, prune, result, before, originals or {})
         if result.failure is not None:
             quality = [result.final.quality.fidelity] if result.final.quality.fidelity is not None else []
             result.failure.report = Result(context, pruned, [*facts, *quality]).report
@@ -144,12 +170,17 @@ class Budget(Pass, Options):
         return PassResult(pruned, facts)
 
     def _outcome(
-        self, context: Context, prune: Prune, result: SearchResult, before: float
+        self,
+        context: Context,
+        prune: Prune,
+        result: SearchResult,
+        before: float,
+        originals: Mapping[str, float],
     ) -> tuple[Model, Sequence[Fact]]:
         """Return the best model and its facts for the report."""
         analysis, best, final = result.problem.analysis, result.best, result.final
         plan = make_plan(analysis, best.removed, prune.name)
-        plan.factorized = final.model.plan.factorized
+        plan.factorized, plan.branches = final.model.plan.factorized, final.model.plan.branches
         pruned = replace(final.model, plan=plan)
         recovery = replace(final.recovery.whole, mode=self.recover, why=self.why)
         facts = [
@@ -160,27 +191,34 @@ class Budget(Pass, Options):
             # The user did not choose the settings of trials.
             *(f for f in final.facts if not isinstance(f, (Settings, Recovered))),
             Recovered(recovery, final.recovery.layers),
-            self._facts(result, before),
+            self._facts(result, before, originals),
             *(Remark(Note(text)) for text in result.remarks),
         ]
         return pruned, facts
 
-    def _search(self, context: Context, analysis: Analysis, prune: Prune, before: float) -> SearchResult:
+    def _search(
+        self,
+        context: Context,
+        analysis: Analysis,
+        prune: Prune,
+        before: float,
+        branches: Sequence[PlanBranch] = (),
+    ) -> SearchResult:
         """Return the best result within targets and gates; freeze a node that cannot be rewritten and search anew."""
         for _ in range(len(analysis.graph.nodes) + 1):
             try:
                 with context.stage("budget"):
-                    return Search(context, analysis, self.spec, prune, self.recover, before).run()
+                    return Search(context, analysis, self.spec, prune, self.recover, before, branches).run()
             except CannotRewrite as stop:
                 analysis = frozen_at(analysis, stop, np.ones(analysis.units.component.size, dtype=bool))
         raise AssertionError("every node was frozen")  # pragma: no cover
 
-    def _facts(self, result: SearchResult, before: float) -> BudgetFacts:
+    def _facts(self, result: SearchResult, before: float, originals: Mapping[str, float]) -> BudgetFacts:
         problem, best = result.problem, result.best
         limits = problem.limits()
         requested = {t.kind: str(t) for t in self.spec.targets}
         targets = [
-            TargetFacts(k, requested[k], limits[k], problem.base(k), best.costs[k], problem.origin(k))
+            TargetFacts(k, requested[k], limits[k], originals.get(k, problem.base(k)), best.costs[k], problem.origin(k))
             for k in requested
         ]
         compared = _best_by_name(result) or [(best, result.final)]
@@ -271,13 +309,21 @@ class Search:
         prune: scores units.
         mode: of the recovery.
         before: points of the original.
+        branches: residual branches of the original that the analysed model lacks.
     """
 
     def __init__(
-        self, context: Context, analysis: Analysis, spec: BudgetSpec, prune: Prune, mode: str, before: float
+        self,
+        context: Context,
+        analysis: Analysis,
+        spec: BudgetSpec,
+        prune: Prune,
+        mode: str,
+        before: float,
+        branches: Sequence[PlanBranch] = (),
     ) -> None:
         self.context, self.analysis, self.spec, self.prune = context, analysis, spec, prune
-        self.mode, self.before = mode, before
+        self.mode, self.before, self.branches = mode, before, branches
         self._mixture_of: Mixture | None = None
         self._answers: list[Evaluated] = []
         self._tried: list[tuple[Mask, CandidateFacts]] = []
@@ -487,6 +533,8 @@ class Search:
 
     def _evaluated_apart(self, problem: SearchProblem, candidates: Sequence[Candidate]) -> list[Evaluated]:
         """Recover candidates from a few samples in workers; none where joblib has one worker only."""
+        if self.branches:  # workers have the original
+            return []
         settings: dict[str, Any] = {"mode": self.mode, "metric": self.spec.metric, "jobs": self.spec.jobs}
         removals = [candidate.removed for candidate in candidates]
         evaluations = evaluate_together(self.context, problem.analysis, removals, **settings) or ()
@@ -545,7 +593,8 @@ class Search:
         return self._mixture_of
 
     def _evaluate(self, problem: SearchProblem, candidate: Candidate, *, trial: bool = True) -> Evaluation:
-        mode = self.mode if candidate.removed.any() or candidate.factorize is not None else "none"
+        changed = candidate.removed.any() or candidate.factorize is not None or self.branches
+        mode = self.mode if changed else "none"
         options: dict[str, Any] = {"mode": mode, "metric": self.spec.metric, "factorize": candidate.factorize}
         part, number, count = self._at
 
@@ -554,9 +603,8 @@ class Search:
                 self._work.part(part, (number + share) / count)
 
         split = TrialSplit(self.context.effort.trial_samples) if trial else None
-        evaluation = evaluate(
-            self.context, problem.analysis, candidate.removed, split=split, progress=progress, **options
-        )
+        options |= {"split": split, "branches": self.branches, "progress": progress}
+        evaluation = evaluate(self.context, problem.analysis, candidate.removed, **options)
         self._answers.append((candidate, evaluation))
         self._tried.append((candidate.removed, _tried(problem, candidate, evaluation, trial)))
         return evaluation

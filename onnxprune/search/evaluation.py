@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from onnxprune.allocation.selection import macs_after
 from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.plan import Plan, PlanBranch
 from onnxprune.errors import UsageError, argument, nearest
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.factorize import Factorize
@@ -206,19 +207,21 @@ def evaluate(
     split: TrialSplit | None = None,
     near: bool = False,
     factorize: Factorize | None = None,
+    branches: Sequence[PlanBranch] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Prune, factorize, recover and measure, without changing the run.
 
     Args:
         context: the run.
-        analysis: of the original.
+        analysis: of the original, or of the original without some branches.
         removed: mask over atoms.
         mode: of the recovery.
         metric: the user's, None for fidelity.
         split: samples to recover from and to measure on; None for all, measured on the recovery's hold-out.
         near: recover only the layers whose inputs were pruned.
         factorize: the pass to run after pruning; its products are checked where all data are used.
+        branches: residual branches that the analysed model lacks.
         progress: callback for the stages of the recovery.
 
     Raises:
@@ -229,14 +232,14 @@ def evaluate(
     trial_context = context.for_trial(num_fit, progress)
     if factorize is not None and split is not None:
         factorize = factorize.unchecked()
-    result = prune_and_factorize(trial_context, analysis, removed, factorize)
+    result = prune_and_factorize(trial_context, analysis, removed, factorize, branches)
     facts = list(result.facts)
     macs = next((fact.macs_after for fact in facts if isinstance(fact, Sizes)), None)
     if mode != "none":
         result = apply(Recover(mode, near=near), trial_context, result.model)
         facts += result.facts
     model = result.model
-    with Workspace.of(analysis) as trial:
+    with Workspace.of(context.analysis) as trial:
         path, size = trial.write(*model.parts, "candidate")
         inputs = [] if split is None else split.validation(context, analysis)
         quality = _of_fidelity(_recovered_fidelity(facts, inputs) or _fidelity(context, trial, path, inputs))
@@ -248,14 +251,19 @@ def evaluate(
 
 
 def prune_and_factorize(
-    context: Context, analysis: Analysis, removed: Mask, factorize: Factorize | None = None
+    context: Context,
+    analysis: Analysis,
+    removed: Mask,
+    factorize: Factorize | None = None,
+    branches: Sequence[PlanBranch] = (),
 ) -> PassResult:
     """Prune the model, and factorize it where that is part of the candidate, without recovery.
 
     Raises:
         CannotRewrite: a node has no form with the new sizes. BudgetError: no ranks save as much as they are to.
     """
-    model = Model.of(analysis).with_parts(cut_model(analysis, removed), removed=removed)
+    plan = Plan(branches=list(branches))
+    model = Model.of(analysis).with_parts(cut_model(analysis, removed), removed=removed, plan=plan)
     return PassResult(model) if factorize is None else apply(factorize, context, model)
 
 

@@ -363,3 +363,26 @@ def test_a_layer_of_a_decoder_is_chosen_and_compared_without_its_cache() -> None
         without(model, *(branch.tensor for branch in branches(model)))
     with pytest.raises(UsageError, match="keep_cache"):
         op.prune(model, data=data, keep_cache=True)
+
+
+def test_branches_compete_within_a_budget() -> None:
+    whole = sum(layer.macs_before for layer in op.analyze(trained()).layers)
+    result = op.prune(trained(), target="macs=0.7", depth="auto", data=SAMPLES, trials=0, latency=False)
+    report = result.report
+    names = {answer.name: answer.chosen for answer in report.budget.answers if "branch" in answer.name}
+    assert len(names) >= 2 and names["1 branch removed"]  # the third adds next to nothing
+    assert [branch.tensor for branch in result.plan.branches] == [branches(trained())[2].tensor]
+    (target,) = report.budget.targets
+    assert target.before == report.totals.macs_before == whole
+    assert report.totals.macs_after <= 0.7 * whole * 1.02 and report.exactness.passed
+    again = op.prune(trained(), plan=result.plan, latency=False)
+    assert again.report.totals.macs_after == report.totals.macs_after
+    with pytest.raises(UsageError, match="needs a target"):
+        op.prune(trained(), depth="auto", data=SAMPLES)
+
+
+def test_a_target_beside_a_number_of_branches_is_a_share_of_the_original() -> None:
+    result = op.prune(trained(), target="macs=0.75", depth=1, data=SAMPLES, recover="none", trials=0, latency=False)
+    totals = result.report.totals
+    assert len(result.plan.branches) == 1
+    assert 0.6 * totals.macs_before < totals.macs_after <= 0.75 * totals.macs_before * 1.02
