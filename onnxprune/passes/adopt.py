@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnxprune.channels.selection import make_plan, read_plan, removed_atoms
 from onnxprune.errors import UsageError, argument
 from onnxprune.graph.view import Graph
 from onnxprune.io.read import load
+from onnxprune.passes.depth import Shortening
 from onnxprune.passes.flush import flush
 from onnxprune.passes.preparation import hold_against_file
 from onnxprune.passes.prepared import cut_model
@@ -20,7 +22,7 @@ from onnxprune.passes.prune import describe_removal
 from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult
 from onnxprune.pruning.rewriting import CannotRewrite
-from onnxprune.report.facts import Exactness, Settings
+from onnxprune.report.facts import Exactness, Fact, Settings
 from onnxprune.settings import named_arguments
 
 
@@ -53,6 +55,10 @@ class Adopt(Pass):
                 "This plan factorizes layers as well, and such a model cannot be recovered afterwards",
                 hint=f"Prune the original again with {argument('plan')} and {argument('data')}, which recovers it.",
             )
+        shown: list[Fact] = []
+        if self.plan.branches:
+            work = Shortening(context)
+            model, shown = work.result(work.of_plan(self.plan), {})
         analysis, selected = read_plan(model.analysis, self.plan)
         removed = removed_atoms(analysis.units, selected)
         with context.stage("compare"):
@@ -72,12 +78,12 @@ class Adopt(Pass):
             (loaded.proto, loaded.weights),
             analysis=analysis,
             removed=removed,
-            plan=make_plan(analysis, removed, self.plan.criterion),
+            plan=replace(make_plan(analysis, removed, self.plan.criterion), branches=model.plan.branches),
             proof=proof,
             files=(*([loaded.path] if loaded.path else []), *loaded.external),
         )
         settings = Settings({"criterion": self.plan.criterion})
-        return PassResult(pruned, [settings, *describe_removal(context, pruned), proof])
+        return PassResult(pruned, [*shown, settings, *describe_removal(context, pruned), proof])
 
 
 def check_pair(expected: Graph, actual: Graph) -> tuple[int, int]:

@@ -254,6 +254,8 @@ def test_branches_and_channels_go_together_and_come_back_from_a_plan() -> None:
     assert again.model.SerializeToString() == result.model.SerializeToString()
     before = [(layer.name, layer.params_before) for layer in op.analyze(trained()).layers]
     assert [(layer.name, layer.params_before) for layer in again.report.layers] == before
+    later = op.recover(trained(), result.model, plan=result.plan, data=SAMPLES, recover="bias")
+    assert later.report.branches[0].removed and later.report.recovery.after is not None
 
 
 def test_patterns_hold() -> None:
