@@ -8,17 +8,32 @@ from onnxprune.operators.built_in import BUILT_IN
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.contractions import Form, Pairwise, Windows
 from onnxprune.operators.elementwise import Elementwise
-from onnxprune.operators.registry import Inverse, Move, Rule, known, lookup, register, rule_of, unregister
+from onnxprune.operators.factoring import Factoring, Product
+from onnxprune.operators.registry import (
+    Inverse,
+    Move,
+    NoRule,
+    Rule,
+    known,
+    lookup,
+    register,
+    rule_of,
+    unregister,
+    with_facts,
+)
 
 __all__ = [
     "BUILT_IN",
     "Cut",
     "Elementwise",
+    "Factoring",
     "Form",
     "Inverse",
     "Label",
     "Move",
+    "NoRule",
     "Pairwise",
+    "Product",
     "Rule",
     "Step",
     "Windows",
@@ -28,4 +43,5 @@ __all__ = [
     "register",
     "rule_of",
     "unregister",
+    "with_facts",
 ]
