@@ -33,7 +33,7 @@ class Kernels:
     """Multiples of channels that the kernels of a device like, each 1 or more.
 
     Attributes:
-        name: what ``--device`` calls it.
+        name: value of ``--device``.
         writes: of the channels that a convolution writes.
         reads: of the channels that it reads.
         depthwise: of the channels of a depthwise convolution.
@@ -41,7 +41,7 @@ class Kernels:
         features: of the features that a matrix product, or a recurrent layer, writes.
         inner: of the features that a matrix product sums over.
         int8: other multiples for quantized layers, by these names.
-        source: where the rule comes from.
+        source: origin of the rule.
     """
 
     name: str

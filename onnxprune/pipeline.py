@@ -264,7 +264,7 @@ class WorkShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """What every run may be given beside the model and its passes: each once.
+    """Arguments of every run beside the model and its passes: each once.
 
     Attributes:
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.

@@ -172,7 +172,7 @@ class Number(Kind):
 
     Args:
         low, high: the bounds.
-        meaning: what the number is, for messages.
+        meaning: meaning of the number, for messages.
         metavar: a letter for it.
         open_low: whether ``low`` is excluded.
         example: one that is allowed.
@@ -211,7 +211,7 @@ class Share(Kind):
     """A share R; whoever gives percent is told what was meant.
 
     Args:
-        meaning: what it is a share of.
+        meaning: meaning of the share, for messages.
         zero, one: whether these are allowed.
     """
 
@@ -534,7 +534,7 @@ class PatternOf(Kind):
 
 
 class EffortOf(Kind):
-    """How long to train: a number of steps, or a time."""
+    """Length of a training: a number of steps, or a time."""
 
     metavar = "TIME|STEPS"
     allowed = "steps (`500`), a time (`90s`, `3m`, `1h`), `auto` (1,000 steps or 3 minutes), or `none`"
@@ -711,7 +711,7 @@ class Need:
     Attributes:
         of: a key of :data:`CONDITIONS`.
         because: the rest of the sentence that the setting's name begins.
-        hint: what to do.
+        hint: next step for the user.
     """
 
     of: str
@@ -795,7 +795,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
         v.get("validate") is not False or v.get("metric") is not None or ("target" in v and has_budget(v))
     ),
 }
-"""What a setting may need, by name, asked of the values of a call."""
+"""Requirements of settings, by name, as functions of the values of a call."""
 
 
 def _kinds(values: Mapping[str, Any], kind: str) -> bool:
@@ -836,6 +836,8 @@ _PLAN, _BUDGET = ("plan",), ("plan", "budget")
 _DATA = Need(
     "data", f"describes how to read data, but {argument('data')} is not given", f"Give {argument('data')}, or drop it."
 )
+
+_TRAINED = Need("data", f"trains on data, but {argument('data')} is not given", f"Give {argument('data')}, or drop it.")
 
 
 def _training(default: str) -> str:
@@ -1523,7 +1525,7 @@ SETTINGS: tuple[Setting, ...] = (
         EffortOf(),
         _training(f"Default with 512 samples or more: as long as {argument('effort')} allows."),
         dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
-        needs=_DATA,
+        needs=_TRAINED,
         bare="auto",
         variants={command: {"help": _training("Default none.")} for command in ("factorize", "sparsify", "recover")},
         brief="Train towards the original on the data.",
@@ -1535,7 +1537,9 @@ SETTINGS: tuple[Setting, ...] = (
         "criteria of gradients take their loss.",
         dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
         needs=Need(
-            "learns", f"says what to learn, and there is no {argument('finetune')}", f"Give {argument('finetune')}."
+            "learns",
+            f"is used by {argument('finetune')} and by criteria of gradients, but neither is given",
+            f"Give {argument('finetune')} or a criterion such as {argument('criterion', 'taylor')}, or drop it.",
         ),
     ),
     Setting(
@@ -1800,7 +1804,7 @@ def checked(name: str, value: Any, command: str = "prune") -> Any:
 
     Args:
         name: the argument.
-        value: what was given.
+        value: value of the argument.
         command: whose argument.
 
     Raises:

@@ -69,6 +69,7 @@ def test_words_are_those_that_the_code_knows() -> None:
         ({"layers": [("a", 0.1)]}, "layers", "layers: [('a', 0.1)] is not allowed"),
         ({"include": 3}, "include", "include: 3 is not allowed"),
         ({"samples": 3}, "samples", "samples describes how to read data, but data is not given"),
+        ({"finetune": 5}, "finetune", "finetune trains on data, but data is not given"),
         ({"data": [], "samples": 0}, "samples", "samples: 0 is not allowed"),
         ({"progress": True}, "progress", "progress: True is no function"),
         ({"progress": dict}, "progress", "is no function"),

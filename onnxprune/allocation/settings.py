@@ -48,7 +48,7 @@ WIDEST = 0.9
 
 
 AUTO = "auto"
-# What "auto" stands for where no criterion from data decides otherwise.
+# Values of "auto" where no criterion from data decides otherwise.
 _PLAIN = {"scope": "local", "cost": "none"}
 _CHOICES = ("policy", "normalize", "group_policy", "reshape_axis", "scope", "rounding", "cost", "schedule")
 
@@ -60,8 +60,8 @@ class Options:
     Attributes:
         layers: {glob over node or weight names: ratio}; the last match applies.
         include, exclude: such globs: only groups with such a name are pruned, or none of them.
-        scope: which units compete with each other; ``auto``: those of a group, unless the criterion is a default that
-            compares them all.
+        scope: ranking scope, the units that compete with each other; ``auto``: those of a group, unless a default
+            criterion compares them all.
         policy: aggregation of a unit's scores in several weights.
         normalize: normalisation of the scores of one weight, so that weights compare; ``auto`` is ``none`` for criteria
             whose scores compare without it, else ``mean``.
@@ -75,7 +75,7 @@ class Options:
         device: for ``auto``: its name, its file or its multiples; None for where the model is timed, else this machine.
         step: units of a group are removed in multiples of this many.
         rounding: of the counts that follow from ratios.
-        steps: how often to score and prune.
+        steps: number of rounds of scoring and pruning.
         schedule: growth of the removed share from one step to the next.
     """
 

@@ -109,14 +109,14 @@ def _finish(
     """Ask the gate, write the model and its plan, and show the report.
 
     Args:
-        screen: where the report goes.
+        screen: target of the report.
         given: the options.
         result: of the run.
         target: the model file to write.
         parts: makes the report as renderables.
         hint: the next step where the gate is not met.
         names: files that JSON names beside the report.
-        plan_file: where to write the plan, None for nowhere.
+        plan_file: path of the plan; None: it is not written.
 
     Raises:
         BudgetError: the gate is not met; nothing is written.

@@ -24,7 +24,7 @@ USAGE = 2
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What the user is told: the message, the next step, and the exit code."""
+    """The answer to the user: the message, the next step, and the exit code."""
 
     kind: str
     message: str
@@ -59,7 +59,7 @@ def stoppable() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)  # cleaning up is under way
         raise Stopped(number)
 
-    # What is ignored (nohup, jobs in the background) stays ignored.
+    # Signals that are ignored (nohup, jobs in the background) stay ignored.
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
     for number in before:

@@ -178,7 +178,7 @@ def _words_of(name: str) -> Sequence[str]:
 
 
 class Given:
-    """What a user gave to a command: ``given.ratio`` is the value of that setting.
+    """The values that a user gave to a command: ``given.ratio`` is the value of that setting.
 
     Args:
         command: its name.
@@ -272,7 +272,7 @@ class Given:
         return ImageOptions(**said, scale=scale and scale[0])
 
     def _noise(self) -> float | None:
-        """How far to move ranks above noise, None where these are not asked for."""
+        """Return the share by which ranks above noise are moved; None where they are not asked for."""
         if self.calibration is not None and not self.vbmf:
             raise UsageError(
                 f"{argument('calibration')} moves the ranks of {argument('vbmf')}, but {argument('vbmf')} is not given",

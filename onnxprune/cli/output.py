@@ -101,7 +101,7 @@ def write_pages(screen: Screen, given: Given, report: Report) -> list[Path]:
     """Write the report and the Markdown that were asked for, also of a model that misses a gate.
 
     Args:
-        screen: where Markdown for ``-`` goes.
+        screen: target of Markdown for ``-``.
         given: the options.
         report: of the run.
 

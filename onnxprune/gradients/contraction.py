@@ -254,7 +254,7 @@ def transposed_convolution(r: Reverse) -> None:
     if r.wants(2):
         r.send(2, t.sum(r.dy, [0, *spatial]))
     padded = t.pad(r.dy, (0, 0, *w.before), (0, 0, *w.after))
-    # What output_padding added lies behind the last window, and what it lacks there is 0.
+    # Positions that output_padding added lie behind the last window; missing ones are 0.
     rest = [w.reach(k, shape[2 + k]) - t.shape(padded)[2 + k] for k in range(len(kernel))]
     padded = t.pad(padded, (0, 0, *[0] * len(kernel)), (0, 0, *rest))
     if r.wants(0):

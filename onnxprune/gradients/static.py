@@ -132,7 +132,7 @@ def named_tensor(name: str, value: Array) -> TensorProto:
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """What one run says: values of tensors that may be constants, shapes and types of all."""
+    """The facts of one run: values of tensors that may be constants, shapes and types of all."""
 
     known: dict[str, Array]
     shapes: dict[str, Shape]

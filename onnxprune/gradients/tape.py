@@ -282,7 +282,7 @@ class Reverse:
     """One node in the backward pass: the gradients of its outputs are known, those of its inputs are sent.
 
     Args:
-        tape: where nodes are added.
+        tape: tape that takes new nodes.
         node: the node.
         gradients: gradient of every output; None where the loss does not depend on it.
         wanted: whether the gradient of each input is needed.

@@ -62,7 +62,7 @@ class _Model:
         for node in proto.graph.node:
             self.add(node)
         self.suspects = {name for inputs, _ in self._names.values() for name in inputs}
-        """What was read and may no longer be."""
+        """The tensors that were read before the change."""
 
     def value(self, name: str) -> NDArray[Any] | None:
         """Return the value of a constant, None for other tensors."""

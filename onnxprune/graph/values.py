@@ -170,7 +170,7 @@ def operands_at(node: Node, probe: Probe) -> tuple[list[Any], Read]:
 MOST_ELEMENTS = 1 << 31
 """Elements that a tensor may have at the probe sizes, which are small."""
 _COMPUTED, _TIMES = 1 << 26, 16
-"""What is computed from constants alone may have so many, or so many times the elements of all weights."""
+"""Limits on the elements of values computed from constants: a number, and a multiple of the elements of all weights."""
 _RUNS = 1 << 26
 # Vectors of this length are no shapes; onnx propagates each entry of one as an object.
 _VECTOR = 1 << 20

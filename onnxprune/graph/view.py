@@ -31,7 +31,7 @@ class Node:
     proto: onnx.NodeProto
     _attrs: dict[str, Any] | None = None
     repeats: int = 1
-    """How often it runs per run of the model, where a Loop or Scan around it says so by its sizes."""
+    """Number of runs per run of the model, where the sizes of a Loop or Scan around it determine that."""
 
     @property
     def attrs(self) -> dict[str, Any]:

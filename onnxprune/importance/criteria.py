@@ -38,7 +38,7 @@ def register(
     """Register a criterion under a name, as a decorator.
 
     Args:
-        name: what ``--criterion`` takes.
+        name: value of ``--criterion``.
         reads_all: the scores depend on every weight, so that NaN in a weight shows in them.
         needs: statistics of feature maps (see :class:`Maps`) that the criterion reads; with any, it takes two arguments
             and is called for contractions only. If empty, the result of :func:`needs_of`.
@@ -116,11 +116,11 @@ def names() -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a criterion is, for lists: from its docstring.
+    """The description of a criterion for lists, from its docstring.
 
     Attributes:
-        name: what ``--criterion`` takes.
-        measures: what its scores are, in a few words.
+        name: value of ``--criterion``.
+        measures: meaning of its scores, in a few words.
         needs: statistics of feature maps that it reads, so that it needs data; empty: weights alone.
         paper: authors, title, venue and year of its source; empty where the docstring names none.
     """

@@ -443,7 +443,7 @@ class ContractionInput:
 
     Attributes:
         node: the contraction.
-        position: which of its inputs the activation is.
+        position: position of the activation among its inputs.
         tensor: name of the activation.
         axes: its axes that channels lie along, in the channels' order.
         label: the label that covers the summed axis.

@@ -372,8 +372,8 @@ def read_json(path: Path, what: str, kind: str, *, missing: str = "", hint: str 
 
     Args:
         path: the file.
-        what: what the file holds, such as "the plan".
-        kind: what kind of file it is, such as "plan file".
+        what: content of the file, such as "the plan".
+        kind: kind of file, such as "plan file".
         missing: the next step where the file does not exist.
         hint: the next step where the file is not JSON.
 
@@ -443,7 +443,7 @@ def parse(kind: type[_T], data: Any, where: str, hint: str = "") -> _T:
         kind: a dataclass, whose fields may be missing where they have a default, ``int`` (of 64 bits), ``float``
             (finite), ``str``, ``bool``, ``list[...]``, ``dict[..., ...]``, ``tuple[...]``, ``... | None`` or ``Any``.
         data: decoded JSON.
-        where: what the data belong to, such as "the plan".
+        where: owner of the data, such as "the plan".
         hint: the next step where they have another form.
 
     Raises:

@@ -22,7 +22,7 @@ ModelSource = str | Path | bytes | onnx.ModelProto | Any
 """A model as an argument. ``Any`` stands for objects of onnx-graphsurgeon and onnx-ir, which have no types here."""
 
 ACCEPTED = "a path, bytes, an onnx.ModelProto, an onnx_graphsurgeon.Graph or an onnx_ir.Model"
-"""What is accepted wherever a model is an argument, in words."""
+"""Types of models that every call accepts, in words."""
 
 _ATTACHED = "_onnxprune_unrepresented"
 _Proto = TypeVar("_Proto", onnx.NodeProto, onnx.ValueInfoProto, onnx.TensorProto)

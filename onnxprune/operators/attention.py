@@ -451,7 +451,7 @@ class GroupQueryAttention(Rule):
                 labels = step.take(labels, 2, np.arange(start, start + n * size))
                 start += n * size
             part = to_heads(step, labels, (1, 1, n * size), n)
-            step.fix(part[0], 3, Reason.HEAD_SIZE, "this kernel wants one head size for queries, keys and values")
+            step.fix(part[0], 3, Reason.HEAD_SIZE, "this kernel requires one head size for queries, keys and values")
             result.append(part)
         return result
 
@@ -599,7 +599,9 @@ class QAttention(Attention):
         _, out = attend(step, q, k, v)
         keys, values = covering(k[0], 3), covering(out, 3)
         step.unite(
-            None if keys is None else keys.ids, None if values is None else values.ids, "the size that all three have"
+            None if keys is None else keys.ids,
+            None if values is None else values.ids,
+            "the common size of queries, keys and values",
         )
         step.set(0, flatten_heads(step, out, heads, int(v[1][3] or 0)))
 
@@ -728,7 +730,7 @@ class DecoderMaskedMultiHeadAttention(MultiHeadAttention):
         heads = int(step.attr("num_heads"))
         for i in range(3):
             part = to_heads(step, step.labels(i), step.shape(i), heads)
-            step.fix(part[0], 3, Reason.HEAD_SIZE, "this kernel wants one head size for queries, keys and values")
+            step.fix(part[0], 3, Reason.HEAD_SIZE, "this kernel requires one head size for queries, keys and values")
         super().propagate(step)
 
 

@@ -104,7 +104,7 @@ class Learned(Rule):
     def propagate(self, step: Step) -> None:
         """Freeze every input."""
         for i in range(len(step.node.inputs)):
-            step.freeze(step.labels(i), Reason.FIXED_SIZE, f"{step.node.op} knows its features by position")
+            step.freeze(step.labels(i), Reason.FIXED_SIZE, f"{step.node.op} reads its features by position")
 
 
 register(DOMAIN, "Scaler", "Imputer", rule=PerFeature())

@@ -46,7 +46,7 @@ class Slice(Marker):
         """Freeze the scanned axis, which the subgraph does not have."""
         labels, shape = step.labels(0), step.table.facts.shape(step.node.inputs[0])
         if shape is None:
-            step.freeze(labels, Reason.DYNAMIC_SHAPE, "the shape of what is scanned is not known")
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, "the shape of a scanned tensor is not known")
             return
         axis = step.axis(0, len(shape))
         labels = step.drop_axis(labels, axis, Reason.SPATIAL, f"{step.node.kind} runs along this axis")
@@ -62,7 +62,7 @@ class Stack(Marker):
         for i in range(1, len(step.node.inputs)):
             step.labels(i)  # it only holds the number of iterations
         if shape is None:
-            step.freeze(labels, Reason.DYNAMIC_SHAPE, "the shape of what an iteration gives is not known")
+            step.freeze(labels, Reason.DYNAMIC_SHAPE, "the shape of an iteration's result is not known")
             return
         step.set(0, algebra.insert_axis(labels, step.axis(0, len(shape) + 1)))
 

@@ -26,7 +26,7 @@ INNER = {2: 1, 3: 1, 4: 2, 6: 1, 7: 1}
 
 
 SECOND_CODES = 5
-"""Where the second layer's codes are."""
+"""Position of the second layer's codes."""
 _FIRST_OPERANDS = (2, 3, 4, 11)
 
 

@@ -1,4 +1,4 @@
-"""How layers are factorized: the weight of an operator as a kernel, and the nodes that take its place.
+"""Factorization of layers: the weight of an operator as a kernel, and the nodes that take its place.
 
 A rule names one of these as ``factoring``. A vendor's operator that is a plain product of its data with one matrix can
 use :class:`Product`; others derive from :class:`Factoring`.

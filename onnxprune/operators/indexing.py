@@ -340,7 +340,7 @@ class ScatterElements(_Elements):
         if line is not None:
             target = step.axis_ids(data, axis)
             written_ids = None if target is None else target[line % target.size]
-            step.unite(written_ids, step.axis_ids(updates, axis), "what is written by index")
+            step.unite(written_ids, step.axis_ids(updates, axis), "the written values")
         other_labels = tuple(x for x in updates if x.ids.shape[axis] == 1)
         self._met(step, [self._first(step, data, axis, step.shape(2)), other_labels], axis)
         step.set(0, data)
@@ -456,7 +456,7 @@ class _Slices(Rule):
         if not columns.computed:
             cut.set_input(1, new)  # of the one type that these operators take
         elif value is None or not np.array_equal(value, columns.index):
-            cut.fail("its index is computed from sizes that are others after the cut")
+            cut.fail("its index is computed from sizes that change with pruning")
         else:
             columns.move(cut, beside, first)
 
@@ -473,7 +473,7 @@ class GatherND(_Slices):
         first, rank = batch + depth, len(step.out_shape())
         shift = len(step.shape(1)) - 1 - first
         for axis in range(batch):
-            labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "a batch axis of what is looked up by index")
+            labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "a batch axis of the table")
         result: Labels = ()
         for k in range(depth):
             labels = self._addressed(step, labels, columns, batch, k)
@@ -535,7 +535,7 @@ class ScatterND(_Slices):
             axis = columns.axes[k]
             addressed_ids = target.ids.ravel()[columns.line(k, target.ids.size)]
             update_ids = None if axis is None or axis < 0 else step.axis_ids(updates, axis)
-            step.unite(addressed_ids, update_ids, "what is written by index")
+            step.unite(addressed_ids, update_ids, "the written values")
             written_axes.add(axis)
         for axis in range(num_batch):
             if axis not in written_axes:

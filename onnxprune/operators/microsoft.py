@@ -204,7 +204,7 @@ class GroupNormFused(GroupNorm):
                 step.fix_all_but(
                     parameter, (0, at), Reason.NORMALISED, f"{step.node.op} normalises over these positions"
                 )
-                step.unite(ids, step.axis_ids(parameter, at), "what is added")
+                step.unite(ids, step.axis_ids(parameter, at), "the addend")
         step.set(1, labels)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:

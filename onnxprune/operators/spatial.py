@@ -316,7 +316,7 @@ class AffineGrid(Rule):
 
     def propagate(self, step: Step) -> None:
         """Freeze the matrices; the result has no channels."""
-        step.freeze(step.labels(0), Reason.FIXED_SIZE, "AffineGrid takes every number of its matrices")
+        step.freeze(step.labels(0), Reason.FIXED_SIZE, "AffineGrid reads every number of its matrices")
 
     def rewrite(self, cut: Cut) -> None:
         """Keep the sizes other than that of the channels."""

@@ -45,7 +45,7 @@ class Proof(NamedTuple):
     """The outcome of a proof.
 
     Attributes:
-        facts: how exact the removal is.
+        facts: exactness of the removal.
         refused: indices of the probes at whose sizes the model failed to run, though it declares them open.
     """
 

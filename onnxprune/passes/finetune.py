@@ -385,7 +385,7 @@ class _Training:
         outputs = self.step(first)
         balance[...] = 1
         features = self.step(first) - outputs
-        # What lies between is compared on the way to the outputs, and never in their place.
+        # Tensors between are compared on the way to the outputs, and never in their place.
         balance[...] = _FEATURE_SHARE * outputs / features if features > 1e-6 * outputs else 0
         sizes, doubling = step_sizes(self.step, first, self.parameters, self.context.seed)
         rate = min(self.settings.rate, _BOLDNESS * doubling)

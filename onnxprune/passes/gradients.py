@@ -105,7 +105,7 @@ def fitted_heads(
         weights: its weights to train.
         original: the original.
         before: a comparison of both, which knows the kinds of outputs.
-        drop: what else to do, for the error.
+        drop: alternative for the hint of the error.
 
     Raises:
         ModelError: there is none.

@@ -38,7 +38,7 @@ T = TypeVar("T")
 WITH_DATA, WITHOUT = "ziplm", "l2"
 """Default criteria with and without calibration data."""
 COMPETING = {"scope": "global", "cost": "macs"}
-"""How units compete by default under the criterion from data."""
+"""Settings of competition, by default under the criterion from data."""
 
 
 @named_arguments()

@@ -42,7 +42,7 @@ class Recalibrated:
 
     Args:
         original: its graph.
-        after: what the cut kept.
+        after: survivors of the removal.
         graph, weights: of the cut model; changed until ``undo``.
         feeds: the inputs.
         store: room for activations.

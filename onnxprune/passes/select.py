@@ -71,14 +71,14 @@ class Selector:
     Args:
         context: the run.
         analysis: of the model; its grids are resolved as ``request`` wants them.
-        request: what was asked for.
-        criterion, name: what scores, and what it is called.
+        request: settings of the allocation.
+        criterion, name: the criterion and its name.
         seconds: kept from one choice to the next: time of every node, filled where ``cost`` asks for it.
 
     Attributes:
         ratios: the ratio asked for each group, None where it is excluded.
         excluded: groups that were left whole although they may be cut, with the reason.
-        warnings: what the user should know about the choice.
+        warnings: warnings about the choice, for the report.
         pool_of: the groups once ``pool`` was called.
         rounding: the multiples that the device likes; None where a multiple was asked for.
     """

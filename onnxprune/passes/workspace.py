@@ -1,4 +1,4 @@
-"""What every check needs: a folder for a while, models in it as files, and inputs to run them on."""
+"""Workspaces of checks: a temporary folder, models in it as files, and inputs to run them on."""
 
 from __future__ import annotations
 

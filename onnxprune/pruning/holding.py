@@ -26,10 +26,10 @@ from onnxprune.pruning.masked import Model, Steps, gather
 
 Feed = dict[str, Any]
 SurvivorSteps = Callable[[str], Steps | None]
-"""How a tensor of the reference becomes that of the other model; None where that cannot be said."""
+"""Steps from a tensor of the reference to that of the other model; None where they are not known."""
 
 HELD, SEEN, MADE = "__held", "__seen", "__made"
-"""How names end: of inputs with what is held, of outputs with what a model has there, and with what is made of it."""
+"""Endings of names: of inputs with held values, of outputs with the values of a model, of those computed from them."""
 
 _SEED = 7
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}

@@ -161,7 +161,7 @@ class _Masks:
 
 Model = tuple[onnx.ModelProto, Mapping[str, Weight]]
 BranchAssignment = Mapping[str, bool]
-"""What holds at every node whose condition is open, by the mark that begins it: which branch, or that a Loop runs."""
+"""Conditions at every node that are open, by the mark that begins them: the branch, or that a Loop runs."""
 
 # Limits on the trips of a Loop with an unknown trip count, and on the branch assignments of a model.
 _TRIPS, _MAX_ASSIGNMENTS = 3, 16

@@ -421,7 +421,7 @@ class _State:
                 continue
             scaling = self._scaling(node, i, factor)
             if scaling is None:  # it could when the factor was left to it
-                raise CannotRewrite(node, f"input {i} is to be multiplied by a number, which it cannot pass on")
+                raise CannotRewrite(node, f"the operator cannot pass on a factor of input {i}")
             self.edits.set_operand(node, i, self.edits.renamed[name])
             for j, function in scaling.constants.items():
                 self._scale_constant(node, j, function)

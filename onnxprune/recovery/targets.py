@@ -1,4 +1,4 @@
-"""What a recovery fits: every contraction, the tensor it is fitted to, and the path between the two.
+"""Targets of a recovery: every contraction, the tensor it is fitted to, and the path between the two.
 
 The target of a layer is not its own output but the sum that reads it, so that a branch recovers errors of others.
 """
@@ -383,7 +383,7 @@ class Subgraphs:
         conditions = (name for name, _ in self.where(node))
         if result not in comparable or not all(name in comparable or name in self._outer_values for name in conditions):
             return _UNSEEN
-        # What lies around the node's branches has a value for every time that these are asked for.
+        # Every tensor around the node's branches has a value for every time that these are asked for.
         home = self._home(data)
         if data not in comparable or any(body.kind != "If" for body in self._own(node)[len(home) :]) or not home:
             return _OUTSIDE
@@ -464,7 +464,7 @@ class RecoveryTarget:
         form: the node as a matrix product.
         path: path from its output to its target.
         level: targets of one level do not depend on each other; lower levels are recovered first.
-        weight, bias: where its constants lie; no bias where it has none.
+        weight, bias: positions of its constants; None for a node without bias.
         recurrent: whether it lies in a Loop or Scan, see :class:`Subgraphs`.
         conditions: conditions of the iterations in which it runs there, (tensor, value).
     """
@@ -598,7 +598,7 @@ def _own(graph: Graph, node: Node, form: Form) -> tuple[WeightSource, WeightSour
     if not form.plain:
         return "its output is not a plain product of data and weight"
     if isinstance(form, Scale) and any(name not in graph.weights for name in node.inputs[2:5]):
-        return "its shift and statistics are not stored as they are used"  # quantized, for example
+        return "its shift or its statistics are computed from other tensors"  # quantized, for example
     weight = WeightSource.of(graph, node.inputs[form.weight])
     if isinstance(weight, str):
         return weight
@@ -608,12 +608,12 @@ def _own(graph: Graph, node: Node, form: Form) -> tuple[WeightSource, WeightSour
     if isinstance(bias, str):
         return bias
     if bias.chain and prod(bias.shape(graph.weights)) != outputs(form, weight.shape(graph.weights)):
-        return "one number of its bias is many outputs', and computed from other tensors"
+        return "its bias has one number for several outputs and is computed from other tensors"
     scales = [s.quantised.inputs[1] for s in (weight, bias) if s.quantised is not None]
     sizes = [prod(graph.weights[n].shape) for n in scales]
     # Runtimes add a quantised bias to the sum of codes as it is: its scale has to follow the weight's.
     if len(scales) == 2 and (sizes[0] not in (1, sizes[1]) or scales[0] == scales[1]):
-        return "its weight and bias are quantised with scales that do not go together"
+        return "the scales of its quantised weight and bias do not fit together"
     return weight, bias
 
 

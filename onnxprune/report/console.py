@@ -1,4 +1,4 @@
-"""Where text goes: the report to stdout, everything else to stderr; colour and bars on a terminal, plain when piped."""
+"""Targets of text: the report to stdout, everything else to stderr; colour and bars on a terminal, plain when piped."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ class _Console(Console):
 
 
 class _Loss:
-    """What came of writing to a stream: the error that ended it, if one did."""
+    """The result of writing to a stream: the error that ended it, if one did."""
 
     def __init__(self, error: OSError | None = None) -> None:
         self.error = error
 
     @contextmanager
     def noted(self, console: Console) -> Iterator[None]:
-        """Where a stream takes no more (a closed pipe, a full disk), what is left to say goes nowhere."""
+        """Discard further text where a stream takes no more (a closed pipe, a full disk)."""
         try:
             yield
             console.file.flush()
@@ -156,10 +156,10 @@ class Screen:
     wrote: list[Path] = field(default_factory=list)
     """Files that the command has written."""
     about: dict[str, Any] = field(default_factory=dict)
-    """What ``--json`` says of the run itself, in front of what came out."""
+    """The entries of ``--json`` about the run itself, in front of its results."""
     loss: _Loss = field(default_factory=_Loss)
     spell: Spelling | None = None
-    """How messages write arguments; None: as Python does."""
+    """Spelling of arguments in messages; None: as in Python."""
 
     @classmethod
     def open(cls, *, as_json: bool = False, verbosity: int = 0, spell: Spelling | None = None) -> Screen:
@@ -174,7 +174,7 @@ class Screen:
 
     @property
     def lost(self) -> OSError | None:
-        """Why stdout did not take all of the report."""
+        """The reason for which stdout did not take all of the report."""
         return self.loss.error
 
     @property
@@ -232,7 +232,7 @@ class Screen:
         """Return a callback that shows stages: as bars on a terminal, as lines in pipes and logs, not when quiet."""
         if self.verbosity < 0:
             return nullcontext(lambda stage, fraction: None)
-        # What a log is forced to colour is no terminal yet: bars there would be one frame below the other.
+        # A log that is forced to colour is no terminal: bars there would be one frame below the other.
         if self.err.file.isatty() and not self.err.is_dumb_terminal:
             return progress.bars(self.err)
         return progress.lines(lambda line: self.tell(Text(line, style="dim")))

@@ -25,7 +25,7 @@ class LayerFacts:
     macs_before: int
     macs_after: int
     reason: str = ""
-    """Why the layer was not touched; empty when it was."""
+    """The reason for which the layer was left as it is; empty where it was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class OutputFidelity:
 
 @dataclass(slots=True)
 class AnswerFidelity:
-    """What the final model keeps of one answer: of an output, or of the boxes and scores of a detector together.
+    """The fidelity of one answer of the final model: of an output, or of the boxes and scores of a detector together.
 
     ``points``: 100 times the share of the original's answers that the final model still gives; ``lost`` says what went.
     ``distance``, 0 to 1, is what candidates of a search are compared by: of classes, of which a sample has one, the
@@ -224,7 +224,7 @@ def verdict_on(facts: Fidelity, next_step: str = "") -> Verdict | None:
 
     Args:
         facts: fidelity of the model.
-        next_step: what to do where the model is not faithful.
+        next_step: advice where the model is not faithful.
     """
     worst = facts.worst
     if facts.points is None or worst is None:
@@ -330,7 +330,7 @@ SHARES = (0.75, 0.5, 0.25)
 
 @dataclass(slots=True)
 class Profile:
-    """Where a model's time goes on one device.
+    """The time of a model on one device, by kind of node.
 
     ``checks`` are (predicted, measured) milliseconds of whole runs at counts that were not measured before; ``error``
     is their largest difference as a share.
@@ -563,7 +563,7 @@ class GroupLosses:
 
 @dataclass(slots=True)
 class BudgetFacts:
-    """How counts were found for targets.
+    """The allocation for targets.
 
     ``points`` is what ``what`` says, before and after. ``gap``: with costs linearised at the answer, no choice of
     counts loses less than (1 - gap) of what this one does, by the losses it was chosen by. ``candidates`` are all
@@ -633,7 +633,7 @@ class Report:
     model: str = ""
     output: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-    """How units were chosen: criterion, scope, policy, normalisation and the rest; only the criterion for a plan."""
+    """Settings of the choice of units: criterion, scope, policy and others; only the criterion for a plan."""
     layers: list[LayerFacts] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
     exactness: Exactness = field(default_factory=Exactness)
@@ -748,7 +748,7 @@ class Report:
 
         Args:
             min_fidelity: points above 1, or the centred cosine that every output needs; None: no limit.
-            max_drop: what the metric may lose, points of fidelity where none was measured; None: no limit.
+            max_drop: permitted drop of the metric, of points of fidelity where none was measured; None: no limit.
         """
         facts, metric = self.fidelity, self.metric
         if min_fidelity is not None:

@@ -65,10 +65,10 @@ def heat_map(title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequenc
     """Draw an SVG with one row of cells per name, coloured by the logarithm of their values, the least white.
 
     Args:
-        title: what stands above.
+        title: title of the plot.
         heads: names of the columns.
         rows: a name and its values, one per column; None where there is none.
-        what: what the values are, for the legend.
+        what: meaning of the values, for the legend.
     """
     known = [v for _, values in rows for v in values if v is not None and math.isfinite(v)]
     low, high = max(min(known, default=0.0), max(known, default=1.0) * _FAINTEST), max(known, default=1.0)
@@ -94,7 +94,7 @@ _NAME, _CELL, _ROW, _FAINTEST = 330, 74, 20, 1e-6
 
 
 def _depth(value: float, low: float, high: float) -> float:
-    """Where a value stands between the least (0) and the largest (1), by its logarithm."""
+    """Return the position of a value between the least (0) and the largest (1), by its logarithm."""
     if not math.isfinite(value) or value >= high:
         return 1.0
     return 0.0 if value <= low or high <= low else math.log(value / low) / math.log(high / low)

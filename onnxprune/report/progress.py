@@ -33,7 +33,7 @@ EVERY = 10.0
 
 
 class ProgressCallback(Protocol):
-    """What the API calls while it works: the stage's name and how much of it is done, 0 to 1."""
+    """Progress callback: takes the stage's name and the share of it that is done, 0 to 1."""
 
     def __call__(self, stage: str, fraction: float) -> None:
         """Show that ``fraction`` of ``stage`` is done."""

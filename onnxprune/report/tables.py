@@ -171,7 +171,7 @@ def inspected(facts: Sequence[LayerFacts], *, name_width: int, every: bool) -> l
 
 
 def latency_note(latency: Latency | None) -> Text | None:
-    """How the latency was measured."""
+    """Return the conditions of the measurement of latency."""
     if latency is None:
         return None
     threads = (

@@ -75,7 +75,7 @@ def as_array(value: Any, place: str) -> Array:
     """Return an array, a tensor of torch, tensorflow, jax or CuPy, or nested lists as an array of numpy.
 
     Args:
-        value: what to convert. No library is imported for it: tensors are asked for their numbers.
+        value: tensor, array or list. No library is imported for it: tensors are asked for their numbers.
         place: its name in messages.
 
     Raises:

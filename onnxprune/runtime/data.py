@@ -254,7 +254,7 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """How many rows of the input that counts; a scalar is one."""
+        """Return the number of rows of the input that counts samples; a scalar is one."""
         return max(self.feed[self.split[0]].shape[:1], default=1) if self.split else 1
 
     def first(self, rows: int) -> Batch:
@@ -266,7 +266,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Totals:
-    """What sets of arrays hold: ``rows``, ``usable`` of them in whole batches of ``step`` (1: any number)."""
+    """The content of sets of arrays: ``rows``, ``usable`` of them in whole batches of ``step`` (1: any number)."""
 
     rows: int = 0
     usable: int = 0
@@ -463,7 +463,7 @@ class Samples:
     About one batch is in memory, besides what the source itself holds.
 
     Attributes:
-        samples: how many one pass gives, None where the source does not tell before it was read.
+        samples: number of samples per pass; None where it is known only after reading.
         name: the data as messages and reports call it.
     """
 

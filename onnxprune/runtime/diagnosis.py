@@ -1,4 +1,4 @@
-"""What is wrong with a model that something here stumbled over: asked of onnx and onnxruntime, but only then."""
+"""Diagnosis of a model that caused an error, by onnx and onnxruntime; runs only after an error."""
 
 from __future__ import annotations
 

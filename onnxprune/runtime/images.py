@@ -243,7 +243,7 @@ def _form(spec: InputSpec, options: ImageOptions) -> Form:
 
 
 def _channel_axis(description: str, dims: Sequence[int | str | None], layout: str | None) -> int:
-    """Where the channels stand in an image's shape."""
+    """Return the axis of the channels in an image's shape."""
     if layout is not None:
         axis, other = (0, 2) if layout == "nchw" else (2, 0)
         if dims[axis] not in (1, 3) and dims[other] in (1, 3):

@@ -125,7 +125,7 @@ RANGES: dict[str, Spread] = {
     "-128..127": lambda x: np.clip(x * 64, -128, 127),
     "0..255": lambda x: np.clip(127.5 + x * 64, 0, 255),
 }
-"""Where inputs of trained models lie: raw, centred and standardised pixels, waves, spectra."""
+"""Ranges of inputs of trained models: raw, centred and standardised pixels, waves, spectra."""
 
 # Axes shorter than this are colours or the like, along which values go together.
 _SHORT = 5

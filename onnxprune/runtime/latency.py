@@ -145,7 +145,7 @@ def profile(
     Args:
         model: path, or the serialised model.
         feeds: the first one is run.
-        runs: how often.
+        runs: number of runs.
         device: None for one thread of the CPU.
         share: the mean of so many of the runs, the shortest ones, is given in place of the median; what disturbs a run
             only makes it longer, and a mean is finer than the clock.

@@ -98,7 +98,7 @@ def cast(array: Array, spec: InputSpec, place: str, first: int | None = None) ->
     Args:
         array: values of one or several samples.
         spec: the input that takes them.
-        place: what the array is called in messages.
+        place: name of the array in messages.
         first: number of the first sample in ``array``, counted from 0; None where axis 0 is not the samples.
 
     Raises:

@@ -212,7 +212,7 @@ class Referring(NamedTuple):
 
 
 Openable = Path | bytes | Referring
-"""What a session can be opened of."""
+"""Sources of a session."""
 
 
 @cache
@@ -253,7 +253,7 @@ def open_session(
             times need it: it takes three times the processor time, and a run takes many times as long where other
             programs want the cores.
         providers: in order of preference.
-        profile: where the times of all nodes are written to, if anywhere.
+        profile: path of a file for the times of all nodes; None: they are not written.
 
     Raises:
         ModelError: the file does not load, or holds an operator that onnxruntime has no kernel for (named).

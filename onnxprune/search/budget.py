@@ -67,7 +67,7 @@ T = TypeVar("T")
 _PARTS = ("scores", "measure", "candidates", "trials", "final")
 # Work of a recovery per sample that it is fitted to, in runs of the model on one.
 _RUNS_OF_RECOVERY = 10.0
-# How often a budget is halved towards the smallest that works.
+# Number of halvings of a budget towards the smallest that works.
 _HALVINGS = 6
 # Noise of the outputs below which the search for better candidates stops.
 _FAITHFUL = 1e-4

@@ -33,7 +33,7 @@ ALONE, TOGETHER = "knapsack over layers", "knapsack over groups and layers"
 WEIGHED = f"{TOGETHER}, weighed by trial"
 # Ratio between the rates of exchange that are tried, and their number.
 _STEPS, _TRIALS = (4.0, 2.0), 7
-# How often a limit on time is corrected until the measured time fits.
+# Number of corrections of a limit on time until the measured time fits.
 _CORRECTIONS = 4
 # Part of the way to the target at which losses are compared, and the step for the slope.
 _HALF, _SLOPE = 0.5, 0.05

@@ -43,7 +43,7 @@ Solve = Callable[[Choices, Sequence[Limit]], Allocation | None]
 Curves = Mapping[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 TOLERANCE = {"latency": 0.05}
-"""How far above its limit a measured cost may be, as a share; 0.02 for costs that can be counted."""
+"""Return the share by which a cost may exceed its limit; 0.02 for costs that can be counted."""
 _COUNTED = 0.02
 _CORRECTIONS = 7
 
@@ -85,7 +85,7 @@ class SearchProblem:
         costs: of counts, by kind.
         originals: costs of the original, by kind.
         choices: levels and losses of every group, by origin of the losses: ``scores``, and measurements.
-        targets: what the model may cost.
+        targets: limits on costs.
         lead: the choices whose candidates are expected, or known, to have the best quality.
         table: of times, where one is asked for.
         corrections: factors on the limits of those kinds of which a recovered model has exceeded its limit.
@@ -120,7 +120,7 @@ class SearchProblem:
         Args:
             context: the run.
             selector: scores the units.
-            targets: what the model may cost.
+            targets: limits on costs.
             table: of times.
             curves: measured losses {group: (shares removed, losses)}, where there are any.
             sensitivity: scores [units] by group that sum to the group's output sensitivity, if measured.

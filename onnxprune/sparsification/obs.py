@@ -55,7 +55,7 @@ def prune_columns(matrix: Real, factor: Real, pattern: Pattern, count: int, froz
         factor: U [n, n].
         pattern: the pattern, which fits n and o.
         count: number of blocks to set to 0; without a meaning for N:M.
-        frozen: what is 0 and stays 0, [n, o].
+        frozen: mask of weights that are 0 and stay 0, [n, o].
     """
     new = np.array(matrix, np.float64, order="C")
     n, outputs = new.shape
@@ -84,7 +84,7 @@ def _sweep(part: Real, local: Real, pattern: Pattern, zeros: Mask) -> Real:
         part: the columns of a block, of some outputs.
         local: U of these columns.
         pattern: the pattern.
-        zeros: where zeros go; for N:M what is 0 already, to which the others are added.
+        zeros: mask of the new zeros; for N:M the present zeros, to which others are added.
     """
     own, errors = np.ascontiguousarray(part), np.empty_like(part, order="C")
     diagonal = np.diagonal(local)

@@ -22,7 +22,7 @@ LOCKED = -1.0
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """What becomes 0 together, and among what it is chosen.
+    """Blocks of weights that become 0 together, and the blocks they are chosen among.
 
     Attributes:
         nonzero: elements that stay of every ``group`` contracted neighbours; 0: any number, as a ratio says.

@@ -44,7 +44,7 @@ class Augmentation:
 
     @property
     def name(self) -> str:
-        """What is done, in words; empty for nothing."""
+        """Return the augmentations in words; empty for none."""
         return " and ".join(["shifts"] * self._shift + ["reflections"] * self._mirror)
 
     def __call__(self, feed: Feed, rng: np.random.Generator) -> Feed:

@@ -19,14 +19,14 @@ from onnxprune.train.step import Adam, Parameters, Step, Vector, rate_at
 Draw = Callable[[int], list[Feed]]
 """Number of a step -> its calls, with everything that the loss reads."""
 Judge = Callable[[], float]
-"""How far the model with the present weights is from the original on the hold-out: smaller is better."""
+"""Distance of the model with the present weights from the original on the hold-out: smaller is better."""
 Uncertainty = Callable[[float], float]
 """Standard error of such a distance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to train: the first limit that is reached ends it.
+    """Length of a training: the first limit that is reached ends it.
 
     Attributes:
         steps: number of steps, 1 or more; None: no limit.
@@ -44,7 +44,7 @@ class Effort:
 
 @dataclass(slots=True)
 class Course:
-    """What happened during a training.
+    """The course of a training.
 
     Attributes:
         steps: number of steps.
@@ -52,7 +52,7 @@ class Course:
         losses: loss of every step.
         curve: (step, distance from the original on the hold-out), the first before any step.
         best: the step whose weights were the best; 0: those before.
-        stopped: why it ended early, empty where it did not.
+        stopped: reason for an early end; empty where there was none.
     """
 
     steps: int = 0
@@ -77,7 +77,7 @@ class Keeper(Protocol):
 
 
 EVALUATIONS = 10
-"""How often a training is judged on the hold-out."""
+"""Number of comparisons on the hold-out during a training."""
 _GROWTH, _MARGIN = 2.0, 1.0  # steps are taken back from this distance on: relative to the best one, and a point more
 _RETREATS = 3
 

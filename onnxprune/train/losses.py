@@ -19,7 +19,7 @@ TEMPERATURE = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What a training step adds up.
+    """Terms of the loss of a training step.
 
     Attributes:
         heads: tensors to fit, and the input with the original's value of each.

@@ -99,6 +99,6 @@ def test_what_knows_its_features_by_position_keeps_them(norm: str) -> None:
     model = finish(net, y)
     info = helper.make_tensor_value_info(model.graph.node[2].output[0], onnx.TensorProto.FLOAT, ["N", WIDE])
     model.graph.value_info.append(info)
-    assert "Normalizer knows its features by position" in {b.detail for b in op.analyze(model).barriers}
+    assert "Normalizer reads its features by position" in {b.detail for b in op.analyze(model).barriers}
     result = cut(model)
     assert first_rows(result.model) == (IN, WIDE) and first_rows(result.model, "last") == (4, 5)

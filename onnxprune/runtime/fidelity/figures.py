@@ -14,7 +14,7 @@ from onnxprune.report.facts import OutputFidelity
 from onnxprune.runtime.fidelity.kinds import Part
 from onnxprune.runtime.sessions import Array, Feed, eps, measures
 
-# How far a row may be from adding up to 1, per class and in machine epsilons.
+# Largest distance of the sum of a row from 1, per class and in machine epsilons.
 _ROUNDING = 64.0
 
 

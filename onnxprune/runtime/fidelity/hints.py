@@ -1,4 +1,4 @@
-"""What the graph shows of a model's outputs: the axis of their channels, and the operators at its end."""
+"""Hints of the graph about a model's outputs: the axis of their channels, and the operators at its end."""
 
 from __future__ import annotations
 

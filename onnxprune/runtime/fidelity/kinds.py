@@ -33,7 +33,7 @@ _MANY = 8
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """What the graph shows of an output.
+    """Hints of the graph about an output.
 
     Attributes:
         axis: axis of the channels (classes, attributes) of the layers that made it; None: not known.
@@ -179,7 +179,7 @@ def read_outputs(
     Args:
         outputs: of the original, some batches.
         inputs: of the same batches.
-        hints: what the graph shows, by output.
+        hints: hints of the graph, by output.
         given: {output: (kind, axis or None)} as the user set them.
     """
     values = {name: _gather(name, outputs) for name in outputs[0]} if outputs else {}

@@ -56,7 +56,7 @@ def measure_of(reading: Reading, first: Sequence[Feed]) -> Measure:
     """Return the measure of an answer.
 
     Args:
-        reading: what the answer is.
+        reading: reading of the answer: its kind and axis.
         first: outputs of the original in some batches, to fix centres and scales by.
     """
     if reading.kind in ("detections", "boxes") and reading.levels:
@@ -68,7 +68,7 @@ class ByWidth(Measure):
     """One measure per number of columns, which may follow the sizes of a batch; the mean over the samples.
 
     Args:
-        reading: what the answer is.
+        reading: reading of the answer: its kind and axis.
         first: outputs of the original in some batches, to fix centres and scales by.
     """
 
@@ -288,7 +288,7 @@ class Sequences(Measure):
         a, b = pair
         self.classes.add_tables(a, b)
         order = np.where(np.isfinite(b), b, -np.inf).argmax(-1)
-        # Which class is the blank shows when all batches are there; it is the first or the last one.
+        # The blank is the first or the last class; all batches together show which.
         for blank in (0, a.shape[-1] - 1):
             for one, other in zip(np.nan_to_num(a, nan=-np.inf).argmax(-1), order, strict=True):
                 x, y = decoded(one, blank), decoded(other, blank)

@@ -94,7 +94,7 @@ def fidelity(
         final: the model to judge.
         feeds: inputs, batch by batch.
         source: name of the inputs.
-        hints: what the graph shows of the outputs; None: kinds are read off values and names alone.
+        hints: hints of the graph about the outputs; None: kinds follow from values and names alone.
         outputs: kinds that a user set.
         together: whether both models may be open at once.
         threads: of onnxruntime.
@@ -209,7 +209,7 @@ class _Judge:
         if not outputs:
             notes.append("no output could be compared")
         answers = [answer for pair in self.measures if (answer := self._answer(*pair, outputs)) is not None]
-        # What only one of the models has, or has at times, is no answer that stayed.
+        # An answer of one of the models alone, or at times alone, did not stay.
         judged = {name for reading, _ in self.measures for name in reading.outputs}
         broken = {name: self.sums[name].broken for name in outputs if name not in judged and self.sums[name].broken}
         answers += [AnswerFidelity([name], "", 0.0, why, 1.0) for name, why in broken.items()]
