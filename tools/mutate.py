@@ -1,32 +1,37 @@
 """Break the package on purpose, one small change at a time, and report the changes that no test notices.
 
-    python tools/mutate.py --modules 'labels*' 'channels/*' --count 60 --seed 1
+    python tools/mutate.py --modules 'labels/*' --modules 'channels/*' --count 60 --seed 1 --map calls.json
 
 Every mutant is one changed expression in a copy of the package: a comparison turned round, ``+`` for ``-``, ``and`` for
-``or``, a constant off by one, a condition negated, ``min`` for ``max``, a statement left out. The tests run against a
-copy until the first failure. A mutant that they all pass has survived: its line is printed, to be killed by a test or
-to be understood as equivalent.
+``or``, a constant off by one, a condition negated, ``min`` for ``max``, a statement left out. First the tests run once,
+and the functions that each of them calls are recorded (``--map`` keeps the record for later runs). Every mutant meets
+the quickest tests that call its function, until the first failure. A mutant that they all pass has survived: its line
+is printed, to be killed by a test or to be understood as equivalent.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from queue import Queue
+from types import FrameType
+from typing import Any
 
 import click
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "onnxprune"
@@ -48,10 +53,14 @@ NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "argmin": "argm
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: the module, the line, the first line of the statement before and after, and the changed statement."""
+    """One change: the module, the line, the first line of the statement before and after, and the changed statement.
+
+    ``function`` is the line at which the innermost function around it begins, with its decorators.
+    """
 
     module: str
     line: int
+    function: int
     before: str
     after: str
     changed: ast.stmt
@@ -59,20 +68,29 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the tests made of a mutant: ``killed``, ``survived`` or ``timeout`` (which counts as killed)."""
+    """Verdict of the tests on a mutant: ``killed``, ``timeout`` (counts as killed), ``survived`` or ``untested``."""
 
     mutant: Mutant
     verdict: str
     seconds: float
 
 
-def statements(tree: ast.Module) -> Iterator[ast.stmt]:
-    """Simple statements and the heads of compound ones, inside functions: what a module does when it is used."""
+def statements(tree: ast.Module) -> Iterator[tuple[ast.stmt, int]]:
+    """Simple statements and the heads of compound ones, inside functions, each with the first line of its function."""
     for function in ast.walk(tree):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            for node in ast.walk(function):
-                if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                    yield node
+            first = min([function.lineno, *(d.lineno for d in function.decorator_list)])
+            for node in inner(function):
+                if isinstance(node, ast.stmt):
+                    yield node, first
+
+
+def inner(function: ast.AST) -> Iterator[ast.AST]:
+    """What a function holds, without the functions and classes within it."""
+    for child in ast.iter_child_nodes(function):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield child
+            yield from inner(child)
 
 
 def changes(statement: ast.stmt) -> Iterator[ast.stmt]:
@@ -134,8 +152,9 @@ class _Replace(ast.NodeTransformer):
 def mutants(path: Path) -> list[Mutant]:
     """Every mutant of a module, in the order of its lines."""
     module = path.relative_to(ROOT).as_posix()
-    pairs = ((s, c) for s in statements(ast.parse(path.read_text(encoding="utf-8"))) for c in changes(s))
-    made = (Mutant(module, old.lineno, head(old), head(new), new) for old, new in pairs)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    triples = ((old, first, new) for old, first in statements(tree) for new in changes(old))
+    made = (Mutant(module, old.lineno, first, head(old), head(new), new) for old, first, new in triples)
     return [mutant for mutant in made if mutant.before != mutant.after]
 
 
@@ -156,28 +175,102 @@ def head(statement: ast.stmt) -> str:
 def render(mutant: Mutant) -> str:
     """The module with one statement changed."""
     tree = ast.parse((ROOT / mutant.module).read_text(encoding="utf-8"))
-    old = next(s for s in statements(tree) if s.lineno == mutant.line and head(s) == mutant.before)
+    old = next(s for s, _ in statements(tree) if s.lineno == mutant.line and head(s) == mutant.before)
     return ast.unparse(ast.fix_missing_locations(_Replace(old, mutant.changed).visit(tree)))
 
 
-def try_mutant(mutant: Mutant, place: Path, tests: tuple[str, ...], limit: float) -> Outcome:
+class Calls:
+    """A plugin of pytest that records the functions of the package that every test calls, and its seconds.
+
+    Args:
+        place: folder of the copy of the package.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.tests: dict[str, dict[str, Any]] = {}
+        self._package, self._codes = str(place / PACKAGE) + os.sep, set[tuple[str, int]]()
+        self._cut = len(str(place)) + 1
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Trace calls while a test is set up, runs and ends."""
+        self._codes.clear()
+        start = time.perf_counter()
+        sys.settrace(self._called)
+        yield
+        sys.settrace(None)
+        calls = sorted({f"{name[self._cut :]}:{line}" for name, line in self._codes})
+        self.tests[item.nodeid] = {"seconds": time.perf_counter() - start, "calls": calls}
+
+    def _called(self, frame: FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if code.co_filename.startswith(self._package):
+            self._codes.add((code.co_filename, code.co_firstlineno))
+
+
+def record(place: Path, tests: Sequence[str], target: Path) -> None:
+    """Run tests in a copy and write what they call; in a process of its own."""
+    plugin = Calls(place)
+    run_tests(place, tests, [plugin])
+    target.write_text(json.dumps(plugin.tests), encoding="utf-8")
+
+
+def run_tests(place: Path, tests: Sequence[str], plugins: Sequence[Any] = ()) -> int:
+    """Run tests against the package in a copy, and return pytest's exit status."""
+    os.chdir(place)
+    os.environ["PYTHONPATH"] = str(place)
+    sys.dont_write_bytecode = True
+    sys.path[:0] = [str(place), str(place / "tests")]
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    options = ["-q", "-p", "no:cacheprovider", *([] if plugins else ["-x"])]
+    return int(pytest.main([*options, *tests], plugins=list(plugins)))
+
+
+def check(place: Path, tests: Sequence[str]) -> None:
+    """Run tests as the whole of a process: its exit status says whether one failed."""
+    sys.exit(run_tests(place, tests))
+
+
+def selected(mutant: Mutant, calls: Mapping[str, Any], seconds: float) -> list[str]:
+    """The quickest tests that call a mutant's function, for so many seconds together, and at least one."""
+    key = f"{mutant.module}:{mutant.function}"
+    rows = sorted((entry["seconds"], test) for test, entry in calls.items() if key in entry["calls"])
+    total = np.cumsum([row[0] for row in rows]) if rows else np.zeros(0)
+    return [test for (_, test), at in zip(rows, total, strict=True) if at <= max(seconds, total[0])]
+
+
+def try_mutant(mutant: Mutant, place: Path, tests: Sequence[str], limit: float) -> Outcome:
     """Run the tests against a copy of the package with the mutant in it."""
     target = place / mutant.module
     original = target.read_text(encoding="utf-8")
     start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
+    if not tests:
+        return Outcome(mutant, "untested", 0.0)
     try:
         target.write_text(render(mutant), encoding="utf-8")
-        done = subprocess.run(
-            command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=limit
-        )
-        verdict = "killed" if done.returncode else "survived"
-    except subprocess.TimeoutExpired:
-        verdict = "timeout"
+        process = _context().Process(target=check, args=(place, tests))
+        process.start()
+        process.join(limit)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            verdict = "timeout"
+        else:
+            verdict = "killed" if process.exitcode else "survived"
     finally:
         target.write_text(original, encoding="utf-8")
     return Outcome(mutant, verdict, time.perf_counter() - start)
+
+
+def _context() -> Any:
+    """Processes that begin with the heavy libraries in memory, and without the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["numpy", "onnx", "onnxruntime", "onnx.reference", "scipy.sparse.csgraph", "hypothesis"]
+    )
+    return context
 
 
 def copy_tree(place: Path) -> Path:
@@ -194,38 +287,72 @@ def copy_tree(place: Path) -> Path:
 
 @click.command()
 @click.option("--modules", "globs", multiple=True, default=("*",), help="Globs over paths inside the package.")
-@click.option("--tests", multiple=True, default=("tests",), help="What runs against every mutant, quickest first.")
+@click.option("--tests", multiple=True, default=("tests",), help="Tests to choose from.")
 @click.option("--count", default=50, show_default=True, help="Mutants to draw.")
 @click.option("--seed", default=0, show_default=True, help="Of the draw.")
 @click.option("--jobs", default=2, show_default=True, help="Mutants at a time.")
-@click.option("--limit", default=600.0, show_default=True, help="Seconds for one mutant.")
-def main(globs: tuple[str, ...], tests: tuple[str, ...], count: int, seed: int, jobs: int, limit: float) -> None:
-    """Draw mutants, run the tests against each, and print those that survive."""
+@click.option("--seconds", default=20.0, show_default=True, help="Seconds of tests for one mutant, as recorded.")
+@click.option("--limit", default=300.0, show_default=True, help="Seconds after which a mutant counts as endless.")
+@click.option("--budget", default=0.0, show_default=True, help="Seconds after which no further mutant starts; 0: none.")
+@click.option("--map", "kept", type=click.Path(path_type=Path), help="File of what tests call; written where missing.")
+def main(
+    globs: tuple[str, ...],
+    tests: tuple[str, ...],
+    count: int,
+    seed: int,
+    jobs: int,
+    seconds: float,
+    limit: float,
+    budget: float,
+    kept: Path | None,
+) -> None:
+    """Draw mutants, run the tests that call them against each, and print those that survive."""
     paths = [p for p in sorted((ROOT / PACKAGE).rglob("*.py")) if any(matches(p, glob) for glob in globs)]
-    drawn = list(draw(paths, count, np.random.default_rng(seed)))
+    rng = np.random.default_rng(seed)
+    drawn = list(draw(paths, count, rng))
     if not drawn:
         raise click.ClickException(f"no module of {PACKAGE} with code in functions matches {', '.join(globs)}")
+    drawn = [drawn[i] for i in rng.permutation(len(drawn))]  # an early end leaves no module out
     with tempfile.TemporaryDirectory() as folder:
         places: Queue[Path] = Queue()
         for i in range(jobs):
             places.put(copy_tree(Path(folder, str(i))))
+        calls = recorded(places.queue[0], tests, kept or Path(folder, "calls.json"))
+        end = time.perf_counter() + (budget or np.inf)
 
-        def work(mutant: Mutant) -> Outcome:
+        def work(mutant: Mutant) -> Outcome | None:
             place = places.get()
             try:
-                return try_mutant(mutant, place, tests, limit)
+                if time.perf_counter() > end:
+                    return None
+                return try_mutant(mutant, place, selected(mutant, calls, seconds), limit)
             finally:
                 places.put(place)
 
-        survivors = 0
+        verdicts: list[str] = []
         with ThreadPoolExecutor(jobs) as pool:
-            for number, outcome in enumerate(pool.map(work, drawn), start=1):
-                survivors += outcome.verdict == "survived"
+            for outcome in pool.map(work, drawn):
+                if outcome is None:
+                    continue
+                verdicts.append(outcome.verdict)
                 mutant = outcome.mutant
-                if outcome.verdict == "survived":
-                    click.echo(f"SURVIVED {mutant.module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}")
-                click.echo(f"{number}/{len(drawn)} {outcome.verdict} in {outcome.seconds:.0f} s", err=True)
-    click.echo(f"{len(drawn)} mutants: {len(drawn) - survivors} killed, {survivors} survived")
+                if outcome.verdict in ("survived", "untested"):
+                    where = f"{mutant.module}:{mutant.line}"
+                    click.echo(f"{outcome.verdict.upper()} {where}\n  - {mutant.before}\n  + {mutant.after}")
+                click.echo(f"{len(verdicts)}/{len(drawn)} {outcome.verdict} in {outcome.seconds:.0f} s", err=True)
+    number = {word: verdicts.count(word) for word in ("killed", "timeout", "survived", "untested")}
+    dead = number["killed"] + number["timeout"]
+    click.echo(f"{len(verdicts)} mutants: {dead} killed, {number['survived']} survived, {number['untested']} untested")
+
+
+def recorded(place: Path, tests: Sequence[str], target: Path) -> Mapping[str, Any]:
+    """What every test calls: read from a file, or recorded by running the tests once."""
+    if not target.exists():
+        process = _context().Process(target=record, args=(place, tests, target.resolve()))
+        process.start()
+        process.join()
+    result: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    return result
 
 
 def matches(path: Path, glob: str) -> bool:
