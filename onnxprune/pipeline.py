@@ -306,7 +306,7 @@ class RunSettings:
         checked("effort", self.effort)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Context:
     """The arguments of a run; the same for all of its passes.
 
@@ -339,6 +339,10 @@ class Context:
     effort: Effort = EFFORTS["normal"]
     labels: Any = None
     known: KnownOutputs = field(default_factory=KnownOutputs)
+
+    def __repr__(self) -> str:
+        data = "no data" if self.calibration is None else "data"
+        return f"<Context: {self.analysis!r}, {data}, seed {self.seed}>"
 
     @classmethod
     def of(cls, model: ModelSource, run: RunSettings | None = None, *, approximate: bool = False) -> Context:

@@ -1764,7 +1764,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "progress",
-        Function("of the name of the name of the name of the name of a stage and the share of it that is done"),
+        Function("of the name of a stage and the share of it that is done"),
         "Function that is called with the progress of each stage.",
         dict.fromkeys(_RUN, ""),
     ),

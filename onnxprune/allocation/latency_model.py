@@ -98,7 +98,7 @@ class Sample(NamedTuple):
     seconds: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class LatencyTable:
     """Measurements of one model on one device.
 
@@ -120,6 +120,9 @@ class LatencyTable:
     slope: float = 1.0
     samples: list[Sample] = field(default_factory=list)
     checks: list[tuple[float, float]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<LatencyTable: {len(self.samples)} nodes, {1000 * self.seconds:.3g} ms for the whole original>"
 
     @property
     def error(self) -> float:

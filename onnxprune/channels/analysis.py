@@ -45,7 +45,7 @@ class SlotView:
     at: dict[int, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class GroupView:
     """One group as users see it. ``steps``: number of equal pruning steps; ``reason``: why it cannot be pruned."""
 
@@ -58,6 +58,10 @@ class GroupView:
     name: str
     layers: list[str]
     slots: list[SlotView] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        state = "" if self.prunable else f", not prunable: {self.reason.partition(':')[0]}"
+        return f"<Group {self.id}: {self.size} {self.kind} of {self.name}{state}>"
 
 
 class Analysis:

@@ -148,7 +148,7 @@ def describe(name: str) -> Description:
     return Description(name, measures, needs_of(criterion), paper[0] if paper else "")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Slot:
     """One weight along the channels of one group of units.
 
@@ -181,6 +181,9 @@ class Slot:
     taps: int = 1
     classes: NDArray[np.int64] | None = None
     pairs: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Slot: {self.blocks.shape[1]} channels on axis {self.axis} of {self.tensor}>"
 
     @property
     def rng(self) -> np.random.Generator:

@@ -121,6 +121,9 @@ class Budget(Pass, Options):
                 hint=f"A budget prunes in one step: drop {argument('steps')}.",
             )
 
+    def __repr__(self) -> str:
+        return f"<Budget: {', '.join(map(str, self.spec.targets)) or 'the smallest model within a drop'}>"
+
     @property
     def label(self) -> str:
         """Return the name of the pass with its mode of recovery."""
