@@ -17,7 +17,18 @@ from warnings import warn
 
 if TYPE_CHECKING:
     from onnxprune import criteria, devices, passes, rules, statistics
-    from onnxprune.api import analyze, factorize, finetune, profile, prune, recover, sensitivity, sparsify, sweep
+    from onnxprune.api import (
+        analyze,
+        compare,
+        factorize,
+        finetune,
+        profile,
+        prune,
+        recover,
+        sensitivity,
+        sparsify,
+        sweep,
+    )
     from onnxprune.channels.analysis import Analysis
     from onnxprune.channels.plan import Plan
     from onnxprune.errors import (
@@ -33,6 +44,7 @@ if TYPE_CHECKING:
     from onnxprune.passes import Pipeline, Result
     from onnxprune.runtime.images import ImageOptions
     from onnxprune.search.budget import Budget
+    from onnxprune.search.spec import BudgetSpec
 
 __version__ = "0.1.0"
 logging.getLogger("onnxprune").addHandler(logging.NullHandler())
@@ -42,6 +54,7 @@ _HOME = {
     "ArrayWeight": "onnxprune.io.weights",
     "Budget": "onnxprune.search.budget",
     "BudgetError": "onnxprune.errors",
+    "BudgetSpec": "onnxprune.search.spec",
     "ExtensionError": "onnxprune.errors",
     "ImageOptions": "onnxprune.runtime.images",
     "ModelError": "onnxprune.errors",
@@ -71,6 +84,7 @@ __all__ = [
     "ArrayWeight",
     "Budget",
     "BudgetError",
+    "BudgetSpec",
     "ExtensionError",
     "ImageOptions",
     "ModelError",

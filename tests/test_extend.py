@@ -16,7 +16,6 @@ from build import Net
 
 import onnxprune as op
 from onnxprune.channels.analysis import Analysis
-from onnxprune.search.spec import BudgetSpec
 
 MODELS = Path(__file__).parents[1] / "models"
 
@@ -263,7 +262,7 @@ def test_results_show_themselves_in_a_line() -> None:
     result = op.prune(MODELS / "residual.onnx", latency=False)
     analysis = op.analyze(MODELS / "residual.onnx")
     stages: list[Any] = [op.passes.Prune(), op.passes.Recover("none"), op.passes.Validate(), op.passes.Factorize()]
-    stages += [op.Budget(BudgetSpec.of("macs=0.5"))]
+    stages += [op.Budget(op.BudgetSpec.of("macs=0.5"))]
     shown = (result, result.report, result.plan, analysis, analysis.groups[0], result.context, result.final)
     for one in (*shown, op.Pipeline(stages), *stages):
         assert len(repr(one)) < 200 and repr(one).startswith("<") and " at 0x" not in repr(one), repr(one)
