@@ -149,22 +149,24 @@ class _Replace(ast.NodeTransformer):
         return self.new if node is self.old else self.generic_visit(node)
 
 
-def mutants(path: Path) -> list[Mutant]:
-    """Every mutant of a module, in the order of its lines."""
-    module = path.relative_to(ROOT).as_posix()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    triples = ((old, first, new) for old, first in statements(tree) for new in changes(old))
-    made = (Mutant(module, old.lineno, first, head(old), head(new), new) for old, first, new in triples)
-    return [mutant for mutant in made if mutant.before != mutant.after]
-
-
 def draw(paths: list[Path], count: int, rng: np.random.Generator) -> Iterator[Mutant]:
     """Mutants of modules drawn by their size, each once."""
     sizes = np.array([path.stat().st_size for path in paths], float)
-    numbers, counts = np.unique(rng.choice(len(paths), size=count, p=sizes / sizes.sum()), return_counts=True)
-    for number, wanted in zip(numbers, counts, strict=True):
-        choices = mutants(paths[number])
-        yield from (choices[i] for i in rng.permutation(len(choices))[:wanted])
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    drawn: set[tuple[str, int, str]] = set()
+    for number in rng.choice(len(paths), size=count, p=sizes / sizes.sum()):
+        choices = list(statements(trees[number]))
+        if not choices:
+            continue
+        old, first = choices[rng.integers(len(choices))]
+        forms = [form for form in changes(old) if head(form) != head(old)]
+        if not forms:
+            continue
+        new = forms[rng.integers(len(forms))]
+        mutant = Mutant(paths[number].relative_to(ROOT).as_posix(), old.lineno, first, head(old), head(new), new)
+        if (mutant.module, mutant.line, mutant.after) not in drawn:
+            drawn.add((mutant.module, mutant.line, mutant.after))
+            yield mutant
 
 
 def head(statement: ast.stmt) -> str:

@@ -131,7 +131,7 @@ def test_outputs_without_classes_in_several_steps() -> None:
 
 def test_labels_need_somebody_who_reads_them() -> None:
     labels = np.zeros(SAMPLES, int)
-    with pytest.raises(op.UsageError, match="is used by finetune and by criteria of gradients"):
+    with pytest.raises(op.UsageError, match="says what to learn"):
         op.prune(mlp(), criterion="l2", data={"x": X}, labels=labels)
     with pytest.raises(op.UsageError, match="5 labels for 6 samples"):
         op.prune(mlp(), criterion="snip", data={"x": X}, labels=labels[:5])
