@@ -186,12 +186,17 @@ def test_there_is_no_drawer_for_everything() -> None:
     assert not {n for n in modules() if n.split(".")[-1] in ("utils", "helpers", "common", "misc")}
 
 
-APART = ("operators", "gradients", "graph.canonical", "graph.restore", "io", "runtime.fidelity")
-"""Rules and gradients; what rewrites a pattern of operators; files and bodies; meanings of outputs, read from names."""
+APART = ("operators", "gradients", "graph.canonical", "graph.restore", "io", "channels.constants", "runtime.fidelity")
+"""Rules and gradients; rewriters of patterns; files and bodies; constant channels; meanings of outputs, from names."""
 STRUCTURE = {"Constant", "If", "Loop", "Scan", "SequenceMap"}
 """Operators that hold values or bodies and compute nothing themselves."""
-PATTERNS = {"graph.facts": {"Equal"}, "recovery.attention": {"Mul", "Div"}, "recovery.targets": {"Add"}}
-"""Operators of a pattern that a module looks for: a number compared, a scale of scores, a bias behind a product."""
+PATTERNS = {
+    "graph.facts": {"Equal"},
+    "recovery.attention": {"Mul", "Div"},
+    "recovery.targets": {"Add"},
+    "pruning.branches": {"Relu"},
+}
+"""Operators of a pattern that a module looks for: a number compared, a scale, a bias, an activation behind a sum."""
 OPERATORS = {schema.name for schema in onnx.defs.get_all_schemas()} | {name for _, name in known()}
 
 

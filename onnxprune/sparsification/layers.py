@@ -198,7 +198,8 @@ def _is_matrix(graph: Graph, node: Node, i: int, shape: ShapeOf) -> bool:
 
 def _looks_up(graph: Graph, node: Node) -> bool:
     """Return whether a node gathers rows of a table of weights."""
-    weight = graph.weights.get(node.inputs[0]) if node.op == "Gather" and not node.domain else None
+    factoring = rule_of(node).factoring
+    weight = graph.weights.get(node.inputs[0]) if factoring is not None and factoring.looks_up else None
     return weight is not None and weight.dtype.kind in "fV" and len(weight.shape) == 2
 
 
