@@ -134,7 +134,7 @@ class Branches:
         for cache in caches:
             within = {*nodes, *self._aside}
             others = [n for n, _ in self.graph.consumers.get(cache.past, ()) if n.index not in within]
-            if any(n.op != "Shape" for n in others):
+            if not all(rule_of(n).reads_sizes for n in others):
                 return f"{others[0].op} {others[0].label!r} reads its cache {cache.past!r} too"
             if others and not self.alike(cache.past, {c.past for c in caches}):
                 return f"the model takes sizes from its cache {cache.past!r}, and has no other of these sizes"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -15,7 +16,7 @@ from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.precision import draws, jumps
 from onnxprune.operators.factoring import Product
 from onnxprune.operators.registry import lookup, with_facts
-from onnxprune.rules import Elementwise, Pairwise, Rule
+from onnxprune.rules import Elementwise, Pairwise, Rule, rule_of
 
 ACME = "com.acme"
 
@@ -128,3 +129,35 @@ def test_a_vendors_operator_jumps_or_draws() -> None:
 def test_facts_are_those_that_rules_have() -> None:
     with pytest.raises(AttributeError, match="jump"):
         with_facts(Elementwise(), jump=True)
+
+
+def nodes_of(text: str) -> Sequence[Any]:
+    """Nodes of a graph in onnx's text format."""
+    opsets = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
+    return op.analyze(onnx.parser.parse_model(f"{opsets} net {text}")).graph.nodes
+
+
+def test_defaults_of_attributes_are_those_of_the_operators() -> None:
+    (flatten,) = nodes_of("(float[2,3,4] x) => (float[2,12] y) { y = Flatten(x) }")
+    assert rule_of(flatten).infer(flatten, [(2, 3, 4)], [None]) == [(2, 12)]
+    (product,) = nodes_of("(float[2,3] x, float[3,4] w) => (float[2,4] y) { y = com.microsoft.FusedMatMul(x, w) }")
+    assert rule_of(product).infer(product, [(2, 3), (3, 4)], [None, None]) == [(2, 4)]
+    assert list(rule_of(product).agreements(product, [(2, 3), (3, 4)], lambda i: None)) == [(3, 3)]
+
+
+def test_parts_of_a_split_add_up_to_its_axis() -> None:
+    (split,) = nodes_of(
+        "(float[6,2] x, int64[2] s) => (float[2,2] y, float[4,2] z) { y, z = Split <axis: int = 0> (x, s) }"
+    )
+    sizes = {1: np.array([2, 5])}
+    assert list(rule_of(split).agreements(split, [(6, 2), (2,)], sizes.get)) == [(6, 7)]
+
+
+def test_a_loop_may_run_never() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> net (float[2] x) => (float[2] y, float[n,2] z)
+        <int64 trips = {0}, bool go = {1}> {
+        y, z = Loop(trips, go, x) <body = body (int64 i, bool c, float[2] a) => (bool d, float[2] b, float[2] e) {
+            d = Identity(c) b = Add(a, a) e = Identity(a) }> }"""
+    )
+    assert op.analyze(model).facts.shape("z") == (0, 2)
