@@ -325,9 +325,7 @@ def _refuse(scan: LayerScan, reasons: Mapping[str, str], request: Request) -> No
         )
     counts: Counter[str] = Counter(reasons.values())
     text = "; ".join(f"{n} layer{'s' if n > 1 else ''}: {why}" for why, n in counts.most_common(4))
-    raise BudgetError(
-        "No layer of this model can become sparse with these settings.",
-        hint=f"Reasons: {text}. {argument('include')} takes layers that are left out by default."
-        if text
-        else "The model has no layers with weights of their own.",
-    )
+    hint = f"Reasons: {text}." if text else "The model has no layers with weights of their own."
+    if any(layer.default_reason for layer in scan.layers):
+        hint += f" {argument('include')} takes layers that are left out by default."
+    raise BudgetError("No layer of this model can become sparse with these settings.", hint=hint)
