@@ -681,6 +681,7 @@ def sparsify(
     scope: str = "local",
     steps: int = 1,
     schedule: str = "linear",
+    remove_dead: bool = True,
     device: str | Kernels | None = None,
     storage: str = "dense",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -727,6 +728,8 @@ def sparsify(
             their shares of their layers' scores.
         steps: number of rounds of scoring and setting zeros, 1 or more; 1.
         schedule: growth of the share of zeros over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
+        remove_dead: remove units that lose all of their weights, see :class:`onnxprune.passes.RemoveDead`; not under
+            N:M and blocks, which would then lie elsewhere; True.
         device: where the result is to run, for a warning where zeros in this pattern are worth nothing; None for this
             machine.
         storage: ``dense`` (default), or ``sparse``: tensors that are smaller so become sparse initializers.
@@ -786,7 +789,8 @@ def sparsify(
     if labels is not None and not tuned and by not in GRADIENT_SCORES:
         raise _unread_labels()
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
-    stages = [Flush(), take, Recover(mode, why=reason), *tuned, store, check, *_measures(metric)]
+    dead = [RemoveDead(check=validate)] if remove_dead and take.request.shape.is_plain else []
+    stages = [Flush(), take, *dead, Recover(mode, why=reason), *tuned, store, check, *_measures(metric)]
     result = Pipeline(stages).execute(model, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result

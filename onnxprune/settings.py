@@ -977,7 +977,8 @@ SETTINGS: tuple[Setting, ...] = (
         conflicts=_PLAN,
         variants={
             "sparsify": {
-                "help": f"In place of {argument('ratio')}: as many zeros per layer as leave this share of its scores."
+                "help": f"In place of {argument('ratio')}: as many zeros per layer as leave this share of its scores.",
+                "conflicts": (),
             }
         },
     ),
@@ -1033,6 +1034,7 @@ SETTINGS: tuple[Setting, ...] = (
                 "kind": LayerShares(_ZEROS),
                 "help": "Own ratio for layers or weights whose name matches, also those that are left out otherwise; "
                 "repeatable.",
+                "conflicts": (),
             },
         },
     ),
@@ -1046,7 +1048,7 @@ SETTINGS: tuple[Setting, ...] = (
         conflicts=_PLAN,
         variants={
             "factorize": {"help": "Do not factorize layers whose name matches; repeatable."},
-            "sparsify": {"help": "Leave out layers whose name matches; repeatable."},
+            "sparsify": {"help": "Leave out layers whose name matches; repeatable.", "conflicts": ()},
         },
         brief="Do not touch these layers; repeatable.",
     ),
@@ -1062,7 +1064,8 @@ SETTINGS: tuple[Setting, ...] = (
             "factorize": {"help": "Factorize only layers whose name matches; repeatable."},
             "sparsify": {
                 "help": "Take only layers whose name matches, also those that are left out otherwise (first and last, "
-                "depthwise, small); repeatable."
+                "depthwise, small); repeatable.",
+                "conflicts": (),
             },
         },
     ),
@@ -1094,9 +1097,18 @@ SETTINGS: tuple[Setting, ...] = (
         Flag(),
         "Remove only units that change no output, whatever the inputs are, in place of a ratio; constants that they "
         "add become part of biases.",
-        {"prune": WHAT},
+        {"prune": WHAT, "sparsify": WHAT},
         False,
         conflicts=_BUDGET,
+        variants={
+            "sparsify": {
+                "help": "Keep units that lose all of their weights; by default they are removed, unless that shifts "
+                "the groups of N:M or blocks, and constants that they add become part of biases.",
+                "option": "--keep-dead",
+                "default": True,
+                "conflicts": (),
+            }
+        },
     ),
     Setting(
         "plan",

@@ -89,6 +89,10 @@ class Constants:
             return True
         return bool(name) and self.whole(name) is not None
 
+    def _operand(self, node: Node, i: int) -> Array | None:
+        """Return the value of an input; None where it is unknown, or left out at the end."""
+        return self.whole(node.inputs[i]) if i < len(node.inputs) and node.inputs[i] else None
+
     def product(self, node: Node) -> Product | None:
         """Return a node as a product of an unknown operand with a known one; None where it is none."""
         rule, form = rule_of(node), None
@@ -100,7 +104,7 @@ class Constants:
             return None
         weight = self.whole(node.inputs[form.weight])
         if weight is not None and weight.dtype.kind not in "fV":
-            weight = rule.numbers(node, form.weight, weight, lambda i: self.whole(node.inputs[i]))
+            weight = rule.numbers(node, form.weight, weight, lambda i: self._operand(node, i))
         if weight is None:
             return None
         matrix = form.matrix(weight)

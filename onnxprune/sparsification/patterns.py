@@ -61,6 +61,11 @@ class Pattern:
         return 1 - self.nonzero / self.group if self.nonzero else None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether zeros may lie anywhere."""
+        return not self.nonzero and self.block == 1
+
+    @property
     def block(self) -> int:
         """The number of elements that become 0 together."""
         return self.outputs * self.inputs

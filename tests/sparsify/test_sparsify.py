@@ -22,6 +22,7 @@ from onnxprune.sparsification.patterns import Pattern
 MODELS = Path(__file__).resolve().parents[2] / "models"
 DATA = MODELS / "digits_calibration.npz"
 QUICK: dict[str, Any] = {"latency": False}
+ALIVE: dict[str, Any] = {"latency": False, "remove_dead": False}
 
 
 def images(net: Net, channels: int = 3) -> str:
@@ -69,7 +70,7 @@ def by_name(result: op.Result) -> dict[str, Any]:
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4x1"])
 def test_every_operator_has_exactly_the_zeros_asked_for(criterion: str, pattern: str, tmp_path: Path) -> None:
     data = None if criterion == "magnitude" else samples()
-    result = op.sparsify(plain(), pattern=pattern, criterion=criterion, data=data, **QUICK)
+    result = op.sparsify(plain(), pattern=pattern, criterion=criterion, data=data, **ALIVE)
     done = [layer for layer in result.report.sparsified if layer.pattern]
     assert [layer.op for layer in done] == ["Conv", "Conv", "ConvTranspose", "Conv"]
     assert all(layer.zeros == layer.elements // 2 for layer in done)
@@ -88,13 +89,13 @@ def test_every_operator_has_exactly_the_zeros_asked_for(criterion: str, pattern:
 
 
 def test_what_is_left_out_and_why() -> None:
-    result = op.sparsify(plain(), **QUICK)
+    result = op.sparsify(plain(), **ALIVE)
     reasons = [layer.reason.split(":")[0].split(",")[0] for layer in result.report.sparsified if not layer.pattern]
     assert reasons == ["the first layer", "depthwise", "the last layer"]
-    named = op.sparsify(plain(), include=["*"], **QUICK).report.sparsified
+    named = op.sparsify(plain(), include=["*"], **ALIVE).report.sparsified
     assert all(layer.zeros == round(layer.elements / 2) for layer in named)
     first = next(layer for layer in named if layer.op == "Conv")
-    own = op.sparsify(plain(), layers={first.name: 0.25}, ratio=0.75, exclude=["*ConvTranspose*"], **QUICK)
+    own = op.sparsify(plain(), layers={first.name: 0.25}, ratio=0.75, exclude=["*ConvTranspose*"], **ALIVE)
     assert [round(layer.zeros / layer.elements, 2) for layer in own.report.sparsified] == [
         0.25,
         0.75,
@@ -108,7 +109,7 @@ def test_what_is_left_out_and_why() -> None:
 
 def test_recurrent_weights_embeddings_and_products() -> None:
     data = [{"tokens": np.random.default_rng(k).integers(0, 20, (5, 8))} for k in range(8)]
-    result = op.sparsify(sequence(), pattern="2:4", data=data, **QUICK)
+    result = op.sparsify(sequence(), pattern="2:4", data=data, **ALIVE)
     listed = [(layer.op, layer.pattern, layer.note != "") for layer in result.report.sparsified]
     expected = [("Gather", "", False), ("LSTM", "2:4", False), ("LSTM", "2:4", True), ("Einsum", "2:4", False)]
     assert listed[:4] == expected and listed[4][:2] == ("MatMul", "2:4") and listed[5][1] == ""
@@ -127,7 +128,7 @@ def test_codes_become_their_zero_point() -> None:
     y = net.op("Relu", net.conv(images(net), 3, 16))
     y = net.op("Relu", net.op("Conv", y, net.op("DequantizeLinear", *operands, axis=0)))
     model = net.model(net.conv(y, 16, 4))
-    result = op.sparsify(model, pattern="2:4", **QUICK)
+    result = op.sparsify(model, pattern="2:4", **ALIVE)
     (done,) = [layer for layer in result.report.sparsified if layer.pattern]
     before, after = arrays(model), arrays(result.model)
     zero = after["zero"].reshape(-1, 1, 1, 1)
@@ -156,7 +157,7 @@ def test_zeros_survive_the_optimiser_and_the_quantiser(tmp_path: Path) -> None:
 
 
 def test_codes_of_a_quantised_sparse_model_hold_the_pattern(tmp_path: Path) -> None:
-    result = op.sparsify(sequence(), pattern="2:4", **QUICK)
+    result = op.sparsify(sequence(), pattern="2:4", **ALIVE)
     result.save(tmp_path / "sparse.onnx")
     quantize_dynamic(tmp_path / "sparse.onnx", tmp_path / "int8.onnx", weight_type=QuantType.QInt8)
     codes = [
@@ -168,8 +169,8 @@ def test_codes_of_a_quantised_sparse_model_hold_the_pattern(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("steps", [{"steps": 1}, {"steps": 3, "schedule": "cube"}])
 def test_recovery_and_training_keep_zeros(steps: dict[str, Any]) -> None:
-    before = op.sparsify(plain(), ratio=0.8, data=samples(), recover="none", **steps, **QUICK).report
-    result = op.sparsify(plain(), ratio=0.8, data=samples(), finetune=2, **steps, **QUICK)
+    before = op.sparsify(plain(), ratio=0.8, data=samples(), recover="none", **steps, **ALIVE).report
+    result = op.sparsify(plain(), ratio=0.8, data=samples(), finetune=2, **steps, **ALIVE)
     assert result.report.fidelity.outputs[0].snr_db > before.fidelity.outputs[0].snr_db + 1
     assert sum(r.done for r in result.report.repairs) > 2 and result.report.finetuning.steps == 2
     for one, other in zip(before.sparsified, result.report.sparsified, strict=True):
@@ -178,7 +179,7 @@ def test_recovery_and_training_keep_zeros(steps: dict[str, Any]) -> None:
 
 def test_global_scope_and_energy_differ_by_layer() -> None:
     for options in ({"scope": "global", "ratio": 0.6}, {"energy": 0.9}):
-        layers = [x for x in op.sparsify(MODELS / "residual.onnx", **options, **QUICK).report.sparsified if x.pattern]
+        layers = [x for x in op.sparsify(MODELS / "residual.onnx", **options, **ALIVE).report.sparsified if x.pattern]
         shares = [layer.zeros / layer.elements for layer in layers]
         assert max(shares) - min(shares) > 0.02
         if "ratio" in options:
@@ -189,7 +190,7 @@ def test_global_scope_and_energy_differ_by_layer() -> None:
 
 @pytest.mark.parametrize("criterion", ["gradient", "snip", "snip-momentum", "taylor"])
 def test_gradients_score_weights(criterion: str) -> None:
-    result = op.sparsify(plain(), criterion=criterion, data=samples(), recover="none", **QUICK)
+    result = op.sparsify(plain(), criterion=criterion, data=samples(), recover="none", **ALIVE)
     done = [layer for layer in result.report.sparsified if layer.pattern]
     assert len(done) == 4 and all(layer.zeros == layer.elements // 2 for layer in done)
 
@@ -208,7 +209,7 @@ def test_sparse_initializers(tmp_path: Path) -> None:
     one, other = (session.run(None, feed)[0] for session in sessions)
     assert (one == other).all()
     assert dense.report.zeros.deflated_bytes < 0.5 * dense.report.zeros.weight_bytes
-    few = op.sparsify(MODELS / "residual.onnx", ratio=0.3, storage="sparse", **QUICK)
+    few = op.sparsify(MODELS / "residual.onnx", ratio=0.3, storage="sparse", **ALIVE)
     assert not few.report.zeros.sparse_tensors and any("stored dense" in w for w in few.report.warnings)
 
 
@@ -234,6 +235,30 @@ def test_a_pipeline_of_a_cut_and_zeros() -> None:
     report = op.Pipeline(stages).run(MODELS / "residual.onnx").report
     assert report.exactness.passed and report.totals.params_after < 0.7 * report.totals.params_before
     assert [x.zeros * 2 for x in report.sparsified if x.pattern] == [x.elements for x in report.sparsified if x.pattern]
+
+
+@pytest.mark.parametrize("data", [None, samples()])
+def test_neurons_that_lose_all_of_their_weights_are_removed(data: Any) -> None:
+    net = Net(17)
+    y = net.op("Relu", net.linear(net.input("x", ["N", 16]), 16, 32))
+    value = net.rng.normal(size=(32, 24))
+    value[:, :4] *= 1e-3
+    y = net.op("Relu", net.op("Add", net.op("MatMul", y, net.const(value)), net.weight(24)))
+    y = net.op("Relu", net.linear(y, 24, 16))
+    model = net.model(net.linear(y, 16, 4))
+    data = None if data is None else data.reshape(64, -1)[:, :16]
+    result = op.sparsify(model, ratio=0.5, criterion="magnitude", data=data, **QUICK)
+    shapes = {name: value.shape for name, value in arrays(result.model).items()}
+    first = next(layer for layer in result.report.sparsified if layer.pattern)
+    assert shapes[first.weight] == (32, 20) and first.elements == 32 * 20
+    assert result.report.totals.params_after < result.report.totals.params_before
+    whole = op.sparsify(model, ratio=0.5, criterion="magnitude", **ALIVE).model
+    feed = {"x": np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32)}
+    outputs = [ort.InferenceSession(m.SerializeToString()).run(None, feed)[0] for m in (whole, result.model)]
+    if data is None:
+        np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)
+    else:
+        assert any(r.done for r in result.report.repairs) and not (outputs[0] == outputs[1]).all()
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -270,13 +295,13 @@ def test_a_pipeline_of_a_cut_and_zeros() -> None:
 def test_bad_input(options: dict[str, Any], told: str) -> None:
     options = {k: samples() if v == "samples" else v for k, v in options.items()}
     with pytest.raises(op.UsageError, match=told):
-        op.sparsify(plain(), **options, **QUICK)
+        op.sparsify(plain(), **options, **ALIVE)
 
 
 def test_nothing_to_take() -> None:
     with pytest.raises(op.BudgetError, match="the first layer") as caught:
         net = Net(17)
-        op.sparsify(net.model(net.conv(images(net), 3, 4)), **QUICK)
+        op.sparsify(net.model(net.conv(images(net), 3, 4)), **ALIVE)
     assert caught.value.exit_code == 5
 
 
@@ -290,7 +315,7 @@ def test_shared_and_packed_weights_are_left_out() -> None:
     c, s, z = net.op("DynamicQuantizeLinear", y, n=3)
     y = net.op("Mul", net.op("Cast", net.op("MatMulInteger", c, codes, z), to=TensorProto.FLOAT), s)
     y = net.op("Relu", net.linear(y, 16, 16))
-    result = op.sparsify(net.model(net.linear(y, 16, 4)), **QUICK)
+    result = op.sparsify(net.model(net.linear(y, 16, 4)), **ALIVE)
     reasons = [layer.reason for layer in result.report.sparsified]
     assert sum("shared with another node" in reason for reason in reasons) == 2
     assert any("sparsify before quantising" in reason for reason in reasons)
@@ -298,7 +323,7 @@ def test_shared_and_packed_weights_are_left_out() -> None:
 
 
 def test_training_or_recovery_that_would_break_a_pattern() -> None:
-    sparse = op.sparsify(plain(), pattern="2:4", **QUICK).model
+    sparse = op.sparsify(plain(), pattern="2:4", **ALIVE).model
     data: Any = {"data": samples(), "latency": False}
     with pytest.raises(op.UsageError, match=r"hold zeros \(2:4\), which finetune would fill"):
         op.prune(sparse, ratio=0.2, finetune=1, **data)
@@ -339,9 +364,9 @@ def test_what_a_device_does_with_zeros(device: str, pattern: str, channels: int,
 
 
 def test_a_device_warns(tmp_path: Path) -> None:
-    report = op.sparsify(plain(), pattern="2:4", device="hexagon", **QUICK).report
+    report = op.sparsify(plain(), pattern="2:4", device="hexagon", **ALIVE).report
     assert any("hexagon" in warning for warning in report.warnings) and report.zeros.device == "hexagon"
     assert "zeros     4 of 7 layers 2:4 by magnitude" in str(report) and "no speed on hexagon" in str(report)
-    assert "bit mask" in str(op.sparsify(plain(), pattern="2:4", device="coreml", **QUICK).report)
+    assert "bit mask" in str(op.sparsify(plain(), pattern="2:4", device="coreml", **ALIVE).report)
     with pytest.raises(op.UsageError, match="avx512"):
-        op.sparsify(plain(), device="avx51", **QUICK)
+        op.sparsify(plain(), device="avx51", **ALIVE)
