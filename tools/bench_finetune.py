@@ -87,8 +87,9 @@ def run_job(job: Job) -> dict[str, Any]:
 def _prune(job: Job, given: dict[str, Any], small: Path, plan: Path) -> None:
     from onnxprune.channels.selection import make_plan
     from onnxprune.passes import Context, Pipeline, Prune, Recover
+    from onnxprune.pipeline import RunSettings
 
-    context = Context.of(job.path, **given)
+    context = Context.of(job.path, RunSettings(**given))
     cut, kept_by = choosing(context, CHOICE)
     _, kept, mask = nearest_cut(cut, kept_by, job.share)
     if abs(kept - job.share) > OFF:
