@@ -19,7 +19,7 @@ from onnxprune.channels.plan import PlanBranch
 from onnxprune.channels.selection import make_plan
 from onnxprune.errors import BudgetError, Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
-from onnxprune.importance.criteria import Criterion
+from onnxprune.importance.criteria import Criterion, needs_of
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
 from onnxprune.passes.output_sensitivity import MAX_SAMPLES, output_sensitivity
 from onnxprune.passes.prune import Prune, describe_removal, frozen_at, reasons, run_by_criterion
@@ -33,7 +33,6 @@ from onnxprune.pipeline import (
     Model,
     Pass,
     PassResult,
-    Progress,
     Result,
     WorkShare,
 )
@@ -358,7 +357,7 @@ class Search:
         self._work = WorkShare(tell, self._work_ahead())
 
     def _work_ahead(self) -> dict[str, float]:
-        """Return the work of the parts of a search, in runs of one sample, as far as it is known ahead."""
+        """Return the seconds that the parts of a search take, roughly, as far as they are known ahead."""
         context, analysis = self.context, self.analysis
         if context.calibration is None or self.mode == "none":
             return dict.fromkeys(_PARTS, 1.0)
@@ -366,15 +365,31 @@ class Search:
         trial = _RUNS_OF_RECOVERY * TrialSplit(context.effort.trial_samples).num_fit(context, analysis)
         macs = sample_macs(analysis)
         trials = trials_of(macs, context.effort) if self.spec.trials is None else self.spec.trials
-        measured = measuring_seconds(macs, context.effort) / (_RUN * max(macs, 1e6) * 1e-9)
-        final = _RUNS_OF_RECOVERY * samples * (1 if self.spec.targets else _HALVINGS)
-        work = 3.0 * samples, min(measured, 200.0 * MAX_SAMPLES), 3.0 * trial, float(trials * trial), float(final)
-        return dict(zip(_PARTS, work, strict=True))
+        one_run = _RUN * max(macs, 1.0) * 1e-9
+        scores = 3.0 * samples * one_run + self._solving_seconds()
+        measured = min(measuring_seconds(macs, context.effort), 200.0 * MAX_SAMPLES * one_run)
+        each, finals = _EACH + trial * one_run, 1 if self.spec.targets else _HALVINGS
+        final = finals * (_EACH + _RUNS_OF_RECOVERY * samples * one_run)
+        return dict(zip(_PARTS, (scores, measured, 3.0 * each, trials * each, final), strict=True))
+
+    def _solving_seconds(self) -> float:
+        """Return about how long the criterion takes to find dependent channels, the cube of what each layer reads."""
+        if "gram" not in needs_of(self.prune.score):
+            return 0.0
+        reads = [layer.params_before / max(layer.channels_before, 1) for layer in self.analysis.layers]
+        return _SOLVE * sum(min(read, _MOST_READ) ** 3 for read in reads)
 
     def problem(self, targets: Sequence[Target]) -> SearchProblem:
         """Return the groups with their scores, and the targets with their costs."""
-        parts = {"capture": "scores", "measure": "measure", "sensitivity": "measure"}
-        listener: Progress = lambda stage, share: self._work.part(parts[stage], share) if stage in parts else None  # noqa: E731
+        captured = 0.1 if self._solving_seconds() else 1.0  # the share of the scores that their data take
+        parts = {"capture": ("scores", 0.0, captured), "score": ("scores", captured, 1.0)}
+        parts |= dict.fromkeys(("measure", "sensitivity"), ("measure", 0.0, 1.0))
+
+        def listener(stage: str, share: float) -> None:
+            if stage in parts:
+                part, first, last = parts[stage]
+                self._work.part(part, first + share * (last - first))
+
         context = replace(self.context, stages=self.context.stages.watched(listener))
         analysis, table = self.analysis, None
         if any(t.kind == "latency" for t in targets):
@@ -695,6 +710,9 @@ def _best(evaluated: Sequence[Evaluated]) -> Evaluated:
 
 # -- the effort spent on a model: counted and not timed, so that a run can be repeated ---------------------------------
 
+# Seconds per cube of the columns that a layer reads to find dependent channels among them, and columns beyond which
+# that is done for groups of them.
+_SOLVE, _MOST_READ = 7.5e-9, 2048
 # Samples that the seconds of a candidate below are for.
 _SAMPLES = 128
 # Seconds to prune, recover and evaluate a candidate: at least, and per billion multiply-accumulates.
