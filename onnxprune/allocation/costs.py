@@ -99,19 +99,27 @@ class Sizes:
         """Return shapes for counts [cuts, groups] of kept steps: a size that depends on them is an array [cuts]."""
         shares = counts / self.steps
         shapes: dict[str, Any] = {}
+        sizes: dict[int, NDArray[np.int64]] = {}  # tensors with the same labels have the same sizes
+
+        def size_of(axis: AxisSize) -> NDArray[np.int64]:
+            if id(axis) not in sizes:
+                sizes[id(axis)] = axis.at(shares)
+            return sizes[id(axis)]
 
         def shape(name: str) -> Any:
             if name not in shapes:
                 before = self.analysis.facts.shape(name)
-                shapes[name] = before if before is None else self._shape(name, before, shares)
+                shapes[name] = before if before is None else self._shape(name, before, size_of)
             return shapes[name]
 
         return shape
 
-    def _shape(self, name: str, before: Sequence[Any], shares: Shares) -> tuple[Any, ...]:
+    def _shape(
+        self, name: str, before: Sequence[Any], size_of: Callable[[AxisSize], NDArray[np.int64]]
+    ) -> tuple[Any, ...]:
         result = list(before)
         for size in self._axes.get(name, ()):
-            now = size.at(shares)
+            now = size_of(size)
             size_before = result[size.axis]
             # Two labels of a weight may share an axis: positions that survive both remain.
             result[size.axis] = np.minimum(size_before, now) if isinstance(size_before, np.ndarray) else now

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, lapack
+from scipy.linalg.blas import dgemm
 
 from onnxprune.errors import ExtensionError
 from onnxprune.importance.statistics import Maps
@@ -488,6 +489,8 @@ Real = NDArray[np.float64]
 
 # Groups of up to so many units lose one unit at a time; larger groups lose this share at once.
 _ROUNDS = 128
+# Share of the columns below which those that were removed are left out of the matrices.
+_DENSE = 0.8
 
 
 @register("ziplm", needs=("gram", "square"), reads_all=True, comparable=True)
@@ -559,10 +562,18 @@ def corrected(maps: Maps, weights: Real, mask: NDArray[np.bool_], *, biased: boo
             block = believed * products[np.ix_(survivors, survivors)]
             block.flat[:: survivors.size + 1] = np.diagonal(products)[survivors] + DAMPING * power
             across = believed * products[np.ix_(survivors, removed)] @ weights[part, removed]
-            result[part, survivors] += np.linalg.solve(block, across)
+            result[part, survivors] += _solve_symmetric(block, across)
         if biased:
             shift[part] = mean[part] @ (weights[part] - result[part])
     return result, shift
+
+
+def _solve_symmetric(matrix: Real, right: Real) -> Real:
+    """Solve M X = R for a symmetric M that is positive definite, but for rounding."""
+    try:
+        return np.asarray(cho_solve(cho_factor(matrix, check_finite=False), right, check_finite=False))
+    except LinAlgError:
+        return np.asarray(np.linalg.solve(matrix, right))
 
 
 def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: int, damping: float) -> Real:
@@ -576,7 +587,7 @@ def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: i
         damping: value added to the diagonal.
     """
     scores, remaining = np.zeros(size), list(units_by_columns(owner))
-    inverse = np.asarray(np.linalg.inv(covariance + damping * np.eye(len(covariance))), np.float64)
+    inverse = np.ascontiguousarray(np.linalg.inv(covariance + damping * np.eye(len(covariance))), np.float64)
     weights, highest = weights.copy(), 0.0
     while remaining:
         errors = [_errors(inverse, weights, columns) for _, columns in remaining]
@@ -590,6 +601,10 @@ def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: i
         _remove(inverse, weights, columns)
         reduced = [(np.delete(u, g), np.delete(c, g, axis=0)) for (u, c), g in zip(remaining, weakest, strict=True)]
         remaining = [(u, c) for u, c in reduced if u.size]
+        active = np.sort(np.concatenate([c.ravel() for _, c in remaining] or [columns[:0]]))
+        if active.size < _DENSE * len(inverse):  # rows of removed columns are 0 and cost as much as others
+            inverse, weights = inverse[np.ix_(active, active)], weights[active]
+            remaining = [(u, np.searchsorted(active, c)) for u, c in remaining]
     return scores
 
 
@@ -606,7 +621,9 @@ def _remove(inverse: Real, weights: Real, columns: NDArray[np.int64]) -> None:
     block = inverse[np.ix_(columns, columns)]
     solved = np.linalg.solve(block, np.concatenate([weights[columns], across.T], axis=1))
     weights -= across @ solved[:, : weights.shape[1]]
-    inverse -= across @ solved[:, weights.shape[1] :]
+    # In place; of the transposes, since Fortran's order is the other.
+    change = np.ascontiguousarray(solved[:, weights.shape[1] :])
+    dgemm(-1.0, change.T, np.ascontiguousarray(across).T, 1.0, inverse.T, overwrite_c=True)
     weights[columns] = 0.0
     inverse[columns] = 0.0
     inverse[:, columns] = 0.0
