@@ -787,6 +787,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "depth": lambda v: v.get("depth") is not None,
     "budget": has_budget,
     "target": lambda v: bool(v.get("target")) or "targets" in v,
+    "budget or points": lambda v: has_budget(v) or "target" not in v,
     "latency target": lambda v: _kinds(v, "latency"),
     "measured sensitivity": lambda v: v.get("sensitivity") == "measure" or "ratios" in v,
     "runs": lambda v: v.get("validate") is not False,

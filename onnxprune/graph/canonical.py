@@ -751,12 +751,14 @@ def _is_shared(graph: Graph, name: str) -> bool:
 
 
 def join_copies(proto: onnx.ModelProto, weights: dict[str, Weight], copies: dict[str, str]) -> None:
-    """Join copies of equal size again after pruning; ``proto`` and ``weights`` are changed in place."""
-    first: dict[tuple[str, tuple[int, ...]], str] = {}
+    """Join copies that still hold equal values after pruning; ``proto`` and ``weights`` are changed in place."""
+    first: dict[tuple[str, tuple[int, ...], bytes], str] = {}
     back: dict[str, str] = {}
     for name in (*dict.fromkeys(copies.values()), *copies):
         if name in weights:
-            representative = first.setdefault((copies.get(name, name), weights[name].shape), name)
+            weight = weights[name]
+            key = copies.get(name, name), tuple(weight.shape), weight.read().tobytes()
+            representative = first.setdefault(key, name)
             if representative != name:
                 back[name] = representative
     if not back:

@@ -59,9 +59,7 @@ class Prepared:
             self._hide_new()
         weights = {t.name: self.weights[t.name] for t in proto.graph.initializer if t.name in self.weights}
         restore(proto, weights, self._unshared, self._folds)
-        # A copy with other values is no copy any more, nor are the copies of a constant with other values.
-        same = {c: n for c, n in self._copies.items() if not self._changed(c) and not self._changed(n)}
-        join_copies(proto, weights, same)
+        join_copies(proto, weights, self._copies)
         return proto, weights
 
     def _changed(self, name: str) -> bool:

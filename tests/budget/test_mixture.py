@@ -17,6 +17,7 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factorization.rewriting import Factorized
 from onnxprune.io.weights import Weight
+from onnxprune.factorization.settings import Options
 from onnxprune.passes import factorize, joint_budget
 from onnxprune.passes.prune import Prune
 from onnxprune.pipeline import Context
@@ -210,7 +211,7 @@ def test_weights_decide_which_layers_are_taken_apart() -> None:
     """A layer whose errors count a thousandfold is left alone; one whose errors count for nothing is not."""
     context = Context.of(MODEL)
     problem = SearchProblem.of(context, Prune("l2", 0.5).selector(context, context.analysis), [parse("macs=0.5")])
-    mixture = Mixture(context, problem, {})
+    mixture = Mixture(context, problem, Options())
     space = mixture.space(problem)
     ones = np.ones(len(space.choices.options))
     plain = mixture.candidate(problem, mixture.rate(problem), ones)

@@ -28,7 +28,7 @@ def test_on_the_command_line(run: Run, tmp_path: Path) -> None:
     assert facts["steps"] == 20 and len(facts["curve"]) == 11
     for wrong, message in (
         (["--finetune", "soon"], "--finetune: 'soon' is not allowed"),
-        (["--labels", labels], "there is no --finetune"),
+        (["--labels", labels], "neither is given"),
         (["--finetune", "5", "--labels", tmp_path / "none.npy"], "none.npy"),
     ):
         failed = run(*given, *wrong)

@@ -141,6 +141,18 @@ def test_rms_normalization_spelled_out(spelling: str, square: str, opset: int) -
     assert len(kinds) == len(model.graph.node) + (spelling == "scaled before")
 
 
+def test_a_uniform_scale_that_an_identity_reads_as_well() -> None:
+    """Copies of one constant are joined again only where both norms left them equal, not only equally long."""
+    net = Net(17)
+    scale = net.const(np.ones(6, net.dtype), net.dtype)
+    again, y = net.op("Identity", scale), produce(net, "nlc")
+    for gain in (scale, again):
+        squares = net.reduce("ReduceMean", net.op("Mul", y, y), [-1])
+        y = net.op("Div", y, net.op("Sqrt", net.op("Add", squares, net.const(0.1, net.dtype))))
+        y = net.op("MatMul", net.op("Mul", y, gain), net.weight(6, 6))
+    check(net, y)
+
+
 def test_global_response_normalization() -> None:
     """ConvNeXt V2: norms of channels over positions, divided by their mean over channels."""
     net = Net(17)
