@@ -22,6 +22,8 @@ from onnxprune.sparsification.patterns import UNSTRUCTURED, Mask, Pattern, named
 
 _PATTERNED = 0.25
 """Share of zeros from which on a layer without N:M is taken to be sparse on purpose."""
+_MOSTLY = 0.5
+"""Share of a model's parameters in such layers from which on the model is taken to be sparse on purpose."""
 _PIECE = 1 << 20
 
 
@@ -30,7 +32,8 @@ class LockZeros(Pass):
 
     Args:
         lock: True: keep them; False: let them change; None: let them change, with a warning where a recovery does so to
-            a pattern of zeros, and an error where a training does.
+            a pattern of zeros. Where a training would, a model that holds it in most of its weights is an error,
+            and a few layers (the filters of a spectrogram) keep theirs.
         trained: whether a training follows.
 
     Raises:
@@ -49,12 +52,19 @@ class LockZeros(Pass):
             layers = _with_zeros(scan_layers(model.analysis, prepared), prepared.weights)
             locked = frozenset(layer.source.root for layer, _ in layers) - model.locked
             return PassResult(replace(model, locked=model.locked | locked) if locked else model, changed=bool(locked))
-        held = [name for layer, zeros in _present(model) if (name := _pattern(layer, zeros))]
-        if not held:
+        patterned = [(layer, zeros, name) for layer, zeros in _present(model) if (name := _pattern(layer, zeros))]
+        if not patterned:
             return PassResult(model, changed=False)
+        held = [name for _, _, name in patterned]
         common = max(set(held), key=held.count)
         what = f"{len(held)} layer{'s' if len(held) > 1 else ''} of this model hold{'' if len(held) > 1 else 's'} zeros"
         what += f" ({common})" if common != UNSTRUCTURED else ""
+        if self.trained and sum(zeros.size for _, zeros, _ in patterned) < _MOSTLY * model.num_parameters:
+            locked = frozenset(layer.source.root for layer, _, _ in patterned)
+            note = Note(
+                f"{what}, which stay 0: {argument('pattern_lock', False)} lets {argument('finetune')} fill them"
+            )
+            return PassResult(replace(model, locked=model.locked | locked), [Remark(note)])
         if self.trained:
             raise UsageError(
                 f"{what}, which {argument('finetune')} would fill.",

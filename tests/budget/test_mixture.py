@@ -16,8 +16,8 @@ from onnxprune.allocation.factorization import FactorizedCost, Part
 from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.factorization.rewriting import Factorized
-from onnxprune.io.weights import Weight
 from onnxprune.factorization.settings import Options
+from onnxprune.io.weights import Weight
 from onnxprune.passes import factorize, joint_budget
 from onnxprune.passes.prune import Prune
 from onnxprune.pipeline import Context

@@ -370,3 +370,16 @@ def test_a_device_warns(tmp_path: Path) -> None:
     assert "bit mask" in str(op.sparsify(plain(), pattern="2:4", device="coreml", **ALIVE).report)
     with pytest.raises(op.UsageError, match="avx512"):
         op.sparsify(plain(), device="avx51", **ALIVE)
+
+
+def test_a_few_sparse_layers_keep_their_zeros_in_a_training() -> None:
+    """As the filters of a spectrogram in front of a network do."""
+    net = Net(17)
+    bands = np.kron(np.eye(4), np.ones((9, 1)))
+    y = net.op("MatMul", net.input("x", ["N", 36]), net.const(bands, np.float32))
+    y = net.op("Relu", net.linear(y, 4, 32))
+    model = net.model(net.linear(net.op("Relu", net.linear(y, 32, 32)), 32, 4))
+    result = op.prune(model, ratio=0.2, finetune=1, data=samples((64, 36)), latency=False)
+    assert any("which stay 0" in warning for warning in result.report.warnings)
+    front = next(value for value in arrays(result.model).values() if value.shape == bands.shape)
+    assert not front[bands == 0].any()
