@@ -55,22 +55,22 @@ class FactorizedCost:
     """
 
     def __init__(self, original: Cost, kind: str, sizes: Sizes, parts: Sequence[Part]) -> None:
-        self._whole, self._kind, self._sizes, self._parts = original, kind, sizes, parts
+        self._original, self._kind, self._sizes, self._parts = original, kind, sizes, parts
         self._shares = [p.shares(kind) for p in parts]
 
-    def rows(self, kept: Counts) -> Costs:
+    def rows(self, remaining: Counts) -> Costs:
         """Return costs [cuts, rows]."""
-        groups = kept.shape[1] - len(self._parts)
-        counts = kept[:, :groups]
+        groups = remaining.shape[1] - len(self._parts)
+        counts = remaining[:, :groups]
         shape = self._sizes.at(counts)
-        saved = np.zeros(len(kept))
+        saved = np.zeros(len(remaining))
         for column, (part, shares) in enumerate(zip(self._parts, self._shares, strict=True), start=groups):
-            saved += (1.0 - shares[kept[:, column]]) * self._cost(part, shape, len(kept))
-        return np.asarray(self._whole.rows(counts) - saved[:, None])
+            saved += (1.0 - shares[remaining[:, column]]) * self._cost(part, shape, len(remaining))
+        return np.asarray(self._original.rows(counts) - saved[:, None])
 
     def _cost(self, part: Part, shape: cost.ShapeOf, cuts: int) -> Array:
-        if isinstance(self._whole, Latency):
-            return self._whole.of(part.nodes, shape, cuts)
+        if isinstance(self._original, Latency):
+            return self._original.of(part.nodes, shape, cuts)
         if self._kind == "macs":
             return np.asarray(sum(cost.macs(node, shape) for node in part.nodes), dtype=np.float64)
         elements = np.asarray(np.prod(np.broadcast_arrays(*shape(part.weight)), axis=0), dtype=np.float64)

@@ -478,7 +478,7 @@ class LossWeights:
     """
 
     def __init__(self, choices: Choices, original_fine: float = 0.0) -> None:
-        self._choices, self._whole = choices, original_fine
+        self._choices, self._original_fine = choices, original_fine
         self._losses: list[Array] = []
         self._fine: list[float] = []
 
@@ -513,5 +513,5 @@ class LossWeights:
 
     def _lost(self) -> Array:
         """Return the measured loss of every candidate, above 0 even for one as good as the original."""
-        drops = self._whole - np.array(self._fine)
+        drops = self._original_fine - np.array(self._fine)
         return np.asarray(np.maximum(drops, max(_LEAST * drops.max(), 1e-12)))

@@ -115,16 +115,16 @@ class Rounding:
         self.kernels = kernels
         self._analysis, self._groups = analysis, list(groups)
         self._sizes = Sizes(analysis, groups)
-        own = [1] * len(groups)
+        multiples = [1] * len(groups)
         for node in analysis.graph.nodes:
             if cost.is_layer(node, analysis.graph):
-                for name, axis, channels in self._wanted(node):
+                for name, axis, channels in self._multiples_of_layer(node):
                     for column, multiple in self._in_steps(name, axis, channels):
-                        own[column] = math.lcm(own[column], multiple)
-        self._whole = {g.id: m if m <= g.steps else 1 for g, m in zip(groups, own, strict=True)}
-        self.multiples = {g.id: halved(m, g.steps) for g, m in zip(groups, own, strict=True)}
+                        multiples[column] = math.lcm(multiples[column], multiple)
+        self._full_multiples = {g.id: m if m <= g.steps else 1 for g, m in zip(groups, multiples, strict=True)}
+        self.multiples = {g.id: halved(m, g.steps) for g, m in zip(groups, multiples, strict=True)}
 
-    def _wanted(self, node: Node) -> list[tuple[str, int, int]]:
+    def _multiples_of_layer(self, node: Node) -> list[tuple[str, int, int]]:
         """Return (tensor, axis, multiple of its channels) for what a layer writes and reads."""
         graph, shape, rule = self._analysis.graph, self._analysis.facts.shape, rule_of(node)
         data, out = node.inputs[rule.data], node.outputs[0]
@@ -152,13 +152,13 @@ class Rounding:
 
     def _in_steps(self, name: str, axis: int, channels: int) -> list[tuple[int, int]]:
         """Return (column, multiple of its steps) of the groups along an axis that is to keep multiples of channels."""
-        found = []
+        multiples = []
         for term, positions in self._sizes.terms(name, axis).items():
             for column in term:
                 steps = int(self._sizes.steps[column])
                 each = max(1, positions // steps)
-                found.append((column, channels // math.gcd(channels, each)))
-        return found
+                multiples.append((column, channels // math.gcd(channels, each)))
+        return multiples
 
     def balanced(self, ranked: Mapping[int, RankedGroup], counts: Sequence[int], exact: Sequence[int]) -> list[int]:
         """Return counts of which some are the next allowed ones, so that the model costs what it would unrounded.
@@ -173,16 +173,18 @@ class Rounding:
             return blocks
         columns = {g.id: i for i, g in enumerate(self._groups)}
         who = np.array([columns[n] for n in ranked], dtype=np.int64)
-        given = list(ranked.values())
+        groups = list(ranked.values())
         # A group with a ratio of its own is rounded by itself: the others do not make up for it.
-        wanted = np.where([g.is_local for g in given], counts, exact)
-        before = [g.num_removed for g in given]
-        whole, target, start = self._costs(who, np.stack([before, wanted, blocks]).astype(np.int64))
-        if whole - start < _TOO_LITTLE * (whole - target):
+        targets = np.where([g.is_local for g in groups], counts, exact)
+        before = [g.num_removed for g in groups]
+        full_cost, target, start = self._costs(who, np.stack([before, targets, blocks]).astype(np.int64))
+        if full_cost - start < _TOO_LITTLE * (full_cost - target):
             blocks, start = list(counts), float(self._costs(who, np.array([counts], np.int64))[0])
         now = np.asarray(blocks, dtype=np.int64)
         more = bool(start > target)
-        moves = [_other(c, int(n), self._whole[i], more=more) for (i, c), n in zip(ranked.items(), now, strict=True)]
+        moves = [
+            _other(c, int(n), self._full_multiples[i], more=more) for (i, c), n in zip(ranked.items(), now, strict=True)
+        ]
         order = sorted((far, i, other) for i, move in enumerate(moves) if move is not None for other, far in [move])
         movable = [(i, other) for _, i, other in order[:_MOST_MOVED]]
         if len(movable) <= _FEW:
@@ -204,7 +206,7 @@ class Rounding:
         """Return counts that keep one whole block of groups of which less is left, but half of it or more is asked."""
         result = [int(c) for c in counts]
         for i, (number, group) in enumerate(ranked.items()):
-            block = self._whole[number]
+            block = self._full_multiples[number]
             other = group.steps - block
             if not group.is_local and group.steps - result[i] < block <= 2 * (group.steps - exact[i]):
                 result[i] = other if other >= group.num_removed and other in group.counts else result[i]
@@ -220,12 +222,12 @@ class Rounding:
 
     def _costs(self, who: Ids, removed: Ids) -> NDArray[np.float64]:
         """Return multiply-accumulates [cuts], or units where the model has none, for removed steps [cuts, groups]."""
-        kept = np.repeat(self._sizes.whole, len(removed), axis=0)
-        kept[:, who] -= removed
+        counts = np.repeat(self._sizes.whole, len(removed), axis=0)
+        counts[:, who] -= removed
         if self._macs is not None:
-            return np.asarray(total(self._macs, kept), dtype=np.float64)
+            return np.asarray(total(self._macs, counts), dtype=np.float64)
         each = np.array([g.size / g.steps for g in self._groups])
-        return np.asarray(kept @ each, dtype=np.float64)
+        return np.asarray(counts @ each, dtype=np.float64)
 
     @functools.cached_property
     def _macs(self) -> Macs | None:

@@ -323,10 +323,10 @@ def _parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]
         ]
         if report.barriers:
             parts += [tables.heading("Barriers")]
-            parts += tables.barriers(plain(report.barriers), name_width=width, every=verbose)
+            parts += tables.barriers(plain(report.barriers), name_width=width, show_all=verbose)
         if report.repairs:
             parts += [tables.heading("Layers that were not recovered")]
-            parts += tables.left(report.repairs, name_width=width)
+            parts += tables.unrecovered_layers(report.repairs, name_width=width)
         parts += [tables.heading("Result")]
     return parts + _result_parts(report, screen)
 
@@ -461,7 +461,10 @@ def _repair(given: Given, screen: Screen) -> Any:
 def _recovery_parts(given: Given, report: Report, screen: Screen) -> list[RenderableType]:
     width, parts = screen.name_width, list[RenderableType]()
     if given.explain:
-        parts += [tables.heading("Layers that were not recovered"), *tables.left(report.repairs, name_width=width)]
+        parts += [
+            tables.heading("Layers that were not recovered"),
+            *tables.unrecovered_layers(report.repairs, name_width=width),
+        ]
         parts += [Text("")]
     return parts + _result_parts(report, screen)
 
@@ -503,10 +506,10 @@ def _inspection_parts(screen: Screen, facts: Mapping[str, Any], layers: Any) -> 
     width, every = screen.name_width, screen.verbosity > 0
     free = [group for group in facts["groups"] if group.get("prunable", True)]
     parts: list[RenderableType] = [tables.heading(f"Prunable groups ({len(free)})")]
-    parts += tables.groups(facts["groups"], name_width=width, most=None if every else MOST_GROUPS)
-    parts += [tables.heading("Layers"), *tables.inspected(layers, name_width=width, every=every)]
-    parts += [tables.heading(f"Barriers ({tables.held(facts['barriers'])} channels cannot be removed)")]
-    parts += tables.barriers(facts["barriers"], name_width=width, every=every)
+    parts += tables.groups(facts["groups"], name_width=width, max_rows=None if every else MOST_GROUPS)
+    parts += [tables.heading("Layers"), *tables.inspected(layers, name_width=width, show_all=every)]
+    parts += [tables.heading(f"Barriers ({tables.fixed_channels(facts['barriers'])} channels cannot be removed)")]
+    parts += tables.barriers(facts["barriers"], name_width=width, show_all=every)
     if facts["unlocks"]:
         parts += [tables.heading("Operators that block most channels"), tables.unlocks(facts["unlocks"])]
     return parts
@@ -563,7 +566,7 @@ def profile(screen: Screen, given: Given) -> None:
     if screen.as_json:
         screen.emit({**plain(found.facts), "table": str(output) if output else None})
     wrote = [Text.assemble(("wrote     ", "bold"), str(output))] if output else []
-    screen.show(*tables.profile_table(found.facts, name_width=screen.name_width, every=screen.verbosity > 0), *wrote)
+    screen.show(*tables.profile_table(found.facts, name_width=screen.name_width, show_all=screen.verbosity > 0), *wrote)
 
 
 @command(
@@ -590,7 +593,7 @@ def sensitivity(screen: Screen, given: Given) -> None:
     written = [Text.assemble(("wrote     ", "bold"), str(path)) for path in paths]
     if screen.as_json:
         screen.emit({**facts, "model": str(given.model)})
-    screen.show(*page.sensitivity_table(facts, name_width=screen.name_width, every=screen.verbosity > 0), *written)
+    screen.show(*page.sensitivity_table(facts, name_width=screen.name_width, show_all=screen.verbosity > 0), *written)
 
 
 @command("sweep", "Prune to several budgets and compare quality and cost.", _EXAMPLES["sweep"], model="MODEL.onnx")

@@ -106,22 +106,22 @@ class _Backward:
     def run(self, loss: str, weights: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
         """Return the gradient of every weight that has one, and the reason for every other."""
         frozen = self._frozen(loss, weights)
-        wanted = [w for w in weights if w not in frozen]
-        needed = self._depending(wanted)
+        trained = [w for w in weights if w not in frozen]
+        dependents = self._depending(trained)
         self.pending = {loss: [self.tape.scalar(1, loss)]}
         for node in reversed(self.nodes):
-            if any(i in needed for i in node.inputs):
-                self._through(node, needed)
-        sent = {w: g for w in wanted if (g := self._take(w)) is not None}
-        frozen |= {w: "the loss does not depend on it" for w in wanted if w not in sent}
+            if any(i in dependents for i in node.inputs):
+                self._through(node, dependents)
+        sent = {w: g for w in trained if (g := self._take(w)) is not None}
+        frozen |= {w: "the loss does not depend on it" for w in trained if w not in sent}
         return sent, frozen
 
-    def _through(self, node: Node, needed: Collection[str]) -> None:
+    def _through(self, node: Node, dependents: Collection[str]) -> None:
         gradients = [self._take(o) if o else None for o in node.outputs]
         emit = gradient_of(node.domain, node.op, node.version)
         if emit is None or all(g is None for g in gradients):
             return
-        reverse = Reverse(self.tape, node, gradients, [i in needed for i in node.inputs], self.constants)
+        reverse = Reverse(self.tape, node, gradients, [i in dependents for i in node.inputs], self.constants)
         try:
             emit(reverse)
         except NoGradient as error:
@@ -138,12 +138,12 @@ class _Backward:
 
     def _depending(self, weights: Iterable[str]) -> set[str]:
         """Return the tensors that depend on weights and can have a gradient."""
-        needed = set(weights)
+        dependents = set(weights)
         for node in self.nodes:
-            if any(i in needed for i in node.inputs):
+            if any(i in dependents for i in node.inputs):
                 codes = node.op == "QuantizeLinear"
-                needed.update(o for o in node.outputs if o and (codes or self._is_float(o)))
-        return needed
+                dependents.update(o for o in node.outputs if o and (codes or self._is_float(o)))
+        return dependents
 
     def _is_float(self, name: str) -> bool:
         kind = self.tape.kinds.get(name)
@@ -212,16 +212,16 @@ def _model(
         variables: weights that are inputs.
     """
     protos = [*(_with_outputs(node, tape) for node in graph.nodes), *tape.nodes]
-    live, kept = set(outputs), []
+    live, nodes = set(outputs), []
     for proto in reversed(protos):
         if any(o in live for o in proto.output):
-            kept.append(proto)
+            nodes.append(proto)
             live.update(proto.input)
             live.update(n for a in proto.attribute for b in [a.g, *a.graphs] for inner in b.node for n in inner.input)
     constants = {**graph.constants, **tape.constants}
     return onnx.helper.make_model(
         onnx.helper.make_graph(
-            kept[::-1],
+            nodes[::-1],
             "training",
             [_info(tape, name) for name in (*graph.inputs, *inputs, *variables) if name in live],
             [_info(tape, name) for name in dict.fromkeys(outputs)],

@@ -40,11 +40,11 @@ def _body(schema: Any, node: NodeProto, types: Types) -> FunctionProto | None:
 
 def _inlined(node: NodeProto, schema: Any, body: FunctionProto) -> list[NodeProto] | None:
     """Return copies of a body's nodes with the names and attributes of a call."""
-    given = {a.name: a for a in node.attribute}
+    attributes = {a.name: a for a in node.attribute}
     for name, attribute in schema.attributes.items():
         default = attribute.default_value
-        if name not in given and default is not None and default.type != AttributeProto.UNDEFINED:
-            given[name] = default
+        if name not in attributes and default is not None and default.type != AttributeProto.UNDEFINED:
+            attributes[name] = default
     names = dict(zip(body.input, [*node.input, *[""] * len(body.input)], strict=False))
     names |= {inner: outer for inner, outer in zip(body.output, node.output, strict=False) if outer}
     stem = node.name or next(o for o in node.output if o)
@@ -58,9 +58,9 @@ def _inlined(node: NodeProto, schema: Any, body: FunctionProto) -> list[NodeProt
         for attribute in inner.attribute:
             if not attribute.ref_attr_name:
                 copy.attribute.add().CopyFrom(attribute)
-            elif attribute.ref_attr_name in given:
+            elif attribute.ref_attr_name in attributes:
                 target = copy.attribute.add()
-                target.CopyFrom(given[attribute.ref_attr_name])
+                target.CopyFrom(attributes[attribute.ref_attr_name])
                 target.name = attribute.name
         result.append(copy)
     return result

@@ -153,10 +153,10 @@ def _spread(t: Tape, dy: str, weight: str, shape: Sequence[int], w: Window) -> s
         matrix = t.transpose(t.reshape(weight, t.shape(weight)[:2]), (1, 0))
         return t.reshape(t.matmul(matrix, flat), shape)
     # With output_shape in place of output_padding runtimes derive the pads anew, and shift unequal ones.
-    rest = [rows[k] - w.reach(k, out[2 + k]) + w.before[k] + w.after[k] for k in range(len(rows))]
+    extra = [rows[k] - w.reach(k, out[2 + k]) + w.before[k] + w.after[k] for k in range(len(rows))]
     # Positions that no window reads can be more than a runtime adds.
-    short = [max(0, n - max(s, d) + 1) for n, s, d in zip(rest, w.strides, w.dilations, strict=True)]
-    rest = [n - s for n, s in zip(rest, short, strict=True)]
+    short = [max(0, n - max(s, d) + 1) for n, s, d in zip(extra, w.strides, w.dilations, strict=True)]
+    extra = [n - s for n, s in zip(extra, short, strict=True)]
     value = t.emit(
         "ConvTranspose",
         [dy, weight],
@@ -166,7 +166,7 @@ def _spread(t: Tape, dy: str, weight: str, shape: Sequence[int], w: Window) -> s
         strides=w.strides,
         dilations=w.dilations,
         group=w.group,
-        output_padding=rest,
+        output_padding=extra,
     )
     return t.pad(value, [0] * len(shape), [0, 0, *short])
 
@@ -226,14 +226,14 @@ def _depthwise(t: Tape, padded: str, dy: str, w: Window) -> str:
     data, grads = (t.transpose(x, (1, 0, 2, 3)) for x in (t.pad(padded, [0] * 4, [0, 0, 0, missing]), dy))
     total = ""
     for b in range(blocks):
-        left = t.slice(grads, [b * wide], [(b + 1) * wide], [3])
-        left = t.swap(t.reshape(left, (channels, images * height, wide)))
+        columns = t.slice(grads, [b * wide], [(b + 1) * wide], [3])
+        columns = t.swap(t.reshape(columns, (channels, images * height, wide)))
         parts = []
         for row in range(w.kernel[0]):
             first, start = row * w.dilations[0], b * wide * step
             ends = [first + (height - 1) * w.strides[0] + 1, start + span]
             right = t.slice(data, [first, start], ends, [2, 3], [w.strides[0], 1])
-            product = t.matmul(left, t.reshape(right, (channels, images * height, span)))
+            product = t.matmul(columns, t.reshape(right, (channels, images * height, span)))
             parts.append(t.reshape(product, (channels, 1, wide * span)))
         block = t.concat(parts, 1)
         total = t.add(total, block) if total else block
@@ -255,8 +255,8 @@ def transposed_convolution(r: Reverse) -> None:
         r.send(2, t.sum(r.dy, [0, *spatial]))
     padded = t.pad(r.dy, (0, 0, *w.before), (0, 0, *w.after))
     # Positions that output_padding added lie behind the last window; missing ones are 0.
-    rest = [w.reach(k, shape[2 + k]) - t.shape(padded)[2 + k] for k in range(len(kernel))]
-    padded = t.pad(padded, (0, 0, *[0] * len(kernel)), (0, 0, *rest))
+    extra = [w.reach(k, shape[2 + k]) - t.shape(padded)[2 + k] for k in range(len(kernel))]
+    padded = t.pad(padded, (0, 0, *[0] * len(kernel)), (0, 0, *extra))
     if r.wants(0):
         settings = {"strides": w.strides, "dilations": w.dilations, "group": w.group}
         r.send(0, t.emit("Conv", [padded, weight], shape, None, "", **settings))

@@ -191,8 +191,8 @@ def fast_gelu(r: Reverse) -> None:
 
 def _of_sum(r: Reverse, derivative: Callable[[Tape, str], str]) -> None:
     t = r.tape
-    whole = t.add(r.x, r.node.inputs[1]) if r.has(1) else r.x
-    gradient = t.mul(r.dy, derivative(t, whole))
+    total = t.add(r.x, r.node.inputs[1]) if r.has(1) else r.x
+    gradient = t.mul(r.dy, derivative(t, total))
     for i in range(len(r.node.inputs)):
         r.send(i, gradient)
 
@@ -293,13 +293,13 @@ def extreme(r: Reverse) -> None:
     """Give the gradient to the first input that equals the result."""
     t, free = r.tape, ""
     for i, name in enumerate(r.node.inputs):
-        chosen = t.cast(t.compare("Equal", r.y, name), t.kinds[r.y])
+        mask = t.cast(t.compare("Equal", r.y, name), t.kinds[r.y])
         if free:
-            chosen = t.mul(chosen, free)
+            mask = t.mul(mask, free)
         if r.wants(i):
-            r.send(i, t.mul(r.dy, chosen))
+            r.send(i, t.mul(r.dy, mask))
         if i + 1 < len(r.node.inputs):
-            others = t.sub(t.scalar(1, chosen), chosen)
+            others = t.sub(t.scalar(1, mask), mask)
             free = t.mul(free, others) if free else others
 
 

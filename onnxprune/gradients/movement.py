@@ -67,8 +67,8 @@ def _returned(r: Reverse, flat: str, origin: Array, size: int) -> str:
     if np.unique(origin[hit]).size == hit.sum():  # every element came out at most once: look up where
         place = np.full(size, origin.size, np.int64)
         place[origin[hit]] = np.flatnonzero(hit)
-        whole = flat if (place < origin.size).all() else t.pad(flat, [0], [1])
-        return t.emit("Gather", [whole, t.constant(place)], (size,), axis=0)
+        padded = flat if (place < origin.size).all() else t.pad(flat, [0], [1])
+        return t.emit("Gather", [padded, t.constant(place)], (size,), axis=0)
     if not hit.all():
         flat = t.emit("Gather", [flat, t.constant(np.flatnonzero(hit))], (int(hit.sum()),), axis=0)
     operands = [t.zeros((size,), t.kinds[flat]), t.constant(origin[hit]), flat]
@@ -142,9 +142,9 @@ def _strided(r: Reverse, axes: Sequence[int], starts: Sequence[int], ends: Seque
     t, value = r.tape, r.dy
     for axis, start, end, step in zip((a % len(r.shape(0)) for a in axes), starts, ends, steps, strict=True):
         size = r.shape(0)[axis]
-        chosen = _range(start, end, step, size)
-        place = np.full(size, len(chosen), np.int64)
-        place[chosen] = np.arange(len(chosen))
+        positions = _range(start, end, step, size)
+        place = np.full(size, len(positions), np.int64)
+        place[positions] = np.arange(len(positions))
         after = [int(k == axis) for k in range(len(r.shape(0)))]
         shape = [size if k == axis else n for k, n in enumerate(t.shape(value))]
         value = t.emit("Gather", [t.pad(value, [0] * len(after), after), t.constant(place)], shape, axis=axis)
@@ -203,14 +203,14 @@ def gather(r: Reverse) -> None:
     t, shape = r.tape, r.shape(0)
     axis = r.attr("axis", 0) % len(shape)
     count = prod(r.shape(1))
-    rest = [*range(axis), *range(axis + 1, len(shape))]
+    others = [*range(axis), *range(axis + 1, len(shape))]
     rows = t.reshape(r.dy, (*shape[:axis], count, *shape[axis + 1 :]))
-    rows = t.transpose(rows, (axis, *rest))
-    moved_shape = (shape[axis], *(shape[k] for k in rest))
+    rows = t.transpose(rows, (axis, *others))
+    moved_shape = (shape[axis], *(shape[k] for k in others))
     indices = t.reshape(t.cast(r.node.inputs[1], np.int64), (count, 1))
     zeros = t.zeros(moved_shape, t.kinds[r.x])
     value = t.emit("ScatterND", [zeros, indices, rows], moved_shape, reduction="add")
-    r.send(0, t.transpose(value, [int(k) for k in np.argsort((axis, *rest))]))
+    r.send(0, t.transpose(value, [int(k) for k in np.argsort((axis, *others))]))
 
 
 @register_gradient("", "GatherElements")

@@ -66,10 +66,10 @@ def _normalized(r: Reverse, axes: Sequence[int], scale: str, centre: bool = True
     unit = t.mul(x, inverse)
     if r.wants(0):
         gradient = t.mul(r.dy, scale) if scale else r.dy
-        rest = t.sub(gradient, t.mul(unit, t.mean(t.mul(gradient, unit), axes, keep=True)))
+        residual = t.sub(gradient, t.mul(unit, t.mean(t.mul(gradient, unit), axes, keep=True)))
         if centre:
-            rest = t.sub(rest, t.mean(gradient, axes, keep=True))
-        r.send(0, t.mul(rest, inverse))
+            residual = t.sub(residual, t.mean(gradient, axes, keep=True))
+        r.send(0, t.mul(residual, inverse))
     return unit
 
 
@@ -165,7 +165,7 @@ def _reduced(r: Reverse) -> list[int] | None:
     return sorted({int(k) % rank for k in axes})
 
 
-def _kept(r: Reverse, x: str, axes: Sequence[int]) -> str:
+def _with_reduced_axes(r: Reverse, x: str, axes: Sequence[int]) -> str:
     """Return a reduced tensor with its reduced axes of size 1."""
     return r.tape.reshape(x, [1 if k in axes else n for k, n in enumerate(r.shape(0))])
 
@@ -184,9 +184,9 @@ def _reduction(slope: Slope | None, *, average: bool = False) -> Callable[[Rever
                 raise NoGradient("reduces over no axis")
             r.send(0, r.dy)
             return
-        dy = _kept(r, r.dy, axes)
+        dy = _with_reduced_axes(r, r.dy, axes)
         if slope is not None:
-            r.send(0, t.mul(dy, slope(t, r.x, _kept(r, r.y, axes), axes)))
+            r.send(0, t.mul(dy, slope(t, r.x, _with_reduced_axes(r, r.y, axes), axes)))
             return
         share = 1 / int(np.prod([r.shape(0)[k] for k in axes])) if average else 1
         r.send(0, t.broadcast(t.scale(dy, share), r.shape(0)))
@@ -194,7 +194,7 @@ def _reduction(slope: Slope | None, *, average: bool = False) -> Callable[[Rever
     return gradient
 
 
-def _chosen(t: Tape, x: str, y: str, axes: Sequence[int]) -> str:
+def _shares_of_extreme(t: Tape, x: str, y: str, axes: Sequence[int]) -> str:
     """Return equal shares of all positions that hold the extreme."""
     hit = t.cast(t.compare("Equal", x, y), t.kinds[x])
     return t.div(hit, t.sum(hit, axes, keep=True))
@@ -206,7 +206,7 @@ def _safe(t: Tape, y: str) -> str:
 
 register_gradient("", "ReduceSum")(_reduction(None))
 register_gradient("", "ReduceMean")(_reduction(None, average=True))
-register_gradient("", "ReduceMax", "ReduceMin")(_reduction(_chosen))
+register_gradient("", "ReduceMax", "ReduceMin")(_reduction(_shares_of_extreme))
 register_gradient("", "ReduceSumSquare")(_reduction(lambda t, x, y, axes: t.scale(x, 2)))
 register_gradient("", "ReduceL1")(_reduction(lambda t, x, y, axes: t.unary("Sign", x)))
 register_gradient("", "ReduceL2")(_reduction(lambda t, x, y, axes: t.div(x, _safe(t, y))))

@@ -48,14 +48,14 @@ def average(r: Reverse) -> None:
     attrs, value = r.node.attrs, r.dy
     rank = len(shape) - 2
     for k in range(rank):
-        own: dict[str, Any] = {
+        attributes: dict[str, Any] = {
             name: [attrs[name][k]] for name in ("kernel_shape", "strides", "dilations") if name in attrs
         }
-        own |= {name: attrs[name] for name in ("auto_pad", "ceil_mode", "count_include_pad") if name in attrs}
+        attributes |= {name: attrs[name] for name in ("auto_pad", "ceil_mode", "count_include_pad") if name in attrs}
         if "pads" in attrs:
-            own["pads"] = [attrs["pads"][k], attrs["pads"][rank + k]]
+            attributes["pads"] = [attrs["pads"][k], attrs["pads"][rank + k]]
         size = shape[2 + k]
-        node = onnx.helper.make_node("AveragePool", ["x"], ["y"], **own)
+        node = onnx.helper.make_node("AveragePool", ["x"], ["y"], **attributes)
         matrix = _response(node, np.eye(size, dtype=np.float32)[:, None], {}, r.node.version)[:, 0]
         if matrix.shape != (size, out[2 + k]):
             raise NoGradient("has windows that depend on each other")
@@ -114,17 +114,17 @@ def _scales(r: Reverse) -> Sequence[float | None]:
     rank = len(r.shape(0))
     axes = [k % rank for k in r.attr("axes", range(rank))]
     position = 1 if r.node.op == "Upsample" else 2
-    given: list[float | None] = [1.0] * rank
+    scales: list[float | None] = [1.0] * rank
     values = r.constant(position)
     if values is not None and values.size:
         for axis, scale in zip(axes, values.tolist(), strict=True):
-            given[axis] = float(scale)
+            scales[axis] = float(scale)
     elif r.has(3):
         for axis in axes:
-            given[axis] = None
+            scales[axis] = None
     else:
         raise NoGradient("has sizes that depend on data")
-    return given
+    return scales
 
 
 def _resized(r: Reverse, x: Array, axis: int, scale: float | None, size: int) -> Array:

@@ -34,8 +34,8 @@ def unroll(node: NodeProto, shapes: Mapping[str, Shape], values: Mapping[str, Ar
     plain = layer.activations == _ACTIVATIONS[node.op_type] * layer.directions
     plain = plain and not (layer.attrs.get("clip") or layer.attrs.get("input_forget"))
     plain = plain and not (len(node.input) > 7 and node.input[7])
-    whole = not lengths or (known is not None and bool((known == layer.length).all()))
-    if not plain or not whole or not 0 < layer.length <= MAX_STEPS:
+    is_full_length = not lengths or (known is not None and bool((known == layer.length).all()))
+    if not plain or not is_full_length or not 0 < layer.length <= MAX_STEPS:
         return None
     return layer.write()
 
@@ -51,8 +51,8 @@ class _Layer:
         self.length, self.batch = (size[1], size[0]) if self.batch_first else size[:2]
         self.directions, gates, _ = shapes[node.input[1]]
         self.hidden = gates // _GATES[node.op_type]
-        given = [a.decode() if isinstance(a, bytes) else str(a) for a in self.attrs.get("activations", [])]
-        self.activations = given or _ACTIVATIONS[node.op_type] * self.directions
+        names = [a.decode() if isinstance(a, bytes) else str(a) for a in self.attrs.get("activations", [])]
+        self.activations = names or _ACTIVATIONS[node.op_type] * self.directions
         self.nodes: list[NodeProto] = []
         self._stem = node.name or next(o for o in node.output if o)
 

@@ -112,17 +112,17 @@ def _converted(model: ModelProto) -> ModelProto:
 def _lift_constants(model: ModelProto, arrays: dict[str, Array]) -> None:
     """Turn Constant nodes into initializers."""
     nodes = list(model.graph.node)
-    rest = []
+    computed = []
     for node in nodes:
         weight = weight_from_constant(node) if node.op_type == "Constant" and not node.domain else None
         if weight is None:
-            rest.append(node)
+            computed.append(node)
             continue
         arrays[node.output[0]] = weight.read()
         model.graph.initializer.append(named_tensor(node.output[0], weight.read()))
-    if len(rest) < len(nodes):
+    if len(computed) < len(nodes):
         del model.graph.node[:]
-        model.graph.node.extend(rest)
+        model.graph.node.extend(computed)
 
 
 def named_tensor(name: str, value: Array) -> TensorProto:
@@ -149,8 +149,10 @@ def _probe(model: ModelProto, arrays: Mapping[str, Array], feed: Feed) -> _Value
     results = run(open_session(probe.SerializeToString(), optimize=False), {k: np.asarray(v) for k, v in feed.items()})
     constant = _constants(model.graph.node, arrays)
     known = {name: value for name, value in results.items() if name in constant}
-    every = {n: np.asarray(v) for n, v in {**results, **feed, **arrays}.items()}
-    return _Values(known, {n: v.shape for n, v in every.items()}, {n: v.dtype for n, v in every.items()})
+    arrays_by_name = {n: np.asarray(v) for n, v in {**results, **feed, **arrays}.items()}
+    return _Values(
+        known, {n: v.shape for n, v in arrays_by_name.items()}, {n: v.dtype for n, v in arrays_by_name.items()}
+    )
 
 
 def _is_variable(name: str, arrays: Mapping[str, Array]) -> bool:

@@ -203,8 +203,8 @@ class Tape:
             return x
         shape = self.shape(x)
         axes = sorted(k % len(shape) for k in axes)
-        left = [1 if k in axes else n for k, n in enumerate(shape) if keep or k not in axes]
-        return self.emit("ReduceSum", [x, self.integers(axes)], left, keepdims=int(keep))
+        sizes = [1 if k in axes else n for k, n in enumerate(shape) if keep or k not in axes]
+        return self.emit("ReduceSum", [x, self.integers(axes)], sizes, keepdims=int(keep))
 
     def mean(self, x: str, axes: Sequence[int], keep: bool = False) -> str:
         """Average over axes."""
@@ -294,10 +294,16 @@ class Reverse:
         tape: Tape,
         node: Node,
         gradients: Sequence[str | None],
-        wanted: Sequence[bool],
+        requested: Sequence[bool],
         constants: Mapping[str, Array],
     ) -> None:
-        self.tape, self.node, self.gradients, self._wanted, self._constants = tape, node, gradients, wanted, constants
+        self.tape, self.node, self.gradients, self._requested, self._constants = (
+            tape,
+            node,
+            gradients,
+            requested,
+            constants,
+        )
         self.sent: dict[int, str] = {}
 
     @property
@@ -313,8 +319,8 @@ class Reverse:
     @property
     def dy(self) -> str:
         """The gradient of the first output; zeros where the loss does not depend on it."""
-        given = self.gradients[0]
-        return given if given is not None else self.tape.zeros(self.tape.shape(self.y), self.tape.kinds[self.y])
+        gradient = self.gradients[0]
+        return gradient if gradient is not None else self.tape.zeros(self.tape.shape(self.y), self.tape.kinds[self.y])
 
     def has(self, i: int) -> bool:
         """Return whether the node has an input at this position."""
@@ -322,7 +328,7 @@ class Reverse:
 
     def wants(self, i: int) -> bool:
         """Return whether the gradient of an input is needed."""
-        return self.has(i) and self._wanted[i]
+        return self.has(i) and self._requested[i]
 
     def shape(self, i: int) -> Shape:
         """Return the shape of an input."""

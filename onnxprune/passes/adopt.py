@@ -126,11 +126,11 @@ def _check_nodes(expected: Graph, actual: Graph) -> tuple[list[tuple[str, str]],
         if other is None:
             raise _stranger(f"the pruned model has no tensor {name!r}")
         same = (other.op, other.domain) == (node.op, node.domain) and len(other.inputs) >= len(node.inputs)
-        for own, theirs in zip(node.inputs, other.inputs, strict=False):
-            apart = own in expected.weights and theirs in actual.weights and theirs not in expected.weights
-            same &= own == theirs or apart or not own
-            if own in expected.weights:
-                pairs[own, theirs] = None
+        for own_name, theirs in zip(node.inputs, other.inputs, strict=False):
+            apart = own_name in expected.weights and theirs in actual.weights and theirs not in expected.weights
+            same &= own_name == theirs or apart or not own_name
+            if own_name in expected.weights:
+                pairs[own_name, theirs] = None
         if not same:
             raise _stranger(f"tensor {name!r} comes from {other.op}, by the plan from {node.op}")
         own_names = dict(enumerate(node.inputs))

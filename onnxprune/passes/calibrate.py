@@ -82,11 +82,11 @@ def captured_maps(
     with context.stage("capture"):
         captured.samples = capture(
             model,
-            requests.made,
+            requests.requests,
             source,
             least=source.fixed or 1,
             most=source.fixed or source.max_size,
-            sizes=bytes_per_sample(analysis, (r.tensor for r in requests.made)),
+            sizes=bytes_per_sample(analysis, (r.tensor for r in requests.requests)),
             types=types,
             memory=min(MEMORY, context.memory_limit or MEMORY),
             checkpoint=checkpoint,
@@ -118,7 +118,7 @@ class _Requests:
 
     def __init__(self, needs: Sequence[str], samples: int | None) -> None:
         self._needs, self._samples = needs, samples
-        self.made: list[Request] = []
+        self.requests: list[Request] = []
         self.finish: list[Callable[[], None]] = []
         self._requested: set[tuple[Hashable, str]] = set()
 
@@ -173,7 +173,7 @@ class _Requests:
         # A user's own class may lack the attribute that its batches may be joined.
         joins = request.joins and getattr(statistic, "additive", False)
         request = replace(request, name=f"{need} {key!r}", joins=joins)
-        self.made.append(request)
+        self.requests.append(request)
         self.finish.append(lambda: into.setdefault(key, {}).update(statistic.result()))
 
 

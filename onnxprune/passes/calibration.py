@@ -65,9 +65,9 @@ class CalibrationBatches:
         return self._data.fingerprint()
 
 
-def is_held_out(number: int, every: int) -> bool:
+def is_held_out(number: int, period: int) -> bool:
     """Return whether a batch is held out: the last one of every so many, so that few batches are all used to fit."""
-    return number % every == every - 1
+    return number % period == period - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,8 +55,8 @@ def _sizes(facts: Facts, name: str, now: Callable[[str], Any] | None) -> tuple[S
         return None
     sizes: list[Size] = []
     for axis, size in enumerate(current):
-        every = [0 if s is None else s[axis] for s in shapes]
-        one = size if len(set(every)) == 1 else _of_input(facts, every) if size == every[0] else None
+        axis_sizes = [0 if s is None else s[axis] for s in shapes]
+        one = size if len(set(axis_sizes)) == 1 else _of_input(facts, axis_sizes) if size == axis_sizes[0] else None
         if one is None:
             return None
         sizes.append(one)

@@ -73,7 +73,7 @@ class Pair:
             return comparison
         holding = Holding(self.reference, self.other, self.kinds, self.survivors)
         if holding:
-            comparison = self._held(holding, feeds) or comparison
+            comparison = self._with_held_choices(holding, feeds) or comparison
         if (
             comparison.facts.passed is False
             and comparison.failed
@@ -84,7 +84,7 @@ class Pair:
             return comparison._replace(facts=Exactness(None, batches=comparison.facts.batches, note=why), failed=())
         return comparison
 
-    def _held(self, holding: Holding, feeds: Sequence[Feed]) -> Comparison | None:
+    def _with_held_choices(self, holding: Holding, feeds: Sequence[Feed]) -> Comparison | None:
         """Compare with discrete choices held equal; None where the reference does not run with them."""
         tapped, names = holding.tapped()
         pairs = []

@@ -230,7 +230,7 @@ class _Check:
                     return worst
         names = branch_names(conditions, missed - run)
         if names:
-            remark = f"could not be run at these sizes: {_some(names)}"
+            remark = f"could not be run at these sizes: {_listed_names(names)}"
             worst.note = f"{worst.note}; {remark}" if worst.note else remark
         return worst
 
@@ -246,13 +246,13 @@ class _Check:
         reference, shrunk, new = witnesses.pair(names)
         facts = self._pair(probe, reference, shrunk).compared(feeds).facts
         facts.worst_output = new.get(facts.worst_output, facts.worst_output)
-        idle = _some([*comparison.idle])
-        remark = f"{idle} did not vary on any synthetic sample; compared instead, before it: {_some(names)}"
+        idle = _listed_names([*comparison.idle])
+        remark = f"{idle} did not vary on any synthetic sample; compared instead, before it: {_listed_names(names)}"
         facts.note = f"{facts.note}; {remark}" if facts.note else remark
         return facts
 
 
-def _some(names: Sequence[str]) -> str:
+def _listed_names(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 

@@ -84,10 +84,10 @@ class Work:
         keys = {(name, c.method, c.ranks): (name, c) for name, c in candidates.items()}
         missing = [key for key in keys if key not in self._results]
         heavy = any(self.layer_fits[name].kernel.size >= 1 << 20 for name, _, _ in missing)
-        for key, done in zip(
+        for key, result in zip(
             missing, spread(lambda k: self._factorize_layer(*keys[k]), missing, heavy=heavy), strict=True
         ):
-            self._results[key] = done
+            self._results[key] = result
         return [self._results[key] for key in keys]
 
     def _factorize_layer(self, name: str, candidate: Candidate) -> LayerResult:
@@ -119,7 +119,9 @@ class Work:
         return np.asarray(np.einsum("pn,pno->po", mean, difference).ravel())
 
 
-def prepare_work(context: Context, current: Model, request: Request, methods: Sequence[str], *, every: bool) -> Work:
+def prepare_work(
+    context: Context, current: Model, request: Request, methods: Sequence[str], *, all_layers: bool
+) -> Work:
     """Find the layers of the model that can be factorized, and capture the moments of their inputs.
 
     Args:
@@ -127,7 +129,7 @@ def prepare_work(context: Context, current: Model, request: Request, methods: Se
         current: the model.
         request: patterns and limits of the layers to factorize.
         methods: names of the allowed methods.
-        every: whether to take every layer, whatever the patterns of the request.
+        all_layers: whether to take every layer, whatever the patterns of the request.
 
     Raises:
         UsageError: a pattern matches nothing, or data that do not fit. ModelError: the model does not run.
@@ -140,7 +142,7 @@ def prepare_work(context: Context, current: Model, request: Request, methods: Se
     patterns = [(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")]
     check([*patterns, (argument("rank"), request.ranks)], names)
     for layer in list(scan.layers):
-        why = "" if every or not request.excluded(list(layer.names)) else _EXCLUDED
+        why = "" if all_layers or not request.excluded(list(layer.names)) else _EXCLUDED
         why = why or _refusal(model, layer, methods)
         if why:
             scan.layers.remove(layer)

@@ -81,23 +81,23 @@ class Factorize(Pass, Options):
         """Choose layers and ranks, factorize, check the products."""
         before = model.parts
         with context.stage("factorize"):
-            work = prepare_work(context, model, self.request, self._methods(), every=self.replayed is not None)
+            work = prepare_work(context, model, self.request, self._methods(), all_layers=self.replayed is not None)
             choices = LayerChoices(reasons=dict(work.scan.reasons))
-            done, remarks = self._choose(context, before, work, choices)
-            if not done:
+            results, remarks = self._choose(context, before, work, choices)
+            if not results:
                 raise BudgetError(
                     "No layer of this model can be factorized with these settings.", hint=_reasons(choices)
                 )
-            after = _replaced(before, done)
+            after = _replaced(before, results)
             if self._timed:
                 _require_speed(context, model.analysis, before, after)
         product = Exactness(note="models were not run")
         if self.check:
             with context.stage("products"):
-                product = check_products(context, model, after, [(d.item, d.kernel) for d in done])
-        factorized = model.with_parts(after, as_pruned=model.as_pruned or before, plan=_plan(context, model, done))
+                product = check_products(context, model, after, [(d.item, d.kernel) for d in results])
+        factorized = model.with_parts(after, as_pruned=model.as_pruned or before, plan=_plan(context, model, results))
         settings = Settings({"method": "a plan"} if self.replayed is not None else self.request.settings)
-        facts = describe_factors(context, factorized, work, done, choices.reasons, product)
+        facts = describe_factors(context, factorized, work, results, choices.reasons, product)
         return PassResult(factorized, [settings, *map(Remark, remarks), *facts])
 
     def unchecked(self) -> Factorize:
@@ -133,23 +133,23 @@ class Factorize(Pass, Options):
             joint.share_out()
             if self._timed:
 
-                def quick(done: Sequence[LayerResult]) -> bool:
-                    return not _slower(model_latency(context, work.analysis, before, _replaced(before, done)))
+                def quick(results: Sequence[LayerResult]) -> bool:
+                    return not _slower(model_latency(context, work.analysis, before, _replaced(before, results)))
 
                 return joint.faster(quick), joint.remarks
         return work.factorize(choices.candidates), ()
 
 
-def _plan(context: Context, model: Model, done: Sequence[LayerResult]) -> Plan:
+def _plan(context: Context, model: Model, results: Sequence[LayerResult]) -> Plan:
     """Return the plan so far with the ranks of every layer."""
-    factors = [PlanFactors(d.name, d.candidate.method, list(d.candidate.ranks), d.error) for d in done]
+    factors = [PlanFactors(d.name, d.candidate.method, list(d.candidate.ranks), d.error) for d in results]
     digest = model.plan.model_sha256 or context.analysis.loaded.sha256
     return replace(model.plan, factorized=factors, model_sha256=digest)
 
 
-def _replaced(before: ModelParts, done: Sequence[LayerResult]) -> ModelParts:
+def _replaced(before: ModelParts, results: Sequence[LayerResult]) -> ModelParts:
     target = Prepared(*before)
-    replace_layers(target.graph, target.weights, [d.item for d in done])
+    replace_layers(target.graph, target.weights, [d.item for d in results])
     return target.model()
 
 
@@ -187,7 +187,7 @@ def describe_factors(
     context: Context,
     model: Model,
     work: Work,
-    done: Sequence[LayerResult],
+    results: Sequence[LayerResult],
     reasons: Mapping[str, str],
     product: Exactness,
 ) -> Iterator[Fact]:
@@ -197,15 +197,15 @@ def describe_factors(
         context: context of the run.
         model: the factorized model.
         work: layers of the model before, with the moments of their inputs.
-        done: factorized layers.
+        results: factorized layers.
         reasons: {layer: reason} of the layers that were not factorized.
         product: result of the check of the products.
     """
-    layers = list(_layers(work, done, reasons))
+    layers = list(_layers(work, results, reasons))
     listed = {layer.name for layer in layers}
     layers += [FactorizedLayer(name, "", reason=why) for name, why in reasons.items() if name not in listed]
     yield Factorization(layers, product)
-    yield from (Remark(f"{d.layer_fits.layer.name}: {d.note}") for d in done if d.note)
+    yield from (Remark(f"{d.layer_fits.layer.name}: {d.note}") for d in results if d.note)
     bad = [name for name, why in reasons.items() if "NaN" in why]
     if bad:
         yield Remark(f"not factorized because weights hold NaN or infinity: {', '.join(bad[:4])}")
@@ -219,9 +219,9 @@ def describe_factors(
     )
 
 
-def _layers(work: Work, done: Sequence[LayerResult], reasons: Mapping[str, str]) -> Iterator[FactorizedLayer]:
+def _layers(work: Work, results: Sequence[LayerResult], reasons: Mapping[str, str]) -> Iterator[FactorizedLayer]:
     """Iterate over layers in the order of the graph, then those without a node of their own."""
-    by_name = {d.layer_fits.layer.name: _layer(d) for d in done}
+    by_name = {d.layer_fits.layer.name: _layer(d) for d in results}
     graph = work.model.graph
     for node in graph.steps:
         name = node.label
@@ -235,21 +235,21 @@ def _layers(work: Work, done: Sequence[LayerResult], reasons: Mapping[str, str])
     yield from by_name.values()
 
 
-def _layer(done: LayerResult) -> FactorizedLayer:
-    layer, candidate = done.layer_fits.layer, done.candidate
-    stages = [f.stage for f in done.item.factors]
+def _layer(result: LayerResult) -> FactorizedLayer:
+    layer, candidate = result.layer_fits.layer, result.candidate
+    stages = [f.stage for f in result.item.factors]
     full_stages = [layer.shape.whole()]
     return FactorizedLayer(
         name=layer.name,
         op=layer.uses[0].node.op,
         method=candidate.method,
         ranks=list(candidate.ranks),
-        error=done.error,
+        error=result.error,
         params_before=elements(full_stages),
         params_after=elements(stages),
         macs_before=layer.macs(full_stages),
         macs_after=layer.macs(stages),
-        before_ms=None if done.latency is None else done.latency.before_ms,
-        after_ms=None if done.latency is None else done.latency.after_ms,
-        note=done.note,
+        before_ms=None if result.latency is None else result.latency.before_ms,
+        after_ms=None if result.latency is None else result.latency.after_ms,
+        note=result.note,
     )

@@ -161,8 +161,8 @@ def short_steps(context: Context, model: Model) -> int:
 def _check_samples(context: Context, split: CalibrationSplit) -> None:
     """Refuse data that a training would only overfit to; raises UsageError."""
     samples = split.num_fit + split.num_held_out
-    asked = context.calibration is not None and context.calibration.limit is not None
-    if samples < LEAST_SAMPLES and not asked:
+    is_limited = context.calibration is not None and context.calibration.limit is not None
+    if samples < LEAST_SAMPLES and not is_limited:
         raise UsageError(
             f"{argument('finetune')} needs {LEAST_SAMPLES} samples or more, and there are {samples}",
             hint=f"Give more with {argument('data')}; 512 and more do well. {argument('samples')} insists on fewer.",
@@ -302,9 +302,11 @@ class _Training:
         (before,) = compare_with_original(context.analysis, [model.parts], split.validation, context.outputs)
         fixed = CalibrationBatches(context, model.analysis).fixed
         size = fixed or min(settings.batch_size, split.num_fit)
-        given = settings.labels if settings.labels is not None else context.labels
+        user_labels = settings.labels if settings.labels is not None else context.labels
         labels, held = (
-            (None, None) if given is None else split_labels(read_labels(given, context, model.analysis), split)
+            (None, None)
+            if user_labels is None
+            else split_labels(read_labels(user_labels, context, model.analysis), split)
         )
         samples = _Samples(split.fit, size, labels, context.seed)
         feed, _ = samples.draw(0)
@@ -317,12 +319,12 @@ class _Training:
             student = static_graph(*model.parts, feed)
         loaded = context.analysis.loaded
         original = static_graph(loaded.proto, loaded.weights, feed)
-        wanted, reasons = trainable(student)
-        fitted = fitted_heads(student, wanted, original, before, f"Drop {argument('finetune')}.")
+        weights, reasons = trainable(student)
+        fitted = fitted_heads(student, weights, original, before, f"Drop {argument('finetune')}.")
         steps = _features(student, original, model, [h.tensor for h in fitted], settings.features)
         teacher, names = _teacher(original, fitted, steps)
         known = {} if labels is None else _labelled(fitted, student, labels)
-        own = None if settings.loss is None else _OwnLoss(settings.loss, student, wanted, fitted, names)
+        own = None if settings.loss is None else _OwnLoss(settings.loss, student, weights, fitted, names)
         losses = Losses(
             {h: names[h.tensor] for h in fitted},
             {n: names[n] for n in steps},
@@ -333,7 +335,7 @@ class _Training:
         inputs |= {name: (shape, np.dtype(np.float32)) for name, shape in known.values()}
         inputs |= {name: ((), np.dtype(np.float32)) for name in (BALANCE, OFFSET)}
         inputs |= {} if own is None else own.inputs
-        graph = training_graph(student, losses.loss, wanted, inputs=inputs)
+        graph = training_graph(student, losses.loss, weights, inputs=inputs)
         frozen = {**{n: r for n, r in reasons.items() if "parameter" not in r}, **graph.frozen}
         if not graph.gradients:
             why = next(iter(frozen.values()), "it has no weights in float32")
@@ -360,15 +362,15 @@ class _Training:
                 feed, labels = self.samples.draw(number * self.calls + k)
                 if self.augmentation is not None:
                     feed = self.augmentation(feed, np.random.default_rng([self.context.seed, number, k]))
-                given = (
+                batch = (
                     {name: as_targets(labels, shape) for name, shape in self.labels.values()}
                     if labels is not None
                     else {}
                 )
                 feed |= self.teacher(feed)
                 if self.own_loss is not None:
-                    given = self.own_loss(feed, self.parameters, labels)
-                calls.append({**feed, **given, BALANCE: balance})
+                    batch = self.own_loss(feed, self.parameters, labels)
+                calls.append({**feed, **batch, BALANCE: balance})
             return calls
 
         judged: dict[float, _Judgement] = {}
@@ -465,19 +467,19 @@ class _Training:
 
     def remarks(self, facts: Finetuning) -> list[str]:
         """Return warnings."""
-        found = []
+        remarks = []
         if facts.undone:
-            found.append(
+            remarks.append(
                 f"{argument('finetune')} brought the outputs no closer to the original's on held-out samples and was "
                 f"undone: more samples ({argument('data')}) or more time may help"
             )
         if facts.stopped:
-            found.append(f"fine-tuning ended after {facts.steps} steps: {facts.stopped}")
+            remarks.append(f"fine-tuning ended after {facts.steps} steps: {facts.stopped}")
         reasons = sorted(set(facts.frozen.values()))
         if reasons:
             what = "1 weight was" if len(facts.frozen) == 1 else f"{len(facts.frozen)} weights were"
-            found.append(f"{what} not trained: {reasons[0]}")
-        return [Note(text) for text in found]
+            remarks.append(f"{what} not trained: {reasons[0]}")
+        return [Note(text) for text in remarks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -555,8 +557,8 @@ def standard_error(distance: float, samples: int) -> float:
 
 def _bytes(graph: StaticGraph) -> int:
     """Return the bytes of all activations of one call."""
-    made = [o for node in graph.nodes for o in node.outputs if o in graph.shapes]
-    return sum(int(np.prod(graph.shapes[o], dtype=np.int64)) * graph.kinds[o].itemsize for o in made)
+    tensors = [o for node in graph.nodes for o in node.outputs if o in graph.shapes]
+    return sum(int(np.prod(graph.shapes[o], dtype=np.int64)) * graph.kinds[o].itemsize for o in tensors)
 
 
 # -- what is compared --------------------------------------------------------------------------------------------------
@@ -581,8 +583,8 @@ def _features(
             result[name] = steps
     names = list(result)
     if len(names) > number:
-        chosen = np.unique(np.linspace(0, len(names) - 1, number + 1).round().astype(int)[1:])
-        names = [names[k] for k in chosen]
+        indices = np.unique(np.linspace(0, len(names) - 1, number + 1).round().astype(int)[1:])
+        names = [names[k] for k in indices]
     return {name: result[name] for name in names} if number else {}
 
 

@@ -37,11 +37,11 @@ def flush(model: ModelParts) -> tuple[ModelParts, int]:
         return model, 0
     constants = flushed_weights.keys() - weights.keys()
     if constants:
-        own = onnx.ModelProto()
-        own.CopyFrom(proto)
-        for node in own.graph.node:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(proto)
+        for node in copy.graph.node:
             if node.output and node.output[0] in constants:
                 set_constant(node, flushed_weights[node.output[0]][0])
-        proto = own
+        proto = copy
     changed = {name: weight for name, (weight, _) in flushed_weights.items() if name not in constants}
     return (proto, {**weights, **changed}), sum(count for _, count in flushed_weights.values())

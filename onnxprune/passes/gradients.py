@@ -159,18 +159,18 @@ class _Source:
             raise UsageError(f"{argument('data')} has too few samples for one call of the model")
         self._size = count(feed)
         graph = static_graph(*parts, feed)
-        wanted, reasons = trainable(graph)
-        some = HoldOut(list(islice(self._batches.batches(), 4)), "data")
+        weights, reasons = trainable(graph)
+        sample = HoldOut(list(islice(self._batches.batches(), 4)), "data")
         loaded = analysis.loaded
-        (kinds,) = compare_with_original(analysis, [(loaded.proto, loaded.weights)], some, context.outputs)
+        (kinds,) = compare_with_original(analysis, [(loaded.proto, loaded.weights)], sample, context.outputs)
         hint = f"Choose another {argument('criterion')}, such as ziplm."
-        self._heads = fitted_heads(graph, wanted, graph, kinds, hint)
+        self._heads = fitted_heads(graph, weights, graph, kinds, hint)
         if labels is not None:
             self._heads = [labelled_head(self._heads, graph, labels)]
         self._inputs = {f"target.{k}": head for k, head in enumerate(self._heads)}
         self._shapes = [graph.shapes[h.tensor] for h in self._heads]
         inputs = {n: (graph.shapes[h.tensor], np.dtype(np.float32)) for n, h in self._inputs.items()}
-        training = training_graph(graph, self._loss, wanted, inputs=inputs)
+        training = training_graph(graph, self._loss, weights, inputs=inputs)
         if not training.gradients:
             why = next(iter({**reasons, **training.frozen}.values()), "it has no weights in float32")
             raise ModelError(f"No weight of the model has a gradient: {why}.", hint=hint)
@@ -215,21 +215,21 @@ class _Source:
     def _targets(self, feed: Feed, labels: Array | None) -> Feed:
         """Return the targets of the loss for one call."""
         outputs = run(self._answers, {n: v for n, v in feed.items() if n in self._accepted})
-        given: Feed = {}
+        targets: Feed = {}
         for shown, (name, head) in zip(self._shown, self._inputs.items(), strict=True):
             values = outputs[shown]
             if labels is not None:
                 target = as_targets(labels, values.shape)
                 rows = values.size // values.shape[head.axis] if head.axis is not None else values.size / 2
-                given[name] = (target if head.axis is not None else target - values) / np.float32(rows)
+                targets[name] = (target if head.axis is not None else target - values) / np.float32(rows)
             elif head.axis is not None:
-                given[name] = self._classes(values, head.axis)
+                targets[name] = self._classes(values, head.axis)
             else:
                 scale = float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) or 1.0
                 noise = self._rng.standard_normal(values.shape)
-                given[name] = (noise / (scale * np.sqrt(values.size / count(feed)) * count(feed))).astype(np.float32)
-            given[name] = given[name] / np.float32(len(self._heads))
-        return given
+                targets[name] = (noise / (scale * np.sqrt(values.size / count(feed)) * count(feed))).astype(np.float32)
+            targets[name] = targets[name] / np.float32(len(self._heads))
+        return targets
 
     def _classes(self, scores: Array, axis: int) -> Array:
         """Return one class per row of scores as 1 over the number of rows, and 0 elsewhere."""
@@ -260,7 +260,7 @@ class _Sums:
     def add(self, source: _Source) -> Gradients:
         """Return the statistics with those of all calls of a source."""
         parameters, calls = source.parameters, 0
-        own = [(k, name, claim) for k, (name, claim) in enumerate(self.every_claim) if name in parameters.spans]
+        trained = [(k, name, claim) for k, (name, claim) in enumerate(self.every_claim) if name in parameters.spans]
         for need in self.needs:
             if need not in _GATES:
                 self._sums[need] = np.zeros(parameters.vector.size)
@@ -276,7 +276,7 @@ class _Sums:
                     total += np.abs(wide) if need == "gradient_total" else np.square(wide)
             if any(n in _GATES for n in self.needs):
                 products = parameters.views(parameters.vector.astype(np.float64) * gradient)
-                for k, name, claim in own:
+                for k, name, claim in trained:
                     self._add_gate(k, channel_sums(claim, products[name]))
 
         samples = source.each(take)

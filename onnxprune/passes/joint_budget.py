@@ -157,11 +157,11 @@ class JointBudget:
 
     def _correct(self) -> None:
         """Scale the estimated losses of a method to the measured loss where a choice was carried out."""
-        for done in self._work.factorize(self._choices.candidates):
-            scale = (done.error + _ROUNDING) / (done.candidate.loss + _ROUNDING)
-            k = next(i for i, o in enumerate(self.layer_fits) if o.layer.name == done.name)
+        for result in self._work.factorize(self._choices.candidates):
+            scale = (result.error + _ROUNDING) / (result.candidate.loss + _ROUNDING)
+            k = next(i for i, o in enumerate(self.layer_fits) if o.layer.name == result.name)
             self.options[k] = [
-                replace(c, loss=c.loss * scale) if c.method == done.candidate.method else c for c in self.options[k]
+                replace(c, loss=c.loss * scale) if c.method == result.candidate.method else c for c in self.options[k]
             ]
 
     def faster(self, quick: Callable[[Sequence[LayerResult]], bool]) -> list[LayerResult]:
@@ -177,34 +177,34 @@ class JointBudget:
         """
         slower: frozenset[tuple[str, str]] = frozenset()
         cheap: list[LayerResult] | None = None
-        done = self._carried_out()
-        bearable = max(_MATTERS, _MUCH * _worst(done))
+        results = self._carried_out()
+        bearable = max(_MATTERS, _MUCH * _worst(results))
         rounds = 0
-        while slow := self._slow(done):
+        while slow := self._slow(results):
             methods = self._methods if rounds >= _ROUNDS else ()
             slower |= {(d.name, method) for d in slow for method in (methods or (d.candidate.method,))}
             rounds += 1
             self.share_out(slower)
-            before, done = done, self._carried_out()
-            if cheap is None and _worst(done) > bearable:
+            before, results = results, self._carried_out()
+            if cheap is None and _worst(results) > bearable:
                 cheap = before
                 if quick(cheap):
-                    self.remarks.append(_TAKEN.format(spared=_worst(done), kept=_worst(cheap)))
+                    self.remarks.append(_TAKEN.format(spared=_worst(results), kept=_worst(cheap)))
                     self._choices.candidates = {d.name: d.candidate for d in cheap}
                     self._explain(slower)
                     return cheap
         if cheap is not None:
-            self.remarks.append(_SPARED.format(spared=_worst(done), kept=_worst(cheap)))
-        return done
+            self.remarks.append(_SPARED.format(spared=_worst(results), kept=_worst(cheap)))
+        return results
 
     def _carried_out(self) -> list[LayerResult]:
         return self._work.factorize(self._choices.candidates)
 
-    def _slow(self, done: Sequence[LayerResult]) -> list[LayerResult]:
+    def _slow(self, results: Sequence[LayerResult]) -> list[LayerResult]:
         """Return the factorized layers that are slower on their own, as measured."""
-        for one in done:
+        for one in results:
             one.latency = self.latency(one)
-        return [d for d in done if d.latency is not None and d.latency.speedup < _FASTER]
+        return [d for d in results if d.latency is not None and d.latency.speedup < _FASTER]
 
     def _measured(self) -> list[list[float]]:
         """Return the output errors per layer error under every weighting: measured with data, else equal."""
@@ -232,9 +232,9 @@ class JointBudget:
         return self._times[key]
 
 
-def _worst(done: Sequence[LayerResult]) -> float:
+def _worst(results: Sequence[LayerResult]) -> float:
     """Return the largest error of a layer."""
-    return max((d.error for d in done), default=0.0)
+    return max((d.error for d in results), default=0.0)
 
 
 def _macs_of(work: Work) -> int:
@@ -372,11 +372,11 @@ def layer_latency(
     outputs = [o for o in node.outputs if o]
     before = part_model(graph, weights, [node], {fed[0]: value}, outputs)
     small = onnx.load_from_string(before)
-    own = {n: w for n, w in weights.items() if n in node.inputs}
-    after = Graph.of(small, own)
-    replace_layers(after, own, [item])
+    node_weights = {n: w for n, w in weights.items() if n in node.inputs}
+    after = Graph.of(small, node_weights)
+    replace_layers(after, node_weights, [item])
     try:
-        changed = bytes(assemble(after.proto, own).SerializeToString())
+        changed = bytes(assemble(after.proto, node_weights).SerializeToString())
         times = in_turn([before, changed], [{fed[0]: value}], where, runs=_RUNS, budget_s=_SECONDS)
     except ModelError:  # no kernel for this type: no measurement
         return None

@@ -44,8 +44,8 @@ def read_labels(source: Any, context: Context, analysis: Analysis) -> Array:
     assert context.calibration is not None
     # Samples beyond a limit, or that fill no call of a fixed size, have labels as well.
     limited = context.calibration.limit is not None or context.stages.is_trial
-    most = None if limited else samples + (batches.fixed or 1) - 1
-    if len(values) < samples or (most is not None and len(values) > most):
+    max_samples = None if limited else samples + (batches.fixed or 1) - 1
+    if len(values) < samples or (max_samples is not None and len(values) > max_samples):
         raise UsageError(
             f"{argument('labels')}: {len(values)} labels for {samples} samples", hint="Give one per sample, in order."
         )

@@ -69,7 +69,7 @@ def output_sensitivity(
     """
     fit, hold_out = (
         _SplitBatches(context, analysis, False),
-        list(_SplitBatches(context, analysis, True).some(max_samples)),
+        list(_SplitBatches(context, analysis, True).first(max_samples)),
     )
     if not hold_out:
         raise UsageError(
@@ -87,14 +87,14 @@ def output_sensitivity(
             with suppress(CannotRewrite, ModelError):
                 by_count.setdefault(group.id, {})[num_removed] = runs.sensitivity(units)
             context.tell("measure", (number + 1) / len(removals))
-    every = [d for by_num_removed in by_count.values() for d in by_num_removed.values()]
-    if not every:
+    drops = [d for by_num_removed in by_count.values() for d in by_num_removed.values()]
+    if not drops:
         return dict(scores)
     result = {}
     for group in groups:
         if group.id in scores:
             values = scores[group.id] - min(0.0, float(scores[group.id].min()))
-            by_num_removed = by_count.get(group.id) or {max(group.steps - 1, 1): float(np.mean(every))}
+            by_num_removed = by_count.get(group.id) or {max(group.steps - 1, 1): float(np.mean(drops))}
             result[group.id] = along(values, group.classes, group.steps, by_num_removed)
     return result
 
@@ -120,7 +120,7 @@ class _SplitBatches(CalibrationBatches):
             if is_held_out(run % 10, HELD_OUT_OF_SENSITIVITY) == self._held_out:
                 yield feed
 
-    def some(self, samples: int) -> Iterator[Feed]:
+    def first(self, samples: int) -> Iterator[Feed]:
         """Iterate over calls with about this many samples."""
         num_samples = 0
         for feed in self.batches():
@@ -212,8 +212,8 @@ class _PrunedRuns:
         graph, inputs = self.analysis.graph, site.node.inputs
         name = inputs[form.weight]
         bias = inputs[form.bias] if form.bias is not None and form.bias < len(inputs) else ""
-        own = [n for n in (name, bias) if n]
-        if any(n not in graph.weights or len(graph.consumers.get(n, ())) != 1 for n in own):
+        constants = [n for n in (name, bias) if n]
+        if any(n not in graph.weights or len(graph.consumers.get(n, ())) != 1 for n in constants):
             return
         old = graph.weights[name].read()
         matrix = form.matrix(old.astype(np.float64))

@@ -41,9 +41,9 @@ class Prepared:
     """
 
     def __init__(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> None:
-        own = onnx.ModelProto()
-        own.CopyFrom(proto)
-        self._unshared, self._copies = unshare(Graph.of(own, weights))
+        copy = onnx.ModelProto()
+        copy.CopyFrom(proto)
+        self._unshared, self._copies = unshare(Graph.of(copy, weights))
         self.graph, self._folds = fold(self._unshared)
         self.weights = dict(self.graph.weights)
         self._before = dict(self.weights)

@@ -350,8 +350,8 @@ def _reasons(analysis: Analysis, selector: Selector) -> dict[str, str]:
     return reasons | {n.label: why for i, why in selector.excluded.items() for n in analysis.producers.get(i, ())}
 
 
-def _group_facts(group: GroupView, removed: int, asked: float | None, multiple: int) -> dict[str, Any]:
+def _group_facts(group: GroupView, removed: int, ratio: float | None, multiple: int) -> dict[str, Any]:
     """One group as plain data. Spelled out, since dataclasses.asdict copies deeply and groups have many slots."""
     slots = [{"tensor": s.tensor, "axis": s.axis, "size": s.size} for s in group.slots]
     facts = {f.name: getattr(group, f.name) for f in fields(group)}
-    return {**facts, "slots": slots, "removed": removed, "asked": asked, "multiple": multiple}
+    return {**facts, "slots": slots, "removed": removed, "asked": ratio, "multiple": multiple}

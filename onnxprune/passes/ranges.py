@@ -50,14 +50,14 @@ def range_doubts(analysis: Analysis, feed: Feed) -> list[str]:
 
 def _first(graph: Graph) -> list[Node]:
     """Return the normalisations that no other one stands in front of."""
-    every = {node.outputs[0]: node for node in normalisations(graph)}
+    by_output = {node.outputs[0]: node for node in normalisations(graph)}
     behind: set[str] = set()
     first = []
     for node in graph.steps:
         inside = any(name in behind for name in node.inputs if name)
-        if node.outputs and node.outputs[0] in every and not inside:
+        if node.outputs and node.outputs[0] in by_output and not inside:
             first.append(node)
-        if inside or (node.outputs and node.outputs[0] in every):
+        if inside or (node.outputs and node.outputs[0] in by_output):
             behind.update(name for name in node.outputs if name)
     return first[:4]
 
@@ -66,6 +66,6 @@ def _factor(graph: Graph, node: Node, value: np.ndarray) -> float:
     """Return the size of the activations over the size that training saw, the median over channels."""
     mean, variance = (graph.weights[name].read().astype(np.float64) for name in node.inputs[3:5])
     rows = np.moveaxis(value, 1, 0).reshape(value.shape[1], -1).astype(np.float64)
-    own, trained = np.square(rows).mean(1), variance + np.square(mean)
+    measured_square, trained = np.square(rows).mean(1), variance + np.square(mean)
     significant = trained > 1e-6 * float(trained.max(initial=0.0))
-    return float(np.median(np.sqrt(own[significant] / trained[significant]))) if significant.any() else 0.0
+    return float(np.median(np.sqrt(measured_square[significant] / trained[significant]))) if significant.any() else 0.0

@@ -21,11 +21,13 @@ _STILL = 1e-8
 
 def normalisations(graph: Graph) -> list[Node]:
     """BatchNormalizations of activations whose statistics are weights of their own, outside of bodies."""
-    made = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
+    activations = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
     return [
         node
         for node in graph.nodes
-        if (statistics := rule_of(node).statistics) and max(statistics) < len(node.inputs) and node.inputs[0] in made
+        if (statistics := rule_of(node).statistics)
+        and max(statistics) < len(node.inputs)
+        and node.inputs[0] in activations
         if not (graph.has_bodies and graph.around[node.index])
         if all(
             node.inputs[i] in graph.weights and len(graph.consumers.get(node.inputs[i], ())) == 1 for i in statistics
@@ -75,9 +77,9 @@ class Recalibrated:
             positions = rule_of(node).statistics
             trained: Real = self.original[node.inputs[positions[1]]].read().astype(np.float64)
             variance = np.where(variance > _STILL * float(variance.max(initial=0.0)), variance, trained)
-            own = by_output[node.outputs[0]]
+            twin = by_output[node.outputs[0]]
             for position, values in zip(positions, (mean, variance), strict=True):
-                name, cut = node.inputs[position], own.inputs[position]
+                name, cut = node.inputs[position], twin.inputs[position]
                 self.original[name] = ArrayWeight(name, values.astype(self.original[name].dtype))
                 for _axis, index in after.steps(name):
                     values = values.take(index)

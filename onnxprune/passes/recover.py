@@ -245,10 +245,10 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
             raise no_data(mode)
         return CalibrationSplit.of(_batches(context, analysis), context.inputs().name)
     with context.stage("inputs"):
-        made, spread = draw_calibration(context, analysis)
+        drawn_feeds, spread = draw_calibration(context, analysis)
     words = f"synthetic inputs (range {spread})" if spread else "synthetic inputs"
     if context.calibration is None:
-        return CalibrationSplit.of(made, "synthetic", words)
+        return CalibrationSplit.of(drawn_feeds, "synthetic", words)
     source = CalibrationBatches(context, analysis)
     samples = 0
     feeds: list[Feed] = []
@@ -259,16 +259,19 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
             break
     if not feeds:
         raise _too_few(source)
-    return CalibrationSplit(made, HoldOut(feeds, context.inputs().name), words)
+    return CalibrationSplit(drawn_feeds, HoldOut(feeds, context.inputs().name), words)
 
 
 def _batches(context: Context, analysis: Analysis) -> list[Feed]:
     """Return the data in batches, small enough to leave some for the hold-out."""
     assert context.calibration is not None
-    every, source = CalibrationBatches(context, analysis), CalibrationBatches(context, analysis, context.effort.samples)
-    if source.samples != every.samples:
-        some = f"{every.samples} samples" if every.samples else "the samples"
-        context.stages.leave_out(f"recovery from more than the first {source.samples} of {some}")
+    all_batches, source = (
+        CalibrationBatches(context, analysis),
+        CalibrationBatches(context, analysis, context.effort.samples),
+    )
+    if source.samples != all_batches.samples:
+        amount = f"{all_batches.samples} samples" if all_batches.samples else "the samples"
+        context.stages.leave_out(f"recovery from more than the first {source.samples} of {amount}")
     size = min(32, context.calibration.batch_size or 32)
     if source.samples is not None:
         size = max(1, min(size, source.samples // (2 * HELD)))
@@ -603,8 +606,8 @@ def _run_piece(runs: Sequence[Segments], number: int) -> None:
 
 def _so_far(repairs: Sequence[Repair], targets: RecoveryTargets) -> str:
     """Describe a recovery that ends early; empty where no layer has new weights."""
-    done, every = sum(r.done for r in repairs), sum(map(len, targets.levels))
-    return f"the recovery ended after {len(repairs)} of {every} layers" if done else ""
+    num_recovered, num_targets = sum(r.done for r in repairs), sum(map(len, targets.levels))
+    return f"the recovery ended after {len(repairs)} of {num_targets} layers" if num_recovered else ""
 
 
 def _unfitted(targets: RecoveryTargets, repairs: Sequence[Repair]) -> dict[str, str]:

@@ -112,7 +112,7 @@ class Selector:
         self.warnings: list[str] = []
         self.removed = np.zeros(analysis.units.component.size, dtype=bool)
         self._seconds = {} if seconds is None else seconds
-        self._every = False
+        self._ranks_all = False
         self._last: dict[int, RankedGroup] = {}
         self.rounding: Rounding | None = None
         if request.round_to == AUTO:
@@ -157,7 +157,7 @@ class Selector:
             UsageError: the criterion scores none of them.
         """
         if not self.pool_of:
-            self._every = True
+            self._ranks_all = True
             self._last = self._rank(None, 1.0, self._savings())
             self.pool_of = self._last
         return self.pool_of
@@ -168,8 +168,8 @@ class Selector:
         if self.request.steps > 1:
             other = Selector(self.context, self.analysis, request, self.criterion, self.name, self._seconds)
             return removed_atoms(self.analysis.units, other())
-        if not self._every:
-            self._every = True
+        if not self._ranks_all:
+            self._ranks_all = True
             self._last = self._rank(None, 1.0, self._savings())
         ratios = candidates(self.analysis, request).ratios
         again = {n: replace(c, ratio=self._share(ratios[n] or 0.0, n)) for n, c in self._last.items()}
@@ -178,7 +178,7 @@ class Selector:
     def _share(self, ratio: float, number: int) -> float:
         return 1.0 - (1.0 - ratio) ** 0.5 if number in self.candidates.two_way else ratio
 
-    def _rank(self, removed: Mask | None, done: float, weighed: dict[int, Array] | None) -> dict[int, RankedGroup]:
+    def _rank(self, removed: Mask | None, share: float, weighed: dict[int, Array] | None) -> dict[int, RankedGroup]:
         """Score the remaining units, and rank the groups."""
         groups = [g for g in self.candidates.groups if self._takes_part(g)]
         if not groups:
@@ -205,7 +205,7 @@ class Selector:
             scores,
             savings=weighed,
             removed=removed,
-            progress=done,
+            progress=share,
             multiples=multiples,
         )
 
@@ -223,7 +223,7 @@ class Selector:
     def _takes_part(self, group: Group) -> bool:
         """Return whether the group can lose anything at all, so that its scores matter."""
         ratio = self.ratios[group.id] or 0.0
-        if self._every:
+        if self._ranks_all:
             return True
         if self.request.scope != "local" and group.id not in self.candidates.local:
             return ratio > 0
@@ -257,14 +257,14 @@ class Selector:
     def _by_gradients(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[PlacedSlot[Slot]]:
         placed = self.request.policy == "backward"
         analysis = self.analysis
-        every = [
+        group_claims = [
             (name, claim)
             for lot in batches(groups)
-            for name, some in claims(analysis.table, analysis.units, lot, removed, placed)
-            for claim in some
+            for name, slot_claims in claims(analysis.table, analysis.units, lot, removed, placed)
+            for claim in slot_claims
         ]
-        gradients = score_gradients(self.context, analysis, self.needs, every, removed)
-        yield from gradient_slots(analysis.table, every, gradients, self.context.seed, removed)
+        gradients = score_gradients(self.context, analysis, self.needs, group_claims, removed)
+        yield from gradient_slots(analysis.table, group_claims, gradients, self.context.seed, removed)
 
     def _by_maps(self, groups: Sequence[Group], removed: Mask | None) -> Iterator[PlacedSlot[Slot]]:
         captured = captured_maps(self.context, self.analysis, groups, self.needs, removed)

@@ -149,10 +149,12 @@ class InputPlausibility:
         """Collect the tensors of a model from which plausibility is measured."""
         graph = analysis.graph
         norms = {node.inputs[0]: node for node in normalisations(graph)}
-        made = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
+        activations = {o for node in graph.nodes for o in node.outputs if o} - graph.inner
         survivors = Survivors(analysis.table, np.zeros(analysis.units.component.size, dtype=bool))
         targets = [
-            target for level in find_targets(graph, made, survivors.shape, joint=False).levels for target in level
+            target
+            for level in find_targets(graph, activations, survivors.shape, joint=False).levels
+            for target in level
         ]
         layers = {target.node.outputs[0]: target.form for target in targets if _outputs(graph, target) >= _FEW}
         return cls(analysis, layers, norms)

@@ -115,8 +115,8 @@ def _proof(context: Context, model: Model, trial: Workspace, final: Path) -> Pro
     """Prove the removal of the model that was pruned, which need not be the one that came in."""
     if model.analysis.loaded is context.analysis.loaded:
         return prove(context, model, trial, final)
-    with Workspace.of(model.analysis) as own:
-        return prove(context, model, own, final)
+    with Workspace.of(model.analysis) as workspace:
+        return prove(context, model, workspace, final)
 
 
 def _hold_out(context: Context, model: Model) -> tuple[Iterable[Any], str]:

@@ -112,11 +112,11 @@ class Workspace:
         """Return a model that refers to large weights in place: in the original's folder, or in a copy made once."""
         if not sessions.refers():
             return None
-        own = self.original.parent
+        folder = self.original.parent
         large = [w for w in self.loaded.weights.values() if w.nbytes >= _MAPPED_FROM]
-        if all(lies_in(weight, own) for weight in large):
-            model = referring(proto, weights, own, {}, _LIGHT)
-            return None if model is None else sessions.Referring(model.SerializeToString(), own)
+        if all(lies_in(weight, folder) for weight in large):
+            model = referring(proto, weights, folder, {}, _LIGHT)
+            return None if model is None else sessions.Referring(model.SerializeToString(), folder)
         if not self._stored:
             self._store(large)
         model = referring(proto, weights, self.folder, self._stored, _LIGHT)

@@ -125,8 +125,8 @@ class Line:
         if options.no_wrap or options.max_width < 3 * LABEL:
             yield self.text
             return
-        label, rest = self.text[:LABEL], self.text[LABEL:]
-        for number, part in enumerate(rest.wrap(console, options.max_width - LABEL)):
+        label, text = self.text[:LABEL], self.text[LABEL:]
+        for number, part in enumerate(text.wrap(console, options.max_width - LABEL)):
             part.rstrip()
             yield Text.assemble(label if number == 0 else " " * LABEL, part)
 
@@ -199,10 +199,10 @@ class Screen:
 
     def emit(self, record: Mapping[str, Any], exit_status: int = 0) -> None:
         """Write the one JSON object of ``--json`` to stdout; NaN and infinity become null."""
-        whole = {"schema_version": SCHEMA_VERSION, "versions": versions(), **self.about}
-        whole |= {"exit_status": exit_status, **record}
+        record_of_run = {"schema_version": SCHEMA_VERSION, "versions": versions(), **self.about}
+        record_of_run |= {"exit_status": exit_status, **record}
         with self.loss.noted(self.out):
-            self.out.file.write(json.dumps(self._shown(plain(whole)), indent=2, allow_nan=False) + "\n")
+            self.out.file.write(json.dumps(self._shown(plain(record_of_run)), indent=2, allow_nan=False) + "\n")
 
     def _shown(self, value: Any) -> Any:
         """Plain data with every text as the user writes it."""

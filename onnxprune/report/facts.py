@@ -280,8 +280,8 @@ class Latency:
     def to_dict(self) -> dict[str, Any]:
         """Return the times as plain data, with the speed-up and its verdict."""
         interval = None if self.speedup_interval is None else list(self.speedup_interval)
-        said = {"speedup": self.speedup, "speedup_interval": interval, "speed_verdict": self.speed_verdict}
-        return {k: v for k, v in asdict(self).items() if k != "paired"} | said
+        speedup = {"speedup": self.speedup, "speedup_interval": interval, "speed_verdict": self.speed_verdict}
+        return {k: v for k, v in asdict(self).items() if k != "paired"} | speedup
 
 
 # Differences below this are none: two runs of one file differ as much by where its weights lie in memory. Without pairs

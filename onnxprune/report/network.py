@@ -84,15 +84,15 @@ def _places(inputs: Mapping[int, Sequence[int]]) -> dict[int, tuple[float, float
     middle = ACROSS * (max(map(len, rows.values())) - 1) / 2
     places: dict[int, tuple[float, float]] = {}
     for row in sorted(rows):
-        wanted = {node: _mean([places[s][0] for s in inputs[node]], middle) for node in rows[row]}
-        at = [wanted[node] for node in sorted(rows[row], key=wanted.__getitem__)]
+        positions = {node: _mean([places[s][0] for s in inputs[node]], middle) for node in rows[row]}
+        at = [positions[node] for node in sorted(rows[row], key=positions.__getitem__)]
         for i in range(1, len(at)):
             at[i] = max(at[i], at[i - 1] + ACROSS)
-        shift = max(-min(at), _mean(list(wanted.values()), middle) - _mean(at, middle))
-        for node, x in zip(sorted(rows[row], key=wanted.__getitem__), at, strict=True):
+        shift = max(-min(at), _mean(list(positions.values()), middle) - _mean(at, middle))
+        for node, x in zip(sorted(rows[row], key=positions.__getitem__), at, strict=True):
             places[node] = (round(x + shift, 1), 10 + DOWN * row)
-    left = min(x for x, _ in places.values()) - 10
-    return {node: (x - left, y) for node, (x, y) in places.items()}
+    min_x = min(x for x, _ in places.values()) - 10
+    return {node: (x - min_x, y) for node, (x, y) in places.items()}
 
 
 def _mean(values: Sequence[float], otherwise: float) -> float:

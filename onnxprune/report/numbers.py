@@ -84,8 +84,8 @@ def decibels(value: float) -> str:
 def seconds(value: float) -> str:
     """Format a duration: ``0.42 s``, ``12.3 s``, ``3 min 20 s``."""
     if value >= 60:
-        minutes, rest = divmod(round(value), 60)
-        return f"{minutes} min {rest} s"
+        minutes, remainder = divmod(round(value), 60)
+        return f"{minutes} min {remainder} s"
     return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s"
 
 
@@ -139,8 +139,8 @@ def _ends(name: str, width: int) -> str:
 
 def _from_difference(name: str, alike: Sequence[str], width: int) -> str:
     """Return what stands in a name from a little before its first difference to others, and its end."""
-    shared = max(0, len(_shared_start(alike)) - 2)
-    return ELLIPSIS + _ends(name[shared:], width - 1) if shared > 1 else _ends(name, width)
+    start = max(0, len(_shared_start(alike)) - 2)
+    return ELLIPSIS + _ends(name[start:], width - 1) if start > 1 else _ends(name, width)
 
 
 def _numbered(names: Sequence[str], shown: Sequence[str], width: int) -> list[str]:
@@ -175,8 +175,8 @@ def readable(names: Sequence[str]) -> list[str]:
 
 def stripped(names: Sequence[str]) -> list[str]:
     """Names without the scopes (parts that end with / or .) at their front that all of them share."""
-    shared = _shared_start(names) if len(set(names)) > 1 else ""
-    end = max(shared.rfind("/"), shared.rfind(".")) + 1
+    prefix = _shared_start(names) if len(set(names)) > 1 else ""
+    end = max(prefix.rfind("/"), prefix.rfind(".")) + 1
     return [name[end:] for name in names] if end > 1 and all(len(name) > end for name in names) else list(names)
 
 

@@ -44,8 +44,8 @@ class Series:
 
 def chart(title: str, across: str, up: str, series: Sequence[Series], *, legend: bool = True) -> str:
     """Draw an SVG of some series over one pair of axes; points that are not finite are left out."""
-    found = [p for s in series for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]
-    scale = _Scale([p[0] for p in found] or [0.0, 1.0], [p[1] for p in found] or [0.0, 1.0])
+    points = [p for s in series for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]
+    scale = _Scale([p[0] for p in points] or [0.0, 1.0], [p[1] for p in points] or [0.0, 1.0])
     named = series[:_MOST_NAMED] if legend and len(series) > 1 else []
     down = max(TOP + HEIGHT + BOTTOM, TOP + LEGEND * (len(named) + 1))
     parts = [_text(LEFT, 22, title, size=15), *_frame(scale, across, up)]
@@ -100,13 +100,13 @@ def _depth(value: float, low: float, high: float) -> float:
     return 0.0 if value <= low or high <= low else math.log(value / low) / math.log(high / low)
 
 
-def _cell(x: float, y: float, value: float, depth: float, said: str) -> str:
+def _cell(x: float, y: float, value: float, depth: float, tooltip: str) -> str:
     red, green, blue = (round(255 - depth * (255 - full)) for full in (160, 20, 40))
     ink = "#fff" if depth > 0.6 else "#222"
     box = f'<rect x="{x}" y="{y}" width="{_CELL - 1}" height="{_ROW - 1}" fill="rgb({red},{green},{blue})">'
     place = f'x="{x + _CELL / 2:.1f}" y="{y + 14}" text-anchor="middle" font-size="11"'
     text = f'<text {place} fill="{ink}">{value:.2g}</text>'
-    return f"{box}<title>{escape(said)}: {value:.3g}</title></rect>{text}"
+    return f"{box}<title>{escape(tooltip)}: {value:.3g}</title></rect>{text}"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], best: Collection[int] = ()) -> str:
@@ -185,8 +185,8 @@ def _drawn(series: Series, scale: _Scale, colour: str) -> list[str]:
         at = " L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places)
         dashes = ' stroke-dasharray="6 4"' if series.dashed else ""
         parts.append(f'<path d="M{at}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>')
-    for x, y, said in [] if series.dashed else places:
-        title = f"<title>{escape(series.name)}: {escape(said)}</title>"
+    for x, y, tooltip in [] if series.dashed else places:
+        title = f"<title>{escape(series.name)}: {escape(tooltip)}</title>"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}">{title}</circle>')
     return parts
 
@@ -220,24 +220,24 @@ def render(facts: SweepFacts) -> list[RenderableType]:
 def sweep_page(facts: SweepFacts) -> str:
     """Return a self-contained HTML page: points against MACs, size and latency, and the table."""
     good = [p for p in facts.points if not p.error]
-    whole = good[0]
+    original = good[0]
     costs: list[tuple[str, Callable[[SweepPoint], float]]] = [
-        ("share of the MACs", lambda p: p.macs / whole.macs if whole.macs else 1.0),
-        ("share of the file size", lambda p: p.size / whole.size if whole.size else 1.0),
+        ("share of the MACs", lambda p: p.macs / original.macs if original.macs else 1.0),
+        ("share of the file size", lambda p: p.size / original.size if original.size else 1.0),
     ]
     if _timed(facts):
-        costs.append((f"share of the latency ({_threads(facts)})", lambda p: p.ms / whole.ms))
+        costs.append((f"share of the latency ({_threads(facts)})", lambda p: p.ms / original.ms))
     name = facts.model.rpartition("/")[2]
     charts = [
         chart(f"{facts.what} against the {what}", what, facts.what, _series(facts, good, of)) for what, of in costs
     ]
     rows = [_cells(facts, p) for p in good]
     settings = ", ".join(f"{k} {v}" for k, v in facts.settings.items())
-    left = [paragraph(f"{p.target}: {p.error}") for p in facts.points if p.error]
+    failures = [paragraph(f"{p.target}: {p.error}") for p in facts.points if p.error]
     best = [number for number, p in enumerate(good) if p.best]
     bold = " Bold: Pareto-optimal, no other model is as good at fewer or equal MACs." if best else ""
     parts = [paragraph(f"{settings}.{bold}"), *charts]
-    return page(f"Accuracy against cost of {name}", [*parts, table(_HEADS, rows, best), *left])
+    return page(f"Accuracy against cost of {name}", [*parts, table(_HEADS, rows, best), *failures])
 
 
 def _series(facts: SweepFacts, points: Sequence[SweepPoint], cost: Callable[[SweepPoint], float]) -> list[Series]:
@@ -247,14 +247,14 @@ def _series(facts: SweepFacts, points: Sequence[SweepPoint], cost: Callable[[Swe
     best = [place(p) for p in sorted(points, key=cost) if p.best]
     # The original is what models are compared with, and none of those that compete.
     original = [place(p) for p in points if not p.target and not p.best]
-    rest = [place(p) for p in points if p.target and not p.best]
-    named = [("frontier", best, True), ("original", original, False), ("dominated", rest, False)]
-    return [Series(name, found, line=line) for name, found, line in named if found]
+    others = [place(p) for p in points if p.target and not p.best]
+    named = [("frontier", best, True), ("original", original, False), ("dominated", others, False)]
+    return [Series(name, points_of_name, line=line) for name, points_of_name, line in named if points_of_name]
 
 
 def _cells(facts: SweepFacts, point: SweepPoint) -> list[str]:
-    whole = facts.points[0]
-    share = f" ({point.macs / whole.macs:.2f})" if whole.macs and point is not whole else ""
+    original = facts.points[0]
+    share = f" ({point.macs / original.macs:.2f})" if original.macs and point is not original else ""
     ms = f"{point.ms:.3g} ms" if point.ms else numbers.DASH
     return [
         point.target or "original",
@@ -282,10 +282,10 @@ LINES = 12
 """Groups up to which a plot draws a line for each: there are so many colours. More are shown as a heat map."""
 
 
-def sensitivity_table(facts: Mapping[str, Any], *, name_width: int, every: bool) -> list[RenderableType]:
+def sensitivity_table(facts: Mapping[str, Any], *, name_width: int, show_all: bool) -> list[RenderableType]:
     """Render the groups, the most sensitive first; ``facts`` is the sensitivity as plain data."""
     curves = _sorted(facts)
-    shown = curves if every else curves[:MOST]
+    shown = curves if show_all else curves[:MOST]
     shares = _shares(facts)
     columns = [(f"ratio {share:g}", "right") for share in shares]
     table = tables.table_of(("group", "left"), ("units", "right"), *columns)

@@ -46,11 +46,11 @@ def time_left(elapsed: float, fraction: float) -> float | None:
 
 def duration(seconds: float) -> str:
     """Return a length of time in the two largest units."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    minutes, remainder = divmod(total, 60)
+    return f"{minutes} min {remainder:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 class _Left(ProgressColumn):
@@ -58,8 +58,10 @@ class _Left(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Return the time left, nothing where it is not known."""
-        left = time_left(task.elapsed or 0.0, task.completed / (task.total or 1.0))
-        return Text("" if left is None or task.finished else f"{duration(left)} left", style="progress.remaining")
+        remaining = time_left(task.elapsed or 0.0, task.completed / (task.total or 1.0))
+        return Text(
+            "" if remaining is None or task.finished else f"{duration(remaining)} left", style="progress.remaining"
+        )
 
 
 @contextmanager
@@ -115,34 +117,34 @@ class Lines:
         start = next((i for i, (_, (_, share)) in enumerate(stages) if share > 0), len(stages) - 1)
         stage, (began, fraction) = stages[start]
         elapsed = self._clock() - began
-        left = time_left(elapsed, fraction)
+        remaining = time_left(elapsed, fraction)
         parts = [f"{stage}: {100 * fraction:.0f} %", f"{duration(elapsed)} so far"]
-        parts += [] if left is None else [f"about {duration(left)} left"]
+        parts += [] if remaining is None else [f"about {duration(remaining)} left"]
         inner = f" ({stages[-1][0]} {100 * stages[-1][1][1]:.0f} %)" if len(stages) > start + 1 else ""
         self._write(", ".join(parts) + inner)
 
 
 @contextmanager
-def lines(write: Callable[[str], None], every: float | None = None) -> Iterator[ProgressCallback]:
+def lines(write: Callable[[str], None], interval: float | None = None) -> Iterator[ProgressCallback]:
     """Return a callback that writes lines, see :class:`Lines`; a thread ticks, since stages may be silent for long.
 
     Args:
         write: function that writes a line.
-        every: seconds between ticks; None: ``EVERY``.
+        interval: seconds between ticks; None: ``EVERY``.
     """
-    told, done = Lines(write), threading.Event()
-    pause = EVERY if every is None else every
+    reporter, finished = Lines(write), threading.Event()
+    pause = EVERY if interval is None else interval
 
     def tick() -> None:
-        while not done.wait(pause):
-            told.tick()
+        while not finished.wait(pause):
+            reporter.tick()
 
     thread = threading.Thread(target=tick, name="onnxprune progress", daemon=True)
     thread.start()
     try:
-        yield told
+        yield reporter
     finally:
-        done.set()
+        finished.set()
         thread.join()
 
 
@@ -163,8 +165,8 @@ def watched(function: Callable[P, R]) -> Callable[P, R]:
         # rich draws its bars with ipywidgets
         display = bars(Console()) if find_spec("ipywidgets") else lines(_print)
         with display as progress:
-            given: dict[str, Any] = {**kwargs, "progress": progress}
-            return function(*args, **given)
+            arguments: dict[str, Any] = {**kwargs, "progress": progress}
+            return function(*args, **arguments)
 
     return call
 

@@ -158,12 +158,12 @@ def advice(reason: str) -> str:
     return words.advice if words is not None else ""
 
 
-def tally(reasons: Iterable[str], most: int = 4) -> str:
+def tally(reasons: Iterable[str], max_reasons: int = 4) -> str:
     """Reasons counted by their short words, most frequent first: ``is a model output (3), recurrent state (1)``."""
     counted = Counter(short(reason) or "not chosen, or less than one unit" for reason in reasons).most_common()
-    shown = [f"{text} ({count})" for text, count in counted[:most]]
-    if len(counted) > most:
-        shown.append(f"other ({sum(count for _, count in counted[most:])})")
+    shown = [f"{text} ({count})" for text, count in counted[:max_reasons]]
+    if len(counted) > max_reasons:
+        shown.append(f"other ({sum(count for _, count in counted[max_reasons:])})")
     return ", ".join(shown)
 
 
@@ -186,7 +186,7 @@ class Shortfall:
 def shortfalls(
     facts: Sequence[LayerFacts],
     groups: Sequence[Mapping[str, Any]],
-    asked: Callable[[Sequence[str]], float | None],
+    ratio_of: Callable[[Sequence[str]], float | None],
     round_to: int | str = 1,
 ) -> list[Shortfall]:
     """Layers that lost less than asked, with the reason.
@@ -194,15 +194,15 @@ def shortfalls(
     Args:
         facts: the layers after the cut.
         groups: the groups with ``removed`` units each.
-        asked: from the node and tensor names of a group to the ratio asked for it; None where it is excluded.
+        ratio_of: from the node and tensor names of a group to the ratio asked for it; None where it is excluded.
         round_to: the multiple that was to be kept; ``auto``: that of each group.
     """
-    found = []
+    items = []
     for layer in facts:
         lost = layer.channels_before - layer.channels_after
         group = _home(layer, groups)
         names = [layer.name, *group.get("layers", ()), *(slot["tensor"] for slot in group.get("slots", ()))]
-        share = asked(names)
+        share = ratio_of(names)
         # Halves may be rounded either way, so the smaller of the two counts is what was asked at least.
         want = math.ceil((share or 0.0) * layer.channels_before - 0.5)
         reason = layer.reason or (Reason.EXCLUDED if share is None else "")
@@ -211,8 +211,8 @@ def shortfalls(
             continue
         why = in_words(reason) if reason else _constraint(layer, group, round_to)
         detail = split(reason)[1]
-        found.append(Shortfall(layer.name, layer.channels_before, lost, want, why, detail, advice(reason)))
-    return found
+        items.append(Shortfall(layer.name, layer.channels_before, lost, want, why, detail, advice(reason)))
+    return items
 
 
 def _home(layer: LayerFacts, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -240,19 +240,19 @@ def _constraint(layer: LayerFacts, group: Mapping[str, Any], round_to: int | str
     return "It shares its channels with other layers, or its group has a smaller ratio."
 
 
-def render(found: Sequence[Shortfall], *, name_width: int) -> list[RenderableType]:
+def render(shortfalls_of_rules: Sequence[Shortfall], *, name_width: int) -> list[RenderableType]:
     """Render the limits on pruning, those with the same reason together, most channels first."""
-    if not found:
+    if not shortfalls_of_rules:
         return [Text("every layer was pruned as asked", style="green")]
     by_reason: dict[tuple[str, str], list[Shortfall]] = {}
-    for item in found:
+    for item in shortfalls_of_rules:
         by_reason.setdefault((item.why, item.advice), []).append(item)
     parts: list[RenderableType] = []
     for (why, step), items in sorted(by_reason.items(), key=lambda pair: -sum(item.channels for item in pair[1])):
         parts.append(Text.assemble((why, "bold"), f" {step}" if step else ""))
         for item in items:
             name = numbers.shorten(item.layer, name_width)
-            asked = f", {item.asked} asked" if item.asked else ""
+            suffix = f", {item.asked} asked" if item.asked else ""
             detail = f" ({item.detail})" if item.detail else ""
-            parts.append(Text(f"  {name}: {item.lost} of {item.channels} channels removed{asked}{detail}"))
+            parts.append(Text(f"  {name}: {item.lost} of {item.channels} channels removed{suffix}{detail}"))
     return parts

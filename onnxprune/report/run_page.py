@@ -65,7 +65,7 @@ def markdown(report: Report, spelled: Callable[[str], str] = str) -> str:
         parts.append(f"**{verdict.points:.1f} of 100 points.** {_cell(verdict.reason)}.{_cell(more)}")
     rows = [f"| {label} | {before} | {after} | {less} |" for label, before, after, less, _ in _pairs(report)]
     parts.append("\n".join(["| | before | after | |", "|---|--:|--:|--:|", *rows]))
-    parts += ["\n".join(f"- {label}: {_cell(text)}" for label, text in _said(report))]
+    parts += ["\n".join(f"- {label}: {_cell(text)}" for label, text in _facts_in_words(report))]
     changed = sorted(
         (layer for layer in report.layers if layer.params_after < layer.params_before),
         key=lambda layer: layer.params_after - layer.params_before,
@@ -146,7 +146,7 @@ def _bars(report: Report) -> str:
     return "".join(rows)
 
 
-def _said(report: Report) -> list[tuple[str, str]]:
+def _facts_in_words(report: Report) -> list[tuple[str, str]]:
     """Return the lines of the summary that are no sizes: label and text."""
     lines = [part.text for part in summary.summary(report, name_width=1000) if isinstance(part, Line)]
     pairs = [(line.plain[:LABEL].strip(), line.plain[LABEL:].strip()) for line in lines]
@@ -155,7 +155,7 @@ def _said(report: Report) -> list[tuple[str, str]]:
 
 
 def _lines(report: Report) -> str:
-    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in _said(report))
+    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in _facts_in_words(report))
     return f"<dl>{rows}</dl>" if rows else ""
 
 
@@ -199,24 +199,24 @@ def _unpruned(report: Report) -> str:
 def _boxes(report: Report) -> list[network.Box]:
     """Layers as the drawing shows them: widths before and after, or the ranks of their factors."""
     macs = [*(layer.macs_after for layer in report.layers), *(item.macs_before for item in report.factorized)]
-    most = max(macs, default=0) or 1
+    max_macs = max(macs, default=0) or 1
     ranks = {layer.name: "rank " + ", ".join(map(str, layer.ranks)) for layer in report.factorized if layer.method}
     boxes = []
     for layer in report.layers:
         width = numbers.change(str(layer.channels_before), str(layer.channels_after))
-        said = f"{layer.name} ({layer.op}): {width} channels, {_change(layer.macs_before, layer.macs_after)} MACs"
-        kept = layer.channels_after / layer.channels_before if layer.channels_before else 1.0
+        title = f"{layer.name} ({layer.op}): {width} channels, {_change(layer.macs_before, layer.macs_after)} MACs"
+        share = layer.channels_after / layer.channels_before if layer.channels_before else 1.0
         text = f"{width} {ranks.get(layer.name, '')}".strip()
-        boxes.append(network.Box(layer.name, text, said, kept, (layer.macs_after / most) ** 0.5))
+        boxes.append(network.Box(layer.name, text, title, share, (layer.macs_after / max_macs) ** 0.5))
     known = {layer.name for layer in report.layers}
     for item in report.factorized:
         if item.name not in known:
-            said = (
+            title = (
                 f"{item.name} ({item.op}): {item.method or 'whole'}, {_change(item.macs_before, item.macs_after)} MACs"
             )
-            kept = item.params_after / item.params_before if item.method and item.params_before else 1.0
-            work = ((item.macs_after if item.method else item.macs_before) / most) ** 0.5
-            boxes.append(network.Box(item.name, ranks.get(item.name, ""), said, kept, min(work, 1.0)))
+            share = item.params_after / item.params_before if item.method and item.params_before else 1.0
+            work = ((item.macs_after if item.method else item.macs_before) / max_macs) ** 0.5
+            boxes.append(network.Box(item.name, ranks.get(item.name, ""), title, share, min(work, 1.0)))
     times = report.layer_times
     return boxes if times is None else [_timed(box, times) for box in boxes]
 

@@ -51,7 +51,7 @@ def lines(report: Report) -> Iterator[Text]:
     if not report.sparsified:
         return
     done = [item for item in report.sparsified if item.pattern]
-    rest = reasons.tally((item.reason for item in report.sparsified if not item.pattern), most=3)
+    rest = reasons.tally((item.reason for item in report.sparsified if not item.pattern), max_reasons=3)
     zeros, elements = sum(item.zeros for item in done), sum(item.elements for item in done)
     criterion, pattern = report.settings.get("criterion", ""), done[0].pattern if done else ""
     share = f"{100 * zeros / elements:.1f} % of their weights" if elements else "no weights"

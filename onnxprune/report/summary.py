@@ -62,11 +62,11 @@ def _sizes(sums: Totals) -> Iterator[Text]:
         ("file size", sums.bytes_before, sums.bytes_after if sums.bytes_before else 0, numbers.size),
     ]
     known = [(label, before, after, show(before), show(after)) for label, before, after, show in counted if after]
-    left = max((len(row[3]) for row in known), default=0)
+    width = max((len(row[3]) for row in known), default=0)
     right = max((len(row[4]) for row in known), default=0)
     for label, before, after, one, other in known:
         style = _LESS if after < before else _MORE if after > before else ""
-        change = f"{one:>{left}} {numbers.ARROW} {other:>{right}}"
+        change = f"{one:>{width}} {numbers.ARROW} {other:>{right}}"
         yield labelled(label, change, "  ", (numbers.less(before, after), style))
 
 
@@ -89,8 +89,8 @@ def speed(facts: Latency) -> str:
         low, high = facts.speedup_interval
         interval = f" (95 % interval {low:.2f} to {high:.2f})"
     what = facts.speed_verdict
-    said = f"no difference measured: {times}" if what == "no difference" else f"{times} as fast"
-    return said + interval
+    text = f"no difference measured: {times}" if what == "no difference" else f"{times} as fast"
+    return text + interval
 
 
 def _speed(facts: Latency | None) -> Iterator[Text]:
@@ -120,17 +120,21 @@ def _proofs(report: Report) -> Iterator[Text]:
 
 def unpruned(report: Report) -> list[Text]:
     """Return one line on the layers that kept their size, with the reasons, most frequent first."""
-    whole = [layer for layer in report.layers if layer.channels_before == layer.channels_after]
+    unchanged = [layer for layer in report.layers if layer.channels_before == layer.channels_after]
     lines = []
-    if whole and (report.groups or not report.branches):
-        why = reasons.tally((tables.reason(layer) for layer in whole), most=3)
-        lines.append(labelled("unpruned", f"{len(whole)} of {_layers(report.layers)}: {why}"))
+    if unchanged and (report.groups or not report.branches):
+        why = reasons.tally((tables.reason(layer) for layer in unchanged), max_reasons=3)
+        lines.append(labelled("unpruned", f"{len(unchanged)} of {_layers(report.layers)}: {why}"))
     if report.factorized:
         methods = Counter(layer.method for layer in report.factorized if layer.method)
         how = ", ".join(f"{name} ({count})" for name, count in methods.most_common())
-        rest = reasons.tally((layer.reason for layer in report.factorized if not layer.method), most=3)
-        done = f"{methods.total()} of {_layers(report.factorized)} factorized"
-        lines.append(labelled("layers", done, f": {how}" if how else "", f"; not: {rest}" if rest else ""))
+        reasons_text = reasons.tally((layer.reason for layer in report.factorized if not layer.method), max_reasons=3)
+        methods_text = f"{methods.total()} of {_layers(report.factorized)} factorized"
+        lines.append(
+            labelled(
+                "layers", methods_text, f": {how}" if how else "", f"; not: {reasons_text}" if reasons_text else ""
+            )
+        )
     return lines
 
 

@@ -147,10 +147,10 @@ def _removed_or_why(layer: LayerFacts) -> str:
     return f"{share}{reasons.short(why)}"
 
 
-def inspected(facts: Sequence[LayerFacts], *, name_width: int, every: bool) -> list[RenderableType]:
-    """Render the layers of a model; without ``every`` a long model shows only those with most MACs or parameters."""
+def inspected(facts: Sequence[LayerFacts], *, name_width: int, show_all: bool) -> list[RenderableType]:
+    """Render the layers of a model; without ``show_all`` a long model shows only those with most MACs or parameters."""
     shown = _named(facts)
-    if not every and len(shown) > LONG:
+    if not show_all and len(shown) > LONG:
         weight = {id(layer): max(layer.macs_before, layer.params_before) for layer in facts}
         largest = set(sorted(weight, key=weight.__getitem__, reverse=True)[:LONG])
         shown = [pair for pair in shown if id(pair[1]) in largest]
@@ -210,8 +210,8 @@ def dead(facts: DeadChannels | None) -> list[Text]:
 
 def _listed(sizes: Sequence[int]) -> str:
     """``2``, ``2 and 3``, ``2, 3 and 1``."""
-    *most, last = map(str, sizes)
-    return f"{', '.join(most)} and {last}" if most else last
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def exactness(facts: Exactness) -> Text:
@@ -234,14 +234,14 @@ def verdict_line(facts: Verdict | None, spelled: Callable[[str], str] = str) -> 
     """One line: whether the model still gives the answers of its original, what was lost, and the next step."""
     if facts is None:
         return []
-    kept = f", {facts.points:.1f} of 100 points"
+    points = f", {facts.points:.1f} of 100 points"
     lost = "" if facts.word == "faithful" and facts.points > 99.95 else f"; {facts.reason}"
-    line = Text.assemble(("verdict   ", "bold"), (facts.word, _COLOURS[facts.word]), kept, lost)
+    line = Text.assemble(("verdict   ", "bold"), (facts.word, _COLOURS[facts.word]), points, lost)
     return [line.append(f"; {spelled(facts.next_step)}") if facts.next_step else line]
 
 
-def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[RenderableType]:
-    """Compare the final model with the original: one line for one output, else a table of the worst ``most``."""
+def fidelity(facts: Fidelity | None, *, name_width: int, max_rows: int = 8) -> list[RenderableType]:
+    """Compare the final model with the original: one line for one output, else a table of the worst ``max_rows``."""
     if facts is None or not facts.outputs:
         note = facts.note if facts is not None else ""
         return [Text.assemble(("fidelity  ", "bold"), ("not measured", "yellow"), f": {note}" if note else "")]
@@ -262,7 +262,7 @@ def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[
         ("top-1", "right"),
     )
     table = table_of(("  output", "left"), read, cosine, noise, top)
-    for output in worst[:most]:
+    for output in worst[:max_rows]:
         table.add_row(
             "  " + numbers.shorten(output.output, name_width),
             output.kind or numbers.DASH,
@@ -272,8 +272,8 @@ def fidelity(facts: Fidelity | None, *, name_width: int, most: int = 8) -> list[
         )
     head = f"{points}worst cosine {facts.worst_cosine:.4f} over {len(worst)} outputs ({samples}){note}"
     parts: list[RenderableType] = [Text.assemble(("fidelity  ", "bold"), head), table]
-    if len(worst) > most:
-        parts.append(Text(f"  and {len(worst) - most} outputs with a larger cosine", style="dim"))
+    if len(worst) > max_rows:
+        parts.append(Text(f"  and {len(worst) - max_rows} outputs with a larger cosine", style="dim"))
     return parts
 
 
@@ -300,12 +300,12 @@ def summary(report: Report) -> Text | None:
         advice = "; give --data to recover accuracy, or --recover datafree (weaker, needs no data)"
         advice = advice if facts.why == "no data was given" else ""
         return Text.assemble(("recovered ", "bold"), "no: ", why, advice)
-    done, reached = _counts(report.repairs)
-    chosen = "" if facts.why == "asked for" else f", --recover {facts.mode} because {facts.why}"
+    num_recovered, reached = _counts(report.repairs)
+    reason = "" if facts.why == "asked for" else f", --recover {facts.mode} because {facts.why}"
     samples = f"{facts.samples} sample{'' if facts.samples == 1 else 's'}"
     if facts.inputs:
         samples = f"{facts.samples} {facts.inputs} (--data recovers more)"
-    how = f"{done} of {reached} layers {_BY.get(facts.mode, 'by ' + facts.mode)} from {samples}{chosen}"
+    how = f"{num_recovered} of {reached} layers {_BY.get(facts.mode, 'by ' + facts.mode)} from {samples}{reason}"
     if facts.undone:
         return Text.assemble(("recovered ", "bold"), ("undone", "yellow"), f": {how}, {_change(facts)}")
     return Text.assemble(("recovered ", "bold"), f"{how}: {_change(facts)}")
@@ -374,13 +374,13 @@ def _change(facts: Recovery) -> str:
     if before is None or after is None or not before.outputs:
         return "fidelity not measured"
     if before.points is None or after.points is None:
-        said = f"fidelity {before.worst_cosine:.4f} {numbers.ARROW} {after.worst_cosine:.4f}"
+        text = f"fidelity {before.worst_cosine:.4f} {numbers.ARROW} {after.worst_cosine:.4f}"
     else:
-        said = f"fidelity {before.points:.1f} {numbers.ARROW} {after.points:.1f} points"
+        text = f"fidelity {before.points:.1f} {numbers.ARROW} {after.points:.1f} points"
     one, other = _top1(before), _top1(after)
     if one is not None and other is not None:
-        said += f", top-1 agreement {100 * one:.1f} {numbers.ARROW} {100 * other:.1f} %"
-    return said
+        text += f", top-1 agreement {100 * one:.1f} {numbers.ARROW} {100 * other:.1f} %"
+    return text
 
 
 def _top1(facts: Fidelity) -> float | None:
@@ -403,16 +403,16 @@ def recovered_layers(repairs: Sequence[Repair], *, name_width: int) -> list[Rend
 
 
 def _how(how: str) -> str:
-    first, *rest = how.split(" ", 1)
+    first, *tail = how.split(" ", 1)
     word = _HOW.get(first.rstrip(","), first)
-    return f"{word}, ridge {rest[0]}" if first == "lstsq" and rest else " ".join([word, *rest])
+    return f"{word}, ridge {tail[0]}" if first == "lstsq" and tail else " ".join([word, *tail])
 
 
 def _share(error: float) -> str:
     return f"{100 * error:.2f} %"
 
 
-def left(repairs: Sequence[Repair], *, name_width: int) -> list[RenderableType]:
+def unrecovered_layers(repairs: Sequence[Repair], *, name_width: int) -> list[RenderableType]:
     """Render the layers that a recovery left unchanged, grouped by reason."""
     by_reason: dict[str, list[str]] = {}
     for item in repairs:
@@ -434,7 +434,7 @@ def factorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int, verb
         ("layer", "left"), ("op", "left"), ("method", "left"), ("ranks", "right"), ("params", "right"),
         ("MACs", "right"), ("error", "right"), ("alone", "right"),
     )  # fmt: skip
-    taken = [f for f in facts if f.method]
+    factorized = [f for f in facts if f.method]
     for name, item in zip(numbers.readable([f.name for f in facts]), facts, strict=True):
         if not item.method:
             continue
@@ -449,7 +449,7 @@ def factorized_layers(facts: Sequence[FactorizedLayer], *, name_width: int, verb
             _alone(item),
         )
     others = [f for f in facts if not f.method]
-    parts: list[RenderableType] = [table] if taken else []
+    parts: list[RenderableType] = [table] if factorized else []
     if others and verbose:
         parts += unfactorized_layers(facts, name_width=name_width)
     elif others:
@@ -546,12 +546,12 @@ MOST = 20
 """Nodes that are listed where not every one is asked for."""
 
 
-def profile_table(facts: Profile, *, name_width: int, every: bool) -> list[RenderableType]:
+def profile_table(facts: Profile, *, name_width: int, show_all: bool) -> list[RenderableType]:
     """Render the whole profile."""
     alike: dict[str, list[NodeTime]] = {}
     for node in facts.nodes:
-        alike.setdefault(node.name if every else repr((node.op, node.ms, node.at_shares)), []).append(node)
-    shown = list(alike.values())[: None if every else MOST]
+        alike.setdefault(node.name if show_all else repr((node.op, node.ms, node.at_shares)), []).append(node)
+    shown = list(alike.values())[: None if show_all else MOST]
     columns = [(f"at {share:g}", "right") for share in SHARES]
     table = table_of(("node", "left"), ("op", "left"), ("ms", "right"), ("share", "right"), *columns)
     total = sum(node.ms for node in facts.nodes) or 1.0
@@ -562,9 +562,9 @@ def profile_table(facts: Profile, *, name_width: int, every: bool) -> list[Rende
         table.add_row(name, node.op, f"{count * node.ms:.4f}", f"{100 * count * node.ms / total:.1f} %", *each)
     parts: list[RenderableType] = [_title(facts), heading("Latency of nodes, by share of channels kept")]
     parts.append(table)
-    left = len(facts.nodes) - sum(map(len, shown))
-    if left:
-        parts.append(Text(f"and {left} shorter ones (-v lists them)", style="dim"))
+    num_hidden = len(facts.nodes) - sum(map(len, shown))
+    if num_hidden:
+        parts.append(Text(f"and {num_hidden} shorter ones (-v lists them)", style="dim"))
     if facts.steps:
         parts += [heading("Latency of one node, by its channels"), _steps(facts)]
     return [*parts, Text(""), _checked(facts)]
@@ -588,16 +588,18 @@ def _steps(facts: Profile) -> RenderableType:
 
 def _checked(facts: Profile) -> Text:
     pairs = ", ".join(f"{p:.3g} / {m:.3g}" for p, m in facts.checks)
-    said = f"{len(facts.checks)} whole runs, predicted / measured ms: {pairs}; largest error {100 * facts.error:.1f} %"
-    return Text.assemble(("checked   ", "bold"), said)
+    text = f"{len(facts.checks)} whole runs, predicted / measured ms: {pairs}; largest error {100 * facts.error:.1f} %"
+    return Text.assemble(("checked   ", "bold"), text)
 
 
-def groups(records: Iterable[Mapping[str, Any]], *, name_width: int, most: int | None = None) -> list[RenderableType]:
+def groups(
+    records: Iterable[Mapping[str, Any]], *, name_width: int, max_rows: int | None = None
+) -> list[RenderableType]:
     """Render the groups that can be pruned, most units first; the others are counted with their reasons."""
-    found = list(records)
-    free = sorted((group for group in found if group.get("prunable", True)), key=lambda group: -_units(group))
+    rows = list(records)
+    free = sorted((group for group in rows if group.get("prunable", True)), key=lambda group: -_units(group))
     # A covered group is pruned as well, with the group that covers it.
-    fixed = [group for group in found if not group.get("prunable", True) and _cause(group) != Reason.COVERED]
+    fixed = [group for group in rows if not group.get("prunable", True) and _cause(group) != Reason.COVERED]
     cut = any(group.get("removed") for group in free)
     table = table_of(
         ("group", "right"),
@@ -607,7 +609,7 @@ def groups(records: Iterable[Mapping[str, Any]], *, name_width: int, most: int |
         ("slots", "right"),
         ("layers", "left"),
     )
-    for group in free[:most]:
+    for group in free[:max_rows]:
         size = _units(group)
         names = [str(name) for name in group.get("layers", ())] or [str(group.get("name", ""))]
         more = f" + {len(names) - 1} more" if len(names) > 1 else ""
@@ -620,8 +622,8 @@ def groups(records: Iterable[Mapping[str, Any]], *, name_width: int, most: int |
             numbers.shorten(names[0], name_width) + more,
         )
     parts: list[RenderableType] = [table] if free else []
-    if most is not None and len(free) > most:
-        parts.append(Text(f"and {len(free) - most} smaller groups (-v lists them)", style="dim"))
+    if max_rows is not None and len(free) > max_rows:
+        parts.append(Text(f"and {len(free) - max_rows} smaller groups (-v lists them)", style="dim"))
     if fixed:
         why = reasons.tally(str(group.get("reason", "")) for group in fixed)
         parts.append(Text(f"{len(fixed)} group{'' if len(fixed) == 1 else 's'} cannot be pruned: {why}", style="dim"))
@@ -641,13 +643,13 @@ def _removed(group: Mapping[str, Any]) -> int:
     return removed if isinstance(removed, int) else len(removed)
 
 
-def barriers(records: Iterable[Mapping[str, Any]], *, name_width: int, every: bool) -> list[RenderableType]:
-    """Barriers, those that hold most channels first: one row per code and operator, or with ``every`` one per node."""
+def barriers(records: Iterable[Mapping[str, Any]], *, name_width: int, show_all: bool) -> list[RenderableType]:
+    """Render barriers, most channels first: one row per code and operator, or with ``show_all`` one per node."""
     every_record = sorted(records, key=lambda barrier: -int(barrier.get("channels", 0)))
-    found = [barrier for barrier in every_record if not _kernel(barrier)]
+    records_of_model = [barrier for barrier in every_record if not _kernel(barrier)]
     aside: list[RenderableType] = []
-    if len(found) < len(every_record):
-        count = len(every_record) - len(found)
+    if len(records_of_model) < len(every_record):
+        count = len(every_record) - len(records_of_model)
         aside = [
             Text(
                 f"{count} kernel{' keeps its size' if count == 1 else 's keep their size'}: pruning removes "
@@ -655,13 +657,17 @@ def barriers(records: Iterable[Mapping[str, Any]], *, name_width: int, every: bo
                 style="dim",
             )
         ]
-    if not found:
+    if not records_of_model:
         return [Text("no barriers: every channel can be removed", style="green"), *aside]
-    return [_barrier_table(found, name_width=name_width, every=every), *aside, *_legend(found)]
+    return [
+        _barrier_table(records_of_model, name_width=name_width, show_all=show_all),
+        *aside,
+        *_legend(records_of_model),
+    ]
 
 
-def held(records: Iterable[Mapping[str, Any]]) -> int:
-    """Channels that barriers hold; the positions of a kernel are none."""
+def fixed_channels(records: Iterable[Mapping[str, Any]]) -> int:
+    """Count the channels that barriers keep; the positions of a kernel are none."""
     return _channels(barrier for barrier in records if not _kernel(barrier))
 
 
@@ -670,19 +676,19 @@ def _kernel(barrier: Mapping[str, Any]) -> bool:
     return _code(barrier) == Reason.SPATIAL and Reason.KERNEL in str(barrier.get("detail", ""))
 
 
-def _barrier_table(found: Sequence[Mapping[str, Any]], *, name_width: int, every: bool) -> Table:
-    if every:
+def _barrier_table(records: Sequence[Mapping[str, Any]], *, name_width: int, show_all: bool) -> Table:
+    if show_all:
         table = table_of(
             ("channels", "right"), ("code", "left"), ("operator", "left"), ("node", "left"), ("detail", "left")
         )
-        for barrier in found:
+        for barrier in records:
             name = numbers.shorten(str(barrier.get("node", "")), name_width)
             table.add_row(
                 str(barrier.get("channels", 0)), _code(barrier), _op(barrier), name, str(barrier.get("detail", ""))
             )
         return table
     merged: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for barrier in found:
+    for barrier in records:
         merged.setdefault((_code(barrier), _op(barrier)), []).append(barrier)
     rows = sorted(merged.items(), key=lambda item: -_channels(item[1]))
     table = table_of(
@@ -706,10 +712,10 @@ def _channels(places: Iterable[Mapping[str, Any]]) -> int:
     return sum(int(place.get("channels", 0)) for place in places)
 
 
-def _legend(found: Iterable[Mapping[str, Any]]) -> list[RenderableType]:
+def _legend(records: Iterable[Mapping[str, Any]]) -> list[RenderableType]:
     """Each code that occurs, once, in plain words."""
     lines: list[RenderableType] = [Text("")]
-    for code in dict.fromkeys(_code(barrier) for barrier in found):
+    for code in dict.fromkeys(_code(barrier) for barrier in records):
         if code in reasons.BARRIERS:
             step = reasons.advice(code)
             text = f"{reasons.BARRIERS[code].why}{' ' + step if step else ''}"
@@ -717,10 +723,10 @@ def _legend(found: Iterable[Mapping[str, Any]]) -> list[RenderableType]:
     return lines if len(lines) > 1 else []
 
 
-def unlocks(found: Sequence[tuple[str, int]], most: int = 10) -> Table:
+def unlocks(operators: Sequence[tuple[str, int]], max_rows: int = 10) -> Table:
     """Operators that hold channels back, most channels first."""
     table = table_of(("channels", "right"), ("operator", "left"))
-    for op, channels in sorted(found, key=lambda item: -item[1])[:most]:
+    for op, channels in sorted(operators, key=lambda item: -item[1])[:max_rows]:
         table.add_row(str(channels), op)
     return table
 
@@ -740,32 +746,34 @@ def details(report: Report, *, name_width: int) -> list[RenderableType]:
     notes = [part for part in (settings(report), latency_note(report.latency)) if part is not None]
     parts += notes
     if report.fidelity is not None and len(report.fidelity.outputs) > 1:
-        parts += fidelity(report.fidelity, name_width=name_width, most=len(report.fidelity.outputs))
+        parts += fidelity(report.fidelity, name_width=name_width, max_rows=len(report.fidelity.outputs))
     return [*parts, Text("")] if notes else parts
 
 
 def settings(report: Report) -> Text | None:
     """One line: how units and ranks were chosen."""
-    said = report.settings
-    if not said:
+    entries = report.settings
+    if not entries:
         return None
-    if "criterion" not in said:
+    if "criterion" not in entries:
         usual: dict[str, Any] = {"cost": "macs", "round_to": 1, "method": ""}
-        how = [f"{name.replace('_', ' ')} {value}" for name, value in said.items() if usual.get(name, "") != value]
-        method = [str(said["method"])] if said.get("method") else []
+        how = [f"{name.replace('_', ' ')} {value}" for name, value in entries.items() if usual.get(name, "") != value]
+        method = [str(entries["method"])] if entries.get("method") else []
         how = [*method, *(text for text in how if not text.startswith("method "))]
-        return Text.assemble(("by        ", "bold"), ", ".join(how) if method or "depth" in said else "a plan")
-    if "pattern" in said:
-        values = (f"{name} {value}" for name, value in said.items() if name not in ("pattern", "criterion"))
-        return Text.assemble(("chosen    ", "bold"), f"{said['pattern']} by {said['criterion']}, ", ", ".join(values))
-    how = [str(said["criterion"])]
-    if "scope" not in said:
+        return Text.assemble(("by        ", "bold"), ", ".join(how) if method or "depth" in entries else "a plan")
+    if "pattern" in entries:
+        values = (f"{name} {value}" for name, value in entries.items() if name not in ("pattern", "criterion"))
+        return Text.assemble(
+            ("chosen    ", "bold"), f"{entries['pattern']} by {entries['criterion']}, ", ", ".join(values)
+        )
+    how = [str(entries["criterion"])]
+    if "scope" not in entries:
         return Text.assemble(("chosen    ", "bold"), f"by a plan (criterion {how[0]})")
-    how += [f"{name.replace('_', ' ')} {said[name]}" for name in ("scope", "policy", "normalize")]
+    how += [f"{name.replace('_', ' ')} {entries[name]}" for name in ("scope", "policy", "normalize")]
     usual = {"group_policy": "count", "reshape_axis": "head_dim", "cost": "none"}
-    how += [f"{name.replace('_', ' ')} {said[name]}" for name, value in usual.items() if said[name] != value]
-    if said.get("device", "") not in ("", None):
-        how.append(f"multiples for {said['device']}")
-    if said["steps"] > 1:
-        how.append(f"{said['steps']} steps, {said['schedule']}")
+    how += [f"{name.replace('_', ' ')} {entries[name]}" for name, value in usual.items() if entries[name] != value]
+    if entries.get("device", "") not in ("", None):
+        how.append(f"multiples for {entries['device']}")
+    if entries["steps"] > 1:
+        how.append(f"{entries['steps']} steps, {entries['schedule']}")
     return Text.assemble(("chosen    ", "bold"), "by ", ", ".join(how))

@@ -31,7 +31,7 @@ class Store:
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
-        self._limit, self._folder, self._held = limit, folder, 0
+        self._limit, self._folder, self._held_bytes = limit, folder, 0
         self._values: dict[str, dict[int, Array | _File]] = {}
         self._lent: set[str] = set()
 
@@ -41,12 +41,12 @@ class Store:
     def add(self, name: str, value: Array, batch: int) -> None:
         """Add the value of ``name`` for a batch."""
         stored: Array | _File = value
-        if self._held + value.nbytes > self._limit and value.nbytes > 1 << 16 and value.dtype != object:
+        if self._held_bytes + value.nbytes > self._limit and value.nbytes > 1 << 16 and value.dtype != object:
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
                 np.ascontiguousarray(value).tofile(file)
             stored = _File(Path(file.name), value.dtype, value.shape)
         else:
-            self._held += value.nbytes
+            self._held_bytes += value.nbytes
         self._values.setdefault(name, {})[batch] = stored
 
     def lend(self, name: str, value: Array, batch: int) -> None:
@@ -70,7 +70,7 @@ class Store:
                 if isinstance(stored, _File):
                     stored.path.unlink(missing_ok=True)
                 elif name not in self._lent:
-                    self._held -= stored.nbytes
+                    self._held_bytes -= stored.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,8 @@ class Segments:
         self._shown = {place.output: (name, place.stacked) for name, place in shown.items()}
         outputs = {name: output for output, (name, _) in self._shown.items()}
         self._stacked = outputs.keys()
-        self._wanted = [{outputs.get(n, n) for n in names} for names in requests]
-        self._starts = starts or range(len(self._wanted))
+        self._requested = [{outputs.get(n, n) for n in names} for names in requests]
+        self._starts = starts or range(len(self._requested))
         self._nodes = self._assign()
         self._last = self._lifetimes()
         self.batches = 0
@@ -217,8 +217,8 @@ class Segments:
     def _assign(self) -> list[list[Node]]:
         """Nodes of every piece: what its wanted tensors need and no piece before has computed."""
         assigned: set[int] = set()
-        pieces: list[set[int]] = [set() for _ in self._wanted]
-        for start, names in zip(self._starts, self._wanted, strict=True):
+        pieces: list[set[int]] = [set() for _ in self._requested]
+        for start, names in zip(self._starts, self._requested, strict=True):
             queue = list(names)
             while queue:
                 node = self._graph.producer.get(queue.pop())
@@ -231,7 +231,7 @@ class Segments:
     def _lifetimes(self) -> dict[str, int]:
         """Return the last reader piece of every tensor that outlives its own piece."""
         last: dict[str, int] = {}
-        for piece, (nodes, names) in enumerate(zip(self._nodes, self._wanted, strict=True)):
+        for piece, (nodes, names) in enumerate(zip(self._nodes, self._requested, strict=True)):
             outputs = {o for node in nodes for o in node.outputs}
             for name in {n for node in nodes for n in _needs(node)} - outputs:
                 last[name] = piece

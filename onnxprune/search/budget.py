@@ -520,11 +520,11 @@ class Search:
 
     def _candidates(self, problem: SearchProblem) -> list[Candidate]:
         """Return the candidates to compare, as many as the effort allows."""
-        candidates, most = problem.candidates(), self.context.effort.candidates
-        if len(candidates) > most:
-            names = ", ".join(candidate.name for candidate in candidates[most:])
+        candidates, max_candidates = problem.candidates(), self.context.effort.candidates
+        if len(candidates) > max_candidates:
+            names = ", ".join(candidate.name for candidate in candidates[max_candidates:])
             self.context.stages.leave_out(f"comparison with other candidates ({names})")
-        return candidates[:most]
+        return candidates[:max_candidates]
 
     def _evaluated(
         self, problem: SearchProblem, candidates: Sequence[Candidate]

@@ -354,7 +354,7 @@ def _steps(places: NodeKinds, table: LatencyTable, full: dict[str, float]) -> li
             continue
         reads, makes = (int(n) for n in places.channels(kinds[kind][0], shape))
         for by, sizes in (("reads", surface.reads), ("makes", surface.makes)):
-            levels = _some(np.rint(np.exp(sizes)).astype(np.int64))
+            levels = _spaced_levels(np.rint(np.exp(sizes)).astype(np.int64))
             same = np.full(levels.size, makes if by == "reads" else reads)
             ms = 1e3 * (surface.at(levels, same) if by == "reads" else surface.at(same, levels))
             if levels.size > 1:
@@ -362,6 +362,6 @@ def _steps(places: NodeKinds, table: LatencyTable, full: dict[str, float]) -> li
     return result
 
 
-def _some(levels: Counts) -> Counts:
+def _spaced_levels(levels: Counts) -> Counts:
     """Return some of the levels, evenly spaced."""
     return np.asarray(levels[np.unique(np.linspace(0, levels.size - 1, _SHOWN).round().astype(int))])

@@ -75,7 +75,7 @@ class Mixture:
             )
         trial_context, model = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)
         request = request_of("auto", replace(options, ratio=0.5, cost=_furthest(problem), timed=False))
-        work = prepare_work(trial_context, model, request, AUTO, every=False)
+        work = prepare_work(trial_context, model, request, AUTO, all_layers=False)
         joint = JointBudget(work, AUTO, LayerChoices())
         self.gains = {o.layer.name: g for o, g in zip(joint.layer_fits, joint.gains, strict=True)}
         pairs = zip(joint.layer_fits, joint.options, strict=True)
@@ -301,29 +301,29 @@ class TimedOption(NamedTuple):
 
 def timed_options(work: Work, joint: JointBudget) -> list[list[TimedOption]]:
     """Return per layer the candidates that are faster than it, by rising time; slower ones lose less."""
-    found = []
+    options_of_layers = []
     total = max(len(joint.layer_fits), 1)
     for number, (layer_fits, options) in enumerate(zip(joint.layer_fits, joint.options, strict=True)):
         layer_options = []
-        for candidate in _some(layer_fits, options):
+        for candidate in _nearest_candidates(layer_fits, options):
             (result,) = work.factorize({layer_fits.layer.name: candidate})
             latency = joint.latency(result)
             if latency is not None and result.candidate is candidate:
                 layer_options.append(TimedOption(candidate, latency.after_ms / latency.before_ms))
-        found.append(_worth(layer_options))
+        options_of_layers.append(_worth(layer_options))
         work.context.tell("layers apart", (number + 1) / total)
-    return found
+    return options_of_layers
 
 
-def _some(layer_fits: LayerFits, selected: Sequence[LayerCandidate]) -> list[LayerCandidate]:
+def _nearest_candidates(layer_fits: LayerFits, selected: Sequence[LayerCandidate]) -> list[LayerCandidate]:
     """Return, of every method, the candidates nearest to the shares, each once."""
-    found: dict[tuple[str, tuple[int, ...]], LayerCandidate] = {}
+    candidates: dict[tuple[str, tuple[int, ...]], LayerCandidate] = {}
     for method in dict.fromkeys(c.method for c in selected):
         affordable = [c for c in selected if c.method == method and c.cost < layer_fits.full_cost]
         for share in _SHARES if affordable else ():
             nearest = min(affordable, key=lambda c: abs(c.cost - share * layer_fits.full_cost))
-            found[method, tuple(nearest.ranks)] = nearest
-    return list(found.values())
+            candidates[method, tuple(nearest.ranks)] = nearest
+    return list(candidates.values())
 
 
 def _worth(options: Sequence[TimedOption]) -> list[TimedOption]:

@@ -79,7 +79,7 @@ class Refine:
     def __init__(
         self, space: Space, judge: Callable[[Candidate], Evaluation | None], trials: int, original_fine: float = 0.0
     ) -> None:
-        self._space, self._judge, self._left = space, judge, trials
+        self._space, self._judge, self._remaining_trials = space, judge, trials
         self._choices = space.choices
         self._learned = LossWeights(space.choices, original_fine)
         self._known: set[bytes] = set()
@@ -112,7 +112,7 @@ class Refine:
             return True
 
         def follow() -> None:
-            while self._left > 0 and (weights := self._learnt()) is not None and better(weights):
+            while self._remaining_trials > 0 and (weights := self._learnt()) is not None and better(weights):
                 pass
 
         follow()
@@ -123,7 +123,7 @@ class Refine:
             for group in self._order():
                 for step in (factor, 1.0 / factor):
                     improved = False
-                    while self._left > 0 and better(_scaled(center, group, step)):
+                    while self._remaining_trials > 0 and better(_scaled(center, group, step)):
                         improved = True
                     if improved:
                         break
@@ -140,13 +140,13 @@ class Refine:
 
     def _try(self, weights: Array) -> Evaluated | None:
         """Evaluate the candidate at these weights; None where it is known, or no trial is left."""
-        if self._left <= 0:
+        if self._remaining_trials <= 0:
             return None
         allocation = self._space.allocate(weights)
         if allocation is None or allocation.counts.tobytes() in self._known:
             return None
         self._known.add(allocation.counts.tobytes())
-        self._left -= 1
+        self._remaining_trials -= 1
         candidate = self._space.candidate(weights, allocation)
         evaluation = None if candidate is None else self._judge(candidate)
         if evaluation is not None:

@@ -71,7 +71,7 @@ def _sweep(
         targets = [Target(kind, share) for share in shares]
         with context.stages.until_interrupted(lambda: _so_far(facts.points[1:], shares)):
             for number, target in enumerate(targets):
-                search.report_to(lambda done, n=number: context.tell("sweep", (n + done) / len(shares)))  # type: ignore[misc]
+                search.report_to(lambda fraction, n=number: context.tell("sweep", (n + fraction) / len(shares)))  # type: ignore[misc]
                 problem = replace(problem, targets=(target,), corrections={})
                 try:
                     result = search.within(problem)

@@ -37,12 +37,12 @@ class Losses:
 
     def emit(self, tape: Tape) -> str:
         """Emit the sum of all."""
-        total = _mean(tape, [_distance(tape, head, wanted) for head, wanted in self.heads.items()])
+        total = _mean(tape, [_distance(tape, head, target) for head, target in self.heads.items()])
         if self.features:
-            parts = [deviation(tape, name, wanted) for name, wanted in self.features.items()]
+            parts = [deviation(tape, name, target) for name, target in self.features.items()]
             total = tape.add(total, tape.mul(_mean(tape, parts), BALANCE))
         if self.labels:
-            known = _mean(tape, [_labelled(tape, head, given) for head, given in self.labels.items()])
+            known = _mean(tape, [_labelled(tape, head, labels) for head, labels in self.labels.items()])
             total = tape.add(tape.scale(total, 1 - self.weight), tape.scale(known, self.weight))
         if self.given:
             # Linear in the tensors, with the gradient of the user's loss, and its value with the offset.
@@ -65,39 +65,39 @@ def _mean(tape: Tape, parts: Sequence[str]) -> str:
     return tape.scale(total, 1 / len(parts))
 
 
-def _distance(tape: Tape, head: Head, wanted: str) -> str:
+def _distance(tape: Tape, head: Head, target: str) -> str:
     """Return how far a head is from the original's."""
     if head.axis is None:
-        return deviation(tape, head.tensor, wanted)
-    return divergence(tape, head.tensor, wanted, head.axis)
+        return deviation(tape, head.tensor, target)
+    return divergence(tape, head.tensor, target, head.axis)
 
 
-def divergence(tape: Tape, scores: str, wanted: str, axis: int, temperature: float = TEMPERATURE) -> str:
+def divergence(tape: Tape, scores: str, target: str, axis: int, temperature: float = TEMPERATURE) -> str:
     """Return T^2 KL(softmax(wanted / T) || softmax(scores / T)), averaged over rows.
 
     T^2 keeps the size of gradients. Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
     """
-    own, original = (tape.scale(x, 1 / temperature) for x in (scores, wanted))
+    student, original = (tape.scale(x, 1 / temperature) for x in (scores, target))
     shape = tape.shape(scores)
-    log_q, log_p = (tape.emit("LogSoftmax", [x], shape, axis=axis) for x in (own, original))
+    log_q, log_p = (tape.emit("LogSoftmax", [x], shape, axis=axis) for x in (student, original))
     p = tape.unary("Exp", log_p)
     rows = max(1, _size(shape) // shape[axis])
     return tape.scale(tape.total(tape.mul(p, tape.sub(log_p, log_q))), temperature**2 / rows)
 
 
-def deviation(tape: Tape, values: str, wanted: str) -> str:
+def deviation(tape: Tape, values: str, target: str) -> str:
     """Return |values - wanted|^2 / |wanted|^2."""
-    square = tape.total(tape.square(tape.sub(values, wanted)))
-    return tape.div(square, tape.shift(tape.total(tape.square(wanted)), 1e-12))
+    square = tape.total(tape.square(tape.sub(values, target)))
+    return tape.div(square, tape.shift(tape.total(tape.square(target)), 1e-12))
 
 
-def _labelled(tape: Tape, head: Head, given: str) -> str:
+def _labelled(tape: Tape, head: Head, labels: str) -> str:
     """Return the cross-entropy of scores, or the mean squared error of values."""
     shape = tape.shape(head.tensor)
     if head.axis is None:
-        return tape.scale(tape.total(tape.square(tape.sub(head.tensor, given))), 1 / max(1, _size(shape)))
+        return tape.scale(tape.total(tape.square(tape.sub(head.tensor, labels))), 1 / max(1, _size(shape)))
     logs = tape.emit("LogSoftmax", [head.tensor], shape, axis=head.axis)
-    return tape.scale(tape.total(tape.mul(given, logs)), -shape[head.axis] / max(1, _size(shape)))
+    return tape.scale(tape.total(tape.mul(labels, logs)), -shape[head.axis] / max(1, _size(shape)))
 
 
 def _size(shape: Sequence[int]) -> int:

@@ -26,16 +26,18 @@ def trainable(graph: StaticGraph) -> tuple[list[str], dict[str, str]]:
     of another layer. So constants of preprocessing, tables of positions (rotary ones too), masks, and anchors and
     strides behind the last layer keep their values.
     """
-    own = _of_weights_alone(graph)
-    layers = [n for n in graph.nodes if any(k < len(n.inputs) and n.inputs[k] in own for k in rule_of(n).weights)]
+    weight_tensors = _of_weights_alone(graph)
+    layers = [
+        n for n in graph.nodes if any(k < len(n.inputs) and n.inputs[k] in weight_tensors for k in rule_of(n).weights)
+    ]
     behind, before = _downstream(graph, layers), _upstream(graph, layers)
     names, reasons = [], dict[str, str]()
     for name in graph.variables:
         if graph.kinds[name] != np.float32:
             reasons[name] = f"holds {graph.kinds[name]}, and float32 alone is trained"
         elif any(
-            _learns(graph, node, i, own, behind, before)
-            for node, i in _readers(graph, name, own)
+            _learns(graph, node, i, weight_tensors, behind, before)
+            for node, i in _readers(graph, name, weight_tensors)
             if not rule_of(node).pointwise or _is_vector(graph.shapes[name])
         ):
             names.append(name)
@@ -46,27 +48,29 @@ def trainable(graph: StaticGraph) -> tuple[list[str], dict[str, str]]:
 
 def _of_weights_alone(graph: StaticGraph) -> set[str]:
     """Return the tensors that depend on no input: weights, and what is computed from them alone."""
-    own = set(graph.constants) | set(graph.variables)
+    weight_tensors = set(graph.constants) | set(graph.variables)
     for node in graph.nodes:
-        if all(not i or i in own for i in node.inputs):
-            own.update(o for o in node.outputs if o)
-    return own
+        if all(not i or i in weight_tensors for i in node.inputs):
+            weight_tensors.update(o for o in node.outputs if o)
+    return weight_tensors
 
 
-def _readers(graph: StaticGraph, name: str, own: set[str]) -> Iterable[tuple[Node, int]]:
+def _readers(graph: StaticGraph, name: str, weight_tensors: set[str]) -> Iterable[tuple[Node, int]]:
     """Yield the nodes that read a weight together with data, through any that compute from weights alone."""
-    queue, done = [name], {name}
+    queue, visited = [name], {name}
     while queue:
         for node, i in graph.readers.get(queue.pop(), ()):
-            if any(o in own for o in node.outputs):
-                new = [o for o in node.outputs if o and o not in done]
+            if any(o in weight_tensors for o in node.outputs):
+                new = [o for o in node.outputs if o and o not in visited]
                 queue += new
-                done.update(new)
+                visited.update(new)
             else:
                 yield node, i
 
 
-def _learns(graph: StaticGraph, node: Node, i: int, own: set[str], behind: set[str], before: set[str]) -> bool:
+def _learns(
+    graph: StaticGraph, node: Node, i: int, weight_tensors: set[str], behind: set[str], before: set[str]
+) -> bool:
     """Return whether a model learns what a node reads at input ``i``."""
     rule = rule_of(node)
     if not rule.pointwise:
@@ -75,7 +79,7 @@ def _learns(graph: StaticGraph, node: Node, i: int, own: set[str], behind: set[s
         return i in rule.weights or _role(node, i) in _TRAINED
     if not any(n in behind for n in node.inputs) or not _is_vector(graph.shapes[node.inputs[i]]):
         return False
-    return any(o in before for o in node.outputs) or _is_per_channel(graph, node, i, own)
+    return any(o in before for o in node.outputs) or _is_per_channel(graph, node, i, weight_tensors)
 
 
 def _is_vector(shape: Sequence[int]) -> bool:
@@ -162,25 +166,25 @@ def heads(graph: StaticGraph, weights: Iterable[str]) -> list[Head]:
         graph: the graph.
         weights: the weights to train.
     """
-    own, reached = _of_weights_alone(graph), set(weights)
+    weight_tensors, reached = _of_weights_alone(graph), set(weights)
     for node in graph.nodes:
         if any(i in reached for i in node.inputs) and gradient_of(node.domain, node.op, node.version) is not None:
             reached.update(o for o in node.outputs if o and (graph.is_float(o) or rule_of(node).encodes))
     result: dict[str, Head] = {}
     for output in graph.outputs:
-        queue, done = [output], {output}
+        queue, visited = [output], {output}
         while queue:
             name = queue.pop()
             maker = graph.producer.get(name)
-            if maker is None or name in own:
+            if maker is None or name in weight_tensors:
                 continue
             if graph.is_float(name) and name in reached:
                 head = _before_softmax(graph, name, output)
                 result.setdefault(head.tensor, head)
                 continue
-            new = [i for i in maker.inputs if i and i not in done]
+            new = [i for i in maker.inputs if i and i not in visited]
             queue += new
-            done.update(new)
+            visited.update(new)
     return list(result.values())
 
 
@@ -208,11 +212,11 @@ def bottlenecks(graph: StaticGraph) -> list[str]:
     for k, node in enumerate(graph.nodes):
         last.update({i: k for i in node.inputs if i})
     last.update({o: len(graph.nodes) for o in graph.outputs})
-    own = _of_weights_alone(graph)
+    weight_tensors = _of_weights_alone(graph)
     open_tensors = {i for i in graph.inputs if i in last}
     result: list[str] = []
     for k, node in enumerate(graph.nodes):
-        open_tensors.update(o for o in node.outputs if last.get(o, -1) > k and o not in own)
+        open_tensors.update(o for o in node.outputs if last.get(o, -1) > k and o not in weight_tensors)
         open_tensors -= {i for i in node.inputs if last.get(i) == k}
         if len(open_tensors) != 1:
             continue

@@ -30,8 +30,8 @@ class Parameters:
         bounds = np.cumsum([0, *(value.size for value in values.values())])
         self.spans = {name: slice(a, b) for name, (a, b) in zip(values, pairwise(bounds.tolist()), strict=True)}
         self.vector: Vector = np.concatenate([v.ravel() for v in values.values()]).astype(np.float32)
-        held = [v.ravel() == 0 if name in locked else np.zeros(v.size, bool) for name, v in values.items()]
-        self.zeros: NDArray[np.bool_] | None = np.concatenate(held) if any(h.any() for h in held) else None
+        masks = [v.ravel() == 0 if name in locked else np.zeros(v.size, bool) for name, v in values.items()]
+        self.zeros: NDArray[np.bool_] | None = np.concatenate(masks) if any(h.any() for h in masks) else None
 
     def views(self, vector: Array) -> dict[str, Array]:
         """Return the weights that a vector holds, without copying."""

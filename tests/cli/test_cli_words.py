@@ -108,7 +108,7 @@ def test_unknown_codes_speak_for_themselves() -> None:
 
 def test_tally_counts_and_folds() -> None:
     told = ["graph-output"] * 3 + ["normalised: /a", "normalised: /b", "c1", "c2", "c3"]
-    assert reasons.tally(told, most=2) == "is a model output (3), normalised over these channels (2), other (3)"
+    assert reasons.tally(told, max_reasons=2) == "is a model output (3), normalised over these channels (2), other (3)"
     assert reasons.tally([""]) == "not chosen, or less than one unit (1)"
 
 

@@ -115,7 +115,7 @@ def test_durations() -> None:
 
 def test_silent_stages_are_told_of_all_the_same_and_the_thread_ends() -> None:
     written: list[str] = []
-    with progress.lines(written.append, every=0.02) as tell:
+    with progress.lines(written.append, interval=0.02) as tell:
         tell("profile", 0.0)
         limit = time.monotonic() + 5
         while len(written) < 3 and time.monotonic() < limit:

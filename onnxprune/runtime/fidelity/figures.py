@@ -97,11 +97,11 @@ class Moments:
         x, y, xx, yy, xy, aa = self.sums
         number = np.maximum(self.count, 1.0)
         alone = bool((number <= 1).all())
-        own, other = (float((s if alone else s - m * m / number).sum()) for s, m in ((xx, x), (yy, y)))
+        first, other = (float((s if alone else s - m * m / number).sum()) for s, m in ((xx, x), (yy, y)))
         both = float((xy if alone else xy - x * y / number).sum())
-        if own <= 1e-9 * float(aa.sum()):
+        if first <= 1e-9 * float(aa.sum()):
             return math.nan
-        return max(-1.0, min(1.0, both / math.sqrt(own * other))) if other > 0 else 0.0
+        return max(-1.0, min(1.0, both / math.sqrt(first * other))) if other > 0 else 0.0
 
 
 def add(want: Feed, have: Feed, sums: dict[str, Sums], blocks: Mapping[str, Sequence[Part]]) -> None:

@@ -172,7 +172,7 @@ def read_outputs(
     outputs: Sequence[Feed],
     inputs: Sequence[Feed],
     hints: Mapping[str, Hint],
-    given: Mapping[str, tuple[str, int | None]],
+    user_kinds: Mapping[str, tuple[str, int | None]],
 ) -> list[Reading]:
     """Decide what each output of a model is.
 
@@ -180,19 +180,19 @@ def read_outputs(
         outputs: of the original, some batches.
         inputs: of the same batches.
         hints: hints of the graph, by output.
-        given: {output: (kind, axis or None)} as the user set them.
+        user_kinds: {output: (kind, axis or None)} as the user set them.
     """
     values = {name: _gather(name, outputs) for name in outputs[0]} if outputs else {}
     first = {name: array for feed in inputs[:1] for name, array in feed.items()}
     sized = [name for name, array in values.items() if array.size]
-    levels = _levels(values, hints, given)
+    levels = _levels(values, hints, user_kinds)
     inside = [part.name for level in levels for part in _parts(level)]
     readings = []
     if levels:
         there = tuple(name for name in sized if name in inside)
-        readings.append(Reading("detections", there, levels=tuple(levels), set=any(n in given for n in there)))
+        readings.append(Reading("detections", there, levels=tuple(levels), set=any(n in user_kinds for n in there)))
     alone = [name for name in sized if name not in inside and not _counts_rows(name, values, bool(levels))]
-    readings += [_single(name, values[name], first, hints.get(name, Hint()), given.get(name)) for name in alone]
+    readings += [_single(name, values[name], first, hints.get(name, Hint()), user_kinds.get(name)) for name in alone]
     answers = [reading for reading in readings if reading.kind != "state"]
     return readings if answers else [Reading("values", r.outputs, r.part, set=r.set) for r in readings]
 
@@ -220,13 +220,13 @@ def _counts_rows(name: str, values: Mapping[str, Array], detects: bool) -> bool:
     return detects and "num" in name.lower() and (array.ndim < 2 or array.shape[1:] == (1,))
 
 
-def _single(name: str, array: Array, inputs: Feed, hint: Hint, given: tuple[str, int | None] | None) -> Reading:
+def _single(name: str, array: Array, inputs: Feed, hint: Hint, user_kind: tuple[str, int | None] | None) -> Reading:
     """Decide what an output is that is no part of detections."""
-    if given is not None:
-        axis = given[1] if given[1] is not None else _axis(array, inputs, hint)
+    if user_kind is not None:
+        axis = user_kind[1] if user_kind[1] is not None else _axis(array, inputs, hint)
         axis = axis + array.ndim if axis is not None and axis < 0 else axis
-        form = _form(table(array, axis), False) if given[0] in ("classes", "sequence") else ""
-        return Reading(given[0], (name,), Part(name, axis, form=form), set=True)
+        form = _form(table(array, axis), False) if user_kind[0] in ("classes", "sequence") else ""
+        return Reading(user_kind[0], (name,), Part(name, axis, form=form), set=True)
     if not eps(array.dtype) and not (array.dtype.kind in "iu" and array.dtype.itemsize == 1):
         return Reading("labels", (name,), Part(name))
     if any(_returns(name, array, other, value) for other, value in inputs.items()):
@@ -340,28 +340,30 @@ def _form(columns: Numbers, binary: bool) -> str:
 
 
 def _levels(
-    values: Mapping[str, Array], hints: Mapping[str, Hint], given: Mapping[str, tuple[str, int | None]]
+    values: Mapping[str, Array], hints: Mapping[str, Hint], user_kinds: Mapping[str, tuple[str, int | None]]
 ) -> list[Level]:
     """Return the boxes with their scores, of single outputs and of groups with the same positions."""
-    rest = {n: a for n, a in values.items() if a.size and n not in {g for g, k in given.items() if k[0] != "boxes"}}
-    levels = _heads({n: a for n, a in values.items() if n not in given}, hints)
+    arrays = {
+        n: a for n, a in values.items() if a.size and n not in {g for g, k in user_kinds.items() if k[0] != "boxes"}
+    }
+    levels = _heads({n: a for n, a in values.items() if n not in user_kinds}, hints)
     for head in levels:
-        rest.pop(head.boxes.name, None)
+        arrays.pop(head.boxes.name, None)
     for name, array in values.items():
-        if name not in rest and name not in given:
+        if name not in arrays and name not in user_kinds:
             continue
-        kind, axis = given.get(name, ("", None))
+        kind, axis = user_kinds.get(name, ("", None))
         joint = _joint(name, array, hints.get(name, Hint()), kind == "detections", axis) if array.size else None
         if joint is not None and kind in ("", "detections"):
             levels.append(joint)
-            rest.pop(name, None)
+            arrays.pop(name, None)
     groups: dict[tuple[int, ...], list[str]] = {}
-    for name, array in rest.items():
+    for name, array in arrays.items():
         groups.setdefault(_positions(array, hints.get(name, Hint())), []).append(name)
     for key, names in groups.items():
-        found = _group(key, {n: rest[n] for n in names}, hints, given)
-        if found is not None:
-            levels.append(found)
+        reading = _group(key, {n: arrays[n] for n in names}, hints, user_kinds)
+        if reading is not None:
+            levels.append(reading)
     return levels
 
 
@@ -377,16 +379,16 @@ def _heads(values: Mapping[str, Array], hints: Mapping[str, Hint]) -> list[Level
         if axis is not None and array.shape[axis] >= 6:
             maps.setdefault(array.shape[axis], []).append((name, axis))
     levels = []
-    for number, found in maps.items():
-        sizes = {values[name][:1].size for name, _ in found}
-        if len(found) < 2 or len(sizes) < len(found) or not _halve(sizes):
+    for number, arrays in maps.items():
+        sizes = {values[name][:1].size for name, _ in arrays}
+        if len(arrays) < 2 or len(sizes) < len(arrays) or not _halve(sizes):
             continue
-        medians = np.median([np.median(table(values[n], axis), axis=(0, 1)) for n, axis in found], axis=0)
+        medians = np.median([np.median(table(values[n], axis), axis=(0, 1)) for n, axis in arrays], axis=0)
         anchors = _anchors(medians)
         if anchors is None:
             continue
         width = number // anchors
-        for name, axis in found:
+        for name, axis in arrays:
             for first in range(0, number, width):
                 box = Part(name, axis, (first, first + 4))
                 sure = Part(name, axis, (first + 4, first + 5), form="binary logits")
@@ -433,7 +435,7 @@ def _group(
     key: tuple[int, ...],
     arrays: Mapping[str, Array],
     hints: Mapping[str, Hint],
-    given: Mapping[str, tuple[str, int | None]],
+    user_kinds: Mapping[str, tuple[str, int | None]],
 ) -> Level | None:
     """Return the level of outputs with the same positions, if boxes and scores are among them."""
     if len(key) == 2 and key[1] < 4:
@@ -443,7 +445,7 @@ def _group(
         axis = array.ndim - 1 if len(key) == 1 and array.ndim == 2 else _column_axis(array, hints.get(name, Hint()))
         part = Part(name, axis, batched=len(key) > 1)
         columns = part.of({name: array}) if array.dtype.kind in "fiu" else np.zeros((1, 1, 1))
-        number, set_as_boxes = columns.shape[-1], given.get(name, ("",))[0] == "boxes"
+        number, set_as_boxes = columns.shape[-1], user_kinds.get(name, ("",))[0] == "boxes"
         form = _form(columns, True)
         integral = not eps(array.dtype) or (number == 1 and bool((columns == np.rint(columns)).all()))
         if set_as_boxes or _are_boxes(name, number, form):
@@ -454,7 +456,7 @@ def _group(
             scores.append(_with_background(Part(name, part.axis, batched=part.batched, form=form), columns))
         else:
             extras.append(part)
-    alone = boxes and not scores and any(given.get(b.name, ("",))[0] == "boxes" for b in boxes)
+    alone = boxes and not scores and any(user_kinds.get(b.name, ("",))[0] == "boxes" for b in boxes)
     if not boxes or not (scores or alone):
         return None
     return _formed(Level(boxes[0], tuple(scores), tuple(labels), (*extras, *boxes[1:])), arrays, hints)
@@ -516,9 +518,9 @@ def _columns(name: str, array: Array, axis: int, batched: bool, hint: Hint, set_
     within = np.all((x >= -1e-4) & (x <= 1 + 1e-3), axis=(0, 1)).reshape(-1)
     stop = 4 + int(np.argmin(np.append(within[4:], False)))
     varied = bool((np.ptp(x[..., 4:stop], axis=(0, 1)) > 0).any()) if stop > 4 else False
-    whole = varied and (stop == number or "Sigmoid" in hint.ends)
+    are_integers = varied and (stop == number or "Sigmoid" in hint.ends)
     outside = not within[:4].all() or (array.ndim == 3 and hint.axis is not None and bool(_BOX.search(name)))
-    if not whole or not (outside or set_by_user) or (array.ndim == 2 and not hint.listed and not set_by_user):
+    if not are_integers or not (outside or set_by_user) or (array.ndim == 2 and not hint.listed and not set_by_user):
         return None
     apart = _has_objectness(x[..., 4:stop])
     ranges = [(4, 5), (5, stop)] if apart else [(4, stop)]
@@ -532,18 +534,18 @@ def _selected(x: Numbers) -> tuple[int, int, int] | None:
     """Return the columns (boxes, score, label) of selected detections; None where rows are none."""
     number = x.shape[-1]
     places = {6: [(0, 4, 5), (0, 5, 4), (2, 1, 0)], 7: [(1, 6, 5), (3, 2, 1), (0, 5, 6)]}.get(number, [])
-    whole = (x == np.rint(x)).all((0, 1))
-    scores = ((x >= -1) & (x <= 1 + 1e-3)).all((0, 1)) & ~whole
-    return next((place for place in places if whole[place[2]] and scores[place[1]]), None)
+    are_integers = (x == np.rint(x)).all((0, 1))
+    scores = ((x >= -1) & (x <= 1 + 1e-3)).all((0, 1)) & ~are_integers
+    return next((place for place in places if are_integers[place[2]] and scores[place[1]]), None)
 
 
 def _has_objectness(scores: Numbers) -> bool:
     """Return whether the first of the scores is of any object, not of one class: high together with another one."""
     if scores.shape[-1] < 2:
         return False
-    first, rest = scores[..., 0].ravel(), scores[..., 1:].max(-1).ravel()
+    first, best = scores[..., 0].ravel(), scores[..., 1:].max(-1).ravel()
     likely = np.argsort(-first)[: max(20, int((first > 0.25).sum()))]
-    return bool(np.minimum(first, rest)[likely].sum() > 0.5 * first[likely].sum() > 0)
+    return bool(np.minimum(first, best)[likely].sum() > 0.5 * first[likely].sum() > 0)
 
 
 def _formed(level: Level, arrays: Mapping[str, Array], hints: Mapping[str, Hint]) -> Level:

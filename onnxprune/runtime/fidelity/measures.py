@@ -172,15 +172,15 @@ class Classes(Measure):
         if not len(self.counts):
             self.counts, self.others, self.credit, self.affinity = np.zeros((4, number))
         order = np.where(np.isnan(b[known]), -np.inf, b[known]) if b.shape[-1] == number else q
-        own, other = p.argmax(-1), order.argmax(-1)
-        same = own == other
-        credit = np.where(same, 1.0, p[rows, other] / np.maximum(p[rows, own], _TINY))
+        original, other = p.argmax(-1), order.argmax(-1)
+        same = original == other
+        credit = np.where(same, 1.0, p[rows, other] / np.maximum(p[rows, original], _TINY))
         sums = np.sqrt(p.sum(-1) * np.maximum(q.sum(-1), _TINY))
         affinity = np.clip(np.sqrt(p * q).sum(-1) / np.maximum(sums, _TINY), 0, 1)
-        self.counts += np.bincount(own, minlength=number)
+        self.counts += np.bincount(original, minlength=number)
         self.others += np.bincount(other[~same], weights=1 - credit[~same], minlength=number)
-        self.credit += np.bincount(own, weights=credit, minlength=number)
-        self.affinity += np.bincount(own, weights=affinity, minlength=number)
+        self.credit += np.bincount(original, weights=credit, minlength=number)
+        self.affinity += np.bincount(original, weights=affinity, minlength=number)
         self.agree += int(same.sum())
         self.rows += len(p)
 
@@ -252,10 +252,10 @@ class Independent(Measure):
             return 0.0
         if self.single:
             share, (n, x, y, xx, yy, xy) = self.classes.share(), self.logits
-            own, other, both = xx - x * x / max(n, 1), yy - y * y / max(n, 1), xy - x * y / max(n, 1)
-            if n < 8 or own < 1e-6 * n:
+            original, other, both = xx - x * x / max(n, 1), yy - y * y / max(n, 1), xy - x * y / max(n, 1)
+            if n < 8 or original < 1e-6 * n:
                 return share
-            return (share + max(0.0, both / math.sqrt(own * max(other, _TINY)))) / 2
+            return (share + max(0.0, both / math.sqrt(original * max(other, _TINY)))) / 2
         return self.inner / self.outer if self.outer > _TINY else 1.0
 
     def lost(self) -> str:
@@ -361,8 +361,8 @@ class Detections(Measure):
         self.levels = levels
         self.scales = [_scales(level, first) if level.form == "raw" else [] for level in levels]
         self.inner: dict[int, float] = {}
-        self.own: dict[int, float] = {}
-        self.other: dict[int, float] = {}
+        self.original_counts: dict[int, float] = {}
+        self.other_counts: dict[int, float] = {}
         self.hits = self.there = self.broken = 0
         self.fields: dict[int, Numbers] = {}
         self.top = max(
@@ -419,10 +419,10 @@ class Detections(Measure):
         """Score from which on a detection is counted in words."""
         return min(0.3, self.top / 2)
 
-    def _count(self, c: int, inner: float, own: float, other: float) -> None:
+    def _count(self, c: int, inner: float, original: float, other: float) -> None:
         self.inner[c] = self.inner.get(c, 0.0) + float(inner)
-        self.own[c] = self.own.get(c, 0.0) + float(own)
-        self.other[c] = self.other.get(c, 0.0) + float(other)
+        self.original_counts[c] = self.original_counts.get(c, 0.0) + float(original)
+        self.other_counts[c] = self.other_counts.get(c, 0.0) + float(other)
 
     def _add_boxes(self, level: Level, want: Feed, have: Feed) -> None:
         """Match boxes sample by sample."""
@@ -435,8 +435,8 @@ class Detections(Measure):
             for number, (c, score) in enumerate(zip(b[2], b[1], strict=True)):
                 inner = 0.0
                 if partner[number] >= 0:
-                    own = float(a[1][partner[number]])
-                    inner = score * own * (1 + overlap[number]) * min(1.0, 2 * score / max(own, _TINY))
+                    original = float(a[1][partner[number]])
+                    inner = score * original * (1 + overlap[number]) * min(1.0, 2 * score / max(original, _TINY))
                 self._count(int(c), inner, 0.0, score * score)
             sure = a[1] > self.sure
             matched = np.zeros(len(a[1]), bool)
@@ -451,7 +451,7 @@ class Detections(Measure):
             return 0.0
         total = weights = 0.0
         for c, inner in self.inner.items():
-            both = self.own[c] + self.other[c]
+            both = self.original_counts[c] + self.other_counts[c]
             if both > _TINY:
                 total += math.sqrt(both) * min(1.0, inner / both)
                 weights += math.sqrt(both)

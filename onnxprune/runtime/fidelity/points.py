@@ -145,14 +145,14 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Run both models on every batch of inputs; caches without input and output in the final model are left out."""
     total = len(feeds) if isinstance(feeds, Sized) else 0
-    kept: Iterable[Feed | None] = repeat(None)
+    outputs: Iterable[Feed | None] = repeat(None)
     if not together:
-        kept = [original.outputs(feed) for feed in feeds]
+        outputs = [original.outputs(feed) for feed in feeds]
         original.close()
     after = open_session(final, threads=threads)
     names = {value.name for value in (*after.get_inputs(), *after.get_outputs())}
     gone = {name for name, hint in hints.items() if hint.past and names.isdisjoint((name, hint.past))}
-    for index, (feed, values) in enumerate(zip(feeds, kept, strict=False)):
+    for index, (feed, values) in enumerate(zip(feeds, outputs, strict=False)):
         want = original.outputs(feed) if values is None else values
         yield feed, {name: value for name, value in want.items() if name not in gone}, run(after, feed)
         if progress and total:
@@ -162,8 +162,8 @@ def _batches(
 class _Judge:
     """Sums and measures of all outputs; the first batches wait until there are enough to tell kinds by."""
 
-    def __init__(self, hints: Mapping[str, Hint], given: Outputs) -> None:
-        self.hints, self.given = hints, given
+    def __init__(self, hints: Mapping[str, Hint], user_kinds: Outputs) -> None:
+        self.hints, self.user_kinds = hints, user_kinds
         self.waiting: list[_Batch] | None = []
         self.sums: dict[str, Sums] = {}
         self.measures: list[tuple[Reading, Measure]] = []
@@ -176,15 +176,15 @@ class _Judge:
             return
         self.waiting.append(batch)
         rows = sum(next((a.shape[0] for a in feed.values() if a.ndim), 1) for feed, _, _ in self.waiting)
-        held = sum(a.nbytes for _, *both in self.waiting for side in both for a in side.values())
-        if rows >= _SAMPLES or held >= _BYTES:
+        num_bytes = sum(a.nbytes for _, *both in self.waiting for side in both for a in side.values())
+        if rows >= _SAMPLES or num_bytes >= _BYTES:
             self._decide()
 
     def _decide(self) -> None:
         """Read kinds off the waiting batches, then add these."""
         waiting, self.waiting = self.waiting or [], None
         first = [want for _, want, _ in waiting]
-        readings = read_outputs(first, [feed for feed, _, _ in waiting], self.hints, self.given)
+        readings = read_outputs(first, [feed for feed, _, _ in waiting], self.hints, self.user_kinds)
         self.measures = [(reading, measure_of(reading, first)) for reading in readings]
         self.blocks = {name: parts for reading in readings for name, parts in blocks_of(reading).items()}
         for batch in waiting:
@@ -221,15 +221,15 @@ class _Judge:
     ) -> AnswerFidelity | None:
         """Return the fidelity of an answer, and tell its outputs how they were read; None for what is no answer."""
         share = measure.share()
-        own = [outputs[name] for name in reading.outputs if name in outputs]
+        arrays = [outputs[name] for name in reading.outputs if name in outputs]
         points = 0.0 if math.isnan(share) else 100 * min(1.0, max(0.0, share))
-        for output in own:
+        for output in arrays:
             output.kind, output.axis = reading.kind, _part_of(reading, output.output).axis
             if self._is_listed(output.output):  # rows in another order, or of another number, are no loss
                 output.cosine = output.centred_cosine = points / 100
-        if reading.kind == "state" or not own or math.isnan(share):
+        if reading.kind == "state" or not arrays or math.isnan(share):
             return None
-        distance = sum(o.noise for o in own) / len(own) if measure.is_coarse() else 1 - points / 100
+        distance = sum(o.noise for o in arrays) / len(arrays) if measure.is_coarse() else 1 - points / 100
         return AnswerFidelity(list(reading.outputs), reading.kind, points, measure.lost(), distance)
 
     def _is_listed(self, name: str) -> bool:
