@@ -34,7 +34,7 @@ STAGES = [
     {"recovery", "factorization", "sparsification"},
     {"runtime"},
     {"gradients"},
-    {"train"},
+    {"training"},
     {"pipeline"},
     {"passes"},
     {"search"},
@@ -140,7 +140,7 @@ def test_imports_have_no_cycles() -> None:
             "onnx",
             (
                 *("io", "graph", "channels", "pruning", "recovery", "factorization", "runtime"),
-                *("gradients", "train", "pipeline", "passes", "search", "api"),
+                *("gradients", "training", "pipeline", "passes", "search", "api"),
             ),
         ),
         ("rich", ("report", "cli")),

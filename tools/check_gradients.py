@@ -31,7 +31,7 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.graph.view import Graph
 from onnxprune.io.read import Loaded, load
 from onnxprune.runtime.sessions import Feed, open_session, run
-from onnxprune.train.parameters import heads, trainable
+from onnxprune.training.parameters import heads, trainable
 
 
 def skeletons(folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -33,12 +33,12 @@ from onnxprune.report.facts import Fact, Fidelity, Finetuning, Remark
 from onnxprune.runtime.capture import count, make_folder, read_arrays, write_arrays
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.settings import effort_of, named_arguments
-from onnxprune.train.augment import Augmentation
-from onnxprune.train.curvature import CALLS, Curvature
-from onnxprune.train.loop import Course, Effort, train
-from onnxprune.train.losses import BALANCE, OFFSET, Losses
-from onnxprune.train.parameters import Head, bottlenecks, trainable
-from onnxprune.train.step import Adam, Parameters, Step, step_sizes
+from onnxprune.training.augment import Augmentation
+from onnxprune.training.curvature import CALLS, Curvature
+from onnxprune.training.loop import Course, Effort, train
+from onnxprune.training.losses import BALANCE, OFFSET, Losses
+from onnxprune.training.parameters import Head, bottlenecks, trainable
+from onnxprune.training.step import Adam, Parameters, Step, step_sizes
 
 RATE = 4e-3
 """Largest step, in units of each weight's own size."""

@@ -23,8 +23,8 @@ from onnxprune.pipeline import Context, HoldOut, ModelParts
 from onnxprune.report.facts import Fidelity
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
-from onnxprune.train.parameters import Head, heads, trainable
-from onnxprune.train.step import Parameters, Step, Vector
+from onnxprune.training.parameters import Head, heads, trainable
+from onnxprune.training.step import Parameters, Step, Vector
 
 SAMPLES = 256
 """Samples whose gradients are taken where the user sets no number."""

@@ -15,7 +15,7 @@ from onnxprune.gradients.static import StaticGraph
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.pipeline import Context
 from onnxprune.runtime.sessions import Array
-from onnxprune.train.parameters import Head
+from onnxprune.training.parameters import Head
 
 
 def read_labels(source: Any, context: Context, analysis: Analysis) -> Array:

@@ -15,12 +15,12 @@ from differences import static
 from onnxprune.gradients.backward import training_graph
 from onnxprune.gradients.static import StaticGraph
 from onnxprune.gradients.tape import Tape
-from onnxprune.train.augment import Augmentation, image_axes
-from onnxprune.train.curvature import Curvature
-from onnxprune.train.loop import Course, Effort, train
-from onnxprune.train.losses import Losses, deviation, divergence
-from onnxprune.train.parameters import Head, bottlenecks, heads, trainable
-from onnxprune.train.step import Adam, Parameters, Step, rate_at, step_sizes
+from onnxprune.training.augment import Augmentation, image_axes
+from onnxprune.training.curvature import Curvature
+from onnxprune.training.loop import Course, Effort, train
+from onnxprune.training.losses import Losses, deviation, divergence
+from onnxprune.training.parameters import Head, bottlenecks, heads, trainable
+from onnxprune.training.step import Adam, Parameters, Step, rate_at, step_sizes
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((16, 6)).astype(np.float32)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from onnxprune.recovery.regression import RidgeRegression, Sums, masked_solve, solve
-from onnxprune.train.step import Adam, Parameters
+from onnxprune.training.step import Adam, Parameters
 
 
 def literal(gram, cross, ridge, mask):

@@ -104,7 +104,7 @@ class Step:
 
 
 class Coordinates(Protocol):
-    """Other coordinates for vectors of weights, see :class:`onnxprune.train.curvature.Curvature`."""
+    """Other coordinates for vectors of weights, see :class:`onnxprune.training.curvature.Curvature`."""
 
     def turned(self, gradient: Vector) -> Vector:
         """Return a gradient in the coordinates."""

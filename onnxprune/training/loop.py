@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from onnxprune.runtime.sessions import Feed
-from onnxprune.train.step import Adam, Parameters, Step, Vector, rate_at
+from onnxprune.training.step import Adam, Parameters, Step, Vector, rate_at
 
 Draw = Callable[[int], list[Feed]]
 """Number of a step -> its calls, with everything that the loss reads."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from onnxprune.gradients.backward import Loss
 from onnxprune.gradients.tape import Tape
-from onnxprune.train.parameters import Head
+from onnxprune.training.parameters import Head
 
 BALANCE = "balance"
 """The input with the factor of the features' loss, a scalar of float32."""

@@ -13,7 +13,7 @@ from onnxprune.gradients.tape import Tape
 from onnxprune.operators.contractions import Form, pick
 from onnxprune.operators.registry import rule_of
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
-from onnxprune.train.step import Parameters, Vector
+from onnxprune.training.step import Parameters, Vector
 
 CALLS = 8
 """Calls that Gram matrices are taken from."""
