@@ -75,7 +75,7 @@ class Sizes:
                 self._axes[name] = axis_sizes
 
     @property
-    def whole(self) -> Counts:
+    def full_counts(self) -> Counts:
         """Return the counts [1, groups] of the original."""
         return self.steps[None, :]
 
@@ -322,7 +322,7 @@ class WeightCost:
     def __init__(self, sizes: Sizes, kind: str) -> None:
         self._sizes, self._what = sizes, kind
         analysis = sizes.analysis
-        temporary = analysis.copies.keys() | {name for item in analysis.hoists for name in item.made}
+        temporary = analysis.copies.keys() | {name for item in analysis.hoists for name in item.new_names}
         weights = {n: w for n, w in analysis.graph.weights.items() if n not in temporary}
         self._moving = {n: w for n, w in weights.items() if sizes.touched(n)}
         unchanged = {

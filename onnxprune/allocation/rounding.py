@@ -222,7 +222,7 @@ class Rounding:
 
     def _costs(self, who: Ids, removed: Ids) -> NDArray[np.float64]:
         """Return multiply-accumulates [cuts], or units where the model has none, for removed steps [cuts, groups]."""
-        counts = np.repeat(self._sizes.whole, len(removed), axis=0)
+        counts = np.repeat(self._sizes.full_counts, len(removed), axis=0)
         counts[:, who] -= removed
         if self._macs is not None:
             return np.asarray(total(self._macs, counts), dtype=np.float64)
@@ -232,7 +232,7 @@ class Rounding:
     @functools.cached_property
     def _macs(self) -> Macs | None:
         macs = Macs(self._sizes)
-        return macs if float(total(macs, self._sizes.whole)[0]) > 0 else None
+        return macs if float(total(macs, self._sizes.full_counts)[0]) > 0 else None
 
 
 def _moved(now: Ids, movable: Sequence[tuple[int, int]], moved: NDArray[np.bool_]) -> Ids:

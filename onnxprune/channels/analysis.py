@@ -273,7 +273,7 @@ class Analysis:
         slot of its own.
         """
         result: dict[int, list[SlotView]] = {}
-        internal = self.copies.keys() | {name for item in self.hoists for name in item.made}
+        internal = self.copies.keys() | {name for item in self.hoists for name in item.new_names}
         known: dict[int, tuple[Label, Ids]] = {}
         for name, labels in self.table.items().items():
             for label in labels:

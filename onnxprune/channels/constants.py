@@ -75,7 +75,7 @@ class Constants:
         value = self.facts.static_value(name) if weight is None else weight.read()
         return None if value is None else Known(value, np.broadcast_to(np.True_, value.shape))
 
-    def whole(self, name: str) -> Array | None:
+    def full_value(self, name: str) -> Array | None:
         """Return a tensor of which every value is known, at its full size; None where any is not."""
         known = self.get(name)
         if known is None or not known.known.all():
@@ -87,11 +87,11 @@ class Constants:
         """Return whether every value of a tensor is known; weights are not read for that."""
         if name in self.graph.weights:
             return True
-        return bool(name) and self.whole(name) is not None
+        return bool(name) and self.full_value(name) is not None
 
     def _operand(self, node: Node, i: int) -> Array | None:
         """Return the value of an input; None where it is unknown, or left out at the end."""
-        return self.whole(node.inputs[i]) if i < len(node.inputs) and node.inputs[i] else None
+        return self.full_value(node.inputs[i]) if i < len(node.inputs) and node.inputs[i] else None
 
     def product(self, node: Node) -> Product | None:
         """Return a node as a product of an unknown operand with a known one; None where it is none."""
@@ -102,14 +102,14 @@ class Constants:
                 form = form or rule.form(node, shapes, position)
         if form is None or isinstance(form, Scale) or not self.is_constant(node.inputs[form.weight]):
             return None
-        weight = self.whole(node.inputs[form.weight])
+        weight = self.full_value(node.inputs[form.weight])
         if weight is not None and weight.dtype.kind not in "fV":
             weight = rule.numbers(node, form.weight, weight, lambda i: self._operand(node, i))
         if weight is None:
             return None
         matrix = form.matrix(weight)
-        parts, columns, made = matrix.shape
-        return Product(form, matrix.reshape(parts, columns // form.taps, form.taps, made))
+        parts, columns, outputs = matrix.shape
+        return Product(form, matrix.reshape(parts, columns // form.taps, form.taps, outputs))
 
     def channels(self, name: str, axes: Sequence[int]) -> Known | None:
         """Return what is known of every channel along some axes, in their order, where it is the same everywhere else.
@@ -234,9 +234,9 @@ class Constants:
             if any(s is None or None in s or prod(s) > _MOST for s in shapes):
                 return []
             data = [Known(*(np.broadcast_to(part, s) for part in k)) for k, s in zip(data, shapes, strict=True)]
-        rest = [] if move is Move.JOIN else self._operands(node)
-        results = evaluate(node, [*(k.value for k in data), *rest])
-        unknown = evaluate(node, [*((~k.known).astype(np.float32) for k in data), *rest])
+        operands = [] if move is Move.JOIN else self._operands(node)
+        results = evaluate(node, [*(k.value for k in data), *operands])
+        unknown = evaluate(node, [*((~k.known).astype(np.float32) for k in data), *operands])
         if results is None or unknown is None:
             return []
         return [Known(r, np.asarray(u == 0)) for r, u in zip(results, unknown, strict=True)]
@@ -244,7 +244,7 @@ class Constants:
     def _normalized(self, node: Node, inputs: list[Known | None]) -> list[Known]:
         """Return a BatchNormalization's channels: those with known data, and those with a scale of 0."""
         shape = self.facts.shape(node.inputs[0])
-        vectors = [self.whole(n) for n in node.inputs[1:5]]
+        vectors = [self.full_value(n) for n in node.inputs[1:5]]
         if node.attrs.get("training_mode", 0) or any(node.outputs[1:]) or shape is None or len(shape) < 2:
             return []
         if any(v is None for v in vectors):
@@ -280,7 +280,7 @@ class Constants:
         axis = None if shape is None else form.output_axis(len(shape))
         if not form.plain or shape is None or axis is None:
             return []
-        parts, channels, _, made = product.matrix.shape
+        parts, channels, _, outputs = product.matrix.shape
         data = self.channels(node.inputs[form.data], form.axes)
         value, usable = np.zeros(parts * channels), np.zeros(parts * channels, bool)
         if data is not None and data.known.size == usable.size:
@@ -290,7 +290,7 @@ class Constants:
         known = ~(is_read & ~usable.reshape(parts, channels, 1)).any(axis=1)
         if not known.any():
             return []
-        total = np.zeros((parts, made))
+        total = np.zeros((parts, outputs))
         if value.any():
             total = np.einsum("pcto,pc->po", product.matrix.astype(np.float64), value.reshape(parts, channels))
             total *= form.scale

@@ -157,7 +157,7 @@ class _Layer:
         node, form: the layer.
         rows: components of the data's channels, an array [..., channels] for every label along them.
         is_weighted: whether a channel has a weight towards an output, [parts, channels / parts, outputs / parts].
-        made: components along the outputs, arrays [parts, outputs / parts].
+        output_ids: components along the outputs, arrays [parts, outputs / parts].
         data: values of the channels that are constant.
         usable: channels that are 0, or a constant that the layer's bias can take.
         refusal: why constants cannot become a bias.
@@ -167,7 +167,7 @@ class _Layer:
     form: Form
     rows: list[Ids]
     is_weighted: Mask
-    made: list[Ids]
+    output_ids: list[Ids]
     data: Known | None
     usable: Mask
     refusal: str
@@ -175,7 +175,7 @@ class _Layer:
     def _weighted(self, is_read: Mask) -> Mask:
         """Return which channels have a weight towards outputs that are read."""
         towards = self.is_weighted
-        for ids in self.made:
+        for ids in self.output_ids:
             towards = towards & is_read[ids][:, None, :]
         return np.asarray(towards.any(axis=2).reshape(-1))
 
@@ -324,12 +324,12 @@ def _layer(
     if int(np.prod([shape[a] for a in form.axes])) != parts * channels:
         return None
     rows = [_along(component[x.ids], form.axes, shape) for x in table.get(name) if set(x.axes) & set(form.axes)]
-    weight_shape, made = step.shape(form.weight), []
+    weight_shape, output_ids = step.shape(form.weight), []
     for label in table.get(node.inputs[form.weight]):
         # By axes, not by units: channels that are all summed over may be one unit, and are no outputs for that.
         if summed.isdisjoint(label.axes) and all(m in (1, n) for m, n in zip(label.ids.shape, weight_shape)):  # noqa: B905
             ids = np.broadcast_to(component[label.ids].astype(np.int32), weight_shape)
-            made.append(form.matrix(ids).reshape(parts, channels, taps, -1)[:, 0, 0].astype(np.int64))
+            output_ids.append(form.matrix(ids).reshape(parts, channels, taps, -1)[:, 0, 0].astype(np.int64))
     data = constants.channels(name, form.axes)
     usable, refusal = np.zeros(parts * channels, bool), ""
     if data is not None:
@@ -337,7 +337,7 @@ def _layer(
         refusal = _refusal(node, form, foldable) if (data.known & ~zero).any() else ""
         usable = data.known if not refusal else zero
     is_weighted = np.asarray((product.matrix != 0).any(axis=2))
-    return _Layer(node, form, rows, is_weighted, made, data, np.asarray(usable), refusal)
+    return _Layer(node, form, rows, is_weighted, output_ids, data, np.asarray(usable), refusal)
 
 
 def _refusal(node: Node, form: Form, foldable: Folding) -> str:
@@ -359,7 +359,7 @@ def _operand(
 ) -> tuple[Ids, Mask, list[Ids]]:
     """Return the components of a label, where they are not 0, and those that have to be read for that to matter."""
     ids, known = component[label.ids], constants.get(name)
-    zero: Array | int | None = 0 if neutral is None else constants.whole(neutral)
+    zero: Array | int | None = 0 if neutral is None else constants.full_value(neutral)
     if known is None or zero is None or np.size(zero) != 1:
         return ids, np.ones(ids.shape, bool), []
     shape = np.broadcast_shapes(ids.shape, known.value.shape)

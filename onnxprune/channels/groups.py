@@ -262,10 +262,10 @@ def _components(atoms: Atoms) -> tuple[Ids, int]:
     while True:
         joint, count = _join_components(count, component[a], component[b], strong=False)
         component = joint[component]
-        left, right = _same_rows(atoms, component)
-        if not left.size:
+        first, second = _same_rows(atoms, component)
+        if not first.size:
             return component, count
-        joint, count = _join_components(count, component[left], component[right])
+        joint, count = _join_components(count, component[first], component[second])
         component = joint[component]
 
 
@@ -324,10 +324,10 @@ def _same_rows(atoms: Atoms, component: Ids) -> tuple[Ids, Ids]:
     first = np.concatenate([r.cells[:, 0] for r in atoms.rows])
     is_uniform = np.concatenate([(component[r.cells] == component[r.cells[:, :1]]).all(axis=1) for r in atoms.rows])
     _, where, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    left = np.concatenate([rows, rows[is_uniform]])
-    right = np.concatenate([rows[where[inverse]], first[is_uniform]])
-    new = component[left] != component[right]
-    return left[new], right[new]
+    ours = np.concatenate([rows, rows[is_uniform]])
+    theirs = np.concatenate([rows[where[inverse]], first[is_uniform]])
+    new = component[ours] != component[theirs]
+    return ours[new], theirs[new]
 
 
 def _spread_barriers(atoms: Atoms, component: Ids, count: int) -> Ids:

@@ -22,7 +22,7 @@ class Survivors:
 
     def __init__(self, table: Table, removed: Mask) -> None:
         self._table, self.removed = table, removed
-        self._kept: dict[int, tuple[Label, Mask | None, dict[int, int] | None]] = {}
+        self._by_label: dict[int, tuple[Label, Mask | None, dict[int, int] | None]] = {}
         self._sizes: dict[str, dict[int, int]] = {}
 
     def mask(self, label: Label) -> Mask | None:
@@ -34,7 +34,7 @@ class Survivors:
 
         Cached, since many tensors share a label.
         """
-        known = self._kept.get(id(label))
+        known = self._by_label.get(id(label))
         if known is None:
             removed = label.of(self.removed)
             num_removed = int(np.count_nonzero(removed))
@@ -45,7 +45,7 @@ class Survivors:
                 sizes = {label.pack: removed.size - num_removed} if num_removed < removed.size else None
             else:
                 sizes = kept_sizes(keep, label.pack)
-            self._kept[id(label)] = known = (label, keep, sizes)
+            self._by_label[id(label)] = known = (label, keep, sizes)
         return known
 
     def touched(self, name: str) -> bool:

@@ -44,7 +44,7 @@ class LayerFits:
     @property
     def full_cost(self) -> int:
         """Return the cost of the unchanged layer."""
-        stages = [self.layer.shape.whole()]
+        stages = [self.layer.shape.as_stage()]
         return self.layer.macs(stages) if self.cost == "macs" else elements(stages)
 
     def fit(self, name: str) -> Fit:
@@ -82,7 +82,7 @@ class LayerFits:
         """Return the share of the layer's ``macs`` or ``params`` that a candidate has."""
         stages, full_stages = (
             METHODS[candidate.method].stages(self.layer.shape, candidate.ranks),
-            [self.layer.shape.whole()],
+            [self.layer.shape.as_stage()],
         )
         if cost == "macs":
             return self.layer.macs(stages) / max(self.layer.macs(full_stages), 1)
@@ -121,7 +121,10 @@ def allocate(
         return [None] * len(full_costs)
     candidates = _knapsack(full_costs, options, gains, budget)
     if candidates is None:  # only rounding prevents a solution
-        candidates = [min((None, *own), key=lambda c: _cost(c, w)) for w, own in zip(full_costs, options, strict=True)]
+        candidates = [
+            min((None, *layer_options), key=lambda c: _cost(c, w))
+            for w, layer_options in zip(full_costs, options, strict=True)
+        ]
     spent = sum(_cost(c, w) for c, w in zip(candidates, full_costs, strict=True))
     return _spent(candidates, full_costs, options, gains, budget - spent)
 
@@ -136,13 +139,14 @@ def _knapsack(
     """Compute the least loss for every number of steps spent, layer by layer; then trace back from the whole budget."""
     loss = np.zeros(_STEPS + 1)
     picked = []
-    ways: list[list[Candidate | None]] = [[None, *own] for own in options]
+    ways: list[list[Candidate | None]] = [[None, *layer_options] for layer_options in options]
     costs = [
-        [int(np.ceil(_cost(c, w) * _STEPS / budget)) for c in own] for w, own in zip(full_costs, ways, strict=True)
+        [int(np.ceil(_cost(c, w) * _STEPS / budget)) for c in layer_options]
+        for w, layer_options in zip(full_costs, ways, strict=True)
     ]
-    for own, steps, gain in zip(ways, costs, gains, strict=True):
+    for layer_options, steps, gain in zip(ways, costs, gains, strict=True):
         best, pick = np.full(_STEPS + 1, np.inf), np.zeros(_STEPS + 1, np.int32)
-        for k, (candidate, step) in enumerate(zip(own, steps, strict=True)):
+        for k, (candidate, step) in enumerate(zip(layer_options, steps, strict=True)):
             if step > _STEPS:
                 continue
             losses = loss[: _STEPS + 1 - step] + (0.0 if candidate is None else gain * candidate.loss)
@@ -153,9 +157,9 @@ def _knapsack(
     if not np.isfinite(loss[-1]):
         return None
     remaining, candidates = _STEPS, list[Candidate | None]()
-    for own, steps, pick in zip(reversed(ways), reversed(costs), reversed(picked), strict=True):
+    for layer_options, steps, pick in zip(reversed(ways), reversed(costs), reversed(picked), strict=True):
         k = int(pick[remaining])
-        candidates.append(own[k])
+        candidates.append(layer_options[k])
         remaining -= steps[k]
     return candidates[::-1]
 
@@ -188,7 +192,7 @@ def _spent(
 
 def min_total_cost(full_costs: Sequence[int], options: Sequence[Sequence[Candidate]]) -> int:
     """Return the least cost of all layers together."""
-    return sum(min([w, *(c.cost for c in own)]) for w, own in zip(full_costs, options, strict=True))
+    return sum(min([w, *(c.cost for c in layer_options)]) for w, layer_options in zip(full_costs, options, strict=True))
 
 
 def fill_gains(gains: Sequence[float]) -> list[float]:

@@ -30,9 +30,9 @@ def compose(factors: Sequence[Factor], parts: int, channels: int) -> Real:
     for factor in factors:
         array = factor.split(parts)
         inner, before, behind = array.shape[1], composed.shape[2:-1], array.shape[3:-1]
-        left = composed.reshape(parts, channels * prod(before), inner, array.shape[2]).transpose(0, 2, 1, 3)
-        right = array.reshape(parts, inner, array.shape[2], -1)
-        product = (left @ right).reshape(parts, inner, channels, *before, *behind, -1)
+        composed_rows = composed.reshape(parts, channels * prod(before), inner, array.shape[2]).transpose(0, 2, 1, 3)
+        factor_rows = array.reshape(parts, inner, array.shape[2], -1)
+        product = (composed_rows @ factor_rows).reshape(parts, inner, channels, *before, *behind, -1)
         # Interleave the axes of both kernels: along each of them one of the two has size 1.
         pairs = [a for i in range(rank) for a in (3 + i, 3 + rank + i)]
         spread = product.transpose(0, 2, *pairs, 1, 3 + 2 * rank)
@@ -53,12 +53,12 @@ def features(prefix: Sequence[Factor], array: Array) -> Real:
         blocks, axes = factor.split(parts), [i for i, k in enumerate(factor.stage.kernel) if k > 1]
         kernel = array.shape[2:-1]
         spread = array.reshape(parts, blocks.shape[1], blocks.shape[2], *kernel, width)
-        rest = [i for i in range(len(kernel)) if i not in axes]
-        spread = spread.transpose(0, 1, 2, *(3 + i for i in axes), *(3 + i for i in rest), 3 + len(kernel))
+        others = [i for i in range(len(kernel)) if i not in axes]
+        spread = spread.transpose(0, 1, 2, *(3 + i for i in axes), *(3 + i for i in others), 3 + len(kernel))
         matrix = blocks.reshape(parts, blocks.shape[1], -1, blocks.shape[-1])
-        made = matrix.transpose(0, 1, 3, 2) @ spread.reshape(parts, blocks.shape[1], matrix.shape[2], -1)
+        contracted = matrix.transpose(0, 1, 3, 2) @ spread.reshape(parts, blocks.shape[1], matrix.shape[2], -1)
         remaining = [1 if i in axes else k for i, k in enumerate(kernel)]
-        array = made.reshape(parts, -1, *remaining, width)
+        array = contracted.reshape(parts, -1, *remaining, width)
     return np.asarray(array)
 
 
@@ -115,10 +115,10 @@ def _leading(matrix: Any, n_eigenvecs: int | None = None, **_: Any) -> tuple[Rea
     """Return leading singular vectors from the eigenvectors of the smaller product: far faster than an SVD."""
     count = n_eigenvecs or min(matrix.shape)
     values, vectors = np.linalg.eigh(matrix @ matrix.T)
-    left = vectors[:, ::-1][:, :count]
+    directions = vectors[:, ::-1][:, :count]
     values = np.sqrt(np.maximum(values[::-1][:count], 0.0))
-    right = left.T @ matrix
-    return left, values, right / np.where(values > 0, values, 1.0)[:, None]
+    others = directions.T @ matrix
+    return directions, values, others / np.where(values > 0, values, 1.0)[:, None]
 
 
 RIDGE = 1e-3
@@ -136,21 +136,23 @@ class Metric:
         shared: [parts, channels, channels]. Neither: the identity.
     """
 
-    def __init__(self, full: Array | None = None, shared: Array | None = None) -> None:
+    def __init__(self, full: Array | None = None, per_channel: Array | None = None) -> None:
         self.full = None if full is None else ridged(full)
-        self.shared = None if shared is None else ridged(shared)
+        self.per_channel = None if per_channel is None else ridged(per_channel)
 
     @property
     def plain(self) -> bool:
         """Return whether the metric is the identity, without data."""
-        return self.full is None and self.shared is None
+        return self.full is None and self.per_channel is None
 
     def times(self, kernel: Array) -> Real:
         """Return G A for A [parts, channels, *kernel, m]."""
         if self.full is not None:
             return np.asarray((self.full @ kernel.reshape(*self.full.shape[:2], -1)).reshape(kernel.shape))
-        if self.shared is not None:
-            return np.asarray((self.shared @ kernel.reshape(*self.shared.shape[:2], -1)).reshape(kernel.shape))
+        if self.per_channel is not None:
+            return np.asarray(
+                (self.per_channel @ kernel.reshape(*self.per_channel.shape[:2], -1)).reshape(kernel.shape)
+            )
         return np.asarray(kernel, np.float64)
 
     def energy(self, kernel: Array) -> float:
@@ -177,8 +179,8 @@ class Metric:
             [parts, m, m], m = channels x sizes along ``axes``; None for the identity.
         """
         num_positions = prod(kernel[a] for a in axes)
-        if self.shared is not None:
-            return np.asarray(np.kron(self.shared, np.eye(num_positions)))
+        if self.per_channel is not None:
+            return np.asarray(np.kron(self.per_channel, np.eye(num_positions)))
         if self.full is None:
             return None
         rank, parts = len(kernel), len(self.full)
@@ -206,9 +208,9 @@ class Metric:
             turned = half.transpose(0, 2, 1).reshape(parts, -1, *kernel, half.shape[1])
             return features(prefix, turned).reshape(parts, half.shape[1], -1), False
         if not prefix:
-            return self.shared, True
+            return self.per_channel, True
         first = prefix[0].stage
-        parts = first.parts if self.shared is None else len(self.shared)
+        parts = first.parts if self.per_channel is None else len(self.per_channel)
         composed = compose(prefix, parts, first.parts * first.inputs // parts)
         flat = composed.reshape(parts, -1, composed.shape[-1])
         return flat.transpose(0, 2, 1) @ self.times(composed).reshape(flat.shape), True
@@ -404,10 +406,10 @@ def pointwise(shape: Shape, role: str, inputs: int, outputs: int) -> Stage:
 
 def placed(stages: Sequence[Stage], arrays: Sequence[Real]) -> list[Factor]:
     """Return factors of these stages from their weights in any shape of the same order."""
-    made = []
+    factors = []
     for stage, array in zip(stages, arrays, strict=True):
-        made.append(Factor(stage, array.reshape(stage.parts, stage.inputs, *stage.kernel, stage.outputs)))
-    return made
+        factors.append(Factor(stage, array.reshape(stage.parts, stage.inputs, *stage.kernel, stage.outputs)))
+    return factors
 
 
 class Whitener:
@@ -429,9 +431,9 @@ class Whitener:
         if self._root is None:
             return np.asarray(vectors, np.float64)
         solved = [solve_triangular(r, v, trans="T", lower=True) for r, v in zip(self._root, vectors, strict=True)]
-        made = np.stack(solved)
-        length = np.linalg.norm(made, axis=1, keepdims=True)
-        return np.asarray(made / np.where(length > 0, length, 1.0))
+        basis = np.stack(solved)
+        length = np.linalg.norm(basis, axis=1, keepdims=True)
+        return np.asarray(basis / np.where(length > 0, length, 1.0))
 
 
 # Random starts besides the one from singular vectors.
@@ -464,13 +466,13 @@ class Cp(Method):
     def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
         """Return 1x1, one filter per channel along every axis, 1x1."""
         rank, axes = ranks[0], shape.wide
-        made = [pointwise(shape, "in", shape.inputs, rank)]
+        stages = [pointwise(shape, "in", shape.inputs, rank)]
         for i in axes:
             kernel = tuple(k if j == i else 1 for j, k in enumerate(shape.kernel))
             # The first filter also has the axes of kernel size 1, so that their strides apply early.
-            own = [j for j in range(len(shape.kernel)) if j == i or (i == axes[0] and j not in axes)]
-            made.append(Stage(f"axis{i}", shape.parts * rank, 1, kernel, 1, tuple(own)))
-        return [*made, pointwise(shape, "out", rank, shape.outputs)]
+            covered = [j for j in range(len(shape.kernel)) if j == i or (i == axes[0] and j not in axes)]
+            stages.append(Stage(f"axis{i}", shape.parts * rank, 1, kernel, 1, tuple(covered)))
+        return [*stages, pointwise(shape, "out", rank, shape.outputs)]
 
     def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
         """Return a fit that computes nothing until the rank is known."""
@@ -561,10 +563,10 @@ class SpatialSvd(Method):
 
     def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
         """Return a stage along one axis to r channels, and one along the others to the outputs."""
-        first, rest = _axes(shape)
+        first, others = _axes(shape)
         return [
             last(shape, shape.inputs, first, "first", ranks[0]),
-            last(shape, ranks[0], rest, "second", shape.outputs),
+            last(shape, ranks[0], others, "second", shape.outputs),
         ]
 
     def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
@@ -574,8 +576,8 @@ class SpatialSvd(Method):
 
 def _axes(shape: Shape) -> tuple[list[int], list[int]]:
     """Return axes of the first factor (with those of kernel size 1: their strides apply early), and the others."""
-    rest = shape.wide[1:]
-    return [i for i in range(len(shape.kernel)) if i not in rest], rest
+    others = shape.wide[1:]
+    return [i for i in range(len(shape.kernel)) if i not in others], others
 
 
 class _SpatialFit(Fit):
@@ -666,17 +668,17 @@ class Tucker(Method):
     def stages(self, shape: Shape, ranks: Ranks) -> list[Stage]:
         """Return 1x1, filters along the axes with a rank of their own, the core with the rest of the kernel, 1x1."""
         into, out, *spatial = ranks
-        made, width = list[Stage](), shape.inputs
+        stages, width = list[Stage](), shape.inputs
         if into:
-            made, width = [pointwise(shape, "in", width, into)], into
+            stages, width = [pointwise(shape, "in", width, into)], into
         axes = [i for i, r in enumerate(spatial) if r]
         for i in axes:
             kernel = tuple(k if j == i else 1 for j, k in enumerate(shape.kernel))
-            made.append(Stage(f"axis{i}", shape.parts * width, 1, kernel, spatial[i], (i,)))
+            stages.append(Stage(f"axis{i}", shape.parts * width, 1, kernel, spatial[i], (i,)))
             width *= spatial[i]
-        rest = [i for i in range(len(shape.kernel)) if i not in axes]
-        made.append(last(shape, width, rest, "core", out or shape.outputs))
-        return [*made, pointwise(shape, "out", out, shape.outputs)] if out else made
+        others = [i for i in range(len(shape.kernel)) if i not in axes]
+        stages.append(last(shape, width, others, "core", out or shape.outputs))
+        return [*stages, pointwise(shape, "out", out, shape.outputs)] if out else stages
 
     def fit(self, kernel: Real, metric: Metric, seed: int) -> Fit:
         """Decompose into directions of every mode by energy."""

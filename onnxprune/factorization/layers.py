@@ -89,7 +89,7 @@ def find_layers(graph: Graph, shape: ShapeOf) -> LayerScan:
             if name and _matrix(graph, name):
                 _add_weight(graph, node, position, factoring, shape, scan, by_weight)
     for name, layer in list(by_weight.items()):
-        why = _shared(graph, layer)
+        why = _sharing_refusal(graph, layer)
         if why:
             scan.reasons.update({use.node.label: why for use in layer.uses})
             del by_weight[name]
@@ -152,11 +152,11 @@ def _weight_reason(weight: Weight | None) -> str:
     return "" if min(weight.shape, default=0) > 0 else "its weight is empty"
 
 
-def _shared(graph: Graph, layer: Layer) -> str:
+def _sharing_refusal(graph: Graph, layer: Layer) -> str:
     """Return why a weight cannot be replaced although each of its recorded nodes could be; empty where it can."""
     readers = [(n.index, i) for n, i in graph.consumers.get(layer.weight, ())]
-    own = {use.node.index for use in layer.uses}
-    if any(index not in own or i != layer.position for index, i in readers):
+    layer_nodes = {use.node.index for use in layer.uses}
+    if any(index not in layer_nodes or i != layer.position for index, i in readers):
         return "its weight is shared with a node that reads it differently"
     if layer.weight in graph.captured or layer.weight in graph.outputs:
         return "its weight is also read by a body, or is an output"

@@ -145,11 +145,13 @@ def _single(method: Method, cost: Cost, mode: Mode, limit: float, step: int) -> 
     return Choice((rank,), cost(method, (rank,)), loss)
 
 
-def _pair(method: Method, cost: Cost, modes: Sequence[Mode], rest: Ranks, limit: float, step: int) -> Choice | None:
+def _pair(
+    method: Method, cost: Cost, modes: Sequence[Mode], spatial_ranks: Ranks, limit: float, step: int
+) -> Choice | None:
     """Choose two channel ranks, with cost a i + b i o + c o; either mode may stay whole (rank 0)."""
 
     def at(i: int, o: int) -> int:
-        return cost(method, (i, o, *rest))
+        return cost(method, (i, o, *spatial_ranks))
 
     one, two, three = at(1, 1), at(2, 1), at(1, 2)
     b = at(2, 2) - two - three + one
@@ -165,11 +167,11 @@ def _pair(method: Method, cost: Cost, modes: Sequence[Mode], rest: Ranks, limit:
     if fits.any():
         loss = np.where(fits, lost_in[i] + lost_out[np.maximum(o, 0)], np.inf)
         k = int(np.argmin(loss))
-        options.append((float(loss[k]), (int(i[k]), int(o[k]), *rest)))
+        options.append((float(loss[k]), (int(i[k]), int(o[k]), *spatial_ranks)))
     rank = _alone(at(1, 0), at(2, 0), into.size, limit, step)
-    options += [(float(lost_in[rank]), (rank, 0, *rest))] if rank else []
+    options += [(float(lost_in[rank]), (rank, 0, *spatial_ranks))] if rank else []
     rank = _alone(at(0, 1), at(0, 2), out.size, limit, step)
-    options += [(float(lost_out[rank]), (0, rank, *rest))] if rank else []
+    options += [(float(lost_out[rank]), (0, rank, *spatial_ranks))] if rank else []
     if not options:
         return None
     loss_of, ranks = min(options)

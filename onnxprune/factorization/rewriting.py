@@ -104,7 +104,7 @@ class _Writer:
         result = {}
         for use in layer.uses:
             label, out = use.node.label, next(o for o in use.node.outputs if o)
-            made = _Nodes(
+            replacement = _Nodes(
                 use.node.proto,
                 layer.description,
                 self._graph.opsets.get("", 1),
@@ -112,10 +112,10 @@ class _Writer:
                 node_name=partial(self._unused, self._labels, f"{label}/{item.method}_"),
                 constant_name=partial(self._constant, f"{layer.weight}/", dtype=old.dtype),
             )
-            layer.factoring.replace(use.node, item.factors, names, made)
+            layer.factoring.replace(use.node, item.factors, names, replacement)
             if item.shift is not None:
-                connect(made.nodes[-1], *self.shifted(made.nodes[-1].input, layer, item.shift, old.dtype))
-            result[out] = made.nodes
+                connect(replacement.nodes[-1], *self.shifted(replacement.nodes[-1].input, layer, item.shift, old.dtype))
+            result[out] = replacement.nodes
         return result
 
     def shifted(self, inputs: Sequence[str], layer: Layer, shift: Real, dtype: Any) -> tuple[int, str]:

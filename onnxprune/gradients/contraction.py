@@ -195,10 +195,10 @@ def _correlate(t: Tape, one: str, wide: str, w: Window) -> str:
         lead = (images, group, channels // group) if group > 1 else (images, channels)
         return t.reshape(x, (*lead, size))
 
-    left, parts = matrices(one, rows), []
+    one_rows, parts = matrices(one, rows), []
     for offset in np.ndindex(*w.kernel):
         right = matrices(_shifted(t, wide, offset, count, w), columns)
-        parts.append(t.reshape(t.sum(t.matmul(left, t.swap(right)), [0]), (rows, columns // group, 1)))
+        parts.append(t.reshape(t.sum(t.matmul(one_rows, t.swap(right)), [0]), (rows, columns // group, 1)))
     return t.reshape(t.concat(parts, 2), (rows, columns // group, *w.kernel))
 
 

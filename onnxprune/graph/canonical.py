@@ -499,7 +499,7 @@ class Hoist:
     Attributes:
         nodes: the original reshape, movement and selections, in graph order.
         split: first output of the new split.
-        made: every tensor that the replacement added.
+        new_names: every tensor that the replacement added.
         axis, rank: the parts' axis in the reshape's output, and the rank of that output.
         sizes: sizes of the split's parts, in steps of ``stride`` positions of the flat axis.
         literal: whether the original target states the size of the parts' axis as a constant.
@@ -513,7 +513,7 @@ class Hoist:
     stride: int
     literal: bool
     parts: list[HoistedPart] = field(default_factory=list)
-    made: set[str] = field(default_factory=set)
+    new_names: set[str] = field(default_factory=set)
 
     @property
     def reshape(self) -> Node:
@@ -538,7 +538,7 @@ class _Build:
 
     def __init__(self, graph: Graph, facts: Facts) -> None:
         self._graph, self._facts = graph, facts
-        self._taken = {*graph.producer, *graph.weights, *graph.inputs}
+        self._used_names = {*graph.producer, *graph.weights, *graph.inputs}
         self._constants: dict[str, np.ndarray] = {}
         self._targets: dict[str, str] = {}
         self._nodes: dict[int, list[onnx.NodeProto]] = {}
@@ -562,10 +562,12 @@ class _Build:
         picking = list({p.node.index: p.node for p in selection.picks}.values())
         rank, literal = len(self._facts.shape(stem)), self._is_literal(target, axis)
         hoisted = Hoist(
-            [reshape, *selection.moves, *picking], names[0], axis, rank, sizes, stride, literal, made={*names}
+            [reshape, *selection.moves, *picking], names[0], axis, rank, sizes, stride, literal, new_names={*names}
         )
         for pick in selection.picks:
-            hoisted.parts.append(self._part(selection, pick, names[boundaries.index(pick.start)], nodes, hoisted.made))
+            hoisted.parts.append(
+                self._part(selection, pick, names[boundaries.index(pick.start)], nodes, hoisted.new_names)
+            )
         self._nodes[min(n.index for n in picking)] = nodes
         return hoisted
 
@@ -681,9 +683,9 @@ class _Build:
 
     def _name(self, stem: str) -> str:
         name, k = stem, 1
-        while name in self._taken:
+        while name in self._used_names:
             name, k = f"{stem}_{k}", k + 1
-        self._taken.add(name)
+        self._used_names.add(name)
         return name
 
     def graph(self, hoists: Sequence[Hoist]) -> Graph:
@@ -720,8 +722,8 @@ def unshare(graph: Graph) -> tuple[Graph, dict[str, str]]:
     shapes and axes.
     """
     initializers = {t.name for t in graph.proto.graph.initializer}
-    shared = [name for name in graph.weights if name in initializers and _is_shared(graph, name)]
-    uniform = {name: graph.weights[name].read() for name in shared}
+    candidates = [name for name in graph.weights if name in initializers and _is_shared(graph, name)]
+    uniform = {name: graph.weights[name].read() for name in candidates}
     uniform = {name: value for name, value in uniform.items() if (value == value.flat[0]).all()}
     if not uniform:
         return graph, {}

@@ -117,7 +117,7 @@ class Dimensions:
     def extents(self) -> list[list[Key]]:
         """Return open extents of one input, where there are several: maps are mostly square."""
         keys = ([d or (s.name, a) for a, d in enumerate(s.shape) if not isinstance(d, int)] for s in self.specs)
-        return [found for own in keys if len(found := [k for k in own if self.kind(k) == "extent"]) > 1]
+        return [open_extents for dims in keys if len(open_extents := [k for k in dims if self.kind(k) == "extent"]) > 1]
 
     def _first(self, key: Key) -> tuple[InputSpec, int]:
         name, axis = self.places[key][0]

@@ -207,7 +207,7 @@ def _unhoist(model: _Model, item: Hoist) -> None:
     other_axes = np.arange(first[0].size) != item.axis
     if not all(t is not None and _same(t, first, other_axes) for t in targets):
         return
-    removed = item.made.union(o for node in item.nodes for o in node.outputs)
+    removed = item.new_names.union(o for node in item.nodes for o in node.outputs)
     for key in [k for k in model.nodes if k in removed]:
         del model.nodes[key]
     reshape = onnx.NodeProto()

@@ -31,8 +31,8 @@ class RequestedShapes(Sequence[Any]):
         return self._count
 
     def __getitem__(self, i: Any) -> Any:
-        every = range(self._count)[i]
-        return [self._known(k) for k in every] if isinstance(every, range) else self._known(every)
+        indices = range(self._count)[i]
+        return [self._known(k) for k in indices] if isinstance(indices, range) else self._known(indices)
 
 
 def known_sizes(shape: Any) -> Shape | None:
@@ -57,5 +57,5 @@ def output_shapes(node: Node, shapes: Sequence[Any], known: Known) -> list[Shape
         return None
     if results is None or len(results) != len(node.outputs) or any(isinstance(s, Elements) for s in results):
         return None
-    whole = [sizes for s in results if (sizes := known_sizes(s)) is not None and min(sizes, default=0) >= 0]
-    return whole if len(whole) == len(results) else None
+    known_shapes = [sizes for s in results if (sizes := known_sizes(s)) is not None and min(sizes, default=0) >= 0]
+    return known_shapes if len(known_shapes) == len(results) else None

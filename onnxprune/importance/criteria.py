@@ -446,13 +446,13 @@ def _add_part(
     inverse = _inverse(gram, damping)
     used = np.diagonal(gram) > 0
     for units, columns in units_by_columns(owner):
-        for some in _runs(units.size, columns.shape[1] * max(columns.shape[1], weights.shape[1])):
-            at = columns[some]
+        for chunk in _runs(units.size, columns.shape[1] * max(columns.shape[1], weights.shape[1])):
+            at = columns[chunk]
             # The inverse holds its lower triangle alone, and columns ascend.
             lower = np.tril(inverse[at[:, :, None], at[:, None, :]])
             block = lower + np.tril(lower, -1).swapaxes(1, 2)
             unit_weights = weights[at] * used[at][:, :, None]
-            total[units[some]] += np.einsum(
+            total[units[chunk]] += np.einsum(
                 "kco,kco->k", unit_weights, np.linalg.solve(block, unit_weights.astype(np.float64))
             )
 
@@ -595,8 +595,8 @@ def eliminate(covariance: Real, weights: Real, owner: NDArray[np.int64], size: i
         limit = np.partition(np.concatenate(errors), count - 1)[count - 1]
         weakest = [np.flatnonzero(e <= limit)[:count] for e in errors]
         columns = np.concatenate([c[g].ravel() for (_, c), g in zip(remaining, weakest, strict=True)])
-        for (units, _), own, indices in zip(remaining, errors, weakest, strict=True):
-            scores[units[indices]] = np.maximum(own[indices], highest)
+        for (units, _), unit_errors, indices in zip(remaining, errors, weakest, strict=True):
+            scores[units[indices]] = np.maximum(unit_errors[indices], highest)
         highest = max(highest, float(limit))
         _remove(inverse, weights, columns)
         reduced = [(np.delete(u, g), np.delete(c, g, axis=0)) for (u, c), g in zip(remaining, weakest, strict=True)]

@@ -73,9 +73,9 @@ def combine(parts: Sequence[Part], size: int, policy: str) -> Array:
     if policy == "backward":
         result = np.zeros(size)
         for part in sorted(parts, key=lambda p: p.place):
-            own = np.bincount(part.units, weights=part.scores, minlength=size)
+            sums = np.bincount(part.units, weights=part.scores, minlength=size)
             present = np.unique(part.units)
-            result[present] = own[present]
+            result[present] = sums[present]
     elif policy == "max":
         result = np.full(size, -np.inf)
         np.maximum.at(result, units, scores)

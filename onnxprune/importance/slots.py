@@ -202,13 +202,13 @@ def _only(numbers: Ids) -> int | None:
 
 def _place(table: Table, name: str, label: Label) -> tuple[int, int]:
     """Return a weight's place in the graph; weights whose channels no layer here produces come first."""
-    graph, own = table.graph, np.unique(label.ids)
+    graph, label_ids = table.graph, np.unique(label.ids)
     queue, produced, read = [name], -1, -1
     while queue:
         for node, _ in graph.consumers.get(queue.pop(), ()):
             read = max(read, node.index)
             for out in node.outputs:
-                if out and any(np.isin(x.ids, own).any() for x in table.get(out)):
+                if out and any(np.isin(x.ids, label_ids).any() for x in table.get(out)):
                     if not multiplies(node) and constant_source(graph, out) is not None:
                         queue.append(out)
                     else:
@@ -264,9 +264,9 @@ def _slot(name: str, claim: Claim, array: NDArray[Any], role: list[tuple[str, in
 
 def runs_of(flat: Ids, positions: Ids, in_order: Ids) -> int | None:
     """Return how often all units follow each other ``in_order`` where ``positions`` is one run; else None."""
-    count, rest = divmod(positions.size, in_order.size)
+    count, remainder = divmod(positions.size, in_order.size)
     start = positions.item(0)
-    if rest or positions.item(-1) - start != positions.size - 1:
+    if remainder or positions.item(-1) - start != positions.size - 1:
         return None
     units = flat[start : start + positions.size].reshape(count, in_order.size)
     return count if np.count_nonzero(units == in_order) == units.size else None
@@ -355,10 +355,13 @@ def weight_squares(
         array = weight_values(table, name, removed)
         sums = marginals(array, {claim.label.axes for claim in weight_claims})
         for claim in weight_claims:
-            numbers, own = _of_units(claim, sums[claim.label.axes].ravel())
+            numbers, units_of_numbers = _of_units(claim, sums[claim.label.axes].ravel())
             if numbers.size:
                 yield PlacedSlot(
-                    claim.group.id, Squares(name, array, numbers, own), 2 if array.ndim > 1 else 1, claim.place
+                    claim.group.id,
+                    Squares(name, array, numbers, units_of_numbers),
+                    2 if array.ndim > 1 else 1,
+                    claim.place,
                 )
 
 
@@ -423,12 +426,12 @@ class Marginals:
 
     def _room(self, height: int, width: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return a buffer for a matrix, and a vector of ones at least as long as either side."""
-        needed = height * width * dtype.itemsize
-        if self._piece.size < needed:
-            self._piece = np.empty(max(needed, _PIECE), np.uint8)
+        num_bytes = height * width * dtype.itemsize
+        if self._piece.size < num_bytes:
+            self._piece = np.empty(max(num_bytes, _PIECE), np.uint8)
         if self._ones.size < max(height, width) or self._ones.dtype != dtype:
             self._ones = np.ones(max(height, width), dtype)
-        return self._piece[:needed].view(dtype).reshape(height, width), self._ones
+        return self._piece[:num_bytes].view(dtype).reshape(height, width), self._ones
 
 
 def _sum(array: NDArray[Any], axes: Axes) -> NDArray[Any]:
@@ -574,9 +577,9 @@ class CapturedMaps:
             statistics = self.columns.get(site.columns_key, {})
             if "rows" in statistics and "gram" in statistics:
                 rows, columns = float(statistics["rows"]), statistics["gram"].shape[-1]
-                needed = int(np.ceil(self.samples * columns / max(rows, 1.0)))
-                if rows < columns and (worst is None or needed > worst[1]):
-                    worst = site.node.label, needed
+                min_samples = int(np.ceil(self.samples * columns / max(rows, 1.0)))
+                if rows < columns and (worst is None or min_samples > worst[1]):
+                    worst = site.node.label, min_samples
         return worst
 
 
@@ -657,12 +660,12 @@ def _arrays(
     site: ContractionInput, captured: CapturedMaps, indices: Ids, channels: int
 ) -> dict[str, NDArray[np.float64]]:
     """Return the site's statistics of the chosen channels."""
-    every = not channels or indices.size == channels
+    takes_all = not channels or indices.size == channels
     arrays: dict[str, NDArray[np.float64]] = {}
     for name, value in captured.maps.get(site.maps_key, {}).items():
-        arrays[name] = value if every else (value[np.ix_(indices, indices)] if value.ndim == 2 else value[indices])
+        arrays[name] = value if takes_all else (value[np.ix_(indices, indices)] if value.ndim == 2 else value[indices])
     for name, value in captured.columns.get(site.columns_key, {}).items():
-        if every or not value.ndim:
+        if takes_all or not value.ndim:
             arrays[name] = value
         elif len(value) == 1:  # one part: the chosen channels' columns are a matrix of their own
             taps = value.shape[-1] // channels
@@ -687,7 +690,7 @@ def _weight(table: Table, after: Survivors, site: ContractionInput, positions: I
     matrix = site.form.matrix(value)
     parts, columns, outputs = matrix.shape
     channels = matrix.reshape(parts * columns // site.form.taps, site.form.taps, outputs)
-    every = site.channels(np.arange(site.label.ids.size).reshape(site.label.ids.shape))
-    place = np.empty(every.size, np.int64)
-    place[every] = np.arange(every.size)
-    return channels if len(positions) == len(every) else channels[place[positions]]
+    all_positions = site.channels(np.arange(site.label.ids.size).reshape(site.label.ids.shape))
+    place = np.empty(all_positions.size, np.int64)
+    place[all_positions] = np.arange(all_positions.size)
+    return channels if len(positions) == len(all_positions) else channels[place[positions]]

@@ -247,9 +247,9 @@ class Moments(Means):
         channels = maps.shape[1]
         sums = np.zeros((len(self.parts), channels))
         with np.errstate(over="ignore", invalid="ignore"):
-            for values, some in _laid_out(maps):
+            for values, channel_range in _laid_out(maps):
                 totals = _sums(values, self.parts)
-                for row, part in zip(sums[:, some], self.parts, strict=True):
+                for row, part in zip(sums[:, channel_range], self.parts, strict=True):
                     row += totals[part].reshape(row.size, -1).sum(axis=1)
         return maps.size // channels, dict(zip(self.parts, sums, strict=True))
 
@@ -373,11 +373,11 @@ def _count(busy: NDArray[np.bool_]) -> Real:
     bits = busy.view(np.uint8)
     total = np.zeros(bits.shape[1])
     for first in range(0, len(bits), _BYTE):
-        some = bits[first : first + _BYTE]
-        counted = np.add.reduce(some, axis=0, dtype=np.uint8)
+        chunk = bits[first : first + _BYTE]
+        counted = np.add.reduce(chunk, axis=0, dtype=np.uint8)
         if counted.ndim == 2:
             length = counted.shape[1]
-            max_folds = min(_BYTE // len(some), length // _RUN)
+            max_folds = min(_BYTE // len(chunk), length // _RUN)
             folds = next((k for k in range(max_folds, 1, -1) if length % k == 0), 1)
             counted = np.add.reduce(counted.reshape(-1, folds, length // folds), axis=1, dtype=np.uint8)
             total += _total(counted.astype(np.float32)[None])
@@ -496,15 +496,15 @@ def products(matrices: NDArray[Any]) -> NDArray[np.float64]:
     rows, n = matrices.shape[-2:]
     total = np.zeros((*matrices.shape[:-2], n, n))
     for start in range(0, rows, ROWS):
-        some = matrices[..., start : start + ROWS, :]
-        if some.dtype == np.float16:
-            some = some.astype(np.float32)
+        chunk = matrices[..., start : start + ROWS, :]
+        if chunk.dtype == np.float16:
+            chunk = chunk.astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            product = some.swapaxes(-1, -2) @ some
+            product = chunk.swapaxes(-1, -2) @ chunk
             # No product of two columns is larger than those of each with itself.
             if not np.isfinite(np.einsum("...ii->...i", product)).all():
-                some = some.astype(np.float64)
-                product = some.swapaxes(-1, -2) @ some
+                chunk = chunk.astype(np.float64)
+                product = chunk.swapaxes(-1, -2) @ chunk
             total += product
     return total
 
@@ -531,8 +531,8 @@ class Nuclear(Means):
         norms = np.empty(channels)
         step = max(1, SPECTRUM_PIECE * channels // maps.size)
         for start in range(0, channels, step):
-            some = np.moveaxis(maps[:, start : start + step], 1, 0).astype(np.float64, order="C")
-            norms[start : start + step] = nuclear_norms(some.reshape(*some.shape[:2], -1))
+            chunk = np.moveaxis(maps[:, start : start + step], 1, 0).astype(np.float64, order="C")
+            norms[start : start + step] = nuclear_norms(chunk.reshape(*chunk.shape[:2], -1))
         return samples, {"nuclear": norms * samples}
 
 

@@ -119,11 +119,11 @@ class _Binding:
                 node.op_type = self._function(key, {a.name: a for a in node.attribute})
                 del node.attribute[:]
 
-    def _function(self, key: Key, given: Bindings) -> str:
+    def _function(self, key: Key, attributes: Bindings) -> str:
         """Return the name of a function without attributes that computes what ``key`` does with these values."""
         source = self._functions[key]
         values = {a.name: a for a in source.attribute_proto}  # their default values
-        values.update((name, given[name]) for name in (*source.attribute, *values) if name in given)
+        values.update((name, attributes[name]) for name in (*source.attribute, *values) if name in attributes)
         text = b"".join(values[name].SerializeToString(deterministic=True) for name in sorted(values))
         known = self._bound.get((key, text))
         if known is not None:

@@ -480,9 +480,9 @@ def _check_kind(proto: ModelProto) -> None:
             raise _version_error("opset", opset.version, known)
 
 
-def _version_error(what: str, needed: int, known: int) -> ModelError:
+def _version_error(what: str, version: int, known: int) -> ModelError:
     return ModelError(
-        f"the model needs {what} {needed}, the installed onnx {onnx.__version__} knows up to {known}",
+        f"the model needs {what} {version}, the installed onnx {onnx.__version__} knows up to {known}",
         hint="pip install -U onnx onnxruntime",
     )
 

@@ -174,39 +174,39 @@ class _Inliner:
     def _open(self, node: NodeProto, scope: Scope, path: str) -> None:
         """Inline a control-flow node: its bodies between markers."""
         label = node.name or next((o for o in node.output if o), node.op_type)
-        whole = _ControlNode(node, self._name(label, path) if path else label, [scope.get(n, n) for n in node.input])
+        control = _ControlNode(node, self._name(label, path) if path else label, [scope.get(n, n) for n in node.input])
         if node.op_type == "If":
-            self._choose(whole, scope, path)
+            self._choose(control, scope, path)
         else:
-            self._repeat(whole, scope, path)
-        self._mark(markers.CLOSE, [], [""], whole.label, kind=node.op_type)
+            self._repeat(control, scope, path)
+        self._mark(markers.CLOSE, [], [""], control.label, kind=node.op_type)
 
-    def _outer(self, whole: _ControlNode, scope: Scope, path: str) -> list[str]:
+    def _outer(self, control: _ControlNode, scope: Scope, path: str) -> list[str]:
         """Return the flat names of a control-flow node's outputs, those without readers included."""
         names = []
-        for name in whole.node.output:
+        for name in control.node.output:
             if not name:
-                names.append(self._free(self._tensors, "unused", whole.label))
+                names.append(self._free(self._tensors, "unused", control.label))
             else:
                 names.append(self._define(name, scope, path) if path else name)
         return names
 
-    def _choose(self, whole: _ControlNode, scope: Scope, path: str) -> None:
+    def _choose(self, control: _ControlNode, scope: Scope, path: str) -> None:
         """Inline an If: one branch after the other, and the result of one of them."""
         results = []
         for kind, name in ((markers.OPEN, "then_branch"), (markers.ELSE, "else_branch")):
             inner = scope.new_child()
-            self._enclose(kind, whole, name, inner, whole.inputs, [])
-            results.append([inner.get(o.name, o.name) for o in whole.bodies[name].output])
-        self._mark(markers.END, [], [""], whole.label, kind="If")
-        for at, output in enumerate(self._outer(whole, scope, path)):
-            read = [results[0][at], results[1][at], whole.inputs[0]]
-            self._mark(markers.JOIN, read, [output], whole.label, kind="If", at=at)
+            self._enclose(kind, control, name, inner, control.inputs, [])
+            results.append([inner.get(o.name, o.name) for o in control.bodies[name].output])
+        self._mark(markers.END, [], [""], control.label, kind="If")
+        for at, output in enumerate(self._outer(control, scope, path)):
+            read = [results[0][at], results[1][at], control.inputs[0]]
+            self._mark(markers.JOIN, read, [output], control.label, kind="If", at=at)
 
-    def _repeat(self, whole: _ControlNode, scope: Scope, path: str) -> None:
+    def _repeat(self, control: _ControlNode, scope: Scope, path: str) -> None:
         """Inline a Loop or Scan: states, scanned inputs, the body and its results."""
-        node, body, inputs, inner = whole.node, whole.bodies["body"], whole.inputs, scope.new_child()
-        loop, label = node.op_type == "Loop", whole.label
+        node, body, inputs, inner = control.node, control.bodies["body"], control.inputs, scope.new_child()
+        loop, label = node.op_type == "Loop", control.label
         first, kind = 2 if loop else 0, node.op_type
         num_scanned = 0 if loop else _int(node, "num_scan_inputs", 0)
         states, axes = len(inputs) - first - num_scanned, _ints(node, "scan_input_axes", num_scanned)
@@ -220,12 +220,12 @@ class _Inliner:
                 else:
                     self._mark(markers.SLICE, [inputs[at]], [names[at]], label, kind=kind, at=at, axis=axes[k])
 
-        self._enclose(markers.OPEN, whole, "body", inner, inputs[:first], names[:first], enter)
+        self._enclose(markers.OPEN, control, "body", inner, inputs[:first], names[:first], enter)
         results = [inner.get(o.name, o.name) for o in body.output]
         self._mark(markers.END, results[: first // 2], [""], label, kind=kind)
         scan_inputs, along = (inputs[:2], 0) if loop else (inputs[-1:], axes[-1])
         stacked = _ints(node, "scan_output_axes", len(body.output) - first // 2 - states)
-        for k, output in enumerate(self._outer(whole, scope, path)):
+        for k, output in enumerate(self._outer(control, scope, path)):
             at = k + first // 2
             if k < states:
                 self._mark(markers.TIE, [names[first + k], results[at]], [output], label, kind=kind, at=at)
@@ -236,7 +236,7 @@ class _Inliner:
     def _enclose(
         self,
         kind: str,
-        whole: _ControlNode,
+        control: _ControlNode,
         name: str,
         scope: Scope,
         inputs: list[str],
@@ -244,9 +244,9 @@ class _Inliner:
         enter: Callable[[], None] = lambda: None,
     ) -> None:
         """Add an ``OPEN`` marker with all data that outlining the body needs, and the body's weights and nodes."""
-        body, path, before = whole.bodies[name], f"{whole.label}/{name}", len(self._renamed)
+        body, path, before = control.bodies[name], f"{control.label}/{name}", len(self._renamed)
         initializers = [self._define(t.name, scope, path) for t in body.initializer]
-        marker = self._mark(kind, inputs, ["", *outputs], whole.label, kind=whole.node.op_type, body=name)
+        marker = self._mark(kind, inputs, ["", *outputs], control.label, kind=control.node.op_type, body=name)
         for tensor, flat in zip(body.initializer, initializers, strict=True):
             self._weight(tensor, flat)
         enter()
@@ -265,7 +265,7 @@ class _Inliner:
             "nodes": self._renamed[before:],
         }
         if kind == markers.OPEN:
-            texts["node"] = whole.hollow()
+            texts["node"] = control.hollow()
         for key, value in texts.items():
             if value:
                 marker.attribute.append(helper.make_attribute(key, value))
@@ -340,7 +340,7 @@ class _Outliner:
         self._infos = {i.name: i for i in proto.graph.value_info}
         self._names: dict[str, str] = {}
         self._labels: dict[str, str] = {}
-        self._held: set[str] = set()
+        self._body_weights: set[str] = set()
         self._inner: set[str] = set()
         branch_markers = set() if branches else _of_branches(proto)
         for index, node in enumerate(proto.graph.node):
@@ -353,18 +353,18 @@ class _Outliner:
                 self._top.append(node)
             else:
                 self._take(node)
-        self.model = self._whole(proto)
-        self.weights = {name: weight for name, weight in weights.items() if name not in self._held}
+        self.model = self._outer_model(proto)
+        self.weights = {name: weight for name, weight in weights.items() if name not in self._body_weights}
 
     def _learn(self, marker: NodeProto) -> None:
         """Record the names that a marker holds, before the walk begins."""
         self._names.update(_pairs(_texts(marker, "tensors")))
         self._labels.update(_pairs(_texts(marker, "nodes")))
-        self._held.update(_texts(marker, "initializers"))
+        self._body_weights.update(_texts(marker, "initializers"))
         if marker.op_type == markers.CONSTANT:
-            self._held.update(_texts(marker, "tensor"))
+            self._body_weights.update(_texts(marker, "tensor"))
 
-    def _whole(self, proto: ModelProto) -> ModelProto:
+    def _outer_model(self, proto: ModelProto) -> ModelProto:
         model = without_graph(proto)
         has_markers = any(node.domain == markers.DOMAIN for node in self._top)
         opsets = [opset for opset in model.opset_import if has_markers or opset.domain != markers.DOMAIN]
@@ -372,7 +372,7 @@ class _Outliner:
         model.opset_import.extend(opsets)
         graph = without_nodes(proto.graph)
         del graph.initializer[:], graph.value_info[:]
-        graph.initializer.extend(t for t in proto.graph.initializer if t.name not in self._held)
+        graph.initializer.extend(t for t in proto.graph.initializer if t.name not in self._body_weights)
         graph.value_info.extend(i for i in proto.graph.value_info if i.name not in self._inner)
         graph.node.extend(self._top)
         model.graph.CopyFrom(graph)

@@ -78,11 +78,11 @@ def merge(atoms: Atoms, labels: Labels, label: Label, reason: NewBarrier) -> Lab
     if not overlapping:
         return (*labels, label)
     for other in overlapping:
-        shared = tuple(a for a in label.axes if a in other.axes)
+        common_axes = tuple(a for a in label.axes if a in other.axes)
         if label.axes == other.axes and label.pack != other.pack:
             atoms.couple(label)
             atoms.couple(other)
-        atoms.unite(atoms.project(other, shared), atoms.project(label, shared))
+        atoms.unite(atoms.project(other, common_axes), atoms.project(label, common_axes))
     label_axes = set(label.axes)
     if all(set(x.axes) <= label_axes for x in overlapping):
         for other in overlapping:

@@ -74,7 +74,7 @@ class Shape:
         """Return the spatial axes along which the kernel has more than one position."""
         return [i for i, k in enumerate(self.kernel) if k > 1]
 
-    def whole(self) -> Stage:
+    def as_stage(self) -> Stage:
         """Return the layer as one stage."""
         return Stage("whole", self.parts, self.inputs, self.kernel, self.outputs, tuple(range(len(self.kernel))))
 

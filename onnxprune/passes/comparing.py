@@ -11,7 +11,7 @@ from onnxprune.errors import ModelError
 from onnxprune.graph.precision import epsilons
 from onnxprune.operators.registry import rule_of
 from onnxprune.passes.workspace import Workspace
-from onnxprune.pruning.holding import MADE, SEEN, Holding, SurvivorSteps, whole
+from onnxprune.pruning.holding import MADE, SEEN, Holding, SurvivorSteps, no_steps
 from onnxprune.pruning.masked import Model
 from onnxprune.report.facts import Exactness
 from onnxprune.runtime.compare import Comparison, Rounding, compare_models
@@ -53,7 +53,7 @@ class Pair:
     other: Model
     kinds: Mapping[str, int]
     rounding: Rounding
-    survivors: SurvivorSteps = whole
+    survivors: SurvivorSteps = no_steps
     file: Openable | None = None
     final: Openable | None = None
 

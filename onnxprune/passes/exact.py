@@ -194,7 +194,7 @@ class _Check:
             if len(feeds) > 1:
                 comparison = pair.compared(feeds)
         if not comparison.facts.passed or not comparison.idle:
-            return comparison.said()
+            return comparison.noted()
         return self._inside(probe, masked, feeds, comparison)
 
     def _in_floats(self, probe: Probe, masked: Model, feed: Feed) -> Exactness:
@@ -202,7 +202,7 @@ class _Check:
 
         With activations rounded to 8 bits, a rounding to the other side is as large as a real error.
         """
-        facts = self._pair(probe, _without_rounding(masked), _without_rounding(self.model)).compared([feed]).said()
+        facts = self._pair(probe, _without_rounding(masked), _without_rounding(self.model)).compared([feed]).noted()
         remark = "with activations of 4-bit products in floats"
         facts.note = f"{facts.note}; {remark}" if facts.note else remark
         return facts
@@ -242,7 +242,7 @@ class _Check:
             with self.trial.lend(*witnesses.tapped(names), "tapped") as path:
                 names = witnesses.last(comparison.idle, compare.varying_outputs(path, feeds) & set(names))
         if not names:
-            return comparison.said()
+            return comparison.noted()
         reference, shrunk, new = witnesses.pair(names)
         facts = self._pair(probe, reference, shrunk).compared(feeds).facts
         facts.worst_output = new.get(facts.worst_output, facts.worst_output)

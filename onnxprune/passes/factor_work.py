@@ -206,7 +206,7 @@ def input_moments(
 def _moments_of(layer: Layer, gram: InputGram, weights: Mapping[str, Weight]) -> InputMoments:
     """Return the metric of a layer's errors, about the mean of its input where a bias can absorb that."""
     if gram.full is None:
-        return InputMoments(Metric(shared=gram.shared))
+        return InputMoments(Metric(per_channel=gram.per_channel))
     if not _takes_shift(layer, weights):
         return InputMoments(Metric(full=gram.full))
     return InputMoments(Metric(full=gram.full - gram.mean[:, :, None] * gram.mean[:, None, :]), gram.mean)

@@ -238,7 +238,7 @@ def _layers(work: Work, results: Sequence[LayerResult], reasons: Mapping[str, st
 def _layer(result: LayerResult) -> FactorizedLayer:
     layer, candidate = result.layer_fits.layer, result.candidate
     stages = [f.stage for f in result.item.factors]
-    full_stages = [layer.shape.whole()]
+    full_stages = [layer.shape.as_stage()]
     return FactorizedLayer(
         name=layer.name,
         op=layer.uses[0].node.op,

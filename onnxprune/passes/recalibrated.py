@@ -73,7 +73,7 @@ class Recalibrated:
             for _ in run.run(piece):
                 pass
             mean, variance = _moments(store, node.inputs[0], run.batches)
-            run.done(piece)
+            run.drop(piece)
             positions = rule_of(node).statistics
             trained: Real = self.original[node.inputs[positions[1]]].read().astype(np.float64)
             variance = np.where(variance > _STILL * float(variance.max(initial=0.0)), variance, trained)

@@ -590,7 +590,7 @@ class Recover(Pass):
                 with uninterrupted():
                     repairs += [_written(*pair) for pair in zip(layers, fits, strict=True)]
                 for run in (cut_run, full_run):
-                    run.done(number)
+                    run.drop(number)
                 context.tell("recover", (number + 1) / len(targets.levels))
         if recalibrated is not None:
             recalibrated.undo()

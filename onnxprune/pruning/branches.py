@@ -275,12 +275,12 @@ class _Removal:
             addends = [i for i in rule_of(node).addends(node) if i < len(node.inputs) and node.inputs[i]]
             positions = {i for i in addends if node.inputs[i] in tensors}
             if positions:
-                whole = len(positions) == len(addends)
-                self._reduced[node.index] = None if whole else rule_of(node).without(node, positions, opset)
+                removes_all = len(positions) == len(addends)
+                self._reduced[node.index] = None if removes_all else rule_of(node).without(node, positions, opset)
         for reduced in self._reduced.values():
             for output, source in () if reduced is None else reduced.same.items():
                 self._equate(output, source)
-        self._live = self._needed()
+        self._live = self._live_nodes()
         for index, reduced in self._reduced.items():
             if index in self._live and reduced is None:
                 names = [n for n in graph.nodes[index].inputs if n in tensors]
@@ -313,18 +313,18 @@ class _Removal:
             self._root[name] = root
             members.append(name)
 
-    def _needed(self) -> set[int]:
+    def _live_nodes(self) -> set[int]:
         """Return the nodes that outputs or bodies still need, and those that nothing needed before."""
         graph = self._graph
-        needed, live = {self._root.get(name, name) for name in self._exposed}, set[int]()
+        exposed, live = {self._root.get(name, name) for name in self._exposed}, set[int]()
         for node in reversed(graph.nodes):
             outputs = [o for o in node.outputs if o]
             unread = not any(o in graph.consumers or o in graph.captured or o in graph.outputs for o in outputs)
-            if unread or node.domain == markers.DOMAIN or any(self._root.get(o, o) in needed for o in outputs):
+            if unread or node.domain == markers.DOMAIN or any(self._root.get(o, o) in exposed for o in outputs):
                 live.add(node.index)
                 reduced = self._reduced.get(node.index)
                 names = reads(node) if reduced is None else [n for new in reduced.nodes for n in new.inputs]
-                needed.update(self._root.get(n, n) for n in names)
+                exposed.update(self._root.get(n, n) for n in names)
         return live
 
     def _skip_repeated(self) -> None:
@@ -351,8 +351,8 @@ class _Removal:
         for root, members in self._members.items():
             producer = self._graph.producer.get(root)
             fixed = producer is None or producer.index not in self._live or producer.domain == markers.DOMAIN
-            wanted = (m for m in members if m in self._exposed or any(True for _ in self._readers(m)))
-            final = root if fixed else next(wanted, root)
+            candidates = (m for m in members if m in self._exposed or any(True for _ in self._readers(m)))
+            final = root if fixed else next(candidates, root)
             names.update(dict.fromkeys(members, final))
         return names
 
@@ -365,7 +365,7 @@ class _Removal:
         for node in graph.nodes:
             reduced = self._reduced.get(node.index)
             if node.index in self._live:
-                protos = [node.proto] if reduced is None else map(_made, reduced.nodes)
+                protos = [node.proto] if reduced is None else map(_node_proto, reduced.nodes)
                 model.graph.node.extend(_renamed(proto, names) for proto in protos)
             for output in () if reduced is None else reduced.same:
                 if output in self._exposed and names[output] != output:
@@ -395,7 +395,7 @@ def _drop_values(model: onnx.ModelProto, caches: Iterable[Cache]) -> None:
                 del field[k]
 
 
-def _made(new: NewNode) -> onnx.NodeProto:
+def _node_proto(new: NewNode) -> onnx.NodeProto:
     inputs, outputs = list(new.inputs), list(new.outputs)
     return onnx.helper.make_node(new.op, inputs, outputs, new.name, domain=new.domain, **new.attributes)
 
@@ -421,11 +421,11 @@ def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
 def _without_unread(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight]) -> Model:
     """Remove what only removed nodes read, and the declared types of tensors that are no longer there."""
     read = {name for node in Graph.of(model, {}).nodes for name in reads(node)} | {o.name for o in model.graph.output}
-    made = {o for node in model.graph.node for o in node.output} | read
+    available = {o for node in model.graph.node for o in node.output} | read
     lost = {name for name in weights if name not in read and (name in graph.consumers or name in graph.captured)}
     for field in (model.graph.initializer, model.graph.input, model.graph.value_info):
         for k in reversed(range(len(field))):
-            if field[k].name in lost or (field is model.graph.value_info and field[k].name not in made):
+            if field[k].name in lost or (field is model.graph.value_info and field[k].name not in available):
                 del field[k]
     return model, {name: weight for name, weight in weights.items() if name not in lost}
 
@@ -444,7 +444,7 @@ def masked_branches(
         tensors: addends that the branches end in.
         kinds: element types of tensors, by name.
     """
-    model, own = onnx.ModelProto(), dict(weights)
+    model, new_weights = onnx.ModelProto(), dict(weights)
     model.CopyFrom(graph.proto)
     del model.graph.node[:]
     for node in graph.nodes:
@@ -455,12 +455,12 @@ def masked_branches(
             name = node.inputs[i]
             masked, zero = f"{name}__mask_out", f"{name}__mask_zero"
             dtype = onnx.helper.tensor_dtype_to_np_dtype(kinds.get(name, onnx.TensorProto.FLOAT))
-            add_constant(model, own, zero, np.zeros((), dtype))
+            add_constant(model, new_weights, zero, np.zeros((), dtype))
             inputs, operator = [name, zero], "Mul"
             if graph.opsets.get("", 1) >= 9:
-                add_constant(model, own, f"{name}__mask_keep", np.zeros((), np.bool_))
+                add_constant(model, new_weights, f"{name}__mask_keep", np.zeros((), np.bool_))
                 inputs, operator = [f"{name}__mask_keep", name, zero], "Where"
             model.graph.node.append(onnx.helper.make_node(operator, inputs, [masked], name=masked))
             proto.input[i] = masked
         model.graph.node.append(proto if positions else node.proto)
-    return model, own
+    return model, new_weights

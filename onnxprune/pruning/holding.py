@@ -35,7 +35,7 @@ _SEED = 7
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
-def whole(_: str) -> Steps:
+def no_steps(_: str) -> Steps:
     """Return no gather steps: nothing was removed."""
     return []
 
@@ -59,13 +59,13 @@ class Holding:
     reference: Model
     other: Model
     kinds: Mapping[str, int]
-    survivors: SurvivorSteps = whole
+    survivors: SurvivorSteps = no_steps
     operators: dict[str, int] = field(default_factory=dict)
     unheld: list[str] = field(default_factory=list)
     _inputs: dict[str, tuple[str, Steps]] = field(default_factory=dict)
     _choices: list[tuple[int, int, int, str]] = field(default_factory=list)
     _enclosed: list[tuple[int, int, str]] = field(default_factory=list)
-    _made: dict[str, Steps] = field(default_factory=dict)
+    _computed: dict[str, Steps] = field(default_factory=dict)
     _drawn: dict[str, tuple[int, int, Steps, float | None]] = field(default_factory=dict)
     _differs: bool = False
 
@@ -121,7 +121,7 @@ class Holding:
             self._choices.append((index, partner, i, name))
         if operands and all(name == _unmasked(name) for _, name, _ in operands):  # its sums differ
             places = {name: self.survivors(name) for name in node.output if name}
-            self._made.update({name: steps for name, steps in places.items() if steps is not None})
+            self._computed.update({name: steps for name, steps in places.items() if steps is not None})
         if operands:
             self.operators[node.op_type] = self.operators.get(node.op_type, 0) + 1
 
@@ -210,7 +210,7 @@ class Holding:
                 output = f"{name}{SEEN}"
                 gather(proto, weights, other_name if side else name, output, [] if side else steps)
                 proto.graph.output.append(onnx.ValueInfoProto(name=output))
-            for name, steps in self._made.items():
+            for name, steps in self._computed.items():
                 gather(proto, weights, name, f"{name}{MADE}", [] if side else steps)
                 proto.graph.output.append(onnx.ValueInfoProto(name=f"{name}{MADE}"))
             for index, partner, i, name in self._choices:

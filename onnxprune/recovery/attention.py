@@ -176,14 +176,19 @@ def mixings(
     """
     result: dict[int, Mixing] = {}
     for pair in pairs:
-        own = batches([side.layer.path.target for side in pair.sides])
-        if not own:
+        batches_of_pair = batches([side.layer.path.target for side in pair.sides])
+        if not batches_of_pair:
             continue
         for head, indices in enumerate(pair.indices):
             if not 0 < indices.size < pair.sides[0].source.shape[1]:
                 continue
             fit, judge = (
-                _products(pair, head, get, [b for k, b in enumerate(own) if is_validation(k, len(own)) == h])
+                _products(
+                    pair,
+                    head,
+                    get,
+                    [b for k, b in enumerate(batches_of_pair) if is_validation(k, len(batches_of_pair)) == h],
+                )
                 for h in (False, True)
             )
             both = best_subspace(*fit, indices)
@@ -226,13 +231,17 @@ def best_subspace(queries: Real, keys: Real, indices: Ids) -> tuple[Real, Real]:
         indices: indices of the surviving channels.
     """
     (root_q, back_q), (root_k, back_k) = _root(queries), _root(keys)
-    left, scale, right = np.linalg.svd(root_q @ root_k)
-    left, scale, right = left[:, : indices.size], scale[: indices.size], right[: indices.size].T
-    turn = left.T @ root_q[:, indices]
+    left_vectors, scale, right_vectors = np.linalg.svd(root_q @ root_k)
+    left_vectors, scale, right_vectors = (
+        left_vectors[:, : indices.size],
+        scale[: indices.size],
+        right_vectors[: indices.size].T,
+    )
+    turn = left_vectors.T @ root_q[:, indices]
     if np.linalg.cond(turn) > 1e4:
         ends = np.linalg.svd(turn)
         turn = ends[0] @ ends[2]
-    return back_q @ left @ turn, back_k @ (right * scale) @ np.linalg.inv(turn).T
+    return back_q @ left_vectors @ turn, back_k @ (right_vectors * scale) @ np.linalg.inv(turn).T
 
 
 def measure_drift(queries: Real, keys: Real, mixing: Real) -> float:

@@ -209,7 +209,7 @@ class Problem:
                 size = self.layer.form.count(shape) * self.channels * self.layer.form.taps * 4
                 if self.layer.form.count(shape) > max_rows * shape[0] or size * len(self.batches) > limit:
                     return
-                yield self._read(batch, every=True), int(shape[0])
+                yield self._read(batch, all_rows=True), int(shape[0])
 
     def _pick(self, data: Array) -> Picked:
         """Select the rows of a batch to fit to."""
@@ -217,7 +217,7 @@ class Problem:
         least = self.density * _FEW // (2 if form.parts > 1 else 1)
         return pick(form, data, rows_per_sample(form, self.channels, self.samples, self.density, least))
 
-    def _read(self, batch: int, every: bool = False) -> Rows:
+    def _read(self, batch: int, all_rows: bool = False) -> Rows:
         form, path = self.layer.form, self.layer.path
         data = _wide(self.cut(self.layer.data, batch))
         original = target = _wide(self.full(path.target, batch))
@@ -227,7 +227,7 @@ class Problem:
             target = self.mixing.apply(original, target)
         addends = [_wide(self.cut(n, batch)) for n in path.addends]
         shape = form.output_shape(data.shape, self.weight)
-        picked = None if every else self._pick(data)
+        picked = None if all_rows else self._pick(data)
 
         kind = data.dtype
 
@@ -239,11 +239,11 @@ class Problem:
             # Rearranged to the layout of the output, without arithmetic.
             there = form.rows(path.moved_back(target <= level if below else target >= level, shape), picked)
             # All rows have the same edge, unless other activations or constants per position lie on the path.
-            rows = np.zeros(1, np.int64) if self._even and not every else picked
+            rows = np.zeros(1, np.int64) if self._even and not all_rows else picked
             edge = output(np.full_like(target, level), rows)
             beyond = output(np.full_like(target, level + (1.0 if below else -1.0)), rows)
             saturations.append(Saturation(there, edge, beyond > edge))
-        if saturations and not self._even and not addends and not every:
+        if saturations and not self._even and not addends and not all_rows:
             self._even = all(bool((a == a[:, :1]).all()) for f in saturations for a in (f.edge, f.rises))
             saturations = (
                 [Saturation(f.mask, f.edge[:, :1], f.rises[:, :1]) for f in saturations] if self._even else saturations
@@ -353,9 +353,9 @@ def _step(
     residuals, passed = zip(*(p.residuals(weights, bias) for p in parts), strict=True)
     errors = np.concatenate(residuals).astype(np.float64)
     new, shifted = weights.copy(), bias.copy()
-    some = max(1, _POOLED_BLOCK // (8 * samples * (n + samples)))
-    for start in range(0, outputs, some):
-        at = slice(start, start + some)
+    step = max(1, _POOLED_BLOCK // (8 * samples * (n + samples)))
+    for start in range(0, outputs, step):
+        at = slice(start, start + step)
         rows = np.concatenate(
             [_rows(p, through[:, at], fixed_bias) for p, through in zip(parts, passed, strict=True)], axis=1
         )

@@ -18,8 +18,8 @@ HELD = 5
 
 def is_validation(batch: int, batches: int) -> bool:
     """Return whether a batch is held out; of few batches the last is, of one none."""
-    every = min(HELD, batches)
-    return every > 1 and batch % every == every - 1
+    period = min(HELD, batches)
+    return period > 1 and batch % period == period - 1
 
 
 Real = NDArray[np.float64]
@@ -79,8 +79,8 @@ class Sums:
     def add(self, other: Sums) -> None:
         """Add another batch in place."""
         self.rows += other.rows
-        for own, theirs in ((self.x, other.x), (self.y, other.y), (self.yy, other.yy)):
-            own += theirs
+        for mine, theirs in ((self.x, other.x), (self.y, other.y), (self.yy, other.yy)):
+            mine += theirs
         self.xx += other.xx
         self.xy += other.xy
 
@@ -96,12 +96,12 @@ class Sums:
         Of more than 1024 columns or 16 parts only as many are used, and the rank is scaled.
         """
         parts, n = self.x.shape
-        some = slice(None, None, -(-n // _COLUMNS))
+        sampled = slice(None, None, -(-n // _COLUMNS))
         ranks = []
         for part in range(0, parts, -(-parts // _PARTS)):
-            mean = self.x[part, some] / max(self.rows, 1)
-            power = np.diagonal(self.xx[part, some, some])
-            gram = self.xx[part, some, some] - self.rows * np.outer(mean, mean)
+            mean = self.x[part, sampled] / max(self.rows, 1)
+            power = np.diagonal(self.xx[part, sampled, sampled])
+            gram = self.xx[part, sampled, sampled] - self.rows * np.outer(mean, mean)
             spread = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
             alive = spread > _DEAD * np.sqrt(max(float(power.max(initial=0.0)), 1e-300))
             scaled = gram[np.ix_(alive, alive)] / np.outer(spread[alive], spread[alive])
@@ -132,9 +132,9 @@ def _in_runs(data: NDArray[Any], target: NDArray[Any]) -> tuple[Real, Real]:
     return xx, xy
 
 
-def _turned(left: NDArray[Any], right: NDArray[Any]) -> Real:
+def _turned(x: NDArray[Any], y: NDArray[Any]) -> Real:
     """Return X^T Y for every part."""
-    product: NDArray[Any] = np.matmul(left.transpose(0, 2, 1), right)
+    product: NDArray[Any] = np.matmul(x.transpose(0, 2, 1), y)
     return product.astype(np.float64, copy=False)
 
 
@@ -390,9 +390,9 @@ def masked_solve(gram: Real, cross: Real, ridge: float, mask: Mask) -> Real:
     return solution
 
 
-def _centred(product: Real, left: Real, right: Real, rows: int) -> Real:
+def _centred(product: Real, x_sums: Real, y_sums: Real, rows: int) -> Real:
     """Return the sums of products about the means."""
-    return product - left[:, :, None] * right[:, None, :] / max(rows, 1)
+    return product - x_sums[:, :, None] * y_sums[:, None, :] / max(rows, 1)
 
 
 def modes() -> Sequence[str]:

@@ -122,8 +122,8 @@ class WeightSource:
 
 
 def _applied(node: Node, operands: list[Array | None]) -> Array | None:
-    made = evaluate(node, operands)
-    return np.asarray(made[0]) if made else None
+    results = evaluate(node, operands)
+    return np.asarray(results[0]) if results else None
 
 
 def _checked(graph: Graph, stored: WeightSource) -> WeightSource | str:
@@ -385,7 +385,7 @@ class Subgraphs:
             return _UNSEEN
         # Every tensor around the node's branches has a value for every time that these are asked for.
         home = self._home(data)
-        if data not in comparable or any(body.kind != "If" for body in self._own(node)[len(home) :]) or not home:
+        if data not in comparable or any(body.kind != "If" for body in self._bodies_of(node)[len(home) :]) or not home:
             return _OUTSIDE
         rank = len(shape(result) or ())
         across = rank < 2 or isinstance(form, Scale) or 0 in form.axes or form.output_axis(rank) == 0
@@ -403,14 +403,14 @@ class Subgraphs:
 
     def where(self, node: Node) -> tuple[tuple[str, bool], ...]:
         """Return the conditions under which a node in a Loop or Scan runs in an iteration: (tensor, value)."""
-        inner = [body for body in self._own(node) if body.kind == "If"]
+        inner = [body for body in self._bodies_of(node) if body.kind == "If"]
         return tuple((self._graph.nodes[body.start].inputs[0], body.side) for body in inner)
 
     def together(self, node: Node, names: Iterable[str]) -> bool:
         """Return whether tensors have one value for every run of ``node``."""
-        return not self._around or all(self._home(name) == self._own(node) for name in names)
+        return not self._around or all(self._home(name) == self._bodies_of(node) for name in names)
 
-    def _own(self, node: Node) -> tuple[markers.Body, ...]:
+    def _bodies_of(self, node: Node) -> tuple[markers.Body, ...]:
         """Return the bodies around a node, from the outermost Loop or Scan on."""
         return self._within(self._around[node.index]) if self._around else ()
 
@@ -420,8 +420,8 @@ class Subgraphs:
         if producer is None:
             return ()
         around = self._around[producer.index]
-        own = (markers.Body(producer.index, True, producer.kind),) if producer.marker == markers.OPEN else ()
-        return self._within((*around, *own))
+        opened = (markers.Body(producer.index, True, producer.kind),) if producer.marker == markers.OPEN else ()
+        return self._within((*around, *opened))
 
     @staticmethod
     def _within(around: tuple[markers.Body, ...]) -> tuple[markers.Body, ...]:
@@ -530,7 +530,7 @@ def find_targets(graph: Graph, comparable: Collection[str], shape: Shapes, *, jo
         reach = max(reach, bodies.min_level(node))
         # A BatchNormalization behind a contraction is undone there: its scale and shift are the contraction's to fit.
         form = _form(graph, node, shape) if node.index not in passed else None
-        weight_and_bias = None if form is None else _own(graph, node, form)
+        weight_and_bias = None if form is None else _weight_sources(graph, node, form)
         if form is not None:
             weight_and_bias = bodies.refusal(node, form, comparable, shape) or weight_and_bias
         if isinstance(weight_and_bias, str):
@@ -566,7 +566,7 @@ def layer_target(graph: Graph, node: Node, shape: Shapes) -> RecoveryTarget | st
     form = _form(graph, node, shape)
     if form is None:
         return "its weight is computed from other tensors"
-    constants = _own(graph, node, form)
+    constants = _weight_sources(graph, node, form)
     if isinstance(constants, str):
         return constants
     return RecoveryTarget(node, form, InvertiblePath(node.outputs[0]), 0, *constants)
@@ -593,7 +593,7 @@ def _is_constant(graph: Graph, name: str) -> bool:
     return name in graph.weights or weight_of(graph, name) is not None
 
 
-def _own(graph: Graph, node: Node, form: Form) -> tuple[WeightSource, WeightSource | None] | str:
+def _weight_sources(graph: Graph, node: Node, form: Form) -> tuple[WeightSource, WeightSource | None] | str:
     """Return the constants of a layer's weight and bias, or why they cannot be changed."""
     if not form.plain:
         return "its output is not a plain product of data and weight"

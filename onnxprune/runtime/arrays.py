@@ -89,8 +89,8 @@ def as_array(value: Any, place: str) -> Array:
         why = "its rows have different lengths" if ragged else lines[0] if lines else type(error).__name__
         hint = "Pad them to one length, or give one sample per item." if ragged else HINT
         raise UsageError(f"{place} cannot be read: {why}", hint=hint) from error
-    made = array.dtype.hasobject and not isinstance(value, np.ndarray)
-    if made and not all(isinstance(one, (str, bytes)) for one in array.flat):
+    is_new_object = array.dtype.hasobject and not isinstance(value, np.ndarray)
+    if is_new_object and not all(isinstance(one, (str, bytes)) for one in array.flat):
         raise UsageError(f"{place} is a {type(value).__name__}, and no array of numbers or texts", hint=HINT)
     return array
 

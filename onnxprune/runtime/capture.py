@@ -215,8 +215,8 @@ def capture(
     *,
     sizes: Mapping[str, int],
     types: Mapping[str, Inner] | None = None,
-    least: int = 1,
-    most: int = 16,
+    min_batch: int = 1,
+    max_batch: int = 16,
     memory: int = MEMORY,
     checkpoint: Checkpoint | None = None,
     tell: ProgressCallback | None = None,
@@ -229,8 +229,8 @@ def capture(
         source: the data.
         sizes: {tensor: bytes per sample}.
         types: {tensor: type} of the tensors (conditions, too) that lie in bodies.
-        least: smallest number of samples per call, 1 or more.
-        most: largest number of samples per call.
+        min_batch: smallest number of samples per call, 1 or more.
+        max_batch: largest number of samples per call.
         memory: bytes of inner tensors to hold at a time.
         checkpoint: checkpoint of the accumulated sums, from which a run can be resumed.
         tell: progress callback, called with the share done, 0 to 1.
@@ -246,7 +246,7 @@ def capture(
     with workspace() as folder:
         for number, part in enumerate(passes):
             share = PassProgress(tell, number, len(passes))
-            batch = max(least, _batch_size(part, sizes, memory, most))
+            batch = max(min_batch, _batch_size(part, sizes, memory, max_batch))
             samples = _one_pass(model, part, source, types or {}, folder, batch, checkpoint, share)
     if requests and not samples:
         raise UsageError("The calibration data holds no samples.", hint="Give at least one batch of inputs.")
@@ -261,10 +261,10 @@ class PassProgress:
     number: int
     passes: int
 
-    def __call__(self, done: int, total: int | None) -> None:
-        """``done`` of ``total`` samples; an unknown total shows as ever slower progress."""
+    def __call__(self, num_samples: int, total: int | None) -> None:
+        """``num_samples`` of ``total`` samples; an unknown total shows as ever slower progress."""
         if self.tell is not None:
-            fraction = done / total if total else 1.0 - 1.0 / (1.0 + done / 256)
+            fraction = num_samples / total if total else 1.0 - 1.0 / (1.0 + num_samples / 256)
             self.tell((self.number + min(fraction, 1.0)) / self.passes)
 
 
@@ -285,9 +285,9 @@ def _passes(requests: Sequence[Request], sizes: Mapping[str, int], memory: int) 
     return passes
 
 
-def _batch_size(requests: Sequence[Request], sizes: Mapping[str, int], memory: int, most: int) -> int:
+def _batch_size(requests: Sequence[Request], sizes: Mapping[str, int], memory: int, max_batch: int) -> int:
     per_sample = sum(sizes.get(name, 0) for name in {r.tensor for r in requests})
-    return max(1, min(most, memory // max(per_sample, 1)))
+    return max(1, min(max_batch, memory // max(per_sample, 1)))
 
 
 def _one_pass(

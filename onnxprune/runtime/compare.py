@@ -206,7 +206,7 @@ class Comparison(NamedTuple):
     outputs: int
     failed: tuple[str, ...] = ()
 
-    def said(self) -> Exactness:
+    def noted(self) -> Exactness:
         """Return the facts with a note that names the outputs on which equality proves nothing."""
         if not self.idle:
             return self.facts
@@ -249,7 +249,7 @@ def exactness(
     comparison = compare_models(
         reference, cut, feeds, rounding, tolerance=tolerance, threads=threads, progress=progress
     )
-    return comparison.said()
+    return comparison.noted()
 
 
 def compare_models(

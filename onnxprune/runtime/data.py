@@ -471,7 +471,7 @@ class Samples:
         self, source: Source, specs: Sequence[InputSpec], samples: int | None, batch_size: int | None, name: str
     ) -> None:
         self.specs, self.batch_size, self.name = tuple(specs), batch_size, name
-        self._source, self._limit, self._needed = source, samples, samples
+        self._source, self._limit, self._min_samples = source, samples, samples
         self._totals: Totals | None = None
         if source.known and specs:
             cutter = Cutter(self.specs, batch_size or _BATCH)
@@ -496,7 +496,7 @@ class Samples:
             raise UsageError(f"number of samples {samples} must be 1 or more")
         part = copy.copy(self)
         part._limit = samples if self._limit is None else min(samples, self._limit)
-        part._needed = None if self._needed is None else min(samples, self._needed)
+        part._min_samples = None if self._min_samples is None else min(samples, self._min_samples)
         return part
 
     def __iter__(self) -> Iterator[Feed]:
@@ -555,9 +555,9 @@ class Samples:
             name = next(spec.name for spec in self.specs if spec.shape and spec.shape[0] == cutter.fixed)
             raise too_few(cutter.place, rows, name, cutter.fixed)
         num_units = rows // self._source.unit
-        if self._needed is not None and num_units < self._needed:
+        if self._min_samples is not None and num_units < self._min_samples:
             raise UsageError(
-                f"the data holds {num_units} samples, {self._needed} were asked for",
+                f"the data holds {num_units} samples, {self._min_samples} were asked for",
                 hint=f"Give more data, or ask for fewer samples ({argument('samples')}).",
             )
 

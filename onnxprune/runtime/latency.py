@@ -75,22 +75,22 @@ def device(providers: Sequence[str] | None = None, threads: int | None = None) -
     checked("threads", threads)
     checked("providers", providers)
     known = {name.removesuffix(_SUFFIX).lower(): name for name in ort.get_available_providers()}
-    found = []
-    for given in providers or ():
-        name = known.get(given.strip().removesuffix(_SUFFIX).lower())
+    names = []
+    for requested in providers or ():
+        name = known.get(requested.strip().removesuffix(_SUFFIX).lower())
         if name is None:
-            raise _no_provider(given, known)
-        found.append(name)
-    return Device(tuple(dict.fromkeys([*found, CPU])), threads or processors())
+            raise _no_provider(requested, known)
+        names.append(name)
+    return Device(tuple(dict.fromkeys([*names, CPU])), threads or processors())
 
 
-def _no_provider(given: str, known: Mapping[str, str]) -> UsageError:
+def _no_provider(requested: str, known: Mapping[str, str]) -> UsageError:
     """Return the error for a missing provider: the package that brings it, else the nearest name."""
-    message = f"{argument('providers')}: this onnxruntime has no provider {given!r}"
-    name = given.strip().removesuffix(_SUFFIX).lower()
-    every = {other.removesuffix(_SUFFIX).lower() for other in ort.get_all_providers()} | _PACKAGES.keys()
-    if name not in every:
-        return UsageError(message, hint=nearest(name, every))
+    message = f"{argument('providers')}: this onnxruntime has no provider {requested!r}"
+    name = requested.strip().removesuffix(_SUFFIX).lower()
+    all_names = {other.removesuffix(_SUFFIX).lower() for other in ort.get_all_providers()} | _PACKAGES.keys()
+    if name not in all_names:
+        return UsageError(message, hint=nearest(name, all_names))
     here = f"This one has {', '.join(sorted(known))}."
     package = _PACKAGES.get(name)
     if package is None:
@@ -170,7 +170,7 @@ def profile(
     return _per_node(events, runs, share)
 
 
-def _own(events: Sequence[tuple[float, float, tuple[str, str]]]) -> list[tuple[tuple[str, str], float]]:
+def _own_seconds(events: Sequence[tuple[float, float, tuple[str, str]]]) -> list[tuple[tuple[str, str], float]]:
     """Seconds of every event (start, microseconds, key), in order; of what holds others without theirs."""
     result = [(key, duration) for _, duration, key in events]
     if any(op in _HOLDING for _, _, (_, op) in events):
@@ -180,11 +180,11 @@ def _own(events: Sequence[tuple[float, float, tuple[str, str]]]) -> list[tuple[t
             while around and around[-1][0] < start + duration:
                 around.pop()
             if around:
-                key, own = result[around[-1][1]]
-                result[around[-1][1]] = key, own - duration
+                key, rest_of_outer = result[around[-1][1]]
+                result[around[-1][1]] = key, rest_of_outer - duration
             if op in _HOLDING:
                 around.append((start + duration, number))
-    return [(key, max(own, 0.0) * 1e-6) for key, own in result]
+    return [(key, max(rest_of_outer, 0.0) * 1e-6) for key, rest_of_outer in result]
 
 
 def _per_node(events: Sequence[dict[str, object]], runs: int, share: float | None) -> list[NodeTime]:
@@ -195,14 +195,14 @@ def _per_node(events: Sequence[dict[str, object]], runs: int, share: float | Non
         if event.get("cat") == "Node" and name.endswith(_PROFILE_SUFFIX) and isinstance(arguments, dict):
             key = name.removesuffix(_PROFILE_SUFFIX), str(arguments.get("op_name", ""))
             nodes.append((float(str(event["ts"])), float(str(event["dur"])), key))
-    for key, seconds in _own(nodes):
+    for key, seconds in _own_seconds(nodes):
         times.setdefault(key, []).append(seconds)
     result = []
-    for (name, op), found in times.items():
+    for (name, op), seconds_of_runs in times.items():
         # A node in a loop runs several times per run; names may repeat, too.
-        each = max(1, len(found) // (runs + 1))
-        usable = len(found) // each * each
-        sums = np.asarray(found[:usable]).reshape(-1, each).sum(axis=1)
+        each = max(1, len(seconds_of_runs) // (runs + 1))
+        usable = len(seconds_of_runs) // each * each
+        sums = np.asarray(seconds_of_runs[:usable]).reshape(-1, each).sum(axis=1)
         counted = sums[1:] if sums.size > 1 else sums
         shortest = np.sort(counted)[: max(1, round((share or 1.0) * counted.size))]
         result.append(NodeTime(name, op, float(np.median(counted) if share is None else shortest.mean())))
@@ -323,15 +323,15 @@ def in_turn(
         for call in calls:
             call()
     times: list[list[float]] = [[] for _ in calls]
-    wanted = max(runs, _FEWEST)
-    for index in range(max(wanted, _MOST if least_s else 0)):
+    num_runs = max(runs, _FEWEST)
+    for index in range(max(num_runs, _MOST if least_s else 0)):
         spent = time.perf_counter() - start
-        if index >= _FEWEST and (spent > budget_s or (index >= wanted and spent > least_s)):
+        if index >= _FEWEST and (spent > budget_s or (index >= num_runs and spent > least_s)):
             break
         for which in range(len(calls)) if index % 2 == 0 else reversed(range(len(calls))):
             times[which].append(_timed(calls[which], clock))
         if progress:
-            progress("latency", min(1.0, (index + 1) / wanted))
+            progress("latency", min(1.0, (index + 1) / num_runs))
     return times
 
 

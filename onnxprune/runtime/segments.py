@@ -203,7 +203,7 @@ class Segments:
         merged = value.reshape(math.prod(rows), *value.shape[stacked + 1 :]) if stacked else value
         self._store.add(output, merged, batch)
 
-    def done(self, piece: int) -> None:
+    def drop(self, piece: int) -> None:
         """Delete the tensors that no later piece needs."""
         self._store.drop([self._shown.get(n, (n, 0))[0] for n, last in self._last.items() if last <= piece])
 

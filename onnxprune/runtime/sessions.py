@@ -180,8 +180,8 @@ def with_custom_ops(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = cast("Iterable[str | Path]", kwargs.get("custom_op_libraries") or ())
-        with custom_ops(given):
+        libraries = cast("Iterable[str | Path]", kwargs.get("custom_op_libraries") or ())
+        with custom_ops(libraries):
             return function(*args, **kwargs)
 
     return call

@@ -144,16 +144,16 @@ class Budget(Pass, Options):
             return self._completed(context, prune, self._search(context, analysis, prune, before), before)
         originals = originals_of(context, self.spec)
         spec = replace(self.spec, targets=as_amounts(self.spec.targets, originals))
-        chosen = ChosenDepth(replace(model, analysis=analysis), (), ())
+        depth = ChosenDepth(replace(model, analysis=analysis), (), ())
         if self.shorter:
             with context.stage("depth"):
-                chosen = choose_depth(context, model, prune, spec, self.recover)
-        branches = chosen.model.plan.branches
-        result = replace(self, spec=spec)._search(context, chosen.model.analysis, prune, before, branches)
-        done = self._completed(context, prune, result, before, originals)
-        budget = next(fact for fact in done.facts if isinstance(fact, BudgetFacts))
-        budget.answers = [*chosen.answers, *budget.answers]
-        return replace(done, facts=[*chosen.facts, *done.facts])
+                depth = choose_depth(context, model, prune, spec, self.recover)
+        branches = depth.model.plan.branches
+        result = replace(self, spec=spec)._search(context, depth.model.analysis, prune, before, branches)
+        completed = self._completed(context, prune, result, before, originals)
+        budget = next(fact for fact in completed.facts if isinstance(fact, BudgetFacts))
+        budget.answers = [*depth.answers, *budget.answers]
+        return replace(completed, facts=[*depth.facts, *completed.facts])
 
     def _completed(
         self,

@@ -83,35 +83,35 @@ def choose_depth(context: Context, model: Model, prune: Prune, spec: BudgetSpec,
     names = [0, *_numbers(work, spec.targets, originals_of(context, spec))] if work.free else [0]
     removed = list(work.sequence(max(names)))
     tried: list[tuple[int, Quality]] = []
-    for done, number in enumerate(names):
+    for position, number in enumerate(names):
         short = work.model(removed[:number]) if number else model
         with suppress(BudgetError, CannotRewrite):
             tried.append((number, _trial(context, short, prune, spec, mode)))
-        context.tell("depth", (done + 1) / len(names))
+        context.tell("depth", (position + 1) / len(names))
     best = max(tried, key=lambda pair: pair[1].fine)[0] if tried else 0
     words = {0: "no branch removed", 1: "1 branch removed"}
     answers = [AnswerFacts(words.get(n, f"{n} branches removed"), q.fine, q.points, chosen=n == best) for n, q in tried]
     if not best:
-        return ChosenDepth(model, _left(work), answers)
+        return ChosenDepth(model, _shortened(work), answers)
     short, facts = work.result(removed[:best], {"depth": best})
     return ChosenDepth(short, [*facts, prove_branches(context, removed[:best], short.parts)], answers)
 
 
-def _left(work: Shortening) -> list[Fact]:
+def _shortened(work: Shortening) -> list[Fact]:
     return [Shortened([facts_of(branch, None, removed=False) for branch in work.branches])]
 
 
 def _numbers(work: Shortening, targets: Sequence[Target], originals: Mapping[str, float]) -> list[int]:
     """Return the numbers of branches to try: those that save some shares of what has to be saved."""
-    whole = max(originals["macs"], 1.0)
-    needed = max(
+    total_macs = max(originals["macs"], 1.0)
+    min_saving = max(
         (1 - t.limit(originals[t.kind]) / originals[t.kind] for t in targets if t.kind in originals), default=0.5
     )
-    order = sorted((branch.macs / whole for branch in work.free), reverse=True)
+    order = sorted((branch.macs / total_macs for branch in work.free), reverse=True)
     numbers = []
     for share in _SHARES:
         saved, number = 0.0, 0
-        while number < len(order) and saved + order[number] <= share * needed:
+        while number < len(order) and saved + order[number] <= share * min_saving:
             saved, number = saved + order[number], number + 1
         numbers.append(number)
     return sorted({n for n in numbers if n})
@@ -133,5 +133,7 @@ def _trial(context: Context, short: Model, prune: Prune, spec: BudgetSpec, mode:
         raise BudgetError("The targets are out of reach with this number of branches.")
     split = TrialSplit(context.effort.trial_samples)
     branches: Sequence[PlanBranch] = short.plan.branches
-    done = evaluate(context, analysis, candidate.removed, mode=mode, metric=spec.metric, split=split, branches=branches)
-    return done.quality
+    evaluation = evaluate(
+        context, analysis, candidate.removed, mode=mode, metric=spec.metric, split=split, branches=branches
+    )
+    return evaluation.quality

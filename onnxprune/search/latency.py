@@ -191,12 +191,12 @@ class Bench:
 
     def beside(self, path: Path) -> tuple[float, float]:
         """Return seconds of a whole run of the original and of a pruned model, measured in turn."""
-        before, after = self.whole([self.original, path], runs=self._runs, budget_s=_WHOLE_SECONDS)
+        before, after = self.time_models([self.original, path], runs=self._runs, budget_s=_WHOLE_SECONDS)
         if not before:
             raise ModelError("the clock is too coarse to time this model")
         return float(before), float(after)
 
-    def whole(self, paths: Sequence[Path], runs: int = 60, budget_s: float = 10.0) -> NDArray[np.float64]:
+    def time_models(self, paths: Sequence[Path], runs: int = 60, budget_s: float = 10.0) -> NDArray[np.float64]:
         """Return seconds per run of several models, measured in turn."""
         times = in_turn(paths, [self._feed], self._device, runs=runs, budget_s=budget_s, steady=True)
         return np.array([np.sort(t)[: max(1, round(_SHORTEST * len(t)))].mean() for t in times]) * 1e-3

@@ -136,7 +136,7 @@ class SearchProblem:
             scored = {g.id: replace(scored[g.id], counts=counts_of(g, selector.request)) for g in groups}
         sizes = Sizes(selector.analysis, groups)
         costs = {t.kind: _cost(sizes, t.kind, table) for t in targets}
-        originals = {kind: float(total(cost, sizes.whole)[0]) for kind, cost in costs.items()}
+        originals = {kind: float(total(cost, sizes.full_counts)[0]) for kind, cost in costs.items()}
         for kind, original in originals.items():
             if original <= 0 and kind != "latency":
                 raise _costs_nothing(kind)
@@ -286,7 +286,7 @@ class SearchProblem:
             if "latency" in kinds and self.is_measured_here:
                 feed = timing_feed(self.context, trial)
                 bench = Bench(self.analysis, self.sizes, self.context.device, feed, trial)
-                before, after = bench.whole([trial.original, path])
+                before, after = bench.time_models([trial.original, path])
                 costs["latency"] = float(after / before) * self.base("latency")
         return {kind: cost for kind, cost in costs.items() if kind in kinds}
 
@@ -446,11 +446,11 @@ class BudgetErrors:
             dims = shape(name) or ()
             return int(prod(int(n[0]) if hasattr(n, "shape") else n for n in dims))
 
-        def whole(name: str) -> object:
+        def sizes_of(name: str) -> object:
             dims = shape(name)
             return dims and tuple(int(n[0]) if hasattr(n, "shape") else n for n in dims)
 
-        layers = analysis.layer_facts(whole, elements)
+        layers = analysis.layer_facts(sizes_of, elements)
         after = {x.name: x.macs_after if kind == "macs" else x.params_after for x in layers}
         reasons = {x.name: x.reason.partition(":")[0] for x in layers}
         return f"Most of the remaining cost is in {_largest(after, reasons)}.{more}"

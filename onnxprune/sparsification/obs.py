@@ -63,16 +63,16 @@ def prune_columns(matrix: Real, factor: Real, pattern: Pattern, count: int, froz
     total, pruned = n * outputs // pattern.block, 0
     for start in range(0, n, step):
         stop = min(start + step, n)
-        part, local, held = new[start:stop], factor[start:stop, start:stop], frozen[start:stop]
-        zeros = held.copy()
+        part, local, part_frozen = new[start:stop], factor[start:stop, start:stop], frozen[start:stop]
+        zeros = part_frozen.copy()
         if not pattern.nonzero:
             due = round(count * (stop * outputs // pattern.block) / total) - pruned
-            zeros |= _chosen(part, np.diagonal(local), pattern, due, held)
+            zeros |= _zeros_of(part, np.diagonal(local), pattern, due, part_frozen)
             pruned += due
         errors = np.empty_like(part)
-        for left in range(0, outputs, _CACHED):
-            some = np.s_[:, left : left + _CACHED]
-            errors[some] = _sweep(part[some], local, pattern, zeros[some])
+        for start_output in range(0, outputs, _CACHED):
+            outputs_of_block = np.s_[:, start_output : start_output + _CACHED]
+            errors[outputs_of_block] = _sweep(part[outputs_of_block], local, pattern, zeros[outputs_of_block])
         new[stop:] -= factor[start:stop, stop:].T @ errors
     return new
 
@@ -86,21 +86,21 @@ def _sweep(part: Real, local: Real, pattern: Pattern, zeros: Mask) -> Real:
         pattern: the pattern.
         zeros: mask of the new zeros; for N:M the present zeros, to which others are added.
     """
-    own, errors = np.ascontiguousarray(part), np.empty_like(part, order="C")
+    columns, errors = np.ascontiguousarray(part), np.empty_like(part, order="C")
     diagonal = np.diagonal(local)
-    for j in range(len(own)):
+    for j in range(len(columns)):
         if pattern.nonzero and j % pattern.group == 0:
             group = slice(j, j + pattern.group)
-            zeros[group] |= _chosen(own[group], diagonal[group], pattern, 0, zeros[group])
-        errors[j] = np.where(zeros[j], own[j], 0.0) / local[j, j]
-        own[j][zeros[j]] = 0.0
-        if j + 1 < len(own):
-            own[j + 1 :] -= local[j, j + 1 :, None] * errors[j]
-    part[:] = own
+            zeros[group] |= _zeros_of(columns[group], diagonal[group], pattern, 0, zeros[group])
+        errors[j] = np.where(zeros[j], columns[j], 0.0) / local[j, j]
+        columns[j][zeros[j]] = 0.0
+        if j + 1 < len(columns):
+            columns[j + 1 :] -= local[j, j + 1 :, None] * errors[j]
+    part[:] = columns
     return errors
 
 
-def _chosen(part: Real, diagonal: Real, pattern: Pattern, count: int, frozen: Mask) -> Mask:
+def _zeros_of(part: Real, diagonal: Real, pattern: Pattern, count: int, frozen: Mask) -> Mask:
     """Return the zeros of a few columns by w^2 / U_jj^2, the error that each leaves."""
     scores = np.where(frozen, LOCKED, np.square(part / diagonal[:, None]))
     return np.asarray(pattern.zeros(scores[None], count)[0])

@@ -154,13 +154,13 @@ def lowest(scores: Real, count: int) -> Mask:
 def _lowest_per_output(scores: Real, count: int) -> Mask:
     """Return a mask of ``count`` low scores [parts, n, o]: the same number per output, and the rest the lowest left."""
     parts, n, o = scores.shape
-    each, rest = divmod(count, parts * o)
+    each, remainder = divmod(count, parts * o)
     order = np.argsort(scores, axis=1, kind="stable")
     mask = np.zeros(scores.shape, bool)
     np.put_along_axis(mask, order[:, :each], True, axis=1)
-    if rest and each < n:
+    if remainder and each < n:
         following = np.take_along_axis(scores, order[:, each : each + 1], axis=1)
-        more = lowest(following, rest)
+        more = lowest(following, remainder)
         np.put_along_axis(mask, order[:, each : each + 1], more, axis=1)
     return mask
 
@@ -185,9 +185,9 @@ def named(zeros: Mask, channels: int) -> str:
         return ""
     share = zeros.mean()
     candidates = [Pattern.of(text) for text in KNOWN]
-    found = [p for p in candidates if not channels % p.group and (p.ratio or 0) <= share + 1e-9 and p.holds(zeros)]
-    if found:
-        return str(max(found, key=lambda p: (p.ratio or 0, -p.group)))
+    matching = [p for p in candidates if not channels % p.group and (p.ratio or 0) <= share + 1e-9 and p.holds(zeros)]
+    if matching:
+        return str(max(matching, key=lambda p: (p.ratio or 0, -p.group)))
     for size in (16, 8, 4, 2):
         for pattern in (Pattern(outputs=size), Pattern(inputs=size)):
             if not channels % pattern.inputs and pattern.holds(zeros):

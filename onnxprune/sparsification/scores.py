@@ -23,13 +23,13 @@ class InputGram:
 
     Attributes:
         full: [parts, n, n], columns in the order of the layer's form; None where that is too large.
-        shared: [parts, channels, channels], one for all positions of the kernel; None where there is ``full``.
+        per_channel: [parts, channels, channels], one for all positions of the kernel; None where there is ``full``.
         mean: mean of the columns, [parts, n] or [parts, channels].
         rows: number of rows behind them.
     """
 
     full: Real | None
-    shared: Real | None
+    per_channel: Real | None
     mean: Real
     rows: int
 
@@ -37,15 +37,15 @@ class InputGram:
         """Return the mean squares of the columns, positions of the kernel innermost, [parts, n]."""
         if self.full is not None:
             return np.asarray(np.einsum("pii->pi", self.full))
-        assert self.shared is not None
-        return np.repeat(np.einsum("pii->pi", self.shared), taps, axis=1)
+        assert self.per_channel is not None
+        return np.repeat(np.einsum("pii->pi", self.per_channel), taps, axis=1)
 
     def part(self, index: int, taps: int) -> Real:
         """Return the Gram matrix of a part [n, n]; columns at different positions of a kernel count as uncorrelated."""
         if self.full is not None:
             return np.asarray(self.full[index])
-        assert self.shared is not None
-        return np.kron(self.shared[index], np.eye(taps))
+        assert self.per_channel is not None
+        return np.kron(self.per_channel[index], np.eye(taps))
 
 
 def magnitude(matrix: Real) -> Real:
@@ -81,14 +81,14 @@ def blocks_by_energy(scores: Real, pattern: Pattern, energy: float) -> int:
     return int(np.searchsorted(lost, (1.0 - energy) * total, side="right")) if total > 0 else 0
 
 
-def blocks_globally(scores: list[Real], pattern: Pattern, ratio: float, most: float) -> list[int]:
+def blocks_globally(scores: list[Real], pattern: Pattern, ratio: float, max_share: float) -> list[int]:
     """Return for every layer how many blocks go where those of all layers compete, each by its share of its layer.
 
     Args:
         scores: [parts, n, o] of every layer.
         pattern: the pattern.
         ratio: share of all elements to set to 0.
-        most: largest share of a layer.
+        max_share: largest share of a layer.
     """
     shares = []
     for one in scores:
@@ -96,7 +96,7 @@ def blocks_globally(scores: list[Real], pattern: Pattern, ratio: float, most: fl
         total = float(np.maximum(blocks, 0.0).sum())
         shares.append(np.where(blocks == LOCKED, LOCKED, blocks / total if total > 0 else blocks).ravel())
         # The blocks that a layer has to keep come last.
-        spared = len(shares[-1]) - int(most * len(shares[-1]))
+        spared = len(shares[-1]) - int(max_share * len(shares[-1]))
         if spared:
             shares[-1][np.argpartition(shares[-1], -spared)[-spared:]] = np.inf
     joined = np.concatenate(shares)

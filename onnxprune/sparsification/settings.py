@@ -82,9 +82,9 @@ class Request(Options):
     def _check_fixed(self, fixed: float) -> None:
         """Check that nothing contradicts a pattern that sets the number of zeros."""
         hint = f"Drop it, or give {argument('pattern', 'unstructured')}."
-        given = [(argument("ratio"), self.ratio)]
-        given += [(argument("layers", key=pattern), ratio) for pattern, ratio in self.layers.items()]
-        for name, ratio in given:
+        ratios = [(argument("ratio"), self.ratio)]
+        ratios += [(argument("layers", key=pattern), ratio) for pattern, ratio in self.layers.items()]
+        for name, ratio in ratios:
             if ratio is not None and abs(ratio - fixed) > 1e-9:
                 what = f"{argument('pattern', self.pattern)} sets {fixed:g} of the weights to 0"
                 raise UsageError(f"{name} {ratio:g} contradicts the pattern: {what}.", hint=hint)
@@ -157,5 +157,5 @@ def request_of(pattern: str, options: Options) -> Request:
     Raises:
         UsageError: a value is not allowed.
     """
-    given = {name: value for name, value in options.arguments.items() if value is not None}
-    return Request(pattern=pattern, **given)
+    arguments = {name: value for name, value in options.arguments.items() if value is not None}
+    return Request(pattern=pattern, **arguments)

@@ -16,7 +16,7 @@ from onnxprune.graph.view import Graph
 from onnxprune.io.read import load
 from onnxprune.io.subgraphs import Inner
 from onnxprune.io.weights import ArrayWeight
-from onnxprune.runtime.latency import _own, profile
+from onnxprune.runtime.latency import _own_seconds, profile
 from onnxprune.runtime.segments import Segments, Store
 
 DATA = np.random.default_rng(3).standard_normal((40, 5, 2, 4)).astype(np.float32)
@@ -120,7 +120,7 @@ def test_pieces_of_a_graph_run_with_the_weights_of_now(tmp_path: Path) -> None:
     for piece, name in enumerate(("us", "t", "y")):
         assert list(run.run(piece)) == ([] if name == "t" else [0, 1, 2])
         found.append(np.array(store.get(name, 1)))
-        run.done(piece)
+        run.drop(piece)
         assert "us" not in store and ("t" in store) == (piece == 0)
         weights["ws"] = ArrayWeight("ws", np.zeros((6, 6), np.float32))
     us, t, y = found
@@ -181,7 +181,9 @@ def test_the_time_of_a_body_is_counted_once(tmp_path: Path) -> None:
     onnx.save(scan(), path)
     times = profile(path, [calls()[0]], runs=3)
     assert [t.op for t in times].count("Scan") == 1 and len(times) > 4
-    found = dict(_own([(0, 100, ("s", "Scan")), (10, 30, ("a", "Add")), (45, 40, ("i", "If")), (50, 20, ("b", "Mul"))]))
+    found = dict(
+        _own_seconds([(0, 100, ("s", "Scan")), (10, 30, ("a", "Add")), (45, 40, ("i", "If")), (50, 20, ("b", "Mul"))])
+    )
     seconds = {name: round(1e6 * own) for (name, _), own in found.items()}
     assert seconds == {"s": 30, "a": 30, "i": 20, "b": 20}
 

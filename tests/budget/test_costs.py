@@ -68,7 +68,9 @@ def test_costs_are_those_of_the_cut_model(name: str, tmp_path: Path) -> None:
     assert found["params"] == pytest.approx(cut.parameters, rel=4e-3)
     assert found["size"] == pytest.approx(save(proto, weights, tmp_path / "cut.onnx"), rel=0.04)
     again = Sizes(cut, [g for g in cut.units.groups if g.prunable])
-    assert found["peak-memory"] == pytest.approx(total(costs_of(cut, again, "peak-memory"), again.whole)[0], rel=0.02)
+    assert found["peak-memory"] == pytest.approx(
+        total(costs_of(cut, again, "peak-memory"), again.full_counts)[0], rel=0.02
+    )
 
 
 @given(st.integers(0, 10_000))
@@ -84,7 +86,7 @@ def test_many_cuts_at_once_are_the_cuts_one_by_one(seed: int) -> None:
 def test_the_whole_model_costs_what_it_costs() -> None:
     analysis = op.analyze(MODELS / "residual.onnx")
     sizes = Sizes(analysis, [g for g in analysis.units.groups if g.prunable])
-    whole = {kind: total(costs_of(analysis, sizes, kind), sizes.whole)[0] for kind in COUNTABLE}
+    whole = {kind: total(costs_of(analysis, sizes, kind), sizes.full_counts)[0] for kind in COUNTABLE}
     assert whole["macs"] == sum(layer.macs_before for layer in analysis.layers)
     assert whole["params"] == analysis.parameters
     assert whole["size"] == (MODELS / "residual.onnx").stat().st_size
@@ -115,4 +117,4 @@ def test_a_view_shares_its_inputs_memory() -> None:
     analysis = op.analyze(model)
     sizes = Sizes(analysis, [g for g in analysis.units.groups if g.prunable])
     weights = sum(w.nbytes for w in analysis.graph.weights.values())
-    assert total(costs_of(analysis, sizes, "peak-memory"), sizes.whole)[0] == weights + 4 * 16 * (2 + 8)
+    assert total(costs_of(analysis, sizes, "peak-memory"), sizes.full_counts)[0] == weights + 4 * 16 * (2 + 8)

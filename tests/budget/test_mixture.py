@@ -116,7 +116,7 @@ def elements(path: Path) -> dict[str, int]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes by weights: a microsecond for a thousand, and ten for a run."""
 
-    def whole(_: Bench, paths: Sequence[Path], **__: object) -> np.ndarray:
+    def time_models(_: Bench, paths: Sequence[Path], **__: object) -> np.ndarray:
         return np.array([1e-5 + 1e-9 * sum(elements(p).values()) for p in paths])
 
     def alone(graph: object, weights: dict[str, Weight], shape: object, item: Factorized, *_: object) -> Latency:
@@ -125,7 +125,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return Latency(before, after, 0.0, 0.0, 1, 1)
 
-    monkeypatch.setattr(Bench, "whole", whole)
+    monkeypatch.setattr(Bench, "time_models", time_models)
     monkeypatch.setattr(Bench, "nodes", lambda _, path: {n: 1e-9 * k for n, k in elements(path).items() if k})
     monkeypatch.setattr(joint_budget, "layer_latency", alone)
 

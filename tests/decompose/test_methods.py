@@ -43,7 +43,7 @@ def metric(kind: str, weight: Real) -> Metric:
     if kind == "plain":
         return Metric()
     if kind == "shared":
-        return Metric(shared=gram(parts, channels, 40))
+        return Metric(per_channel=gram(parts, channels, 40))
     return Metric(full=gram(parts, channels * prod(space), 300))
 
 
@@ -100,8 +100,8 @@ def test_svd_is_the_best_there_is(kind: str, sizes: tuple[int, int, tuple[int, .
         if kind == "plain":
             moments = np.eye(shape.columns)
         elif kind == "shared":
-            assert seen.shared is not None
-            moments = np.kron(seen.shared[part], np.eye(prod(shape.kernel)))
+            assert seen.per_channel is not None
+            moments = np.kron(seen.per_channel[part], np.eye(prod(shape.kernel)))
         else:
             assert seen.full is not None
             moments = seen.full[part]

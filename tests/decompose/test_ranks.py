@@ -23,7 +23,7 @@ def test_within_is_the_best_of_all_ranks(share: float, step: int, name: str) -> 
     def cost(which: Method, ranks: Ranks) -> int:
         return elements(which.stages(shape, ranks))
 
-    limit = share * elements([shape.whole()])
+    limit = share * elements([shape.as_stage()])
     found = within(method, cost, fit, limit, step)
     best = None
     ways = [[*range(0 if len(fit.modes) > 1 else 1, m.size + 1)] for m in fit.modes[:2]]

@@ -49,6 +49,6 @@ def test_values_that_a_model_cannot_take_are_passed_over() -> None:
 def test_a_comparison_says_what_proves_nothing() -> None:
     found = compare_models(SLEEPY, SLEEPY, [feed(1)])
     assert found.facts.passed and not found.facts.note
-    assert "proves nothing" in found.said().note and "y is zero" in found.said().note
+    assert "proves nothing" in found.noted().note and "y is zero" in found.noted().note
     assert not compare_models(SLEEPY, SLEEPY, [feed(1), feed(1000)]).idle.keys() - {"c"}
-    assert "proves little" in compare_models(SLEEPY, SLEEPY, [feed(1), feed(1000)]).said().note
+    assert "proves little" in compare_models(SLEEPY, SLEEPY, [feed(1), feed(1000)]).noted().note

@@ -56,7 +56,7 @@ def pieces(
     for number, names in enumerate(wanted):
         assert list(run.run(number)) in ([], list(range(len(feeds))))
         found.append({n: [np.array(store.get(n, b)) for b in range(len(feeds))] for n in names})
-        run.done(number)
+        run.drop(number)
     assert not any(n in store for names in wanted for n in names), "everything is let go of at the end"
     assert not list(folder.iterdir())
     return found

@@ -74,10 +74,10 @@ class Part:
         array, axis = outputs[self.name], self.axis
         if self.columns is None:
             return table(array, axis, self.batched)
-        own = slice(*self.columns)
+        part_columns = slice(*self.columns)
         if axis is not None and 0 <= axis < array.ndim:  # other columns need no conversion
-            return table(array[(slice(None),) * axis + (own,)], axis, self.batched)
-        return table(array, axis, self.batched)[..., own]
+            return table(array[(slice(None),) * axis + (part_columns,)], axis, self.batched)
+        return table(array, axis, self.batched)[..., part_columns]
 
     def scores(self, outputs: Feed) -> Numbers:
         """Return the columns as scores from 0 to 1, without the background."""

@@ -456,13 +456,16 @@ class Detections(Measure):
                 total += math.sqrt(both) * min(1.0, inner / both)
                 weights += math.sqrt(both)
         overlap = total / weights if weights else 1.0
-        inner = own = other = 0.0
+        inner = original_power = other_power = 0.0
         for n, s, t, st, ss, tt in self.fields.values():
             inner += float((st - s * t / n).sum())
-            own, other = own + float((ss - s * s / n).sum()), other + float((tt - t * t / n).sum())
-        if own <= _TINY:
+            original_power, other_power = (
+                original_power + float((ss - s * s / n).sum()),
+                other_power + float((tt - t * t / n).sum()),
+            )
+        if original_power <= _TINY:
             return overlap
-        return max(0.0, inner) * math.sqrt(overlap / (own * max(other, _TINY)))
+        return max(0.0, inner) * math.sqrt(overlap / (original_power * max(other_power, _TINY)))
 
     def lost(self) -> str:
         """Say how many detections went."""

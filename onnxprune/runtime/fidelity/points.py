@@ -35,7 +35,7 @@ class KnownOutputs:
     """
 
     def __init__(self, limit: int = _KNOWN) -> None:
-        self._limit, self._held = limit, 0
+        self._limit, self._num_bytes = limit, 0
         self._by_inputs: dict[bytes, Feed] = {}
 
     def get(self, feed: Feed) -> Feed | None:
@@ -45,11 +45,11 @@ class KnownOutputs:
     def add(self, feed: Feed, outputs: Feed) -> None:
         """Hold the outputs for these inputs, which nobody may change from now on, where there is room."""
         size = sum(value.nbytes for value in outputs.values())
-        if self._held + size > self._limit or any(value.dtype == object for value in outputs.values()):
+        if self._num_bytes + size > self._limit or any(value.dtype == object for value in outputs.values()):
             return
         for value in outputs.values():
             value.setflags(write=False)
-        self._held += size
+        self._num_bytes += size
         self._by_inputs[_digest(feed)] = outputs
 
 
@@ -151,10 +151,10 @@ def _batches(
         original.close()
     after = open_session(final, threads=threads)
     names = {value.name for value in (*after.get_inputs(), *after.get_outputs())}
-    gone = {name for name, hint in hints.items() if hint.past and names.isdisjoint((name, hint.past))}
+    absent = {name for name, hint in hints.items() if hint.past and names.isdisjoint((name, hint.past))}
     for index, (feed, values) in enumerate(zip(feeds, outputs, strict=False)):
         want = original.outputs(feed) if values is None else values
-        yield feed, {name: value for name, value in want.items() if name not in gone}, run(after, feed)
+        yield feed, {name: value for name, value in want.items() if name not in absent}, run(after, feed)
         if progress and total:
             progress("fidelity", (index + 1) / total)
 
