@@ -141,6 +141,67 @@ def test_rms_normalization_spelled_out(spelling: str, square: str, opset: int) -
     assert len(kinds) == len(model.graph.node) + (spelling == "scaled before")
 
 
+def mean_square(net: Net, x: str) -> str:
+    return net.reduce("ReduceMean", net.op("Pow", x, net.const(2.0, net.dtype)), [-1])
+
+
+def rooted(net: Net, x: str, mean: str | None = None) -> str:
+    return net.op("Sqrt", net.op("Add", mean or mean_square(net, x), net.const(0.1, net.dtype)))
+
+
+def in_half(net: Net, x: str) -> str:
+    """Statistics in float32 of a stream in another type, and the scale in that type."""
+    wide = net.op("Cast", net.op("Cast", x, to=10), to=1)
+    narrow = net.op("Cast", net.op("Div", wide, rooted(net, wide)), to=10)
+    scale = net.const(np.linspace(0.5, 1.5, 6), np.float16)
+    return net.op("Cast", net.op("Mul", scale, narrow), to=1)
+
+
+def spelled_layer_norm(net: Net, x: str) -> str:
+    """Centred in two steps, with scale and shift merged with the statistics, as TensorFlow writes it."""
+    mean = net.reduce("ReduceMean", x, [-1])
+    gain = net.op("Mul", net.op("Reciprocal", rooted(net, net.op("Sub", x, mean))), net.weight(6))
+    return net.op("Add", net.op("Mul", x, gain), net.op("Sub", net.weight(6), net.op("Mul", mean, gain)))
+
+
+def variance_of_squares(net: Net, x: str) -> str:
+    mean = net.reduce("ReduceMean", x, [-1])
+    spread = net.op("Sub", net.reduce("ReduceMean", net.op("Mul", x, x), [-1]), net.op("Mul", mean, mean))
+    return net.op("Mul", net.op("Div", net.op("Sub", x, mean), rooted(net, x, spread)), net.weight(6))
+
+
+EXPORTED = {
+    "scale of 1 + weight": lambda net, x: net.op(
+        "Mul", net.op("Div", x, rooted(net, x)), net.op("Add", net.weight(6), net.const(1.0, net.dtype))
+    ),
+    "power": lambda net, x: net.op(
+        "Mul", net.weight(6), net.op("Mul", x, net.op("Pow", mean_square(net, x), net.const(-0.5, net.dtype)))
+    ),
+    "one by the root": lambda net, x: net.op(
+        "Mul", net.weight(6), net.op("Mul", x, net.op("Div", net.const(1.0, net.dtype), rooted(net, x)))
+    ),
+    "epsilon outside": lambda net, x: net.op(
+        "Div", x, net.op("Add", net.op("Sqrt", mean_square(net, x)), net.const(0.1, net.dtype))
+    ),
+    "at least epsilon": lambda net, x: net.op(
+        "Div", x, net.op("Sqrt", net.op("Max", mean_square(net, x), net.const(0.1, net.dtype)))
+    ),
+    "sum by the size": lambda net, x: net.op(
+        "Div", x, rooted(net, x, net.op("Div", net.reduce("ReduceSumSquare", x, [-1]), net.const(6.0, net.dtype)))
+    ),
+    "norm": lambda net, x: net.op("Mul", net.op("LpNormalization", x, axis=-1, p=2), net.weight(6)),
+    "half": in_half,
+    "merged LayerNorm": spelled_layer_norm,
+    "variance of squares": variance_of_squares,
+}
+
+
+@pytest.mark.parametrize("spelling", EXPORTED)
+def test_normalization_as_exporters_write_it(spelling: str) -> None:
+    net = Net(17)
+    check(net, EXPORTED[spelling](net, produce(net, "nlc")), tolerance=5e-3 if spelling == "half" else None)
+
+
 def test_a_uniform_scale_that_an_identity_reads_as_well() -> None:
     """Copies of one constant are joined again only where both norms left them equal, not only equally long."""
     net = Net(17)
