@@ -56,10 +56,10 @@ class Kernels:
 
     def __post_init__(self) -> None:
         for name, value in [*((n, getattr(self, n)) for n in MULTIPLES), *self.int8.items()]:
-            whole = isinstance(value, int) and not isinstance(value, bool)
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
             if name not in MULTIPLES:
                 raise UsageError(f"device {self.name!r}: no multiple is called {name!r}", hint=_FIELDS)
-            if not whole or value < 1:
+            if not is_integer or value < 1:
                 raise UsageError(f"device {self.name!r}: {name} is {value!r}", hint="Give a whole number from 1.")
 
     def of(self, kind: str, *, quantized: bool) -> int:
@@ -74,13 +74,17 @@ class Kernels:
             UsageError: the file cannot be read or holds something else.
         """
         try:
-            told = json.loads(Path(path).read_text(encoding="utf-8"))
+            multiples = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UsageError(f"{argument('device')}: cannot read {str(path)!r}: {error}", hint=_FIELDS) from error
         names = {f.name for f in fields(cls)}
-        if not isinstance(told, dict) or not told.keys() <= names or not isinstance(told.get("int8", {}), dict):
+        if (
+            not isinstance(multiples, dict)
+            or not multiples.keys() <= names
+            or not isinstance(multiples.get("int8", {}), dict)
+        ):
             raise UsageError(f"{argument('device')}: {str(path)!r} holds no multiples of a device", hint=_FIELDS)
-        return cls(**{"name": Path(path).stem, **told})
+        return cls(**{"name": Path(path).stem, **multiples})
 
 
 MULTIPLES = ("writes", "reads", "depthwise", "grouped", "features", "inner")

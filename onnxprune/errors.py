@@ -36,11 +36,11 @@ def argument(name: str, value: Any = None, *, key: str = "") -> str:
 def spelled(text: str, spell: Spelling | None = None) -> str:
     """Return a message with its arguments as ``spell`` writes them; None: as Python does."""
 
-    def one(found: re.Match[str]) -> str:
-        name, key, value = found["name"], found["key"] or "", found["value"] or ""
+    def one(match: re.Match[str]) -> str:
+        name, key, value = match["name"], match["key"] or "", match["value"] or ""
         if spell is not None:
             return spell(name, key, value)
-        of = f"={value!r}" if found["kind"] == _TEXT else f"={value}" if found["kind"] else ""
+        of = f"={value!r}" if match["kind"] == _TEXT else f"={value}" if match["kind"] else ""
         return f"{name}[{key!r}]{of}" if key else name + of
 
     return _MARKED.sub(one, text)

@@ -255,8 +255,8 @@ class WorkShare:
         """Report the share of a part, 0 to 1; the parts ahead of it are done."""
         names = list(self._work)
         before = sum(self._work[other] for other in names[: names.index(name)])
-        done = before + min(max(fraction, 0.0), 1.0) * self._work[name]
-        share = done / max(sum(self._work.values()), 1e-9)
+        finished = before + min(max(fraction, 0.0), 1.0) * self._work[name]
+        share = finished / max(sum(self._work.values()), 1e-9)
         if share > self._max_share:
             self._max_share = min(share, 1.0)
             self._tell(self._max_share)

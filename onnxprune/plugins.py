@@ -18,17 +18,17 @@ def announced(group: str) -> dict[str, Any]:
     Raises:
         UsageError: one cannot be loaded; the message names its package.
     """
-    found = {}
+    points = {}
     for point in entry_points(group=group):
         try:
-            found[point.name] = point.load()
+            points[point.name] = point.load()
         except (Exception, SystemExit) as error:
             package = point.dist.name if point.dist is not None else point.value
             raise UsageError(
                 f"The extension {point.name!r} of {package} cannot be loaded: {type(error).__name__}: {error}",
                 hint=f"Repair or uninstall {package}.",
             ) from error
-    return found
+    return points
 
 
 class Named(Generic[T]):

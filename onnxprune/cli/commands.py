@@ -490,7 +490,7 @@ def inspect(screen: Screen, given: Given) -> None:
         sums = {"bytes": model.stat().st_size, "parameters": analysis.parameters}
         screen.emit({"model": str(model), **sums, **facts, "sparsity": plain(zeros)})
     width, every = screen.name_width, screen.verbosity > 0
-    shown = sparsity.inspected(zeros, name_width=width, every=every)
+    shown = sparsity.inspected(zeros, name_width=width, list_all=every)
     screen.show(_title(model, analysis), *_inspection_parts(screen, facts, analysis.layers), *shown)
 
 

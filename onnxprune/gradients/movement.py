@@ -43,7 +43,7 @@ def _origins(r: Reverse, i: int) -> list[Array]:
         elif t.kinds[name].kind == "f":
             feeds[name] = np.zeros(r.shape(k), np.float64)
         else:
-            feeds[name] = r.needed(k, "positions")
+            feeds[name] = r.constant_value(k, "positions")
     kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(v.dtype) for name, v in feeds.items()}
     outputs = [o for o in r.node.outputs if o]
     graph = onnx.helper.make_graph(
@@ -124,9 +124,9 @@ def split(r: Reverse) -> None:
 def cut(r: Reverse) -> None:
     """Pad with zeros where steps are 1, else look the elements up."""
     shape = r.shape(0)
-    starts, ends = (r.needed(i, "bounds").ravel().tolist() for i in (1, 2))
-    axes = r.needed(3, "axes").ravel().tolist() if r.has(3) else list(range(len(starts)))
-    steps = r.needed(4, "steps").ravel().tolist() if r.has(4) else [1] * len(starts)
+    starts, ends = (r.constant_value(i, "bounds").ravel().tolist() for i in (1, 2))
+    axes = r.constant_value(3, "axes").ravel().tolist() if r.has(3) else list(range(len(starts)))
+    steps = r.constant_value(4, "steps").ravel().tolist() if r.has(4) else [1] * len(starts)
     before, after = [0] * len(shape), [0] * len(shape)
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step != 1:
@@ -168,8 +168,8 @@ def pad(r: Reverse) -> None:
     if r.attr("mode", "constant") != "constant":
         moved(r)
         return
-    pads = r.needed(1, "pads").ravel().tolist()
-    axes = [int(k) % rank for k in r.needed(3, "axes").ravel()] if r.has(3) else list(range(rank))
+    pads = r.constant_value(1, "pads").ravel().tolist()
+    axes = [int(k) % rank for k in r.constant_value(3, "axes").ravel()] if r.has(3) else list(range(rank))
     before, after = [0] * rank, [0] * rank
     for k, axis in enumerate(axes):
         before[axis], after[axis] = -pads[k], -pads[len(axes) + k]

@@ -159,7 +159,7 @@ def _reduced(r: Reverse) -> list[int] | None:
     rank = len(r.shape(0))
     axes = r.node.attrs.get("axes")
     if r.has(1):
-        axes = r.needed(1, "axes").ravel().tolist()
+        axes = r.constant_value(1, "axes").ravel().tolist()
     if axes is None or len(axes) == 0:
         return None if r.attr("noop_with_empty_axes", 0) else list(range(rank))
     return sorted({int(k) % rank for k in axes})

@@ -342,7 +342,7 @@ class Reverse:
         """Return the value of an input that is constant; None where it is absent or not."""
         return self._constants.get(self.node.inputs[i]) if self.has(i) else None
 
-    def needed(self, i: int, what: str) -> Array:
+    def constant_value(self, i: int, what: str) -> Array:
         """Return the value of an input.
 
         Raises:

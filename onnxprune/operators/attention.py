@@ -396,13 +396,13 @@ class GroupQueryAttention(Rule):
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the sizes of data and caches."""
-        heads, shared = node.attrs["num_heads"], node.attrs["kv_num_heads"]
+        heads, cache_heads = node.attrs["num_heads"], node.attrs["kv_num_heads"]
         query, key, past = shapes[0], shapes[1], (*shapes[3:5], None, None)[:2]
-        size = query[-1] // heads if key is not None else query[-1] // (heads + 2 * shared)
+        size = query[-1] // heads if key is not None else query[-1] // (heads + 2 * cache_heads)
         for cache in past:
             if cache is not None:
                 yield cache[3], size
-                yield cache[1], shared
+                yield cache[1], cache_heads
                 yield cache[0], query[0]
         if past[0] is not None and past[1] is not None:
             yield past[0][2], past[1][2]

@@ -118,7 +118,7 @@ class Pairwise(Form):
         self.terms, self.size = terms, dict(zip(right, sizes, strict=True))
         self.part_letters = "".join(c for c in right if c in left and c in out)
         self.summed = "".join(c for c in right if c in left and c not in out)
-        self.made = "".join(c for c in out if c in right and c not in left)
+        self.output_letters = "".join(c for c in out if c in right and c not in left)
         self.free = "".join(c for c in left if c not in right)
         self.axes = tuple(left.index(c) for c in self.part_letters + self.summed)
         self.parts = prod(self.size[c] for c in self.part_letters)
@@ -143,7 +143,7 @@ class Pairwise(Form):
 
     def rows(self, output: Array, pick: Picked = None) -> Array:
         """Arrange the output; the letters shared with the data alone are the rows."""
-        arranged = self._arrange(output, self.terms[2], (self.part_letters, self.free, self.made))
+        arranged = self._arrange(output, self.terms[2], (self.part_letters, self.free, self.output_letters))
         return arranged if pick is None else arranged[:, pick]
 
     def count(self, data: Sequence[int]) -> int:
@@ -157,18 +157,22 @@ class Pairwise(Form):
 
     def matrix(self, weight: Array) -> Array:
         """Arrange the weight as [parts, summed, made]."""
-        return self._arrange(weight, self.terms[1], (self.part_letters, self.summed, self.made))
+        return self._arrange(weight, self.terms[1], (self.part_letters, self.summed, self.output_letters))
 
     def restore(self, matrix: Array, like: Array) -> Array:
         """Invert the merge and the transposition of ``matrix``."""
-        letters = self.part_letters + self.summed + self.made
+        letters = self.part_letters + self.summed + self.output_letters
         sizes = dict(zip(self.terms[1], like.shape, strict=True))
         spread = matrix.reshape([sizes[c] for c in letters])
         return np.transpose(spread, [letters.index(c) for c in self.terms[1]])
 
     def output_axis(self, rank: int) -> int | None:
         """Return the axis of the only letter that the weight contributes, where there are no parts."""
-        return self.terms[2].index(self.made) if len(self.made) == 1 and not self.part_letters else None
+        return (
+            self.terms[2].index(self.output_letters)
+            if len(self.output_letters) == 1 and not self.part_letters
+            else None
+        )
 
 
 class Blocks(Pairwise):
@@ -180,8 +184,8 @@ class Blocks(Pairwise):
         made: number of outputs.
     """
 
-    def __init__(self, outer: str, size: int, made: int) -> None:
-        super().__init__((outer + "k", "nk", outer + "n"), (made, size), plain=False)
+    def __init__(self, outer: str, size: int, outputs: int) -> None:
+        super().__init__((outer + "k", "nk", outer + "n"), (outputs, size), plain=False)
 
     def output_shape(self, data: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
         """Return the data's shape with another last axis."""
@@ -378,9 +382,9 @@ class Windows(Form):
         maps = data.reshape(*data.shape[:2], -1)
         # One sample after the other: taking from a map is many times faster than indices of samples and positions.
         for number in np.unique(sample):
-            own = slice(None) if len(data) == 1 else np.flatnonzero(sample == number)
-            places = flat[own]
-            rows[:, own] = maps[number].take(places.ravel(), axis=1).reshape(-1, *places.shape)
+            picked = slice(None) if len(data) == 1 else np.flatnonzero(sample == number)
+            places = flat[picked]
+            rows[:, picked] = maps[number].take(places.ravel(), axis=1).reshape(-1, *places.shape)
         rows[:, ~inside] = 0
         return rows.reshape(self.parts, -1, pick.size, self.taps).swapaxes(1, 2).reshape(self.parts, pick.size, -1)
 
@@ -408,9 +412,9 @@ class Windows(Form):
 
     def output_shape(self, data: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
         """Return shape [N, O, *positions]."""
-        return (int(data[0]), self._made(weight), *self._positions(data[2:]))
+        return (int(data[0]), self._num_outputs(weight), *self._positions(data[2:]))
 
-    def _made(self, weight: Sequence[int]) -> int:
+    def _num_outputs(self, weight: Sequence[int]) -> int:
         """Return the number of output channels."""
         return int(weight[0])
 
@@ -476,7 +480,7 @@ class Transposed(Windows):
         spread[(slice(None), slice(None), *(slice(None, None, s) for s in self.strides))] = data
         return self._slide(spread, self._border(), (1,) * len(self.kernel), pick)
 
-    def _made(self, weight: Sequence[int]) -> int:
+    def _num_outputs(self, weight: Sequence[int]) -> int:
         """Return the number of output channels."""
         return int(weight[1]) * self.parts
 

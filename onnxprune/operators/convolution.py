@@ -118,10 +118,10 @@ class Conv(Rule):
     @staticmethod
     def _tie_rows(step: Step, grid_in: Ids, grid_out: Ids) -> None:
         """Unite rows: whole groups of inputs and outputs are pruned, or all groups keep equal numbers of each."""
-        left, right = Label(grid_in, 1), Label(grid_out, 1)
-        step.atoms.view(left)
-        step.atoms.view(right)
-        step.atoms.unite(step.atoms.rows_of(left).ids, step.atoms.rows_of(right).ids)
+        in_label, out_label = Label(grid_in, 1), Label(grid_out, 1)
+        step.atoms.view(in_label)
+        step.atoms.view(out_label)
+        step.atoms.unite(step.atoms.rows_of(in_label).ids, step.atoms.rows_of(out_label).ids)
 
     def _spread(self, step: Step, w: Labels, grid_in: Ids, outputs: int) -> None:
         """Lay a grid of (output, input) over the weight, whose input channel j is another atom in every group."""

@@ -92,12 +92,12 @@ class Sum(Elementwise):
 
     def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
         """Return the one other input, or a smaller sum; nothing for a minuend."""
-        rest = [name for i, name in enumerate(node.inputs) if i not in positions]
+        others = [name for i, name in enumerate(node.inputs) if i not in positions]
         if node.op == "Sub" and 0 in positions:
             return None
-        if len(rest) == 1:
-            return WithoutAddends([], {node.outputs[0]: rest[0]})
-        return WithoutAddends([NewNode(node.op, rest, [node.outputs[0]], node.name)], {})
+        if len(others) == 1:
+            return WithoutAddends([], {node.outputs[0]: others[0]})
+        return WithoutAddends([NewNode(node.op, others, [node.outputs[0]], node.name)], {})
 
     def scaling(self, node: Node, i: int, factor: float, constant: Read) -> Scaling | None:
         """Divide a constant addend by the factor: c x + b = c (x + b / c)."""

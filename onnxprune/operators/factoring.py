@@ -58,7 +58,7 @@ class Factoring(ABC):
         """Return weights of the new nodes, one per factor; ``like``: shape of the old weight."""
 
     @abstractmethod
-    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Replacement) -> None:
+    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], replacement: Replacement) -> None:
         """Add the nodes that replace ``node`` and read these weights, one per factor; the last has its outputs."""
 
     def bias(self, node: Node) -> int | None:
@@ -132,7 +132,7 @@ class Convolution(Factoring):
         spreading = described.geometry.spreading
         return [_transposed(f) if spreading and f.stage.axes else _plain(f) for f in factors]
 
-    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Replacement) -> None:
+    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], replacement: Replacement) -> None:
         """Add one convolution per factor; the last one has the bias."""
         source = node.inputs[0]
         for factor, weight in zip(factors, weights, strict=True):
@@ -140,9 +140,9 @@ class Convolution(Factoring):
             inputs = [source, weight]
             if last and len(node.inputs) > _BIAS and node.inputs[_BIAS]:
                 inputs.append(node.inputs[_BIAS])
-            source = node.outputs[0] if last else made.tensor(factor.stage.role)
+            source = node.outputs[0] if last else replacement.tensor(factor.stage.role)
             op = node.op if factor.stage.axes else "Conv"
-            made.add(factor.stage.role, op, inputs, source, **_attributes(node, factor.stage))
+            replacement.add(factor.stage.role, op, inputs, source, **_attributes(node, factor.stage))
 
     def bias(self, node: Node) -> int | None:
         """Return the position of the third input."""
@@ -197,7 +197,7 @@ class Product(Factoring):
             return "its weight broadcasts against its data"
         if not form.plain:
             return "an activation is fused into it" if node.domain else "the operator multiplies its weight internally"
-        if len(form.made) != 1 or len(form.summed) != 1:
+        if len(form.output_letters) != 1 or len(form.summed) != 1:
             return "its weight is not a matrix"
         if node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0):
             return "its batch axes are transposed"
@@ -210,16 +210,16 @@ class Product(Factoring):
         letters, rank = form.terms[1], factors[0].stage.outputs
         sizes = [
             tuple(rank if c == replaced else n for c, n in zip(letters, like, strict=True))
-            for replaced in (form.made, form.summed)
+            for replaced in (form.output_letters, form.summed)
         ]
         return [
             form.restore(factor.array, np.broadcast_to(np.zeros(()), size))
             for factor, size in zip(factors, sizes, strict=True)
         ]
 
-    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Replacement) -> None:
+    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], replacement: Replacement) -> None:
         """Add two products: the first without bias and scale; the second does not transpose its data."""
-        form, between = made.description.form, made.tensor("core")
+        form, between = replacement.description.form, replacement.tensor("core")
         assert form is not None
         transposed = "transA" if form.data == 0 else "transB"
         first = [""] * 2
@@ -228,10 +228,10 @@ class Product(Factoring):
         second[form.data], second[form.weight] = between, weights[1]
         has = transposed in node.attrs
         dropped: dict[str, Any] = dict.fromkeys(self.dropped)
-        made.copy("core", [*first, *self.addends(made)], [between], **dropped)
-        made.copy("out", second, node.outputs, **({transposed: None} if has else {}))
+        replacement.copy("core", [*first, *self.addends(replacement)], [between], **dropped)
+        replacement.copy("out", second, node.outputs, **({transposed: None} if has else {}))
 
-    def addends(self, made: Replacement) -> list[str]:
+    def addends(self, replacement: Replacement) -> list[str]:
         """Return what the first product adds: nothing, unless the operator has to."""
         return []
 
@@ -241,9 +241,9 @@ class MatrixProduct(Product):
 
     dropped = ("alpha", "beta")
 
-    def addends(self, made: Replacement) -> list[str]:
+    def addends(self, replacement: Replacement) -> list[str]:
         """Return a bias of 0 before opset 11, which requires one."""
-        return [made.constant("none", np.zeros(1))] if made.opset < 11 else []
+        return [replacement.constant("none", np.zeros(1))] if replacement.opset < 11 else []
 
     def bias(self, node: Node) -> int | None:
         """Return the position of the third input."""
@@ -265,20 +265,22 @@ class Equation(Factoring):
         """Return [parts, summed, rank] and [parts, rank, made], letter by letter."""
         form, rank = described.form, factors[0].stage.outputs
         assert isinstance(form, Pairwise)
-        parts, summed, made = ([form.size[c] for c in group] for group in (form.part_letters, form.summed, form.made))
-        return [factors[0].array.reshape(*parts, *summed, rank), factors[1].array.reshape(*parts, rank, *made)]
+        parts, summed, columns = (
+            [form.size[c] for c in group] for group in (form.part_letters, form.summed, form.output_letters)
+        )
+        return [factors[0].array.reshape(*parts, *summed, rank), factors[1].array.reshape(*parts, rank, *columns)]
 
-    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Replacement) -> None:
+    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], replacement: Replacement) -> None:
         """Add a product of data and core over the summed letters, then one of its result with the second factor."""
-        form, between = made.description.form, made.tensor("core")
+        form, between = replacement.description.form, replacement.tensor("core")
         assert isinstance(form, Pairwise)
         left, _, out = form.terms
         fresh = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in "".join(form.terms))
         middle = form.part_letters + form.free + fresh
         first = f"{left},{form.part_letters}{form.summed}{fresh}->{middle}"
-        second = f"{middle},{form.part_letters}{fresh}{form.made}->{out}"
-        made.copy("core", [node.inputs[form.data], weights[0]], [between], equation=first)
-        made.copy("out", [between, weights[1]], node.outputs, equation=second)
+        second = f"{middle},{form.part_letters}{fresh}{form.output_letters}->{out}"
+        replacement.copy("core", [node.inputs[form.data], weights[0]], [between], equation=first)
+        replacement.copy("out", [between, weights[1]], node.outputs, equation=second)
 
 
 class Recurrence(Factoring):
@@ -303,11 +305,11 @@ class Recurrence(Factoring):
         shorter = np.broadcast_to(np.zeros(()), (*like[:-1], rank))
         return [factors[0].array[0], form.restore(factors[1].array, shorter)]
 
-    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Replacement) -> None:
+    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], replacement: Replacement) -> None:
         """Add a product in front of the same operator."""
-        between = made.tensor("core")
-        made.add("core", "MatMul", [node.inputs[0], weights[0]], between)
-        made.copy("out", [between, weights[1], *node.inputs[2:]], node.outputs)
+        between = replacement.tensor("core")
+        replacement.add("core", "MatMul", [node.inputs[0], weights[0]], between)
+        replacement.copy("out", [between, weights[1], *node.inputs[2:]], node.outputs)
 
 
 class Embedding(Factoring):
@@ -328,16 +330,16 @@ class Embedding(Factoring):
         """Return [rows, r] and [r, width]."""
         return [factor.array[0] for factor in factors]
 
-    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], made: Replacement) -> None:
+    def replace(self, node: Node, factors: Sequence[Factor], weights: Sequence[str], replacement: Replacement) -> None:
         """Add Gather, then MatMul."""
-        between = made.tensor("core")
-        made.copy("core", [weights[0], node.inputs[1]], [between])
-        made.add("out", "MatMul", [between, weights[1]], node.outputs[0])
+        between = replacement.tensor("core")
+        replacement.copy("core", [weights[0], node.inputs[1]], [between])
+        replacement.add("out", "MatMul", [between, weights[1]], node.outputs[0])
 
 
 def _described(form: Pairwise, shapes: Sequence[Any]) -> Description | str:
     data = shapes[form.data]
     if data is None or None in data:
         return "its sizes are not known"
-    summed, made = (prod(form.size[c] for c in group) for group in (form.summed, form.made))
-    return Description(Shape(form.parts, summed, (), made), Geometry(form.count(data)), form)
+    summed, columns = (prod(form.size[c] for c in group) for group in (form.summed, form.output_letters))
+    return Description(Shape(form.parts, summed, (), columns), Geometry(form.count(data)), form)

@@ -53,7 +53,7 @@ class SkipLayerNorm(LayerNorm):
         stats = None if x is None else (*x[:-1], 1)
         return [x, stats, stats, x]
 
-    own, own_since, bias_at = "LayerNormalization", 17, 4
+    standard_op, standard_since, bias_at = "LayerNormalization", 17, 4
     """ONNX's own operator for one tensor, the opset that brought it, and the position of the bias."""
 
     def addends(self, node: Node) -> Sequence[int]:
@@ -66,32 +66,32 @@ class SkipLayerNorm(LayerNorm):
 
     def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
         """Return the normalisation of the other addend; output 3 is that addend, plus the bias where there is one."""
-        rest = next(name for i, name in enumerate(node.inputs[:2]) if i not in positions)
+        other = next(name for i, name in enumerate(node.inputs[:2]) if i not in positions)
         outputs = [*node.outputs, "", "", ""][:4]
         if any(outputs[1:3]):
             return None
         bias = node.inputs[self.bias_at] if len(node.inputs) > self.bias_at else ""
         nodes: list[NewNode] = []
-        same = {outputs[3]: rest} if outputs[3] and not bias else {}
+        same = {outputs[3]: other} if outputs[3] and not bias else {}
         if bias:
             total = outputs[3] or f"{outputs[0]}_sum"
-            nodes.append(NewNode("Add", [rest, bias], [total], node.name and f"{node.name}_sum"))
-            rest = total
-        return WithoutAddends([*nodes, self._of_one(node, rest, opset)], same)
+            nodes.append(NewNode("Add", [other, bias], [total], node.name and f"{node.name}_sum"))
+            other = total
+        return WithoutAddends([*nodes, self._of_one(node, other, opset)], same)
 
     def _of_one(self, node: Node, x: str, opset: int) -> NewNode:
         """Return a node that normalises one tensor: ONNX's own, or before that x + x with 4 epsilon, which is equal."""
         settings = [n for n in node.inputs[2 : self.bias_at] if n]
         epsilon, output = float(node.attrs.get("epsilon", 1e-12)), [node.outputs[0]]
-        if opset >= self.own_since:
-            return NewNode(self.own, [x, *settings], output, node.name, "", {"axis": -1, "epsilon": epsilon})
+        if opset >= self.standard_since:
+            return NewNode(self.standard_op, [x, *settings], output, node.name, "", {"axis": -1, "epsilon": epsilon})
         return NewNode(node.op, [x, x, *settings], output, node.name, DOMAIN, {"epsilon": 4 * epsilon})
 
 
 class SkipRMSNorm(RMSNorm, SkipLayerNorm):
     """Root mean square normalisation of input + skip + bias over the last axis; output 3 is the sum itself."""
 
-    own, own_since, bias_at = "RMSNormalization", 23, 3
+    standard_op, standard_since, bias_at = "RMSNormalization", 23, 3
 
 
 class EmbedLayerNorm(Rule):
@@ -220,9 +220,9 @@ class BiasSplitGelu(Rule):
         shape = step.shape(0)
         rank, half = len(shape), shape[-1] // 2
         joint = broadcast(step.atoms, [(step.labels(i), step.shape(i)) for i in (0, 1)], rank, step.reason)
-        left = step.take(joint, rank - 1, np.arange(half))
-        right = step.take(joint, rank - 1, np.arange(half, 2 * half))
-        step.set(0, broadcast(step.atoms, [(left, step.out_shape()), (right, step.out_shape())], rank, step.reason))
+        first = step.take(joint, rank - 1, np.arange(half))
+        second = step.take(joint, rank - 1, np.arange(half, 2 * half))
+        step.set(0, broadcast(step.atoms, [(first, step.out_shape()), (second, step.out_shape())], rank, step.reason))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """Return the data's shape with half of the last axis."""

@@ -123,7 +123,7 @@ def where_known(infer: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a rule's ``infer``: call it only where all shapes are fully known, return None for malformed nodes."""
 
     @wraps(infer)
-    def told(self: Any, node: Node, shapes: Sequence[Any], values: Values) -> Any:
+    def infer_known(self: Any, node: Node, shapes: Sequence[Any], values: Values) -> Any:
         for shape, name in zip(shapes, node.inputs, strict=True):
             if (shape is None and name) or (shape is not None and None in shape):
                 return None
@@ -132,4 +132,4 @@ def where_known(infer: Callable[..., Any]) -> Callable[..., Any]:
         except (LookupError, TypeError, ValueError, ArithmeticError):  # a form of the operator that is not expected
             return None
 
-    return told
+    return infer_known

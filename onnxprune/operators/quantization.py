@@ -458,7 +458,7 @@ class PackedMatMul(Rule):
             else:
                 step.fix_all_but(parameter_labels, (0,), Reason.OPERAND, "one value per block of codes")
         step.labels(ORDER)
-        why = self._held(step)
+        why = self._blocks_refusal(step)
         if why and blocks is not None:
             step.fix(b, 1, Reason.FIXED_SIZE, why)
         k = step.shape(A)[-1]
@@ -474,7 +474,7 @@ class PackedMatMul(Rule):
         """Return whether an operand is [N, blocks], neither flat nor packed, and is sliced by its labels."""
         return len(step.shape(i)) == 2 and (i == SCALES or (i == ZEROS and _plain_zeros(step)))
 
-    def _held(self, step: Step) -> str:
+    def _blocks_refusal(self, step: Step) -> str:
         """Return the reason why blocks cannot be pruned; "" where they can."""
         bits = int(step.attr("bits", 4))
         if bits not in PACKED_BITS:
@@ -508,7 +508,7 @@ class PackedMatMul(Rule):
                 packed = bits if i == ZEROS and not _plain_zeros(cut.before) else 0
                 width = -(-blocks * packed // 8) if packed else blocks
                 shape = (n, width) if len(cut.before.shape(i)) == 2 else (n * width,)
-                cut.derive(i, shape, partial(_chosen, rows=rows, blocks=keep, bits=packed))
+                cut.derive(i, shape, partial(_surviving_settings, rows=rows, blocks=keep, bits=packed))
         if cut.before.has(ORDER):
             cut.derive(ORDER, (size,), lambda value: (np.arange(size) // block).astype(value.dtype))
 
@@ -565,7 +565,7 @@ def _plain_zeros(step: Step) -> bool:
     return weight is not None and weight.dtype != np.uint8
 
 
-def _chosen(value: Array, rows: NDArray[np.bool_], blocks: NDArray[np.bool_], bits: int) -> Array:
+def _surviving_settings(value: Array, rows: NDArray[np.bool_], blocks: NDArray[np.bool_], bits: int) -> Array:
     """Slice settings to the surviving codes, as [N, blocks] or repacked to bytes (``bits`` each, 0: not packed)."""
     rows_of_values = value.reshape(rows.size, -1)
     if not bits:
@@ -621,7 +621,7 @@ class PackedGather(Rule):
             return
         rows, bits = cut.before.shape(3)[0], int(cut.attr("bits", 4))
         shape = (rows, -(-int(keep.sum()) * bits // 8))
-        cut.derive(3, shape, partial(_chosen, rows=np.ones(rows, bool), blocks=keep, bits=bits))
+        cut.derive(3, shape, partial(_surviving_settings, rows=np.ones(rows, bool), blocks=keep, bits=bits))
 
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
         """Dequantise to [rows, columns]; codes in bytes to [rows, bytes, codes per byte]."""

@@ -52,7 +52,7 @@ class Sequence(Rule):
         return [()]
 
 
-def _given(node: Node, values: List[Any], i: int) -> Any:
+def _optional_value(node: Node, values: List[Any], i: int) -> Any:
     """Return the value of an optional operand, "" where it is absent."""
     return values[i] if i < len(node.inputs) and node.inputs[i] else ""
 
@@ -134,7 +134,7 @@ class SplitToSequence(Sequence):
     def infer(self, node: Node, shapes: list[Any], values: list[Any]) -> list[Any]:
         """Return the data's shape with the size of each part."""
         x = shapes[0]
-        sizes = self.sizes(node, x, _given(node, values, 1))
+        sizes = self.sizes(node, x, _optional_value(node, values, 1))
         if sizes is None:
             return [None]
         axis = int(node.attrs.get("axis", 0)) % len(x)
@@ -195,7 +195,7 @@ class Change(Sequence):
         inserts = node.op == "SequenceInsert"
         if not isinstance(shapes[0], Elements):
             return [None]
-        value = _given(node, values, 2 if inserts else 1)
+        value = _optional_value(node, values, 2 if inserts else 1)
         after = self._changed(node, shapes[0], value, shapes[1] if inserts else None)
         return [None if after is None else Elements(after)]
 

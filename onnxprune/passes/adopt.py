@@ -97,7 +97,7 @@ def check_pair(expected: Graph, actual: Graph) -> tuple[int, int]:
     """
     pairs, added = _check_nodes(expected, actual)
     for name in expected.weights:
-        if all(name != own for own, _ in pairs):  # read by the body of an If, Loop or Scan, or by nobody
+        if all(name != own_name for own_name, _ in pairs):  # read by the body of an If, Loop or Scan, or by nobody
             pairs.append((name, name))
     for name, other in pairs:
         weight, actual_weight = expected.weights[name], actual.weights.get(other)

@@ -36,7 +36,7 @@ class CalibrationBatches:
         """``limit``: samples that are enough, where the user does not say how many to take; at least one call's."""
         probes = analysis.facts.probes
         leads = [{name: s[0] for name, s in probe.inputs.items() if s} for probe in probes]
-        self._sizes = leads[0] if all(own == leads[0] for own in leads) else {}
+        self._sizes = leads[0] if all(lead == leads[0] for lead in leads) else {}
         self.fixed = next(iter(self._sizes.values()), None)
         data, calibration = context.inputs(), context.calibration
         assert calibration is not None

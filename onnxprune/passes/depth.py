@@ -83,7 +83,7 @@ class Depth(Pass):
         """Choose branches, remove them, prove the removal."""
         with context.stage("depth"):
             work = Shortening(context, self.include, self.exclude, keep_cache=self.keep_cache)
-            removed = work.of_plan(self.plan) if self.plan is not None else work.chosen(self.amount)
+            removed = work.of_plan(self.plan) if self.plan is not None else work.select(self.amount)
             short, facts = work.result(removed, {} if self.plan is not None else {"depth": self.amount})
         if self.check:
             with context.stage("exactness"):
@@ -180,12 +180,12 @@ class Shortening:
 
     def _why(self) -> str:
         """Return reasons, for a hint."""
-        some = [f"{name}: {why}" for name, why in self.reasons.items()][:3]
-        if some:
-            return f"Reasons: {'; '.join(some)}."
+        reasons = [f"{name}: {why}" for name, why in self.reasons.items()][:3]
+        if reasons:
+            return f"Reasons: {'; '.join(reasons)}."
         return "A branch is what a sum adds to a tensor that it is computed from, and holds a layer: y = x + f(x)."
 
-    def chosen(self, amount: float) -> list[Branch]:
+    def select(self, amount: float) -> list[Branch]:
         """Return the branches to remove, in the order of their removal; ``errors`` has what each costs."""
         return list(self.sequence(self.num_to_remove(amount)))
 
@@ -199,10 +199,10 @@ class Shortening:
         if len(first) < len(free):
             self.context.stages.leave_out(f"measuring {len(free) - len(first)} of {len(free)} branches by their effect")
         stale: dict[str, float] = {}
-        for done, branch in enumerate(first):
+        for position, branch in enumerate(first):
             with suppress(UsageError):  # nothing else gives the sizes of its cache
                 stale[branch.tensor] = measure.without([branch])
-            self.context.tell("depth", (done + 1) / (len(first) + _AGAIN * number))
+            self.context.tell("depth", (position + 1) / (len(first) + _AGAIN * number))
         by_tensor = {branch.tensor: branch for branch in free}
         removed: list[Branch] = []
         while stale and len(removed) < number:
@@ -252,11 +252,11 @@ class Shortening:
         """Return the model without branches and the facts about it."""
         short = self.model(removed)
         original = self.context.analysis
-        every = [facts_of(branch, self.errors.get(branch.tensor), removed=True) for branch in removed]
-        for facts, branch in zip(every, () if self.keep_cache else removed, strict=False):
+        records = [facts_of(branch, self.errors.get(branch.tensor), removed=True) for branch in removed]
+        for facts, branch in zip(records, () if self.keep_cache else removed, strict=False):
             facts.cache = [name for cache in branch.caches for name in cache.names]
         names = {branch.tensor for branch in removed}
-        every += [
+        records += [
             facts_of(branch, None, removed=False, reason=self.reasons.get(branch.tensor, ""))
             for branch in self.branches
             if branch.tensor not in names
@@ -268,7 +268,7 @@ class Shortening:
             macs_after=sum(layer.macs_before for layer in short.analysis.layers),
         )
         layers = with_layers_of_branches(original, short, short.analysis.layers)
-        return short, [Settings(settings), Shortened(every), Pruned(layers, [], []), sizes]
+        return short, [Settings(settings), Shortened(records), Pruned(layers, [], []), sizes]
 
 
 def facts_of(branch: Branch, error: float | None, *, removed: bool, reason: str = "") -> BranchFacts:
@@ -349,8 +349,8 @@ class _Measure:
                         errors[name] += square_error(values[name], expected[name])
         except ModelError:
             return float("inf")
-        gone = {cache.present for branch in removed for cache in branch.caches}
-        return float(np.mean([errors[n] / self._scale[n] for n in self._scale if n not in gone]))
+        absent = {cache.present for branch in removed for cache in branch.caches}
+        return float(np.mean([errors[n] / self._scale[n] for n in self._scale if n not in absent]))
 
     def cosines(self, branches: Sequence[Branch]) -> dict[str, float]:
         """Return 1 - cosine of the sum with the tensor beside the branch, by branch, in one run of the original."""
@@ -358,9 +358,9 @@ class _Measure:
         proto = onnx.ModelProto()
         proto.CopyFrom(self._graph.proto)
         present = {output.name for output in proto.graph.output}
-        wanted = dict.fromkeys(name for b in shown for name in (b.source, b.result))
+        tensors = dict.fromkeys(name for b in shown for name in (b.source, b.result))
         inputs = set(self._graph.inputs)
-        added = [name for name in wanted if name not in present and name not in inputs]
+        added = [name for name in tensors if name not in present and name not in inputs]
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)
         feed = self._feeds[0]
         try:

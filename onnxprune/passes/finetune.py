@@ -229,8 +229,10 @@ class _OwnLoss:
         names: Mapping[str, str],
     ) -> None:
         self._function, self._names = function, names
-        self.given = {head: f"given.{k}" for k, head in enumerate(fitted)}
-        self.inputs = {name: (student.shapes[h.tensor], np.dtype(np.float32)) for h, name in self.given.items()}
+        self.gradient_names = {head: f"given.{k}" for k, head in enumerate(fitted)}
+        self.inputs = {
+            name: (student.shapes[h.tensor], np.dtype(np.float32)) for h, name in self.gradient_names.items()
+        }
         tape = Tape(student.shapes, student.kinds, "own")
         self._shown = {h: tape.emit("Identity", [h.tensor], tape.shape(h.tensor)) for h in fitted}
         graph = inference_graph(student, tape, list(self._shown.values()), weights)
@@ -243,8 +245,8 @@ class _OwnLoss:
         Raises:
             UsageError: the loss is no number, or a gradient does not fit.
         """
-        given = {**feed, **parameters.views(parameters.vector)}
-        values = run(self._session, {n: v for n, v in given.items() if n in self._accepted})
+        inputs = {**feed, **parameters.views(parameters.vector)}
+        values = run(self._session, {n: v for n, v in inputs.items() if n in self._accepted})
         outputs = {head.output: values[shown] for head, shown in self._shown.items()}
         targets = {head.output: feed[self._names[head.tensor]] for head in self._shown}
         value, gradients = self._function(outputs, targets, labels)
@@ -255,17 +257,17 @@ class _OwnLoss:
             )
         result: Feed = {}
         linear = 0.0
-        for head, name in self.given.items():
-            own = outputs[head.output]
-            gradient = np.asarray(gradients.get(head.output, np.zeros_like(own)), np.float32)
-            if gradient.shape != own.shape or not np.isfinite(gradient).all():
+        for head, name in self.gradient_names.items():
+            user_output = outputs[head.output]
+            gradient = np.asarray(gradients.get(head.output, np.zeros_like(user_output)), np.float32)
+            if gradient.shape != user_output.shape or not np.isfinite(gradient).all():
                 raise UsageError(
                     f"{argument('loss')} returned a gradient of shape {list(gradient.shape)} for output "
-                    f"{head.output!r} of {list(own.shape)}, or NaN in it",
+                    f"{head.output!r} of {list(user_output.shape)}, or NaN in it",
                     hint="Return finite gradients of the shape of each output.",
                 )
             result[name] = gradient
-            linear += float(np.vdot(gradient, own))
+            linear += float(np.vdot(gradient, user_output))
         return {**result, OFFSET: np.asarray(float(value) - linear, np.float32)}
 
 
@@ -303,7 +305,7 @@ class _Training:
         fixed = CalibrationBatches(context, model.analysis).fixed
         size = fixed or min(settings.batch_size, split.num_fit)
         user_labels = settings.labels if settings.labels is not None else context.labels
-        labels, held = (
+        labels, hold_out = (
             (None, None)
             if user_labels is None
             else split_labels(read_labels(user_labels, context, model.analysis), split)
@@ -324,17 +326,17 @@ class _Training:
         steps = _features(student, original, model, [h.tensor for h in fitted], settings.features)
         teacher, names = _teacher(original, fitted, steps)
         known = {} if labels is None else _labelled(fitted, student, labels)
-        own = None if settings.loss is None else _OwnLoss(settings.loss, student, weights, fitted, names)
+        user_loss = None if settings.loss is None else _OwnLoss(settings.loss, student, weights, fitted, names)
         losses = Losses(
             {h: names[h.tensor] for h in fitted},
             {n: names[n] for n in steps},
-            {} if own is not None else {h: n for h, (n, _) in known.items()},
-            given={} if own is None else own.given,
+            {} if user_loss is not None else {h: n for h, (n, _) in known.items()},
+            user_gradients={} if user_loss is None else user_loss.gradient_names,
         )
         inputs = {names[n]: (student.shapes[n], student.kinds[n]) for n in [*(h.tensor for h in fitted), *steps]}
         inputs |= {name: (shape, np.dtype(np.float32)) for name, shape in known.values()}
         inputs |= {name: ((), np.dtype(np.float32)) for name in (BALANCE, OFFSET)}
-        inputs |= {} if own is None else own.inputs
+        inputs |= {} if user_loss is None else user_loss.inputs
         graph = training_graph(student, losses.loss, weights, inputs=inputs)
         frozen = {**{n: r for n, r in reasons.items() if "parameter" not in r}, **graph.frozen}
         if not graph.gradients:
@@ -343,8 +345,8 @@ class _Training:
         parameters = Parameters({n: student.constants[n] for n in graph.gradients}, model.locked)
         step = Step(graph, parameters, context.device.threads)
         calls = max(1, -(-settings.batch_size // size))
-        graphs, labelled = (student, teacher, parameters, step), (known, held)
-        training = cls(context, model, split, settings, samples, *graphs, frozen, calls, *labelled, before, own)
+        graphs, labelled = (student, teacher, parameters, step), (known, hold_out)
+        training = cls(context, model, split, settings, samples, *graphs, frozen, calls, *labelled, before, user_loss)
         if settings.augment:
             answers = [names[h.tensor] for h in fitted]
             training.augmentation = Augmentation.suited(
@@ -403,13 +405,13 @@ class _Training:
 
     def effort(self) -> Effort:
         """Return how long to train: what was asked for, else as much as the effort of the run allows."""
-        asked, usual = self.settings.effort, EFFORTS["normal"]
+        requested, usual = self.settings.effort, EFFORTS["normal"]
         if not self.settings.is_auto or self.context.effort.name == usual.name:
-            return asked
+            return requested
         scale = self.context.effort.seconds / usual.seconds
         if scale < 1:
             self.context.stages.leave_out(f"fine-tuning for more than {scale:.0%} of the usual steps")
-        return Effort(round((asked.steps or 0) * scale) or None, (asked.seconds or 0) * scale or None)
+        return Effort(round((requested.steps or 0) * scale) or None, (requested.seconds or 0) * scale or None)
 
     def keeper(self) -> _Checkpoint | None:
         """Return where the state of the training is kept; None without a folder, or for data that are read once."""
@@ -497,8 +499,8 @@ class _Judgement:
     @property
     def distance(self) -> float:
         """How far the model is from what it should say: half by the original, half by the labels."""
-        own = distance(self.fidelity)
-        return own if self.by_labels is None else (own + 100 - self.by_labels) / 2
+        mine = distance(self.fidelity)
+        return mine if self.by_labels is None else (mine + 100 - self.by_labels) / 2
 
 
 FORMAT = 2
@@ -525,15 +527,15 @@ class _Checkpoint:
         Raises:
             UsageError: it was one on other data.
         """
-        kept = read_arrays(self._path)
-        if not kept or "data" not in kept:
+        arrays = read_arrays(self._path)
+        if not arrays or "data" not in arrays:
             return None
-        if str(kept["data"]) != self._data:
+        if str(arrays["data"]) != self._data:
             raise UsageError(
                 f"{argument('finetune')} was interrupted on other data, and cannot go on with these",
                 hint=f"Give the same {argument('data')}, or delete {str(self._path)!r} to begin anew.",
             )
-        return kept if str(kept["start"]) == self._weights else None
+        return arrays if str(arrays["start"]) == self._weights else None
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Keep the state in place of the one before."""

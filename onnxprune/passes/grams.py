@@ -60,14 +60,14 @@ def input_grams(
     for name, nodes in readers.items():
         _, form, channels = nodes[0]
         full = _fits_in_full(form, channels, remaining)
-        if full is None or any(unseen & _needed_for(graph, node, own) for node, own, _ in nodes):
+        if full is None or any(unseen & _needed_for(graph, node, node_form) for node, node_form, _ in nodes):
             continue
-        for node, own, _ in nodes:
-            key = (node.inputs[own.data], own.key, full, graph.conditions(node.index))
+        for node, node_form, _ in nodes:
+            key = (node.inputs[node_form.data], node_form.key, full, graph.conditions(node.index))
             keys.setdefault(name, []).append(key)
             if key not in requests:
-                requests[key] = _request(key, own, channels, full, source.samples)
-                remaining -= _bytes(own, channels, full)
+                requests[key] = _request(key, node_form, channels, full, source.samples)
+                remaining -= _bytes(node_form, channels, full)
     with context.stage("capture"):
         capture(
             (graph.proto, weights),
@@ -82,7 +82,9 @@ def input_grams(
         )
     results = {key: request.statistic.result() for key, request in requests.items()}
     return {
-        name: _mean([results[k] for k in own], own[0][2]) for name, own in keys.items() if all(map(results.get, own))
+        name: _mean([results[k] for k in node_form], node_form[0][2])
+        for name, node_form in keys.items()
+        if all(map(results.get, node_form))
     }
 
 

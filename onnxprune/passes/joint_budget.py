@@ -129,7 +129,7 @@ class JointBudget:
 
     def _allocate(self, slower: frozenset[tuple[str, str]]) -> None:
         pairs = list(zip(self.layer_fits, self.options, strict=True))
-        options = [[c for c in own if (o.layer.name, c.method) not in slower] for o, own in pairs]
+        options = [[c for c in layer_options if (o.layer.name, c.method) not in slower] for o, layer_options in pairs]
         full_costs, request, choices = [o.full_cost for o in self.layer_fits], self._work.request, self._choices
         fixed = self._total - sum(full_costs)
         candidates = allocate(full_costs, options, self.gains, (1.0 - request.share) * self._total - fixed)

@@ -249,9 +249,9 @@ def square_error(actual: Array, expected: Array) -> float:
 def spread_about_mean(values: Sequence[Array]) -> float:
     """Return the sum of squares about the mean over samples; about the mean of all, where calls differ in shape."""
     if len({a.shape[1:] for a in values}) == 1 and all(a.ndim for a in values):
-        every = np.concatenate(values).astype(np.float64)
-        every = np.where(np.isfinite(every), every, 0.0)
-        return float(np.square(every - every.mean(axis=0)).sum())
+        rows = np.concatenate(values).astype(np.float64)
+        rows = np.where(np.isfinite(rows), rows, 0.0)
+        return float(np.square(rows - rows.mean(axis=0)).sum())
     flat = np.concatenate([a.ravel() for a in values]).astype(np.float64)
     flat = flat[np.isfinite(flat)]
     return float(np.square(flat - flat.mean()).sum()) if flat.size else 0.0

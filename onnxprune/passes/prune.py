@@ -321,9 +321,9 @@ def with_layers_of_branches(original: Analysis, model: Model, layers: Sequence[L
         return [*layers]
     present = {layer.name for layer in layers}
     removed = [layer for layer in original.layers if layer.name not in present]
-    gone = [replace(layer, channels_after=0, params_after=0, macs_after=0, reason="") for layer in removed]
+    absent = [replace(layer, channels_after=0, params_after=0, macs_after=0, reason="") for layer in removed]
     order = {layer.name: k for k, layer in enumerate(original.layers)}
-    return sorted([*layers, *gone], key=lambda layer: order.get(layer.name, len(order)))
+    return sorted([*layers, *absent], key=lambda layer: order.get(layer.name, len(order)))
 
 
 def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:

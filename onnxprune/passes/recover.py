@@ -476,10 +476,10 @@ class Recover(Pass):
             if self.near:
                 return _Outcome(repairs, reasons, parts)
             pair = [model.parts] if parts is None else [model.parts, parts]
-            was, *rest = compare_with_original(
+            was, *others = compare_with_original(
                 context.analysis, pair, split.validation, context.outputs, known=context.known
             )
-            after = rest[0] if rest else was
+            after = others[0] if others else was
             outcome = _Outcome(repairs, reasons, parts, was, after, is_worse(after, was))
             best = outcome if best is None or best.worse or not outcome.worse else best
             if noise(after) < _EXACT or context.stages.interrupted:
@@ -528,12 +528,12 @@ class Recover(Pass):
         """Return the tensor values that a problem needs; the store of the pruned model comes first."""
         get = of_iterations(store[1].get, target.conditions, weights) if target.conditions else store[1].get
         data = partial(survivors, get, after) if self.symmetric or target.recurrent else store[0].get
-        own = [
+        usable = [
             b
             for b in store[1].batches([target.path.target])
             if not target.conditions or len(get(target.path.target, b))
         ]
-        return data, get, after.steps(target.path.target), own, sum(count(feeds[b]) for b in own)
+        return data, get, after.steps(target.path.target), usable, sum(count(feeds[b]) for b in usable)
 
     def _repair(
         self,

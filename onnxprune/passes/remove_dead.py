@@ -184,21 +184,21 @@ def _with_additions(
     """Return a model with constants added to some tensors, right behind the nodes that make them."""
     if not added:
         return proto, weights
-    own, known = onnx.ModelProto(), dict(weights)
-    own.CopyFrom(proto)
-    nodes = list(own.graph.node)
+    result, known = onnx.ModelProto(), dict(weights)
+    result.CopyFrom(proto)
+    nodes = list(result.graph.node)
     names = {n for node in nodes for n in (*node.input, *node.output)} | known.keys()
-    del own.graph.node[:]
+    del result.graph.node[:]
     for node in nodes:
         name = node.output[0] if node.output else ""
         if name not in added:
-            own.graph.node.append(node)
+            result.graph.node.append(node)
             continue
         product, constant = (_unused(f"{name}_{suffix}", names) for suffix in ("product", "constant"))
         node.output[0] = product
-        own.graph.node.extend([node, onnx.helper.make_node("Add", [product, constant], [name], name=f"{name}_add")])
-        add_constant(own, known, constant, added[name], behind=True)
-    return own, known
+        result.graph.node.extend([node, onnx.helper.make_node("Add", [product, constant], [name], name=f"{name}_add")])
+        add_constant(result, known, constant, added[name], behind=True)
+    return result, known
 
 
 def _unused(stem: str, names: set[str]) -> str:

@@ -275,7 +275,7 @@ class Selector:
                 "dependent channels: its scores are uncertain."
             )
         # Scores that solve for dependent channels take the cube of their number.
-        work, done = {g.id: float(g.size) ** 3 for g in groups}, 0.0
+        work, finished = {g.id: float(g.size) ** 3 for g in groups}, 0.0
         total = sum(work.values()) or 1.0
         with self.context.stage("score"):
             for lot in batches(groups):
@@ -283,8 +283,8 @@ class Selector:
                 for number, (group, slot) in enumerate(slots):
                     self._reached[group] = self._reached.get(group, False) or slot.maps is None or slot.maps.samples > 0
                     yield PlacedSlot(group, slot, 0, (number,))
-                    done += work.pop(group, 0.0)
-                    self.context.tell("score", min(0.99, done / total))
+                    finished += work.pop(group, 0.0)
+                    self.context.tell("score", min(0.99, finished / total))
 
     def _savings(self) -> dict[int, Array] | None:
         what = self.request.cost

@@ -172,16 +172,18 @@ class _Work:
         if pattern.nonzero:
             return dict.fromkeys((layer.name for layer in self.layers), 0)
         blocks = {layer.name: layer.size // pattern.block for layer in self.layers}
-        own = {layer.name: request.own_ratio(layer.names) for layer in self.layers}
-        counts = {n: round((request.share if own[n] is None else own[n] or 0.0) * progress * blocks[n]) for n in blocks}
+        ratios = {layer.name: request.own_ratio(layer.names) for layer in self.layers}
+        counts = {
+            n: round((request.share if ratios[n] is None else ratios[n] or 0.0) * progress * blocks[n]) for n in blocks
+        }
         if request.energy is not None:
             keep = 1 - (1 - request.energy) * progress
             return {a.name: score.blocks_by_energy(scorer.scores(a), pattern, keep) for a in self.layers}
         if request.scope == "global":
-            competing = [layer for layer in self.layers if own[layer.name] is None]
-            every = [scorer.scores(layer) for layer in competing]
-            found = score.blocks_globally(every, pattern, request.share * progress, MAX_SHARE) if every else []
-            counts |= dict(zip((layer.name for layer in competing), found, strict=True))
+            competing = [layer for layer in self.layers if ratios[layer.name] is None]
+            scores = [scorer.scores(layer) for layer in competing]
+            num_blocks = score.blocks_globally(scores, pattern, request.share * progress, MAX_SHARE) if scores else []
+            counts |= dict(zip((layer.name for layer in competing), num_blocks, strict=True))
         return counts
 
     def _sparse(
@@ -194,8 +196,8 @@ class _Work:
             new = np.empty_like(matrix)
             for k, part in enumerate(matrix):
                 # Parts share the blocks evenly.
-                own = (count * (k + 1)) // len(matrix) - (count * k) // len(matrix)
-                new[k] = prune_columns(part, inverse_factor(scorer.part(layer, k)), pattern, own, part == 0)
+                num_of_part = (count * (k + 1)) // len(matrix) - (count * k) // len(matrix)
+                new[k] = prune_columns(part, inverse_factor(scorer.part(layer, k)), pattern, num_of_part, part == 0)
         else:
             per_output = self.criterion == "wanda" and self.request.scope == "local" and pattern.block == 1
             scores = score.locked(scorer.scores(layer), matrix)
@@ -205,7 +207,7 @@ class _Work:
 
     def records(self) -> list[SparsifiedLayer]:
         """Return what was done to every weight, in the order of the graph."""
-        done = {layer.name for layer in self.layers}
+        names = {layer.name for layer in self.layers}
         by_name = {layer.name: layer for layer in self.scan.layers}
         result = []
         for name, op in self.scan.ops.items():
@@ -216,7 +218,7 @@ class _Work:
             zeros = int((layer.read(self.model.weights) == 0).sum())
             record = SparsifiedLayer(name, op, layer.source.root, shape=list(layer.shape), elements=layer.size)
             record.zeros_before, record.zeros = self.zeros_before[name], zeros
-            if name in done:
+            if name in names:
                 record.pattern, record.error = self.request.pattern, self.errors.get(name)
                 record.note = self.notes.get(name, "")
             else:
@@ -279,12 +281,12 @@ def _error(matrix: Real, change: Real, gram: Callable[[int], Real] | None) -> fl
     """Return the energy of a change's output as a share of the output's; without a Gram matrix of the weights'."""
     if gram is None:
         return float(np.square(change).sum() / max(np.square(matrix).sum(), 1e-300))
-    lost = whole = 0.0
+    lost = total = 0.0
     for k in range(len(matrix)):
-        own = gram(k)
-        lost += float(np.sum(change[k] * (own @ change[k])))
-        whole += float(np.sum(matrix[k] * (own @ matrix[k])))
-    return max(lost, 0.0) / max(whole, 1e-300)
+        part_gram = gram(k)
+        lost += float(np.sum(change[k] * (part_gram @ change[k])))
+        total += float(np.sum(matrix[k] * (part_gram @ matrix[k])))
+    return max(lost, 0.0) / max(total, 1e-300)
 
 
 def scan_layers(analysis: Analysis, model: Prepared) -> LayerScan:

@@ -94,16 +94,16 @@ class Validate(Pass):
             with context.stage("latency"):
                 feed, where = timing_feed(context, trial), context.device
                 conditions: dict[str, Any] = {"threads": where.threads, "providers": where.providers}
-                whole = latency.latency(trial.original, final, [feed], least_s=_LEAST_SECONDS, **conditions)
-                yield whole
+                model_latency = latency.latency(trial.original, final, [feed], least_s=_LEAST_SECONDS, **conditions)
+                yield model_latency
                 if self.timed == LAYERS:
-                    yield _layer_times(context, (trial.original, final), feed, whole)
+                    yield _layer_times(context, (trial.original, final), feed, model_latency)
 
 
-def _layer_times(context: Context, files: tuple[Path, Path], feed: Feed, whole: Latency) -> LayerTimes:
+def _layer_times(context: Context, files: tuple[Path, Path], feed: Feed, model_latency: Latency) -> LayerTimes:
     """Measure the milliseconds of the nodes of both models, by the names of the original's."""
     both = []
-    for path, total in zip(files, (whole.before_ms, whole.after_ms), strict=True):
+    for path, total in zip(files, (model_latency.before_ms, model_latency.after_ms), strict=True):
         times = latency.profile(path, [feed], device=context.device)
         nodes = spread(context.analysis, [(t.name, t.op, t.seconds) for t in times])
         scale = total / (sum(t.seconds for t in times) or 1.0)

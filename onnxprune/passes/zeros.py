@@ -55,9 +55,11 @@ class LockZeros(Pass):
         patterned = [(layer, zeros, name) for layer, zeros in _present(model) if (name := _pattern(layer, zeros))]
         if not patterned:
             return PassResult(model, changed=False)
-        held = [name for _, _, name in patterned]
-        common = max(set(held), key=held.count)
-        what = f"{len(held)} layer{'s' if len(held) > 1 else ''} of this model hold{'' if len(held) > 1 else 's'} zeros"
+        names = [name for _, _, name in patterned]
+        common = max(set(names), key=names.count)
+        what = (
+            f"{len(names)} layer{'s' if len(names) > 1 else ''} of this model hold{'' if len(names) > 1 else 's'} zeros"
+        )
         what += f" ({common})" if common != UNSTRUCTURED else ""
         if self.trained and sum(zeros.size for _, zeros, _ in patterned) < _MOSTLY * model.num_parameters:
             locked = frozenset(layer.source.root for layer, _, _ in patterned)
@@ -79,11 +81,11 @@ def _present(model: Model) -> Iterator[tuple[SparseLayer, Mask]]:
     """Return the layers with zeros that nothing keeps yet; of an unchanged model without another analysis."""
     if model.is_analyzed:
         graph = model.analysis.graph
-        found = _with_zeros(find_layers(graph, model.analysis.facts.shape), graph.weights)
+        with_zeros = _with_zeros(find_layers(graph, model.analysis.facts.shape), graph.weights)
     else:
         prepared = Prepared(*model.parts)
-        found = _with_zeros(scan_layers(model.analysis, prepared), prepared.weights)
-    return ((layer, zeros) for layer, zeros in found if layer.source.root not in model.locked)
+        with_zeros = _with_zeros(scan_layers(model.analysis, prepared), prepared.weights)
+    return ((layer, zeros) for layer, zeros in with_zeros if layer.source.root not in model.locked)
 
 
 def _with_zeros(scan: LayerScan, weights: Mapping[str, Weight]) -> Iterator[tuple[SparseLayer, Mask]]:
@@ -134,13 +136,13 @@ class StoreZeros(Pass):
             weights = {**model.weights, **stored}
             facts.weight_bytes = sum(map(_bytes, weights.values()))
             facts.deflated_bytes = sum(_deflated(w) for w in weights.values())
-        found: list[Fact] = [Sparsification(records), facts]
+        results: list[Fact] = [Sparsification(records), facts]
         if self.device is not None and facts.advice:
-            found.append(Remark(facts.advice))
+            results.append(Remark(facts.advice))
         if self.storage == "sparse" and not stored:
             text = "no tensor is smaller as a sparse initializer, which stores 8 bytes of index for every nonzero entry"
-            found.append(Remark(f"{text}: all are stored dense"))
-        return PassResult(replace(model, weights=weights) if stored else model, found, changed=bool(stored))
+            results.append(Remark(f"{text}: all are stored dense"))
+        return PassResult(replace(model, weights=weights) if stored else model, results, changed=bool(stored))
 
 
 def _checked(record: SparsifiedLayer, layer: SparseLayer | None, weights: Mapping[str, Weight]) -> SparsifiedLayer:
@@ -176,11 +178,11 @@ def _counted(layers: Iterable[SparseLayer], weights: Mapping[str, Weight]) -> Ze
 
 def _advice(device: str, records: Sequence[SparsifiedLayer], layers: Mapping[str, SparseLayer]) -> str:
     """Return why the zeros bring no speed on a device; empty where they do."""
-    done = [record for record in records if record.pattern]
-    if not done:
+    patterned = [record for record in records if record.pattern]
+    if not patterned:
         return ""
-    channels = max(layers[r.name].channels for r in done if r.name in layers)
-    return advice(device, Pattern.of(done[0].pattern), channels)
+    channels = max(layers[r.name].channels for r in patterned if r.name in layers)
+    return advice(device, Pattern.of(patterned[0].pattern), channels)
 
 
 def _stored(model: Model) -> dict[str, Weight]:

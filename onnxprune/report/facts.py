@@ -839,7 +839,7 @@ class Sparsification:
 class Recovered:
     """Recovery of the whole model, and of every layer."""
 
-    whole: Recovery
+    recovery: Recovery
     layers: list[Repair] = field(default_factory=list)
 
 

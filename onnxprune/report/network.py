@@ -17,12 +17,12 @@ _NAME = 26
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A layer of the drawing: ``kept``, ``work`` and ``time`` are the shares, 0 to 1, that it may be coloured by."""
+    """A layer of the drawing; it may be coloured by ``share_kept``, ``work`` or ``time``, shares from 0 to 1."""
 
     name: str
     text: str
     title: str
-    kept: float
+    share_kept: float
     work: float
     time: float = 0.0
 
@@ -121,7 +121,7 @@ def _box(place: tuple[float, float], name: str, op: str, layer: Box | None) -> s
         box = f'<rect class="join" x="{x + BOX / 4:.0f}" y="{y + 8:.0f}" {size}/>'
         text = f'<text x="{x + BOX / 2:.0f}" y="{y + TALL / 2 + 5:.0f}">{escape(op)}</text>'
         return f'<g data-name="{escape(name)}"><title>{escape(name)} ({escape(op)})</title>{box}{text}</g>'
-    style = f"--kept:{layer.kept:.3f};--work:{layer.work:.3f};--time:{layer.time:.3f}"
+    style = f"--kept:{layer.share_kept:.3f};--work:{layer.work:.3f};--time:{layer.time:.3f}"
     box = f'<rect class="layer" x="{x:.0f}" y="{y:.0f}" width="{BOX}" height="{TALL}" rx="5"/>'
     lines = (
         f'<text x="{x + BOX / 2:.0f}" y="{y + 15:.0f}">{escape(name)}</text>'

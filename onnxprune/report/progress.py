@@ -53,7 +53,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {remainder:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-class _Left(ProgressColumn):
+class _RemainingTime(ProgressColumn):
     """The time that a bar still needs."""
 
     def render(self, task: Task) -> Text:
@@ -67,7 +67,13 @@ class _Left(ProgressColumn):
 @contextmanager
 def bars(console: Console) -> Iterator[ProgressCallback]:
     """Return a callback that draws one bar per stage, which are gone at the end."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), _Left())
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        _RemainingTime(),
+    )
     with Progress(*columns, console=console, transient=True) as shown:
         tasks: dict[str, TaskID] = {}
 

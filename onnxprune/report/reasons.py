@@ -169,7 +169,7 @@ def tally(reasons: Iterable[str], max_reasons: int = 4) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """One layer that lost fewer channels than asked: ``lost`` of ``channels`` went, ``asked`` were to go.
+    """One layer that lost fewer channels than requested: ``lost`` of ``channels`` went, ``requested`` were to go.
 
     ``why`` is a sentence that many layers may share, ``detail`` what it means for this one.
     """
@@ -177,7 +177,7 @@ class Shortfall:
     layer: str
     channels: int
     lost: int
-    asked: int
+    requested: int
     why: str
     detail: str = ""
     advice: str = ""
@@ -189,12 +189,12 @@ def shortfalls(
     ratio_of: Callable[[Sequence[str]], float | None],
     round_to: int | str = 1,
 ) -> list[Shortfall]:
-    """Layers that lost less than asked, with the reason.
+    """Layers that lost less than requested, with the reason.
 
     Args:
         facts: the layers after the cut.
         groups: the groups with ``removed`` units each.
-        ratio_of: from the node and tensor names of a group to the ratio asked for it; None where it is excluded.
+        ratio_of: from the node and tensor names of a group to the ratio requested for it; None where it is excluded.
         round_to: the multiple that was to be kept; ``auto``: that of each group.
     """
     items = []
@@ -203,10 +203,10 @@ def shortfalls(
         group = _home(layer, groups)
         names = [layer.name, *group.get("layers", ()), *(slot["tensor"] for slot in group.get("slots", ()))]
         share = ratio_of(names)
-        # Halves may be rounded either way, so the smaller of the two counts is what was asked at least.
+        # Halves may be rounded either way, so the smaller of the two counts is what was requested at least.
         want = math.ceil((share or 0.0) * layer.channels_before - 0.5)
         reason = layer.reason or (Reason.EXCLUDED if share is None else "")
-        # A reason on a layer that lost nothing is told even where no ratio was asked for (a plan applied by index).
+        # A reason on a layer that lost nothing is told even where no ratio was requested for (a plan applied by index).
         if lost >= want and (lost or not reason):
             continue
         why = in_words(reason) if reason else _constraint(layer, group, round_to)
@@ -252,7 +252,7 @@ def render(shortfalls_of_rules: Sequence[Shortfall], *, name_width: int) -> list
         parts.append(Text.assemble((why, "bold"), f" {step}" if step else ""))
         for item in items:
             name = numbers.shorten(item.layer, name_width)
-            suffix = f", {item.asked} asked" if item.asked else ""
+            suffix = f", {item.requested} asked" if item.requested else ""
             detail = f" ({item.detail})" if item.detail else ""
             parts.append(Text(f"  {name}: {item.lost} of {item.channels} channels removed{suffix}{detail}"))
     return parts

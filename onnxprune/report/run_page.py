@@ -176,12 +176,12 @@ def _training(report: Report) -> str:
 def _unpruned(report: Report) -> str:
     """List the layers that kept their channels, grouped by reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
-    whole = "No ratio was given, or it comes to less than one unit."
-    whole = whole if report.budget is None else "The budget keeps all of their units."
+    default = "No ratio was given, or it comes to less than one unit."
+    default = default if report.budget is None else "The budget keeps all of their units."
     named = numbers.readable([layer.name for layer in report.layers])
     for name, layer in zip(named, report.layers, strict=True):
         if layer.channels_before == layer.channels_after:
-            why = reasons.in_words(tables.reason(layer)) or whole
+            why = reasons.in_words(tables.reason(layer)) or default
             advice = reasons.advice(tables.reason(layer))
             by_reason[f"{why} {advice}".strip()].append(name)
     unchanged = [(f.name, f.reason) for f in report.factorized if not f.method]
@@ -359,7 +359,7 @@ def _candidates(report: Report) -> str:
 def _pareto(facts: BudgetFacts) -> str:
     """Draw the points of all candidates over their cost, with those that no other one beats joined by a line."""
     places = [(c.cost, c.points, f"{c.name}{' (trial)' if c.trial else ''}: {c.points:.4g}") for c in facts.candidates]
-    chosen = [place for c, place in zip(facts.candidates, places, strict=True) if c.chosen]
+    selected = [place for c, place in zip(facts.candidates, places, strict=True) if c.chosen]
     if len(places) < 2:
         return ""
     original = (1.0, facts.points_before, f"original: {facts.points_before:.4g}")
@@ -370,7 +370,7 @@ def _pareto(facts: BudgetFacts) -> str:
     series = [
         page.Series("no other is better at its cost", best),
         page.Series("other candidates", [p for p in places if p not in best], line=False),
-        page.Series("selected", chosen, line=False),
+        page.Series("selected", selected, line=False),
     ]
     kind = "MACs" if facts.cost == "macs" else facts.cost.replace("params", "parameters").replace("-", " ")
     drawn = page.chart("", f"share of the original's {kind}", facts.what, series, legend=False)
@@ -389,10 +389,12 @@ def _sensitivity(report: Report) -> str:
     if facts is None or not facts.losses:
         return ""
     known = [loss for group in facts.losses for loss in group.losses if math.isfinite(loss) and loss > 0]
-    most, least = max(known, default=1.0), max(min(known, default=1.0), 1e-6 * max(known, default=1.0))
+    highest, lowest = max(known, default=1.0), max(min(known, default=1.0), 1e-6 * max(known, default=1.0))
 
     def cell(share: float, loss: float) -> str:
-        depth = math.log(max(loss, least) / least) / math.log(most / least) if most > least and loss > 0 else 0.0
+        depth = (
+            math.log(max(loss, lowest) / lowest) / math.log(highest / lowest) if highest > lowest and loss > 0 else 0.0
+        )
         style = f"--depth:{100 * min(1.0, depth):.0f}%"
         return f'<td style="{style}" title="{100 * share:.0f} % removed">{loss:.2g} <small>{share:.2f}</small></td>'
 
@@ -407,10 +409,10 @@ def _sensitivity(report: Report) -> str:
         for name, group in pairs
     )
     head = f'<tr><th>group</th><th>units</th><th colspan="{wide}">loss <small>at a share removed</small></th></tr>'
-    said = (
+    note = (
         f"Loss where one group alone is pruned, from {facts.losses_by}; the darker, the more is lost, on a logarithm."
     )
-    return f'{page.paragraph(said)}<div class="scroll"><table class="heat">{head}{rows}</table></div>'
+    return f'{page.paragraph(note)}<div class="scroll"><table class="heat">{head}{rows}</table></div>'
 
 
 def _recovered(report: Report) -> str:

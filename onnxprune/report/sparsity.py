@@ -50,13 +50,13 @@ def lines(report: Report) -> Iterator[Text]:
     """Yield the lines of the summary: how many zeros, where, how they are stored, and what they are worth."""
     if not report.sparsified:
         return
-    done = [item for item in report.sparsified if item.pattern]
-    rest = reasons.tally((item.reason for item in report.sparsified if not item.pattern), max_reasons=3)
-    zeros, elements = sum(item.zeros for item in done), sum(item.elements for item in done)
-    criterion, pattern = report.settings.get("criterion", ""), done[0].pattern if done else ""
+    items = [item for item in report.sparsified if item.pattern]
+    others = reasons.tally((item.reason for item in report.sparsified if not item.pattern), max_reasons=3)
+    zeros, elements = sum(item.zeros for item in items), sum(item.elements for item in items)
+    criterion, pattern = report.settings.get("criterion", ""), items[0].pattern if items else ""
     share = f"{100 * zeros / elements:.1f} % of their weights" if elements else "no weights"
-    said = f"{len(done)} of {len(report.sparsified)} layers {pattern} by {criterion}, {share}"
-    yield Text.assemble(("zeros     ", "bold"), said, f"; not: {rest}" if rest else "")
+    text = f"{len(items)} of {len(report.sparsified)} layers {pattern} by {criterion}, {share}"
+    yield Text.assemble(("zeros     ", "bold"), text, f"; not: {others}" if others else "")
     if report.zeros is not None:
         yield from _stored(report.zeros)
 
@@ -76,13 +76,13 @@ def _stored(facts: ZerosFacts) -> Iterator[Text]:
         yield Text.assemble(("device    ", "bold"), f"{facts.device} makes use of these zeros in {facts.where}")
 
 
-def inspected(facts: Sequence[SparsityFacts], *, name_width: int, every: bool) -> list[RenderableType]:
+def inspected(facts: Sequence[SparsityFacts], *, name_width: int, list_all: bool) -> list[RenderableType]:
     """Render the zeros of a file: density and pattern per layer, and whether N:M holds everywhere it should.
 
     Args:
         facts: of every layer.
         name_width: room for names.
-        every: whether to list layers without zeros, too.
+        list_all: whether to list layers without zeros, too.
     """
     elements, zeros = sum(f.elements for f in facts), sum(f.zeros for f in facts)
     if not zeros or not any(f.pattern for f in facts):
@@ -91,7 +91,7 @@ def inspected(facts: Sequence[SparsityFacts], *, name_width: int, every: bool) -
     table = tables.table_of(
         ("layer", "left"), ("op", "left"), ("weights", "right"), ("density", "right"), ("pattern", "left"), ("", "left")
     )
-    shown = [f for f in facts if every or f.zeros]
+    shown = [f for f in facts if list_all or f.zeros]
     for name, item in zip(numbers.readable([f.name for f in shown]), shown, strict=True):
         density = f"{100 * (1 - item.zeros / item.elements):.1f} %"
         note = f"should be {item.expected}" if item.expected and not item.holds else ""

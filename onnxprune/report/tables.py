@@ -322,8 +322,8 @@ def branches_line(facts: Sequence[BranchFacts]) -> list[Text]:
     macs = numbers.count(sum(branch.macs for branch in removed))
     caches = sum(len(branch.cache) for branch in removed)
     ends = f"; {caches} inputs and outputs of their caches went too" if caches else ""
-    said = f"{len(removed)} of {len(facts)} removed, {macs} MACs: {names}{ends}"
-    return [Text.assemble(("branches  ", "bold"), said)]
+    text = f"{len(removed)} of {len(facts)} removed, {macs} MACs: {names}{ends}"
+    return [Text.assemble(("branches  ", "bold"), text)]
 
 
 def branches(facts: Sequence[BranchFacts]) -> list[RenderableType]:

@@ -184,7 +184,7 @@ class Budget(Pass, Options):
         plan = make_plan(analysis, best.removed, prune.name)
         plan.factorized, plan.branches = final.model.plan.factorized, final.model.plan.branches
         pruned = replace(final.model, plan=plan)
-        recovery = replace(final.recovery.whole, mode=self.recover, why=self.why)
+        recovery = replace(final.recovery.recovery, mode=self.recover, why=self.why)
         facts = [
             Settings(
                 {"criterion": prune.name, **prune.request.settings, "scope": "budget", "effort": context.effort.name}

@@ -269,7 +269,7 @@ def prune_and_factorize(
 
 def _recovered_fidelity(facts: Sequence[Fact], inputs: Sequence[Feed]) -> Fidelity | None:
     """Return the fidelity on the recovery's hold-out; None without one, or with other inputs to measure on."""
-    fidelity = next((fact.whole for fact in facts if isinstance(fact, Recovered)), None)
+    fidelity = next((fact.recovery for fact in facts if isinstance(fact, Recovered)), None)
     if fidelity is None or inputs:
         return None
     return fidelity.before if fidelity.undone else fidelity.after

@@ -70,17 +70,17 @@ class Curvature:
 
     def turned(self, gradient: Vector) -> Vector:
         """Return a gradient in the coordinates."""
-        return self._each(gradient, lambda own, m: own.vectors.swapaxes(1, 2) @ m)
+        return self._each(gradient, lambda axes, m: axes.vectors.swapaxes(1, 2) @ m)
 
     def back(self, move: Vector) -> Vector:
         """Return a step in the coordinates as a change of the weights."""
-        return self._each(move, lambda own, m: own.vectors @ (own.scales * m))
+        return self._each(move, lambda axes, m: axes.vectors @ (axes.scales * m))
 
     def _each(self, vector: Vector, change: Callable[[Axes, Array], Array]) -> Vector:
         result = vector.copy()
-        given, turned = self._parameters.views(vector), self._parameters.views(result)
-        for name, own in self.axes.items():
-            turned[name][...] = own.form.restore(change(own, own.form.matrix(given[name])), given[name])
+        views, turned = self._parameters.views(vector), self._parameters.views(result)
+        for name, axes in self.axes.items():
+            turned[name][...] = axes.form.restore(change(axes, axes.form.matrix(views[name])), views[name])
         return result
 
 

@@ -177,21 +177,21 @@ class _State:
 
     def resume(self) -> bool:
         """Go on from what was kept; return whether there was something that fits."""
-        kept = None if self.keeper is None else self.keeper.load()
-        if kept is None or np.shape(kept["weights"]) != self.parameters.vector.shape:
+        arrays = None if self.keeper is None else self.keeper.load()
+        if arrays is None or np.shape(arrays["weights"]) != self.parameters.vector.shape:
             return False
         course, optimizer = self.course, self.optimizer
-        course.steps, course.best, self.retreats, self.due, optimizer.count = (int(n) for n in kept["numbers"])
-        course.seconds, self.rate, self.guard.distance = (float(x) for x in kept["reals"])
-        course.losses = [float(x) for x in kept["losses"]]
-        course.curve = [(int(a), float(b)) for a, b in kept["curve"]]
+        course.steps, course.best, self.retreats, self.due, optimizer.count = (int(n) for n in arrays["numbers"])
+        course.seconds, self.rate, self.guard.distance = (float(x) for x in arrays["reals"])
+        course.losses = [float(x) for x in arrays["losses"]]
+        course.curve = [(int(a), float(b)) for a, b in arrays["curve"]]
         for target, name in (
             (self.parameters.vector, "weights"),
             (self.guard.best, "best"),
             (optimizer.mean, "mean"),
             (optimizer.square, "square"),
         ):
-            target[:] = kept[name]
+            target[:] = arrays[name]
         return True
 
     def end(self) -> None:

@@ -26,14 +26,14 @@ class Losses:
         features: tensors on the way, and the input with the original's value of each.
         labels: head -> input with the labels: one row of 0 and 1 per row of scores, or values.
         weight: share of the labels' loss, or of the user's, 0 to 1.
-        given: tensors of a loss that the user computes, and the input with its gradient for each; empty without.
+        user_gradients: tensors of a loss that the user computes, each with the input of its gradient; empty without.
     """
 
     heads: Mapping[Head, str]
     features: Mapping[str, str]
     labels: Mapping[Head, str]
     weight: float = 0.5
-    given: Mapping[Head, str] = field(default_factory=dict)
+    user_gradients: Mapping[Head, str] = field(default_factory=dict)
 
     def emit(self, tape: Tape) -> str:
         """Emit the sum of all."""
@@ -44,10 +44,10 @@ class Losses:
         if self.labels:
             known = _mean(tape, [_labelled(tape, head, labels) for head, labels in self.labels.items()])
             total = tape.add(tape.scale(total, 1 - self.weight), tape.scale(known, self.weight))
-        if self.given:
+        if self.user_gradients:
             # Linear in the tensors, with the gradient of the user's loss, and its value with the offset.
             known = OFFSET
-            for head, gradient in self.given.items():
+            for head, gradient in self.user_gradients.items():
                 known = tape.add(known, tape.total(tape.mul(head.tensor, gradient)))
             total = tape.add(tape.scale(total, 1 - self.weight), tape.scale(known, self.weight))
         return total

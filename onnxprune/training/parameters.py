@@ -97,7 +97,7 @@ def _is_outer_product(graph: StaticGraph, node: Node, i: int) -> bool:
     return all(size[a] == 1 for a in form.axes) and _is_vector(graph.shapes[node.inputs[i]])
 
 
-def _is_per_channel(graph: StaticGraph, node: Node, i: int, own: set[str]) -> bool:
+def _is_per_channel(graph: StaticGraph, node: Node, i: int, outputs: set[str]) -> bool:
     """Return whether a vector has one value for each channel of the layer in front, through pointwise operators."""
     out = graph.shapes[node.outputs[0]]
     shape = graph.shapes[node.inputs[i]]
@@ -110,7 +110,7 @@ def _is_per_channel(graph: StaticGraph, node: Node, i: int, own: set[str]) -> bo
         return False
     rule = rule_of(current)
     shapes = [graph.shapes.get(n) for n in current.inputs]
-    weights = [w for w in rule.weights if w < len(shapes) and current.inputs[w] in own]
+    weights = [w for w in rule.weights if w < len(shapes) and current.inputs[w] in outputs]
     return any(rule.output_axis(current, shapes, len(out), w) == axis for w in weights)
 
 
