@@ -105,7 +105,7 @@ class Word(Kind):
         return self.check(text.lower() if text.lower() in self.words else text, name)
 
 
-class Whole(Kind):
+class Integer(Kind):
     """A whole number not below ``least``; ``meaning`` says in messages what it is."""
 
     metavar = "N"
@@ -127,7 +127,7 @@ class Whole(Kind):
             return self.check(text, name)
 
 
-class Multiple(Whole):
+class Multiple(Integer):
     """A whole number from 1, or ``auto``."""
 
     metavar = "N|auto"
@@ -204,7 +204,7 @@ class Number(Kind):
 
     def parse(self, text: str, name: str) -> float:
         """Parse the number of a text."""
-        return self.check(text if _number(text) is None else _number(text, whole=True), name)
+        return self.check(text if _number(text) is None else _number(text, as_integer=True), name)
 
 
 class Share(Kind):
@@ -234,12 +234,14 @@ class Share(Kind):
 
     def parse(self, text: str, name: str) -> float:
         """Parse the share of a text."""
-        return self.check(text if _number(text) is None else _number(text, whole=True), name)
+        return self.check(text if _number(text) is None else _number(text, as_integer=True), name)
 
     def _percent(self, text: str) -> str:
         percent = _number(text.strip().removesuffix("%").strip())
-        told = percent is not None and 1 <= percent < 100 and (percent > 1 or "%" in text)
-        return f"For {percent:g} percent give {(percent or 0) / 100:g}; allowed is {self.allowed}." if told else ""
+        is_percent = percent is not None and 1 <= percent < 100 and (percent > 1 or "%" in text)
+        return (
+            f"For {percent:g} percent give {(percent or 0) / 100:g}; allowed is {self.allowed}." if is_percent else ""
+        )
 
 
 class BranchAmount(Kind):
@@ -261,7 +263,7 @@ class BranchAmount(Kind):
 
     def parse(self, text: str, name: str) -> Any:
         """Parse the number or share of a text."""
-        return self.check(text if _number(text) is None else _number(text, whole=True), name)
+        return self.check(text if _number(text) is None else _number(text, as_integer=True), name)
 
 
 class Text(Kind):
@@ -293,10 +295,10 @@ class Paths(PathTo):
         """Return the checked paths; raises UsageError."""
         from pathlib import Path
 
-        given = [value] if isinstance(value, (str, Path)) else value
-        if not isinstance(given, Iterable) or not all(isinstance(p, (str, Path)) for p in given):
+        paths = [value] if isinstance(value, (str, Path)) else value
+        if not isinstance(paths, Iterable) or not all(isinstance(p, (str, Path)) for p in paths):
             raise UsageError(f"{name}: {value!r} is not allowed", hint="Give a list of paths.")
-        return tuple(given)
+        return tuple(paths)
 
 
 class Patterns(Kind):
@@ -307,10 +309,14 @@ class Patterns(Kind):
 
     def check(self, value: Any, name: str) -> Sequence[str]:
         """Return the checked globs; raises UsageError."""
-        given = [value] if isinstance(value, str) else value
-        if not isinstance(given, Iterable) or isinstance(given, Mapping) or not all(isinstance(p, str) for p in given):
+        patterns = [value] if isinstance(value, str) else value
+        if (
+            not isinstance(patterns, Iterable)
+            or isinstance(patterns, Mapping)
+            or not all(isinstance(p, str) for p in patterns)
+        ):
             raise UsageError(f"{name}: {value!r} is not allowed", hint="Give a list of patterns such as '*/conv1/*'.")
-        return tuple(given)
+        return tuple(patterns)
 
     def parse(self, text: str, name: str) -> str:
         """One of them."""
@@ -466,12 +472,12 @@ class Shares(Kind):
         """Return the checked shares, each once, the least first; raises UsageError."""
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise UsageError(f"{name}: {value!r} is not allowed", hint=f"Give {self.allowed}.")
-        found = tuple(sorted({self.share.check(share, name) for share in value}))
-        if not found:
+        shares = tuple(sorted({self.share.check(share, name) for share in value}))
+        if not shares:
             raise UsageError(f"{name} names no share", hint="For example 0.25, 0.5, 0.75.")
-        if found[0] == 0 and self.zero:
+        if shares[0] == 0 and self.zero:
             raise UsageError(f"{name}: 0 {self.zero}", hint=f"For example {name} 0.25,0.5,0.75.")
-        return found
+        return shares
 
     def parse(self, text: str, name: str) -> tuple[float, ...]:
         """Parse the shares of a text."""
@@ -594,11 +600,11 @@ class Bytes(Kind):
 
     def parse(self, text: str, name: str) -> int:
         """Parse the bytes of a text."""
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, flags=re.IGNORECASE)
-        unit = _BYTES.get(found[2].upper()) if found else None
-        if found is None or unit is None:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, flags=re.IGNORECASE)
+        unit = _BYTES.get(match[2].upper()) if match else None
+        if match is None or unit is None:
             raise UsageError(f"{name}: {text!r} is not a size", hint="Give a number and its unit: 2GB, 500MB.")
-        size = int(float(found[1]) * unit)
+        size = int(float(match[1]) * unit)
         if size < self.least:
             raise UsageError(f"{name}: {text} is too little", hint="Give 1MB or more.")
         return size
@@ -693,10 +699,10 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, (bool, str)) and hasattr(value, "__float__") and hasattr(value, "__lt__")
 
 
-def _number(text: str, whole: bool = False) -> float | None:
-    """Return the number in a text, None where there is none; ``whole``: an integer where it is written as one."""
+def _number(text: str, as_integer: bool = False) -> float | None:
+    """Return the number in a text, None where there is none; ``as_integer``: an integer where it is written as one."""
     try:
-        return int(text) if whole and re.fullmatch(r"[+-]?\d+", text.strip()) else float(text)
+        return int(text) if as_integer and re.fullmatch(r"[+-]?\d+", text.strip()) else float(text)
     except ValueError:
         return None
 
@@ -1189,7 +1195,7 @@ SETTINGS: tuple[Setting, ...] = (
         Jobs(),
         "Number of processes that measure sensitivities; default one per processor.",
         {"prune": MACHINE, "sensitivity": MACHINE},
-        typed=Whole(1, "the number of processes"),
+        typed=Integer(1, "the number of processes"),
         needs=Need(
             "measured sensitivity",
             "applies only when sensitivities are measured",
@@ -1211,7 +1217,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "trials",
-        Whole(0, "how many allocations to try"),
+        Integer(0, "how many allocations to try"),
         "Number of allocations to try around the best one; default with recovery: as many as take about half a "
         "minute, else none.",
         {"prune": COST, "sweep": COST},
@@ -1246,7 +1252,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "threads",
-        Whole(1, "how many threads an operator may use"),
+        Integer(1, "how many threads an operator may use"),
         "Threads per operator in latency measurements; default all processors.",
         {"prune": MACHINE, "compare": MACHINE, "profile": MACHINE, "sweep": MACHINE, "sensitivity": ""},
     ),
@@ -1256,7 +1262,7 @@ SETTINGS: tuple[Setting, ...] = (
         "How long to measure; at least 12 pruned models are timed.",
         {"profile": MACHINE},
         60,
-        typed=Whole(1, "how many seconds to measure"),
+        typed=Integer(1, "how many seconds to measure"),
         brief="How long to measure.",
     ),
     # How units are chosen
@@ -1351,7 +1357,7 @@ SETTINGS: tuple[Setting, ...] = (
         conflicts=_PLAN,
         variants={
             "factorize": {
-                "kind": Whole(1, "the multiple for ranks"),
+                "kind": Integer(1, "the multiple for ranks"),
                 "help": "Choose ranks that are multiples of N.",
                 "default": 1,
             },
@@ -1374,7 +1380,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "step",
-        Whole(1, "the multiple of units to remove"),
+        Integer(1, "the multiple of units to remove"),
         "Remove a multiple of N units per group.",
         {"prune": AMOUNT, "sensitivity": "", "sweep": ""},
         1,
@@ -1390,7 +1396,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "steps",
-        Whole(1, "a number of steps"),
+        Integer(1, "a number of steps"),
         "Prune in N steps and score again before each.",
         {"prune": AMOUNT, "sparsify": AMOUNT, "sensitivity": "", "sweep": ""},
         1,
@@ -1437,10 +1443,10 @@ SETTINGS: tuple[Setting, ...] = (
         },
         brief="Inputs to calibrate on: .npz, .npy, images.",
     ),
-    Setting("samples", Whole(1, "how many samples to use"), "Use N samples of the data.", _RUN, needs=_DATA),
+    Setting("samples", Integer(1, "how many samples to use"), "Use N samples of the data.", _RUN, needs=_DATA),
     Setting(
         "batch_size",
-        Whole(1, "how many samples to run at a time"),
+        Integer(1, "how many samples to run at a time"),
         "Samples per run, where the batch size of the model is open; default 16.",
         _RUN,
         needs=_DATA,
@@ -1515,7 +1521,7 @@ SETTINGS: tuple[Setting, ...] = (
             }
         },
     ),
-    Setting("seed", Whole(0, "a seed"), "Seed of all random numbers.", dict.fromkeys(_RUN, MACHINE), 0),
+    Setting("seed", Integer(0, "a seed"), "Seed of all random numbers.", dict.fromkeys(_RUN, MACHINE), 0),
     Setting(
         "custom_op_libraries",
         Paths("FILE", "paths of shared libraries"),
@@ -1847,16 +1853,16 @@ def check_needs(command: str, values: Mapping[str, Any]) -> None:
             raise UsageError(f"{argument(name)} {need.because}", hint=need.hint)
 
 
-def check_dead_alone(chosen: Mapping[str, Any]) -> None:
+def check_dead_alone(arguments: Mapping[str, Any]) -> None:
     """Reject arguments that choose units beside ``remove_dead``, which leaves no choice.
 
     Args:
-        chosen: values of such arguments, by name; a ratio of 0 and None choose nothing.
+        arguments: values of such arguments, by name; a ratio of 0 and None choose nothing.
 
     Raises:
         UsageError: there is one.
     """
-    name = next((n for n, value in chosen.items() if value is not None and not (n == "ratio" and value == 0)), "")
+    name = next((n for n, value in arguments.items() if value is not None and not (n == "ratio" and value == 0)), "")
     if name:
         raise UsageError(
             f"{argument(name)} has no meaning with {argument('remove_dead')}, which removes what changes no output",
@@ -1899,8 +1905,8 @@ def named_arguments(**renamed: str) -> Callable[[type[T]], type[T]]:
 
     def decorate(cls: type[T]) -> type[T]:
         construct = cls.__init__
-        whole = inspect.signature(construct)
-        signature = whole.replace(parameters=list(whole.parameters.values())[1:])
+        full = inspect.signature(construct)
+        signature = full.replace(parameters=list(full.parameters.values())[1:])
 
         @functools.wraps(construct)
         def init(self: T, *args: Any, **kwargs: Any) -> None:
@@ -1956,10 +1962,10 @@ def record_of(cls: type[T], arguments: Mapping[str, Any]) -> T:
 def spell(command: str) -> Callable[[str, str, str], str]:
     """Return the spelling of arguments for users of a command: as options."""
     known = settings_of(command) if command in COMMANDS else {}
-    every = {setting.name: setting for setting in SETTINGS}
+    all_settings = {setting.name: setting for setting in SETTINGS}
 
     def one(name: str, key: str, value: str) -> str:
-        setting = known.get(name) or every.get(name)
+        setting = known.get(name) or all_settings.get(name)
         if setting is None:
             return f"--{name.replace('_', '-')}" + (f" {key}" if key else "") + (f" {value}" if value else "")
         off = setting.option.partition("/")[2] or setting.flag
@@ -1987,12 +1993,12 @@ def reference() -> str:
                 "|---|---|---|---|---|---|",
             ]
             lines += rows
-    own = [_row(setting, next(iter(setting.on))) for setting in SETTINGS if not any(setting.on.values())]
+    python_only = [_row(setting, next(iter(setting.on))) for setting in SETTINGS if not any(setting.on.values())]
     lines += [
         "\n## In Python alone\n",
         "| option | in Python | allowed | default | commands | |",
         "|---|---|---|---|---|---|",
-        *own,
+        *python_only,
     ]
     return "\n".join(lines) + "\n"
 

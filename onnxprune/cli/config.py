@@ -52,9 +52,9 @@ def find(folder: Path) -> Path | None:
     for place in (folder, *folder.parents):
         if (place / OWN).is_file():
             return place / OWN
-        shared = place / SHARED
-        if shared.is_file() and _mentions(shared) and _table(shared) is not None:
-            return shared
+        in_project = place / SHARED
+        if in_project.is_file() and _mentions(in_project) and _table(in_project) is not None:
+            return in_project
     return None
 
 
@@ -75,9 +75,9 @@ def configured(command: str, path: Path | None, values: Mapping[str, Any], typed
     table = _table(path) or {}
     _check_keys(path, table)
     known = {setting.name: setting for setting in options_of(command) if setting.name not in _NEVER}
-    own = table.get(command)
+    of_command = table.get(command)
     raw_values = {name: value for name, value in table.items() if name in known and not _is_table_of(name, value)}
-    raw_values |= own if isinstance(own, Mapping) else {}
+    raw_values |= of_command if isinstance(of_command, Mapping) else {}
     typed_names = set(typed)
     configured_values = {n: _value(known[n], v, path) for n, v in raw_values.items() if n not in typed_names}
     ignored = _outvoted(command, typed_names, configured_values)
@@ -105,17 +105,17 @@ def _table(path: Path) -> Mapping[str, Any] | None:
         UsageError: it cannot be read, or is no TOML.
     """
     try:
-        whole = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
     except ValueError as error:  # also a text that is not UTF-8
         raise UsageError(
             f"{path} is no TOML: {error}", hint=f"Mend it, or go without it: {argument('no_config')}."
         ) from error
-    tool = whole.get("tool")
+    tool = document.get("tool")
     table = tool.get("onnxprune") if isinstance(tool, Mapping) else None
     if table is None:
-        return None if path.name == SHARED else whole
+        return None if path.name == SHARED else document
     if not isinstance(table, Mapping):
         raise UsageError(f"{path}: tool.onnxprune is no table", hint="Write [tool.onnxprune] and one setting per line.")
     return table
@@ -128,15 +128,15 @@ def _is_table_of(name: str, value: Any) -> bool:
 
 def _check_keys(path: Path, table: Mapping[str, Any]) -> None:
     """Check every key of every table; raises UsageError with the nearest name."""
-    every = {setting.name for command in COMMANDS for setting in options_of(command)} - set(_NEVER)
+    all_names = {setting.name for command in COMMANDS for setting in options_of(command)} - set(_NEVER)
     for name, value in table.items():
         if _is_table_of(name, value):
-            own = {setting.name for setting in options_of(name)} - set(_NEVER)
+            names = {setting.name for setting in options_of(name)} - set(_NEVER)
             for key in value:
-                if key not in own:
-                    raise UsageError(f"{path}: {name} has no setting {key!r}", hint=nearest(key, own))
-        elif name not in every:
-            raise UsageError(f"{path}: there is no setting {name!r}", hint=nearest(name, [*every, *COMMANDS]))
+                if key not in names:
+                    raise UsageError(f"{path}: {name} has no setting {key!r}", hint=nearest(key, names))
+        elif name not in all_names:
+            raise UsageError(f"{path}: there is no setting {name!r}", hint=nearest(name, [*all_names, *COMMANDS]))
 
 
 def _value(setting: Setting, value: Any, path: Path) -> Any:
@@ -203,9 +203,9 @@ def _outvoted(command: str, typed: set[str], values: Mapping[str, Any]) -> dict[
     """Return which settings of a file decide what was typed to be decided otherwise: {name: reason}."""
     known = settings_of(command)
     budget = {"target", "max_drop"}
-    chosen = [name for name in typed if name in known]
-    by_hand = next((n for n in chosen if "budget" in known[n].conflicts), "")
-    against_plan = next((n for n in chosen if "plan" in known[n].conflicts), "")
+    typed_names = [name for name in typed if name in known]
+    by_hand = next((n for n in typed_names if "budget" in known[n].conflicts), "")
+    against_plan = next((n for n in typed_names if "plan" in known[n].conflicts), "")
     reasons: dict[str, str] = {}
     for name in values:
         if "plan" in known[name].conflicts and "plan" in typed:

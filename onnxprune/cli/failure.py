@@ -146,12 +146,12 @@ def check_shown(screen: Screen) -> None:
     error = screen.lost
     if error is None or (screen.verbosity < 0 and not screen.as_json):
         return
-    left = isinstance(error, BrokenPipeError)
+    reader_left = isinstance(error, BrokenPipeError)
     if screen.wrote:
         files = ", ".join(map(str, screen.wrote))
-        why = "its reader closed it" if left else (error.strerror or str(error)).lower()
+        why = "its reader closed it" if reader_left else (error.strerror or str(error)).lower()
         screen.warn(f"wrote {files}, but could not write the whole report to stdout: {why}")
-    elif not left:
+    elif not reader_left:
         raise UsageError(
             f"cannot write the report to stdout: {(error.strerror or str(error)).lower()}",
             hint="Redirect stdout to a file or a terminal.",

@@ -78,9 +78,9 @@ class DefaultGroup(click.Group):
         items = super().shell_complete(ctx, incomplete)
         command = self.commands[DEFAULT]
         with command.make_context(DEFAULT, [], parent=ctx, resilient_parsing=True) as inner:
-            own = command.shell_complete(inner, incomplete)
+            of_default = command.shell_complete(inner, incomplete)
         known = {item.value for item in items}
-        items += [item for item in own if item.value not in known]
+        items += [item for item in of_default if item.value not in known]
         return items if incomplete.startswith("-") else [*items, CompletionItem(incomplete, type="file")]
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -116,12 +116,12 @@ class DefaultGroup(click.Group):
                 command.write_groups(inner, formatter)
             else:
                 command.write_essential(inner, formatter)
-        whole = ctx.meta.get(WHOLE)
-        listed = [(n, entry.get_short_help_str(64)) for n, entry in self.commands.items() if whole or n != DEFAULT]
+        shows_all = ctx.meta.get(WHOLE)
+        listed = [(n, entry.get_short_help_str(64)) for n, entry in self.commands.items() if shows_all or n != DEFAULT]
         with formatter.section("Commands"):
             formatter.write_dl(listed)
         formatter.write_paragraph()
-        if whole:
+        if shows_all:
             codes = "Exit codes: 0 done, 2 bad input, 3 model not processable, 4 validation failed, 5 gate not met. "
             formatter.write_text(f"{codes}On anything but 0 nothing is written.")
         else:

@@ -19,13 +19,13 @@ from onnxprune.report.console import Screen
 from onnxprune.settings import (
     TARGET_KINDS,
     Flag,
+    Integer,
     Paths,
     PathTo,
     Patterns,
     PerName,
     Setting,
     Targets,
-    Whole,
     Word,
     check_dead_alone,
     check_needs,
@@ -177,17 +177,17 @@ def _words_of(name: str) -> Sequence[str]:
     return ()
 
 
-class Given:
-    """The values that a user gave to a command: ``given.ratio`` is the value of that setting.
+class CommandOptions:
+    """The values that a user gave to a command: ``options.ratio`` is the value of that setting.
 
     Args:
         command: its name.
         values: of all options and positional arguments.
-        said: names of those that were typed.
+        typed: names of those that were typed.
     """
 
-    def __init__(self, command: str, values: Mapping[str, Any], said: Iterable[str]) -> None:
-        self.command, self.values, self.said = command, values, frozenset(said)
+    def __init__(self, command: str, values: Mapping[str, Any], typed: Iterable[str]) -> None:
+        self.command, self.values, self.typed = command, values, frozenset(typed)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -202,13 +202,13 @@ class Given:
         Raises:
             UsageError: a name is given twice with different values, or options do not go together.
         """
-        own = [s for s in options_of(self.command) if s.python and s.name in self.values]
-        found = {setting.name: self._argument(setting) for setting in own}
+        named = [s for s in options_of(self.command) if s.python and s.name in self.values]
+        arguments = {setting.name: self._argument(setting) for setting in named}
         if "data" in self.values:
-            found["images"] = self._images()
-        if "vbmf" in found:
-            found["vbmf"] = self._noise()
-        return found
+            arguments["images"] = self._images()
+        if "vbmf" in arguments:
+            arguments["vbmf"] = self._noise()
+        return arguments
 
     def check_together(self) -> None:
         """Check whether options go with each other, and files are there; raises UsageError."""
@@ -225,7 +225,7 @@ class Given:
         for library in self.values.get("custom_op_libraries", ()):
             existing(library, "library of operators")
         self._check_decided()
-        typed = {} if "ratio" in self.said else {"ratio": None}
+        typed = {} if "ratio" in self.typed else {"ratio": None}
         check_needs(self.command, {**self.values, **self.arguments, **typed})
         if self.values.get("providers") is not None:
             from onnxprune.runtime.latency import device  # heavy: waits until it is needed
@@ -249,7 +249,7 @@ class Given:
     @property
     def has_budget(self) -> bool:
         """Whether a budget was asked for."""
-        typed = {} if "ratio" in self.said else {"ratio": None}
+        typed = {} if "ratio" in self.typed else {"ratio": None}
         return "target" in self.values and has_budget({**self.values, **typed})  # elsewhere the drop is a gate
 
     def _argument(self, setting: Setting) -> Any:
@@ -263,13 +263,13 @@ class Given:
     def _images(self) -> Any:
         """Return the image options given on the command line, None where there are none."""
         parts = {s.into.partition(".")[2]: self.values[s.name] for s in options_of(self.command) if s.into}
-        said = {name: value for name, value in parts.items() if value is not None}
-        if not said:
+        options = {name: value for name, value in parts.items() if value is not None}
+        if not options:
             return None
         from onnxprune.runtime.images import ImageOptions  # heavy: waits until the arguments are known to be good
 
-        scale = said.pop("scale", None)
-        return ImageOptions(**said, scale=scale and scale[0])
+        scale = options.pop("scale", None)
+        return ImageOptions(**options, scale=scale and scale[0])
 
     def _noise(self) -> float | None:
         """Return the share by which ranks above noise are moved; None where they are not asked for."""
@@ -283,7 +283,7 @@ class Given:
     def _check_decided(self) -> None:
         """Whether something was typed that a plan or a budget decides, and would be ignored; raises UsageError."""
         known = settings_of(self.command)
-        typed = [setting for name, setting in known.items() if name in self.said]
+        typed = [setting for name, setting in known.items() if name in self.typed]
         by_plan = next((s for s in typed if "plan" in s.conflicts), None)
         if self.values.get("plan") is not None and by_plan is not None:
             raise UsageError(
@@ -291,15 +291,15 @@ class Given:
                 hint="The plan already lists all changes: drop one of the two.",
             )
         if self.values.get("remove_dead"):
-            chosen = [s for s in typed if "plan" in s.conflicts and s.name != "remove_dead"]
-            check_dead_alone({s.name: self.values[s.name] for s in chosen})
+            deciding = [s for s in typed if "plan" in s.conflicts and s.name != "remove_dead"]
+            check_dead_alone({s.name: self.values[s.name] for s in deciding})
         by_budget = next((s for s in typed if "budget" in s.conflicts), None)
         if self.has_budget and by_budget is not None:
             name = argument("target" if self.values.get("target") else "max_drop")
-            own = argument(by_budget.name)
+            excluded = argument(by_budget.name)
             raise UsageError(
-                f"{own} and {name} were both given, but each sets how much to remove",
-                hint=f"Drop one of the two: a budget allocates by itself; {own} is for pruning without a budget.",
+                f"{excluded} and {name} were both given, but each sets how much to remove",
+                hint=f"Drop one of the two: a budget allocates by itself; {excluded} is for pruning without a budget.",
             )
 
 
@@ -315,7 +315,7 @@ _READ = {
 
 def command(
     name: str, short: str, examples: Sequence[str], **positional: str
-) -> Callable[[Callable[[Screen, Given], None]], HeadedCommand]:
+) -> Callable[[Callable[[Screen, CommandOptions], None]], HeadedCommand]:
     """Return a decorator that makes a function a command with the options of its settings.
 
     Args:
@@ -325,13 +325,13 @@ def command(
         positional: {argument: what help calls it}.
     """
 
-    def decorate(function: Callable[[Screen, Given], None]) -> HeadedCommand:
+    def decorate(function: Callable[[Screen, CommandOptions], None]) -> HeadedCommand:
         @click.pass_context
         def run(ctx: click.Context, /, **values: Any) -> None:
-            said = [key for key in values if ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE]
-            given, screen = _with_config(name, values, said, ctx.obj)
+            typed_names = [key for key in values if ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE]
+            options, screen = _with_config(name, values, typed_names, ctx.obj)
             ctx.find_root().obj = screen
-            function(screen, given)
+            function(screen, options)
 
         run.__doc__ = function.__doc__
         path = click.Path(path_type=Path)
@@ -341,14 +341,16 @@ def command(
         wrapped: Any = functools.reduce(lambda inner, put: put(inner), reversed(puts), run)
         settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
         described: dict[str, Any] = {"examples": examples, "short_help": short, "context_settings": settings}
-        made: HeadedCommand = click.command(name, cls=HeadedCommand, **described)(wrapped)
-        return made
+        headed: HeadedCommand = click.command(name, cls=HeadedCommand, **described)(wrapped)
+        return headed
 
     return decorate
 
 
-def _with_config(name: str, values: dict[str, Any], said: Sequence[str], screen: Screen) -> tuple[Given, Screen]:
-    """Return what was given on the command line and by a file of settings, and the screen as both want it.
+def _with_config(
+    name: str, values: dict[str, Any], typed_names: Sequence[str], screen: Screen
+) -> tuple[CommandOptions, Screen]:
+    """Return the options of the command line and of a file of settings, and the screen as both set it.
 
     Raises:
         UsageError: the file is missing or wrong.
@@ -359,57 +361,57 @@ def _with_config(name: str, values: dict[str, Any], said: Sequence[str], screen:
     path = None if values["no_config"] else named and existing(named, "file of settings")
     if path is None and not values["no_config"]:
         path = config.find(Path.cwd())
-    more = config.configured(name, path, values, said)
+    more = config.configured(name, path, values, typed_names)
     loud = int(more.values.get("verbose", 0)) - int(more.values.get("quiet", False))
     screen = replace(
         screen,
         as_json=screen.as_json or more.values.get("json", False),
-        verbosity=screen.verbosity if {"quiet", "verbose"} & set(said) else loud,
+        verbosity=screen.verbosity if {"quiet", "verbose"} & set(typed_names) else loud,
     )
     for key in more.values:
         screen.note(f"{screen.spelled(Note(argument(key)))}: set in {path}")
     for key, why in more.ignored.items():
         screen.note(screen.spelled(Note(f"{argument(key)} in {path} is ignored: it {why}")))
-    typed = {s.name for s in options_of(name)} & set(said)
+    typed = {s.name for s in options_of(name)} & set(typed_names)
     screen.about["settings_from"] = {
         **dict.fromkeys(sorted(typed), "command line"),
         **dict.fromkeys(more.values, str(path)),
     }
-    return Given(name, {**values, **more.values}, {*said, *more.values}), screen
+    return CommandOptions(name, {**values, **more.values}, {*typed_names, *more.values}), screen
 
 
 def _option(setting: Setting, command: str) -> Callable[..., Any]:
     """Return the click option of a setting."""
     names = [*filter(None, [setting.short]), setting.option or setting.flag, setting.name]
-    shared: dict[str, Any] = {"cls": HeadedOption, "heading": setting.on[command], "brief": setting.brief}
-    shared["help"] = spelled(setting.help, spell(command))
+    common: dict[str, Any] = {"cls": HeadedOption, "heading": setting.on[command], "brief": setting.brief}
+    common["help"] = spelled(setting.help, spell(command))
     kind = setting.typed or setting.kind
     if setting.name == "verbose":
-        return click.option(*names, count=True, **shared)
+        return click.option(*names, count=True, **common)
     if isinstance(kind, Flag):
         if setting.default and "/" not in setting.option:  # an option that turns something off
-            return click.option(*names, is_flag=True, callback=lambda _ctx, _param, value: not value, **shared)
+            return click.option(*names, is_flag=True, callback=lambda _ctx, _param, value: not value, **common)
         undecided = setting.default is None and "/" in setting.option
-        return click.option(*names, is_flag=True, default=None if undecided else bool(setting.default), **shared)
+        return click.option(*names, is_flag=True, default=None if undecided else bool(setting.default), **common)
     if setting.many:
-        return click.option(*names, type=SettingType(setting), multiple=True, metavar=kind.metavar, **shared)
+        return click.option(*names, type=SettingType(setting), multiple=True, metavar=kind.metavar, **common)
     value = setting.default
-    shown = value is not None and not (isinstance(kind, Whole) and value in (0, 1)) and setting.name != "recover"
+    shown = value is not None and not (isinstance(kind, Integer) and value in (0, 1)) and setting.name != "recover"
     value = ",".join(map(str, value)) if isinstance(value, tuple) else value
-    kept: dict[str, Any] = {"default": value, "show_default": shown, "metavar": kind.metavar}
+    more: dict[str, Any] = {"default": value, "show_default": shown, "metavar": kind.metavar}
     if setting.bare:
-        kept |= {"is_flag": False, "flag_value": setting.bare}
-    return click.option(*names, type=SettingType(setting), **kept, **shared)
+        more |= {"is_flag": False, "flag_value": setting.bare}
+    return click.option(*names, type=SettingType(setting), **more, **common)
 
 
 def unique(name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Repeated ``NAME=VALUE`` options as a mapping; raises UsageError when one name is given two values."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found and found[key] != value:
+        if key in values and values[key] != value:
             raise UsageError(f"{name} {key} is given twice, with different values", hint="Give it once.")
-        found[key] = value
-    return found
+        values[key] = value
+    return values
 
 
 def existing(path: Path, what: str, *, folder_allowed: bool = False) -> Path:
@@ -432,20 +434,20 @@ def existing(path: Path, what: str, *, folder_allowed: bool = False) -> Path:
     raise UsageError(f"{what} {str(path)!r} not found", hint=hint)
 
 
-def check_criterion(given: Given) -> None:
+def check_criterion(options: CommandOptions) -> None:
     """Check whether there is such a criterion, and what it needs; raises UsageError."""
-    if given.criterion is None:
+    if options.criterion is None:
         return
     from onnxprune.importance import criteria
     from onnxprune.importance.scores import needs_data
 
     names = criteria.names()
-    if given.criterion not in names:
-        hint = nearest(given.criterion, names)
-        raise UsageError(f"{argument('criterion')}: unknown criterion {given.criterion!r}", hint=hint)
-    blind = given.values.get("plan") is None and given.data is None
-    if blind and criteria.needs_of(criteria.get(given.criterion)):
-        raise needs_data(given.criterion)
+    if options.criterion not in names:
+        hint = nearest(options.criterion, names)
+        raise UsageError(f"{argument('criterion')}: unknown criterion {options.criterion!r}", hint=hint)
+    blind = options.values.get("plan") is None and options.data is None
+    if blind and criteria.needs_of(criteria.get(options.criterion)):
+        raise needs_data(options.criterion)
 
 
 def beside(model: Path, what: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from onnxprune.cli.options import Given
+from onnxprune.cli.options import CommandOptions
 from onnxprune.errors import BudgetError, UsageError, ValidationError, argument
 from onnxprune.io import files
 from onnxprune.report import run_page
@@ -36,10 +36,10 @@ def check(
     short = report.shortfall(min_fidelity, max_drop)
     if not short:
         return
-    asked = argument("max_drop" if min_fidelity is None else "min_fidelity")
+    gate = argument("max_drop" if min_fidelity is None else "min_fidelity")
     show()
     if report.metric is None and (report.fidelity is None or not report.fidelity.outputs):
-        hint = f"Give inputs with {argument('data')}, or drop {asked}."
+        hint = f"Give inputs with {argument('data')}, or drop {gate}."
     raise BudgetError(short, hint=f"Nothing was written. {hint}", report=report)
 
 
@@ -55,18 +55,18 @@ def check_page(model: Path, *targets: Path | None) -> None:
     """Check whether these files can be written without harm; raises UsageError."""
     from onnxprune.io.write import check_output
 
-    given = [target for target in targets if target is not None]
-    if len({target.resolve() for target in given}) < len(given):
+    paths = [target for target in targets if target is not None]
+    if len({target.resolve() for target in paths}) < len(paths):
         raise UsageError("two outputs are the same file", hint="Give different paths.")
-    for target in given:
+    for target in paths:
         check_output(target, model)
 
 
-def check_pages(given: Given, *others: Path | None) -> None:
+def check_pages(options: CommandOptions, *others: Path | None) -> None:
     """Check whether the report and the Markdown can be written beside other files.
 
     Args:
-        given: the options.
+        options: options of the command.
         others: files that the command reads or writes.
 
     Raises:
@@ -74,14 +74,14 @@ def check_pages(given: Given, *others: Path | None) -> None:
     """
     from onnxprune.io.write import check_output
 
-    if prints_markdown(given) and given.values.get("json"):
+    if prints_markdown(options) and options.values.get("json"):
         raise UsageError(
             f"{argument('markdown', '-')} and {argument('json')} both write to stdout",
             hint=f"Give a file with {argument('markdown')}.",
         )
     known = {path.resolve() for path in others if path is not None}
     for name in ("report", "markdown"):
-        path: Path | None = given.values.get(name)
+        path: Path | None = options.values.get(name)
         if path is None or str(path) == "-":
             continue
         if path.resolve() in known:
@@ -92,29 +92,29 @@ def check_pages(given: Given, *others: Path | None) -> None:
         check_output(path, path.with_name(path.name + ".onnx"))
 
 
-def prints_markdown(given: Given) -> bool:
+def prints_markdown(options: CommandOptions) -> bool:
     """Return whether Markdown takes the place of the summary on stdout."""
-    return str(given.values.get("markdown")) == "-"
+    return str(options.values.get("markdown")) == "-"
 
 
-def write_pages(screen: Screen, given: Given, report: Report) -> list[Path]:
+def write_pages(screen: Screen, options: CommandOptions, report: Report) -> list[Path]:
     """Write the report and the Markdown that were asked for, also of a model that misses a gate.
 
     Args:
         screen: target of Markdown for ``-``.
-        given: the options.
+        options: options of the command.
         report: of the run.
 
     Returns:
         the files that were written.
     """
     pages: list[Path] = []
-    path: Path | None = given.values.get("report")
+    path: Path | None = options.values.get("report")
     if path is not None:
         about = {"command line": ["onnxprune", *screen.about.get("command_line", ())], "versions": versions()}
         files.write_text(path, run_page.run_page(report, about, screen.spelled), "the report")
         pages.append(path)
-    path = given.values.get("markdown")
+    path = options.values.get("markdown")
     if path is not None:
         text = run_page.markdown(report, screen.spelled)
         if str(path) == "-":

@@ -234,10 +234,10 @@ def _drawn(sizes: Sizes, draw: np.random.Generator, share: float | None = None) 
     return np.array(drawn_counts, dtype=np.int64)
 
 
-Whole = tuple[float, float]
+ModelSeconds = tuple[float, float]
 
 
-def steadied(nodes: Sequence[Mapping[str, float]], model_runs: Sequence[Whole]) -> NDArray[np.float64]:
+def steadied(nodes: Sequence[Mapping[str, float]], model_runs: Sequence[ModelSeconds]) -> NDArray[np.float64]:
     """Return factors [cuts] that scale the node times of every pruned model to the time of its whole run.
 
     The load of the machine varies between profiles, whereas whole runs are measured next to the original's. The profile
@@ -262,7 +262,7 @@ def steadied(nodes: Sequence[Mapping[str, float]], model_runs: Sequence[Whole]) 
     return np.asarray(np.clip((runs - overhead) / (slope * sums), *_STEADY))
 
 
-def fit_runs(table: LatencyTable, places: NodeKinds, counts: Counts, runs: Sequence[Whole]) -> None:
+def fit_runs(table: LatencyTable, places: NodeKinds, counts: Counts, runs: Sequence[ModelSeconds]) -> None:
     """Fit the overhead of a run besides its nodes.
 
     Args:
@@ -277,7 +277,7 @@ def fit_runs(table: LatencyTable, places: NodeKinds, counts: Counts, runs: Seque
     table.overhead, table.slope = line(Latency(places, table).rows(counts)[:, 0], shares * table.seconds)
 
 
-def check_runs(table: LatencyTable, places: NodeKinds, cuts: Counts, runs: Sequence[Whole]) -> None:
+def check_runs(table: LatencyTable, places: NodeKinds, cuts: Counts, runs: Sequence[ModelSeconds]) -> None:
     """Compare predictions with whole runs at counts [cuts, groups] not measured before."""
     predicted = Latency(places, table).rows(cuts)[:, 0]
     shares = np.array([after / before for before, after in runs])
